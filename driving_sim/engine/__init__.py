@@ -1,0 +1,1 @@
+"""What both models share: configuration, training, checkpoints, logging, errors, safe files."""

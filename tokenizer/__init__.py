@@ -1,0 +1,1 @@
+"""Frames <-> tokens: FSQ, autoencoder, training, the frozen tokenizer, tokenize."""

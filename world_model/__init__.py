@@ -1,0 +1,1 @@
+"""Tokens + actions -> next tokens: transformer, cache, sampler, training, rollout."""
