@@ -1,0 +1,29 @@
+#!/bin/sh
+# Install a wheel in a clean environment and run a tiny job from it, outside the checkout.
+# usage: wheel_smoke.sh PYTHON WHEEL CONSTRAINTS
+set -eu
+python=$1
+wheel=$(realpath "$2")
+constraints=$(realpath "$3")
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+"$python" -m venv "$folder/venv"
+"$folder/venv/bin/python" -m pip install --quiet --constraint "$constraints" torch torchvision
+"$folder/venv/bin/python" -m pip install --quiet --constraint "$constraints" "$wheel"
+cd "$folder"
+drivesim="$folder/venv/bin/drivesim"
+"$drivesim" --help > help.txt
+grep -q rollout help.txt
+for name in tokenizer world_model data; do
+    if "$folder/venv/bin/python" -c "import $name" 2> /dev/null; then
+        echo "the wheel installs a top-level package named $name" >&2
+        exit 1
+    fi
+done
+"$drivesim" synth videos --drives 3 --seconds 4
+export DRIVESIM_PRESET=demo DRIVESIM_STEPS=3
+"$drivesim" tokenize videos
+"$drivesim" train-world-model
+"$drivesim" rollout --actions left
+test -s rollout.mp4
+echo "the wheel works"

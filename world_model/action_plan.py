@@ -1,0 +1,250 @@
+"""What the driver does next: `--actions FILE|SCRIPT|NAME` turned into one action a frame.
+
+Time 0 is the last context frame; action i leads from frame i to frame i + 1 and is the mean over
+[i / fps, (i + 1) / fps). Speed is in m/s, steering in the model's steering kind, left positive.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from driving_sim.data.action_file import SteeringKind, read_action_file
+from driving_sim.data.alignment import align
+from driving_sim.engine.errors import DriveSimError
+
+NAMES = ("straight", "left", "right", "brake", "recorded")
+BRAKE_MPS2 = -4.0
+_KEYS = ("speed", "accel", "steer")
+_GRAMMAR = 'a script is like "speed=8 steer=0.1 for 2s; steer=0 for 1s" (keys: speed, accel, steer)'
+# Midpoints of equal parts of a frame: exact for constants and ramps that change at part borders.
+_PARTS = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Situation:
+    """What a plan starts from."""
+
+    fps: float
+    steering_kind: SteeringKind
+    steering_limit: float
+    """What `left` and `right` turn: the training data's 95th percentile of |steering|."""
+    last_action: NDArray[np.float32]
+    """[2]: speed and steering that led to the last context frame."""
+    last_valid: NDArray[np.bool_]
+    """[2]: which of them are known."""
+    recorded: tuple[NDArray[np.float32], NDArray[np.bool_]] | None
+    """The context drive's own actions [N, 2] and validity from the last context frame on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActionPlan:
+    """The actions of one future: `actions` float32 [N, 2] and `valid` bool [N, 2]."""
+
+    label: str
+    actions: NDArray[np.float32]
+    valid: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Segment:
+    """One part of a script; channels that are None hold."""
+
+    speed: float | None = None
+    accel: float | None = None
+    steer: float | None = None
+    seconds: float | None = None
+
+
+def make_plans(
+    specs: list[str], situation: Situation, *, seconds: float | None = None
+) -> list[ActionPlan]:
+    """Turn every `--actions` value into a plan, all of one length.
+
+    The length is `seconds`, or else the longest of the plans that have a length of their own
+    (a file, or a script whose last part has a `for`), or else 4 s. Shorter plans hold their last action.
+    """
+    planned = [_plan(spec, situation) for spec in specs]
+    lengths = [plan.seconds for plan in planned if plan.seconds is not None]
+    length_s = seconds if seconds is not None else max(lengths, default=4.0)
+    frames = round(length_s * situation.fps)
+    if frames < 1:
+        raise DriveSimError(
+            f"the actions last {length_s:g} s, less than one frame at {situation.fps:g} frames/s: "
+            "give a longer file, script or --seconds"
+        )
+    return [plan.render(frames) for plan in planned]
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    seconds: float | None
+    render: Callable[[int], ActionPlan]
+
+
+def _plan(spec: str, situation: Situation) -> _Planned:
+    if spec in NAMES:
+        return _from_name(spec, situation)
+    if "=" in spec:
+        return _from_script(spec, parse_script(spec), situation)
+    path = Path(spec)
+    if path.suffix.lower() == ".csv" or path.exists():
+        return _from_file(path, situation)
+    near = difflib.get_close_matches(spec, NAMES, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise DriveSimError(
+        f"--actions {spec!r} is no file and no name: {hint}"
+        f"names are {', '.join(NAMES)}; {_GRAMMAR}"
+    )
+
+
+def _from_name(name: str, situation: Situation) -> _Planned:
+    if name == "recorded":
+        return _from_recording(situation)
+    limit = situation.steering_limit
+    segments = {
+        "straight": _Segment(steer=0.0),
+        "left": _Segment(steer=limit),
+        "right": _Segment(steer=-limit),
+        "brake": _Segment(accel=BRAKE_MPS2),
+    }
+    return _from_script(name, [segments[name]], situation)
+
+
+def _from_recording(situation: Situation) -> _Planned:
+    if situation.recorded is None or len(situation.recorded[0]) == 0:
+        raise DriveSimError(
+            "--actions recorded: the context has no recorded actions after its last frame; "
+            "use a context with a CSV, an earlier --start, or other --actions"
+        )
+    actions, valid = situation.recorded
+
+    def render(frames: int) -> ActionPlan:
+        index = np.minimum(np.arange(frames), len(actions) - 1)
+        return ActionPlan(label="recorded", actions=actions[index], valid=valid[index])
+
+    return _Planned(len(actions) / situation.fps, render)
+
+
+def _from_file(path: Path, situation: Situation) -> _Planned:
+    log = read_action_file(path, steering_kind=situation.steering_kind)
+    if log.steering_kind is not None and log.steering_kind != situation.steering_kind:
+        raise DriveSimError(
+            f"{path}: steering is {log.steering_kind}, the model was trained on "
+            f"{situation.steering_kind}: convert the column"
+        )
+    seconds = float(log.times[-1])
+
+    def render(frames: int) -> ActionPlan:
+        index = np.arange(frames)
+        actions, valid = align(log, index / situation.fps)
+        covered = index / situation.fps < seconds
+        if not covered.any():
+            raise DriveSimError(
+                f"{path}: the times do not cover time 0, which is the last context frame"
+            )
+        last = int(np.flatnonzero(covered)[-1])
+        held = np.minimum(index, last)
+        return ActionPlan(label=path.stem, actions=actions[held], valid=valid[held])
+
+    return _Planned(seconds, render)
+
+
+def parse_script(script: str) -> list[_Segment]:
+    """Parse "speed=8 steer=0.1 for 2s; accel=-4 for 1s" into its parts.
+
+    Only the last part may lack its `for`. Raises DriveSimError naming the part and the word.
+    """
+    parts = [part.strip() for part in script.split(";") if part.strip()]
+    segments = [_parse_part(part) for part in parts]
+    for part, segment in zip(parts[:-1], segments[:-1], strict=True):
+        if segment.seconds is None:
+            raise DriveSimError(f"--actions: {part!r} needs a duration such as 'for 2s'; {_GRAMMAR}")
+    if not segments:
+        raise DriveSimError(f"--actions: the script is empty; {_GRAMMAR}")
+    return segments
+
+
+def _parse_part(part: str) -> _Segment:
+    head, _, duration = part.partition(" for ")
+    values: dict[str, Any] = {}
+    if duration:
+        match = re.fullmatch(r"\s*([0-9.]+)\s*s?\s*", duration)
+        if match is None:
+            raise DriveSimError(f"--actions: 'for {duration}' in {part!r} is no time in seconds")
+        values["seconds"] = _number(match.group(1), part)
+    for word in head.split():
+        key, equals, value = word.partition("=")
+        if not equals or key not in _KEYS:
+            near = difflib.get_close_matches(key, _KEYS, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise DriveSimError(f"--actions: unknown {word!r} in {part!r}{hint}; {_GRAMMAR}")
+        if key in values:
+            raise DriveSimError(f"--actions: {key!r} is given twice in {part!r}")
+        values[key] = _number(value, part)
+    if "speed" in values and "accel" in values:
+        raise DriveSimError(f"--actions: {part!r} sets both speed and accel; give one")
+    if values.get("speed", 0.0) < 0:
+        raise DriveSimError(f"--actions: speed in {part!r} is negative; it is in m/s, 0 or more")
+    if abs(values.get("steer", 0.0)) > 20:
+        raise DriveSimError(f"--actions: steer in {part!r} is absurd; it is in radians, not degrees")
+    return _Segment(**values)
+
+
+def _number(text: str, part: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise DriveSimError(f"--actions: {text!r} in {part!r} is no finite number")
+    return value
+
+
+def _from_script(label: str, segments: list[_Segment], situation: Situation) -> _Planned:
+    ends = [segment.seconds for segment in segments]
+    seconds = None if ends[-1] is None else math.fsum(end for end in ends if end is not None)
+
+    def render(frames: int) -> ActionPlan:
+        midpoints = (np.arange(frames * _PARTS) + 0.5) / (_PARTS * situation.fps)
+        actions = _follow(segments, midpoints, situation.last_action)
+        actions = actions.reshape(frames, _PARTS, 2).mean(axis=1).astype(np.float32)
+        named = [
+            any(s.speed is not None or s.accel is not None for s in segments),
+            any(s.steer is not None for s in segments),
+        ]
+        valid = np.broadcast_to(situation.last_valid | np.array(named), (frames, 2)).copy()
+        return ActionPlan(label=label, actions=actions, valid=valid)
+
+    return _Planned(seconds, render)
+
+
+def _follow(
+    segments: list[_Segment], times: NDArray[np.float64], last_action: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """Speed and steering [len(times), 2] at `times` (s) under the script."""
+    actions = np.empty((len(times), 2))
+    speed, steer = (float(value) for value in last_action)
+    start = 0.0
+    for number, segment in enumerate(segments):
+        # The last part goes on for as long as it is asked to.
+        final = number == len(segments) - 1
+        end = math.inf if final or segment.seconds is None else start + segment.seconds
+        here = (times >= start) & (times < end)
+        speed = speed if segment.speed is None else segment.speed
+        steer = steer if segment.steer is None else segment.steer
+        accel = segment.accel or 0.0
+        lasting = math.inf if segment.seconds is None else segment.seconds
+        ramp = np.minimum(times[here] - start, lasting)
+        actions[here, 0] = np.maximum(0.0, speed + accel * ramp)
+        actions[here, 1] = steer
+        if not final:
+            speed = max(0.0, speed + accel * lasting)
+        start = end
+    return actions

@@ -1,0 +1,98 @@
+"""Pictures of rollouts: frames with speed and steering drawn on them, side by side, and contact sheets."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from einops import rearrange, repeat
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+Frame = NDArray[np.uint8]
+"""uint8 RGB [height, width, 3]."""
+
+_STRIP = 30
+_MINIMUM_WIDTH = 384
+_INK, _DIM, _PAPER = (240, 240, 240), (110, 110, 116), (24, 24, 28)
+_LEFT_INK, _RIGHT_INK = (255, 176, 64), (88, 176, 255)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Caption:
+    """What a panel says above its frame; unknown channels are None."""
+
+    title: str
+    speed_mps: float | None
+    steering: float | None
+    steering_range: float
+    """The |steering| that fills half of the bar, in the same unit as `steering`."""
+
+
+@lru_cache(maxsize=4)
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def draw_panel(frame: Frame, caption: Caption) -> Frame:
+    """The frame, enlarged by whole pixels where it is small, under a strip with its caption."""
+    scale = max(1, math.ceil(_MINIMUM_WIDTH / frame.shape[1]))
+    large = repeat(frame, "h w c -> (h sh) (w sw) c", sh=scale, sw=scale)
+    strip = _draw_strip(large.shape[1], caption)
+    return np.concatenate([strip, large])
+
+
+def _draw_strip(width: int, caption: Caption) -> Frame:
+    image = Image.new("RGB", (width, _STRIP), _PAPER)
+    draw = ImageDraw.Draw(image)
+    draw.text((6, 7), caption.title[: width // 16], fill=_INK, font=_font(13))
+    speed = "- m/s" if caption.speed_mps is None else f"{caption.speed_mps:.1f} m/s"
+    draw.text((int(width * 0.56), 7), speed, fill=_INK, font=_font(13), anchor="ra")
+    _draw_steering(draw, (int(width * 0.6), int(width * 0.84)), caption)
+    text = "-" if caption.steering is None else f"{caption.steering:+.3f}"
+    draw.text((width - 6, 7), text, fill=_INK, font=_font(13), anchor="ra")
+    return np.asarray(image)
+
+
+def _draw_steering(draw: ImageDraw.ImageDraw, ends: tuple[int, int], caption: Caption) -> None:
+    """A bar that grows to the left for left (positive) steering."""
+    left, right = ends
+    middle = (left + right) // 2
+    draw.rectangle((left, 10, right, 20), outline=_DIM)
+    if caption.steering is not None and caption.steering != 0:
+        share = max(-1.0, min(1.0, caption.steering / caption.steering_range))
+        tip = middle - round(share * (right - left) / 2)
+        ink = _LEFT_INK if share > 0 else _RIGHT_INK
+        draw.rectangle((min(middle, tip), 11, max(middle, tip), 19), fill=ink)
+    draw.line((middle, 7, middle, 23), fill=_INK)
+
+
+def side_by_side(panels: Sequence[Frame]) -> Frame:
+    """Panels of one size in a grid, as near to 16:9 as whole rows and columns allow."""
+    height, width = panels[0].shape[:2]
+    columns = min(
+        range(1, len(panels) + 1),
+        key=lambda c: abs(math.log(c * width / (math.ceil(len(panels) / c) * height) / (16 / 9))),
+    )
+    missing = -len(panels) % columns
+    filled = [*panels, *[np.full_like(panels[0], _PAPER[0])] * missing]
+    return rearrange(np.stack(filled), "(r c) h w k -> (r h) (c w) k", c=columns)
+
+
+def contact_sheet(rows: Sequence[tuple[str, Sequence[Frame]]], times_s: Sequence[float]) -> Frame:
+    """One titled row of frames for each (title, frames), one column for each time."""
+    height, width = rows[0][1][0].shape[:2]
+    scale = max(1, round(256 / width))
+    height, width = height * scale, width * scale
+    image = Image.new("RGB", (len(times_s) * width, 22 + len(rows) * (height + 22)), _PAPER)
+    draw = ImageDraw.Draw(image)
+    for column, time_s in enumerate(times_s):
+        draw.text((column * width + 6, 4), f"{time_s:+.2f} s", fill=_DIM, font=_font(13))
+    for row, (title, frames) in enumerate(rows):
+        top = 22 + row * (height + 22)
+        draw.text((6, top + 3), title, fill=_INK, font=_font(13))
+        for column, frame in enumerate(frames):
+            large = repeat(frame, "h w c -> (h sh) (w sw) c", sh=scale, sw=scale)
+            image.paste(Image.fromarray(large), (column * width, top + 22))
+    return np.asarray(image)

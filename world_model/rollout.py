@@ -1,0 +1,350 @@
+"""Futures as a video: context and action plans in; side-by-side H.264, tokens, a JSON and a contact sheet out."""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.numpy import save_file
+
+from driving_sim.data.drive import Drive, sample
+from driving_sim.data.token_store import DriveTokens
+from driving_sim.data.video import FrameSize
+from driving_sim.data.video_writer import VideoWriter
+from driving_sim.engine.config import save_json
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.files import atomic_file
+from driving_sim.engine.progress import progress
+from driving_sim.world_model.action_plan import ActionPlan, Situation
+from driving_sim.world_model.panels import (
+    Caption,
+    Frame,
+    contact_sheet,
+    draw_panel,
+    side_by_side,
+)
+from driving_sim.world_model.sampler import Sampling
+from driving_sim.world_model.world_model import WorldModel
+
+_SHEET_COLUMNS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Context:
+    """The past that a rollout starts from, and what was recorded after it."""
+
+    label: str
+    tokens: torch.Tensor
+    """int64 [T, rows, cols], at most the model's context and the frame before it."""
+    frames: NDArray[np.uint8]
+    """uint8 [T, height, width, 3]."""
+    actions: NDArray[np.float32]
+    """[N, 2] from context frame 0 on, as far as the drive goes: T - 1 past ones, then the recorded future."""
+    action_valid: NDArray[np.bool_]
+    """[N, 2]."""
+    future: Iterator[Frame]
+    """The true frames after the context, as far as they go."""
+    start_s: float
+    """Time of the last context frame in its drive."""
+
+    def situation(self, world: WorldModel) -> Situation:
+        """What action plans start from here."""
+        past = len(self.tokens) - 1
+        has_recording = bool(self.action_valid[past:].any())
+        return Situation(
+            fps=world.fps,
+            steering_kind=world.steering_kind,
+            steering_limit=world.steering_p95,
+            last_action=self.actions[past - 1] if past else np.zeros(2, np.float32),
+            last_valid=self.action_valid[past - 1] if past else np.zeros(2, np.bool_),
+            recorded=(self.actions[past:], self.action_valid[past:]) if has_recording else None,
+        )
+
+
+def _context_range(
+    timestamps: NDArray[np.float64],
+    segments: list[tuple[int, int]],
+    start_s: float | None,
+    context_frames: int,
+    label: str,
+) -> tuple[int, int]:
+    """First frame of the context and the frame after its last one, inside one segment without gaps.
+
+    Without `start_s` the context is the first full one of the drive.
+    """
+    if start_s is None:
+        longest = max(segments, key=lambda segment: min(segment[1] - segment[0], context_frames))
+        return longest[0], min(longest[0] + context_frames, longest[1])
+    if not 0 <= start_s <= timestamps[-1]:
+        raise DriveSimError(
+            f"--start {start_s:g}: {label} goes from 0 to {timestamps[-1]:.1f} s; choose a time in it"
+        )
+    last = int(np.searchsorted(timestamps, start_s + 1e-6, side="right")) - 1
+    first = next(begin for begin, end in segments if begin <= last < end)
+    return max(first, last + 1 - context_frames), last + 1
+
+
+def context_from_drive(world: WorldModel, drive: Drive, start_s: float | None) -> Context:
+    """Take the context from a drive, at the model's frame rate and size.
+
+    Raises DriveSimError where `start_s` is outside the drive or its steering kind is not the model's.
+    """
+    log = drive.log
+    if log is not None and log.steering_kind not in (None, world.steering_kind):
+        raise DriveSimError(
+            f"{drive.id}: steering is {log.steering_kind}, the model was trained on "
+            f"{world.steering_kind}; give the actions in that kind"
+        )
+    size = FrameSize(world.tokenizer.height, world.tokenizer.width)
+    sampled = sample(drive, fps=world.fps)
+    begin, end = _context_range(
+        sampled.timestamps, sampled.segments, start_s, world.context_frames + 1, drive.id
+    )
+    segment_end = next(stop for start, stop in sampled.segments if start <= begin < stop)
+    frames = drive.frames(sampled.indices[begin:end], size)
+    return Context(
+        label=drive.id,
+        tokens=world.tokenizer.encode(frames),
+        frames=frames,
+        actions=sampled.actions[begin:segment_end],
+        action_valid=sampled.action_valid[begin:segment_end],
+        future=drive.stream(size, sampled.indices[end:segment_end]),
+        start_s=float(sampled.timestamps[end - 1]),
+    )
+
+
+def context_from_tokens(world: WorldModel, drive: DriveTokens, start_s: float | None) -> Context:
+    """Take the context from a drive of a token store; true frames are the tokenizer's reconstructions."""
+    begin, end = _context_range(
+        drive.timestamps, drive.segments, start_s, world.context_frames + 1, drive.id
+    )
+    segment_end = next(stop for start, stop in drive.segments if start <= begin < stop)
+    tokens = torch.from_numpy(drive.tokens[begin:segment_end].astype(np.int64))
+    context = end - begin
+
+    def future() -> Iterator[Frame]:
+        for frame in tokens[context:]:
+            yield world.tokenizer.decode(frame[None])[0]
+
+    return Context(
+        label=f"{drive.id} (reconstructed)",
+        tokens=tokens[:context],
+        frames=world.tokenizer.decode(tokens[:context]),
+        actions=np.asarray(drive.actions[begin:segment_end]),
+        action_valid=np.asarray(drive.action_valid[begin:segment_end]),
+        future=future(),
+        start_s=float(drive.timestamps[end - 1]),
+    )
+
+
+@dataclass(slots=True)
+class _Panels:
+    """Draws the side-by-side picture of a moment."""
+
+    world: WorldModel
+    context: Context
+    titles: list[str]
+    plans: list[ActionPlan]
+    steering_range: float
+
+    def _caption(self, title: str, action: NDArray[np.float32], valid: NDArray[np.bool_]) -> Caption:
+        speed, steering = (
+            float(value) if known else None for value, known in zip(action, valid, strict=True)
+        )
+        return Caption(
+            title=title, speed_mps=speed, steering=steering, steering_range=self.steering_range
+        )
+
+    def past(self, index: int) -> Frame:
+        """Every panel shows context frame `index`, under the action that leads from it."""
+        frame = self.context.frames[index]
+        caption = self._caption(
+            "context", self.context.actions[index], self.context.action_valid[index]
+        )
+        panel = draw_panel(frame, caption)
+        return side_by_side([panel] * (len(self.titles) + 1))
+
+    def future(self, index: int, frames: list[Frame], truth: Frame | None) -> Frame:
+        """The recording, where it goes on, then every future, after action `index`."""
+        panels = [self._truth(index, truth)]
+        for title, plan, frame in zip(self.titles, self.plans, frames, strict=True):
+            panels.append(
+                draw_panel(frame, self._caption(title, plan.actions[index], plan.valid[index]))
+            )
+        return side_by_side(panels)
+
+    def _truth(self, index: int, truth: Frame | None) -> Frame:
+        if truth is None:
+            blank = np.full_like(self.context.frames[0], 40)
+            nothing = np.zeros(2, np.float32), np.zeros(2, np.bool_)
+            return draw_panel(blank, self._caption("recording ended", *nothing))
+        position = len(self.context.tokens) - 1 + index
+        action, valid = self.context.actions[position], self.context.action_valid[position]
+        return draw_panel(truth, self._caption("recorded", action, valid))
+
+
+def output_files(out: Path) -> dict[str, Path]:
+    """Every file that a rollout to `out` (an .mp4) writes."""
+    if out.suffix.lower() != ".mp4":
+        raise DriveSimError(f"--out {out}: a rollout is an .mp4 file; name it so")
+    return {
+        "video": out,
+        "tokens": out.with_suffix(".safetensors"),
+        "settings": out.with_suffix(".json"),
+        "sheet": out.with_suffix(".png"),
+    }
+
+
+def write_rollout(
+    world: WorldModel,
+    context: Context,
+    plans: list[ActionPlan],
+    out: Path,
+    *,
+    sampling: Sampling,
+    samples: int = 1,
+) -> dict[str, Any]:
+    """Roll out every plan `samples` times from one context and write the files of `output_files`.
+
+    Frames are generated, decoded and written one at a time: memory does not grow with the length.
+    Returns what the JSON holds. The files appear together at the end, or not at all.
+    """
+    files = output_files(out)
+    titles = [
+        plan.label + (f" #{number + 1}" if samples > 1 else "")
+        for plan in plans
+        for number in range(samples)
+    ]
+    shown = [plan for plan in plans for _ in range(samples)]
+    steering_range = max(
+        2 * world.steering_p95, *(float(np.abs(plan.actions[:, 1]).max()) for plan in plans)
+    )
+    panels = _Panels(world, context, titles, shown, steering_range)
+    length = len(plans[0].actions)
+    with ExitStack() as stack:
+        temporary = {kind: stack.enter_context(atomic_file(path)) for kind, path in files.items()}
+        first = panels.past(0)
+        writer = stack.enter_context(
+            VideoWriter(temporary["video"], world.fps, first.shape[0], first.shape[1])
+        )
+        for index in range(len(context.frames) - 1):
+            writer.write(panels.past(index))
+        recorder = _Recorder(titles, length, world.fps)
+        with progress(length, f"rollout -> {out}", "frames") as bar:
+            for index, (tokens, frames, truth) in enumerate(
+                _futures(world, context, plans, sampling, samples, recorder)
+            ):
+                if index == 0:
+                    recorder.start(context.frames[-1])
+                recorder.record(index, tokens, frames, truth)
+                writer.write(panels.future(index, frames, truth))
+                bar.advance(1)
+        report = _report(world, context, shown, titles, sampling, recorder.seconds, length)
+        writer.close()
+        recorder.save(temporary["tokens"], context, shown)
+        Image.fromarray(recorder.sheet()).save(temporary["sheet"])
+        save_json(temporary["settings"], report)
+    return report
+
+
+class _Recorder:
+    """Keeps the tokens, the seconds spent, and the few frames of the contact sheet."""
+
+    def __init__(self, titles: list[str], length: int, fps: float) -> None:
+        self.titles, self.fps = titles, fps
+        self.seconds = {"generate": 0.0, "decode": 0.0}
+        self.tokens: list[NDArray[np.uint16]] = []
+        steps = np.unique(np.linspace(0, length, _SHEET_COLUMNS).round().astype(int))
+        self.columns = [int(step) for step in steps]
+        self.rows: dict[str, list[Frame]] = {title: [] for title in ["recorded", *titles]}
+
+    def start(self, frame: Frame) -> None:
+        for row in self.rows.values():
+            row.append(frame)
+
+    def record(
+        self, index: int, tokens: torch.Tensor, frames: list[Frame], truth: Frame | None
+    ) -> None:
+        self.tokens.append(tokens.cpu().numpy().astype(np.uint16))
+        if index + 1 in self.columns:
+            blank = np.full_like(frames[0], 40)
+            for title, frame in zip(
+                ["recorded", *self.titles], [blank if truth is None else truth, *frames], strict=True
+            ):
+                self.rows[title].append(frame)
+
+    def sheet(self) -> Frame:
+        return contact_sheet(list(self.rows.items()), [step / self.fps for step in self.columns])
+
+    def save(self, path: Path, context: Context, plans: list[ActionPlan]) -> None:
+        """Write tokens U16 [F, N, rows, cols], actions F32 [F, N, 2] and the context's tokens."""
+        save_file(
+            {
+                "tokens": np.stack(self.tokens, axis=1),
+                "actions": np.stack([plan.actions for plan in plans]),
+                "action_valid": np.stack([plan.valid for plan in plans]),
+                "context_tokens": context.tokens.cpu().numpy().astype(np.uint16),
+            },
+            path,
+        )
+
+
+def _futures(
+    world: WorldModel,
+    context: Context,
+    plans: list[ActionPlan],
+    sampling: Sampling,
+    samples: int,
+    recorder: _Recorder,
+) -> Iterator[tuple[torch.Tensor, list[Frame], Frame | None]]:
+    """Yield tokens [F, rows, cols], decoded frames and the true frame, one moment at a time."""
+    past = len(context.tokens) - 1
+    began = time.perf_counter()
+    prefix = world.encode_prefix(
+        context.tokens, context.actions[:past], context.action_valid[:past]
+    )
+    moments = world.generate(
+        prefix,
+        np.stack([plan.actions for plan in plans]),
+        np.stack([plan.valid for plan in plans]),
+        samples=samples,
+        sampling=sampling,
+    )
+    for moment in moments:
+        generated = time.perf_counter()
+        frames = list(world.tokenizer.decode(moment.tokens))
+        decoded = time.perf_counter()
+        recorder.seconds["generate"] += generated - began
+        recorder.seconds["decode"] += decoded - generated
+        yield moment.tokens, frames, next(context.future, None)
+        began = time.perf_counter()
+
+
+def _report(
+    world: WorldModel,
+    context: Context,
+    plans: list[ActionPlan],
+    titles: list[str],
+    sampling: Sampling,
+    seconds: dict[str, float],
+    length: int,
+) -> dict[str, Any]:
+    total = seconds["generate"] + seconds["decode"]
+    return {
+        "context": {"drive": context.label, "start_s": context.start_s, "frames": len(context.tokens)},
+        "futures": titles,
+        "sampling": asdict(sampling),
+        "fps": world.fps,
+        "frames": length,
+        "steering_kind": world.steering_kind,
+        "fingerprints": {"tokenizer": world.tokenizer.fingerprint, "world_model": world.fingerprint},
+        "device": str(world.device),
+        "frames_per_second": length * len(plans) / total,
+        "seconds": seconds,
+    }
