@@ -1,0 +1,265 @@
+"""The convolutional autoencoder around FSQ: stride 16, one code per 16x16 pixels.
+
+A fixed 4x4 patching (no weights, invertible) stands where a VQGAN (arXiv 2012.09841) convolves at
+full resolution, which is where that spends most of its time. From there: residual blocks at strides
+4, 8 and 16, attention at stride 16 only, and a decoder that mirrors the encoder.
+
+Axes: B batch, C channels, H W pixels, r c token rows and columns, D channels of a code,
+N = r * c positions, h heads, d channels of a head.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from driving_sim.tokenizer.fsq import FSQ
+
+STRIDE = 16
+_PATCH = 4
+_GROUP_CHANNELS = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AutoencoderConfig:
+    """The picture's size, the codebook, and the network between them."""
+
+    height: int = 256
+    """Picture height in pixels, a multiple of 16."""
+    width: int = 512
+    """Picture width in pixels, a multiple of 16."""
+    levels: tuple[int, ...] = (8, 5, 5, 5)
+    """FSQ levels per code channel; their product is the codebook size."""
+    patching: Literal["haar", "unshuffle"] = "haar"
+    """The fixed 4x4 patching: two-level Haar wavelets, or the pixels as they are."""
+    widths: tuple[int, int, int] = (64, 128, 256)
+    """Channels at strides 4, 8 and 16, multiples of 16."""
+    blocks: tuple[int, int, int] = (1, 2, 2)
+    """Residual blocks at strides 4, 8 and 16, in the encoder and again in the decoder."""
+    attention_blocks: int = 2
+    """Transformer blocks at stride 16, in the encoder and again in the decoder."""
+    head_size: int = 64
+    """Channels of an attention head; divides the channels at stride 16."""
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            size = getattr(self, name)
+            if size < STRIDE or size % STRIDE:
+                raise ValueError(f"{name}={size}: must be a positive multiple of {STRIDE}")
+        if not self.levels or min(self.levels) < 2:
+            raise ValueError(f"levels={self.levels}: needs at least one level, each at least 2")
+        if math.prod(self.levels) > 65536:
+            raise ValueError(f"levels={self.levels}: at most 65536 codes fit the uint16 tokens")
+        if len(self.widths) != 3 or any(w < 16 or w % _GROUP_CHANNELS for w in self.widths):
+            raise ValueError(f"widths={self.widths}: must be three positive multiples of 16")
+        if len(self.blocks) != 3 or min(self.blocks) < 0:
+            raise ValueError(f"blocks={self.blocks}: must be three counts, none negative")
+        if self.attention_blocks < 0:
+            raise ValueError(f"attention_blocks={self.attention_blocks}: must not be negative")
+        if self.head_size < 1 or self.widths[2] % self.head_size:
+            raise ValueError(f"head_size={self.head_size}: must divide widths[2]={self.widths[2]}")
+
+    @property
+    def rows(self) -> int:
+        """Token rows of a frame."""
+        return self.height // STRIDE
+
+    @property
+    def cols(self) -> int:
+        """Token columns of a frame."""
+        return self.width // STRIDE
+
+
+class Patching(nn.Module):
+    """Fold each 4x4 pixels into channels by an orthonormal transform that `inverse` undoes."""
+
+    basis: Tensor
+
+    def __init__(self, kind: Literal["haar", "unshuffle"]) -> None:
+        super().__init__()
+        basis = torch.eye(_PATCH**2) if kind == "unshuffle" else _haar_basis()
+        self.register_buffer("basis", basis, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the coefficients [B, 16 C, H/4, W/4] of pictures [B, C, H, W]."""
+        blocks = rearrange(x, "b c (h p) (w q) -> b h w c (p q)", p=_PATCH, q=_PATCH)
+        return rearrange(self._multiply(blocks, self.basis.T), "b h w c k -> b (c k) h w")
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """Return the pictures [B, C, 4 H, 4 W] of coefficients [B, 16 C, H, W]."""
+        coefficients = rearrange(y, "b (c k) h w -> b h w c k", k=_PATCH**2)
+        blocks = self._multiply(coefficients, self.basis)
+        return rearrange(blocks, "b h w c (p q) -> b c (h p) (w q)", p=_PATCH, q=_PATCH)
+
+    @staticmethod
+    def _multiply(x: Tensor, basis: Tensor) -> Tensor:
+        # Pixels keep float32 under autocast: bfloat16 cannot even hold 256 grey levels.
+        with torch.autocast(x.device.type, enabled=False):
+            return x.float() @ basis
+
+
+def _haar_basis() -> Tensor:
+    """Return the orthonormal two-level Haar wavelets of a 4x4 block, one per row [16, 16]."""
+    root = math.sqrt(0.5)
+    line = torch.tensor(
+        [[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, -0.5, -0.5], [root, -root, 0, 0], [0, 0, root, -root]]
+    )
+    return torch.kron(line, line)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(channels // _GROUP_CHANNELS, channels)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(conv(norm(x)))), the identity at first."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output, shaped like its input."""
+        y: Tensor = self.conv2(F.silu(self.conv1(F.silu(self.norm(x)))))
+        return x + y
+
+
+class AttentionBlock(nn.Module):
+    """A pre-norm transformer block over the positions of a feature map, the identity at first."""
+
+    def __init__(self, channels: int, head_size: int) -> None:
+        super().__init__()
+        self.heads = channels // head_size
+        self.norm1 = _norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        self.norm2 = _norm(channels)
+        self.up = nn.Conv2d(channels, 4 * channels, 1)
+        self.down = nn.Conv2d(4 * channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output, shaped like its input."""
+        x = x + self.out(self._attend(self.norm1(x)))
+        y: Tensor = self.down(F.silu(self.up(self.norm2(x))))
+        return x + y
+
+    def _attend(self, x: Tensor) -> Tensor:
+        pattern = "b (n h d) r c -> n b h (r c) d"
+        q, k, v = rearrange(self.qkv(x), pattern, n=3, h=self.heads)
+        y_BhNd = F.scaled_dot_product_attention(q, k, v)
+        return rearrange(y_BhNd, "b h (r c) d -> b (h d) r c", c=x.shape[3])
+
+
+class Bottleneck(nn.Sequential):
+    """The blocks at stride 16: learned positions first, then residual and transformer blocks."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        channels = config.widths[2]
+        super().__init__(
+            _Positions(channels, config.rows, config.cols),
+            *(ResidualBlock(channels) for _ in range(config.blocks[2])),
+            *(AttentionBlock(channels, config.head_size) for _ in range(config.attention_blocks)),
+        )
+
+
+class _Positions(nn.Module):
+    """Add a learned vector per position: a car's camera sees sky and road in fixed places."""
+
+    def __init__(self, channels: int, rows: int, cols: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(channels, rows, cols) * 0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.embedding
+
+
+class Encoder(nn.Sequential):
+    """Patches [B, 48, H/4, W/4] to unquantised codes [B, D, r, c]."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        fine, middle, coarse = config.widths
+        super().__init__(
+            nn.Conv2d(3 * _PATCH**2, fine, 3, padding=1),
+            *(ResidualBlock(fine) for _ in range(config.blocks[0])),
+            nn.Conv2d(fine, middle, 2, stride=2),
+            *(ResidualBlock(middle) for _ in range(config.blocks[1])),
+            nn.Conv2d(middle, coarse, 2, stride=2),
+            Bottleneck(config),
+            _norm(coarse),
+            nn.Conv2d(coarse, len(config.levels), 1),
+        )
+
+
+class Decoder(nn.Sequential):
+    """Codes [B, D, r, c] to patches [B, 48, H/4, W/4], through the encoder's stages in reverse."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        fine, middle, coarse = config.widths
+        super().__init__(
+            nn.Conv2d(len(config.levels), coarse, 1),
+            Bottleneck(config),
+            nn.Conv2d(coarse, 4 * middle, 1),
+            nn.PixelShuffle(2),
+            *(ResidualBlock(middle) for _ in range(config.blocks[1])),
+            nn.Conv2d(middle, 4 * fine, 1),
+            nn.PixelShuffle(2),
+            *(ResidualBlock(fine) for _ in range(config.blocks[0])),
+            _norm(fine),
+            nn.SiLU(),
+            nn.Conv2d(fine, 3 * _PATCH**2, 3, padding=1),
+        )
+
+
+class Reconstruction(NamedTuple):
+    """What one pass through the autoencoder yields."""
+
+    images: Tensor
+    """Reconstructed pictures [B, 3, H, W], nominally in [-1, 1], not clamped."""
+    tokens: Tensor
+    """Indices of the codes [B, r, c], int64."""
+
+
+class Autoencoder(nn.Module):
+    """Pictures to a grid of tokens and back."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patching = Patching(config.patching)
+        self.encoder = Encoder(config)
+        self.quantiser = FSQ(config.levels)
+        self.decoder = Decoder(config)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight of the decoder's last convolution, where losses' gradients are compared."""
+        layer = self.decoder[-1]
+        assert isinstance(layer, nn.Conv2d)
+        return layer.weight
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the quantised codes [B, r, c, D] of pictures [B, 3, H, W] in [-1, 1]."""
+        patches = self.patching(images).contiguous(memory_format=torch.channels_last)
+        z_BDrc = self.encoder(patches)
+        codes: Tensor = self.quantiser(rearrange(z_BDrc, "b d r c -> b r c d"))
+        return codes
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return pictures [B, 3, H, W], nominally in [-1, 1], from codes [B, r, c, D]."""
+        codes_BDrc = rearrange(codes, "b r c d -> b d r c")
+        patches = self.decoder(codes_BDrc.contiguous(memory_format=torch.channels_last))
+        return self.patching.inverse(patches)
+
+    def forward(self, images: Tensor) -> Reconstruction:
+        """Encode, quantise and decode pictures [B, 3, H, W] in [-1, 1]."""
+        codes = self.encode(images)
+        return Reconstruction(self.decode(codes), self.quantiser.codes_to_indices(codes))

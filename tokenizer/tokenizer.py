@@ -1,0 +1,228 @@
+"""The frozen tokenizer: a folder of weights and config, loaded to turn frames into tokens and back.
+
+Axes: T frames, H W the frames' own pixels, h w the tokenizer's, r c token rows and columns.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from driving_sim.data.video import FrameSize, transform_description
+from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
+from driving_sim.engine.device import resolve_device
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.files import atomic_file
+from driving_sim.tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+
+Frames = Tensor | NDArray[np.uint8]
+
+_WEIGHTS = "model.safetensors"
+_CONFIG = "config.json"
+
+
+class Tokenizer:
+    """Frames to tokens and back with fixed weights: eval mode, no gradients, float32."""
+
+    def __init__(self, autoencoder: Autoencoder, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.autoencoder = autoencoder.eval().requires_grad_(False).to(self.device)
+        self.fingerprint = fingerprint(autoencoder)
+        """SHA-256 of weights, config and frame transform; token stores carry it."""
+
+    @classmethod
+    def from_run(cls, path: Path | str, device: str = "auto") -> Self:
+        """Load the tokenizer folder `path`; raise `DriveSimError` where it is not an intact one."""
+        folder = Path(path)
+        for name in (_CONFIG, _WEIGHTS):
+            if not (folder / name).is_file():
+                raise DriveSimError(
+                    f"{folder} holds no tokenizer ({name} is missing): "
+                    "train one with `drivesim train-tokenizer`, or name its folder"
+                )
+        saved = load_json(folder / _CONFIG)
+        config = from_dict(AutoencoderConfig, saved.get("model", {}), f"{folder / _CONFIG}: model")
+        autoencoder = Autoencoder(config)
+        _load_weights(autoencoder, folder / _WEIGHTS)
+        _check_fingerprint(autoencoder, saved, folder)
+        return cls(autoencoder, resolve_device(device))
+
+    def save(self, path: Path | str) -> None:
+        """Write the tokenizer folder `path`: `model.safetensors` and `config.json`."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {k: v.cpu().contiguous() for k, v in self.autoencoder.state_dict().items()}
+        with atomic_file(folder / _WEIGHTS) as temporary:
+            save_file(weights, temporary)
+        save_json(
+            folder / _CONFIG,
+            {**_identity(self.autoencoder.config), "fingerprint": self.fingerprint},
+        )
+
+    @property
+    def config(self) -> AutoencoderConfig:
+        """The autoencoder's configuration."""
+        return self.autoencoder.config
+
+    @property
+    def height(self) -> int:
+        """Height of decoded frames in pixels."""
+        return self.config.height
+
+    @property
+    def width(self) -> int:
+        """Width of decoded frames in pixels."""
+        return self.config.width
+
+    @property
+    def rows(self) -> int:
+        """Token rows of a frame."""
+        return self.config.rows
+
+    @property
+    def cols(self) -> int:
+        """Token columns of a frame."""
+        return self.config.cols
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """FSQ levels per code channel."""
+        return self.config.levels
+
+    @property
+    def codebook_size(self) -> int:
+        """How many different tokens there are."""
+        return self.autoencoder.quantiser.codebook_size
+
+    @torch.inference_mode()
+    def encode(self, frames: Frames, *, batch_size: int = 16) -> Tensor:
+        """Return the tokens, int64 [T, r, c] on the CPU, of uint8 RGB frames [T, H, W, 3].
+
+        Frames of another size are scaled to cover the tokenizer's and cropped at the centre.
+        """
+        frames_THWC = _checked_frames(frames)
+        quantiser = self.autoencoder.quantiser
+        tokens = [
+            quantiser.codes_to_indices(
+                self.autoencoder.encode(images_from_frames(chunk.to(self.device), self.config))
+            ).cpu()
+            for chunk in torch.split(frames_THWC, batch_size)
+        ]
+        if not tokens:
+            return torch.zeros(0, self.rows, self.cols, dtype=torch.int64)
+        return torch.cat(tokens)
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor | NDArray[Any], *, batch_size: int = 16) -> Tensor:
+        """Return the frames, uint8 RGB [T, h, w, 3] on the CPU, of tokens [T, r, c]."""
+        tokens_Trc = self._checked_tokens(tokens)
+        quantiser = self.autoencoder.quantiser
+        frames = [
+            frames_from_images(
+                self.autoencoder.decode(quantiser.indices_to_codes(chunk.to(self.device)))
+            ).cpu()
+            for chunk in torch.split(tokens_Trc, batch_size)
+        ]
+        if not frames:
+            return torch.zeros(0, self.height, self.width, 3, dtype=torch.uint8)
+        return torch.cat(frames)
+
+    def _checked_tokens(self, tokens: Tensor | NDArray[Any]) -> Tensor:
+        tokens_Trc = (
+            tokens if isinstance(tokens, Tensor) else torch.from_numpy(tokens.astype(np.int64))
+        ).long()
+        if tokens_Trc.ndim != 3 or tuple(tokens_Trc.shape[1:]) != (self.rows, self.cols):
+            raise ValueError(
+                f"tokens of shape {tuple(tokens_Trc.shape)}: this tokenizer decodes "
+                f"[T, {self.rows}, {self.cols}]"
+            )
+        if ((tokens_Trc < 0) | (tokens_Trc >= self.codebook_size)).any():
+            raise ValueError(f"tokens outside 0..{self.codebook_size - 1}")
+        return tokens_Trc
+
+
+def images_from_frames(frames: Tensor, size: AutoencoderConfig) -> Tensor:
+    """Return pictures [T, 3, h, w] in [-1, 1] covering `size` from uint8 frames [T, H, W, 3]."""
+    images = rearrange(frames, "t h w c -> t c h w").float()
+    height, width = images.shape[2:]
+    if (height, width) != (size.height, size.width):
+        images = _resized(images, size)
+    return images / 127.5 - 1
+
+
+def frames_from_images(images: Tensor) -> Tensor:
+    """Return uint8 frames [T, h, w, 3] from pictures [T, 3, h, w] in [-1, 1]."""
+    frames = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return rearrange(frames, "t c h w -> t h w c")
+
+
+def fingerprint(autoencoder: Autoencoder) -> str:
+    """Return the SHA-256, in hexadecimal, of config, frame transform and weights."""
+    digest = hashlib.sha256(json.dumps(_identity(autoencoder.config), sort_keys=True).encode())
+    for name, value in sorted(autoencoder.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _identity(config: AutoencoderConfig) -> dict[str, Any]:
+    size = FrameSize(config.height, config.width)
+    return {"kind": "tokenizer", "model": to_dict(config), "frames": transform_description(size)}
+
+
+def _load_weights(autoencoder: Autoencoder, path: Path) -> None:
+    try:
+        autoencoder.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DriveSimError(
+            f"{path}: not this tokenizer's weights ({reason}); copy it again"
+        ) from error
+
+
+def _check_fingerprint(autoencoder: Autoencoder, saved: Mapping[str, Any], folder: Path) -> None:
+    found = fingerprint(autoencoder)
+    if saved.get("frames") != _identity(autoencoder.config)["frames"]:
+        raise DriveSimError(
+            f"{folder}: this version of drivesim prepares frames differently from the one that "
+            "trained the tokenizer; use that version, or train again"
+        )
+    if saved.get("fingerprint") != found:
+        raise DriveSimError(
+            f"{folder}: the fingerprint in {_CONFIG} does not match the weights "
+            f"({str(saved.get('fingerprint'))[:12]} and {found[:12]}); copy the folder again"
+        )
+
+
+def _checked_frames(frames: Frames) -> Tensor:
+    frames = (
+        frames if isinstance(frames, Tensor) else torch.from_numpy(np.ascontiguousarray(frames))
+    )
+    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != torch.uint8:
+        raise ValueError(
+            f"frames of shape {tuple(frames.shape)} and {frames.dtype}: must be uint8 [T, H, W, 3]"
+        )
+    return frames
+
+
+def _resized(images: Tensor, size: AutoencoderConfig) -> Tensor:
+    """Crop the centre to `size`'s aspect ratio, then scale; values keep their range."""
+    height, width = images.shape[2:]
+    scale = max(size.height / height, size.width / width)
+    crop_height = min(height, round(size.height / scale))
+    crop_width = min(width, round(size.width / scale))
+    top, left = (height - crop_height) // 2, (width - crop_width) // 2
+    crop = images[:, :, top : top + crop_height, left : left + crop_width]
+    return F.interpolate(
+        crop, (size.height, size.width), mode="bilinear", antialias=True, align_corners=False
+    )
