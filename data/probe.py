@@ -1,0 +1,255 @@
+"""What is in a video file and which reader may be trusted with it, from its packets alone.
+
+decord is the faster reader of clips, but it returns wrong frames, without an error, for files with
+edit lists, missing or negative timestamps and for most codecs. So it only gets the files listed in
+`_why_not_decord`; PyAV reads all others.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+
+from driving_sim.data.timing import median_period
+from driving_sim.engine.errors import DriveSimError
+
+_DECORD_CODECS = ("h264", "vp9", "mpeg4")
+_CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2": "mp4", "matroska,webm": "mkv"}
+_FALLBACK_RATE = 25.0
+
+
+class VideoError(DriveSimError):
+    """A video file that cannot be read: what is wrong with it and where."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class VideoInfo:
+    """One video file: its picture, its frames' times, and the reader that gets it right."""
+
+    path: Path
+    codec: str
+    container: str
+    width: int
+    """Pixels as displayed: rotation and pixel aspect ratio applied."""
+    height: int
+    """Pixels as displayed: rotation and pixel aspect ratio applied."""
+    rotation: int
+    """Degrees anticlockwise by which a decoded picture is turned for display: 0, 90, 180, 270."""
+    timestamps: NDArray[np.float64]
+    """Seconds from the first frame, [frames], strictly increasing."""
+    pts: NDArray[np.int64] | None
+    """The same in the stream's time base; None where the file has no timestamps (raw streams)."""
+    reader: Literal["decord", "pyav"]
+    reason: str
+    """Why this reader."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Packets:
+    count: int
+    discarded: int
+    corrupt: int
+    pts: NDArray[np.int64] | None
+    end: int
+    """Where the last frame ends, in the stream's time base."""
+
+
+@cache
+def decord_installed() -> bool:
+    """Whether decord is there: it has no wheel for arm64."""
+    return find_spec("decord") is not None
+
+
+def probe(path: Path) -> VideoInfo:
+    """Read the file's packets, decode its first frame, and decide who reads it.
+
+    Takes milliseconds: nothing is decoded after the first frame. A stream without timestamps
+    (raw .hevc, .h264) gets them from its nominal rate.
+
+    Raises VideoError for a file that is missing, empty, truncated, not a video or without frames.
+    """
+    _check_file(path)
+    try:
+        with av.open(str(path)) as container:
+            stream = video_stream(container, path)
+            packets = _demux(container, stream)
+            return _describe(path, container, stream, packets)
+    except av.error.FFmpegError as error:
+        raise VideoError(
+            f"{path}: not a readable video ({error.strerror}): it is damaged, cut off or another "
+            "kind of file; copy it again or leave it out"
+        ) from error
+
+
+def video_stream(container: InputContainer, path: Path) -> VideoStream:
+    """The file's first video stream; cover pictures of audio files do not count."""
+    for stream in container.streams.video:
+        if not stream.disposition & av.stream.Disposition.attached_pic:
+            return stream
+    raise VideoError(f"{path}: no video stream in this file (audio only?); leave it out")
+
+
+def decode_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    """Decode from the current position in display order, from the first keyframe on."""
+    # A packet before the first keyframe (a stream joined midway) makes decoders fail.
+    started = False
+    for packet in container.demux(stream):
+        started = started or packet.is_keyframe
+        if started or packet.size == 0:
+            yield from stream.decode(packet)
+
+
+def _check_file(path: Path) -> None:
+    if not path.exists():
+        raise VideoError(f"{path}: no such file")
+    if not path.is_file():
+        raise VideoError(f"{path}: not a file; give a video file")
+    if path.stat().st_size == 0:
+        raise VideoError(f"{path}: the file is empty; copy it again or leave it out")
+
+
+def _demux(container: InputContainer, stream: VideoStream) -> _Packets:
+    pts: list[int | None] = []
+    discarded = corrupt = end = 0
+    for packet in container.demux(stream):
+        if packet.size == 0:
+            continue
+        corrupt += packet.is_corrupt
+        if packet.is_discard:
+            discarded += 1
+            continue
+        pts.append(packet.pts)
+        if packet.pts is not None:
+            end = max(end, packet.pts + (packet.duration or 0))
+    known = [value for value in pts if value is not None]
+    return _Packets(
+        count=len(pts),
+        discarded=discarded,
+        corrupt=corrupt,
+        pts=np.array(known, dtype=np.int64) if len(known) == len(pts) else None,
+        end=end,
+    )
+
+
+def _describe(
+    path: Path, container: InputContainer, stream: VideoStream, packets: _Packets
+) -> VideoInfo:
+    if packets.count == 0:
+        raise VideoError(f"{path}: no frames in this file; leave it out")
+    first = _first_frame(path)
+    pts = _frame_pts(packets, first)
+    timestamps = _timestamps(pts, packets.count, stream)
+    _check_whole(path, container, stream, packets, timestamps)
+    rotation = first.rotation % 360
+    codec = stream.codec_context.codec.canonical_name
+    container_name = _CONTAINERS.get(container.format.name, container.format.name)
+    obstacle = _why_not_decord(codec, container_name, rotation, stream, packets, pts)
+    width, height = _display_size(first, stream, rotation)
+    return VideoInfo(
+        path=path,
+        codec=codec,
+        container=container_name,
+        width=width,
+        height=height,
+        rotation=rotation,
+        timestamps=timestamps,
+        pts=pts,
+        reader="pyav" if obstacle else "decord",
+        reason=obstacle or f"{codec} in {container_name} with plain timestamps",
+    )
+
+
+def _first_frame(path: Path) -> VideoFrame:
+    # Opened anew: not every format can be sought back to its start.
+    with av.open(str(path)) as container:
+        for frame in decode_frames(container, video_stream(container, path)):
+            return frame
+    raise VideoError(f"{path}: no frame of this file can be decoded; copy it again or leave it out")
+
+
+def _frame_pts(packets: _Packets, first: VideoFrame) -> NDArray[np.int64] | None:
+    if packets.pts is None or first.pts is None:
+        return None
+    # Pictures that need a reference from before the file's start are never shown.
+    pts = np.unique(packets.pts)
+    return pts[pts >= first.pts]
+
+
+def _timestamps(
+    pts: NDArray[np.int64] | None, count: int, stream: VideoStream
+) -> NDArray[np.float64]:
+    if pts is not None and stream.time_base is not None:
+        return np.asarray((pts - pts[0]) * float(stream.time_base), dtype=np.float64)
+    rate = stream.guessed_rate or stream.average_rate
+    return np.arange(count, dtype=np.float64) / float(rate or _FALLBACK_RATE)
+
+
+def _check_whole(
+    path: Path,
+    container: InputContainer,
+    stream: VideoStream,
+    packets: _Packets,
+    timestamps: NDArray[np.float64],
+) -> None:
+    expected = _declared_end(container, stream)
+    if expected is None or packets.pts is None or stream.time_base is None:
+        return
+    end = packets.end * float(stream.time_base)
+    missing = expected - end
+    # A slack for the last frame's length, which some writers leave out.
+    if packets.corrupt or missing > max(0.5, 3 * median_period(timestamps)):
+        raise VideoError(
+            f"{path}: truncated: the file says {expected:.1f} s but its frames end at {end:.1f} s; "
+            f"copy it again, or keep what is there: ffmpeg -i {path.name} -c copy whole.mkv"
+        )
+
+
+def _declared_end(container: InputContainer, stream: VideoStream) -> float | None:
+    """When the stream should end, in seconds of its own clock; None where the file does not say."""
+    if container.format.name.startswith("mov") and stream.duration and stream.time_base:
+        return float(((stream.start_time or 0) + stream.duration) * stream.time_base)
+    if container.format.name.startswith("matroska"):
+        hours, _, rest = stream.metadata.get("DURATION", "").partition(":")
+        minutes, _, seconds = rest.partition(":")
+        if seconds:
+            return float(hours) * 3600 + float(minutes) * 60 + float(seconds)
+    return None
+
+
+def _display_size(first: VideoFrame, stream: VideoStream, rotation: int) -> tuple[int, int]:
+    aspect = stream.sample_aspect_ratio
+    width = round(first.width * float(aspect)) if aspect else first.width
+    return (first.height, width) if rotation in (90, 270) else (width, first.height)
+
+
+def _why_not_decord(
+    codec: str,
+    container: str,
+    rotation: int,
+    stream: VideoStream,
+    packets: _Packets,
+    pts: NDArray[np.int64] | None,
+) -> str:
+    """The first reason against decord, or nothing."""
+    obstacles = {
+        "decord is not installed": not decord_installed(),
+        f"container {container}": container not in ("mp4", "mkv"),
+        f"codec {codec}": codec not in _DECORD_CODECS,
+        "packets without timestamps": pts is None,
+        "discarded packets (edit list)": packets.discarded > 0,
+        "negative first timestamp": pts is not None and int(pts[0]) < 0,
+        "duplicate timestamps or undecodable leading frames": pts is not None
+        and len(pts) != packets.count,
+        "frame count differs from the header's": stream.frames not in (0, packets.count),
+        f"rotated by {rotation} degrees": rotation != 0,
+    }
+    return next((reason for reason, applies in obstacles.items() if applies), "")

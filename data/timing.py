@@ -1,0 +1,74 @@
+"""Frame times: rate, gaps, and the choice of frames for a lower rate."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+_STRIDE_TOLERANCE = 0.15
+
+
+def median_period(timestamps: NDArray[np.float64]) -> float:
+    """Median time between frames in seconds; 0 for fewer than two frames."""
+    return float(np.median(np.diff(timestamps))) if len(timestamps) > 1 else 0.0
+
+
+def median_rate(timestamps: NDArray[np.float64]) -> float:
+    """Frames per second, from the median time between frames; 0 for fewer than two frames."""
+    period = median_period(timestamps)
+    return 1.0 / period if period > 0 else 0.0
+
+
+def gaps(timestamps: NDArray[np.float64], limit: float = 1.5) -> list[tuple[int, int]]:
+    """Cut a drive where two frames are more than `limit` median periods apart.
+
+    Returns the segments as (start, stop) frame numbers; together they cover every frame.
+    """
+    if len(timestamps) == 0:
+        return []
+    breaks = np.flatnonzero(np.diff(timestamps) > limit * median_period(timestamps)) + 1
+    edges = [0, *breaks.tolist(), len(timestamps)]
+    return list(pairwise(edges))
+
+
+def choose_frames(
+    timestamps: NDArray[np.float64], *, fps: float | None = None, every: int | None = None
+) -> NDArray[np.int64]:
+    """The frames to keep for a lower rate, as increasing frame numbers.
+
+    `every` keeps every n-th frame. `fps` keeps every k-th where the video's rate is within 15 % of
+    k times `fps` (a constant stride has no jitter), else the nearest frame to each tick of a
+    regular grid. A rate above the video's own keeps every frame. Neither keeps every frame.
+
+    Raises ValueError where both are given, or one is not positive.
+    """
+    stride = _stride(timestamps, fps, every)
+    if stride is not None:
+        return np.arange(0, len(timestamps), stride, dtype=np.int64)
+    assert fps is not None
+    return _nearest_to_grid(timestamps, 1.0 / fps)
+
+
+def _stride(timestamps: NDArray[np.float64], fps: float | None, every: int | None) -> int | None:
+    """The constant stride that serves the request; None where only a grid does."""
+    if fps is not None and every is not None:
+        raise ValueError(f"fps={fps} and every={every}: give one of them")
+    if every is not None:
+        if every < 1:
+            raise ValueError(f"every={every}: must be at least 1")
+        return every
+    if fps is None:
+        return 1
+    if not (fps > 0 and math.isfinite(fps)):
+        raise ValueError(f"fps={fps}: must be a positive number")
+    ratio = median_rate(timestamps) / fps
+    nearest = max(1, round(ratio))
+    return nearest if ratio <= 1 or abs(ratio / nearest - 1) <= _STRIDE_TOLERANCE else None
+
+
+def _nearest_to_grid(timestamps: NDArray[np.float64], period: float) -> NDArray[np.int64]:
+    ticks = np.arange(timestamps[0], timestamps[-1] + period / 2, period)
+    after = np.searchsorted(timestamps, ticks).clip(1, len(timestamps) - 1)
+    nearer_before = ticks - timestamps[after - 1] <= timestamps[after] - ticks
+    return np.unique(after - nearer_before).astype(np.int64)

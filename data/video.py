@@ -1,0 +1,174 @@
+"""Frames out of video files: whole videos as a stream, clips by frame number.
+
+Whole videos are streamed with PyAV. Clips are read with decord where `probe` allows it; a reader is
+opened for the clip and closed after it, because an open decord reader decodes ahead without bound.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import av
+import numpy as np
+from av.video.frame import VideoFrame
+from numpy.typing import NDArray
+
+from driving_sim.data.frame_size import (
+    TRANSFORM_VERSION,
+    Fit,
+    FrameSize,
+    fit,
+    transform_description,
+)
+from driving_sim.data.probe import VideoError, VideoInfo, decode_frames, probe, video_stream
+
+__all__ = [
+    "TRANSFORM_VERSION",
+    "FrameSize",
+    "VideoError",
+    "VideoInfo",
+    "probe",
+    "read_frames",
+    "stream_frames",
+    "transform_description",
+]
+
+Frame = NDArray[np.uint8]
+
+
+def stream_frames(
+    info: VideoInfo,
+    size: FrameSize | None = None,
+    indices: NDArray[np.int64] | Sequence[int] | None = None,
+) -> Iterator[Frame]:
+    """Yield frames as uint8 RGB [height, width, 3], in order and in constant memory.
+
+    `indices` are increasing frame numbers; without them every frame comes. Without a size frames
+    keep the video's own.
+
+    Raises VideoError where a wanted frame cannot be decoded, naming the time reached.
+    """
+    wanted = _checked(info, range(len(info.timestamps)) if indices is None else indices)
+    if np.any(np.diff(wanted) <= 0):
+        raise ValueError("indices: must be increasing")
+    geometry = fit(info.height, info.width, size)
+    for frame in _wanted_frames(info, wanted, seek=False):
+        yield _picture(frame, info, geometry)
+
+
+def read_frames(
+    info: VideoInfo, indices: NDArray[np.int64] | Sequence[int], size: FrameSize | None = None
+) -> NDArray[np.uint8]:
+    """Read a clip: the frames at `indices`, in any order, as uint8 RGB [n, height, width, 3].
+
+    For clips that fit in memory many times over. Raises VideoError where a frame cannot be decoded.
+    """
+    asked = _checked(info, indices)
+    geometry = fit(info.height, info.width, size)
+    if len(asked) == 0:
+        return np.empty((0, geometry.size.height, geometry.size.width, 3), dtype=np.uint8)
+    wanted, positions = np.unique(asked, return_inverse=True)
+    frames = _read_decord(info, wanted, geometry) if info.reader == "decord" else None
+    if frames is None:
+        frames = _read_pyav(info, wanted, geometry)
+    return frames[positions]
+
+
+def _checked(
+    info: VideoInfo, indices: NDArray[np.int64] | Sequence[int] | range
+) -> NDArray[np.int64]:
+    wanted = np.asarray(indices, dtype=np.int64)
+    count = len(info.timestamps)
+    if len(wanted) and (wanted.min() < 0 or wanted.max() >= count):
+        raise IndexError(f"{info.path}: frames {wanted.min()}..{wanted.max()} of {count}")
+    return wanted
+
+
+def _read_decord(info: VideoInfo, wanted: NDArray[np.int64], geometry: Fit) -> Frame | None:
+    """The clip as decord reads it; None where it does not agree with the probe."""
+    import decord
+
+    try:
+        reader = decord.VideoReader(
+            str(info.path), width=geometry.width, height=geometry.height, num_threads=1
+        )
+        if len(reader) != len(info.timestamps):
+            return None
+        frames: Frame = reader.get_batch(wanted).asnumpy()
+    # Its error is a plain Exception. PyAV then reads the clip, or says what is wrong.
+    except Exception:
+        return None
+    return np.ascontiguousarray(frames[:, geometry.rows, geometry.columns])
+
+
+def _read_pyav(info: VideoInfo, wanted: NDArray[np.int64], geometry: Fit) -> Frame:
+    frames = np.empty((len(wanted), geometry.size.height, geometry.size.width, 3), dtype=np.uint8)
+    try:
+        for slot, frame in enumerate(_wanted_frames(info, wanted, seek=True)):
+            frames[slot] = _picture(frame, info, geometry)
+    except VideoError:
+        # Some files seek past the frame; decoding from the start is slow but certain.
+        for slot, frame in enumerate(_wanted_frames(info, wanted, seek=False)):
+            frames[slot] = _picture(frame, info, geometry)
+    return frames
+
+
+def _wanted_frames(
+    info: VideoInfo, wanted: NDArray[np.int64], *, seek: bool
+) -> Iterator[VideoFrame]:
+    """Decode the frames with these increasing numbers; all of them or a VideoError."""
+    if len(wanted) == 0:
+        return
+    waiting = iter(wanted.tolist())
+    target = next(waiting)
+    try:
+        for index, frame in _numbered(info, int(wanted[0]) if seek else None):
+            if index > target:
+                break
+            if index == target:
+                yield frame
+                upcoming = next(waiting, None)
+                if upcoming is None:
+                    return
+                target = upcoming
+    except av.error.FFmpegError as error:
+        raise _undecodable(info, target, error.strerror) from error
+    raise _undecodable(info, target, "frames are missing")
+
+
+def _undecodable(info: VideoInfo, index: int, why: str | None) -> VideoError:
+    reached, total = info.timestamps[index], info.timestamps[-1]
+    return VideoError(
+        f"{info.path}: decoding stopped at {reached:.1f} s of {total:.1f} s (frame {index}: "
+        f"{why}): the file is truncated or damaged; copy it again, or cut it there"
+    )
+
+
+def _numbered(info: VideoInfo, first: int | None) -> Iterator[tuple[int, VideoFrame]]:
+    """Decode with frame numbers, from the keyframe before frame `first` or from the start."""
+    with av.open(str(info.path)) as container:
+        stream = video_stream(container, info.path)
+        stream.thread_type = "AUTO"
+        if info.pts is None:
+            yield from enumerate(decode_frames(container, stream))
+            return
+        if first is not None:
+            container.seek(int(info.pts[first]), stream=stream)
+        for frame in decode_frames(container, stream):
+            if frame.pts is None:
+                continue
+            index = int(np.searchsorted(info.pts, frame.pts))
+            if index < len(info.pts) and info.pts[index] == frame.pts:
+                yield index, frame
+
+
+def _picture(frame: VideoFrame, info: VideoInfo, geometry: Fit) -> Frame:
+    turned = info.rotation in (90, 270)
+    scaled = frame.reformat(
+        width=geometry.height if turned else geometry.width,
+        height=geometry.width if turned else geometry.height,
+        format="rgb24",
+        # The default takes a thread per core for every small picture: up to four times slower.
+        threads=1,
+        interpolation="BILINEAR",
+    )
+    upright = np.rot90(scaled.to_ndarray(), info.rotation // 90)
+    return np.ascontiguousarray(upright[geometry.rows, geometry.columns])

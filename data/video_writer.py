@@ -1,0 +1,102 @@
+"""Frames into a video file that every player plays."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.files import atomic_file
+
+
+class VideoWriter:
+    """H.264 (yuv420p, faststart) written frame by frame; the file appears only when complete.
+
+    Odd heights and widths are padded by repeating the last row or column: the codec needs even
+    ones. Use as a context manager; an exception inside leaves no file.
+    """
+
+    def __init__(self, path: Path, *, fps: float, height: int, width: int, crf: int = 18) -> None:
+        if not fps > 0:
+            raise ValueError(f"fps={fps}: must be positive")
+        self.path = path
+        self.height = height
+        self.width = width
+        self._rate = Fraction(fps).limit_denominator(65535)
+        self._crf = crf
+        self._frames = 0
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        """Open the temporary file."""
+        with self._reported():
+            temporary = self._stack.enter_context(atomic_file(self.path))
+            self._container = self._stack.enter_context(
+                av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"})
+            )
+            self._stream = self._container.add_stream(
+                "libx264", rate=self._rate, options={"crf": str(self._crf), "preset": "veryfast"}
+            )
+        self._stream.pix_fmt = "yuv420p"
+        self._stream.width = self.width + self.width % 2
+        self._stream.height = self.height + self.height % 2
+        return self
+
+    def write(self, frame: NDArray[np.uint8]) -> None:
+        """Append one frame, uint8 RGB [height, width, 3]."""
+        if frame.shape != (self.height, self.width, 3) or frame.dtype != np.uint8:
+            raise ValueError(
+                f"frame: {frame.dtype} {frame.shape}, expected uint8 {(self.height, self.width, 3)}"
+            )
+        padding = ((0, self.height % 2), (0, self.width % 2), (0, 0))
+        picture = av.VideoFrame.from_ndarray(np.pad(frame, padding, mode="edge"), format="rgb24")
+        picture.pts = self._frames
+        picture.time_base = 1 / self._rate
+        self._frames += 1
+        with self._reported():
+            self._container.mux(self._stream.encode(picture))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Finish the file and give it its name, or remove it after an error."""
+        if kind is not None:
+            self._stack.__exit__(kind, error, trace)
+            return
+        with self._reported(), self._stack:
+            if self._frames == 0:
+                raise DriveSimError(f"{self.path}: no frames to write")
+            self._container.mux(self._stream.encode(None))
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Turn a full disk or a forbidden folder into one line, and leave no file behind."""
+        try:
+            yield
+        except (OSError, av.error.FFmpegError) as error:
+            self._stack.close()
+            raise DriveSimError(
+                f"{self.path}: cannot be written ({error.strerror}); free space or choose another "
+                "place"
+            ) from error
+
+
+def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], fps: float) -> None:
+    """Write frames, uint8 RGB [height, width, 3] each (or an array of them), as H.264."""
+    remaining = iter(frames)
+    first = next(remaining, None)
+    if first is None:
+        raise DriveSimError(f"{path}: no frames to write")
+    with VideoWriter(path, fps=fps, height=first.shape[0], width=first.shape[1]) as writer:
+        writer.write(first)
+        for frame in remaining:
+            writer.write(frame)
