@@ -1,0 +1,104 @@
+"""The order of a frame's slots: whole diagonals ("waves") of tokens can be sampled at once.
+
+A frame of `rows x cols` tokens is a sequence of `rows * (cols + 1)` slots. Slot (r, 0) is the
+start of row r; slot (r, c) takes token (r, c-1) as its input; slot (r, c), c < cols, predicts
+token (r, c). The last slot of a row predicts nothing: it brings the row's last token into the
+cache.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Wave:
+    """One pass of the sampler: slots `start` to `stop` of the order, predicting from `first` on.
+
+    In a wave columns fall as rows rise, so a slot that predicts nothing can only be the first.
+    """
+
+    start: int
+    stop: int
+    first: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotOrder:
+    """Slots of one frame sorted by (wave, row), where slot (r, c) has wave `c + lag * r`.
+
+    A slot's input is known one wave before it, so all slots of a wave are computed in one pass.
+    `lag = cols + 1` is raster order (a wave is one slot); `lag = 2` sees the left, above-left,
+    above and above-right neighbours. All index tensors are int64 on the CPU.
+    """
+
+    rows: int
+    cols: int
+    lag: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "cols", "lag"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+
+    @property
+    def slots(self) -> int:
+        """Number of slots in a frame."""
+        return self.rows * (self.cols + 1)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in a frame."""
+        return self.rows * self.cols
+
+    @cached_property
+    def _row_major(self) -> Tensor:
+        """The slots' numbers `r * (cols + 1) + c`, in this order."""
+        row = torch.arange(self.rows)[:, None]
+        wave = torch.arange(self.cols + 1) + self.lag * row
+        return torch.argsort((wave * self.rows + row).flatten())
+
+    @cached_property
+    def row(self) -> Tensor:
+        """Row of each slot, [slots]."""
+        return self._row_major // (self.cols + 1)
+
+    @cached_property
+    def col(self) -> Tensor:
+        """Column of each slot, 0 to `cols` included, [slots]."""
+        return self._row_major % (self.cols + 1)
+
+    @cached_property
+    def wave(self) -> Tensor:
+        """Wave number of each slot, [slots]."""
+        return self.col + self.lag * self.row
+
+    @cached_property
+    def source(self) -> Tensor:
+        """Raster number of the token each slot takes; `tokens` at a row's start, [slots]."""
+        token = self.row * self.cols + self.col - 1
+        return torch.where(self.col > 0, token, self.tokens)
+
+    @cached_property
+    def target(self) -> Tensor:
+        """Raster number of the token each slot predicts; `tokens` where none, [slots]."""
+        token = self.row * self.cols + self.col
+        return torch.where(self.col < self.cols, token, self.tokens)
+
+    @cached_property
+    def slot_of_token(self) -> Tensor:
+        """Place in this order of the slot that predicts each token, in raster order, [tokens]."""
+        return torch.argsort(self.target)[: self.tokens]
+
+    @cached_property
+    def waves(self) -> tuple[Wave, ...]:
+        """The passes of one frame: `cols + 1 + lag * (rows - 1)` of them where no wave is empty."""
+        sizes = torch.unique_consecutive(self.wave, return_counts=True)[1].tolist()
+        waves, start = [], 0
+        for size in sizes:
+            silent = int(self.target[start] == self.tokens)
+            waves.append(Wave(start, start + size, start + silent))
+            start += size
+        return tuple(waves)
