@@ -31,21 +31,21 @@ class VideoWriter:
         self._rate = Fraction(fps).limit_denominator(65535)
         self._crf = crf
         self._frames = 0
-        self._stack = ExitStack()
 
     def __enter__(self) -> Self:
         """Open the temporary file."""
-        with self._reported():
-            temporary = self._stack.enter_context(atomic_file(self.path))
-            self._container = self._stack.enter_context(
+        with self._reported(), ExitStack() as stack:
+            temporary = stack.enter_context(atomic_file(self.path))
+            self._container = stack.enter_context(
                 av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"})
             )
             self._stream = self._container.add_stream(
                 "libx264", rate=self._rate, options={"crf": str(self._crf), "preset": "veryfast"}
             )
-        self._stream.pix_fmt = "yuv420p"
-        self._stream.width = self.width + self.width % 2
-        self._stream.height = self.height + self.height % 2
+            self._stream.pix_fmt = "yuv420p"
+            self._stream.width = self.width + self.width % 2
+            self._stream.height = self.height + self.height % 2
+            self._open = stack.pop_all()
         return self
 
     def write(self, frame: NDArray[np.uint8]) -> None:
@@ -70,20 +70,19 @@ class VideoWriter:
     ) -> None:
         """Finish the file and give it its name, or remove it after an error."""
         if kind is not None:
-            self._stack.__exit__(kind, error, trace)
+            self._open.__exit__(kind, error, trace)
             return
-        with self._reported(), self._stack:
+        with self._reported(), self._open:
             if self._frames == 0:
                 raise DriveSimError(f"{self.path}: no frames to write")
             self._container.mux(self._stream.encode(None))
 
     @contextmanager
     def _reported(self) -> Iterator[None]:
-        """Turn a full disk or a forbidden folder into one line, and leave no file behind."""
+        """Turn a full disk or a forbidden folder into one line."""
         try:
             yield
         except (OSError, av.error.FFmpegError) as error:
-            self._stack.close()
             raise DriveSimError(
                 f"{self.path}: cannot be written ({error.strerror}); free space or choose another "
                 "place"
