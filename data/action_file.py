@@ -1,0 +1,343 @@
+"""Action files: a CSV beside each video, with the car's speed and steering over time.
+
+Legend: M samples; channel 0 is speed in m/s, channel 1 is steering, left positive.
+"""
+
+import csv
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.files import atomic_file
+
+SteeringKind = Literal["steering_wheel", "road_wheel", "curvature", "normalised"]
+SPEED, STEERING = 0, 1
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ActionLog:
+    """Speed and steering samples on the video's clock."""
+
+    times: FloatArray
+    """[M] s, strictly increasing; 0 is the video's first frame."""
+    values: npt.NDArray[np.float32]
+    """[M, 2] speed in m/s; steering in rad, 1/m (curvature) or -1..1 (normalised)."""
+    has: npt.NDArray[np.bool_]
+    """[2] whether there is a speed, and a steering; a missing one's values are 0."""
+    steering_kind: SteeringKind | None
+    """What the steering measures; None where there is none."""
+    notices: tuple[str, ...] = ()
+    """What was assumed, one line each."""
+    origin: str = "the actions"
+    """Where the samples come from, for messages."""
+
+
+class _Column(NamedTuple):
+    """What a column name means: value in file * scale = value in SI units."""
+
+    scale: float
+    kind: SteeringKind | None = None
+
+
+_TIMES = {
+    "timestamp_s": _Column(1.0),
+    "timestamp_ms": _Column(1e-3),
+    "timestamp_us": _Column(1e-6),
+    "timestamp_ns": _Column(1e-9),
+    "timestamp": _Column(1.0),
+    "time": _Column(1.0),
+    "t": _Column(1.0),
+}
+_SPEEDS = {
+    "speed_mps": _Column(1.0),
+    "speed_kmh": _Column(1 / 3.6),
+    "speed_mph": _Column(0.44704),
+    "speed": _Column(1.0),
+}
+_STEERINGS = {
+    "steering_deg": _Column(math.pi / 180, "steering_wheel"),
+    "steering_rad": _Column(1.0, "steering_wheel"),
+    "road_wheel_deg": _Column(math.pi / 180, "road_wheel"),
+    "road_wheel_rad": _Column(1.0, "road_wheel"),
+    "curvature": _Column(1.0, "curvature"),
+    "steering_norm": _Column(1.0, "normalised"),
+    "steering": _Column(1.0),
+}
+_WRITTEN: dict[SteeringKind, str] = {
+    "steering_wheel": "steering_rad",
+    "road_wheel": "road_wheel_rad",
+    "curvature": "curvature",
+    "normalised": "steering_norm",
+}
+UNITS: dict[SteeringKind, str] = {
+    "steering_wheel": "rad",
+    "road_wheel": "rad",
+    "curvature": "1/m",
+    "normalised": "of full lock",
+}
+"""The unit of each kind of steering, as it is kept in memory."""
+
+# Beyond these a value is a unit mistake, not driving: 360 km/h, three turns of the wheel, ...
+_SPEED_RANGE_MPS = (-30.0, 100.0)
+_STEERING_LIMIT: dict[SteeringKind, float] = {
+    "steering_wheel": 20.0,
+    "road_wheel": 1.3,
+    "curvature": 1.0,
+    "normalised": 1.001,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """A CSV as text: cells by column, and the line of the file on which each row stands."""
+
+    path: Path
+    names: tuple[str, ...]
+    rows: list[list[str]]
+    lines: list[int]
+
+    def fail(self, message: str, row: int | None = None) -> DriveSimError:
+        where = f"{self.path}" if row is None else f"{self.path}, line {self.lines[row]}"
+        return DriveSimError(f"{where}: {message}")
+
+    def cell(self, row: int, name: str) -> str:
+        return self.rows[row][self.names.index(name)].strip()
+
+    def numbers(self, name: str) -> FloatArray:
+        """The column as finite numbers. Raises DriveSimError at the first cell that is none."""
+        values = np.empty(len(self.rows))
+        for row in range(len(self.rows)):
+            cell = self.cell(row, name)
+            try:
+                values[row] = float(cell)
+            except ValueError:
+                values[row] = math.nan
+            if not math.isfinite(values[row]):
+                raise self.fail(
+                    f"{name} is {cell!r}, not a finite number: correct it or remove the row",
+                    row,
+                )
+        return values
+
+
+def _read_table(path: Path) -> _Table:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            header = tuple(name.strip().lower() for name in next(reader, []))
+            numbered = [(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))]
+    except FileNotFoundError:
+        raise DriveSimError(f"{path}: no such action file") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DriveSimError(f"{path}: cannot be read as a CSV of UTF-8 text ({error})") from None
+    if not header:
+        raise DriveSimError(
+            f"{path}: is empty; its first line must name the columns, such as "
+            "timestamp_s,speed_mps,road_wheel_rad"
+        )
+    table = _Table(path, header, [cells for _, cells in numbered], [line for line, _ in numbered])
+    for row, cells in enumerate(table.rows):
+        if len(cells) != len(header):
+            raise table.fail(f"has {len(cells)} cells where the header has {len(header)}", row)
+    if len(table.rows) < 2:
+        raise table.fail(f"has {len(table.rows)} rows of values; at least 2 are needed")
+    return table
+
+
+def _find(table: _Table, known: dict[str, _Column], family: tuple[str, ...]) -> str | None:
+    """The one column of `known`. Raises DriveSimError for two, or for one in an unknown unit."""
+    found = [name for name in table.names if name in known]
+    if len(found) > 1:
+        raise table.fail(
+            f"has the columns {' and '.join(found)}, which say the same: keep one of them"
+        )
+    if found:
+        return found[0]
+    unknown = [name for name in table.names if name.startswith(family)]
+    if unknown:
+        raise table.fail(f"column {unknown[0]!r} is not known; use one of {', '.join(known)}")
+    return None
+
+
+def _check_increasing(table: _Table, name: str, values: FloatArray) -> None:
+    backward = np.flatnonzero(np.diff(values) <= 0)
+    if len(backward):
+        row = int(backward[0]) + 1
+        what = "the same as" if values[row] == values[row - 1] else "before"
+        raise table.fail(
+            f"{name} {table.cell(row, name)} is {what} the line above's; times must increase: "
+            "sort the rows and remove duplicates",
+            row,
+        )
+
+
+def _times(table: _Table, frame_times: FloatArray | None) -> FloatArray:
+    name = _find(table, _TIMES, ("timestamp_", "time_"))
+    if name is not None:
+        values = table.numbers(name)
+        _check_increasing(table, name, values)
+        return values * _TIMES[name].scale
+    if "frame" not in table.names:
+        raise table.fail(
+            f"has no time column among {', '.join(table.names)}; name one timestamp_s, or frame"
+        )
+    if frame_times is None:
+        raise table.fail("counts in frames, which needs a video; name a time column timestamp_s")
+    frames = table.numbers("frame")
+    _check_increasing(table, "frame", frames)
+    outside = (frames != np.floor(frames)) | (frames < 0) | (frames >= len(frame_times))
+    if outside.any():
+        row = int(np.flatnonzero(outside)[0])
+        raise table.fail(
+            f"frame {frames[row]:g} is not among the video's frames 0 to {len(frame_times) - 1}",
+            row,
+        )
+    return frame_times[frames.astype(np.int64)]
+
+
+def _check_range(
+    table: _Table, name: str, values: FloatArray, low: float, high: float, hint: str
+) -> None:
+    outside = np.flatnonzero((values < low) | (values > high))
+    if len(outside):
+        row = int(outside[0])
+        raise table.fail(
+            f"{name} {table.cell(row, name)} is out of range ({hint}); check the column's unit", row
+        )
+
+
+def _speed(table: _Table, notices: list[str]) -> FloatArray | None:
+    name = _find(table, _SPEEDS, ("speed_",))
+    if name is None:
+        return None
+    if name == "speed":
+        notices.append(f"{table.path.name}: speed is taken to be in m/s (speed_kmh, speed_mph)")
+    values = table.numbers(name) * _SPEEDS[name].scale
+    low, high = _SPEED_RANGE_MPS
+    hint = f"{low:g} to {high:g} m/s; km/h is speed_kmh, mph is speed_mph"
+    _check_range(table, name, values, low, high, hint)
+    return values
+
+
+def _steering_column(table: _Table, wanted: SteeringKind | None) -> str | None:
+    """The steering column; of several, the one whose kind is wanted."""
+    found = [name for name in table.names if name in _STEERINGS]
+    of_kind = [name for name in found if _STEERINGS[name].kind == wanted]
+    if wanted is not None and len(found) > 1 and len(of_kind) == 1:
+        return of_kind[0]
+    return _find(table, _STEERINGS, ("steering_", "road_wheel", "curvature_"))
+
+
+def _steering(
+    table: _Table, wanted: SteeringKind | None, notices: list[str]
+) -> tuple[FloatArray | None, SteeringKind | None]:
+    name = _steering_column(table, wanted)
+    if name is None:
+        return None, None
+    kind = _STEERINGS[name].kind
+    if kind is None:
+        if wanted is None:
+            raise table.fail(
+                "column 'steering' does not say what it measures: pass --steering-kind "
+                f"({', '.join(get_args(SteeringKind))}) or name the column, such as road_wheel_rad"
+            )
+        kind = wanted
+        notices.append(f"{table.path.name}: steering is taken to be {kind}, in {UNITS[kind]}")
+    elif wanted is not None and kind != wanted:
+        raise table.fail(f"column {name!r} is {kind}, but --steering-kind is {wanted}")
+    values = table.numbers(name) * _STEERINGS[name].scale
+    limit = _STEERING_LIMIT[kind]
+    _check_range(table, name, values, -limit, limit, f"at most {limit:g} {UNITS[kind]} either way")
+    return values, kind
+
+
+def read_action_file(
+    path: Path,
+    *,
+    steering_kind: SteeringKind | None = None,
+    time_offset: float = 0.0,
+    frame_times: FloatArray | None = None,
+) -> ActionLog:
+    """Read a CSV of speed and steering over time.
+
+    Time is `timestamp_s|ms|us|ns` (or `timestamp`, `time`, `t` in seconds) or `frame` (from 0; then
+    `frame_times` [N] s are needed). Speed is `speed_mps|kmh|mph` or `speed` (m/s). Steering is
+    `steering_deg|rad` (steering wheel), `road_wheel_deg|rad`, `curvature` (1/m), `steering_norm`
+    (-1..1) or `steering` (rad, 1/m or -1..1 by `steering_kind`), left positive. Other columns are
+    ignored. `time_offset` seconds are added to the times.
+
+    Raises DriveSimError naming file, line and remedy: cells that are no finite numbers, times that
+    do not increase, unknown units, absurd values, neither speed nor steering, fewer than 2 rows.
+    """
+    table = _read_table(path)
+    notices: list[str] = []
+    times = _times(table, frame_times)
+    speed = _speed(table, notices)
+    steering, kind = _steering(table, steering_kind, notices)
+    if speed is None and steering is None:
+        raise table.fail(
+            f"has neither speed nor steering among {', '.join(table.names)}; name the columns "
+            f"{', '.join(_SPEEDS)} and {', '.join(_STEERINGS)}"
+        )
+    values = np.zeros((len(times), 2), np.float32)
+    for channel, column in ((SPEED, speed), (STEERING, steering)):
+        if column is not None:
+            values[:, channel] = column
+    return ActionLog(
+        times=times + time_offset,
+        values=values,
+        has=np.array([speed is not None, steering is not None]),
+        steering_kind=kind,
+        notices=tuple(notices),
+        origin=str(path),
+    )
+
+
+def is_action_file(path: Path) -> bool:
+    """Whether the CSV's header names a time and a speed or a steering."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            names = {name.strip().lower() for name in next(csv.reader(file), [])}
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return False
+    return bool(names & {*_TIMES, "frame"}) and bool(names & {*_SPEEDS, *_STEERINGS})
+
+
+def _held(
+    times: FloatArray, actions: npt.NDArray[np.float32], until: float
+) -> Iterator[tuple[float, npt.NDArray[np.float32]]]:
+    for time, following, action in zip(times, [*times[1:], until], actions, strict=True):
+        yield time, action
+        yield following - 1e-6, action
+
+
+def write_action_file(
+    path: Path,
+    times: FloatArray,
+    actions: npt.NDArray[np.float32],
+    kind: SteeringKind,
+    *,
+    hold_until: float | None = None,
+) -> None:
+    """Write actions [M, 2] at times [M] s as a CSV that `read_action_file` reads back.
+
+    Readers interpolate linearly between rows. Where each action instead holds until the next one
+    (exactly so in a simulator), pass `hold_until`, the time at which the last one ends: each action
+    then has a row at its start and one a microsecond before its end.
+    """
+    rows = (
+        zip(times, actions, strict=True)
+        if hold_until is None
+        else _held(times, actions, hold_until)
+    )
+    with atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        file.write(f"timestamp_s,speed_mps,{_WRITTEN[kind]}\n")
+        for time, (speed, steering) in rows:
+            file.write(f"{time:.6f},{speed:.9g},{steering:.9g}\n")

@@ -1,0 +1,162 @@
+"""Drives: frames with their times and, where there are any, the actions.
+
+Legend: N frames of a drive, T frames of a sample of it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from driving_sim.data.action_file import STEERING, ActionLog, SteeringKind
+from driving_sim.data.alignment import align
+from driving_sim.data.frame_size import FrameSize
+from driving_sim.data.timing import choose_frames, gaps
+from driving_sim.data.video import VideoInfo, read_frames, stream_frames
+from driving_sim.engine.errors import DriveSimError
+
+Frames = npt.NDArray[np.uint8]
+Indices = npt.NDArray[np.int64]
+
+
+class FrameReader(Protocol):
+    """Reads a drive's frames; picklable, opens files only while reading."""
+
+    def read(self, indices: Indices, size: FrameSize | None) -> Frames:
+        """Read a few frames [n, H, W, 3] in any order."""
+        ...
+
+    def stream(self, indices: Indices | None, size: FrameSize | None) -> Iterator[Frames]:
+        """Yield frames [H, W, 3] in ascending order of their indices; None means all of them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VideoFrames:
+    """The frames of a video file."""
+
+    info: VideoInfo
+
+    def read(self, indices: Indices, size: FrameSize | None) -> Frames:
+        """Read a few frames [n, H, W, 3] in any order."""
+        return read_frames(self.info, indices, size)
+
+    def stream(self, indices: Indices | None, size: FrameSize | None) -> Iterator[Frames]:
+        """Yield frames [H, W, 3] in ascending order of their indices; None means all of them."""
+        return stream_frames(self.info, size=size, indices=indices)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Drive:
+    """One recording; picklable, it opens its files only while frames are read."""
+
+    id: str
+    """Its path below the folder that was searched, without suffix; unique among the drives."""
+    source: str
+    """The layout it was found in: video, udacity or comma2k19."""
+    timestamps: npt.NDArray[np.float64]
+    """[N] s from the first frame, strictly increasing."""
+    reader: FrameReader
+    log: ActionLog | None = None
+    """The actions on the same clock, where there are any."""
+    video: VideoInfo | None = None
+    """What the file probe found, where the frames come from a video."""
+
+    @property
+    def duration_s(self) -> float:
+        """Time from the first frame to the last."""
+        return float(self.timestamps[-1] - self.timestamps[0])
+
+    def frames(self, indices: Indices | Sequence[int], size: FrameSize | None = None) -> Frames:
+        """Read a few frames, uint8 [n, H, W, 3], in any order; for whole drives use `stream`."""
+        return self.reader.read(np.asarray(indices, np.int64), size)
+
+    def stream(
+        self, size: FrameSize | None = None, indices: Indices | Sequence[int] | None = None
+    ) -> Iterator[Frames]:
+        """Yield frames, uint8 [H, W, 3], in order: those at ascending `indices`, or all."""
+        wanted = None if indices is None else np.asarray(indices, np.int64)
+        return self.reader.stream(wanted, size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class SampledDrive:
+    """The frames of a drive that a model sees, with the action that leads from each to the next."""
+
+    drive: Drive
+    indices: Indices
+    """[T] frames of the drive, ascending."""
+    timestamps: npt.NDArray[np.float64]
+    """[T] s from the drive's first frame."""
+    actions: npt.NDArray[np.float32]
+    """[T, 2] speed in m/s and steering, the mean from each frame to the next; 0 where invalid."""
+    action_valid: npt.NDArray[np.bool_]
+    """[T, 2] where the actions are known."""
+    segments: list[tuple[int, int]]
+    """Ranges [start, stop) of T without a gap in time."""
+
+
+def sample(drive: Drive, *, fps: float | None = None, every: int | None = None) -> SampledDrive:
+    """Choose a drive's frames at a rate or a stride, then average the actions between them.
+
+    Neither `fps` nor `every` means every frame. Raises ValueError as `choose_frames` does.
+    """
+    indices = choose_frames(drive.timestamps, fps=fps, every=every)
+    timestamps = drive.timestamps[indices]
+    actions, action_valid = align(drive.log, timestamps)
+    return SampledDrive(
+        drive=drive,
+        indices=indices,
+        timestamps=timestamps,
+        actions=actions,
+        action_valid=action_valid,
+        segments=gaps(timestamps),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Skipped:
+    """Something that looked like a drive and cannot be used."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DriveSet:
+    """The drives that were found, in the order of their ids, and what was left out and why."""
+
+    drives: list[Drive]
+    skipped: list[Skipped] = field(default_factory=list)
+
+    @property
+    def notices(self) -> list[str]:
+        """What was assumed while reading the action files, one line each."""
+        return [line for drive in self.drives if drive.log for line in drive.log.notices]
+
+    @property
+    def steering_kind(self) -> SteeringKind | None:
+        """What all their steering measures, None where no drive has any.
+
+        Raises DriveSimError where kinds are mixed: a model learns from one of them only.
+        """
+        first: dict[SteeringKind, str] = {}
+        for drive in self.drives:
+            if drive.log is not None and drive.log.steering_kind and drive.log.has[STEERING]:
+                first.setdefault(drive.log.steering_kind, drive.id)
+        if len(first) > 1:
+            found = ", ".join(f"{kind} ({drive})" for kind, drive in first.items())
+            raise DriveSimError(
+                f"the drives mix kinds of steering: {found}; use one kind at a time"
+            )
+        return next(iter(first), None)
+
+    def require_all(self) -> "DriveSet":
+        """Return the set itself. Raises DriveSimError where anything was skipped."""
+        if self.skipped:
+            first, others = self.skipped[0], len(self.skipped) - 1
+            more = f" (and {others} more)" if others else ""
+            raise DriveSimError(f"{first.reason}{more}; repair or remove it, or pass --skip-bad")
+        return self

@@ -1,0 +1,115 @@
+"""Where drives come from: one file for each layout, found by looking.
+
+A folder may mix them: videos with or without a CSV beside them, recordings of the Udacity simulator
+(`driving_log.csv` and `IMG/`) and comma2k19 segments (`video.hevc` and `processed_log/`).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from driving_sim.data.action_file import SteeringKind
+from driving_sim.data.drive import Drive, DriveSet, Skipped
+from driving_sim.data.sources import comma2k19, udacity, video_folder
+from driving_sim.engine.errors import DriveSimError
+
+# Probing waits for the disk, or for the network behind it.
+_PROBES_AT_ONCE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """Something that looks like a drive."""
+
+    root: Path
+    path: Path
+    load: Callable[[Path, str, SteeringKind | None, float], Drive]
+
+    def id(self, *, with_suffix: bool, with_root: bool) -> str:
+        path = self.path if with_suffix or self.path.is_dir() else self.path.with_suffix("")
+        if self.path == self.root:
+            return path.resolve().name
+        name = path.relative_to(self.root).as_posix()
+        return f"{self.root.resolve().name}/{name}" if with_root else name
+
+
+def _in_folder(root: Path, folder: Path, visited: set[Path]) -> Iterator[_Candidate]:
+    if folder.resolve() in visited:  # a link back up
+        return
+    visited.add(folder.resolve())
+    if udacity.is_recording(folder):
+        yield _Candidate(root, folder, udacity.load)
+        return
+    if comma2k19.is_segment(folder):
+        yield _Candidate(root, folder, comma2k19.load)
+        return
+    for path in video_folder.videos(folder):
+        yield _Candidate(root, path, video_folder.load)
+    for path in video_folder.orphan_action_files(folder):
+        yield _Candidate(root, path, video_folder.load_orphan)
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.name.startswith("."):
+            yield from _in_folder(root, path, visited)
+
+
+def _candidates(path: Path) -> Iterator[_Candidate]:
+    if not path.exists():
+        raise DriveSimError(f"{path}: no such file or folder")
+    if path.name == udacity.LOG_NAME:
+        path = path.parent
+    if path.is_dir():
+        yield from _in_folder(path, path, set())
+    elif path.suffix.lower() == ".csv":
+        raise DriveSimError(f"{path}: is a CSV; name the video that it belongs to, or the folder")
+    else:
+        yield _Candidate(path, path, video_folder.load)
+
+
+def _unique_ids(candidates: list[_Candidate]) -> list[str]:
+    """The shortest names that tell the candidates apart."""
+    for with_root in (False, True):
+        for with_suffix in (False, True):
+            ids = [each.id(with_suffix=with_suffix, with_root=with_root) for each in candidates]
+            if len(set(ids)) == len(ids):
+                return ids
+    twice = next(name for name in ids if ids.count(name) > 1)
+    raise DriveSimError(f"two drives are called {twice!r}; name the folder above them instead")
+
+
+def find_drives(
+    paths: Sequence[Path],
+    *,
+    steering_kind: SteeringKind | None = None,
+    time_offset: float = 0.0,
+) -> DriveSet:
+    """Find and probe the drives in files and folders, whatever their layout.
+
+    `steering_kind` says what a bare `steering` column measures; `time_offset` seconds are added to
+    the times of every log. What cannot be used is in `.skipped` with the reason. Ids are paths
+    below the folder given, without suffix; drives are in the order of their ids. Raises
+    DriveSimError for a path that does not exist and where nothing looks like a drive.
+    """
+    found = {each.path.resolve(): each for path in paths for each in _candidates(path)}
+    candidates = list(found.values())
+    if not candidates:
+        raise DriveSimError(
+            f"{', '.join(map(str, paths))}: holds no videos "
+            f"({', '.join(sorted(video_folder.VIDEO_SUFFIXES))}), no Udacity {udacity.LOG_NAME} "
+            "and no comma2k19 segments"
+        )
+    named = sorted(zip(_unique_ids(candidates), candidates, strict=True), key=lambda pair: pair[0])
+
+    def load(pair: tuple[str, _Candidate]) -> Drive | Skipped:
+        drive_id, candidate = pair
+        try:
+            return candidate.load(candidate.path, drive_id, steering_kind, time_offset)
+        except DriveSimError as error:
+            return Skipped(id=drive_id, reason=str(error))
+
+    with ThreadPoolExecutor(_PROBES_AT_ONCE) as pool:
+        loaded = list(pool.map(load, named))
+    return DriveSet(
+        drives=[each for each in loaded if isinstance(each, Drive)],
+        skipped=[each for each in loaded if isinstance(each, Skipped)],
+    )

@@ -1,0 +1,109 @@
+"""Segments of comma2k19: a minute of raw HEVC, and the car's logs as NumPy arrays without suffix.
+
+`video.hevc` has no times; `global_pose/frame_times` [N] holds them, on the clock of the logs in
+`processed_log/CAN/{speed,steering_angle}/{t,value}`: m/s and degrees of the steering wheel, left
+positive. https://github.com/commaai/comma2k19
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from driving_sim.data.action_file import ActionLog, SteeringKind
+from driving_sim.data.alignment import GAP_S, check_coverage
+from driving_sim.data.drive import Drive, VideoFrames
+from driving_sim.data.video import probe
+from driving_sim.engine.errors import DriveSimError
+
+FloatArray = npt.NDArray[np.float64]
+_CAN = Path("processed_log", "CAN")
+
+
+def is_segment(folder: Path) -> bool:
+    """Whether a folder is a comma2k19 segment."""
+    return (folder / _CAN).is_dir()
+
+
+def _array(path: Path) -> FloatArray:
+    try:
+        values = np.load(path, allow_pickle=False)
+        flat = np.asarray(values, np.float64).ravel()
+    except FileNotFoundError:
+        raise DriveSimError(f"{path}: is missing from the comma2k19 segment") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise DriveSimError(f"{path}: cannot be read as a NumPy array ({error})") from None
+    if len(flat) < 2 or not np.isfinite(flat).all():
+        raise DriveSimError(f"{path}: holds fewer than 2 values, or some that are not finite")
+    return flat
+
+
+def _channel(folder: Path) -> tuple[FloatArray, FloatArray]:
+    """Times and values of one CAN signal, without the bus's repeated times."""
+    times, values = _array(folder / "t"), _array(folder / "value")
+    if len(times) != len(values):
+        raise DriveSimError(f"{folder}: has {len(times)} times for {len(values)} values")
+    if (np.diff(times) < 0).any():
+        raise DriveSimError(f"{folder / 't'}: its times go backward; leave this segment out")
+    times, first = np.unique(times, return_index=True)
+    return times, values[first]
+
+
+def _in_a_gap(times: FloatArray, at: FloatArray) -> npt.NDArray[np.bool_]:
+    """Where `at` is before or after `times`, or strictly inside a gap of them."""
+    after = np.searchsorted(times, at)
+    outside = (at < times[0]) | (at > times[-1])
+    after = np.clip(after, 1, len(times) - 1)
+    wide = times[after] - times[after - 1] > GAP_S
+    inside: npt.NDArray[np.bool_] = outside | (wide & (at < times[after]) & (at > times[after - 1]))
+    return inside
+
+
+def _read_log(segment: Path, start: float) -> ActionLog:
+    """Both signals on the union of their times: linear interpolation loses nothing there."""
+    channels = [_channel(segment / _CAN / name) for name in ("speed", "steering_angle")]
+    times = np.union1d(channels[0][0], channels[1][0])
+    # Where one signal pauses the other's samples go too, so that the gap shows in the merged times.
+    for own_times, _ in channels:
+        times = times[~_in_a_gap(own_times, times)]
+    if len(times) < 2:
+        raise DriveSimError(f"{segment / _CAN}: speed and steering do not overlap in time")
+    speed, degrees = (np.interp(times, *channel) for channel in channels)
+    return ActionLog(
+        times=times - start,
+        values=np.stack([speed, np.radians(degrees)], axis=1).astype(np.float32),
+        has=np.array([True, True]),
+        steering_kind="steering_wheel",
+        origin=str(segment / _CAN),
+    )
+
+
+def load(
+    path: Path, drive_id: str, steering_kind: SteeringKind | None, time_offset: float
+) -> Drive:
+    """Probe a segment's video and read its logs. Raises DriveSimError where one does not fit."""
+    if steering_kind not in (None, "steering_wheel"):
+        raise DriveSimError(
+            f"{path}: comma2k19's steering is steering_wheel, but --steering-kind is "
+            f"{steering_kind}"
+        )
+    info = probe(path / "video.hevc")
+    frame_times = _array(path / "global_pose" / "frame_times")
+    if len(frame_times) != len(info.timestamps) or (np.diff(frame_times) <= 0).any():
+        raise DriveSimError(
+            f"{path}: video.hevc has {len(info.timestamps)} frames, and global_pose/frame_times "
+            f"must list as many increasing times, but has {len(frame_times)}: download it again"
+        )
+    log = _read_log(path, float(frame_times[0]))
+    log = replace(log, times=log.times + time_offset)
+    info = replace(info, timestamps=frame_times - frame_times[0])
+    check_coverage(log, info.timestamps)
+    return Drive(
+        id=drive_id,
+        source="comma2k19",
+        timestamps=info.timestamps,
+        reader=VideoFrames(info),
+        log=log,
+        video=info,
+    )

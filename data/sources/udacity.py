@@ -1,0 +1,139 @@
+"""Recordings of the Udacity self-driving-car simulator: `driving_log.csv` and `IMG/`.
+
+Each row of the log names the images of three cameras by their paths on the recording computer, then
+steering (-1..1 for 25 degrees either way, right positive), throttle, brake and speed (mph). The
+centre camera's images are the frames, their file names hold the times.
+https://github.com/udacity/self-driving-car-sim
+"""
+
+import csv
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path, PureWindowsPath
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from driving_sim.data.action_file import ActionLog, SteeringKind
+from driving_sim.data.alignment import check_coverage
+from driving_sim.data.drive import Drive, Frames, Indices
+from driving_sim.data.frame_size import FrameSize, fit
+from driving_sim.engine.errors import DriveSimError
+
+LOG_NAME = "driving_log.csv"
+FULL_LOCK_RAD = math.radians(25)
+_MPS_PER_MPH = 0.44704
+_COLUMNS = 7
+_STAMP = re.compile(r"_(\d{4}(?:_\d{2}){5})_(\d{3})\.\w+$")
+
+
+def is_recording(folder: Path) -> bool:
+    """Whether a folder holds a simulator's log."""
+    return (folder / LOG_NAME).is_file()
+
+
+def _picture(path: Path, size: FrameSize | None) -> Frames:
+    """Read an image, scaled and cropped as `fit` says: what the video readers do."""
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except OSError as error:  # Pillow's own errors are among them
+        raise DriveSimError(f"{path}: cannot be read as an image ({error})") from None
+    geometry = fit(image.height, image.width, size)
+    scaled = image.resize((geometry.width, geometry.height), Image.Resampling.BILINEAR)
+    return np.array(scaled)[geometry.rows, geometry.columns]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageFrames:
+    """Frames that are image files, one each."""
+
+    paths: tuple[Path, ...]
+
+    def read(self, indices: Indices, size: FrameSize | None) -> Frames:
+        """Read a few frames [n, H, W, 3] in any order."""
+        return np.stack([_picture(self.paths[index], size) for index in indices])
+
+    def stream(self, indices: Indices | None, size: FrameSize | None) -> Iterator[Frames]:
+        """Yield frames [H, W, 3] in ascending order of their indices; None means all of them."""
+        wanted = range(len(self.paths)) if indices is None else indices
+        return (_picture(self.paths[index], size) for index in wanted)
+
+
+class _Row(NamedTuple):
+    image: Path
+    time: float
+    speed_mps: float
+    road_wheel_rad: float
+
+
+def _seconds(name: str) -> float:
+    match = _STAMP.search(name)
+    if match is None:
+        raise ValueError(f"{name!r} holds no time such as center_2018_07_16_17_12_55_715.jpg")
+    moment = datetime.strptime(match[1], "%Y_%m_%d_%H_%M_%S")
+    return (moment - datetime(1970, 1, 1)).total_seconds() + int(match[2]) / 1000
+
+
+def _row(cells: list[str], images: Path) -> _Row:
+    if len(cells) != _COLUMNS:
+        raise ValueError(f"has {len(cells)} cells, not the simulator's {_COLUMNS}")
+    # The recording computer's path, whatever its system; Windows paths accept both separators.
+    name = PureWindowsPath(cells[0].strip()).name
+    steering, speed = float(cells[3]), float(cells[6])
+    if not (abs(steering) <= 1 and -100 < speed < 300):
+        raise ValueError(f"steering {steering:g} (-1 to 1) or speed {speed:g} mph is out of range")
+    if not (images / name).is_file():
+        raise ValueError(f"image {name!r} is not in {images}")
+    return _Row(images / name, _seconds(name), speed * _MPS_PER_MPH, -steering * FULL_LOCK_RAD)
+
+
+def _read_log(log: Path) -> list[_Row]:
+    rows: list[_Row] = []
+    try:
+        with log.open(newline="", encoding="utf-8-sig") as file:
+            for line, cells in enumerate(csv.reader(file), start=1):
+                if not cells or (line == 1 and cells[0].strip().lower() == "center"):
+                    continue
+                try:
+                    rows.append(_row(cells, log.parent / "IMG"))
+                    if len(rows) > 1 and rows[-1].time <= rows[-2].time:
+                        raise ValueError("the image's time is not after the line above's")
+                except ValueError as error:
+                    raise DriveSimError(
+                        f"{log}, line {line}: {error}; correct it or remove the row"
+                    ) from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DriveSimError(f"{log}: cannot be read as a CSV of UTF-8 text ({error})") from None
+    if len(rows) < 2:
+        raise DriveSimError(f"{log}: has {len(rows)} rows; at least 2 are needed")
+    return rows
+
+
+def load(
+    path: Path, drive_id: str, steering_kind: SteeringKind | None, time_offset: float
+) -> Drive:
+    """Read a recording's log. Raises DriveSimError naming the line that cannot be used."""
+    log_path = path / LOG_NAME
+    if steering_kind not in (None, "road_wheel"):
+        raise DriveSimError(
+            f"{log_path}: a simulator's steering is road_wheel, but --steering-kind is "
+            f"{steering_kind}"
+        )
+    rows = _read_log(log_path)
+    times = np.array([row.time for row in rows])
+    times -= times[0]
+    log = ActionLog(
+        times=times + time_offset,
+        values=np.array([(row.speed_mps, row.road_wheel_rad) for row in rows], np.float32),
+        has=np.array([True, True]),
+        steering_kind="road_wheel",
+        origin=str(log_path),
+    )
+    check_coverage(log, times)
+    reader = ImageFrames(tuple(row.image for row in rows))
+    return Drive(id=drive_id, source="udacity", timestamps=times, reader=reader, log=log)

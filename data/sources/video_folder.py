@@ -1,0 +1,71 @@
+"""Videos, each with or without an action file: a CSV with the video's stem beside it."""
+
+from pathlib import Path
+
+from driving_sim.data.action_file import SteeringKind, is_action_file, read_action_file
+from driving_sim.data.alignment import check_coverage
+from driving_sim.data.drive import Drive, VideoFrames
+from driving_sim.data.video import probe
+from driving_sim.engine.errors import DriveSimError
+
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".mkv", ".webm", ".mov", ".m4v", ".avi", ".ts", ".mpg", ".mpeg", ".h264", ".hevc"}
+)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(
+        path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
+    )
+
+
+def videos(folder: Path) -> list[Path]:
+    """The video files right in a folder, sorted."""
+    return [path for path in _files(folder) if path.suffix.lower() in VIDEO_SUFFIXES]
+
+
+def orphan_action_files(folder: Path) -> list[Path]:
+    """The action files right in a folder that have no video beside them, sorted."""
+    stems = {path.stem for path in videos(folder)}
+    return [
+        path
+        for path in _files(folder)
+        if path.suffix == ".csv" and path.stem not in stems and is_action_file(path)
+    ]
+
+
+def load(
+    path: Path, drive_id: str, steering_kind: SteeringKind | None, time_offset: float
+) -> Drive:
+    """Probe a video and read its action file, if there is one.
+
+    Raises DriveSimError where either cannot be used, or the CSV does not belong to the video.
+    """
+    info = probe(path)
+    log = None
+    action_file = path.with_suffix(".csv")
+    if action_file.exists():
+        log = read_action_file(
+            action_file,
+            steering_kind=steering_kind,
+            time_offset=time_offset,
+            frame_times=info.timestamps,
+        )
+        check_coverage(log, info.timestamps)
+    return Drive(
+        id=drive_id,
+        source="video",
+        timestamps=info.timestamps,
+        reader=VideoFrames(info),
+        log=log,
+        video=info,
+    )
+
+
+def load_orphan(
+    path: Path, drive_id: str, steering_kind: SteeringKind | None, time_offset: float
+) -> Drive:
+    """Raise the DriveSimError that says what an action file without a video lacks."""
+    raise DriveSimError(
+        f"{path}: there is no video beside it; expected {path.stem}.mp4 or another video suffix"
+    )

@@ -1,0 +1,60 @@
+"""Which drives train and which validate: whole drives, never parts of one."""
+
+import hashlib
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from driving_sim.engine.errors import DriveSimError
+
+MIRROR_SUFFIX = "~mirror"
+"""What a mirrored drive's id ends in; it stays on the side of the drive it mirrors."""
+
+
+def original_id(drive_id: str) -> str:
+    """The id of the drive that this one mirrors, or its own."""
+    return drive_id.removesuffix(MIRROR_SUFFIX)
+
+
+def _rank(drive_id: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}:{drive_id}".encode()).digest()
+
+
+def _chosen(originals: list[str], validation: Sequence[str]) -> set[str]:
+    chosen = {original_id(drive_id) for drive_id in validation}
+    for unknown in sorted(chosen - set(originals)):
+        nearest = get_close_matches(unknown, originals, n=1, cutoff=0.0)
+        raise DriveSimError(
+            f"validation drive {unknown!r} is not among the {len(originals)} drives; "
+            f"the nearest is {nearest[0] if nearest else 'none'!r}"
+        )
+    if chosen == set(originals):
+        raise DriveSimError(
+            "every drive was named for validation and none is left to train on; name fewer"
+        )
+    return chosen
+
+
+def split_drives(
+    ids: Sequence[str],
+    *,
+    validation: Sequence[str] | None = None,
+    fraction: float = 0.1,
+    seed: int = 0,
+) -> tuple[list[str], list[str]]:
+    """Split drive ids into (train, validation), each in the order given.
+
+    `validation` names the validation drives; without it a `fraction` of the drives is drawn by a
+    hash of `seed` and id, whatever their order: at least one of two or more drives, never all.
+    `X~mirror` is always on the side of `X`. Raises DriveSimError for a name that is not there.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction is {fraction}; it must lie between 0 and 1")
+    originals = sorted({original_id(drive_id) for drive_id in ids})
+    if validation is not None:
+        chosen = _chosen(originals, validation)
+    else:
+        count = min(max(1, round(fraction * len(originals))), len(originals) - 1)
+        by_rank = sorted(originals, key=lambda drive_id: _rank(drive_id, seed))
+        chosen = set(by_rank[: max(count, 0)])
+    train = [drive_id for drive_id in ids if original_id(drive_id) not in chosen]
+    return train, [drive_id for drive_id in ids if original_id(drive_id) in chosen]
