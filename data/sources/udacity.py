@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
@@ -66,17 +66,17 @@ class ImageFrames:
 
 class _Row(NamedTuple):
     image: Path
-    time: float
+    moment: datetime
     speed_mps: float
     road_wheel_rad: float
 
 
-def _seconds(name: str) -> float:
+def _moment(name: str) -> datetime:
     match = _STAMP.search(name)
     if match is None:
         raise ValueError(f"{name!r} holds no time such as center_2018_07_16_17_12_55_715.jpg")
-    moment = datetime.strptime(match[1], "%Y_%m_%d_%H_%M_%S")
-    return (moment - datetime(1970, 1, 1)).total_seconds() + int(match[2]) / 1000
+    second = datetime.strptime(match[1], "%Y_%m_%d_%H_%M_%S")
+    return second + timedelta(milliseconds=int(match[2]))
 
 
 def _row(cells: list[str], images: Path) -> _Row:
@@ -89,7 +89,7 @@ def _row(cells: list[str], images: Path) -> _Row:
         raise ValueError(f"steering {steering:g} (-1 to 1) or speed {speed:g} mph is out of range")
     if not (images / name).is_file():
         raise ValueError(f"image {name!r} is not in {images}")
-    return _Row(images / name, _seconds(name), speed * _MPS_PER_MPH, -steering * FULL_LOCK_RAD)
+    return _Row(images / name, _moment(name), speed * _MPS_PER_MPH, -steering * FULL_LOCK_RAD)
 
 
 def _read_log(log: Path) -> list[_Row]:
@@ -101,7 +101,7 @@ def _read_log(log: Path) -> list[_Row]:
                     continue
                 try:
                     rows.append(_row(cells, log.parent / "IMG"))
-                    if len(rows) > 1 and rows[-1].time <= rows[-2].time:
+                    if len(rows) > 1 and rows[-1].moment <= rows[-2].moment:
                         raise ValueError("the image's time is not after the line above's")
                 except ValueError as error:
                     raise DriveSimError(
@@ -125,8 +125,7 @@ def load(
             f"{steering_kind}"
         )
     rows = _read_log(log_path)
-    times = np.array([row.time for row in rows])
-    times -= times[0]
+    times = np.array([(row.moment - rows[0].moment).total_seconds() for row in rows])
     log = ActionLog(
         times=times + time_offset,
         values=np.array([(row.speed_mps, row.road_wheel_rad) for row in rows], np.float32),
