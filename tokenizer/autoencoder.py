@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from driving_sim.data.frame_size import FrameSize
 from driving_sim.tokenizer.fsq import FSQ
 
 STRIDE = 16
@@ -62,6 +63,11 @@ class AutoencoderConfig:
             raise ValueError(f"attention_blocks={self.attention_blocks}: must not be negative")
         if self.head_size < 1 or self.widths[2] % self.head_size:
             raise ValueError(f"head_size={self.head_size}: must divide widths[2]={self.widths[2]}")
+
+    @property
+    def frame_size(self) -> FrameSize:
+        """The picture's size."""
+        return FrameSize(height=self.height, width=self.width)
 
     @property
     def rows(self) -> int:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from driving_sim.data.video import FrameSize, transform_description
+from driving_sim.data.frame_size import FrameSize, fit, transform_description
 from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
 from driving_sim.engine.device import resolve_device
 from driving_sim.engine.errors import DriveSimError
@@ -75,6 +75,11 @@ class Tokenizer:
         return self.autoencoder.config
 
     @property
+    def frame_size(self) -> FrameSize:
+        """Size of decoded frames, and what frames to encode are brought to."""
+        return self.config.frame_size
+
+    @property
     def height(self) -> int:
         """Height of decoded frames in pixels."""
         return self.config.height
@@ -114,7 +119,7 @@ class Tokenizer:
         quantiser = self.autoencoder.quantiser
         tokens = [
             quantiser.codes_to_indices(
-                self.autoencoder.encode(images_from_frames(chunk.to(self.device), self.config))
+                self.autoencoder.encode(images_from_frames(chunk.to(self.device), self.frame_size))
             ).cpu()
             for chunk in torch.split(frames_THWC, batch_size)
         ]
@@ -151,11 +156,10 @@ class Tokenizer:
         return tokens_Trc
 
 
-def images_from_frames(frames: Tensor, size: AutoencoderConfig) -> Tensor:
-    """Return pictures [T, 3, h, w] in [-1, 1] covering `size` from uint8 frames [T, H, W, 3]."""
+def images_from_frames(frames: Tensor, size: FrameSize) -> Tensor:
+    """Return pictures [T, 3, h, w] in [-1, 1] that cover `size`, from uint8 frames [T, H, W, 3]."""
     images = rearrange(frames, "t h w c -> t c h w").float()
-    height, width = images.shape[2:]
-    if (height, width) != (size.height, size.width):
+    if images.shape[2:] != (size.height, size.width):
         images = _resized(images, size)
     return images / 127.5 - 1
 
@@ -176,8 +180,8 @@ def fingerprint(autoencoder: Autoencoder) -> str:
 
 
 def _identity(config: AutoencoderConfig) -> dict[str, Any]:
-    size = FrameSize(config.height, config.width)
-    return {"kind": "tokenizer", "model": to_dict(config), "frames": transform_description(size)}
+    frames = transform_description(config.frame_size)
+    return {"kind": "tokenizer", "model": to_dict(config), "frames": frames}
 
 
 def _load_weights(autoencoder: Autoencoder, path: Path) -> None:
@@ -215,14 +219,10 @@ def _checked_frames(frames: Frames) -> Tensor:
     return frames
 
 
-def _resized(images: Tensor, size: AutoencoderConfig) -> Tensor:
-    """Crop the centre to `size`'s aspect ratio, then scale; values keep their range."""
-    height, width = images.shape[2:]
-    scale = max(size.height / height, size.width / width)
-    crop_height = min(height, round(size.height / scale))
-    crop_width = min(width, round(size.width / scale))
-    top, left = (height - crop_height) // 2, (width - crop_width) // 2
-    crop = images[:, :, top : top + crop_height, left : left + crop_width]
-    return F.interpolate(
-        crop, (size.height, size.width), mode="bilinear", antialias=True, align_corners=False
+def _resized(images: Tensor, size: FrameSize) -> Tensor:
+    """Scale and crop as the video readers do (`data.frame_size.fit`); values keep their range."""
+    geometry = fit(images.shape[2], images.shape[3], size)
+    scaled = F.interpolate(
+        images, (geometry.height, geometry.width), mode="bilinear", antialias=True
     )
+    return scaled[:, :, geometry.rows, geometry.columns]
