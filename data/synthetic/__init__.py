@@ -1,0 +1,22 @@
+"""The synthetic world: driving video with exact actions, and the true future of any action."""
+
+from driving_sim.data.synthetic.drives import (
+    SyntheticDrive,
+    drive,
+    frame_count,
+    load_synthetic_drive,
+    write_synthetic_drives,
+)
+from driving_sim.data.synthetic.vehicle import VehicleState
+from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
+
+__all__ = [
+    "SyntheticConfig",
+    "SyntheticDrive",
+    "SyntheticWorld",
+    "VehicleState",
+    "drive",
+    "frame_count",
+    "load_synthetic_drive",
+    "write_synthetic_drives",
+]

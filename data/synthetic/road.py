@@ -1,0 +1,75 @@
+"""The road: an endless curve y = f(x), and the way from a point to its place along it."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating[Any]]
+
+HALF_WIDTH = 3.7
+"""From the centre line to the edge of the asphalt, in metres."""
+LANE_OFFSET = -1.8
+"""The driver's own lane, in metres left of the centre line: traffic keeps right."""
+
+# Longest bends first. The slopes add up to 0.74, so the road never turns more than 37 degrees
+# from the x axis, never meets itself, and has one point for each x.
+_WAVELENGTHS_M = (430.0, 210.0, 118.0)
+_SLOPES = (0.30, 0.29, 0.15)
+
+
+class Road:
+    """A curve of continuously varying curvature without end in either direction.
+
+    A place on it is a station (its x, in metres) and an offset (metres to the left of the centre).
+    """
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        wavelengths = np.array(_WAVELENGTHS_M) * rng.uniform(0.88, 1.14, 3)
+        self._wave_numbers: list[float] = (2 * math.pi / wavelengths).tolist()
+        self._phases: list[float] = rng.uniform(0, 2 * math.pi, 3).tolist()
+        slopes = np.array(_SLOPES) * rng.uniform(0.85, 1.0, 3)
+        self._amplitudes: list[float] = (slopes * wavelengths / (2 * math.pi)).tolist()
+
+    def centre_and_slope(self, station: Floats) -> tuple[Floats, Floats]:
+        """Return f(x) in metres and f'(x) at each station."""
+        centre = np.zeros_like(station)
+        slope = np.zeros_like(station)
+        for k, phase, amplitude in zip(
+            self._wave_numbers, self._phases, self._amplitudes, strict=True
+        ):
+            angle = station * k + phase
+            centre += amplitude * np.sin(angle)
+            slope += (amplitude * k) * np.cos(angle)
+        return centre, slope
+
+    def curvature(self, station: float) -> float:
+        """Return the curvature in 1/m at a station, positive where the road bends left."""
+        slope = bend = 0.0
+        for k, phase, amplitude in zip(
+            self._wave_numbers, self._phases, self._amplitudes, strict=True
+        ):
+            slope += amplitude * k * math.cos(station * k + phase)
+            bend -= amplitude * k * k * math.sin(station * k + phase)
+        return float(bend / (1 + slope * slope) ** 1.5)
+
+    def place(self, station: Floats, offset: Floats) -> tuple[Floats, Floats, Floats]:
+        """Return x, y (metres) and the road's heading (radians) at stations and offsets."""
+        centre, slope = self.centre_and_slope(station)
+        heading = np.arctan(slope)
+        return station - offset * np.sin(heading), centre + offset * np.cos(heading), heading
+
+    def project(self, x: Floats, y: Floats) -> tuple[Floats, Floats, Floats]:
+        """Return station, offset (metres, left positive) and slope of the road's nearest point.
+
+        Exact near the road. Far from it the point found may be another one, but never a nearer one,
+        so that no piece of road appears where there is none.
+        """
+        station = x
+        centre, slope = self.centre_and_slope(station)
+        for _ in range(2):  # Gauss-Newton on the foot of the perpendicular
+            station = station + ((x - station) + (y - centre) * slope) / (1 + slope * slope)
+            centre, slope = self.centre_and_slope(station)
+        across = (y - centre) - slope * (x - station)
+        return station, np.copysign(np.hypot(x - station, y - centre), across), slope

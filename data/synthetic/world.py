@@ -1,0 +1,145 @@
+"""The synthetic world: a place to drive in, and the exact picture of every state of it."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from driving_sim.data.synthetic.camera import Camera, View
+from driving_sim.data.synthetic.ground import Ground
+from driving_sim.data.synthetic.palette import PALETTES, varied
+from driving_sim.data.synthetic.props import PropPainter
+from driving_sim.data.synthetic.road import LANE_OFFSET, Road
+from driving_sim.data.synthetic.scenery import VISIBLE_M, Scenery, Things
+from driving_sim.data.synthetic.shapes import Canvas
+from driving_sim.data.synthetic.sky import Sky
+from driving_sim.data.synthetic.traffic import Traffic
+from driving_sim.data.synthetic.vehicle import VehicleState, step_vehicle
+
+_FADE_M = 25.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SyntheticConfig:
+    """How the synthetic world is filmed, and which days there are in it."""
+
+    height: int = 128
+    """Of the picture, in pixels."""
+    width: int = 256
+    """Of the picture, in pixels."""
+    fps: float = 10.0
+    """Frames per second."""
+    field_of_view_deg: float = 84.0
+    """Horizontal, in degrees."""
+    camera_height_m: float = 1.9
+    """Above the ground, in metres."""
+    horizon: float = 0.42
+    """Share of the picture that lies above the horizon."""
+    palettes: tuple[str, ...] = tuple(PALETTES)
+    """The kinds of day a seed draws from."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("height", 16, 4096),
+            ("width", 16, 4096),
+            ("fps", 1, 120),
+            ("field_of_view_deg", 20, 140),
+            ("camera_height_m", 0.5, 10),
+            ("horizon", 0.2, 0.8),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name} is {value}; it must lie in {low}..{high}")
+        unknown = sorted(set(self.palettes) - set(PALETTES))
+        if unknown or not self.palettes:
+            raise ValueError(
+                f"palettes is {self.palettes}; it must name one or more of {', '.join(PALETTES)}"
+            )
+
+
+class SyntheticWorld:
+    """A road through a landscape, both functions of the seed; a picture is one of the state.
+
+    Nothing is remembered between calls: what is drawn depends on (seed, config, state) alone, so
+    that any future can be replayed from any state.
+    """
+
+    def __init__(self, seed: int, config: SyntheticConfig | None = None) -> None:
+        self.seed = seed
+        self.config = config = config or SyntheticConfig()
+        rng = np.random.default_rng(seed)
+        self.road = Road(rng)
+        palette = varied(PALETTES[config.palettes[rng.integers(len(config.palettes))]], rng)
+        self._camera = Camera.with_field_of_view(
+            config.height,
+            config.width,
+            config.field_of_view_deg,
+            config.horizon,
+            config.camera_height_m,
+        )
+        self._sky = Sky(self._camera, palette, rng)
+        self._ground = Ground(self._camera, self.road, palette, rng, seed)
+        self._scenery = Scenery(self.road, seed)
+        self._traffic = Traffic(self.road, seed)
+        self._props = PropPainter(self._camera, palette)
+
+    def reset(self, station_m: float = 0.0) -> VehicleState:
+        """Return the state in the middle of the driver's lane at a station of the road."""
+        x, y, heading = self.road.place(np.array([float(station_m)]), np.array([LANE_OFFSET]))
+        return VehicleState(float(x[0]), float(y[0]), float(heading[0]), 0.0)
+
+    def step(self, state: VehicleState, action: Any, dt: float | None = None) -> VehicleState:
+        """Return the state after driving under an action for `dt` seconds (default: one frame).
+
+        The action is speed in m/s and road-wheel angle in rad, left positive.
+        """
+        speed_mps, steering_rad = float(action[0]), float(action[1])
+        if not (math.isfinite(speed_mps) and math.isfinite(steering_rad)):
+            raise ValueError(f"action is ({speed_mps}, {steering_rad}); both must be finite")
+        return step_vehicle(
+            state, speed_mps, steering_rad, 1 / self.config.fps if dt is None else dt
+        )
+
+    def render(self, state: VehicleState) -> NDArray[np.uint8]:
+        """Return the picture from a state: uint8 RGB [height, width, 3]."""
+        frame = np.empty((self.config.height, self.config.width, 3), np.float32)
+        view = View.from_state(state)
+        self._sky.paint(frame, view)
+        self._ground.paint(frame, view)
+        things = Things.joined([self._scenery.near(view.x, view.y), self._traffic.near(state)])
+        self._paint_things(Canvas(frame), things, view)
+        picture: NDArray[np.uint8] = np.clip(frame + 0.5, 0, 255).astype(np.uint8)
+        return picture
+
+    def _paint_things(self, canvas: Canvas, things: Things, view: View) -> None:
+        depth, left = view.depth_and_left(things.x, things.y)
+        # 8 m covers the widest thing, a house or gantry whose middle is out of sight.
+        widest = 0.5 * self.config.width / self._camera.focal
+        seen = (depth > -8) & (np.abs(left) < np.maximum(depth, 0) * widest + 8)
+        seen &= np.hypot(depth, left) < VISIBLE_M
+        order = np.nonzero(seen)[0]
+        order = order[np.argsort(-depth[order], kind="stable")]
+        for i in order.tolist():
+            distance = math.hypot(depth[i], left[i])
+            self._props.paint(
+                canvas,
+                int(things.kind[i]),
+                (float(depth[i]), float(left[i]), float(things.heading[i]) - view.heading),
+                float(things.height[i]),
+                float(things.tint[i]),
+                min(1.0, (VISIBLE_M - distance) / _FADE_M),
+            )
+
+    def replay(
+        self, state: VehicleState, actions: NDArray[np.float32]
+    ) -> tuple[NDArray[np.uint8], list[VehicleState]]:
+        """Drive the actions [N, 2] and return the frames [N, H, W, 3] and states after each."""
+        frames = np.empty((len(actions), self.config.height, self.config.width, 3), np.uint8)
+        states: list[VehicleState] = []
+        for frame, action in zip(frames, actions, strict=True):
+            state = self.step(state, action)
+            states.append(state)
+            frame[:] = self.render(state)
+        return frames, states
