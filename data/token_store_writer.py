@@ -5,7 +5,6 @@ file, and the parts of a shard become the shard as soon as all are there, so a s
 and continued is byte for byte the store that was not.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -13,7 +12,6 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from driving_sim.data.timing import gaps
-from driving_sim.data.token_shard import Array, TokenShard, frame_bytes, write_shard
+from driving_sim.data.token_shard import Array, TokenShard, write_shard
 from driving_sim.data.token_store import (
     INDEX,
     SCHEMA,
@@ -32,87 +30,15 @@ from driving_sim.data.token_store import (
     ShardEntry,
     SkippedDrive,
     StoreIndex,
-    StoreInfo,
     shard_metadata,
     shard_name,
 )
+from driving_sim.data.token_store_plan import Piece, PlannedDrive, StorePlan
 from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
 from driving_sim.engine.errors import DriveSimError
 
 _PLAN = "plan.json"
 _ABSOLUTE_FOLDERS = re.compile(r"(?<![\w.~/\\-])(?:[A-Za-z]:)?[/\\](?:[^\s/\\:'\"]+[/\\])*")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PlannedDrive:
-    """A drive that the store is to hold."""
-
-    id: str
-    """Its id, unique in the store."""
-    frames: int
-    """How many frames of it will be written; 0 for one known to be skipped."""
-    source: str = ""
-    """The kind of data source it comes from."""
-    mirrored: bool = False
-    """Whether the frames are flipped and the steering negated."""
-    content: str = ""
-    """Digest of what is known of it beforehand (frame choice, actions), so that a change shows."""
-
-    def __post_init__(self) -> None:
-        if not self.id or not self.id.isprintable() or ".." in self.id.split("/"):
-            raise ValueError(f"id must be a printable relative name, got {self.id!r}")
-        if self.frames < 0:
-            raise ValueError(f"frames must not be negative, got {self.frames}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StorePlan:
-    """Everything that decides a store's bytes but the tokens and actions themselves."""
-
-    info: StoreInfo
-    """What is the same for every drive."""
-    drives: tuple[PlannedDrive, ...]
-    """The drives in the order they are stored."""
-    shard_bytes: int = 512 * 2**20
-    """Most bytes of data in one shard."""
-
-    def __post_init__(self) -> None:
-        ids = [drive.id for drive in self.drives]
-        if len(set(ids)) != len(ids):
-            raise ValueError("drives must have different ids")
-        if self.shard_bytes < frame_bytes(self.info.rows, self.info.cols):
-            raise ValueError(f"shard_bytes must hold a frame, got {self.shard_bytes}")
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 of the plan."""
-        text = json.dumps({"schema": SCHEMA, **to_dict(self)}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Frames [start, stop) of drive number `drive`, which lie in one shard."""
-
-    drive: int
-    start: int
-    stop: int
-
-
-def _assign(plan: StorePlan) -> list[list[_Piece]]:
-    """Which pieces each shard holds: drives in order, split only if no shard could hold one."""
-    capacity = plan.shard_bytes // frame_bytes(plan.info.rows, plan.info.cols)
-    shards: list[list[_Piece]] = [[]]
-    free = capacity
-    for number, drive in enumerate(plan.drives):
-        for start in range(0, drive.frames, capacity):
-            stop = min(start + capacity, drive.frames)
-            if stop - start > free:
-                shards.append([])
-                free = capacity
-            shards[-1].append(_Piece(number, start, stop))
-            free -= stop - start
-    return [pieces for pieces in shards if pieces]
 
 
 class TokenStoreWriter:
@@ -129,14 +55,19 @@ class TokenStoreWriter:
         self.out, self.plan = out, plan
         self._work = out / UNFINISHED
         self._numbers = {drive.id: number for number, drive in enumerate(plan.drives)}
-        self._shards = _assign(plan)
+        self._shards = plan.shards()
         self._shards_of: dict[int, list[int]] = {}
         for shard, pieces in enumerate(self._shards):
             for piece in pieces:
                 self._shards_of.setdefault(piece.drive, []).append(shard)
         with _writing(out):
-            self._start()
-        self._lock = _lock(self._work)
+            self._lock = _lock(out)
+        try:
+            with _writing(out):
+                self._start()
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -156,28 +87,34 @@ class TokenStoreWriter:
             self._lock = None
 
     def _start(self) -> None:
-        plan_file = self._work / _PLAN
         if (self.out / INDEX).exists():
-            if _plan_hash(plan_file) == self.plan.hash:  # killed while it tidied up
-                shutil.rmtree(self._work)
+            shutil.rmtree(self._work, ignore_errors=True)  # it was killed while it tidied up
             raise DriveSimError(
                 f"{self.out}: holds a finished token store; remove it or choose another folder"
             )
-        if plan_file.exists() and _plan_hash(plan_file) != self.plan.hash:
-            raise DriveSimError(
-                f"{self.out}: holds an unfinished token store of other drives, settings or another "
-                "tokenizer; repeat that command, remove the folder or choose another"
-            )
-        if not plan_file.exists():
+        if any(self._work.glob("part-*")) or any(self._work.glob("shard-*")):
+            self._check_same(load_json(self._work / _PLAN))
+            for leftover in self.out.glob(".*.partial*"):
+                leftover.unlink()
+        else:
             self._check_new()
-            self._work.mkdir(parents=True, exist_ok=True)
-            save_json(plan_file, {"hash": self.plan.hash, **to_dict(self.plan)})
+            shutil.rmtree(self._work, ignore_errors=True)
+            self._work.mkdir()
+            save_json(self._work / _PLAN, self.plan.summary())
+
+    def _check_same(self, found: Mapping[str, Any]) -> None:
+        summary = self.plan.summary()
+        if found.get("hash") == summary["hash"]:
+            return
+        names = [name for name in summary if name != "hash" and found.get(name) != summary[name]]
+        raise DriveSimError(
+            f"{self.out}: holds an unfinished token store with other {(names or ['data'])[0]}; "
+            "repeat the command that made it, remove it or choose another folder"
+        )
 
     def _check_new(self) -> None:
-        if self.out.exists() and not self.out.is_dir():
-            raise DriveSimError(f"{self.out}: is a file; choose another folder for the tokens")
-        others = [p.name for p in self.out.iterdir()] if self.out.exists() else []
-        if set(others) - {UNFINISHED}:
+        others = {file.name for file in self.out.iterdir()} - {UNFINISHED}
+        if others:
             raise DriveSimError(
                 f"{self.out}: exists and holds {min(others)!r}, not a token store; remove it or "
                 "choose another folder"
@@ -224,11 +161,12 @@ class TokenStoreWriter:
         valid = np.asarray(action_valid, np.bool_)
         columns: dict[str, Array] = {
             "timestamps": np.asarray(timestamps, np.float64),
-            "actions": np.where(valid, np.asarray(actions, np.float32), np.float32(0)),
+            "actions": np.array(actions, np.float32),
             "tokens": np.asarray(tokens),
             "action_valid": valid,
         }
         self._check(self.plan.drives[number], columns)
+        columns["actions"][~valid] = 0
         runs = gaps(columns["timestamps"]) if segments is None else segments
         with _writing(self.out):
             write_shard(
@@ -255,7 +193,7 @@ class TokenStoreWriter:
         tokens = columns["tokens"]
         if tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= info.codebook_size:
             raise ValueError(f"{drive.id}: tokens must be integers from 0 to {info.codebook_size}")
-        if not np.isfinite(columns["actions"]).all():
+        if not np.isfinite(columns["actions"][columns["action_valid"]]).all():
             raise ValueError(f"{drive.id}: an action that is valid is not finite")
         if (np.diff(columns["timestamps"]) <= 0).any():
             raise ValueError(f"{drive.id}: timestamps must rise")
@@ -305,7 +243,7 @@ class TokenStoreWriter:
         entry = ShardEntry(bytes=path.stat().st_size, sha256=checksum, drives=entries)
         save_json(self._shard_note(shard), to_dict(entry))
 
-    def _entry(self, piece: _Piece) -> DriveEntry:
+    def _entry(self, piece: Piece) -> DriveEntry:
         info, drive = self.plan.info, self.plan.drives[piece.drive]
         part = TokenShard(self._part(piece.drive), rows=info.rows, cols=info.cols)
         runs = [
@@ -336,13 +274,18 @@ class TokenStoreWriter:
             self._merge(range(len(self._shards)))
             index = self._index()
             if not index.frames:
-                raise DriveSimError(
-                    f"{self.out}: every drive was skipped, there is nothing to store"
-                )
+                self._remove()
+                raise DriveSimError(f"{self.out}: nothing to store: every drive was skipped")
             save_json(self.out / INDEX, to_dict(index))
             shutil.rmtree(self._work)
         self.close()
         return index
+
+    def _remove(self) -> None:
+        shutil.rmtree(self._work)
+        for shard in range(len(self._shards)):
+            (self.out / shard_name(shard)).unlink(missing_ok=True)
+        self.out.rmdir()
 
     def _index(self) -> StoreIndex:
         shards = tuple(
@@ -372,12 +315,9 @@ def _without_folders(text: str) -> str:
     return _ABSOLUTE_FOLDERS.sub("", " ".join(text.split()))
 
 
-def _plan_hash(plan_file: Path) -> Any:
-    return load_json(plan_file).get("hash") if plan_file.exists() else None
-
-
 def _lock(folder: Path) -> int | None:
-    """Hold a folder for this process; the system lets go of it however the process ends."""
+    """Make a folder and hold it; the system lets go of it however this process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
     if sys.platform == "win32":
         return None
     import fcntl
@@ -385,11 +325,9 @@ def _lock(folder: Path) -> int | None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         os.close(descriptor)
-        raise DriveSimError(f"{folder.parent}: another process is writing here") from error
-    for leftover in folder.parent.glob(".*.partial*"):
-        leftover.unlink()
+        raise DriveSimError(f"{folder}: another process is writing here; wait for it") from error
     return descriptor
 
 
@@ -399,6 +337,6 @@ def _writing(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DriveSimError(
-            f"{out}: cannot write: {error.strerror}; what is whole stays, and the same command "
-            "continues there"
+            f"{out}: cannot write: {error.strerror or error}; the drives that are done stay, and "
+            "the same command goes on after them"
         ) from error
