@@ -1,0 +1,98 @@
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from driving_sim.world_model.cache import RingCache, encode_frame
+from driving_sim.world_model.transformer import Transformer
+from tests.test_transformer import CONFIG, GRID, random_inputs, random_model
+
+
+def new_cache(model: Transformer, batch: int) -> RingCache:
+    return RingCache(model, batch, torch.device("cpu"), torch.float32)
+
+
+def cached_logits(
+    model: Transformer, cache: RingCache, inputs: dict[str, Tensor], *, by_wave: bool
+) -> Tensor:
+    """Logits [B, T, P, K] of known frames, a frame or a wave of slots per pass."""
+    tables = model.tables()
+    tokens = inputs["tokens"].flatten(2)
+    previous = inputs["previous"].flatten(1)
+    logits = []
+    for t in range(tokens.shape[1]):
+        now = (tokens[:, t], previous, inputs["actions"][:, t], inputs["valid"][:, t])
+        step = wave_by_wave if by_wave else encode_frame
+        logits.append(F.linear(step(model, tables, cache, *now), tables.output))
+        previous = tokens[:, t]
+    return torch.stack(logits, dim=1)
+
+
+def wave_by_wave(model, tables, cache, tokens, previous, actions, valid):  # type: ignore[no-untyped-def]
+    cache.begin_frame()
+    base = model.frame_base(tables, previous[:, None], actions[:, None], valid[:, None])[:, 0]
+    taken = F.pad(tokens, (0, 1), value=GRID.codebook_size)[:, model.source]
+    x = base + F.embedding(taken, tables.token)
+    cos, sin = model.rotary(torch.tensor([cache.frame]))
+    hidden = []
+    for wave in model.order.waves:
+        span = slice(wave.start, wave.stop)
+        cache.begin_pass(wave.start, wave.stop)
+        hidden.append(model.hidden(x[:, span], (cos[span], sin[span]), cache.attend))
+    return torch.cat(hidden, dim=1)[:, model.slot_of_token]
+
+
+@pytest.mark.parametrize("lag", [1, 2, 5])
+@pytest.mark.parametrize("by_wave", [False, True])
+@torch.no_grad()
+def test_cached_equals_uncached_over_three_windows(lag: int, by_wave: bool) -> None:
+    model = random_model(replace(CONFIG, lag=lag))
+    inputs = random_inputs(3 * CONFIG.context_frames + 1)
+    cached = cached_logits(model, new_cache(model, 2), inputs, by_wave=by_wave)
+    uncached = model(**inputs).flatten(2, 3)
+    assert uncached.std() > 0.1
+    assert (cached - uncached).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_a_frame_that_left_is_out_of_sight() -> None:
+    """One layer: frame W + 1 sees frames 2 on, and frame 2 itself was given only frame 1."""
+    model = random_model(replace(CONFIG, layers=1))
+    inputs = random_inputs(CONFIG.context_frames + 4)
+    other = {**inputs, "tokens": inputs["tokens"].clone()}
+    other["tokens"][:, 0] = (other["tokens"][:, 0] + 1) % GRID.codebook_size
+    first = cached_logits(model, new_cache(model, 2), inputs, by_wave=True)
+    second = cached_logits(model, new_cache(model, 2), other, by_wave=True)
+    changed = (first - second).abs().amax(dim=(0, 2, 3))
+    assert (changed[: CONFIG.context_frames + 1] > 1e-4).all()
+    assert (changed[CONFIG.context_frames + 1 :] == 0).all()
+
+
+@pytest.mark.parametrize("known", [1, 2, 4])
+@torch.no_grad()
+def test_a_branched_prefix_goes_on_as_the_sequence_itself(known: int) -> None:
+    model = random_model()
+    inputs = random_inputs(known + 4, batch=1)
+    whole = cached_logits(model, new_cache(model, 1), inputs, by_wave=False)
+    prefix = new_cache(model, 1)
+    head = {name: inputs[name][:, :known] for name in ("tokens", "actions", "valid")}
+    cached_logits(model, prefix, {**inputs, **head}, by_wave=False)
+    tail = {name: inputs[name][:, known:].repeat_interleave(3, 0) for name in head}
+    tail["previous"] = inputs["tokens"][:, known - 1].repeat_interleave(3, 0)
+    kept = prefix.keys.clone()
+    for _ in range(2):  # the prefix serves again, unchanged
+        branches = cached_logits(model, prefix.branch(3), tail, by_wave=True)
+        for branch in branches:
+            torch.testing.assert_close(branch, whole[0, known:], atol=1e-4, rtol=1e-4)
+    assert torch.equal(prefix.keys, kept)
+
+
+def test_memory_does_not_grow() -> None:
+    model = random_model()
+    cache = new_cache(model, 1)
+    size = cache.keys.numel()
+    with torch.no_grad():
+        cached_logits(model, cache, random_inputs(10, batch=1), by_wave=False)
+    assert cache.keys.numel() == size == cache.values.numel()

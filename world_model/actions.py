@@ -1,0 +1,142 @@
+"""Speed and steering as an embedding, with a learned null for what is unknown or dropped.
+
+Axes: B batch, T frames, A = 2 channels (speed in m/s, steering in rad, left positive), F Fourier
+features, D width.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+CHANNELS = ("speed", "steering")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActionStatistics:
+    """What the training data's valid actions look like, per channel (speed, steering)."""
+
+    mean: tuple[float, float] = (0.0, 0.0)
+    """Mean, m/s and rad."""
+    std: tuple[float, float] = (1.0, 1.0)
+    """Standard deviation, m/s and rad."""
+    steering_p95: float = 0.0
+    """95th percentile of |steering|, rad."""
+    steering_p99: float = 0.0
+    """99th percentile of |steering|, rad."""
+    speed_range: tuple[float, float] = (0.0, 0.0)
+    """1st and 99th percentile of speed, m/s."""
+
+    def __post_init__(self) -> None:
+        if not all(value > 0 for value in self.std):
+            raise ValueError(f"std is {self.std}: both values must be above 0")
+
+    @classmethod
+    def measure(cls, actions: NDArray[np.float32], valid: NDArray[np.bool_]) -> "ActionStatistics":
+        """Measure actions [N, 2] where `valid` [N, 2]; a channel never valid keeps its default."""
+        channels = [actions[valid[:, c], c].astype(np.float64) for c in range(2)]
+        mean = [float(x.mean()) if len(x) else 0.0 for x in channels]
+        # A channel that never moves carries nothing: any spread will do for it.
+        std = [float(x.std()) if len(x) and x.std() > 1e-6 else 1.0 for x in channels]
+        speed, steering = channels[0], np.abs(channels[1])
+        p95, p99 = np.quantile(steering, [0.95, 0.99]) if len(steering) else (0.0, 0.0)
+        low, high = np.quantile(speed, [0.01, 0.99]) if len(speed) else (0.0, 0.0)
+        return cls(
+            mean=(mean[0], mean[1]),
+            std=(std[0], std[1]),
+            steering_p95=float(p95),
+            steering_p99=float(p99),
+            speed_range=(float(low), float(high)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActionEmbeddingConfig:
+    """How actions are embedded."""
+
+    octaves: int = 4
+    """Sines and cosines per channel, of periods 16, 8, 4, ... standard deviations."""
+    hidden: int = 128
+    """Width of the MLP's hidden layer."""
+
+    def __post_init__(self) -> None:
+        if self.octaves < 1 or self.hidden < 1:
+            raise ValueError(
+                f"octaves is {self.octaves} and hidden {self.hidden}: both must be at least 1"
+            )
+
+
+class ActionEmbedding(nn.Module):
+    """Normalise by the training statistics, Fourier features, an MLP; a null per channel."""
+
+    mean: Tensor
+    std: Tensor
+    frequency: Tensor
+
+    def __init__(
+        self, config: ActionEmbeddingConfig, width: int, statistics: ActionStatistics
+    ) -> None:
+        super().__init__()
+        features = 1 + 2 * config.octaves
+        frequency = 2 * math.pi / 16 * 2.0 ** torch.arange(config.octaves)
+        self.register_buffer("mean", torch.tensor(statistics.mean), persistent=False)
+        self.register_buffer("std", torch.tensor(statistics.std), persistent=False)
+        self.register_buffer("frequency", frequency, persistent=False)
+        self.null = nn.Parameter(torch.randn(len(CHANNELS), features))
+        self.hidden = nn.Linear(len(CHANNELS) * features, config.hidden, bias=False)
+        self.out = nn.Linear(config.hidden, width, bias=False)
+
+    def forward(self, actions: Tensor, valid: Tensor) -> Tensor:
+        """Embed actions [..., 2] (m/s, rad) where `valid` [..., 2], as [..., D]."""
+        x = (actions - self.mean) / self.std
+        # An absurd request must not leave the range in which features were ever seen.
+        x = torch.where(valid, x, 0.0).clamp(-8, 8).unsqueeze(-1)
+        angle = x * self.frequency
+        features = torch.cat([x, angle.sin(), angle.cos()], dim=-1)
+        features = torch.where(valid.unsqueeze(-1), features, self.null)
+        hidden = self.hidden(rearrange(features, "... a f -> ... (a f)"))
+        embedded: Tensor = self.out(nn.functional.silu(hidden))
+        return embedded
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActionDropoutConfig:
+    """How often training hides actions, so that null means "unknown" (for guidance)."""
+
+    both: float = 0.1
+    """Share of windows that hide both channels."""
+    channel: float = 0.1
+    """Share of the other windows that hide one channel, for each channel."""
+
+    def __post_init__(self) -> None:
+        for name in ("both", "channel"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be from 0 to 1")
+
+
+def drop_actions(valid: Tensor, config: ActionDropoutConfig) -> Tensor:
+    """Return `valid` [B, T, A] with channels of whole windows hidden, from a random frame on.
+
+    From half of these windows nothing is left; in the others the frames before a random one keep
+    their actions: guidance compares with futures whose context's actions are known. A frame
+    hidden alone would be given away by its neighbours.
+    """
+    batch, frames, channels = valid.shape
+    device = valid.device
+    both_B1 = torch.rand(batch, 1, device=device) < config.both
+    hidden_BA = both_B1 | (torch.rand(batch, channels, device=device) < config.channel)
+    begin_B1 = torch.randint(-frames, frames, (batch, 1), device=device)
+    after_BT = torch.arange(frames, device=device) >= begin_B1
+    return valid & ~(hidden_BA[:, None, :] & after_BT[:, :, None])
+
+
+def statistics_from_dict(values: Mapping[str, Any]) -> ActionStatistics:
+    """Return the statistics saved in a checkpoint's JSON."""
+    pairs = {name: tuple(values[name]) for name in ("mean", "std", "speed_range")}
+    return ActionStatistics(**{**values, **pairs})

@@ -1,0 +1,106 @@
+"""Keys and values of the last frames: a preallocated ring of whole frames, batched.
+
+Axes: L layers, B batch, H query heads, G key heads, S slots per frame, W frames of context,
+E channels of a head, n slots of a pass.
+"""
+
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from driving_sim.world_model.transformer import Tables, Transformer
+
+
+class RingCache:
+    """What frames t-W+1..t left behind; frame t overwrites frame t-W, nothing is recomputed.
+
+    Memory is constant. Keys are stored rotated by their absolute frame number. Use: `begin_frame`,
+    then for each pass over consecutive slots `begin_pass` and `attend` once per layer.
+    """
+
+    def __init__(
+        self, model: Transformer, batch: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        config = model.config
+        self.model = model
+        self.slots, self.frames = model.order.slots, config.context_frames
+        channels = config.width // config.heads
+        shape = (config.layers, batch, config.kv_heads, self.frames * self.slots, channels)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        hidden = torch.full((self.slots, self.slots), -torch.inf, device=device, dtype=dtype)
+        self._causal = hidden.triu(1)
+        self._mask = torch.zeros(self.slots, self.frames * self.slots, device=device, dtype=dtype)
+        self.frame = -1
+        """Number of the frame being written, from 0; -1 before the first."""
+
+    def begin_frame(self) -> None:
+        """Make the next frame the current one; what its place held is out of sight at once."""
+        self._mask[:, self._place()] = 0
+        self.frame += 1
+        self._mask[:, self._place()] = self._causal
+
+    def _place(self) -> slice:
+        begin = self.frame % self.frames * self.slots
+        return slice(begin, begin + self.slots)
+
+    def begin_pass(self, start: int, stop: int) -> None:
+        """The next `attend` of each layer brings slots `start` to `stop` of the current frame."""
+        begin = self._place().start
+        self._write = slice(begin + start, begin + stop)
+        # Until the ring is full, what follows the pass was never written.
+        full = self.frame >= self.frames
+        self._read = slice(0, self.frames * self.slots if full else begin + stop)
+        group = self.model.config.heads // self.model.config.kv_heads
+        self._pass_mask = self._mask[start:stop, self._read].repeat(group, 1)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store k, v [B, G, n, E] of the pass and return what q [B, H, n, E] sees of the ring."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys[:, :, self._write] = k
+        values[:, :, self._write] = v
+        # The query heads of a group become rows of one query: no kernel needs to know of groups.
+        groups = keys.shape[1]
+        seen = F.scaled_dot_product_attention(
+            rearrange(q, "b (g m) n e -> b g (m n) e", g=groups).to(keys.dtype),
+            keys[:, :, self._read],
+            values[:, :, self._read],
+            attn_mask=self._pass_mask,
+        )
+        return rearrange(seen, "b g (m n) e -> b (g m) n e", n=q.shape[2]).to(q.dtype)
+
+    def branch(self, batch: int) -> Self:
+        """Return a copy for `batch` futures of the one sequence that this cache holds."""
+        copy = type(self)(self.model, batch, self.keys.device, self.keys.dtype)
+        filled = min(self.frame + 1, self.frames) * self.slots
+        copy.keys[:, :, :, :filled] = self.keys[:, :, :, :filled]
+        copy.values[:, :, :, :filled] = self.values[:, :, :, :filled]
+        copy._mask.copy_(self._mask)
+        copy.frame = self.frame
+        return copy
+
+
+def encode_frame(
+    model: Transformer,
+    tables: Tables,
+    cache: RingCache,
+    tokens: Tensor,
+    previous: Tensor,
+    actions: Tensor,
+    valid: Tensor,
+) -> Tensor:
+    """Add one whole known frame to the cache, in one pass.
+
+    `tokens` and `previous` [B, P] (K where there is no frame before), `actions` and `valid`
+    [B, 2]. Returns the last hidden states [B, P, D] of the slots that predict each token.
+    """
+    cache.begin_frame()
+    cache.begin_pass(0, cache.slots)
+    base = model.frame_base(tables, previous[:, None], actions[:, None], valid[:, None])[:, 0]
+    padded = F.pad(tokens, (0, 1), value=model.grid.codebook_size)
+    x = base + F.embedding(padded[:, model.source], tables.token)
+    rotary = model.rotary(torch.tensor([cache.frame], device=x.device))
+    return model.hidden(x, rotary, cache.attend)[:, model.slot_of_token]

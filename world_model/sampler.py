@@ -1,0 +1,203 @@
+"""Sampling frames wave by wave: temperature, top-k, top-p, guidance, reproducible draws.
+
+Axes: B futures, P = rows * cols tokens, S slots, K codes, n tokens of a wave, A = 2 channels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from driving_sim.world_model.cache import RingCache
+from driving_sim.world_model.transformer import Tables, Transformer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How tokens are drawn from the model's distribution."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most probable token."""
+    top_k: int | None = None
+    """Keep only this many most probable tokens."""
+    top_p: float | None = None
+    """Keep only the most probable tokens that together reach this probability."""
+    guidance: float = 1.0
+    """g in `l_null + g (l - l_null)`: 1 is the plain model, more makes actions count more."""
+    seed: int = 0
+    """Chooses the uniform numbers."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}: it must be at least 0")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}: it must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
+        if self.guidance < 0:
+            raise ValueError(f"guidance is {self.guidance}: it must be at least 0")
+
+
+@dataclass(frozen=True, slots=True)
+class FrameSample:
+    """One sampled frame of each future."""
+
+    tokens: Tensor
+    """int64 [B, rows, cols]."""
+    log_probs: Tensor
+    """float32 [B, rows, cols], nats: under the plain model (temperature 1, no guidance)."""
+    sampling_log_probs: Tensor
+    """float32 [B, rows, cols], nats: under the distribution that was drawn from."""
+
+
+def _signed(value: int) -> int:
+    """The int64 with the bits of `value`: tensors have no unsigned arithmetic, but they wrap."""
+    value &= 2**64 - 1
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser (Steele et al. 2014, https://doi.org/10.1145/2660193.2660195)."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ _shifted(x, shift)) * _signed(factor)
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """Shift right filling with zeros, as unsigned integers do."""
+    return torch.bitwise_and(x >> by, 2 ** (64 - by) - 1)
+
+
+def uniforms(seed: int, samples: Tensor, frame: int, rows: int, cols: int) -> Tensor:
+    """Return float32 numbers in [0, 1) for `samples` int64 [B], shaped [B, rows, cols].
+
+    Each is a function of (seed, sample, frame, row, column) only: a chain of SplitMix64 steps, one
+    per coordinate, the upper 24 bits of which are the number. Computed on the CPU.
+    """
+    hashed = _mixed(torch.tensor(_signed(seed)))
+    for coordinate in (
+        samples.cpu()[:, None, None],
+        torch.tensor(frame),
+        torch.arange(rows)[:, None],
+        torch.arange(cols),
+    ):
+        hashed = _mixed(hashed + (coordinate + 1) * _signed(0x9E3779B97F4A7C15))
+    numbers: Tensor = _shifted(hashed, 40).float() / 2**24
+    return numbers
+
+
+def truncated_log_probs(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Return the log-probabilities [..., K] that tokens are drawn from, -inf where cut off."""
+    if sampling.temperature == 0:
+        best = logits.argmax(-1, keepdim=True)
+        return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
+    log_probs = (logits / sampling.temperature).log_softmax(-1)
+    codes = logits.shape[-1]
+    if sampling.top_k is not None and sampling.top_k < codes:
+        least = log_probs.topk(sampling.top_k, dim=-1).values[..., -1:]
+        log_probs = log_probs.masked_fill(log_probs < least, -torch.inf).log_softmax(-1)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        ordered = log_probs.sort(dim=-1, descending=True).values
+        probs = ordered.exp()
+        needed = (probs.cumsum(-1) - probs < sampling.top_p).sum(-1, keepdim=True)
+        least = ordered.gather(-1, needed - 1)
+        log_probs = log_probs.masked_fill(log_probs < least, -torch.inf).log_softmax(-1)
+    return log_probs
+
+
+def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
+    """Return the tokens [...] at `uniform` [...] of the inverse CDF of log_probs [..., K].
+
+    Tokens follow in the order of their indices, so that rounding errors in the logits move a draw
+    only where it lies within them of a boundary. A token of probability 0 is never drawn.
+    """
+    total = log_probs.exp().cumsum(-1)
+    # uniform has 24 bits: the product rounds to less than the last sum, even in float32.
+    return (total <= (uniform * total[..., -1]).unsqueeze(-1)).sum(-1)
+
+
+class FrameSampler:
+    """Continues B futures frame by frame: one cached pass and one draw per wave."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        tables: Tables,
+        cache: RingCache,
+        last: Tensor,
+        *,
+        samples: Tensor,
+        sampling: Sampling,
+    ) -> None:
+        """Start after the frame `last` [1 or B, P] that `cache`, of one sequence, ends with.
+
+        `samples` int64 [B] numbers the draws: futures with the same number share theirs.
+        """
+        self.model, self.tables, self.sampling = model, tables, sampling
+        self.streams = 1 if sampling.guidance == 1 else 2
+        self.samples = samples
+        self.cache = cache.branch(self.streams * len(samples))
+        self.tokens = last.expand(len(samples), -1)
+        self.frame = 0
+        self._sources = [model.source[wave.start : wave.stop] for wave in model.order.waves]
+        self._targets = [model.target[wave.first : wave.stop] for wave in model.order.waves]
+
+    @torch.inference_mode()
+    def step(self, actions: Tensor, valid: Tensor) -> FrameSample:
+        """Sample the frame that `actions` [B, 2] (m/s, rad; `valid` [B, 2]) lead to."""
+        base = self._base(actions, valid)
+        cos, sin = self.model.rotary(torch.tensor([self.cache.frame], device=base.device))
+        uniform = self._uniforms(base.device)
+        none = self.model.grid.codebook_size
+        tokens = F.pad(torch.full_like(self.tokens, none), (0, 1), value=none)
+        scores = torch.zeros(2, *self.tokens.shape, device=base.device)
+        waves = self.model.order.waves
+        for wave, source, target in zip(waves, self._sources, self._targets, strict=True):
+            span = slice(wave.start, wave.stop)
+            known = F.embedding(tokens[:, source], self.tables.token)
+            x = base[:, span] + known.repeat(self.streams, 1, 1)
+            self.cache.begin_pass(wave.start, wave.stop)
+            hidden = self.model.hidden(x, (cos[span], sin[span]), self.cache.attend)
+            if wave.first < wave.stop:
+                logits = F.linear(hidden[:, wave.first - wave.start :], self.tables.output)
+                tokens[:, target], scores[:, :, target] = self._choose(
+                    logits.float(), uniform[:, target]
+                )
+        self.tokens = tokens[:, :-1]
+        self.frame += 1
+        shape = {"r": self.model.grid.rows, "c": self.model.grid.cols}
+        return FrameSample(
+            rearrange(self.tokens, "b (r c) -> b r c", **shape),
+            *rearrange(scores, "two b (r c) -> two b r c", **shape),
+        )
+
+    def _base(self, actions: Tensor, valid: Tensor) -> Tensor:
+        """Begin the frame; the second stream, if any, knows no action."""
+        self.cache.begin_frame()
+        if self.streams == 2:
+            actions = actions.repeat(2, 1)
+            valid = torch.cat([valid, torch.zeros_like(valid)])
+        previous = self.tokens.repeat(self.streams, 1)
+        return self.model.frame_base(
+            self.tables, previous[:, None], actions[:, None], valid[:, None]
+        )[:, 0]
+
+    def _uniforms(self, device: torch.device) -> Tensor:
+        grid = self.model.grid
+        numbers = uniforms(self.sampling.seed, self.samples, self.frame, grid.rows, grid.cols)
+        return rearrange(numbers, "b r c -> b (r c)").to(device)
+
+    def _choose(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Return tokens [B, n] and log-probabilities [2, B, n] of logits [streams * B, n, K]."""
+        plain = logits[: len(self.samples)]
+        mixed = plain
+        if self.streams == 2:
+            null = logits[len(self.samples) :]
+            mixed = null + self.sampling.guidance * (plain - null)
+        drawn_from = truncated_log_probs(mixed, self.sampling)
+        tokens = draw(drawn_from, uniform)
+        both = torch.stack([plain.log_softmax(-1), drawn_from])
+        index = tokens.expand(2, *tokens.shape).unsqueeze(-1)
+        return tokens, both.gather(-1, index).squeeze(-1)

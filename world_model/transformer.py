@@ -1,0 +1,293 @@
+"""A causal transformer over the wavefront order of tokens, conditioned on speed and steering.
+
+The idea is GAIA-1's (arXiv 2309.17080); the blocks are today's plain ones: RMSNorm before each
+branch, QK-norm, grouped-query attention, axial rotary positions, squared ReLU, no biases.
+
+Axes: B batch, T frames, P = rows * cols tokens per frame, S = rows * (cols + 1) slots per frame,
+N = T * S, D width, H query heads, G key heads, E channels of a head, K codes, A = 2 channels.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from driving_sim.world_model.actions import (
+    ActionEmbedding,
+    ActionEmbeddingConfig,
+    ActionStatistics,
+)
+from driving_sim.world_model.code_embedding import CodeEmbedding
+from driving_sim.world_model.order import SlotOrder
+from driving_sim.world_model.rotary import AxialRotary, rotate
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, queries [B, H, n, E], keys [B, G, n, E], values [B, G, n, E]) -> [B, H, n, E]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenGrid:
+    """The tokenizer's side of a world model."""
+
+    rows: int
+    """Token rows per frame."""
+    cols: int
+    """Token columns per frame."""
+    levels: tuple[int, ...]
+    """FSQ levels per code channel."""
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes."""
+        return math.prod(self.levels)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransformerConfig:
+    """Size and shape of the world model."""
+
+    layers: int = 6
+    """Number of blocks."""
+    width: int = 256
+    """Channels of the residual stream."""
+    heads: int = 8
+    """Query heads."""
+    kv_heads: int = 4
+    """Key and value heads; each serves heads / kv_heads query heads."""
+    mlp_ratio: int = 4
+    """Hidden width of the MLP, in multiples of `width`."""
+    context_frames: int = 12
+    """Frames that attention reaches, the one being predicted included."""
+    lag: int = 2
+    """Waves between a row and the next; cols + 1 is raster order."""
+    dropout: float = 0.0
+    """Share of activations dropped after the embedding and in each residual branch."""
+    actions: ActionEmbeddingConfig = field(default_factory=ActionEmbeddingConfig)
+    """How speed and steering are embedded."""
+    action_everywhere: bool = True
+    """Add a projection of the frame's action to all of its slots, not only to the rows' starts."""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "width", "heads", "kv_heads", "mlp_ratio", "lag"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.context_frames < 2:
+            raise ValueError(f"context_frames is {self.context_frames}: it must be at least 2")
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"width is {self.width}: it must be an even multiple of heads ({self.heads})"
+            )
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads is {self.kv_heads}: it must divide heads ({self.heads})")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}: it must be from 0 to below 1")
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with QK-norm and rotary positions."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        channels = config.width // config.heads
+        self.sizes = (config.heads * channels, *[config.kv_heads * channels] * 2)
+        self.channels = channels
+        self.qkv = nn.Linear(config.width, sum(self.sizes), bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+        self.q_norm = nn.RMSNorm(channels, eps=1e-6)
+        self.k_norm = nn.RMSNorm(channels, eps=1e-6)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, layer: int
+    ) -> Tensor:
+        """Mix x [B, n, D] over what `attend` lets its slots see."""
+        q, k, v = (
+            rearrange(part, "b n (h e) -> b h n e", e=self.channels)
+            for part in self.qkv(x).split(self.sizes, dim=-1)
+        )
+        q, k = rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary)
+        mixed = attend(layer, q.to(v.dtype), k.to(v.dtype), v)
+        out: Tensor = self.out(rearrange(mixed, "b h n e -> b n (h e)"))
+        return out
+
+
+class Block(nn.Module):
+    """Attention and an MLP, each on a normalised residual branch."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.up = nn.Linear(config.width, config.mlp_ratio * config.width, bias=False)
+        self.down = nn.Linear(config.mlp_ratio * config.width, config.width, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, layer: int
+    ) -> Tensor:
+        """Return x [B, n, D] after both branches."""
+        mixed: Tensor = self.attention(self.attention_norm(x), rotary, attend, layer)
+        x = x + self.dropout(mixed)
+        # Squared ReLU (arXiv 2109.08668): as good as a gated unit, and one matrix fewer.
+        activated = F.relu(self.up(self.mlp_norm(x))).square()
+        out: Tensor = x + self.dropout(self.down(activated))
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """The composed embeddings: made once per training step, or once for all of inference."""
+
+    token: Tensor
+    """[K + 1, D]; the last row, for slots that take no token, is zero."""
+    previous: Tensor
+    """[K + 1, D]; the last row stands for "no frame before"."""
+    place: Tensor
+    """Row and column embeddings of the slots, [S, D]."""
+    output: Tensor
+    """The projection to logits, [K, D]."""
+
+
+class Transformer(nn.Module):
+    """Tokens and actions in, logits of the same frames' tokens out."""
+
+    row: Tensor
+    col: Tensor
+    source: Tensor
+    target: Tensor
+    slot_of_token: Tensor
+
+    def __init__(
+        self, config: TransformerConfig, grid: TokenGrid, statistics: ActionStatistics
+    ) -> None:
+        super().__init__()
+        self.config, self.grid, self.statistics = config, grid, statistics
+        self.order = SlotOrder(rows=grid.rows, cols=grid.cols, lag=config.lag)
+        for name in ("row", "col", "source", "target", "slot_of_token"):
+            self.register_buffer(name, getattr(self.order, name), persistent=False)
+        self.token = CodeEmbedding(grid.levels, config.width)
+        self.previous = CodeEmbedding(grid.levels, config.width)
+        self.no_previous = nn.Parameter(torch.zeros(config.width))
+        self.row_place = nn.Parameter(torch.randn(grid.rows, config.width) * 0.02)
+        self.col_place = nn.Parameter(torch.randn(grid.cols + 1, config.width) * 0.02)
+        self.action = ActionEmbedding(config.actions, config.width, statistics)
+        if config.action_everywhere:
+            self.spread = nn.Linear(config.width, config.width, bias=False)
+        self.rotary = AxialRotary(self.row, self.col, config.width // config.heads)
+        self.input_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.output_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.output = CodeEmbedding(grid.levels, config.width)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Start from a residual stream that the branches leave alone, and uniform logits."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if isinstance(module, Block):
+                nn.init.zeros_(module.down.weight)
+                nn.init.zeros_(module.attention.out.weight)
+        nn.init.normal_(self.action.out.weight, std=0.02 * self.action.out.in_features**-0.5)
+        nn.init.zeros_(self.output.codes)
+        nn.init.zeros_(self.output.digits)
+
+    def tables(self) -> Tables:
+        """Compose the embeddings."""
+        token, none = self.token.table(), self.no_previous[None]
+        return Tables(
+            token=torch.cat([token, torch.zeros_like(none)]),
+            previous=torch.cat([self.previous.table(), none]),
+            place=self.row_place[self.row] + self.col_place[self.col],
+            output=self.output.table(),
+        )
+
+    def frame_base(
+        self, tables: Tables, previous: Tensor, actions: Tensor, valid: Tensor
+    ) -> Tensor:
+        """Return what slots know before the frame's own tokens, [B, T, S, D].
+
+        `previous` [B, T, P] is the frame before each, K where there is none; `actions` and `valid`
+        [B, T, A] are the action that leads to each.
+        """
+        # Slots that predict nothing take what stands for no token.
+        padded = F.pad(previous, (0, 1), value=self.grid.codebook_size)
+        base: Tensor = F.embedding(padded[..., self.target], tables.previous) + tables.place
+        action_BT1D: Tensor = self.action(actions, valid).unsqueeze(-2)
+        base = base + action_BT1D * (self.col == 0).to(base.dtype)[:, None]
+        if self.config.action_everywhere:
+            base = base + self.spread(action_BT1D)
+        return base
+
+    def hidden(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """Run summed inputs x [B, n, D] through the blocks."""
+        x = self.dropout(self.input_norm(x))
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotary, attend, layer)
+        normed: Tensor = self.output_norm(x)
+        return normed
+
+    def window_hidden(
+        self, tables: Tables, tokens: Tensor, previous: Tensor, actions: Tensor, valid: Tensor
+    ) -> Tensor:
+        """Return the last hidden states [B, T, P, D] of the slots that predict each token.
+
+        `tokens` [B, T, P], and `previous` [B, P]: the frame before, K where there is none.
+        """
+        frames = tokens.shape[1]
+        before = torch.cat([previous[:, None], tokens[:, :-1]], dim=1)
+        padded = F.pad(tokens, (0, 1), value=self.grid.codebook_size)
+        x = self.frame_base(tables, before, actions, valid)
+        x = x + F.embedding(padded[..., self.source], tables.token)
+        rotary = self.rotary(torch.arange(frames, device=tokens.device))
+        hidden = self.hidden(rearrange(x, "b t s d -> b (t s) d"), rotary, self._attend(frames))
+        hidden = rearrange(hidden, "b (t s) d -> b t s d", t=frames)
+        return hidden[:, :, self.slot_of_token]
+
+    def _attend(self, frames: int) -> Attend:
+        """Causal attention over whole windows; frame t of a longer sequence sees t-W+1..t."""
+        window = self.config.context_frames
+        mask = None
+        if frames > window:
+            slots = self.order.slots
+            frame = torch.arange(frames * slots, device=self.source.device) // slots
+            near = frame[:, None] - frame < window
+            mask = near & torch.ones_like(near).tril()
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+            )
+
+        return attend
+
+    def forward(
+        self,
+        tokens: Tensor,
+        previous: Tensor,
+        has_previous: Tensor,
+        actions: Tensor,
+        valid: Tensor,
+    ) -> Tensor:
+        """Return the logits [B, T, rows, cols, K] of every token given all before it.
+
+        `tokens` int64 [B, T, rows, cols]; `previous` int64 [B, rows, cols], the frame before the
+        window where `has_previous` [B]; `actions` [B, T, 2] (m/s, rad) and `valid` [B, T, 2]: the
+        action that leads to each frame.
+        """
+        tables = self.tables()
+        before = torch.where(has_previous[:, None, None], previous, self.grid.codebook_size)
+        hidden = self.window_hidden(
+            tables,
+            rearrange(tokens, "b t r c -> b t (r c)"),
+            rearrange(before, "b r c -> b (r c)"),
+            actions,
+            valid,
+        )
+        logits = F.linear(hidden, tables.output)
+        return rearrange(logits, "b t (r c) k -> b t r c k", r=self.grid.rows)
