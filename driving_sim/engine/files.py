@@ -1,10 +1,18 @@
 """Outputs that are written whole or not at all."""
 
+import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from driving_sim.engine.errors import DriveSimError
+
+_REFUSALS = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+)
 
 
 def _temporary_beside(path: Path) -> Path:
@@ -22,34 +30,68 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is synced and renamed, else removed."""
-    temporary = _temporary_beside(path)
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk, a file size limit or a lack of rights inside into a `DriveSimError`."""
     try:
-        yield temporary
-        _sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except Exception as error:
+        code = _errno(error)
+        if code not in _REFUSALS:
+            raise
+        raise DriveSimError(
+            f"cannot write {path}: {os.strerror(code)}; make room or choose another place"
+        ) from error
+
+
+def _errno(error: Exception) -> int:
+    if isinstance(error, OSError):
+        return error.errno or 0
+    # Writers in Rust (safetensors) give the number in their message only.
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else 0
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is synced and renamed, else removed.
+
+    A full disk and the like become a `DriveSimError` (see `disk_errors`).
+    """
+    with disk_errors(path):
+        temporary = _temporary_beside(path)
+        try:
+            yield temporary
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a new temporary folder beside `path`; on success it is synced and renamed, else removed.
+    """Yield a new folder beside `path`; on success it is synced and renamed, else removed.
 
-    An existing folder at `path` is replaced.
+    An existing folder at `path` is replaced. Errors as for `atomic_file`.
     """
-    temporary = _temporary_beside(path)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
-        _sync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with disk_errors(path):
+        temporary = _temporary_beside(path)
+        replaced = temporary.with_suffix(".replaced")
+        _remove(temporary, replaced)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for entry in (*temporary.rglob("*"), temporary):
+                _sync(entry)
+            if path.exists():
+                # Moved first: a kill in between leaves the old content, under another name.
+                path.rename(replaced)
+            temporary.rename(path)
+            _sync(path.parent)
+        finally:
+            _remove(temporary, replaced)
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)

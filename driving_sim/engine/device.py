@@ -1,0 +1,68 @@
+"""Which device and which number format to train with."""
+
+import time
+from functools import cache
+
+import torch
+from torch import nn
+
+from driving_sim.engine.errors import DriveSimError
+
+MEASURE_SECONDS = 0.1
+"""How long each format may be measured on the CPU, beyond its first pass."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device behind auto, cuda, mps or cpu; `DriveSimError` where it is not there."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    if name not in available:
+        raise DriveSimError(f"--device {name}: expected one of auto, {', '.join(available)}")
+    if not available[name]:
+        raise DriveSimError(f"--device {name}: this machine has none that torch can use; try auto")
+    return torch.device(name)
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """The autocast format behind auto, fp32 or bf16: `torch.float32` or `torch.bfloat16`.
+
+    auto is bf16 where CUDA has it in hardware, fp32 on MPS, and on a CPU whichever measures faster.
+    """
+    if name not in ("auto", "fp32", "bf16"):
+        raise DriveSimError(f"--precision {name}: expected one of auto, fp32, bf16")
+    if name != "auto":
+        return torch.bfloat16 if name == "bf16" else torch.float32
+    if device.type == "cuda":
+        faster = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        faster = device.type == "cpu" and _bf16_is_faster_on_cpu()
+    return torch.bfloat16 if faster else torch.float32
+
+
+@cache
+def _bf16_is_faster_on_cpu() -> bool:
+    # Without bf16 hardware a CPU emulates it, up to 100 times slower. The margin is for noise.
+    return _cpu_seconds(torch.bfloat16) < 0.8 * _cpu_seconds(torch.float32)
+
+
+def _cpu_seconds(dtype: torch.dtype) -> float:
+    """The best time of a small convolution and matrix product, forward and backward."""
+    conv, linear = nn.Conv2d(32, 32, 3, padding=1), nn.Linear(256, 256)
+    image, rows = torch.ones(1, 32, 32, 32), torch.ones(256, 256)
+    best, end = float("inf"), float("inf")
+    while True:
+        start = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            loss = conv(image).float().mean() + linear(rows).float().mean()
+        loss.backward()
+        now = time.perf_counter()
+        best = min(best, now - start)
+        # The first pass sets kernels up; the clock starts after it.
+        end = min(end, now + MEASURE_SECONDS)
+        if now >= end or now - start > MEASURE_SECONDS:
+            return best

@@ -1,0 +1,55 @@
+"""SIGTERM and Ctrl-C as a request that a loop can honour when its state is whole."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """Holds the signal that arrived, 0 while none has."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Inside, the first SIGTERM or Ctrl-C only fills the yielded request; a second one acts.
+
+    Outside the main thread, where Python allows no handlers, signals keep their meaning.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        request.signal = number
+        _restore(before)
+        text = f"{signal.Signals(number).name}: saving after this step (again to stop at once)\n"
+        os.write(2, text.encode())  # print may be what was interrupted: it is not reentrant
+
+    for number in SIGNALS:
+        signal.signal(number, note)
+    try:
+        yield request
+    finally:
+        _restore(before)
+
+
+def ignore_signals(_worker: int = 0) -> None:
+    """For a data worker: it ends with its parent, which still needs it while it saves."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _restore(handlers: dict[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -1,0 +1,103 @@
+"""How far a long command is: a bar on a terminal, plain lines elsewhere, both on stderr."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as RichProgress
+
+LINE_SECONDS = 10.0
+"""Between two plain lines."""
+BAR_SECONDS = 0.1
+"""Between two redraws of the bar's text."""
+
+
+class Progress:
+    """Counts units of work and shows rate and time left; made by `progress`."""
+
+    def __init__(
+        self, total: float | None, label: str, unit: str, start: float, bar: RichProgress | None
+    ) -> None:
+        self._total, self._label, self._unit, self._bar = total, label, unit, bar
+        self._task = bar.add_task(label, total=1.0, status="") if bar else None
+        self._pause = BAR_SECONDS if bar else LINE_SECONDS
+        self._began = time.perf_counter()
+        self._next_show = self._began + self._pause
+        self._start = self._done = start
+        self._start_fraction: float | None = None
+        self._fraction = 0.0
+
+    def advance(self, amount: float = 1, *, fraction: float | None = None, text: str = "") -> None:
+        """Count `amount` more units.
+
+        `fraction` (0 to 1) says how far the work is where that is not done / total, `text` is
+        shown behind the rest.
+        """
+        if self._start_fraction is None:
+            self._start_fraction = self._share(self._start) if fraction is None else fraction
+        self._done += amount
+        self._fraction = min(1.0, self._share(self._done) if fraction is None else fraction)
+        now = time.perf_counter()
+        if now >= self._next_show:
+            self._next_show = now + self._pause
+            self._show(text)
+
+    def say(self, line: str) -> None:
+        """Print a line of its own, above the bar where there is one."""
+        if self._bar:
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def finish(self) -> None:
+        """Say what was done in what time."""
+        seconds = time.perf_counter() - self._began
+        done = self._done - self._start
+        self.say(f"{self._label}: {done:,.0f} {self._unit} in {_clock(seconds)}")
+
+    def _share(self, done: float) -> float:
+        return done / self._total if self._total else 0.0
+
+    def _show(self, text: str) -> None:
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=self._fraction, status=self._status(text))
+        else:
+            self.say(f"{self._label}: {self._status(text)}")
+
+    def _status(self, text: str) -> str:
+        elapsed = time.perf_counter() - self._began
+        rate = (self._done - self._start) / elapsed
+        total = f"/{self._total:,.0f}" if self._total else ""
+        parts = [f"{self._done:,.0f}{total} {self._unit}", f"{rate:.3g} {self._unit}/s"]
+        covered = self._fraction - (self._start_fraction or 0.0)
+        if covered > 0:
+            parts.append(f"{_clock(elapsed * (1.0 - self._fraction) / covered)} left")
+        return ", ".join([*parts, text] if text else parts)
+
+
+@contextmanager
+def progress(total: float | None, label: str, unit: str, *, start: float = 0) -> Iterator[Progress]:
+    """Show `total` units of work (None: unknown), e.g. `progress(900, "tokenize", "frames")`.
+
+    `start` units were done before and say nothing of the rate.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        plain = Progress(total, label, unit, start, None)
+        yield plain
+        plain.finish()
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}")
+    with RichProgress(*columns, console=console, transient=True) as bar:
+        shown = Progress(total, label, unit, start, bar)
+        yield shown
+        shown.finish()
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -1,0 +1,70 @@
+"""What a training run's folder holds, and when it may be used again."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from driving_sim.engine.config import load_yaml, save_yaml
+from driving_sim.engine.errors import DriveSimError
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+
+CHANGEABLE = frozenset(
+    (
+        "steps",
+        "minutes",
+        "learning_rate",
+        "log_every",
+        "validate_every",
+        "save_every",
+        "keep_last",
+        "patience",
+        "workers",
+        "threads",
+    )
+)
+"""What a resumed run may change: how long it lasts, what it writes, and the usual remedy."""
+
+
+def check_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:
+    """Raise `DriveSimError` unless `run` is free to start in, or, with `resume`, the same run.
+
+    Cheap: call it before loading data. `train` checks again.
+    """
+    known = (run / CONFIG).is_file()
+    if resume and not known:
+        raise DriveSimError(f"nothing to resume in {run}: it has no {CONFIG}; leave --resume out")
+    if resume:
+        _check_same(run, load_yaml(run / CONFIG), run_config)
+    elif known:
+        raise DriveSimError(
+            f"{run} already holds a run: continue it with --resume or choose another --out"
+        )
+    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise DriveSimError(f"{run} exists and is not a run: choose another --out")
+
+
+def prepare_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:
+    """Check the folder, create it where needed and write the resolved config into it."""
+    check_run(run, run_config, resume)
+    run.mkdir(parents=True, exist_ok=True)
+    save_yaml(run / CONFIG, run_config)
+
+
+def _check_same(run: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    old, new = dict(_leaves(before)), dict(_leaves(now))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and key.rpartition(".")[2] not in CHANGEABLE:
+            raise DriveSimError(
+                f"{run} was started with {key}={old.get(key)}, now it is {new.get(key)}: "
+                "resume with the same configuration or choose another --out"
+            )
+
+
+def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,357 @@
+"""The training loop that both models share."""
+
+import math
+import signal
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.data import Dataset
+
+from driving_sim.engine.checkpoint import latest, load_checkpoint, prune, save_checkpoint
+from driving_sim.engine.device import resolve_device, resolve_precision
+from driving_sim.engine.distributed import process_group
+from driving_sim.engine.errors import DriveSimError, Interrupted
+from driving_sim.engine.files import disk_errors
+from driving_sim.engine.interrupt import StopRequest, stop_on_signals
+from driving_sim.engine.run_folder import CHECKPOINTS, check_run, prepare_run
+from driving_sim.engine.run_log import RunLog
+from driving_sim.engine.schedule import position_by_steps, position_by_time
+from driving_sim.engine.training_config import TrainingConfig
+from driving_sim.engine.training_step import Batch, Stepper, Trainable, batch_seed
+
+__all__ = [
+    "Batch",
+    "Trainable",
+    "TrainingConfig",
+    "TrainingResult",
+    "Validation",
+    "check_run",
+    "prepare_run",
+    "train",
+]
+
+MAX_SKIPPED_IN_A_ROW = 20
+"""Steps without a finite loss before the run gives up."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Validation:
+    """What one validation found."""
+
+    score: float
+    """Lower is better."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    images: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
+    """uint8 [H, W, 3] by name."""
+    videos: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
+    """uint8 [T, H, W, 3] by name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingResult:
+    """What a run came to."""
+
+    best_score: float
+    best_step: int
+    steps: int
+    seconds: float
+    """Training time; validation does not count."""
+
+
+Validate = Callable[[nn.Module], Validation]
+Export = Callable[[nn.Module, Path], None]
+
+
+def train(
+    model: nn.Module,
+    *,
+    dataset: Dataset[Batch],
+    config: TrainingConfig,
+    run: Path,
+    validate: Validate,
+    export: Export,
+    run_config: Mapping[str, Any],
+    resume: bool = False,
+    device: torch.device | str = "auto",
+) -> TrainingResult:
+    """Train `model` (a `Trainable`) in the folder `run`; under `torchrun`, on all its devices.
+
+    `dataset[n]` is batch n, a function of (its seed, n) alone. Each batch also gets `step` (int64)
+    and `progress` (float32, 0 to 1), and torch is seeded for it, so that a run resumed from a
+    checkpoint equals one that was never interrupted. `validate` gets the model in eval mode with
+    averaged weights, without gradients, under the training's autocast; `export` writes the averaged
+    module into `run` at each new best score. Raises `DriveSimError` where `run` cannot be used,
+    the loss stays non-finite or no score is finite, and `Interrupted` after a signal, once saved.
+    """
+    if isinstance(device, str):
+        device = resolve_device(device)
+    with (
+        disk_errors(run),
+        _threads(config.threads),
+        process_group(device) as (ranks, own_device),
+        stop_on_signals() as request,
+    ):
+        if ranks.is_main:
+            prepare_run(run, run_config, resume)
+        stepper = Stepper(model, config, ranks, own_device)
+        loop = _Loop(stepper, run, validate, export, request)
+        if resume:
+            loop.resume()
+        loop.choose_precision()
+        if not ranks.is_main:
+            return loop.run(dataset, None)
+        with RunLog(run, start_step=loop.state.step, total=config.steps) as log:
+            return loop.run(dataset, log)
+
+
+@dataclass(kw_only=True, slots=True)
+class _State:
+    """Where a run stands: a checkpoint's `state.json`."""
+
+    step: int = 0
+    seconds: float = 0.0
+    precision: str = ""
+    device: str = ""
+    validated_step: int = 0
+    best_score: float | None = None
+    best_step: int = 0
+    validations_since_best: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    finished: bool = False
+
+
+class _Loop:
+    def __init__(
+        self,
+        stepper: Stepper,
+        run: Path,
+        validate: Validate,
+        export: Export,
+        request: StopRequest,
+    ) -> None:
+        self.stepper, self.config, self.ranks = stepper, stepper.config, stepper.ranks
+        self.folder, self.validate_model, self.export = run, validate, export
+        self.request = request
+        self.state = _State()
+        self.unsaved = False
+        self.recent_seconds: deque[float] = deque(maxlen=15)
+        self.log: RunLog | None = None
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if the run came as far as one."""
+        path = latest(self.folder / CHECKPOINTS)
+        if path is None:
+            return
+        stepper = self.stepper
+        values = load_checkpoint(
+            path, model=stepper.model, optimizer=stepper.optimizer, ema=stepper.ema
+        )
+        self.state = _State(**values)
+
+    def choose_precision(self) -> None:
+        """Resolve auto; a resumed run keeps what it measured before, if the device is the same."""
+        name, device = str(self.config.precision), self.stepper.device
+        if name == "auto" and self.state.device == device.type:
+            name = self.state.precision
+        low = self.ranks.from_main([float(resolve_precision(name, device) is torch.bfloat16)])[0]
+        self.stepper.dtype = torch.bfloat16 if low else torch.float32
+        self.state.precision, self.state.device = "bf16" if low else "fp32", device.type
+
+    def run(self, dataset: Dataset[Batch], log: RunLog | None) -> TrainingResult:
+        """Step, log, validate and save until the run is over."""
+        self.log = log
+        self.stepper.model.train()
+        batches: Iterator[tuple[int, Batch]] | None = None
+        while True:
+            stop_signal, position = self._agree()
+            over = position > 1.0 or self._out_of_patience()
+            if not stop_signal and (over or self._due(self.config.validate_every)):
+                self._validate()
+            self.state.finished = over and not stop_signal
+            if stop_signal or over or self._due(self.config.save_every) or self._is_best():
+                self._save()
+            if stop_signal:
+                raise self._interruption(stop_signal)
+            if over:
+                return self._result()
+            if batches is None:
+                batches = _first_made(self.stepper.batches(dataset, self.state.step))
+            self._step(batches, position)
+
+    def _agree(self) -> tuple[int, float]:
+        """The signal that reached any rank (0: none), and the main rank's position in the run."""
+        position = self._position() if self.ranks.is_main else 0.0
+        stop_signal, position = self.ranks.largest([float(self.request.signal), position])
+        return int(stop_signal), position
+
+    def _position(self) -> float:
+        if self.config.steps is not None:
+            return position_by_steps(self.state.step, self.config.steps)
+        assert self.config.minutes is not None
+        step_seconds = statistics.median(self.recent_seconds) if self.recent_seconds else 0.0
+        return position_by_time(self.state.seconds, 60.0 * self.config.minutes, step_seconds)
+
+    def _step(self, batches: Iterator[tuple[int, Batch]], position: float) -> None:
+        state = self.state
+        start = time.perf_counter()
+        finite = self.stepper.step(batches, state.step, position)
+        seconds = time.perf_counter() - start
+        self.recent_seconds.append(seconds)
+        state.seconds += seconds
+        state.step += 1
+        self.unsaved = True
+        self._count_skipped(finite)
+        if self._due(self.config.log_every):
+            self._log_training()
+        if self.log:
+            self.log.advance(position)
+
+    def _count_skipped(self, finite: bool) -> None:
+        state = self.state
+        state.skipped_steps += not finite
+        state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
+        if state.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            path = latest(self.folder / CHECKPOINTS)
+            raise DriveSimError(
+                f"the loss was not finite in {MAX_SKIPPED_IN_A_ROW} steps up to {state.step}; the "
+                f"last checkpoint is {path or 'none'}: go on from it with --resume and a lower "
+                "training.learning_rate"
+            )
+
+    def _validate(self) -> None:
+        """Validate with averaged weights on the main rank; export them where they are the best."""
+        state = self.state
+        if state.validated_step == state.step:
+            return
+        score = math.inf
+        if self.ranks.is_main:
+            with self._evaluation():
+                validation = self.validate_model(self.stepper.model)
+                score = validation.score
+                if self._improves(score):
+                    self.export(self.stepper.ema_module, self.folder)
+            self._log_validation(validation)
+        (score,) = self.ranks.from_main([score])
+        state.validations_since_best += 1
+        if self._improves(score):
+            state.best_score, state.best_step, state.validations_since_best = score, state.step, 0
+        state.validated_step = state.step
+        self.unsaved = True
+
+    @contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        modes = {module: module.training for module in self.stepper.model.modules()}
+        self.stepper.model.eval()
+        # The same draws each time: scores differ by the weights alone.
+        torch.manual_seed(batch_seed(self.config.seed, -1))
+        try:
+            with self.stepper.ema.swapped(), torch.no_grad(), self.stepper.autocast():
+                yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def _save(self) -> None:
+        if not self.unsaved:
+            return
+        self._log_training()
+        stepper, folder = self.stepper, self.folder / CHECKPOINTS
+        if self.ranks.is_main:
+            save_checkpoint(
+                folder,
+                step=self.state.step,
+                model=stepper.model,
+                optimizer=stepper.optimizer,
+                ema=stepper.ema,
+                state=asdict(self.state),
+            )
+            prune(folder, keep_last=self.config.keep_last, best_step=self.state.best_step)
+        self.unsaved = False
+
+    def _log_training(self) -> None:
+        means = self.stepper.meter.read(self.ranks)
+        if not self.log or not means:
+            return
+        values = {
+            **means,
+            "learning_rate": self.stepper.learning_rate(),
+            "skipped_steps": float(self.state.skipped_steps),
+            "steps_per_second": 1.0 / statistics.median(self.recent_seconds),
+            "training_seconds": self.state.seconds,
+        }
+        self.log.add_scalars(self.state.step, "train", values)
+
+    def _log_validation(self, validation: Validation) -> None:
+        if not self.log:
+            return
+        step, values = self.state.step, {"score": validation.score, **validation.metrics}
+        self.log.add_scalars(step, "validation", values)
+        for name, image in validation.images.items():
+            self.log.add_image(step, f"validation/{name}", image)
+        for name, video in validation.videos.items():
+            self.log.add_gif(step, f"validation/{name}", video)
+        found = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        best = " (best)" if self._improves(validation.score) else ""
+        self.log.say(f"step {step}: {found}{best}")
+
+    def _due(self, every: int) -> bool:
+        return self.state.step > 0 and self.state.step % every == 0
+
+    def _improves(self, score: float) -> bool:
+        best = self.state.best_score
+        return math.isfinite(score) and (best is None or score < best)
+
+    def _is_best(self) -> bool:
+        return self.state.best_step == self.state.step
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.patience
+        return patience is not None and self.state.validations_since_best >= patience
+
+    def _interruption(self, stop_signal: int) -> Interrupted:
+        name, step = signal.Signals(stop_signal).name, self.state.step
+        message = f"{name}: stopped after step {step}; go on in {self.folder} with --resume"
+        return Interrupted(message, 128 + stop_signal)
+
+    def _result(self) -> TrainingResult:
+        state = self.state
+        if state.best_score is None:
+            raise DriveSimError(
+                f"{self.folder}: no validation score was finite, so nothing was kept; "
+                "try a lower training.learning_rate"
+            )
+        if self.log:
+            self.log.say(f"best score {state.best_score:.4g} at step {state.best_step}")
+        return TrainingResult(
+            best_score=state.best_score,
+            best_step=state.best_step,
+            steps=state.step,
+            seconds=state.seconds,
+        )
+
+
+def _first_made(batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
+    """Wait for the first batch here, so that starting the workers is not training time."""
+    return chain([next(batches)], batches)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

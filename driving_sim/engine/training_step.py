@@ -1,0 +1,167 @@
+"""One optimiser step: batches in, gradients, clipping, AdamW, averaged weights."""
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+
+from driving_sim.engine.distributed import Ranks
+from driving_sim.engine.ema import Ema
+from driving_sim.engine.interrupt import ignore_signals
+from driving_sim.engine.meter import Meter
+from driving_sim.engine.optimizer import (
+    ParameterGroup,
+    build_optimizer,
+    clip_gradients,
+    set_learning_rate,
+)
+from driving_sim.engine.schedule import learning_rate_factor
+from driving_sim.engine.training_config import TrainingConfig
+
+Batch = dict[str, Tensor]
+
+
+class Trainable(Protocol):
+    """What training asks of a model beside being an `nn.Module`.
+
+    `forward(batch)` gives the loss, a mean over the batch, and metrics: scalar tensors by name.
+    """
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The trainable parameters; see `engine.optimizer`."""
+        ...
+
+    def ema_module(self) -> nn.Module:
+        """The part that is averaged and exported."""
+        ...
+
+
+class Stepper:
+    """Owns what a step changes: the model's weights, the optimiser, the averaged weights."""
+
+    def __init__(
+        self, model: nn.Module, config: TrainingConfig, ranks: Ranks, device: torch.device
+    ) -> None:
+        self.model = model.to(device)
+        self.config, self.ranks, self.device = config, ranks, device
+        self.dtype = torch.float32
+        trainable = cast(Trainable, model)
+        self.ema_module = trainable.ema_module()
+        self.ema = Ema(self.ema_module, config.ema_decay)
+        self.optimizer = build_optimizer(
+            model,
+            trainable.parameter_groups(),
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            betas=config.betas,
+        )
+        self.meter = Meter()
+        # The players of an adversarial loss start apart: not every parameter has a gradient.
+        self._parallel: nn.Module = (
+            DistributedDataParallel(model, find_unused_parameters=True) if ranks.size > 1 else model
+        )
+
+    def batches(self, dataset: Dataset[Batch], step: int) -> Iterator[tuple[int, Batch]]:
+        """This rank's numbered batches from `step` on.
+
+        Step s takes the batches from s * n on, n = accumulate * ranks; the ranks take turns, so
+        that more ranks and more accumulation see the same data.
+        """
+        per_step = self.config.accumulate * self.ranks.size
+        stop = self.config.steps * per_step if self.config.steps else sys.maxsize
+        numbers = range(step * per_step + self.ranks.rank, stop, self.ranks.size)
+        loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=numbers,
+            num_workers=min(self.config.workers, _cores()),
+            worker_init_fn=ignore_signals,
+            pin_memory=self.device.type == "cuda",
+        )
+        return zip(numbers, loader, strict=True)
+
+    def step(self, batches: Iterator[tuple[int, Batch]], step: int, position: float) -> bool:
+        """Take step number `step`, `position` (0 to 1) of the way through the run.
+
+        False where loss or gradients were not finite: then nothing has changed.
+        """
+        config = self.config
+        factor = learning_rate_factor(
+            step,
+            position,
+            warmup_steps=config.warmup_steps,
+            floor=config.min_learning_rate_ratio,
+        )
+        set_learning_rate(self.optimizer, config.learning_rate * factor)
+        self.optimizer.zero_grad()
+        metrics = self._backward(batches, step, position)
+        limit = float("inf") if config.grad_clip is None else config.grad_clip
+        norms = clip_gradients(self.optimizer, limit)
+        if not self._all_finite([*(loss for loss, _ in metrics), *norms.values()]):
+            return False
+        self.optimizer.step()
+        self.ema.update()
+        for loss, named in metrics:
+            self.meter.add({"loss": loss, **named})
+        self.meter.add({f"grad_norm/{family}": norm for family, norm in norms.items()})
+        return True
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The passes' number format; weights stay float32."""
+        low = self.dtype is not torch.float32
+        return torch.autocast(self.device.type, self.dtype) if low else nullcontext()
+
+    def learning_rate(self) -> float:
+        """The last step's, before any group's own scale."""
+        group = self.optimizer.param_groups[0]
+        return float(group["lr"] / group["lr_scale"])
+
+    def _backward(
+        self, batches: Iterator[tuple[int, Batch]], step: int, position: float
+    ) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """Leave the mean gradient in the parameters; return each batch's loss and metrics."""
+        outcomes = []
+        for left in reversed(range(self.config.accumulate)):
+            number, batch = next(batches)
+            batch = {
+                name: value.to(self.device, non_blocking=True) for name, value in batch.items()
+            }
+            batch["step"] = torch.tensor(step, device=self.device)
+            batch["progress"] = torch.tensor(min(position, 1.0), device=self.device)
+            torch.manual_seed(batch_seed(self.config.seed, number))
+            with self._synchronised(left == 0):
+                with self.autocast():
+                    loss, metrics = self._parallel(batch)
+                (loss / self.config.accumulate).backward()
+            outcomes.append((loss.detach(), metrics))
+        return outcomes
+
+    def _synchronised(self, last: bool) -> AbstractContextManager[object]:
+        """Ranks exchange gradients with the last batch of a step only."""
+        parallel = self._parallel
+        if isinstance(parallel, DistributedDataParallel) and not last:
+            return parallel.no_sync()
+        return nullcontext()
+
+    def _all_finite(self, scalars: list[Tensor]) -> bool:
+        finite = torch.stack([scalar.float() for scalar in scalars]).isfinite().all()
+        # The step's one wait for the device; ranks must decide alike.
+        return bool(self.ranks.sum((~finite).int()).item() == 0)
+
+
+def batch_seed(seed: int, number: int) -> int:
+    """The seed of batch `number`'s randomness, as unrelated to its neighbours' as a hash."""
+    digest = hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _cores() -> int:
+    # More workers than cores are slower, and torch warns of them.
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
