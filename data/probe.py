@@ -5,6 +5,7 @@ edit lists, missing or negative timestamps and for most codecs. So it only gets 
 `_why_not_decord`; PyAV reads all others.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +25,10 @@ from driving_sim.engine.errors import DriveSimError
 
 _DECORD_CODECS = ("h264", "vp9", "mpeg4")
 _CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2": "mp4", "matroska,webm": "mkv"}
+# decord demuxes the whole file whenever it opens it, about 5 µs a frame; PyAV seeks instead.
+_DECORD_FRAMES = 5_000
 _FALLBACK_RATE = 25.0
+_MATROSKA_DURATION = re.compile(r"(\d+):(\d+):(\d+\.?\d*)")
 
 
 class VideoError(DriveSimError):
@@ -48,6 +52,8 @@ class VideoInfo:
     """Seconds from the first frame, [frames], strictly increasing."""
     pts: NDArray[np.int64] | None
     """The same in the stream's time base; None where the file has no timestamps (raw streams)."""
+    keyframes: NDArray[np.int64]
+    """Frame numbers at which decoding can begin, increasing; the first is 0."""
     reader: Literal["decord", "pyav"]
     reason: str
     """Why this reader."""
@@ -59,6 +65,7 @@ class _Packets:
     discarded: int
     corrupt: int
     pts: NDArray[np.int64] | None
+    keyframe_pts: NDArray[np.int64]
     end: int
     """Where the last frame ends, in the stream's time base."""
 
@@ -119,6 +126,7 @@ def _check_file(path: Path) -> None:
 
 def _demux(container: InputContainer, stream: VideoStream) -> _Packets:
     pts: list[int | None] = []
+    keyframe_pts: list[int] = []
     discarded = corrupt = end = 0
     for packet in container.demux(stream):
         if packet.size == 0:
@@ -130,12 +138,15 @@ def _demux(container: InputContainer, stream: VideoStream) -> _Packets:
         pts.append(packet.pts)
         if packet.pts is not None:
             end = max(end, packet.pts + (packet.duration or 0))
+            if packet.is_keyframe:
+                keyframe_pts.append(packet.pts)
     known = [value for value in pts if value is not None]
     return _Packets(
         count=len(pts),
         discarded=discarded,
         corrupt=corrupt,
         pts=np.array(known, dtype=np.int64) if len(known) == len(pts) else None,
+        keyframe_pts=np.array(keyframe_pts, dtype=np.int64),
         end=end,
     )
 
@@ -163,6 +174,7 @@ def _describe(
         rotation=rotation,
         timestamps=timestamps,
         pts=pts,
+        keyframes=_keyframes(pts, packets.keyframe_pts),
         reader="pyav" if obstacle else "decord",
         reason=obstacle or f"{codec} in {container_name} with plain timestamps",
     )
@@ -182,6 +194,13 @@ def _frame_pts(packets: _Packets, first: VideoFrame) -> NDArray[np.int64] | None
     # Pictures that need a reference from before the file's start are never shown.
     pts = np.unique(packets.pts)
     return pts[pts >= first.pts]
+
+
+def _keyframes(pts: NDArray[np.int64] | None, keyframe_pts: NDArray[np.int64]) -> NDArray[np.int64]:
+    if pts is None:
+        return np.zeros(1, dtype=np.int64)
+    shown = np.searchsorted(pts, keyframe_pts[np.isin(keyframe_pts, pts)])
+    return np.union1d(0, shown).astype(np.int64)
 
 
 def _timestamps(
@@ -217,11 +236,10 @@ def _declared_end(container: InputContainer, stream: VideoStream) -> float | Non
     """When the stream should end, in seconds of its own clock; None where the file does not say."""
     if container.format.name.startswith("mov") and stream.duration and stream.time_base:
         return float(((stream.start_time or 0) + stream.duration) * stream.time_base)
-    if container.format.name.startswith("matroska"):
-        hours, _, rest = stream.metadata.get("DURATION", "").partition(":")
-        minutes, _, seconds = rest.partition(":")
-        if seconds:
-            return float(hours) * 3600 + float(minutes) * 60 + float(seconds)
+    clock = _MATROSKA_DURATION.fullmatch(stream.metadata.get("DURATION", ""))
+    if clock:
+        hours, minutes, seconds = (float(part) for part in clock.groups())
+        return 3600 * hours + 60 * minutes + seconds
     return None
 
 
@@ -251,5 +269,6 @@ def _why_not_decord(
         and len(pts) != packets.count,
         "frame count differs from the header's": stream.frames not in (0, packets.count),
         f"rotated by {rotation} degrees": rotation != 0,
+        f"more than {_DECORD_FRAMES:,} frames": packets.count > _DECORD_FRAMES,
     }
     return next((reason for reason, applies in obstacles.items() if applies), "")

@@ -32,6 +32,8 @@ __all__ = [
 ]
 
 Frame = NDArray[np.uint8]
+_SEEK_COST_FRAMES = 30
+"""A seek costs about as much as decoding this many frames."""
 
 
 def stream_frames(
@@ -50,7 +52,7 @@ def stream_frames(
     if np.any(np.diff(wanted) <= 0):
         raise ValueError("indices: must be increasing")
     geometry = fit(info.height, info.width, size)
-    for frame in _wanted_frames(info, wanted, seek=False):
+    for frame in _decode(info, wanted, threads=0):
         yield _picture(frame, info, geometry)
 
 
@@ -101,37 +103,74 @@ def _read_decord(info: VideoInfo, wanted: NDArray[np.int64], geometry: Fit) -> F
 
 def _read_pyav(info: VideoInfo, wanted: NDArray[np.int64], geometry: Fit) -> Frame:
     frames = np.empty((len(wanted), geometry.size.height, geometry.size.width, 3), dtype=np.uint8)
-    try:
-        for slot, frame in enumerate(_wanted_frames(info, wanted, seek=True)):
-            frames[slot] = _picture(frame, info, geometry)
-    except VideoError:
-        # Some files seek past the frame; decoding from the start is slow but certain.
-        for slot, frame in enumerate(_wanted_frames(info, wanted, seek=False)):
-            frames[slot] = _picture(frame, info, geometry)
+    # One thread: clips are read by many loader workers at a time.
+    for slot, frame in enumerate(_decode(info, wanted, threads=1)):
+        frames[slot] = _picture(frame, info, geometry)
     return frames
 
 
-def _wanted_frames(
-    info: VideoInfo, wanted: NDArray[np.int64], *, seek: bool
+def _decode(info: VideoInfo, wanted: NDArray[np.int64], threads: int) -> Iterator[VideoFrame]:
+    """Decode the frames with these increasing numbers: all of them, or a VideoError."""
+    for run in _runs(info, wanted):
+        frames = _decode_run(info, run, threads, keyframe=_keyframe_before(info, run[0]))
+        first = next(frames, None)
+        if first is None:
+            # The seek went past the frame; decoding from the start is slow but certain.
+            frames = _decode_run(info, run, threads, keyframe=0)
+            first = next(frames, None)
+        if first is None:
+            raise _undecodable(info, run[0], "it is missing")
+        yield first
+        yield from frames
+
+
+def _runs(info: VideoInfo, wanted: NDArray[np.int64]) -> list[list[int]]:
+    """Split frame numbers where going to a later keyframe is cheaper than decoding on."""
+    keyframes = info.keyframes[np.searchsorted(info.keyframes, wanted, side="right") - 1]
+    skipped = keyframes[1:] - wanted[:-1]
+    starts = np.flatnonzero(skipped > _SEEK_COST_FRAMES) + 1
+    return [run.tolist() for run in np.split(wanted, starts) if len(run)]
+
+
+def _keyframe_before(info: VideoInfo, index: int) -> int:
+    return int(info.keyframes[np.searchsorted(info.keyframes, index, side="right") - 1])
+
+
+def _decode_run(
+    info: VideoInfo, wanted: list[int], threads: int, keyframe: int
 ) -> Iterator[VideoFrame]:
-    """Decode the frames with these increasing numbers; all of them or a VideoError."""
-    if len(wanted) == 0:
-        return
-    waiting = iter(wanted.tolist())
-    target = next(waiting)
+    """Decode from a keyframe on; yields nothing where even the first frame does not come."""
+    position = 0
     try:
-        for index, frame in _numbered(info, int(wanted[0]) if seek else None):
-            if index > target:
+        for index, frame in _numbered(info, keyframe, threads):
+            if index > wanted[position]:
                 break
-            if index == target:
+            if index == wanted[position]:
                 yield frame
-                upcoming = next(waiting, None)
-                if upcoming is None:
-                    return
-                target = upcoming
+                position += 1
+            if position == len(wanted):
+                return
     except av.error.FFmpegError as error:
-        raise _undecodable(info, target, error.strerror) from error
-    raise _undecodable(info, target, "frames are missing")
+        raise _undecodable(info, wanted[position], error.strerror) from error
+    if position > 0:
+        raise _undecodable(info, wanted[position], "it is missing")
+
+
+def _numbered(info: VideoInfo, keyframe: int, threads: int) -> Iterator[tuple[int, VideoFrame]]:
+    """Decode from a keyframe on, each frame with its number."""
+    with av.open(str(info.path)) as container:
+        stream = video_stream(container, info.path)
+        stream.thread_type = "AUTO"
+        stream.thread_count = threads
+        if info.pts is None:
+            yield from enumerate(decode_frames(container, stream))
+            return
+        if keyframe > 0:
+            container.seek(int(info.pts[keyframe]), stream=stream)
+        for frame in decode_frames(container, stream):
+            index = int(np.searchsorted(info.pts, frame.pts)) if frame.pts is not None else -1
+            if 0 <= index < len(info.pts) and info.pts[index] == frame.pts:
+                yield index, frame
 
 
 def _undecodable(info: VideoInfo, index: int, why: str | None) -> VideoError:
@@ -140,24 +179,6 @@ def _undecodable(info: VideoInfo, index: int, why: str | None) -> VideoError:
         f"{info.path}: decoding stopped at {reached:.1f} s of {total:.1f} s (frame {index}: "
         f"{why}): the file is truncated or damaged; copy it again, or cut it there"
     )
-
-
-def _numbered(info: VideoInfo, first: int | None) -> Iterator[tuple[int, VideoFrame]]:
-    """Decode with frame numbers, from the keyframe before frame `first` or from the start."""
-    with av.open(str(info.path)) as container:
-        stream = video_stream(container, info.path)
-        stream.thread_type = "AUTO"
-        if info.pts is None:
-            yield from enumerate(decode_frames(container, stream))
-            return
-        if first is not None:
-            container.seek(int(info.pts[first]), stream=stream)
-        for frame in decode_frames(container, stream):
-            if frame.pts is None:
-                continue
-            index = int(np.searchsorted(info.pts, frame.pts))
-            if index < len(info.pts) and info.pts[index] == frame.pts:
-                yield index, frame
 
 
 def _picture(frame: VideoFrame, info: VideoInfo, geometry: Fit) -> Frame:

@@ -1,7 +1,7 @@
 """Frames into a video file that every player plays."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +19,8 @@ class VideoWriter:
     """H.264 (yuv420p, faststart) written frame by frame; the file appears only when complete.
 
     Odd heights and widths are padded by repeating the last row or column: the codec needs even
-    ones. Use as a context manager; an exception inside leaves no file.
+    ones. Use as a context manager; an exception inside leaves no file. Raises DriveSimError where the
+    disk is full or the place may not be written.
     """
 
     def __init__(self, path: Path, *, fps: float, height: int, width: int, crf: int = 18) -> None:
@@ -34,7 +35,7 @@ class VideoWriter:
 
     def __enter__(self) -> Self:
         """Open the temporary file."""
-        with self._reported(), ExitStack() as stack:
+        with ExitStack() as stack:
             temporary = stack.enter_context(atomic_file(self.path))
             self._container = stack.enter_context(
                 av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"})
@@ -59,8 +60,7 @@ class VideoWriter:
         picture.pts = self._frames
         picture.time_base = 1 / self._rate
         self._frames += 1
-        with self._reported():
-            self._container.mux(self._stream.encode(picture))
+        self._container.mux(self._stream.encode(picture))
 
     def __exit__(
         self,
@@ -70,23 +70,13 @@ class VideoWriter:
     ) -> None:
         """Finish the file and give it its name, or remove it after an error."""
         if kind is not None:
+            # Passes the error on to `atomic_file`, which says in one line what a full disk is.
             self._open.__exit__(kind, error, trace)
             return
-        with self._reported(), self._open:
+        with self._open:
             if self._frames == 0:
                 raise DriveSimError(f"{self.path}: no frames to write")
             self._container.mux(self._stream.encode(None))
-
-    @contextmanager
-    def _reported(self) -> Iterator[None]:
-        """Turn a full disk or a forbidden folder into one line."""
-        try:
-            yield
-        except (OSError, av.error.FFmpegError) as error:
-            raise DriveSimError(
-                f"{self.path}: cannot be written ({error.strerror}); free space or choose another "
-                "place"
-            ) from error
 
 
 def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], fps: float) -> None:

@@ -1,0 +1,102 @@
+"""Batches of single frames for the tokenizer, drawn from all drives alike.
+
+Legend: B frames of a batch, N frames of all drives together, H height, W width.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from driving_sim.data.drive import SampledDrive
+from driving_sim.data.frame_size import FrameSize
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.progress import progress
+
+_NEIGHBOURS = 4
+"""Frames taken near each place of a drive where frames are decoded on demand."""
+_NEIGHBOURHOOD = 16
+"""Frames among which these neighbours are drawn."""
+
+
+class FrameBatches(Dataset[dict[str, Tensor]]):
+    """`dataset[n]` is batch n, {"frames": uint8 [B, H, W, 3]}: a function of (seed, n) only.
+
+    Frames that fit in `cache_bytes` are decoded once, here, and forked loader workers share them.
+    Otherwise every batch decodes its own, a few neighbours at each place, because most of the cost
+    is in reaching the place. With `mirror` every frame is flipped left to right half of the time.
+
+    Raises DriveSimError where the drives have no frames or one cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        drives: Sequence[SampledDrive],
+        *,
+        size: FrameSize,
+        batch_size: int,
+        seed: int,
+        mirror: bool,
+        cache_bytes: int,
+    ) -> None:
+        self.size = size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.mirror = mirror
+        self._drives = list(drives)
+        self._offsets = np.cumsum([0, *(len(drive.indices) for drive in drives)])
+        if self.frame_count == 0:
+            raise DriveSimError("no frames to train on: the drives are empty")
+        fits = self.frame_count * size.height * size.width * 3 <= cache_bytes
+        self._cache = self._decode_all() if fits else None
+
+    @property
+    def frame_count(self) -> int:
+        """Frames of all drives together."""
+        return int(self._offsets[-1])
+
+    def __getitem__(self, n: int) -> dict[str, Tensor]:
+        """Batch n; there is no last one."""
+        generator = np.random.default_rng([self.seed, n])
+        if self._cache is not None:
+            frames = self._cache[generator.integers(self.frame_count, size=self.batch_size)]
+        else:
+            frames = self._decode(self._neighbours(generator))
+        if self.mirror:
+            flipped = generator.random(self.batch_size) < 0.5
+            frames[flipped] = frames[flipped, :, ::-1]
+        return {"frames": torch.from_numpy(frames)}
+
+    def _decode_all(self) -> NDArray[np.uint8]:
+        cache = np.empty((self.frame_count, self.size.height, self.size.width, 3), dtype=np.uint8)
+        with progress(self.frame_count, "decode", "frames") as shown:
+            for drive, start in zip(self._drives, self._offsets[:-1], strict=True):
+                for frame in drive.drive.stream(self.size, drive.indices):
+                    cache[start] = frame
+                    start += 1
+                    shown.advance(1)
+        return cache
+
+    def _neighbours(self, generator: np.random.Generator) -> NDArray[np.int64]:
+        """Draw B of the N frames, a few at each of some places; never across drives."""
+        places = generator.integers(self.frame_count, size=-(-self.batch_size // _NEIGHBOURS))
+        chosen = [self._near(int(place), generator) for place in places]
+        return np.concatenate(chosen)[: self.batch_size]
+
+    def _near(self, place: int, generator: np.random.Generator) -> NDArray[np.int64]:
+        drive = int(np.searchsorted(self._offsets, place, side="right")) - 1
+        stop = min(place + _NEIGHBOURHOOD, int(self._offsets[drive + 1]))
+        return generator.integers(place, stop, size=_NEIGHBOURS)
+
+    def _decode(self, chosen: NDArray[np.int64]) -> NDArray[np.uint8]:
+        frames = np.empty((len(chosen), self.size.height, self.size.width, 3), dtype=np.uint8)
+        for drive, (start, stop) in zip(self._drives, pairwise(self._offsets), strict=True):
+            inside = (start <= chosen) & (chosen < stop)
+            if inside.any():
+                indices = drive.indices[chosen[inside] - start]
+                frames[inside] = drive.drive.frames(indices, self.size)
+        return frames
