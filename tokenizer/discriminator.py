@@ -1,0 +1,62 @@
+"""The patch discriminator (PatchGAN, Isola et al. 2016, arXiv 1611.07004) with group norm.
+
+It judges overlapping patches, not whole pictures. As in the autoencoder a fixed 4x4 patching comes
+first, so that no convolution runs at full resolution.
+
+Axes: B batch, H W pixels, p q positions of the judged patches.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from driving_sim.tokenizer.autoencoder import Patching
+
+_SLOPE = 0.2
+_GROUP_CHANNELS = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiscriminatorConfig:
+    """The size of the patch discriminator."""
+
+    width: int = 64
+    """Channels at stride 4, a multiple of 16; they double with each halving of the resolution."""
+    halvings: int = 1
+    """How often it halves the resolution below stride 4: 1 judges patches of about 50 pixels."""
+
+    def __post_init__(self) -> None:
+        if self.width < _GROUP_CHANNELS or self.width % _GROUP_CHANNELS:
+            raise ValueError(f"width={self.width}: must be a positive multiple of 16")
+        if not 0 <= self.halvings <= 2:
+            raise ValueError(f"halvings={self.halvings}: must be 0, 1 or 2")
+
+
+class Discriminator(nn.Module):
+    """A score per patch: high where it looks real."""
+
+    def __init__(self, config: DiscriminatorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patching = Patching("unshuffle")
+        layers: list[nn.Module] = [nn.Conv2d(48, config.width, 3, padding=1)]
+        width = config.width
+        for _ in range(config.halvings):
+            layers += [nn.LeakyReLU(_SLOPE), nn.Conv2d(width, 2 * width, 4, stride=2, padding=1)]
+            width *= 2
+            layers += [nn.GroupNorm(width // _GROUP_CHANNELS, width)]
+        layers += [nn.LeakyReLU(_SLOPE), nn.Conv2d(width, 1, 3, padding=1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the scores [B, 1, p, q] of pictures [B, 3, H, W] in [-1, 1]."""
+        patches = self.patching(images).contiguous(memory_format=torch.channels_last)
+        scores: Tensor = self.layers(patches)
+        return scores.float()
+
+
+def hinge_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
+    """Return the discriminator's hinge loss (Lim and Ye 2017, arXiv 1705.02894), a scalar."""
+    return 0.5 * (F.relu(1 - real_scores).mean() + F.relu(1 + fake_scores).mean())

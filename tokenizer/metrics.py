@@ -1,0 +1,71 @@
+"""How near a reconstruction is (PSNR, SSIM) and how much of the codebook it uses.
+
+Axes: B frames, H W pixels, K codes in the codebook.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+_SIGMA = 1.5
+_RADIUS = 5  # scikit-image's: 3.5 sigma, rounded
+
+
+def psnr(frames: Tensor, others: Tensor) -> Tensor:
+    """Return the peak signal-to-noise ratio in dB [B] of uint8 frames [B, H, W, 3]."""
+    difference = frames.float() - others.float()
+    mse = difference.square().flatten(1).mean(1)
+    # One grey level in the whole frame is the least that two different frames can differ by.
+    return 10 * torch.log10(255**2 / mse.clamp(min=1 / difference[0].numel()))
+
+
+def ssim(frames: Tensor, others: Tensor) -> Tensor:
+    """Return the structural similarity [B] of uint8 frames [B, H, W, 3], at least 11 x 11 pixels.
+
+    Wang et al. 2004 (https://doi.org/10.1109/TIP.2003.819861): Gaussian windows of sigma 1.5 and
+    population covariances, averaged over channels and over the positions whose window lies inside
+    the frame.
+    """
+    x, y = (rearrange(f, "b h w c -> (b c) 1 h w").double() for f in (frames, others))
+    mean_x, mean_y = _blur(x), _blur(y)
+    var_x = _blur(x * x) - mean_x**2
+    var_y = _blur(y * y) - mean_y**2
+    covariance = _blur(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * covariance + c2) / (var_x + var_y + c2)
+    per_channel = (luminance * structure).flatten(1).mean(1)
+    return rearrange(per_channel, "(b c) -> b c", b=frames.shape[0]).mean(1).float()
+
+
+def _blur(x: Tensor) -> Tensor:
+    """Filter [N, 1, H, W] with the Gaussian window, where it lies inside; axis by axis."""
+    offsets = torch.arange(-_RADIUS, _RADIUS + 1, dtype=x.dtype, device=x.device)
+    window = torch.exp(-0.5 * (offsets / _SIGMA) ** 2)
+    window = window / window.sum()
+    return F.conv2d(F.conv2d(x, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+
+
+class CodebookUse(NamedTuple):
+    """How a set of tokens uses the codebook."""
+
+    used: float
+    """Share of the codes that occur."""
+    perplexity: float
+    """Exponential of the entropy: how many equally frequent codes would carry as much."""
+    entropy_bits: float
+    """Entropy of the codes' frequencies in bits per token."""
+
+
+def codebook_use(counts: Tensor) -> CodebookUse:
+    """Measure the codebook's use from how often each code occurred [K], at least one once."""
+    frequencies = counts.double() / counts.sum()
+    entropy = -torch.xlogy(frequencies, frequencies).sum()
+    return CodebookUse(
+        used=float((counts > 0).double().mean()),
+        perplexity=float(entropy.exp()),
+        entropy_bits=float(entropy / torch.log(torch.tensor(2.0, dtype=torch.float64))),
+    )

@@ -1,0 +1,166 @@
+"""What the tokenizer is trained for: L1, squared error, LPIPS and a hinge PatchGAN.
+
+The recipe of VQGAN (Esser et al. 2020, arXiv 2012.09841) without the codebook's own losses, which
+FSQ does not need. All losses meet in the reconstruction's pixels: each is differentiated down to
+there once, and one backward pass through the autoencoder carries their weighted sum, together with
+the discriminator's own loss.
+
+Axes: B batch, H W pixels.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from driving_sim.engine.optimizer import ParameterGroup, decay_groups
+from driving_sim.engine.training import Batch
+from driving_sim.tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+from driving_sim.tokenizer.discriminator import Discriminator, DiscriminatorConfig, hinge_loss
+from driving_sim.tokenizer.perceptual import PerceptualLoss
+from driving_sim.tokenizer.tokenizer import images_from_frames
+
+_GAN_RAMP = 0.1
+"""Share of the run over which a fresh discriminator gains its say."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveConfig:
+    """The weights of the losses; pictures are in [-1, 1]."""
+
+    l1_weight: float = 1.0
+    """Weight of the mean absolute error."""
+    mse_weight: float = 0.0
+    """Weight of the mean squared error."""
+    lpips_weight: float = 1.0
+    """Weight of LPIPS; 0 trains without it and needs no VGG weights."""
+    gan_weight: float = 0.1
+    """The discriminator's gradient at the last layer as a share of the other losses'; 0: none."""
+    gan_start: float = 0.5
+    """Share of the run after which the discriminator starts."""
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    """The discriminator's size."""
+    discriminator_lr_scale: float = 1.0
+    """The discriminator's learning rate as a multiple of the autoencoder's."""
+
+    def __post_init__(self) -> None:
+        for name in ("l1_weight", "mse_weight", "lpips_weight", "gan_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
+        if self.l1_weight + self.mse_weight + self.lpips_weight == 0:
+            raise ValueError("l1_weight, mse_weight and lpips_weight are all 0: one must not be")
+        if not 0 <= self.gan_start <= 1:
+            raise ValueError(f"gan_start={self.gan_start}: must lie between 0 and 1")
+        if self.discriminator_lr_scale <= 0:
+            raise ValueError(
+                f"discriminator_lr_scale={self.discriminator_lr_scale}: must be positive"
+            )
+
+
+class TokenizerObjective(nn.Module):
+    """The autoencoder with its losses and its opponent: a model the training loop can train."""
+
+    gan_share: Tensor
+
+    def __init__(
+        self,
+        model: AutoencoderConfig,
+        config: ObjectiveConfig,
+        vgg16: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """`vgg16` are the weights of LPIPS's backbone, needed where `lpips_weight` is not 0."""
+        super().__init__()
+        self.config = config
+        self.autoencoder = Autoencoder(model)
+        # oneDNN and cuDNN convolve fastest with the channels last.
+        self.autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.perceptual: PerceptualLoss | None = None
+        if config.lpips_weight > 0:
+            if vgg16 is None:
+                raise ValueError(f"lpips_weight={config.lpips_weight}: needs the VGG-16 weights")
+            self.perceptual = PerceptualLoss(vgg16)
+        self.discriminator = Discriminator(config.discriminator) if config.gan_weight > 0 else None
+        # How far the discriminator has gained its say, 0 to 1, at the last training step.
+        self.register_buffer("gan_share", torch.zeros(()))
+
+    def ema_module(self) -> nn.Module:
+        """The part that is averaged and kept."""
+        return self.autoencoder
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Both players' parameters, whose gradients are clipped apart."""
+        groups = decay_groups(self.autoencoder, name="autoencoder", clip="autoencoder")
+        if self.discriminator is not None:
+            groups += decay_groups(
+                self.discriminator,
+                name="discriminator",
+                clip="discriminator",
+                lr_scale=self.config.discriminator_lr_scale,
+            )
+        return groups
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and metrics of {"frames": uint8 [B, H, W, 3], "progress": 0..1}."""
+        images = images_from_frames(batch["frames"], self.autoencoder.config.frame_size)
+        reconstruction = self.autoencoder(images).images
+        pixels = reconstruction.detach().requires_grad_()
+        loss, metrics = self.fidelity(pixels, images)
+        (pull,) = torch.autograd.grad(loss, pixels)
+        loss = loss.detach()
+
+        discriminator = self._active_discriminator(float(batch["progress"]))
+        if discriminator is not None:
+            fake_scores = discriminator(pixels)
+            real_scores = discriminator(images)
+            adversarial = -fake_scores.mean()
+            (push,) = torch.autograd.grad(adversarial, pixels, retain_graph=True)
+            weight = self.gan_share * self._adaptive_weight(reconstruction, pull, push)
+            pull = pull + weight * push
+            opposing = hinge_loss(real_scores, fake_scores)
+            loss = loss + weight * adversarial.detach() + opposing
+            metrics |= {
+                "gan/generator_loss": adversarial.detach(),
+                "gan/discriminator_loss": opposing.detach(),
+                "gan/weight": weight,
+            }
+        return loss + _with_gradient(reconstruction, pull), metrics
+
+    def fidelity(self, images: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss without the discriminator, and its parts, of pictures [B, 3, H, W]."""
+        config = self.config
+        difference = images - target
+        l1 = difference.abs().mean()
+        mse = difference.square().mean()
+        loss = config.l1_weight * l1 + config.mse_weight * mse
+        metrics = {"l1": l1.detach(), "mse": mse.detach()}
+        if self.perceptual is not None:
+            lpips = self.perceptual(images, target)
+            loss = loss + config.lpips_weight * lpips
+            metrics["lpips"] = lpips.detach()
+        return loss, metrics
+
+    def _active_discriminator(self, progress: float) -> Discriminator | None:
+        """Return the discriminator once it has started, and note how much say it has by now."""
+        if self.discriminator is None or progress < self.config.gan_start:
+            return None
+        self.gan_share.fill_(min(1.0, (progress - self.config.gan_start) / _GAN_RAMP))
+        return self.discriminator
+
+    def _adaptive_weight(self, reconstruction: Tensor, pull: Tensor, push: Tensor) -> Tensor:
+        """Return the weight that makes `push` at the last layer `gan_weight` times `pull`."""
+        layer = self.autoencoder.last_layer
+        norms = []
+        for gradient in (pull, push):
+            (at_layer,) = torch.autograd.grad(
+                reconstruction, layer, grad_outputs=gradient, retain_graph=True
+            )
+            norms.append(at_layer.norm())
+        ratio: Tensor = norms[0] / norms[1].clamp(min=1e-8)
+        return self.config.gan_weight * ratio
+
+
+def _with_gradient(images: Tensor, gradient: Tensor) -> Tensor:
+    """Return a zero whose gradient with respect to `images` is `gradient`."""
+    product = (images * gradient).sum()
+    return product - product.detach()

@@ -1,0 +1,95 @@
+"""The perceptual loss: LPIPS (Zhang et al. 2018, arXiv 1801.03924) from the `lpips` package.
+
+The package carries LPIPS's own weights; those of its VGG-16 backbone (ImageNet) are downloaded on
+first use, half a gigabyte, and kept in torch's hub cache.
+"""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+
+from driving_sim.engine.errors import DriveSimError
+
+VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+WITHOUT = "--set objective.lpips_weight=0"
+"""The option that trains without LPIPS."""
+
+_MISSING_OPERATOR = "operator torchvision::nms does not exist"
+# A library's declarations live as long as the object does.
+_declarations: list[torch.library.Library] = []
+
+
+class PerceptualLoss(nn.Module):
+    """LPIPS on VGG-16 features with frozen weights; `vgg16_weights` fetches the backbone's."""
+
+    def __init__(self, backbone: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        lpips: Any = _import_lpips()
+        with warnings.catch_warnings():
+            # lpips still asks torchvision for `pretrained=False`, by a deprecated name.
+            warnings.filterwarnings("ignore", message="(The parameter|Arguments other)")
+            self.network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+        _load_backbone(self.network.net, backbone)
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "PerceptualLoss":
+        """Stay in eval mode: the package's dropout is for training LPIPS itself."""
+        return super().train(False)
+
+    def forward(self, images: Tensor, others: Tensor) -> Tensor:
+        """Return the mean distance, a scalar, between pictures [B, 3, H, W] in [-1, 1]."""
+        distance: Tensor = self.network(images, others)
+        return distance.float().mean()
+
+
+def vgg16_weights() -> dict[str, Tensor]:
+    """Return the ImageNet VGG-16 weights, downloaded or from torch's hub cache.
+
+    Raises DriveSimError where they cannot be had: it names the file and the option to do without.
+    """
+    try:
+        weights: dict[str, Tensor] = torch.hub.load_state_dict_from_url(
+            VGG16_URL, map_location="cpu", check_hash=True, weights_only=True
+        )
+    except (URLError, OSError, RuntimeError) as error:
+        cache = Path(torch.hub.get_dir()) / "checkpoints"
+        reason = " ".join(str(error).split())
+        raise DriveSimError(
+            f"the weights of LPIPS's backbone cannot be had from {VGG16_URL} ({reason}): "
+            f"put that file into {cache}, or train without LPIPS: {WITHOUT}"
+        ) from error
+    return weights
+
+
+def _load_backbone(net: nn.Module, backbone: Mapping[str, Tensor]) -> None:
+    """Load `features.N.*` of torchvision's VGG-16 into lpips' slices, which keep the numbers N."""
+    own = net.state_dict()
+    net.load_state_dict({name: backbone[f"features.{name.partition('.')[2]}"] for name in own})
+
+
+def _import_lpips() -> ModuleType:
+    try:
+        import lpips
+    except RuntimeError as error:
+        if _MISSING_OPERATOR not in str(error):
+            raise
+        _declare_operators()
+        import lpips
+    return lpips  # type: ignore[no-any-return]
+
+
+def _declare_operators() -> None:
+    """Declare the operators a torchvision built without them still registers shapes for.
+
+    LPIPS calls neither; torchvision only has to import.
+    """
+    library: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _declarations.append(library)
