@@ -32,7 +32,8 @@ class Situation:
     """What a plan starts from."""
 
     fps: float
-    steering_kind: SteeringKind
+    steering_kind: SteeringKind | None
+    """What the model's steering means; None where it never saw any."""
     steering_limit: float
     """What `left` and `right` turn: the training data's 95th percentile of |steering|."""
     last_action: NDArray[np.float32]
@@ -99,8 +100,7 @@ def _plan(spec: str, situation: Situation) -> _Planned:
     near = difflib.get_close_matches(spec, NAMES, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise DriveSimError(
-        f"--actions {spec!r} is no file and no name: {hint}"
-        f"names are {', '.join(NAMES)}; {_GRAMMAR}"
+        f"--actions {spec!r} is no file and no name: {hint}names are {', '.join(NAMES)}; {_GRAMMAR}"
     )
 
 
@@ -165,7 +165,9 @@ def parse_script(script: str) -> list[_Segment]:
     segments = [_parse_part(part) for part in parts]
     for part, segment in zip(parts[:-1], segments[:-1], strict=True):
         if segment.seconds is None:
-            raise DriveSimError(f"--actions: {part!r} needs a duration such as 'for 2s'; {_GRAMMAR}")
+            raise DriveSimError(
+                f"--actions: {part!r} needs a duration such as 'for 2s'; {_GRAMMAR}"
+            )
     if not segments:
         raise DriveSimError(f"--actions: the script is empty; {_GRAMMAR}")
     return segments
@@ -193,7 +195,9 @@ def _parse_part(part: str) -> _Segment:
     if values.get("speed", 0.0) < 0:
         raise DriveSimError(f"--actions: speed in {part!r} is negative; it is in m/s, 0 or more")
     if abs(values.get("steer", 0.0)) > 20:
-        raise DriveSimError(f"--actions: steer in {part!r} is absurd; it is in radians, not degrees")
+        raise DriveSimError(
+            f"--actions: steer in {part!r} is absurd; it is in radians, not degrees"
+        )
     return _Segment(**values)
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from driving_sim.data.drive import Drive, sample
+from driving_sim.data.frame_size import FrameSize
 from driving_sim.data.token_store import DriveTokens
-from driving_sim.data.video import FrameSize
 from driving_sim.data.video_writer import VideoWriter
 from driving_sim.engine.config import save_json
 from driving_sim.engine.errors import DriveSimError
@@ -122,20 +122,20 @@ def context_from_drive(world: WorldModel, drive: Drive, start_s: float | None) -
 def context_from_tokens(world: WorldModel, drive: DriveTokens, start_s: float | None) -> Context:
     """Take the context from a drive of a token store; true frames are the tokenizer's reconstructions."""
     begin, end = _context_range(
-        drive.timestamps, drive.segments, start_s, world.context_frames + 1, drive.id
+        drive.timestamps, list(drive.entry.segments), start_s, world.context_frames + 1, drive.id
     )
-    segment_end = next(stop for start, stop in drive.segments if start <= begin < stop)
+    segment_end = next(stop for start, stop in drive.entry.segments if start <= begin < stop)
     tokens = torch.from_numpy(drive.tokens[begin:segment_end].astype(np.int64))
     context = end - begin
 
     def future() -> Iterator[Frame]:
         for frame in tokens[context:]:
-            yield world.tokenizer.decode(frame[None])[0]
+            yield world.tokenizer.decode(frame[None])[0].numpy()
 
     return Context(
         label=f"{drive.id} (reconstructed)",
         tokens=tokens[:context],
-        frames=world.tokenizer.decode(tokens[:context]),
+        frames=world.tokenizer.decode(tokens[:context]).numpy(),
         actions=np.asarray(drive.actions[begin:segment_end]),
         action_valid=np.asarray(drive.action_valid[begin:segment_end]),
         future=future(),
@@ -153,7 +153,9 @@ class _Panels:
     plans: list[ActionPlan]
     steering_range: float
 
-    def _caption(self, title: str, action: NDArray[np.float32], valid: NDArray[np.bool_]) -> Caption:
+    def _caption(
+        self, title: str, action: NDArray[np.float32], valid: NDArray[np.bool_]
+    ) -> Caption:
         speed, steering = (
             float(value) if known else None for value, known in zip(action, valid, strict=True)
         )
@@ -273,11 +275,9 @@ class _Recorder:
     ) -> None:
         self.tokens.append(tokens.cpu().numpy().astype(np.uint16))
         if index + 1 in self.columns:
-            blank = np.full_like(frames[0], 40)
-            for title, frame in zip(
-                ["recorded", *self.titles], [blank if truth is None else truth, *frames], strict=True
-            ):
-                self.rows[title].append(frame)
+            recorded = np.full_like(frames[0], 40) if truth is None else truth
+            for row, frame in zip(self.rows.values(), [recorded, *frames], strict=True):
+                row.append(frame)
 
     def sheet(self) -> Frame:
         return contact_sheet(list(self.rows.items()), [step / self.fps for step in self.columns])
@@ -318,7 +318,7 @@ def _futures(
     )
     for moment in moments:
         generated = time.perf_counter()
-        frames = list(world.tokenizer.decode(moment.tokens))
+        frames = list(world.tokenizer.decode(moment.tokens).numpy())
         decoded = time.perf_counter()
         recorder.seconds["generate"] += generated - began
         recorder.seconds["decode"] += decoded - generated
@@ -337,13 +337,20 @@ def _report(
 ) -> dict[str, Any]:
     total = seconds["generate"] + seconds["decode"]
     return {
-        "context": {"drive": context.label, "start_s": context.start_s, "frames": len(context.tokens)},
+        "context": {
+            "drive": context.label,
+            "start_s": context.start_s,
+            "frames": len(context.tokens),
+        },
         "futures": titles,
         "sampling": asdict(sampling),
         "fps": world.fps,
         "frames": length,
         "steering_kind": world.steering_kind,
-        "fingerprints": {"tokenizer": world.tokenizer.fingerprint, "world_model": world.fingerprint},
+        "fingerprints": {
+            "tokenizer": world.tokenizer.fingerprint,
+            "world_model": world.fingerprint,
+        },
         "device": str(world.device),
         "frames_per_second": length * len(plans) / total,
         "seconds": seconds,

@@ -1,0 +1,330 @@
+"""The `drivesim` command: parses, calls and prints. Everything heavy is imported inside the commands."""
+
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from driving_sim.engine.errors import DriveSimError
+
+RUNS = Path("runs")
+
+
+def _explain(error: BaseException) -> str | None:
+    """The one line for an error that a user or the machine caused; None for a bug of ours."""
+    if isinstance(error, DriveSimError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"no room left on the disk{where}; free some and run the command again"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+class _OneLineErrors(TyperGroup):
+    """Turns errors that users cause into one line and exit code 1; --debug shows the traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            line = _explain(error)
+            if line is None or ctx.params.get("debug"):
+                raise
+            typer.echo(f"error: {line}", err=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt as interrupt:
+            typer.echo(str(interrupt) or "interrupted", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_OneLineErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Learn a driving simulator from driving video, then drive in it.",
+)
+evaluate_app = typer.Typer(no_args_is_help=True, help="Measure a trained model on held-out drives.")
+app.add_typer(evaluate_app, name="evaluate")
+
+Videos = Annotated[
+    list[Path],
+    typer.Argument(
+        help="Video files or folders of them; also Udacity recordings and comma2k19 segments."
+    ),
+]
+Preset = Annotated[
+    str, typer.Option(envvar="DRIVESIM_PRESET", help="demo, tiny, base or large (see the README).")
+]
+Steps = Annotated[
+    int | None, typer.Option(envvar="DRIVESIM_STEPS", help="Train for this many steps.")
+]
+Minutes = Annotated[
+    float | None, typer.Option(envvar="DRIVESIM_MINUTES", help="Train for this long instead.")
+]
+Device = Annotated[str, typer.Option(envvar="DRIVESIM_DEVICE", help="auto, cuda, mps or cpu.")]
+Kind = Annotated[
+    str | None,
+    typer.Option(
+        help="What a CSV's bare `steering` column is: steering_wheel, road_wheel, curvature, normalised."
+    ),
+]
+TimeOffset = Annotated[
+    float, typer.Option(help="Seconds added to the action file's clock to reach the video's.")
+]
+Every = Annotated[int | None, typer.Option(help="Take every n-th frame instead of a rate.", min=1)]
+Fps = Annotated[
+    float | None, typer.Option(help="Frames per second to take [default: the preset's].")
+]
+Config = Annotated[Path | None, typer.Option(help="YAML file laid over the preset.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override one setting: a.b=value. May be repeated."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
+InitFrom = Annotated[
+    Path | None, typer.Option(help="Start from the weights of this finished run (fine-tuning).")
+]
+SkipBad = Annotated[
+    bool,
+    typer.Option("--skip-bad", help="Go on without drives that cannot be read, and name them."),
+]
+
+
+@app.callback()
+def main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Learn a driving simulator from driving video, then drive in it."""
+
+
+@app.command()
+def synth(
+    out: Annotated[Path, typer.Argument(help="Folder for the videos, CSVs and worlds.")],
+    drives: Annotated[int, typer.Option(min=1, help="How many drives.")] = 8,
+    seconds: Annotated[float, typer.Option(min=1, help="Length of each drive.")] = 30.0,
+    seed: Annotated[int, typer.Option(help="Seed of the worlds and the drivers.")] = 0,
+    height: Annotated[int, typer.Option(min=16, help="Picture height in pixels.")] = 128,
+    width: Annotated[int, typer.Option(min=16, help="Picture width in pixels.")] = 256,
+    fps: Annotated[float, typer.Option(min=1, help="Frames per second.")] = 10.0,
+) -> None:
+    """Make drives through a synthetic world: video, exact actions, and the world to replay them in."""
+    from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
+
+    config = SyntheticConfig(height=height, width=width, fps=fps)
+    write_synthetic_drives(out, drives=drives, seconds=seconds, seed=seed, config=config)
+    typer.echo(f"{drives} drives of {seconds:g} s -> {out}")
+
+
+@app.command()
+def inspect(
+    videos: Videos,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = RUNS / "inspect",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
+    steering_kind: Kind = None,
+    time_offset: TimeOffset = 0.0,
+) -> None:
+    """Show what is there and what is wrong: rates, gaps, action lag, steering sign, skipped files."""
+    from driving_sim.data.inspection import inspect_drives
+
+    report = inspect_drives(videos, out, steering_kind=steering_kind, time_offset=time_offset)
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.table())
+
+
+@app.command()
+def train_tokenizer(
+    videos: Videos,
+    out: Annotated[Path, typer.Option(help="Run folder.")] = RUNS / "tokenizer",
+    preset: Preset = "base",
+    steps: Steps = None,
+    minutes: Minutes = None,
+    fps: Fps = None,
+    every: Every = None,
+    config: Config = None,
+    assignments: Set = None,
+    resume: Resume = False,
+    init_from: InitFrom = None,
+    skip_bad: SkipBad = False,
+    device: Device = "auto",
+) -> None:
+    """Learn to turn frames into tokens and back."""
+    from driving_sim.pipeline import TrainingRequest, train_tokenizer_on
+
+    request = TrainingRequest(
+        preset=preset,
+        steps=steps,
+        minutes=minutes,
+        config=config,
+        assignments=tuple(assignments or ()),
+        resume=resume,
+        init_from=init_from,
+        device=device,
+    )
+    train_tokenizer_on(videos, out, request, fps=fps, every=every, skip_bad=skip_bad)
+    typer.echo(f"tokenizer -> {out}; next: drivesim tokenize VIDEOS --tokenizer {out}")
+
+
+@app.command()
+def tokenize(
+    videos: Videos,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Tokenizer run [default: runs/tokenizer, trained first if missing]."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Token store to write.")] = RUNS / "tokens",
+    preset: Preset = "base",
+    steps: Steps = None,
+    minutes: Minutes = None,
+    fps: Fps = None,
+    every: Every = None,
+    mirror: Annotated[
+        bool, typer.Option("--mirror", help="Add each drive flipped, with steering negated.")
+    ] = False,
+    steering_kind: Kind = None,
+    time_offset: TimeOffset = 0.0,
+    skip_bad: SkipBad = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Frames encoded at once.")] = 16,
+    device: Device = "auto",
+) -> None:
+    """Turn videos and their actions into a token store."""
+    from driving_sim.pipeline import TrainingRequest, tokenize_videos, train_tokenizer_on
+
+    if tokenizer is None:
+        tokenizer = RUNS / "tokenizer"
+        if not tokenizer.exists():
+            typer.echo(
+                f"no tokenizer at {tokenizer}: training one ({preset}) on these videos first"
+            )
+            request = TrainingRequest(preset=preset, steps=steps, minutes=minutes, device=device)
+            train_tokenizer_on(videos, tokenizer, request, fps=fps, every=every, skip_bad=skip_bad)
+    summary = tokenize_videos(
+        videos,
+        tokenizer,
+        out,
+        fps=fps,
+        every=every,
+        mirror=mirror,
+        steering_kind=steering_kind,
+        time_offset=time_offset,
+        skip_bad=skip_bad,
+        batch_size=batch_size,
+        device=device,
+    )
+    typer.echo(f"{summary}; next: drivesim train-world-model {out}")
+
+
+@app.command()
+def train_world_model(
+    tokens: Annotated[Path, typer.Argument(help="Token store.")] = RUNS / "tokens",
+    out: Annotated[Path, typer.Option(help="Run folder.")] = RUNS / "world-model",
+    tokenizer: Annotated[Path, typer.Option(help="The tokenizer run that made the tokens.")] = RUNS
+    / "tokenizer",
+    preset: Preset = "base",
+    steps: Steps = None,
+    minutes: Minutes = None,
+    config: Config = None,
+    assignments: Set = None,
+    resume: Resume = False,
+    init_from: InitFrom = None,
+    device: Device = "auto",
+) -> None:
+    """Learn to predict the next frame's tokens from the past and the actions."""
+    from driving_sim.pipeline import TrainingRequest, train_world_model_on
+
+    request = TrainingRequest(
+        preset=preset,
+        steps=steps,
+        minutes=minutes,
+        config=config,
+        assignments=tuple(assignments or ()),
+        resume=resume,
+        init_from=init_from,
+        device=device,
+    )
+    train_world_model_on(tokens, tokenizer, out, request)
+    typer.echo(f"world model -> {out}; next: drivesim rollout --actions left --model {out}")
+
+
+@app.command()
+def rollout(
+    actions: Annotated[
+        list[str],
+        typer.Option(
+            help="A CSV, a script such as 'speed=8 steer=0.1 for 2s; steer=0 for 1s', or straight, "
+            "left, right, brake, recorded. Repeat it for several futures side by side."
+        ),
+    ],
+    model: Annotated[Path, typer.Option(help="World-model run.")] = RUNS / "world-model",
+    context: Annotated[
+        Path | None,
+        typer.Option(
+            help="Video to start from [default: the first validation drive of runs/tokens]."
+        ),
+    ] = None,
+    start: Annotated[
+        float | None, typer.Option(help="Time of the last context frame in the video, s.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Length [default: the actions' own, else 4].", min=0)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Video to write; a JSON, PNG and tokens beside it.")] = (
+        Path("rollout.mp4")
+    ),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --out.")] = (
+        False
+    ),
+    samples: Annotated[int, typer.Option(min=1, help="Futures for each --actions.")] = 1,
+    guidance: Annotated[float, typer.Option(help="Strength of the actions; 1 is the model.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Keep only the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest up to this mass.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    steering_kind: Kind = None,
+    device: Device = "auto",
+) -> None:
+    """Drive in the model: one video of every future, with speed and steering drawn on it."""
+    from driving_sim.pipeline import roll_out
+    from driving_sim.world_model.sampler import Sampling
+
+    sampling = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance, seed=seed
+    )
+    report = roll_out(
+        model,
+        actions,
+        out,
+        tokens=RUNS / "tokens",
+        context=context,
+        start_s=start,
+        seconds=seconds,
+        samples=samples,
+        sampling=sampling,
+        steering_kind=steering_kind,
+        overwrite=overwrite,
+        device=device,
+    )
+    typer.echo(
+        f"{len(report['futures'])} x {report['frames']} frames "
+        f"({report['frames_per_second']:.1f} frames/s) -> {out}"
+    )
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = RUNS / "demo",
+    seed: Annotated[int, typer.Option(help="Seed of worlds, training and sampling.")] = 0,
+) -> None:
+    """Run all of it on the synthetic world, in minutes, on a CPU: make, train, roll out, measure."""
+    from driving_sim.demo import run_demo
+
+    typer.echo(run_demo(out, seed=seed))
+
+
+if __name__ == "__main__":
+    sys.exit(app())

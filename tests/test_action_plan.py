@@ -1,0 +1,105 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.world_model.action_plan import ActionPlan, Situation, make_plans
+
+SITUATION = Situation(
+    fps=4.0,
+    steering_kind="road_wheel",
+    steering_limit=0.2,
+    last_action=np.array([6.0, 0.05], np.float32),
+    last_valid=np.array([True, True]),
+    recorded=None,
+)
+
+
+def plan(spec: str, situation: Situation = SITUATION, seconds: float | None = None) -> ActionPlan:
+    return make_plans([spec], situation, seconds=seconds)[0]
+
+
+def test_script_gives_each_part_its_time_and_holds_what_it_does_not_name() -> None:
+    actions = plan("steer=0.1 for 1s; speed=8 steer=-0.1 for 0.5s").actions
+    np.testing.assert_allclose(actions[:, 0], [6, 6, 6, 6, 8, 8])
+    np.testing.assert_allclose(actions[:, 1], [0.1] * 4 + [-0.1] * 2)
+
+
+def test_a_change_within_a_frame_is_averaged() -> None:
+    actions = plan("steer=0 for 0.125s; steer=0.1 for 0.375s").actions
+    np.testing.assert_allclose(actions[:, 1], [0.05, 0.1], atol=1e-6)
+
+
+def test_brake_slows_by_four_metres_per_second_squared_until_it_stands() -> None:
+    speed = plan("brake", seconds=2.0).actions[:, 0]
+    middles = (np.arange(8) + 0.5) / 4
+    np.testing.assert_allclose(speed[:5], 6 - 4 * middles[:5], atol=1e-5)
+    assert speed[-1] == 0.0
+    np.testing.assert_allclose(plan("brake", seconds=2.0).actions[:, 1], 0.05)
+
+
+def test_left_and_right_are_plus_and_minus_the_training_limit() -> None:
+    left, right = make_plans(["left", "right"], SITUATION)
+    np.testing.assert_allclose(left.actions[:, 1], 0.2)
+    np.testing.assert_allclose(right.actions[:, 1], -0.2)
+    assert len(left.actions) == 16
+
+
+def test_plans_of_one_rollout_have_the_longest_length_and_hold() -> None:
+    short, long = make_plans(["steer=0.1 for 0.5s", "steer=0 for 1s"], SITUATION)
+    assert len(short.actions) == len(long.actions) == 4
+    np.testing.assert_allclose(short.actions[:, 1], 0.1)
+
+
+def test_an_unknown_held_channel_is_invalid_and_a_named_one_valid() -> None:
+    unknown = replace(SITUATION, last_valid=np.array([False, False]))
+    assert plan("steer=0.1 for 1s", unknown).valid.tolist() == [[False, True]] * 4
+
+
+def test_recorded_follows_the_context() -> None:
+    actions = np.arange(6, dtype=np.float32).reshape(3, 2)
+    situation = replace(SITUATION, recorded=(actions, np.ones((3, 2), np.bool_)))
+    np.testing.assert_allclose(plan("recorded", situation).actions, actions)
+    with pytest.raises(DriveSimError, match="no recorded actions"):
+        plan("recorded")
+
+
+def test_csv_is_averaged_over_each_frame_from_time_zero(tmp_path: Path) -> None:
+    path = tmp_path / "swerve.csv"
+    rows = "\n".join(f"{t / 8},{t},{0.1}" for t in range(9))
+    path.write_text("timestamp_s,speed_mps,road_wheel_rad\n" + rows + "\n")
+    actions = plan(str(path)).actions
+    np.testing.assert_allclose(actions[:, 0], [1, 3, 5, 7], atol=1e-5)
+
+
+def test_csv_of_another_steering_kind_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "wheel.csv"
+    path.write_text("timestamp_s,speed_mps,steering_rad\n0,1,0\n0.1,1,0\n0.2,1,0\n")
+    with pytest.raises(DriveSimError, match="road_wheel"):
+        plan(str(path))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("lefft", "did you mean 'left'"),
+        ("sped=3", "did you mean 'speed'"),
+        ("speed=fast", "no finite number"),
+        ("speed=nan", "no finite number"),
+        ("speed=-1", "negative"),
+        ("steer=90", "radians"),
+        ("speed=1 accel=2", "give one"),
+        ("steer=1 steer=2", "twice"),
+        ("steer=0.1; steer=0", "needs a duration"),
+        ("steer=0.1 for ever", "no time"),
+        ("steer=0.1 for 0.01s", "less than one frame"),
+        ("=", "unknown"),
+        ("missing.csv", "missing.csv"),
+    ],
+)
+def test_mistakes_are_named(spec: str, message: str) -> None:
+    with pytest.raises(DriveSimError, match=message) as raised:
+        plan(spec)
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,42 @@
+import numpy as np
+
+from driving_sim.world_model.panels import Caption, contact_sheet, draw_panel, side_by_side
+
+
+def caption(steering: float | None) -> Caption:
+    return Caption(title="left", speed_mps=3.0, steering=steering, steering_range=0.4)
+
+
+def test_the_frame_stays_whole_below_the_caption() -> None:
+    frame = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)
+    panel = draw_panel(frame, caption(0.1))
+    scale = panel.shape[1] // 64
+    np.testing.assert_array_equal(panel[-32 * scale :: scale, ::scale], frame)
+
+
+def test_left_steering_grows_the_bar_to_the_left() -> None:
+    frame = np.zeros((32, 64, 3), np.uint8)
+    neutral = draw_panel(frame, caption(0.0)).astype(int)
+    middle = int(neutral.shape[1] * 0.72)
+
+    def bar_columns(steering: float) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
+        changed = np.abs(draw_panel(frame, caption(steering)) - neutral).sum(axis=(0, 2))
+        inside = changed[: int(neutral.shape[1] * 0.86)]
+        return np.flatnonzero(inside)
+
+    assert bar_columns(0.3).max() <= middle
+    assert bar_columns(-0.3).min() >= middle
+
+
+def test_side_by_side_keeps_every_panel() -> None:
+    panels = [np.full((10, 20, 3), value, np.uint8) for value in (1, 2, 3, 4, 5)]
+    grid = side_by_side(panels)
+    assert {1, 2, 3, 4, 5} <= set(np.unique(grid).tolist())
+
+
+def test_contact_sheet_has_a_row_for_each_future() -> None:
+    frames = [np.full((16, 32, 3), value, np.uint8) for value in (50, 60)]
+    sheet = contact_sheet([("a", frames), ("b", frames)], [0.0, 1.0])
+    single = contact_sheet([("a", frames)], [0.0, 1.0])
+    assert sheet.shape[0] > single.shape[0]
+    assert sheet.shape[1] == single.shape[1]
