@@ -1,4 +1,4 @@
-"""The `drivesim` command: parses, calls and prints. Everything heavy is imported inside the commands."""
+"""The `drivesim` command: parses, calls, prints. Whatever is heavy is imported in the commands."""
 
 import errno
 import json
@@ -72,7 +72,7 @@ Device = Annotated[str, typer.Option(envvar="DRIVESIM_DEVICE", help="auto, cuda,
 Kind = Annotated[
     str | None,
     typer.Option(
-        help="What a CSV's bare `steering` column is: steering_wheel, road_wheel, curvature, normalised."
+        help="What a bare `steering` column is: steering_wheel, road_wheel, curvature, normalised."
     ),
 ]
 TimeOffset = Annotated[
@@ -114,7 +114,7 @@ def synth(
     width: Annotated[int, typer.Option(min=16, help="Picture width in pixels.")] = 256,
     fps: Annotated[float, typer.Option(min=1, help="Frames per second.")] = 10.0,
 ) -> None:
-    """Make drives through a synthetic world: video, exact actions, and the world to replay them in."""
+    """Make synthetic drives: video, exact actions, and the world to replay them in."""
     from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
 
     config = SyntheticConfig(height=height, width=width, fps=fps)
@@ -130,7 +130,7 @@ def inspect(
     steering_kind: Kind = None,
     time_offset: TimeOffset = 0.0,
 ) -> None:
-    """Show what is there and what is wrong: rates, gaps, action lag, steering sign, skipped files."""
+    """Show what is there and what is wrong: rates, gaps, action lag, steering sign."""
     from driving_sim.data.inspection import inspect_drives
 
     report = inspect_drives(videos, out, steering_kind=steering_kind, time_offset=time_offset)
@@ -320,7 +320,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = RUNS / "demo",
     seed: Annotated[int, typer.Option(help="Seed of worlds, training and sampling.")] = 0,
 ) -> None:
-    """Run all of it on the synthetic world, in minutes, on a CPU: make, train, roll out, measure."""
+    """Run all of it on the synthetic world, in minutes, on a CPU."""
     from driving_sim.demo import run_demo
 
     typer.echo(run_demo(out, seed=seed))

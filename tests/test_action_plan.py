@@ -92,7 +92,7 @@ def test_csv_of_another_steering_kind_is_refused(tmp_path: Path) -> None:
         ("steer=90", "radians"),
         ("speed=1 accel=2", "give one"),
         ("steer=1 steer=2", "twice"),
-        ("steer=0.1; steer=0", "needs a duration"),
+        ("steer=0.1; steer=0", "needs a time"),
         ("steer=0.1 for ever", "no time"),
         ("steer=0.1 for 0.01s", "less than one frame"),
         ("=", "unknown"),

@@ -69,7 +69,7 @@ def make_plans(
     """Turn every `--actions` value into a plan, all of one length.
 
     The length is `seconds`, or else the longest of the plans that have a length of their own
-    (a file, or a script whose last part has a `for`), or else 4 s. Shorter plans hold their last action.
+    (a file, or a script whose last part has a `for`), or else 4 s. Shorter ones hold their last.
     """
     planned = [_plan(spec, situation) for spec in specs]
     lengths = [plan.seconds for plan in planned if plan.seconds is not None]
@@ -165,9 +165,7 @@ def parse_script(script: str) -> list[_Segment]:
     segments = [_parse_part(part) for part in parts]
     for part, segment in zip(parts[:-1], segments[:-1], strict=True):
         if segment.seconds is None:
-            raise DriveSimError(
-                f"--actions: {part!r} needs a duration such as 'for 2s'; {_GRAMMAR}"
-            )
+            raise DriveSimError(f"--actions: {part!r} needs a time such as 'for 2s'; {_GRAMMAR}")
     if not segments:
         raise DriveSimError(f"--actions: the script is empty; {_GRAMMAR}")
     return segments
@@ -216,7 +214,7 @@ def _from_script(label: str, segments: list[_Segment], situation: Situation) -> 
     seconds = None if ends[-1] is None else math.fsum(end for end in ends if end is not None)
 
     def render(frames: int) -> ActionPlan:
-        midpoints = (np.arange(frames * _PARTS) + 0.5) / (_PARTS * situation.fps)
+        midpoints = (np.arange(frames * _PARTS, dtype=np.float64) + 0.5) / (_PARTS * situation.fps)
         actions = _follow(segments, midpoints, situation.last_action)
         actions = actions.reshape(frames, _PARTS, 2).mean(axis=1).astype(np.float32)
         named = [

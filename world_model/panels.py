@@ -1,4 +1,4 @@
-"""Pictures of rollouts: frames with speed and steering drawn on them, side by side, and contact sheets."""
+"""Pictures of rollouts: captioned frames side by side, and contact sheets."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Futures as a video: context and action plans in; side-by-side H.264, tokens, a JSON and a contact sheet out."""
+"""Futures as a video, side by side, from a context and action plans; tokens, JSON, picture beside."""
 
 import time
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ class Context:
     frames: NDArray[np.uint8]
     """uint8 [T, height, width, 3]."""
     actions: NDArray[np.float32]
-    """[N, 2] from context frame 0 on, as far as the drive goes: T - 1 past ones, then the recorded future."""
+    """[N, 2] from context frame 0 on: T - 1 past ones, then as many as were recorded after."""
     action_valid: NDArray[np.bool_]
     """[N, 2]."""
     future: Iterator[Frame]
@@ -83,7 +83,7 @@ def _context_range(
         return longest[0], min(longest[0] + context_frames, longest[1])
     if not 0 <= start_s <= timestamps[-1]:
         raise DriveSimError(
-            f"--start {start_s:g}: {label} goes from 0 to {timestamps[-1]:.1f} s; choose a time in it"
+            f"--start {start_s:g}: {label} goes from 0 to {timestamps[-1]:.1f} s; name one of those"
         )
     last = int(np.searchsorted(timestamps, start_s + 1e-6, side="right")) - 1
     first = next(begin for begin, end in segments if begin <= last < end)
@@ -93,7 +93,7 @@ def _context_range(
 def context_from_drive(world: WorldModel, drive: Drive, start_s: float | None) -> Context:
     """Take the context from a drive, at the model's frame rate and size.
 
-    Raises DriveSimError where `start_s` is outside the drive or its steering kind is not the model's.
+    Raises DriveSimError where `start_s` is outside the drive or the steering kind not the model's.
     """
     log = drive.log
     if log is not None and log.steering_kind not in (None, world.steering_kind):
@@ -101,7 +101,7 @@ def context_from_drive(world: WorldModel, drive: Drive, start_s: float | None) -
             f"{drive.id}: steering is {log.steering_kind}, the model was trained on "
             f"{world.steering_kind}; give the actions in that kind"
         )
-    size = FrameSize(world.tokenizer.height, world.tokenizer.width)
+    size = FrameSize(height=world.tokenizer.height, width=world.tokenizer.width)
     sampled = sample(drive, fps=world.fps)
     begin, end = _context_range(
         sampled.timestamps, sampled.segments, start_s, world.context_frames + 1, drive.id
@@ -120,7 +120,7 @@ def context_from_drive(world: WorldModel, drive: Drive, start_s: float | None) -
 
 
 def context_from_tokens(world: WorldModel, drive: DriveTokens, start_s: float | None) -> Context:
-    """Take the context from a drive of a token store; true frames are the tokenizer's reconstructions."""
+    """Take the context from a token store; its true frames are the tokenizer's reconstructions."""
     begin, end = _context_range(
         drive.timestamps, list(drive.entry.segments), start_s, world.context_frames + 1, drive.id
     )
@@ -231,24 +231,19 @@ def write_rollout(
     length = len(plans[0].actions)
     with ExitStack() as stack:
         temporary = {kind: stack.enter_context(atomic_file(path)) for kind, path in files.items()}
-        first = panels.past(0)
-        writer = stack.enter_context(
-            VideoWriter(temporary["video"], world.fps, first.shape[0], first.shape[1])
-        )
-        for index in range(len(context.frames) - 1):
-            writer.write(panels.past(index))
         recorder = _Recorder(titles, length, world.fps)
-        with progress(length, f"rollout -> {out}", "frames") as bar:
-            for index, (tokens, frames, truth) in enumerate(
-                _futures(world, context, plans, sampling, samples, recorder)
-            ):
-                if index == 0:
-                    recorder.start(context.frames[-1])
-                recorder.record(index, tokens, frames, truth)
-                writer.write(panels.future(index, frames, truth))
-                bar.advance(1)
+        height, width = panels.past(0).shape[:2]
+        with VideoWriter(temporary["video"], fps=world.fps, height=height, width=width) as writer:
+            for index in range(len(context.frames) - 1):
+                writer.write(panels.past(index))
+            recorder.start(context.frames[-1])
+            moments = _futures(world, context, plans, sampling, samples, recorder)
+            with progress(length, f"rollout -> {out}", "frames") as bar:
+                for index, (tokens, frames, truth) in enumerate(moments):
+                    recorder.record(index, tokens, frames, truth)
+                    writer.write(panels.future(index, frames, truth))
+                    bar.advance(1)
         report = _report(world, context, shown, titles, sampling, recorder.seconds, length)
-        writer.close()
         recorder.save(temporary["tokens"], context, shown)
         Image.fromarray(recorder.sheet()).save(temporary["sheet"])
         save_json(temporary["settings"], report)
