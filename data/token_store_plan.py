@@ -9,6 +9,8 @@ from driving_sim.data.token_shard import frame_bytes
 from driving_sim.data.token_store import SCHEMA, StoreInfo
 from driving_sim.engine.config import to_dict
 
+SHARD_BYTES = 512 * 2**20
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedDrive:
@@ -49,7 +51,7 @@ class StorePlan:
     """What is the same for every drive."""
     drives: tuple[PlannedDrive, ...]
     """The drives in the order they are stored."""
-    shard_bytes: int = 512 * 2**20
+    shard_bytes: int = SHARD_BYTES
     """Most bytes of data in one shard."""
 
     def __post_init__(self) -> None:

@@ -38,7 +38,7 @@ from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
 from driving_sim.engine.errors import DriveSimError
 
 _PLAN = "plan.json"
-_ABSOLUTE_FOLDERS = re.compile(r"(?<![\w.~/\\-])(?:[A-Za-z]:)?[/\\](?:[^\s/\\:'\"]+[/\\])*")
+_ROOT = r"(?<![\w.~/\\-])(?:[A-Za-z]:)?[/\\]"  # where an absolute path begins
 
 
 class TokenStoreWriter:
@@ -107,9 +107,14 @@ class TokenStoreWriter:
         if found.get("hash") == summary["hash"]:
             return
         names = [name for name in summary if name != "hash" and found.get(name) != summary[name]]
+        difference = (
+            f"{names[0]} is {found.get(names[0])} there and {summary[names[0]]} here"
+            if names
+            else "the drives or their actions differ"
+        )
         raise DriveSimError(
-            f"{self.out}: holds an unfinished token store with other {(names or ['data'])[0]}; "
-            "repeat the command that made it, remove it or choose another folder"
+            f"{self.out}: holds an unfinished token store of another plan ({difference}): repeat "
+            "the command that made it, remove it or choose another folder"
         )
 
     def _check_new(self) -> None:
@@ -201,7 +206,7 @@ class TokenStoreWriter:
     def skip(self, drive_id: str, reason: str) -> None:
         """Leave a drive out; the index will say why (folders in the reason are left out)."""
         number = self._numbers[drive_id]
-        note = {"id": drive_id, "reason": _without_folders(reason)}
+        note = {"id": drive_id, "reason": _without_folders(reason, drive_id)}
         with _writing(self.out):
             save_json(self._skip_note(number), note)
             self._merge(self._shards_of.get(number, []))
@@ -275,7 +280,8 @@ class TokenStoreWriter:
             index = self._index()
             if not index.frames:
                 self._remove()
-                raise DriveSimError(f"{self.out}: nothing to store: every drive was skipped")
+                first = f"{index.skipped[0].id!r} as {index.skipped[0].reason}"
+                raise DriveSimError(f"{self.out}: every drive was skipped, {first}")
             save_json(self.out / INDEX, to_dict(index))
             shutil.rmtree(self._work)
         self.close()
@@ -310,9 +316,13 @@ class TokenStoreWriter:
         )
 
 
-def _without_folders(text: str) -> str:
-    """The text on one line, each absolute path cut to its last name."""
-    return _ABSOLUTE_FOLDERS.sub("", " ".join(text.split()))
+def _without_folders(text: str, drive_id: str) -> str:
+    """The text on one line, each absolute path cut to its last name (that of the drive, if any)."""
+    text = " ".join(text.split())
+    # A folder's name may hold spaces: what lies before the drive's own name is surely folders.
+    name = re.escape(drive_id.rpartition("/")[2])
+    text = re.sub(rf"{_ROOT}(?:.*?[/\\])?(?={name}\b)", "", text)
+    return re.sub(rf"{_ROOT}(?:[^\s/\\:'\"]+[/\\])*", "", text)
 
 
 def _lock(folder: Path) -> int | None:

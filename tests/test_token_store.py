@@ -147,6 +147,28 @@ def test_a_skipped_drive_moves_nothing(tmp_path: Path) -> None:
         assert (one == other) == (number != 4)
 
 
+@pytest.mark.parametrize(
+    ("reason", "kept"),
+    [
+        ("/home/me/drives/left.mp4: bad", "left.mp4: bad"),
+        ("/home/my own drives/b/left.mp4: bad,\nas it is", "left.mp4: bad, as it is"),
+        ("left.csv (of /a/b/left.mp4): 20 km/h or 1/2", "left.csv (of left.mp4): 20 km/h or 1/2"),
+        ("'/a/other.csv': no", "'other.csv': no"),
+        (r"C:\Users\me\left.mp4: bad", "left.mp4: bad"),
+        ("videos/left.mp4: bad", "videos/left.mp4: bad"),
+    ],
+)
+def test_no_absolute_path_gets_into_the_index(tmp_path: Path, reason: str, kept: str) -> None:
+    plan = StorePlan(
+        info=INFO,
+        drives=(PlannedDrive(id="a", frames=5), PlannedDrive(id="b/left", frames=7)),
+    )
+    with TokenStoreWriter(tmp_path / "tokens", plan) as writer:
+        writer.add("a", **arrays("a"))
+        writer.skip("b/left", reason)
+        assert writer.finish().skipped[0].reason == kept
+
+
 def test_the_same_drives_in_another_order_of_work_give_the_same_bytes(tmp_path: Path) -> None:
     write(tmp_path / "one")
     with TokenStoreWriter(tmp_path / "two", make_plan()) as writer:
@@ -224,7 +246,7 @@ def test_an_unfinished_store_of_another_plan_is_refused(tmp_path: Path) -> None:
     before = contents(out)
     changes: list[dict[str, Any]] = [{name: value} for name, value in OTHER_INFO.items()]
     for change in changes:
-        with pytest.raises(DriveSimError, match=f"unfinished .* other {next(iter(change))}"):
+        with pytest.raises(DriveSimError, match=f"unfinished .*{next(iter(change))} is"):
             TokenStoreWriter(out, make_plan(**change))
     assert contents(out) == before
 

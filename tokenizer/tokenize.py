@@ -1,0 +1,259 @@
+"""Drives to a token store: every chosen frame encoded, with the actions that go with it.
+
+Axes: T frames of a drive, B of a batch, H W their pixels, r c token rows and columns.
+"""
+
+import hashlib
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import median_low
+
+import numpy as np
+from numpy.typing import NDArray
+
+from driving_sim.data.action_file import STEERING
+from driving_sim.data.drive import Drive, DriveSet, SampledDrive, sample
+from driving_sim.data.frame_size import FrameSize, transform_description
+from driving_sim.data.split import MIRROR_SUFFIX
+from driving_sim.data.timing import median_rate
+from driving_sim.data.token_store import StoreIndex, StoreInfo
+from driving_sim.data.token_store_plan import SHARD_BYTES, PlannedDrive, StorePlan
+from driving_sim.data.token_store_writer import TokenStoreWriter
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.progress import Progress, progress
+from driving_sim.tokenizer.tokenizer import Tokenizer
+
+Frames = NDArray[np.uint8]
+
+# A model learns one rate; timing.choose_frames already lets a drive be 15 % off the one asked for.
+_RATE_TOLERANCE = 0.25
+_HOW_ON = "repair or remove it, or pass --skip-bad"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizeSummary:
+    """What was written where; its text is one line."""
+
+    out: Path
+    """The token store."""
+    index: StoreIndex
+    """What it holds."""
+
+    def __str__(self) -> str:
+        index, skipped = self.index, len(self.index.skipped)
+        return (
+            f"tokens of {index.drives} drives, {index.frames:,} frames at {index.info.fps:.3g} fps"
+            f"{f', {skipped} skipped' if skipped else ''} -> {self.out}"
+        )
+
+
+def tokenize(
+    drives: DriveSet,
+    tokenizer: Tokenizer,
+    out: Path,
+    *,
+    fps: float | None = None,
+    every: int | None = None,
+    mirror: bool = False,
+    skip_bad: bool = False,
+    batch_size: int = 16,
+    shard_bytes: int = SHARD_BYTES,
+) -> TokenizeSummary:
+    """Encode drives at a rate (or a stride, or every frame) into the token store `out`.
+
+    With `mirror`, each drive is also there as `ID~mirror`: frames flipped, steering negated. A run
+    that was stopped continues after its last whole drive, given the same drives and settings.
+
+    Raises:
+        DriveSimError: a drive is bad and `skip_bad` is not given (the drives before it are kept);
+            steering kinds are mixed; `out` holds something else; the disk is full.
+    """
+    if not skip_bad:
+        drives.require_all()
+    usable, bad = _survey(drives.drives, fps=fps, every=every)
+    if bad and not skip_bad:
+        raise DriveSimError(f"{next(iter(bad.values()))}; {_HOW_ON}")
+    bad |= {skipped.id: skipped.reason for skipped in drives.skipped}
+    if not usable:
+        reason = next(iter(bad.values()), "no drives were found")
+        raise DriveSimError(f"nothing to tokenize: {reason}")
+    info = _store_info(usable, drives.steering_kind, tokenizer, fps=fps, every=every)
+    planned = [_planned(each, flip) for each in usable for flip in _flips(mirror)]
+    planned += [PlannedDrive(id=name, frames=0) for name in bad]
+    plan = StorePlan(info=info, drives=tuple(planned), shard_bytes=shard_bytes)
+    with TokenStoreWriter(out, plan) as writer:
+        for name, reason in bad.items():
+            writer.skip(name, reason)
+        work = [_Work(each, _pending(each, writer, mirror=mirror)) for each in usable]
+        _encode_all([each for each in work if each.flips], tokenizer, writer, skip_bad, batch_size)
+        return TokenizeSummary(out=out, index=writer.finish())
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A drive and the forms of it, as they are or flipped, that the store does not hold yet."""
+
+    sampled: SampledDrive
+    flips: list[bool]
+
+
+def _flips(mirror: bool) -> list[bool]:
+    return [False, True] if mirror else [False]
+
+
+def _name(drive: Drive, flip: bool) -> str:
+    return drive.id + MIRROR_SUFFIX if flip else drive.id
+
+
+def _pending(sampled: SampledDrive, writer: TokenStoreWriter, *, mirror: bool) -> list[bool]:
+    return [flip for flip in _flips(mirror) if not writer.done(_name(sampled.drive, flip))]
+
+
+def _survey(
+    drives: Sequence[Drive], *, fps: float | None, every: int | None
+) -> tuple[list[SampledDrive], dict[str, str]]:
+    """The drives sampled as asked, and why the others cannot be: reasons by drive id."""
+    sampled, bad = [], {}
+    for drive in drives:
+        try:
+            one = sample(drive, fps=fps, every=every)
+        except DriveSimError as error:
+            bad[drive.id] = str(error)
+            continue
+        if len(one.indices) < 2:
+            bad[drive.id] = f"{drive.id}: {len(one.indices)} frame at this rate, at least 2 needed"
+        else:
+            sampled.append(one)
+    usual = _usual_rate(sampled)
+    for one in sampled:
+        rate = median_rate(one.timestamps)
+        if abs(rate / usual - 1) > _RATE_TOLERANCE:
+            bad[one.drive.id] = (
+                f"{one.drive.id}: {rate:.3g} frames a second, the other drives have {usual:.3g}: "
+                "choose a rate that all have with --fps"
+            )
+    return [one for one in sampled if one.drive.id not in bad], bad
+
+
+def _usual_rate(sampled: Sequence[SampledDrive]) -> float:
+    # The low median is some drive's own rate: of two that differ, one is not to blame.
+    return median_low([median_rate(one.timestamps) for one in sampled]) if sampled else 0.0
+
+
+def _store_info(
+    sampled: Sequence[SampledDrive],
+    steering_kind: str | None,
+    tokenizer: Tokenizer,
+    *,
+    fps: float | None,
+    every: int | None,
+) -> StoreInfo:
+    return StoreInfo(
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        rows=tokenizer.rows,
+        cols=tokenizer.cols,
+        codebook_size=tokenizer.codebook_size,
+        fps=round(_usual_rate(sampled), 6),
+        steering_kind=steering_kind,
+        levels=tuple(tokenizer.levels),
+        height=tokenizer.height,
+        width=tokenizer.width,
+        requested_fps=fps,
+        every=every,
+        transform=transform_description(_frame_size(tokenizer)),
+    )
+
+
+def _frame_size(tokenizer: Tokenizer) -> FrameSize:
+    return FrameSize(height=tokenizer.height, width=tokenizer.width)
+
+
+def _planned(sampled: SampledDrive, flip: bool) -> PlannedDrive:
+    digest = hashlib.sha256()
+    for array in (sampled.indices, sampled.timestamps, sampled.actions, sampled.action_valid):
+        digest.update(array.tobytes())
+    return PlannedDrive(
+        id=_name(sampled.drive, flip),
+        frames=len(sampled.indices),
+        source=sampled.drive.source,
+        mirrored=flip,
+        content=digest.hexdigest(),
+    )
+
+
+def _encode_all(
+    work: Sequence[_Work],
+    tokenizer: Tokenizer,
+    writer: TokenStoreWriter,
+    skip_bad: bool,
+    batch_size: int,
+) -> None:
+    frames = sum(len(each.sampled.indices) for each in work)
+    with progress(frames, "tokenize", "frames") as shown:
+        shown.say(f"tokenize: {len(work)} drives, {frames:,} frames -> {writer.out}")
+        for each in work:
+            try:
+                tokens = _encode(each, tokenizer, batch_size, shown)
+            except DriveSimError as error:
+                if not skip_bad:
+                    raise DriveSimError(f"{error}; {_HOW_ON}") from error
+                shown.say(f"skipped {each.sampled.drive.id}: {error}")
+                for flip in each.flips:
+                    writer.skip(_name(each.sampled.drive, flip), str(error))
+                continue
+            for flip in each.flips:
+                _add(writer, each.sampled, tokens[flip], flip)
+
+
+def _add(
+    writer: TokenStoreWriter, sampled: SampledDrive, tokens: NDArray[np.uint16], flip: bool
+) -> None:
+    actions = sampled.actions.copy()
+    if flip:
+        actions[:, STEERING] = 0 - actions[:, STEERING]
+    writer.add(
+        _name(sampled.drive, flip),
+        tokens,
+        actions,
+        sampled.action_valid,
+        sampled.timestamps,
+        sampled.segments,
+    )
+
+
+def _encode(
+    work: _Work, tokenizer: Tokenizer, batch_size: int, shown: Progress
+) -> dict[bool, NDArray[np.uint16]]:
+    """The tokens [T, r, c] of each form of a drive; the next batch is decoded meanwhile."""
+    drive, indices = work.sampled.drive, work.sampled.indices
+    parts: dict[bool, list[NDArray[np.uint16]]] = {flip: [] for flip in work.flips}
+    stream = drive.stream(_frame_size(tokenizer), indices)
+    with closing(_ahead(_batches(stream, batch_size))) as batches:
+        for frames_BHWC in batches:
+            for flip in work.flips:
+                seen = frames_BHWC[:, :, ::-1] if flip else frames_BHWC
+                tokens_Brc = tokenizer.encode(np.ascontiguousarray(seen), batch_size=batch_size)
+                parts[flip].append(tokens_Brc.numpy().astype(np.uint16))
+            shown.advance(len(frames_BHWC))
+    found = sum(map(len, parts[work.flips[0]]))
+    if found != len(indices):
+        raise DriveSimError(f"{drive.id}: only {found} of {len(indices)} frames could be decoded")
+    return {flip: np.concatenate(tokens) for flip, tokens in parts.items()}
+
+
+def _batches(frames: Iterator[Frames], size: int) -> Iterator[Frames]:
+    while batch := list(islice(frames, size)):
+        yield np.stack(batch)
+
+
+def _ahead(batches: Iterator[Frames]) -> Generator[Frames, None, None]:
+    """The same batches, each made in a thread while the one before it is in use."""
+    with ThreadPoolExecutor(1, "decode") as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
