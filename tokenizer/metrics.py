@@ -29,16 +29,18 @@ def ssim(frames: Tensor, others: Tensor) -> Tensor:
     population covariances, averaged over channels and over the positions whose window lies inside
     the frame.
     """
-    x, y = (rearrange(f, "b h w c -> (b c) 1 h w").double() for f in (frames, others))
+    # Around mid-grey, where float32 loses nothing in the differences of squares.
+    x, y = (rearrange(f, "b h w c -> (b c) 1 h w").float() - 127.5 for f in (frames, others))
     mean_x, mean_y = _blur(x), _blur(y)
     var_x = _blur(x * x) - mean_x**2
     var_y = _blur(y * y) - mean_y**2
     covariance = _blur(x * y) - mean_x * mean_y
+    mean_x, mean_y = mean_x + 127.5, mean_y + 127.5
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     structure = (2 * covariance + c2) / (var_x + var_y + c2)
     per_channel = (luminance * structure).flatten(1).mean(1)
-    return rearrange(per_channel, "(b c) -> b c", b=frames.shape[0]).mean(1).float()
+    return rearrange(per_channel, "(b c) -> b c", b=frames.shape[0]).mean(1)
 
 
 def _blur(x: Tensor) -> Tensor:

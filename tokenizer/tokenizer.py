@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from driving_sim.data.frame_size import FrameSize, fit, transform_description
@@ -52,22 +52,27 @@ class Tokenizer:
                 )
         saved = load_json(folder / _CONFIG)
         config = from_dict(AutoencoderConfig, saved.get("model", {}), f"{folder / _CONFIG}: model")
+        _check_transform(config, saved, folder)
         autoencoder = Autoencoder(config)
-        _load_weights(autoencoder, folder / _WEIGHTS)
-        _check_fingerprint(autoencoder, saved, folder)
-        return cls(autoencoder, resolve_device(device))
+        written = _load_weights(autoencoder, folder / _WEIGHTS)
+        tokenizer = cls(autoencoder, resolve_device(device))
+        if tokenizer.fingerprint != written:
+            raise DriveSimError(
+                f"{folder}: config and weights do not belong together (fingerprint "
+                f"{tokenizer.fingerprint[:12]}, expected {written[:12]}); copy the folder again"
+            )
+        return tokenizer
 
     def save(self, path: Path | str) -> None:
         """Write the tokenizer folder `path`: `model.safetensors` and `config.json`."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.cpu().contiguous() for k, v in self.autoencoder.state_dict().items()}
+        save_json(folder / _CONFIG, _identity(self.config))
+        # The fingerprint stands in the same file as the weights: both are replaced in one move.
+        # Written as bytes, because `save_file` makes files that only their owner can read.
         with atomic_file(folder / _WEIGHTS) as temporary:
-            save_file(weights, temporary)
-        save_json(
-            folder / _CONFIG,
-            {**_identity(self.autoencoder.config), "fingerprint": self.fingerprint},
-        )
+            temporary.write_bytes(save(weights, {"fingerprint": self.fingerprint}))
 
     @property
     def config(self) -> AutoencoderConfig:
@@ -184,9 +189,12 @@ def _identity(config: AutoencoderConfig) -> dict[str, Any]:
     return {"kind": "tokenizer", "model": to_dict(config), "frames": frames}
 
 
-def _load_weights(autoencoder: Autoencoder, path: Path) -> None:
+def _load_weights(autoencoder: Autoencoder, path: Path) -> str:
+    """Load the weights; return the fingerprint that was written with them."""
     try:
         autoencoder.load_state_dict(load_file(path))
+        with safe_open(path, "pt") as file:
+            return str((file.metadata() or {}).get("fingerprint"))
     except (SafetensorError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DriveSimError(
@@ -194,17 +202,11 @@ def _load_weights(autoencoder: Autoencoder, path: Path) -> None:
         ) from error
 
 
-def _check_fingerprint(autoencoder: Autoencoder, saved: Mapping[str, Any], folder: Path) -> None:
-    found = fingerprint(autoencoder)
-    if saved.get("frames") != _identity(autoencoder.config)["frames"]:
+def _check_transform(config: AutoencoderConfig, saved: Mapping[str, Any], folder: Path) -> None:
+    if saved.get("frames") != _identity(config)["frames"]:
         raise DriveSimError(
             f"{folder}: this version of drivesim prepares frames differently from the one that "
             "trained the tokenizer; use that version, or train again"
-        )
-    if saved.get("fingerprint") != found:
-        raise DriveSimError(
-            f"{folder}: the fingerprint in {_CONFIG} does not match the weights "
-            f"({str(saved.get('fingerprint'))[:12]} and {found[:12]}); copy the folder again"
         )
 
 

@@ -1,0 +1,96 @@
+"""Tokenizers that are ready to train: demo, tiny, base, large."""
+
+from driving_sim.engine.training import TrainingConfig
+from driving_sim.tokenizer.autoencoder import AutoencoderConfig
+from driving_sim.tokenizer.discriminator import DiscriminatorConfig
+from driving_sim.tokenizer.objective import ObjectiveConfig
+from driving_sim.tokenizer.training import TokenizerDataConfig, TokenizerRunConfig
+
+DEMO = TokenizerRunConfig(
+    model=AutoencoderConfig(
+        height=96, width=192, widths=(32, 64, 128), blocks=(1, 1, 1), attention_blocks=1
+    ),
+    objective=ObjectiveConfig(lpips_weight=0.0, gan_weight=0.0),
+    data=TokenizerDataConfig(batch_size=4, validation_frames=64),
+    training=TrainingConfig(
+        minutes=2.5,
+        learning_rate=1e-3,
+        warmup_steps=100,
+        weight_decay=0.01,
+        betas=(0.9, 0.99),
+        ema_decay=0.998,
+        validate_every=500,
+        save_every=1000,
+    ),
+)
+"""For the synthetic world in minutes on a CPU; no discriminator, no LPIPS."""
+
+TINY = TokenizerRunConfig(
+    model=AutoencoderConfig(
+        height=128, width=256, widths=(32, 96, 192), blocks=(1, 1, 1), attention_blocks=2
+    ),
+    objective=ObjectiveConfig(
+        lpips_weight=0.0,
+        gan_weight=0.1,
+        gan_start=0.7,
+        discriminator=DiscriminatorConfig(width=32),
+    ),
+    data=TokenizerDataConfig(batch_size=4),
+    training=TrainingConfig(
+        minutes=30,
+        learning_rate=1e-3,
+        warmup_steps=200,
+        weight_decay=0.01,
+        betas=(0.9, 0.99),
+        ema_decay=0.998,
+        validate_every=1000,
+        save_every=1000,
+    ),
+)
+"""128x256 pixels to 8x16 tokens, half an hour on two CPU cores; no LPIPS."""
+
+BASE = TokenizerRunConfig(
+    model=AutoencoderConfig(
+        height=256, width=512, widths=(96, 192, 384), blocks=(2, 2, 3), attention_blocks=3
+    ),
+    data=TokenizerDataConfig(batch_size=16, cache_gigabytes=16.0),
+    training=TrainingConfig(
+        steps=100_000,
+        learning_rate=4e-4,
+        warmup_steps=1000,
+        weight_decay=0.01,
+        betas=(0.9, 0.99),
+        ema_decay=0.9995,
+        validate_every=2000,
+        save_every=2000,
+        workers=8,
+    ),
+)
+"""256x512 pixels to 16x32 tokens, for a GPU; the default."""
+
+LARGE = TokenizerRunConfig(
+    model=AutoencoderConfig(
+        height=256,
+        width=512,
+        levels=(8, 8, 8, 6, 5),
+        widths=(128, 256, 512),
+        blocks=(2, 4, 4),
+        attention_blocks=6,
+    ),
+    data=TokenizerDataConfig(batch_size=32, cache_gigabytes=16.0),
+    training=TrainingConfig(
+        steps=300_000,
+        learning_rate=3e-4,
+        warmup_steps=2000,
+        weight_decay=0.01,
+        betas=(0.9, 0.99),
+        ema_decay=0.9999,
+        validate_every=5000,
+        save_every=5000,
+        workers=16,
+    ),
+)
+"""256x512 pixels to 16x32 tokens out of 15,360, for several GPUs."""
+
+PRESETS = {"demo": DEMO, "tiny": TINY, "base": BASE, "large": LARGE}
+"""The presets by name."""

@@ -1,0 +1,221 @@
+"""Training a tokenizer on drives: the run's options, its validation, the folder it leaves.
+
+Axes: N validation frames, B frames of a batch, H W pixels, K codes in the codebook.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from driving_sim.data.drive import SampledDrive
+from driving_sim.data.frame_batches import FrameBatches
+from driving_sim.data.frame_size import FrameSize
+from driving_sim.data.split import split_drives
+from driving_sim.engine.config import to_dict
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.training import (
+    TrainingConfig,
+    TrainingResult,
+    Validation,
+    check_run,
+    train,
+)
+from driving_sim.tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+from driving_sim.tokenizer.metrics import codebook_use, psnr, ssim
+from driving_sim.tokenizer.objective import ObjectiveConfig, TokenizerObjective
+from driving_sim.tokenizer.perceptual import vgg16_weights
+from driving_sim.tokenizer.tokenizer import Tokenizer, frames_from_images, images_from_frames
+
+_GRID_FRAMES = 8
+_BATCH = 16
+_BEFORE_GAN = 100.0
+"""Added to the score of a model that the discriminator has not fully acted on yet."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerDataConfig:
+    """Which frames train and which validate."""
+
+    batch_size: int = 16
+    """Frames of a batch, on each device."""
+    mirror: bool = True
+    """Whether half of the training frames are flipped left to right."""
+    validation: tuple[str, ...] | None = None
+    """Ids of the validation drives; none: a share of the drives, drawn by their ids."""
+    validation_fraction: float = 0.1
+    """That share."""
+    validation_frames: int = 128
+    """Most frames to validate on, spread evenly over the validation drives."""
+    cache_gigabytes: float = 4.0
+    """Training frames that fit are decoded once and kept in memory."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "validation_frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(
+                f"validation_fraction={self.validation_fraction}: must lie between 0 and 1"
+            )
+        if self.cache_gigabytes < 0:
+            raise ValueError(f"cache_gigabytes={self.cache_gigabytes}: must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerRunConfig:
+    """All options of a tokenizer's training run."""
+
+    training: TrainingConfig
+    """How it is trained."""
+    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    """The autoencoder."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """What it is trained for."""
+    data: TokenizerDataConfig = field(default_factory=TokenizerDataConfig)
+    """What it is trained on."""
+
+
+def train_tokenizer(
+    drives: Sequence[SampledDrive],
+    config: TokenizerRunConfig,
+    run: Path,
+    *,
+    resume: bool = False,
+    device: torch.device | str = "auto",
+) -> TrainingResult:
+    """Train a tokenizer on the frames of `drives` and leave the best one in the folder `run`.
+
+    Validates on whole drives that it does not train on. Raises `DriveSimError` where there are no
+    drives, `run` cannot be used, or LPIPS is on and its backbone's weights cannot be had.
+    """
+    if not drives:
+        raise DriveSimError("no drives to train a tokenizer on")
+    run_config = to_dict(config)
+    check_run(run, run_config, resume)
+    vgg16 = vgg16_weights() if config.objective.lpips_weight > 0 else None
+    if vgg16 is None:
+        print("training without the perceptual loss LPIPS, as objective.lpips_weight is 0")
+    training, validation = _split(drives, config.data)
+    size = config.model.frame_size
+    dataset = FrameBatches(
+        training,
+        size=size,
+        batch_size=config.data.batch_size,
+        seed=config.training.seed,
+        mirror=config.data.mirror,
+        cache_bytes=int(config.data.cache_gigabytes * 1e9),
+    )
+    validate = Validator(validation_frames(validation, size, config.data.validation_frames))
+    torch.manual_seed(config.training.seed)
+    return train(
+        TokenizerObjective(config.model, config.objective, vgg16),
+        dataset=dataset,
+        config=config.training,
+        run=run,
+        validate=validate,
+        export=_export,
+        run_config=run_config,
+        resume=resume,
+        device=device,
+    )
+
+
+class Validator:
+    """Measures an objective's autoencoder on fixed frames, uint8 [N, H, W, 3]."""
+
+    def __init__(self, frames: Tensor) -> None:
+        self.frames = frames
+
+    def __call__(self, model: nn.Module) -> Validation:
+        """Return losses, PSNR, SSIM, use of the codebook and a grid of reconstructions.
+
+        The score is the loss without the discriminator. A discriminator trades some of it for
+        texture, so models from before it has full say rank behind all later ones.
+        """
+        assert isinstance(model, TokenizerObjective)
+        batches = [self._measure(model, frames) for frames in torch.split(self.frames, _BATCH)]
+        columns = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        tokens = columns.pop("tokens")
+        counts = torch.bincount(tokens, minlength=model.autoencoder.quantiser.codebook_size)
+        metrics = {name: float(values.mean()) for name, values in columns.items()}
+        use = codebook_use(counts)
+        metrics |= {f"codebook/{name}": value for name, value in use._asdict().items()}
+        waiting = model.discriminator is not None and float(model.gan_share) < 1
+        return Validation(
+            score=metrics["loss"] + (_BEFORE_GAN if waiting else 0.0),
+            metrics=metrics,
+            images={"reconstructions": self._grid(model.autoencoder)},
+        )
+
+    def _measure(self, model: TokenizerObjective, frames: Tensor) -> dict[str, Tensor]:
+        """Return per-frame measurements [B] by name, and all tokens."""
+        frames = frames.to(model.gan_share.device)
+        images = images_from_frames(frames, model.autoencoder.config.frame_size)
+        reconstruction = model.autoencoder(images)
+        loss, parts = model.fidelity(reconstruction.images, images)
+        rebuilt = frames_from_images(reconstruction.images)
+        return {
+            **{name: part.repeat(len(frames)) for name, part in {"loss": loss, **parts}.items()},
+            "psnr": psnr(rebuilt, frames),
+            "ssim": ssim(rebuilt, frames),
+            "tokens": reconstruction.tokens.flatten(),
+        }
+
+    def _grid(self, autoencoder: Autoencoder) -> NDArray[np.uint8]:
+        chosen = np.linspace(0, len(self.frames) - 1, min(_GRID_FRAMES, len(self.frames)))
+        frames = self.frames[chosen.round().astype(np.int64)]
+        device = autoencoder.last_layer.device
+        images = images_from_frames(frames.to(device), autoencoder.config.frame_size)
+        rebuilt = frames_from_images(autoencoder(images).images)
+        return reconstruction_grid(frames, rebuilt.cpu())
+
+
+def reconstruction_grid(originals: Tensor, rebuilt: Tensor) -> NDArray[np.uint8]:
+    """Return one picture of frames [N, H, W, 3]: each original beside its reconstruction."""
+    pairs = torch.stack([originals, rebuilt], dim=1)
+    if len(pairs) % 2 == 0:
+        grid = rearrange(pairs, "(n k) two h w c -> (n h) (k two w) c", k=2)
+    else:
+        grid = rearrange(pairs, "n two h w c -> (n h) (two w) c")
+    return grid.numpy()
+
+
+def validation_frames(drives: Sequence[SampledDrive], size: FrameSize, most: int) -> Tensor:
+    """Decode at most `most` frames, uint8 [N, H, W, 3], spread evenly over the drives."""
+    total = sum(len(drive.indices) for drive in drives)
+    places = np.unique(np.linspace(0, total - 1, min(most, total)).round().astype(np.int64))
+    frames: list[NDArray[np.uint8]] = []
+    start = 0
+    for drive in drives:
+        stop = start + len(drive.indices)
+        own = places[(start <= places) & (places < stop)] - start
+        frames.extend(drive.drive.stream(size, drive.indices[own]))
+        start = stop
+    return torch.from_numpy(np.stack(frames))
+
+
+def _split(
+    drives: Sequence[SampledDrive], config: TokenizerDataConfig
+) -> tuple[list[SampledDrive], list[SampledDrive]]:
+    by_id = {drive.drive.id: drive for drive in drives}
+    training, validation = split_drives(
+        list(by_id), validation=config.validation, fraction=config.validation_fraction
+    )
+    if not validation:
+        print(f"one drive only, {training[0]}: validating on the frames it trains on")
+        return list(drives), list(drives)
+    print(f"training on {len(training)} drives, validating on {', '.join(validation)}")
+    return [by_id[name] for name in training], [by_id[name] for name in validation]
+
+
+def _export(module: nn.Module, run: Path) -> None:
+    assert isinstance(module, Autoencoder)
+    # A copy: a Tokenizer freezes the module that it is given.
+    Tokenizer(copy.deepcopy(module)).save(run)
