@@ -1,5 +1,6 @@
 """What a training run's folder holds, and when it may be used again."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ CHANGEABLE = frozenset(
 def check_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:
     """Raise `DriveSimError` unless `run` is free to start in, or, with `resume`, the same run.
 
-    Cheap: call it before loading data. `train` checks again.
+    Cheap: call it before loading data. `train` checks again, so write nothing into `run` before.
     """
     known = (run / CONFIG).is_file()
     if resume and not known:
@@ -53,7 +54,8 @@ def prepare_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:
 
 
 def _check_same(run: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    old, new = dict(_leaves(before)), dict(_leaves(now))
+    # Through JSON, as the file's values went through YAML: tuples are lists there.
+    old, new = dict(_leaves(before)), dict(_leaves(json.loads(json.dumps(now))))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and key.rpartition(".")[2] not in CHANGEABLE:
             raise DriveSimError(
@@ -67,4 +69,4 @@ def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+            yield f"{prefix}{key}", value

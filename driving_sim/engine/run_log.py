@@ -9,18 +9,16 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 from torch.utils.tensorboard import SummaryWriter
 
 from driving_sim.engine.files import atomic_file
 from driving_sim.engine.progress import progress
+from driving_sim.engine.validation import Pixels, Validation
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
-
-Pixels = NDArray[np.uint8]
 
 
 class RunLog:
@@ -40,7 +38,7 @@ class RunLog:
         with ExitStack() as stack:
             self._rows = stack.enter_context(path.open("a", encoding="utf-8"))
             purge = self._start_step + 1 if self._start_step else None
-            self._writer = SummaryWriter(self._run / TENSORBOARD, purge_step=purge)
+            self._writer = SummaryWriter(self._run / TENSORBOARD, purge_step=purge, flush_secs=30)
             stack.callback(self._writer.close)
             self._progress = stack.enter_context(
                 progress(self._total, self._run.name, "steps", start=self._start_step)
@@ -71,9 +69,21 @@ class RunLog:
         self._rows.write(json.dumps({"step": step, "phase": phase, **row}) + "\n")
         self._rows.flush()
         for name, value in values.items():
-            self._writer.add_scalar(f"{phase}/{name}", value, step)
+            if math.isfinite(value):
+                self._writer.add_scalar(f"{phase}/{name}", value, step)
         if "loss" in values:
             self._text = f"loss {values['loss']:.4g}"
+
+    def add_validation(self, step: int, validation: Validation, *, best: bool) -> None:
+        """Record all that a validation found, and print its numbers."""
+        values = {"score": validation.score, **validation.metrics}
+        self.add_scalars(step, "validation", values)
+        for name, image in validation.images.items():
+            self.add_image(step, f"validation/{name}", image)
+        for name, video in validation.videos.items():
+            self.add_gif(step, f"validation/{name}", video)
+        found = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.say(f"step {step}: {found}{' (best)' if best else ''}")
 
     def add_image(self, step: int, name: str, image: Pixels) -> None:
         """Record a uint8 [H, W, 3] image."""

@@ -7,18 +7,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import Dataset
 
 from driving_sim.engine.checkpoint import latest, load_checkpoint, prune, save_checkpoint
+from driving_sim.engine.config import from_dict, to_dict
 from driving_sim.engine.device import resolve_device, resolve_precision
 from driving_sim.engine.distributed import process_group
 from driving_sim.engine.errors import DriveSimError, Interrupted
@@ -28,7 +27,8 @@ from driving_sim.engine.run_folder import CHECKPOINTS, check_run, prepare_run
 from driving_sim.engine.run_log import RunLog
 from driving_sim.engine.schedule import position_by_steps, position_by_time
 from driving_sim.engine.training_config import TrainingConfig
-from driving_sim.engine.training_step import Batch, Stepper, Trainable, batch_seed
+from driving_sim.engine.training_step import Batch, Stepper, Trainable, batch_seed, seed_torch
+from driving_sim.engine.validation import Validation
 
 __all__ = [
     "Batch",
@@ -43,19 +43,6 @@ __all__ = [
 
 MAX_SKIPPED_IN_A_ROW = 20
 """Steps without a finite loss before the run gives up."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Validation:
-    """What one validation found."""
-
-    score: float
-    """Lower is better."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    images: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
-    """uint8 [H, W, 3] by name."""
-    videos: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
-    """uint8 [T, H, W, 3] by name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,7 +145,7 @@ class _Loop:
         values = load_checkpoint(
             path, model=stepper.model, optimizer=stepper.optimizer, ema=stepper.ema
         )
-        self.state = _State(**values)
+        self.state = from_dict(_State, values, where=str(path / "state.json"))
 
     def choose_precision(self) -> None:
         """Resolve auto; a resumed run keeps what it measured before, if the device is the same."""
@@ -176,10 +163,10 @@ class _Loop:
         batches: Iterator[tuple[int, Batch]] | None = None
         while True:
             stop_signal, position = self._agree()
-            over = position > 1.0 or self._out_of_patience()
-            if not stop_signal and (over or self._due(self.config.validate_every)):
+            if not stop_signal and (position > 1.0 or self._due(self.config.validate_every)):
                 self._validate()
-            self.state.finished = over and not stop_signal
+            over = not stop_signal and (position > 1.0 or self._out_of_patience())
+            self.state.finished = over
             if stop_signal or over or self._due(self.config.save_every) or self._is_best():
                 self._save()
             if stop_signal:
@@ -242,7 +229,8 @@ class _Loop:
                 score = validation.score
                 if self._improves(score):
                     self.export(self.stepper.ema_module, self.folder)
-            self._log_validation(validation)
+            if self.log:
+                self.log.add_validation(state.step, validation, best=self._improves(score))
         (score,) = self.ranks.from_main([score])
         state.validations_since_best += 1
         if self._improves(score):
@@ -255,7 +243,7 @@ class _Loop:
         modes = {module: module.training for module in self.stepper.model.modules()}
         self.stepper.model.eval()
         # The same draws each time: scores differ by the weights alone.
-        torch.manual_seed(batch_seed(self.config.seed, -1))
+        seed_torch(batch_seed(self.config.seed, -1), self.stepper.device)
         try:
             with self.stepper.ema.swapped(), torch.no_grad(), self.stepper.autocast():
                 yield
@@ -275,7 +263,7 @@ class _Loop:
                 model=stepper.model,
                 optimizer=stepper.optimizer,
                 ema=stepper.ema,
-                state=asdict(self.state),
+                state=to_dict(self.state),
             )
             prune(folder, keep_last=self.config.keep_last, best_step=self.state.best_step)
         self.unsaved = False
@@ -292,19 +280,6 @@ class _Loop:
             "training_seconds": self.state.seconds,
         }
         self.log.add_scalars(self.state.step, "train", values)
-
-    def _log_validation(self, validation: Validation) -> None:
-        if not self.log:
-            return
-        step, values = self.state.step, {"score": validation.score, **validation.metrics}
-        self.log.add_scalars(step, "validation", values)
-        for name, image in validation.images.items():
-            self.log.add_image(step, f"validation/{name}", image)
-        for name, video in validation.videos.items():
-            self.log.add_gif(step, f"validation/{name}", video)
-        found = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        best = " (best)" if self._improves(validation.score) else ""
-        self.log.say(f"step {step}: {found}{best}")
 
     def _due(self, every: int) -> bool:
         return self.state.step > 0 and self.state.step % every == 0

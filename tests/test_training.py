@@ -1,0 +1,326 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from driving_sim.engine.config import from_dict, to_dict
+from driving_sim.engine.errors import DriveSimError, Interrupted
+from driving_sim.engine.training import Batch, TrainingConfig, Validation
+from tests.tiny_training import (
+    EXPORTED,
+    TinyBatches,
+    TinyModel,
+    checkpoint_tensors,
+    tiny_config,
+    tiny_train,
+    validate,
+)
+
+ROOT = Path(__file__).parents[1]
+TIMINGS = ("steps_per_second", "training_seconds")
+
+
+def metric_rows(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (run / "checkpoints").iterdir())
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+class InterruptingBatches(TinyBatches):
+    """Sends this process a signal while batch 14 is made."""
+
+    def __getitem__(self, number: int) -> Batch:
+        if number == 14:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().__getitem__(number)
+
+
+def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    result = tiny_train(whole)
+    with pytest.raises(Interrupted, match="step 15.*--resume") as stopped:
+        tiny_train(parts, dataset=InterruptingBatches())
+    assert stopped.value.exit_code == 128 + signal.SIGINT
+    assert checkpoint_steps(parts)[-1] == 15
+    resumed = tiny_train(parts, resume=True)
+    assert_same(checkpoint_tensors(whole, 30), checkpoint_tensors(parts, 30))
+    assert_same(load_file(whole / EXPORTED), load_file(parts / EXPORTED))
+    assert metric_rows(whole) == metric_rows(parts)
+    assert (resumed.best_score, resumed.best_step, resumed.steps) == (
+        result.best_score,
+        result.best_step,
+        30,
+    )
+
+
+def test_resumed_equals_uninterrupted_where_the_run_was_killed(tmp_path: Path) -> None:
+    """A kill leaves metrics and exports that are newer than the last checkpoint."""
+
+    class Killed(Exception):
+        pass
+
+    class KillingBatches(TinyBatches):
+        def __getitem__(self, number: int) -> Batch:
+            if number == 27:
+                raise Killed
+            return super().__getitem__(number)
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    tiny_train(whole)
+    with pytest.raises(Killed):
+        tiny_train(parts, dataset=KillingBatches())
+    with (parts / "metrics.jsonl").open("a") as rows:
+        rows.write('{"step": 26, "pha')
+    tiny_train(parts, resume=True)
+    assert_same(checkpoint_tensors(whole, 30), checkpoint_tensors(parts, 30))
+    assert metric_rows(whole) == metric_rows(parts)
+
+
+def test_longer_resumed_run_goes_on(tmp_path: Path) -> None:
+    tiny_train(tmp_path / "run", steps=10)
+    assert tiny_train(tmp_path / "run", steps=10, resume=True).steps == 10
+    assert tiny_train(tmp_path / "run", steps=20, resume=True).steps == 20
+
+
+def test_batches_do_not_depend_on_workers(tmp_path: Path) -> None:
+    tiny_train(tmp_path / "none", steps=10)
+    tiny_train(tmp_path / "two", steps=10, workers=2)
+    assert_same(checkpoint_tensors(tmp_path / "none", 10), checkpoint_tensors(tmp_path / "two", 10))
+
+
+def test_seed_decides_the_randomness(tmp_path: Path) -> None:
+    tiny_train(tmp_path / "a", steps=5, seed=0)
+    torch.rand(7)
+    tiny_train(tmp_path / "b", steps=5, seed=0)
+    tiny_train(tmp_path / "c", steps=5, seed=1)
+    weights = [checkpoint_tensors(tmp_path / name, 5)["model/net.1.weight"] for name in "abc"]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_accumulated_equals_one_big_batch(tmp_path: Path) -> None:
+    class BigBatches(TinyBatches):
+        def __getitem__(self, number: int) -> Batch:
+            small = [super(BigBatches, self).__getitem__(2 * number + i) for i in (0, 1)]
+            return {key: torch.cat([batch[key] for batch in small]) for key in small[0]}
+
+    # Dropout is off: it draws one mask per batch.
+    tiny_train(tmp_path / "small", model=TinyModel(dropout=0), accumulate=2)
+    tiny_train(tmp_path / "big", model=TinyModel(dropout=0), dataset=BigBatches())
+    small, big = (checkpoint_tensors(tmp_path / name, 30) for name in ("small", "big"))
+    for name in small:
+        torch.testing.assert_close(small[name], big[name])
+
+
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    """Two ranks' batches are those of one rank that accumulates two, and so is the gradient."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.tiny_training", str(tmp_path / "two"), "new", "0"],
+            cwd=ROOT,
+            env=os.environ
+            | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+            | {"MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    tiny_train(tmp_path / "one", accumulate=2)
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    one, two = (checkpoint_tensors(tmp_path / name, 30) for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name])
+    rows = zip(metric_rows(tmp_path / "one"), metric_rows(tmp_path / "two"), strict=True)
+    for row_one, row_two in rows:
+        assert row_one.pop("phase") == row_two.pop("phase")
+        assert row_one == pytest.approx(row_two, rel=1e-4)
+
+
+def test_sigterm_saves_and_resumes(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "tests.tiny_training", str(run), "new", "0.2"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    metrics = run / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1].endswith("--resume")
+    stopped_at = checkpoint_steps(run)[-1]
+    assert 5 <= stopped_at < 30
+    tiny_train(run, resume=True)
+    tiny_train(tmp_path / "whole")
+    assert_same(checkpoint_tensors(tmp_path / "whole", 30), checkpoint_tensors(run, 30))
+
+
+def test_nonfinite_loss_is_skipped(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    tiny_train(run, steps=5, validate_every=4, save_every=4, dataset=TinyBatches(nan_at=(4,)))
+    before, after = checkpoint_tensors(run, 4), checkpoint_tensors(run, 5)
+    assert_same(before, after)
+    state = json.loads((run / "checkpoints" / "step-00000005" / "state.json").read_text())
+    assert state["skipped_steps"] == 1
+    assert all(value is not None for row in metric_rows(run) for value in row.values())
+
+
+def test_lasting_nonfinite_loss_ends_the_run(tmp_path: Path) -> None:
+    dataset = TinyBatches(nan_at=tuple(range(12, 60)))
+    with pytest.raises(DriveSimError, match=r"steps up to 32.*step-00000030"):
+        tiny_train(tmp_path / "run", steps=60, dataset=dataset)
+
+
+def test_no_finite_score_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DriveSimError, match="no validation score was finite"):
+        tiny_train(tmp_path / "run", steps=2, validate=lambda _: Validation(score=float("nan")))
+    assert not (tmp_path / "run" / EXPORTED).exists()
+
+
+def test_minutes_end_on_time_and_at_the_floor(tmp_path: Path) -> None:
+    """Slow steps, so one too many would show; validation is slow too, and does not count."""
+    limit, step, slept = 1.5, 0.1, 0.5
+
+    def slow_validate(model: nn.Module) -> Validation:
+        time.sleep(slept)
+        return validate(model)
+
+    run = tmp_path / "run"
+    start = time.monotonic()
+    result = tiny_train(
+        run,
+        minutes=limit / 60,
+        dataset=TinyBatches(seconds=step),
+        validate=slow_validate,
+        validate_every=4,
+        log_every=1,
+    )
+    wall = time.monotonic() - start
+    validations = sum(row["phase"] == "validation" for row in metric_rows(run))
+    assert validations >= 2
+    assert limit - 2 * step < result.seconds < limit + step
+    assert wall > result.seconds + validations * slept
+    rates = [row["learning_rate"] for row in metric_rows(run) if row["phase"] == "train"]
+    assert rates[-1] < 0.15 * max(rates)
+
+
+def test_steps_end_exactly_at_the_floor(tmp_path: Path) -> None:
+    tiny_train(tmp_path / "run", min_learning_rate_ratio=0.02, log_every=1)
+    rows = [row for row in metric_rows(tmp_path / "run") if row["phase"] == "train"]
+    assert rows[-1]["learning_rate"] == pytest.approx(0.02 * 0.05)
+    assert rows[0]["progress"] == 0.0
+    assert rows[-1]["progress"] == 1.0
+
+
+def test_best_averaged_weights_are_exported(tmp_path: Path) -> None:
+    scores = iter([3.0, 1.0, 2.0])
+    seen = []
+
+    def scripted(model: nn.Module) -> Validation:
+        assert not model.training
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return Validation(score=next(scores))
+
+    run = tmp_path / "run"
+    model = TinyModel()
+    result = tiny_train(run, model=model, validate=scripted, keep_last=1)
+    assert (result.best_step, result.best_score) == (20, 1.0)
+    exported = load_file(run / EXPORTED)
+    averages = {
+        name.removeprefix("ema/"): value
+        for name, value in checkpoint_tensors(run, 20).items()
+        if name.startswith("ema/")
+    }
+    assert_same(exported, averages)
+    assert_same(exported, {name: seen[1][f"net.{name}"] for name in exported})
+    assert not torch.equal(exported["1.weight"], checkpoint_tensors(run, 20)["model/net.1.weight"])
+    assert checkpoint_steps(run) == [20, 30]
+    assert model.training
+
+
+def test_patience_stops_early(tmp_path: Path) -> None:
+    scores = iter([3.0, 1.0, 2.0, 2.0])
+    result = tiny_train(
+        tmp_path / "run",
+        steps=100,
+        patience=2,
+        validate=lambda _: Validation(score=next(scores)),
+    )
+    assert (result.steps, result.best_step) == (40, 20)
+
+
+def test_users_error_in_a_worker_stays_one_line(tmp_path: Path) -> None:
+    class BadBatches(TinyBatches):
+        def __getitem__(self, number: int) -> Batch:
+            raise DriveSimError("video.mp4 is truncated")
+
+    for workers in (0, 2):
+        with pytest.raises(DriveSimError, match=r"^video\.mp4 is truncated$"):
+            tiny_train(tmp_path / str(workers), dataset=BadBatches(), workers=workers)
+
+
+def test_existing_run_needs_resume(tmp_path: Path) -> None:
+    tiny_train(tmp_path / "run", steps=2, run_config={"levels": 8})
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(DriveSimError, match="--resume"):
+        tiny_train(tmp_path / "run", steps=2)
+    with pytest.raises(DriveSimError, match="levels=8"):
+        tiny_train(tmp_path / "run", steps=2, resume=True, run_config={"levels": 5})
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_bf16_trains_and_survives_resume(tmp_path: Path) -> None:
+    class Watching(TinyModel):
+        def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            assert self.net(batch["x"]).dtype is torch.bfloat16
+            return super().forward(batch)
+
+    run = tmp_path / "run"
+    tiny_train(run, steps=5, precision="bf16", model=Watching())
+    # auto keeps what the run began with, whatever would measure faster now
+    tiny_train(run, steps=10, precision="auto", model=Watching(), resume=True)
+    assert all(value.dtype is torch.float32 for value in checkpoint_tensors(run, 10).values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": None}, "exactly one of steps and minutes"),
+        ({"minutes": 1.0, "steps": 1}, "steps=1, minutes=1.0"),
+        ({"accumulate": 0}, "accumulate=0, allowed is at least 1"),
+        ({"ema_decay": 1.0}, r"ema_decay=1.0, allowed is in \[0, 1\)"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"precision": "fp8"}, "auto, fp32, bf16"),
+    ],
+)
+def test_config_names_the_mistake(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**options)
+
+
+def test_config_survives_a_dict() -> None:
+    config = tiny_config(minutes=3.0, grad_clip=None)
+    assert from_dict(TrainingConfig, to_dict(config)) == config
