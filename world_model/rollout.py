@@ -1,4 +1,4 @@
-"""Futures as a video, side by side, from a context and action plans; tokens, JSON, picture beside."""
+"""Futures as a side-by-side video, with their tokens, settings and a contact sheet beside it."""
 
 import time
 from collections.abc import Iterator

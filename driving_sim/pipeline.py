@@ -1,0 +1,227 @@
+"""What the commands do, as functions: videos to a tokenizer, tokens, a world model, a rollout."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_args
+
+from driving_sim.data.action_file import SteeringKind
+from driving_sim.data.drive import Drive, DriveSet, sample
+from driving_sim.data.sources import find_drives
+from driving_sim.data.split import split_drives
+from driving_sim.data.token_store import TokenStore
+from driving_sim.engine.config import resolve
+from driving_sim.engine.device import resolve_device
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.training import TrainingResult
+from driving_sim.tokenizer.presets import PRESETS as TOKENIZER_PRESETS
+from driving_sim.tokenizer.tokenize import TokenizeSummary, tokenize
+from driving_sim.tokenizer.tokenizer import Tokenizer
+from driving_sim.tokenizer.training import train_tokenizer
+from driving_sim.world_model.action_plan import make_plans
+from driving_sim.world_model.presets import PRESETS as WORLD_MODEL_PRESETS
+from driving_sim.world_model.rollout import (
+    Context,
+    context_from_drive,
+    context_from_tokens,
+    output_files,
+    write_rollout,
+)
+from driving_sim.world_model.sampler import Sampling
+from driving_sim.world_model.training import train_world_model
+from driving_sim.world_model.world_model import WorldModel
+
+DEFAULT_FPS = 10.0
+"""Frames per second taken from videos where neither a rate nor a stride is asked for."""
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingRequest:
+    """What a user asks of a training, on top of a preset."""
+
+    preset: str = "base"
+    steps: int | None = None
+    minutes: float | None = None
+    config: Path | None = None
+    """YAML file laid over the preset."""
+    assignments: tuple[str, ...] = ()
+    """`a.b=c`, laid over that."""
+    resume: bool = False
+    init_from: Path | None = None
+    device: str = "auto"
+
+    def resolve(self, presets: dict[str, C]) -> C:
+        """The preset with the file, the assignments and the length laid over it."""
+        if self.preset not in presets:
+            raise DriveSimError(f"--preset {self.preset}: presets are {', '.join(presets)}")
+        if self.steps is not None and self.minutes is not None:
+            raise DriveSimError("--steps and --minutes are both given; give one")
+        length: list[str] = []
+        if self.steps is not None:
+            length = [f"training.steps={self.steps}", "training.minutes=null"]
+        if self.minutes is not None:
+            length = [f"training.minutes={self.minutes}", "training.steps=null"]
+        if self.preset in ("base", "large") and resolve_device(self.device).type == "cpu":
+            _say(f"{self.preset} is made for GPUs; on this CPU --preset tiny trains in an hour")
+        return resolve(
+            presets[self.preset],  # type: ignore[type-var]
+            file=self.config,
+            assignments=[*self.assignments, *length],
+        )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _steering_kind(name: str | None) -> SteeringKind | None:
+    if name is not None and name not in get_args(SteeringKind):
+        raise DriveSimError(
+            f"--steering-kind {name}: kinds are {', '.join(get_args(SteeringKind))}"
+        )
+    return cast(SteeringKind | None, name)
+
+
+def _find(
+    videos: Sequence[Path],
+    *,
+    skip_bad: bool,
+    steering_kind: str | None = None,
+    time_offset: float = 0.0,
+) -> DriveSet:
+    """Find drives and say what was assumed and skipped."""
+    found = find_drives(
+        videos, steering_kind=_steering_kind(steering_kind), time_offset=time_offset
+    )
+    if not skip_bad:
+        found.require_all()
+    for line in dict.fromkeys(found.notices):
+        _say(line)
+    for skipped in found.skipped:
+        _say(f"skipped {skipped.id}: {skipped.reason}")
+    if not found.drives:
+        raise DriveSimError("every drive was skipped: nothing is left to work on")
+    return found
+
+
+def _rate(fps: float | None, every: int | None) -> dict[str, Any]:
+    if fps is not None and every is not None:
+        raise DriveSimError("--fps and --every are both given; give one")
+    return {"fps": DEFAULT_FPS if fps is None and every is None else fps, "every": every}
+
+
+def train_tokenizer_on(
+    videos: Sequence[Path],
+    out: Path,
+    request: TrainingRequest,
+    *,
+    fps: float | None = None,
+    every: int | None = None,
+    skip_bad: bool = False,
+) -> TrainingResult:
+    """Train a tokenizer on the frames of videos; their actions, if any, play no part."""
+    config = request.resolve(TOKENIZER_PRESETS)
+    rate = _rate(fps, every)
+    found = _find(videos, skip_bad=skip_bad, steering_kind="road_wheel")
+    drives = [sample(drive, **rate) for drive in found.drives]
+    return train_tokenizer(
+        drives,
+        config,
+        out,
+        init_from=request.init_from,
+        resume=request.resume,
+        device=request.device,
+    )
+
+
+def tokenize_videos(
+    videos: Sequence[Path],
+    tokenizer: Path,
+    out: Path,
+    *,
+    fps: float | None = None,
+    every: int | None = None,
+    mirror: bool = False,
+    steering_kind: str | None = None,
+    time_offset: float = 0.0,
+    skip_bad: bool = False,
+    batch_size: int = 16,
+    device: str = "auto",
+) -> TokenizeSummary:
+    """Turn videos and their actions into the token store `out`."""
+    frozen = Tokenizer.from_run(tokenizer, device)
+    rate = _rate(fps, every)
+    found = _find(videos, skip_bad=skip_bad, steering_kind=steering_kind, time_offset=time_offset)
+    return tokenize(
+        found, frozen, out, **rate, mirror=mirror, skip_bad=skip_bad, batch_size=batch_size
+    )
+
+
+def train_world_model_on(
+    tokens: Path, tokenizer: Path, out: Path, request: TrainingRequest
+) -> TrainingResult:
+    """Train a world model on a token store; `tokenizer` is the run that made the tokens."""
+    return train_world_model(
+        tokens,
+        request.resolve(WORLD_MODEL_PRESETS),
+        out,
+        tokenizer=tokenizer,
+        init_from=request.init_from,
+        resume=request.resume,
+        device=request.device,
+    )
+
+
+def roll_out(
+    model: Path,
+    actions: list[str],
+    out: Path,
+    *,
+    tokens: Path,
+    context: Path | None = None,
+    start_s: float | None = None,
+    seconds: float | None = None,
+    samples: int = 1,
+    sampling: Sampling,
+    steering_kind: str | None = None,
+    overwrite: bool = False,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Roll out every one of `actions` from a video, or from a validation drive of `tokens`.
+
+    Returns what the JSON beside the video holds.
+    """
+    present = [path for path in output_files(out).values() if path.exists()]
+    if present and not overwrite:
+        raise DriveSimError(f"{present[0]} exists: choose another --out, or pass --overwrite")
+    world = WorldModel.from_run(model, device)
+    if context is None:
+        beginning = _stored_context(world, tokens, start_s)
+    else:
+        beginning = context_from_drive(
+            world, _one_drive(context, steering_kind or world.steering_kind), start_s
+        )
+    plans = make_plans(actions, beginning.situation(world), seconds=seconds)
+    return write_rollout(world, beginning, plans, out, sampling=sampling, samples=samples)
+
+
+def _stored_context(world: WorldModel, tokens: Path, start_s: float | None) -> Context:
+    store = TokenStore(tokens)
+    if store.info.tokenizer_fingerprint != world.tokenizer.fingerprint:
+        raise DriveSimError(
+            f"{tokens} was made by another tokenizer than the model's; name a video with --context"
+        )
+    training, validation = split_drives(store.drive_ids)
+    return context_from_tokens(world, store.select((validation or training)[:1])[0], start_s)
+
+
+def _one_drive(video: Path, steering_kind: str | None) -> Drive:
+    found = _find([video], skip_bad=False, steering_kind=steering_kind)
+    if len(found.drives) > 1:
+        raise DriveSimError(
+            f"--context {video} holds {len(found.drives)} drives; name one of their videos"
+        )
+    return found.drives[0]
