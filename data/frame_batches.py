@@ -89,8 +89,10 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
 
     def _near(self, place: int, generator: np.random.Generator) -> NDArray[np.int64]:
         drive = int(np.searchsorted(self._offsets, place, side="right")) - 1
-        stop = min(place + _NEIGHBOURHOOD, int(self._offsets[drive + 1]))
-        return generator.integers(place, stop, size=_NEIGHBOURS)
+        first, last = int(self._offsets[drive]), int(self._offsets[drive + 1])
+        # Fixed stretches of a drive: so every frame is as likely as every other.
+        start = place - (place - first) % _NEIGHBOURHOOD
+        return generator.integers(start, min(start + _NEIGHBOURHOOD, last), size=_NEIGHBOURS)
 
     def _decode(self, chosen: NDArray[np.int64]) -> NDArray[np.uint8]:
         frames = np.empty((len(chosen), self.size.height, self.size.width, 3), dtype=np.uint8)

@@ -66,6 +66,8 @@ class _Packets:
     corrupt: int
     pts: NDArray[np.int64] | None
     keyframe_pts: NDArray[np.int64]
+    leading: int
+    """Frames shown before the keyframe they are stored after (open groups of pictures)."""
     end: int
     """Where the last frame ends, in the stream's time base."""
 
@@ -102,7 +104,9 @@ def video_stream(container: InputContainer, path: Path) -> VideoStream:
     for stream in container.streams.video:
         if not stream.disposition & av.stream.Disposition.attached_pic:
             return stream
-    raise VideoError(f"{path}: no video stream in this file (audio only?); leave it out")
+    raise VideoError(
+        f"{path}: no video in this file (no frames, only sound, or cut off); leave it out"
+    )
 
 
 def decode_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
@@ -127,19 +131,21 @@ def _check_file(path: Path) -> None:
 def _demux(container: InputContainer, stream: VideoStream) -> _Packets:
     pts: list[int | None] = []
     keyframe_pts: list[int] = []
-    discarded = corrupt = end = 0
+    discarded = corrupt = leading = end = 0
     for packet in container.demux(stream):
         if packet.size == 0:
             continue
-        corrupt += packet.is_corrupt
         if packet.is_discard:
             discarded += 1
             continue
         pts.append(packet.pts)
-        if packet.pts is not None:
+        # The last packet of a file that was cut off.
+        corrupt += packet.is_corrupt
+        if packet.pts is not None and not packet.is_corrupt:
             end = max(end, packet.pts + (packet.duration or 0))
             if packet.is_keyframe:
                 keyframe_pts.append(packet.pts)
+            leading += bool(keyframe_pts) and packet.pts < keyframe_pts[-1]
     known = [value for value in pts if value is not None]
     return _Packets(
         count=len(pts),
@@ -147,6 +153,7 @@ def _demux(container: InputContainer, stream: VideoStream) -> _Packets:
         corrupt=corrupt,
         pts=np.array(known, dtype=np.int64) if len(known) == len(pts) else None,
         keyframe_pts=np.array(keyframe_pts, dtype=np.int64),
+        leading=leading,
         end=end,
     )
 
@@ -157,7 +164,7 @@ def _describe(
     if packets.count == 0:
         raise VideoError(f"{path}: no frames in this file; leave it out")
     first = _first_frame(path)
-    pts = _frame_pts(packets, first)
+    pts = _frame_pts(container, stream, packets, first)
     timestamps = _timestamps(pts, packets.count, stream)
     _check_whole(path, container, stream, packets, timestamps)
     rotation = first.rotation % 360
@@ -188,8 +195,12 @@ def _first_frame(path: Path) -> VideoFrame:
     raise VideoError(f"{path}: no frame of this file can be decoded; copy it again or leave it out")
 
 
-def _frame_pts(packets: _Packets, first: VideoFrame) -> NDArray[np.int64] | None:
-    if packets.pts is None or first.pts is None:
+def _frame_pts(
+    container: InputContainer, stream: VideoStream, packets: _Packets, first: VideoFrame
+) -> NDArray[np.int64] | None:
+    # AVI has no display times; with reordered frames those that the demuxer makes up are wrong.
+    made_up = container.format.name == "avi" and stream.codec_context.has_b_frames
+    if packets.pts is None or first.pts is None or made_up:
         return None
     # Pictures that need a reference from before the file's start are never shown.
     pts = np.unique(packets.pts)
@@ -206,7 +217,7 @@ def _keyframes(pts: NDArray[np.int64] | None, keyframe_pts: NDArray[np.int64]) -
 def _timestamps(
     pts: NDArray[np.int64] | None, count: int, stream: VideoStream
 ) -> NDArray[np.float64]:
-    if pts is not None and stream.time_base is not None:
+    if pts is not None and stream.time_base:
         return np.asarray((pts - pts[0]) * float(stream.time_base), dtype=np.float64)
     rate = stream.guessed_rate or stream.average_rate
     return np.arange(count, dtype=np.float64) / float(rate or _FALLBACK_RATE)
@@ -220,16 +231,20 @@ def _check_whole(
     timestamps: NDArray[np.float64],
 ) -> None:
     expected = _declared_end(container, stream)
-    if expected is None or packets.pts is None or stream.time_base is None:
+    if expected is None or packets.pts is None or not stream.time_base:
         return
     end = packets.end * float(stream.time_base)
-    missing = expected - end
     # A slack for the last frame's length, which some writers leave out.
-    if packets.corrupt or missing > max(0.5, 3 * median_period(timestamps)):
-        raise VideoError(
-            f"{path}: truncated: the file says {expected:.1f} s but its frames end at {end:.1f} s; "
-            f"copy it again, or keep what is there: ffmpeg -i {path.name} -c copy whole.mkv"
-        )
+    if expected - end > max(0.5, 3 * median_period(timestamps)):
+        fault = f"its frames end at {end:.1f} s of {expected:.1f} s"
+    elif packets.corrupt:
+        fault = f"its last frame, at {end:.1f} s, is incomplete"
+    else:
+        return
+    raise VideoError(
+        f"{path}: truncated: {fault}; copy it again, or keep what is there: "
+        f"ffmpeg -i {path.name} -c copy whole.mkv"
+    )
 
 
 def _declared_end(container: InputContainer, stream: VideoStream) -> float | None:
@@ -264,6 +279,7 @@ def _why_not_decord(
         f"codec {codec}": codec not in _DECORD_CODECS,
         "packets without timestamps": pts is None,
         "discarded packets (edit list)": packets.discarded > 0,
+        "open groups of pictures": packets.leading > 0,
         "negative first timestamp": pts is not None and int(pts[0]) < 0,
         "duplicate timestamps or undecodable leading frames": pts is not None
         and len(pts) != packets.count,

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import av
 import numpy as np
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from driving_sim.data.frame_size import (
@@ -52,8 +53,9 @@ def stream_frames(
     if np.any(np.diff(wanted) <= 0):
         raise ValueError("indices: must be increasing")
     geometry = fit(info.height, info.width, size)
+    show = _Display(info, geometry)
     for frame in _decode(info, wanted, threads=0):
-        yield _picture(frame, info, geometry)
+        yield show(frame)
 
 
 def read_frames(
@@ -88,6 +90,8 @@ def _read_decord(info: VideoInfo, wanted: NDArray[np.int64], geometry: Fit) -> F
     """The clip as decord reads it; None where it does not agree with the probe."""
     import decord
 
+    # What it says about damaged files goes to stderr; here the exception counts.
+    decord.logging.set_level(decord.logging.QUIET)
     try:
         reader = decord.VideoReader(
             str(info.path), width=geometry.width, height=geometry.height, num_threads=1
@@ -103,9 +107,10 @@ def _read_decord(info: VideoInfo, wanted: NDArray[np.int64], geometry: Fit) -> F
 
 def _read_pyav(info: VideoInfo, wanted: NDArray[np.int64], geometry: Fit) -> Frame:
     frames = np.empty((len(wanted), geometry.size.height, geometry.size.width, 3), dtype=np.uint8)
+    show = _Display(info, geometry)
     # One thread: clips are read by many loader workers at a time.
     for slot, frame in enumerate(_decode(info, wanted, threads=1)):
-        frames[slot] = _picture(frame, info, geometry)
+        frames[slot] = show(frame)
     return frames
 
 
@@ -181,15 +186,27 @@ def _undecodable(info: VideoInfo, index: int, why: str | None) -> VideoError:
     )
 
 
-def _picture(frame: VideoFrame, info: VideoInfo, geometry: Fit) -> Frame:
-    turned = info.rotation in (90, 270)
-    scaled = frame.reformat(
-        width=geometry.height if turned else geometry.width,
-        height=geometry.width if turned else geometry.height,
-        format="rgb24",
-        # The default takes a thread per core for every small picture: up to four times slower.
-        threads=1,
-        interpolation="BILINEAR",
-    )
-    upright = np.rot90(scaled.to_ndarray(), info.rotation // 90)
-    return np.ascontiguousarray(upright[geometry.rows, geometry.columns])
+class _Display:
+    """Decoded pictures to RGB frames: resized, turned upright, cropped."""
+
+    def __init__(self, info: VideoInfo, geometry: Fit) -> None:
+        self._turns = info.rotation // 90
+        self._geometry = geometry
+        self._height, self._width = geometry.height, geometry.width
+        if self._turns % 2:
+            self._height, self._width = self._width, self._height
+        # Kept for all frames: setting up a scaler costs half as much as using it.
+        self._reformatter = VideoReformatter()
+
+    def __call__(self, frame: VideoFrame) -> Frame:
+        scaled = self._reformatter.reformat(
+            frame,
+            width=self._width,
+            height=self._height,
+            format="rgb24",
+            interpolation="BILINEAR",
+            # The default is a thread per core for every small picture: up to four times slower.
+            threads=1,
+        )
+        upright = np.rot90(scaled.to_ndarray(), self._turns)
+        return np.ascontiguousarray(upright[self._geometry.rows, self._geometry.columns])

@@ -19,8 +19,9 @@ class VideoWriter:
     """H.264 (yuv420p, faststart) written frame by frame; the file appears only when complete.
 
     Odd heights and widths are padded by repeating the last row or column: the codec needs even
-    ones. Use as a context manager; an exception inside leaves no file. Raises DriveSimError where the
-    disk is full or the place may not be written.
+    ones. Use as a context manager; an exception inside leaves no file.
+
+    Raises DriveSimError where the disk is full or the place may not be written.
     """
 
     def __init__(self, path: Path, *, fps: float, height: int, width: int, crf: int = 18) -> None:

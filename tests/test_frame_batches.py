@@ -1,0 +1,106 @@
+"""Frame batches: a function of (seed, n), every frame alike, cached or decoded on demand."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from driving_sim.data.drive import Drive, SampledDrive, VideoFrames, sample
+from driving_sim.data.frame_batches import FrameBatches
+from driving_sim.data.frame_size import FrameSize
+from driving_sim.data.probe import probe
+from driving_sim.engine.errors import DriveSimError
+from tests.video_files import HEIGHT, WIDTH, read_numbers, write_numbered
+
+SIZE = FrameSize(height=HEIGHT, width=WIDTH)
+
+
+@pytest.fixture(scope="module")
+def drives(tmp_path_factory: pytest.TempPathFactory) -> list[SampledDrive]:
+    """Every second frame of two videos, of 20 and 12 frames: even numbers only."""
+    folder = tmp_path_factory.mktemp("drives")
+    sampled = []
+    for name, count in (("a", 20), ("b", 12)):
+        info = probe(write_numbered(folder / f"{name}.mp4", count=count))
+        drive = Drive(id=name, source="video", timestamps=info.timestamps, reader=VideoFrames(info))
+        sampled.append(sample(drive, every=2))
+    return sampled
+
+
+def batches(
+    drives: list[SampledDrive], *, seed: int = 0, mirror: bool = False, cached: bool = True
+) -> FrameBatches:
+    return FrameBatches(
+        drives,
+        size=SIZE,
+        batch_size=6,
+        seed=seed,
+        mirror=mirror,
+        cache_bytes=10**9 if cached else 0,
+    )
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_batch_is_a_function_of_seed_and_number(drives: list[SampledDrive], cached: bool) -> None:
+    one, again = batches(drives, cached=cached), batches(drives, cached=cached)
+    frames = one[3]["frames"]
+    assert frames.shape == (6, HEIGHT, WIDTH, 3)
+    assert frames.dtype == torch.uint8
+    assert torch.equal(again[3]["frames"], frames)
+    assert not torch.equal(one[4]["frames"], frames)
+    assert not torch.equal(batches(drives, seed=1, cached=cached)[3]["frames"], frames)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_all_chosen_frames_come_and_no_others(drives: list[SampledDrive], cached: bool) -> None:
+    dataset = batches(drives, cached=cached)
+    numbers = [number for n in range(40) for number in read_numbers(dataset[n]["frames"].numpy())]
+    assert dataset.frame_count == 16
+    assert set(numbers) == set(range(0, 20, 2))
+    # The numbers below 12 are in both drives: each comes twice as often as one above.
+    shared = np.mean([number < 12 for number in numbers])
+    assert shared == pytest.approx(12 / 16, abs=0.1)
+
+
+def test_mirror_flips_half_of_the_frames(drives: list[SampledDrive]) -> None:
+    plain, mirrored = batches(drives), batches(drives, mirror=True)
+    flips = []
+    for n in range(20):
+        for frame, other in zip(plain[n]["frames"], mirrored[n]["frames"], strict=True):
+            same, flipped = torch.equal(frame, other), torch.equal(frame.flip(1), other)
+            assert same or flipped
+            flips.append(flipped)
+    assert np.mean(flips) == pytest.approx(0.5, abs=0.15)
+
+
+def test_batches_do_not_write_into_the_cache(drives: list[SampledDrive]) -> None:
+    dataset = batches(drives)
+    before = dataset[0]["frames"].clone()
+    dataset[0]["frames"].zero_()
+    assert torch.equal(dataset[0]["frames"], before)
+
+
+def test_loader_workers_give_the_same_batches(drives: list[SampledDrive]) -> None:
+    dataset = batches(drives, mirror=True)
+    loader = DataLoader(dataset, batch_size=None, sampler=range(5, 9), num_workers=2)
+    loaded = [batch["frames"] for batch in loader]
+    assert all(
+        torch.equal(frames, dataset[n]["frames"])
+        for n, frames in zip(range(5, 9), loaded, strict=True)
+    )
+
+
+def test_cached_drives_are_not_read_again(
+    drives: list[SampledDrive], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = batches(drives)
+    monkeypatch.setattr(Drive, "frames", None)
+    monkeypatch.setattr(Drive, "stream", None)
+    assert len(read_numbers(dataset[0]["frames"].numpy())) == 6
+
+
+def test_no_frames_is_an_error() -> None:
+    with pytest.raises(DriveSimError, match="no frames"):
+        batches([])
