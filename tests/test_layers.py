@@ -1,0 +1,130 @@
+"""Nothing imports upward: the layers of the house, checked on every module's source."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "driving_sim"
+LAYERS = ("engine", "data", "tokenizer", "world_model")  # lowest first
+APPLICATION = len(LAYERS)
+TOP = APPLICATION + 1
+ENTRY = ("cli", "__main__")  # they use the rest; nothing uses them
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    folders = [PACKAGE, *(PACKAGE / layer for layer in LAYERS)]
+    # Not through the folders' links: some Python versions do not follow them in rglob.
+    files = {file for folder in folders for file in folder.resolve().rglob("*.py")}
+    return {dotted_name(file): file for file in sorted(files)}
+
+
+def dotted_name(file: Path) -> str:
+    parts = list(file.relative_to(ROOT).with_suffix("").parts)
+    if parts[0] != "driving_sim":
+        parts.insert(0, "driving_sim")
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def layer_of(module: str) -> int:
+    """How high a module of the package stands."""
+    name = (*module.split("."), "")[1]
+    if name in LAYERS:
+        return LAYERS.index(name)
+    return TOP if name in ENTRY else APPLICATION
+
+
+def imports(source: str, known: frozenset[str]) -> Iterator[str]:
+    """Every module that a source imports, wherever in it; relative ones start with dots."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            for alias in node.names:
+                # `from driving_sim import cli` imports a module, `from x.y import Z` a name.
+                submodule = f"{base}.{alias.name}"
+                yield submodule if submodule in known else base
+
+
+def wrong_imports(module: str, source: str, known: frozenset[str]) -> list[str]:
+    """The imports by which a module reaches upward, or not by the absolute name."""
+    return [name for name in imports(source, known) if is_wrong(module, name)]
+
+
+def is_wrong(module: str, name: str) -> bool:
+    if name.startswith(".") or name.split(".")[0] in LAYERS:
+        return True
+    if name != "driving_sim" and not name.startswith("driving_sim."):
+        return False
+    if layer_of(name) == TOP:
+        return module != "driving_sim.__main__"
+    return layer_of(name) > layer_of(module)
+
+
+MODULES = modules()
+KNOWN = frozenset(MODULES)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"driving_sim"}))
+def test_nothing_imports_upward(module: str) -> None:
+    assert wrong_imports(module, MODULES[module].read_text("utf-8"), KNOWN) == []
+
+
+def test_every_layer_is_looked_at() -> None:
+    found = {layer_of(module) for module in MODULES}
+    assert found >= set(range(APPLICATION))
+    assert "driving_sim.data.token_store" in MODULES
+    assert "driving_sim.engine.errors" in MODULES
+
+
+def test_every_module_that_is_imported_exists() -> None:
+    # Most imports of the commands happen inside functions: nothing else would notice.
+    for module, file in MODULES.items():
+        for name in imports(file.read_text("utf-8"), KNOWN):
+            if name.split(".")[0] == "driving_sim":
+                assert name in KNOWN, f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", ["driving_sim", "driving_sim.engine", "driving_sim.data"])
+def test_the_outer_packages_import_nothing(module: str) -> None:
+    assert list(imports(MODULES[module].read_text("utf-8"), KNOWN)) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("driving_sim.engine.config", "import driving_sim.data.video"),
+        ("driving_sim.data.video", "from driving_sim.tokenizer.fsq import FSQ"),
+        ("driving_sim.data.video", "def f():\n    from driving_sim.tokenizer import Tokenizer"),
+        ("driving_sim.data.video", "from driving_sim import tokenizer"),
+        ("driving_sim.tokenizer.fsq", "from driving_sim.world_model.order import Order"),
+        ("driving_sim.tokenizer.fsq", "from driving_sim.cli import app"),
+        ("driving_sim.world_model.order", "from driving_sim.demo import demo"),
+        ("driving_sim.demo", "from driving_sim import cli"),
+        ("driving_sim.tokenizer.fsq", "from data import video"),
+        ("driving_sim.tokenizer.fsq", "import tokenizer.fsq"),
+        ("driving_sim.tokenizer.fsq", "from . import autoencoder"),
+        ("driving_sim.tokenizer.fsq", "from ..data import video"),
+    ],
+)
+def test_upward_and_bare_imports_are_found(module: str, source: str) -> None:
+    known = KNOWN | {"driving_sim.cli", "driving_sim.demo", "driving_sim.tokenizer"}
+    assert len(wrong_imports(module, source, known)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("driving_sim.cli", "from driving_sim.demo import demo"),
+        ("driving_sim.__main__", "from driving_sim.cli import app"),
+        ("driving_sim.world_model.order", "from driving_sim.engine.config import to_dict"),
+        ("driving_sim.tokenizer.fsq", "from driving_sim.tokenizer import autoencoder"),
+        ("driving_sim.data.video", "import numpy as np\nfrom collections import abc"),
+    ],
+)
+def test_imports_downward_and_sideways_are_fine(module: str, source: str) -> None:
+    assert wrong_imports(module, source, KNOWN) == []
