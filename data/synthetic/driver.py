@@ -13,10 +13,10 @@ import numpy as np
 from driving_sim.data.synthetic.road import LANE_OFFSET, Road
 from driving_sim.data.synthetic.vehicle import WHEELBASE_M, VehicleState
 
-MAX_SPEED_MPS = 14.0
+MAX_SPEED_MPS = 13.0
 _ACCELERATION_MPS2 = 2.5
 _STEERING_RATE_RADPS = 1.2
-_MOST_STEERING_RAD = 0.4
+_MOST_STEERING_RAD = 0.2
 _MOST_LATERAL_MPS2 = 4.5
 
 
@@ -50,7 +50,7 @@ class Driver:
     def act(self, state: VehicleState, dt: float) -> tuple[float, float]:
         """Return speed in m/s and road-wheel angle in rad for the next `dt` seconds."""
         if self._remaining <= 0:
-            self._now = self._next()
+            self._now = self._next(state)
             self._remaining = self._now.seconds
         self._remaining -= dt
         now = self._now
@@ -73,7 +73,7 @@ class Driver:
     def _towards(self, state: VehicleState, offset_m: float) -> float:
         """Return the steering to a point ahead on the road (pure pursuit, Coulter 1992)."""
         station, _, slope = self._road.project(np.array([state.x_m]), np.array([state.y_m]))
-        ahead = (5.0 + 0.6 * self._speed) / math.hypot(1.0, slope[0])
+        ahead = (6.0 + 0.8 * self._speed) / math.hypot(1.0, slope[0])
         x, y, _ = self._road.place(station + ahead, np.array([offset_m]))
         dx, dy = float(x[0]) - state.x_m, float(y[0]) - state.y_m
         bearing = math.remainder(math.atan2(dy, dx) - state.heading_rad, 2 * math.pi)
@@ -99,9 +99,10 @@ class Driver:
             self._sides = self._rng.permutation([-1.0, 1.0, -1.0, 1.0]).tolist()
         return self._sides.pop()
 
-    def _next(self) -> _Manoeuvre:
-        # Each way out is followed by a while on the road.
-        if self._now.steering_rad is not None or self._now.speed_mps == 0.0:
+    def _next(self, state: VehicleState) -> _Manoeuvre:
+        _, offset, _ = self._road.project(np.array([state.x_m]), np.array([state.y_m]))
+        # Each way out is followed by the way back, until the road is under the wheels.
+        if self._now.steering_rad is not None or self._now.speed_mps == 0.0 or abs(offset) > 6.0:
             return self._follow()
         if not self._deck:
             kinds = ["swerve", "swerve", "swerve", "swerve", "straight", "stop", "stop", "follow"]
@@ -110,10 +111,10 @@ class Driver:
         match self._deck.pop():
             case "swerve":
                 return _Manoeuvre(
-                    seconds=rng.uniform(1.0, 3.2),
+                    seconds=rng.uniform(0.8, 2.6),
                     speed_mps=self._speed if rng.random() < 0.6 else self._cruising_speed(),
                     braking_mps2=rng.uniform(2.0, 5.0),
-                    steering_rad=self._side() * rng.uniform(0.05, 0.22),
+                    steering_rad=self._side() * rng.uniform(0.04, 0.15),
                 )
             case "straight":
                 return _Manoeuvre(

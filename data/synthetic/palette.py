@@ -51,10 +51,10 @@ PALETTES: dict[str, Palette] = {
         trunk=(96, 68, 46),
     ),
     "evening": Palette(
-        zenith=(88, 98, 168),
-        horizon=(252, 190, 128),
+        zenith=(104, 122, 204),
+        horizon=(255, 206, 140),
         sun=(255, 226, 150),
-        cloud=(250, 176, 150),
+        cloud=(255, 198, 172),
         far_hills=(142, 118, 152),
         near_hills=(98, 82, 108),
         meadow=(116, 128, 58),

@@ -1,279 +1,137 @@
-"""How each kind of thing looks: trees are shaded balls and cones, the rest is boxes."""
+"""How each kind of thing looks: trees are shaded balls and cones, the rest is boxes and panels."""
 
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from driving_sim.data.synthetic.camera import Camera
+from driving_sim.data.synthetic.brush import NEAREST_M, Brush
+from driving_sim.data.synthetic.camera import Camera, View
 from driving_sim.data.synthetic.palette import Palette
 from driving_sim.data.synthetic.road import HALF_WIDTH
-from driving_sim.data.synthetic.scenery import Kind
-from driving_sim.data.synthetic.shapes import Canvas, Point
+from driving_sim.data.synthetic.scenery import VISIBLE_M, Kind, Things
+from driving_sim.data.synthetic.shapes import Canvas, Rgb, rgb
 
-Rgb = NDArray[np.float32]
-Corner = tuple[float, float, float]
-"""Depth, metres to the left, metres above the ground: all as seen from the camera."""
+_FADE_M = 25.0
+_LEAST_PX = 1.5
+_WIDEST_M = 8.0
 
-_NEAREST_M = 0.4
-_HAZE_M = 260.0
-_WALLS = ((236, 226, 204), (214, 150, 116), (226, 200, 130), (196, 204, 214))
-_ROOFS = ((166, 66, 50), (120, 60, 48), (96, 86, 92), (150, 84, 52))
-_CARS = ((204, 44, 40), (38, 92, 186), (240, 240, 238), (244, 186, 40), (40, 44, 52))
-_SIGNS = ((30, 92, 180), (24, 128, 84))
-
-
-def _pick(colours: Sequence[tuple[int, int, int]], tint: float) -> Rgb:
-    return np.array(colours[min(int(tint * len(colours)), len(colours) - 1)], np.float32)
+_WALLS = tuple(map(rgb, ((236, 226, 204), (214, 150, 116), (226, 200, 130), (196, 204, 214))))
+_ROOFS = tuple(map(rgb, ((166, 66, 50), (120, 60, 48), (96, 86, 92), (150, 84, 52))))
+_PAINTS = tuple(
+    map(rgb, ((204, 44, 40), (38, 92, 186), (240, 240, 238), (244, 186, 40), (40, 44, 52)))
+)
+_SIGNS = tuple(map(rgb, ((30, 92, 180), (24, 128, 84))))
+_WHITE, _RED, _STEEL = rgb((244, 244, 240)), rgb((216, 40, 36)), rgb((120, 126, 136))
+_GLASS, _TYRE = rgb((52, 62, 74)), rgb((26, 26, 30))
 
 
-def _clipped(corners: Sequence[Corner]) -> list[Corner]:
-    """Return the part of a polygon in front of the camera (Sutherland and Hodgman 1974)."""
-    kept: list[Corner] = []
-    for (d0, l0, h0), (d1, l1, h1) in zip(corners, [*corners[1:], corners[0]], strict=True):
-        if d0 >= _NEAREST_M:
-            kept.append((d0, l0, h0))
-        if (d0 >= _NEAREST_M) != (d1 >= _NEAREST_M):
-            part = (_NEAREST_M - d0) / (d1 - d0)
-            kept.append((_NEAREST_M, l0 + part * (l1 - l0), h0 + part * (h1 - h0)))
-    return kept
+def _pick(colours: Sequence[Rgb], tint: float) -> Rgb:
+    return colours[min(int(tint * len(colours)), len(colours) - 1)]
+
+
+def _post(brush: Brush, height: float) -> None:
+    brush.upright(0.11, 0.0, height, _WHITE)
+    brush.upright(0.11, 0.62 * height, 0.86 * height, _RED)
+
+
+def _car(brush: Brush, heading: float, tint: float) -> None:
+    paint = _pick(_PAINTS, tint)
+    brush.box(heading, (-2.1, 2.1), 0.95, (0.0, 0.3), (_TYRE, _TYRE))
+    brush.box(heading, (-2.15, 2.15), 0.95, (0.3, 0.9), (paint, paint * 1.1))
+    brush.box(heading, (-1.45, 0.85), 0.8, (0.9, 1.5), (_GLASS, paint))
+
+
+def _gantry(brush: Brush, heading: float, height: float, tint: float) -> None:
+    edge = HALF_WIDTH + 1.6
+    for side in (-edge, edge):
+        brush.panel(heading, (side - 0.22, side + 0.22), (0.0, height), _STEEL)
+    brush.panel(heading, (-edge, edge), (height - 0.5, height), _STEEL)
+    for right, left in ((-3.4, -0.3), (0.3, 3.4)):
+        brush.panel(heading, (right, left), (height - 1.9, height + 0.3), _WHITE)
+        inner = (right + 0.12, left - 0.12)
+        brush.panel(heading, inner, (height - 1.78, height + 0.18), _pick(_SIGNS, tint))
+
+
+def _house(brush: Brush, heading: float, height: float, tint: float) -> None:
+    half_length, half_width, eaves = 5.0, 4.0, 0.58 * height
+    wall, roof = _pick(_WALLS, tint), _pick(_ROOFS, (tint * 7) % 1)
+    brush.box(heading, (-half_length, half_length), half_width, (0.0, eaves), (wall, wall))
+    along, across, above = brush.camera_place(heading)
+    gable = ((-half_width, eaves), (half_width, eaves), (0.0, height))
+    for end in (-half_length, half_length):
+        if along * end > half_length**2:
+            brush.face([brush.place(heading, end, *corner) for corner in gable], wall)
+    for side in (-half_width, half_width):
+        # The slope's plane reaches the camera's height this far out.
+        if across * side > half_width**2 * (height - above) / (height - eaves):
+            ends = (-half_length, half_length)
+            slope = [brush.place(heading, end, side, eaves) for end in ends]
+            slope += [brush.place(heading, end, 0.0, height) for end in ends[::-1]]
+            brush.face(slope, roof)
 
 
 class PropPainter:
-    """Draws one thing at a time, the farthest first."""
+    """Draws the things in view, the farthest first."""
 
     def __init__(self, camera: Camera, palette: Palette) -> None:
         self._camera = camera
-        self._haze_colour = np.array(palette.haze, np.float32)
-        self._crown = np.array(palette.crown, np.float32)
-        self._conifer = np.array(palette.conifer, np.float32)
-        self._trunk = np.array(palette.trunk, np.float32)
-        self._black = np.zeros(3, np.float32)
+        self._widest_slope = 0.5 * camera.width / camera.focal
+        self._haze = rgb(palette.haze)
+        self._crown = rgb(palette.crown)
+        self._conifer = rgb(palette.conifer)
+        self._trunk = rgb(palette.trunk)
 
-    def paint(
-        self,
-        canvas: Canvas,
-        kind: int,
-        place: tuple[float, float, float],
-        height: float,
-        tint: float,
-        opacity: float,
-    ) -> None:
-        """Draw a thing of a height (metres) at `place`: depth, left and heading from the camera."""
-        if kind == Kind.POST:
-            self._post(canvas, place, height, opacity)
-        elif kind == Kind.HOUSE:
-            self._house(canvas, place, height, tint, opacity)
-        elif kind == Kind.GANTRY:
-            self._gantry(canvas, place, height, tint, opacity)
-        elif kind == Kind.CAR:
-            self._car(canvas, place, tint, opacity)
-        elif place[0] > _NEAREST_M:
-            # A plant that the car drives through thins out rather than fill the picture.
-            opacity *= min(max((place[0] - 1.5) / 4.0, 0.0), 1.0)
-            if kind == Kind.CONIFER:
-                self._conifer_tree(canvas, place, height, tint, opacity)
-            elif kind == Kind.TREE:
-                self._tree(canvas, place, height, tint, opacity)
+    def paint(self, frame: NDArray[np.float32], things: Things, view: View) -> None:
+        """Draw things on a frame [3, H, W]."""
+        canvas = Canvas(frame)
+        depth, left = view.depth_and_left(things.x, things.y)
+        opacity = self._opacities(things, depth, left)
+        half_width = np.where(things.kind <= Kind.POST, things.height, _WIDEST_M)
+        seen = (opacity > 0) & (depth > -half_width)
+        seen &= np.abs(left) < np.maximum(depth, 0) * self._widest_slope + half_width
+        order = np.nonzero(seen)[0]
+        order = order[np.argsort(-depth[order], kind="stable")]
+        columns = (things.kind, depth, left, things.heading, things.height, things.tint, opacity)
+        # Lists of plain numbers: NumPy's own scalars are slow one at a time.
+        rows = zip(*(column[order].tolist() for column in columns), strict=True)
+        for kind, ahead, aside, heading, height, tint, opaque in rows:
+            brush = Brush(canvas, self._camera, self._haze, ahead, aside, opaque)
+            if kind == Kind.HOUSE:
+                _house(brush, heading - view.heading, height, tint)
+            elif kind == Kind.GANTRY:
+                _gantry(brush, heading - view.heading, height, tint)
+            elif kind == Kind.CAR:
+                _car(brush, heading - view.heading, tint)
+            elif kind == Kind.POST:
+                _post(brush, height)
             else:
-                self._bush(canvas, place, height, tint, opacity)
+                self._plant(brush, kind, height, tint)
 
-    def _hazy(self, colour: Rgb, depth: float) -> Rgb:
-        share = np.float32(1 - math.exp(-max(depth, 0.0) / _HAZE_M))
-        return colour + share * (self._haze_colour - colour)
+    def _opacities(self, things: Things, depth: Any, left: Any) -> Any:
+        """Return how solid each thing is: nothing appears or vanishes at once."""
+        opacity = np.clip((VISIBLE_M - np.hypot(depth, left)) / _FADE_M, 0, 1)
+        ahead = np.maximum(depth, NEAREST_M)
+        opacity *= np.clip(self._camera.focal * things.height / ahead - _LEAST_PX, 0, 1)
+        # A plant that the car drives through thins out rather than fill the picture.
+        thinning = np.where(things.kind == Kind.POST, 0.5, 4.0)
+        solid = np.clip((depth - 1.0) / thinning, 0, 1)
+        return opacity * np.where(things.kind <= Kind.POST, solid, 1.0)
 
-    def _point(self, corner: Corner) -> Point:
-        depth, left, above = corner
-        return self._camera.column_of(depth, left), self._camera.row_of(depth, above)
-
-    def _face(self, canvas: Canvas, corners: Sequence[Corner], colour: Rgb, opacity: float) -> None:
-        visible = _clipped(corners)
-        if len(visible) >= 3:
-            canvas.polygon([self._point(c) for c in visible], colour, opacity=opacity)
-
-    def _shadow(
-        self, canvas: Canvas, place: tuple[float, float, float], radius: float, opacity: float
-    ) -> None:
-        depth, left, _ = place
-        scale = self._camera.focal / depth
-        flat = scale * radius * self._camera.above_ground_m / depth
-        canvas.ellipse(
-            self._point((depth, left, 0.0)),
-            (scale * radius, max(flat, 0.3)),
-            self._black,
-            opacity=0.4 * opacity,
-        )
-
-    def _tree(
-        self,
-        canvas: Canvas,
-        place: tuple[float, float, float],
-        height: float,
-        tint: float,
-        opacity: float,
-    ) -> None:
-        depth, left, _ = place
-        radius = height * (0.30 + 0.08 * tint)
-        self._shadow(canvas, place, 0.8 * radius, opacity)
-        trunk = self._hazy(self._trunk, depth)
-        x, half = left, 0.035 * height
-        stem = [(depth, x - half, 0.0), (depth, x + half, 0.0)]
-        stem += [(depth, x + half, 0.5 * height), (depth, x - half, 0.5 * height)]
-        self._face(canvas, stem, trunk, opacity)
-        crown = self._hazy(self._crown * np.float32(0.85 + 0.4 * tint), depth)
-        scale = self._camera.focal / depth
-        centre = self._point((depth, left, 0.64 * height))
-        radii = (scale * radius, scale * 0.37 * height)
-        canvas.ellipse(centre, radii, crown, opacity=opacity, light=0.38)
-
-    def _bush(
-        self,
-        canvas: Canvas,
-        place: tuple[float, float, float],
-        height: float,
-        tint: float,
-        opacity: float,
-    ) -> None:
-        depth, left, _ = place
-        self._shadow(canvas, place, 0.9 * height, opacity)
-        scale = self._camera.focal / depth
-        colour = self._hazy(self._crown * np.float32(0.8 + 0.5 * tint), depth)
-        centre = self._point((depth, left, 0.42 * height))
-        radii = (scale * 0.8 * height, scale * 0.5 * height)
-        canvas.ellipse(centre, radii, colour, opacity=opacity, light=0.35)
-
-    def _conifer_tree(
-        self,
-        canvas: Canvas,
-        place: tuple[float, float, float],
-        height: float,
-        tint: float,
-        opacity: float,
-    ) -> None:
-        depth, left, _ = place
-        self._shadow(canvas, place, 0.22 * height, opacity)
-        base = self._conifer * np.float32(0.8 + 0.4 * tint)
-        for low, high, half, light in ((0.08, 0.55, 0.24, 0.85), (0.34, 1.0, 0.19, 1.1)):
-            colour = self._hazy(base * np.float32(light), depth)
-            half *= height
-            corners = [(depth, left - half, low * height), (depth, left + half, low * height)]
-            self._face(canvas, [*corners, (depth, left, high * height)], colour, opacity)
-
-    def _post(
-        self, canvas: Canvas, place: tuple[float, float, float], height: float, opacity: float
-    ) -> None:
-        depth, left, _ = place
-        for low, high, colour in ((0.0, 1.0, (244, 244, 240)), (0.62, 0.86, (216, 40, 36))):
-            corners = [
-                (depth, left + half, above * height)
-                for half, above in ((-0.11, low), (0.11, low), (0.11, high), (-0.11, high))
-            ]
-            hazy = self._hazy(np.array(colour, np.float32), depth)
-            self._face(canvas, corners, hazy, opacity)
-
-    def _box(
-        self,
-        canvas: Canvas,
-        place: tuple[float, float, float],
-        size: tuple[float, float, float, float],
-        colours: tuple[Rgb, Rgb],
-        opacity: float,
-        middle: float = 0.0,
-    ) -> None:
-        """Draw the visible sides and top of a box.
-
-        `size` is its length, width, underside and top; `middle` moves it along its heading;
-        `colours` are those of its sides and its top.
-        """
-        depth, left, heading = place
-        length, width, low, high = size
-        cos, sin = math.cos(heading), math.sin(heading)
-        depth, left = depth + middle * cos, left + middle * sin
-        corners = [
-            (
-                depth + 0.5 * (a * length * cos - b * width * sin),
-                left + 0.5 * (a * length * sin + b * width * cos),
-            )
-            for a, b in ((1, 1), (-1, 1), (-1, -1), (1, -1))
-        ]
-        side, top = (self._hazy(colour, depth) for colour in colours)
-        if high < self._camera.above_ground_m:
-            self._face(canvas, [(d, left_, high) for d, left_ in corners], top, opacity)
-        for i, light in enumerate((0.92, 0.72, 0.92, 1.0)):
-            (d0, l0), (d1, l1) = corners[i], corners[(i + 1) % 4]
-            # Seen from outside the corners run anticlockwise: the far sides turn away.
-            if d0 * l1 - d1 * l0 > 0:
-                continue
-            face = [(d0, l0, low), (d1, l1, low), (d1, l1, high), (d0, l0, high)]
-            self._face(canvas, face, side * np.float32(light), opacity)
-
-    def _car(
-        self, canvas: Canvas, place: tuple[float, float, float], tint: float, opacity: float
-    ) -> None:
-        paint = _pick(_CARS, tint)
-        glass = np.array((52, 62, 74), np.float32)
-        dark = np.array((26, 26, 30), np.float32)
-        self._box(canvas, place, (4.2, 1.9, 0.0, 0.3), (dark, dark), opacity)
-        self._box(canvas, place, (4.3, 1.9, 0.3, 0.9), (paint, paint * np.float32(1.1)), opacity)
-        self._box(canvas, place, (2.3, 1.6, 0.9, 1.5), (glass, paint), opacity, middle=-0.3)
-
-    def _gantry(
-        self,
-        canvas: Canvas,
-        place: tuple[float, float, float],
-        height: float,
-        tint: float,
-        opacity: float,
-    ) -> None:
-        depth, left, heading = place
-        cos, sin = math.cos(heading), math.sin(heading)
-        steel = np.array((120, 126, 136), np.float32)
-        white = np.array((246, 246, 246), np.float32)
-
-        def panel(near: float, far: float, low: float, high: float, colour: Rgb) -> None:
-            ends = [(depth - side * sin, left + side * cos) for side in (near, far)]
-            (d0, l0), (d1, l1) = ends
-            corners = [(d0, l0, low), (d1, l1, low), (d1, l1, high), (d0, l0, high)]
-            self._face(canvas, corners, self._hazy(colour, max(depth, 0.0)), opacity)
-
-        edge = HALF_WIDTH + 1.6
-        for side in (-edge, edge):
-            panel(side - 0.22, side + 0.22, 0.0, height, steel)
-        panel(-edge, edge, height - 0.5, height, steel)
-        for near, far in ((-3.4, -0.3), (0.3, 3.4)):
-            panel(near, far, height - 1.9, height + 0.3, white)
-            panel(near + 0.12, far - 0.12, height - 1.78, height + 0.18, _pick(_SIGNS, tint))
-
-    def _house(
-        self,
-        canvas: Canvas,
-        place: tuple[float, float, float],
-        height: float,
-        tint: float,
-        opacity: float,
-    ) -> None:
-        depth, left, heading = place
-        cos, sin = math.cos(heading), math.sin(heading)
-        half_length, half_width, eaves = 5.0, 4.0, 0.58 * height
-        wall = self._hazy(_pick(_WALLS, tint), depth)
-        roof = self._hazy(_pick(_ROOFS, (tint * 7) % 1), depth)
-
-        def corner(along: float, across: float, above: float) -> Corner:
-            return depth + along * cos - across * sin, left + along * sin + across * cos, above
-
-        faces: list[tuple[list[Corner], Rgb]] = []
-        for end in (-half_length, half_length):
-            gable = [corner(end, -half_width, 0), corner(end, half_width, 0)]
-            gable += [corner(end, half_width, eaves), corner(end, 0, height)]
-            faces.append(([*gable, corner(end, -half_width, eaves)], wall))
-        for side in (-half_width, half_width):
-            long_wall = [corner(-half_length, side, 0), corner(half_length, side, 0)]
-            long_wall += [corner(half_length, side, eaves), corner(-half_length, side, eaves)]
-            faces.append((long_wall, wall * np.float32(0.84)))
-            slope = [corner(-half_length, side, eaves), corner(half_length, side, eaves)]
-            slope += [corner(half_length, 0, height), corner(-half_length, 0, height)]
-            faces.append((slope, roof))
-        faces.sort(key=lambda face: -sum(math.hypot(*c[:2]) for c in face[0]) / len(face[0]))
-        for corners, colour in faces:
-            self._face(canvas, corners, colour, opacity)
+    def _plant(self, brush: Brush, kind: int, height: float, tint: float) -> None:
+        if kind == Kind.CONIFER:
+            brush.shadow(0.22 * height)
+            for low, high, half_width, light in ((0.08, 0.55, 0.24, 0.7), (0.34, 1.0, 0.19, 0.95)):
+                colour = self._conifer * (light + 0.35 * tint)
+                brush.cone(half_width * height, low * height, high * height, colour)
+        elif kind == Kind.TREE:
+            half_width = height * (0.30 + 0.08 * tint)
+            brush.shadow(0.8 * half_width)
+            brush.upright(0.035 * height, 0.0, 0.5 * height, self._trunk)
+            crown = self._crown * (0.85 + 0.4 * tint)
+            brush.ball(0.64 * height, half_width, 0.37 * height, crown, 0.38)
+        else:
+            brush.shadow(0.9 * height)
+            colour = self._crown * (0.8 + 0.5 * tint)
+            brush.ball(0.42 * height, 0.8 * height, 0.5 * height, colour, 0.35)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from einops import rearrange
 from numpy.typing import NDArray
 
 from driving_sim.data.synthetic.camera import Camera, View
@@ -12,13 +13,10 @@ from driving_sim.data.synthetic.ground import Ground
 from driving_sim.data.synthetic.palette import PALETTES, varied
 from driving_sim.data.synthetic.props import PropPainter
 from driving_sim.data.synthetic.road import LANE_OFFSET, Road
-from driving_sim.data.synthetic.scenery import VISIBLE_M, Scenery, Things
-from driving_sim.data.synthetic.shapes import Canvas
+from driving_sim.data.synthetic.scenery import Scenery, Things
 from driving_sim.data.synthetic.sky import Sky
 from driving_sim.data.synthetic.traffic import Traffic
 from driving_sim.data.synthetic.vehicle import VehicleState, step_vehicle
-
-_FADE_M = 25.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,33 +102,16 @@ class SyntheticWorld:
 
     def render(self, state: VehicleState) -> NDArray[np.uint8]:
         """Return the picture from a state: uint8 RGB [height, width, 3]."""
-        frame = np.empty((self.config.height, self.config.width, 3), np.float32)
+        frame = np.empty((3, self.config.height, self.config.width), np.float32)
         view = View.from_state(state)
         self._sky.paint(frame, view)
         self._ground.paint(frame, view)
         things = Things.joined([self._scenery.near(view.x, view.y), self._traffic.near(state)])
-        self._paint_things(Canvas(frame), things, view)
-        picture: NDArray[np.uint8] = np.clip(frame + 0.5, 0, 255).astype(np.uint8)
-        return picture
-
-    def _paint_things(self, canvas: Canvas, things: Things, view: View) -> None:
-        depth, left = view.depth_and_left(things.x, things.y)
-        # 8 m covers the widest thing, a house or gantry whose middle is out of sight.
-        widest = 0.5 * self.config.width / self._camera.focal
-        seen = (depth > -8) & (np.abs(left) < np.maximum(depth, 0) * widest + 8)
-        seen &= np.hypot(depth, left) < VISIBLE_M
-        order = np.nonzero(seen)[0]
-        order = order[np.argsort(-depth[order], kind="stable")]
-        for i in order.tolist():
-            distance = math.hypot(depth[i], left[i])
-            self._props.paint(
-                canvas,
-                int(things.kind[i]),
-                (float(depth[i]), float(left[i]), float(things.heading[i]) - view.heading),
-                float(things.height[i]),
-                float(things.tint[i]),
-                min(1.0, (VISIBLE_M - distance) / _FADE_M),
-            )
+        self._props.paint(frame, things, view)
+        picture: NDArray[np.uint8] = rearrange(
+            np.clip(frame + 0.5, 0, 255).astype(np.uint8), "rgb rows columns -> rows columns rgb"
+        )
+        return np.ascontiguousarray(picture)
 
     def replay(
         self, state: VehicleState, actions: NDArray[np.float32]
