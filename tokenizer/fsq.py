@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-_EDGE = 1e-3  # keeps tanh's limits inside the outer levels, so that rounding never leaves the range
+_EDGE = 1e-3  # lets tanh reach the outer levels before its limits, and round to no level beyond
 
 
 class FSQ(nn.Module):
@@ -30,7 +30,7 @@ class FSQ(nn.Module):
         self.levels = tuple(levels)
         self.codebook_size = math.prod(self.levels)
         sizes = torch.tensor(self.levels, dtype=torch.int64)
-        half_range = (sizes - 1).float() * (1 - _EDGE) / 2
+        half_range = (sizes - 1).float() * (1 + _EDGE) / 2
         offset = torch.where(sizes % 2 == 0, 0.5, 0.0)
         constants = {
             "half_range": half_range,
