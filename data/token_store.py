@@ -6,10 +6,8 @@ for one shard is split into parts (`start` is where a part begins in its drive).
 """
 
 import hashlib
-import json
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,136 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from driving_sim.data.token_shard import TokenShard
-from driving_sim.engine.config import from_dict, load_json
+from driving_sim.data.token_store_index import StoreInfo, read_index, shard_metadata, shard_name
 from driving_sim.engine.errors import DriveSimError
 
-SCHEMA = 1
-INDEX = "index.json"
-UNFINISHED = ".unfinished"  # the writer's folder inside a store that is not complete yet
+__all__ = ["DriveTokens", "StoreInfo", "TokenStore", "check_same_kind"]
 
 _OPEN_SHARDS = 128  # each costs a file descriptor
-
-
-def shard_name(number: int) -> str:
-    """The file name of a store's shard."""
-    return f"shard-{number:05d}.safetensors"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoreInfo:
-    """What is the same for every drive of a store."""
-
-    tokenizer_fingerprint: str
-    """Fingerprint of the tokenizer that made the tokens."""
-    rows: int
-    """Token rows per frame."""
-    cols: int
-    """Token columns per frame."""
-    codebook_size: int
-    """Every token is below this."""
-    fps: float
-    """Median rate of the frames chosen, in frames per second."""
-    steering_kind: str | None = None
-    """What the steering column means, one kind for all drives; None where no drive has actions."""
-    levels: tuple[int, ...] = ()
-    """The tokenizer's FSQ levels."""
-    height: int | None = None
-    """Height of the frames that were encoded, in pixels."""
-    width: int | None = None
-    """Width of the frames that were encoded, in pixels."""
-    requested_fps: float | None = None
-    """The rate asked for, in frames per second, where one was."""
-    every: int | None = None
-    """The stride over the video's frames asked for, where one was."""
-    transform: dict[str, Any] = field(default_factory=dict)
-    """How frames were resized, cropped and converted."""
-
-    def __post_init__(self) -> None:
-        for name in ("rows", "cols", "codebook_size", "fps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if self.codebook_size > 2**16:
-            raise ValueError(f"codebook_size must be at most 65536, got {self.codebook_size}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DriveEntry:
-    """One drive, or one part of a very long one, as the index lists it."""
-
-    id: str
-    """The drive's id; a mirrored drive's ends in `~mirror`."""
-    frames: int
-    """Frames of it in this shard."""
-    segments: tuple[tuple[int, int], ...]
-    """[start, stop) runs of frames without a gap in time, counted within this entry."""
-    start: int = 0
-    """Where this part begins in its drive; 0 but for the later parts of a split drive."""
-    source: str = ""
-    """The kind of data source it came from."""
-    mirrored: bool = False
-    """Whether the frames are flipped and the steering negated."""
-
-    def __post_init__(self) -> None:
-        bounds = [bound for segment in self.segments for bound in segment]
-        if bounds != sorted(bounds) or any(not 0 <= bound <= self.frames for bound in bounds):
-            raise ValueError(f"segments must rise within 0 and {self.frames}")
-        if self.frames < 1 or self.start < 0:
-            raise ValueError(f"frames and start must not be {self.frames} and {self.start}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardEntry:
-    """One shard as the index lists it."""
-
-    bytes: int
-    """Size of the file."""
-    sha256: str
-    """Checksum of the file."""
-    drives: tuple[DriveEntry, ...]
-    """The drives in it, in order."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SkippedDrive:
-    """A drive that was left out."""
-
-    id: str
-    """The drive's id."""
-    reason: str
-    """Why, in one line."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoreIndex:
-    """The contents of `index.json`."""
-
-    schema: int
-    """Version of the store's format."""
-    plan: str
-    """Hash of the plan that the store was written from."""
-    info: StoreInfo
-    """What is the same for every drive."""
-    drives: int
-    """Number of drives, parts of one counted once."""
-    frames: int
-    """Number of frames."""
-    shards: tuple[ShardEntry, ...]
-    """The shards, in order."""
-    skipped: tuple[SkippedDrive, ...]
-    """The drives that were left out."""
-
-
-def shard_metadata(info: StoreInfo, drives: Sequence[DriveEntry]) -> dict[str, str]:
-    """What a shard's header says of itself, so that a shard is usable without the index."""
-    return {
-        "schema": str(SCHEMA),
-        "tokenizer_fingerprint": info.tokenizer_fingerprint,
-        "codebook_size": str(info.codebook_size),
-        "fps": repr(info.fps),
-        "steering_kind": info.steering_kind or "",
-        "drives": json.dumps([drive.id for drive in drives]),
-        "starts": json.dumps([drive.start for drive in drives]),
-    }
 
 
 class DriveTokens:
@@ -207,7 +81,7 @@ class TokenStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.index = _read_index(path)
+        self.index = read_index(path)
         self.info = self.index.info
         self._open: OrderedDict[int, TokenShard] = OrderedDict()
         for number, entry in enumerate(self.index.shards):
@@ -305,16 +179,3 @@ def _check_size(path: Path, expected: int) -> None:
     if found != expected:
         what = "is missing" if found is None else f"has {found} bytes, not {expected}"
         raise DriveSimError(f"{path}: a shard of the token store {what}; tokenize again")
-
-
-def _read_index(path: Path) -> StoreIndex:
-    if not path.is_dir():
-        raise DriveSimError(f"{path}: no such token store; make one with `drivesim tokenize`")
-    file = path / INDEX
-    if not file.is_file():
-        state = "is unfinished: run the same" if (path / UNFINISHED).exists() else "is not one: run"
-        raise DriveSimError(f"{path}: this token store {state} `drivesim tokenize`")
-    values = load_json(file)
-    if values.get("schema") != SCHEMA:
-        raise DriveSimError(f"{file}: not a token store index of schema {SCHEMA}; tokenize again")
-    return from_dict(StoreIndex, values, where=str(file))

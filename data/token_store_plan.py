@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from driving_sim.data.token_shard import frame_bytes
-from driving_sim.data.token_store import SCHEMA, StoreInfo
+from driving_sim.data.token_store_index import SCHEMA, StoreInfo
 from driving_sim.engine.config import to_dict
 
 SHARD_BYTES = 512 * 2**20

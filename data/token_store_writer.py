@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 
 from driving_sim.data.timing import gaps
 from driving_sim.data.token_shard import Array, TokenShard, write_shard
-from driving_sim.data.token_store import (
+from driving_sim.data.token_store_index import (
     INDEX,
     SCHEMA,
     UNFINISHED,
@@ -30,6 +30,7 @@ from driving_sim.data.token_store import (
     ShardEntry,
     SkippedDrive,
     StoreIndex,
+    read_shard_entry,
     shard_metadata,
     shard_name,
 )
@@ -295,7 +296,7 @@ class TokenStoreWriter:
 
     def _index(self) -> StoreIndex:
         shards = tuple(
-            from_dict(ShardEntry, load_json(note), where=str(note))
+            read_shard_entry(load_json(note), note)
             for note in map(self._shard_note, range(len(self._shards)))
         )
         notes = [self._skip_note(number) for number in range(len(self.plan.drives))]

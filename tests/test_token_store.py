@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from driving_sim.data.token_shard import COLUMNS, frame_bytes
-from driving_sim.data.token_store import StoreInfo, TokenStore, check_same_kind, shard_name
+from driving_sim.data.token_store import StoreInfo, TokenStore, check_same_kind
+from driving_sim.data.token_store_index import shard_name
 from driving_sim.data.token_store_plan import PlannedDrive, StorePlan
 from driving_sim.data.token_store_writer import TokenStoreWriter
 from driving_sim.engine.errors import DriveSimError
@@ -441,6 +442,33 @@ def test_an_index_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(DriveSimError) as caught:
         TokenStore(tmp_path / "tokens")
     assert "index.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"frames": 4.5},
+        {"frames": -1},
+        {"frames": None},
+        {"segments": [[0, 9]]},
+        {"segments": [[3, 1]]},
+        {"segments": [[0]]},
+        {"segments": 7},
+        {"id": 7},
+        {"path": "../../elsewhere.safetensors"},
+    ],
+)
+def test_a_drive_that_is_described_wrongly_is_refused(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    write(tmp_path / "tokens")
+    file = tmp_path / "tokens" / "index.json"
+    index = json.loads(file.read_text())
+    index["shards"][4]["drives"][1] |= change
+    file.write_text(json.dumps(index))
+    with pytest.raises(DriveSimError, match=r"index\.json: damaged entry") as caught:
+        TokenStore(tmp_path / "tokens")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from driving_sim.data.drive import Drive, DriveSet, SampledDrive, sample
 from driving_sim.data.frame_size import FrameSize, transform_description
 from driving_sim.data.split import MIRROR_SUFFIX
 from driving_sim.data.timing import median_rate
-from driving_sim.data.token_store import StoreIndex, StoreInfo
+from driving_sim.data.token_store_index import StoreIndex, StoreInfo
 from driving_sim.data.token_store_plan import SHARD_BYTES, PlannedDrive, StorePlan
 from driving_sim.data.token_store_writer import TokenStoreWriter
 from driving_sim.engine.errors import DriveSimError
