@@ -87,17 +87,19 @@ def train_tokenizer(
     config: TokenizerRunConfig,
     run: Path,
     *,
+    init_from: Path | None = None,
     resume: bool = False,
     device: torch.device | str = "auto",
 ) -> TrainingResult:
     """Train a tokenizer on the frames of `drives` and leave the best one in the folder `run`.
 
-    Validates on whole drives that it does not train on. Raises `DriveSimError` where there are no
-    drives, `run` cannot be used, or LPIPS is on and its backbone's weights cannot be had.
+    Validates on whole drives that it does not train on. `init_from` is the run of a tokenizer of
+    the same shape to start from. Raises `DriveSimError` where there are no drives, `run` or
+    `init_from` cannot be used, or LPIPS is on and its backbone's weights cannot be had.
     """
     if not drives:
         raise DriveSimError("no drives to train a tokenizer on")
-    run_config = to_dict(config)
+    run_config = to_dict(config) | {"init_from": None if init_from is None else str(init_from)}
     check_run(run, run_config, resume)
     vgg16 = vgg16_weights() if config.objective.lpips_weight > 0 else None
     if vgg16 is None:
@@ -114,8 +116,11 @@ def train_tokenizer(
     )
     validate = Validator(validation_frames(validation, size, config.data.validation_frames))
     torch.manual_seed(config.training.seed)
+    objective = TokenizerObjective(config.model, config.objective, vgg16)
+    if init_from is not None:
+        _start_from(objective.autoencoder, init_from)
     return train(
-        TokenizerObjective(config.model, config.objective, vgg16),
+        objective,
         dataset=dataset,
         config=config.training,
         run=run,
@@ -199,6 +204,16 @@ def validation_frames(drives: Sequence[SampledDrive], size: FrameSize, most: int
         frames.extend(drive.drive.stream(size, drive.indices[own]))
         start = stop
     return torch.from_numpy(np.stack(frames))
+
+
+def _start_from(autoencoder: Autoencoder, run: Path) -> None:
+    source = Tokenizer.from_run(run, "cpu")
+    if source.config != autoencoder.config:
+        raise DriveSimError(
+            f"--init-from {run}: its configuration differs from this run's "
+            f"({source.config} and {autoencoder.config})"
+        )
+    autoencoder.load_state_dict(source.autoencoder.state_dict())
 
 
 def _split(
