@@ -177,7 +177,7 @@ def no_keyframe(folder: Path) -> Path:
         (last_bytes_lost, "truncated: its last frame, at 2.0 s, is incomplete"),
         (audio_only, "no video in this file"),
         (lambda folder: no_frames(folder / "bad.mp4"), "no frames"),
-        (lambda folder: no_frames(folder / "bad.mkv"), "no frames"),
+        (lambda folder: no_frames(folder / "bad.mkv"), "not a readable video"),
         (no_keyframe, "can be decoded"),
     ],
 )
