@@ -1,0 +1,140 @@
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from driving_sim.engine.checkpoint import latest, load_checkpoint, prune, save_checkpoint
+from driving_sim.engine.ema import Ema
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.optimizer import build_optimizer, decay_groups, optimizer_tensors
+
+
+class Run:
+    """A model with all that a checkpoint holds; convolution weights in channels-last order."""
+
+    def __init__(self, seed: int, width: int = 4) -> None:
+        torch.manual_seed(seed)
+        layers = nn.Sequential(nn.Conv2d(3, width, 3), nn.GroupNorm(2, width), nn.Tanh())
+        self.model = layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.ema = Ema(self.model, 0.9)
+        self.optimizer = build_optimizer(
+            self.model,
+            decay_groups(self.model, name="net"),
+            learning_rate=0.01,
+            weight_decay=0.1,
+            betas=(0.9, 0.99),
+        )
+
+    def step(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.optimizer.zero_grad()
+        self.model(torch.randn(2, 3, 8, 8)).square().mean().backward()
+        self.optimizer.step()
+        self.ema.update()
+
+    def save(self, folder: Path, step: int) -> Path:
+        return save_checkpoint(
+            folder,
+            step=step,
+            model=self.model,
+            optimizer=self.optimizer,
+            ema=self.ema,
+            state={"step": step},
+        )
+
+    def load(self, path: Path) -> dict[str, int]:
+        return load_checkpoint(path, model=self.model, optimizer=self.optimizer, ema=self.ema)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [*self.model.state_dict().values(), *self.ema.state_dict().values()]
+
+
+def test_loaded_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    run, other = Run(0), Run(1)
+    for step in range(3):
+        run.step(step)
+    assert other.load(run.save(tmp_path, 3)) == {"step": 3}
+    for step in range(3, 6):
+        run.step(step)
+        other.step(step)
+    assert all(map(torch.equal, run.tensors(), other.tensors()))
+    theirs = optimizer_tensors(other.optimizer, other.model)
+    for name, mine in optimizer_tensors(run.optimizer, run.model).items():
+        assert torch.equal(mine, theirs[name])
+        assert mine.stride() == theirs[name].stride()
+
+
+def test_tied_weights_stay_tied(tmp_path: Path) -> None:
+    def tied() -> Run:
+        run = Run(0)
+        run.model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        run.model[1].weight = run.model[0].weight
+        run.ema = Ema(run.model, 0.9)
+        return run
+
+    one, other = tied(), tied()
+    with torch.no_grad():
+        one.model[0].weight.fill_(7.0)
+    other.load(one.save(tmp_path, 1))
+    assert other.model[0].weight is other.model[1].weight
+    assert (other.model[1].weight == 7.0).all()
+
+
+def test_only_safetensors_and_json(tmp_path: Path) -> None:
+    path = Run(0).save(tmp_path, 1)
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
+
+
+def test_newest_counts_as_numbers_do(tmp_path: Path) -> None:
+    assert latest(tmp_path / "missing") is None
+    for step in (5, 123_456_789, 99_999_999):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    (tmp_path / ".step-99999999.1.partial").mkdir()
+    (tmp_path / "notes").mkdir()
+    assert latest(tmp_path) == tmp_path / "step-123456789"
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    (tmp_path / ".step-00000003.77.partial").mkdir()
+    prune(tmp_path, keep_last=2, best_step=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"step-{step:08d}" for step in (3, 5, 6)
+    ]
+
+
+def test_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    run = Run(0, width=64)
+    before = run.save(tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(DriveSimError, match=r"cannot write .*step-00000002: File too large"):
+            run.save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == [before]
+
+
+@pytest.mark.parametrize("name", ["model", "optimizer", "ema"])
+def test_damage_is_named(tmp_path: Path, name: str) -> None:
+    run = Run(0)
+    run.step(0)
+    path = run.save(tmp_path, 1)
+    file = path / f"{name}.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(DriveSimError, match="step-00000001 is damaged"):
+        run.load(path)
+    file.unlink()
+    with pytest.raises(DriveSimError, match="step-00000001 is damaged"):
+        run.load(path)
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    path = Run(0).save(tmp_path, 1)
+    with pytest.raises(DriveSimError, match="another model") as caught:
+        Run(0, width=6).load(path)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,81 @@
+import errno
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.files import atomic_file, atomic_folder
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file of more than 4 KiB, as where a quota is exhausted."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def leave_half(path: Path) -> None:
+    path.write_text("half")
+    raise KeyboardInterrupt
+
+
+def test_file_is_written_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "video.mp4"
+    with atomic_file(path) as temporary:
+        assert temporary.suffix == ".mp4"
+        temporary.write_text("one")
+        assert not path.exists()
+    assert path.read_text() == "one"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_file_is_kept_where_the_new_one_fails(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_file(path) as temporary:
+        leave_half(temporary)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_folder_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    for content in ("one", "two"):
+        with atomic_folder(path) as temporary:
+            (temporary / "inner").mkdir()
+            (temporary / "inner" / content).write_text(content)
+    assert [file.name for file in path.rglob("*") if file.is_file()] == ["two"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_folder_is_kept_where_the_new_one_fails(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").touch()
+    with pytest.raises(KeyboardInterrupt), atomic_folder(path) as temporary:
+        leave_half(temporary / "half")
+    assert [file.name for file in path.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.usefixtures("small_files")
+def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    # safetensors writes from Rust: its error is no OSError
+    big = np.zeros(10_000, np.uint8)
+    refusal = r"cannot write .*/out: File too large"
+    with pytest.raises(DriveSimError, match=refusal), atomic_folder(tmp_path / "out") as folder:
+        save_file({"big": big}, folder / "a.safetensors")
+    with pytest.raises(DriveSimError, match=refusal), atomic_file(tmp_path / "out") as file:
+        file.write_bytes(big.tobytes())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_pass(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "a") as temporary:
+        raise FileNotFoundError(errno.ENOENT, "input is missing", str(temporary))

@@ -1,0 +1,39 @@
+import os
+import signal
+import threading
+
+import pytest
+
+from driving_sim.engine.interrupt import stop_on_signals
+
+
+def test_first_signal_is_a_request_and_the_second_acts() -> None:
+    with stop_on_signals() as request:
+        assert request.signal == 0
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_handlers_are_restored() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with stop_on_signals() as request:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.signal == signal.SIGTERM
+    with stop_on_signals():
+        pass
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_other_threads_have_no_handlers() -> None:
+    signals = []
+
+    def work() -> None:
+        with stop_on_signals() as request:
+            signals.append(request.signal)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert signals == [0]

@@ -1,0 +1,52 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from driving_sim.engine.config import load_yaml
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.run_folder import check_run, prepare_run
+
+CONFIG: dict[str, dict[str, Any]] = {
+    "model": {"levels": (8, 5), "rate": 1e-5},
+    "training": {"steps": 10, "seed": 0},
+}
+
+
+def changed(**training: int) -> dict[str, Any]:
+    return {**CONFIG, "training": {**CONFIG["training"], **training}}
+
+
+def test_new_run_keeps_its_config(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "tokenizer"
+    check_run(run, CONFIG, resume=False)
+    assert not run.exists()
+    prepare_run(run, CONFIG, resume=False)
+    assert load_yaml(run / "config.yaml")["model"] == {"levels": [8, 5], "rate": 1e-5}
+
+
+def test_existing_run_needs_resume(tmp_path: Path) -> None:
+    prepare_run(tmp_path, CONFIG, resume=False)
+    with pytest.raises(DriveSimError, match=r"already holds a run.*--resume"):
+        check_run(tmp_path, CONFIG, resume=False)
+    check_run(tmp_path, CONFIG, resume=True)
+
+
+def test_resumed_run_may_last_longer_but_not_differ(tmp_path: Path) -> None:
+    prepare_run(tmp_path, CONFIG, resume=False)
+    prepare_run(tmp_path, changed(steps=20), resume=True)
+    assert load_yaml(tmp_path / "config.yaml")["training"]["steps"] == 20
+    with pytest.raises(DriveSimError, match=r"training\.seed=0, now it is 1"):
+        check_run(tmp_path, changed(seed=1), resume=True)
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(DriveSimError, match="nothing to resume"):
+        check_run(tmp_path / "run", CONFIG, resume=True)
+
+
+def test_other_folders_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "holiday.mp4").touch()
+    for path in (tmp_path, tmp_path / "holiday.mp4"):
+        with pytest.raises(DriveSimError, match="choose another --out"):
+            check_run(path, CONFIG, resume=False)
