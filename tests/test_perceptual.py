@@ -1,0 +1,86 @@
+import builtins
+from collections.abc import Mapping
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+import torch
+from torch import Tensor
+
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.tokenizer import perceptual
+from driving_sim.tokenizer.perceptual import PerceptualLoss, vgg16_weights
+
+# The convolutions of VGG-16: their numbers in torchvision's `features`, and their channels.
+NUMBERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+CHANNELS = (3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
+
+
+def random_vgg16() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    weights = {"classifier.0.weight": torch.zeros(1)}
+    for number, inputs, outputs in zip(NUMBERS, CHANNELS, CHANNELS[1:], strict=False):
+        kernel = torch.randn(outputs, inputs, 3, 3, generator=generator)
+        weights[f"features.{number}.weight"] = kernel * (2 / (9 * inputs)) ** 0.5
+        weights[f"features.{number}.bias"] = torch.zeros(outputs)
+    return weights
+
+
+@pytest.fixture(scope="module")
+def loss() -> PerceptualLoss:
+    return PerceptualLoss(random_vgg16())
+
+
+def test_it_is_lpips_on_the_given_backbone(loss: PerceptualLoss) -> None:
+    own = loss.network.net.state_dict()
+    given = random_vgg16()
+    assert len(own) == 2 * len(NUMBERS)
+    assert all(torch.equal(v, given[f"features.{k.partition('.')[2]}"]) for k, v in own.items())
+    # The package's own weights, which weigh the channels, are not random.
+    assert loss.network.lin0.model[1].weight.min() >= 0
+
+
+def test_distance_grows_with_the_difference(loss: PerceptualLoss) -> None:
+    generator = torch.Generator().manual_seed(1)
+    images, noise = torch.randn(2, 2, 3, 32, 32, generator=generator).clamp(-1, 1)
+    distances = [float(loss(images, images + share * noise)) for share in (0, 0.1, 0.5)]
+    assert distances[0] == 0
+    assert 0 < distances[1] < distances[2]
+
+
+def test_pictures_get_gradients_and_weights_do_not(loss: PerceptualLoss) -> None:
+    images = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss(images, torch.ones(1, 3, 32, 32)), images)
+    assert gradient.any()
+    assert not any(parameter.requires_grad for parameter in loss.parameters())
+
+
+def test_it_stays_in_eval_mode(loss: PerceptualLoss) -> None:
+    loss.train()
+    assert not any(module.training for module in loss.modules())
+
+
+def test_missing_weights_name_the_way_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: Any, **options: Any) -> Mapping[str, Tensor]:
+        assert options["weights_only"]
+        raise URLError("no\nnetwork")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
+    with pytest.raises(DriveSimError, match=r"--set objective\.lpips_weight=0") as caught:
+        vgg16_weights()
+    assert "no network" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("message", ["out of memory", "operator torchvision::roi does not exist"])
+def test_other_import_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch, message: str) -> None:
+    original = builtins.__import__
+
+    def broken(name: str, *args: Any, **options: Any) -> Any:
+        if name == "lpips":
+            raise RuntimeError(message)
+        return original(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", broken)
+    with pytest.raises(RuntimeError, match=message):
+        perceptual._import_lpips()
