@@ -167,7 +167,7 @@ def _describe(
     pts = _frame_pts(container, stream, packets, first)
     timestamps = _timestamps(pts, packets.count, stream)
     _check_whole(path, container, stream, packets, timestamps)
-    rotation = first.rotation % 360
+    rotation = round(first.rotation / 90) % 4 * 90
     codec = stream.codec_context.codec.canonical_name
     container_name = _CONTAINERS.get(container.format.name, container.format.name)
     obstacle = _why_not_decord(codec, container_name, rotation, stream, packets, pts)

@@ -80,6 +80,16 @@ def test_duplicate_times_count_once(tmp_path: Path) -> None:
     assert np.all(np.diff(info.timestamps) > 0)
 
 
+def test_a_file_without_its_last_frame_goes_to_pyav(tmp_path: Path) -> None:
+    path = write_numbered(tmp_path / "x.mp4", container_options={"movflags": "+faststart"})
+    with av.open(str(path)) as container:
+        *_, last = (packet.size for packet in container.demux(video=0) if packet.size)
+    path.write_bytes(path.read_bytes()[:-last])
+    info = probe(path)
+    assert (info.reader, info.reason) == ("pyav", "frame count differs from the header's")
+    assert len(info.timestamps) == 39
+
+
 def test_long_files_go_to_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_numbered(tmp_path / "x.mp4")
     monkeypatch.setattr("driving_sim.data.probe._DECORD_FRAMES", 39)

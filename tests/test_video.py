@@ -21,6 +21,7 @@ from tests.video_files import (
 )
 
 needs_decord = pytest.mark.skipif(not decord_installed(), reason="no decord on this machine")
+needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
 X265 = {"x265-params": "log-level=none:keyint=12:open-gop=1:bframes=3"}
 OPEN_GOP = {"x264-params": "open-gop=1:keyint=12:bframes=3"}
 VARIABLE = np.cumsum(np.random.default_rng(0).integers(20, 150, size=40)).tolist()
@@ -265,6 +266,34 @@ def test_indices_are_checked(tmp_path: Path) -> None:
         next(stream_frames(info, indices=[4, 3]))
     assert read_frames(info, []).shape == (0, 48, 128, 3)
     assert list(stream_frames(info, indices=[])) == []
+
+
+@needs_proc
+def test_streaming_takes_constant_memory(tmp_path: Path) -> None:
+    info = probe(write_numbered(tmp_path / "x.mp4", count=250, height=256, width=384))
+    resident = [resident_bytes() for _ in stream_frames(info)]
+    all_frames = 250 * 256 * 384 * 3
+    assert max(resident[50:]) - resident[50] < all_frames / 4
+
+
+@needs_proc
+@needs_decord
+def test_no_reader_stays_open_after_a_clip(tmp_path: Path) -> None:
+    info = probe(write_numbered(tmp_path / "x.mp4"))
+    assert info.reader == "decord"
+    read_frames(info, [3])
+    before = threads_running()
+    for _ in range(5):
+        read_frames(info, [3, 20])
+    assert threads_running() <= before
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def threads_running() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
 
 
 def test_info_travels_to_a_worker(tmp_path: Path) -> None:
