@@ -184,7 +184,7 @@ import os, signal, sys
 from pathlib import Path
 from tests.test_token_store import write
 
-root, points = Path(sys.argv[1]), 16
+root = Path(sys.argv[1])
 changes = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 step = limit = 0
 
@@ -198,7 +198,7 @@ sys.addaudithook(hook)
 limit = -1
 write(root / "whole", skip=("c",))
 total, step = step, 0
-for limit in sorted({1, 2, total - 2, total - 1, total, *range(3, total, total // points)}):
+for limit in range(1, total + 1):
     if not (child := os.fork()):
         write(root / f"killed-{limit}", skip=("c",))
         os._exit(0)
@@ -222,7 +222,7 @@ def test_killed_at_any_step_it_continues_to_the_same_bytes(tmp_path: Path) -> No
     expected = contents(tmp_path / "whole")
     assert set(expected) == {"index.json", *(shard_name(n) for n in range(6))}
     killed = sorted(tmp_path.glob("killed-*"))
-    assert len(killed) > 15
+    assert len(killed) > 30
     for out in killed:
         if (out / "index.json").exists():  # it was complete but for tidying up
             with pytest.raises(DriveSimError, match="finished"):
