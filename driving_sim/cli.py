@@ -96,6 +96,13 @@ SkipBad = Annotated[
     typer.Option("--skip-bad", help="Go on without drives that cannot be read, and name them."),
 ]
 
+MetricsOut = Annotated[Path | None, typer.Option("--out", help="Also write the JSON here.")]
+Guidance = Annotated[float, typer.Option(help="Strength of the actions; 1 is the plain model.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
+TopK = Annotated[int | None, typer.Option(help="Keep only the k likeliest tokens.")]
+TopP = Annotated[float | None, typer.Option(help="Keep the likeliest up to this mass.")]
+Seed = Annotated[int, typer.Option(help="Seed of the draws.")]
+
 
 @app.callback()
 def main(
@@ -280,11 +287,11 @@ def rollout(
         False
     ),
     samples: Annotated[int, typer.Option(min=1, help="Futures for each --actions.")] = 1,
-    guidance: Annotated[float, typer.Option(help="Strength of the actions; 1 is the model.")] = 1.0,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Keep only the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest up to this mass.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    guidance: Guidance = 1.0,
+    temperature: Temperature = 1.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = 0,
     steering_kind: Kind = None,
     device: Device = "auto",
 ) -> None:
@@ -324,6 +331,83 @@ def demo(
     from driving_sim.demo import run_demo
 
     typer.echo(run_demo(out, seed=seed))
+
+
+@evaluate_app.command("tokenizer")
+def evaluate_tokenizer(
+    run: Annotated[Path, typer.Argument(help="Tokenizer run.")],
+    videos: Videos,
+    fps: Fps = None,
+    every: Every = None,
+    out: MetricsOut = None,
+    device: Device = "auto",
+) -> None:
+    """PSNR, SSIM and codebook use of reconstructions, per drive and overall."""
+    from driving_sim.pipeline import measure_tokenizer
+
+    _report(measure_tokenizer(run, videos, fps=fps, every=every, device=device), out)
+
+
+@evaluate_app.command("world-model")
+def evaluate_world_model(
+    run: Annotated[Path, typer.Argument(help="World-model run.")],
+    tokens: Annotated[Path, typer.Argument(help="Token store of held-out drives.")],
+    training_tokens: Annotated[
+        Path, typer.Option(help="Token store that the baselines are fitted on.")
+    ] = RUNS / "tokens",
+    shuffles: Annotated[int, typer.Option(min=1, help="Shuffles of the actions.")] = 20,
+    out: MetricsOut = None,
+    device: Device = "auto",
+) -> None:
+    """Bits per token beside copy-last and unigram, and what the actions are worth in bits."""
+    from driving_sim.pipeline import measure_world_model
+
+    _report(
+        measure_world_model(run, tokens, training_tokens, shuffles=shuffles, device=device), out
+    )
+
+
+@evaluate_app.command("control")
+def evaluate_control(
+    run: Annotated[Path, typer.Argument(help="World-model run.")],
+    videos: Videos,
+    starts: Annotated[int, typer.Option(min=1, help="Starts, spread over the videos.")] = 10,
+    seconds: Annotated[float, typer.Option(help="Length of each future.")] = 2.0,
+    guidance: Guidance = 1.0,
+    temperature: Temperature = 1.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = 0,
+    steering_kind: Kind = None,
+    out: MetricsOut = None,
+    device: Device = "auto",
+) -> None:
+    """Steer left and right from many starts: does the picture move the right way?"""
+    from driving_sim.pipeline import measure_control
+    from driving_sim.world_model.sampler import Sampling
+
+    sampling = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance, seed=seed
+    )
+    measured = measure_control(
+        run,
+        videos,
+        starts=starts,
+        seconds=seconds,
+        sampling=sampling,
+        steering_kind=steering_kind,
+        device=device,
+    )
+    _report(measured, out)
+
+
+def _report(measured: dict[str, Any], out: Path | None) -> None:
+    """Print measurements as JSON, and write them to `out`."""
+    typer.echo(json.dumps(measured, indent=2))
+    if out is not None:
+        from driving_sim.engine.config import save_json
+
+        save_json(out, measured)
 
 
 if __name__ == "__main__":

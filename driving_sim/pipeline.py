@@ -15,6 +15,12 @@ from driving_sim.engine.config import resolve
 from driving_sim.engine.device import resolve_device
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.training import TrainingResult
+from driving_sim.evaluate import (
+    evaluate_action_information,
+    evaluate_control,
+    evaluate_likelihood,
+    evaluate_tokenizer,
+)
 from driving_sim.tokenizer.presets import PRESETS as TOKENIZER_PRESETS
 from driving_sim.tokenizer.tokenize import TokenizeSummary, tokenize
 from driving_sim.tokenizer.tokenizer import Tokenizer
@@ -107,6 +113,11 @@ def _find(
     return found
 
 
+def _find_frames(videos: Sequence[Path], *, skip_bad: bool) -> DriveSet:
+    """Find drives whose actions will not be used: any kind will do for a bare steering column."""
+    return _find(videos, skip_bad=skip_bad, steering_kind="road_wheel")
+
+
 def _rate(fps: float | None, every: int | None) -> dict[str, Any]:
     if fps is not None and every is not None:
         raise DriveSimError("--fps and --every are both given; give one")
@@ -125,7 +136,7 @@ def train_tokenizer_on(
     """Train a tokenizer on the frames of videos; their actions, if any, play no part."""
     config = request.resolve(TOKENIZER_PRESETS)
     rate = _rate(fps, every)
-    found = _find(videos, skip_bad=skip_bad, steering_kind="road_wheel")
+    found = _find_frames(videos, skip_bad=skip_bad)
     drives = [sample(drive, **rate) for drive in found.drives]
     return train_tokenizer(
         drives,
@@ -225,3 +236,46 @@ def _one_drive(video: Path, steering_kind: str | None) -> Drive:
             f"--context {video} holds {len(found.drives)} drives; name one of their videos"
         )
     return found.drives[0]
+
+
+def measure_tokenizer(
+    run: Path,
+    videos: Sequence[Path],
+    *,
+    fps: float | None = None,
+    every: int | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Evaluate a tokenizer's reconstructions of videos."""
+    tokenizer = Tokenizer.from_run(run, device)
+    rate = _rate(fps, every)
+    found = _find_frames(videos, skip_bad=False)
+    return evaluate_tokenizer(tokenizer, [sample(drive, **rate) for drive in found.drives])
+
+
+def measure_world_model(
+    run: Path, tokens: Path, training_tokens: Path, *, shuffles: int = 20, device: str = "auto"
+) -> dict[str, Any]:
+    """Evaluate a world model's likelihood of held-out tokens, and what their actions add to it."""
+    world = WorldModel.from_run(run, device)
+    heldout, training = TokenStore(tokens), TokenStore(training_tokens)
+    return {
+        "likelihood": evaluate_likelihood(world, heldout, training),
+        "action_information": evaluate_action_information(world, heldout, shuffles=shuffles),
+    }
+
+
+def measure_control(
+    run: Path,
+    videos: Sequence[Path],
+    *,
+    starts: int = 10,
+    seconds: float = 2.0,
+    sampling: Sampling,
+    steering_kind: str | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Evaluate whether a world model turns the way it is steered, from starts in videos."""
+    world = WorldModel.from_run(run, device)
+    found = _find(videos, skip_bad=False, steering_kind=steering_kind or world.steering_kind)
+    return evaluate_control(world, found.drives, starts=starts, seconds=seconds, sampling=sampling)

@@ -68,16 +68,20 @@ def _draw_steering(draw: ImageDraw.ImageDraw, ends: tuple[int, int], caption: Ca
     draw.line((middle, 7, middle, 23), fill=_INK)
 
 
-def side_by_side(panels: Sequence[Frame]) -> Frame:
-    """Panels of one size in a grid, as near to 16:9 as whole rows and columns allow."""
-    height, width = panels[0].shape[:2]
-    columns = min(
-        range(1, len(panels) + 1),
-        key=lambda c: abs(math.log(c * width / (math.ceil(len(panels) / c) * height) / (16 / 9))),
-    )
+def side_by_side(panels: Sequence[Frame], *, columns: int | None = None) -> Frame:
+    """Panels of one size in a grid, as near to 16:9 as it gets unless `columns` says otherwise."""
+    columns = columns or _columns(len(panels), *panels[0].shape[:2])
     missing = -len(panels) % columns
     filled = [*panels, *[np.full_like(panels[0], _PAPER[0])] * missing]
     return rearrange(np.stack(filled), "(r c) h w k -> (r h) (c w) k", c=columns)
+
+
+def _columns(count: int, height: int, width: int) -> int:
+    def distance(columns: int) -> float:
+        ratio = columns * width / (math.ceil(count / columns) * height)
+        return abs(math.log(ratio / (16 / 9)))
+
+    return min(range(1, count + 1), key=distance)
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Frame]]], times_s: Sequence[float]) -> Frame:

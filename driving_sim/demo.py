@@ -1,0 +1,243 @@
+"""The whole pipeline on the synthetic world, in minutes on a CPU, measured against the truth."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from driving_sim.data.synthetic import (
+    SyntheticConfig,
+    SyntheticDrive,
+    SyntheticWorld,
+    drive,
+    frame_count,
+    write_synthetic_drives,
+)
+from driving_sim.data.synthetic.road import LANE_OFFSET
+from driving_sim.data.video_writer import write_video
+from driving_sim.engine.config import save_json
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.progress import progress
+from driving_sim.pipeline import (
+    TrainingRequest,
+    tokenize_videos,
+    train_tokenizer_on,
+    train_world_model_on,
+)
+from driving_sim.tokenizer.metrics import psnr
+from driving_sim.world_model.action_plan import ActionPlan, Situation, make_plans
+from driving_sim.world_model.panels import Caption, Frame, contact_sheet, draw_panel, side_by_side
+from driving_sim.world_model.sampler import Sampling
+from driving_sim.world_model.world_model import WorldModel
+
+ACTIONS = ["straight", "left", "right", "brake"]
+_SHEET_TIMES = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """How much of everything; the defaults take under 10 minutes on 2 CPU cores."""
+
+    drives: int = 16
+    """Drives to train on, each through a world of its own."""
+    drive_seconds: float = 20.0
+    """Length of each."""
+    world: SyntheticConfig = SyntheticConfig(height=96, width=192, fps=8.0)  # noqa: RUF009
+    """How they are filmed."""
+    preset: str = "demo"
+    """Of both trainings."""
+    steps: int | None = None
+    """Training steps of each model, instead of the preset's minutes."""
+    seconds: float = 2.0
+    """Length of the futures."""
+    sampling: Sampling = Sampling(temperature=0.7, guidance=1.5)  # noqa: RUF009
+    """How they are drawn."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """A moment of a drive through a world that the models have never seen."""
+
+    driven: SyntheticDrive
+    index: int
+
+    def truth(self, plan: ActionPlan) -> NDArray[np.uint8]:
+        """What a plan really leads to, [N, H, W, 3]."""
+        frames, _ = self.driven.world.replay(self.driven.states[self.index], plan.actions)
+        return frames
+
+
+def run_demo(out: Path, *, seed: int = 0, config: DemoConfig | None = None) -> str:
+    """Make drives, train both models, roll four actions out of one start; return the summary.
+
+    `out` gets the drives, runs and tokens, `demo.mp4` and `demo.png` (truth above prediction) and
+    `summary.json`.
+    """
+    config = config or DemoConfig()
+    if (out / "summary.json").exists():
+        raise DriveSimError(f"{out} holds a finished demo: choose another --out or delete it")
+    _train(out, seed, config)
+    world = WorldModel.from_run(out / "world-model")
+    start = _find_start(config, seed, world.context_frames + 1)
+    plans, truths, futures = _roll_out(world, start, config, seed)
+    matrix = _psnr_matrix(futures, truths, last=round(config.world.fps))
+    right = int((matrix.argmax(axis=1) == np.arange(len(ACTIONS))).sum())
+    _write_pictures(out, config, plans, truths, futures, world.steering_p95)
+    save_json(
+        out / "summary.json",
+        {
+            "seed": seed,
+            "actions": ACTIONS,
+            "psnr_db_over_the_last_second": matrix.round(2).tolist(),
+            "nearest_to_own_action": right,
+        },
+    )
+    return _summary(out, matrix, right)
+
+
+def _train(out: Path, seed: int, config: DemoConfig) -> None:
+    videos, tokens = out / "videos", out / "tokens"
+    total = config.drives * frame_count(config.drive_seconds, config.world)
+    with progress(total, f"drive -> {videos}", "frames") as bar:
+        write_synthetic_drives(
+            videos,
+            drives=config.drives,
+            seconds=config.drive_seconds,
+            seed=seed,
+            config=config.world,
+            progress=lambda count: bar.advance(count),
+        )
+    request = TrainingRequest(
+        preset=config.preset, steps=config.steps, assignments=(f"training.seed={seed}",)
+    )
+    train_tokenizer_on([videos], out / "tokenizer", request, every=1)
+    tokenize_videos([videos], out / "tokenizer", tokens, every=1, mirror=True)
+    train_world_model_on(tokens, out / "tokenizer", out / "world-model", request)
+
+
+def _find_start(config: DemoConfig, seed: int, context_frames: int) -> _Start:
+    """The first calm moment in the lane at a moderate speed, in a world that no drive was in."""
+    rng = np.random.default_rng([seed, 2])
+    for world_seed in rng.integers(2**31, size=100):
+        driven = drive(SyntheticWorld(int(world_seed), config.world), 30.0, int(world_seed))
+        for index in range(context_frames, len(driven.states)):
+            if _is_calm(driven, index, context_frames):
+                return _Start(driven, index)
+    raise AssertionError("a hundred worlds without a calm moment")
+
+
+def _is_calm(driven: SyntheticDrive, index: int, context_frames: int) -> bool:
+    past = driven.actions[index - context_frames : index]
+    state = driven.states[index]
+    _, offset, _ = driven.world.road.project(np.array([state.x_m]), np.array([state.y_m]))
+    return bool(
+        7.0 <= past[-1, 0] <= 10.0
+        and past[:, 0].min() > 5.0
+        and np.abs(past[:, 1]).max() < 0.06
+        and abs(offset[0] - LANE_OFFSET) < 1.0
+    )
+
+
+def _roll_out(
+    world: WorldModel, start: _Start, config: DemoConfig, seed: int
+) -> tuple[list[ActionPlan], list[NDArray[np.uint8]], list[NDArray[np.uint8]]]:
+    """Plans, their true futures and their predicted ones, each future [N, H, W, 3]."""
+    first = start.index - world.context_frames
+    states = start.driven.states[first : start.index + 1]
+    context = np.stack([start.driven.world.render(state) for state in states])
+    past = start.driven.actions[first : start.index]
+    situation = Situation(
+        fps=world.fps,
+        steering_kind=world.steering_kind,
+        steering_limit=world.steering_p95,
+        last_action=past[-1],
+        last_valid=np.ones(2, np.bool_),
+        recorded=None,
+    )
+    plans = make_plans(ACTIONS, situation, seconds=config.seconds)
+    prefix = world.encode_prefix(world.tokenizer.encode(context), past)
+    actions = np.stack([plan.actions for plan in plans])
+    sampling = Sampling(
+        temperature=config.sampling.temperature, guidance=config.sampling.guidance, seed=seed
+    )
+    moments: list[torch.Tensor] = []
+    with progress(actions.shape[1], "roll out", "frames") as bar:
+        for moment in world.generate(prefix, actions, sampling=sampling):
+            moments.append(moment.tokens.cpu())
+            bar.advance(1)
+    futures = [world.tokenizer.decode(branch).numpy() for branch in torch.stack(moments, dim=1)]
+    return plans, [start.truth(plan) for plan in plans], futures
+
+
+def _psnr_matrix(
+    futures: list[NDArray[np.uint8]], truths: list[NDArray[np.uint8]], last: int
+) -> NDArray[np.float64]:
+    """Mean PSNR in dB over the `last` frames: predictions in rows, truths in columns."""
+    return np.array(
+        [
+            [
+                float(psnr(*(torch.from_numpy(x[-last:]) for x in (future, truth))).mean())
+                for truth in truths
+            ]
+            for future in futures
+        ]
+    )
+
+
+def _write_pictures(
+    out: Path,
+    config: DemoConfig,
+    plans: list[ActionPlan],
+    truths: list[NDArray[np.uint8]],
+    futures: list[NDArray[np.uint8]],
+    steering_p95: float,
+) -> None:
+    """A video and a contact sheet with the truths above the predictions."""
+
+    def panel(kind: str, plan: ActionPlan, frame: Frame, time: int) -> Frame:
+        speed, steering = (float(value) for value in plan.actions[time])
+        caption = Caption(
+            title=f"{plan.label}: {kind}",
+            speed_mps=speed,
+            steering=steering,
+            steering_range=2 * steering_p95,
+        )
+        return draw_panel(frame, caption)
+
+    video = [
+        side_by_side(
+            [panel("true", plan, true[t], t) for plan, true in zip(plans, truths, strict=True)]
+            + [panel("predicted", plan, x[t], t) for plan, x in zip(plans, futures, strict=True)],
+            columns=len(plans),
+        )
+        for t in range(len(futures[0]))
+    ]
+    write_video(out / "demo.mp4", iter(video), fps=config.world.fps)
+    chosen = np.linspace(0, len(futures[0]) - 1, _SHEET_TIMES).round().astype(int)
+    rows = [
+        (f"{plan.label}: {kind}", [frames[t] for t in chosen])
+        for plan, true, future in zip(plans, truths, futures, strict=True)
+        for kind, frames in (("true", true), ("predicted", future))
+    ]
+    sheet = contact_sheet(rows, [(t + 1) / config.world.fps for t in chosen])
+    Image.fromarray(sheet).save(out / "demo.png")
+
+
+def _summary(out: Path, matrix: NDArray[np.float64], right: int) -> str:
+    """The measurement as a table."""
+    lines = [
+        "PSNR (dB) over the last second of each predicted future (row) to each true one (column):",
+        " " * 10 + "".join(f"{name:>10}" for name in ACTIONS),
+    ]
+    for name, row in zip(ACTIONS, matrix, strict=True):
+        best = row.argmax()
+        cells = (f"{value:.1f}{'*' if i == best else ' '}" for i, value in enumerate(row))
+        lines.append(f"{name:>10}" + "".join(f"{cell:>10}" for cell in cells))
+    lines.append(
+        f"{right} of {len(ACTIONS)} are nearest (*) to the true future of their own action"
+    )
+    lines.append(f"watch {out / 'demo.mp4'}, look at {out / 'demo.png'}")
+    return "\n".join(lines)

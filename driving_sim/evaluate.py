@@ -1,0 +1,253 @@
+"""Measurements of trained models on drives that they have not seen: `drivesim evaluate`.
+
+Axes: N frames of a drive, V variants of its actions.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from driving_sim.data.action_file import SPEED, STEERING
+from driving_sim.data.drive import Drive, SampledDrive, sample
+from driving_sim.data.frame_size import FrameSize
+from driving_sim.data.motion import yaw_motion
+from driving_sim.data.split import split_drives
+from driving_sim.data.token_store import TokenStore
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.progress import progress
+from driving_sim.tokenizer.metrics import codebook_use, psnr, ssim
+from driving_sim.tokenizer.tokenizer import Tokenizer
+from driving_sim.world_model.baselines import CopyLast
+from driving_sim.world_model.bits import FullWindows, bits_per_token, streamed_bits
+from driving_sim.world_model.rollout import context_from_drive
+from driving_sim.world_model.sampler import Sampling
+from driving_sim.world_model.world_model import WorldModel
+
+_BATCH = 16
+_RESAMPLES = 2000
+
+
+def evaluate_tokenizer(tokenizer: Tokenizer, drives: Sequence[SampledDrive]) -> dict[str, Any]:
+    """Measure reconstructions (means over frames, on uint8 pixels) and the use of the codebook."""
+    size = FrameSize(height=tokenizer.height, width=tokenizer.width)
+    counts = torch.zeros(tokenizer.codebook_size, dtype=torch.int64)
+    per_drive: dict[str, dict[str, float]] = {}
+    frames_seen = 0
+    with progress(sum(len(each.indices) for each in drives), "evaluate", "frames") as bar:
+        for each in drives:
+            measured: list[tuple[torch.Tensor, torch.Tensor]] = []
+            for frames in _batches(each.drive.stream(size, each.indices)):
+                tokens = tokenizer.encode(frames)
+                rebuilt = tokenizer.decode(tokens)
+                measured.append((psnr(rebuilt, frames), ssim(rebuilt, frames)))
+                counts += torch.bincount(tokens.flatten(), minlength=len(counts))
+                bar.advance(len(frames))
+            per_drive[each.drive.id] = {
+                "frames": len(each.indices),
+                "psnr_db": float(torch.cat([p for p, _ in measured]).mean()),
+                "ssim": float(torch.cat([s for _, s in measured]).mean()),
+            }
+            frames_seen += len(each.indices)
+    means = {
+        name: sum(drive[name] * drive["frames"] for drive in per_drive.values()) / frames_seen
+        for name in ("psnr_db", "ssim")
+    }
+    return {
+        "size": [tokenizer.height, tokenizer.width],
+        "frames": frames_seen,
+        **means,
+        "codebook": codebook_use(counts)._asdict(),
+        "drives": per_drive,
+        "fingerprint": tokenizer.fingerprint,
+    }
+
+
+def _batches(frames: Iterator[NDArray[np.uint8]]) -> Iterator[torch.Tensor]:
+    batch: list[NDArray[np.uint8]] = []
+    for frame in frames:
+        batch.append(frame)
+        if len(batch) == _BATCH:
+            yield torch.from_numpy(np.stack(batch))
+            batch = []
+    if batch:
+        yield torch.from_numpy(np.stack(batch))
+
+
+def evaluate_likelihood(
+    world: WorldModel, heldout: TokenStore, training: TokenStore
+) -> dict[str, Any]:
+    """Bits per token on frames with a full window behind them, beside two baselines.
+
+    The baselines are fitted on the training drives of `training`: its validation drives, which
+    chose the model, play no part.
+    """
+    _check_tokens(world, heldout)
+    _check_tokens(world, training)
+    overlap = sorted(set(heldout.drive_ids) & set(training.drive_ids))
+    if overlap:
+        raise DriveSimError(
+            f"{heldout.path}: drive {overlap[0]!r} is in the training tokens {training.path} too; "
+            "measure on drives that were held out"
+        )
+    windows = FullWindows(heldout.drives, frames=world.context_frames)
+    copy_last = CopyLast.fit(training.select(split_drives(training.drive_ids)[0]))
+    model = bits_per_token(world.transformer, windows)
+    copied = copy_last.bits_per_token(windows)
+    unigram = copy_last.unigram.bits_per_token(windows)
+    return {
+        "frames": len(windows),
+        "context_frames": world.context_frames,
+        "bits_per_token": model.mean,
+        "accuracy": float(model.accuracy.mean()),
+        "copy_last_bits_per_token": copied.mean,
+        "copy_last_accuracy": float(copied.accuracy.mean()),
+        "unigram_bits_per_token": unigram.mean,
+        "share_of_copy_last": model.mean / copied.mean,
+        "fingerprint": world.fingerprint,
+    }
+
+
+def _check_tokens(world: WorldModel, store: TokenStore) -> None:
+    if store.info.tokenizer_fingerprint != world.tokenizer.fingerprint:
+        raise DriveSimError(
+            f"{store.path} was made by another tokenizer than the model's: tokenize the videos "
+            "with the tokenizer in the model's run folder"
+        )
+
+
+def evaluate_action_information(
+    world: WorldModel, heldout: TokenStore, *, shuffles: int = 20, seed: int = 0
+) -> dict[str, Any]:
+    """Bits per frame that the true actions are worth over actions shuffled between windows.
+
+    A shuffle permutes a drive's windows of `context_frames` frames, for speed, for steering and for
+    both. The interval is the 95 % percentile block bootstrap over these windows (Künsch 1989,
+    https://doi.org/10.1214/aos/1176347265).
+    """
+    _check_tokens(world, heldout)
+    rng = np.random.default_rng(seed)
+    channels = {"speed": [SPEED], "steering": [STEERING], "both": [SPEED, STEERING]}
+    gains: dict[str, list[NDArray[np.float64]]] = {name: [] for name in channels}
+    runs = [(drive, *segment) for drive in heldout.drives for segment in drive.entry.segments]
+    with progress(len(runs) * len(channels), "shuffle actions", "runs") as bar:
+        for drive, begin, stop in runs:
+            true = np.asarray(drive.actions[begin:stop])
+            for name, chosen in channels.items():
+                variants = np.repeat(true[None], shuffles + 1, axis=0)
+                for variant in variants[1:]:
+                    order = _block_permutation(len(true), world.context_frames, rng)
+                    variant[:, chosen] = true[order][:, chosen]
+                bits = streamed_bits(world.transformer, drive, begin, variants)
+                gains[name].append(_gain_per_block(bits, world.context_frames))
+                bar.advance(1)
+    tokens = world.tokenizer.rows * world.tokenizer.cols
+    return {
+        "shuffles": shuffles,
+        "gain_bits_per_frame": {
+            name: _bootstrap(np.concatenate(values) * tokens, rng) for name, values in gains.items()
+        },
+        "fingerprint": world.fingerprint,
+    }
+
+
+def _block_permutation(length: int, block: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Indices that permute whole blocks; what is left over at the end stays."""
+    blocks = length // block
+    order = (rng.permutation(blocks)[:, None] * block + np.arange(block)).ravel()
+    return np.concatenate([order, np.arange(blocks * block, length)])
+
+
+def _gain_per_block(bits: NDArray[np.float64], block: int) -> NDArray[np.float64]:
+    """Mean gain of variant 0 of `bits` [V, N] over the others, per whole block after the first."""
+    gain = bits[1:].mean(axis=0) - bits[0]
+    blocks = len(gain) // block
+    return gain[block : blocks * block].reshape(-1, block).mean(axis=1)
+
+
+def _bootstrap(values: NDArray[np.float64], rng: np.random.Generator) -> dict[str, float]:
+    if not len(values):
+        raise DriveSimError("the held-out drives are shorter than two windows: nothing to shuffle")
+    means = values[rng.integers(len(values), size=(_RESAMPLES, len(values)))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ControlTrial:
+    """Two futures of one start: full left and full right."""
+
+    start_s: float
+    left_motion: float
+    """Mean image motion in picture widths a frame, positive where the car turns left."""
+    right_motion: float
+
+    @property
+    def obeyed(self) -> bool:
+        """Whether left turned left and right turned right."""
+        return self.left_motion > 0 > self.right_motion
+
+
+def evaluate_control(
+    world: WorldModel,
+    drives: Sequence[Drive],
+    *,
+    starts: int = 10,
+    seconds: float = 2.0,
+    sampling: Sampling,
+) -> dict[str, Any]:
+    """Steer left and right at the training data's 99th percentile from starts spread over drives.
+
+    Each pair of futures has one context and the same draws, and holds the context's speed; the
+    motion is what `drivesim inspect` measures, over the whole future.
+    """
+    frames = round(seconds * world.fps)
+    trials: dict[str, list[ControlTrial]] = {drive.id: [] for drive in drives}
+    with progress(starts, "left and right", "starts") as bar:
+        for number in range(starts):
+            drive = drives[number % len(drives)]
+            share = (number // len(drives) + 0.5) / -(-starts // len(drives))
+            times = sample(drive, fps=world.fps).timestamps
+            first = float(times[min(world.context_frames, len(times) - 1)])
+            start_s = first + share * (float(times[-1]) - first)
+            trials[drive.id].append(_steer_both_ways(world, drive, start_s, frames, sampling))
+            bar.advance(1)
+    every = [trial for each in trials.values() for trial in each]
+    return {
+        "starts": starts,
+        "seconds": seconds,
+        "steering": world.steering_p99,
+        "obeyed": sum(trial.obeyed for trial in every),
+        "mean_left_minus_right": float(np.mean([t.left_motion - t.right_motion for t in every])),
+        "sampling": asdict(sampling),
+        "trials": {name: [asdict(trial) for trial in each] for name, each in trials.items()},
+        "fingerprint": world.fingerprint,
+    }
+
+
+def _steer_both_ways(
+    world: WorldModel, drive: Drive, start_s: float, frames: int, sampling: Sampling
+) -> ControlTrial:
+    context = context_from_drive(world, drive, start_s)
+    past = len(context.tokens) - 1
+    prefix = world.encode_prefix(
+        context.tokens, context.actions[:past], context.action_valid[:past]
+    )
+    situation = context.situation(world)
+    actions = np.tile(situation.last_action, (2, frames, 1))
+    actions[0, :, STEERING], actions[1, :, STEERING] = world.steering_p99, -world.steering_p99
+    valid = np.tile(situation.last_valid | [False, True], (2, frames, 1))
+    tokens = [step.tokens for step in world.generate(prefix, actions, valid, sampling=sampling)]
+    last = context.frames[-1:]
+    left, right = (
+        float(
+            yaw_motion(
+                np.concatenate([last, world.tokenizer.decode(torch.stack(branch).cpu()).numpy()])
+            ).mean()
+        )
+        for branch in zip(*tokens, strict=True)
+    )
+    return ControlTrial(start_s=start_s, left_motion=left, right_motion=right)
