@@ -82,6 +82,25 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     assert (other.model[1].weight == 7.0).all()
 
 
+def test_frozen_weights_are_left_out_and_buffers_are_not(tmp_path: Path) -> None:
+    def with_frozen(value: float) -> Run:
+        run = Run(0)
+        run.model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+        run.ema = Ema(run.model, 0.9)
+        run.model.append(nn.Linear(3, 300).requires_grad_(False))
+        with torch.no_grad():
+            run.model[1].running_mean.fill_(value)
+            run.model[2].weight.fill_(value)
+        return run
+
+    one, other = with_frozen(1.0), with_frozen(2.0)
+    path = one.save(tmp_path, 1)
+    assert (path / "model.safetensors").stat().st_size < 3 * 300 * 4
+    other.load(path)
+    assert (other.model[1].running_mean == 1.0).all()
+    assert (other.model[2].weight == 2.0).all()
+
+
 def test_only_safetensors_and_json(tmp_path: Path) -> None:
     path = Run(0).save(tmp_path, 1)
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
@@ -135,6 +154,9 @@ def test_damage_is_named(tmp_path: Path, name: str) -> None:
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
     path = Run(0).save(tmp_path, 1)
-    with pytest.raises(DriveSimError, match="another model") as caught:
-        Run(0, width=6).load(path)
-    assert "\n" not in str(caught.value)
+    other = Run(0)
+    other.model.append(nn.Linear(2, 2))
+    for changed in (Run(0, width=6), other):
+        with pytest.raises(DriveSimError, match="another model") as caught:
+            changed.load(path)
+        assert "\n" not in str(caught.value)

@@ -79,3 +79,22 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
 def test_other_errors_pass(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "a") as temporary:
         raise FileNotFoundError(errno.ENOENT, "input is missing", str(temporary))
+
+
+def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(DriveSimError, match=r"cannot create the folder .*/file/runs: Not a dir"),
+        atomic_file(tmp_path / "file" / "runs" / "a"),
+    ):
+        pass
+
+
+def test_missing_rights_count_for_the_output_only(tmp_path: Path) -> None:
+    def refuse(name: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(name))
+
+    with pytest.raises(DriveSimError, match="cannot write"), atomic_file(tmp_path / "a") as file:
+        refuse(file)
+    with pytest.raises(PermissionError), atomic_file(tmp_path / "a"):
+        refuse(Path("/videos/private.mp4"))

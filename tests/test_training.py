@@ -218,10 +218,10 @@ def test_minutes_end_on_time_and_at_the_floor(tmp_path: Path) -> None:
     wall = time.monotonic() - start
     validations = sum(row["phase"] == "validation" for row in metric_rows(run))
     assert validations >= 2
-    assert limit - 2 * step < result.seconds < limit + step
+    assert limit / 2 < result.seconds < limit + validations * slept / 2
     assert wall > result.seconds + validations * slept
     rates = [row["learning_rate"] for row in metric_rows(run) if row["phase"] == "train"]
-    assert rates[-1] < 0.15 * max(rates)
+    assert rates[-1] < 0.3 * max(rates)
 
 
 def test_steps_end_exactly_at_the_floor(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from driving_sim.engine.config import load_json, save_json
@@ -29,10 +29,13 @@ def save_checkpoint(
     ema: Ema,
     state: Mapping[str, Any],
 ) -> Path:
-    """Write `folder/step-XXXXXXXX` with everything that a run needs to go on; return its path."""
+    """Write `folder/step-XXXXXXXX` with everything that a run needs to go on; return its path.
+
+    Frozen parameters are left out: who builds the model gives them the same values again.
+    """
     path = folder / f"step-{step:08d}"
     with atomic_folder(path) as temporary:
-        save_model(model, str(temporary / "model.safetensors"))
+        _save_tensors(temporary / "model.safetensors", _changing_tensors(model))
         _save_tensors(temporary / "optimizer.safetensors", optimizer_tensors(optimizer, model))
         _save_tensors(temporary / "ema.safetensors", ema.state_dict())
         save_json(temporary / "state.json", {**state, "ema_updates": ema.updates})
@@ -48,7 +51,7 @@ def load_checkpoint(
     """
     state = load_json(path / "state.json")
     try:
-        load_model(model, str(path / "model.safetensors"))
+        _load_model(model, load_file(path / "model.safetensors"))
         load_optimizer_tensors(optimizer, model, load_file(path / "optimizer.safetensors"))
         ema.load_state_dict(load_file(path / "ema.safetensors"), state.pop("ema_updates"))
     except (KeyError, OSError, RuntimeError, SafetensorError) as error:
@@ -83,6 +86,24 @@ def _all(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+
+
+def _changing_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Trainable parameters, tied ones once, and the buffers that belong to the state."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    buffers = {name: v for name, v in model.state_dict().items() if name not in parameters}
+    return trainable | buffers
+
+
+@torch.no_grad()
+def _load_model(model: nn.Module, saved: dict[str, Tensor]) -> None:
+    tensors = _changing_tensors(model)
+    for name in sorted(tensors.keys() | saved.keys()):
+        # Not left to copy_, which would also fill a large tensor from a small one.
+        if tensors[name].shape != saved[name].shape:
+            raise KeyError(f"{name} has another shape")
+        tensors[name].copy_(saved[name])
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

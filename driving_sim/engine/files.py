@@ -10,13 +10,15 @@ from pathlib import Path
 
 from driving_sim.engine.errors import DriveSimError
 
-_REFUSALS = frozenset(
-    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-)
+_FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS))
+_FORBIDDEN = frozenset((errno.EACCES, errno.EPERM))
 
 
 def _temporary_beside(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DriveSimError(f"cannot create the folder {path.parent}: {error.strerror}") from error
     # The suffix stays last: writers (PyAV, Pillow) choose the format by it.
     return path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
 
@@ -36,11 +38,17 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         code = _errno(error)
-        if code not in _REFUSALS:
+        if code not in _FULL and not (code in _FORBIDDEN and _is_at(error, path)):
             raise
         raise DriveSimError(
             f"cannot write {path}: {os.strerror(code)}; make room or choose another place"
         ) from error
+
+
+def _is_at(error: Exception, path: Path) -> bool:
+    """Whether an error is about the output: an input that may not be read is another matter."""
+    name = error.filename if isinstance(error, OSError) else None
+    return isinstance(name, str) and Path(name).is_relative_to(path.parent)
 
 
 def _errno(error: Exception) -> int:

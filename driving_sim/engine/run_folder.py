@@ -49,7 +49,6 @@ def check_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:
 def prepare_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:
     """Check the folder, create it where needed and write the resolved config into it."""
     check_run(run, run_config, resume)
-    run.mkdir(parents=True, exist_ok=True)
     save_yaml(run / CONFIG, run_config)
 
 

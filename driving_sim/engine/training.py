@@ -116,7 +116,6 @@ class _State:
     validations_since_best: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
-    finished: bool = False
 
 
 class _Loop:
@@ -166,7 +165,6 @@ class _Loop:
             if not stop_signal and (position > 1.0 or self._due(self.config.validate_every)):
                 self._validate()
             over = not stop_signal and (position > 1.0 or self._out_of_patience())
-            self.state.finished = over
             if stop_signal or over or self._due(self.config.save_every) or self._is_best():
                 self._save()
             if stop_signal:
