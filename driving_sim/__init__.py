@@ -1,0 +1,1 @@
+"""Learn a driving simulator from driving video, then drive in it."""

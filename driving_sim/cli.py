@@ -1,15 +1,17 @@
 """The `drivesim` command: parses, calls, prints. Whatever is heavy is imported in the commands."""
 
-import errno
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.errors import DriveSimError, Interrupted
+
+if TYPE_CHECKING:
+    from driving_sim.world_model.sampler import Sampling
 
 RUNS = Path("runs")
 
@@ -18,9 +20,6 @@ def _explain(error: BaseException) -> str | None:
     """The one line for an error that a user or the machine caused; None for a bug of ours."""
     if isinstance(error, DriveSimError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-        where = f" while writing {error.filename}" if error.filename else ""
-        return f"no room left on the disk{where}; free some and run the command again"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     return None
@@ -32,14 +31,17 @@ class _OneLineErrors(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except Interrupted as interrupted:
+            typer.echo(str(interrupted), err=True)
+            raise typer.Exit(interrupted.exit_code) from None
         except Exception as error:
             line = _explain(error)
             if line is None or ctx.params.get("debug"):
                 raise
             typer.echo(f"error: {line}", err=True)
             raise typer.Exit(1) from None
-        except KeyboardInterrupt as interrupt:
-            typer.echo(str(interrupt) or "interrupted", err=True)
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None
 
 
@@ -123,8 +125,10 @@ def synth(
 ) -> None:
     """Make synthetic drives: video, exact actions, and the world to replay them in."""
     from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
+    from driving_sim.engine.config import from_dict
 
-    config = SyntheticConfig(height=height, width=width, fps=fps)
+    shape = {"height": height, "width": width, "fps": fps}
+    config = from_dict(SyntheticConfig, shape, where="drivesim synth")
     write_synthetic_drives(out, drives=drives, seconds=seconds, seed=seed, config=config)
     typer.echo(f"{drives} drives of {seconds:g} s -> {out}")
 
@@ -297,11 +301,8 @@ def rollout(
 ) -> None:
     """Drive in the model: one video of every future, with speed and steering drawn on it."""
     from driving_sim.pipeline import roll_out
-    from driving_sim.world_model.sampler import Sampling
 
-    sampling = Sampling(
-        temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance, seed=seed
-    )
+    sampling = _sampling(temperature, top_k, top_p, guidance, seed)
     report = roll_out(
         model,
         actions,
@@ -384,11 +385,8 @@ def evaluate_control(
 ) -> None:
     """Steer left and right from many starts: does the picture move the right way?"""
     from driving_sim.pipeline import measure_control
-    from driving_sim.world_model.sampler import Sampling
 
-    sampling = Sampling(
-        temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance, seed=seed
-    )
+    sampling = _sampling(temperature, top_k, top_p, guidance, seed)
     measured = measure_control(
         run,
         videos,
@@ -399,6 +397,16 @@ def evaluate_control(
         device=device,
     )
     _report(measured, out)
+
+
+def _sampling(
+    temperature: float, top_k: int | None, top_p: float | None, guidance: float, seed: int
+) -> "Sampling":
+    from driving_sim.engine.config import from_dict
+    from driving_sim.world_model.sampler import Sampling
+
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    return from_dict(Sampling, options | {"guidance": guidance, "seed": seed}, where="sampling")
 
 
 def _report(measured: dict[str, Any], out: Path | None) -> None:

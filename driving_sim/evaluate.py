@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import reduce
 from numpy.typing import NDArray
 
 from driving_sim.data.action_file import SPEED, STEERING
@@ -158,14 +159,16 @@ def _block_permutation(length: int, block: int, rng: np.random.Generator) -> NDA
     """Indices that permute whole blocks; what is left over at the end stays."""
     blocks = length // block
     order = (rng.permutation(blocks)[:, None] * block + np.arange(block)).ravel()
-    return np.concatenate([order, np.arange(blocks * block, length)])
+    left_over = np.arange(blocks * block, length)
+    return np.concatenate([order, left_over]).astype(np.int64)
 
 
 def _gain_per_block(bits: NDArray[np.float64], block: int) -> NDArray[np.float64]:
     """Mean gain of variant 0 of `bits` [V, N] over the others, per whole block after the first."""
     gain = bits[1:].mean(axis=0) - bits[0]
     blocks = len(gain) // block
-    return gain[block : blocks * block].reshape(-1, block).mean(axis=1)
+    whole = gain[block : blocks * block]
+    return reduce(whole, "(b n) -> b", "mean", n=block)
 
 
 def _bootstrap(values: NDArray[np.float64], rng: np.random.Generator) -> dict[str, float]:

@@ -19,7 +19,7 @@ from driving_sim.data.token_store import DriveTokens
 from driving_sim.data.video_writer import VideoWriter
 from driving_sim.engine.config import save_json
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.files import atomic_file
+from driving_sim.engine.files import atomic_file, disk_errors
 from driving_sim.engine.progress import progress
 from driving_sim.world_model.action_plan import ActionPlan, Situation
 from driving_sim.world_model.panels import (
@@ -229,7 +229,7 @@ def write_rollout(
     )
     panels = _Panels(world, context, titles, shown, steering_range)
     length = len(plans[0].actions)
-    with ExitStack() as stack:
+    with disk_errors(out), ExitStack() as stack:
         temporary = {kind: stack.enter_context(atomic_file(path)) for kind, path in files.items()}
         recorder = _Recorder(titles, length, world.fps)
         height, width = panels.past(0).shape[:2]

@@ -1,0 +1,102 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from driving_sim.data.drive import sample
+from driving_sim.data.sources import find_drives
+from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.evaluate import (
+    _block_permutation,
+    _bootstrap,
+    evaluate_action_information,
+    evaluate_control,
+    evaluate_likelihood,
+    evaluate_tokenizer,
+)
+from driving_sim.world_model.sampler import Sampling
+from driving_sim.world_model.world_model import WorldModel
+from tests.test_world_model import new_world
+from tests.token_drives import FPS, write_store
+
+
+@pytest.fixture(scope="module")
+def world() -> WorldModel:
+    return new_world()
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    config = SyntheticConfig(height=48, width=64, fps=FPS)
+    write_synthetic_drives(folder, drives=2, seconds=6, config=config)
+    return folder
+
+
+def test_tokenizer_means_are_those_of_all_frames(world: WorldModel, videos: Path) -> None:
+    drives = [sample(drive) for drive in find_drives([videos]).drives]
+    both = evaluate_tokenizer(world.tokenizer, drives)
+    apart = [evaluate_tokenizer(world.tokenizer, [drive]) for drive in drives]
+    assert both["frames"] == sum(each["frames"] for each in apart)
+    assert both["psnr_db"] == pytest.approx(np.mean([each["psnr_db"] for each in apart]))
+    frames = drives[0].drive.frames(drives[0].indices)
+    rebuilt = world.tokenizer.decode(world.tokenizer.encode(frames)).numpy()
+    errors = np.square(rebuilt.astype(float) - frames).mean(axis=(1, 2, 3))
+    assert apart[0]["psnr_db"] == pytest.approx((10 * np.log10(255**2 / errors)).mean(), abs=1e-3)
+
+
+def test_likelihood_of_an_untrained_model_is_that_of_its_codebook(
+    world: WorldModel, tmp_path: Path
+) -> None:
+    fingerprint = world.tokenizer.fingerprint
+    training = write_store(tmp_path / "training", fingerprint=fingerprint)
+    heldout = write_store(tmp_path / "heldout", [40], fingerprint=fingerprint)
+    with pytest.raises(DriveSimError, match="held out"):
+        evaluate_likelihood(world, heldout, training)
+
+
+def test_tokens_of_another_tokenizer_are_refused(world: WorldModel, tmp_path: Path) -> None:
+    heldout = write_store(tmp_path / "heldout", [40])
+    with pytest.raises(DriveSimError, match="another tokenizer"):
+        evaluate_action_information(world, heldout)
+
+
+def test_constant_actions_carry_no_information(
+    world: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shuffling what is the same everywhere changes nothing; shuffling what varies does."""
+    heldout = write_store(tmp_path / "heldout", [60], fingerprint=world.tokenizer.fingerprint)
+    gains = evaluate_action_information(world, heldout, shuffles=2)["gain_bits_per_frame"]
+    assert gains["steering"]["mean"] != 0.0
+    drive = heldout.drives[0]
+    constant = np.ones_like(drive.actions)
+    monkeypatch.setattr(type(drive), "actions", property(lambda self: constant))
+    gains = evaluate_action_information(world, heldout, shuffles=2)["gain_bits_per_frame"]
+    assert abs(gains["both"]["mean"]) < 1e-4
+
+
+def test_block_permutation_moves_whole_blocks() -> None:
+    order = _block_permutation(23, 5, np.random.default_rng(0))
+    assert sorted(order) == list(range(23))
+    assert order[20:].tolist() == [20, 21, 22]
+    assert all(np.diff(block).tolist() == [1] * 4 for block in order[:20].reshape(4, 5))
+
+
+def test_bootstrap_interval_holds_the_mean_and_shrinks_with_data() -> None:
+    rng = np.random.default_rng(0)
+    few, many = (_bootstrap(rng.normal(1.0, 1.0, n), rng) for n in (20, 2000))
+    for found in (few, many):
+        assert found["low"] < found["mean"] < found["high"]
+    assert many["high"] - many["low"] < (few["high"] - few["low"]) / 3
+
+
+def test_control_judges_both_ways_from_every_start(world: WorldModel, videos: Path) -> None:
+    found = evaluate_control(
+        world, find_drives([videos]).drives, starts=3, seconds=0.5, sampling=Sampling()
+    )
+    trials = [trial for each in found["trials"].values() for trial in each]
+    assert len(trials) == 3
+    assert len({trial["start_s"] for trial in trials}) == 3 or len(found["trials"]) == 2
+    obeyed = sum(trial["left_motion"] > 0 > trial["right_motion"] for trial in trials)
+    assert found["obeyed"] == obeyed

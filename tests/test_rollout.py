@@ -1,0 +1,142 @@
+import json
+import resource
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from driving_sim.data.sources import find_drives
+from driving_sim.data.video_writer import write_video
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.world_model.action_plan import make_plans
+from driving_sim.world_model.rollout import (
+    Context,
+    context_from_drive,
+    context_from_tokens,
+    output_files,
+    write_rollout,
+)
+from driving_sim.world_model.sampler import Sampling
+from driving_sim.world_model.world_model import WorldModel
+from tests.test_world_model import new_world
+from tests.token_drives import COLS, FPS, ROWS, write_store
+
+H, W = 16 * ROWS, 16 * COLS
+
+
+@pytest.fixture(scope="module")
+def world() -> WorldModel:
+    return new_world()
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 frames whose brightness is their number, with speed = frame number and steering 0.1."""
+    path = tmp_path_factory.mktemp("context") / "drive.mp4"
+    frames = (np.full((H, W, 3), 5 * t, np.uint8) for t in range(40))
+    write_video(path, frames, fps=FPS)
+    rows = [f"{t / FPS},{t},0.1" for t in range(41)]
+    header = "timestamp_s,speed_mps,road_wheel_rad"
+    path.with_suffix(".csv").write_text("\n".join([header, *rows]) + "\n")
+    return path
+
+
+def context(world: WorldModel, video: Path, start_s: float | None = None) -> Context:
+    return context_from_drive(world, find_drives([video]).drives[0], start_s)
+
+
+def test_context_ends_at_the_start_time_and_the_truth_goes_on(
+    world: WorldModel, video: Path
+) -> None:
+    found = context(world, video, start_s=20 / FPS)
+    assert found.start_s == pytest.approx(20 / FPS)
+    assert abs(float(found.frames[-1].mean()) - 100) < 3
+    assert abs(float(next(found.future).mean()) - 105) < 3
+    assert len(found.tokens) == world.context_frames + 1
+    assert torch.equal(found.tokens, world.tokenizer.encode(found.frames))
+
+
+def test_the_first_new_action_leads_from_the_last_context_frame(
+    world: WorldModel, video: Path
+) -> None:
+    """The CSV's speed rises by one a frame: the mean over [t, t + 1) is t + 1/2."""
+    found = context(world, video, start_s=20 / FPS)
+    situation = found.situation(world)
+    assert situation.last_action[0] == pytest.approx(19.5, abs=1e-3)
+    assert situation.recorded is not None
+    assert situation.recorded[0][0, 0] == pytest.approx(20.5, abs=1e-3)
+
+
+def test_a_start_outside_the_drive_is_refused(world: WorldModel, video: Path) -> None:
+    with pytest.raises(DriveSimError, match=r"--start 99.*4\.9 s"):
+        context(world, video, start_s=99)
+
+
+def test_tokens_give_the_same_context_as_they_were_made_of(
+    world: WorldModel, tmp_path: Path
+) -> None:
+    store = write_store(tmp_path / "tokens")
+    found = context_from_tokens(world, store.drives[0], 20 / FPS)
+    stored = store.drives[0].tokens.astype(np.int64)
+    last = 21
+    np.testing.assert_array_equal(found.tokens, stored[last - len(found.tokens) : last])
+    true_next = world.tokenizer.decode(stored[last : last + 1]).numpy()[0]
+    np.testing.assert_array_equal(next(found.future), true_next)
+
+
+def roll(world: WorldModel, video: Path, out: Path, **options: object) -> dict[str, object]:
+    found = context(world, video, start_s=30 / FPS)
+    plans = make_plans(["left", "right"], found.situation(world), seconds=12 / FPS)
+    return write_rollout(world, found, plans, out, sampling=Sampling(seed=3), **options)  # type: ignore[arg-type]
+
+
+def test_everything_is_written_and_playable(world: WorldModel, video: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rollout.mp4"
+    report = roll(world, video, out, samples=2)
+    with av.open(str(out)) as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.name == "h264"
+        assert sum(1 for _ in container.decode(stream)) == world.context_frames + 12
+    tokens = load_file(tmp_path / "rollout.safetensors")
+    assert tokens["tokens"].shape == (4, 12, ROWS, COLS)
+    saved = json.loads((tmp_path / "rollout.json").read_text())
+    assert saved == report
+    assert saved["fingerprints"]["world_model"] == world.fingerprint
+    assert saved["sampling"]["seed"] == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "rollout.json",
+        "rollout.mp4",
+        "rollout.png",
+        "rollout.safetensors",
+    ]
+
+
+def test_the_tokens_are_those_of_the_library(
+    world: WorldModel, video: Path, tmp_path: Path
+) -> None:
+    roll(world, video, tmp_path / "rollout.mp4")
+    found = context(world, video, start_s=30 / FPS)
+    plans = make_plans(["left", "right"], found.situation(world), seconds=12 / FPS)
+    past = found.actions[: len(found.frames) - 1]
+    future = world.rollout(found.frames, past, np.stack([p.actions for p in plans]), seed=3)
+    saved = load_file(tmp_path / "rollout.safetensors")["tokens"]
+    np.testing.assert_array_equal(saved, future.tokens.numpy())
+
+
+def test_a_full_disk_leaves_nothing_behind(world: WorldModel, video: Path, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(DriveSimError, match="cannot write"):
+            roll(world, video, tmp_path / "rollout.mp4")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_is_no_mp4_is_refused() -> None:
+    with pytest.raises(DriveSimError, match=r"an \.mp4 file"):
+        output_files(Path("rollout.gif"))
