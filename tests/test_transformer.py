@@ -10,7 +10,7 @@ from driving_sim.world_model.code_embedding import CodeEmbedding, code_digits
 from driving_sim.world_model.rotary import AxialRotary, rotate
 from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
 
-GRID = TokenGrid(rows=3, cols=4, levels=(3, 2))
+GRID = TokenGrid(rows=3, cols=4, levels=(3, 3))
 CONFIG = TransformerConfig(layers=2, width=24, heads=2, kv_heads=1, context_frames=3)
 
 

@@ -5,9 +5,7 @@ features, D width.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -134,9 +132,3 @@ def drop_actions(valid: Tensor, config: ActionDropoutConfig) -> Tensor:
     begin_B1 = torch.randint(-frames, frames, (batch, 1), device=device)
     after_BT = torch.arange(frames, device=device) >= begin_B1
     return valid & ~(hidden_BA[:, None, :] & after_BT[:, :, None])
-
-
-def statistics_from_dict(values: Mapping[str, Any]) -> ActionStatistics:
-    """Return the statistics saved in a checkpoint's JSON."""
-    pairs = {name: tuple(values[name]) for name in ("mean", "std", "speed_range")}
-    return ActionStatistics(**{**values, **pairs})

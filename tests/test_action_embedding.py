@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+import torch
+
+from driving_sim.world_model.actions import (
+    ActionDropoutConfig,
+    ActionEmbedding,
+    ActionEmbeddingConfig,
+    ActionStatistics,
+    drop_actions,
+)
+
+STATISTICS = ActionStatistics(mean=(10.0, 0.0), std=(4.0, 0.2))
+
+
+def embedding() -> ActionEmbedding:
+    torch.manual_seed(0)
+    return ActionEmbedding(ActionEmbeddingConfig(octaves=3, hidden=16), 8, STATISTICS)
+
+
+def test_statistics_ignore_what_is_invalid() -> None:
+    rng = np.random.default_rng(0)
+    actions = rng.normal([8.0, -0.1], [2.0, 0.3], (1000, 2)).astype(np.float32)
+    valid = np.ones((1000, 2), np.bool_)
+    valid[:300, 0] = False
+    valid[600:, 1] = False
+    spoilt = np.where(valid, actions, np.float32(1e6))
+    found = ActionStatistics.measure(spoilt, valid)
+    speed, steering = actions[300:, 0].astype(float), actions[:600, 1].astype(float)
+    assert found.mean == pytest.approx((speed.mean(), steering.mean()))
+    assert found.std == pytest.approx((speed.std(), steering.std()))
+    assert found.steering_p95 == pytest.approx(np.quantile(np.abs(steering), 0.95))
+    assert found.steering_p99 == pytest.approx(np.quantile(np.abs(steering), 0.99))
+    assert found.speed_range == pytest.approx(tuple(np.quantile(speed, [0.01, 0.99])))
+
+
+def test_no_actions_and_constant_ones_have_statistics() -> None:
+    actions = np.full((5, 2), 3.0, np.float32)
+    none = ActionStatistics.measure(actions, np.zeros((5, 2), np.bool_))
+    assert none == ActionStatistics()
+    constant = ActionStatistics.measure(actions, np.ones((5, 2), np.bool_))
+    assert constant.mean == (3.0, 3.0)
+    assert constant.std == (1.0, 1.0)
+
+
+def test_units_are_taken_out_by_the_statistics() -> None:
+    """The same drive in km/h and degrees, with its own statistics, embeds the same."""
+    mps = embedding()
+    kmh = embedding()
+    factor = torch.tensor([3.6, 57.3])
+    kmh.mean, kmh.std = kmh.mean * factor, kmh.std * factor
+    actions = torch.randn(6, 2) * mps.std + mps.mean
+    valid = torch.ones(6, 2, dtype=torch.bool)
+    torch.testing.assert_close(mps(actions, valid), kmh(actions * factor, valid))
+
+
+@pytest.mark.parametrize("channel", [0, 1])
+def test_an_unknown_channel_is_null_whatever_its_value(channel: int) -> None:
+    module = embedding()
+    one, other = torch.tensor([[12.0, 0.1]]), torch.tensor([[12.0, 0.1]])
+    other[0, channel] = torch.nan
+    valid = torch.ones(1, 2, dtype=torch.bool)
+    known = module(one, valid)
+    valid[0, channel] = False
+    assert torch.equal(module(one, valid), module(other, valid))
+    assert not torch.allclose(module(one, valid), known)
+
+
+def test_left_and_right_embed_differently() -> None:
+    actions = torch.tensor([[10.0, 0.2], [10.0, -0.2], [10.0, 0.0]])
+    out = embedding()(actions, torch.ones(3, 2, dtype=torch.bool))
+    assert torch.cdist(out, out)[0, 1] > 0.1
+    assert torch.cdist(out, out)[0, 2] > 0.1
+
+
+def test_dropout_hides_a_channel_from_a_frame_on() -> None:
+    torch.manual_seed(0)
+    valid = torch.ones(4000, 6, 2, dtype=torch.bool)
+    hidden = ~drop_actions(valid, ActionDropoutConfig(both=0.2, channel=0.1))
+    assert (hidden[:, 1:].int() - hidden[:, :-1].int() >= 0).all()  # never known again
+    both, one = hidden[:, -1].all(1), hidden[:, -1].any(1)
+    assert both.float().mean().item() == pytest.approx(0.2 + 0.8 * 0.01, abs=0.02)
+    assert (one & ~both).float().mean().item() == pytest.approx(0.8 * 0.18, abs=0.02)
+    whole = hidden[one].any(2).all(1).float().mean().item()
+    assert whole == pytest.approx(0.5 + 0.5 / 6, abs=0.05)
+    assert torch.equal(drop_actions(valid, ActionDropoutConfig(both=0.0, channel=0.0)), valid)
+
+
+def test_dropout_never_invents_an_action() -> None:
+    valid = torch.rand(50, 6, 2) < 0.5
+    dropped = drop_actions(valid, ActionDropoutConfig(both=0.3, channel=0.3))
+    assert not (dropped & ~valid).any()
+    assert (valid & ~dropped).any()
+
+
+def test_impossible_settings_are_named() -> None:
+    with pytest.raises(ValueError, match="both is"):
+        ActionDropoutConfig(both=1.5)
+    with pytest.raises(ValueError, match="octaves is 0"):
+        ActionEmbeddingConfig(octaves=0)
+    with pytest.raises(ValueError, match="std"):
+        ActionStatistics(std=(1.0, 0.0))

@@ -1,0 +1,67 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from driving_sim.data.token_store import TokenStore
+from driving_sim.world_model.baselines import CopyLast, Unigram
+from driving_sim.world_model.bits import FullWindows
+from tests.token_drives import write_store
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    return write_store(tmp_path_factory.mktemp("baselines") / "tokens", (60, 50), gap_at=20)
+
+
+def test_unigram_is_the_frequency_of_each_code(store: TokenStore) -> None:
+    unigram = Unigram.fit(store.drives)
+    counts = np.bincount(
+        np.concatenate([drive.tokens.ravel() for drive in store.drives]), minlength=9
+    )
+    assert np.allclose(unigram.probabilities, counts / counts.sum(), atol=1e-3)
+    assert unigram.probabilities.sum() == pytest.approx(1)
+    windows = FullWindows(store.drives, frames=3)
+    found = unigram.bits_per_token(windows)
+    assert len(found.bits) == len(windows)
+    first = store.drives[0].tokens[windows.frame[0]]
+    assert found.bits[0] == pytest.approx(-np.log2(unigram.probabilities[first]).mean())
+
+
+def test_copy_last_takes_the_most_likely_share_of_changes(store: TokenStore) -> None:
+    fitted = CopyLast.fit(store.drives)
+    windows = FullWindows(store.drives, frames=2)  # every pair of frames without a gap
+    best = fitted.bits_per_token(windows).mean
+    for change in np.linspace(0.01, 0.99, 25):
+        assert CopyLast(fitted.unigram, change).bits_per_token(windows).mean >= best - 1e-9
+    assert 0 < fitted.change < 1
+
+
+def test_copy_last_mixes_the_frame_before_with_the_unigram(store: TokenStore) -> None:
+    unigram = Unigram.fit(store.drives)
+    windows = FullWindows(store.drives, frames=4)
+    found = CopyLast(unigram, 0.3).bits_per_token(windows)
+    n = 7
+    drive, frame = store.drives[windows.drive[n]], windows.frame[n]
+    now, last = drive.tokens[frame], drive.tokens[frame - 1]
+    expected = -np.log2(0.3 * unigram.probabilities[now] + 0.7 * (now == last)).mean()
+    assert found.bits[n] == pytest.approx(expected)
+    assert found.accuracy[n] == pytest.approx((now == last).mean())
+    everything_new = CopyLast(unigram, 1.0).bits_per_token(windows).bits
+    assert np.allclose(everything_new, unigram.bits_per_token(windows).bits)
+
+
+def test_a_world_that_stands_still_is_copied_for_nothing(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "tokens", (30,))
+    still = store.drives[0]
+    frozen = np.repeat(still.tokens[:1], 30, axis=0)
+
+    class Still:
+        info, entry, tokens = still.info, still.entry, frozen
+
+        def __len__(self) -> int:
+            return 30
+
+    drives = [Still()]
+    fitted = CopyLast.fit(drives)  # type: ignore[arg-type]
+    assert 0 < fitted.change < 1e-6

@@ -1,0 +1,85 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from driving_sim.data.token_store import TokenStore
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.world_model.bits import FullWindows, bits_per_token, streamed_bits_per_token
+from tests.test_transformer import CONFIG, random_model
+from tests.token_drives import write_store
+
+W = CONFIG.context_frames
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    return write_store(tmp_path_factory.mktemp("bits") / "tokens", (11, 8), gap_at=6)
+
+
+def by_place(found: object) -> dict[tuple[int, int], float]:
+    return {
+        (int(d), int(f)): float(b)
+        for d, f, b in zip(found.drive, found.frame, found.bits, strict=True)  # type: ignore[attr-defined]
+    }
+
+
+def test_every_frame_with_a_full_window_is_judged_once(store: TokenStore) -> None:
+    windows = FullWindows(store.drives, frames=W)
+    found = bits_per_token(random_model(), windows)
+    expected = {(0, f) for f in [2, 3, 4, 5, 8, 9, 10]} | {(1, f) for f in [2, 3, 4, 5]}
+    assert set(by_place(found)) == expected
+    assert len(found.bits) == len(windows) == len(expected)
+
+
+def test_bits_are_those_of_the_window_alone(store: TokenStore) -> None:
+    model = random_model()
+    windows = FullWindows(store.drives, frames=W)
+    found = bits_per_token(model, windows, batch_size=3)
+    for n in range(len(windows)):
+        batch = windows.batch(slice(n, n + 1))
+        batch["valid"] = batch.pop("action_valid")
+        with torch.no_grad():
+            log_probs = model(**batch)[0, -1].log_softmax(-1)
+        bits = -log_probs.gather(-1, batch["tokens"][0, -1].unsqueeze(-1)).mean() / math.log(2)
+        assert found.bits[n] == pytest.approx(bits.item(), abs=1e-5)
+    assert found.mean == pytest.approx(found.bits.mean())
+
+
+def test_other_actions_can_be_put_in(store: TokenStore) -> None:
+    model = random_model()
+    windows = FullWindows(store.drives, frames=W)
+    own = bits_per_token(model, windows)
+    same = bits_per_token(model, windows, actions=windows.actions.copy())
+    assert np.array_equal(own.bits, same.bits)
+    flipped = bits_per_token(
+        model, windows, actions=windows.actions * np.array([1, -1], np.float32)
+    )
+    assert (flipped.bits != own.bits).any()
+    unknown = bits_per_token(model, windows, action_valid=np.zeros_like(windows.action_valid))
+    assert (unknown.bits != own.bits).all()
+
+
+def test_streamed_bits_equal_recomputed_ones_until_a_frame_has_left(store: TokenStore) -> None:
+    model = random_model()
+    streamed = by_place(streamed_bits_per_token(model, store.drives))
+    assert len(streamed) == sum(len(drive) for drive in store.drives)
+    windows = by_place(bits_per_token(model, FullWindows(store.drives, frames=W)))
+    for place in [(0, W - 1), (0, 6 + W - 1), (1, W - 1)]:
+        assert streamed[place] == pytest.approx(windows[place], abs=1e-4)
+    assert streamed[(0, W)] != pytest.approx(windows[(0, W)], abs=1e-5)
+
+
+def test_measuring_leaves_the_model_as_it_was(store: TokenStore) -> None:
+    model = random_model().train()
+    bits_per_token(model, FullWindows(store.drives, frames=W))
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_drives_shorter_than_a_window_are_an_error(tmp_path: Path) -> None:
+    drives = write_store(tmp_path / "tokens", (2, 2)).drives
+    with pytest.raises(DriveSimError, match="no run of 3 frames"):
+        FullWindows(drives, frames=W)

@@ -1,0 +1,167 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.world_model import WorldModel
+from driving_sim.world_model.sampler import FrameSample, Sampling
+from driving_sim.world_model.transformer import TokenGrid
+from tests.test_transformer import CONFIG, random_model
+from tests.token_drives import COLS, FPS, LEVELS, ROWS, tiny_tokenizer, turning_drive
+
+W = CONFIG.context_frames
+
+
+def new_world() -> WorldModel:
+    model = random_model(CONFIG, TokenGrid(rows=ROWS, cols=COLS, levels=LEVELS))
+    return WorldModel(model, tiny_tokenizer(), fps=FPS, steering_kind="road_wheel")
+
+
+@pytest.fixture(scope="module")
+def world() -> WorldModel:
+    return new_world()
+
+
+@pytest.fixture(scope="module")
+def run(world: WorldModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("run")
+    world.save(path)
+    return path
+
+
+def stacked(frames: list[FrameSample]) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        torch.stack([frame.tokens for frame in frames], dim=1),
+        torch.stack([frame.log_probs for frame in frames], dim=1),
+    )
+
+
+def test_a_saved_model_generates_the_same(world: WorldModel, run: Path) -> None:
+    loaded = WorldModel.from_run(run, device="cpu", precision="fp32")
+    assert loaded.config == world.config
+    assert loaded.fingerprint == world.fingerprint
+    assert loaded.tokenizer.fingerprint == world.tokenizer.fingerprint
+    tokens, actions, _ = turning_drive(8, 0)
+    futures = []
+    for model in (world, loaded):
+        prefix = model.encode_prefix(tokens[:4], actions[:3])
+        futures.append(stacked(list(model.generate(prefix, actions[3:]))))
+    assert torch.equal(futures[0][0], futures[1][0])
+    assert torch.equal(futures[0][1], futures[1][1])
+
+
+def test_branches_and_samples_are_the_single_futures(world: WorldModel) -> None:
+    tokens, actions, _ = turning_drive(4, 0)
+    prefix = world.encode_prefix(tokens, actions[:3])
+    plans = np.zeros((3, 5, 2), np.float32)
+    plans[:, :, 0], plans[:, :, 1] = 5.0, np.array([[-0.2], [0.0], [0.2]])
+    sampling = Sampling(seed=7)
+    together, log_probs = stacked(list(world.generate(prefix, plans, samples=2, sampling=sampling)))
+    assert together.shape == log_probs.shape == (6, 5, ROWS, COLS)
+    for branch in range(3):
+        alone, _ = stacked(
+            list(world.generate(prefix, plans[branch], samples=2, sampling=sampling))
+        )
+        assert torch.equal(alone, together[2 * branch : 2 * branch + 2])
+    assert not torch.equal(together[0], together[2])
+    assert not torch.equal(together[0], together[1])
+
+
+@pytest.mark.parametrize("known", [1, 2, W - 1, W, 2 * W])
+def test_a_future_costs_what_the_model_says_of_the_whole_sequence(
+    world: WorldModel, known: int
+) -> None:
+    """Only the last W - 1 context frames count, and what led to them."""
+    tokens, actions, valid = turning_drive(known + 4, 1)
+    valid = valid.copy()
+    valid[known // 2, 1] = False
+    prefix = world.encode_prefix(tokens[:known], actions[: known - 1], valid[: known - 1])
+    future, log_probs = stacked(
+        list(world.generate(prefix, actions[known - 1 : -1], valid[known - 1 : -1]))
+    )
+    first = max(0, known - W + 1)
+    sequence = torch.cat([torch.from_numpy(tokens[first:known])[None], future], dim=1)
+    led = np.concatenate([np.zeros((1, 2), np.float32), actions])
+    led_valid = np.concatenate([np.zeros((1, 2), np.bool_), valid])
+    with torch.no_grad():
+        logits = world.transformer(
+            sequence,
+            torch.from_numpy(tokens[[first - 1 if first else 0]]),
+            torch.tensor([first > 0]),
+            torch.from_numpy(led[first : known + 4])[None],
+            torch.from_numpy(led_valid[first : known + 4])[None],
+        )
+    expected = logits.log_softmax(-1).gather(-1, sequence.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(log_probs, expected[:, known - first :], atol=1e-4, rtol=0)
+
+
+def test_a_rollout_is_generated_tokens_decoded(world: WorldModel) -> None:
+    frames = np.random.default_rng(0).integers(256, size=(3, 70, 90, 3), dtype=np.uint8)
+    past = np.array([[5.0, 0.1], [np.nan, 0.1]])
+    actions = np.array([[[5.0, 0.2]] * 4, [[5.0, -0.2]] * 4])
+    rollout = world.rollout(frames, past, actions, samples=2, seed=3, top_p=0.9)
+    assert rollout.frames.shape == (4, 4, 16 * ROWS, 16 * COLS, 3)
+    assert rollout.frames.dtype == np.uint8
+    known = ~np.isnan(past)
+    prefix = world.encode_prefix(world.tokenizer.encode(frames), past, known)
+    sampling = Sampling(seed=3, top_p=0.9)
+    tokens, log_probs = stacked(list(world.generate(prefix, actions, samples=2, sampling=sampling)))
+    assert torch.equal(rollout.tokens, tokens)
+    assert torch.equal(rollout.log_probs, log_probs)
+    assert np.array_equal(rollout.frames[2], world.tokenizer.decode(tokens[2]).numpy())
+    assert (rollout.sampling_log_probs >= rollout.log_probs - 1e-5).all()
+
+
+def test_generating_holds_no_state_of_torch_between_frames(world: WorldModel) -> None:
+    prefix = world.encode_prefix(np.zeros((2, ROWS, COLS), np.int64), np.zeros((1, 2)))
+    for _ in world.generate(prefix, np.zeros((2, 2))):
+        assert not torch.is_inference_mode_enabled()
+        assert torch.ones(1, requires_grad=True).mul(2).requires_grad
+
+
+def test_tokens_that_do_not_fit_are_refused(world: WorldModel) -> None:
+    with pytest.raises(DriveSimError, match="this world model takes"):
+        world.encode_prefix(np.zeros((2, ROWS, COLS + 1), np.int64), np.zeros((1, 2)))
+    with pytest.raises(DriveSimError, match="below 9"):
+        world.encode_prefix(np.full((2, ROWS, COLS), 9), np.zeros((1, 2)))
+    with pytest.raises(DriveSimError, match="empty context"):
+        world.encode_prefix(np.zeros((0, ROWS, COLS), np.int64), np.zeros((0, 2)))
+    with pytest.raises(ValueError, match="past_actions of shape"):
+        world.encode_prefix(np.zeros((2, ROWS, COLS), np.int64), np.zeros((2, 2)))
+    prefix = world.encode_prefix(np.zeros((1, ROWS, COLS), np.int64), np.zeros((0, 2)))
+    with pytest.raises(ValueError, match="actions of shape"):
+        next(world.generate(prefix, np.zeros((4, 3))))
+
+
+def test_a_folder_that_is_not_intact_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(DriveSimError, match="holds no world model"):
+        WorldModel.from_run(tmp_path)
+    world = new_world()
+    world.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    weights = load_file(run / "model.safetensors")
+
+    weights["row_place"] = weights["row_place"] + 1
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(DriveSimError, match="fingerprint"):
+        WorldModel.from_run(tmp_path)
+
+    del weights["row_place"]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(DriveSimError, match="not this world model's weights"):
+        WorldModel.from_run(tmp_path)
+
+    save_file(load_file(run / "model.safetensors"), tmp_path / "model.safetensors")
+    WorldModel.from_run(tmp_path)
+    tiny_tokenizer(seed=1).save(tmp_path / "tokenizer")
+    with pytest.raises(DriveSimError, match="not the tokenizer"):
+        WorldModel.from_run(tmp_path)
+
+    config["config"]["model"]["depth"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DriveSimError, match="unknown key 'depth'"):
+        WorldModel.from_run(tmp_path)

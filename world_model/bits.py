@@ -1,0 +1,192 @@
+"""Bits per token, frame by frame: how well a model predicts drives that it has not seen.
+
+Axes: n windows or frames, B batch, W frames of context, P = rows * cols tokens of a frame.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor
+
+from driving_sim.data.token_store import DriveTokens
+from driving_sim.data.token_windows import WindowIndex, load_windows
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.world_model.cache import RingCache, encode_frame
+from driving_sim.world_model.transformer import Transformer
+
+
+@dataclass(frozen=True, slots=True)
+class FrameBits:
+    """One value per frame, in the drives' order: blocks of neighbours can be resampled."""
+
+    drive: NDArray[np.int64]
+    """[n], the drive's place in the sequence that was given."""
+    frame: NDArray[np.int64]
+    """[n], the frame's number in its drive."""
+    bits: NDArray[np.float64]
+    """[n], mean bits per token of the frame."""
+    accuracy: NDArray[np.float64]
+    """[n], share of tokens that were the model's most probable ones."""
+
+    @property
+    def mean(self) -> float:
+        """Bits per token over all frames."""
+        return float(self.bits.mean())
+
+
+class FullWindows:
+    """Every window of `frames` frames: each has one frame to judge, its last, and W-1 behind it.
+
+    `actions` [n, W, 2] and `action_valid` [n, W, 2] lead to the windows' frames; a caller may
+    permute copies of them and hand those to `bits_per_token`. Raises `DriveSimError` where no
+    drive is as long as a window.
+    """
+
+    def __init__(self, drives: Sequence[DriveTokens], *, frames: int, stride: int = 1) -> None:
+        index = WindowIndex(drives, frames=frames, stride=stride)
+        if not len(index):
+            raise DriveSimError(
+                f"no run of {frames} frames without a gap in {len(drives)} drives: nothing to "
+                "measure; use longer drives"
+            )
+        self.drives, self.frames = drives, frames
+        self.windows = [index[number] for number in range(len(index))]
+        self.drive = np.array([window.drive for window in self.windows], np.int64)
+        self.frame = np.array([window.start + frames - 1 for window in self.windows], np.int64)
+        batches = [self.batch(slice(at, at + 64)) for at in range(0, len(self), 64)]
+        self.actions = np.concatenate([batch["actions"].numpy() for batch in batches])
+        self.action_valid = np.concatenate([batch["action_valid"].numpy() for batch in batches])
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def batch(self, chosen: slice) -> dict[str, Tensor]:
+        """Load some of the windows, as `TokenWindows` does."""
+        return load_windows(self.drives, self.windows[chosen], self.frames)
+
+    def last_frames(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the tokens [n, P] of the judged frames and of the frames before them."""
+        pairs = [
+            self.drives[window.drive].tokens[frame - 1 : frame + 1].astype(np.int64)
+            for window, frame in zip(self.windows, self.frame, strict=True)
+        ]
+        tokens = rearrange(np.stack(pairs), "n two r c -> two n (r c)")
+        return tokens[1], tokens[0]
+
+    def judged(self, bits: NDArray[np.float64], accuracy: NDArray[np.float64]) -> FrameBits:
+        """Attach values [n] to the windows' judged frames."""
+        return FrameBits(self.drive, self.frame, bits, accuracy)
+
+
+@contextmanager
+def _frozen(model: Transformer) -> Iterator[None]:
+    """Without gradients and dropout."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
+
+
+def bits_per_token(
+    model: Transformer,
+    windows: FullWindows,
+    *,
+    actions: NDArray[np.float32] | None = None,
+    action_valid: NDArray[np.bool_] | None = None,
+    batch_size: int = 4,
+) -> FrameBits:
+    """Judge the last frame of every window, recomputing each window as training does.
+
+    `actions` and `action_valid` [n, W, 2] replace the windows' own (shuffled ones, say).
+    """
+    actions = windows.actions if actions is None else actions
+    action_valid = windows.action_valid if action_valid is None else action_valid
+    device = model.source.device
+    found = []
+    with _frozen(model):
+        tables = model.tables()
+        for at in range(0, len(windows), batch_size):
+            chosen = slice(at, at + batch_size)
+            batch = windows.batch(chosen)
+            tokens = rearrange(batch["tokens"], "b t r c -> b t (r c)").to(device)
+            before = batch["previous"].masked_fill(
+                ~batch["has_previous"][:, None, None], model.grid.codebook_size
+            )
+            hidden = model.window_hidden(
+                tables,
+                tokens,
+                rearrange(before, "b r c -> b (r c)").to(device),
+                torch.from_numpy(actions[chosen]).to(device),
+                torch.from_numpy(action_valid[chosen]).to(device),
+            )
+            found.append(_judge(F.linear(hidden[:, -1], tables.output), tokens[:, -1]))
+    return windows.judged(*np.concatenate(found, axis=1))
+
+
+def streamed_bits_per_token(model: Transformer, drives: Sequence[DriveTokens]) -> FrameBits:
+    """Judge every frame of the drives as a rollout would meet it: through the ring cache.
+
+    Nothing is recomputed, so from frame W on the cache holds what its frames saw of frames that
+    have left. Runs without a gap start afresh.
+    """
+    places: list[tuple[int, int]] = []
+    found: list[NDArray[np.float64]] = []
+    for number, drive in enumerate(drives):
+        for begin, stop in drive.entry.segments:
+            places += [(number, frame) for frame in range(begin, stop)]
+            found.append(_streamed(model, drive, begin, drive.actions[None, begin:stop])[:, 0])
+    drive_n, frame_n = np.array(places, np.int64).T
+    return FrameBits(drive_n, frame_n, *np.concatenate(found, axis=1))
+
+
+def streamed_bits(
+    model: Transformer, drive: DriveTokens, begin: int, actions: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """Bits per token [V, N] of the N frames from `begin` on, under V variants of their actions.
+
+    `actions` [V, N, 2] take the place of the drive's own, whose validity stays.
+    """
+    bits: NDArray[np.float64] = _streamed(model, drive, begin, actions)[0]
+    return bits
+
+
+def _streamed(
+    model: Transformer, drive: DriveTokens, begin: int, actions: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """Bits and accuracy [2, V, N], all variants in one cached pass a frame."""
+    device, none = model.source.device, model.grid.codebook_size
+    variants, frames = actions.shape[:2]
+    found = []
+    with _frozen(model):
+        tables = model.tables()
+        cache = RingCache(model, variants, device, tables.output.dtype)
+        previous = torch.full((variants, model.order.tokens), none, device=device)
+        led_by = torch.zeros(variants, 2), torch.zeros(variants, 2, dtype=torch.bool)
+        for frame in range(frames):
+            known = torch.from_numpy(drive.tokens[begin + frame].astype(np.int64)).flatten()
+            tokens = known.expand(variants, -1).to(device)
+            placed = [value.to(device) for value in led_by]
+            hidden = encode_frame(model, tables, cache, tokens, previous, *placed)
+            found.append(_judge(F.linear(hidden, tables.output), tokens))
+            previous = tokens
+            valid = torch.from_numpy(np.array(drive.action_valid[begin + frame]))
+            led_by = torch.from_numpy(np.array(actions[:, frame])), valid.expand(variants, -1)
+    return np.stack(found, axis=-1)
+
+
+def _judge(logits: Tensor, tokens: Tensor) -> NDArray[np.float64]:
+    """Return mean bits and accuracy [2, B] of tokens [B, P] under logits [B, P, K]."""
+    log_probs = logits.float().log_softmax(-1)
+    bits = -log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) / math.log(2)
+    right = logits.argmax(-1) == tokens
+    return torch.stack([bits.mean(-1), right.float().mean(-1)]).double().cpu().numpy()

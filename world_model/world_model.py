@@ -1,0 +1,351 @@
+"""The frozen world model: a folder of weights, config and tokenizer, loaded to imagine futures.
+
+Axes: T context frames, N future frames, F = branches * samples futures, r c token rows and columns,
+H W pixels.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from numpy.typing import ArrayLike, NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from driving_sim.data.action_file import SteeringKind
+from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
+from driving_sim.engine.device import resolve_device, resolve_precision
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.files import atomic_file
+from driving_sim.tokenizer.tokenizer import Tokenizer
+from driving_sim.world_model.actions import ActionStatistics
+from driving_sim.world_model.cache import RingCache, encode_frame
+from driving_sim.world_model.sampler import FrameSample, FrameSampler, Sampling
+from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
+
+_WEIGHTS = "model.safetensors"
+_CONFIG = "config.json"
+_TOKENIZER = "tokenizer"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorldModelConfig:
+    """What a world model's `config.json` says, beside its fingerprints."""
+
+    model: TransformerConfig
+    """Size and shape."""
+    grid: TokenGrid
+    """The tokenizer's tokens."""
+    actions: ActionStatistics
+    """The training data's actions."""
+    fps: float
+    """Frames per second of the training data, and so of what is generated."""
+    steering_kind: SteeringKind | None
+    """What the steering channel means; None where no drive had actions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """A context, encoded once; any number of futures can start from it."""
+
+    cache: RingCache
+    last: Tensor
+    """Tokens of the last context frame, [1, r * c]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """Futures as frames and as tokens."""
+
+    frames: NDArray[np.uint8]
+    """[F, N, H, W, 3]."""
+    tokens: Tensor
+    """int64 [F, N, r, c]."""
+    log_probs: Tensor
+    """[F, N, r, c], nats: under the plain model."""
+    sampling_log_probs: Tensor
+    """[F, N, r, c], nats: under the distribution that was drawn from."""
+
+
+class WorldModel:
+    """Futures of tokens from a context and actions, with fixed weights: no gradients, no dropout.
+
+    `precision` is the passes' number format (auto, fp32 or bf16; auto: bf16 where it is faster).
+    """
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        fps: float,
+        steering_kind: SteeringKind | None,
+        device: torch.device | str = "cpu",
+        precision: str = "fp32",
+    ) -> None:
+        self.device = torch.device(device)
+        self.transformer = transformer.eval().requires_grad_(False).to(self.device)
+        self.tokenizer = tokenizer
+        self.fps, self.steering_kind = fps, steering_kind
+        self.dtype = resolve_precision(precision, self.device)
+        self.fingerprint = _fingerprint(self.config, transformer, tokenizer)
+        """SHA-256 of weights, config and tokenizer."""
+        with torch.inference_mode():
+            self._tables = self.transformer.tables()
+
+    @classmethod
+    def from_run(cls, path: Path | str, device: str = "auto", precision: str = "auto") -> Self:
+        """Load the run folder `path`; raise `DriveSimError` where it is not an intact one."""
+        folder = Path(path)
+        for name in (_CONFIG, _WEIGHTS):
+            if not (folder / name).is_file():
+                raise DriveSimError(
+                    f"{folder} holds no world model ({name} is missing): "
+                    "train one with `drivesim train-world-model`, or name its folder"
+                )
+        saved = load_json(folder / _CONFIG)
+        config = from_dict(WorldModelConfig, saved.get("config", {}), str(folder / _CONFIG))
+        transformer = Transformer(config.model, config.grid, config.actions)
+        _load_weights(transformer, folder / _WEIGHTS)
+        tokenizer = Tokenizer.from_run(folder / _TOKENIZER, device)
+        world = cls(
+            transformer,
+            tokenizer,
+            fps=config.fps,
+            steering_kind=config.steering_kind,
+            device=resolve_device(device),
+            precision=precision,
+        )
+        world._check_fingerprints(saved, folder)
+        return world
+
+    def save(self, path: Path | str) -> None:
+        """Write weights, config and tokenizer into the folder `path`."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {k: v.cpu().contiguous() for k, v in self.transformer.state_dict().items()}
+        self.tokenizer.save(folder / _TOKENIZER)
+        with atomic_file(folder / _WEIGHTS) as temporary:
+            save_file(weights, temporary)
+        identity = {"kind": "world-model", "config": to_dict(self.config)}
+        prints = {"tokenizer": self.tokenizer.fingerprint, "fingerprint": self.fingerprint}
+        save_json(folder / _CONFIG, identity | prints)
+
+    def _check_fingerprints(self, saved: dict[str, Any], folder: Path) -> None:
+        if saved.get("tokenizer") != self.tokenizer.fingerprint:
+            raise DriveSimError(
+                f"{folder / _TOKENIZER} is not the tokenizer that this world model was trained "
+                "with; copy the whole run folder again"
+            )
+        if saved.get("fingerprint") != self.fingerprint:
+            raise DriveSimError(
+                f"{folder}: the fingerprint in {_CONFIG} does not match the weights; "
+                "copy the folder again"
+            )
+
+    @property
+    def config(self) -> WorldModelConfig:
+        """Everything but the weights."""
+        return WorldModelConfig(
+            model=self.transformer.config,
+            grid=self.transformer.grid,
+            actions=self.transformer.statistics,
+            fps=self.fps,
+            steering_kind=self.steering_kind,
+        )
+
+    @property
+    def statistics(self) -> ActionStatistics:
+        """Mean, spread and percentiles of the training data's actions."""
+        return self.transformer.statistics
+
+    @property
+    def steering_p95(self) -> float:
+        """95th percentile of the training data's |steering|."""
+        return self.statistics.steering_p95
+
+    @property
+    def steering_p99(self) -> float:
+        """99th percentile of the training data's |steering|."""
+        return self.statistics.steering_p99
+
+    @property
+    def context_frames(self) -> int:
+        """Frames that the model sees, the one being predicted included."""
+        return self.transformer.config.context_frames
+
+    def _precise(self) -> AbstractContextManager[object]:
+        if self.dtype is torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def encode_prefix(
+        self, tokens: ArrayLike | Tensor, past_actions: ArrayLike, valid: ArrayLike | None = None
+    ) -> Prefix:
+        """Encode a context: tokens int64 [T, r, c] and the actions [T - 1, 2] (m/s, rad) in it.
+
+        `valid` [T - 1, 2] says which are known (all, by default). Only the last W - 1 frames, and
+        what led to them, are used: with the next frame they fill the model's window. Raises
+        `DriveSimError` for tokens of another size than the model's.
+        """
+        tokens_TP = self._checked_tokens(tokens)
+        count = len(tokens_TP)
+        actions, known = _with_validity(past_actions, valid)
+        if actions.shape != (count - 1, 2):
+            raise ValueError(
+                f"past_actions of shape {tuple(actions.shape)}: {count} context frames have "
+                f"{count - 1} actions between them, [{count - 1}, 2]"
+            )
+        # Nothing leads to the first frame.
+        none = torch.full_like(tokens_TP[:1], self.transformer.grid.codebook_size)
+        before = torch.cat([none, tokens_TP[:-1]])
+        actions = torch.cat([torch.zeros(1, 2), actions])
+        known = torch.cat([torch.zeros(1, 2, dtype=torch.bool), known])
+        cache = RingCache(self.transformer, 1, self.device, self.dtype)
+        with torch.inference_mode(), self._precise():
+            for t in range(max(0, count - self.context_frames + 1), count):
+                frame = (tokens_TP[t], before[t], actions[t], known[t])
+                placed = [value[None].to(self.device) for value in frame]
+                encode_frame(self.transformer, self._tables, cache, *placed)
+        return Prefix(cache, tokens_TP[-1:].to(self.device))
+
+    def _checked_tokens(self, tokens: ArrayLike | Tensor) -> Tensor:
+        """As int64 [T, r * c]."""
+        grid = self.transformer.grid
+        tokens_Trc = torch.as_tensor(tokens).long()
+        if tokens_Trc.ndim != 3 or tokens_Trc.shape[1:] != (grid.rows, grid.cols):
+            raise DriveSimError(
+                f"tokens of shape {list(tokens_Trc.shape)}: this world model takes "
+                f"[T, {grid.rows}, {grid.cols}]; encode frames with its own tokenizer"
+            )
+        if not len(tokens_Trc):
+            raise DriveSimError("an empty context: a future starts from at least one frame")
+        if tokens_Trc.min() < 0 or tokens_Trc.max() >= grid.codebook_size:
+            raise DriveSimError(
+                f"tokens from {tokens_Trc.min()} to {tokens_Trc.max()}: this world model's are "
+                f"below {grid.codebook_size}; encode frames with its own tokenizer"
+            )
+        return rearrange(tokens_Trc, "t r c -> t (r c)")
+
+    def branch(
+        self,
+        prefix: Prefix,
+        *,
+        branches: int = 1,
+        samples: int = 1,
+        sampling: Sampling | None = None,
+    ) -> FrameSampler:
+        """Start branches * samples futures, to be continued action by action with `step`.
+
+        Futures are numbered branch * samples + sample; sample s of each branch has the same draws.
+        """
+        return FrameSampler(
+            self.transformer,
+            self._tables,
+            prefix.cache,
+            prefix.last,
+            samples=torch.arange(samples).repeat(branches),
+            sampling=sampling or Sampling(),
+        )
+
+    def generate(
+        self,
+        prefix: Prefix,
+        actions: ArrayLike,
+        valid: ArrayLike | None = None,
+        *,
+        samples: int = 1,
+        sampling: Sampling | None = None,
+    ) -> Iterator[FrameSample]:
+        """Yield frame after frame of F = branches * samples futures, tokens [F, r, c].
+
+        `actions` [branches, N, 2] or, for one branch, [N, 2] (m/s, rad): the first leads from the
+        last context frame to the first new one. `valid` of the same shape says which are known.
+        Memory does not grow with N.
+        """
+        actions_BNA, valid_BNA = _with_validity(actions, valid)
+        if actions_BNA.ndim == 2:
+            actions_BNA, valid_BNA = actions_BNA[None], valid_BNA[None]
+        if actions_BNA.ndim != 3 or actions_BNA.shape[2] != 2:
+            raise ValueError(
+                f"actions of shape {tuple(actions_BNA.shape)}: must be [branches, N, 2] or [N, 2]"
+            )
+        sampler = self.branch(prefix, branches=len(actions_BNA), samples=samples, sampling=sampling)
+        pairs = [
+            repeat(values, "b n a -> n (b s) a", s=samples).to(self.device)
+            for values in (actions_BNA, valid_BNA)
+        ]
+        for action, known in zip(*pairs, strict=True):
+            with self._precise():
+                frame = sampler.step(action, known)
+            yield frame
+
+    def rollout(
+        self,
+        frames: NDArray[np.uint8] | Tensor,
+        past_actions: ArrayLike,
+        actions: ArrayLike,
+        *,
+        samples: int = 1,
+        seed: int = 0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float = 1.0,
+    ) -> Rollout:
+        """Imagine what follows `frames` uint8 [T, height, width, 3] under `actions`, in pixels.
+
+        `past_actions` [T - 1, 2] and `actions` [N, 2] or [branches, N, 2] are in m/s and rad; NaN
+        is unknown. Everything is kept in memory: for long futures, `generate` and decode.
+        """
+        sampling = Sampling(
+            seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance
+        )
+        past, future = (np.asarray(values, np.float32) for values in (past_actions, actions))
+        prefix = self.encode_prefix(self.tokenizer.encode(frames), past, ~np.isnan(past))
+        steps = list(
+            self.generate(prefix, future, ~np.isnan(future), samples=samples, sampling=sampling)
+        )
+        tokens = torch.stack([step.tokens for step in steps], dim=1).cpu()
+        decoded = self.tokenizer.decode(rearrange(tokens, "f n r c -> (f n) r c"))
+        return Rollout(
+            rearrange(decoded, "(f n) h w c -> f n h w c", f=len(tokens)).numpy(),
+            tokens,
+            torch.stack([step.log_probs for step in steps], dim=1).cpu(),
+            torch.stack([step.sampling_log_probs for step in steps], dim=1).cpu(),
+        )
+
+
+def _with_validity(actions: ArrayLike, valid: ArrayLike | None) -> tuple[Tensor, Tensor]:
+    """As float32 and bool tensors of the same shape; unknown actions become 0."""
+    values = torch.from_numpy(np.array(actions, np.float32))
+    known = np.ones(values.shape) if valid is None else np.broadcast_to(valid, values.shape)
+    mask = torch.from_numpy(known.astype(np.bool_))
+    return torch.where(mask, values, 0.0), mask
+
+
+def _fingerprint(config: WorldModelConfig, transformer: Transformer, tokenizer: Tokenizer) -> str:
+    identity = {"config": to_dict(config), "tokenizer": tokenizer.fingerprint}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+    for name, value in sorted(transformer.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _load_weights(transformer: Transformer, path: Path) -> None:
+    try:
+        transformer.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DriveSimError(
+            f"{path}: not this world model's weights ({reason}); copy it again"
+        ) from error
