@@ -6,7 +6,6 @@ edit lists, missing or negative timestamps and for most codecs. So it only gets 
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -109,16 +108,6 @@ def video_stream(container: InputContainer, path: Path) -> VideoStream:
     )
 
 
-def decode_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-    """Decode from the current position in display order, from the first keyframe on."""
-    # A packet before the first keyframe (a stream joined midway) makes decoders fail.
-    started = False
-    for packet in container.demux(stream):
-        started = started or packet.is_keyframe
-        if started or packet.size == 0:
-            yield from stream.decode(packet)
-
-
 def _check_file(path: Path) -> None:
     if not path.exists():
         raise VideoError(f"{path}: no such file")
@@ -190,7 +179,7 @@ def _describe(
 def _first_frame(path: Path) -> VideoFrame:
     # Opened anew: not every format can be sought back to its start.
     with av.open(str(path)) as container:
-        for frame in decode_frames(container, video_stream(container, path)):
+        for frame in container.decode(video_stream(container, path)):
             return frame
     raise VideoError(f"{path}: no frame of this file can be decoded; copy it again or leave it out")
 

@@ -19,7 +19,7 @@ from driving_sim.data.frame_size import (
     fit,
     transform_description,
 )
-from driving_sim.data.probe import VideoError, VideoInfo, decode_frames, probe, video_stream
+from driving_sim.data.probe import VideoError, VideoInfo, probe, video_stream
 
 __all__ = [
     "TRANSFORM_VERSION",
@@ -168,11 +168,11 @@ def _numbered(info: VideoInfo, keyframe: int, threads: int) -> Iterator[tuple[in
         stream.thread_type = "AUTO"
         stream.thread_count = threads
         if info.pts is None:
-            yield from enumerate(decode_frames(container, stream))
+            yield from enumerate(container.decode(stream))
             return
         if keyframe > 0:
             container.seek(int(info.pts[keyframe]), stream=stream)
-        for frame in decode_frames(container, stream):
+        for frame in container.decode(stream):
             index = int(np.searchsorted(info.pts, frame.pts)) if frame.pts is not None else -1
             if 0 <= index < len(info.pts) and info.pts[index] == frame.pts:
                 yield index, frame

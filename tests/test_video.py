@@ -181,7 +181,7 @@ def test_description_tells_sizes_apart() -> None:
 @pytest.mark.parametrize("size", [None, FrameSize(height=40, width=64)])
 def test_readers_agree_to_half_a_grey_level(tmp_path: Path, size: FrameSize | None) -> None:
     y, x, t = np.meshgrid(np.arange(96), np.arange(160), np.arange(12), indexing="ij")
-    grey = np.sin(x / 9 + t) + np.cos(y / 7 - t)
+    grey = np.sin(x / 2 + t) + np.cos(y / 3 - t)
     waves = np.stack([grey, grey, grey + 0.2 * np.sin((x + y) / 30)], axis=-1) / 2
     frames = (127 + 90 * waves).astype(np.uint8).transpose(2, 0, 1, 3)
     write_video(tmp_path / "x.mp4", frames, fps=10)
