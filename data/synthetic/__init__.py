@@ -5,10 +5,10 @@ from driving_sim.data.synthetic.drives import (
     drive,
     frame_count,
     load_synthetic_drive,
-    write_synthetic_drives,
 )
 from driving_sim.data.synthetic.vehicle import VehicleState
 from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
+from driving_sim.data.synthetic.writer import write_synthetic_drives
 
 __all__ = [
     "SyntheticConfig",

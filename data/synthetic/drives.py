@@ -1,23 +1,19 @@
-"""Synthetic drives: driven, filmed, and written as video, CSV and the world to replay them in."""
+"""Synthetic drives: a driver's way through a world, which can be saved and replayed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from driving_sim.data.action_file import write_action_file
 from driving_sim.data.synthetic.driver import Driver
 from driving_sim.data.synthetic.vehicle import VehicleState
 from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
-from driving_sim.data.video_writer import VideoWriter
 from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
 from driving_sim.engine.errors import DriveSimError
 
-_FORMAT = "drivesim synthetic drive 1"
-_PLAN = "synthetic.json"
+DRIVE_FORMAT = "drivesim synthetic drive 1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +45,7 @@ class SyntheticDrive:
         save_json(
             path,
             {
-                "format": _FORMAT,
+                "format": DRIVE_FORMAT,
                 "world_seed": self.world.seed,
                 "config": to_dict(self.world.config),
                 "states": [astuple(state) for state in self.states],
@@ -62,7 +58,7 @@ def load_synthetic_drive(path: Path) -> SyntheticDrive:
     """Read a drive that `SyntheticDrive.save` wrote; raises DriveSimError where it is not one."""
     saved = load_json(path)
     try:
-        if saved["format"] != _FORMAT:
+        if saved["format"] != DRIVE_FORMAT:
             raise ValueError(f"format is {saved['format']!r}")
         world = SyntheticWorld(saved["world_seed"], from_dict(SyntheticConfig, saved["config"]))
         states = tuple(VehicleState(*map(float, state)) for state in saved["states"])
@@ -92,74 +88,3 @@ def drive(world: SyntheticWorld, seconds: float, driver_seed: int) -> SyntheticD
         # The car obeys the recorded (rounded) action, so that a replay is exact.
         state = world.step(state, action)
     return SyntheticDrive(world, tuple(states), actions)
-
-
-def write_synthetic_drives(
-    out: Path,
-    *,
-    drives: int,
-    seconds: float,
-    seed: int = 0,
-    config: SyntheticConfig | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> list[Path]:
-    """Write drives as `drive_000.mp4`, `.csv` and `.json` each, and return the videos' paths.
-
-    Each drive has a world of its own, a function of (seed, its number). `progress` is called with
-    the number of frames that came to be there, `drives * frame_count(seconds, config)` in all. A
-    folder with an unfinished set of the same plan is completed; one with a finished or another set,
-    or with other files, raises DriveSimError.
-    """
-    config = config or SyntheticConfig()
-    if drives < 1 or frame_count(seconds, config) < 2:
-        raise DriveSimError(
-            f"{drives} drives of {seconds:g} s at {config.fps:g} frames/s: "
-            "there must be at least one drive, of at least 2 frames"
-        )
-    names = [f"drive_{number:03d}" for number in range(drives)]
-    _claim(out, names, {"seconds": seconds, "seed": seed, "config": to_dict(config)})
-    for number, name in enumerate(names):
-        if (out / f"{name}.json").exists():
-            if progress:
-                progress(frame_count(seconds, config))
-            continue
-        world_seed, driver_seed = np.random.SeedSequence([seed, number]).generate_state(2)
-        world = SyntheticWorld(int(world_seed), config)
-        _write(out / name, drive(world, seconds, int(driver_seed)), progress)
-    return [out / f"{name}.mp4" for name in names]
-
-
-def _claim(out: Path, names: list[str], plan: dict[str, Any]) -> None:
-    """Make the folder ours, or find that it is, for this plan."""
-    plan = {"format": _FORMAT, "drives": len(names)} | plan
-    if not out.exists() or not any(out.iterdir()):
-        save_json(out / _PLAN, plan)
-        return
-    if not (out / _PLAN).exists():
-        raise DriveSimError(f"{out}: holds other files; choose a new folder for synthetic drives")
-    if load_json(out / _PLAN) != plan:
-        raise DriveSimError(
-            f"{out}: holds synthetic drives of another plan (see {_PLAN}); "
-            "choose a new folder or delete this one"
-        )
-    if all((out / f"{name}.json").exists() for name in names):
-        raise DriveSimError(
-            f"{out}: already holds these {len(names)} drives; choose a new folder or delete it"
-        )
-
-
-def _write(stem: Path, driven: SyntheticDrive, progress: Callable[[int], None] | None) -> None:
-    config = driven.world.config
-    with VideoWriter(
-        stem.with_suffix(".mp4"), fps=config.fps, height=config.height, width=config.width
-    ) as video:
-        for frame in driven.stream():
-            video.write(frame)
-            if progress:
-                progress(1)
-    end = len(driven.states) / config.fps
-    write_action_file(
-        stem.with_suffix(".csv"), driven.timestamps, driven.actions, "road_wheel", hold_until=end
-    )
-    # Last: a drive is there when its JSON is.
-    driven.save(stem.with_suffix(".json"))

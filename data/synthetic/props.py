@@ -111,17 +111,20 @@ class PropPainter:
 
     def _opacities(self, things: Things, depth: Any, left: Any) -> Any:
         """Return how solid each thing is: nothing appears or vanishes at once."""
-        opacity = np.clip((VISIBLE_M - np.hypot(depth, left)) / _FADE_M, 0, 1)
+        distance = np.hypot(depth, left)
+        opacity = np.clip((VISIBLE_M - distance) / _FADE_M, 0, 1)
         ahead = np.maximum(depth, NEAREST_M)
         opacity *= np.clip(self._camera.focal * things.height / ahead - _LEAST_PX, 0, 1)
-        # A plant that the car drives through thins out rather than fill the picture.
-        thinning = np.where(things.kind == Kind.POST, 0.5, 4.0)
-        solid = np.clip((depth - 1.0) / thinning, 0, 1)
-        return opacity * np.where(things.kind <= Kind.POST, solid, 1.0)
+        # What the car drives through thins out rather than fill the picture; a house, whose inner
+        # sides are not drawn, needs no such thing. A car beside the camera is out of its view.
+        kinds = [things.kind < Kind.POST, things.kind == Kind.POST, things.kind == Kind.CAR]
+        solidity = [(depth - 1.0) / 4.0, (depth - 1.0) / 0.5, (distance - 2.6) / 1.3]
+        return opacity * np.clip(np.select(kinds, solidity, 1.0), 0, 1)
 
     def _plant(self, brush: Brush, kind: int, height: float, tint: float) -> None:
         if kind == Kind.CONIFER:
             brush.shadow(0.22 * height)
+            brush.upright(0.03 * height, 0.0, 0.1 * height, self._trunk)
             for low, high, half_width, light in ((0.08, 0.55, 0.24, 0.7), (0.34, 1.0, 0.19, 0.95)):
                 colour = self._conifer * (light + 0.35 * tint)
                 brush.cone(half_width * height, low * height, high * height, colour)

@@ -34,8 +34,8 @@ class Road:
 
     def centre_and_slope(self, station: Floats) -> tuple[Floats, Floats]:
         """Return f(x) in metres and f'(x) at each station."""
-        centre = np.zeros_like(station)
-        slope = np.zeros_like(station)
+        centre = np.zeros_like(station, dtype=np.result_type(station, np.float32))
+        slope = np.zeros_like(centre)
         for k, phase, amplitude in zip(
             self._wave_numbers, self._phases, self._amplitudes, strict=True
         ):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from driving_sim.data.synthetic.hashing import uniform
 from driving_sim.data.synthetic.road import Floats, Road
 
-VISIBLE_M = 150.0
+VISIBLE_M = 125.0
 _BLOCK_M = 40.0
 _REACH_M = VISIBLE_M + _BLOCK_M
 _MEADOW_CELL_M = 24.0

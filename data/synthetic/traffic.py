@@ -31,9 +31,9 @@ class Traffic:
         station = (car + 0.6 * along) * _GAP_M - travelled
         here, aside, _ = self._road.project(np.array([state.x_m]), np.array([state.y_m]))
         closeness = np.clip(2.0 - np.abs(station - here) / 20.0, 0, 1)
-        # Only a driver on the road is given way to; in the meadow nobody is in the way.
-        wanted = np.where(abs(aside) < 6.0, aside + _ROOM_M, -LANE_OFFSET)
-        offset = -LANE_OFFSET + closeness * np.maximum(wanted + LANE_OFFSET, 0)
+        # A driver far out in the meadow is in nobody's way.
+        closeness = closeness * np.clip((6.5 - aside) / 2.0, 0, 1)
+        offset = -LANE_OFFSET + closeness * np.maximum(aside + _ROOM_M + LANE_OFFSET, 0)
         x, y, heading = self._road.place(station, offset)
         height = np.full(len(car), 1.5)
         cars = Things(np.full(len(car), int(Kind.CAR)), x, y, heading + math.pi, height, tint)

@@ -28,7 +28,7 @@ class SyntheticConfig:
     width: int = 256
     """Of the picture, in pixels."""
     fps: float = 10.0
-    """Frames per second."""
+    """Frames per second; the actions between slower ones would count as gaps in the log."""
     field_of_view_deg: float = 84.0
     """Horizontal, in degrees."""
     camera_height_m: float = 1.9
@@ -42,7 +42,7 @@ class SyntheticConfig:
         for name, low, high in (
             ("height", 16, 4096),
             ("width", 16, 4096),
-            ("fps", 1, 120),
+            ("fps", 4, 120),
             ("field_of_view_deg", 20, 140),
             ("camera_height_m", 0.5, 10),
             ("horizon", 0.2, 0.8),

@@ -1,0 +1,131 @@
+"""Writes synthetic drives: video, CSV and the world to replay them in."""
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from driving_sim.data.action_file import write_action_file
+from driving_sim.data.synthetic.drives import DRIVE_FORMAT, drive, frame_count
+from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
+from driving_sim.data.video_writer import VideoWriter
+from driving_sim.engine.config import load_json, save_json, to_dict
+from driving_sim.engine.errors import DriveSimError
+
+_PLAN = "synthetic.json"
+
+
+def _ignore(_: int) -> None:
+    """Take no notice of progress."""
+
+
+def write_synthetic_drives(
+    out: Path,
+    *,
+    drives: int,
+    seconds: float,
+    seed: int = 0,
+    config: SyntheticConfig | None = None,
+    workers: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> list[Path]:
+    """Write drives as `drive_000.mp4`, `.csv` and `.json` each, and return the videos' paths.
+
+    Each drive has a world of its own, a function of (seed, its number). `progress` is called with
+    the number of frames that came to be there, `drives * frame_count(seconds, config)` in all. With
+    `workers` > 1, as many processes make a drive each. A folder with an unfinished set of the same
+    plan is completed; one with a finished or another set, or with other files, raises
+    DriveSimError.
+    """
+    config = config or SyntheticConfig()
+    frames = frame_count(seconds, config)
+    if drives < 1 or frames < 2:
+        raise DriveSimError(
+            f"{drives} drives of {seconds:g} s at {config.fps:g} frames/s: "
+            "there must be at least one drive, of at least 2 frames"
+        )
+    stems = [out / f"drive_{number:03d}" for number in range(drives)]
+    jobs = [_Job(stem, seconds, (seed, number), config) for number, stem in enumerate(stems)]
+    try:
+        _claim(out, stems, {"seconds": seconds, "seed": seed, "config": to_dict(config)})
+        _make_missing(jobs, workers, frames, progress or _ignore)
+    except OSError as error:
+        raise DriveSimError(
+            f"{out}: cannot be written ({error.strerror}); free space or choose another place"
+        ) from error
+    return [stem.with_suffix(".mp4") for stem in stems]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One drive to be made."""
+
+    stem: Path
+    seconds: float
+    seeds: tuple[int, int]
+    config: SyntheticConfig
+
+
+def _is_there(stem: Path) -> bool:
+    return stem.with_suffix(".json").exists()
+
+
+def _make_missing(
+    jobs: list[_Job], workers: int, frames: int, advance: Callable[[int], None]
+) -> None:
+    missing = [job for job in jobs if not _is_there(job.stem)]
+    if len(missing) < len(jobs):
+        advance((len(jobs) - len(missing)) * frames)
+    if workers > 1:
+        # Spawned: a fork would copy the locks of whatever threads the caller runs.
+        spawn = get_context("spawn")
+        with ProcessPoolExecutor(min(workers, len(missing)), mp_context=spawn) as pool:
+            for _ in pool.map(_make, missing):
+                advance(frames)
+    else:
+        for job in missing:
+            _make(job, advance)
+
+
+def _make(job: _Job, advance: Callable[[int], None] = _ignore) -> None:
+    world_seed, driver_seed = np.random.SeedSequence(job.seeds).generate_state(2).tolist()
+    driven = drive(SyntheticWorld(world_seed, job.config), job.seconds, driver_seed)
+    fps, height, width = job.config.fps, job.config.height, job.config.width
+    video = job.stem.with_suffix(".mp4")
+    with VideoWriter(video, fps=fps, height=height, width=width) as writer:
+        for frame in driven.stream():
+            writer.write(frame)
+            advance(1)
+    write_action_file(
+        job.stem.with_suffix(".csv"),
+        driven.timestamps,
+        driven.actions,
+        "road_wheel",
+        hold_until=len(driven.states) / fps,
+    )
+    # Last: a drive is there when its JSON is.
+    driven.save(job.stem.with_suffix(".json"))
+
+
+def _claim(out: Path, stems: list[Path], plan: dict[str, Any]) -> None:
+    """Make the folder ours, or find that it is, for this plan."""
+    plan = {"format": DRIVE_FORMAT, "drives": len(stems)} | plan
+    # A dot: what a killed run left half-written.
+    if not out.exists() or all(path.name.startswith(".") for path in out.iterdir()):
+        save_json(out / _PLAN, plan)
+        return
+    if not (out / _PLAN).exists():
+        raise DriveSimError(f"{out}: holds other files; choose a new folder for synthetic drives")
+    if load_json(out / _PLAN) != plan:
+        raise DriveSimError(
+            f"{out}: holds synthetic drives of another plan (see {_PLAN}); "
+            "choose a new folder or delete this one"
+        )
+    if all(map(_is_there, stems)):
+        raise DriveSimError(
+            f"{out}: already holds these {len(stems)} drives; choose a new folder or delete it"
+        )
