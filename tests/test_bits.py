@@ -7,7 +7,12 @@ import torch
 
 from driving_sim.data.token_store import TokenStore
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.world_model.bits import FullWindows, bits_per_token, streamed_bits_per_token
+from driving_sim.world_model.bits import (
+    FullWindows,
+    bits_per_token,
+    streamed_bits,
+    streamed_bits_per_token,
+)
 from tests.test_transformer import CONFIG, random_model
 from tests.token_drives import write_store
 
@@ -70,6 +75,20 @@ def test_streamed_bits_equal_recomputed_ones_until_a_frame_has_left(store: Token
     for place in [(0, W - 1), (0, 6 + W - 1), (1, W - 1)]:
         assert streamed[place] == pytest.approx(windows[place], abs=1e-4)
     assert streamed[(0, W)] != pytest.approx(windows[(0, W)], abs=1e-5)
+
+
+def test_streamed_variants_of_the_actions_are_judged_apart(store: TokenStore) -> None:
+    model = random_model()
+    drive = store.drives[1]
+    own = drive.actions[:6]
+    variants = np.stack([own, own * np.array([1, -1], np.float32), own])
+    variants[2, 3] += 1.0  # leads to frame 4
+    bits = streamed_bits(model, drive, 0, variants)
+    frames = streamed_bits_per_token(model, [drive])
+    assert bits[0] == pytest.approx(frames.bits[:6], abs=1e-5)
+    assert (bits[1, 1:] != bits[0, 1:]).any()
+    assert bits[2, :4] == pytest.approx(bits[0, :4], abs=1e-5)
+    assert bits[2, 4] != pytest.approx(bits[0, 4], abs=1e-5)
 
 
 def test_measuring_leaves_the_model_as_it_was(store: TokenStore) -> None:

@@ -133,55 +133,50 @@ def bits_per_token(
     return windows.judged(*np.concatenate(found, axis=1))
 
 
-def streamed_bits_per_token(model: Transformer, drives: Sequence[DriveTokens]) -> FrameBits:
-    """Judge every frame of the drives as a rollout would meet it: through the ring cache.
+def streamed_bits(
+    model: Transformer, drive: DriveTokens, begin: int, actions: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """Judge frames `begin` to `begin + N` of a drive as a rollout would meet them: [V, N].
 
-    Nothing is recomputed, so from frame W on the cache holds what its frames saw of frames that
-    have left. Runs without a gap start afresh.
+    Each goes through the ring cache once and nothing is recomputed, so that from frame W on the
+    cache holds what its frames saw of frames that have left. `actions` [V, N, 2] are V variants of
+    the drive's own, `actions[:, t]` leading from frame t of these to frame t + 1; they are known
+    where the drive's are.
     """
+    with _frozen(model):
+        return np.stack([bits for bits, _ in _streamed(model, drive, begin, actions)], axis=1)
+
+
+def streamed_bits_per_token(model: Transformer, drives: Sequence[DriveTokens]) -> FrameBits:
+    """Judge every frame of the drives with `streamed_bits`; runs without a gap start afresh."""
     places: list[tuple[int, int]] = []
     found: list[NDArray[np.float64]] = []
-    for number, drive in enumerate(drives):
-        for begin, stop in drive.entry.segments:
-            places += [(number, frame) for frame in range(begin, stop)]
-            found.append(_streamed(model, drive, begin, drive.actions[None, begin:stop])[:, 0])
+    with _frozen(model):
+        for number, drive in enumerate(drives):
+            for begin, stop in drive.entry.segments:
+                places += [(number, frame) for frame in range(begin, stop)]
+                found += _streamed(model, drive, begin, drive.actions[None, begin:stop])
     drive_n, frame_n = np.array(places, np.int64).T
     return FrameBits(drive_n, frame_n, *np.concatenate(found, axis=1))
 
 
-def streamed_bits(
-    model: Transformer, drive: DriveTokens, begin: int, actions: NDArray[np.float32]
-) -> NDArray[np.float64]:
-    """Bits per token [V, N] of the N frames from `begin` on, under V variants of their actions.
-
-    `actions` [V, N, 2] take the place of the drive's own, whose validity stays.
-    """
-    bits: NDArray[np.float64] = _streamed(model, drive, begin, actions)[0]
-    return bits
-
-
 def _streamed(
     model: Transformer, drive: DriveTokens, begin: int, actions: NDArray[np.float32]
-) -> NDArray[np.float64]:
-    """Bits and accuracy [2, V, N], all variants in one cached pass a frame."""
+) -> Iterator[NDArray[np.float64]]:
+    """Yield bits and accuracy [2, V] of one frame after the other."""
+    variants, count, _ = actions.shape
     device, none = model.source.device, model.grid.codebook_size
-    variants, frames = actions.shape[:2]
-    found = []
-    with _frozen(model):
-        tables = model.tables()
-        cache = RingCache(model, variants, device, tables.output.dtype)
-        previous = torch.full((variants, model.order.tokens), none, device=device)
-        led_by = torch.zeros(variants, 2), torch.zeros(variants, 2, dtype=torch.bool)
-        for frame in range(frames):
-            known = torch.from_numpy(drive.tokens[begin + frame].astype(np.int64)).flatten()
-            tokens = known.expand(variants, -1).to(device)
-            placed = [value.to(device) for value in led_by]
-            hidden = encode_frame(model, tables, cache, tokens, previous, *placed)
-            found.append(_judge(F.linear(hidden, tables.output), tokens))
-            previous = tokens
-            valid = torch.from_numpy(np.array(drive.action_valid[begin + frame]))
-            led_by = torch.from_numpy(np.array(actions[:, frame])), valid.expand(variants, -1)
-    return np.stack(found, axis=-1)
+    tables = model.tables()
+    cache = RingCache(model, variants, device, tables.output.dtype)
+    previous = torch.full((variants, model.order.tokens), none, device=device)
+    led, known = np.zeros((variants, 2), np.float32), np.zeros(2, np.bool_)
+    for t in range(count):
+        frame = drive.tokens[begin + t].astype(np.int64).ravel()
+        values = (np.tile(frame, (variants, 1)), np.array(led), np.tile(known, (variants, 1)))
+        tokens, action, valid = (torch.from_numpy(value).to(device) for value in values)
+        hidden = encode_frame(model, tables, cache, tokens, previous, action, valid)
+        yield _judge(F.linear(hidden, tables.output), tokens)
+        previous, led, known = tokens, actions[:, t], drive.action_valid[begin + t]
 
 
 def _judge(logits: Tensor, tokens: Tensor) -> NDArray[np.float64]:
