@@ -332,12 +332,24 @@ class TestDriver:
             headings.append(np.array([s.heading_rad for s in driven.states]) - np.arctan(slope))
         return np.concatenate(offsets), np.concatenate(headings)
 
+    @staticmethod
+    def departures(offset: NDArray[np.float64]) -> int:
+        """How often a drive leaves the asphalt on the side of positive offsets."""
+        return int(((offset[:-1] <= HALF_WIDTH) & (offset[1:] > HALF_WIDTH)).sum())
+
     def test_left_and_right_are_balanced(self, many_drives: list[SyntheticDrive]) -> None:
         steering = np.concatenate([driven.actions[:, 1] for driven in many_drives])
         assert abs(steering.mean()) < 0.1 * steering.std()
         for strong in (0.05, 0.1):
             left, right = (steering > strong).mean(), (steering < -strong).mean()
             assert 0.75 < left / right < 1.33
+        # The way back steers against the way out, so the sum alone would not show one-sidedness.
+        out_left, out_right = (
+            sum(self.departures(sign * self.places([driven])[0]) for driven in many_drives)
+            for sign in (1, -1)
+        )
+        assert min(out_left, out_right) > 1.5 * len(many_drives)
+        assert 0.6 < out_left / out_right < 1.6
         assert (np.abs(steering) > 0.1).mean() > 0.08
         assert 0.1 < np.quantile(np.abs(steering), 0.95) < 0.2
 
