@@ -44,16 +44,6 @@ class Road:
             slope += (amplitude * k) * np.cos(angle)
         return centre, slope
 
-    def curvature(self, station: float) -> float:
-        """Return the curvature in 1/m at a station, positive where the road bends left."""
-        slope = bend = 0.0
-        for k, phase, amplitude in zip(
-            self._wave_numbers, self._phases, self._amplitudes, strict=True
-        ):
-            slope += amplitude * k * math.cos(station * k + phase)
-            bend -= amplitude * k * k * math.sin(station * k + phase)
-        return float(bend / (1 + slope * slope) ** 1.5)
-
     def place(self, station: Floats, offset: Floats) -> tuple[Floats, Floats, Floats]:
         """Return x, y (metres) and the road's heading (radians) at stations and offsets."""
         centre, slope = self.centre_and_slope(station)
