@@ -47,6 +47,11 @@ def test_left_and_right_are_plus_and_minus_the_training_limit() -> None:
     assert len(left.actions) == 16
 
 
+def test_left_is_refused_where_the_model_knows_no_steering() -> None:
+    with pytest.raises(DriveSimError, match="without steering"):
+        plan("left", replace(SITUATION, steering_limit=0.0))
+
+
 def test_plans_of_one_rollout_have_the_longest_length_and_hold() -> None:
     short, long = make_plans(["steer=0.1 for 0.5s", "steer=0 for 1s"], SITUATION)
     assert len(short.actions) == len(long.actions) == 4

@@ -17,7 +17,10 @@ CONFIG = TransformerConfig(layers=2, width=24, heads=2, kv_heads=1, context_fram
 def random_model(config: TransformerConfig = CONFIG, grid: TokenGrid = GRID) -> Transformer:
     """No parameter at zero: every path from input to logits carries something."""
     torch.manual_seed(0)
-    model = Transformer(config, grid, ActionStatistics(mean=(5.0, 0.0), std=(2.0, 0.1)))
+    statistics = ActionStatistics(
+        mean=(5.0, 0.0), std=(2.0, 0.1), steering_p95=0.2, steering_p99=0.3
+    )
+    model = Transformer(config, grid, statistics)
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     return model.eval()

@@ -108,6 +108,11 @@ def _from_name(name: str, situation: Situation) -> _Planned:
     if name == "recorded":
         return _from_recording(situation)
     limit = situation.steering_limit
+    if limit == 0 and name in ("left", "right"):
+        raise DriveSimError(
+            f"--actions {name}: the model was trained without steering, so there is no telling how "
+            'far to turn; it can only be given an angle, as in "steer=0.1 for 2s"'
+        )
     segments = {
         "straight": _Segment(steer=0.0),
         "left": _Segment(steer=limit),

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import save_file
 
+from driving_sim.data.action_file import STEERING
 from driving_sim.data.drive import Drive, sample
 from driving_sim.data.frame_size import FrameSize
 from driving_sim.data.token_store import DriveTokens
@@ -224,9 +225,8 @@ def write_rollout(
         for number in range(samples)
     ]
     shown = [plan for plan in plans for _ in range(samples)]
-    steering_range = max(
-        2 * world.steering_p95, *(float(np.abs(plan.actions[:, 1]).max()) for plan in plans)
-    )
+    largest = max(float(np.abs(plan.actions[:, STEERING]).max()) for plan in plans)
+    steering_range = max(2 * world.steering_p95, largest) or 1.0
     panels = _Panels(world, context, titles, shown, steering_range)
     length = len(plans[0].actions)
     with disk_errors(out), ExitStack() as stack:
