@@ -56,7 +56,11 @@ class WindowValidation:
                 self.drives, frames=frames, batch_size=self.batch_size, limit=self.windows
             )
         ]
-        columns = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        # A last batch of one window has no other window's actions to try.
+        columns = {
+            name: torch.cat([row[name] for row in rows if name in row])
+            for name in dict.fromkeys(name for row in rows for name in row)
+        }
         metrics = {name: float(values.mean()) for name, values in columns.items()}
         videos = {"preview": self._preview(model, frames)} if self.preview and frames > 3 else {}
         return Validation(score=metrics.pop("bits_per_token"), metrics=metrics, videos=videos)
