@@ -121,16 +121,28 @@ def synth(
     seed: Annotated[int, typer.Option(help="Seed of the worlds and the drivers.")] = 0,
     height: Annotated[int, typer.Option(min=16, help="Picture height in pixels.")] = 128,
     width: Annotated[int, typer.Option(min=16, help="Picture width in pixels.")] = 256,
-    fps: Annotated[float, typer.Option(min=1, help="Frames per second.")] = 10.0,
+    fps: Annotated[float, typer.Option(min=4, help="Frames per second.")] = 10.0,
 ) -> None:
     """Make synthetic drives: video, exact actions, and the world to replay them in."""
-    from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
+    import os
+
+    from driving_sim.data.synthetic import SyntheticConfig, frame_count, write_synthetic_drives
     from driving_sim.engine.config import from_dict
+    from driving_sim.engine.progress import progress
 
     shape = {"height": height, "width": width, "fps": fps}
     config = from_dict(SyntheticConfig, shape, where="drivesim synth")
-    write_synthetic_drives(out, drives=drives, seconds=seconds, seed=seed, config=config)
-    typer.echo(f"{drives} drives of {seconds:g} s -> {out}")
+    with progress(drives * frame_count(seconds, config), f"drive -> {out}", "frames") as bar:
+        write_synthetic_drives(
+            out,
+            drives=drives,
+            seconds=seconds,
+            seed=seed,
+            config=config,
+            workers=os.cpu_count() or 1,
+            progress=lambda count: bar.advance(count),
+        )
+    typer.echo(f"{drives} drives of {seconds:g} s -> {out}; next: drivesim tokenize {out}")
 
 
 @app.command()
