@@ -1,10 +1,13 @@
+import multiprocessing
 import os
 import signal
 import threading
+import time
+from multiprocessing.connection import Connection
 
 import pytest
 
-from driving_sim.engine.interrupt import stop_on_signals
+from driving_sim.engine.interrupt import StopRequest, stop_on_signals
 
 
 def test_first_signal_is_a_request_and_the_second_acts() -> None:
@@ -24,6 +27,26 @@ def test_handlers_are_restored() -> None:
     with stop_on_signals():
         pass
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_workers_outlive_a_signal_only_inside() -> None:
+    def work(request: StopRequest, ready: Connection) -> None:
+        request.shield()
+        while True:
+            ready.send("alive")
+            time.sleep(0.01)
+
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    with stop_on_signals() as request:
+        worker = multiprocessing.get_context("fork").Process(target=work, args=(request, sender))
+        worker.start()
+        receiver.recv()
+        worker.terminate()
+        for _ in range(20):
+            assert receiver.recv() == "alive"
+    worker.terminate()
+    worker.join(timeout=20)
+    assert worker.exitcode == 0
 
 
 def test_other_threads_have_no_handlers() -> None:

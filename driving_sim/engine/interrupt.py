@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.sharedctypes import RawValue
 from types import FrameType
 from typing import Any
 
@@ -16,6 +17,24 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = 0
+        self._over = RawValue("b", 0)
+
+    def shield(self, _worker: int = 0) -> None:
+        """Call it in a data worker: signals to the whole process group leave it running.
+
+        The parent still needs it while it finishes its step. Once `stop_on_signals` is left,
+        SIGTERM ends it again: multiprocessing sends one at exit, and waits for the worker.
+        """
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._leave_when_over)
+
+    def end_shield(self) -> None:
+        """Let SIGTERM end the workers."""
+        self._over.value = 1
+
+    def _leave_when_over(self, _number: int, _frame: FrameType | None) -> None:
+        if self._over.value:
+            os._exit(0)
 
 
 @contextmanager
@@ -26,7 +45,10 @@ def stop_on_signals() -> Iterator[StopRequest]:
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield request
+        try:
+            yield request
+        finally:
+            request.end_shield()
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
 
@@ -42,12 +64,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
         yield request
     finally:
         _restore(before)
-
-
-def ignore_signals(_worker: int = 0) -> None:
-    """For a data worker: it ends with its parent, which still needs it while it saves."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        request.end_shield()
 
 
 def _restore(handlers: dict[signal.Signals, Any]) -> None:

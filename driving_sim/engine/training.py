@@ -172,7 +172,9 @@ class _Loop:
             if over:
                 return self._result()
             if batches is None:
-                batches = _first_made(self.stepper.batches(dataset, self.state.step))
+                batches = _first_made(
+                    self.stepper.batches(dataset, self.state.step, self.request.shield)
+                )
             self._step(batches, position)
 
     def _agree(self) -> tuple[int, float]:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, cast
 
@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, Dataset
 from driving_sim.engine.distributed import Ranks
 from driving_sim.engine.ema import Ema
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.interrupt import ignore_signals
 from driving_sim.engine.meter import Meter
 from driving_sim.engine.optimizer import (
     ParameterGroup,
@@ -69,8 +68,10 @@ class Stepper:
             DistributedDataParallel(model, find_unused_parameters=True) if ranks.size > 1 else model
         )
 
-    def batches(self, dataset: Dataset[Batch], step: int) -> Iterator[tuple[int, Batch]]:
-        """This rank's numbered batches from `step` on.
+    def batches(
+        self, dataset: Dataset[Batch], step: int, worker_init: Callable[[int], None]
+    ) -> Iterator[tuple[int, Batch]]:
+        """This rank's numbered batches from `step` on; `worker_init` runs in each data worker.
 
         Step s takes the batches from s * n on, n = accumulate * ranks; the ranks take turns, so
         that more ranks and more accumulation see the same data.
@@ -83,7 +84,7 @@ class Stepper:
             batch_size=None,
             sampler=numbers,
             num_workers=min(self.config.workers, _cores()),
-            worker_init_fn=ignore_signals,
+            worker_init_fn=worker_init,
             pin_memory=self.device.type == "cuda",
         )
         for number, batch in zip(numbers, loader, strict=True):
