@@ -119,6 +119,9 @@ def synth(
     drives: Annotated[int, typer.Option(min=1, help="How many drives.")] = 8,
     seconds: Annotated[float, typer.Option(min=1, help="Length of each drive.")] = 30.0,
     seed: Annotated[int, typer.Option(help="Seed of the worlds and the drivers.")] = 0,
+    worlds: Annotated[
+        int | None, typer.Option(min=1, help="How many worlds [default: one for each drive].")
+    ] = None,
     height: Annotated[int, typer.Option(min=16, help="Picture height in pixels.")] = 128,
     width: Annotated[int, typer.Option(min=16, help="Picture width in pixels.")] = 256,
     fps: Annotated[float, typer.Option(min=4, help="Frames per second.")] = 10.0,
@@ -138,6 +141,7 @@ def synth(
             drives=drives,
             seconds=seconds,
             seed=seed,
+            worlds=worlds,
             config=config,
             workers=os.cpu_count() or 1,
             progress=lambda count: bar.advance(count),

@@ -8,9 +8,9 @@ from driving_sim.tokenizer.training import TokenizerDataConfig, TokenizerRunConf
 
 DEMO = TokenizerRunConfig(
     model=AutoencoderConfig(
-        height=96, width=192, widths=(32, 64, 128), blocks=(1, 1, 1), attention_blocks=1
+        height=64, width=128, widths=(32, 96, 192), blocks=(1, 1, 1), attention_blocks=2
     ),
-    objective=ObjectiveConfig(lpips_weight=0.0, gan_weight=0.0),
+    objective=ObjectiveConfig(mse_weight=4.0, lpips_weight=0.0, gan_weight=0.0),
     data=TokenizerDataConfig(batch_size=4, validation_frames=64),
     training=TrainingConfig(
         minutes=2.5,

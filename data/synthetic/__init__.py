@@ -8,7 +8,7 @@ from driving_sim.data.synthetic.drives import (
 )
 from driving_sim.data.synthetic.vehicle import VehicleState
 from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
-from driving_sim.data.synthetic.writer import write_synthetic_drives
+from driving_sim.data.synthetic.writer import world_seed, write_synthetic_drives
 
 __all__ = [
     "SyntheticConfig",
@@ -18,5 +18,6 @@ __all__ = [
     "drive",
     "frame_count",
     "load_synthetic_drive",
+    "world_seed",
     "write_synthetic_drives",
 ]

@@ -29,29 +29,37 @@ def write_synthetic_drives(
     drives: int,
     seconds: float,
     seed: int = 0,
+    worlds: int | None = None,
     config: SyntheticConfig | None = None,
     workers: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> list[Path]:
     """Write drives as `drive_000.mp4`, `.csv` and `.json` each, and return the videos' paths.
 
-    Each drive has a world of its own, a function of (seed, its number). `progress` is called with
-    the number of frames that came to be there, `drives * frame_count(seconds, config)` in all. With
-    `workers` > 1, as many processes make a drive each. A folder with an unfinished set of the same
-    plan is completed; one with a finished or another set, or with other files, raises
-    DriveSimError.
+    Each drive has a world of its own, a function of (seed, its number); with `worlds`, the drives
+    take turns in that many. `progress` is called with the number of frames that came to be there,
+    `drives * frame_count(seconds, config)` in all. With `workers` > 1, as many processes make a
+    drive each. A folder with an unfinished set of the same plan is completed; one with a finished
+    or another set, or with other files, raises DriveSimError.
     """
     config = config or SyntheticConfig()
     frames = frame_count(seconds, config)
+    worlds = drives if worlds is None else worlds
+    if worlds < 1:
+        raise DriveSimError(f"{worlds} worlds to drive in: there must be at least one")
     if drives < 1 or frames < 2:
         raise DriveSimError(
             f"{drives} drives of {seconds:g} s at {config.fps:g} frames/s: "
             "there must be at least one drive, of at least 2 frames"
         )
     stems = [out / f"drive_{number:03d}" for number in range(drives)]
-    jobs = [_Job(stem, seconds, (seed, number), config) for number, stem in enumerate(stems)]
+    jobs = [
+        _Job(stem, seconds, world_seed(seed, number % worlds), _seeds(seed, number)[1], config)
+        for number, stem in enumerate(stems)
+    ]
+    plan = {"seconds": seconds, "seed": seed, "worlds": worlds, "config": to_dict(config)}
     try:
-        _claim(out, stems, {"seconds": seconds, "seed": seed, "config": to_dict(config)})
+        _claim(out, stems, plan)
         _make_missing(jobs, workers, frames, progress or _ignore)
     except OSError as error:
         raise DriveSimError(
@@ -60,13 +68,25 @@ def write_synthetic_drives(
     return [stem.with_suffix(".mp4") for stem in stems]
 
 
+def world_seed(seed: int, number: int) -> int:
+    """Return the seed of world `number` of the drives made with `seed`."""
+    return _seeds(seed, number)[0]
+
+
+def _seeds(seed: int, number: int) -> tuple[int, int]:
+    """Of a world and of a driver."""
+    world, driver = np.random.SeedSequence((seed, number)).generate_state(2).tolist()
+    return world, driver
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     """One drive to be made."""
 
     stem: Path
     seconds: float
-    seeds: tuple[int, int]
+    world_seed: int
+    driver_seed: int
     config: SyntheticConfig
 
 
@@ -92,8 +112,7 @@ def _make_missing(
 
 
 def _make(job: _Job, advance: Callable[[int], None] = _ignore) -> None:
-    world_seed, driver_seed = np.random.SeedSequence(job.seeds).generate_state(2).tolist()
-    driven = drive(SyntheticWorld(world_seed, job.config), job.seconds, driver_seed)
+    driven = drive(SyntheticWorld(job.world_seed, job.config), job.seconds, job.driver_seed)
     fps, height, width = job.config.fps, job.config.height, job.config.width
     video = job.stem.with_suffix(".mp4")
     with VideoWriter(video, fps=fps, height=height, width=width) as writer:
