@@ -218,7 +218,7 @@ def _speed(table: _Table, notices: list[str]) -> FloatArray | None:
     if name is None:
         return None
     if name == "speed":
-        notices.append(f"{table.path.name}: speed is taken to be in m/s (speed_kmh, speed_mph)")
+        notices.append("speed is taken to be in m/s (else name it speed_kmh or speed_mph)")
     values = table.numbers(name) * _SPEEDS[name].scale
     low, high = _SPEED_RANGE_MPS
     hint = f"{low:g} to {high:g} m/s; km/h is speed_kmh, mph is speed_mph"
@@ -249,7 +249,7 @@ def _steering(
                 f"({', '.join(get_args(SteeringKind))}) or name the column, such as road_wheel_rad"
             )
         kind = wanted
-        notices.append(f"{table.path.name}: steering is taken to be {kind}, in {UNITS[kind]}")
+        notices.append(f"steering is taken to be {kind}, in {UNITS[kind]}, left positive")
     elif wanted is not None and kind != wanted:
         raise table.fail(f"column {name!r} is {kind}, but --steering-kind is {wanted}")
     values = table.numbers(name) * _STEERINGS[name].scale

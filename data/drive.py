@@ -133,8 +133,15 @@ class DriveSet:
 
     @property
     def notices(self) -> list[str]:
-        """What was assumed while reading the action files, one line each."""
-        return [line for drive in self.drives if drive.log for line in drive.log.notices]
+        """What was assumed while reading the action files, one line each with the drives it met."""
+        met: dict[str, list[str]] = {}
+        for drive in self.drives:
+            for line in drive.log.notices if drive.log else ():
+                met.setdefault(line, []).append(drive.id)
+        return [
+            f"{line} ({drives[0]}{f' and {len(drives) - 1} more' if drives[1:] else ''})"
+            for line, drives in met.items()
+        ]
 
     @property
     def steering_kind(self) -> SteeringKind | None:
