@@ -108,6 +108,7 @@ class _State:
 
     step: int = 0
     seconds: float = 0.0
+    step_seconds: float = 0.0
     precision: str = ""
     device: str = ""
     validated_step: int = 0
@@ -187,8 +188,8 @@ class _Loop:
         if self.config.steps is not None:
             return position_by_steps(self.state.step, self.config.steps)
         assert self.config.minutes is not None
-        step_seconds = statistics.median(self.recent_seconds) if self.recent_seconds else 0.0
-        return position_by_time(self.state.seconds, 60.0 * self.config.minutes, step_seconds)
+        state, limit = self.state, 60.0 * self.config.minutes
+        return position_by_time(state.seconds, limit, state.step_seconds)
 
     def _step(self, batches: Iterator[tuple[int, Batch]], position: float) -> None:
         state = self.state
@@ -196,6 +197,7 @@ class _Loop:
         finite = self.stepper.step(batches, state.step, position)
         seconds = time.perf_counter() - start
         self.recent_seconds.append(seconds)
+        state.step_seconds = statistics.median(self.recent_seconds)
         state.seconds += seconds
         state.step += 1
         self.unsaved = True
@@ -276,7 +278,7 @@ class _Loop:
             **means,
             "learning_rate": self.stepper.learning_rate(),
             "skipped_steps": float(self.state.skipped_steps),
-            "steps_per_second": 1.0 / statistics.median(self.recent_seconds),
+            "step_seconds": self.state.step_seconds,
             "training_seconds": self.state.seconds,
         }
         self.log.add_scalars(self.state.step, "train", values)
