@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from torch import Tensor
 from torch.nn import functional
 
@@ -33,10 +33,8 @@ _PAIRS_AT_ONCE = 64
 
 def _grey(frames: npt.NDArray[np.uint8]) -> Tensor:
     """Frames [T, H, W, 3] as grey levels [T, 64, 128]."""
-    pixels = rearrange(torch.from_numpy(np.ascontiguousarray(frames)), "t h w c -> t c h w").float()
-    return reduce(
-        functional.interpolate(pixels, (_ROWS, _COLUMNS), mode="area"), "t c h w -> t h w", "mean"
-    )
+    grey = torch.from_numpy(np.ascontiguousarray(frames)).float() @ torch.full((3,), 1 / 3)
+    return functional.interpolate(grey[:, None], (_ROWS, _COLUMNS), mode="area")[:, 0]
 
 
 @cache
