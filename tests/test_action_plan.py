@@ -79,6 +79,38 @@ def test_csv_is_averaged_over_each_frame_from_time_zero(tmp_path: Path) -> None:
     np.testing.assert_allclose(actions[:, 0], [1, 3, 5, 7], atol=1e-5)
 
 
+def write_csv(path: Path, times: list[float], columns: str = "speed_mps,road_wheel_rad") -> str:
+    value = ",".join(["0.5"] * len(columns.split(",")))
+    path.write_text(f"timestamp_s,{columns}\n" + "\n".join(f"{t},{value}" for t in times) + "\n")
+    return str(path)
+
+
+def test_csv_holds_its_last_whole_frame_and_the_channels_it_lacks(tmp_path: Path) -> None:
+    times = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.1]
+    found = plan(write_csv(tmp_path / "speed.csv", times, "speed_mps"), seconds=3.0)
+    assert found.valid.all()
+    np.testing.assert_allclose(found.actions, [[0.5, 0.05]] * 12)
+
+
+@pytest.mark.parametrize("times", [[0.0, 1.0, 2.0], [5.0, 5.2, 5.4], [0.0, 0.1, 0.2]])
+def test_csv_that_cannot_be_followed_is_refused(tmp_path: Path, times: list[float]) -> None:
+    with pytest.raises(DriveSimError, match=r"gap|begin at 0"):
+        plan(write_csv(tmp_path / "plan.csv", times))
+
+
+def test_a_last_part_without_a_time_is_reached() -> None:
+    actions = plan("steer=0.1 for 6s; steer=0").actions
+    assert len(actions) == 28
+    assert actions[-1, 1] == 0.0
+
+
+def test_braking_from_an_unknown_speed_is_refused() -> None:
+    unknown = replace(SITUATION, last_valid=np.array([False, True]))
+    with pytest.raises(DriveSimError, match="speed is unknown"):
+        plan("brake", unknown)
+    assert plan("speed=8 for 1s; accel=-4 for 1s", unknown).valid.all()
+
+
 def test_csv_of_another_steering_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "wheel.csv"
     path.write_text("timestamp_s,speed_mps,steering_rad\n0,1,0\n0.1,1,0\n0.2,1,0\n")
@@ -94,7 +126,7 @@ def test_csv_of_another_steering_kind_is_refused(tmp_path: Path) -> None:
         ("speed=fast", "no finite number"),
         ("speed=nan", "no finite number"),
         ("speed=-1", "negative"),
-        ("steer=90", "radians"),
+        ("steer=90", "absurd"),
         ("speed=1 accel=2", "give one"),
         ("steer=1 steer=2", "twice"),
         ("steer=0.1; steer=0", "needs a time"),

@@ -99,7 +99,7 @@ def test_everything_is_written_and_playable(world: WorldModel, video: Path, tmp_
     with av.open(str(out)) as container:
         stream = container.streams.video[0]
         assert stream.codec_context.name == "h264"
-        assert sum(1 for _ in container.decode(stream)) == world.context_frames + 12
+        assert sum(1 for _ in container.decode(stream)) == world.context_frames + 1 + 12
     tokens = load_file(tmp_path / "rollout.safetensors")
     assert tokens["tokens"].shape == (4, 12, ROWS, COLS)
     saved = json.loads((tmp_path / "rollout.json").read_text())
@@ -124,6 +124,24 @@ def test_the_tokens_are_those_of_the_library(
     future = world.rollout(found.frames, past, np.stack([p.actions for p in plans]), seed=3)
     saved = load_file(tmp_path / "rollout.safetensors")["tokens"]
     np.testing.assert_array_equal(saved, future.tokens.numpy())
+
+
+def test_recorded_and_repeated_plans_have_rows_of_their_own(
+    world: WorldModel, video: Path, tmp_path: Path
+) -> None:
+    found = context(world, video, start_s=30 / FPS)
+    plans = make_plans(["recorded", "left", "left"], found.situation(world), seconds=4 / FPS)
+    report = write_rollout(world, found, plans, tmp_path / "r.mp4", sampling=Sampling())
+    assert report["futures"] == ["recorded", "left", "left"]
+    saved = load_file(tmp_path / "r.safetensors")["tokens"]
+    np.testing.assert_array_equal(saved[1], saved[2])
+
+
+def test_a_video_of_another_rate_is_refused(world: WorldModel, tmp_path: Path) -> None:
+    slow = tmp_path / "slow.mp4"
+    write_video(slow, (np.zeros((H, W, 3), np.uint8) for _ in range(20)), fps=FPS / 2)
+    with pytest.raises(DriveSimError, match="too far from the model's"):
+        context(world, slow)
 
 
 def test_a_full_disk_leaves_nothing_behind(world: WorldModel, video: Path, tmp_path: Path) -> None:

@@ -21,10 +21,14 @@ from driving_sim.engine.errors import DriveSimError
 
 NAMES = ("straight", "left", "right", "brake", "recorded")
 BRAKE_MPS2 = -4.0
+_STEERING_LIMIT = {"steering_wheel": 15.0, "road_wheel": 1.2, "curvature": 0.5, "normalised": 1.0}
 _KEYS = ("speed", "accel", "steer")
 _GRAMMAR = 'a script is like "speed=8 steer=0.1 for 2s; steer=0 for 1s" (keys: speed, accel, steer)'
 # Midpoints of equal parts of a frame: exact for constants and ramps that change at part borders.
 _PARTS = 64
+# How late the first row of a file may be.
+_EDGE_S = 0.1
+_LAST_PART_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +73,8 @@ def make_plans(
     """Turn every `--actions` value into a plan, all of one length.
 
     The length is `seconds`, or else the longest of the plans that have a length of their own
-    (a file, or a script whose last part has a `for`), or else 4 s. Shorter ones hold their last.
+    (a file; a script with times, whose last part lasts 1 s where it has none), or else 4 s.
+    Shorter ones hold their last action.
     """
     planned = [_plan(spec, situation) for spec in specs]
     lengths = [plan.seconds for plan in planned if plan.seconds is not None]
@@ -139,26 +144,28 @@ def _from_recording(situation: Situation) -> _Planned:
 
 def _from_file(path: Path, situation: Situation) -> _Planned:
     log = read_action_file(path, steering_kind=situation.steering_kind)
-    if log.steering_kind is not None and log.steering_kind != situation.steering_kind:
+    whole = int(log.times[-1] * situation.fps + 1e-6)
+    if log.times[0] > _EDGE_S or whole < 1:
         raise DriveSimError(
-            f"{path}: steering is {log.steering_kind}, the model was trained on "
-            f"{situation.steering_kind}: convert the column"
+            f"{path}: its times go from {log.times[0]:g} to {log.times[-1]:g} s; they must begin "
+            "at 0, the last context frame, and last for a frame or more"
         )
-    seconds = float(log.times[-1])
+    actions, valid = align(log, np.arange(whole) / situation.fps)
+    for channel, name in enumerate(("speed", "steering")):
+        if not log.has[channel]:
+            actions[:, channel] = situation.last_action[channel]
+            valid[:, channel] = situation.last_valid[channel]
+        elif not valid[:, channel].all():
+            first = int(np.flatnonzero(~valid[:, channel])[0]) / situation.fps
+            raise DriveSimError(
+                f"{path}: {name} has a gap at {first:.2f} s; give a row every 0.25 s or more often"
+            )
 
     def render(frames: int) -> ActionPlan:
-        index = np.arange(frames)
-        actions, valid = align(log, index / situation.fps)
-        covered = index / situation.fps < seconds
-        if not covered.any():
-            raise DriveSimError(
-                f"{path}: the times do not cover time 0, which is the last context frame"
-            )
-        last = int(np.flatnonzero(covered)[-1])
-        held = np.minimum(index, last)
+        held = np.minimum(np.arange(frames), whole - 1)
         return ActionPlan(label=path.stem, actions=actions[held], valid=valid[held])
 
-    return _Planned(seconds, render)
+    return _Planned(whole / situation.fps, render)
 
 
 def parse_script(script: str) -> list[_Segment]:
@@ -197,10 +204,6 @@ def _parse_part(part: str) -> _Segment:
         raise DriveSimError(f"--actions: {part!r} sets both speed and accel; give one")
     if values.get("speed", 0.0) < 0:
         raise DriveSimError(f"--actions: speed in {part!r} is negative; it is in m/s, 0 or more")
-    if abs(values.get("steer", 0.0)) > 20:
-        raise DriveSimError(
-            f"--actions: steer in {part!r} is absurd; it is in radians, not degrees"
-        )
     return _Segment(**values)
 
 
@@ -216,7 +219,10 @@ def _number(text: str, part: str) -> float:
 
 def _from_script(label: str, segments: list[_Segment], situation: Situation) -> _Planned:
     ends = [segment.seconds for segment in segments]
-    seconds = None if ends[-1] is None else math.fsum(end for end in ends if end is not None)
+    seconds = math.fsum(end for end in ends if end is not None)
+    if ends[-1] is None and seconds:
+        seconds += _LAST_PART_S
+    _check_script(label, segments, situation)
 
     def render(frames: int) -> ActionPlan:
         midpoints = (np.arange(frames * _PARTS, dtype=np.float64) + 0.5) / (_PARTS * situation.fps)
@@ -229,7 +235,25 @@ def _from_script(label: str, segments: list[_Segment], situation: Situation) -> 
         valid = np.broadcast_to(situation.last_valid | np.array(named), (frames, 2)).copy()
         return ActionPlan(label=label, actions=actions, valid=valid)
 
-    return _Planned(seconds, render)
+    return _Planned(seconds or None, render)
+
+
+def _check_script(label: str, segments: list[_Segment], situation: Situation) -> None:
+    """Raise DriveSimError for steering beyond the model's kind, and braking from nowhere."""
+    limit = _STEERING_LIMIT[situation.steering_kind or "steering_wheel"]
+    known = bool(situation.last_valid[0])
+    for segment in segments:
+        if abs(segment.steer or 0.0) > limit:
+            raise DriveSimError(
+                f"--actions: steer={segment.steer:g} is absurd: the model's steering is "
+                f"{situation.steering_kind}, at most {limit:g} (rad, or 1/m for curvature)"
+            )
+        if segment.accel is not None and not known:
+            raise DriveSimError(
+                f"--actions {label}: the context's speed is unknown, so there is nothing to brake "
+                "or speed up from; set it first, as in 'speed=8 for 0.1s; accel=-4'"
+            )
+        known = known or segment.speed is not None
 
 
 def _follow(

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from driving_sim.data.action_file import STEERING
 from driving_sim.data.drive import Drive, sample
 from driving_sim.data.frame_size import FrameSize
+from driving_sim.data.timing import median_rate
 from driving_sim.data.token_store import DriveTokens
 from driving_sim.data.video_writer import VideoWriter
 from driving_sim.engine.config import save_json
@@ -32,6 +33,9 @@ from driving_sim.world_model.panels import (
 )
 from driving_sim.world_model.sampler import Sampling
 from driving_sim.world_model.world_model import WorldModel
+
+RATE_TOLERANCE = 0.25
+"""How far a drive's frame rate may be off the model's, as a share of it."""
 
 _SHEET_COLUMNS = 8
 
@@ -104,6 +108,12 @@ def context_from_drive(world: WorldModel, drive: Drive, start_s: float | None) -
         )
     size = FrameSize(height=world.tokenizer.height, width=world.tokenizer.width)
     sampled = sample(drive, fps=world.fps)
+    rate = median_rate(sampled.timestamps)
+    if abs(rate / world.fps - 1) > RATE_TOLERANCE:
+        raise DriveSimError(
+            f"{drive.id}: its {rate:.3g} frames/s are too far from the model's {world.fps:.3g}; "
+            "use a video of that rate or more"
+        )
     begin, end = _context_range(
         sampled.timestamps, sampled.segments, start_s, world.context_frames + 1, drive.id
     )
@@ -126,17 +136,16 @@ def context_from_tokens(world: WorldModel, drive: DriveTokens, start_s: float | 
         drive.timestamps, list(drive.entry.segments), start_s, world.context_frames + 1, drive.id
     )
     segment_end = next(stop for start, stop in drive.entry.segments if start <= begin < stop)
-    tokens = torch.from_numpy(drive.tokens[begin:segment_end].astype(np.int64))
-    context = end - begin
+    tokens = torch.from_numpy(drive.tokens[begin:end].astype(np.int64))
 
     def future() -> Iterator[Frame]:
-        for frame in tokens[context:]:
-            yield world.tokenizer.decode(frame[None])[0].numpy()
+        for index in range(end, segment_end):
+            yield world.tokenizer.decode(drive.tokens[index : index + 1])[0].numpy()
 
     return Context(
         label=f"{drive.id} (reconstructed)",
-        tokens=tokens[:context],
-        frames=world.tokenizer.decode(tokens[:context]).numpy(),
+        tokens=tokens,
+        frames=world.tokenizer.decode(tokens).numpy(),
         actions=np.asarray(drive.actions[begin:segment_end]),
         action_valid=np.asarray(drive.action_valid[begin:segment_end]),
         future=future(),
@@ -165,12 +174,12 @@ class _Panels:
         )
 
     def past(self, index: int) -> Frame:
-        """Every panel shows context frame `index`, under the action that leads from it."""
-        frame = self.context.frames[index]
-        caption = self._caption(
-            "context", self.context.actions[index], self.context.action_valid[index]
-        )
-        panel = draw_panel(frame, caption)
+        """Every panel shows context frame `index`, under the action that led to it."""
+        action, valid = np.zeros(2, np.float32), np.zeros(2, np.bool_)
+        if index > 0:
+            action = self.context.actions[index - 1]
+            valid = self.context.action_valid[index - 1]
+        panel = draw_panel(self.context.frames[index], self._caption("context", action, valid))
         return side_by_side([panel] * (len(self.titles) + 1))
 
     def future(self, index: int, frames: list[Frame], truth: Frame | None) -> Frame:
@@ -234,7 +243,7 @@ def write_rollout(
         recorder = _Recorder(titles, length, world.fps)
         height, width = panels.past(0).shape[:2]
         with VideoWriter(temporary["video"], fps=world.fps, height=height, width=width) as writer:
-            for index in range(len(context.frames) - 1):
+            for index in range(len(context.frames)):
                 writer.write(panels.past(index))
             recorder.start(context.frames[-1])
             moments = _futures(world, context, plans, sampling, samples, recorder)
@@ -259,10 +268,10 @@ class _Recorder:
         self.tokens: list[NDArray[np.uint16]] = []
         steps = np.unique(np.linspace(0, length, _SHEET_COLUMNS).round().astype(int))
         self.columns = [int(step) for step in steps]
-        self.rows: dict[str, list[Frame]] = {title: [] for title in ["recorded", *titles]}
+        self.rows: list[tuple[str, list[Frame]]] = [(name, []) for name in ["recorded", *titles]]
 
     def start(self, frame: Frame) -> None:
-        for row in self.rows.values():
+        for _, row in self.rows:
             row.append(frame)
 
     def record(
@@ -271,23 +280,22 @@ class _Recorder:
         self.tokens.append(tokens.cpu().numpy().astype(np.uint16))
         if index + 1 in self.columns:
             recorded = np.full_like(frames[0], 40) if truth is None else truth
-            for row, frame in zip(self.rows.values(), [recorded, *frames], strict=True):
+            for (_, row), frame in zip(self.rows, [recorded, *frames], strict=True):
                 row.append(frame)
 
     def sheet(self) -> Frame:
-        return contact_sheet(list(self.rows.items()), [step / self.fps for step in self.columns])
+        return contact_sheet(self.rows, [step / self.fps for step in self.columns])
 
     def save(self, path: Path, context: Context, plans: list[ActionPlan]) -> None:
         """Write tokens U16 [F, N, rows, cols], actions F32 [F, N, 2] and the context's tokens."""
-        save_file(
-            {
-                "tokens": np.stack(self.tokens, axis=1),
-                "actions": np.stack([plan.actions for plan in plans]),
-                "action_valid": np.stack([plan.valid for plan in plans]),
-                "context_tokens": context.tokens.cpu().numpy().astype(np.uint16),
-            },
-            path,
-        )
+        arrays = {
+            "tokens": np.stack(self.tokens, axis=1),
+            "actions": np.stack([plan.actions for plan in plans]),
+            "action_valid": np.stack([plan.valid for plan in plans]),
+            "context_tokens": context.tokens.cpu().numpy().astype(np.uint16),
+        }
+        # Not `save_file`: it makes files that only their owner can read.
+        path.write_bytes(save(arrays))
 
 
 def _futures(
@@ -347,6 +355,7 @@ def _report(
             "world_model": world.fingerprint,
         },
         "device": str(world.device),
+        "precision": str(world.dtype).removeprefix("torch."),
         "frames_per_second": length * len(plans) / total,
         "seconds": seconds,
     }
