@@ -118,7 +118,7 @@ def _train(out: Path, seed: int, config: DemoConfig) -> None:
         preset=config.preset, steps=config.steps, assignments=(f"training.seed={seed}",)
     )
     train_tokenizer_on([videos], out / "tokenizer", request, every=1)
-    tokenize_videos([videos], out / "tokenizer", tokens, every=1, mirror=True)
+    tokenize_videos([videos], out / "tokenizer", tokens, every=1)
     train_world_model_on(tokens, out / "tokenizer", out / "world-model", request)
 
 

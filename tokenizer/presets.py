@@ -8,7 +8,7 @@ from driving_sim.tokenizer.training import TokenizerDataConfig, TokenizerRunConf
 
 DEMO = TokenizerRunConfig(
     model=AutoencoderConfig(
-        height=64, width=128, widths=(32, 96, 192), blocks=(1, 1, 1), attention_blocks=2
+        height=64, width=128, widths=(32, 64, 128), blocks=(1, 1, 1), attention_blocks=1
     ),
     objective=ObjectiveConfig(mse_weight=4.0, lpips_weight=0.0, gan_weight=0.0),
     data=TokenizerDataConfig(batch_size=4, validation_frames=64),

@@ -10,7 +10,7 @@ DEMO = WorldModelRunConfig(
         layers=4, width=192, heads=6, kv_heads=3, context_frames=6, dropout=0.0
     ),
     objective=ObjectiveConfig(token_noise=0.05),
-    data=WorldModelDataConfig(batch_size=16, validation_windows=32, preview=False),
+    data=WorldModelDataConfig(batch_size=4, validation_windows=32, preview=False),
     training=TrainingConfig(
         minutes=3.5,
         learning_rate=2e-3,

@@ -1,0 +1,48 @@
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from driving_sim.data.synthetic import SyntheticConfig
+from driving_sim.demo import ACTIONS, DemoConfig, _find_start, _psnr_matrix, run_demo
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.world_model.action_plan import ActionPlan
+
+SMALL = DemoConfig(drives=3, drive_seconds=3.0, steps=2, seconds=1.0)
+
+
+def test_the_whole_demo_runs_and_reports(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    summary = run_demo(out, seed=1, config=SMALL)
+    saved = json.loads((out / "summary.json").read_text())
+    matrix = np.array(saved["psnr_db_over_the_last_second"])
+    assert matrix.shape == (4, 4)
+    own = int((matrix.argmax(axis=1) == np.arange(4)).sum())
+    assert saved["nearest_to_own_action"] == own
+    assert f"{own} of 4" in summary
+    with av.open(str(out / "demo.mp4")) as video:
+        assert sum(1 for _ in video.decode(video=0)) == 8
+    assert (out / "demo.png").stat().st_size > 1000
+    with pytest.raises(DriveSimError, match="finished demo"):
+        run_demo(out, seed=1, config=SMALL)
+
+
+def test_the_truth_is_each_actions_own_and_nearest_to_itself() -> None:
+    start = _find_start(DemoConfig(world=SyntheticConfig(height=32, width=64, fps=8)), 0, 6)
+    speeds = {"straight": (6.0, 0.0), "left": (6.0, 0.15), "right": (6.0, -0.15), "brake": (1.0, 0)}
+    truths = [
+        start.truth(
+            ActionPlan(
+                label=name,
+                actions=np.tile(np.float32(speeds[name]), (16, 1)),
+                valid=np.ones((16, 2), np.bool_),
+            )
+        )
+        for name in ACTIONS
+    ]
+    matrix = _psnr_matrix(truths, truths, last=8)
+    assert (matrix.argmax(axis=1) == np.arange(4)).all()
+    assert (np.diag(matrix) > 40).all()
+    assert matrix[~np.eye(4, dtype=bool)].max() < 25
