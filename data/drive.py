@@ -13,7 +13,7 @@ import numpy.typing as npt
 from driving_sim.data.action_file import STEERING, ActionLog, SteeringKind
 from driving_sim.data.alignment import align
 from driving_sim.data.frame_size import FrameSize
-from driving_sim.data.timing import choose_frames, gaps
+from driving_sim.data.timing import choose_frames, chosen_segments
 from driving_sim.data.video import VideoInfo, read_frames, stream_frames
 from driving_sim.engine.errors import DriveSimError
 
@@ -95,7 +95,7 @@ class SampledDrive:
     action_valid: npt.NDArray[np.bool_]
     """[T, 2] where the actions are known."""
     segments: list[tuple[int, int]]
-    """Ranges [start, stop) of T without a gap in time."""
+    """Ranges [start, stop) of T with no gap in the drive's own frames between them."""
 
 
 def sample(drive: Drive, *, fps: float | None = None, every: int | None = None) -> SampledDrive:
@@ -112,7 +112,7 @@ def sample(drive: Drive, *, fps: float | None = None, every: int | None = None) 
         timestamps=timestamps,
         actions=actions,
         action_valid=action_valid,
-        segments=gaps(timestamps),
+        segments=chosen_segments(drive.timestamps, indices),
     )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _STRIDE_TOLERANCE = 0.15
+_GAP_PERIODS = 1.5
 
 
 def median_period(timestamps: NDArray[np.float64]) -> float:
@@ -20,16 +21,34 @@ def median_rate(timestamps: NDArray[np.float64]) -> float:
     return 1.0 / period if period > 0 else 0.0
 
 
-def gaps(timestamps: NDArray[np.float64], limit: float = 1.5) -> list[tuple[int, int]]:
-    """Cut a drive where two frames are more than `limit` median periods apart.
+def gaps(timestamps: NDArray[np.float64]) -> list[tuple[int, int]]:
+    """Cut a drive where two frames are more than 1.5 median periods apart.
 
     Returns the segments as (start, stop) frame numbers; together they cover every frame.
     """
     if len(timestamps) == 0:
         return []
-    breaks = np.flatnonzero(np.diff(timestamps) > limit * median_period(timestamps)) + 1
+    limit = _GAP_PERIODS * median_period(timestamps)
+    breaks = np.flatnonzero(np.diff(timestamps) > limit) + 1
     edges = [0, *breaks.tolist(), len(timestamps)]
     return list(pairwise(edges))
+
+
+def chosen_segments(
+    timestamps: NDArray[np.float64], indices: NDArray[np.int64]
+) -> list[tuple[int, int]]:
+    """Cut a choice of frames, increasing `indices`, where a gap of the drive lies between two.
+
+    Returns the segments as (start, stop) positions in `indices`. The drive's own frames tell where
+    a gap is: frames chosen for a lower rate may be unevenly apart with none of them missing, and
+    evenly enough with one missing.
+    """
+    if len(indices) == 0:
+        return []
+    breaks = [start for start, _ in gaps(timestamps)[1:]]
+    cuts = np.unique(np.searchsorted(indices, breaks))
+    inner = cuts[(cuts > 0) & (cuts < len(indices))]
+    return list(pairwise([0, *inner.tolist(), len(indices)]))
 
 
 def choose_frames(

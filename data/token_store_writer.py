@@ -20,7 +20,6 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from driving_sim.data.timing import gaps
 from driving_sim.data.token_shard import Array, TokenShard, write_shard
 from driving_sim.data.token_store_index import (
     INDEX,
@@ -152,12 +151,12 @@ class TokenStoreWriter:
         actions: ArrayLike,
         action_valid: ArrayLike,
         timestamps: ArrayLike,
-        segments: Sequence[tuple[int, int]] | None = None,
+        segments: Sequence[tuple[int, int]],
     ) -> None:
         """Write a drive: tokens [T, rows, cols], actions and action_valid [T, 2], timestamps [T].
 
-        `segments` are the [start, stop) runs without a gap in time, found from the timestamps where
-        not given. Actions that are not valid are stored as 0.
+        `segments` are the [start, stop) runs without a gap in time. Actions that are not valid are
+        stored as 0.
 
         Raises:
             ValueError: a shape, value or length is not what the plan says.
@@ -173,11 +172,10 @@ class TokenStoreWriter:
         }
         self._check(self.plan.drives[number], columns)
         columns["actions"][~valid] = 0
-        runs = gaps(columns["timestamps"]) if segments is None else segments
         with _writing(self.out):
             write_shard(
                 self._part(number),
-                metadata={"segments": json.dumps([[int(a), int(b)] for a, b in runs])},
+                metadata={"segments": json.dumps([[int(a), int(b)] for a, b in segments])},
                 lengths=[len(columns["tokens"])],
                 rows=self.plan.info.rows,
                 cols=self.plan.info.cols,

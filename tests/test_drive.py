@@ -80,3 +80,12 @@ def test_requiring_all_drives_names_the_first_that_is_bad(drive: Drive) -> None:
     bad = [Skipped(id=name, reason=f"{name}.mp4: is empty") for name in "xy"]
     with pytest.raises(DriveSimError, match=r"x\.mp4: is empty \(and 1 more\).*--skip-bad"):
         DriveSet([drive], bad).require_all()
+
+
+def test_a_sample_is_cut_where_the_video_lost_a_frame(drive: Drive) -> None:
+    later = np.where(np.arange(12) < 6, 0.0, 0.1)  # the frame before frame 6 is missing
+    gappy = Drive(
+        id="gappy", source="video", timestamps=drive.timestamps + later, reader=drive.reader
+    )
+    assert sample(gappy, every=2).segments == [(0, 3), (3, 6)]
+    assert sample(gappy, every=4).segments == [(0, 2), (2, 3)]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from driving_sim.data.timing import gaps
 from driving_sim.data.token_shard import frame_bytes
 from driving_sim.data.token_store import StoreInfo, TokenStore
 from driving_sim.data.token_store_plan import PlannedDrive, StorePlan
@@ -43,7 +44,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
             actions = np.stack([labels, -labels], 1)
             valid = np.stack([labels >= 0, labels % 3 > 0], 1)
             tokens = np.tile(labels[:, None, None], (1, 1, 2))
-            writer.add(name, tokens, actions, valid, times)
+            writer.add(name, tokens, actions, valid, times, gaps(times))
         writer.finish()
     return TokenStore(out)
 

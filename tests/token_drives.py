@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from driving_sim.data.timing import gaps
 from driving_sim.data.token_store import StoreInfo, TokenStore
 from driving_sim.data.token_store_plan import PlannedDrive, StorePlan
 from driving_sim.data.token_store_writer import TokenStoreWriter
@@ -69,6 +70,6 @@ def write_store(
             if gap_at is not None:
                 times[gap_at:] += 1.0
             tokens, actions, valid = turning_drive(frames, n)
-            writer.add(str(n), tokens, actions, valid, times)
+            writer.add(str(n), tokens, actions, valid, times, gaps(times))
         writer.finish()
     return TokenStore(out)
