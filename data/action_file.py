@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
-from driving_sim.engine.errors import DriveSimError
+from driving_sim.data.csv_table import CsvTable, read_csv
 from driving_sim.engine.files import atomic_file
 
 SteeringKind = Literal["steering_wheel", "road_wheel", "curvature", "normalised"]
@@ -94,64 +94,7 @@ _STEERING_LIMIT: dict[SteeringKind, float] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Table:
-    """A CSV as text: cells by column, and the line of the file on which each row stands."""
-
-    path: Path
-    names: tuple[str, ...]
-    rows: list[list[str]]
-    lines: list[int]
-
-    def fail(self, message: str, row: int | None = None) -> DriveSimError:
-        where = f"{self.path}" if row is None else f"{self.path}, line {self.lines[row]}"
-        return DriveSimError(f"{where}: {message}")
-
-    def cell(self, row: int, name: str) -> str:
-        return self.rows[row][self.names.index(name)].strip()
-
-    def numbers(self, name: str) -> FloatArray:
-        """The column as finite numbers. Raises DriveSimError at the first cell that is none."""
-        values = np.empty(len(self.rows))
-        for row in range(len(self.rows)):
-            cell = self.cell(row, name)
-            try:
-                values[row] = float(cell)
-            except ValueError:
-                values[row] = math.nan
-            if not math.isfinite(values[row]):
-                raise self.fail(
-                    f"{name} is {cell!r}, not a finite number: correct it or remove the row",
-                    row,
-                )
-        return values
-
-
-def _read_table(path: Path) -> _Table:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            header = tuple(name.strip().lower() for name in next(reader, []))
-            numbered = [(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))]
-    except FileNotFoundError:
-        raise DriveSimError(f"{path}: no such action file") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DriveSimError(f"{path}: cannot be read as a CSV of UTF-8 text ({error})") from None
-    if not header:
-        raise DriveSimError(
-            f"{path}: is empty; its first line must name the columns, such as "
-            "timestamp_s,speed_mps,road_wheel_rad"
-        )
-    table = _Table(path, header, [cells for _, cells in numbered], [line for line, _ in numbered])
-    for row, cells in enumerate(table.rows):
-        if len(cells) != len(header):
-            raise table.fail(f"has {len(cells)} cells where the header has {len(header)}", row)
-    if len(table.rows) < 2:
-        raise table.fail(f"has {len(table.rows)} rows of values; at least 2 are needed")
-    return table
-
-
-def _find(table: _Table, known: dict[str, _Column], family: tuple[str, ...]) -> str | None:
+def _find(table: CsvTable, known: dict[str, _Column], family: tuple[str, ...]) -> str | None:
     """The one column of `known`. Raises DriveSimError for two, or for one in an unknown unit."""
     found = [name for name in table.names if name in known]
     if len(found) > 1:
@@ -166,7 +109,7 @@ def _find(table: _Table, known: dict[str, _Column], family: tuple[str, ...]) -> 
     return None
 
 
-def _check_increasing(table: _Table, name: str, values: FloatArray) -> None:
+def _check_increasing(table: CsvTable, name: str, values: FloatArray) -> None:
     backward = np.flatnonzero(np.diff(values) <= 0)
     if len(backward):
         row = int(backward[0]) + 1
@@ -178,7 +121,7 @@ def _check_increasing(table: _Table, name: str, values: FloatArray) -> None:
         )
 
 
-def _times(table: _Table, frame_times: FloatArray | None) -> FloatArray:
+def _times(table: CsvTable, frame_times: FloatArray | None) -> FloatArray:
     name = _find(table, _TIMES, ("timestamp_", "time_"))
     if name is not None:
         values = table.numbers(name)
@@ -203,7 +146,7 @@ def _times(table: _Table, frame_times: FloatArray | None) -> FloatArray:
 
 
 def _check_range(
-    table: _Table, name: str, values: FloatArray, low: float, high: float, hint: str
+    table: CsvTable, name: str, values: FloatArray, low: float, high: float, hint: str
 ) -> None:
     outside = np.flatnonzero((values < low) | (values > high))
     if len(outside):
@@ -213,7 +156,7 @@ def _check_range(
         )
 
 
-def _speed(table: _Table, notices: list[str]) -> FloatArray | None:
+def _speed(table: CsvTable, notices: list[str]) -> FloatArray | None:
     name = _find(table, _SPEEDS, ("speed_",))
     if name is None:
         return None
@@ -226,7 +169,7 @@ def _speed(table: _Table, notices: list[str]) -> FloatArray | None:
     return values
 
 
-def _steering_column(table: _Table, wanted: SteeringKind | None) -> str | None:
+def _steering_column(table: CsvTable, wanted: SteeringKind | None) -> str | None:
     """The steering column; of several, the one whose kind is wanted."""
     found = [name for name in table.names if name in _STEERINGS]
     of_kind = [name for name in found if _STEERINGS[name].kind == wanted]
@@ -236,7 +179,7 @@ def _steering_column(table: _Table, wanted: SteeringKind | None) -> str | None:
 
 
 def _steering(
-    table: _Table, wanted: SteeringKind | None, notices: list[str]
+    table: CsvTable, wanted: SteeringKind | None, notices: list[str]
 ) -> tuple[FloatArray | None, SteeringKind | None]:
     name = _steering_column(table, wanted)
     if name is None:
@@ -276,7 +219,7 @@ def read_action_file(
     Raises DriveSimError naming file, line and remedy: cells that are no finite numbers, times that
     do not increase, unknown units, absurd values, neither speed nor steering, fewer than 2 rows.
     """
-    table = _read_table(path)
+    table = read_csv(path)
     notices: list[str] = []
     times = _times(table, frame_times)
     speed = _speed(table, notices)

@@ -1,5 +1,6 @@
 """The picture of an inspection: speed, steering and image motion of a drive over time."""
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from driving_sim.data.drive import SampledDrive
 from driving_sim.engine.files import atomic_file
 
 _SIZE_INCHES = (12, 7)
+_CAPTION_COLUMNS = 130
 _INK = "#30343b"
 
 
@@ -42,6 +44,8 @@ def draw_drive(
         for axes, *_ in rows:
             axes.axvspan(times[start - 1], times[start], color=_INK, alpha=0.15, linewidth=0)
     motion_axes.set_xlabel("time in s")
-    figure.suptitle(caption, color=_INK, x=0.01, horizontalalignment="left")
+    lines = textwrap.fill(caption, _CAPTION_COLUMNS)
+    # A dollar sign in a file name is no formula.
+    figure.suptitle(lines, color=_INK, x=0.01, horizontalalignment="left", parse_math=False)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=100)

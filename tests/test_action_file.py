@@ -153,7 +153,7 @@ def test_what_is_wrong_is_said_with_file_and_line(csv_path: Path, text: str, mes
 
 
 def test_binary_and_missing_files_are_errors(csv_path: Path) -> None:
-    with pytest.raises(DriveSimError, match="no such action file"):
+    with pytest.raises(DriveSimError, match="no such file"):
         read_action_file(csv_path)
     csv_path.write_bytes(b"\xff\xfe\x00\x80" * 10)
     with pytest.raises(DriveSimError, match="UTF-8"):

@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
     write_video(videos / "trip" / "a.mp4", frames, 10)
     rows = [f"{t / 10:.1f},{0 if t < 60 else 8},0" for t in range(121)]
     (videos / "trip" / "a.csv").write_text("\n".join(["t,speed,road_wheel_rad", *rows]))
-    write_video(videos / "b.mp4", frames[:10], 10)
+    write_video(videos / "b $x$ $.mp4", frames[:10], 10)
     (videos / "empty.mp4").touch()
     return videos
 
@@ -46,7 +46,7 @@ def test_the_report_names_drives_actions_and_what_is_skipped(folder: Path, tmp_p
     assert drive.speed_range_mps == pytest.approx((0, 8))
     assert drive.steering_kind == "road_wheel"
     assert drive.problems == ()
-    assert (bare.id, bare.valid_share, bare.steering_range) == ("b", 0, None)
+    assert (bare.id, bare.valid_share, bare.steering_range) == ("b $x$ $", 0, None)
     assert [skipped.id for skipped in report.skipped] == ["empty"]
     text = report.table()
     for word in ("trip/a", "0.0 to 8.0", "skipped (1)", "empty.mp4", "speed is taken to be in m/s"):

@@ -1,0 +1,78 @@
+"""CSV files as text tables that know the line each row stands on, so that errors can say it."""
+
+import csv
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from driving_sim.engine.errors import DriveSimError
+
+
+@dataclass(frozen=True, slots=True)
+class CsvTable:
+    """The cells of a CSV with a header."""
+
+    path: Path
+    names: tuple[str, ...]
+    """Column names in lower case."""
+    rows: list[list[str]]
+    lines: list[int]
+    """The line of the file on which each row stands."""
+
+    def fail(self, message: str, row: int | None = None) -> DriveSimError:
+        """The error that says `message` of the file, or of one row of it."""
+        where = f"{self.path}" if row is None else f"{self.path}, line {self.lines[row]}"
+        return DriveSimError(f"{where}: {message}")
+
+    def cell(self, row: int, name: str) -> str:
+        """One cell as it is written."""
+        return self.rows[row][self.names.index(name)].strip()
+
+    def numbers(self, name: str) -> npt.NDArray[np.float64]:
+        """A column as finite numbers. Raises DriveSimError at the first cell that is none."""
+        column = self.names.index(name)
+        values = np.array([_number(cells[column]) for cells in self.rows])
+        for row in np.flatnonzero(~np.isfinite(values))[:1]:
+            cell = self.cell(row, name)
+            raise self.fail(
+                f"{name} is {cell!r}, not a finite number: correct it or remove the row", row
+            )
+        return values
+
+
+def _number(cell: str) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        return math.nan
+
+
+def read_csv(path: Path) -> CsvTable:
+    """Read a CSV with a header and at least two rows; empty lines do not count.
+
+    Raises DriveSimError where the file is missing, no UTF-8 text, ragged or too short.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            header = tuple(name.strip().lower() for name in next(reader, []))
+            numbered = [(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))]
+    except FileNotFoundError:
+        raise DriveSimError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DriveSimError(f"{path}: cannot be read as a CSV of UTF-8 text ({error})") from None
+    if not header:
+        raise DriveSimError(
+            f"{path}: is empty; its first line must name the columns, such as "
+            "timestamp_s,speed_mps,road_wheel_rad"
+        )
+    table = CsvTable(path, header, [cells for _, cells in numbered], [line for line, _ in numbered])
+    for row, cells in enumerate(table.rows):
+        if len(cells) != len(header):
+            raise table.fail(f"has {len(cells)} cells where the header has {len(header)}", row)
+    if len(table.rows) < 2:
+        raise table.fail(f"has {len(table.rows)} rows of values; at least 2 are needed")
+    return table
