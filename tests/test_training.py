@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from driving_sim.engine import training
 from driving_sim.engine.config import from_dict, to_dict
 from driving_sim.engine.errors import DriveSimError, Interrupted
+from driving_sim.engine.run_folder import is_finished
 from driving_sim.engine.training import Batch, TrainingConfig, Validation
 from tests.tiny_training import (
     EXPORTED,
@@ -97,6 +98,30 @@ def test_longer_resumed_run_goes_on(tmp_path: Path) -> None:
     tiny_train(tmp_path / "run", steps=10)
     assert tiny_train(tmp_path / "run", steps=10, resume=True).steps == 10
     assert tiny_train(tmp_path / "run", steps=20, resume=True).steps == 20
+
+
+def test_a_run_is_finished_once_it_came_to_its_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        tiny_train(run, dataset=InterruptingBatches())
+    assert (run / EXPORTED).exists()
+    assert not is_finished(run)
+    tiny_train(run, resume=True)
+    assert is_finished(run)
+    kept = (run / "finished.json").read_bytes(), (run / EXPORTED).read_bytes()
+    assert json.loads(kept[0])["steps"] == 30
+    assert "was finished" not in capsys.readouterr().err
+
+    tiny_train(run, resume=True)
+    assert kept == ((run / "finished.json").read_bytes(), (run / EXPORTED).read_bytes())
+    assert "was finished at step 30" in capsys.readouterr().err
+
+    nan = TinyBatches(nan_at=tuple(range(30, 60)))
+    with pytest.raises(DriveSimError, match="not finite"):
+        tiny_train(run, steps=60, resume=True, dataset=nan)
+    assert not is_finished(run)
 
 
 def test_batches_do_not_depend_on_workers(tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from driving_sim.engine.config import load_yaml, save_yaml
+from driving_sim.engine.config import load_yaml, save_json, save_yaml
 from driving_sim.engine.errors import DriveSimError
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
+FINISHED = "finished.json"
 
 CHANGEABLE = frozenset(
     (
@@ -50,6 +51,21 @@ def prepare_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:
     """Check the folder, create it where needed and write the resolved config into it."""
     check_run(run, run_config, resume)
     save_yaml(run / CONFIG, run_config)
+
+
+def is_finished(run: Path) -> bool:
+    """Whether `run` trained to its end; until then what it holds is only the best so far."""
+    return (run / FINISHED).is_file()
+
+
+def mark_finished(run: Path, result: Mapping[str, Any]) -> None:
+    """Write what the run came to: the mark that `is_finished` looks for."""
+    save_json(run / FINISHED, result)
+
+
+def mark_unfinished(run: Path) -> None:
+    """Take the mark away: the run goes on."""
+    (run / FINISHED).unlink(missing_ok=True)
 
 
 def _check_same(run: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

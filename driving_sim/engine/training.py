@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,13 @@ from driving_sim.engine.distributed import process_group
 from driving_sim.engine.errors import DriveSimError, Interrupted
 from driving_sim.engine.files import disk_errors
 from driving_sim.engine.interrupt import StopRequest, stop_on_signals
-from driving_sim.engine.run_folder import CHECKPOINTS, check_run, prepare_run
+from driving_sim.engine.run_folder import (
+    CHECKPOINTS,
+    check_run,
+    mark_finished,
+    mark_unfinished,
+    prepare_run,
+)
 from driving_sim.engine.run_log import RunLog
 from driving_sim.engine.schedule import position_by_steps, position_by_time
 from driving_sim.engine.training_config import TrainingConfig
@@ -78,8 +84,10 @@ def train(
     and `progress` (float32, 0 to 1), and torch is seeded for it, so that a run resumed from a
     checkpoint equals one that was never interrupted. `validate` gets the model in eval mode with
     averaged weights, without gradients, under the training's autocast; `export` writes the averaged
-    module into `run` at each new best score. Raises `DriveSimError` where `run` cannot be used,
-    the loss stays non-finite or no score is finite, and `Interrupted` after a signal, once saved.
+    module into `run` at each new best score; `is_finished(run)` tells whether the last one came.
+    Resuming a finished run changes nothing, unless it may now last longer. Raises `DriveSimError`
+    where `run` cannot be used, the loss stays non-finite or no score is finite, and `Interrupted`
+    after a signal, once saved.
     """
     if isinstance(device, str):
         device = resolve_device(device)
@@ -171,8 +179,10 @@ class _Loop:
             if stop_signal:
                 raise self._interruption(stop_signal)
             if over:
-                return self._result()
+                return self._finish(trained=batches is not None)
             if batches is None:
+                if self.ranks.is_main:
+                    mark_unfinished(self.folder)
                 batches = _first_made(
                     self.stepper.batches(dataset, self.state.step, self.request.shield)
                 )
@@ -301,6 +311,18 @@ class _Loop:
         name, step = signal.Signals(stop_signal).name, self.state.step
         message = f"{name}: stopped after step {step}; go on in {self.folder} with --resume"
         return Interrupted(message, 128 + stop_signal)
+
+    def _finish(self, *, trained: bool) -> TrainingResult:
+        """Mark the run as finished; say so where there was nothing left to do."""
+        result = self._result()
+        if self.ranks.is_main:
+            mark_finished(self.folder, asdict(result))
+        if self.log and not trained:
+            self.log.say(
+                f"{self.folder} was finished at step {result.steps}: to train it further, give "
+                "more steps, minutes or patience"
+            )
+        return result
 
     def _result(self) -> TrainingResult:
         state = self.state
