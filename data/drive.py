@@ -13,7 +13,7 @@ import numpy.typing as npt
 from driving_sim.data.action_file import STEERING, ActionLog, SteeringKind
 from driving_sim.data.alignment import align
 from driving_sim.data.frame_size import FrameSize
-from driving_sim.data.timing import choose_frames, chosen_segments
+from driving_sim.data.timing import choose_frames, chosen_segments, mean_rate
 from driving_sim.data.video import VideoInfo, read_frames, stream_frames
 from driving_sim.engine.errors import DriveSimError
 
@@ -96,6 +96,11 @@ class SampledDrive:
     """[T, 2] where the actions are known."""
     segments: list[tuple[int, int]]
     """Ranges [start, stop) of T with no gap in the drive's own frames between them."""
+
+    @property
+    def fps(self) -> float:
+        """Mean rate within the segments; 0 where none has two frames."""
+        return mean_rate(self.timestamps, self.segments)
 
 
 def sample(drive: Drive, *, fps: float | None = None, every: int | None = None) -> SampledDrive:

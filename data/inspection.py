@@ -16,7 +16,6 @@ from driving_sim.data.inspection_picture import draw_drive
 from driving_sim.data.motion import picture_change, yaw_motion
 from driving_sim.data.sources import find_drives
 from driving_sim.data.synchrony import Synchrony, measure_synchrony, within_segments
-from driving_sim.data.timing import median_rate
 from driving_sim.data.video import VideoInfo
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
@@ -40,7 +39,7 @@ class DriveReport:
     frames: int
     duration_s: float
     fps: float
-    """From the median time between frames."""
+    """Mean rate between the gaps."""
     gaps: int
     """Places where frames are missing: more than 1.5 periods between neighbours."""
     longest_gap_s: float
@@ -214,7 +213,7 @@ def _inspect(drive: Drive, out: Path, shown: Progress) -> DriveReport:
         source=drive.source,
         frames=len(drive.timestamps),
         duration_s=drive.duration_s,
-        fps=median_rate(drive.timestamps),
+        fps=whole.fps,
         gaps=len(starts),
         longest_gap_s=float(gap_lengths.max(initial=0.0)),
         video=None if info is None else _description(info),

@@ -1,6 +1,7 @@
 """Frame times: rate, gaps, and the choice of frames for a lower rate."""
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -15,10 +16,15 @@ def median_period(timestamps: NDArray[np.float64]) -> float:
     return float(np.median(np.diff(timestamps))) if len(timestamps) > 1 else 0.0
 
 
-def median_rate(timestamps: NDArray[np.float64]) -> float:
-    """Frames per second, from the median time between frames; 0 for fewer than two frames."""
-    period = median_period(timestamps)
-    return 1.0 / period if period > 0 else 0.0
+def mean_rate(timestamps: NDArray[np.float64], segments: Sequence[tuple[int, int]]) -> float:
+    """Frames per second within segments (start, stop); 0 where none has two frames.
+
+    Not from the median time between frames: frames on a grid are one or two periods of the video
+    apart, and neither is the rate.
+    """
+    seconds = sum(float(timestamps[stop - 1] - timestamps[start]) for start, stop in segments)
+    intervals = sum(stop - start - 1 for start, stop in segments)
+    return intervals / seconds if intervals else 0.0
 
 
 def gaps(timestamps: NDArray[np.float64]) -> list[tuple[int, int]]:
@@ -81,7 +87,7 @@ def _stride(timestamps: NDArray[np.float64], fps: float | None, every: int | Non
         return 1
     if not (fps > 0 and math.isfinite(fps)):
         raise ValueError(f"fps={fps}: must be a positive number")
-    ratio = median_rate(timestamps) / fps
+    ratio = mean_rate(timestamps, gaps(timestamps)) / fps
     nearest = max(1, round(ratio))
     return nearest if ratio <= 1 or abs(ratio / nearest - 1) <= _STRIDE_TOLERANCE else None
 

@@ -32,7 +32,7 @@ class StoreInfo:
     codebook_size: int
     """Every token is below this."""
     fps: float
-    """Median rate of the frames chosen, in frames per second."""
+    """Mean rate of the frames chosen, between gaps, in frames per second."""
     steering_kind: str | None = None
     """What the steering column means, one kind for all drives; None where no drive has actions."""
     levels: tuple[int, ...] = ()

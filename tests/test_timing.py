@@ -9,8 +9,8 @@ from driving_sim.data.timing import (
     choose_frames,
     chosen_segments,
     gaps,
+    mean_rate,
     median_period,
-    median_rate,
 )
 
 
@@ -23,8 +23,8 @@ def jittered(
 
 def test_rate_ignores_a_gap() -> None:
     times = np.concatenate([np.arange(50) / 20, 100 + np.arange(50) / 20])
-    assert median_rate(times) == pytest.approx(20)
-    assert median_period(times[:1]) == median_rate(times[:1]) == 0.0
+    assert mean_rate(times, gaps(times)) == pytest.approx(20)
+    assert median_period(times[:1]) == mean_rate(times[:1], [(0, 1)]) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_another_rate_is_the_nearest_frame_to_each_tick() -> None:
     ticks = np.arange(len(chosen)) / 10 + times[0]
     distance = np.abs(times[None] - ticks[:, None])
     assert np.array_equal(chosen, distance.argmin(axis=1))
-    assert median_rate(times[chosen]) == pytest.approx(10, rel=0.3)
+    assert mean_rate(times[chosen], [(0, len(chosen))]) == pytest.approx(10, rel=0.01)
 
 
 def test_every_is_the_stride_and_a_higher_rate_keeps_all() -> None:
@@ -96,6 +96,7 @@ def test_frames_chosen_unevenly_from_a_steady_drive_are_one_segment() -> None:
     chosen = choose_frames(times, fps=10)
     assert set(np.diff(chosen)) == {1, 2}
     assert chosen_segments(times, chosen) == [(0, len(chosen))]
+    assert mean_rate(times[chosen], [(0, len(chosen))]) == pytest.approx(10, rel=0.005)
 
 
 @pytest.mark.parametrize("lost", [30, 31])

@@ -124,6 +124,17 @@ def test_the_store_holds_the_tokens_of_the_chosen_frames_and_their_actions(
     assert str(summary) == f"tokens of 3 drives, 33 frames at 5 fps -> {tmp_path / 'tokens'}"
 
 
+def test_a_rate_that_no_stride_gives_is_stored_as_it_is(
+    drives: DriveSet, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    faster = DriveSet([slower(drives.drives[0], 10 / 14)])
+    summary = tokenize(faster, tokenizer, tmp_path / "tokens", fps=10)
+    (stored,) = TokenStore(tmp_path / "tokens").drives
+    assert len(stored) < FRAMES
+    assert stored.entry.segments == ((0, len(stored)),)
+    assert summary.index.info.fps == pytest.approx(10, rel=0.03)
+
+
 def test_the_store_says_what_a_model_needs_to_know(
     drives: DriveSet, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

@@ -19,7 +19,6 @@ from driving_sim.data.action_file import STEERING
 from driving_sim.data.drive import Drive, DriveSet, SampledDrive, sample
 from driving_sim.data.frame_size import FrameSize, transform_description
 from driving_sim.data.split import MIRROR_SUFFIX
-from driving_sim.data.timing import median_rate
 from driving_sim.data.token_store_index import StoreIndex, StoreInfo
 from driving_sim.data.token_store_plan import SHARD_BYTES, PlannedDrive, StorePlan
 from driving_sim.data.token_store_writer import TokenStoreWriter
@@ -126,22 +125,23 @@ def _survey(
             continue
         if len(one.indices) < 2:
             bad[drive.id] = f"{drive.id}: {len(one.indices)} frame at this rate, at least 2 needed"
+        elif one.fps == 0:
+            bad[drive.id] = f"{drive.id}: a gap in the video between any two frames at this rate"
         else:
             sampled.append(one)
     usual = _usual_rate(sampled)
     for one in sampled:
-        rate = median_rate(one.timestamps)
-        if abs(rate / usual - 1) > _RATE_TOLERANCE:
+        if abs(one.fps / usual - 1) > _RATE_TOLERANCE:
             bad[one.drive.id] = (
-                f"{one.drive.id}: {rate:.3g} frames a second, the other drives have {usual:.3g}: "
-                "choose a rate that all have with --fps"
+                f"{one.drive.id}: {one.fps:.3g} frames a second, the other drives have "
+                f"{usual:.3g}: choose a rate that all have with --fps"
             )
     return [one for one in sampled if one.drive.id not in bad], bad
 
 
 def _usual_rate(sampled: Sequence[SampledDrive]) -> float:
     # The low median is some drive's own rate: of two that differ, one is not to blame.
-    return median_low([median_rate(one.timestamps) for one in sampled]) if sampled else 0.0
+    return median_low([one.fps for one in sampled]) if sampled else 0.0
 
 
 def _store_info(

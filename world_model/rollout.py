@@ -16,7 +16,6 @@ from safetensors.numpy import save
 from driving_sim.data.action_file import STEERING
 from driving_sim.data.drive import Drive, sample
 from driving_sim.data.frame_size import FrameSize
-from driving_sim.data.timing import median_rate
 from driving_sim.data.token_store import DriveTokens
 from driving_sim.data.video_writer import VideoWriter
 from driving_sim.engine.config import save_json
@@ -108,11 +107,10 @@ def context_from_drive(world: WorldModel, drive: Drive, start_s: float | None) -
         )
     size = FrameSize(height=world.tokenizer.height, width=world.tokenizer.width)
     sampled = sample(drive, fps=world.fps)
-    rate = median_rate(sampled.timestamps)
-    if abs(rate / world.fps - 1) > RATE_TOLERANCE:
+    if abs(sampled.fps / world.fps - 1) > RATE_TOLERANCE:
         raise DriveSimError(
-            f"{drive.id}: its {rate:.3g} frames/s are too far from the model's {world.fps:.3g}; "
-            "use a video of that rate or more"
+            f"{drive.id}: its {sampled.fps:.3g} frames/s are too far from the model's "
+            f"{world.fps:.3g}; use a video of that rate or more"
         )
     begin, end = _context_range(
         sampled.timestamps, sampled.segments, start_s, world.context_frames + 1, drive.id
