@@ -14,13 +14,14 @@ DEMO = TokenizerRunConfig(
     data=TokenizerDataConfig(batch_size=4, validation_frames=64),
     training=TrainingConfig(
         minutes=2.5,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         warmup_steps=100,
         weight_decay=0.01,
         betas=(0.9, 0.99),
         ema_decay=0.998,
         validate_every=500,
         save_every=1000,
+        workers=1,
     ),
 )
 """For the synthetic world in minutes on a CPU; no discriminator, no LPIPS."""
@@ -30,6 +31,7 @@ TINY = TokenizerRunConfig(
         height=128, width=256, widths=(32, 96, 192), blocks=(1, 1, 1), attention_blocks=2
     ),
     objective=ObjectiveConfig(
+        mse_weight=2.0,
         lpips_weight=0.0,
         gan_weight=0.1,
         gan_start=0.7,
@@ -38,13 +40,14 @@ TINY = TokenizerRunConfig(
     data=TokenizerDataConfig(batch_size=4),
     training=TrainingConfig(
         minutes=30,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         warmup_steps=200,
         weight_decay=0.01,
         betas=(0.9, 0.99),
         ema_decay=0.998,
         validate_every=1000,
         save_every=1000,
+        workers=1,
     ),
 )
 """128x256 pixels to 8x16 tokens, half an hour on two CPU cores; no LPIPS."""
