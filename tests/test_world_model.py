@@ -1,9 +1,11 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from driving_sim.engine.errors import DriveSimError
@@ -52,6 +54,39 @@ def test_a_saved_model_generates_the_same(world: WorldModel, run: Path) -> None:
         futures.append(stacked(list(model.generate(prefix, actions[3:]))))
     assert torch.equal(futures[0][0], futures[1][0])
     assert torch.equal(futures[0][1], futures[1][1])
+
+
+def test_a_save_over_another_is_whole_wherever_it_is_killed(
+    world: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training saves each new best model over the one before."""
+    world.save(tmp_path)
+    better = new_world()
+    better.transformer.row_place.data += 1
+    better = WorldModel(better.transformer, better.tokenizer, fps=FPS, steering_kind="road_wheel")
+    allowed, replace = 0, Path.replace
+
+    def killed(path: Path, target: Path) -> Path:
+        nonlocal allowed
+        if not allowed:
+            raise KeyboardInterrupt
+        allowed -= 1
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    for files in range(4):
+        allowed = files
+        with pytest.raises(KeyboardInterrupt):
+            better.save(tmp_path)
+        loaded = WorldModel.from_run(tmp_path, device="cpu", precision="fp32")
+        assert loaded.fingerprint == world.fingerprint
+    allowed = 4
+    better.save(tmp_path)
+    loaded = WorldModel.from_run(tmp_path, device="cpu", precision="fp32")
+    assert loaded.fingerprint == better.fingerprint != world.fingerprint
+    # readable for whoever may read the rest
+    modes = {path.stat().st_mode for path in tmp_path.rglob("*.*")}
+    assert len(modes) == 1
 
 
 def test_branches_and_samples_are_the_single_futures(world: WorldModel) -> None:
@@ -144,18 +179,20 @@ def test_a_folder_that_is_not_intact_is_refused(run: Path, tmp_path: Path) -> No
     world.save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     weights = load_file(run / "model.safetensors")
+    with safe_open(run / "model.safetensors", "pt") as file:
+        prints = file.metadata()
 
     weights["row_place"] = weights["row_place"] + 1
-    save_file(weights, tmp_path / "model.safetensors")
+    save_file(weights, tmp_path / "model.safetensors", prints)
     with pytest.raises(DriveSimError, match="fingerprint"):
         WorldModel.from_run(tmp_path)
 
     del weights["row_place"]
-    save_file(weights, tmp_path / "model.safetensors")
+    save_file(weights, tmp_path / "model.safetensors", prints)
     with pytest.raises(DriveSimError, match="not this world model's weights"):
         WorldModel.from_run(tmp_path)
 
-    save_file(load_file(run / "model.safetensors"), tmp_path / "model.safetensors")
+    shutil.copy(run / "model.safetensors", tmp_path)
     WorldModel.from_run(tmp_path)
     tiny_tokenizer(seed=1).save(tmp_path / "tokenizer")
     with pytest.raises(DriveSimError, match="not the tokenizer"):

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
 from einops import rearrange, repeat
 from numpy.typing import ArrayLike, NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from driving_sim.data.action_file import SteeringKind
@@ -38,7 +38,7 @@ _TOKENIZER = "tokenizer"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorldModelConfig:
-    """What a world model's `config.json` says, beside its fingerprints."""
+    """What a world model's `config.json` says."""
 
     model: TransformerConfig
     """Size and shape."""
@@ -114,7 +114,7 @@ class WorldModel:
         saved = load_json(folder / _CONFIG)
         config = from_dict(WorldModelConfig, saved.get("config", {}), str(folder / _CONFIG))
         transformer = Transformer(config.model, config.grid, config.actions)
-        _load_weights(transformer, folder / _WEIGHTS)
+        written = _load_weights(transformer, folder / _WEIGHTS)
         tokenizer = Tokenizer.from_run(folder / _TOKENIZER, device)
         world = cls(
             transformer,
@@ -124,7 +124,7 @@ class WorldModel:
             device=resolve_device(device),
             precision=precision,
         )
-        world._check_fingerprints(saved, folder)
+        world._check_fingerprints(written, folder)
         return world
 
     def save(self, path: Path | str) -> None:
@@ -133,22 +133,23 @@ class WorldModel:
         folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.cpu().contiguous() for k, v in self.transformer.state_dict().items()}
         self.tokenizer.save(folder / _TOKENIZER)
-        with atomic_file(folder / _WEIGHTS) as temporary:
-            save_file(weights, temporary)
-        identity = {"kind": "world-model", "config": to_dict(self.config)}
+        save_json(folder / _CONFIG, {"kind": "world-model", "config": to_dict(self.config)})
+        # The fingerprints stand in the same file as the weights: all are replaced in one move.
+        # Written as bytes, because `save_file` makes files that only their owner can read.
         prints = {"tokenizer": self.tokenizer.fingerprint, "fingerprint": self.fingerprint}
-        save_json(folder / _CONFIG, identity | prints)
+        with atomic_file(folder / _WEIGHTS) as temporary:
+            temporary.write_bytes(save(weights, prints))
 
-    def _check_fingerprints(self, saved: dict[str, Any], folder: Path) -> None:
-        if saved.get("tokenizer") != self.tokenizer.fingerprint:
+    def _check_fingerprints(self, written: dict[str, str], folder: Path) -> None:
+        if written.get("tokenizer") != self.tokenizer.fingerprint:
             raise DriveSimError(
                 f"{folder / _TOKENIZER} is not the tokenizer that this world model was trained "
                 "with; copy the whole run folder again"
             )
-        if saved.get("fingerprint") != self.fingerprint:
+        if written.get("fingerprint") != self.fingerprint:
             raise DriveSimError(
-                f"{folder}: the fingerprint in {_CONFIG} does not match the weights; "
-                "copy the folder again"
+                f"{folder}: config and weights do not belong together (their fingerprint is not "
+                "the one written); copy the folder again"
             )
 
     @property
@@ -341,9 +342,12 @@ def _fingerprint(config: WorldModelConfig, transformer: Transformer, tokenizer: 
     return digest.hexdigest()
 
 
-def _load_weights(transformer: Transformer, path: Path) -> None:
+def _load_weights(transformer: Transformer, path: Path) -> dict[str, str]:
+    """Load the weights; return the fingerprints that were written with them."""
     try:
         transformer.load_state_dict(load_file(path))
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
     except (SafetensorError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DriveSimError(

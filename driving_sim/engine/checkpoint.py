@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from driving_sim.engine.config import load_json, save_json
@@ -107,4 +107,5 @@ def _load_model(model: nn.Module, saved: dict[str, Tensor]) -> None:
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    # As bytes, because `save_file` makes files that only their owner can read.
+    path.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
