@@ -136,13 +136,17 @@ def evaluate_action_information(
     runs = [(drive, *segment) for drive in heldout.drives for segment in drive.entry.segments]
     with progress(len(runs) * len(channels), "shuffle actions", "runs") as bar:
         for drive, begin, stop in runs:
-            true = np.asarray(drive.actions[begin:stop])
             for name, chosen in channels.items():
-                variants = np.repeat(true[None], shuffles + 1, axis=0)
-                for variant in variants[1:]:
-                    order = _block_permutation(len(true), world.context_frames, rng)
-                    variant[:, chosen] = true[order][:, chosen]
-                bits = streamed_bits(world.transformer, drive, begin, variants)
+                # An action that is not known stays so wherever it is moved to.
+                actions, valid = (
+                    np.repeat(own[None, begin:stop], shuffles + 1, axis=0)
+                    for own in (drive.actions, drive.action_valid)
+                )
+                for number in range(1, shuffles + 1):
+                    order = _block_permutation(stop - begin, world.context_frames, rng)
+                    for moved in (actions, valid):
+                        moved[number][:, chosen] = moved[0, order][:, chosen]
+                bits = streamed_bits(world.transformer, drive, begin, actions, valid)
                 gains[name].append(_gain_per_block(bits, world.context_frames))
                 bar.advance(1)
     tokens = world.tokenizer.rows * world.tokenizer.cols

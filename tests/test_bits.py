@@ -81,14 +81,17 @@ def test_streamed_variants_of_the_actions_are_judged_apart(store: TokenStore) ->
     model = random_model()
     drive = store.drives[1]
     own = drive.actions[:6]
-    variants = np.stack([own, own * np.array([1, -1], np.float32), own])
+    variants = np.stack([own, own * np.array([1, -1], np.float32), own, own])
     variants[2, 3] += 1.0  # leads to frame 4
-    bits = streamed_bits(model, drive, 0, variants)
+    valid = np.repeat(drive.action_valid[None, :6], 4, axis=0)
+    valid[3, 3] = False
+    bits = streamed_bits(model, drive, 0, variants, valid)
     frames = streamed_bits_per_token(model, [drive])
     assert bits[0] == pytest.approx(frames.bits[:6], abs=1e-5)
     assert (bits[1, 1:] != bits[0, 1:]).any()
-    assert bits[2, :4] == pytest.approx(bits[0, :4], abs=1e-5)
-    assert bits[2, 4] != pytest.approx(bits[0, 4], abs=1e-5)
+    for other in (2, 3):
+        assert bits[other, :4] == pytest.approx(bits[0, :4], abs=1e-5)
+        assert bits[other, 4] != pytest.approx(bits[0, 4], abs=1e-5)
 
 
 def test_measuring_leaves_the_model_as_it_was(store: TokenStore) -> None:

@@ -1,8 +1,10 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from driving_sim import evaluate
 from driving_sim.data.drive import sample
 from driving_sim.data.sources import find_drives
 from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
@@ -15,6 +17,7 @@ from driving_sim.evaluate import (
     evaluate_likelihood,
     evaluate_tokenizer,
 )
+from driving_sim.world_model.bits import streamed_bits
 from driving_sim.world_model.sampler import Sampling
 from driving_sim.world_model.world_model import WorldModel
 from tests.test_world_model import new_world
@@ -74,6 +77,34 @@ def test_constant_actions_carry_no_information(
     monkeypatch.setattr(type(drive), "actions", property(lambda self: constant))
     gains = evaluate_action_information(world, heldout, shuffles=2)["gain_bits_per_frame"]
     assert abs(gains["both"]["mean"]) < 1e-4
+
+
+def test_an_unknown_action_is_shuffled_as_unknown(
+    world: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each shuffle holds the same known actions as the drive, whatever stands where none is."""
+    heldout = write_store(tmp_path / "heldout", [60], fingerprint=world.tokenizer.fingerprint)
+    drive = heldout.drives[0]
+    known = np.arange(60) % 7 < 4
+    monkeypatch.setattr(
+        type(drive), "action_valid", property(lambda self: np.stack([known, known], axis=1))
+    )
+    seen = []
+
+    def watched(*arguments: Any) -> Any:
+        seen.append(arguments[3:])
+        return streamed_bits(*arguments)
+
+    monkeypatch.setattr(evaluate, "streamed_bits", watched)
+    evaluate_action_information(world, heldout, shuffles=2)
+    assert len(seen) == 3
+    for actions, valid in seen:
+        for variant, mask in zip(actions, valid, strict=True):
+            for channel in range(2):
+                found = np.sort(variant[mask[:, channel], channel])
+                assert np.array_equal(found, np.sort(drive.actions[known, channel]))
+    moved = [[(mask != valid[0]).any(axis=0).tolist() for mask in valid[1:]] for _, valid in seen]
+    assert moved == [[[True, False]] * 2, [[False, True]] * 2, [[True, True]] * 2]
 
 
 def test_block_permutation_moves_whole_blocks() -> None:

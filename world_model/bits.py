@@ -134,17 +134,22 @@ def bits_per_token(
 
 
 def streamed_bits(
-    model: Transformer, drive: DriveTokens, begin: int, actions: NDArray[np.float32]
+    model: Transformer,
+    drive: DriveTokens,
+    begin: int,
+    actions: NDArray[np.float32],
+    valid: NDArray[np.bool_],
 ) -> NDArray[np.float64]:
     """Judge frames `begin` to `begin + N` of a drive as a rollout would meet them: [V, N].
 
     Each goes through the ring cache once and nothing is recomputed, so that from frame W on the
     cache holds what its frames saw of frames that have left. `actions` [V, N, 2] are V variants of
-    the drive's own, `actions[:, t]` leading from frame t of these to frame t + 1; they are known
-    where the drive's are.
+    the drive's own, `actions[:, t]` leading from frame t of these to frame t + 1, and `valid`
+    [V, N, 2] says which are known.
     """
     with _frozen(model):
-        return np.stack([bits for bits, _ in _streamed(model, drive, begin, actions)], axis=1)
+        frames = _streamed(model, drive, begin, actions, valid)
+        return np.stack([bits for bits, _ in frames], axis=1)
 
 
 def streamed_bits_per_token(model: Transformer, drives: Sequence[DriveTokens]) -> FrameBits:
@@ -155,13 +160,18 @@ def streamed_bits_per_token(model: Transformer, drives: Sequence[DriveTokens]) -
         for number, drive in enumerate(drives):
             for begin, stop in drive.entry.segments:
                 places += [(number, frame) for frame in range(begin, stop)]
-                found += _streamed(model, drive, begin, drive.actions[None, begin:stop])
+                own = (values[None, begin:stop] for values in (drive.actions, drive.action_valid))
+                found += _streamed(model, drive, begin, *own)
     drive_n, frame_n = np.array(places, np.int64).T
     return FrameBits(drive_n, frame_n, *np.concatenate(found, axis=1))
 
 
 def _streamed(
-    model: Transformer, drive: DriveTokens, begin: int, actions: NDArray[np.float32]
+    model: Transformer,
+    drive: DriveTokens,
+    begin: int,
+    actions: NDArray[np.float32],
+    valid: NDArray[np.bool_],
 ) -> Iterator[NDArray[np.float64]]:
     """Yield bits and accuracy [2, V] of one frame after the other."""
     variants, count, _ = actions.shape
@@ -169,14 +179,14 @@ def _streamed(
     tables = model.tables()
     cache = RingCache(model, variants, device, tables.output.dtype)
     previous = torch.full((variants, model.order.tokens), none, device=device)
-    led, known = np.zeros((variants, 2), np.float32), np.zeros(2, np.bool_)
+    led, known = np.zeros((variants, 2), np.float32), np.zeros((variants, 2), np.bool_)
     for t in range(count):
         frame = drive.tokens[begin + t].astype(np.int64).ravel()
-        values = (np.tile(frame, (variants, 1)), np.array(led), np.tile(known, (variants, 1)))
-        tokens, action, valid = (torch.from_numpy(value).to(device) for value in values)
-        hidden = encode_frame(model, tables, cache, tokens, previous, action, valid)
+        values = (np.tile(frame, (variants, 1)), np.array(led), np.array(known))
+        tokens, *action = (torch.from_numpy(value).to(device) for value in values)
+        hidden = encode_frame(model, tables, cache, tokens, previous, *action)
         yield _judge(F.linear(hidden, tables.output), tokens)
-        previous, led, known = tokens, actions[:, t], drive.action_valid[begin + t]
+        previous, led, known = tokens, actions[:, t], valid[:, t]
 
 
 def _judge(logits: Tensor, tokens: Tensor) -> NDArray[np.float64]:
