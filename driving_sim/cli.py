@@ -22,6 +22,10 @@ def _explain(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
+    if type(error).__name__ == "OutOfMemoryError":
+        return "the device is out of memory: try a smaller data.batch_size or preset"
+    if isinstance(error, typer.BadParameter.__bases__) and hasattr(error, "format_message"):
+        return f"{error.format_message()} (see --help)"
     return None
 
 
@@ -49,10 +53,15 @@ app = typer.Typer(
     cls=_OneLineErrors,
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # importing rich is half of the time that --help takes
     pretty_exceptions_enable=False,
     help="Learn a driving simulator from driving video, then drive in it.",
 )
-evaluate_app = typer.Typer(no_args_is_help=True, help="Measure a trained model on held-out drives.")
+evaluate_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Measure a trained model on held-out drives.",
+)
 app.add_typer(evaluate_app, name="evaluate")
 
 Videos = Annotated[
@@ -81,9 +90,7 @@ TimeOffset = Annotated[
     float, typer.Option(help="Seconds added to the action file's clock to reach the video's.")
 ]
 Every = Annotated[int | None, typer.Option(help="Take every n-th frame instead of a rate.", min=1)]
-Fps = Annotated[
-    float | None, typer.Option(help="Frames per second to take [default: the preset's].")
-]
+Fps = Annotated[float | None, typer.Option(help="Frames per second to take [default: 10].")]
 Config = Annotated[Path | None, typer.Option(help="YAML file laid over the preset.")]
 Set = Annotated[
     list[str] | None,
@@ -220,19 +227,13 @@ def tokenize(
     device: Device = "auto",
 ) -> None:
     """Turn videos and their actions into a token store."""
-    from driving_sim.pipeline import TrainingRequest, tokenize_videos, train_tokenizer_on
+    from driving_sim.pipeline import TrainingRequest, tokenize_videos
 
-    if tokenizer is None:
-        tokenizer = RUNS / "tokenizer"
-        if not tokenizer.exists():
-            typer.echo(
-                f"no tokenizer at {tokenizer}: training one ({preset}) on these videos first"
-            )
-            request = TrainingRequest(preset=preset, steps=steps, minutes=minutes, device=device)
-            train_tokenizer_on(videos, tokenizer, request, fps=fps, every=every, skip_bad=skip_bad)
+    # A tokenizer that is named must be there; the default one is made where it is not.
+    training = TrainingRequest(preset=preset, steps=steps, minutes=minutes, device=device)
     summary = tokenize_videos(
         videos,
-        tokenizer,
+        tokenizer or RUNS / "tokenizer",
         out,
         fps=fps,
         every=every,
@@ -241,6 +242,7 @@ def tokenize(
         time_offset=time_offset,
         skip_bad=skip_bad,
         batch_size=batch_size,
+        training=training if tokenizer is None else None,
         device=device,
     )
     typer.echo(f"{summary}; next: drivesim train-world-model {out}")

@@ -1,7 +1,7 @@
 """The whole pipeline on the synthetic world, in minutes on a CPU, measured against the truth."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +19,15 @@ from driving_sim.data.synthetic import (
     write_synthetic_drives,
 )
 from driving_sim.data.synthetic.road import LANE_OFFSET
+from driving_sim.data.token_store_index import INDEX
 from driving_sim.data.video_writer import write_video
 from driving_sim.engine.config import save_json
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.progress import progress
+from driving_sim.engine.run_folder import CONFIG, is_finished
 from driving_sim.pipeline import (
     TrainingRequest,
     tokenize_videos,
-    train_tokenizer_on,
     train_world_model_on,
 )
 from driving_sim.tokenizer.metrics import psnr
@@ -43,11 +44,13 @@ _SHEET_TIMES = 5
 class DemoConfig:
     """How much of everything; the defaults take under 10 minutes on 2 CPU cores."""
 
-    drives: int = 24
+    drives: int = 40
     """Drives to train on, all through one world."""
-    drive_seconds: float = 20.0
+    drive_seconds: float = 24.0
     """Length of each."""
-    world: SyntheticConfig = SyntheticConfig(height=64, width=128, fps=8.0)  # noqa: RUF009
+    world: SyntheticConfig = SyntheticConfig(  # noqa: RUF009
+        height=64, width=128, fps=8.0, stretch_m=500.0, palettes=("noon",)
+    )
     """How they are filmed."""
     preset: str = "demo"
     """Of both trainings."""
@@ -55,7 +58,7 @@ class DemoConfig:
     """Training steps of each model, instead of the preset's minutes."""
     seconds: float = 2.0
     """Length of the futures."""
-    sampling: Sampling = Sampling(temperature=0.7, guidance=1.5)  # noqa: RUF009
+    sampling: Sampling = Sampling()  # noqa: RUF009
     """How they are drawn."""
 
 
@@ -101,8 +104,25 @@ def run_demo(out: Path, *, seed: int = 0, config: DemoConfig | None = None) -> s
 
 
 def _train(out: Path, seed: int, config: DemoConfig) -> None:
-    videos, tokens = out / "videos", out / "tokens"
+    """Do what a run that was stopped had not done yet."""
+    videos, tokens, world_model = out / "videos", out / "tokens", out / "world-model"
+    if not tokens.exists():
+        _make_drives(videos, seed, config)
+    request = TrainingRequest(
+        preset=config.preset, steps=config.steps, assignments=(f"training.seed={seed}",)
+    )
+    if not (tokens / INDEX).exists():
+        tokenize_videos([videos], out / "tokenizer", tokens, every=1, training=request)
+    if not is_finished(world_model):
+        resume = (world_model / CONFIG).exists()
+        request = replace(request, resume=resume)
+        train_world_model_on(tokens, out / "tokenizer", world_model, request)
+
+
+def _make_drives(videos: Path, seed: int, config: DemoConfig) -> None:
     total = config.drives * frame_count(config.drive_seconds, config.world)
+    if len(list(videos.glob("drive_*.json"))) == config.drives:
+        return
     with progress(total, f"drive -> {videos}", "frames") as bar:
         write_synthetic_drives(
             videos,
@@ -114,12 +134,6 @@ def _train(out: Path, seed: int, config: DemoConfig) -> None:
             workers=os.cpu_count() or 1,
             progress=lambda count: bar.advance(count),
         )
-    request = TrainingRequest(
-        preset=config.preset, steps=config.steps, assignments=(f"training.seed={seed}",)
-    )
-    train_tokenizer_on([videos], out / "tokenizer", request, every=1)
-    tokenize_videos([videos], out / "tokenizer", tokens, every=1)
-    train_world_model_on(tokens, out / "tokenizer", out / "world-model", request)
 
 
 def _find_start(config: DemoConfig, seed: int, context_frames: int) -> _Start:
@@ -164,9 +178,7 @@ def _roll_out(
     plans = make_plans(ACTIONS, situation, seconds=config.seconds)
     prefix = world.encode_prefix(world.tokenizer.encode(context), past)
     actions = np.stack([plan.actions for plan in plans])
-    sampling = Sampling(
-        temperature=config.sampling.temperature, guidance=config.sampling.guidance, seed=seed
-    )
+    sampling = replace(config.sampling, seed=seed)
     moments: list[torch.Tensor] = []
     with progress(actions.shape[1], "roll out", "frames") as bar:
         for moment in world.generate(prefix, actions, sampling=sampling):

@@ -1,19 +1,21 @@
 """What the commands do, as functions: videos to a tokenizer, tokens, a world model, a rollout."""
 
+import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, TypeVar
 
-from driving_sim.data.action_file import SteeringKind
 from driving_sim.data.drive import Drive, DriveSet, sample
 from driving_sim.data.sources import find_drives
 from driving_sim.data.split import split_drives
 from driving_sim.data.token_store import TokenStore
+from driving_sim.data.token_store_index import INDEX
 from driving_sim.engine.config import resolve
 from driving_sim.engine.device import resolve_device
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.run_folder import CONFIG, is_finished
 from driving_sim.engine.training import TrainingResult
 from driving_sim.evaluate import (
     evaluate_action_information,
@@ -24,7 +26,7 @@ from driving_sim.evaluate import (
 from driving_sim.tokenizer.presets import PRESETS as TOKENIZER_PRESETS
 from driving_sim.tokenizer.tokenize import TokenizeSummary, tokenize
 from driving_sim.tokenizer.tokenizer import Tokenizer
-from driving_sim.tokenizer.training import train_tokenizer
+from driving_sim.tokenizer.training import TokenizerRunConfig, train_tokenizer
 from driving_sim.world_model.action_plan import make_plans
 from driving_sim.world_model.presets import PRESETS as WORLD_MODEL_PRESETS
 from driving_sim.world_model.rollout import (
@@ -83,24 +85,17 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _steering_kind(name: str | None) -> SteeringKind | None:
-    if name is not None and name not in get_args(SteeringKind):
-        raise DriveSimError(
-            f"--steering-kind {name}: kinds are {', '.join(get_args(SteeringKind))}"
-        )
-    return cast(SteeringKind | None, name)
-
-
 def _find(
     videos: Sequence[Path],
     *,
     skip_bad: bool,
+    actions: bool = True,
     steering_kind: str | None = None,
     time_offset: float = 0.0,
 ) -> DriveSet:
     """Find drives and say what was assumed and skipped."""
     found = find_drives(
-        videos, steering_kind=_steering_kind(steering_kind), time_offset=time_offset
+        videos, actions=actions, steering_kind=steering_kind, time_offset=time_offset
     )
     if not skip_bad:
         found.require_all()
@@ -114,13 +109,15 @@ def _find(
 
 
 def _find_frames(videos: Sequence[Path], *, skip_bad: bool) -> DriveSet:
-    """Find drives whose actions will not be used: any kind will do for a bare steering column."""
-    return _find(videos, skip_bad=skip_bad, steering_kind="road_wheel")
+    """Find drives whose actions will not be used: nothing that is wrong with them matters."""
+    return _find(videos, skip_bad=skip_bad, actions=False)
 
 
 def _rate(fps: float | None, every: int | None) -> dict[str, Any]:
     if fps is not None and every is not None:
         raise DriveSimError("--fps and --every are both given; give one")
+    if fps is not None and not 0 < fps < math.inf:
+        raise DriveSimError(f"--fps {fps:g}: the rate must be above 0 frames/s")
     return {"fps": DEFAULT_FPS if fps is None and every is None else fps, "every": every}
 
 
@@ -134,12 +131,20 @@ def train_tokenizer_on(
     skip_bad: bool = False,
 ) -> TrainingResult:
     """Train a tokenizer on the frames of videos; their actions, if any, play no part."""
-    config = request.resolve(TOKENIZER_PRESETS)
     rate = _rate(fps, every)
-    found = _find_frames(videos, skip_bad=skip_bad)
-    drives = [sample(drive, **rate) for drive in found.drives]
+    config = request.resolve(TOKENIZER_PRESETS)
+    return _train_tokenizer(_find_frames(videos, skip_bad=skip_bad), out, request, config, rate)
+
+
+def _train_tokenizer(
+    found: DriveSet,
+    out: Path,
+    request: TrainingRequest,
+    config: TokenizerRunConfig,
+    rate: dict[str, Any],
+) -> TrainingResult:
     return train_tokenizer(
-        drives,
+        [sample(drive, **rate) for drive in found.drives],
         config,
         out,
         init_from=request.init_from,
@@ -160,14 +165,36 @@ def tokenize_videos(
     time_offset: float = 0.0,
     skip_bad: bool = False,
     batch_size: int = 16,
+    training: TrainingRequest | None = None,
     device: str = "auto",
 ) -> TokenizeSummary:
-    """Turn videos and their actions into the token store `out`."""
-    frozen = Tokenizer.from_run(tokenizer, device)
+    """Turn videos and their actions into the token store `out`.
+
+    With `training`, a tokenizer that is missing or unfinished is trained on these videos first:
+    after everything has been checked that would stop the tokenizing later.
+    """
     rate = _rate(fps, every)
+    if training is None:
+        Tokenizer.from_run(tokenizer, "cpu")
+    if (out / INDEX).exists():
+        raise DriveSimError(f"{out} already holds a token store: choose another --out or delete it")
     found = _find(videos, skip_bad=skip_bad, steering_kind=steering_kind, time_offset=time_offset)
+    _ = found.steering_kind  # raises where kinds are mixed
+    if training is not None and not is_finished(tokenizer):
+        resume = (tokenizer / CONFIG).exists()
+        what = "is unfinished: going on with it" if resume else "is not there: training it"
+        _say(f"the tokenizer {tokenizer} {what} on these videos (preset {training.preset})")
+        training = replace(training, resume=resume)
+        config = training.resolve(TOKENIZER_PRESETS)
+        _train_tokenizer(found, tokenizer, training, config, rate)
     return tokenize(
-        found, frozen, out, **rate, mirror=mirror, skip_bad=skip_bad, batch_size=batch_size
+        found,
+        Tokenizer.from_run(tokenizer, device),
+        out,
+        **rate,
+        mirror=mirror,
+        skip_bad=skip_bad,
+        batch_size=batch_size,
     )
 
 

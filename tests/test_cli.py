@@ -95,6 +95,11 @@ def test_the_owners_three_commands_run_as_written(videos: Path, workplace: Path)
     ("arguments", "message"),
     [
         (["tokenize", "missing"], "no such file"),
+        (["rollout"], "--actions"),
+        (["rollout", "--actions", "left", "--top-k", "x"], "--top-k"),
+        (["rolout"], "rolout"),
+        (["tokenize", "empty", "--fps", "0"], "--fps 0"),
+        (["evaluate", "tokenizer", "missing", "empty", "--fps", "nan"], "holds no tokenizer"),
         (["train-tokenizer", "empty"], "holds no videos"),
         (["train-world-model"], "no such token store"),
         (["rollout", "--actions", "left"], "holds no world model"),

@@ -27,6 +27,11 @@ def test_the_whole_demo_runs_and_reports(tmp_path: Path) -> None:
     assert (out / "demo.png").stat().st_size > 1000
     with pytest.raises(DriveSimError, match="finished demo"):
         run_demo(out, seed=1, config=SMALL)
+    # What a run killed in its last stage left: the next one goes on and finds the same.
+    for name in ("summary.json", "demo.mp4"):
+        (out / name).unlink()
+    run_demo(out, seed=1, config=SMALL)
+    assert json.loads((out / "summary.json").read_text()) == saved
 
 
 def test_the_truth_is_each_actions_own_and_nearest_to_itself() -> None:

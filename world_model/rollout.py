@@ -286,7 +286,7 @@ class _Recorder:
 
     def save(self, path: Path, context: Context, plans: list[ActionPlan]) -> None:
         """Write tokens U16 [F, N, rows, cols], actions F32 [F, N, 2] and the context's tokens."""
-        arrays = {
+        arrays: dict[str, NDArray[Any]] = {
             "tokens": np.stack(self.tokens, axis=1),
             "actions": np.stack([plan.actions for plan in plans]),
             "action_valid": np.stack([plan.valid for plan in plans]),

@@ -3,6 +3,7 @@
 Axes: B futures, P = rows * cols tokens, S slots, K codes, n tokens of a wave, A = 2 channels.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,13 +31,13 @@ class Sampling:
     """Chooses the uniform numbers."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature}: it must be at least 0")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}: it must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
-        if self.guidance < 0:
+        if not 0 <= self.guidance < math.inf:
             raise ValueError(f"guidance is {self.guidance}: it must be at least 0")
 
 

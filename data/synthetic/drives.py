@@ -78,7 +78,7 @@ def frame_count(seconds: float, config: SyntheticConfig) -> int:
 def drive(world: SyntheticWorld, seconds: float, driver_seed: int) -> SyntheticDrive:
     """Let a driver loose in a world, starting on a part of the road that its seed chooses."""
     rng = np.random.default_rng([driver_seed, 1])
-    state = world.reset(station_m=rng.uniform(0.0, 3000.0))
+    state = world.reset(station_m=rng.uniform(0.0, world.config.stretch_m))
     driver = Driver(world.road, driver_seed)
     states: list[VehicleState] = []
     actions = np.empty((frame_count(seconds, world.config), 2), np.float32)

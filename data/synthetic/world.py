@@ -35,6 +35,8 @@ class SyntheticConfig:
     """Above the ground, in metres."""
     horizon: float = 0.42
     """Share of the picture that lies above the horizon."""
+    stretch_m: float = 3000.0
+    """Drives start somewhere on this much of the road: the shorter, the more they see again."""
     palettes: tuple[str, ...] = tuple(PALETTES)
     """The kinds of day a seed draws from."""
 
@@ -46,6 +48,7 @@ class SyntheticConfig:
             ("field_of_view_deg", 20, 140),
             ("camera_height_m", 0.5, 10),
             ("horizon", 0.2, 0.8),
+            ("stretch_m", 0, 1e6),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
