@@ -67,6 +67,23 @@ def test_what_cannot_be_used_is_listed_beside_the_rest(tmp_path: Path) -> None:
     assert [drive.id for drive in shifted.drives] == ["late"]
 
 
+def test_without_actions_no_log_is_read(tmp_path: Path) -> None:
+    write_grey_video(tmp_path / "a.mp4")
+    (tmp_path / "a.csv").write_text("time,steering,speed\n0,nonsense,1\n")
+    write_csv(tmp_path / "orphan.csv")
+    write_recording(tmp_path / "sim", [row(0, 0.5, 10), row(100, 0.5, 10)])
+    assert {skipped.id for skipped in find_drives([tmp_path]).skipped} == {"a", "orphan"}
+    found = find_drives([tmp_path], actions=False)
+    assert found.skipped == []
+    assert [(drive.id, drive.log) for drive in found.drives] == [("a", None), ("sim", None)]
+
+
+def test_a_kind_of_steering_that_there_is_not_is_an_error(tmp_path: Path) -> None:
+    write_grey_video(tmp_path / "a.mp4")
+    with pytest.raises(DriveSimError, match=r"hovering: kinds are steering_wheel, road_wheel"):
+        find_drives([tmp_path], steering_kind="hovering")
+
+
 def test_ids_stay_unique(tmp_path: Path) -> None:
     for name in ("one/a.mp4", "one/a.mkv", "two/a.mp4"):
         write_grey_video(tmp_path / name)

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from driving_sim.data.action_file import SteeringKind
 from driving_sim.data.drive import Drive, DriveSet, Skipped
 from driving_sim.data.sources import comma2k19, udacity, video_folder
+from driving_sim.data.sources.log_options import LogOptions
 from driving_sim.engine.errors import DriveSimError
 
 # Probing waits for the disk, or for the network behind it.
@@ -24,7 +26,12 @@ class _Candidate:
 
     root: Path
     path: Path
-    load: Callable[[Path, str, SteeringKind | None, float], Drive]
+    load: Callable[[Path, str, LogOptions | None], Drive]
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether it is an action file without a video."""
+        return self.load is video_folder.load_orphan
 
     def id(self, *, with_suffix: bool, with_root: bool) -> str:
         path = self.path if with_suffix or self.path.is_dir() else self.path.with_suffix("")
@@ -80,18 +87,23 @@ def _unique_ids(candidates: list[_Candidate]) -> list[str]:
 def find_drives(
     paths: Sequence[Path],
     *,
-    steering_kind: SteeringKind | None = None,
+    actions: bool = True,
+    steering_kind: str | None = None,
     time_offset: float = 0.0,
 ) -> DriveSet:
     """Find and probe the drives in files and folders, whatever their layout.
 
     `steering_kind` says what a bare `steering` column measures; `time_offset` seconds are added to
-    the times of every log. What cannot be used is in `.skipped` with the reason. Ids are paths
-    below the folder given, without suffix; drives are in the order of their ids. Raises
-    DriveSimError for a path that does not exist and where nothing looks like a drive.
+    the times of every log. Without `actions` no log is read: nothing in one can be wrong. What
+    cannot be used is in `.skipped` with the reason. Ids are paths below the folder given, without
+    suffix; drives are in the order of their ids. Raises DriveSimError for a path that does not
+    exist, where nothing looks like a drive, and for a kind of steering that there is not.
     """
+    options = LogOptions(
+        steering_kind=cast(SteeringKind | None, steering_kind), time_offset=time_offset
+    )
     found = {each.path.resolve(): each for path in paths for each in _candidates(path)}
-    candidates = list(found.values())
+    candidates = [each for each in found.values() if actions or not each.is_orphan]
     if not candidates:
         raise DriveSimError(
             f"{', '.join(map(str, paths))}: holds no videos "
@@ -103,7 +115,7 @@ def find_drives(
     def load(pair: tuple[str, _Candidate]) -> Drive | Skipped:
         drive_id, candidate = pair
         try:
-            return candidate.load(candidate.path, drive_id, steering_kind, time_offset)
+            return candidate.load(candidate.path, drive_id, options if actions else None)
         except DriveSimError as error:
             return Skipped(id=drive_id, reason=str(error))
 

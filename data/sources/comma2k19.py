@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from driving_sim.data.action_file import ActionLog, SteeringKind
+from driving_sim.data.action_file import ActionLog
 from driving_sim.data.alignment import GAP_S, check_coverage
 from driving_sim.data.drive import Drive, VideoFrames
+from driving_sim.data.sources.log_options import LogOptions
 from driving_sim.data.video import probe
 from driving_sim.engine.errors import DriveSimError
 
@@ -60,8 +61,13 @@ def _in_a_gap(times: FloatArray, at: FloatArray) -> npt.NDArray[np.bool_]:
     return inside
 
 
-def _read_log(segment: Path, start: float) -> ActionLog:
+def _read_log(segment: Path, start: float, options: LogOptions) -> ActionLog:
     """Both signals on the union of their times: linear interpolation loses nothing there."""
+    if options.steering_kind not in (None, "steering_wheel"):
+        raise DriveSimError(
+            f"{segment}: comma2k19's steering is steering_wheel, but --steering-kind is "
+            f"{options.steering_kind}"
+        )
     channels = [_channel(segment / _CAN / name) for name in ("speed", "steering_angle")]
     times = np.union1d(channels[0][0], channels[1][0])
     # Where one signal pauses the other's samples go too, so that the gap shows in the merged times.
@@ -71,7 +77,7 @@ def _read_log(segment: Path, start: float) -> ActionLog:
         raise DriveSimError(f"{segment / _CAN}: speed and steering do not overlap in time")
     speed, degrees = (np.interp(times, *channel) for channel in channels)
     return ActionLog(
-        times=times - start,
+        times=times - start + options.time_offset,
         values=np.stack([speed, np.radians(degrees)], axis=1).astype(np.float32),
         has=np.array([True, True]),
         steering_kind="steering_wheel",
@@ -79,15 +85,11 @@ def _read_log(segment: Path, start: float) -> ActionLog:
     )
 
 
-def load(
-    path: Path, drive_id: str, steering_kind: SteeringKind | None, time_offset: float
-) -> Drive:
-    """Probe a segment's video and read its logs. Raises DriveSimError where one does not fit."""
-    if steering_kind not in (None, "steering_wheel"):
-        raise DriveSimError(
-            f"{path}: comma2k19's steering is steering_wheel, but --steering-kind is "
-            f"{steering_kind}"
-        )
+def load(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
+    """Probe a segment's video and read its logs, where `options` say how.
+
+    Raises DriveSimError where one does not fit.
+    """
     info = probe(path / "video.hevc")
     frame_times = _array(path / "global_pose" / "frame_times")
     if len(frame_times) != len(info.timestamps) or (np.diff(frame_times) <= 0).any():
@@ -95,10 +97,10 @@ def load(
             f"{path}: video.hevc has {len(info.timestamps)} frames, and global_pose/frame_times "
             f"must list as many increasing times, but has {len(frame_times)}: download it again"
         )
-    log = _read_log(path, float(frame_times[0]))
-    log = replace(log, times=log.times + time_offset)
+    log = None if options is None else _read_log(path, float(frame_times[0]), options)
     info = replace(info, timestamps=frame_times - frame_times[0])
-    check_coverage(log, info.timestamps)
+    if log is not None:
+        check_coverage(log, info.timestamps)
     return Drive(
         id=drive_id,
         source="comma2k19",

@@ -16,12 +16,14 @@ from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
-from driving_sim.data.action_file import ActionLog, SteeringKind
+from driving_sim.data.action_file import ActionLog
 from driving_sim.data.alignment import check_coverage
 from driving_sim.data.drive import Drive, Frames, Indices
 from driving_sim.data.frame_size import FrameSize, fit
+from driving_sim.data.sources.log_options import LogOptions
 from driving_sim.engine.errors import DriveSimError
 
 LOG_NAME = "driving_log.csv"
@@ -114,25 +116,33 @@ def _read_log(log: Path) -> list[_Row]:
     return rows
 
 
-def load(
-    path: Path, drive_id: str, steering_kind: SteeringKind | None, time_offset: float
-) -> Drive:
-    """Read a recording's log. Raises DriveSimError naming the line that cannot be used."""
+def load(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
+    """Read a recording's log: its images and, where `options` say how, its actions.
+
+    Raises DriveSimError naming the line that cannot be used.
+    """
     log_path = path / LOG_NAME
-    if steering_kind not in (None, "road_wheel"):
-        raise DriveSimError(
-            f"{log_path}: a simulator's steering is road_wheel, but --steering-kind is "
-            f"{steering_kind}"
-        )
     rows = _read_log(log_path)
     times = np.array([(row.moment - rows[0].moment).total_seconds() for row in rows])
+    log = None if options is None else _actions(rows, times, log_path, options)
+    reader = ImageFrames(tuple(row.image for row in rows))
+    return Drive(id=drive_id, source="udacity", timestamps=times, reader=reader, log=log)
+
+
+def _actions(
+    rows: list[_Row], times: npt.NDArray[np.float64], log_path: Path, options: LogOptions
+) -> ActionLog:
+    if options.steering_kind not in (None, "road_wheel"):
+        raise DriveSimError(
+            f"{log_path}: a simulator's steering is road_wheel, but --steering-kind is "
+            f"{options.steering_kind}"
+        )
     log = ActionLog(
-        times=times + time_offset,
+        times=times + options.time_offset,
         values=np.array([(row.speed_mps, row.road_wheel_rad) for row in rows], np.float32),
         has=np.array([True, True]),
         steering_kind="road_wheel",
         origin=str(log_path),
     )
     check_coverage(log, times)
-    reader = ImageFrames(tuple(row.image for row in rows))
-    return Drive(id=drive_id, source="udacity", timestamps=times, reader=reader, log=log)
+    return log

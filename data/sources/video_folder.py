@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from driving_sim.data.action_file import SteeringKind, is_action_file, read_action_file
+from driving_sim.data.action_file import is_action_file, read_action_file
 from driving_sim.data.alignment import check_coverage
 from driving_sim.data.drive import Drive, VideoFrames
+from driving_sim.data.sources.log_options import LogOptions
 from driving_sim.data.video import probe
 from driving_sim.engine.errors import DriveSimError
 
@@ -34,21 +35,19 @@ def orphan_action_files(folder: Path) -> list[Path]:
     ]
 
 
-def load(
-    path: Path, drive_id: str, steering_kind: SteeringKind | None, time_offset: float
-) -> Drive:
-    """Probe a video and read its action file, if there is one.
+def load(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
+    """Probe a video and read its action file, if there is one and `options` say how.
 
     Raises DriveSimError where either cannot be used, or the CSV does not belong to the video.
     """
     info = probe(path)
     log = None
     action_file = path.with_suffix(".csv")
-    if action_file.exists():
+    if options is not None and action_file.exists():
         log = read_action_file(
             action_file,
-            steering_kind=steering_kind,
-            time_offset=time_offset,
+            steering_kind=options.steering_kind,
+            time_offset=options.time_offset,
             frame_times=info.timestamps,
         )
         check_coverage(log, info.timestamps)
@@ -62,9 +61,7 @@ def load(
     )
 
 
-def load_orphan(
-    path: Path, drive_id: str, steering_kind: SteeringKind | None, time_offset: float
-) -> Drive:
+def load_orphan(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
     """Raise the DriveSimError that says what an action file without a video lacks."""
     raise DriveSimError(
         f"{path}: there is no video beside it; expected {path.stem}.mp4 or another video suffix"
