@@ -17,8 +17,10 @@ from driving_sim.evaluate import (
     evaluate_likelihood,
     evaluate_tokenizer,
 )
-from driving_sim.world_model.bits import streamed_bits
+from driving_sim.world_model.baselines import CopyLast
+from driving_sim.world_model.bits import FullWindows, streamed_bits
 from driving_sim.world_model.sampler import Sampling
+from driving_sim.world_model.transformer import Transformer
 from driving_sim.world_model.world_model import WorldModel
 from tests.test_world_model import new_world
 from tests.token_drives import FPS, write_store
@@ -52,6 +54,32 @@ def test_tokenizer_means_are_those_of_all_frames(world: WorldModel, videos: Path
 def test_likelihood_of_an_untrained_model_is_that_of_its_codebook(
     world: WorldModel, tmp_path: Path
 ) -> None:
+    """Every code is as likely as any other; the baselines know the drives that were trained on."""
+    plain = Transformer(world.config.model, world.config.grid, world.statistics)
+    untrained = WorldModel(
+        plain,
+        world.tokenizer,
+        fps=FPS,
+        steering_kind="road_wheel",
+        validation_drives=("0", "3"),
+    )
+    fingerprint = world.tokenizer.fingerprint
+    training = write_store(tmp_path / "training", (41, 40, 40, 40), fingerprint=fingerprint)
+    # Its drive has the id of one of the training drives, but is another.
+    heldout = write_store(tmp_path / "heldout", [40], fingerprint=fingerprint)
+    found = evaluate_likelihood(untrained, heldout, training)
+    frames = untrained.context_frames
+    assert found["frames"] == 40 - frames + 1
+    assert found["bits_per_token"] == pytest.approx(np.log2(9), abs=1e-5)
+    windows = FullWindows(heldout.drives, frames=frames)
+    copied = CopyLast.fit(training.select(["1", "2"]))
+    assert found["copy_last_bits_per_token"] == copied.bits_per_token(windows).mean
+    assert found["unigram_bits_per_token"] == copied.unigram.bits_per_token(windows).mean
+    everywhere = CopyLast.fit(training.drives).bits_per_token(windows).mean
+    assert found["copy_last_bits_per_token"] != everywhere
+
+
+def test_drives_that_were_trained_on_are_refused(world: WorldModel, tmp_path: Path) -> None:
     fingerprint = world.tokenizer.fingerprint
     training = write_store(tmp_path / "training", fingerprint=fingerprint)
     heldout = write_store(tmp_path / "heldout", [40], fingerprint=fingerprint)

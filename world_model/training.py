@@ -90,7 +90,10 @@ def train_world_model(
     }
     check_run(run, run_config, resume)
     frozen = _matching_tokenizer(tokens, tokenizer, device)
-    training, validation = _split(tokens, config.data)
+    training_ids, validation_ids = _split(tokens, config.data)
+    training = tokens.select(training_ids)
+    # Of one drive alone, nothing is kept from training.
+    validation = tokens.select(validation_ids or training_ids)
     torch.manual_seed(config.training.seed)
     transformer = _new_transformer(config.model, training, frozen, init_from)
 
@@ -103,6 +106,7 @@ def train_world_model(
             frozen,
             fps=tokens.info.fps,
             steering_kind=cast("SteeringKind | None", tokens.info.steering_kind),
+            validation_drives=validation_ids,
             device=module.source.device,
         )
 
@@ -141,18 +145,15 @@ def _matching_tokenizer(store: TokenStore, path: Path, device: str) -> Tokenizer
     return tokenizer
 
 
-def _split(
-    store: TokenStore, config: WorldModelDataConfig
-) -> tuple[tuple[DriveTokens, ...], tuple[DriveTokens, ...]]:
+def _split(store: TokenStore, config: WorldModelDataConfig) -> tuple[list[str], list[str]]:
     training, validation = split_drives(
         store.drive_ids, validation=config.validation, fraction=config.validation_fraction
     )
     if not validation:
         print(f"one drive only, {training[0]}: validating on the frames it trains on")
-        validation = training
     else:
         print(f"training on {len(training)} drives, validating on {', '.join(validation)}")
-    return store.select(training), store.select(validation)
+    return training, validation
 
 
 def action_statistics(drives: Sequence[DriveTokens]) -> ActionStatistics:

@@ -6,7 +6,7 @@ H W pixels.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,8 @@ class WorldModelConfig:
     """Frames per second of the training data, and so of what is generated."""
     steering_kind: SteeringKind | None
     """What the steering channel means; None where no drive had actions."""
+    validation_drives: tuple[str, ...]
+    """Ids of the drives that were kept from training, to choose the best weights by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,7 @@ class WorldModel:
         *,
         fps: float,
         steering_kind: SteeringKind | None,
+        validation_drives: Sequence[str] = (),
         device: torch.device | str = "cpu",
         precision: str = "fp32",
     ) -> None:
@@ -95,6 +98,7 @@ class WorldModel:
         self.transformer = transformer.eval().requires_grad_(False).to(self.device)
         self.tokenizer = tokenizer
         self.fps, self.steering_kind = fps, steering_kind
+        self.validation_drives = tuple(validation_drives)
         self.dtype = resolve_precision(precision, self.device)
         self.fingerprint = _fingerprint(self.config, transformer, tokenizer)
         """SHA-256 of weights, config and tokenizer."""
@@ -121,6 +125,7 @@ class WorldModel:
             tokenizer,
             fps=config.fps,
             steering_kind=config.steering_kind,
+            validation_drives=config.validation_drives,
             device=resolve_device(device),
             precision=precision,
         )
@@ -161,6 +166,7 @@ class WorldModel:
             actions=self.transformer.statistics,
             fps=self.fps,
             steering_kind=self.steering_kind,
+            validation_drives=self.validation_drives,
         )
 
     @property
