@@ -87,6 +87,18 @@ class SlotOrder:
         token = self.row * self.cols + self.col
         return torch.where(self.col < self.cols, token, self.tokens)
 
+    def neighbours(self, reach: int) -> Tensor:
+        """Raster numbers of the tokens within `reach` rows and columns of each slot's position.
+
+        [slots, (2 reach + 1)^2], row by row; `tokens` where outside the frame. With reach 0 this
+        is `target`.
+        """
+        step = torch.arange(-reach, reach + 1)
+        row = self.row[:, None, None] + step[:, None]
+        col = self.col[:, None, None] + step
+        inside = (row >= 0) & (row < self.rows) & (col >= 0) & (col < self.cols)
+        return torch.where(inside, row * self.cols + col, self.tokens).flatten(1)
+
     @cached_property
     def slot_of_token(self) -> Tensor:
         """Place in this order of the slot that predicts each token, in raster order, [tokens]."""

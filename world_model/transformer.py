@@ -68,6 +68,9 @@ class TransformerConfig:
     """Share of activations dropped after the embedding and in each residual branch."""
     actions: ActionEmbeddingConfig = field(default_factory=ActionEmbeddingConfig)
     """How speed and steering are embedded."""
+    previous_reach: int = 1
+    """Rows and columns around the position a slot predicts from which it is given the previous
+    frame's tokens; 0 is that position alone. Near a moving car's token the next one is found."""
     action_everywhere: bool = True
     """Add a projection of the frame's action to all of its slots, not only to the rows' starts."""
 
@@ -83,6 +86,8 @@ class TransformerConfig:
             )
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads is {self.kv_heads}: it must divide heads ({self.heads})")
+        if not 0 <= self.previous_reach <= 2:
+            raise ValueError(f"previous_reach is {self.previous_reach}: it must be 0, 1 or 2")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}: it must be from 0 to below 1")
 
@@ -145,7 +150,7 @@ class Tables:
     token: Tensor
     """[K + 1, D]; the last row, for slots that take no token, is zero."""
     previous: Tensor
-    """[K + 1, D]; the last row stands for "no frame before"."""
+    """[K + 1, D], or D / 4 with neighbours; the last row stands for "no frame", or outside it."""
     place: Tensor
     """Row and column embeddings of the slots, [S, D]."""
     output: Tensor
@@ -160,6 +165,7 @@ class Transformer(nn.Module):
     source: Tensor
     target: Tensor
     slot_of_token: Tensor
+    neighbours: Tensor
 
     def __init__(
         self, config: TransformerConfig, grid: TokenGrid, statistics: ActionStatistics
@@ -170,8 +176,14 @@ class Transformer(nn.Module):
         for name in ("row", "col", "source", "target", "slot_of_token"):
             self.register_buffer(name, getattr(self.order, name), persistent=False)
         self.token = CodeEmbedding(grid.levels, config.width)
-        self.previous = CodeEmbedding(grid.levels, config.width)
-        self.no_previous = nn.Parameter(torch.zeros(config.width))
+        neighbours = self.order.neighbours(config.previous_reach)
+        self.register_buffer("neighbours", neighbours, persistent=False)
+        # A neighbourhood is told apart by a few channels per token, mixed into the full width.
+        narrow = config.width // 4 if config.previous_reach else config.width
+        self.previous = CodeEmbedding(grid.levels, narrow)
+        self.no_previous = nn.Parameter(torch.zeros(narrow))
+        if config.previous_reach:
+            self.gather = nn.Linear(narrow * neighbours.shape[1], config.width, bias=False)
         self.row_place = nn.Parameter(torch.randn(grid.rows, config.width) * 0.02)
         self.col_place = nn.Parameter(torch.randn(grid.cols + 1, config.width) * 0.02)
         self.action = ActionEmbedding(config.actions, config.width, statistics)
@@ -193,6 +205,8 @@ class Transformer(nn.Module):
             if isinstance(module, Block):
                 nn.init.zeros_(module.down.weight)
                 nn.init.zeros_(module.attention.out.weight)
+        if self.config.previous_reach:
+            nn.init.normal_(self.gather.weight, std=0.5 * self.gather.in_features**-0.5)
         nn.init.normal_(self.action.out.weight, std=0.02 * self.action.out.in_features**-0.5)
         nn.init.zeros_(self.output.codes)
         nn.init.zeros_(self.output.digits)
@@ -201,7 +215,7 @@ class Transformer(nn.Module):
         """Compose the embeddings."""
         token, none = self.token.table(), self.no_previous[None]
         return Tables(
-            token=torch.cat([token, torch.zeros_like(none)]),
+            token=torch.cat([token, torch.zeros_like(token[:1])]),
             previous=torch.cat([self.previous.table(), none]),
             place=self.row_place[self.row] + self.col_place[self.col],
             output=self.output.table(),
@@ -217,7 +231,11 @@ class Transformer(nn.Module):
         """
         # Slots that predict nothing take what stands for no token.
         padded = F.pad(previous, (0, 1), value=self.grid.codebook_size)
-        base: Tensor = F.embedding(padded[..., self.target], tables.previous) + tables.place
+        near = F.embedding(padded[..., self.neighbours], tables.previous)
+        base: Tensor = rearrange(near, "b t s m d -> b t s (m d)")
+        if self.config.previous_reach:
+            base = self.gather(base)
+        base = base + tables.place
         action_BT1D: Tensor = self.action(actions, valid).unsqueeze(-2)
         base = base + action_BT1D * (self.col == 0).to(base.dtype)[:, None]
         if self.config.action_everywhere:
