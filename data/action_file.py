@@ -33,6 +33,8 @@ class ActionLog:
     """[2] whether there is a speed, and a steering; a missing one's values are 0."""
     steering_kind: SteeringKind | None
     """What the steering measures; None where there is none."""
+    pauses: tuple[tuple[int, float, float], ...] = ()
+    """(channel, start s, stop s): where one channel is not known, though the other may be."""
     notices: tuple[str, ...] = ()
     """What was assumed, one line each."""
     origin: str = "the actions"

@@ -63,7 +63,8 @@ def align(
     Returns actions float32 [T, 2] and where they are valid, bool [T, 2]. actions[t] is the exact
     mean of the log's linear interpolant over [timestamps[t], timestamps[t + 1]): it leads from
     frame t to frame t + 1. The last interval is a median period long. An interval that reaches more
-    than 0.1 s beyond the log, or into a gap of more than 0.25 s, is invalid; invalid actions are 0.
+    than 0.1 s beyond the log, or into a gap of more than 0.25 s, is invalid, as is a channel in its
+    pause; invalid actions are 0.
     """
     count = len(timestamps)
     if log is None:
@@ -74,6 +75,8 @@ def align(
     ends = interval_ends(timestamps)
     covered = _covered(times, timestamps, ends)
     valid = covered[:, None] & log.has
+    for channel, start, stop in log.pauses:
+        valid[(ends > start) & (timestamps < stop), channel] = False
     total = _integral(times, values, ends) - _integral(times, values, timestamps)
     means = total / (ends - timestamps)[:, None]
     return np.where(valid, means, 0).astype(np.float32), valid

@@ -5,6 +5,7 @@
 positive. https://github.com/commaai/comma2k19
 """
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from driving_sim.data.action_file import ActionLog
-from driving_sim.data.alignment import GAP_S, check_coverage
+from driving_sim.data.alignment import EXTRAPOLATION_S, GAP_S, check_coverage
 from driving_sim.data.drive import Drive, VideoFrames
 from driving_sim.data.sources.log_options import LogOptions
 from driving_sim.data.video import probe
@@ -48,17 +49,17 @@ def _channel(folder: Path) -> tuple[FloatArray, FloatArray]:
     if (np.diff(times) < 0).any():
         raise DriveSimError(f"{folder / 't'}: its times go backward; leave this segment out")
     times, first = np.unique(times, return_index=True)
+    if len(times) < 2:
+        raise DriveSimError(f"{folder / 't'}: holds one time only; leave this segment out")
     return times, values[first]
 
 
-def _in_a_gap(times: FloatArray, at: FloatArray) -> npt.NDArray[np.bool_]:
-    """Where `at` is before or after `times`, or strictly inside a gap of them."""
-    after = np.searchsorted(times, at)
-    outside = (at < times[0]) | (at > times[-1])
-    after = np.clip(after, 1, len(times) - 1)
-    wide = times[after] - times[after - 1] > GAP_S
-    inside: npt.NDArray[np.bool_] = outside | (wide & (at < times[after]) & (at > times[after - 1]))
-    return inside
+def _pauses(times: FloatArray) -> list[tuple[float, float]]:
+    """Where a signal with these times is not known: in its gaps, before it and after it."""
+    before = np.flatnonzero(np.diff(times) > GAP_S)
+    inner = [(float(times[k]), float(times[k + 1])) for k in before]
+    first, last = float(times[0]) - EXTRAPOLATION_S, float(times[-1]) + EXTRAPOLATION_S
+    return [(-math.inf, first), *inner, (last, math.inf)]
 
 
 def _read_log(segment: Path, start: float, options: LogOptions) -> ActionLog:
@@ -70,17 +71,19 @@ def _read_log(segment: Path, start: float, options: LogOptions) -> ActionLog:
         )
     channels = [_channel(segment / _CAN / name) for name in ("speed", "steering_angle")]
     times = np.union1d(channels[0][0], channels[1][0])
-    # Where one signal pauses the other's samples go too, so that the gap shows in the merged times.
-    for own_times, _ in channels:
-        times = times[~_in_a_gap(own_times, times)]
-    if len(times) < 2:
-        raise DriveSimError(f"{segment / _CAN}: speed and steering do not overlap in time")
+    clock = start - options.time_offset
+    pauses = [
+        (channel, begin - clock, end - clock)
+        for channel, (own_times, _) in enumerate(channels)
+        for begin, end in _pauses(own_times)
+    ]
     speed, degrees = (np.interp(times, *channel) for channel in channels)
     return ActionLog(
-        times=times - start + options.time_offset,
+        times=times - clock,
         values=np.stack([speed, np.radians(degrees)], axis=1).astype(np.float32),
         has=np.array([True, True]),
         steering_kind="steering_wheel",
+        pauses=tuple(pauses),
         origin=str(segment / _CAN),
     )
 
