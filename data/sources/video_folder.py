@@ -1,5 +1,6 @@
 """Videos, each with or without an action file: a CSV with the video's stem beside it."""
 
+from itertools import product
 from pathlib import Path
 
 from driving_sim.data.action_file import is_action_file, read_action_file
@@ -12,6 +13,7 @@ from driving_sim.engine.errors import DriveSimError
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".mkv", ".webm", ".mov", ".m4v", ".avi", ".ts", ".mpg", ".mpeg", ".h264", ".hevc"}
 )
+_CSV_LETTERS = ("cC", "sS", "vV")
 
 
 def _files(folder: Path) -> list[Path]:
@@ -31,8 +33,15 @@ def orphan_action_files(folder: Path) -> list[Path]:
     return [
         path
         for path in _files(folder)
-        if path.suffix == ".csv" and path.stem not in stems and is_action_file(path)
+        if path.suffix.lower() == ".csv" and path.stem not in stems and is_action_file(path)
     ]
+
+
+def _action_file(video: Path) -> Path | None:
+    """The CSV beside a video, in upper or lower case; .csv of several."""
+    # Tried one by one: to list a large folder for each of its videos takes quadratic time.
+    beside = (video.with_suffix("." + "".join(letters)) for letters in product(*_CSV_LETTERS))
+    return next((path for path in beside if path.exists()), None)
 
 
 def load(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
@@ -42,8 +51,8 @@ def load(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
     """
     info = probe(path)
     log = None
-    action_file = path.with_suffix(".csv")
-    if options is not None and action_file.exists():
+    action_file = _action_file(path)
+    if options is not None and action_file is not None:
         log = read_action_file(
             action_file,
             steering_kind=options.steering_kind,
