@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from driving_sim.data.action_file import STEERING
+from driving_sim.data.action_file import SPEED, STEERING
 from driving_sim.data.drive import sample
 from driving_sim.data.frame_size import FrameSize
 from driving_sim.data.sources import find_drives
+from driving_sim.data.token_store_plan import PlannedDrive
 from driving_sim.data.video_writer import write_video
 from driving_sim.engine.errors import DriveSimError
 
@@ -82,6 +83,33 @@ def test_a_kind_of_steering_that_there_is_not_is_an_error(tmp_path: Path) -> Non
     write_grey_video(tmp_path / "a.mp4")
     with pytest.raises(DriveSimError, match=r"hovering: kinds are steering_wheel, road_wheel"):
         find_drives([tmp_path], steering_kind="hovering")
+
+
+@pytest.mark.parametrize("suffix", [".CSV", ".Csv"])
+def test_the_case_of_a_logs_suffix_does_not_matter(tmp_path: Path, suffix: str) -> None:
+    write_grey_video(tmp_path / "a.mp4")
+    write_csv(tmp_path / f"a{suffix}")
+    write_csv(tmp_path / f"orphan{suffix}")
+    found = find_drives([tmp_path])
+    assert [drive.log is not None for drive in found.drives] == [True]
+    assert [skipped.id for skipped in found.skipped] == ["orphan"]
+
+
+def test_names_of_screen_recordings_are_fine(tmp_path: Path) -> None:
+    name = "Screen Recording 2024-01-01 at 9.41.00\u202fAM"
+    write_grey_video(tmp_path / f"{name}.mp4")
+    (drive,) = find_drives([tmp_path]).drives
+    assert drive.id == PlannedDrive(id=drive.id, frames=1).id == name
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("a~mirror", "mirrored drives; rename"), ("a\nb", "control characters")]
+)
+def test_names_that_no_drive_can_have_are_errors(tmp_path: Path, name: str, reason: str) -> None:
+    write_grey_video(tmp_path / f"{name}.mp4")
+    with pytest.raises(DriveSimError, match=reason) as caught:
+        find_drives([tmp_path])
+    assert "\n" not in str(caught.value)
 
 
 def test_ids_stay_unique(tmp_path: Path) -> None:
@@ -275,7 +303,8 @@ def test_a_pause_of_one_can_signal_is_a_gap(segment: Path, tmp_path: Path) -> No
             np.save(file, array[keep])
     (drive,) = find_drives([tmp_path]).drives
     sampled = sample(drive)
-    lost = sampled.timestamps[~sampled.action_valid[:, STEERING]]
+    assert sampled.action_valid[:, STEERING].all()
+    lost = sampled.timestamps[~sampled.action_valid[:, SPEED]]
     assert lost.min() == pytest.approx(10, abs=0.2)
     assert lost.max() == pytest.approx(12, abs=0.2)
 

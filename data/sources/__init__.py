@@ -14,6 +14,7 @@ from driving_sim.data.action_file import SteeringKind
 from driving_sim.data.drive import Drive, DriveSet, Skipped
 from driving_sim.data.sources import comma2k19, udacity, video_folder
 from driving_sim.data.sources.log_options import LogOptions
+from driving_sim.data.split import MIRROR_SUFFIX, has_control_characters
 from driving_sim.engine.errors import DriveSimError
 
 # Probing waits for the disk, or for the network behind it.
@@ -84,6 +85,17 @@ def _unique_ids(candidates: list[_Candidate]) -> list[str]:
     raise DriveSimError(f"two drives are called {twice!r}; name the folder above them instead")
 
 
+def _check_name(drive_id: str, path: Path) -> None:
+    if drive_id.endswith(MIRROR_SUFFIX):
+        raise DriveSimError(
+            f"{path}: names that end in {MIRROR_SUFFIX} are those of mirrored drives; rename it"
+        )
+    if has_control_characters(drive_id):
+        raise DriveSimError(
+            f"{str(path)!r}: its name holds control characters or is not Unicode; rename it"
+        )
+
+
 def find_drives(
     paths: Sequence[Path],
     *,
@@ -97,7 +109,8 @@ def find_drives(
     the times of every log. Without `actions` no log is read: nothing in one can be wrong. What
     cannot be used is in `.skipped` with the reason. Ids are paths below the folder given, without
     suffix; drives are in the order of their ids. Raises DriveSimError for a path that does not
-    exist, where nothing looks like a drive, and for a kind of steering that there is not.
+    exist or whose name no drive can have, where nothing looks like a drive, and for a kind of
+    steering that there is not.
     """
     options = LogOptions(
         steering_kind=cast(SteeringKind | None, steering_kind), time_offset=time_offset
@@ -111,6 +124,8 @@ def find_drives(
             "and no comma2k19 segments"
         )
     named = sorted(zip(_unique_ids(candidates), candidates, strict=True), key=lambda pair: pair[0])
+    for drive_id, candidate in named:
+        _check_name(drive_id, candidate.path)
 
     def load(pair: tuple[str, _Candidate]) -> Drive | Skipped:
         drive_id, candidate = pair
