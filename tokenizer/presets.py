@@ -14,14 +14,13 @@ DEMO = TokenizerRunConfig(
     data=TokenizerDataConfig(batch_size=4, validation_frames=64),
     training=TrainingConfig(
         minutes=2.5,
-        learning_rate=2e-3,
+        learning_rate=1e-3,
         warmup_steps=100,
         weight_decay=0.01,
         betas=(0.9, 0.99),
         ema_decay=0.998,
         validate_every=500,
         save_every=1000,
-        workers=1,
     ),
 )
 """For the synthetic world in minutes on a CPU; no discriminator, no LPIPS."""
