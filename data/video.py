@@ -12,25 +12,10 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
-from driving_sim.data.frame_size import (
-    TRANSFORM_VERSION,
-    Fit,
-    FrameSize,
-    fit,
-    transform_description,
-)
+from driving_sim.data.frame_size import Fit, FrameSize, fit
 from driving_sim.data.probe import VideoError, VideoInfo, probe, video_stream
 
-__all__ = [
-    "TRANSFORM_VERSION",
-    "FrameSize",
-    "VideoError",
-    "VideoInfo",
-    "probe",
-    "read_frames",
-    "stream_frames",
-    "transform_description",
-]
+__all__ = ["VideoInfo", "probe", "read_frames", "stream_frames"]
 
 Frame = NDArray[np.uint8]
 _SEEK_COST_FRAMES = 30
@@ -88,18 +73,19 @@ def _checked(
 
 def _read_decord(info: VideoInfo, wanted: NDArray[np.int64], geometry: Fit) -> Frame | None:
     """The clip as decord reads it; None where it does not agree with the probe."""
-    import decord
-
-    # What it says about damaged files goes to stderr; here the exception counts.
-    decord.logging.set_level(decord.logging.QUIET)
     try:
+        import decord
+
+        # What it says about damaged files goes to stderr; here the exception counts.
+        decord.logging.set_level(decord.logging.QUIET)
         reader = decord.VideoReader(
             str(info.path), width=geometry.width, height=geometry.height, num_threads=1
         )
         if len(reader) != len(info.timestamps):
             return None
         frames: Frame = reader.get_batch(wanted).asnumpy()
-    # Its error is a plain Exception. PyAV then reads the clip, or says what is wrong.
+    # Its error is a plain Exception, and it may not even load. PyAV then reads the clip, or says
+    # what is wrong.
     except Exception:
         return None
     return np.ascontiguousarray(frames[:, geometry.rows, geometry.columns])

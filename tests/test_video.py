@@ -1,6 +1,8 @@
 """Reading frames: the right ones, in the right place, alike in both readers, or one line."""
 
 import pickle
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -299,3 +301,11 @@ def threads_running() -> int:
 def test_info_travels_to_a_worker(tmp_path: Path) -> None:
     info = pickle.loads(pickle.dumps(probe(write_numbered(tmp_path / "x.mp4"))))
     assert read_number(read_frames(info, [21])[0]) == 21
+
+
+def test_pyav_reads_clips_where_decord_does_not_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = replace(probe(write_numbered(tmp_path / "a.mp4")), reader="decord")
+    monkeypatch.setitem(sys.modules, "decord", None)
+    assert read_numbers(read_frames(info, [7, 3])) == [7, 3]
