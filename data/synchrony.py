@@ -106,6 +106,16 @@ def _correlations(
     return found
 
 
+def _at_lag(
+    turns: FloatArray, usable: npt.NDArray[np.bool_], lag: int
+) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
+    """turns[t + lag] and whether it is usable: not where that is beyond either end."""
+    at = np.arange(len(turns)) + lag
+    inside = (at >= 0) & (at < len(turns))
+    at = at.clip(0, len(turns) - 1)
+    return turns[at], usable[at] & inside
+
+
 def _lag_problem(lag: int, correlations: FloatArray, period: float) -> str | None:
     """The line about a lag that no car explains: motion may trail the actions, never lead them."""
     middle = len(correlations) // 2
@@ -174,10 +184,10 @@ def measure_synchrony(motion: npt.NDArray[np.float32], sampled: SampledDrive) ->
         return _unclear(correlation, visible=has_speed and _visible(turns[usable]))
     focal = float(seen[usable].std() / turns[usable].std()) if has_speed else None
     sign = 1 if correlation > 0 else -1
-    matched = np.roll(turns, -lag) * sign, usable & np.roll(usable, -lag)
+    matched = _at_lag(turns, usable, lag)
     problems = [
         _lag_problem(lag, correlations, period),
-        _contrary_problem(seen, *matched, sampled.timestamps),
+        _contrary_problem(seen, matched[0] * sign, usable & matched[1], sampled.timestamps),
     ]
     if sign < 0:
         problems.append("the steering is flipped: positive must be left; negate the column")
