@@ -156,6 +156,7 @@ def test_lpips_without_weights_is_an_error() -> None:
         ({"l1_weight": -1.0}, "l1_weight=-1"),
         ({"l1_weight": 0.0}, "all 0"),
         ({"gan_start": 1.5}, "gan_start=1.5"),
+        ({"gan_start": 0.95}, "gan_start=0.95: must be at most 0.9"),
         ({"discriminator_lr_scale": 0.0}, "discriminator_lr_scale=0"),
     ],
 )

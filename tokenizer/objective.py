@@ -52,6 +52,11 @@ class ObjectiveConfig:
             raise ValueError("l1_weight, mse_weight and lpips_weight are all 0: one must not be")
         if not 0 <= self.gan_start <= 1:
             raise ValueError(f"gan_start={self.gan_start}: must lie between 0 and 1")
+        if self.gan_weight > 0 and self.gan_start > 1 - _GAN_RAMP:
+            raise ValueError(
+                f"gan_start={self.gan_start}: must be at most {1 - _GAN_RAMP:g}, so that the "
+                "discriminator gains its full say; gan_weight=0 trains without it"
+            )
         if self.discriminator_lr_scale <= 0:
             raise ValueError(
                 f"discriminator_lr_scale={self.discriminator_lr_scale}: must be positive"
