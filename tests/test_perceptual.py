@@ -1,5 +1,6 @@
 import builtins
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
@@ -69,6 +70,22 @@ def test_missing_weights_name_the_way_without(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(DriveSimError, match=r"--set objective\.lpips_weight=0") as caught:
         vgg16_weights()
     assert "no network" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [0, 100, 5000])
+def test_a_truncated_file_of_weights_is_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    name = "vgg16-397923af.pth"
+    (tmp_path / "checkpoints").mkdir()
+    file = tmp_path / "checkpoints" / name
+    # The format of the published file.
+    torch.save({"w": torch.ones(9999)}, file, _use_new_zipfile_serialization=False)
+    file.write_bytes(file.read_bytes()[:kept])
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(DriveSimError, match=name) as caught:
+        vgg16_weights()
     assert "\n" not in str(caught.value)
 
 

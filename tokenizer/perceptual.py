@@ -7,6 +7,7 @@ first use, half a gigabyte, and kept in torch's hub cache.
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from types import ModuleType
 from typing import Any
 from urllib.error import URLError
@@ -53,12 +54,17 @@ def vgg16_weights() -> dict[str, Tensor]:
 
     Raises DriveSimError where they cannot be had: it names the file and the option to do without.
     """
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
     try:
         weights: dict[str, Tensor] = torch.hub.load_state_dict_from_url(
             VGG16_URL, map_location="cpu", check_hash=True, weights_only=True
         )
+    except (UnpicklingError, EOFError) as error:
+        raise DriveSimError(
+            f"{cache / Path(VGG16_URL).name}: the weights of LPIPS's backbone are damaged: remove "
+            f"that file, or train without LPIPS: {WITHOUT}"
+        ) from error
     except (URLError, OSError, RuntimeError) as error:
-        cache = Path(torch.hub.get_dir()) / "checkpoints"
         reason = " ".join(str(error).split())
         raise DriveSimError(
             f"the weights of LPIPS's backbone cannot be had from {VGG16_URL} ({reason}): "
