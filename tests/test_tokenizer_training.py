@@ -133,6 +133,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
         assert (whole / name).read_bytes() == (resumed / name).read_bytes()
 
 
+def test_a_run_is_not_resumed_on_other_frames(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train_tokenizer(drives(2), run_config(steps=1), run, device="cpu")
+    for other, field in (
+        (drives(3), "drives.count=2"),
+        ([sample(each.drive, every=2) for each in drives(2)], "drives.frames=24"),
+        (drives(3)[1:], "drives.sha256"),
+    ):
+        with pytest.raises(DriveSimError, match=field):
+            train_tokenizer(other, run_config(steps=1), run, resume=True, device="cpu")
+
+
 def test_one_drive_validates_on_itself_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,6 +184,14 @@ def objective() -> TokenizerObjective:
     torch.manual_seed(0)
     config = run_config()
     return TokenizerObjective(config.model, config.objective)
+
+
+@torch.no_grad()
+def test_validation_is_in_full_precision() -> None:
+    model, validate = objective(), Validator(validation_frames(drives(1), SIZE, most=4))
+    exact = validate(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert validate(model).metrics == exact.metrics
 
 
 @torch.no_grad()

@@ -4,6 +4,8 @@ Axes: N validation frames, B frames of a batch, H W pixels, K codes in the codeb
 """
 
 import copy
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +101,10 @@ def train_tokenizer(
     """
     if not drives:
         raise DriveSimError("no drives to train a tokenizer on")
-    run_config = to_dict(config) | {"init_from": None if init_from is None else str(init_from)}
+    run_config = to_dict(config) | {
+        "init_from": None if init_from is None else str(init_from),
+        "drives": _described(drives),
+    }
     check_run(run, run_config, resume)
     vgg16 = vgg16_weights() if config.objective.lpips_weight > 0 else None
     if vgg16 is None:
@@ -145,7 +150,10 @@ class Validator:
         texture, so models from before it has full say rank behind all later ones.
         """
         assert isinstance(model, TokenizerObjective)
-        batches = [self._measure(model, frames) for frames in torch.split(self.frames, _BATCH)]
+        # What is kept works in float32, whatever it is trained in.
+        with torch.autocast(model.gan_share.device.type, enabled=False):
+            batches = [self._measure(model, frames) for frames in torch.split(self.frames, _BATCH)]
+            grid = self._grid(model.autoencoder)
         columns = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
         tokens = columns.pop("tokens")
         counts = torch.bincount(tokens, minlength=model.autoencoder.quantiser.codebook_size)
@@ -156,7 +164,7 @@ class Validator:
         return Validation(
             score=metrics["loss"] + (_BEFORE_GAN if waiting else 0.0),
             metrics=metrics,
-            images={"reconstructions": self._grid(model.autoencoder)},
+            images={"reconstructions": grid},
         )
 
     def _measure(self, model: TokenizerObjective, frames: Tensor) -> dict[str, Tensor]:
@@ -204,6 +212,18 @@ def validation_frames(drives: Sequence[SampledDrive], size: FrameSize, most: int
         frames.extend(drive.drive.stream(size, drive.indices[own]))
         start = stop
     return torch.from_numpy(np.stack(frames))
+
+
+def _described(drives: Sequence[SampledDrive]) -> dict[str, int | str]:
+    """What tells these frames from others, so that a run is resumed on its own."""
+    digest = hashlib.sha256()
+    for drive in sorted(drives, key=lambda each: each.drive.id):
+        digest.update(json.dumps([drive.drive.id, drive.indices.tolist()]).encode())
+    return {
+        "count": len(drives),
+        "frames": sum(len(drive.indices) for drive in drives),
+        "sha256": digest.hexdigest(),
+    }
 
 
 def _start_from(autoencoder: Autoencoder, run: Path) -> None:
