@@ -3,7 +3,7 @@
 Axes: N frames of a drive, V variants of its actions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from driving_sim.data.action_file import SPEED, STEERING
 from driving_sim.data.drive import Drive, SampledDrive, sample
-from driving_sim.data.frame_size import FrameSize
 from driving_sim.data.motion import yaw_motion
 from driving_sim.data.token_store import DriveTokens, TokenStore
 from driving_sim.engine.errors import DriveSimError
@@ -22,25 +21,32 @@ from driving_sim.engine.progress import progress
 from driving_sim.tokenizer.metrics import codebook_use, psnr, ssim
 from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.baselines import CopyLast
-from driving_sim.world_model.bits import FullWindows, bits_per_token, streamed_bits
+from driving_sim.world_model.bits import (
+    FrameBits,
+    FullWindows,
+    bits_per_token,
+    streamed_bits,
+    streamed_bits_per_token,
+)
 from driving_sim.world_model.rollout import context_from_drive
 from driving_sim.world_model.sampler import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
 _BATCH = 16
 _RESAMPLES = 2000
+_FPS_TOLERANCE = 0.25
 
 
 def evaluate_tokenizer(tokenizer: Tokenizer, drives: Sequence[SampledDrive]) -> dict[str, Any]:
     """Measure reconstructions (means over frames, on uint8 pixels) and the use of the codebook."""
-    size = FrameSize(height=tokenizer.height, width=tokenizer.width)
     counts = torch.zeros(tokenizer.codebook_size, dtype=torch.int64)
     per_drive: dict[str, dict[str, float]] = {}
     frames_seen = 0
     with progress(sum(len(each.indices) for each in drives), "evaluate", "frames") as bar:
         for each in drives:
             measured: list[tuple[torch.Tensor, torch.Tensor]] = []
-            for frames in _batches(each.drive.stream(size, each.indices)):
+            for batch in each.batches(tokenizer.frame_size, _BATCH):
+                frames = torch.from_numpy(batch)
                 tokens = tokenizer.encode(frames)
                 rebuilt = tokenizer.decode(tokens)
                 measured.append((psnr(rebuilt, frames), ssim(rebuilt, frames)))
@@ -66,24 +72,16 @@ def evaluate_tokenizer(tokenizer: Tokenizer, drives: Sequence[SampledDrive]) -> 
     }
 
 
-def _batches(frames: Iterator[NDArray[np.uint8]]) -> Iterator[torch.Tensor]:
-    batch: list[NDArray[np.uint8]] = []
-    for frame in frames:
-        batch.append(frame)
-        if len(batch) == _BATCH:
-            yield torch.from_numpy(np.stack(batch))
-            batch = []
-    if batch:
-        yield torch.from_numpy(np.stack(batch))
-
-
 def evaluate_likelihood(
     world: WorldModel, heldout: TokenStore, training: TokenStore
 ) -> dict[str, Any]:
     """Bits per token on frames with a full window behind them, beside two baselines.
 
     The baselines are fitted on the drives of `training` that the model was trained on: its
-    validation drives, which chose the model, play no part.
+    validation drives, which chose the model, play no part. `streamed_over_recomputed` is what
+    frames 2W to 4W of the drives cost in a rollout's cache, which nothing recomputes, over what
+    they cost in windows of their own: near 1 where long rollouts are as good as short ones, None
+    where no drive is that long.
     """
     _check_tokens(world, heldout)
     _check_tokens(world, training)
@@ -96,7 +94,8 @@ def evaluate_likelihood(
         )
     windows = FullWindows(heldout.drives, frames=world.context_frames)
     copy_last = CopyLast.fit(training.select(learned))
-    model = bits_per_token(world.transformer, windows)
+    with progress(len(windows), "bits per token", "frames") as bar:
+        model = bits_per_token(world.transformer, windows, advance=bar.advance)
     copied = copy_last.bits_per_token(windows)
     unigram = copy_last.unigram.bits_per_token(windows)
     return {
@@ -108,8 +107,25 @@ def evaluate_likelihood(
         "copy_last_accuracy": float(copied.accuracy.mean()),
         "unigram_bits_per_token": unigram.mean,
         "share_of_copy_last": model.mean / copied.mean,
+        "streamed_over_recomputed": _streamed_share(world, heldout.drives, model),
         "fingerprint": world.fingerprint,
     }
+
+
+def _streamed_share(
+    world: WorldModel, drives: Sequence[DriveTokens], recomputed: FrameBits
+) -> float | None:
+    frames = world.context_frames
+    with progress(len(drives), "streamed bits", "drives") as bar:
+        streamed = streamed_bits_per_token(
+            world.transformer, drives, first=2 * frames, stop=4 * frames, advance=bar.advance
+        )
+    if not len(streamed.bits):
+        return None
+    places = zip(recomputed.drive.tolist(), recomputed.frame.tolist(), strict=True)
+    bits = dict(zip(places, recomputed.bits.tolist(), strict=True))
+    same = zip(streamed.drive.tolist(), streamed.frame.tolist(), strict=True)
+    return streamed.mean / float(np.mean([bits[place] for place in same]))
 
 
 def _check_apart(heldout: TokenStore, training: TokenStore) -> None:
@@ -130,6 +146,17 @@ def _check_tokens(world: WorldModel, store: TokenStore) -> None:
         raise DriveSimError(
             f"{store.path} was made by another tokenizer than the model's: tokenize the videos "
             "with the tokenizer in the model's run folder"
+        )
+    kind, fps = store.info.steering_kind, store.info.fps
+    if kind and world.steering_kind and kind != world.steering_kind:
+        raise DriveSimError(
+            f"{store.path}: its steering is {kind}, the model's is {world.steering_kind}: tokenize "
+            "drives whose steering is of that kind"
+        )
+    if abs(fps / world.fps - 1) > _FPS_TOLERANCE:
+        raise DriveSimError(
+            f"{store.path} has {fps:.3g} frames/s, the model was trained on {world.fps:.3g}: "
+            f"tokenize the videos with --fps {world.fps:.3g}"
         )
 
 
@@ -225,6 +252,15 @@ def evaluate_control(
     motion is what `drivesim inspect` measures, over the whole future.
     """
     frames = round(seconds * world.fps)
+    if frames < 1:
+        raise DriveSimError(
+            f"--seconds {seconds:g}: less than a frame at the model's {world.fps:.3g} frames/s"
+        )
+    if world.steering_p99 == 0:
+        raise DriveSimError(
+            "the model's training drives have no steering, so there is nothing to steer with: "
+            "train on drives that do"
+        )
     trials: dict[str, list[ControlTrial]] = {drive.id: [] for drive in drives}
     with progress(starts, "left and right", "starts") as bar:
         for number in range(starts):

@@ -77,6 +77,14 @@ def test_streamed_bits_equal_recomputed_ones_until_a_frame_has_left(store: Token
     assert streamed[(0, W)] != pytest.approx(windows[(0, W)], abs=1e-5)
 
 
+def test_streaming_part_of_each_run_judges_it_alike(store: TokenStore) -> None:
+    model = random_model()
+    whole = by_place(streamed_bits_per_token(model, store.drives))
+    part = by_place(streamed_bits_per_token(model, store.drives, first=4, stop=5))
+    assert part == {place: whole[place] for place in [(0, 4), (0, 10), (1, 4)]}
+    assert not len(streamed_bits_per_token(model, store.drives, first=6).bits)
+
+
 def test_streamed_variants_of_the_actions_are_judged_apart(store: TokenStore) -> None:
     model = random_model()
     drive = store.drives[1]

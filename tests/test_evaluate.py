@@ -17,8 +17,14 @@ from driving_sim.evaluate import (
     evaluate_likelihood,
     evaluate_tokenizer,
 )
+from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.baselines import CopyLast
-from driving_sim.world_model.bits import FullWindows, streamed_bits
+from driving_sim.world_model.bits import (
+    FullWindows,
+    bits_per_token,
+    streamed_bits,
+    streamed_bits_per_token,
+)
 from driving_sim.world_model.sampler import Sampling
 from driving_sim.world_model.transformer import Transformer
 from driving_sim.world_model.world_model import WorldModel
@@ -93,6 +99,39 @@ def test_tokens_of_another_tokenizer_are_refused(world: WorldModel, tmp_path: Pa
         evaluate_action_information(world, heldout)
 
 
+def test_tokens_of_another_rate_or_steering_are_refused(world: WorldModel, tmp_path: Path) -> None:
+    heldout = write_store(tmp_path / "heldout", [40], fingerprint=world.tokenizer.fingerprint)
+    for change, message in (
+        ({"fps": FPS * 1.5}, "--fps 12"),
+        ({"steering_kind": "steering_wheel"}, "its steering is road_wheel"),
+    ):
+        options = {"fps": FPS, "steering_kind": "road_wheel"} | change
+        other = WorldModel(world.transformer, world.tokenizer, **options)  # type: ignore[arg-type]
+        with pytest.raises(DriveSimError, match=message):
+            evaluate_action_information(other, heldout)
+
+
+def test_streamed_bits_are_compared_on_frames_that_the_cache_outlived(
+    world: WorldModel, tmp_path: Path
+) -> None:
+    fingerprint = world.tokenizer.fingerprint
+    training = write_store(tmp_path / "training", [30], fingerprint=fingerprint)
+    frames = world.context_frames
+    for length in (2 * frames, 5 * frames):
+        heldout = write_store(tmp_path / str(length), [length], fingerprint=fingerprint)
+        share = evaluate_likelihood(world, heldout, training)["streamed_over_recomputed"]
+        if length == 2 * frames:
+            assert share is None
+            continue
+        windows = FullWindows(heldout.drives, frames=frames)
+        recomputed = bits_per_token(world.transformer, windows)
+        judged = (recomputed.frame >= 2 * frames) & (recomputed.frame < 4 * frames)
+        streamed = streamed_bits_per_token(world.transformer, heldout.drives)
+        expected = streamed.bits[2 * frames : 4 * frames].mean() / recomputed.bits[judged].mean()
+        assert share == pytest.approx(expected, abs=1e-6)
+        assert share != 1.0
+
+
 def test_constant_actions_carry_no_information(
     world: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +195,18 @@ def test_control_judges_both_ways_from_every_start(world: WorldModel, videos: Pa
     )
     trials = [trial for each in found["trials"].values() for trial in each]
     assert len(trials) == 3
-    assert len({trial["start_s"] for trial in trials}) == 3 or len(found["trials"]) == 2
+    assert [len(each) for each in found["trials"].values()] == [2, 1]
+    first, second = (trial["start_s"] for trial in trials[:2])
+    assert second > first
     obeyed = sum(trial["left_motion"] > 0 > trial["right_motion"] for trial in trials)
     assert found["obeyed"] == obeyed
+
+
+def test_control_that_cannot_be_measured_is_refused(world: WorldModel, videos: Path) -> None:
+    drives = find_drives([videos]).drives
+    with pytest.raises(DriveSimError, match="--seconds 0"):
+        evaluate_control(world, drives, seconds=0, sampling=Sampling())
+    model = Transformer(world.config.model, world.config.grid, ActionStatistics())
+    still = WorldModel(model, world.tokenizer, fps=FPS, steering_kind=None)
+    with pytest.raises(DriveSimError, match="no steering"):
+        evaluate_control(still, drives, sampling=Sampling())

@@ -4,7 +4,7 @@ Axes: n windows or frames, B batch, W frames of context, P = rows * cols tokens 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -104,10 +104,12 @@ def bits_per_token(
     actions: NDArray[np.float32] | None = None,
     action_valid: NDArray[np.bool_] | None = None,
     batch_size: int = 4,
+    advance: Callable[[int], object] = lambda frames: None,
 ) -> FrameBits:
     """Judge the last frame of every window, recomputing each window as training does.
 
-    `actions` and `action_valid` [n, W, 2] replace the windows' own (shuffled ones, say).
+    `actions` and `action_valid` [n, W, 2] replace the windows' own (shuffled ones, say). `advance`
+    is called with the number of frames judged since.
     """
     actions = windows.actions if actions is None else actions
     action_valid = windows.action_valid if action_valid is None else action_valid
@@ -130,6 +132,7 @@ def bits_per_token(
                 torch.from_numpy(action_valid[chosen]).to(device),
             )
             found.append(_judge(F.linear(hidden[:, -1], tables.output), tokens[:, -1]))
+            advance(len(tokens))
     return windows.judged(*np.concatenate(found, axis=1))
 
 
@@ -152,17 +155,32 @@ def streamed_bits(
         return np.stack([bits for bits, _ in frames], axis=1)
 
 
-def streamed_bits_per_token(model: Transformer, drives: Sequence[DriveTokens]) -> FrameBits:
-    """Judge every frame of the drives with `streamed_bits`; runs without a gap start afresh."""
+def streamed_bits_per_token(
+    model: Transformer,
+    drives: Sequence[DriveTokens],
+    *,
+    first: int = 0,
+    stop: int | None = None,
+    advance: Callable[[int], object] = lambda drives: None,
+) -> FrameBits:
+    """Judge frames `first` to `stop` of every run without a gap as a rollout would meet them.
+
+    Each run starts afresh, at its frame 0; runs of `first` frames or fewer are left out. `advance`
+    is called with the number of drives judged since.
+    """
     places: list[tuple[int, int]] = []
-    found: list[NDArray[np.float64]] = []
+    found: list[NDArray[np.float64]] = [np.empty((2, 0))]
     with _frozen(model):
         for number, drive in enumerate(drives):
-            for begin, stop in drive.entry.segments:
-                places += [(number, frame) for frame in range(begin, stop)]
-                own = (values[None, begin:stop] for values in (drive.actions, drive.action_valid))
-                found += _streamed(model, drive, begin, *own)
-    drive_n, frame_n = np.array(places, np.int64).T
+            for begin, end in drive.entry.segments:
+                if end - begin <= first:
+                    continue
+                last = end if stop is None else min(begin + stop, end)
+                own = (values[None, begin:last] for values in (drive.actions, drive.action_valid))
+                found += list(_streamed(model, drive, begin, *own))[first:]
+                places += [(number, frame) for frame in range(begin + first, last)]
+            advance(1)
+    drive_n, frame_n = np.array(places, np.int64).reshape(-1, 2).T
     return FrameBits(drive_n, frame_n, *np.concatenate(found, axis=1))
 
 
