@@ -31,7 +31,6 @@ def test_statistics_ignore_what_is_invalid() -> None:
     assert found.std == pytest.approx((speed.std(), steering.std()))
     assert found.steering_p95 == pytest.approx(np.quantile(np.abs(steering), 0.95))
     assert found.steering_p99 == pytest.approx(np.quantile(np.abs(steering), 0.99))
-    assert found.speed_range == pytest.approx(tuple(np.quantile(speed, [0.01, 0.99])))
 
 
 def test_no_actions_and_constant_ones_have_statistics() -> None:

@@ -28,8 +28,6 @@ class ActionStatistics:
     """95th percentile of |steering|, rad."""
     steering_p99: float = 0.0
     """99th percentile of |steering|, rad."""
-    speed_range: tuple[float, float] = (0.0, 0.0)
-    """1st and 99th percentile of speed, m/s."""
 
     def __post_init__(self) -> None:
         if not all(value > 0 for value in self.std):
@@ -42,15 +40,13 @@ class ActionStatistics:
         mean = [float(x.mean()) if len(x) else 0.0 for x in channels]
         # A channel that never moves carries nothing: any spread will do for it.
         std = [float(x.std()) if len(x) and x.std() > 1e-6 else 1.0 for x in channels]
-        speed, steering = channels[0], np.abs(channels[1])
+        steering = np.abs(channels[1])
         p95, p99 = np.quantile(steering, [0.95, 0.99]) if len(steering) else (0.0, 0.0)
-        low, high = np.quantile(speed, [0.01, 0.99]) if len(speed) else (0.0, 0.0)
         return cls(
             mean=(mean[0], mean[1]),
             std=(std[0], std[1]),
             steering_p95=float(p95),
             steering_p99=float(p99),
-            speed_range=(float(low), float(high)),
         )
 
 

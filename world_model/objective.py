@@ -24,15 +24,12 @@ class ObjectiveConfig:
     token_noise: float = 0.1
     """Largest share of a window's tokens that is replaced in the input; each window's own share
     is drawn from 0 to this. It teaches the model to go on from its own mistakes."""
-    label_smoothing: float = 0.0
-    """Share of the target's probability that is spread over all codes."""
     action_dropout: ActionDropoutConfig = field(default_factory=ActionDropoutConfig)
     """How often actions are hidden."""
 
     def __post_init__(self) -> None:
-        for name in ("token_noise", "label_smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be from 0 to 1")
+        if not 0 <= self.token_noise <= 1:
+            raise ValueError(f"token_noise is {self.token_noise}: it must be from 0 to 1")
 
 
 class WorldModelObjective(nn.Module):
@@ -67,8 +64,7 @@ class WorldModelObjective(nn.Module):
         )
         flat = rearrange(logits, "b t r c k -> (b t r c) k").float()
         target = rearrange(tokens, "b t r c -> (b t r c)")
-        smoothing = self.config.label_smoothing if self.training else 0.0
-        loss = F.cross_entropy(flat, target, label_smoothing=smoothing)
+        loss = F.cross_entropy(flat, target)
         return loss, _metrics(flat.detach(), target)
 
 
