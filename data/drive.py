@@ -5,6 +5,7 @@ Legend: N frames of a drive, T frames of a sample of it.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -102,6 +103,12 @@ class SampledDrive:
         """Mean rate within the segments; 0 where none has two frames."""
         return mean_rate(self.timestamps, self.segments)
 
+    def batches(self, size: FrameSize, count: int) -> Iterator[Frames]:
+        """Yield its frames in order, uint8 [n, H, W, 3], n = `count` but for the last."""
+        stream = self.drive.stream(size, self.indices)
+        while batch := list(islice(stream, count)):
+            yield np.stack(batch)
+
 
 def sample(drive: Drive, *, fps: float | None = None, every: int | None = None) -> SampledDrive:
     """Choose a drive's frames at a rate or a stride, then average the actions between them.
@@ -165,10 +172,14 @@ class DriveSet:
             )
         return next(iter(first), None)
 
-    def require_all(self) -> "DriveSet":
-        """Return the set itself. Raises DriveSimError where anything was skipped."""
+    def require_all(self, otherwise: str = "") -> "DriveSet":
+        """Return the set itself.
+
+        Raises DriveSimError where anything was skipped; `otherwise` is its last words, the way on
+        that the caller offers.
+        """
         if self.skipped:
             first, others = self.skipped[0], len(self.skipped) - 1
             more = f" (and {others} more)" if others else ""
-            raise DriveSimError(f"{first.reason}{more}; repair or remove it, or pass --skip-bad")
+            raise DriveSimError(f"{first.reason}{more}; repair or remove it{otherwise}")
         return self

@@ -8,7 +8,6 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from statistics import median_low
 
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from driving_sim.data.action_file import STEERING
 from driving_sim.data.drive import Drive, DriveSet, SampledDrive, sample
-from driving_sim.data.frame_size import FrameSize, transform_description
+from driving_sim.data.frame_size import transform_description
 from driving_sim.data.split import MIRROR_SUFFIX
 from driving_sim.data.token_store_index import StoreIndex, StoreInfo
 from driving_sim.data.token_store_plan import SHARD_BYTES, PlannedDrive, StorePlan
@@ -30,7 +29,8 @@ Frames = NDArray[np.uint8]
 
 # A model learns one rate; timing.choose_frames already lets a drive be 15 % off the one asked for.
 _RATE_TOLERANCE = 0.25
-_HOW_ON = "repair or remove it, or pass --skip-bad"
+_OR_SKIP = ", or pass --skip-bad"
+_HOW_ON = f"repair or remove it{_OR_SKIP}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +72,7 @@ def tokenize(
             steering kinds are mixed; `out` holds something else; the disk is full.
     """
     if not skip_bad:
-        drives.require_all()
+        drives.require_all(_OR_SKIP)
     usable, bad = _survey(drives.drives, fps=fps, every=every)
     if bad and not skip_bad:
         raise DriveSimError(f"{next(iter(bad.values()))}; {_HOW_ON}")
@@ -164,12 +164,8 @@ def _store_info(
         width=tokenizer.width,
         requested_fps=fps,
         every=every,
-        transform=transform_description(_frame_size(tokenizer)),
+        transform=transform_description(tokenizer.frame_size),
     )
-
-
-def _frame_size(tokenizer: Tokenizer) -> FrameSize:
-    return FrameSize(height=tokenizer.height, width=tokenizer.width)
 
 
 def _planned(sampled: SampledDrive, flip: bool) -> PlannedDrive:
@@ -231,8 +227,7 @@ def _encode(
     """The tokens [T, r, c] of each form of a drive; the next batch is decoded meanwhile."""
     drive, indices = work.sampled.drive, work.sampled.indices
     parts: dict[bool, list[NDArray[np.uint16]]] = {flip: [] for flip in work.flips}
-    stream = drive.stream(_frame_size(tokenizer), indices)
-    with closing(_ahead(_batches(stream, batch_size))) as batches:
+    with closing(_ahead(work.sampled.batches(tokenizer.frame_size, batch_size))) as batches:
         for frames_BHWC in batches:
             for flip in work.flips:
                 seen = frames_BHWC[:, :, ::-1] if flip else frames_BHWC
@@ -243,11 +238,6 @@ def _encode(
     if found != len(indices):
         raise DriveSimError(f"{drive.id}: only {found} of {len(indices)} frames could be decoded")
     return {flip: np.concatenate(tokens) for flip, tokens in parts.items()}
-
-
-def _batches(frames: Iterator[Frames], size: int) -> Iterator[Frames]:
-    while batch := list(islice(frames, size)):
-        yield np.stack(batch)
 
 
 def _ahead(batches: Iterator[Frames]) -> Generator[Frames, None, None]:
