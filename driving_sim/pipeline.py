@@ -88,17 +88,17 @@ def _say(line: str) -> None:
 def _find(
     videos: Sequence[Path],
     *,
-    skip_bad: bool,
+    skip_bad: bool | None,
     actions: bool = True,
     steering_kind: str | None = None,
     time_offset: float = 0.0,
 ) -> DriveSet:
-    """Find drives and say what was assumed and skipped."""
+    """Find drives and say what was assumed and skipped; no `skip_bad`: no such option."""
     found = find_drives(
         videos, actions=actions, steering_kind=steering_kind, time_offset=time_offset
     )
     if not skip_bad:
-        found.require_all()
+        found.require_all("" if skip_bad is None else ", or pass --skip-bad")
     for line in dict.fromkeys(found.notices):
         _say(line)
     for skipped in found.skipped:
@@ -108,7 +108,7 @@ def _find(
     return found
 
 
-def _find_frames(videos: Sequence[Path], *, skip_bad: bool) -> DriveSet:
+def _find_frames(videos: Sequence[Path], *, skip_bad: bool | None) -> DriveSet:
     """Find drives whose actions will not be used: nothing that is wrong with them matters."""
     return _find(videos, skip_bad=skip_bad, actions=False)
 
@@ -257,7 +257,7 @@ def _stored_context(world: WorldModel, tokens: Path, start_s: float | None) -> C
 
 
 def _one_drive(video: Path, steering_kind: str | None) -> Drive:
-    found = _find([video], skip_bad=False, steering_kind=steering_kind)
+    found = _find([video], skip_bad=None, steering_kind=steering_kind)
     if len(found.drives) > 1:
         raise DriveSimError(
             f"--context {video} holds {len(found.drives)} drives; name one of their videos"
@@ -276,7 +276,7 @@ def measure_tokenizer(
     """Evaluate a tokenizer's reconstructions of videos."""
     tokenizer = Tokenizer.from_run(run, device)
     rate = _rate(fps, every)
-    found = _find_frames(videos, skip_bad=False)
+    found = _find_frames(videos, skip_bad=None)
     return evaluate_tokenizer(tokenizer, [sample(drive, **rate) for drive in found.drives])
 
 
@@ -286,6 +286,7 @@ def measure_world_model(
     """Evaluate a world model's likelihood of held-out tokens, and what their actions add to it."""
     world = WorldModel.from_run(run, device)
     heldout, training = TokenStore(tokens), TokenStore(training_tokens)
+    heldout.verify()
     return {
         "likelihood": evaluate_likelihood(world, heldout, training),
         "action_information": evaluate_action_information(world, heldout, shuffles=shuffles),
@@ -304,5 +305,5 @@ def measure_control(
 ) -> dict[str, Any]:
     """Evaluate whether a world model turns the way it is steered, from starts in videos."""
     world = WorldModel.from_run(run, device)
-    found = _find(videos, skip_bad=False, steering_kind=steering_kind or world.steering_kind)
+    found = _find(videos, skip_bad=None, steering_kind=steering_kind or world.steering_kind)
     return evaluate_control(world, found.drives, starts=starts, seconds=seconds, sampling=sampling)
