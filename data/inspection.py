@@ -195,9 +195,14 @@ def _description(info: VideoInfo) -> str:
     return f"{info.codec} in {info.container}, {info.width}x{info.height}, read by {info.reader}"
 
 
-def _inspect(drive: Drive, out: Path, shown: Progress) -> DriveReport:
-    whole, measured = sample(drive), sample(_beginning(drive, _MEASURED_S))
-    motion, change = _measure(measured, shown)
+def _report(
+    drive: Drive,
+    measured: SampledDrive,
+    motion: npt.NDArray[np.float32],
+    change: npt.NDArray[np.float32],
+    out: Path,
+) -> DriveReport:
+    whole = sample(drive)
     synchrony = measure_synchrony(motion, measured)
     problems = (*synchrony.problems, *_speed_problems(measured, change))
     starts = [start for start, _ in whole.segments[1:]]
@@ -239,7 +244,7 @@ def inspect_drives(
 
     Compares image motion with the actions over the first 5 minutes of each drive. Writes a PNG for
     each drive and `inspection.json` into the folder `out`. Drives that cannot be read are in
-    `.skipped`. Raises DriveSimError where there is nothing to inspect.
+    `.skipped`. Raises DriveSimError where there is nothing to inspect or `out` cannot be written.
     """
     found = find_drives(paths, steering_kind=steering_kind, time_offset=time_offset)
     skipped = list(found.skipped)
@@ -247,10 +252,13 @@ def inspect_drives(
     frames = sum(int((drive.timestamps < _MEASURED_S).sum()) for drive in found.drives)
     with progress(frames, "inspect", "frames") as shown:
         for drive in found.drives:
+            measured = sample(_beginning(drive, _MEASURED_S))
             try:
-                reports.append(_inspect(drive, out, shown))
+                motion, change = _measure(measured, shown)
             except DriveSimError as error:
                 skipped.append(Skipped(id=drive.id, reason=str(error)))
+            else:
+                reports.append(_report(drive, measured, motion, change, out))
     report = Report(drives=reports, skipped=skipped, notices=found.notices, out=out)
     with atomic_file(out / "inspection.json") as temporary:
         temporary.write_text(json.dumps(report.to_dict(), indent=2) + "\n")

@@ -65,6 +65,12 @@ def test_the_files_are_whole(folder: Path, tmp_path: Path) -> None:
     assert len(list(out.rglob("*.*"))) == 3
 
 
+def test_a_picture_that_cannot_be_written_is_no_bad_drive(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "b $x$ $.png").mkdir(parents=True)
+    with pytest.raises((DriveSimError, OSError), match="b \\$x"):
+        inspect_drives([folder], tmp_path / "out")
+
+
 def test_a_picture_that_moves_while_the_car_stands_is_said(folder: Path, tmp_path: Path) -> None:
     path = folder / "trip" / "a.csv"
     rows = [f"{t / 10:.1f},{8 if t < 60 else 0},0" for t in range(121)]
