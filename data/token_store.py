@@ -8,7 +8,6 @@ for one shard is split into parts (`start` is where a part begins in its drive).
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from driving_sim.data.token_shard import TokenShard
 from driving_sim.data.token_store_index import StoreInfo, read_index, shard_metadata, shard_name
 from driving_sim.engine.errors import DriveSimError
 
-__all__ = ["DriveTokens", "StoreInfo", "TokenStore", "check_same_kind"]
+__all__ = ["DriveTokens", "StoreInfo", "TokenStore"]
 
 _OPEN_SHARDS = 128  # each costs a file descriptor
 
@@ -157,21 +156,6 @@ class TokenStore:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != entry.sha256:
                 raise DriveSimError(f"{path}: damaged (its checksum differs); tokenize again")
-
-
-def check_same_kind(stores: Sequence[TokenStore]) -> None:
-    """Refuse stores that must not be mixed in one training run.
-
-    Raises:
-        DriveSimError: two stores differ in tokenizer, token grid or steering kind.
-    """
-    for first, second in pairwise(stores):
-        for name in ("tokenizer_fingerprint", "rows", "cols", "steering_kind"):
-            one, other = getattr(first.info, name), getattr(second.info, name)
-            if one != other:
-                raise DriveSimError(
-                    f"{first.path} and {second.path} cannot be mixed: {name} {one!r} and {other!r}"
-                )
 
 
 def _check_size(path: Path, expected: int) -> None:

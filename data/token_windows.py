@@ -87,9 +87,8 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
         frames: int,
         batch_size: int,
         seed: int = 0,
-        stride: int = 1,
     ) -> None:
-        self.index = _index(drives, frames, stride)
+        self.index = _index(drives, frames)
         self._drives = tuple(drives)
         self._frames, self._batch_size, self._seed = frames, batch_size, seed
 
@@ -118,7 +117,7 @@ def sequential_windows(
         yield load_windows(drives, windows, frames)
 
 
-def _index(drives: Sequence[DriveTokens], frames: int, stride: int) -> WindowIndex:
+def _index(drives: Sequence[DriveTokens], frames: int, stride: int = 1) -> WindowIndex:
     index = WindowIndex(drives, frames=frames, stride=stride)
     if not len(index):
         longest = max((b - a for d in drives for a, b in d.entry.segments), default=0)

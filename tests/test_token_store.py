@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from driving_sim.data.token_shard import COLUMNS, frame_bytes
-from driving_sim.data.token_store import StoreInfo, TokenStore, check_same_kind
+from driving_sim.data.token_store import StoreInfo, TokenStore
 from driving_sim.data.token_store_index import shard_name
 from driving_sim.data.token_store_plan import PlannedDrive, StorePlan
 from driving_sim.data.token_store_writer import TokenStoreWriter
@@ -483,16 +483,6 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_drive_is_named(tmp_path: Path) -> None:
     with pytest.raises(DriveSimError, match="nobody"):
         write(tmp_path / "tokens").select(["a", "nobody"])
-
-
-def test_stores_of_other_tokenizers_and_steering_kinds_do_not_mix(tmp_path: Path) -> None:
-    one = write(tmp_path / "one")
-    check_same_kind([one, write(tmp_path / "same", make_plan(fps=9.0))])
-    for name in ("tokenizer_fingerprint", "steering_kind"):
-        change: dict[str, Any] = {name: OTHER_INFO[name]}
-        other = write(tmp_path / name, make_plan(**change))
-        with pytest.raises(DriveSimError, match=name):
-            check_same_kind([one, other])
 
 
 def test_a_store_travels_to_another_process(tmp_path: Path) -> None:

@@ -91,17 +91,15 @@ class SyntheticWorld:
         x, y, heading = self.road.place(np.array([float(station_m)]), np.array([LANE_OFFSET]))
         return VehicleState(float(x[0]), float(y[0]), float(heading[0]), 0.0)
 
-    def step(self, state: VehicleState, action: Any, dt: float | None = None) -> VehicleState:
-        """Return the state after driving under an action for `dt` seconds (default: one frame).
+    def step(self, state: VehicleState, action: Any) -> VehicleState:
+        """Return the state after driving under an action until the next frame.
 
         The action is speed in m/s and road-wheel angle in rad, left positive.
         """
         speed_mps, steering_rad = float(action[0]), float(action[1])
         if not (math.isfinite(speed_mps) and math.isfinite(steering_rad)):
             raise ValueError(f"action is ({speed_mps}, {steering_rad}); both must be finite")
-        return step_vehicle(
-            state, speed_mps, steering_rad, 1 / self.config.fps if dt is None else dt
-        )
+        return step_vehicle(state, speed_mps, steering_rad, 1 / self.config.fps)
 
     def render(self, state: VehicleState) -> NDArray[np.uint8]:
         """Return the picture from a state: uint8 RGB [height, width, 3]."""
