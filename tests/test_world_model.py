@@ -1,17 +1,19 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.world_model import WorldModel
-from driving_sim.world_model.sampler import FrameSample, Sampling
-from driving_sim.world_model.transformer import TokenGrid
+from driving_sim.world_model.sampler import FrameSample, FrameSampler, Sampling
+from driving_sim.world_model.transformer import TokenGrid, Transformer
 from tests.test_transformer import CONFIG, random_model
 from tests.token_drives import COLS, FPS, LEVELS, ROWS, tiny_tokenizer, turning_drive
 
@@ -132,6 +134,53 @@ def test_a_future_costs_what_the_model_says_of_the_whole_sequence(
         )
     expected = logits.log_softmax(-1).gather(-1, sequence.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(log_probs, expected[:, known - first :], atol=1e-4, rtol=0)
+
+
+class _Casts(TorchDispatchMode):
+    """Counts the casts of parameters."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.parameters = {value.data_ptr() for value in model.parameters()}
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.to, torch.ops.aten._to_copy):
+            self.count += args[0].data_ptr() in self.parameters
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_bf16_is_cast_once_and_changes_nothing_else(world: WorldModel) -> None:
+    tokens, actions, _ = turning_drive(4, 0)
+    low = WorldModel(
+        world.transformer,
+        world.tokenizer,
+        fps=FPS,
+        steering_kind="road_wheel",
+        precision="bf16",
+    )
+    assert low.fingerprint == world.fingerprint
+    assert all(value.dtype is torch.float32 for value in low.transformer.parameters())
+    prefix = low.encode_prefix(tokens, actions[:3])
+    exact = FrameSampler(
+        world.transformer,
+        world.transformer.tables(),
+        prefix.cache,
+        prefix.last,
+        samples=torch.arange(1),
+        sampling=Sampling(),
+    )
+    action, known = torch.tensor([[5.0, 0.1]]), torch.ones(1, 2, dtype=torch.bool)
+    with _Casts(world.transformer) as anew:
+        expected = exact.step(action, known)
+    assert anew.count > 0
+    sampler = low.branch(prefix)
+    with _Casts(sampler.model) as casts:
+        found = sampler.step(action, known)
+    assert casts.count == 0
+    assert torch.equal(found.tokens, expected.tokens)
+    assert torch.equal(found.log_probs, expected.log_probs)
 
 
 def test_a_rollout_is_generated_tokens_decoded(world: WorldModel) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from driving_sim.engine.device import autocast
 from driving_sim.world_model.cache import RingCache
 from driving_sim.world_model.transformer import Tables, Transformer
 
@@ -147,7 +148,14 @@ class FrameSampler:
 
     @torch.inference_mode()
     def step(self, actions: Tensor, valid: Tensor) -> FrameSample:
-        """Sample the frame that `actions` [B, 2] (m/s, rad; `valid` [B, 2]) lead to."""
+        """Sample the frame that `actions` [B, 2] (m/s, rad; `valid` [B, 2]) lead to.
+
+        Its passes are in the number format of the cache.
+        """
+        with autocast(self.cache.keys.device, self.cache.keys.dtype):
+            return self._step(actions, valid)
+
+    def _step(self, actions: Tensor, valid: Tensor) -> FrameSample:
         base = self._base(actions, valid)
         cos, sin = self.model.rotary(torch.tensor([self.cache.frame], device=base.device))
         uniform = self._uniforms(base.device)

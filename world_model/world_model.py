@@ -4,11 +4,11 @@ Axes: T context frames, N future frames, F = branches * samples futures, r c tok
 H W pixels.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -18,11 +18,11 @@ from einops import rearrange, repeat
 from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from driving_sim.data.action_file import SteeringKind
 from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
-from driving_sim.engine.device import resolve_device, resolve_precision
+from driving_sim.engine.device import autocast, resolve_device, resolve_precision
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
 from driving_sim.tokenizer.tokenizer import Tokenizer
@@ -104,6 +104,20 @@ class WorldModel:
         """SHA-256 of weights, config and tokenizer."""
         with torch.inference_mode():
             self._tables = self.transformer.tables()
+        self._passes = self.transformer
+        if self.dtype is not torch.float32:
+            self._cast_once()
+
+    def _cast_once(self) -> None:
+        """Make the passes' matrices in their number format, beside the exact weights.
+
+        Autocast would make them anew in every pass: it keeps only what gets gradients.
+        """
+        self._passes = copy.deepcopy(self.transformer)
+        for module in self._passes.modules():
+            if isinstance(module, nn.Linear):
+                module.to(self.dtype)
+        self._tables = replace(self._tables, output=self._tables.output.to(self.dtype))
 
     @classmethod
     def from_run(cls, path: Path | str, device: str = "auto", precision: str = "auto") -> Self:
@@ -189,11 +203,6 @@ class WorldModel:
         """Frames that the model sees, the one being predicted included."""
         return self.transformer.config.context_frames
 
-    def _precise(self) -> AbstractContextManager[object]:
-        if self.dtype is torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
-
     def encode_prefix(
         self, tokens: ArrayLike | Tensor, past_actions: ArrayLike, valid: ArrayLike | None = None
     ) -> Prefix:
@@ -216,12 +225,12 @@ class WorldModel:
         before = torch.cat([none, tokens_TP[:-1]])
         actions = torch.cat([torch.zeros(1, 2), actions])
         known = torch.cat([torch.zeros(1, 2, dtype=torch.bool), known])
-        cache = RingCache(self.transformer, 1, self.device, self.dtype)
-        with torch.inference_mode(), self._precise():
+        cache = RingCache(self._passes, 1, self.device, self.dtype)
+        with torch.inference_mode(), autocast(self.device, self.dtype):
             for t in range(max(0, count - self.context_frames + 1), count):
                 frame = (tokens_TP[t], before[t], actions[t], known[t])
                 placed = [value[None].to(self.device) for value in frame]
-                encode_frame(self.transformer, self._tables, cache, *placed)
+                encode_frame(self._passes, self._tables, cache, *placed)
         return Prefix(cache, tokens_TP[-1:].to(self.device))
 
     def _checked_tokens(self, tokens: ArrayLike | Tensor) -> Tensor:
@@ -255,7 +264,7 @@ class WorldModel:
         Futures are numbered branch * samples + sample; sample s of each branch has the same draws.
         """
         return FrameSampler(
-            self.transformer,
+            self._passes,
             self._tables,
             prefix.cache,
             prefix.last,
@@ -291,9 +300,7 @@ class WorldModel:
             for values in (actions_BNA, valid_BNA)
         ]
         for action, known in zip(*pairs, strict=True):
-            with self._precise():
-                frame = sampler.step(action, known)
-            yield frame
+            yield sampler.step(action, known)
 
     def rollout(
         self,

@@ -1,6 +1,7 @@
 """Which device and which number format to train with."""
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -42,6 +43,12 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     else:
         faster = device.type == "cpu" and _bf16_is_faster_on_cpu()
     return torch.bfloat16 if faster else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Passes in `dtype`, float32 or bfloat16, whatever the weights are kept in."""
+    low = dtype is not torch.float32
+    return torch.autocast(device.type, dtype) if low else nullcontext()
 
 
 @cache

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
+from driving_sim.engine.device import autocast
 from driving_sim.engine.distributed import Ranks
 from driving_sim.engine.ema import Ema
 from driving_sim.engine.errors import DriveSimError
@@ -120,8 +121,7 @@ class Stepper:
 
     def autocast(self) -> AbstractContextManager[object]:
         """The passes' number format; weights stay float32."""
-        low = self.dtype is not torch.float32
-        return torch.autocast(self.device.type, self.dtype) if low else nullcontext()
+        return autocast(self.device, self.dtype)
 
     def learning_rate(self) -> float:
         """The last step's, before any group's own scale."""
