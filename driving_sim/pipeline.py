@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from driving_sim.data.drive import Drive, DriveSet, sample
 from driving_sim.data.sources import find_drives
-from driving_sim.data.split import split_drives
 from driving_sim.data.token_store import TokenStore
 from driving_sim.data.token_store_index import INDEX
 from driving_sim.engine.config import resolve
@@ -252,8 +251,10 @@ def _stored_context(world: WorldModel, tokens: Path, start_s: float | None) -> C
         raise DriveSimError(
             f"{tokens} was made by another tokenizer than the model's; name a video with --context"
         )
-    training, validation = split_drives(store.drive_ids)
-    return context_from_tokens(world, store.select((validation or training)[:1])[0], start_s)
+    # A drive that the model was not trained on, unless these are other drives altogether.
+    unseen = [name for name in store.drive_ids if name in world.validation_drives]
+    drive, *_ = store.select((unseen or store.drive_ids)[:1])
+    return context_from_tokens(world, drive, start_s)
 
 
 def _one_drive(video: Path, steering_kind: str | None) -> Drive:
