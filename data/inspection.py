@@ -237,7 +237,7 @@ def inspect_drives(
     paths: Sequence[Path],
     out: Path,
     *,
-    steering_kind: SteeringKind | None = None,
+    steering_kind: str | None = None,
     time_offset: float = 0.0,
 ) -> Report:
     """Find the drives in files and folders, measure them and say what is wrong with them.

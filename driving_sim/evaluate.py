@@ -178,14 +178,12 @@ def evaluate_action_information(
         for drive, begin, stop in runs:
             for name, chosen in channels.items():
                 # An action that is not known stays so wherever it is moved to.
-                actions, valid = (
-                    np.repeat(own[None, begin:stop], shuffles + 1, axis=0)
-                    for own in (drive.actions, drive.action_valid)
-                )
+                actions = np.repeat(drive.actions[None, begin:stop], shuffles + 1, axis=0)
+                valid = np.repeat(drive.action_valid[None, begin:stop], shuffles + 1, axis=0)
                 for number in range(1, shuffles + 1):
                     order = _block_permutation(stop - begin, world.context_frames, rng)
-                    for moved in (actions, valid):
-                        moved[number][:, chosen] = moved[0, order][:, chosen]
+                    actions[number][:, chosen] = actions[0, order][:, chosen]
+                    valid[number][:, chosen] = valid[0, order][:, chosen]
                 bits = streamed_bits(world.transformer, drive, begin, actions, valid)
                 gains[name].append(_gain_per_block(bits, world.context_frames))
                 bar.advance(1)

@@ -41,7 +41,7 @@ def test_the_truth_is_each_actions_own_and_nearest_to_itself() -> None:
         start.truth(
             ActionPlan(
                 label=name,
-                actions=np.tile(np.float32(speeds[name]), (16, 1)),
+                actions=np.tile(np.array(speeds[name], np.float32), (16, 1)),
                 valid=np.ones((16, 2), np.bool_),
             )
         )

@@ -136,11 +136,11 @@ def test_a_future_costs_what_the_model_says_of_the_whole_sequence(
     torch.testing.assert_close(log_probs, expected[:, known - first :], atol=1e-4, rtol=0)
 
 
-class _Casts(TorchDispatchMode):
+class _Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the casts of parameters."""
 
     def __init__(self, model: Transformer) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.parameters = {value.data_ptr() for value in model.parameters()}
         self.count = 0
 

@@ -176,8 +176,9 @@ def streamed_bits_per_token(
                 if end - begin <= first:
                     continue
                 last = end if stop is None else min(begin + stop, end)
-                own = (values[None, begin:last] for values in (drive.actions, drive.action_valid))
-                found += list(_streamed(model, drive, begin, *own))[first:]
+                actions = drive.actions[None, begin:last]
+                valid = drive.action_valid[None, begin:last]
+                found += list(_streamed(model, drive, begin, actions, valid))[first:]
                 places += [(number, frame) for frame in range(begin + first, last)]
             advance(1)
     drive_n, frame_n = np.array(places, np.int64).reshape(-1, 2).T
