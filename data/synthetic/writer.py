@@ -44,14 +44,14 @@ def write_synthetic_drives(
     """
     config = config or SyntheticConfig()
     frames = frame_count(seconds, config)
-    worlds = drives if worlds is None else worlds
-    if worlds < 1:
-        raise DriveSimError(f"{worlds} worlds to drive in: there must be at least one")
     if drives < 1 or frames < 2:
         raise DriveSimError(
             f"{drives} drives of {seconds:g} s at {config.fps:g} frames/s: "
             "there must be at least one drive, of at least 2 frames"
         )
+    worlds = drives if worlds is None else worlds
+    if worlds < 1:
+        raise DriveSimError(f"{worlds} worlds to drive in: there must be at least one")
     stems = [out / f"drive_{number:03d}" for number in range(drives)]
     jobs = [
         _Job(stem, seconds, world_seed(seed, number % worlds), _seeds(seed, number)[1], config)
