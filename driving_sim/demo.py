@@ -56,9 +56,9 @@ class DemoConfig:
     """Of both trainings."""
     steps: int | None = None
     """Training steps of each model, instead of the preset's minutes."""
-    seconds: float = 1.5
+    seconds: float = 2.0
     """Length of the futures."""
-    sampling: Sampling = Sampling(temperature=0.9)  # noqa: RUF009
+    sampling: Sampling = Sampling(temperature=0.85)  # noqa: RUF009
     """How they are drawn."""
 
 
@@ -152,7 +152,7 @@ def _is_calm(driven: SyntheticDrive, index: int, context_frames: int) -> bool:
     state = driven.states[index]
     _, offset, _ = driven.world.road.project(np.array([state.x_m]), np.array([state.y_m]))
     return bool(
-        3.0 <= past[-1, 0] <= 5.0
+        2.5 <= past[-1, 0] <= 4.5
         and past[:, 0].min() > 1.5
         and np.abs(past[:, 1]).max() < 0.08
         and abs(offset[0] - LANE_OFFSET) < 1.5

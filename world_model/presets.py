@@ -12,7 +12,7 @@ DEMO = WorldModelRunConfig(
     objective=ObjectiveConfig(token_noise=0.05),
     data=WorldModelDataConfig(batch_size=4, validation_windows=32, preview=False),
     training=TrainingConfig(
-        minutes=4.5,
+        minutes=5.0,
         learning_rate=2e-3,
         warmup_steps=50,
         weight_decay=0.05,
