@@ -26,13 +26,13 @@ DEMO = WorldModelRunConfig(
 
 TINY = WorldModelRunConfig(
     model=TransformerConfig(
-        layers=6, width=256, heads=8, kv_heads=4, context_frames=12, dropout=0.1
+        layers=6, width=192, heads=6, kv_heads=3, context_frames=8, dropout=0.1
     ),
     objective=ObjectiveConfig(token_noise=0.1),
-    data=WorldModelDataConfig(batch_size=4),
+    data=WorldModelDataConfig(batch_size=2),
     training=TrainingConfig(
         minutes=30,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         warmup_steps=100,
         weight_decay=0.1,
         ema_decay=0.995,
@@ -42,7 +42,7 @@ TINY = WorldModelRunConfig(
         workers=0,
     ),
 )
-"""8x16 tokens, 5 M parameters, at most half an hour on two CPU cores."""
+"""8x16 tokens, 3 M parameters, at most half an hour on two CPU cores."""
 
 BASE = WorldModelRunConfig(
     model=TransformerConfig(
