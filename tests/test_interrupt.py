@@ -3,6 +3,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
 import pytest
@@ -10,6 +11,15 @@ import pytest
 from driving_sim.engine.interrupt import StopRequest, stop_on_signals
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C raises, as on a terminal: what a shell runs in the background starts ignoring it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_first_signal_is_a_request_and_the_second_acts() -> None:
     with stop_on_signals() as request:
         assert request.signal == 0
