@@ -1,6 +1,7 @@
 import errno
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,18 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file, atomic_folder
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """No file of more than 4 KiB, as where a quota is exhausted."""
+    """No file of more than 4 KiB, as where a quota is exhausted.
+
+    No fixture: pytest's own report, where it goes to a file, would be held to the limit too.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def leave_half(path: Path) -> None:
@@ -64,14 +70,14 @@ def test_folder_is_kept_where_the_new_one_fails(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.usefixtures("small_files")
 def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     # safetensors writes from Rust: its error is no OSError
     big = np.zeros(10_000, np.uint8)
     refusal = r"cannot write .*/out: File too large"
-    with pytest.raises(DriveSimError, match=refusal), atomic_folder(tmp_path / "out") as folder:
+    refused = pytest.raises(DriveSimError, match=refusal)
+    with small_files(), refused, atomic_folder(tmp_path / "out") as folder:
         save_file({"big": big}, folder / "a.safetensors")
-    with pytest.raises(DriveSimError, match=refusal), atomic_file(tmp_path / "out") as file:
+    with small_files(), refused, atomic_file(tmp_path / "out") as file:
         file.write_bytes(big.tobytes())
     assert list(tmp_path.iterdir()) == []
 
