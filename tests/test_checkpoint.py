@@ -16,7 +16,9 @@ class Run:
 
     def __init__(self, seed: int, width: int = 4) -> None:
         torch.manual_seed(seed)
-        layers = nn.Sequential(nn.Conv2d(3, width, 3), nn.GroupNorm(2, width), nn.Tanh())
+        layers = nn.Sequential(
+            nn.Conv2d(3, width, 3), nn.GroupNorm(2, width), nn.Tanh(), nn.Conv2d(width, width, 1)
+        )
         self.model = layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = Ema(self.model, 0.9)
         self.optimizer = build_optimizer(
@@ -51,8 +53,9 @@ class Run:
         return [*self.model.state_dict().values(), *self.ema.state_dict().values()]
 
 
-def test_loaded_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    run, other = Run(0), Run(1)
+@pytest.mark.parametrize("width", [4, 32])  # 32: Muon steps the second convolution
+def test_loaded_run_goes_on_bit_for_bit(tmp_path: Path, width: int) -> None:
+    run, other = Run(0, width), Run(1, width)
     for step in range(3):
         run.step(step)
     assert other.load(run.save(tmp_path, 3)) == {"step": 3}

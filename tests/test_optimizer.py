@@ -9,6 +9,7 @@ from driving_sim.engine.optimizer import (
     build_optimizer,
     clip_gradients,
     decay_groups,
+    orthogonalise,
     set_learning_rate,
 )
 
@@ -72,3 +73,69 @@ def test_no_limit_leaves_gradients_alone() -> None:
     model.weight.grad = torch.full((3, 3), 1e4)
     assert float(clip_gradients(optimizer, float("inf"))["model"]) == pytest.approx(3e4)
     assert (model.weight.grad == 1e4).all()
+
+
+@pytest.mark.parametrize("shape", [(32, 96), (96, 32), (48, 48)])
+def test_orthogonalised_matrix_keeps_its_directions_at_like_strengths(
+    shape: tuple[int, int],
+) -> None:
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    strengths = torch.logspace(0, -1.5, min(shape))
+    directions = u.T @ orthogonalise(5 * u @ torch.diag(strengths) @ v) @ v.T
+    # From 32-fold to 10-fold at most; more iterations cost more than they gain.
+    assert directions.diagonal().min() > 0.18
+    assert directions.diagonal().max() < 1.9
+    torch.testing.assert_close(directions, torch.diag(directions.diagonal()), atol=1e-3, rtol=0)
+
+
+def test_muon_steps_wide_kernels_only() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(32, 64, 3),
+        nn.Conv2d(64, 64, 3, groups=64),
+        nn.Conv2d(64, 3, 1),
+        nn.Linear(3, 64),
+        nn.Linear(64, 32),
+        nn.Embedding(64, 64),
+    )
+    kinds = {id(p): g["muon"] for g in decay_groups(model, name="net") for p in g["params"]}
+    assert [kinds[id(layer.weight)] for layer in model] == [True, False, False, False, True, False]
+    without = decay_groups(model, name="net", muon=False)
+    assert not any(group["muon"] and group["params"] for group in without)
+
+
+def step_of(model: nn.Module, muon: bool) -> Tensor:
+    weight = cast("nn.Linear", model).weight
+    before = weight.detach().clone()
+    optimizer = build_optimizer(
+        model,
+        decay_groups(model, name="net"),
+        learning_rate=0.1,
+        weight_decay=0.0,
+        betas=(0.9, 0.99),
+        muon=muon,
+    )
+    weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    return weight.detach() - before
+
+
+def test_a_convolution_steps_like_the_linear_map_of_its_patches() -> None:
+    conv, linear = nn.Conv2d(32, 48, 3, bias=False), nn.Linear(32 * 9, 48, bias=False)
+    torch.testing.assert_close(step_of(conv, True).flatten(1), step_of(linear, True))
+
+
+def test_muon_and_adamw_take_steps_of_about_the_same_size() -> None:
+    # Moonlight (arXiv 2502.16982): 0.2 is the root mean square of AdamW's usual updates.
+    step = step_of(nn.Linear(64, 64, bias=False), True)
+    assert float(step.square().mean().sqrt()) == pytest.approx(0.02, rel=0.3)
+
+
+def test_adamw_alone_is_torchs() -> None:
+    model = nn.Linear(64, 64, bias=False)
+    reference = nn.Linear(64, 64, bias=False)
+    reference.load_state_dict(model.state_dict())
+    before = reference.weight.detach().clone()
+    reference.weight.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    torch.optim.AdamW(reference.parameters(), lr=0.1, weight_decay=0.0, betas=(0.9, 0.99)).step()
+    torch.testing.assert_close(step_of(model, False), reference.weight.detach() - before)

@@ -344,6 +344,7 @@ def test_bf16_trains_and_survives_resume(tmp_path: Path) -> None:
         ({"steps": None}, "exactly one of steps and minutes"),
         ({"minutes": 1.0, "steps": 1}, "steps=1, minutes=1.0"),
         ({"accumulate": 0}, "accumulate=0, allowed is at least 1"),
+        ({"seed": -1}, "seed=-1, allowed is in 0"),
         ({"ema_decay": 1.0}, r"ema_decay=1.0, allowed is in \[0, 1\)"),
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"precision": "fp8"}, "auto, fp32, bf16"),

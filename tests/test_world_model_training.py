@@ -31,7 +31,7 @@ CONFIG = WorldModelRunConfig(
     objective=ObjectiveConfig(token_noise=0.02),
     data=WorldModelDataConfig(batch_size=4, validation=("2",), validation_windows=6),
     training=TrainingConfig(
-        steps=450,
+        steps=900,
         learning_rate=1e-2,
         warmup_steps=20,
         ema_decay=0.9,
@@ -71,11 +71,32 @@ def test_training_learns_what_steering_does(folder: Path) -> None:
         assert (imagined.numpy() == expected).mean() > 0.8
 
 
+def test_guidance_widens_what_steering_does(folder: Path) -> None:
+    """More tokens move as steered, and fewer the other way, than under the plain model."""
+    world = WorldModel.from_run(folder / "run", device="cpu")
+    tokens, actions, _ = turning_drive(8, 99)
+    prefix = world.encode_prefix(tokens[:4], actions[:3])
+    plans = np.array([[[5.0, 0.3]], [[5.0, -0.3]]])
+    left, right = (np.roll(tokens[3], shift, axis=1) for shift in (1, -1))
+
+    def difference(guidance: float) -> float:
+        sampling = Sampling(guidance=guidance)
+        (frame,) = world.generate(prefix, plans, samples=64, sampling=sampling)
+        leftness = frame.tokens.numpy() == left
+        shares = leftness.mean(axis=(1, 2)) - (frame.tokens.numpy() == right).mean(axis=(1, 2))
+        return float(shares[:64].mean() - shares[64:].mean())
+
+    assert difference(0.0) == 0
+    plain = difference(1.0)
+    assert plain > 0.5
+    assert difference(3.0) > plain + 0.1
+
+
 def test_the_run_folder_holds_the_best_model_and_its_tokenizer(folder: Path) -> None:
     run = folder / "run"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     scores = {row["step"]: row["score"] for row in rows if row["phase"] == "validation"}
-    assert sorted(scores) == list(range(50, 451, 50))
+    assert sorted(scores) == list(range(50, 901, 50))
     assert len(set(scores.values())) == len(scores)
     validate = WindowValidation(
         TokenStore(folder / "tokens").select(CONFIG.data.validation or ()),

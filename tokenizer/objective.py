@@ -102,6 +102,7 @@ class TokenizerObjective(nn.Module):
                 name="discriminator",
                 clip="discriminator",
                 lr_scale=self.config.discriminator_lr_scale,
+                muon=False,  # an opponent that is too quick teaches nothing
             )
         return groups
 

@@ -15,8 +15,11 @@ class TrainingConfig:
     """Minutes to train instead; validation, saving and start-up do not count."""
     accumulate: int = 1
     """Batches whose gradients are averaged into one step, on each device."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """What steps kernels of 32 channels or more on both sides, but a discriminator's; all else is
+    AdamW's."""
     learning_rate: float = 3e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     min_learning_rate_ratio: float = 0.05
     """Share of the peak that the cosine ends at."""
     warmup_steps: int = 200
@@ -57,10 +60,13 @@ class TrainingConfig:
         self._check("at least 1", lambda value: value >= 1, "keep_last patience threads")
         self._check("above 0", lambda value: value > 0, "minutes learning_rate grad_clip")
         self._check("0 or more", lambda value: value >= 0, "warmup_steps weight_decay workers")
+        self._check("in 0..2^63-1", lambda value: 0 <= value < 2**63, "seed")
         self._check("in [0, 1]", lambda value: 0 <= value <= 1, "min_learning_rate_ratio")
         self._check("in [0, 1)", lambda value: 0 <= value < 1, "ema_decay")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas}, allowed are two values in [0, 1)")
+        if self.optimizer not in ("muon", "adamw"):
+            raise ValueError(f"optimizer={self.optimizer!r}, allowed are muon, adamw")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision={self.precision!r}, allowed are auto, fp32, bf16")
 

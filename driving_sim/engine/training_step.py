@@ -1,4 +1,4 @@
-"""One optimiser step: batches in, gradients, clipping, AdamW, averaged weights."""
+"""One optimiser step: batches in, gradients, clipping, optimiser, averaged weights."""
 
 import hashlib
 import os
@@ -62,6 +62,7 @@ class Stepper:
             learning_rate=config.learning_rate,
             weight_decay=config.weight_decay,
             betas=config.betas,
+            muon=config.optimizer == "muon",
         )
         self.meter = Meter()
         # The players of an adversarial loss start apart: not every parameter has a gradient.
