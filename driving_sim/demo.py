@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +22,14 @@ from driving_sim.data.synthetic import (
 from driving_sim.data.synthetic.road import LANE_OFFSET
 from driving_sim.data.token_store_index import INDEX
 from driving_sim.data.video_writer import write_video
-from driving_sim.engine.config import save_json
+from driving_sim.engine.config import load_json, save_json, to_dict
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.files import atomic_file
 from driving_sim.engine.progress import progress
 from driving_sim.engine.run_folder import CONFIG, is_finished
 from driving_sim.pipeline import (
     TrainingRequest,
+    goes_on_when_repeated,
     tokenize_videos,
     train_world_model_on,
 )
@@ -38,18 +41,25 @@ from driving_sim.world_model.world_model import WorldModel
 
 ACTIONS = ["straight", "left", "right", "brake"]
 _SHEET_TIMES = 5
+_PLAN = "demo.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig:
     """How much of everything; the defaults take under 10 minutes on 2 CPU cores."""
 
-    drives: int = 40
+    drives: int = 80
     """Drives to train on, all through one world."""
     drive_seconds: float = 24.0
     """Length of each."""
     world: SyntheticConfig = SyntheticConfig(  # noqa: RUF009
-        height=64, width=128, fps=8.0, stretch_m=500.0, palettes=("noon",)
+        height=64,
+        width=128,
+        fps=5.0,
+        stretch_m=300.0,
+        cruise_mps=(2.0, 8.0),
+        traffic=0.0,
+        palettes=("noon",),
     )
     """How they are filmed."""
     preset: str = "demo"
@@ -79,12 +89,13 @@ def run_demo(out: Path, *, seed: int = 0, config: DemoConfig | None = None) -> s
     """Make drives, train both models, roll four actions out of one start; return the summary.
 
     `out` gets the drives, runs and tokens, `demo.mp4` and `demo.png` (truth above prediction) and
-    `summary.json`.
+    `summary.json`; `demo.json` says what was asked for. A demo of the same seed and config that was
+    stopped goes on; anything else in `out` raises DriveSimError.
     """
     config = config or DemoConfig()
-    if (out / "summary.json").exists():
-        raise DriveSimError(f"{out} holds a finished demo: choose another --out or delete it")
-    _train(out, seed, config)
+    _claim(out, {"seed": seed, **to_dict(config)})
+    with goes_on_when_repeated():
+        _train(out, seed, config)
     world = WorldModel.from_run(out / "world-model")
     start = _find_start(config, seed, world.context_frames + 1)
     plans, truths, futures = _roll_out(world, start, config, seed)
@@ -101,6 +112,20 @@ def run_demo(out: Path, *, seed: int = 0, config: DemoConfig | None = None) -> s
         },
     )
     return _summary(out, matrix, right)
+
+
+def _claim(out: Path, plan: dict[str, Any]) -> None:
+    """Make the folder ours, or find that it is, for this plan."""
+    if (out / "summary.json").exists():
+        raise DriveSimError(f"{out} holds a finished demo: choose another --out or delete it")
+    # A dot: what a killed run left half-written.
+    if not out.exists() or all(path.name.startswith(".") for path in out.iterdir()):
+        save_json(out / _PLAN, plan)
+    elif not (out / _PLAN).exists() or load_json(out / _PLAN) != plan:
+        raise DriveSimError(
+            f"{out} holds something else than an unfinished demo of this seed and config: choose "
+            "another --out or delete it"
+        )
 
 
 def _train(out: Path, seed: int, config: DemoConfig) -> None:
@@ -238,8 +263,9 @@ def _write_pictures(
         for plan, true, future in zip(plans, truths, futures, strict=True)
         for kind, frames in (("true", true), ("predicted", future))
     ]
-    sheet = contact_sheet(rows, [(t + 1) / config.world.fps for t in chosen])
-    Image.fromarray(sheet).save(out / "demo.png")
+    sheet = contact_sheet(rows, [f"{(t + 1) / config.world.fps:+.2f} s" for t in chosen])
+    with atomic_file(out / "demo.png") as temporary:
+        Image.fromarray(sheet).save(temporary)
 
 
 def _summary(out: Path, matrix: NDArray[np.float64], right: int) -> str:

@@ -1,14 +1,17 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
+from driving_sim import demo
 from driving_sim.data.synthetic import SyntheticConfig
 from driving_sim.demo import ACTIONS, DemoConfig, _find_start, _psnr_matrix, run_demo
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.world_model.action_plan import ActionPlan
+from tests.test_files import small_files
 
 SMALL = DemoConfig(drives=3, drive_seconds=3.0, steps=2, seconds=1.0)
 
@@ -23,15 +26,39 @@ def test_the_whole_demo_runs_and_reports(tmp_path: Path) -> None:
     assert saved["nearest_to_own_action"] == own
     assert f"{own} of 4" in summary
     with av.open(str(out / "demo.mp4")) as video:
-        assert sum(1 for _ in video.decode(video=0)) == 8
+        frames = sum(1 for _ in video.decode(video=0))
+    assert frames == round(SMALL.seconds * SMALL.world.fps)
     assert (out / "demo.png").stat().st_size > 1000
     with pytest.raises(DriveSimError, match="finished demo"):
         run_demo(out, seed=1, config=SMALL)
     # What a run killed in its last stage left: the next one goes on and finds the same.
     for name in ("summary.json", "demo.mp4"):
         (out / name).unlink()
+    for seed, config in ((2, SMALL), (1, replace(SMALL, seconds=0.5))):
+        with pytest.raises(DriveSimError, match="of this seed and config"):
+            run_demo(out, seed=seed, config=config)
     run_demo(out, seed=1, config=SMALL)
     assert json.loads((out / "summary.json").read_text()) == saved
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    with pytest.raises(DriveSimError, match="something else than an unfinished demo"):
+        run_demo(tmp_path, config=SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["videos"]
+
+
+def test_a_full_disk_leaves_no_half_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "write_video", lambda *_, **__: None)
+    noise = np.random.default_rng(0).integers(256, size=(5, 64, 128, 3), dtype=np.uint8)
+    plan = ActionPlan(
+        label="left", actions=np.zeros((5, 2), np.float32), valid=np.ones((5, 2), np.bool_)
+    )
+    with small_files(), pytest.raises(DriveSimError, match=r"cannot write .*demo\.png"):
+        demo._write_pictures(tmp_path, SMALL, [plan], [noise], [noise], 0.1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_truth_is_each_actions_own_and_nearest_to_itself() -> None:

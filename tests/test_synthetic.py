@@ -274,7 +274,7 @@ class TestWorld:
 
     def test_oncoming_cars_give_way_on_the_road(self) -> None:
         road = Road(np.random.default_rng(5))
-        traffic = Traffic(road, 5)
+        traffic = Traffic(road, 5, 0.75)
         met = 0
         for time in np.arange(0.0, 300.0, 0.5):
             x, y, _ = road.place(np.array([9.0 * time]), np.array([-LANE_OFFSET]))
@@ -306,6 +306,8 @@ class TestWorld:
             ({"height": 8}, "height is 8"),
             ({"fps": 1.0}, "fps is 1"),
             ({"horizon": 0.95}, "horizon is 0.95"),
+            ({"cruise_mps": (8.0, 2.0)}, "cruise_mps is .* rise within 1..40"),
+            ({"cruise_mps": (0.0, 8.0)}, "cruise_mps is"),
             ({"palettes": ("noon", "night")}, "palettes .* evening"),
             ({"palettes": ()}, "palettes"),
         ],

@@ -13,7 +13,7 @@ DEMO = WorldModelRunConfig(
     data=WorldModelDataConfig(batch_size=4, validation_windows=32, preview=False),
     training=TrainingConfig(
         minutes=5.0,
-        learning_rate=2e-3,
+        learning_rate=3e-3,
         warmup_steps=50,
         weight_decay=0.05,
         ema_decay=0.99,
@@ -32,13 +32,13 @@ TINY = WorldModelRunConfig(
     data=WorldModelDataConfig(batch_size=2),
     training=TrainingConfig(
         minutes=30,
-        learning_rate=2e-3,
+        learning_rate=3e-3,
         warmup_steps=100,
         weight_decay=0.1,
         ema_decay=0.995,
         validate_every=200,
         save_every=400,
-        patience=6,
+        patience=3,
         workers=0,
     ),
 )

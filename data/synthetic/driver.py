@@ -13,7 +13,6 @@ import numpy as np
 from driving_sim.data.synthetic.road import LANE_OFFSET, Road
 from driving_sim.data.synthetic.vehicle import WHEELBASE_M, VehicleState
 
-MAX_SPEED_MPS = 13.0
 _ACCELERATION_MPS2 = 2.5
 _STEERING_RATE_RADPS = 1.2
 _MOST_STEERING_RAD = 0.2
@@ -37,10 +36,11 @@ class _Manoeuvre:
 class Driver:
     """Chooses each frame's action from the state and its own stream of random numbers."""
 
-    def __init__(self, road: Road, seed: int) -> None:
+    def __init__(self, road: Road, seed: int, cruise_mps: tuple[float, float]) -> None:
         self._road = road
+        self._cruise_mps = cruise_mps
         self._rng = np.random.default_rng(seed)
-        self._speed = float(self._rng.choice([0.0, self._rng.uniform(6, 12)]))
+        self._speed = float(self._rng.choice([0.0, self._cruising_speed()]))
         self._steering = 0.0
         self._deck: list[str] = []
         self._sides: list[float] = []
@@ -82,7 +82,7 @@ class Driver:
         return math.atan(2 * WHEELBASE_M * math.sin(bearing) / math.hypot(dx, dy))
 
     def _cruising_speed(self) -> float:
-        return float(self._rng.uniform(6.0, MAX_SPEED_MPS))
+        return float(self._rng.uniform(*self._cruise_mps))
 
     def _follow(self) -> _Manoeuvre:
         near, anywhere = self._rng.normal(LANE_OFFSET, 0.5), self._rng.uniform(-4.5, 4.5)

@@ -1,5 +1,6 @@
 """Synthetic drives: a driver's way through a world, which can be saved and replayed."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -71,7 +72,9 @@ def load_synthetic_drive(path: Path) -> SyntheticDrive:
 
 
 def frame_count(seconds: float, config: SyntheticConfig) -> int:
-    """Return the number of frames of a drive."""
+    """Return the number of frames of a drive; DriveSimError where `seconds` is not finite."""
+    if not math.isfinite(seconds):
+        raise DriveSimError(f"--seconds {seconds:g}: a drive lasts a finite number of seconds")
     return round(seconds * config.fps)
 
 
@@ -79,7 +82,7 @@ def drive(world: SyntheticWorld, seconds: float, driver_seed: int) -> SyntheticD
     """Let a driver loose in a world, starting on a part of the road that its seed chooses."""
     rng = np.random.default_rng([driver_seed, 1])
     state = world.reset(station_m=rng.uniform(0.0, world.config.stretch_m))
-    driver = Driver(world.road, driver_seed)
+    driver = Driver(world.road, driver_seed, world.config.cruise_mps)
     states: list[VehicleState] = []
     actions = np.empty((frame_count(seconds, world.config), 2), np.float32)
     for action in actions:

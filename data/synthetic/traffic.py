@@ -18,9 +18,11 @@ _ROOM_M = 2.6
 class Traffic:
     """An endless column of oncoming cars that give way to a driver on their side of the road."""
 
-    def __init__(self, road: Road, seed: int) -> None:
+    def __init__(self, road: Road, seed: int, density: float) -> None:
+        """`density` is the share of the places in the column that are taken."""
         self._road = road
         self._seed = seed
+        self._density = density
 
     def near(self, state: VehicleState) -> Things:
         """Return the cars around a state."""
@@ -37,4 +39,4 @@ class Traffic:
         x, y, heading = self._road.place(station, offset)
         height = np.full(len(car), 1.5)
         cars = Things(np.full(len(car), int(Kind.CAR)), x, y, heading + math.pi, height, tint)
-        return cars.chosen(chance < 0.75)
+        return cars.chosen(chance < self._density)

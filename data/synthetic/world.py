@@ -37,6 +37,10 @@ class SyntheticConfig:
     """Share of the picture that lies above the horizon."""
     stretch_m: float = 3000.0
     """Drives start somewhere on this much of the road: the shorter, the more they see again."""
+    cruise_mps: tuple[float, float] = (6.0, 13.0)
+    """Range of the speeds that drivers like, in m/s."""
+    traffic: float = 0.75
+    """Cars that come the other way: 1 is one every 130 m."""
     palettes: tuple[str, ...] = tuple(PALETTES)
     """The kinds of day a seed draws from."""
 
@@ -49,10 +53,14 @@ class SyntheticConfig:
             ("camera_height_m", 0.5, 10),
             ("horizon", 0.2, 0.8),
             ("stretch_m", 0, 1e6),
+            ("traffic", 0, 1),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f"{name} is {value}; it must lie in {low}..{high}")
+        slow, fast = self.cruise_mps
+        if not 1 <= slow <= fast <= 40:
+            raise ValueError(f"cruise_mps is {self.cruise_mps}; it must rise within 1..40")
         unknown = sorted(set(self.palettes) - set(PALETTES))
         if unknown or not self.palettes:
             raise ValueError(
@@ -83,7 +91,7 @@ class SyntheticWorld:
         self._sky = Sky(self._camera, palette, rng)
         self._ground = Ground(self._camera, self.road, palette, rng, seed)
         self._scenery = Scenery(self.road, seed)
-        self._traffic = Traffic(self.road, seed)
+        self._traffic = Traffic(self.road, seed, config.traffic)
         self._props = PropPainter(self._camera, palette)
 
     def reset(self, station_m: float = 0.0) -> VehicleState:
