@@ -28,7 +28,9 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
 
     Frames that fit in `cache_bytes` are decoded once, here, and forked loader workers share them.
     Otherwise every batch decodes its own, a few neighbours at each place, because most of the cost
-    is in reaching the place. With `mirror` every frame is flipped left to right half of the time.
+    is in reaching the place. With `mirror` every frame is flipped left to right half of the time;
+    it is moved by up to `shift` pixels, and each colour's brightness changes by a share of up to
+    `gain`.
 
     Raises DriveSimError where the drives have no frames or one cannot be decoded.
     """
@@ -41,12 +43,16 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
         batch_size: int,
         seed: int,
         mirror: bool,
+        shift: int = 0,
+        gain: float = 0.0,
         cache_bytes: int,
     ) -> None:
         self.size = size
         self.batch_size = batch_size
         self.seed = seed
         self.mirror = mirror
+        self.shift = shift
+        self.gain = gain
         self._drives = list(drives)
         self._offsets = np.cumsum([0, *(len(drive.indices) for drive in drives)])
         if self.frame_count == 0:
@@ -68,6 +74,11 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
             frames = self._decode(self._neighbours(generator))
         if self.mirror:
             _mirror(frames, np.flatnonzero(generator.random(self.batch_size) < 0.5))
+        if self.shift:
+            corners = generator.integers(2 * self.shift + 1, size=(self.batch_size, 2))
+            _shift(frames, corners, self.shift)
+        if self.gain:
+            _amplify(frames, generator.uniform(1 - self.gain, 1 + self.gain, (self.batch_size, 3)))
         return {"frames": torch.from_numpy(frames)}
 
     def _decode_all(self) -> NDArray[np.uint8]:
@@ -110,3 +121,20 @@ def _mirror(frames: NDArray[np.uint8], chosen: NDArray[np.int64]) -> None:
         # By channel: five times faster than reversing pixels of three bytes.
         for channel in range(3):
             frames[sample, :, :, channel] = original[:, ::-1, channel]
+
+
+def _shift(frames: NDArray[np.uint8], corners: NDArray[np.int64], most: int) -> None:
+    """Crop each frame at its corner [B, 2] of itself with `most` pixels reflected around, in place.
+
+    Corners are from 0 to 2 * `most`; at `most` nothing moves.
+    """
+    _, height, width, _ = frames.shape
+    for frame, (y, x) in zip(frames, corners, strict=True):
+        padded = np.pad(frame, ((most, most), (most, most), (0, 0)), mode="reflect")
+        frame[:] = padded[y : y + height, x : x + width]
+
+
+def _amplify(frames: NDArray[np.uint8], gains: NDArray[np.float64]) -> None:
+    """Multiply each frame's channels by its gains [B, 3], in place."""
+    for frame, gain in zip(frames, gains.astype(np.float32), strict=True):
+        frame[:] = np.minimum(frame * gain + 0.5, 255)

@@ -30,7 +30,13 @@ def drives(tmp_path_factory: pytest.TempPathFactory) -> list[SampledDrive]:
 
 
 def batches(
-    drives: list[SampledDrive], *, seed: int = 0, mirror: bool = False, cached: bool = True
+    drives: list[SampledDrive],
+    *,
+    seed: int = 0,
+    mirror: bool = False,
+    shift: int = 0,
+    gain: float = 0.0,
+    cached: bool = True,
 ) -> FrameBatches:
     return FrameBatches(
         drives,
@@ -38,6 +44,8 @@ def batches(
         batch_size=6,
         seed=seed,
         mirror=mirror,
+        shift=shift,
+        gain=gain,
         cache_bytes=10**9 if cached else 0,
     )
 
@@ -75,8 +83,33 @@ def test_mirror_flips_half_of_the_frames(drives: list[SampledDrive]) -> None:
     assert np.mean(flips) == pytest.approx(0.5, abs=0.15)
 
 
+def test_frames_are_moved_and_their_edges_reflected(drives: list[SampledDrive]) -> None:
+    plain, moved = batches(drives), batches(drives, shift=2)
+    seen = set()
+    for n in range(20):
+        for frame, other in zip(plain[n]["frames"], moved[n]["frames"], strict=True):
+            padded = np.pad(frame.numpy(), ((2, 2), (2, 2), (0, 0)), mode="reflect")
+            places = [
+                (y, x)
+                for y in range(5)
+                for x in range(5)
+                if np.array_equal(padded[y : y + HEIGHT, x : x + WIDTH], other)
+            ]
+            assert places
+            seen.add(places[0])
+    assert len(seen) > 15
+
+
+def test_brightness_changes_by_colour_within_its_limit(drives: list[SampledDrive]) -> None:
+    plain, changed = batches(drives), batches(drives, gain=0.2)
+    for n in range(20):
+        before, after = plain[n]["frames"].float(), changed[n]["frames"].float()
+        assert ((after - before).abs() <= 0.2 * before + 1).all()
+        assert not torch.equal(before, after)
+
+
 def test_batches_do_not_write_into_the_cache(drives: list[SampledDrive]) -> None:
-    dataset = batches(drives)
+    dataset = batches(drives, shift=2, gain=0.2)
     before = dataset[0]["frames"].clone()
     dataset[0]["frames"].zero_()
     assert torch.equal(dataset[0]["frames"], before)

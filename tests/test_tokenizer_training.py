@@ -63,6 +63,28 @@ def drives(count: int) -> list[SampledDrive]:
     ]
 
 
+@dataclass(frozen=True)
+class Damaged(Gradients):
+    """Frames of which the sixth cannot be read."""
+
+    def read(self, indices: Indices, size: FrameSize | None) -> Frames:
+        if np.max(indices) >= 6:
+            raise DriveSimError("/there/bad.mp4: decoding stopped at 0.6 s")
+        return super().read(indices, size)
+
+    def stream(self, indices: Indices | None, size: FrameSize | None) -> Iterator[Frames]:
+        assert indices is not None
+        for index in indices:
+            yield self.read(np.array([index]), size)[0]
+
+
+def with_damage(count: int, bad: str) -> list[SampledDrive]:
+    return [
+        sample(replace(each.drive, reader=Damaged(0))) if each.drive.id == bad else each
+        for each in drives(count)
+    ]
+
+
 def run_config(**training: Any) -> TokenizerRunConfig:
     values: dict[str, Any] = {
         "steps": 6,
@@ -143,6 +165,41 @@ def test_a_run_is_not_resumed_on_other_frames(tmp_path: Path) -> None:
     ):
         with pytest.raises(DriveSimError, match=field):
             train_tokenizer(other, run_config(steps=1), run, resume=True, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("bad", "cache_gigabytes"), [("drive_1", 1.0), ("drive_2", 1.0), ("drive_2", 0.0)]
+)
+def test_a_bad_drive_stops_the_run_or_is_as_if_it_were_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: str, cache_gigabytes: float
+) -> None:
+    """Whether it would validate (1) or train, decoded beforehand or on demand; resumed or not."""
+    config = run_config()
+    config = replace(config, data=replace(config.data, cache_gigabytes=cache_gigabytes))
+    found = with_damage(3, bad)
+    with pytest.raises(DriveSimError, match=r"^/there/bad\.mp4: decoding stopped at 0\.6 s$"):
+        train_tokenizer(found, config, tmp_path / "stopped", device="cpu")
+
+    kept, run = tmp_path / "kept", tmp_path / "run"
+    good = [each for each in drives(3) if each.drive.id != bad]
+    train_tokenizer(good, config, kept, device="cpu")
+    capsys.readouterr()
+    train_tokenizer(found, config, run, skip_bad=True, device="cpu")
+    assert f"skipped {bad}: /there/bad.mp4" in capsys.readouterr().err
+    weights = (kept / "model.safetensors").read_bytes()
+    assert (run / "model.safetensors").read_bytes() == weights
+
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    (run / "model.safetensors").unlink()
+    train_tokenizer(found, config, run, resume=True, skip_bad=True, device="cpu")
+    assert (run / "model.safetensors").read_bytes() == weights
+
+
+def test_only_bad_drives_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DriveSimError, match="every drive was skipped"):
+        train_tokenizer(
+            with_damage(1, "drive_0"), run_config(), tmp_path / "run", skip_bad=True, device="cpu"
+        )
 
 
 def test_one_drive_validates_on_itself_and_says_so(

@@ -22,6 +22,7 @@ from driving_sim.data.frame_size import FrameSize
 from driving_sim.data.split import split_drives
 from driving_sim.engine.config import to_dict
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.progress import progress
 from driving_sim.engine.training import (
     TrainingConfig,
     TrainingResult,
@@ -29,7 +30,7 @@ from driving_sim.engine.training import (
     check_run,
     train,
 )
-from driving_sim.tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+from driving_sim.tokenizer.autoencoder import STRIDE, Autoencoder, AutoencoderConfig
 from driving_sim.tokenizer.metrics import codebook_use, psnr, ssim
 from driving_sim.tokenizer.objective import ObjectiveConfig, TokenizerObjective
 from driving_sim.tokenizer.perceptual import vgg16_weights
@@ -49,6 +50,10 @@ class TokenizerDataConfig:
     """Frames of a batch, on each device."""
     mirror: bool = True
     """Whether half of the training frames are flipped left to right."""
+    shift: int = 0
+    """Most pixels that training frames are moved by in each direction; edges are reflected."""
+    gain: float = 0.0
+    """Most that the brightness of each colour of a training frame is changed by, as a share."""
     validation: tuple[str, ...] | None = None
     """Ids of the validation drives; none: a share of the drives, drawn by their ids."""
     validation_fraction: float = 0.1
@@ -66,6 +71,10 @@ class TokenizerDataConfig:
             raise ValueError(
                 f"validation_fraction={self.validation_fraction}: must lie between 0 and 1"
             )
+        if not 0 <= self.shift < STRIDE * 2:
+            raise ValueError(f"shift={self.shift}: must be at least 0 and below {STRIDE * 2}")
+        if not 0 <= self.gain < 1:
+            raise ValueError(f"gain={self.gain}: must be at least 0 and below 1")
         if self.cache_gigabytes < 0:
             raise ValueError(f"cache_gigabytes={self.cache_gigabytes}: must not be negative")
 
@@ -91,13 +100,16 @@ def train_tokenizer(
     *,
     init_from: Path | None = None,
     resume: bool = False,
+    skip_bad: bool = False,
     device: torch.device | str = "auto",
 ) -> TrainingResult:
     """Train a tokenizer on the frames of `drives` and leave the best one in the folder `run`.
 
     Validates on whole drives that it does not train on. `init_from` is the run of a tokenizer of
-    the same shape to start from. Raises `DriveSimError` where there are no drives, `run` or
-    `init_from` cannot be used, or LPIPS is on and its backbone's weights cannot be had.
+    the same shape to start from. With `skip_bad`, drives that cannot be decoded to their end are
+    named and left out, which takes one more pass over all frames. Raises `DriveSimError` where
+    there are no drives, or without `skip_bad` a bad one, `run` or `init_from` cannot be used, or
+    LPIPS is on and its backbone's weights cannot be had.
     """
     if not drives:
         raise DriveSimError("no drives to train a tokenizer on")
@@ -109,14 +121,18 @@ def train_tokenizer(
     vgg16 = vgg16_weights() if config.objective.lpips_weight > 0 else None
     if vgg16 is None:
         print("training without the perceptual loss LPIPS, as objective.lpips_weight is 0")
-    training, validation = _split(drives, config.data)
     size = config.model.frame_size
+    if skip_bad:
+        drives = _decodable(drives, size)
+    training, validation = _split(drives, config.data)
     dataset = FrameBatches(
         training,
         size=size,
         batch_size=config.data.batch_size,
         seed=config.training.seed,
         mirror=config.data.mirror,
+        shift=config.data.shift,
+        gain=config.data.gain,
         cache_bytes=int(config.data.cache_gigabytes * 1e9),
     )
     validate = Validator(validation_frames(validation, size, config.data.validation_frames))
@@ -224,6 +240,26 @@ def _described(drives: Sequence[SampledDrive]) -> dict[str, int | str]:
         "frames": sum(len(drive.indices) for drive in drives),
         "sha256": digest.hexdigest(),
     }
+
+
+def _decodable(drives: Sequence[SampledDrive], size: FrameSize) -> list[SampledDrive]:
+    """The drives whose frames can all be decoded; names the others.
+
+    Before anything is drawn: so the split and every batch are functions of the drives kept.
+    """
+    kept = []
+    with progress(sum(len(each.indices) for each in drives), "check", "frames") as shown:
+        for each in drives:
+            try:
+                for _ in each.drive.stream(size, each.indices):
+                    shown.advance(1)
+            except DriveSimError as error:
+                shown.say(f"skipped {each.drive.id}: {error}")
+            else:
+                kept.append(each)
+    if not kept:
+        raise DriveSimError("every drive was skipped: nothing is left to train on")
+    return kept
 
 
 def _start_from(autoencoder: Autoencoder, run: Path) -> None:
