@@ -8,8 +8,7 @@ Its columns, for N frames of D drives (drive d is frames offsets[d] : offsets[d 
     tokens        U16   [N, rows, cols]
     action_valid  BOOL  [N, 2]
 
-Written here rather than by the safetensors library, which wants every tensor in memory and gives no
-promise on the order of the metadata: equal content must be equal bytes. It reads them all the same.
+Equal content is equal bytes.
 """
 
 import hashlib
@@ -23,29 +22,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from driving_sim.data.safetensors_header import DTYPES, LENGTH_BYTES, safetensors_header
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
 
 Array = NDArray[Any]
 
 # In order of falling alignment, so that every column is aligned in the file.
-COLUMNS: dict[str, tuple[str, np.dtype[Any]]] = {
-    "offsets": ("I64", np.dtype("<i8")),
-    "timestamps": ("F64", np.dtype("<f8")),
-    "actions": ("F32", np.dtype("<f4")),
-    "tokens": ("U16", np.dtype("<u2")),
-    "action_valid": ("BOOL", np.dtype("?")),
+COLUMNS = {
+    "offsets": "I64",
+    "timestamps": "F64",
+    "actions": "F32",
+    "tokens": "U16",
+    "action_valid": "BOOL",
 }
 FRAME_COLUMNS = tuple(name for name in COLUMNS if name != "offsets")
 
-_LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 
 
 def frame_bytes(rows: int, cols: int) -> int:
     """Bytes that one frame takes in a shard."""
     shapes = _shapes(1, 0, rows, cols)
-    return sum(prod(shapes[name]) * COLUMNS[name][1].itemsize for name in FRAME_COLUMNS)
+    return sum(prod(shapes[name]) * DTYPES[COLUMNS[name]].itemsize for name in FRAME_COLUMNS)
 
 
 def _shapes(frames: int, drives: int, rows: int, cols: int) -> dict[str, tuple[int, ...]]:
@@ -56,18 +55,6 @@ def _shapes(frames: int, drives: int, rows: int, cols: int) -> dict[str, tuple[i
         "tokens": (frames, rows, cols),
         "action_valid": (frames, 2),
     }
-
-
-def _header(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    begin = 0
-    for name, (code, dtype) in COLUMNS.items():
-        end = begin + prod(shapes[name]) * dtype.itemsize
-        entries[name] = {"dtype": code, "shape": shapes[name], "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
 def write_shard(
@@ -92,12 +79,13 @@ def write_shard(
             digest.update(data)
             file.write(data)
 
-        write(_header(metadata, shapes))
+        columns = {name: (code, shapes[name]) for name, code in COLUMNS.items()}
+        write(safetensors_header(columns, metadata))
         write(np.cumsum([0, *lengths], dtype="<i8"))
         for name in FRAME_COLUMNS:
             written = 0
             for array in column(name):
-                write(np.ascontiguousarray(array, COLUMNS[name][1]))
+                write(np.ascontiguousarray(array, DTYPES[COLUMNS[name]]))
                 written += array.size
             if written != prod(shapes[name]):
                 raise ValueError(f"{name}: {written} values given for a shape of {shapes[name]}")
@@ -134,12 +122,12 @@ class TokenShard:
         return DriveSimError(f"{self._path}: damaged token shard: {reason}; tokenize again")
 
     def _read_header(self) -> tuple[dict[str, Any], memoryview]:
-        length = int.from_bytes(self._map[:_LENGTH_BYTES], "little")
-        start = _LENGTH_BYTES + length
+        length = int.from_bytes(self._map[:LENGTH_BYTES], "little")
+        start = LENGTH_BYTES + length
         if len(self._map) < start or length > _MAX_HEADER_BYTES:
             raise self._bad(f"its header says {length} bytes, the file has {len(self._map)}")
         try:
-            header = json.loads(self._map[_LENGTH_BYTES:start])
+            header = json.loads(self._map[LENGTH_BYTES:start])
         except (ValueError, RecursionError) as error:
             raise self._bad("its header is not JSON") from error
         if not isinstance(header, dict):
@@ -153,7 +141,8 @@ class TokenShard:
         return metadata
 
     def _read_column(self, header: dict[str, Any], data: memoryview, name: str) -> Array:
-        code, dtype = COLUMNS[name]
+        code = COLUMNS[name]
+        dtype = DTYPES[code]
         try:
             entry = header.pop(name)
             shape = tuple(_count(n) for n in entry["shape"])

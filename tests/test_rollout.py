@@ -1,17 +1,25 @@
+import gc
 import json
 import resource
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from safetensors.numpy import load_file
 
 from driving_sim.data.sources import find_drives
-from driving_sim.data.video_writer import write_video
+from driving_sim.data.video_writer import VideoWriter, write_video
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.world_model import rollout
 from driving_sim.world_model.action_plan import make_plans
+from driving_sim.world_model.actions import ActionStatistics
+from driving_sim.world_model.panels import Caption, draw_panel
 from driving_sim.world_model.rollout import (
     Context,
     context_from_drive,
@@ -19,7 +27,8 @@ from driving_sim.world_model.rollout import (
     output_files,
     write_rollout,
 )
-from driving_sim.world_model.sampler import Sampling
+from driving_sim.world_model.sampler import FrameSample, Sampling
+from driving_sim.world_model.transformer import Transformer
 from driving_sim.world_model.world_model import WorldModel
 from tests.test_world_model import new_world
 from tests.token_drives import COLS, FPS, ROWS, write_store
@@ -68,6 +77,21 @@ def test_the_first_new_action_leads_from_the_last_context_frame(
     assert situation.last_action[0] == pytest.approx(19.5, abs=1e-3)
     assert situation.recorded is not None
     assert situation.recorded[0][0, 0] == pytest.approx(20.5, abs=1e-3)
+
+
+def test_channels_that_the_model_never_saw_are_unknown(world: WorldModel, video: Path) -> None:
+    """A steering of any kind is no mistake where the model knows none."""
+    drive = find_drives([video]).drives[0]
+    for mean, known in (((5.0, 0.0), [True, False]), ((0.0, 0.0), [False, False])):
+        model = Transformer(world.config.model, world.config.grid, ActionStatistics(mean=mean))
+        other = WorldModel(model, world.tokenizer, fps=FPS, steering_kind=None)
+        situation = context_from_drive(other, drive, None).situation(other)
+        assert situation.last_valid.tolist() == known
+        assert (situation.recorded is not None) == any(known)
+    model = Transformer(world.config.model, world.config.grid, world.statistics)
+    other = WorldModel(model, world.tokenizer, fps=FPS, steering_kind="curvature")
+    with pytest.raises(DriveSimError, match="trained on curvature"):
+        context_from_drive(other, drive, None)
 
 
 def test_a_start_outside_the_drive_is_refused(world: WorldModel, video: Path) -> None:
@@ -124,6 +148,85 @@ def test_the_tokens_are_those_of_the_library(
     future = world.rollout(found.frames, past, np.stack([p.actions for p in plans]), seed=3)
     saved = load_file(tmp_path / "rollout.safetensors")["tokens"]
     np.testing.assert_array_equal(saved, future.tokens.numpy())
+
+
+def test_panels_show_the_recording_and_the_futures_under_their_actions(
+    world: WorldModel, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frame t of the video has brightness 5 t, and the action that led to it has speed t - 1/2."""
+    written: list[np.ndarray] = []
+    write = VideoWriter.write
+
+    def watched(writer: VideoWriter, frame: np.ndarray) -> None:
+        written.append(frame)
+        write(writer, frame)
+
+    monkeypatch.setattr(VideoWriter, "write", watched)
+    found = context(world, video, start_s=30 / FPS)
+    plans = make_plans(["right", "brake"], found.situation(world), seconds=12 / FPS)
+    write_rollout(world, found, plans, tmp_path / "rollout.mp4", sampling=Sampling())
+    steering_range = max(2 * world.steering_p95, *(abs(plan.actions[0, 1]) for plan in plans))
+    saved = load_file(tmp_path / "rollout.safetensors")["tokens"]
+
+    def panel(frame: np.ndarray, title: str, speed: float | None, steering: float | None) -> Any:
+        caption = Caption(
+            title=title, speed_mps=speed, steering=steering, steering_range=steering_range
+        )
+        return draw_panel(frame, caption).astype(int)
+
+    first = 30 - world.context_frames
+    for t, picture in enumerate(written, start=first):
+        true = panel(np.full((H, W, 3), 5 * t, np.uint8), "recorded", t - 0.5, 0.1)
+        height, width, _ = true.shape
+        shown = rearrange(picture.astype(int), "(r h) (c w) k -> (r c) h w k", h=height, w=width)
+        expected = [true]
+        if t <= 30:
+            known = (None, None) if t == first else (t - 0.5, 0.1)
+            expected = [panel(np.full((H, W, 3), 5 * t, np.uint8), "context", *known)] * 3
+        else:
+            if t >= 40:
+                grey = np.full((H, W, 3), 40, np.uint8)
+                expected = [panel(grey, "recording ended", None, None)]
+            frames = world.tokenizer.decode(saved[:, t - 31].astype(np.int64)).numpy()
+            for frame, plan in zip(frames, plans, strict=True):
+                expected.append(panel(frame, plan.label, *plan.actions[t - 31].tolist()))
+        # The codec changes a grey level by one or two; the strip above it is exact.
+        assert np.abs(shown[:3] - expected).max() <= 3
+    assert len(written) == world.context_frames + 1 + 12
+
+
+def test_memory_does_not_grow_with_the_length(
+    world: WorldModel, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the sampler keeps is measured by its own test; here it draws at random.
+
+    Of the frames, only those of the contact sheet may be kept, and of those there are none between
+    the two places.
+    """
+    traced: list[int] = []
+
+    def generate(*arguments: object, **options: object) -> Iterator[FrameSample]:
+        for number in range(200):
+            if number in (50, 199):
+                gc.collect()
+                traced.append(tracemalloc.get_traced_memory()[0])
+            tokens = torch.randint(9, (1, ROWS, COLS))
+            yield FrameSample(tokens, tokens.float(), tokens.float())
+
+    monkeypatch.setattr(world, "generate", generate)
+    monkeypatch.setattr(rollout, "_SHEET_COLUMNS", 2)
+    monkeypatch.setattr(rollout, "draw_panel", lambda frame, caption: frame)
+    found = context(world, video)
+    plans = make_plans(["left"], found.situation(world), seconds=200 / FPS)
+    tracemalloc.start()
+    try:
+        write_rollout(world, found, plans, tmp_path / "rollout.mp4", sampling=Sampling())
+    finally:
+        tracemalloc.stop()
+    assert load_file(tmp_path / "rollout.safetensors")["tokens"].shape == (1, 200, ROWS, COLS)
+    before, after = traced
+    # An array alone takes 112 bytes, so that one kept from each frame would be 16 kB.
+    assert after - before < 4000
 
 
 def test_recorded_and_repeated_plans_have_rows_of_their_own(

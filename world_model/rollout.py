@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.numpy import save
 
 from driving_sim.data.action_file import STEERING
 from driving_sim.data.drive import Drive, sample
@@ -31,10 +30,8 @@ from driving_sim.world_model.panels import (
     side_by_side,
 )
 from driving_sim.world_model.sampler import Sampling
-from driving_sim.world_model.world_model import WorldModel
-
-RATE_TOLERANCE = 0.25
-"""How far a drive's frame rate may be off the model's, as a share of it."""
+from driving_sim.world_model.token_file import TokenFile
+from driving_sim.world_model.world_model import RATE_TOLERANCE, WorldModel
 
 _SHEET_COLUMNS = 8
 
@@ -97,14 +94,17 @@ def _context_range(
 def context_from_drive(world: WorldModel, drive: Drive, start_s: float | None) -> Context:
     """Take the context from a drive, at the model's frame rate and size.
 
-    Raises DriveSimError where `start_s` is outside the drive or the steering kind not the model's.
+    What the model's training data did not have, a steering or a speed, counts as unknown. Raises
+    DriveSimError where `start_s` is outside the drive or the steering kind not the model's.
     """
-    log = drive.log
-    if log is not None and log.steering_kind not in (None, world.steering_kind):
-        raise DriveSimError(
-            f"{drive.id}: steering is {log.steering_kind}, the model was trained on "
-            f"{world.steering_kind}; give the actions in that kind"
-        )
+    if drive.log is not None:
+        log = replace(drive.log, has=drive.log.has & world.known_channels)
+        if log.has[STEERING] and log.steering_kind != world.steering_kind:
+            raise DriveSimError(
+                f"{drive.id}: steering is {log.steering_kind}, the model was trained on "
+                f"{world.steering_kind}; give the actions in that kind"
+            )
+        drive = replace(drive, log=log)
     size = FrameSize(height=world.tokenizer.height, width=world.tokenizer.width)
     sampled = sample(drive, fps=world.fps)
     if abs(sampled.fps / world.fps - 1) > RATE_TOLERANCE:
@@ -145,7 +145,7 @@ def context_from_tokens(world: WorldModel, drive: DriveTokens, start_s: float | 
         tokens=tokens,
         frames=world.tokenizer.decode(tokens).numpy(),
         actions=np.asarray(drive.actions[begin:segment_end]),
-        action_valid=np.asarray(drive.action_valid[begin:segment_end]),
+        action_valid=drive.action_valid[begin:segment_end] & world.known_channels,
         future=future(),
         start_s=float(drive.timestamps[end - 1]),
     )
@@ -238,7 +238,13 @@ def write_rollout(
     length = len(plans[0].actions)
     with disk_errors(out), ExitStack() as stack:
         temporary = {kind: stack.enter_context(atomic_file(path)) for kind, path in files.items()}
-        recorder = _Recorder(titles, length, world.fps)
+        token_file = TokenFile(
+            temporary["tokens"],
+            context=context.tokens,
+            actions=np.stack([plan.actions for plan in shown]),
+            valid=np.stack([plan.valid for plan in shown]),
+        )
+        recorder = _Recorder(titles, length, world.fps, stack.enter_context(token_file))
         height, width = panels.past(0).shape[:2]
         with VideoWriter(temporary["video"], fps=world.fps, height=height, width=width) as writer:
             for index in range(len(context.frames)):
@@ -251,19 +257,17 @@ def write_rollout(
                     writer.write(panels.future(index, frames, truth))
                     bar.advance(1)
         report = _report(world, context, shown, titles, sampling, recorder.seconds, length)
-        recorder.save(temporary["tokens"], context, shown)
         Image.fromarray(recorder.sheet()).save(temporary["sheet"])
         save_json(temporary["settings"], report)
     return report
 
 
 class _Recorder:
-    """Keeps the tokens, the seconds spent, and the few frames of the contact sheet."""
+    """Writes the tokens; keeps the seconds spent and the few frames of the contact sheet."""
 
-    def __init__(self, titles: list[str], length: int, fps: float) -> None:
-        self.titles, self.fps = titles, fps
+    def __init__(self, titles: list[str], length: int, fps: float, tokens: TokenFile) -> None:
+        self.titles, self.fps, self.tokens = titles, fps, tokens
         self.seconds = {"generate": 0.0, "decode": 0.0}
-        self.tokens: list[NDArray[np.uint16]] = []
         steps = np.unique(np.linspace(0, length, _SHEET_COLUMNS).round().astype(int))
         self.columns = [int(step) for step in steps]
         self.rows: list[tuple[str, list[Frame]]] = [(name, []) for name in ["recorded", *titles]]
@@ -275,25 +279,14 @@ class _Recorder:
     def record(
         self, index: int, tokens: torch.Tensor, frames: list[Frame], truth: Frame | None
     ) -> None:
-        self.tokens.append(tokens.cpu().numpy().astype(np.uint16))
+        self.tokens.write(index, tokens)
         if index + 1 in self.columns:
             recorded = np.full_like(frames[0], 40) if truth is None else truth
             for (_, row), frame in zip(self.rows, [recorded, *frames], strict=True):
                 row.append(frame)
 
     def sheet(self) -> Frame:
-        return contact_sheet(self.rows, [step / self.fps for step in self.columns])
-
-    def save(self, path: Path, context: Context, plans: list[ActionPlan]) -> None:
-        """Write tokens U16 [F, N, rows, cols], actions F32 [F, N, 2] and the context's tokens."""
-        arrays: dict[str, NDArray[Any]] = {
-            "tokens": np.stack(self.tokens, axis=1),
-            "actions": np.stack([plan.actions for plan in plans]),
-            "action_valid": np.stack([plan.valid for plan in plans]),
-            "context_tokens": context.tokens.cpu().numpy().astype(np.uint16),
-        }
-        # Not `save_file`: it makes files that only their owner can read.
-        path.write_bytes(save(arrays))
+        return contact_sheet(self.rows, [f"{step / self.fps:+.2f} s" for step in self.columns])
 
 
 def _futures(

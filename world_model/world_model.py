@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from driving_sim.data.action_file import SteeringKind
+from driving_sim.data.token_store import TokenStore
 from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
 from driving_sim.engine.device import autocast, resolve_device, resolve_precision
 from driving_sim.engine.errors import DriveSimError
@@ -30,6 +31,9 @@ from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.cache import RingCache, encode_frame
 from driving_sim.world_model.sampler import FrameSample, FrameSampler, Sampling
 from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
+
+RATE_TOLERANCE = 0.25
+"""How far a frame rate may be off the model's, as a share of it."""
 
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
@@ -199,9 +203,35 @@ class WorldModel:
         return self.statistics.steering_p99
 
     @property
+    def known_channels(self) -> tuple[bool, bool]:
+        """Whether the training data had any speed, and any steering."""
+        # Statistics of a channel that was never there keep their defaults.
+        speed = self.statistics.mean[0], self.statistics.std[0]
+        return speed != (0.0, 1.0), self.steering_kind is not None
+
+    @property
     def context_frames(self) -> int:
         """Frames that the model sees, the one being predicted included."""
         return self.transformer.config.context_frames
+
+    def check_store(self, store: TokenStore) -> None:
+        """Raise `DriveSimError` unless a store's tokens, steering and frame rate fit the model."""
+        if store.info.tokenizer_fingerprint != self.tokenizer.fingerprint:
+            raise DriveSimError(
+                f"{store.path} was made by another tokenizer than the model's: tokenize the videos "
+                "with the tokenizer in the model's run folder"
+            )
+        kind, fps = store.info.steering_kind, store.info.fps
+        if kind and self.steering_kind and kind != self.steering_kind:
+            raise DriveSimError(
+                f"{store.path}: its steering is {kind}, the model's is {self.steering_kind}: "
+                "tokenize drives whose steering is of that kind"
+            )
+        if abs(fps / self.fps - 1) > RATE_TOLERANCE:
+            raise DriveSimError(
+                f"{store.path} has {fps:.3g} frames/s, the model was trained on {self.fps:.3g}: "
+                f"tokenize the videos with --fps {self.fps:.3g}"
+            )
 
     def encode_prefix(
         self, tokens: ArrayLike | Tensor, past_actions: ArrayLike, valid: ArrayLike | None = None
