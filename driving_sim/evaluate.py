@@ -3,20 +3,24 @@
 Axes: N frames of a drive, V variants of its actions.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from einops import reduce
 from numpy.typing import NDArray
+from PIL import Image
 
 from driving_sim.data.action_file import SPEED, STEERING
 from driving_sim.data.drive import Drive, SampledDrive, sample
 from driving_sim.data.motion import yaw_motion
 from driving_sim.data.token_store import DriveTokens, TokenStore
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.files import atomic_file
 from driving_sim.engine.progress import progress
 from driving_sim.tokenizer.metrics import codebook_use, psnr, ssim
 from driving_sim.tokenizer.tokenizer import Tokenizer
@@ -28,13 +32,14 @@ from driving_sim.world_model.bits import (
     streamed_bits,
     streamed_bits_per_token,
 )
+from driving_sim.world_model.panels import Frame, contact_sheet
 from driving_sim.world_model.rollout import context_from_drive
 from driving_sim.world_model.sampler import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
 _BATCH = 16
 _RESAMPLES = 2000
-_FPS_TOLERANCE = 0.25
+_MOVING_MPS = 2.0
 
 
 def evaluate_tokenizer(tokenizer: Tokenizer, drives: Sequence[SampledDrive]) -> dict[str, Any]:
@@ -83,8 +88,8 @@ def evaluate_likelihood(
     they cost in windows of their own: near 1 where long rollouts are as good as short ones, None
     where no drive is that long.
     """
-    _check_tokens(world, heldout)
-    _check_tokens(world, training)
+    world.check_store(heldout)
+    world.check_store(training)
     _check_apart(heldout, training)
     learned = [name for name in training.drive_ids if name not in world.validation_drives]
     if not learned:
@@ -141,25 +146,6 @@ def _check_apart(heldout: TokenStore, training: TokenStore) -> None:
             )
 
 
-def _check_tokens(world: WorldModel, store: TokenStore) -> None:
-    if store.info.tokenizer_fingerprint != world.tokenizer.fingerprint:
-        raise DriveSimError(
-            f"{store.path} was made by another tokenizer than the model's: tokenize the videos "
-            "with the tokenizer in the model's run folder"
-        )
-    kind, fps = store.info.steering_kind, store.info.fps
-    if kind and world.steering_kind and kind != world.steering_kind:
-        raise DriveSimError(
-            f"{store.path}: its steering is {kind}, the model's is {world.steering_kind}: tokenize "
-            "drives whose steering is of that kind"
-        )
-    if abs(fps / world.fps - 1) > _FPS_TOLERANCE:
-        raise DriveSimError(
-            f"{store.path} has {fps:.3g} frames/s, the model was trained on {world.fps:.3g}: "
-            f"tokenize the videos with --fps {world.fps:.3g}"
-        )
-
-
 def evaluate_action_information(
     world: WorldModel, heldout: TokenStore, *, shuffles: int = 20, seed: int = 0
 ) -> dict[str, Any]:
@@ -169,7 +155,7 @@ def evaluate_action_information(
     both. The interval is the 95 % percentile block bootstrap over these windows (Künsch 1989,
     https://doi.org/10.1214/aos/1176347265).
     """
-    _check_tokens(world, heldout)
+    world.check_store(heldout)
     rng = np.random.default_rng(seed)
     channels = {"speed": [SPEED], "steering": [STEERING], "both": [SPEED, STEERING]}
     gains: dict[str, list[NDArray[np.float64]]] = {name: [] for name in channels}
@@ -243,13 +229,18 @@ def evaluate_control(
     starts: int = 10,
     seconds: float = 2.0,
     sampling: Sampling,
+    sheet: Path | None = None,
 ) -> dict[str, Any]:
     """Steer left and right at the training data's 99th percentile from starts spread over drives.
 
-    Each pair of futures has one context and the same draws, and holds the context's speed; the
-    motion is what `drivesim inspect` measures, over the whole future.
+    Each pair of futures has one context and the same draws, and holds the context's speed: starts
+    are where the drive is known to be faster than 2 m/s, if it ever is. The motion is what
+    `drivesim inspect` measures, over the whole future. `sheet` is a picture
+    file to draw the futures in, a row for each start.
     """
-    frames = round(seconds * world.fps)
+    if sheet is not None and sheet.suffix.lower() not in (".png", ".jpg"):
+        raise DriveSimError(f"--sheet {sheet}: a picture is a .png or .jpg file; name it so")
+    frames = round(seconds * world.fps) if math.isfinite(seconds) else 0
     if frames < 1:
         raise DriveSimError(
             f"--seconds {seconds:g}: less than a frame at the model's {world.fps:.3g} frames/s"
@@ -260,15 +251,22 @@ def evaluate_control(
             "train on drives that do"
         )
     trials: dict[str, list[ControlTrial]] = {drive.id: [] for drive in drives}
+    rows: list[tuple[str, list[Frame]]] = []
     with progress(starts, "left and right", "starts") as bar:
         for number in range(starts):
             drive = drives[number % len(drives)]
             share = (number // len(drives) + 0.5) / -(-starts // len(drives))
-            times = sample(drive, fps=world.fps).timestamps
-            first = float(times[min(world.context_frames, len(times) - 1)])
-            start_s = first + share * (float(times[-1]) - first)
-            trials[drive.id].append(_steer_both_ways(world, drive, start_s, frames, sampling))
+            times = _times_to_start(world, drive)
+            start_s = float(times[int(share * len(times))])
+            trial, pictures = _steer_both_ways(world, drive, start_s, frames, sampling)
+            trials[drive.id].append(trial)
+            rows.append((f"{drive.id} at {start_s:.1f} s", pictures))
             bar.advance(1)
+    if sheet is not None:
+        half, end = (f"after {(n + 1) / world.fps:.1f} s" for n in _sheet_frames(frames))
+        headings = [f"left {end}", f"left {half}", "start", f"right {half}", f"right {end}"]
+        with atomic_file(sheet) as temporary:
+            Image.fromarray(contact_sheet(rows, headings)).save(temporary)
     every = [trial for each in trials.values() for trial in each]
     return {
         "starts": starts,
@@ -282,9 +280,20 @@ def evaluate_control(
     }
 
 
+def _times_to_start(world: WorldModel, drive: Drive) -> NDArray[np.float64]:
+    """The times after the first context at which the car moves: one that stands cannot turn."""
+    sampled = sample(drive, fps=world.fps)
+    first = min(world.context_frames, len(sampled.timestamps) - 1)
+    times = sampled.timestamps[first:]
+    speeds = np.append(0.0, sampled.actions[:-1, SPEED])[first:]  # that led to each time
+    moves = speeds >= _MOVING_MPS
+    return times[moves] if moves.any() else times
+
+
 def _steer_both_ways(
     world: WorldModel, drive: Drive, start_s: float, frames: int, sampling: Sampling
-) -> ControlTrial:
+) -> tuple[ControlTrial, list[Frame]]:
+    """Return what was measured, and pictures of it: left after all and half, start, right."""
     context = context_from_drive(world, drive, start_s)
     past = len(context.tokens) - 1
     prefix = world.encode_prefix(
@@ -295,13 +304,21 @@ def _steer_both_ways(
     actions[0, :, STEERING], actions[1, :, STEERING] = world.steering_p99, -world.steering_p99
     valid = np.tile(situation.last_valid | [False, True], (2, frames, 1))
     tokens = [step.tokens for step in world.generate(prefix, actions, valid, sampling=sampling)]
-    last = context.frames[-1:]
+    start = context.frames[-1]
     left, right = (
-        float(
-            yaw_motion(
-                np.concatenate([last, world.tokenizer.decode(torch.stack(branch).cpu()).numpy()])
-            ).mean()
-        )
+        world.tokenizer.decode(torch.stack(branch).cpu()).numpy()
         for branch in zip(*tokens, strict=True)
     )
-    return ControlTrial(start_s=start_s, left_motion=left, right_motion=right)
+    left_motion, right_motion = (
+        float(yaw_motion(np.concatenate([start[None], future])).mean()) for future in (left, right)
+    )
+    half, end = _sheet_frames(frames)
+    return (
+        ControlTrial(start_s=start_s, left_motion=left_motion, right_motion=right_motion),
+        [left[end], left[half], start, right[half], right[end]],
+    )
+
+
+def _sheet_frames(frames: int) -> tuple[int, int]:
+    """The frames of a future that a contact sheet shows: half-way and the last one."""
+    return (frames - 1) // 2, frames - 1

@@ -36,7 +36,7 @@ def test_side_by_side_keeps_every_panel() -> None:
 
 def test_contact_sheet_has_a_row_for_each_future() -> None:
     frames = [np.full((16, 32, 3), value, np.uint8) for value in (50, 60)]
-    sheet = contact_sheet([("a", frames), ("b", frames)], [0.0, 1.0])
-    single = contact_sheet([("a", frames)], [0.0, 1.0])
+    sheet = contact_sheet([("a", frames), ("b", frames)], ["now", "later"])
+    single = contact_sheet([("a", frames)], ["now", "later"])
     assert sheet.shape[0] > single.shape[0]
     assert sheet.shape[1] == single.shape[1]

@@ -84,15 +84,15 @@ def _columns(count: int, height: int, width: int) -> int:
     return min(range(1, count + 1), key=distance)
 
 
-def contact_sheet(rows: Sequence[tuple[str, Sequence[Frame]]], times_s: Sequence[float]) -> Frame:
-    """One titled row of frames for each (title, frames), one column for each time."""
+def contact_sheet(rows: Sequence[tuple[str, Sequence[Frame]]], headings: Sequence[str]) -> Frame:
+    """One titled row of frames for each (title, frames), one column for each heading."""
     height, width = rows[0][1][0].shape[:2]
     scale = max(1, round(256 / width))
     height, width = height * scale, width * scale
-    image = Image.new("RGB", (len(times_s) * width, 22 + len(rows) * (height + 22)), _PAPER)
+    image = Image.new("RGB", (len(headings) * width, 22 + len(rows) * (height + 22)), _PAPER)
     draw = ImageDraw.Draw(image)
-    for column, time_s in enumerate(times_s):
-        draw.text((column * width + 6, 4), f"{time_s:+.2f} s", fill=_DIM, font=_font(13))
+    for column, heading in enumerate(headings):
+        draw.text((column * width + 6, 4), heading, fill=_DIM, font=_font(13))
     for row, (title, frames) in enumerate(rows):
         top = 22 + row * (height + 22)
         draw.text((6, top + 3), title, fill=_INK, font=_font(13))
