@@ -181,7 +181,7 @@ def _steering_column(table: CsvTable, wanted: SteeringKind | None) -> str | None
 
 
 def _steering(
-    table: CsvTable, wanted: SteeringKind | None, notices: list[str]
+    table: CsvTable, wanted: SteeringKind | None, wanted_by: str, notices: list[str]
 ) -> tuple[FloatArray | None, SteeringKind | None]:
     name = _steering_column(table, wanted)
     if name is None:
@@ -196,7 +196,7 @@ def _steering(
         kind = wanted
         notices.append(f"steering is taken to be {kind}, in {UNITS[kind]}, left positive")
     elif wanted is not None and kind != wanted:
-        raise table.fail(f"column {name!r} is {kind}, but --steering-kind is {wanted}")
+        raise table.fail(f"column {name!r} is {kind}, but {wanted_by} {wanted}")
     values = table.numbers(name) * _STEERINGS[name].scale
     limit = _STEERING_LIMIT[kind]
     _check_range(table, name, values, -limit, limit, f"at most {limit:g} {UNITS[kind]} either way")
@@ -207,6 +207,7 @@ def read_action_file(
     path: Path,
     *,
     steering_kind: SteeringKind | None = None,
+    wanted_by: str = "--steering-kind is",
     time_offset: float = 0.0,
     frame_times: FloatArray | None = None,
 ) -> ActionLog:
@@ -216,7 +217,8 @@ def read_action_file(
     `frame_times` [N] s are needed). Speed is `speed_mps|kmh|mph` or `speed` (m/s). Steering is
     `steering_deg|rad` (steering wheel), `road_wheel_deg|rad`, `curvature` (1/m), `steering_norm`
     (-1..1) or `steering` (rad, 1/m or -1..1 by `steering_kind`), left positive. Other columns are
-    ignored. `time_offset` seconds are added to the times.
+    ignored. `wanted_by` is what messages say before the `steering_kind`. `time_offset` seconds are
+    added to the times.
 
     Raises DriveSimError naming file, line and remedy: cells that are no finite numbers, times that
     do not increase, unknown units, absurd values, neither speed nor steering, fewer than 2 rows.
@@ -225,7 +227,7 @@ def read_action_file(
     notices: list[str] = []
     times = _times(table, frame_times)
     speed = _speed(table, notices)
-    steering, kind = _steering(table, steering_kind, notices)
+    steering, kind = _steering(table, steering_kind, wanted_by, notices)
     if speed is None and steering is None:
         raise table.fail(
             f"has neither speed nor steering among {', '.join(table.names)}; name the columns "

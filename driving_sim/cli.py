@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,29 +26,40 @@ def _explain(error: BaseException) -> str | None:
         return f"{error.filename}: {error.strerror}"
     if type(error).__name__ == "OutOfMemoryError":
         return "the device is out of memory: try a smaller data.batch_size or preset"
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return None  # its message is the help
     if isinstance(error, typer.BadParameter.__bases__) and hasattr(error, "format_message"):
         return f"{error.format_message()} (see --help)"
     return None
 
 
+@contextmanager
+def _one_line(debug: bool = False) -> Iterator[None]:
+    """Turn errors that users cause into one line and exit code 1; `debug` shows the traceback."""
+    try:
+        yield
+    except Interrupted as interrupted:
+        typer.echo(str(interrupted), err=True)
+        raise typer.Exit(interrupted.exit_code) from None
+    except Exception as error:
+        line = _explain(error)
+        if line is None or debug:
+            raise
+        typer.echo(f"error: {line}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(130) from None
+
+
 class _OneLineErrors(TyperGroup):
-    """Turns errors that users cause into one line and exit code 1; --debug shows the traceback."""
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        with _one_line():
+            return super().make_context(*args, **options)
 
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _one_line(ctx.params.get("debug", False)):
             return super().invoke(ctx)
-        except Interrupted as interrupted:
-            typer.echo(str(interrupted), err=True)
-            raise typer.Exit(interrupted.exit_code) from None
-        except Exception as error:
-            line = _explain(error)
-            if line is None or ctx.params.get("debug"):
-                raise
-            typer.echo(f"error: {line}", err=True)
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            typer.echo("interrupted", err=True)
-            raise typer.Exit(130) from None
 
 
 app = typer.Typer(
@@ -78,6 +91,9 @@ Steps = Annotated[
 ]
 Minutes = Annotated[
     float | None, typer.Option(envvar="DRIVESIM_MINUTES", help="Train for this long instead.")
+]
+Precision = Annotated[
+    str | None, typer.Option(help="auto, fp32 or bf16 [default: auto, bf16 where it is faster].")
 ]
 Device = Annotated[str, typer.Option(envvar="DRIVESIM_DEVICE", help="auto, cuda, mps or cpu.")]
 Kind = Annotated[
@@ -125,7 +141,7 @@ def synth(
     out: Annotated[Path, typer.Argument(help="Folder for the videos, CSVs and worlds.")],
     drives: Annotated[int, typer.Option(min=1, help="How many drives.")] = 8,
     seconds: Annotated[float, typer.Option(min=1, help="Length of each drive.")] = 30.0,
-    seed: Annotated[int, typer.Option(help="Seed of the worlds and the drivers.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the worlds and the drivers.")] = 0,
     worlds: Annotated[
         int | None, typer.Option(min=1, help="How many worlds [default: one for each drive].")
     ] = None,
@@ -185,6 +201,7 @@ def train_tokenizer(
     resume: Resume = False,
     init_from: InitFrom = None,
     skip_bad: SkipBad = False,
+    precision: Precision = None,
     device: Device = "auto",
 ) -> None:
     """Learn to turn frames into tokens and back."""
@@ -198,6 +215,7 @@ def train_tokenizer(
         assignments=tuple(assignments or ()),
         resume=resume,
         init_from=init_from,
+        precision=precision,
         device=device,
     )
     train_tokenizer_on(videos, out, request, fps=fps, every=every, skip_bad=skip_bad)
@@ -212,9 +230,32 @@ def tokenize(
         typer.Option(help="Tokenizer run [default: runs/tokenizer, trained first if missing]."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Token store to write.")] = RUNS / "tokens",
-    preset: Preset = "base",
-    steps: Steps = None,
-    minutes: Minutes = None,
+    preset: Annotated[
+        str,
+        typer.Option(
+            envvar="DRIVESIM_PRESET",
+            help="demo, tiny, base or large: of the tokenizer that is trained if missing.",
+        ),
+    ] = "base",
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            envvar="DRIVESIM_STEPS", help="Train a missing tokenizer for this many steps."
+        ),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            envvar="DRIVESIM_MINUTES", help="Train a missing tokenizer for this long instead."
+        ),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Override one setting of a missing tokenizer: a.b=value. May be repeated.",
+        ),
+    ] = None,
     fps: Fps = None,
     every: Every = None,
     mirror: Annotated[
@@ -230,7 +271,13 @@ def tokenize(
     from driving_sim.pipeline import TrainingRequest, tokenize_videos
 
     # A tokenizer that is named must be there; the default one is made where it is not.
-    training = TrainingRequest(preset=preset, steps=steps, minutes=minutes, device=device)
+    training = TrainingRequest(
+        preset=preset,
+        steps=steps,
+        minutes=minutes,
+        assignments=tuple(assignments or ()),
+        device=device,
+    )
     summary = tokenize_videos(
         videos,
         tokenizer or RUNS / "tokenizer",
@@ -245,7 +292,8 @@ def tokenize(
         training=training if tokenizer is None else None,
         device=device,
     )
-    typer.echo(f"{summary}; next: drivesim train-world-model {out}")
+    named = "" if tokenizer is None else f" --tokenizer {tokenizer}"
+    typer.echo(f"{summary}; next: drivesim train-world-model {out}{named}")
 
 
 @app.command()
@@ -261,6 +309,7 @@ def train_world_model(
     assignments: Set = None,
     resume: Resume = False,
     init_from: InitFrom = None,
+    precision: Precision = None,
     device: Device = "auto",
 ) -> None:
     """Learn to predict the next frame's tokens from the past and the actions."""
@@ -274,10 +323,12 @@ def train_world_model(
         assignments=tuple(assignments or ()),
         resume=resume,
         init_from=init_from,
+        precision=precision,
         device=device,
     )
     train_world_model_on(tokens, tokenizer, out, request)
-    typer.echo(f"world model -> {out}; next: drivesim rollout --actions left --model {out}")
+    named = "" if tokens == RUNS / "tokens" else f" --tokens {tokens}"
+    typer.echo(f"world model -> {out}; next: drivesim rollout --actions left --model {out}{named}")
 
 
 @app.command()
@@ -292,10 +343,11 @@ def rollout(
     model: Annotated[Path, typer.Option(help="World-model run.")] = RUNS / "world-model",
     context: Annotated[
         Path | None,
-        typer.Option(
-            help="Video to start from [default: the first validation drive of runs/tokens]."
-        ),
+        typer.Option(help="Video to start from [default: the first validation drive of --tokens]."),
     ] = None,
+    tokens: Annotated[
+        Path, typer.Option(help="Token store to start from where there is no --context.")
+    ] = RUNS / "tokens",
     start: Annotated[
         float | None, typer.Option(help="Time of the last context frame in the video, s.")
     ] = None,
@@ -314,7 +366,10 @@ def rollout(
     top_k: TopK = None,
     top_p: TopP = None,
     seed: Seed = 0,
-    steering_kind: Kind = None,
+    time_offset: Annotated[
+        float,
+        typer.Option(help="Seconds added to the clock of --context's CSV to reach the video's."),
+    ] = 0.0,
     device: Device = "auto",
 ) -> None:
     """Drive in the model: one video of every future, with speed and steering drawn on it."""
@@ -325,13 +380,13 @@ def rollout(
         model,
         actions,
         out,
-        tokens=RUNS / "tokens",
+        tokens=tokens,
         context=context,
         start_s=start,
         seconds=seconds,
         samples=samples,
         sampling=sampling,
-        steering_kind=steering_kind,
+        time_offset=time_offset,
         overwrite=overwrite,
         device=device,
     )
@@ -344,7 +399,7 @@ def rollout(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = RUNS / "demo",
-    seed: Annotated[int, typer.Option(help="Seed of worlds, training and sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of worlds, training and sampling.")] = 0,
 ) -> None:
     """Run all of it on the synthetic world, in minutes, on a CPU."""
     from driving_sim.demo import run_demo
@@ -397,7 +452,10 @@ def evaluate_control(
     top_k: TopK = None,
     top_p: TopP = None,
     seed: Seed = 0,
-    steering_kind: Kind = None,
+    time_offset: TimeOffset = 0.0,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Picture of the futures (.png or .jpg).")
+    ] = None,
     out: MetricsOut = None,
     device: Device = "auto",
 ) -> None:
@@ -411,7 +469,8 @@ def evaluate_control(
         starts=starts,
         seconds=seconds,
         sampling=sampling,
-        steering_kind=steering_kind,
+        time_offset=time_offset,
+        sheet=sheet,
         device=device,
     )
     _report(measured, out)

@@ -2,7 +2,8 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,8 +14,8 @@ from driving_sim.data.token_store import TokenStore
 from driving_sim.data.token_store_index import INDEX
 from driving_sim.engine.config import resolve
 from driving_sim.engine.device import resolve_device
-from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.run_folder import CONFIG, is_finished
+from driving_sim.engine.errors import DriveSimError, Interrupted
+from driving_sim.engine.run_folder import CONFIG, RunConflictError, is_finished
 from driving_sim.engine.training import TrainingResult
 from driving_sim.evaluate import (
     evaluate_action_information,
@@ -24,7 +25,7 @@ from driving_sim.evaluate import (
 )
 from driving_sim.tokenizer.presets import PRESETS as TOKENIZER_PRESETS
 from driving_sim.tokenizer.tokenize import TokenizeSummary, tokenize
-from driving_sim.tokenizer.tokenizer import Tokenizer
+from driving_sim.tokenizer.tokenizer import WEIGHTS, Tokenizer
 from driving_sim.tokenizer.training import TokenizerRunConfig, train_tokenizer
 from driving_sim.world_model.action_plan import make_plans
 from driving_sim.world_model.presets import PRESETS as WORLD_MODEL_PRESETS
@@ -58,25 +59,29 @@ class TrainingRequest:
     """`a.b=c`, laid over that."""
     resume: bool = False
     init_from: Path | None = None
+    precision: str | None = None
+    """Replaces the preset's; None: what that and the assignments say."""
     device: str = "auto"
 
     def resolve(self, presets: dict[str, C]) -> C:
-        """The preset with the file, the assignments and the length laid over it."""
+        """The preset with the file, the assignments and the options laid over it."""
         if self.preset not in presets:
             raise DriveSimError(f"--preset {self.preset}: presets are {', '.join(presets)}")
         if self.steps is not None and self.minutes is not None:
             raise DriveSimError("--steps and --minutes are both given; give one")
-        length: list[str] = []
+        options: list[str] = []
         if self.steps is not None:
-            length = [f"training.steps={self.steps}", "training.minutes=null"]
+            options = [f"training.steps={self.steps}", "training.minutes=null"]
         if self.minutes is not None:
-            length = [f"training.minutes={self.minutes}", "training.steps=null"]
+            options = [f"training.minutes={self.minutes}", "training.steps=null"]
+        if self.precision is not None:
+            options.append(f"training.precision={self.precision}")
         if self.preset in ("base", "large") and resolve_device(self.device).type == "cpu":
             _say(f"{self.preset} is made for GPUs; on this CPU --preset tiny trains in an hour")
         return resolve(
             presets[self.preset],  # type: ignore[type-var]
             file=self.config,
-            assignments=[*self.assignments, *length],
+            assignments=[*self.assignments, *options],
         )
 
 
@@ -88,14 +93,13 @@ def _find(
     videos: Sequence[Path],
     *,
     skip_bad: bool | None,
-    actions: bool = True,
-    steering_kind: str | None = None,
-    time_offset: float = 0.0,
+    **options: Any,
 ) -> DriveSet:
-    """Find drives and say what was assumed and skipped; no `skip_bad`: no such option."""
-    found = find_drives(
-        videos, actions=actions, steering_kind=steering_kind, time_offset=time_offset
-    )
+    """Find drives and say what was assumed and skipped; no `skip_bad`: no such option.
+
+    `options` are those of `find_drives`.
+    """
+    found = find_drives(videos, **options)
     if not skip_bad:
         found.require_all("" if skip_bad is None else ", or pass --skip-bad")
     for line in dict.fromkeys(found.notices):
@@ -110,6 +114,19 @@ def _find(
 def _find_frames(videos: Sequence[Path], *, skip_bad: bool | None) -> DriveSet:
     """Find drives whose actions will not be used: nothing that is wrong with them matters."""
     return _find(videos, skip_bad=skip_bad, actions=False)
+
+
+def _find_for(world: WorldModel, videos: Sequence[Path], time_offset: float) -> DriveSet:
+    """Find drives to start from; their steering must be of the model's kind."""
+    return _find(
+        videos,
+        skip_bad=None,
+        # What a model never learned to follow can hold no mistake that matters.
+        actions=any(world.known_channels),
+        steering_kind=world.steering_kind,
+        wanted_by="the model was trained on",
+        time_offset=time_offset,
+    )
 
 
 def _rate(fps: float | None, every: int | None) -> dict[str, Any]:
@@ -132,7 +149,8 @@ def train_tokenizer_on(
     """Train a tokenizer on the frames of videos; their actions, if any, play no part."""
     rate = _rate(fps, every)
     config = request.resolve(TOKENIZER_PRESETS)
-    return _train_tokenizer(_find_frames(videos, skip_bad=skip_bad), out, request, config, rate)
+    found = _find_frames(videos, skip_bad=skip_bad)
+    return _train_tokenizer(found, out, request, config, rate, skip_bad)
 
 
 def _train_tokenizer(
@@ -141,6 +159,7 @@ def _train_tokenizer(
     request: TrainingRequest,
     config: TokenizerRunConfig,
     rate: dict[str, Any],
+    skip_bad: bool,
 ) -> TrainingResult:
     return train_tokenizer(
         [sample(drive, **rate) for drive in found.drives],
@@ -148,6 +167,7 @@ def _train_tokenizer(
         out,
         init_from=request.init_from,
         resume=request.resume,
+        skip_bad=skip_bad,
         device=request.device,
     )
 
@@ -179,22 +199,59 @@ def tokenize_videos(
         raise DriveSimError(f"{out} already holds a token store: choose another --out or delete it")
     found = _find(videos, skip_bad=skip_bad, steering_kind=steering_kind, time_offset=time_offset)
     _ = found.steering_kind  # raises where kinds are mixed
-    if training is not None and not is_finished(tokenizer):
-        resume = (tokenizer / CONFIG).exists()
-        what = "is unfinished: going on with it" if resume else "is not there: training it"
-        _say(f"the tokenizer {tokenizer} {what} on these videos (preset {training.preset})")
-        training = replace(training, resume=resume)
-        config = training.resolve(TOKENIZER_PRESETS)
-        _train_tokenizer(found, tokenizer, training, config, rate)
+    if training is not None and not _is_usable(tokenizer):
+        _train_missing(found, tokenizer, training, rate, skip_bad)
+    frozen = Tokenizer.from_run(tokenizer, device)
+    _say(
+        f"the tokenizer is {tokenizer}: {frozen.height}x{frozen.width} pixels to "
+        f"{frozen.rows}x{frozen.cols} tokens"
+    )
     return tokenize(
         found,
-        Tokenizer.from_run(tokenizer, device),
+        frozen,
         out,
         **rate,
         mirror=mirror,
         skip_bad=skip_bad,
         batch_size=batch_size,
     )
+
+
+def _is_usable(tokenizer: Path) -> bool:
+    """Whether it is trained to its end, or a copy of one without the rest of its run."""
+    is_copy = (tokenizer / WEIGHTS).exists() and not (tokenizer / CONFIG).exists()
+    return is_finished(tokenizer) or is_copy
+
+
+def _train_missing(
+    found: DriveSet,
+    tokenizer: Path,
+    request: TrainingRequest,
+    rate: dict[str, Any],
+    skip_bad: bool,
+) -> None:
+    resume = (tokenizer / CONFIG).exists()
+    what = "is unfinished: going on with it" if resume else "is not there: training it"
+    _say(f"the tokenizer {tokenizer} {what} on these videos (preset {request.preset})")
+    request = replace(request, resume=resume)
+    config = request.resolve(TOKENIZER_PRESETS)
+    try:
+        with goes_on_when_repeated():
+            _train_tokenizer(found, tokenizer, request, config, rate, skip_bad)
+    except RunConflictError as conflict:
+        raise DriveSimError(
+            f"{conflict.what}: move it away, or name the tokenizer to use, as it is, with "
+            "--tokenizer"
+        ) from conflict
+
+
+@contextmanager
+def goes_on_when_repeated() -> Iterator[None]:
+    """Inside, an interrupted training says to repeat the command, which has no --resume."""
+    try:
+        yield
+    except Interrupted as stopped:
+        raise Interrupted(stopped.what, "repeat the same command", stopped.exit_code) from None
 
 
 def train_world_model_on(
@@ -223,7 +280,7 @@ def roll_out(
     seconds: float | None = None,
     samples: int = 1,
     sampling: Sampling,
-    steering_kind: str | None = None,
+    time_offset: float = 0.0,
     overwrite: bool = False,
     device: str = "auto",
 ) -> dict[str, Any]:
@@ -238,27 +295,25 @@ def roll_out(
     if context is None:
         beginning = _stored_context(world, tokens, start_s)
     else:
-        beginning = context_from_drive(
-            world, _one_drive(context, steering_kind or world.steering_kind), start_s
-        )
+        beginning = context_from_drive(world, _one_drive(world, context, time_offset), start_s)
     plans = make_plans(actions, beginning.situation(world), seconds=seconds)
     return write_rollout(world, beginning, plans, out, sampling=sampling, samples=samples)
 
 
 def _stored_context(world: WorldModel, tokens: Path, start_s: float | None) -> Context:
-    store = TokenStore(tokens)
-    if store.info.tokenizer_fingerprint != world.tokenizer.fingerprint:
-        raise DriveSimError(
-            f"{tokens} was made by another tokenizer than the model's; name a video with --context"
-        )
+    try:
+        store = TokenStore(tokens)
+        world.check_store(store)
+    except DriveSimError as error:
+        raise DriveSimError(f"{error}, or name a video with --context") from error
     # A drive that the model was not trained on, unless these are other drives altogether.
     unseen = [name for name in store.drive_ids if name in world.validation_drives]
     drive, *_ = store.select((unseen or store.drive_ids)[:1])
     return context_from_tokens(world, drive, start_s)
 
 
-def _one_drive(video: Path, steering_kind: str | None) -> Drive:
-    found = _find([video], skip_bad=None, steering_kind=steering_kind)
+def _one_drive(world: WorldModel, video: Path, time_offset: float) -> Drive:
+    found = _find_for(world, [video], time_offset)
     if len(found.drives) > 1:
         raise DriveSimError(
             f"--context {video} holds {len(found.drives)} drives; name one of their videos"
@@ -301,10 +356,13 @@ def measure_control(
     starts: int = 10,
     seconds: float = 2.0,
     sampling: Sampling,
-    steering_kind: str | None = None,
+    time_offset: float = 0.0,
+    sheet: Path | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Evaluate whether a world model turns the way it is steered, from starts in videos."""
     world = WorldModel.from_run(run, device)
-    found = _find(videos, skip_bad=None, steering_kind=steering_kind or world.steering_kind)
-    return evaluate_control(world, found.drives, starts=starts, seconds=seconds, sampling=sampling)
+    found = _find_for(world, videos, time_offset)
+    return evaluate_control(
+        world, found.drives, starts=starts, seconds=seconds, sampling=sampling, sheet=sheet
+    )

@@ -4,18 +4,33 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
+import torch
+import yaml
 from typer.testing import CliRunner, Result
 
 from driving_sim.cli import app
 from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
+from tests.test_files import small_files
 
 HEAVY = ("torch", "numpy", "av", "decord", "matplotlib", "PIL")
 
 
 def run(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def succeed(*arguments: str | Path) -> Result:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output + result.stderr
+    return result
+
+
+def follow(result: Result, *more: str) -> Result:
+    """Run the command that a result says comes next."""
+    return succeed(*result.stdout.split("next: drivesim ")[1].split(), *more)
 
 
 def refused(*arguments: str | Path) -> str:
@@ -36,14 +51,36 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder and settings for a training of two steps."""
-    monkeypatch.chdir(tmp_path)
+def settle_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make `folder` the current one, with settings for a training of two steps."""
+    monkeypatch.chdir(folder)
     monkeypatch.setenv("DRIVESIM_PRESET", "demo")
     monkeypatch.setenv("DRIVESIM_STEPS", "2")
     monkeypatch.setenv("DRIVESIM_DEVICE", "cpu")
-    return tmp_path
+    return folder
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder."""
+    return settle_in(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def finished(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the owner's three commands ran, as written."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        folder = settle_in(tmp_path_factory.mktemp("finished"), monkeypatch)
+        (folder / "videos").symlink_to(videos)
+        for command in ("tokenize videos/", "train-world-model", "rollout --actions left"):
+            succeed(*command.split())
+    return folder
+
+
+@pytest.fixture
+def used(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of `finished` as the current one."""
+    return settle_in(finished, monkeypatch)
 
 
 @pytest.mark.parametrize("command", [[], ["rollout"], ["train-world-model"], ["evaluate"]])
@@ -59,20 +96,15 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
     assert done.stdout.strip().endswith("[]")
 
 
-def test_the_owners_three_commands_run_as_written(videos: Path, workplace: Path) -> None:
-    (workplace / "videos").symlink_to(videos)
-    for command in (
-        "tokenize videos/",
-        "train-world-model",
-        "rollout --actions left",
-    ):
-        result = run(*command.split())
-        assert result.exit_code == 0, result.output + result.stderr
-    assert (workplace / "rollout.mp4").stat().st_size > 1000
-    settings = json.loads((workplace / "rollout.json").read_text())
+def test_the_owners_three_commands_run_as_written(finished: Path) -> None:
+    assert (finished / "rollout.mp4").stat().st_size > 1000
+    settings = json.loads((finished / "rollout.json").read_text())
     assert settings["futures"] == ["left"]
     assert settings["frames"] == 40
 
+
+@pytest.mark.usefixtures("used")
+def test_what_is_there_already_or_does_not_fit_is_refused() -> None:
     again = refused("rollout", "--actions", "left")
     assert "rollout.mp4 exists" in again
     assert "--overwrite" in again
@@ -83,12 +115,44 @@ def test_the_owners_three_commands_run_as_written(videos: Path, workplace: Path)
     assert "temperature" in refused(
         "rollout", "--actions", "left", "--temperature", "-1", "--overwrite"
     )
+    away = refused("rollout", "--actions", "left", "--overwrite", "--tokens", "runs/gone")
+    assert "name a video with --context" in away
 
-    other = run("train-tokenizer", "videos", "--out", "runs/other", "--set", "training.seed=1")
-    assert other.exit_code == 0, other.stderr
+
+def test_the_next_command_that_is_named_works_in_other_folders(used: Path) -> None:
+    train = "train-tokenizer videos --out runs/other --set training.seed=1 --precision fp32"
+    succeed(*train.split())
+    config = yaml.safe_load((used / "runs" / "other" / "config.yaml").read_text())
+    assert config["training"]["precision"] == "fp32"
     mismatch = refused("train-world-model", "--tokenizer", "runs/other", "--out", "runs/mismatched")
     assert "was not made by the tokenizer" in mismatch
-    assert not (workplace / "runs" / "mismatched").exists()
+    assert not (used / "runs" / "mismatched").exists()
+
+    tokenize = "tokenize videos --tokenizer runs/other --out runs/other-tokens"
+    tokenized = succeed(*tokenize.split())
+    assert "runs/other: 64x128 pixels to 4x8 tokens" in tokenized.stderr
+    trained = follow(tokenized, "--out", "runs/other-world")
+    follow(trained, "--seconds", "0.2", "--out", "other.mp4")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "synth runs/full-synth --drives 1 --seconds 2",
+        # Data workers pass batches on as files in shared memory, which the limit holds too.
+        "train-tokenizer videos --out runs/full-tokenizer --set training.workers=0",
+        "tokenize videos --out runs/full-tokens",
+        "train-world-model --out runs/full-world --set training.workers=0",
+        "rollout --actions left --seconds 0.2 --overwrite",
+        "demo --out runs/full-demo",
+    ],
+)
+def test_a_full_disk_is_one_line(command: str, used: Path) -> None:
+    before = (used / "rollout.mp4").read_bytes()
+    with small_files():
+        line = refused(*command.split())
+    assert "File too large" in line
+    assert (used / "rollout.mp4").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -98,6 +162,10 @@ def test_the_owners_three_commands_run_as_written(videos: Path, workplace: Path)
         (["rollout"], "--actions"),
         (["rollout", "--actions", "left", "--top-k", "x"], "--top-k"),
         (["rolout"], "rolout"),
+        (["--debgu"], "--debgu"),
+        (["synth", "x", "--seed", "-1"], "--seed"),
+        (["synth", "x", "--seconds", "inf"], "--seconds inf"),
+        (["demo", "--seed", "-1"], "--seed"),
         (["tokenize", "empty", "--fps", "0"], "--fps 0"),
         (["evaluate", "tokenizer", "missing", "empty", "--fps", "nan"], "holds no tokenizer"),
         (["train-tokenizer", "empty"], "holds no videos"),
@@ -106,6 +174,9 @@ def test_the_owners_three_commands_run_as_written(videos: Path, workplace: Path)
         (["rollout", "--actions", "left", "--out", "x.gif"], ".mp4"),
         (["train-tokenizer", "empty", "--preset", "tinny"], "presets are"),
         (["train-tokenizer", "empty", "--set", "training.stepz=3"], "steps"),
+        (["train-tokenizer", "empty", "--set", "training.seed=-1", "--steps", "1"], "seed=-1"),
+        (["train-tokenizer", "empty", "--precision", "fp8"], "auto, fp32, bf16"),
+        (["train-world-model", "--precision", "fp8"], "auto, fp32, bf16"),
         (["train-tokenizer", "empty", "--steps", "1", "--minutes", "1"], "give one"),
         (["inspect", "empty", "--steering-kind", "hovering"], "kinds are"),
         (["evaluate", "tokenizer", "missing", "empty"], "holds no tokenizer"),
@@ -119,6 +190,25 @@ def test_mistakes_are_one_line(
     before = sorted(workplace.rglob("*"))
     assert message in refused(*arguments)
     assert sorted(workplace.rglob("*")) == before
+
+
+@pytest.mark.parametrize("arguments", [[], ["evaluate"]])
+def test_a_bare_group_of_commands_shows_its_help(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert "Usage:" in result.output
+    assert "error:" not in result.output
+
+
+def test_missing_lpips_weights_name_an_option_that_tokenize_has(
+    videos: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*args: object, **options: object) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
+    line = refused("tokenize", videos, "--set", "objective.lpips_weight=1")
+    assert "without LPIPS: --set objective.lpips_weight=0" in line
+    assert sorted(workplace.iterdir()) == []
 
 
 def test_debug_shows_the_traceback(workplace: Path) -> None:

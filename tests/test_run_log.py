@@ -69,6 +69,19 @@ def test_validation_keeps_pictures_and_videos(
     assert "step 7: score 2, psnr 21 (best)" in capsys.readouterr().err
 
 
+def test_what_was_said_stays_in_the_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A resumed run adds to it: it tells of every start."""
+    for step, best in ((1, True), (2, False)):
+        with RunLog(tmp_path, start_step=step - 1) as log:
+            log.add_validation(step, Validation(score=2.0), best=best)
+            assert (tmp_path / "log.txt").read_text().splitlines()[-1].startswith(f"step {step}:")
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["results", "step", "results", "step"]
+    assert set(lines) <= set(capsys.readouterr().err.splitlines())
+
+
 def log_and_fail(log: RunLog) -> None:
     log.add_scalars(1, "train", {"loss": 1.0})
     raise RuntimeError("training failed")

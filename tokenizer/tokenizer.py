@@ -27,7 +27,8 @@ from driving_sim.tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 
 Frames = Tensor | NDArray[np.uint8]
 
-_WEIGHTS = "model.safetensors"
+WEIGHTS = "model.safetensors"
+"""The file of a tokenizer's folder that is written last."""
 _CONFIG = "config.json"
 
 
@@ -44,7 +45,7 @@ class Tokenizer:
     def from_run(cls, path: Path | str, device: str = "auto") -> Self:
         """Load the tokenizer folder `path`; raise `DriveSimError` where it is not an intact one."""
         folder = Path(path)
-        for name in (_CONFIG, _WEIGHTS):
+        for name in (_CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 raise DriveSimError(
                     f"{folder} holds no tokenizer ({name} is missing): "
@@ -54,7 +55,7 @@ class Tokenizer:
         config = from_dict(AutoencoderConfig, saved.get("model", {}), f"{folder / _CONFIG}: model")
         _check_transform(config, saved, folder)
         autoencoder = Autoencoder(config)
-        written = _load_weights(autoencoder, folder / _WEIGHTS)
+        written = _load_weights(autoencoder, folder / WEIGHTS)
         tokenizer = cls(autoencoder, resolve_device(device))
         if tokenizer.fingerprint != written:
             raise DriveSimError(
@@ -71,7 +72,7 @@ class Tokenizer:
         save_json(folder / _CONFIG, _identity(self.config))
         # The fingerprint stands in the same file as the weights: both are replaced in one move.
         # Written as bytes, because `save_file` makes files that only their owner can read.
-        with atomic_file(folder / _WEIGHTS) as temporary:
+        with atomic_file(folder / WEIGHTS) as temporary:
             temporary.write_bytes(save(weights, {"fingerprint": self.fingerprint}))
 
     @property

@@ -79,6 +79,8 @@ def make_plans(
     planned = [_plan(spec, situation) for spec in specs]
     lengths = [plan.seconds for plan in planned if plan.seconds is not None]
     length_s = seconds if seconds is not None else max(lengths, default=4.0)
+    if not math.isfinite(length_s):
+        raise DriveSimError(f"--seconds {length_s:g}: a future lasts a finite number of seconds")
     frames = round(length_s * situation.fps)
     if frames < 1:
         raise DriveSimError(
@@ -143,7 +145,9 @@ def _from_recording(situation: Situation) -> _Planned:
 
 
 def _from_file(path: Path, situation: Situation) -> _Planned:
-    log = read_action_file(path, steering_kind=situation.steering_kind)
+    log = read_action_file(
+        path, steering_kind=situation.steering_kind, wanted_by="the model was trained on"
+    )
     whole = int(log.times[-1] * situation.fps + 1e-6)
     if log.times[0] > _EDGE_S or whole < 1:
         raise DriveSimError(

@@ -66,7 +66,7 @@ def _read_log(segment: Path, start: float, options: LogOptions) -> ActionLog:
     """Both signals on the union of their times: linear interpolation loses nothing there."""
     if options.steering_kind not in (None, "steering_wheel"):
         raise DriveSimError(
-            f"{segment}: comma2k19's steering is steering_wheel, but --steering-kind is "
+            f"{segment}: comma2k19's steering is steering_wheel, but {options.wanted_by} "
             f"{options.steering_kind}"
         )
     channels = [_channel(segment / _CAN / name) for name in ("speed", "steering_angle")]

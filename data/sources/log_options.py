@@ -12,7 +12,9 @@ class LogOptions:
     """What a user says of the logs. Raises DriveSimError for a kind of steering there is not."""
 
     steering_kind: SteeringKind | None = None
-    """What a bare `steering` column measures."""
+    """What a bare `steering` column measures, and any other one must."""
+    wanted_by: str = "--steering-kind is"
+    """What messages say before that kind."""
     time_offset: float = 0.0
     """Added to the times of every log, in seconds."""
 

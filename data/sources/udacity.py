@@ -134,7 +134,7 @@ def _actions(
 ) -> ActionLog:
     if options.steering_kind not in (None, "road_wheel"):
         raise DriveSimError(
-            f"{log_path}: a simulator's steering is road_wheel, but --steering-kind is "
+            f"{log_path}: a simulator's steering is road_wheel, but {options.wanted_by} "
             f"{options.steering_kind}"
         )
     log = ActionLog(

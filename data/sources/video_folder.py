@@ -56,6 +56,7 @@ def load(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
         log = read_action_file(
             action_file,
             steering_kind=options.steering_kind,
+            wanted_by=options.wanted_by,
             time_offset=options.time_offset,
             frame_times=info.timestamps,
         )

@@ -8,9 +8,9 @@ class DriveSimError(Exception):
 class Interrupted(Exception):  # noqa: N818 - not a failure: the work is saved
     """SIGTERM or Ctrl-C stopped the work after it was saved.
 
-    The message is one line that says how to continue; `exit_code` is 128 + the signal.
+    The message is one line: `what` happened, then how to go on; `exit_code` is 128 + the signal.
     """
 
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+    def __init__(self, what: str, to_go_on: str, exit_code: int) -> None:
+        super().__init__(f"{what}; to go on, {to_go_on}")
+        self.what, self.exit_code = what, exit_code

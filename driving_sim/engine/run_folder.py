@@ -29,22 +29,30 @@ CHANGEABLE = frozenset(
 """What a resumed run may change: how long it lasts, what it writes, and the usual remedy."""
 
 
+class RunConflictError(DriveSimError):
+    """A folder holds something else than the run asked for: `what`, and then what to do."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(f"{what}: {remedy}")
+        self.what = what
+
+
 def check_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:
-    """Raise `DriveSimError` unless `run` is free to start in, or, with `resume`, the same run.
+    """Raise `RunConflictError` unless `run` is free to start in, or, with `resume`, the same run.
 
     Cheap: call it before loading data. `train` checks again, so write nothing into `run` before.
     """
     known = (run / CONFIG).is_file()
     if resume and not known:
-        raise DriveSimError(f"nothing to resume in {run}: it has no {CONFIG}; leave --resume out")
+        raise RunConflictError(f"nothing to resume in {run} (no {CONFIG})", "leave --resume out")
     if resume:
         _check_same(run, load_yaml(run / CONFIG), run_config)
     elif known:
-        raise DriveSimError(
-            f"{run} already holds a run: continue it with --resume or choose another --out"
+        raise RunConflictError(
+            f"{run} already holds a run", "continue it with --resume or choose another --out"
         )
     elif run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise DriveSimError(f"{run} exists and is not a run: choose another --out")
+        raise RunConflictError(f"{run} exists and is not a run", "choose another --out")
 
 
 def prepare_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:
@@ -73,9 +81,9 @@ def _check_same(run: Path, before: Mapping[str, Any], now: Mapping[str, Any]) ->
     old, new = dict(_leaves(before)), dict(_leaves(json.loads(json.dumps(now))))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and key.rpartition(".")[2] not in CHANGEABLE:
-            raise DriveSimError(
-                f"{run} was started with {key}={old.get(key)}, now it is {new.get(key)}: "
-                "resume with the same configuration or choose another --out"
+            raise RunConflictError(
+                f"{run} was started with {key}={old.get(key)}, now it is {new.get(key)}",
+                "resume with the same configuration or choose another --out",
             )
 
 

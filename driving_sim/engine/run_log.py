@@ -1,4 +1,4 @@
-"""A training run's record: JSON lines, TensorBoard, progress on the terminal."""
+"""A training run's record: JSON lines, TensorBoard, what it said, progress on the terminal."""
 
 import io
 import json
@@ -18,11 +18,12 @@ from driving_sim.engine.progress import progress
 from driving_sim.engine.validation import Pixels, Validation
 
 METRICS = "metrics.jsonl"
+LINES = "log.txt"
 TENSORBOARD = "tensorboard"
 
 
 class RunLog:
-    """Writes `metrics.jsonl` and `tensorboard/` in `run`; a context manager.
+    """Writes `metrics.jsonl`, `log.txt` and `tensorboard/` in `run`; a context manager.
 
     `start_step` is the step that the run goes on from: what an interrupted run logged beyond it
     is dropped, as it will be logged again. `total` is the number of steps, None if unknown.
@@ -37,6 +38,7 @@ class RunLog:
         _drop_rows_after(path, self._start_step)
         with ExitStack() as stack:
             self._rows = stack.enter_context(path.open("a", encoding="utf-8"))
+            self._lines = stack.enter_context((self._run / LINES).open("a", encoding="utf-8"))
             purge = self._start_step + 1 if self._start_step else None
             self._writer = SummaryWriter(self._run / TENSORBOARD, purge_step=purge, flush_secs=30)
             stack.callback(self._writer.close)
@@ -56,8 +58,10 @@ class RunLog:
         self._stack.__exit__(kind, error, trace)
 
     def say(self, line: str) -> None:
-        """Print one line."""
+        """Print one line, and keep it in `log.txt`."""
         self._progress.say(line)
+        self._lines.write(line + "\n")
+        self._lines.flush()
 
     def advance(self, fraction: float) -> None:
         """Count a step; `fraction` of the run lies behind it."""

@@ -309,8 +309,8 @@ class _Loop:
 
     def _interruption(self, stop_signal: int) -> Interrupted:
         name, step = signal.Signals(stop_signal).name, self.state.step
-        message = f"{name}: stopped after step {step}; go on in {self.folder} with --resume"
-        return Interrupted(message, 128 + stop_signal)
+        what = f"{name}: stopped after step {step} in {self.folder}"
+        return Interrupted(what, "pass --resume", 128 + stop_signal)
 
     def _finish(self, *, trained: bool) -> TrainingResult:
         """Mark the run as finished; say so where there was nothing left to do."""

@@ -1,0 +1,185 @@
+"""The functions behind the commands, where they decide for the user."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from driving_sim import pipeline
+from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
+from driving_sim.data.token_store import TokenStore
+from driving_sim.engine.config import load_json
+from driving_sim.engine.errors import DriveSimError, Interrupted
+from driving_sim.engine.run_folder import FINISHED
+from driving_sim.pipeline import TrainingRequest, roll_out, tokenize_videos, train_tokenizer_on
+from driving_sim.tokenizer.tokenizer import Tokenizer
+from driving_sim.world_model.actions import ActionStatistics
+from driving_sim.world_model.sampler import Sampling
+from driving_sim.world_model.transformer import Transformer
+from driving_sim.world_model.world_model import WorldModel
+from tests.test_world_model import new_world
+from tests.token_drives import FPS, write_store
+from tests.video_files import write_numbered
+
+REQUEST = TrainingRequest(preset="demo", steps=1, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("videos") / "videos"
+    config = SyntheticConfig(height=48, width=64, fps=FPS)
+    write_synthetic_drives(folder, drives=2, seconds=3, config=config)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A world model that was validated on drive 1."""
+    world = new_world()
+    path = tmp_path_factory.mktemp("world")
+    validated = WorldModel(
+        world.transformer,
+        world.tokenizer,
+        fps=FPS,
+        steering_kind="road_wheel",
+        validation_drives=["1"],
+    )
+    validated.save(path)
+    return path
+
+
+def test_a_missing_tokenizer_is_trained_and_an_unfinished_one_goes_on(
+    videos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def tokenized(steps: int, preset: str = "demo") -> TokenStore:
+        request = TrainingRequest(preset=preset, steps=steps, device="cpu")
+        out = tmp_path / str(steps)
+        tokenize_videos([videos], tokenizer, out, training=request, device="cpu")
+        return TokenStore(out)
+
+    tokenizer = tmp_path / "tokenizer"
+    tokenized(1)
+    assert "is not there: training it" in capsys.readouterr().err
+    (tokenizer / FINISHED).unlink()
+    with pytest.raises(DriveSimError, match=r"now it is .*name the tokenizer .* --tokenizer$"):
+        tokenized(2, "tiny")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "train_tokenizer", interrupted)
+        with pytest.raises(Interrupted, match=r"^stopped; to go on, repeat the same command$"):
+            tokenized(2)
+    capsys.readouterr()
+    store = tokenized(2)
+    assert "is unfinished: going on with it" in capsys.readouterr().err
+    assert load_json(tokenizer / FINISHED)["steps"] == 2
+    assert (tokenizer / "checkpoints" / "step-00000001").exists()
+
+    # A finished one is used, whatever is asked for; so is a copy without the rest of the run.
+    assert tokenized(3, "tiny").info.tokenizer_fingerprint == store.info.tokenizer_fingerprint
+    copy = tmp_path / "copy"
+    Tokenizer.from_run(tokenizer, "cpu").save(copy)
+    tokenizer = copy
+    assert tokenized(4).info.tokenizer_fingerprint == store.info.tokenizer_fingerprint
+    assert f"the tokenizer is {copy}: 64x128 pixels" in capsys.readouterr().err
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise Interrupted("stopped", "pass --resume", 130)
+
+
+def test_something_else_in_the_tokenizers_place_is_refused(videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "holiday.txt").touch()
+    with pytest.raises(DriveSimError, match=r"is not a run: move it away, or name .* --tokenizer$"):
+        tokenize_videos([videos], tmp_path, tmp_path / "tokens", training=REQUEST)
+
+
+def roll(run: Path, out: Path, **options: object) -> dict[str, object]:
+    arguments = {"tokens": out / "tokens", "seconds": 2 / FPS, "sampling": Sampling()} | options
+    return roll_out(run, ["left"], out / "rollout.mp4", overwrite=True, **arguments)  # type: ignore[arg-type]
+
+
+def test_a_rollout_starts_from_a_drive_that_was_not_trained_on(run: Path, tmp_path: Path) -> None:
+    fingerprint = WorldModel.from_run(run, "cpu").tokenizer.fingerprint
+    for drives, chosen in ((3, "1 (reconstructed)"), (1, "0 (reconstructed)")):
+        store = tmp_path / str(drives)
+        write_store(store, [20] * drives, fingerprint=fingerprint)
+        context = roll(run, tmp_path, tokens=store)["context"]
+        assert isinstance(context, dict)
+        assert context["drive"] == chosen
+
+
+def test_tokens_that_do_not_fit_the_model_name_the_way_on(run: Path, tmp_path: Path) -> None:
+    world = WorldModel.from_run(run, "cpu")
+    with pytest.raises(DriveSimError, match=r"no such token store.*name a video with --context$"):
+        roll(run, tmp_path)
+    write_store(tmp_path / "tokens", [20])
+    with pytest.raises(DriveSimError, match=r"another tokenizer.*name a video with --context$"):
+        roll(run, tmp_path)
+    store = tmp_path / "fitting"
+    write_store(store, [20], fingerprint=world.tokenizer.fingerprint)
+    for change in ({"fps": 2 * FPS}, {"steering_kind": "curvature"}):
+        options = {"fps": FPS, "steering_kind": "road_wheel"} | change
+        other = WorldModel(world.transformer, world.tokenizer, **options)  # type: ignore[arg-type]
+        other.save(tmp_path / "other")
+        with pytest.raises(DriveSimError, match=r"the model.*name a video with --context$"):
+            roll(tmp_path / "other", tmp_path, tokens=store)
+
+
+def test_a_context_is_one_drive_whose_steering_is_of_the_models_kind(
+    run: Path, videos: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DriveSimError, match="holds 2 drives; name one"):
+        roll(run, tmp_path, context=videos)
+    video = tmp_path / "drive.mp4"
+    video.symlink_to(videos / "drive_000.mp4")
+    rows = [f"{100 + t / FPS},5,0.1" for t in range(25)]
+    for column, message in (
+        ("steering_rad", "is steering_wheel, but the model was trained on road_wheel"),
+        ("road_wheel_rad", "--time-offset"),
+    ):
+        header = f"timestamp_s,speed_mps,{column}"
+        video.with_suffix(".csv").write_text("\n".join([header, *rows]) + "\n")
+        with pytest.raises(DriveSimError, match=message):
+            roll(run, tmp_path, context=video)
+    roll(run, tmp_path, context=video, time_offset=-100.0)
+
+    # A model that knows no actions has no use for the CSV, whatever is in it.
+    world = WorldModel.from_run(run, "cpu")
+    video.with_suffix(".csv").write_text("not,a,number\n")
+    with pytest.raises(DriveSimError):
+        roll(run, tmp_path, context=video)
+    blind = Transformer(world.config.model, world.config.grid, ActionStatistics())
+    WorldModel(blind, world.tokenizer, fps=FPS, steering_kind=None).save(tmp_path / "blind")
+    roll_out(
+        tmp_path / "blind",
+        ["speed=5"],
+        tmp_path / "blind.mp4",
+        tokens=tmp_path,
+        context=video,
+        seconds=2 / FPS,
+        sampling=Sampling(),
+    )
+
+
+def test_skip_bad_covers_what_only_decoding_finds(videos: Path, tmp_path: Path) -> None:
+    """The file passes the probe; the training of the tokenizer meets its damage first."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for path in videos.glob("drive_*.*"):
+        (folder / path.name).symlink_to(path)
+    content = bytearray(write_numbered(folder / "damaged.mp4", count=240).read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 2000] = np.random.default_rng(0).bytes(2000)
+    (folder / "damaged.mp4").write_bytes(content)
+    with pytest.raises(DriveSimError, match="truncated or damaged"):
+        train_tokenizer_on([folder], tmp_path / "stopped", REQUEST)
+    train_tokenizer_on([folder], tmp_path / "run", REQUEST, skip_bad=True)
+    out = tmp_path / "tokens"
+    tokenize_videos(
+        [folder], tmp_path / "tokenizer", out, training=REQUEST, skip_bad=True, device="cpu"
+    )
+    store = TokenStore(out)
+    assert store.drive_ids == ("drive_000", "drive_001")
+    assert [skipped.id for skipped in store.index.skipped] == ["damaged"]
