@@ -63,5 +63,7 @@ def process_group(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
     dist.init_process_group(backend, timeout=PATIENCE)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size()), device
+        # A rank that leaves while another still talks to it can be brought down by its threads.
+        dist.barrier()
     finally:
         dist.destroy_process_group()

@@ -99,15 +99,20 @@ def train(
     ):
         if ranks.is_main:
             prepare_run(run, run_config, resume)
-        stepper = Stepper(model, config, ranks, own_device)
-        loop = _Loop(stepper, run, validate, export, request)
-        if resume:
-            loop.resume()
-        loop.choose_precision()
-        if not ranks.is_main:
-            return loop.run(dataset, None)
-        with RunLog(run, start_step=loop.state.step, total=config.steps) as log:
-            return loop.run(dataset, log)
+
+        def run_loop() -> TrainingResult:
+            # Here, so that nothing holds on to the process group when it is left.
+            stepper = Stepper(model, config, ranks, own_device)
+            loop = _Loop(stepper, run, validate, export, request)
+            if resume:
+                loop.resume()
+            loop.choose_precision()
+            if not ranks.is_main:
+                return loop.run(dataset, None)
+            with RunLog(run, start_step=loop.state.step, total=config.steps) as log:
+                return loop.run(dataset, log)
+
+        return run_loop()
 
 
 @dataclass(kw_only=True, slots=True)
