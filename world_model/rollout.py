@@ -30,7 +30,7 @@ from driving_sim.world_model.panels import (
     side_by_side,
 )
 from driving_sim.world_model.sampler import Sampling
-from driving_sim.world_model.token_file import TokenFile
+from driving_sim.world_model.token_file import WriteTokens, token_file
 from driving_sim.world_model.world_model import RATE_TOLERANCE, WorldModel
 
 _SHEET_COLUMNS = 8
@@ -238,13 +238,13 @@ def write_rollout(
     length = len(plans[0].actions)
     with disk_errors(out), ExitStack() as stack:
         temporary = {kind: stack.enter_context(atomic_file(path)) for kind, path in files.items()}
-        token_file = TokenFile(
+        written = token_file(
             temporary["tokens"],
             context=context.tokens,
             actions=np.stack([plan.actions for plan in shown]),
             valid=np.stack([plan.valid for plan in shown]),
         )
-        recorder = _Recorder(titles, length, world.fps, stack.enter_context(token_file))
+        recorder = _Recorder(titles, length, world.fps, stack.enter_context(written))
         height, width = panels.past(0).shape[:2]
         with VideoWriter(temporary["video"], fps=world.fps, height=height, width=width) as writer:
             for index in range(len(context.frames)):
@@ -265,8 +265,10 @@ def write_rollout(
 class _Recorder:
     """Writes the tokens; keeps the seconds spent and the few frames of the contact sheet."""
 
-    def __init__(self, titles: list[str], length: int, fps: float, tokens: TokenFile) -> None:
-        self.titles, self.fps, self.tokens = titles, fps, tokens
+    def __init__(
+        self, titles: list[str], length: int, fps: float, write_tokens: WriteTokens
+    ) -> None:
+        self.titles, self.fps, self.write_tokens = titles, fps, write_tokens
         self.seconds = {"generate": 0.0, "decode": 0.0}
         steps = np.unique(np.linspace(0, length, _SHEET_COLUMNS).round().astype(int))
         self.columns = [int(step) for step in steps]
@@ -279,7 +281,7 @@ class _Recorder:
     def record(
         self, index: int, tokens: torch.Tensor, frames: list[Frame], truth: Frame | None
     ) -> None:
-        self.tokens.write(index, tokens)
+        self.write_tokens(index, tokens)
         if index + 1 in self.columns:
             recorded = np.full_like(frames[0], 40) if truth is None else truth
             for (_, row), frame in zip(self.rows, [recorded, *frames], strict=True):
