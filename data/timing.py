@@ -7,6 +7,11 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+RATE_TOLERANCE = 0.25
+"""How far a drive's rate may be off that of the others, or of a model, as a share of it.
+
+A model learns one rate; `choose_frames` already lets a drive be 15 % off the one asked for."""
+
 _STRIDE_TOLERANCE = 0.15
 _GAP_PERIODS = 1.5
 

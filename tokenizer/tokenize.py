@@ -18,6 +18,7 @@ from driving_sim.data.action_file import STEERING
 from driving_sim.data.drive import Drive, DriveSet, SampledDrive, sample
 from driving_sim.data.frame_size import transform_description
 from driving_sim.data.split import MIRROR_SUFFIX
+from driving_sim.data.timing import RATE_TOLERANCE
 from driving_sim.data.token_store_index import StoreIndex, StoreInfo
 from driving_sim.data.token_store_plan import SHARD_BYTES, PlannedDrive, StorePlan
 from driving_sim.data.token_store_writer import TokenStoreWriter
@@ -27,8 +28,6 @@ from driving_sim.tokenizer.tokenizer import Tokenizer
 
 Frames = NDArray[np.uint8]
 
-# A model learns one rate; timing.choose_frames already lets a drive be 15 % off the one asked for.
-_RATE_TOLERANCE = 0.25
 _OR_SKIP = ", or pass --skip-bad"
 _HOW_ON = f"repair or remove it{_OR_SKIP}"
 
@@ -131,7 +130,7 @@ def _survey(
             sampled.append(one)
     usual = _usual_rate(sampled)
     for one in sampled:
-        if abs(one.fps / usual - 1) > _RATE_TOLERANCE:
+        if abs(one.fps / usual - 1) > RATE_TOLERANCE:
             bad[one.drive.id] = (
                 f"{one.drive.id}: {one.fps:.3g} frames a second, the other drives have "
                 f"{usual:.3g}: choose a rate that all have with --fps"

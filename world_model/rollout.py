@@ -15,6 +15,7 @@ from PIL import Image
 from driving_sim.data.action_file import STEERING
 from driving_sim.data.drive import Drive, sample
 from driving_sim.data.frame_size import FrameSize
+from driving_sim.data.timing import RATE_TOLERANCE
 from driving_sim.data.token_store import DriveTokens
 from driving_sim.data.video_writer import VideoWriter
 from driving_sim.engine.config import save_json
@@ -31,7 +32,7 @@ from driving_sim.world_model.panels import (
 )
 from driving_sim.world_model.sampler import Sampling
 from driving_sim.world_model.token_file import WriteTokens, token_file
-from driving_sim.world_model.world_model import RATE_TOLERANCE, WorldModel
+from driving_sim.world_model.world_model import WorldModel
 
 _SHEET_COLUMNS = 8
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from driving_sim.data.action_file import SteeringKind
+from driving_sim.data.timing import RATE_TOLERANCE
 from driving_sim.data.token_store import TokenStore
 from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
 from driving_sim.engine.device import autocast, resolve_device, resolve_precision
@@ -31,9 +32,6 @@ from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.cache import RingCache, encode_frame
 from driving_sim.world_model.sampler import FrameSample, FrameSampler, Sampling
 from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
-
-RATE_TOLERANCE = 0.25
-"""How far a frame rate may be off the model's, as a share of it."""
 
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
