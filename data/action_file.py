@@ -190,8 +190,9 @@ def _steering(
     if kind is None:
         if wanted is None:
             raise table.fail(
-                "column 'steering' does not say what it measures: pass --steering-kind "
-                f"({', '.join(get_args(SteeringKind))}) or name the column, such as road_wheel_rad"
+                "column 'steering' does not say what it measures: name it by that, such as "
+                "road_wheel_rad, or pass --steering-kind to inspect and tokenize "
+                f"({', '.join(get_args(SteeringKind))})"
             )
         kind = wanted
         notices.append(f"steering is taken to be {kind}, in {UNITS[kind]}, left positive")

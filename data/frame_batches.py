@@ -30,7 +30,8 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
     Otherwise every batch decodes its own, a few neighbours at each place, because most of the cost
     is in reaching the place. With `mirror` every frame is flipped left to right half of the time;
     it is moved by up to `shift` pixels, and each colour's brightness changes by a share of up to
-    `gain`.
+    `gain`. A share `cutmix` of a batch's frames get their right part, from a random column on, from
+    the batch's next frame (CutMix, arXiv 1905.04899): such pictures cannot be learned by heart.
 
     Raises DriveSimError where the drives have no frames or one cannot be decoded.
     """
@@ -45,6 +46,7 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
         mirror: bool,
         shift: int = 0,
         gain: float = 0.0,
+        cutmix: float = 0.0,
         cache_bytes: int,
     ) -> None:
         self.size = size
@@ -53,6 +55,7 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
         self.mirror = mirror
         self.shift = shift
         self.gain = gain
+        self.cutmix = cutmix
         self._drives = list(drives)
         self._offsets = np.cumsum([0, *(len(drive.indices) for drive in drives)])
         if self.frame_count == 0:
@@ -79,6 +82,9 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
             _shift(frames, corners, self.shift)
         if self.gain:
             _amplify(frames, generator.uniform(1 - self.gain, 1 + self.gain, (self.batch_size, 3)))
+        if self.cutmix:
+            chosen = np.flatnonzero(generator.random(self.batch_size) < self.cutmix)
+            _mix(frames, chosen, generator.integers(1, self.size.width, size=len(chosen)))
         return {"frames": torch.from_numpy(frames)}
 
     def _decode_all(self) -> NDArray[np.uint8]:
@@ -138,3 +144,10 @@ def _amplify(frames: NDArray[np.uint8], gains: NDArray[np.float64]) -> None:
     """Multiply each frame's channels by its gains [B, 3], in place."""
     for frame, gain in zip(frames, gains.astype(np.float32), strict=True):
         frame[:] = np.minimum(frame * gain + 0.5, 255)
+
+
+def _mix(frames: NDArray[np.uint8], chosen: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
+    """Give the chosen frames the next frame's picture from their columns on, in place."""
+    following = np.roll(frames, -1, axis=0)
+    for sample, column in zip(chosen, columns, strict=True):
+        frames[sample, :, column:] = following[sample, :, column:]

@@ -3,7 +3,6 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +21,12 @@ from driving_sim.data.synthetic import (
 from driving_sim.data.synthetic.road import LANE_OFFSET
 from driving_sim.data.token_store_index import INDEX
 from driving_sim.data.video_writer import write_video
-from driving_sim.engine.config import load_json, save_json, to_dict
+from driving_sim.engine.config import save_json, to_dict
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
 from driving_sim.engine.progress import progress
 from driving_sim.engine.run_folder import CONFIG, is_finished
+from driving_sim.engine.work_folder import claim_folder
 from driving_sim.pipeline import (
     TrainingRequest,
     goes_on_when_repeated,
@@ -93,7 +93,9 @@ def run_demo(out: Path, *, seed: int = 0, config: DemoConfig | None = None) -> s
     stopped goes on; anything else in `out` raises DriveSimError.
     """
     config = config or DemoConfig()
-    _claim(out, {"seed": seed, **to_dict(config)})
+    if (out / "summary.json").exists():
+        raise DriveSimError(f"{out} holds a finished demo: choose another --out or delete it")
+    claim_folder(out, _PLAN, {"seed": seed, **to_dict(config)}, "a demo")
     with goes_on_when_repeated():
         _train(out, seed, config)
     world = WorldModel.from_run(out / "world-model")
@@ -112,20 +114,6 @@ def run_demo(out: Path, *, seed: int = 0, config: DemoConfig | None = None) -> s
         },
     )
     return _summary(out, matrix, right)
-
-
-def _claim(out: Path, plan: dict[str, Any]) -> None:
-    """Make the folder ours, or find that it is, for this plan."""
-    if (out / "summary.json").exists():
-        raise DriveSimError(f"{out} holds a finished demo: choose another --out or delete it")
-    # A dot: what a killed run left half-written.
-    if not out.exists() or all(path.name.startswith(".") for path in out.iterdir()):
-        save_json(out / _PLAN, plan)
-    elif not (out / _PLAN).exists() or load_json(out / _PLAN) != plan:
-        raise DriveSimError(
-            f"{out} holds something else than an unfinished demo of this seed and config: choose "
-            "another --out or delete it"
-        )
 
 
 def _train(out: Path, seed: int, config: DemoConfig) -> None:

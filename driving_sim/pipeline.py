@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from driving_sim.data.drive import Drive, DriveSet, sample
+from driving_sim.data.probe import VideoError
 from driving_sim.data.sources import find_drives
 from driving_sim.data.token_store import TokenStore
 from driving_sim.data.token_store_index import INDEX
@@ -161,15 +162,18 @@ def _train_tokenizer(
     rate: dict[str, Any],
     skip_bad: bool,
 ) -> TrainingResult:
-    return train_tokenizer(
-        [sample(drive, **rate) for drive in found.drives],
-        config,
-        out,
-        init_from=request.init_from,
-        resume=request.resume,
-        skip_bad=skip_bad,
-        device=request.device,
-    )
+    try:
+        return train_tokenizer(
+            [sample(drive, **rate) for drive in found.drives],
+            config,
+            out,
+            init_from=request.init_from,
+            resume=request.resume,
+            skip_bad=skip_bad,
+            device=request.device,
+        )
+    except VideoError as error:
+        raise DriveSimError(f"{error}, or pass --skip-bad") from error
 
 
 def tokenize_videos(

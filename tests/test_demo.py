@@ -35,7 +35,7 @@ def test_the_whole_demo_runs_and_reports(tmp_path: Path) -> None:
     for name in ("summary.json", "demo.mp4"):
         (out / name).unlink()
     for seed, config in ((2, SMALL), (1, replace(SMALL, seconds=0.5))):
-        with pytest.raises(DriveSimError, match="of this seed and config"):
+        with pytest.raises(DriveSimError, match="a demo of another plan"):
             run_demo(out, seed=seed, config=config)
     run_demo(out, seed=1, config=SMALL)
     assert json.loads((out / "summary.json").read_text()) == saved
@@ -43,7 +43,7 @@ def test_the_whole_demo_runs_and_reports(tmp_path: Path) -> None:
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
-    with pytest.raises(DriveSimError, match="something else than an unfinished demo"):
+    with pytest.raises(DriveSimError, match="holds other files"):
         run_demo(tmp_path, config=SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["videos"]
 

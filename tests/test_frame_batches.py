@@ -36,6 +36,7 @@ def batches(
     mirror: bool = False,
     shift: int = 0,
     gain: float = 0.0,
+    cutmix: float = 0.0,
     cached: bool = True,
 ) -> FrameBatches:
     return FrameBatches(
@@ -46,6 +47,7 @@ def batches(
         mirror=mirror,
         shift=shift,
         gain=gain,
+        cutmix=cutmix,
         cache_bytes=10**9 if cached else 0,
     )
 
@@ -108,8 +110,28 @@ def test_brightness_changes_by_colour_within_its_limit(drives: list[SampledDrive
         assert not torch.equal(before, after)
 
 
+def seams(drives: list[SampledDrive], share: float) -> list[int]:
+    """The columns from which frames are those of the batch's next one, where it can be seen."""
+    plain, mixed = batches(drives), batches(drives, cutmix=share)
+    found = []
+    for n in range(40):
+        before = plain[n]["frames"]
+        following = before.roll(-1, dims=0)
+        for frame, other, result in zip(before, following, mixed[n]["frames"], strict=True):
+            if not torch.equal(frame, result):
+                joined = [torch.cat([frame[:, :x], other[:, x:]], 1) for x in range(1, WIDTH)]
+                found.append([torch.equal(result, each) for each in joined].index(True))
+    return found
+
+
+def test_a_share_of_the_pictures_end_as_the_next_one_does(drives: list[SampledDrive]) -> None:
+    half, whole = seams(drives, 0.5), seams(drives, 1.0)
+    assert len(half) / len(whole) == pytest.approx(0.5, abs=0.15)
+    assert len(set(whole)) > 10
+
+
 def test_batches_do_not_write_into_the_cache(drives: list[SampledDrive]) -> None:
-    dataset = batches(drives, shift=2, gain=0.2)
+    dataset = batches(drives, shift=2, gain=0.2, cutmix=0.5)
     before = dataset[0]["frames"].clone()
     dataset[0]["frames"].zero_()
     assert torch.equal(dataset[0]["frames"], before)

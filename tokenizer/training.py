@@ -54,6 +54,8 @@ class TokenizerDataConfig:
     """Most pixels that training frames are moved by in each direction; edges are reflected."""
     gain: float = 0.0
     """Most that the brightness of each colour of a training frame is changed by, as a share."""
+    cutmix: float = 0.0
+    """Share of the training frames whose right part comes from another frame of the batch."""
     validation: tuple[str, ...] | None = None
     """Ids of the validation drives; none: a share of the drives, drawn by their ids."""
     validation_fraction: float = 0.1
@@ -75,6 +77,8 @@ class TokenizerDataConfig:
             raise ValueError(f"shift={self.shift}: must be at least 0 and below {STRIDE * 2}")
         if not 0 <= self.gain < 1:
             raise ValueError(f"gain={self.gain}: must be at least 0 and below 1")
+        if not 0 <= self.cutmix <= 1:
+            raise ValueError(f"cutmix={self.cutmix}: must lie between 0 and 1")
         if self.cache_gigabytes < 0:
             raise ValueError(f"cache_gigabytes={self.cache_gigabytes}: must not be negative")
 
@@ -133,6 +137,7 @@ def train_tokenizer(
         mirror=config.data.mirror,
         shift=config.data.shift,
         gain=config.data.gain,
+        cutmix=config.data.cutmix,
         cache_bytes=int(config.data.cache_gigabytes * 1e9),
     )
     validate = Validator(validation_frames(validation, size, config.data.validation_frames))

@@ -113,7 +113,8 @@ class Attention(nn.Module):
             rearrange(part, "b n (h e) -> b h n e", e=self.channels)
             for part in self.qkv(x).split(self.sizes, dim=-1)
         )
-        q, k = rotate(self.q_norm(q), *rotary), rotate(self.k_norm(k), *rotary)
+        # In float32, as torch has no fused kernel for bfloat16 under a float32 gain, and warns.
+        q, k = rotate(self.q_norm(q.float()), *rotary), rotate(self.k_norm(k.float()), *rotary)
         mixed = attend(layer, q.to(v.dtype), k.to(v.dtype), v)
         out: Tensor = self.out(rearrange(mixed, "b h n e -> b n (h e)"))
         return out

@@ -5,7 +5,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,8 +12,9 @@ from driving_sim.data.action_file import write_action_file
 from driving_sim.data.synthetic.drives import DRIVE_FORMAT, drive, frame_count
 from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
 from driving_sim.data.video_writer import VideoWriter
-from driving_sim.engine.config import load_json, save_json, to_dict
+from driving_sim.engine.config import to_dict
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.work_folder import claim_folder
 
 _PLAN = "synthetic.json"
 
@@ -57,9 +57,20 @@ def write_synthetic_drives(
         _Job(stem, seconds, world_seed(seed, number % worlds), _seeds(seed, number)[1], config)
         for number, stem in enumerate(stems)
     ]
-    plan = {"seconds": seconds, "seed": seed, "worlds": worlds, "config": to_dict(config)}
+    plan = {
+        "format": DRIVE_FORMAT,
+        "drives": drives,
+        "seconds": seconds,
+        "seed": seed,
+        "worlds": worlds,
+        "config": to_dict(config),
+    }
     try:
-        _claim(out, stems, plan)
+        claim_folder(out, _PLAN, plan, "synthetic drives")
+        if all(map(_is_there, stems)):
+            raise DriveSimError(
+                f"{out}: already holds these {drives} drives; choose a new folder or delete it"
+            )
         _make_missing(jobs, workers, frames, progress or _ignore)
     except OSError as error:
         raise DriveSimError(
@@ -128,23 +139,3 @@ def _make(job: _Job, advance: Callable[[int], None] = _ignore) -> None:
     )
     # Last: a drive is there when its JSON is.
     driven.save(job.stem.with_suffix(".json"))
-
-
-def _claim(out: Path, stems: list[Path], plan: dict[str, Any]) -> None:
-    """Make the folder ours, or find that it is, for this plan."""
-    plan = {"format": DRIVE_FORMAT, "drives": len(stems)} | plan
-    # A dot: what a killed run left half-written.
-    if not out.exists() or all(path.name.startswith(".") for path in out.iterdir()):
-        save_json(out / _PLAN, plan)
-        return
-    if not (out / _PLAN).exists():
-        raise DriveSimError(f"{out}: holds other files; choose a new folder for synthetic drives")
-    if load_json(out / _PLAN) != plan:
-        raise DriveSimError(
-            f"{out}: holds synthetic drives of another plan (see {_PLAN}); "
-            "choose a new folder or delete this one"
-        )
-    if all(map(_is_there, stems)):
-        raise DriveSimError(
-            f"{out}: already holds these {len(stems)} drives; choose a new folder or delete it"
-        )

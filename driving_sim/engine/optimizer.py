@@ -63,8 +63,8 @@ class Muon(torch.optim.AdamW):
 
     Muon (https://kellerjordan.github.io/posts/muon) steps along the momentum with all its singular
     values made nearly equal, scaled to the size of an AdamW step (arXiv 2502.16982), so that one
-    learning rate serves both. `torch.optim.Muon` takes no convolutions and multiplies in bfloat16,
-    which many CPUs have to emulate.
+    learning rate serves both. `torch.optim.Muon` takes no convolutions and always multiplies in
+    bfloat16, which many CPUs have to emulate; here it is bfloat16 under autocast.
     """
 
     @torch.no_grad()

@@ -113,7 +113,8 @@ class Stepper:
         norms = clip_gradients(self.optimizer, limit)
         if not self._all_finite([*(loss for loss, _ in metrics), *norms.values()]):
             return False
-        self.optimizer.step()
+        with self.autocast():  # Muon's matrix products; everything else there is float32
+            self.optimizer.step()
         self.ema.update()
         for loss, named in metrics:
             self.meter.add({"loss": loss, **named})
