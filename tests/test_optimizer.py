@@ -89,6 +89,15 @@ def test_orthogonalised_matrix_keeps_its_directions_at_like_strengths(
     torch.testing.assert_close(directions, torch.diag(directions.diagonal()), atol=1e-3, rtol=0)
 
 
+def test_bfloat16_products_give_nearly_the_same_step() -> None:
+    matrix = torch.randn(48, 96, generator=torch.Generator().manual_seed(0))
+    exact = orthogonalise(matrix)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = orthogonalise(matrix)
+    assert low.dtype is torch.bfloat16
+    assert float((low - exact).norm() / exact.norm()) < 0.05
+
+
 def test_muon_steps_wide_kernels_only() -> None:
     model = nn.Sequential(
         nn.Conv2d(32, 64, 3),

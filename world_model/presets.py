@@ -31,7 +31,7 @@ TINY = WorldModelRunConfig(
     objective=ObjectiveConfig(token_noise=0.1),
     data=WorldModelDataConfig(batch_size=2),
     training=TrainingConfig(
-        minutes=30,
+        steps=1000,  # more only overfits a few minutes of video
         learning_rate=3e-3,
         warmup_steps=100,
         weight_decay=0.1,
