@@ -18,12 +18,10 @@ from driving_sim.engine.device import resolve_device
 from driving_sim.engine.errors import DriveSimError, Interrupted
 from driving_sim.engine.run_folder import CONFIG, RunConflictError, is_finished
 from driving_sim.engine.training import TrainingResult
-from driving_sim.evaluate import (
-    evaluate_action_information,
-    evaluate_control,
-    evaluate_likelihood,
-    evaluate_tokenizer,
-)
+from driving_sim.evaluate.action_information import evaluate_action_information
+from driving_sim.evaluate.control import evaluate_control
+from driving_sim.evaluate.likelihood import evaluate_likelihood
+from driving_sim.evaluate.reconstruction import evaluate_tokenizer
 from driving_sim.tokenizer.presets import PRESETS as TOKENIZER_PRESETS
 from driving_sim.tokenizer.tokenize import TokenizeSummary, tokenize
 from driving_sim.tokenizer.tokenizer import WEIGHTS, Tokenizer

@@ -1,0 +1,1 @@
+"""Measurements of trained models on drives that they have not seen: `drivesim evaluate`."""
