@@ -30,6 +30,18 @@ def test_quantised_values_are_codes_and_every_code_is_reached(levels: tuple[int,
         assert (steps.diff() >= -1e-6).all()
 
 
+def test_all_levels_are_equally_wide_where_they_are_rounded() -> None:
+    """What is spread evenly over the squashed range uses every level as often."""
+    fsq = FSQ((8, 5))
+    even = torch.linspace(-1, 1, 40001)[1:-1]
+    codes = fsq(torch.atanh(even)[:, None] - fsq.shift)
+    for channel, level in enumerate(fsq.levels):
+        _, counts = codes[:, channel].unique(return_counts=True)
+        torch.testing.assert_close(
+            counts / len(even), torch.full((level,), 1 / level), atol=2e-3, rtol=0
+        )
+
+
 def test_quantising_a_code_far_from_the_edges_keeps_it() -> None:
     fsq = FSQ((5,))
     z = torch.atanh(torch.tensor([[-1.0], [0.0], [1.0]]) / fsq.half_range)

@@ -1,7 +1,9 @@
 """Finite scalar quantisation (Mentzer et al. 2023, arXiv 2309.15505).
 
 Each of D channels is squashed into a few levels and rounded; the codebook is the product of the
-levels and needs no learning, no commitment loss and no lookup.
+levels and needs no learning, no commitment loss and no lookup. All levels are equally wide, the
+outer ones included, which the original rounds to from half as far: then all are used more evenly
+(as iFSQ, arXiv 2601.17124, has it).
 
 Axes: D channels of a code, K codes in the codebook, `...` any leading axes.
 """
@@ -12,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-_EDGE = 1e-3  # lets tanh reach the outer levels before its limits, and round to no level beyond
+_EDGE = 1e-3  # keeps tanh's limits, where it saturates, from rounding to a level beyond
 
 
 class FSQ(nn.Module):
@@ -30,7 +32,7 @@ class FSQ(nn.Module):
         self.levels = tuple(levels)
         self.codebook_size = math.prod(self.levels)
         sizes = torch.tensor(self.levels, dtype=torch.int64)
-        half_range = (sizes - 1).float() * (1 + _EDGE) / 2
+        half_range = sizes.float() * (1 - _EDGE) / 2
         offset = torch.where(sizes % 2 == 0, 0.5, 0.0)
         constants = {
             "half_range": half_range,

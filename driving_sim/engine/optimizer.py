@@ -105,12 +105,13 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     wide = wide / (1.01 * wide.norm() + 1e-7)
     gram = wide @ wide.T
-    product = torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
+    product: Tensor | None = None
     for linear, cubic, quintic in _POLAR_EXPRESS:
+        if product is not None:
+            gram = factor @ gram @ factor
         factor = torch.addmm(gram, gram, gram, beta=cubic, alpha=quintic)
         factor.diagonal().add_(linear)
-        product = factor @ product
-        gram = factor @ gram @ factor
+        product = factor if product is None else factor @ product
     orthogonal: Tensor = product @ wide
     return orthogonal.T if matrix.shape[0] > matrix.shape[1] else orthogonal
 
