@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from driving_sim.world_model.sampler import Sampling
 
 RUNS = Path("runs")
+REPORTS = RUNS / "reports"
 
 
 def _explain(error: BaseException) -> str | None:
@@ -407,38 +408,114 @@ def demo(
     typer.echo(run_demo(out, seed=seed))
 
 
+@app.command()
+def surprise(
+    run: Annotated[Path, typer.Argument(help="World-model run.")],
+    videos: Videos,
+    out: Annotated[Path, typer.Option(help="Folder for videos, pictures and JSON.")] = (
+        RUNS / "surprise"
+    ),
+    time_offset: TimeOffset = 0.0,
+    device: Device = "auto",
+) -> None:
+    """Show what a world model did not expect: heat maps over the videos, drives ranked by it."""
+    from driving_sim.measure import measure_surprise
+
+    found = measure_surprise(run, videos, out, time_offset=time_offset, device=device)
+    for drive in found["ranking"]:
+        typer.echo(f"{found['drives'][drive]['bits_per_token']:8.3f} bits per token  {drive}")
+    typer.echo(f"videos, curves and the most surprising moments -> {out}")
+
+
 @evaluate_app.command("tokenizer")
 def evaluate_tokenizer(
     run: Annotated[Path, typer.Argument(help="Tokenizer run.")],
     videos: Videos,
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = REPORTS / "tokenizer",
     fps: Fps = None,
     every: Every = None,
-    out: MetricsOut = None,
     device: Device = "auto",
 ) -> None:
-    """PSNR, SSIM and codebook use of reconstructions, per drive and overall."""
-    from driving_sim.pipeline import measure_tokenizer
+    """PSNR, SSIM, codebook use, flicker and speed of reconstructions: a report."""
+    from driving_sim.measure import measure_tokenizer
 
-    _report(measure_tokenizer(run, videos, fps=fps, every=every, device=device), out)
+    _show(measure_tokenizer(run, videos, out, fps=fps, every=every, device=device), out)
 
 
 @evaluate_app.command("world-model")
 def evaluate_world_model(
     run: Annotated[Path, typer.Argument(help="World-model run.")],
-    tokens: Annotated[Path, typer.Argument(help="Token store of held-out drives.")],
+    data: Annotated[
+        list[Path], typer.Argument(help="Held-out drives: videos, or one token store of them.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = REPORTS / "world-model",
     training_tokens: Annotated[
-        Path, typer.Option(help="Token store that the baselines are fitted on.")
+        Path, typer.Option(help="Token store that the model was trained on, for the baselines.")
     ] = RUNS / "tokens",
-    shuffles: Annotated[int, typer.Option(min=1, help="Shuffles of the actions.")] = 20,
-    out: MetricsOut = None,
+    training_videos: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Its videos, which the inverse-dynamics probe learns from; held-out drives in "
+            "them are left out. May be repeated. [default: reconstructions of the tokens]"
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A first look, in 2 minutes.")] = False,
+    fps: Annotated[float | None, typer.Option(help="Frames per second [default: the model's].")] = (
+        None
+    ),
+    every: Every = None,
+    guidance: Guidance = 1.0,
+    temperature: Temperature = 1.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = 0,
+    i3d: Annotated[
+        Path | None,
+        typer.Option(help="I3D TorchScript file: the Fréchet distance is then FVD."),
+    ] = None,
+    probe: Annotated[
+        Path | None,
+        typer.Option(help="Report whose inverse-dynamics probe is used again, to compare with it."),
+    ] = None,
+    time_offset: TimeOffset = 0.0,
+    precision: Precision = None,
     device: Device = "auto",
 ) -> None:
-    """Bits per token beside copy-last and unigram, and what the actions are worth in bits."""
-    from driving_sim.pipeline import measure_world_model
+    """Likelihood, action information, rollout quality, action fidelity, stability: a report."""
+    from dataclasses import replace
 
-    _report(
-        measure_world_model(run, tokens, training_tokens, shuffles=shuffles, device=device), out
+    from driving_sim.evaluate.world_model import FULL, QUICK
+    from driving_sim.measure import measure_world_model
+
+    sampling = _sampling(temperature, top_k, top_p, guidance, seed)
+    figures = measure_world_model(
+        run,
+        data,
+        out,
+        training_tokens=training_tokens,
+        training_videos=training_videos or (),
+        config=replace(QUICK if quick else FULL, sampling=sampling),
+        fps=fps,
+        every=every,
+        time_offset=time_offset,
+        i3d=i3d,
+        probe=probe,
+        device=device,
+        precision=precision or "auto",
     )
+    _show(figures, out)
+
+
+@evaluate_app.command("compare")
+def evaluate_compare(
+    a: Annotated[Path, typer.Argument(help="A report.")],
+    b: Annotated[Path, typer.Argument(help="Another one, measured in the same way.")],
+    out: Annotated[Path, typer.Option(help="Page to write.")] = REPORTS / "comparison.html",
+) -> None:
+    """Set two reports side by side, if they were measured under one protocol."""
+    from driving_sim.evaluate.compare import compare_reports
+
+    typer.echo(compare_reports(a, b, out))
 
 
 @evaluate_app.command("control")
@@ -460,7 +537,7 @@ def evaluate_control(
     device: Device = "auto",
 ) -> None:
     """Steer left and right from many starts: does the picture move the right way?"""
-    from driving_sim.pipeline import measure_control
+    from driving_sim.measure import measure_control
 
     sampling = _sampling(temperature, top_k, top_p, guidance, seed)
     measured = measure_control(
@@ -484,6 +561,13 @@ def _sampling(
 
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     return from_dict(Sampling, options | {"guidance": guidance, "seed": seed}, where="sampling")
+
+
+def _show(figures: dict[str, str], out: Path) -> None:
+    """Print a report's key figures and where the rest is."""
+    for label, text in figures.items():
+        typer.echo(f"{label}: {text}")
+    typer.echo(f"report -> {out / 'report.html'}")
 
 
 def _report(measured: dict[str, Any], out: Path | None) -> None:

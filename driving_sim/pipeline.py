@@ -18,10 +18,6 @@ from driving_sim.engine.device import resolve_device
 from driving_sim.engine.errors import DriveSimError, Interrupted
 from driving_sim.engine.run_folder import CONFIG, RunConflictError, is_finished
 from driving_sim.engine.training import TrainingResult
-from driving_sim.evaluate.action_information import evaluate_action_information
-from driving_sim.evaluate.control import evaluate_control
-from driving_sim.evaluate.likelihood import evaluate_likelihood
-from driving_sim.evaluate.reconstruction import evaluate_tokenizer
 from driving_sim.tokenizer.presets import PRESETS as TOKENIZER_PRESETS
 from driving_sim.tokenizer.tokenize import TokenizeSummary, tokenize
 from driving_sim.tokenizer.tokenizer import WEIGHTS, Tokenizer
@@ -110,12 +106,12 @@ def _find(
     return found
 
 
-def _find_frames(videos: Sequence[Path], *, skip_bad: bool | None) -> DriveSet:
+def find_frames(videos: Sequence[Path], *, skip_bad: bool | None) -> DriveSet:
     """Find drives whose actions will not be used: nothing that is wrong with them matters."""
     return _find(videos, skip_bad=skip_bad, actions=False)
 
 
-def _find_for(world: WorldModel, videos: Sequence[Path], time_offset: float) -> DriveSet:
+def find_for(world: WorldModel, videos: Sequence[Path], time_offset: float) -> DriveSet:
     """Find drives to start from; their steering must be of the model's kind."""
     return _find(
         videos,
@@ -128,7 +124,8 @@ def _find_for(world: WorldModel, videos: Sequence[Path], time_offset: float) -> 
     )
 
 
-def _rate(fps: float | None, every: int | None) -> dict[str, Any]:
+def frame_rate(fps: float | None, every: int | None) -> dict[str, Any]:
+    """The options `sample` takes of what a user asked for: a rate, a stride, or the default."""
     if fps is not None and every is not None:
         raise DriveSimError("--fps and --every are both given; give one")
     if fps is not None and not 0 < fps < math.inf:
@@ -146,9 +143,9 @@ def train_tokenizer_on(
     skip_bad: bool = False,
 ) -> TrainingResult:
     """Train a tokenizer on the frames of videos; their actions, if any, play no part."""
-    rate = _rate(fps, every)
+    rate = frame_rate(fps, every)
     config = request.resolve(TOKENIZER_PRESETS)
-    found = _find_frames(videos, skip_bad=skip_bad)
+    found = find_frames(videos, skip_bad=skip_bad)
     return _train_tokenizer(found, out, request, config, rate, skip_bad)
 
 
@@ -194,7 +191,7 @@ def tokenize_videos(
     With `training`, a tokenizer that is missing or unfinished is trained on these videos first:
     after everything has been checked that would stop the tokenizing later.
     """
-    rate = _rate(fps, every)
+    rate = frame_rate(fps, every)
     if training is None:
         Tokenizer.from_run(tokenizer, "cpu")
     if (out / INDEX).exists():
@@ -315,56 +312,9 @@ def _stored_context(world: WorldModel, tokens: Path, start_s: float | None) -> C
 
 
 def _one_drive(world: WorldModel, video: Path, time_offset: float) -> Drive:
-    found = _find_for(world, [video], time_offset)
+    found = find_for(world, [video], time_offset)
     if len(found.drives) > 1:
         raise DriveSimError(
             f"--context {video} holds {len(found.drives)} drives; name one of their videos"
         )
     return found.drives[0]
-
-
-def measure_tokenizer(
-    run: Path,
-    videos: Sequence[Path],
-    *,
-    fps: float | None = None,
-    every: int | None = None,
-    device: str = "auto",
-) -> dict[str, Any]:
-    """Evaluate a tokenizer's reconstructions of videos."""
-    tokenizer = Tokenizer.from_run(run, device)
-    rate = _rate(fps, every)
-    found = _find_frames(videos, skip_bad=None)
-    return evaluate_tokenizer(tokenizer, [sample(drive, **rate) for drive in found.drives])
-
-
-def measure_world_model(
-    run: Path, tokens: Path, training_tokens: Path, *, shuffles: int = 20, device: str = "auto"
-) -> dict[str, Any]:
-    """Evaluate a world model's likelihood of held-out tokens, and what their actions add to it."""
-    world = WorldModel.from_run(run, device)
-    heldout, training = TokenStore(tokens), TokenStore(training_tokens)
-    heldout.verify()
-    return {
-        "likelihood": evaluate_likelihood(world, heldout, training),
-        "action_information": evaluate_action_information(world, heldout, shuffles=shuffles),
-    }
-
-
-def measure_control(
-    run: Path,
-    videos: Sequence[Path],
-    *,
-    starts: int = 10,
-    seconds: float = 2.0,
-    sampling: Sampling,
-    time_offset: float = 0.0,
-    sheet: Path | None = None,
-    device: str = "auto",
-) -> dict[str, Any]:
-    """Evaluate whether a world model turns the way it is steered, from starts in videos."""
-    world = WorldModel.from_run(run, device)
-    found = _find_for(world, videos, time_offset)
-    return evaluate_control(
-        world, found.drives, starts=starts, seconds=seconds, sampling=sampling, sheet=sheet
-    )

@@ -3,12 +3,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.evaluate import action_information
 from driving_sim.evaluate.action_information import (
     _block_permutation,
-    _bootstrap,
     evaluate_action_information,
 )
 from driving_sim.world_model.bits import (
@@ -17,6 +17,8 @@ from driving_sim.world_model.bits import (
 from driving_sim.world_model.world_model import WorldModel
 from tests.test_world_model import new_world
 from tests.token_drives import FPS, write_store
+
+OVER_SHUFFLED = "gain_over_shuffled_bits_per_frame"
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +49,12 @@ def test_constant_actions_carry_no_information(
 ) -> None:
     """Shuffling what is the same everywhere changes nothing; shuffling what varies does."""
     heldout = write_store(tmp_path / "heldout", [60], fingerprint=world.tokenizer.fingerprint)
-    gains = evaluate_action_information(world, heldout, shuffles=2)["gain_bits_per_frame"]
+    gains = evaluate_action_information(world, heldout, shuffles=2).metrics[OVER_SHUFFLED]
     assert gains["steering"]["mean"] != 0.0
     drive = heldout.drives[0]
     constant = np.ones_like(drive.actions)
     monkeypatch.setattr(type(drive), "actions", property(lambda self: constant))
-    gains = evaluate_action_information(world, heldout, shuffles=2)["gain_bits_per_frame"]
+    gains = evaluate_action_information(world, heldout, shuffles=2).metrics[OVER_SHUFFLED]
     assert abs(gains["both"]["mean"]) < 1e-4
 
 
@@ -76,12 +78,26 @@ def test_an_unknown_action_is_shuffled_as_unknown(
     evaluate_action_information(world, heldout, shuffles=2)
     assert len(seen) == 3
     for actions, valid in seen:
-        for variant, mask in zip(actions, valid, strict=True):
+        for variant, mask in zip(actions[:-1], valid[:-1], strict=True):
             for channel in range(2):
                 found = np.sort(variant[mask[:, channel], channel])
                 assert np.array_equal(found, np.sort(drive.actions[known, channel]))
-    moved = [[(mask != valid[0]).any(axis=0).tolist() for mask in valid[1:]] for _, valid in seen]
+    moved = [[(mask != valid[0]).any(axis=0).tolist() for mask in valid[1:-1]] for _, valid in seen]
     assert moved == [[[True, False]] * 2, [[False, True]] * 2, [[True, True]] * 2]
+    # The last variant knows nothing of the channels in question, and all of the others.
+    hidden = [[not valid[-1, :, c].any() for c in range(2)] for _, valid in seen]
+    assert hidden == [[True, False], [False, True], [True, True]]
+
+
+def test_actions_say_nothing_to_a_model_without_conditioning(tmp_path: Path) -> None:
+    deaf = new_world()
+    with torch.no_grad():
+        deaf.transformer.action.out.weight.zero_()
+    heldout = write_store(tmp_path / "heldout", [60], fingerprint=deaf.tokenizer.fingerprint)
+    metrics = evaluate_action_information(deaf, heldout, shuffles=2).metrics
+    for over in ("shuffled", "null"):
+        for gain in metrics[f"gain_over_{over}_bits_per_frame"].values():
+            assert abs(gain["mean"]) < 1e-4
 
 
 def test_block_permutation_moves_whole_blocks() -> None:
@@ -89,11 +105,3 @@ def test_block_permutation_moves_whole_blocks() -> None:
     assert sorted(order) == list(range(23))
     assert order[20:].tolist() == [20, 21, 22]
     assert all(np.diff(block).tolist() == [1] * 4 for block in order[:20].reshape(4, 5))
-
-
-def test_bootstrap_interval_holds_the_mean_and_shrinks_with_data() -> None:
-    rng = np.random.default_rng(0)
-    few, many = (_bootstrap(rng.normal(1.0, 1.0, n), rng) for n in (20, 2000))
-    for found in (few, many):
-        assert found["low"] < found["mean"] < found["high"]
-    assert many["high"] - many["low"] < (few["high"] - few["low"]) / 3

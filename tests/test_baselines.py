@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from driving_sim.data.token_store import TokenStore
-from driving_sim.world_model.baselines import CopyLast, Unigram
+from driving_sim.world_model.baselines import CopyLast, TimeBigram, Unigram
 from driving_sim.world_model.bits import FullWindows
 from tests.token_drives import write_store
 
@@ -49,6 +49,42 @@ def test_copy_last_mixes_the_frame_before_with_the_unigram(store: TokenStore) ->
     assert found.accuracy[n] == pytest.approx((now == last).mean())
     everything_new = CopyLast(unigram, 1.0).bits_per_token(windows).bits
     assert np.allclose(everything_new, unigram.bits_per_token(windows).bits)
+
+
+def test_bigram_counts_what_followed_each_code(store: TokenStore) -> None:
+    fitted = TimeBigram.fit(store.drives)
+    counts = np.zeros((9, 9))
+    for drive in store.drives:
+        for begin, stop in drive.entry.segments:
+            tokens = drive.tokens[begin:stop]
+            np.add.at(counts, (tokens[:-1].ravel(), tokens[1:].ravel()), 1)
+    prior = fitted.strength * fitted.unigram.probabilities
+    table = (counts + prior) / (counts.sum(1, keepdims=True) + fitted.strength)
+    assert np.allclose(table.sum(1), 1)
+    windows = FullWindows(store.drives, frames=3)
+    found = fitted.bits_per_token(windows)
+    now, last = windows.last_frames()
+    assert np.allclose(found.bits, -np.log2(table[last, now]).mean(1))
+    assert np.allclose(found.accuracy, (table.argmax(1)[last] == now).mean(1))
+
+
+def test_bigram_knows_a_rule_that_copying_does_not(tmp_path: Path) -> None:
+    """Each code is followed by the next one: never the same, always the same way."""
+    store = write_store(tmp_path / "tokens", (30,))
+    drive = store.drives[0]
+    counting = (drive.tokens[:1] + np.arange(30)[:, None, None]) % 9
+
+    class Counting:
+        info, entry, tokens = drive.info, drive.entry, counting
+
+        def __len__(self) -> int:
+            return 30
+
+    fitted = TimeBigram.fit([Counting()])  # type: ignore[list-item]
+    size = len(fitted.totals)
+    after = np.arange(size)
+    assert np.allclose(fitted._probability(after, (after + 1) % size, 0), 1, atol=0.05)
+    assert (fitted._most_probable() == (after + 1) % size).all()
 
 
 def test_a_world_that_stands_still_is_copied_for_nothing(tmp_path: Path) -> None:

@@ -1,17 +1,21 @@
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 
 from driving_sim.data.token_store import TokenStore
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.world_model.bits import (
     FullWindows,
+    TokenBits,
     bits_per_token,
     streamed_bits,
     streamed_bits_per_token,
+    streamed_token_bits,
 )
 from tests.test_transformer import CONFIG, random_model
 from tests.token_drives import write_store
@@ -100,6 +104,46 @@ def test_streamed_variants_of_the_actions_are_judged_apart(store: TokenStore) ->
     for other in (2, 3):
         assert bits[other, :4] == pytest.approx(bits[0, :4], abs=1e-5)
         assert bits[other, 4] != pytest.approx(bits[0, 4], abs=1e-5)
+
+
+def test_tokens_are_judged_where_they_stand(store: TokenStore) -> None:
+    """Streamed, and in windows of their own, as the model's probabilities say."""
+    model, drive = random_model(), store.drives[1]
+    actions, valid = drive.actions[None, :W], drive.action_valid[None, :W]
+    *_, streamed = streamed_token_bits(model, drive.tokens[:W], actions, valid)
+    watched: list[TokenBits] = []
+    windows = FullWindows([drive], frames=W)
+    found = bits_per_token(model, windows, batch_size=3, watch=watched.append)
+    batch = windows.batch(slice(0, 1))
+    batch["valid"] = batch.pop("action_valid")
+    with torch.no_grad():
+        chances = rearrange(model(**batch)[0, -1].softmax(-1), "r c k -> (r c) k").numpy()
+    tokens = drive.tokens[W - 1].ravel()
+    for judged in (streamed, watched[0]):
+        cost = -np.log2(chances[np.arange(len(tokens)), tokens])
+        assert judged.bits[0].numpy() == pytest.approx(cost, abs=1e-4)
+        assert judged.right[0].tolist() == (chances.argmax(-1) == tokens).tolist()
+        assert judged.confidence[0].numpy() == pytest.approx(chances.max(-1), abs=1e-5)
+    means = np.concatenate([judged.means() for judged in watched], axis=1)
+    assert np.array_equal(means, [found.bits, found.accuracy])
+
+
+def test_tokens_are_taken_one_frame_at_a_time(store: TokenStore) -> None:
+    model, drive = random_model().train(), store.drives[1]
+    taken = []
+
+    def frames() -> Iterator[torch.Tensor]:
+        for frame in drive.tokens:
+            taken.append(frame)
+            yield torch.from_numpy(frame.astype(np.int64))
+
+    actions, valid = drive.actions[None], drive.action_valid[None]
+    for number, _ in enumerate(streamed_token_bits(model, frames(), actions, valid), 1):
+        assert len(taken) == number
+        assert model.training
+        assert torch.ones(1, requires_grad=True).mul(2).requires_grad
+    with pytest.raises(ValueError, match="zip"):
+        list(streamed_token_bits(model, drive.tokens[:4], actions, valid))
 
 
 def test_measuring_leaves_the_model_as_it_was(store: TokenStore) -> None:

@@ -85,9 +85,11 @@ def test_a_branched_prefix_goes_on_as_the_sequence_itself(known: int) -> None:
     tail["previous"] = inputs["tokens"][:, known - 1].repeat_interleave(3, 0)
     kept = prefix.keys.clone()
     for _ in range(2):  # the prefix serves again, unchanged
-        branches = cached_logits(model, prefix.branch(3), tail, by_wave=True)
-        for branch in branches:
-            torch.testing.assert_close(branch, whole[0, known:], atol=1e-4, rtol=1e-4)
+        branches = cached_logits(
+            model, prefix.branch(torch.zeros(3, dtype=torch.int64)), tail, by_wave=True
+        )
+        for logits in branches:
+            torch.testing.assert_close(logits, whole[0, known:], atol=1e-4, rtol=1e-4)
     assert torch.equal(prefix.keys, kept)
 
 

@@ -2,12 +2,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.evaluate.likelihood import evaluate_likelihood
-from driving_sim.world_model.baselines import CopyLast
+from driving_sim.evaluate.likelihood import Calibration, evaluate_likelihood
+from driving_sim.world_model.baselines import CopyLast, TimeBigram
 from driving_sim.world_model.bits import (
     FullWindows,
+    TokenBits,
     bits_per_token,
     streamed_bits_per_token,
 )
@@ -38,16 +40,55 @@ def test_likelihood_of_an_untrained_model_is_that_of_its_codebook(
     training = write_store(tmp_path / "training", (41, 40, 40, 40), fingerprint=fingerprint)
     # Its drive has the id of one of the training drives, but is another.
     heldout = write_store(tmp_path / "heldout", [40], fingerprint=fingerprint)
-    found = evaluate_likelihood(untrained, heldout, training)
-    frames = untrained.context_frames
+    found = evaluate_likelihood(untrained, heldout, training).metrics
+    frames, bits = untrained.context_frames, found["bits_per_token"]
     assert found["frames"] == 40 - frames + 1
-    assert found["bits_per_token"] == pytest.approx(np.log2(9), abs=1e-5)
+    assert bits["model"]["mean"] == pytest.approx(np.log2(9), abs=1e-5)
+    assert found["by_position"] == pytest.approx([np.log2(9)] * frames, abs=1e-5)
     windows = FullWindows(heldout.drives, frames=frames)
     copied = CopyLast.fit(training.select(["1", "2"]))
-    assert found["copy_last_bits_per_token"] == copied.bits_per_token(windows).mean
-    assert found["unigram_bits_per_token"] == copied.unigram.bits_per_token(windows).mean
+    assert bits["copy_last"]["mean"] == copied.bits_per_token(windows).mean
+    assert bits["unigram"]["mean"] == copied.unigram.bits_per_token(windows).mean
     everywhere = CopyLast.fit(training.drives).bits_per_token(windows).mean
-    assert found["copy_last_bits_per_token"] != everywhere
+    assert bits["copy_last"]["mean"] != everywhere
+    bigram = TimeBigram.fit(training.select(["1", "2"])).bits_per_token(windows)
+    assert bits["time_bigram"]["mean"] == bigram.mean
+    for each in bits.values():
+        assert each["low"] <= each["mean"] <= each["high"]
+
+
+def test_every_place_of_a_window_is_judged_as_its_last_is(
+    world: WorldModel, tmp_path: Path
+) -> None:
+    """A window of W frames is one of the full ones: the curve's end is their mean."""
+    fingerprint, frames = world.tokenizer.fingerprint, world.context_frames
+    heldout = write_store(tmp_path / "heldout", [4 * frames], fingerprint=fingerprint)
+    training = write_store(tmp_path / "training", [30], fingerprint=fingerprint)
+    found = evaluate_likelihood(world, heldout, training, stride=frames).metrics
+    assert found["frames"] == 4
+    assert found["by_position"][-1] == pytest.approx(found["bits_per_token"]["model"]["mean"])
+
+
+def test_a_model_that_draws_from_its_own_probabilities_is_calibrated() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(200, 50, 9, generator=generator)
+    drawn = torch.multinomial(logits.flatten(0, 1).softmax(-1), 1, generator=generator)
+    tokens = drawn.view(200, 50)
+    calibration, sure, off = Calibration(), Calibration(), Calibration()
+    for part in range(0, 200, 50):  # in batches, as they come
+        chosen = slice(part, part + 50)
+        calibration.add(TokenBits.judge(logits[chosen], tokens[chosen]))
+        sure.add(TokenBits.judge(3 * logits[chosen], tokens[chosen]))
+        off.add(TokenBits.judge(-logits[chosen], tokens[chosen]))
+    found = calibration.metrics()
+    assert found["expected_error"] < 0.02
+    assert sum(found["share"]) == pytest.approx(1)
+    bins = zip(found["confidence"], found["accuracy"], found["share"], strict=True)
+    for confidence, accuracy, share in bins:
+        if share > 0.02:
+            assert accuracy == pytest.approx(confidence, abs=0.06)
+    assert sure.metrics()["expected_error"] > 0.1
+    assert off.metrics()["expected_error"] > 0.1
 
 
 def test_drives_that_were_trained_on_are_refused(world: WorldModel, tmp_path: Path) -> None:
@@ -66,7 +107,7 @@ def test_streamed_bits_are_compared_on_frames_that_the_cache_outlived(
     frames = world.context_frames
     for length in (2 * frames, 5 * frames):
         heldout = write_store(tmp_path / str(length), [length], fingerprint=fingerprint)
-        share = evaluate_likelihood(world, heldout, training)["streamed_over_recomputed"]
+        share = evaluate_likelihood(world, heldout, training).metrics["streamed_over_recomputed"]
         if length == 2 * frames:
             assert share is None
             continue

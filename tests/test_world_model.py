@@ -200,6 +200,26 @@ def test_a_rollout_is_generated_tokens_decoded(world: WorldModel) -> None:
     assert (rollout.sampling_log_probs >= rollout.log_probs - 1e-5).all()
 
 
+def test_contexts_encoded_together_go_on_as_they_would_alone(world: WorldModel) -> None:
+    drives = [turning_drive(12, seed) for seed in range(3)]
+    tokens, actions = (np.stack([drive[i] for drive in drives]) for i in (0, 1))
+    valid = np.stack([[True, False]] * 5)[None].repeat(3, 0)
+    sampling = Sampling(seed=1, guidance=2.0)
+    together = world.encode_prefix(tokens[:, :6], actions[:, :5], valid)
+    found, log_probs = stacked(
+        list(world.generate(together, actions[:, 5:9], samples=2, sampling=sampling))
+    )
+    for number in range(3):
+        alone = world.encode_prefix(tokens[number, :6], actions[number, :5], valid[number])
+        future = actions[number, 5:9]
+        expected = stacked(list(world.generate(alone, future, samples=2, sampling=sampling)))
+        own = slice(2 * number, 2 * number + 2)
+        assert torch.equal(found[own], expected[0])
+        torch.testing.assert_close(log_probs[own], expected[1], atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="2 branches of 3 contexts"):
+        next(world.generate(together, actions[:2, 5:9]))
+
+
 def test_generating_holds_no_state_of_torch_between_frames(world: WorldModel) -> None:
     prefix = world.encode_prefix(np.zeros((2, ROWS, COLS), np.int64), np.zeros((1, 2)))
     for _ in world.generate(prefix, np.zeros((2, 2))):

@@ -45,8 +45,17 @@ class PerceptualLoss(nn.Module):
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """Return the mean distance, a scalar, between pictures [B, 3, H, W] in [-1, 1]."""
+        return self.distances(images, others).mean()
+
+    def distances(self, images: Tensor, others: Tensor) -> Tensor:
+        """Return the distances [B] between pictures [B, 3, H, W] in [-1, 1]."""
         distance: Tensor = self.network(images, others)
-        return distance.float().mean()
+        return distance.float().flatten(1).mean(1)
+
+
+def has_vgg16_weights() -> bool:
+    """Whether the VGG-16 weights are in torch's hub cache already."""
+    return (Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG16_URL).name).is_file()
 
 
 def vgg16_weights() -> dict[str, Tensor]:

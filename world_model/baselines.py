@@ -15,6 +15,7 @@ from driving_sim.data.token_store import DriveTokens
 from driving_sim.world_model.bits import FrameBits, FullWindows
 
 _PSEUDO_COUNT = 0.5  # Krichevsky-Trofimov: an unseen code is not impossible
+_STRENGTHS = tuple(2.0**power for power in range(-2, 13))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,75 @@ class CopyLast:
         probabilities += (1 - self.change) * (tokens == last)
         right = tokens == last
         return windows.judged(-np.log2(probabilities).mean(1), right.mean(1))
+
+
+@dataclass(frozen=True, slots=True)
+class TimeBigram:
+    """The token given the one before it at the same place: `(n(a, b) + s u(b)) / (n(a) + s)`.
+
+    Counts of pairs, filled up with `strength` draws from the unigram: a Dirichlet prior, as in
+    MacKay and Peto 1995 (https://doi.org/10.1017/S1351324900000218).
+    """
+
+    unigram: Unigram
+    strength: float
+    pairs: NDArray[np.int64]
+    """Codes of the pairs that occurred, `before * K + after`, ascending."""
+    counts: NDArray[np.int64]
+    """How often each occurred."""
+    totals: NDArray[np.int64]
+    """[K], how often each code was followed by any."""
+
+    @classmethod
+    def fit(cls, drives: Sequence[DriveTokens]) -> Self:
+        """Count the pairs, and find the strength that best foretells each without itself."""
+        unigram = Unigram.fit(drives)
+        size = len(unigram.probabilities)
+        codes = [
+            before.astype(np.int64).ravel() * size + after.ravel()
+            for before, after in _transitions(drives)
+        ]
+        pairs, counts = np.unique(np.concatenate(codes), return_counts=True)
+        totals = np.zeros(size, np.int64)
+        np.add.at(totals, pairs // size, counts)
+        fits = [cls(unigram, strength, pairs, counts, totals) for strength in _STRENGTHS]
+        return max(fits, key=cls._left_out_likelihood)
+
+    def bits_per_token(self, windows: FullWindows) -> FrameBits:
+        """Judge the last frame of every window."""
+        tokens, last = windows.last_frames()
+        bits = -np.log2(self._probability(last, tokens, 0))
+        best = self._most_probable()
+        return windows.judged(bits.mean(1), (best[last] == tokens).mean(1))
+
+    def _probability(
+        self, before: NDArray[np.int64], after: NDArray[np.int64], left_out: int
+    ) -> NDArray[np.float64]:
+        """Probabilities of `after` given `before`, with so many of each pair's own counts gone."""
+        codes = before * len(self.totals) + after
+        place = np.minimum(np.searchsorted(self.pairs, codes), len(self.pairs) - 1)
+        count = np.where(self.pairs[place] == codes, self.counts[place], 0) - left_out
+        prior = self.strength * self.unigram.probabilities[after]
+        found: NDArray[np.float64] = (count + prior) / (
+            self.totals[before] - left_out + self.strength
+        )
+        return found
+
+    def _left_out_likelihood(self) -> float:
+        size = len(self.totals)
+        probability = self._probability(self.pairs // size, self.pairs % size, 1)
+        return float((self.counts * np.log(probability)).sum())
+
+    def _most_probable(self) -> NDArray[np.int64]:
+        """[K], the likeliest code after each."""
+        size, prior = len(self.totals), self.strength * self.unigram.probabilities
+        best = np.full(size, prior.argmax())
+        weight = self.counts + prior[self.pairs % size]
+        order = np.argsort(weight, kind="stable")
+        # The heaviest pair of each code comes last, and the last assignment stays.
+        likely = self.pairs[order[weight[order] >= prior.max()]]
+        best[likely // size] = likely % size
+        return best
 
 
 def _transitions(

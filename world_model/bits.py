@@ -1,18 +1,20 @@
 """Bits per token, frame by frame: how well a model predicts drives that it has not seen.
 
-Axes: n windows or frames, B batch, W frames of context, P = rows * cols tokens of a frame.
+Axes: n windows or frames, B batch, V variants of the actions, N frames of a run without a gap,
+W frames of context, P = rows * cols tokens of a frame, r c rows and columns.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from driving_sim.data.token_store import DriveTokens
@@ -20,6 +22,30 @@ from driving_sim.data.token_windows import WindowIndex, load_windows
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.world_model.cache import RingCache, encode_frame
 from driving_sim.world_model.transformer import Transformer
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBits:
+    """One value per token of B frames, on the model's device."""
+
+    bits: Tensor
+    """[B, P]: minus the logarithm of the probability that the token had, its surprise."""
+    right: Tensor
+    """Bool [B, P], whether it was the model's most probable one."""
+    confidence: Tensor
+    """[B, P], the probability of the model's most probable one."""
+
+    @classmethod
+    def judge(cls, logits: Tensor, tokens: Tensor) -> Self:
+        """Judge tokens [B, P] under logits [B, P, K]."""
+        log_probs = logits.float().log_softmax(-1)
+        bits = -log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) / math.log(2)
+        return cls(bits, logits.argmax(-1) == tokens, log_probs.amax(-1).exp())
+
+    def means(self) -> NDArray[np.float64]:
+        """Mean bits and accuracy of each frame, [2, B]."""
+        means = torch.stack([self.bits.mean(-1), self.right.float().mean(-1)])
+        return means.double().cpu().numpy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +131,13 @@ def bits_per_token(
     action_valid: NDArray[np.bool_] | None = None,
     batch_size: int = 4,
     advance: Callable[[int], object] = lambda frames: None,
+    watch: Callable[[TokenBits], object] = lambda judged: None,
 ) -> FrameBits:
     """Judge the last frame of every window, recomputing each window as training does.
 
     `actions` and `action_valid` [n, W, 2] replace the windows' own (shuffled ones, say). `advance`
-    is called with the number of frames judged since.
+    is called with the number of frames judged since, `watch` with their tokens, in the windows'
+    order.
     """
     actions = windows.actions if actions is None else actions
     action_valid = windows.action_valid if action_valid is None else action_valid
@@ -131,7 +159,9 @@ def bits_per_token(
                 torch.from_numpy(actions[chosen]).to(device),
                 torch.from_numpy(action_valid[chosen]).to(device),
             )
-            found.append(_judge(F.linear(hidden[:, -1], tables.output), tokens[:, -1]))
+            judged = TokenBits.judge(F.linear(hidden[:, -1], tables.output), tokens[:, -1])
+            found.append(judged.means())
+            watch(judged)
             advance(len(tokens))
     return windows.judged(*np.concatenate(found, axis=1))
 
@@ -150,9 +180,9 @@ def streamed_bits(
     the drive's own, `actions[:, t]` leading from frame t of these to frame t + 1, and `valid`
     [V, N, 2] says which are known.
     """
-    with _frozen(model):
-        frames = _streamed(model, drive, begin, actions, valid)
-        return np.stack([bits for bits, _ in frames], axis=1)
+    tokens = drive.tokens[begin : begin + actions.shape[1]]
+    frames = streamed_token_bits(model, tokens, actions, valid)
+    return np.stack([frame.means()[0] for frame in frames], axis=1)
 
 
 def streamed_bits_per_token(
@@ -170,47 +200,46 @@ def streamed_bits_per_token(
     """
     places: list[tuple[int, int]] = []
     found: list[NDArray[np.float64]] = [np.empty((2, 0))]
-    with _frozen(model):
-        for number, drive in enumerate(drives):
-            for begin, end in drive.entry.segments:
-                if end - begin <= first:
-                    continue
-                last = end if stop is None else min(begin + stop, end)
-                actions = drive.actions[None, begin:last]
-                valid = drive.action_valid[None, begin:last]
-                found += list(_streamed(model, drive, begin, actions, valid))[first:]
-                places += [(number, frame) for frame in range(begin + first, last)]
-            advance(1)
+    for number, drive in enumerate(drives):
+        for begin, end in drive.entry.segments:
+            if end - begin <= first:
+                continue
+            last = end if stop is None else min(begin + stop, end)
+            actions = drive.actions[None, begin:last]
+            valid = drive.action_valid[None, begin:last]
+            frames = streamed_token_bits(model, drive.tokens[begin:last], actions, valid)
+            found += [frame.means() for frame in frames][first:]
+            places += [(number, frame) for frame in range(begin + first, last)]
+        advance(1)
     drive_n, frame_n = np.array(places, np.int64).reshape(-1, 2).T
     return FrameBits(drive_n, frame_n, *np.concatenate(found, axis=1))
 
 
-def _streamed(
+def streamed_token_bits(
     model: Transformer,
-    drive: DriveTokens,
-    begin: int,
+    tokens: Iterable[ArrayLike],
     actions: NDArray[np.float32],
     valid: NDArray[np.bool_],
-) -> Iterator[NDArray[np.float64]]:
-    """Yield bits and accuracy [2, V] of one frame after the other."""
-    variants, count, _ = actions.shape
+) -> Iterator[TokenBits]:
+    """Judge the tokens of a run without a gap, frame after frame, as a rollout would meet them.
+
+    `tokens` are N frames [r, c], taken one at a time: memory does not grow with their number.
+    `actions` and `valid` [V, N, 2] are as in `streamed_bits`; B is V.
+    """
     device, none = model.source.device, model.grid.codebook_size
-    tables = model.tables()
-    cache = RingCache(model, variants, device, tables.output.dtype)
-    previous = torch.full((variants, model.order.tokens), none, device=device)
-    led, known = np.zeros((variants, 2), np.float32), np.zeros((variants, 2), np.bool_)
-    for t in range(count):
-        frame = drive.tokens[begin + t].astype(np.int64).ravel()
-        values = (np.tile(frame, (variants, 1)), np.array(led), np.array(known))
-        tokens, *action = (torch.from_numpy(value).to(device) for value in values)
-        hidden = encode_frame(model, tables, cache, tokens, previous, *action)
-        yield _judge(F.linear(hidden, tables.output), tokens)
-        previous, led, known = tokens, actions[:, t], valid[:, t]
-
-
-def _judge(logits: Tensor, tokens: Tensor) -> NDArray[np.float64]:
-    """Return mean bits and accuracy [2, B] of tokens [B, P] under logits [B, P, K]."""
-    log_probs = logits.float().log_softmax(-1)
-    bits = -log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) / math.log(2)
-    right = logits.argmax(-1) == tokens
-    return torch.stack([bits.mean(-1), right.float().mean(-1)]).double().cpu().numpy()
+    led, known = np.zeros_like(actions[:, 0]), np.zeros_like(valid[:, 0])
+    with _frozen(model):
+        tables = model.tables()
+        cache = RingCache(model, len(actions), device, tables.output.dtype)
+        before = torch.full((len(actions), model.order.tokens), none, device=device)
+    led_NVA, known_NVA = (rearrange(each, "v n a -> n v a") for each in (actions, valid))
+    for frame, next_led, next_known in zip(tokens, led_NVA, known_NVA, strict=True):
+        values = (np.asarray(frame).astype(np.int64).ravel(), np.array(led), np.array(known))
+        # Frozen for each frame anew: between two of them the caller's own code runs.
+        with _frozen(model):
+            one, *action = (torch.from_numpy(value).to(device) for value in values)
+            tokens_VP = one.expand(len(actions), -1)
+            hidden = encode_frame(model, tables, cache, tokens_VP, before, *action)
+            judged = TokenBits.judge(F.linear(hidden, tables.output), tokens_VP)
+        yield judged
+        before, led, known = tokens_VP, next_led, next_known

@@ -72,12 +72,13 @@ class RingCache:
         )
         return rearrange(seen, "b g (m n) e -> b (g m) n e", n=q.shape[2]).to(q.dtype)
 
-    def branch(self, batch: int) -> Self:
-        """Return a copy for `batch` futures of the one sequence that this cache holds."""
-        copy = type(self)(self.model, batch, self.keys.device, self.keys.dtype)
+    def branch(self, rows: Tensor) -> Self:
+        """Return a copy whose sequence i goes on from this cache's sequence `rows[i]`."""
+        copy = type(self)(self.model, len(rows), self.keys.device, self.keys.dtype)
         filled = min(self.frame + 1, self.frames) * self.slots
-        copy.keys[:, :, :, :filled] = self.keys[:, :, :, :filled]
-        copy.values[:, :, :, :filled] = self.values[:, :, :, :filled]
+        rows = rows.to(self.keys.device)
+        copy.keys[:, :, :, :filled] = self.keys[:, rows, :, :filled]
+        copy.values[:, :, :, :filled] = self.values[:, rows, :, :filled]
         copy._mask.copy_(self._mask)
         copy.frame = self.frame
         return copy

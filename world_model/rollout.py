@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from driving_sim.data.action_file import STEERING
-from driving_sim.data.drive import Drive, sample
+from driving_sim.data.drive import Drive, SampledDrive, sample
 from driving_sim.data.frame_size import FrameSize
 from driving_sim.data.timing import RATE_TOLERANCE
 from driving_sim.data.token_store import DriveTokens
@@ -92,11 +92,11 @@ def _context_range(
     return max(first, last + 1 - context_frames), last + 1
 
 
-def context_from_drive(world: WorldModel, drive: Drive, start_s: float | None) -> Context:
-    """Take the context from a drive, at the model's frame rate and size.
+def sample_for(world: WorldModel, drive: Drive) -> SampledDrive:
+    """Sample a drive at the model's frame rate.
 
     What the model's training data did not have, a steering or a speed, counts as unknown. Raises
-    DriveSimError where `start_s` is outside the drive or the steering kind not the model's.
+    DriveSimError where the steering kind or the frame rate is not the model's.
     """
     if drive.log is not None:
         log = replace(drive.log, has=drive.log.has & world.known_channels)
@@ -106,13 +106,27 @@ def context_from_drive(world: WorldModel, drive: Drive, start_s: float | None) -
                 f"{world.steering_kind}; give the actions in that kind"
             )
         drive = replace(drive, log=log)
-    size = FrameSize(height=world.tokenizer.height, width=world.tokenizer.width)
     sampled = sample(drive, fps=world.fps)
+    if sampled.fps == 0:
+        raise DriveSimError(
+            f"{drive.id}: no two frames in a row at the model's {world.fps:.3g} frames/s; "
+            "use a longer video"
+        )
     if abs(sampled.fps / world.fps - 1) > RATE_TOLERANCE:
         raise DriveSimError(
             f"{drive.id}: its {sampled.fps:.3g} frames/s are too far from the model's "
             f"{world.fps:.3g}; use a video of that rate or more"
         )
+    return sampled
+
+
+def context_from_drive(world: WorldModel, drive: Drive, start_s: float | None) -> Context:
+    """Take the context from a drive, as `sample_for` samples it, at the model's frame size.
+
+    Raises DriveSimError as that does, and where `start_s` is outside the drive.
+    """
+    size = FrameSize(height=world.tokenizer.height, width=world.tokenizer.width)
+    sampled = sample_for(world, drive)
     begin, end = _context_range(
         sampled.timestamps, sampled.segments, start_s, world.context_frames + 1, drive.id
     )

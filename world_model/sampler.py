@@ -4,6 +4,7 @@ Axes: B futures, P = rows * cols tokens, S slots, K codes, n tokens of a wave, A
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 from driving_sim.engine.device import autocast
 from driving_sim.world_model.cache import RingCache
 from driving_sim.world_model.transformer import Tables, Transformer
+
+Choose = Callable[[Tensor, Tensor], Tensor]
+"""(logits float32 [B, n, K] of a wave, raster numbers [n] of its tokens) -> tokens [B, n]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,8 +124,54 @@ def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
     return (total <= (uniform * total[..., -1]).unsqueeze(-1)).sum(-1)
 
 
+class WavePasses:
+    """Continues B sequences frame by frame: one cached pass per wave, whoever chooses its tokens.
+
+    The same passes serve whoever draws tokens, knows them or reads them: the logits are the same to
+    the last bit.
+    """
+
+    def __init__(
+        self, model: Transformer, tables: Tables, cache: RingCache, tokens: Tensor
+    ) -> None:
+        """Start after the frames `tokens` [B, P] that the B sequences of `cache` end with."""
+        self.model, self.tables, self.cache, self.tokens = model, tables, cache, tokens
+        self._sources = [model.source[wave.start : wave.stop] for wave in model.order.waves]
+        self._targets = [model.target[wave.first : wave.stop] for wave in model.order.waves]
+
+    @torch.inference_mode()
+    def step(self, actions: Tensor, valid: Tensor, choose: Choose) -> Tensor:
+        """Return the tokens [B, P] of the frame that `actions` and `valid` [B, 2] lead to.
+
+        `choose` is called for one wave after the other. The passes are in the number format of the
+        cache.
+        """
+        with autocast(self.cache.keys.device, self.cache.keys.dtype):
+            return self._step(actions, valid, choose)
+
+    def _step(self, actions: Tensor, valid: Tensor, choose: Choose) -> Tensor:
+        self.cache.begin_frame()
+        base = self.model.frame_base(
+            self.tables, self.tokens[:, None], actions[:, None], valid[:, None]
+        )[:, 0]
+        cos, sin = self.model.rotary(torch.tensor([self.cache.frame], device=base.device))
+        none = self.model.grid.codebook_size
+        tokens = F.pad(torch.full_like(self.tokens, none), (0, 1), value=none)
+        waves = self.model.order.waves
+        for wave, source, target in zip(waves, self._sources, self._targets, strict=True):
+            span = slice(wave.start, wave.stop)
+            x = base[:, span] + F.embedding(tokens[:, source], self.tables.token)
+            self.cache.begin_pass(wave.start, wave.stop)
+            hidden = self.model.hidden(x, (cos[span], sin[span]), self.cache.attend)
+            if wave.first < wave.stop:
+                logits = F.linear(hidden[:, wave.first - wave.start :], self.tables.output)
+                tokens[:, target] = choose(logits.float(), target)
+        self.tokens = tokens[:, :-1]
+        return self.tokens
+
+
 class FrameSampler:
-    """Continues B futures frame by frame: one cached pass and one draw per wave."""
+    """Continues B futures frame by frame, drawing the tokens of one wave after the other."""
 
     def __init__(
         self,
@@ -132,19 +182,19 @@ class FrameSampler:
         *,
         samples: Tensor,
         sampling: Sampling,
+        contexts: Tensor | None = None,
     ) -> None:
-        """Start after the frame `last` [1 or B, P] that `cache`, of one sequence, ends with.
+        """Start after the frames `last` [C, P] that the C sequences of `cache` end with.
 
         `samples` int64 [B] numbers the draws: futures with the same number share theirs.
+        `contexts` int64 [B] says which sequence each future goes on from: the first by default.
         """
-        self.model, self.tables, self.sampling = model, tables, sampling
+        self.model, self.sampling, self.samples = model, sampling, samples
         self.streams = 1 if sampling.guidance == 1 else 2
-        self.samples = samples
-        self.cache = cache.branch(self.streams * len(samples))
-        self.tokens = last.expand(len(samples), -1)
+        contexts = torch.zeros_like(samples) if contexts is None else contexts
+        rows = contexts.repeat(self.streams)
+        self.passes = WavePasses(model, tables, cache.branch(rows), last[rows.to(last.device)])
         self.frame = 0
-        self._sources = [model.source[wave.start : wave.stop] for wave in model.order.waves]
-        self._targets = [model.target[wave.first : wave.stop] for wave in model.order.waves]
 
     @torch.inference_mode()
     def step(self, actions: Tensor, valid: Tensor) -> FrameSample:
@@ -152,46 +202,25 @@ class FrameSampler:
 
         Its passes are in the number format of the cache.
         """
-        with autocast(self.cache.keys.device, self.cache.keys.dtype):
-            return self._step(actions, valid)
+        batch, device = len(self.samples), actions.device
+        uniform = self._uniforms(device)
+        scores = torch.zeros(2, *uniform.shape, device=device)
 
-    def _step(self, actions: Tensor, valid: Tensor) -> FrameSample:
-        base = self._base(actions, valid)
-        cos, sin = self.model.rotary(torch.tensor([self.cache.frame], device=base.device))
-        uniform = self._uniforms(base.device)
-        none = self.model.grid.codebook_size
-        tokens = F.pad(torch.full_like(self.tokens, none), (0, 1), value=none)
-        scores = torch.zeros(2, *self.tokens.shape, device=base.device)
-        waves = self.model.order.waves
-        for wave, source, target in zip(waves, self._sources, self._targets, strict=True):
-            span = slice(wave.start, wave.stop)
-            known = F.embedding(tokens[:, source], self.tables.token)
-            x = base[:, span] + known.repeat(self.streams, 1, 1)
-            self.cache.begin_pass(wave.start, wave.stop)
-            hidden = self.model.hidden(x, (cos[span], sin[span]), self.cache.attend)
-            if wave.first < wave.stop:
-                logits = F.linear(hidden[:, wave.first - wave.start :], self.tables.output)
-                tokens[:, target], scores[:, :, target] = self._choose(
-                    logits.float(), uniform[:, target]
-                )
-        self.tokens = tokens[:, :-1]
+        def choose(logits: Tensor, target: Tensor) -> Tensor:
+            tokens, scores[:, :, target] = self._choose(logits, uniform[:, target])
+            return tokens.repeat(self.streams, 1)
+
+        if self.streams == 2:
+            # The second stream knows no action.
+            actions = actions.repeat(2, 1)
+            valid = torch.cat([valid, torch.zeros_like(valid)])
+        tokens = self.passes.step(actions, valid, choose)[:batch]
         self.frame += 1
         shape = {"r": self.model.grid.rows, "c": self.model.grid.cols}
         return FrameSample(
-            rearrange(self.tokens, "b (r c) -> b r c", **shape),
+            rearrange(tokens, "b (r c) -> b r c", **shape),
             *rearrange(scores, "two b (r c) -> two b r c", **shape),
         )
-
-    def _base(self, actions: Tensor, valid: Tensor) -> Tensor:
-        """Begin the frame; the second stream, if any, knows no action."""
-        self.cache.begin_frame()
-        if self.streams == 2:
-            actions = actions.repeat(2, 1)
-            valid = torch.cat([valid, torch.zeros_like(valid)])
-        previous = self.tokens.repeat(self.streams, 1)
-        return self.model.frame_base(
-            self.tables, previous[:, None], actions[:, None], valid[:, None]
-        )[:, 0]
 
     def _uniforms(self, device: torch.device) -> Tensor:
         grid = self.model.grid

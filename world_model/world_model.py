@@ -1,7 +1,7 @@
 """The frozen world model: a folder of weights, config and tokenizer, loaded to imagine futures.
 
-Axes: T context frames, N future frames, F = branches * samples futures, r c token rows and columns,
-H W pixels.
+Axes: C contexts, T frames of each, N future frames, F = branches * samples futures, r c token rows
+and columns, H W pixels.
 """
 
 import copy
@@ -14,6 +14,7 @@ from typing import Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError, safe_open
@@ -58,11 +59,11 @@ class WorldModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """A context, encoded once; any number of futures can start from it."""
+    """Contexts, encoded once; any number of futures can start from them."""
 
     cache: RingCache
     last: Tensor
-    """Tokens of the last context frame, [1, r * c]."""
+    """Tokens of each context's last frame, [C, r * c]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,48 +237,48 @@ class WorldModel:
     ) -> Prefix:
         """Encode a context: tokens int64 [T, r, c] and the actions [T - 1, 2] (m/s, rad) in it.
 
-        `valid` [T - 1, 2] says which are known (all, by default). Only the last W - 1 frames, and
-        what led to them, are used: with the next frame they fill the model's window. Raises
+        Or C contexts at once, tokens [C, T, r, c] and actions [C, T - 1, 2]. `valid`, shaped like
+        the actions, says which are known (all, by default). Only the last W - 1 frames, and what
+        led to them, are used: with the next frame they fill the model's window. Raises
         `DriveSimError` for tokens of another size than the model's.
         """
-        tokens_TP = self._checked_tokens(tokens)
-        count = len(tokens_TP)
+        tokens_CTP = self._checked_tokens(tokens)
+        contexts, count, _ = tokens_CTP.shape
         actions, known = _with_validity(past_actions, valid)
-        if actions.shape != (count - 1, 2):
+        if actions.shape != (*torch.as_tensor(tokens).shape[:-3], count - 1, 2):
             raise ValueError(
                 f"past_actions of shape {tuple(actions.shape)}: {count} context frames have "
                 f"{count - 1} actions between them, [{count - 1}, 2]"
             )
         # Nothing leads to the first frame.
-        none = torch.full_like(tokens_TP[:1], self.transformer.grid.codebook_size)
-        before = torch.cat([none, tokens_TP[:-1]])
-        actions = torch.cat([torch.zeros(1, 2), actions])
-        known = torch.cat([torch.zeros(1, 2, dtype=torch.bool), known])
-        cache = RingCache(self._passes, 1, self.device, self.dtype)
+        none = torch.full_like(tokens_CTP[:, :1], self.transformer.grid.codebook_size)
+        before = torch.cat([none, tokens_CTP[:, :-1]], dim=1)
+        led, known = (F.pad(each.view(contexts, -1, 2), (0, 0, 1, 0)) for each in (actions, known))
+        cache = RingCache(self._passes, contexts, self.device, self.dtype)
         with torch.inference_mode(), autocast(self.device, self.dtype):
             for t in range(max(0, count - self.context_frames + 1), count):
-                frame = (tokens_TP[t], before[t], actions[t], known[t])
-                placed = [value[None].to(self.device) for value in frame]
-                encode_frame(self._passes, self._tables, cache, *placed)
-        return Prefix(cache, tokens_TP[-1:].to(self.device))
+                frame = [each[:, t].to(self.device) for each in (tokens_CTP, before, led, known)]
+                encode_frame(self._passes, self._tables, cache, *frame)
+        return Prefix(cache, tokens_CTP[:, -1].to(self.device))
 
     def _checked_tokens(self, tokens: ArrayLike | Tensor) -> Tensor:
-        """As int64 [T, r * c]."""
+        """As int64 [C, T, r * c]."""
         grid = self.transformer.grid
-        tokens_Trc = torch.as_tensor(tokens).long()
-        if tokens_Trc.ndim != 3 or tokens_Trc.shape[1:] != (grid.rows, grid.cols):
+        whole = torch.as_tensor(tokens).long()
+        if whole.ndim not in (3, 4) or whole.shape[-2:] != (grid.rows, grid.cols):
             raise DriveSimError(
-                f"tokens of shape {list(tokens_Trc.shape)}: this world model takes "
+                f"tokens of shape {list(whole.shape)}: this world model takes "
                 f"[T, {grid.rows}, {grid.cols}]; encode frames with its own tokenizer"
             )
-        if not len(tokens_Trc):
+        if not whole.numel():
             raise DriveSimError("an empty context: a future starts from at least one frame")
-        if tokens_Trc.min() < 0 or tokens_Trc.max() >= grid.codebook_size:
+        if whole.min() < 0 or whole.max() >= grid.codebook_size:
             raise DriveSimError(
-                f"tokens from {tokens_Trc.min()} to {tokens_Trc.max()}: this world model's are "
+                f"tokens from {whole.min()} to {whole.max()}: this world model's are "
                 f"below {grid.codebook_size}; encode frames with its own tokenizer"
             )
-        return rearrange(tokens_Trc, "t r c -> t (r c)")
+        tokens_CTrc = whole[None] if whole.ndim == 3 else whole
+        return rearrange(tokens_CTrc, "k t r c -> k t (r c)")
 
     def branch(
         self,
@@ -290,7 +291,12 @@ class WorldModel:
         """Start branches * samples futures, to be continued action by action with `step`.
 
         Futures are numbered branch * samples + sample; sample s of each branch has the same draws.
+        All branches go on from the prefix's one context, or each from its own of as many.
         """
+        contexts = len(prefix.last)
+        if contexts not in (1, branches):
+            raise ValueError(f"{branches} branches of {contexts} contexts: give one for each")
+        own = torch.arange(branches) if contexts > 1 else torch.zeros(branches, dtype=torch.int64)
         return FrameSampler(
             self._passes,
             self._tables,
@@ -298,6 +304,7 @@ class WorldModel:
             prefix.last,
             samples=torch.arange(samples).repeat(branches),
             sampling=sampling or Sampling(),
+            contexts=own.repeat_interleave(samples),
         )
 
     def generate(
@@ -312,7 +319,8 @@ class WorldModel:
         """Yield frame after frame of F = branches * samples futures, tokens [F, r, c].
 
         `actions` [branches, N, 2] or, for one branch, [N, 2] (m/s, rad): the first leads from the
-        last context frame to the first new one. `valid` of the same shape says which are known.
+        last context frame to the first new one. Branches share one context or have one each.
+        `valid` of the same shape says which are known.
         Memory does not grow with N.
         """
         actions_BNA, valid_BNA = _with_validity(actions, valid)

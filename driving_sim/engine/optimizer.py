@@ -105,15 +105,21 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     wide = wide / (1.01 * wide.norm() + 1e-7)
     gram = wide @ wide.T
-    product: Tensor | None = None
-    for linear, cubic, quintic in _POLAR_EXPRESS:
-        if product is not None:
-            gram = factor @ gram @ factor
-        factor = torch.addmm(gram, gram, gram, beta=cubic, alpha=quintic)
-        factor.diagonal().add_(linear)
-        product = factor if product is None else factor @ product
+    first, *others = _POLAR_EXPRESS
+    factor = product = _factor(gram, *first)
+    for coefficients in others:
+        gram = factor @ gram @ factor
+        factor = _factor(gram, *coefficients)
+        product = factor @ product
     orthogonal: Tensor = product @ wide
     return orthogonal.T if matrix.shape[0] > matrix.shape[1] else orthogonal
+
+
+def _factor(gram: Tensor, linear: float, cubic: float, quintic: float) -> Tensor:
+    """What one iteration multiplies by: linear + cubic G + quintic G^2."""
+    factor = torch.addmm(gram, gram, gram, beta=cubic, alpha=quintic)
+    factor.diagonal().add_(linear)
+    return factor
 
 
 def build_optimizer(

@@ -1,33 +1,48 @@
-"""Bits per token of a world model on held-out drives, beside baselines."""
+"""Bits per token of a world model on held-out drives: beside baselines, calibrated, and coded.
+
+Axes: n judged frames, W frames of context, P tokens of a frame.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from einops import rearrange
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from driving_sim.data.token_store import DriveTokens, TokenStore
+from driving_sim.data.token_windows import sequential_windows
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.progress import progress
-from driving_sim.world_model.baselines import CopyLast
+from driving_sim.evaluate.intervals import interval
+from driving_sim.evaluate.section import Media, Section, Table, plot
+from driving_sim.world_model.baselines import CopyLast, TimeBigram
 from driving_sim.world_model.bits import (
     FrameBits,
     FullWindows,
+    TokenBits,
     bits_per_token,
     streamed_bits_per_token,
 )
 from driving_sim.world_model.world_model import WorldModel
 
+_BINS = 10
+_BATCH = 4
+
 
 def evaluate_likelihood(
-    world: WorldModel, heldout: TokenStore, training: TokenStore
-) -> dict[str, Any]:
-    """Bits per token on frames with a full window behind them, beside two baselines.
+    world: WorldModel, heldout: TokenStore, training: TokenStore, *, stride: int = 1
+) -> Section:
+    """Bits per token on every `stride`-th frame with a full window behind it, beside baselines.
 
     The baselines are fitted on the drives of `training` that the model was trained on: its
     validation drives, which chose the model, play no part. `streamed_over_recomputed` is what
     frames 2W to 4W of the drives cost in a rollout's cache, which nothing recomputes, over what
     they cost in windows of their own: near 1 where long rollouts are as good as short ones, None
-    where no drive is that long.
+    where no drive is that long. Intervals are over blocks of W frames (Künsch 1989,
+    10.1214/aos/1176347265).
     """
     world.check_store(heldout)
     world.check_store(training)
@@ -38,40 +53,171 @@ def evaluate_likelihood(
             f"{training.path} holds only drives that the model was validated on: name the token "
             "store that it was trained on with --training-tokens"
         )
-    windows = FullWindows(heldout.drives, frames=world.context_frames)
-    copy_last = CopyLast.fit(training.select(learned))
+    drives = training.select(learned)
+    frames, tokens = world.context_frames, world.tokenizer.rows * world.tokenizer.cols
+    windows = FullWindows(heldout.drives, frames=frames, stride=stride)
+    calibration = Calibration()
     with progress(len(windows), "bits per token", "frames") as bar:
-        model = bits_per_token(world.transformer, windows, advance=bar.advance)
-    copied = copy_last.bits_per_token(windows)
-    unigram = copy_last.unigram.bits_per_token(windows)
-    return {
-        "frames": len(windows),
-        "context_frames": world.context_frames,
-        "bits_per_token": model.mean,
-        "accuracy": float(model.accuracy.mean()),
-        "copy_last_bits_per_token": copied.mean,
-        "copy_last_accuracy": float(copied.accuracy.mean()),
-        "unigram_bits_per_token": unigram.mean,
-        "share_of_copy_last": model.mean / copied.mean,
-        "streamed_over_recomputed": _streamed_share(world, heldout.drives, model),
-        "fingerprint": world.fingerprint,
+        model = bits_per_token(
+            world.transformer, windows, advance=bar.advance, watch=calibration.add
+        )
+    copy_last = CopyLast.fit(drives)
+    judged = {
+        "model": model,
+        "time_bigram": TimeBigram.fit(drives).bits_per_token(windows),
+        "copy_last": copy_last.bits_per_token(windows),
+        "unigram": copy_last.unigram.bits_per_token(windows),
     }
+    metrics: dict[str, Any] = {
+        "per_tokenizer": True,
+        "frames": len(windows),
+        "context_frames": frames,
+        "bits_per_token": {name: _interval(each, frames) for name, each in judged.items()},
+        "bits_per_frame": {name: each.mean * tokens for name, each in judged.items()},
+        "accuracy": {name: float(each.accuracy.mean()) for name, each in judged.items()},
+        "share_of_copy_last": model.mean / judged["copy_last"].mean,
+        "streamed_over_recomputed": _streamed_share(world, heldout.drives, model),
+        "by_position": _by_position(world, heldout.drives),
+        "calibration": calibration.metrics(),
+    }
+    return Section(
+        name="likelihood",
+        title="Likelihood of held-out drives",
+        text=_TEXT,
+        metrics=metrics,
+        parts=(_table(metrics), _plot(metrics)),
+    )
+
+
+_TEXT = """How many bits each token of the held-out drives costs under the model, with a full window
+behind it; fewer is better. The baselines know the training drives' counts only: the unigram, the
+last frame copied (with probability 1 - e, else a unigram draw), and the bigram in time, the token
+given the one before it at the same place.
+
+Calibration: where the model gives its best guess a probability p, the guess should be right with
+that frequency; the expected calibration error is the mean distance (Guo et al. 2017,
+arXiv 1706.04599)."""
+
+
+class Calibration:
+    """How often the likeliest token was right, by how likely the model thought it."""
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(_BINS)
+        self.right = np.zeros(_BINS)
+        self.confidence = np.zeros(_BINS)
+
+    def add(self, judged: TokenBits) -> None:
+        """Count tokens into bins of equal width."""
+        confidence = judged.confidence.double().cpu().numpy().ravel()
+        right = judged.right.cpu().numpy().ravel()
+        places = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+        self.counts += np.bincount(places, minlength=_BINS)
+        self.right += np.bincount(places, right, minlength=_BINS)
+        self.confidence += np.bincount(places, confidence, minlength=_BINS)
+
+    def metrics(self) -> dict[str, Any]:
+        """Mean confidence and accuracy of each bin (None where empty), and their distance."""
+        gap = np.abs(self.right - self.confidence).sum() / self.counts.sum()
+
+        def means(sums: NDArray[np.float64]) -> list[float | None]:
+            pairs = zip(sums.tolist(), self.counts.tolist(), strict=True)
+            return [total / count if count else None for total, count in pairs]
+
+        return {
+            "expected_error": float(gap),
+            "confidence": means(self.confidence),
+            "accuracy": means(self.right),
+            "share": (self.counts / self.counts.sum()).tolist(),
+        }
+
+
+def _interval(judged: FrameBits, block: int) -> dict[str, float]:
+    """Mean bits with its interval over blocks of frames."""
+    blocks = judged.drive * (1 + judged.frame.max() // block) + judged.frame // block
+    _, place = np.unique(blocks, return_inverse=True)
+    means = np.bincount(place, judged.bits) / np.bincount(place)
+    # The mean itself is over frames: blocks at the ends are shorter.
+    return {**interval(means), "mean": judged.mean}
+
+
+@torch.inference_mode()
+def _by_position(world: WorldModel, drives: Sequence[DriveTokens]) -> list[float]:
+    """Mean bits per token of the frames at each place of windows side by side, [W]."""
+    found = []
+    for batch in sequential_windows(drives, frames=world.context_frames, batch_size=_BATCH):
+        inputs = {name: value.to(world.device) for name, value in batch.items()}
+        logits = world.transformer(
+            inputs["tokens"],
+            inputs["previous"],
+            inputs["has_previous"],
+            inputs["actions"],
+            inputs["action_valid"],
+        )
+        judged = TokenBits.judge(
+            rearrange(logits, "b t r c k -> (b t) (r c) k"),
+            rearrange(inputs["tokens"], "b t r c -> (b t) (r c)"),
+        )
+        found.append(rearrange(judged.bits.mean(1), "(b t) -> b t", b=len(logits)).cpu())
+    positions: list[float] = torch.cat(found).double().mean(0).tolist()
+    return positions
+
+
+def _table(metrics: dict[str, Any]) -> Table:
+    rows = tuple(
+        (
+            name.replace("_", " "),
+            bits["mean"],
+            f"{bits['low']:.3f} to {bits['high']:.3f}",
+            metrics["bits_per_frame"][name],
+            metrics["accuracy"][name],
+        )
+        for name, bits in metrics["bits_per_token"].items()
+    )
+    columns = ("", "bits per token", "95 % interval", "bits per frame", "likeliest token right")
+    return Table(caption="Frames with a full window behind them", columns=columns, rows=rows)
+
+
+def _plot(metrics: dict[str, Any]) -> Media:
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    position = metrics["by_position"]
+    left.plot(np.arange(1, len(position) + 1), position, marker="o")
+    left.set(xlabel="frame of the window", ylabel="bits per token")
+    calibration = metrics["calibration"]
+    pairs = zip(calibration["confidence"], calibration["accuracy"], strict=True)
+    known = np.array([pair for pair in pairs if None not in pair], np.float64)
+    right.plot([0, 1], [0, 1], color="#999999", linewidth=1)
+    right.plot(known[:, 0], known[:, 1], marker="o")
+    right.set(xlabel="probability of the likeliest token", ylabel="share of it being right")
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    return plot(figure, "Left: bits by the frame's place in its window. Right: calibration")
 
 
 def _streamed_share(
     world: WorldModel, drives: Sequence[DriveTokens], recomputed: FrameBits
 ) -> float | None:
+    """What the judged frames cost in a rollout's cache, over what they cost recomputed."""
     frames = world.context_frames
     with progress(len(drives), "streamed bits", "drives") as bar:
         streamed = streamed_bits_per_token(
             world.transformer, drives, first=2 * frames, stop=4 * frames, advance=bar.advance
         )
-    if not len(streamed.bits):
+    bits = _by_place(streamed)
+    pairs = [
+        (bits[place], other) for place, other in _by_place(recomputed).items() if place in bits
+    ]
+    if not pairs:
         return None
-    places = zip(recomputed.drive.tolist(), recomputed.frame.tolist(), strict=True)
-    bits = dict(zip(places, recomputed.bits.tolist(), strict=True))
-    same = zip(streamed.drive.tolist(), streamed.frame.tolist(), strict=True)
-    return streamed.mean / float(np.mean([bits[place] for place in same]))
+    in_cache, alone = np.mean(pairs, axis=0)
+    return float(in_cache / alone)
+
+
+def _by_place(judged: FrameBits) -> dict[tuple[int, int], float]:
+    places = zip(judged.drive.tolist(), judged.frame.tolist(), strict=True)
+    return dict(zip(places, judged.bits.tolist(), strict=True))
 
 
 def _check_apart(heldout: TokenStore, training: TokenStore) -> None:

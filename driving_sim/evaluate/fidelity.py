@@ -1,0 +1,157 @@
+"""Whether rollouts do what they are told: commanded against realised speed and steering.
+
+What a rollout realised is read off its pictures by an inverse-dynamics probe that learned from real
+footage (as ACT-Bench, arXiv 2412.05337, does). Its own error on real held-out footage is the floor.
+
+Axes: C clips, N frames of the future, H W pixels, A = 2 channels (speed, steering).
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from driving_sim.data.action_file import SPEED, STEERING
+from driving_sim.engine.progress import progress
+from driving_sim.evaluate.following import follow
+from driving_sim.evaluate.footage import Clip
+from driving_sim.evaluate.inverse_dynamics import InverseDynamics
+from driving_sim.evaluate.rollouts import Imagined, imagine
+from driving_sim.evaluate.section import Cell, Media, Section, Table, plot
+from driving_sim.world_model.sampler import Sampling
+from driving_sim.world_model.world_model import WorldModel
+
+Frames = NDArray[np.uint8]
+Actions = NDArray[np.float64]
+
+CHANNELS = {"speed": SPEED, "steering": STEERING}
+SOURCES = ("recorded", "model", "action_free", "constant")
+_CURVE = 0.5
+"""A curve: |steering| beyond this share of the training data's 95th percentile."""
+
+
+class FidelityMeter:
+    """Collects what clips were told and what their pictures show; `section` sums up.
+
+    Every clip comes with its mirror image: a car that drives a circuit turns mostly one way, and a
+    model that always says right must not be right.
+    """
+
+    def __init__(self, world: WorldModel, probe: InverseDynamics, floor: dict[str, Any]) -> None:
+        """`floor` is the probe's own error on real held-out footage, for the report."""
+        self.world, self.probe, self.floor = world, probe, floor
+        self.commanded: list[Actions] = []
+        self.realised: dict[str, list[Actions]] = {name: [] for name in SOURCES}
+
+    def add(self, imagined: Imagined) -> None:
+        """Read the rollout of a clip, and what was recorded there."""
+        clip = imagined.clip
+        actions, valid = clip.actions
+        future = slice(clip.context_frames - 1, None)
+        commanded = np.where(valid, actions, np.nan)[future].astype(np.float64)
+        self.commanded.append(commanded)
+        context = clip.context
+        self.realised["model"].append(read(self.probe, context, imagined.frames))
+        self.realised["recorded"].append(read(self.probe, context, clip.truth))
+        constant = np.array(self.world.statistics.mean)
+        self.realised["constant"].append(np.broadcast_to(constant, commanded.shape).copy())
+
+    def add_action_free(self, imagined: Imagined) -> None:
+        """Read a rollout of the same clip, in the same order, that knew none of its actions."""
+        read_off = read(self.probe, imagined.clip.context, imagined.frames)
+        self.realised["action_free"].append(read_off)
+
+    def section(self) -> Section:
+        """How well each source follows, beside the probe's own error."""
+        commanded = np.stack(self.commanded)
+        metrics: dict[str, Any] = {"clips": len(commanded), "probe": self.floor}
+        for name, channel in CHANNELS.items():
+            threshold = _CURVE * self.world.steering_p95 if channel == STEERING else None
+            metrics[name] = {
+                source: asdict(
+                    follow(
+                        commanded[..., channel],
+                        np.stack(found)[..., channel],
+                        sign_threshold=threshold,
+                        max_lag=min(5, commanded.shape[1] - 2),
+                    )
+                )
+                for source, found in self.realised.items()
+                if found
+            }
+        return Section(
+            name="fidelity",
+            title="Action fidelity",
+            text=_TEXT,
+            metrics=metrics,
+            parts=(_floor_table(self.floor), _table(metrics), self._plot(commanded)),
+        )
+
+    def _plot(self, commanded: Actions) -> Media:
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        for axes, (name, channel) in zip(figure.subplots(1, 2), CHANNELS.items(), strict=True):
+            told = commanded[..., channel].ravel()
+            for source, colour in (("recorded", "#b9bec8"), ("model", "#2a5db0")):
+                shown = np.stack(self.realised[source])[..., channel].ravel()
+                axes.plot(told, shown, ".", color=colour, markersize=3, label=source)
+            if np.isfinite(told).any():
+                ends = np.nanmin(told), np.nanmax(told)
+                axes.plot(ends, ends, color="#999999", linewidth=1)
+            axes.set(title=name, xlabel="commanded", ylabel="realised")
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+        return plot(figure, "Every frame: what was commanded and what the probe reads")
+
+
+def read(probe: InverseDynamics, context: Frames, future: Frames) -> Actions:
+    """Estimate the action [N, 2] that led to each frame of `future` [N, H, W, 3]."""
+    frames = np.concatenate([context[-probe.look_back :], future])
+    return np.asarray(probe.estimate(frames)[-len(future) :], np.float64)
+
+
+def measure_fidelity(
+    world: WorldModel, meter: FidelityMeter, clips: Sequence[Clip], sampling: Sampling
+) -> None:
+    """Roll every clip's mirror image out, and every one of both without its actions."""
+    mirrored = [replace(clip, mirrored=True) for clip in clips]
+    with progress(3 * len(clips), "action fidelity", "rollouts") as bar:
+        for imagined in imagine(world, mirrored, sampling):
+            meter.add(imagined)
+            bar.advance(1)
+        for imagined in imagine(world, [*clips, *mirrored], sampling, hide_actions=True):
+            meter.add_action_free(imagined)
+            bar.advance(1)
+
+
+_TEXT = """An inverse-dynamics probe, trained on the training drives' real footage, reads speed and
+steering off pictures. It is run on the recorded frames of the same clips (its error there is the
+floor), on the model's rollouts, and on rollouts of a model that was told no actions; the constant
+is the training drives' mean.
+
+Correlation, gain (1: what was commanded is what happens) and delay compare the commanded with the
+realised course. Sign accuracy is over frames in curves, left and right averaged, over the clips
+and their mirror images: always the same way scores 0.5."""
+
+
+def _floor_table(floor: dict[str, Any]) -> Table:
+    names = list(next(iter(floor.values())))
+    rows: tuple[tuple[Cell, ...], ...] = tuple(
+        (channel, *(errors[name] for name in names)) for channel, errors in floor.items()
+    )
+    columns = ("probe, on real held-out footage", *(name.replace("_", " ") for name in names))
+    return Table(caption="The floor: the probe's own error", columns=columns, rows=rows)
+
+
+def _table(metrics: dict[str, Any]) -> Table:
+    names = ("correlation", "gain", "mean_absolute_error", "delay_frames", "sign_accuracy")
+    rows: tuple[tuple[Cell, ...], ...] = tuple(
+        (f"{channel}, {source.replace('_', '-')}", *(found[name] for name in names))
+        for channel in CHANNELS
+        for source, found in metrics[channel].items()
+    )
+    columns = ("", *(name.replace("_", " ") for name in names))
+    return Table(caption="Commanded against realised", columns=columns, rows=rows)

@@ -1,0 +1,193 @@
+"""Features of video clips, whose Fréchet distance says how alike two sets of clips are.
+
+Axes: B clips of a batch, n clips of all, T frames, H rows, W columns, d features.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor
+
+from driving_sim.engine.errors import DriveSimError
+
+WITHOUT_I3D = "leave out --i3d"
+"""What chooses the built-in features."""
+
+_BATCH = 4
+_I3D_FLAGS = {"rescale": True, "resize": True, "return_features": True}
+_SEEDED_SIZE = (64, 128)
+_SEEDED_WIDTHS = (16, 24, 32, 48)
+_KERNEL = 3
+
+
+class VideoFeatures(Protocol):
+    """What turns clips into features, the same ones for the same clips wherever it runs."""
+
+    @property
+    def name(self) -> str:
+        """Key of the Fréchet distance of these features: no two kinds of features share one."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of all that the features depend on."""
+
+    @property
+    def least_frames(self) -> int:
+        """Length of the shortest clip that has features."""
+
+    def __call__(self, videos: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return features [n, d] of clips uint8 RGB [n, T, H, W, 3].
+
+        Raises DriveSimError where T is less than `least_frames`.
+        """
+
+
+class I3DFeatures:
+    """The features of FVD (Unterthiner et al. 2018, arXiv 1812.01717), from the user's file.
+
+    It is the I3D of Kinetics-400 as TorchScript, d = 400, that StyleGAN-V (Skorokhodov et al. 2022,
+    arXiv 2112.14683) and most later work measure FVD with. It scales 0..255 to -1..1, resizes to
+    224 x 224 and returns what stands before the softmax.
+    """
+
+    name = "fvd_i3d"
+    least_frames = 10
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise _not_i3d(path, "there is no such file")
+        self._model = _load_i3d(path)
+        with path.open("rb") as file:
+            self.fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
+
+    @torch.inference_mode()
+    def __call__(self, videos: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """See `VideoFeatures`."""
+        batches = _batches(videos, self.least_frames, f", or {WITHOUT_I3D}")
+        return _joined(self._model(batch, **_I3D_FLAGS) for batch in batches)
+
+
+class SeededFeatures:
+    """The built-in features: a spatio-temporal convolutional network with fixed random weights.
+
+    Random convolutions keep much of what tells textures and motions apart (Saxe et al. 2011, "On
+    random weights and unsupervised feature learning"), and need no file. Their distances order
+    changes of the same clips; they are not FVD and compare only with their own.
+    Each layer's channels give their mean and deviation over a clip: d = 240. The first layer sees
+    no constant light, and half of it only what changes in time.
+    """
+
+    least_frames = 1 + (_KERNEL - 1) * len(_SEEDED_WIDTHS)
+
+    def __init__(self, seed: int = 0) -> None:
+        self.name = f"frechet_seeded_3d_{seed}"
+        self._weights = _seeded_weights(seed)
+        digest = hashlib.sha256(f"{_SEEDED_SIZE} relu, stride 2, mean and deviation".encode())
+        for weight in self._weights:
+            digest.update(f"{tuple(weight.shape)}".encode())
+            digest.update(weight.numpy().astype("<f4").tobytes())
+        self.fingerprint = digest.hexdigest()
+
+    @torch.inference_mode()
+    def __call__(self, videos: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """See `VideoFeatures`."""
+        batches = _batches(videos, self.least_frames)
+        return _joined(self._features(_resized(batch) / 127.5 - 1) for batch in batches)
+
+    def _features(self, x: Tensor) -> Tensor:
+        pooled: list[Tensor] = []
+        for weight in self._weights:
+            # Nothing is padded: a border of zeros would look like an edge, and in time like motion.
+            x = F.conv3d(x, weight, stride=(1, 2, 2)).relu()
+            deviation, mean = torch.std_mean(x, dim=(2, 3, 4))
+            pooled += [mean, deviation]
+        return torch.cat(pooled, dim=1)
+
+
+def _seeded_weights(seed: int) -> list[Tensor]:
+    """Return kernels [out, in, 3, 3, 3] that a layer's variance outlives (He et al. 2015).
+
+    Whole numbers until the last division: the weights are the same bits on every machine.
+    """
+    source = np.random.PCG64(seed)  # its raw stream is fixed, which those of numpy's draws are not
+    weights: list[Tensor] = []
+    for width, inputs in zip(_SEEDED_WIDTHS, (3, *_SEEDED_WIDTHS), strict=False):
+        shape = (width, inputs, _KERNEL, _KERNEL, _KERNEL)
+        raw = np.asarray(source.random_raw(int(np.prod(shape)))) >> np.uint64(48)
+        kernels = (2 * raw.astype(np.int64) - (2**16 - 1)).reshape(shape)
+        if not weights:
+            kernels = _blind_to_constants(kernels)
+        norm = np.sqrt(np.square(kernels).sum(axis=(1, 2, 3, 4), keepdims=True) / 2)
+        weights.append(torch.from_numpy((kernels / norm).astype(np.float32)))
+    return weights
+
+
+def _blind_to_constants(kernels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Make kernels sum to nothing: the first half over time at each place, the others over all."""
+    moving, still = np.split(kernels, 2)
+    moving = _KERNEL * moving - moving.sum(axis=2, keepdims=True)
+    still = _KERNEL**3 * still - still.sum(axis=(2, 3, 4), keepdims=True)
+    return np.concatenate([moving, still])
+
+
+def _resized(videos: Tensor) -> Tensor:
+    """Bring clips [B, 3, T, H, W] to the seeded network's size, whatever their aspect ratio."""
+    frames = rearrange(videos, "b c t h w -> (b t) c h w")
+    frames = F.interpolate(frames, _SEEDED_SIZE, mode="bilinear", antialias=True)
+    return rearrange(frames, "(b t) c h w -> b c t h w", b=len(videos))
+
+
+def _batches(videos: NDArray[np.uint8], least_frames: int, otherwise: str = "") -> Iterator[Tensor]:
+    """Yield float clips [B, 3, T, H, W] in 0..255."""
+    if videos.dtype != np.uint8 or videos.ndim != 5 or videos.shape[-1] != 3 or not len(videos):
+        raise ValueError(
+            f"videos are {videos.dtype} {videos.shape}; expected uint8 [n, T, H, W, 3], n > 0"
+        )
+    if videos.shape[1] < least_frames:
+        raise DriveSimError(
+            f"a clip of {videos.shape[1]} frames is too short for its video features: take at "
+            f"least {least_frames}{otherwise}"
+        )
+    for start in range(0, len(videos), _BATCH):
+        clips = torch.from_numpy(videos[start : start + _BATCH].astype(np.float32))
+        yield rearrange(clips, "b t h w c -> b c t h w")
+
+
+def _joined(batches: Iterator[Tensor]) -> NDArray[np.float32]:
+    features: NDArray[np.float32] = torch.cat(list(batches)).float().numpy()
+    return features
+
+
+def _load_i3d(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            # torch would have torch.export instead, but this file exists as TorchScript only.
+            warnings.filterwarnings("ignore", "`torch.jit.load`", DeprecationWarning)
+            # This is not torch.load: TorchScript's own reader, in C++, makes tensors and the
+            # script's types out of the file's pickles, and refuses whatever else they name, so that
+            # no Python object is built and no Python code runs. The script is a program all the
+            # same, of torch's operators.
+            model: Any = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+        arguments = {argument.name for argument in model.forward.schema.arguments}
+    except (RuntimeError, OSError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise _not_i3d(path, f"not TorchScript: {reason}") from error
+    if missing := sorted(_I3D_FLAGS.keys() - arguments):
+        raise _not_i3d(path, f"its forward takes no {', '.join(missing)}")
+    return model.eval()
+
+
+def _not_i3d(path: Path, reason: str) -> DriveSimError:
+    return DriveSimError(
+        f"{path}: not the I3D that FVD is measured with ({reason}): name the TorchScript file "
+        "i3d_torchscript.pt that https://github.com/universome/stylegan-v links to, or "
+        f"{WITHOUT_I3D}: the built-in seeded features need no file"
+    )

@@ -1,0 +1,104 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from driving_sim.data.action_file import SPEED, STEERING
+from driving_sim.evaluate.fidelity import FidelityMeter
+from driving_sim.evaluate.footage import Clip, Footage
+from driving_sim.evaluate.rollouts import Imagined
+from driving_sim.world_model.actions import ActionStatistics
+from driving_sim.world_model.transformer import Transformer
+from driving_sim.world_model.world_model import WorldModel
+from tests.test_world_model import new_world
+from tests.token_drives import FPS, write_store
+
+FRAMES = 12
+
+
+class PixelProbe:
+    """Reads speed and steering off the first two pixels of a frame, to a hundredth."""
+
+    look_back = 2
+
+    def estimate(self, frames: NDArray[np.uint8]) -> NDArray[np.float64]:
+        pixels = frames[1:, 0, :2, 0].astype(np.float64)
+        return np.stack([pixels[:, 0] / 20, (pixels[:, 1] - 128) / 100], axis=1)
+
+
+def painted(actions: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Frames [N, 48, 64, 3] in which `PixelProbe` reads these actions."""
+    frames = np.zeros((len(actions), 48, 64, 3), np.uint8)
+    frames[:, 0, 0] = (20 * actions[:, SPEED, None]).round()
+    frames[:, 0, 1] = (100 * actions[:, STEERING, None] + 128).round()
+    return frames
+
+
+@pytest.fixture(scope="module")
+def world() -> WorldModel:
+    plain = new_world()
+    statistics = ActionStatistics(mean=(6.0, 0.05), steering_p95=0.3, steering_p99=0.3)
+    model = Transformer(plain.config.model, plain.config.grid, statistics)
+    return WorldModel(model, plain.tokenizer, fps=FPS, steering_kind="road_wheel")
+
+
+@pytest.fixture(scope="module")
+def clips(world: WorldModel, tmp_path_factory: pytest.TempPathFactory) -> list[Clip]:
+    folder = tmp_path_factory.mktemp("fidelity") / "tokens"
+    store = write_store(folder, [80], fingerprint=world.tokenizer.fingerprint)
+    footage = Footage(drive=store.drives[0], tokenizer=world.tokenizer)
+    starts = range(5, 60, 9)
+    return [Clip(footage=footage, start=n, context_frames=4, frames=FRAMES) for n in starts]
+
+
+def measured(world: WorldModel, clips: list[Clip], change: Any) -> dict[str, Any]:
+    """The model's row of metrics where what a rollout did is `change` of what was commanded."""
+    meter = FidelityMeter(world, PixelProbe(), {"steering": {"rmse": 0.0}})  # type: ignore[arg-type]
+    for clip in clips:
+        actions, _ = clip.actions
+        done = change(actions.copy(), clip.context_frames - 1)
+        tokens = torch.zeros(FRAMES, 3, 4, dtype=torch.int64)
+        meter.add(Imagined(clip=clip, tokens=tokens, frames=painted(done)))
+    return dict(meter.section().metrics)
+
+
+def test_obedience_is_perfect(world: WorldModel, clips: list[Clip]) -> None:
+    found = measured(world, clips, lambda actions, future: actions[future:])
+    for channel in ("speed", "steering"):
+        assert found[channel]["model"]["correlation"] == pytest.approx(1, abs=1e-3)
+        assert found[channel]["model"]["gain"] == pytest.approx(1, abs=0.02)
+        assert found[channel]["model"]["delay_frames"] == 0
+    assert found["steering"]["model"]["sign_accuracy"] == 1.0
+    # A constant leans to one side: right there, wrong on the other.
+    assert found["steering"]["constant"]["sign_accuracy"] == 0.5
+    assert found["speed"]["constant"]["correlation"] is None
+
+
+def test_a_planted_sign_flip_is_found(world: WorldModel, clips: list[Clip]) -> None:
+    found = measured(world, clips, lambda actions, future: actions[future:] * [1, -1])
+    assert found["steering"]["model"]["correlation"] == pytest.approx(-1, abs=1e-3)
+    assert found["steering"]["model"]["sign_accuracy"] == 0.0
+    assert found["speed"]["model"]["correlation"] == pytest.approx(1, abs=1e-3)
+
+
+def test_a_planted_lag_is_found(world: WorldModel, clips: list[Clip]) -> None:
+    """The picture follows the action of one frame before: an off-by-one."""
+    found = measured(world, clips, lambda actions, future: actions[future - 1 : -1])
+    assert found["steering"]["model"]["delay_frames"] == 1
+    assert found["speed"]["model"]["delay_frames"] == 1
+
+
+def test_what_was_recorded_is_read_beside_it(
+    world: WorldModel, clips: list[Clip], tmp_path: Path
+) -> None:
+    found = measured(world, clips, lambda actions, future: actions[future:])
+    truth = np.stack(
+        [PixelProbe().estimate(np.concatenate([c.context[-1:], c.truth])) for c in clips]
+    )
+    commanded = np.stack([clip.actions[0][3:] for clip in clips])
+    expected = np.abs(truth - commanded).mean(axis=(0, 1))
+    assert found["speed"]["recorded"]["mean_absolute_error"] == pytest.approx(expected[SPEED])
+    assert found["steering"]["recorded"]["mean_absolute_error"] == pytest.approx(expected[STEERING])
