@@ -274,6 +274,16 @@ def test_noise_of_the_right_histogram_is_restless(rollout: Frames, bounds: RealB
     assert found["fault_shares"]["restless"] == (COUNT - BEGIN) / COUNT
 
 
+def test_noise_sets_in_where_it_does(rollout: Frames, bounds: RealBounds) -> None:
+    footage = Appearance.measure(tokens_of(rollout), [rollout])
+    tokens = footage.tokens.copy()
+    tokens[BEGIN:150] = np.random.default_rng(0).integers(0, 10**6, tokens[BEGIN:150].shape)
+    found = judge(replace(footage, tokens=tokens), bounds)
+    # The frame after the noise shares nothing with it either.
+    assert found["fault_shares"]["restless"] == (150 - BEGIN + 1) / COUNT
+    assert found["collapse_s"] == BEGIN / FPS
+
+
 class TestCollapse:
     def test_it_is_the_first_fault_that_lasts(self) -> None:
         none = np.zeros(40, np.bool_)
@@ -311,6 +321,16 @@ class TestMistakes:
             RealBounds.fit([footage], FPS, CONFIG)
         with pytest.raises(DriveSimError, match=r"rollout of 4\.8 s is too short"):
             judged(real[:24], bounds)
+
+    def test_drives_shorter_than_a_block_play_no_part(
+        self, real: Frames, rollout: Frames, bounds: RealBounds
+    ) -> None:
+        long, single, short = (
+            Appearance.measure(tokens_of(frames), [frames])
+            for frames in (real, rollout[:1], rollout[:24])
+        )
+        among = RealBounds.fit([single, long, short], FPS, CONFIG)
+        assert judged(rollout, among) == judged(rollout, bounds)
 
     def test_real_footage_at_a_standstill(self, real: Frames) -> None:
         standing = Appearance.measure(tokens_of(real), [real], np.zeros(COUNT, np.bool_))

@@ -83,7 +83,8 @@ what real footage shows of itself once it went through the tokenizer.
 Drift: the Jensen-Shannon divergence of the tokens in each block of 5 s from those of real footage;
 real blocks have one too, the floor. Sharpness: the spread of the Laplacian, beside the real
 median. Frozen: the picture hardly changes although the car is told to move. Loop: the same tokens
-come back, as they never do in real footage. A rollout has collapsed where one of these sets in and
+come back, as they never do in real footage. Restless: the picture changes more than real ones
+do. A rollout has collapsed where one of these sets in and
 stays for 2 s."""
 
 
