@@ -2,13 +2,15 @@
 
 It learns from real footage and then reads rollouts, so that what they did can be compared with what
 they were told. It must measure the motion, not guess from the road ahead what a driver would do: a
-rollout that follows the road and ignores its commands would else pass for obedient. So the network
-sees nothing but how the features of neighbouring frames correlate at small displacements
-(FlowNet's correlation layer, arXiv 1504.06852): how things moved, not what they are.
+rollout that follows the road and ignores its commands would else pass for obedient. So a small
+network sees only how far the picture turned from frame to frame (`data.motion.yaw_motion`) and, the
+turn taken out, how every part of it correlates with displaced parts of the next frame (a cost
+volume, as in PWC-Net, https://arxiv.org/abs/1709.02371). Steering is the turns around a transition
+under weights that the network chooses: without a turn there is none, and a mirrored one is negated.
 
-Legend: T frames of a clip, F frames of all clips, M transitions of all clips, B of a batch,
-K frames of a stack, N = B (K - 1) pairs of neighbours in stacks, C channels, H rows, W columns,
-D displacements, A = 2 channels of an action.
+Legend: T frames of a clip, P = T - 1 pairs of neighbours, V versions of a picture (sharp, soft),
+M transitions, B of a batch, K pairs around each, D displacements, A = 2 channels of an action;
+H, W pixels and R, C cells of a picture.
 """
 
 import copy
@@ -20,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange, reduce
+from einops import rearrange, reduce, repeat
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from driving_sim.data.action_file import SPEED, STEERING
+from driving_sim.data.motion import yaw_motion
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.schedule import learning_rate_factor, position_by_steps
 from driving_sim.evaluate.following import balanced_sign_accuracy
@@ -38,31 +41,45 @@ STANDING_MPS = 1.0
 """The steering of a slower car does not show: it is neither learned nor judged."""
 
 _CHANNELS = {"speed": SPEED, "steering": STEERING}
-_MIRROR = torch.tensor([1.0, -1.0])
-"""What becomes of speed and steering in a mirror."""
+_ERRORS = (
+    "transitions",
+    "mean_absolute_error",
+    "constant_mean_absolute_error",
+    "rmse",
+    "constant_rmse",
+    "r_squared",
+    "correlation",
+    "sign_accuracy",
+)
 
-_STACK = (-1, 0, 1, 2)
-"""The frames that the estimate from t to t + 1 looks at, beside t."""
+_AROUND = (-1, 0, 1)
+"""The pairs that the estimate of a transition looks at, counted from its own."""
 # Frames are seen at this size, whatever they come in: blur and blocks of a decoder matter little.
 _ROWS, _COLUMNS = 64, 128
-_DETAIL_SIGMA = 6.0
+# What is left of the motion once the turn is taken out is measured at half of it.
+_ACROSS, _UP, _DOWN = 6, 1, 4
+_DISPLACEMENTS = (2 * _ACROSS + 1) * (_UP + 1 + _DOWN)
+_CELL = (4, 8)
+_CELLS = (_ROWS // 2 // _CELL[0]) * (_COLUMNS // 2 // _CELL[1])
+_DETAIL_SIGMA = 3.0
 _FAINTEST_DETAIL = 4.0
-_FEATURES, _WIDTH = 24, 48
-_ACROSS, _UP, _DOWN = 6, 1, 2
-"""Displacements at a quarter of the size; the ground comes nearer, so it moves down."""
-_SHARPNESS = 3.0
-_DROPOUT = 0.3
+_FAINTEST_CELL = 0.02
+_PAIRS_AT_ONCE = 64
 
-_BATCH = 48
+_CELL_WIDTH, _WIDTH = 16, 64
+_DROPOUT = 0.3
+_BATCH = 64
 _LEARNING_RATE = 2e-3
 _WARMUP_STEPS = 30
-_WEIGHT_DECAY = 0.01
+_WEIGHT_DECAY = 0.05
 _CLIP_NORM = 1.0
-_VALIDATIONS = 12
-_VALIDATED_TRANSITIONS = 512
-_BLUR_SIGMA = 1.5
-_CONTRAST = 0.3
-_EDGE_SHARE = 0.1
+_VALIDATIONS = 20
+_SOFT_SIGMA = 1.5
+"""Blur of the soft pictures, in pixels: reconstructions and rollouts are softer than life."""
+_END_SHARE = 0.1
+"""Of the transitions in training that are seen as if the clip ended there."""
+_RECIPE = f"{_ROWS} {_COLUMNS} {_DETAIL_SIGMA} {_FAINTEST_DETAIL} {_FAINTEST_CELL}"
+"""What the estimates depend on, beside the weights and their shapes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -93,11 +110,10 @@ class ProbeClip:
 class InverseDynamics:
     """Estimates speed and steering from frames at the rate of those that it learned from.
 
-    Mirrored frames give the same speed and exactly the negated steering, so that it leans to
-    neither side.
+    Mirrored frames give the same speed and the negated steering: it leans to neither side.
     """
 
-    look_back = 1 - min(_STACK)
+    look_back = 1 - min(_AROUND)
     """Frames before a future that its first estimate looks at."""
 
     def __init__(self, network: "_Network") -> None:
@@ -123,7 +139,7 @@ class InverseDynamics:
         `steps` and `seed`; `advance` is called with the number of steps done since the last call.
         Channels that no clip has are not learned. Raises DriveSimError where none has any.
         """
-        learned, held = _Samples.of(training), _Samples.of(validation)
+        learned, held = _Samples.of(training, soften=True), _Samples.of(validation)
         if not (learned.known.any() and held.known.any()):
             which = "validation" if learned.known.any() else "training"
             raise DriveSimError(
@@ -134,7 +150,7 @@ class InverseDynamics:
             torch.manual_seed(seed)
             network = _Network()
             network.standardise(learned)
-            return cls(_train(network, learned, held.thinned(), steps, advance))
+            return cls(_train(network, learned, held, steps, advance))
 
     @classmethod
     def load(cls, path: Path) -> "InverseDynamics":
@@ -160,16 +176,17 @@ class InverseDynamics:
     ) -> NDArray[np.float32]:
         """Estimate the action [T - 1, 2] from each frame to the next, of uint8 [T, H, W, 3].
 
-        The estimate from t to t + 1 looks at frames t - 1 to t + 2; where there is none, at the
-        clip's end or a segment's, the last one before it stands in. NaN between segments, and in
-        channels that were not learned.
+        The estimate from t to t + 1 looks at frames t - 1 to t + 2: at the motion from t to t + 1,
+        the one before and the one after. Where a clip or a segment begins or ends, its first or
+        last motion stands in for what is missing. NaN between segments, and in channels that were
+        not learned.
         """
         _check_frames(frames)
         segments = [(0, len(frames))] if segments is None else segments
         found = np.full((max(len(frames) - 1, 0), 2), np.nan, np.float32)
         places, stacks = _stacks(segments)
         if len(places):
-            found[places] = _predict(self._network, _grey(frames), torch.from_numpy(stacks)).numpy()
+            found[places] = _predict(self._network, _Cues.of(frames), torch.from_numpy(stacks))
         return found
 
     def errors(
@@ -181,7 +198,7 @@ class InverseDynamics:
         clips' root mean square. None is what cannot be told from these clips.
         """
         samples = _Samples.of(clips)
-        estimated = _predict(self._network, samples.grey, samples.stacks).numpy()
+        estimated = _predict(self._network, samples.cues, samples.stacks)
         curve = 0.5 * float(self._network.scale[STEERING]) if curve is None else curve
         found: dict[str, dict[str, float | None]] = {}
         for name, channel in _CHANNELS.items():
@@ -196,128 +213,132 @@ class InverseDynamics:
         return found
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Cues:
+    """What is seen of the pairs of neighbouring frames."""
+
+    turns: Tensor
+    """float32 [V, P] picture widths that the scene moves right."""
+    motion: Tensor
+    """[V, P, D, R, C] likeness of each cell with the next frame displaced, the turn taken out."""
+
+    @classmethod
+    def of(cls, frames: Frames, *, soften: bool = False) -> "_Cues":
+        """Measure frames [T, H, W, 3]; with `soften`, as they are and blurred."""
+        grey = _grey(frames)
+        versions = [grey, _blurred(grey, _SOFT_SIGMA)] if soften else [grey]
+        turns = [_turns(version) for version in versions]
+        pairs = zip(versions, turns, strict=True)
+        return cls(torch.stack(turns), torch.stack([_motion(*version) for version in pairs]))
+
+    def halved(self) -> "_Cues":
+        """Return them in half the memory."""
+        return _Cues(self.turns, self.motion.half())
+
+    def at(self, version: Tensor, stacks: Tensor) -> tuple[Tensor, Tensor]:
+        """Turns [B, K] and motion [B, K, D, R, C] of pairs [B, K] in versions [B]."""
+        chosen = version[:, None], stacks
+        return self.turns[chosen], self.motion[chosen].float()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Samples:
     """The transitions of clips that have an action."""
 
-    grey: Tensor
-    """float16 [F, 64, 128]."""
+    cues: _Cues
     stacks: Tensor
-    """int64 [M, K] frames around each transition."""
+    """int64 [M, K] pairs around each transition."""
     actions: Tensor
     """float32 [M, 2]."""
     known: Tensor
     """bool [M, 2] where the action is known and shows."""
 
     @classmethod
-    def of(cls, clips: Sequence[ProbeClip]) -> "_Samples":
-        grey = [torch.zeros(0, _ROWS, _COLUMNS, dtype=torch.float16)]
-        stacks = [np.zeros((0, len(_STACK)), np.int64)]
-        actions, known = [np.zeros((0, 2), np.float32)], [np.zeros((0, 2), np.bool_)]
-        begin = 0
-        for clip in clips:
+    def of(cls, clips: Sequence[ProbeClip], *, soften: bool = False) -> "_Samples":
+        clips = clips or [_NOTHING]
+        cues = [_Cues.of(clip.frames, soften=soften).halved() for clip in clips]
+        begin, stacks, actions, known = 0, [], [], []
+        for clip, seen in zip(clips, cues, strict=True):
             places, around = _stacks(clip.segments)
-            shows = clip.action_valid & _shows(clip.actions, clip.action_valid)
-            kept = shows[places].any(axis=1)
-            grey.append(_grey(clip.frames))
+            shows = clip.action_valid[places] & _shows(clip.actions, clip.action_valid)[places]
+            kept = shows.any(axis=1)
             stacks.append(begin + around[kept])
             actions.append(clip.actions[places[kept]])
-            known.append(shows[places[kept]])
-            begin += len(clip.frames)
+            known.append(shows[kept])
+            begin += seen.turns.shape[1]
         return cls(
-            grey=torch.cat(grey),
+            cues=_Cues(
+                torch.cat([seen.turns for seen in cues], dim=1),
+                torch.cat([seen.motion for seen in cues], dim=1),
+            ),
             stacks=torch.from_numpy(np.concatenate(stacks)),
             actions=torch.from_numpy(np.concatenate(actions)),
             known=torch.from_numpy(np.concatenate(known)),
         )
 
-    def thinned(self) -> "_Samples":
-        """Return at most 512 of the transitions, spread evenly."""
-        count = len(self.stacks)
-        kept = torch.linspace(0, count - 1, min(count, _VALIDATED_TRANSITIONS)).round().long()
-        return _Samples(
-            grey=self.grey,
-            stacks=self.stacks[kept],
-            actions=self.actions[kept],
-            known=self.known[kept],
-        )
-
 
 class _Network(nn.Module):
-    """Detail [B, K, H, W] to speed and steering [B, A], in units of the data's spread."""
+    """Cues of the pairs around transitions to speed and steering [B, A], in units of the spread."""
 
     mean: Tensor
     scale: Tensor
+    turn_scale: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.full((2,), torch.nan))
         self.register_buffer("scale", torch.ones(2))
-        self.features = nn.Sequential(
-            nn.Conv2d(1, 16, 5, stride=2, padding=2),
-            nn.GELU(),
-            nn.Conv2d(16, _FEATURES, 3, stride=2, padding=1),
-        )
-        displacements = (2 * _ACROSS + 1) * (_UP + 1 + _DOWN)
-        self.motion = nn.Sequential(
-            *_layer((len(_STACK) - 1) * displacements, kernel=1, stride=1),
-            *_layer(_WIDTH, kernel=3, stride=2),
-            *_layer(_WIDTH, kernel=3, stride=2),
-            nn.Flatten(),
+        self.register_buffer("turn_scale", torch.ones(()))
+        self.cells = nn.Sequential(nn.Conv2d(_DISPLACEMENTS, _CELL_WIDTH, 1), nn.GELU())
+        self.picture = nn.Sequential(
             nn.Dropout(_DROPOUT),
-            nn.Linear(_WIDTH * (_ROWS // 16) * (_COLUMNS // 16), 64),
+            nn.Linear(len(_AROUND) * _CELL_WIDTH * _CELLS, _WIDTH),
             nn.GELU(),
-            nn.Linear(64, 2),
+        )
+        self.head = nn.Sequential(
+            nn.Linear(_WIDTH + len(_AROUND), _WIDTH),
+            nn.GELU(),
+            nn.Linear(_WIDTH, 1 + len(_AROUND)),
         )
 
     def standardise(self, samples: _Samples) -> None:
-        """Learn in units of the spread; steering about 0, so that left and right are alike."""
+        """Learn the units: the data's spread, that of what has a sign about 0."""
+        self.turn_scale.copy_(_root_mean_square(samples.cues.turns))
         for channel in _CHANNELS.values():
             values = samples.actions[samples.known[:, channel], channel]
             if len(values):
                 self.mean[channel] = values.mean()
-                centre = 0.0 if channel == STEERING else values.mean()
-                self.scale[channel] = (values - centre).square().mean().sqrt().clamp(min=1e-3)
+                spread = values if channel == STEERING else values - values.mean()
+                self.scale[channel] = _root_mean_square(spread)
 
     @property
     def offset(self) -> Tensor:
         """What an output of 0 means; NaN in channels that were not learned."""
         return self.mean * torch.tensor([1.0, 0.0])
 
-    def forward(self, detail: Tensor) -> Tensor:
-        """Average over the picture and its mirror image."""
-        return (self._read(detail) + _MIRROR * self._read(detail.flip(-1))) / 2
+    def forward(self, turns: Tensor, motion: Tensor) -> Tensor:
+        """Read turns [B, K] and motion [B, K, D, R, C]."""
+        turns = turns / self.turn_scale
+        # Alike for a picture and its mirror image: only the turns have a sign.
+        read = (self._read(turns.abs(), motion) + self._read(turns.abs(), _mirrored(motion))) / 2
+        steering = (read[:, 1:] * turns).sum(dim=1)
+        return torch.stack([read[:, 0], steering], dim=1)
 
-    def _read(self, detail: Tensor) -> Tensor:
-        frames = rearrange(detail, "b k h w -> (b k) 1 h w")
-        features = functional.normalize(self.features(frames), dim=1)
-        features = rearrange(features, "(b k) c h w -> b k c h w", k=len(_STACK))
-        before, after = (
-            rearrange(part, "b k c h w -> (b k) c h w")
-            for part in (features[:, :-1], features[:, 1:])
-        )
-        motion = rearrange(_correlation(before, after), "(b k) d h w -> b (k d) h w", b=len(detail))
-        read: Tensor = self.motion(_SHARPNESS * motion)
+    def _read(self, turned: Tensor, motion: Tensor) -> Tensor:
+        cells = self.cells(rearrange(motion, "b k d r c -> (b k) d r c"))
+        picture = self.picture(rearrange(cells, "(b k) w r c -> b (k w r c)", b=len(motion)))
+        read: Tensor = self.head(torch.cat([picture, turned], dim=1))
         return read
 
 
-def _layer(channels: int, *, kernel: int, stride: int) -> tuple[nn.Module, ...]:
-    convolution = nn.Conv2d(channels, _WIDTH, kernel, stride=stride, padding=kernel // 2)
-    return convolution, nn.GroupNorm(8, _WIDTH), nn.GELU()
+def _root_mean_square(values: Tensor) -> Tensor:
+    return values.square().mean().sqrt().clamp(min=1e-6)
 
 
-def _correlation(before: Tensor, after: Tensor) -> Tensor:
-    """Products [N, D, H, W] of features [N, C, H, W] with the displaced ones of the next frame."""
-    rows, columns = before.shape[-2:]
-    padded = functional.pad(after, (_ACROSS, _ACROSS, _UP, _DOWN))
-    return torch.stack(
-        [
-            (before * padded[..., down : down + rows, right : right + columns]).sum(dim=1)
-            for down in range(_UP + 1 + _DOWN)
-            for right in range(2 * _ACROSS + 1)
-        ],
-        dim=1,
-    )
+def _mirrored(motion: Tensor) -> Tensor:
+    """The motion [..., D, R, C] of the mirror image."""
+    by_row = rearrange(motion, "... (y x) r c -> ... y x r c", x=2 * _ACROSS + 1)
+    return rearrange(by_row.flip(-3, -1), "... y x r c -> ... (y x) r c")
 
 
 def _train(
@@ -339,10 +360,9 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = _LEARNING_RATE * factor
         chosen = torch.randint(len(learned.stacks), (_BATCH,))
-        seen = _varied(learned.grey[_cut_short(learned.stacks[chosen])].float())
-        loss = _loss(
-            network, network(_detail(seen)), learned.actions[chosen], learned.known[chosen]
-        )
+        version = torch.randint(len(learned.cues.turns), (_BATCH,))
+        output = network(*learned.cues.at(version, _cut_short(learned.stacks[chosen])))
+        loss = _loss(network, output, learned.actions[chosen], learned.known[chosen])
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(network.parameters(), _CLIP_NORM)
@@ -366,47 +386,40 @@ def _loss(network: _Network, output: Tensor, actions: Tensor, known: Tensor) -> 
 def _validate(network: _Network, held: _Samples) -> float:
     network.eval()
     with torch.inference_mode():
-        output = _outputs(network, held.grey, held.stacks)
+        output = _outputs(network, held.cues, held.stacks)
         loss = _loss(network, output, held.actions, held.known)
     network.train()
     return float(loss)
 
 
-def _outputs(network: _Network, grey: Tensor, stacks: Tensor) -> Tensor:
-    parts = [network(_detail(grey[part].float())) for part in torch.split(stacks, _BATCH)]
+def _outputs(network: _Network, cues: _Cues, stacks: Tensor) -> Tensor:
+    version = torch.zeros(_BATCH, dtype=torch.int64)
+    parts = [network(*cues.at(version[: len(part)], part)) for part in torch.split(stacks, _BATCH)]
     return torch.cat([torch.zeros(0, 2), *parts])
 
 
 @torch.inference_mode()
-def _predict(network: _Network, grey: Tensor, stacks: Tensor) -> Tensor:
-    """Return actions [M, 2] in the data's units."""
-    actions: Tensor = _outputs(network, grey, stacks) * network.scale + network.offset
-    return actions
+def _predict(network: _Network, cues: _Cues, stacks: Tensor) -> NDArray[np.float32]:
+    """Return actions [M, 2] in the data's units, as the sharp pictures show them."""
+    actions = _outputs(network, cues, stacks) * network.scale + network.offset
+    return np.asarray(actions.numpy(), np.float32)
 
 
 def _cut_short(stacks: Tensor) -> Tensor:
-    """Now and then let frame t + 1 stand in for those after it, as at a clip's end."""
-    ends = torch.rand(len(stacks), 1) < _EDGE_SHARE
-    last = stacks[:, _STACK.index(1), None]
-    return torch.where(ends, stacks.minimum(last), stacks)
-
-
-def _varied(grey: Tensor) -> Tensor:
-    """Vary contrast and blur of [B, K, H, W]: reconstructions and rollouts are softer than life."""
-    stacks, frames = grey.shape[:2]
-    blur = torch.rand(stacks, 1, 1, 1) * torch.rand(stacks, frames, 1, 1)
-    contrast = 1 + _CONTRAST * (2 * torch.rand(stacks, 1, 1, 1) - 1)
-    return contrast * torch.lerp(grey, _blurred(grey, _BLUR_SIGMA), blur)
+    """Now and then let a transition's own pair stand in for the next, as at a clip's end."""
+    ends = torch.rand(len(stacks), 1) < _END_SHARE
+    own = stacks[:, _AROUND.index(0), None]
+    return torch.where(ends, stacks.minimum(own), stacks)
 
 
 def _stacks(segments: Sequence[tuple[int, int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the frames t [M] with a next one, and the frames [M, K] to look at for each."""
+    """Return the frames t [M] with a next one, and the pairs [M, K] to look at for each."""
     places = [np.zeros(0, np.int64)]
-    around = [np.zeros((0, len(_STACK)), np.int64)]
+    around = [np.zeros((0, len(_AROUND)), np.int64)]
     for begin, stop in segments:
-        first = np.arange(begin, max(stop - 1, begin))
-        places.append(first)
-        around.append((first[:, None] + np.array(_STACK)).clip(begin, stop - 1))
+        pairs = np.arange(begin, max(stop - 1, begin))
+        places.append(pairs)
+        around.append((pairs[:, None] + np.array(_AROUND)).clip(begin, max(stop - 2, begin)))
     return np.concatenate(places), np.concatenate(around)
 
 
@@ -424,14 +437,65 @@ def _check_frames(frames: Frames) -> None:
 
 
 def _grey(frames: Frames) -> Tensor:
-    """Frames [T, H, W, 3] as grey levels, float16 [T, 64, 128]."""
-    parts = [torch.zeros(0, _ROWS, _COLUMNS, dtype=torch.float16)]
-    for part in torch.split(torch.from_numpy(np.ascontiguousarray(frames)), _BATCH):
+    """Frames [T, H, W, 3] as grey levels, float32 [T, 64, 128]."""
+    parts = [torch.zeros(0, _ROWS, _COLUMNS)]
+    for part in torch.split(torch.from_numpy(np.ascontiguousarray(frames)), _PAIRS_AT_ONCE):
         # A sum of bytes is exact in any order: a mirrored picture gives mirrored levels.
         light = reduce(part.float(), "t h w c -> t 1 h w", "sum")
-        small = functional.interpolate(light, (_ROWS, _COLUMNS), mode="area")
-        parts.append((small[:, 0] / 3).half())
+        parts.append(functional.interpolate(light, (_ROWS, _COLUMNS), mode="area")[:, 0] / 3)
     return torch.cat(parts)
+
+
+def _turns(grey: Tensor) -> Tensor:
+    """How far the scene moves right [P], in picture widths, exactly odd under mirroring."""
+    frames = repeat(grey.round().to(torch.uint8).numpy(), "t h w -> t h w c", c=3)
+    mirrored = np.ascontiguousarray(frames[:, :, ::-1])
+    return torch.from_numpy((yaw_motion(frames) - yaw_motion(mirrored)) / 2)
+
+
+def _motion(grey: Tensor, turns: Tensor) -> Tensor:
+    """Likeness [P, D, R, C] of the cells of grey levels [T, H, W] with the next frame displaced."""
+    parts = [torch.zeros(0, _DISPLACEMENTS, _ROWS // 2 // _CELL[0], _COLUMNS // 2 // _CELL[1])]
+    for first in range(0, len(turns), _PAIRS_AT_ONCE):
+        turned = turns[first : first + _PAIRS_AT_ONCE]
+        detail = _detail(functional.avg_pool2d(grey[first : first + len(turned) + 1], 2))
+        parts.append(_likeness(detail[:-1], _turned_back(detail[1:], turned)))
+    return torch.cat(parts)
+
+
+def _likeness(before: Tensor, after: Tensor) -> Tensor:
+    """Normalised cross-correlation [P, D, R, C] of the cells of [P, H, W], for displacements."""
+    rows, columns = before.shape[-2:]
+    padded = functional.pad(after, (_ACROSS, _ACROSS, _UP, _DOWN))
+    energy = _cells(before.square())
+    scores = []
+    for down in range(_UP + 1 + _DOWN):
+        for right in range(2 * _ACROSS + 1):
+            met = padded[:, down : down + rows, right : right + columns]
+            both = (energy * _cells(met.square())).sqrt().clamp(min=_FAINTEST_CELL)
+            scores.append(_cells(before * met) / both)
+    return torch.stack(scores, dim=1)
+
+
+def _cells(images: Tensor) -> Tensor:
+    """Mean [P, R, C] of the cells of [P, H, W]."""
+    return functional.avg_pool2d(images, _CELL)
+
+
+def _turned_back(images: Tensor, turns: Tensor) -> Tensor:
+    """Move images [P, H, W] left by `turns` [P] of their width, with nothing beyond the edges."""
+    columns = images.shape[-1]
+    places = torch.arange(columns) + turns[:, None] * columns
+    first = places.floor()
+    fraction = (places - first)[:, None]
+    # One column of nothing at each side, for all places outside.
+    padded = functional.pad(images, (1, 1))
+    sides = [
+        repeat((first + step).clamp(-1, columns) + 1, "p w -> p h w", h=images.shape[1])
+        for step in (0, 1)
+    ]
+    left, right = (padded.gather(2, side.long()) for side in sides)
+    return torch.lerp(left, right, fraction)
 
 
 @cache
@@ -465,32 +529,25 @@ def _errors(
     """Errors of estimates [M] of one channel, and those of a constant."""
     if not len(truth):
         return dict.fromkeys(_ERRORS)
-    error, spread = estimated - truth, truth - truth.mean()
-    varies = float(np.abs(spread).max()) > 0 and float(np.ptp(estimated)) > 0
-    return {
-        "transitions": len(truth),
-        "mean_absolute_error": float(np.abs(error).mean()),
-        "constant_mean_absolute_error": float(np.abs(truth - constant).mean()),
-        "rmse": float(np.sqrt(np.square(error).mean())),
-        "constant_rmse": float(np.sqrt(np.square(truth - constant).mean())),
-        "r_squared": 1 - float(np.square(error).sum() / np.square(spread).sum())
-        if varies
-        else None,
-        "correlation": float(np.corrcoef(estimated, truth)[0, 1]) if varies else None,
-        "sign_accuracy": (
-            None if curve is None else balanced_sign_accuracy(truth, estimated, curve)
-        ),
-    }
+    squares, off = np.square(estimated - truth), truth - constant
+    spread = float(np.square(truth - truth.mean()).sum())
+    varies, moves = float(np.ptp(truth)) > 0, float(np.ptp(estimated)) > 0
+    values = (
+        len(truth),
+        float(np.abs(estimated - truth).mean()),
+        float(np.abs(off).mean()),
+        float(np.sqrt(squares.mean())),
+        float(np.sqrt(np.square(off).mean())),
+        1 - float(squares.sum()) / spread if varies else None,
+        float(np.corrcoef(estimated, truth)[0, 1]) if varies and moves else None,
+        None if curve is None else balanced_sign_accuracy(truth, estimated, curve),
+    )
+    return dict(zip(_ERRORS, values, strict=True))
 
 
-_ERRORS = (
-    "transitions",
-    "mean_absolute_error",
-    "constant_mean_absolute_error",
-    "rmse",
-    "constant_rmse",
-    "r_squared",
-    "correlation",
-    "sign_accuracy",
+_NOTHING = ProbeClip(
+    frames=np.zeros((1, 1, 1, 3), np.uint8),
+    actions=np.zeros((1, 2), np.float32),
+    action_valid=np.zeros((1, 2), np.bool_),
+    segments=(),
 )
-_RECIPE = f"{_STACK} {_ROWS} {_COLUMNS} {_DETAIL_SIGMA} {_FAINTEST_DETAIL} {_SHARPNESS}"
