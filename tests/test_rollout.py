@@ -206,8 +206,8 @@ def test_memory_does_not_grow_with_the_length(
     traced: list[int] = []
 
     def generate(*arguments: object, **options: object) -> Iterator[FrameSample]:
-        for number in range(200):
-            if number in (50, 199):
+        for number in range(1050):
+            if number in (50, 1049):
                 gc.collect()
                 traced.append(tracemalloc.get_traced_memory()[0])
             tokens = torch.randint(9, (1, ROWS, COLS))
@@ -217,16 +217,17 @@ def test_memory_does_not_grow_with_the_length(
     monkeypatch.setattr(rollout, "_SHEET_COLUMNS", 2)
     monkeypatch.setattr(rollout, "draw_panel", lambda frame, caption: frame)
     found = context(world, video)
-    plans = make_plans(["left"], found.situation(world), seconds=200 / FPS)
+    plans = make_plans(["left"], found.situation(world), seconds=1050 / FPS)
     tracemalloc.start()
     try:
         write_rollout(world, found, plans, tmp_path / "rollout.mp4", sampling=Sampling())
     finally:
         tracemalloc.stop()
-    assert load_file(tmp_path / "rollout.safetensors")["tokens"].shape == (1, 200, ROWS, COLS)
+    assert load_file(tmp_path / "rollout.safetensors")["tokens"].shape == (1, 1050, ROWS, COLS)
     before, after = traced
-    # An array alone takes 112 bytes, so that one kept from each frame would be 16 kB.
-    assert after - before < 4000
+    # An array alone takes 112 bytes. Torch's own strings come and go, up to 9 kB of them in 2,000
+    # frames: over a thousand frames they are lost in what one array kept from each would take.
+    assert (after - before) / 999 < 4000 / 149
 
 
 def test_recorded_and_repeated_plans_have_rows_of_their_own(
