@@ -37,12 +37,13 @@ from driving_sim.world_model.sampler import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
 _PROBE_FILE = "probe.safetensors"
-_TOKENIZER_HEADLINE = (
+TOKENIZER_HEADLINE = (
     KeyFigure(label="PSNR, dB", metric="reconstruction.psnr_db"),
     KeyFigure(label="SSIM", metric="reconstruction.ssim"),
     KeyFigure(label="perplexity of the codes", metric="reconstruction.codebook.perplexity"),
     KeyFigure(label="flicker", metric="reconstruction.flicker.flicker"),
 )
+"""What stands at the head of a tokenizer's report."""
 
 
 def measure_tokenizer(
@@ -84,7 +85,7 @@ def measure_tokenizer(
         protocol=protocol,
         model={"path": str(run), "fingerprint": tokenizer.fingerprint},
         seconds=time.perf_counter() - began,
-        headline=_TOKENIZER_HEADLINE,
+        headline=TOKENIZER_HEADLINE,
     )
 
 

@@ -12,8 +12,8 @@ from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.evaluate.compare import compare_reports
 from driving_sim.evaluate.stability import StabilityConfig
-from driving_sim.evaluate.world_model import EvaluationConfig
-from driving_sim.measure import measure_tokenizer, measure_world_model
+from driving_sim.evaluate.world_model import HEADLINE, EvaluationConfig
+from driving_sim.measure import TOKENIZER_HEADLINE, measure_tokenizer, measure_world_model
 from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.transformer import TokenGrid, Transformer
@@ -80,6 +80,8 @@ def test_a_world_model_is_measured_whole_and_the_same_again(place: Path, tmp_pat
     assert metrics["coding"]["exact"] is True
     assert metrics["fidelity"]["clips"] == 4  # two, and their mirror images
     assert metrics["sweep"]["truth"] is not None  # the drive is a synthetic one
+    # A key figure whose metric is not there is left out: none of ours may be misspelt.
+    assert list(metrics["headline"]) == [figure.label for figure in HEADLINE]
     page = (tmp_path / "a" / "report.html").read_text()
     assert "Action fidelity" in page
     # Once more, with the probe of the first: the same protocol, the same numbers.
@@ -100,7 +102,7 @@ def test_a_tokenizer_is_measured_and_a_report_is_not_written_over(
     figures = measure_tokenizer(place / "tokenizer", videos, tmp_path / "report", every=1)
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
     assert metrics["reconstruction"]["frames"] == 48
-    assert "SSIM" in figures
+    assert list(figures) == [figure.label for figure in TOKENIZER_HEADLINE]
     with pytest.raises(DriveSimError, match="already holds a report"):
         measure_tokenizer(place / "tokenizer", videos, tmp_path / "report", every=1)
 
