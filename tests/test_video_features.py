@@ -1,3 +1,8 @@
+import hashlib
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +13,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.evaluate.frechet import frechet_distance
+from driving_sim.evaluate.video_features import I3DFeatures, SeededFeatures, VideoFeatures
+
 Clips = NDArray[np.uint8]
-COUNT, FRAMES, HEIGHT, WIDTH = 24, 12, 64, 128
+COUNT, FRAMES, HEIGHT, WIDTH = 24, 10, 64, 128
 
 # torch deprecates TorchScript; the I3D of FVD comes as nothing else.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.s:DeprecationWarning")
@@ -68,14 +77,158 @@ def moving(seed: int) -> Clips:
     """Clips of textures that move to the right by one to four pixels a frame."""
     rng = np.random.default_rng(seed)
     clips = []
-    for _ in range(COUNT):
+    for number in range(COUNT):
         scene = rng.integers(256, size=(1, 1, HEIGHT, WIDTH, 3), dtype=np.uint8)
         scene = blurred(scene, 1.0)[0, 0].astype(float)
         scene = (rng.uniform(60, 190) + 3 * (scene - scene.mean())).clip(0, 255).astype(np.uint8)
-        speed = rng.integers(1, 5)
+        speed = 1 + number % 4
         clips.append([np.roll(scene, speed * t, axis=1) for t in range(FRAMES)])
     return np.array(clips)
 
 
-def shuffled(clips: Clips) -> Clips:
-    return np.random.default_rng(0).permuted(np.arange(FRAMES)[None].repeat(len(clips), 0), axis=1)
+@pytest.fixture(scope="module")
+def seeded() -> SeededFeatures:
+    return SeededFeatures()
+
+
+@pytest.fixture(scope="module")
+def away(seeded: SeededFeatures) -> Callable[[Clips], float]:
+    """Distance of clips from a set of moving textures."""
+    features = seeded(moving(0))
+    return lambda clips: frechet_distance(features, seeded(clips))
+
+
+@pytest.fixture(scope="module")
+def others() -> Clips:
+    return moving(1)
+
+
+@pytest.fixture(scope="module")
+def alike(away: Callable[[Clips], float], others: Clips) -> float:
+    """The distance between two sets of the same kind."""
+    return away(others)
+
+
+def test_distance_grows_with_blur(
+    away: Callable[[Clips], float], others: Clips, alike: float
+) -> None:
+    mild, strong = (away(blurred(others, sigma)) for sigma in (0.7, 1.5))
+    assert 3 * alike < mild
+    assert 3 * mild < strong
+
+
+@pytest.mark.parametrize(
+    ("change", "times"), [("frozen", 10), ("shuffled", 2.5), ("slower", 2.5), ("reversed", 1.5)]
+)
+def test_distance_grows_where_only_time_is_wrong(
+    away: Callable[[Clips], float], others: Clips, alike: float, change: str, times: float
+) -> None:
+    order = {
+        "frozen": np.zeros(FRAMES, int),
+        "shuffled": np.random.default_rng(0).permutation(FRAMES),
+        "slower": np.arange(FRAMES) // 2,
+        "reversed": np.arange(FRAMES)[::-1],
+    }
+    assert away(others[:, order[change]]) > times * alike
+
+
+def test_still_clips_are_still_whatever_they_show(seeded: SeededFeatures) -> None:
+    """The half of the first layer that sees change in time finds none, to rounding."""
+    means = seeded(noise(3)[:, :1].repeat(FRAMES, axis=1))[:, :16]
+    assert np.abs(means[:, :8]).max() < 1e-5
+    assert means[:, 8:].min() > 1e-2
+
+
+def test_seeded_features_are_a_function_of_seed_and_clip(seeded: SeededFeatures) -> None:
+    clips = noise(5)
+    features = seeded(clips)
+    assert features.shape == (5, 240)
+    assert features.dtype == np.float32
+    again = SeededFeatures(seed=0)
+    assert again.fingerprint == seeded.fingerprint
+    # Neither the batch nor the order in memory matters.
+    np.testing.assert_allclose(again(clips[::-1])[::-1], features, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(again(clips[3:4])[0], features[3], rtol=1e-4, atol=1e-5)
+    other = SeededFeatures(seed=1)
+    assert other.fingerprint != seeded.fingerprint
+    assert (seeded.name, other.name) == ("frechet_seeded_3d_0", "frechet_seeded_3d_1")
+    assert not np.allclose(other(clips), features, rtol=1e-2)
+
+
+def test_seeded_features_are_the_same_everywhere(seeded: SeededFeatures) -> None:
+    """Another fingerprint is another metric: numbers from before no longer compare."""
+    assert seeded.fingerprint == "34b60ce00e1282519df031a7b351c47edcb5f7b6a4a54c90d325b0e1f9145d97"
+
+
+def test_i3d_is_called_as_the_field_calls_it(i3d: TinyI3D, i3d_file: Path) -> None:
+    extractor: VideoFeatures = I3DFeatures(i3d_file)
+    clips = noise(6)
+    assert extractor.name == "fvd_i3d"
+    videos = torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float()
+    with torch.no_grad():
+        expected = i3d(videos, rescale=True, resize=True, return_features=True)
+    np.testing.assert_allclose(extractor(clips), expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_i3d_is_known_by_its_file(i3d_file: Path) -> None:
+    digest = hashlib.sha256(i3d_file.read_bytes()).hexdigest()
+    assert I3DFeatures(i3d_file).fingerprint == digest
+
+
+@pytest.mark.parametrize("name", ["missing", "folder", "weights", "text", "empty", "cut"])
+def test_other_files_are_refused_in_one_line(i3d_file: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    torch.save({"weight": torch.ones(3)}, tmp_path / "weights")
+    (tmp_path / "text").write_text("not\na network")
+    (tmp_path / "empty").touch()
+    (tmp_path / "cut").write_bytes(i3d_file.read_bytes()[:-500])
+    with pytest.raises(DriveSimError, match=r"i3d_torchscript\.pt.*leave out --i3d") as caught:
+        I3DFeatures(tmp_path / name)
+    assert str(caught.value).startswith(f"{tmp_path / name}: not the I3D")
+    assert "\n" not in str(caught.value)
+
+
+def test_another_network_is_refused(tmp_path: Path) -> None:
+    script: Any = torch.jit.script(nn.Linear(3, 2))
+    script.save(str(tmp_path / "linear.pt"))
+    with pytest.raises(DriveSimError, match="takes no rescale, resize, return_features"):
+        I3DFeatures(tmp_path / "linear.pt")
+
+
+class Intruder:
+    """Where Python unpickles it, it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_no_python_object_is_unpickled(i3d_file: Path, tmp_path: Path) -> None:
+    intruder = pickle.dumps(Intruder(tmp_path / "made"), protocol=2)
+    bad = tmp_path / "bad.pt"
+    with zipfile.ZipFile(i3d_file) as good, zipfile.ZipFile(bad, "w") as file:
+        for name in good.namelist():
+            file.writestr(name, intruder if name.endswith("/data.pkl") else good.read(name))
+    with pytest.raises(DriveSimError, match="not TorchScript"):
+        I3DFeatures(bad)
+    assert not (tmp_path / "made").exists()
+    pickle.loads(intruder)
+    assert (tmp_path / "made").is_dir()
+
+
+def test_clips_too_short_or_of_another_form_are_refused(
+    seeded: SeededFeatures, i3d_file: Path
+) -> None:
+    i3d = I3DFeatures(i3d_file)
+    assert seeded(noise(1, frames=seeded.least_frames)).shape == (1, 240)
+    assert len(i3d(noise(1, frames=10))) == 1
+    with pytest.raises(DriveSimError, match=r"8 frames is too short .* at least 9"):
+        seeded(noise(1, frames=8))
+    with pytest.raises(DriveSimError, match="at least 10, or leave out --i3d"):
+        i3d(noise(1, frames=9))
+    wrong: tuple[Any, ...] = (noise(1)[0], noise(1)[..., :1], noise(1) / 255, noise(1)[:0])
+    for clips in wrong:
+        with pytest.raises(ValueError, match="expected uint8"):
+            seeded(clips)

@@ -23,7 +23,7 @@ WITHOUT_I3D = "leave out --i3d"
 
 _BATCH = 4
 _I3D_FLAGS = {"rescale": True, "resize": True, "return_features": True}
-_SEEDED_SIZE = (64, 128)
+_SEEDED_SIZE = (128, 256)
 _SEEDED_WIDTHS = (16, 24, 32, 48)
 _KERNEL = 3
 
@@ -78,11 +78,11 @@ class I3DFeatures:
 class SeededFeatures:
     """The built-in features: a spatio-temporal convolutional network with fixed random weights.
 
-    Random convolutions keep much of what tells textures and motions apart (Saxe et al. 2011, "On
-    random weights and unsupervised feature learning"), and need no file. Their distances order
-    changes of the same clips; they are not FVD and compare only with their own.
-    Each layer's channels give their mean and deviation over a clip: d = 240. The first layer sees
-    no constant light, and half of it only what changes in time.
+    Random convolutions tell textures and motions apart without a file (Saxe et al. 2011, "On random
+    weights and unsupervised feature learning"). Their distance grows with blur, noise, and frames
+    that stand still, halt or come in the wrong order; a drive played backwards they hardly notice.
+    It is not FVD and compares only with itself. Each layer's channels give their mean and deviation
+    over a clip, d = 240; half of the first layer sees only what changes in time.
     """
 
     least_frames = 1 + (_KERNEL - 1) * len(_SEEDED_WIDTHS)
