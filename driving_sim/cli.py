@@ -455,11 +455,12 @@ def evaluate_world_model(
     training_videos: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Its videos, which the inverse-dynamics probe learns from; held-out drives in "
-            "them are left out. May be repeated. [default: reconstructions of the tokens]"
+            help="Its videos, which the inverse-dynamics probe learns from; drives that are held "
+            "out, or not in --training-tokens, are left out. May be repeated. [default: "
+            "reconstructions of the tokens]"
         ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A first look, in 2 minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Less of everything.")] = False,
     fps: Annotated[float | None, typer.Option(help="Frames per second [default: the model's].")] = (
         None
     ),

@@ -199,7 +199,7 @@ def _probe(
         probe = InverseDynamics.load(file)
         return probe, probe.errors(held)
     if videos:
-        learned, validation = _real_clips(world, footage, videos)
+        learned, validation = _real_clips(world, footage, training, videos)
     else:
         learned, validation = _reconstructed_clips(world, training)
     with progress(steps, "inverse-dynamics probe", "steps") as bar:
@@ -219,17 +219,23 @@ def _probe_clip(footage: Footage) -> ProbeClip:
 
 
 def _real_clips(
-    world: WorldModel, footage: Sequence[Footage], videos: Sequence[Path]
+    world: WorldModel, footage: Sequence[Footage], training: TokenStore, videos: Sequence[Path]
 ) -> tuple[list[ProbeClip], list[ProbeClip]]:
-    """The training videos but for the held-out ones, and those that validate: the model's own."""
+    """Real footage of the drives that are in the model's training tokens, and not held out."""
     recorded = [each.recorded.drive.video for each in footage if each.recorded is not None]
     held = {video.path.resolve() for video in recorded if video is not None}
-    found = find_for(world, videos, 0.0)
+    # By their ids too: held-out tokens do not say which videos they were made of.
+    trained = {original_id(name) for name in training.drive_ids}
     drives = [
         drive
-        for drive in found.drives
-        if drive.video is None or drive.video.path.resolve() not in held
+        for drive in find_for(world, videos, 0.0).drives
+        if drive.id in trained and (drive.video is None or drive.video.path.resolve() not in held)
     ]
+    if not drives:
+        raise DriveSimError(
+            f"none of --training-videos is a drive of {training.path} that is not held out: name "
+            "the videos as they were named to `drivesim tokenize`"
+        )
     return _split(world, [(drive.id, _real_clip(world, drive)) for drive in drives])
 
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from driving_sim.data.sources import find_drives
 from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.evaluate.compare import compare_reports
+from driving_sim.evaluate.inverse_dynamics import InverseDynamics, ProbeClip
 from driving_sim.evaluate.stability import StabilityConfig
 from driving_sim.evaluate.world_model import HEADLINE, EvaluationConfig
 from driving_sim.measure import TOKENIZER_HEADLINE, measure_tokenizer, measure_world_model
@@ -117,3 +119,33 @@ def test_a_store_beside_videos_is_refused(place: Path, tmp_path: Path) -> None:
             config=SMALL,
             device="cpu",
         )
+
+
+def test_the_probe_never_learns_from_a_held_out_drive(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where the held-out drive is named as a video, nor where it comes as tokens."""
+    held = place / "videos" / "drive_002.mp4"
+    tokenize(find_drives([held]), tiny_tokenizer(), tmp_path / "heldout")
+    fit, seen = InverseDynamics.fit, []
+
+    def watched(learned: list[ProbeClip], validation: list[ProbeClip], **options: Any) -> Any:
+        seen.append([*learned, *validation])
+        return fit(learned, validation, **options)
+
+    monkeypatch.setattr(InverseDynamics, "fit", watched)
+    for number, data in enumerate((held, tmp_path / "heldout")):
+        measure_world_model(
+            place / "world-model",
+            [data],
+            tmp_path / str(number),
+            training_tokens=place / "tokens",
+            training_videos=[place / "videos"],
+            config=SMALL,
+            device="cpu",
+            precision="fp32",
+        )
+    frames = np.stack(list(find_drives([held]).drives[0].stream()))
+    for clips in seen:
+        assert len(clips) == 2
+        assert not any(np.array_equal(clip.frames, frames) for clip in clips)
