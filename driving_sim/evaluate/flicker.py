@@ -50,9 +50,8 @@ def flicker(
 
     Takes tokens [T, r, c] and the frames they were encoded from, uint8 [T, r·stride, c·stride, 3].
     A cell is still where its pixels change by less than `threshold` grey levels on average: 2 lets
-    the noise of compressed video pass, and with 0.5 or 4 the share on the track's drives differs by
-    less than 0.04. Pieces of a drive add up to the whole where each begins with the last frame of
-    the one before.
+    the noise of compressed video pass. Pieces of a drive add up to the whole where each begins with
+    the last frame of the one before.
     """
     expected = (len(tokens), tokens.shape[1] * stride, tokens.shape[2] * stride, 3)
     if frames.shape != expected:

@@ -32,7 +32,7 @@ from driving_sim.world_model.world_model import WorldModel
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
-    """How much is measured; the defaults take a quarter of an hour for `tiny` on 2 CPU cores."""
+    """How much is measured."""
 
     stride: int = 1
     """Likelihood: every n-th frame with a full window behind it."""
@@ -78,7 +78,7 @@ QUICK = EvaluationConfig(
     real_seconds=40.0,
     probe_steps=150,
 )
-"""A first look, in under two minutes."""
+"""A first look."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
