@@ -38,24 +38,24 @@ def _grey(frames: npt.NDArray[np.uint8]) -> Tensor:
 
 
 @cache
-def _blur_matrix(length: int) -> Tensor:
+def _blur_matrix(length: int, sigma: float) -> Tensor:
     """Gaussian weights [length, length] of the neighbours of each place; each row sums to 1."""
     places = torch.arange(length, dtype=torch.float32)
-    return torch.softmax(-((places[:, None] - places) / _DETAIL_SIGMA).square() / 2, dim=1)
+    return torch.softmax(-((places[:, None] - places) / sigma).square() / 2, dim=1)
 
 
-def _blur(images: Tensor) -> Tensor:
-    """Gaussian blur of [T, H, W]: as matrices, far cheaper than 37-tap convolutions."""
-    return _blur_matrix(images.shape[1]) @ images @ _blur_matrix(images.shape[2]).T
+def blurred(images: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of [..., H, W], sigma in pixels: as matrices, far cheaper than convolutions."""
+    return _blur_matrix(images.shape[-2], sigma) @ images @ _blur_matrix(images.shape[-1], sigma).T
 
 
-def _detail(grey: Tensor) -> Tensor:
-    """Grey levels [T, H, W] minus their surroundings, at equal contrast everywhere.
+def local_detail(grey: Tensor, sigma: float) -> Tensor:
+    """Grey levels [..., H, W] minus their surroundings, at equal contrast everywhere.
 
     A bright kerb then weighs no more than a faint hill, and a change of light nothing.
     """
-    detail = grey - _blur(grey)
-    return detail / (_blur(detail.square()).sqrt() + _FAINTEST_DETAIL)
+    detail = grey - blurred(grey, sigma)
+    return detail / (blurred(detail.square(), sigma).sqrt() + _FAINTEST_DETAIL)
 
 
 def _correlation(before: Tensor, after: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def yaw_motion(frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """
     shifts = [np.zeros(0, np.float32)]
     for chunk in _chunks(frames):
-        detail = _detail(_grey(chunk))
+        detail = local_detail(_grey(chunk), _DETAIL_SIGMA)
         before = detail[:-1, _HORIZON]
         # The car also pitches: take the best of a few vertical offsets.
         scores = torch.stack(

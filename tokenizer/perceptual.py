@@ -15,7 +15,9 @@ from urllib.error import URLError
 import torch
 from torch import Tensor, nn
 
+from driving_sim.data.frame_size import FrameSize
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.tokenizer.tokenizer import images_from_frames
 
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 WITHOUT = "--set objective.lpips_weight=0"
@@ -46,6 +48,12 @@ class PerceptualLoss(nn.Module):
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """Return the mean distance, a scalar, between pictures [B, 3, H, W] in [-1, 1]."""
         return self.distances(images, others).mean()
+
+    @torch.inference_mode()
+    def frame_distances(self, frames: Tensor, others: Tensor) -> Tensor:
+        """Return the distances [B] between uint8 frames [B, H, W, 3] of one size."""
+        size = FrameSize(height=frames.shape[1], width=frames.shape[2])
+        return self.distances(*(images_from_frames(each, size) for each in (frames, others)))
 
     def distances(self, images: Tensor, others: Tensor) -> Tensor:
         """Return the distances [B] between pictures [B, 3, H, W] in [-1, 1]."""

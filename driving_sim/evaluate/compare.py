@@ -258,7 +258,5 @@ def _draw(place: str, pair: tuple[Metric, Metric]) -> Media:
         if _is_curve(curve):
             axes.plot(np.arange(len(curve)), np.array(curve, float), style, label=name)
     axes.set_xlabel("index")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return plot(figure, place)

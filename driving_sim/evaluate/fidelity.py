@@ -101,8 +101,6 @@ class FidelityMeter:
                 ends = np.nanmin(told), np.nanmax(told)
                 axes.plot(ends, ends, color="#999999", linewidth=1)
             axes.set(title=name, xlabel="commanded", ylabel="realised")
-            axes.grid(alpha=0.25)
-            axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
         return plot(figure, "Every frame: what was commanded and what the probe reads")
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from driving_sim.data.action_file import STEERING
 from driving_sim.data.drive import SampledDrive
 from driving_sim.data.synthetic import SyntheticDrive, load_synthetic_drive
 from driving_sim.data.synthetic.drives import DRIVE_FORMAT
@@ -190,11 +189,3 @@ def _places(
         for begin, stop in each.drive.entry.segments:
             for start in range(begin + context_frames, stop - frames + 1):
                 yield each, start
-
-
-def turns(clip: Clip, least: float) -> bool:
-    """Whether a clip's future has |steering| above `least` somewhere."""
-    actions, valid = clip.actions
-    future = slice(clip.context_frames - 1, None)
-    steering = np.where(valid, np.abs(actions), 0.0)[future, STEERING]
-    return bool(steering.max(initial=0.0) > least)

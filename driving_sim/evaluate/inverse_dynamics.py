@@ -17,7 +17,6 @@ import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from driving_sim.data.action_file import SPEED, STEERING
-from driving_sim.data.motion import yaw_motion
+from driving_sim.data.motion import blurred, local_detail, yaw_motion
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.schedule import learning_rate_factor, position_by_steps
 from driving_sim.evaluate.following import balanced_sign_accuracy
@@ -62,7 +61,6 @@ _DISPLACEMENTS = (2 * _ACROSS + 1) * (_UP + 1 + _DOWN)
 _CELL = (4, 8)
 _CELLS = (_ROWS // 2 // _CELL[0]) * (_COLUMNS // 2 // _CELL[1])
 _DETAIL_SIGMA = 3.0
-_FAINTEST_DETAIL = 4.0
 _FAINTEST_CELL = 0.02
 _PAIRS_AT_ONCE = 64
 
@@ -78,7 +76,7 @@ _SOFT_SIGMA = 1.5
 """Blur of the soft pictures, in pixels: reconstructions and rollouts are softer than life."""
 _END_SHARE = 0.1
 """Of the transitions in training that are seen as if the clip ended there."""
-_RECIPE = f"{_ROWS} {_COLUMNS} {_DETAIL_SIGMA} {_FAINTEST_DETAIL} {_FAINTEST_CELL}"
+_RECIPE = f"{_ROWS} {_COLUMNS} {_DETAIL_SIGMA} {_FAINTEST_CELL}"
 """What the estimates depend on, beside the weights and their shapes."""
 
 
@@ -226,7 +224,7 @@ class _Cues:
     def of(cls, frames: Frames, *, soften: bool = False) -> "_Cues":
         """Measure frames [T, H, W, 3]; with `soften`, as they are and blurred."""
         grey = _grey(frames)
-        versions = [grey, _blurred(grey, _SOFT_SIGMA)] if soften else [grey]
+        versions = [grey, blurred(grey, _SOFT_SIGMA)] if soften else [grey]
         turns = [_turns(version) for version in versions]
         pairs = zip(versions, turns, strict=True)
         return cls(torch.stack(turns), torch.stack([_motion(*version) for version in pairs]))
@@ -458,7 +456,8 @@ def _motion(grey: Tensor, turns: Tensor) -> Tensor:
     parts = [torch.zeros(0, _DISPLACEMENTS, _ROWS // 2 // _CELL[0], _COLUMNS // 2 // _CELL[1])]
     for first in range(0, len(turns), _PAIRS_AT_ONCE):
         turned = turns[first : first + _PAIRS_AT_ONCE]
-        detail = _detail(functional.avg_pool2d(grey[first : first + len(turned) + 1], 2))
+        half = functional.avg_pool2d(grey[first : first + len(turned) + 1], 2)
+        detail = local_detail(half, _DETAIL_SIGMA)
         parts.append(_likeness(detail[:-1], _turned_back(detail[1:], turned)))
     return torch.cat(parts)
 
@@ -496,27 +495,6 @@ def _turned_back(images: Tensor, turns: Tensor) -> Tensor:
     ]
     left, right = (padded.gather(2, side.long()) for side in sides)
     return torch.lerp(left, right, fraction)
-
-
-@cache
-def _blur_matrix(length: int, sigma: float) -> Tensor:
-    """Gaussian weights [length, length] of the neighbours of each place; each row sums to 1."""
-    places = torch.arange(length, dtype=torch.float32)
-    return torch.softmax(-((places[:, None] - places) / sigma).square() / 2, dim=1)
-
-
-def _blurred(images: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of [..., H, W]."""
-    return _blur_matrix(images.shape[-2], sigma) @ images @ _blur_matrix(images.shape[-1], sigma).T
-
-
-def _detail(grey: Tensor) -> Tensor:
-    """Grey levels [..., H, W] minus their surroundings, at equal contrast everywhere.
-
-    A change of light then changes nothing, and a bright kerb weighs no more than a faint hill.
-    """
-    detail = grey - _blurred(grey, _DETAIL_SIGMA)
-    return detail / (_blurred(detail.square(), _DETAIL_SIGMA).sqrt() + _FAINTEST_DETAIL)
 
 
 def _errors(

@@ -190,9 +190,6 @@ def _plot(metrics: dict[str, Any]) -> Media:
     right.plot([0, 1], [0, 1], color="#999999", linewidth=1)
     right.plot(known[:, 0], known[:, 1], marker="o")
     right.set(xlabel="probability of the likeliest token", ylabel="share of it being right")
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
     return plot(figure, "Left: bits by the frame's place in its window. Right: calibration")
 
 

@@ -84,8 +84,7 @@ Drift: the Jensen-Shannon divergence of the tokens in each block of 5 s from tho
 real blocks have one too, the floor. Sharpness: the spread of the Laplacian, beside the real
 median. Frozen: the picture hardly changes although the car is told to move. Loop: the same tokens
 come back, as they never do in real footage. Restless: the picture changes more than real ones
-do. A rollout has collapsed where one of these sets in and
-stays for 2 s."""
+do. A rollout has collapsed where one of these sets in and stays for 2 s."""
 
 
 def _decoded(tokenizer: Tokenizer, tokens: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
@@ -167,8 +166,6 @@ def _plot(judged: Sequence[dict[str, Any]]) -> Media:
         (change, "change of the picture, share of white"),
     ):
         axes.set(xlabel="seconds ahead", ylabel=label)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
     return plot(figure, "Each rollout over time; dotted: the bounds, grey line: the floor")
 
 

@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from driving_sim.data.frame_size import FrameSize
 from driving_sim.evaluate.frechet import frechet_distance
 from driving_sim.evaluate.intervals import interval
 from driving_sim.evaluate.rollouts import Imagined
@@ -23,7 +22,6 @@ from driving_sim.evaluate.section import Media, Section, Table, film, photo, plo
 from driving_sim.evaluate.video_features import VideoFeatures
 from driving_sim.tokenizer.metrics import psnr, ssim
 from driving_sim.tokenizer.perceptual import PerceptualLoss
-from driving_sim.tokenizer.tokenizer import images_from_frames
 from driving_sim.world_model.panels import contact_sheet, side_by_side
 
 Frames = NDArray[np.uint8]
@@ -40,12 +38,12 @@ class QualityMeter:
         self, fps: float, extractor: VideoFeatures, perceptual: PerceptualLoss | None = None
     ) -> None:
         self.fps, self.extractor = fps, extractor
-        self.measures: dict[str, Callable[[Frames, Frames], Tensor]] = {
-            "psnr_db": lambda a, b: psnr(torch.from_numpy(a), torch.from_numpy(b)),
-            "ssim": lambda a, b: ssim(torch.from_numpy(a), torch.from_numpy(b)),
+        self.measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+            "psnr_db": psnr,
+            "ssim": ssim,
         }
         if perceptual is not None:
-            self.measures["lpips"] = lambda a, b: _lpips(perceptual, a, b)
+            self.measures["lpips"] = perceptual.frame_distances
         self.curves: dict[str, dict[str, list[NDArray[np.float64]]]] = {
             name: {kind: [] for kind in KINDS} for name in self.measures
         }
@@ -67,7 +65,8 @@ class QualityMeter:
         }
         for name, measure in self.measures.items():
             for kind, frames in futures.items():
-                self.curves[name][kind].append(measure(frames, truth).double().numpy())
+                values = measure(torch.from_numpy(frames), torch.from_numpy(truth))
+                self.curves[name][kind].append(values.double().numpy())
         last_tokens = clip.context_tokens[-1]
         for kind, tokens in (("model", imagined.tokens), ("copy_last", last_tokens)):
             same = (tokens == true_tokens).flatten(1).double().mean(1)
@@ -110,8 +109,6 @@ class QualityMeter:
                 times = (np.arange(len(curve)) + 1) / self.fps
                 axes.plot(times, curve, label=kind.replace("_", " "))
             axes.set(title=name.replace("_", " "), xlabel="seconds ahead")
-            axes.grid(alpha=0.25)
-            axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
         return plot(figure, "Mean over clips against the horizon")
 
@@ -147,13 +144,6 @@ beat. Copy last: the last context frame, repeated.
 A sampled future is one of many that could have followed: it may be right and still differ from the
 recording, so PSNR and SSIM fall with the horizon for a perfect model too. {name} is the Fréchet
 distance between the features of rolled-out and recorded clips; its floor is not zero."""
-
-
-def _lpips(perceptual: PerceptualLoss, frames: Frames, others: Frames) -> Tensor:
-    size = FrameSize(height=frames.shape[1], width=frames.shape[2])
-    pair = (images_from_frames(torch.from_numpy(each), size) for each in (frames, others))
-    with torch.inference_mode():
-        return perceptual.distances(*pair)
 
 
 def _table(metrics: dict[str, Any]) -> Table:

@@ -20,7 +20,7 @@ from driving_sim.evaluate.intervals import interval
 from driving_sim.evaluate.section import Cell, Section, Table, photo
 from driving_sim.tokenizer.metrics import codebook_use, psnr, ssim
 from driving_sim.tokenizer.perceptual import PerceptualLoss
-from driving_sim.tokenizer.tokenizer import Tokenizer, images_from_frames
+from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.panels import side_by_side
 
 Frames = NDArray[np.uint8]
@@ -84,18 +84,15 @@ class _DriveMeter:
     def _compare(self, frames: torch.Tensor, rebuilt: torch.Tensor) -> dict[str, torch.Tensor]:
         values = {"psnr_db": psnr(rebuilt, frames), "ssim": ssim(rebuilt, frames)}
         if self.perceptual is not None:
-            size = self.tokenizer.frame_size
-            with torch.inference_mode():
-                pair = (images_from_frames(each, size) for each in (rebuilt, frames))
-                values["lpips"] = self.perceptual.distances(*pair)
+            values["lpips"] = self.perceptual.frame_distances(rebuilt, frames)
         return values
 
     def _keep_worst(self, batch: Frames, rebuilt: Frames) -> None:
-        times = self.sampled.timestamps[self._frames :]
+        times = self.sampled.timestamps[self._frames : self._frames + len(batch)]
         found = [
             _Shown(float(value), f"{self.sampled.drive.id} at {second:.1f} s", frame, again)
             for value, second, frame, again in zip(
-                self.values["psnr_db"][-1], times, batch, rebuilt, strict=False
+                self.values["psnr_db"][-1], times, batch, rebuilt, strict=True
             )
         ]
         self.worst = sorted([*self.worst, *found], key=lambda shown: shown.psnr_db)[:_WORST]

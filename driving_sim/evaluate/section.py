@@ -52,7 +52,10 @@ class Section:
 
 
 def plot(figure: Figure, caption: str) -> Media:
-    """Return a matplotlib figure as a picture."""
+    """Return a matplotlib figure as a picture, in the style that all plots of a report share."""
+    for axes in figure.axes:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     return Media(caption=caption, type="image/png", data=buffer.getvalue())
