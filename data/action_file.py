@@ -88,7 +88,7 @@ UNITS: dict[SteeringKind, str] = {
 
 # Beyond these a value is a unit mistake, not driving: 360 km/h, three turns of the wheel, ...
 _SPEED_RANGE_MPS = (-30.0, 100.0)
-_STEERING_LIMIT: dict[SteeringKind, float] = {
+STEERING_LIMIT: dict[SteeringKind, float] = {
     "steering_wheel": 20.0,
     "road_wheel": 1.3,
     "curvature": 1.0,
@@ -199,7 +199,7 @@ def _steering(
     elif wanted is not None and kind != wanted:
         raise table.fail(f"column {name!r} is {kind}, but {wanted_by} {wanted}")
     values = table.numbers(name) * _STEERINGS[name].scale
-    limit = _STEERING_LIMIT[kind]
+    limit = STEERING_LIMIT[kind]
     _check_range(table, name, values, -limit, limit, f"at most {limit:g} {UNITS[kind]} either way")
     return values, kind
 

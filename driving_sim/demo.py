@@ -184,6 +184,7 @@ def _roll_out(
         fps=world.fps,
         steering_kind=world.steering_kind,
         steering_limit=world.steering_p95,
+        known_channels=world.known_channels,
         last_action=past[-1],
         last_valid=np.ones(2, np.bool_),
         recorded=None,

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from driving_sim.data.action_file import write_action_file
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.world_model.action_plan import ActionPlan, Situation, make_plans
 
@@ -11,6 +12,7 @@ SITUATION = Situation(
     fps=4.0,
     steering_kind="road_wheel",
     steering_limit=0.2,
+    known_channels=(True, True),
     last_action=np.array([6.0, 0.05], np.float32),
     last_valid=np.array([True, True]),
     recorded=None,
@@ -47,9 +49,21 @@ def test_left_and_right_are_plus_and_minus_the_training_limit() -> None:
     assert len(left.actions) == 16
 
 
-def test_left_is_refused_where_the_model_knows_no_steering() -> None:
-    with pytest.raises(DriveSimError, match="without steering"):
+def test_what_the_model_was_not_trained_on_is_refused() -> None:
+    blind = replace(SITUATION, known_channels=(False, False), last_valid=np.zeros(2, np.bool_))
+    for spec, channel in (("left", "steering"), ("steer=0.1", "steering"), ("speed=5", "speed")):
+        with pytest.raises(DriveSimError, match=f"trained without {channel}"):
+            plan(spec, blind)
+    assert not plan("straight", blind).valid.any()
+    with pytest.raises(DriveSimError, match="too little to tell"):
         plan("left", replace(SITUATION, steering_limit=0.0))
+
+
+def test_a_channel_is_unknown_until_it_is_named() -> None:
+    unknown = replace(SITUATION, last_valid=np.array([False, True]))
+    planned = plan("steer=0.1 for 0.5s; speed=5 for 0.5s", unknown)
+    assert planned.valid.tolist() == [[False, True]] * 2 + [[True, True]] * 2
+    np.testing.assert_allclose(planned.actions[:, 0], [0, 0, 5, 5])
 
 
 def test_plans_of_one_rollout_have_the_longest_length_and_hold() -> None:
@@ -77,6 +91,16 @@ def test_csv_is_averaged_over_each_frame_from_time_zero(tmp_path: Path) -> None:
     path.write_text("timestamp_s,speed_mps,road_wheel_rad\n" + rows + "\n")
     actions = plan(str(path)).actions
     np.testing.assert_allclose(actions[:, 0], [1, 3, 5, 7], atol=1e-5)
+
+
+def test_a_csv_that_drivesim_wrote_gives_all_its_actions(tmp_path: Path) -> None:
+    """`write_action_file` ends each action a microsecond early; one frame is a mean over itself."""
+    for count in (1, 20):
+        times, actions = np.arange(count) / 4, np.arange(2 * count, dtype=np.float32).reshape(-1, 2)
+        actions[:, 1] /= 100
+        path = tmp_path / f"{count}.csv"
+        write_action_file(path, times, actions, "road_wheel", hold_until=count / 4)
+        np.testing.assert_allclose(plan(str(path)).actions, actions, atol=1e-3)
 
 
 def write_csv(path: Path, times: list[float], columns: str = "speed_mps,road_wheel_rad") -> str:

@@ -77,6 +77,7 @@ def test_the_first_new_action_leads_from_the_last_context_frame(
     assert situation.last_action[0] == pytest.approx(19.5, abs=1e-3)
     assert situation.recorded is not None
     assert situation.recorded[0][0, 0] == pytest.approx(20.5, abs=1e-3)
+    assert situation.recorded[0][-1, 0] == pytest.approx(38.5, abs=1e-3)  # to the last frame, 39
 
 
 def test_channels_that_the_model_never_saw_are_unknown(world: WorldModel, video: Path) -> None:

@@ -15,19 +15,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from driving_sim.data.action_file import SteeringKind, read_action_file
-from driving_sim.data.alignment import align
+from driving_sim.data.action_file import (
+    SPEED,
+    STEERING,
+    STEERING_LIMIT,
+    SteeringKind,
+    read_action_file,
+)
+from driving_sim.data.alignment import EXTRAPOLATION_S, align
 from driving_sim.engine.errors import DriveSimError
 
 NAMES = ("straight", "left", "right", "brake", "recorded")
 BRAKE_MPS2 = -4.0
-_STEERING_LIMIT = {"steering_wheel": 15.0, "road_wheel": 1.2, "curvature": 0.5, "normalised": 1.0}
 _KEYS = ("speed", "accel", "steer")
 _GRAMMAR = 'a script is like "speed=8 steer=0.1 for 2s; steer=0 for 1s" (keys: speed, accel, steer)'
 # Midpoints of equal parts of a frame: exact for constants and ramps that change at part borders.
 _PARTS = 64
-# How late the first row of a file may be.
-_EDGE_S = 0.1
+# Files have rows a microsecond before an action ends, and times rounded to that.
+_ROUNDING_S = 1e-5
 _LAST_PART_S = 1.0
 
 
@@ -40,6 +45,8 @@ class Situation:
     """What the model's steering means; None where it never saw any."""
     steering_limit: float
     """What `left` and `right` turn: the training data's 95th percentile of |steering|."""
+    known_channels: tuple[bool, bool]
+    """Whether the model's training data had any speed, and any steering: it obeys no other."""
     last_action: NDArray[np.float32]
     """[2]: speed and steering that led to the last context frame."""
     last_valid: NDArray[np.bool_]
@@ -115,13 +122,15 @@ def _from_name(name: str, situation: Situation) -> _Planned:
     if name == "recorded":
         return _from_recording(situation)
     limit = situation.steering_limit
-    if limit == 0 and name in ("left", "right"):
+    steers = situation.known_channels[STEERING]
+    if limit == 0 and steers and name in ("left", "right"):
         raise DriveSimError(
-            f"--actions {name}: the model was trained without steering, so there is no telling how "
-            'far to turn; it can only be given an angle, as in "steer=0.1 for 2s"'
+            f"--actions {name}: the training data steered too little to tell how far to turn; give "
+            'an angle, as in "steer=0.1 for 2s"'
         )
     segments = {
-        "straight": _Segment(steer=0.0),
+        # Whoever cannot be steered goes on as it will.
+        "straight": _Segment(steer=0.0 if steers else None),
         "left": _Segment(steer=limit),
         "right": _Segment(steer=-limit),
         "brake": _Segment(accel=BRAKE_MPS2),
@@ -148,15 +157,16 @@ def _from_file(path: Path, situation: Situation) -> _Planned:
     log = read_action_file(
         path, steering_kind=situation.steering_kind, wanted_by="the model was trained on"
     )
-    whole = int(log.times[-1] * situation.fps + 1e-6)
-    if log.times[0] > _EDGE_S or whole < 1:
+    whole = int((log.times[-1] + _ROUNDING_S) * situation.fps)
+    if log.times[0] > EXTRAPOLATION_S or whole < 1:
         raise DriveSimError(
             f"{path}: its times go from {log.times[0]:g} to {log.times[-1]:g} s; they must begin "
             "at 0, the last context frame, and last for a frame or more"
         )
-    actions, valid = align(log, np.arange(whole) / situation.fps)
+    # One frame more: the last interval that `align` is asked for has a length of its own.
+    actions, valid = (each[:whole] for each in align(log, np.arange(whole + 1) / situation.fps))
     for channel, name in enumerate(("speed", "steering")):
-        if not log.has[channel]:
+        if not (log.has[channel] and situation.known_channels[channel]):
             actions[:, channel] = situation.last_action[channel]
             valid[:, channel] = situation.last_valid[channel]
         elif not valid[:, channel].all():
@@ -232,20 +242,35 @@ def _from_script(label: str, segments: list[_Segment], situation: Situation) -> 
         midpoints = (np.arange(frames * _PARTS, dtype=np.float64) + 0.5) / (_PARTS * situation.fps)
         actions = _follow(segments, midpoints, situation.last_action)
         actions = actions.reshape(frames, _PARTS, 2).mean(axis=1).astype(np.float32)
-        named = [
-            any(s.speed is not None or s.accel is not None for s in segments),
-            any(s.steer is not None for s in segments),
-        ]
-        valid = np.broadcast_to(situation.last_valid | np.array(named), (frames, 2)).copy()
-        return ActionPlan(label=label, actions=actions, valid=valid)
+        begins = np.arange(frames)[:, None] / situation.fps + _ROUNDING_S
+        valid = (situation.last_valid | (begins >= _named_from(segments))) & np.array(
+            situation.known_channels
+        )
+        return ActionPlan(label=label, actions=np.where(valid, actions, 0.0), valid=valid)
 
     return _Planned(seconds or None, render)
 
 
+def _named_from(segments: list[_Segment]) -> NDArray[np.float64]:
+    """When speed and steering [2] are first set, in s: until then they are what they were."""
+    starts = np.cumsum([0.0, *(segment.seconds or 0.0 for segment in segments)])[:-1]
+    named = np.array(
+        [(s.speed is not None or s.accel is not None, s.steer is not None) for s in segments]
+    )
+    return np.where(named, starts[:, None], math.inf).min(axis=0)
+
+
 def _check_script(label: str, segments: list[_Segment], situation: Situation) -> None:
-    """Raise DriveSimError for steering beyond the model's kind, and braking from nowhere."""
-    limit = _STEERING_LIMIT[situation.steering_kind or "steering_wheel"]
-    known = bool(situation.last_valid[0])
+    """Raise DriveSimError for what the model cannot obey, absurd steering, braking from nowhere."""
+    limit = STEERING_LIMIT[situation.steering_kind or "steering_wheel"]
+    known = bool(situation.last_valid[SPEED])
+    asked = np.isfinite(_named_from(segments))
+    for channel, name in ((SPEED, "speed"), (STEERING, "steering")):
+        if asked[channel] and not situation.known_channels[channel]:
+            raise DriveSimError(
+                f"--actions {label}: the model was trained without {name}, so it cannot obey; "
+                f"leave {name} out, or train on drives that have it"
+            )
     for segment in segments:
         if abs(segment.steer or 0.0) > limit:
             raise DriveSimError(

@@ -47,7 +47,7 @@ class Context:
     frames: NDArray[np.uint8]
     """uint8 [T, height, width, 3]."""
     actions: NDArray[np.float32]
-    """[N, 2] from context frame 0 on: T - 1 past ones, then as many as were recorded after."""
+    """[N, 2] from context frame 0 on: T - 1 past ones, then those to the recorded frames after."""
     action_valid: NDArray[np.bool_]
     """[N, 2]."""
     future: Iterator[Frame]
@@ -63,6 +63,7 @@ class Context:
             fps=world.fps,
             steering_kind=world.steering_kind,
             steering_limit=world.steering_p95,
+            known_channels=world.known_channels,
             last_action=self.actions[past - 1] if past else np.zeros(2, np.float32),
             last_valid=self.action_valid[past - 1] if past else np.zeros(2, np.bool_),
             recorded=(self.actions[past:], self.action_valid[past:]) if has_recording else None,
@@ -136,8 +137,9 @@ def context_from_drive(world: WorldModel, drive: Drive, start_s: float | None) -
         label=drive.id,
         tokens=world.tokenizer.encode(frames),
         frames=frames,
-        actions=sampled.actions[begin:segment_end],
-        action_valid=sampled.action_valid[begin:segment_end],
+        # The last frame's action leads to none of them.
+        actions=sampled.actions[begin : segment_end - 1],
+        action_valid=sampled.action_valid[begin : segment_end - 1],
         future=drive.stream(size, sampled.indices[end:segment_end]),
         start_s=float(sampled.timestamps[end - 1]),
     )
@@ -159,8 +161,8 @@ def context_from_tokens(world: WorldModel, drive: DriveTokens, start_s: float | 
         label=f"{drive.id} (reconstructed)",
         tokens=tokens,
         frames=world.tokenizer.decode(tokens).numpy(),
-        actions=np.asarray(drive.actions[begin:segment_end]),
-        action_valid=drive.action_valid[begin:segment_end] & world.known_channels,
+        actions=np.asarray(drive.actions[begin : segment_end - 1]),
+        action_valid=drive.action_valid[begin : segment_end - 1] & world.known_channels,
         future=future(),
         start_s=float(drive.timestamps[end - 1]),
     )
