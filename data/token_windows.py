@@ -101,29 +101,31 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
 def sequential_windows(
     drives: Sequence[DriveTokens], *, frames: int, batch_size: int, limit: int | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield batches, as `TokenWindows` makes them, of windows side by side in order.
+    """Batches, as `TokenWindows` makes them, of windows side by side in order.
 
     What is left at the end of a drive is dropped; the last batch may be smaller. With `limit`, only
     that many windows, spread evenly over all of them.
 
     Raises:
-        DriveSimError: no drive is as long as a window.
+        DriveSimError: no drive is as long as a window; at once, not when the first is taken.
     """
     index = _index(drives, frames, stride=frames)
     count = len(index) if limit is None else min(limit, len(index))
-    chosen = [n * len(index) // count for n in range(count)]
-    for first in range(0, count, batch_size):
-        windows = [index[n] for n in chosen[first : first + batch_size]]
-        yield load_windows(drives, windows, frames)
+    windows = [index[n * len(index) // count] for n in range(count)]
+    return (
+        load_windows(drives, windows[first : first + batch_size], frames)
+        for first in range(0, count, batch_size)
+    )
 
 
 def _index(drives: Sequence[DriveTokens], frames: int, stride: int = 1) -> WindowIndex:
     index = WindowIndex(drives, frames=frames, stride=stride)
     if not len(index):
         longest = max((b - a for d in drives for a, b in d.entry.segments), default=0)
+        names = ", ".join(dict.fromkeys(drive.id for drive in drives))
         raise DriveSimError(
-            f"no window of {frames} frames in {len(drives)} drives: the longest run without a gap "
-            f"is {longest} frames; use longer drives or shorter windows"
+            f"no window of {frames} frames in {names[:100] or 'no drives'}: the "
+            f"longest run without a gap is {longest} frames; use longer drives or shorter windows"
         )
     return index
 

@@ -161,6 +161,8 @@ def test_only_the_drives_given_are_used(store: TokenStore) -> None:
 def test_a_window_longer_than_every_drive_is_an_error(store: TokenStore) -> None:
     with pytest.raises(DriveSimError, match="the longest run without a gap is 20"):
         TokenWindows(store.drives, frames=21, batch_size=1)
+    with pytest.raises(DriveSimError, match="no window of 21 frames in "):
+        sequential_windows(store.drives, frames=21, batch_size=1)  # none is taken
     with pytest.raises(ValueError, match="at least 1"):
         WindowIndex(store.drives, frames=0)
 

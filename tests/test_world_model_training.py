@@ -12,7 +12,7 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.training import TrainingConfig
 from driving_sim.world_model import WorldModel
 from driving_sim.world_model.actions import ActionStatistics
-from driving_sim.world_model.bits import FullWindows, bits_per_token
+from driving_sim.world_model.bits import FullWindows, bits_per_token, streamed_bits
 from driving_sim.world_model.objective import ObjectiveConfig, WorldModelObjective
 from driving_sim.world_model.presets import PRESETS
 from driving_sim.world_model.sampler import Sampling
@@ -100,6 +100,7 @@ def test_the_run_folder_holds_the_best_model_and_its_tokenizer(folder: Path) -> 
     assert len(set(scores.values())) == len(scores)
     validate = WindowValidation(
         TokenStore(folder / "tokens").select(CONFIG.data.validation or ()),
+        frames=CONFIG.model.context_frames,
         windows=CONFIG.data.validation_windows,
         batch_size=CONFIG.data.batch_size,
         preview=False,
@@ -120,8 +121,13 @@ def test_validation_score_is_bits_on_the_validation_drive(folder: Path) -> None:
     world = WorldModel.from_run(folder / "run", device="cpu")
     entropy = -(5 / 6 + 1 / 54) * np.log2(5 / 6 + 1 / 54) - 8 / 54 * np.log2(1 / 54)
     assert entropy < bits_per_token(world.transformer, windows).mean < entropy + 0.5
-    shuffled = np.roll(windows.actions, 1, axis=0)
-    assert bits_per_token(world.transformer, windows, actions=shuffled).mean > entropy + 1
+    (drive,) = drives
+    actions = np.stack([drive.actions, np.roll(drive.actions, 1, axis=0)])
+    true, shuffled = streamed_bits(
+        world.transformer, drive, 0, actions, np.stack([drive.action_valid] * 2)
+    ).mean(axis=1)
+    assert true < entropy + 0.5
+    assert shuffled > entropy + 1
 
 
 def test_fine_tuning_starts_from_the_other_run(folder: Path, tmp_path: Path) -> None:
