@@ -1,5 +1,6 @@
 """What the index of a token store says: `index.json` as dataclasses."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -125,6 +126,11 @@ class StoreIndex:
     """The shards, in order."""
     skipped: tuple[SkippedDrive, ...]
     """The drives that were left out."""
+
+    @property
+    def content(self) -> str:
+        """SHA-256, in hexadecimal, of all shards: what the store holds, not what was planned."""
+        return hashlib.sha256(" ".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
 
 def shard_metadata(info: StoreInfo, drives: Sequence[DriveEntry]) -> dict[str, str]:

@@ -120,6 +120,7 @@ def train_tokenizer(
     run_config = to_dict(config) | {
         "init_from": None if init_from is None else str(init_from),
         "drives": _described(drives),
+        "skip_bad": skip_bad,
     }
     check_run(run, run_config, resume)
     vgg16 = vgg16_weights() if config.objective.lpips_weight > 0 else None
@@ -239,7 +240,10 @@ def _described(drives: Sequence[SampledDrive]) -> dict[str, int | str]:
     """What tells these frames from others, so that a run is resumed on its own."""
     digest = hashlib.sha256()
     for drive in sorted(drives, key=lambda each: each.drive.id):
-        digest.update(json.dumps([drive.drive.id, drive.indices.tolist()]).encode())
+        video = drive.drive.video
+        size = None if video is None else video.path.stat().st_size
+        digest.update(json.dumps([drive.drive.id, size, drive.indices.tolist()]).encode())
+        digest.update(drive.timestamps.tobytes())
     return {
         "count": len(drives),
         "frames": sum(len(drive.indices) for drive in drives),

@@ -85,7 +85,7 @@ def train_world_model(
     tokens = TokenStore(store)
     run_config = {
         **to_dict(config),
-        "store": {"plan": tokens.index.plan, "tokenizer": tokens.info.tokenizer_fingerprint},
+        "store": {"content": tokens.index.content, "tokenizer": tokens.info.tokenizer_fingerprint},
         "init_from": None if init_from is None else str(init_from),
     }
     check_run(run, run_config, resume)
@@ -122,6 +122,7 @@ def train_world_model(
         run=run,
         validate=WindowValidation(
             validation,
+            frames=config.model.context_frames,
             windows=config.data.validation_windows,
             batch_size=config.data.batch_size,
             preview=config.data.preview,
