@@ -18,7 +18,7 @@ from driving_sim.data.sources import find_drives
 from driving_sim.data.synchrony import Synchrony, measure_synchrony, within_segments
 from driving_sim.data.video import VideoInfo
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.files import atomic_file
+from driving_sim.engine.files import atomic_folder, is_free
 from driving_sim.engine.progress import Progress, progress
 
 # Motion is measured at this size; decoding to more would only cost time.
@@ -28,6 +28,7 @@ _FRAMES_AT_ONCE = 256
 _FASTEST_MPS = 60.0
 _STANDING_MPS, _DRIVING_MPS = 0.3, 3.0
 _FEW_FRAMES = 10
+_REPORT = "inspection.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -243,14 +244,17 @@ def inspect_drives(
     """Find the drives in files and folders, measure them and say what is wrong with them.
 
     Compares image motion with the actions over the first 5 minutes of each drive. Writes a PNG for
-    each drive and `inspection.json` into the folder `out`. Drives that cannot be read are in
-    `.skipped`. Raises DriveSimError where there is nothing to inspect or `out` cannot be written.
+    each drive and `inspection.json` into the folder `out`, in place of an earlier inspection there.
+    Drives that cannot be read are in `.skipped`. Raises DriveSimError where there is nothing to
+    inspect, and where `out` holds anything else or cannot be written.
     """
+    if not (out / _REPORT).is_file() and out.exists() and not is_free(out):
+        raise DriveSimError(f"{out} exists and is no inspection: choose another --out")
     found = find_drives(paths, steering_kind=steering_kind, time_offset=time_offset)
     skipped = list(found.skipped)
     reports = []
     frames = sum(int((drive.timestamps < _MEASURED_S).sum()) for drive in found.drives)
-    with progress(frames, "inspect", "frames") as shown:
+    with atomic_folder(out) as folder, progress(frames, "inspect", "frames") as shown:
         for drive in found.drives:
             measured = sample(_beginning(drive, _MEASURED_S))
             try:
@@ -258,8 +262,7 @@ def inspect_drives(
             except DriveSimError as error:
                 skipped.append(Skipped(id=drive.id, reason=str(error)))
             else:
-                reports.append(_report(drive, measured, motion, change, out))
-    report = Report(drives=reports, skipped=skipped, notices=found.notices, out=out)
-    with atomic_file(out / "inspection.json") as temporary:
-        temporary.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+                reports.append(_report(drive, measured, motion, change, folder))
+        report = Report(drives=reports, skipped=skipped, notices=found.notices, out=out)
+        (folder / _REPORT).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     return report

@@ -65,10 +65,26 @@ def test_the_files_are_whole(folder: Path, tmp_path: Path) -> None:
     assert len(list(out.rglob("*.*"))) == 3
 
 
-def test_a_picture_that_cannot_be_written_is_no_bad_drive(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "out" / "b $x$ $.png").mkdir(parents=True)
-    with pytest.raises((DriveSimError, OSError), match="b \\$x"):
+def test_a_picture_that_cannot_be_written_is_no_bad_drive(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *_: object) -> None:
+        raise DriveSimError(f"cannot write {path}")
+
+    monkeypatch.setattr("driving_sim.data.inspection.draw_drive", full)
+    with pytest.raises(DriveSimError, match="cannot write"):
         inspect_drives([folder], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_inspection_is_replaced_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    inspect_drives([folder], out)
+    inspect_drives([folder / "trip"], out)
+    assert {path.name for path in out.rglob("*.*")} == {"inspection.json", "a.png"}
+    (folder / "notes.txt").touch()
+    with pytest.raises(DriveSimError, match="is no inspection"):
+        inspect_drives([folder], folder)
 
 
 def test_a_picture_that_moves_while_the_car_stands_is_said(folder: Path, tmp_path: Path) -> None:

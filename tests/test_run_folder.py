@@ -25,6 +25,11 @@ def test_new_run_keeps_its_config(tmp_path: Path) -> None:
     assert load_yaml(run / "config.yaml")["model"] == {"levels": [8, 5], "rate": 1e-5}
 
 
+def test_what_a_killed_writer_left_behind_is_no_content(tmp_path: Path) -> None:
+    (tmp_path / ".config.7.partial.yaml").touch()
+    prepare_run(tmp_path, CONFIG, resume=False)
+
+
 def test_existing_run_needs_resume(tmp_path: Path) -> None:
     prepare_run(tmp_path, CONFIG, resume=False)
     with pytest.raises(DriveSimError, match=r"already holds a run.*--resume"):

@@ -100,6 +100,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             _remove(temporary, replaced)
 
 
+def is_free(folder: Path) -> bool:
+    """Whether an existing path is a folder with nothing in it but what killed writers left."""
+    return folder.is_dir() and all(entry.name.startswith(".") for entry in folder.iterdir())
+
+
 def _remove(*folders: Path) -> None:
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)

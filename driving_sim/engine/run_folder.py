@@ -7,6 +7,7 @@ from typing import Any
 
 from driving_sim.engine.config import load_yaml, save_json, save_yaml
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.files import is_free
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -51,7 +52,7 @@ def check_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:
         raise RunConflictError(
             f"{run} already holds a run", "continue it with --resume or choose another --out"
         )
-    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+    elif run.exists() and not is_free(run):
         raise RunConflictError(f"{run} exists and is not a run", "choose another --out")
 
 
