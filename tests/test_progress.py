@@ -80,7 +80,7 @@ def test_terminal_gets_a_bar(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> N
         return Console(file=screen, force_terminal=True, width=100)
 
     monkeypatch.setattr(module, "Console", terminal)
-    with progress(100, "tokenize", "frames") as shown:
+    with progress(100, "tokenize [/b]", "frames") as shown:
         clock.now += 1.0
         shown.advance(50)
         shown.say("drive_03 [bad] skipped")
@@ -88,4 +88,4 @@ def test_terminal_gets_a_bar(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> N
     assert "━" in text
     assert "50/100 frames, 50 frames/s, 0:01 left" in text
     assert "drive_03 [bad] skipped" in text
-    assert "tokenize: 50 frames in 0:01" in text
+    assert "tokenize [/b]: 50 frames in 0:01" in text

@@ -90,7 +90,11 @@ def progress(total: float | None, label: str, unit: str, *, start: float = 0) ->
         yield plain
         plain.finish()
         return
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}")
+    # No markup: paths may hold square brackets.
+    label_column, status = (
+        TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[status]}")
+    )
+    columns = label_column, BarColumn(), status
     with RichProgress(*columns, console=console, transient=True) as bar:
         shown = Progress(total, label, unit, start, bar)
         yield shown
