@@ -164,7 +164,8 @@ def _from_file(path: Path, situation: Situation) -> _Planned:
             "at 0, the last context frame, and last for a frame or more"
         )
     # One frame more: the last interval that `align` is asked for has a length of its own.
-    actions, valid = (each[:whole] for each in align(log, np.arange(whole + 1) / situation.fps))
+    actions, valid = align(log, np.arange(whole + 1) / situation.fps)
+    actions, valid = actions[:whole], valid[:whole]
     for channel, name in enumerate(("speed", "steering")):
         if not (log.has[channel] and situation.known_channels[channel]):
             actions[:, channel] = situation.last_action[channel]
@@ -257,7 +258,8 @@ def _named_from(segments: list[_Segment]) -> NDArray[np.float64]:
     named = np.array(
         [(s.speed is not None or s.accel is not None, s.steer is not None) for s in segments]
     )
-    return np.where(named, starts[:, None], math.inf).min(axis=0)
+    first: NDArray[np.float64] = np.where(named, starts[:, None], math.inf).min(axis=0)
+    return first
 
 
 def _check_script(label: str, segments: list[_Segment], situation: Situation) -> None:
