@@ -205,19 +205,33 @@ def test_contexts_encoded_together_go_on_as_they_would_alone(world: WorldModel) 
     tokens, actions = (np.stack([drive[i] for drive in drives]) for i in (0, 1))
     valid = np.stack([[True, False]] * 5)[None].repeat(3, 0)
     sampling = Sampling(seed=1, guidance=2.0)
+    pair: dict[str, Any] = {"samples": 2, "sampling": sampling}
     together = world.encode_prefix(tokens[:, :6], actions[:, :5], valid)
-    found, log_probs = stacked(
-        list(world.generate(together, actions[:, 5:9], samples=2, sampling=sampling))
-    )
+    found, log_probs = stacked(list(world.generate(together, actions[:, 5:9], **pair)))
     for number in range(3):
         alone = world.encode_prefix(tokens[number, :6], actions[number, :5], valid[number])
         future = actions[number, 5:9]
-        expected = stacked(list(world.generate(alone, future, samples=2, sampling=sampling)))
+        expected = stacked(list(world.generate(alone, future, **pair, first_draw=2 * number)))
         own = slice(2 * number, 2 * number + 2)
         assert torch.equal(found[own], expected[0])
         torch.testing.assert_close(log_probs[own], expected[1], atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="2 branches of 3 contexts"):
         next(world.generate(together, actions[:2, 5:9]))
+
+
+def test_contexts_have_draws_of_their_own(world: WorldModel) -> None:
+    """Or all clips of an evaluation would have the same luck; the branches of one must have it."""
+    tokens, actions, _ = turning_drive(8, 0)
+    plans = np.repeat(actions[None, 3:7], 3, axis=0)
+    alike = world.encode_prefix(np.stack([tokens[:4]] * 3), np.stack([actions[:3]] * 3))
+    apart, _ = stacked(list(world.generate(alike, plans, samples=2)))
+    assert len({future.numpy().tobytes() for future in apart}) == 6
+    one = world.encode_prefix(tokens[:4], actions[:3])
+    shared, _ = stacked(list(world.generate(one, plans, samples=2)))
+    assert torch.equal(shared, shared[:2].repeat(3, 1, 1, 1))
+    assert torch.equal(shared[:2], apart[:2])
+    later, _ = stacked(list(world.generate(one, plans[0], samples=2, first_draw=4)))
+    assert torch.equal(later, apart[4:])
 
 
 def test_generating_holds_no_state_of_torch_between_frames(world: WorldModel) -> None:

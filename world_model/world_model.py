@@ -287,22 +287,26 @@ class WorldModel:
         branches: int = 1,
         samples: int = 1,
         sampling: Sampling | None = None,
+        first_draw: int = 0,
     ) -> FrameSampler:
         """Start branches * samples futures, to be continued action by action with `step`.
 
-        Futures are numbered branch * samples + sample; sample s of each branch has the same draws.
-        All branches go on from the prefix's one context, or each from its own of as many.
+        Futures are numbered branch * samples + sample. All branches go on from the prefix's one
+        context, and then sample s of each has the same draws, so that they differ by their actions
+        alone; or each goes on from its own of as many, with draws of its own. Draws are numbered
+        from `first_draw` on: contexts that come in batches are numbered through with it.
         """
         contexts = len(prefix.last)
         if contexts not in (1, branches):
             raise ValueError(f"{branches} branches of {contexts} contexts: give one for each")
         own = torch.arange(branches) if contexts > 1 else torch.zeros(branches, dtype=torch.int64)
+        draws = own[:, None] * samples + torch.arange(samples)
         return FrameSampler(
             self._passes,
             self._tables,
             prefix.cache,
             prefix.last,
-            samples=torch.arange(samples).repeat(branches),
+            samples=first_draw + rearrange(draws, "b s -> (b s)"),
             sampling=sampling or Sampling(),
             contexts=own.repeat_interleave(samples),
         )
@@ -315,12 +319,13 @@ class WorldModel:
         *,
         samples: int = 1,
         sampling: Sampling | None = None,
+        first_draw: int = 0,
     ) -> Iterator[FrameSample]:
         """Yield frame after frame of F = branches * samples futures, tokens [F, r, c].
 
         `actions` [branches, N, 2] or, for one branch, [N, 2] (m/s, rad): the first leads from the
         last context frame to the first new one. Branches share one context or have one each.
-        `valid` of the same shape says which are known.
+        `valid` of the same shape says which are known. How draws are numbered: see `branch`.
         Memory does not grow with N.
         """
         actions_BNA, valid_BNA = _with_validity(actions, valid)
@@ -330,7 +335,13 @@ class WorldModel:
             raise ValueError(
                 f"actions of shape {tuple(actions_BNA.shape)}: must be [branches, N, 2] or [N, 2]"
             )
-        sampler = self.branch(prefix, branches=len(actions_BNA), samples=samples, sampling=sampling)
+        sampler = self.branch(
+            prefix,
+            branches=len(actions_BNA),
+            samples=samples,
+            sampling=sampling,
+            first_draw=first_draw,
+        )
         pairs = [
             repeat(values, "b n a -> n (b s) a", s=samples).to(self.device)
             for values in (actions_BNA, valid_BNA)

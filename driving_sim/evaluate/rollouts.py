@@ -34,7 +34,8 @@ def imagine(
 ) -> Iterator[Imagined]:
     """Roll every clip's context out under the actions that were recorded after it.
 
-    With `hide_actions` the model knows none of the future's: what it does by itself.
+    Clip n has the n-th draws of the sampling. With `hide_actions` the model knows none of the
+    future's actions: what it does by itself.
     """
     for first in range(0, len(clips), BATCH):
         batch = clips[first : first + BATCH]
@@ -44,7 +45,9 @@ def imagine(
         past = tokens.shape[1] - 1
         prefix = world.encode_prefix(tokens, actions[:, :past], valid[:, :past])
         known = np.zeros_like(valid[:, past:]) if hide_actions else valid[:, past:]
-        steps = world.generate(prefix, actions[:, past:], known, sampling=sampling)
+        steps = world.generate(
+            prefix, actions[:, past:], known, sampling=sampling, first_draw=first
+        )
         futures = torch.stack([step.tokens for step in steps], dim=1).cpu()
         for clip, future in zip(batch, futures, strict=True):
             frames = world.tokenizer.decode(future).numpy()
