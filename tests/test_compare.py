@@ -11,14 +11,25 @@ from PIL import Image
 
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.evaluate.compare import compare_reports
+from driving_sim.evaluate.footage import Clip, Footage
 from driving_sim.evaluate.protocol import Kind, Protocol
+from driving_sim.evaluate.quality import QualityMeter
 from driving_sim.evaluate.report import KeyFigure, write_report
+from driving_sim.evaluate.rollouts import Imagined
 from driving_sim.evaluate.section import Section
+from driving_sim.evaluate.video_features import SeededFeatures
+from tests.test_world_model import new_world
+from tests.token_drives import FPS, write_store
 
 SETTINGS = {"drives": {"drive_07": "00"}, "sampling": {"temperature": 1.0}, "seeds": [0, 1]}
 HEADLINE = [
     KeyFigure(label="bits per token", metric="likelihood.bits_per_token"),
     KeyFigure(label="PSNR in dB", metric="quality.psnr_db"),
+]
+REAL_HEADLINE = [
+    HEADLINE[0],
+    KeyFigure(label="PSNR in dB", metric="quality.psnr_db.model"),
+    KeyFigure(label="tokens right", metric="quality.token_accuracy.model"),
 ]
 
 
@@ -29,19 +40,20 @@ def report(
     tokenizer: str = "t1",
     shift: float = 0.0,
     settings: dict[str, Any] = SETTINGS,
+    quality: Section | None = None,
 ) -> Path:
     likelihood = {"per_tokenizer": True, "bits_per_token": 5.25 + shift}
     psnr = {"mean": 20.0 + shift, "low": 19.0, "high": 21.0, "by_frame": [22.0, 20.0 + shift, None]}
-    quality = {
+    made_up = {
         "psnr_db": psnr,
-        "token_accuracy": {"per_tokenizer": True, "model": 0.5, "by_frame": [0.6, 0.4]},
+        "token_accuracy": {"model": 0.5, "by_frame": [0.6, 0.4]},
         "lpips": None,
         "froze": shift > 0,
         "extractor": "seeded",
     }
     sections = [
-        Section(name=name, title=name, text="", metrics=metrics)
-        for name, metrics in (("likelihood", likelihood), ("quality", quality))
+        Section(name="likelihood", title="Likelihood", text="", metrics=likelihood),
+        quality or Section(name="quality", title="Quality", text="", metrics=made_up),
     ]
     write_report(
         path,
@@ -51,7 +63,7 @@ def report(
         protocol=Protocol.of(kind, settings),
         model={"fingerprint": path.name, "tokenizer_fingerprint": tokenizer},
         seconds=1.0,
-        headline=HEADLINE,
+        headline=HEADLINE if quality is None else REAL_HEADLINE,
     )
     return path
 
@@ -125,17 +137,45 @@ def test_a_tokenizer_and_a_world_model_are_refused(tmp_path: Path) -> None:
         compare_reports(a, b, tmp_path / "out.html")
 
 
+def real_quality(folder: Path) -> Section:
+    """The section that an evaluation writes, of a rollout that copies its last frame."""
+    world = new_world()
+    store = write_store(folder, [20], fingerprint=world.tokenizer.fingerprint)
+    footage = Footage(drive=store.drives[0], tokenizer=world.tokenizer)
+    meter = QualityMeter(FPS, SeededFeatures())
+    for start in (5, 12):
+        clip = Clip(footage=footage, start=start, context_frames=4, frames=3)
+        tokens = clip.context_tokens[-1:].repeat(3, 1, 1)
+        frames = world.tokenizer.decode(tokens).numpy()
+        meter.add(Imagined(clip=clip, tokens=tokens, frames=frames))
+    return meter.section()
+
+
 def test_tokens_of_different_tokenizers_are_not_compared(tmp_path: Path) -> None:
-    a, b = report(tmp_path / "a"), report(tmp_path / "b", tokenizer="t2")
+    quality = real_quality(tmp_path / "tokens")
+    a = report(tmp_path / "a", quality=quality)
+    b = report(tmp_path / "b", quality=quality, tokenizer="t2")
     text = compare_reports(a, b, tmp_path / "out.html")
     page = (tmp_path / "out.html").read_text("utf-8")
-    notice = "not compared: likelihood, quality.token_accuracy."
+    notice = "not compared: likelihood, quality.token_accuracy, quality.token_accuracy_by_frame."
     assert notice in text
     assert notice in page
-    assert "bits per token" not in text
     assert "PSNR in dB" in text
-    assert not rows(page).keys() & {"bits_per_token", "token_accuracy.model", "bits per token"}
-    assert curves(page).keys() == {"psnr_db.by_frame"}
+    assert "tokens right" not in text
+    labels = [*rows(page), *curves(page)]
+    assert any("psnr" in label for label in labels)
+    assert not [label for label in labels if "token" in label]
+    compare_reports(a, a, tmp_path / "same.html")
+    assert "token_accuracy.model" in rows((tmp_path / "same.html").read_text("utf-8"))
+
+
+def test_a_comparison_is_not_written_over(tmp_path: Path) -> None:
+    a = report(tmp_path / "a")
+    out = tmp_path / "out.html"
+    out.write_text("another")
+    with pytest.raises(DriveSimError, match=r"out\.html exists already: choose another --out"):
+        compare_reports(a, a, out)
+    assert out.read_text() == "another"
 
 
 def test_what_one_report_lacks_is_shown_as_lacking(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,11 @@ import torch
 from numpy.typing import NDArray
 
 from driving_sim.data.action_file import SPEED, STEERING
+from driving_sim.evaluate import fidelity
 from driving_sim.evaluate.fidelity import FidelityMeter
 from driving_sim.evaluate.footage import Clip, Footage
 from driving_sim.evaluate.rollouts import Imagined
+from driving_sim.evaluate.section import Section, Table
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.transformer import Transformer
 from driving_sim.world_model.world_model import WorldModel
@@ -55,33 +58,37 @@ def clips(world: WorldModel, tmp_path_factory: pytest.TempPathFactory) -> list[C
 
 
 def measured(world: WorldModel, clips: list[Clip], change: Any) -> dict[str, Any]:
-    """The model's row of metrics where what a rollout did is `change` of what was commanded."""
+    """The section's metrics where what a rollout did is `change` of what was commanded."""
+    return dict(section_of(world, clips, change).metrics)
+
+
+def section_of(world: WorldModel, clips: list[Clip], change: Any) -> Section:
     meter = FidelityMeter(world, PixelProbe(), {"steering": {"rmse": 0.0}})  # type: ignore[arg-type]
     for clip in clips:
         actions, _ = clip.actions
         done = change(actions.copy(), clip.context_frames - 1)
         tokens = torch.zeros(FRAMES, 3, 4, dtype=torch.int64)
         meter.add(Imagined(clip=clip, tokens=tokens, frames=painted(done)))
-    return dict(meter.section().metrics)
+    return meter.section()
 
 
 def test_obedience_is_perfect(world: WorldModel, clips: list[Clip]) -> None:
     found = measured(world, clips, lambda actions, future: actions[future:])
     for channel in ("speed", "steering"):
-        assert found[channel]["model"]["correlation"] == pytest.approx(1, abs=1e-3)
+        assert found[channel]["model"]["correlation"]["mean"] == pytest.approx(1, abs=1e-3)
         assert found[channel]["model"]["gain"] == pytest.approx(1, abs=0.02)
         assert found[channel]["model"]["delay_frames"] == 0
-    assert found["steering"]["model"]["sign_accuracy"] == 1.0
+    assert found["steering"]["model"]["sign_accuracy"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
     # A constant leans to one side: right there, wrong on the other.
-    assert found["steering"]["constant"]["sign_accuracy"] == 0.5
+    assert found["steering"]["constant"]["sign_accuracy"]["mean"] == 0.5
     assert found["speed"]["constant"]["correlation"] is None
 
 
 def test_a_planted_sign_flip_is_found(world: WorldModel, clips: list[Clip]) -> None:
     found = measured(world, clips, lambda actions, future: actions[future:] * [1, -1])
-    assert found["steering"]["model"]["correlation"] == pytest.approx(-1, abs=1e-3)
-    assert found["steering"]["model"]["sign_accuracy"] == 0.0
-    assert found["speed"]["model"]["correlation"] == pytest.approx(1, abs=1e-3)
+    assert found["steering"]["model"]["correlation"]["mean"] == pytest.approx(-1, abs=1e-3)
+    assert found["steering"]["model"]["sign_accuracy"]["mean"] == 0.0
+    assert found["speed"]["model"]["correlation"]["mean"] == pytest.approx(1, abs=1e-3)
 
 
 def test_a_planted_lag_is_found(world: WorldModel, clips: list[Clip]) -> None:
@@ -102,3 +109,54 @@ def test_what_was_recorded_is_read_beside_it(
     expected = np.abs(truth - commanded).mean(axis=(0, 1))
     assert found["speed"]["recorded"]["mean_absolute_error"] == pytest.approx(expected[SPEED])
     assert found["steering"]["recorded"]["mean_absolute_error"] == pytest.approx(expected[STEERING])
+
+
+def test_a_clip_and_its_mirror_image_are_one_unit(world: WorldModel, clips: list[Clip]) -> None:
+    def noisy(actions: NDArray[np.float32], future: int) -> NDArray[np.float64]:
+        rng = np.random.default_rng(round(1000 * float(actions[0, SPEED])))
+        return actions[future:].astype(np.float64) + rng.normal(0, [0.5, 0.2], (FRAMES, 2))
+
+    # The mirror images are not given as such here, so that both are the very same evidence.
+    alone, twice = (measured(world, each, noisy) for each in (clips, [*clips, *clips]))
+    assert (alone["clips"], alone["independent_clips"]) == (len(clips), len(clips))
+    assert (twice["clips"], twice["independent_clips"]) == (2 * len(clips), len(clips))
+    for channel, name in (("speed", "correlation"), ("steering", "sign_accuracy")):
+        expected = alone[channel]["model"][name]
+        assert expected["low"] < expected["mean"] < expected["high"]
+        assert twice[channel]["model"][name] == pytest.approx(expected)
+    lone = measured(world, [clips[0], replace(clips[0], mirrored=True)], noisy)
+    assert lone["independent_clips"] == 1
+    assert lone["speed"]["model"]["correlation"]["low"] is None
+
+
+def test_the_steering_of_a_standing_car_is_not_judged(
+    world: WorldModel, clips: list[Clip], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not show: the probe neither learns nor judges it, and here it reads nothing but 0."""
+    speeds = np.concatenate([clip.actions[0][3:, SPEED] for clip in clips])
+    monkeypatch.setattr(fidelity, "STANDING_MPS", 5.0)  # of the drive's 3 to 9 m/s
+    slow = (speeds < 5.0).sum()
+    assert 0 < slow < len(speeds)
+
+    def stands(actions: NDArray[np.float32], future: int) -> NDArray[np.float32]:
+        done = actions[future:].copy()
+        done[done[:, SPEED] < 5.0, STEERING] = 0
+        return done
+
+    found = measured(world, clips, stands)
+    assert found["steering"]["model"]["transitions"] == len(speeds) - slow
+    assert found["steering"]["model"]["sign_accuracy"]["mean"] == 1
+    assert found["speed"]["model"]["transitions"] == len(speeds)
+
+
+def test_the_report_says_what_was_read_and_how_sure_it_is(
+    world: WorldModel, clips: list[Clip]
+) -> None:
+    section = section_of(world, clips, lambda actions, future: actions[future:])
+    assert section.metrics["recorded"] is False
+    assert "run on the tokenizer's reconstructions" in section.text
+    _, table = (part for part in section.parts if isinstance(part, Table))
+    rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+    model = rows["steering, model"]
+    assert model["sign accuracy"] == section.metrics["steering"]["model"]["sign_accuracy"]
+    assert model["correlation"] == section.metrics["steering"]["model"]["correlation"]

@@ -2,10 +2,26 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from driving_sim.evaluate.following import balanced_sign_accuracy, follow, monotonicity
+from driving_sim.evaluate.following import (
+    Estimate,
+    balanced_sign_accuracy,
+    follow,
+    monotonicity,
+)
 
 Values = NDArray[np.float64]
 CURVE = 0.3
+
+
+def mean(found: Estimate | None) -> float | None:
+    return None if found is None else found["mean"]
+
+
+def width(found: Estimate | None) -> float:
+    assert found is not None
+    assert found["low"] is not None
+    assert found["high"] is not None
+    return found["high"] - found["low"]
 
 
 def commands(clips: int = 6, frames: int = 30, seed: int = 0) -> Values:
@@ -27,20 +43,18 @@ def late(commanded: Values, frames: int) -> Values:
 def test_obedience_is_perfect() -> None:
     found = follow(commands(), commands(), sign_threshold=CURVE)
     assert found.transitions == 180
-    assert found.correlation == pytest.approx(1)
-    assert found.correlation_interval == pytest.approx((1, 1))
+    assert found.correlation == pytest.approx({"mean": 1, "low": 1, "high": 1})
     assert found.gain == pytest.approx(1)
     assert found.mean_absolute_error == 0
     assert found.delay_frames == 0
-    assert found.sign_accuracy == 1
-    assert found.sign_accuracy_interval == (1, 1)
+    assert found.sign_accuracy == {"mean": 1, "low": 1, "high": 1}
 
 
 def test_a_planted_sign_flip_is_found() -> None:
     found = follow(commands(), -commands(), sign_threshold=CURVE)
-    assert found.correlation == pytest.approx(-1)
+    assert mean(found.correlation) == pytest.approx(-1)
     assert found.gain == pytest.approx(-1)
-    assert found.sign_accuracy == 0
+    assert mean(found.sign_accuracy) == 0
 
 
 @pytest.mark.parametrize("lag", [-5, -3, -1, 0, 1, 2, 5])
@@ -55,14 +69,14 @@ def test_a_planted_lag_is_found_exactly(lag: int) -> None:
 def test_half_obedience_is_a_gain_of_a_half_whatever_the_offset() -> None:
     found = follow(commands(), 0.5 * commands() + 7)
     assert found.gain == pytest.approx(0.5)
-    assert found.correlation == pytest.approx(1)
+    assert mean(found.correlation) == pytest.approx(1)
     assert found.mean_absolute_error == pytest.approx(np.abs(7 - 0.5 * commands()).mean())
 
 
 def test_numbers_agree_with_numpy() -> None:
     x, y = commands(), commands() + np.random.default_rng(1).normal(size=(6, 30))
     found = follow(x, y)
-    assert found.correlation == pytest.approx(np.corrcoef(x.ravel(), y.ravel())[0, 1])
+    assert mean(found.correlation) == pytest.approx(np.corrcoef(x.ravel(), y.ravel())[0, 1])
     assert found.gain == pytest.approx(np.polyfit(x.ravel(), y.ravel(), 1)[0])
     assert found.mean_absolute_error == pytest.approx(np.abs(x - y).mean())
 
@@ -73,7 +87,8 @@ def test_always_right_scores_a_half_on_a_drive_that_turns_right() -> None:
     assert rights > 2 * (commanded > CURVE).sum() > 0
     assert balanced_sign_accuracy(commanded, np.full_like(commanded, -1.0), CURVE) == 0.5
     assert balanced_sign_accuracy(commanded, np.zeros_like(commanded), CURVE) == 0
-    assert follow(commanded, -np.ones_like(commanded), sign_threshold=CURVE).sign_accuracy == 0.5
+    always_right = follow(commanded, -np.ones_like(commanded), sign_threshold=CURVE)
+    assert mean(always_right.sign_accuracy) == 0.5
 
 
 def test_sides_count_equally_and_straights_not_at_all() -> None:
@@ -88,14 +103,16 @@ def test_sides_count_equally_and_straights_not_at_all() -> None:
 def test_what_does_not_vary_has_no_correlation(level: float) -> None:
     constant = np.full((6, 30), level, np.float32)
     ignoring = follow(commands(), constant)
-    for unknown in (ignoring.correlation, ignoring.correlation_interval, ignoring.delay_frames):
-        assert unknown is None
+    assert ignoring.correlation is None
+    assert ignoring.delay_frames is None
     assert ignoring.gain == pytest.approx(0)
     holding = follow(constant, commands())
-    assert holding.correlation is holding.gain is holding.delay_frames is None
+    assert holding.correlation is None
+    assert holding.gain is None
+    assert holding.delay_frames is None
     levels = np.repeat(level + np.arange(6.0)[:, None], 30, axis=1)
     assert follow(levels, levels).delay_frames is None
-    assert follow(levels, levels).correlation == pytest.approx(1)
+    assert mean(follow(levels, levels).correlation) == pytest.approx(1)
 
 
 def test_the_unknown_is_left_out() -> None:
@@ -104,13 +121,15 @@ def test_the_unknown_is_left_out() -> None:
     found = follow(x, y, sign_threshold=CURVE)
     both = ~np.isnan(x + y)
     assert found.transitions == both.sum() == 180 - 4 - 4 - 30
-    assert found.correlation == pytest.approx(np.corrcoef(x[both], y[both])[0, 1])
+    assert mean(found.correlation) == pytest.approx(np.corrcoef(x[both], y[both])[0, 1])
     assert found.mean_absolute_error == pytest.approx(np.abs(x - y)[both].mean())
     assert found.delay_frames == 2
-    assert found.sign_accuracy == balanced_sign_accuracy(x[both], y[both], CURVE)
+    assert mean(found.sign_accuracy) == balanced_sign_accuracy(x[both], y[both], CURVE)
     nothing = follow(np.full((3, 9), np.nan), np.ones((3, 9)), sign_threshold=CURVE)
     assert nothing.transitions == 0
-    assert nothing.correlation is nothing.mean_absolute_error is nothing.sign_accuracy is None
+    assert nothing.correlation is None
+    assert nothing.mean_absolute_error is None
+    assert nothing.sign_accuracy is None
 
 
 def test_intervals_cover_the_truth_and_narrow_with_clips() -> None:
@@ -120,16 +139,18 @@ def test_intervals_cover_the_truth_and_narrow_with_clips() -> None:
         x = np.random.default_rng(0).normal(size=(clips, 20))
         y = x + np.random.default_rng(1).normal(scale=noise, size=x.shape)
         found = follow(x, y, sign_threshold=CURVE)
-        assert found.correlation_interval is not None
-        assert found.sign_accuracy is not None
-        assert found.sign_accuracy_interval is not None
-        low, high = found.correlation_interval
+        for estimate in (found.correlation, found.sign_accuracy):
+            assert estimate is not None
+            assert estimate["low"] < estimate["mean"] < estimate["high"]  # type: ignore[operator]
+        assert found.correlation is not None
+        low, high = found.correlation["low"], found.correlation["high"]
         assert low < 1 / np.hypot(1, noise) < high
-        assert found.sign_accuracy_interval[0] < found.sign_accuracy
-        assert found.sign_accuracy < found.sign_accuracy_interval[1]
-        widths.append(high - low)
+        widths.append(width(found.correlation))
     assert widths[1] < widths[0] / 2
-    assert follow(x[:1], y[:1]).correlation_interval is None
+    single = follow(x[:1], y[:1]).correlation
+    assert single is not None
+    assert single["mean"] is not None
+    assert single["low"] is single["high"] is None
     assert follow(x, y, seed=1) == follow(x, y, seed=1) != follow(x, y, seed=2)
 
 
@@ -138,7 +159,22 @@ def test_clips_are_resampled_whole() -> None:
     x = np.random.default_rng(0).normal(size=(8, 10))
     y = x + np.random.default_rng(1).normal(size=x.shape)
     once, often = (follow(np.repeat(x, n, axis=1), np.repeat(y, n, axis=1)) for n in (1, 20))
-    assert often.correlation_interval == pytest.approx(once.correlation_interval)
+    assert often.correlation == pytest.approx(once.correlation)
+
+
+def test_a_clip_and_its_mirror_image_are_one_piece_of_evidence() -> None:
+    rng = np.random.default_rng(0)
+    x, noise = rng.normal(size=(2, 12, 20))
+    y = x + rng.normal(size=(12, 1)) * noise
+    both = np.concatenate([x, -x]), np.concatenate([y, -y])
+    as_one = follow(*both, units=np.tile(np.arange(12), 2), sign_threshold=CURVE)
+    as_two = follow(*both, sign_threshold=CURVE)
+    assert mean(as_one.correlation) == pytest.approx(mean(as_two.correlation))
+    assert width(as_two.correlation) < 0.85 * width(as_one.correlation)
+    assert width(as_two.sign_accuracy) < 0.95 * width(as_one.sign_accuracy)
+    lone = follow(*both, units=np.zeros(24), sign_threshold=CURVE)
+    assert lone.correlation is not None
+    assert lone.correlation["low"] is None
 
 
 def test_monotonicity() -> None:

@@ -1,13 +1,16 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from driving_sim.data.drive import sample
 from driving_sim.data.sources import find_drives
 from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
 from driving_sim.evaluate.flicker import flicker
 from driving_sim.evaluate.reconstruction import evaluate_tokenizer
+from driving_sim.tokenizer.metrics import psnr
 from driving_sim.world_model.world_model import WorldModel
 from tests.test_world_model import new_world
 from tests.token_drives import FPS
@@ -53,11 +56,43 @@ def test_what_a_frame_costs_is_its_tokens_and_codes(world: WorldModel, videos: P
     assert found["compression_factor"] == pytest.approx(48 * 64 * 24 / (12 * np.log2(9)))
 
 
-def test_the_worst_frames_are_shown(world: WorldModel, videos: Path) -> None:
-    section = evaluate_tokenizer(
-        world.tokenizer, [sample(drive) for drive in find_drives([videos]).drives]
-    )
-    shown = [float(part.caption.split(": ")[1].split(" dB")[0]) for part in section.parts[2:]]
-    assert len(shown) == 6
+def test_the_worst_frames_are_shown_of_every_moment_one(world: WorldModel, videos: Path) -> None:
+    drives = [sample(drive) for drive in find_drives([videos]).drives]
+    section = evaluate_tokenizer(world.tokenizer, drives)
+    captions = [part.caption for part in section.parts[2:]]
+    assert 4 <= len(captions) <= 6
+    shown = [float(caption.split(": ")[1].split(" dB")[0]) for caption in captions]
     assert shown == sorted(shown)
-    assert shown[0] < section.metrics["psnr_db"]["mean"]
+    places = [caption.split(" s:")[0].split(" at ") for caption in captions]
+    for name in {name for name, _ in places}:
+        times = sorted(float(time) for drive, time in places if drive == name)
+        assert (np.diff(times) >= 2 - 0.1).all()  # they are rounded
+    frames = drives[0].drive.frames(drives[0].indices)
+    rebuilt = world.tokenizer.decode(world.tokenizer.encode(frames))
+    values = psnr(rebuilt, torch.from_numpy(frames)).numpy()
+    worst = drives[0].timestamps[values.argmin()]
+    of_first = [float(time) for drive, time in places if drive == drives[0].drive.id]
+    assert of_first[0] == pytest.approx(worst, abs=0.06)
+
+
+def test_blocks_of_neighbours_are_the_units_and_count_by_their_frames(
+    world: WorldModel, videos: Path
+) -> None:
+    """Of one block, 3 s, nothing is known but itself; the drives here have two blocks each."""
+    drives = [sample(drive) for drive in find_drives([videos]).drives]
+    section = evaluate_tokenizer(world.tokenizer, drives)
+    found = section.metrics["psnr_db"]
+    assert found["low"] < found["mean"] < found["high"]
+    assert section.parts[0].rows[0] == ("psnr_db", found)  # type: ignore[union-attr]
+    short = sample(drives[0].drive)
+    cut = replace(
+        short,
+        indices=short.indices[:20],
+        timestamps=short.timestamps[:20],
+        actions=short.actions[:20],
+        action_valid=short.action_valid[:20],
+        segments=[(0, 20)],
+    )
+    alone = evaluate_tokenizer(world.tokenizer, [cut])
+    assert alone.metrics["psnr_db"]["low"] is None
+    assert alone.metrics["psnr_db"]["mean"] is not None

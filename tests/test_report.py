@@ -211,7 +211,8 @@ def test_key_figures_stand_at_the_head(tmp_path: Path) -> None:
         ([ESTIMATE], ["3.21 [3.10, 3.33]"]),
         ([{"mean": 1234.5, "low": 1111.1, "high": 1333.3}], ["1,234 [1,111, 1,333]"]),
         ([{"mean": 2.0, "low": 2.0, "high": 2.0}], ["2 [2, 2]"]),
-        ([{"mean": 2.0, "low": None, "high": None}], ["2 [–, –]"]),
+        ([{"mean": 2.0, "low": None, "high": None}], ["2"]),
+        ([{"mean": None, "low": None, "high": None}], ["–"]),
     ],
 )
 def test_numbers_have_sensible_digits(cells: list[Any], texts: list[str]) -> None:

@@ -38,10 +38,12 @@ def compare_reports(a: Path, b: Path, out: Path) -> str:
 
     Returns the key figures as text for a terminal. What counts the tokens of different tokenizers
     is left out, and it is said. Raises `DriveSimError` where the two were not measured under one
-    protocol.
+    protocol, or `out` exists.
     """
     if out.suffix != ".html":
         raise DriveSimError(f"--out {out}: a comparison is an .html file; name it so")
+    if out.exists():
+        raise DriveSimError(f"{out} exists already: choose another --out or remove it")
     comparison = Comparison(a=Report.load(a), b=Report.load(b))
     with atomic_file(out) as temporary:
         write_page(temporary, comparison.page())

@@ -1,7 +1,7 @@
 """Whether rollouts do what they are told: commanded against realised speed and steering.
 
-What a rollout realised is read off its pictures by an inverse-dynamics probe that learned from real
-footage (as ACT-Bench, arXiv 2412.05337, does). Its own error on real held-out footage is the floor.
+What a rollout realised is read off its pictures by an inverse-dynamics probe that learned from the
+training drives (as ACT-Bench, arXiv 2412.05337, does). Its own error on held-out ones is the floor.
 
 Axes: C clips, N frames of the future, H W pixels, A = 2 channels (speed, steering).
 """
@@ -18,7 +18,7 @@ from driving_sim.data.action_file import SPEED, STEERING
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.following import follow
 from driving_sim.evaluate.footage import Clip
-from driving_sim.evaluate.inverse_dynamics import InverseDynamics
+from driving_sim.evaluate.inverse_dynamics import STANDING_MPS, InverseDynamics
 from driving_sim.evaluate.rollouts import Imagined, imagine
 from driving_sim.evaluate.section import Cell, Media, Section, Table, plot
 from driving_sim.world_model.sampler import Sampling
@@ -37,21 +37,21 @@ class FidelityMeter:
     """Collects what clips were told and what their pictures show; `section` sums up.
 
     Every clip comes with its mirror image: a car that drives a circuit turns mostly one way, and a
-    model that always says right must not be right.
+    model that always says right must not be right. The two are one unit of the intervals.
     """
 
     def __init__(self, world: WorldModel, probe: InverseDynamics, floor: dict[str, Any]) -> None:
-        """`floor` is the probe's own error on real held-out footage, for the report."""
+        """`floor` is the probe's own error on held-out footage, for the report."""
         self.world, self.probe, self.floor = world, probe, floor
+        self.clips: list[Clip] = []
         self.commanded: list[Actions] = []
         self.realised: dict[str, list[Actions]] = {name: [] for name in SOURCES}
 
     def add(self, imagined: Imagined) -> None:
         """Read the rollout of a clip, and what was recorded there."""
         clip = imagined.clip
-        actions, valid = clip.actions
-        future = slice(clip.context_frames - 1, None)
-        commanded = np.where(valid, actions, np.nan)[future].astype(np.float64)
+        commanded = _commanded(clip)
+        self.clips.append(clip)
         self.commanded.append(commanded)
         context = clip.context
         self.realised["model"].append(read(self.probe, context, imagined.frames))
@@ -67,7 +67,13 @@ class FidelityMeter:
     def section(self) -> Section:
         """How well each source follows, beside the probe's own error."""
         commanded = np.stack(self.commanded)
-        metrics: dict[str, Any] = {"clips": len(commanded), "probe": self.floor}
+        units = [_place(clip) for clip in self.clips]
+        metrics: dict[str, Any] = {
+            "clips": len(units),
+            "independent_clips": len(set(units)),
+            "recorded": all(clip.footage.recorded is not None for clip in self.clips),
+            "probe": self.floor,
+        }
         for name, channel in CHANNELS.items():
             threshold = _CURVE * self.world.steering_p95 if channel == STEERING else None
             metrics[name] = {
@@ -75,6 +81,7 @@ class FidelityMeter:
                     follow(
                         commanded[..., channel],
                         np.stack(found)[..., channel],
+                        units=units,
                         sign_threshold=threshold,
                         max_lag=min(5, commanded.shape[1] - 2),
                     )
@@ -85,7 +92,9 @@ class FidelityMeter:
         return Section(
             name="fidelity",
             title="Action fidelity",
-            text=_TEXT,
+            text=_TEXT.format(
+                truth=_RECORDED if metrics["recorded"] else _RECONSTRUCTED, standing=STANDING_MPS
+            ),
             metrics=metrics,
             parts=(_floor_table(self.floor), _table(metrics), self._plot(commanded)),
         )
@@ -103,6 +112,21 @@ class FidelityMeter:
             axes.set(title=name, xlabel="commanded", ylabel="realised")
         axes.legend(frameon=False)
         return plot(figure, "Every frame: what was commanded and what the probe reads")
+
+
+def _commanded(clip: Clip) -> Actions:
+    """The future's actions [N, A]; NaN where not known, or where they cannot show."""
+    actions, valid = clip.actions
+    future = slice(clip.context_frames - 1, None)
+    commanded = np.where(valid, actions, np.nan)[future].astype(np.float64)
+    commanded[commanded[:, SPEED] < STANDING_MPS, STEERING] = np.nan
+    return commanded
+
+
+def _place(clip: Clip) -> str:
+    """Where a clip was taken: the same for its mirror image."""
+    drive = clip.footage.drive
+    return f"{drive.id} {drive.entry.start + clip.start}"
 
 
 def read(probe: InverseDynamics, context: Frames, future: Frames) -> Actions:
@@ -125,14 +149,18 @@ def measure_fidelity(
             bar.advance(1)
 
 
-_TEXT = """An inverse-dynamics probe, trained on the training drives' real footage, reads speed and
-steering off pictures. It is run on the recorded frames of the same clips (its error there is the
-floor), on the model's rollouts, and on rollouts of a model that was told no actions; the constant
-is the training drives' mean.
+_TEXT = """An inverse-dynamics probe, which learned from the training drives, reads speed and
+steering off pictures. It is run on {truth} of the same clips (its error there is the floor), on the
+model's rollouts, and on rollouts in which the model knew the actions of the context but none of the
+future's (action-free); the constant is the training drives' mean.
 
 Correlation, gain (1: what was commanded is what happens) and delay compare the commanded with the
 realised course. Sign accuracy is over frames in curves, left and right averaged, over the clips
-and their mirror images: always the same way scores 0.5."""
+and their mirror images: always the same way scores 0.5. The steering of a car that is told to go
+slower than {standing:g} m/s does not show, and is not judged. Intervals are over clips; one and its
+mirror image count as one."""
+_RECORDED = "the recorded frames"
+_RECONSTRUCTED = "the tokenizer's reconstructions of the recorded frames"
 
 
 def _floor_table(floor: dict[str, Any]) -> Table:
@@ -140,7 +168,7 @@ def _floor_table(floor: dict[str, Any]) -> Table:
     rows: tuple[tuple[Cell, ...], ...] = tuple(
         (channel, *(errors[name] for name in names)) for channel, errors in floor.items()
     )
-    columns = ("probe, on real held-out footage", *(name.replace("_", " ") for name in names))
+    columns = ("probe, on held-out drives", *(name.replace("_", " ") for name in names))
     return Table(caption="The floor: the probe's own error", columns=columns, rows=rows)
 
 

@@ -2,19 +2,20 @@
 
 NaN is what is not known: a command that was not given, or a motion that could not be measured.
 
-Legend: C clips, N transitions of a clip, L levels of a sweep, R resamples.
+Legend: C clips, N transitions of a clip, L levels of a sweep.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 
-Values = NDArray[np.floating]
-Interval = tuple[float, float]
+from driving_sim.evaluate.intervals import Values, bootstrap, unit_sums
 
-_RESAMPLES = 2000
+Estimate = Mapping[str, float | None]
+"""`mean`, `low` and `high`, of `bootstrap`."""
+
 _FLAT = 1e-12
 """A variance that is this small a share of the mean square is rounding."""
 
@@ -25,20 +26,16 @@ class Following:
 
     transitions: int
     """Where both are known."""
-    correlation: float | None
+    correlation: Estimate | None
     """Pearson's, over all clips together."""
-    correlation_interval: Interval | None
-    """95 % percentile bootstrap over clips."""
     gain: float | None
     """Least-squares slope of realised on commanded: 1 is obedience, 0.5 half of what was asked."""
     mean_absolute_error: float | None
     """In the channel's unit."""
     delay_frames: int | None
     """How much later than commanded the picture follows; None where it follows at no lag."""
-    sign_accuracy: float | None = None
+    sign_accuracy: Estimate | None = None
     """Of left and right commands, averaged."""
-    sign_accuracy_interval: Interval | None = None
-    """95 % percentile bootstrap over clips."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +52,7 @@ def follow(
     commanded: Values,
     realised: Values,
     *,
+    units: ArrayLike | None = None,
     sign_threshold: float | None = None,
     max_lag: int = 5,
     seed: int = 0,
@@ -63,8 +61,9 @@ def follow(
 
     The delay is the lag, at most `max_lag` frames either way, of the highest normalised
     cross-correlation of the clips, each about its own mean. With `sign_threshold`, commands beyond
-    it are judged by their sign too. The bootstrap over clips (Efron 1979,
-    https://doi.org/10.1214/aos/1176344552) is a function of `seed`.
+    it are judged by their sign too. Intervals are over `units`, a label [C] for each clip: clips
+    of one label, a clip and its mirror image, are no independent evidence. By default each clip
+    is a unit.
     """
     x, y = _paired(commanded, realised)
     if x.ndim != 2:
@@ -72,18 +71,17 @@ def follow(
     if not 0 <= max_lag < x.shape[1] - 1:
         raise ValueError(f"max_lag={max_lag}: must lie in 0..{x.shape[1] - 2} for these clips")
     known = ~np.isnan(x)
-    moments = _moments(x, y)
+    units = np.arange(len(x)) if units is None else units
+    moments = unit_sums(units, _moments(x, y))
     covariance, commanded_variance, _ = _spread(moments.sum(axis=0))
-    sides = None if sign_threshold is None else _sides(x, y, sign_threshold)
+    sides = None if sign_threshold is None else unit_sums(units, _sides(x, y, sign_threshold))
     return Following(
         transitions=int(known.sum()),
-        correlation=_or_none(_correlation(moments.sum(axis=0))),
-        correlation_interval=_interval(moments, _correlation, seed),
+        correlation=_estimate(moments, _correlation, seed),
         gain=_or_none(_ratio(covariance, commanded_variance)),
         mean_absolute_error=float(np.abs(x - y)[known].mean()) if known.any() else None,
         delay_frames=_delay(x, y, max_lag),
-        sign_accuracy=None if sides is None else _or_none(_balanced(sides.sum(axis=0))),
-        sign_accuracy_interval=None if sides is None else _interval(sides, _balanced, seed),
+        sign_accuracy=None if sides is None else _estimate(sides, _balanced, seed),
     )
 
 
@@ -165,18 +163,9 @@ def _balanced(sides: Values) -> Values:
     return np.asarray((_ratio(left_right, left) + _ratio(right_right, right)) / 2)
 
 
-def _interval(sums: Values, statistic: Callable[[Values], Values], seed: int) -> Interval | None:
-    """95 % of a statistic of summed [C, ...] over resampled clips; None for fewer than two."""
-    clips = len(sums)
-    if clips < 2:
-        return None
-    drawn = np.random.default_rng(seed).integers(clips, size=(_RESAMPLES, clips))
-    values = statistic(sums[drawn].sum(axis=1))
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return None
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
+def _estimate(sums: Values, statistic: Callable[[Values], Values], seed: int) -> Estimate | None:
+    found = bootstrap(sums, statistic, seed=seed)
+    return None if found["mean"] is None else found
 
 
 def _delay(x: Values, y: Values, max_lag: int) -> int | None:

@@ -1,21 +1,82 @@
-"""Bootstrap intervals: how far a mean could have come out otherwise, on other drives or windows."""
+"""Bootstrap intervals: how far a figure could have come out otherwise, on other drives or clips.
+
+What is resampled are independent units: clips with disjoint futures (a clip and its mirror image
+are one), or blocks of frames, since neighbouring frames are alike.
+
+Legend: U units, S sums of each.
+"""
+
+from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 RESAMPLES = 2000
+BLOCK_S = 3.0
+"""Length of a block of frames that counts as a unit of its own, in s."""
+
+Values = NDArray[np.floating]
 
 
-def interval(values: ArrayLike, *, seed: int = 0) -> dict[str, float]:
-    """Mean and 95 % percentile bootstrap interval (Efron 1979, 10.1214/aos/1176344552) of [n].
-
-    One value of each independent unit (a clip, a block of frames, a drive). Of a single one
-    nothing is known but itself.
-    """
+def interval(values: ArrayLike, *, seed: int = 0) -> dict[str, float | None]:
+    """Mean of [n] and its 95 % interval, one value of each independent unit; see `bootstrap`."""
     array = np.asarray(values, np.float64)
     if not len(array):
         raise ValueError("no values to find a mean of")
-    rng = np.random.default_rng(seed)
-    means = array[rng.integers(len(array), size=(RESAMPLES, len(array)))].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {"mean": float(array.mean()), "low": float(low), "high": float(high)}
+    return bootstrap(np.stack([array, np.ones_like(array)], axis=1), mean_of_sums, seed=seed)
+
+
+def bootstrap(
+    sums: ArrayLike, statistic: Callable[[Values], Values], *, seed: int = 0
+) -> dict[str, float | None]:
+    """A statistic of units' sums and its 95 % percentile interval over resampled units.
+
+    Efron 1979, https://doi.org/10.1214/aos/1176344552. `sums` [U, S] are each unit's; one whose
+    sums, counts among them, are all 0 is no unit. `statistic` takes sums [..., S] over units to
+    values [...], NaN where they tell nothing. `mean` is its value over all units, None where that
+    is NaN; `low` and `high` are None for fewer than two: of a single unit nothing is known but
+    itself.
+    """
+    each = np.asarray(sums, np.float64)
+    if each.ndim != 2 or not len(each):
+        raise ValueError(f"sums of shape {list(each.shape)}: must be [units, sums], of one or more")
+    found: dict[str, float | None] = dict.fromkeys(("mean", "low", "high"))
+    each = each[each.any(axis=1)]
+    whole = float(statistic(each.sum(axis=0)))
+    if np.isnan(whole):
+        return found
+    found["mean"] = whole
+    if len(each) > 1:
+        values = statistic(_resampled(each, np.random.default_rng(seed)))
+        low, high = np.nanquantile(values, [0.025, 0.975])
+        found |= {"low": float(low), "high": float(high)}
+    return found
+
+
+def _resampled(sums: Values, rng: np.random.Generator) -> Values:
+    """Sums [RESAMPLES, S] over as many units as there are, drawn with replacement."""
+    units = len(sums)
+    # One at a time: all at once would take thousands of times the memory of the units.
+    return np.stack([sums[rng.integers(units, size=units)].sum(axis=0) for _ in range(RESAMPLES)])
+
+
+def mean_of_sums(sums: Values) -> Values:
+    """A statistic for `bootstrap`: means [...] of [..., 2], a sum and its count; NaN for none."""
+    total, count = sums[..., 0], sums[..., 1]
+    return np.asarray(total / np.where(count == 0, np.nan, count))
+
+
+def unit_sums(units: ArrayLike, values: ArrayLike) -> NDArray[np.float64]:
+    """Sum `values` [n, S] over those of a unit, [U, S]; `units` [n] are labels in any order."""
+    labels, terms = np.asarray(units), np.asarray(values, np.float64)
+    if labels.ndim != 1 or len(labels) != len(terms):
+        raise ValueError(f"{labels.shape} labels for values of shape {terms.shape}: one for each")
+    found, place = np.unique(labels, return_inverse=True)
+    sums = np.zeros((len(found), *terms.shape[1:]))
+    np.add.at(sums, place, terms)
+    return sums
+
+
+def block_frames(fps: float, window: int = 1) -> int:
+    """Frames of a block: 3 s of them, or a model's whole window where that is longer."""
+    return max(round(BLOCK_S * fps), window)

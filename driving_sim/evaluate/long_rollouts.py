@@ -15,6 +15,7 @@ from driving_sim.data.action_file import SPEED
 from driving_sim.data.token_store import DriveTokens
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.footage import Clip
+from driving_sim.evaluate.inverse_dynamics import STANDING_MPS
 from driving_sim.evaluate.section import Media, Section, Table, photo, plot
 from driving_sim.evaluate.stability import (
     Appearance,
@@ -30,7 +31,6 @@ from driving_sim.world_model.world_model import WorldModel
 
 _CHUNK = 16
 _COLUMNS = 7
-_MOVING_MPS = 1.0
 
 
 def evaluate_stability(
@@ -94,7 +94,7 @@ def _decoded(tokenizer: Tokenizer, tokens: NDArray[np.int64]) -> Iterator[NDArra
 
 def _moving(actions: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Where the car is told to move, [N]; where nothing is known of its speed, it does."""
-    fast: NDArray[np.bool_] = ~valid[:, SPEED] | (actions[:, SPEED] >= _MOVING_MPS)
+    fast: NDArray[np.bool_] = ~valid[:, SPEED] | (actions[:, SPEED] >= STANDING_MPS)
     return fast
 
 
@@ -157,9 +157,13 @@ def _plot(judged: Sequence[dict[str, Any]]) -> Media:
     first = judged[0]
     drift.axhline(first["drift"]["threshold_bits"], color="#999999", linestyle=":")
     drift.axhline(first["drift"]["floor_bits"], color="#999999")
-    for axes, name in ((sharp, "sharpness"), (change, "freeze")):
-        for bound in first[name]["thresholds"]:
-            axes.axhline(bound, color="#999999", linestyle=":")
+    bounds = first["sharpness"]["thresholds"]
+    for axes, bound in (
+        (sharp, bounds["low"]),
+        (sharp, bounds["high"]),
+        (change, first["freeze"]["threshold"]),
+    ):
+        axes.axhline(bound, color="#999999", linestyle=":")
     for axes, label in (
         (drift, "divergence of the tokens, bits"),
         (sharp, "sharpness, of the real median"),

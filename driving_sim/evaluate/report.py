@@ -45,7 +45,8 @@ class KeyFigure:
     label: str
     """With its unit."""
     metric: str
-    """Its place below the sections: `likelihood.bits_per_token`."""
+    """Its place below the sections, `likelihood.bits_per_token`: a number or a mean with its
+    interval."""
     beside: Mapping[str, str] = field(default_factory=dict)
     """Label to place."""
 
@@ -187,8 +188,10 @@ def _common_decimals(values: Sequence[float]) -> int | None:
 
 
 def _estimate_text(estimate: Mapping[str, float | None]) -> str:
-    """`mean [low, high]`, with the digits that the interval's width supports."""
+    """`mean [low, high]`, with the digits that the interval's width supports; alone without one."""
     values = [estimate[name] for name in ("mean", "low", "high")]
+    if values[1] is None and values[2] is None:
+        return _cell_text(values[0], None)
     known = [value for value in values if value is not None and math.isfinite(value)]
     width = max(known) - min(known) if len(known) == len(values) else 0
     if width > 10**-_MOST_DECIMALS:

@@ -419,7 +419,7 @@ def _judge_sharpness(footage: Appearance, bounds: RealBounds) -> tuple[dict[str,
         "ratio": _listed(ratio),
         "mean_ratio": float(ratio.mean()),
         "real_grey_levels": median,
-        "thresholds": [low, high],
+        "thresholds": {"low": low, "high": high},
     }
     return judged, (ratio < low) | (ratio > high)
 
@@ -431,7 +431,7 @@ def _judge_freeze(footage: Appearance, bounds: RealBounds) -> tuple[dict[str, An
         "change": _listed(footage.change),
         "share": float(frozen.sum() / max(1, footage.moving.sum())),
         "longest_s": longest / bounds.fps,
-        "thresholds": [bounds.frozen_change],
+        "threshold": bounds.frozen_change,
     }
     return judged, frozen
 
@@ -471,24 +471,6 @@ def _judge_loops(
 def _listed(curve: NDArray[Any]) -> list[float]:
     rounded: list[float] = curve.astype(np.float64).round(4).tolist()
     return rounded
-
-
-def measure_stability(
-    tokens: Tokens,
-    frames: Frames,
-    real_tokens: Tokens,
-    real_frames: Frames,
-    fps: float,
-    config: StabilityConfig | None = None,
-) -> dict[str, Any]:
-    """Judge one rollout beside one real drive, both whole and in motion throughout.
-
-    Tokens [N, r, c] and decoded frames [N, H, W, 3]. Where frames come in chunks, the car stands at
-    times, or there are several rollouts or drives: `Appearance.measure`, `RealBounds.fit`, `judge`.
-    """
-    real = Appearance.measure(real_tokens, [real_frames])
-    bounds = RealBounds.fit([real], fps, config or StabilityConfig())
-    return judge(Appearance.measure(tokens, [frames]), bounds)
 
 
 def mean_stability(rollouts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
