@@ -5,11 +5,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from driving_sim.data.action_file import SPEED, STEERING
 from driving_sim.data.synthetic import SyntheticConfig, SyntheticWorld, drive
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.evaluate.inverse_dynamics import STANDING_MPS, InverseDynamics, ProbeClip
+from driving_sim.evaluate.inverse_dynamics import (
+    STANDING_MPS,
+    InverseDynamics,
+    ProbeClip,
+    ProbeSource,
+)
 
 WORLD = SyntheticConfig(
     height=48,
@@ -20,6 +26,7 @@ WORLD = SyntheticConfig(
     traffic=0.0,
     palettes=("noon",),
 )
+SOURCE = ProbeSource(fps=WORLD.fps, steering_kind="road_wheel", drives=("c0ffee", "f00d"))
 
 
 def driven(seed: int, seconds: float = 24.0) -> ProbeClip:
@@ -29,6 +36,15 @@ def driven(seed: int, seconds: float = 24.0) -> ProbeClip:
         actions=found.actions,
         action_valid=np.ones_like(found.actions, np.bool_),
         segments=[(0, len(found.states))],
+    )
+
+
+def beginning(clip: ProbeClip, frames: int) -> ProbeClip:
+    return ProbeClip(
+        frames=clip.frames[:frames],
+        actions=clip.actions[:frames],
+        action_valid=clip.action_valid[:frames],
+        segments=[(0, frames)],
     )
 
 
@@ -44,7 +60,7 @@ def held() -> ProbeClip:
 
 @pytest.fixture(scope="module")
 def probe(training: list[ProbeClip], held: ProbeClip) -> InverseDynamics:
-    return InverseDynamics.fit(training, [held], steps=120)
+    return InverseDynamics.fit(training, [held], source=SOURCE, steps=120)
 
 
 def test_it_learns_far_more_than_the_mean(probe: InverseDynamics) -> None:
@@ -137,9 +153,11 @@ def test_training_is_a_function_of_clips_steps_and_seed(
 ) -> None:
     state = torch.get_rng_state()
     counted: list[int] = []
-    clips = [replace(clip, segments=[(0, 20)]) for clip in training[:1]]
+    clips, held = [beginning(training[0], 20)], beginning(held, 20)
     fits = [
-        InverseDynamics.fit(clips, [held], steps=4, seed=seed, advance=counted.append)
+        InverseDynamics.fit(
+            clips, [held], source=SOURCE, steps=4, seed=seed, advance=counted.append
+        )
         for seed in (1, 1, 2)
     ]
     assert fits[0].fingerprint == fits[1].fingerprint != fits[2].fingerprint
@@ -149,10 +167,13 @@ def test_training_is_a_function_of_clips_steps_and_seed(
 
 def test_the_best_on_the_validation_clips_is_kept(training: list[ProbeClip]) -> None:
     """Validated on steering negated, what has learned least is best."""
-    clip = replace(training[0], segments=[(0, 60)])
+    clip = beginning(training[0], 60)
     flipped = replace(clip, actions=clip.actions * np.array([1, -1], np.float32))
     right, wrong = (
-        InverseDynamics.fit([clip], [other], steps=40).errors([clip])["steering"]["rmse"] or 0.0
+        InverseDynamics.fit([clip], [other], source=SOURCE, steps=40).errors([clip])["steering"][
+            "rmse"
+        ]
+        or 0.0
         for other in (clip, flipped)
     )
     assert right < 0.8 * wrong
@@ -165,20 +186,44 @@ def test_a_saved_probe_is_the_same_and_another_file_is_none(
     path.write_bytes(probe.to_bytes())
     loaded = InverseDynamics.load(path)
     assert loaded.fingerprint == probe.fingerprint
+    assert loaded.source == SOURCE
+    assert loaded.to_bytes() == path.read_bytes()
     np.testing.assert_array_equal(loaded.estimate(held.frames), probe.estimate(held.frames))
     path.write_bytes(b"no")
-    for wrong in (path, tmp_path / "missing"):
+    for wrong in (path, tmp_path / "missing", tmp_path):
         with pytest.raises(DriveSimError, match="not an inverse-dynamics probe"):
             InverseDynamics.load(wrong)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "reason"),
+    [
+        (None, "does not say what it learned from"),
+        ({"other": "{}"}, "does not say what it learned from"),
+        ({"source": "no"}, "Expecting value"),
+        ({"source": '{"fps": 5.0, "drives": []}'}, "source: 'steering_kind' is missing"),
+        ({"source": '{"fps": 0, "steering_kind": null, "drives": []}'}, "fps=0.0: must be above"),
+    ],
+)
+def test_a_probe_of_unknown_origin_is_refused(
+    probe: InverseDynamics, tmp_path: Path, metadata: dict[str, str] | None, reason: str
+) -> None:
+    """Of another frame rate or steering, or of the drive it judges, its word would be worthless."""
+    path = tmp_path / "probe.safetensors"
+    path.write_bytes(probe.to_bytes())
+    save_file(load_file(path), path, metadata)
+    with pytest.raises(DriveSimError, match=reason) as caught:
+        InverseDynamics.load(path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("channel", [SPEED, STEERING])
 def test_a_channel_that_no_clip_has_is_left_out(
     training: list[ProbeClip], held: ProbeClip, channel: int
 ) -> None:
-    valid = np.tile(np.arange(2) == 1 - channel, (len(held.frames), 1))
-    clip = replace(training[0], action_valid=valid)
-    half = InverseDynamics.fit([clip], [replace(held, action_valid=valid)], steps=4)
+    valid = np.tile(np.arange(2) == 1 - channel, (20, 1))
+    clip, other = (replace(beginning(each, 20), action_valid=valid) for each in (training[0], held))
+    half = InverseDynamics.fit([clip], [other], source=SOURCE, steps=4)
     found = half.estimate(held.frames)
     assert np.isnan(found[:, channel]).all()
     assert np.isfinite(found[:, 1 - channel]).all()
@@ -188,13 +233,14 @@ def test_a_channel_that_no_clip_has_is_left_out(
 
 
 def test_nothing_to_learn_from_is_refused(training: list[ProbeClip], held: ProbeClip) -> None:
+    held, known = (beginning(clip, 12) for clip in (held, training[0]))
     unknown = replace(held, action_valid=np.zeros_like(held.action_valid))
-    apart = replace(held, segments=[(n, n + 1) for n in range(len(held.frames))])
+    apart = replace(held, segments=[(n, n + 1) for n in range(12)])
     for clips in ([], [unknown], [apart]):
         with pytest.raises(DriveSimError, match="the probe's training drives"):
-            InverseDynamics.fit(clips, [held])
+            InverseDynamics.fit(clips, [held], source=SOURCE)
         with pytest.raises(DriveSimError, match="the probe's validation drives"):
-            InverseDynamics.fit(training[:1], clips)
+            InverseDynamics.fit([known], clips, source=SOURCE)
 
 
 def test_shapes_that_do_not_fit_are_refused(probe: InverseDynamics, held: ProbeClip) -> None:

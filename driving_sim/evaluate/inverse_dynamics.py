@@ -3,38 +3,44 @@
 It learns from real footage and then reads rollouts, so that what they did can be compared with what
 they were told. It must measure the motion, not guess from the road ahead what a driver would do: a
 rollout that follows the road and ignores its commands would else pass for obedient. So a small
-network sees only how far the picture turned from frame to frame (`data.motion.yaw_motion`) and, the
-turn taken out, how every part of it correlates with displaced parts of the next frame (a cost
-volume, as in PWC-Net, https://arxiv.org/abs/1709.02371). Steering is the turns around a transition
-under weights that the network chooses: without a turn there is none, and a mirrored one is negated.
+network sees only `motion_cues`: how far the picture turned from frame to frame, and how its parts
+moved beside that. Steering is the turns around a transition under weights that the network chooses:
+without a turn there is none, and a mirrored one is negated.
 
-Legend: T frames of a clip, P = T - 1 pairs of neighbours, V versions of a picture (sharp, soft),
-M transitions, B of a batch, K pairs around each, D displacements, A = 2 channels of an action;
-H, W pixels and R, C cells of a picture.
+Legend: T frames of a clip, M transitions, B of a batch, K pairs around each, D displacements,
+A = 2 channels of an action; H, W pixels and R, C cells of a picture.
 """
 
 import copy
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange, reduce, repeat
+from einops import rearrange
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from driving_sim.data.action_file import SPEED, STEERING
-from driving_sim.data.motion import blurred, local_detail, yaw_motion
+from driving_sim.data.action_file import SPEED, STEERING, SteeringKind
+from driving_sim.engine.config import from_dict, to_dict
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.schedule import learning_rate_factor, position_by_steps
 from driving_sim.evaluate.following import balanced_sign_accuracy
-
-Frames = NDArray[np.uint8]
+from driving_sim.evaluate.motion_cues import (
+    CELLS,
+    DISPLACEMENTS,
+    RECIPE,
+    Frames,
+    MotionCues,
+    check_frames,
+    mirrored_motion,
+)
 
 STANDING_MPS = 1.0
 """The steering of a slower car does not show: it is neither learned nor judged."""
@@ -53,16 +59,6 @@ _ERRORS = (
 
 _AROUND = (-1, 0, 1)
 """The pairs that the estimate of a transition looks at, counted from its own."""
-# Frames are seen at this size, whatever they come in: blur and blocks of a decoder matter little.
-_ROWS, _COLUMNS = 64, 128
-# What is left of the motion once the turn is taken out is measured at half of it.
-_ACROSS, _UP, _DOWN = 6, 1, 4
-_DISPLACEMENTS = (2 * _ACROSS + 1) * (_UP + 1 + _DOWN)
-_CELL = (4, 8)
-_CELLS = (_ROWS // 2 // _CELL[0]) * (_COLUMNS // 2 // _CELL[1])
-_DETAIL_SIGMA = 3.0
-_FAINTEST_CELL = 0.02
-_PAIRS_AT_ONCE = 64
 
 _CELL_WIDTH, _WIDTH = 16, 64
 _DROPOUT = 0.3
@@ -72,12 +68,8 @@ _WARMUP_STEPS = 30
 _WEIGHT_DECAY = 0.05
 _CLIP_NORM = 1.0
 _VALIDATIONS = 20
-_SOFT_SIGMA = 1.5
-"""Blur of the soft pictures, in pixels: reconstructions and rollouts are softer than life."""
 _END_SHARE = 0.1
 """Of the transitions in training that are seen as if the clip ended there."""
-_RECIPE = f"{_ROWS} {_COLUMNS} {_DETAIL_SIGMA} {_FAINTEST_CELL}"
-"""What the estimates depend on, beside the weights and their shapes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -94,7 +86,7 @@ class ProbeClip:
     """Ranges [begin, stop) of frames that follow each other without a gap."""
 
     def __post_init__(self) -> None:
-        _check_frames(self.frames)
+        check_frames(self.frames)
         count = len(self.frames)
         for name in ("actions", "action_valid"):
             shape = getattr(self, name).shape
@@ -103,6 +95,22 @@ class ProbeClip:
         for begin, stop in self.segments:
             if not 0 <= begin <= stop <= count:
                 raise ValueError(f"segment {begin}..{stop} is not within {count} frames")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProbeSource:
+    """What a probe learned from: it can judge drives of this rate and kind, but not these ones."""
+
+    fps: float
+    """Frames per second."""
+    steering_kind: SteeringKind | None
+    """What its steering measures; None where no drive has any."""
+    drives: tuple[str, ...]
+    """A digest of each drive that it learned from or that chose its weights."""
+
+    def __post_init__(self) -> None:
+        if not self.fps > 0:
+            raise ValueError(f"fps={self.fps}: must be above 0")
 
 
 class InverseDynamics:
@@ -114,10 +122,12 @@ class InverseDynamics:
     look_back = 1 - min(_AROUND)
     """Frames before a future that its first estimate looks at."""
 
-    def __init__(self, network: "_Network") -> None:
+    def __init__(self, network: "_Network", source: ProbeSource) -> None:
         self._network = network.eval().requires_grad_(False)
-        digest = hashlib.sha256(_RECIPE.encode())
-        digest.update(self.to_bytes())
+        self.source = source
+        """What it learned from."""
+        digest = hashlib.sha256(RECIPE.encode())
+        digest.update(save(self._weights()))
         self.fingerprint = digest.hexdigest()
         """SHA-256, in hexadecimal, of all that the estimates depend on."""
 
@@ -127,15 +137,17 @@ class InverseDynamics:
         training: Sequence[ProbeClip],
         validation: Sequence[ProbeClip],
         *,
+        source: ProbeSource,
         steps: int = 600,
         seed: int = 0,
         advance: Callable[[int], object] = lambda steps: None,
     ) -> "InverseDynamics":
         """Learn from clips of one frame rate and kind of steering; keep what is best on others.
 
-        Reconstructions of the same drives are more clips. The result is a function of the clips,
-        `steps` and `seed`; `advance` is called with the number of steps done since the last call.
-        Channels that no clip has are not learned. Raises DriveSimError where none has any.
+        Reconstructions of the same drives are more clips. The estimates are a function of the
+        clips, `steps` and `seed`; `source` is kept in the probe's file. `advance` is called with
+        the number of steps done since the last call. Channels that no clip has are not learned.
+        Raises DriveSimError where none has any.
         """
         learned, held = _Samples.of(training, soften=True), _Samples.of(validation)
         if not (learned.known.any() and held.known.any()):
@@ -148,26 +160,28 @@ class InverseDynamics:
             torch.manual_seed(seed)
             network = _Network()
             network.standardise(learned)
-            return cls(_train(network, learned, held, steps, advance))
+            return cls(_train(network, learned, held, steps, advance), source)
 
     @classmethod
     def load(cls, path: Path) -> "InverseDynamics":
         """Read a file of `to_bytes`; raises DriveSimError where it is not one."""
         network = _Network()
         try:
-            network.load_state_dict(load(path.read_bytes()))
-        except (SafetensorError, RuntimeError, OSError) as error:
+            network.load_state_dict(load_file(path))
+            source = _source(path)
+        except (SafetensorError, RuntimeError, OSError, ValueError, DriveSimError) as error:
             reason = str(error).splitlines()[0]
             raise DriveSimError(
                 f"{path}: not an inverse-dynamics probe of this version ({reason}); train it anew"
             ) from error
-        return cls(network)
+        return cls(network, source)
 
     def to_bytes(self) -> bytes:
-        """Return the probe as a safetensors file."""
-        return save(
-            {name: value.contiguous() for name, value in self._network.state_dict().items()}
-        )
+        """Return the probe as a safetensors file, with its source as JSON in the metadata."""
+        return save(self._weights(), {"source": json.dumps(to_dict(self.source))})
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: value.contiguous() for name, value in self._network.state_dict().items()}
 
     def estimate(
         self, frames: Frames, segments: Sequence[tuple[int, int]] | None = None
@@ -179,12 +193,12 @@ class InverseDynamics:
         last motion stands in for what is missing. NaN between segments, and in channels that were
         not learned.
         """
-        _check_frames(frames)
+        check_frames(frames)
         segments = [(0, len(frames))] if segments is None else segments
         found = np.full((max(len(frames) - 1, 0), 2), np.nan, np.float32)
         places, stacks = _stacks(segments)
         if len(places):
-            found[places] = _predict(self._network, _Cues.of(frames), torch.from_numpy(stacks))
+            found[places] = _predict(self._network, MotionCues.of(frames), torch.from_numpy(stacks))
         return found
 
     def errors(
@@ -211,39 +225,11 @@ class InverseDynamics:
         return found
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Cues:
-    """What is seen of the pairs of neighbouring frames."""
-
-    turns: Tensor
-    """float32 [V, P] picture widths that the scene moves right."""
-    motion: Tensor
-    """[V, P, D, R, C] likeness of each cell with the next frame displaced, the turn taken out."""
-
-    @classmethod
-    def of(cls, frames: Frames, *, soften: bool = False) -> "_Cues":
-        """Measure frames [T, H, W, 3]; with `soften`, as they are and blurred."""
-        grey = _grey(frames)
-        versions = [grey, blurred(grey, _SOFT_SIGMA)] if soften else [grey]
-        turns = [_turns(version) for version in versions]
-        pairs = zip(versions, turns, strict=True)
-        return cls(torch.stack(turns), torch.stack([_motion(*version) for version in pairs]))
-
-    def halved(self) -> "_Cues":
-        """Return them in half the memory."""
-        return _Cues(self.turns, self.motion.half())
-
-    def at(self, version: Tensor, stacks: Tensor) -> tuple[Tensor, Tensor]:
-        """Turns [B, K] and motion [B, K, D, R, C] of pairs [B, K] in versions [B]."""
-        chosen = version[:, None], stacks
-        return self.turns[chosen], self.motion[chosen].float()
-
-
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Samples:
     """The transitions of clips that have an action."""
 
-    cues: _Cues
+    cues: MotionCues
     stacks: Tensor
     """int64 [M, K] pairs around each transition."""
     actions: Tensor
@@ -254,7 +240,7 @@ class _Samples:
     @classmethod
     def of(cls, clips: Sequence[ProbeClip], *, soften: bool = False) -> "_Samples":
         clips = clips or [_NOTHING]
-        cues = [_Cues.of(clip.frames, soften=soften).halved() for clip in clips]
+        cues = [MotionCues.of(clip.frames, soften=soften).halved() for clip in clips]
         begin, stacks, actions, known = 0, [], [], []
         for clip, seen in zip(clips, cues, strict=True):
             places, around = _stacks(clip.segments)
@@ -265,7 +251,7 @@ class _Samples:
             known.append(shows[kept])
             begin += seen.turns.shape[1]
         return cls(
-            cues=_Cues(
+            cues=MotionCues(
                 torch.cat([seen.turns for seen in cues], dim=1),
                 torch.cat([seen.motion for seen in cues], dim=1),
             ),
@@ -273,6 +259,15 @@ class _Samples:
             actions=torch.from_numpy(np.concatenate(actions)),
             known=torch.from_numpy(np.concatenate(known)),
         )
+
+
+def _source(path: Path) -> ProbeSource:
+    """What the file's metadata say of the source."""
+    with safe_open(path, "pt") as file:
+        saved = (file.metadata() or {}).get("source")
+    if saved is None:
+        raise DriveSimError("it does not say what it learned from")
+    return from_dict(ProbeSource, json.loads(saved), where="source")
 
 
 class _Network(nn.Module):
@@ -287,10 +282,10 @@ class _Network(nn.Module):
         self.register_buffer("mean", torch.full((2,), torch.nan))
         self.register_buffer("scale", torch.ones(2))
         self.register_buffer("turn_scale", torch.ones(()))
-        self.cells = nn.Sequential(nn.Conv2d(_DISPLACEMENTS, _CELL_WIDTH, 1), nn.GELU())
+        self.cells = nn.Sequential(nn.Conv2d(DISPLACEMENTS, _CELL_WIDTH, 1), nn.GELU())
         self.picture = nn.Sequential(
             nn.Dropout(_DROPOUT),
-            nn.Linear(len(_AROUND) * _CELL_WIDTH * _CELLS, _WIDTH),
+            nn.Linear(len(_AROUND) * _CELL_WIDTH * CELLS, _WIDTH),
             nn.GELU(),
         )
         self.head = nn.Sequential(
@@ -318,7 +313,9 @@ class _Network(nn.Module):
         """Read turns [B, K] and motion [B, K, D, R, C]."""
         turns = turns / self.turn_scale
         # Alike for a picture and its mirror image: only the turns have a sign.
-        read = (self._read(turns.abs(), motion) + self._read(turns.abs(), _mirrored(motion))) / 2
+        images = (motion, mirrored_motion(motion))
+        one, other = (self._read(turns.abs(), image) for image in images)
+        read = (one + other) / 2
         steering = (read[:, 1:] * turns).sum(dim=1)
         return torch.stack([read[:, 0], steering], dim=1)
 
@@ -331,12 +328,6 @@ class _Network(nn.Module):
 
 def _root_mean_square(values: Tensor) -> Tensor:
     return values.square().mean().sqrt().clamp(min=1e-6)
-
-
-def _mirrored(motion: Tensor) -> Tensor:
-    """The motion [..., D, R, C] of the mirror image."""
-    by_row = rearrange(motion, "... (y x) r c -> ... y x r c", x=2 * _ACROSS + 1)
-    return rearrange(by_row.flip(-3, -1), "... y x r c -> ... (y x) r c")
 
 
 def _train(
@@ -390,14 +381,14 @@ def _validate(network: _Network, held: _Samples) -> float:
     return float(loss)
 
 
-def _outputs(network: _Network, cues: _Cues, stacks: Tensor) -> Tensor:
+def _outputs(network: _Network, cues: MotionCues, stacks: Tensor) -> Tensor:
     version = torch.zeros(_BATCH, dtype=torch.int64)
     parts = [network(*cues.at(version[: len(part)], part)) for part in torch.split(stacks, _BATCH)]
     return torch.cat([torch.zeros(0, 2), *parts])
 
 
 @torch.inference_mode()
-def _predict(network: _Network, cues: _Cues, stacks: Tensor) -> NDArray[np.float32]:
+def _predict(network: _Network, cues: MotionCues, stacks: Tensor) -> NDArray[np.float32]:
     """Return actions [M, 2] in the data's units, as the sharp pictures show them."""
     actions = _outputs(network, cues, stacks) * network.scale + network.offset
     return np.asarray(actions.numpy(), np.float32)
@@ -425,76 +416,6 @@ def _shows(actions: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np
     """Where the pictures can tell the actions [T, 2]: not the steering of a car that stands."""
     stands = valid[:, SPEED] & (actions[:, SPEED] < STANDING_MPS)
     return np.stack([np.ones_like(stands), ~stands], axis=1)
-
-
-def _check_frames(frames: Frames) -> None:
-    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
-        raise ValueError(
-            f"frames of shape {frames.shape} and {frames.dtype}: must be uint8 [T, H, W, 3]"
-        )
-
-
-def _grey(frames: Frames) -> Tensor:
-    """Frames [T, H, W, 3] as grey levels, float32 [T, 64, 128]."""
-    parts = [torch.zeros(0, _ROWS, _COLUMNS)]
-    for part in torch.split(torch.from_numpy(np.ascontiguousarray(frames)), _PAIRS_AT_ONCE):
-        # A sum of bytes is exact in any order: a mirrored picture gives mirrored levels.
-        light = reduce(part.float(), "t h w c -> t 1 h w", "sum")
-        parts.append(functional.interpolate(light, (_ROWS, _COLUMNS), mode="area")[:, 0] / 3)
-    return torch.cat(parts)
-
-
-def _turns(grey: Tensor) -> Tensor:
-    """How far the scene moves right [P], in picture widths, exactly odd under mirroring."""
-    frames = repeat(grey.round().to(torch.uint8).numpy(), "t h w -> t h w c", c=3)
-    mirrored = np.ascontiguousarray(frames[:, :, ::-1])
-    return torch.from_numpy((yaw_motion(frames) - yaw_motion(mirrored)) / 2)
-
-
-def _motion(grey: Tensor, turns: Tensor) -> Tensor:
-    """Likeness [P, D, R, C] of the cells of grey levels [T, H, W] with the next frame displaced."""
-    parts = [torch.zeros(0, _DISPLACEMENTS, _ROWS // 2 // _CELL[0], _COLUMNS // 2 // _CELL[1])]
-    for first in range(0, len(turns), _PAIRS_AT_ONCE):
-        turned = turns[first : first + _PAIRS_AT_ONCE]
-        half = functional.avg_pool2d(grey[first : first + len(turned) + 1], 2)
-        detail = local_detail(half, _DETAIL_SIGMA)
-        parts.append(_likeness(detail[:-1], _turned_back(detail[1:], turned)))
-    return torch.cat(parts)
-
-
-def _likeness(before: Tensor, after: Tensor) -> Tensor:
-    """Normalised cross-correlation [P, D, R, C] of the cells of [P, H, W], for displacements."""
-    rows, columns = before.shape[-2:]
-    padded = functional.pad(after, (_ACROSS, _ACROSS, _UP, _DOWN))
-    energy = _cells(before.square())
-    scores = []
-    for down in range(_UP + 1 + _DOWN):
-        for right in range(2 * _ACROSS + 1):
-            met = padded[:, down : down + rows, right : right + columns]
-            both = (energy * _cells(met.square())).sqrt().clamp(min=_FAINTEST_CELL)
-            scores.append(_cells(before * met) / both)
-    return torch.stack(scores, dim=1)
-
-
-def _cells(images: Tensor) -> Tensor:
-    """Mean [P, R, C] of the cells of [P, H, W]."""
-    return functional.avg_pool2d(images, _CELL)
-
-
-def _turned_back(images: Tensor, turns: Tensor) -> Tensor:
-    """Move images [P, H, W] left by `turns` [P] of their width, with nothing beyond the edges."""
-    columns = images.shape[-1]
-    places = torch.arange(columns) + turns[:, None] * columns
-    first = places.floor()
-    fraction = (places - first)[:, None]
-    # One column of nothing at each side, for all places outside.
-    padded = functional.pad(images, (1, 1))
-    sides = [
-        repeat((first + step).clamp(-1, columns) + 1, "p w -> p h w", h=images.shape[1])
-        for step in (0, 1)
-    ]
-    left, right = (padded.gather(2, side.long()) for side in sides)
-    return torch.lerp(left, right, fraction)
 
 
 def _errors(
