@@ -4,16 +4,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.evaluate import action_information
 from driving_sim.evaluate.action_information import (
-    _block_permutation,
+    _displaced_blocks,
     evaluate_action_information,
 )
-from driving_sim.world_model.bits import (
-    streamed_bits,
-)
+from driving_sim.world_model.bits import streamed_bits
 from driving_sim.world_model.world_model import WorldModel
 from tests.test_world_model import new_world
 from tests.token_drives import FPS, write_store
@@ -100,8 +99,73 @@ def test_actions_say_nothing_to_a_model_without_conditioning(tmp_path: Path) -> 
             assert abs(gain["mean"]) < 1e-4
 
 
-def test_block_permutation_moves_whole_blocks() -> None:
-    order = _block_permutation(23, 5, np.random.default_rng(0))
-    assert sorted(order) == list(range(23))
-    assert order[20:].tolist() == [20, 21, 22]
-    assert all(np.diff(block).tolist() == [1] * 4 for block in order[:20].reshape(4, 5))
+def test_all_whole_blocks_are_displaced() -> None:
+    rng = np.random.default_rng(0)
+    seen = []
+    for _ in range(200):
+        order = _displaced_blocks(23, 5, rng)
+        assert sorted(order) == list(range(23))
+        assert order[20:].tolist() == [20, 21, 22]
+        blocks = order[:20].reshape(4, 5)
+        assert (np.diff(blocks) == 1).all()
+        assert (blocks[:, 0] // 5 != np.arange(4)).all()
+        seen.append(tuple(blocks[:, 0]))
+    # All the nine ways in which none of four stays.
+    assert len(set(seen)) == 9
+
+
+def test_a_gain_is_found_whole_however_few_the_blocks(
+    world: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where every token costs a bit more without its true action, that is what actions are worth.
+
+    Blocks are of 3 s, 24 frames; a run of less than two cannot be shuffled, and what is left over
+    at the end of one stays.
+    """
+    heldout = write_store(
+        tmp_path / "heldout", [130, 60], gap_at=30, fingerprint=world.tokenizer.fingerprint
+    )
+    distinct = np.stack([np.arange(130), -np.arange(130)], axis=1).astype(np.float32)
+    kind = type(heldout.drives[0])
+    monkeypatch.setattr(kind, "actions", property(lambda self: distinct[: len(self)]))
+    judged = []
+
+    def misled(
+        model: Any, drive: Any, begin: int, actions: NDArray[Any], valid: NDArray[Any]
+    ) -> NDArray[np.float64]:
+        judged.append((drive.id, begin, actions.shape[1]))
+        truth = drive.actions[begin : begin + actions.shape[1]]
+        wrong = (actions != truth).any(axis=-1) | ~valid.all(axis=-1)
+        return np.asarray(wrong, np.float64)
+
+    monkeypatch.setattr(action_information, "streamed_bits", misled)
+    metrics = evaluate_action_information(world, heldout, shuffles=3).metrics
+    assert set(judged) == {("0", 30, 100)}
+    assert metrics["block_frames"] == 24
+    assert metrics["blocks"] == 4
+    for over in ("shuffled", "null"):
+        for gain in metrics[f"gain_over_{over}_bits_per_frame"].values():
+            assert gain == {"mean": 12.0, "low": 12.0, "high": 12.0}
+
+
+def test_frames_without_a_full_window_behind_them_do_not_count(
+    world: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heldout = write_store(tmp_path / "heldout", [60], fingerprint=world.tokenizer.fingerprint)
+
+    def early(*arguments: Any) -> NDArray[np.float64]:
+        """The actions matter where the model has seen little, and beyond the last whole block."""
+        bits = np.zeros(arguments[3].shape[:2])
+        bits[1:, : world.context_frames] = bits[1:, 48:] = 1.0
+        return bits
+
+    monkeypatch.setattr(action_information, "streamed_bits", early)
+    metrics = evaluate_action_information(world, heldout, shuffles=1).metrics
+    assert metrics[OVER_SHUFFLED]["both"]["mean"] == 0.0
+    assert metrics["blocks"] == 2
+
+
+def test_drives_too_short_to_shuffle_are_refused(world: WorldModel, tmp_path: Path) -> None:
+    heldout = write_store(tmp_path / "heldout", [47], fingerprint=world.tokenizer.fingerprint)
+    with pytest.raises(DriveSimError, match="no run of 48 frames without a gap in 1"):
+        evaluate_action_information(world, heldout)

@@ -20,6 +20,7 @@ from driving_sim.evaluate.surprise import _Candidates, _file_names, _Moment, _Wa
 from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.bits import streamed_bits_per_token
+from driving_sim.world_model.panels import contact_sheet, draw_panel
 from driving_sim.world_model.transformer import Transformer, TransformerConfig
 from driving_sim.world_model.world_model import WorldModel
 from tests.test_world_model import W, new_world
@@ -144,8 +145,9 @@ def test_few_candidates_give_the_moments_of_all_frames() -> None:
     bits = np.cumsum(rng.normal(size=count))  # neighbours alike, as in drives
     sampled = SampledDrive.__new__(SampledDrive)
     object.__setattr__(sampled, "timestamps", np.arange(count) / FPS / 1.2)
+    every = np.ones(count, np.bool_)
     watched = _Watched(
-        number=0, sampled=sampled, counts=np.ones(count, np.bool_), video="", bits=bits.tolist()
+        number=0, sampled=sampled, full=every, counts=every, video="", bits=bits.tolist()
     )
     candidates, all_frames = _Candidates(FPS), []
     for t in range(count):
@@ -217,6 +219,41 @@ def test_a_drive_shorter_than_a_window_is_judged_by_what_it_has(
     write_changes(tmp_path / "short" / "videos" / "a.mp4", 1, {})
     with pytest.raises(DriveSimError, match="a: no two frames in a row"):
         run(world, tmp_path / "short" / "videos")
+
+
+def test_a_short_drive_is_marked_and_comes_last(
+    copying: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What changes in it surprises more than anything, but the model has seen little of it."""
+    write_changes(tmp_path / "videos" / "a_short.mp4", W - 1, {1: [(r, 0) for r in range(ROWS)]})
+    write_changes(tmp_path / "videos" / "calm.mp4", 20, {})
+    write_changes(tmp_path / "videos" / "lively.mp4", 20, {9: [(0, 0)]})
+    titles: list[str] = []
+
+    def drawing(frame: Any, caption: Any) -> Any:
+        titles.append(caption.title)
+        return draw_panel(frame, caption)
+
+    def listing(rows: Any, headings: Any) -> Any:
+        titles.extend(title for title, _ in rows)
+        return contact_sheet(rows, headings)
+
+    monkeypatch.setattr(module, "draw_panel", drawing)
+    monkeypatch.setattr(module, "contact_sheet", listing)
+    report = run(copying, tmp_path / "videos")
+    drives = report["drives"]
+    assert report["ranking"] == ["lively", "calm", "a_short"]
+    assert drives["a_short"]["bits_per_token"] > drives["lively"]["bits_per_token"]
+    marked = {name: each["short_context"] for name, each in drives.items()}
+    assert marked == {"a_short": True, "calm": False, "lively": False}
+    long = [drives[name]["bits_per_token"] for name in ("lively", "calm")]
+    assert report["bits_per_token"] == pytest.approx(np.mean(long))
+    assert report["moments"][-1]["drive"] == "a_short"
+    # Its frames, the first ones of the others, and its place among the moments.
+    ends = [title.endswith("(short context)") for title in titles]
+    first = [t < W - 1 for t in range(20)]
+    moments = [each["drive"] == "a_short" for each in report["moments"]]
+    assert ends == [True] * (W - 1) + first + first + moments
 
 
 def test_frames_are_read_as_they_are_drawn(

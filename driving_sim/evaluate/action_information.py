@@ -1,19 +1,18 @@
 """What the true actions are worth to a world model, in bits.
 
-Axes: N frames of a drive, V variants of its actions.
+Axes: N frames of a run without a gap, V variants of its actions, U blocks of frames.
 """
 
 from typing import Any
 
 import numpy as np
-from einops import reduce
 from numpy.typing import NDArray
 
 from driving_sim.data.action_file import SPEED, STEERING
 from driving_sim.data.token_store import DriveTokens, TokenStore
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.progress import progress
-from driving_sim.evaluate.intervals import interval
+from driving_sim.evaluate.intervals import block_frames, bootstrap, mean_of_sums, unit_sums
 from driving_sim.evaluate.section import Section, Table
 from driving_sim.world_model.bits import streamed_bits
 from driving_sim.world_model.world_model import WorldModel
@@ -26,30 +25,39 @@ def evaluate_action_information(
 ) -> Section:
     """Bits per frame that the true actions are worth over shuffled ones, and over none.
 
-    A shuffle permutes a drive's windows of `context_frames` frames, for speed, for steering and for
-    both; null actions are those that the model is told it does not know. The interval is the 95 %
-    percentile block bootstrap over these windows (Künsch 1989, 10.1214/aos/1176347265).
+    A shuffle puts every block of a run's actions, 3 s or a window of the model, in the place of
+    another one: for speed, for steering and for both. Null actions are those that the model is told
+    it does not know. The frames that count have a full window behind them. The 95 % interval is the
+    bootstrap over the same blocks (Künsch 1989, https://doi.org/10.1214/aos/1176347265). Runs of
+    less than two blocks are left out; DriveSimError where there are no others.
     """
     world.check_store(heldout)
+    block = block_frames(world.fps, world.context_frames)
+    runs = _runs(heldout, block)
     rng = np.random.default_rng(seed)
     gains: dict[str, dict[str, list[NDArray[np.float64]]]] = {
         over: {name: [] for name in _CHANNELS} for over in ("shuffled", "null")
     }
-    runs = [(drive, *segment) for drive in heldout.drives for segment in drive.entry.segments]
     with progress(len(runs) * len(_CHANNELS), "shuffle actions", "runs") as bar:
         for drive, begin, stop in runs:
             for name in _CHANNELS:
-                actions, valid = _variants(drive, begin, stop, name, shuffles, world, rng)
+                actions, valid = _variants(drive, begin, stop, name, shuffles, block, rng)
                 bits = streamed_bits(world.transformer, drive, begin, actions, valid)
                 for over, chosen in (("shuffled", bits[1:-1]), ("null", bits[-1:])):
                     gain = chosen.mean(axis=0) - bits[0]
-                    gains[over][name].append(_per_block(gain, world.context_frames))
+                    gains[over][name].append(_per_block(gain, block, world.context_frames))
                 bar.advance(1)
     tokens = world.tokenizer.rows * world.tokenizer.cols
-    metrics: dict[str, Any] = {"per_tokenizer": True, "shuffles": shuffles}
+    metrics: dict[str, Any] = {
+        "per_tokenizer": True,
+        "shuffles": shuffles,
+        "block_frames": block,
+        "blocks": sum(map(len, gains["null"]["both"])),
+    }
     for over, by_channel in gains.items():
         metrics[f"gain_over_{over}_bits_per_frame"] = {
-            name: _interval(np.concatenate(values) * tokens) for name, values in by_channel.items()
+            name: bootstrap(np.concatenate(sums) * [tokens, 1], mean_of_sums)
+            for name, sums in by_channel.items()
         }
     return Section(
         name="action_information",
@@ -58,6 +66,22 @@ def evaluate_action_information(
         metrics=metrics,
         parts=(_table(metrics),),
     )
+
+
+def _runs(heldout: TokenStore, block: int) -> list[tuple[DriveTokens, int, int]]:
+    """Drives with the ends of their runs of two blocks or more: others cannot be shuffled."""
+    runs = [
+        (drive, begin, stop)
+        for drive in heldout.drives
+        for begin, stop in drive.entry.segments
+        if stop - begin >= 2 * block
+    ]
+    if not runs:
+        raise DriveSimError(
+            f"no run of {2 * block} frames without a gap in {len(heldout.drives)} held-out drives: "
+            "nothing to shuffle; use longer drives"
+        )
+    return runs
 
 
 _TEXT = """How many bits a frame costs more where the model is given the actions of another moment
@@ -71,7 +95,7 @@ def _variants(
     stop: int,
     name: str,
     shuffles: int,
-    world: WorldModel,
+    block: int,
     rng: np.random.Generator,
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Actions and validity [1 + shuffles + 1, N, 2]: the true ones, shuffled ones, none."""
@@ -80,41 +104,40 @@ def _variants(
     valid = np.repeat(drive.action_valid[None, begin:stop], shuffles + 2, axis=0)
     for number in range(1, shuffles + 1):
         # An action that is not known stays so wherever it is moved to.
-        order = _block_permutation(stop - begin, world.context_frames, rng)
+        order = _displaced_blocks(stop - begin, block, rng)
         actions[number][:, chosen] = actions[0, order][:, chosen]
         valid[number][:, chosen] = valid[0, order][:, chosen]
     valid[-1][:, chosen] = False
     return actions, valid
 
 
-def _block_permutation(length: int, block: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Indices that permute whole blocks; what is left over at the end stays."""
+def _displaced_blocks(length: int, block: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Indices that put every whole block in another one's place; what is left over stays.
+
+    Were blocks left in place, as a random permutation leaves one on average, the gain would be
+    diluted.
+    """
     blocks = length // block
-    order = (rng.permutation(blocks)[:, None] * block + np.arange(block)).ravel()
-    left_over = np.arange(blocks * block, length)
-    return np.concatenate([order, left_over]).astype(np.int64)
+    ring, order = rng.permutation(blocks), np.arange(blocks)
+    order[ring] = np.roll(ring, rng.integers(1, blocks))
+    moved = (order[:, None] * block + np.arange(block)).ravel()
+    return np.concatenate([moved, np.arange(blocks * block, length)])
 
 
-def _per_block(gain: NDArray[np.float64], block: int) -> NDArray[np.float64]:
-    """Mean of `gain` [N] in each whole block after the first."""
-    blocks = len(gain) // block
-    return reduce(gain[block : blocks * block], "(b n) -> b", "mean", n=block)
-
-
-def _interval(values: NDArray[np.float64]) -> dict[str, float]:
-    if not len(values):
-        raise DriveSimError("the held-out drives are shorter than two windows: nothing to shuffle")
-    return interval(values)
+def _per_block(gain: NDArray[np.float64], block: int, window: int) -> NDArray[np.float64]:
+    """Sum of `gain` [N] and number of frames, [U, 2], of whole blocks from frame `window` on."""
+    frames = np.arange(window, len(gain) // block * block)
+    return unit_sums(frames // block, np.stack([gain[frames], np.ones(len(frames))], axis=1))
 
 
 def _table(metrics: dict[str, Any]) -> Table:
     rows = tuple(
-        (f"{name}, over {over}", gain["mean"], f"{gain['low']:.1f} to {gain['high']:.1f}")
+        (f"{name}, over {over}", gain)
         for over in ("shuffled", "null")
         for name, gain in metrics[f"gain_over_{over}_bits_per_frame"].items()
     )
     return Table(
-        caption="Gain of the true actions",
-        columns=("actions", "bits per frame", "95 % interval"),
+        caption="Gain of the true actions; in brackets the 95 % interval",
+        columns=("actions", "bits per frame"),
         rows=rows,
     )

@@ -41,6 +41,7 @@ _APART_S = 2.0
 _CURVES = 12  # of more drives, only the most surprising ones are in the picture
 _OPACITY = 0.65
 _COLOURS: NDArray[np.uint8] = colormaps["inferno"](np.arange(256), bytes=True)[:, :3]
+_SHORT = " (short context)"
 _INK, _PAPER = (240, 240, 240), (24, 24, 28)
 _LINE, _PALE, _MARK = "#2a5db0", "#b9bec8", "#b4541a"
 
@@ -52,8 +53,10 @@ class _Watched:
     number: int
     """Its place among the drives."""
     sampled: SampledDrive
+    full: NDArray[np.bool_]
+    """[N], which frames have a full window behind them."""
     counts: NDArray[np.bool_]
-    """[N], which frames say something of the drive: those with a full window behind them."""
+    """[N], which frames say something of the drive: the same ones, if there are any."""
     video: str
     """Name of its file."""
     bits: list[float] = field(default_factory=list)
@@ -61,6 +64,11 @@ class _Watched:
     @property
     def id(self) -> str:
         return self.sampled.drive.id
+
+    @property
+    def short(self) -> bool:
+        """Whether no frame has a full window: what they cost does not compare with others."""
+        return not self.full.any()
 
     @property
     def counted(self) -> NDArray[np.float64]:
@@ -94,9 +102,10 @@ def surprise(world: WorldModel, drives: Sequence[Drive], out: Path) -> dict[str,
     The new folder `out` holds a video for each drive (its frames, and beside them the bits of their
     tokens as a heat map), `surprise.png` (bits per token over time), `moments.png` (the most
     surprising frames) and `surprise.json`, whose content is returned. Means, ranking and moments
-    are of frames with a full window of context behind them; a drive that has none is judged by all
-    frames but those that begin a run. The colours go from 0 bits to those of an even guess among
-    all codes: pictures of different drives and models compare. No frames are kept in memory.
+    are of frames with a full window of context behind them. A drive that has none is judged by all
+    frames but those that begin a run; it is marked, comes after all others and takes no part in the
+    mean of all. The colours go from 0 bits to those of an even guess among all codes: pictures of
+    different drives and models compare. No frames are kept in memory.
 
     Raises:
         DriveSimError: `out` exists; a drive has no two frames in a row, or another frame rate or
@@ -126,8 +135,14 @@ def _watch(world: WorldModel, drives: Sequence[Drive]) -> list[_Watched]:
         sampled = sample_for(world, drive)
         behind = np.concatenate([np.arange(stop - start) for start, stop in sampled.segments])
         full = behind >= world.context_frames - 1
-        counts = full if full.any() else behind > 0
-        watched.append(_Watched(number=number, sampled=sampled, counts=counts, video=f"{name}.mp4"))
+        each = _Watched(
+            number=number,
+            sampled=sampled,
+            full=full,
+            counts=full if full.any() else behind > 0,
+            video=f"{name}.mp4",
+        )
+        watched.append(each)
     return watched
 
 
@@ -175,11 +190,11 @@ class _Candidates:
     def __init__(self, fps: float) -> None:
         # Twice what lies around the moments at this rate: a drive may be a little faster.
         self._limit = _MOMENTS * math.ceil(4 * _APART_S * fps + 1)
-        self._heap: list[tuple[tuple[float, int, int], _Moment]] = []
+        self._heap: list[tuple[tuple[bool, float, int, int], _Moment]] = []
 
     def offer(self, moment: _Moment) -> None:
         # Of equals the first one wins; no two have one rank.
-        rank = (moment.mean, -moment.watched.number, -moment.frame)
+        rank = (not moment.watched.short, moment.mean, -moment.watched.number, -moment.frame)
         heapq.heappush(self._heap, (rank, moment))
         if len(self._heap) > self._limit:
             heapq.heappop(self._heap)
@@ -214,7 +229,7 @@ def _pictures(
 def _caption(world: WorldModel, watched: _Watched, t: int) -> Caption:
     """The frame's time and bits, and the action that led to it."""
     sampled = watched.sampled
-    short = "" if watched.counts[t] else " (short context)"
+    short = "" if watched.full[t] else _SHORT
     led = all(t != start for start, _ in sampled.segments)
     speed, steering = (
         float(value) if led and known else None
@@ -266,7 +281,8 @@ def _moments_sheet(world: WorldModel, moments: Sequence[_Moment]) -> Frame:
         pair = sampled.indices[moment.frame - 1 : moment.frame + 1]
         before, frame = sampled.drive.frames(pair, world.tokenizer.frame_size)
         place = f"{number}. {moment.watched.id} at {moment.time_s:.1f} s"
-        title = f"{place}: {moment.mean:.2f} bits per token"
+        short = _SHORT if moment.watched.short else ""
+        title = f"{place}: {moment.mean:.2f} bits per token{short}"
         rows.append((title, [before, frame, heat_map(frame, moment.bits, _most(world))]))
     return contact_sheet(rows, ["the frame before", "the frame", "its surprise"])
 
@@ -294,27 +310,28 @@ def _draw_curves(path: Path, watched: Sequence[_Watched], moments: Sequence[_Mom
 def _draw_curve(axes: Axes, watched: _Watched) -> None:
     gaps = [start for start, _ in watched.sampled.segments[1:]]
     bits = np.array(watched.bits)
-    for values, colour in ((bits, _PALE), (np.where(watched.counts, bits, np.nan), _LINE)):
+    for values, colour in ((bits, _PALE), (np.where(watched.full, bits, np.nan), _LINE)):
         # The line is broken where the video is.
         times, broken = (np.insert(x, gaps, np.nan) for x in (watched.sampled.timestamps, values))
         axes.plot(times, broken, color=colour, linewidth=1)
     axes.axhline(watched.mean, color=_LINE, linewidth=0.8, linestyle=":")
     # A dollar sign in a file name is no formula.
-    title = f"{watched.id}: {watched.mean:.2f} bits"
+    title = f"{watched.id}: {watched.mean:.2f} bits{_SHORT if watched.short else ''}"
     axes.set_title(title, loc="left", fontsize=10, parse_math=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _ranked(watched: Sequence[_Watched]) -> list[_Watched]:
-    return sorted(watched, key=lambda each: -each.mean)
+    return sorted(watched, key=lambda each: (each.short, -each.mean))
 
 
 def _report(
     world: WorldModel, watched: Sequence[_Watched], moments: Sequence[_Moment]
 ) -> dict[str, Any]:
+    compared = [each for each in watched if not each.short] or watched
     return {
-        "bits_per_token": float(np.concatenate([each.counted for each in watched]).mean()),
+        "bits_per_token": float(np.concatenate([each.counted for each in compared]).mean()),
         "ranking": [each.id for each in _ranked(watched)],
         "moments": [
             {"drive": each.watched.id, "time_s": each.time_s, "bits_per_token": each.mean}
@@ -338,6 +355,7 @@ def _drive_report(watched: _Watched) -> dict[str, Any]:
     return {
         "video": watched.video,
         "frames": len(watched.bits),
+        "short_context": watched.short,
         "bits_per_token": watched.mean,
         "p95_bits_per_token": float(np.quantile(watched.counted, 0.95)),
         "per_frame": {

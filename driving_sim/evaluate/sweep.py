@@ -13,10 +13,11 @@ from einops import rearrange
 from numpy.typing import NDArray
 
 from driving_sim.data.action_file import SPEED, STEERING
+from driving_sim.data.synthetic import SyntheticWorld, VehicleState
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.fidelity import read
 from driving_sim.evaluate.following import monotonicity
-from driving_sim.evaluate.footage import Clip
+from driving_sim.evaluate.footage import Clip, Footage
 from driving_sim.evaluate.inverse_dynamics import InverseDynamics
 from driving_sim.evaluate.section import Media, Section, Table, photo
 from driving_sim.tokenizer.metrics import psnr
@@ -101,19 +102,38 @@ def _roll_out(
 def _truths(clip: Clip, commands: NDArray[np.float32]) -> Frames | None:
     """The true futures [V, L, N, H, W, 3] where the world can be asked."""
     footage = clip.footage
-    if footage.synthetic is None or footage.recorded is None or clip.mirrored:
+    stride = _stride(footage)
+    if footage.synthetic is None or footage.recorded is None or stride is None or clip.mirrored:
         return None
-    world = footage.synthetic.world
-    number = footage.recorded.indices[footage.drive.entry.start + clip.start - 1]
-    state = footage.synthetic.states[number]
+    last = footage.drive.entry.start + clip.start - 1
+    state = footage.synthetic.states[footage.recorded.indices[last]]
     size = footage.tokenizer.frame_size
-    shape = commands.shape[:2]
     truths = []
     for actions in rearrange(commands, "v l n a -> (v l) n a"):
-        frames, _ = world.replay(state, actions)
+        frames = _replay(footage.synthetic.world, state, actions, stride)
         images = images_from_frames(torch.from_numpy(frames), size)
         truths.append(frames_from_images(images).numpy())
-    return rearrange(np.stack(truths), "(v l) n h w c -> v l n h w c", v=shape[0])
+    return rearrange(np.stack(truths), "(v l) n h w c -> v l n h w c", v=len(commands))
+
+
+def _stride(footage: Footage) -> int | None:
+    """Steps of the world from one frame that the model sees to the next; None where they differ."""
+    if footage.recorded is None:
+        return None
+    steps = np.unique(np.diff(footage.recorded.indices))
+    return int(steps[0]) if len(steps) == 1 else None
+
+
+def _replay(
+    world: SyntheticWorld, state: VehicleState, actions: NDArray[np.float32], stride: int
+) -> Frames:
+    """Drive each of the actions [N, 2] for `stride` steps and return the frames after each."""
+    frames = []
+    for action in actions:
+        for _ in range(stride):
+            state = world.step(state, action)
+        frames.append(world.render(state))
+    return np.stack(frames)
 
 
 def _measure(
@@ -128,6 +148,7 @@ def _measure(
     if truths is not None:
         measured["truth"] = _monotonicity(probe, clip, commands, truths)
         measured["nearest"] = _nearest(futures, truths, clip)
+        measured["nearest_by_chance"] = 1 / (commands.shape[0] * commands.shape[1])
     return measured
 
 
@@ -172,10 +193,11 @@ def _known_mean(values: Sequence[float | None]) -> float | None:
 
 def _mean(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Mean over the starts, of whatever is nested in them."""
-    first = found[0]
+    names = dict.fromkeys(name for each in found for name in each)
     return {
         "starts": len(found),
-        **{name: _mean_of([each.get(name) for each in found]) for name in first},
+        "starts_with_truth": sum("truth" in each for each in found),
+        **{name: _mean_of([each.get(name) for each in found]) for name in names},
     }
 
 
@@ -193,7 +215,8 @@ def _table(metrics: dict[str, Any]) -> Table:
         for channel, found in metrics.get(source, {}).items()
     )
     if "nearest" in metrics:
-        rows += (("rollouts nearest to their own truth", metrics["nearest"], None),)
+        by_chance = f"(by chance: {metrics['nearest_by_chance']:.3f})"
+        rows += ((f"rollouts nearest to their own truth {by_chance}", metrics["nearest"], None),)
     columns = ("", "rank correlation", "in order")
     return Table(caption="Mean over the starts", columns=columns, rows=rows)
 
