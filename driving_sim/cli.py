@@ -25,6 +25,8 @@ def _explain(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return f"out of memory: ask for less, such as a shorter future ({error})"
     if type(error).__name__ == "OutOfMemoryError":
         return "the device is out of memory: try a smaller data.batch_size or preset"
     if type(error).__name__ == "NoArgsIsHelpError":
@@ -87,11 +89,25 @@ Videos = Annotated[
 Preset = Annotated[
     str, typer.Option(envvar="DRIVESIM_PRESET", help="demo, tiny, base or large (see the README).")
 ]
+
+
+def _gives_way(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
+    """Steps or minutes: what the environment says gives way to the other on the command line."""
+    other = "minutes" if option.name == "steps" else "steps"
+    own, others = (context.get_parameter_source(str(name)) for name in (option.name, other))
+    gives_way = own and own.name == "ENVIRONMENT" and others and others.name == "COMMANDLINE"
+    return None if gives_way else value
+
+
 Steps = Annotated[
-    int | None, typer.Option(envvar="DRIVESIM_STEPS", help="Train for this many steps.")
+    int | None,
+    typer.Option(envvar="DRIVESIM_STEPS", callback=_gives_way, help="Train for this many steps."),
 ]
 Minutes = Annotated[
-    float | None, typer.Option(envvar="DRIVESIM_MINUTES", help="Train for this long instead.")
+    float | None,
+    typer.Option(
+        envvar="DRIVESIM_MINUTES", callback=_gives_way, help="Train for this long instead."
+    ),
 ]
 Precision = Annotated[
     str | None, typer.Option(help="auto, fp32 or bf16 [default: auto, bf16 where it is faster].")
@@ -455,15 +471,15 @@ def evaluate_world_model(
     training_videos: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Its videos, which the inverse-dynamics probe learns from; drives that are held "
-            "out, or not in --training-tokens, are left out. May be repeated. [default: "
-            "reconstructions of the tokens]"
+            help="Its videos, which the inverse-dynamics probe learns from, 20 minutes of them at "
+            "most; drives that are held out, or not in --training-tokens, are left out. May be "
+            "repeated. [default: reconstructions of the tokens]"
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Less of everything.")] = False,
-    fps: Annotated[float | None, typer.Option(help="Frames per second [default: the model's].")] = (
-        None
-    ),
+    fps: Annotated[
+        float | None, typer.Option(help="Frames per second [default: as in --training-tokens].")
+    ] = None,
     every: Every = None,
     guidance: Guidance = 1.0,
     temperature: Temperature = 1.0,
@@ -476,7 +492,10 @@ def evaluate_world_model(
     ] = None,
     probe: Annotated[
         Path | None,
-        typer.Option(help="Report whose inverse-dynamics probe is used again, to compare with it."),
+        typer.Option(
+            help="Report whose inverse-dynamics probe is used again, to compare with it: of the "
+            "model's frame rate and kind of steering, and of none of the held-out drives."
+        ),
     ] = None,
     time_offset: TimeOffset = 0.0,
     precision: Precision = None,

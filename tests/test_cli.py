@@ -192,6 +192,12 @@ def test_mistakes_are_one_line(
     assert sorted(workplace.rglob("*")) == before
 
 
+def test_options_go_before_the_environment(workplace: Path) -> None:
+    """`DRIVESIM_STEPS` is set: with --minutes it is not a second answer to the same question."""
+    (workplace / "empty").mkdir()
+    assert "holds no videos" in refused("train-tokenizer", "empty", "--minutes", "1")
+
+
 @pytest.mark.parametrize("arguments", [[], ["evaluate"]])
 def test_a_bare_group_of_commands_shows_its_help(arguments: list[str]) -> None:
     result = run(*arguments)
