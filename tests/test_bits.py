@@ -57,20 +57,6 @@ def test_bits_are_those_of_the_window_alone(store: TokenStore) -> None:
     assert found.mean == pytest.approx(found.bits.mean())
 
 
-def test_other_actions_can_be_put_in(store: TokenStore) -> None:
-    model = random_model()
-    windows = FullWindows(store.drives, frames=W)
-    own = bits_per_token(model, windows)
-    same = bits_per_token(model, windows, actions=windows.actions.copy())
-    assert np.array_equal(own.bits, same.bits)
-    flipped = bits_per_token(
-        model, windows, actions=windows.actions * np.array([1, -1], np.float32)
-    )
-    assert (flipped.bits != own.bits).any()
-    unknown = bits_per_token(model, windows, action_valid=np.zeros_like(windows.action_valid))
-    assert (unknown.bits != own.bits).all()
-
-
 def test_streamed_bits_equal_recomputed_ones_until_a_frame_has_left(store: TokenStore) -> None:
     model = random_model()
     streamed = by_place(streamed_bits_per_token(model, store.drives))

@@ -12,6 +12,7 @@ from driving_sim.evaluate.entropy_coding import (
     coded_size_check,
     compress,
     decompress,
+    evaluate_coding,
     frequencies,
 )
 from driving_sim.world_model.bits import streamed_bits_per_token
@@ -176,3 +177,36 @@ def test_tokens_of_another_tokenizer_are_refused(world: WorldModel, tmp_path: Pa
     foreign = write_store(tmp_path / "tokens", [4]).drives[0]
     with pytest.raises(DriveSimError, match="another tokenizer"):
         compress(world, foreign)
+
+
+def test_the_report_says_whether_the_bits_are_proved(
+    world: WorldModel, drive: DriveTokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a drive as short as this one the header alone is more than 1 %."""
+    section = evaluate_coding(world, drive, seconds=4.0)
+    found = section.metrics
+    assert found["frames"] == round(4 * FPS)
+    claimed = streamed_bits_per_token(world.transformer, [drive]).bits[: round(4 * FPS)].mean()
+    assert found["claimed_bits_per_token"] == pytest.approx(claimed)
+    assert found["ratio_to_claimed"] > 1.01
+    assert found["exact"] is True
+    assert found["proved"] is False
+    assert "not proved" in section.title
+    assert "It does not hold: the file is +" in section.text
+    assert "32 of its 60 frames" in section.parts[0].caption
+    monkeypatch.setattr(entropy_coding, "_CLAIM", 0.2)
+    section = evaluate_coding(world, drive, seconds=4.0)
+    assert section.metrics["proved"] is True
+    assert "It holds" in section.text
+    calls = 0
+
+    def drifting(logits: torch.Tensor) -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        return frequencies(logits * (1 + 1e-3 * calls))
+
+    monkeypatch.setattr(entropy_coding, "frequencies", drifting)
+    monkeypatch.setattr(entropy_coding, "_CLAIM", 10.0)
+    section = evaluate_coding(world, drive, seconds=1.0)
+    assert section.metrics["proved"] is False
+    assert "are not those that went in" in section.text

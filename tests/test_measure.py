@@ -1,21 +1,39 @@
 """The evaluation commands' functions, from a run and videos to a report."""
 
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from driving_sim import measure as measure_module
+from driving_sim.data.drive import DriveSet
 from driving_sim.data.sources import find_drives
 from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
+from driving_sim.data.token_shard import frame_bytes
+from driving_sim.data.token_store import TokenStore
+from driving_sim.engine.config import save_yaml
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.evaluate import world_model as evaluation
 from driving_sim.evaluate.compare import compare_reports
-from driving_sim.evaluate.inverse_dynamics import InverseDynamics, ProbeClip
+from driving_sim.evaluate.footage import Clip, Footage, HeldOutStore, recording_digests
+from driving_sim.evaluate.inverse_dynamics import InverseDynamics, ProbeClip, ProbeSource
+from driving_sim.evaluate.protocol import Protocol
 from driving_sim.evaluate.stability import StabilityConfig
-from driving_sim.evaluate.world_model import HEADLINE, EvaluationConfig
+from driving_sim.evaluate.world_model import (
+    HEADLINE,
+    NOT_MEASURED,
+    EvaluationConfig,
+    Evidence,
+    evaluate_world_model,
+)
 from driving_sim.measure import TOKENIZER_HEADLINE, measure_tokenizer, measure_world_model
+from driving_sim.pipeline import find_for
 from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.transformer import TokenGrid, Transformer
@@ -26,7 +44,7 @@ from tests.token_drives import COLS, FPS, LEVELS, ROWS, tiny_tokenizer
 SMALL = EvaluationConfig(
     stride=4,
     shuffles=1,
-    coded_frames=3,
+    coded_seconds=0.5,
     clips=2,
     seconds=1.5,
     sweeps=1,
@@ -58,24 +76,55 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def measure(place: Path, out: Path, config: EvaluationConfig = SMALL, **options: object) -> None:
-    measure_world_model(
-        place / "world-model",
-        [place / "videos" / "drive_002.mp4"],
-        out,
-        training_tokens=place / "tokens",
-        config=config,
-        device="cpu",
-        precision="fp32",
-        **options,  # type: ignore[arg-type]
-    )
+def measure(place: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "run": place / "world-model",
+        "data": [place / "videos" / "drive_002.mp4"],
+        "training_tokens": place / "tokens",
+        "config": SMALL,
+        "device": "cpu",
+        "precision": "fp32",
+    }
+    return measure_world_model(out=out, **(options | changes))
+
+
+class Caught(Exception):  # noqa: N818 - no error: what the sections would be measured on
+    def __init__(self, world: WorldModel, evidence: Evidence) -> None:
+        self.world, self.evidence = world, evidence
+
+
+@pytest.fixture
+def evidence(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Evidence]:
+    """All that comes before the sections of an evaluation with these options."""
+
+    def evaluated(world: WorldModel, evidence: Evidence, config: EvaluationConfig) -> None:
+        raise Caught(world, evidence)
+
+    def measured(**options: Any) -> Evidence:
+        monkeypatch.setattr(measure_module, "evaluate_world_model", evaluated)
+        with pytest.raises(Caught) as caught:
+            measure(place, tmp_path / "never", **options)
+        return caught.value.evidence
+
+    return measured
+
+
+@pytest.fixture
+def nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever takes long would fail: what is refused is refused before."""
+    for name in ("tokenize", "evaluate_world_model"):
+        monkeypatch.setattr(measure_module, name, None)
+    monkeypatch.setattr(InverseDynamics, "fit", None)
 
 
 def test_a_world_model_is_measured_whole_and_the_same_again(place: Path, tmp_path: Path) -> None:
-    measure(place, tmp_path / "a", training_videos=[place / "videos"])
+    figures = measure(place, tmp_path / "a", training_videos=[place / "videos"])
     metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
     sections = {"likelihood", "coding", "action_information", "quality", "fidelity", "sweep"}
     assert sections | {"stability"} <= set(metrics)
+    assert NOT_MEASURED not in metrics
     assert metrics["likelihood"]["bits_per_token"]["model"]["mean"] == pytest.approx(
         np.log2(9), abs=1e-4
     )
@@ -83,18 +132,22 @@ def test_a_world_model_is_measured_whole_and_the_same_again(place: Path, tmp_pat
     assert metrics["fidelity"]["clips"] == 4  # two, and their mirror images
     assert metrics["sweep"]["truth"] is not None  # the drive is a synthetic one
     # A key figure whose metric is not there is left out: none of ours may be misspelt.
-    assert list(metrics["headline"]) == [figure.label for figure in HEADLINE]
+    assert list(metrics["headline"]) == [figure.label for figure in HEADLINE] == list(figures)
+    places = {place for figure in HEADLINE for place in figure.beside.values()}
+    for name, *path in (place.split(".") for place in places):
+        found = metrics[name]
+        for key in path:
+            found = found[key]
     page = (tmp_path / "a" / "report.html").read_text()
     assert "Action fidelity" in page
+    assert "of the recorded videos" in page
+    assert "learned from the training videos" in page
     # Once more, with the probe of the first: the same protocol, the same numbers.
     measure(place, tmp_path / "b", probe=tmp_path / "a")
     again = json.loads((tmp_path / "b" / "metrics.json").read_text())
     for name in sections:
         assert again[name] == metrics[name], name
     assert "same protocol" in compare_reports(tmp_path / "a", tmp_path / "b", tmp_path / "c.html")
-    measure(place, tmp_path / "d", replace(SMALL, clips=1), probe=tmp_path / "a")
-    with pytest.raises(DriveSimError, match=r"settings\.clips: 2 / 1"):
-        compare_reports(tmp_path / "a", tmp_path / "d", tmp_path / "e.html")
 
 
 def test_a_tokenizer_is_measured_and_a_report_is_not_written_over(
@@ -121,31 +174,308 @@ def test_a_store_beside_videos_is_refused(place: Path, tmp_path: Path) -> None:
         )
 
 
+def protocol_of(world: WorldModel, evidence: Evidence, **options: Any) -> Protocol:
+    clips = [Clip(footage=each, start=6, context_frames=3, frames=5) for each in evidence.footage]
+    return evaluation._protocol(world, evidence, clips, clips, replace(SMALL, **options))
+
+
+def test_all_that_decides_a_number_is_in_the_protocol(
+    place: Path, tmp_path: Path, evidence: Callable[..., Evidence]
+) -> None:
+    caught = evidence()
+    world = WorldModel.from_run(place / "world-model", "cpu", "fp32")
+    before = protocol_of(world, caught)
+    assert protocol_of(world, caught).hash == before.hash
+    assert before.differences(protocol_of(world, caught, clips=1)) == ["settings.clips: 2 / 1"]
+
+    def differences(**changes: Any) -> str:
+        statistics = replace(world.statistics, **changes.pop("statistics", {}))
+        fixed: dict[str, Any] = {"fps": FPS, "steering_kind": "road_wheel"}
+        other = WorldModel(
+            Transformer(world.config.model, world.config.grid, statistics),
+            world.tokenizer,
+            **(fixed | changes),
+        )
+        return " ".join(before.differences(protocol_of(other, caught)))
+
+    assert differences() == ""
+    assert "learned: 2 entries / 1 entries" in differences(validation_drives=("drive_000",))
+    assert "known_channels[1]: true / false" in differences(steering_kind=None)
+    for name in ("steering_p95", "steering_p99"):
+        assert name in differences(statistics={name: 0.7})
+    assert "mean_action[0]" in differences(statistics={"mean": (9.0, 0.0)})
+    unrecorded = replace(caught, footage=[replace(each, recorded=None) for each in caught.footage])
+    assert "recorded: true / false" in before.differences(protocol_of(world, unrecorded))
+    # Parts of one drive have one id; of its places and its contents none is lost.
+    parts = tmp_path / "parts"
+    (sampled,) = (each.recorded for each in caught.footage)
+    assert sampled is not None
+    ten = 10 * frame_bytes(ROWS, COLS)
+    tokenize(DriveSet([sampled.drive]), world.tokenizer, parts, shard_bytes=ten)
+    footage = [
+        Footage(drive=drive, tokenizer=world.tokenizer) for drive in TokenStore(parts).drives[:4]
+    ]
+    content = protocol_of(world, replace(caught, footage=footage)).content
+    assert [(each["id"], each["start"]) for each in content["drives"]] == [
+        ("drive_002", start) for start in (0, 10, 20, 30)
+    ]
+    assert len({each["sha256"] for each in content["drives"]}) == 4
+    assert content["clips"] == [["drive_002", start, 6, 5] for start in (0, 10, 20, 30)]
+
+
+@pytest.mark.usefixtures("nothing_is_done")
+def test_a_drive_that_was_trained_on_is_refused_at_once(place: Path, tmp_path: Path) -> None:
+    """Whatever it is called, as a video or as tokens, and with --mirror in either store."""
+    video = place / "videos" / "drive_001.mp4"
+    renamed = tmp_path / "copies" / "another.mp4"
+    renamed.parent.mkdir()
+    for suffix in (".mp4", ".csv"):
+        shutil.copy(video.with_suffix(suffix), renamed.with_suffix(suffix))
+    tokenize(find_drives([renamed]), tiny_tokenizer(), tmp_path / "heldout", mirror=True)
+    for data, name in (
+        (video, "drive_001"),
+        (renamed, "another"),
+        (tmp_path / "heldout", "another"),
+    ):
+        with pytest.raises(DriveSimError, match=f"'{name}' is in the training tokens"):
+            measure(place, tmp_path / "out", data=[data])
+
+
+def test_tokens_tell_where_a_model_knows_no_actions(place: Path, tmp_path: Path) -> None:
+    deaf(WorldModel.from_run(place / "world-model", "cpu", "fp32")).save(tmp_path / "deaf")
+    with pytest.raises(DriveSimError, match="'drive_001' is in the training tokens"):
+        measure(
+            place,
+            tmp_path / "out",
+            run=tmp_path / "deaf",
+            data=[place / "videos" / "drive_001.mp4"],
+        )
+
+
+@pytest.mark.usefixtures("nothing_is_done")
+def test_tokens_that_the_model_was_not_trained_on_are_refused(place: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(place / "world-model", run)
+    index = TokenStore(place / "tokens").index
+    for name in ("content", "plan"):
+        save_yaml(run / "config.yaml", {"store": {name: "f00d"}})
+        with pytest.raises(DriveSimError, match=r"is not the token store that .* was trained on"):
+            measure(place, tmp_path / "out", run=run)
+        save_yaml(run / "config.yaml", {"store": {name: getattr(index, name)}})
+        with pytest.raises(TypeError):  # it comes as far as the tokenizing
+            measure(place, tmp_path / "out", run=run)
+
+
+@pytest.mark.usefixtures("nothing_is_done")
+def test_frames_of_another_rate_are_refused_at_once(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(DriveSimError, match="drive_002: 4 frames/s at this rate"):
+        measure(place, tmp_path / "out", every=2)
+    with pytest.raises(DriveSimError, match="the rate must be above 0"):
+        measure(place, tmp_path / "out", fps=0.0)
+
+
+def write_probe(path: Path, **changes: Any) -> Path:
+    fixed: dict[str, Any] = {"fps": FPS, "steering_kind": "road_wheel", "drives": ("f00d",)}
+    source = ProbeSource(**(fixed | changes))
+    rng = np.random.default_rng(0)
+    clip = ProbeClip(
+        frames=rng.integers(255, size=(5, 16, 32, 3), dtype=np.uint8),
+        actions=rng.normal(4, 1, (5, 2)).astype(np.float32),
+        action_valid=np.ones((5, 2), np.bool_),
+        segments=[(0, 5)],
+    )
+    path.write_bytes(InverseDynamics.fit([clip], [clip], source=source, steps=1).to_bytes())
+    return path
+
+
+def test_a_probe_of_something_else_is_refused(
+    place: Path, tmp_path: Path, evidence: Callable[..., Evidence]
+) -> None:
+    tokenize(
+        find_drives([place / "videos" / "drive_002.mp4"]), tiny_tokenizer(), tmp_path / "heldout"
+    )
+    (own,) = recording_digests(TokenStore(tmp_path / "heldout").drives).values()
+    cases: dict[str, dict[str, Any]] = {
+        "it learned from 16 frames/s, the model from 8": {"fps": 2 * FPS},
+        "its steering is curvature, the model's is road_wheel": {"steering_kind": "curvature"},
+        "it learned from the held-out drive 'drive_002'": {"drives": ("f00d", own)},
+    }
+    probe = tmp_path / "probe.safetensors"
+    for message, changes in cases.items():
+        write_probe(probe, **changes)
+        with pytest.raises(DriveSimError, match=message):
+            measure(place, tmp_path / "out", probe=probe)
+    write_probe(probe)
+    assert evidence(probe=probe).probe is not None
+
+
 def test_the_probe_never_learns_from_a_held_out_drive(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, tmp_path: Path, evidence: Callable[..., Evidence]
 ) -> None:
     """Neither where the held-out drive is named as a video, nor where it comes as tokens."""
     held = place / "videos" / "drive_002.mp4"
     tokenize(find_drives([held]), tiny_tokenizer(), tmp_path / "heldout")
-    fit, seen = InverseDynamics.fit, []
+    # Of the same id as a training drive, but another: ids alone would take it for that one.
+    impostor = tmp_path / "videos" / "drive_001.mp4"
+    impostor.parent.mkdir()
+    for suffix in (".mp4", ".csv"):
+        shutil.copy(held.with_suffix(suffix), impostor.with_suffix(suffix))
+    digests = recording_digests(TokenStore(place / "tokens").drives)
+    options = {"training_videos": [place / "videos" / "drive_000.mp4", impostor]}
+    for data in (held, tmp_path / "heldout"):
+        probe = evidence(data=[data], training_videos=[place / "videos"]).probe
+        assert probe is not None
+        assert set(probe.source.drives) == set(digests.values())
+        caught = evidence(data=[data], **options)
+        assert caught.probe is None
+        assert "two or more training drives" in caught.no_probe
+    with pytest.raises(DriveSimError, match="none of --training-videos is a drive of"):
+        evidence(training_videos=[held])
+
+
+def test_what_a_probe_sees_is_capped_and_spread_over_the_drives(
+    place: Path, evidence: Callable[..., Evidence], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure_module, "_PROBE_SECONDS", 4.0)
+    seen: dict[str, Any] = {}
+    fit, errors = InverseDynamics.fit, InverseDynamics.errors
 
     def watched(learned: list[ProbeClip], validation: list[ProbeClip], **options: Any) -> Any:
-        seen.append([*learned, *validation])
+        seen["clips"] = [*learned, *validation]
         return fit(learned, validation, **options)
 
+    def judged(self: InverseDynamics, clips: list[ProbeClip], **options: Any) -> Any:
+        seen.update(held=clips, **options)
+        return errors(self, clips, **options)
+
     monkeypatch.setattr(InverseDynamics, "fit", watched)
-    for number, data in enumerate((held, tmp_path / "heldout")):
-        measure_world_model(
-            place / "world-model",
-            [data],
-            tmp_path / str(number),
-            training_tokens=place / "tokens",
-            training_videos=[place / "videos"],
-            config=SMALL,
-            device="cpu",
-            precision="fp32",
+    monkeypatch.setattr(InverseDynamics, "errors", judged)
+    videos = [place / "videos"]
+    for options in ({"training_videos": videos}, dict[str, Any]()):
+        caught = evidence(**options)
+        assert [len(clip.frames) for clip in seen["clips"]] == [16, 16]
+        assert [clip.segments for clip in seen["clips"]] == [[(0, 16)], [(0, 16)]]
+        for clip, drive in zip(seen["clips"], caught.training.drives, strict=True):
+            assert np.array_equal(clip.actions, drive.actions[:16])
+        assert [len(clip.frames) for clip in seen["held"]] == [32]
+        assert seen["curve"] == 0.1  # half of the training data's 95th percentile
+
+
+def test_footage_is_shared_out_evenly() -> None:
+    shared = measure_module._shared
+    assert shared([10, 1000, 40, 700], 300) == [10, 125, 40, 125]
+    assert shared([10, 20], 300) == [10, 20]
+    assert shared([5, 5, 5], 7.9) == [2, 2, 3]
+    assert shared([], 7) == []
+    spread = measure_module._spread(range(250))
+    assert list(spread) == list(range(0, 250, 3))
+    assert len(measure_module._spread(range(100))) == 100
+
+
+def test_the_time_offset_is_that_of_all_videos(
+    place: Path, evidence: Callable[..., Evidence], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offsets = []
+
+    def watched(world: WorldModel, videos: list[Path], offset: float) -> DriveSet:
+        offsets.append(offset)
+        return find_for(world, videos, offset)
+
+    monkeypatch.setattr(measure_module, "find_for", watched)
+    evidence(training_videos=[place / "videos"], time_offset=0.05)
+    assert offsets == [0.05, 0.05]
+
+
+def test_held_out_frames_are_chosen_as_the_training_ones_were(place: Path) -> None:
+    """At the rate that was asked for then, where the model's own is what came of it."""
+    world = WorldModel.from_run(place / "world-model", "cpu", "fp32")
+    training: Any = SimpleNamespace(info=SimpleNamespace(requested_fps=FPS * 1.004))
+    rate = measure_module._rate
+    assert rate(world, training, None, None) == {"fps": FPS * 1.004, "every": None}
+    training.info.requested_fps = 2 * FPS  # more than the videos had
+    assert rate(world, training, None, None) == {"fps": FPS, "every": None}
+    training.info.requested_fps = None
+    assert rate(world, training, None, None) == {"fps": FPS, "every": None}
+    assert rate(world, training, None, 3) == {"fps": None, "every": 3}
+
+
+def deaf(world: WorldModel) -> WorldModel:
+    """A model that learned no actions."""
+    plain = Transformer(world.config.model, world.config.grid, ActionStatistics())
+    return WorldModel(plain, world.tokenizer, fps=FPS, steering_kind=None)
+
+
+def test_what_a_model_never_learned_is_not_known(
+    place: Path, tmp_path: Path, evidence: Callable[..., Evidence]
+) -> None:
+    deaf(WorldModel.from_run(place / "world-model", "cpu", "fp32")).save(tmp_path / "deaf")
+    tokenize(
+        find_drives([place / "videos" / "drive_002.mp4"]), tiny_tokenizer(), tmp_path / "heldout"
+    )
+    caught = evidence(run=tmp_path / "deaf", data=[tmp_path / "heldout"])
+    assert not caught.footage[0].drive.action_valid.any()
+    assert not caught.heldout.drives[0].action_valid.any()
+    assert caught.probe is None
+    assert "no action that the model learned" in caught.no_probe
+
+
+def test_what_cannot_be_measured_is_left_out_and_said(
+    place: Path, tmp_path: Path, evidence: Callable[..., Evidence]
+) -> None:
+    """A model without actions, on a drive too short for rollouts and for a window."""
+    caught = evidence()
+    world = deaf(WorldModel.from_run(place / "world-model", "cpu", "fp32"))
+    for length, also in ((6, set()), (2, {"likelihood", "stability"})):
+        out = tmp_path / str(length)
+        write_synthetic_drives(
+            out,
+            drives=1,
+            seconds=length / FPS,
+            config=SyntheticConfig(height=48, width=64, fps=FPS),
         )
-    frames = np.stack(list(find_drives([held]).drives[0].stream()))
-    for clips in seen:
-        assert len(clips) == 2
-        assert not any(np.array_equal(clip.frames, frames) for clip in clips)
+        (video,) = out.glob("*.mp4")
+        tokenize(find_drives([video]), world.tokenizer, out / "tokens")
+        store = HeldOutStore(out / "tokens", world.known_channels)
+        footage = [Footage(drive=drive, tokenizer=world.tokenizer) for drive in store.drives]
+        short = replace(
+            caught, heldout=store, footage=footage, probe=None, no_probe="because", probe_floor={}
+        )
+        sections, protocol = evaluate_world_model(world, short, SMALL)
+        *measured, last = sections
+        left_out = {"action_information", "quality", "fidelity", "sweep"} | also
+        assert set(last.metrics) == left_out
+        assert {each.name for each in measured} == {"likelihood", "coding", "stability"} - also
+        assert last.metrics["fidelity"] == "because"
+        assert "no run of 15 frames" in last.metrics["quality"]
+        assert "no action that the model learned" in last.metrics["action_information"]
+        assert protocol.content["clips"] == []
+
+
+def test_a_sweep_starts_where_the_car_is_known_to_move(place: Path) -> None:
+    world = WorldModel.from_run(place / "world-model", "cpu", "fp32")
+    actions, valid = np.zeros((20, 2), np.float32), np.ones((20, 2), np.bool_)
+    actions[:, 0] = [0, 1, 1.9, 2, 3, 3, 3, 3, 3, 0] * 2
+    valid[5, 0] = False
+    drive: Any = SimpleNamespace(actions=actions, action_valid=valid)
+    footage = Footage(drive=drive, tokenizer=world.tokenizer)
+    clips = [Clip(footage=footage, start=n, context_frames=3, frames=2) for n in range(3, 12)]
+    # The action before the last leads to the start's last context frame.
+    sweeps = evaluation._sweeps(world, clips, 100)
+    assert [clip.start for clip in sweeps] == [5, 6, 8, 9, 10]
+    assert [clip.start for clip in evaluation._sweeps(world, clips, 2)] == [5, 8]
+    with pytest.raises(DriveSimError, match="no clip starts at a known speed of 2 m/s or more"):
+        evaluation._sweeps(world, clips[:2], 2)
+    with pytest.raises(DriveSimError, match="learned no steering"):
+        evaluation._sweeps(deaf(world), clips, 2)
+
+
+def test_real_footage_is_no_longer_than_asked(
+    place: Path, evidence: Callable[..., Evidence]
+) -> None:
+    """The held-out drive has 48 frames, and the training drives as many each."""
+    caught = evidence()
+    world = WorldModel.from_run(place / "world-model", "cpu", "fp32")
+    for seconds, lengths in ((2.0, [16]), (8.0, [48, 16]), (60.0, [48, 48, 48])):
+        real = evaluation._real(world, caught, replace(SMALL, real_seconds=seconds))
+        assert [len(drive) for drive in real] == lengths
+        assert np.array_equal(real[0].tokens, caught.heldout.drives[0].tokens[: lengths[0]])

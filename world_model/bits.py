@@ -70,9 +70,7 @@ class FrameBits:
 class FullWindows:
     """Every window of `frames` frames: each has one frame to judge, its last, and W-1 behind it.
 
-    `actions` [n, W, 2] and `action_valid` [n, W, 2] lead to the windows' frames; a caller may
-    permute copies of them and hand those to `bits_per_token`. Raises `DriveSimError` where no
-    drive is as long as a window.
+    Raises `DriveSimError` where no drive is as long as a window.
     """
 
     def __init__(self, drives: Sequence[DriveTokens], *, frames: int, stride: int = 1) -> None:
@@ -86,9 +84,6 @@ class FullWindows:
         self.windows = [index[number] for number in range(len(index))]
         self.drive = np.array([window.drive for window in self.windows], np.int64)
         self.frame = np.array([window.start + frames - 1 for window in self.windows], np.int64)
-        batches = [self.batch(slice(at, at + 64)) for at in range(0, len(self), 64)]
-        self.actions = np.concatenate([batch["actions"].numpy() for batch in batches])
-        self.action_valid = np.concatenate([batch["action_valid"].numpy() for batch in batches])
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -127,27 +122,21 @@ def bits_per_token(
     model: Transformer,
     windows: FullWindows,
     *,
-    actions: NDArray[np.float32] | None = None,
-    action_valid: NDArray[np.bool_] | None = None,
     batch_size: int = 4,
     advance: Callable[[int], object] = lambda frames: None,
     watch: Callable[[TokenBits], object] = lambda judged: None,
 ) -> FrameBits:
     """Judge the last frame of every window, recomputing each window as training does.
 
-    `actions` and `action_valid` [n, W, 2] replace the windows' own (shuffled ones, say). `advance`
-    is called with the number of frames judged since, `watch` with their tokens, in the windows'
-    order.
+    `advance` is called with the number of frames judged since, `watch` with their tokens, in the
+    windows' order.
     """
-    actions = windows.actions if actions is None else actions
-    action_valid = windows.action_valid if action_valid is None else action_valid
     device = model.source.device
     found = []
     with _frozen(model):
         tables = model.tables()
         for at in range(0, len(windows), batch_size):
-            chosen = slice(at, at + batch_size)
-            batch = windows.batch(chosen)
+            batch = windows.batch(slice(at, at + batch_size))
             tokens = rearrange(batch["tokens"], "b t r c -> b t (r c)").to(device)
             before = batch["previous"].masked_fill(
                 ~batch["has_previous"][:, None, None], model.grid.codebook_size
@@ -156,8 +145,8 @@ def bits_per_token(
                 tables,
                 tokens,
                 rearrange(before, "b r c -> b (r c)").to(device),
-                torch.from_numpy(actions[chosen]).to(device),
-                torch.from_numpy(action_valid[chosen]).to(device),
+                batch["actions"].to(device),
+                batch["action_valid"].to(device),
             )
             judged = TokenBits.judge(F.linear(hidden[:, -1], tables.output), tokens[:, -1])
             found.append(judged.means())

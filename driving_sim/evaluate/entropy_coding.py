@@ -9,7 +9,6 @@ Axes: T frames, P = r * c tokens of a frame, n tokens of a wave, K codes.
 
 import math
 import struct
-import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,10 @@ from torch import Tensor
 
 from driving_sim.data.token_store import DriveTokens
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.progress import progress
+from driving_sim.evaluate.footage import DriveView
+from driving_sim.evaluate.section import Section, Table
+from driving_sim.world_model.bits import streamed_bits_per_token
 from driving_sim.world_model.cache import RingCache
 from driving_sim.world_model.sampler import WavePasses
 from driving_sim.world_model.world_model import Prefix, WorldModel
@@ -34,6 +37,9 @@ _CHECKSUM = struct.Struct("<I")
 _HEADER = struct.Struct("<8sII")  # the model's fingerprint, checksum of the tokens, number of runs
 _TOTAL = 2**24  # of a token's frequencies: what constriction works with
 _FAMILY = stream.model.Categorical(perfect=False)
+
+_CLAIM = 0.01
+"""How far the coded size may be off the claimed one, as a share of it."""
 
 ChooseOfFrame = Callable[[int, Tensor, Tensor], Tensor]
 """As the sampler's `Choose`, with the frame's number before."""
@@ -51,13 +57,59 @@ class Compressed:
     """Tokens that are in it."""
     model_bits: float
     """Sum over the tokens of -log2 p under the plain model, from the passes that coded them."""
-    seconds: float
-    """Time that it took."""
 
     @property
     def coded_bits(self) -> int:
         """Size of the data, header included."""
         return 8 * len(self.data)
+
+
+def evaluate_coding(world: WorldModel, drive: DriveTokens, *, seconds: float) -> Section:
+    """Prove the bits: compress the first `seconds` of a drive with the model and decode them."""
+    frames = min(len(drive), max(1, round(seconds * world.fps)))
+    with progress(2 * frames, "arithmetic coding", "frames") as bar:
+        checked = coded_size_check(world, drive, frames=frames, advance=bar.advance)
+    beginning = DriveView(drive, frames=frames)
+    claimed = streamed_bits_per_token(world.transformer, [beginning]).mean
+    ratio = checked["coded_bits_per_token"] / claimed
+    metrics = {
+        "per_tokenizer": True,
+        **checked,
+        "claimed_bits_per_token": claimed,
+        "ratio_to_claimed": ratio,
+        "proved": checked["exact"] and abs(ratio - 1) <= _CLAIM,
+    }
+    rows = tuple(
+        (name.replace("_", " "), value)
+        for name, value in metrics.items()
+        if name != "per_tokenizer"
+    )
+    caption = f"Drive {drive.id}, {frames:,} of its {len(drive):,} frames"
+    return Section(
+        name="coding",
+        title="The bits, proved" if metrics["proved"] else "The bits, not proved",
+        text=f"{_TEXT}\n\n{_verdict(checked['exact'], ratio)}",
+        metrics=metrics,
+        parts=(Table(caption=caption, columns=("", "value"), rows=rows),),
+    )
+
+
+_TEXT = """The tokens of a held-out drive's beginning are compressed by range coding under the
+model's probabilities, wave by wave through the cache as in a rollout, and decoded again. The file
+must be as large as the likelihood claims (streamed from the drive's start, float32) to within 1 %,
+and what comes back must be the same tokens."""
+
+
+def _verdict(exact: bool, ratio: float) -> str:
+    """What came of it, in words."""
+    faults = []
+    if not exact:
+        faults.append("the tokens that came back are not those that went in")
+    if abs(ratio - 1) > _CLAIM:
+        faults.append(f"the file is {ratio - 1:+.1%} off the claimed size")
+    if faults:
+        return f"It does not hold: {', and '.join(faults)}."
+    return f"It holds: the tokens are the same, and the file is {ratio - 1:+.2%} off."
 
 
 def coded_size_check(
@@ -107,7 +159,6 @@ def compress(
             f"drive {drive.id!r} was tokenized by another tokenizer than the model's: tokenize the "
             "video with the tokenizer in the model's run folder"
         )
-    began = time.perf_counter()
     stop = len(drive) if frames is None else min(frames, len(drive))
     runs = [min(end, stop) - begin for begin, end in drive.entry.segments if begin < stop]
     tokens = drive.tokens[:stop].astype(np.int32)
@@ -122,7 +173,6 @@ def compress(
         frames=stop,
         tokens=tokens.size,
         model_bits=writer.model_bits,
-        seconds=time.perf_counter() - began,
     )
 
 

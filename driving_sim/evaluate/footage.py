@@ -4,8 +4,8 @@ Axes: T context frames, N frames of the future, H W pixels, r c token rows and c
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,67 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from driving_sim.data.action_file import STEERING
 from driving_sim.data.drive import SampledDrive
+from driving_sim.data.sources.udacity import ImageFrames
+from driving_sim.data.split import original_id
 from driving_sim.data.synthetic import SyntheticDrive, load_synthetic_drive
 from driving_sim.data.synthetic.drives import DRIVE_FORMAT
-from driving_sim.data.token_store import DriveTokens
+from driving_sim.data.token_store import DriveTokens, StoreInfo, TokenStore
 from driving_sim.engine.config import load_json
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.tokenizer.tokenizer import Tokenizer
 
 Frames = NDArray[np.uint8]
+
+_CHUNK = 64  # frames decoded at once
+_SAME_TOKENS = 0.9
+"""Share of equal tokens from which two drives of equal times are one, tokenized on two devices."""
+
+
+class DriveView(DriveTokens):
+    """Less of a drive: its first `frames` alone, or only some `channels` of its actions known."""
+
+    def __init__(
+        self,
+        drive: DriveTokens,
+        *,
+        frames: int | None = None,
+        channels: tuple[bool, bool] = (True, True),
+    ) -> None:
+        self._drive, self._channels = drive, np.array(channels)
+        count = len(drive) if frames is None else min(frames, len(drive))
+        segments = tuple(
+            (begin, min(stop, count)) for begin, stop in drive.entry.segments if begin < count
+        )
+        self.entry = replace(drive.entry, frames=count, segments=segments)
+
+    @property
+    def info(self) -> StoreInfo:
+        """What is the same for every drive of its store."""
+        return self._drive.info
+
+    def _column(self, name: str) -> NDArray[Any]:
+        column: NDArray[Any] = getattr(self._drive, name)[: self.entry.frames]
+        return column & self._channels if name == "action_valid" else column
+
+
+class HeldOutStore(TokenStore):
+    """A token store as a model is measured on it.
+
+    Only the channels that the model learned count as known: it would take others for noise. Drives
+    that were stored mirrored are left out, the same footage again.
+    """
+
+    def __init__(self, path: Path, known_channels: tuple[bool, bool]) -> None:
+        super().__init__(path)
+        self.drives = tuple(
+            DriveView(drive, channels=known_channels)
+            for drive in self.drives
+            if drive.id == original_id(drive.id)
+        )
+        if not self.drives:
+            raise DriveSimError(f"{path} holds mirror images only: name the drives themselves")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -47,23 +99,119 @@ class Footage:
         """The tokenizer's reconstructions of the same frames: as good as a model can get."""
         return self.tokenizer.decode(self.drive.tokens[begin:stop]).numpy()
 
+    def beginning(self, frames: int) -> Iterator[Frames]:
+        """Yield the first `frames` in order, uint8 [n, H, W, 3], each decoded once."""
+        if self.recorded is not None:
+            first = self.drive.entry.start
+            indices = self.recorded.indices[first : first + frames]
+            yield from replace(self.recorded, indices=indices).batches(
+                self.tokenizer.frame_size, _CHUNK
+            )
+            return
+        for at in range(0, frames, _CHUNK):
+            yield self.reconstructed(at, min(at + _CHUNK, frames))
+
+    @property
+    def place(self) -> list[str | int]:
+        """The drive's id and where this part of it begins: of very long drives there are many."""
+        return [self.drive.id, self.drive.entry.start]
+
     @property
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of the drive's video (else its tokens), actions and times."""
         if self.recorded is not None:
             return sampled_fingerprint(self.recorded)
-        return digest(self.drive.tokens, self.drive.actions, self.drive.timestamps)
+        return digest(self.drive.tokens, *clock_and_actions(self.drive))
 
 
 def sampled_fingerprint(sampled: SampledDrive) -> str:
-    """SHA-256, in hexadecimal, of a drive's video file, if it is one, its actions and times."""
-    video = sampled.drive.video
-    content = b""
-    if video is not None:
-        with video.path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").digest()
-    arrays = (sampled.indices, sampled.actions, sampled.timestamps)
-    return digest(np.frombuffer(content, np.uint8), *arrays)
+    """SHA-256, in hexadecimal, of a drive's files, its choice of frames, actions and times."""
+    found = hashlib.sha256()
+    for path in _files(sampled):
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    content = np.frombuffer(found.digest(), np.uint8)
+    return digest(
+        content,
+        sampled.indices,
+        sampled.timestamps,
+        sampled.actions,
+        sampled.action_valid,
+        np.array(sampled.segments),
+    )
+
+
+def _files(sampled: SampledDrive) -> list[Path]:
+    """The video, or the image of every frame."""
+    drive = sampled.drive
+    if drive.video is not None:
+        return [drive.video.path]
+    if isinstance(drive.reader, ImageFrames):
+        return [drive.reader.paths[index] for index in sampled.indices]
+    raise TypeError(f"{drive.id}: {type(drive.reader).__name__} does not say what files it reads")
+
+
+def clock_and_actions(drive: DriveTokens) -> tuple[NDArray[Any], ...]:
+    """All that is stored of a drive but its tokens, for a digest."""
+    return drive.timestamps, drive.actions, drive.action_valid, np.array(drive.entry.segments)
+
+
+def recording_digest(
+    timestamps: NDArray[np.float64], actions: NDArray[np.float32], valid: NDArray[np.bool_]
+) -> str | None:
+    """SHA-256, in hexadecimal, of a drive's times and actions, whatever it is called.
+
+    A video and its tokens have the same, and so has the mirror image. None where no action is
+    known: many drives have the same times.
+    """
+    if not valid.any():
+        return None
+    known = np.where(valid, actions, np.float32(0))
+    known[:, STEERING] = np.abs(known[:, STEERING])
+    return digest(timestamps, known, valid)
+
+
+def recording_digests(drives: Sequence[DriveTokens]) -> dict[str, str]:
+    """The `recording_digest` of drives by their ids, each with all of its parts."""
+    parts: dict[str, list[DriveTokens]] = {}
+    for drive in drives:
+        parts.setdefault(drive.id, []).append(drive)
+    found = {
+        name: recording_digest(
+            np.concatenate([part.timestamps for part in own]),
+            np.concatenate([part.actions for part in own]),
+            np.concatenate([part.action_valid for part in own]),
+        )
+        for name, own in parts.items()
+    }
+    return {name: own for name, own in found.items() if own is not None}
+
+
+def check_apart(heldout: Mapping[str, str], training: TokenStore) -> None:
+    """Raise DriveSimError for a drive, of digests by ids, that is in the training tokens too."""
+    # A drive comes before its mirror image; named is the drive.
+    trained = {own: name for name, own in reversed(recording_digests(training.drives).items())}
+    for name, own in heldout.items():
+        if own in trained:
+            raise _leak(name, trained[own], training)
+
+
+def check_tokens_apart(heldout: TokenStore, training: TokenStore) -> None:
+    """As `check_apart`, by the tokens: for drives without actions, or with another time offset."""
+    for drive in heldout.drives:
+        for other in training.drives:
+            if np.array_equal(drive.timestamps, other.timestamps):
+                same = (drive.tokens == other.tokens).mean()
+                if same > _SAME_TOKENS:
+                    raise _leak(drive.id, other.id, training)
+
+
+def _leak(name: str, other: str, training: TokenStore) -> DriveSimError:
+    called = "" if other == name else f" as {other!r}"
+    return DriveSimError(
+        f"held-out drive {name!r} is in the training tokens {training.path} too{called}: measure "
+        "on drives that were held out"
+    )
 
 
 def digest(*arrays: NDArray[Any]) -> str:
@@ -163,16 +311,19 @@ class Clip:
 def choose_clips(
     footage: Sequence[Footage], *, context_frames: int, frames: int, count: int
 ) -> list[Clip]:
-    """Spread `count` clips (or all there are) evenly over where the drives have them.
+    """Spread `count` clips, or all there are, evenly over the drives by their length.
 
-    A clip crosses no gap. Raises DriveSimError where no drive is long enough for one.
+    No two futures share a frame: clips are independent evidence. No clip crosses a gap or is taken
+    from a drive that was stored mirrored, the same footage again. Raises DriveSimError where no
+    drive is long enough for one.
     """
-    places = list(_places(footage, context_frames, frames))
+    originals = [each for each in footage if each.drive.id == original_id(each.drive.id)]
+    places = list(_places(originals, context_frames, frames))
     if not places:
         needed = context_frames + frames
         raise DriveSimError(
-            f"no run of {needed} frames without a gap in {len(footage)} held-out drives: use "
-            "longer drives or a shorter future"
+            f"no run of {needed} frames without a gap in {len(originals)} held-out drives "
+            "(mirror images are none): use longer drives or a shorter future"
         )
     count = min(count, len(places))
     chosen = [places[(2 * number + 1) * len(places) // (2 * count)] for number in range(count)]
@@ -185,7 +336,8 @@ def choose_clips(
 def _places(
     footage: Sequence[Footage], context_frames: int, frames: int
 ) -> Iterator[tuple[Footage, int]]:
+    """The starts of futures that lie end to end."""
     for each in footage:
         for begin, stop in each.drive.entry.segments:
-            for start in range(begin + context_frames, stop - frames + 1):
+            for start in range(begin + context_frames, stop - frames + 1, frames):
                 yield each, start

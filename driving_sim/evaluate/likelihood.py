@@ -1,6 +1,6 @@
 """Bits per token of a world model on held-out drives: beside baselines, calibrated, and coded.
 
-Axes: n judged frames, W frames of context, P tokens of a frame.
+Axes: n judged frames, W frames of context, P tokens of a frame, w windows.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from driving_sim.data.token_store import DriveTokens, TokenStore
 from driving_sim.data.token_windows import sequential_windows
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.progress import progress
-from driving_sim.evaluate.intervals import interval
+from driving_sim.evaluate.intervals import block_frames, bootstrap, mean_of_sums, unit_sums
 from driving_sim.evaluate.section import Media, Section, Table, plot
 from driving_sim.world_model.baselines import CopyLast, TimeBigram
 from driving_sim.world_model.bits import (
@@ -32,29 +32,36 @@ _BINS = 10
 _BATCH = 4
 
 
-def evaluate_likelihood(
-    world: WorldModel, heldout: TokenStore, training: TokenStore, *, stride: int = 1
-) -> Section:
-    """Bits per token on every `stride`-th frame with a full window behind it, beside baselines.
+def learned_drives(world: WorldModel, training: TokenStore) -> tuple[DriveTokens, ...]:
+    """The drives of `training` that the model learned from: not those that chose its weights.
 
-    The baselines are fitted on the drives of `training` that the model was trained on: its
-    validation drives, which chose the model, play no part. `streamed_over_recomputed` is what
-    frames 2W to 4W of the drives cost in a rollout's cache, which nothing recomputes, over what
-    they cost in windows of their own: near 1 where long rollouts are as good as short ones, None
-    where no drive is that long. Intervals are over blocks of W frames (Künsch 1989,
-    10.1214/aos/1176347265).
+    Raises DriveSimError where there are none.
     """
-    world.check_store(heldout)
-    world.check_store(training)
-    _check_apart(heldout, training)
     learned = [name for name in training.drive_ids if name not in world.validation_drives]
     if not learned:
         raise DriveSimError(
             f"{training.path} holds only drives that the model was validated on: name the token "
             "store that it was trained on with --training-tokens"
         )
-    drives = training.select(learned)
+    return training.select(learned)
+
+
+def evaluate_likelihood(
+    world: WorldModel, heldout: TokenStore, training: TokenStore, *, stride: int = 1
+) -> Section:
+    """Bits per token on every `stride`-th frame with a full window behind it, beside baselines.
+
+    The baselines are fitted on `learned_drives`. `streamed_over_recomputed` is what frames 2W to
+    4W of the drives cost in a rollout's cache, which nothing recomputes, over what they cost in
+    windows of their own: near 1 where long rollouts are as good as short ones, None where no drive
+    is that long. Intervals are over blocks of 3 s, or of W frames where these last longer (Künsch
+    1989, 10.1214/aos/1176347265).
+    """
+    world.check_store(heldout)
+    world.check_store(training)
+    drives = learned_drives(world, training)
     frames, tokens = world.context_frames, world.tokenizer.rows * world.tokenizer.cols
+    block = block_frames(world.fps, frames)
     windows = FullWindows(heldout.drives, frames=frames, stride=stride)
     calibration = Calibration()
     with progress(len(windows), "bits per token", "frames") as bar:
@@ -72,12 +79,13 @@ def evaluate_likelihood(
         "per_tokenizer": True,
         "frames": len(windows),
         "context_frames": frames,
-        "bits_per_token": {name: _interval(each, frames) for name, each in judged.items()},
-        "bits_per_frame": {name: each.mean * tokens for name, each in judged.items()},
+        "block_frames": block,
+        "bits_per_token": {name: _interval(each, block) for name, each in judged.items()},
+        "bits_per_frame": {name: _interval(each, block, tokens) for name, each in judged.items()},
         "accuracy": {name: float(each.accuracy.mean()) for name, each in judged.items()},
         "share_of_copy_last": model.mean / judged["copy_last"].mean,
         "streamed_over_recomputed": _streamed_share(world, heldout.drives, model),
-        "by_position": _by_position(world, heldout.drives),
+        **_by_position(world, heldout.drives, block),
         "calibration": calibration.metrics(),
     }
     return Section(
@@ -92,7 +100,8 @@ def evaluate_likelihood(
 _TEXT = """How many bits each token of the held-out drives costs under the model, with a full window
 behind it; fewer is better. The baselines know the training drives' counts only: the unigram, the
 last frame copied (with probability 1 - e, else a unigram draw), and the bigram in time, the token
-given the one before it at the same place.
+given the one before it at the same place. Intervals are over blocks of 3 s, or of a whole window
+where that lasts longer: neighbouring frames are no independent evidence.
 
 Calibration: where the model gives its best guess a probability p, the guess should be right with
 that frequency; the expected calibration error is the mean distance (Guo et al. 2017,
@@ -132,18 +141,34 @@ class Calibration:
         }
 
 
-def _interval(judged: FrameBits, block: int) -> dict[str, float]:
-    """Mean bits with its interval over blocks of frames."""
+def _interval(judged: FrameBits, block: int, tokens: int = 1) -> dict[str, float | None]:
+    """Mean bits of so many tokens, over frames, with its interval over blocks of frames."""
     blocks = judged.drive * (1 + judged.frame.max() // block) + judged.frame // block
-    _, place = np.unique(blocks, return_inverse=True)
-    means = np.bincount(place, judged.bits) / np.bincount(place)
-    # The mean itself is over frames: blocks at the ends are shorter.
-    return {**interval(means), "mean": judged.mean}
+    values = np.stack([judged.bits * tokens, np.ones_like(judged.bits)], axis=1)
+    # Sums and counts are resampled: blocks at the ends are shorter, and the mean is over frames.
+    return bootstrap(unit_sums(blocks, values), mean_of_sums)
+
+
+def _by_position(
+    world: WorldModel, drives: Sequence[DriveTokens], block: int
+) -> dict[str, Sequence[float | None] | dict[str, Sequence[float | None]]]:
+    """Mean bits per token of the frames at each place of windows side by side, with intervals."""
+    bits = _bits_of_windows(world, drives)
+    # Windows that are shorter than a block are resampled so many together.
+    units = np.arange(len(bits)) // -(-block // world.context_frames)
+    found = [
+        bootstrap(unit_sums(units, np.stack([place, np.ones_like(place)], axis=1)), mean_of_sums)
+        for place in bits.T
+    ]
+    return {
+        "by_position": [each["mean"] for each in found],
+        "by_position_interval": {end: [each[end] for each in found] for end in ("low", "high")},
+    }
 
 
 @torch.inference_mode()
-def _by_position(world: WorldModel, drives: Sequence[DriveTokens]) -> list[float]:
-    """Mean bits per token of the frames at each place of windows side by side, [W]."""
+def _bits_of_windows(world: WorldModel, drives: Sequence[DriveTokens]) -> NDArray[np.float64]:
+    """Mean bits per token of each frame of windows side by side, [w, W]."""
     found = []
     for batch in sequential_windows(drives, frames=world.context_frames, batch_size=_BATCH):
         inputs = {name: value.to(world.device) for name, value in batch.items()}
@@ -159,30 +184,34 @@ def _by_position(world: WorldModel, drives: Sequence[DriveTokens]) -> list[float
             rearrange(inputs["tokens"], "b t r c -> (b t) (r c)"),
         )
         found.append(rearrange(judged.bits.mean(1), "(b t) -> b t", b=len(logits)).cpu())
-    positions: list[float] = torch.cat(found).double().mean(0).tolist()
-    return positions
+    return torch.cat(found).double().numpy()
 
 
 def _table(metrics: dict[str, Any]) -> Table:
     rows = tuple(
         (
             name.replace("_", " "),
-            bits["mean"],
-            f"{bits['low']:.3f} to {bits['high']:.3f}",
+            bits,
             metrics["bits_per_frame"][name],
             metrics["accuracy"][name],
         )
         for name, bits in metrics["bits_per_token"].items()
     )
-    columns = ("", "bits per token", "95 % interval", "bits per frame", "likeliest token right")
-    return Table(caption="Frames with a full window behind them", columns=columns, rows=rows)
+    columns = ("", "bits per token", "bits per frame", "likeliest token right")
+    return Table(
+        caption="Frames with a full window behind them; in brackets the 95 % interval",
+        columns=columns,
+        rows=rows,
+    )
 
 
 def _plot(metrics: dict[str, Any]) -> Media:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    position = metrics["by_position"]
-    left.plot(np.arange(1, len(position) + 1), position, marker="o")
+    position = np.arange(1, len(metrics["by_position"]) + 1)
+    line = left.plot(position, metrics["by_position"], marker="o")
+    low, high = (np.array(metrics["by_position_interval"][end], float) for end in ("low", "high"))
+    left.fill_between(position, low, high, color=line[0].get_color(), alpha=0.2, linewidth=0)
     left.set(xlabel="frame of the window", ylabel="bits per token")
     calibration = metrics["calibration"]
     pairs = zip(calibration["confidence"], calibration["accuracy"], strict=True)
@@ -190,7 +219,10 @@ def _plot(metrics: dict[str, Any]) -> Media:
     right.plot([0, 1], [0, 1], color="#999999", linewidth=1)
     right.plot(known[:, 0], known[:, 1], marker="o")
     right.set(xlabel="probability of the likeliest token", ylabel="share of it being right")
-    return plot(figure, "Left: bits by the frame's place in its window. Right: calibration")
+    caption = (
+        "Left: bits by the frame's place in its window; band: 95 % interval. Right: calibration"
+    )
+    return plot(figure, caption)
 
 
 def _streamed_share(
@@ -215,16 +247,3 @@ def _streamed_share(
 def _by_place(judged: FrameBits) -> dict[tuple[int, int], float]:
     places = zip(judged.drive.tolist(), judged.frame.tolist(), strict=True)
     return dict(zip(places, judged.bits.tolist(), strict=True))
-
-
-def _check_apart(heldout: TokenStore, training: TokenStore) -> None:
-    """Refuse a drive that is in both; synthetic sets number theirs alike, so ids do not tell."""
-    trained: dict[str, list[DriveTokens]] = {}
-    for drive in training.drives:
-        trained.setdefault(drive.id, []).append(drive)
-    for drive in heldout.drives:
-        if any(np.array_equal(drive.tokens, other.tokens) for other in trained.get(drive.id, [])):
-            raise DriveSimError(
-                f"{heldout.path}: drive {drive.id!r} is in the training tokens {training.path} "
-                "too; measure on drives that were held out"
-            )

@@ -16,7 +16,7 @@ from driving_sim.data.video_writer import write_video
 
 Cell = str | float | int | None | Mapping[str, float | None]
 """Text, a number, None for what could not be measured, or `{"mean": ..., "low": ..., "high": ...}`:
-a mean with its interval."""
+a mean with its interval, low and high None where there is none (see `intervals.bootstrap`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,20 +1,29 @@
 """All of a world model's evaluation, section by section, under one frozen protocol."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
+from driving_sim.data.action_file import SPEED, STEERING
 from driving_sim.data.split import original_id
 from driving_sim.data.token_store import DriveTokens, TokenStore
+from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.action_information import evaluate_action_information
-from driving_sim.evaluate.entropy_coding import coded_size_check
+from driving_sim.evaluate.entropy_coding import evaluate_coding
 from driving_sim.evaluate.fidelity import FidelityMeter, measure_fidelity
-from driving_sim.evaluate.footage import Clip, Footage, choose_clips, digest
+from driving_sim.evaluate.footage import (
+    Clip,
+    DriveView,
+    Footage,
+    HeldOutStore,
+    choose_clips,
+    clock_and_actions,
+    digest,
+)
 from driving_sim.evaluate.inverse_dynamics import InverseDynamics
-from driving_sim.evaluate.likelihood import evaluate_likelihood
+from driving_sim.evaluate.likelihood import evaluate_likelihood, learned_drives
 from driving_sim.evaluate.long_rollouts import evaluate_stability
 from driving_sim.evaluate.protocol import Protocol
 from driving_sim.evaluate.quality import QualityMeter
@@ -25,9 +34,13 @@ from driving_sim.evaluate.stability import StabilityConfig
 from driving_sim.evaluate.sweep import evaluate_sweep
 from driving_sim.evaluate.video_features import VideoFeatures
 from driving_sim.tokenizer.perceptual import PerceptualLoss
-from driving_sim.world_model.bits import streamed_bits
 from driving_sim.world_model.sampler import Sampling
 from driving_sim.world_model.world_model import WorldModel
+
+NOT_MEASURED = "not_measured"
+"""Name of the section that says what could not be measured, and why."""
+_MOVING_MPS = 2.0
+"""A sweep of commands starts at this speed or more: a car that stands does not show steering."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,8 +51,8 @@ class EvaluationConfig:
     """Likelihood: every n-th frame with a full window behind it."""
     shuffles: int = 20
     """Shuffles of the actions."""
-    coded_frames: int | None = None
-    """Frames of the first drive that are compressed and decoded; None: all of them."""
+    coded_seconds: float = 60.0
+    """Length of the first drive's beginning that is compressed and decoded."""
     clips: int = 32
     """Clips rolled out for quality and fidelity, spread over the held-out drives."""
     seconds: float = 3.0
@@ -70,7 +83,7 @@ FULL = EvaluationConfig()
 QUICK = EvaluationConfig(
     stride=6,
     shuffles=2,
-    coded_frames=48,  # of fewer, the header alone is over 1 %
+    coded_seconds=6.0,  # of much less, the header alone is over 1 %
     clips=8,
     sweeps=1,
     long_rollouts=2,
@@ -85,49 +98,91 @@ QUICK = EvaluationConfig(
 class Evidence:
     """What a world model is measured on and with."""
 
-    heldout: TokenStore
+    heldout: HeldOutStore
     footage: Sequence[Footage]
     """Of the held-out drives, in the store's order."""
     training: TokenStore
     """What the model was trained on, for the baselines and for what real footage looks like."""
     probe: InverseDynamics | None
-    """Reads actions off pictures; None where the drives have none."""
+    """Reads actions off pictures; None where it could not be had."""
+    no_probe: str = ""
+    """Why there is none."""
     probe_floor: dict[str, Any]
-    """The probe's own error on real held-out footage."""
+    """The probe's own error on the held-out drives' true frames."""
     extractor: VideoFeatures
     perceptual: PerceptualLoss | None
+
+
+class _Sections:
+    """What could be measured, and why the rest could not."""
+
+    def __init__(self) -> None:
+        self.measured: list[Section] = []
+        self.left_out: dict[str, str] = {}
+
+    @contextmanager
+    def attempt(self, *names: str) -> Iterator[None]:
+        """Inside, data that cannot tell something costs the sections of these names, not all."""
+        try:
+            yield
+        except DriveSimError as error:
+            self.left_out |= dict.fromkeys(names, str(error))
+
+    def all(self) -> list[Section]:
+        """The sections, the last of them about those that are not there."""
+        return [*self.measured, *([self._not_measured()] if self.left_out else [])]
+
+    def _not_measured(self) -> Section:
+        rows = tuple((name.replace("_", " "), why) for name, why in self.left_out.items())
+        return Section(
+            name=NOT_MEASURED,
+            title="What could not be measured",
+            text="These drives, or this model, cannot tell the following.",
+            metrics=self.left_out,
+            parts=(Table(caption="Left out", columns=("section", "why"), rows=rows),),
+        )
 
 
 def evaluate_world_model(
     world: WorldModel, evidence: Evidence, config: EvaluationConfig
 ) -> tuple[list[Section], Protocol]:
-    """Measure likelihood, action information, rollout quality, action fidelity and stability."""
-    clips = _clips(world, evidence, config)
-    sections = [
-        evaluate_likelihood(world, evidence.heldout, evidence.training, stride=config.stride),
-        _coding(world, evidence.heldout.drives[0], config.coded_frames),
-    ]
-    has_actions = any(drive.action_valid.any() for drive in evidence.heldout.drives)
-    if has_actions:
-        sections.append(
+    """Measure likelihood, action information, rollout quality, action fidelity and stability.
+
+    What the drives or the model cannot tell is left out; a last section then says what and why.
+    """
+    sections = _Sections()
+    with sections.attempt("likelihood"):
+        sections.measured.append(
+            evaluate_likelihood(world, evidence.heldout, evidence.training, stride=config.stride)
+        )
+    with sections.attempt("coding"):
+        first = evidence.heldout.drives[0]
+        sections.measured.append(evaluate_coding(world, first, seconds=config.coded_seconds))
+    with sections.attempt("action_information"):
+        _check_actions(evidence)
+        sections.measured.append(
             evaluate_action_information(world, evidence.heldout, shuffles=config.shuffles)
         )
-    sections += _rollouts(world, evidence, clips, config)
-    if evidence.probe is not None and world.steering_p99 > 0:
-        chosen = clips[:: max(1, len(clips) // config.sweeps)][: config.sweeps]
-        sections.append(evaluate_sweep(world, evidence.probe, chosen, config.sampling))
-    starts = _starts(world, evidence, config)
-    sections.append(
-        evaluate_stability(
-            world,
-            starts,
-            _real(world, evidence, config),
-            seconds=config.long_seconds,
-            sampling=config.sampling,
-            config=config.stability,
+    clips = _measure_clips(world, evidence, config, sections)
+    starts: list[Clip] = []
+    with sections.attempt("stability"):
+        starts = _starts(world, evidence, config)
+        sections.measured.append(
+            evaluate_stability(
+                world,
+                starts,
+                _real(world, evidence, config),
+                seconds=config.long_seconds,
+                sampling=config.sampling,
+                config=config.stability,
+            )
         )
-    )
-    return sections, _protocol(world, evidence, clips, starts, config)
+    return sections.all(), _protocol(world, evidence, clips, starts, config)
+
+
+def _check_actions(evidence: Evidence) -> None:
+    if not any(drive.action_valid.any() for drive in evidence.heldout.drives):
+        raise DriveSimError("no action that the model learned is known of the held-out drives")
 
 
 HEADLINE = (
@@ -154,7 +209,10 @@ HEADLINE = (
     KeyFigure(
         label="steering, commanded against realised: correlation",
         metric="fidelity.steering.model.correlation",
-        beside={"recorded": "fidelity.steering.recorded.correlation"},
+        beside={
+            "recorded": "fidelity.steering.recorded.correlation",
+            "without actions": "fidelity.steering.action_free.correlation",
+        },
     ),
     KeyFigure(
         label="PSNR over the horizon, dB",
@@ -185,15 +243,32 @@ def _starts(world: WorldModel, evidence: Evidence, config: EvaluationConfig) -> 
 
 
 def _real(world: WorldModel, evidence: Evidence, config: EvaluationConfig) -> list[DriveTokens]:
-    """The held-out drives and as many of the training ones as fit; no mirror images."""
+    """So much of the held-out drives, then of the training ones; no mirror images."""
     drives = [*evidence.heldout.drives, *evidence.training.drives]
     chosen: list[DriveTokens] = []
-    frames = config.real_seconds * world.fps
+    frames = round(config.real_seconds * world.fps)
     for drive in drives:
-        if drive.id == original_id(drive.id) and (not chosen or len(drive) <= frames):
-            chosen.append(drive)
-            frames -= len(drive)
+        if frames > 0 and drive.id == original_id(drive.id):
+            chosen.append(DriveView(drive, frames=frames))
+            frames -= len(chosen[-1])
     return chosen
+
+
+def _measure_clips(
+    world: WorldModel, evidence: Evidence, config: EvaluationConfig, sections: _Sections
+) -> list[Clip]:
+    """Measure what starts from clips, and return these."""
+    clips: list[Clip] = []
+    with sections.attempt("quality", "fidelity", "sweep"):
+        clips = _clips(world, evidence, config)
+        sections.measured += _rollouts(world, evidence, clips, config)
+    if evidence.probe is None:
+        sections.left_out |= dict.fromkeys(("fidelity", "sweep"), evidence.no_probe)
+    elif clips:
+        with sections.attempt("sweep"):
+            chosen = _sweeps(world, clips, config.sweeps)
+            sections.measured.append(evaluate_sweep(world, evidence.probe, chosen, config.sampling))
+    return clips
 
 
 def _rollouts(
@@ -216,44 +291,22 @@ def _rollouts(
     return [quality.section(), fidelity.section()]
 
 
-def _coding(world: WorldModel, drive: DriveTokens, frames: int | None) -> Section:
-    """Prove the bits: compress a drive with the model and decode it again."""
-    count = len(drive) if frames is None else min(frames, len(drive))
-    with progress(2 * count, "arithmetic coding", "frames") as bar:
-        checked = coded_size_check(world, drive, frames=count, advance=bar.advance)
-    claimed = [
-        bits
-        for begin, stop in drive.entry.segments
-        if begin < count
-        for bits in streamed_bits(
-            world.transformer,
-            drive,
-            begin,
-            drive.actions[None, begin : min(stop, count)],
-            drive.action_valid[None, begin : min(stop, count)],
-        )[0]
-    ]
-    metrics = {
-        "per_tokenizer": True,
-        **checked,
-        "claimed_bits_per_token": float(np.mean(claimed)),
-        "ratio_to_claimed": checked["coded_bits_per_token"] / float(np.mean(claimed)),
-    }
-    rows = tuple(
-        (name.replace("_", " "), str(value) if isinstance(value, bool) else value)
-        for name, value in metrics.items()
-        if name != "per_tokenizer"
-    )
-    return Section(
-        name="coding",
-        title="The bits, proved",
-        text="The tokens of a held-out drive are compressed by range coding under the model's "
-        "probabilities, wave by wave through the cache as in a rollout, and decoded again. The "
-        "file must be as large as the likelihood claims (streamed from the drive's start, "
-        "float32), and what comes back must be the same tokens.",
-        metrics=metrics,
-        parts=(Table(caption=f"Drive {drive.id}", columns=("", "value"), rows=rows),),
-    )
+def _sweeps(world: WorldModel, clips: Sequence[Clip], count: int) -> list[Clip]:
+    """The starts of the sweep: clips in which the car moves."""
+    if not world.known_channels[STEERING] or not world.steering_p99 > 0:
+        raise DriveSimError("the model learned no steering")
+    moving = [clip for clip in clips if _starts_moving(clip)]
+    if not moving:
+        raise DriveSimError(f"no clip starts at a known speed of {_MOVING_MPS:g} m/s or more")
+    return moving[:: max(1, len(moving) // count)][:count]
+
+
+def _starts_moving(clip: Clip) -> bool:
+    """Whether the action that led to the last context frame is known to be fast enough."""
+    if clip.context_frames < 2:
+        return False
+    actions, valid = (each[clip.context_frames - 2, SPEED] for each in clip.actions)
+    return bool(valid and actions >= _MOVING_MPS)
 
 
 def _protocol(
@@ -263,20 +316,28 @@ def _protocol(
     starts: Sequence[Clip],
     config: EvaluationConfig,
 ) -> Protocol:
-    size = world.tokenizer.frame_size
+    size, statistics = world.tokenizer.frame_size, world.statistics
+    learned = learned_drives(world, evidence.training)
     return Protocol.of(
         "world-model",
         {
-            "drives": {each.drive.id: each.fingerprint for each in evidence.footage},
-            "training": {
-                drive.id: digest(drive.actions, drive.timestamps)
+            "drives": [_listed(each.drive, each.fingerprint) for each in evidence.footage],
+            "recorded": all(each.recorded is not None for each in evidence.footage),
+            "training": [
+                _listed(drive, digest(*clock_and_actions(drive)))
                 for drive in evidence.training.drives
-            },
+            ],
+            "learned": list(dict.fromkeys(drive.id for drive in learned)),
+            "known_channels": world.known_channels,
+            # The constant baseline, and how far from straight a curve and a sweep are.
+            "mean_action": statistics.mean,
+            "steering_p95": statistics.steering_p95,
+            "steering_p99": statistics.steering_p99,
             "size": [size.height, size.width],
             "fps": round(world.fps, 4),
             "context_frames": world.context_frames,
-            "clips": [[clip.footage.drive.id, clip.start, clip.frames] for clip in clips],
-            "starts": [[clip.footage.drive.id, clip.start] for clip in starts],
+            "clips": [[*clip.footage.place, clip.start, clip.frames] for clip in clips],
+            "starts": [[*clip.footage.place, clip.start] for clip in starts],
             "batch": BATCH,
             "precision": str(world.dtype).removeprefix("torch."),
             "settings": asdict(config),
@@ -288,3 +349,8 @@ def _protocol(
             "lpips": evidence.perceptual is not None,
         },
     )
+
+
+def _listed(drive: DriveTokens, content: str) -> dict[str, str | int]:
+    """A drive, or a part of one that was split."""
+    return {"id": drive.id, "start": drive.entry.start, "sha256": content}
