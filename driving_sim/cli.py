@@ -162,6 +162,9 @@ def synth(
     worlds: Annotated[
         int | None, typer.Option(min=1, help="How many worlds [default: one for each drive].")
     ] = None,
+    first: Annotated[
+        int, typer.Option(min=0, help="Number of the first drive: later ones, to hold out.")
+    ] = 0,
     height: Annotated[int, typer.Option(min=16, help="Picture height in pixels.")] = 128,
     width: Annotated[int, typer.Option(min=16, help="Picture width in pixels.")] = 256,
     fps: Annotated[float, typer.Option(min=4, help="Frames per second.")] = 10.0,
@@ -182,6 +185,7 @@ def synth(
             seconds=seconds,
             seed=seed,
             worlds=worlds,
+            first=first,
             config=config,
             workers=os.cpu_count() or 1,
             progress=lambda count: bar.advance(count),

@@ -50,6 +50,8 @@ class DemoConfig:
 
     drives: int = 80
     """Drives to train on, all through one world."""
+    heldout_drives: int = 8
+    """Drives through the same world that are not trained on, for `drivesim evaluate`."""
     drive_seconds: float = 24.0
     """Length of each."""
     world: SyntheticConfig = SyntheticConfig(  # noqa: RUF009
@@ -88,7 +90,7 @@ class _Start:
 def run_demo(out: Path, *, seed: int = 0, config: DemoConfig | None = None) -> str:
     """Make drives, train both models, roll four actions out of one start; return the summary.
 
-    `out` gets the drives, runs and tokens, `demo.mp4` and `demo.png` (truth above prediction) and
+    `out` gets the drives (and others, `heldout`), runs and tokens, `demo.mp4` and `demo.png` (truth above prediction) and
     `summary.json`; `demo.json` says what was asked for. A demo of the same seed and config that was
     stopped goes on; anything else in `out` raises DriveSimError.
     """
@@ -120,7 +122,9 @@ def _train(out: Path, seed: int, config: DemoConfig) -> None:
     """Do what a run that was stopped had not done yet."""
     videos, tokens, world_model = out / "videos", out / "tokens", out / "world-model"
     if not tokens.exists():
-        _make_drives(videos, seed, config)
+        _make_drives(videos, seed, config, range(config.drives))
+        last = config.drives + config.heldout_drives
+        _make_drives(out / "heldout", seed, config, range(config.drives, last))
     request = TrainingRequest(
         preset=config.preset, steps=config.steps, assignments=(f"training.seed={seed}",)
     )
@@ -132,14 +136,15 @@ def _train(out: Path, seed: int, config: DemoConfig) -> None:
         train_world_model_on(tokens, out / "tokenizer", world_model, request)
 
 
-def _make_drives(videos: Path, seed: int, config: DemoConfig) -> None:
-    total = config.drives * frame_count(config.drive_seconds, config.world)
-    if len(list(videos.glob("drive_*.json"))) == config.drives:
+def _make_drives(videos: Path, seed: int, config: DemoConfig, numbers: range) -> None:
+    total = len(numbers) * frame_count(config.drive_seconds, config.world)
+    if len(list(videos.glob("drive_*.json"))) == len(numbers):
         return
     with progress(total, f"drive -> {videos}", "frames") as bar:
         write_synthetic_drives(
             videos,
-            drives=config.drives,
+            drives=len(numbers),
+            first=numbers.start,
             seconds=config.drive_seconds,
             seed=seed,
             worlds=1,

@@ -13,7 +13,7 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.world_model.action_plan import ActionPlan
 from tests.test_files import small_files
 
-SMALL = DemoConfig(drives=3, drive_seconds=3.0, steps=2, seconds=1.0)
+SMALL = DemoConfig(drives=3, heldout_drives=1, drive_seconds=3.0, steps=2, seconds=1.0)
 
 
 def test_the_whole_demo_runs_and_reports(tmp_path: Path) -> None:
@@ -29,6 +29,7 @@ def test_the_whole_demo_runs_and_reports(tmp_path: Path) -> None:
         frames = sum(1 for _ in video.decode(video=0))
     assert frames == round(SMALL.seconds * SMALL.world.fps)
     assert (out / "demo.png").stat().st_size > 1000
+    assert [path.stem for path in (out / "heldout").glob("*.mp4")] == ["drive_003"]
     with pytest.raises(DriveSimError, match="finished demo"):
         run_demo(out, seed=1, config=SMALL)
     # What a run killed in its last stage left: the next one goes on and finds the same.

@@ -484,6 +484,15 @@ class TestDrives:
         for path in (tmp_path / "one").iterdir():
             assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
 
+    def test_later_drives_are_those_of_a_longer_set(self, tmp_path: Path) -> None:
+        for name, first, drives in (("all", 0, 3), ("later", 2, 1)):
+            write_synthetic_drives(
+                tmp_path / name, drives=drives, first=first, seconds=0.5, worlds=1, config=TINY
+            )
+        for suffix in (".mp4", ".csv", ".json"):
+            later = (tmp_path / "later" / "drive_002").with_suffix(suffix)
+            assert later.read_bytes() == (tmp_path / "all" / later.name).read_bytes()
+
     def test_other_folders_and_files_are_left_alone(self, tmp_path: Path) -> None:
         (tmp_path / "mine.txt").write_text("precious")
         with pytest.raises(DriveSimError, match="other files"):

@@ -30,6 +30,7 @@ def write_synthetic_drives(
     seconds: float,
     seed: int = 0,
     worlds: int | None = None,
+    first: int = 0,
     config: SyntheticConfig | None = None,
     workers: int = 1,
     progress: Callable[[int], None] | None = None,
@@ -37,7 +38,8 @@ def write_synthetic_drives(
     """Write drives as `drive_000.mp4`, `.csv` and `.json` each, and return the videos' paths.
 
     Each drive has a world of its own, a function of (seed, its number); with `worlds`, the drives
-    take turns in that many. `progress` is called with the number of frames that came to be there,
+    take turns in that many. Numbers count from `first` on: drives to hold out are later ones in the
+    same worlds. `progress` is called with the number of frames that came to be there,
     `drives * frame_count(seconds, config)` in all. With `workers` > 1, as many processes make a
     drive each. A folder with an unfinished set of the same plan is completed; one with a finished
     or another set, or with other files, raises DriveSimError.
@@ -49,13 +51,14 @@ def write_synthetic_drives(
             f"{drives} drives of {seconds:g} s at {config.fps:g} frames/s: "
             "there must be at least one drive, of at least 2 frames"
         )
-    worlds = drives if worlds is None else worlds
+    worlds = first + drives if worlds is None else worlds
     if worlds < 1:
         raise DriveSimError(f"{worlds} worlds to drive in: there must be at least one")
-    stems = [out / f"drive_{number:03d}" for number in range(drives)]
+    numbers = range(first, first + drives)
+    stems = [out / f"drive_{number:03d}" for number in numbers]
     jobs = [
         _Job(stem, seconds, world_seed(seed, number % worlds), _seeds(seed, number)[1], config)
-        for number, stem in enumerate(stems)
+        for number, stem in zip(numbers, stems, strict=True)
     ]
     plan = {
         "format": DRIVE_FORMAT,
@@ -63,6 +66,7 @@ def write_synthetic_drives(
         "seconds": seconds,
         "seed": seed,
         "worlds": worlds,
+        "first": first,
         "config": to_dict(config),
     }
     try:
