@@ -2,38 +2,38 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from driving_sim.data.drive import DriveSet, SampledDrive, sample
-from driving_sim.data.split import original_id
 from driving_sim.data.timing import RATE_TOLERANCE
 from driving_sim.data.token_store import TokenStore
 from driving_sim.data.token_store_index import INDEX
 from driving_sim.engine.config import load_yaml
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.progress import progress
 from driving_sim.engine.run_folder import CONFIG
 from driving_sim.evaluate.control import evaluate_control
 from driving_sim.evaluate.footage import (
-    DriveView,
     Footage,
     HeldOutStore,
     check_apart,
     check_tokens_apart,
     recorded_footage,
-    recording_digest,
     recording_digests,
     sampled_fingerprint,
 )
-from driving_sim.evaluate.inverse_dynamics import InverseDynamics, ProbeClip, ProbeSource
+from driving_sim.evaluate.inverse_dynamics import InverseDynamics
 from driving_sim.evaluate.likelihood import learned_drives
+from driving_sim.evaluate.probe_lessons import (
+    PROBE_FILE,
+    fit_probe,
+    learned_digest,
+    load_probe,
+    reconstructed_lessons,
+    recorded_lessons,
+)
 from driving_sim.evaluate.protocol import Protocol
 from driving_sim.evaluate.reconstruction import evaluate_tokenizer
 from driving_sim.evaluate.report import KeyFigure, refuse_existing, write_report
@@ -53,17 +53,6 @@ from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.sampler import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
-Frames = NDArray[np.uint8]
-T = TypeVar("T")
-
-_PROBE_FILE = "probe.safetensors"
-_PROBE_SECONDS = 1200.0
-"""Footage that a probe learns from, and that its error is measured on, at most."""
-_PROBE_DRIVES = 100
-"""Drives that it is taken from, at most, spread over all."""
-_PROBE_RATE_TOLERANCE = 0.02
-"""How far a probe's frame rate may be off the model's: it reads motion from frame to frame."""
-_CHUNK = 64  # frames decoded at once
 TOKENIZER_HEADLINE = (
     KeyFigure(label="PSNR, dB", metric="reconstruction.psnr_db"),
     KeyFigure(label="SSIM", metric="reconstruction.ssim"),
@@ -154,15 +143,17 @@ def measure_world_model(
     check_apart(recordings, training)
     trained, lessons = None, []
     if probe is not None:
-        trained = _trained_probe(world, probe, recordings)
+        trained = load_probe(world, probe, recordings)
     elif training_videos:
-        lessons = _recorded_lessons(world, training, training_videos, recordings, rate, time_offset)
+        videos = find_for(world, training_videos, time_offset).drives
+        sampled = [sample(drive, **rate) for drive in videos]
+        lessons = recorded_lessons(world, training, sampled, recordings)
     else:
-        lessons = _reconstructed_lessons(world, training)
+        lessons = reconstructed_lessons(world, training)
     with tempfile.TemporaryDirectory() as work:
         heldout, footage = _held_out(world, named, rate, Path(work))
         check_tokens_apart(heldout, training)
-        reader, floor, no_probe = _probe(world, footage, trained, lessons, config.probe_steps)
+        reader, floor, no_probe = fit_probe(world, footage, trained, lessons, config.probe_steps)
         evidence = Evidence(
             heldout=heldout,
             footage=footage,
@@ -193,7 +184,7 @@ def measure_world_model(
         },
         seconds=time.perf_counter() - began,
         headline=HEADLINE,
-        attachments={_PROBE_FILE: reader.to_bytes()} if reader is not None else {},
+        attachments={PROBE_FILE: reader.to_bytes()} if reader is not None else {},
     )
     left_out = [name for each in sections if each.name == NOT_MEASURED for name in each.metrics]
     return figures | ({"not measured (see the report)": ", ".join(left_out)} if left_out else {})
@@ -228,13 +219,9 @@ def _rate(
     # The rate that was asked for then; the model's own is what came of it, a hair's breadth off.
     asked = training.info.requested_fps
     return {
-        "fps": asked if asked and _is_near(asked, world.fps, 0.01) else world.fps,
+        "fps": asked if asked and abs(asked / world.fps - 1) <= 0.01 else world.fps,
         "every": None,
     }
-
-
-def _is_near(rate: float, other: float, tolerance: float) -> bool:
-    return abs(rate / other - 1) <= tolerance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -257,13 +244,8 @@ class _Named:
         """Digests of the recordings by their ids."""
         if self.store is not None:
             return recording_digests(self.store.drives)
-        found = {each.drive.id: _digest(world, each) for each in self.sampled}
+        found = {each.drive.id: learned_digest(world, each) for each in self.sampled}
         return {name: own for name, own in found.items() if own is not None}
-
-
-def _digest(world: WorldModel, sampled: SampledDrive) -> str | None:
-    known = sampled.action_valid & np.array(world.known_channels)
-    return recording_digest(sampled.timestamps, sampled.actions, known)
 
 
 def _named(
@@ -281,7 +263,7 @@ def _named(
     found = find_for(world, data, time_offset)
     sampled = [sample(drive, **rate) for drive in found.drives]
     for each in sampled:
-        if not _is_near(each.fps, world.fps, RATE_TOLERANCE):
+        if abs(each.fps / world.fps - 1) > RATE_TOLERANCE:
             raise DriveSimError(
                 f"{each.drive.id}: {each.fps:.3g} frames/s at this rate, the model was trained on "
                 f"{world.fps:.3g}: leave out --fps and --every, or use a video of that rate or more"
@@ -301,41 +283,6 @@ def _held_out(
     return store, recorded_footage(store.drives, named.sampled, world.tokenizer)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Lesson:
-    """A training drive that a probe can learn from."""
-
-    id: str
-    digest: str
-    """Of the recording."""
-    frames: int
-    clip: Callable[[int], ProbeClip]
-    """Reads so many frames from the drive's beginning."""
-
-
-def _trained_probe(world: WorldModel, path: Path, recordings: Mapping[str, str]) -> InverseDynamics:
-    """Load a probe; raise DriveSimError where it cannot judge this model on these recordings."""
-    probe = InverseDynamics.load(path / _PROBE_FILE if path.is_dir() else path)
-    source = probe.source
-    if not _is_near(source.fps, world.fps, _PROBE_RATE_TOLERANCE):
-        raise DriveSimError(
-            f"--probe {path}: it learned from {source.fps:.3g} frames/s, the model from "
-            f"{world.fps:.3g}: name a probe of that rate, or none"
-        )
-    if world.steering_kind is not None and source.steering_kind != world.steering_kind:
-        raise DriveSimError(
-            f"--probe {path}: its steering is {source.steering_kind}, the model's is "
-            f"{world.steering_kind}: name a probe of that kind, or none"
-        )
-    for name, own in recordings.items():
-        if own in source.drives:
-            raise DriveSimError(
-                f"--probe {path}: it learned from the held-out drive {name!r}: name another probe, "
-                "or none"
-            )
-    return probe
-
-
 def _probe_origin(
     probe: InverseDynamics | None, trained: Path | None, videos: Sequence[Path]
 ) -> str:
@@ -344,138 +291,6 @@ def _probe_origin(
     if trained is not None:
         return f"that of {trained}"
     return f"learned from {'the training videos' if videos else 'reconstructed training tokens'}"
-
-
-def _recorded_lessons(
-    world: WorldModel,
-    training: TokenStore,
-    videos: Sequence[Path],
-    recordings: Mapping[str, str],
-    rate: dict[str, Any],
-    time_offset: float,
-) -> list[_Lesson]:
-    """Real footage of the drives that are in the model's training tokens, and not held out."""
-    trained = {original_id(name) for name in training.drive_ids}
-    lessons = []
-    for drive in find_for(world, videos, time_offset).drives:
-        sampled = sample(drive, **rate)
-        own = _digest(world, sampled)
-        if drive.id in trained and own is not None and own not in recordings.values():
-            clip = partial(_recorded_clip, world, sampled)
-            lessons.append(_Lesson(drive.id, own, len(sampled.indices), clip))
-    if not lessons:
-        raise DriveSimError(
-            f"none of --training-videos is a drive of {training.path} that has actions and is not "
-            "held out: name the videos as they were named to `drivesim tokenize`"
-        )
-    return lessons
-
-
-def _reconstructed_lessons(world: WorldModel, training: TokenStore) -> list[_Lesson]:
-    originals = [drive for drive in training.drives if drive.id == original_id(drive.id)]
-    digests = recording_digests(originals)
-    return [
-        _Lesson(drive.id, digests[drive.id], len(drive), partial(_stored_clip, footage))
-        for drive in originals
-        if drive.id in digests
-        for footage in [Footage(drive=drive, tokenizer=world.tokenizer)]
-    ]
-
-
-def _recorded_clip(world: WorldModel, sampled: SampledDrive, frames: int) -> ProbeClip:
-    """The first frames of a video."""
-    chosen = replace(sampled, indices=sampled.indices[:frames])
-    return _clip(
-        chosen.batches(world.tokenizer.frame_size, _CHUNK),
-        sampled.actions[:frames],
-        sampled.action_valid[:frames] & np.array(world.known_channels),
-        sampled.segments,
-    )
-
-
-def _stored_clip(footage: Footage, frames: int) -> ProbeClip:
-    """The first true frames of a drive of a token store."""
-    drive = DriveView(footage.drive, frames=frames)
-    return _clip(footage.beginning(frames), drive.actions, drive.action_valid, drive.entry.segments)
-
-
-def _clip(
-    batches: Iterable[Frames],
-    actions: NDArray[np.float32],
-    valid: NDArray[np.bool_],
-    segments: Sequence[tuple[int, int]],
-) -> ProbeClip:
-    """What a probe learns from or is measured on; of the segments, what lies within it."""
-    count = len(actions)
-    return ProbeClip(
-        frames=np.concatenate(list(batches)),
-        actions=np.asarray(actions),
-        action_valid=np.asarray(valid),
-        segments=[(begin, min(stop, count)) for begin, stop in segments if begin < count],
-    )
-
-
-def _probe(
-    world: WorldModel,
-    footage: Sequence[Footage],
-    trained: InverseDynamics | None,
-    lessons: Sequence[_Lesson],
-    steps: int,
-) -> tuple[InverseDynamics | None, dict[str, Any], str]:
-    """The probe and its error on the held-out drives; or none, and why."""
-    if not any(each.drive.action_valid.any() for each in footage):
-        return None, {}, "no action that the model learned is known of the held-out drives"
-    try:
-        probe = trained or _learn(world, lessons, steps)
-    except DriveSimError as error:
-        return None, {}, str(error)
-    footage = _spread(footage)
-    counts = _shared([len(each.drive) for each in footage], _PROBE_SECONDS * world.fps)
-    held = [_stored_clip(each, count) for each, count in zip(footage, counts, strict=True)]
-    return probe, probe.errors(held, curve=world.steering_p95 / 2), ""
-
-
-def _learn(world: WorldModel, lessons: Sequence[_Lesson], steps: int) -> InverseDynamics:
-    """Train a probe; the model's validation drives choose its weights."""
-    names = list(dict.fromkeys(each.id for each in lessons))
-    chosen = set(world.validation_drives) & set(names) or set(names[-1:])
-    if chosen == set(names):
-        raise DriveSimError(
-            "the inverse-dynamics probe takes two or more training drives with actions, one of "
-            "which the model was not validated on"
-        )
-    learned = _spread([each for each in lessons if each.id not in chosen])
-    validation = _spread([each for each in lessons if each.id in chosen])
-    taken = [*learned, *validation]
-    counts = _shared([each.frames for each in taken], _PROBE_SECONDS * world.fps)
-    clips = [each.clip(count) for each, count in zip(taken, counts, strict=True)]
-    with progress(steps, "inverse-dynamics probe", "steps") as bar:
-        return InverseDynamics.fit(
-            clips[: len(learned)],
-            clips[len(learned) :],
-            source=ProbeSource(
-                fps=world.fps,
-                steering_kind=world.steering_kind,
-                drives=tuple(each.digest for each in taken),
-            ),
-            steps=steps,
-            advance=bar.advance,
-        )
-
-
-def _spread(drives: Sequence[T]) -> Sequence[T]:
-    """As many drives as a probe is taken from, evenly spread over these."""
-    return drives[:: max(1, -(-len(drives) // _PROBE_DRIVES))]
-
-
-def _shared(lengths: Sequence[int], frames: float) -> list[int]:
-    """Share out so many frames over drives: short ones whole, of the others equally much."""
-    left, shares = int(frames), [0] * len(lengths)
-    order = sorted(range(len(lengths)), key=lambda place: lengths[place])
-    for number, place in enumerate(order):
-        shares[place] = min(lengths[place], left // (len(order) - number))
-        left -= shares[place]
-    return shares
 
 
 def measure_control(

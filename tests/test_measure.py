@@ -19,6 +19,7 @@ from driving_sim.data.token_shard import frame_bytes
 from driving_sim.data.token_store import TokenStore
 from driving_sim.engine.config import save_yaml
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.evaluate import probe_lessons
 from driving_sim.evaluate import world_model as evaluation
 from driving_sim.evaluate.compare import compare_reports
 from driving_sim.evaluate.footage import Clip, Footage, HeldOutStore, recording_digests
@@ -336,7 +337,7 @@ def test_the_probe_never_learns_from_a_held_out_drive(
 def test_what_a_probe_sees_is_capped_and_spread_over_the_drives(
     place: Path, evidence: Callable[..., Evidence], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure_module, "_PROBE_SECONDS", 4.0)
+    monkeypatch.setattr(probe_lessons, "_SECONDS", 4.0)
     seen: dict[str, Any] = {}
     fit, errors = InverseDynamics.fit, InverseDynamics.errors
 
@@ -362,14 +363,14 @@ def test_what_a_probe_sees_is_capped_and_spread_over_the_drives(
 
 
 def test_footage_is_shared_out_evenly() -> None:
-    shared = measure_module._shared
+    shared = probe_lessons._shared
     assert shared([10, 1000, 40, 700], 300) == [10, 125, 40, 125]
     assert shared([10, 20], 300) == [10, 20]
     assert shared([5, 5, 5], 7.9) == [2, 2, 3]
     assert shared([], 7) == []
-    spread = measure_module._spread(range(250))
+    spread = probe_lessons._spread(range(250))
     assert list(spread) == list(range(0, 250, 3))
-    assert len(measure_module._spread(range(100))) == 100
+    assert len(probe_lessons._spread(range(100))) == 100
 
 
 def test_the_time_offset_is_that_of_all_videos(
