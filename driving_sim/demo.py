@@ -90,9 +90,9 @@ class _Start:
 def run_demo(out: Path, *, seed: int = 0, config: DemoConfig | None = None) -> str:
     """Make drives, train both models, roll four actions out of one start; return the summary.
 
-    `out` gets the drives (and others, `heldout`), runs and tokens, `demo.mp4` and `demo.png` (truth above prediction) and
-    `summary.json`; `demo.json` says what was asked for. A demo of the same seed and config that was
-    stopped goes on; anything else in `out` raises DriveSimError.
+    `out` gets the drives (and others, `heldout`), runs and tokens, `demo.mp4` and `demo.png` (truth
+    above prediction) and `summary.json`; `demo.json` says what was asked for. A demo of the same
+    seed and config that was stopped goes on; anything else in `out` raises DriveSimError.
     """
     config = config or DemoConfig()
     if (out / "summary.json").exists():

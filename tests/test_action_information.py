@@ -74,18 +74,20 @@ def test_an_unknown_action_is_shuffled_as_unknown(
         return streamed_bits(*arguments)
 
     monkeypatch.setattr(action_information, "streamed_bits", watched)
+    monkeypatch.setattr(action_information, "_AT_ONCE", 4)
     evaluate_action_information(world, heldout, shuffles=2)
-    assert len(seen) == 3
-    for actions, valid in seen:
-        for variant, mask in zip(actions[:-1], valid[:-1], strict=True):
-            for channel in range(2):
-                found = np.sort(variant[mask[:, channel], channel])
-                assert np.array_equal(found, np.sort(drive.actions[known, channel]))
-    moved = [[(mask != valid[0]).any(axis=0).tolist() for mask in valid[1:-1]] for _, valid in seen]
-    assert moved == [[[True, False]] * 2, [[False, True]] * 2, [[True, True]] * 2]
-    # The last variant knows nothing of the channels in question, and all of the others.
-    hidden = [[not valid[-1, :, c].any() for c in range(2)] for _, valid in seen]
-    assert hidden == [[True, False], [False, True], [True, True]]
+    assert [len(actions) for actions, _ in seen] == [4, 4, 2]
+    actions, valid = (np.concatenate(parts) for parts in zip(*seen, strict=True))
+    changed = [(mask != valid[0]).any(axis=0).tolist() for mask in valid]
+    channels = [[True, False], [False, True], [True, True]]
+    assert changed == [[False, False], *(each for each in channels for _ in range(3))]
+    # Of a channel's three, the last knows nothing of it; the shuffled ones all that the drive does.
+    for number, (variant, mask) in enumerate(zip(actions, valid, strict=True)):
+        for channel in np.flatnonzero(changed[number] if number % 3 == 0 else [False, False]):
+            assert not mask[:, channel].any()
+        for channel in np.flatnonzero(mask.any(axis=0)):
+            found = np.sort(variant[mask[:, channel], channel])
+            assert np.array_equal(found, np.sort(drive.actions[known, channel]))
 
 
 def test_actions_say_nothing_to_a_model_without_conditioning(tmp_path: Path) -> None:

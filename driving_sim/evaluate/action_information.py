@@ -18,6 +18,8 @@ from driving_sim.world_model.bits import streamed_bits
 from driving_sim.world_model.world_model import WorldModel
 
 _CHANNELS = {"speed": [SPEED], "steering": [STEERING], "both": [SPEED, STEERING]}
+_AT_ONCE = 24
+"""Variants that are judged in one pass over a run: each takes a cache."""
 
 
 def evaluate_action_information(
@@ -38,15 +40,22 @@ def evaluate_action_information(
     gains: dict[str, dict[str, list[NDArray[np.float64]]]] = {
         over: {name: [] for name in _CHANNELS} for over in ("shuffled", "null")
     }
-    with progress(len(runs) * len(_CHANNELS), "shuffle actions", "runs") as bar:
+    variants = 1 + len(_CHANNELS) * (shuffles + 1)
+    with progress(len(runs) * variants, "shuffle actions", "runs") as bar:
         for drive, begin, stop in runs:
-            for name in _CHANNELS:
-                actions, valid = _variants(drive, begin, stop, name, shuffles, block, rng)
-                bits = streamed_bits(world.transformer, drive, begin, actions, valid)
-                for over, chosen in (("shuffled", bits[1:-1]), ("null", bits[-1:])):
-                    gain = chosen.mean(axis=0) - bits[0]
+            actions, valid = _variants(drive, begin, stop, shuffles, block, rng)
+            bits = []
+            for at in range(0, variants, _AT_ONCE):
+                some = slice(at, at + _AT_ONCE)
+                bits.append(
+                    streamed_bits(world.transformer, drive, begin, actions[some], valid[some])
+                )
+                bar.advance(len(bits[-1]))
+            true, *others = np.split(np.concatenate(bits), range(1, variants, shuffles + 1))
+            for name, own in zip(_CHANNELS, others, strict=True):
+                for over, chosen in (("shuffled", own[:-1]), ("null", own[-1:])):
+                    gain = chosen.mean(axis=0) - true[0]
                     gains[over][name].append(_per_block(gain, block, world.context_frames))
-                bar.advance(1)
     tokens = world.tokenizer.rows * world.tokenizer.cols
     metrics: dict[str, Any] = {
         "per_tokenizer": True,
@@ -93,21 +102,24 @@ def _variants(
     drive: DriveTokens,
     begin: int,
     stop: int,
-    name: str,
     shuffles: int,
     block: int,
     rng: np.random.Generator,
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Actions and validity [1 + shuffles + 1, N, 2]: the true ones, shuffled ones, none."""
-    chosen = _CHANNELS[name]
-    actions = np.repeat(drive.actions[None, begin:stop], shuffles + 2, axis=0)
-    valid = np.repeat(drive.action_valid[None, begin:stop], shuffles + 2, axis=0)
-    for number in range(1, shuffles + 1):
-        # An action that is not known stays so wherever it is moved to.
-        order = _displaced_blocks(stop - begin, block, rng)
-        actions[number][:, chosen] = actions[0, order][:, chosen]
-        valid[number][:, chosen] = valid[0, order][:, chosen]
-    valid[-1][:, chosen] = False
+    """Actions and validity [V, N, 2]: the true ones; for each channel, shuffled ones and none."""
+    count = 1 + len(_CHANNELS) * (shuffles + 1)
+    actions = np.repeat(drive.actions[None, begin:stop], count, axis=0)
+    valid = np.repeat(drive.action_valid[None, begin:stop], count, axis=0)
+    number = 0
+    for chosen in _CHANNELS.values():
+        for _ in range(shuffles):
+            number += 1
+            # An action that is not known stays so wherever it is moved to.
+            order = _displaced_blocks(stop - begin, block, rng)
+            actions[number][:, chosen] = actions[0, order][:, chosen]
+            valid[number][:, chosen] = valid[0, order][:, chosen]
+        number += 1
+        valid[number][:, chosen] = False
     return actions, valid
 
 
