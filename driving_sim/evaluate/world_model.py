@@ -82,12 +82,13 @@ FULL = EvaluationConfig()
 """What is reported."""
 QUICK = EvaluationConfig(
     stride=6,
-    shuffles=2,
+    shuffles=1,
     coded_seconds=4.0,
-    clips=8,
+    clips=4,
+    seconds=2.0,
     sweeps=1,
     long_rollouts=2,
-    long_seconds=15.0,
+    long_seconds=10.0,
     real_seconds=40.0,
     probe_steps=150,
 )
