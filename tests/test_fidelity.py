@@ -62,8 +62,9 @@ def measured(world: WorldModel, clips: list[Clip], change: Any) -> dict[str, Any
     return dict(section_of(world, clips, change).metrics)
 
 
-def section_of(world: WorldModel, clips: list[Clip], change: Any) -> Section:
-    meter = FidelityMeter(world, PixelProbe(), {"steering": {"rmse": 0.0}})  # type: ignore[arg-type]
+def section_of(world: WorldModel, clips: list[Clip], change: Any, error: float = 0.0) -> Section:
+    floor = {"steering": {"mean_absolute_error": error}}
+    meter = FidelityMeter(world, PixelProbe(), floor)  # type: ignore[arg-type]
     for clip in clips:
         actions, _ = clip.actions
         done = change(actions.copy(), clip.context_frames - 1)
@@ -82,6 +83,17 @@ def test_obedience_is_perfect(world: WorldModel, clips: list[Clip]) -> None:
     # A constant leans to one side: right there, wrong on the other.
     assert found["steering"]["constant"]["sign_accuracy"]["mean"] == 0.5
     assert found["speed"]["constant"]["correlation"] is None
+
+
+def test_commands_that_vary_less_than_the_probe_errs_tell_nothing(
+    world: WorldModel, clips: list[Clip]
+) -> None:
+    for error, told in ((1e-6, True), (10.0, False)):
+        section = section_of(world, clips, lambda actions, future: actions[future:], error)
+        steering = section.metrics["steering"]["model"]
+        assert (steering["correlation"] is not None) == told
+        assert (steering["gain"] is not None) == told
+        assert section.metrics["speed"]["model"]["gain"] == pytest.approx(1, abs=0.01)
 
 
 def test_a_planted_sign_flip_is_found(world: WorldModel, clips: list[Clip]) -> None:

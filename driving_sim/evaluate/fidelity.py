@@ -29,6 +29,8 @@ Actions = NDArray[np.float64]
 
 CHANNELS = {"speed": SPEED, "steering": STEERING}
 SOURCES = ("recorded", "model", "action_free", "constant")
+_OF_CHANGE = ("correlation", "gain", "delay_frames")
+"""What is not told where the commands vary less than the probe errs."""
 _CURVE = 0.5
 """A curve: |steering| beyond this share of the training data's 95th percentile."""
 
@@ -89,6 +91,9 @@ class FidelityMeter:
                 for source, found in self.realised.items()
                 if found
             }
+            if not self._can_tell(name, commanded[..., channel]):
+                for found in metrics[name].values():
+                    found |= dict.fromkeys(_OF_CHANGE)
         return Section(
             name="fidelity",
             title="Action fidelity",
@@ -98,6 +103,12 @@ class FidelityMeter:
             metrics=metrics,
             parts=(_floor_table(self.floor), _table(metrics), self._plot(commanded)),
         )
+
+    def _can_tell(self, name: str, commanded: Actions) -> bool:
+        """Whether the commands vary by more than the probe errs."""
+        error = self.floor.get(name, {}).get("mean_absolute_error")
+        known = commanded[np.isfinite(commanded)]
+        return error is None or (len(known) > 0 and float(known.std()) > error)
 
     def _plot(self, commanded: Actions) -> Media:
         figure = Figure(figsize=(9, 4), layout="constrained")
@@ -156,7 +167,8 @@ future's (action-free); the constant is the training drives' mean.
 
 Correlation, gain (1: what was commanded is what happens) and delay compare the commanded with the
 realised course. Sign accuracy is over frames in curves, left and right averaged, over the clips
-and their mirror images: always the same way scores 0.5. The steering of a car that is told to go
+and their mirror images: always the same way scores 0.5. Where the commands vary less than the probe
+errs, nothing is said of how the rollouts follow them. The steering of a car that is told to go
 slower than {standing:g} m/s does not show, and is not judged. Intervals are over clips; one and its
 mirror image count as one."""
 _RECORDED = "the recorded frames"
@@ -164,12 +176,12 @@ _RECONSTRUCTED = "the tokenizer's reconstructions of the recorded frames"
 
 
 def _floor_table(floor: dict[str, Any]) -> Table:
-    names = list(next(iter(floor.values())))
+    names = next(iter(floor.values()))
     rows: tuple[tuple[Cell, ...], ...] = tuple(
-        (channel, *(errors[name] for name in names)) for channel, errors in floor.items()
+        (name.replace("_", " "), *(errors[name] for errors in floor.values())) for name in names
     )
-    columns = ("probe, on held-out drives", *(name.replace("_", " ") for name in names))
-    return Table(caption="The floor: the probe's own error", columns=columns, rows=rows)
+    caption = "The floor: the probe's own error on the held-out drives"
+    return Table(caption=caption, columns=("", *floor), rows=rows)
 
 
 def _table(metrics: dict[str, Any]) -> Table:
