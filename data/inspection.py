@@ -17,8 +17,9 @@ from driving_sim.data.motion import picture_change, yaw_motion
 from driving_sim.data.sources import find_drives
 from driving_sim.data.synchrony import Synchrony, measure_synchrony, within_segments
 from driving_sim.data.video import VideoInfo
+from driving_sim.engine.config import load_json
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.files import atomic_folder, is_free
+from driving_sim.engine.files import atomic_folder
 from driving_sim.engine.progress import Progress, progress
 
 # Motion is measured at this size; decoding to more would only cost time.
@@ -234,6 +235,18 @@ def _report(
     )
 
 
+def _is_replaceable(out: Path) -> bool:
+    """Whether it is a folder that holds nothing, or an earlier inspection and nothing else."""
+    if not out.is_dir():
+        return False
+    known: set[str] = set()
+    if (out / _REPORT).is_file():
+        found = load_json(out / _REPORT)
+        known = {_REPORT, *(drive["picture"] for drive in found.get("drives", []))}
+    files = (path for path in out.rglob("*") if not path.is_dir())
+    return all(path.relative_to(out).as_posix() in known for path in files)
+
+
 def inspect_drives(
     paths: Sequence[Path],
     out: Path,
@@ -248,8 +261,8 @@ def inspect_drives(
     Drives that cannot be read are in `.skipped`. Raises DriveSimError where there is nothing to
     inspect, and where `out` holds anything else or cannot be written.
     """
-    if not (out / _REPORT).is_file() and out.exists() and not is_free(out):
-        raise DriveSimError(f"{out} exists and is no inspection: choose another --out")
+    if out.exists() and not _is_replaceable(out):
+        raise DriveSimError(f"{out} holds more than an inspection: choose another --out")
     found = find_drives(paths, steering_kind=steering_kind, time_offset=time_offset)
     skipped = list(found.skipped)
     reports = []

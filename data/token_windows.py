@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from driving_sim.data.token_store import DriveTokens
-from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.errors import DriveSimError, TooLittleDataError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,9 +122,10 @@ def _index(drives: Sequence[DriveTokens], frames: int, stride: int = 1) -> Windo
     index = WindowIndex(drives, frames=frames, stride=stride)
     if not len(index):
         longest = max((b - a for d in drives for a, b in d.entry.segments), default=0)
-        names = ", ".join(dict.fromkeys(drive.id for drive in drives))
-        raise DriveSimError(
-            f"no window of {frames} frames in {names[:100] or 'no drives'}: the "
+        ids = list(dict.fromkeys(drive.id for drive in drives))
+        names = ", ".join([*ids[:3], *(["..."] if len(ids) > 3 else [])])
+        raise TooLittleDataError(
+            f"no window of {frames} frames in {names or 'no drives'}: the "
             f"longest run without a gap is {longest} frames; use longer drives or shorter windows"
         )
     return index

@@ -26,7 +26,7 @@ def _explain(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, MemoryError):
-        return f"out of memory: ask for less, such as a shorter future ({error})"
+        return f"out of memory: ask for less: shorter, smaller or fewer {error}".rstrip()
     if type(error).__name__ == "OutOfMemoryError":
         return "the device is out of memory: try a smaller data.batch_size or preset"
     if type(error).__name__ == "NoArgsIsHelpError":
@@ -196,7 +196,9 @@ def synth(
 @app.command()
 def inspect(
     videos: Videos,
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = RUNS / "inspect",
+    out: Annotated[
+        Path, typer.Option(help="Folder for the pictures, in place of an earlier inspection.")
+    ] = RUNS / "inspect",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
     steering_kind: Kind = None,
     time_offset: TimeOffset = 0.0,

@@ -171,3 +171,21 @@ def test_drives_too_short_to_shuffle_are_refused(world: WorldModel, tmp_path: Pa
     heldout = write_store(tmp_path / "heldout", [47], fingerprint=world.tokenizer.fingerprint)
     with pytest.raises(DriveSimError, match="no run of 48 frames without a gap in 1"):
         evaluate_action_information(world, heldout)
+
+
+def test_of_a_channel_that_is_not_known_nothing_is_said(
+    world: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heldout = write_store(tmp_path / "heldout", [60], fingerprint=world.tokenizer.fingerprint)
+    drive = type(heldout.drives[0])
+    valid = np.stack([np.ones(60, np.bool_), np.zeros(60, np.bool_)], axis=1)
+    monkeypatch.setattr(drive, "action_valid", property(lambda self: valid))
+    found = evaluate_action_information(world, heldout, shuffles=1)
+    for over in ("shuffled", "null"):
+        gains = found.metrics[f"gain_over_{over}_bits_per_frame"]
+        assert gains["speed"] is not None
+        assert gains["steering"] is None
+        assert gains["both"] is None
+    monkeypatch.setattr(drive, "action_valid", property(lambda self: valid & False))
+    with pytest.raises(DriveSimError, match="no action that the model learned"):
+        evaluate_action_information(world, heldout, shuffles=1)

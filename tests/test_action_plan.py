@@ -49,12 +49,16 @@ def test_left_and_right_are_plus_and_minus_the_training_limit() -> None:
     assert len(left.actions) == 16
 
 
-def test_what_the_model_was_not_trained_on_is_refused() -> None:
+def test_what_the_model_was_not_trained_on_is_refused(tmp_path: Path) -> None:
     blind = replace(SITUATION, known_channels=(False, False), last_valid=np.zeros(2, np.bool_))
     for spec, channel in (("left", "steering"), ("steer=0.1", "steering"), ("speed=5", "speed")):
         with pytest.raises(DriveSimError, match=f"trained without {channel}"):
             plan(spec, blind)
     assert not plan("straight", blind).valid.any()
+    path = tmp_path / "steering.csv"
+    path.write_text("timestamp_s,road_wheel_rad\n0,0.1\n1,0.1\n")
+    with pytest.raises(DriveSimError, match="without any action that is in it"):
+        plan(str(path), replace(SITUATION, known_channels=(True, False)))
     with pytest.raises(DriveSimError, match="too little to tell"):
         plan("left", replace(SITUATION, steering_limit=0.0))
 

@@ -63,7 +63,7 @@ def measured(world: WorldModel, clips: list[Clip], change: Any) -> dict[str, Any
 
 
 def section_of(world: WorldModel, clips: list[Clip], change: Any, error: float = 0.0) -> Section:
-    floor = {"steering": {"mean_absolute_error": error}}
+    floor = {"steering": {"rmse": error}}
     meter = FidelityMeter(world, PixelProbe(), floor)  # type: ignore[arg-type]
     for clip in clips:
         actions, _ = clip.actions

@@ -219,7 +219,7 @@ def test_held_out_drives_are_originals_with_what_the_model_learned(
 def test_the_beginning_is_read_in_order_and_no_further(
     world: WorldModel, footage: list[Footage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(footage_module, "_CHUNK", 4)
+    monkeypatch.setattr(footage_module, "CHUNK", 4)
     whole, unrecorded = footage[1], replace(footage[1], recorded=None)
     assert whole.recorded is not None
     for each in (whole, unrecorded):

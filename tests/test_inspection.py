@@ -82,9 +82,11 @@ def test_an_inspection_is_replaced_and_nothing_else(folder: Path, tmp_path: Path
     inspect_drives([folder], out)
     inspect_drives([folder / "trip"], out)
     assert {path.name for path in out.rglob("*.*")} == {"inspection.json", "a.png"}
-    (folder / "notes.txt").touch()
-    with pytest.raises(DriveSimError, match="is no inspection"):
-        inspect_drives([folder], folder)
+    (out / "notes.txt").touch()
+    for used in (out, folder):
+        with pytest.raises(DriveSimError, match="holds more than an inspection"):
+            inspect_drives([folder], used)
+    assert (out / "notes.txt").exists()
 
 
 def test_a_picture_that_moves_while_the_car_stands_is_said(folder: Path, tmp_path: Path) -> None:

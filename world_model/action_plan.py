@@ -163,6 +163,11 @@ def _from_file(path: Path, situation: Situation) -> _Planned:
             f"{path}: its times go from {log.times[0]:g} to {log.times[-1]:g} s; they must begin "
             "at 0, the last context frame, and last for a frame or more"
         )
+    if not (log.has & situation.known_channels).any():
+        raise DriveSimError(
+            f"{path}: the model was trained without any action that is in it, so it cannot obey; "
+            "train on drives that have them"
+        )
     # One frame more: the last interval that `align` is asked for has a length of its own.
     actions, valid = align(log, np.arange(whole + 1) / situation.fps)
     actions, valid = actions[:whole], valid[:whole]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from driving_sim.data.token_store import DriveTokens
 from driving_sim.data.token_windows import WindowIndex, load_windows
-from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.errors import TooLittleDataError
 from driving_sim.world_model.cache import RingCache, encode_frame
 from driving_sim.world_model.transformer import Transformer
 
@@ -76,7 +76,7 @@ class FullWindows:
     def __init__(self, drives: Sequence[DriveTokens], *, frames: int, stride: int = 1) -> None:
         index = WindowIndex(drives, frames=frames, stride=stride)
         if not len(index):
-            raise DriveSimError(
+            raise TooLittleDataError(
                 f"no run of {frames} frames without a gap in {len(drives)} drives: nothing to "
                 "measure; use longer drives"
             )

@@ -5,6 +5,10 @@ class DriveSimError(Exception):
     """A mistake in the input or the request: one line: what is wrong, where, and what to do."""
 
 
+class TooLittleDataError(DriveSimError):
+    """Data that cannot tell what is asked: too short, or without what it takes."""
+
+
 class Interrupted(Exception):  # noqa: N818 - not a failure: the work is saved
     """SIGTERM or Ctrl-C stopped the work after it was saved.
 

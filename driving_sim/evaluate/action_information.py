@@ -3,6 +3,7 @@
 Axes: N frames of a run without a gap, V variants of its actions, U blocks of frames.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from driving_sim.data.action_file import SPEED, STEERING
 from driving_sim.data.token_store import DriveTokens, TokenStore
-from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.errors import TooLittleDataError
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.intervals import block_frames, bootstrap, mean_of_sums, unit_sums
 from driving_sim.evaluate.section import Section, Table
@@ -35,15 +36,16 @@ def evaluate_action_information(
     """
     world.check_store(heldout)
     block = block_frames(world.fps, world.context_frames)
+    known = _known_channels(heldout.drives)
     runs = _runs(heldout, block)
     rng = np.random.default_rng(seed)
     gains: dict[str, dict[str, list[NDArray[np.float64]]]] = {
-        over: {name: [] for name in _CHANNELS} for over in ("shuffled", "null")
+        over: {name: [] for name in known} for over in ("shuffled", "null")
     }
-    variants = 1 + len(_CHANNELS) * (shuffles + 1)
+    variants = 1 + len(known) * (shuffles + 1)
     with progress(len(runs) * variants, "shuffle actions", "runs") as bar:
         for drive, begin, stop in runs:
-            actions, valid = _variants(drive, begin, stop, shuffles, block, rng)
+            actions, valid = _variants(drive, begin, stop, known, shuffles, block, rng)
             bits = []
             for at in range(0, variants, _AT_ONCE):
                 some = slice(at, at + _AT_ONCE)
@@ -52,7 +54,7 @@ def evaluate_action_information(
                 )
                 bar.advance(len(bits[-1]))
             true, *others = np.split(np.concatenate(bits), range(1, variants, shuffles + 1))
-            for name, own in zip(_CHANNELS, others, strict=True):
+            for name, own in zip(known, others, strict=True):
                 for over, chosen in (("shuffled", own[:-1]), ("null", own[-1:])):
                     gain = chosen.mean(axis=0) - true[0]
                     gains[over][name].append(_per_block(gain, block, world.context_frames))
@@ -61,12 +63,14 @@ def evaluate_action_information(
         "per_tokenizer": True,
         "shuffles": shuffles,
         "block_frames": block,
-        "blocks": sum(map(len, gains["null"]["both"])),
+        "blocks": sum(map(len, next(iter(gains["null"].values())))),
     }
     for over, by_channel in gains.items():
         metrics[f"gain_over_{over}_bits_per_frame"] = {
-            name: bootstrap(np.concatenate(sums) * [tokens, 1], mean_of_sums)
-            for name, sums in by_channel.items()
+            name: bootstrap(np.concatenate(by_channel[name]) * [tokens, 1], mean_of_sums)
+            if name in known
+            else None
+            for name in _CHANNELS
         }
     return Section(
         name="action_information",
@@ -86,11 +90,20 @@ def _runs(heldout: TokenStore, block: int) -> list[tuple[DriveTokens, int, int]]
         if stop - begin >= 2 * block
     ]
     if not runs:
-        raise DriveSimError(
+        raise TooLittleDataError(
             f"no run of {2 * block} frames without a gap in {len(heldout.drives)} held-out drives: "
             "nothing to shuffle; use longer drives"
         )
     return runs
+
+
+def _known_channels(drives: Sequence[DriveTokens]) -> dict[str, list[int]]:
+    """Those that are known somewhere: of the others the drives tell nothing."""
+    somewhere = np.any([drive.action_valid.any(axis=0) for drive in drives], axis=0)
+    known = {name: channels for name, channels in _CHANNELS.items() if somewhere[channels].all()}
+    if not known:
+        raise TooLittleDataError("no action that the model learned is known of the held-out drives")
+    return known
 
 
 _TEXT = """How many bits a frame costs more where the model is given the actions of another moment
@@ -102,16 +115,17 @@ def _variants(
     drive: DriveTokens,
     begin: int,
     stop: int,
+    channels: Mapping[str, list[int]],
     shuffles: int,
     block: int,
     rng: np.random.Generator,
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Actions and validity [V, N, 2]: the true ones; for each channel, shuffled ones and none."""
-    count = 1 + len(_CHANNELS) * (shuffles + 1)
+    count = 1 + len(channels) * (shuffles + 1)
     actions = np.repeat(drive.actions[None, begin:stop], count, axis=0)
     valid = np.repeat(drive.action_valid[None, begin:stop], count, axis=0)
     number = 0
-    for chosen in _CHANNELS.values():
+    for chosen in channels.values():
         for _ in range(shuffles):
             number += 1
             # An action that is not known stays so wherever it is moved to.

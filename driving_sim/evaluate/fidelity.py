@@ -29,9 +29,9 @@ Actions = NDArray[np.float64]
 
 CHANNELS = {"speed": SPEED, "steering": STEERING}
 SOURCES = ("recorded", "model", "action_free", "constant")
-_OF_CHANGE = ("correlation", "gain", "delay_frames")
+_OF_CHANGE = ("correlation", "gain", "delay_frames", "sign_accuracy")
 """What is not told where the commands vary less than the probe errs."""
-_CURVE = 0.5
+CURVE = 0.5
 """A curve: |steering| beyond this share of the training data's 95th percentile."""
 
 
@@ -77,7 +77,7 @@ class FidelityMeter:
             "probe": self.floor,
         }
         for name, channel in CHANNELS.items():
-            threshold = _CURVE * self.world.steering_p95 if channel == STEERING else None
+            threshold = CURVE * self.world.steering_p95 if channel == STEERING else None
             metrics[name] = {
                 source: asdict(
                     follow(
@@ -106,7 +106,7 @@ class FidelityMeter:
 
     def _can_tell(self, name: str, commanded: Actions) -> bool:
         """Whether the commands vary by more than the probe errs."""
-        error = self.floor.get(name, {}).get("mean_absolute_error")
+        error = self.floor.get(name, {}).get("rmse")
         known = commanded[np.isfinite(commanded)]
         return error is None or (len(known) > 0 and float(known.std()) > error)
 

@@ -21,12 +21,13 @@ from driving_sim.data.synthetic import SyntheticDrive, load_synthetic_drive
 from driving_sim.data.synthetic.drives import DRIVE_FORMAT
 from driving_sim.data.token_store import DriveTokens, StoreInfo, TokenStore
 from driving_sim.engine.config import load_json
-from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.errors import DriveSimError, TooLittleDataError
 from driving_sim.tokenizer.tokenizer import Tokenizer
 
 Frames = NDArray[np.uint8]
 
-_CHUNK = 64  # frames decoded at once
+CHUNK = 64
+"""Frames decoded at once."""
 _SAME_TOKENS = 0.9
 """Share of equal tokens from which two drives of equal times are one, tokenized on two devices."""
 
@@ -105,11 +106,11 @@ class Footage:
             first = self.drive.entry.start
             indices = self.recorded.indices[first : first + frames]
             yield from replace(self.recorded, indices=indices).batches(
-                self.tokenizer.frame_size, _CHUNK
+                self.tokenizer.frame_size, CHUNK
             )
             return
-        for at in range(0, frames, _CHUNK):
-            yield self.reconstructed(at, min(at + _CHUNK, frames))
+        for at in range(0, frames, CHUNK):
+            yield self.reconstructed(at, min(at + CHUNK, frames))
 
     @property
     def place(self) -> list[str | int]:
@@ -161,13 +162,13 @@ def recording_digest(
 ) -> str | None:
     """SHA-256, in hexadecimal, of a drive's times and actions, whatever it is called.
 
-    A video and its tokens have the same, and so has the mirror image. None where no action is
-    known: many drives have the same times.
+    A video and its tokens have the same, and so has the mirror image. None where no known action
+    changes: many drives have the same times, and many cars stand.
     """
-    if not valid.any():
-        return None
     known = np.where(valid, actions, np.float32(0))
     known[:, STEERING] = np.abs(known[:, STEERING])
+    if not any(np.ptp(known[own, channel]) > 0 for channel, own in enumerate(valid.T) if own.any()):
+        return None
     return digest(timestamps, known, valid)
 
 
@@ -321,7 +322,7 @@ def choose_clips(
     places = list(_places(originals, context_frames, frames))
     if not places:
         needed = context_frames + frames
-        raise DriveSimError(
+        raise TooLittleDataError(
             f"no run of {needed} frames without a gap in {len(originals)} held-out drives "
             "(mirror images are none): use longer drives or a shorter future"
         )

@@ -29,7 +29,7 @@ from torch.nn import functional
 
 from driving_sim.data.action_file import SPEED, STEERING, SteeringKind
 from driving_sim.engine.config import from_dict, to_dict
-from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.errors import DriveSimError, TooLittleDataError
 from driving_sim.engine.schedule import learning_rate_factor, position_by_steps
 from driving_sim.evaluate.following import balanced_sign_accuracy
 from driving_sim.evaluate.motion_cues import (
@@ -152,7 +152,7 @@ class InverseDynamics:
         learned, held = _Samples.of(training, soften=True), _Samples.of(validation)
         if not (learned.known.any() and held.known.any()):
             which = "validation" if learned.known.any() else "training"
-            raise DriveSimError(
+            raise TooLittleDataError(
                 f"no two neighbouring frames of the probe's {which} drives have a known action: "
                 "use drives with speed or steering"
             )

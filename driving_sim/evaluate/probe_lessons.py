@@ -12,9 +12,16 @@ from numpy.typing import NDArray
 from driving_sim.data.drive import SampledDrive
 from driving_sim.data.split import original_id
 from driving_sim.data.token_store import TokenStore
-from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.errors import DriveSimError, TooLittleDataError
 from driving_sim.engine.progress import progress
-from driving_sim.evaluate.footage import DriveView, Footage, recording_digest, recording_digests
+from driving_sim.evaluate.fidelity import CURVE
+from driving_sim.evaluate.footage import (
+    CHUNK,
+    DriveView,
+    Footage,
+    recording_digest,
+    recording_digests,
+)
 from driving_sim.evaluate.inverse_dynamics import InverseDynamics, ProbeClip, ProbeSource
 from driving_sim.world_model.world_model import WorldModel
 
@@ -29,7 +36,6 @@ _DRIVES = 100
 """Drives that it is taken from, at most, spread over all."""
 _RATE_TOLERANCE = 0.02
 """How far a probe's frame rate may be off the model's: it reads motion from frame to frame."""
-_CHUNK = 64  # frames decoded at once
 
 
 def learned_digest(world: WorldModel, sampled: SampledDrive) -> str | None:
@@ -111,7 +117,7 @@ def _recorded_clip(world: WorldModel, sampled: SampledDrive, frames: int) -> Pro
     """The first frames of a video."""
     chosen = replace(sampled, indices=sampled.indices[:frames])
     return _clip(
-        chosen.batches(world.tokenizer.frame_size, _CHUNK),
+        chosen.batches(world.tokenizer.frame_size, CHUNK),
         sampled.actions[:frames],
         sampled.action_valid[:frames] & np.array(world.known_channels),
         sampled.segments,
@@ -152,12 +158,12 @@ def fit_probe(
         return None, {}, "no action that the model learned is known of the held-out drives"
     try:
         probe = trained or _learn(world, lessons, steps)
-    except DriveSimError as error:
+    except TooLittleDataError as error:
         return None, {}, str(error)
     footage = _spread(footage)
     counts = _shared([len(each.drive) for each in footage], _SECONDS * world.fps)
     held = [_stored_clip(each, count) for each, count in zip(footage, counts, strict=True)]
-    return probe, probe.errors(held, curve=world.steering_p95 / 2), ""
+    return probe, probe.errors(held, curve=CURVE * world.steering_p95), ""
 
 
 def _learn(world: WorldModel, lessons: Sequence[Lesson], steps: int) -> InverseDynamics:
@@ -165,7 +171,7 @@ def _learn(world: WorldModel, lessons: Sequence[Lesson], steps: int) -> InverseD
     names = list(dict.fromkeys(each.id for each in lessons))
     chosen = set(world.validation_drives) & set(names) or set(names[-1:])
     if chosen == set(names):
-        raise DriveSimError(
+        raise TooLittleDataError(
             "the inverse-dynamics probe takes two or more training drives with actions, one of "
             "which the model was not validated on"
         )

@@ -15,7 +15,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from driving_sim.data.motion import picture_change
-from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.errors import TooLittleDataError
 
 Frames = NDArray[np.uint8]
 Tokens = NDArray[np.int64]
@@ -300,7 +300,7 @@ def _long_enough(drives: Sequence[Appearance], block: int, fps: float) -> list[A
     usable = [drive for drive in drives if len(drive.tokens) >= block]
     frames = sum(len(drive.tokens) for drive in usable)
     if frames < 2 * block:
-        raise DriveSimError(
+        raise TooLittleDataError(
             f"{frames / fps:.1f} s of real drives of {block / fps:.1f} s or longer are too little "
             f"to compare a rollout with: name {2 * block / fps:.1f} s of them or more"
         )
@@ -310,7 +310,7 @@ def _long_enough(drives: Sequence[Appearance], block: int, fps: float) -> list[A
 def _least_change(drives: Sequence[Appearance]) -> float:
     change = np.concatenate([drive.change[drive.moving] for drive in drives])
     if not len(change):
-        raise DriveSimError("the real car never moves: name drives in which it does")
+        raise TooLittleDataError("the real car never moves: name drives in which it does")
     return float(np.quantile(change, _LOW))
 
 
@@ -392,7 +392,7 @@ def _judge_drift(footage: Appearance, bounds: RealBounds) -> tuple[dict[str, Any
     config, fps, count = bounds.config, bounds.fps, len(footage.tokens)
     block, hop = _block(config, fps)
     if count < block:
-        raise DriveSimError(
+        raise TooLittleDataError(
             f"a rollout of {count / fps:.1f} s is too short to be judged: roll out "
             f"{config.block_s:g} s or more"
         )
