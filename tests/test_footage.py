@@ -324,3 +324,14 @@ def test_tokens_tell_where_no_actions_do(tmp_path: Path) -> None:
                 check_tokens_apart(heldout, training)
         else:
             check_tokens_apart(heldout, training)
+
+
+def test_a_car_that_stands_has_no_digest() -> None:
+    """Many do, for as long: they are not one recording."""
+    times, valid = np.arange(5) / 5.0, np.ones((5, 2), np.bool_)
+    actions = np.tile(np.array([0.0, 0.1], np.float32), (5, 1))
+    assert recording_digest(times, actions, valid) is None
+    actions[2, 1] = -0.2
+    assert recording_digest(times, actions, valid) is not None
+    valid[:, 1] = False
+    assert recording_digest(times, actions, valid) is None

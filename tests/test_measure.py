@@ -480,3 +480,18 @@ def test_real_footage_is_no_longer_than_asked(
         real = evaluation._real(world, caught, replace(SMALL, real_seconds=seconds))
         assert [len(drive) for drive in real] == lengths
         assert np.array_equal(real[0].tokens, caught.heldout.drives[0].tokens[: lengths[0]])
+
+
+def test_damage_is_no_section_that_cannot_be_measured(
+    evidence: Callable[..., Evidence], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full, say: it ends the evaluation, with its own words."""
+
+    def damaged(*_: object, **__: object) -> None:
+        raise DriveSimError("drive_07.mp4 is damaged")
+
+    caught = evidence()
+    world = WorldModel.from_run(place / "world-model", "cpu", "fp32")
+    monkeypatch.setattr("driving_sim.evaluate.world_model.evaluate_likelihood", damaged)
+    with pytest.raises(DriveSimError, match="is damaged"):
+        evaluate_world_model(world, caught, SMALL)

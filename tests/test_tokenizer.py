@@ -126,7 +126,8 @@ def test_a_missing_folder_says_how_to_make_one(tmp_path: Path) -> None:
 
 def spoil_config(run: Path, key: str, value: Any) -> None:
     config = json.loads((run / "config.json").read_text())
-    config["model" if key in config["model"] else "frames"][key] = value
+    part = next((config[name] for name in ("model", "frames") if key in config[name]), config)
+    part[key] = value
     (run / "config.json").write_text(json.dumps(config))
 
 
@@ -134,6 +135,7 @@ def spoil_config(run: Path, key: str, value: Any) -> None:
     ("key", "value", "message"),
     [
         ("version", 99, "prepares frames differently"),
+        ("quantiser", "rounding half as far", "rounds to codes differently"),
         ("patching", "unshuffle", "do not belong together"),
         ("attention_blocks", 2, "not this tokenizer's weights"),
         ("levels", [1], "levels"),

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+RULE = "levels of equal width"
+"""How values become codes, which weights do not tell: a part of a tokenizer's identity."""
 _EDGE = 1e-3  # keeps tanh's limits, where it saturates, from rounding to a level beyond
 
 

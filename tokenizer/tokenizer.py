@@ -24,6 +24,7 @@ from driving_sim.engine.device import resolve_device
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
 from driving_sim.tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+from driving_sim.tokenizer.fsq import RULE
 
 Frames = Tensor | NDArray[np.uint8]
 
@@ -39,7 +40,7 @@ class Tokenizer:
         self.device = torch.device(device)
         self.autoencoder = autoencoder.eval().requires_grad_(False).to(self.device)
         self.fingerprint = fingerprint(autoencoder)
-        """SHA-256 of weights, config and frame transform; token stores carry it."""
+        """SHA-256 of weights, config, frame transform and quantiser; token stores carry it."""
 
     @classmethod
     def from_run(cls, path: Path | str, device: str = "auto") -> Self:
@@ -53,7 +54,7 @@ class Tokenizer:
                 )
         saved = load_json(folder / _CONFIG)
         config = from_dict(AutoencoderConfig, saved.get("model", {}), f"{folder / _CONFIG}: model")
-        _check_transform(config, saved, folder)
+        _check_identity(config, saved, folder)
         autoencoder = Autoencoder(config)
         written = _load_weights(autoencoder, folder / WEIGHTS)
         tokenizer = cls(autoencoder, resolve_device(device))
@@ -177,7 +178,7 @@ def frames_from_images(images: Tensor) -> Tensor:
 
 
 def fingerprint(autoencoder: Autoencoder) -> str:
-    """Return the SHA-256, in hexadecimal, of config, frame transform and weights."""
+    """Return the SHA-256, in hexadecimal, of config, frame transform, quantiser and weights."""
     digest = hashlib.sha256(json.dumps(_identity(autoencoder.config), sort_keys=True).encode())
     for name, value in sorted(autoencoder.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -187,7 +188,7 @@ def fingerprint(autoencoder: Autoencoder) -> str:
 
 def _identity(config: AutoencoderConfig) -> dict[str, Any]:
     frames = transform_description(config.frame_size)
-    return {"kind": "tokenizer", "model": to_dict(config), "frames": frames}
+    return {"kind": "tokenizer", "model": to_dict(config), "frames": frames, "quantiser": RULE}
 
 
 def _load_weights(autoencoder: Autoencoder, path: Path) -> str:
@@ -203,12 +204,14 @@ def _load_weights(autoencoder: Autoencoder, path: Path) -> str:
         ) from error
 
 
-def _check_transform(config: AutoencoderConfig, saved: Mapping[str, Any], folder: Path) -> None:
-    if saved.get("frames") != _identity(config)["frames"]:
-        raise DriveSimError(
-            f"{folder}: this version of drivesim prepares frames differently from the one that "
-            "trained the tokenizer; use that version, or train again"
-        )
+def _check_identity(config: AutoencoderConfig, saved: Mapping[str, Any], folder: Path) -> None:
+    own = _identity(config)
+    for part, does in (("frames", "prepares frames"), ("quantiser", "rounds to codes")):
+        if saved.get(part) != own[part]:
+            raise DriveSimError(
+                f"{folder}: this version of drivesim {does} differently from the one that "
+                "trained the tokenizer; use that version, or train again"
+            )
 
 
 def _checked_frames(frames: Frames) -> Tensor:
