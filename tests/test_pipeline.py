@@ -154,7 +154,7 @@ def test_a_context_is_one_drive_whose_steering_is_of_the_models_kind(
     WorldModel(blind, world.tokenizer, fps=FPS, steering_kind=None).save(tmp_path / "blind")
     roll_out(
         tmp_path / "blind",
-        ["speed=5"],
+        ["straight"],
         tmp_path / "blind.mp4",
         tokens=tmp_path,
         context=video,
