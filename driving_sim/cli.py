@@ -423,11 +423,20 @@ def rollout(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = RUNS / "demo",
     seed: Annotated[int, typer.Option(min=0, help="Seed of worlds, training and sampling.")] = 0,
+    drives: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Drives to train on, 24 s each: more, a better model. [default: 80]"
+        ),
+    ] = None,
 ) -> None:
     """Run all of it on the synthetic world, in minutes, on a CPU."""
-    from driving_sim.demo import run_demo
+    from dataclasses import replace
 
-    typer.echo(run_demo(out, seed=seed))
+    from driving_sim.demo import DemoConfig, run_demo
+
+    config = DemoConfig()
+    typer.echo(run_demo(out, seed=seed, config=replace(config, drives=drives or config.drives)))
 
 
 @app.command()

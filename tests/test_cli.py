@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from driving_sim.cli import app
 from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
+from driving_sim.demo import DemoConfig
 from tests.test_files import small_files
 
 HEAVY = ("torch", "numpy", "av", "decord", "matplotlib", "PIL")
@@ -166,6 +167,7 @@ def test_a_full_disk_is_one_line(command: str, used: Path) -> None:
         (["synth", "x", "--seed", "-1"], "--seed"),
         (["synth", "x", "--seconds", "inf"], "--seconds inf"),
         (["demo", "--seed", "-1"], "--seed"),
+        (["demo", "--drives", "1"], "--drives"),
         (["tokenize", "empty", "--fps", "0"], "--fps 0"),
         (["evaluate", "tokenizer", "missing", "empty", "--fps", "nan"], "holds no tokenizer"),
         (["train-tokenizer", "empty"], "holds no videos"),
@@ -239,3 +241,13 @@ def test_a_bad_file_among_good_ones(videos: Path, workplace: Path) -> None:
     index = json.loads((workplace / "runs" / "tokens" / "index.json").read_text())
     assert index["drives"] == 3
     assert [skipped["id"] for skipped in index["skipped"]] == ["broken"]
+
+
+def test_the_demo_makes_as_many_drives_as_asked(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[DemoConfig] = []
+    monkeypatch.setattr("driving_sim.demo.run_demo", lambda out, seed, config: asked.append(config))
+    run("demo", "--drives", "160")
+    run("demo")
+    assert [config.drives for config in asked] == [160, DemoConfig().drives]
