@@ -22,7 +22,8 @@ from driving_sim.world_model.rollout import context_from_drive
 from driving_sim.world_model.sampler import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
-_MOVING_MPS = 2.0
+MOVING_MPS = 2.0
+"""Counterfactual futures start at this speed or more: a car that stands does not show steering."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +105,7 @@ def _times_to_start(world: WorldModel, drive: Drive) -> NDArray[np.float64]:
     first = min(world.context_frames, len(sampled.timestamps) - 1)
     times = sampled.timestamps[first:]
     speeds = np.append(0.0, sampled.actions[:-1, SPEED])[first:]  # that led to each time
-    moves = speeds >= _MOVING_MPS
+    moves = speeds >= MOVING_MPS
     return times[moves] if moves.any() else times
 
 

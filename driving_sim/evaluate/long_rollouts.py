@@ -16,6 +16,7 @@ from driving_sim.data.token_store import DriveTokens
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.footage import Clip
 from driving_sim.evaluate.inverse_dynamics import STANDING_MPS
+from driving_sim.evaluate.rollouts import encode_contexts
 from driving_sim.evaluate.section import Media, Section, Table, photo, plot
 from driving_sim.evaluate.stability import (
     Appearance,
@@ -102,16 +103,10 @@ def _roll_out(
     world: WorldModel, starts: Sequence[Clip], frames: int, sampling: Sampling
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]:
     """Return the futures' tokens [F, N, r, c] and the actions and validity [F, N, 2]."""
-    tokens = torch.stack([clip.context_tokens for clip in starts])
-    past = tokens.shape[1] - 1
     onward = [_onward(clip, frames) for clip in starts]
     actions = np.stack([led for led, _ in onward])
     valid = np.stack([known for _, known in onward])
-    prefix = world.encode_prefix(
-        tokens,
-        np.stack([clip.actions[0][:past] for clip in starts]),
-        np.stack([clip.actions[1][:past] for clip in starts]),
-    )
+    prefix = encode_contexts(world, starts)
     found = []
     with progress(frames, "long rollouts", "frames") as bar:
         for step in world.generate(prefix, actions, valid, sampling=sampling):

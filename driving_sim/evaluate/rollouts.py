@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from driving_sim.evaluate.footage import Clip
 from driving_sim.world_model.sampler import Sampling
-from driving_sim.world_model.world_model import WorldModel
+from driving_sim.world_model.world_model import Prefix, WorldModel
 
 BATCH = 8
 """Clips rolled out at once; rounding differs with it, and so may a sampled token."""
@@ -29,6 +29,14 @@ class Imagined:
     """uint8 [N, H, W, 3]."""
 
 
+def encode_contexts(world: WorldModel, clips: Sequence[Clip]) -> Prefix:
+    """Encode the contexts of clips, all of one length, and the actions within them."""
+    past = clips[0].context_frames - 1
+    pairs = [clip.actions for clip in clips]
+    actions, valid = (np.stack([pair[i][:past] for pair in pairs]) for i in (0, 1))
+    return world.encode_prefix(torch.stack([clip.context_tokens for clip in clips]), actions, valid)
+
+
 def imagine(
     world: WorldModel, clips: Sequence[Clip], sampling: Sampling, *, hide_actions: bool = False
 ) -> Iterator[Imagined]:
@@ -39,11 +47,10 @@ def imagine(
     """
     for first in range(0, len(clips), BATCH):
         batch = clips[first : first + BATCH]
-        tokens = torch.stack([clip.context_tokens for clip in batch])
         pairs = [clip.actions for clip in batch]
         actions, valid = (np.stack([pair[i] for pair in pairs]) for i in (0, 1))
-        past = tokens.shape[1] - 1
-        prefix = world.encode_prefix(tokens, actions[:, :past], valid[:, :past])
+        past = batch[0].context_frames - 1
+        prefix = encode_contexts(world, batch)
         known = np.zeros_like(valid[:, past:]) if hide_actions else valid[:, past:]
         steps = world.generate(
             prefix, actions[:, past:], known, sampling=sampling, first_draw=first

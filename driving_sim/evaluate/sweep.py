@@ -19,6 +19,7 @@ from driving_sim.evaluate.fidelity import read
 from driving_sim.evaluate.following import monotonicity
 from driving_sim.evaluate.footage import Clip, Footage
 from driving_sim.evaluate.inverse_dynamics import InverseDynamics
+from driving_sim.evaluate.rollouts import encode_contexts
 from driving_sim.evaluate.section import Media, Section, Table, photo
 from driving_sim.tokenizer.metrics import psnr
 from driving_sim.tokenizer.tokenizer import frames_from_images, images_from_frames
@@ -88,9 +89,7 @@ def _roll_out(
     world: WorldModel, clip: Clip, commands: NDArray[np.float32], sampling: Sampling
 ) -> Frames:
     """Return the futures' frames [V, L, N, H, W, 3]."""
-    actions, valid = clip.actions
-    past = clip.context_frames - 1
-    prefix = world.encode_prefix(clip.context_tokens, actions[:past], valid[:past])
+    prefix = encode_contexts(world, [clip])
     branches = rearrange(commands, "v l n a -> (v l) n a")
     known = np.broadcast_to(world.known_channels, branches.shape)
     steps = world.generate(prefix, branches, known, sampling=sampling)

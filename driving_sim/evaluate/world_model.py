@@ -11,6 +11,7 @@ from driving_sim.data.token_store import DriveTokens, TokenStore
 from driving_sim.engine.errors import TooLittleDataError
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.action_information import evaluate_action_information
+from driving_sim.evaluate.control import MOVING_MPS
 from driving_sim.evaluate.entropy_coding import evaluate_coding
 from driving_sim.evaluate.fidelity import FidelityMeter, measure_fidelity
 from driving_sim.evaluate.footage import (
@@ -39,8 +40,6 @@ from driving_sim.world_model.world_model import WorldModel
 
 NOT_MEASURED = "not_measured"
 """Name of the section that says what could not be measured, and why."""
-_MOVING_MPS = 2.0
-"""A sweep of commands starts at this speed or more: a car that stands does not show steering."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -293,7 +292,7 @@ def _sweeps(world: WorldModel, clips: Sequence[Clip], count: int) -> list[Clip]:
         raise TooLittleDataError("the model learned no steering")
     moving = [clip for clip in clips if _starts_moving(clip)]
     if not moving:
-        raise TooLittleDataError(f"no clip starts at a known speed of {_MOVING_MPS:g} m/s or more")
+        raise TooLittleDataError(f"no clip starts at a known speed of {MOVING_MPS:g} m/s or more")
     return moving[:: max(1, len(moving) // count)][:count]
 
 
@@ -302,7 +301,7 @@ def _starts_moving(clip: Clip) -> bool:
     if clip.context_frames < 2:
         return False
     actions, valid = (each[clip.context_frames - 2, SPEED] for each in clip.actions)
-    return bool(valid and actions >= _MOVING_MPS)
+    return bool(valid and actions >= MOVING_MPS)
 
 
 def _protocol(
