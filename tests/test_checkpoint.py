@@ -1,11 +1,20 @@
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from driving_sim.engine.checkpoint import latest, load_checkpoint, prune, save_checkpoint
+from driving_sim.engine.checkpoint import (
+    CHECKSUMS,
+    damage,
+    latest,
+    load_checkpoint,
+    newest_whole,
+    prune,
+    save_checkpoint,
+)
 from driving_sim.engine.ema import Ema
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.optimizer import build_optimizer, decay_groups, optimizer_tensors
@@ -122,7 +131,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in range(1, 7):
         (tmp_path / f"step-{step:08d}").mkdir()
     (tmp_path / ".step-00000003.77.partial").mkdir()
-    prune(tmp_path, keep_last=2, best_step=3)
+    prune(tmp_path, step=6, keep_last=2, best_step=3)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"step-{step:08d}" for step in (3, 5, 6)
     ]
@@ -141,18 +150,68 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [before]
 
 
-@pytest.mark.parametrize("name", ["model", "optimizer", "ema"])
-def test_damage_is_named(tmp_path: Path, name: str) -> None:
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def empty_the_folder(file: Path) -> None:
+    for each in file.parent.iterdir():
+        each.unlink()
+
+
+def add_a_file(file: Path) -> None:
+    (file.parent / "more.safetensors").touch()
+
+
+def make_it_a_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+DAMAGES = [truncate, flip_a_bit, Path.unlink, empty_the_folder, add_a_file, make_it_a_folder]
+
+
+@pytest.mark.parametrize("damaged", DAMAGES)
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json"]
+)
+def test_damage_is_found_and_the_one_before_is_used(
+    tmp_path: Path, name: str, damaged: Callable[[Path], None]
+) -> None:
     run = Run(0)
     run.step(0)
-    path = run.save(tmp_path, 1)
-    file = path / f"{name}.safetensors"
-    file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(DriveSimError, match="step-00000001 is damaged"):
-        run.load(path)
-    file.unlink()
-    with pytest.raises(DriveSimError, match="step-00000001 is damaged"):
-        run.load(path)
+    whole, newest = run.save(tmp_path, 1), run.save(tmp_path, 2)
+    assert newest_whole(tmp_path) == (newest, [])
+    damaged(newest / name)
+    path, (notice,) = newest_whole(tmp_path)
+    assert path == whole
+    assert notice.startswith(f"{newest} is damaged (")
+    assert "\n" not in notice
+    damaged(whole / name)
+    with pytest.raises(DriveSimError, match=r"every checkpoint is damaged, .*step-00000002"):
+        newest_whole(tmp_path)
+
+
+def test_checksums_that_are_damaged_themselves_count_as_damage(tmp_path: Path) -> None:
+    path = Run(0).save(tmp_path, 1)
+    for content in (b"", b"[]", b"{}", b'{"model.safetensors": 3}'):
+        (path / CHECKSUMS).write_bytes(content)
+        assert damage(path) is not None
+
+
+def test_damaged_checkpoints_are_removed_once_the_run_is_past_the_one_before(
+    tmp_path: Path,
+) -> None:
+    for step in (10, 20, 30):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    prune(tmp_path, step=25, keep_last=1, best_step=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000020"]
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:

@@ -43,6 +43,9 @@ class TinyModel(nn.Module):
     def ema_module(self) -> nn.Module:
         return self.net
 
+    def blocks(self) -> list[nn.Module]:
+        return [self.net, self.late]
+
 
 class TinyBatches(Dataset[Batch]):
     """Batch n is a function of n; `nan_at` names batches that hold a NaN."""

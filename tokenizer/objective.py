@@ -8,15 +8,21 @@ the discriminator's own loss.
 Axes: B batch, H W pixels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from driving_sim.engine.distributed import mean_over_ranks
 from driving_sim.engine.optimizer import ParameterGroup, decay_groups
 from driving_sim.engine.training import Batch
-from driving_sim.tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+from driving_sim.tokenizer.autoencoder import (
+    AttentionBlock,
+    Autoencoder,
+    AutoencoderConfig,
+    ResidualBlock,
+)
 from driving_sim.tokenizer.discriminator import Discriminator, DiscriminatorConfig, hinge_loss
 from driving_sim.tokenizer.perceptual import PerceptualLoss
 from driving_sim.tokenizer.tokenizer import images_from_frames
@@ -93,6 +99,11 @@ class TokenizerObjective(nn.Module):
         """The part that is averaged and kept."""
         return self.autoencoder
 
+    def blocks(self) -> Iterable[nn.Module]:
+        """The autoencoder's residual and transformer blocks; the discriminator is small."""
+        kinds = ResidualBlock, AttentionBlock
+        return (module for module in self.autoencoder.modules() if isinstance(module, kinds))
+
     def parameter_groups(self) -> list[ParameterGroup]:
         """Both players' parameters, whose gradients are clipped apart."""
         groups = decay_groups(self.autoencoder, name="autoencoder", clip="autoencoder")
@@ -161,7 +172,8 @@ class TokenizerObjective(nn.Module):
             (at_layer,) = torch.autograd.grad(
                 reconstruction, layer, grad_outputs=gradient, retain_graph=True
             )
-            norms.append(at_layer.norm())
+            # Of the whole batch's gradients, as one rank would have them.
+            norms.append(mean_over_ranks(at_layer).norm())
         ratio: Tensor = norms[0] / norms[1].clamp(min=1e-8)
         return self.config.gan_weight * ratio
 

@@ -4,6 +4,7 @@ Axes: B batch, T frames, R rows, C cols, K codes, A = 2 action channels.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -47,6 +48,10 @@ class WorldModelObjective(nn.Module):
     def ema_module(self) -> Transformer:
         """Everything that has parameters."""
         return self.transformer
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """The transformer's blocks."""
+        return self.transformer.blocks
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return loss (nats) and metrics of a batch as `TokenWindows` makes it.

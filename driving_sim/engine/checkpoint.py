@@ -1,8 +1,17 @@
-"""Checkpoints: folders of safetensors and JSON, written whole or not at all, never unpickled."""
+"""Checkpoints: folders of safetensors and JSON, written whole or not at all, never unpickled.
 
+A run whose ranks all hold the model writes `model.safetensors`, `optimizer.safetensors` and
+`ema.safetensors`; a sharded one writes a safetensors file for each rank. Either kind of run goes on
+from either kind of checkpoint, whatever the number of ranks. `checksums.json` tells whether a
+folder still holds what was written.
+"""
+
+import hashlib
+import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +21,22 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from driving_sim.engine.config import load_json, save_json
+from driving_sim.engine.distributed import Ranks
 from driving_sim.engine.ema import Ema
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.files import atomic_folder
+from driving_sim.engine.files import atomic_folder, temporary_beside
 from driving_sim.engine.optimizer import load_optimizer_tensors, optimizer_tensors
+from driving_sim.engine.sharding import (
+    is_saved_in_shards,
+    is_sharded,
+    load_shards,
+    placed_like,
+    save_shards,
+)
 
+CHECKSUMS = "checksums.json"
+STATE = "state.json"
+_PARTS = ("model", "optimizer", "ema")
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -28,17 +48,33 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     ema: Ema,
     state: Mapping[str, Any],
+    ranks: Ranks | None = None,
 ) -> Path:
     """Write `folder/step-XXXXXXXX` with everything that a run needs to go on; return its path.
 
-    Frozen parameters are left out: who builds the model gives them the same values again.
+    Every rank has to call it; what is not sharded is the main rank's. Frozen parameters are left
+    out: who builds the model gives them the same values again.
     """
-    path = folder / f"step-{step:08d}"
-    with atomic_folder(path) as temporary:
-        _save_tensors(temporary / "model.safetensors", _changing_tensors(model))
-        _save_tensors(temporary / "optimizer.safetensors", optimizer_tensors(optimizer, model))
-        _save_tensors(temporary / "ema.safetensors", ema.state_dict())
-        save_json(temporary / "state.json", {**state, "ema_updates": ema.updates})
+    ranks = ranks or Ranks()
+    path = checkpoint_path(folder, step)
+    parts = {
+        "model": _changing_tensors(model),
+        "optimizer": optimizer_tensors(optimizer, model),
+        "ema": ema.state_dict(),
+    }
+    with _shared_folder(path, ranks) as temporary:
+        if any(is_sharded(parameter) for parameter in model.parameters()):
+            named = ((part, name, t) for part in parts for name, t in parts[part].items())
+            save_shards(temporary, {f"{part}/{name}": tensor for part, name, tensor in named})
+        elif ranks.is_main:
+            for part, tensors in parts.items():
+                _save_tensors(temporary / f"{part}.safetensors", tensors)
+        ranks.barrier()
+        if ranks.is_main:
+            save_json(temporary / STATE, {**state, "ema_updates": ema.updates})
+            checksums = {file.name: _digest(file) for file in _files(temporary)}
+            save_json(temporary / CHECKSUMS, checksums)
+    ranks.barrier()
     return path
 
 
@@ -47,20 +83,57 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Put a checkpoint into model, optimiser and EMA; return its state.
 
-    Raises `DriveSimError` where files are missing or damaged or were made for another model.
+    Raises `DriveSimError` where files are missing or were made for another model.
     """
-    state = load_json(path / "state.json")
+    state = load_json(path / STATE)
     try:
-        _load_model(model, load_file(path / "model.safetensors"))
-        load_optimizer_tensors(optimizer, model, load_file(path / "optimizer.safetensors"))
-        ema.load_state_dict(load_file(path / "ema.safetensors"), state.pop("ema_updates"))
-    except (KeyError, OSError, RuntimeError, SafetensorError) as error:
+        parts = _load_parts(path, model)
+        _load_model(model, parts["model"])
+        load_optimizer_tensors(optimizer, model, parts["optimizer"])
+        ema.load_state_dict(parts["ema"], state.pop("ema_updates"))
+    except (KeyError, OSError, RuntimeError, SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DriveSimError(
-            f"{path} is damaged or was made for another model ({reason}); remove it to resume "
-            "from the checkpoint before it"
+            f"{path} was made for another model ({reason}): resume with the configuration that it "
+            "was made with, or choose another --out"
         ) from error
     return state
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is as it was written, and a line for each damaged one after it.
+
+    None where there is none at all. Raises `DriveSimError` where all are damaged.
+    """
+    notices: list[str] = []
+    for path in sorted(_all(folder), key=step_of, reverse=True):
+        fault = damage(path)
+        if fault is None:
+            return path, notices
+        notices.append(f"{path} is damaged ({fault}): going on from the checkpoint before it")
+    if notices:
+        raise DriveSimError(
+            f"{folder}: every checkpoint is damaged, {notices[0].partition(': ')[0]}; restore one "
+            "from a copy, or start again with another --out"
+        )
+    return None, []
+
+
+def damage(path: Path) -> str | None:
+    """In what a checkpoint's files differ from what was written; None where they do not."""
+    try:
+        written = load_json(path / CHECKSUMS)
+    except DriveSimError:
+        return f"no readable {CHECKSUMS}"
+    found = {file.name: file for file in _files(path)}
+    for name in sorted(written.keys() | found.keys()):
+        if name not in found:
+            return f"{name} is missing"
+        if name not in written:
+            return f"{name} does not belong there"
+        if _digest(found[name]) != written[name]:
+            return f"{name} has another checksum"
+    return None
 
 
 def latest(folder: Path) -> Path | None:
@@ -68,15 +141,26 @@ def latest(folder: Path) -> Path | None:
     return max(_all(folder), key=step_of, default=None)
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` lies."""
+    return folder / f"step-{step:08d}"
+
+
 def step_of(path: Path) -> int:
     """The step in a checkpoint's name."""
     return int(path.name.removeprefix("step-"))
 
 
-def prune(folder: Path, *, keep_last: int, best_step: int | None) -> None:
-    """Remove all checkpoints but the newest `keep_last` and the best, and what a kill left over."""
-    for path in sorted(_all(folder), key=step_of)[:-keep_last]:
-        if step_of(path) != best_step:
+def prune(folder: Path, *, step: int, keep_last: int, best_step: int | None) -> None:
+    """Remove all checkpoints but the newest `keep_last` up to `step` and the best.
+
+    Later ones were damaged, or the run would have gone on from them. What a kill left over goes
+    too.
+    """
+    newest_first = sorted(_all(folder), key=step_of, reverse=True)
+    kept = [path for path in newest_first if step_of(path) <= step][:keep_last]
+    for path in newest_first:
+        if path not in kept and step_of(path) != best_step:
             shutil.rmtree(path)
     for path in folder.glob(".step-*"):
         shutil.rmtree(path)
@@ -88,12 +172,48 @@ def _all(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
 
 
+def _files(path: Path) -> list[Path]:
+    """What is in a checkpoint's folder beside its checksums."""
+    return sorted(file for file in path.iterdir() if file.name != CHECKSUMS)
+
+
+def _digest(file: Path) -> str:
+    if not file.is_file():
+        return "not a file"
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+@contextmanager
+def _shared_folder(path: Path, ranks: Ranks) -> Iterator[Path]:
+    """`atomic_folder` on the main rank; the others get the same temporary folder."""
+    process = int(ranks.from_main([float(os.getpid())])[0])
+    if ranks.is_main:
+        with atomic_folder(path) as temporary:
+            ranks.barrier()
+            yield temporary
+        return
+    ranks.barrier()
+    yield temporary_beside(path, process)
+
+
 def _changing_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Trainable parameters, tied ones once, and the buffers that belong to the state."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     buffers = {name: v for name, v in model.state_dict().items() if name not in parameters}
     return trainable | buffers
+
+
+def _load_parts(path: Path, model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """The saved tensors of each part by name; those of a sharded run as `model` is sharded."""
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
+    if is_saved_in_shards(path):
+        for name, tensor in load_shards(path, dict(model.named_parameters())).items():
+            part, _, rest = name.partition("/")
+            parts[part][rest] = tensor
+        return parts
+    return {part: load_file(path / f"{part}.safetensors") for part in _PARTS}
 
 
 @torch.no_grad()
@@ -103,7 +223,7 @@ def _load_model(model: nn.Module, saved: dict[str, Tensor]) -> None:
         # Not left to copy_, which would also fill a large tensor from a small one.
         if tensors[name].shape != saved[name].shape:
             raise KeyError(f"{name} has another shape")
-        tensors[name].copy_(saved[name])
+        tensors[name].copy_(placed_like(saved[name], tensors[name]))
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

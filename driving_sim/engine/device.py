@@ -45,10 +45,16 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if faster else torch.float32
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Passes in `dtype`, float32 or bfloat16, whatever the weights are kept in."""
-    low = dtype is not torch.float32
-    return torch.autocast(device.type, dtype) if low else nullcontext()
+def autocast(
+    device: torch.device, dtype: torch.dtype, *, keep_casts: bool = True
+) -> AbstractContextManager[object]:
+    """Passes in `dtype`, float32 or bfloat16, whatever the weights are kept in.
+
+    Weights are cast once where `keep_casts`, else at each use.
+    """
+    if dtype is torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype, cache_enabled=keep_casts)
 
 
 @cache

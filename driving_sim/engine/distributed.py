@@ -9,6 +9,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from driving_sim.engine.errors import DriveSimError
 
 # One rank validates while the others wait for it.
 PATIENCE = timedelta(hours=2)
@@ -40,6 +44,11 @@ class Ranks:
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         return shared.tolist()
 
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        if self.size > 1:
+            dist.barrier()
+
     def from_main(self, values: list[float]) -> list[float]:
         """The main rank's numbers, on every rank."""
         if self.size == 1:
@@ -49,21 +58,71 @@ class Ranks:
         return shared.tolist()
 
 
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of a tensor over all ranks, for losses that need it; `values` is overwritten."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
+
+
+def is_restarted() -> bool:
+    """Whether `torchrun --max-restarts` started the ranks again after one of them died."""
+    return _restarts() > 0
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one of its job that talks to the user."""
+    return not _has_ranks() or os.environ["RANK"] == "0"
+
+
+def _has_ranks() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
-    """Join the ranks that `torchrun` started, if it did; yield them and this rank's own device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+    """Join the ranks that `torchrun` started, if it did; yield them and this rank's own device.
+
+    Within another one it is that one. Raises `DriveSimError` where another rank is gone.
+    """
+    if not _has_ranks():
         yield Ranks(), device
         return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+    if dist.is_initialized():
+        yield Ranks(dist.get_rank(), dist.get_world_size()), device
+        return
     # gloo beside nccl: the ranks also exchange a few numbers that live on the CPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    with _lost_ranks():
+        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+        # `torchrun` may keep its store when it restarts the ranks, and with it the addresses of the
+        # dead ones, which the new ones would call.
+        store = PrefixStore(f"attempt-{_restarts()}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        try:
+            yield Ranks(rank, size), device
+            # A rank that leaves while another still talks to it can be brought down by its threads.
+            dist.barrier()
+        finally:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _lost_ranks() -> Iterator[None]:
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size()), device
-        # A rank that leaves while another still talks to it can be brought down by its threads.
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+        yield
+    except RuntimeError as error:
+        # Gloo's errors have no class of their own.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise DriveSimError(
+            f"rank {os.environ['RANK']}: another rank is gone; what it said before is the reason"
+        ) from error

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from driving_sim.engine.sharding import placed_like
+
 
 class Ema:
     """Averages the trainable parameters of `module`; buffers and frozen weights are left alone.
@@ -52,7 +54,7 @@ class Ema:
     def load_state_dict(self, averages: dict[str, Tensor], updates: int) -> None:
         """Take up saved averages; `KeyError` where one is missing."""
         for name, average in self._averages.items():
-            average.copy_(averages[name])
+            average.copy_(placed_like(averages[name], average))
         self.updates = updates
 
     def _exchange(self) -> None:

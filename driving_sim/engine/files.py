@@ -14,13 +14,14 @@ _FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS))
 _FORBIDDEN = frozenset((errno.EACCES, errno.EPERM))
 
 
-def _temporary_beside(path: Path) -> Path:
+def temporary_beside(path: Path, process: int | None = None) -> Path:
+    """Where a process, this one by default, writes what will be `path`; makes the folder."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DriveSimError(f"cannot create the folder {path.parent}: {error.strerror}") from error
     # The suffix stays last: writers (PyAV, Pillow) choose the format by it.
-    return path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    return path.with_name(f".{path.stem}.{process or os.getpid()}.partial{path.suffix}")
 
 
 def _sync(path: Path) -> None:
@@ -66,7 +67,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     A full disk and the like become a `DriveSimError` (see `disk_errors`).
     """
     with disk_errors(path):
-        temporary = _temporary_beside(path)
+        temporary = temporary_beside(path)
         try:
             yield temporary
             _sync(temporary)
@@ -83,7 +84,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     An existing folder at `path` is replaced. Errors as for `atomic_file`.
     """
     with disk_errors(path):
-        temporary = _temporary_beside(path)
+        temporary = temporary_beside(path)
         replaced = temporary.with_suffix(".replaced")
         _remove(temporary, replaced)
         temporary.mkdir()

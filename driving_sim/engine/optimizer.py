@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from driving_sim.engine.sharding import placed_like, whole
+
 ParameterGroup = dict[str, Any]
 """`params` and `name`; optionally `weight_decay` and `lr_scale` (multipliers of the config's
 values, 1 by default), `clip` (the family whose gradients are clipped together) and `muon` (whether
@@ -89,12 +91,12 @@ class Muon(torch.optim.AdamW):
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
             state["momentum"].lerp_(parameter.grad, 1 - _MOMENTUM)
-            matrix = parameter.grad.lerp(state["momentum"], _MOMENTUM).flatten(1)
+            # Of a sharded parameter every rank makes the whole step and takes its part of it.
+            matrix = whole(parameter.grad.lerp(state["momentum"], _MOMENTUM)).flatten(1)
             scale = 0.2 * math.sqrt(max(matrix.shape))
+            step = orthogonalise(matrix).reshape(parameter.shape)
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(
-                orthogonalise(matrix).reshape(parameter.shape), alpha=-group["lr"] * scale
-            )
+            parameter.add_(placed_like(step, parameter), alpha=-group["lr"] * scale)
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
@@ -161,7 +163,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, limit: float) -> dict[str, 
     for group in optimizer.param_groups:
         families.setdefault(group["clip"], []).extend(group["params"])
     return {
-        family: nn.utils.clip_grad_norm_(parameters, limit).to(parameters[0].device)
+        family: whole(nn.utils.clip_grad_norm_(parameters, limit)).to(parameters[0].device)
         for family, parameters in families.items()
     }
 
@@ -185,9 +187,11 @@ def load_optimizer_tensors(
         name, _, quantity = key.rpartition("/")
         parameter = parameters[name]
         if quantity == "step":  # a count, which only fused kernels read on the device
-            value = tensor.to(parameter.device) if optimizer.defaults["fused"] else tensor
+            count = tensor.reshape(())
+            value = count.to(parameter.device) if optimizer.defaults["fused"] else count
         else:  # in the parameter's own memory format: fused kernels pair elements by address
-            value = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+            value = torch.empty_like(parameter, dtype=tensor.dtype)
+            value.copy_(placed_like(tensor, parameter))
         optimizer.state[parameter][quantity] = value
 
 

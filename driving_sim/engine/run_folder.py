@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from driving_sim.engine.config import load_yaml, save_json, save_yaml
+from driving_sim.engine.distributed import is_restarted
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import is_free
 
@@ -25,9 +26,13 @@ CHANGEABLE = frozenset(
         "patience",
         "workers",
         "threads",
+        "gradient_checkpointing",
+        "compile",
+        "shard",
     )
 )
-"""What a resumed run may change: how long it lasts, what it writes, and the usual remedy."""
+"""What a resumed run may change: how long it lasts, what it writes, how it computes the same, and
+the usual remedy."""
 
 
 class RunConflictError(DriveSimError):
@@ -38,11 +43,17 @@ class RunConflictError(DriveSimError):
         self.what = what
 
 
+def goes_on(run: Path, resume: bool) -> bool:
+    """Whether to continue `run`: as asked, or because `torchrun` started its ranks again."""
+    return resume or (is_restarted() and (run / CONFIG).is_file())
+
+
 def check_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:
-    """Raise `RunConflictError` unless `run` is free to start in, or, with `resume`, the same run.
+    """Raise `RunConflictError` unless `run` is free to start in, or, if it `goes_on`, the same run.
 
     Cheap: call it before loading data. `train` checks again, so write nothing into `run` before.
     """
+    resume = goes_on(run, resume)
     known = (run / CONFIG).is_file()
     if resume and not known:
         raise RunConflictError(f"nothing to resume in {run} (no {CONFIG})", "leave --resume out")

@@ -10,13 +10,22 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from driving_sim.engine.checkpoint import latest, load_checkpoint, prune, save_checkpoint
+from driving_sim.engine.checkpoint import (
+    STATE,
+    checkpoint_path,
+    latest,
+    load_checkpoint,
+    newest_whole,
+    prune,
+    save_checkpoint,
+    step_of,
+)
 from driving_sim.engine.config import from_dict, to_dict
 from driving_sim.engine.device import resolve_device, resolve_precision
 from driving_sim.engine.distributed import process_group
@@ -26,6 +35,7 @@ from driving_sim.engine.interrupt import StopRequest, stop_on_signals
 from driving_sim.engine.run_folder import (
     CHECKPOINTS,
     check_run,
+    goes_on,
     mark_finished,
     mark_unfinished,
     prepare_run,
@@ -58,6 +68,8 @@ class TrainingResult:
     best_score: float
     best_step: int
     steps: int
+    batches: int
+    """Batches that all ranks together have taken for these steps."""
     seconds: float
     """Training time; validation does not count."""
 
@@ -91,6 +103,8 @@ def train(
     """
     if isinstance(device, str):
         device = resolve_device(device)
+    # Before the ranks meet, after which the main one writes into the folder.
+    resume = goes_on(run, resume)
     with (
         disk_errors(run),
         _threads(config.threads),
@@ -120,6 +134,7 @@ class _State:
     """Where a run stands: a checkpoint's `state.json`."""
 
     step: int = 0
+    batches: int = 0
     seconds: float = 0.0
     step_seconds: float = 0.0
     precision: str = ""
@@ -146,19 +161,28 @@ class _Loop:
         self.request = request
         self.state = _State()
         self.unsaved = False
+        self.notices: list[str] = []
         self.recent_seconds: deque[float] = deque(maxlen=15)
         self.log: RunLog | None = None
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint, if the run came as far as one."""
-        path = latest(self.folder / CHECKPOINTS)
+        """Go on from the newest checkpoint that is whole, if the run came as far as one."""
+        path = self._checkpoint()
         if path is None:
             return
         stepper = self.stepper
         values = load_checkpoint(
             path, model=stepper.model, optimizer=stepper.optimizer, ema=stepper.ema
         )
-        self.state = from_dict(_State, values, where=str(path / "state.json"))
+        self.state = from_dict(_State, values, where=str(path / STATE))
+
+    def _checkpoint(self) -> Path | None:
+        """The one to go on from, as the main rank finds it: checking reads everything."""
+        folder, path = self.folder / CHECKPOINTS, None
+        if self.ranks.is_main:
+            path, self.notices = newest_whole(folder)
+        (step,) = self.ranks.from_main([-1.0 if path is None else float(step_of(path))])
+        return None if step < 0 else checkpoint_path(folder, int(step))
 
     def choose_precision(self) -> None:
         """Resolve auto; a resumed run keeps what it measured before, if the device is the same."""
@@ -172,6 +196,9 @@ class _Loop:
     def run(self, dataset: Dataset[Batch], log: RunLog | None) -> TrainingResult:
         """Step, log, validate and save until the run is over."""
         self.log = log
+        if log:
+            for notice in self.notices:
+                log.say(notice)
         self.stepper.model.train()
         batches: Iterator[tuple[int, Batch]] | None = None
         while True:
@@ -189,7 +216,9 @@ class _Loop:
                 if self.ranks.is_main:
                     mark_unfinished(self.folder)
                 batches = _first_made(
-                    self.stepper.batches(dataset, self.state.step, self.request.shield)
+                    self.stepper.batches(
+                        dataset, self.state.step, self.state.batches, self.request.shield
+                    )
                 )
             self._step(batches, position)
 
@@ -215,6 +244,7 @@ class _Loop:
         state.step_seconds = statistics.median(self.recent_seconds)
         state.seconds += seconds
         state.step += 1
+        state.batches += self.stepper.batches_per_step
         self.unsaved = True
         self._count_skipped(finite)
         if self._due(self.config.log_every):
@@ -240,14 +270,9 @@ class _Loop:
         if state.validated_step == state.step:
             return
         score = math.inf
-        if self.ranks.is_main:
-            with self._evaluation():
-                validation = self.validate_model(self.stepper.model)
-                score = validation.score
-                if self._improves(score):
-                    self.export(self.stepper.ema_module, self.folder)
-            if self.log:
-                self.log.add_validation(state.step, validation, best=self._improves(score))
+        with self.stepper.averaged() as model:
+            if self.ranks.is_main:
+                score = self._validate_and_export(model)
         (score,) = self.ranks.from_main([score])
         state.validations_since_best += 1
         if self._improves(score):
@@ -255,34 +280,35 @@ class _Loop:
         state.validated_step = state.step
         self.unsaved = True
 
-    @contextmanager
-    def _evaluation(self) -> Iterator[None]:
-        modes = {module: module.training for module in self.stepper.model.modules()}
-        self.stepper.model.eval()
+    def _validate_and_export(self, model: nn.Module) -> float:
         # The same draws each time: scores differ by the weights alone.
         seed_torch(batch_seed(self.config.seed, -1), self.stepper.device)
-        try:
-            with self.stepper.ema.swapped(), torch.no_grad(), self.stepper.autocast():
-                yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with torch.no_grad(), self.stepper.autocast():
+            validation = self.validate_model(model)
+            if self._improves(validation.score):
+                self.export(cast(Trainable, model).ema_module(), self.folder)
+        if self.log:
+            best = self._improves(validation.score)
+            self.log.add_validation(self.state.step, validation, best=best)
+        return validation.score
 
     def _save(self) -> None:
         if not self.unsaved:
             return
         self._log_training()
-        stepper, folder = self.stepper, self.folder / CHECKPOINTS
+        stepper, state, folder = self.stepper, self.state, self.folder / CHECKPOINTS
+        save_checkpoint(
+            folder,
+            step=state.step,
+            model=stepper.model,
+            optimizer=stepper.optimizer,
+            ema=stepper.ema,
+            state=to_dict(state),
+            ranks=self.ranks,
+        )
         if self.ranks.is_main:
-            save_checkpoint(
-                folder,
-                step=self.state.step,
-                model=stepper.model,
-                optimizer=stepper.optimizer,
-                ema=stepper.ema,
-                state=to_dict(self.state),
-            )
-            prune(folder, keep_last=self.config.keep_last, best_step=self.state.best_step)
+            keep = self.config.keep_last
+            prune(folder, step=state.step, keep_last=keep, best_step=state.best_step)
         self.unsaved = False
 
     def _log_training(self) -> None:
@@ -295,6 +321,7 @@ class _Loop:
             "skipped_steps": float(self.state.skipped_steps),
             "step_seconds": self.state.step_seconds,
             "training_seconds": self.state.seconds,
+            "batches": float(self.state.batches),
         }
         self.log.add_scalars(self.state.step, "train", values)
 
@@ -342,6 +369,7 @@ class _Loop:
             best_score=state.best_score,
             best_step=state.best_step,
             steps=state.step,
+            batches=state.batches,
             seconds=state.seconds,
         )
 

@@ -50,6 +50,12 @@ class TrainingConfig:
     """Processes that make batches ahead; 0: made by the training process."""
     threads: int | None = None
     """CPU threads of a training process; None: torch's choice."""
+    gradient_checkpointing: bool = False
+    """Keep blocks' inputs only and compute the rest again backwards: less memory, more time."""
+    compile: bool = False
+    """Compile the blocks (torch.compile): minutes at the start, faster steps after it."""
+    shard: bool = False
+    """Spread weights, gradients and optimiser state over the ranks of `torchrun` (FSDP2)."""
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):

@@ -1,10 +1,11 @@
 """One optimiser step: batches in, gradients, clipping, optimiser, averaged weights."""
 
+import copy
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol, cast
 
 import torch
@@ -23,7 +24,9 @@ from driving_sim.engine.optimizer import (
     clip_gradients,
     set_learning_rate,
 )
+from driving_sim.engine.parallel import parallel
 from driving_sim.engine.schedule import learning_rate_factor
+from driving_sim.engine.sharding import whole
 from driving_sim.engine.training_config import TrainingConfig
 
 Batch = dict[str, Tensor]
@@ -43,6 +46,10 @@ class Trainable(Protocol):
         """The part that is averaged and exported."""
         ...
 
+    def blocks(self) -> Iterable[nn.Module]:
+        """The repeated parts: what is sharded, compiled and recomputed one at a time."""
+        ...
+
 
 class Stepper:
     """Owns what a step changes: the model's weights, the optimiser, the averaged weights."""
@@ -53,6 +60,9 @@ class Stepper:
         self.model = model.to(device)
         self.config, self.ranks, self.device = config, ranks, device
         self.dtype = torch.float32
+        # Validated and exported in place of a sharded model.
+        self._whole = copy.deepcopy(model).cpu() if config.shard and ranks.is_main else None
+        self._parallel = parallel(model, config, ranks, device)
         trainable = cast(Trainable, model)
         self.ema_module = trainable.ema_module()
         self.ema = Ema(self.ema_module, config.ema_decay)
@@ -65,22 +75,27 @@ class Stepper:
             muon=config.optimizer == "muon",
         )
         self.meter = Meter()
-        # The players of an adversarial loss start apart: not every parameter has a gradient.
-        self._parallel: nn.Module = (
-            DistributedDataParallel(model, find_unused_parameters=True) if ranks.size > 1 else model
-        )
+
+    @property
+    def batches_per_step(self) -> int:
+        """How many batches all ranks together take for a step."""
+        return self.config.accumulate * self.ranks.size
 
     def batches(
-        self, dataset: Dataset[Batch], step: int, worker_init: Callable[[int], None]
+        self,
+        dataset: Dataset[Batch],
+        step: int,
+        first: int,
+        worker_init: Callable[[int], None],
     ) -> Iterator[tuple[int, Batch]]:
-        """This rank's numbered batches from `step` on; `worker_init` runs in each data worker.
+        """This rank's numbered batches from `step` on, which begins with batch `first` of the run.
 
-        Step s takes the batches from s * n on, n = accumulate * ranks; the ranks take turns, so
-        that more ranks and more accumulation see the same data.
+        The ranks take turns, so that more ranks and more accumulation see the same data.
+        `worker_init` runs in each data worker.
         """
-        per_step = self.config.accumulate * self.ranks.size
-        stop = self.config.steps * per_step if self.config.steps else sys.maxsize
-        numbers = range(step * per_step + self.ranks.rank, stop, self.ranks.size)
+        left = None if self.config.steps is None else self.config.steps - step
+        stop = sys.maxsize if left is None else first + left * self.batches_per_step
+        numbers = range(first + self.ranks.rank, stop, self.ranks.size)
         loader = DataLoader(
             _CarryingErrors(dataset),
             batch_size=None,
@@ -123,7 +138,38 @@ class Stepper:
 
     def autocast(self) -> AbstractContextManager[object]:
         """The passes' number format; weights stay float32."""
-        return autocast(self.device, self.dtype)
+        # Kept casts of weights would keep what is gathered for a block for the whole pass.
+        return autocast(self.device, self.dtype, keep_casts=not self.config.shard)
+
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """The model in eval mode with averaged weights and no part of it sharded.
+
+        Every rank has to enter; it is the main rank's to use.
+        """
+        if not self.config.shard:
+            with self.ema.swapped(), _evaluating(self.model):
+                yield self.model
+            return
+        self._gather()
+        model = self.model if self._whole is None else self._whole.to(self.device)
+        with _evaluating(model):
+            yield model
+        if self._whole is not None:
+            self._whole.cpu()
+
+    @torch.no_grad()
+    def _gather(self) -> None:
+        """Fill the whole model from the ranks' shares, a tensor at a time."""
+        pairs = [(self.model.state_dict(), self._whole)]
+        averaged = None if self._whole is None else cast(Trainable, self._whole).ema_module()
+        pairs.append((self.ema.state_dict(), averaged))
+        for tensors, target in pairs:
+            own = {} if target is None else target.state_dict()
+            for name, tensor in tensors.items():
+                complete = whole(tensor)
+                if target is not None:
+                    own[name].copy_(complete)
 
     def learning_rate(self) -> float:
         """The last step's, before any group's own scale."""
@@ -152,15 +198,27 @@ class Stepper:
 
     def _synchronised(self, last: bool) -> AbstractContextManager[object]:
         """Ranks exchange gradients with the last batch of a step only."""
-        parallel = self._parallel
-        if isinstance(parallel, DistributedDataParallel) and not last:
-            return parallel.no_sync()
+        if self.config.shard:
+            self._parallel.set_requires_gradient_sync(last)  # type: ignore[operator]
+        elif isinstance(self._parallel, DistributedDataParallel) and not last:
+            return self._parallel.no_sync()
         return nullcontext()
 
     def _all_finite(self, scalars: list[Tensor]) -> bool:
         finite = torch.stack([scalar.float() for scalar in scalars]).isfinite().all()
         # The step's one wait for the device; ranks must decide alike.
         return bool(self.ranks.sum((~finite).int()).item() == 0)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 class _CarryingErrors(Dataset[Batch | DriveSimError]):

@@ -1,0 +1,60 @@
+"""How a model's passes are run: on several ranks, recomputed, compiled."""
+
+import os
+import shutil
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from driving_sim.engine.distributed import Ranks
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.sharding import shard
+from driving_sim.engine.training_config import TrainingConfig
+
+if TYPE_CHECKING:
+    from driving_sim.engine.training_step import Trainable
+
+
+def parallel(
+    model: nn.Module, config: TrainingConfig, ranks: Ranks, device: torch.device
+) -> nn.Module:
+    """What is to be called in place of `model` (a `Trainable`), whose blocks may change.
+
+    Raises `DriveSimError` where an option cannot be had here.
+    """
+    trainable = cast("Trainable", model)
+    blocks = list(trainable.blocks())
+    if config.gradient_checkpointing:
+        for block in blocks:
+            # A partial, not a function, so that a deep copy runs its own weights.
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if config.compile:
+        _require_compiler(device)
+        for block in blocks:
+            block.compile()
+    if config.shard:
+        if ranks.size == 1:
+            raise DriveSimError(
+                "--shard spreads a model over several ranks, and this is the only one: start it "
+                "with torchrun --nproc-per-node=N, or leave --shard out"
+            )
+        shard(model, blocks, device)
+    elif ranks.size > 1:
+        # The players of an adversarial loss, which are clipped apart, start apart: then not every
+        # parameter has a gradient.
+        players = {group.get("clip") for group in trainable.parameter_groups()}
+        return DistributedDataParallel(model, find_unused_parameters=len(players) > 1)
+    return model
+
+
+def _require_compiler(device: torch.device) -> None:
+    names = [os.environ.get("CXX", ""), "g++", "clang++", "cl"]
+    if device.type == "cpu" and not any(shutil.which(name) for name in names if name):
+        raise DriveSimError(
+            "training.compile needs a C++ compiler (g++ or clang++), and there is none: install "
+            "one, or leave the option out"
+        )

@@ -1,0 +1,115 @@
+"""Models that are spread over the ranks (FSDP2, https://arxiv.org/abs/2304.11277).
+
+Each rank keeps a share of every parameter, of its gradient and of what the optimiser knows of it;
+a block's parameters are gathered while it runs. Such parameters are `DTensor`s: what is here tells
+them from plain ones, and is the identity on those.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from driving_sim.engine.errors import DriveSimError
+
+_FILES = "shard-*.safetensors"  # what torch.distributed.checkpoint calls them
+
+
+def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
+    """Spread the parameters over all ranks: `blocks` one by one, all others together.
+
+    Raises `DriveSimError` where torch is too old.
+    """
+    _require_torch()
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for parameter in model.parameters():  # others are refused, channels_last for one
+        parameter.data = parameter.data.contiguous()
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds a share of a tensor only."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; every rank has to ask for it."""
+    if not is_sharded(tensor):
+        return tensor
+    gathered: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return gathered
+
+
+def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor that all ranks hold, sharded as `like` is."""
+    if not is_sharded(like) or is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    # No source: each rank takes its share of its own copy.
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write every rank's share of `tensors` into `folder`; all ranks have to call it."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    # Its other storages pickle their metadata; this one reads numbers with a shape only.
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    save({name: _with_shape(tensor) for name, tensor in tensors.items()}, storage_writer=writer)
+
+
+def is_saved_in_shards(folder: Path) -> bool:
+    """Whether `save_shards` wrote here."""
+    return any(folder.glob(_FILES))
+
+
+def load_shards(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read what `save_shards` wrote, on any number of ranks, one without `torchrun` included.
+
+    A tensor named `KIND/NAME` or `KIND/NAME/QUANTITY` comes sharded as `parameters[NAME]` where it
+    has that one's shape.
+    """
+    _require_torch()
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    tensors: dict[str, Tensor] = {}
+    for name, entry in saved.items():
+        assert isinstance(entry, TensorStorageMetadata)
+        dtype, rest = entry.properties.dtype, name.partition("/")[2]
+        like = parameters.get(rest, parameters.get(rest.rpartition("/")[0]))
+        if like is not None and is_sharded(like) and like.shape == entry.size:
+            tensors[name] = torch.empty_like(like, dtype=dtype)
+        else:
+            tensors[name] = torch.empty(entry.size, dtype=dtype)
+    with warnings.catch_warnings():
+        # It warns where there are no ranks: of what is wanted then.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
+    return tensors
+
+
+def _with_shape(tensor: Tensor) -> Tensor:
+    return tensor if tensor.ndim else tensor.reshape(1)
+
+
+def _require_torch() -> None:
+    try:
+        import torch.distributed.checkpoint.hf_storage
+    except ImportError as error:
+        raise DriveSimError(
+            f"sharded training needs torch 2.9 or newer, this is {torch.__version__}: update it, "
+            "or leave --shard out"
+        ) from error
