@@ -13,9 +13,10 @@ import numpy.typing as npt
 
 from driving_sim.data.action_file import STEERING, ActionLog, SteeringKind
 from driving_sim.data.alignment import align
+from driving_sim.data.decoder_process import read_frames, stream_frames
 from driving_sim.data.frame_size import FrameSize
 from driving_sim.data.timing import choose_frames, chosen_segments, mean_rate
-from driving_sim.data.video import VideoInfo, read_frames, stream_frames
+from driving_sim.data.video import VideoInfo
 from driving_sim.engine.errors import DriveSimError
 
 Frames = npt.NDArray[np.uint8]
@@ -36,7 +37,7 @@ class FrameReader(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VideoFrames:
-    """The frames of a video file."""
+    """The frames of a video file, decoded in a process that it cannot take down with it."""
 
     info: VideoInfo
 

@@ -19,8 +19,21 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from driving_sim.data.heartbeat import beat
 from driving_sim.data.timing import median_period
-from driving_sim.engine.errors import DriveSimError
+from driving_sim.data.video_file import (
+    MAX_PIXELS,
+    VideoError,
+    check_count,
+    check_file,
+    check_picture,
+    check_times,
+    most_frames,
+    open_video,
+    video_stream,
+)
+
+__all__ = ["VideoError", "VideoInfo", "decord_installed", "probe"]
 
 _DECORD_CODECS = ("h264", "vp9", "mpeg4")
 _CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2": "mp4", "matroska,webm": "mkv"}
@@ -28,10 +41,6 @@ _CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2": "mp4", "matroska,webm": "mkv"}
 _DECORD_FRAMES = 5_000
 _FALLBACK_RATE = 25.0
 _MATROSKA_DURATION = re.compile(r"(\d+):(\d+):(\d+\.?\d*)")
-
-
-class VideoError(DriveSimError):
-    """A video file that cannot be read: what is wrong with it and where."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -83,45 +92,35 @@ def probe(path: Path) -> VideoInfo:
     Takes milliseconds: nothing is decoded after the first frame. A stream without timestamps
     (raw .hevc, .h264) gets them from its nominal rate.
 
-    Raises VideoError for a file that is missing, empty, truncated, not a video or without frames.
+    Raises VideoError for a file that is missing, empty, truncated, not a video or without frames,
+    and for one beyond the limits of `video_file`.
     """
-    _check_file(path)
+    check_file(path)
     try:
-        with av.open(str(path)) as container:
+        with open_video(path) as container:
             stream = video_stream(container, path)
-            packets = _demux(container, stream)
+            check_count(path, stream.frames)
+            packets = _demux(path, container, stream)
             return _describe(path, container, stream, packets)
+    except av.error.MemoryError:
+        raise  # no fault of the file's
     except av.error.FFmpegError as error:
         raise VideoError(
-            f"{path}: not a readable video ({error.strerror}): it is damaged, cut off or another "
-            "kind of file; copy it again or leave it out"
+            f"{path}: not a readable video ({error.strerror}): it is damaged, cut off, another "
+            f"kind of file, or has pictures of more than {MAX_PIXELS:,} pixels; copy it again or "
+            "leave it out"
         ) from error
 
 
-def video_stream(container: InputContainer, path: Path) -> VideoStream:
-    """The file's first video stream; cover pictures of audio files do not count."""
-    for stream in container.streams.video:
-        if not stream.disposition & av.stream.Disposition.attached_pic:
-            return stream
-    raise VideoError(
-        f"{path}: no video in this file (no frames, only sound, or cut off); leave it out"
-    )
-
-
-def _check_file(path: Path) -> None:
-    if not path.exists():
-        raise VideoError(f"{path}: no such file")
-    if not path.is_file():
-        raise VideoError(f"{path}: not a file; give a video file")
-    if path.stat().st_size == 0:
-        raise VideoError(f"{path}: the file is empty; copy it again or leave it out")
-
-
-def _demux(container: InputContainer, stream: VideoStream) -> _Packets:
+def _demux(path: Path, container: InputContainer, stream: VideoStream) -> _Packets:
     pts: list[int | None] = []
     keyframe_pts: list[int] = []
     discarded = corrupt = leading = end = 0
-    for packet in container.demux(stream):
+    most = most_frames(path)
+    for number, packet in enumerate(container.demux(stream)):
+        beat()
+        if number > most:
+            check_count(path, number)
         if packet.size == 0:
             continue
         if packet.is_discard:
@@ -155,12 +154,14 @@ def _describe(
     first = _first_frame(path)
     pts = _frame_pts(container, stream, packets, first)
     timestamps = _timestamps(pts, packets.count, stream)
+    check_times(path, timestamps)
     _check_whole(path, container, stream, packets, timestamps)
     rotation = round(first.rotation / 90) % 4 * 90
     codec = stream.codec_context.codec.canonical_name
     container_name = _CONTAINERS.get(container.format.name, container.format.name)
     obstacle = _why_not_decord(codec, container_name, rotation, stream, packets, pts)
     width, height = _display_size(first, stream, rotation)
+    check_picture(path, height, width)
     return VideoInfo(
         path=path,
         codec=codec,
@@ -178,7 +179,7 @@ def _describe(
 
 def _first_frame(path: Path) -> VideoFrame:
     # Opened anew: not every format can be sought back to its start.
-    with av.open(str(path)) as container:
+    with open_video(path) as container:
         for frame in container.decode(video_stream(container, path)):
             return frame
     raise VideoError(f"{path}: no frame of this file can be decoded; copy it again or leave it out")
@@ -249,7 +250,7 @@ def _declared_end(container: InputContainer, stream: VideoStream) -> float | Non
 
 def _display_size(first: VideoFrame, stream: VideoStream, rotation: int) -> tuple[int, int]:
     aspect = stream.sample_aspect_ratio
-    width = round(first.width * float(aspect)) if aspect else first.width
+    width = max(1, round(first.width * float(aspect))) if aspect else first.width
     return (first.height, width) if rotation in (90, 270) else (width, first.height)
 
 

@@ -2,6 +2,8 @@
 
 Whole videos are streamed with PyAV. Clips are read with decord where `probe` allows it; a reader is
 opened for the clip and closed after it, because an open decord reader decodes ahead without bound.
+
+All of it happens where it is called; the package calls it in `decoder` processes only.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,11 +15,15 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from driving_sim.data.frame_size import Fit, FrameSize, fit
-from driving_sim.data.probe import VideoError, VideoInfo, probe, video_stream
+from driving_sim.data.heartbeat import beat
+from driving_sim.data.probe import VideoInfo, probe
+from driving_sim.data.video_file import VideoError, check_picture, open_video, video_stream
 
 __all__ = ["VideoInfo", "probe", "read_frames", "stream_frames"]
 
 Frame = NDArray[np.uint8]
+_DECORD_BATCH = 8
+"""Frames between two signs of life; a batch for every frame takes a sixth longer."""
 _SEEK_COST_FRAMES = 30
 """A seek costs about as much as decoding this many frames."""
 
@@ -34,10 +40,8 @@ def stream_frames(
 
     Raises VideoError where a wanted frame cannot be decoded, naming the time reached.
     """
-    wanted = _checked(info, range(len(info.timestamps)) if indices is None else indices)
-    if np.any(np.diff(wanted) <= 0):
-        raise ValueError("indices: must be increasing")
-    geometry = fit(info.height, info.width, size)
+    wanted = frames_to_stream(info, indices)
+    geometry = _geometry(info, size)
     show = _Display(info, geometry)
     for frame in _decode(info, wanted, threads=0):
         yield show(frame)
@@ -50,10 +54,10 @@ def read_frames(
 
     For clips that fit in memory many times over. Raises VideoError where a frame cannot be decoded.
     """
-    asked = _checked(info, indices)
-    geometry = fit(info.height, info.width, size)
+    asked = frames_to_read(info, indices)
+    geometry = _geometry(info, size)
     if len(asked) == 0:
-        return np.empty((0, geometry.size.height, geometry.size.width, 3), dtype=np.uint8)
+        return _empty(0, geometry)
     wanted, positions = np.unique(asked, return_inverse=True)
     frames = _read_decord(info, wanted, geometry) if info.reader == "decord" else None
     if frames is None:
@@ -61,14 +65,35 @@ def read_frames(
     return frames[positions]
 
 
-def _checked(
+def frames_to_stream(
+    info: VideoInfo, indices: NDArray[np.int64] | Sequence[int] | None
+) -> NDArray[np.int64]:
+    """Frame numbers to stream, all of them by default.
+
+    Raises IndexError where there is no such frame, ValueError where they do not increase.
+    """
+    wanted = frames_to_read(info, range(len(info.timestamps)) if indices is None else indices)
+    if np.any(np.diff(wanted) <= 0):
+        raise ValueError("indices: must be increasing")
+    return wanted
+
+
+def frames_to_read(
     info: VideoInfo, indices: NDArray[np.int64] | Sequence[int] | range
 ) -> NDArray[np.int64]:
+    """Frame numbers of a clip, in any order. Raises IndexError where there is no such frame."""
     wanted = np.asarray(indices, dtype=np.int64)
     count = len(info.timestamps)
     if len(wanted) and (wanted.min() < 0 or wanted.max() >= count):
         raise IndexError(f"{info.path}: frames {wanted.min()}..{wanted.max()} of {count}")
     return wanted
+
+
+def _geometry(info: VideoInfo, size: FrameSize | None) -> Fit:
+    geometry = fit(info.height, info.width, size)
+    # A picture of one row, scaled until it covers the size, may take any amount of memory.
+    check_picture(info.path, geometry.height, geometry.width)
+    return geometry
 
 
 def _read_decord(info: VideoInfo, wanted: NDArray[np.int64], geometry: Fit) -> Frame | None:
@@ -83,16 +108,25 @@ def _read_decord(info: VideoInfo, wanted: NDArray[np.int64], geometry: Fit) -> F
         )
         if len(reader) != len(info.timestamps):
             return None
-        frames: Frame = reader.get_batch(wanted).asnumpy()
+        frames = _empty(len(wanted), geometry)
+        for start in range(0, len(wanted), _DECORD_BATCH):
+            part = slice(start, start + _DECORD_BATCH)
+            pictures = reader.get_batch(wanted[part]).asnumpy()
+            frames[part] = pictures[:, geometry.rows, geometry.columns]
+            beat()
     # Its error is a plain Exception, and it may not even load. PyAV then reads the clip, or says
     # what is wrong.
     except Exception:
         return None
-    return np.ascontiguousarray(frames[:, geometry.rows, geometry.columns])
+    return frames
+
+
+def _empty(count: int, geometry: Fit) -> Frame:
+    return np.empty((count, geometry.size.height, geometry.size.width, 3), dtype=np.uint8)
 
 
 def _read_pyav(info: VideoInfo, wanted: NDArray[np.int64], geometry: Fit) -> Frame:
-    frames = np.empty((len(wanted), geometry.size.height, geometry.size.width, 3), dtype=np.uint8)
+    frames = _empty(len(wanted), geometry)
     show = _Display(info, geometry)
     # One thread: clips are read by many loader workers at a time.
     for slot, frame in enumerate(_decode(info, wanted, threads=1)):
@@ -141,6 +175,8 @@ def _decode_run(
                 position += 1
             if position == len(wanted):
                 return
+    except av.error.MemoryError:
+        raise  # no fault of the file's
     except av.error.FFmpegError as error:
         raise _undecodable(info, wanted[position], error.strerror) from error
     if position > 0:
@@ -149,16 +185,19 @@ def _decode_run(
 
 def _numbered(info: VideoInfo, keyframe: int, threads: int) -> Iterator[tuple[int, VideoFrame]]:
     """Decode from a keyframe on, each frame with its number."""
-    with av.open(str(info.path)) as container:
+    with open_video(info.path) as container:
         stream = video_stream(container, info.path)
         stream.thread_type = "AUTO"
         stream.thread_count = threads
         if info.pts is None:
-            yield from enumerate(container.decode(stream))
+            for index, frame in enumerate(container.decode(stream)):
+                beat()
+                yield index, frame
             return
         if keyframe > 0:
             container.seek(int(info.pts[keyframe]), stream=stream)
         for frame in container.decode(stream):
+            beat()
             index = int(np.searchsorted(info.pts, frame.pts)) if frame.pts is not None else -1
             if 0 <= index < len(info.pts) and info.pts[index] == frame.pts:
                 yield index, frame

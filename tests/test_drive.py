@@ -43,6 +43,15 @@ def test_frames_and_stream_agree_after_pickling(drive: Drive) -> None:
     assert drive.duration_s == pytest.approx(1.1)
 
 
+def test_a_video_is_not_decoded_in_this_process(
+    drive: Drive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("driving_sim.data.video.open_video")
+    monkeypatch.delattr("driving_sim.data.video._read_decord")
+    assert len(list(drive.stream(SIZE))) == 12
+    assert len(drive.frames([7, 2], SIZE)) == 2
+
+
 def test_a_sample_has_the_actions_between_its_own_frames(drive: Drive) -> None:
     sampled = sample(drive, every=3)
     assert sampled.indices.tolist() == [0, 3, 6, 9]

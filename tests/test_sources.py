@@ -1,5 +1,9 @@
 import math
+import os
 import shutil
+import signal
+import struct
+import zlib
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -8,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from driving_sim.data import decoder_process, video_file
 from driving_sim.data.action_file import SPEED, STEERING
 from driving_sim.data.drive import sample
 from driving_sim.data.frame_size import FrameSize
@@ -66,6 +71,21 @@ def test_what_cannot_be_used_is_listed_beside_the_rest(tmp_path: Path) -> None:
     assert not any("\n" in reason for reason in reasons.values())
     shifted = find_drives([tmp_path / "late.mp4"], time_offset=-100)
     assert [drive.id for drive in shifted.drives] == ["late"]
+
+
+def test_a_probe_that_hangs_is_listed_beside_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abc":
+        write_grey_video(tmp_path / f"{name}.mp4")
+    find_drives([tmp_path])
+    monkeypatch.setenv(decoder_process.LIMIT, "1")
+    os.kill(decoder_process._idle[-1]._process.pid, signal.SIGSTOP)
+    found = find_drives([tmp_path])
+    assert [drive.id for drive in found.drives] == ["b", "c"]
+    (bad,) = found.skipped
+    assert bad.id == "a"
+    assert "a.mp4: its decoder gave no sign of life" in bad.reason
 
 
 def test_without_actions_no_log_is_read(tmp_path: Path) -> None:
@@ -208,6 +228,63 @@ def test_a_missing_udacity_image_names_the_line(tmp_path: Path) -> None:
     assert "line 2: image 'center_2018_07_16_23_59_59_100.jpg' is not in" in skipped.reason
 
 
+def test_udacity_images_cannot_be_links_out_of_the_recording(tmp_path: Path) -> None:
+    rows = [row(0, 0, 10), row(100, 0, 10)]
+    write_recording(tmp_path / "sim", rows)
+    image = max((tmp_path / "sim" / "IMG").iterdir())
+    secret = image.rename(tmp_path / "secret.jpg")
+    image.symlink_to(secret)
+    (skipped,) = find_drives([tmp_path / "sim"]).skipped
+    assert "line 2" in skipped.reason
+    assert "is a link out of" in skipped.reason
+    # Within the recording, a link is as good as a file.
+    image.unlink()
+    (tmp_path / "sim" / "more").mkdir()
+    image.symlink_to(secret.rename(tmp_path / "sim" / "more" / "a.jpg"))
+    assert len(find_drives([tmp_path / "sim"]).drives) == 1
+
+
+@pytest.mark.parametrize("name", ["..", "/", "", "IMG/.."])
+def test_udacity_names_of_no_image_name_the_line(tmp_path: Path, name: str) -> None:
+    write_recording(tmp_path, [row(0, 0, 10), row(100, 0, 10)])
+    with (tmp_path / "driving_log.csv").open("a") as log:
+        log.write(f"{name},l,r,0,0,0,1\n")
+    (skipped,) = find_drives([tmp_path]).skipped
+    assert "line 3" in skipped.reason
+
+
+def test_a_hostile_udacity_image_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_recording(tmp_path / "sim", [row(0, 0, 10), row(100, 0, 10), row(200, 0, 10)])
+    (drive,) = find_drives([tmp_path / "sim"]).drives
+    first, second, third = sorted((tmp_path / "sim" / "IMG").iterdir())
+    claim_image_size(first, 60_000, 60_000)  # Pillow refuses it
+    claim_image_size(second, 10_000, 10_000)  # Pillow warns of it
+    Image.new("RGB", (64, 32)).save(third, format="TIFF")  # no camera's: less to go wrong
+    for number in range(3):
+        with pytest.raises(DriveSimError, match=rf"IMG/.*{number}00\.jpg: cannot be read as an im"):
+            drive.frames([number], SIZE)
+    Image.new("RGB", (64, 32)).save(first)
+    assert drive.frames([0], SIZE).shape == (1, 16, 32, 3)
+    monkeypatch.setattr(video_file, "MAX_PIXELS", 64 * 32 - 1)
+    with pytest.raises(DriveSimError, match="64×32 pixels"):
+        drive.frames([0], SIZE)
+    monkeypatch.setattr(video_file, "MAX_PIXELS", 64 * 64)
+    with pytest.raises(DriveSimError, match="128×64 pixels"):  # to cover the size asked for
+        drive.frames([0], FrameSize(height=64, width=64))
+
+
+def claim_image_size(path: Path, height: int, width: int) -> None:
+    """Write a .png of one pixel that claims to be as large as that."""
+    Image.new("RGB", (1, 1)).save(path, format="PNG")
+    content = path.read_bytes()
+    start = content.index(b"IHDR")
+    header = b"IHDR" + struct.pack(">II", width, height) + content[start + 12 : start + 17]
+    check = struct.pack(">I", zlib.crc32(header))
+    path.write_bytes(content[:start] + header + check + content[start + 21 :])
+
+
 def test_udacity_images_are_scaled_like_the_same_video(tmp_path: Path) -> None:
     gradient = np.linspace(0, 255, 320).astype(np.uint8)
     picture = np.ascontiguousarray(np.broadcast_to(gradient[None, :, None], (160, 320, 3)))
@@ -322,3 +399,17 @@ def test_a_segment_with_too_few_frames_or_logs_is_skipped(segment: Path, tmp_pat
     assert "video.hevc has 5 frames" in reasons["short"]
     assert "is missing from the comma2k19 segment" in reasons["bare"]
     assert "cannot be read as a NumPy array" in reasons["pickled"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("speed", 1e39), ("steering_angle", -5000.0)])
+def test_absurd_can_signals_are_refused(
+    segment: Path, tmp_path: Path, name: str, value: float
+) -> None:
+    shutil.copytree(segment, tmp_path / "40", copy_function=shutil.copyfile)
+    path = tmp_path / "40" / "processed_log" / "CAN" / name / "value"
+    values = np.load(path)
+    values[7] = value
+    with path.open("wb") as file:
+        np.save(file, values)
+    (skipped,) = find_drives([tmp_path]).skipped
+    assert f"{name}/value: goes from" in skipped.reason

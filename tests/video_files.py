@@ -1,5 +1,7 @@
 """Small video files whose frames carry their own number, for the tests of the readers."""
 
+import os
+import struct
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -73,4 +75,43 @@ def cut(path: Path, fraction: float) -> Path:
     """Keep the first part of a file's bytes."""
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * fraction)])
+    return path
+
+
+def claim_size(path: Path, height: int, width: int) -> Path:
+    """Write a huffyuv .avi, whose decoder knows the picture's size from the header only."""
+    write_numbered(path, codec="huffyuv", container="avi", pixel_format="rgb24", count=4)
+    content = bytearray(path.read_bytes())
+    start = content.index(b"strf") + 12
+    assert struct.unpack("<ii", content[start : start + 8]) == (WIDTH, HEIGHT)
+    content[start : start + 8] = struct.pack("<ii", width, height)
+    path.write_bytes(content)
+    return path
+
+
+def claim_frames(path: Path, frames: int) -> Path:
+    """Write an .mp4 of 4 frames whose tables say that there are `frames`, of a byte each."""
+    content = bytearray(write_numbered(path, count=4).read_bytes())
+    sizes, times, chunks = (content.index(name) + 8 for name in (b"stsz", b"stts", b"stsc"))
+    content[sizes : sizes + 8] = struct.pack(">II", 1, frames)
+    content[times + 4 : times + 8] = struct.pack(">I", frames)
+    content[chunks + 8 : chunks + 12] = struct.pack(">I", frames)
+    path.write_bytes(content)
+    return path
+
+
+def change_size_midway(path: Path) -> Path:
+    """Write 12 frames of 48×128 and then 12 of 96×256 into one raw .h264 stream."""
+    parts = [
+        write_numbered(path, container="h264", count=12, height=height, width=width).read_bytes()
+        for height, width in ((HEIGHT, WIDTH), (2 * HEIGHT, 2 * WIDTH))
+    ]
+    path.write_bytes(b"".join(parts))
+    return path
+
+
+def make_hang(path: Path) -> Path:
+    """Put a pipe that nobody writes to in a file's place: whoever opens it waits for ever."""
+    path.unlink()
+    os.mkfifo(path)
     return path

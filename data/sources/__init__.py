@@ -17,8 +17,10 @@ from driving_sim.data.sources.log_options import LogOptions
 from driving_sim.data.split import MIRROR_SUFFIX, has_control_characters
 from driving_sim.engine.errors import DriveSimError
 
-# Probing waits for the disk, or for the network behind it.
+# Probing waits for the disk, or for the network behind it. Another decoder takes as long to start
+# as some 16 probes.
 _PROBES_AT_ONCE = 8
+_PROBES_FOR_A_DECODER = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,8 @@ def find_drives(
         except DriveSimError as error:
             return Skipped(id=drive_id, reason=str(error))
 
-    with ThreadPoolExecutor(_PROBES_AT_ONCE) as pool:
+    at_once = min(_PROBES_AT_ONCE, 1 + len(named) // _PROBES_FOR_A_DECODER)
+    with ThreadPoolExecutor(at_once) as pool:
         loaded = list(pool.map(load, named))
     return DriveSet(
         drives=[each for each in loaded if isinstance(each, Drive)],

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from driving_sim.data.action_file import is_action_file, read_action_file
 from driving_sim.data.alignment import check_coverage
+from driving_sim.data.decoder_process import probe
 from driving_sim.data.drive import Drive, VideoFrames
 from driving_sim.data.sources.log_options import LogOptions
-from driving_sim.data.video import probe
 from driving_sim.engine.errors import DriveSimError
 
 VIDEO_SUFFIXES = frozenset(
