@@ -4,7 +4,6 @@ Legend: B frames of a batch, N frames of all drives together, H height, W width.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -112,11 +111,11 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
 
     def _decode(self, chosen: NDArray[np.int64]) -> NDArray[np.uint8]:
         frames = np.empty((len(chosen), self.size.height, self.size.width, 3), dtype=np.uint8)
-        for drive, (start, stop) in zip(self._drives, pairwise(self._offsets), strict=True):
-            inside = (start <= chosen) & (chosen < stop)
-            if inside.any():
-                indices = drive.indices[chosen[inside] - start]
-                frames[inside] = drive.drive.frames(indices, self.size)
+        numbers = np.searchsorted(self._offsets, chosen, side="right") - 1
+        for number in np.unique(numbers):
+            inside, drive = numbers == number, self._drives[number]
+            indices = drive.indices[chosen[inside] - self._offsets[number]]
+            frames[inside] = drive.drive.frames(indices, self.size)
         return frames
 
 

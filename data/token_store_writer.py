@@ -35,6 +35,7 @@ from driving_sim.data.token_store_index import (
 )
 from driving_sim.data.token_store_plan import Piece, PlannedDrive, StorePlan
 from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
+from driving_sim.engine.distributed import Ranks
 from driving_sim.engine.errors import DriveSimError
 
 _PLAN = "plan.json"
@@ -45,14 +46,16 @@ class TokenStoreWriter:
     """Writes the store `out` by a plan; continues one of the same plan that is unfinished.
 
     `add` or `skip` each drive that is not `done`, in any order, then `finish`. A context manager,
-    which lets the folder go.
+    which lets the folder go. On several ranks all of them make one, of the same folder on a shared
+    disk; each drive is added by one of them, and all `finish`.
 
     Raises:
         DriveSimError: `out` is a finished store, one of another plan, in use, or something else.
     """
 
-    def __init__(self, out: Path, plan: StorePlan) -> None:
-        self.out, self.plan = out, plan
+    def __init__(self, out: Path, plan: StorePlan, ranks: Ranks | None = None) -> None:
+        self.out, self.plan, self._ranks = out, plan, ranks or Ranks()
+        self._lock: int | None = None
         self._work = out / UNFINISHED
         self._numbers = {drive.id: number for number, drive in enumerate(plan.drives)}
         self._shards = plan.shards()
@@ -60,10 +63,17 @@ class TokenStoreWriter:
         for shard, pieces in enumerate(self._shards):
             for piece in pieces:
                 self._shards_of.setdefault(piece.drive, []).append(shard)
-        with _writing(out):
-            self._lock = _lock(out)
+        if self._ranks.is_main:
+            self._begin()
+        self._ranks.barrier()
+        if not self._ranks.is_main:
+            self._check_same(load_json(self._work / _PLAN))
+
+    def _begin(self) -> None:
+        with _writing(self.out):
+            self._lock = _lock(self.out)
         try:
-            with _writing(out):
+            with _writing(self.out):
                 self._start()
         except BaseException:
             self.close()
@@ -211,7 +221,8 @@ class TokenStoreWriter:
             self._merge(self._shards_of.get(number, []))
 
     def _merge(self, shards: Sequence[int]) -> None:
-        """Turn parts into shards where all of a shard's drives are settled."""
+        """Turn parts into shards, those that are this rank's, where all drives are settled."""
+        shards = [shard for shard in shards if shard % self._ranks.size == self._ranks.rank]
         for shard in shards:
             pieces = self._shards[shard]
             if not self._shard_note(shard).exists() and all(
@@ -271,12 +282,22 @@ class TokenStoreWriter:
             ValueError: a planned drive was neither added nor skipped.
             DriveSimError: every drive was skipped, or the disk is full or not writable.
         """
+        self._ranks.barrier()
         missing = [drive.id for drive in self.plan.drives if not self.done(drive.id)]
         if missing:
             raise ValueError(f"{len(missing)} drives are missing, {missing[0]!r} first")
         with _writing(self.out):
             self._merge(range(len(self._shards)))
-            index = self._index()
+        self._ranks.barrier()
+        index = self._index()
+        self._ranks.barrier()
+        if self._ranks.is_main:
+            self._write_index(index)
+        self._ranks.barrier()
+        return index
+
+    def _write_index(self, index: StoreIndex) -> None:
+        with _writing(self.out):
             if not index.frames:
                 self._remove()
                 first = f"{index.skipped[0].id!r} as {index.skipped[0].reason}"
@@ -284,7 +305,6 @@ class TokenStoreWriter:
             save_json(self.out / INDEX, to_dict(index))
             shutil.rmtree(self._work)
         self.close()
-        return index
 
     def _remove(self) -> None:
         shutil.rmtree(self._work)

@@ -1,7 +1,6 @@
 """What the commands do, as functions: videos to a tokenizer, tokens, a world model, a rollout."""
 
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +14,9 @@ from driving_sim.data.token_store import TokenStore
 from driving_sim.data.token_store_index import INDEX
 from driving_sim.engine.config import resolve
 from driving_sim.engine.device import resolve_device
+from driving_sim.engine.distributed import process_group
 from driving_sim.engine.errors import DriveSimError, Interrupted
+from driving_sim.engine.progress import say
 from driving_sim.engine.run_folder import CONFIG, RunConflictError, is_finished
 from driving_sim.engine.training import TrainingResult
 from driving_sim.tokenizer.presets import PRESETS as TOKENIZER_PRESETS
@@ -56,6 +57,8 @@ class TrainingRequest:
     init_from: Path | None = None
     precision: str | None = None
     """Replaces the preset's; None: what that and the assignments say."""
+    shard: bool = False
+    """Spread the model over the ranks of `torchrun`."""
     device: str = "auto"
 
     def resolve(self, presets: dict[str, C]) -> C:
@@ -71,17 +74,15 @@ class TrainingRequest:
             options = [f"training.minutes={self.minutes}", "training.steps=null"]
         if self.precision is not None:
             options.append(f"training.precision={self.precision}")
+        if self.shard:
+            options.append("training.shard=true")
         if self.preset in ("base", "large") and resolve_device(self.device).type == "cpu":
-            _say(f"{self.preset} is made for GPUs; on this CPU --preset tiny trains in an hour")
+            say(f"{self.preset} is made for GPUs; on this CPU --preset tiny trains in an hour")
         return resolve(
             presets[self.preset],  # type: ignore[type-var]
             file=self.config,
             assignments=[*self.assignments, *options],
         )
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def _find(
@@ -98,9 +99,9 @@ def _find(
     if not skip_bad:
         found.require_all("" if skip_bad is None else ", or pass --skip-bad")
     for line in dict.fromkeys(found.notices):
-        _say(line)
+        say(line)
     for skipped in found.skipped:
-        _say(f"skipped {skipped.id}: {skipped.reason}")
+        say(f"skipped {skipped.id}: {skipped.reason}")
     if not found.drives:
         raise DriveSimError("every drive was skipped: nothing is left to work on")
     return found
@@ -189,7 +190,8 @@ def tokenize_videos(
     """Turn videos and their actions into the token store `out`.
 
     With `training`, a tokenizer that is missing or unfinished is trained on these videos first:
-    after everything has been checked that would stop the tokenizing later.
+    after everything has been checked that would stop the tokenizing later. Under `torchrun` the
+    ranks share the drives.
     """
     rate = frame_rate(fps, every)
     if training is None:
@@ -198,22 +200,28 @@ def tokenize_videos(
         raise DriveSimError(f"{out} already holds a token store: choose another --out or delete it")
     found = _find(videos, skip_bad=skip_bad, steering_kind=steering_kind, time_offset=time_offset)
     _ = found.steering_kind  # raises where kinds are mixed
-    if training is not None and not _is_usable(tokenizer):
-        _train_missing(found, tokenizer, training, rate, skip_bad)
-    frozen = Tokenizer.from_run(tokenizer, device)
-    _say(
-        f"the tokenizer is {tokenizer}: {frozen.height}x{frozen.width} pixels to "
-        f"{frozen.rows}x{frozen.cols} tokens"
-    )
-    return tokenize(
-        found,
-        frozen,
-        out,
-        **rate,
-        mirror=mirror,
-        skip_bad=skip_bad,
-        batch_size=batch_size,
-    )
+    with process_group(resolve_device(device)) as (ranks, own_device):
+        usable, begun = ranks.from_main(
+            [float(_is_usable(tokenizer)), float((tokenizer / CONFIG).exists())]
+        )
+        if training is not None and not usable:
+            request = replace(training, resume=bool(begun))
+            _train_missing(found, tokenizer, request, rate, skip_bad)
+        frozen = Tokenizer.from_run(tokenizer, own_device)
+        say(
+            f"the tokenizer is {tokenizer}: {frozen.height}x{frozen.width} pixels to "
+            f"{frozen.rows}x{frozen.cols} tokens"
+        )
+        return tokenize(
+            found,
+            frozen,
+            out,
+            **rate,
+            mirror=mirror,
+            skip_bad=skip_bad,
+            batch_size=batch_size,
+            ranks=ranks,
+        )
 
 
 def _is_usable(tokenizer: Path) -> bool:
@@ -229,10 +237,8 @@ def _train_missing(
     rate: dict[str, Any],
     skip_bad: bool,
 ) -> None:
-    resume = (tokenizer / CONFIG).exists()
-    what = "is unfinished: going on with it" if resume else "is not there: training it"
-    _say(f"the tokenizer {tokenizer} {what} on these videos (preset {request.preset})")
-    request = replace(request, resume=resume)
+    what = "is unfinished: going on with it" if request.resume else "is not there: training it"
+    say(f"the tokenizer {tokenizer} {what} on these videos (preset {request.preset})")
     config = request.resolve(TOKENIZER_PRESETS)
     try:
         with goes_on_when_repeated():

@@ -16,6 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
+from driving_sim.pipeline import tokenize_videos
+from driving_sim.tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+from driving_sim.tokenizer.tokenizer import Tokenizer
 from tests.rank_training import STEPS, rank_train, train_as_rank
 
 ROOT = Path(__file__).parent.parent
@@ -141,3 +145,43 @@ def test_a_rank_that_dies_brings_the_job_down_with_its_error(tmp_path: Path) -> 
     assert "error: rank 0: another rank is gone" in said
     assert "line 1" not in said.partition("ChildFailedError")[0].partition("error: ")[0]
     assert time.monotonic() - begun < 60
+
+
+def cli_on_two_ranks(*arguments: str) -> tuple[int, str]:
+    """A `drivesim` command under `torchrun`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, "-m", "driving_sim.cli", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_two_ranks_share_the_drives_and_the_store_is_the_same(tmp_path: Path) -> None:
+    config = AutoencoderConfig(
+        height=32, width=64, widths=(16, 16, 32), blocks=(0, 1, 1), attention_blocks=0, head_size=16
+    )
+    torch.manual_seed(0)
+    Tokenizer(Autoencoder(config)).save(tmp_path / "tokenizer")
+    world = SyntheticConfig(height=32, width=64, fps=10)
+    write_synthetic_drives(tmp_path / "videos", drives=5, seconds=2, config=world)
+    (tmp_path / "videos" / "bad.mp4").write_bytes(b"no video")
+    common = ["--mirror", "--skip-bad", "--tokenizer", str(tmp_path / "tokenizer"), "--out"]
+    videos = str(tmp_path / "videos")
+    code, said = cli_on_two_ranks("tokenize", videos, *common, str(tmp_path / "two"))
+    assert code == 0, said
+    assert said.count("next: drivesim train-world-model") == 1
+    assert said.count("skipped bad") == 1
+    tokenize_videos(
+        [tmp_path / "videos"], tmp_path / "tokenizer", tmp_path / "one", mirror=True, skip_bad=True
+    )
+    one, two = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
+        for name in ("one", "two")
+    )
+    assert one == two

@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from driving_sim.data.action_file import write_action_file
+from driving_sim.data.decoder_process import LIMIT
 from driving_sim.data.drive import Drive, DriveSet, FrameReader, sample
 from driving_sim.data.frame_size import FrameSize, transform_description
 from driving_sim.data.sources import find_drives
@@ -23,6 +25,7 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.tokenizer.tokenizer import Tokenizer
+from tests.video_files import make_hang
 
 SIZE = FrameSize(height=32, width=64)
 FRAMES, FPS, BATCH = 21, 10, 4
@@ -290,6 +293,21 @@ def test_damage_found_while_decoding_stops_or_is_skipped(
 def slower(drive: Drive, factor: float) -> Drive:
     assert drive.log is not None
     return replace(drive, timestamps=drive.timestamps * factor)
+
+
+def test_a_video_that_hangs_its_decoder_is_skipped(
+    videos: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(videos, tmp_path / "videos")
+    drives = find_drives([tmp_path / "videos"])
+    make_hang(tmp_path / "videos" / "b.mp4")
+    monkeypatch.setenv(LIMIT, "1")
+    with pytest.raises(DriveSimError, match=r"b\.mp4: its decoder gave no sign .*--skip-bad"):
+        tokenize(drives, tokenizer, tmp_path / "tokens")
+    tokenize(drives, tokenizer, tmp_path / "tokens", skip_bad=True)
+    store = TokenStore(tmp_path / "tokens")
+    assert store.drive_ids == ("a", "c")
+    assert [skipped.id for skipped in store.index.skipped] == ["b"]
 
 
 def test_a_drive_of_another_rate_is_bad(

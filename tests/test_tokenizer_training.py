@@ -132,7 +132,7 @@ def test_a_run_leaves_a_tokenizer_and_its_record(
     assert {"psnr", "ssim", "l1", "codebook/perplexity", "codebook/entropy_bits"} <= last.keys()
     assert last["psnr"] > first["psnr"]
     assert rows(run, "train")[-1]["gan/weight"] > 0
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err
     assert "without the perceptual loss LPIPS" in shown
     assert "training on 2 drives, validating on drive_" in shown
     # What is kept is what was validated.
@@ -206,14 +206,14 @@ def test_one_drive_validates_on_itself_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train_tokenizer(drives(1), run_config(steps=1), tmp_path / "run", device="cpu")
-    assert "one drive only" in capsys.readouterr().out
+    assert "one drive only" in capsys.readouterr().err
 
 
 def test_validation_drives_can_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = run_config(steps=1)
     config = replace(config, data=replace(config.data, validation=("drive_2",)))
     train_tokenizer(drives(4), config, tmp_path / "run", device="cpu")
-    assert "training on 3 drives, validating on drive_2\n" in capsys.readouterr().out
+    assert "training on 3 drives, validating on drive_2\n" in capsys.readouterr().err
 
 
 def test_missing_lpips_weights_stop_before_anything_is_made(

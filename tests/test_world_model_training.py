@@ -173,7 +173,7 @@ def test_validation_drives_are_not_trained_on(
     train_world_model(
         folder / "tokens", config, tmp_path / "run", tokenizer=folder / "tokenizer", device="cpu"
     )
-    assert "training on 3 drives, validating on 0" in capsys.readouterr().out
+    assert "training on 3 drives, validating on 0" in capsys.readouterr().err
     store = TokenStore(folder / "tokens")
     world = WorldModel.from_run(tmp_path / "run", device="cpu")
     assert world.statistics == action_statistics(store.select(["1", "2", "3"]))

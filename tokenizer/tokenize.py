@@ -22,6 +22,7 @@ from driving_sim.data.timing import RATE_TOLERANCE
 from driving_sim.data.token_store_index import StoreIndex, StoreInfo
 from driving_sim.data.token_store_plan import SHARD_BYTES, PlannedDrive, StorePlan
 from driving_sim.data.token_store_writer import TokenStoreWriter
+from driving_sim.engine.distributed import Ranks
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.progress import Progress, progress
 from driving_sim.tokenizer.tokenizer import Tokenizer
@@ -60,11 +61,13 @@ def tokenize(
     skip_bad: bool = False,
     batch_size: int = 16,
     shard_bytes: int = SHARD_BYTES,
+    ranks: Ranks | None = None,
 ) -> TokenizeSummary:
     """Encode drives at a rate (or a stride, or every frame) into the token store `out`.
 
     With `mirror`, each drive is also there as `ID~mirror`: frames flipped, steering negated. A run
-    that was stopped continues after its last whole drive, given the same drives and settings.
+    that was stopped continues after its last whole drive, given the same drives and settings. On
+    several ranks (`process_group`), which all call this alike, each encodes a share of the drives.
 
     Raises:
         DriveSimError: a drive is bad and `skip_bad` is not given (the drives before it are kept);
@@ -83,10 +86,13 @@ def tokenize(
     planned = [_planned(each, flip) for each in usable for flip in _flips(mirror)]
     planned += [PlannedDrive(id=name, frames=0) for name in bad]
     plan = StorePlan(info=info, drives=tuple(planned), shard_bytes=shard_bytes)
-    with TokenStoreWriter(out, plan) as writer:
-        for name, reason in bad.items():
-            writer.skip(name, reason)
-        work = [_Work(each, _pending(each, writer, mirror=mirror)) for each in usable]
+    ranks = ranks or Ranks()
+    with TokenStoreWriter(out, plan, ranks) as writer:
+        if ranks.is_main:
+            for name, reason in bad.items():
+                writer.skip(name, reason)
+        own = _share(usable, ranks)
+        work = [_Work(each, _pending(each, writer, mirror=mirror)) for each in own]
         _encode_all([each for each in work if each.flips], tokenizer, writer, skip_bad, batch_size)
         return TokenizeSummary(out=out, index=writer.finish())
 
@@ -97,6 +103,12 @@ class _Work:
 
     sampled: SampledDrive
     flips: list[bool]
+
+
+def _share(drives: Sequence[SampledDrive], ranks: Ranks) -> list[SampledDrive]:
+    """This rank's drives: dealt out by their lengths, so that all ranks end at about one time."""
+    by_length = sorted(range(len(drives)), key=lambda n: (-len(drives[n].indices), n))
+    return [drives[n] for n in sorted(by_length[ranks.rank :: ranks.size])]
 
 
 def _flips(mirror: bool) -> list[bool]:

@@ -22,7 +22,7 @@ from driving_sim.data.frame_size import FrameSize
 from driving_sim.data.split import split_drives
 from driving_sim.engine.config import to_dict
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.progress import progress
+from driving_sim.engine.progress import progress, say
 from driving_sim.engine.training import (
     TrainingConfig,
     TrainingResult,
@@ -125,7 +125,7 @@ def train_tokenizer(
     check_run(run, run_config, resume)
     vgg16 = vgg16_weights() if config.objective.lpips_weight > 0 else None
     if vgg16 is None:
-        print("training without the perceptual loss LPIPS, as objective.lpips_weight is 0")
+        say("training without the perceptual loss LPIPS, as objective.lpips_weight is 0")
     size = config.model.frame_size
     if skip_bad:
         drives = _decodable(drives, size)
@@ -289,9 +289,9 @@ def _split(
         list(by_id), validation=config.validation, fraction=config.validation_fraction
     )
     if not validation:
-        print(f"one drive only, {training[0]}: validating on the frames it trains on")
+        say(f"one drive only, {training[0]}: validating on the frames it trains on")
         return list(drives), list(drives)
-    print(f"training on {len(training)} drives, validating on {', '.join(validation)}")
+    say(f"training on {len(training)} drives, validating on {', '.join(validation)}")
     return [by_id[name] for name in training], [by_id[name] for name in validation]
 
 

@@ -16,6 +16,7 @@ from driving_sim.data.token_store import DriveTokens, StoreInfo, TokenStore
 from driving_sim.data.token_windows import TokenWindows
 from driving_sim.engine.config import to_dict
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.progress import say
 from driving_sim.engine.training import TrainingConfig, TrainingResult, check_run, train
 from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.actions import ActionStatistics
@@ -151,9 +152,9 @@ def _split(store: TokenStore, config: WorldModelDataConfig) -> tuple[list[str], 
         store.drive_ids, validation=config.validation, fraction=config.validation_fraction
     )
     if not validation:
-        print(f"one drive only, {training[0]}: validating on the frames it trains on")
+        say(f"one drive only, {training[0]}: validating on the frames it trains on")
     else:
-        print(f"training on {len(training)} drives, validating on {', '.join(validation)}")
+        say(f"training on {len(training)} drives, validating on {', '.join(validation)}")
     return training, validation
 
 

@@ -13,8 +13,10 @@ MEASURE_SECONDS = 0.1
 """How long each format may be measured on the CPU, beyond its first pass."""
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: torch.device | str) -> torch.device:
     """The device behind auto, cuda, mps or cpu; `DriveSimError` where it is not there."""
+    if isinstance(name, torch.device):
+        return name
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),

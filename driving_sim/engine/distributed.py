@@ -13,6 +13,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.rank_environment import local_rank, rank_count, restarts
 
 # One rank validates while the others wait for it.
 PATIENCE = timedelta(hours=2)
@@ -66,35 +67,17 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def is_restarted() -> bool:
-    """Whether `torchrun --max-restarts` started the ranks again after one of them died."""
-    return _restarts() > 0
-
-
-def _restarts() -> int:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
-def is_main_process() -> bool:
-    """Whether this process is the one of its job that talks to the user."""
-    return not _has_ranks() or os.environ["RANK"] == "0"
-
-
-def _has_ranks() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-
-
 @contextmanager
 def process_group(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
     """Join the ranks that `torchrun` started, if it did; yield them and this rank's own device.
 
     Within another one it is that one. Raises `DriveSimError` where another rank is gone.
     """
-    if not _has_ranks():
+    if rank_count() == 1:
         yield Ranks(), device
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
     if dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size()), device
@@ -105,7 +88,7 @@ def process_group(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
         store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
         # `torchrun` may keep its store when it restarts the ranks, and with it the addresses of the
         # dead ones, which the new ones would call.
-        store = PrefixStore(f"attempt-{_restarts()}", store)
+        store = PrefixStore(f"attempt-{restarts()}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         try:
             yield Ranks(rank, size), device

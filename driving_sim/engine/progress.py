@@ -9,10 +9,18 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
+from driving_sim.engine.rank_environment import is_main_process
+
 LINE_SECONDS = 10.0
 """Between two plain lines."""
 BAR_SECONDS = 0.1
 """Between two redraws of the bar's text."""
+
+
+def say(line: str) -> None:
+    """Print a line on stderr, once for all processes that work together."""
+    if is_main_process():
+        print(line, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -50,7 +58,7 @@ class Progress:
         if self._bar:
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(line, file=sys.stderr, flush=True)
+            say(line)
 
     def finish(self) -> None:
         """Say what was done in what time."""
@@ -85,7 +93,7 @@ def progress(total: float | None, label: str, unit: str, *, start: float = 0) ->
     `start` units were done before and say nothing of the rate.
     """
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not (console.is_terminal and is_main_process()):
         plain = Progress(total, label, unit, start, None)
         yield plain
         plain.finish()

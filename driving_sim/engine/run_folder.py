@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from driving_sim.engine.config import load_yaml, save_json, save_yaml
-from driving_sim.engine.distributed import is_restarted
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import is_free
+from driving_sim.engine.rank_environment import restarts
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -45,7 +45,7 @@ class RunConflictError(DriveSimError):
 
 def goes_on(run: Path, resume: bool) -> bool:
     """Whether to continue `run`: as asked, or because `torchrun` started its ranks again."""
-    return resume or (is_restarted() and (run / CONFIG).is_file())
+    return resume or (restarts() > 0 and (run / CONFIG).is_file())
 
 
 def check_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:

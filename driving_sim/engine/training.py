@@ -101,8 +101,7 @@ def train(
     where `run` cannot be used, the loss stays non-finite or no score is finite, and `Interrupted`
     after a signal, once saved.
     """
-    if isinstance(device, str):
-        device = resolve_device(device)
+    device = resolve_device(device)
     # Before the ranks meet, after which the main one writes into the folder.
     resume = goes_on(run, resume)
     with (
@@ -111,6 +110,7 @@ def train(
         process_group(device) as (ranks, own_device),
         stop_on_signals() as request,
     ):
+        ranks.barrier()  # each has looked at the folder as it was
         if ranks.is_main:
             prepare_run(run, run_config, resume)
 
