@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from driving_sim.engine.errors import DriveSimError, Interrupted
+from driving_sim.engine.rank_environment import is_main_process
 
 if TYPE_CHECKING:
     from driving_sim.world_model.sampler import Sampling
@@ -53,6 +54,12 @@ def _one_line(debug: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         raise typer.Exit(130) from None
+
+
+def _say_done(line: str) -> None:
+    """Print a command's last line, once for all ranks of `torchrun`."""
+    if is_main_process():
+        typer.echo(line)
 
 
 class _OneLineErrors(TyperGroup):
@@ -132,6 +139,10 @@ Set = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
 InitFrom = Annotated[
     Path | None, typer.Option(help="Start from the weights of this finished run (fine-tuning).")
+]
+Shard = Annotated[
+    bool,
+    typer.Option("--shard", help="Spread the model over the ranks of torchrun (FSDP2)."),
 ]
 SkipBad = Annotated[
     bool,
@@ -225,6 +236,7 @@ def train_tokenizer(
     init_from: InitFrom = None,
     skip_bad: SkipBad = False,
     precision: Precision = None,
+    shard: Shard = False,
     device: Device = "auto",
 ) -> None:
     """Learn to turn frames into tokens and back."""
@@ -239,10 +251,11 @@ def train_tokenizer(
         resume=resume,
         init_from=init_from,
         precision=precision,
+        shard=shard,
         device=device,
     )
     train_tokenizer_on(videos, out, request, fps=fps, every=every, skip_bad=skip_bad)
-    typer.echo(f"tokenizer -> {out}; next: drivesim tokenize VIDEOS --tokenizer {out}")
+    _say_done(f"tokenizer -> {out}; next: drivesim tokenize VIDEOS --tokenizer {out}")
 
 
 @app.command()
@@ -316,7 +329,7 @@ def tokenize(
         device=device,
     )
     named = "" if tokenizer is None else f" --tokenizer {tokenizer}"
-    typer.echo(f"{summary}; next: drivesim train-world-model {out}{named}")
+    _say_done(f"{summary}; next: drivesim train-world-model {out}{named}")
 
 
 @app.command()
@@ -333,6 +346,7 @@ def train_world_model(
     resume: Resume = False,
     init_from: InitFrom = None,
     precision: Precision = None,
+    shard: Shard = False,
     device: Device = "auto",
 ) -> None:
     """Learn to predict the next frame's tokens from the past and the actions."""
@@ -347,11 +361,12 @@ def train_world_model(
         resume=resume,
         init_from=init_from,
         precision=precision,
+        shard=shard,
         device=device,
     )
     train_world_model_on(tokens, tokenizer, out, request)
     named = "" if tokens == RUNS / "tokens" else f" --tokens {tokens}"
-    typer.echo(f"world model -> {out}; next: drivesim rollout --actions left --model {out}{named}")
+    _say_done(f"world model -> {out}; next: drivesim rollout --actions left --model {out}{named}")
 
 
 @app.command()
@@ -456,6 +471,34 @@ def surprise(
     for drive in found["ranking"]:
         typer.echo(f"{found['drives'][drive]['bits_per_token']:8.3f} bits per token  {drive}")
     typer.echo(f"videos, curves and the most surprising moments -> {out}")
+
+
+@app.command()
+def scaling(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Finished world-model runs of at least three sizes, on one token store."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the law and its plot.")] = RUNS / "scaling",
+    compute: Annotated[
+        float | None,
+        typer.Option(
+            help="Predict a run of this many operations [default: 10 times the largest run's]."
+        ),
+    ] = None,
+    parameters: Annotated[
+        float | None,
+        typer.Option(help="Or of this many parameters without embeddings, with --tokens."),
+    ] = None,
+    tokens: Annotated[float | None, typer.Option(help="Tokens that it is trained on.")] = None,
+) -> None:
+    """Fit a scaling law to small runs and predict what a larger one will come to."""
+    from driving_sim.scaling import scale, target_compute
+
+    typer.echo(str(scale(runs, out, compute=target_compute(compute, parameters, tokens))))
+    typer.echo(f"law and plot -> {out}")
 
 
 @evaluate_app.command("tokenizer")

@@ -1,0 +1,1 @@
+"""Speed and durability, measured: one module per question, `python -m benchmarks.NAME`."""

@@ -1,0 +1,238 @@
+"""What the documents and the cluster examples say exists, and what they count is so."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+import yaml
+from torch.distributed.run import get_args_parser
+
+from benchmarks import cost
+from driving_sim.cli import app
+from driving_sim.engine.config import resolve
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.scaling_run import _token_matrices
+from driving_sim.tokenizer.presets import PRESETS as TOKENIZER_PRESETS
+from driving_sim.world_model.actions import ActionStatistics
+from driving_sim.world_model.presets import PRESETS as WORLD_MODEL_PRESETS
+from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
+
+DOCS = Path(__file__).parent.parent / "docs"
+CLUSTER = DOCS / "cluster"
+FILES = [DOCS / "SCALING.md", *sorted(CLUSTER.iterdir())]
+COMMAND: Any = typer.main.get_command(app)
+PRESETS: dict[str, dict[str, Any]] = {
+    "train-tokenizer": TOKENIZER_PRESETS,
+    "tokenize": TOKENIZER_PRESETS,
+    "train-world-model": WORLD_MODEL_PRESETS,
+}
+
+
+def code(file: Path) -> Iterator[str]:
+    """Every line of code in a file, continued lines joined; of Markdown, blocks and spans alone."""
+    text = re.sub(r"\s*\\\n\s*", " ", file.read_text("utf-8"))
+    if file.suffix != ".md":
+        yield from (line for line in text.splitlines() if not line.lstrip().startswith("#"))
+        return
+    for number, part in enumerate(text.split("```")):
+        yield from part.splitlines() if number % 2 else re.findall(r"`([^`]+)`", part)
+
+
+def commands(line: str) -> Iterator[list[str]]:
+    """The words after each mention of the program in a line."""
+    for found in re.findall(r"(?:-m driving_sim\.cli|\bdrivesim) (.+)", line):
+        yield shlex.split(found.rstrip(" &"))
+
+
+def wrong(words: list[str]) -> list[str]:
+    """What a command line names that the program does not have."""
+    command: Any = COMMAND
+    words = list(words)
+    while words and hasattr(command, "commands"):
+        name = words.pop(0)
+        if name not in command.commands:
+            return [name]
+        command = command.commands[name]
+    known = {each for parameter in command.params for each in parameter.opts}
+    options = {word.partition("=")[0] for word in words if word.startswith("--")}
+    return sorted(options - known - {"--help"}) + wrong_settings(command, words)
+
+
+def wrong_settings(command: Any, words: list[str]) -> list[str]:
+    """What follows --set, together, if the command's preset does not take it."""
+    given = [value for name, value in pairwise(words) if name == "--set"]
+    try:
+        if given:
+            resolve(PRESETS[command.name]["large"], assignments=given)
+    except DriveSimError as error:
+        return [str(error)]
+    return []
+
+
+def lines_with_commands() -> list[tuple[str, list[str]]]:
+    return [(file.name, words) for file in FILES for line in code(file) for words in commands(line)]
+
+
+def test_every_command_and_option_in_the_documents_exists() -> None:
+    found = lines_with_commands()
+    assert {name for name, _ in found} == {
+        "SCALING.md", "tokenize.sbatch", "train-job.yaml", "train.sbatch"
+    }  # fmt: skip
+    assert [(name, words) for name, words in found if wrong(words)] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("drivesim train-world-modle runs/tokens", "train-world-modle"),
+        ("torchrun -m driving_sim.cli tokenize videos --shards 4 &", "--shards"),
+        ("drivesim evaluate tokeniser a b", "tokeniser"),
+        ("drivesim train-world-model --set training.gradient_checkpoint=true", "gradient_check"),
+    ],
+)
+def test_a_command_that_does_not_exist_is_seen(line: str, fault: str) -> None:
+    (words,) = commands(line)
+    assert fault in " ".join(wrong(words))
+
+
+def test_settings_that_stand_alone_exist() -> None:
+    spans = [span for span in code(DOCS / "SCALING.md") if span.startswith("--set ")]
+    assert len(spans) >= 3
+    for span in spans:
+        words = shlex.split(span)
+        model = COMMAND.commands["train-world-model"]
+        assert wrong_settings(model, words) == []
+
+
+def test_torchrun_has_the_options_that_it_is_given() -> None:
+    known = {option for action in get_args_parser()._actions for option in action.option_strings}
+    lines = [line for file in FILES for line in code(file) if "torchrun --" in line]
+    assert len(lines) >= 6
+    for line in lines:
+        given = re.findall(r"(--[\w-]+)", line.split("-m driving_sim")[0].split("torchrun")[1])
+        assert set(given) <= known, line
+
+
+def test_every_module_that_is_named_is_there() -> None:
+    names = {
+        name
+        for file in FILES
+        for line in code(file)
+        for name in re.findall(r"python -m ([\w.]+)", line)
+    }
+    assert "benchmarks.cost" in names
+    assert [name for name in names if importlib.util.find_spec(name) is None] == []
+
+
+def test_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", (DOCS / "SCALING.md").read_text("utf-8"))
+    assert len(links) >= 3
+    assert [link for link in links if not (DOCS / link).exists()] == []
+
+
+def shell_scripts() -> list[str]:
+    pod = documents()["Job"]["spec"]["template"]["spec"]["containers"][0]
+    return [*(file.read_text("utf-8") for file in CLUSTER.glob("*.sbatch")), pod["args"][0]]
+
+
+def documents() -> dict[str, Any]:
+    texts = yaml.safe_load_all((CLUSTER / "train-job.yaml").read_text("utf-8"))
+    return {document["kind"]: document for document in texts}
+
+
+def test_the_shell_of_the_examples_is_shell() -> None:
+    for script in shell_scripts():
+        done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+
+
+def test_the_pods_of_the_job_find_each_other() -> None:
+    service, job = documents()["Service"], documents()["Job"]
+    pod, name = job["spec"]["template"], job["metadata"]["name"]
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["publishNotReadyAddresses"] is True
+    assert pod["spec"]["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    assert job["spec"]["completionMode"] == "Indexed"
+    assert job["spec"]["completions"] == job["spec"]["parallelism"]
+    container = pod["spec"]["containers"][0]
+    (script,) = container["args"]
+    port = service["spec"]["ports"][0]["port"]
+    assert f"--rdzv-endpoint={name}-0.{service['metadata']['name']}:{port}" in script
+    assert f"--nnodes={job['spec']['parallelism']} " in script
+    assert f"--nproc-per-node={container['resources']['limits']['nvidia.com/gpu']} " in script
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in pod["spec"]["volumes"]}
+
+
+def test_there_is_time_for_a_checkpoint_between_the_signals() -> None:
+    """Torchrun's own patience is longer than its 30 s and ends before the machine's does."""
+    pod = documents()["Job"]["spec"]["template"]["spec"]
+    environment = {each["name"]: each["value"] for each in pod["containers"][0]["env"]}
+    patience = int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+    assert 30 < patience < pod["terminationGracePeriodSeconds"]
+    script = (CLUSTER / "train.sbatch").read_text("utf-8")
+    (patience_text,) = re.findall(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", script)
+    (warning,) = re.findall(r"--signal=B:TERM@(\d+)", script)
+    assert 30 < int(patience_text) < int(warning)
+    assert re.search(r"#SBATCH --nodes=(\d+)\n(?s:.*)--nnodes=\1 ", script)
+    assert re.search(r"#SBATCH --gpus-per-node=(\d+)\n(?s:.*)--nproc-per-node=\1 ", script)
+
+
+def test_the_tables_of_the_page_are_what_the_script_prints() -> None:
+    page = cost.PAGE.read_text("utf-8")
+    between = page.split(cost.BEGIN)[1].split(cost.END)[0]
+    assert between.strip() == cost.tables()
+
+
+def small_model(layers: int) -> Transformer:
+    config = TransformerConfig(layers=layers, width=256, heads=4, kv_heads=1, context_frames=2)
+    return Transformer(config, TokenGrid(rows=4, cols=8, levels=(3, 3)), ActionStatistics())
+
+
+def test_the_cost_of_a_model_is_counted_as_it_is_built() -> None:
+    counted = cost.Model(layers=2, width=256, codes=9, rows=4, cols=8)
+    built = small_model(2)
+    shapes = {name: tuple(value.shape) for name, value in built.state_dict().items()}
+    assert counted.counted == _token_matrices(shapes, Path("model.safetensors"))
+    trained = sum(parameter.numel() for parameter in built.parameters())
+    assert counted.parameters == pytest.approx(trained, rel=0.1)
+
+
+def test_activations_take_the_bytes_that_the_page_says() -> None:
+    """What one more block keeps for the backward pass, but for the casts of its weights."""
+    batch, slots, width = 4, 2 * 4 * 9, 256
+
+    def kept(layers: int) -> int:
+        model, storages = small_model(layers), {}
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        arguments = (
+            torch.randint(9, (batch, 2, 4, 8)),
+            torch.randint(9, (batch, 4, 8)),
+            torch.ones(batch, dtype=torch.bool),
+            torch.zeros(batch, 2, 2),
+            torch.ones(batch, 2, 2, dtype=torch.bool),
+        )
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16):
+            model(*arguments)
+        others = [tensor for address, tensor in storages.items() if address not in own]
+        casts = 2 * sum(parameter.numel() for parameter in model.blocks.parameters())
+        return sum(tensor.untyped_storage().nbytes() for tensor in others) - casts
+
+    measured = (kept(2) - kept(1)) / (batch * slots * width)
+    assert measured == pytest.approx(cost.ACTIVATIONS, rel=0.03)
