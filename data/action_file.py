@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from driving_sim.data.csv_table import CsvTable, read_csv
 from driving_sim.engine.files import atomic_file
+from driving_sim.engine.parsing import shown
 
 SteeringKind = Literal["steering_wheel", "road_wheel", "curvature", "normalised"]
 SPEED, STEERING = 0, 1
@@ -86,8 +87,10 @@ UNITS: dict[SteeringKind, str] = {
 }
 """The unit of each kind of steering, as it is kept in memory."""
 
+_LONGEST_HEADER = 2**16  # characters
+_LATEST_S = 1e12
 # Beyond these a value is a unit mistake, not driving: 360 km/h, three turns of the wheel, ...
-_SPEED_RANGE_MPS = (-30.0, 100.0)
+SPEED_RANGE_MPS = (-30.0, 100.0)
 STEERING_LIMIT: dict[SteeringKind, float] = {
     "steering_wheel": 20.0,
     "road_wheel": 1.3,
@@ -107,7 +110,7 @@ def _find(table: CsvTable, known: dict[str, _Column], family: tuple[str, ...]) -
         return found[0]
     unknown = [name for name in table.names if name.startswith(family)]
     if unknown:
-        raise table.fail(f"column {unknown[0]!r} is not known; use one of {', '.join(known)}")
+        raise table.fail(f"column {shown(unknown[0])} is not known; use one of {', '.join(known)}")
     return None
 
 
@@ -126,12 +129,13 @@ def _check_increasing(table: CsvTable, name: str, values: FloatArray) -> None:
 def _times(table: CsvTable, frame_times: FloatArray | None) -> FloatArray:
     name = _find(table, _TIMES, ("timestamp_", "time_"))
     if name is not None:
-        values = table.numbers(name)
+        values, scale = table.numbers(name), _TIMES[name].scale
+        _check_range(table, name, values * scale, -_LATEST_S, _LATEST_S, "30,000 years of seconds")
         _check_increasing(table, name, values)
-        return values * _TIMES[name].scale
+        return values * scale
     if "frame" not in table.names:
         raise table.fail(
-            f"has no time column among {', '.join(table.names)}; name one timestamp_s, or frame"
+            f"has no time column among {table.columns}; name one timestamp_s, or frame"
         )
     if frame_times is None:
         raise table.fail("counts in frames, which needs a video; name a time column timestamp_s")
@@ -165,7 +169,7 @@ def _speed(table: CsvTable, notices: list[str]) -> FloatArray | None:
     if name == "speed":
         notices.append("speed is taken to be in m/s (else name it speed_kmh or speed_mph)")
     values = table.numbers(name) * _SPEEDS[name].scale
-    low, high = _SPEED_RANGE_MPS
+    low, high = SPEED_RANGE_MPS
     hint = f"{low:g} to {high:g} m/s; km/h is speed_kmh, mph is speed_mph"
     _check_range(table, name, values, low, high, hint)
     return values
@@ -231,7 +235,7 @@ def read_action_file(
     steering, kind = _steering(table, steering_kind, wanted_by, notices)
     if speed is None and steering is None:
         raise table.fail(
-            f"has neither speed nor steering among {', '.join(table.names)}; name the columns "
+            f"has neither speed nor steering among {table.columns}; name the columns "
             f"{', '.join(_SPEEDS)} and {', '.join(_STEERINGS)}"
         )
     values = np.zeros((len(times), 2), np.float32)
@@ -252,7 +256,9 @@ def is_action_file(path: Path) -> bool:
     """Whether the CSV's header names a time and a speed or a steering."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            names = {name.strip().lower() for name in next(csv.reader(file), [])}
+            # Of a file that may be anything, and all one line.
+            first = file.readline(_LONGEST_HEADER)
+            names = {name.strip().lower() for name in next(csv.reader([first]), [])}
     except (OSError, UnicodeDecodeError, csv.Error):
         return False
     return bool(names & {*_TIMES, "frame"}) and bool(names & {*_SPEEDS, *_STEERINGS})

@@ -9,6 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.parsing import one_line, shown
+
+_MOST_NAMED, _LONGEST_NAME = 12, 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,20 +30,30 @@ class CsvTable:
         where = f"{self.path}" if row is None else f"{self.path}, line {self.lines[row]}"
         return DriveSimError(f"{where}: {message}")
 
+    @property
+    def columns(self) -> str:
+        """The columns' names for a message: the first ones of many."""
+        more = ", ..." if len(self.names) > _MOST_NAMED else ""
+        return ", ".join(map(_plain, self.names[:_MOST_NAMED])) + more
+
     def cell(self, row: int, name: str) -> str:
-        """One cell as it is written."""
-        return self.rows[row][self.names.index(name)].strip()
+        """One cell as it is written, but for a very long one or one with control characters."""
+        return _plain(self.rows[row][self.names.index(name)].strip())
 
     def numbers(self, name: str) -> npt.NDArray[np.float64]:
         """A column as finite numbers. Raises DriveSimError at the first cell that is none."""
         column = self.names.index(name)
         values = np.array([_number(cells[column]) for cells in self.rows])
         for row in np.flatnonzero(~np.isfinite(values))[:1]:
-            cell = self.cell(row, name)
+            cell = self.rows[row][column].strip()
             raise self.fail(
-                f"{name} is {cell!r}, not a finite number: correct it or remove the row", row
+                f"{name} is {shown(cell)}, not a finite number: correct it or remove the row", row
             )
         return values
+
+
+def _plain(name: str) -> str:
+    return name if name.isprintable() and len(name) <= _LONGEST_NAME else shown(name)
 
 
 def _number(cell: str) -> float:
@@ -62,8 +75,11 @@ def read_csv(path: Path) -> CsvTable:
             numbered = [(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))]
     except FileNotFoundError:
         raise DriveSimError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DriveSimError(f"{path}: cannot be read as a CSV of UTF-8 text ({error})") from None
+    # ValueError: not UTF-8, or a path with a zero byte
+    except (OSError, ValueError, csv.Error) as error:
+        raise DriveSimError(
+            f"{path}: cannot be read as a CSV of UTF-8 text ({one_line(error)})"
+        ) from None
     if not header:
         raise DriveSimError(
             f"{path}: is empty; its first line must name the columns, such as "

@@ -241,8 +241,11 @@ def _is_replaceable(out: Path) -> bool:
         return False
     known: set[str] = set()
     if (out / _REPORT).is_file():
-        found = load_json(out / _REPORT)
-        known = {_REPORT, *(drive["picture"] for drive in found.get("drives", []))}
+        try:
+            drives = load_json(out / _REPORT)["drives"]
+            known = {_REPORT, *(str(drive["picture"]) for drive in drives)}
+        except (KeyError, TypeError):  # another program's file
+            return False
     files = (path for path in out.rglob("*") if not path.is_dir())
     return all(path.relative_to(out).as_posix() in known for path in files)
 

@@ -12,7 +12,6 @@ Equal content is equal bytes.
 """
 
 import hashlib
-import json
 import mmap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from driving_sim.data.safetensors_header import DTYPES, LENGTH_BYTES, safetensors_header
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
+from driving_sim.engine.parsing import one_line, parse_json, shown
 
 Array = NDArray[Any]
 
@@ -108,7 +108,9 @@ class TokenShard:
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-            raise DriveSimError(f"{path}: cannot read the token shard: {error}") from error
+            raise DriveSimError(
+                f"{path}: cannot read the token shard: {one_line(error)}"
+            ) from error
         header, data = self._read_header()
         self.metadata = self._read_metadata(header)
         arrays = {name: self._read_column(header, data, name) for name in COLUMNS}
@@ -127,8 +129,8 @@ class TokenShard:
         if len(self._map) < start or length > _MAX_HEADER_BYTES:
             raise self._bad(f"its header says {length} bytes, the file has {len(self._map)}")
         try:
-            header = json.loads(self._map[LENGTH_BYTES:start])
-        except (ValueError, RecursionError) as error:
+            header = parse_json(self._map[LENGTH_BYTES:start])
+        except ValueError as error:
             raise self._bad("its header is not JSON") from error
         if not isinstance(header, dict):
             raise self._bad("its header is not a table")
@@ -151,9 +153,9 @@ class TokenShard:
         except (KeyError, TypeError, ValueError) as error:
             raise self._bad(f"its header does not describe {name!r}") from error
         if found != code:
-            raise self._bad(f"{name!r} is {found}, expected {code}")
+            raise self._bad(f"{name!r} is {shown(found)}, expected {code}")
         if end > len(data) or end - begin != prod(shape) * dtype.itemsize:
-            raise self._bad(f"{name!r} {list(shape)} does not fit bytes {begin} to {end}")
+            raise self._bad(f"{name!r} {shown(list(shape))} does not fit bytes {begin} to {end}")
         return np.frombuffer(data[begin:end], dtype).reshape(shape)
 
     def _check_shapes(self, rows: int, cols: int) -> tuple[int, int]:
@@ -162,7 +164,7 @@ class TokenShard:
         expected = _shapes(frames, drives, rows, cols)
         for name, shape in expected.items():
             if found[name] != shape:
-                raise self._bad(f"{name!r} is {list(found[name])}, expected {list(shape)}")
+                raise self._bad(f"{name!r} is {shown(list(found[name]))}, expected {list(shape)}")
         rises = drives >= 0 and bool((np.diff(self.offsets) >= 0).all())
         if not rises or (int(self.offsets[0]), int(self.offsets[-1])) != (0, frames):
             raise self._bad("its drive offsets do not rise from 0 to its number of frames")
@@ -170,6 +172,6 @@ class TokenShard:
 
 
 def _count(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+        raise ValueError("not a count")
     return value

@@ -14,9 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from driving_sim.data.token_shard import TokenShard
-from driving_sim.data.token_store_index import StoreInfo, read_index, shard_metadata, shard_name
+from driving_sim.data.token_shard import TokenShard, frame_bytes
+from driving_sim.data.token_store_index import (
+    INDEX,
+    StoreInfo,
+    read_index,
+    shard_metadata,
+    shard_name,
+)
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.parsing import shown
 
 __all__ = ["DriveTokens", "StoreInfo", "TokenStore"]
 
@@ -83,8 +90,14 @@ class TokenStore:
         self.index = read_index(path)
         self.info = self.index.info
         self._open: OrderedDict[int, TokenShard] = OrderedDict()
+        least = frame_bytes(self.info.rows, self.info.cols)
         for number, entry in enumerate(self.index.shards):
             _check_size(path / shard_name(number), entry.bytes)
+            if entry.frames * least > entry.bytes:
+                raise DriveSimError(
+                    f"{path / INDEX}: says that {entry.frames} frames of {least} bytes are in the "
+                    f"{entry.bytes} bytes of {shard_name(number)}; tokenize again"
+                )
         self.drives = tuple(
             DriveTokens(self, shard, position)
             for shard, entry in enumerate(self.index.shards)
@@ -134,9 +147,10 @@ class TokenStore:
         expected = shard_metadata(self.info, entry.drives)
         for key, value in expected.items():
             if shard.metadata.get(key) != value:
+                found = shown(shard.metadata.get(key))
                 raise DriveSimError(
-                    f"{path}: its {key} is {shard.metadata.get(key)!r}, the store's index says "
-                    f"{value!r}: this shard is from another store; tokenize again"
+                    f"{path}: its {key} is {found}, the store's index says {shown(value)}: this "
+                    "shard is from another store; tokenize again"
                 )
         if np.diff(shard.offsets).tolist() != [drive.frames for drive in entry.drives]:
             raise DriveSimError(

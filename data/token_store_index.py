@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from driving_sim.data.inner_name import is_inner_name
 from driving_sim.engine.config import from_dict, load_json
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.parsing import one_line
 
 SCHEMA = 1
 INDEX = "index.json"
@@ -82,8 +84,14 @@ class DriveEntry:
             raise ValueError(f"segments must rise within 0 and {self.frames}")
         if self.frames < 1 or self.start < 0:
             raise ValueError(f"frames and start must not be {self.frames} and {self.start}")
+        if max(self.frames, self.start) >= 2**63:
+            raise ValueError("frames and start must fit 64 bits")
         if not isinstance(self.id, str) or not isinstance(self.source, str):
             raise ValueError("id and source must be text")
+        if not is_inner_name(self.id):
+            raise ValueError(f"id must be a relative name, on one line, got {self.id!r}")
+        if not isinstance(self.mirrored, bool):
+            raise ValueError(f"mirrored must be true or false, got {self.mirrored!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +104,15 @@ class ShardEntry:
     """Checksum of the file."""
     drives: tuple[DriveEntry, ...]
     """The drives in it, in order."""
+
+    def __post_init__(self) -> None:
+        if type(self.bytes) is not int or not isinstance(self.sha256, str):
+            raise ValueError("bytes must be a whole number, and sha256 text")
+
+    @property
+    def frames(self) -> int:
+        """Number of frames in it."""
+        return sum(drive.frames for drive in self.drives)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,5 +200,7 @@ def read_shard_entry(values: Any, file: Path) -> ShardEntry:
         )
         entry = ShardEntry(**{**values, "drives": drives})
     except (KeyError, TypeError, ValueError) as error:
-        raise DriveSimError(f"{file}: damaged entry of a shard: {error}; tokenize again") from error
+        raise DriveSimError(
+            f"{file}: damaged entry of a shard: {one_line(error)}; tokenize again"
+        ) from error
     return entry

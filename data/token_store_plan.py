@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from driving_sim.data.split import has_control_characters
+from driving_sim.data.inner_name import is_inner_name
 from driving_sim.data.token_shard import frame_bytes
 from driving_sim.data.token_store_index import SCHEMA, StoreInfo
 from driving_sim.engine.config import to_dict
@@ -29,7 +29,7 @@ class PlannedDrive:
     """Digest of what is known of it beforehand (frame choice, actions), so that a change shows."""
 
     def __post_init__(self) -> None:
-        if not self.id or has_control_characters(self.id) or ".." in self.id.split("/"):
+        if not is_inner_name(self.id):
             raise ValueError(f"id must be a relative name, on one line, got {self.id!r}")
         if self.frames < 0:
             raise ValueError(f"frames must not be negative, got {self.frames}")

@@ -164,3 +164,20 @@ def test_binary_and_missing_files_are_errors(csv_path: Path) -> None:
 def test_an_action_file_is_told_from_other_tables(csv_path: Path) -> None:
     assert is_action_file(write(csv_path, "time,steering", "0,1"))
     assert not is_action_file(write(csv_path, "epoch,loss", "0,1"))
+
+
+def test_a_file_of_one_endless_line_is_no_action_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("x," * 10**6 + "timestamp_s,speed_mps")
+    assert not is_action_file(path)
+    with pytest.raises(DriveSimError) as caught:
+        read_action_file(path)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("time", ["1e300", "-1e13"])
+def test_absurd_times_are_out_of_range(tmp_path: Path, time: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"timestamp_s,speed_mps\n0,1\n{time},1\n")
+    with pytest.raises(DriveSimError, match=r"line 3: timestamp_s .* out of range"):
+        read_action_file(path)

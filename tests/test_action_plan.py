@@ -174,3 +174,31 @@ def test_mistakes_are_named(spec: str, message: str) -> None:
     with pytest.raises(DriveSimError, match=message) as raised:
         plan(spec)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("steer=0 for 1e5s", "no time in seconds"),
+        ("steer=0 for 999999999s", "at most 86400"),
+        ("steer=0 for 86400s; steer=0.1 for 86400s", "at most 86400 s, a day"),
+        ("speed=1e308", "at most 1000"),
+        ("accel=-1e30", "at most 1000"),
+        ("speed=" + "9" * 5000, "no finite number"),
+        ("x" * 5000, "no file and no name"),
+        ("way\0.csv", "no file and no name"),
+    ],
+)
+def test_absurd_requests_are_one_line(script: str, reason: str) -> None:
+    with pytest.raises(DriveSimError, match=reason) as caught:
+        plan(script)
+    assert len(str(caught.value)) < 1000
+    assert "\n" not in str(caught.value)
+
+
+def test_many_parts_over_a_long_time_take_seconds() -> None:
+    parts = 4000
+    script = ";".join(f"steer={0.1 * (n % 2)} for 20s" for n in range(parts))
+    actions = plan(script).actions
+    assert len(actions) == parts * 20 * 4
+    np.testing.assert_allclose(actions[:, 1], np.repeat(np.arange(parts) % 2 * 0.1, 80), atol=1e-6)

@@ -89,6 +89,18 @@ def test_a_truncated_file_of_weights_is_said_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_weights_of_another_checksum_are_not_even_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(random_vgg16(), tmp_path / "checkpoints" / "vgg16-397923af.pth")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(DriveSimError, match="checksum differs"):
+        vgg16_weights()
+    monkeypatch.setattr(perceptual, "_check_vgg16", lambda path: None)
+    assert vgg16_weights().keys() == random_vgg16().keys()
+
+
 @pytest.mark.parametrize("message", ["out of memory", "operator torchvision::roi does not exist"])
 def test_other_import_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch, message: str) -> None:
     original = builtins.__import__

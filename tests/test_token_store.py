@@ -458,6 +458,11 @@ def test_an_index_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
         {"segments": [[0]]},
         {"segments": 7},
         {"id": 7},
+        {"id": "../a"},
+        {"id": "/a"},
+        {"id": "a\n"},
+        {"frames": 2**63},
+        {"mirrored": "no"},
         {"path": "../../elsewhere.safetensors"},
     ],
 )
@@ -470,6 +475,31 @@ def test_a_drive_that_is_described_wrongly_is_refused(
     index["shards"][4]["drives"][1] |= change
     file.write_text(json.dumps(index))
     with pytest.raises(DriveSimError, match=r"index\.json: damaged entry") as caught:
+        TokenStore(tmp_path / "tokens")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "change"),
+    [
+        ("shard", {"bytes": "9"}),
+        ("shard", {"sha256": 3}),
+        ("info", {"rows": 10**15}),
+        ("info", {"rows": 2**70}),
+        ("info", {"fps": float("nan")}),
+        ("info", {"steering_kind": "\ud800"}),
+        ("info", {"levels": [[]]}),
+    ],
+)
+def test_an_index_of_hostile_values_is_refused(
+    tmp_path: Path, place: str, change: dict[str, Any]
+) -> None:
+    write(tmp_path / "tokens")
+    file = tmp_path / "tokens" / "index.json"
+    index = json.loads(file.read_text())
+    (index["info"] if place == "info" else index["shards"][4]).update(change)
+    file.write_text(json.dumps(index))
+    with pytest.raises(DriveSimError, match=r"index\.json") as caught:
         TokenStore(tmp_path / "tokens")
     assert "\n" not in str(caught.value)
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.evaluate import video_features
 from driving_sim.evaluate.frechet import frechet_distance
 from driving_sim.evaluate.video_features import I3DFeatures, SeededFeatures, VideoFeatures
 
@@ -53,11 +54,18 @@ def i3d() -> TinyI3D:
 
 
 @pytest.fixture
-def i3d_file(i3d: TinyI3D, tmp_path: Path) -> Path:
+def i3d_file(i3d: TinyI3D, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that stands for the one I3D that is trusted."""
     path = tmp_path / "i3d_torchscript.pt"
     script: Any = torch.jit.script(i3d)
     script.save(str(path))
+    trust(path, monkeypatch)
     return path
+
+
+def trust(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(video_features, "I3D_SHA256", digest)
 
 
 def noise(count: int, frames: int = FRAMES, height: int = 20, width: int = 24) -> Clips:
@@ -188,11 +196,40 @@ def test_other_files_are_refused_in_one_line(i3d_file: Path, tmp_path: Path, nam
     assert "\n" not in str(caught.value)
 
 
-def test_another_network_is_refused(tmp_path: Path) -> None:
-    script: Any = torch.jit.script(nn.Linear(3, 2))
-    script.save(str(tmp_path / "linear.pt"))
-    with pytest.raises(DriveSimError, match="takes no rescale, resize, return_features"):
-        I3DFeatures(tmp_path / "linear.pt")
+class WritesOnLoading(nn.Module):
+    """TorchScript that writes a file when it is loaded."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path, self.made = path, torch.zeros(4, dtype=torch.uint8)
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[str, bool]:
+        return self.path, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]) -> None:
+        self.path, self.training = state
+        self.made = torch.from_file(self.path, True, 4, dtype=torch.uint8).fill_(65)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_torchscript_of_another_source_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No pickle is needed to do harm: a script's own operators write files, before it is called."""
+    script: Any = torch.jit.script(WritesOnLoading(str(tmp_path / "made")))
+    script.save(str(tmp_path / "bad.pt"))
+    with pytest.raises(DriveSimError, match="not the I3D") as caught:
+        I3DFeatures(tmp_path / "bad.pt")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "made").exists()
+    # Trusted, it would have run: the checksum is what stopped it.
+    trust(tmp_path / "bad.pt", monkeypatch)
+    I3DFeatures(tmp_path / "bad.pt")
+    assert (tmp_path / "made").read_bytes() == b"AAAA"
 
 
 class Intruder:
@@ -205,13 +242,16 @@ class Intruder:
         return os.mkdir, (str(self.folder),)
 
 
-def test_no_python_object_is_unpickled(i3d_file: Path, tmp_path: Path) -> None:
+def test_no_python_object_is_unpickled(
+    i3d_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     intruder = pickle.dumps(Intruder(tmp_path / "made"), protocol=2)
     bad = tmp_path / "bad.pt"
     with zipfile.ZipFile(i3d_file) as good, zipfile.ZipFile(bad, "w") as file:
         for name in good.namelist():
             file.writestr(name, intruder if name.endswith("/data.pkl") else good.read(name))
-    with pytest.raises(DriveSimError, match="not TorchScript"):
+    trust(bad, monkeypatch)
+    with pytest.raises(DriveSimError, match="cannot load it"):
         I3DFeatures(bad)
     assert not (tmp_path / "made").exists()
     pickle.loads(intruder)

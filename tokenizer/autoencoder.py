@@ -22,6 +22,7 @@ from driving_sim.tokenizer.fsq import FSQ
 
 STRIDE = 16
 _PATCH = 4
+_MOST_PIXELS = 16384
 _GROUP_CHANNELS = 16
 
 
@@ -49,10 +50,16 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         for name in ("height", "width"):
             size = getattr(self, name)
-            if size < STRIDE or size % STRIDE:
-                raise ValueError(f"{name}={size}: must be a positive multiple of {STRIDE}")
+            if not STRIDE <= size <= _MOST_PIXELS or size % STRIDE:
+                raise ValueError(
+                    f"{name}={size}: must be a multiple of {STRIDE} from {STRIDE} to {_MOST_PIXELS}"
+                )
         if not self.levels or min(self.levels) < 2:
             raise ValueError(f"levels={self.levels}: needs at least one level, each at least 2")
+        if len(self.levels) > 16:
+            raise ValueError(
+                f"levels: {len(self.levels)} of them, at most 16 fit the uint16 tokens"
+            )
         if math.prod(self.levels) > 65536:
             raise ValueError(f"levels={self.levels}: at most 65536 codes fit the uint16 tokens")
         if len(self.widths) != 3 or any(w < 16 or w % _GROUP_CHANNELS for w in self.widths):

@@ -4,6 +4,7 @@ The package carries LPIPS's own weights; those of its VGG-16 backbone (ImageNet)
 first use, half a gigabyte, and kept in torch's hub cache.
 """
 
+import hashlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 
 from driving_sim.data.frame_size import FrameSize
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.parsing import one_line
 from driving_sim.tokenizer.tokenizer import images_from_frames
 
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+VGG16_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
 WITHOUT = "--set objective.lpips_weight=0"
 """The option that trains without LPIPS."""
 
@@ -63,31 +66,42 @@ class PerceptualLoss(nn.Module):
 
 def has_vgg16_weights() -> bool:
     """Whether the VGG-16 weights are in torch's hub cache already."""
-    return (Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG16_URL).name).is_file()
+    return _cached().is_file()
 
 
 def vgg16_weights() -> dict[str, Tensor]:
     """Return the ImageNet VGG-16 weights, downloaded or from torch's hub cache.
 
-    Raises DriveSimError where they cannot be had: it names the file and the option to do without.
+    The file is a pickle: its checksum is compared first, and then torch makes only tensors of it.
+    Raises DriveSimError where it cannot be had: it names the file and the option to do without.
     """
-    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    path = _cached()
     try:
+        if path.is_file():
+            _check_vgg16(path)
         weights: dict[str, Tensor] = torch.hub.load_state_dict_from_url(
             VGG16_URL, map_location="cpu", check_hash=True, weights_only=True
         )
-    except (UnpicklingError, EOFError) as error:
+    except (URLError, OSError, RuntimeError, UnpicklingError) as error:
         raise DriveSimError(
-            f"{cache / Path(VGG16_URL).name}: the weights of LPIPS's backbone are damaged: remove "
-            f"that file, or train without LPIPS: {WITHOUT}"
-        ) from error
-    except (URLError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise DriveSimError(
-            f"the weights of LPIPS's backbone cannot be had from {VGG16_URL} ({reason}): "
-            f"put that file into {cache}, or train without LPIPS: {WITHOUT}"
+            f"the weights of LPIPS's backbone cannot be had from {VGG16_URL} ({one_line(error)}): "
+            f"put that file into {path.parent}, or train without LPIPS: {WITHOUT}"
         ) from error
     return weights
+
+
+def _check_vgg16(path: Path) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != VGG16_SHA256:
+        raise DriveSimError(
+            f"{path}: the weights of LPIPS's backbone are damaged, or others (their checksum "
+            f"differs): remove that file, or train without LPIPS: {WITHOUT}"
+        )
+
+
+def _cached() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG16_URL).name
 
 
 def _load_backbone(net: nn.Module, backbone: Mapping[str, Tensor]) -> None:

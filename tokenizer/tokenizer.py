@@ -3,8 +3,6 @@
 Axes: T frames, H W the frames' own pixels, h w the tokenizer's, r c token rows and columns.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -14,15 +12,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from driving_sim.data.frame_size import FrameSize, fit, transform_description
 from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
 from driving_sim.engine.device import resolve_device
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.files import atomic_file
+from driving_sim.engine.weights import build_with_weights, fingerprint, save_weights
 from driving_sim.tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from driving_sim.tokenizer.fsq import RULE
 
@@ -31,6 +27,8 @@ Frames = Tensor | NDArray[np.uint8]
 WEIGHTS = "model.safetensors"
 """The file of a tokenizer's folder that is written last."""
 _CONFIG = "config.json"
+_MOST_CONFIG_BYTES = 2**16
+_BLOCK_TENSORS = 6  # of the smallest block; the decoder has as many blocks as the encoder
 
 
 class Tokenizer:
@@ -39,11 +37,11 @@ class Tokenizer:
     def __init__(self, autoencoder: Autoencoder, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self.autoencoder = autoencoder.eval().requires_grad_(False).to(self.device)
-        self.fingerprint = fingerprint(autoencoder)
+        self.fingerprint = fingerprint(_identity(autoencoder.config), autoencoder)
         """SHA-256 of weights, config, frame transform and quantiser; token stores carry it."""
 
     @classmethod
-    def from_run(cls, path: Path | str, device: str = "auto") -> Self:
+    def from_run(cls, path: Path | str, device: torch.device | str = "auto") -> Self:
         """Load the tokenizer folder `path`; raise `DriveSimError` where it is not an intact one."""
         folder = Path(path)
         for name in (_CONFIG, WEIGHTS):
@@ -52,16 +50,20 @@ class Tokenizer:
                     f"{folder} holds no tokenizer ({name} is missing): "
                     "train one with `drivesim train-tokenizer`, or name its folder"
                 )
-        saved = load_json(folder / _CONFIG)
+        saved = load_json(folder / _CONFIG, most_bytes=_MOST_CONFIG_BYTES)
         config = from_dict(AutoencoderConfig, saved.get("model", {}), f"{folder / _CONFIG}: model")
         _check_identity(config, saved, folder)
-        autoencoder = Autoencoder(config)
-        written = _load_weights(autoencoder, folder / WEIGHTS)
+        autoencoder, metadata = build_with_weights(
+            lambda: Autoencoder(config),
+            folder / WEIGHTS,
+            of="this tokenizer",
+            least_tensors=2 * _BLOCK_TENSORS * (sum(config.blocks) + config.attention_blocks),
+        )
         tokenizer = cls(autoencoder, resolve_device(device))
-        if tokenizer.fingerprint != written:
+        if tokenizer.fingerprint != metadata.get("fingerprint"):
             raise DriveSimError(
-                f"{folder}: config and weights do not belong together (fingerprint "
-                f"{tokenizer.fingerprint[:12]}, expected {written[:12]}); copy the folder again"
+                f"{folder}: config and weights do not belong together (their fingerprint is not "
+                "the one written); copy the folder again"
             )
         return tokenizer
 
@@ -69,12 +71,9 @@ class Tokenizer:
         """Write the tokenizer folder `path`: `model.safetensors` and `config.json`."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {k: v.cpu().contiguous() for k, v in self.autoencoder.state_dict().items()}
         save_json(folder / _CONFIG, _identity(self.config))
         # The fingerprint stands in the same file as the weights: both are replaced in one move.
-        # Written as bytes, because `save_file` makes files that only their owner can read.
-        with atomic_file(folder / WEIGHTS) as temporary:
-            temporary.write_bytes(save(weights, {"fingerprint": self.fingerprint}))
+        save_weights(self.autoencoder, folder / WEIGHTS, {"fingerprint": self.fingerprint})
 
     @property
     def config(self) -> AutoencoderConfig:
@@ -177,31 +176,9 @@ def frames_from_images(images: Tensor) -> Tensor:
     return rearrange(frames, "t c h w -> t h w c")
 
 
-def fingerprint(autoencoder: Autoencoder) -> str:
-    """Return the SHA-256, in hexadecimal, of config, frame transform, quantiser and weights."""
-    digest = hashlib.sha256(json.dumps(_identity(autoencoder.config), sort_keys=True).encode())
-    for name, value in sorted(autoencoder.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _identity(config: AutoencoderConfig) -> dict[str, Any]:
     frames = transform_description(config.frame_size)
     return {"kind": "tokenizer", "model": to_dict(config), "frames": frames, "quantiser": RULE}
-
-
-def _load_weights(autoencoder: Autoencoder, path: Path) -> str:
-    """Load the weights; return the fingerprint that was written with them."""
-    try:
-        autoencoder.load_state_dict(load_file(path))
-        with safe_open(path, "pt") as file:
-            return str((file.metadata() or {}).get("fingerprint"))
-    except (SafetensorError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DriveSimError(
-            f"{path}: not this tokenizer's weights ({reason}); copy it again"
-        ) from error
 
 
 def _check_identity(config: AutoencoderConfig, saved: Mapping[str, Any], folder: Path) -> None:

@@ -24,7 +24,9 @@ from driving_sim.data.action_file import (
 )
 from driving_sim.data.alignment import EXTRAPOLATION_S, align
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.parsing import shown
 
+LONGEST_S = 86400.0
 NAMES = ("straight", "left", "right", "brake", "recorded")
 BRAKE_MPS2 = -4.0
 _KEYS = ("speed", "accel", "steer")
@@ -34,6 +36,9 @@ _PARTS = 64
 # Files have rows a microsecond before an action ends, and times rounded to that.
 _ROUNDING_S = 1e-5
 _LAST_PART_S = 1.0
+_LARGEST = 1000.0  # of m/s, m/s2 and rad: no car does any of it
+_AT_ONCE = 2**16
+"""Frames whose parts are in memory together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,8 +91,10 @@ def make_plans(
     planned = [_plan(spec, situation) for spec in specs]
     lengths = [plan.seconds for plan in planned if plan.seconds is not None]
     length_s = seconds if seconds is not None else max(lengths, default=4.0)
-    if not math.isfinite(length_s):
-        raise DriveSimError(f"--seconds {length_s:g}: a future lasts a finite number of seconds")
+    if not length_s <= LONGEST_S:
+        raise DriveSimError(
+            f"--seconds {length_s:g}: a future lasts at most {LONGEST_S:g} s, a day"
+        )
     frames = round(length_s * situation.fps)
     if frames < 1:
         raise DriveSimError(
@@ -107,15 +114,23 @@ def _plan(spec: str, situation: Situation) -> _Planned:
     if spec in NAMES:
         return _from_name(spec, situation)
     if "=" in spec:
-        return _from_script(spec, parse_script(spec), situation)
+        return _from_script(" ".join(spec.split()), parse_script(spec), situation)
     path = Path(spec)
-    if path.suffix.lower() == ".csv" or path.exists():
+    if spec.isprintable() and (path.suffix.lower() == ".csv" or _exists(path)):
         return _from_file(path, situation)
     near = difflib.get_close_matches(spec, NAMES, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise DriveSimError(
-        f"--actions {spec!r} is no file and no name: {hint}names are {', '.join(NAMES)}; {_GRAMMAR}"
+        f"--actions {shown(spec)} is no file and no name: {hint}names are {', '.join(NAMES)}; "
+        f"{_GRAMMAR}"
     )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long for a name, or with a zero byte
+        return False
 
 
 def _from_name(name: str, situation: Situation) -> _Planned:
@@ -157,7 +172,7 @@ def _from_file(path: Path, situation: Situation) -> _Planned:
     log = read_action_file(
         path, steering_kind=situation.steering_kind, wanted_by="the model was trained on"
     )
-    whole = int((log.times[-1] + _ROUNDING_S) * situation.fps)
+    whole = int((min(log.times[-1], LONGEST_S) + _ROUNDING_S) * situation.fps)
     if log.times[0] > EXTRAPOLATION_S or whole < 1:
         raise DriveSimError(
             f"{path}: its times go from {log.times[0]:g} to {log.times[-1]:g} s; they must begin "
@@ -197,7 +212,9 @@ def parse_script(script: str) -> list[_Segment]:
     segments = [_parse_part(part) for part in parts]
     for part, segment in zip(parts[:-1], segments[:-1], strict=True):
         if segment.seconds is None:
-            raise DriveSimError(f"--actions: {part!r} needs a time such as 'for 2s'; {_GRAMMAR}")
+            raise DriveSimError(
+                f"--actions: {shown(part)} needs a time such as 'for 2s'; {_GRAMMAR}"
+            )
     if not segments:
         raise DriveSimError(f"--actions: the script is empty; {_GRAMMAR}")
     return segments
@@ -209,31 +226,39 @@ def _parse_part(part: str) -> _Segment:
     if duration:
         match = re.fullmatch(r"\s*([0-9.]+)\s*s?\s*", duration)
         if match is None:
-            raise DriveSimError(f"--actions: 'for {duration}' in {part!r} is no time in seconds")
-        values["seconds"] = _number(match.group(1), part)
+            raise DriveSimError(f"--actions: the 'for' in {shown(part)} has no time in seconds")
+        values["seconds"] = _number(match.group(1), part, LONGEST_S)
     for word in head.split():
         key, equals, value = word.partition("=")
         if not equals or key not in _KEYS:
             near = difflib.get_close_matches(key, _KEYS, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise DriveSimError(f"--actions: unknown {word!r} in {part!r}{hint}; {_GRAMMAR}")
+            raise DriveSimError(
+                f"--actions: unknown {shown(word)} in {shown(part)}{hint}; {_GRAMMAR}"
+            )
         if key in values:
-            raise DriveSimError(f"--actions: {key!r} is given twice in {part!r}")
-        values[key] = _number(value, part)
+            raise DriveSimError(f"--actions: {key!r} is given twice in {shown(part)}")
+        values[key] = _number(value, part, _LARGEST)
     if "speed" in values and "accel" in values:
-        raise DriveSimError(f"--actions: {part!r} sets both speed and accel; give one")
+        raise DriveSimError(f"--actions: {shown(part)} sets both speed and accel; give one")
     if values.get("speed", 0.0) < 0:
-        raise DriveSimError(f"--actions: speed in {part!r} is negative; it is in m/s, 0 or more")
+        raise DriveSimError(
+            f"--actions: speed in {shown(part)} is negative; it is in m/s, 0 or more"
+        )
     return _Segment(**values)
 
 
-def _number(text: str, part: str) -> float:
+def _number(text: str, part: str, largest: float) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise DriveSimError(f"--actions: {text!r} in {part!r} is no finite number")
+        raise DriveSimError(f"--actions: {shown(text)} in {shown(part)} is no finite number")
+    if abs(value) > largest:
+        raise DriveSimError(
+            f"--actions: {shown(text)} in {shown(part)} is absurd, at most {largest:g} is possible"
+        )
     return value
 
 
@@ -244,10 +269,17 @@ def _from_script(label: str, segments: list[_Segment], situation: Situation) -> 
         seconds += _LAST_PART_S
     _check_script(label, segments, situation)
 
+    def means(begin: int, stop: int) -> NDArray[np.float32]:
+        parts = np.arange(begin * _PARTS, stop * _PARTS, dtype=np.float64)
+        midpoints = (parts + 0.5) / (_PARTS * situation.fps)
+        followed = _follow(segments, midpoints, situation.last_action)
+        mean: NDArray[np.float32] = followed.reshape(-1, _PARTS, 2).mean(axis=1).astype(np.float32)
+        return mean
+
     def render(frames: int) -> ActionPlan:
-        midpoints = (np.arange(frames * _PARTS, dtype=np.float64) + 0.5) / (_PARTS * situation.fps)
-        actions = _follow(segments, midpoints, situation.last_action)
-        actions = actions.reshape(frames, _PARTS, 2).mean(axis=1).astype(np.float32)
+        actions = np.concatenate(
+            [means(at, min(at + _AT_ONCE, frames)) for at in range(0, frames, _AT_ONCE)]
+        )
         begins = np.arange(frames)[:, None] / situation.fps + _ROUNDING_S
         valid = (situation.last_valid | (begins >= _named_from(segments))) & np.array(
             situation.known_channels
@@ -295,7 +327,7 @@ def _check_script(label: str, segments: list[_Segment], situation: Situation) ->
 def _follow(
     segments: list[_Segment], times: NDArray[np.float64], last_action: NDArray[np.float32]
 ) -> NDArray[np.float64]:
-    """Speed and steering [len(times), 2] at `times` (s) under the script."""
+    """Speed and steering [len(times), 2] at rising `times` (s) under the script."""
     actions = np.empty((len(times), 2))
     speed, steer = (float(value) for value in last_action)
     start = 0.0
@@ -303,7 +335,7 @@ def _follow(
         # The last part goes on for as long as it is asked to.
         final = number == len(segments) - 1
         end = math.inf if final or segment.seconds is None else start + segment.seconds
-        here = (times >= start) & (times < end)
+        here = slice(*np.searchsorted(times, (start, end)))
         speed = speed if segment.speed is None else segment.speed
         steer = steer if segment.steer is None else segment.steer
         accel = segment.accel or 0.0

@@ -78,8 +78,8 @@ class TransformerConfig:
         for name in ("layers", "width", "heads", "kv_heads", "mlp_ratio", "lag"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.context_frames < 2:
-            raise ValueError(f"context_frames is {self.context_frames}: it must be at least 2")
+        if not 2 <= self.context_frames <= 4096:
+            raise ValueError(f"context_frames is {self.context_frames}: it must be from 2 to 4096")
         if self.width % (2 * self.heads):
             raise ValueError(
                 f"width is {self.width}: it must be an even multiple of heads ({self.heads})"

@@ -5,8 +5,6 @@ and columns, H W pixels.
 """
 
 import copy
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from numpy.typing import ArrayLike, NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from driving_sim.data.action_file import SteeringKind
@@ -27,7 +23,7 @@ from driving_sim.data.token_store import TokenStore
 from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
 from driving_sim.engine.device import autocast, resolve_device, resolve_precision
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.files import atomic_file
+from driving_sim.engine.weights import build_with_weights, fingerprint, save_weights
 from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.cache import RingCache, encode_frame
@@ -37,6 +33,9 @@ from driving_sim.world_model.transformer import TokenGrid, Transformer, Transfor
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
 _TOKENIZER = "tokenizer"
+_MOST_CONFIG_BYTES = 2**26  # it names the validation drives, which may be many
+_BLOCK_TENSORS = 8
+_MOST_FPS = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +54,10 @@ class WorldModelConfig:
     """What the steering channel means; None where no drive had actions."""
     validation_drives: tuple[str, ...]
     """Ids of the drives that were kept from training, to choose the best weights by."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fps <= _MOST_FPS:
+            raise ValueError(f"fps={self.fps}: must be above 0, and at most {_MOST_FPS}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,8 @@ class WorldModel:
         self.fps, self.steering_kind = fps, steering_kind
         self.validation_drives = tuple(validation_drives)
         self.dtype = resolve_precision(precision, self.device)
-        self.fingerprint = _fingerprint(self.config, transformer, tokenizer)
+        identity = {"config": to_dict(self.config), "tokenizer": tokenizer.fingerprint}
+        self.fingerprint = fingerprint(identity, transformer)
         """SHA-256 of weights, config and tokenizer."""
         with torch.inference_mode():
             self._tables = self.transformer.tables()
@@ -132,11 +136,17 @@ class WorldModel:
                     f"{folder} holds no world model ({name} is missing): "
                     "train one with `drivesim train-world-model`, or name its folder"
                 )
-        saved = load_json(folder / _CONFIG)
+        saved = load_json(folder / _CONFIG, most_bytes=_MOST_CONFIG_BYTES)
         config = from_dict(WorldModelConfig, saved.get("config", {}), str(folder / _CONFIG))
-        transformer = Transformer(config.model, config.grid, config.actions)
-        written = _load_weights(transformer, folder / _WEIGHTS)
         tokenizer = Tokenizer.from_run(folder / _TOKENIZER, device)
+        if config.grid != _grid(tokenizer):
+            raise _not_its_tokenizer(folder)
+        transformer, written = build_with_weights(
+            lambda: Transformer(config.model, config.grid, config.actions),
+            folder / _WEIGHTS,
+            of="this world model",
+            least_tensors=_BLOCK_TENSORS * config.model.layers,
+        )
         world = cls(
             transformer,
             tokenizer,
@@ -153,21 +163,15 @@ class WorldModel:
         """Write weights, config and tokenizer into the folder `path`."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {k: v.cpu().contiguous() for k, v in self.transformer.state_dict().items()}
         self.tokenizer.save(folder / _TOKENIZER)
         save_json(folder / _CONFIG, {"kind": "world-model", "config": to_dict(self.config)})
         # The fingerprints stand in the same file as the weights: all are replaced in one move.
-        # Written as bytes, because `save_file` makes files that only their owner can read.
         prints = {"tokenizer": self.tokenizer.fingerprint, "fingerprint": self.fingerprint}
-        with atomic_file(folder / _WEIGHTS) as temporary:
-            temporary.write_bytes(save(weights, prints))
+        save_weights(self.transformer, folder / _WEIGHTS, prints)
 
     def _check_fingerprints(self, written: dict[str, str], folder: Path) -> None:
         if written.get("tokenizer") != self.tokenizer.fingerprint:
-            raise DriveSimError(
-                f"{folder / _TOKENIZER} is not the tokenizer that this world model was trained "
-                "with; copy the whole run folder again"
-            )
+            raise _not_its_tokenizer(folder)
         if written.get("fingerprint") != self.fingerprint:
             raise DriveSimError(
                 f"{folder}: config and weights do not belong together (their fingerprint is not "
@@ -393,23 +397,12 @@ def _with_validity(actions: ArrayLike, valid: ArrayLike | None) -> tuple[Tensor,
     return torch.where(mask, values, 0.0), mask
 
 
-def _fingerprint(config: WorldModelConfig, transformer: Transformer, tokenizer: Tokenizer) -> str:
-    identity = {"config": to_dict(config), "tokenizer": tokenizer.fingerprint}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
-    for name, value in sorted(transformer.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def _grid(tokenizer: Tokenizer) -> TokenGrid:
+    return TokenGrid(rows=tokenizer.rows, cols=tokenizer.cols, levels=tokenizer.levels)
 
 
-def _load_weights(transformer: Transformer, path: Path) -> dict[str, str]:
-    """Load the weights; return the fingerprints that were written with them."""
-    try:
-        transformer.load_state_dict(load_file(path))
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DriveSimError(
-            f"{path}: not this world model's weights ({reason}); copy it again"
-        ) from error
+def _not_its_tokenizer(folder: Path) -> DriveSimError:
+    return DriveSimError(
+        f"{folder / _TOKENIZER} is not the tokenizer that this world model was trained "
+        "with; copy the whole run folder again"
+    )

@@ -12,15 +12,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from driving_sim.data.action_file import ActionLog
+from driving_sim.data.action_file import SPEED_RANGE_MPS, STEERING_LIMIT, ActionLog
 from driving_sim.data.alignment import EXTRAPOLATION_S, GAP_S, check_coverage
+from driving_sim.data.decoder_process import probe
 from driving_sim.data.drive import Drive, VideoFrames
 from driving_sim.data.sources.log_options import LogOptions
-from driving_sim.data.video import probe
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.parsing import one_line
 
 FloatArray = npt.NDArray[np.float64]
 _CAN = Path("processed_log", "CAN")
+_TURN_DEG = math.degrees(STEERING_LIMIT["steering_wheel"])
+_LIMITS = {"speed": SPEED_RANGE_MPS, "steering_angle": (-_TURN_DEG, _TURN_DEG)}
 
 
 def is_segment(folder: Path) -> bool:
@@ -29,25 +32,35 @@ def is_segment(folder: Path) -> bool:
 
 
 def _array(path: Path) -> FloatArray:
+    if not path.is_file():
+        raise DriveSimError(f"{path}: is missing from the comma2k19 segment")
     try:
-        values = np.load(path, allow_pickle=False)
+        # Mapped: a shape that the file is too small for is an error, not memory. Never unpickled.
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
+            raise ValueError("it holds no plain numbers")
         flat = np.asarray(values, np.float64).ravel()
-    except FileNotFoundError:
-        raise DriveSimError(f"{path}: is missing from the comma2k19 segment") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise DriveSimError(f"{path}: cannot be read as a NumPy array ({error})") from None
+    # The header is a Python literal, whose parser fails in as many ways as there are mistakes.
+    except Exception as error:
+        reason = one_line(error)
+        raise DriveSimError(f"{path}: cannot be read as a NumPy array ({reason})") from None
     if len(flat) < 2 or not np.isfinite(flat).all():
         raise DriveSimError(f"{path}: holds fewer than 2 values, or some that are not finite")
     return flat
 
 
-def _channel(folder: Path) -> tuple[FloatArray, FloatArray]:
+def _channel(folder: Path, low: float, high: float) -> tuple[FloatArray, FloatArray]:
     """Times and values of one CAN signal, without the bus's repeated times."""
     times, values = _array(folder / "t"), _array(folder / "value")
     if len(times) != len(values):
         raise DriveSimError(f"{folder}: has {len(times)} times for {len(values)} values")
     if (np.diff(times) < 0).any():
         raise DriveSimError(f"{folder / 't'}: its times go backward; leave this segment out")
+    if values.min() < low or values.max() > high:
+        raise DriveSimError(
+            f"{folder / 'value'}: goes from {values.min():g} to {values.max():g}, out of range "
+            f"({low:g} to {high:g}); leave this segment out"
+        )
     times, first = np.unique(times, return_index=True)
     if len(times) < 2:
         raise DriveSimError(f"{folder / 't'}: holds one time only; leave this segment out")
@@ -69,7 +82,7 @@ def _read_log(segment: Path, start: float, options: LogOptions) -> ActionLog:
             f"{segment}: comma2k19's steering is steering_wheel, but {options.wanted_by} "
             f"{options.steering_kind}"
         )
-    channels = [_channel(segment / _CAN / name) for name in ("speed", "steering_angle")]
+    channels = [_channel(segment / _CAN / name, *limits) for name, limits in _LIMITS.items()]
     times = np.union1d(channels[0][0], channels[1][0])
     clock = start - options.time_offset
     pauses = [

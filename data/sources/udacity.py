@@ -23,10 +23,15 @@ from driving_sim.data.action_file import ActionLog
 from driving_sim.data.alignment import check_coverage
 from driving_sim.data.drive import Drive, Frames, Indices
 from driving_sim.data.frame_size import FrameSize, fit
+from driving_sim.data.inner_name import inside
 from driving_sim.data.sources.log_options import LogOptions
+from driving_sim.data.video_file import check_picture
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.parsing import one_line
 
 LOG_NAME = "driving_log.csv"
+_IMAGES = "IMG"
+_FORMATS = ("JPEG", "PNG", "BMP")
 FULL_LOCK_RAD = math.radians(25)
 _MPS_PER_MPH = 0.44704
 _COLUMNS = 7
@@ -41,11 +46,18 @@ def is_recording(folder: Path) -> bool:
 def _picture(path: Path, size: FrameSize | None) -> Frames:
     """Read an image, scaled and cropped as `fit` says: what the video readers do."""
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=_FORMATS) as file:
+            check_picture(path, file.height, file.width)
             image = file.convert("RGB")
-    except OSError as error:  # Pillow's own errors are among them
-        raise DriveSimError(f"{path}: cannot be read as an image ({error})") from None
+    except DriveSimError:
+        raise
+    # Pillow warns of pictures that are too large for us too; and what a damaged one raises may be
+    # of any kind.
+    except Exception as error:
+        reason = one_line(error)
+        raise DriveSimError(f"{path}: cannot be read as an image ({reason})") from None
     geometry = fit(image.height, image.width, size)
+    check_picture(path, geometry.height, geometry.width)
     scaled = image.resize((geometry.width, geometry.height), Image.Resampling.BILINEAR)
     return np.array(scaled)[geometry.rows, geometry.columns]
 
@@ -81,7 +93,7 @@ def _moment(name: str) -> datetime:
     return second + timedelta(milliseconds=int(match[2]))
 
 
-def _row(cells: list[str], images: Path) -> _Row:
+def _row(cells: list[str], recording: Path) -> _Row:
     if len(cells) != _COLUMNS:
         raise ValueError(f"has {len(cells)} cells, not the simulator's {_COLUMNS}")
     # The recording computer's path, whatever its system; Windows paths accept both separators.
@@ -89,9 +101,10 @@ def _row(cells: list[str], images: Path) -> _Row:
     steering, speed = float(cells[3]), float(cells[6])
     if not (abs(steering) <= 1 and -100 < speed < 300):
         raise ValueError(f"steering {steering:g} (-1 to 1) or speed {speed:g} mph is out of range")
-    if not (images / name).is_file():
-        raise ValueError(f"image {name!r} is not in {images}")
-    return _Row(images / name, _moment(name), speed * _MPS_PER_MPH, -steering * FULL_LOCK_RAD)
+    image = inside(recording, f"{_IMAGES}/{name}")
+    if not image.is_file():
+        raise ValueError(f"image {name!r} is not in {recording / _IMAGES}")
+    return _Row(image, _moment(name), speed * _MPS_PER_MPH, -steering * FULL_LOCK_RAD)
 
 
 def _read_log(log: Path) -> list[_Row]:
@@ -102,15 +115,16 @@ def _read_log(log: Path) -> list[_Row]:
                 if not cells or (line == 1 and cells[0].strip().lower() == "center"):
                     continue
                 try:
-                    rows.append(_row(cells, log.parent / "IMG"))
+                    rows.append(_row(cells, log.parent))
                     if len(rows) > 1 and rows[-1].moment <= rows[-2].moment:
                         raise ValueError("the image's time is not after the line above's")
                 except ValueError as error:
                     raise DriveSimError(
-                        f"{log}, line {line}: {error}; correct it or remove the row"
+                        f"{log}, line {line}: {one_line(error)}; correct it or remove the row"
                     ) from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DriveSimError(f"{log}: cannot be read as a CSV of UTF-8 text ({error})") from None
+        reason = one_line(error)
+        raise DriveSimError(f"{log}: cannot be read as a CSV of UTF-8 text ({reason})") from None
     if len(rows) < 2:
         raise DriveSimError(f"{log}: has {len(rows)} rows; at least 2 are needed")
     return rows

@@ -41,7 +41,7 @@ def _action_file(video: Path) -> Path | None:
     """The CSV beside a video, in upper or lower case; .csv of several."""
     # Tried one by one: to list a large folder for each of its videos takes quadratic time.
     beside = (video.with_suffix("." + "".join(letters)) for letters in product(*_CSV_LETTERS))
-    return next((path for path in beside if path.exists()), None)
+    return next((path for path in beside if path.is_file()), None)
 
 
 def load(path: Path, drive_id: str, options: LogOptions | None) -> Drive:

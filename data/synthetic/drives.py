@@ -13,6 +13,7 @@ from driving_sim.data.synthetic.vehicle import VehicleState
 from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
 from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.parsing import one_line, shown
 
 DRIVE_FORMAT = "drivesim synthetic drive 1"
 
@@ -60,13 +61,14 @@ def load_synthetic_drive(path: Path) -> SyntheticDrive:
     saved = load_json(path)
     try:
         if saved["format"] != DRIVE_FORMAT:
-            raise ValueError(f"format is {saved['format']!r}")
+            raise ValueError(f"format is {shown(saved['format'])}")
         world = SyntheticWorld(saved["world_seed"], from_dict(SyntheticConfig, saved["config"]))
         states = tuple(VehicleState(*map(float, state)) for state in saved["states"])
         actions = np.array(saved["actions"], np.float32).reshape(len(states), 2)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise DriveSimError(
-            f"{path}: is not a drive of `drivesim synth` of this version ({error}); make it anew"
+            f"{path}: is not a drive of `drivesim synth` of this version ({one_line(error)}); "
+            "make it anew"
         ) from error
     return SyntheticDrive(world, states, actions)
 

@@ -26,6 +26,7 @@ from driving_sim.engine.ema import Ema
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_folder, temporary_beside
 from driving_sim.engine.optimizer import load_optimizer_tensors, optimizer_tensors
+from driving_sim.engine.parsing import shown
 from driving_sim.engine.sharding import (
     is_saved_in_shards,
     is_sharded,
@@ -128,9 +129,9 @@ def damage(path: Path) -> str | None:
     found = {file.name: file for file in _files(path)}
     for name in sorted(written.keys() | found.keys()):
         if name not in found:
-            return f"{name} is missing"
+            return f"{shown(name)} is missing"
         if name not in written:
-            return f"{name} does not belong there"
+            return f"{shown(name)} does not belong there"
         if _digest(found[name]) != written[name]:
             return f"{name} has another checksum"
     return None

@@ -3,6 +3,10 @@
 import dataclasses
 import difflib
 import json
+import math
+import os
+import re
+import stat
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +17,15 @@ import yaml
 
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
+from driving_sim.engine.parsing import MOST_YAML_BYTES, one_line, parse_json, parse_yaml, shown
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no file can hold
+_PLAIN_NAME = re.compile(r"[\w./~ -]{1,80}")
 
 
 def from_dict(cls: type[T], values: object, where: str = "config") -> T:
@@ -28,13 +36,14 @@ def from_dict(cls: type[T], values: object, where: str = "config") -> T:
     nearest known one), a missing one, a wrong type, and a value that `__post_init__` refuses.
     """
     if not isinstance(values, Mapping):
-        raise DriveSimError(f"{where}: expected a mapping of options, found {values!r}")
+        raise DriveSimError(f"{where}: expected a mapping of options, found {shown(values)}")
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for key in values:
         if key not in fields:
-            nearest = _nearest_key(cls, str(key))
-            raise DriveSimError(f"{where}: unknown key '{key}'; the nearest one is '{nearest}'")
+            name = _key_name(key)
+            nearest = _nearest_key(cls, name)
+            raise DriveSimError(f"{where}: unknown key '{name}'; the nearest one is '{nearest}'")
     for name, field in fields.items():
         if name not in values and _is_required(field):
             raise DriveSimError(f"{where}: '{name}' is missing")
@@ -43,8 +52,8 @@ def from_dict(cls: type[T], values: object, where: str = "config") -> T:
     }
     try:
         return cls(**converted)
-    except ValueError as error:
-        raise DriveSimError(f"{where}: {error}") from error
+    except (ValueError, ArithmeticError) as error:
+        raise DriveSimError(f"{where}: {one_line(error)}") from error
 
 
 def to_dict(config: "DataclassInstance") -> dict[str, Any]:
@@ -78,12 +87,15 @@ def save_json(path: Path, mapping: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(mapping, indent=2, allow_nan=False) + "\n", "utf-8")
 
 
-def load_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; `DriveSimError` where the file is missing or holds something else."""
-    text = _read_text(path)
+def load_json(path: Path, *, most_bytes: int | None = None) -> dict[str, Any]:
+    """Read a JSON object; `DriveSimError` where the file is missing or holds something else.
+
+    `most_bytes` refuses larger files; without it any is read, as an index may list millions.
+    """
+    text = _read_text(path, most_bytes)
     try:
-        mapping = json.loads(text)
-    except json.JSONDecodeError as error:
+        mapping = parse_json(text)
+    except ValueError as error:
         raise DriveSimError(f"{path}: not JSON: {error}") from error
     return _expect_mapping(path, mapping)
 
@@ -96,18 +108,25 @@ def save_yaml(path: Path, mapping: Mapping[str, Any]) -> None:
 
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping; an empty file is an empty one."""
-    text = _read_text(path)
+    text = _read_text(path, MOST_YAML_BYTES)
     try:
-        mapping = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise DriveSimError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        mapping = parse_yaml(text)
+    except ValueError as error:
+        raise DriveSimError(f"{path}: not YAML: {error}") from error
     return _expect_mapping(path, {} if mapping is None else mapping)
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, most_bytes: int | None) -> str:
     try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            # A device may have no end; a pipe (the shell's `<(...)`) has one.
+            if most_bytes is None and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise DriveSimError(f"cannot read {path}: not a file")
+            content = file.read(-1 if most_bytes is None else most_bytes + 1)
+        if most_bytes is not None and len(content) > most_bytes:
+            raise DriveSimError(f"{path}: larger than the {most_bytes} bytes that it may have")
+        return content.decode("utf-8")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a zero byte in the path
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise DriveSimError(f"cannot read {path}: {reason}") from error
 
@@ -131,11 +150,13 @@ def _parse_assignment(assignment: str) -> dict[str, Any]:
     path, equals, text = assignment.partition("=")
     keys = [key.strip() for key in path.split(".")]
     if not equals or not all(keys):
-        raise DriveSimError(f"--set {assignment}: expected key.key=value")
+        raise DriveSimError(f"--set {one_line(assignment)}: expected key.key=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise DriveSimError(f"--set {assignment}: the value is not YAML") from error
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise DriveSimError(
+            f"--set {one_line(assignment)}: the value is not YAML: {error}"
+        ) from error
     for key in reversed(keys):
         value = {key: value}
     return typing.cast("dict[str, Any]", value)
@@ -154,6 +175,12 @@ def _known_keys(cls: type) -> Iterator[str]:
         for arm in (hints[field.name], *typing.get_args(hints[field.name])):
             if isinstance(arm, type) and dataclasses.is_dataclass(arm):
                 yield from (f"{field.name}.{key}" for key in _known_keys(arm))
+
+
+def _key_name(key: object) -> str:
+    """A key that a file named, as messages show it: few are more than a plain name."""
+    name = key if isinstance(key, str) else shown(key)
+    return name if _PLAIN_NAME.fullmatch(name) else shown(name)
 
 
 def _nearest_key(cls: type, key: str) -> str:
@@ -208,13 +235,13 @@ def _convert_literal(hint: Any, value: Any, where: str) -> Any:
     allowed = typing.get_args(hint)
     if value not in allowed:
         choices = ", ".join(map(str, allowed))
-        raise DriveSimError(f"{where}: found {value!r}, expected one of {choices}")
+        raise DriveSimError(f"{where}: found {shown(value)}, expected one of {choices}")
     return value
 
 
 def _convert_sequence(hint: Any, value: Any, where: str) -> Any:
     if not isinstance(value, list | tuple):
-        raise DriveSimError(f"{where}: expected a list, found {value!r}")
+        raise DriveSimError(f"{where}: expected a list, found {shown(value)}")
     origin, arms = typing.get_origin(hint), typing.get_args(hint)
     if origin is list or arms[-1] is Ellipsis:
         arms = (arms[0],) * len(value)
@@ -226,22 +253,37 @@ def _convert_sequence(hint: Any, value: Any, where: str) -> Any:
 
 def _convert_dict(hint: Any, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
-        raise DriveSimError(f"{where}: expected a mapping, found {value!r}")
+        raise DriveSimError(f"{where}: expected a mapping, found {shown(value)}")
     arm = typing.get_args(hint)[1]
-    return {str(key): _convert(arm, item, f"{where}.{key}") for key, item in value.items()}
+    items = ((key if isinstance(key, str) else shown(key), item) for key, item in value.items())
+    return {key: _convert(arm, item, f"{where}.{_key_name(key)}") for key, item in items}
 
 
 def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
     if hint is Any:
         return value
-    if hint is Path and isinstance(value, str | Path):
+    if hint is Path and isinstance(value, str | Path) and "\0" not in str(value):
         return Path(value)
     if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML 1.1 reads 1e-4, without a point, as a string
-        except ValueError:
-            pass
-    elif type(value) is hint:
+        return _finite(value, where)
+    if type(value) is hint and _is_usable(value):
         return value
     name = getattr(hint, "__name__", str(hint))
-    raise DriveSimError(f"{where}: expected {name}, found {value!r}")
+    raise DriveSimError(f"{where}: expected {name}, found {shown(value)}")
+
+
+def _is_usable(value: Any) -> bool:
+    """Whether a value of the right type can be counted with, or written: JSON may hold others."""
+    if isinstance(value, str):
+        return not _SURROGATE.search(value)
+    return not isinstance(value, int) or abs(value) < 2**63
+
+
+def _finite(value: float | str, where: str) -> float:
+    try:
+        number = float(value)  # YAML 1.1 reads 1e-4, without a point, as a string
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DriveSimError(f"{where}: expected float, found {shown(value)}")
+    return number

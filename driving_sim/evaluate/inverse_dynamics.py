@@ -14,7 +14,7 @@ A = 2 channels of an action; H, W pixels and R, C cells of a picture.
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,15 +22,16 @@ import numpy as np
 import torch
 from einops import rearrange
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
 from driving_sim.data.action_file import SPEED, STEERING, SteeringKind
 from driving_sim.engine.config import from_dict, to_dict
 from driving_sim.engine.errors import DriveSimError, TooLittleDataError
+from driving_sim.engine.parsing import one_line, parse_json
 from driving_sim.engine.schedule import learning_rate_factor, position_by_steps
+from driving_sim.engine.weights import load_weights
 from driving_sim.evaluate.following import balanced_sign_accuracy
 from driving_sim.evaluate.motion_cues import (
     CELLS,
@@ -167,12 +168,11 @@ class InverseDynamics:
         """Read a file of `to_bytes`; raises DriveSimError where it is not one."""
         network = _Network()
         try:
-            network.load_state_dict(load_file(path))
-            source = _source(path)
-        except (SafetensorError, RuntimeError, OSError, ValueError, DriveSimError) as error:
-            reason = str(error).splitlines()[0]
+            source = _source(load_weights(network, path, of="a probe"))
+        except (ValueError, DriveSimError) as error:
             raise DriveSimError(
-                f"{path}: not an inverse-dynamics probe of this version ({reason}); train it anew"
+                f"{path}: not an inverse-dynamics probe of this version ({one_line(error)}); "
+                "train it anew"
             ) from error
         return cls(network, source)
 
@@ -261,13 +261,11 @@ class _Samples:
         )
 
 
-def _source(path: Path) -> ProbeSource:
+def _source(metadata: Mapping[str, str]) -> ProbeSource:
     """What the file's metadata say of the source."""
-    with safe_open(path, "pt") as file:
-        saved = (file.metadata() or {}).get("source")
-    if saved is None:
+    if "source" not in metadata:
         raise DriveSimError("it does not say what it learned from")
-    return from_dict(ProbeSource, json.loads(saved), where="source")
+    return from_dict(ProbeSource, parse_json(metadata["source"]), where="source")
 
 
 class _Network(nn.Module):

@@ -4,6 +4,7 @@ Axes: B clips of a batch, n clips of all, T frames, H rows, W columns, d feature
 """
 
 import hashlib
+import io
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +18,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.parsing import one_line
 
 WITHOUT_I3D = "leave out --i3d"
 """What chooses the built-in features."""
 
+I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
+"""Checksum of the one I3D file that is loaded. TorchScript is a program: of its pickles no Python
+object is made, but its operators can write files (`aten::save`, `aten::from_file`), and what it
+calls `__setstate__` runs on loading.
+"""
+
+_MOST_I3D_BYTES = 2**26  # the file has 51,235,320
 _BATCH = 4
 _I3D_FLAGS = {"rescale": True, "resize": True, "return_features": True}
 _SEEDED_SIZE = (128, 256)
@@ -62,11 +71,11 @@ class I3DFeatures:
     least_frames = 10
 
     def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise _not_i3d(path, "there is no such file")
-        self._model = _load_i3d(path)
-        with path.open("rb") as file:
-            self.fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
+        content = _read_i3d(path)
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        if self.fingerprint != I3D_SHA256:
+            raise _not_i3d(path, "its checksum is another one's")
+        self._model = _load_i3d(path, content)
 
     @torch.inference_mode()
     def __call__(self, videos: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -166,23 +175,26 @@ def _joined(batches: Iterator[Tensor]) -> NDArray[np.float32]:
     return features
 
 
-def _load_i3d(path: Path) -> Any:
+def _read_i3d(path: Path) -> bytes:
+    if not path.is_file():
+        raise _not_i3d(path, "there is no such file")
+    try:
+        with path.open("rb") as file:
+            return file.read(_MOST_I3D_BYTES)
+    except OSError as error:
+        raise _not_i3d(path, one_line(error)) from error
+
+
+def _load_i3d(path: Path, content: bytes) -> Any:
     try:
         with warnings.catch_warnings():
             # torch would have torch.export instead, but this file exists as TorchScript only.
             warnings.filterwarnings("ignore", "`torch.jit.load`", DeprecationWarning)
-            # This is not torch.load: TorchScript's own reader, in C++, makes tensors and the
-            # script's types out of the file's pickles, and refuses whatever else they name, so that
-            # no Python object is built and no Python code runs. The script is a program all the
-            # same, of torch's operators.
-            model: Any = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
-        arguments = {argument.name for argument in model.forward.schema.arguments}
-    except (RuntimeError, OSError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise _not_i3d(path, f"not TorchScript: {reason}") from error
-    if missing := sorted(_I3D_FLAGS.keys() - arguments):
-        raise _not_i3d(path, f"its forward takes no {', '.join(missing)}")
-    return model.eval()
+            # From memory: what runs is what the checksum was taken of.
+            model: Any = torch.jit.load(io.BytesIO(content), map_location="cpu")  # type: ignore[no-untyped-call]
+        return model.eval()
+    except (RuntimeError, AttributeError) as error:
+        raise _not_i3d(path, f"this torch cannot load it: {one_line(error)}") from error
 
 
 def _not_i3d(path: Path, reason: str) -> DriveSimError:

@@ -1,0 +1,146 @@
+"""A model's weights in a safetensors file: written whole, checked before they are read, hashed.
+
+The file and the config beside it may be damaged, or made to do harm: a header of gigabytes, a
+config of a billion layers. So the file is compared with what the config asks for while that costs
+nothing, on torch's meta device, and memory is taken only for tensors that are there.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.files import atomic_file
+from driving_sim.engine.parsing import one_line, shown
+
+M = TypeVar("M", bound=nn.Module)
+Form = tuple[str, tuple[int, ...]]
+"""A tensor's number format, by safetensors' names, and its shape."""
+
+_LENGTH_BYTES = 8
+_MOST_HEADER_BYTES = 2**20  # about ten thousand tensors
+_MOST_TABLE_BYTES = 2**28  # of what a model computes for itself: orders, masks, frequencies
+_FORMATS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def save_weights(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a module's state and `metadata` to `path`, in one move."""
+    weights = {name: v.cpu().contiguous() for name, v in module.state_dict().items()}
+    # Written as bytes, because `save_file` makes files that only their owner can read.
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(save(weights, dict(metadata)))
+
+
+def fingerprint(identity: Mapping[str, Any], module: nn.Module) -> str:
+    """Return the SHA-256, in hexadecimal, of `identity` as JSON and of a module's state."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def build_with_weights(
+    build: Callable[[], M], path: Path, *, of: str, least_tensors: int
+) -> tuple[M, dict[str, str]]:
+    """Build a module and load the weights in `path`; return it and the file's metadata.
+
+    `least_tensors` is how many the config asks for at the least, so that one that asks for more
+    than the file has is not even built. Raises `DriveSimError`, which says that the file is not
+    `of`'s weights and why, where it is damaged or the weights are other ones than the module's.
+    """
+    try:
+        forms, _ = _read_header(path)
+        if least_tensors > len(forms):
+            raise ValueError(f"it has {len(forms)} tensors, its config wants {least_tensors}")
+        _check_forms(_planned_forms(build), forms)
+    except ValueError as error:
+        raise _not_weights(path, of, error) from error
+    module = build()
+    return module, load_weights(module, path, of=of)
+
+
+@torch.no_grad()
+def load_weights(module: nn.Module, path: Path, *, of: str) -> dict[str, str]:
+    """Load the weights in `path` into a module; return the file's metadata.
+
+    Raises `DriveSimError` as `build_with_weights` does, before the module changes.
+    """
+    try:
+        own = module.state_dict()
+        forms, metadata = _read_header(path)
+        _check_forms({name: _form(value) for name, value in own.items()}, forms)
+        with safe_open(path, "pt") as file:
+            for name, value in own.items():
+                value.copy_(file.get_tensor(name))
+    except (ValueError, OSError, SafetensorError) as error:
+        raise _not_weights(path, of, error) from error
+    return metadata
+
+
+def _read_header(path: Path) -> tuple[dict[str, Form], dict[str, str]]:
+    """Forms of a file's tensors, and its metadata; `ValueError` where it is damaged."""
+    try:
+        if not path.is_file():
+            raise ValueError("there is no such file")
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        if length > _MOST_HEADER_BYTES:
+            raise ValueError(f"its header says that it is {length} bytes long")
+        # The library checks the rest: the JSON, and that the tensors fill the file without a gap.
+        with safe_open(path, "pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            forms = {k: (str(v.get_dtype()), tuple(v.get_shape())) for k, v in slices.items()}
+            return forms, dict(opened.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise ValueError(one_line(error)) from error
+
+
+def _planned_forms(build: Callable[[], nn.Module]) -> dict[str, Form]:
+    """What a module will hold, found without its memory; `ValueError` where nothing could."""
+    try:
+        with torch.device("meta"):
+            module = build()
+    except (RuntimeError, ArithmeticError, MemoryError) as error:
+        raise ValueError(f"its config asks for the impossible: {one_line(error)}") from error
+    tables = sum(buffer.nbytes for buffer in module.buffers())
+    if tables > _MOST_TABLE_BYTES:
+        raise ValueError(f"its config asks for tables of {tables} bytes")
+    return {name: _form(value) for name, value in module.state_dict().items()}
+
+
+def _form(value: Tensor) -> Form:
+    return _FORMATS.get(value.dtype, str(value.dtype)), tuple(value.shape)
+
+
+def _check_forms(expected: Mapping[str, Form], found: Mapping[str, Form]) -> None:
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in expected:
+            raise ValueError(f"it has {shown(name)}, which the model has not")
+        if name not in found:
+            raise ValueError(f"it has no {name}")
+        if expected[name] != found[name]:
+            (own, own_shape), (other, shape) = expected[name], found[name]
+            raise ValueError(
+                f"{name} is {other} {shown(list(shape))}, expected {own} {shown(list(own_shape))}"
+            )
+
+
+def _not_weights(path: Path, of: str, reason: object) -> DriveSimError:
+    return DriveSimError(f"{path}: not {of}'s weights ({one_line(reason)}); copy it again")
