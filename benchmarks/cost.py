@@ -28,8 +28,6 @@ PROBE_FILE, PROBE_FRAME = 0.16, 20e-6
 """Seconds for a 1080p file, by the same command, and for each of its packets, in Python."""
 INDEX_SECONDS, INDEX_MEMORY, INDEX_BYTES = 18.4e-6, 0.92e3, 276.0
 """For a drive of a token store: to start from its index; python -m benchmarks.store_index."""
-ALL_DRIVES = 2.9e-6
-"""Seconds for a drive that `FrameBatches` looks at, in each batch that it decodes on demand."""
 CPU_FLOPS: float | None = None
 """Operations a second of a training step on two cores: 6 N D of the largest run over its seconds;
 python -m benchmarks.scaling_runs."""
@@ -236,7 +234,6 @@ def the_sizes() -> str:
         "its index.json": (",.0f", " MB", INDEX_BYTES / 1e6),
         "starting from it, on every rank": (",.1f", " s", INDEX_SECONDS),
         "held of it, by every process": (",.2f", " GB", INDEX_MEMORY / 1e9),
-        "search for a tokenizer batch's drives": (",.2f", " s", ALL_DRIVES),
     }
     cells = [
         (what, *(f"{count * each:{form}}{unit}" for count in counts))

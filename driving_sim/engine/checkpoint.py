@@ -70,11 +70,9 @@ def save_checkpoint(
         elif ranks.is_main:
             for part, tensors in parts.items():
                 _save_tensors(temporary / f"{part}.safetensors", tensors)
-        ranks.barrier()
         if ranks.is_main:
             save_json(temporary / STATE, {**state, "ema_updates": ema.updates})
-            checksums = {file.name: _digest(file) for file in _files(temporary)}
-            save_json(temporary / CHECKSUMS, checksums)
+        _save_checksums(temporary, ranks)
     ranks.barrier()
     return path
 
@@ -176,6 +174,22 @@ def _all(folder: Path) -> list[Path]:
 def _files(path: Path) -> list[Path]:
     """What is in a checkpoint's folder beside its checksums."""
     return sorted(file for file in path.iterdir() if file.name != CHECKSUMS)
+
+
+def _save_checksums(path: Path, ranks: Ranks) -> None:
+    """Write those of all files, which the ranks share: a large model's take a while to read."""
+    ranks.barrier()  # the files are all there
+    files = _files(path)[ranks.rank :: ranks.size]
+    ranks.barrier()  # and all ranks have seen the same
+    part = path / f"{ranks.rank}.{CHECKSUMS}"
+    save_json(part, {file.name: _digest(file) for file in files})
+    ranks.barrier()
+    if ranks.is_main:
+        parts = sorted(path.glob(f"*.{CHECKSUMS}"))
+        checksums = {name: digest for each in parts for name, digest in load_json(each).items()}
+        for each in parts:
+            each.unlink()
+        save_json(path / CHECKSUMS, checksums)
 
 
 def _digest(file: Path) -> str:
