@@ -7,6 +7,7 @@ World-model steps of a preset on random tokens, each variant in a process of its
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -28,7 +29,7 @@ _WARM_UP, _TIMED = 3, 10
 
 
 def measure(preset: str, options: dict[str, Any]) -> dict[str, float] | None:
-    """Seconds of a step and bytes that a pass keeps for the backward one; on the main rank."""
+    """Seconds of a step and megabytes that steps take beyond the model; on the main rank."""
     import torch
 
     from driving_sim.engine.distributed import process_group
@@ -64,24 +65,16 @@ def measure(preset: str, options: dict[str, Any]) -> dict[str, float] | None:
 
     with process_group(torch.device("cpu")) as (ranks, device):
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.size))
-        stepper, source, seconds, kept = Stepper(model, training, ranks, device), batches(), [], 0
-
-        def count(tensor: torch.Tensor) -> torch.Tensor:
-            nonlocal kept
-            kept += tensor.numel() * tensor.element_size()
-            return tensor
-
+        stepper, source, seconds = Stepper(model, training, ranks, device), batches(), []
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for step in range(_WARM_UP + _TIMED):
             begun = time.perf_counter()
-            if step == 0 and not options.get("compile"):
-                with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-                    stepper.step(source, step, 0.5)
-            else:
-                stepper.step(source, step, 0.5)
+            stepper.step(source, step, 0.5)
             seconds.append(time.perf_counter() - begun)
         if not ranks.is_main:
             return None
-        return {"seconds": statistics.median(seconds[_WARM_UP:]), "kept": float(kept)}
+        taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        return {"seconds": statistics.median(seconds[_WARM_UP:]), "megabytes": taken / 1024}
 
 
 def run(preset: str, options: dict[str, Any]) -> dict[str, float]:
@@ -128,9 +121,8 @@ def main() -> None:
     print(f"steps of {given.preset}, medians of {given.rounds} rounds, relative to plain:")
     for name in VARIANTS:
         times = [each[name]["seconds"] / each["plain"]["seconds"] for each in rounds]
-        kept = rounds[0][name]["kept"] / rounds[0]["plain"]["kept"]
-        memory = f", keeps {kept:.2f} of the memory for the backward pass" if kept else ""
-        print(f"  {name}: {statistics.median(times):.2f} of the time of a step{memory}")
+        memory = statistics.median(each[name]["megabytes"] for each in rounds)
+        print(f"  {name}: {statistics.median(times):.2f} of the time, {memory:,.0f} MB a process")
     plain = statistics.median(each["plain"]["seconds"] for each in rounds)
     print(f"a plain step takes {plain:.3g} s")
 

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -39,6 +40,7 @@ from driving_sim.engine.distributed import Ranks
 from driving_sim.engine.errors import DriveSimError
 
 _PLAN = "plan.json"
+_PATIENCE_S = 90
 _ROOT = r"(?<![\w.~/\\-])(?:[A-Za-z]:)?[/\\]"  # where an absolute path begins
 
 
@@ -66,8 +68,7 @@ class TokenStoreWriter:
         if self._ranks.is_main:
             self._begin()
         self._ranks.barrier()
-        if not self._ranks.is_main:
-            self._check_same(load_json(self._work / _PLAN))
+        self._ranks.require_same(plan.hash, "the drives that were found")
 
     def _begin(self) -> None:
         with _writing(self.out):
@@ -283,8 +284,7 @@ class TokenStoreWriter:
             DriveSimError: every drive was skipped, or the disk is full or not writable.
         """
         self._ranks.barrier()
-        missing = [drive.id for drive in self.plan.drives if not self.done(drive.id)]
-        if missing:
+        if missing := self._missing():
             raise ValueError(f"{len(missing)} drives are missing, {missing[0]!r} first")
         with _writing(self.out):
             self._merge(range(len(self._shards)))
@@ -295,6 +295,14 @@ class TokenStoreWriter:
             self._write_index(index)
         self._ranks.barrier()
         return index
+
+    def _missing(self) -> list[str]:
+        # A network file system may show a rank what others wrote a while later.
+        for _ in range(_PATIENCE_S if self._ranks.size > 1 else 0):
+            if all(self.done(drive.id) for drive in self.plan.drives):
+                break
+            time.sleep(1)
+        return [drive.id for drive in self.plan.drives if not self.done(drive.id)]
 
     def _write_index(self, index: StoreIndex) -> None:
         with _writing(self.out):

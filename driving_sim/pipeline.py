@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -200,7 +201,8 @@ def tokenize_videos(
         raise DriveSimError(f"{out} already holds a token store: choose another --out or delete it")
     found = _find(videos, skip_bad=skip_bad, steering_kind=steering_kind, time_offset=time_offset)
     _ = found.steering_kind  # raises where kinds are mixed
-    with process_group(resolve_device(device)) as (ranks, own_device):
+    # One rank may have days more to do than another.
+    with process_group(resolve_device(device), timedelta(days=30)) as (ranks, own_device):
         usable, begun = ranks.from_main(
             [float(_is_usable(tokenizer)), float((tokenizer / CONFIG).exists())]
         )

@@ -13,6 +13,7 @@ from driving_sim.engine.checkpoint import (
     load_checkpoint,
     newest_whole,
     prune,
+    remove_after,
     save_checkpoint,
 )
 from driving_sim.engine.ema import Ema
@@ -131,7 +132,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in range(1, 7):
         (tmp_path / f"step-{step:08d}").mkdir()
     (tmp_path / ".step-00000003.77.partial").mkdir()
-    prune(tmp_path, step=6, keep_last=2, best_step=3)
+    prune(tmp_path, keep_last=2, best_step=3)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"step-{step:08d}" for step in (3, 5, 6)
     ]
@@ -205,13 +206,11 @@ def test_checksums_that_are_damaged_themselves_count_as_damage(tmp_path: Path) -
         assert damage(path) is not None
 
 
-def test_damaged_checkpoints_are_removed_once_the_run_is_past_the_one_before(
-    tmp_path: Path,
-) -> None:
+def test_checkpoints_after_the_one_that_is_gone_on_from_can_be_removed(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         (tmp_path / f"step-{step:08d}").mkdir()
-    prune(tmp_path, step=25, keep_last=1, best_step=None)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000020"]
+    remove_after(tmp_path / "step-00000010")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:

@@ -98,5 +98,5 @@ def test_what_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
         prepared("world_model", shard=True)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(DriveSimError, match=r"training.compile needs a C\+\+ compiler"):
+    with pytest.raises(DriveSimError, match="compile needs a compiler"):
         prepared("world_model", compile=True)

@@ -91,9 +91,9 @@ def tokenize(
         if ranks.is_main:
             for name, reason in bad.items():
                 writer.skip(name, reason)
-        own = _share(usable, ranks)
-        work = [_Work(each, _pending(each, writer, mirror=mirror)) for each in own]
-        _encode_all([each for each in work if each.flips], tokenizer, writer, skip_bad, batch_size)
+        ranks.barrier()
+        work = _share(_pending(usable, writer, ranks, mirror=mirror), ranks)
+        _encode_all(work, tokenizer, writer, skip_bad, batch_size, ranks)
         return TokenizeSummary(out=out, index=writer.finish())
 
 
@@ -105,10 +105,14 @@ class _Work:
     flips: list[bool]
 
 
-def _share(drives: Sequence[SampledDrive], ranks: Ranks) -> list[SampledDrive]:
-    """This rank's drives: dealt out by their lengths, so that all ranks end at about one time."""
-    by_length = sorted(range(len(drives)), key=lambda n: (-len(drives[n].indices), n))
-    return [drives[n] for n in sorted(by_length[ranks.rank :: ranks.size])]
+def _share(work: Sequence[_Work], ranks: Ranks) -> list[_Work]:
+    """This rank's part: dealt out by length, so that all ranks end at about one time."""
+
+    def longest_first(number: int) -> tuple[int, int]:
+        return -len(work[number].sampled.indices) * len(work[number].flips), number
+
+    dealt = sorted(range(len(work)), key=longest_first)[ranks.rank :: ranks.size]
+    return [work[number] for number in sorted(dealt)]
 
 
 def _flips(mirror: bool) -> list[bool]:
@@ -119,8 +123,17 @@ def _name(drive: Drive, flip: bool) -> str:
     return drive.id + MIRROR_SUFFIX if flip else drive.id
 
 
-def _pending(sampled: SampledDrive, writer: TokenStoreWriter, *, mirror: bool) -> list[bool]:
-    return [flip for flip in _flips(mirror) if not writer.done(_name(sampled.drive, flip))]
+def _pending(
+    drives: Sequence[SampledDrive], writer: TokenStoreWriter, ranks: Ranks, *, mirror: bool
+) -> list[_Work]:
+    """What the store lacks, as the main rank finds it: the others may already add to it."""
+    forms = [(each, flip) for each in drives for flip in _flips(mirror)]
+    done = ranks.from_main([float(writer.done(_name(each.drive, flip))) for each, flip in forms])
+    left: dict[str, _Work] = {}
+    for (each, flip), is_done in zip(forms, done, strict=True):
+        if not is_done:
+            left.setdefault(each.drive.id, _Work(each, [])).flips.append(flip)
+    return list(left.values())
 
 
 def _survey(
@@ -198,17 +211,19 @@ def _encode_all(
     writer: TokenStoreWriter,
     skip_bad: bool,
     batch_size: int,
+    ranks: Ranks,
 ) -> None:
     frames = sum(len(each.sampled.indices) for each in work)
-    with progress(frames, "tokenize", "frames") as shown:
-        shown.say(f"tokenize: {len(work)} drives, {frames:,} frames -> {writer.out}")
+    label = "tokenize" if ranks.size == 1 else f"tokenize, rank {ranks.rank} of {ranks.size}"
+    with progress(frames, label, "frames") as shown:
+        shown.say(f"{label}: {len(work)} drives, {frames:,} frames -> {writer.out}")
         for each in work:
             try:
                 tokens = _encode(each, tokenizer, batch_size, shown)
             except DriveSimError as error:
                 if not skip_bad:
                     raise DriveSimError(f"{error}; {_HOW_ON}") from error
-                shown.say(f"skipped {each.sampled.drive.id}: {error}")
+                shown.say(f"skipped {each.sampled.drive.id}: {error}", by_any_rank=True)
                 for flip in each.flips:
                     writer.skip(_name(each.sampled.drive, flip), str(error))
                 continue

@@ -21,6 +21,8 @@ from driving_sim.data.frame_batches import FrameBatches
 from driving_sim.data.frame_size import FrameSize
 from driving_sim.data.split import split_drives
 from driving_sim.engine.config import to_dict
+from driving_sim.engine.device import resolve_device
+from driving_sim.engine.distributed import process_group
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.progress import progress, say
 from driving_sim.engine.training import (
@@ -128,7 +130,7 @@ def train_tokenizer(
         say("training without the perceptual loss LPIPS, as objective.lpips_weight is 0")
     size = config.model.frame_size
     if skip_bad:
-        drives = _decodable(drives, size)
+        drives = _decodable(drives, size, device)
     training, validation = _split(drives, config.data)
     dataset = FrameBatches(
         training,
@@ -251,12 +253,25 @@ def _described(drives: Sequence[SampledDrive]) -> dict[str, int | str]:
     }
 
 
-def _decodable(drives: Sequence[SampledDrive], size: FrameSize) -> list[SampledDrive]:
+def _decodable(
+    drives: Sequence[SampledDrive], size: FrameSize, device: torch.device | str
+) -> list[SampledDrive]:
     """The drives whose frames can all be decoded; names the others.
 
-    Before anything is drawn: so the split and every batch are functions of the drives kept.
+    Before anything is drawn: so the split and every batch are functions of the drives kept. Of
+    several ranks, the main one decides for all.
     """
-    kept = []
+    with process_group(resolve_device(device)) as (ranks, _):
+        good = _try_all(drives, size) if ranks.is_main else [False] * len(drives)
+        chosen = ranks.from_main([float(each) for each in good])
+    kept = [drive for drive, each in zip(drives, chosen, strict=True) if each]
+    if not kept:
+        raise DriveSimError("every drive was skipped: nothing is left to train on")
+    return kept
+
+
+def _try_all(drives: Sequence[SampledDrive], size: FrameSize) -> list[bool]:
+    good = []
     with progress(sum(len(each.indices) for each in drives), "check", "frames") as shown:
         for each in drives:
             try:
@@ -264,11 +279,10 @@ def _decodable(drives: Sequence[SampledDrive], size: FrameSize) -> list[SampledD
                     shown.advance(1)
             except DriveSimError as error:
                 shown.say(f"skipped {each.drive.id}: {error}")
+                good.append(False)
             else:
-                kept.append(each)
-    if not kept:
-        raise DriveSimError("every drive was skipped: nothing is left to train on")
-    return kept
+                good.append(True)
+    return good
 
 
 def _start_from(autoencoder: Autoencoder, run: Path) -> None:

@@ -15,6 +15,8 @@ from driving_sim.data.split import split_drives
 from driving_sim.data.token_store import DriveTokens, StoreInfo, TokenStore
 from driving_sim.data.token_windows import TokenWindows
 from driving_sim.engine.config import to_dict
+from driving_sim.engine.device import resolve_device
+from driving_sim.engine.distributed import process_group
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.progress import say
 from driving_sim.engine.training import TrainingConfig, TrainingResult, check_run, train
@@ -90,53 +92,54 @@ def train_world_model(
         "init_from": None if init_from is None else str(init_from),
     }
     check_run(run, run_config, resume)
-    frozen = _matching_tokenizer(tokens, tokenizer, device)
-    training_ids, validation_ids = _split(tokens, config.data)
-    training = tokens.select(training_ids)
-    # Of one drive alone, nothing is kept from training.
-    validation = tokens.select(validation_ids or training_ids)
-    torch.manual_seed(config.training.seed)
-    transformer = _new_transformer(config.model, training, frozen, init_from)
+    with process_group(resolve_device(device)) as (_, own_device):
+        frozen = _matching_tokenizer(tokens, tokenizer, own_device)
+        training_ids, validation_ids = _split(tokens, config.data)
+        training = tokens.select(training_ids)
+        # Of one drive alone, nothing is kept from training.
+        validation = tokens.select(validation_ids or training_ids)
+        torch.manual_seed(config.training.seed)
+        transformer = _new_transformer(config.model, training, frozen, init_from)
 
-    def as_world(model: nn.Module) -> WorldModel:
-        assert isinstance(model, Transformer)
-        # A copy: a WorldModel freezes the module that it is given.
-        module = copy.deepcopy(model)
-        return WorldModel(
-            module,
-            frozen,
-            fps=tokens.info.fps,
-            steering_kind=cast("SteeringKind | None", tokens.info.steering_kind),
-            validation_drives=validation_ids,
-            device=module.source.device,
+        def as_world(model: nn.Module) -> WorldModel:
+            assert isinstance(model, Transformer)
+            # A copy: a WorldModel freezes the module that it is given.
+            module = copy.deepcopy(model)
+            return WorldModel(
+                module,
+                frozen,
+                fps=tokens.info.fps,
+                steering_kind=cast("SteeringKind | None", tokens.info.steering_kind),
+                validation_drives=validation_ids,
+                device=module.source.device,
+            )
+
+        return train(
+            WorldModelObjective(config.objective, transformer),
+            dataset=TokenWindows(
+                training,
+                frames=config.model.context_frames,
+                batch_size=config.data.batch_size,
+                seed=config.training.seed,
+            ),
+            config=config.training,
+            run=run,
+            validate=WindowValidation(
+                validation,
+                frames=config.model.context_frames,
+                windows=config.data.validation_windows,
+                batch_size=config.data.batch_size,
+                preview=config.data.preview,
+                as_world=as_world,
+            ),
+            export=lambda model, folder: as_world(model).save(folder),
+            run_config=run_config,
+            resume=resume,
+            device=own_device,
         )
 
-    return train(
-        WorldModelObjective(config.objective, transformer),
-        dataset=TokenWindows(
-            training,
-            frames=config.model.context_frames,
-            batch_size=config.data.batch_size,
-            seed=config.training.seed,
-        ),
-        config=config.training,
-        run=run,
-        validate=WindowValidation(
-            validation,
-            frames=config.model.context_frames,
-            windows=config.data.validation_windows,
-            batch_size=config.data.batch_size,
-            preview=config.data.preview,
-            as_world=as_world,
-        ),
-        export=lambda model, folder: as_world(model).save(folder),
-        run_config=run_config,
-        resume=resume,
-        device=device,
-    )
 
-
-def _matching_tokenizer(store: TokenStore, path: Path, device: str) -> Tokenizer:
+def _matching_tokenizer(store: TokenStore, path: Path, device: torch.device) -> Tokenizer:
     tokenizer = Tokenizer.from_run(path, device)
     if tokenizer.fingerprint != store.info.tokenizer_fingerprint:
         raise DriveSimError(

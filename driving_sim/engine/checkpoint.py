@@ -59,7 +59,7 @@ def save_checkpoint(
     ranks = ranks or Ranks()
     path = checkpoint_path(folder, step)
     parts = {
-        "model": _changing_tensors(model),
+        "model": changing_tensors(model),
         "optimizer": optimizer_tensors(optimizer, model),
         "ema": ema.state_dict(),
     }
@@ -86,11 +86,11 @@ def load_checkpoint(
     """
     state = load_json(path / STATE)
     try:
-        parts = _load_parts(path, model)
+        parts = _load_parts(path, model, ema)
         _load_model(model, parts["model"])
         load_optimizer_tensors(optimizer, model, parts["optimizer"])
         ema.load_state_dict(parts["ema"], state.pop("ema_updates"))
-    except (KeyError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+    except (KeyError, OSError, SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DriveSimError(
             f"{path} was made for another model ({reason}): resume with the configuration that it "
@@ -121,9 +121,15 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 def damage(path: Path) -> str | None:
     """In what a checkpoint's files differ from what was written; None where they do not."""
     try:
-        written = load_json(path / CHECKSUMS)
+        return _difference(path)
     except DriveSimError:
-        return f"no readable {CHECKSUMS}"
+        return f"no readable {CHECKSUMS}, which checkpoints of earlier versions have not"
+    except OSError as error:
+        return f"{error.filename} cannot be read: {error.strerror}"
+
+
+def _difference(path: Path) -> str | None:
+    written = load_json(path / CHECKSUMS)
     found = {file.name: file for file in _files(path)}
     for name in sorted(written.keys() | found.keys()):
         if name not in found:
@@ -150,16 +156,17 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def prune(folder: Path, *, step: int, keep_last: int, best_step: int | None) -> None:
-    """Remove all checkpoints but the newest `keep_last` up to `step` and the best.
+def remove_after(path: Path) -> None:
+    """Remove the checkpoints of later steps than that of `path`."""
+    for other in _all(path.parent):
+        if step_of(other) > step_of(path):
+            shutil.rmtree(other)
 
-    Later ones were damaged, or the run would have gone on from them. What a kill left over goes
-    too.
-    """
-    newest_first = sorted(_all(folder), key=step_of, reverse=True)
-    kept = [path for path in newest_first if step_of(path) <= step][:keep_last]
-    for path in newest_first:
-        if path not in kept and step_of(path) != best_step:
+
+def prune(folder: Path, *, keep_last: int, best_step: int | None) -> None:
+    """Remove all checkpoints but the newest `keep_last` and the best, and what a kill left over."""
+    for path in sorted(_all(folder), key=step_of)[:-keep_last]:
+        if step_of(path) != best_step:
             shutil.rmtree(path)
     for path in folder.glob(".step-*"):
         shutil.rmtree(path)
@@ -186,10 +193,12 @@ def _save_checksums(path: Path, ranks: Ranks) -> None:
     ranks.barrier()
     if ranks.is_main:
         parts = sorted(path.glob(f"*.{CHECKSUMS}"))
-        checksums = {name: digest for each in parts for name, digest in load_json(each).items()}
+        made = {name: digest for each in parts for name, digest in load_json(each).items()}
         for each in parts:
             each.unlink()
-        save_json(path / CHECKSUMS, checksums)
+        # On a shared disk a rank may not have seen all files yet.
+        files = _files(path)
+        save_json(path / CHECKSUMS, {f.name: made.get(f.name) or _digest(f) for f in files})
 
 
 def _digest(file: Path) -> str:
@@ -212,7 +221,7 @@ def _shared_folder(path: Path, ranks: Ranks) -> Iterator[Path]:
     yield temporary_beside(path, process)
 
 
-def _changing_tensors(model: nn.Module) -> dict[str, Tensor]:
+def changing_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Trainable parameters, tied ones once, and the buffers that belong to the state."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -220,11 +229,15 @@ def _changing_tensors(model: nn.Module) -> dict[str, Tensor]:
     return trainable | buffers
 
 
-def _load_parts(path: Path, model: nn.Module) -> dict[str, dict[str, Tensor]]:
+def _load_parts(path: Path, model: nn.Module, ema: Ema) -> dict[str, dict[str, Tensor]]:
     """The saved tensors of each part by name; those of a sharded run as `model` is sharded."""
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
     if is_saved_in_shards(path):
-        for name, tensor in load_shards(path, dict(model.named_parameters())).items():
+        parameters = dict(model.named_parameters())
+        likes = {f"ema/{name}": average for name, average in ema.state_dict().items()}
+        for part in ("model", "optimizer"):
+            likes |= {f"{part}/{name}": parameter for name, parameter in parameters.items()}
+        for name, tensor in load_shards(path, likes).items():
             part, _, rest = name.partition("/")
             parts[part][rest] = tensor
         return parts
@@ -233,11 +246,8 @@ def _load_parts(path: Path, model: nn.Module) -> dict[str, dict[str, Tensor]]:
 
 @torch.no_grad()
 def _load_model(model: nn.Module, saved: dict[str, Tensor]) -> None:
-    tensors = _changing_tensors(model)
+    tensors = changing_tensors(model)
     for name in sorted(tensors.keys() | saved.keys()):
-        # Not left to copy_, which would also fill a large tensor from a small one.
-        if tensors[name].shape != saved[name].shape:
-            raise KeyError(f"{name} has another shape")
         tensors[name].copy_(placed_like(saved[name], tensors[name]))
 
 

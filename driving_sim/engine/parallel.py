@@ -34,6 +34,8 @@ def parallel(
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if config.compile:
         _require_compiler(device)
+        # The kinds of blocks share what torch counts them by; beyond 8 it would interpret them.
+        torch._dynamo.config.recompile_limit = 64
         for block in blocks:
             block.compile()
     if config.shard:
@@ -47,14 +49,20 @@ def parallel(
         # The players of an adversarial loss, which are clipped apart, start apart: then not every
         # parameter has a gradient.
         players = {group.get("clip") for group in trainable.parameter_groups()}
-        return DistributedDataParallel(model, find_unused_parameters=len(players) > 1)
+        return DistributedDataParallel(
+            model,
+            find_unused_parameters=len(players) > 1,
+            broadcast_buffers=False,  # all ranks compute the same ones
+        )
     return model
 
 
 def _require_compiler(device: torch.device) -> None:
-    names = [os.environ.get("CXX", ""), "g++", "clang++", "cl"]
-    if device.type == "cpu" and not any(shutil.which(name) for name in names if name):
+    # On a GPU, Triton builds its launchers in C.
+    variable, *names = ("CXX", "g++", "clang++") if device.type == "cpu" else ("CC", "gcc", "clang")
+    names += ["cl", os.environ.get(variable, "")]
+    if not any(shutil.which(name) for name in names if name):
         raise DriveSimError(
-            "training.compile needs a C++ compiler (g++ or clang++), and there is none: install "
-            "one, or leave the option out"
+            f"training.compile needs a compiler ({names[0]} or {names[1]}), and there is none: "
+            "install one, or leave the option out"
         )

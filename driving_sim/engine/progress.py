@@ -53,10 +53,15 @@ class Progress:
             self._next_show = now + self._pause
             self._show(text)
 
-    def say(self, line: str) -> None:
-        """Print a line of its own, above the bar where there is one."""
+    def say(self, line: str, *, by_any_rank: bool = False) -> None:
+        """Print a line of its own, above the bar where there is one.
+
+        What only one of several ranks knows is said `by_any_rank`.
+        """
         if self._bar:
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        elif by_any_rank:
+            print(line, file=sys.stderr, flush=True)
         else:
             say(line)
 

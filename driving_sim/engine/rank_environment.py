@@ -1,6 +1,7 @@
 """What `torchrun` tells a process in its environment; without it, the process is alone."""
 
 import os
+import socket
 
 
 def rank_count() -> int:
@@ -21,3 +22,9 @@ def local_rank() -> int:
 def restarts() -> int:
     """How often `torchrun --max-restarts` started all of them again after one died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def launcher() -> str | None:
+    """Which `torchrun` started this process: the same one after a restart; None without one."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if name is None else f"{name} {socket.gethostname()} {os.getppid()}"

@@ -8,16 +8,18 @@ from typing import Any
 from driving_sim.engine.config import load_yaml, save_json, save_yaml
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import is_free
-from driving_sim.engine.rank_environment import restarts
+from driving_sim.engine.rank_environment import is_main_process, launcher
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 FINISHED = "finished.json"
+_LAUNCHER = ".launcher"  # which torchrun began a run that is not over
 
 CHANGEABLE = frozenset(
     (
         "steps",
         "minutes",
+        "accumulate",
         "learning_rate",
         "log_every",
         "validate_every",
@@ -44,15 +46,21 @@ class RunConflictError(DriveSimError):
 
 
 def goes_on(run: Path, resume: bool) -> bool:
-    """Whether to continue `run`: as asked, or because `torchrun` started its ranks again."""
-    return resume or (restarts() > 0 and (run / CONFIG).is_file())
+    """Whether to continue `run`: as asked, or as the `torchrun` that began it started it again."""
+    begun_by = run / _LAUNCHER
+    if resume or launcher() is None or not (run / CONFIG).is_file() or not begun_by.is_file():
+        return resume
+    return begun_by.read_text("utf-8") == launcher()
 
 
 def check_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:
     """Raise `RunConflictError` unless `run` is free to start in, or, if it `goes_on`, the same run.
 
     Cheap: call it before loading data. `train` checks again, so write nothing into `run` before.
+    Of several ranks, the main one looks.
     """
+    if not is_main_process():
+        return
     resume = goes_on(run, resume)
     known = (run / CONFIG).is_file()
     if resume and not known:
@@ -70,6 +78,9 @@ def check_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:
 def prepare_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:
     """Check the folder, create it where needed and write the resolved config into it."""
     check_run(run, run_config, resume)
+    run.mkdir(parents=True, exist_ok=True)
+    if launcher() is not None:
+        (run / _LAUNCHER).write_text(str(launcher()), "utf-8")
     save_yaml(run / CONFIG, run_config)
 
 
@@ -81,6 +92,7 @@ def is_finished(run: Path) -> bool:
 def mark_finished(run: Path, result: Mapping[str, Any]) -> None:
     """Write what the run came to: the mark that `is_finished` looks for."""
     save_json(run / FINISHED, result)
+    (run / _LAUNCHER).unlink(missing_ok=True)
 
 
 def mark_unfinished(run: Path) -> None:

@@ -6,7 +6,8 @@ them from plain ones, and is the identity on those.
 """
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from driving_sim.engine.errors import DriveSimError
 
+_OLDEST_TORCH = (2, 9)
 _FILES = "shard-*.safetensors"  # what torch.distributed.checkpoint calls them
 
 
@@ -27,11 +29,16 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for parameter in model.parameters():  # others are refused, channels_last for one
-        parameter.data = parameter.data.contiguous()
+    frozen = set()
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # moved by `fully_shard`; it refuses channels_last
+            parameter.data = parameter.data.contiguous()
+        else:
+            parameter.data = parameter.data.to(device)
+            frozen.add(parameter)
     for block in blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params=frozen)
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -48,7 +55,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor that all ranks hold, sharded as `like` is."""
+    """A tensor that all ranks hold, sharded as `like` is; `ValueError` for another shape."""
+    if tensor.shape != like.shape:
+        raise ValueError(f"a tensor is {list(tensor.shape)}, expected {list(like.shape)}")
     if not is_sharded(like) or is_sharded(tensor):
         return tensor
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -65,7 +74,8 @@ def save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
     # Its other storages pickle their metadata; this one reads numbers with a shape only.
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    save({name: _with_shape(tensor) for name, tensor in tensors.items()}, storage_writer=writer)
+    with _own_errors():
+        save({name: _with_shape(tensor) for name, tensor in tensors.items()}, storage_writer=writer)
 
 
 def is_saved_in_shards(folder: Path) -> bool:
@@ -73,11 +83,11 @@ def is_saved_in_shards(folder: Path) -> bool:
     return any(folder.glob(_FILES))
 
 
-def load_shards(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def load_shards(folder: Path, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Read what `save_shards` wrote, on any number of ranks, one without `torchrun` included.
 
-    A tensor named `KIND/NAME` or `KIND/NAME/QUANTITY` comes sharded as `parameters[NAME]` where it
-    has that one's shape.
+    A tensor named as one of `likes`, or as one with `/QUANTITY` behind, and of its shape comes
+    sharded as that is.
     """
     _require_torch()
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -88,13 +98,13 @@ def load_shards(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Ten
     tensors: dict[str, Tensor] = {}
     for name, entry in saved.items():
         assert isinstance(entry, TensorStorageMetadata)
-        dtype, rest = entry.properties.dtype, name.partition("/")[2]
-        like = parameters.get(rest, parameters.get(rest.rpartition("/")[0]))
+        dtype = entry.properties.dtype
+        like = likes.get(name, likes.get(name.rpartition("/")[0]))
         if like is not None and is_sharded(like) and like.shape == entry.size:
             tensors[name] = torch.empty_like(like, dtype=dtype)
         else:
             tensors[name] = torch.empty(entry.size, dtype=dtype)
-    with warnings.catch_warnings():
+    with _own_errors(), warnings.catch_warnings():
         # It warns where there are no ranks: of what is wanted then.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
@@ -105,11 +115,21 @@ def _with_shape(tensor: Tensor) -> Tensor:
     return tensor if tensor.ndim else tensor.reshape(1)
 
 
-def _require_torch() -> None:
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """Raise what went wrong on a rank as it is: torch's class for it is no `Exception`."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
-        import torch.distributed.checkpoint.hf_storage
-    except ImportError as error:
+        yield
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from None
+
+
+def _require_torch() -> None:
+    if tuple(map(int, torch.__version__.split(".")[:2])) < _OLDEST_TORCH:
         raise DriveSimError(
             f"sharded training needs torch 2.9 or newer, this is {torch.__version__}: update it, "
             "or leave --shard out"
-        ) from error
+        )

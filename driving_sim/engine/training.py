@@ -1,5 +1,6 @@
 """The training loop that both models share."""
 
+import json
 import math
 import signal
 import statistics
@@ -19,10 +20,12 @@ from torch.utils.data import Dataset
 from driving_sim.engine.checkpoint import (
     STATE,
     checkpoint_path,
+    damage,
     latest,
     load_checkpoint,
     newest_whole,
     prune,
+    remove_after,
     save_checkpoint,
     step_of,
 )
@@ -102,15 +105,15 @@ def train(
     after a signal, once saved.
     """
     device = resolve_device(device)
-    # Before the ranks meet, after which the main one writes into the folder.
-    resume = goes_on(run, resume)
     with (
         disk_errors(run),
         _threads(config.threads),
         process_group(device) as (ranks, own_device),
         stop_on_signals() as request,
     ):
-        ranks.barrier()  # each has looked at the folder as it was
+        ranks.require_same(json.dumps(run_config, default=str), "the settings or the drives")
+        (goes_on_alike,) = ranks.from_main([float(goes_on(run, resume))])
+        resume = bool(goes_on_alike)
         if ranks.is_main:
             prepare_run(run, run_config, resume)
 
@@ -170,11 +173,33 @@ class _Loop:
         path = self._checkpoint()
         if path is None:
             return
+        self.state = from_dict(_State, self._load(path), where=str(path / STATE))
+        (damaged,) = self.ranks.from_main([float(len(self.notices))])
+        if damaged:
+            self._return_to(path)
+
+    def _load(self, path: Path) -> dict[str, Any]:
         stepper = self.stepper
-        values = load_checkpoint(
+        return load_checkpoint(
             path, model=stepper.model, optimizer=stepper.optimizer, ema=stepper.ema
         )
-        self.state = from_dict(_State, values, where=str(path / STATE))
+
+    def _return_to(self, path: Path) -> None:
+        """Undo what the run did after the checkpoint `path`, which it goes on from.
+
+        Later checkpoints are damaged. The weights exported last may be those of a later step too:
+        those of the best step so far are exported again.
+        """
+        stepper, best = self.stepper, checkpoint_path(path.parent, self.state.best_step)
+        (exported,) = self.ranks.from_main([float(damage(best) is None)])
+        if exported:
+            self._load(best)
+            with stepper.averaged() as model:
+                if self.ranks.is_main:
+                    self.export(cast(Trainable, model).ema_module(), self.folder)
+            self._load(path)
+        if self.ranks.is_main:
+            remove_after(path)
 
     def _checkpoint(self) -> Path | None:
         """The one to go on from, as the main rank finds it: checking reads everything."""
@@ -307,8 +332,7 @@ class _Loop:
             ranks=self.ranks,
         )
         if self.ranks.is_main:
-            keep = self.config.keep_last
-            prune(folder, step=state.step, keep_last=keep, best_step=state.best_step)
+            prune(folder, keep_last=self.config.keep_last, best_step=state.best_step)
         self.unsaved = False
 
     def _log_training(self) -> None:

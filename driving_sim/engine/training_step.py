@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
+from driving_sim.engine.checkpoint import changing_tensors
 from driving_sim.engine.device import autocast
 from driving_sim.engine.distributed import Ranks
 from driving_sim.engine.ema import Ema
@@ -57,11 +58,11 @@ class Stepper:
     def __init__(
         self, model: nn.Module, config: TrainingConfig, ranks: Ranks, device: torch.device
     ) -> None:
-        self.model = model.to(device)
+        # Validated and exported in place of a sharded model, no device of which holds it whole.
+        self._whole = copy.deepcopy(model) if config.shard and ranks.is_main else None
+        self.model = model if config.shard else model.to(device)
         self.config, self.ranks, self.device = config, ranks, device
         self.dtype = torch.float32
-        # Validated and exported in place of a sharded model.
-        self._whole = copy.deepcopy(model).cpu() if config.shard and ranks.is_main else None
         self._parallel = parallel(model, config, ranks, device)
         trainable = cast(Trainable, model)
         self.ema_module = trainable.ema_module()
@@ -161,10 +162,11 @@ class Stepper:
     @torch.no_grad()
     def _gather(self) -> None:
         """Fill the whole model from the ranks' shares, a tensor at a time."""
-        pairs = [(self.model.state_dict(), self._whole)]
         averaged = None if self._whole is None else cast(Trainable, self._whole).ema_module()
-        pairs.append((self.ema.state_dict(), averaged))
-        for tensors, target in pairs:
+        for tensors, target in (
+            (changing_tensors(self.model), self._whole),
+            (self.ema.state_dict(), averaged),
+        ):
             own = {} if target is None else target.state_dict()
             for name, tensor in tensors.items():
                 complete = whole(tensor)
