@@ -2,8 +2,10 @@
 
 import json
 import os
+import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,14 +61,23 @@ class Halves(Dataset[Batch]):
     """Batches of a few samples; batch n is a function of n.
 
     `bad` is a batch that cannot be made; who makes batch `fatal` dies, once: `mark` is left then.
+    Each takes `seconds`.
     """
 
     def __init__(
-        self, model: str, *, bad: int | None = None, fatal: int | None = None, mark: str = ""
+        self,
+        model: str,
+        *,
+        bad: int | None = None,
+        fatal: int | None = None,
+        mark: str = "",
+        seconds: float = 0.0,
     ) -> None:
         self.model, self.bad, self.fatal, self.mark = model, bad, fatal, Path(mark)
+        self.seconds = seconds
 
     def __getitem__(self, number: int) -> Batch:
+        time.sleep(self.seconds)
         if number == self.bad:
             raise DriveSimError(f"batch {number} cannot be made")
         if number == self.fatal and not self.mark.exists():
@@ -117,7 +128,9 @@ def export(module: nn.Module, run: Path) -> None:
 def rank_train(name: str, run: Path, *, halves: bool = True, **options: Any) -> TrainingResult:
     """Train a model of `MODELS` on halves of batches, or on whole ones."""
     resume = options.pop("resume", False)
-    faults = {key: options.pop(key) for key in ("bad", "fatal", "mark") if key in options}
+    faults = {
+        key: options.pop(key) for key in ("bad", "fatal", "mark", "seconds") if key in options
+    }
     chosen: dict[str, Any] = {
         "steps": STEPS,
         "learning_rate": 0.003,
@@ -143,10 +156,27 @@ def rank_train(name: str, run: Path, *, halves: bool = True, **options: Any) -> 
     )
 
 
-def train_as_rank(environment: dict[str, str], name: str, run: Path, **options: Any) -> None:
-    """`rank_train` in a process that `environment` makes a rank."""
+FAILED = 7
+"""The exit code for an error of drivesim's own."""
+
+
+def train_as_rank(
+    environment: dict[str, str],
+    name: str,
+    run: Path,
+    *,
+    most_bytes: int | None = None,
+    **options: Any,
+) -> None:
+    """`rank_train` in a process that `environment` makes a rank, with files of at most a size."""
     os.environ.update(environment)
-    rank_train(name, run, **options)
+    if most_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+    try:
+        rank_train(name, run, **options)
+    except DriveSimError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(FAILED)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
 from driving_sim.pipeline import tokenize_videos
 from driving_sim.tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from driving_sim.tokenizer.tokenizer import Tokenizer
-from tests.rank_training import STEPS, rank_train, train_as_rank
+from tests.rank_training import FAILED, STEPS, rank_train, train_as_rank
 
 ROOT = Path(__file__).parent.parent
 TIMES = ("step_seconds", "training_seconds")
@@ -146,6 +146,37 @@ def test_a_rank_that_dies_brings_the_job_down_with_its_error(tmp_path: Path) -> 
     assert "error: rank 0: another rank is gone" in said
     assert said.count("Traceback") == 1  # torchrun's own
     assert time.monotonic() - begun < 60
+
+
+def test_a_full_disk_ends_a_sharded_run_cleanly(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    codes = launch(2, "world_model", run, shard=True, most_bytes=200_000)
+    assert codes == [FAILED, FAILED]
+    said = capfd.readouterr().err
+    assert "File too large" in said
+    assert "Traceback" not in said
+    assert not any((run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_sigterm_saves_on_all_ranks(tmp_path: Path, shard: bool) -> None:
+    run = tmp_path / "run"
+    options = json.dumps({"shard": shard, "seconds": 0.3, "steps": 12})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", "-m", "tests.rank_training", "world_model", str(run), options]
+    job = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while not (run / "checkpoints" / "step-00000002").exists():
+        assert job.poll() is None
+        time.sleep(0.05)
+    job.terminate()
+    assert job.wait(timeout=120) != 0
+    last = max(int(path.name[5:]) for path in (run / "checkpoints").iterdir())
+    assert last < 12
+    start(run, ALONE, resume=True, steps=12)
+    start(tmp_path / "whole", ALONE, steps=12)
+    assert_same_losses(run, tmp_path / "whole")
 
 
 def test_restarts_do_not_go_on_with_what_another_launch_began(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from driving_sim.engine import training
+from driving_sim.engine.checkpoint import damage
 from driving_sim.engine.config import from_dict, to_dict
 from driving_sim.engine.errors import DriveSimError, Interrupted
 from driving_sim.engine.run_folder import is_finished
@@ -92,6 +93,47 @@ def test_resumed_equals_uninterrupted_where_the_run_was_killed(tmp_path: Path) -
     tiny_train(parts, save_every=7, resume=True)
     assert_same(checkpoint_tensors(whole, 30), checkpoint_tensors(parts, 30))
     assert metric_rows(whole) == metric_rows(parts)
+
+
+def damage_newest(run: Path) -> Path:
+    newest = run / "checkpoints" / f"step-{checkpoint_steps(run)[-1]:08d}"
+    content = bytearray((newest / "ema.safetensors").read_bytes())
+    content[-1] ^= 1
+    (newest / "ema.safetensors").write_bytes(content)
+    return newest
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    tiny_train(whole)
+    tiny_train(run)
+    damaged = damage_newest(run)
+    capsys.readouterr()
+    tiny_train(run, resume=True)
+    said = [line for line in capsys.readouterr().err.splitlines() if " is damaged " in line]
+    assert said == [
+        line for line in (run / "log.txt").read_text().splitlines() if " is damaged " in line
+    ]
+    assert len(said) == 1
+    assert said[0].startswith(str(damaged))
+    assert_same(checkpoint_tensors(whole, 30), checkpoint_tensors(run, 30))
+    assert metric_rows(whole) == metric_rows(run)
+    for path in (run / "checkpoints").iterdir():
+        assert damage(path) is None
+
+
+def test_what_a_damaged_step_exported_is_not_kept(tmp_path: Path) -> None:
+    """The best weights so far are, whatever the run comes to from there."""
+    run = tmp_path / "run"
+    tiny_train(run, steps=20)
+    best = {name: value.clone() for name, value in load_file(run / EXPORTED).items()}
+    tiny_train(run, steps=30, resume=True)
+    assert any(not torch.equal(load_file(run / EXPORTED)[name], best[name]) for name in best)
+    damage_newest(run)
+    tiny_train(run, steps=30, resume=True, validate=lambda _: Validation(score=1e9))
+    assert_same(load_file(run / EXPORTED), best)
 
 
 def test_longer_resumed_run_goes_on(tmp_path: Path) -> None:
