@@ -11,6 +11,7 @@ Input n is a function of (target, seed, n) only, so that `--first n --inputs 1` 
 import argparse
 import io
 import random
+import re
 import resource
 import shutil
 import signal
@@ -30,6 +31,7 @@ from driving_sim.engine.errors import DriveSimError
 
 HANG_S = 30
 _LONGEST_MESSAGE = 4000
+_UNSHOWABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # controls, half characters
 _SHOWN = 5
 
 
@@ -118,8 +120,8 @@ def check_message(message: str) -> None:
     """Raise `BadOutcome` unless a message is one line, which a terminal can show."""
     if not message.strip() or len(message.splitlines()) > 1 or len(message) > _LONGEST_MESSAGE:
         raise BadOutcome(f"a message that is not one line: {message[:200]!r}")
-    if any(character < " " for character in message):
-        raise BadOutcome(f"a message with control characters: {message[:200]!r}")
+    if _UNSHOWABLE.search(message):
+        raise BadOutcome(f"a message that no terminal can show: {message[:200]!r}")
 
 
 @contextmanager

@@ -41,6 +41,9 @@ HOSTILE_TEXTS = (
     "C:\\x",
     "x" * 5000,
     "\x1b[2J",
+    "\x9b2J",
+    "\x7f",
+    "\ud800",
     "\u202e",
     "\ufeff",
 )
@@ -63,7 +66,6 @@ HOSTILE_VALUES: tuple[Any, ...] = (
     1e308,
     float("nan"),
     float("inf"),
-    "\ud800",
     [],
     {},
     [[]],

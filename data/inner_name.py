@@ -14,8 +14,11 @@ def is_inner_name(name: str) -> bool:
     return bool(name) and not _OUTSIDE.search(name)
 
 
-def inside(folder: Path, name: str) -> Path:
-    """The path of `name` below `folder`; `ValueError` where it, or a link, leads elsewhere."""
+def inside(folder: Path, name: str, *, resolved: Path | None = None) -> Path:
+    """The path of `name` below `folder`; `ValueError` where it, or a link, leads elsewhere.
+
+    `resolved` is `folder.resolve()`, for those who ask for many names of one folder.
+    """
     if not is_inner_name(name):
         raise ValueError(f"{name!r} is not a name within {folder}")
     path = folder / name
@@ -23,6 +26,17 @@ def inside(folder: Path, name: str) -> Path:
         found = path.resolve()
     except (OSError, RuntimeError):  # RuntimeError: links in a circle
         raise ValueError(f"{name!r} leads nowhere in {folder}") from None
-    if not found.is_relative_to(folder.resolve()):
-        raise ValueError(f"{name!r} is a link out of {folder}; put the file itself in its place")
+    home = folder.resolve() if resolved is None else resolved
+    if not found.is_relative_to(home):
+        link = _first_outside(folder, name, home)
+        raise ValueError(
+            f"{link!r} is a link out of {folder}; put what it leads to in its place, or a copy"
+        )
     return path
+
+
+def _first_outside(folder: Path, name: str, home: Path) -> str:
+    """The part of a path that leads out of `folder`, which is `home` without links."""
+    parts = Path(name).parts
+    prefixes = ("/".join(parts[:count]) for count in range(1, len(parts) + 1))
+    return next(each for each in prefixes if not (folder / each).resolve().is_relative_to(home))

@@ -213,7 +213,7 @@ def test_missing_lpips_weights_name_an_option_that_tokenize_has(
     def unreachable(*args: object, **options: object) -> None:
         raise URLError("no network")
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
     line = refused("tokenize", videos, "--set", "objective.lpips_weight=1")
     assert "without LPIPS: --set objective.lpips_weight=0" in line
     assert sorted(workplace.iterdir()) == []

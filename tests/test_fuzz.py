@@ -12,6 +12,7 @@ from benchmarks import fuzz, fuzz_targets
 from driving_sim.engine.errors import DriveSimError
 
 INPUTS = {"checkpoint": 3, "world-model": 10, "tokenizer": 10, "video": 20, "comma2k19": 10}
+UNSHOWABLE = {"control": "\x1b[2J", "8-bit control": "a\x9b2J", "delete": "\x7f", "half": "\ud800"}
 quick = settings(
     derandomize=True,
     database=None,
@@ -73,13 +74,13 @@ def bad(kind: str) -> fuzz_targets.Attempt:
             (work / ".a.1.partial.mp4").touch()
         if kind == "lines":
             raise DriveSimError("one\ntwo")
-        if kind == "control":
-            raise DriveSimError("\x1b[2J")
+        if kind in UNSHOWABLE:
+            raise DriveSimError(UNSHOWABLE[kind])
 
     return attempt
 
 
-@pytest.mark.parametrize("kind", ["traceback", "hang", "half a file", "lines", "control"])
+@pytest.mark.parametrize("kind", ["traceback", "hang", "half a file", "lines", *UNSHOWABLE])
 def test_the_fuzzer_sees_what_it_is_to_see(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz, "HANG_S", 0.2)
     monkeypatch.setitem(fuzz_targets.TARGETS, "bad", lambda folder: bad(kind))

@@ -28,9 +28,15 @@ def test_links_may_not_lead_out(tmp_path: Path) -> None:
     (folder / "up").symlink_to(tmp_path)
     (folder / "circle").symlink_to(folder / "circle")
     (folder / "within").symlink_to(folder / "file")
-    for name in ("out", "up/secret", "up"):
-        with pytest.raises(ValueError, match="link out of"):
+    (folder / "a").mkdir()
+    (folder / "a" / "up").symlink_to(tmp_path)
+    # What is named is the link, not the file behind it.
+    links = {"out": "out", "up/secret": "up", "up": "up", "a/up/b/c": "a/up", "./up/secret": "up"}
+    for name, link in links.items():
+        with pytest.raises(ValueError, match=f"^'{link}' is a link out of"):
             inside(folder, name)
+        with pytest.raises(ValueError, match=f"^'{link}' is a link out of"):
+            inside(folder, name, resolved=folder.resolve())
     with pytest.raises(ValueError, match="leads nowhere"):
         inside(folder, "circle")
     assert inside(folder, "within").read_text() == "f"

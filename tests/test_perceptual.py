@@ -1,4 +1,6 @@
 import builtins
+import hashlib
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,12 +63,14 @@ def test_it_stays_in_eval_mode(loss: PerceptualLoss) -> None:
     assert not any(module.training for module in loss.modules())
 
 
-def test_missing_weights_name_the_way_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_weights_name_the_way_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unreachable(*args: Any, **options: Any) -> Mapping[str, Tensor]:
-        assert options["weights_only"]
         raise URLError("no\nnetwork")
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
     with pytest.raises(DriveSimError, match=r"--set objective\.lpips_weight=0") as caught:
         vgg16_weights()
     assert "no network" in str(caught.value)
@@ -99,6 +103,29 @@ def test_weights_of_another_checksum_are_not_even_opened(
         vgg16_weights()
     monkeypatch.setattr(perceptual, "_check_vgg16", lambda path: None)
     assert vgg16_weights().keys() == random_vgg16().keys()
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_a_download_is_compared_with_the_whole_checksum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_right: bool
+) -> None:
+    content = io.BytesIO()
+    torch.save({"w": torch.ones(3)}, content)
+    digest = hashlib.sha256(content.getvalue()).hexdigest()
+    # The digits in the name, which are all that torch compares by itself, are right in any case.
+    published = tmp_path / f"vgg16-{digest[:8]}.pth"
+    published.write_bytes(content.getvalue())
+    expected = digest if is_right else digest[:8] + "0" * 56
+    monkeypatch.setattr(perceptual, "VGG16_URL", published.as_uri())
+    monkeypatch.setattr(perceptual, "VGG16_SHA256", expected)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    if is_right:
+        assert vgg16_weights()["w"].tolist() == [1, 1, 1]
+    else:
+        with pytest.raises(DriveSimError, match="invalid hash value"):
+            vgg16_weights()
+    kept = [path.name for path in (tmp_path / "hub" / "checkpoints").iterdir()]
+    assert kept == [published.name] * is_right
 
 
 @pytest.mark.parametrize("message", ["out of memory", "operator torchvision::roi does not exist"])

@@ -4,6 +4,7 @@ import ast
 import io
 import os
 import pickle
+import re
 import tarfile
 import tracemalloc
 import zipfile
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import fuzz_targets
 from driving_sim.data.sources import comma2k19
 from driving_sim.data.token_store import TokenStore
 from driving_sim.engine.config import load_json, load_yaml
@@ -92,24 +94,40 @@ def load_vgg16(path: Path) -> None:
         perceptual.vgg16_weights()
 
 
-def in_place_of(make: Callable[[Path], object], name: str, load: Callable[[Path], object]) -> Any:
-    """Loads a whole folder in which one file is another one."""
+def in_place_of(
+    make: Callable[[Path], object], name: str, load: Callable[[Path], object], reason: str
+) -> Any:
+    """Loads a whole folder, then once more with another file in the place of one of its files.
+
+    `reason` is what that file's own reader says of it: an earlier check may not hide the reader.
+    """
 
     def load_with(path: Path) -> None:
         folder = path.parent / "folder"
         make(folder)
+        try:
+            load(folder)
+        except DriveSimError as error:
+            pytest.fail(f"the folder is refused while it is whole: {error}")
         (folder / name).write_bytes(path.read_bytes())
+        with pytest.raises(DriveSimError, match=f"{re.escape(name)}: {reason}"):
+            load(folder)
         load(folder)
 
     return load_with
 
 
 def save_world(folder: Path) -> None:
-    tiny_tokenizer().save(folder)
-    tiny_tokenizer().save(folder / "tokenizer")
+    fuzz_targets.world_model_target(folder.parent)
+    (folder.parent / "run").rename(folder)
+
+
+def save_store(folder: Path) -> None:
+    write_store(folder, (1,))  # its index accounts for fewer bytes than any malicious file has
 
 
 def read_store(folder: Path) -> None:
+    fuzz_targets._settle_sizes(folder)
     TokenStore(folder).shard(0)
 
 
@@ -119,11 +137,19 @@ DOORS: dict[str, Callable[[Path], object]] = {
     "I3D": I3DFeatures,
     "probe": InverseDynamics.load,
     "weights": lambda path: load_weights(torch.nn.Linear(1, 1), path, of="a test"),
-    "tokenizer": in_place_of(tiny_tokenizer().save, "model.safetensors", Tokenizer.from_run),
-    "tokenizer config": in_place_of(tiny_tokenizer().save, "config.json", Tokenizer.from_run),
-    "world model": in_place_of(save_world, "model.safetensors", WorldModel.from_run),
-    "token shard": in_place_of(write_store, "shard-00000.safetensors", read_store),
-    "token index": in_place_of(write_store, "index.json", read_store),
+    "tokenizer": in_place_of(
+        tiny_tokenizer().save, "model.safetensors", Tokenizer.from_run, "not this tokenizer's"
+    ),
+    "tokenizer config": in_place_of(
+        tiny_tokenizer().save, "config.json", Tokenizer.from_run, "not (JSON|UTF-8)"
+    ),
+    "world model": in_place_of(
+        save_world, "model.safetensors", WorldModel.from_run, "not this world model's weights"
+    ),
+    "token shard": in_place_of(
+        save_store, "shard-00000.safetensors", read_store, "damaged token shard"
+    ),
+    "token index": in_place_of(save_store, "index.json", read_store, "not (JSON|UTF-8)"),
     "JSON": load_json,
     "YAML": load_yaml,
 }

@@ -222,7 +222,7 @@ def test_missing_lpips_weights_stop_before_anything_is_made(
     def unreachable(*args: Any, **options: Any) -> Any:
         raise URLError("no network")
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
     config = replace(run_config(), objective=ObjectiveConfig())
     with pytest.raises(DriveSimError, match=r"--set objective\.lpips_weight=0"):
         train_tokenizer(drives(2), config, tmp_path / "run", device="cpu")

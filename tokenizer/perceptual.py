@@ -72,16 +72,19 @@ def has_vgg16_weights() -> bool:
 def vgg16_weights() -> dict[str, Tensor]:
     """Return the ImageNet VGG-16 weights, downloaded or from torch's hub cache.
 
-    The file is a pickle: its checksum is compared first, and then torch makes only tensors of it.
+    The file is a pickle: its checksum is compared first, whether it is downloaded or was there, and
+    then torch makes only tensors of it.
     Raises DriveSimError where it cannot be had: it names the file and the option to do without.
     """
     path = _cached()
     try:
         if path.is_file():
             _check_vgg16(path)
-        weights: dict[str, Tensor] = torch.hub.load_state_dict_from_url(
-            VGG16_URL, map_location="cpu", check_hash=True, weights_only=True
-        )
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Of what `load_state_dict_from_url` downloads it compares 8 digits, those in the name.
+            torch.hub.download_url_to_file(VGG16_URL, str(path), hash_prefix=VGG16_SHA256)
+        weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     except (URLError, OSError, RuntimeError, UnpicklingError) as error:
         raise DriveSimError(
             f"the weights of LPIPS's backbone cannot be had from {VGG16_URL} ({one_line(error)}): "

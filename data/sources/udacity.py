@@ -93,7 +93,7 @@ def _moment(name: str) -> datetime:
     return second + timedelta(milliseconds=int(match[2]))
 
 
-def _row(cells: list[str], recording: Path) -> _Row:
+def _row(cells: list[str], recording: Path, resolved: Path) -> _Row:
     if len(cells) != _COLUMNS:
         raise ValueError(f"has {len(cells)} cells, not the simulator's {_COLUMNS}")
     # The recording computer's path, whatever its system; Windows paths accept both separators.
@@ -101,7 +101,7 @@ def _row(cells: list[str], recording: Path) -> _Row:
     steering, speed = float(cells[3]), float(cells[6])
     if not (abs(steering) <= 1 and -100 < speed < 300):
         raise ValueError(f"steering {steering:g} (-1 to 1) or speed {speed:g} mph is out of range")
-    image = inside(recording, f"{_IMAGES}/{name}")
+    image = inside(recording, f"{_IMAGES}/{name}", resolved=resolved)
     if not image.is_file():
         raise ValueError(f"image {name!r} is not in {recording / _IMAGES}")
     return _Row(image, _moment(name), speed * _MPS_PER_MPH, -steering * FULL_LOCK_RAD)
@@ -109,13 +109,14 @@ def _row(cells: list[str], recording: Path) -> _Row:
 
 def _read_log(log: Path) -> list[_Row]:
     rows: list[_Row] = []
+    resolved = log.parent.resolve()
     try:
         with log.open(newline="", encoding="utf-8-sig") as file:
             for line, cells in enumerate(csv.reader(file), start=1):
                 if not cells or (line == 1 and cells[0].strip().lower() == "center"):
                     continue
                 try:
-                    rows.append(_row(cells, log.parent))
+                    rows.append(_row(cells, log.parent, resolved))
                     if len(rows) > 1 and rows[-1].moment <= rows[-2].moment:
                         raise ValueError("the image's time is not after the line above's")
                 except ValueError as error:
