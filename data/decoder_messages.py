@@ -17,7 +17,9 @@ from driving_sim.data.probe import VideoInfo
 
 READY, REQUEST, ALIVE, INFO, FRAMES, ERROR = b"R", b"Q", b"A", b"I", b"F", b"E"
 """Kinds of messages; all but REQUEST come from the decoder."""
+_KINDS = (READY, REQUEST, ALIVE, INFO, FRAMES, ERROR)
 _PREFIX = struct.Struct("<cIQ")
+_MOST_HEAD_BYTES = 1 << 20
 _MOST_BYTES = 1 << 32
 _ARRAYS = {"timestamps": np.float64, "pts": np.int64, "keyframes": np.int64}
 
@@ -42,8 +44,9 @@ def receive(
     prefix = bytearray(_PREFIX.size)
     fill(memoryview(prefix))
     kind, head_bytes, body_bytes = _PREFIX.unpack(prefix)
-    if head_bytes + body_bytes > _MOST_BYTES:
-        raise ValueError(f"a message of {head_bytes + body_bytes:,} bytes")
+    # Printed text must not pass for a long message that never ends.
+    if kind not in _KINDS or head_bytes > _MOST_HEAD_BYTES or body_bytes > _MOST_BYTES:
+        raise ValueError(f"a message {kind!r} of {head_bytes:,} and {body_bytes:,} bytes")
     head = bytearray(head_bytes)
     fill(memoryview(head))
     fits = into is not None and into.nbytes == body_bytes

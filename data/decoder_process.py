@@ -3,9 +3,13 @@
 A decoder process (`decoder`) starts when one is needed, in about 0.25 s, and is kept for the next
 video; several are in use where several videos are read at once, and a process that was forked, such
 as a loader's worker, starts its own. Whatever a file does to its decoder is a VideoError here: one
-that gives no sign of life for DRIVESIM_DECODE_SECONDS (60 by default) is killed. A pipe bounds how
-far it decodes ahead. `multiprocessing` would fork a process whose threads are gone, or run a user's
-main module again.
+that gives no sign of life for DRIVESIM_DECODE_SECONDS (60 by default) is killed. Silence and
+SIGKILL may be a network drive's fault or that of a full memory: then the request is made once more,
+a stream from the frame that is due, and a second time is the file's fault. Nothing limits the whole
+time: a file within the limits of `video_file` that goes on giving signs of life may take days.
+
+A pipe bounds how far a decoder decodes ahead. `multiprocessing` would fork a process whose threads
+are gone, or run a user's main module again.
 """
 
 import atexit
@@ -17,10 +21,10 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +33,7 @@ from driving_sim.data import decoder_messages as messages
 from driving_sim.data.decoder_messages import Body, Head
 from driving_sim.data.frame_size import FrameSize
 from driving_sim.data.probe import VideoError, VideoInfo
-from driving_sim.data.video import frames_to_read, frames_to_stream
+from driving_sim.data.video import frames_to_read, frames_to_stream, in_order
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.interrupt import SIGNALS
 
@@ -38,19 +42,27 @@ LIMIT = "DRIVESIM_DECODE_SECONDS"
 _LIMIT_S = 60.0
 _START_S = 120.0
 _KILL_S = 5.0
-_PIPE_BYTES = 1 << 20
+_PIPE_BYTES = 512 << 10
+"""All large pipes of a user may hold 64 MiB together; beyond that new ones hold a page."""
+_CLIP_BYTES = 2 << 30
+"""Of a clip: the rest of a decoder's memory is for decoding it."""
 _MOST_IDLE = 8
 
 Frames = NDArray[np.uint8]
 Indices = NDArray[np.int64] | Sequence[int]
+_Result = TypeVar("_Result")
 
 
 def probe(path: Path) -> VideoInfo:
     """As `data.probe.probe`; raises VideoError also where the file hangs or crashes its decoder."""
-    with _borrowed(path) as decoder, decoder.blaming("while it was probed"):
-        decoder.ask({"do": "probe", "path": str(path)})
-        head, body = decoder.answer(messages.INFO)
-        return messages.unpack_info(head | {"path": str(path)}, body)[0]
+
+    def ask() -> VideoInfo:
+        with _borrowed(path) as decoder, decoder.blaming("while it was probed"):
+            decoder.ask({"do": "probe", "path": str(path)})
+            head, body = decoder.answer(messages.INFO)
+            return messages.unpack_info(head | {"path": str(path)}, body)[0]
+
+    return _once_more(ask)
 
 
 def stream_frames(
@@ -58,8 +70,22 @@ def stream_frames(
 ) -> Iterator[Frames]:
     """As `data.video.stream_frames`; raises VideoError also where decoding hangs or crashes."""
     wanted = frames_to_stream(info, indices)
-    if len(wanted) == 0:
-        return
+    done, failed = 0, -1
+    while done < len(wanted):
+        try:
+            with closing(_stream(info, size, wanted[done:])) as frames:
+                for frame in frames:
+                    done += 1
+                    yield frame
+        except _StoppedError:
+            if failed == done:
+                raise
+            failed = done
+
+
+def _stream(
+    info: VideoInfo, size: FrameSize | None, wanted: NDArray[np.int64]
+) -> Generator[Frames, None, None]:
     with _borrowed(info.path) as decoder:
         head, body = messages.pack_info(info, wanted)
         for number, index in enumerate(wanted):
@@ -73,17 +99,32 @@ def stream_frames(
 
 
 def read_frames(info: VideoInfo, indices: Indices, size: FrameSize | None = None) -> Frames:
-    """As `data.video.read_frames`; raises VideoError also where decoding hangs or crashes."""
-    wanted = frames_to_read(info, indices)
-    frames = _empty(info, size, len(wanted))
+    """As `data.video.read_frames`; raises VideoError also where decoding hangs or crashes.
+
+    Raises DriveSimError for a clip of more than 2 GiB.
+    """
+    # A decoder has no memory for a second copy of the clip: it reads increasing frames.
+    wanted, positions = np.unique(frames_to_read(info, indices), return_inverse=True)
+    frames = _empty_clip(info, size, len(wanted))
     if len(wanted) == 0:
         return frames
-    clip = f"in a clip of its frames {wanted.min()}..{wanted.max()}"
-    with _borrowed(info.path) as decoder, decoder.blaming(clip):
-        head, body = messages.pack_info(info, wanted)
-        decoder.ask({"do": "read", "size": _pair(size)} | head, body)
-        decoder.answer(messages.FRAMES, frames)
-    return frames
+    clip = f"in a clip of its frames {wanted[0]}..{wanted[-1]}"
+    head, body = messages.pack_info(info, wanted)
+
+    def ask() -> None:
+        with _borrowed(info.path) as decoder, decoder.blaming(clip):
+            decoder.ask({"do": "read", "size": _pair(size)} | head, body)
+            decoder.answer(messages.FRAMES, frames)
+
+    _once_more(ask)
+    return in_order(frames, positions)
+
+
+def _once_more(ask: Callable[[], _Result]) -> _Result:
+    """The answer, asked for a second time where it may not be the file's fault that none came."""
+    with suppress(_StoppedError):
+        return ask()
+    return ask()
 
 
 def _pair(size: FrameSize | None) -> tuple[int, int] | None:
@@ -92,6 +133,20 @@ def _pair(size: FrameSize | None) -> tuple[int, int] | None:
 
 def _empty(info: VideoInfo, size: FrameSize | None, *count: int) -> Frames:
     return np.empty((*count, *(_pair(size) or (info.height, info.width)), 3), np.uint8)
+
+
+def _empty_clip(info: VideoInfo, size: FrameSize | None, count: int) -> Frames:
+    height, width = _pair(size) or (info.height, info.width)
+    if 3 * height * width * count > _CLIP_BYTES:
+        raise DriveSimError(
+            f"{info.path}: a clip of {count:,} frames of {height:,}×{width:,} takes more than "
+            f"{_CLIP_BYTES >> 30} GiB; read fewer or smaller frames at once, or stream them"
+        )
+    return _empty(info, size, count)
+
+
+class _StoppedError(VideoError):
+    """A decoder fell silent or was killed: a fault of the file's only if it happens again."""
 
 
 class _Silent(Exception):  # noqa: N818
@@ -119,19 +174,29 @@ class _Decoder:
                 bufsize=0,
                 env=_environment(),
             )
-        _started.add(self)
-        pipes: tuple[Any, Any] = self._process.stdin, self._process.stdout
-        self._input, self._output = pipes
-        if hasattr(select, "poll"):  # Windows waits without a limit
-            self._writable = _poll(self._input.fileno(), select.POLLOUT)
-            self._readable = _poll(self._output.fileno(), select.POLLIN)
-        _enlarge(self._output.fileno())
+            pipes: tuple[Any, Any] = self._process.stdin, self._process.stdout
+            self._input, self._output = pipes
+            _started.add(self)
+        self._await_start()
+
+    def _await_start(self) -> None:
+        what = "the process that decodes videos does not start"
         try:
+            if hasattr(select, "poll"):  # Windows waits without a limit
+                self._writable = _poll(self._input.fileno(), select.POLLOUT)
+                self._readable = _poll(self._output.fileno(), select.POLLIN)
+            _enlarge(self._output.fileno())
             self.answer(messages.READY)
         except (_Silent, _Gone):
             self.end()
-            what = "the process that decodes videos does not start"
             raise OSError(errno.EIO, what, sys.executable) from None
+        except (ValueError, KeyError, TypeError):
+            self.end()
+            what += ": something prints as Python starts (sitecustomize.py or a .pth file?)"
+            raise OSError(errno.EIO, what, sys.executable) from None
+        except BaseException:  # Ctrl-C
+            self.end()
+            raise
 
     @property
     def is_alive(self) -> bool:
@@ -143,13 +208,15 @@ class _Decoder:
         try:
             yield
         except _Silent:
-            raise VideoError(
-                f"{self.path}: its decoder gave no sign of life for {self._limit_s:g} s {where} "
-                f"and was stopped; leave the file out, or set {LIMIT} to wait longer"
+            raise _StoppedError(
+                f"{self.path}: its decoder gave no sign of life for {self._limit_s:g} s {where}, "
+                f"twice, and was stopped; leave the file out, or set {LIMIT} to wait longer"
             ) from None
         except _Gone:
-            raise VideoError(
-                f"{self.path}: its decoder died ({self._cause()}) {where}: the file is damaged or "
+            cause = self._cause()
+            kind, often = (_StoppedError, ", twice") if cause == "SIGKILL" else (VideoError, "")
+            raise kind(
+                f"{self.path}: its decoder died ({cause}) {where}{often}: the file is damaged or "
                 "hostile, or memory ran out; leave it out"
             ) from None
         except (ValueError, KeyError, TypeError):
@@ -276,7 +343,12 @@ def _limit_s() -> float:
 def _environment() -> dict[str, str]:
     """Ours, and where this process finds its modules: an import there finds the same."""
     found = os.pathsep.join(folder or str(Path.cwd()) for folder in sys.path)
-    return os.environ | {"PYTHONPATH": found, "OPENBLAS_NUM_THREADS": "1"}
+    # Every arena of malloc, one a thread, would take 64 MiB or more of the address space.
+    return os.environ | {
+        "PYTHONPATH": found,
+        "OPENBLAS_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "2",
+    }
 
 
 @contextmanager

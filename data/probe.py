@@ -39,6 +39,8 @@ _DECORD_CODECS = ("h264", "vp9", "mpeg4")
 _CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2": "mp4", "matroska,webm": "mkv"}
 # decord demuxes the whole file whenever it opens it, about 5 µs a frame; PyAV seeks instead.
 _DECORD_FRAMES = 5_000
+# decord gives no sign of life on its way to a frame, and this many of 4K take it ten seconds.
+_DECORD_DISTANCE = 300
 _FALLBACK_RATE = 25.0
 _MATROSKA_DURATION = re.compile(r"(\d+):(\d+):(\d+\.?\d*)")
 
@@ -159,7 +161,8 @@ def _describe(
     rotation = round(first.rotation / 90) % 4 * 90
     codec = stream.codec_context.codec.canonical_name
     container_name = _CONTAINERS.get(container.format.name, container.format.name)
-    obstacle = _why_not_decord(codec, container_name, rotation, stream, packets, pts)
+    keyframes = _keyframes(pts, packets.keyframe_pts)
+    obstacle = _why_not_decord(codec, container_name, rotation, stream, packets, pts, keyframes)
     width, height = _display_size(first, stream, rotation)
     check_picture(path, height, width)
     return VideoInfo(
@@ -171,7 +174,7 @@ def _describe(
         rotation=rotation,
         timestamps=timestamps,
         pts=pts,
-        keyframes=_keyframes(pts, packets.keyframe_pts),
+        keyframes=keyframes,
         reader="pyav" if obstacle else "decord",
         reason=obstacle or f"{codec} in {container_name} with plain timestamps",
     )
@@ -180,7 +183,9 @@ def _describe(
 def _first_frame(path: Path) -> VideoFrame:
     # Opened anew: not every format can be sought back to its start.
     with open_video(path) as container:
-        for frame in container.decode(video_stream(container, path)):
+        stream = video_stream(container, path)
+        stream.thread_count = 1  # some decoders start a thread per core for it
+        for frame in container.decode(stream):
             return frame
     raise VideoError(f"{path}: no frame of this file can be decoded; copy it again or leave it out")
 
@@ -261,8 +266,10 @@ def _why_not_decord(
     stream: VideoStream,
     packets: _Packets,
     pts: NDArray[np.int64] | None,
+    keyframes: NDArray[np.int64],
 ) -> str:
     """The first reason against decord, or nothing."""
+    distance = int(np.diff(np.append(keyframes, packets.count)).max())
     obstacles = {
         "decord is not installed": not decord_installed(),
         f"container {container}": container not in ("mp4", "mkv"),
@@ -276,5 +283,6 @@ def _why_not_decord(
         "frame count differs from the header's": stream.frames not in (0, packets.count),
         f"rotated by {rotation} degrees": rotation != 0,
         f"more than {_DECORD_FRAMES:,} frames": packets.count > _DECORD_FRAMES,
+        f"more than {_DECORD_DISTANCE} frames between keyframes": distance > _DECORD_DISTANCE,
     }
     return next((reason for reason, applies in obstacles.items() if applies), "")

@@ -6,6 +6,7 @@ opened for the clip and closed after it, because an open decord reader decodes a
 All of it happens where it is called; the package calls it in `decoder` processes only.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 
 import av
@@ -24,6 +25,11 @@ __all__ = ["VideoInfo", "probe", "read_frames", "stream_frames"]
 Frame = NDArray[np.uint8]
 _DECORD_BATCH = 8
 """Frames between two signs of life; a batch for every frame takes a sixth longer."""
+_DECORD_DISTANCE = 64
+"""A batch ends where it decodes more frames than this on its way to those that are wanted."""
+_MOST_THREADS = 16
+_PIXELS_AT_ONCE = 4 * 4320 * 7680
+"""Of the pictures that threads decode at once: four of 8K, where others are kept for reference."""
 _SEEK_COST_FRAMES = 30
 """A seek costs about as much as decoding this many frames."""
 
@@ -62,7 +68,12 @@ def read_frames(
     frames = _read_decord(info, wanted, geometry) if info.reader == "decord" else None
     if frames is None:
         frames = _read_pyav(info, wanted, geometry)
-    return frames[positions]
+    return in_order(frames, positions)
+
+
+def in_order(frames: Frame, positions: NDArray[np.int64]) -> Frame:
+    """The frames [n, ...] at these positions; no copy where they stand like that already."""
+    return frames if np.array_equal(positions, np.arange(len(frames))) else frames[positions]
 
 
 def frames_to_stream(
@@ -109,8 +120,7 @@ def _read_decord(info: VideoInfo, wanted: NDArray[np.int64], geometry: Fit) -> F
         if len(reader) != len(info.timestamps):
             return None
         frames = _empty(len(wanted), geometry)
-        for start in range(0, len(wanted), _DECORD_BATCH):
-            part = slice(start, start + _DECORD_BATCH)
+        for part in _decord_batches(info, wanted):
             pictures = reader.get_batch(wanted[part]).asnumpy()
             frames[part] = pictures[:, geometry.rows, geometry.columns]
             beat()
@@ -119,6 +129,18 @@ def _read_decord(info: VideoInfo, wanted: NDArray[np.int64], geometry: Fit) -> F
     except Exception:
         return None
     return frames
+
+
+def _decord_batches(info: VideoInfo, wanted: NDArray[np.int64]) -> Iterator[slice]:
+    """Parts of the clip that do not take long: decord is silent until it has a whole one."""
+    came_from = np.maximum(_keyframes_before(info, wanted), np.append(-1, wanted[:-1]))
+    stage = np.cumsum(wanted - came_from) // _DECORD_DISTANCE
+    start = 0
+    for stop in range(1, len(wanted) + 1):
+        is_full = stop - start == _DECORD_BATCH or stop == len(wanted)
+        if is_full or stage[stop] > stage[start]:
+            yield slice(start, stop)
+            start = stop
 
 
 def _empty(count: int, geometry: Fit) -> Frame:
@@ -151,14 +173,17 @@ def _decode(info: VideoInfo, wanted: NDArray[np.int64], threads: int) -> Iterato
 
 def _runs(info: VideoInfo, wanted: NDArray[np.int64]) -> list[list[int]]:
     """Split frame numbers where going to a later keyframe is cheaper than decoding on."""
-    keyframes = info.keyframes[np.searchsorted(info.keyframes, wanted, side="right") - 1]
-    skipped = keyframes[1:] - wanted[:-1]
+    skipped = _keyframes_before(info, wanted)[1:] - wanted[:-1]
     starts = np.flatnonzero(skipped > _SEEK_COST_FRAMES) + 1
     return [run.tolist() for run in np.split(wanted, starts) if len(run)]
 
 
+def _keyframes_before(info: VideoInfo, wanted: NDArray[np.int64]) -> NDArray[np.int64]:
+    return info.keyframes[np.searchsorted(info.keyframes, wanted, side="right") - 1]
+
+
 def _keyframe_before(info: VideoInfo, index: int) -> int:
-    return int(info.keyframes[np.searchsorted(info.keyframes, index, side="right") - 1])
+    return int(_keyframes_before(info, np.array([index]))[0])
 
 
 def _decode_run(
@@ -188,7 +213,8 @@ def _numbered(info: VideoInfo, keyframe: int, threads: int) -> Iterator[tuple[in
     with open_video(info.path) as container:
         stream = video_stream(container, info.path)
         stream.thread_type = "AUTO"
-        stream.thread_count = threads
+        pixels = stream.codec_context.height * stream.codec_context.width
+        stream.thread_count = threads or _threads(pixels)
         if info.pts is None:
             for index, frame in enumerate(container.decode(stream)):
                 beat()
@@ -201,6 +227,12 @@ def _numbered(info: VideoInfo, keyframe: int, threads: int) -> Iterator[tuple[in
             index = int(np.searchsorted(info.pts, frame.pts)) if frame.pts is not None else -1
             if 0 <= index < len(info.pts) and info.pts[index] == frame.pts:
                 yield index, frame
+
+
+def _threads(pixels: int) -> int:
+    """How many threads decode pictures of this size, each at one of its own; 0 as FFmpeg likes."""
+    most = max(1, min(_MOST_THREADS, _PIXELS_AT_ONCE // max(1, pixels)))
+    return 0 if (os.cpu_count() or 1) < most else most
 
 
 def _undecodable(info: VideoInfo, index: int, why: str | None) -> VideoError:

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +43,8 @@ def info(path: Path) -> VideoInfo:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(LIMIT, "1")
+    """Hangs are over soon; what is read meanwhile has time on a busy machine too."""
+    monkeypatch.setenv(LIMIT, "3")
 
 
 @pytest.fixture
@@ -179,39 +181,93 @@ def test_a_relative_path_is_one_of_the_current_folder(
     assert read_numbers(list(stream_frames(info, indices=[5]))) == [5]
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_file_that_hangs_its_decoder_costs_the_file_only(info: VideoInfo, tmp_path: Path) -> None:
+def test_a_file_that_hangs_its_decoder_costs_the_file_only(
+    info: VideoInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = probe(write_numbered(tmp_path / "other.mp4"))
     make_hang(info.path)
     for read in (lambda: list(stream_frames(info)), lambda: read_frames(info, [3, 9])):
         before = idle_pid()
         started = time.monotonic()
-        with pytest.raises(VideoError, match="no sign of life for 1 s") as error:
-            read()
-        assert time.monotonic() - started < 10
+        with monkeypatch.context() as impatient:
+            impatient.setenv(LIMIT, "0.5")
+            with pytest.raises(VideoError, match=r"no sign of life for 0\.5 s .*, twice,") as error:
+                read()
+        assert 1 < time.monotonic() - started < 20
         assert str(info.path) in str(error.value)
         assert "\n" not in str(error.value)
         wait_until(lambda pid=before: not is_running(pid))  # type: ignore[misc]
         assert read_numbers(list(stream_frames(other))) == list(range(40))
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_probe_that_hangs_is_ended(path: Path) -> None:
-    probe(path)
-    os.kill(idle_pid(), signal.SIGSTOP)
-    with pytest.raises(VideoError, match=r"x\.mp4: .*no sign of life for 1 s while it was probed"):
+def test_a_probe_that_hangs_is_ended(
+    path: Path, changed_decoder: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed_decoder(
+        "import time\nfrom driving_sim.data import probe\nprobe.beat = lambda: time.sleep(60)\n"
+    )
+    monkeypatch.setenv(LIMIT, "0.5")
+    with pytest.raises(VideoError, match=r"x\.mp4: .*life for 0\.5 s while it was probed, twice"):
         probe(path)
-    assert len(probe(path).timestamps) == 40
+
+
+def test_a_hang_midway_says_where(info: VideoInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = stream_frames(info, LARGE, [0, 7, 8])
+    next(frames)
+    make_hang(info.path)  # for the decoder after this one, which has it open
+    monkeypatch.setenv(LIMIT, "0.5")
+    os.kill(busy_pid(), signal.SIGKILL)
+    with pytest.raises(VideoError, match=r"at 0\.[34]\d? s of 1\.9\d? s \(frame [78]\), twice"):
+        list(frames)
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_hang_midway_says_where(path: Path) -> None:
-    info = probe(path)
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_drive_that_stalled_or_a_full_memory_is_no_fault_of_the_file(
+    info: VideoInfo, number: int
+) -> None:
     frames = stream_frames(info, LARGE)
-    next(frames)
-    os.kill(busy_pid(), signal.SIGSTOP)
-    with pytest.raises(VideoError, match=r"at \d\.\d s of 1\.9\d? s \(frame \d+\)"):
-        list(frames)
+    first = next(frames)
+    os.kill(busy_pid(), number)
+    assert read_numbers([first, *frames]) == list(range(40))
+
+
+@pytest.mark.parametrize("what", ["probe.probe", "video.read_frames"])
+def test_a_probe_and_a_clip_are_asked_for_once_more(
+    info: VideoInfo, tmp_path: Path, changed_decoder: Callable[[str], None], what: str
+) -> None:
+    mark = tmp_path / "killed"
+    changed_decoder(
+        "import os\nfrom pathlib import Path\nfrom driving_sim.data import probe, video\n"
+        f"mark, work = Path({str(mark)!r}), {what}\n"
+        "def kill(*given):\n"
+        "    if not mark.exists(): mark.touch(); os.kill(os.getpid(), 9)\n"
+        "    return work(*given)\n"
+        f"{what} = kill\n"
+    )
+    same(probe(info.path), info)
+    assert read_numbers(read_frames(info, [7, 3])) == [7, 3]
+    assert mark.exists()
+
+
+def test_a_stream_may_be_disturbed_at_more_than_one_frame(info: VideoInfo) -> None:
+    frames = stream_frames(info, LARGE)
+    read = [next(frames)]
+    for _ in range(3):
+        os.kill(busy_pid(), signal.SIGKILL)
+        read += [next(frames) for _ in range(9)]  # more than a pipe holds
+    assert read_numbers([*read, *frames]) == list(range(40))
+
+
+def test_a_file_that_has_its_decoder_killed_again_is_at_fault(
+    info: VideoInfo, changed_decoder: Callable[[str], None]
+) -> None:
+    changed_decoder(
+        "import os\nfrom driving_sim.data import video\n"
+        "video.beat = lambda: os.kill(os.getpid(), 9)\n"
+    )
+    with pytest.raises(VideoError, match=r"x\.mp4: its decoder died \(SIGKILL\) at .*, twice:"):
+        list(stream_frames(info))
 
 
 @pytest.mark.usefixtures("impatient")
@@ -220,13 +276,13 @@ def test_slow_is_not_hung(tmp_path: Path, changed_decoder: Callable[[str], None]
     changed_decoder(
         "import time\n"
         "from driving_sim.data import video\n"
-        "def beat(): time.sleep(0.05); slow()\n"
+        "def beat(): time.sleep(0.1); slow()\n"
         "slow, video.beat = video.beat, beat\n"
     )
     info = probe(path)
     started = time.monotonic()
     assert read_numbers(list(stream_frames(info, indices=[39]))) == [39]
-    assert time.monotonic() - started > 1.5  # longer than a decoder may be silent
+    assert time.monotonic() - started > 3  # longer than a decoder may be silent
 
 
 def test_a_pause_of_the_machine_is_not_a_hang(info: VideoInfo) -> None:
@@ -256,13 +312,12 @@ def test_the_limit_must_be_a_number_of_seconds(
         probe(path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
-def test_a_decoder_that_crashes_costs_the_file_only(info: VideoInfo, number: int) -> None:
+def test_a_decoder_that_crashes_costs_the_file_only(info: VideoInfo) -> None:
     frames = stream_frames(info, LARGE)
     next(frames)
     pid = busy_pid()
-    os.kill(pid, number)
-    with pytest.raises(VideoError, match=rf"died \({signal.Signals(number).name}\) at \d\.\d s of"):
+    os.kill(pid, signal.SIGSEGV)
+    with pytest.raises(VideoError, match=r"died \(SIGSEGV\) at \d\.\d\d? s of"):
         list(frames)
     assert not is_running(pid)
     assert read_numbers(read_frames(info, [7])) == [7]
@@ -383,6 +438,45 @@ def test_memory_has_a_limit(info: VideoInfo) -> None:
     assert line.split()[3] == str(MEMORY_BYTES)
 
 
+ARENAS = """
+import threading
+threading.stack_size(256 << 10)
+barrier = threading.Barrier(41)
+def work():
+    kept = bytearray(100_000)
+    barrier.wait()
+    barrier.wait()
+for _ in range(40):
+    threading.Thread(target=work, daemon=True).start()
+barrier.wait()
+print(int(open("/proc/self/status").read().split("VmPeak:")[1].split()[0]) >> 10)
+"""
+
+
+@needs_proc
+def test_threads_of_a_decoder_take_little_address_space() -> None:
+    environment = processes._environment()
+    mebibytes = subprocess.check_output([sys.executable, "-c", ARENAS], env=environment)
+    assert int(mebibytes) < 400
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say how large a pipe is")
+def test_a_hundred_decoders_do_not_use_up_a_users_pipes(path: Path) -> None:
+    import fcntl
+
+    probe(path)
+    size = fcntl.fcntl(processes._idle[-1]._output.fileno(), fcntl.F_GETPIPE_SZ)
+    assert 100 * size <= 64 << 20  # Linux's own pipe-user-pages-soft
+
+
+def test_a_clip_that_no_decoder_has_memory_for_is_not_the_files_fault(info: VideoInfo) -> None:
+    pid = idle_pid()
+    with pytest.raises(DriveSimError, match=r"x\.mp4: a clip of 20 frames of 8,000×8,000 .* 2 GiB"):
+        read_frames(info, range(20), FrameSize(height=8000, width=8000))
+    assert idle_pid() == pid
+    assert read_numbers(read_frames(info, [5, 5, 3])) == [5, 5, 3]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems set no limit from outside")
 def test_a_decoder_out_of_memory_costs_the_file_only(info: VideoInfo) -> None:
     import resource
@@ -437,3 +531,34 @@ def test_a_process_that_does_not_start_is_no_fault_of_a_video(
     with pytest.raises(OSError, match="does not start") as error:
         probe(path)
     assert error.value.filename == "/bin/false"
+
+
+@pytest.mark.parametrize("line", ["", "hello", "a greeting longer than any prefix of a message"])
+def test_what_is_printed_before_a_decoder_starts_is_no_fault_of_a_video(
+    path: Path, changed_decoder: Callable[[str], None], line: str
+) -> None:
+    changed_decoder(f"print({line!r}, flush=True)\n")
+    with pytest.raises(OSError, match="does not start: something prints"):
+        probe(path)
+    assert not processes._started
+
+
+def test_ctrl_c_while_a_decoder_starts_leaves_no_process(
+    path: Path, changed_decoder: Callable[[str], None]
+) -> None:
+    changed_decoder("import time\ntime.sleep(60)\n")
+    main = threading.get_ident()
+    seen: list[int] = []
+
+    def interrupt() -> None:
+        wait_until(lambda: bool(processes._started))
+        seen.extend(decoder._process.pid for decoder in processes._started)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        probe(path)
+    thread.join()
+    assert not processes._started
+    assert not is_running(seen[0])

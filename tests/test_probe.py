@@ -96,6 +96,18 @@ def test_long_files_go_to_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert probe(path).reason == "more than 39 frames"
 
 
+@needs_decord
+def test_files_with_few_keyframes_go_to_pyav(tmp_path: Path) -> None:
+    """decord is silent on its way from a keyframe: for minutes where there is one in all."""
+    for name, every in (("one.mp4", 999), ("two.mp4", 300)):
+        path, options = tmp_path / name, {"sc_threshold": "0"}
+        write_numbered(path, count=301, keyframe_every=every, height=16, codec_options=options)
+    info = probe(tmp_path / "one.mp4")
+    assert (info.reader, info.reason) == ("pyav", "more than 300 frames between keyframes")
+    info = probe(tmp_path / "two.mp4")
+    assert (info.reader, int(info.keyframes[-1])) == ("decord", 300)
+
+
 def test_without_decord_pyav_reads_everything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from driving_sim.data import decoder_process, video_file
 from driving_sim.data.action_file import SPEED, STEERING
+from driving_sim.data.decoder_messages import Head
 from driving_sim.data.drive import sample
 from driving_sim.data.frame_size import FrameSize
 from driving_sim.data.sources import find_drives
@@ -78,9 +79,15 @@ def test_a_probe_that_hangs_is_listed_beside_the_rest(
 ) -> None:
     for name in "abc":
         write_grey_video(tmp_path / f"{name}.mp4")
-    find_drives([tmp_path])
-    monkeypatch.setenv(decoder_process.LIMIT, "1")
-    os.kill(decoder_process._idle[-1]._process.pid, signal.SIGSTOP)
+    ask = decoder_process._Decoder.ask
+
+    def stop_at_a(decoder: decoder_process._Decoder, head: Head, body: bytes = b"") -> None:
+        if decoder.path.name == "a.mp4":
+            os.kill(decoder._process.pid, signal.SIGSTOP)
+        ask(decoder, head, body)
+
+    monkeypatch.setattr(decoder_process._Decoder, "ask", stop_at_a)
+    monkeypatch.setenv(decoder_process.LIMIT, "2")
     found = find_drives([tmp_path])
     assert [drive.id for drive in found.drives] == ["b", "c"]
     (bad,) = found.skipped

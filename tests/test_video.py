@@ -1,16 +1,22 @@
 """Reading frames: the right ones, in the right place, alike in both readers, or one line."""
 
+import os
 import pickle
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from av.video.stream import VideoStream
 
+from driving_sim.data import video
 from driving_sim.data.frame_size import FrameSize, fit, transform_description
 from driving_sim.data.probe import VideoError, VideoInfo, decord_installed, probe
 from driving_sim.data.video import _read_decord, _read_pyav, read_frames, stream_frames
+from driving_sim.data.video_file import video_stream
 from driving_sim.data.video_writer import write_video
 from tests.video_files import (
     SHARED,
@@ -268,6 +274,47 @@ def test_indices_are_checked(tmp_path: Path) -> None:
         next(stream_frames(info, indices=[4, 3]))
     assert read_frames(info, []).shape == (0, 48, 128, 3)
     assert list(stream_frames(info, indices=[])) == []
+
+
+@needs_decord
+def test_decord_says_that_it_lives_before_it_decodes_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_numbered(tmp_path / "x.mp4", count=250, keyframe_every=999, height=16)
+    info, beats = probe(path), []
+    monkeypatch.setattr(video, "beat", lambda: beats.append(1))
+    assert info.reader == "decord"
+    for wanted, least in (([30, 60, 90, 120, 150, 180, 210, 240], 4), (range(16), 2)):
+        beats.clear()
+        assert read_numbers(read_frames(info, wanted)) == list(wanted)
+        assert len(beats) == least
+
+
+def test_a_clip_in_order_is_not_copied(tmp_path: Path) -> None:
+    info = probe(write_numbered(tmp_path / "x.mp4"))
+    tracemalloc.start()
+    frames = read_frames(info, range(40), FrameSize(height=240, width=640))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert frames.nbytes < peak < 1.5 * frames.nbytes
+
+
+def test_few_threads_decode_large_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    assert [video._threads(pixels) for pixels in (0, 1080 * 1920, 2160 * 3840)] == [16] * 3
+    assert [video._threads(pixels) for pixels in (4320 * 7680, 8192 * 8192, 1 << 40)] == [4, 1, 1]
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert [video._threads(pixels) for pixels in (1080 * 1920, 8192 * 8192)] == [0, 1]
+    info, opened = probe(write_numbered(tmp_path / "x.mp4")), []
+
+    def keep(*given: Any) -> VideoStream:
+        opened.append(video_stream(*given))
+        return opened[-1]
+
+    monkeypatch.setattr(video, "video_stream", keep)
+    monkeypatch.setattr(video, "_PIXELS_AT_ONCE", 2 * 48 * 128)
+    assert read_numbers(list(stream_frames(info))) == list(range(40))
+    assert [stream.thread_count for stream in opened] == [2]
 
 
 @needs_proc
