@@ -20,12 +20,16 @@ TOKENIZER_FRAMES = 200_000 * 160
 
 # Dense bf16 operations a second; NVIDIA's data sheets of the SXM modules, 80 GB each.
 A100, H100 = 312e12, 989e12
+NETWORK = 25e9
+"""Bytes a second for a GPU: the 200 Gbit/s adapter that each has in a DGX A100 (its data sheet)."""
 
 # Measured on one core of an AMD EPYC.
 DECODED = 131.0
 """1080p H.264 frames a second; python -m benchmarks.video_rates."""
-PROBE_FILE, PROBE_FRAME = 0.16, 20e-6
-"""Seconds for a 1080p file, by the same command, and for each of its packets, in Python."""
+PROBE_FILE, PROBE_FRAME = 0.16, 10e-6
+"""Seconds of a decoder process for a 1080p file and for each of its packets; the same command."""
+PROBES_AT_ONCE = 8
+"""Decoder processes of a rank that finds many files."""
 INDEX_SECONDS, INDEX_MEMORY, INDEX_BYTES = 18.4e-6, 0.92e3, 276.0
 """For a drive of a token store: to start from its index; python -m benchmarks.store_index."""
 CPU_FLOPS: float | None = None
@@ -37,6 +41,8 @@ ENCODE, DECODE, DISCRIMINATE, PERCEIVE = 72.9e9, 69.6e9, 1.0e9, 80e9
 """Operations a frame forward: `large`'s encoder and decoder, discriminator, LPIPS's VGG-16."""
 ACTIVATIONS = 56
 """Bytes a slot, layer and channel of width keep for the backward pass under bf16 autocast."""
+LOGITS = 14
+"""Bytes a token and code take at the most: in bf16, in float32, log-softmax of loss and metrics."""
 GPU_SHARE = 0.3
 """Of peak, assumed for convolutions."""
 FRAME_BYTES = 512 * 2 + 8 + 8 + 2
@@ -96,6 +102,8 @@ class Model:
 
 
 MODEL = Model()
+LARGEST = Model(layers=71, width=8192)
+"""What 64 GPUs of 80 GB still hold in a step, by the memory that is counted here."""
 WINDOWS_TRAINED = STEPS * WINDOWS
 
 
@@ -140,11 +148,15 @@ def the_run() -> str:
     return table(["", "GAIA-1, published", "drivesim"], rows)
 
 
+def probing(files: float, frames: float) -> float:
+    """Processor seconds, on every rank."""
+    return files * PROBE_FILE + frames * PROBE_FRAME
+
+
 def the_stages() -> str:
     """What each stage of the same 4,700 hours costs."""
     source, chosen = HOURS * 3600 * SOURCE_FPS, HOURS * 3600 * FPS
     files = HOURS * 60
-    probing = (files * PROBE_FILE + source * PROBE_FRAME) / 3600
     a_frame = 3 * (ENCODE + DECODE + 2 * DISCRIMINATE) + 3 * PERCEIVE
     hours = [
         work / (A100 * GPU_SHARE) / 3600 for work in (a_frame * TOKENIZER_FRAMES, ENCODE * chosen)
@@ -155,7 +167,7 @@ def the_stages() -> str:
         (
             "probing",
             f"{files:,} files of a minute",
-            f"{probing:,.0f} core-hours, on every rank",
+            f"{probing(files, source) / 3600:,.0f} core-hours, on every rank",
         ),
         (
             "decoding",
@@ -191,27 +203,79 @@ def the_stages() -> str:
     return table(["stage", "work", "cost"], rows)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What a rank holds of a model for a step of one window, in GB."""
+
+    state: float
+    """float32 weights, gradients, Muon's momentum and the average."""
+    extra: float
+    """DDP's buckets and the casts that it keeps."""
+    gathered: float
+    """Two blocks in float32 with a cast each and one block's gradients; the rest, once."""
+    activations: float
+    """Of all blocks, for the backward pass."""
+    checkpointed: float
+    """Of one block, and what goes into each."""
+    logits: float
+
+    @property
+    def sum(self) -> float:
+        """With gradient checkpointing."""
+        return self.state + self.extra + self.gathered + self.checkpointed + self.logits
+
+
+def memory(model: Model, *, shard: bool) -> Memory:
+    """On 64 ranks."""
+    n, block = model.parameters / 1e9, model.block / 1e9
+    a_channel = model.slots * model.width / 1e9
+    rest = n - model.layers * block
+    return Memory(
+        state=16 * n / (GPUS if shard else 1),
+        extra=0.0 if shard else 6 * n,
+        gathered=2 * block * (4 + 2) + block * 4 + 4 * rest if shard else 0.0,
+        activations=ACTIVATIONS * model.layers * a_channel,
+        checkpointed=(4 * model.layers + ACTIVATIONS) * a_channel,
+        logits=LOGITS * model.tokens * model.codes / 1e9,
+    )
+
+
+def exchanged(model: Model, *, shard: bool) -> float:
+    """GB that a rank receives in a step of Muon's.
+
+    DDP sums gradients, each way once. Sharded, weights come twice, gradients go once, and Muon
+    gathers them again.
+    """
+    return (16 if shard else 8) * model.parameters / 1e9
+
+
 def the_memory() -> str:
     """What a rank holds of the model in GB, replicated and sharded over 64 ranks."""
-    n, block = MODEL.parameters / 1e9, MODEL.block / 1e9
-    activations = MODEL.slots * MODEL.width / 1e9
-    whole, kept = (
-        ACTIVATIONS * MODEL.layers * activations,
-        (4 * MODEL.layers + ACTIVATIONS) * activations,
-    )
-    # Two blocks gathered in float32 with a cast each and one block's gradients; the rest, once.
-    own, shared = 16 * n / GPUS, 22 * n
-    gathered = 2 * block * (4 + 2) + block * 4 + 4 * (n - MODEL.layers * block)
-    rows = [
-        ("float32 weights, gradients, Muon's momentum, average", f"{16 * n:.0f}", f"{own:.1f}"),
-        ("DDP's buckets; bf16 casts kept for the pass", f"{6 * n:.0f}", "0"),
-        ("gathered blocks and embeddings", "0", f"{gathered:.1f}"),
-        ("activations of one window, all kept", f"{whole:.0f}", f"{whole:.0f}"),
-        ("the same with gradient checkpointing", f"{kept:.1f}", f"{kept:.1f}"),
-        ("sum with checkpointing", f"{shared + kept:.0f}", f"{own + gathered + kept:.1f}"),
-        ("a checkpoint on disk", f"{12 * n:.0f}", f"{12 * n:.0f}, {12 * n / GPUS:.1f} a rank"),
-    ]
-    return table(["GB", "DDP", "`--shard`, 64 ranks"], rows)
+    cases = ((MODEL, False), (MODEL, True), (LARGEST, True))
+    held = [memory(model, shard=shard) for model, shard in cases]
+    sizes = [model.parameters / 1e9 for model, _ in cases]
+    moved = [exchanged(model, shard=shard) for model, shard in cases]
+    rows = {
+        "float32 weights, gradients, Muon's momentum, average": [each.state for each in held],
+        "DDP's buckets; bf16 casts kept for the pass": [each.extra for each in held],
+        "gathered blocks and embeddings": [each.gathered for each in held],
+        "activations of one window, all kept": [each.activations for each in held],
+        "the same with gradient checkpointing": [each.checkpointed for each in held],
+        "its logits, with loss and metrics": [each.logits for each in held],
+        "sum with checkpointing": [each.sum for each in held],
+        "more on the main rank while it validates: the model, if sharded, and a copy to export": [
+            (8 if shard else 4) * n for n, (_, shard) in zip(sizes, cases, strict=True)
+        ],
+        "a checkpoint on disk, of all ranks": [12 * n for n in sizes],
+        "received by a rank in a step": moved,
+        f"that at {NETWORK / 1e9:.0f} GB/s, in seconds": [1e9 * each / NETWORK for each in moved],
+    }
+    head = ["GB", "DDP", "`--shard`, 64 ranks", f"the same, {LARGEST.parameters / 1e9:.0f} B"]
+    return table(head, [(what, *map(_short, values)) for what, values in rows.items()])
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 20 or value == 0 else f"{value:.1f}"
 
 
 def the_sizes() -> str:
@@ -221,7 +285,12 @@ def the_sizes() -> str:
     rows = {
         "hours of video": (",.0f", "", 1 / 60),
         "bytes; read while probing, by every rank": (",.1f", " TB", megabytes / 1e6),
-        "hours of probing, on every rank": (",.1f", "", source * PROBE_FRAME / 3600),
+        "probing, core-hours on every rank": (",.1f", "", probing(1, source) / 3600),
+        f"hours of it, {PROBES_AT_ONCE} files at once": (
+            ",.1f",
+            "",
+            probing(1, source) / PROBES_AT_ONCE / 3600,
+        ),
         "held while planning, by every rank": (
             ",.1f",
             " GB",

@@ -25,6 +25,8 @@ from driving_sim.data.token_windows import sequential_windows
 from driving_sim.engine.config import load_json, resolve, to_dict
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.evaluate.inverse_dynamics import InverseDynamics, ProbeSource, _Network
+from driving_sim.scaling import fit_runs, scale
+from driving_sim.scaling_run import read_run
 from driving_sim.tokenizer import Tokenizer
 from driving_sim.tokenizer import presets as tokenizer_presets
 from driving_sim.world_model import WorldModel
@@ -373,6 +375,29 @@ def checkpoint_target(folder: Path) -> Attempt:
     return attempt
 
 
+def scaling_target(folder: Path) -> Attempt:
+    """Finished runs that a scaling law is fitted to."""
+    from tests.test_scaling import write_run
+
+    runs = [
+        write_run(folder / f"w{width}", width, 50 * width, layers=1) for width in (8, 12, 16, 24)
+    ]
+    for run in runs:
+        rows = [{"step": step, "phase": "train", "batches": step} for step in (200, 400, 600)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def attempt(rng: random.Random, work: Path) -> None:
+        number = rng.randrange(len(runs))
+        damaged = [*runs[:number], _damage(rng, runs[number], work), *runs[number + 1 :]]
+        if rng.random() < 0.1:  # drawing takes most of the time
+            str(scale(damaged, work / "law"))
+        else:
+            report = fit_runs([read_run(run) for run in damaged])
+            json.dumps(report.to_dict(), allow_nan=False)
+
+    return attempt
+
+
 TARGETS: dict[str, Callable[[Path], Attempt]] = {
     "csv": csv_target,
     "script": script_target,
@@ -385,6 +410,7 @@ TARGETS: dict[str, Callable[[Path], Attempt]] = {
     "udacity": udacity_target,
     "comma2k19": comma2k19_target,
     "checkpoint": checkpoint_target,
+    "scaling": scaling_target,
     "video": video_target,
 }
 """What can be fuzzed, by name."""

@@ -9,6 +9,7 @@ from typing import Any
 from driving_sim.engine.config import load_json, save_json
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_folder
+from driving_sim.engine.parsing import one_line
 from driving_sim.scaling_law import FittedLaw, HeldOut, Prediction, hold_out_largest
 from driving_sim.scaling_picture import draw_scaling
 from driving_sim.scaling_run import ScalingRun, read_run, training_flops
@@ -81,6 +82,16 @@ class ScalingReport:
         notes = []
         if not self.fitted.freedom:
             notes.append("three runs determine the law exactly: a fourth would say how well")
+        if self.fitted.at_edge:
+            notes.append(
+                f"the exponent {self.fitted.law.b:.2g} is the edge of what is tried: the runs do "
+                "not fall as such a law does, or too few of them say how"
+            )
+        if self.fitted.law.c == 0:
+            notes.append(
+                "no loss that remains was found (c = 0): the runs do not bend towards one yet, so "
+                "predictions far beyond them are too low"
+            )
         largest = self.runs[-1].compute
         if self.prediction.compute > _FAR * largest:
             notes.append(
@@ -167,9 +178,9 @@ def target_compute(
 def _check_comparable(one: ScalingRun, other: ScalingRun) -> None:
     for what, value in one.conditions.items():
         if other.conditions[what] != value:
+            both = one_line(f"{other.conditions[what]:.80} and {value:.80}")
             raise DriveSimError(
-                f"{other.path} cannot be compared with {one.path}: {what} differs "
-                f"({other.conditions[what]} and {value})"
+                f"{other.path} cannot be compared with {one.path}: {what} differs ({both})"
             )
 
 

@@ -21,6 +21,8 @@ PARAMETERS = 3
 
 _RESAMPLES = 1000
 _EXPONENTS = (0.02, 2.0)
+"""Between which the power of compute is looked for, without its sign."""
+_MOST_LOG = 700.0  # exp() of more is no number
 _TRIED = 33
 _ROUNDS = 6
 
@@ -71,7 +73,8 @@ class FittedLaw:
         # Around the runs' middle the scale says little about the exponent: a stable fit.
         self._middle = float(np.log(self.compute).mean())
         self._best = _fit(self._place(self.compute), self.loss[None])[0]
-        if self._best[1] <= 0:
+        falls = np.isfinite(self._best).all() and self._best[1] > 0
+        if not falls or abs(self._log_a()) > _MOST_LOG:
             raise TooLittleDataError(
                 "the loss does not fall with compute in these runs, so there is no law to fit; "
                 "train larger models for longer, on more data"
@@ -80,9 +83,15 @@ class FittedLaw:
     @cached_property
     def law(self) -> ScalingLaw:
         """The fitted law."""
-        floor, scale, exponent = self._best.tolist()
-        a = np.exp(self._middle + np.log(scale) / exponent)
-        return ScalingLaw(c=floor, a=float(a), b=-exponent)
+        return ScalingLaw(
+            c=float(self._best[0]), a=float(np.exp(self._log_a())), b=-float(self._best[2])
+        )
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the exponent is an end of the range that is tried: the best may lie beyond."""
+        low, high = _EXPONENTS
+        return not 1.01 * low < self._best[2] < 0.99 * high
 
     @property
     def freedom(self) -> int:
@@ -137,6 +146,10 @@ class FittedLaw:
     def _place(self, compute: ArrayLike) -> Floats:
         return np.log(compute) - self._middle
 
+    def _log_a(self) -> float:
+        _, scale, exponent = self._best
+        return float(self._middle + np.log(scale) / exponent)
+
 
 def _factor(deviations: Floats) -> Floats:
     # With one run to spare a draw can be thousands of times too large: no loss is that far off.
@@ -160,6 +173,7 @@ def _fit(place: Floats, losses: Floats) -> Floats:
     return np.stack([floor[rows, best], scale[rows, best], np.exp(tried[rows, best])], 1)
 
 
+@np.errstate(all="ignore")  # computes that are nearly one: their exponents fit worst of all
 def _floor_and_scale(
     exponents: Floats, place: Floats, losses: Floats
 ) -> tuple[Floats, Floats, Floats]:
@@ -176,7 +190,7 @@ def _floor_and_scale(
     floor = np.where(scale < 0, one1 / one2, floor)
     scale = np.maximum(scale, 0.0)
     residual = floor[..., None] * one + scale[..., None] * power - 1
-    return floor, scale, (residual**2).sum(-1)
+    return floor, scale, np.nan_to_num((residual**2).sum(-1), nan=np.inf)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,6 @@ there: they are much of the work of models as small as these, and leaving them o
 (Porian et al., arXiv 2406.19146). D are the tokens trained on, new or seen before.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from driving_sim.engine.config import load_json, load_yaml
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.parsing import one_line, parse_json, shown
 from driving_sim.engine.run_folder import CONFIG, FINISHED, is_finished
 
 FLOPS_PER_WEIGHT_AND_TOKEN = 6
@@ -30,6 +30,7 @@ _MODEL = "config.json"
 _METRICS = "metrics.jsonl"
 _LOGITS = "output.codes"
 _CONTEXT, _BATCH = "model.context_frames", "data.batch_size"
+_MOST = 1e18  # of anything: what is beyond is damage, or made to do harm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,20 +74,24 @@ def read_run(path: Path) -> ScalingRun:
     """
     settings = _settings(path)
     finished, model = load_json(path / FINISHED), load_json(path / _MODEL)
-    context = _number(settings, _CONTEXT, path / CONFIG)
-    rows, cols = (_number(model, f"config.grid.{key}", path / _MODEL) for key in ("rows", "cols"))
-    windows = _batches(path, finished, settings) * _number(settings, _BATCH, path / CONFIG)
+    bits = _number(finished, "best_score", path / FINISHED)
+    context = _count(settings, _CONTEXT, path / CONFIG)
+    rows, cols = (_count(model, f"config.grid.{key}", path / _MODEL) for key in ("rows", "cols"))
+    windows = _batches(path, finished, settings) * _count(settings, _BATCH, path / CONFIG)
+    tokens = windows * context * rows * cols
+    if tokens >= _MOST:
+        raise DriveSimError(f"{path}: trained on {tokens:.0e} tokens, it says: copy it again")
     weights = _shapes(path / _WEIGHTS)
     parameters = _token_matrices(weights, path / _WEIGHTS)
     return ScalingRun(
         path=path,
         parameters=parameters,
         all_parameters=sum(map(math.prod, weights.values())),
-        tokens=round(windows * context * rows * cols),
-        bits=_number(finished, "best_score", path / FINISHED),
+        tokens=round(tokens),
+        bits=bits,
         attention_share=_attention(weights, context * rows * (cols + 1)) / parameters,
-        best_step=_number(finished, "best_step", path / FINISHED),
-        steps=_number(finished, "steps", path / FINISHED),
+        best_step=_count(finished, "best_step", path / FINISHED),
+        steps=_count(finished, "steps", path / FINISHED),
         conditions=_conditions(settings, model, path),
     )
 
@@ -112,12 +117,17 @@ def _conditions(
     settings: Mapping[str, Any], model: Mapping[str, Any], path: Path
 ) -> dict[str, str]:
     drives = _value(model, "config.validation_drives", path / _MODEL)
+    if not isinstance(drives, list) or not all(isinstance(each, str) for each in drives):
+        raise DriveSimError(
+            f"{path / _MODEL}: 'config.validation_drives' is {shown(drives)}, not a list of names"
+        )
     if not drives:
         raise DriveSimError(f"{path} was validated on frames that it trained on: leave it out")
     # The longer the past that a token is predicted from, the fewer bits it takes.
     same = ("store.content", "store.tokenizer", "data.validation_windows", _CONTEXT)
-    found = {key: str(_value(settings, key, path / CONFIG))[:12] for key in same}
-    return {**found, "validation drives": ", ".join(map(str, drives))}
+    values = {key: _value(settings, key, path / CONFIG) for key in same}
+    found = {key: each if isinstance(each, str) else shown(each) for key, each in values.items()}
+    return {**found, "validation drives": ", ".join(drives)}
 
 
 def _value(mapping: Any, dotted: str, file: Path) -> Any:
@@ -128,32 +138,44 @@ def _value(mapping: Any, dotted: str, file: Path) -> Any:
     return mapping
 
 
-def _number(mapping: Any, dotted: str, file: Path) -> Any:
+def _number(mapping: Any, dotted: str, file: Path) -> float:
     value = _value(mapping, dotted, file)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise DriveSimError(f"{file}: '{dotted}' is {value!r}, not a number above 0")
-    return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _MOST:
+        raise DriveSimError(f"{file}: '{dotted}' is {shown(value)}, not a number above 0")
+    return float(value)
+
+
+def _count(mapping: Any, dotted: str, file: Path) -> int:
+    value = _value(mapping, dotted, file)
+    number = not isinstance(value, bool) and isinstance(value, int | float)
+    if not number or not 0 < value < _MOST or value != int(value):
+        raise DriveSimError(f"{file}: '{dotted}' is {shown(value)}, not a count")
+    return int(value)
 
 
 def _batches(path: Path, finished: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
     """Batches that all ranks took up to the best step; without a count of them, of one process."""
-    best = _number(finished, "best_step", path / FINISHED)
+    best, steps = (_count(finished, key, path / FINISHED) for key in ("best_step", "steps"))
+    if best > steps:
+        raise DriveSimError(f"{path / FINISHED}: the best of {steps} steps is not step {best}")
     for row in _training_rows(path / _METRICS):
         if row.get("step") == best and "batches" in row:
-            return float(_number(row, "batches", path / _METRICS))
+            return _count(row, "batches", path / _METRICS)
     if "batches" in finished:
-        share = best / _number(finished, "steps", path / FINISHED)
-        return float(share * _number(finished, "batches", path / FINISHED))
-    return float(best * _number(settings, "training.accumulate", path / CONFIG))
+        batches = _count(finished, "batches", path / FINISHED)
+        if batches < steps:
+            raise DriveSimError(f"{path / FINISHED}: {batches} batches are less than one a step")
+        return best * batches / steps
+    return best * _count(settings, "training.accumulate", path / CONFIG)
 
 
 def _training_rows(file: Path) -> Iterator[dict[str, Any]]:
     if not file.is_file():
         return
-    for line in file.read_text("utf-8").splitlines():
+    for line in file.read_bytes().splitlines():
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = parse_json(line)
+        except ValueError:
             continue  # cut off when a run was killed
         if isinstance(row, dict) and row.get("phase") == "train":
             yield row
@@ -166,7 +188,7 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise DriveSimError(
-            f"{file}: no weights in safetensors ({error}); copy it again"
+            f"{file}: no weights in safetensors ({one_line(error)}); copy it again"
         ) from error
 
 
@@ -174,11 +196,14 @@ def _token_matrices(weights: Mapping[str, tuple[int, ...]], file: Path) -> int:
     """N: the weights that every token is multiplied with."""
     if _LOGITS not in weights or not any(name.startswith("blocks.") for name in weights):
         raise DriveSimError(f"{file}: not a world model's weights; copy the run folder again")
-    return sum(
+    count = sum(
         math.prod(shape)
         for name, shape in weights.items()
         if len(shape) == 2 and (name.startswith("blocks.") or name in ("gather.weight", _LOGITS))
     )
+    if not count:
+        raise DriveSimError(f"{file}: its matrices are empty; copy the run folder again")
+    return count
 
 
 def _attention(weights: Mapping[str, tuple[int, ...]], slots: int) -> int:
@@ -188,4 +213,4 @@ def _attention(weights: Mapping[str, tuple[int, ...]], slots: int) -> int:
     multiplications a layer.
     """
     layers = [shape for name, shape in weights.items() if name.endswith(".attention.out.weight")]
-    return sum(width for width, _ in layers) * slots
+    return sum(shape[0] for shape in layers if shape) * slots

@@ -1,10 +1,14 @@
 """What the documents and the cluster examples say exists, and what they count is so."""
 
 import importlib.util
+import os
 import re
 import shlex
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,9 @@ import torch
 import typer
 import yaml
 from torch.distributed.run import get_args_parser
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from benchmarks import cost
 from driving_sim.cli import app
@@ -22,6 +29,7 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.scaling_run import _token_matrices
 from driving_sim.tokenizer.presets import PRESETS as TOKENIZER_PRESETS
 from driving_sim.world_model.actions import ActionStatistics
+from driving_sim.world_model.objective import ObjectiveConfig, WorldModelObjective
 from driving_sim.world_model.presets import PRESETS as WORLD_MODEL_PRESETS
 from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
 
@@ -170,6 +178,9 @@ def test_the_pods_of_the_job_find_each_other() -> None:
     assert f"--rdzv-endpoint={name}-0.{service['metadata']['name']}:{port}" in script
     assert f"--nnodes={job['spec']['parallelism']} " in script
     assert f"--nproc-per-node={container['resources']['limits']['nvidia.com/gpu']} " in script
+    assert "--max-restarts=0 " in script  # a container starts again as a whole, and looks anew
+    assert '--rdzv-conf="is_host=$([ "$JOB_COMPLETION_INDEX" = 0 ]' in script
+    assert int(container["resources"]["requests"]["cpu"]) > 8
     mounted = {mount["name"] for mount in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in pod["spec"]["volumes"]}
 
@@ -182,10 +193,92 @@ def test_there_is_time_for_a_checkpoint_between_the_signals() -> None:
     assert 30 < patience < pod["terminationGracePeriodSeconds"]
     script = (CLUSTER / "train.sbatch").read_text("utf-8")
     (patience_text,) = re.findall(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", script)
-    (warning,) = re.findall(r"--signal=B:TERM@(\d+)", script)
+    (warning,) = re.findall(r"--signal=B:USR1@(\d+)", script)
     assert 30 < int(patience_text) < int(warning)
     assert re.search(r"#SBATCH --nodes=(\d+)\n(?s:.*)--nnodes=\1 ", script)
     assert re.search(r"#SBATCH --gpus-per-node=(\d+)\n(?s:.*)--nproc-per-node=\1 ", script)
+
+
+STAND_INS = {
+    # As Slurm's: SIGTERM is not passed on, it kills.
+    "srun": """while [[ $1 == --* ]]; do shift; done
+        "$@" & echo $! > step
+        trap 'echo killed >> log; kill -KILL $(cat step)' TERM
+        while kill -0 $(cat step) 2> /dev/null; do wait || true; done""",
+    "torchrun": """trap 'echo stopped >> log; exit 1' TERM
+        echo "$SRUN_CPUS_PER_TASK $TORCH_DISABLE_SHARE_RDZV_TCP_STORE $*" > started
+        while true; do sleep 0.02; done""",
+    "scancel": 'if [ "$*" = "--signal=TERM 7.0" ]; then kill -TERM $(cat step); fi',
+    "scontrol": 'if [ "$1" = requeue ]; then echo "$*" >> log; else echo node-1; fi',
+}
+
+
+@contextmanager
+def slurm_job(name: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """An example that runs with stand-ins for Slurm's commands, once its step has started."""
+    (folder / "bin").mkdir()
+    for command, script in STAND_INS.items():
+        (folder / "bin" / command).write_text(f"#!/bin/bash\n{script}\n")
+        (folder / "bin" / command).chmod(0o755)
+    environment = {
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(folder),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node-[1-8]",
+        "SLURM_CPUS_PER_TASK": "96",
+    }
+    job = subprocess.Popen(
+        ["bash", CLUSTER / name, "videos"], env=environment, cwd=folder, start_new_session=True
+    )
+    try:
+        limit = time.monotonic() + 30
+        while not (folder / "started").exists() or not (folder / "started").read_text():
+            assert job.poll() is None
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        yield job
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+
+
+@pytest.mark.parametrize("name", ["train.sbatch", "tokenize.sbatch"])
+def test_a_slurm_job_is_stopped_and_queued_again_before_its_time_is_over(
+    name: str, tmp_path: Path
+) -> None:
+    with slurm_job(name, tmp_path) as job:
+        started = (tmp_path / "started").read_text()
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(30) == 0
+    assert (tmp_path / "log").read_text().splitlines() == ["stopped", "requeue 7"]
+    assert started.startswith("96 1 --nnodes=")
+    assert "--resume" not in started
+
+
+@pytest.mark.parametrize("name", ["train.sbatch", "tokenize.sbatch"])
+def test_a_slurm_job_that_is_cancelled_is_not_queued_again(name: str, tmp_path: Path) -> None:
+    with slurm_job(name, tmp_path) as job:
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(30) == -signal.SIGTERM
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_slurm_job_goes_on_with_the_run_that_is_there(tmp_path: Path) -> None:
+    (tmp_path / "runs/world-model").mkdir(parents=True)
+    (tmp_path / "runs/world-model/config.yaml").touch()
+    with slurm_job("train.sbatch", tmp_path):
+        assert (tmp_path / "started").read_text().endswith(" --resume\n")
+
+
+def test_several_machines_share_no_store_between_restarts() -> None:
+    for file in CLUSTER.iterdir():
+        text = file.read_text("utf-8")
+        assert re.search(r'TORCH_DISABLE_SHARE_RDZV_TCP_STORE(=1\n|\n +value: "1"\n)', text), file
+
+
+def test_nothing_on_the_page_waits_to_be_measured() -> None:
+    assert re.findall(r"MEASURED\(\w*\)", (DOCS / "SCALING.md").read_text("utf-8")) == []
 
 
 def test_the_tables_of_the_page_are_what_the_script_prints() -> None:
@@ -236,3 +329,55 @@ def test_activations_take_the_bytes_that_the_page_says() -> None:
 
     measured = (kept(2) - kept(1)) / (batch * slots * width)
     assert measured == pytest.approx(cost.ACTIVATIONS, rel=0.03)
+
+
+class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all tensors that operations have made and that still live."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most: int = 0
+        self._storages: Any = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        made = operator(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._storages[storage] = storage.nbytes()
+        self.most = max(self.most, sum(self._storages.values()))
+        return made
+
+
+def test_logits_take_the_bytes_that_the_page_says() -> None:
+    grid = TokenGrid(rows=4, cols=8, levels=(16, 16, 16))
+    config = TransformerConfig(layers=1, width=16, heads=2, kv_heads=1, context_frames=2)
+
+    def held(windows: int) -> int:
+        objective = WorldModelObjective(
+            ObjectiveConfig(), Transformer(config, grid, ActionStatistics())
+        )
+        batch = {
+            "tokens": torch.randint(4096, (windows, 2, 4, 8)),
+            "previous": torch.randint(4096, (windows, 4, 8)),
+            "has_previous": torch.ones(windows, dtype=torch.bool),
+            "actions": torch.zeros(windows, 2, 2),
+            "action_valid": torch.ones(windows, 2, 2, dtype=torch.bool),
+        }
+        with Held() as counted:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss, _ = objective(batch)
+            loss.backward()
+        return int(counted.most)
+
+    a_window = 2 * 4 * 8 * 4096
+    assert (held(12) - held(4)) / 8 / a_window == pytest.approx(cost.LOGITS, rel=0.05)
+
+
+def test_sharded_models_fit_up_to_the_sizes_that_the_page_says() -> None:
+    assert 4.5e10 < cost.LARGEST.parameters < 5.5e10
+    assert cost.memory(cost.LARGEST, shard=True).sum < 80
+    assert cost.memory(cost.Model(layers=63, width=12_288), shard=True).sum > 80
+    assert cost.memory(cost.MODEL, shard=False).sum > 80

@@ -43,11 +43,13 @@ def transformer(width: int, layers: int = 2) -> Transformer:
     return Transformer(config, GRID, ActionStatistics())
 
 
-def write_run(folder: Path, width: int, steps: int, bits: float = 0.0, **changed: Any) -> Path:
+def write_run(
+    folder: Path, width: int, steps: int, bits: float = 0.0, *, layers: int = 2, **changed: Any
+) -> Path:
     """A finished run of a real model's weights; without `bits`, those of `LAW` at its compute."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
-        {name: value.numpy() for name, value in transformer(width).state_dict().items()},
+        {name: value.numpy() for name, value in transformer(width, layers).state_dict().items()},
         folder / "model.safetensors",
     )
     model = {"grid": {"rows": GRID.rows, "cols": GRID.cols}, "validation_drives": ["a"]}
@@ -196,7 +198,77 @@ def test_what_is_no_finished_world_model_is_refused_in_one_line(runs: list[Path]
     assert "no training run" in damage(runs[4], "config.yaml", None)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "config.json",
+            '{"config": {"grid": {"rows": 8, "cols": 16}, "validation_drives": 5}}',
+            "list",
+        ),
+        ("finished.json", '{"best_score": 1e300, "best_step": 1, "steps": 1}', "best_score"),
+        ("finished.json", '{"best_score": 5.0, "best_step": 2, "steps": 1}', "not step 2"),
+        ("finished.json", '{"best_score": 5.0, "best_step": 0.5, "steps": 1}', "not a count"),
+        ("finished.json", f'{{"best_score": 5.0, "best_step": 1, "steps": {"9" * 5000}}}', "JSON"),
+        (
+            "finished.json",
+            '{"best_score": 5.0, "best_step": 1, "steps": 9, "batches": 1}',
+            "one a step",
+        ),
+        (
+            "finished.json",
+            f'{{"best_score": 5.0, "best_step": 9, "steps": 9, "batches": {10**17}}}',
+            "tokens",
+        ),
+    ],
+)
+def test_numbers_that_no_run_has_are_refused(
+    runs: list[Path], name: str, text: str, message: str
+) -> None:
+    assert message in damage(runs[0], name, text)
+
+
+def test_damaged_lines_of_the_log_are_passed_over(runs: list[Path]) -> None:
+    finish(runs[0], 100, 6.0, batches=400)
+    before = read_run(runs[0]).tokens
+    row = json.dumps({"step": 100, "phase": "train", "batches": 800}).encode()
+    lines = [b"\xff\xfe", b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}", b"5", row[:-9]]
+    (runs[0] / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    assert read_run(runs[0]).tokens == before
+    (runs[0] / "metrics.jsonl").write_bytes(b"\n".join([*lines, row]))
+    assert read_run(runs[0]).tokens == 2 * before
+
+
+def test_weights_of_other_shapes_are_refused_or_counted(runs: list[Path]) -> None:
+    empty = {"output.codes": np.zeros((0, 8)), "blocks.0.attention.out.weight": np.zeros(0)}
+    save_file(empty, runs[0] / "model.safetensors")
+    with pytest.raises(DriveSimError, match="matrices are empty"):
+        read_run(runs[0])
+    save_file(empty | {"output.codes": np.zeros((4, 8))}, runs[0] / "model.safetensors")
+    assert read_run(runs[0]).attention_share == 0
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ((6.0, 5.0, 4.9, 4.9), "the exponent -2 is the edge"),
+        ((6.0, 5.99, 5.98, 5.97), "the exponent -0.02 is the edge"),
+        ((6.0, 5.9, 5.8, 5.7), "(c = 0)"),
+    ],
+)
+def test_a_law_at_the_edge_of_what_is_tried_says_so(
+    losses: tuple[float, ...], message: str, tmp_path: Path
+) -> None:
+    runs = [
+        read_run(write_run(tmp_path / f"run-{number}", 16, 100 * 2**number, loss))
+        for number, loss in enumerate(losses)
+    ]
+    assert any(message in note for note in fit_runs(runs).notes())
+
+
 def test_what_makes_a_law_doubtful_is_said(runs: list[Path]) -> None:
+    plain = fit_runs([read_run(run) for run in runs]).notes()
+    assert not any("edge" in note or "c = 0" in note for note in plain)
     finish(runs[2], 400, 5.6, best_step=100)
     notes = fit_runs([read_run(run) for run in runs], compute=1e18).notes()
     assert any("w24" in note and "best long before the end" in note for note in notes)
