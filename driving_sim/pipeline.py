@@ -12,7 +12,7 @@ from driving_sim.data.drive import Drive, DriveSet, sample
 from driving_sim.data.probe import VideoError
 from driving_sim.data.sources import find_drives
 from driving_sim.data.token_store import TokenStore
-from driving_sim.data.token_store_index import INDEX
+from driving_sim.data.token_store_index import INDEX, UNFINISHED
 from driving_sim.engine.config import resolve
 from driving_sim.engine.device import resolve_device
 from driving_sim.engine.distributed import process_group
@@ -197,7 +197,8 @@ def tokenize_videos(
     rate = frame_rate(fps, every)
     if training is None:
         Tokenizer.from_run(tokenizer, "cpu")
-    if (out / INDEX).exists():
+    # With unfinished work in it, its run was killed at the end: the writer tidies up, then says.
+    if (out / INDEX).exists() and not (out / UNFINISHED).exists():
         raise DriveSimError(f"{out} already holds a token store: choose another --out or delete it")
     found = _find(videos, skip_bad=skip_bad, steering_kind=steering_kind, time_offset=time_offset)
     _ = found.steering_kind  # raises where kinds are mixed

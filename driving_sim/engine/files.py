@@ -11,6 +11,7 @@ from pathlib import Path
 from driving_sim.engine.errors import DriveSimError
 
 _FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS))
+_REPLACED = re.compile(r"\.(.+)\.\d+\.replaced")
 _FORBIDDEN = frozenset((errno.EACCES, errno.EPERM))
 
 
@@ -104,6 +105,22 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def is_free(folder: Path) -> bool:
     """Whether an existing path is a folder with nothing in it but what killed writers left."""
     return folder.is_dir() and all(entry.name.startswith(".") for entry in folder.iterdir())
+
+
+def tidy(folder: Path) -> None:
+    """Clear `folder` and all below it of what killed writers left, when no other writes there.
+
+    A folder that was being replaced, and is not there yet anew, gets its old content back.
+    """
+    for path in [*folder.rglob(".*.replaced")]:
+        name = _REPLACED.fullmatch(path.name)
+        if name and not path.with_name(name[1]).exists():
+            path.rename(path.with_name(name[1]))
+    for path in [*folder.rglob(".*.partial*"), *folder.rglob(".*.replaced")]:
+        if path.is_dir():
+            _remove(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _remove(*folders: Path) -> None:

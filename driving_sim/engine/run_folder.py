@@ -7,7 +7,7 @@ from typing import Any
 
 from driving_sim.engine.config import load_yaml, save_json, save_yaml
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.files import is_free
+from driving_sim.engine.files import is_free, tidy
 from driving_sim.engine.rank_environment import is_main_process, launcher
 
 CONFIG = "config.yaml"
@@ -81,6 +81,7 @@ def prepare_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:
     run.mkdir(parents=True, exist_ok=True)
     if launcher() is not None:
         (run / _LAUNCHER).write_text(str(launcher()), "utf-8")
+    tidy(run)
     save_yaml(run / CONFIG, run_config)
 
 

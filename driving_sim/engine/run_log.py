@@ -3,14 +3,18 @@
 import io
 import json
 import math
-from collections.abc import Mapping
-from contextlib import ExitStack
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+from tensorboard.summary.writer.event_file_writer import (  # type: ignore[import-untyped]
+    EventFileWriter,
+)
 from torch.utils.tensorboard import SummaryWriter
 
 from driving_sim.engine.files import atomic_file
@@ -26,17 +30,27 @@ class RunLog:
     """Writes `metrics.jsonl`, `log.txt` and `tensorboard/` in `run`; a context manager.
 
     `start_step` is the step that the run goes on from: what an interrupted run logged beyond it
-    is dropped, as it will be logged again. `total` is the number of steps, None if unknown.
+    is dropped, as it will be logged again. So are validations after `validated_step`, by default
+    the same. `total` is the number of steps, None if unknown.
     """
 
-    def __init__(self, run: Path, *, start_step: int = 0, total: int | None = None) -> None:
+    def __init__(
+        self,
+        run: Path,
+        *,
+        start_step: int = 0,
+        validated_step: int | None = None,
+        total: int | None = None,
+    ) -> None:
         self._run, self._start_step, self._total = run, start_step, total
+        self._validated_step = start_step if validated_step is None else validated_step
         self._text = ""
 
     def __enter__(self) -> "RunLog":
         path = self._run / METRICS
-        _drop_rows_after(path, self._start_step)
+        _drop_rows_after(path, self._start_step, self._validated_step)
         with ExitStack() as stack:
+            stack.enter_context(_quiet_tensorboard())
             self._rows = stack.enter_context(path.open("a", encoding="utf-8"))
             self._lines = stack.enter_context((self._run / LINES).open("a", encoding="utf-8"))
             purge = self._start_step + 1 if self._start_step else None
@@ -110,6 +124,22 @@ class RunLog:
         files.add_summary(summary, step)
 
 
+@contextmanager
+def _quiet_tensorboard() -> Iterator[None]:
+    """TensorBoard's thread keeps its error for the next write: it need not print it as well."""
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if type(arguments.thread).__module__ != EventFileWriter.__module__:
+            before(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
 def _encode(frames: list[Pixels], file_format: str, **options: object) -> bytes:
     first, *rest = [Image.fromarray(np.ascontiguousarray(frame)) for frame in frames]
     if rest:
@@ -119,16 +149,18 @@ def _encode(frames: list[Pixels], file_format: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
+def _drop_rows_after(path: Path, step: int, validated_step: int) -> None:
     if not path.exists():
         return
     with path.open(encoding="utf-8") as rows, atomic_file(path) as temporary:
-        kept = [row for row in rows if _step_of(row) <= step]
+        kept = [row for row in rows if _is_before(row, step, validated_step)]
         temporary.write_text("".join(kept), "utf-8")
 
 
-def _step_of(row: str) -> float:
+def _is_before(row: str, step: int, validated_step: int) -> bool:
     try:
-        return float(json.loads(row)["step"])
+        values = json.loads(row)
+        last = validated_step if values["phase"] == "validation" else step
+        return float(values["step"]) <= last
     except (ValueError, KeyError):
-        return math.inf  # cut off when the run was killed
+        return False  # cut off when the run was killed

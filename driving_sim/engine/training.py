@@ -126,7 +126,7 @@ def train(
             loop.choose_precision()
             if not ranks.is_main:
                 return loop.run(dataset, None)
-            with RunLog(run, start_step=loop.state.step, total=config.steps) as log:
+            with loop.run_log(config.steps) as log:
                 return loop.run(dataset, log)
 
         return run_loop()
@@ -217,6 +217,11 @@ class _Loop:
         low = self.ranks.from_main([float(resolve_precision(name, device) is torch.bfloat16)])[0]
         self.stepper.dtype = torch.bfloat16 if low else torch.float32
         self.state.precision, self.state.device = "bf16" if low else "fp32", device.type
+
+    def run_log(self, total: int | None) -> RunLog:
+        """The run's record, going on from where the state stands."""
+        step, validated = self.state.step, self.state.validated_step
+        return RunLog(self.folder, start_step=step, validated_step=validated, total=total)
 
     def run(self, dataset: Dataset[Batch], log: RunLog | None) -> TrainingResult:
         """Step, log, validate and save until the run is over."""

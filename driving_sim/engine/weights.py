@@ -44,7 +44,16 @@ def save_weights(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> 
     weights = {name: v.cpu().contiguous() for name, v in module.state_dict().items()}
     # Written as bytes, because `save_file` makes files that only their owner can read.
     with atomic_file(path) as temporary:
-        temporary.write_bytes(save(weights, dict(metadata)))
+        temporary.write_bytes(_with_sorted_metadata(save(weights, dict(metadata))))
+
+
+def _with_sorted_metadata(content: bytes) -> bytes:
+    """The same file with its metadata in order: the library's order is another in each process."""
+    start = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")
+    header = json.loads(content[_LENGTH_BYTES:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return content[:_LENGTH_BYTES] + text.ljust(start - _LENGTH_BYTES) + content[start:]
 
 
 def fingerprint(identity: Mapping[str, Any], module: nn.Module) -> str:
