@@ -14,7 +14,8 @@ class TrainingConfig:
     minutes: float | None = None
     """Minutes to train instead; validation, saving and start-up do not count."""
     accumulate: int = 1
-    """Batches whose gradients are averaged into one step, on each device."""
+    """Batches whose gradients are averaged into one step, on each device. A tokenizer's
+    discriminator is weighed anew for each of them."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """What steps kernels of 32 channels or more on both sides, but a discriminator's; all else is
     AdamW's."""
