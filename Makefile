@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: setup demo test lint package clean
+.PHONY: setup demo test lint bench package clean
 
 setup: $(VENV)/installed
 
@@ -25,6 +25,14 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# drivesim's speed beside its peers', on this machine; writes docs/BENCHMARKS.md.
+bench: $(VENV)/installed-bench
+	$(BIN)/python -m benchmarks.bench $(ARGS)
+
+$(VENV)/installed-bench: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	touch $@
 
 # A wheel, in a clean environment, outside the checkout: help, then synth -> train -> roll out.
 package: setup

@@ -3,6 +3,7 @@ import re
 import time
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from driving_sim.engine.weights import (
     load_weights,
     save_weights,
 )
+from driving_sim.tokenizer.autoencoder import Autoencoder
+from driving_sim.tokenizer.presets import PRESETS as TOKENIZERS
+from driving_sim.world_model.actions import ActionStatistics
+from driving_sim.world_model.presets import PRESETS as WORLD_MODELS
+from driving_sim.world_model.transformer import TokenGrid, Transformer
 
 
 class Layers(nn.Module):
@@ -35,10 +41,11 @@ def file(tmp_path: Path) -> Path:
 
 def refused(file: Path, **sizes: int) -> str:
     """The one line that says why, found quickly and with little memory."""
-    begin, least = time.perf_counter(), 2 * sizes.get("layers", 1)
+    begin = time.perf_counter()
+    least = sizes.get("layers", 2) * sizes.get("width", 4) ** 2
     tracemalloc.start()
     with pytest.raises(DriveSimError, match="not a test's weights") as caught:
-        build_with_weights(lambda: Layers(**sizes), file, of="a test", least_tensors=least)
+        build_with_weights(lambda: Layers(**sizes), file, of="a test", least_values=least)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert time.perf_counter() - begin < 5
@@ -48,7 +55,7 @@ def refused(file: Path, **sizes: int) -> str:
 
 
 def test_weights_come_back_with_their_metadata(file: Path) -> None:
-    module, metadata = build_with_weights(Layers, file, of="a test", least_tensors=4)
+    module, metadata = build_with_weights(Layers, file, of="a test", least_values=32)
     assert metadata == {"made": "here"}
     saved = load_file(file)
     assert all(torch.equal(value, saved[name]) for name, value in module.state_dict().items())
@@ -140,10 +147,9 @@ def test_a_refused_file_changes_nothing(file: Path) -> None:
 @pytest.mark.parametrize(
     ("sizes", "reason"),
     [
-        ({"layers": 10**12}, "it has 4 tensors"),
-        ({"width": 10**6}, r"expected F32 \[1000000\]"),
-        ({"width": 10**12}, "the impossible"),
-        ({"table": 10**12}, "tables of"),
+        ({"layers": 10**12}, "its config asks for 16000000000000"),
+        ({"width": 10**6}, "its config asks for 2000000000000"),
+        ({"width": 10**12}, "its config asks for 2000000000000000000000000"),
     ],
 )
 def test_a_config_may_ask_for_what_no_machine_has(
@@ -153,8 +159,23 @@ def test_a_config_may_ask_for_what_no_machine_has(
     assert re.search(reason, refused(file, **sizes))
 
 
-def test_planning_draws_no_random_numbers(file: Path) -> None:
+def test_what_is_refused_unbuilt_draws_no_random_numbers(file: Path) -> None:
     before = torch.get_rng_state()
     with pytest.raises(DriveSimError):
-        build_with_weights(lambda: Layers(width=5), file, of="a test", least_tensors=4)
+        build_with_weights(lambda: Layers(width=50), file, of="a test", least_values=5000)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("preset", ["demo", "tiny"])
+def test_configs_know_nearly_how_many_weights_they_ask_for(preset: str) -> None:
+    def count(module: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    frames, world = TOKENIZERS[preset].model, WORLD_MODELS[preset].model
+    autoencoder = Autoencoder(frames)
+    assert 0.95 * count(autoencoder) < frames.least_weights <= count(autoencoder)
+    for reach in (0, 1):
+        grid = TokenGrid(rows=frames.rows, cols=frames.cols, levels=frames.levels)
+        config = replace(world, previous_reach=reach)
+        transformer = Transformer(config, grid, ActionStatistics())
+        assert 0.7 * count(transformer) < config.least_weights(grid) <= count(transformer)

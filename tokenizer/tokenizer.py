@@ -28,7 +28,6 @@ WEIGHTS = "model.safetensors"
 """The file of a tokenizer's folder that is written last."""
 _CONFIG = "config.json"
 _MOST_CONFIG_BYTES = 2**16
-_BLOCK_TENSORS = 6  # of the smallest block; the decoder has as many blocks as the encoder
 
 
 class Tokenizer:
@@ -57,7 +56,7 @@ class Tokenizer:
             lambda: Autoencoder(config),
             folder / WEIGHTS,
             of="this tokenizer",
-            least_tensors=2 * _BLOCK_TENSORS * (sum(config.blocks) + config.attention_blocks),
+            least_values=config.least_weights,
         )
         tokenizer = cls(autoencoder, resolve_device(device))
         if tokenizer.fingerprint != metadata.get("fingerprint"):

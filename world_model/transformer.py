@@ -25,6 +25,8 @@ from driving_sim.world_model.code_embedding import CodeEmbedding
 from driving_sim.world_model.order import SlotOrder
 from driving_sim.world_model.rotary import AxialRotary, rotate
 
+_MOST_ROWS = 1024
+
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, queries [B, H, n, E], keys [B, G, n, E], values [B, G, n, E]) -> [B, H, n, E]."""
 
@@ -39,6 +41,13 @@ class TokenGrid:
     """Token columns per frame."""
     levels: tuple[int, ...]
     """FSQ levels per code channel."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "cols"):
+            if not 1 <= getattr(self, name) <= _MOST_ROWS:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be 1 to {_MOST_ROWS}")
+        if not 1 <= len(self.levels) <= 16 or not 2 <= math.prod(self.levels) <= 65536:
+            raise ValueError("levels: they must be 1 to 16 numbers, of 2 to 65536 codes together")
 
     @property
     def codebook_size(self) -> int:
@@ -90,6 +99,15 @@ class TransformerConfig:
             raise ValueError(f"previous_reach is {self.previous_reach}: it must be 0, 1 or 2")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}: it must be from 0 to below 1")
+
+    def least_weights(self, grid: TokenGrid) -> int:
+        """Parameters of the blocks and embeddings: nearly all, without building anything."""
+        width, reach = self.width, self.previous_reach
+        attention = width * (2 * width + 2 * self.kv_heads * (width // self.heads))
+        narrow = width // 4 if reach else width
+        block = attention + 2 * self.mlp_ratio * width**2
+        tables = grid.codebook_size * (2 * width + narrow)
+        return self.layers * block + tables + (grid.rows + grid.cols + 1) * width
 
 
 class Attention(nn.Module):

@@ -34,7 +34,6 @@ _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
 _TOKENIZER = "tokenizer"
 _MOST_CONFIG_BYTES = 2**26  # it names the validation drives, which may be many
-_BLOCK_TENSORS = 8
 _MOST_FPS = 1000
 
 
@@ -145,7 +144,7 @@ class WorldModel:
             lambda: Transformer(config.model, config.grid, config.actions),
             folder / _WEIGHTS,
             of="this world model",
-            least_tensors=_BLOCK_TENSORS * config.model.layers,
+            least_values=config.model.least_weights(config.grid),
         )
         world = cls(
             transformer,
