@@ -18,8 +18,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/drivesim demo $(ARGS)
 
+# A process for each core: most tests use one. Files stay whole, for what their tests share.
 test: lint
-	$(BIN)/pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -156,6 +156,11 @@ def rank_train(name: str, run: Path, *, halves: bool = True, **options: Any) -> 
     )
 
 
+def said_by(run: Path, rank: str) -> Path:
+    """Where `train_as_rank` puts what a rank says."""
+    return run.with_name(f"{run.name}-rank-{rank}.txt")
+
+
 FAILED = 7
 """The exit code for an error of drivesim's own."""
 
@@ -168,8 +173,12 @@ def train_as_rank(
     most_bytes: int | None = None,
     **options: Any,
 ) -> None:
-    """`rank_train` in a process that `environment` makes a rank, with files of at most a size."""
+    """`rank_train` in a process that `environment` makes a rank, with files of at most a size.
+
+    What it says is in a file beside the run: a fork server's own output is not the test's.
+    """
     os.environ.update(environment)
+    os.dup2(os.open(said_by(run, environment["RANK"]), os.O_CREAT | os.O_WRONLY), 2)
     if most_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
     try:
