@@ -1,0 +1,146 @@
+"""`python -m benchmarks.rollout [tiny|base]`: rollouts as tokens, against GPT-2 and slot by slot.
+
+A frame at a full window: W - 1 frames behind it. GPT-2 has the same depth, width, codes and window
+and its own cache; it is only asked for tokens that still fit its window, so it never has to encode
+a window anew, as it would from then on. "Slot by slot" is our own model with the same weights and
+kernels in raster order (lag = cols + 1).
+"""
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.machine import limits, name_of
+from benchmarks.paired import Benchmark, Claim, Settings, alternate, run_command, times_faster
+from benchmarks.peers import Gpt2Decoder, fastest, gpt2, gpt2_decoders, tried
+from benchmarks.shapes import Shape, shape_of, world_model
+from driving_sim.world_model.sampler import FrameSample
+from driving_sim.world_model.world_model import WorldModel
+
+_MANY = 100_000
+_PEER_TOKENS = {"tiny": 128, "base": 64}
+"""The peer's time is that of at most so many tokens, in the middle of a frame."""
+_FRAMES = {"tiny": 4, "base": 1}
+"""Frames of ours that are timed together."""
+_BARS = {"tiny": (10, 3), "base": (15, 5)}
+"""Against GPT-2, and against slot by slot."""
+
+
+def endless(world: WorldModel, *, context: int, samples: int = 1) -> Iterator[FrameSample]:
+    """Frame after frame of a rollout that goes on from random frames."""
+    grid = world.transformer.grid
+    generator = torch.Generator().manual_seed(0)
+    shape = (context, grid.rows, grid.cols)
+    tokens = torch.randint(grid.codebook_size, shape, generator=generator)
+    prefix = world.encode_prefix(tokens, np.full((context - 1, 2), (8.0, 0.1)))
+    return world.generate(prefix, np.full((_MANY, 2), (8.0, 0.1), np.float32), samples=samples)
+
+
+def pass_flops(world: WorldModel) -> float:
+    """Operations of a frame's passes over a full ring: matrix products and attention."""
+    model, config = world.transformer, world.transformer.config
+    maps = (each for each in model.blocks.modules() if isinstance(each, nn.Linear))
+    linear = sum(each.weight.numel() for each in maps)
+    slots, width = model.order.slots, config.width
+    seen = (config.context_frames - 0.5) * slots
+    attention = 4 * config.layers * width * seen
+    return slots * (2 * linear + attention) + 2 * model.order.tokens * width * (
+        model.grid.codebook_size
+    )
+
+
+def pass_bytes(world: WorldModel) -> float:
+    """Bytes that a frame's passes read: weights and keys and values, once in each pass."""
+    model, config = world.transformer, world.transformer.config
+    weights = sum(parameter.numel() for parameter in model.blocks.parameters())
+    weights += model.grid.codebook_size * config.width
+    keys = config.layers * config.kv_heads * config.width // config.heads
+    kept = 2 * keys * config.context_frames * model.order.slots
+    return len(model.order.waves) * (weights + kept) * world.dtype.itemsize
+
+
+def _peer(shape: Shape, settings: Settings, count: int) -> tuple[Gpt2Decoder, str]:
+    """GPT-2 in its fastest form, and what its forms take for `count` tokens."""
+    model, positions = shape.model, shape.model.context_frames * shape.tokens
+    decoders = gpt2_decoders(
+        lambda: gpt2(
+            layers=model.layers,
+            width=model.width,
+            heads=model.heads,
+            codes=shape.grid.codebook_size,
+            positions=positions,
+        ),
+        positions=positions,
+        context=positions - (shape.tokens + count) // 2,
+        codes=shape.grid.codebook_size,
+        settings=settings,
+    )
+    draws = {name: partial(each.draw, count) for name, each in decoders.items()}
+    name, times = fastest(draws, settings)
+    return decoders[name], f"GPT-2: {name}; for {count} tokens: {tried(times)}"
+
+
+def measure(name: str, settings: Settings) -> list[Claim]:
+    """Both claims of a shape."""
+    shape = shape_of(name, settings)
+    count, frames = min(shape.tokens, _PEER_TOKENS[name]), _FRAMES[name]
+    peer, forms = _peer(shape, settings, count)
+    world = world_model(shape, settings)
+    raster = world_model(shape, settings, lag=shape.frames.cols + 1)
+    context = shape.model.context_frames
+    own_frames = endless(world, context=context)
+    raster_frames = endless(raster, context=context)
+    exact_frames = endless(world_model(shape, settings, precision="fp32"), context=context)
+    found = alternate(
+        {
+            "own": lambda: [next(own_frames) for _ in range(frames)],
+            "peer": lambda: peer.draw(count),
+            "raster": lambda: next(raster_frames),
+            "fp32": lambda: [next(exact_frames) for _ in range(frames)],
+        },
+        settings,
+    )
+    share = count / shape.tokens
+    own, exact = (float(np.median(found[key])) / frames for key in ("own", "fp32"))
+    slow = float(np.median(found["raster"]))
+    theirs = float(np.median(found["peer"])) / share
+    reached = limits(settings, world.dtype).reached(
+        own, flops=pass_flops(world), read=pass_bytes(world)
+    )
+    what = f"rollout, tokens only, {shape}, {name_of(world.dtype)}"
+    passes = len(world.transformer.order.waves)
+    rates = (
+        f"drivesim {1 / own:.3g} frames/s ({1e3 * own / passes:.2f} ms a pass, {passes} passes), "
+        f"in fp32 {1 / exact:.3g}, GPT-2 {1 / theirs:.3g}, "
+        f"slot by slot {1 / slow:.3g}"
+    )
+    return [
+        Claim(
+            what=what,
+            against="GPT-2 of the same depth, width and window, with its cache",
+            figure=times_faster(found["peer"], found["own"], work=share / frames),
+            bar=_BARS[name][0],
+            details=(rates, forms, reached),
+        ),
+        Claim(
+            what=what,
+            against="the same weights slot by slot",
+            figure=times_faster(found["raster"], found["own"], work=1 / frames),
+            bar=_BARS[name][1],
+            details=(rates,),
+        ),
+    ]
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "tiny": lambda settings: measure("tiny", settings),
+    "base": lambda settings: measure("base", settings),
+}
+
+
+if __name__ == "__main__":
+    run_command(__doc__, "rollout", BENCHMARKS, sys.argv[1:])

@@ -1,0 +1,104 @@
+"""`python -m benchmarks.rollout_video`: from actions to a written video, frames a second.
+
+What `drivesim rollout` does once its models are loaded: frames are sampled, decoded, drawn beside
+the recording, and written as H.264 with tokens, settings and contact sheet. In turns with it, the
+same frames as tokens only: the difference is what decoding, drawing and writing add.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.machine import limits, name_of
+from benchmarks.paired import Benchmark, Claim, Figure, Settings, alternate, run_command
+from benchmarks.rollout import pass_flops
+from benchmarks.shapes import shape_of, world_model
+from driving_sim.data.synthetic import SyntheticConfig, SyntheticDrive, SyntheticWorld, drive
+from driving_sim.world_model.action_plan import ActionPlan
+from driving_sim.world_model.rollout import Context, write_rollout
+from driving_sim.world_model.sampler import Sampling
+from driving_sim.world_model.world_model import WorldModel
+
+
+def context_of(world: WorldModel, recorded: SyntheticDrive) -> Context:
+    """The first W + 1 frames of a drive, as the command takes them."""
+    past = world.context_frames + 1
+    frames = recorded.frames
+    actions = recorded.actions[: len(frames) - 1]
+    return Context(
+        label="synthetic",
+        tokens=world.tokenizer.encode(frames[:past]),
+        frames=frames[:past],
+        actions=actions,
+        action_valid=np.ones(actions.shape, np.bool_),
+        future=iter(frames[past:]),
+        start_s=0.0,
+    )
+
+
+def measure(settings: Settings) -> list[Claim]:
+    """Frames a second, and the share of what comes after the tokens."""
+    shape = shape_of("tiny", settings)
+    world = world_model(shape, settings)
+    past, length = shape.model.context_frames + 1, 3 if settings.toy else 70
+    size = SyntheticConfig(height=shape.frames.height, width=shape.frames.width, fps=world.fps)
+    recorded = drive(SyntheticWorld(0, size), (past + length) / world.fps, driver_seed=0)
+    plan = ActionPlan(
+        label="left",
+        actions=np.full((length, 2), (8.0, 0.1), np.float32),
+        valid=np.ones((length, 2), np.bool_),
+    )
+
+    def tokens_only(context: Context) -> None:
+        known = context.actions[: past - 1], context.action_valid[: past - 1]
+        prefix = world.encode_prefix(context.tokens, *known)
+        for _ in world.generate(prefix, plan.actions, plan.valid):
+            pass
+
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rollout.mp4"
+        # A context's recording is used up by a rollout.
+        contexts = iter([context_of(world, recorded) for _ in range(settings.rounds + 1)])
+        again = context_of(world, recorded)
+        found = alternate(
+            {
+                "video": lambda: write_rollout(
+                    world, next(contexts), [plan], out, sampling=Sampling()
+                ),
+                "tokens": lambda: tokens_only(again),
+            },
+            settings,
+        )
+    shares = [1 - b / a for a, b in zip(found["video"], found["tokens"], strict=True)]
+    rates = Figure.of([length / taken for taken in found["video"]])
+    reached = limits(settings, world.dtype).reached(
+        float(np.median(found["video"])), flops=pass_flops(world) * length
+    )
+    what = f"rollout with pixels and video, {shape}, {name_of(world.dtype)}"
+    return [
+        Claim(
+            what=what,
+            against="real time",
+            figure=rates,
+            bar=7,
+            unit=" frames/s",
+            details=(f"sampling the tokens makes use of {reached}",),
+        ),
+        Claim(
+            what=f"{what}: share of decoding, drawing and writing",
+            against="the whole rollout",
+            figure=Figure.of(shares),
+            bar=0.25,
+            unit="%",
+            at_most=True,
+        ),
+    ]
+
+
+BENCHMARKS: dict[str, Benchmark] = {"tiny": measure}
+
+
+if __name__ == "__main__":
+    run_command(__doc__, "rollout_video", BENCHMARKS, sys.argv[1:])
