@@ -113,20 +113,26 @@ def test_a_checkpoint_is_resumed_on_other_ranks(
         torch.testing.assert_close(exported(run)[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def torchrun(run: Path, restarts: int = 0, **options: Any) -> tuple[int, str]:
-    """Train on two ranks of `torchrun`; return its exit code and everything said."""
+def on_two_ranks(*arguments: str, restarts: int = 0) -> tuple[int, str]:
+    """Run a module on two ranks of `torchrun`; return its exit code and everything said."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node=2", f"--max-restarts={restarts}", "-m", "tests.rank_training"]
+    command += ["--nproc-per-node=2", f"--max-restarts={restarts}", "-m", *arguments]
     done = subprocess.run(
-        [*command, "world_model", str(run), json.dumps(options)],
+        command,
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     return done.returncode, done.stdout + done.stderr
+
+
+def torchrun(run: Path, restarts: int = 0, **options: Any) -> tuple[int, str]:
+    """Train on two ranks of `torchrun`."""
+    training = ("tests.rank_training", "world_model", str(run), json.dumps(options))
+    return on_two_ranks(*training, restarts=restarts)
 
 
 def test_torchrun_goes_on_after_a_rank_was_killed(tmp_path: Path) -> None:
@@ -188,21 +194,6 @@ def test_restarts_do_not_go_on_with_what_another_launch_began(tmp_path: Path) ->
     assert before == {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
 
 
-def cli_on_two_ranks(*arguments: str) -> tuple[int, str]:
-    """A `drivesim` command under `torchrun`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, "-m", "driving_sim.cli", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    return done.returncode, done.stdout + done.stderr
-
-
 def test_two_ranks_share_the_drives_and_the_store_is_the_same(tmp_path: Path) -> None:
     config = AutoencoderConfig(
         height=32, width=64, widths=(16, 16, 32), blocks=(0, 1, 1), attention_blocks=0, head_size=16
@@ -214,7 +205,7 @@ def test_two_ranks_share_the_drives_and_the_store_is_the_same(tmp_path: Path) ->
     (tmp_path / "videos" / "bad.mp4").write_bytes(b"no video")
     common = ["--mirror", "--skip-bad", "--tokenizer", str(tmp_path / "tokenizer"), "--out"]
     videos = str(tmp_path / "videos")
-    code, said = cli_on_two_ranks("tokenize", videos, *common, str(tmp_path / "two"))
+    code, said = on_two_ranks("driving_sim.cli", "tokenize", videos, *common, str(tmp_path / "two"))
     assert code == 0, said
     assert said.count("next: drivesim train-world-model") == 1
     assert said.count("skipped bad") == 1
