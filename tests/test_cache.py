@@ -3,47 +3,44 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from driving_sim.world_model.cache import RingCache, encode_frame
-from driving_sim.world_model.sampler import FrameSampler, Sampling
+from driving_sim.world_model.cache import Cache, RingCache, encode_frame
+from driving_sim.world_model.sampler import FrameSampler, Sampling, WavePasses
 from driving_sim.world_model.transformer import Transformer
 from tests.test_transformer import CONFIG, GRID, random_inputs, random_model
 
 
 def new_cache(model: Transformer, batch: int) -> RingCache:
-    return RingCache(model, batch, torch.device("cpu"), torch.float32)
+    return RingCache(model, model.tables(), batch)
 
 
 def cached_logits(
-    model: Transformer, cache: RingCache, inputs: dict[str, Tensor], *, by_wave: bool
+    model: Transformer, cache: Cache, inputs: dict[str, Tensor], *, by_wave: bool
 ) -> Tensor:
     """Logits [B, T, P, K] of known frames, a frame or a wave of slots per pass."""
-    tables = model.tables()
     tokens = inputs["tokens"].flatten(2)
     previous = inputs["previous"].flatten(1)
     logits = []
     for t in range(tokens.shape[1]):
         now = (tokens[:, t], previous, inputs["actions"][:, t], inputs["valid"][:, t])
-        step = wave_by_wave if by_wave else encode_frame
-        logits.append(F.linear(step(model, tables, cache, *now), tables.output))
+        logits.append((wave_by_wave if by_wave else encode_frame)(cache, *now))
         previous = tokens[:, t]
     return torch.stack(logits, dim=1)
 
 
-def wave_by_wave(model, tables, cache, tokens, previous, actions, valid):  # type: ignore[no-untyped-def]
-    cache.begin_frame()
-    base = model.frame_base(tables, previous[:, None], actions[:, None], valid[:, None])[:, 0]
-    taken = F.pad(tokens, (0, 1), value=GRID.codebook_size)[:, model.source]
-    x = base + F.embedding(taken, tables.token)
-    cos, sin = model.rotary(torch.tensor([cache.frame]))
-    hidden = []
-    for wave in model.order.waves:
-        span = slice(wave.start, wave.stop)
-        cache.begin_pass(wave.start, wave.stop)
-        hidden.append(model.hidden(x[:, span], (cos[span], sin[span]), cache.attend))
-    return torch.cat(hidden, dim=1)[:, model.slot_of_token]
+def wave_by_wave(
+    cache: Cache, tokens: Tensor, previous: Tensor, actions: Tensor, valid: Tensor
+) -> Tensor:
+    """`encode_frame`, in as many passes as sampling takes."""
+    passes, logits = WavePasses(cache, previous), torch.empty(*tokens.shape, GRID.codebook_size)
+
+    def choose(found: Tensor, target: Tensor) -> Tensor:
+        logits[:, target] = found
+        return tokens[:, target]
+
+    passes.step(actions, valid, choose)
+    return logits
 
 
 @pytest.mark.parametrize("lag", [1, 2, 5])
@@ -104,12 +101,10 @@ def live_bytes() -> int:
 def test_memory_does_not_grow() -> None:
     """Hundreds of windows into a future, no tensor is left of those before."""
     model = random_model(replace(CONFIG, layers=1, context_frames=2))
-    tables, cache, inputs = model.tables(), new_cache(model, 1), random_inputs(1, batch=1)
+    cache, inputs = new_cache(model, 1), random_inputs(1, batch=1)
     cached_logits(model, cache, inputs, by_wave=False)
     last, action = inputs["tokens"][:, 0].flatten(1), torch.zeros(2, 2)
-    sampler = FrameSampler(
-        model, tables, cache, last, samples=torch.arange(2), sampling=Sampling(guidance=2.0)
-    )
+    sampler = FrameSampler(cache, last, samples=torch.arange(2), sampling=Sampling(guidance=2.0))
     sizes = []
     for frame in range(300):
         sampler.step(action, torch.ones(2, 2, dtype=torch.bool))

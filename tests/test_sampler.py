@@ -20,13 +20,13 @@ from tests.test_transformer import CONFIG, GRID, random_inputs, random_model
 
 def prefix_of(model: Transformer, inputs: dict[str, Tensor], frames: int) -> RingCache:
     """A cache of the first frames of the first sequence."""
-    cache = RingCache(model, 1, torch.device("cpu"), torch.float32)
+    cache = RingCache(model, model.tables(), 1)
     previous = inputs["previous"][:1].flatten(1)
     with torch.inference_mode():
         for t in range(frames):
             tokens = inputs["tokens"][:1, t].flatten(1)
             now = inputs["actions"][:1, t], inputs["valid"][:1, t]
-            encode_frame(model, model.tables(), cache, tokens, previous, *now)
+            encode_frame(cache, tokens, previous, *now)
             previous = tokens
     return cache
 
@@ -44,8 +44,6 @@ def roll(
     if actions is None:
         actions = inputs["actions"][:1, known:].expand(len(samples), -1, -1)
     sampler = FrameSampler(
-        model,
-        model.tables(),
         prefix_of(model, inputs, known),
         inputs["tokens"][:1, known - 1].flatten(1),
         samples=torch.tensor(samples),

@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -163,14 +164,9 @@ def test_bf16_is_cast_once_and_changes_nothing_else(world: WorldModel) -> None:
     assert low.fingerprint == world.fingerprint
     assert all(value.dtype is torch.float32 for value in low.transformer.parameters())
     prefix = low.encode_prefix(tokens, actions[:3])
-    exact = FrameSampler(
-        world.transformer,
-        world.transformer.tables(),
-        prefix.cache,
-        prefix.last,
-        samples=torch.arange(1),
-        sampling=Sampling(),
-    )
+    cache = copy.copy(prefix.cache)
+    cache.model = world.transformer
+    exact = FrameSampler(cache, prefix.last, samples=torch.arange(1), sampling=Sampling())
     action, known = torch.tensor([[5.0, 0.1]]), torch.ones(1, 2, dtype=torch.bool)
     with _Casts(world.transformer) as anew:
         expected = exact.step(action, known)

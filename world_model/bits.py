@@ -219,7 +219,7 @@ def streamed_token_bits(
     led, known = np.zeros_like(actions[:, 0]), np.zeros_like(valid[:, 0])
     with _frozen(model):
         tables = model.tables()
-        cache = RingCache(model, len(actions), device, tables.output.dtype)
+        cache = RingCache(model, tables, len(actions))
         before = torch.full((len(actions), model.order.tokens), none, device=device)
     led_NVA, known_NVA = (rearrange(each, "v n a -> n v a") for each in (actions, valid))
     for frame, next_led, next_known in zip(tokens, led_NVA, known_NVA, strict=True):
@@ -228,7 +228,6 @@ def streamed_token_bits(
         with _frozen(model):
             one, *action = (torch.from_numpy(value).to(device) for value in values)
             tokens_VP = one.expand(len(actions), -1)
-            hidden = encode_frame(model, tables, cache, tokens_VP, before, *action)
-            judged = TokenBits.judge(F.linear(hidden, tables.output), tokens_VP)
+            judged = TokenBits.judge(encode_frame(cache, tokens_VP, before, *action), tokens_VP)
         yield judged
         before, led, known = tokens_VP, next_led, next_known

@@ -4,13 +4,14 @@ Axes: L layers, B batch, H query heads, G key heads, S slots per frame, W frames
 E channels of a head, n slots of a pass.
 """
 
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from driving_sim.world_model.order import Wave
 from driving_sim.world_model.transformer import Tables, Transformer
 
 
@@ -18,14 +19,14 @@ class RingCache:
     """What frames t-W+1..t left behind; frame t overwrites frame t-W, nothing is recomputed.
 
     Memory is constant. Keys are stored rotated by their absolute frame number. Use: `begin_frame`,
-    then for each pass over consecutive slots `begin_pass` and `attend` once per layer.
+    then `logits` for each pass over consecutive slots. Device and number format are those of
+    `tables.output`.
     """
 
-    def __init__(
-        self, model: Transformer, batch: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, model: Transformer, tables: Tables, batch: int) -> None:
         config = model.config
-        self.model = model
+        self.model, self.tables = model, tables
+        device, dtype = self.device, self.dtype = tables.output.device, tables.output.dtype
         self.slots, self.frames = model.order.slots, config.context_frames
         channels = config.width // config.heads
         shape = (config.layers, batch, config.kv_heads, self.frames * self.slots, channels)
@@ -46,6 +47,15 @@ class RingCache:
     def _place(self) -> slice:
         begin = self.frame % self.frames * self.slots
         return slice(begin, begin + self.slots)
+
+    def logits(self, x: Tensor, rotary: tuple[Tensor, Tensor], wave: Wave) -> Tensor:
+        """Bring in the slots of a wave, x [B, n, D]; return logits float32 [B, n', K].
+
+        `rotary` are the slots' cosines and sines; n' of the slots predict something.
+        """
+        self.begin_pass(wave.start, wave.stop)
+        hidden = self.model.hidden(x, rotary, self.attend)[:, wave.first - wave.start :]
+        return F.linear(hidden, self.tables.output).float()
 
     def begin_pass(self, start: int, stop: int) -> None:
         """The next `attend` of each layer brings slots `start` to `stop` of the current frame."""
@@ -74,7 +84,7 @@ class RingCache:
 
     def branch(self, rows: Tensor) -> Self:
         """Return a copy whose sequence i goes on from this cache's sequence `rows[i]`."""
-        copy = type(self)(self.model, len(rows), self.keys.device, self.keys.dtype)
+        copy = type(self)(self.model, self.tables, len(rows))
         filled = min(self.frame + 1, self.frames) * self.slots
         rows = rows.to(self.keys.device)
         copy.keys[:, :, :, :filled] = self.keys[:, rows, :, :filled]
@@ -84,24 +94,48 @@ class RingCache:
         return copy
 
 
+class Cache(Protocol):
+    """What passes need of a cache; see `RingCache`."""
+
+    model: Transformer
+    tables: Tables
+    device: torch.device
+    dtype: torch.dtype
+    frame: int
+
+    def begin_frame(self) -> None:
+        """Make the next frame the current one."""
+        ...
+
+    def logits(self, x: Tensor, rotary: tuple[Tensor, Tensor], wave: Wave) -> Tensor:
+        """Bring in the slots of a wave; return the logits of those that predict something."""
+        ...
+
+    def branch(self, rows: Tensor) -> "Cache":
+        """Return a copy whose sequence i goes on from this cache's sequence `rows[i]`."""
+        ...
+
+
 def encode_frame(
-    model: Transformer,
-    tables: Tables,
-    cache: RingCache,
+    cache: Cache,
     tokens: Tensor,
     previous: Tensor,
     actions: Tensor,
     valid: Tensor,
+    *,
+    judge: bool = True,
 ) -> Tensor:
     """Add one whole known frame to the cache, in one pass.
 
     `tokens` and `previous` [B, P] (K where there is no frame before), `actions` and `valid`
-    [B, 2]. Returns the last hidden states [B, P, D] of the slots that predict each token.
+    [B, 2]. Returns the logits [B, P, K] of each token, or none of them without `judge`.
     """
     cache.begin_frame()
-    cache.begin_pass(0, cache.slots)
+    model, tables = cache.model, cache.tables
     base = model.frame_base(tables, previous[:, None], actions[:, None], valid[:, None])[:, 0]
     padded = F.pad(tokens, (0, 1), value=model.grid.codebook_size)
     x = base + F.embedding(padded[:, model.source], tables.token)
     rotary = model.rotary(torch.tensor([cache.frame], device=x.device))
-    return model.hidden(x, rotary, cache.attend)[:, model.slot_of_token]
+    slots = model.order.slots
+    logits = cache.logits(x, rotary, Wave(0, slots, 0 if judge else slots))
+    return logits[:, model.slot_of_token] if judge else logits

@@ -13,8 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from driving_sim.engine.device import autocast
-from driving_sim.world_model.cache import RingCache
-from driving_sim.world_model.transformer import Tables, Transformer
+from driving_sim.world_model.cache import Cache
 
 Choose = Callable[[Tensor, Tensor], Tensor]
 """(logits float32 [B, n, K] of a wave, raster numbers [n] of its tokens) -> tokens [B, n]."""
@@ -131,11 +130,10 @@ class WavePasses:
     the last bit.
     """
 
-    def __init__(
-        self, model: Transformer, tables: Tables, cache: RingCache, tokens: Tensor
-    ) -> None:
+    def __init__(self, cache: Cache, tokens: Tensor) -> None:
         """Start after the frames `tokens` [B, P] that the B sequences of `cache` end with."""
-        self.model, self.tables, self.cache, self.tokens = model, tables, cache, tokens
+        self.cache, self.tokens = cache, tokens
+        model = self.model = cache.model
         self._sources = [model.source[wave.start : wave.stop] for wave in model.order.waves]
         self._targets = [model.target[wave.first : wave.stop] for wave in model.order.waves]
 
@@ -146,13 +144,14 @@ class WavePasses:
         `choose` is called for one wave after the other. The passes are in the number format of the
         cache.
         """
-        with autocast(self.cache.keys.device, self.cache.keys.dtype):
+        with autocast(self.cache.device, self.cache.dtype):
             return self._step(actions, valid, choose)
 
     def _step(self, actions: Tensor, valid: Tensor, choose: Choose) -> Tensor:
         self.cache.begin_frame()
+        tables = self.cache.tables
         base = self.model.frame_base(
-            self.tables, self.tokens[:, None], actions[:, None], valid[:, None]
+            tables, self.tokens[:, None], actions[:, None], valid[:, None]
         )[:, 0]
         cos, sin = self.model.rotary(torch.tensor([self.cache.frame], device=base.device))
         none = self.model.grid.codebook_size
@@ -160,12 +159,10 @@ class WavePasses:
         waves = self.model.order.waves
         for wave, source, target in zip(waves, self._sources, self._targets, strict=True):
             span = slice(wave.start, wave.stop)
-            x = base[:, span] + F.embedding(tokens[:, source], self.tables.token)
-            self.cache.begin_pass(wave.start, wave.stop)
-            hidden = self.model.hidden(x, (cos[span], sin[span]), self.cache.attend)
+            x = base[:, span] + F.embedding(tokens[:, source], tables.token)
+            logits = self.cache.logits(x, (cos[span], sin[span]), wave)
             if wave.first < wave.stop:
-                logits = F.linear(hidden[:, wave.first - wave.start :], self.tables.output)
-                tokens[:, target] = choose(logits.float(), target)
+                tokens[:, target] = choose(logits, target)
         self.tokens = tokens[:, :-1]
         return self.tokens
 
@@ -175,9 +172,7 @@ class FrameSampler:
 
     def __init__(
         self,
-        model: Transformer,
-        tables: Tables,
-        cache: RingCache,
+        cache: Cache,
         last: Tensor,
         *,
         samples: Tensor,
@@ -189,11 +184,11 @@ class FrameSampler:
         `samples` int64 [B] numbers the draws: futures with the same number share theirs.
         `contexts` int64 [B] says which sequence each future goes on from: the first by default.
         """
-        self.model, self.sampling, self.samples = model, sampling, samples
+        self.model, self.sampling, self.samples = cache.model, sampling, samples
         self.streams = 1 if sampling.guidance == 1 else 2
         contexts = torch.zeros_like(samples) if contexts is None else contexts
         rows = contexts.repeat(self.streams)
-        self.passes = WavePasses(model, tables, cache.branch(rows), last[rows.to(last.device)])
+        self.passes = WavePasses(cache.branch(rows), last[rows.to(last.device)])
         self.frame = 0
 
     @torch.inference_mode()

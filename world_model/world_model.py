@@ -26,7 +26,8 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.weights import build_with_weights, fingerprint, save_weights
 from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.actions import ActionStatistics
-from driving_sim.world_model.cache import RingCache, encode_frame
+from driving_sim.world_model.cache import Cache, RingCache, encode_frame
+from driving_sim.world_model.native import NativeCache, NativeModel, is_supported
 from driving_sim.world_model.sampler import FrameSample, FrameSampler, Sampling
 from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
 
@@ -63,7 +64,7 @@ class WorldModelConfig:
 class Prefix:
     """Contexts, encoded once; any number of futures can start from them."""
 
-    cache: RingCache
+    cache: Cache
     last: Tensor
     """Tokens of each context's last frame, [C, r * c]."""
 
@@ -113,6 +114,7 @@ class WorldModel:
         self._passes = self.transformer
         if self.dtype is not torch.float32:
             self._cast_once()
+        self._native = self._compiled()
 
     def _cast_once(self) -> None:
         """Make the passes' matrices in their number format, beside the exact weights.
@@ -124,6 +126,14 @@ class WorldModel:
             if isinstance(module, nn.Linear):
                 module.to(self.dtype)
         self._tables = replace(self._tables, output=self._tables.output.to(self.dtype))
+
+    def _compiled(self) -> NativeModel | None:
+        """The weights as the compiled passes take them, where those can be used."""
+        on_cpu = self.device.type == "cpu" and self.dtype is torch.bfloat16
+        if not on_cpu or not is_supported(self.transformer.config):
+            return None
+        native = NativeModel(self.transformer, self._tables)
+        return native if native.bounded else None
 
     @classmethod
     def from_run(cls, path: Path | str, device: str = "auto", precision: str = "auto") -> Self:
@@ -257,12 +267,22 @@ class WorldModel:
         none = torch.full_like(tokens_CTP[:, :1], self.transformer.grid.codebook_size)
         before = torch.cat([none, tokens_CTP[:, :-1]], dim=1)
         led, known = (F.pad(each.view(contexts, -1, 2), (0, 0, 1, 0)) for each in (actions, known))
-        cache = RingCache(self._passes, contexts, self.device, self.dtype)
+        cache = self._new_cache(contexts)
         with torch.inference_mode(), autocast(self.device, self.dtype):
             for t in range(max(0, count - self.context_frames + 1), count):
                 frame = [each[:, t].to(self.device) for each in (tokens_CTP, before, led, known)]
-                encode_frame(self._passes, self._tables, cache, *frame)
+                encode_frame(cache, *frame, judge=False)
         return Prefix(cache, tokens_CTP[:, -1].to(self.device))
+
+    def no_prefix(self) -> Prefix:
+        """What a drive's first frame comes after: nothing."""
+        none = torch.full((1, self.transformer.order.tokens), self.transformer.grid.codebook_size)
+        return Prefix(self._new_cache(1), none.to(self.device))
+
+    def _new_cache(self, sequences: int) -> Cache:
+        if self._native is not None:
+            return NativeCache(self._passes, self._tables, sequences, self._native)
+        return RingCache(self._passes, self._tables, sequences)
 
     def _checked_tokens(self, tokens: ArrayLike | Tensor) -> Tensor:
         """As int64 [C, T, r * c]."""
@@ -305,8 +325,6 @@ class WorldModel:
         own = torch.arange(branches) if contexts > 1 else torch.zeros(branches, dtype=torch.int64)
         draws = own[:, None] * samples + torch.arange(samples)
         return FrameSampler(
-            self._passes,
-            self._tables,
             prefix.cache,
             prefix.last,
             samples=first_draw + rearrange(draws, "b s -> (b s)"),

@@ -28,9 +28,7 @@ from driving_sim.engine.progress import progress
 from driving_sim.evaluate.footage import DriveView
 from driving_sim.evaluate.section import Section, Table
 from driving_sim.world_model.bits import streamed_bits_per_token
-from driving_sim.world_model.cache import RingCache
-from driving_sim.world_model.sampler import WavePasses
-from driving_sim.world_model.world_model import Prefix, WorldModel
+from driving_sim.world_model.world_model import WorldModel
 
 _MAGIC = b"dst1"
 _CHECKSUM = struct.Struct("<I")
@@ -275,7 +273,7 @@ def _passes(
     """Yield frame after frame [P] of runs of so many frames, each from nothing before it."""
     device, begin = world.device, 0
     for count in runs:
-        passes = _afresh(world)
+        passes = world.branch(world.no_prefix()).passes
         # Nothing leads to the first frame.
         led = torch.zeros(1, 2, device=device)
         known = torch.zeros(1, 2, dtype=torch.bool, device=device)
@@ -283,14 +281,6 @@ def _passes(
             yield passes.step(led, known, partial(choose, t))[0]
             led, known = (torch.tensor(each[t : t + 1], device=device) for each in (actions, valid))
         begin += count
-
-
-def _afresh(world: WorldModel) -> WavePasses:
-    """Start before the first frame of a run."""
-    grid = world.transformer.grid
-    cache = RingCache(world.transformer, 1, world.device, world.dtype)
-    none = torch.full((1, grid.rows * grid.cols), grid.codebook_size, device=world.device)
-    return world.branch(Prefix(cache, none)).passes
 
 
 def _unpacked(world: WorldModel, data: bytes) -> tuple[int, tuple[int, ...], NDArray[np.uint32]]:

@@ -1,0 +1,96 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from driving_sim.world_model import native
+from driving_sim.world_model.cache import RingCache, encode_frame
+from driving_sim.world_model.native import NativeCache, is_supported
+from driving_sim.world_model.sampler import FrameSampler, Sampling
+from driving_sim.world_model.transformer import TransformerConfig
+from tests.test_cache import cached_logits, wave_by_wave
+from tests.test_transformer import CONFIG, random_inputs, random_model
+
+WIDE = replace(CONFIG, layers=2, width=128, heads=4, kv_heads=2, context_frames=3)
+
+needs_compiler = pytest.mark.skipif(not is_supported(WIDE), reason="no C++ compiler here")
+
+
+@pytest.fixture(params=["", native._WITHOUT_AMX, "-mno-avx512bf16", "-mno-avx512f"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way that the products can be computed, as far as this processor has them."""
+    extra = f"{native._WITHOUT_AMX} {request.param}" if request.param else ""
+    monkeypatch.setattr(native, "_FLAGS", f"{native._FLAGS} {extra}")
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+
+
+@needs_compiler
+@pytest.mark.parametrize("config", [WIDE, replace(WIDE, width=192, heads=3, kv_heads=1, lag=1)])
+@pytest.mark.parametrize("by_wave", [False, True])
+@pytest.mark.usefixtures("processor")
+@torch.no_grad()
+def test_compiled_passes_equal_torchs_over_three_windows(
+    config: TransformerConfig, by_wave: bool
+) -> None:
+    model = random_model(config)
+    inputs = random_inputs(3 * config.context_frames + 1)
+    exact = cached_logits(model, RingCache(model, model.tables(), 2), inputs, by_wave=False)
+    found = cached_logits(model, NativeCache(model, model.tables(), 2), inputs, by_wave=by_wave)
+    # As near as bf16 comes: each matrix rounds its inputs to 8 bits.
+    assert (found - exact).abs().mean() < 0.02 * exact.std()
+    assert (found - exact).abs().max() < 0.15 * exact.std()
+
+
+@needs_compiler
+@torch.no_grad()
+def test_branches_go_on_from_their_own_sequence() -> None:
+    model, inputs = random_model(WIDE), random_inputs(5)
+    cache = NativeCache(model, model.tables(), 2)
+    before = cached_logits(model, cache, inputs, by_wave=True)
+    assert (before[0] - before[1]).abs().max() > 0.1
+    tokens, previous = inputs["tokens"][:, 0].flatten(1), inputs["tokens"][:, -1].flatten(1)
+    now = inputs["actions"][:, 0], inputs["valid"][:, 0]
+    rows = torch.tensor([1, 0, 1])
+    branch = cache.branch(rows)
+    both = encode_frame(cache, tokens, previous, *now)
+    three = wave_by_wave(branch, tokens[rows], previous[rows], *(each[rows] for each in now))
+    assert (three - both[rows]).abs().max() < 0.05 * both.std()
+
+
+@needs_compiler
+def test_results_do_not_depend_on_threads() -> None:
+    def roll(threads: int) -> torch.Tensor:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            model = random_model(WIDE)
+            sampler = FrameSampler(
+                NativeCache(model, model.tables(), 1),
+                torch.zeros(1, model.order.tokens, dtype=torch.int64),
+                samples=torch.arange(3),
+                sampling=Sampling(),
+            )
+            action = torch.zeros(3, 2), torch.ones(3, 2, dtype=torch.bool)
+            return torch.stack([sampler.step(*action).log_probs for _ in range(5)])
+        finally:
+            torch.set_num_threads(before)
+
+    assert torch.equal(roll(1), roll(2))
+
+
+def test_without_a_compiler_torch_does_the_passes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not is_supported(WIDE)
+    assert "no C++ compiler" in "".join(capsys.readouterr())
+
+
+def test_a_compiler_that_fails_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    monkeypatch.setenv("CXX", "false")
+    assert not is_supported(WIDE)
+    assert "passes.cpp was not compiled" in "".join(capsys.readouterr())
