@@ -43,8 +43,10 @@ def tried(found: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {1e3 * taken:.4g} ms" for name, taken in found.items())
 
 
-def gpt2(*, layers: int, width: int, heads: int, codes: int, positions: int) -> nn.Module:
-    """A GPT-2 with random weights, without dropout, with torch's fused attention."""
+def gpt2(
+    *, layers: int, width: int, heads: int, codes: int, positions: int, dropout: float = 0.0
+) -> nn.Module:
+    """A GPT-2 with random weights and torch's fused attention."""
     transformers = package("transformers")
     config = transformers.GPT2Config(
         vocab_size=codes,
@@ -52,9 +54,9 @@ def gpt2(*, layers: int, width: int, heads: int, codes: int, positions: int) -> 
         n_embd=width,
         n_layer=layers,
         n_head=heads,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
         bos_token_id=None,
         eos_token_id=None,
         attn_implementation="sdpa",
