@@ -13,7 +13,9 @@ from tests.test_transformer import CONFIG, random_inputs, random_model
 
 WIDE = replace(CONFIG, layers=2, width=128, heads=4, kv_heads=2, context_frames=3)
 
-needs_compiler = pytest.mark.skipif(not is_supported(WIDE), reason="no C++ compiler here")
+needs_compiler = pytest.mark.skipif(
+    not is_supported(random_model(WIDE)), reason="no C++ compiler here"
+)
 
 
 @pytest.fixture(params=["", native._WITHOUT_AMX, "-mno-avx512bf16", "-mno-avx512f"])
@@ -78,19 +80,26 @@ def test_results_do_not_depend_on_threads() -> None:
     assert torch.equal(roll(1), roll(2))
 
 
-def test_without_a_compiler_torch_does_the_passes(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(native, "library", native.library.__wrapped__)
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert not is_supported(WIDE)
-    assert "no C++ compiler" in "".join(capsys.readouterr())
+@needs_compiler
+@torch.no_grad()
+def test_scores_that_could_overflow_are_left_to_torch() -> None:
+    model = random_model(WIDE)
+    attention = native._blocks(model)[1].attention
+    attention.q_norm.weight[3], attention.k_norm.weight[5] = -4.0, 4.0  # sqrt(32) 16 is above 80
+    assert not is_supported(model)
 
 
-def test_a_compiler_that_fails_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [("no-such-compiler", "no C++ compiler"), ("false", "passes.cpp was not compiled")],
+)
+def test_without_a_compiler_that_works_torch_does_the_passes(
+    compiler: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(native, "library", native.library.__wrapped__)
-    monkeypatch.setenv("CXX", "false")
-    assert not is_supported(WIDE)
-    assert "passes.cpp was not compiled" in "".join(capsys.readouterr())
+    monkeypatch.setenv("CXX", compiler)
+    assert not is_supported(random_model(WIDE))
+    assert said in "".join(capsys.readouterr())

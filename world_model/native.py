@@ -7,8 +7,10 @@ user's cache folder. Without a compiler, or with DRIVESIM_NATIVE=0, torch does t
 Axes: as in `passes.cpp`; L layers, A x B matrices.
 """
 
+import copy
 import ctypes
 import hashlib
+import math
 import os
 import platform
 import shlex
@@ -31,7 +33,6 @@ from driving_sim.world_model.transformer import (
     Block,
     Tables,
     Transformer,
-    TransformerConfig,
 )
 
 _SOURCE = Path(__file__).with_name("passes.cpp")
@@ -116,10 +117,28 @@ def _cache_folder() -> Path:
     return folder
 
 
-def is_supported(config: TransformerConfig) -> bool:
-    """Whether the compiled passes can compute a model of this shape."""
-    channels = config.width // config.heads
-    return channels % _PAIRS == 0 and library() is not None
+def is_supported(model: Transformer) -> bool:
+    """Whether the compiled passes can compute a model."""
+    return (
+        model.config.width // model.config.heads % _PAIRS == 0
+        and _largest_score(model) < _LARGEST_SCORE
+        and library() is not None
+    )
+
+
+@torch.no_grad()
+def _largest_score(model: Transformer) -> float:
+    """No score is larger: queries and keys are normed, so |q| <= sqrt(E) max |gain|, as is |k|."""
+    attentions = [block.attention for block in _blocks(model)]
+    return max(
+        float(each.q_norm.weight.abs().max() * each.k_norm.weight.abs().max())
+        * math.sqrt(each.channels)
+        for each in attentions
+    )
+
+
+def _blocks(model: Transformer) -> list[Block]:
+    return [block for block in model.blocks if isinstance(block, Block)]
 
 
 def _paired(matrix: Tensor) -> Tensor:
@@ -144,7 +163,6 @@ class NativeModel:
             gains += [norm.weight.float().contiguous() for norm in norms]
             maps = (attention.qkv, attention.out, block.up, block.down)
             matrices += [_paired(each.weight.T) for each in maps]
-        self.bounded = self._bounded(model)
         self.places = config.context_frames * model.order.slots
         self.keys = -(-self.places // _PAIRS) * _PAIRS
         self._gain_pointers = _pointers(gains)
@@ -157,23 +175,6 @@ class NativeModel:
             ctypes.addressof(self._matrix_pointers), self.gains[1].data_ptr(),
             self.matrices[0].data_ptr(),
         )  # fmt: skip
-
-    @staticmethod
-    def _bounded(model: Transformer) -> bool:
-        """Whether no score can be so large that its weight is not a float32.
-
-        Queries and keys are normed: |q| <= sqrt(E) max |gain|, and so is |k|.
-        """
-        scores = [
-            float(each.q_norm.weight.abs().max() * each.k_norm.weight.abs().max())
-            * each.channels**0.5
-            for each in (block.attention for block in _blocks(model))
-        ]
-        return bool(max(scores) < _LARGEST_SCORE)
-
-
-def _blocks(model: Transformer) -> list[Block]:
-    return [block for block in model.blocks if isinstance(block, Block)]
 
 
 def _pointers(tensors: list[Tensor]) -> "ctypes.Array[ctypes.c_void_p]":
@@ -189,7 +190,7 @@ class NativeCache:
     def __init__(
         self, model: Transformer, tables: Tables, batch: int, native: NativeModel | None = None
     ) -> None:
-        self.model, self.tables, self.batch = model, tables, batch
+        self.model, self.tables = model, tables
         self.native = native or NativeModel(model, tables)
         self.slots, self.frames = model.order.slots, model.config.context_frames
         channels = model.config.width // model.config.heads
@@ -207,11 +208,10 @@ class NativeCache:
     def logits(self, x: Tensor, rotary: tuple[Tensor, Tensor], wave: Wave) -> Tensor:
         """Bring in the slots of a wave, x [B, n, D]; return logits float32 [B, n', K]."""
         x, cos, sin = (each.float().contiguous() for each in (x, *rotary))
-        codes = len(self.tables.output)
-        logits = torch.empty(self.batch, wave.stop - wave.first, codes)
+        logits = torch.empty(len(x), wave.stop - wave.first, len(self.tables.output))
         frame_begin = self.frame % self.frames * self.slots
         now = _Pass(
-            self.batch, wave.stop - wave.start, frame_begin + wave.start, frame_begin + self.slots,
+            len(x), wave.stop - wave.start, frame_begin + wave.start, frame_begin + self.slots,
             self.frame >= self.frames, wave.first - wave.start,
             x.data_ptr(), cos.data_ptr(), sin.data_ptr(),
             self.keys.data_ptr(), self.values.data_ptr(), logits.data_ptr(),
@@ -223,8 +223,6 @@ class NativeCache:
 
     def branch(self, rows: Tensor) -> Self:
         """Return a copy whose sequence i goes on from this cache's sequence `rows[i]`."""
-        copy = type(self)(self.model, self.tables, 0, self.native)
-        copy.batch = len(rows)
-        copy.keys, copy.values = self.keys[:, rows], self.values[:, rows]
-        copy.frame = self.frame
-        return copy
+        branch = copy.copy(self)
+        branch.keys, branch.values = self.keys[:, rows], self.values[:, rows]
+        return branch

@@ -224,25 +224,25 @@ void product(const bf16* a, int lda, const bf16* b, int k, float* c, int ldc, in
 // Pointers to tensors of the layouts above; world_model/native.py fills it in the same order.
 extern "C" struct Model {
   int64_t layers, width, heads, kv_heads, hidden, codes;
-  int64_t places, keys;              // of the ring; and N: the next multiple of 32
-  const float* input_gain;         // [D]
-  const float* const* gains;       // of each layer: attention [D], q [E], k [E], mlp [D]
-  const bf16* const* matrices;     // of each layer: qkv, out, up, down
-  const float* output_gain;        // [D]
-  const bf16* output;              // [D, C padded to 16]
+  int64_t places, keys;         // of the ring; and N: the next multiple of 32
+  const float* input_gain;      // [D]
+  const float* const* gains;    // of each layer: attention [D], q [E], k [E], mlp [D]
+  const bf16* const* matrices;  // of each layer: qkv, out, up, down
+  const float* output_gain;     // [D]
+  const bf16* output;           // [D, C padded to 16]
 };
 
 extern "C" struct Pass {
   int64_t batch, n;
-  int64_t begin;         // place of the pass's first slot in the ring
-  int64_t frame_end;     // where the ring's frame that is being written ends
-  int64_t full;          // whether what follows that frame was ever written
-  int64_t first;         // logits are wanted of the slots of the pass from this one on
-  const float* x;        // [B, n, D]
+  int64_t begin;           // place of the pass's first slot in the ring
+  int64_t frame_end;       // where the ring's frame that is being written ends
+  int64_t full;            // whether what follows that frame was ever written
+  int64_t first;           // logits are wanted of the slots of the pass from this one on
+  const float* x;          // [B, n, D]
   const float *cos, *sin;  // [n, E / 2]
-  bf16* ring_keys;       // [L, B, G][N / 16][E / 2][16][2]
-  bf16* ring_values;     // [L, B, G][E / 16][N / 2][16][2]
-  float* logits;         // [B, n - first, C]
+  bf16* ring_keys;         // [L, B, G][N / 16][E / 2][16][2]
+  bf16* ring_values;       // [L, B, G][E / 16][N / 2][16][2]
+  float* logits;           // [B, n - first, C]
 };
 
 namespace {
@@ -280,7 +280,7 @@ class Run {
       const Lines own(std::max(size_t(16) * part * 2, size_t(room) * channels * 4));
 #pragma omp for
       for (int row = 0; row < rows; ++row)
-        normalise(x + row * width, width, m.input_gain, x + row * width);
+        normalise(x + size_t(row) * width, width, m.input_gain);
       for (int layer = 0; layer < m.layers; ++layer) {
         attention(layer, own);
         mlp(layer, own);
@@ -328,8 +328,9 @@ class Run {
   }
 
   void logits(const Lines& own) {
-    norm_rows(m.output_gain);
     const int wanted = p.n - p.first;
+    if (wanted == 0) return;
+    norm_rows(m.output_gain);
     float* columns = own.as<float>();
 #pragma omp for
     for (int column = 0; column < m.codes; column += kLanes) {
@@ -345,25 +346,25 @@ class Run {
     }
   }
 
-  // x [count] over its root mean square, times `gain`.
-  void normalise(const float* from, int count, const float* gain, float* to) const {
+  // What brings `count` numbers to a root mean square of 1.
+  static float scale_of(const float* from, int count) {
     Floats squares{};
     for (int i = 0; i < count; i += kLanes) squares += load(from + i) * load(from + i);
     float sum = 0;
     for (int lane = 0; lane < kLanes; ++lane) sum += squares[lane];
-    const float scale = 1.0f / std::sqrt(sum / count + 1e-6f);
-    for (int i = 0; i < count; i += kLanes) store(to + i, load(from + i) * scale * load(gain + i));
+    return 1.0f / std::sqrt(sum / count + 1e-6f);
+  }
+
+  static void normalise(float* row, int count, const float* gain) {
+    const float scale = scale_of(row, count);
+    for (int i = 0; i < count; i += kLanes) store(row + i, load(row + i) * scale * load(gain + i));
   }
 
   void norm_rows(const float* gain) {
 #pragma omp for
     for (int row = 0; row < rows; ++row) {
       const float* from = x + size_t(row) * width;
-      Floats squares{};
-      for (int i = 0; i < width; i += kLanes) squares += load(from + i) * load(from + i);
-      float sum = 0;
-      for (int lane = 0; lane < kLanes; ++lane) sum += squares[lane];
-      const float scale = 1.0f / std::sqrt(sum / width + 1e-6f);
+      const float scale = scale_of(from, width);
       for (int i = 0; i < width; i += kLanes)
         store_rounded(normed + size_t(row) * width + i, load(from + i) * scale * load(gain + i));
     }
@@ -385,7 +386,7 @@ class Run {
         keep_value(layer, sequence * m.kv_heads + value_head, slot, own_row);
         continue;
       }
-      normalise(own_row, channels, gains[key_head < 0 ? 1 : 2], own_row);
+      normalise(own_row, channels, gains[key_head < 0 ? 1 : 2]);
       rotate(own_row, slot);
       if (key_head >= 0)
         keep_key(layer, sequence * m.kv_heads + key_head, slot, own_row);

@@ -130,10 +130,9 @@ class WorldModel:
     def _compiled(self) -> NativeModel | None:
         """The weights as the compiled passes take them, where those can be used."""
         on_cpu = self.device.type == "cpu" and self.dtype is torch.bfloat16
-        if not on_cpu or not is_supported(self.transformer.config):
+        if not on_cpu or not is_supported(self.transformer):
             return None
-        native = NativeModel(self.transformer, self._tables)
-        return native if native.bounded else None
+        return NativeModel(self.transformer, self._tables)
 
     @classmethod
     def from_run(cls, path: Path | str, device: str = "auto", precision: str = "auto") -> Self:
