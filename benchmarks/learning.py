@@ -7,10 +7,11 @@
     python -m benchmarks.learning plot
 
 `train` leaves a run in --out/NAME, and goes on with it where it was stopped. Ours are the `tiny`
-presets as they are shipped. The peers have as many parameters and see the same data, batch for
-batch, in the same loop, number format, schedule and averaging of weights: diffusers' VQModel (the
-VQGAN of taming-transformers, L1 and the codebook's losses) and transformers' GPT-2 on the tokens in
-raster order, both with AdamW. Only training counts as time. `plot` draws what each has found out
+presets as they are shipped. The peers see the same drives in batches as large, in the same loop,
+number format, schedule and averaging of weights, with AdamW: diffusers' VQModel (the VQGAN of
+taming-transformers, L1 and the codebook's losses) with as many parameters, on frames that are only
+mirrored; and transformers' GPT-2 of the same depth and width on the same windows in raster order.
+Only training counts as time. `plot` draws what each has found out
 so far, the best of its validations up to each moment, and prints it minute by minute. A pair is
 best trained side by side, on a core each.
 """
@@ -31,14 +32,14 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from benchmarks.peers import gpt2, parameters, vq_model
-from driving_sim.data.drive import sample
+from benchmarks.peers import VQ_WIDTHS, gpt2, nearest, parameters, vq_model
+from benchmarks.scaling_runs import one_line_errors
+from driving_sim.data.drive import SampledDrive, sample
 from driving_sim.data.frame_batches import FrameBatches
 from driving_sim.data.split import split_drives
 from driving_sim.data.token_store import TokenStore
 from driving_sim.data.token_windows import TokenWindows, sequential_windows
 from driving_sim.engine.config import to_dict
-from driving_sim.engine.errors import DriveSimError, Interrupted
 from driving_sim.engine.files import atomic_file
 from driving_sim.engine.optimizer import ParameterGroup, decay_groups
 from driving_sim.engine.run_folder import CONFIG, check_run
@@ -118,26 +119,22 @@ def _peer_config(config: TrainingConfig, kind: str, rate: float, minutes: float)
     )  # fmt: skip
 
 
-def _nearest(widths: Iterable[int], build: Any, count: int) -> int:
-    """The width whose model has the parameters nearest to `count`."""
-    with torch.device("meta"):
-        counts = {width: parameters(build(width)) for width in widths}
-    return min(counts, key=lambda width: abs(counts[width] - count))
+def _drives(videos: Sequence[Path]) -> list[SampledDrive]:
+    """Every second frame, as in the README's own trainings."""
+    return [sample(each, every=2) for each in find_frames(videos, skip_bad=False).drives]
 
 
 def train_tokenizer_peer(videos: Sequence[Path], run: Path, given: argparse.Namespace) -> None:
     """VQModel on the frames that our tokenizer trains on."""
-    drives = [sample(each, every=2) for each in find_frames(videos, skip_bad=False).drives]
-    by_id = {drive.drive.id: drive for drive in drives}
+    by_id = {drive.drive.id: drive for drive in _drives(videos)}
     training, validation = split_drives(list(by_id))
     size, data = TOKENIZER.model.frame_size, TOKENIZER.data
 
     def build(width: int) -> nn.Module:
         return vq_model(width=width, groups=8, codes=1000, channels=64)
 
-    width = _nearest(range(16, 136, 8), build, parameters(Autoencoder(TOKENIZER.model)))
     torch.manual_seed(0)
-    peer = PeerTokenizer(build(width))
+    peer = PeerTokenizer(nearest(build, VQ_WIDTHS, parameters(Autoencoder(TOKENIZER.model))))
     peer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     frames = validation_frames([by_id[name] for name in validation], size, data.validation_frames)
 
@@ -162,7 +159,7 @@ def train_tokenizer_peer(videos: Sequence[Path], run: Path, given: argparse.Name
         mirror=True,
         cache_bytes=2**32,
     )
-    _train_peer(peer, dataset, config, run, validate, given, {"width": width})
+    _train_peer(peer, dataset, config, run, validate, given)
 
 
 def train_world_model_peer(tokens: Path, run: Path, given: argparse.Namespace) -> None:
@@ -199,7 +196,7 @@ def train_world_model_peer(tokens: Path, run: Path, given: argparse.Namespace) -
         WORLD_MODEL.training, "world-model", given.rate or _WORLD_MODEL_PEER_RATE, given.minutes
     )
     dataset = TokenWindows(store.select(training), frames=frames, batch_size=data.batch_size)
-    _train_peer(peer, dataset, config, run, validate, given, {"layers": model.layers})
+    _train_peer(peer, dataset, config, run, validate, given)
 
 
 def _train_peer(
@@ -209,10 +206,9 @@ def _train_peer(
     run: Path,
     validate: Any,
     given: argparse.Namespace,
-    size: dict[str, int],
 ) -> None:
     config = replace(config, threads=given.threads, validate_every=given.validate_every)
-    settings = {"training": to_dict(config), **size, "parameters": parameters(peer)}
+    settings = {"training": to_dict(config), "parameters": parameters(peer)}
     resume = (run / CONFIG).exists()
     check_run(run, settings, resume)
     train(
@@ -237,9 +233,8 @@ def train_one(given: argparse.Namespace) -> None:
     }  # fmt: skip
     resume = (run / CONFIG).exists()
     if given.what == "tokenizer":
-        drives = [sample(each, every=2) for each in find_frames(given.data, skip_bad=False).drives]
         config = replace(TOKENIZER, training=replace(TOKENIZER.training, **ours))
-        train_tokenizer(drives, config, run, resume=resume, device="cpu")
+        train_tokenizer(_drives(given.data), config, run, resume=resume, device="cpu")
     elif given.what == "tokenizer-peer":
         train_tokenizer_peer(given.data, run, given)
     elif given.what == "world-model":
@@ -337,12 +332,8 @@ def main() -> None:
     drawing.add_argument("--picture", type=Path, default=Path("docs/learning.png"))
     drawing.set_defaults(act=plot)
     given = parser.parse_args()
-    try:
+    with one_line_errors(parser):
         given.act(given)
-    except Interrupted as stopped:
-        parser.exit(stopped.exit_code, f"{stopped.what}; to go on, repeat the command\n")
-    except DriveSimError as error:
-        parser.exit(1, f"error: {error}\n")
 
 
 if __name__ == "__main__":

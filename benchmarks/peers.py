@@ -4,7 +4,7 @@ Each is used as its own documentation says to for speed, in whichever of its for
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from benchmarks.paired import Settings, Work, seconds
 from driving_sim.tokenizer.perceptual import _import_lpips
 
 DTYPES = (torch.float32, torch.bfloat16)
+VQ_WIDTHS = range(16, 136, 8)
+"""Of VQModels with groups of 8 channels, up to the published one's."""
 
 
 def package(name: str) -> Any:
@@ -155,3 +157,10 @@ def vq_reconstruction(model: nn.Module, images: Tensor) -> Tensor:
 def parameters(module: nn.Module) -> int:
     """How many numbers it has learned."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def nearest(build: Callable[[int], nn.Module], sizes: Iterable[int], count: int) -> nn.Module:
+    """What `build` makes of that of the sizes whose parameters come nearest to `count`."""
+    with torch.device("meta"):
+        counts = {size: parameters(build(size)) for size in sizes}
+    return build(min(counts, key=lambda size: abs(counts[size] - count)))

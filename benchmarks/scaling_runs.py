@@ -6,6 +6,8 @@ resumed.
 """
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +61,17 @@ def train_all(tokens: Path, tokenizer: Path, out: Path, *, steps: int, device: s
     return runs
 
 
+@contextmanager
+def one_line_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """End the command with a line where a training inside is stopped, or cannot go on."""
+    try:
+        yield
+    except Interrupted as stopped:
+        parser.exit(stopped.exit_code, f"{stopped.what}; to go on, repeat the command\n")
+    except DriveSimError as error:
+        parser.exit(1, f"error: {error}\n")
+
+
 def main() -> None:
     """Parse, train, fit, print."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.scaling_runs")
@@ -68,15 +81,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="of the largest model")
     parser.add_argument("--device", default="auto")
     given = parser.parse_args()
-    try:
+    with one_line_errors(parser):
         runs = train_all(
             given.tokens, given.tokenizer, given.out, steps=given.steps, device=given.device
         )
         print(scale(runs, given.out / "law"))
-    except Interrupted as stopped:
-        parser.exit(stopped.exit_code, f"{stopped.what}; to go on, repeat the command\n")
-    except DriveSimError as error:
-        parser.exit(1, f"error: {error}\n")
 
 
 if __name__ == "__main__":

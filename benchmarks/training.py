@@ -25,9 +25,11 @@ from benchmarks.paired import (
     times_faster,
 )
 from benchmarks.peers import (
+    VQ_WIDTHS,
     fastest,
     gpt2,
     gpt2_loss,
+    nearest,
     parameters,
     tried,
     vq_model,
@@ -110,9 +112,7 @@ def _nearest_gpt2(shape: Shape, count: int) -> nn.Module:
             positions=model.context_frames * shape.tokens,
         )
 
-    with torch.device("meta"):
-        counts = {n: parameters(build(n)) for n in range(1, model.layers + 3)}
-    return build(min(counts, key=lambda n: abs(counts[n] - count)))
+    return nearest(build, range(1, model.layers + 3), count)
 
 
 def world_model(name: str, settings: Settings) -> list[Claim]:
@@ -151,14 +151,6 @@ def _rates(
     return tuple(lines)
 
 
-def _nearest_vq_model(count: int) -> nn.Module:
-    """The VQModel whose width makes its parameters come nearest to `count`."""
-    widths = range(16, 136, 8)
-    with torch.device("meta"):
-        counts = {w: parameters(vq_model(width=w, groups=8)) for w in widths}
-    return vq_model(width=min(counts, key=lambda w: abs(counts[w] - count)), groups=8, channels=64)
-
-
 def _l1(model: nn.Module, images: Tensor) -> Tensor:
     return (vq_reconstruction(model, images) - images).abs().mean()
 
@@ -172,7 +164,8 @@ def tokenizer(settings: Settings) -> list[Claim]:
     count = parameters(model)
     frames = torch.randint(256, (batch, size.height, size.width, 3), dtype=torch.uint8)
     own = own_step(model, {"frames": frames}, settings)
-    peer = _nearest_vq_model(count).to(settings.device)
+    peer = nearest(lambda width: vq_model(width=width, groups=8, channels=64), VQ_WIDTHS, count)
+    peer.to(settings.device)
     peers = parameters(peer)
     images = torch.rand(peer_batch, 3, size.height, size.width, device=settings.device) * 2 - 1
     layouts = {"channels first": torch.contiguous_format, "channels last": torch.channels_last}
