@@ -1,9 +1,10 @@
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 
-from driving_sim.world_model import native
+from driving_sim.world_model import native, native_library
 from driving_sim.world_model.cache import RingCache, encode_frame
 from driving_sim.world_model.native import NativeCache, is_supported
 from driving_sim.world_model.sampler import FrameSampler, Sampling
@@ -16,14 +17,6 @@ WIDE = replace(CONFIG, layers=2, width=128, heads=4, kv_heads=2, context_frames=
 needs_compiler = pytest.mark.skipif(
     not is_supported(random_model(WIDE)), reason="no C++ compiler here"
 )
-
-
-@pytest.fixture(params=["", native._WITHOUT_AMX, "-mno-avx512bf16", "-mno-avx512f"])
-def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each way that the products can be computed, as far as this processor has them."""
-    extra = f"{native._WITHOUT_AMX} {request.param}" if request.param else ""
-    monkeypatch.setattr(native, "_FLAGS", f"{native._FLAGS} {extra}")
-    monkeypatch.setattr(native, "library", native.library.__wrapped__)
 
 
 @needs_compiler
@@ -99,7 +92,7 @@ def test_without_a_compiler_that_works_torch_does_the_passes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    monkeypatch.setattr(native_library, "_library", cache(native_library._library.__wrapped__))
     monkeypatch.setenv("CXX", compiler)
     assert not is_supported(random_model(WIDE))
     assert said in "".join(capsys.readouterr())

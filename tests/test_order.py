@@ -7,7 +7,7 @@ GRIDS = [(1, 1), (1, 5), (3, 1), (2, 3), (8, 16), (5, 4)]
 
 
 @pytest.mark.parametrize(("rows", "cols"), GRIDS)
-@pytest.mark.parametrize("lag", [1, 2, 3, 9])
+@pytest.mark.parametrize("lag", [0, 1, 2, 3, 9])
 def test_every_input_is_known_one_wave_before_its_slot(rows: int, cols: int, lag: int) -> None:
     order = SlotOrder(rows=rows, cols=cols, lag=lag)
     for slot in range(order.slots):
@@ -19,7 +19,7 @@ def test_every_input_is_known_one_wave_before_its_slot(rows: int, cols: int, lag
 
 
 @pytest.mark.parametrize(("rows", "cols"), GRIDS)
-@pytest.mark.parametrize("lag", [1, 2, 3, 9])
+@pytest.mark.parametrize("lag", [0, 1, 2, 3, 9])
 def test_waves_cover_the_slots_in_order_and_predict_each_token_once(
     rows: int, cols: int, lag: int
 ) -> None:
@@ -60,5 +60,5 @@ def test_lag_two_sees_the_four_neighbours_before_a_token() -> None:
 
 
 def test_an_impossible_grid_is_named() -> None:
-    with pytest.raises(ValueError, match="lag is 0"):
-        SlotOrder(rows=2, cols=2, lag=0)
+    with pytest.raises(ValueError, match="lag is -1"):
+        SlotOrder(rows=2, cols=2, lag=-1)

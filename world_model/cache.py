@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from driving_sim.world_model.order import Wave
-from driving_sim.world_model.transformer import Tables, Transformer
+from driving_sim.world_model.transformer import Attention, Tables, Transformer
 
 
 class RingCache:
@@ -67,8 +67,11 @@ class RingCache:
         group = self.model.config.heads // self.model.config.kv_heads
         self._pass_mask = self._mask[start:stop, self._read].repeat(group, 1)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k, v [B, G, n, E] of the pass and return what q [B, H, n, E] sees of the ring."""
+    def attend(
+        self, layer: int, attention: Attention, qkv: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Store the keys and values of a pass; return what its slots see of the ring [B, n, D]."""
+        q, k, v = attention.heads(qkv, rotary)
         keys, values = self.keys[layer], self.values[layer]
         keys[:, :, self._write] = k
         values[:, :, self._write] = v
@@ -80,7 +83,7 @@ class RingCache:
             values[:, :, self._read],
             attn_mask=self._pass_mask,
         )
-        return rearrange(seen, "b g (m n) e -> b (g m) n e", n=q.shape[2]).to(q.dtype)
+        return rearrange(seen, "b g (m n) e -> b n (g m e)", n=q.shape[2]).to(q.dtype)
 
     def branch(self, rows: Tensor) -> Self:
         """Return a copy whose sequence i goes on from this cache's sequence `rows[i]`."""

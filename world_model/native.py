@@ -1,23 +1,13 @@
 """The passes on a CPU in bf16, compiled: `passes.cpp` with its weights and its ring.
 
-torch starts some 400 operations for a pass, most of which take longer to start than to run. The
-machine's C++ compiler makes one call of them, in two seconds, once: the result is kept in the
-user's cache folder. Without a compiler, or with DRIVESIM_NATIVE=0, torch does the passes.
+torch starts some 400 operations for a pass, most of which take longer to start than to run. Here
+they are one call.
 
 Axes: as in `passes.cpp`; L layers, A x B matrices.
 """
 
 import copy
 import ctypes
-import hashlib
-import math
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-from functools import cache
-from pathlib import Path
 from typing import Self
 
 import torch
@@ -25,23 +15,19 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.files import atomic_file
-from driving_sim.engine.progress import say
+from driving_sim.world_model.native_library import (
+    LANES,
+    LARGEST_SCORE,
+    PAIRS,
+    largest_score,
+    library,
+)
 from driving_sim.world_model.order import Wave
 from driving_sim.world_model.transformer import (
     Block,
     Tables,
     Transformer,
 )
-
-_SOURCE = Path(__file__).with_name("passes.cpp")
-_FLAGS = "-std=c++17 -O3 -fopenmp -shared -fPIC -Wno-psabi -march=native"
-_WITHOUT_AMX = "-mno-amx-tile -mno-amx-bf16 -mno-amx-int8"
-_LANES = 16
-_PAIRS = 32
-_LARGEST_SCORE = 80.0
-"""e to this, times any number of keys, is a float32."""
 
 
 class _Model(ctypes.Structure):
@@ -64,76 +50,16 @@ class _Pass(ctypes.Structure):
     )
 
 
-@cache
-def library() -> ctypes.CDLL | None:
-    """The compiled passes; None where they cannot be had, after a line that says why."""
-    if os.environ.get("DRIVESIM_NATIVE") == "0":
-        return None
-    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or "c++"]
-    if not shutil.which(compiler[0]):
-        say("no C++ compiler (g++ or CXX): rollouts take several times longer on this CPU")
-        return None
-    try:
-        for flags in (_FLAGS, f"{_FLAGS} {_WITHOUT_AMX}"):
-            found = ctypes.CDLL(str(_compiled(compiler, flags.split())))
-            if found.drivesim_ready():
-                found.drivesim_pass.restype = None
-                return found
-    except (OSError, DriveSimError, subprocess.CalledProcessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
-        say(f"passes.cpp was not compiled, so rollouts take several times longer: {reason}")
-    return None
-
-
-def _compiled(compiler: list[str], flags: list[str]) -> Path:
-    """The shared library made by this compiler on a processor like this one."""
-    command = [*compiler, *flags]
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True)
-    identity = [_SOURCE.read_text("utf-8"), *command, version.stdout, platform.machine(), _cpu()]
-    name = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:32]
-    path = _cache_folder() / f"passes-{name}.so"
-    if not path.exists():
-        with atomic_file(path) as temporary:
-            subprocess.run(
-                [*command, str(_SOURCE), "-o", str(temporary)],
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-    return path
-
-
-def _cpu() -> str:
-    """What tells processors apart for which -march=native means different things."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    folder = (Path(base) if base else Path.home() / ".cache") / "drivesim"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
-
-
 def is_supported(model: Transformer) -> bool:
     """Whether the compiled passes can compute a model."""
-    return (
-        model.config.width // model.config.heads % _PAIRS == 0
-        and _largest_score(model) < _LARGEST_SCORE
-        and library() is not None
-    )
-
-
-@torch.no_grad()
-def _largest_score(model: Transformer) -> float:
-    """No score is larger: queries and keys are normed, so |q| <= sqrt(E) max |gain|, as is |k|."""
     attentions = [block.attention for block in _blocks(model)]
-    return max(
-        float(each.q_norm.weight.abs().max() * each.k_norm.weight.abs().max())
-        * math.sqrt(each.channels)
-        for each in attentions
+    return (
+        model.config.width // model.config.heads % PAIRS == 0
+        and all(
+            largest_score(each.q_norm.weight, each.k_norm.weight) < LARGEST_SCORE
+            for each in attentions
+        )
+        and library() is not None
     )
 
 
@@ -144,7 +70,7 @@ def _blocks(model: Transformer) -> list[Block]:
 def _paired(matrix: Tensor) -> Tensor:
     """Lay [..., k, columns] out as [..., columns / 16][k / 2][16][2], in bf16."""
     return rearrange(
-        matrix.to(torch.bfloat16), "... (k two) (c lane) -> ... c k lane two", two=2, lane=_LANES
+        matrix.to(torch.bfloat16), "... (k two) (c lane) -> ... c k lane two", two=2, lane=LANES
     ).contiguous()
 
 
@@ -155,7 +81,7 @@ class NativeModel:
     def __init__(self, model: Transformer, tables: Tables) -> None:
         config = model.config
         self.gains = [model.input_norm.weight.float(), model.output_norm.weight.float()]
-        self.matrices = [_paired(F.pad(tables.output.T, (0, -len(tables.output) % _LANES)))]
+        self.matrices = [_paired(F.pad(tables.output.T, (0, -len(tables.output) % LANES)))]
         gains, matrices = [], []
         for block in _blocks(model):
             attention = block.attention
@@ -164,7 +90,7 @@ class NativeModel:
             maps = (attention.qkv, attention.out, block.up, block.down)
             matrices += [_paired(each.weight.T) for each in maps]
         self.places = config.context_frames * model.order.slots
-        self.keys = -(-self.places // _PAIRS) * _PAIRS
+        self.keys = -(-self.places // PAIRS) * PAIRS
         self._gain_pointers = _pointers(gains)
         self._matrix_pointers = _pointers(matrices)
         self._kept = gains + matrices
@@ -191,7 +117,9 @@ class NativeCache:
         self, model: Transformer, tables: Tables, batch: int, native: NativeModel | None = None
     ) -> None:
         self.model, self.tables = model, tables
-        self.native = native or NativeModel(model, tables)
+        compiled = library()
+        assert compiled is not None
+        self._compiled, self.native = compiled, native or NativeModel(model, tables)
         self.slots, self.frames = model.order.slots, model.config.context_frames
         channels = model.config.width // model.config.heads
         lead = (model.config.layers, batch, model.config.kv_heads)
@@ -216,9 +144,7 @@ class NativeCache:
             x.data_ptr(), cos.data_ptr(), sin.data_ptr(),
             self.keys.data_ptr(), self.values.data_ptr(), logits.data_ptr(),
         )  # fmt: skip
-        compiled = library()
-        assert compiled is not None
-        compiled.drivesim_pass(ctypes.byref(self.native.structure), ctypes.byref(now))
+        self._compiled.drivesim_pass(ctypes.byref(self.native.structure), ctypes.byref(now))
         return logits
 
     def branch(self, rows: Tensor) -> Self:

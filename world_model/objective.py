@@ -70,15 +70,10 @@ class WorldModelObjective(nn.Module):
         flat = rearrange(logits, "b t r c k -> (b t r c) k").float()
         target = rearrange(tokens, "b t r c -> (b t r c)")
         loss = F.cross_entropy(flat, target)
-        return loss, _metrics(flat.detach(), target)
-
-
-@torch.no_grad()
-def _metrics(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-    return {
-        "bits_per_token": F.cross_entropy(logits, target) / math.log(2),
-        "accuracy": (logits.argmax(-1) == target).float().mean(),
-    }
+        return loss, {
+            "bits_per_token": loss.detach() / math.log(2),
+            "accuracy": (flat.detach().argmax(-1) == target).float().mean(),
+        }
 
 
 def replace_tokens(tokens: Tensor, largest_share: float) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 class Wave:
     """One pass of the sampler: slots `start` to `stop` of the order, predicting from `first` on.
 
-    In a wave columns fall as rows rise, so a slot that predicts nothing can only be the first.
+    In a wave columns fall as rows rise, so slots that predict nothing come first.
     """
 
     start: int
@@ -31,7 +31,8 @@ class SlotOrder:
 
     A slot's input is known one wave before it, so all slots of a wave are computed in one pass.
     `lag = cols + 1` is raster order (a wave is one slot); `lag = 2` sees the left, above-left,
-    above and above-right neighbours. All index tensors are int64 on the CPU.
+    above and above-right neighbours; `lag = 0` draws whole columns. All index tensors are int64
+    on the CPU.
     """
 
     rows: int
@@ -39,9 +40,9 @@ class SlotOrder:
     lag: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("rows", "cols", "lag"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name, least in (("rows", 1), ("cols", 1), ("lag", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
 
     @property
     def slots(self) -> int:
@@ -110,7 +111,7 @@ class SlotOrder:
         sizes = torch.unique_consecutive(self.wave, return_counts=True)[1].tolist()
         waves, start = [], 0
         for size in sizes:
-            silent = int(self.target[start] == self.tokens)
+            silent = int((self.target[start : start + size] == self.tokens).sum())
             waves.append(Wave(start, start + size, start + silent))
             start += size
         return tuple(waves)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from driving_sim.world_model import native_training
 from driving_sim.world_model.actions import (
     ActionEmbedding,
     ActionEmbeddingConfig,
@@ -27,8 +28,8 @@ from driving_sim.world_model.rotary import AxialRotary, rotate
 
 _MOST_ROWS = 1024
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, queries [B, H, n, E], keys [B, G, n, E], values [B, G, n, E]) -> [B, H, n, E]."""
+Attend = Callable[[int, "Attention", Tensor, tuple[Tensor, Tensor]], Tensor]
+"""(layer, its attention, projections [B, n, (H + 2 G) E], rotary) -> what slots see [B, n, D]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +73,7 @@ class TransformerConfig:
     context_frames: int = 12
     """Frames that attention reaches, the one being predicted included."""
     lag: int = 2
-    """Waves between a row and the next; cols + 1 is raster order."""
+    """Waves between a row and the next; cols + 1 is raster order, 0 draws whole columns."""
     dropout: float = 0.0
     """Share of activations dropped after the embedding and in each residual branch."""
     actions: ActionEmbeddingConfig = field(default_factory=ActionEmbeddingConfig)
@@ -84,9 +85,10 @@ class TransformerConfig:
     """Add a projection of the frame's action to all of its slots, not only to the rows' starts."""
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads", "kv_heads", "mlp_ratio", "lag"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        counts = ("layers", "width", "heads", "kv_heads", "mlp_ratio")
+        for name, least in (*((name, 1) for name in counts), ("lag", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
         if not 2 <= self.context_frames <= 4096:
             raise ValueError(f"context_frames is {self.context_frames}: it must be from 2 to 4096")
         if self.width % (2 * self.heads):
@@ -110,6 +112,15 @@ class TransformerConfig:
         return self.layers * block + tables + (grid.rows + grid.cols + 1) * width
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's; where matrix products round what it gives to bf16, on a CPU, the compiled one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x [..., D] by its root mean square, times a gain."""
+        compiled = native_training.normed(x, self.weight)
+        return super().forward(x) if compiled is None else compiled
+
+
 class Attention(nn.Module):
     """Grouped-query attention with QK-norm and rotary positions."""
 
@@ -127,15 +138,18 @@ class Attention(nn.Module):
         self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, layer: int
     ) -> Tensor:
         """Mix x [B, n, D] over what `attend` lets its slots see."""
+        out: Tensor = self.out(attend(layer, self, self.qkv(x), rotary))
+        return out
+
+    def heads(self, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, n, E], keys and values [B, G, n, E] of projections [B, n, (H + 2 G) E]."""
         q, k, v = (
             rearrange(part, "b n (h e) -> b h n e", e=self.channels)
-            for part in self.qkv(x).split(self.sizes, dim=-1)
+            for part in torch.split(qkv, list(self.sizes), dim=-1)
         )
         # In float32, as torch has no fused kernel for bfloat16 under a float32 gain, and warns.
         q, k = rotate(self.q_norm(q.float()), *rotary), rotate(self.k_norm(k.float()), *rotary)
-        mixed = attend(layer, q.to(v.dtype), k.to(v.dtype), v)
-        out: Tensor = self.out(rearrange(mixed, "b h n e -> b n (h e)"))
-        return out
+        return q.to(v.dtype), k.to(v.dtype), v
 
 
 class Block(nn.Module):
@@ -143,9 +157,9 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.attention_norm = RMSNorm(config.width, eps=1e-6)
         self.attention = Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.mlp_norm = RMSNorm(config.width, eps=1e-6)
         self.up = nn.Linear(config.width, config.mlp_ratio * config.width, bias=False)
         self.down = nn.Linear(config.mlp_ratio * config.width, config.width, bias=False)
         self.dropout = nn.Dropout(config.dropout)
@@ -157,9 +171,15 @@ class Block(nn.Module):
         mixed: Tensor = self.attention(self.attention_norm(x), rotary, attend, layer)
         x = x + self.dropout(mixed)
         # Squared ReLU (arXiv 2109.08668): as good as a gated unit, and one matrix fewer.
-        activated = F.relu(self.up(self.mlp_norm(x))).square()
+        activated = squared_relu(self.up(self.mlp_norm(x)))
         out: Tensor = x + self.dropout(self.down(activated))
         return out
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """Square what of x is above 0."""
+    compiled = native_training.squared_relu(x)
+    return F.relu(x).square() if compiled is None else compiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +232,7 @@ class Transformer(nn.Module):
         self.input_norm = nn.RMSNorm(config.width, eps=1e-6)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.output_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.output_norm = RMSNorm(config.width, eps=1e-6)
         self.output = CodeEmbedding(grid.levels, config.width)
         self._initialise()
 
@@ -296,10 +316,21 @@ class Transformer(nn.Module):
             near = frame[:, None] - frame < window
             mask = near & torch.ones_like(near).tril()
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(
+        def attend(
+            layer: int, attention: Attention, qkv: Tensor, rotary: tuple[Tensor, Tensor]
+        ) -> Tensor:
+            if mask is None:
+                gains = attention.q_norm.weight, attention.k_norm.weight
+                compiled = native_training.causal_attention(
+                    qkv, *gains, rotary, heads=self.config.heads
+                )
+                if compiled is not None:
+                    return compiled
+            q, k, v = attention.heads(qkv, rotary)
+            mixed = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
             )
+            return rearrange(mixed, "b h n e -> b n (h e)")
 
         return attend
 

@@ -1,0 +1,159 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from driving_sim.world_model import native_training
+from driving_sim.world_model.objective import ObjectiveConfig, WorldModelObjective
+from driving_sim.world_model.rotary import rotate
+from driving_sim.world_model.transformer import Attention, TransformerConfig
+from tests.test_native import WIDE, needs_compiler
+from tests.test_transformer import random_model
+
+
+def bf16() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def distance(found: Tensor, exact: Tensor) -> float:
+    return float((found.float() - exact).norm() / exact.norm())
+
+
+def results(act: Callable[..., Tensor], given: list[Tensor], grad: Tensor) -> list[Tensor]:
+    """What `act` returns, and its gradients."""
+    leaves = [each.clone().requires_grad_() for each in given]
+    out = act(*leaves)
+    out.backward(grad.to(out.dtype))  # type: ignore[no-untyped-call]
+    return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+@needs_compiler
+@pytest.mark.parametrize("slots", [5, 64, 150])
+@pytest.mark.parametrize(("heads", "kv_heads", "channels"), [(4, 2, 32), (3, 3, 64), (2, 1, 96)])
+@pytest.mark.usefixtures("processor")
+def test_compiled_attention_and_its_gradients_equal_torchs(
+    slots: int, heads: int, kv_heads: int, channels: int
+) -> None:
+    torch.manual_seed(0)
+    config = TransformerConfig(width=heads * channels, heads=heads, kv_heads=kv_heads)
+    attention = Attention(config)
+    angle = torch.randn(slots, channels // 2)
+    rotary = angle.cos(), angle.sin()
+    qkv = torch.randn(2, slots, sum(attention.sizes)).bfloat16()
+    gains = [1 + 0.3 * torch.randn(channels) for _ in range(2)]
+    grad = torch.randn(2, slots, heads * channels).bfloat16()
+
+    def exact(qkv: Tensor, q_gain: Tensor, k_gain: Tensor) -> Tensor:
+        q, k, v = (
+            rearrange(part, "b n (h e) -> b h n e", e=channels)
+            for part in torch.split(qkv, list(attention.sizes), -1)
+        )
+        q = rotate(F.rms_norm(q, (channels,), q_gain, 1e-6), *rotary)
+        k = rotate(F.rms_norm(k, (channels,), k_gain, 1e-6), *rotary)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return rearrange(mixed, "b h n e -> b n (h e)")
+
+    def compiled(qkv: Tensor, q_gain: Tensor, k_gain: Tensor) -> Tensor:
+        with bf16():
+            found = native_training.causal_attention(qkv, q_gain, k_gain, rotary, heads)
+        assert found is not None
+        return found
+
+    expected = results(exact, [qkv.float(), *gains], grad)
+    for found, truth in zip(results(compiled, [qkv, *gains], grad), expected, strict=True):
+        assert distance(found, truth) < 0.01
+
+
+@needs_compiler
+def test_compiled_norm_and_its_gradients_equal_torchs() -> None:
+    torch.manual_seed(0)
+    given = [torch.randn(3, 50, 48), torch.randn(48)]
+    grad = torch.randn(3, 50, 48).bfloat16().float()
+
+    def compiled(x: Tensor, gain: Tensor) -> Tensor:
+        with bf16():
+            found = native_training.normed(x, gain)
+        assert found is not None
+        return found
+
+    expected = results(lambda x, gain: F.rms_norm(x, (48,), gain, 1e-6), given, grad)
+    found = results(compiled, given, grad)
+    assert distance(found[0], expected[0]) < 0.004  # half a bf16 step
+    assert distance(found[1], expected[1]) < 1e-5
+    assert distance(found[2], expected[2]) < 1e-5
+
+
+@needs_compiler
+def test_compiled_activation_and_its_gradient_equal_torchs() -> None:
+    torch.manual_seed(0)
+    given = [torch.randn(2, 40, 16).bfloat16()]
+    grad = torch.randn(2, 40, 16).bfloat16()
+
+    def compiled(x: Tensor) -> Tensor:
+        with bf16():
+            found = native_training.squared_relu(x)
+        assert found is not None
+        return found
+
+    expected = results(lambda x: F.relu(x).square(), [given[0].float()], grad)
+    for found, truth in zip(results(compiled, given, grad), expected, strict=True):
+        assert distance(found, truth) < 0.004
+
+
+def gradients(threads: int = 2) -> dict[str, Tensor]:
+    """Of a small world model's loss in bf16."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model = WorldModelObjective(ObjectiveConfig(token_noise=0.0), random_model(WIDE)).eval()
+        grid, frames = model.transformer.grid, WIDE.context_frames
+        torch.manual_seed(1)
+        batch = {
+            "tokens": torch.randint(grid.codebook_size, (2, frames, grid.rows, grid.cols)),
+            "previous": torch.randint(grid.codebook_size, (2, grid.rows, grid.cols)),
+            "has_previous": torch.ones(2, dtype=torch.bool),
+            "actions": torch.randn(2, frames, 2),
+            "action_valid": torch.ones(2, frames, 2, dtype=torch.bool),
+        }
+        with bf16():
+            loss, _ = model(batch)
+        loss.backward()
+        return {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+def test_a_models_gradients_equal_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = gradients()
+    monkeypatch.setenv("DRIVESIM_NATIVE", "0")
+    expected = gradients()
+    assert found.keys() == expected.keys()
+    for name, truth in expected.items():
+        # Both round to bf16 on the way.
+        assert (found[name] - truth).norm() <= 0.1 * truth.norm(), name
+    assert any(not torch.equal(found[name], truth) for name, truth in expected.items())
+
+
+@needs_compiler
+def test_gradients_do_not_depend_on_threads() -> None:
+    one, two = gradients(threads=1), gradients(threads=2)
+    for name in ("transformer.blocks.0.attention.qkv.weight", "transformer.blocks.1.up.weight"):
+        assert torch.equal(one[name], two[name])
+
+
+@needs_compiler
+def test_what_does_not_apply_is_left_to_torch() -> None:
+    x, gain = torch.randn(2, 5, 128).bfloat16(), torch.ones(32)
+    rotary = torch.ones(5, 16), torch.zeros(5, 16)
+    assert native_training.causal_attention(x, gain, gain, rotary, 2) is None  # not in autocast
+    with bf16():
+        assert native_training.causal_attention(x, gain, gain, rotary, 2) is not None
+        steep = 4 * gain  # sqrt(32) 16 is too large a score
+        assert native_training.causal_attention(x, steep, steep, rotary, 2) is None
+        assert native_training.causal_attention(x.float(), gain, gain, rotary, 2) is None
+        assert native_training.normed(x, torch.ones(128)) is None
+        assert native_training.squared_relu(torch.ones(3)) is None

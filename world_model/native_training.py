@@ -1,0 +1,177 @@
+"""Parts of a training step on a CPU in bf16, compiled: `training.cpp` under autograd.
+
+Of a step of a small model torch spends some 60 % in causal attention and most of the rest in small
+float32 operations. Each function returns None where the compiled one does not apply, and its caller
+goes on with torch.
+
+Axes: B batch, N slots, H query heads, G key heads, E channels of a head, F = (H + 2 G) E, D width.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from driving_sim.world_model.native_library import (
+    LANES,
+    LARGEST_SCORE,
+    PAIRS,
+    largest_score,
+    library,
+)
+
+_BLOCK = 64
+_NORM_PARTS = 64
+_MOST_CHANNELS = 1024
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "slots", "heads", "kv_heads", "channels")),
+        *((name, ctypes.c_void_p) for name in ("qkv", "q_gain", "k_gain", "cos", "sin")),
+        *((name, ctypes.c_void_p) for name in ("mixed", "weights", "mixed_grad", "qkv_grad")),
+        *((name, ctypes.c_void_p) for name in ("q_gain_grad", "k_gain_grad")),
+    )
+
+
+def causal_attention(
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, rotary: tuple[Tensor, Tensor], heads: int
+) -> Tensor | None:
+    """Return what each slot sees of those before it and itself, [B, N, H E], of `qkv` [B, N, F].
+
+    The projections are queries of H heads, then keys and values of G: the former two are normed
+    with `q_gain` and `k_gain` [E] and turned by `rotary`, cosines and sines float32 [N, E / 2].
+    """
+    channels = len(q_gain)
+    if (
+        not _applies(qkv)
+        or qkv.dtype is not torch.bfloat16
+        or channels % PAIRS
+        or channels > _MOST_CHANNELS
+        or not _are_float32(q_gain, k_gain, *rotary)
+        or not largest_score(q_gain, k_gain) < LARGEST_SCORE
+    ):
+        return None
+    mixed: Tensor = _CausalAttention.apply(qkv, q_gain, k_gain, *rotary, heads)  # type: ignore[no-untyped-call]
+    return mixed
+
+
+def normed(x: Tensor, gain: Tensor) -> Tensor | None:
+    """Return x [..., D] by its root mean square, times `gain` [D], in bf16."""
+    if not _applies(x) or not _are_float32(x, gain) or len(gain) % LANES:
+        return None
+    found: Tensor = _Norm.apply(x, gain)  # type: ignore[no-untyped-call]
+    return found
+
+
+def squared_relu(x: Tensor) -> Tensor | None:
+    """Return the square of what of x is above 0, in bf16."""
+    if not _applies(x) or x.dtype is not torch.bfloat16 or x.numel() % LANES:
+        return None
+    found: Tensor = _SquaredRelu.apply(x)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _applies(x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") is torch.bfloat16
+        and not torch.compiler.is_compiling()
+        and library() is not None
+    )
+
+
+def _are_float32(*tensors: Tensor) -> bool:
+    return all(tensor.dtype is torch.float32 for tensor in tensors)
+
+
+def _call(name: str, *given: Any) -> None:
+    compiled = library()
+    assert compiled is not None
+    getattr(compiled, name)(*given)
+
+
+def _numbers(*values: int) -> list[ctypes.c_int64]:
+    return [ctypes.c_int64(value) for value in values]
+
+
+def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        q_gain: Tensor,
+        k_gain: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        heads: int,
+    ) -> Tensor:
+        given = [each.contiguous() for each in (qkv, q_gain, k_gain, cos, sin)]
+        batch, slots, features = qkv.shape
+        channels = len(q_gain)
+        ctx.sizes = batch, slots, heads, (features // channels - heads) // 2, channels
+        mixed = qkv.new_empty(batch, slots, heads * channels)
+        weights = q_gain.new_empty(batch, heads, -(-slots // _BLOCK) * _BLOCK)
+        structure = _Attention(*ctx.sizes, *_pointers(*given, mixed, weights))
+        _call("drivesim_attention", ctypes.byref(structure))
+        ctx.save_for_backward(*given, mixed, weights)
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, mixed_grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept = ctx.saved_tensors
+        batch, _, heads, kv_heads, channels = ctx.sizes
+        mixed_grad, qkv_grad = mixed_grad.contiguous(), torch.empty_like(kept[0])
+        q_gain_grad = kept[1].new_empty(batch * heads, channels)
+        k_gain_grad = kept[1].new_empty(batch * kv_heads, channels)
+        grads = mixed_grad, qkv_grad, q_gain_grad, k_gain_grad
+        structure = _Attention(*ctx.sizes, *_pointers(*kept, *grads))
+        _call("drivesim_attention_grad", ctypes.byref(structure))
+        return qkv_grad, q_gain_grad.sum(0), k_gain_grad.sum(0), None, None, None
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
+        x, gain = x.contiguous(), gain.contiguous()
+        found = torch.empty_like(x, dtype=torch.bfloat16)
+        size = _numbers(x.numel() // len(gain), len(gain))
+        _call("drivesim_norm", *size, *_pointers(x, gain, found))
+        ctx.save_for_backward(x, gain)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, gain = ctx.saved_tensors
+        grad, x_grad = grad.contiguous(), torch.empty_like(x)
+        gain_grads = gain.new_empty(_NORM_PARTS, len(gain))
+        size = _numbers(x.numel() // len(gain), len(gain))
+        _call("drivesim_norm_grad", *size, *_pointers(x, gain, grad, x_grad, gain_grads))
+        return x_grad, gain_grads.sum(0)
+
+
+class _SquaredRelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        found = torch.empty_like(x)
+        _call("drivesim_activation", *_numbers(x.numel()), *_pointers(x, found))
+        ctx.save_for_backward(x)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        grad, x_grad = grad.contiguous(), torch.empty_like(x)
+        _call("drivesim_activation_grad", *_numbers(x.numel()), *_pointers(x, grad, x_grad))
+        return x_grad

@@ -1,0 +1,262 @@
+// What the compiled parts of the world model share: vectors of 16 floats, and products in bf16.
+//
+// Every matrix product is `product` below, on matrices that are laid out for it: a right-hand side
+// of k rows and 16 columns as [k / 2][16][2], which AMX and AVX512-BF16 read as it is.
+
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <type_traits>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+typedef uint16_t bf16;
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+
+namespace {
+
+constexpr int kLanes = 16;
+
+class Lines {  // memory that begins with a cache line, with whatever in it
+ public:
+  explicit Lines(size_t bytes) : bytes_(new char[bytes + 64]) {}
+  template <typename T>
+  T* as() const {
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(bytes_.get()) + 63) & ~uintptr_t(63));
+  }
+
+ private:
+  std::unique_ptr<char[]> bytes_;
+};
+
+int padded(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+bf16 rounded(float value) {  // to nearest, ties to even; there are no NaNs
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+Floats load(const float* from) {
+  Floats value;
+  std::memcpy(&value, from, 64);
+  return value;
+}
+
+void store(float* to, Floats value) { std::memcpy(to, &value, 64); }
+
+float total(Floats value) {
+  float sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += value[lane];
+  return sum;
+}
+
+Floats load(const bf16* from) {
+  Ints bits;
+  for (int lane = 0; lane < kLanes; ++lane) bits[lane] = int32_t(uint32_t(from[lane]) << 16);
+  return (Floats)bits;
+}
+
+void store_rounded(bf16* to, Floats value) {
+#if defined(__AVX512BF16__)
+  __m256bh narrow = _mm512_cvtneps_pbh((__m512)value);
+  std::memcpy(to, &narrow, 32);
+#else
+  for (int lane = 0; lane < kLanes; ++lane) to[lane] = rounded(value[lane]);
+#endif
+}
+
+// Two rows of a right-hand side: [16][2].
+void store_pair(bf16* to, Floats even, Floats odd) {
+#if defined(__AVX512BF16__)
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+  const __m512i paired = _mm512_permutexvar_epi16(order, (__m512i)both);
+  std::memcpy(to, &paired, 64);
+#else
+  for (int lane = 0; lane < kLanes; ++lane) {
+    to[2 * lane] = rounded(even[lane]);
+    to[2 * lane + 1] = rounded(odd[lane]);
+  }
+#endif
+}
+
+// e^x for |x| below 87, to a few units in the last place (Cephes' expf).
+Floats exponential(Floats x) {
+  const Floats magic = Floats{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to whole numbers
+  Floats whole = x * 1.44269504f + magic;
+  Ints exponent = (Ints)whole << 23;
+  whole -= magic;
+  x = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  Floats p = 1.9875691500e-4f * x + 1.3981999507e-3f;
+  p = p * x + 8.3334519073e-3f;
+  p = p * x + 4.1665795894e-2f;
+  p = p * x + 1.6666665459e-1f;
+  p = p * x + 5.0000001201e-1f;
+  p = p * x * x + x + 1.0f;
+  return (Floats)((Ints)p + exponent);
+}
+
+// What brings `count` numbers to a root mean square of 1.
+float scale_of(const float* from, int count) {
+  Floats squares{};
+  for (int i = 0; i < count; i += kLanes) squares += load(from + i) * load(from + i);
+  return 1.0f / std::sqrt(total(squares) / count + 1e-6f);
+}
+
+// Turn the pairs (i, i + channels / 2) of a row by angles, from their cosines and sines.
+void rotate(float* row, int channels, const float* cos, const float* sin, float direction) {
+  const int half = channels / 2;
+  for (int i = 0; i < half; i += kLanes) {
+    const Floats a = load(row + i), b = load(row + half + i);
+    const Floats c = load(cos + i), s = load(sin + i) * direction;
+    store(row + i, a * c - b * s);
+    store(row + half + i, a * s + b * c);
+  }
+}
+
+// c [rows, 16] (+)= a [rows, k] b [k, 16], where b is [k / 2][16][2], and k a multiple of 32. Rows
+// of a and c are there, with whatever in them, up to the next multiple of 16.
+#if defined(__AMX_BF16__)
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+struct Tiles {
+  Tiles() {
+    TileConfig config;
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() { _tile_release(); }
+};
+
+// Of 16 to 64 rows: tiles 0 to 3 are of c, 4 is of a, 5 of b. A tile's number has to be a literal.
+template <bool kAdd, int kBlocks>
+void product_of(const bf16* a, int lda, const bf16* b, int k, float* c, int ldc) {
+  const size_t a_bytes = size_t(lda) * 2, c_bytes = size_t(ldc) * 4;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  if constexpr (kAdd) {
+    _tile_loadd(0, c, c_bytes);
+    if constexpr (kBlocks > 1) _tile_loadd(1, c + 16 * ldc, c_bytes);
+    if constexpr (kBlocks > 2) _tile_loadd(2, c + 32 * ldc, c_bytes);
+    if constexpr (kBlocks > 3) _tile_loadd(3, c + 48 * ldc, c_bytes);
+  }
+  for (int begin = 0; begin < k; begin += 32, a += 32, b += 32 * kLanes) {
+    _tile_loadd(5, b, 64);
+    _tile_loadd(4, a, a_bytes);
+    _tile_dpbf16ps(0, 4, 5);
+    if constexpr (kBlocks > 1) {
+      _tile_loadd(4, a + 16 * lda, a_bytes);
+      _tile_dpbf16ps(1, 4, 5);
+    }
+    if constexpr (kBlocks > 2) {
+      _tile_loadd(4, a + 32 * lda, a_bytes);
+      _tile_dpbf16ps(2, 4, 5);
+    }
+    if constexpr (kBlocks > 3) {
+      _tile_loadd(4, a + 48 * lda, a_bytes);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+  }
+  _tile_stored(0, c, c_bytes);
+  if constexpr (kBlocks > 1) _tile_stored(1, c + 16 * ldc, c_bytes);
+  if constexpr (kBlocks > 2) _tile_stored(2, c + 32 * ldc, c_bytes);
+  if constexpr (kBlocks > 3) _tile_stored(3, c + 48 * ldc, c_bytes);
+}
+
+template <bool kAdd>
+void product(const bf16* a, int lda, const bf16* b, int k, float* c, int ldc, int rows) {
+  for (; rows > 0; rows -= 64, a += size_t(64) * lda, c += size_t(64) * ldc) {
+    if (rows <= 16)
+      product_of<kAdd, 1>(a, lda, b, k, c, ldc);
+    else if (rows <= 32)
+      product_of<kAdd, 2>(a, lda, b, k, c, ldc);
+    else if (rows <= 48)
+      product_of<kAdd, 3>(a, lda, b, k, c, ldc);
+    else
+      product_of<kAdd, 4>(a, lda, b, k, c, ldc);
+  }
+}
+
+#else
+
+struct Tiles {
+  Tiles() {}
+  ~Tiles() {}
+};
+
+#if defined(__AVX512BF16__)
+constexpr int kMostRows = 16;
+Floats multiplied(Floats sum, Ints pairs, int32_t a) {
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32(a));
+}
+#else
+constexpr int kMostRows = 4;
+float as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+Floats multiplied(Floats sum, Ints pairs, int32_t a) {
+  const uint32_t both = a;
+  sum += (Floats)(pairs << 16) * as_float(both << 16);
+  return sum + (Floats)(pairs & int32_t(0xffff0000)) * as_float(both & 0xffff0000);
+}
+#endif
+
+template <bool kAdd, int kRows>
+void product_of(const bf16* a, int lda, const bf16* b, int k, float* c, int ldc) {
+  Floats sums[kRows];
+  for (int row = 0; row < kRows; ++row) sums[row] = kAdd ? load(c + row * ldc) : Floats{};
+  for (int pair = 0; pair < k / 2; ++pair) {
+    Ints right;
+    std::memcpy(&right, b + pair * 2 * kLanes, 64);
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row) {
+      int32_t left;
+      std::memcpy(&left, a + row * lda + 2 * pair, 4);
+      sums[row] = multiplied(sums[row], right, left);
+    }
+  }
+  for (int row = 0; row < kRows; ++row) store(c + row * ldc, sums[row]);
+}
+
+template <bool kAdd>
+void product(const bf16* a, int lda, const bf16* b, int k, float* c, int ldc, int rows) {
+  for (; rows > 0; rows -= kMostRows, a += kMostRows * lda, c += kMostRows * ldc) {
+    if (rows == 1)
+      product_of<kAdd, 1>(a, lda, b, k, c, ldc);
+    else if (rows == 2)
+      product_of<kAdd, 2>(a, lda, b, k, c, ldc);
+    else if (rows <= 4 || kMostRows == 4)
+      product_of<kAdd, 4>(a, lda, b, k, c, ldc);
+    else if (rows <= 8)
+      product_of<kAdd, std::min(8, kMostRows)>(a, lda, b, k, c, ldc);
+    else
+      product_of<kAdd, kMostRows>(a, lda, b, k, c, ldc);
+  }
+}
+
+#endif
+
+}  // namespace

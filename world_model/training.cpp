@@ -1,0 +1,477 @@
+// The parts of a training step on a CPU in bf16 that take torch longest: causal attention from its
+// projections on, RMSNorm and the MLP's activation, each with its gradients.
+//
+// Attention goes over blocks of 64 queries and 64 keys and keeps no score but what the gradient
+// needs to make it again (FlashAttention-2, arXiv 2307.08691). Scores need no maximum taken off:
+// norms bound them (compiled_training.py checks how far). Every result is a sum in a fixed order,
+// whatever the number of threads.
+//
+// Axes: B sequences, N slots, H query heads, G key heads, R = H / G, E channels of a head,
+// F = (H + 2 G) E, D width.
+
+#include "products.h"
+
+// Pointers to contiguous tensors; world_model/compiled_training.py fills it in the same order.
+extern "C" struct Attention {
+  int64_t batch, slots, heads, kv_heads, channels;
+  const bf16* qkv;                        // [B, N, F]
+  const float *q_gain, *k_gain;           // [E]
+  const float *cos, *sin;                 // [N, E / 2]
+  bf16* mixed;                            // [B, N, H E]
+  float* weights;                         // [B, H, N padded to 64]: log2 of the sum of weights
+  const bf16* mixed_grad;                 // [B, N, H E]
+  bf16* qkv_grad;                         // [B, N, F]
+  float *q_gain_grad, *k_gain_grad;       // [B H, E], [B G, E]
+};
+
+namespace {
+
+constexpr int kBlock = 64;
+
+// 2^x, for x of at least -126, to 4e-5 of it.
+Floats power_of_two(Floats x) {
+  const Floats magic = Floats{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to whole numbers
+  const Floats shifted = x + magic;
+  const Floats part = x - (shifted - magic);
+  Floats p = 9.6181291e-3f * part + 5.5504109e-2f;
+  p = p * part + 2.4022651e-1f;
+  p = p * part + 6.9314718e-1f;
+  p = p * part + 1.0f;
+  return (Floats)((Ints)p + ((Ints)shifted << 23));
+}
+
+// A head's slots in the layouts that products ask for, N padded to 64 with zeros.
+class Head {
+ public:
+  Head(int slots, int channels) : room(padded(slots, kBlock)), channels(channels) {}
+
+  size_t size() const { return size_t(room) * channels; }
+
+  // [N, E]: a left-hand side with a row for each slot.
+  void row(bf16* rows, int slot, const float* from) const {
+    for (int i = 0; i < channels; i += kLanes)
+      store_rounded(rows + size_t(slot) * channels + i, load(from + i));
+  }
+
+  // [N / 16][E / 2][16][2]: a right-hand side with a column for each slot.
+  void columns(bf16* to, const bf16* rows) const {
+    for (int slot = 0; slot < room; ++slot) {
+      bf16* column = to + size_t(slot) / kLanes * kLanes * channels + slot % kLanes * 2;
+      for (int i = 0; i < channels / 2; ++i)
+        std::memcpy(column + i * 2 * kLanes, rows + size_t(slot) * channels + 2 * i, 4);
+    }
+  }
+
+  // [E / 16][N / 2][16][2]: a right-hand side with a row for each slot.
+  void pairs(bf16* to, const bf16* rows) const {
+    for (int slot = 0; slot < room; slot += 2)
+      for (int i = 0; i < channels; i += kLanes) {
+        const bf16* from = rows + size_t(slot) * channels + i;
+        bf16* pair = to + size_t(i) * room + slot * kLanes;
+        for (int lane = 0; lane < kLanes; ++lane) {
+          pair[2 * lane] = from[lane];
+          pair[2 * lane + 1] = from[channels + lane];
+        }
+      }
+  }
+
+  // [E, N]: a left-hand side with a column for each slot.
+  void transposed(bf16* to, const bf16* rows) const {
+    for (int slot = 0; slot < room; ++slot)
+      for (int i = 0; i < channels; ++i)
+        to[size_t(i) * room + slot] = rows[size_t(slot) * channels + i];
+  }
+
+  const int room, channels;
+};
+
+class AttentionRun {
+ public:
+  explicit AttentionRun(const Attention& given)
+      : a(given),
+        head(given.slots, given.channels),
+        slots(given.slots),
+        channels(given.channels),
+        room(head.room),
+        group(given.heads / given.kv_heads),
+        features((given.heads + 2 * given.kv_heads) * given.channels),
+        width(given.heads * given.channels),
+        queries(given.batch * given.heads),
+        keys(given.batch * given.kv_heads),
+        query_scale(1.44269504f / std::sqrt(float(given.channels))) {}
+
+  void forward() {
+    const Lines q_(queries * head.size() * 2), k_(keys * head.size() * 2);
+    const Lines v_(keys * head.size() * 2);
+    bf16 *const q = q_.as<bf16>(), *const k = k_.as<bf16>(), *const v = v_.as<bf16>();
+#pragma omp parallel
+    {
+      Tiles tiles;
+      const Lines rows_(head.size() * 2), weights_(size_t(kBlock) * kBlock * 2);
+      const Lines sums_(size_t(kBlock) * channels * 4);
+      bf16 *const rows = rows_.as<bf16>(), *const weights = weights_.as<bf16>();
+#pragma omp for
+      for (int each = 0; each < queries; ++each) normed_queries(q + each * head.size(), each);
+#pragma omp for
+      for (int each = 0; each < keys; ++each) {
+        normed_keys(rows, each);
+        head.columns(k + each * head.size(), rows);
+        values(rows, each);
+        head.pairs(v + each * head.size(), rows);
+      }
+#pragma omp for collapse(2) schedule(dynamic)
+      for (int each = 0; each < queries; ++each)
+        for (int block = 0; block < room / kBlock; ++block) {
+          const size_t of_keys = key_head_of(each) * head.size();
+          attend(each, block * kBlock, q + each * head.size(), k + of_keys, v + of_keys, weights,
+                 sums_.as<float>());
+        }
+    }
+  }
+
+  void backward() {
+    const size_t one = head.size();
+    const Lines k_(keys * one * 2), k_transposed_(keys * one * 2), v_(keys * one * 2);
+    const Lines k_grads_(queries * one * 4), v_grads_(queries * one * 4);
+    bf16 *const k = k_.as<bf16>(), *const k_transposed = k_transposed_.as<bf16>();
+    bf16* const v = v_.as<bf16>();
+    float *const k_grads = k_grads_.as<float>(), *const v_grads = v_grads_.as<float>();
+#pragma omp parallel
+    {
+      Tiles tiles;
+      const Own own(*this);
+#pragma omp for
+      for (int each = 0; each < keys; ++each) {
+        normed_keys(k + each * one, each);
+        head.transposed(k_transposed + each * one, k + each * one);
+        values(v + each * one, each);
+      }
+#pragma omp for schedule(dynamic)
+      for (int each = 0; each < queries; ++each) {
+        const size_t of_keys = key_head_of(each) * one;
+        own.take(*this, each);
+        std::memset(own.q_grad, 0, one * 4);
+        for (int block = 0; block < room; block += kBlock)
+          block_grads(each, block, own, k + of_keys, k_transposed + of_keys, v + of_keys,
+                      k_grads + each * one, v_grads + each * one);
+        query_grads(each, own.q_grad);
+      }
+#pragma omp for
+      for (int each = 0; each < keys; ++each) key_grads(each, k_grads, v_grads);
+    }
+  }
+
+ private:
+  // What a thread keeps of one query head for its gradients, and of one pair of blocks.
+  struct Own {
+    explicit Own(const AttentionRun& run)
+        : rows_(run.head.size() * 2),
+          q_columns_(run.head.size() * 2),
+          q_pairs_(run.head.size() * 2),
+          out_columns_(run.head.size() * 2),
+          out_pairs_(run.head.size() * 2),
+          q_grad_(run.head.size() * 4),
+          means_(size_t(run.room) * 4),
+          weights_(size_t(kBlock) * kBlock * 2),
+          score_grads_(size_t(kBlock) * kBlock * 2),
+          score_pairs_(size_t(kBlock) * kBlock * 2),
+          rows(rows_.as<bf16>()),
+          q_columns(q_columns_.as<bf16>()),
+          q_pairs(q_pairs_.as<bf16>()),
+          out_columns(out_columns_.as<bf16>()),
+          out_pairs(out_pairs_.as<bf16>()),
+          weights(weights_.as<bf16>()),
+          score_grads(score_grads_.as<bf16>()),
+          score_pairs(score_pairs_.as<bf16>()),
+          q_grad(q_grad_.as<float>()),
+          means(means_.as<float>()) {}
+
+    // Lay out the head's queries and its output's gradients.
+    void take(const AttentionRun& run, int each) const {
+      run.normed_queries(rows, each);
+      run.head.columns(q_columns, rows);
+      run.head.pairs(q_pairs, rows);
+      std::memset(rows, 0, run.head.size() * 2);
+      for (int slot = 0; slot < run.room; ++slot) means[slot] = 0;
+      for (int slot = 0; slot < run.slots; ++slot) {
+        const size_t at = run.mixed_at(each, slot);
+        std::memcpy(rows + size_t(slot) * run.channels, run.a.mixed_grad + at, run.channels * 2);
+        Floats sum{};
+        for (int i = 0; i < run.channels; i += kLanes)
+          sum += load(run.a.mixed_grad + at + i) * load(run.a.mixed + at + i);
+        means[slot] = total(sum);
+      }
+      run.head.columns(out_columns, rows);
+      run.head.pairs(out_pairs, rows);
+    }
+
+    const Lines rows_, q_columns_, q_pairs_, out_columns_, out_pairs_, q_grad_, means_, weights_,
+        score_grads_, score_pairs_;
+    bf16 *const rows, *const q_columns, *const q_pairs;
+    bf16 *const out_columns, *const out_pairs;  // of the gradient of the head's output
+    bf16 *const weights, *const score_grads;    // [64 keys, 64 queries]
+    bf16* const score_pairs;                    // the latter as [64 / 16][64 / 2][16][2]
+    float* const q_grad;                        // [E, N]
+    float* const means;                         // [N]: of the weights' gradients, by the weights
+  };
+
+  size_t mixed_at(int each, int slot) const {
+    return (size_t(each / a.heads) * slots + slot) * width + each % a.heads * channels;
+  }
+  size_t qkv_at(int sequence, int slot, int of_all_heads) const {
+    return (size_t(sequence) * slots + slot) * features + size_t(of_all_heads) * channels;
+  }
+  size_t query_at(int each, int slot) const {
+    return qkv_at(each / a.heads, slot, each % a.heads);
+  }
+  size_t key_at(int each, int slot) const {
+    return qkv_at(each / a.kv_heads, slot, a.heads + each % a.kv_heads);
+  }
+  size_t value_at(int each, int slot) const {
+    return key_at(each, slot) + size_t(a.kv_heads) * channels;
+  }
+  int key_head_of(int each) const {
+    return each / a.heads * a.kv_heads + each % a.heads / group;
+  }
+
+  void normed(bf16* rows, int slot, size_t at, const float* gain, float scale) const {
+    alignas(64) float row[1024];
+    for (int i = 0; i < channels; i += kLanes) store(row + i, load(a.qkv + at + i));
+    const float norm = scale_of(row, channels) * scale;
+    for (int i = 0; i < channels; i += kLanes) store(row + i, load(row + i) * norm * load(gain + i));
+    rotate(row, channels, cos_of(slot), sin_of(slot), 1);
+    head.row(rows, slot, row);
+  }
+  const float* cos_of(int slot) const { return a.cos + size_t(slot) * channels / 2; }
+  const float* sin_of(int slot) const { return a.sin + size_t(slot) * channels / 2; }
+
+  void clear_padding(bf16* rows) const {
+    std::memset(rows + size_t(slots) * channels, 0, size_t(room - slots) * channels * 2);
+  }
+  void normed_queries(bf16* rows, int each) const {
+    for (int slot = 0; slot < slots; ++slot)
+      normed(rows, slot, query_at(each, slot), a.q_gain, query_scale);
+    clear_padding(rows);
+  }
+  void normed_keys(bf16* rows, int each) const {
+    for (int slot = 0; slot < slots; ++slot)
+      normed(rows, slot, key_at(each, slot), a.k_gain, 1);
+    clear_padding(rows);
+  }
+  void values(bf16* rows, int each) const {
+    for (int slot = 0; slot < slots; ++slot)
+      std::memcpy(rows + size_t(slot) * channels, a.qkv + value_at(each, slot), channels * 2);
+    clear_padding(rows);
+  }
+
+  // What 64 queries see.
+  void attend(int each, int first, const bf16* q, const bf16* k, const bf16* v, bf16* weights,
+              float* sums) const {
+    alignas(64) float scores[kBlock * kLanes];
+    Floats seen[kBlock] = {};
+    std::memset(sums, 0, size_t(kBlock) * channels * 4);
+    const bf16* queries_of = q + size_t(first) * channels;
+    for (int key = 0; key <= first; key += kBlock) {
+      for (int column = 0; column < kBlock; column += kLanes) {
+        product<false>(queries_of, channels, k + size_t(key + column) * channels, channels, scores,
+                       kLanes, kBlock);
+        for (int row = 0; row < kBlock; ++row) {
+          Floats weight = power_of_two(load(scores + row * kLanes));
+          if (key == first) weight = kept(weight, column - row, false);
+          seen[row] += weight;
+          store_rounded(weights + row * kBlock + column, weight);
+        }
+      }
+      for (int i = 0; i < channels; i += kLanes)
+        product<true>(weights, kBlock, v + size_t(i) * room + key * kLanes, kBlock, sums + i,
+                      channels, kBlock);
+    }
+    for (int row = 0; row < kBlock; ++row) {
+      const float weight = total(seen[row]);
+      a.weights[size_t(each) * room + first + row] = std::log2(weight);
+      if (first + row >= slots) continue;
+      bf16* to = a.mixed + mixed_at(each, first + row);
+      for (int i = 0; i < channels; i += kLanes)
+        store_rounded(to + i, load(sums + row * channels + i) / weight);
+    }
+  }
+
+  // Weights of lanes at `offset` + lane that are at most 0, or else at least 0; 0 for the others.
+  static Floats kept(Floats weight, int offset, bool above) {
+    const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Ints mask = above ? lanes + offset >= 0 : lanes + offset <= 0;
+    return (Floats)((Ints)weight & mask);
+  }
+
+  // Gradients of 64 keys and values [64, E] of a query head, and what they add to its queries'.
+  void block_grads(int each, int key, const Own& own, const bf16* k, const bf16* k_transposed,
+                   const bf16* v, float* k_grads, float* v_grads) const {
+    float *const k_grad = k_grads + size_t(key) * channels;
+    float *const v_grad = v_grads + size_t(key) * channels;
+    std::memset(k_grad, 0, size_t(kBlock) * channels * 4);
+    std::memset(v_grad, 0, size_t(kBlock) * channels * 4);
+    for (int query = key; query < room; query += kBlock) {
+      for (int column = 0; column < kBlock; column += kLanes)
+        score_grads(each, key, query + column, own, k, v);
+      for (int i = 0; i < channels; i += kLanes) {
+        const size_t at = size_t(i) * room + query * kLanes;
+        product<true>(own.weights, kBlock, own.out_pairs + at, kBlock, v_grad + i, channels,
+                      kBlock);
+        product<true>(own.score_grads, kBlock, own.q_pairs + at, kBlock, k_grad + i, channels,
+                      kBlock);
+      }
+      for (int column = 0; column < kBlock; column += kLanes)
+        product<true>(k_transposed + key, room, own.score_pairs + column * kBlock, kBlock,
+                      own.q_grad + query + column, room, channels);
+    }
+  }
+
+  // Weights of 64 keys for 16 queries, and the gradients of their scores.
+  void score_grads(int each, int key, int query, const Own& own, const bf16* k,
+                   const bf16* v) const {
+    alignas(64) float scores[kBlock * kLanes], grads[kBlock * kLanes];
+    product<false>(k + size_t(key) * channels, channels, own.q_columns + size_t(query) * channels,
+                   channels, scores, kLanes, kBlock);
+    product<false>(v + size_t(key) * channels, channels, own.out_columns + size_t(query) * channels,
+                   channels, grads, kLanes, kBlock);
+    const Floats seen = load(a.weights + size_t(each) * room + query);
+    const Floats mean = load(own.means + query);
+    const int column = query % kBlock;
+    const bool diagonal = query - column == key;
+    bf16* pairs = own.score_pairs + column * kBlock;
+    for (int row = 0; row < kBlock; row += 2) {
+      Floats grad[2];
+      for (int i = 0; i < 2; ++i) {
+        Floats power = load(scores + (row + i) * kLanes) - seen;
+        power = power > -126.0f ? power : Floats{} - 126.0f;
+        Floats weight = power_of_two(power);
+        if (diagonal) weight = kept(weight, column - row - i, true);
+        grad[i] = weight * (load(grads + (row + i) * kLanes) - mean);
+        store_rounded(own.weights + (row + i) * kBlock + column, weight);
+        store_rounded(own.score_grads + (row + i) * kBlock + column, grad[i]);
+      }
+      store_pair(pairs + row * kLanes, grad[0], grad[1]);
+    }
+  }
+
+  // From gradients of what was normed and rotated to those of the projections, and of the gain.
+  void unnormed(float* grad, int slot, size_t at, const float* gain, float* gain_grad) const {
+    rotate(grad, channels, cos_of(slot), sin_of(slot), -1);
+    alignas(64) float row[1024];
+    for (int i = 0; i < channels; i += kLanes) store(row + i, load(a.qkv + at + i));
+    const float scale = scale_of(row, channels);
+    Floats product{};
+    for (int i = 0; i < channels; i += kLanes) {
+      const Floats x = load(row + i) * scale, g = load(grad + i);
+      store(gain_grad + i, load(gain_grad + i) + g * x);
+      product += g * load(gain + i) * x;
+    }
+    const float mean = total(product) / channels;
+    for (int i = 0; i < channels; i += kLanes)
+      store_rounded(a.qkv_grad + at + i,
+                    (load(grad + i) * load(gain + i) - load(row + i) * scale * mean) * scale);
+  }
+
+  void query_grads(int each, const float* q_grad) const {
+    float* gain_grad = a.q_gain_grad + size_t(each) * channels;
+    std::memset(gain_grad, 0, channels * 4);
+    const float scale = query_scale / 1.44269504f;
+    alignas(64) float row[1024];
+    for (int slot = 0; slot < slots; ++slot) {
+      for (int i = 0; i < channels; ++i) row[i] = q_grad[size_t(i) * room + slot] * scale;
+      unnormed(row, slot, query_at(each, slot), a.q_gain, gain_grad);
+    }
+  }
+
+  void key_grads(int each, const float* k_grads, const float* v_grads) const {
+    float* gain_grad = a.k_gain_grad + size_t(each) * channels;
+    std::memset(gain_grad, 0, channels * 4);
+    const size_t first =
+        size_t(each / a.kv_heads * a.heads + each % a.kv_heads * group) * head.size();
+    alignas(64) float row[1024];
+    for (int slot = 0; slot < slots; ++slot) {
+      for (int i = 0; i < channels; i += kLanes) {
+        Floats k_sum{}, v_sum{};
+        for (int query = 0; query < group; ++query) {
+          const size_t at = first + query * head.size() + size_t(slot) * channels + i;
+          k_sum += load(k_grads + at);
+          v_sum += load(v_grads + at);
+        }
+        store(row + i, k_sum * 0.69314718f);  // queries carry 1 / ln 2
+        store_rounded(a.qkv_grad + value_at(each, slot) + i, v_sum);
+      }
+      unnormed(row, slot, key_at(each, slot), a.k_gain, gain_grad);
+    }
+  }
+
+  const Attention& a;
+  const Head head;
+  const int slots, channels, room, group, features, width, queries, keys;
+  const float query_scale;
+};
+
+constexpr int kNormParts = 64;  // of the rows, whose sums are added in this order
+
+}  // namespace
+
+extern "C" void drivesim_attention(const Attention* given) { AttentionRun(*given).forward(); }
+
+extern "C" void drivesim_attention_grad(const Attention* given) { AttentionRun(*given).backward(); }
+
+// RMSNorm of x [rows, D] into bf16.
+extern "C" void drivesim_norm(int64_t rows, int64_t width, const float* x, const float* gain,
+                              bf16* normed) {
+#pragma omp parallel for
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* from = x + row * width;
+    const float scale = scale_of(from, width);
+    for (int i = 0; i < width; i += kLanes)
+      store_rounded(normed + row * width + i, load(from + i) * scale * load(gain + i));
+  }
+}
+
+// Its gradients: of x, and of the gain in 64 parts [64, D].
+extern "C" void drivesim_norm_grad(int64_t rows, int64_t width, const float* x, const float* gain,
+                                   const bf16* grad, float* x_grad, float* gain_grads) {
+  const int64_t of_part = (rows + kNormParts - 1) / kNormParts;
+#pragma omp parallel for
+  for (int part = 0; part < kNormParts; ++part) {
+    float* gain_grad = gain_grads + part * width;
+    std::memset(gain_grad, 0, width * 4);
+    for (int64_t row = part * of_part; row < std::min(rows, (part + 1) * of_part); ++row) {
+      const float* from = x + row * width;
+      const bf16* given = grad + row * width;
+      const float scale = scale_of(from, width);
+      Floats product{};
+      for (int i = 0; i < width; i += kLanes) {
+        const Floats normal = load(from + i) * scale, g = load(given + i);
+        store(gain_grad + i, load(gain_grad + i) + g * normal);
+        product += g * load(gain + i) * normal;
+      }
+      const float mean = total(product) / width;
+      for (int i = 0; i < width; i += kLanes)
+        store(x_grad + row * width + i,
+              (load(given + i) * load(gain + i) - load(from + i) * scale * mean) * scale);
+    }
+  }
+}
+
+// Squared ReLU of `count` numbers, a multiple of 16.
+extern "C" void drivesim_activation(int64_t count, const bf16* x, bf16* activated) {
+#pragma omp parallel for
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Floats value = load(x + i);
+    value = value > 0.0f ? value : Floats{};
+    store_rounded(activated + i, value * value);
+  }
+}
+
+extern "C" void drivesim_activation_grad(int64_t count, const bf16* x, const bf16* grad,
+                                         bf16* x_grad) {
+#pragma omp parallel for
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Floats value = load(x + i);
+    value = value > 0.0f ? value : Floats{};
+    store_rounded(x_grad + i, 2.0f * value * load(grad + i));
+  }
+}
