@@ -161,7 +161,6 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("runs/lag"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     commands = parser.add_subparsers(required=True)
     training = commands.add_parser("train")
     training.add_argument("tokens", type=Path, help="token store")
@@ -176,6 +175,8 @@ def main() -> None:
     drawing.add_argument("--picture", type=Path, default=Path("docs/lag.png"))
     drawing.add_argument("--rounds", type=int, default=5)
     drawing.set_defaults(act=plot)
+    for each in (training, drawing):
+        each.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
     with one_line_errors(parser):
         given.act(given)
