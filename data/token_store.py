@@ -52,8 +52,21 @@ class DriveTokens:
 
     def _column(self, name: str) -> NDArray[Any]:
         shard = self._store.shard(self._shard)
-        start, stop = shard.offsets[self._position : self._position + 2].tolist()
-        return shard.columns[name][start:stop]
+        begin = int(shard.offsets[self._position])
+        return shard.columns[name][begin : begin + self.entry.frames]
+
+    def span(
+        self, first: int, stop: int
+    ) -> tuple[NDArray[np.uint16], NDArray[np.float32], NDArray[np.bool_]]:
+        """Tokens, actions and their validity of the frames from `first` to before `stop`."""
+        shard = self._store.shard(self._shard)
+        begin, columns = int(shard.offsets[self._position]), shard.columns
+        frames = slice(begin + first, begin + stop)
+        return (
+            columns["tokens"][frames],
+            columns["actions"][frames],
+            columns["action_valid"][frames],
+        )
 
     @property
     def tokens(self) -> NDArray[np.uint16]:

@@ -4,7 +4,7 @@ Shapes: B windows, T frames, R rows, C cols, 2 actions (speed, steering).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +16,7 @@ from driving_sim.data.token_store import DriveTokens
 from driving_sim.engine.errors import DriveSimError, TooLittleDataError
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Window:
+class Window(NamedTuple):
     """Where a window lies."""
 
     drive: int
@@ -31,7 +30,7 @@ class Window:
 class WindowIndex:
     """Every window of `frames` frames, `stride` apart, that crosses neither a drive nor a gap.
 
-    Built from the store's index alone; `index[n]` is O(log n) in the number of drives.
+    Built from the store's index alone; finding one is O(log n) in the number of drives.
     """
 
     def __init__(self, drives: Sequence[DriveTokens], *, frames: int, stride: int = 1) -> None:
@@ -45,8 +44,10 @@ class WindowIndex:
             if stop - first >= frames
         ]
         table = np.asarray(runs, np.int64).reshape(-1, 4)
-        self._drive, self._begin, self._first, counts = table.T
+        self._drive, self._begin, first, counts = table.T
         self._ends: NDArray[np.int64] = np.cumsum(counts)
+        # Where window 0 would start, were the run's numbers to go on downwards.
+        self._offsets = first - (self._ends - counts) * stride
         self._stride = stride
 
     def __len__(self) -> int:
@@ -55,12 +56,14 @@ class WindowIndex:
     def __getitem__(self, n: int) -> Window:
         if not 0 <= n < len(self):
             raise IndexError(f"window {n} of {len(self)}")
-        run = int(np.searchsorted(self._ends, n, side="right"))
-        before = int(self._ends[run - 1]) if run else 0
-        start = int(self._first[run]) + (n - before) * self._stride
-        return Window(
-            drive=int(self._drive[run]), start=start, has_previous=start > int(self._begin[run])
-        )
+        return self.select(np.array([n]))[0]
+
+    def select(self, numbers: NDArray[np.int64]) -> list[Window]:
+        """The windows with these numbers, each from 0 to below the length."""
+        run = np.searchsorted(self._ends, numbers, side="right")
+        start = self._offsets[run] + numbers * self._stride
+        parts = self._drive[run], start, start > self._begin[run]
+        return [Window(*each) for each in zip(*(part.tolist() for part in parts), strict=True)]
 
 
 def _first_frame(drive: DriveTokens, begin: int) -> int:
@@ -95,7 +98,7 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
     def __getitem__(self, n: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((self._seed, n))
         chosen = rng.integers(len(self.index), size=self._batch_size)
-        return load_windows(self._drives, [self.index[int(i)] for i in chosen], self._frames)
+        return load_windows(self._drives, self.index.select(chosen), self._frames)
 
 
 def sequential_windows(
@@ -111,7 +114,7 @@ def sequential_windows(
     """
     index = _index(drives, frames, stride=frames)
     count = len(index) if limit is None else min(limit, len(index))
-    windows = [index[n * len(index) // count] for n in range(count)]
+    windows = index.select(np.arange(count) * len(index) // max(count, 1))
     return (
         load_windows(drives, windows[first : first + batch_size], frames)
         for first in range(0, count, batch_size)
@@ -140,25 +143,26 @@ def load_windows(
         DriveSimError: a token is not below the codebook's size.
     """
     info = drives[0].info
-    # One frame more than the window: what came before it.
-    tokens = np.zeros((len(windows), frames + 1, info.rows, info.cols), np.int64)
-    actions = np.zeros((len(windows), frames, 2), np.float32)
-    valid = np.zeros((len(windows), frames, 2), np.bool_)
-    for row, window in enumerate(windows):
-        drive, missing = drives[window.drive], 0 if window.has_previous else 1
-        first, stop = window.start - 1 + missing, window.start + frames
-        tokens[row, missing:] = drive.tokens[first:stop]
-        actions[row, missing:] = drive.actions[first : stop - 1]
-        valid[row, missing:] = drive.action_valid[first : stop - 1]
+    # One frame more than the window: what came before it. Converted once, and not window by window.
+    tokens = np.empty((len(windows), frames + 1, info.rows, info.cols), np.uint16)
+    actions = np.empty((len(windows), frames, 2), np.float32)
+    valid = np.empty((len(windows), frames, 2), np.bool_)
+    for row, (number, start, has_previous) in enumerate(windows):
+        missing = 0 if has_previous else 1
+        if missing:
+            tokens[row, 0] = actions[row, 0] = valid[row, 0] = 0
+        seen, acted, known = drives[number].span(start - 1 + missing, start + frames)
+        tokens[row, missing:] = seen
+        actions[row, missing:] = acted[:-1]
+        valid[row, missing:] = known[:-1]
     if tokens.max(initial=0) >= info.codebook_size:
         raise DriveSimError(
             f"damaged token store: token {tokens.max()} of a codebook of {info.codebook_size}; "
             "tokenize again"
         )
-    all_tokens = torch.from_numpy(tokens)
     return {
-        "tokens": all_tokens[:, 1:].contiguous(),
-        "previous": all_tokens[:, 0].contiguous(),
+        "tokens": torch.from_numpy(tokens[:, 1:].astype(np.int64)),
+        "previous": torch.from_numpy(tokens[:, 0].astype(np.int64)),
         "has_previous": torch.tensor([window.has_previous for window in windows]),
         "actions": torch.from_numpy(actions),
         "action_valid": torch.from_numpy(valid),
