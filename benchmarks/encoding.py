@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.machine import flops_of, limits, name_of
+from benchmarks.machine import flops_of, limits
 from benchmarks.paired import (
     Benchmark,
     Claim,
@@ -34,6 +34,7 @@ from benchmarks.peers import DTYPES, fastest, tried, vq_encode, vq_model
 from benchmarks.shapes import FPS, shape_of, tokenizer
 from driving_sim.data.sources import find_drives
 from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
+from driving_sim.engine.device import name_of
 from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.tokenizer.tokenizer import images_from_frames
 
@@ -91,11 +92,12 @@ def encoder(settings: Settings) -> list[Claim]:
             figure=times_faster(found["peer"], found["own"], work=batch / _BATCH),
             bar=10,
             details=(
-                f"drivesim {1 / seconds:.3g} frames/s at {flops / 1e9:.1f} GFLOP a frame, "
+                f"drivesim in {name_of(own.dtype)} {1 / seconds:.3g} frames/s "
+                f"at {flops / 1e9:.1f} GFLOP a frame, "
                 f"VQModel {1 / theirs:.3g} at {peer_flops / 1e9:.0f}",
                 f"VQModel: {tried(times)}; {form}: {each[1]:.3g} s a frame one by one, "
                 f"{each[large]:.3g} s {large} at once",
-                f"drivesim {limits(settings, torch.bfloat16).reached(seconds, flops=flops)}, "
+                f"drivesim {limits(settings, own.dtype).reached(seconds, flops=flops)}, "
                 f"VQModel {limits(settings, dtype).reached(theirs, flops=peer_flops)}",
             ),
         )

@@ -9,10 +9,11 @@ import sys
 import numpy as np
 import torch
 
-from benchmarks.machine import limits, name_of
+from benchmarks.machine import limits
 from benchmarks.paired import Benchmark, Claim, Settings, alternate, run_command, times_faster
 from benchmarks.rollout import pass_flops
 from benchmarks.shapes import shape_of, world_model
+from driving_sim.engine.device import name_of
 
 _FUTURES = 8
 

@@ -15,6 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.paired import Settings, Work, seconds
+from driving_sim.engine.device import name_of
 
 _SECONDS = 1.0
 """How long each limit is looked for."""
@@ -43,11 +44,6 @@ class Limits:
             share = read / seconds / self.bandwidth
             parts.append(f"{share:.1%} of the memory bandwidth ({self.bandwidth / 1e9:.1f} GB/s)")
         return " and ".join(parts)
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """Fp32 or bf16, as our own options are called."""
-    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
 
 
 @cache

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import name_of
 from benchmarks.paired import Settings, Work, seconds
+from driving_sim.engine.device import name_of
 from driving_sim.tokenizer.perceptual import _import_lpips
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.machine import limits, name_of
+from benchmarks.machine import limits
 from benchmarks.paired import Benchmark, Claim, Settings, alternate, run_command, times_faster
 from benchmarks.peers import Gpt2Decoder, fastest, gpt2, gpt2_decoders, tried
 from benchmarks.shapes import Shape, shape_of, world_model
+from driving_sim.engine.device import name_of
 from driving_sim.world_model.sampler import FrameSample
 from driving_sim.world_model.world_model import WorldModel
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine import name_of
 from benchmarks.paired import Benchmark, Claim, Figure, Settings, alternate, run_command
 from benchmarks.rollout import endless
 from benchmarks.shapes import shape_of, world_model
+from driving_sim.engine.device import name_of
 
 _STEPS = 8
 """Frames that are timed together."""

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.machine import limits, name_of
+from benchmarks.machine import limits
 from benchmarks.paired import Benchmark, Claim, Figure, Settings, alternate, run_command
 from benchmarks.rollout import pass_flops
 from benchmarks.shapes import shape_of, world_model
 from driving_sim.data.synthetic import SyntheticConfig, SyntheticDrive, SyntheticWorld, drive
+from driving_sim.engine.device import name_of
 from driving_sim.world_model.action_plan import ActionPlan
 from driving_sim.world_model.rollout import Context, write_rollout
 from driving_sim.world_model.sampler import Sampling

@@ -74,10 +74,10 @@ def shape_of(name: str, settings: Settings) -> Shape:
     return _TOY if settings.toy else _SHAPES[name]
 
 
-def tokenizer(shape: Shape, settings: Settings) -> Tokenizer:
+def tokenizer(shape: Shape, settings: Settings, precision: str = "auto") -> Tokenizer:
     """A frozen tokenizer that has learned nothing."""
     torch.manual_seed(0)
-    return Tokenizer(filled(Autoencoder(shape.frames)), settings.device)
+    return Tokenizer(filled(Autoencoder(shape.frames)), settings.device, precision)
 
 
 def transformer(shape: Shape) -> Transformer:
@@ -94,7 +94,7 @@ def world_model(
     model = shape.model if lag is None else replace(shape.model, lag=lag)
     return WorldModel(
         transformer(replace(shape, model=model)),
-        tokenizer(shape, settings),
+        tokenizer(shape, settings, precision),
         fps=FPS,
         steering_kind="road_wheel",
         device=settings.device,

@@ -50,6 +50,8 @@ class StoreInfo:
     """The stride over the video's frames asked for, where one was."""
     transform: dict[str, Any] = field(default_factory=dict)
     """How frames were resized, cropped and converted."""
+    precision: str = "fp32"
+    """The number format that frames were encoded in."""
 
     def __post_init__(self) -> None:
         for name in ("rows", "cols", "codebook_size", "fps"):

@@ -301,6 +301,7 @@ def tokenize(
     time_offset: TimeOffset = 0.0,
     skip_bad: SkipBad = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Frames encoded at once.")] = 16,
+    precision: Precision = None,
     device: Device = "auto",
 ) -> None:
     """Turn videos and their actions into a token store."""
@@ -312,6 +313,7 @@ def tokenize(
         steps=steps,
         minutes=minutes,
         assignments=tuple(assignments or ()),
+        precision=precision,
         device=device,
     )
     summary = tokenize_videos(
@@ -327,6 +329,7 @@ def tokenize(
         batch_size=batch_size,
         training=training if tokenizer is None else None,
         device=device,
+        precision=precision or "auto",
     )
     named = "" if tokenizer is None else f" --tokenizer {tokenizer}"
     _say_done(f"{summary}; next: drivesim train-world-model {out}{named}")

@@ -187,6 +187,7 @@ def tokenize_videos(
     batch_size: int = 16,
     training: TrainingRequest | None = None,
     device: str = "auto",
+    precision: str = "auto",
 ) -> TokenizeSummary:
     """Turn videos and their actions into the token store `out`.
 
@@ -210,7 +211,7 @@ def tokenize_videos(
         if training is not None and not usable:
             request = replace(training, resume=bool(begun))
             _train_missing(found, tokenizer, request, rate, skip_bad)
-        frozen = Tokenizer.from_run(tokenizer, own_device)
+        frozen = Tokenizer.from_run(tokenizer, own_device, precision)
         say(
             f"the tokenizer is {tokenizer}: {frozen.height}x{frozen.width} pixels to "
             f"{frozen.rows}x{frozen.cols} tokens"

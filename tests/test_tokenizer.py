@@ -66,6 +66,17 @@ def test_batches_do_not_matter_and_arrays_will_do() -> None:
     assert (few.int() - tokenizer.decode(tokens).int()).abs().max() <= 1
 
 
+def test_in_bf16_pixels_hardly_move() -> None:
+    exact = make(widths=(32, 32, 32))
+    half = Tokenizer(exact.autoencoder, precision="bf16")
+    tokens = torch.randint(exact.codebook_size, (3, exact.rows, exact.cols))
+    moved = (half.decode(tokens).int() - exact.decode(tokens).int()).abs()
+    assert 0 < moved.float().mean() < 0.5
+    assert moved.max() <= 2
+    frames = exact.decode(tokens)
+    assert (half.encode(frames) == exact.encode(frames)).float().mean() > 0.9
+
+
 def test_nothing_in_nothing_out() -> None:
     tokenizer = make()
     tokens = tokenizer.encode(frames(0))

@@ -22,6 +22,7 @@ from driving_sim.data.timing import RATE_TOLERANCE
 from driving_sim.data.token_store_index import StoreIndex, StoreInfo
 from driving_sim.data.token_store_plan import SHARD_BYTES, PlannedDrive, StorePlan
 from driving_sim.data.token_store_writer import TokenStoreWriter
+from driving_sim.engine.device import name_of
 from driving_sim.engine.distributed import Ranks
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.progress import Progress, progress
@@ -189,6 +190,7 @@ def _store_info(
         requested_fps=fps,
         every=every,
         transform=transform_description(tokenizer.frame_size),
+        precision=name_of(tokenizer.dtype),
     )
 
 

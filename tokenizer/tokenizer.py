@@ -16,7 +16,7 @@ from torch import Tensor
 
 from driving_sim.data.frame_size import FrameSize, fit, transform_description
 from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
-from driving_sim.engine.device import resolve_device
+from driving_sim.engine.device import autocast, resolve_device, resolve_precision
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.weights import build_with_weights, fingerprint, save_weights
 from driving_sim.tokenizer.autoencoder import Autoencoder, AutoencoderConfig
@@ -31,16 +31,28 @@ _MOST_CONFIG_BYTES = 2**16
 
 
 class Tokenizer:
-    """Frames to tokens and back with fixed weights: eval mode, no gradients, float32."""
+    """Frames to tokens and back with fixed weights: eval mode, no gradients.
 
-    def __init__(self, autoencoder: Autoencoder, device: torch.device | str = "cpu") -> None:
+    `precision` is fp32, bf16 or auto: bf16 where that is faster. There one token in a hundred is
+    the next one of those that stand for its patch, and a pixel may differ by 1.
+    """
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        device: torch.device | str = "cpu",
+        precision: str = "fp32",
+    ) -> None:
         self.device = torch.device(device)
+        self.dtype = resolve_precision(precision, self.device)
         self.autoencoder = autoencoder.eval().requires_grad_(False).to(self.device)
         self.fingerprint = fingerprint(_identity(autoencoder.config), autoencoder)
         """SHA-256 of weights, config, frame transform and quantiser; token stores carry it."""
 
     @classmethod
-    def from_run(cls, path: Path | str, device: torch.device | str = "auto") -> Self:
+    def from_run(
+        cls, path: Path | str, device: torch.device | str = "auto", precision: str = "fp32"
+    ) -> Self:
         """Load the tokenizer folder `path`; raise `DriveSimError` where it is not an intact one."""
         folder = Path(path)
         for name in (_CONFIG, WEIGHTS):
@@ -58,7 +70,7 @@ class Tokenizer:
             of="this tokenizer",
             least_values=config.least_weights,
         )
-        tokenizer = cls(autoencoder, resolve_device(device))
+        tokenizer = cls(autoencoder, resolve_device(device), precision)
         if tokenizer.fingerprint != metadata.get("fingerprint"):
             raise DriveSimError(
                 f"{folder}: config and weights do not belong together (their fingerprint is not "
@@ -122,12 +134,15 @@ class Tokenizer:
         """
         frames_THWC = _checked_frames(frames)
         quantiser = self.autoencoder.quantiser
-        tokens = [
-            quantiser.codes_to_indices(
-                self.autoencoder.encode(images_from_frames(chunk.to(self.device), self.frame_size))
-            ).cpu()
-            for chunk in torch.split(frames_THWC, batch_size)
-        ]
+        with autocast(self.device, self.dtype):
+            tokens = [
+                quantiser.codes_to_indices(
+                    self.autoencoder.encode(
+                        images_from_frames(chunk.to(self.device), self.frame_size)
+                    )
+                ).cpu()
+                for chunk in torch.split(frames_THWC, batch_size)
+            ]
         if not tokens:
             return torch.zeros(0, self.rows, self.cols, dtype=torch.int64)
         return torch.cat(tokens)
@@ -137,12 +152,13 @@ class Tokenizer:
         """Return the frames, uint8 RGB [T, h, w, 3] on the CPU, of tokens [T, r, c]."""
         tokens_Trc = self._checked_tokens(tokens)
         quantiser = self.autoencoder.quantiser
-        frames = [
-            frames_from_images(
-                self.autoencoder.decode(quantiser.indices_to_codes(chunk.to(self.device)))
-            ).cpu()
-            for chunk in torch.split(tokens_Trc, batch_size)
-        ]
+        with autocast(self.device, self.dtype):
+            frames = [
+                frames_from_images(
+                    self.autoencoder.decode(quantiser.indices_to_codes(chunk.to(self.device)))
+                ).cpu()
+                for chunk in torch.split(tokens_Trc, batch_size)
+            ]
         if not frames:
             return torch.zeros(0, self.height, self.width, 3, dtype=torch.uint8)
         return torch.cat(frames)
@@ -171,7 +187,7 @@ def images_from_frames(frames: Tensor, size: FrameSize) -> Tensor:
 
 def frames_from_images(images: Tensor) -> Tensor:
     """Return uint8 frames [T, h, w, 3] from pictures [T, 3, h, w] in [-1, 1]."""
-    frames = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    frames = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return rearrange(frames, "t c h w -> t h w c")
 
 

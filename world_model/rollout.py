@@ -1,9 +1,12 @@
 """Futures as a side-by-side video, with their tokens, settings and a contact sheet beside it."""
 
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,11 @@ from driving_sim.world_model.token_file import WriteTokens, token_file
 from driving_sim.world_model.world_model import WorldModel
 
 _SHEET_COLUMNS = 8
+_DECODED_TOGETHER = 8
+_WRITTEN_LATER = 16
+
+_Moment = tuple[torch.Tensor, list[Frame], Frame | None]
+"""Tokens [F, rows, cols], decoded frames and the true frame."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -239,7 +247,7 @@ def write_rollout(
 ) -> dict[str, Any]:
     """Roll out every plan `samples` times from one context and write the files of `output_files`.
 
-    Frames are generated, decoded and written one at a time: memory does not grow with the length.
+    Frames are generated, decoded and written a few at a time: memory does not grow with the length.
     Returns what the JSON holds. The files appear together at the end, or not at all.
     """
     files = output_files(out)
@@ -269,14 +277,30 @@ def write_rollout(
             recorder.start(context.frames[-1])
             moments = _futures(world, context, plans, sampling, samples, recorder)
             with progress(length, f"rollout -> {out}", "frames") as bar:
-                for index, (tokens, frames, truth) in enumerate(moments):
+
+                def write(index: int, moment: _Moment) -> None:
+                    tokens, frames, truth = moment
                     recorder.record(index, tokens, frames, truth)
                     writer.write(panels.future(index, frames, truth))
                     bar.advance(1)
+
+                _while_the_next_come(write, moments)
         report = _report(world, context, shown, titles, sampling, recorder.seconds, length)
         Image.fromarray(recorder.sheet()).save(temporary["sheet"])
         save_json(temporary["settings"], report)
     return report
+
+
+def _while_the_next_come(write: Callable[[int, _Moment], None], moments: Iterator[_Moment]) -> None:
+    """Write moment after moment in a thread of its own, at most 16 behind."""
+    with ThreadPoolExecutor(1) as thread:
+        pending: deque[Future[None]] = deque()
+        for index, moment in enumerate(moments):
+            pending.append(thread.submit(write, index, moment))
+            if len(pending) > _WRITTEN_LATER:
+                pending.popleft().result()
+        for each in pending:
+            each.result()
 
 
 class _Recorder:
@@ -315,13 +339,17 @@ def _futures(
     sampling: Sampling,
     samples: int,
     recorder: _Recorder,
-) -> Iterator[tuple[torch.Tensor, list[Frame], Frame | None]]:
-    """Yield tokens [F, rows, cols], decoded frames and the true frame, one moment at a time."""
+) -> Iterator[_Moment]:
+    """Yield one moment after the other.
+
+    Some moments are decoded together: a few frames take hardly longer than one.
+    """
     past = len(context.tokens) - 1
     began = time.perf_counter()
     prefix = world.encode_prefix(
         context.tokens, context.actions[:past], context.action_valid[:past]
     )
+    futures = len(plans) * samples
     moments = world.generate(
         prefix,
         np.stack([plan.actions for plan in plans]),
@@ -329,13 +357,13 @@ def _futures(
         samples=samples,
         sampling=sampling,
     )
-    for moment in moments:
+    while some := list(islice(moments, -(-_DECODED_TOGETHER // futures))):
         generated = time.perf_counter()
-        frames = list(world.tokenizer.decode(moment.tokens).numpy())
-        decoded = time.perf_counter()
+        decoded = world.tokenizer.decode(torch.cat([moment.tokens for moment in some])).numpy()
         recorder.seconds["generate"] += generated - began
-        recorder.seconds["decode"] += decoded - generated
-        yield moment.tokens, frames, next(context.future, None)
+        recorder.seconds["decode"] += time.perf_counter() - generated
+        for moment, frames in zip(some, np.split(decoded, len(some)), strict=True):
+            yield moment.tokens, list(frames), next(context.future, None)
         began = time.perf_counter()
 
 

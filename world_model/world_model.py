@@ -146,7 +146,7 @@ class WorldModel:
                 )
         saved = load_json(folder / _CONFIG, most_bytes=_MOST_CONFIG_BYTES)
         config = from_dict(WorldModelConfig, saved.get("config", {}), str(folder / _CONFIG))
-        tokenizer = Tokenizer.from_run(folder / _TOKENIZER, device)
+        tokenizer = Tokenizer.from_run(folder / _TOKENIZER, device, precision)
         if config.grid != _grid(tokenizer):
             raise _not_its_tokenizer(folder)
         transformer, written = build_with_weights(

@@ -47,6 +47,11 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if faster else torch.float32
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """Fp32 or bf16, as the options are called."""
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
 def autocast(
     device: torch.device, dtype: torch.dtype, *, keep_casts: bool = True
 ) -> AbstractContextManager[object]:
