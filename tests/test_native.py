@@ -53,6 +53,51 @@ def test_branches_go_on_from_their_own_sequence() -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("past", [1, 2, 5])
+@torch.no_grad()
+def test_branches_equal_caches_that_share_nothing(past: int) -> None:
+    """Over three windows, from a ring that is full and ones that are not; a frame is 9 slots."""
+    model = random_model(WIDE)
+    inputs = random_inputs(past + 3 * WIDE.context_frames)
+    first = {name: inputs[name][:, :past] for name in ("tokens", "actions", "valid")}
+    cache = NativeCache(model, model.tables(), 2)
+    cached_logits(model, cache, inputs | first, by_wave=False)
+    rows = torch.tensor([1, 0, 1])
+    branch, alone = cache.branch(rows), NativeCache(model, model.tables(), 3)
+    alone.keys, alone.values = cache.keys[:, rows], cache.values[:, rows]
+    alone.frame = cache.frame
+    again = None
+    for frame in range(past, past + 3 * WIDE.context_frames):
+        tokens, previous = (
+            inputs["tokens"][rows, number].flatten(1) for number in (frame, frame - 1)
+        )
+        now = inputs["actions"][rows, frame], inputs["valid"][rows, frame]
+        expected = wave_by_wave(alone, tokens, previous, *now)
+        found = wave_by_wave(branch, tokens, previous, *now)
+        assert (found - expected).abs().max() < 0.02 * expected.std()
+        if again is not None:
+            two = wave_by_wave(again, tokens[:2], previous[:2], now[0][:2], now[1][:2])
+            assert (two - expected[:2]).abs().max() < 0.02 * expected.std()
+        elif frame == past + 1:
+            again = branch.branch(torch.tensor([0, 1]))
+
+
+@needs_compiler
+@torch.no_grad()
+def test_what_branches_share_outlives_what_they_branched_off() -> None:
+    model, inputs = random_model(WIDE), random_inputs(5)
+    cache = NativeCache(model, model.tables(), 2)
+    cached_logits(model, cache, inputs, by_wave=True)
+    tokens, previous = inputs["tokens"][:, 0].flatten(1), inputs["tokens"][:, -1].flatten(1)
+    now = inputs["actions"][:, 0], inputs["valid"][:, 0]
+    branch = cache.branch(torch.tensor([0, 1]))
+    expected = encode_frame(cache.branch(torch.tensor([0, 1])), tokens, previous, *now)
+    for _ in range(3):
+        encode_frame(cache, previous, tokens, *now)
+    assert torch.equal(encode_frame(branch, tokens, previous, *now), expected)
+
+
+@needs_compiler
 def test_results_do_not_depend_on_threads() -> None:
     def roll(threads: int) -> torch.Tensor:
         before = torch.get_num_threads()

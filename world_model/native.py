@@ -8,6 +8,7 @@ Axes: as in `passes.cpp`; L layers, A x B matrices.
 
 import copy
 import ctypes
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -46,7 +47,11 @@ class _Pass(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "n", "begin", "frame_end", "full", "first")),
         *((name, ctypes.c_void_p) for name in ("x", "cos", "sin")),
-        *((name, ctypes.c_void_p) for name in ("ring_keys", "ring_values", "logits")),
+        *((name, ctypes.c_void_p) for name in ("ring_keys", "ring_values")),
+        ("trunks", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("trunk_keys", "trunk_values", "trunk")),
+        *((name, ctypes.c_int64) for name in ("own_from", "own_to")),
+        ("logits", ctypes.c_void_p),
     )
 
 
@@ -107,8 +112,26 @@ def _pointers(tensors: list[Tensor]) -> "ctypes.Array[ctypes.c_void_p]":
     return (ctypes.c_void_p * len(tensors))(*(each.data_ptr() for each in tensors))
 
 
+@dataclass(frozen=True, slots=True)
+class _Trunk:
+    """What some sequences branched off, and how much of the ring is their own by now."""
+
+    keys: Tensor
+    values: Tensor
+    rows: Tensor
+    """The sequence that each goes on from, int64 [B]."""
+    first: int = 0
+    """The first block of 32 places that is the branches' own."""
+    count: int = 0
+    """How many are from there on, round the ring's end."""
+
+
 class NativeCache:
-    """What `RingCache` is to torch's passes: the ring of the compiled ones, and their logits."""
+    """What `RingCache` is to torch's passes: the ring of the compiled ones, and their logits.
+
+    Branches share what they branched off until their own frames have taken its place: a pass reads
+    it once for all of them.
+    """
 
     device = torch.device("cpu")
     dtype = torch.bfloat16
@@ -116,22 +139,52 @@ class NativeCache:
     def __init__(
         self, model: Transformer, tables: Tables, batch: int, native: NativeModel | None = None
     ) -> None:
-        self.model, self.tables = model, tables
         compiled = library()
         assert compiled is not None
+        self.model, self.tables = model, tables
         self._compiled, self.native = compiled, native or NativeModel(model, tables)
         self.slots, self.frames = model.order.slots, model.config.context_frames
-        channels = model.config.width // model.config.heads
-        lead = (model.config.layers, batch, model.config.kv_heads)
-        size = (*lead, self.native.keys * channels)
-        self.keys = torch.zeros(size, dtype=torch.bfloat16)
-        self.values = torch.zeros(size, dtype=torch.bfloat16)
+        self.keys, self.values = self._rings(batch), self._rings(batch)
+        self._trunk: _Trunk | None = None
+        self._has_branches = False
         self.frame = -1
         """Number of the frame being written, from 0; -1 before the first."""
 
+    def _rings(self, batch: int) -> Tensor:
+        config = self.model.config
+        channels = config.width // config.heads
+        size = (config.layers, batch, config.kv_heads, self.native.keys * channels)
+        return torch.zeros(size, dtype=torch.bfloat16)
+
     def begin_frame(self) -> None:
         """Make the next frame the current one; what its place held is out of sight at once."""
+        if self._has_branches:  # what they share must not change
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+            self._has_branches = False
         self.frame += 1
+        if self._trunk is not None:
+            self._trunk = self._grown(self._trunk)
+
+    def _grown(self, trunk: _Trunk) -> _Trunk | None:
+        """Bring the current frame's blocks into the own rings; no trunk when they hold them all."""
+        blocks = self.native.keys // PAIRS
+        begin = self.frame % self.frames * self.slots
+        start, stop = begin // PAIRS, -(-(begin + self.slots) // PAIRS)
+        first = trunk.first if trunk.count else start
+        new = [block for block in range(start, stop) if (block - first) % blocks >= trunk.count]
+        # A block of keys is in one piece, one of values in a piece for each 16 channels.
+        pieces = self.model.config.width // self.model.config.heads // LANES
+        for own, shared, parts in (
+            (self.keys, trunk.keys, 1),
+            (self.values, trunk.values, pieces),
+        ):
+            to, source = (
+                rearrange(each, "l b g (p n e) -> l b g p n e", p=parts, n=blocks)
+                for each in (own, shared)
+            )
+            to[..., new, :] = source[..., new, :][:, trunk.rows]
+        count = trunk.count + len(new)
+        return None if count >= blocks else replace(trunk, first=first, count=count)
 
     def logits(self, x: Tensor, rotary: tuple[Tensor, Tensor], wave: Wave) -> Tensor:
         """Bring in the slots of a wave, x [B, n, D]; return logits float32 [B, n', K]."""
@@ -142,13 +195,29 @@ class NativeCache:
             len(x), wave.stop - wave.start, frame_begin + wave.start, frame_begin + self.slots,
             self.frame >= self.frames, wave.first - wave.start,
             x.data_ptr(), cos.data_ptr(), sin.data_ptr(),
-            self.keys.data_ptr(), self.values.data_ptr(), logits.data_ptr(),
+            self.keys.data_ptr(), self.values.data_ptr(), *self._trunk_fields(), logits.data_ptr(),
         )  # fmt: skip
         self._compiled.drivesim_pass(ctypes.byref(self.native.structure), ctypes.byref(now))
         return logits
 
+    def _trunk_fields(self) -> tuple[int | None, ...]:
+        trunk = self._trunk
+        if trunk is None:
+            return 0, None, None, None, 0, 0
+        stop = (trunk.first + trunk.count) % (self.native.keys // PAIRS)
+        pointers = (each.data_ptr() for each in (trunk.keys, trunk.values, trunk.rows))
+        return trunk.keys.shape[1], *pointers, trunk.first * PAIRS, stop * PAIRS
+
     def branch(self, rows: Tensor) -> Self:
-        """Return a copy whose sequence i goes on from this cache's sequence `rows[i]`."""
+        """Return a cache whose sequence i goes on from this one's sequence `rows[i]`."""
         branch = copy.copy(self)
-        branch.keys, branch.values = self.keys[:, rows], self.values[:, rows]
+        branch._has_branches = False
+        rows = rows.cpu().contiguous()
+        if self._trunk is not None:
+            branch._trunk = replace(self._trunk, rows=self._trunk.rows[rows])
+            branch.keys, branch.values = self.keys[:, rows], self.values[:, rows]
+            return branch
+        self._has_branches = True
+        branch._trunk = _Trunk(self.keys, self.values, rows)
+        branch.keys, branch.values = branch._rings(len(rows)), branch._rings(len(rows))
         return branch

@@ -30,7 +30,13 @@ extern "C" struct Pass {
   const float *cos, *sin;  // [n, E / 2]
   bf16* ring_keys;         // [L, B, G][N / 16][E / 2][16][2]
   bf16* ring_values;       // [L, B, G][E / 16][N / 2][16][2]
-  float* logits;           // [B, n - first, C]
+  // Where the B sequences branched off U others: the rings of those, of which sequence i goes on
+  // from trunk[i]. Places from own_from on, round the ring's end, to own_to are the branches' own.
+  int64_t trunks;                            // U, or 0
+  const bf16 *trunk_keys, *trunk_values;     // as the rings above, [L, U, G]...
+  const int64_t* trunk;                      // [B]
+  int64_t own_from, own_to;                  // multiples of 32
+  float* logits;                             // [B, n - first, C]
 };
 
 namespace {
@@ -54,7 +60,8 @@ class Run {
         hidden_(size_t(room) * m.hidden * 2),
         mixed_(size_t(room) * width * 2),
         queries_(size_t(p.batch) * m.kv_heads * queries * channels * 2),
-        sums_(size_t(p.batch) * m.kv_heads * kParts * queries * (channels + 1) * 4),
+        parts(p.trunks ? 2 * kParts : kParts),
+        sums_(size_t(p.batch) * m.kv_heads * parts * queries * (channels + 1) * 4),
         x(x_.as<float>()),
         normed(normed_.as<bf16>()),
         hidden(hidden_.as<bf16>()),
@@ -86,9 +93,16 @@ class Run {
     norm_rows(gains[0]);
 #pragma omp for schedule(dynamic)
     for (int head = 0; head < m.heads + 2 * m.kv_heads; ++head) project(layer, head, own);
+    // A trunk's keys are read once for all of its branches.
+#pragma omp for collapse(2) schedule(dynamic) nowait
+    for (int each = 0; each < p.trunks * m.kv_heads; ++each)
+      for (int number = 0; number < kParts; ++number)
+        for (int sequence = 0; sequence < p.batch; ++sequence)
+          if (p.trunk[sequence] == each / m.kv_heads)
+            attend(layer, sequence * m.kv_heads + each % m.kv_heads, number, true, own);
 #pragma omp for collapse(2) schedule(dynamic)
     for (int each = 0; each < p.batch * m.kv_heads; ++each)
-      for (int number = 0; number < kParts; ++number) attend(layer, each, number, own);
+      for (int number = 0; number < kParts; ++number) attend(layer, each, number, false, own);
 #pragma omp for
     for (int each = 0; each < p.batch * m.kv_heads; ++each) combine(each);
 #pragma omp for
@@ -205,6 +219,11 @@ class Run {
     return p.ring_values + (size_t(layer) * p.batch * m.kv_heads + each) * m.keys * channels;
   }
 
+  const bf16* trunk_of(const bf16* rings, int layer, int each) const {
+    const int64_t head = p.trunk[each / m.kv_heads] * m.kv_heads + each % m.kv_heads;
+    return rings + (size_t(layer) * p.trunks * m.kv_heads + head) * m.keys * channels;
+  }
+
   // Slot i of the pass sees what was written up to itself, and the frames after the one written.
   bool sees_all(int64_t from, int64_t to) const {
     return to <= p.begin + 1 || (p.full && from >= p.frame_end && to <= m.places);
@@ -216,60 +235,95 @@ class Run {
     return place <= p.begin + slot || (p.full && place >= p.frame_end && place < m.places);
   }
 
-  // Of one part of the keys: the sums of weighted values and of the weights, of each query. The
-  // scores need no maximum taken off: norms bound them (native.py checks how far).
-  void attend(int layer, int each, int number, const Lines& own) {
+  // Whether a place of the rings is the branches' own.
+  bool owns(int64_t place) const {
+    if (!p.trunks) return true;
+    if (p.own_from < p.own_to) return place >= p.own_from && place < p.own_to;
+    return place >= p.own_from || place < p.own_to;
+  }
+
+  // Where the places end that are with `place` the branches' own, or their trunks'.
+  int64_t run_end(int64_t place, int64_t to) const {
+    if (!p.trunks) return to;
+    if (p.own_from > place) to = std::min(to, p.own_from);
+    if (p.own_to > place) to = std::min(to, p.own_to);
+    return to;
+  }
+
+  // Of one part of the keys, of those that are the branches' own or of those of their trunks: the
+  // sums of weighted values and of the weights, of each query. The scores need no maximum taken
+  // off: norms bound them (native.py checks how far).
+  void attend(int layer, int each, int number, bool shared, const Lines& own) {
     const int64_t from = std::min<int64_t>(m.keys, int64_t(number) * part);
     const int64_t to = std::min<int64_t>(m.keys, from + part);
     bf16* weights = own.as<bf16>();
-    float* to_sums = sums + (size_t(each) * kParts + number) * queries * (channels + 1);
-    const float scale = 1.0f / std::sqrt(float(channels));
+    const int in_sums = shared ? kParts + number : number;
+    float* to_sums = sums + (size_t(each) * parts + in_sums) * queries * (channels + 1);
+    const bf16* keys = shared ? trunk_of(p.trunk_keys, layer, each) : keys_of(layer, each);
+    const bf16* values = shared ? trunk_of(p.trunk_values, layer, each) : values_of(layer, each);
     for (int first = 0; first < group * p.n; first += 16) {
       const int count = std::min<int>(16, group * p.n - first);
       const bf16* left = q + (size_t(each) * queries + first) * channels;
       float* weighted = to_sums + size_t(first) * channels;
       float* totals = to_sums + size_t(queries) * channels + first;
       Floats sum[16] = {};
-      alignas(64) float scores[16 * kLanes];
-      for (int64_t place = from; place < to; place += kLanes) {
-        bf16* block = weights + (place - from);
-        if (!sees_some(place, place + kLanes)) {
-          for (int row = 0; row < 16; ++row) std::memset(block + row * part, 0, 2 * kLanes);
-          continue;
+      bool begun = false;
+      for (int64_t begin = from, end; begin < to; begin = end) {
+        end = run_end(begin, to);
+        if (owns(begin) == shared) continue;
+        weigh(left, count, first, keys, begin, end, weights, sum);
+        for (int column = 0; column < channels; column += kLanes) {
+          const bf16* right = values + (column * m.keys + begin * kLanes);
+          if (begun)
+            product<true>(weights, part, right, end - begin, weighted + column, channels, count);
+          else
+            product<false>(weights, part, right, end - begin, weighted + column, channels, count);
         }
-        product<false>(left, channels, keys_of(layer, each) + place * channels, channels, scores,
-                       kLanes, count);
-        const bool all = sees_all(place, place + kLanes);
-        for (int row = 0; row < count; ++row) {
-          Floats weight = exponential(load(scores + row * kLanes) * scale);
-          if (!all)
-            for (int lane = 0; lane < kLanes; ++lane)
-              if (!sees((first + row) % p.n, place + lane)) weight[lane] = 0;
-          sum[row] += weight;
-          store_rounded(block + row * part, weight);
-        }
+        begun = true;
       }
+      if (!begun) std::memset(weighted, 0, size_t(count) * channels * 4);
       for (int row = 0; row < count; ++row) totals[row] = total(sum[row]);
-      for (int column = 0; column < channels; column += kLanes)
-        product<false>(weights, part, values_of(layer, each) + (column * m.keys + from * kLanes),
-                       to - from, weighted + column, channels, count);
+    }
+  }
+
+  // Weights of the keys from `from` to `to` for up to 16 queries, added up in `sum`.
+  void weigh(const bf16* left, int count, int first, const bf16* keys, int64_t from, int64_t to,
+             bf16* weights, Floats* sum) const {
+    const float scale = 1.0f / std::sqrt(float(channels));
+    alignas(64) float scores[16 * kLanes];
+    for (int64_t place = from; place < to; place += kLanes) {
+      bf16* block = weights + (place - from);
+      if (!sees_some(place, place + kLanes)) {
+        for (int row = 0; row < 16; ++row) std::memset(block + row * part, 0, 2 * kLanes);
+        continue;
+      }
+      product<false>(left, channels, keys + place * channels, channels, scores, kLanes, count);
+      const bool all = sees_all(place, place + kLanes);
+      for (int row = 0; row < count; ++row) {
+        Floats weight = exponential(load(scores + row * kLanes) * scale);
+        if (!all)
+          for (int lane = 0; lane < kLanes; ++lane)
+            if (!sees((first + row) % p.n, place + lane)) weight[lane] = 0;
+        sum[row] += weight;
+        store_rounded(block + row * part, weight);
+      }
     }
   }
 
   // The attention's output of a key head's queries, from all parts.
   void combine(int each) {
     const size_t size = size_t(queries) * (channels + 1);
-    const float* own = sums + size_t(each) * kParts * size;
+    const float* own = sums + size_t(each) * parts * size;
     const int sequence = each / m.kv_heads, key_head = each % m.kv_heads;
     for (int query = 0; query < group * p.n; ++query) {
       float weight = 0;
-      for (int number = 0; number < kParts; ++number)
+      for (int number = 0; number < parts; ++number)
         weight += own[number * size + size_t(queries) * channels + query];
       bf16* to = mixed + (size_t(sequence) * p.n + query % p.n) * width +
                  (key_head * group + query / p.n) * channels;
       for (int i = 0; i < channels; i += kLanes) {
         Floats sum{};
-        for (int number = 0; number < kParts; ++number)
+        for (int number = 0; number < parts; ++number)
           sum += load(own + number * size + size_t(query) * channels + i);
         store_rounded(to + i, sum / weight);
       }
@@ -279,7 +333,9 @@ class Run {
   const Model& m;
   const Pass& p;
   const int width, channels, group, rows, room, queries, part;
-  Lines x_, normed_, hidden_, mixed_, queries_, sums_;
+  Lines x_, normed_, hidden_, mixed_, queries_;
+  const int parts;  // of the keys: those of the branches, then those of the trunks
+  Lines sums_;
   float* const x;
   bf16 *const normed, *const hidden, *const mixed, *const q;
   float* const sums;
