@@ -28,12 +28,31 @@ def test_missing_and_unknown_devices_are_errors(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
+    ("feature", "expected"),
+    [("avx512_bf16", torch.bfloat16), ("amx_bf16", torch.bfloat16), ("avx512f", torch.float32)],
+)
+def test_auto_takes_bf16_where_an_x86_processor_has_it(
+    monkeypatch: pytest.MonkeyPatch, feature: str, expected: torch.dtype
+) -> None:
+    """Measuring would say one thing today and another on a busy machine tomorrow."""
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(module, "processor_features", lambda: ("fpu", feature))
+    monkeypatch.delattr(module, "_cpu_seconds")
+    module._bf16_is_faster_on_cpu.cache_clear()
+    try:
+        assert resolve_precision("auto", CPU) is expected
+    finally:
+        module._bf16_is_faster_on_cpu.cache_clear()
+
+
+@pytest.mark.parametrize(
     ("bf16_seconds", "expected"), [(0.5, torch.bfloat16), (0.95, torch.float32)]
 )
-def test_auto_takes_bf16_where_it_is_faster(
+def test_elsewhere_auto_takes_bf16_where_it_measures_faster(
     monkeypatch: pytest.MonkeyPatch, bf16_seconds: float, expected: torch.dtype
 ) -> None:
     seconds = {torch.bfloat16: bf16_seconds, torch.float32: 1.0}
+    monkeypatch.setattr(module, "processor_features", lambda: ())
     monkeypatch.setattr(module, "_cpu_seconds", seconds.__getitem__)
     module._bf16_is_faster_on_cpu.cache_clear()
     try:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from driving_sim.engine.device import processor_features
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
 from driving_sim.engine.progress import say
@@ -73,7 +74,7 @@ def _compiled(compiler: list[str], flags: list[str]) -> Path:
     command = [*compiler, *flags]
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True)
     texts = [path.read_text("utf-8") for path in (*_SOURCES, _HEADER)]
-    identity = [*texts, *command, version.stdout, platform.machine(), _cpu()]
+    identity = [*texts, *command, version.stdout, platform.machine(), *processor_features()]
     name = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:32]
     path = _cache_folder() / f"drivesim-{name}.so"
     if not path.exists():
@@ -85,13 +86,6 @@ def _compiled(compiler: list[str], flags: list[str]) -> Path:
                 check=True,
             )
     return path
-
-
-def _cpu() -> str:
-    """What tells processors apart for which -march=native means different things."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def _cache_folder() -> Path:

@@ -272,13 +272,14 @@ class Run {
         end = run_end(begin, to);
         if (owns(begin) == shared) continue;
         weigh(left, count, first, keys, begin, end, weights, sum);
-        for (int column = 0; column < channels; column += kLanes) {
-          const bf16* right = values + (column * m.keys + begin * kLanes);
-          if (begun)
-            product<true>(weights, part, right, end - begin, weighted + column, channels, count);
-          else
-            product<false>(weights, part, right, end - begin, weighted + column, channels, count);
-        }
+        const bf16* right = values + begin * kLanes;
+        const size_t step = size_t(m.keys) * kLanes;
+        if (begun)
+          product_columns<true>(weights, part, right, step, channels, end - begin, weighted,
+                                channels, count);
+        else
+          product_columns<false>(weights, part, right, step, channels, end - begin, weighted,
+                                 channels, count);
         begun = true;
       }
       if (!begun) std::memset(weighted, 0, size_t(count) * channels * 4);
@@ -290,22 +291,27 @@ class Run {
   void weigh(const bf16* left, int count, int first, const bf16* keys, int64_t from, int64_t to,
              bf16* weights, Floats* sum) const {
     const float scale = 1.0f / std::sqrt(float(channels));
-    alignas(64) float scores[16 * kLanes];
-    for (int64_t place = from; place < to; place += kLanes) {
-      bf16* block = weights + (place - from);
-      if (!sees_some(place, place + kLanes)) {
-        for (int row = 0; row < 16; ++row) std::memset(block + row * part, 0, 2 * kLanes);
+    constexpr int kWide = 64;
+    alignas(64) float scores[16 * kWide];
+    for (int64_t wide = from; wide < to; wide += kWide) {
+      const int64_t end = std::min(to, wide + kWide);
+      if (!sees_some(wide, end)) {
+        for (int row = 0; row < 16; ++row)
+          std::memset(weights + row * part + (wide - from), 0, (end - wide) * 2);
         continue;
       }
-      product<false>(left, channels, keys + place * channels, channels, scores, kLanes, count);
-      const bool all = sees_all(place, place + kLanes);
-      for (int row = 0; row < count; ++row) {
-        Floats weight = exponential(load(scores + row * kLanes) * scale);
-        if (!all)
-          for (int lane = 0; lane < kLanes; ++lane)
-            if (!sees((first + row) % p.n, place + lane)) weight[lane] = 0;
-        sum[row] += weight;
-        store_rounded(block + row * part, weight);
+      product_columns<false>(left, channels, keys + wide * channels, size_t(kLanes) * channels,
+                             end - wide, channels, scores, kWide, count);
+      for (int64_t place = wide; place < end; place += kLanes) {
+        const bool all = sees_all(place, place + kLanes);
+        for (int row = 0; row < count; ++row) {
+          Floats weight = exponential(load(scores + row * kWide + (place - wide)) * scale);
+          if (!all)
+            for (int lane = 0; lane < kLanes; ++lane)
+              if (!sees((first + row) % p.n, place + lane)) weight[lane] = 0;
+          sum[row] += weight;
+          store_rounded(weights + row * part + (place - from), weight);
+        }
       }
     }
   }

@@ -198,6 +198,58 @@ void product(const bf16* a, int lda, const bf16* b, int k, float* c, int ldc, in
   }
 }
 
+// Of at most 16 rows and 16 to 64 columns, of which each 16 have a right-hand side of their own.
+template <bool kAdd, int kColumns>
+void columns_of(const bf16* a, int lda, const bf16* b, size_t step, int k, float* c, int ldc) {
+  const size_t a_bytes = size_t(lda) * 2, c_bytes = size_t(ldc) * 4;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  if constexpr (kAdd) {
+    _tile_loadd(0, c, c_bytes);
+    if constexpr (kColumns > 1) _tile_loadd(1, c + 16, c_bytes);
+    if constexpr (kColumns > 2) _tile_loadd(2, c + 32, c_bytes);
+    if constexpr (kColumns > 3) _tile_loadd(3, c + 48, c_bytes);
+  }
+  for (int begin = 0; begin < k; begin += 32, a += 32, b += 32 * kLanes) {
+    _tile_loadd(4, a, a_bytes);
+    _tile_loadd(5, b, 64);
+    _tile_dpbf16ps(0, 4, 5);
+    if constexpr (kColumns > 1) {
+      _tile_loadd(6, b + step, 64);
+      _tile_dpbf16ps(1, 4, 6);
+    }
+    if constexpr (kColumns > 2) {
+      _tile_loadd(5, b + 2 * step, 64);
+      _tile_dpbf16ps(2, 4, 5);
+    }
+    if constexpr (kColumns > 3) {
+      _tile_loadd(6, b + 3 * step, 64);
+      _tile_dpbf16ps(3, 4, 6);
+    }
+  }
+  _tile_stored(0, c, c_bytes);
+  if constexpr (kColumns > 1) _tile_stored(1, c + 16, c_bytes);
+  if constexpr (kColumns > 2) _tile_stored(2, c + 32, c_bytes);
+  if constexpr (kColumns > 3) _tile_stored(3, c + 48, c_bytes);
+}
+
+template <bool kAdd>
+void product_columns(const bf16* a, int lda, const bf16* b, size_t step, int columns, int k,
+                     float* c, int ldc, int) {
+  for (; columns > 0; columns -= 64, b += 4 * step, c += 64) {
+    if (columns <= 16)
+      columns_of<kAdd, 1>(a, lda, b, step, k, c, ldc);
+    else if (columns <= 32)
+      columns_of<kAdd, 2>(a, lda, b, step, k, c, ldc);
+    else if (columns <= 48)
+      columns_of<kAdd, 3>(a, lda, b, step, k, c, ldc);
+    else
+      columns_of<kAdd, 4>(a, lda, b, step, k, c, ldc);
+  }
+}
+
 #else
 
 struct Tiles {
@@ -255,6 +307,13 @@ void product(const bf16* a, int lda, const bf16* b, int k, float* c, int ldc, in
     else
       product_of<kAdd, kMostRows>(a, lda, b, k, c, ldc);
   }
+}
+
+template <bool kAdd>
+void product_columns(const bf16* a, int lda, const bf16* b, size_t step, int columns, int k,
+                     float* c, int ldc, int rows) {
+  for (int column = 0; column < columns; column += kLanes, b += step)
+    product<kAdd>(a, lda, b, k, c + column, ldc, rows);
 }
 
 #endif

@@ -44,6 +44,11 @@ class Sampling:
         if not 0 <= self.guidance < math.inf:
             raise ValueError(f"guidance is {self.guidance}: it must be at least 0")
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether tokens are drawn from the model's own distribution."""
+        return (self.temperature, self.guidance) == (1, 1) and self.top_k is self.top_p is None
+
 
 @dataclass(frozen=True, slots=True)
 class FrameSample:
@@ -231,6 +236,7 @@ class FrameSampler:
             mixed = null + self.sampling.guidance * (plain - null)
         drawn_from = truncated_log_probs(mixed, self.sampling)
         tokens = draw(drawn_from, uniform)
-        both = torch.stack([plain.log_softmax(-1), drawn_from])
-        index = tokens.expand(2, *tokens.shape).unsqueeze(-1)
-        return tokens, both.gather(-1, index).squeeze(-1)
+        exact = drawn_from if self.sampling.is_plain else plain.log_softmax(-1)
+        index = tokens.unsqueeze(-1)
+        both = [each.gather(-1, index).squeeze(-1) for each in (exact, drawn_from)]
+        return tokens, torch.stack(both)

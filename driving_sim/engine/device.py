@@ -1,8 +1,10 @@
 """Which device and which number format to train with."""
 
+import platform
 import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -34,7 +36,8 @@ def resolve_device(name: torch.device | str) -> torch.device:
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """The autocast format behind auto, fp32 or bf16: `torch.float32` or `torch.bfloat16`.
 
-    auto is bf16 where CUDA has it in hardware, fp32 on MPS, and on a CPU whichever measures faster.
+    auto is bf16 where CUDA or an x86 processor has it in hardware, fp32 on MPS, and on other CPUs
+    whichever measures faster.
     """
     if name not in ("auto", "fp32", "bf16"):
         raise DriveSimError(f"--precision {name}: expected one of auto, fp32, bf16")
@@ -64,9 +67,20 @@ def autocast(
     return torch.autocast(device.type, dtype, cache_enabled=keep_casts)
 
 
+def processor_features() -> tuple[str, ...]:
+    """What Linux says that this processor can do; empty elsewhere."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text("utf-8").splitlines() if information.exists() else []
+    line = next((line for line in lines if line.startswith(("flags", "Features"))), ":")
+    return tuple(line.partition(":")[2].split())
+
+
 @cache
 def _bf16_is_faster_on_cpu() -> bool:
-    # Without bf16 hardware a CPU emulates it, up to 100 times slower. The margin is for noise.
+    # Without bf16 hardware a CPU emulates it, up to 100 times slower.
+    if platform.machine() == "x86_64" and (features := processor_features()):
+        return not {"avx512_bf16", "amx_bf16"}.isdisjoint(features)
+    # The margin is for noise.
     return _cpu_seconds(torch.bfloat16) < 0.8 * _cpu_seconds(torch.float32)
 
 
