@@ -66,7 +66,7 @@ class TransformerConfig:
     """Channels of the residual stream."""
     heads: int = 8
     """Query heads."""
-    kv_heads: int = 4
+    kv_heads: int = 2
     """Key and value heads; each serves heads / kv_heads query heads."""
     mlp_ratio: int = 4
     """Hidden width of the MLP, in multiples of `width`."""
