@@ -137,7 +137,7 @@ def plot(given: argparse.Namespace) -> None:
             )
         means = [(rates[lag], np.mean([one[name] for one in values[lag]])) for lag in values]
         axes.plot(*np.array(means).T, color="#2a5db0")
-        axes.set(xscale="log", xlabel="rollout, frames/s", ylabel=label)
+        axes.set(xlabel="rollout, frames/s", ylabel=label)
         axes.margins(x=0.2)
     with atomic_file(given.picture) as temporary:
         picture.savefig(temporary, dpi=110, format="png")
