@@ -511,12 +511,16 @@ def evaluate_tokenizer(
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = REPORTS / "tokenizer",
     fps: Fps = None,
     every: Every = None,
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "fp32",
     device: Device = "auto",
 ) -> None:
     """PSNR, SSIM, codebook use, flicker and speed of reconstructions: a report."""
     from driving_sim.measure import measure_tokenizer
 
-    _show(measure_tokenizer(run, videos, out, fps=fps, every=every, device=device), out)
+    figures = measure_tokenizer(
+        run, videos, out, fps=fps, every=every, device=device, precision=precision
+    )
+    _show(figures, out)
 
 
 @evaluate_app.command("world-model")

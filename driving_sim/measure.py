@@ -12,6 +12,7 @@ from driving_sim.data.timing import RATE_TOLERANCE
 from driving_sim.data.token_store import TokenStore
 from driving_sim.data.token_store_index import INDEX
 from driving_sim.engine.config import load_yaml
+from driving_sim.engine.device import name_of
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.run_folder import CONFIG
 from driving_sim.evaluate.control import evaluate_control
@@ -70,13 +71,14 @@ def measure_tokenizer(
     fps: float | None = None,
     every: int | None = None,
     device: str = "auto",
+    precision: str = "fp32",
 ) -> dict[str, Any]:
     """Evaluate a tokenizer's reconstructions of videos; the report goes into the folder `out`.
 
     Returns the key figures by their labels.
     """
     began = time.perf_counter()
-    tokenizer = Tokenizer.from_run(run, device)
+    tokenizer = Tokenizer.from_run(run, device, precision)
     refuse_existing(out)
     rate = frame_rate(fps, every)
     found = find_frames(videos, skip_bad=None)
@@ -99,7 +101,11 @@ def measure_tokenizer(
         description={"tokenizer": str(run), "drives": ", ".join(d.id for d in found.drives)},
         sections=[section],
         protocol=protocol,
-        model={"path": str(run), "fingerprint": tokenizer.fingerprint},
+        model={
+            "path": str(run),
+            "fingerprint": tokenizer.fingerprint,
+            "precision": name_of(tokenizer.dtype),
+        },
         seconds=time.perf_counter() - began,
         headline=TOKENIZER_HEADLINE,
     )
@@ -181,6 +187,7 @@ def measure_world_model(
             "path": str(run),
             "fingerprint": world.fingerprint,
             "tokenizer_fingerprint": world.tokenizer.fingerprint,
+            "precision": name_of(world.dtype),
         },
         seconds=time.perf_counter() - began,
         headline=HEADLINE,
