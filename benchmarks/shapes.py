@@ -52,7 +52,7 @@ _SHAPES = {
     "tiny": Shape(
         name="tiny",
         frames=TOKENIZERS["tiny"].model,
-        model=TransformerConfig(layers=8, width=256, heads=8, context_frames=16),
+        model=TransformerConfig(layers=8, width=256, heads=8, kv_heads=2, context_frames=16),
     ),
     "base": Shape(
         name="base",

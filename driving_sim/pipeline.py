@@ -8,13 +8,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from driving_sim.data.drive import Drive, DriveSet, sample
 from driving_sim.data.probe import VideoError
 from driving_sim.data.sources import find_drives
 from driving_sim.data.token_store import TokenStore
 from driving_sim.data.token_store_index import INDEX, UNFINISHED
 from driving_sim.engine.config import resolve
-from driving_sim.engine.device import resolve_device
+from driving_sim.engine.device import resolve_device, resolve_precision
 from driving_sim.engine.distributed import process_group
 from driving_sim.engine.errors import DriveSimError, Interrupted
 from driving_sim.engine.progress import say
@@ -211,7 +213,9 @@ def tokenize_videos(
         if training is not None and not usable:
             request = replace(training, resume=bool(begun))
             _train_missing(found, tokenizer, request, rate, skip_bad)
-        frozen = Tokenizer.from_run(tokenizer, own_device, precision)
+        resolved = resolve_precision(precision, own_device)
+        (low,) = ranks.from_main([float(resolved is torch.bfloat16)])
+        frozen = Tokenizer.from_run(tokenizer, own_device, "bf16" if low else "fp32")
         say(
             f"the tokenizer is {tokenizer}: {frozen.height}x{frozen.width} pixels to "
             f"{frozen.rows}x{frozen.cols} tokens"

@@ -189,6 +189,9 @@ def test_a_view_shows_less_of_a_drive(tmp_path: Path) -> None:
     assert view.action_valid[:, SPEED].all()
     assert not view.action_valid[:, STEERING].any()
     assert drive.action_valid.all()
+    for part, column in zip(view.span(3, 9), ("tokens", "actions", "action_valid"), strict=True):
+        assert np.array_equal(part, getattr(view, column)[3:9])
+    assert len(view.span(15, 30)[0]) == 5
     assert len(DriveView(drive, frames=1000)) == 40
 
 

@@ -53,12 +53,13 @@ def test_branches_go_on_from_their_own_sequence() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("past", [1, 2, 5])
+@pytest.mark.parametrize("past", [1, 7, 20, 33])
 @torch.no_grad()
 def test_branches_equal_caches_that_share_nothing(past: int) -> None:
-    """Over three windows, from a ring that is full and ones that are not; a frame is 9 slots."""
-    model = random_model(WIDE)
-    inputs = random_inputs(past + 3 * WIDE.context_frames)
+    """Over two windows of a ring of 10 blocks, from a full one and ones that are not."""
+    config = replace(WIDE, context_frames=20)
+    model = random_model(config)
+    inputs = random_inputs(past + 2 * config.context_frames)
     first = {name: inputs[name][:, :past] for name in ("tokens", "actions", "valid")}
     cache = NativeCache(model, model.tables(), 2)
     cached_logits(model, cache, inputs | first, by_wave=False)
@@ -67,7 +68,7 @@ def test_branches_equal_caches_that_share_nothing(past: int) -> None:
     alone.keys, alone.values = cache.keys[:, rows], cache.values[:, rows]
     alone.frame = cache.frame
     again = None
-    for frame in range(past, past + 3 * WIDE.context_frames):
+    for frame in range(past, past + 2 * config.context_frames):
         tokens, previous = (
             inputs["tokens"][rows, number].flatten(1) for number in (frame, frame - 1)
         )
@@ -78,8 +79,11 @@ def test_branches_equal_caches_that_share_nothing(past: int) -> None:
         if again is not None:
             two = wave_by_wave(again, tokens[:2], previous[:2], now[0][:2], now[1][:2])
             assert (two - expected[:2]).abs().max() < 0.02 * expected.std()
-        elif frame == past + 1:
+        elif frame == past + 3:
             again = branch.branch(torch.tensor([0, 1]))
+        own_frames = frame - past + 1
+        assert branch._trunk is not None or own_frames >= config.context_frames - 3
+        assert branch._trunk is None or own_frames <= config.context_frames
 
 
 @needs_compiler
@@ -123,13 +127,13 @@ def test_results_do_not_depend_on_threads() -> None:
 def test_scores_that_could_overflow_are_left_to_torch() -> None:
     model = random_model(WIDE)
     attention = native._blocks(model)[1].attention
-    attention.q_norm.weight[3], attention.k_norm.weight[5] = -4.0, 4.0  # sqrt(32) 16 is above 80
+    attention.q_norm.weight[3], attention.k_norm.weight[5] = -4.0, 4.0  # sqrt(32) 16 is above 70
     assert not is_supported(model)
 
 
 @pytest.mark.parametrize(
     ("compiler", "said"),
-    [("no-such-compiler", "no C++ compiler"), ("false", "passes.cpp was not compiled")],
+    [("no-such-compiler", "no C++ compiler"), ("false", "were not compiled")],
 )
 def test_without_a_compiler_that_works_torch_does_the_passes(
     compiler: str,

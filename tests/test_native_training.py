@@ -5,13 +5,14 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from driving_sim.world_model import native_training
 from driving_sim.world_model.objective import ObjectiveConfig, WorldModelObjective
 from driving_sim.world_model.rotary import rotate
 from driving_sim.world_model.transformer import Attention, TransformerConfig
 from tests.test_native import WIDE, needs_compiler
-from tests.test_transformer import random_model
+from tests.test_transformer import random_inputs, random_model
 
 
 def bf16() -> torch.autocast:
@@ -136,6 +137,40 @@ def test_a_models_gradients_equal_those_of_torch(monkeypatch: pytest.MonkeyPatch
         # Both round to bf16 on the way.
         assert (found[name] - truth).norm() <= 0.1 * truth.norm(), name
     assert any(not torch.equal(found[name], truth) for name, truth in expected.items())
+
+
+@needs_compiler
+def test_recomputed_gradients_equal_kept_ones() -> None:
+    model = random_model(WIDE)
+    inputs = random_inputs(WIDE.context_frames)
+
+    def found(recompute: bool) -> list[Tensor]:
+        model.zero_grad()
+        with bf16():
+            if recompute:
+                logits = checkpoint(model, *inputs.values(), use_reentrant=False)
+            else:
+                logits = model(*inputs.values())
+        logits.float().square().sum().backward()
+        return [each.grad.clone() for each in model.parameters() if each.grad is not None]
+
+    for kept, again in zip(found(False), found(True), strict=True):
+        assert torch.equal(kept, again)
+
+
+@needs_compiler
+def test_what_is_not_a_number_stays_it() -> None:
+    """So that the step is skipped."""
+    bad = torch.full((1, 4, 128), torch.nan)
+    gain, rotary = torch.ones(32), (torch.ones(4, 16), torch.zeros(4, 16))
+    with bf16():
+        for found in (
+            native_training.causal_attention(bad.bfloat16(), gain, gain, rotary, 2),
+            native_training.normed(bad, torch.ones(128)),
+            native_training.squared_relu(bad.bfloat16()),
+        ):
+            assert found is not None
+            assert found.isnan().all()
 
 
 @needs_compiler

@@ -115,7 +115,7 @@ class Cache(Protocol):
         ...
 
     def branch(self, rows: Tensor) -> "Cache":
-        """Return a copy whose sequence i goes on from this cache's sequence `rows[i]`."""
+        """Return a cache whose sequence i goes on from this one's sequence `rows[i]`."""
         ...
 
 

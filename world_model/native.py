@@ -18,9 +18,8 @@ from torch import Tensor
 
 from driving_sim.world_model.native_library import (
     LANES,
-    LARGEST_SCORE,
     PAIRS,
-    largest_score,
+    is_bounded,
     library,
 )
 from driving_sim.world_model.order import Wave
@@ -60,10 +59,7 @@ def is_supported(model: Transformer) -> bool:
     attentions = [block.attention for block in _blocks(model)]
     return (
         model.config.width // model.config.heads % PAIRS == 0
-        and all(
-            largest_score(each.q_norm.weight, each.k_norm.weight) < LARGEST_SCORE
-            for each in attentions
-        )
+        and all(is_bounded(each.q_norm.weight, each.k_norm.weight) for each in attentions)
         and library() is not None
     )
 

@@ -41,6 +41,8 @@ LANES = 16
 """Floats of a vector."""
 PAIRS = 32
 """What a head's channels must be a multiple of."""
+EPSILON = 1e-6
+"""Of the norms, here and in `products.h`."""
 LARGEST_SCORE = 70.0
 """e to this, times any number of keys, is a float32."""
 
@@ -65,7 +67,7 @@ def _library() -> ctypes.CDLL | None:
                 return found
     except (OSError, DriveSimError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
-        say(f"passes.cpp was not compiled: rollouts and training take longer: {reason}")
+        say(f"passes.cpp and training.cpp were not compiled, all takes longer: {reason}")
     return None
 
 
@@ -93,6 +95,19 @@ def _cache_folder() -> Path:
     folder = (Path(base) if base else Path.home() / ".cache") / "drivesim"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
+
+
+def is_bounded(q_gain: Tensor, k_gain: Tensor) -> bool:
+    """Whether no score of queries and keys with these gains [E] can overflow; else says so."""
+    if largest_score(q_gain, k_gain) < LARGEST_SCORE:
+        return True
+    _say_unbounded()
+    return False
+
+
+@cache
+def _say_unbounded() -> None:
+    say("a gain of the attention's queries or keys has become large: torch takes over, slower")
 
 
 @torch.no_grad()

@@ -16,9 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from driving_sim.world_model.native_library import (
     LANES,
-    LARGEST_SCORE,
     PAIRS,
-    largest_score,
+    is_bounded,
     library,
 )
 
@@ -51,7 +50,7 @@ def causal_attention(
         or channels % PAIRS
         or channels > _MOST_CHANNELS
         or not _are_float32(q_gain, k_gain, *rotary)
-        or not largest_score(q_gain, k_gain) < LARGEST_SCORE
+        or not is_bounded(q_gain, k_gain)
     ):
         return None
     mixed: Tensor = _CausalAttention.apply(qkv, q_gain, k_gain, *rotary, heads)  # type: ignore[no-untyped-call]

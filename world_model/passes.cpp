@@ -119,11 +119,9 @@ class Run {
     for (int column = 0; column < m.hidden; column += kLanes) {
       product<false>(normed, width, matrices[2] + size_t(column) * width, width, columns, kLanes,
                      rows);
-      for (int row = 0; row < rows; ++row) {
-        Floats value = load(columns + row * kLanes);
-        value = value > 0.0f ? value : Floats{};
-        store_rounded(hidden + size_t(row) * m.hidden + column, value * value);
-      }
+      for (int row = 0; row < rows; ++row)
+        store_rounded(hidden + size_t(row) * m.hidden + column,
+                      squared_relu(load(columns + row * kLanes)));
     }
 #pragma omp for
     for (int column = 0; column < width; column += kLanes)
@@ -157,12 +155,8 @@ class Run {
 
   void norm_rows(const float* gain) {
 #pragma omp for
-    for (int row = 0; row < rows; ++row) {
-      const float* from = x + size_t(row) * width;
-      const float scale = scale_of(from, width);
-      for (int i = 0; i < width; i += kLanes)
-        store_rounded(normed + size_t(row) * width + i, load(from + i) * scale * load(gain + i));
-    }
+    for (int row = 0; row < rows; ++row)
+      norm_row(x + size_t(row) * width, width, gain, normed + size_t(row) * width);
   }
 
   // A head's queries, rotated; or its keys, rotated, or values, into the ring.
@@ -252,7 +246,7 @@ class Run {
 
   // Of one part of the keys, of those that are the branches' own or of those of their trunks: the
   // sums of weighted values and of the weights, of each query. The scores need no maximum taken
-  // off: norms bound them (native.py checks how far).
+  // off: norms bound them (native_library.py says how far).
   void attend(int layer, int each, int number, bool shared, const Lines& own) {
     const int64_t from = std::min<int64_t>(m.keys, int64_t(number) * part);
     const int64_t to = std::min<int64_t>(m.keys, from + part);

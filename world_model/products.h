@@ -5,14 +5,11 @@
 
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <type_traits>
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -116,6 +113,18 @@ float scale_of(const float* from, int count) {
   Floats squares{};
   for (int i = 0; i < count; i += kLanes) squares += load(from + i) * load(from + i);
   return 1.0f / std::sqrt(total(squares) / count + 1e-6f);
+}
+
+// RMSNorm of a row into bf16.
+void norm_row(const float* from, int width, const float* gain, bf16* to) {
+  const float scale = scale_of(from, width);
+  for (int i = 0; i < width; i += kLanes)
+    store_rounded(to + i, load(from + i) * scale * load(gain + i));
+}
+
+Floats squared_relu(Floats value) {
+  value = value < 0.0f ? Floats{} : value;  // what is not a number stays it
+  return value * value;
 }
 
 // Turn the pairs (i, i + channels / 2) of a row by angles, from their cosines and sines.

@@ -292,15 +292,19 @@ def write_rollout(
 
 
 def _while_the_next_come(write: Callable[[int, _Moment], None], moments: Iterator[_Moment]) -> None:
-    """Write moment after moment in a thread of its own, at most 16 behind."""
-    with ThreadPoolExecutor(1) as thread:
-        pending: deque[Future[None]] = deque()
+    """Write moment after moment in a thread of its own, at most 16 frames behind."""
+    pending: deque[Future[None]] = deque()
+    thread = ThreadPoolExecutor(1)
+    try:
         for index, moment in enumerate(moments):
             pending.append(thread.submit(write, index, moment))
-            if len(pending) > _WRITTEN_LATER:
+            frames = len(moment[1])
+            while pending and (pending[0].done() or len(pending) * frames > _WRITTEN_LATER):
                 pending.popleft().result()
         for each in pending:
             each.result()
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
 class _Recorder:

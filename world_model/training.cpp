@@ -3,7 +3,7 @@
 //
 // Attention goes over blocks of 64 queries and 64 keys and keeps no score but what the gradient
 // needs to make it again (FlashAttention-2, arXiv 2307.08691). Scores need no maximum taken off:
-// norms bound them (compiled_training.py checks how far). Every result is a sum in a fixed order,
+// norms bound them (native_library.py says how far). Every result is a sum in a fixed order,
 // whatever the number of threads.
 //
 // Axes: B sequences, N slots, H query heads, G key heads, R = H / G, E channels of a head,
@@ -11,7 +11,7 @@
 
 #include "products.h"
 
-// Pointers to contiguous tensors; world_model/compiled_training.py fills it in the same order.
+// Pointers to contiguous tensors; world_model/native_training.py fills it in the same order.
 extern "C" struct Attention {
   int64_t batch, slots, heads, kv_heads, channels;
   const bf16* qkv;                        // [B, N, F]
@@ -343,7 +343,7 @@ class AttentionRun {
       Floats grad[2];
       for (int i = 0; i < 2; ++i) {
         Floats power = load(scores + (row + i) * kLanes) - seen;
-        power = power > -126.0f ? power : Floats{} - 126.0f;
+        power = power < -126.0f ? Floats{} - 126.0f : power;
         Floats weight = power_of_two(power);
         if (diagonal) weight = kept(weight, column - row - i, true);
         grad[i] = weight * (load(grads + (row + i) * kLanes) - mean);
@@ -422,12 +422,8 @@ extern "C" void drivesim_attention_grad(const Attention* given) { AttentionRun(*
 extern "C" void drivesim_norm(int64_t rows, int64_t width, const float* x, const float* gain,
                               bf16* normed) {
 #pragma omp parallel for
-  for (int64_t row = 0; row < rows; ++row) {
-    const float* from = x + row * width;
-    const float scale = scale_of(from, width);
-    for (int i = 0; i < width; i += kLanes)
-      store_rounded(normed + row * width + i, load(from + i) * scale * load(gain + i));
-  }
+  for (int64_t row = 0; row < rows; ++row)
+    norm_row(x + row * width, width, gain, normed + row * width);
 }
 
 // Its gradients: of x, and of the gain in 64 parts [64, D].
@@ -459,11 +455,8 @@ extern "C" void drivesim_norm_grad(int64_t rows, int64_t width, const float* x, 
 // Squared ReLU of `count` numbers, a multiple of 16.
 extern "C" void drivesim_activation(int64_t count, const bf16* x, bf16* activated) {
 #pragma omp parallel for
-  for (int64_t i = 0; i < count; i += kLanes) {
-    Floats value = load(x + i);
-    value = value > 0.0f ? value : Floats{};
-    store_rounded(activated + i, value * value);
-  }
+  for (int64_t i = 0; i < count; i += kLanes)
+    store_rounded(activated + i, squared_relu(load(x + i)));
 }
 
 extern "C" void drivesim_activation_grad(int64_t count, const bf16* x, const bf16* grad,
@@ -471,7 +464,7 @@ extern "C" void drivesim_activation_grad(int64_t count, const bf16* x, const bf1
 #pragma omp parallel for
   for (int64_t i = 0; i < count; i += kLanes) {
     Floats value = load(x + i);
-    value = value > 0.0f ? value : Floats{};
+    value = value < 0.0f ? Floats{} : value;
     store_rounded(x_grad + i, 2.0f * value * load(grad + i));
   }
 }

@@ -15,13 +15,14 @@ from driving_sim.data.split import split_drives
 from driving_sim.data.token_store import DriveTokens, StoreInfo, TokenStore
 from driving_sim.data.token_windows import TokenWindows
 from driving_sim.engine.config import to_dict
-from driving_sim.engine.device import resolve_device
+from driving_sim.engine.device import resolve_device, resolve_precision
 from driving_sim.engine.distributed import process_group
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.progress import say
 from driving_sim.engine.training import TrainingConfig, TrainingResult, check_run, train
 from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.actions import ActionStatistics
+from driving_sim.world_model.native_library import library
 from driving_sim.world_model.objective import ObjectiveConfig, WorldModelObjective
 from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
 from driving_sim.world_model.validation import WindowValidation
@@ -101,6 +102,9 @@ def train_world_model(
         torch.manual_seed(config.training.seed)
         transformer = _new_transformer(config.model, training, frozen, init_from)
 
+        if own_device.type == "cpu" and _in_bf16(config, own_device):
+            library()  # compiled before the clock of `minutes` runs
+
         def as_world(model: nn.Module) -> WorldModel:
             assert isinstance(model, Transformer)
             # A copy: a WorldModel freezes the module that it is given.
@@ -137,6 +141,10 @@ def train_world_model(
             resume=resume,
             device=own_device,
         )
+
+
+def _in_bf16(config: WorldModelRunConfig, device: torch.device) -> bool:
+    return resolve_precision(str(config.training.precision), device) is torch.bfloat16
 
 
 def _matching_tokenizer(store: TokenStore, path: Path, device: torch.device) -> Tokenizer:

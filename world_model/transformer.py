@@ -23,6 +23,7 @@ from driving_sim.world_model.actions import (
     ActionStatistics,
 )
 from driving_sim.world_model.code_embedding import CodeEmbedding
+from driving_sim.world_model.native_library import EPSILON
 from driving_sim.world_model.order import SlotOrder
 from driving_sim.world_model.rotary import AxialRotary, rotate
 
@@ -115,6 +116,9 @@ class TransformerConfig:
 class RMSNorm(nn.RMSNorm):
     """torch's; where matrix products round what it gives to bf16, on a CPU, the compiled one."""
 
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=EPSILON)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return x [..., D] by its root mean square, times a gain."""
         compiled = native_training.normed(x, self.weight)
@@ -131,8 +135,8 @@ class Attention(nn.Module):
         self.channels = channels
         self.qkv = nn.Linear(config.width, sum(self.sizes), bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
-        self.q_norm = nn.RMSNorm(channels, eps=1e-6)
-        self.k_norm = nn.RMSNorm(channels, eps=1e-6)
+        self.q_norm = nn.RMSNorm(channels, eps=EPSILON)
+        self.k_norm = nn.RMSNorm(channels, eps=EPSILON)
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, layer: int
@@ -157,9 +161,9 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.width, eps=1e-6)
+        self.attention_norm = RMSNorm(config.width)
         self.attention = Attention(config)
-        self.mlp_norm = RMSNorm(config.width, eps=1e-6)
+        self.mlp_norm = RMSNorm(config.width)
         self.up = nn.Linear(config.width, config.mlp_ratio * config.width, bias=False)
         self.down = nn.Linear(config.mlp_ratio * config.width, config.width, bias=False)
         self.dropout = nn.Dropout(config.dropout)
@@ -229,10 +233,10 @@ class Transformer(nn.Module):
         if config.action_everywhere:
             self.spread = nn.Linear(config.width, config.width, bias=False)
         self.rotary = AxialRotary(self.row, self.col, config.width // config.heads)
-        self.input_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.input_norm = nn.RMSNorm(config.width, eps=EPSILON)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.output_norm = RMSNorm(config.width, eps=1e-6)
+        self.output_norm = RMSNorm(config.width)
         self.output = CodeEmbedding(grid.levels, config.width)
         self._initialise()
 

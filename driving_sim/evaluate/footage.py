@@ -58,6 +58,13 @@ class DriveView(DriveTokens):
         column: NDArray[Any] = getattr(self._drive, name)[: self.entry.frames]
         return column & self._channels if name == "action_valid" else column
 
+    def span(
+        self, first: int, stop: int
+    ) -> tuple[NDArray[np.uint16], NDArray[np.float32], NDArray[np.bool_]]:
+        """Tokens, actions and their validity of the frames from `first` to before `stop`."""
+        tokens, actions, valid = self._drive.span(first, min(stop, self.entry.frames))
+        return tokens, actions, valid & self._channels
+
 
 class HeldOutStore(TokenStore):
     """A token store as a model is measured on it.
