@@ -41,8 +41,8 @@ ENCODE, DECODE, DISCRIMINATE, PERCEIVE = 72.9e9, 69.6e9, 1.0e9, 80e9
 """Operations a frame forward: `large`'s encoder and decoder, discriminator, LPIPS's VGG-16."""
 ACTIVATIONS = 56
 """Bytes a slot, layer and channel of width keep for the backward pass under bf16 autocast."""
-LOGITS = 14
-"""Bytes a token and code take at the most: in bf16, in float32, log-softmax of loss and metrics."""
+LOGITS = 12
+"""Bytes a token and code take at the most: in bf16, in float32, log-softmax, gradients."""
 GPU_SHARE = 0.3
 """Of peak, assumed for convolutions."""
 FRAME_BYTES = 512 * 2 + 8 + 8 + 2
