@@ -2,7 +2,8 @@
 
 What `drivesim rollout` does once its models are loaded: frames are sampled, decoded, drawn beside
 the recording, and written as H.264 with tokens, settings and contact sheet. In turns with it, the
-same frames as tokens only: the difference is what decoding, drawing and writing add.
+same frames as tokens only: the difference is what decoding, drawing and writing add. Random weights
+decode to noise, which takes H.264 longer to write than a road does.
 """
 
 import sys
