@@ -40,6 +40,25 @@ Floats power_of_two(Floats x) {
   return (Floats)((Ints)p + ((Ints)shifted << 23));
 }
 
+void keep(float* to, Floats value) { store(to, value); }
+void keep(bf16* to, Floats value) { store_rounded(to, value); }
+
+// The gradient of a row x before RMSNorm, from that of what it gave; the gain's is added up.
+template <typename Given, typename Grad>
+void norm_row_grad(const float* x, int width, const float* gain, const Given* given, Grad* x_grad,
+                   float* gain_grad) {
+  const float scale = scale_of(x, width);
+  Floats product{};
+  for (int i = 0; i < width; i += kLanes) {
+    const Floats normal = load(x + i) * scale, g = load(given + i);
+    store(gain_grad + i, load(gain_grad + i) + g * normal);
+    product += g * load(gain + i) * normal;
+  }
+  const float mean = total(product) / width;
+  for (int i = 0; i < width; i += kLanes)
+    keep(x_grad + i, (load(given + i) * load(gain + i) - load(x + i) * scale * mean) * scale);
+}
+
 // A head's slots in the layouts that products ask for, N padded to 64 with zeros.
 class Head {
  public:
@@ -359,17 +378,7 @@ class AttentionRun {
     rotate(grad, channels, cos_of(slot), sin_of(slot), -1);
     alignas(64) float row[1024];
     for (int i = 0; i < channels; i += kLanes) store(row + i, load(a.qkv + at + i));
-    const float scale = scale_of(row, channels);
-    Floats product{};
-    for (int i = 0; i < channels; i += kLanes) {
-      const Floats x = load(row + i) * scale, g = load(grad + i);
-      store(gain_grad + i, load(gain_grad + i) + g * x);
-      product += g * load(gain + i) * x;
-    }
-    const float mean = total(product) / channels;
-    for (int i = 0; i < channels; i += kLanes)
-      store_rounded(a.qkv_grad + at + i,
-                    (load(grad + i) * load(gain + i) - load(row + i) * scale * mean) * scale);
+    norm_row_grad(row, channels, gain, grad, a.qkv_grad + at, gain_grad);
   }
 
   void query_grads(int each, const float* q_grad) const {
@@ -434,21 +443,9 @@ extern "C" void drivesim_norm_grad(int64_t rows, int64_t width, const float* x, 
   for (int part = 0; part < kNormParts; ++part) {
     float* gain_grad = gain_grads + part * width;
     std::memset(gain_grad, 0, width * 4);
-    for (int64_t row = part * of_part; row < std::min(rows, (part + 1) * of_part); ++row) {
-      const float* from = x + row * width;
-      const bf16* given = grad + row * width;
-      const float scale = scale_of(from, width);
-      Floats product{};
-      for (int i = 0; i < width; i += kLanes) {
-        const Floats normal = load(from + i) * scale, g = load(given + i);
-        store(gain_grad + i, load(gain_grad + i) + g * normal);
-        product += g * load(gain + i) * normal;
-      }
-      const float mean = total(product) / width;
-      for (int i = 0; i < width; i += kLanes)
-        store(x_grad + row * width + i,
-              (load(given + i) * load(gain + i) - load(from + i) * scale * mean) * scale);
-    }
+    for (int64_t row = part * of_part; row < std::min(rows, (part + 1) * of_part); ++row)
+      norm_row_grad(x + row * width, width, gain, grad + row * width, x_grad + row * width,
+                    gain_grad);
   }
 }
 
