@@ -7,9 +7,12 @@ quicker to read and takes no other window than those. Both go through its shuffl
 what a batch takes, as a share of a training step on it.
 """
 
+import itertools
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -129,15 +132,15 @@ def windows(settings: Settings) -> list[Claim]:
                 _write_tars(folder / "windows", drives, length), shape, length, size, whole=False
             ),
         }
-        numbers = iter(range(10**9))
 
-        def several(source: Iterator[Any]) -> Callable[[], list[Any]]:
-            return lambda: [next(source) for _ in range(batches)]
+        # Each batch is let go for the next, as a training does.
+        def several(source: Iterator[Any], count: int) -> Callable[[], object]:
+            return lambda: deque(islice(source, count), maxlen=0)
 
         found = alternate(
             {
-                "own": lambda: [own[next(numbers)] for _ in range(10 * batches)],
-                **{name: several(source) for name, source in peers.items()},
+                "own": several((own[n] for n in itertools.count()), 10 * batches),
+                **{name: several(source, batches) for name, source in peers.items()},
             },
             settings,
         )

@@ -7,7 +7,8 @@ for one shard is split into parts (`start` is where a part begins in its drive).
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from driving_sim.data.token_shard import TokenShard, frame_bytes
 from driving_sim.data.token_store_index import (
     INDEX,
+    DriveEntry,
     StoreInfo,
     read_index,
     shard_metadata,
@@ -33,8 +35,11 @@ _OPEN_SHARDS = 128  # each costs a file descriptor
 class DriveTokens:
     """One drive of a store; its arrays are read-only views into the memory-mapped shard."""
 
-    def __init__(self, store: "TokenStore", shard: int, position: int) -> None:
-        self._store, self._shard, self._position = store, shard, position
+    channels = (True, True)
+    """Which channels of the actions count as known, where the store knows them."""
+
+    def __init__(self, store: "TokenStore", shard: int, position: int, begin: int) -> None:
+        self._store, self._shard, self.begin = store, shard, begin
         self.entry = store.index.shards[shard].drives[position]
 
     def __len__(self) -> int:
@@ -50,23 +55,18 @@ class DriveTokens:
         """What is the same for every drive of its store."""
         return self._store.info
 
-    def _column(self, name: str) -> NDArray[Any]:
-        shard = self._store.shard(self._shard)
-        begin = int(shard.offsets[self._position])
-        return shard.columns[name][begin : begin + self.entry.frames]
+    @property
+    def shard_key(self) -> Hashable:
+        """Equal for drives of one shard, which this does not open."""
+        return self._store.path, self._shard
 
-    def span(
-        self, first: int, stop: int
-    ) -> tuple[NDArray[np.uint16], NDArray[np.float32], NDArray[np.bool_]]:
-        """Tokens, actions and their validity of the frames from `first` to before `stop`."""
-        shard = self._store.shard(self._shard)
-        begin, columns = int(shard.offsets[self._position]), shard.columns
-        frames = slice(begin + first, begin + stop)
-        return (
-            columns["tokens"][frames],
-            columns["actions"][frames],
-            columns["action_valid"][frames],
-        )
+    @property
+    def shard(self) -> TokenShard:
+        """The shard that holds it, from its frame `begin` on."""
+        return self._store.shard(self._shard)
+
+    def _column(self, name: str) -> NDArray[Any]:
+        return self.shard.columns[name][self.begin : self.begin + self.entry.frames]
 
     @property
     def tokens(self) -> NDArray[np.uint16]:
@@ -81,7 +81,8 @@ class DriveTokens:
     @property
     def action_valid(self) -> NDArray[np.bool_]:
         """Bool [T, 2]."""
-        return self._column("action_valid")
+        valid = self._column("action_valid")
+        return valid if all(self.channels) else valid & self.channels
 
     @property
     def timestamps(self) -> NDArray[np.float64]:
@@ -112,9 +113,9 @@ class TokenStore:
                     f"{entry.bytes} bytes of {shard_name(number)}; tokenize again"
                 )
         self.drives = tuple(
-            DriveTokens(self, shard, position)
+            DriveTokens(self, shard, position, begin)
             for shard, entry in enumerate(self.index.shards)
-            for position in range(len(entry.drives))
+            for position, begin in enumerate(_begins(entry.drives))
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -183,6 +184,11 @@ class TokenStore:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != entry.sha256:
                 raise DriveSimError(f"{path}: damaged (its checksum differs); tokenize again")
+
+
+def _begins(drives: Sequence[DriveEntry]) -> list[int]:
+    """Where each of a shard's drives begins in it."""
+    return list(accumulate((drive.frames for drive in drives[:-1]), initial=0))
 
 
 def _check_size(path: Path, expected: int) -> None:

@@ -4,8 +4,8 @@ Shapes: B windows, T frames, R rows, C cols, 2 actions (speed, steering).
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,21 +17,11 @@ from driving_sim.data.token_store import DriveTokens
 from driving_sim.engine.errors import DriveSimError, TooLittleDataError
 
 
-class Window(NamedTuple):
-    """Where a window lies."""
-
-    drive: int
-    """Position of its drive in the sequence of drives."""
-    start: int
-    """Its first frame in that drive."""
-    has_previous: bool
-    """Whether the frame before it is there, with no gap in between."""
-
-
 class WindowIndex:
     """Every window of `frames` frames, `stride` apart, that crosses neither a drive nor a gap.
 
-    Built from the store's index alone; finding one is O(log n) in the number of drives.
+    Built from the store's index alone; finding one is O(log n) in the number of drives. Windows are
+    numbered from 0 to below the length.
     """
 
     def __init__(self, drives: Sequence[DriveTokens], *, frames: int, stride: int = 1) -> None:
@@ -49,22 +39,71 @@ class WindowIndex:
         self._ends: NDArray[np.int64] = np.cumsum(counts)
         # Where window 0 would start, were the run's numbers to go on downwards.
         self._offsets = first - (self._ends - counts) * stride
-        self._stride = stride
+        self._drives, self._frames, self._stride = tuple(drives), frames, stride
+        self._in_shard = np.array([drive.begin for drive in drives], np.int64)
+        self._channels = np.array([drive.channels for drive in drives], np.bool_).reshape(-1, 2)
+        self._all_known = bool(self._channels.all())
+        # Of each drive's shard: a drive that opens it.
+        opener = {drive.shard_key: number for number, drive in enumerate(drives)}
+        self._opener = np.array([opener[drive.shard_key] for drive in drives], np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._ends.size else 0
 
-    def __getitem__(self, n: int) -> Window:
-        if not 0 <= n < len(self):
-            raise IndexError(f"window {n} of {len(self)}")
-        return self.select(np.array([n]))[0]
-
-    def select(self, numbers: NDArray[np.int64]) -> list[Window]:
-        """The windows with these numbers, each from 0 to below the length."""
+    def places(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where the windows are: the positions of their drives, and their first frames in those."""
         run = np.searchsorted(self._ends, numbers, side="right")
-        start = self._offsets[run] + numbers * self._stride
-        parts = self._drive[run], start, start > self._begin[run]
-        return [Window(*each) for each in zip(*(part.tolist() for part in parts), strict=True)]
+        return self._drive[run], self._offsets[run] + numbers * self._stride
+
+    def load(self, numbers: NDArray[np.int64]) -> dict[str, Tensor]:
+        """Load windows as one batch, as `TokenWindows` describes it.
+
+        Raises:
+            DriveSimError: a token is not below the codebook's size.
+        """
+        run = np.searchsorted(self._ends, numbers, side="right")
+        drive, start = self._drive[run], self._offsets[run] + numbers * self._stride
+        has_previous = start > self._begin[run]
+        alone = None if has_previous.all() else ~has_previous
+        rows = (start + self._in_shard[drive])[:, None] + np.arange(-1, self._frames)
+        if alone is not None:
+            rows[alone, 0] += 1  # any frame, where there is none before the window
+        openers = self._opener[drive].tolist()
+        shards = {number: self._drives[number].shard.columns for number in set(openers)}
+        tokens = _gathered(shards, openers, "tokens", rows)
+        actions = _gathered(shards, openers, "actions", rows[:, :-1])
+        valid = _gathered(shards, openers, "action_valid", rows[:, :-1])
+        if not self._all_known:
+            valid &= self._channels[drive][:, None]
+        if alone is not None:
+            for column in (tokens, actions, valid):
+                column[alone, 0] = 0
+        codes = self._drives[0].info.codebook_size
+        if tokens.max(initial=0) >= codes:
+            raise DriveSimError(
+                f"damaged token store: token {tokens.max()} of a codebook of {codes}; "
+                "tokenize again"
+            )
+        whole = tokens.astype(np.int64)
+        return {
+            "tokens": torch.from_numpy(whole[:, 1:]),
+            "previous": torch.from_numpy(whole[:, 0]),
+            "has_previous": torch.from_numpy(has_previous),
+            "actions": torch.from_numpy(actions),
+            "action_valid": torch.from_numpy(valid),
+        }
+
+
+def _gathered(
+    shards: Mapping[int, Mapping[str, NDArray[Any]]],
+    chosen: list[int],
+    name: str,
+    rows: NDArray[np.int64],
+) -> NDArray[Any]:
+    """Rows [B, ...] of a column, the i-th from shard `chosen[i]`."""
+    if len(shards) == 1:
+        return shards[chosen[0]][name].take(rows, axis=0)
+    return np.stack([shards[number][name][its] for number, its in zip(chosen, rows, strict=True)])
 
 
 def _first_frame(drive: DriveTokens, begin: int) -> int:
@@ -93,14 +132,12 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
         seed: int = 0,
     ) -> None:
         self.index = _index(drives, frames)
-        self._drives = tuple(drives)
-        self._frames, self._batch_size, self._seed = frames, batch_size, seed
+        self._batch_size, self._seed = batch_size, seed
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:
         # A hash is as random as a generator, and ten times as quick as seeding one.
         drawn = hashlib.shake_128(f"{self._seed}:{n}".encode()).digest(8 * self._batch_size)
-        chosen = (np.frombuffer(drawn, "<u8") % len(self.index)).astype(np.int64)
-        return load_windows(self._drives, self.index.select(chosen), self._frames)
+        return self.index.load(np.frombuffer(drawn, "<i8") % len(self.index))
 
 
 def sequential_windows(
@@ -116,10 +153,9 @@ def sequential_windows(
     """
     index = _index(drives, frames, stride=frames)
     count = len(index) if limit is None else min(limit, len(index))
-    windows = index.select(np.arange(count) * len(index) // max(count, 1))
+    numbers = np.arange(count) * len(index) // max(count, 1)
     return (
-        load_windows(drives, windows[first : first + batch_size], frames)
-        for first in range(0, count, batch_size)
+        index.load(numbers[first : first + batch_size]) for first in range(0, count, batch_size)
     )
 
 
@@ -134,38 +170,3 @@ def _index(drives: Sequence[DriveTokens], frames: int, stride: int = 1) -> Windo
             f"longest run without a gap is {longest} frames; use longer drives or shorter windows"
         )
     return index
-
-
-def load_windows(
-    drives: Sequence[DriveTokens], windows: Sequence[Window], frames: int
-) -> dict[str, Tensor]:
-    """Load windows of `frames` frames as one batch, as `TokenWindows` describes it.
-
-    Raises:
-        DriveSimError: a token is not below the codebook's size.
-    """
-    info = drives[0].info
-    # One frame more than the window: what came before it. Converted once, and not window by window.
-    tokens = np.empty((len(windows), frames + 1, info.rows, info.cols), np.uint16)
-    actions = np.empty((len(windows), frames, 2), np.float32)
-    valid = np.empty((len(windows), frames, 2), np.bool_)
-    for row, (number, start, has_previous) in enumerate(windows):
-        missing = 0 if has_previous else 1
-        if missing:
-            tokens[row, 0] = actions[row, 0] = valid[row, 0] = 0
-        seen, acted, known = drives[number].span(start - 1 + missing, start + frames)
-        tokens[row, missing:] = seen
-        actions[row, missing:] = acted[:-1]
-        valid[row, missing:] = known[:-1]
-    if tokens.max(initial=0) >= info.codebook_size:
-        raise DriveSimError(
-            f"damaged token store: token {tokens.max()} of a codebook of {info.codebook_size}; "
-            "tokenize again"
-        )
-    return {
-        "tokens": torch.from_numpy(tokens[:, 1:].astype(np.int64)),
-        "previous": torch.from_numpy(tokens[:, 0].astype(np.int64)),
-        "has_previous": torch.tensor([window.has_previous for window in windows]),
-        "actions": torch.from_numpy(actions),
-        "action_valid": torch.from_numpy(valid),
-    }

@@ -48,7 +48,7 @@ def test_bits_are_those_of_the_window_alone(store: TokenStore) -> None:
     windows = FullWindows(store.drives, frames=W)
     found = bits_per_token(model, windows, batch_size=3)
     for n in range(len(windows)):
-        batch = windows.batch(slice(n, n + 1))
+        batch = windows.index.load(np.array([n]))
         batch["valid"] = batch.pop("action_valid")
         with torch.no_grad():
             log_probs = model(**batch)[0, -1].log_softmax(-1)
@@ -100,7 +100,7 @@ def test_tokens_are_judged_where_they_stand(store: TokenStore) -> None:
     watched: list[TokenBits] = []
     windows = FullWindows([drive], frames=W)
     found = bits_per_token(model, windows, batch_size=3, watch=watched.append)
-    batch = windows.batch(slice(0, 1))
+    batch = windows.index.load(np.array([0]))
     batch["valid"] = batch.pop("action_valid")
     with torch.no_grad():
         chances = rearrange(model(**batch)[0, -1].softmax(-1), "r c k -> (r c) k").numpy()

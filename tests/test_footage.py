@@ -17,6 +17,7 @@ from driving_sim.data.split import MIRROR_SUFFIX
 from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
 from driving_sim.data.token_shard import frame_bytes
 from driving_sim.data.token_store import DriveTokens, TokenStore
+from driving_sim.data.token_windows import WindowIndex
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.evaluate import footage as footage_module
 from driving_sim.evaluate.footage import (
@@ -189,9 +190,10 @@ def test_a_view_shows_less_of_a_drive(tmp_path: Path) -> None:
     assert view.action_valid[:, SPEED].all()
     assert not view.action_valid[:, STEERING].any()
     assert drive.action_valid.all()
-    for part, column in zip(view.span(3, 9), ("tokens", "actions", "action_valid"), strict=True):
-        assert np.array_equal(part, getattr(view, column)[3:9])
-    assert len(view.span(15, 30)[0]) == 5
+    batch = WindowIndex([view], frames=4).load(np.array([3]))
+    assert batch["tokens"][0].equal(torch.from_numpy(view.tokens[3:7].astype(np.int64)))
+    assert batch["actions"][0].equal(torch.from_numpy(view.actions[2:6].copy()))
+    assert batch["action_valid"][0].equal(torch.from_numpy(view.action_valid[2:6]))
     assert len(DriveView(drive, frames=1000)) == 40
 
 

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from driving_sim.data.token_store import DriveTokens
-from driving_sim.data.token_windows import WindowIndex, load_windows
+from driving_sim.data.token_windows import WindowIndex
 from driving_sim.engine.errors import TooLittleDataError
 from driving_sim.world_model.cache import RingCache, encode_frame
 from driving_sim.world_model.transformer import Transformer
@@ -74,29 +74,24 @@ class FullWindows:
     """
 
     def __init__(self, drives: Sequence[DriveTokens], *, frames: int, stride: int = 1) -> None:
-        index = WindowIndex(drives, frames=frames, stride=stride)
-        if not len(index):
+        self.index = WindowIndex(drives, frames=frames, stride=stride)
+        if not len(self.index):
             raise TooLittleDataError(
                 f"no run of {frames} frames without a gap in {len(drives)} drives: nothing to "
                 "measure; use longer drives"
             )
         self.drives, self.frames = drives, frames
-        self.windows = [index[number] for number in range(len(index))]
-        self.drive = np.array([window.drive for window in self.windows], np.int64)
-        self.frame = np.array([window.start + frames - 1 for window in self.windows], np.int64)
+        self.drive, start = self.index.places(np.arange(len(self.index)))
+        self.frame = start + frames - 1
 
     def __len__(self) -> int:
-        return len(self.windows)
-
-    def batch(self, chosen: slice) -> dict[str, Tensor]:
-        """Load some of the windows, as `TokenWindows` does."""
-        return load_windows(self.drives, self.windows[chosen], self.frames)
+        return len(self.index)
 
     def last_frames(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the tokens [n, P] of the judged frames and of the frames before them."""
         pairs = [
-            self.drives[window.drive].tokens[frame - 1 : frame + 1].astype(np.int64)
-            for window, frame in zip(self.windows, self.frame, strict=True)
+            self.drives[drive].tokens[frame - 1 : frame + 1].astype(np.int64)
+            for drive, frame in zip(self.drive, self.frame, strict=True)
         ]
         tokens = rearrange(np.stack(pairs), "n two r c -> two n (r c)")
         return tokens[1], tokens[0]
@@ -136,7 +131,8 @@ def bits_per_token(
     with _frozen(model):
         tables = model.tables()
         for at in range(0, len(windows), batch_size):
-            batch = windows.batch(slice(at, at + batch_size))
+            numbers = np.arange(at, min(at + batch_size, len(windows)))
+            batch = windows.index.load(numbers)
             tokens = rearrange(batch["tokens"], "b t r c -> b t (r c)").to(device)
             before = batch["previous"].masked_fill(
                 ~batch["has_previous"][:, None, None], model.grid.codebook_size

@@ -4,7 +4,7 @@ Axes: T context frames, N frames of the future, H W pixels, r c token rows and c
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from driving_sim.data.sources.udacity import ImageFrames
 from driving_sim.data.split import original_id
 from driving_sim.data.synthetic import SyntheticDrive, load_synthetic_drive
 from driving_sim.data.synthetic.drives import DRIVE_FORMAT
+from driving_sim.data.token_shard import TokenShard
 from driving_sim.data.token_store import DriveTokens, StoreInfo, TokenStore
 from driving_sim.engine.config import load_json
 from driving_sim.engine.errors import DriveSimError, TooLittleDataError
@@ -42,7 +43,8 @@ class DriveView(DriveTokens):
         frames: int | None = None,
         channels: tuple[bool, bool] = (True, True),
     ) -> None:
-        self._drive, self._channels = drive, np.array(channels)
+        self._drive, self.begin = drive, drive.begin
+        self.channels = (drive.channels[0] and channels[0], drive.channels[1] and channels[1])
         count = len(drive) if frames is None else min(frames, len(drive))
         segments = tuple(
             (begin, min(stop, count)) for begin, stop in drive.entry.segments if begin < count
@@ -54,16 +56,15 @@ class DriveView(DriveTokens):
         """What is the same for every drive of its store."""
         return self._drive.info
 
-    def _column(self, name: str) -> NDArray[Any]:
-        column: NDArray[Any] = getattr(self._drive, name)[: self.entry.frames]
-        return column & self._channels if name == "action_valid" else column
+    @property
+    def shard_key(self) -> Hashable:
+        """Equal for drives of one shard, which this does not open."""
+        return self._drive.shard_key
 
-    def span(
-        self, first: int, stop: int
-    ) -> tuple[NDArray[np.uint16], NDArray[np.float32], NDArray[np.bool_]]:
-        """Tokens, actions and their validity of the frames from `first` to before `stop`."""
-        tokens, actions, valid = self._drive.span(first, min(stop, self.entry.frames))
-        return tokens, actions, valid & self._channels
+    @property
+    def shard(self) -> TokenShard:
+        """The shard that holds it, from its frame `begin` on."""
+        return self._drive.shard
 
 
 class HeldOutStore(TokenStore):
