@@ -2,8 +2,9 @@
 
 What `drivesim rollout` does once its models are loaded: frames are sampled, decoded, drawn beside
 the recording, and written as H.264 with tokens, settings and contact sheet. In turns with it, the
-same frames as tokens only: the difference is what decoding, drawing and writing add. Random weights
-decode to noise, which takes H.264 longer to write than a road does.
+same frames as tokens only: the difference is what decoding, drawing and writing add. How long a
+picture takes to write depends on what is in it, and random weights decode to noise: here both
+models are trained first, for three minutes or so, until they show blurred roads.
 """
 
 import sys
@@ -13,14 +14,25 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.machine import limits
-from benchmarks.paired import Benchmark, Claim, Figure, Settings, alternate, run_command
+from benchmarks.paired import Benchmark, Claim, Figure, Settings, alternate, cores, run_command
 from benchmarks.rollout import pass_flops
-from benchmarks.shapes import shape_of, world_model
-from driving_sim.data.synthetic import SyntheticConfig, SyntheticDrive, SyntheticWorld, drive
+from benchmarks.shapes import FPS, Shape, shape_of
+from driving_sim.data.synthetic import (
+    SyntheticConfig,
+    SyntheticDrive,
+    SyntheticWorld,
+    drive,
+    world_seed,
+    write_synthetic_drives,
+)
+from driving_sim.engine.config import to_dict
 from driving_sim.engine.device import name_of
+from driving_sim.pipeline import TrainingRequest, tokenize_videos, train_world_model_on
+from driving_sim.tokenizer.autoencoder import AutoencoderConfig
 from driving_sim.world_model.action_plan import ActionPlan
 from driving_sim.world_model.rollout import Context, write_rollout
 from driving_sim.world_model.sampler import Sampling
+from driving_sim.world_model.transformer import TransformerConfig
 from driving_sim.world_model.world_model import WorldModel
 
 
@@ -40,13 +52,39 @@ def context_of(world: WorldModel, recorded: SyntheticDrive) -> Context:
     )
 
 
+def _trained(shape: Shape, folder: Path, settings: Settings) -> WorldModel:
+    """A world model of a shape that has seen 48 s of driving through one synthetic world."""
+    frames, model = shape.frames, shape.model
+    size = SyntheticConfig(height=frames.height, width=frames.width, fps=FPS)
+    write_synthetic_drives(
+        folder / "videos", drives=4, seconds=12.0, worlds=1, config=size, workers=cores()
+    )
+
+    def request(config: AutoencoderConfig | TransformerConfig, steps: int) -> TrainingRequest:
+        shaped = (f"model.{name}={value}" for name, value in to_dict(config).items())
+        return TrainingRequest(
+            preset="tiny",
+            steps=2 if settings.toy else steps,
+            assignments=("training.warmup_steps=10", "training.workers=0", *shaped),
+            device=str(settings.device),
+        )
+
+    videos, tokenizer, tokens = [folder / "videos"], folder / "tokenizer", folder / "tokens"
+    tokenize_videos(videos, tokenizer, tokens, every=1, training=request(frames, 150))
+    train_world_model_on(tokens, tokenizer, folder / "world-model", request(model, 80))
+    return WorldModel.from_run(folder / "world-model", str(settings.device))
+
+
 def measure(settings: Settings) -> list[Claim]:
     """Frames a second, and the share of what comes after the tokens."""
     shape = shape_of("tiny", settings)
-    world = world_model(shape, settings)
+    with tempfile.TemporaryDirectory() as folder:
+        world = _trained(shape, Path(folder), settings)
     past, length = shape.model.context_frames + 1, 3 if settings.toy else 70
     size = SyntheticConfig(height=shape.frames.height, width=shape.frames.width, fps=world.fps)
-    recorded = drive(SyntheticWorld(0, size), (past + length) / world.fps, driver_seed=0)
+    recorded = drive(
+        SyntheticWorld(world_seed(0, 0), size), (past + length) / world.fps, driver_seed=1
+    )
     plan = ActionPlan(
         label="left",
         actions=np.full((length, 2), (8.0, 0.1), np.float32),

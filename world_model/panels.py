@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from einops import rearrange, repeat
+from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -38,7 +38,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 def draw_panel(frame: Frame, caption: Caption) -> Frame:
     """The frame, enlarged by whole pixels where it is small, under a strip with its caption."""
     scale = max(1, math.ceil(_MINIMUM_WIDTH / frame.shape[1]))
-    large = repeat(frame, "h w c -> (h sh) (w sw) c", sh=scale, sw=scale)
+    large = frame.repeat(scale, axis=1).repeat(scale, axis=0)
     strip = _draw_strip(large.shape[1], caption)
     return np.concatenate([strip, large])
 
@@ -97,6 +97,6 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Frame]]], headings: Sequenc
         top = 22 + row * (height + 22)
         draw.text((6, top + 3), title, fill=_INK, font=_font(13))
         for column, frame in enumerate(frames):
-            large = repeat(frame, "h w c -> (h sh) (w sw) c", sh=scale, sw=scale)
+            large = frame.repeat(scale, axis=1).repeat(scale, axis=0)
             image.paste(Image.fromarray(large), (column * width, top + 22))
     return np.asarray(image)

@@ -1,9 +1,7 @@
 """Futures as a side-by-side video, with their tokens, settings and a contact sheet beside it."""
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -39,10 +37,6 @@ from driving_sim.world_model.world_model import WorldModel
 
 _SHEET_COLUMNS = 8
 _DECODED_TOGETHER = 8
-_WRITTEN_LATER = 16
-
-_Moment = tuple[torch.Tensor, list[Frame], Frame | None]
-"""Tokens [F, rows, cols], decoded frames and the true frame."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -271,40 +265,22 @@ def write_rollout(
         )
         recorder = _Recorder(titles, length, world.fps, stack.enter_context(written))
         height, width = panels.past(0).shape[:2]
-        with VideoWriter(temporary["video"], fps=world.fps, height=height, width=width) as writer:
+        with VideoWriter(
+            temporary["video"], fps=world.fps, height=height, width=width, preset="superfast"
+        ) as writer:
             for index in range(len(context.frames)):
                 writer.write(panels.past(index))
             recorder.start(context.frames[-1])
             moments = _futures(world, context, plans, sampling, samples, recorder)
             with progress(length, f"rollout -> {out}", "frames") as bar:
-
-                def write(index: int, moment: _Moment) -> None:
-                    tokens, frames, truth = moment
+                for index, (tokens, frames, truth) in enumerate(moments):
                     recorder.record(index, tokens, frames, truth)
                     writer.write(panels.future(index, frames, truth))
                     bar.advance(1)
-
-                _while_the_next_come(write, moments)
         report = _report(world, context, shown, titles, sampling, recorder.seconds, length)
         Image.fromarray(recorder.sheet()).save(temporary["sheet"])
         save_json(temporary["settings"], report)
     return report
-
-
-def _while_the_next_come(write: Callable[[int, _Moment], None], moments: Iterator[_Moment]) -> None:
-    """Write moment after moment in a thread of its own, at most 16 frames behind."""
-    pending: deque[Future[None]] = deque()
-    thread = ThreadPoolExecutor(1)
-    try:
-        for index, moment in enumerate(moments):
-            pending.append(thread.submit(write, index, moment))
-            frames = len(moment[1])
-            while pending and (pending[0].done() or len(pending) * frames > _WRITTEN_LATER):
-                pending.popleft().result()
-        for each in pending:
-            each.result()
-    finally:
-        thread.shutdown(cancel_futures=True)
 
 
 class _Recorder:
@@ -343,8 +319,8 @@ def _futures(
     sampling: Sampling,
     samples: int,
     recorder: _Recorder,
-) -> Iterator[_Moment]:
-    """Yield one moment after the other.
+) -> Iterator[tuple[torch.Tensor, list[Frame], Frame | None]]:
+    """Yield one moment after the other: tokens [F, rows, cols], decoded frames, the true frame.
 
     Some moments are decoded together: a few frames take hardly longer than one.
     """
