@@ -41,6 +41,7 @@ extern "C" struct Pass {
 
 namespace {
 
+constexpr int kTogether = 2 * kLanes;  // columns of a matrix; no more than a head's
 constexpr int kParts = 4;  // of the keys: a fixed number, so that results do not depend on threads
 
 class Run {
@@ -106,9 +107,8 @@ class Run {
 #pragma omp for
     for (int each = 0; each < p.batch * m.kv_heads; ++each) combine(each);
 #pragma omp for
-    for (int column = 0; column < width; column += kLanes)
-      product<true>(mixed, width, matrices[1] + size_t(column) * width, width, x + column, width,
-                    rows);
+    for (int column = 0; column < width; column += kTogether)
+      multiply<true>(mixed, width, matrices[1], column, width, x + column, width);
   }
 
   void mlp(int layer, const Lines& own) {
@@ -116,17 +116,16 @@ class Run {
     float* columns = own.as<float>();
     norm_rows(m.gains[4 * layer + 3]);
 #pragma omp for
-    for (int column = 0; column < m.hidden; column += kLanes) {
-      product<false>(normed, width, matrices[2] + size_t(column) * width, width, columns, kLanes,
-                     rows);
+    for (int column = 0; column < m.hidden; column += kTogether) {
+      multiply<false>(normed, width, matrices[2], column, m.hidden, columns, kTogether);
       for (int row = 0; row < rows; ++row)
-        store_rounded(hidden + size_t(row) * m.hidden + column,
-                      squared_relu(load(columns + row * kLanes)));
+        for (int i = 0; i < kTogether && column + i < m.hidden; i += kLanes)
+          store_rounded(hidden + size_t(row) * m.hidden + column + i,
+                        squared_relu(load(columns + row * kTogether + i)));
     }
 #pragma omp for
-    for (int column = 0; column < width; column += kLanes)
-      product<true>(hidden, m.hidden, matrices[3] + size_t(column) * m.hidden, m.hidden,
-                    x + column, width, rows);
+    for (int column = 0; column < width; column += kTogether)
+      multiply<true>(hidden, m.hidden, matrices[3], column, width, x + column, width);
   }
 
   void logits(const Lines& own) {
@@ -135,17 +134,24 @@ class Run {
     norm_rows(m.output_gain);
     float* columns = own.as<float>();
 #pragma omp for
-    for (int column = 0; column < m.codes; column += kLanes) {
-      const int count = std::min<int>(kLanes, m.codes - column);
-      product<false>(normed, width, m.output + size_t(column) * width, width, columns, kLanes,
-                     rows);
+    for (int column = 0; column < m.codes; column += kTogether) {
+      const int count = std::min<int>(kTogether, m.codes - column);
+      multiply<false>(normed, width, m.output, column, padded(m.codes, kLanes), columns, kTogether);
       for (int row = 0; row < rows; ++row) {
         const int slot = row % p.n - p.first;
         if (slot >= 0)
           std::memcpy(p.logits + (size_t(row / p.n) * wanted + slot) * m.codes + column,
-                      columns + row * kLanes, count * 4);
+                      columns + row * kTogether, count * 4);
       }
     }
+  }
+
+  // Up to kTogether columns, from one on, of all rows times a matrix of k rows and so many columns.
+  template <bool kAdd>
+  void multiply(const bf16* left, int k, const bf16* matrix, int column, int columns, float* to,
+                int ldc) const {
+    product<kAdd>(left, k, matrix + size_t(column) * k, size_t(kLanes) * k,
+                  std::min(kTogether, columns - column), k, to, ldc, rows);
   }
 
   static void normalise(float* row, int count, const float* gain) {
@@ -163,9 +169,8 @@ class Run {
   void project(int layer, int head, const Lines& own) {
     float* projected = own.as<float>();
     const bf16* matrix = m.matrices[4 * layer] + size_t(head) * channels * width;
-    for (int column = 0; column < channels; column += kLanes)
-      product<false>(normed, width, matrix + size_t(column) * width, width, projected + column,
-                     channels, rows);
+    product<false>(normed, width, matrix, size_t(kLanes) * width, channels, width, projected,
+                   channels, rows);
     const float* const* gains = m.gains + 4 * layer;
     const int key_head = head - m.heads, value_head = key_head - m.kv_heads;
     for (int row = 0; row < rows; ++row) {
@@ -189,7 +194,8 @@ class Run {
     const int of_group = head % group;
     bf16* to = q + ((size_t(sequence) * m.kv_heads + head / group) * queries + of_group * p.n +
                     slot) * channels;
-    for (int i = 0; i < channels; i += kLanes) store_rounded(to + i, load(row + i));
+    const float scale = kLog2E / std::sqrt(float(channels));
+    for (int i = 0; i < channels; i += kLanes) store_rounded(to + i, load(row + i) * scale);
   }
 
   void keep_key(int layer, int each, int slot, const float* row) {
@@ -269,11 +275,11 @@ class Run {
         const bf16* right = values + begin * kLanes;
         const size_t step = size_t(m.keys) * kLanes;
         if (begun)
-          product_columns<true>(weights, part, right, step, channels, end - begin, weighted,
-                                channels, count);
+          product<true>(weights, part, right, step, channels, end - begin, weighted, channels,
+                        count);
         else
-          product_columns<false>(weights, part, right, step, channels, end - begin, weighted,
-                                 channels, count);
+          product<false>(weights, part, right, step, channels, end - begin, weighted, channels,
+                         count);
         begun = true;
       }
       if (!begun) std::memset(weighted, 0, size_t(count) * channels * 4);
@@ -284,7 +290,6 @@ class Run {
   // Weights of the keys from `from` to `to` for up to 16 queries, added up in `sum`.
   void weigh(const bf16* left, int count, int first, const bf16* keys, int64_t from, int64_t to,
              bf16* weights, Floats* sum) const {
-    const float scale = 1.0f / std::sqrt(float(channels));
     constexpr int kWide = 64;
     alignas(64) float scores[16 * kWide];
     for (int64_t wide = from; wide < to; wide += kWide) {
@@ -294,12 +299,12 @@ class Run {
           std::memset(weights + row * part + (wide - from), 0, (end - wide) * 2);
         continue;
       }
-      product_columns<false>(left, channels, keys + wide * channels, size_t(kLanes) * channels,
-                             end - wide, channels, scores, kWide, count);
+      product<false>(left, channels, keys + wide * channels, size_t(kLanes) * channels,
+                     end - wide, channels, scores, kWide, count);
       for (int64_t place = wide; place < end; place += kLanes) {
         const bool all = sees_all(place, place + kLanes);
         for (int row = 0; row < count; ++row) {
-          Floats weight = exponential(load(scores + row * kWide + (place - wide)) * scale);
+          Floats weight = power_of_two(load(scores + row * kWide + (place - wide)));
           if (!all)
             for (int lane = 0; lane < kLanes; ++lane)
               if (!sees((first + row) % p.n, place + lane)) weight[lane] = 0;

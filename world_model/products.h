@@ -6,10 +6,12 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <utility>
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -26,6 +28,7 @@ typedef int32_t Ints __attribute__((vector_size(64)));
 namespace {
 
 constexpr int kLanes = 16;
+constexpr float kLog2E = 1.44269504f;
 
 class Lines {  // memory that begins with a cache line, with whatever in it
  public:
@@ -92,20 +95,16 @@ void store_pair(bf16* to, Floats even, Floats odd) {
 #endif
 }
 
-// e^x for |x| below 87, to a few units in the last place (Cephes' expf).
-Floats exponential(Floats x) {
+// 2^x for x of at least -126, to 3e-6 of it.
+Floats power_of_two(Floats x) {
   const Floats magic = Floats{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to whole numbers
-  Floats whole = x * 1.44269504f + magic;
-  Ints exponent = (Ints)whole << 23;
-  whole -= magic;
-  x = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  Floats p = 1.9875691500e-4f * x + 1.3981999507e-3f;
-  p = p * x + 8.3334519073e-3f;
-  p = p * x + 4.1665795894e-2f;
-  p = p * x + 1.6666665459e-1f;
-  p = p * x + 5.0000001201e-1f;
-  p = p * x * x + x + 1.0f;
-  return (Floats)((Ints)p + exponent);
+  const Floats shifted = x + magic;
+  const Floats part = x - (shifted - magic);
+  Floats p = 9.5700877e-3f * part + 5.5917859e-2f;
+  p = p * part + 2.4024745e-1f;
+  p = p * part + 6.9312181e-1f;
+  p = p * part + 9.9999926e-1f;
+  return (Floats)((Ints)p + ((Ints)shifted << 23));
 }
 
 // What brings `count` numbers to a root mean square of 1.
@@ -138,8 +137,9 @@ void rotate(float* row, int channels, const float* cos, const float* sin, float 
   }
 }
 
-// c [rows, 16] (+)= a [rows, k] b [k, 16], where b is [k / 2][16][2], and k a multiple of 32. Rows
-// of a and c are there, with whatever in them, up to the next multiple of 16.
+// `product`: c [rows, columns] (+)= a [rows, k] b [k, columns], where each 16 columns of b are one
+// [k / 2][16][2] and begin `step` after those before, and k is a multiple of 32. Rows of a and c are
+// there, with whatever in them, up to the next multiple of 16.
 #if defined(__AMX_BF16__)
 
 struct alignas(64) TileConfig {
@@ -156,7 +156,7 @@ struct Tiles {
   ~Tiles() { _tile_release(); }
 };
 
-// Of 16 to 64 rows: tiles 0 to 3 are of c, 4 is of a, 5 of b. A tile's number has to be a literal.
+// Of 16 to 64 rows and 16 columns: tiles 0 to 3 are of c, 4 is of a, 5 of b. A tile's number has to be a literal.
 template <bool kAdd, int kBlocks>
 void product_of(const bf16* a, int lda, const bf16* b, int k, float* c, int ldc) {
   const size_t a_bytes = size_t(lda) * 2, c_bytes = size_t(ldc) * 4;
@@ -194,7 +194,7 @@ void product_of(const bf16* a, int lda, const bf16* b, int k, float* c, int ldc)
 }
 
 template <bool kAdd>
-void product(const bf16* a, int lda, const bf16* b, int k, float* c, int ldc, int rows) {
+void product_rows(const bf16* a, int lda, const bf16* b, int k, float* c, int ldc, int rows) {
   for (; rows > 0; rows -= 64, a += size_t(64) * lda, c += size_t(64) * ldc) {
     if (rows <= 16)
       product_of<kAdd, 1>(a, lda, b, k, c, ldc);
@@ -245,8 +245,13 @@ void columns_of(const bf16* a, int lda, const bf16* b, size_t step, int k, float
 }
 
 template <bool kAdd>
-void product_columns(const bf16* a, int lda, const bf16* b, size_t step, int columns, int k,
-                     float* c, int ldc, int) {
+void product(const bf16* a, int lda, const bf16* b, size_t step, int columns, int k, float* c,
+             int ldc, int rows) {
+  if (rows > 16) {
+    for (int column = 0; column < columns; column += kLanes, b += step)
+      product_rows<kAdd>(a, lda, b, k, c + column, ldc, rows);
+    return;
+  }
   for (; columns > 0; columns -= 64, b += 4 * step, c += 64) {
     if (columns <= 16)
       columns_of<kAdd, 1>(a, lda, b, step, k, c, ldc);
@@ -267,12 +272,12 @@ struct Tiles {
 };
 
 #if defined(__AVX512BF16__)
-constexpr int kMostRows = 16;
+constexpr int kMostRows = 8, kMostColumns = 2;  // in 16 registers, a fifth of a load a product
 Floats multiplied(Floats sum, Ints pairs, int32_t a) {
   return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32(a));
 }
 #else
-constexpr int kMostRows = 4;
+constexpr int kMostRows = 4, kMostColumns = 1;
 float as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
@@ -285,44 +290,52 @@ Floats multiplied(Floats sum, Ints pairs, int32_t a) {
 }
 #endif
 
-template <bool kAdd, int kRows>
-void product_of(const bf16* a, int lda, const bf16* b, int k, float* c, int ldc) {
-  Floats sums[kRows];
-  for (int row = 0; row < kRows; ++row) sums[row] = kAdd ? load(c + row * ldc) : Floats{};
+// Of kRows rows and kColumns times 16 columns.
+template <bool kAdd, int kColumns, int kRows>
+void product_of(const bf16* a, int lda, const bf16* b, size_t step, int k, float* c, int ldc) {
+  Floats sums[kRows][kColumns];
+#pragma GCC unroll 16
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 16
+    for (int i = 0; i < kColumns; ++i)
+      sums[row][i] = kAdd ? load(c + row * ldc + i * kLanes) : Floats{};
   for (int pair = 0; pair < k / 2; ++pair) {
-    Ints right;
-    std::memcpy(&right, b + pair * 2 * kLanes, 64);
+    Ints right[kColumns];
+#pragma GCC unroll 16
+    for (int i = 0; i < kColumns; ++i)
+      std::memcpy(&right[i], b + i * step + pair * 2 * kLanes, 64);
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {
       int32_t left;
       std::memcpy(&left, a + row * lda + 2 * pair, 4);
-      sums[row] = multiplied(sums[row], right, left);
+#pragma GCC unroll 16
+      for (int i = 0; i < kColumns; ++i) sums[row][i] = multiplied(sums[row][i], right[i], left);
     }
   }
-  for (int row = 0; row < kRows; ++row) store(c + row * ldc, sums[row]);
+#pragma GCC unroll 16
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 16
+    for (int i = 0; i < kColumns; ++i) store(c + row * ldc + i * kLanes, sums[row][i]);
+}
+
+// product_of by its number of rows, less one: a number that the compiler knows stays in registers.
+template <bool kAdd, int kColumns, int... kLess>
+constexpr auto by_rows(std::integer_sequence<int, kLess...>) {
+  return std::array{product_of<kAdd, kColumns, kLess + 1>...};
 }
 
 template <bool kAdd>
-void product(const bf16* a, int lda, const bf16* b, int k, float* c, int ldc, int rows) {
-  for (; rows > 0; rows -= kMostRows, a += kMostRows * lda, c += kMostRows * ldc) {
-    if (rows == 1)
-      product_of<kAdd, 1>(a, lda, b, k, c, ldc);
-    else if (rows == 2)
-      product_of<kAdd, 2>(a, lda, b, k, c, ldc);
-    else if (rows <= 4 || kMostRows == 4)
-      product_of<kAdd, 4>(a, lda, b, k, c, ldc);
-    else if (rows <= 8)
-      product_of<kAdd, std::min(8, kMostRows)>(a, lda, b, k, c, ldc);
-    else
-      product_of<kAdd, kMostRows>(a, lda, b, k, c, ldc);
+void product(const bf16* a, int lda, const bf16* b, size_t step, int columns, int k, float* c,
+             int ldc, int rows) {
+  constexpr auto any = std::make_integer_sequence<int, kMostRows>();
+  constexpr auto wide = by_rows<kAdd, kMostColumns>(any), narrow = by_rows<kAdd, 1>(any);
+  for (int column = 0, width; column < columns; column += width, b += width / kLanes * step) {
+    width = columns - column < kMostColumns * kLanes ? kLanes : kMostColumns * kLanes;
+    const auto& of = width == kLanes ? narrow : wide;
+    for (int row = 0; row < rows; row += kMostRows)
+      of[std::min(rows - row, kMostRows) - 1](a + size_t(row) * lda, lda, b, step, k,
+                                              c + size_t(row) * ldc + column, ldc);
   }
-}
-
-template <bool kAdd>
-void product_columns(const bf16* a, int lda, const bf16* b, size_t step, int columns, int k,
-                     float* c, int ldc, int rows) {
-  for (int column = 0; column < columns; column += kLanes, b += step)
-    product<kAdd>(a, lda, b, k, c + column, ldc, rows);
 }
 
 #endif

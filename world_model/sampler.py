@@ -103,7 +103,8 @@ def truncated_log_probs(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         best = logits.argmax(-1, keepdim=True)
         return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
-    log_probs = (logits / sampling.temperature).log_softmax(-1)
+    tempered = logits if sampling.temperature == 1 else logits / sampling.temperature
+    log_probs = tempered.log_softmax(-1)
     codes = logits.shape[-1]
     if sampling.top_k is not None and sampling.top_k < codes:
         least = log_probs.topk(sampling.top_k, dim=-1).values[..., -1:]
@@ -125,7 +126,8 @@ def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
     """
     total = log_probs.exp().cumsum(-1)
     # uniform has 24 bits: the product rounds to less than the last sum, even in float32.
-    return (total <= (uniform * total[..., -1]).unsqueeze(-1)).sum(-1)
+    at = (uniform * total[..., -1]).unsqueeze(-1)
+    return torch.searchsorted(total, at, right=True).squeeze(-1)
 
 
 class WavePasses:

@@ -28,18 +28,6 @@ namespace {
 
 constexpr int kBlock = 64;
 
-// 2^x, for x of at least -126, to 4e-5 of it.
-Floats power_of_two(Floats x) {
-  const Floats magic = Floats{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to whole numbers
-  const Floats shifted = x + magic;
-  const Floats part = x - (shifted - magic);
-  Floats p = 9.6181291e-3f * part + 5.5504109e-2f;
-  p = p * part + 2.4022651e-1f;
-  p = p * part + 6.9314718e-1f;
-  p = p * part + 1.0f;
-  return (Floats)((Ints)p + ((Ints)shifted << 23));
-}
-
 void keep(float* to, Floats value) { store(to, value); }
 void keep(bf16* to, Floats value) { store_rounded(to, value); }
 
@@ -117,7 +105,7 @@ class AttentionRun {
         width(given.heads * given.channels),
         queries(given.batch * given.heads),
         keys(given.batch * given.kv_heads),
-        query_scale(1.44269504f / std::sqrt(float(given.channels))) {}
+        query_scale(kLog2E / std::sqrt(float(given.channels))) {}
 
   void forward() {
     const Lines q_(queries * head.size() * 2), k_(keys * head.size() * 2);
@@ -292,8 +280,8 @@ class AttentionRun {
     const bf16* queries_of = q + size_t(first) * channels;
     for (int key = 0; key <= first; key += kBlock) {
       for (int column = 0; column < kBlock; column += kLanes) {
-        product<false>(queries_of, channels, k + size_t(key + column) * channels, channels, scores,
-                       kLanes, kBlock);
+        product<false>(queries_of, channels, k + size_t(key + column) * channels, 0, kLanes,
+                       channels, scores, kLanes, kBlock);
         for (int row = 0; row < kBlock; ++row) {
           Floats weight = power_of_two(load(scores + row * kLanes));
           if (key == first) weight = kept(weight, column - row, false);
@@ -301,9 +289,8 @@ class AttentionRun {
           store_rounded(weights + row * kBlock + column, weight);
         }
       }
-      for (int i = 0; i < channels; i += kLanes)
-        product<true>(weights, kBlock, v + size_t(i) * room + key * kLanes, kBlock, sums + i,
-                      channels, kBlock);
+      product<true>(weights, kBlock, v + key * kLanes, size_t(room) * kLanes, channels, kBlock,
+                    sums, channels, kBlock);
     }
     for (int row = 0; row < kBlock; ++row) {
       const float weight = total(seen[row]);
@@ -332,16 +319,13 @@ class AttentionRun {
     for (int query = key; query < room; query += kBlock) {
       for (int column = 0; column < kBlock; column += kLanes)
         score_grads(each, key, query + column, own, k, v);
-      for (int i = 0; i < channels; i += kLanes) {
-        const size_t at = size_t(i) * room + query * kLanes;
-        product<true>(own.weights, kBlock, own.out_pairs + at, kBlock, v_grad + i, channels,
-                      kBlock);
-        product<true>(own.score_grads, kBlock, own.q_pairs + at, kBlock, k_grad + i, channels,
-                      kBlock);
-      }
-      for (int column = 0; column < kBlock; column += kLanes)
-        product<true>(k_transposed + key, room, own.score_pairs + column * kBlock, kBlock,
-                      own.q_grad + query + column, room, channels);
+      const size_t step = size_t(room) * kLanes, at = size_t(query) * kLanes;
+      product<true>(own.weights, kBlock, own.out_pairs + at, step, channels, kBlock, v_grad,
+                    channels, kBlock);
+      product<true>(own.score_grads, kBlock, own.q_pairs + at, step, channels, kBlock, k_grad,
+                    channels, kBlock);
+      product<true>(k_transposed + key, room, own.score_pairs, kLanes * kBlock, kBlock, kBlock,
+                    own.q_grad + query, room, channels);
     }
   }
 
@@ -350,9 +334,9 @@ class AttentionRun {
                    const bf16* v) const {
     alignas(64) float scores[kBlock * kLanes], grads[kBlock * kLanes];
     product<false>(k + size_t(key) * channels, channels, own.q_columns + size_t(query) * channels,
-                   channels, scores, kLanes, kBlock);
+                   0, kLanes, channels, scores, kLanes, kBlock);
     product<false>(v + size_t(key) * channels, channels, own.out_columns + size_t(query) * channels,
-                   channels, grads, kLanes, kBlock);
+                   0, kLanes, channels, grads, kLanes, kBlock);
     const Floats seen = load(a.weights + size_t(each) * room + query);
     const Floats mean = load(own.means + query);
     const int column = query % kBlock;
@@ -384,7 +368,7 @@ class AttentionRun {
   void query_grads(int each, const float* q_grad) const {
     float* gain_grad = a.q_gain_grad + size_t(each) * channels;
     std::memset(gain_grad, 0, channels * 4);
-    const float scale = query_scale / 1.44269504f;
+    const float scale = query_scale / kLog2E;
     alignas(64) float row[1024];
     for (int slot = 0; slot < slots; ++slot) {
       for (int i = 0; i < channels; ++i) row[i] = q_grad[size_t(i) * room + slot] * scale;
