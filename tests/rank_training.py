@@ -42,19 +42,28 @@ def tokenizer() -> nn.Module:
     return TokenizerObjective(model, objective)
 
 
-def world_model(dropout: float = 0.0) -> nn.Module:
+def world_model(dropout: float = 0.0, heads: int = 4) -> nn.Module:
     """A world model without noise, which would be another one for each way to cut a batch."""
     torch.manual_seed(0)
     statistics = ActionStatistics(mean=(8.0, 0.0), std=(2.0, 0.1))
     config = TransformerConfig(
-        layers=3, width=64, heads=4, kv_heads=2, context_frames=3, dropout=dropout
+        layers=3, width=64, heads=heads, kv_heads=2, context_frames=3, dropout=dropout
     )
     grid = TokenGrid(rows=2, cols=4, levels=(5, 3))
     quiet = ObjectiveConfig(token_noise=0, action_dropout=ActionDropoutConfig(both=0, channel=0))
     return WorldModelObjective(quiet, Transformer(config, grid, statistics))
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"tokenizer": tokenizer, "world_model": world_model}
+def compiled_world_model() -> nn.Module:
+    """One whose attention `native_training` takes over, in bf16."""
+    return world_model(heads=2)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "tokenizer": tokenizer,
+    "world_model": world_model,
+    "compiled_world_model": compiled_world_model,
+}
 
 
 class Halves(Dataset[Batch]):

@@ -1,4 +1,7 @@
+import shutil
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,9 @@ from driving_sim.world_model import native_training
 from driving_sim.world_model.objective import ObjectiveConfig, WorldModelObjective
 from driving_sim.world_model.rotary import rotate
 from driving_sim.world_model.transformer import Attention, TransformerConfig
+from tests.rank_training import STEPS, rank_train
 from tests.test_native import WIDE, needs_compiler
+from tests.test_ranks import assert_same_losses, exported, launch
 from tests.test_transformer import random_inputs, random_model
 
 
@@ -156,6 +161,35 @@ def test_recomputed_gradients_equal_kept_ones() -> None:
 
     for kept, again in zip(found(False), found(True), strict=True):
         assert torch.equal(kept, again)
+
+
+@needs_compiler
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_ranks_train_as_one_does(tmp_path: Path, shard: bool) -> None:
+    model, one, two = "compiled_world_model", tmp_path / "one", tmp_path / "two"
+    assert launch(2, model, two, precision="bf16", shard=shard) == [0, 0]
+    rank_train(model, one, precision="bf16", accumulate=2)
+    assert_same_losses(one, two, rel=0.02)  # a difference in float32 becomes one in bf16
+
+
+@needs_compiler
+def test_a_resumed_training_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, call = set(), native_training._call
+
+    def watched(name: str, *given: Any) -> None:
+        calls.add(name)
+        call(name, *given)
+
+    monkeypatch.setattr(native_training, "_call", watched)
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    for folder in (whole, run):
+        rank_train("compiled_world_model", folder, precision="bf16")
+    assert calls >= {"drivesim_attention", "drivesim_attention_grad"}
+    shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
+    (run / "finished.json").unlink()
+    rank_train("compiled_world_model", run, precision="bf16", resume=True)
+    for name, tensor in exported(whole).items():
+        assert torch.equal(exported(run)[name], tensor), name
 
 
 @needs_compiler

@@ -26,7 +26,7 @@ def batch_of(model: str) -> dict[str, Tensor]:
     return Halves(model)[0] | {"step": torch.tensor(0), "progress": torch.tensor(0.0)}
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["tokenizer", "world_model"])
 def test_recomputed_training_equals_kept(tmp_path: Path, model: str) -> None:
     rank_train(model, tmp_path / "kept")
     rank_train(model, tmp_path / "recomputed", gradient_checkpointing=True)

@@ -58,12 +58,12 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in TIMES} for row in found]
 
 
-def assert_same_losses(one: Path, other: Path) -> None:
+def assert_same_losses(one: Path, other: Path, rel: float = 1e-5) -> None:
     for row_one, row_two in zip(rows(one), rows(other), strict=True):
         assert row_one.pop("phase") == row_two.pop("phase")
         batches = row_one.pop("batches", 0), row_two.pop("batches", 0)
         assert batches[0] in (batches[1], 2 * batches[1], batches[1] / 2)
-        assert row_one == pytest.approx(row_two, rel=1e-5, abs=1e-6)
+        assert row_one == pytest.approx(row_two, rel=rel, abs=1e-6)
 
 
 def exported(run: Path) -> dict[str, Tensor]:

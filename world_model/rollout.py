@@ -278,7 +278,7 @@ def write_rollout(
                     writer.write(panels.future(index, frames, truth))
                     bar.advance(1)
         report = _report(world, context, shown, titles, sampling, recorder.seconds, length)
-        Image.fromarray(recorder.sheet()).save(temporary["sheet"])
+        Image.fromarray(recorder.sheet()).save(temporary["sheet"], compress_level=2)
         save_json(temporary["settings"], report)
     return report
 

@@ -210,7 +210,7 @@ class FrameSampler:
 
         def choose(logits: Tensor, target: Tensor) -> Tensor:
             tokens, scores[:, :, target] = self._choose(logits, uniform[:, target])
-            return tokens.repeat(self.streams, 1)
+            return tokens if self.streams == 1 else tokens.repeat(self.streams, 1)
 
         if self.streams == 2:
             # The second stream knows no action.
