@@ -120,6 +120,21 @@ def test_what_is_there_already_or_does_not_fit_is_refused() -> None:
     assert "name a video with --context" in away
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_tokenizer_works_in_the_precision_asked_for(used: Path, precision: str) -> None:
+    tokenizer, out = "runs/tokenizer", f"runs/{precision}-tokens"
+    asked = "--precision", precision
+    succeed("tokenize", "videos", "--tokenizer", tokenizer, "--out", out, *asked)
+    index = json.loads((used / out / "index.json").read_text())
+    assert index["info"]["precision"] == precision
+    found = succeed(
+        "evaluate", "tokenizer", tokenizer, "videos", "--out", f"runs/{precision}", *asked
+    )
+    assert "psnr" in found.stdout.lower()
+    wrong = "tokenize", "videos", "--tokenizer", tokenizer, "--out", "runs/x", "--precision", "fp8"
+    assert "auto, fp32, bf16" in refused(*wrong)
+
+
 def test_the_next_command_that_is_named_works_in_other_folders(used: Path) -> None:
     train = "train-tokenizer videos --out runs/other --set training.seed=1 --precision fp32"
     succeed(*train.split())
