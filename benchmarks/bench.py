@@ -53,7 +53,8 @@ def table(claims: Sequence[Claim], machine: str) -> str:
             "",
             "Each command runs both in one process, in turns; a ratio is the median over the "
             "rounds of each round's own, in brackets the least and the most. The peers are the "
-            "`bench` extra's. Weights are random: speed does not depend on them.",
+            "`bench` extra's. Weights are random, but where videos are written: what a picture "
+            "shows decides how long that takes.",
             "",
             *rows,
             "",

@@ -12,7 +12,6 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +133,8 @@ def windows(settings: Settings) -> list[Claim]:
         }
 
         # Each batch is let go for the next, as a training does.
-        def several(source: Iterator[Any], count: int) -> Callable[[], object]:
-            return lambda: deque(islice(source, count), maxlen=0)
+        def several(source: Iterator[Any], number: int) -> Callable[[], object]:
+            return lambda: deque(itertools.islice(source, number), maxlen=0)
 
         found = alternate(
             {
@@ -171,7 +170,7 @@ def share(settings: Settings) -> list[Claim]:
     with tempfile.TemporaryDirectory() as name:
         store = _write_store(Path(name) / "store", shape, drives)
         own = TokenWindows(store.drives, frames=shape.model.context_frames, batch_size=size)
-        numbers = iter(range(10**9))
+        numbers = itertools.count()
         found = alternate({"load": lambda: own[next(numbers)], "step": step}, settings)
     shares = [a / b for a, b in zip(found["load"], found["step"], strict=True)]
     return [

@@ -1,4 +1,4 @@
-"""The sizes that the benchmarks measure, with random weights: speed does not depend on them."""
+"""The sizes that the benchmarks measure, with random weights: models are as fast with any."""
 
 from dataclasses import dataclass, replace
 from typing import TypeVar

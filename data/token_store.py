@@ -188,7 +188,7 @@ class TokenStore:
 
 def _begins(drives: Sequence[DriveEntry]) -> list[int]:
     """Where each of a shard's drives begins in it."""
-    return list(accumulate((drive.frames for drive in drives[:-1]), initial=0))
+    return list(accumulate((drive.frames for drive in drives), initial=0))[:-1]
 
 
 def _check_size(path: Path, expected: int) -> None:

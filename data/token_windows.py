@@ -21,7 +21,7 @@ class WindowIndex:
     """Every window of `frames` frames, `stride` apart, that crosses neither a drive nor a gap.
 
     Built from the store's index alone; finding one is O(log n) in the number of drives. Windows are
-    numbered from 0 to below the length.
+    numbered from 0 to below the length, which is not checked.
     """
 
     def __init__(self, drives: Sequence[DriveTokens], *, frames: int, stride: int = 1) -> None:
@@ -52,8 +52,16 @@ class WindowIndex:
 
     def places(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Where the windows are: the positions of their drives, and their first frames in those."""
+        drive, start, _ = self._find(numbers)
+        return drive, start
+
+    def _find(
+        self, numbers: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+        """As `places`, and whether there is a frame before each window, with no gap in between."""
         run = np.searchsorted(self._ends, numbers, side="right")
-        return self._drive[run], self._offsets[run] + numbers * self._stride
+        start = self._offsets[run] + numbers * self._stride
+        return self._drive[run], start, start > self._begin[run]
 
     def load(self, numbers: NDArray[np.int64]) -> dict[str, Tensor]:
         """Load windows as one batch, as `TokenWindows` describes it.
@@ -61,9 +69,7 @@ class WindowIndex:
         Raises:
             DriveSimError: a token is not below the codebook's size.
         """
-        run = np.searchsorted(self._ends, numbers, side="right")
-        drive, start = self._drive[run], self._offsets[run] + numbers * self._stride
-        has_previous = start > self._begin[run]
+        drive, start, has_previous = self._find(numbers)
         alone = None if has_previous.all() else ~has_previous
         rows = (start + self._in_shard[drive])[:, None] + np.arange(-1, self._frames)
         if alone is not None:
@@ -79,7 +85,7 @@ class WindowIndex:
             for column in (tokens, actions, valid):
                 column[alone, 0] = 0
         codes = self._drives[0].info.codebook_size
-        if tokens.max(initial=0) >= codes:
+        if tokens.max() >= codes:
             raise DriveSimError(
                 f"damaged token store: token {tokens.max()} of a codebook of {codes}; "
                 "tokenize again"
@@ -103,7 +109,8 @@ def _gathered(
     """Rows [B, ...] of a column, the i-th from shard `chosen[i]`."""
     if len(shards) == 1:
         return shards[chosen[0]][name].take(rows, axis=0)
-    return np.stack([shards[number][name][its] for number, its in zip(chosen, rows, strict=True)])
+    parts = zip(chosen, rows, strict=True)
+    return np.stack([shards[number][name].take(its, axis=0) for number, its in parts])
 
 
 def _first_frame(drive: DriveTokens, begin: int) -> int:
@@ -118,6 +125,7 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
     A batch is `tokens` int64 [B, T, R, C]; `previous` int64 [B, R, C], the frame before the window,
     zeros where `has_previous` bool [B] is false; `actions` float32 [B, T, 2] and `action_valid`
     bool [B, T, 2], where actions[:, t] leads to frame t: invalid at 0 where nothing came before.
+    The former two are views of one tensor.
 
     Raises:
         DriveSimError: no drive is as long as a window.
@@ -137,7 +145,8 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
     def __getitem__(self, n: int) -> dict[str, Tensor]:
         # A hash is as random as a generator, and ten times as quick as seeding one.
         drawn = hashlib.shake_128(f"{self._seed}:{n}".encode()).digest(8 * self._batch_size)
-        return self.index.load(np.frombuffer(drawn, "<i8") % len(self.index))
+        chosen = np.frombuffer(drawn, "<u8") % len(self.index)
+        return self.index.load(chosen.astype(np.int64))
 
 
 def sequential_windows(

@@ -127,10 +127,10 @@ def test_the_tokenizer_works_in_the_precision_asked_for(used: Path, precision: s
     succeed("tokenize", "videos", "--tokenizer", tokenizer, "--out", out, *asked)
     index = json.loads((used / out / "index.json").read_text())
     assert index["info"]["precision"] == precision
-    found = succeed(
-        "evaluate", "tokenizer", tokenizer, "videos", "--out", f"runs/{precision}", *asked
-    )
-    assert "psnr" in found.stdout.lower()
+    report = f"runs/{precision}-report"
+    succeed("evaluate", "tokenizer", tokenizer, "videos", "--out", report, *asked)
+    metrics = json.loads((used / report / "metrics.json").read_text())
+    assert metrics["model"]["precision"] == precision
     wrong = "tokenize", "videos", "--tokenizer", tokenizer, "--out", "runs/x", "--precision", "fp8"
     assert "auto, fp32, bf16" in refused(*wrong)
 

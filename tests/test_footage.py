@@ -179,7 +179,7 @@ def split_into_parts(each: Footage, out: Path) -> tuple[DriveTokens, ...]:
 
 
 def test_a_view_shows_less_of_a_drive(tmp_path: Path) -> None:
-    drive = write_store(tmp_path / "tokens", (40,), gap_at=15).drives[0]
+    drive = write_store(tmp_path / "tokens", (30, 40), gap_at=15).drives[1]
     view = DriveView(drive, frames=20, channels=(True, False))
     assert (len(view), view.id, view.info) == (20, drive.id, drive.info)
     assert view.entry.segments == ((0, 15), (15, 20))
@@ -190,7 +190,9 @@ def test_a_view_shows_less_of_a_drive(tmp_path: Path) -> None:
     assert view.action_valid[:, SPEED].all()
     assert not view.action_valid[:, STEERING].any()
     assert drive.action_valid.all()
-    batch = WindowIndex([view], frames=4).load(np.array([3]))
+    index = WindowIndex([view], frames=4)
+    assert len(index) == 12 + 2
+    batch = index.load(np.array([3]))
     assert batch["tokens"][0].equal(torch.from_numpy(view.tokens[3:7].astype(np.int64)))
     assert batch["actions"][0].equal(torch.from_numpy(view.actions[2:6].copy()))
     assert batch["action_valid"][0].equal(torch.from_numpy(view.action_valid[2:6]))

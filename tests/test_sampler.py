@@ -207,6 +207,7 @@ def test_draw_follows_the_distribution_and_its_edges() -> None:
     drawn = draw(log_probs[:1].expand(20_000, -1), torch.rand(20_000))
     share = torch.bincount(drawn, minlength=1000) / 20_000
     assert (share - log_probs[0].exp()).abs().max() < 0.02
+    assert (draw(torch.full((2, 5), torch.nan), torch.tensor([0.0, 0.5])) < 5).all()
 
 
 def test_truncation_keeps_the_most_probable() -> None:

@@ -151,6 +151,17 @@ def test_a_skipped_drive_moves_nothing(tmp_path: Path) -> None:
         assert (one == other) == (number != 4)
 
 
+def test_a_shard_may_hold_nothing_but_what_was_skipped(tmp_path: Path) -> None:
+    store = write(tmp_path / "tokens", make_plan(frames_per_shard=7), skip=("b/left", "d"))
+    assert [len(shard.drives) for shard in store.index.shards].count(0) == 2
+    assert store.drive_ids == ("a", "long", "c")
+    for name in store.drive_ids:
+        assert np.array_equal(
+            np.concatenate([drive.tokens for drive in store.select([name])]),
+            arrays(name)["tokens"],
+        )
+
+
 @pytest.mark.parametrize(
     ("reason", "kept"),
     [

@@ -1,5 +1,4 @@
 import pickle
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -27,18 +26,16 @@ def label(drive: int, frame: int) -> int:
     return 100 * drive + frame
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
-    """Drives whose tokens and actions say which drive and frame they are of."""
-    info = StoreInfo(tokenizer_fingerprint="f00d", rows=1, cols=2, codebook_size=400, fps=10.0)
+def write_store(out: Path, first: int = 0) -> TokenStore:
+    """Drives whose tokens and actions say which drive, from `first` on, and frame they are of."""
+    info = StoreInfo(tokenizer_fingerprint="f00d", rows=1, cols=2, codebook_size=800, fps=10.0)
     plan = StorePlan(
         info=info,
         drives=tuple(PlannedDrive(id=name, frames=n) for name, n in LENGTHS.items()),
         shard_bytes=SPLIT_AT * frame_bytes(1, 2),
     )
-    out = tmp_path_factory.mktemp("store") / "tokens"
     with TokenStoreWriter(out, plan) as writer:
-        for drive, (name, n) in enumerate(LENGTHS.items()):
+        for drive, (name, n) in enumerate(LENGTHS.items(), first):
             labels = label(drive, 0) + np.arange(n)
             times = np.arange(n) / 10
             times[GAP_AT:] += 0.1 if name == "gap" else 0.0
@@ -48,6 +45,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
             writer.add(name, tokens, actions, valid, times, gaps(times))
         writer.finish()
     return TokenStore(out)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    return write_store(tmp_path_factory.mktemp("store") / "tokens")
 
 
 def check(batch: dict[str, torch.Tensor], frames: int) -> None:
@@ -115,12 +117,11 @@ def test_random_batches_reach_every_window(store: TokenStore) -> None:
 
 
 def test_windows_of_several_stores_make_one_batch(store: TokenStore, tmp_path: Path) -> None:
-    shutil.copytree(store.path, tmp_path / "tokens")
-    other = TokenStore(tmp_path / "tokens")
+    other = write_store(tmp_path / "tokens", first=4)
     index = WindowIndex([store.drives[0], other.drives[3], other.drives[0]], frames=2)
-    batch = index.load(np.array([0, 12, 8, 3]))
+    batch = index.load(np.array([0, 12, 25, 8, 3]))
     check(batch, 2)
-    assert batch["tokens"][:, 0, 0, 0].tolist() == [0, 205, 200, 3]
+    assert batch["tokens"][:, 0, 0, 0].tolist() == [0, 605, 407, 600, 3]
 
 
 def test_another_process_loads_the_same_batches(store: TokenStore) -> None:

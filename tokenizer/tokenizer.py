@@ -179,7 +179,7 @@ class Tokenizer:
 
 def images_from_frames(frames: Tensor, size: FrameSize) -> Tensor:
     """Return pictures [T, 3, h, w] in [-1, 1] that cover `size`, from uint8 frames [T, H, W, 3]."""
-    images = rearrange(frames, "t h w c -> t c h w").float()
+    images = rearrange(frames, "t h w c -> t c h w").to(torch.float32, copy=True)
     if images.shape[2:] != (size.height, size.width):
         images = _resized(images, size)
     return images.div_(127.5).sub_(1)

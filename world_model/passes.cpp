@@ -41,7 +41,8 @@ extern "C" struct Pass {
 
 namespace {
 
-constexpr int kTogether = 2 * kLanes;  // columns of a matrix; no more than a head's
+// Columns of a matrix at once: what a head's channels are a multiple of, so widths are, too.
+constexpr int kTogether = 2 * kLanes;
 constexpr int kParts = 4;  // of the keys: a fixed number, so that results do not depend on threads
 
 class Run {
@@ -119,7 +120,7 @@ class Run {
     for (int column = 0; column < m.hidden; column += kTogether) {
       multiply<false>(normed, width, matrices[2], column, m.hidden, columns, kTogether);
       for (int row = 0; row < rows; ++row)
-        for (int i = 0; i < kTogether && column + i < m.hidden; i += kLanes)
+        for (int i = 0; i < kTogether; i += kLanes)
           store_rounded(hidden + size_t(row) * m.hidden + column + i,
                         squared_relu(load(columns + row * kTogether + i)));
     }

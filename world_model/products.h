@@ -137,9 +137,9 @@ void rotate(float* row, int channels, const float* cos, const float* sin, float 
   }
 }
 
-// `product`: c [rows, columns] (+)= a [rows, k] b [k, columns], where each 16 columns of b are one
-// [k / 2][16][2] and begin `step` after those before, and k is a multiple of 32. Rows of a and c are
-// there, with whatever in them, up to the next multiple of 16.
+// `product`: c [rows, columns] (+)= a [rows, k] b [k, columns], where each 16 columns of b begin
+// `step` after those before, and k is a multiple of 32. Rows of a and c are there, with whatever in
+// them, up to the next multiple of 16.
 #if defined(__AMX_BF16__)
 
 struct alignas(64) TileConfig {
@@ -156,7 +156,8 @@ struct Tiles {
   ~Tiles() { _tile_release(); }
 };
 
-// Of 16 to 64 rows and 16 columns: tiles 0 to 3 are of c, 4 is of a, 5 of b. A tile's number has to be a literal.
+// Of 16 to 64 rows and 16 columns: tiles 0 to 3 are of c, 4 is of a, 5 of b. A tile's number has
+// to be a literal.
 template <bool kAdd, int kBlocks>
 void product_of(const bf16* a, int lda, const bf16* b, int k, float* c, int ldc) {
   const size_t a_bytes = size_t(lda) * 2, c_bytes = size_t(ldc) * 4;
@@ -272,7 +273,7 @@ struct Tiles {
 };
 
 #if defined(__AVX512BF16__)
-constexpr int kMostRows = 8, kMostColumns = 2;  // in 16 registers, a fifth of a load a product
+constexpr int kMostRows = 8, kMostColumns = 2;  // 10 loads for 16 products, in 16 registers
 Floats multiplied(Floats sum, Ints pairs, int32_t a) {
   return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32(a));
 }
@@ -337,10 +338,10 @@ void product(const bf16* a, int lda, const bf16* b, size_t step, int columns, in
   constexpr auto wide = by_rows<kAdd, kMostColumns>(any), narrow = by_rows<kAdd, 1>(any);
   for (int column = 0, width; column < columns; column += width, b += width / kLanes * step) {
     width = columns - column < kMostColumns * kLanes ? kLanes : kMostColumns * kLanes;
-    const auto& of = width == kLanes ? narrow : wide;
+    const auto& kernels = width == kLanes ? narrow : wide;
     for (int row = 0; row < rows; row += kMostRows)
-      of[std::min(rows - row, kMostRows) - 1](a + size_t(row) * lda, lda, b, step, k,
-                                              c + size_t(row) * ldc + column, ldc);
+      kernels[std::min(rows - row, kMostRows) - 1](a + size_t(row) * lda, lda, b, step, k,
+                                                   c + size_t(row) * ldc + column, ldc);
   }
 }
 

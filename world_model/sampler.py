@@ -127,7 +127,8 @@ def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
     total = log_probs.exp().cumsum(-1)
     # uniform has 24 bits: the product rounds to less than the last sum, even in float32.
     at = (uniform * total[..., -1]).unsqueeze(-1)
-    return torch.searchsorted(total, at, right=True).squeeze(-1)
+    found = torch.searchsorted(total, at, right=True).squeeze(-1)
+    return found.clamp_(max=log_probs.shape[-1] - 1)  # of what is not a number, some token
 
 
 class WavePasses:

@@ -245,7 +245,8 @@ class AttentionRun {
     alignas(64) float row[1024];
     for (int i = 0; i < channels; i += kLanes) store(row + i, load(a.qkv + at + i));
     const float norm = scale_of(row, channels) * scale;
-    for (int i = 0; i < channels; i += kLanes) store(row + i, load(row + i) * norm * load(gain + i));
+    for (int i = 0; i < channels; i += kLanes)
+      store(row + i, load(row + i) * norm * load(gain + i));
     rotate(row, channels, cos_of(slot), sin_of(slot), 1);
     head.row(rows, slot, row);
   }
