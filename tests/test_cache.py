@@ -33,7 +33,8 @@ def wave_by_wave(
     cache: Cache, tokens: Tensor, previous: Tensor, actions: Tensor, valid: Tensor
 ) -> Tensor:
     """`encode_frame`, in as many passes as sampling takes."""
-    passes, logits = WavePasses(cache, previous), torch.empty(*tokens.shape, GRID.codebook_size)
+    passes, codes = WavePasses(cache, previous), cache.model.grid.codebook_size
+    logits = torch.empty(*tokens.shape, codes)
 
     def choose(found: Tensor, target: Tensor) -> Tensor:
         logits[:, target] = found

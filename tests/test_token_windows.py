@@ -176,9 +176,9 @@ def test_a_window_longer_than_every_drive_is_an_error(store: TokenStore) -> None
 def test_a_token_outside_the_codebook_is_an_error(store: TokenStore) -> None:
     shard = store.shard(0)
     tokens = shard.columns["tokens"]
-    shard.columns["tokens"] = np.full_like(tokens, 400)
+    shard.columns["tokens"] = np.full_like(tokens, 800)
     try:
-        with pytest.raises(DriveSimError, match="token 400"):
+        with pytest.raises(DriveSimError, match="token 800"):
             next(sequential_windows(store.drives, frames=4, batch_size=1))
     finally:
         shard.columns["tokens"] = tokens

@@ -137,7 +137,7 @@ class Run {
 #pragma omp for
     for (int column = 0; column < m.codes; column += kTogether) {
       const int count = std::min<int>(kTogether, m.codes - column);
-      multiply<false>(normed, width, m.output, column, padded(m.codes, kLanes), columns, kTogether);
+      multiply<false>(normed, width, m.output, column, m.codes, columns, kTogether);
       for (int row = 0; row < rows; ++row) {
         const int slot = row % p.n - p.first;
         if (slot >= 0)
