@@ -52,10 +52,8 @@ def context_of(world: WorldModel, recorded: SyntheticDrive) -> Context:
     )
 
 
-def _trained(shape: Shape, folder: Path, settings: Settings) -> WorldModel:
+def _trained(shape: Shape, size: SyntheticConfig, folder: Path, settings: Settings) -> WorldModel:
     """A world model of a shape that has seen 48 s of driving through one synthetic world."""
-    frames, model = shape.frames, shape.model
-    size = SyntheticConfig(height=frames.height, width=frames.width, fps=FPS)
     write_synthetic_drives(
         folder / "videos", drives=4, seconds=12.0, worlds=1, config=size, workers=cores()
     )
@@ -70,18 +68,18 @@ def _trained(shape: Shape, folder: Path, settings: Settings) -> WorldModel:
         )
 
     videos, tokenizer, tokens = [folder / "videos"], folder / "tokenizer", folder / "tokens"
-    tokenize_videos(videos, tokenizer, tokens, every=1, training=request(frames, 150))
-    train_world_model_on(tokens, tokenizer, folder / "world-model", request(model, 80))
+    tokenize_videos(videos, tokenizer, tokens, every=1, training=request(shape.frames, 150))
+    train_world_model_on(tokens, tokenizer, folder / "world-model", request(shape.model, 80))
     return WorldModel.from_run(folder / "world-model", str(settings.device))
 
 
 def measure(settings: Settings) -> list[Claim]:
     """Frames a second, and the share of what comes after the tokens."""
     shape = shape_of("tiny", settings)
+    size = SyntheticConfig(height=shape.frames.height, width=shape.frames.width, fps=FPS)
     with tempfile.TemporaryDirectory() as folder:
-        world = _trained(shape, Path(folder), settings)
+        world = _trained(shape, size, Path(folder), settings)
     past, length = shape.model.context_frames + 1, 3 if settings.toy else 70
-    size = SyntheticConfig(height=shape.frames.height, width=shape.frames.width, fps=world.fps)
     recorded = drive(
         SyntheticWorld(world_seed(0, 0), size), (past + length) / world.fps, driver_seed=1
     )

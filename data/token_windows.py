@@ -21,7 +21,7 @@ class WindowIndex:
     """Every window of `frames` frames, `stride` apart, that crosses neither a drive nor a gap.
 
     Built from the store's index alone; finding one is O(log n) in the number of drives. Windows are
-    numbered from 0 to below the length, which is not checked.
+    numbered from 0 to below the length; others raise IndexError.
     """
 
     def __init__(self, drives: Sequence[DriveTokens], *, frames: int, stride: int = 1) -> None:
@@ -39,7 +39,10 @@ class WindowIndex:
         self._ends: NDArray[np.int64] = np.cumsum(counts)
         # Where window 0 would start, were the run's numbers to go on downwards.
         self._offsets = first - (self._ends - counts) * stride
-        self._drives, self._frames, self._stride = tuple(drives), frames, stride
+        self._drives, self._stride = tuple(drives), stride
+        self._codes = drives[0].info.codebook_size if drives else 0
+        # A window's frames, and the one before them, from its first.
+        self._frames = np.arange(-1, frames)
         self._in_shard = np.array([drive.begin for drive in drives], np.int64)
         self._channels = np.array([drive.channels for drive in drives], np.bool_).reshape(-1, 2)
         self._all_known = bool(self._channels.all())
@@ -59,6 +62,8 @@ class WindowIndex:
         self, numbers: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
         """As `places`, and whether there is a frame before each window, with no gap in between."""
+        if numbers.min(initial=0) < 0:  # too large ones have no run
+            raise IndexError(f"window {numbers.min()} of {len(self)}")
         run = np.searchsorted(self._ends, numbers, side="right")
         start = self._offsets[run] + numbers * self._stride
         return self._drive[run], start, start > self._begin[run]
@@ -71,29 +76,27 @@ class WindowIndex:
         """
         drive, start, has_previous = self._find(numbers)
         alone = None if has_previous.all() else ~has_previous
-        rows = (start + self._in_shard[drive])[:, None] + np.arange(-1, self._frames)
+        rows = (start + self._in_shard[drive])[:, None] + self._frames
         if alone is not None:
             rows[alone, 0] += 1  # any frame, where there is none before the window
         openers = self._opener[drive].tolist()
         shards = {number: self._drives[number].shard.columns for number in set(openers)}
-        tokens = _gathered(shards, openers, "tokens", rows)
-        actions = _gathered(shards, openers, "actions", rows[:, :-1])
-        valid = _gathered(shards, openers, "action_valid", rows[:, :-1])
+        tokens, led = _gathered(shards, openers, "tokens", rows), rows[:, :-1]
+        actions = _gathered(shards, openers, "actions", led)
+        valid = _gathered(shards, openers, "action_valid", led)
         if not self._all_known:
             valid &= self._channels[drive][:, None]
         if alone is not None:
             for column in (tokens, actions, valid):
                 column[alone, 0] = 0
-        codes = self._drives[0].info.codebook_size
-        if tokens.max() >= codes:
+        if tokens.max() >= self._codes:
             raise DriveSimError(
-                f"damaged token store: token {tokens.max()} of a codebook of {codes}; "
+                f"damaged token store: token {tokens.max()} of a codebook of {self._codes}; "
                 "tokenize again"
             )
-        whole = tokens.astype(np.int64)
         return {
-            "tokens": torch.from_numpy(whole[:, 1:]),
-            "previous": torch.from_numpy(whole[:, 0]),
+            "tokens": torch.from_numpy(tokens[:, 1:].astype(np.int64)),
+            "previous": torch.from_numpy(tokens[:, 0].astype(np.int64)),
             "has_previous": torch.from_numpy(has_previous),
             "actions": torch.from_numpy(actions),
             "action_valid": torch.from_numpy(valid),
@@ -125,7 +128,6 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
     A batch is `tokens` int64 [B, T, R, C]; `previous` int64 [B, R, C], the frame before the window,
     zeros where `has_previous` bool [B] is false; `actions` float32 [B, T, 2] and `action_valid`
     bool [B, T, 2], where actions[:, t] leads to frame t: invalid at 0 where nothing came before.
-    The former two are views of one tensor.
 
     Raises:
         DriveSimError: no drive is as long as a window.

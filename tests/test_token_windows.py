@@ -90,6 +90,9 @@ def test_windows_are_all_those_that_cross_neither_drive_nor_gap(
     # Frame 20 is in another shard than its successor, which still has something before it.
     without = {first for first in expected if first in (0, 100, 200, 205, 300)}
     assert set(batch["tokens"][~batch["has_previous"], 0, 0, 0].tolist()) == without
+    for outside in (-1, len(index)):
+        with pytest.raises(IndexError):
+            index.load(np.array([outside]))
 
 
 def test_a_batch_is_a_function_of_seed_and_number_alone(store: TokenStore) -> None:
@@ -141,6 +144,7 @@ def test_a_batch_has_the_types_and_shapes_it_says(store: TokenStore) -> None:
         "actions": (torch.float32, (3, 4, 2)),
         "action_valid": (torch.bool, (3, 4, 2)),
     }
+    assert all(value.is_contiguous() for value in batch.values())
 
 
 def test_sequential_windows_lie_side_by_side(store: TokenStore) -> None:
