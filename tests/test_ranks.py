@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,12 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in TIMES} for row in found]
 
 
-def assert_same_losses(one: Path, other: Path, rel: float = 1e-5) -> None:
+def assert_same_losses(
+    one: Path, other: Path, rel: float = 1e-5, without: Sequence[str] = ()
+) -> None:
     for row_one, row_two in zip(rows(one), rows(other), strict=True):
+        for name in without:
+            assert (row_one.pop(name, None) is None) == (row_two.pop(name, None) is None)
         assert row_one.pop("phase") == row_two.pop("phase")
         batches = row_one.pop("batches", 0), row_two.pop("batches", 0)
         assert batches[0] in (batches[1], 2 * batches[1], batches[1] / 2)

@@ -1,4 +1,4 @@
-"""The passes on a CPU in bf16, compiled: `passes.cpp` with its weights and its ring.
+"""The passes on a CPU, compiled: `passes.cpp` with its weights and its ring.
 
 torch starts some 400 operations for a pass, most of which take longer to start than to run. Here
 they are one call.
@@ -19,6 +19,7 @@ from torch import Tensor
 from driving_sim.world_model.native_library import (
     LANES,
     PAIRS,
+    function,
     is_bounded,
     library,
 )
@@ -68,28 +69,31 @@ def _blocks(model: Transformer) -> list[Block]:
     return [block for block in model.blocks if isinstance(block, Block)]
 
 
-def _paired(matrix: Tensor) -> Tensor:
-    """Lay [..., k, columns] out as [..., columns / 16][k / 2][16][2], in bf16."""
+def _laid_out(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Lay [k, columns] out as [columns / 16][k / P][16][P]: P is 2 in bf16, 1 in float32."""
     return rearrange(
-        matrix.to(torch.bfloat16), "... (k two) (c lane) -> ... c k lane two", two=2, lane=LANES
+        matrix.to(dtype), "(k p) (c lane) -> c k lane p", p=4 // dtype.itemsize, lane=LANES
     ).contiguous()
 
 
 class NativeModel:
-    """A transformer's weights as the compiled passes take them."""
+    """A transformer's weights as the compiled passes take them, in the format of its tables."""
 
     @torch.no_grad()
     def __init__(self, model: Transformer, tables: Tables) -> None:
         config = model.config
+        self.dtype = tables.output.dtype
         self.gains = [model.input_norm.weight.float(), model.output_norm.weight.float()]
-        self.matrices = [_paired(F.pad(tables.output.T, (0, -len(tables.output) % LANES)))]
+        self.matrices = [
+            _laid_out(F.pad(tables.output.T, (0, -len(tables.output) % LANES)), self.dtype)
+        ]
         gains, matrices = [], []
         for block in _blocks(model):
             attention = block.attention
             norms = (block.attention_norm, attention.q_norm, attention.k_norm, block.mlp_norm)
             gains += [norm.weight.float().contiguous() for norm in norms]
             maps = (attention.qkv, attention.out, block.up, block.down)
-            matrices += [_paired(each.weight.T) for each in maps]
+            matrices += [_laid_out(each.weight.T, self.dtype) for each in maps]
         self.places = config.context_frames * model.order.slots
         self.keys = -(-self.places // PAIRS) * PAIRS
         self._gain_pointers = _pointers(gains)
@@ -130,15 +134,14 @@ class NativeCache:
     """
 
     device = torch.device("cpu")
-    dtype = torch.bfloat16
 
     def __init__(
         self, model: Transformer, tables: Tables, batch: int, native: NativeModel | None = None
     ) -> None:
-        compiled = library()
-        assert compiled is not None
         self.model, self.tables = model, tables
-        self._compiled, self.native = compiled, native or NativeModel(model, tables)
+        self.native = native or NativeModel(model, tables)
+        self.dtype = self.native.dtype
+        self._pass = function("pass", self.dtype)
         self.slots, self.frames = model.order.slots, model.config.context_frames
         self.keys, self.values = self._rings(batch), self._rings(batch)
         self._trunk: _Trunk | None = None
@@ -150,7 +153,7 @@ class NativeCache:
         config = self.model.config
         channels = config.width // config.heads
         size = (config.layers, batch, config.kv_heads, self.native.keys * channels)
-        return torch.zeros(size, dtype=torch.bfloat16)
+        return torch.zeros(size, dtype=self.dtype)
 
     def begin_frame(self) -> None:
         """Make the next frame the current one; what its place held is out of sight at once."""
@@ -193,7 +196,7 @@ class NativeCache:
             x.data_ptr(), cos.data_ptr(), sin.data_ptr(),
             self.keys.data_ptr(), self.values.data_ptr(), *self._trunk_fields(), logits.data_ptr(),
         )  # fmt: skip
-        self._compiled.drivesim_pass(ctypes.byref(self.native.structure), ctypes.byref(now))
+        self._pass(ctypes.byref(self.native.structure), ctypes.byref(now))
         return logits
 
     def _trunk_fields(self) -> tuple[int | None, ...]:

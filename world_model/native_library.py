@@ -14,11 +14,12 @@ import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from driving_sim.engine.device import processor_features
+from driving_sim.engine.device import name_of, processor_features
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
 from driving_sim.engine.progress import say
@@ -28,15 +29,6 @@ _SOURCES = tuple(_FOLDER / name for name in ("passes.cpp", "training.cpp"))
 _HEADER = _FOLDER / "products.h"
 _FLAGS = "-std=c++17 -O3 -fopenmp -shared -fPIC -Wno-psabi -march=native"
 _WITHOUT_AMX = "-mno-amx-tile -mno-amx-bf16 -mno-amx-int8"
-_FUNCTIONS = (
-    "drivesim_pass",
-    "drivesim_attention",
-    "drivesim_attention_grad",
-    "drivesim_norm",
-    "drivesim_norm_grad",
-    "drivesim_activation",
-    "drivesim_activation_grad",
-)
 LANES = 16
 """Floats of a vector."""
 PAIRS = 32
@@ -52,6 +44,15 @@ def library() -> ctypes.CDLL | None:
     return None if os.environ.get("DRIVESIM_NATIVE") == "0" else _library()
 
 
+def function(name: str, dtype: torch.dtype) -> Any:
+    """The compiled function of that name, in one of its number formats."""
+    compiled = library()
+    assert compiled is not None
+    found = getattr(compiled, f"drivesim_{name}_{name_of(dtype)}")
+    found.restype = None
+    return found
+
+
 @cache
 def _library() -> ctypes.CDLL | None:
     compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or "c++"]
@@ -62,8 +63,6 @@ def _library() -> ctypes.CDLL | None:
         for flags in (_FLAGS, f"{_FLAGS} {_WITHOUT_AMX}"):
             found = ctypes.CDLL(str(_compiled(compiler, flags.split())))
             if found.drivesim_ready():
-                for name in _FUNCTIONS:
-                    getattr(found, name).restype = None
                 return found
     except (OSError, DriveSimError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]

@@ -1,8 +1,8 @@
-"""Parts of a training step on a CPU in bf16, compiled: `training.cpp` under autograd.
+"""Parts of a training step on a CPU, compiled: `training.cpp` under autograd.
 
-Of a step of a small model torch spends some 60 % in causal attention and most of the rest in small
-float32 operations. Each function returns None where the compiled one does not apply, and its caller
-goes on with torch.
+Of a step of a small model torch spends some 60 % in causal attention and, in bf16, most of the rest
+in small float32 operations. Each function computes in the format of the surrounding autocast; it
+returns None where the compiled one does not apply, and its caller goes on with torch.
 
 Axes: B batch, N slots, H query heads, G key heads, E channels of a head, F = (H + 2 G) E, D width.
 """
@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from driving_sim.world_model.native_library import (
     LANES,
     PAIRS,
+    function,
     is_bounded,
     library,
 )
@@ -45,8 +46,7 @@ def causal_attention(
     """
     channels = len(q_gain)
     if (
-        not _applies(qkv)
-        or qkv.dtype is not torch.bfloat16
+        qkv.dtype is not _format(qkv)
         or channels % PAIRS
         or channels > _MOST_CHANNELS
         or not _are_float32(q_gain, k_gain, *rotary)
@@ -58,39 +58,37 @@ def causal_attention(
 
 
 def normed(x: Tensor, gain: Tensor) -> Tensor | None:
-    """Return x [..., D] by its root mean square, times `gain` [D], in bf16."""
-    if not _applies(x) or not _are_float32(x, gain) or len(gain) % LANES:
+    """Return x [..., D] by its root mean square, times `gain` [D]."""
+    dtype = _format(x)
+    if dtype is None or not _are_float32(x, gain) or len(gain) % LANES:
         return None
-    found: Tensor = _Norm.apply(x, gain)  # type: ignore[no-untyped-call]
+    found: Tensor = _Norm.apply(x, gain, dtype)  # type: ignore[no-untyped-call]
     return found
 
 
 def squared_relu(x: Tensor) -> Tensor | None:
-    """Return the square of what of x is above 0, in bf16."""
-    if not _applies(x) or x.dtype is not torch.bfloat16 or x.numel() % LANES:
+    """Return the square of what of x is above 0."""
+    if x.dtype is not _format(x) or x.numel() % LANES:
         return None
     found: Tensor = _SquaredRelu.apply(x)  # type: ignore[no-untyped-call]
     return found
 
 
-def _applies(x: Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
-        and torch.is_autocast_enabled("cpu")
-        and torch.get_autocast_dtype("cpu") is torch.bfloat16
-        and not torch.compiler.is_compiling()
-        and library() is not None
-    )
+def _format(x: Tensor) -> torch.dtype | None:
+    """The number format that the compiled functions compute in here; None where they do not."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or library() is None:
+        return None
+    low = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if low else torch.float32
+    return dtype if dtype in (torch.bfloat16, torch.float32) else None
 
 
 def _are_float32(*tensors: Tensor) -> bool:
     return all(tensor.dtype is torch.float32 for tensor in tensors)
 
 
-def _call(name: str, *given: Any) -> None:
-    compiled = library()
-    assert compiled is not None
-    getattr(compiled, name)(*given)
+def _call(name: str, dtype: torch.dtype, *given: Any) -> None:
+    function(name, dtype)(*given)
 
 
 def _numbers(*values: int) -> list[ctypes.c_int64]:
@@ -119,7 +117,7 @@ class _CausalAttention(torch.autograd.Function):
         mixed = qkv.new_empty(batch, slots, heads * channels)
         weights = q_gain.new_empty(batch, heads, -(-slots // _BLOCK) * _BLOCK)
         structure = _Attention(*ctx.sizes, *_pointers(*given, mixed, weights))
-        _call("drivesim_attention", ctypes.byref(structure))
+        _call("attention", qkv.dtype, ctypes.byref(structure))
         ctx.save_for_backward(*given, mixed, weights)
         return mixed
 
@@ -133,29 +131,29 @@ class _CausalAttention(torch.autograd.Function):
         k_gain_grad = kept[1].new_empty(batch * kv_heads, channels)
         grads = mixed_grad, qkv_grad, q_gain_grad, k_gain_grad
         structure = _Attention(*ctx.sizes, *_pointers(*kept, *grads))
-        _call("drivesim_attention_grad", ctypes.byref(structure))
+        _call("attention_grad", qkv_grad.dtype, ctypes.byref(structure))
         return qkv_grad, q_gain_grad.sum(0), k_gain_grad.sum(0), None, None, None
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
         x, gain = x.contiguous(), gain.contiguous()
-        found = torch.empty_like(x, dtype=torch.bfloat16)
+        found = torch.empty_like(x, dtype=dtype)
         size = _numbers(x.numel() // len(gain), len(gain))
-        _call("drivesim_norm", *size, *_pointers(x, gain, found))
+        _call("norm", dtype, *size, *_pointers(x, gain, found))
         ctx.save_for_backward(x, gain)
         return found
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, gain = ctx.saved_tensors
         grad, x_grad = grad.contiguous(), torch.empty_like(x)
         gain_grads = gain.new_empty(_NORM_PARTS, len(gain))
         size = _numbers(x.numel() // len(gain), len(gain))
-        _call("drivesim_norm_grad", *size, *_pointers(x, gain, grad, x_grad, gain_grads))
-        return x_grad, gain_grads.sum(0)
+        _call("norm_grad", grad.dtype, *size, *_pointers(x, gain, grad, x_grad, gain_grads))
+        return x_grad, gain_grads.sum(0), None
 
 
 class _SquaredRelu(torch.autograd.Function):
@@ -163,7 +161,7 @@ class _SquaredRelu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.contiguous()
         found = torch.empty_like(x)
-        _call("drivesim_activation", *_numbers(x.numel()), *_pointers(x, found))
+        _call("activation", x.dtype, *_numbers(x.numel()), *_pointers(x, found))
         ctx.save_for_backward(x)
         return found
 
@@ -172,5 +170,5 @@ class _SquaredRelu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         grad, x_grad = grad.contiguous(), torch.empty_like(x)
-        _call("drivesim_activation_grad", *_numbers(x.numel()), *_pointers(x, grad, x_grad))
+        _call("activation_grad", x.dtype, *_numbers(x.numel()), *_pointers(x, grad, x_grad))
         return x_grad

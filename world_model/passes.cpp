@@ -1,8 +1,9 @@
-// One pass of the world model's transformer over a few slots of B sequences, on a CPU, in bf16.
+// One pass of the world model's transformer over a few slots of B sequences, on a CPU, in bf16 or
+// float32.
 //
 // What torch does in some 400 small operations a pass, whose start takes longer than their work, is
 // one parallel region here. It computes what Transformer.hidden and RingCache.attend do: matrices,
-// keys and values in bf16, sums and the residual stream in float32.
+// keys and values in `Number`, sums and the residual stream in float32.
 //
 // Axes: B sequences, n slots of each in the pass, M = B * n rows, D width, H query heads, G key
 // heads, R = H / G, E channels of a head, N keys in the ring, S slots of a frame, C codes.
@@ -10,17 +11,19 @@
 #include "products.h"
 
 // Pointers to tensors of the layouts above; world_model/native.py fills it in the same order.
-extern "C" struct Model {
+template <typename Number>
+struct Model {
   int64_t layers, width, heads, kv_heads, hidden, codes;
   int64_t places, keys;         // of the ring; and N: the next multiple of 32
   const float* input_gain;      // [D]
   const float* const* gains;    // of each layer: attention [D], q [E], k [E], mlp [D]
-  const bf16* const* matrices;  // of each layer: qkv, out, up, down
+  const Number* const* matrices;  // of each layer: qkv, out, up, down
   const float* output_gain;     // [D]
-  const bf16* output;           // [D, C padded to 16]
+  const Number* output;           // [D, C padded to 16]
 };
 
-extern "C" struct Pass {
+template <typename Number>
+struct Pass {
   int64_t batch, n;
   int64_t begin;           // place of the pass's first slot in the ring
   int64_t frame_end;       // where the ring's frame that is being written ends
@@ -28,12 +31,12 @@ extern "C" struct Pass {
   int64_t first;           // logits are wanted of the slots of the pass from this one on
   const float* x;          // [B, n, D]
   const float *cos, *sin;  // [n, E / 2]
-  bf16* ring_keys;         // [L, B, G][N / 16][E / 2][16][2]
-  bf16* ring_values;       // [L, B, G][E / 16][N / 2][16][2]
+  Number* ring_keys;         // [L, B, G][N / 16][E / P][16][P]
+  Number* ring_values;       // [L, B, G][E / 16][N / P][16][P]
   // Where the B sequences branched off U others: the rings of those, of which sequence i goes on
   // from trunk[i]. Places from own_from on, round the ring's end, to own_to are the branches' own.
   int64_t trunks;                            // U, or 0
-  const bf16 *trunk_keys, *trunk_values;     // as the rings above, [L, U, G]...
+  const Number *trunk_keys, *trunk_values;     // as the rings above, [L, U, G]...
   const int64_t* trunk;                      // [B]
   int64_t own_from, own_to;                  // multiples of 32
   float* logits;                             // [B, n - first, C]
@@ -45,9 +48,10 @@ namespace {
 constexpr int kTogether = 2 * kLanes;
 constexpr int kParts = 4;  // of the keys: a fixed number, so that results do not depend on threads
 
+template <typename Number>
 class Run {
  public:
-  Run(const Model& model, const Pass& pass)
+  Run(const Model<Number>& model, const Pass<Number>& pass)
       : m(model),
         p(pass),
         width(m.width),
@@ -58,17 +62,17 @@ class Run {
         queries(padded(group * p.n, 16)),
         part(padded((m.keys + kParts - 1) / kParts, 32)),
         x_(size_t(room) * width * 4),
-        normed_(size_t(room) * width * 2),
-        hidden_(size_t(room) * m.hidden * 2),
-        mixed_(size_t(room) * width * 2),
-        queries_(size_t(p.batch) * m.kv_heads * queries * channels * 2),
+        normed_(size_t(room) * width * sizeof(Number)),
+        hidden_(size_t(room) * m.hidden * sizeof(Number)),
+        mixed_(size_t(room) * width * sizeof(Number)),
+        queries_(size_t(p.batch) * m.kv_heads * queries * channels * sizeof(Number)),
         parts(p.trunks ? 2 * kParts : kParts),
         sums_(size_t(p.batch) * m.kv_heads * parts * queries * (channels + 1) * 4),
         x(x_.as<float>()),
-        normed(normed_.as<bf16>()),
-        hidden(hidden_.as<bf16>()),
-        mixed(mixed_.as<bf16>()),
-        q(queries_.as<bf16>()),
+        normed(normed_.as<Number>()),
+        hidden(hidden_.as<Number>()),
+        mixed(mixed_.as<Number>()),
+        q(queries_.as<Number>()),
         sums(sums_.as<float>()) {}
 
   void run() {
@@ -76,7 +80,7 @@ class Run {
 #pragma omp parallel
     {
       Tiles tiles;
-      const Lines own(std::max(size_t(16) * part * 2, size_t(room) * channels * 4));
+      const Lines own(std::max(size_t(16) * part * sizeof(Number), size_t(room) * channels * 4));
 #pragma omp for
       for (int row = 0; row < rows; ++row)
         normalise(x + size_t(row) * width, width, m.input_gain);
@@ -89,9 +93,11 @@ class Run {
   }
 
  private:
+  static constexpr int kP = kDeep<Number>;
+
   void attention(int layer, const Lines& own) {
     const float* const* gains = m.gains + 4 * layer;
-    const bf16* const* matrices = m.matrices + 4 * layer;
+    const Number* const* matrices = m.matrices + 4 * layer;
     norm_rows(gains[0]);
 #pragma omp for schedule(dynamic)
     for (int head = 0; head < m.heads + 2 * m.kv_heads; ++head) project(layer, head, own);
@@ -113,15 +119,15 @@ class Run {
   }
 
   void mlp(int layer, const Lines& own) {
-    const bf16* const* matrices = m.matrices + 4 * layer;
+    const Number* const* matrices = m.matrices + 4 * layer;
     float* columns = own.as<float>();
     norm_rows(m.gains[4 * layer + 3]);
 #pragma omp for
     for (int column = 0; column < m.hidden; column += kTogether) {
       multiply<false>(normed, width, matrices[2], column, m.hidden, columns, kTogether);
       for (int row = 0; row < rows; ++row)
-        for (int i = 0; i < kTogether; i += kLanes)
-          store_rounded(hidden + size_t(row) * m.hidden + column + i,
+        for (int i = 0; i < kTogether; i += kFloats)
+          store(hidden + size_t(row) * m.hidden + column + i,
                         squared_relu(load(columns + row * kTogether + i)));
     }
 #pragma omp for
@@ -149,7 +155,7 @@ class Run {
 
   // Up to kTogether columns, from one on, of all rows times a matrix of k rows and so many columns.
   template <bool kAdd>
-  void multiply(const bf16* left, int k, const bf16* matrix, int column, int columns, float* to,
+  void multiply(const Number* left, int k, const Number* matrix, int column, int columns, float* to,
                 int ldc) const {
     product<kAdd>(left, k, matrix + size_t(column) * k, size_t(kLanes) * k,
                   std::min(kTogether, columns - column), k, to, ldc, rows);
@@ -157,7 +163,7 @@ class Run {
 
   static void normalise(float* row, int count, const float* gain) {
     const float scale = scale_of(row, count);
-    for (int i = 0; i < count; i += kLanes) store(row + i, load(row + i) * scale * load(gain + i));
+    for (int i = 0; i < count; i += kFloats) store(row + i, load(row + i) * scale * load(gain + i));
   }
 
   void norm_rows(const float* gain) {
@@ -169,7 +175,7 @@ class Run {
   // A head's queries, rotated; or its keys, rotated, or values, into the ring.
   void project(int layer, int head, const Lines& own) {
     float* projected = own.as<float>();
-    const bf16* matrix = m.matrices[4 * layer] + size_t(head) * channels * width;
+    const Number* matrix = m.matrices[4 * layer] + size_t(head) * channels * width;
     product<false>(normed, width, matrix, size_t(kLanes) * width, channels, width, projected,
                    channels, rows);
     const float* const* gains = m.gains + 4 * layer;
@@ -193,34 +199,34 @@ class Run {
 
   void keep_query(int sequence, int head, int slot, const float* row) {
     const int of_group = head % group;
-    bf16* to = q + ((size_t(sequence) * m.kv_heads + head / group) * queries + of_group * p.n +
+    Number* to = q + ((size_t(sequence) * m.kv_heads + head / group) * queries + of_group * p.n +
                     slot) * channels;
     const float scale = kLog2E / std::sqrt(float(channels));
-    for (int i = 0; i < channels; i += kLanes) store_rounded(to + i, load(row + i) * scale);
+    for (int i = 0; i < channels; i += kFloats) store(to + i, load(row + i) * scale);
   }
 
   void keep_key(int layer, int each, int slot, const float* row) {
     const int64_t place = p.begin + slot;
-    bf16* to = keys_of(layer, each) + place / kLanes * kLanes * channels + place % kLanes * 2;
-    for (int i = 0; i < channels; ++i) to[i / 2 * 2 * kLanes + i % 2] = rounded(row[i]);
+    Number* to = keys_of(layer, each) + place / kLanes * kLanes * channels + place % kLanes * kP;
+    for (int i = 0; i < channels; ++i) put(to + i / kP * kP * kLanes + i % kP, row[i]);
   }
 
   void keep_value(int layer, int each, int slot, const float* row) {
     const int64_t place = p.begin + slot;
-    bf16* to = values_of(layer, each) + place / 2 * 2 * kLanes + place % 2;
+    Number* to = values_of(layer, each) + place / kP * kP * kLanes + place % kP;
     for (int i = 0; i < channels; ++i)
-      to[i / kLanes * m.keys * kLanes + i % kLanes * 2] = rounded(row[i]);
+      put(to + i / kLanes * m.keys * kLanes + i % kLanes * kP, row[i]);
   }
 
-  bf16* keys_of(int layer, int each) const {
+  Number* keys_of(int layer, int each) const {
     return p.ring_keys + (size_t(layer) * p.batch * m.kv_heads + each) * m.keys * channels;
   }
 
-  bf16* values_of(int layer, int each) const {
+  Number* values_of(int layer, int each) const {
     return p.ring_values + (size_t(layer) * p.batch * m.kv_heads + each) * m.keys * channels;
   }
 
-  const bf16* trunk_of(const bf16* rings, int layer, int each) const {
+  const Number* trunk_of(const Number* rings, int layer, int each) const {
     const int64_t head = p.trunk[each / m.kv_heads] * m.kv_heads + each % m.kv_heads;
     return rings + (size_t(layer) * p.trunks * m.kv_heads + head) * m.keys * channels;
   }
@@ -257,14 +263,14 @@ class Run {
   void attend(int layer, int each, int number, bool shared, const Lines& own) {
     const int64_t from = std::min<int64_t>(m.keys, int64_t(number) * part);
     const int64_t to = std::min<int64_t>(m.keys, from + part);
-    bf16* weights = own.as<bf16>();
+    Number* weights = own.as<Number>();
     const int in_sums = shared ? kParts + number : number;
     float* to_sums = sums + (size_t(each) * parts + in_sums) * queries * (channels + 1);
-    const bf16* keys = shared ? trunk_of(p.trunk_keys, layer, each) : keys_of(layer, each);
-    const bf16* values = shared ? trunk_of(p.trunk_values, layer, each) : values_of(layer, each);
+    const Number* keys = shared ? trunk_of(p.trunk_keys, layer, each) : keys_of(layer, each);
+    const Number* values = shared ? trunk_of(p.trunk_values, layer, each) : values_of(layer, each);
     for (int first = 0; first < group * p.n; first += 16) {
       const int count = std::min<int>(16, group * p.n - first);
-      const bf16* left = q + (size_t(each) * queries + first) * channels;
+      const Number* left = q + (size_t(each) * queries + first) * channels;
       float* weighted = to_sums + size_t(first) * channels;
       float* totals = to_sums + size_t(queries) * channels + first;
       Floats sum[16] = {};
@@ -273,7 +279,7 @@ class Run {
         end = run_end(begin, to);
         if (owns(begin) == shared) continue;
         weigh(left, count, first, keys, begin, end, weights, sum);
-        const bf16* right = values + begin * kLanes;
+        const Number* right = values + begin * kLanes;
         const size_t step = size_t(m.keys) * kLanes;
         if (begun)
           product<true>(weights, part, right, step, channels, end - begin, weighted, channels,
@@ -289,28 +295,28 @@ class Run {
   }
 
   // Weights of the keys from `from` to `to` for up to 16 queries, added up in `sum`.
-  void weigh(const bf16* left, int count, int first, const bf16* keys, int64_t from, int64_t to,
-             bf16* weights, Floats* sum) const {
+  void weigh(const Number* left, int count, int first, const Number* keys, int64_t from, int64_t to,
+             Number* weights, Floats* sum) const {
     constexpr int kWide = 64;
     alignas(64) float scores[16 * kWide];
     for (int64_t wide = from; wide < to; wide += kWide) {
       const int64_t end = std::min(to, wide + kWide);
       if (!sees_some(wide, end)) {
         for (int row = 0; row < 16; ++row)
-          std::memset(weights + row * part + (wide - from), 0, (end - wide) * 2);
+          std::memset(weights + row * part + (wide - from), 0, (end - wide) * sizeof(Number));
         continue;
       }
       product<false>(left, channels, keys + wide * channels, size_t(kLanes) * channels,
                      end - wide, channels, scores, kWide, count);
-      for (int64_t place = wide; place < end; place += kLanes) {
-        const bool all = sees_all(place, place + kLanes);
+      for (int64_t place = wide; place < end; place += kFloats) {
+        const bool all = sees_all(place, place + kFloats);
         for (int row = 0; row < count; ++row) {
           Floats weight = power_of_two(load(scores + row * kWide + (place - wide)));
           if (!all)
-            for (int lane = 0; lane < kLanes; ++lane)
+            for (int lane = 0; lane < kFloats; ++lane)
               if (!sees((first + row) % p.n, place + lane)) weight[lane] = 0;
           sum[row] += weight;
-          store_rounded(weights + row * part + (place - from), weight);
+          store(weights + row * part + (place - from), weight);
         }
       }
     }
@@ -325,25 +331,25 @@ class Run {
       float weight = 0;
       for (int number = 0; number < parts; ++number)
         weight += own[number * size + size_t(queries) * channels + query];
-      bf16* to = mixed + (size_t(sequence) * p.n + query % p.n) * width +
+      Number* to = mixed + (size_t(sequence) * p.n + query % p.n) * width +
                  (key_head * group + query / p.n) * channels;
-      for (int i = 0; i < channels; i += kLanes) {
+      for (int i = 0; i < channels; i += kFloats) {
         Floats sum{};
         for (int number = 0; number < parts; ++number)
           sum += load(own + number * size + size_t(query) * channels + i);
-        store_rounded(to + i, sum / weight);
+        store(to + i, sum / weight);
       }
     }
   }
 
-  const Model& m;
-  const Pass& p;
+  const Model<Number>& m;
+  const Pass<Number>& p;
   const int width, channels, group, rows, room, queries, part;
   Lines x_, normed_, hidden_, mixed_, queries_;
   const int parts;  // of the keys: those of the branches, then those of the trunks
   Lines sums_;
   float* const x;
-  bf16 *const normed, *const hidden, *const mixed, *const q;
+  Number *const normed, *const hidden, *const mixed, *const q;
   float* const sums;
 };
 
@@ -358,4 +364,10 @@ extern "C" int drivesim_ready() {
 #endif
 }
 
-extern "C" void drivesim_pass(const Model* model, const Pass* pass) { Run(*model, *pass).run(); }
+extern "C" void drivesim_pass_bf16(const Model<bf16>* model, const Pass<bf16>* pass) {
+  Run(*model, *pass).run();
+}
+
+extern "C" void drivesim_pass_fp32(const Model<float>* model, const Pass<float>* pass) {
+  Run(*model, *pass).run();
+}

@@ -1,7 +1,9 @@
-// What the compiled parts of the world model share: vectors of 16 floats, and products in bf16.
+// What the compiled parts of the world model share: vectors of floats, and matrix products of bf16
+// or float32.
 //
 // Every matrix product is `product` below, on matrices that are laid out for it: a right-hand side
-// of k rows and 16 columns as [k / 2][16][2], which AMX and AVX512-BF16 read as it is.
+// of k rows and 16 columns as [k][16] in float32, and in bf16 as [k / 2][16][2], which AMX and
+// AVX512-BF16 read as it is; [k / P][16][P] here.
 
 #pragma once
 
@@ -21,13 +23,21 @@
 #include <unistd.h>
 #endif
 
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#else
+#define VECTOR_BYTES 32
+#endif
+
 typedef uint16_t bf16;
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
+typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
 
 namespace {
 
-constexpr int kLanes = 16;
+constexpr int kLanes = 16;  // columns of a right-hand side that lie together
+constexpr int kFloats = VECTOR_BYTES / sizeof(float);
 constexpr float kLog2E = 1.44269504f;
 
 class Lines {  // memory that begins with a cache line, with whatever in it
@@ -42,44 +52,57 @@ class Lines {  // memory that begins with a cache line, with whatever in it
   std::unique_ptr<char[]> bytes_;
 };
 
-int padded(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+// P: how many rows of a right-hand side lie side by side.
+template <typename Number>
+constexpr int kDeep = sizeof(float) / sizeof(Number);
 
-bf16 rounded(float value) {  // to nearest, ties to even; there are no NaNs
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
+int padded(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 Floats load(const float* from) {
   Floats value;
-  std::memcpy(&value, from, 64);
+  std::memcpy(&value, from, sizeof(value));
   return value;
 }
 
-void store(float* to, Floats value) { std::memcpy(to, &value, 64); }
+Floats load(const bf16* from) {
+  Halves value;
+  std::memcpy(&value, from, sizeof(value));
+  return (Floats)(__builtin_convertvector(value, Ints) << 16);
+}
+
+void store(float* to, Floats value) { std::memcpy(to, &value, sizeof(value)); }
+
+void store(bf16* to, Floats value) {  // to nearest, ties to even
+#if defined(__AVX512BF16__)
+  const __m256bh narrow = _mm512_cvtneps_pbh((__m512)value);
+#else
+  const Ints bits = (Ints)value;  // there are no NaNs
+  const Halves narrow =
+      __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+#endif
+  std::memcpy(to, &narrow, sizeof(narrow));
+}
+
+void put(float* to, float value) { *to = value; }
+
+void put(bf16* to, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  *to = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
 
 float total(Floats value) {
   float sum = 0;
-  for (int lane = 0; lane < kLanes; ++lane) sum += value[lane];
+  for (int lane = 0; lane < kFloats; ++lane) sum += value[lane];
   return sum;
 }
 
-Floats load(const bf16* from) {
-  Ints bits;
-  for (int lane = 0; lane < kLanes; ++lane) bits[lane] = int32_t(uint32_t(from[lane]) << 16);
-  return (Floats)bits;
+// Some columns of two rows of a right-hand side: [2][16], and [16][2] in bf16.
+void store_pair(float* to, Floats even, Floats odd) {
+  store(to, even);
+  store(to + kLanes, odd);
 }
 
-void store_rounded(bf16* to, Floats value) {
-#if defined(__AVX512BF16__)
-  __m256bh narrow = _mm512_cvtneps_pbh((__m512)value);
-  std::memcpy(to, &narrow, 32);
-#else
-  for (int lane = 0; lane < kLanes; ++lane) to[lane] = rounded(value[lane]);
-#endif
-}
-
-// Two rows of a right-hand side: [16][2].
 void store_pair(bf16* to, Floats even, Floats odd) {
 #if defined(__AVX512BF16__)
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
@@ -88,37 +111,39 @@ void store_pair(bf16* to, Floats even, Floats odd) {
   const __m512i paired = _mm512_permutexvar_epi16(order, (__m512i)both);
   std::memcpy(to, &paired, 64);
 #else
-  for (int lane = 0; lane < kLanes; ++lane) {
-    to[2 * lane] = rounded(even[lane]);
-    to[2 * lane + 1] = rounded(odd[lane]);
+  for (int lane = 0; lane < kFloats; ++lane) {
+    put(to + 2 * lane, even[lane]);
+    put(to + 2 * lane + 1, odd[lane]);
   }
 #endif
 }
 
-// 2^x for x of at least -126, to 3e-6 of it.
+// 2^x for x of at least -126, to 3e-7 of it.
 Floats power_of_two(Floats x) {
   const Floats magic = Floats{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to whole numbers
   const Floats shifted = x + magic;
   const Floats part = x - (shifted - magic);
-  Floats p = 9.5700877e-3f * part + 5.5917859e-2f;
-  p = p * part + 2.4024745e-1f;
-  p = p * part + 6.9312181e-1f;
-  p = p * part + 9.9999926e-1f;
+  Floats p = 1.3276473e-3f * part + 9.6755406e-3f;
+  p = p * part + 5.5507132e-2f;
+  p = p * part + 2.4022120e-1f;
+  p = p * part + 6.9314697e-1f;
+  p = p * part + 1.0000001f;
   return (Floats)((Ints)p + ((Ints)shifted << 23));
 }
 
 // What brings `count` numbers to a root mean square of 1.
 float scale_of(const float* from, int count) {
   Floats squares{};
-  for (int i = 0; i < count; i += kLanes) squares += load(from + i) * load(from + i);
+  for (int i = 0; i < count; i += kFloats) squares += load(from + i) * load(from + i);
   return 1.0f / std::sqrt(total(squares) / count + 1e-6f);
 }
 
-// RMSNorm of a row into bf16.
-void norm_row(const float* from, int width, const float* gain, bf16* to) {
+// RMSNorm of a row.
+template <typename Number>
+void norm_row(const float* from, int width, const float* gain, Number* to) {
   const float scale = scale_of(from, width);
-  for (int i = 0; i < width; i += kLanes)
-    store_rounded(to + i, load(from + i) * scale * load(gain + i));
+  for (int i = 0; i < width; i += kFloats)
+    store(to + i, load(from + i) * scale * load(gain + i));
 }
 
 Floats squared_relu(Floats value) {
@@ -129,7 +154,7 @@ Floats squared_relu(Floats value) {
 // Turn the pairs (i, i + channels / 2) of a row by angles, from their cosines and sines.
 void rotate(float* row, int channels, const float* cos, const float* sin, float direction) {
   const int half = channels / 2;
-  for (int i = 0; i < half; i += kLanes) {
+  for (int i = 0; i < half; i += kFloats) {
     const Floats a = load(row + i), b = load(row + half + i);
     const Floats c = load(cos + i), s = load(sin + i) * direction;
     store(row + i, a * c - b * s);
@@ -140,6 +165,108 @@ void rotate(float* row, int channels, const float* cos, const float* sin, float 
 // `product`: c [rows, columns] (+)= a [rows, k] b [k, columns], where each 16 columns of b begin
 // `step` after those before, and k is a multiple of 32. Rows of a and c are there, with whatever in
 // them, up to the next multiple of 16.
+
+// How vectors do it: a kernel has at most so many rows and times 16 columns, as many as registers
+// hold, and adds to its sums, a vector at a time, the right-hand side times a number or a pair.
+template <typename Number>
+struct Kernel;
+
+template <>
+struct Kernel<float> {
+  static constexpr int rows = kFloats == 16 ? 8 : 6, columns = kFloats == 16 ? 2 : 1;
+  typedef Floats Right;
+  typedef float Left;
+  static Floats added(Floats sum, Right right, Left left) { return sum + right * left; }
+};
+
+template <>
+struct Kernel<bf16> {
+  typedef Ints Right;
+  typedef int32_t Left;
+#if defined(__AVX512BF16__)
+  static constexpr int rows = 8, columns = 2;  // 10 loads for 16 products, in 16 registers
+  static Floats added(Floats sum, Right right, Left left) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)right, (__m512bh)_mm512_set1_epi32(left));
+  }
+#else
+  static constexpr int rows = 4, columns = 1;
+  static Floats added(Floats sum, Right right, Left left) {
+    const uint32_t both = left;
+    sum += (Floats)(right << 16) * as_float(both << 16);
+    return sum + (Floats)(right & int32_t(0xffff0000)) * as_float(both & 0xffff0000);
+  }
+  static float as_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+  }
+#endif
+};
+
+// Of kRows rows and kColumns times 16 columns.
+template <bool kAdd, int kColumns, int kRows, typename Number>
+void product_of(const Number* a, int lda, const Number* b, size_t step, int k, float* c, int ldc) {
+  constexpr int kParts = kLanes / kFloats, kVectors = kColumns * kParts;
+  // A page: the processor's own prefetching ends with one, and what follows b is mostly next.
+  constexpr int kAhead = 4096 / sizeof(Number);
+  Floats sums[kRows][kVectors] = {};
+  if constexpr (kAdd)
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 16
+      for (int i = 0; i < kVectors; ++i)
+        sums[row][i] = load(c + row * ldc + i * kFloats);
+  for (int begin = 0; begin < k; begin += kDeep<Number>) {
+    typename Kernel<Number>::Right right[kVectors];
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; ++i) {
+      const Number* from = b + i / kParts * step + begin * kLanes;
+      if (i % kParts == 0) __builtin_prefetch(from + kAhead, 0, 2);
+      std::memcpy(&right[i], from + i % kParts * kFloats * kDeep<Number>, sizeof(right[i]));
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row) {
+      typename Kernel<Number>::Left left;
+      std::memcpy(&left, a + row * lda + begin, 4);
+#pragma GCC unroll 16
+      for (int i = 0; i < kVectors; ++i)
+        sums[row][i] = Kernel<Number>::added(sums[row][i], right[i], left);
+    }
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; ++i) store(c + row * ldc + i * kFloats, sums[row][i]);
+}
+
+// product_of by its number of rows, less one: a number that the compiler knows stays in registers.
+template <typename Number, bool kAdd, int kColumns, int... kLess>
+constexpr auto by_rows(std::integer_sequence<int, kLess...>) {
+  return std::array{product_of<kAdd, kColumns, kLess + 1, Number>...};
+}
+
+template <bool kAdd, typename Number>
+void product_by_vectors(const Number* a, int lda, const Number* b, size_t step, int columns, int k,
+                        float* c, int ldc, int rows) {
+  constexpr int kRows = Kernel<Number>::rows, kColumns = Kernel<Number>::columns;
+  constexpr auto any = std::make_integer_sequence<int, kRows>();
+  constexpr auto wide = by_rows<Number, kAdd, kColumns>(any);
+  constexpr auto narrow = by_rows<Number, kAdd, 1>(any);
+  for (int column = 0, width; column < columns; column += width, b += width / kLanes * step) {
+    width = columns - column < kColumns * kLanes ? kLanes : kColumns * kLanes;
+    const auto& kernels = width == kLanes ? narrow : wide;
+    for (int row = 0; row < rows; row += kRows)
+      kernels[std::min(rows - row, kRows) - 1](a + size_t(row) * lda, lda, b, step, k,
+                                               c + size_t(row) * ldc + column, ldc);
+  }
+}
+
+template <bool kAdd>
+void product(const float* a, int lda, const float* b, size_t step, int columns, int k, float* c,
+             int ldc, int rows) {
+  product_by_vectors<kAdd>(a, lda, b, step, columns, k, c, ldc, rows);
+}
+
 #if defined(__AMX_BF16__)
 
 struct alignas(64) TileConfig {
@@ -159,7 +286,7 @@ struct Tiles {
 // Of 16 to 64 rows and 16 columns: tiles 0 to 3 are of c, 4 is of a, 5 of b. A tile's number has
 // to be a literal.
 template <bool kAdd, int kBlocks>
-void product_of(const bf16* a, int lda, const bf16* b, int k, float* c, int ldc) {
+void rows_of(const bf16* a, int lda, const bf16* b, int k, float* c, int ldc) {
   const size_t a_bytes = size_t(lda) * 2, c_bytes = size_t(ldc) * 4;
   _tile_zero(0);
   _tile_zero(1);
@@ -198,13 +325,13 @@ template <bool kAdd>
 void product_rows(const bf16* a, int lda, const bf16* b, int k, float* c, int ldc, int rows) {
   for (; rows > 0; rows -= 64, a += size_t(64) * lda, c += size_t(64) * ldc) {
     if (rows <= 16)
-      product_of<kAdd, 1>(a, lda, b, k, c, ldc);
+      rows_of<kAdd, 1>(a, lda, b, k, c, ldc);
     else if (rows <= 32)
-      product_of<kAdd, 2>(a, lda, b, k, c, ldc);
+      rows_of<kAdd, 2>(a, lda, b, k, c, ldc);
     else if (rows <= 48)
-      product_of<kAdd, 3>(a, lda, b, k, c, ldc);
+      rows_of<kAdd, 3>(a, lda, b, k, c, ldc);
     else
-      product_of<kAdd, 4>(a, lda, b, k, c, ldc);
+      rows_of<kAdd, 4>(a, lda, b, k, c, ldc);
   }
 }
 
@@ -272,77 +399,10 @@ struct Tiles {
   ~Tiles() {}
 };
 
-#if defined(__AVX512BF16__)
-constexpr int kMostRows = 8, kMostColumns = 2;  // 10 loads for 16 products, in 16 registers
-Floats multiplied(Floats sum, Ints pairs, int32_t a) {
-  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32(a));
-}
-#else
-constexpr int kMostRows = 4, kMostColumns = 1;
-float as_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-Floats multiplied(Floats sum, Ints pairs, int32_t a) {
-  const uint32_t both = a;
-  sum += (Floats)(pairs << 16) * as_float(both << 16);
-  return sum + (Floats)(pairs & int32_t(0xffff0000)) * as_float(both & 0xffff0000);
-}
-#endif
-
-// A page ahead: the processor's own prefetching ends with one, and what follows b is mostly next.
-constexpr int kAhead = 4096 / sizeof(bf16);
-
-// Of kRows rows and kColumns times 16 columns.
-template <bool kAdd, int kColumns, int kRows>
-void product_of(const bf16* a, int lda, const bf16* b, size_t step, int k, float* c, int ldc) {
-  Floats sums[kRows][kColumns];
-#pragma GCC unroll 16
-  for (int row = 0; row < kRows; ++row)
-#pragma GCC unroll 16
-    for (int i = 0; i < kColumns; ++i)
-      sums[row][i] = kAdd ? load(c + row * ldc + i * kLanes) : Floats{};
-  for (int pair = 0; pair < k / 2; ++pair) {
-    Ints right[kColumns];
-#pragma GCC unroll 16
-    for (int i = 0; i < kColumns; ++i) {
-      const bf16* from = b + i * step + pair * 2 * kLanes;
-      std::memcpy(&right[i], from, 64);
-      __builtin_prefetch(from + kAhead, 0, 2);
-    }
-#pragma GCC unroll 16
-    for (int row = 0; row < kRows; ++row) {
-      int32_t left;
-      std::memcpy(&left, a + row * lda + 2 * pair, 4);
-#pragma GCC unroll 16
-      for (int i = 0; i < kColumns; ++i) sums[row][i] = multiplied(sums[row][i], right[i], left);
-    }
-  }
-#pragma GCC unroll 16
-  for (int row = 0; row < kRows; ++row)
-#pragma GCC unroll 16
-    for (int i = 0; i < kColumns; ++i) store(c + row * ldc + i * kLanes, sums[row][i]);
-}
-
-// product_of by its number of rows, less one: a number that the compiler knows stays in registers.
-template <bool kAdd, int kColumns, int... kLess>
-constexpr auto by_rows(std::integer_sequence<int, kLess...>) {
-  return std::array{product_of<kAdd, kColumns, kLess + 1>...};
-}
-
 template <bool kAdd>
 void product(const bf16* a, int lda, const bf16* b, size_t step, int columns, int k, float* c,
              int ldc, int rows) {
-  constexpr auto any = std::make_integer_sequence<int, kMostRows>();
-  constexpr auto wide = by_rows<kAdd, kMostColumns>(any), narrow = by_rows<kAdd, 1>(any);
-  for (int column = 0, width; column < columns; column += width, b += width / kLanes * step) {
-    width = columns - column < kMostColumns * kLanes ? kLanes : kMostColumns * kLanes;
-    const auto& kernels = width == kLanes ? narrow : wide;
-    for (int row = 0; row < rows; row += kMostRows)
-      kernels[std::min(rows - row, kMostRows) - 1](a + size_t(row) * lda, lda, b, step, k,
-                                                   c + size_t(row) * ldc + column, ldc);
-  }
+  product_by_vectors<kAdd>(a, lda, b, step, columns, k, c, ldc, rows);
 }
 
 #endif

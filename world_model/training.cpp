@@ -1,5 +1,5 @@
-// The parts of a training step on a CPU in bf16 that take torch longest: causal attention from its
-// projections on, RMSNorm and the MLP's activation, each with its gradients.
+// The parts of a training step on a CPU that take torch longest: causal attention from its
+// projections on, RMSNorm and the MLP's activation, each with its gradients, in bf16 or float32.
 //
 // Attention goes over blocks of 64 queries and 64 keys and keeps no score but what the gradient
 // needs to make it again (FlashAttention-2, arXiv 2307.08691). Scores need no maximum taken off:
@@ -12,15 +12,16 @@
 #include "products.h"
 
 // Pointers to contiguous tensors; world_model/native_training.py fills it in the same order.
-extern "C" struct Attention {
+template <typename Number>
+struct Attention {
   int64_t batch, slots, heads, kv_heads, channels;
-  const bf16* qkv;                        // [B, N, F]
+  const Number* qkv;                      // [B, N, F]
   const float *q_gain, *k_gain;           // [E]
   const float *cos, *sin;                 // [N, E / 2]
-  bf16* mixed;                            // [B, N, H E]
+  Number* mixed;                          // [B, N, H E]
   float* weights;                         // [B, H, N padded to 64]: log2 of the sum of weights
-  const bf16* mixed_grad;                 // [B, N, H E]
-  bf16* qkv_grad;                         // [B, N, F]
+  const Number* mixed_grad;               // [B, N, H E]
+  Number* qkv_grad;                       // [B, N, F]
   float *q_gain_grad, *k_gain_grad;       // [B H, E], [B G, E]
 };
 
@@ -28,62 +29,60 @@ namespace {
 
 constexpr int kBlock = 64;
 
-void keep(float* to, Floats value) { store(to, value); }
-void keep(bf16* to, Floats value) { store_rounded(to, value); }
-
 // The gradient of a row x before RMSNorm, from that of what it gave; the gain's is added up.
 template <typename Given, typename Grad>
 void norm_row_grad(const float* x, int width, const float* gain, const Given* given, Grad* x_grad,
                    float* gain_grad) {
   const float scale = scale_of(x, width);
   Floats product{};
-  for (int i = 0; i < width; i += kLanes) {
+  for (int i = 0; i < width; i += kFloats) {
     const Floats normal = load(x + i) * scale, g = load(given + i);
     store(gain_grad + i, load(gain_grad + i) + g * normal);
     product += g * load(gain + i) * normal;
   }
   const float mean = total(product) / width;
-  for (int i = 0; i < width; i += kLanes)
-    keep(x_grad + i, (load(given + i) * load(gain + i) - load(x + i) * scale * mean) * scale);
+  for (int i = 0; i < width; i += kFloats)
+    store(x_grad + i, (load(given + i) * load(gain + i) - load(x + i) * scale * mean) * scale);
 }
 
 // A head's slots in the layouts that products ask for, N padded to 64 with zeros.
+template <typename Number>
 class Head {
  public:
+  static constexpr int kP = kDeep<Number>;
+
   Head(int slots, int channels) : room(padded(slots, kBlock)), channels(channels) {}
 
   size_t size() const { return size_t(room) * channels; }
 
   // [N, E]: a left-hand side with a row for each slot.
-  void row(bf16* rows, int slot, const float* from) const {
-    for (int i = 0; i < channels; i += kLanes)
-      store_rounded(rows + size_t(slot) * channels + i, load(from + i));
+  void row(Number* rows, int slot, const float* from) const {
+    for (int i = 0; i < channels; i += kFloats)
+      store(rows + size_t(slot) * channels + i, load(from + i));
   }
 
-  // [N / 16][E / 2][16][2]: a right-hand side with a column for each slot.
-  void columns(bf16* to, const bf16* rows) const {
+  // [N / 16][E / P][16][P]: a right-hand side with a column for each slot.
+  void columns(Number* to, const Number* rows) const {
     for (int slot = 0; slot < room; ++slot) {
-      bf16* column = to + size_t(slot) / kLanes * kLanes * channels + slot % kLanes * 2;
-      for (int i = 0; i < channels / 2; ++i)
-        std::memcpy(column + i * 2 * kLanes, rows + size_t(slot) * channels + 2 * i, 4);
+      Number* column = to + size_t(slot) / kLanes * kLanes * channels + slot % kLanes * kP;
+      for (int i = 0; i < channels; i += kP)
+        std::memcpy(column + i * kLanes, rows + size_t(slot) * channels + i, 4);
     }
   }
 
-  // [E / 16][N / 2][16][2]: a right-hand side with a row for each slot.
-  void pairs(bf16* to, const bf16* rows) const {
-    for (int slot = 0; slot < room; slot += 2)
+  // [E / 16][N / P][16][P]: a right-hand side with a row for each slot.
+  void pairs(Number* to, const Number* rows) const {
+    for (int slot = 0; slot < room; slot += kP)
       for (int i = 0; i < channels; i += kLanes) {
-        const bf16* from = rows + size_t(slot) * channels + i;
-        bf16* pair = to + size_t(i) * room + slot * kLanes;
-        for (int lane = 0; lane < kLanes; ++lane) {
-          pair[2 * lane] = from[lane];
-          pair[2 * lane + 1] = from[channels + lane];
-        }
+        const Number* from = rows + size_t(slot) * channels + i;
+        Number* pair = to + size_t(i) * room + slot * kLanes;
+        for (int lane = 0; lane < kLanes; ++lane)
+          for (int of = 0; of < kP; ++of) pair[kP * lane + of] = from[of * channels + lane];
       }
   }
 
   // [E, N]: a left-hand side with a column for each slot.
-  void transposed(bf16* to, const bf16* rows) const {
+  void transposed(Number* to, const Number* rows) const {
     for (int slot = 0; slot < room; ++slot)
       for (int i = 0; i < channels; ++i)
         to[size_t(i) * room + slot] = rows[size_t(slot) * channels + i];
@@ -92,9 +91,10 @@ class Head {
   const int room, channels;
 };
 
+template <typename Number>
 class AttentionRun {
  public:
-  explicit AttentionRun(const Attention& given)
+  explicit AttentionRun(const Attention<Number>& given)
       : a(given),
         head(given.slots, given.channels),
         slots(given.slots),
@@ -108,15 +108,15 @@ class AttentionRun {
         query_scale(kLog2E / std::sqrt(float(given.channels))) {}
 
   void forward() {
-    const Lines q_(queries * head.size() * 2), k_(keys * head.size() * 2);
-    const Lines v_(keys * head.size() * 2);
-    bf16 *const q = q_.as<bf16>(), *const k = k_.as<bf16>(), *const v = v_.as<bf16>();
+    const Lines q_(queries * head.size() * sizeof(Number)), k_(keys * head.size() * sizeof(Number));
+    const Lines v_(keys * head.size() * sizeof(Number));
+    Number *const q = q_.as<Number>(), *const k = k_.as<Number>(), *const v = v_.as<Number>();
 #pragma omp parallel
     {
       Tiles tiles;
-      const Lines rows_(head.size() * 2), weights_(size_t(kBlock) * kBlock * 2);
+      const Lines rows_(head.size() * sizeof(Number)), weights_(size_t(kBlock) * kBlock * sizeof(Number));
       const Lines sums_(size_t(kBlock) * channels * 4);
-      bf16 *const rows = rows_.as<bf16>(), *const weights = weights_.as<bf16>();
+      Number *const rows = rows_.as<Number>(), *const weights = weights_.as<Number>();
 #pragma omp for
       for (int each = 0; each < queries; ++each) normed_queries(q + each * head.size(), each);
 #pragma omp for
@@ -138,10 +138,10 @@ class AttentionRun {
 
   void backward() {
     const size_t one = head.size();
-    const Lines k_(keys * one * 2), k_transposed_(keys * one * 2), v_(keys * one * 2);
+    const Lines k_(keys * one * sizeof(Number)), k_transposed_(keys * one * sizeof(Number)), v_(keys * one * sizeof(Number));
     const Lines k_grads_(queries * one * 4), v_grads_(queries * one * 4);
-    bf16 *const k = k_.as<bf16>(), *const k_transposed = k_transposed_.as<bf16>();
-    bf16* const v = v_.as<bf16>();
+    Number *const k = k_.as<Number>(), *const k_transposed = k_transposed_.as<Number>();
+    Number* const v = v_.as<Number>();
     float *const k_grads = k_grads_.as<float>(), *const v_grads = v_grads_.as<float>();
 #pragma omp parallel
     {
@@ -172,24 +172,24 @@ class AttentionRun {
   // What a thread keeps of one query head for its gradients, and of one pair of blocks.
   struct Own {
     explicit Own(const AttentionRun& run)
-        : rows_(run.head.size() * 2),
-          q_columns_(run.head.size() * 2),
-          q_pairs_(run.head.size() * 2),
-          out_columns_(run.head.size() * 2),
-          out_pairs_(run.head.size() * 2),
+        : rows_(run.head.size() * sizeof(Number)),
+          q_columns_(run.head.size() * sizeof(Number)),
+          q_pairs_(run.head.size() * sizeof(Number)),
+          out_columns_(run.head.size() * sizeof(Number)),
+          out_pairs_(run.head.size() * sizeof(Number)),
           q_grad_(run.head.size() * 4),
           means_(size_t(run.room) * 4),
-          weights_(size_t(kBlock) * kBlock * 2),
-          score_grads_(size_t(kBlock) * kBlock * 2),
-          score_pairs_(size_t(kBlock) * kBlock * 2),
-          rows(rows_.as<bf16>()),
-          q_columns(q_columns_.as<bf16>()),
-          q_pairs(q_pairs_.as<bf16>()),
-          out_columns(out_columns_.as<bf16>()),
-          out_pairs(out_pairs_.as<bf16>()),
-          weights(weights_.as<bf16>()),
-          score_grads(score_grads_.as<bf16>()),
-          score_pairs(score_pairs_.as<bf16>()),
+          weights_(size_t(kBlock) * kBlock * sizeof(Number)),
+          score_grads_(size_t(kBlock) * kBlock * sizeof(Number)),
+          score_pairs_(size_t(kBlock) * kBlock * sizeof(Number)),
+          rows(rows_.as<Number>()),
+          q_columns(q_columns_.as<Number>()),
+          q_pairs(q_pairs_.as<Number>()),
+          out_columns(out_columns_.as<Number>()),
+          out_pairs(out_pairs_.as<Number>()),
+          weights(weights_.as<Number>()),
+          score_grads(score_grads_.as<Number>()),
+          score_pairs(score_pairs_.as<Number>()),
           q_grad(q_grad_.as<float>()),
           means(means_.as<float>()) {}
 
@@ -198,13 +198,13 @@ class AttentionRun {
       run.normed_queries(rows, each);
       run.head.columns(q_columns, rows);
       run.head.pairs(q_pairs, rows);
-      std::memset(rows, 0, run.head.size() * 2);
+      std::memset(rows, 0, run.head.size() * sizeof(Number));
       for (int slot = 0; slot < run.room; ++slot) means[slot] = 0;
       for (int slot = 0; slot < run.slots; ++slot) {
         const size_t at = run.mixed_at(each, slot);
-        std::memcpy(rows + size_t(slot) * run.channels, run.a.mixed_grad + at, run.channels * 2);
+        std::memcpy(rows + size_t(slot) * run.channels, run.a.mixed_grad + at, run.channels * sizeof(Number));
         Floats sum{};
-        for (int i = 0; i < run.channels; i += kLanes)
+        for (int i = 0; i < run.channels; i += kFloats)
           sum += load(run.a.mixed_grad + at + i) * load(run.a.mixed + at + i);
         means[slot] = total(sum);
       }
@@ -214,10 +214,10 @@ class AttentionRun {
 
     const Lines rows_, q_columns_, q_pairs_, out_columns_, out_pairs_, q_grad_, means_, weights_,
         score_grads_, score_pairs_;
-    bf16 *const rows, *const q_columns, *const q_pairs;
-    bf16 *const out_columns, *const out_pairs;  // of the gradient of the head's output
-    bf16 *const weights, *const score_grads;    // [64 keys, 64 queries]
-    bf16* const score_pairs;                    // the latter as [64 / 16][64 / 2][16][2]
+    Number *const rows, *const q_columns, *const q_pairs;
+    Number *const out_columns, *const out_pairs;  // of the gradient of the head's output
+    Number *const weights, *const score_grads;    // [64 keys, 64 queries]
+    Number* const score_pairs;                    // the latter as [64 / 16][64 / 2][16][2]
     float* const q_grad;                        // [E, N]
     float* const means;                         // [N]: of the weights' gradients, by the weights
   };
@@ -241,11 +241,11 @@ class AttentionRun {
     return each / a.heads * a.kv_heads + each % a.heads / group;
   }
 
-  void normed(bf16* rows, int slot, size_t at, const float* gain, float scale) const {
+  void normed(Number* rows, int slot, size_t at, const float* gain, float scale) const {
     alignas(64) float row[1024];
-    for (int i = 0; i < channels; i += kLanes) store(row + i, load(a.qkv + at + i));
+    for (int i = 0; i < channels; i += kFloats) store(row + i, load(a.qkv + at + i));
     const float norm = scale_of(row, channels) * scale;
-    for (int i = 0; i < channels; i += kLanes)
+    for (int i = 0; i < channels; i += kFloats)
       store(row + i, load(row + i) * norm * load(gain + i));
     rotate(row, channels, cos_of(slot), sin_of(slot), 1);
     head.row(rows, slot, row);
@@ -253,42 +253,43 @@ class AttentionRun {
   const float* cos_of(int slot) const { return a.cos + size_t(slot) * channels / 2; }
   const float* sin_of(int slot) const { return a.sin + size_t(slot) * channels / 2; }
 
-  void clear_padding(bf16* rows) const {
-    std::memset(rows + size_t(slots) * channels, 0, size_t(room - slots) * channels * 2);
+  void clear_padding(Number* rows) const {
+    std::memset(rows + size_t(slots) * channels, 0, size_t(room - slots) * channels * sizeof(Number));
   }
-  void normed_queries(bf16* rows, int each) const {
+  void normed_queries(Number* rows, int each) const {
     for (int slot = 0; slot < slots; ++slot)
       normed(rows, slot, query_at(each, slot), a.q_gain, query_scale);
     clear_padding(rows);
   }
-  void normed_keys(bf16* rows, int each) const {
+  void normed_keys(Number* rows, int each) const {
     for (int slot = 0; slot < slots; ++slot)
       normed(rows, slot, key_at(each, slot), a.k_gain, 1);
     clear_padding(rows);
   }
-  void values(bf16* rows, int each) const {
+  void values(Number* rows, int each) const {
     for (int slot = 0; slot < slots; ++slot)
-      std::memcpy(rows + size_t(slot) * channels, a.qkv + value_at(each, slot), channels * 2);
+      std::memcpy(rows + size_t(slot) * channels, a.qkv + value_at(each, slot), channels * sizeof(Number));
     clear_padding(rows);
   }
 
   // What 64 queries see.
-  void attend(int each, int first, const bf16* q, const bf16* k, const bf16* v, bf16* weights,
+  void attend(int each, int first, const Number* q, const Number* k, const Number* v, Number* weights,
               float* sums) const {
     alignas(64) float scores[kBlock * kLanes];
     Floats seen[kBlock] = {};
     std::memset(sums, 0, size_t(kBlock) * channels * 4);
-    const bf16* queries_of = q + size_t(first) * channels;
+    const Number* queries_of = q + size_t(first) * channels;
     for (int key = 0; key <= first; key += kBlock) {
       for (int column = 0; column < kBlock; column += kLanes) {
         product<false>(queries_of, channels, k + size_t(key + column) * channels, 0, kLanes,
                        channels, scores, kLanes, kBlock);
-        for (int row = 0; row < kBlock; ++row) {
-          Floats weight = power_of_two(load(scores + row * kLanes));
-          if (key == first) weight = kept(weight, column - row, false);
-          seen[row] += weight;
-          store_rounded(weights + row * kBlock + column, weight);
-        }
+        for (int row = 0; row < kBlock; ++row)
+          for (int i = 0; i < kLanes; i += kFloats) {
+            Floats weight = power_of_two(load(scores + row * kLanes + i));
+            if (key == first) weight = kept(weight, column + i - row, false);
+            seen[row] += weight;
+            store(weights + row * kBlock + column + i, weight);
+          }
       }
       product<true>(weights, kBlock, v + key * kLanes, size_t(room) * kLanes, channels, kBlock,
                     sums, channels, kBlock);
@@ -297,22 +298,23 @@ class AttentionRun {
       const float weight = total(seen[row]);
       a.weights[size_t(each) * room + first + row] = std::log2(weight);
       if (first + row >= slots) continue;
-      bf16* to = a.mixed + mixed_at(each, first + row);
-      for (int i = 0; i < channels; i += kLanes)
-        store_rounded(to + i, load(sums + row * channels + i) / weight);
+      Number* to = a.mixed + mixed_at(each, first + row);
+      for (int i = 0; i < channels; i += kFloats)
+        store(to + i, load(sums + row * channels + i) / weight);
     }
   }
 
   // Weights of lanes at `offset` + lane that are at most 0, or else at least 0; 0 for the others.
   static Floats kept(Floats weight, int offset, bool above) {
-    const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Ints lanes;
+    for (int lane = 0; lane < kFloats; ++lane) lanes[lane] = lane;
     const Ints mask = above ? lanes + offset >= 0 : lanes + offset <= 0;
     return (Floats)((Ints)weight & mask);
   }
 
   // Gradients of 64 keys and values [64, E] of a query head, and what they add to its queries'.
-  void block_grads(int each, int key, const Own& own, const bf16* k, const bf16* k_transposed,
-                   const bf16* v, float* k_grads, float* v_grads) const {
+  void block_grads(int each, int key, const Own& own, const Number* k, const Number* k_transposed,
+                   const Number* v, float* k_grads, float* v_grads) const {
     float *const k_grad = k_grads + size_t(key) * channels;
     float *const v_grad = v_grads + size_t(key) * channels;
     std::memset(k_grad, 0, size_t(kBlock) * channels * 4);
@@ -331,30 +333,33 @@ class AttentionRun {
   }
 
   // Weights of 64 keys for 16 queries, and the gradients of their scores.
-  void score_grads(int each, int key, int query, const Own& own, const bf16* k,
-                   const bf16* v) const {
+  void score_grads(int each, int key, int query, const Own& own, const Number* k,
+                   const Number* v) const {
     alignas(64) float scores[kBlock * kLanes], grads[kBlock * kLanes];
     product<false>(k + size_t(key) * channels, channels, own.q_columns + size_t(query) * channels,
                    0, kLanes, channels, scores, kLanes, kBlock);
     product<false>(v + size_t(key) * channels, channels, own.out_columns + size_t(query) * channels,
                    0, kLanes, channels, grads, kLanes, kBlock);
-    const Floats seen = load(a.weights + size_t(each) * room + query);
-    const Floats mean = load(own.means + query);
     const int column = query % kBlock;
     const bool diagonal = query - column == key;
-    bf16* pairs = own.score_pairs + column * kBlock;
-    for (int row = 0; row < kBlock; row += 2) {
-      Floats grad[2];
-      for (int i = 0; i < 2; ++i) {
-        Floats power = load(scores + (row + i) * kLanes) - seen;
-        power = power < -126.0f ? Floats{} - 126.0f : power;
-        Floats weight = power_of_two(power);
-        if (diagonal) weight = kept(weight, column - row - i, true);
-        grad[i] = weight * (load(grads + (row + i) * kLanes) - mean);
-        store_rounded(own.weights + (row + i) * kBlock + column, weight);
-        store_rounded(own.score_grads + (row + i) * kBlock + column, grad[i]);
+    for (int i = 0; i < kLanes; i += kFloats) {
+      const Floats seen = load(a.weights + size_t(each) * room + query + i);
+      const Floats mean = load(own.means + query + i);
+      for (int row = 0; row < kBlock; row += 2) {
+        Floats grad[2];
+        for (int of = 0; of < 2; ++of) {
+          const int at = (row + of) * kLanes + i, to = (row + of) * kBlock + column + i;
+          Floats power = load(scores + at) - seen;
+          power = power < -126.0f ? Floats{} - 126.0f : power;
+          Floats weight = power_of_two(power);
+          if (diagonal) weight = kept(weight, column + i - row - of, true);
+          grad[of] = weight * (load(grads + at) - mean);
+          store(own.weights + to, weight);
+          store(own.score_grads + to, grad[of]);
+        }
+        store_pair(own.score_pairs + column * kBlock + row * kLanes + i * kDeep<Number>, grad[0],
+                   grad[1]);
       }
-      store_pair(pairs + row * kLanes, grad[0], grad[1]);
     }
   }
 
@@ -362,7 +367,7 @@ class AttentionRun {
   void unnormed(float* grad, int slot, size_t at, const float* gain, float* gain_grad) const {
     rotate(grad, channels, cos_of(slot), sin_of(slot), -1);
     alignas(64) float row[1024];
-    for (int i = 0; i < channels; i += kLanes) store(row + i, load(a.qkv + at + i));
+    for (int i = 0; i < channels; i += kFloats) store(row + i, load(a.qkv + at + i));
     norm_row_grad(row, channels, gain, grad, a.qkv_grad + at, gain_grad);
   }
 
@@ -384,7 +389,7 @@ class AttentionRun {
         size_t(each / a.kv_heads * a.heads + each % a.kv_heads * group) * head.size();
     alignas(64) float row[1024];
     for (int slot = 0; slot < slots; ++slot) {
-      for (int i = 0; i < channels; i += kLanes) {
+      for (int i = 0; i < channels; i += kFloats) {
         Floats k_sum{}, v_sum{};
         for (int query = 0; query < group; ++query) {
           const size_t at = first + query * head.size() + size_t(slot) * channels + i;
@@ -392,37 +397,30 @@ class AttentionRun {
           v_sum += load(v_grads + at);
         }
         store(row + i, k_sum * 0.69314718f);  // queries carry 1 / ln 2
-        store_rounded(a.qkv_grad + value_at(each, slot) + i, v_sum);
+        store(a.qkv_grad + value_at(each, slot) + i, v_sum);
       }
       unnormed(row, slot, key_at(each, slot), a.k_gain, gain_grad);
     }
   }
 
-  const Attention& a;
-  const Head head;
+  const Attention<Number>& a;
+  const Head<Number> head;
   const int slots, channels, room, group, features, width, queries, keys;
   const float query_scale;
 };
 
 constexpr int kNormParts = 64;  // of the rows, whose sums are added in this order
 
-}  // namespace
-
-extern "C" void drivesim_attention(const Attention* given) { AttentionRun(*given).forward(); }
-
-extern "C" void drivesim_attention_grad(const Attention* given) { AttentionRun(*given).backward(); }
-
-// RMSNorm of x [rows, D] into bf16.
-extern "C" void drivesim_norm(int64_t rows, int64_t width, const float* x, const float* gain,
-                              bf16* normed) {
+template <typename Number>
+void norm(int64_t rows, int64_t width, const float* x, const float* gain, Number* normed) {
 #pragma omp parallel for
   for (int64_t row = 0; row < rows; ++row)
     norm_row(x + row * width, width, gain, normed + row * width);
 }
 
-// Its gradients: of x, and of the gain in 64 parts [64, D].
-extern "C" void drivesim_norm_grad(int64_t rows, int64_t width, const float* x, const float* gain,
-                                   const bf16* grad, float* x_grad, float* gain_grads) {
+template <typename Number>
+void norm_grad(int64_t rows, int64_t width, const float* x, const float* gain, const Number* grad,
+               float* x_grad, float* gain_grads) {
   const int64_t of_part = (rows + kNormParts - 1) / kNormParts;
 #pragma omp parallel for
   for (int part = 0; part < kNormParts; ++part) {
@@ -434,19 +432,49 @@ extern "C" void drivesim_norm_grad(int64_t rows, int64_t width, const float* x, 
   }
 }
 
-// Squared ReLU of `count` numbers, a multiple of 16.
-extern "C" void drivesim_activation(int64_t count, const bf16* x, bf16* activated) {
+template <typename Number>
+void activation(int64_t count, const Number* x, Number* activated) {
 #pragma omp parallel for
-  for (int64_t i = 0; i < count; i += kLanes)
-    store_rounded(activated + i, squared_relu(load(x + i)));
+  for (int64_t i = 0; i < count; i += kFloats) store(activated + i, squared_relu(load(x + i)));
 }
 
-extern "C" void drivesim_activation_grad(int64_t count, const bf16* x, const bf16* grad,
-                                         bf16* x_grad) {
+template <typename Number>
+void activation_grad(int64_t count, const Number* x, const Number* grad, Number* x_grad) {
 #pragma omp parallel for
-  for (int64_t i = 0; i < count; i += kLanes) {
+  for (int64_t i = 0; i < count; i += kFloats) {
     Floats value = load(x + i);
     value = value < 0.0f ? Floats{} : value;
-    store_rounded(x_grad + i, 2.0f * value * load(grad + i));
+    store(x_grad + i, 2.0f * value * load(grad + i));
   }
 }
+
+}  // namespace
+
+// RMSNorm is of x [rows, D]; its gradients are of x, and of the gain in 64 parts [64, D]. The
+// activation, squared ReLU, is of `count` numbers, a multiple of 16.
+#define FOR_NUMBER(name, Number)                                                                  \
+  extern "C" void drivesim_attention_##name(const Attention<Number>* given) {                     \
+    AttentionRun(*given).forward();                                                               \
+  }                                                                                               \
+  extern "C" void drivesim_attention_grad_##name(const Attention<Number>* given) {                \
+    AttentionRun(*given).backward();                                                              \
+  }                                                                                               \
+  extern "C" void drivesim_norm_##name(int64_t rows, int64_t width, const float* x,               \
+                                       const float* gain, Number* normed) {                       \
+    norm(rows, width, x, gain, normed);                                                           \
+  }                                                                                               \
+  extern "C" void drivesim_norm_grad_##name(int64_t rows, int64_t width, const float* x,          \
+                                            const float* gain, const Number* grad, float* x_grad, \
+                                            float* gain_grads) {                                  \
+    norm_grad(rows, width, x, gain, grad, x_grad, gain_grads);                                    \
+  }                                                                                               \
+  extern "C" void drivesim_activation_##name(int64_t count, const Number* x, Number* activated) { \
+    activation(count, x, activated);                                                              \
+  }                                                                                               \
+  extern "C" void drivesim_activation_grad_##name(int64_t count, const Number* x,                 \
+                                                  const Number* grad, Number* x_grad) {           \
+    activation_grad(count, x, grad, x_grad);                                                      \
+  }
+
+FOR_NUMBER(bf16, bf16)
+FOR_NUMBER(fp32, float)

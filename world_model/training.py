@@ -15,7 +15,7 @@ from driving_sim.data.split import split_drives
 from driving_sim.data.token_store import DriveTokens, StoreInfo, TokenStore
 from driving_sim.data.token_windows import TokenWindows
 from driving_sim.engine.config import to_dict
-from driving_sim.engine.device import resolve_device, resolve_precision
+from driving_sim.engine.device import resolve_device
 from driving_sim.engine.distributed import process_group
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.progress import say
@@ -102,7 +102,7 @@ def train_world_model(
         torch.manual_seed(config.training.seed)
         transformer = _new_transformer(config.model, training, frozen, init_from)
 
-        if own_device.type == "cpu" and _in_bf16(config, own_device):
+        if own_device.type == "cpu":
             library()  # compiled before the clock of `minutes` runs
 
         def as_world(model: nn.Module) -> WorldModel:
@@ -141,10 +141,6 @@ def train_world_model(
             resume=resume,
             device=own_device,
         )
-
-
-def _in_bf16(config: WorldModelRunConfig, device: torch.device) -> bool:
-    return resolve_precision(str(config.training.precision), device) is torch.bfloat16
 
 
 def _matching_tokenizer(store: TokenStore, path: Path, device: torch.device) -> Tokenizer:

@@ -114,7 +114,7 @@ class TransformerConfig:
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's; where matrix products round what it gives to bf16, on a CPU, the compiled one."""
+    """torch's; on a CPU the compiled one, which gives what matrix products take: bf16 in it."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=EPSILON)

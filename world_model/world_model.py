@@ -129,8 +129,7 @@ class WorldModel:
 
     def _compiled(self) -> NativeModel | None:
         """The weights as the compiled passes take them, where those can be used."""
-        on_cpu = self.device.type == "cpu" and self.dtype is torch.bfloat16
-        if not on_cpu or not is_supported(self.transformer):
+        if self.device.type != "cpu" or not is_supported(self.transformer):
             return None
         return NativeModel(self.transformer, self._tables)
 
