@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.machine import precision
 from benchmarks.paired import (
     Benchmark,
     Claim,
@@ -34,6 +35,7 @@ from driving_sim.data.token_store import StoreInfo, TokenStore
 from driving_sim.data.token_store_plan import PlannedDrive, StorePlan
 from driving_sim.data.token_store_writer import TokenStoreWriter
 from driving_sim.data.token_windows import TokenWindows
+from driving_sim.engine.device import name_of
 
 _BUFFER = 100
 _SAMPLES_A_SHARD = 100
@@ -163,7 +165,7 @@ def windows(settings: Settings) -> list[Claim]:
 
 
 def share(settings: Settings) -> list[Claim]:
-    """Loading beside a world model's training step in bf16."""
+    """Loading beside a world model's training step."""
     shape, size = shape_of("tiny", settings), 2
     drives = _drives(shape, *((4, 40) if settings.toy else (64, 600)))
     step = world_model_step(shape, size, settings)
@@ -176,7 +178,7 @@ def share(settings: Settings) -> list[Claim]:
     return [
         Claim(
             what=f"loading a batch of {size} windows, {shape}",
-            against="a training step on it, in bf16",
+            against=f"a training step on it, in {name_of(precision(settings))}",
             figure=Figure.of(shares),
             bar=0.02,
             unit="%",

@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.paired import Settings, Work, seconds
-from driving_sim.engine.device import name_of
+from driving_sim.engine.device import name_of, resolve_precision
 
 _SECONDS = 1.0
 """How long each limit is looked for."""
@@ -44,6 +44,11 @@ class Limits:
             share = read / seconds / self.bandwidth
             parts.append(f"{share:.1%} of the memory bandwidth ({self.bandwidth / 1e9:.1f} GB/s)")
         return " and ".join(parts)
+
+
+def precision(settings: Settings) -> torch.dtype:
+    """What the settings' device trains and rolls out in: bf16 where it has it in hardware."""
+    return resolve_precision("auto", settings.device)
 
 
 @cache

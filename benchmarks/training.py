@@ -1,4 +1,4 @@
-"""`python -m benchmarks.training [tiny|base|tokenizer]`: optimiser steps in bf16 against a peer's.
+"""`python -m benchmarks.training [tiny|base|tokenizer]`: optimiser steps against a peer's.
 
 Ours are whole steps of the training loop: losses, metrics, clipping, Muon, averaged weights. The
 peers' are forward, backward, clipping and a fused AdamW. `tiny`, `base`: a world model against a
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import flops_of, limits
+from benchmarks.machine import flops_of, limits, precision
 from benchmarks.paired import (
     Benchmark,
     Claim,
@@ -36,7 +36,7 @@ from benchmarks.peers import (
     vq_reconstruction,
 )
 from benchmarks.shapes import Shape, shape_of, transformer
-from driving_sim.engine.device import autocast
+from driving_sim.engine.device import autocast, name_of
 from driving_sim.engine.distributed import Ranks
 from driving_sim.engine.training_config import TrainingConfig
 from driving_sim.engine.training_step import Batch, Stepper
@@ -51,7 +51,7 @@ _LARGER_ON_CUDA = 8
 def own_step(model: nn.Module, batch: Batch, settings: Settings) -> Callable[[], bool]:
     """A step of our training loop on one batch, again and again."""
     stepper = Stepper(model, TrainingConfig(steps=1_000_000), Ranks(), settings.device)
-    stepper.dtype = torch.bfloat16
+    stepper.dtype = precision(settings)
 
     def batches() -> Iterator[tuple[int, Batch]]:
         number = 0
@@ -64,7 +64,10 @@ def own_step(model: nn.Module, batch: Batch, settings: Settings) -> Callable[[],
 
 
 def peer_step(
-    model: nn.Module, loss_of: Callable[[nn.Module, Tensor], Tensor], given: Tensor
+    model: nn.Module,
+    loss_of: Callable[[nn.Module, Tensor], Tensor],
+    given: Tensor,
+    settings: Settings,
 ) -> Work:
     """A usual step on one batch, as quick as torch alone makes it."""
     model.train()
@@ -72,7 +75,7 @@ def peer_step(
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with autocast(given.device, torch.bfloat16):
+        with autocast(given.device, precision(settings)):
             loss = loss_of(model, given)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -123,13 +126,17 @@ def world_model(name: str, settings: Settings) -> list[Claim]:
     peer = _nearest_gpt2(shape, count).to(settings.device)
     window = (size, shape.model.context_frames * shape.tokens)
     tokens = torch.randint(shape.grid.codebook_size, window, device=settings.device)
-    theirs = peer_step(peer, gpt2_loss, tokens)
+    theirs = peer_step(peer, gpt2_loss, tokens, settings)
     found = alternate({"own": own, "peer": theirs}, settings)
-    what = f"training step in bf16, world model {shape}, {count / 1e6:.2f} M parameters"
+    what = f"{_step(settings)}, world model {shape}, {count / 1e6:.2f} M parameters"
     against = f"GPT-2, {peer.config.n_layer} layers, {parameters(peer) / 1e6:.2f} M"  # type: ignore[union-attr]
     details = _rates(found, own, theirs, tokens.numel(), tokens.numel(), "tokens", settings)
     figure = times_faster(found["peer"], found["own"])
     return [Claim(what=what, against=against, figure=figure, bar=1.2, details=details)]
+
+
+def _step(settings: Settings) -> str:
+    return f"training step in {name_of(precision(settings))}"
 
 
 def _rates(
@@ -146,7 +153,7 @@ def _rates(
     both = ("drivesim", "own", own, own_work), ("peer", "peer", peer, peer_work)
     for name, key, act, work in both:
         taken = float(np.median(found[key]))
-        reached = limits(settings, torch.bfloat16).reached(taken, flops=flops_of(act))
+        reached = limits(settings, precision(settings)).reached(taken, flops=flops_of(act))
         lines.append(f"{name}: {work / taken:.4g} {unit}/s, a step {taken:.3g} s, {reached}")
     return tuple(lines)
 
@@ -172,7 +179,7 @@ def tokenizer(settings: Settings) -> list[Claim]:
 
     def prepared(layout: torch.memory_format) -> Work:
         peer.to(memory_format=layout)  # type: ignore[call-overload]
-        return peer_step(peer, _l1, images.contiguous(memory_format=layout))
+        return peer_step(peer, _l1, images.contiguous(memory_format=layout), settings)
 
     # One after the other: there is one model, and its optimiser is large.
     times = {
@@ -184,7 +191,7 @@ def tokenizer(settings: Settings) -> list[Claim]:
     details = _rates(found, own, theirs, batch, peer_batch, "frames", settings)
     return [
         Claim(
-            what=f"training step in bf16, tokenizer base {size.height}x{size.width}, L1 only, "
+            what=f"{_step(settings)}, tokenizer base {size.height}x{size.width}, L1 only, "
             f"{count / 1e6:.1f} M parameters, batch {batch}",
             against=f"VQModel f16, {peers / 1e6:.1f} M parameters, batch {peer_batch}",
             figure=times_faster(found["peer"], found["own"], work=peer_batch / batch),
