@@ -66,6 +66,49 @@ def test_sampled_tokens_are_those_of_torch_in_float32() -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("guidance", [1.0, 1.7])
+@pytest.mark.parametrize("temperature", [0.0, 0.8, 1.0])
+@in_each_format
+@torch.no_grad()
+def test_compiled_draws_equal_torchs(
+    dtype: torch.dtype, temperature: float, guidance: float
+) -> None:
+    """With 40 codes, by rows of 2: two contexts, five futures."""
+    grid = replace(GRID, levels=(8, 5))
+    model = random_model(WIDE, grid)
+    last, contexts = random_inputs(1, grid=grid)["tokens"][:, 0].flatten(1), [0, 0, 1, 1, 0]
+    rolls = []
+    for top_k in (None, grid.codebook_size):  # all of them: nothing is cut, but torch draws
+        sampler = FrameSampler(
+            native_cache(model, 2, dtype),
+            last,
+            samples=torch.arange(5),
+            sampling=Sampling(seed=3, temperature=temperature, top_k=top_k, guidance=guidance),
+            contexts=torch.tensor(contexts),
+        )
+        action = torch.linspace(-2, 2, 10).view(5, 2), torch.ones(5, 2, dtype=torch.bool)
+        rolls.append([sampler.step(*action) for _ in range(2 * WIDE.context_frames)])
+    for found, expected in zip(*rolls, strict=True):
+        assert torch.equal(found.tokens, expected.tokens)
+        torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=0, atol=1e-5)
+        both = found.sampling_log_probs, expected.sampling_log_probs
+        torch.testing.assert_close(*both, rtol=0, atol=1e-5)
+
+
+@needs_compiler
+def test_a_draw_of_what_is_not_a_number_is_a_code() -> None:
+    model = random_model(WIDE)
+    model.output_norm.weight.data.fill_(torch.nan)
+    last = torch.zeros(1, model.order.tokens, dtype=torch.int64)
+    sampler = FrameSampler(
+        native_cache(model, 1, torch.float32), last, samples=torch.arange(2), sampling=Sampling()
+    )
+    sample = sampler.step(torch.ones(2, 2), torch.ones(2, 2, dtype=torch.bool))
+    assert sample.tokens.max() < model.grid.codebook_size
+    assert sample.log_probs.isnan().all()
+
+
+@needs_compiler
 @in_each_format
 @torch.no_grad()
 def test_branches_go_on_from_their_own_sequence(dtype: torch.dtype) -> None:

@@ -55,6 +55,18 @@ class _Pass(ctypes.Structure):
     )
 
 
+class _Frame(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("waves", "tokens", "streams")),
+        *((name, ctypes.c_void_p) for name in ("spans", "source", "target")),
+        *((name, ctypes.c_void_p) for name in ("base", "embedding", "uniform")),
+        ("temperature", ctypes.c_double),
+        ("guidance", ctypes.c_double),
+        ("drawn", ctypes.c_void_p),
+        ("log_probs", ctypes.c_void_p),
+    )
+
+
 def is_supported(model: Transformer) -> bool:
     """Whether the compiled passes can compute a model."""
     attentions = [block.attention for block in _blocks(model)]
@@ -141,7 +153,6 @@ class NativeCache:
         self.model, self.tables = model, tables
         self.native = native or NativeModel(model, tables)
         self.dtype = self.native.dtype
-        self._pass = function("pass", self.dtype)
         self.slots, self.frames = model.order.slots, model.config.context_frames
         self.keys, self.values = self._rings(batch), self._rings(batch)
         self._trunk: _Trunk | None = None
@@ -189,15 +200,55 @@ class NativeCache:
         """Bring in the slots of a wave, x [B, n, D]; return logits float32 [B, n', K]."""
         x, cos, sin = (each.float().contiguous() for each in (x, *rotary))
         logits = torch.empty(len(x), wave.stop - wave.first, len(self.tables.output))
-        frame_begin = self.frame % self.frames * self.slots
-        now = _Pass(
-            len(x), wave.stop - wave.start, frame_begin + wave.start, frame_begin + self.slots,
-            self.frame >= self.frames, wave.first - wave.start,
-            x.data_ptr(), cos.data_ptr(), sin.data_ptr(),
-            self.keys.data_ptr(), self.values.data_ptr(), *self._trunk_fields(), logits.data_ptr(),
-        )  # fmt: skip
-        self._pass(ctypes.byref(self.native.structure), ctypes.byref(now))
+        now = self._pass(len(x), wave, cos, sin)
+        now.x, now.logits = x.data_ptr(), logits.data_ptr()
+        self._call("pass", ctypes.byref(now))
         return logits
+
+    def draw_frame(
+        self,
+        base: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        uniform: Tensor,
+        *,
+        streams: int,
+        temperature: float,
+        guidance: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw the current frame wave by wave; return its tokens [B, P] and [2, F, P] (nats).
+
+        `base` [B, S, D] is what slots know before the frame's own tokens, `rotary` the slots'
+        cosines and sines, `uniform` [F, P] the draws' numbers in [0, 1). B = `streams` * F: under
+        guidance (2) the futures' sequences, then as many that know no action. The log-probabilities
+        are those under the plain model and those that were drawn from.
+        """
+        order, none = self.model.order, self.model.grid.codebook_size
+        base, cos, sin = (each.float().contiguous() for each in (base, *rotary))
+        uniform, embedding = uniform.contiguous(), self.tables.token.float().contiguous()
+        spans = torch.tensor([(wave.start, wave.stop, wave.first) for wave in order.waves])
+        source, target = order.source.contiguous(), order.target.contiguous()
+        drawn = torch.full((len(base), order.tokens + 1), none)
+        log_probs = torch.empty(2, *uniform.shape)
+        frame = _Frame(
+            len(spans), order.tokens, streams, spans.data_ptr(), source.data_ptr(),
+            target.data_ptr(), base.data_ptr(), embedding.data_ptr(), uniform.data_ptr(),
+            temperature, guidance, drawn.data_ptr(), log_probs.data_ptr(),
+        )  # fmt: skip
+        first = self._pass(len(base), order.waves[0], cos, sin)
+        self._call("frame", ctypes.byref(first), ctypes.byref(frame))
+        return drawn[:, :-1], log_probs
+
+    def _pass(self, batch: int, wave: Wave, cos: Tensor, sin: Tensor) -> _Pass:
+        """A pass over a wave, without what goes in and comes out."""
+        begin = self.frame % self.frames * self.slots
+        return _Pass(
+            batch, wave.stop - wave.start, begin + wave.start, begin + self.slots,
+            self.frame >= self.frames, wave.first - wave.start, None, cos.data_ptr(),
+            sin.data_ptr(), self.keys.data_ptr(), self.values.data_ptr(), *self._trunk_fields(),
+        )  # fmt: skip
+
+    def _call(self, name: str, *given: object) -> None:
+        function(name, self.dtype)(ctypes.byref(self.native.structure), *given)
 
     def _trunk_fields(self) -> tuple[int | None, ...]:
         trunk = self._trunk

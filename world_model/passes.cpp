@@ -42,6 +42,20 @@ struct Pass {
   float* logits;                             // [B, n - first, C]
 };
 
+// A frame that is drawn wave by wave. P tokens; F futures, in 1 or 2 streams of sequences: under
+// guidance a second one, which knows no actions, follows; B = streams * F.
+struct Frame {
+  int64_t waves, tokens, streams;
+  const int64_t* spans;             // [waves][3]: a pass's first slot, its end, whence it predicts
+  const int64_t *source, *target;   // [S]: the tokens that slots take and predict; P: none
+  const float* base;                // [B, S, D]: what slots know before the frame's own tokens
+  const float* embedding;           // [C + 1, D]: what a token adds to that; C: none
+  const float* uniform;             // [F, P], in [0, 1)
+  double temperature, guidance;     // as in sampler.py
+  int64_t* drawn;                   // [B, P + 1]: to begin with, C
+  float* log_probs;                 // [2, F, P]: under the plain model, and as drawn from
+};
+
 namespace {
 
 // Columns of a matrix at once: what a head's channels are a multiple of, so widths are, too.
@@ -353,6 +367,112 @@ class Run {
   float* const sums;
 };
 
+// Draws tokens from logits, as truncated_log_probs and draw of sampler.py do where nothing is cut.
+class Draws {
+ public:
+  Draws(const Frame& frame, int codes)
+      : f(frame),
+        codes(codes),
+        room(padded(codes, kLanes)),
+        memory_(size_t(room) * 8),
+        values(memory_.as<float>()),
+        weights(values + room) {}
+
+  // The number of the token that `uniform` falls to, and its two log-probabilities. `null` are the
+  // logits of the second stream, if there is one.
+  int draw(const float* plain, const float* null, float uniform, float* log_prob,
+           float* drawn_log_prob) {
+    std::copy(plain, plain + codes, values);
+    double total, log_total = weigh(&total), plain_log_total = log_total;
+    if (null || f.temperature != 1) {
+      for (int i = 0; i < codes; ++i) {
+        if (null) values[i] = null[i] + float(f.guidance) * (plain[i] - null[i]);
+        if (f.temperature > 0) values[i] /= float(f.temperature);
+      }
+      log_total = weigh(&total);
+    }
+    int found = 0;
+    if (f.temperature == 0) {
+      found = std::max_element(values, values + codes) - values;
+    } else {
+      const double at = uniform * total;
+      for (double below = weights[0]; !(below > at) && found < codes - 1; below += weights[found])
+        ++found;
+    }
+    *log_prob = plain[found] - plain_log_total;
+    *drawn_log_prob = f.temperature == 0 ? 0 : values[found] - log_total;
+    return found;
+  }
+
+ private:
+  // e to each value less the largest, and what they sum to; the logarithm of the values' own sum.
+  double weigh(double* total) {
+    std::fill(values + codes, values + room, -INFINITY);
+    const float largest = *std::max_element(values, values + codes);
+    for (int i = 0; i < room; i += kFloats) {
+      const Floats power = (load(values + i) - largest) * kLog2E;
+      const Floats within = power < -126.0f ? Floats{} - 126.0f : power;
+      store(weights + i, power < -126.0f ? Floats{} : power_of_two(within));
+    }
+    *total = 0;
+    for (int i = 0; i < codes; ++i) *total += weights[i];
+    return largest + std::log(*total);
+  }
+
+  const Frame& f;
+  const int codes, room;
+  const Lines memory_;
+  float *const values, *const weights;
+};
+
+template <typename Number>
+void draw_frame(const Model<Number>& model, Pass<Number> pass, const Frame& frame) {
+  const int64_t slots = frame.spans[3 * frame.waves - 2], width = model.width;
+  const int64_t futures = pass.batch / frame.streams, half = width / model.heads / 2;
+  const int64_t begin = pass.begin;
+  const float *const cos = pass.cos, *const sin = pass.sin;
+  int64_t most = 0;
+  for (int64_t wave = 0; wave < frame.waves; ++wave)
+    most = std::max(most, frame.spans[3 * wave + 1] - frame.spans[3 * wave]);
+  const Lines x_(size_t(pass.batch) * most * width * 4);
+  const Lines logits_(size_t(pass.batch) * most * model.codes * 4);
+  float* const x = x_.as<float>();
+  pass.x = x;
+  pass.logits = logits_.as<float>();
+  for (int64_t wave = 0; wave < frame.waves; ++wave) {
+    const int64_t* span = frame.spans + 3 * wave;
+    const int64_t start = span[0], wanted = span[1] - span[2];
+    pass.n = span[1] - start;
+    pass.begin = begin + start;
+    pass.first = span[2] - start;
+    pass.cos = cos + start * half;
+    pass.sin = sin + start * half;
+    for (int64_t row = 0; row < pass.batch * pass.n; ++row) {
+      const int64_t sequence = row / pass.n, slot = start + row % pass.n;
+      const int64_t token = frame.drawn[sequence * (frame.tokens + 1) + frame.source[slot]];
+      const float* known = frame.base + (sequence * slots + slot) * width;
+      for (int64_t i = 0; i < width; i += kFloats)
+        store(x + row * width + i, load(known + i) + load(frame.embedding + token * width + i));
+    }
+    Run(model, pass).run();
+#pragma omp parallel
+    {
+      Draws draws(frame, model.codes);
+#pragma omp for
+      for (int64_t row = 0; row < futures * wanted; ++row) {
+        const int64_t future = row / wanted, token = frame.target[span[2] + row % wanted];
+        const int64_t at = future * frame.tokens + token;
+        const float* plain = pass.logits + row * model.codes;
+        const float* null = frame.streams == 1 ? nullptr : plain + futures * wanted * model.codes;
+        const int found = draws.draw(plain, null, frame.uniform[at], frame.log_probs + at,
+                                     frame.log_probs + futures * frame.tokens + at);
+        for (int64_t sequence = future; sequence < pass.batch; sequence += futures)
+          frame.drawn[sequence * (frame.tokens + 1) + token] = found;
+      }
+    }
+  }
+}
+
 }  // namespace
 
 // Whether the processor lets this process use what it was compiled for.
@@ -370,4 +490,14 @@ extern "C" void drivesim_pass_bf16(const Model<bf16>* model, const Pass<bf16>* p
 
 extern "C" void drivesim_pass_fp32(const Model<float>* model, const Pass<float>* pass) {
   Run(*model, *pass).run();
+}
+
+extern "C" void drivesim_frame_bf16(const Model<bf16>* model, const Pass<bf16>* pass,
+                                    const Frame* frame) {
+  draw_frame(*model, *pass, *frame);
+}
+
+extern "C" void drivesim_frame_fp32(const Model<float>* model, const Pass<float>* pass,
+                                    const Frame* frame) {
+  draw_frame(*model, *pass, *frame);
 }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from driving_sim.engine.device import autocast
 from driving_sim.world_model.cache import Cache
+from driving_sim.world_model.native import NativeCache
 
 Choose = Callable[[Tensor, Tensor], Tensor]
 """(logits float32 [B, n, K] of a wave, raster numbers [n] of its tokens) -> tokens [B, n]."""
@@ -45,9 +46,14 @@ class Sampling:
             raise ValueError(f"guidance is {self.guidance}: it must be at least 0")
 
     @property
+    def truncates(self) -> bool:
+        """Whether some tokens may be cut off."""
+        return self.top_k is not None or self.top_p is not None
+
+    @property
     def is_plain(self) -> bool:
         """Whether tokens are drawn from the model's own distribution."""
-        return (self.temperature, self.guidance) == (1, 1) and self.top_k is self.top_p is None
+        return (self.temperature, self.guidance) == (1, 1) and not self.truncates
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,21 +159,41 @@ class WavePasses:
         cache.
         """
         with autocast(self.cache.device, self.cache.dtype):
-            return self._step(actions, valid, choose)
+            return self._step(*self._begin(actions, valid), choose)
 
-    def _step(self, actions: Tensor, valid: Tensor, choose: Choose) -> Tensor:
+    @torch.inference_mode()
+    def draw(
+        self, actions: Tensor, valid: Tensor, uniform: Tensor, streams: int, sampling: Sampling
+    ) -> tuple[Tensor, Tensor] | None:
+        """As `step`, where compiled passes draw on their own; else None. See `draw_frame`."""
+        if not isinstance(self.cache, NativeCache) or sampling.truncates:
+            return None
+        with autocast(self.cache.device, self.cache.dtype):
+            self.tokens, log_probs = self.cache.draw_frame(
+                *self._begin(actions, valid),
+                uniform,
+                streams=streams,
+                temperature=sampling.temperature,
+                guidance=sampling.guidance,
+            )
+        return self.tokens, log_probs
+
+    def _begin(self, actions: Tensor, valid: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Begin a frame: what its slots [B, S, D] know before its tokens; cosines and sines."""
         self.cache.begin_frame()
-        tables = self.cache.tables
         base = self.model.frame_base(
-            tables, self.tokens[:, None], actions[:, None], valid[:, None]
+            self.cache.tables, self.tokens[:, None], actions[:, None], valid[:, None]
         )[:, 0]
-        cos, sin = self.model.rotary(torch.tensor([self.cache.frame], device=base.device))
+        return base, self.model.rotary(torch.tensor([self.cache.frame], device=base.device))
+
+    def _step(self, base: Tensor, rotary: tuple[Tensor, Tensor], choose: Choose) -> Tensor:
+        cos, sin = rotary
         none = self.model.grid.codebook_size
         tokens = F.pad(torch.full_like(self.tokens, none), (0, 1), value=none)
         waves = self.model.order.waves
         for wave, source, target in zip(waves, self._sources, self._targets, strict=True):
             span = slice(wave.start, wave.stop)
-            x = base[:, span] + F.embedding(tokens[:, source], tables.token)
+            x = base[:, span] + F.embedding(tokens[:, source], self.cache.tables.token)
             logits = self.cache.logits(x, (cos[span], sin[span]), wave)
             if wave.first < wave.stop:
                 tokens[:, target] = choose(logits, target)
@@ -207,23 +233,27 @@ class FrameSampler:
         """
         batch, device = len(self.samples), actions.device
         uniform = self._uniforms(device)
-        scores = torch.zeros(2, *uniform.shape, device=device)
+        if self.streams == 2:
+            # The second stream knows no action.
+            actions = actions.repeat(2, 1)
+            valid = torch.cat([valid, torch.zeros_like(valid)])
+        drawn = self.passes.draw(actions, valid, uniform, self.streams, self.sampling)
+        tokens, scores = drawn or self._step(actions, valid, uniform)
+        self.frame += 1
+        shape = {"r": self.model.grid.rows, "c": self.model.grid.cols}
+        return FrameSample(
+            rearrange(tokens[:batch], "b (r c) -> b r c", **shape),
+            *rearrange(scores, "two b (r c) -> two b r c", **shape),
+        )
+
+    def _step(self, actions: Tensor, valid: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        scores = torch.zeros(2, *uniform.shape, device=uniform.device)
 
         def choose(logits: Tensor, target: Tensor) -> Tensor:
             tokens, scores[:, :, target] = self._choose(logits, uniform[:, target])
             return tokens if self.streams == 1 else tokens.repeat(self.streams, 1)
 
-        if self.streams == 2:
-            # The second stream knows no action.
-            actions = actions.repeat(2, 1)
-            valid = torch.cat([valid, torch.zeros_like(valid)])
-        tokens = self.passes.step(actions, valid, choose)[:batch]
-        self.frame += 1
-        shape = {"r": self.model.grid.rows, "c": self.model.grid.cols}
-        return FrameSample(
-            rearrange(tokens, "b (r c) -> b r c", **shape),
-            *rearrange(scores, "two b (r c) -> two b r c", **shape),
-        )
+        return self.passes.step(actions, valid, choose), scores
 
     def _uniforms(self, device: torch.device) -> Tensor:
         grid = self.model.grid
