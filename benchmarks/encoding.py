@@ -30,7 +30,7 @@ from benchmarks.paired import (
     run_command,
     times_faster,
 )
-from benchmarks.peers import DTYPES, fastest, tried, vq_encode, vq_model
+from benchmarks.peers import fastest, number_formats, tried, vq_encode, vq_model
 from benchmarks.shapes import FPS, shape_of, tokenizer
 from driving_sim.data.sources import find_drives
 from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
@@ -52,7 +52,7 @@ def _peer_forms(frames: Tensor, settings: Settings) -> dict[str, Work]:
     size = shape_of("base", settings).frames.frame_size
     images = images_from_frames(frames.to(settings.device), size)
     forms: dict[str, Work] = {}
-    for dtype in DTYPES:
+    for dtype in number_formats(settings):
         for layout in (torch.contiguous_format, torch.channels_last):
             torch.manual_seed(0)
             model = vq_model(width=32 if settings.toy else 128).eval()

@@ -47,7 +47,7 @@ class Limits:
 
 
 def precision(settings: Settings) -> torch.dtype:
-    """What the settings' device trains and rolls out in: bf16 where it has it in hardware."""
+    """What training and rollouts use on the settings' device."""
     return resolve_precision("auto", settings.device)
 
 

@@ -10,13 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.machine import precision
 from benchmarks.paired import Settings, Work, seconds
 from driving_sim.engine.device import name_of
 from driving_sim.tokenizer.perceptual import _import_lpips
 
-DTYPES = (torch.float32, torch.bfloat16)
 VQ_WIDTHS = range(16, 136, 8)
 """Of VQModels with groups of 8 channels, up to the published one's."""
+
+
+def number_formats(settings: Settings) -> tuple[torch.dtype, ...]:
+    """Those that a peer is tried in: bf16 only where ours would be, as it is emulated elsewhere."""
+    return tuple(dict.fromkeys((torch.float32, precision(settings))))
 
 
 def package(name: str) -> Any:
@@ -113,10 +118,10 @@ class Gpt2Decoder:
 def gpt2_decoders(
     build: Callable[[], nn.Module], *, positions: int, context: int, codes: int, settings: Settings
 ) -> dict[str, Gpt2Decoder]:
-    """Both caches in both number formats, each with `context` tokens behind it."""
+    """Both caches in each number format, each with `context` tokens behind it."""
     tokens = torch.randint(codes, (1, context), device=settings.device)
     decoders = {}
-    for dtype in DTYPES:
+    for dtype in number_formats(settings):
         for static in (False, True):
             model = build().eval().to(settings.device, dtype)
             decoder = Gpt2Decoder(model, positions=positions, static=static, settings=settings)

@@ -72,10 +72,11 @@ def peer_step(
     """A usual step on one batch, as quick as torch alone makes it."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    dtype = precision(settings)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with autocast(given.device, precision(settings)):
+        with autocast(given.device, dtype):
             loss = loss_of(model, given)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

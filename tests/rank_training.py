@@ -55,7 +55,7 @@ def world_model(dropout: float = 0.0, heads: int = 4) -> nn.Module:
 
 
 def compiled_world_model() -> nn.Module:
-    """One whose attention `native_training` takes over, in bf16."""
+    """One whose attention `native_training` takes over."""
     return world_model(heads=2)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from driving_sim.engine.device import autocast
-from driving_sim.world_model import native_training
+from driving_sim.world_model import native_library, native_training
 from driving_sim.world_model.objective import ObjectiveConfig, WorldModelObjective
 from driving_sim.world_model.rotary import rotate
 from driving_sim.world_model.transformer import Attention, TransformerConfig
@@ -83,6 +83,7 @@ def test_compiled_attention_and_its_gradients_equal_torchs(
 
 @needs_compiler
 @in_each_format
+@pytest.mark.usefixtures("processor")
 def test_compiled_norm_and_its_gradients_equal_torchs(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     given = [torch.randn(3, 50, 48), torch.randn(48)]
@@ -104,6 +105,7 @@ def test_compiled_norm_and_its_gradients_equal_torchs(dtype: torch.dtype) -> Non
 
 @needs_compiler
 @in_each_format
+@pytest.mark.usefixtures("processor")
 def test_compiled_activation_and_its_gradient_equal_torchs(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     given = [torch.randn(2, 40, 16).to(dtype)]
@@ -184,18 +186,18 @@ def test_two_ranks_train_as_one_does(tmp_path: Path, shard: bool) -> None:
     assert launch(2, model, two, precision="bf16", shard=shard) == [0, 0]
     rank_train(model, one, precision="bf16", accumulate=2)
     # A difference in float32 becomes one in bf16, which grows from step to step.
-    assert_same_losses(one, two, rel=1e-3, without=["accuracy", "grad_norm/model"])
+    assert_same_losses(one, two, rel=1e-3, loose={"accuracy": 0.5, "grad_norm/model": 0.1})
 
 
 @needs_compiler
 def test_a_resumed_training_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, call = set(), native_training._call
+    calls = set()
 
-    def watched(name: str, *given: Any) -> None:
+    def watched(name: str, dtype: torch.dtype) -> Any:
         calls.add(name)
-        call(name, *given)
+        return native_library.function(name, dtype)
 
-    monkeypatch.setattr(native_training, "_call", watched)
+    monkeypatch.setattr(native_training, "function", watched)
     whole, run = tmp_path / "whole", tmp_path / "run"
     for folder in (whole, run):
         rank_train("compiled_world_model", folder, precision="bf16")
@@ -208,15 +210,16 @@ def test_a_resumed_training_is_the_same(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @needs_compiler
-def test_what_is_not_a_number_stays_it() -> None:
+@in_each_format
+def test_what_is_not_a_number_stays_it(dtype: torch.dtype) -> None:
     """So that the step is skipped."""
     bad = torch.full((1, 4, 128), torch.nan)
     gain, rotary = torch.ones(32), (torch.ones(4, 16), torch.zeros(4, 16))
-    with compute(torch.bfloat16):
+    with compute(dtype):
         for found in (
-            native_training.causal_attention(bad.bfloat16(), gain, gain, rotary, 2),
+            native_training.causal_attention(bad.to(dtype), gain, gain, rotary, 2),
             native_training.normed(bad, torch.ones(128)),
-            native_training.squared_relu(bad.bfloat16()),
+            native_training.squared_relu(bad.to(dtype)),
         ):
             assert found is not None
             assert found.isnan().all()
@@ -235,6 +238,7 @@ def test_what_does_not_apply_is_left_to_torch() -> None:
     rotary = torch.ones(5, 16), torch.zeros(5, 16)
     assert native_training.causal_attention(x, gain, gain, rotary, 2) is None  # not in autocast
     assert native_training.squared_relu(x) is None
+    assert native_training.squared_relu(torch.ones(3)) is None
     assert native_training.normed(torch.ones(2, 128).double(), torch.ones(128).double()) is None
     with compute(torch.bfloat16):
         assert native_training.causal_attention(x, gain, gain, rotary, 2) is not None
@@ -242,4 +246,4 @@ def test_what_does_not_apply_is_left_to_torch() -> None:
         assert native_training.causal_attention(x, steep, steep, rotary, 2) is None
         assert native_training.causal_attention(x.float(), gain, gain, rotary, 2) is None
         assert native_training.normed(x, torch.ones(128)) is None
-        assert native_training.squared_relu(torch.ones(3)) is None
+        assert native_training.squared_relu(torch.ones(3).bfloat16()) is None

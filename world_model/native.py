@@ -57,7 +57,7 @@ class _Pass(ctypes.Structure):
 
 class _Frame(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("waves", "tokens", "streams")),
+        *((name, ctypes.c_int64) for name in ("waves", "slots", "tokens", "streams")),
         *((name, ctypes.c_void_p) for name in ("spans", "source", "target")),
         *((name, ctypes.c_void_p) for name in ("base", "embedding", "uniform")),
         ("temperature", ctypes.c_double),
@@ -82,9 +82,9 @@ def _blocks(model: Transformer) -> list[Block]:
 
 
 def _laid_out(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Lay [k, columns] out as [columns / 16][k / P][16][P]: P is 2 in bf16, 1 in float32."""
+    """Lay [k, columns] out as [columns / 16][k / I][16][I]: I is 2 in bf16, 1 in float32."""
     return rearrange(
-        matrix.to(dtype), "(k p) (c lane) -> c k lane p", p=4 // dtype.itemsize, lane=LANES
+        matrix.to(dtype), "(k i) (c lane) -> c k lane i", i=4 // dtype.itemsize, lane=LANES
     ).contiguous()
 
 
@@ -230,7 +230,7 @@ class NativeCache:
         drawn = torch.full((len(base), order.tokens + 1), none)
         log_probs = torch.empty(2, *uniform.shape)
         frame = _Frame(
-            len(spans), order.tokens, streams, spans.data_ptr(), source.data_ptr(),
+            len(spans), order.slots, order.tokens, streams, spans.data_ptr(), source.data_ptr(),
             target.data_ptr(), base.data_ptr(), embedding.data_ptr(), uniform.data_ptr(),
             temperature, guidance, drawn.data_ptr(), log_probs.data_ptr(),
         )  # fmt: skip

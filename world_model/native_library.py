@@ -30,7 +30,7 @@ _HEADER = _FOLDER / "products.h"
 _FLAGS = "-std=c++17 -O3 -fopenmp -shared -fPIC -Wno-psabi -march=native"
 _WITHOUT_AMX = "-mno-amx-tile -mno-amx-bf16 -mno-amx-int8"
 LANES = 16
-"""Floats of a vector."""
+"""Columns of a matrix that lie together."""
 PAIRS = 32
 """What a head's channels must be a multiple of."""
 EPSILON = 1e-6
@@ -45,8 +45,8 @@ def library() -> ctypes.CDLL | None:
 
 
 def function(name: str, dtype: torch.dtype) -> Any:
-    """The compiled function of that name, in one of its number formats."""
-    compiled = library()
+    """The compiled function of that name, in one of its number formats; see `library` before."""
+    compiled = _library()
     assert compiled is not None
     found = getattr(compiled, f"drivesim_{name}_{name_of(dtype)}")
     found.restype = None

@@ -2,7 +2,8 @@
 
 Of a step of a small model torch spends some 60 % in causal attention and, in bf16, most of the rest
 in small float32 operations. Each function computes in the format of the surrounding autocast; it
-returns None where the compiled one does not apply, and its caller goes on with torch.
+returns None where the compiled one does not apply, and its caller goes on with torch. There are no
+second derivatives and no transforms of torch.func; DRIVESIM_NATIVE=0 brings torch's back.
 
 Axes: B batch, N slots, H query heads, G key heads, E channels of a head, F = (H + 2 G) E, D width.
 """
@@ -87,10 +88,6 @@ def _are_float32(*tensors: Tensor) -> bool:
     return all(tensor.dtype is torch.float32 for tensor in tensors)
 
 
-def _call(name: str, dtype: torch.dtype, *given: Any) -> None:
-    function(name, dtype)(*given)
-
-
 def _numbers(*values: int) -> list[ctypes.c_int64]:
     return [ctypes.c_int64(value) for value in values]
 
@@ -117,7 +114,7 @@ class _CausalAttention(torch.autograd.Function):
         mixed = qkv.new_empty(batch, slots, heads * channels)
         weights = q_gain.new_empty(batch, heads, -(-slots // _BLOCK) * _BLOCK)
         structure = _Attention(*ctx.sizes, *_pointers(*given, mixed, weights))
-        _call("attention", qkv.dtype, ctypes.byref(structure))
+        function("attention", qkv.dtype)(ctypes.byref(structure))
         ctx.save_for_backward(*given, mixed, weights)
         return mixed
 
@@ -131,7 +128,7 @@ class _CausalAttention(torch.autograd.Function):
         k_gain_grad = kept[1].new_empty(batch * kv_heads, channels)
         grads = mixed_grad, qkv_grad, q_gain_grad, k_gain_grad
         structure = _Attention(*ctx.sizes, *_pointers(*kept, *grads))
-        _call("attention_grad", qkv_grad.dtype, ctypes.byref(structure))
+        function("attention_grad", qkv_grad.dtype)(ctypes.byref(structure))
         return qkv_grad, q_gain_grad.sum(0), k_gain_grad.sum(0), None, None, None
 
 
@@ -141,7 +138,7 @@ class _Norm(torch.autograd.Function):
         x, gain = x.contiguous(), gain.contiguous()
         found = torch.empty_like(x, dtype=dtype)
         size = _numbers(x.numel() // len(gain), len(gain))
-        _call("norm", dtype, *size, *_pointers(x, gain, found))
+        function("norm", dtype)(*size, *_pointers(x, gain, found))
         ctx.save_for_backward(x, gain)
         return found
 
@@ -152,7 +149,7 @@ class _Norm(torch.autograd.Function):
         grad, x_grad = grad.contiguous(), torch.empty_like(x)
         gain_grads = gain.new_empty(_NORM_PARTS, len(gain))
         size = _numbers(x.numel() // len(gain), len(gain))
-        _call("norm_grad", grad.dtype, *size, *_pointers(x, gain, grad, x_grad, gain_grads))
+        function("norm_grad", grad.dtype)(*size, *_pointers(x, gain, grad, x_grad, gain_grads))
         return x_grad, gain_grads.sum(0), None
 
 
@@ -161,7 +158,7 @@ class _SquaredRelu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.contiguous()
         found = torch.empty_like(x)
-        _call("activation", x.dtype, *_numbers(x.numel()), *_pointers(x, found))
+        function("activation", x.dtype)(*_numbers(x.numel()), *_pointers(x, found))
         ctx.save_for_backward(x)
         return found
 
@@ -170,5 +167,5 @@ class _SquaredRelu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         grad, x_grad = grad.contiguous(), torch.empty_like(x)
-        _call("activation_grad", x.dtype, *_numbers(x.numel()), *_pointers(x, grad, x_grad))
+        function("activation_grad", x.dtype)(*_numbers(x.numel()), *_pointers(x, grad, x_grad))
         return x_grad

@@ -1,5 +1,5 @@
-// One pass of the world model's transformer over a few slots of B sequences, on a CPU, in bf16 or
-// float32.
+// Passes of the world model's transformer over a few slots of B sequences, and frames drawn by such
+// passes, on a CPU, in bf16 or float32.
 //
 // What torch does in some 400 small operations a pass, whose start takes longer than their work, is
 // one parallel region here. It computes what Transformer.hidden and RingCache.attend do: matrices,
@@ -14,11 +14,11 @@
 template <typename Number>
 struct Model {
   int64_t layers, width, heads, kv_heads, hidden, codes;
-  int64_t places, keys;         // of the ring; and N: the next multiple of 32
-  const float* input_gain;      // [D]
-  const float* const* gains;    // of each layer: attention [D], q [E], k [E], mlp [D]
+  int64_t places, keys;           // of the ring; and N: the next multiple of 32
+  const float* input_gain;        // [D]
+  const float* const* gains;      // of each layer: attention [D], q [E], k [E], mlp [D]
   const Number* const* matrices;  // of each layer: qkv, out, up, down
-  const float* output_gain;     // [D]
+  const float* output_gain;       // [D]
   const Number* output;           // [D, C padded to 16]
 };
 
@@ -31,29 +31,30 @@ struct Pass {
   int64_t first;           // logits are wanted of the slots of the pass from this one on
   const float* x;          // [B, n, D]
   const float *cos, *sin;  // [n, E / 2]
-  Number* ring_keys;         // [L, B, G][N / 16][E / P][16][P]
-  Number* ring_values;       // [L, B, G][E / 16][N / P][16][P]
+  Number* ring_keys;       // [L, B, G][N / 16][E / I][16][I]
+  Number* ring_values;     // [L, B, G][E / 16][N / I][16][I]
   // Where the B sequences branched off U others: the rings of those, of which sequence i goes on
   // from trunk[i]. Places from own_from on, round the ring's end, to own_to are the branches' own.
   int64_t trunks;                            // U, or 0
-  const Number *trunk_keys, *trunk_values;     // as the rings above, [L, U, G]...
+  const Number *trunk_keys, *trunk_values;   // as the rings above, [L, U, G]...
   const int64_t* trunk;                      // [B]
   int64_t own_from, own_to;                  // multiples of 32
   float* logits;                             // [B, n - first, C]
 };
 
-// A frame that is drawn wave by wave. P tokens; F futures, in 1 or 2 streams of sequences: under
-// guidance a second one, which knows no actions, follows; B = streams * F.
+// A frame that is drawn wave by wave, with a Pass that begins where the frame does and has the
+// cosines and sines of all its slots [S, E / 2]. P tokens; F futures, in 1 or 2 streams of
+// sequences: under guidance a second one, which knows no actions, follows; B = streams * F.
 struct Frame {
-  int64_t waves, tokens, streams;
-  const int64_t* spans;             // [waves][3]: a pass's first slot, its end, whence it predicts
-  const int64_t *source, *target;   // [S]: the tokens that slots take and predict; P: none
-  const float* base;                // [B, S, D]: what slots know before the frame's own tokens
-  const float* embedding;           // [C + 1, D]: what a token adds to that; C: none
-  const float* uniform;             // [F, P], in [0, 1)
-  double temperature, guidance;     // as in sampler.py
-  int64_t* drawn;                   // [B, P + 1]: to begin with, C
-  float* log_probs;                 // [2, F, P]: under the plain model, and as drawn from
+  int64_t waves, slots, tokens, streams;
+  const int64_t* spans;            // [waves][3]: a pass's first slot, its end, whence it predicts
+  const int64_t *source, *target;  // [S]: the tokens that slots take and predict; P: none
+  const float* base;               // [B, S, D]: what slots know before the frame's own tokens
+  const float* embedding;          // [C + 1, D]: what a token adds to that; C: none
+  const float* uniform;            // [F, P], in [0, 1)
+  double temperature, guidance;    // as in sampler.py
+  int64_t* drawn;                  // [B, P + 1]: to begin with, C
+  float* log_probs;                // [2, F, P]: under the plain model, and as drawn from
 };
 
 namespace {
@@ -97,7 +98,7 @@ class Run {
       const Lines own(std::max(size_t(16) * part * sizeof(Number), size_t(room) * channels * 4));
 #pragma omp for
       for (int row = 0; row < rows; ++row)
-        normalise(x + size_t(row) * width, width, m.input_gain);
+        norm_row(x + size_t(row) * width, width, m.input_gain, x + size_t(row) * width);
       for (int layer = 0; layer < m.layers; ++layer) {
         attention(layer, own);
         mlp(layer, own);
@@ -107,7 +108,7 @@ class Run {
   }
 
  private:
-  static constexpr int kP = kDeep<Number>;
+  static constexpr int kI = kInterleaved<Number>;
 
   void attention(int layer, const Lines& own) {
     const float* const* gains = m.gains + 4 * layer;
@@ -142,7 +143,7 @@ class Run {
       for (int row = 0; row < rows; ++row)
         for (int i = 0; i < kTogether; i += kFloats)
           store(hidden + size_t(row) * m.hidden + column + i,
-                        squared_relu(load(columns + row * kTogether + i)));
+                squared_relu(load(columns + row * kTogether + i)));
     }
 #pragma omp for
     for (int column = 0; column < width; column += kTogether)
@@ -175,11 +176,6 @@ class Run {
                   std::min(kTogether, columns - column), k, to, ldc, rows);
   }
 
-  static void normalise(float* row, int count, const float* gain) {
-    const float scale = scale_of(row, count);
-    for (int i = 0; i < count; i += kFloats) store(row + i, load(row + i) * scale * load(gain + i));
-  }
-
   void norm_rows(const float* gain) {
 #pragma omp for
     for (int row = 0; row < rows; ++row)
@@ -201,7 +197,7 @@ class Run {
         keep_value(layer, sequence * m.kv_heads + value_head, slot, own_row);
         continue;
       }
-      normalise(own_row, channels, gains[key_head < 0 ? 1 : 2]);
+      norm_row(own_row, channels, gains[key_head < 0 ? 1 : 2], own_row);
       const int half = channels / 2;
       rotate(own_row, channels, p.cos + slot * half, p.sin + slot * half, 1);
       if (key_head >= 0)
@@ -221,15 +217,15 @@ class Run {
 
   void keep_key(int layer, int each, int slot, const float* row) {
     const int64_t place = p.begin + slot;
-    Number* to = keys_of(layer, each) + place / kLanes * kLanes * channels + place % kLanes * kP;
-    for (int i = 0; i < channels; ++i) put(to + i / kP * kP * kLanes + i % kP, row[i]);
+    Number* to = keys_of(layer, each) + place / kLanes * kLanes * channels + place % kLanes * kI;
+    for (int i = 0; i < channels; ++i) put(to + i / kI * kI * kLanes + i % kI, row[i]);
   }
 
   void keep_value(int layer, int each, int slot, const float* row) {
     const int64_t place = p.begin + slot;
-    Number* to = values_of(layer, each) + place / kP * kP * kLanes + place % kP;
+    Number* to = values_of(layer, each) + place / kI * kI * kLanes + place % kI;
     for (int i = 0; i < channels; ++i)
-      put(to + i / kLanes * m.keys * kLanes + i % kLanes * kP, row[i]);
+      put(to + i / kLanes * m.keys * kLanes + i % kLanes * kI, row[i]);
   }
 
   Number* keys_of(int layer, int each) const {
@@ -427,7 +423,7 @@ class Draws {
 
 template <typename Number>
 void draw_frame(const Model<Number>& model, Pass<Number> pass, const Frame& frame) {
-  const int64_t slots = frame.spans[3 * frame.waves - 2], width = model.width;
+  const int64_t slots = frame.slots, width = model.width;
   const int64_t futures = pass.batch / frame.streams, half = width / model.heads / 2;
   const int64_t begin = pass.begin;
   const float *const cos = pass.cos, *const sin = pass.sin;

@@ -3,7 +3,7 @@
 //
 // Every matrix product is `product` below, on matrices that are laid out for it: a right-hand side
 // of k rows and 16 columns as [k][16] in float32, and in bf16 as [k / 2][16][2], which AMX and
-// AVX512-BF16 read as it is; [k / P][16][P] here.
+// AVX512-BF16 read as it is; [k / I][16][I] here.
 
 #pragma once
 
@@ -52,9 +52,9 @@ class Lines {  // memory that begins with a cache line, with whatever in it
   std::unique_ptr<char[]> bytes_;
 };
 
-// P: how many rows of a right-hand side lie side by side.
+// I: how many rows of a right-hand side are interleaved.
 template <typename Number>
-constexpr int kDeep = sizeof(float) / sizeof(Number);
+constexpr int kInterleaved = sizeof(float) / sizeof(Number);
 
 int padded(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -76,7 +76,7 @@ void store(bf16* to, Floats value) {  // to nearest, ties to even
 #if defined(__AVX512BF16__)
   const __m256bh narrow = _mm512_cvtneps_pbh((__m512)value);
 #else
-  const Ints bits = (Ints)value;  // there are no NaNs
+  const Ints bits = (Ints)value;  // a NaN stays one if its payload is a processor's own
   const Halves narrow =
       __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
 #endif
@@ -186,7 +186,8 @@ struct Kernel<bf16> {
 #if defined(__AVX512BF16__)
   static constexpr int rows = 8, columns = 2;  // 10 loads for 16 products, in 16 registers
   static Floats added(Floats sum, Right right, Left left) {
-    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)right, (__m512bh)_mm512_set1_epi32(left));
+    const __m512i pair = _mm512_set1_epi32(left);
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)right, (__m512bh)pair);
   }
 #else
   static constexpr int rows = 4, columns = 1;
@@ -206,7 +207,7 @@ struct Kernel<bf16> {
 // Of kRows rows and kColumns times 16 columns.
 template <bool kAdd, int kColumns, int kRows, typename Number>
 void product_of(const Number* a, int lda, const Number* b, size_t step, int k, float* c, int ldc) {
-  constexpr int kParts = kLanes / kFloats, kVectors = kColumns * kParts;
+  constexpr int kSplit = kLanes / kFloats, kVectors = kColumns * kSplit;
   // A page: the processor's own prefetching ends with one, and what follows b is mostly next.
   constexpr int kAhead = 4096 / sizeof(Number);
   Floats sums[kRows][kVectors] = {};
@@ -216,13 +217,13 @@ void product_of(const Number* a, int lda, const Number* b, size_t step, int k, f
 #pragma GCC unroll 16
       for (int i = 0; i < kVectors; ++i)
         sums[row][i] = load(c + row * ldc + i * kFloats);
-  for (int begin = 0; begin < k; begin += kDeep<Number>) {
+  for (int begin = 0; begin < k; begin += kInterleaved<Number>) {
     typename Kernel<Number>::Right right[kVectors];
 #pragma GCC unroll 16
     for (int i = 0; i < kVectors; ++i) {
-      const Number* from = b + i / kParts * step + begin * kLanes;
-      if (i % kParts == 0) __builtin_prefetch(from + kAhead, 0, 2);
-      std::memcpy(&right[i], from + i % kParts * kFloats * kDeep<Number>, sizeof(right[i]));
+      const Number* from = b + i / kSplit * step + begin * kLanes;
+      if (i % kSplit == 0) __builtin_prefetch(from + kAhead, 0, 2);
+      std::memcpy(&right[i], from + i % kSplit * kFloats * kInterleaved<Number>, sizeof(right[i]));
     }
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {

@@ -165,7 +165,10 @@ class WavePasses:
     def draw(
         self, actions: Tensor, valid: Tensor, uniform: Tensor, streams: int, sampling: Sampling
     ) -> tuple[Tensor, Tensor] | None:
-        """As `step`, where compiled passes draw on their own; else None. See `draw_frame`."""
+        """As `step`, with log-probabilities [2, F, P], where compiled passes can draw; else None.
+
+        `uniform` [F, P] are the draws' numbers; B = streams * F: see `NativeCache.draw_frame`.
+        """
         if not isinstance(self.cache, NativeCache) or sampling.truncates:
             return None
         with autocast(self.cache.device, self.cache.dtype):

@@ -49,7 +49,7 @@ void norm_row_grad(const float* x, int width, const float* gain, const Given* gi
 template <typename Number>
 class Head {
  public:
-  static constexpr int kP = kDeep<Number>;
+  static constexpr int kI = kInterleaved<Number>;
 
   Head(int slots, int channels) : room(padded(slots, kBlock)), channels(channels) {}
 
@@ -61,23 +61,23 @@ class Head {
       store(rows + size_t(slot) * channels + i, load(from + i));
   }
 
-  // [N / 16][E / P][16][P]: a right-hand side with a column for each slot.
+  // [N / 16][E / I][16][I]: a right-hand side with a column for each slot.
   void columns(Number* to, const Number* rows) const {
     for (int slot = 0; slot < room; ++slot) {
-      Number* column = to + size_t(slot) / kLanes * kLanes * channels + slot % kLanes * kP;
-      for (int i = 0; i < channels; i += kP)
+      Number* column = to + size_t(slot) / kLanes * kLanes * channels + slot % kLanes * kI;
+      for (int i = 0; i < channels; i += kI)
         std::memcpy(column + i * kLanes, rows + size_t(slot) * channels + i, 4);
     }
   }
 
-  // [E / 16][N / P][16][P]: a right-hand side with a row for each slot.
+  // [E / 16][N / I][16][I]: a right-hand side with a row for each slot.
   void pairs(Number* to, const Number* rows) const {
-    for (int slot = 0; slot < room; slot += kP)
+    for (int slot = 0; slot < room; slot += kI)
       for (int i = 0; i < channels; i += kLanes) {
         const Number* from = rows + size_t(slot) * channels + i;
         Number* pair = to + size_t(i) * room + slot * kLanes;
         for (int lane = 0; lane < kLanes; ++lane)
-          for (int of = 0; of < kP; ++of) pair[kP * lane + of] = from[of * channels + lane];
+          for (int of = 0; of < kI; ++of) pair[kI * lane + of] = from[of * channels + lane];
       }
   }
 
@@ -114,7 +114,8 @@ class AttentionRun {
 #pragma omp parallel
     {
       Tiles tiles;
-      const Lines rows_(head.size() * sizeof(Number)), weights_(size_t(kBlock) * kBlock * sizeof(Number));
+      const Lines rows_(head.size() * sizeof(Number));
+      const Lines weights_(size_t(kBlock) * kBlock * sizeof(Number));
       const Lines sums_(size_t(kBlock) * channels * 4);
       Number *const rows = rows_.as<Number>(), *const weights = weights_.as<Number>();
 #pragma omp for
@@ -138,7 +139,8 @@ class AttentionRun {
 
   void backward() {
     const size_t one = head.size();
-    const Lines k_(keys * one * sizeof(Number)), k_transposed_(keys * one * sizeof(Number)), v_(keys * one * sizeof(Number));
+    const size_t bytes = keys * one * sizeof(Number);
+    const Lines k_(bytes), k_transposed_(bytes), v_(bytes);
     const Lines k_grads_(queries * one * 4), v_grads_(queries * one * 4);
     Number *const k = k_.as<Number>(), *const k_transposed = k_transposed_.as<Number>();
     Number* const v = v_.as<Number>();
@@ -202,7 +204,8 @@ class AttentionRun {
       for (int slot = 0; slot < run.room; ++slot) means[slot] = 0;
       for (int slot = 0; slot < run.slots; ++slot) {
         const size_t at = run.mixed_at(each, slot);
-        std::memcpy(rows + size_t(slot) * run.channels, run.a.mixed_grad + at, run.channels * sizeof(Number));
+        std::memcpy(rows + size_t(slot) * run.channels, run.a.mixed_grad + at,
+                    run.channels * sizeof(Number));
         Floats sum{};
         for (int i = 0; i < run.channels; i += kFloats)
           sum += load(run.a.mixed_grad + at + i) * load(run.a.mixed + at + i);
@@ -217,7 +220,7 @@ class AttentionRun {
     Number *const rows, *const q_columns, *const q_pairs;
     Number *const out_columns, *const out_pairs;  // of the gradient of the head's output
     Number *const weights, *const score_grads;    // [64 keys, 64 queries]
-    Number* const score_pairs;                    // the latter as [64 / 16][64 / 2][16][2]
+    Number* const score_pairs;                    // the latter as [64 / 16][64 / I][16][I]
     float* const q_grad;                        // [E, N]
     float* const means;                         // [N]: of the weights' gradients, by the weights
   };
@@ -254,7 +257,8 @@ class AttentionRun {
   const float* sin_of(int slot) const { return a.sin + size_t(slot) * channels / 2; }
 
   void clear_padding(Number* rows) const {
-    std::memset(rows + size_t(slots) * channels, 0, size_t(room - slots) * channels * sizeof(Number));
+    std::memset(rows + size_t(slots) * channels, 0,
+                size_t(room - slots) * channels * sizeof(Number));
   }
   void normed_queries(Number* rows, int each) const {
     for (int slot = 0; slot < slots; ++slot)
@@ -268,13 +272,14 @@ class AttentionRun {
   }
   void values(Number* rows, int each) const {
     for (int slot = 0; slot < slots; ++slot)
-      std::memcpy(rows + size_t(slot) * channels, a.qkv + value_at(each, slot), channels * sizeof(Number));
+      std::memcpy(rows + size_t(slot) * channels, a.qkv + value_at(each, slot),
+                  channels * sizeof(Number));
     clear_padding(rows);
   }
 
   // What 64 queries see.
-  void attend(int each, int first, const Number* q, const Number* k, const Number* v, Number* weights,
-              float* sums) const {
+  void attend(int each, int first, const Number* q, const Number* k, const Number* v,
+              Number* weights, float* sums) const {
     alignas(64) float scores[kBlock * kLanes];
     Floats seen[kBlock] = {};
     std::memset(sums, 0, size_t(kBlock) * channels * 4);
@@ -357,8 +362,8 @@ class AttentionRun {
           store(own.weights + to, weight);
           store(own.score_grads + to, grad[of]);
         }
-        store_pair(own.score_pairs + column * kBlock + row * kLanes + i * kDeep<Number>, grad[0],
-                   grad[1]);
+        store_pair(own.score_pairs + column * kBlock + row * kLanes + i * Head<Number>::kI,
+                   grad[0], grad[1]);
       }
     }
   }

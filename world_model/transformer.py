@@ -114,7 +114,7 @@ class TransformerConfig:
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's; on a CPU the compiled one, which gives what matrix products take: bf16 in it."""
+    """torch's; on a CPU the compiled one, which under autocast gives what matrix products take."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=EPSILON)

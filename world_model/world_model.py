@@ -129,7 +129,8 @@ class WorldModel:
 
     def _compiled(self) -> NativeModel | None:
         """The weights as the compiled passes take them, where those can be used."""
-        if self.device.type != "cpu" or not is_supported(self.transformer):
+        whole = self.device.type == "cpu" and self._tables.output.dtype is self.dtype
+        if not whole or not is_supported(self.transformer):
             return None
         return NativeModel(self.transformer, self._tables)
 

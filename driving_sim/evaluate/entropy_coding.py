@@ -2,7 +2,8 @@
 
 Range coding (constriction, arXiv 2201.01741) under the plain model's probabilities as integer
 frequencies. Both directions run the same cached passes, wave by wave, and meet the same logits to
-the last bit. On another machine, or in another number format, logits may differ: a checksum tells.
+the last bit. On another machine, in another number format, with another compiler or without one,
+logits may differ: a checksum tells.
 
 Axes: T frames, P = r * c tokens of a frame, n tokens of a wave, K codes.
 """
@@ -213,7 +214,7 @@ def decompress(
     if not decoded or _tokens_checksum(np.stack(decoded)) != checksum:
         raise DriveSimError(
             "the compressed tokens do not come out as they went in: give the same actions, on the "
-            "same machine and in the same number format"
+            "same machine, with the same drivesim and compiler, in the same number format"
         )
     return rearrange(np.stack(decoded), "t (r c) -> t r c", r=world.transformer.grid.rows)
 
