@@ -204,12 +204,12 @@ struct Kernel<bf16> {
 #endif
 };
 
-// Of kRows rows and kColumns times 16 columns.
+// Of kRows rows and kColumns times 16 columns. Memory is asked for from `ahead` on, `ahead_step`
+// further each time.
 template <bool kAdd, int kColumns, int kRows, typename Number>
-void product_of(const Number* a, int lda, const Number* b, size_t step, int k, float* c, int ldc) {
+void product_of(const Number* a, int lda, const Number* b, size_t step, int k, float* c, int ldc,
+                const Number* ahead, int ahead_step) {
   constexpr int kSplit = kLanes / kFloats, kVectors = kColumns * kSplit;
-  // A page: the processor's own prefetching ends with one, and what follows b is mostly next.
-  constexpr int kAhead = 4096 / sizeof(Number);
   Floats sums[kRows][kVectors] = {};
   if constexpr (kAdd)
 #pragma GCC unroll 16
@@ -217,12 +217,12 @@ void product_of(const Number* a, int lda, const Number* b, size_t step, int k, f
 #pragma GCC unroll 16
       for (int i = 0; i < kVectors; ++i)
         sums[row][i] = load(c + row * ldc + i * kFloats);
-  for (int begin = 0; begin < k; begin += kInterleaved<Number>) {
+  for (int begin = 0; begin < k; begin += kInterleaved<Number>, ahead += ahead_step) {
     typename Kernel<Number>::Right right[kVectors];
 #pragma GCC unroll 16
     for (int i = 0; i < kVectors; ++i) {
       const Number* from = b + i / kSplit * step + begin * kLanes;
-      if (i % kSplit == 0) __builtin_prefetch(from + kAhead, 0, 2);
+      if (i % kSplit == 0) __builtin_prefetch(ahead + i / kSplit * step, 0, 2);
       std::memcpy(&right[i], from + i % kSplit * kFloats * kInterleaved<Number>, sizeof(right[i]));
     }
 #pragma GCC unroll 16
@@ -250,15 +250,25 @@ template <bool kAdd, typename Number>
 void product_by_vectors(const Number* a, int lda, const Number* b, size_t step, int columns, int k,
                         float* c, int ldc, int rows) {
   constexpr int kRows = Kernel<Number>::rows, kColumns = Kernel<Number>::columns;
+  constexpr int kLine = 64 / sizeof(Number), kPage = 4096 / sizeof(Number);
   constexpr auto any = std::make_integer_sequence<int, kRows>();
   constexpr auto wide = by_rows<Number, kAdd, kColumns>(any);
   constexpr auto narrow = by_rows<Number, kAdd, 1>(any);
+  const int groups = (rows + kRows - 1) / kRows;
   for (int column = 0, width; column < columns; column += width, b += width / kLanes * step) {
     width = columns - column < kColumns * kLanes ? kLanes : kColumns * kLanes;
     const auto& kernels = width == kLanes ? narrow : wide;
-    for (int row = 0; row < rows; row += kRows)
-      kernels[std::min(rows - row, kRows) - 1](a + size_t(row) * lda, lda, b, step, k,
-                                               c + size_t(row) * ldc + column, ldc);
+    const Number* const next = b + width / kLanes * step;
+    for (int group = 0; group < groups; ++group) {
+      const size_t row = size_t(group) * kRows;
+      // The processor's own prefetching ends with a page. One group of rows asks for what is a page
+      // ahead; of several, which find b in the cache after the first, each for its part of the next
+      // columns, so that memory does not wait for the others.
+      const size_t part = size_t(group) * k * kLanes / groups / kLine * kLine;
+      kernels[std::min<int>(rows - row, kRows) - 1](
+          a + row * lda, lda, b, step, k, c + row * ldc + column, ldc,
+          groups == 1 ? b + kPage : next + part, kLine / groups);
+    }
   }
 }
 
