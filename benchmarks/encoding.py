@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.machine import flops_of, limits
+from benchmarks.machine import flops_of, limits, number_formats
 from benchmarks.paired import (
     Benchmark,
     Claim,
@@ -30,7 +30,7 @@ from benchmarks.paired import (
     run_command,
     times_faster,
 )
-from benchmarks.peers import fastest, number_formats, tried, vq_encode, vq_model
+from benchmarks.peers import fastest, tried, vq_encode, vq_model
 from benchmarks.shapes import FPS, shape_of, tokenizer
 from driving_sim.data.sources import find_drives
 from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives

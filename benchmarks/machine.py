@@ -51,6 +51,11 @@ def precision(settings: Settings) -> torch.dtype:
     return resolve_precision("auto", settings.device)
 
 
+def number_formats(settings: Settings) -> tuple[torch.dtype, ...]:
+    """Those that a device computes in: bf16 only where ours would, as it is emulated elsewhere."""
+    return tuple(dict.fromkeys((torch.float32, precision(settings))))
+
+
 @cache
 def limits(settings: Settings, dtype: torch.dtype) -> Limits:
     """Measure both on the settings' device."""
@@ -85,7 +90,7 @@ def describe(settings: Settings) -> str:
         parts.append(torch.backends.cpu.get_cpu_capability())
     parts += [
         f"{limits(settings, dtype).flops / 1e9:.0f} GFLOP/s in {name_of(dtype)}"
-        for dtype in (torch.float32, torch.bfloat16)
+        for dtype in number_formats(settings)
     ]
     parts.append(f"{limits(settings, torch.float32).bandwidth / 1e9:.1f} GB/s read from memory")
     parts.append(f"torch {torch.__version__}, Python {platform.python_version()}")

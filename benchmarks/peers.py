@@ -10,18 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import precision
+from benchmarks.machine import number_formats
 from benchmarks.paired import Settings, Work, seconds
 from driving_sim.engine.device import name_of
 from driving_sim.tokenizer.perceptual import _import_lpips
 
 VQ_WIDTHS = range(16, 136, 8)
 """Of VQModels with groups of 8 channels, up to the published one's."""
-
-
-def number_formats(settings: Settings) -> tuple[torch.dtype, ...]:
-    """Those that a peer is tried in: bf16 only where ours would be, as it is emulated elsewhere."""
-    return tuple(dict.fromkeys((torch.float32, precision(settings))))
 
 
 def package(name: str) -> Any:
