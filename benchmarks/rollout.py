@@ -113,9 +113,8 @@ def measure(name: str, settings: Settings) -> list[Claim]:
         works["fp32"] = lambda: [next(exact_frames) for _ in range(frames)]
     found = alternate(works, settings)
     share = count / shape.tokens
-    own, exact = (
-        float(np.median(found[key if key in found else "own"])) / frames for key in ("own", "fp32")
-    )
+    both = found["own"], found.get("fp32", found["own"])
+    own, exact = (float(np.median(times)) / frames for times in both)
     slow = float(np.median(found["raster"]))
     theirs = float(np.median(found["peer"])) / share
     reached = limits(settings, world.dtype).reached(

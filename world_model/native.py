@@ -108,6 +108,8 @@ class NativeModel:
             matrices += [_laid_out(each.weight.T, self.dtype) for each in maps]
         self.places = config.context_frames * model.order.slots
         self.keys = -(-self.places // PAIRS) * PAIRS
+        waves = model.order.waves
+        self.spans = torch.tensor([(wave.start, wave.stop, wave.first) for wave in waves])
         self._gain_pointers = _pointers(gains)
         self._matrix_pointers = _pointers(matrices)
         self._kept = gains + matrices
@@ -225,8 +227,7 @@ class NativeCache:
         order, none = self.model.order, self.model.grid.codebook_size
         base, cos, sin = (each.float().contiguous() for each in (base, *rotary))
         uniform, embedding = uniform.contiguous(), self.tables.token.float().contiguous()
-        spans = torch.tensor([(wave.start, wave.stop, wave.first) for wave in order.waves])
-        source, target = order.source.contiguous(), order.target.contiguous()
+        spans, source, target = self.native.spans, order.source, order.target
         drawn = torch.full((len(base), order.tokens + 1), none)
         log_probs = torch.empty(2, *uniform.shape)
         frame = _Frame(

@@ -72,13 +72,18 @@ Floats load(const bf16* from) {
 
 void store(float* to, Floats value) { std::memcpy(to, &value, sizeof(value)); }
 
-void store(bf16* to, Floats value) {  // to nearest, ties to even
+// A float's bits as bf16's: to nearest, ties to even. A NaN stays one if its payload is a
+// processor's own.
+template <typename Bits>
+Bits rounded(Bits bits) {
+  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+void store(bf16* to, Floats value) {
 #if defined(__AVX512BF16__)
   const __m256bh narrow = _mm512_cvtneps_pbh((__m512)value);
 #else
-  const Ints bits = (Ints)value;  // a NaN stays one if its payload is a processor's own
-  const Halves narrow =
-      __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+  const Halves narrow = __builtin_convertvector(rounded((Ints)value), Halves);
 #endif
   std::memcpy(to, &narrow, sizeof(narrow));
 }
@@ -88,7 +93,7 @@ void put(float* to, float value) { *to = value; }
 void put(bf16* to, float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
-  *to = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  *to = rounded(bits);
 }
 
 float total(Floats value) {

@@ -129,8 +129,8 @@ class WorldModel:
 
     def _compiled(self) -> NativeModel | None:
         """The weights as the compiled passes take them, where those can be used."""
-        whole = self.device.type == "cpu" and self._tables.output.dtype is self.dtype
-        if not whole or not is_supported(self.transformer):
+        fits = self.device.type == "cpu" and self._tables.output.dtype is self.dtype
+        if not fits or not is_supported(self.transformer):
             return None
         return NativeModel(self.transformer, self._tables)
 
