@@ -18,7 +18,7 @@ from driving_sim.data.drive import Drive, SampledDrive, sample
 from driving_sim.data.frame_size import FrameSize
 from driving_sim.data.timing import RATE_TOLERANCE
 from driving_sim.data.token_store import DriveTokens
-from driving_sim.data.video_writer import VideoWriter
+from driving_sim.data.video_writer import FAST, VideoWriter
 from driving_sim.engine.config import save_json
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file, disk_errors
@@ -266,7 +266,7 @@ def write_rollout(
         recorder = _Recorder(titles, length, world.fps, stack.enter_context(written))
         height, width = panels.past(0).shape[:2]
         with VideoWriter(
-            temporary["video"], fps=world.fps, height=height, width=width, preset="superfast"
+            temporary["video"], fps=world.fps, height=height, width=width, x264=FAST
         ) as writer:
             for index in range(len(context.frames)):
                 writer.write(panels.past(index))
