@@ -53,7 +53,7 @@ class Claim:
     what: str
     against: str
     figure: Figure
-    bar: float
+    bar: float | None = None
     unit: str = "×"
     """What stands after figure and bar; "%" shows shares as percentages."""
     at_most: bool = False
@@ -63,14 +63,18 @@ class Claim:
     command: str = ""
 
     @property
-    def reached(self) -> bool:
-        """Whether the median is on the right side of the bar."""
+    def reached(self) -> bool | None:
+        """Whether the median is on the right side of the bar; None where there is no bar."""
+        if self.bar is None:
+            return None
         if self.at_most:
             return self.figure.median <= self.bar
         return self.figure.median >= self.bar
 
     def bar_text(self) -> str:
-        """As in "≥ 10×"."""
+        """As in "≥ 10×"; nothing where there is no bar."""
+        if self.bar is None:
+            return ""
         return f"{'≤' if self.at_most else '≥'} {self._shown(self.bar)}"
 
     def figure_text(self) -> str:
@@ -85,10 +89,10 @@ class Claim:
         return f"{value:.3g}{self.unit}"
 
     def __str__(self) -> str:
-        verdict = "reached" if self.reached else "missed"
+        verdict = "" if self.bar is None else f", bar {self.bar_text()}: "
+        verdict += {True: "reached", False: "missed", None: ""}[self.reached]
         lines = [
-            f"{self.what}, against {self.against}: "
-            f"{self.figure_text()}, bar {self.bar_text()}: {verdict}",
+            f"{self.what}, against {self.against}: {self.figure_text()}{verdict}",
             *(f"  {detail}" for detail in self.details),
         ]
         return "\n".join(lines)

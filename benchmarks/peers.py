@@ -14,6 +14,7 @@ from benchmarks.machine import number_formats
 from benchmarks.paired import Settings, Work, seconds
 from driving_sim.engine.device import name_of
 from driving_sim.tokenizer.perceptual import _import_lpips
+from driving_sim.world_model.native_library import library
 
 VQ_WIDTHS = range(16, 136, 8)
 """Of VQModels with groups of 8 channels, up to the published one's."""
@@ -76,21 +77,27 @@ def gpt2_loss(model: nn.Module, tokens: Tensor) -> Tensor:
 class Gpt2Decoder:
     """Draws token after token with GPT-2's own cache, which holds a window of `positions`."""
 
-    def __init__(
-        self, model: nn.Module, *, positions: int, static: bool, settings: Settings
-    ) -> None:
-        """`static` is its preallocated cache, else it is the one that grows."""
+    FORMS = ("dynamic cache", "static cache", "static cache, compiled")
+    """Its cache that grows, its preallocated one, and that in steps by `torch.compile`."""
+
+    def __init__(self, model: nn.Module, *, positions: int, form: str, settings: Settings) -> None:
+        """`form` is one of FORMS."""
         self.model: Any = model
+        self.step: Any = model
+        if form.endswith("compiled"):
+            self.step = torch.compile(model, backend="eager" if settings.toy else "inductor")
         self.device = settings.device
         caches, config = package("transformers"), self.model.config
         self.cache = (
-            caches.StaticCache(config, positions) if static else caches.DynamicCache(config=config)
+            caches.DynamicCache(config=config)
+            if form == "dynamic cache"
+            else caches.StaticCache(config, positions)
         )
 
     @torch.inference_mode()
     def fill(self, tokens: Tensor) -> None:
         """Take up a context [1, N]."""
-        self._logits(tokens)
+        self._logits(self.model, tokens)
 
     @torch.inference_mode()
     def draw(self, count: int) -> Tensor:
@@ -98,14 +105,14 @@ class Gpt2Decoder:
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         drawn = []
         for _ in range(count):
-            token = torch.multinomial(self._logits(token).float().softmax(-1), 1)
+            token = torch.multinomial(self._logits(self.step, token).float().softmax(-1), 1)
             drawn.append(token)
         self.cache.crop(-count)
         return torch.cat(drawn, dim=1)
 
-    def _logits(self, tokens: Tensor) -> Tensor:
+    def _logits(self, model: Any, tokens: Tensor) -> Tensor:
         """Of what follows the tokens [1, n], [1, K]."""
-        found = self.model(input_ids=tokens, cache=self.cache, use_cache=True, logits_to_keep=1)
+        found = model(input_ids=tokens, cache=self.cache, use_cache=True, logits_to_keep=1)
         logits: Tensor = found.logits[:, -1]
         return logits
 
@@ -113,15 +120,19 @@ class Gpt2Decoder:
 def gpt2_decoders(
     build: Callable[[], nn.Module], *, positions: int, context: int, codes: int, settings: Settings
 ) -> dict[str, Gpt2Decoder]:
-    """Both caches in each number format, each with `context` tokens behind it."""
+    """Its forms in each number format, each with `context` tokens behind it.
+
+    Without a C++ compiler none is compiled.
+    """
+    forms = Gpt2Decoder.FORMS if library() is not None else Gpt2Decoder.FORMS[:2]
     tokens = torch.randint(codes, (1, context), device=settings.device)
     decoders = {}
     for dtype in number_formats(settings):
-        for static in (False, True):
+        for form in forms:
             model = build().eval().to(settings.device, dtype)
-            decoder = Gpt2Decoder(model, positions=positions, static=static, settings=settings)
+            decoder = Gpt2Decoder(model, positions=positions, form=form, settings=settings)
             decoder.fill(tokens)
-            decoders[f"{name_of(dtype)} {'static' if static else 'dynamic'} cache"] = decoder
+            decoders[f"{name_of(dtype)} {form}"] = decoder
     return decoders
 
 

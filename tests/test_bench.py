@@ -62,6 +62,8 @@ def test_a_bar_is_reached_from_the_right_side() -> None:
     assert not claim(0.31, bar=0.3, at_most=True).reached
     assert claim(12.34).figure_text() == "12.3×"
     assert claim(0.25, unit="%", bar=0.5, at_most=True).bar_text() == "≤ 50 %"
+    assert claim(1.0, bar=None).reached is None
+    assert str(claim(1.0, bar=None)) == "w, against a: 1×"
 
 
 def test_limits_are_shares_of_the_rates() -> None:
