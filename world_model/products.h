@@ -229,6 +229,10 @@ void product_of(const Number* a, int lda, const Number* b, size_t step, int k, f
       const Number* from = b + i / kSplit * step + begin * kLanes;
       if (i % kSplit == 0) __builtin_prefetch(ahead + i / kSplit * step, 0, 2);
       std::memcpy(&right[i], from + i % kSplit * kFloats * kInterleaved<Number>, sizeof(right[i]));
+#if defined(__AVX2__)
+      // Into a register: for fewer than 5 rows g++ would rather read it again for each of them.
+      asm("" : "+v"(right[i]));
+#endif
     }
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {
@@ -264,14 +268,17 @@ void product_by_vectors(const Number* a, int lda, const Number* b, size_t step, 
     width = columns - column < kColumns * kLanes ? kLanes : kColumns * kLanes;
     const auto& kernels = width == kLanes ? narrow : wide;
     const Number* const next = b + width / kLanes * step;
-    for (int group = 0; group < groups; ++group) {
-      const size_t row = size_t(group) * kRows;
+    for (int group = 0, row = 0, count; group < groups; ++group, row += count) {
+      const int left = rows - row;
+      // A group of fewer than 4 rows has too few sums to keep the processor busy: it takes some of
+      // the one before it.
+      count = left > kRows && left < kRows + 4 ? (left + 1) / 2 : std::min(left, kRows);
       // The processor's own prefetching ends with a page. One group of rows asks for what is a page
       // ahead; of several, which find b in the cache after the first, each for its part of the next
       // columns, so that memory does not wait for the others.
       const size_t part = size_t(group) * k * kLanes / groups / kLine * kLine;
-      kernels[std::min<int>(rows - row, kRows) - 1](
-          a + row * lda, lda, b, step, k, c + row * ldc + column, ldc,
+      kernels[count - 1](
+          a + size_t(row) * lda, lda, b, step, k, c + size_t(row) * ldc + column, ldc,
           groups == 1 ? b + kPage : next + part, kLine / groups);
     }
   }
