@@ -89,8 +89,9 @@ class Claim:
         return f"{value:.3g}{self.unit}"
 
     def __str__(self) -> str:
-        verdict = "" if self.bar is None else f", bar {self.bar_text()}: "
-        verdict += {True: "reached", False: "missed", None: ""}[self.reached]
+        verdict = ""
+        if self.bar is not None:
+            verdict = f", bar {self.bar_text()}: {'reached' if self.reached else 'missed'}"
         lines = [
             f"{self.what}, against {self.against}: {self.figure_text()}{verdict}",
             *(f"  {detail}" for detail in self.details),

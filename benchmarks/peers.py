@@ -1,6 +1,7 @@
 """The peers, from the package registry: GPT-2 of `transformers`, VQModel of `diffusers`.
 
-Each is used as its own documentation says to for speed, in whichever of its forms measures fastest.
+Each is used as its own documentation says to for speed, in whichever of its forms measures fastest;
+GPT-2's draws compiled by torch are measured beside those that are not.
 """
 
 import importlib
@@ -9,15 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
 from benchmarks.machine import number_formats
 from benchmarks.paired import Settings, Work, seconds
 from driving_sim.engine.device import name_of
+from driving_sim.engine.progress import say
 from driving_sim.tokenizer.perceptual import _import_lpips
-from driving_sim.world_model.native_library import library
 
 VQ_WIDTHS = range(16, 136, 8)
 """Of VQModels with groups of 8 channels, up to the published one's."""
+_GPT2_FORMS = (
+    ("dynamic cache", False, False),
+    ("static cache", True, False),
+    ("static cache, compiled", True, True),
+)
+"""Name, whether the cache is static, whether a token's pass is compiled."""
 
 
 def package(name: str) -> Any:
@@ -77,21 +85,20 @@ def gpt2_loss(model: nn.Module, tokens: Tensor) -> Tensor:
 class Gpt2Decoder:
     """Draws token after token with GPT-2's own cache, which holds a window of `positions`."""
 
-    FORMS = ("dynamic cache", "static cache", "static cache, compiled")
-    """Its cache that grows, its preallocated one, and that in steps by `torch.compile`."""
-
-    def __init__(self, model: nn.Module, *, positions: int, form: str, settings: Settings) -> None:
-        """`form` is one of FORMS."""
+    def __init__(
+        self, model: nn.Module, *, positions: int, static: bool, compiled: bool, settings: Settings
+    ) -> None:
+        """`static` is its preallocated cache, else it is the one that grows."""
         self.model: Any = model
-        self.step: Any = model
-        if form.endswith("compiled"):
-            self.step = torch.compile(model, backend="eager" if settings.toy else "inductor")
+        self.compiled = compiled
+        backend = "eager" if settings.toy else "inductor"
+        self.step: Any = (
+            torch.compile(model, fullgraph=True, backend=backend) if compiled else model
+        )
         self.device = settings.device
         caches, config = package("transformers"), self.model.config
         self.cache = (
-            caches.DynamicCache(config=config)
-            if form == "dynamic cache"
-            else caches.StaticCache(config, positions)
+            caches.StaticCache(config, positions) if static else caches.DynamicCache(config=config)
         )
 
     @torch.inference_mode()
@@ -122,17 +129,23 @@ def gpt2_decoders(
 ) -> dict[str, Gpt2Decoder]:
     """Its forms in each number format, each with `context` tokens behind it.
 
-    Without a C++ compiler none is compiled.
+    Without those that torch cannot compile here, which it then says.
     """
-    forms = Gpt2Decoder.FORMS if library() is not None else Gpt2Decoder.FORMS[:2]
     tokens = torch.randint(codes, (1, context), device=settings.device)
     decoders = {}
     for dtype in number_formats(settings):
-        for form in forms:
+        for name, static, compiled in _GPT2_FORMS:
             model = build().eval().to(settings.device, dtype)
-            decoder = Gpt2Decoder(model, positions=positions, form=form, settings=settings)
+            decoder = Gpt2Decoder(
+                model, positions=positions, static=static, compiled=compiled, settings=settings
+            )
             decoder.fill(tokens)
-            decoders[f"{name_of(dtype)} {form}"] = decoder
+            try:
+                decoder.draw(1)
+            except TorchDynamoException as error:
+                say(f"torch cannot compile GPT-2 here: {str(error).strip().splitlines()[0]}")
+                continue
+            decoders[f"{name_of(dtype)} {name}"] = decoder
     return decoders
 
 

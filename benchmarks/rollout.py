@@ -3,8 +3,8 @@
 A frame at a full window: W - 1 frames behind it. GPT-2 has the same depth, width, codes and window
 and its own cache; it is only asked for tokens that still fit its window, so it never has to encode
 a window anew, as it would from then on. "Slot by slot" is our own model with the same weights and
-kernels in raster order (lag = cols + 1). GPT-2 runs as `generate` would run it on a CPU and, as a
-comparison without a bar, compiled by torch, which takes up to half a minute.
+kernels in raster order (lag = cols + 1). The bar is against GPT-2 as transformers runs it on a CPU;
+where torch can compile it, which takes half a minute, that is a comparison of its own.
 """
 
 import sys
@@ -74,7 +74,7 @@ def pass_bytes(world: WorldModel) -> float:
 
 
 def _peers(shape: Shape, settings: Settings, count: int) -> tuple[dict[str, Gpt2Decoder], str]:
-    """GPT-2 in its fastest forms, as it is and compiled; what its forms take for `count` tokens."""
+    """GPT-2 in its fastest form, and compiled in its fastest; what all take for `count` tokens."""
     model, positions = shape.model, shape.model.context_frames * shape.tokens
     decoders = gpt2_decoders(
         lambda: gpt2(
@@ -91,10 +91,13 @@ def _peers(shape: Shape, settings: Settings, count: int) -> tuple[dict[str, Gpt2
     )
     draws = {name: partial(each.draw, count) for name, each in decoders.items()}
     times = fastest(draws, settings)[1]
-    found: dict[str, Gpt2Decoder] = {}
+    kinds = {name: "compiled" if each.compiled else "peer" for name, each in decoders.items()}
+    best: dict[str, str] = {}
     for name in sorted(times, key=lambda name: times[name]):
-        found.setdefault("compiled" if name.endswith("compiled") else "peer", decoders[name])
-    return found, f"GPT-2, for {count} tokens: {tried(times)}"
+        best.setdefault(kinds[name], name)
+    chosen = " and ".join(best.values())
+    forms = f"GPT-2: {chosen}; for {count} tokens: {tried(times)}"
+    return {kind: decoders[name] for kind, name in best.items()}, forms
 
 
 def measure(name: str, settings: Settings) -> list[Claim]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from benchmarks import bench, loading, peers
 from benchmarks.machine import Limits, flops_of
@@ -113,8 +114,41 @@ def test_every_command_runs(
         assert each.figure.least <= each.figure.median <= each.figure.most
 
 
+@pytest.mark.usefixtures("with_peers")
+def test_gpt2_is_compared_compiled_where_torch_can(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = Settings(rounds=1, toy=True)
+    measure = import_module("benchmarks.rollout").measure
+    assert [each.bar for each in measure("tiny", settings)] == [10, 3, None]
+
+    def refused(*_: object, **__: object) -> None:
+        raise TorchDynamoException("no compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: refused)
+    assert [each.bar for each in measure("tiny", settings)] == [10, 3]
+    assert "torch cannot compile GPT-2 here: no compiler\n" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("with_peers")
+def test_gpt2_draws_the_same_in_all_its_forms() -> None:
+    def build() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return peers.gpt2(layers=1, width=16, heads=1, codes=40, positions=12)
+
+    decoders = peers.gpt2_decoders(
+        build, positions=12, context=4, codes=40, settings=Settings(toy=True)
+    )
+    drawn = []
+    for decoder in decoders.values():
+        torch.manual_seed(1)
+        drawn.append(decoder.draw(8))
+    assert len(drawn) >= 3
+    assert all((each == drawn[0]).all() for each in drawn)
+
+
 def test_the_table_holds_every_claim(tmp_path: Path) -> None:
-    claims = [claim(12.0, details=("so it was",)), claim(3.0)]
+    claims = [claim(12.0, details=("so it was",)), claim(3.0), claim(7.0, bar=None)]
     path = tmp_path / "BENCHMARKS.md"
     bench.write_table(path, bench.table(claims, "a machine"))
     text = path.read_text()
@@ -123,6 +157,7 @@ def test_the_table_holds_every_claim(tmp_path: Path) -> None:
     assert {row.count("|") for row in rows} == {7}
     assert "| 12× | reached |" in rows[2]
     assert "| 3× | **missed** |" in rows[3]
+    assert "|  | 7× |  |" in rows[4]
     assert "a machine" in text
     assert "- w: so it was" in text
 

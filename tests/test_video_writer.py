@@ -54,6 +54,15 @@ def test_file_is_h264_yuv420p_with_its_index_in_front(tmp_path: Path) -> None:
     assert content.index(b"moov") < content.index(b"mdat")
 
 
+def test_fast_is_as_the_encoder_took_it(tmp_path: Path) -> None:
+    path = tmp_path / "x.mp4"
+    with VideoWriter(path, fps=10, height=32, width=32, x264=FAST) as writer:
+        writer.write(gradient(1, 32, 32)[0])
+    content = path.read_bytes()  # x264 writes its settings into the stream
+    for setting in (b"cabac=1", b"8x8dct=1", b"bframes=0"):
+        assert setting in content
+
+
 def test_an_error_inside_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "x.mp4"
     path.write_bytes(b"old")

@@ -48,7 +48,7 @@ def _enlarged(frame: Frame, scale: int) -> Frame:
     return frame.repeat(scale, axis=1).repeat(scale, axis=0)
 
 
-@lru_cache(maxsize=64)  # an action is often held
+@lru_cache(maxsize=64)  # an action is often held; the array is read-only
 def _draw_strip(width: int, caption: Caption) -> Frame:
     image = Image.new("RGB", (width, _STRIP), _PAPER)
     draw = ImageDraw.Draw(image)
