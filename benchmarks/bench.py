@@ -98,9 +98,9 @@ def main() -> None:
     options += ["--toy"] if given.toy else []
     claims = measure(COMMANDS, options)
     write_table(given.out, table(claims, describe(settings_of(given))))
-    verdicts = [claim.reached for claim in claims]
-    bars = verdicts.count(True), verdicts.count(True) + verdicts.count(False)
-    print(f"{bars[0]} of {bars[1]} bars reached -> {given.out}")
+    barred = [claim for claim in claims if claim.bar is not None]
+    reached = sum(claim.reached is True for claim in barred)
+    print(f"{reached} of {len(barred)} bars reached -> {given.out}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 
 from benchmarks.machine import number_formats
 from benchmarks.paired import Settings, Work, seconds
@@ -142,7 +141,7 @@ def gpt2_decoders(
             decoder.fill(tokens)
             try:
                 decoder.draw(1)
-            except TorchDynamoException as error:
+            except torch._dynamo.exc.TorchDynamoException as error:
                 say(f"torch cannot compile GPT-2 here: {str(error).strip().splitlines()[0]}")
                 continue
             decoders[f"{name_of(dtype)} {name}"] = decoder

@@ -37,8 +37,6 @@ from driving_sim.world_model.sampler import Sampling
 from driving_sim.world_model.transformer import TransformerConfig
 from driving_sim.world_model.world_model import WorldModel
 
-_TIMES_ROUNDS = 3
-
 
 def context_of(world: WorldModel, recorded: SyntheticDrive) -> Context:
     """The first W + 1 frames of a drive, as the command takes them."""
@@ -79,7 +77,7 @@ def _trained(shape: Shape, size: SyntheticConfig, folder: Path, settings: Settin
 
 def measure(settings: Settings) -> list[Claim]:
     """Frames a second, and the share of what comes after the tokens."""
-    settings = replace(settings, rounds=_TIMES_ROUNDS * settings.rounds)
+    settings = replace(settings, rounds=3 * settings.rounds)
     shape = shape_of("tiny", settings)
     size = SyntheticConfig(height=shape.frames.height, width=shape.frames.width, fps=FPS)
     with tempfile.TemporaryDirectory() as folder:
