@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -19,6 +19,11 @@ class _Cache:
     def crop(self, count: int) -> None:
         assert count <= 0
         self.tokens += count
+
+
+class _Output(NamedTuple):
+    logits: Tensor
+    loss: Tensor | None
 
 
 class _Gpt2(nn.Module):
@@ -37,7 +42,7 @@ class _Gpt2(nn.Module):
         labels: Tensor | None = None,
         logits_to_keep: int = 0,
         use_cache: bool = True,
-    ) -> SimpleNamespace:
+    ) -> _Output:
         if cache is not None:
             cache.tokens += input_ids.shape[1]
             assert cache.tokens <= self.config.n_positions
@@ -48,7 +53,7 @@ class _Gpt2(nn.Module):
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        return SimpleNamespace(logits=logits, loss=loss)
+        return _Output(logits, loss)
 
 
 class _VqModel(nn.Module):
