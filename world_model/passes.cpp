@@ -10,6 +10,8 @@
 
 #include "products.h"
 
+#include <omp.h>
+
 // Pointers to tensors of the layouts above; world_model/native.py fills it in the same order.
 template <typename Number>
 struct Model {
@@ -62,6 +64,9 @@ namespace {
 // Columns of a matrix at once: what a head's channels are a multiple of, so widths are, too.
 constexpr int kTogether = 2 * kLanes;
 constexpr int kParts = 4;  // of the keys: a fixed number, so that results do not depend on threads
+// Queries and keys that scores are computed of at once, and keys whose values are: what all of it
+// takes stays in the nearest cache.
+constexpr int kQueries = 32, kBlock = 64, kChunk = 128;
 
 template <typename Number>
 class Run {
@@ -95,7 +100,8 @@ class Run {
 #pragma omp parallel
     {
       Tiles tiles;
-      const Lines own(std::max(size_t(16) * part * sizeof(Number), size_t(room) * channels * 4));
+      const Lines own(std::max(size_t(kQueries) * (kBlock * 4 + kChunk * sizeof(Number)),
+                               size_t(room) * channels * 4));
 #pragma omp for
       for (int row = 0; row < rows; ++row)
         norm_row(x + size_t(row) * width, width, m.input_gain, x + size_t(row) * width);
@@ -123,8 +129,11 @@ class Run {
         for (int sequence = 0; sequence < p.batch; ++sequence)
           if (p.trunk[sequence] == each / m.kv_heads)
             attend(layer, sequence * m.kv_heads + each % m.kv_heads, number, true, own);
-#pragma omp for collapse(2) schedule(dynamic)
-    for (int each = 0; each < p.batch * m.kv_heads; ++each)
+    // A head's parts lie one after the other: the same thread reads them if there are enough heads.
+    const int heads = p.batch * m.kv_heads;
+    const int together = heads % omp_get_num_threads() ? 1 : kParts;
+#pragma omp for collapse(2) schedule(dynamic, together)
+    for (int each = 0; each < heads; ++each)
       for (int number = 0; number < kParts; ++number) attend(layer, each, number, false, own);
 #pragma omp for
     for (int each = 0; each < p.batch * m.kv_heads; ++each) combine(each);
@@ -248,8 +257,11 @@ class Run {
   bool sees_some(int64_t from, int64_t to) const {
     return from < p.begin + p.n || (p.full && to > p.frame_end && from < m.places);
   }
-  bool sees(int slot, int64_t place) const {
-    return place <= p.begin + slot || (p.full && place >= p.frame_end && place < m.places);
+  Ints sees(int slot, int place) const {  // of kFloats places
+    Ints places;
+    for (int i = 0; i < kFloats; ++i) places[i] = place + i;
+    const Ints before = places <= int(p.begin) + slot;
+    return p.full ? before | ((places >= int(p.frame_end)) & (places < int(m.places))) : before;
   }
 
   // Whether a place of the rings is the branches' own.
@@ -267,68 +279,93 @@ class Run {
     return to;
   }
 
+  // Places that are attended to at once.
+  struct Block {
+    int64_t from, to;
+  };
+
+  // The first block from `place` on, up to `to`, of places that are the branches' own, or their
+  // trunks', and that a slot of the pass sees; an empty one if there is none.
+  Block block(int64_t place, int64_t to, bool shared) const {
+    while (place < to) {
+      const int64_t end = std::min(run_end(place, to), place + kBlock);
+      if (owns(place) != shared && sees_some(place, end)) return {place, end};
+      place = end;
+    }
+    return {to, to};
+  }
+
   // Of one part of the keys, of those that are the branches' own or of those of their trunks: the
   // sums of weighted values and of the weights, of each query. The scores need no maximum taken
   // off: norms bound them (native_library.py says how far).
   void attend(int layer, int each, int number, bool shared, const Lines& own) {
     const int64_t from = std::min<int64_t>(m.keys, int64_t(number) * part);
     const int64_t to = std::min<int64_t>(m.keys, from + part);
-    Number* weights = own.as<Number>();
     const int in_sums = shared ? kParts + number : number;
     float* to_sums = sums + (size_t(each) * parts + in_sums) * queries * (channels + 1);
     const Number* keys = shared ? trunk_of(p.trunk_keys, layer, each) : keys_of(layer, each);
     const Number* values = shared ? trunk_of(p.trunk_values, layer, each) : values_of(layer, each);
-    for (int first = 0; first < group * p.n; first += 16) {
-      const int count = std::min<int>(16, group * p.n - first);
+    const size_t step = size_t(m.keys) * kLanes;
+    float* const scores = own.as<float>();
+    Number* const weights = reinterpret_cast<Number*>(scores + kQueries * kBlock);
+    const Block start = block(from, to, shared);
+    for (int first = 0; first < group * p.n; first += kQueries) {
+      const int count = std::min(kQueries, group * int(p.n) - first);
+      const int share = padded((kBlock + count - 1) / count, 2);
       const Number* left = q + (size_t(each) * queries + first) * channels;
       float* weighted = to_sums + size_t(first) * channels;
       float* totals = to_sums + size_t(queries) * channels + first;
-      Floats sum[16] = {};
+      Floats sum[kQueries] = {};
       bool begun = false;
-      for (int64_t begin = from, end; begin < to; begin = end) {
-        end = run_end(begin, to);
-        if (owns(begin) == shared) continue;
-        weigh(left, count, first, keys, begin, end, weights, sum);
+      int64_t begin = start.from;  // of the values whose weights are there
+      for (Block now = start, next; now.from < now.to; now = next) {
+        next = block(now.to, to, shared);
+        product<false>(left, channels, keys + now.from * channels, size_t(kLanes) * channels,
+                       now.to - now.from, channels, scores, kBlock, count);
+        for (int row = 0; row < count; ++row) {
+          if (first == 0 && !shared) {  // a trunk's are near already, for all but its first branch
+            const int64_t some = next.from + row * share, end = std::min(next.to, some + share);
+            fetch(keys + some * channels, keys + end * channels);
+            for (int i = 0; i < channels / kLanes; ++i)
+              fetch(values + i * step + some * kLanes, values + i * step + end * kLanes);
+          }
+          weigh(scores + row * kBlock, now, first + row,
+                weights + row * kChunk + (now.from - begin), sum[row]);
+        }
+        if (next.from == now.to && next.from < next.to && next.to - begin <= kChunk) continue;
         const Number* right = values + begin * kLanes;
-        const size_t step = size_t(m.keys) * kLanes;
         if (begun)
-          product<true>(weights, part, right, step, channels, end - begin, weighted, channels,
+          product<true>(weights, kChunk, right, step, channels, now.to - begin, weighted, channels,
                         count);
         else
-          product<false>(weights, part, right, step, channels, end - begin, weighted, channels,
-                         count);
+          product<false>(weights, kChunk, right, step, channels, now.to - begin, weighted,
+                         channels, count);
         begun = true;
+        begin = next.from;
       }
       if (!begun) std::memset(weighted, 0, size_t(count) * channels * 4);
       for (int row = 0; row < count; ++row) totals[row] = total(sum[row]);
     }
   }
 
-  // Weights of the keys from `from` to `to` for up to 16 queries, added up in `sum`.
-  void weigh(const Number* left, int count, int first, const Number* keys, int64_t from, int64_t to,
-             Number* weights, Floats* sum) const {
-    constexpr int kWide = 64;
-    alignas(64) float scores[16 * kWide];
-    for (int64_t wide = from; wide < to; wide += kWide) {
-      const int64_t end = std::min(to, wide + kWide);
-      if (!sees_some(wide, end)) {
-        for (int row = 0; row < 16; ++row)
-          std::memset(weights + row * part + (wide - from), 0, (end - wide) * sizeof(Number));
-        continue;
+  // A query's weights of a block of keys, added up in `sum`.
+  void weigh(const float* scores, Block block, int query, Number* weights, Floats& sum) const {
+    const int count = block.to - block.from;
+    if (sees_all(block.from, block.to)) {
+#pragma GCC unroll 4
+      for (int i = 0; i < count; i += kFloats) {
+        const Floats weight = power_of_two<Number>(load(scores + i));
+        sum += weight;
+        store(weights + i, weight);
       }
-      product<false>(left, channels, keys + wide * channels, size_t(kLanes) * channels,
-                     end - wide, channels, scores, kWide, count);
-      for (int64_t place = wide; place < end; place += kFloats) {
-        const bool all = sees_all(place, place + kFloats);
-        for (int row = 0; row < count; ++row) {
-          Floats weight = power_of_two(load(scores + row * kWide + (place - wide)));
-          if (!all)
-            for (int lane = 0; lane < kFloats; ++lane)
-              if (!sees((first + row) % p.n, place + lane)) weight[lane] = 0;
-          sum[row] += weight;
-          store(weights + row * part + (place - from), weight);
-        }
-      }
+      return;
+    }
+    const int slot = query % int(p.n);
+    for (int i = 0; i < count; i += kFloats) {
+      Floats weight = power_of_two<Number>(load(scores + i));
+      weight = sees(slot, block.from + i) ? weight : Floats{};
+      sum += weight;
+      store(weights + i, weight);
     }
   }
 

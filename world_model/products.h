@@ -13,9 +13,10 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <utility>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512DQ__)
 #include <immintrin.h>
 #endif
 #if defined(__AMX_BF16__)
@@ -123,17 +124,33 @@ void store_pair(bf16* to, Floats even, Floats odd) {
 #endif
 }
 
-// 2^x for x of at least -126, to 3e-7 of it.
+// 2^x for x of at least -126, to 3e-7 of it; to 8e-5, a fiftieth of its rounding, to become a bf16.
+template <typename Number = float>
 Floats power_of_two(Floats x) {
+#if defined(__AVX512DQ__)
+  const Floats part = (Floats)_mm512_reduce_ps((__m512)x, 0);  // from the nearest whole number
+#else
   const Floats magic = Floats{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to whole numbers
   const Floats shifted = x + magic;
   const Floats part = x - (shifted - magic);
-  Floats p = 1.3276473e-3f * part + 9.6755406e-3f;
-  p = p * part + 5.5507132e-2f;
-  p = p * part + 2.4022120e-1f;
-  p = p * part + 6.9314697e-1f;
-  p = p * part + 1.0000001f;
+#endif
+  Floats p;
+  if constexpr (std::is_same_v<Number, bf16>) {
+    p = 5.5171673e-2f * part + 2.4261112e-1f;
+    p = p * part + 6.9326099e-1f;
+    p = p * part + 9.9992807e-1f;
+  } else {
+    p = 1.3276473e-3f * part + 9.6755406e-3f;
+    p = p * part + 5.5507132e-2f;
+    p = p * part + 2.4022120e-1f;
+    p = p * part + 6.9314697e-1f;
+    p = p * part + 1.0000001f;
+  }
+#if defined(__AVX512DQ__)
+  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)(x - part));
+#else
   return (Floats)((Ints)p + ((Ints)shifted << 23));
+#endif
 }
 
 // What brings `count` numbers to a root mean square of 1.
@@ -284,6 +301,8 @@ void product_by_vectors(const Number* a, int lda, const Number* b, size_t step, 
   }
 }
 
+void fetch(const float*, const float*) {}  // product_by_vectors does
+
 template <bool kAdd>
 void product(const float* a, int lda, const float* b, size_t step, int columns, int k, float* c,
              int ldc, int rows) {
@@ -415,12 +434,19 @@ void product(const bf16* a, int lda, const bf16* b, size_t step, int columns, in
   }
 }
 
+// Ask for what is about to be read: tiles wait for each line of theirs.
+void fetch(const bf16* from, const bf16* to) {
+  for (; from < to; from += 32) __builtin_prefetch(from);
+}
+
 #else
 
 struct Tiles {
   Tiles() {}
   ~Tiles() {}
 };
+
+void fetch(const bf16*, const bf16*) {}  // product_by_vectors does
 
 template <bool kAdd>
 void product(const bf16* a, int lda, const bf16* b, size_t step, int columns, int k, float* c,
