@@ -16,12 +16,9 @@ from driving_sim.engine.files import atomic_file
 
 SMALL: Mapping[str, str] = {"preset": "veryfast"}
 """x264's options for files that are kept and read often."""
-FAST: Mapping[str, str] = {
-    "preset": "ultrafast",
-    "x264-params": "cabac=1:8x8dct=1:partitions=i8x8,i4x4",
-}
-"""For rollouts, which someone waits for: not deblocked, but as many bytes at the same PSNR as
-x264's preset "superfast", in less time."""
+FAST: Mapping[str, str] = {"preset": "ultrafast", "x264-params": "cabac=1"}
+"""For rollouts, which someone waits for: not deblocked, but no more bytes at the same PSNR than
+x264's preset "superfast", in half the time."""
 
 
 class VideoWriter:

@@ -17,15 +17,26 @@ def test_the_frame_stays_whole_below_the_caption() -> None:
 def test_left_steering_grows_the_bar_to_the_left() -> None:
     frame = np.zeros((32, 64, 3), np.uint8)
     neutral = draw_panel(frame, caption(0.0)).astype(int)
-    middle = int(neutral.shape[1] * 0.72)
+    beside_the_number = int(neutral.shape[1] * 0.8)
 
     def bar_columns(steering: float) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
         changed = np.abs(draw_panel(frame, caption(steering)) - neutral).sum(axis=(0, 2))
-        inside = changed[: int(neutral.shape[1] * 0.86)]
-        return np.flatnonzero(inside)
+        return np.flatnonzero(changed[:beside_the_number])
 
-    assert bar_columns(0.3).max() <= middle
-    assert bar_columns(-0.3).min() >= middle
+    assert len(bar_columns(0.3)) > beside_the_number / 4
+    assert bar_columns(0.3).max() <= bar_columns(-0.3).min()
+
+
+def test_a_frame_of_256_pixels_is_not_enlarged_and_a_long_title_keeps_off_the_speed() -> None:
+    frame = np.zeros((32, 256, 3), np.uint8)
+    panels = [
+        draw_panel(frame, Caption(title=title, speed_mps=12.3, steering=0, steering_range=0.4))
+        for title in ("", "w" * 99)
+    ]
+    assert panels[0].shape[1] == 256
+    title = np.flatnonzero((panels[0] != panels[1]).any(axis=(0, 2)))
+    speed = np.flatnonzero((panels[0][:16] != panels[0][0, 0]).any(axis=(0, 2)))
+    assert title.max() < speed.min()
 
 
 def test_side_by_side_keeps_every_panel() -> None:

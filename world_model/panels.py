@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 Frame = NDArray[np.uint8]
 """uint8 RGB [height, width, 3]."""
 
-_STRIP = 30
-_MINIMUM_WIDTH = 384
+_STRIP = 32
+_MINIMUM_WIDTH = 256
 _INK, _DIM, _PAPER = (240, 240, 240), (110, 110, 116), (24, 24, 28)
 _LEFT_INK, _RIGHT_INK = (255, 176, 64), (88, 176, 255)
 
@@ -50,14 +50,19 @@ def _enlarged(frame: Frame, scale: int) -> Frame:
 
 @lru_cache(maxsize=64)  # an action is often held; the array is read-only
 def _draw_strip(width: int, caption: Caption) -> Frame:
+    """Title and speed, and under them the steering: as a bar and as a number."""
     image = Image.new("RGB", (width, _STRIP), _PAPER)
     draw = ImageDraw.Draw(image)
-    draw.text((6, 7), caption.title[: width // 16], fill=_INK, font=_font(13))
+    font = _font(12)
     speed = "- m/s" if caption.speed_mps is None else f"{caption.speed_mps:.1f} m/s"
-    draw.text((int(width * 0.56), 7), speed, fill=_INK, font=_font(13), anchor="ra")
-    _draw_steering(draw, (int(width * 0.6), int(width * 0.84)), caption)
+    draw.text((width - 6, 2), speed, fill=_INK, font=font, anchor="ra")
+    title, room = caption.title, width - 20 - draw.textlength(speed, font)
+    while draw.textlength(title, font) > room:
+        title = title[:-1]
+    draw.text((6, 2), title, fill=_INK, font=font)
+    _draw_steering(draw, (6, int(width * 0.8)), caption)
     text = "-" if caption.steering is None else f"{caption.steering:+.3f}"
-    draw.text((width - 6, 7), text, fill=_INK, font=_font(13), anchor="ra")
+    draw.text((width - 6, 16), text, fill=_INK, font=font, anchor="ra")
     return np.asarray(image)
 
 
@@ -65,13 +70,13 @@ def _draw_steering(draw: ImageDraw.ImageDraw, ends: tuple[int, int], caption: Ca
     """A bar that grows to the left for left (positive) steering."""
     left, right = ends
     middle = (left + right) // 2
-    draw.rectangle((left, 10, right, 20), outline=_DIM)
+    draw.rectangle((left, 19, right, 27), outline=_DIM)
     if caption.steering is not None and caption.steering != 0:
         share = max(-1.0, min(1.0, caption.steering / caption.steering_range))
         tip = middle - round(share * (right - left) / 2)
         ink = _LEFT_INK if share > 0 else _RIGHT_INK
-        draw.rectangle((min(middle, tip), 11, max(middle, tip), 19), fill=ink)
-    draw.line((middle, 7, middle, 23), fill=_INK)
+        draw.rectangle((min(middle, tip), 20, max(middle, tip), 26), fill=ink)
+    draw.line((middle, 17, middle, 29), fill=_INK)
 
 
 def side_by_side(panels: Sequence[Frame], *, columns: int | None = None) -> Frame:
