@@ -358,25 +358,57 @@ def test_other_actions_for_the_same_video_are_another_plan(
         tokenize(DriveSet([first, second, changed]), tokenizer, tmp_path / "tokens")
 
 
-def test_the_next_batch_is_decoded_while_one_is_encoded(
-    drives: DriveSet, tokenizer: Tokenizer, tmp_path: Path
+@pytest.mark.parametrize(("watched", "number"), [(0, BATCH), (1, 0)], ids=["batch", "drive"])
+def test_what_comes_next_is_decoded_while_a_batch_is_encoded(
+    drives: DriveSet, tokenizer: Tokenizer, tmp_path: Path, watched: int, number: int
 ) -> None:
-    decoded_second = threading.Event()
+    decoded = threading.Event()
 
     class Watched(Damaged):
         def stream(self, indices: Any, size: FrameSize | None) -> Iterator[NDArray[np.uint8]]:
-            for number, frame in enumerate(super().stream(indices, size)):
-                if number == BATCH:
-                    decoded_second.set()
+            for index, frame in enumerate(super().stream(indices, size)):
+                if index == number:
+                    decoded.set()
                 yield frame
 
     class Waiting(Tokenizer):
+        left = watched * -(-FRAMES // BATCH) or 1
+
         def encode(self, frames: Any, *, batch_size: int = BATCH) -> torch.Tensor:
-            assert decoded_second.wait(timeout=20)
+            self.left -= 1
+            if self.left == 0:
+                assert decoded.wait(timeout=20)
             return super().encode(frames, batch_size=batch_size)
 
-    drive = drives.drives[0]
-    watched = replace(drive, reader=Watched(drive.reader, FRAMES, silent=True))
+    two = list(drives.drives[:2])
+    two[watched] = replace(two[watched], reader=Watched(two[watched].reader, FRAMES, silent=True))
     waiting = Waiting(tokenizer.autoencoder)
-    tokenize(DriveSet([watched]), waiting, tmp_path / "tokens", batch_size=BATCH)
-    assert len(TokenStore(tmp_path / "tokens").drives[0]) == FRAMES
+    tokenize(DriveSet(two), waiting, tmp_path / "tokens", batch_size=BATCH)
+    assert [len(each) for each in TokenStore(tmp_path / "tokens").drives] == [FRAMES] * 2
+
+
+def test_what_is_being_decoded_when_encoding_stops_is_let_end(
+    drives: DriveSet, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """What is being decoded meanwhile is let end before it is closed."""
+    begun, end = threading.Event(), threading.Event()
+
+    class Slow(Damaged):
+        def stream(self, indices: Any, size: FrameSize | None) -> Iterator[NDArray[np.uint8]]:
+            begun.set()
+            assert end.wait(timeout=20)
+            yield from super().stream(indices, size)
+
+    class Failing(Tokenizer):
+        def encode(self, frames: Any, *, batch_size: int = BATCH) -> torch.Tensor:
+            assert begun.wait(timeout=20)
+            threading.Timer(0.2, end.set).start()
+            raise KeyboardInterrupt
+
+    first, second = drives.drives[:2]
+    slow = replace(second, reader=Slow(second.reader, FRAMES, silent=True))
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(
+            DriveSet([first, slow]), Failing(tokenizer.autoencoder), tmp_path / "tokens",
+            batch_size=FRAMES,
+        )  # fmt: skip

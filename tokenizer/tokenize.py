@@ -4,10 +4,12 @@ Axes: T frames of a drive, B of a batch, H W their pixels, r c token rows and co
 """
 
 import hashlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from statistics import median_low
 
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 
 from driving_sim.data.action_file import STEERING
 from driving_sim.data.drive import Drive, DriveSet, SampledDrive, sample
-from driving_sim.data.frame_size import transform_description
+from driving_sim.data.frame_size import FrameSize, transform_description
 from driving_sim.data.split import MIRROR_SUFFIX
 from driving_sim.data.timing import RATE_TOLERANCE
 from driving_sim.data.token_store_index import StoreIndex, StoreInfo
@@ -98,12 +100,15 @@ def tokenize(
         return TokenizeSummary(out=out, index=writer.finish())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Work:
     """A drive and the forms of it, as they are or flipped, that the store does not hold yet."""
 
     sampled: SampledDrive
     flips: list[bool]
+
+
+_Decoded = tuple[_Work, Frames | DriveSimError]
 
 
 def _share(work: Sequence[_Work], ranks: Ranks) -> list[_Work]:
@@ -217,11 +222,12 @@ def _encode_all(
 ) -> None:
     frames = sum(len(each.sampled.indices) for each in work)
     label = "tokenize" if ranks.size == 1 else f"tokenize, rank {ranks.rank} of {ranks.size}"
-    with progress(frames, label, "frames") as shown:
+    batches = _ahead(_decoded(work, tokenizer.frame_size, batch_size))
+    with progress(frames, label, "frames") as shown, closing(batches):
         shown.say(f"{label}: {len(work)} drives, {frames:,} frames -> {writer.out}")
-        for each in work:
+        for each, decoded in groupby(batches, itemgetter(0)):
             try:
-                tokens = _encode(each, tokenizer, batch_size, shown)
+                tokens = _encode(map(itemgetter(1), decoded), each.flips, tokenizer, shown)
             except DriveSimError as error:
                 if not skip_bad:
                     raise DriveSimError(f"{error}; {_HOW_ON}") from error
@@ -250,28 +256,44 @@ def _add(
 
 
 def _encode(
-    work: _Work, tokenizer: Tokenizer, batch_size: int, shown: Progress
+    decoded: Iterable[Frames | DriveSimError],
+    flips: list[bool],
+    tokenizer: Tokenizer,
+    shown: Progress,
 ) -> dict[bool, NDArray[np.uint16]]:
-    """The tokens [T, r, c] of each form of a drive; the next batch is decoded meanwhile."""
-    drive, indices = work.sampled.drive, work.sampled.indices
-    parts: dict[bool, list[NDArray[np.uint16]]] = {flip: [] for flip in work.flips}
-    with closing(_ahead(work.sampled.batches(tokenizer.frame_size, batch_size))) as batches:
-        for frames_BHWC in batches:
-            for flip in work.flips:
-                seen = frames_BHWC[:, :, ::-1] if flip else frames_BHWC
-                tokens_Brc = tokenizer.encode(np.ascontiguousarray(seen), batch_size=batch_size)
-                parts[flip].append(tokens_Brc.numpy().astype(np.uint16))
-            shown.advance(len(frames_BHWC))
-    found = sum(map(len, parts[work.flips[0]]))
-    if found != len(indices):
-        raise DriveSimError(f"{drive.id}: only {found} of {len(indices)} frames could be decoded")
+    """The tokens [T, r, c] of each form of a drive."""
+    parts: dict[bool, list[NDArray[np.uint16]]] = {flip: [] for flip in flips}
+    for frames_BHWC in decoded:
+        if isinstance(frames_BHWC, DriveSimError):
+            raise frames_BHWC
+        for flip in flips:
+            seen = np.ascontiguousarray(frames_BHWC[:, :, ::-1] if flip else frames_BHWC)
+            tokens_Brc = tokenizer.encode(seen, batch_size=len(seen))
+            parts[flip].append(tokens_Brc.numpy().astype(np.uint16))
+        shown.advance(len(frames_BHWC))
     return {flip: np.concatenate(tokens) for flip, tokens in parts.items()}
 
 
-def _ahead(batches: Iterator[Frames]) -> Generator[Frames, None, None]:
-    """The same batches, each made in a thread while the one before it is in use."""
-    with ThreadPoolExecutor(1, "decode") as thread:
-        coming = thread.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = thread.submit(next, batches, None)
-            yield batch
+def _decoded(
+    work: Sequence[_Work], size: FrameSize, batch_size: int
+) -> Generator[_Decoded, None, None]:
+    """The batches of one drive after the other; where they end too early, why."""
+    for each in work:
+        drive, wanted, found = each.sampled.drive, len(each.sampled.indices), 0
+        try:
+            for frames_BHWC in each.sampled.batches(size, batch_size):
+                found += len(frames_BHWC)
+                yield each, frames_BHWC
+            if found != wanted:
+                raise DriveSimError(f"{drive.id}: only {found} of {wanted} frames could be decoded")
+        except DriveSimError as error:
+            yield each, error
+
+
+def _ahead(decoded: Generator[_Decoded, None, None]) -> Generator[_Decoded, None, None]:
+    """The same, each made in a thread while the one before it is in use."""
+    with closing(decoded), ThreadPoolExecutor(1, "decode") as thread:
+        coming = thread.submit(next, decoded, None)
+        while (one := coming.result()) is not None:
+            coming = thread.submit(next, decoded, None)
+            yield one
