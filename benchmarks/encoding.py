@@ -107,7 +107,7 @@ def encoder(settings: Settings) -> list[Claim]:
 def end_to_end(settings: Settings) -> list[Claim]:
     """The share of the encoder's speed that is left once files are read and stores written."""
     own = tokenizer(shape_of("base", settings), settings)
-    seconds, count = (1.0, 1) if settings.toy else (3.2, 2)
+    seconds, count = (1.0, 1) if settings.toy else (8.0, 2)
     size = SyntheticConfig(height=2 * own.height, width=2 * own.width, fps=FPS)
     with tempfile.TemporaryDirectory() as name:
         videos, out = Path(name) / "videos", Path(name) / "tokens"
