@@ -6,7 +6,14 @@ import pytest
 from driving_sim.world_model import native_library
 
 
-@pytest.fixture(params=["", native_library._WITHOUT_AMX, "-mno-avx512bf16", "-mno-avx512f"])
+@pytest.fixture(
+    params=[
+        "",
+        native_library._WITHOUT_AMX,
+        "-mno-avx512bf16 -mno-avx512dq",
+        "-mno-avx512f",
+    ]
+)
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each way that the products can be computed, as far as this processor has them."""
     if request.param and platform.machine() != "x86_64":

@@ -358,57 +358,107 @@ def test_other_actions_for_the_same_video_are_another_plan(
         tokenize(DriveSet([first, second, changed]), tokenizer, tmp_path / "tokens")
 
 
-@pytest.mark.parametrize(("watched", "number"), [(0, BATCH), (1, 0)], ids=["batch", "drive"])
+@pytest.mark.parametrize(
+    ("drive", "frame", "call"),
+    [(0, BATCH, 1), (1, 0, -(-FRAMES // BATCH))],
+    ids=["next batch", "next drive"],
+)
 def test_what_comes_next_is_decoded_while_a_batch_is_encoded(
-    drives: DriveSet, tokenizer: Tokenizer, tmp_path: Path, watched: int, number: int
+    drives: DriveSet, tokenizer: Tokenizer, tmp_path: Path, drive: int, frame: int, call: int
 ) -> None:
+    """By the time of the `call`-th call of the encoder, that frame of that drive is."""
     decoded = threading.Event()
 
     class Watched(Damaged):
         def stream(self, indices: Any, size: FrameSize | None) -> Iterator[NDArray[np.uint8]]:
-            for index, frame in enumerate(super().stream(indices, size)):
-                if index == number:
+            for number, picture in enumerate(super().stream(indices, size)):
+                if number == frame:
                     decoded.set()
-                yield frame
+                yield picture
 
     class Waiting(Tokenizer):
-        left = watched * -(-FRAMES // BATCH) or 1
+        calls = 0
 
         def encode(self, frames: Any, *, batch_size: int = BATCH) -> torch.Tensor:
-            self.left -= 1
-            if self.left == 0:
-                assert decoded.wait(timeout=20)
+            self.calls += 1
+            assert self.calls != call or decoded.wait(timeout=20)
             return super().encode(frames, batch_size=batch_size)
 
     two = list(drives.drives[:2])
-    two[watched] = replace(two[watched], reader=Watched(two[watched].reader, FRAMES, silent=True))
+    two[drive] = replace(two[drive], reader=Watched(two[drive].reader, FRAMES, silent=True))
     waiting = Waiting(tokenizer.autoencoder)
     tokenize(DriveSet(two), waiting, tmp_path / "tokens", batch_size=BATCH)
     assert [len(each) for each in TokenStore(tmp_path / "tokens").drives] == [FRAMES] * 2
 
 
+class StoppedError(Exception):
+    """No DriveSimError: no fault of a drive."""
+
+
+def test_a_drive_is_written_before_the_next_one_is_waited_for(
+    drives: DriveSet, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    class Broken(Damaged):
+        def stream(self, indices: Any, size: FrameSize | None) -> Iterator[NDArray[np.uint8]]:
+            raise StoppedError
+
+    first, second = drives.drives[:2]
+    broken = replace(second, reader=Broken(second.reader, FRAMES, silent=True))
+    out = tmp_path / "tokens"
+    with pytest.raises(StoppedError):
+        tokenize(DriveSet([first, broken]), tokenizer, out)
+    encoded: list[int] = []
+
+    class Counting(Tokenizer):
+        def encode(self, frames: Any, *, batch_size: int = BATCH) -> torch.Tensor:
+            encoded.append(len(frames))
+            return super().encode(frames, batch_size=batch_size)
+
+    tokenize(DriveSet([first, second]), Counting(tokenizer.autoencoder), out)
+    assert sum(encoded) == FRAMES
+
+
 def test_what_is_being_decoded_when_encoding_stops_is_let_end(
     drives: DriveSet, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    """What is being decoded meanwhile is let end before it is closed."""
-    begun, end = threading.Event(), threading.Event()
+    begun, end, closed = threading.Event(), threading.Event(), threading.Event()
 
     class Slow(Damaged):
         def stream(self, indices: Any, size: FrameSize | None) -> Iterator[NDArray[np.uint8]]:
             begun.set()
             assert end.wait(timeout=20)
-            yield from super().stream(indices, size)
+            try:
+                yield from super().stream(indices, size)
+            finally:
+                closed.set()
 
     class Failing(Tokenizer):
         def encode(self, frames: Any, *, batch_size: int = BATCH) -> torch.Tensor:
             assert begun.wait(timeout=20)
             threading.Timer(0.2, end.set).start()
-            raise KeyboardInterrupt
+            raise StoppedError
 
     first, second = drives.drives[:2]
     slow = replace(second, reader=Slow(second.reader, FRAMES, silent=True))
-    with pytest.raises(KeyboardInterrupt):
-        tokenize(
-            DriveSet([first, slow]), Failing(tokenizer.autoencoder), tmp_path / "tokens",
-            batch_size=FRAMES,
-        )  # fmt: skip
+    failing = Failing(tokenizer.autoencoder)
+    with pytest.raises(StoppedError):
+        tokenize(DriveSet([first, slow]), failing, tmp_path / "tokens", batch_size=FRAMES)
+    assert closed.is_set()
+
+
+def test_after_a_bad_drive_no_other_is_decoded_unless_it_is_skipped(
+    drives: DriveSet, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    opened = []
+
+    class Watched(Damaged):
+        def stream(self, indices: Any, size: FrameSize | None) -> Iterator[NDArray[np.uint8]]:
+            opened.append(True)
+            return super().stream(indices, size)
+
+    first, second = drives.drives[:2]
+    bad = replace(first, reader=Damaged(first.reader, 2, silent=False))
+    watched = replace(second, reader=Watched(second.reader, FRAMES, silent=True))
+    with pytest.raises(DriveSimError, match="--skip-bad"):
+        tokenize(DriveSet([bad, watched]), tokenizer, tmp_path / "tokens")
+    assert not opened

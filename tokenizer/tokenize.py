@@ -108,7 +108,8 @@ class _Work:
     flips: list[bool]
 
 
-_Decoded = tuple[_Work, Frames | DriveSimError]
+_Part = tuple[_Work, Frames | DriveSimError]
+"""A batch of a drive, or why there are no more of them."""
 
 
 def _share(work: Sequence[_Work], ranks: Ranks) -> list[_Work]:
@@ -222,12 +223,12 @@ def _encode_all(
 ) -> None:
     frames = sum(len(each.sampled.indices) for each in work)
     label = "tokenize" if ranks.size == 1 else f"tokenize, rank {ranks.rank} of {ranks.size}"
-    batches = _ahead(_decoded(work, tokenizer.frame_size, batch_size))
-    with progress(frames, label, "frames") as shown, closing(batches):
+    parts = _ahead(_decoded(work, tokenizer.frame_size, batch_size, skip_bad))
+    with progress(frames, label, "frames") as shown, closing(parts):
         shown.say(f"{label}: {len(work)} drives, {frames:,} frames -> {writer.out}")
-        for each, decoded in groupby(batches, itemgetter(0)):
+        for each, parts_of_drive in groupby(parts, itemgetter(0)):
             try:
-                tokens = _encode(map(itemgetter(1), decoded), each.flips, tokenizer, shown)
+                tokens = _encode(each, map(itemgetter(1), parts_of_drive), tokenizer, shown)
             except DriveSimError as error:
                 if not skip_bad:
                     raise DriveSimError(f"{error}; {_HOW_ON}") from error
@@ -256,28 +257,29 @@ def _add(
 
 
 def _encode(
-    decoded: Iterable[Frames | DriveSimError],
-    flips: list[bool],
-    tokenizer: Tokenizer,
-    shown: Progress,
+    work: _Work, batches: Iterable[Frames | DriveSimError], tokenizer: Tokenizer, shown: Progress
 ) -> dict[bool, NDArray[np.uint16]]:
-    """The tokens [T, r, c] of each form of a drive."""
-    parts: dict[bool, list[NDArray[np.uint16]]] = {flip: [] for flip in flips}
-    for frames_BHWC in decoded:
+    """The tokens [T, r, c] of each form of a drive; raises the error that stands for a batch."""
+    encoded: dict[bool, list[NDArray[np.uint16]]] = {flip: [] for flip in work.flips}
+    left = len(work.sampled.indices)
+    for frames_BHWC in batches:
         if isinstance(frames_BHWC, DriveSimError):
             raise frames_BHWC
-        for flip in flips:
+        for flip in work.flips:
             seen = np.ascontiguousarray(frames_BHWC[:, :, ::-1] if flip else frames_BHWC)
             tokens_Brc = tokenizer.encode(seen, batch_size=len(seen))
-            parts[flip].append(tokens_Brc.numpy().astype(np.uint16))
+            encoded[flip].append(tokens_Brc.numpy().astype(np.uint16))
         shown.advance(len(frames_BHWC))
-    return {flip: np.concatenate(tokens) for flip, tokens in parts.items()}
+        left -= len(frames_BHWC)
+        if left == 0:
+            break  # and not wait for the next drive before this one is written
+    return {flip: np.concatenate(tokens) for flip, tokens in encoded.items()}
 
 
 def _decoded(
-    work: Sequence[_Work], size: FrameSize, batch_size: int
-) -> Generator[_Decoded, None, None]:
-    """The batches of one drive after the other; where they end too early, why."""
+    work: Sequence[_Work], size: FrameSize, batch_size: int, skip_bad: bool
+) -> Generator[_Part, None, None]:
+    """The batches of one drive after the other; without `skip_bad`, up to the first bad one."""
     for each in work:
         drive, wanted, found = each.sampled.drive, len(each.sampled.indices), 0
         try:
@@ -288,12 +290,14 @@ def _decoded(
                 raise DriveSimError(f"{drive.id}: only {found} of {wanted} frames could be decoded")
         except DriveSimError as error:
             yield each, error
+            if not skip_bad:
+                return
 
 
-def _ahead(decoded: Generator[_Decoded, None, None]) -> Generator[_Decoded, None, None]:
-    """The same, each made in a thread while the one before it is in use."""
-    with closing(decoded), ThreadPoolExecutor(1, "decode") as thread:
-        coming = thread.submit(next, decoded, None)
-        while (one := coming.result()) is not None:
-            coming = thread.submit(next, decoded, None)
-            yield one
+def _ahead(parts: Generator[_Part, None, None]) -> Generator[_Part, None, None]:
+    """The same parts, each made in a thread while the one before it is in use."""
+    with closing(parts), ThreadPoolExecutor(1, "decode") as thread:
+        coming = thread.submit(next, parts, None)
+        while (part := coming.result()) is not None:
+            coming = thread.submit(next, parts, None)
+            yield part

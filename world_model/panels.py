@@ -56,8 +56,9 @@ def _draw_strip(width: int, caption: Caption) -> Frame:
     font = _font(12)
     speed = "- m/s" if caption.speed_mps is None else f"{caption.speed_mps:.1f} m/s"
     draw.text((width - 6, 2), speed, fill=_INK, font=font, anchor="ra")
-    title, room = caption.title, width - 20 - draw.textlength(speed, font)
-    while draw.textlength(title, font) > room:
+    room = width - 20 - draw.textlength(speed, font)
+    title = caption.title[: width // 2]  # no letter is as narrow
+    while title and draw.textlength(title, font) > room:
         title = title[:-1]
     draw.text((6, 2), title, fill=_INK, font=font)
     _draw_steering(draw, (6, int(width * 0.8)), caption)

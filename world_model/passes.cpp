@@ -129,14 +129,14 @@ class Run {
         for (int sequence = 0; sequence < p.batch; ++sequence)
           if (p.trunk[sequence] == each / m.kv_heads)
             attend(layer, sequence * m.kv_heads + each % m.kv_heads, number, true, own);
-    // A head's parts lie one after the other: the same thread reads them if there are enough heads.
-    const int heads = p.batch * m.kv_heads;
-    const int together = heads % omp_get_num_threads() ? 1 : kParts;
-#pragma omp for collapse(2) schedule(dynamic, together)
-    for (int each = 0; each < heads; ++each)
+    // A head's parts lie one after the other: one thread reads them where there are heads enough.
+    const int rings = p.batch * m.kv_heads;
+    const int parts_at_once = rings % omp_get_num_threads() ? 1 : kParts;
+#pragma omp for collapse(2) schedule(dynamic, parts_at_once)
+    for (int each = 0; each < rings; ++each)
       for (int number = 0; number < kParts; ++number) attend(layer, each, number, false, own);
 #pragma omp for
-    for (int each = 0; each < p.batch * m.kv_heads; ++each) combine(each);
+    for (int each = 0; each < rings; ++each) combine(each);
 #pragma omp for
     for (int column = 0; column < width; column += kTogether)
       multiply<true>(mixed, width, matrices[1], column, width, x + column, width);
@@ -311,7 +311,7 @@ class Run {
     const Block start = block(from, to, shared);
     for (int first = 0; first < group * p.n; first += kQueries) {
       const int count = std::min(kQueries, group * int(p.n) - first);
-      const int share = padded((kBlock + count - 1) / count, 2);
+      const int places = padded((kBlock + count - 1) / count, 2);  // to be fetched with a row
       const Number* left = q + (size_t(each) * queries + first) * channels;
       float* weighted = to_sums + size_t(first) * channels;
       float* totals = to_sums + size_t(queries) * channels + first;
@@ -324,10 +324,10 @@ class Run {
                        now.to - now.from, channels, scores, kBlock, count);
         for (int row = 0; row < count; ++row) {
           if (first == 0 && !shared) {  // a trunk's are near already, for all but its first branch
-            const int64_t some = next.from + row * share, end = std::min(next.to, some + share);
-            fetch(keys + some * channels, keys + end * channels);
+            const int64_t ahead = next.from + row * places, end = std::min(next.to, ahead + places);
+            fetch(keys + ahead * channels, keys + end * channels);
             for (int i = 0; i < channels / kLanes; ++i)
-              fetch(values + i * step + some * kLanes, values + i * step + end * kLanes);
+              fetch(values + i * step + ahead * kLanes, values + i * step + end * kLanes);
           }
           weigh(scores + row * kBlock, now, first + row,
                 weights + row * kChunk + (now.from - begin), sum[row]);
