@@ -276,3 +276,8 @@ def test_frames_are_read_as_they_are_drawn(
     monkeypatch.setattr(module, "heat_map", drawing)
     run(world, tmp_path / "videos")
     assert encoded == [60]
+
+
+def test_the_legend_fits_the_narrowest_panel() -> None:
+    pixels = module._legend(32, 256, 16.0)
+    assert (pixels[:, -3:] == module._PAPER).all()

@@ -263,14 +263,14 @@ def heat_map(frame: Frame, bits: Bits, most: float) -> Frame:
 def _legend(height: int, width: int, most: float) -> Frame:
     image = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(image)
-    font, middle = ImageFont.load_default(13), height // 2
-    left, right = int(width * 0.5), int(width * 0.8)
-    draw.text((6, middle), "surprise of each token", fill=_INK, font=font, anchor="lm")
-    draw.text((left - 6, middle), "0", fill=_INK, font=font, anchor="rm")
-    draw.text((right + 6, middle), f"{most:.1f}+ bits", fill=_INK, font=font, anchor="lm")
+    font, below = ImageFont.load_default(12), height * 3 // 4
+    left, right = 20, int(width * 0.7)
+    draw.text((6, height // 4), "surprise of each token", fill=_INK, font=font, anchor="lm")
+    draw.text((6, below), "0", fill=_INK, font=font, anchor="lm")
+    draw.text((right + 6, below), f"{most:.1f}+ bits", fill=_INK, font=font, anchor="lm")
     pixels = np.array(image)
     ramp = np.linspace(0, 255, right - left).round().astype(np.uint8)
-    pixels[middle - 5 : middle + 5, left:right] = _COLOURS[ramp]
+    pixels[below - 5 : below + 5, left:right] = _COLOURS[ramp]
     return pixels
 
 
