@@ -16,7 +16,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__AVX512DQ__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 #if defined(__AMX_BF16__)
