@@ -17,7 +17,7 @@ from driving_sim.engine.files import atomic_file
 SMALL: Mapping[str, str] = {"preset": "veryfast"}
 """x264's options for files that are kept and read often."""
 FAST: Mapping[str, str] = {"preset": "ultrafast", "x264-params": "cabac=1"}
-"""For rollouts, which someone waits for: not deblocked; CABAC costs little and saves a fifth."""
+"""For rollouts, which someone waits for: not deblocked, but with CABAC, which saves bytes."""
 
 
 class VideoWriter:

@@ -351,7 +351,7 @@ class Run {
   // A query's weights of a block of keys, added up in `sum`.
   void weigh(const float* scores, Block block, int query, Number* weights, Floats& sum) const {
     const int count = block.to - block.from;
-    if (sees_all(block.from, block.to)) {
+    if (sees_all(block.from, block.to)) {  // nearly all are: a loop without the choice below
 #pragma GCC unroll 4
       for (int i = 0; i < count; i += kFloats) {
         const Floats weight = power_of_two<Number>(load(scores + i));
