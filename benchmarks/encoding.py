@@ -38,7 +38,7 @@ from driving_sim.engine.device import name_of
 from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.tokenizer.tokenizer import images_from_frames
 
-_BATCH = 16
+_BATCH = 8
 
 
 def _frames(count: int, settings: Settings) -> Tensor:

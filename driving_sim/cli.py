@@ -300,7 +300,7 @@ def tokenize(
     steering_kind: Kind = None,
     time_offset: TimeOffset = 0.0,
     skip_bad: SkipBad = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Frames encoded at once.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Frames encoded at once.")] = 8,
     precision: Precision = None,
     device: Device = "auto",
 ) -> None:

@@ -186,7 +186,7 @@ def tokenize_videos(
     steering_kind: str | None = None,
     time_offset: float = 0.0,
     skip_bad: bool = False,
-    batch_size: int = 16,
+    batch_size: int = 8,
     training: TrainingRequest | None = None,
     device: str = "auto",
     precision: str = "auto",

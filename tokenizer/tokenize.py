@@ -62,7 +62,7 @@ def tokenize(
     every: int | None = None,
     mirror: bool = False,
     skip_bad: bool = False,
-    batch_size: int = 16,
+    batch_size: int = 8,
     shard_bytes: int = SHARD_BYTES,
     ranks: Ranks | None = None,
 ) -> TokenizeSummary:

@@ -45,7 +45,8 @@ class Tokenizer:
     ) -> None:
         self.device = torch.device(device)
         self.dtype = resolve_precision(precision, self.device)
-        self.autoencoder = autoencoder.eval().requires_grad_(False).to(self.device)
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        self.autoencoder.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.fingerprint = fingerprint(_identity(autoencoder.config), autoencoder)
         """SHA-256 of weights, config, frame transform and quantiser; token stores carry it."""
 
@@ -127,7 +128,7 @@ class Tokenizer:
         return self.autoencoder.quantiser.codebook_size
 
     @torch.inference_mode()
-    def encode(self, frames: Frames, *, batch_size: int = 16) -> Tensor:
+    def encode(self, frames: Frames, *, batch_size: int = 8) -> Tensor:
         """Return the tokens, int64 [T, r, c] on the CPU, of uint8 RGB frames [T, H, W, 3].
 
         Frames of another size are scaled to cover the tokenizer's and cropped at the centre.
@@ -148,7 +149,7 @@ class Tokenizer:
         return torch.cat(tokens)
 
     @torch.inference_mode()
-    def decode(self, tokens: Tensor | NDArray[Any], *, batch_size: int = 16) -> Tensor:
+    def decode(self, tokens: Tensor | NDArray[Any], *, batch_size: int = 8) -> Tensor:
         """Return the frames, uint8 RGB [T, h, w, 3] on the CPU, of tokens [T, r, c]."""
         tokens_Trc = self._checked_tokens(tokens)
         quantiser = self.autoencoder.quantiser
