@@ -260,6 +260,8 @@ class Autoencoder(nn.Module):
         self.encoder = Encoder(config)
         self.quantiser = FSQ(config.levels)
         self.decoder = Decoder(config)
+        # oneDNN and cuDNN convolve fastest with the channels last.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
     def last_layer(self) -> Tensor:

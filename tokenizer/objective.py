@@ -84,8 +84,6 @@ class TokenizerObjective(nn.Module):
         super().__init__()
         self.config = config
         self.autoencoder = Autoencoder(model)
-        # oneDNN and cuDNN convolve fastest with the channels last.
-        self.autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.perceptual: PerceptualLoss | None = None
         if config.lpips_weight > 0:
             if vgg16 is None:

@@ -45,8 +45,7 @@ class Tokenizer:
     ) -> None:
         self.device = torch.device(device)
         self.dtype = resolve_precision(precision, self.device)
-        self.autoencoder = autoencoder.eval().requires_grad_(False)
-        self.autoencoder.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.autoencoder = autoencoder.eval().requires_grad_(False).to(self.device)
         self.fingerprint = fingerprint(_identity(autoencoder.config), autoencoder)
         """SHA-256 of weights, config, frame transform and quantiser; token stores carry it."""
 
