@@ -4,11 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from driving_sim.tokenizer import autoencoder as module
 from driving_sim.tokenizer.autoencoder import (
     AttentionBlock,
     Autoencoder,
     AutoencoderConfig,
     Patching,
+    ResidualBlock,
 )
 
 
@@ -93,6 +95,41 @@ def test_attention_sees_the_whole_picture_in_its_right_place() -> None:
     assert (gradient[0].abs().sum(0) > 0).all()
     turned = attention(features.flip(2, 3)).flip(2, 3)
     torch.testing.assert_close(turned, out, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("heads_together", [1, 3, 8])
+@pytest.mark.parametrize("learns", [False, True])
+def test_attention_in_bf16_is_that_in_float32(
+    heads_together: int, learns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SCORES_TOGETHER", heads_together * 32**2)
+    torch.manual_seed(0)
+    block = AttentionBlock(32, head_size=16)
+    for weight in block.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    features = torch.randn(3, 32, 4, 8)
+
+    def results(dtype: torch.dtype) -> list[torch.Tensor]:
+        given = features.clone().requires_grad_(learns)
+        with torch.set_grad_enabled(learns):
+            with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+                out = block(given)
+            if not learns:
+                return [out]
+            leaves = given, block.qkv.weight
+            return [out.detach(), *torch.autograd.grad(out.float().square().mean(), leaves)]
+
+    for found, truth in zip(results(torch.bfloat16), results(torch.float32), strict=True):
+        assert (found - truth).norm() / truth.norm() < 0.02
+
+
+@pytest.mark.parametrize("block", [ResidualBlock(16), AttentionBlock(16, head_size=16)])
+def test_a_block_leaves_what_it_is_given(block: torch.nn.Module) -> None:
+    features = torch.randn(1, 16, 4, 4)
+    given = features.clone()
+    with torch.inference_mode():
+        block(given)
+    torch.testing.assert_close(given, features, atol=0, rtol=0)
 
 
 def test_every_parameter_learns() -> None:

@@ -24,6 +24,7 @@ STRIDE = 16
 _PATCH = 4
 _MOST_PIXELS = 16384
 _GROUP_CHANNELS = 16
+_SCORES_TOGETHER = 2**21
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,19 +138,27 @@ def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(channels // _GROUP_CHANNELS, channels)
 
 
+class _SiLU(nn.Module):
+    """x * sigmoid(x), in the memory of x where no gradient needs it: new memory takes longer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x, inplace=not x.requires_grad)
+
+
 class ResidualBlock(nn.Module):
     """x + conv(silu(conv(norm(x)))), the identity at first."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = _norm(channels)
+        self.silu = _SiLU()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output, shaped like its input."""
-        y: Tensor = self.conv2(F.silu(self.conv1(F.silu(self.norm(x)))))
+        y: Tensor = self.conv2(self.silu(self.conv1(self.silu(self.norm(x)))))
         return x + y
 
 
@@ -164,6 +173,7 @@ class AttentionBlock(nn.Module):
         self.out = nn.Conv2d(channels, channels, 1)
         self.norm2 = _norm(channels)
         self.up = nn.Conv2d(channels, 4 * channels, 1)
+        self.silu = _SiLU()
         self.down = nn.Conv2d(4 * channels, channels, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.down.weight)
@@ -171,14 +181,26 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output, shaped like its input."""
         x = x + self.out(self._attend(self.norm1(x)))
-        y: Tensor = self.down(F.silu(self.up(self.norm2(x))))
+        y: Tensor = self.down(self.silu(self.up(self.norm2(x))))
         return x + y
 
     def _attend(self, x: Tensor) -> Tensor:
         pattern = "b (n h d) r c -> n b h (r c) d"
         q, k, v = rearrange(self.qkv(x), pattern, n=3, h=self.heads)
-        y_BhNd = F.scaled_dot_product_attention(q, k, v)
+        y_BhNd = _attention(q, k, v)
         return rearrange(y_BhNd, "b h (r c) d -> b (h d) r c", c=x.shape[3])
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return softmax(q k / sqrt(d)) v of queries, keys and values [B, h, N, d]."""
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v)
+    # torch's own kernel takes longer here than two products and a softmax, while the scores of the
+    # heads that go together stay in the cache. It rounds weights to bf16, too.
+    together = max(1, _SCORES_TOGETHER // q.shape[2] ** 2)
+    parts = (x.flatten(0, 1).split(together) for x in (q * q.shape[3] ** -0.5, k, v))
+    mixed = [torch.softmax(a @ b.mT, -1) @ c for a, b, c in zip(*parts, strict=True)]
+    return torch.cat(mixed).unflatten(0, q.shape[:2])
 
 
 class Bottleneck(nn.Sequential):
@@ -236,7 +258,7 @@ class Decoder(nn.Sequential):
             nn.PixelShuffle(2),
             *(ResidualBlock(fine) for _ in range(config.blocks[0])),
             _norm(fine),
-            nn.SiLU(),
+            _SiLU(),
             nn.Conv2d(fine, 3 * _PATCH**2, 3, padding=1),
         )
 
