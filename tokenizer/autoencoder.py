@@ -198,9 +198,11 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # torch's own kernel takes longer here than two products and a softmax, while the scores of the
     # heads that go together stay in the cache. It rounds weights to bf16, too.
     together = max(1, _SCORES_TOGETHER // q.shape[2] ** 2)
-    parts = (x.flatten(0, 1).split(together) for x in (q * q.shape[3] ** -0.5, k, v))
+    heads = (rearrange(x, "b h n d -> (b h) n d") for x in (q * q.shape[3] ** -0.5, k, v))
+    parts = (x_hNd.split(together) for x_hNd in heads)
     mixed = [torch.softmax(a @ b.mT, -1) @ c for a, b, c in zip(*parts, strict=True)]
-    return torch.cat(mixed).unflatten(0, q.shape[:2])
+    y_BhNd: Tensor = rearrange(torch.cat(mixed), "(b h) n d -> b h n d", b=len(q))
+    return y_BhNd
 
 
 class Bottleneck(nn.Sequential):
