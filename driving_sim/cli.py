@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from driving_sim.engine.errors import DriveSimError, Interrupted
+from driving_sim.engine.memory import keep_freed_memory
 from driving_sim.engine.rank_environment import is_main_process
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ def main(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
     """Learn a driving simulator from driving video, then drive in it."""
+    keep_freed_memory()
 
 
 @app.command()

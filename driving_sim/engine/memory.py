@@ -1,0 +1,21 @@
+"""How this process gets its memory from the system."""
+
+import ctypes
+import sys
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed for what is allocated next; nothing where there is none.
+
+    Large tensors would go back to the system, and those of the next step be made of pages that it
+    has to find and to clear first (https://man7.org/linux/man-pages/man3/mallopt.3.html). It is for
+    the whole process: commands do it, the library does not.
+    """
+    if sys.platform != "linux":
+        return
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(_MMAP_MAX, 0)
+        library.mallopt(_TRIM_THRESHOLD, -1)
