@@ -301,7 +301,11 @@ void product_by_vectors(const Number* a, int lda, const Number* b, size_t step, 
   }
 }
 
-void fetch(const float*, const float*) {}  // product_by_vectors does
+// Ask for what is about to be read.
+template <typename Number>
+void fetch(const Number* from, const Number* to) {
+  for (; from < to; from += 64 / sizeof(Number)) __builtin_prefetch(from);
+}
 
 template <bool kAdd>
 void product(const float* a, int lda, const float* b, size_t step, int columns, int k, float* c,
@@ -434,19 +438,12 @@ void product(const bf16* a, int lda, const bf16* b, size_t step, int columns, in
   }
 }
 
-// Ask for what is about to be read: tiles wait for each line of theirs.
-void fetch(const bf16* from, const bf16* to) {
-  for (; from < to; from += 32) __builtin_prefetch(from);
-}
-
 #else
 
 struct Tiles {
   Tiles() {}
   ~Tiles() {}
 };
-
-void fetch(const bf16*, const bf16*) {}  // product_by_vectors does
 
 template <bool kAdd>
 void product(const bf16* a, int lda, const bf16* b, size_t step, int columns, int k, float* c,
