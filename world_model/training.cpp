@@ -28,6 +28,7 @@ struct Attention {
 namespace {
 
 constexpr int kBlock = 64;
+constexpr int kTogether = 2 * kLanes;  // columns of scores at once
 
 // The gradient of a row x before RMSNorm, from that of what it gave; the gain's is added up.
 template <typename Given, typename Grad>
@@ -280,17 +281,17 @@ class AttentionRun {
   // What 64 queries see.
   void attend(int each, int first, const Number* q, const Number* k, const Number* v,
               Number* weights, float* sums) const {
-    alignas(64) float scores[kBlock * kLanes];
+    alignas(64) float scores[kBlock * kTogether];
     Floats seen[kBlock] = {};
     std::memset(sums, 0, size_t(kBlock) * channels * 4);
     const Number* queries_of = q + size_t(first) * channels;
     for (int key = 0; key <= first; key += kBlock) {
-      for (int column = 0; column < kBlock; column += kLanes) {
-        product<false>(queries_of, channels, k + size_t(key + column) * channels, 0, kLanes,
-                       channels, scores, kLanes, kBlock);
+      for (int column = 0; column < kBlock; column += kTogether) {
+        product<false>(queries_of, channels, k + size_t(key + column) * channels,
+                       size_t(kLanes) * channels, kTogether, channels, scores, kTogether, kBlock);
         for (int row = 0; row < kBlock; ++row)
-          for (int i = 0; i < kLanes; i += kFloats) {
-            Floats weight = power_of_two(load(scores + row * kLanes + i));
+          for (int i = 0; i < kTogether; i += kFloats) {
+            Floats weight = power_of_two<Number>(load(scores + row * kTogether + i));
             if (key == first) weight = kept(weight, column + i - row, false);
             seen[row] += weight;
             store(weights + row * kBlock + column + i, weight);
@@ -325,7 +326,7 @@ class AttentionRun {
     std::memset(k_grad, 0, size_t(kBlock) * channels * 4);
     std::memset(v_grad, 0, size_t(kBlock) * channels * 4);
     for (int query = key; query < room; query += kBlock) {
-      for (int column = 0; column < kBlock; column += kLanes)
+      for (int column = 0; column < kBlock; column += kTogether)
         score_grads(each, key, query + column, own, k, v);
       const size_t step = size_t(room) * kLanes, at = size_t(query) * kLanes;
       product<true>(own.weights, kBlock, own.out_pairs + at, step, channels, kBlock, v_grad,
@@ -337,32 +338,34 @@ class AttentionRun {
     }
   }
 
-  // Weights of 64 keys for 16 queries, and the gradients of their scores.
+  // Weights of 64 keys for kTogether queries, and the gradients of their scores.
   void score_grads(int each, int key, int query, const Own& own, const Number* k,
                    const Number* v) const {
-    alignas(64) float scores[kBlock * kLanes], grads[kBlock * kLanes];
-    product<false>(k + size_t(key) * channels, channels, own.q_columns + size_t(query) * channels,
-                   0, kLanes, channels, scores, kLanes, kBlock);
-    product<false>(v + size_t(key) * channels, channels, own.out_columns + size_t(query) * channels,
-                   0, kLanes, channels, grads, kLanes, kBlock);
+    alignas(64) float scores[kBlock * kTogether], grads[kBlock * kTogether];
+    const size_t at_query = size_t(query) * channels, step = size_t(kLanes) * channels;
+    product<false>(k + size_t(key) * channels, channels, own.q_columns + at_query, step, kTogether,
+                   channels, scores, kTogether, kBlock);
+    product<false>(v + size_t(key) * channels, channels, own.out_columns + at_query, step,
+                   kTogether, channels, grads, kTogether, kBlock);
     const int column = query % kBlock;
     const bool diagonal = query - column == key;
-    for (int i = 0; i < kLanes; i += kFloats) {
+    for (int i = 0; i < kTogether; i += kFloats) {
       const Floats seen = load(a.weights + size_t(each) * room + query + i);
       const Floats mean = load(own.means + query + i);
       for (int row = 0; row < kBlock; row += 2) {
         Floats grad[2];
         for (int of = 0; of < 2; ++of) {
-          const int at = (row + of) * kLanes + i, to = (row + of) * kBlock + column + i;
+          const int at = (row + of) * kTogether + i, to = (row + of) * kBlock + column + i;
           Floats power = load(scores + at) - seen;
           power = power < -126.0f ? Floats{} - 126.0f : power;
-          Floats weight = power_of_two(power);
+          Floats weight = power_of_two<Number>(power);
           if (diagonal) weight = kept(weight, column + i - row - of, true);
           grad[of] = weight * (load(grads + at) - mean);
           store(own.weights + to, weight);
           store(own.score_grads + to, grad[of]);
         }
-        store_pair(own.score_pairs + column * kBlock + row * kLanes + i * Head<Number>::kI,
+        const int lanes = (column + i) / kLanes * kLanes, lane = (column + i) % kLanes;
+        store_pair(own.score_pairs + lanes * kBlock + row * kLanes + lane * Head<Number>::kI,
                    grad[0], grad[1]);
       }
     }
