@@ -41,6 +41,7 @@ from driving_sim.data.token_store import TokenStore
 from driving_sim.data.token_windows import TokenWindows, sequential_windows
 from driving_sim.engine.config import to_dict
 from driving_sim.engine.files import atomic_file
+from driving_sim.engine.memory import keep_freed_memory
 from driving_sim.engine.optimizer import ParameterGroup, decay_groups
 from driving_sim.engine.run_folder import CONFIG, check_run
 from driving_sim.engine.run_log import METRICS
@@ -332,6 +333,7 @@ def main() -> None:
     drawing.add_argument("--picture", type=Path, default=Path("docs/learning.png"))
     drawing.set_defaults(act=plot)
     given = parser.parse_args()
+    keep_freed_memory()
     with one_line_errors(parser):
         given.act(given)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from driving_sim.engine.device import resolve_device
+from driving_sim.engine.memory import keep_freed_memory
 
 Work = Callable[[], object]
 
@@ -170,7 +171,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(given: argparse.Namespace) -> Settings:
-    """What was asked for; sets the number of torch's threads."""
+    """What was asked for; sets torch's threads, and memory as `drivesim` does, peers' too."""
+    keep_freed_memory()
     torch.set_num_threads(given.threads or cores())
     return Settings(device=resolve_device(given.device), rounds=given.rounds, toy=given.toy)
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from driving_sim.engine.errors import DriveSimError, Interrupted
+from driving_sim.engine.memory import keep_freed_memory
 from driving_sim.engine.run_folder import CONFIG, is_finished
 from driving_sim.scaling import scale
 from driving_sim.world_model.presets import TINY
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="of the largest model")
     parser.add_argument("--device", default="auto")
     given = parser.parse_args()
+    keep_freed_memory()
     with one_line_errors(parser):
         runs = train_all(
             given.tokens, given.tokenizer, given.out, steps=given.steps, device=given.device

@@ -77,8 +77,9 @@ def test_in_bf16_pixels_hardly_move() -> None:
     assert (half.encode(frames) == exact.encode(frames)).float().mean() > 0.9
 
 
-def test_nothing_in_nothing_out() -> None:
-    tokenizer = make()
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_nothing_in_nothing_out(precision: str) -> None:
+    tokenizer = Tokenizer(make().autoencoder, precision=precision)
     tokens = tokenizer.encode(frames(0))
     assert tokens.shape == (0, 2, 4)
     assert tokenizer.decode(tokens).shape == (0, 32, 64, 3)

@@ -24,7 +24,7 @@ STRIDE = 16
 _PATCH = 4
 _MOST_PIXELS = 16384
 _GROUP_CHANNELS = 16
-_SCORES_TOGETHER = 2**21
+_MOST_SCORES = 2**21  # at once: 4 MiB, and as much for the weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,21 +187,24 @@ class AttentionBlock(nn.Module):
     def _attend(self, x: Tensor) -> Tensor:
         pattern = "b (n h d) r c -> n b h (r c) d"
         q, k, v = rearrange(self.qkv(x), pattern, n=3, h=self.heads)
-        y_BhNd = _attention(q, k, v)
-        return rearrange(y_BhNd, "b h (r c) d -> b (h d) r c", c=x.shape[3])
+        y_BrcC = rearrange(_attention(q, k, v), "b h (r c) d -> b r c (h d)", c=x.shape[3])
+        return rearrange(y_BrcC, "b r c e -> b e r c")
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return softmax(q k / sqrt(d)) v of queries, keys and values [B, h, N, d]."""
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+    """Return softmax(q k / sqrt(d)) v of queries, keys and values [B, h, N, d].
+
+    In bf16 on a CPU, torch's own kernel takes longer than two products and a softmax, as long as
+    the scores of the heads that go together stay in the cache. They are rounded to bf16 here.
+    """
+    of_a_head = q.shape[2] ** 2
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or of_a_head > _MOST_SCORES:
         return F.scaled_dot_product_attention(q, k, v)
-    # torch's own kernel takes longer here than two products and a softmax, while the scores of the
-    # heads that go together stay in the cache. It rounds weights to bf16, too.
-    together = max(1, _SCORES_TOGETHER // q.shape[2] ** 2)
+    together = _MOST_SCORES // of_a_head
     heads = (rearrange(x, "b h n d -> (b h) n d") for x in (q * q.shape[3] ** -0.5, k, v))
     parts = (x_hNd.split(together) for x_hNd in heads)
     mixed = [torch.softmax(a @ b.mT, -1) @ c for a, b, c in zip(*parts, strict=True)]
-    y_BhNd: Tensor = rearrange(torch.cat(mixed), "(b h) n d -> b h n d", b=len(q))
+    y_BhNd: Tensor = rearrange(torch.cat(mixed), "(b h) n d -> b h n d", h=q.shape[1])
     return y_BhNd
 
 

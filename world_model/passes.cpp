@@ -68,6 +68,13 @@ constexpr int kParts = 4;  // of the keys: a fixed number, so that results do no
 // takes stays in the nearest cache.
 constexpr int kQueries = 32, kBlock = 64, kChunk = 128;
 
+// Ask for what is read next: tiles wait for each line, and products ask for no more than their own
+// next columns, which of values are another head's.
+template <typename Number>
+void fetch(const Number* from, const Number* to) {
+  for (; from < to; from += 64 / sizeof(Number)) __builtin_prefetch(from);
+}
+
 template <typename Number>
 class Run {
  public:

@@ -301,12 +301,6 @@ void product_by_vectors(const Number* a, int lda, const Number* b, size_t step, 
   }
 }
 
-// Ask for what is about to be read.
-template <typename Number>
-void fetch(const Number* from, const Number* to) {
-  for (; from < to; from += 64 / sizeof(Number)) __builtin_prefetch(from);
-}
-
 template <bool kAdd>
 void product(const float* a, int lda, const float* b, size_t step, int columns, int k, float* c,
              int ldc, int rows) {
