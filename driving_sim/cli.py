@@ -446,7 +446,7 @@ def demo(
     drives: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Drives to train on, 24 s each: more, a better model. [default: 80]"
+            min=2, help="Drives to train on, 24 s each. [default: 160]"
         ),
     ] = None,
 ) -> None:

@@ -48,7 +48,7 @@ _PLAN = "demo.json"
 class DemoConfig:
     """How much of everything; the defaults take under 10 minutes on 2 CPU cores."""
 
-    drives: int = 80
+    drives: int = 160
     """Drives to train on, all through one world."""
     heldout_drives: int = 8
     """Drives through the same world that are not trained on, for `drivesim evaluate`."""
