@@ -445,9 +445,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Seed of worlds, training and sampling.")] = 0,
     drives: Annotated[
         int | None,
-        typer.Option(
-            min=2, help="Drives to train on, 24 s each. [default: 160]"
-        ),
+        typer.Option(min=2, help="Drives to train on, 24 s each. [default: 160]"),
     ] = None,
 ) -> None:
     """Run all of it on the synthetic world, in minutes, on a CPU."""
