@@ -188,7 +188,7 @@ class AttentionBlock(nn.Module):
         pattern = "b (n h d) r c -> n b h (r c) d"
         q, k, v = rearrange(self.qkv(x), pattern, n=3, h=self.heads)
         y_BrcC = rearrange(_attention(q, k, v), "b h (r c) d -> b r c (h d)", c=x.shape[3])
-        return rearrange(y_BrcC, "b r c e -> b e r c")
+        return rearrange(y_BrcC, "b r c e -> b e r c")  # the channels last, as a convolution's
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -61,8 +61,6 @@ struct Frame {
 
 namespace {
 
-// Columns of a matrix at once: what a head's channels are a multiple of, so widths are, too.
-constexpr int kTogether = 2 * kLanes;
 constexpr int kParts = 4;  // of the keys: a fixed number, so that results do not depend on threads
 // Queries and keys that scores are computed of at once, and keys whose values are: what all of it
 // takes stays in the nearest cache.

@@ -38,6 +38,9 @@ typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
 namespace {
 
 constexpr int kLanes = 16;  // columns of a right-hand side that lie together
+// Columns to ask a product for at once: as many as the widest kernel takes, and what a head's
+// channels are a multiple of, so widths are, too.
+constexpr int kTogether = 2 * kLanes;
 constexpr int kFloats = VECTOR_BYTES / sizeof(float);
 constexpr float kLog2E = 1.44269504f;
 

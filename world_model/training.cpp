@@ -28,7 +28,6 @@ struct Attention {
 namespace {
 
 constexpr int kBlock = 64;
-constexpr int kTogether = 2 * kLanes;  // columns of scores at once
 
 // The gradient of a row x before RMSNorm, from that of what it gave; the gain's is added up.
 template <typename Given, typename Grad>
@@ -352,6 +351,8 @@ class AttentionRun {
     for (int i = 0; i < kTogether; i += kFloats) {
       const Floats seen = load(a.weights + size_t(each) * room + query + i);
       const Floats mean = load(own.means + query + i);
+      Number* const pairs = own.score_pairs + (column + i) / kLanes * kLanes * kBlock +
+                            (column + i) % kLanes * Head<Number>::kI;
       for (int row = 0; row < kBlock; row += 2) {
         Floats grad[2];
         for (int of = 0; of < 2; ++of) {
@@ -364,9 +365,7 @@ class AttentionRun {
           store(own.weights + to, weight);
           store(own.score_grads + to, grad[of]);
         }
-        const int lanes = (column + i) / kLanes * kLanes, lane = (column + i) % kLanes;
-        store_pair(own.score_pairs + lanes * kBlock + row * kLanes + lane * Head<Number>::kI,
-                   grad[0], grad[1]);
+        store_pair(pairs + row * kLanes, grad[0], grad[1]);
       }
     }
   }
