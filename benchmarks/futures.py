@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import torch
 
-from benchmarks.machine import limits
+from benchmarks.machine import limits, precision
 from benchmarks.paired import Benchmark, Claim, Settings, alternate, run_command, times_faster
 from benchmarks.rollout import pass_flops
 from benchmarks.shapes import shape_of, world_model
@@ -47,7 +47,7 @@ def measure(settings: Settings) -> list[Claim]:
     seconds = float(np.median(found["together"]))
     what = f"{_FUTURES} futures of {length} frames after {past}, {shape}, {name_of(world.dtype)}"
     against = f"{_FUTURES} separate rollouts"
-    reached = limits(settings, world.dtype).reached(
+    reached = limits(settings, precision(settings)).reached(
         seconds, flops=pass_flops(world) * _FUTURES * length
     )
     figures = (

@@ -47,7 +47,7 @@ class Limits:
 
 
 def precision(settings: Settings) -> torch.dtype:
-    """What training and rollouts use on the settings' device."""
+    """What processors multiply: rollouts on a CPU may keep numbers in bf16 all the same."""
     return resolve_precision("auto", settings.device)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.machine import limits
+from benchmarks.machine import limits, precision
 from benchmarks.paired import (
     Benchmark,
     Claim,
@@ -124,7 +124,7 @@ def measure(name: str, settings: Settings) -> list[Claim]:
     own, exact = (float(np.median(times)) / frames for times in both)
     slow = float(np.median(found["raster"]))
     theirs = float(np.median(found["peer"])) / share
-    reached = limits(settings, world.dtype).reached(
+    reached = limits(settings, precision(settings)).reached(
         own, flops=pass_flops(world), read=pass_bytes(world)
     )
     what = f"rollout, tokens only, {shape}, {name_of(world.dtype)}"

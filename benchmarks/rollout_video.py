@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.machine import limits
+from benchmarks.machine import limits, precision
 from benchmarks.paired import Benchmark, Claim, Figure, Settings, alternate, cores, run_command
 from benchmarks.rollout import pass_flops
 from benchmarks.shapes import FPS, Shape, shape_of
@@ -114,7 +114,7 @@ def measure(settings: Settings) -> list[Claim]:
         )
     shares = [1 - b / a for a, b in zip(found["video"], found["tokens"], strict=True)]
     rates = Figure.of([length / taken for taken in found["video"]])
-    reached = limits(settings, world.dtype).reached(
+    reached = limits(settings, precision(settings)).reached(
         float(np.median(found["video"])), flops=pass_flops(world) * length
     )
     what = f"rollout with pixels and video, {shape}, {name_of(world.dtype)}"

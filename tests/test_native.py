@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from driving_sim.engine.device import name_of
 from driving_sim.world_model import WorldModel, native, native_library
 from driving_sim.world_model.cache import RingCache, encode_frame
-from driving_sim.world_model.native import NativeCache, is_supported
+from driving_sim.world_model.native import NativeCache, NativeModel, is_supported
 from driving_sim.world_model.sampler import FrameSampler, Sampling
 from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
 from tests.test_cache import cached_logits, wave_by_wave
@@ -26,7 +25,7 @@ in_each_format = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32
 
 def native_cache(model: Transformer, batch: int, dtype: torch.dtype) -> NativeCache:
     tables = model.tables()
-    return NativeCache(model, replace(tables, output=tables.output.to(dtype)), batch)
+    return NativeCache(model, tables, batch, NativeModel(model, tables, dtype))
 
 
 @needs_compiler
@@ -58,15 +57,19 @@ def test_compiled_passes_equal_torchs_beyond_a_window(
 
 
 @needs_compiler
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_world_model_on_a_cpu_uses_them(precision: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("fp32", torch.float32), ("bf16", torch.bfloat16), ("auto", torch.bfloat16)],
+)
+def test_a_world_model_on_a_cpu_uses_them(precision: str, dtype: torch.dtype) -> None:
     model = random_model(WIDE, TokenGrid(rows=ROWS, cols=COLS, levels=LEVELS))
     given: dict[str, Any] = {"fps": FPS, "steering_kind": "road_wheel", "precision": precision}
-    cache = WorldModel(model, tiny_tokenizer(), **given).no_prefix().cache
+    world = WorldModel(model, tiny_tokenizer(), **given)
+    cache = world.no_prefix().cache
     assert isinstance(cache, NativeCache)
-    assert name_of(cache.dtype) == precision
+    assert world.dtype is cache.native.dtype is cache.keys.dtype is dtype
     as_double = WorldModel(copy.deepcopy(model).double(), tiny_tokenizer(), **given)
-    assert isinstance(as_double.no_prefix().cache, NativeCache) == (precision == "bf16")
+    assert not isinstance(as_double.no_prefix().cache, NativeCache)
 
 
 @needs_compiler

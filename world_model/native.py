@@ -89,12 +89,12 @@ def _laid_out(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class NativeModel:
-    """A transformer's weights as the compiled passes take them, in the format of its tables."""
+    """A transformer's weights as the compiled passes take them, in their number format."""
 
     @torch.no_grad()
-    def __init__(self, model: Transformer, tables: Tables) -> None:
+    def __init__(self, model: Transformer, tables: Tables, dtype: torch.dtype) -> None:
         config = model.config
-        self.dtype = tables.output.dtype
+        self.dtype = dtype
         self.gains = [model.input_norm.weight.float(), model.output_norm.weight.float()]
         self.matrices = [
             _laid_out(F.pad(tables.output.T, (0, -len(tables.output) % LANES)), self.dtype)
@@ -144,17 +144,15 @@ class NativeCache:
     """What `RingCache` is to torch's passes: the ring of the compiled ones, and their logits.
 
     Branches share what they branched off until their own frames have taken its place: a pass reads
-    it once for all of them.
+    it once for all of them. The passes' number format is `native`'s; what goes into them torch
+    computes in that of the tables.
     """
 
     device = torch.device("cpu")
 
-    def __init__(
-        self, model: Transformer, tables: Tables, batch: int, native: NativeModel | None = None
-    ) -> None:
-        self.model, self.tables = model, tables
-        self.native = native or NativeModel(model, tables)
-        self.dtype = self.native.dtype
+    def __init__(self, model: Transformer, tables: Tables, batch: int, native: NativeModel) -> None:
+        self.model, self.tables, self.native = model, tables, native
+        self.dtype = tables.output.dtype
         self.slots, self.frames = model.order.slots, model.config.context_frames
         self.keys, self.values = self._rings(batch), self._rings(batch)
         self._trunk: _Trunk | None = None
@@ -166,7 +164,7 @@ class NativeCache:
         config = self.model.config
         channels = config.width // config.heads
         size = (config.layers, batch, config.kv_heads, self.native.keys * channels)
-        return torch.zeros(size, dtype=self.dtype)
+        return torch.zeros(size, dtype=self.native.dtype)
 
     def begin_frame(self) -> None:
         """Make the next frame the current one; what its place held is out of sight at once."""
@@ -249,7 +247,7 @@ class NativeCache:
         )  # fmt: skip
 
     def _call(self, name: str, *given: object) -> None:
-        function(name, self.dtype)(ctypes.byref(self.native.structure), *given)
+        function(name, self.native.dtype)(ctypes.byref(self.native.structure), *given)
 
     def _trunk_fields(self) -> tuple[int | None, ...]:
         trunk = self._trunk

@@ -15,6 +15,7 @@
 #include <memory>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -192,48 +193,63 @@ void rotate(float* row, int channels, const float* cos, const float* sin, float 
 // them, up to the next multiple of 16.
 
 // How vectors do it: a kernel has at most so many rows and times 16 columns, as many as registers
-// hold, and adds to its sums, a vector at a time, the right-hand side times a number or a pair.
+// hold. For every number or pair of a left-hand side's row it adds to its sums, in so many steps and
+// a vector at a time, the right-hand side times it. `Left` is what left-hand sides are held in.
 template <typename Number>
 struct Kernel;
 
 template <>
 struct Kernel<float> {
-  static constexpr int rows = kFloats == 16 ? 8 : 6, columns = kFloats == 16 ? 2 : 1;
-  typedef Floats Right;
+  static constexpr int rows = kFloats == 16 ? 8 : 6, columns = kFloats == 16 ? 2 : 1, steps = 1;
   typedef float Left;
-  static Floats added(Floats sum, Right right, Left left) { return sum + right * left; }
+  static Floats right(const float* from, int) { return load(from); }
+  static float left(const float* from, int step) { return from[step]; }
+  static Floats added(Floats sum, Floats right, float left) { return sum + right * left; }
 };
 
+inline Ints load_pairs(const bf16* from) {
+  Ints value;
+  std::memcpy(&value, from, sizeof(value));
+  return value;
+}
+
+#if defined(__AVX512BF16__)
 template <>
 struct Kernel<bf16> {
-  typedef Ints Right;
-  typedef int32_t Left;
-#if defined(__AVX512BF16__)
-  static constexpr int rows = 8, columns = 2;  // 10 loads for 16 products, in 16 registers
-  static Floats added(Floats sum, Right right, Left left) {
+  static constexpr int rows = 8, columns = 2, steps = 1;  // 10 loads for 16 products
+  typedef bf16 Left;
+  static Ints right(const bf16* from, int) { return load_pairs(from); }
+  static int32_t left(const bf16* from, int) {
+    int32_t pair;
+    std::memcpy(&pair, from, sizeof(pair));
+    return pair;
+  }
+  static Floats added(Floats sum, Ints right, int32_t left) {
     const __m512i pair = _mm512_set1_epi32(left);
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)right, (__m512bh)pair);
   }
-#else
-  static constexpr int rows = 4, columns = 1;
-  static Floats added(Floats sum, Right right, Left left) {
-    const uint32_t both = left;
-    sum += (Floats)(right << 16) * as_float(both << 16);
-    return sum + (Floats)(right & int32_t(0xffff0000)) * as_float(both & 0xffff0000);
-  }
-  static float as_float(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-  }
-#endif
 };
+#else
+// Other processors multiply float32: what is read from memory is in bf16 all the same, which takes
+// half the time, and becomes float32 in registers, at no cost beside the products.
+template <>
+struct Kernel<bf16> : Kernel<float> {
+  static constexpr int steps = 2;
+  static Floats right(const bf16* from, int step) {
+    const Ints pairs = load_pairs(from);
+    return (Floats)(step == 0 ? pairs << 16 : pairs & int32_t(0xffff0000));
+  }
+};
+#endif
+
+template <typename Number>
+using Left = typename Kernel<Number>::Left;
 
 // Of kRows rows and kColumns times 16 columns. Memory is asked for from `ahead` on, `ahead_step`
 // further each time.
 template <bool kAdd, int kColumns, int kRows, typename Number>
-void product_of(const Number* a, int lda, const Number* b, size_t step, int k, float* c, int ldc,
-                const Number* ahead, int ahead_step) {
+void product_of(const Left<Number>* a, int lda, const Number* b, size_t step, int k, float* c,
+                int ldc, const Number* ahead, int ahead_step) {
   constexpr int kSplit = kLanes / kFloats, kVectors = kColumns * kSplit;
   Floats sums[kRows][kVectors] = {};
   if constexpr (kAdd)
@@ -243,24 +259,27 @@ void product_of(const Number* a, int lda, const Number* b, size_t step, int k, f
       for (int i = 0; i < kVectors; ++i)
         sums[row][i] = load(c + row * ldc + i * kFloats);
   for (int begin = 0; begin < k; begin += kInterleaved<Number>, ahead += ahead_step) {
-    typename Kernel<Number>::Right right[kVectors];
 #pragma GCC unroll 16
-    for (int i = 0; i < kVectors; ++i) {
-      const Number* from = b + i / kSplit * step + begin * kLanes;
-      if (i % kSplit == 0) __builtin_prefetch(ahead + i / kSplit * step, 0, 2);
-      std::memcpy(&right[i], from + i % kSplit * kFloats * kInterleaved<Number>, sizeof(right[i]));
+    for (int i = 0; i < kColumns; ++i) __builtin_prefetch(ahead + i * step, 0, 2);
+#pragma GCC unroll 2
+    for (int part = 0; part < Kernel<Number>::steps; ++part) {
+      decltype(Kernel<Number>::right(b, part)) right[kVectors];
+#pragma GCC unroll 16
+      for (int i = 0; i < kVectors; ++i) {
+        const Number* from = b + i / kSplit * step + begin * kLanes;
+        right[i] = Kernel<Number>::right(from + i % kSplit * kFloats * kInterleaved<Number>, part);
 #if defined(__AVX2__)
-      // Into a register: for fewer than 5 rows g++ would rather read it again for each of them.
-      asm("" : "+v"(right[i]));
+        // Into a register: for fewer than 5 rows g++ would rather read it again for each of them.
+        asm("" : "+v"(right[i]));
 #endif
-    }
+      }
 #pragma GCC unroll 16
-    for (int row = 0; row < kRows; ++row) {
-      typename Kernel<Number>::Left left;
-      std::memcpy(&left, a + row * lda + begin, 4);
+      for (int row = 0; row < kRows; ++row) {
+        const auto left = Kernel<Number>::left(a + row * lda + begin, part);
 #pragma GCC unroll 16
-      for (int i = 0; i < kVectors; ++i)
-        sums[row][i] = Kernel<Number>::added(sums[row][i], right[i], left);
+        for (int i = 0; i < kVectors; ++i)
+          sums[row][i] = Kernel<Number>::added(sums[row][i], right[i], left);
+      }
     }
   }
 #pragma GCC unroll 16
@@ -276,8 +295,8 @@ constexpr auto by_rows(std::integer_sequence<int, kLess...>) {
 }
 
 template <bool kAdd, typename Number>
-void product_by_vectors(const Number* a, int lda, const Number* b, size_t step, int columns, int k,
-                        float* c, int ldc, int rows) {
+void product_by_vectors(const Left<Number>* a, int lda, const Number* b, size_t step, int columns,
+                        int k, float* c, int ldc, int rows) {
   constexpr int kRows = Kernel<Number>::rows, kColumns = Kernel<Number>::columns;
   constexpr int kLine = 64 / sizeof(Number), kPage = 4096 / sizeof(Number);
   constexpr auto any = std::make_integer_sequence<int, kRows>();
@@ -443,11 +462,25 @@ struct Tiles {
 };
 
 template <bool kAdd>
-void product(const bf16* a, int lda, const bf16* b, size_t step, int columns, int k, float* c,
+void product(const Left<bf16>* a, int lda, const bf16* b, size_t step, int columns, int k, float* c,
              int ldc, int rows) {
   product_by_vectors<kAdd>(a, lda, b, step, columns, k, c, ldc, rows);
 }
 
+#endif
+
+#if !defined(__AVX512BF16__)
+// Of a left-hand side in bf16: it becomes float32 first.
+template <bool kAdd>
+void product(const bf16* a, int lda, const bf16* b, size_t step, int columns, int k, float* c,
+             int ldc, int rows) {
+  static thread_local std::vector<float> wide;
+  wide.resize(size_t(rows) * k);
+  for (int row = 0; row < rows; ++row)
+    for (int i = 0; i < k; i += kFloats)
+      store(wide.data() + size_t(row) * k + i, load(a + size_t(row) * lda + i));
+  product<kAdd>(wide.data(), k, b, step, columns, k, c, ldc, rows);
+}
 #endif
 
 }  // namespace

@@ -86,7 +86,8 @@ class Rollout:
 class WorldModel:
     """Futures of tokens from a context and actions, with fixed weights: no gradients, no dropout.
 
-    `precision` is the passes' number format (auto, fp32 or bf16; auto: bf16 where it is faster).
+    `precision` is the passes' number format (auto, fp32 or bf16; auto: bf16 where it is faster,
+    which on a CPU it is wherever passes are compiled: they have half as much to read).
     """
 
     def __init__(
@@ -105,19 +106,23 @@ class WorldModel:
         self.tokenizer = tokenizer
         self.fps, self.steering_kind = fps, steering_kind
         self.validation_drives = tuple(validation_drives)
-        self.dtype = resolve_precision(precision, self.device)
+        with torch.inference_mode():
+            self._tables = self.transformer.tables()
+        fits = self.device.type == "cpu" and self._tables.output.dtype is torch.float32
+        compiles = fits and is_supported(self.transformer)
+        low = compiles and precision == "auto"
+        self.dtype = resolve_precision("bf16" if low else precision, self.device)
         identity = {"config": to_dict(self.config), "tokenizer": tokenizer.fingerprint}
         self.fingerprint = fingerprint(identity, transformer)
         """SHA-256 of weights, config and tokenizer."""
-        with torch.inference_mode():
-            self._tables = self.transformer.tables()
-        self._passes = self.transformer
-        if self.dtype is not torch.float32:
+        self._passes, self._native = self.transformer, None
+        if compiles:
+            self._native = NativeModel(self.transformer, self._tables, self.dtype)
+        elif self.dtype is not torch.float32:
             self._cast_once()
-        self._native = self._compiled()
 
     def _cast_once(self) -> None:
-        """Make the passes' matrices in their number format, beside the exact weights.
+        """Make the matrices of torch's passes in their number format, beside the exact weights.
 
         Autocast would make them anew in every pass: it keeps only what gets gradients.
         """
@@ -126,13 +131,6 @@ class WorldModel:
             if isinstance(module, nn.Linear):
                 module.to(self.dtype)
         self._tables = replace(self._tables, output=self._tables.output.to(self.dtype))
-
-    def _compiled(self) -> NativeModel | None:
-        """The weights as the compiled passes take them, where those can be used."""
-        fits = self.device.type == "cpu" and self._tables.output.dtype is self.dtype
-        if not fits or not is_supported(self.transformer):
-            return None
-        return NativeModel(self.transformer, self._tables)
 
     @classmethod
     def from_run(cls, path: Path | str, device: str = "auto", precision: str = "auto") -> Self:
@@ -267,7 +265,7 @@ class WorldModel:
         before = torch.cat([none, tokens_CTP[:, :-1]], dim=1)
         led, known = (F.pad(each.view(contexts, -1, 2), (0, 0, 1, 0)) for each in (actions, known))
         cache = self._new_cache(contexts)
-        with torch.inference_mode(), autocast(self.device, self.dtype):
+        with torch.inference_mode(), autocast(cache.device, cache.dtype):
             for t in range(max(0, count - self.context_frames + 1), count):
                 frame = [each[:, t].to(self.device) for each in (tokens_CTP, before, led, known)]
                 encode_frame(cache, *frame, judge=False)
