@@ -24,11 +24,10 @@ from matplotlib.figure import Figure
 
 from benchmarks.paired import Settings, alternate
 from benchmarks.rollout import endless
-from benchmarks.scaling_runs import one_line_errors
+from benchmarks.scaling_runs import as_command
 from driving_sim.data.token_store import TokenStore
 from driving_sim.engine.config import save_json
 from driving_sim.engine.files import atomic_file
-from driving_sim.engine.memory import keep_freed_memory
 from driving_sim.engine.run_folder import CONFIG, is_finished
 from driving_sim.engine.run_log import METRICS
 from driving_sim.evaluate.control import evaluate_control
@@ -179,8 +178,7 @@ def main() -> None:
     for each in (training, drawing):
         each.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
-    keep_freed_memory()
-    with one_line_errors(parser):
+    with as_command(parser):
         given.act(given)
 
 

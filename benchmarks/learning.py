@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.peers import VQ_WIDTHS, gpt2, nearest, parameters, vq_model
-from benchmarks.scaling_runs import one_line_errors
+from benchmarks.scaling_runs import as_command
 from driving_sim.data.drive import SampledDrive, sample
 from driving_sim.data.frame_batches import FrameBatches
 from driving_sim.data.split import split_drives
@@ -41,7 +41,6 @@ from driving_sim.data.token_store import TokenStore
 from driving_sim.data.token_windows import TokenWindows, sequential_windows
 from driving_sim.engine.config import to_dict
 from driving_sim.engine.files import atomic_file
-from driving_sim.engine.memory import keep_freed_memory
 from driving_sim.engine.optimizer import ParameterGroup, decay_groups
 from driving_sim.engine.run_folder import CONFIG, check_run
 from driving_sim.engine.run_log import METRICS
@@ -333,8 +332,7 @@ def main() -> None:
     drawing.add_argument("--picture", type=Path, default=Path("docs/learning.png"))
     drawing.set_defaults(act=plot)
     given = parser.parse_args()
-    keep_freed_memory()
-    with one_line_errors(parser):
+    with as_command(parser):
         given.act(given)
 
 

@@ -63,8 +63,9 @@ def train_all(tokens: Path, tokenizer: Path, out: Path, *, steps: int, device: s
 
 
 @contextmanager
-def one_line_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """End the command with a line where a training inside is stopped, or cannot go on."""
+def as_command(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Train inside as `drivesim` does: with freed memory kept, and a line where it has to end."""
+    keep_freed_memory()
     try:
         yield
     except Interrupted as stopped:
@@ -82,8 +83,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="of the largest model")
     parser.add_argument("--device", default="auto")
     given = parser.parse_args()
-    keep_freed_memory()
-    with one_line_errors(parser):
+    with as_command(parser):
         runs = train_all(
             given.tokens, given.tokenizer, given.out, steps=given.steps, device=given.device
         )
