@@ -27,6 +27,7 @@ from benchmarks.rollout import endless
 from benchmarks.scaling_runs import as_command
 from driving_sim.data.token_store import TokenStore
 from driving_sim.engine.config import save_json
+from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
 from driving_sim.engine.run_folder import CONFIG, is_finished
 from driving_sim.engine.run_log import METRICS
@@ -122,6 +123,8 @@ def plot(given: argparse.Namespace) -> None:
         runs = [run_of(given.out, lag, seed) for seed in given.seeds]
         if found := [run for run in runs if (run / _CONTROL).exists()]:
             done[lag] = found
+    if not done:
+        raise DriveSimError(f"{given.out} holds no finished run: `train` comes first")
     rates = frame_rates({lag: runs[0] for lag, runs in done.items()}, given.rounds)
     values = {lag: [figures(run) for run in runs] for lag, runs in done.items()}
     picture = Figure(figsize=(5 * len(_AXES), 4), layout="constrained")

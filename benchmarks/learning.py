@@ -40,6 +40,7 @@ from driving_sim.data.split import split_drives
 from driving_sim.data.token_store import TokenStore
 from driving_sim.data.token_windows import TokenWindows, sequential_windows
 from driving_sim.engine.config import to_dict
+from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
 from driving_sim.engine.optimizer import ParameterGroup, decay_groups
 from driving_sim.engine.run_folder import CONFIG, check_run
@@ -287,7 +288,16 @@ def curve(run: Path, panel: Panel) -> NDArray[np.float64]:
 
 def plot(given: argparse.Namespace) -> None:
     """Draw and print the pairs that are there."""
-    panels = [each for each in PANELS if (given.out / each.ours / METRICS).exists()]
+    panels = [
+        each
+        for each in PANELS
+        if all((given.out / f"{each.ours}{of}" / METRICS).exists() for of in ("", "-peer"))
+    ]
+    if not panels:
+        raise DriveSimError(
+            f"{given.out} holds no pair of trainings: `train tokenizer` and `train tokenizer-peer`, "
+            "or the world-model ones, come first"
+        )
     figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
     for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
         curves = {

@@ -1,10 +1,14 @@
+import argparse
 import json
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
+from benchmarks import lag, learning
 from benchmarks.learning import PANELS, curve
+from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.run_log import METRICS
 
 
@@ -23,3 +27,19 @@ def test_a_curve_is_the_best_so_far_against_minutes_of_training(tmp_path: Path) 
     assert minutes == pytest.approx([1, 2, 3])
     assert np.array_equal(psnr, [20, 20, 21])
     assert np.array_equal(curve(tmp_path, world_model)[:, 1], [6, 6, 5.5])
+
+
+@pytest.mark.parametrize("command", [learning, lag])
+def test_a_plot_of_nothing_is_a_line_that_says_so(command: ModuleType, tmp_path: Path) -> None:
+    picture = tmp_path / "plot.png"
+    given = argparse.Namespace(out=tmp_path, picture=picture, seeds=[0], rounds=1)
+    with pytest.raises(DriveSimError, match=r"holds no .*: `train"):
+        command.plot(given)
+    assert not picture.exists()
+
+
+def test_half_a_pair_is_not_drawn(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / METRICS).touch()
+    with pytest.raises(DriveSimError, match="no pair"):
+        learning.plot(argparse.Namespace(out=tmp_path, picture=tmp_path / "plot.png"))
