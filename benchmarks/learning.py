@@ -295,8 +295,8 @@ def plot(given: argparse.Namespace) -> None:
     ]
     if not panels:
         raise DriveSimError(
-            f"{given.out} holds no pair of trainings: `train tokenizer` and `train tokenizer-peer`, "
-            "or the world-model ones, come first"
+            f"{given.out} holds no pair of trainings: `train tokenizer` and `train "
+            "tokenizer-peer` come first, or the same with world-model"
         )
     figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
     for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
