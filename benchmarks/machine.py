@@ -47,12 +47,15 @@ class Limits:
 
 
 def precision(settings: Settings) -> torch.dtype:
-    """What processors multiply: rollouts on a CPU may keep numbers in bf16 all the same."""
+    """The format that `auto` trains in and the device multiplies.
+
+    Rollouts on a CPU keep numbers in bf16 even where it multiplies float32.
+    """
     return resolve_precision("auto", settings.device)
 
 
 def number_formats(settings: Settings) -> tuple[torch.dtype, ...]:
-    """Those that a device computes in: bf16 only where ours would, as it is emulated elsewhere."""
+    """Those that a device multiplies: torch emulates bf16 elsewhere."""
     return tuple(dict.fromkeys((torch.float32, precision(settings))))
 
 

@@ -64,7 +64,7 @@ def train_all(tokens: Path, tokenizer: Path, out: Path, *, steps: int, device: s
 
 @contextmanager
 def as_command(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Train inside as `drivesim` does: with freed memory kept, and a line where it has to end."""
+    """Do what is inside as `drivesim` does: keep freed memory, end in a line if it has to end."""
     keep_freed_memory()
     try:
         yield

@@ -413,6 +413,7 @@ def rollout(
         float,
         typer.Option(help="Seconds added to the clock of --context's CSV to reach the video's."),
     ] = 0.0,
+    precision: Precision = None,
     device: Device = "auto",
 ) -> None:
     """Drive in the model: one video of every future, with speed and steering drawn on it."""
@@ -432,6 +433,7 @@ def rollout(
         time_offset=time_offset,
         overwrite=overwrite,
         device=device,
+        precision=precision or "auto",
     )
     typer.echo(
         f"{len(report['futures'])} x {report['frames']} frames "

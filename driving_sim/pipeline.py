@@ -296,6 +296,7 @@ def roll_out(
     time_offset: float = 0.0,
     overwrite: bool = False,
     device: str = "auto",
+    precision: str = "auto",
 ) -> dict[str, Any]:
     """Roll out every one of `actions` from a video, or from a validation drive of `tokens`.
 
@@ -304,7 +305,7 @@ def roll_out(
     present = [path for path in output_files(out).values() if path.exists()]
     if present and not overwrite:
         raise DriveSimError(f"{present[0]} exists: choose another --out, or pass --overwrite")
-    world = WorldModel.from_run(model, device)
+    world = WorldModel.from_run(model, device, precision)
     if context is None:
         beginning = _stored_context(world, tokens, start_s)
     else:

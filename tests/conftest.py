@@ -18,6 +18,5 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """Each way that the products can be computed, as far as this processor has them."""
     if request.param and platform.machine() != "x86_64":
         pytest.skip("these are ways of x86 processors")
-    extra = f"{native_library._WITHOUT_AMX} {request.param}" if request.param else ""
-    monkeypatch.setattr(native_library, "_FLAGS", f"{native_library._FLAGS} {extra}")
+    monkeypatch.setattr(native_library, "_FLAGS", f"{native_library._FLAGS} {request.param}")
     monkeypatch.setattr(native_library, "_library", cache(native_library._library.__wrapped__))

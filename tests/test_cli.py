@@ -121,7 +121,7 @@ def test_what_is_there_already_or_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_the_tokenizer_works_in_the_precision_asked_for(used: Path, precision: str) -> None:
+def test_commands_work_in_the_precision_asked_for(used: Path, precision: str) -> None:
     tokenizer, out = "runs/tokenizer", f"runs/{precision}-tokens"
     asked = "--precision", precision
     succeed("tokenize", "videos", "--tokenizer", tokenizer, "--out", out, *asked)
@@ -131,6 +131,10 @@ def test_the_tokenizer_works_in_the_precision_asked_for(used: Path, precision: s
     succeed("evaluate", "tokenizer", tokenizer, "videos", "--out", report, *asked)
     metrics = json.loads((used / report / "metrics.json").read_text())
     assert metrics["model"]["precision"] == precision
+    rolled = "rollout", "--actions", "left", "--seconds", "0.2", "--out", f"runs/{precision}.mp4"
+    succeed(*rolled, *asked)
+    settings = json.loads((used / f"runs/{precision}.json").read_text())
+    assert settings["precision"] == {"tokenizer": precision, "world_model": precision}
     wrong = "tokenize", "videos", "--tokenizer", tokenizer, "--out", "runs/x", "--precision", "fp8"
     assert "auto, fp32, bf16" in refused(*wrong)
 

@@ -36,6 +36,7 @@ from driving_sim.evaluate.world_model import (
 from driving_sim.measure import TOKENIZER_HEADLINE, measure_tokenizer, measure_world_model
 from driving_sim.pipeline import find_for
 from driving_sim.tokenizer.tokenize import tokenize
+from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.transformer import TokenGrid, Transformer
 from driving_sim.world_model.world_model import WorldModel
@@ -194,12 +195,14 @@ def test_all_that_decides_a_number_is_in_the_protocol(
         fixed: dict[str, Any] = {"fps": FPS, "steering_kind": "road_wheel"}
         other = WorldModel(
             Transformer(world.config.model, world.config.grid, statistics),
-            world.tokenizer,
-            **(fixed | changes),
+            **(fixed | {"tokenizer": world.tokenizer} | changes),
         )
         return " ".join(before.differences(protocol_of(other, caught)))
 
     assert differences() == ""
+    assert 'precision.world_model: "fp32" / "bf16"' in differences(precision="bf16")
+    low = Tokenizer.from_run(place / "world-model" / "tokenizer", "cpu", "bf16")
+    assert 'precision.tokenizer: "fp32" / "bf16"' in differences(tokenizer=low)
     assert "learned: 2 entries / 1 entries" in differences(validation_drives=("drive_000",))
     assert "known_channels[1]: true / false" in differences(steering_kind=None)
     for name in ("steering_p95", "steering_p99"):

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from driving_sim.engine import device
 from driving_sim.world_model import WorldModel, native, native_library
 from driving_sim.world_model.cache import RingCache, encode_frame
 from driving_sim.world_model.native import NativeCache, NativeModel, is_supported
-from driving_sim.world_model.sampler import FrameSampler, Sampling
+from driving_sim.world_model.sampler import FrameSampler, Sampling, WavePasses
 from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
 from tests.test_cache import cached_logits, wave_by_wave
 from tests.test_transformer import CONFIG, GRID, random_inputs, random_model
@@ -61,15 +62,43 @@ def test_compiled_passes_equal_torchs_beyond_a_window(
     ("precision", "dtype"),
     [("fp32", torch.float32), ("bf16", torch.bfloat16), ("auto", torch.bfloat16)],
 )
-def test_a_world_model_on_a_cpu_uses_them(precision: str, dtype: torch.dtype) -> None:
+def test_a_world_model_on_a_cpu_uses_them(
+    precision: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16 even where torch would emulate it, for the passes have half as much to read."""
+    monkeypatch.setattr(device, "_bf16_is_faster_on_cpu", lambda: False)
     model = random_model(WIDE, TokenGrid(rows=ROWS, cols=COLS, levels=LEVELS))
     given: dict[str, Any] = {"fps": FPS, "steering_kind": "road_wheel", "precision": precision}
     world = WorldModel(model, tiny_tokenizer(), **given)
     cache = world.no_prefix().cache
     assert isinstance(cache, NativeCache)
     assert world.dtype is cache.native.dtype is cache.keys.dtype is dtype
+    assert cache.dtype is torch.float32
     as_double = WorldModel(copy.deepcopy(model).double(), tiny_tokenizer(), **given)
     assert not isinstance(as_double.no_prefix().cache, NativeCache)
+
+
+def test_torch_alone_does_not_emulate_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_bf16_is_faster_on_cpu", lambda: False)
+    monkeypatch.setenv("DRIVESIM_NATIVE", "0")
+    model = random_model(WIDE, TokenGrid(rows=ROWS, cols=COLS, levels=LEVELS))
+    world = WorldModel(model, tiny_tokenizer(), fps=FPS, steering_kind=None, precision="auto")
+    assert world.dtype is world.no_prefix().cache.dtype is torch.float32
+
+
+@needs_compiler
+def test_what_goes_into_the_passes_is_the_same_in_each_format(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = random_model(WIDE)
+    bases: list[torch.Tensor] = []
+    for dtype in (torch.bfloat16, torch.float32):
+        tokens = torch.zeros(1, model.order.tokens, dtype=torch.int64)
+        passes = WavePasses(native_cache(model, 1, dtype), tokens)
+        monkeypatch.setattr(passes, "_step", lambda base, *_: bases.append(base))
+        known = torch.ones(1, 2, dtype=torch.bool)
+        passes.step(torch.ones(1, 2), known, lambda logits, _: logits.argmax(-1))
+    assert torch.equal(*bases)
 
 
 @needs_compiler

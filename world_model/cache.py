@@ -104,6 +104,7 @@ class Cache(Protocol):
     tables: Tables
     device: torch.device
     dtype: torch.dtype
+    """The number format that torch computes in: passes too, unless they are compiled."""
     frame: int
 
     def begin_frame(self) -> None:

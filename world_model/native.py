@@ -89,7 +89,7 @@ def _laid_out(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class NativeModel:
-    """A transformer's weights as the compiled passes take them, in their number format."""
+    """A transformer's weights as the compiled passes take them, in `dtype`."""
 
     @torch.no_grad()
     def __init__(self, model: Transformer, tables: Tables, dtype: torch.dtype) -> None:

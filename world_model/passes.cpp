@@ -3,7 +3,8 @@
 //
 // What torch does in some 400 small operations a pass, whose start takes longer than their work, is
 // one parallel region here. It computes what Transformer.hidden and RingCache.attend do: matrices,
-// keys and values in `Number`, sums and the residual stream in float32.
+// keys and values in `Number`, what they are multiplied by in `Factor`, sums and the residual
+// stream in float32.
 //
 // Axes: B sequences, n slots of each in the pass, M = B * n rows, D width, H query heads, G key
 // heads, R = H / G, E channels of a head, N keys in the ring, S slots of a frame, C codes.
@@ -75,6 +76,8 @@ void fetch(const Number* from, const Number* to) {
 
 template <typename Number>
 class Run {
+  typedef Left<Number> Factor;  // of weights, keys and values
+
  public:
   Run(const Model<Number>& model, const Pass<Number>& pass)
       : m(model),
@@ -87,17 +90,17 @@ class Run {
         queries(padded(group * p.n, 16)),
         part(padded((m.keys + kParts - 1) / kParts, 32)),
         x_(size_t(room) * width * 4),
-        normed_(size_t(room) * width * sizeof(Left<Number>)),
-        hidden_(size_t(room) * m.hidden * sizeof(Left<Number>)),
-        mixed_(size_t(room) * width * sizeof(Left<Number>)),
-        queries_(size_t(p.batch) * m.kv_heads * queries * channels * sizeof(Left<Number>)),
+        normed_(size_t(room) * width * sizeof(Factor)),
+        hidden_(size_t(room) * m.hidden * sizeof(Factor)),
+        mixed_(size_t(room) * width * sizeof(Factor)),
+        queries_(size_t(p.batch) * m.kv_heads * queries * channels * sizeof(Factor)),
         parts(p.trunks ? 2 * kParts : kParts),
         sums_(size_t(p.batch) * m.kv_heads * parts * queries * (channels + 1) * 4),
         x(x_.as<float>()),
-        normed(normed_.as<Left<Number>>()),
-        hidden(hidden_.as<Left<Number>>()),
-        mixed(mixed_.as<Left<Number>>()),
-        q(queries_.as<Left<Number>>()),
+        normed(normed_.as<Factor>()),
+        hidden(hidden_.as<Factor>()),
+        mixed(mixed_.as<Factor>()),
+        q(queries_.as<Factor>()),
         sums(sums_.as<float>()) {}
 
   void run() {
@@ -105,7 +108,7 @@ class Run {
 #pragma omp parallel
     {
       Tiles tiles;
-      const Lines own(std::max(size_t(kQueries) * (kBlock * 4 + kChunk * sizeof(Left<Number>)),
+      const Lines own(std::max(size_t(kQueries) * (kBlock * 4 + kChunk * sizeof(Factor)),
                                size_t(room) * channels * 4));
 #pragma omp for
       for (int row = 0; row < rows; ++row)
@@ -184,7 +187,7 @@ class Run {
 
   // Up to kTogether columns, from one on, of all rows times a matrix of k rows and so many columns.
   template <bool kAdd>
-  void multiply(const Left<Number>* left, int k, const Number* matrix, int column, int columns, float* to,
+  void multiply(const Factor* left, int k, const Number* matrix, int column, int columns, float* to,
                 int ldc) const {
     product<kAdd>(left, k, matrix + size_t(column) * k, size_t(kLanes) * k,
                   std::min(kTogether, columns - column), k, to, ldc, rows);
@@ -223,7 +226,7 @@ class Run {
 
   void keep_query(int sequence, int head, int slot, const float* row) {
     const int of_group = head % group;
-    Left<Number>* to = q + ((size_t(sequence) * m.kv_heads + head / group) * queries + of_group * p.n +
+    Factor* to = q + ((size_t(sequence) * m.kv_heads + head / group) * queries + of_group * p.n +
                     slot) * channels;
     const float scale = kLog2E / std::sqrt(float(channels));
     for (int i = 0; i < channels; i += kFloats) store(to + i, load(row + i) * scale);
@@ -312,12 +315,12 @@ class Run {
     const Number* values = shared ? trunk_of(p.trunk_values, layer, each) : values_of(layer, each);
     const size_t step = size_t(m.keys) * kLanes;
     float* const scores = own.as<float>();
-    auto* const weights = reinterpret_cast<Left<Number>*>(scores + kQueries * kBlock);
+    auto* const weights = reinterpret_cast<Factor*>(scores + kQueries * kBlock);
     const Block start = block(from, to, shared);
     for (int first = 0; first < group * p.n; first += kQueries) {
       const int count = std::min(kQueries, group * int(p.n) - first);
       const int places = padded((kBlock + count - 1) / count, 2);  // to be fetched with a row
-      const Left<Number>* left = q + (size_t(each) * queries + first) * channels;
+      const Factor* left = q + (size_t(each) * queries + first) * channels;
       float* weighted = to_sums + size_t(first) * channels;
       float* totals = to_sums + size_t(queries) * channels + first;
       Floats sum[kQueries] = {};
@@ -354,13 +357,12 @@ class Run {
   }
 
   // A query's weights of a block of keys, added up in `sum`.
-  void weigh(const float* scores, Block block, int query, Left<Number>* weights,
-             Floats& sum) const {
+  void weigh(const float* scores, Block block, int query, Factor* weights, Floats& sum) const {
     const int count = block.to - block.from;
     if (sees_all(block.from, block.to)) {  // nearly all are: a loop without the choice below
 #pragma GCC unroll 4
       for (int i = 0; i < count; i += kFloats) {
-        const Floats weight = power_of_two<Left<Number>>(load(scores + i));
+        const Floats weight = power_of_two<Factor>(load(scores + i));
         sum += weight;
         store(weights + i, weight);
       }
@@ -368,7 +370,7 @@ class Run {
     }
     const int slot = query % int(p.n);
     for (int i = 0; i < count; i += kFloats) {
-      Floats weight = power_of_two<Left<Number>>(load(scores + i));
+      Floats weight = power_of_two<Factor>(load(scores + i));
       weight = sees(slot, block.from + i) ? weight : Floats{};
       sum += weight;
       store(weights + i, weight);
@@ -384,7 +386,7 @@ class Run {
       float weight = 0;
       for (int number = 0; number < parts; ++number)
         weight += own[number * size + size_t(queries) * channels + query];
-      Left<Number>* to = mixed + (size_t(sequence) * p.n + query % p.n) * width +
+      Factor* to = mixed + (size_t(sequence) * p.n + query % p.n) * width +
                  (key_head * group + query / p.n) * channels;
       for (int i = 0; i < channels; i += kFloats) {
         Floats sum{};
@@ -402,7 +404,7 @@ class Run {
   const int parts;  // of the keys: those of the branches, then those of the trunks
   Lines sums_;
   float* const x;
-  Left<Number> *const normed, *const hidden, *const mixed, *const q;
+  Factor *const normed, *const hidden, *const mixed, *const q;
   float* const sums;
 };
 
@@ -516,7 +518,7 @@ void draw_frame(const Model<Number>& model, Pass<Number> pass, const Frame& fram
 
 // Whether the processor lets this process use what it was compiled for.
 extern "C" int drivesim_ready() {
-#if defined(__AMX_BF16__)
+#if defined(HAS_TILES)
   return syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
 #else
   return 1;

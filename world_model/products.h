@@ -1,5 +1,6 @@
 // What the compiled parts of the world model share: vectors of floats, and matrix products of bf16
-// or float32.
+// or float32. Processors that cannot multiply bf16 take right-hand sides in it all the same, beside
+// left-hand sides in float32.
 //
 // Every matrix product is `product` below, on matrices that are laid out for it: a right-hand side
 // of k rows and 16 columns as [k][16] in float32, and in bf16 as [k / 2][16][2], which AMX and
@@ -20,7 +21,8 @@
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
-#if defined(__AMX_BF16__)
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#define HAS_TILES
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -193,8 +195,9 @@ void rotate(float* row, int channels, const float* cos, const float* sin, float 
 // them, up to the next multiple of 16.
 
 // How vectors do it: a kernel has at most so many rows and times 16 columns, as many as registers
-// hold. For every number or pair of a left-hand side's row it adds to its sums, in so many steps and
-// a vector at a time, the right-hand side times it. `Left` is what left-hand sides are held in.
+// hold. It goes through the right-hand side row by row, or pair of rows by pair, which may take two
+// steps; each adds to the sums, a vector at a time, what that times the number, or pair, of every
+// left-hand row is. Left-hand sides are held as numbers of the type `Left`.
 template <typename Number>
 struct Kernel;
 
@@ -207,7 +210,7 @@ struct Kernel<float> {
   static Floats added(Floats sum, Floats right, float left) { return sum + right * left; }
 };
 
-inline Ints load_pairs(const bf16* from) {
+Ints load_pairs(const bf16* from) {
   Ints value;
   std::memcpy(&value, from, sizeof(value));
   return value;
@@ -230,8 +233,8 @@ struct Kernel<bf16> {
   }
 };
 #else
-// Other processors multiply float32: what is read from memory is in bf16 all the same, which takes
-// half the time, and becomes float32 in registers, at no cost beside the products.
+// Other processors multiply float32: a right-hand side in bf16, of which there is half as much to
+// read, becomes that in registers. On AVX2 such a kernel is as fast as one of float32.
 template <>
 struct Kernel<bf16> : Kernel<float> {
   static constexpr int steps = 2;
@@ -329,7 +332,7 @@ void product(const float* a, int lda, const float* b, size_t step, int columns, 
   product_by_vectors<kAdd>(a, lda, b, step, columns, k, c, ldc, rows);
 }
 
-#if defined(__AMX_BF16__)
+#if defined(HAS_TILES)
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -470,7 +473,7 @@ void product(const Left<bf16>* a, int lda, const bf16* b, size_t step, int colum
 #endif
 
 #if !defined(__AVX512BF16__)
-// Of a left-hand side in bf16: it becomes float32 first.
+// Of a left-hand side in bf16, as training in bf16 has it: it becomes float32 first.
 template <bool kAdd>
 void product(const bf16* a, int lda, const bf16* b, size_t step, int columns, int k, float* c,
              int ldc, int rows) {

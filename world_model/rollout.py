@@ -373,7 +373,7 @@ def _report(
             "world_model": world.fingerprint,
         },
         "device": str(world.device),
-        "precision": str(world.dtype).removeprefix("torch."),
+        "precision": world.precisions,
         "frames_per_second": length * len(plans) / total,
         "seconds": seconds,
     }

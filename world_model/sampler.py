@@ -155,8 +155,7 @@ class WavePasses:
     def step(self, actions: Tensor, valid: Tensor, choose: Choose) -> Tensor:
         """Return the tokens [B, P] of the frame that `actions` and `valid` [B, 2] lead to.
 
-        `choose` is called for one wave after the other. The passes are in the number format of the
-        cache.
+        `choose` is called for one wave after the other.
         """
         with autocast(self.cache.device, self.cache.dtype):
             return self._step(*self._begin(actions, valid), choose)
@@ -230,10 +229,7 @@ class FrameSampler:
 
     @torch.inference_mode()
     def step(self, actions: Tensor, valid: Tensor) -> FrameSample:
-        """Sample the frame that `actions` [B, 2] (m/s, rad; `valid` [B, 2]) lead to.
-
-        Its passes are in the number format of the cache.
-        """
+        """Sample the frame that `actions` [B, 2] (m/s, rad; `valid` [B, 2]) lead to."""
         batch, device = len(self.samples), actions.device
         uniform = self._uniforms(device)
         if self.streams == 2:

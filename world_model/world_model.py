@@ -21,7 +21,7 @@ from driving_sim.data.action_file import SteeringKind
 from driving_sim.data.timing import RATE_TOLERANCE
 from driving_sim.data.token_store import TokenStore
 from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
-from driving_sim.engine.device import autocast, resolve_device, resolve_precision
+from driving_sim.engine.device import autocast, name_of, resolve_device, resolve_precision
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.weights import build_with_weights, fingerprint, save_weights
 from driving_sim.tokenizer.tokenizer import Tokenizer
@@ -87,7 +87,8 @@ class WorldModel:
     """Futures of tokens from a context and actions, with fixed weights: no gradients, no dropout.
 
     `precision` is the passes' number format (auto, fp32 or bf16; auto: bf16 where it is faster,
-    which on a CPU it is wherever passes are compiled: they have half as much to read).
+    which on a CPU it is wherever passes are compiled: they have half as much to read). Passes are
+    compiled for weights in float32.
     """
 
     def __init__(
@@ -106,16 +107,18 @@ class WorldModel:
         self.tokenizer = tokenizer
         self.fps, self.steering_kind = fps, steering_kind
         self.validation_drives = tuple(validation_drives)
+        self.dtype = resolve_precision(precision, self.device)
         with torch.inference_mode():
             self._tables = self.transformer.tables()
         fits = self.device.type == "cpu" and self._tables.output.dtype is torch.float32
         compiles = fits and is_supported(self.transformer)
-        low = compiles and precision == "auto"
-        self.dtype = resolve_precision("bf16" if low else precision, self.device)
+        if compiles and precision == "auto":
+            self.dtype = torch.bfloat16
         identity = {"config": to_dict(self.config), "tokenizer": tokenizer.fingerprint}
         self.fingerprint = fingerprint(identity, transformer)
         """SHA-256 of weights, config and tokenizer."""
-        self._passes, self._native = self.transformer, None
+        self._passes = self.transformer
+        self._native: NativeModel | None = None
         if compiles:
             self._native = NativeModel(self.transformer, self._tables, self.dtype)
         elif self.dtype is not torch.float32:
@@ -217,6 +220,11 @@ class WorldModel:
         # Statistics of a channel that was never there keep their defaults.
         speed = self.statistics.mean[0], self.statistics.std[0]
         return speed != (0.0, 1.0), self.steering_kind is not None
+
+    @property
+    def precisions(self) -> dict[str, str]:
+        """The number formats, fp32 or bf16, of the tokenizer and of the world model's passes."""
+        return {"tokenizer": name_of(self.tokenizer.dtype), "world_model": name_of(self.dtype)}
 
     @property
     def context_frames(self) -> int:

@@ -58,11 +58,11 @@ def name_of(dtype: torch.dtype) -> str:
 def autocast(
     device: torch.device, dtype: torch.dtype, *, keep_casts: bool = True
 ) -> AbstractContextManager[object]:
-    """Passes in `dtype`, float32 or bfloat16, whatever the weights are kept in.
+    """Passes in bfloat16, whatever the weights are kept in; else in what they are kept in.
 
     Weights are cast once where `keep_casts`, else at each use.
     """
-    if dtype is torch.float32:
+    if dtype is not torch.bfloat16:
         return nullcontext()
     return torch.autocast(device.type, dtype, cache_enabled=keep_casts)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from driving_sim.engine.config import load_json, save_json
 from driving_sim.engine.errors import DriveSimError
 
-VERSION = 2
+VERSION = 3
 """Of the evaluation: raised by every change that alters a number measured under one protocol."""
 
 Kind = Literal["tokenizer", "world-model"]

@@ -334,7 +334,7 @@ def _protocol(
             "clips": [[*clip.footage.place, clip.start, clip.frames] for clip in clips],
             "starts": [[*clip.footage.place, clip.start] for clip in starts],
             "batch": BATCH,
-            "precision": str(world.dtype).removeprefix("torch."),
+            "precision": world.precisions,
             "settings": asdict(config),
             "features": {
                 "name": evidence.extractor.name,
