@@ -46,7 +46,7 @@ _PLAN = "demo.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig:
-    """How much of everything; the defaults take under 10 minutes on 2 CPU cores."""
+    """How much of everything; the defaults take some 10 minutes on 2 CPU cores."""
 
     drives: int = 160
     """Drives to train on, all through one world."""
