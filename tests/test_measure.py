@@ -127,6 +127,8 @@ def test_a_world_model_is_measured_whole_and_the_same_again(place: Path, tmp_pat
     sections = {"likelihood", "coding", "action_information", "quality", "fidelity", "sweep"}
     assert sections | {"stability"} <= set(metrics)
     assert NOT_MEASURED not in metrics
+    formats = metrics["model"]["precision"], metrics["model"]["tokenizer_precision"]
+    assert formats == ("fp32", "fp32")
     assert metrics["likelihood"]["bits_per_token"]["model"]["mean"] == pytest.approx(
         np.log2(9), abs=1e-4
     )
