@@ -42,6 +42,11 @@ def test_brake_slows_by_four_metres_per_second_squared_until_it_stands() -> None
     np.testing.assert_allclose(plan("brake", seconds=2.0).actions[:, 1], 0.05)
 
 
+def test_a_last_part_accelerates_for_its_own_time_and_then_holds() -> None:
+    speed = plan("accel=2 for 1s", seconds=2.0).actions[:, 0]
+    np.testing.assert_allclose(speed, [6.25, 6.75, 7.25, 7.75, 8, 8, 8, 8], atol=1e-5)
+
+
 def test_left_and_right_are_plus_and_minus_the_training_limit() -> None:
     left, right = make_plans(["left", "right"], SITUATION)
     np.testing.assert_allclose(left.actions[:, 1], 0.2)
