@@ -72,6 +72,8 @@ def test_streaming_part_of_each_run_judges_it_alike(store: TokenStore) -> None:
     whole = by_place(streamed_bits_per_token(model, store.drives))
     part = by_place(streamed_bits_per_token(model, store.drives, first=4, stop=5))
     assert part == {place: whole[place] for place in [(0, 4), (0, 10), (1, 4)]}
+    # A run that is shorter than that ends at its gap, and at the drive's end.
+    assert by_place(streamed_bits_per_token(model, store.drives, stop=7)) == whole
     assert not len(streamed_bits_per_token(model, store.drives, first=6).bits)
 
 
