@@ -110,6 +110,15 @@ def test_brightness_changes_by_colour_within_its_limit(drives: list[SampledDrive
         assert not torch.equal(before, after)
 
 
+def test_what_would_be_brighter_than_white_is_white(drives: list[SampledDrive]) -> None:
+    plain, changed = batches(drives)[0]["frames"], batches(drives, gain=0.9)[0]["frames"]
+    assert (changed == 255).any()
+    for before, after in zip(plain, changed, strict=True):
+        for channel in range(3):
+            darkest_first = before[..., channel].flatten().argsort()
+            assert (after[..., channel].flatten()[darkest_first].int().diff() >= 0).all()
+
+
 def seams(drives: list[SampledDrive], share: float) -> list[int]:
     """The columns from which frames are those of the batch's next one, where it can be seen."""
     plain, mixed = batches(drives), batches(drives, cutmix=share)
