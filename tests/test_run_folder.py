@@ -45,6 +45,14 @@ def test_resumed_run_may_last_longer_but_not_differ(tmp_path: Path) -> None:
         check_run(tmp_path, changed(seed=1), resume=True)
 
 
+def test_resumed_run_has_neither_more_nor_fewer_options(tmp_path: Path) -> None:
+    prepare_run(tmp_path, CONFIG, resume=False)
+    with pytest.raises(DriveSimError, match=r"skip_bad=None, now it is True"):
+        check_run(tmp_path, CONFIG | {"skip_bad": True}, resume=True)
+    with pytest.raises(DriveSimError, match=r"model\.rate=1e-05, now it is None"):
+        check_run(tmp_path, CONFIG | {"model": {"levels": (8, 5)}}, resume=True)
+
+
 def test_nothing_to_resume(tmp_path: Path) -> None:
     with pytest.raises(DriveSimError, match="nothing to resume"):
         check_run(tmp_path / "run", CONFIG, resume=True)
