@@ -182,6 +182,22 @@ def test_seed_decides_the_randomness(tmp_path: Path) -> None:
     assert not torch.equal(weights[0], weights[2])
 
 
+def test_a_batchs_randomness_depends_on_the_seed_and_its_number_alone(tmp_path: Path) -> None:
+    class Noting(TinyModel):
+        def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            drawn.append(torch.rand(()).item())
+            return super().forward(batch)
+
+    draws: list[list[float]] = []
+    for accumulate in (1, 2):
+        drawn: list[float] = []
+        run, steps = tmp_path / str(accumulate), 4 // accumulate
+        tiny_train(run, model=Noting(), accumulate=accumulate, steps=steps)
+        draws.append(drawn)
+    assert draws[0] == draws[1]
+    assert len(set(draws[0])) == 4
+
+
 def test_accumulated_equals_one_big_batch(tmp_path: Path) -> None:
     class BigBatches(TinyBatches):
         def __getitem__(self, number: int) -> Batch:
