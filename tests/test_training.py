@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from driving_sim.engine import training
+from driving_sim.engine import device, training
 from driving_sim.engine.checkpoint import damage
 from driving_sim.engine.config import from_dict, to_dict
 from driving_sim.engine.errors import DriveSimError, Interrupted
@@ -394,6 +394,26 @@ def test_bf16_trains_and_survives_resume(tmp_path: Path) -> None:
     # auto keeps what the run began with, whatever would measure faster now
     tiny_train(run, steps=10, precision="auto", model=Watching(), resume=True)
     assert all(value.dtype is torch.float32 for value in checkpoint_tensors(run, 10).values())
+
+
+def test_a_number_format_measured_on_another_device_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that began on a GPU in bf16 would take many times as long on a CPU without it."""
+    run = tmp_path / "run"
+    monkeypatch.setattr(device, "_bf16_is_faster_on_cpu", lambda: False)
+    with monkeypatch.context() as on_a_gpu:
+        on_a_gpu.setattr(training, "to_dict", lambda state: to_dict(state) | {"device": "cuda"})
+        tiny_train(run, steps=5, precision="bf16")
+    tiny_train(run, steps=10, precision="auto", resume=True)
+    states = [
+        json.loads((run / "checkpoints" / f"step-{step:08d}" / "state.json").read_text())
+        for step in (5, 10)
+    ]
+    assert [(each["device"], each["precision"]) for each in states] == [
+        ("cuda", "bf16"),
+        ("cpu", "fp32"),
+    ]
 
 
 @pytest.mark.parametrize(
