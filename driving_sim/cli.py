@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from driving_sim.engine.errors import DriveSimError, Interrupted
 from driving_sim.engine.memory import keep_freed_memory
 from driving_sim.engine.rank_environment import is_main_process
+from driving_sim.engine.threads import give_way
 
 if TYPE_CHECKING:
     from driving_sim.world_model.sampler import Sampling
@@ -164,6 +165,7 @@ def main(
 ) -> None:
     """Learn a driving simulator from driving video, then drive in it."""
     keep_freed_memory()
+    give_way()
 
 
 @app.command()

@@ -18,6 +18,7 @@ from driving_sim.data.frame_size import FrameSize, fit, transform_description
 from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
 from driving_sim.engine.device import autocast, resolve_device, resolve_precision
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.threads import adjust_threads
 from driving_sim.engine.weights import build_with_weights, fingerprint, save_weights
 from driving_sim.tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from driving_sim.tokenizer.fsq import RULE
@@ -133,6 +134,7 @@ class Tokenizer:
         Frames of another size are scaled to cover the tokenizer's and cropped at the centre.
         """
         frames_THWC = _checked_frames(frames)
+        adjust_threads()
         quantiser = self.autoencoder.quantiser
         with autocast(self.device, self.dtype):
             tokens = [
@@ -151,6 +153,7 @@ class Tokenizer:
     def decode(self, tokens: Tensor | NDArray[Any], *, batch_size: int = 8) -> Tensor:
         """Return the frames, uint8 RGB [T, h, w, 3] on the CPU, of tokens [T, r, c]."""
         tokens_Trc = self._checked_tokens(tokens)
+        adjust_threads()
         quantiser = self.autoencoder.quantiser
         with autocast(self.device, self.dtype):
             frames = [

@@ -23,6 +23,7 @@ from driving_sim.data.token_store import TokenStore
 from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
 from driving_sim.engine.device import autocast, name_of, resolve_device, resolve_precision
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.threads import adjust_threads
 from driving_sim.engine.weights import build_with_weights, fingerprint, save_weights
 from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.actions import ActionStatistics
@@ -373,6 +374,7 @@ class WorldModel:
             for values in (actions_BNA, valid_BNA)
         ]
         for action, known in zip(*pairs, strict=True):
+            adjust_threads()
             yield sampler.step(action, known)
 
     def rollout(

@@ -7,7 +7,6 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -45,6 +44,7 @@ from driving_sim.engine.run_folder import (
 )
 from driving_sim.engine.run_log import RunLog
 from driving_sim.engine.schedule import position_by_steps, position_by_time
+from driving_sim.engine.threads import adjust_threads, fixed_threads
 from driving_sim.engine.training_config import TrainingConfig
 from driving_sim.engine.training_step import Batch, Stepper, Trainable, batch_seed, seed_torch
 from driving_sim.engine.validation import Validation
@@ -107,7 +107,7 @@ def train(
     device = resolve_device(device)
     with (
         disk_errors(run),
-        _threads(config.threads),
+        fixed_threads(config.threads),
         process_group(device) as (ranks, own_device),
         stop_on_signals() as request,
     ):
@@ -267,6 +267,7 @@ class _Loop:
 
     def _step(self, batches: Iterator[tuple[int, Batch]], position: float) -> None:
         state = self.state
+        adjust_threads()
         start = time.perf_counter()
         finite = self.stepper.step(batches, state.step, position)
         seconds = time.perf_counter() - start
@@ -351,6 +352,7 @@ class _Loop:
             "step_seconds": self.state.step_seconds,
             "training_seconds": self.state.seconds,
             "batches": float(self.state.batches),
+            "threads": float(torch.get_num_threads()),
         }
         self.log.add_scalars(self.state.step, "train", values)
 
@@ -406,13 +408,3 @@ class _Loop:
 def _first_made(batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
     """Wait for the first batch here, so that starting the workers is not training time."""
     return chain([next(batches)], batches)
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -1,0 +1,216 @@
+import os
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from driving_sim.engine import threads
+from driving_sim.engine.threads import (
+    SPINS,
+    adjust_threads,
+    cgroup_quota,
+    fixed_threads,
+    give_way,
+    threads_beside,
+    usable_cores,
+)
+
+Times = namedtuple("Times", "user system idle")
+
+
+class Machine:
+    """Four cores, and processor seconds of others on each, that a test lets pass."""
+
+    def __init__(self) -> None:
+        self.now, self.own, self.others = 100.0, 5.0, 50.0
+
+    def run(self, seconds: float, *, own: float, others: float) -> None:
+        """Time passes in which this process has `own` cores, and others have `others`."""
+        self.now += seconds
+        self.own += own * seconds
+        self.others += others * seconds
+
+    def cpu_times(self, *, percpu: bool) -> list[Times]:
+        assert percpu
+        busy = (self.own + self.others) / 4
+        return [Times(busy * 0.75, busy * 0.25, 1000.0)] * 4
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def process_time(self) -> float:
+        return self.own
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    """A machine on which this process gives way, with four threads to begin with."""
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    simulated = Machine()
+    monkeypatch.setattr(threads, "time", simulated)
+    monkeypatch.setattr(psutil, "cpu_times", simulated.cpu_times)
+    monkeypatch.setattr(threads, "_affinity", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(threads, "_counter", None)
+    monkeypatch.setattr(threads, "_gives_way", False)
+    monkeypatch.setattr(threads, "usable_cores", lambda: 4)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield simulated
+    torch.set_num_threads(before)
+
+
+def test_threads_follow_what_others_take(
+    machine: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    give_way()
+    adjust_threads()
+    assert torch.get_num_threads() == 4
+    taken = []
+    for others in (0.0, 1.0, 1.0, 3.0, 4.0, 0.1, 0.0):
+        machine.run(1.0, own=4.0 - others, others=others)
+        adjust_threads()
+        taken.append(torch.get_num_threads())
+    assert taken == [4, 3, 3, 1, 1, 4, 4]
+    assert capsys.readouterr().err == (
+        "other programs are busy: computing with 3 of 4 threads\n"  # once
+    )
+
+
+def test_what_this_process_started_is_no_other_program(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Child:
+        pid, taken = 7, 0.0
+
+        def cpu_times(self) -> Times:
+            return Times(self.taken, 0.0, 0.0)
+
+    class Process:
+        def children(self, *, recursive: bool) -> list[Child]:
+            return [child] if recursive else []
+
+    child = Child()
+    monkeypatch.setattr(psutil, "Process", Process)
+    give_way()
+    adjust_threads()
+    for _ in range(3):  # the first count has none before it to compare with
+        machine.run(1.0, own=2.0, others=2.0)
+        child.taken += 2.0
+        adjust_threads()
+    assert torch.get_num_threads() == 4
+
+
+def test_counts_are_no_nearer_than_they_are_exact(machine: Machine) -> None:
+    give_way()
+    adjust_threads()
+    machine.run(threads.COUNT_SECONDS / 2, own=0.0, others=4.0)
+    adjust_threads()
+    assert torch.get_num_threads() == 4
+
+
+@pytest.mark.parametrize(
+    ("others", "now", "expected"),
+    [
+        (0.0, 2, 2),  # alone
+        (0.4, 2, 2),  # a little beside it
+        (0.67, 2, 1),  # a loop that gets its fair share of two cores
+        (1.0, 1, 1),  # and now has a core of its own
+        (1.33, 1, 1),  # two loops
+        (0.5, 1, 1),
+        (0.3, 1, 2),  # over
+    ],
+)
+def test_on_two_cores(others: float, now: int, expected: int) -> None:
+    assert threads_beside(others, cores=2, threads=now, most=2) == expected
+
+
+def test_there_is_at_least_one_thread_and_never_more_than_asked_for() -> None:
+    for others in (0.0, 3.3, 16.0, 20.0):
+        assert 1 <= threads_beside(others, cores=16, threads=8, most=8) <= 8
+
+
+def test_the_library_does_not_touch_threads(machine: Machine) -> None:
+    adjust_threads()
+    machine.run(1.0, own=0.0, others=4.0)
+    adjust_threads()
+    assert torch.get_num_threads() == 4
+
+
+def test_what_the_environment_says_stands(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    give_way()
+    adjust_threads()
+    machine.run(1.0, own=0.0, others=4.0)
+    adjust_threads()
+    assert torch.get_num_threads() == 4
+    assert "GOMP_SPINCOUNT" not in os.environ
+
+
+def test_threads_asked_for_are_fixed(machine: Machine) -> None:
+    give_way()
+    adjust_threads()
+    with fixed_threads(3):
+        machine.run(1.0, own=0.0, others=4.0)
+        adjust_threads()
+        assert torch.get_num_threads() == 3
+    assert torch.get_num_threads() == 4
+    with fixed_threads(None):
+        adjust_threads()
+        assert torch.get_num_threads() == 1
+
+
+def test_commands_spin_briefly_and_give_way() -> None:
+    """Before torch is there: its OpenMP reads the setting when it is loaded."""
+    script = (
+        "import os, sys; from driving_sim.cli import main; main(debug=False); "
+        "from driving_sim.engine import threads; "
+        "print(os.environ['GOMP_SPINCOUNT'], threads._gives_way, 'torch' in sys.modules)"
+    )
+    left_out = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {name: value for name, value in os.environ.items() if name not in left_out}
+    command = [sys.executable, "-c", script]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.split() == [SPINS, "True", "False"]
+
+
+def test_counts_of_this_machine() -> None:
+    """All programs together have taken at least what this one has."""
+    before = threads._Count.now(threads._affinity())
+    while time.process_time() - before.own < 0.3:
+        pass
+    after = threads._Count.now(threads._affinity())
+    assert after.at > before.at
+    assert after.busy - before.busy >= 0.2  # which the system rounds to hundredths
+
+
+def test_quotas_of_a_cgroup_and_of_those_above_it(tmp_path: Path) -> None:
+    membership = tmp_path / "cgroup"
+    membership.write_text("1:name=systemd:/old\n0::/user/session\n")
+    own = tmp_path / "mounted" / "user" / "session"
+    own.mkdir(parents=True)
+    assert cgroup_quota(membership, tmp_path / "mounted") == float("inf")
+    (own / "cpu.max").write_text("max 100000\n")
+    assert cgroup_quota(membership, tmp_path / "mounted") == float("inf")
+    (own.parent / "cpu.max").write_text("250000 100000\n")
+    assert cgroup_quota(membership, tmp_path / "mounted") == 2.5
+    (tmp_path / "cpu.max").write_text("1 100000\n")  # of no cgroup
+    assert cgroup_quota(membership, tmp_path / "mounted") == 2.5
+    assert cgroup_quota(tmp_path / "none", tmp_path / "nowhere") == float("inf")
+
+
+def test_a_quota_limits_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_affinity", lambda: list(range(64)))
+    monkeypatch.setattr(threads, "cgroup_quota", lambda *_: 2.5)
+    assert usable_cores() == 2
+    monkeypatch.setattr(threads, "cgroup_quota", lambda *_: 0.5)
+    assert usable_cores() == 1
