@@ -75,6 +75,8 @@ class TrainingRequest:
             options = [f"training.steps={self.steps}", "training.minutes=null"]
         if self.minutes is not None:
             options = [f"training.minutes={self.minutes}", "training.steps=null"]
+        if options:
+            options.append("training.least_steps=null")
         if self.precision is not None:
             options.append(f"training.precision={self.precision}")
         if self.shard:

@@ -1,6 +1,7 @@
 """The functions behind the commands, where they decide for the user."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from driving_sim.data.token_store import TokenStore
 from driving_sim.engine.config import load_json
 from driving_sim.engine.errors import DriveSimError, Interrupted
 from driving_sim.engine.run_folder import FINISHED
+from driving_sim.engine.training_config import TrainingConfig
 from driving_sim.pipeline import TrainingRequest, roll_out, tokenize_videos, train_tokenizer_on
 from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.actions import ActionStatistics
+from driving_sim.world_model.presets import PRESETS
 from driving_sim.world_model.sampler import Sampling
 from driving_sim.world_model.transformer import Transformer
 from driving_sim.world_model.world_model import WorldModel
@@ -46,6 +49,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     validated.save(path)
     return path
+
+
+def test_a_length_that_is_asked_for_has_no_least_steps() -> None:
+    def asked(**options: Any) -> TrainingConfig:
+        return TrainingRequest(preset="demo", device="cpu", **options).resolve(PRESETS).training
+
+    assert asked().minutes
+    assert asked().least_steps
+    assert asked(minutes=0.1).least_steps is None
+    assert asked(steps=3).least_steps is None
+    assert asked(assignments=("training.least_steps=7",)).least_steps == 7
 
 
 def test_a_missing_tokenizer_is_trained_and_an_unfinished_one_goes_on(

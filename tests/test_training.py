@@ -292,22 +292,30 @@ class Clock:
         return self.now
 
 
+class SlowBatches(TinyBatches):
+    """Each takes 4 s of a clock."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def __getitem__(self, number: int) -> Batch:
+        self.clock.now += 4.0
+        return super().__getitem__(number)
+
+
 def test_minutes_end_on_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No step that would end late begins, the last one is near the floor, validation is free."""
     clock = Clock()
     monkeypatch.setattr(training, "time", clock)
-
-    class SlowBatches(TinyBatches):
-        def __getitem__(self, number: int) -> Batch:
-            clock.now += 4.0
-            return super().__getitem__(number)
 
     def slow_validate(model: nn.Module) -> Validation:
         clock.now += 50.0
         return validate(model)
 
     run = tmp_path / "run"
-    options: dict[str, Any] = {"dataset": SlowBatches(), "validate": slow_validate, "log_every": 1}
+    batches = SlowBatches(clock)
+    options: dict[str, Any] = {"dataset": batches, "validate": slow_validate, "log_every": 1}
     result = tiny_train(run, minutes=1.1, **options)
     # 17 steps: the first one's batch was there before the clock began
     assert (result.steps, result.seconds) == (17, 64.0)
@@ -316,6 +324,32 @@ def test_minutes_end_on_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert rates[-1] < 0.1 * max(rates)
     assert tiny_train(run, minutes=1.1, resume=True, **options).steps == 17
     assert tiny_train(run, minutes=2.2, resume=True, **options).seconds == 132.0
+
+
+@pytest.mark.parametrize(("least", "steps"), [(5, 17), (30, 30)])
+def test_minutes_last_longer_where_the_least_steps_are_not_taken(
+    least: int,
+    steps: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It says so, once, and the last step is at the end of the schedule in either case."""
+    clock, run = Clock(), tmp_path / "run"
+    monkeypatch.setattr(training, "time", clock)
+    options: dict[str, Any] = {"dataset": SlowBatches(clock), "log_every": 1}
+    assert tiny_train(run, minutes=1.1, least_steps=least, **options).steps == steps
+    rates = [row["learning_rate"] for row in metric_rows(run) if "loss" in row]
+    assert rates[-1] < 0.1 * max(rates)
+    said = [line for line in capsys.readouterr().err.splitlines() if "minutes are over" in line]
+    assert said == (
+        []
+        if steps == 17
+        else [
+            "1.1 minutes are over after 18 steps: going on to 30, the least that this training "
+            "needs, some 1 min more"
+        ]
+    )
 
 
 def test_steps_end_exactly_at_the_floor(tmp_path: Path) -> None:
@@ -421,6 +455,8 @@ def test_a_number_format_measured_on_another_device_is_not_kept(
     [
         ({"steps": None}, "exactly one of steps and minutes"),
         ({"minutes": 1.0, "steps": 1}, "steps=1, minutes=1.0"),
+        ({"steps": 1, "least_steps": 1}, "least_steps=1 goes with minutes"),
+        ({"steps": None, "minutes": 1.0, "least_steps": 0}, "least_steps=0, allowed is at least 1"),
         ({"accumulate": 0}, "accumulate=0, allowed is at least 1"),
         ({"seed": -1}, "seed=-1, allowed is in 0"),
         ({"ema_decay": 1.0}, r"ema_decay=1.0, allowed is in \[0, 1\)"),

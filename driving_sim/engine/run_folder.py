@@ -19,6 +19,7 @@ CHANGEABLE = frozenset(
     (
         "steps",
         "minutes",
+        "least_steps",
         "accumulate",
         "learning_rate",
         "log_every",

@@ -263,7 +263,9 @@ class _Loop:
             return position_by_steps(self.state.step, self.config.steps)
         assert self.config.minutes is not None
         state, limit = self.state, 60.0 * self.config.minutes
-        return position_by_time(state.seconds, limit, state.step_seconds)
+        by_time = position_by_time(state.seconds, limit, state.step_seconds)
+        least = self.config.least_steps
+        return by_time if least is None else min(by_time, position_by_steps(state.step, least))
 
     def _step(self, batches: Iterator[tuple[int, Batch]], position: float) -> None:
         state = self.state
@@ -281,7 +283,20 @@ class _Loop:
         if self._due(self.config.log_every):
             self._log_training()
         if self.log:
+            self._say_if_longer(self.log, seconds)
             self.log.advance(position)
+
+    def _say_if_longer(self, log: RunLog, seconds: float) -> None:
+        """Say that the minutes are over after a step of `seconds`, but not the least steps."""
+        state, minutes, least = self.state, self.config.minutes, self.config.least_steps
+        if minutes is None or least is None or state.step >= least:
+            return
+        if state.seconds - seconds <= 60.0 * minutes < state.seconds:
+            left = (least - state.step) * state.step_seconds / 60.0
+            log.say(
+                f"{minutes:g} minutes are over after {state.step} steps: going on to "
+                f"{least}, the least that this training needs, some {math.ceil(left)} min more"
+            )
 
     def _count_skipped(self, finite: bool) -> None:
         state = self.state
