@@ -17,8 +17,8 @@ from driving_sim.data.sources import find_drives
 from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
 from driving_sim.data.token_shard import frame_bytes
 from driving_sim.data.token_store import TokenStore
-from driving_sim.engine.config import save_yaml
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.training import TrainingConfig
 from driving_sim.evaluate import probe_lessons
 from driving_sim.evaluate import world_model as evaluation
 from driving_sim.evaluate.compare import compare_reports
@@ -38,6 +38,11 @@ from driving_sim.pipeline import find_for
 from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.actions import ActionStatistics
+from driving_sim.world_model.training import (
+    WorldModelDataConfig,
+    WorldModelRunConfig,
+    train_world_model,
+)
 from driving_sim.world_model.transformer import TokenGrid, Transformer
 from driving_sim.world_model.world_model import WorldModel
 from tests.test_transformer import CONFIG
@@ -260,16 +265,23 @@ def test_tokens_tell_where_a_model_knows_no_actions(place: Path, tmp_path: Path)
 
 @pytest.mark.usefixtures("nothing_is_done")
 def test_tokens_that_the_model_was_not_trained_on_are_refused(place: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(place / "world-model", run)
-    index = TokenStore(place / "tokens").index
-    for name in ("content", "plan"):
-        save_yaml(run / "config.yaml", {"store": {name: "f00d"}})
-        with pytest.raises(DriveSimError, match=r"is not the token store that .* was trained on"):
-            measure(place, tmp_path / "out", run=run)
-        save_yaml(run / "config.yaml", {"store": {name: getattr(index, name)}})
+    """By what a training itself writes: the other store is of the same tokenizer and a drive less.
+
+    A folder without the training's files, a copy of the model alone, says nothing of its store.
+    """
+    run, fewer = tmp_path / "run", tmp_path / "tokens"
+    config = WorldModelRunConfig(
+        model=CONFIG,
+        data=WorldModelDataConfig(batch_size=1, validation=("drive_001",), preview=False),
+        training=TrainingConfig(steps=1, workers=0),
+    )
+    train_world_model(place / "tokens", config, run, tokenizer=place / "tokenizer", device="cpu")
+    tokenize(find_drives([place / "videos" / "drive_000.mp4"]), tiny_tokenizer(), fewer)
+    with pytest.raises(DriveSimError, match=rf"{fewer} is not the token store that .* trained on"):
+        measure(place, tmp_path / "out", run=run, training_tokens=fewer)
+    for others in ({"run": run}, {"training_tokens": fewer}):
         with pytest.raises(TypeError):  # it comes as far as the tokenizing
-            measure(place, tmp_path / "out", run=run)
+            measure(place, tmp_path / "out", **others)
 
 
 @pytest.mark.usefixtures("nothing_is_done")
