@@ -11,7 +11,7 @@ from driving_sim.data.action_file import SPEED, STEERING
 from driving_sim.data.sources import find_drives
 from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.evaluate.control import evaluate_control
+from driving_sim.evaluate.control import ControlTrial, evaluate_control
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.sampler import FrameSample, Sampling
 from driving_sim.world_model.transformer import Transformer
@@ -46,8 +46,25 @@ def test_control_judges_both_ways_from_every_start(
     assert [len(each) for each in found["trials"].values()] == [2, 1]
     first, second = (trial["start_s"] for trial in trials[:2])
     assert second > first
-    obeyed = sum(trial["left_motion"] > 0 > trial["right_motion"] for trial in trials)
-    assert found["obeyed"] == obeyed
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "obeyed"),
+    [
+        (0.02, -0.01, True),
+        (-0.02, 0.01, False),
+        (0.02, 0.01, False),  # both to the left, the left one further
+        (-0.01, -0.02, False),
+        (0.02, 0.0, False),
+        (0.0, -0.02, False),
+        (0.0, 0.0, False),
+    ],
+)
+def test_a_trial_is_obeyed_where_left_turns_left_and_right_turns_right(
+    left: float, right: float, obeyed: bool
+) -> None:
+    trial = ControlTrial(start_s=1.0, left_motion=left, right_motion=right)
+    assert trial.obeyed is obeyed
 
 
 @pytest.mark.parametrize(("turns", "obeyed"), [(1, 2), (0, 0), (-1, 0)])
