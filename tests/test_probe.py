@@ -72,6 +72,32 @@ def test_edit_list_hides_its_frames(tmp_path: Path) -> None:
     assert len(info.timestamps) == 36
 
 
+@needs_decord
+@pytest.mark.parametrize(
+    ("start_ms", "expected"),
+    [
+        (-50, ("pyav", "negative first timestamp")),
+        (0, ("decord", "vp9 in mkv with plain timestamps")),
+        (50, ("decord", "vp9 in mkv with plain timestamps")),
+    ],
+)
+def test_files_that_begin_before_zero_go_to_pyav(
+    tmp_path: Path, start_ms: int, expected: tuple[str, str]
+) -> None:
+    """No frame of theirs is hidden: each is there, at its time from the first one."""
+    path = write_numbered(
+        tmp_path / "x.webm",
+        codec="libvpx-vp9",
+        times_ms=[50 * number + start_ms for number in range(40)],
+        container_options={"avoid_negative_ts": "disabled"},
+    )
+    info = probe(path)
+    assert (info.reader, info.reason) == expected
+    assert info.pts is not None
+    assert info.pts[0] == start_ms
+    np.testing.assert_allclose(info.timestamps, np.arange(40) / 20, atol=1e-3)
+
+
 def test_duplicate_times_count_once(tmp_path: Path) -> None:
     times = [50 * (number - (number == 7)) for number in range(20)]
     path = write_numbered(tmp_path / "x.mkv", times_ms=times, count=20, codec_options={"bf": "0"})
