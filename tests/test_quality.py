@@ -36,6 +36,17 @@ class MeanColour:
         return means
 
 
+class Long(MeanColour):
+    """The same, of videos of so many frames at least."""
+
+    def __init__(self, least_frames: int) -> None:
+        self.least_frames = least_frames
+
+    def __call__(self, videos: NDArray[np.uint8]) -> NDArray[np.float32]:
+        assert videos.shape[1] >= self.least_frames
+        return super().__call__(videos)
+
+
 @pytest.fixture(scope="module")
 def world() -> WorldModel:
     return new_world()
@@ -197,6 +208,17 @@ def test_quality_is_lost_where_it_goes_wrong(clips: list[Clip]) -> None:
         meter.add(imagined(clip, tokens))
     accuracy = meter.section().metrics["token_accuracy_by_frame"]["model"]
     assert accuracy == [1.0] * 5 + [0.0] * 5
+
+
+def test_futures_too_short_for_the_features_have_no_distance(clips: list[Clip]) -> None:
+    """I3D, say, takes no fewer than ten frames; all else is measured."""
+    for least, measured in ((10, True), (11, False)):
+        meter = QualityMeter(FPS, Long(least))
+        for clip in clips:
+            meter.add(imagined(clip, clip.true_tokens))
+        metrics = meter.section().metrics
+        assert (metrics["mean_colour"] is not None) == measured
+        assert metrics["token_accuracy"]["model"]["mean"] == 1.0
 
 
 def test_lpips_is_measured_where_its_weights_are(clips: list[Clip]) -> None:
