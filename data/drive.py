@@ -6,6 +6,7 @@ Legend: N frames of a drive, T frames of a sample of it.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -34,6 +35,10 @@ class FrameReader(Protocol):
         """Yield frames [H, W, 3] in ascending order of their indices; None means all of them."""
         ...
 
+    def files(self, indices: Indices) -> list[Path]:
+        """The files that these frames are in: equal files hold equal frames."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VideoFrames:
@@ -48,6 +53,10 @@ class VideoFrames:
     def stream(self, indices: Indices | None, size: FrameSize | None) -> Iterator[Frames]:
         """Yield frames [H, W, 3] in ascending order of their indices; None means all of them."""
         return stream_frames(self.info, size=size, indices=indices)
+
+    def files(self, indices: Indices) -> list[Path]:
+        """The video's file, whichever frames are meant."""
+        return [self.info.path]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -1,5 +1,5 @@
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from driving_sim.data.action_file import SPEED, STEERING
-from driving_sim.data.drive import Drive, SampledDrive, sample
+from driving_sim.data.drive import Drive, DriveSet, Frames, Indices, SampledDrive, sample
+from driving_sim.data.frame_size import FrameSize
 from driving_sim.data.sources import find_drives
 from driving_sim.data.sources.udacity import ImageFrames
 from driving_sim.data.split import MIRROR_SUFFIX
@@ -286,6 +287,38 @@ def test_a_fingerprint_is_of_image_files_too(tmp_path: Path) -> None:
     assert sampled_fingerprint(sample(drive)) == before
     Image.fromarray(np.full((4, 8, 3), 7, np.uint8)).save(paths[2])
     assert sampled_fingerprint(sample(drive)) != before
+
+
+@dataclass(frozen=True)
+class ArrayFrames:
+    """A source of this test's own: all frames of a drive in one file of NumPy's."""
+
+    path: Path
+
+    def read(self, indices: Indices, size: FrameSize | None) -> Frames:
+        frames: Frames = np.load(self.path)[indices]
+        return frames
+
+    def stream(self, indices: Indices | None, size: FrameSize | None) -> Iterator[Frames]:
+        yield from np.load(self.path)[slice(None) if indices is None else indices]
+
+    def files(self, indices: Indices) -> list[Path]:
+        return [self.path]
+
+
+def test_a_new_source_can_be_evaluated(world: WorldModel, tmp_path: Path) -> None:
+    path, size = tmp_path / "frames.npy", world.tokenizer.frame_size
+    np.save(path, np.zeros((9, size.height, size.width, 3), np.uint8))
+    drive = Drive(id="a", source="new", timestamps=np.arange(9) / FPS, reader=ArrayFrames(path))
+    sampled = sample(drive)
+    tokenize(DriveSet([drive]), world.tokenizer, tmp_path / "tokens")
+    (footage,) = recorded_footage(
+        TokenStore(tmp_path / "tokens").drives, [sampled], world.tokenizer
+    )
+    before = footage.fingerprint
+    assert not footage.frames(2, 5).any()
+    np.save(path, np.ones((9, size.height, size.width, 3), np.uint8))
+    assert footage.fingerprint == sampled_fingerprint(sampled) != before
 
 
 def test_a_recording_is_known_in_all_its_forms(

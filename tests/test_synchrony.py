@@ -1,6 +1,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -24,6 +25,9 @@ class NoFrames:
         raise AssertionError
 
     def stream(self, indices: Indices | None, size: FrameSize | None) -> Iterator[Frames]:
+        raise AssertionError
+
+    def files(self, indices: Indices) -> list[Path]:
         raise AssertionError
 
 

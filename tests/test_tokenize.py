@@ -87,6 +87,9 @@ class Damaged(FrameReader):
     def read(self, indices: Any, size: FrameSize | None) -> NDArray[np.uint8]:
         return self._reader.read(indices, size)
 
+    def files(self, indices: Any) -> list[Path]:
+        return self._reader.files(indices)
+
     def stream(self, indices: Any, size: FrameSize | None) -> Iterator[NDArray[np.uint8]]:
         for number, frame in enumerate(self._reader.stream(indices, size)):
             if number == self._good:

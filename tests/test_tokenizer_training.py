@@ -50,6 +50,9 @@ class Gradients:
         assert size == SIZE
         yield from self.read(indices, size)
 
+    def files(self, indices: Indices) -> list[Path]:
+        return []
+
 
 def drives(count: int) -> list[SampledDrive]:
     timestamps = np.arange(FRAMES) / 10

@@ -77,6 +77,10 @@ class ImageFrames:
         wanted = range(len(self.paths)) if indices is None else indices
         return (_picture(self.paths[index], size) for index in wanted)
 
+    def files(self, indices: Indices) -> list[Path]:
+        """The image of each frame."""
+        return [self.paths[index] for index in indices]
+
 
 class _Row(NamedTuple):
     image: Path

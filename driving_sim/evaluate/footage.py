@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from driving_sim.data.action_file import STEERING
 from driving_sim.data.drive import SampledDrive
-from driving_sim.data.sources.udacity import ImageFrames
 from driving_sim.data.split import original_id
 from driving_sim.data.synthetic import SyntheticDrive, load_synthetic_drive
 from driving_sim.data.synthetic.drives import DRIVE_FORMAT
@@ -136,7 +135,7 @@ class Footage:
 def sampled_fingerprint(sampled: SampledDrive) -> str:
     """SHA-256, in hexadecimal, of a drive's files, its choice of frames, actions and times."""
     found = hashlib.sha256()
-    for path in _files(sampled):
+    for path in sampled.drive.reader.files(sampled.indices):
         with path.open("rb") as file:
             found.update(hashlib.file_digest(file, "sha256").digest())
     content = np.frombuffer(found.digest(), np.uint8)
@@ -148,16 +147,6 @@ def sampled_fingerprint(sampled: SampledDrive) -> str:
         sampled.action_valid,
         np.array(sampled.segments),
     )
-
-
-def _files(sampled: SampledDrive) -> list[Path]:
-    """The video, or the image of every frame."""
-    drive = sampled.drive
-    if drive.video is not None:
-        return [drive.video.path]
-    if isinstance(drive.reader, ImageFrames):
-        return [drive.reader.paths[index] for index in sampled.indices]
-    raise TypeError(f"{drive.id}: {type(drive.reader).__name__} does not say what files it reads")
 
 
 def clock_and_actions(drive: DriveTokens) -> tuple[NDArray[Any], ...]:
