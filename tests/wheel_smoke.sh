@@ -20,6 +20,10 @@ for name in tokenizer world_model data; do
         exit 1
     fi
 done
+"$folder/venv/bin/python" -c "
+from importlib.resources import files
+assert (files('driving_sim') / 'py.typed').is_file(), 'the wheel lacks py.typed'
+"
 "$drivesim" synth videos --drives 3 --seconds 4
 export DRIVESIM_PRESET=demo DRIVESIM_STEPS=3
 "$drivesim" tokenize videos
