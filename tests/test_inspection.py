@@ -18,6 +18,7 @@ from driving_sim.data.sources import find_drives
 from driving_sim.data.synchrony import measure_synchrony
 from driving_sim.data.video_writer import write_video
 from driving_sim.engine.errors import DriveSimError
+from tests.video_files import write_numbered
 
 TRACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "track"
 
@@ -109,6 +110,26 @@ def test_nothing_to_inspect_is_an_error_that_writes_nothing(tmp_path: Path) -> N
     with pytest.raises(DriveSimError, match="holds no videos"):
         inspect_drives([tmp_path / "videos"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_drives_that_cannot_be_read_are_no_inspection(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither those that the probe refuses nor those that only decoding finds out."""
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    (videos / "empty.mp4").touch()
+    damaged = write_numbered(videos / "damaged.mp4", count=240)
+    content = bytearray(damaged.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 2000] = np.random.default_rng(0).bytes(2000)
+    damaged.write_bytes(content)
+    with pytest.raises(DriveSimError, match="every drive was skipped"):
+        inspect_drives([videos], out)
+    said = capsys.readouterr().err
+    assert "skipped empty: " in said
+    assert "skipped damaged: " in said
+    assert not out.exists()
 
 
 def copy_with_steering(name: str, folder: Path, *, shift: int, scale: float) -> Path:
