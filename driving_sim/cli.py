@@ -64,7 +64,16 @@ def _say_done(line: str) -> None:
         typer.echo(line)
 
 
-class _OneLineErrors(TyperGroup):
+class _WholeSummaries(TyperGroup):
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command, with a summary that the list of commands wraps and does not cut."""
+        command = super().get_command(ctx, cmd_name)
+        if command is not None and command.help:
+            command.short_help = command.help.splitlines()[0]
+        return command
+
+
+class _OneLineErrors(_WholeSummaries):
     def make_context(self, *args: Any, **options: Any) -> Any:
         with _one_line():
             return super().make_context(*args, **options)
@@ -83,6 +92,7 @@ app = typer.Typer(
     help="Learn a driving simulator from driving video, then drive in it.",
 )
 evaluate_app = typer.Typer(
+    cls=_WholeSummaries,
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Measure a trained model on held-out drives.",

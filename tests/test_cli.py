@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import pytest
 import torch
+import typer
 import yaml
 from typer.testing import CliRunner, Result
 
@@ -95,6 +97,16 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("[]")
+
+
+def test_help_shows_whole_summaries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    groups: list[Any] = [typer.main.get_command(app)]
+    groups += [each for each in groups[0].commands.values() if hasattr(each, "commands")]
+    for group, words in zip(groups, ([], ["evaluate"]), strict=True):
+        shown = " ".join(succeed(*words, "--help").stdout.split())
+        for name, command in group.commands.items():
+            assert f" {name} {command.help.splitlines()[0]}" in shown
 
 
 def test_the_owners_three_commands_run_as_written(finished: Path) -> None:
