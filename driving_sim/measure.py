@@ -141,8 +141,7 @@ def measure_world_model(
     world = WorldModel.from_run(run, device, precision)
     refuse_existing(out)
     extractor: VideoFeatures = SeededFeatures() if i3d is None else I3DFeatures(i3d)
-    training = TokenStore(training_tokens)
-    _check_training(run, world, training)
+    training = _training_store(run, world, training_tokens)
     rate = _rate(world, training, fps, every)
     named = _named(world, data, rate, time_offset)
     recordings = named.digests(world)
@@ -203,17 +202,27 @@ def _perceptual() -> PerceptualLoss | None:
     return PerceptualLoss(vgg16_weights()) if has_vgg16_weights() else None
 
 
-def _check_training(run: Path, world: WorldModel, training: TokenStore) -> None:
-    """Raise DriveSimError unless the model was trained on these tokens, as far as its run says."""
-    world.check_store(training)
+def _training_store(run: Path, world: WorldModel, path: Path) -> TokenStore:
+    """Open a token store that the model was trained on, as far as its run says.
+
+    Raises DriveSimError, naming the option, where it was not.
+    """
+    try:
+        training = TokenStore(path)
+        world.check_store(training)
+    except DriveSimError as error:
+        raise DriveSimError(
+            f"{error}, or name the one that the model was trained on with --training-tokens"
+        ) from error
     learned_drives(world, training)
     config = load_yaml(run / CONFIG) if (run / CONFIG).is_file() else {}
     content = training.index.content
     if config.get("store", {}).get("content", content) != content:
         raise DriveSimError(
-            f"{training.path} is not the token store that {run} was trained on: name that one "
+            f"{path} is not the token store that {run} was trained on: name that one "
             "with --training-tokens"
         )
+    return training
 
 
 def _rate(

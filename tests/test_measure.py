@@ -46,7 +46,7 @@ from driving_sim.world_model.training import (
 from driving_sim.world_model.transformer import TokenGrid, Transformer
 from driving_sim.world_model.world_model import WorldModel
 from tests.test_transformer import CONFIG
-from tests.token_drives import COLS, FPS, LEVELS, ROWS, tiny_tokenizer
+from tests.token_drives import COLS, FPS, LEVELS, ROWS, tiny_tokenizer, write_store
 
 SMALL = EvaluationConfig(
     stride=4,
@@ -282,6 +282,16 @@ def test_tokens_that_the_model_was_not_trained_on_are_refused(place: Path, tmp_p
     for others in ({"run": run}, {"training_tokens": fewer}):
         with pytest.raises(TypeError):  # it comes as far as the tokenizing
             measure(place, tmp_path / "out", **others)
+
+
+def test_training_tokens_that_are_missing_or_misfit_name_their_option(
+    place: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DriveSimError, match=r"no such token store;.* with --training-tokens$"):
+        measure(place, tmp_path / "out", training_tokens=tmp_path / "none")
+    write_store(tmp_path / "other", [20])
+    with pytest.raises(DriveSimError, match=r"by another tokenizer .* with --training-tokens$"):
+        measure(place, tmp_path / "out", training_tokens=tmp_path / "other")
 
 
 @pytest.mark.usefixtures("nothing_is_done")
