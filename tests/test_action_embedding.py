@@ -39,7 +39,10 @@ def test_no_actions_and_constant_ones_have_statistics() -> None:
     assert none == ActionStatistics()
     constant = ActionStatistics.measure(actions, np.ones((5, 2), np.bool_))
     assert constant.mean == (3.0, 3.0)
-    assert constant.std == (1.0, 1.0)
+    assert constant.std == pytest.approx((1.0, 1.0))
+    parked = ActionStatistics.measure(0 * actions, np.ones((5, 2), np.bool_))
+    assert (parked.mean, parked.std) == ((0.0, 0.0), constant.std)
+    assert parked != none  # a speed of 0 is a fact, and not one that nobody recorded
 
 
 def test_units_are_taken_out_by_the_statistics() -> None:

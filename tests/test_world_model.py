@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.world_model import WorldModel
+from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.sampler import FrameSample, FrameSampler, Sampling
 from driving_sim.world_model.transformer import TokenGrid, Transformer
 from tests.test_transformer import CONFIG, random_model
@@ -43,6 +44,21 @@ def stacked(frames: list[FrameSample]) -> tuple[torch.Tensor, torch.Tensor]:
         torch.stack([frame.tokens for frame in frames], dim=1),
         torch.stack([frame.log_probs for frame in frames], dim=1),
     )
+
+
+@pytest.mark.parametrize(
+    ("speed", "recorded", "known"),
+    [(0.0, True, True), (3.0, True, True), (0.0, False, False)],
+)
+def test_a_recorded_speed_is_known_where_the_car_never_moved_too(
+    world: WorldModel, tmp_path: Path, speed: float, recorded: bool, known: bool
+) -> None:
+    valid = np.tile([recorded, True], (9, 1))
+    statistics = ActionStatistics.measure(np.full((9, 2), speed, np.float32), valid)
+    model = Transformer(world.config.model, world.config.grid, statistics)
+    WorldModel(model, world.tokenizer, fps=FPS, steering_kind="road_wheel").save(tmp_path)
+    loaded = WorldModel.from_run(tmp_path, "cpu", "fp32")
+    assert loaded.known_channels == (known, True)
 
 
 def test_a_saved_model_generates_the_same(world: WorldModel, run: Path) -> None:

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 CHANNELS = ("speed", "steering")
+_STILL = math.nextafter(1.0, 2.0)
+"""Spread of a channel that never moves. It carries nothing, so any would do but the default's: the
+speed of a parked car, always 0, is not one that was never there. In float32 it is 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,8 +41,7 @@ class ActionStatistics:
         """Measure actions [N, 2] where `valid` [N, 2]; a channel never valid keeps its default."""
         channels = [actions[valid[:, c], c].astype(np.float64) for c in range(2)]
         mean = [float(x.mean()) if len(x) else 0.0 for x in channels]
-        # A channel that never moves carries nothing: any spread will do for it.
-        std = [float(x.std()) if len(x) and x.std() > 1e-6 else 1.0 for x in channels]
+        std = [(float(x.std()) if x.std() > 1e-6 else _STILL) if len(x) else 1.0 for x in channels]
         steering = np.abs(channels[1])
         p95, p99 = np.quantile(steering, [0.95, 0.99]) if len(steering) else (0.0, 0.0)
         return cls(
