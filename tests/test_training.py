@@ -5,7 +5,9 @@ import socket
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -472,3 +474,43 @@ def test_config_names_the_mistake(options: dict[str, Any], message: str) -> None
 def test_config_survives_a_dict() -> None:
     config = tiny_config(minutes=3.0, grad_clip=None)
     assert from_dict(TrainingConfig, to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("steps", "seconds", "line"),
+    [
+        (995, 2.3, "995 steps to go at 2.3 s a step: some 38 minutes"),
+        (52, 2.3, ""),
+        (53, 2.3, "53 steps to go at 2.3 s a step: some 2 minutes"),
+        (99_995, 0.25, "99,995 steps to go at 0.25 s a step: some 7 hours"),
+        (
+            99_995,
+            25.4,
+            "99,995 steps to go at 25 s a step: some 29 days; a smaller preset, fewer steps or a "
+            "GPU take less",
+        ),
+    ],
+)
+def test_how_long_a_training_takes_is_told_from_its_first_steps(
+    steps: int, seconds: float, line: str
+) -> None:
+    """Not from those that warm it up, nor from one that something else held up."""
+    first = [1000.0, 1000.0, seconds, 1000.0, seconds]
+    assert training.time_to_go(steps, first) == line
+
+
+def test_a_training_by_steps_says_once_how_long_it_will_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = count(step=100)
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    tiny_train(tmp_path / "steps", steps=30)
+    tiny_train(tmp_path / "minutes", minutes=50)
+
+    def said(run: Path) -> list[str]:
+        return [line for line in (run / "log.txt").read_text().splitlines() if "to go" in line]
+
+    assert said(tmp_path / "steps") == ["25 steps to go at 100 s a step: some 42 minutes"]
+    assert said(tmp_path / "minutes") == []
+    tiny_train(tmp_path / "steps", steps=60, resume=True)
+    assert said(tmp_path / "steps")[1:] == ["25 steps to go at 100 s a step: some 42 minutes"]

@@ -6,7 +6,7 @@ import signal
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -62,6 +62,10 @@ __all__ = [
 
 MAX_SKIPPED_IN_A_ROW = 20
 """Steps without a finite loss before the run gives up."""
+FIRST_STEPS = 5
+"""Steps after which a run says how long it will take."""
+WARM_UP_STEPS = 2
+"""Those of them that do not count: kernels are chosen, or compiled, and memory is taken."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -283,19 +287,24 @@ class _Loop:
         if self._due(self.config.log_every):
             self._log_training()
         if self.log:
-            self._say_if_longer(self.log, seconds)
+            self._say_how_long(self.log, seconds)
             self.log.advance(position)
 
-    def _say_if_longer(self, log: RunLog, seconds: float) -> None:
-        """Say that the minutes are over after a step of `seconds`, but not the least steps."""
-        state, minutes, least = self.state, self.config.minutes, self.config.least_steps
-        if minutes is None or least is None or state.step >= least:
+    def _say_how_long(self, log: RunLog, seconds: float) -> None:
+        """Say, after a step of `seconds`, how long the run takes: once it is known, or more."""
+        state, config = self.state, self.config
+        if config.steps is not None and len(self.recent_seconds) == FIRST_STEPS:
+            line = time_to_go(config.steps - state.step, [*self.recent_seconds])
+            if line:
+                log.say(line)
+        if config.minutes is None or config.least_steps is None:
             return
-        if state.seconds - seconds <= 60.0 * minutes < state.seconds:
-            left = (least - state.step) * state.step_seconds / 60.0
+        left = config.least_steps - state.step
+        if left > 0 and state.seconds - seconds <= 60.0 * config.minutes < state.seconds:
             log.say(
-                f"{minutes:g} minutes are over after {state.step} steps: going on to "
-                f"{least}, the least that this training needs, some {math.ceil(left)} min more"
+                f"{config.minutes:g} minutes are over after {state.step} steps: going on to "
+                f"{config.least_steps}, the least that this training needs, some "
+                f"{math.ceil(left * state.step_seconds / 60.0)} min more"
             )
 
     def _count_skipped(self, finite: bool) -> None:
@@ -418,6 +427,23 @@ class _Loop:
             batches=state.batches,
             seconds=state.seconds,
         )
+
+
+def time_to_go(steps: int, first_seconds: Sequence[float]) -> str:
+    """One line on how long `steps` more steps take, at the speed of the first; "" under 2 minutes.
+
+    `first_seconds` are those that the first steps of the process took.
+    """
+    step = statistics.median(first_seconds[WARM_UP_STEPS:])
+    seconds = steps * step
+    if seconds < 120:
+        return ""
+    units = {"days": 86_400, "hours": 3_600, "minutes": 60}
+    unit = next(name for name, length in units.items() if seconds >= 2 * length)
+    remedy = "; a smaller preset, fewer steps or a GPU take less" if seconds >= 86_400 else ""
+    each = f"{step:.2g}" if step < 10 else f"{step:,.0f}"
+    length = f"{seconds / units[unit]:,.0f} {unit}"
+    return f"{steps:,} steps to go at {each} s a step: some {length}{remedy}"
 
 
 def _first_made(batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
