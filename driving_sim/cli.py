@@ -106,7 +106,11 @@ Videos = Annotated[
     ),
 ]
 Preset = Annotated[
-    str, typer.Option(envvar="DRIVESIM_PRESET", help="demo, tiny, base or large (see the README).")
+    str,
+    typer.Option(
+        envvar="DRIVESIM_PRESET",
+        help="auto, demo, tiny, base or large (see the README); auto: base on CUDA, else tiny.",
+    ),
 ]
 
 
@@ -239,7 +243,7 @@ def inspect(
 def train_tokenizer(
     videos: Videos,
     out: Annotated[Path, typer.Option(help="Run folder.")] = RUNS / "tokenizer",
-    preset: Preset = "base",
+    preset: Preset = "auto",
     steps: Steps = None,
     minutes: Minutes = None,
     fps: Fps = None,
@@ -284,9 +288,10 @@ def tokenize(
         str,
         typer.Option(
             envvar="DRIVESIM_PRESET",
-            help="demo, tiny, base or large: of the tokenizer that is trained if missing.",
+            help="auto, demo, tiny, base or large: of the tokenizer that is trained if missing; "
+            "auto: base on CUDA, else tiny.",
         ),
-    ] = "base",
+    ] = "auto",
     steps: Annotated[
         int | None,
         typer.Option(
@@ -355,7 +360,14 @@ def train_world_model(
     out: Annotated[Path, typer.Option(help="Run folder.")] = RUNS / "world-model",
     tokenizer: Annotated[Path, typer.Option(help="The tokenizer run that made the tokens.")] = RUNS
     / "tokenizer",
-    preset: Preset = "base",
+    preset: Annotated[
+        str,
+        typer.Option(
+            envvar="DRIVESIM_PRESET",
+            help="auto, demo, tiny, base or large (see the README); auto: that of as many tokens "
+            "a frame.",
+        ),
+    ] = "auto",
     steps: Steps = None,
     minutes: Minutes = None,
     config: Config = None,

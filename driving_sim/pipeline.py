@@ -14,7 +14,7 @@ from driving_sim.data.drive import Drive, DriveSet, sample
 from driving_sim.data.probe import VideoError
 from driving_sim.data.sources import find_drives
 from driving_sim.data.token_store import TokenStore
-from driving_sim.data.token_store_index import INDEX, UNFINISHED
+from driving_sim.data.token_store_index import INDEX, UNFINISHED, read_index
 from driving_sim.engine.config import resolve
 from driving_sim.engine.device import resolve_device, resolve_precision
 from driving_sim.engine.distributed import process_group
@@ -49,7 +49,8 @@ C = TypeVar("C")
 class TrainingRequest:
     """What a user asks of a training, on top of a preset."""
 
-    preset: str = "base"
+    preset: str = "auto"
+    """auto: that of the token grid, for a world model; else base on CUDA and tiny elsewhere."""
     steps: int | None = None
     minutes: float | None = None
     config: Path | None = None
@@ -64,10 +65,14 @@ class TrainingRequest:
     """Spread the model over the ranks of `torchrun`."""
     device: str = "auto"
 
-    def resolve(self, presets: dict[str, C]) -> C:
-        """The preset with the file, the assignments and the options laid over it."""
-        if self.preset not in presets:
-            raise DriveSimError(f"--preset {self.preset}: presets are {', '.join(presets)}")
+    def resolve(self, presets: dict[str, C], grid: tuple[int, int] | None = None) -> C:
+        """The preset with the file, the assignments and the options laid over it.
+
+        `grid` are the rows and columns of the tokens to train on, where there are any yet.
+        """
+        preset = self.preset if self.preset != "auto" else _auto_preset(self.device, grid)
+        if preset not in presets:
+            raise DriveSimError(f"--preset {preset}: presets are auto, {', '.join(presets)}")
         if self.steps is not None and self.minutes is not None:
             raise DriveSimError("--steps and --minutes are both given; give one")
         options: list[str] = []
@@ -81,13 +86,28 @@ class TrainingRequest:
             options.append(f"training.precision={self.precision}")
         if self.shard:
             options.append("training.shard=true")
-        if self.preset in ("base", "large") and resolve_device(self.device).type == "cpu":
-            say(f"{self.preset} is made for GPUs; on this CPU --preset tiny trains in an hour")
+        kind = resolve_device(self.device).type
+        if preset in ("base", "large") and kind != "cuda":
+            say(f"preset {preset} is made for GPUs, not for {kind}: --preset tiny is for CPUs")
         return resolve(
-            presets[self.preset],  # type: ignore[type-var]
+            presets[preset],  # type: ignore[type-var]
             file=self.config,
             assignments=[*self.assignments, *options],
         )
+
+
+def _auto_preset(device: str, grid: tuple[int, int] | None) -> str:
+    """Choose a preset and say why: the first one of the token grid, else by the device."""
+    sizes = {name: (each.model.rows, each.model.cols) for name, each in TOKENIZER_PRESETS.items()}
+    fitting = [name for name, size in sizes.items() if size == grid]
+    if grid is not None and fitting:
+        name, why = fitting[0], f"frames are {grid[0]}x{grid[1]} tokens"
+    else:
+        kind = resolve_device(device).type
+        # MPS counts as a CPU until somebody has measured it.
+        name, why = ("base" if kind == "cuda" else "tiny"), f"the device is {kind}"
+    say(f"preset {name}, as {why} (--preset chooses another)")
+    return name
 
 
 def _find(
@@ -248,7 +268,7 @@ def _train_missing(
     skip_bad: bool,
 ) -> None:
     what = "is unfinished: going on with it" if request.resume else "is not there: training it"
-    say(f"the tokenizer {tokenizer} {what} on these videos (preset {request.preset})")
+    say(f"the tokenizer {tokenizer} {what} on these videos")
     config = request.resolve(TOKENIZER_PRESETS)
     try:
         with goes_on_when_repeated():
@@ -273,15 +293,22 @@ def train_world_model_on(
     tokens: Path, tokenizer: Path, out: Path, request: TrainingRequest
 ) -> TrainingResult:
     """Train a world model on a token store; `tokenizer` is the run that made the tokens."""
+    grid = _grid(tokens) if request.preset == "auto" else None
     return train_world_model(
         tokens,
-        request.resolve(WORLD_MODEL_PRESETS),
+        request.resolve(WORLD_MODEL_PRESETS, grid),
         out,
         tokenizer=tokenizer,
         init_from=request.init_from,
         resume=request.resume,
         device=request.device,
     )
+
+
+def _grid(tokens: Path) -> tuple[int, int]:
+    """Rows and columns of a store's tokens."""
+    info = read_index(tokens).info
+    return info.rows, info.cols
 
 
 def roll_out(

@@ -16,6 +16,8 @@ from typer.testing import CliRunner, Result
 from driving_sim.cli import app
 from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
 from driving_sim.demo import DemoConfig
+from driving_sim.engine.config import to_dict
+from driving_sim.world_model.presets import PRESETS
 from tests.test_files import small_files
 
 HEAVY = ("torch", "numpy", "av", "decord", "matplotlib", "PIL")
@@ -149,6 +151,24 @@ def test_commands_work_in_the_precision_asked_for(used: Path, precision: str) ->
     assert settings["precision"] == {"tokenizer": precision, "world_model": precision}
     wrong = "tokenize", "videos", "--tokenizer", tokenizer, "--out", "runs/x", "--precision", "fp8"
     assert "auto, fp32, bf16" in refused(*wrong)
+
+
+def test_presets_are_chosen_by_the_device_and_then_by_the_tokens(
+    used: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = succeed("train-world-model", "--preset", "auto", "--out", "runs/auto", "--steps", "1")
+    assert "preset demo, as frames are 4x8 tokens" in trained.stderr
+    config = yaml.safe_load((used / "runs" / "auto" / "config.yaml").read_text())
+    assert config["model"] == to_dict(PRESETS["demo"].model)
+    monkeypatch.delenv("DRIVESIM_PRESET")
+    (used / "nothing").mkdir()
+    result = run("train-tokenizer", "nothing")
+    assert "preset tiny, as the device is cpu" in result.stderr
+    group: Any = typer.main.get_command(app)
+    for name in ("train-tokenizer", "tokenize", "train-world-model"):
+        assert {each.default for each in group.commands[name].params if each.name == "preset"} == {
+            "auto"
+        }
 
 
 def test_the_next_command_that_is_named_works_in_other_folders(used: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from driving_sim import pipeline
 from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
@@ -16,7 +17,7 @@ from driving_sim.engine.training_config import TrainingConfig
 from driving_sim.pipeline import TrainingRequest, roll_out, tokenize_videos, train_tokenizer_on
 from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.actions import ActionStatistics
-from driving_sim.world_model.presets import PRESETS
+from driving_sim.world_model.presets import PRESETS as WORLD_MODEL_PRESETS
 from driving_sim.world_model.sampler import Sampling
 from driving_sim.world_model.transformer import Transformer
 from driving_sim.world_model.world_model import WorldModel
@@ -53,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_length_that_is_asked_for_has_no_least_steps() -> None:
     def asked(**options: Any) -> TrainingConfig:
-        return TrainingRequest(preset="demo", device="cpu", **options).resolve(PRESETS).training
+        return TrainingRequest(preset="demo", device="cpu", **options).resolve(WORLD_MODEL_PRESETS).training
 
     assert asked().minutes
     assert asked().least_steps
@@ -97,6 +98,39 @@ def test_a_missing_tokenizer_is_trained_and_an_unfinished_one_goes_on(
     tokenizer = copy
     assert tokenized(4).info.tokenizer_fingerprint == store.info.tokenizer_fingerprint
     assert f"the tokenizer is {copy}: 64x128 pixels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("device", "grid", "preset", "reason"),
+    [
+        ("cuda", None, "base", "the device is cuda"),
+        ("mps", None, "tiny", "the device is mps"),
+        ("cpu", None, "tiny", "the device is cpu"),
+        ("cuda", (8, 16), "tiny", "frames are 8x16 tokens"),
+        ("cuda", (4, 8), "demo", "frames are 4x8 tokens"),
+        ("cpu", (16, 32), "base", "frames are 16x32 tokens"),
+        ("cuda", (3, 4), "base", "the device is cuda"),
+        ("cpu", (3, 4), "tiny", "the device is cpu"),
+    ],
+)
+def test_auto_chooses_a_preset_by_the_tokens_or_the_device(
+    device: str,
+    grid: tuple[int, int] | None,
+    preset: str,
+    reason: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pipeline, "resolve_device", lambda name: torch.device(device))
+    assert TrainingRequest().resolve(WORLD_MODEL_PRESETS, grid) == WORLD_MODEL_PRESETS[preset]
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first == f"preset {preset}, as {reason} (--preset chooses another)"
+    slow = preset == "base" and device == "cpu"
+    assert others == slow * ["preset base is made for GPUs, not for cpu: --preset tiny is for CPUs"]
+    # One that is named stands, and needs no reason.
+    named = TrainingRequest(preset="demo").resolve(WORLD_MODEL_PRESETS, grid)
+    assert named == WORLD_MODEL_PRESETS["demo"]
+    assert capsys.readouterr().err == ""
 
 
 def interrupted(*_: object, **__: object) -> None:

@@ -70,7 +70,7 @@ BASE = TokenizerRunConfig(
         workers=8,
     ),
 )
-"""256x512 pixels to 16x32 tokens, for a GPU; the default."""
+"""256x512 pixels to 16x32 tokens, for a GPU: the default on CUDA, `tiny` elsewhere."""
 
 LARGE = TokenizerRunConfig(
     model=AutoencoderConfig(

@@ -61,7 +61,7 @@ BASE = WorldModelRunConfig(
         workers=4,
     ),
 )
-"""16x32 tokens, the size of GPT-2 small, for a GPU; the default."""
+"""16x32 tokens, the size of GPT-2 small, for a GPU."""
 
 LARGE = WorldModelRunConfig(
     model=TransformerConfig(
