@@ -473,6 +473,7 @@ def demo(
         int | None,
         typer.Option(min=2, help="Drives to train on, 24 s each. [default: 160]"),
     ] = None,
+    precision: Precision = None,
 ) -> None:
     """Run all of it on the synthetic world, in minutes, on a CPU."""
     from dataclasses import replace
@@ -480,7 +481,8 @@ def demo(
     from driving_sim.demo import DemoConfig, run_demo
 
     config = DemoConfig()
-    typer.echo(run_demo(out, seed=seed, config=replace(config, drives=drives or config.drives)))
+    config = replace(config, drives=drives or config.drives, precision=precision or "auto")
+    typer.echo(run_demo(out, seed=seed, config=config))
 
 
 @app.command()
@@ -491,12 +493,20 @@ def surprise(
         RUNS / "surprise"
     ),
     time_offset: TimeOffset = 0.0,
+    precision: Precision = None,
     device: Device = "auto",
 ) -> None:
     """Show what a world model did not expect: heat maps over the videos, drives ranked by it."""
     from driving_sim.measure import measure_surprise
 
-    found = measure_surprise(run, videos, out, time_offset=time_offset, device=device)
+    found = measure_surprise(
+        run,
+        videos,
+        out,
+        time_offset=time_offset,
+        device=device,
+        precision=precision or "auto",
+    )
     for drive in found["ranking"]:
         typer.echo(f"{found['drives'][drive]['bits_per_token']:8.3f} bits per token  {drive}")
     typer.echo(f"videos, curves and the most surprising moments -> {out}")
@@ -537,14 +547,14 @@ def evaluate_tokenizer(
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = REPORTS / "tokenizer",
     fps: Fps = None,
     every: Every = None,
-    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "fp32",
+    precision: Precision = None,
     device: Device = "auto",
 ) -> None:
     """PSNR, SSIM, codebook use, flicker and speed of reconstructions: a report."""
     from driving_sim.measure import measure_tokenizer
 
     figures = measure_tokenizer(
-        run, videos, out, fps=fps, every=every, device=device, precision=precision
+        run, videos, out, fps=fps, every=every, device=device, precision=precision or "auto"
     )
     _show(figures, out)
 
@@ -645,6 +655,7 @@ def evaluate_control(
         Path | None, typer.Option(help="Picture of the futures (.png or .jpg).")
     ] = None,
     out: MetricsOut = None,
+    precision: Precision = None,
     device: Device = "auto",
 ) -> None:
     """Steer left and right from many starts: does the picture move the right way?"""
@@ -660,6 +671,7 @@ def evaluate_control(
         time_offset=time_offset,
         sheet=sheet,
         device=device,
+        precision=precision or "auto",
     )
     _report(measured, out)
 

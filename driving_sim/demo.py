@@ -22,6 +22,7 @@ from driving_sim.data.synthetic.road import LANE_OFFSET
 from driving_sim.data.token_store_index import INDEX
 from driving_sim.data.video_writer import write_video
 from driving_sim.engine.config import save_json, to_dict
+from driving_sim.engine.device import resolve_device, resolve_precision
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
 from driving_sim.engine.progress import progress
@@ -68,6 +69,8 @@ class DemoConfig:
     """Of both trainings."""
     steps: int | None = None
     """Training steps of each model, instead of the preset's minutes."""
+    precision: str = "auto"
+    """The number format of all passes: auto, fp32 or bf16."""
     seconds: float = 2.0
     """Length of the futures."""
     sampling: Sampling = Sampling(temperature=0.85)  # noqa: RUF009
@@ -97,10 +100,11 @@ def run_demo(out: Path, *, seed: int = 0, config: DemoConfig | None = None) -> s
     config = config or DemoConfig()
     if (out / "summary.json").exists():
         raise DriveSimError(f"{out} holds a finished demo: choose another --out or delete it")
+    resolve_precision(config.precision, resolve_device("auto"))  # a wrong one is refused here
     claim_folder(out, _PLAN, {"seed": seed, **to_dict(config)}, "a demo")
     with goes_on_when_repeated():
         _train(out, seed, config)
-    world = WorldModel.from_run(out / "world-model")
+    world = WorldModel.from_run(out / "world-model", precision=config.precision)
     start = _find_start(config, seed, world.context_frames + 1)
     plans, truths, futures = _roll_out(world, start, config, seed)
     matrix = _psnr_matrix(futures, truths, last=round(config.world.fps))
@@ -126,10 +130,20 @@ def _train(out: Path, seed: int, config: DemoConfig) -> None:
         last = config.drives + config.heldout_drives
         _make_drives(out / "heldout", seed, config, range(config.drives, last))
     request = TrainingRequest(
-        preset=config.preset, steps=config.steps, assignments=(f"training.seed={seed}",)
+        preset=config.preset,
+        steps=config.steps,
+        precision=config.precision,
+        assignments=(f"training.seed={seed}",),
     )
     if not (tokens / INDEX).exists():
-        tokenize_videos([videos], out / "tokenizer", tokens, every=1, training=request)
+        tokenize_videos(
+            [videos],
+            out / "tokenizer",
+            tokens,
+            every=1,
+            training=request,
+            precision=config.precision,
+        )
     if not is_finished(world_model):
         resume = (world_model / CONFIG).exists()
         request = replace(request, resume=resume)

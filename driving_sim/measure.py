@@ -14,6 +14,7 @@ from driving_sim.data.token_store_index import INDEX
 from driving_sim.engine.config import load_yaml
 from driving_sim.engine.device import name_of
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.progress import say
 from driving_sim.engine.run_folder import CONFIG
 from driving_sim.evaluate.control import evaluate_control
 from driving_sim.evaluate.footage import (
@@ -71,7 +72,7 @@ def measure_tokenizer(
     fps: float | None = None,
     every: int | None = None,
     device: str = "auto",
-    precision: str = "fp32",
+    precision: str = "auto",
 ) -> dict[str, Any]:
     """Evaluate a tokenizer's reconstructions of videos; the report goes into the folder `out`.
 
@@ -179,6 +180,8 @@ def measure_world_model(
             "true frames": named.described,
             "inverse-dynamics probe": _probe_origin(reader, probe, training_videos),
             "device": f"{world.device}, {name_of(world.dtype)}",
+            "number format of the tokens": f"held-out {heldout.info.precision}, "
+            f"training {training.info.precision}",
         },
         sections=sections,
         protocol=protocol,
@@ -214,6 +217,7 @@ def _training_store(run: Path, world: WorldModel, path: Path) -> TokenStore:
         raise DriveSimError(
             f"{error}, or name the one that the model was trained on with --training-tokens"
         ) from error
+    _say_format(world, training)
     learned_drives(world, training)
     config = load_yaml(run / CONFIG) if (run / CONFIG).is_file() else {}
     content = training.index.content
@@ -223,6 +227,11 @@ def _training_store(run: Path, world: WorldModel, path: Path) -> TokenStore:
             "with --training-tokens"
         )
     return training
+
+
+def _say_format(world: WorldModel, store: TokenStore) -> None:
+    if line := world.other_format(store):
+        say(line)
 
 
 def _rate(
@@ -273,6 +282,7 @@ def _named(
             raise DriveSimError(f"{stores[0]} is a token store: name it alone, or videos")
         store = HeldOutStore(stores[0], world.known_channels)
         world.check_store(store)
+        _say_format(world, store)
         store.verify()
         return _Named(store=store, videos=DriveSet([]), sampled=())
     found = find_for(world, data, time_offset)
@@ -318,9 +328,10 @@ def measure_control(
     time_offset: float = 0.0,
     sheet: Path | None = None,
     device: str = "auto",
+    precision: str = "auto",
 ) -> dict[str, Any]:
     """Evaluate whether a world model turns the way it is steered, from starts in videos."""
-    world = WorldModel.from_run(run, device)
+    world = WorldModel.from_run(run, device, precision)
     found = find_for(world, videos, time_offset)
     return evaluate_control(
         world, found.drives, starts=starts, seconds=seconds, sampling=sampling, sheet=sheet
@@ -328,8 +339,14 @@ def measure_control(
 
 
 def measure_surprise(
-    run: Path, videos: Sequence[Path], out: Path, *, time_offset: float = 0.0, device: str = "auto"
+    run: Path,
+    videos: Sequence[Path],
+    out: Path,
+    *,
+    time_offset: float = 0.0,
+    device: str = "auto",
+    precision: str = "auto",
 ) -> dict[str, Any]:
     """Draw what a world model did not expect in videos; returns what the JSON in `out` holds."""
-    world = WorldModel.from_run(run, device)
+    world = WorldModel.from_run(run, device, precision)
     return surprise(world, find_for(world, videos, time_offset).drives, out)

@@ -16,7 +16,7 @@ from driving_sim.data.sources import find_drives
 from driving_sim.data.token_store import TokenStore
 from driving_sim.data.token_store_index import INDEX, UNFINISHED, read_index
 from driving_sim.engine.config import resolve
-from driving_sim.engine.device import resolve_device, resolve_precision
+from driving_sim.engine.device import name_of, resolve_device, resolve_precision
 from driving_sim.engine.distributed import process_group
 from driving_sim.engine.errors import DriveSimError, Interrupted
 from driving_sim.engine.progress import say
@@ -240,7 +240,7 @@ def tokenize_videos(
         frozen = Tokenizer.from_run(tokenizer, own_device, "bf16" if low else "fp32")
         say(
             f"the tokenizer is {tokenizer}: {frozen.height}x{frozen.width} pixels to "
-            f"{frozen.rows}x{frozen.cols} tokens"
+            f"{frozen.rows}x{frozen.cols} tokens, in {name_of(frozen.dtype)}"
         )
         return tokenize(
             found,

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -17,7 +18,16 @@ from driving_sim.cli import app
 from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
 from driving_sim.demo import DemoConfig
 from driving_sim.engine.config import to_dict
+from driving_sim.measure import (
+    measure_control,
+    measure_surprise,
+    measure_tokenizer,
+    measure_world_model,
+)
+from driving_sim.pipeline import roll_out, tokenize_videos
+from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.presets import PRESETS
+from driving_sim.world_model.world_model import WorldModel
 from tests.test_files import small_files
 
 HEAVY = ("torch", "numpy", "av", "decord", "matplotlib", "PIL")
@@ -149,8 +159,38 @@ def test_commands_work_in_the_precision_asked_for(used: Path, precision: str) ->
     succeed(*rolled, *asked)
     settings = json.loads((used / f"runs/{precision}.json").read_text())
     assert settings["precision"] == {"tokenizer": precision, "world_model": precision}
+    heldout = "runs/world-model", "videos"
+    succeed("surprise", *heldout, "--out", f"runs/{precision}-surprise", *asked)
+    found = json.loads((used / f"runs/{precision}-surprise" / "surprise.json").read_text())
+    assert found["settings"]["precision"] == settings["precision"]
+    control = succeed("evaluate", "control", *heldout, "--starts", "1", "--seconds", "0.2", *asked)
+    assert json.loads(control.stdout)["precision"] == settings["precision"]
     wrong = "tokenize", "videos", "--tokenizer", tokenizer, "--out", "runs/x", "--precision", "fp8"
     assert "auto, fp32, bf16" in refused(*wrong)
+
+
+def test_the_number_format_is_a_choice_wherever_a_model_runs_and_auto_if_there_is_none() -> None:
+    group: Any = typer.main.get_command(app)
+    commands = group.commands | group.commands["evaluate"].commands
+    runs_no_model = {"synth", "inspect", "scaling", "compare", "evaluate"}
+    choosing = {
+        name
+        for name, command in commands.items()
+        if any("--precision" in each.opts and each.default is None for each in command.params)
+    }
+    assert choosing == commands.keys() - runs_no_model
+    functions: tuple[Any, ...] = (
+        Tokenizer.from_run,
+        WorldModel.from_run,
+        tokenize_videos,
+        roll_out,
+        measure_tokenizer,
+        measure_world_model,
+        measure_control,
+        measure_surprise,
+    )
+    defaults = {signature(each).parameters["precision"].default for each in functions}
+    assert defaults == {"auto"}
 
 
 def test_presets_are_chosen_by_the_device_and_then_by_the_tokens(
@@ -299,6 +339,7 @@ def test_the_demo_makes_as_many_drives_as_asked(
 ) -> None:
     asked: list[DemoConfig] = []
     monkeypatch.setattr("driving_sim.demo.run_demo", lambda out, seed, config: asked.append(config))
-    run("demo", "--drives", "160")
+    run("demo", "--drives", "160", "--precision", "fp32")
     run("demo")
     assert [config.drives for config in asked] == [160, DemoConfig().drives]
+    assert [config.precision for config in asked] == ["fp32", "auto"]

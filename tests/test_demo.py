@@ -8,12 +8,16 @@ import pytest
 
 from driving_sim import demo
 from driving_sim.data.synthetic import SyntheticConfig
+from driving_sim.data.token_store import TokenStore
 from driving_sim.demo import ACTIONS, DemoConfig, _find_start, _psnr_matrix, run_demo
+from driving_sim.engine.config import load_yaml
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.world_model.action_plan import ActionPlan
 from tests.test_files import small_files
 
-SMALL = DemoConfig(drives=3, heldout_drives=1, drive_seconds=3.0, steps=2, seconds=1.0)
+SMALL = DemoConfig(
+    drives=3, heldout_drives=1, drive_seconds=3.0, steps=2, seconds=1.0, precision="fp32"
+)
 
 
 def test_the_whole_demo_runs_and_reports(tmp_path: Path) -> None:
@@ -25,6 +29,9 @@ def test_the_whole_demo_runs_and_reports(tmp_path: Path) -> None:
     own = int((matrix.argmax(axis=1) == np.arange(4)).sum())
     assert saved["nearest_to_own_action"] == own
     assert f"{own} of 4" in summary
+    assert TokenStore(out / "tokens").info.precision == "fp32"
+    for run in ("tokenizer", "world-model"):
+        assert load_yaml(out / run / "config.yaml")["training"]["precision"] == "fp32"
     with av.open(str(out / "demo.mp4")) as video:
         frames = sum(1 for _ in video.decode(video=0))
     assert frames == round(SMALL.seconds * SMALL.world.fps)

@@ -151,6 +151,7 @@ def test_a_world_model_is_measured_whole_and_the_same_again(place: Path, tmp_pat
     assert "Action fidelity" in page
     assert "of the recorded videos" in page
     assert "learned from the training videos" in page
+    assert "held-out fp32, training fp32" in page
     # Once more, with the probe of the first: the same protocol, the same numbers.
     measure(place, tmp_path / "b", probe=tmp_path / "a")
     again = json.loads((tmp_path / "b" / "metrics.json").read_text())
@@ -292,6 +293,33 @@ def test_training_tokens_that_are_missing_or_misfit_name_their_option(
     write_store(tmp_path / "other", [20])
     with pytest.raises(DriveSimError, match=r"by another tokenizer .* with --training-tokens$"):
         measure(place, tmp_path / "out", training_tokens=tmp_path / "other")
+
+
+def test_tokens_of_two_number_formats_are_measured_and_said(
+    place: Path,
+    tmp_path: Path,
+    evidence: Callable[..., Evidence],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One line for each store of another format than the model encodes in, whichever it is."""
+    low = Tokenizer.from_run(place / "tokenizer", "cpu", "bf16")
+    held = tmp_path / "heldout"
+    tokenize(find_drives([place / "videos" / "drive_002.mp4"]), low, held)
+
+    def said(**options: Any) -> list[str]:
+        evidence(**options)
+        lines = capsys.readouterr().err.splitlines()
+        return [line for line in lines if "this model encodes in" in line]
+
+    training = place / "tokens"
+    line = (
+        "the tokens of {} were made in {}, this model encodes in {}: about 1 token in 100 differs"
+    )
+    assert said() == []
+    (one,) = said(precision="bf16")
+    assert one == f"{line.format(training, 'fp32', 'bf16')} (--precision fp32 encodes alike)"
+    (other,) = said(data=[held])
+    assert other == f"{line.format(held, 'bf16', 'fp32')} (--precision bf16 encodes alike)"
 
 
 @pytest.mark.usefixtures("nothing_is_done")

@@ -52,7 +52,7 @@ class Tokenizer:
 
     @classmethod
     def from_run(
-        cls, path: Path | str, device: torch.device | str = "auto", precision: str = "fp32"
+        cls, path: Path | str, device: torch.device | str = "auto", precision: str = "auto"
     ) -> Self:
         """Load the tokenizer folder `path`; raise `DriveSimError` where it is not an intact one."""
         folder = Path(path)

@@ -94,7 +94,7 @@ def train_world_model(
     }
     check_run(run, run_config, resume)
     with process_group(resolve_device(device)) as (_, own_device):
-        frozen = _matching_tokenizer(tokens, tokenizer, own_device)
+        frozen = _matching_tokenizer(tokens, tokenizer, own_device, config.training.precision)
         training_ids, validation_ids = _split(tokens, config.data)
         training = tokens.select(training_ids)
         # Of one drive alone, nothing is kept from training.
@@ -143,8 +143,10 @@ def train_world_model(
         )
 
 
-def _matching_tokenizer(store: TokenStore, path: Path, device: torch.device) -> Tokenizer:
-    tokenizer = Tokenizer.from_run(path, device)
+def _matching_tokenizer(
+    store: TokenStore, path: Path, device: torch.device, precision: str
+) -> Tokenizer:
+    tokenizer = Tokenizer.from_run(path, device, precision)
     if tokenizer.fingerprint != store.info.tokenizer_fingerprint:
         raise DriveSimError(
             f"{store.path} was not made by the tokenizer {path} (fingerprints "

@@ -251,6 +251,19 @@ class WorldModel:
                 f"tokenize the videos with --fps {self.fps:.3g}"
             )
 
+    def other_format(self, store: TokenStore) -> str | None:
+        """One line where a store's tokens are of another number format than this model encodes in.
+
+        That is no error, for it changes about one token in a hundred.
+        """
+        made, own = store.info.precision, name_of(self.tokenizer.dtype)
+        if made == own:
+            return None
+        return (
+            f"the tokens of {store.path} were made in {made}, this model encodes in {own}: about "
+            f"1 token in 100 differs (--precision {made} encodes alike)"
+        )
+
     def encode_prefix(
         self, tokens: ArrayLike | Tensor, past_actions: ArrayLike, valid: ArrayLike | None = None
     ) -> Prefix:

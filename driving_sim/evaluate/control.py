@@ -96,6 +96,7 @@ def evaluate_control(
         "sampling": asdict(sampling),
         "trials": {name: [asdict(trial) for trial in each] for name, each in trials.items()},
         "fingerprint": world.fingerprint,
+        "precision": world.precisions,
     }
 
 

@@ -343,6 +343,7 @@ def _report(
             "context_frames": world.context_frames,
             "moments_apart_s": _APART_S,
             "colours_end_at_bits": _most(world),
+            "precision": world.precisions,
         },
         "fingerprints": {
             "tokenizer": world.tokenizer.fingerprint,
