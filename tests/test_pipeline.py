@@ -54,7 +54,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_length_that_is_asked_for_has_no_least_steps() -> None:
     def asked(**options: Any) -> TrainingConfig:
-        return TrainingRequest(preset="demo", device="cpu", **options).resolve(WORLD_MODEL_PRESETS).training
+        return (
+            TrainingRequest(preset="demo", device="cpu", **options)
+            .resolve(WORLD_MODEL_PRESETS)
+            .training
+        )
 
     assert asked().minutes
     assert asked().least_steps
