@@ -74,7 +74,7 @@ def test_threads_follow_what_others_take(
     assert torch.get_num_threads() == 4
     taken = []
     for others in (0.0, 1.0, 1.0, 3.0, 4.0, 0.1, 0.0):
-        machine.run(1.0, own=4.0 - others, others=others)
+        machine.run(1.0, own=max(0.5, 4.0 - others), others=others)
         adjust_threads()
         taken.append(torch.get_num_threads())
     assert taken == [4, 3, 3, 1, 1, 4, 4]
@@ -110,7 +110,15 @@ def test_what_this_process_started_is_no_other_program(
 def test_counts_are_no_nearer_than_they_are_exact(machine: Machine) -> None:
     give_way()
     adjust_threads()
-    machine.run(threads.COUNT_SECONDS / 2, own=0.0, others=4.0)
+    machine.run(threads.COUNT_SECONDS / 2, own=0.5, others=3.5)
+    adjust_threads()
+    assert torch.get_num_threads() == 4
+
+
+def test_what_ran_while_this_process_waited_says_nothing(machine: Machine) -> None:
+    give_way()
+    adjust_threads()
+    machine.run(60.0, own=0.0, others=4.0)
     adjust_threads()
     assert torch.get_num_threads() == 4
 
@@ -138,7 +146,7 @@ def test_there_is_at_least_one_thread_and_never_more_than_asked_for() -> None:
 
 def test_the_library_does_not_touch_threads(machine: Machine) -> None:
     adjust_threads()
-    machine.run(1.0, own=0.0, others=4.0)
+    machine.run(1.0, own=0.5, others=3.5)
     adjust_threads()
     assert torch.get_num_threads() == 4
 
@@ -150,7 +158,7 @@ def test_what_the_environment_says_stands(
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     give_way()
     adjust_threads()
-    machine.run(1.0, own=0.0, others=4.0)
+    machine.run(1.0, own=0.5, others=3.5)
     adjust_threads()
     assert torch.get_num_threads() == 4
     assert "GOMP_SPINCOUNT" not in os.environ
@@ -160,7 +168,7 @@ def test_threads_asked_for_are_fixed(machine: Machine) -> None:
     give_way()
     adjust_threads()
     with fixed_threads(3):
-        machine.run(1.0, own=0.0, others=4.0)
+        machine.run(1.0, own=0.5, others=3.5)
         adjust_threads()
         assert torch.get_num_threads() == 3
     assert torch.get_num_threads() == 4

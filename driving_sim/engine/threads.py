@@ -22,6 +22,9 @@ COUNT_SECONDS = 0.3
 MARGIN = 0.6
 """How many cores more or fewer than threads must be free for the number of threads to change."""
 
+LEAST_OWN = 0.1
+"""Of a core that this process must have used between two counts for them to be compared."""
+
 
 def give_way() -> None:
     """From now on, have `adjust_threads` leave other programs the cores that they use.
@@ -142,6 +145,8 @@ class _Counter:
 
         last, self.last = self.last, _Count.now(self.cores)
         at, busy, own = (now - before for now, before in zip(self.last, last, strict=True))
+        if own < LEAST_OWN * at:  # it hardly computed: what else ran says nothing of its threads
+            return
         others = busy - own
         if others > MARGIN * at:  # or are they this process's own decoders?
             others -= self._children()

@@ -44,7 +44,7 @@ from driving_sim.engine.run_folder import (
 )
 from driving_sim.engine.run_log import RunLog
 from driving_sim.engine.schedule import position_by_steps, position_by_time
-from driving_sim.engine.threads import adjust_threads, fixed_threads
+from driving_sim.engine.threads import fixed_threads
 from driving_sim.engine.training_config import TrainingConfig
 from driving_sim.engine.training_step import Batch, Stepper, Trainable, batch_seed, seed_torch
 from driving_sim.engine.validation import Validation
@@ -273,7 +273,6 @@ class _Loop:
 
     def _step(self, batches: Iterator[tuple[int, Batch]], position: float) -> None:
         state = self.state
-        adjust_threads()
         start = time.perf_counter()
         finite = self.stepper.step(batches, state.step, position)
         seconds = time.perf_counter() - start

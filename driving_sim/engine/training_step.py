@@ -28,6 +28,7 @@ from driving_sim.engine.optimizer import (
 from driving_sim.engine.parallel import parallel
 from driving_sim.engine.schedule import learning_rate_factor
 from driving_sim.engine.sharding import whole
+from driving_sim.engine.threads import adjust_threads
 from driving_sim.engine.training_config import TrainingConfig
 
 Batch = dict[str, Tensor]
@@ -115,6 +116,7 @@ class Stepper:
 
         False where loss or gradients were not finite: then nothing has changed.
         """
+        adjust_threads()
         config = self.config
         factor = learning_rate_factor(
             step,
