@@ -161,6 +161,46 @@ def test_compiled_draws_equal_torchs(
 
 
 @needs_compiler
+@pytest.mark.parametrize("sampling", [Sampling(seed=3, guidance=1.7), Sampling(top_p=0.9)], ids=str)
+@in_each_format
+@pytest.mark.usefixtures("processor")
+@torch.no_grad()
+def test_a_future_is_the_same_alone_and_among_others(
+    dtype: torch.dtype, sampling: Sampling
+) -> None:
+    """To the last bit, from its context's encoding on."""
+    model, inputs = random_model(WIDE), random_inputs(2)
+    last, contexts = inputs["tokens"][:, -1].flatten(1), torch.tensor([0, 1, 1, 0, 1])
+    actions = torch.linspace(-2, 2, 10).view(5, 2)
+
+    def roll(futures: list[int], sequences: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        cache = native_cache(model, len(sequences), dtype)
+        given = ("previous", "tokens", "actions", "valid")
+        own = {name: inputs[name][sequences] for name in given}
+        now = own["actions"][:, 0], own["valid"][:, 0]
+        encode_frame(cache, own["tokens"][:, 0].flatten(1), own["previous"].flatten(1), *now)
+        sampler = FrameSampler(
+            cache,
+            last[sequences],
+            samples=torch.tensor(futures),
+            sampling=sampling,
+            contexts=torch.tensor([sequences.index(int(contexts[each])) for each in futures]),
+        )
+        known = torch.ones(len(futures), 2, dtype=torch.bool)
+        frames = [sampler.step(actions[futures], known) for _ in range(2 * WIDE.context_frames)]
+        return (
+            torch.stack([frame.tokens for frame in frames], dim=1),
+            torch.stack([frame.log_probs for frame in frames], dim=1),
+        )
+
+    tokens, log_probs = roll(list(range(5)), [0, 1])
+    for future in range(5):
+        alone, own_log_probs = roll([future], [int(contexts[future])])
+        assert torch.equal(alone[0], tokens[future])
+        assert torch.equal(own_log_probs[0], log_probs[future])
+
+
+@needs_compiler
 def test_a_draw_of_what_is_not_a_number_is_a_code() -> None:
     model = random_model(WIDE)
     model.output_norm.weight.data.fill_(torch.nan)

@@ -120,6 +120,19 @@ class Cache(Protocol):
         ...
 
 
+def frame_base(cache: Cache, previous: Tensor, actions: Tensor, valid: Tensor) -> Tensor:
+    """Return what a frame's slots know before its own tokens, [B, S, D]: see `Transformer`.
+
+    On a CPU each sequence's is computed by itself, which takes no longer: torch rounds otherwise
+    when there are more of them. The compiled passes do not, so that a future is the same, to the
+    last bit, alone and among others.
+    """
+    together = 1 if cache.device.type == "cpu" else len(previous)
+    given = (each[:, None].split(together) for each in (previous, actions, valid))
+    parts = [cache.model.frame_base(cache.tables, *part) for part in zip(*given, strict=True)]
+    return torch.cat(parts)[:, 0]
+
+
 def encode_frame(
     cache: Cache,
     tokens: Tensor,
@@ -136,7 +149,7 @@ def encode_frame(
     """
     cache.begin_frame()
     model, tables = cache.model, cache.tables
-    base = model.frame_base(tables, previous[:, None], actions[:, None], valid[:, None])[:, 0]
+    base = frame_base(cache, previous, actions, valid)
     padded = F.pad(tokens, (0, 1), value=model.grid.codebook_size)
     x = base + F.embedding(padded[:, model.source], tables.token)
     rotary = model.rotary(torch.tensor([cache.frame], device=x.device))

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from driving_sim.engine.device import autocast
-from driving_sim.world_model.cache import Cache
+from driving_sim.world_model.cache import Cache, frame_base
 from driving_sim.world_model.native import NativeCache
 
 Choose = Callable[[Tensor, Tensor], Tensor]
@@ -183,9 +183,7 @@ class WavePasses:
     def _begin(self, actions: Tensor, valid: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Begin a frame: what its slots [B, S, D] know before its tokens; cosines and sines."""
         self.cache.begin_frame()
-        base = self.model.frame_base(
-            self.cache.tables, self.tokens[:, None], actions[:, None], valid[:, None]
-        )[:, 0]
+        base = frame_base(self.cache, self.tokens, actions, valid)
         return base, self.model.rotary(torch.tensor([self.cache.frame], device=base.device))
 
     def _step(self, base: Tensor, rotary: tuple[Tensor, Tensor], choose: Choose) -> Tensor:

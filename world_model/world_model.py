@@ -365,8 +365,10 @@ class WorldModel:
 
         `actions` [branches, N, 2] or, for one branch, [N, 2] (m/s, rad): the first leads from the
         last context frame to the first new one. Branches share one context or have one each.
-        `valid` of the same shape says which are known. How draws are numbered: see `branch`.
-        Memory does not grow with N.
+        `valid` of the same shape says which are known. How draws are numbered: see `branch`. With
+        compiled passes a future is the same alone and among others, to the last bit. torch's passes
+        round differently with the batch: the draws stay the same, but a token whose draw falls on a
+        boundary can change, and the future from there on. Memory does not grow with N.
         """
         actions_BNA, valid_BNA = _with_validity(actions, valid)
         if actions_BNA.ndim == 2:
