@@ -27,9 +27,10 @@ class Sampling:
     temperature: float = 1.0
     """Divides the logits; 0 takes the most probable token."""
     top_k: int | None = None
-    """Keep only this many most probable tokens."""
+    """Keep only this many most probable tokens; of equal ones, the lowest."""
     top_p: float | None = None
-    """Keep only the most probable tokens that together reach this probability."""
+    """Keep only the most probable tokens that together reach this probability, as few as do; of
+    equal ones, the lowest."""
     guidance: float = 1.0
     """g in `l_null + g (l - l_null)`: 1 is the plain model, more makes actions count more."""
     seed: int = 0
@@ -114,14 +115,24 @@ def truncated_log_probs(logits: Tensor, sampling: Sampling) -> Tensor:
     codes = logits.shape[-1]
     if sampling.top_k is not None and sampling.top_k < codes:
         least = log_probs.topk(sampling.top_k, dim=-1).values[..., -1:]
-        log_probs = log_probs.masked_fill(log_probs < least, -torch.inf).log_softmax(-1)
+        log_probs = _cut(log_probs, least, sampling.top_k).log_softmax(-1)
     if sampling.top_p is not None and sampling.top_p < 1:
         ordered = log_probs.sort(dim=-1, descending=True).values
-        probs = ordered.exp()
-        needed = (probs.cumsum(-1) - probs < sampling.top_p).sum(-1, keepdim=True)
-        least = ordered.gather(-1, needed - 1)
-        log_probs = log_probs.masked_fill(log_probs < least, -torch.inf).log_softmax(-1)
+        short = (ordered.exp().cumsum(-1) < sampling.top_p).sum(-1, keepdim=True)
+        needed = (short + 1).clamp_(max=codes)
+        log_probs = _cut(log_probs, ordered.gather(-1, needed - 1), needed).log_softmax(-1)
     return log_probs
+
+
+def _cut(log_probs: Tensor, least: Tensor, count: Tensor | int) -> Tensor:
+    """Set all but the `count` most probable of log_probs [..., K] to -inf; `least` is their last.
+
+    Of the tokens that are as probable as `least` [..., 1], the lowest stay.
+    """
+    tied = log_probs == least
+    left = count - (log_probs > least).sum(-1, keepdim=True)
+    surplus = tied & (tied.cumsum(-1) > left)
+    return log_probs.masked_fill(surplus | (log_probs < least), -torch.inf)
 
 
 def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
