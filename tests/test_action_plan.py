@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,6 +124,22 @@ def test_csv_holds_its_last_whole_frame_and_the_channels_it_lacks(tmp_path: Path
     found = plan(write_csv(tmp_path / "speed.csv", times, "speed_mps"), seconds=3.0)
     assert found.valid.all()
     np.testing.assert_allclose(found.actions, [[0.5, 0.05]] * 12)
+
+
+def test_a_file_is_a_file_whatever_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as what a sweep calls its folders; a folder that is called like a script is no file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=3").mkdir()
+    write_csv(tmp_path / "lr=3" / "a.csv", [0.0, 0.2, 0.4, 0.6])
+    shutil.copy(tmp_path / "lr=3" / "a.csv", tmp_path / "steer=left")
+    for name in ("lr=3/a.csv", "steer=left"):
+        np.testing.assert_allclose(plan(name).actions, 0.5)
+    with pytest.raises(DriveSimError, match=r"lr=4.*no such file"):
+        plan("lr=4/a.csv")
+    (tmp_path / "steer=0.1").mkdir()
+    np.testing.assert_allclose(plan("steer=0.1").actions[:, 1], 0.1, rtol=1e-6)
 
 
 @pytest.mark.parametrize("times", [[0.0, 1.0, 2.0], [5.0, 5.2, 5.4], [0.0, 0.1, 0.2]])

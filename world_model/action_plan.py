@@ -113,11 +113,11 @@ class _Planned:
 def _plan(spec: str, situation: Situation) -> _Planned:
     if spec in NAMES:
         return _from_name(spec, situation)
+    path = Path(spec)
+    if spec.isprintable() and (path.suffix.lower() == ".csv" or _is_file(path)):
+        return _from_file(path, situation)
     if "=" in spec:
         return _from_script(" ".join(spec.split()), parse_script(spec), situation)
-    path = Path(spec)
-    if spec.isprintable() and (path.suffix.lower() == ".csv" or _exists(path)):
-        return _from_file(path, situation)
     near = difflib.get_close_matches(spec, NAMES, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise DriveSimError(
@@ -126,9 +126,10 @@ def _plan(spec: str, situation: Situation) -> _Planned:
     )
 
 
-def _exists(path: Path) -> bool:
+def _is_file(path: Path) -> bool:
+    """Whether there is a file, or a pipe, of that name: a folder may be called like a script."""
     try:
-        return path.exists()
+        return path.exists() and not path.is_dir()
     except (OSError, ValueError):  # too long for a name, or with a zero byte
         return False
 
