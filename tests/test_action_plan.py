@@ -48,6 +48,13 @@ def test_a_last_part_accelerates_for_its_own_time_and_then_holds() -> None:
     np.testing.assert_allclose(speed, [6.25, 6.75, 7.25, 7.75, 8, 8, 8, 8], atol=1e-5)
 
 
+def test_who_braked_longer_than_it_took_to_stand_speeds_up_from_standing() -> None:
+    """From 6 m/s a second and a half is enough."""
+    speed = plan("accel=-4 for 3s; accel=2 for 1s").actions[:, 0]
+    assert (speed[6:12] == 0).all()
+    np.testing.assert_allclose(speed[12:], 2 * (np.arange(4) + 0.5) / 4, atol=1e-5)
+
+
 def test_left_and_right_are_plus_and_minus_the_training_limit() -> None:
     left, right = make_plans(["left", "right"], SITUATION)
     np.testing.assert_allclose(left.actions[:, 1], 0.2)

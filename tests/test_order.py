@@ -59,6 +59,24 @@ def test_lag_two_sees_the_four_neighbours_before_a_token() -> None:
     assert {int(tokens[r, c]) for r, c in [(2, 2), (1, 2), (1, 3), (1, 4)]} <= seen
 
 
+@pytest.mark.parametrize(("rows", "cols"), GRIDS)
+@pytest.mark.parametrize("reach", [0, 1, 2])
+def test_neighbours_are_those_of_a_frame_with_a_margin_of_nothing(
+    rows: int, cols: int, reach: int
+) -> None:
+    """Beside a row's last token is nothing, not the next row's first."""
+    order = SlotOrder(rows=rows, cols=cols)
+    tokens = torch.arange(rows * cols).view(rows, cols)
+    # A slot that predicts nothing stands beyond the last column.
+    margin = (reach, reach + 1, reach, reach)
+    padded = torch.nn.functional.pad(tokens, margin, value=order.tokens)
+    found = order.neighbours(reach)
+    for slot in range(order.slots):
+        row, col = int(order.row[slot]), int(order.col[slot])
+        around = padded[row : row + 2 * reach + 1, col : col + 2 * reach + 1]
+        assert torch.equal(found[slot], around.flatten())
+
+
 def test_an_impossible_grid_is_named() -> None:
     with pytest.raises(ValueError, match="lag is -1"):
         SlotOrder(rows=2, cols=2, lag=-1)
