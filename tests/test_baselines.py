@@ -1,10 +1,11 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from driving_sim.data.token_store import TokenStore
-from driving_sim.world_model.baselines import CopyLast, TimeBigram, Unigram
+from driving_sim.world_model.baselines import _STRENGTHS, CopyLast, TimeBigram, Unigram
 from driving_sim.world_model.bits import FullWindows
 from tests.token_drives import write_store
 
@@ -66,6 +67,30 @@ def test_bigram_counts_what_followed_each_code(store: TokenStore) -> None:
     now, last = windows.last_frames()
     assert np.allclose(found.bits, -np.log2(table[last, now]).mean(1))
     assert np.allclose(found.accuracy, (table.argmax(1)[last] == now).mean(1))
+
+
+def test_bigram_has_the_strength_that_best_foretells_each_pair_from_the_others(
+    store: TokenStore,
+) -> None:
+    """Counted pair by pair. With their own count, pairs would be foretold best by counts alone."""
+    fitted = TimeBigram.fit(store.drives)
+    counts = np.zeros((9, 9))
+    for drive in store.drives:
+        for begin, stop in drive.entry.segments:
+            tokens = drive.tokens[begin:stop]
+            np.add.at(counts, (tokens[:-1].ravel(), tokens[1:].ravel()), 1)
+    likelihood = {}
+    for strength in _STRENGTHS:
+        likelihood[strength] = 0.0
+        for before, after in np.argwhere(counts):
+            others = counts.copy()
+            others[before, after] -= 1
+            prior = strength * fitted.unigram.probabilities[after]
+            foretold = (others[before, after] + prior) / (others[before].sum() + strength)
+            likelihood[strength] += counts[before, after] * np.log(foretold)
+        found = replace(fitted, strength=strength)._left_out_likelihood()
+        assert found == pytest.approx(likelihood[strength])
+    assert fitted.strength == max(likelihood, key=likelihood.__getitem__) > min(_STRENGTHS)
 
 
 def test_bigram_knows_a_rule_that_copying_does_not(tmp_path: Path) -> None:
