@@ -84,6 +84,29 @@ def test_compiled_attention_and_its_gradients_equal_torchs(
 @needs_compiler
 @in_each_format
 @pytest.mark.usefixtures("processor")
+def test_a_key_that_queries_look_away_from_gets_no_gradient(dtype: torch.dtype) -> None:
+    """Its weight is e^-134, less than any float32: it must not become another number."""
+    slots, channels = 70, 32
+    q, k, v = torch.ones(slots, channels), torch.ones(slots, channels), torch.ones(slots, channels)
+    k[0] = -1
+    qkv = torch.cat([q, k, v], dim=1)[None].to(dtype).requires_grad_()
+    gain = torch.full((channels,), 3.45)
+    rotary = torch.ones(slots, channels // 2), torch.zeros(slots, channels // 2)
+    grad = torch.randn(1, slots, channels, generator=torch.Generator().manual_seed(0))
+    grad[:, 0] = 0  # the first query sees nothing else
+    with compute(dtype):
+        mixed = native_training.causal_attention(qkv, gain, gain, rotary, 1)
+    assert mixed is not None
+    mixed.backward(grad.to(dtype))  # type: ignore[no-untyped-call]
+    assert qkv.grad is not None
+    assert qkv.grad.isfinite().all()
+    assert qkv.grad[0, 0].abs().max() < 1e-30
+    assert qkv.grad[0, 1:, 2 * channels :].abs().max() > 0.01
+
+
+@needs_compiler
+@in_each_format
+@pytest.mark.usefixtures("processor")
 def test_compiled_norm_and_its_gradients_equal_torchs(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     given = [torch.randn(3, 50, 48), torch.randn(48)]

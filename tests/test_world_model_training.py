@@ -150,6 +150,30 @@ def test_fine_tuning_starts_from_the_other_run(folder: Path, tmp_path: Path) -> 
     assert not (tmp_path / "run2").exists()
 
 
+def test_fine_tuning_reads_actions_in_the_scale_of_the_other_run(
+    folder: Path, tmp_path: Path
+) -> None:
+    """The weights know no other; how far drivers turn is the new drives' own."""
+    before = WorldModel.from_run(folder / "run", device="cpu")
+    store = write_store(tmp_path / "tokens", (30, 30), fingerprint=before.tokenizer.fingerprint)
+    data = replace(CONFIG.data, validation=("1",), preview=False)
+    train_world_model(
+        tmp_path / "tokens",
+        replace(CONFIG, data=data, training=replace(CONFIG.training, steps=1)),
+        tmp_path / "run",
+        tokenizer=folder / "tokenizer",
+        init_from=folder / "run",
+        device="cpu",
+    )
+    after = WorldModel.from_run(tmp_path / "run", device="cpu")
+    measured = action_statistics(store.select(["0"]))
+    assert measured.mean != before.statistics.mean
+    expected = replace(measured, mean=before.statistics.mean, std=before.statistics.std)
+    assert after.statistics == expected
+    assert torch.equal(after.transformer.action.mean, before.transformer.action.mean)
+    assert torch.equal(after.transformer.action.std, before.transformer.action.std)
+
+
 def test_a_tokenizer_that_did_not_make_the_tokens_is_refused(folder: Path, tmp_path: Path) -> None:
     tiny_tokenizer(seed=1).save(tmp_path / "other")
     with pytest.raises(DriveSimError, match="was not made by the tokenizer"):
