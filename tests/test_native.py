@@ -1,4 +1,6 @@
 import copy
+import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -14,7 +16,7 @@ from driving_sim.world_model.sampler import FrameSampler, Sampling, WavePasses
 from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
 from tests.test_cache import cached_logits, wave_by_wave
 from tests.test_transformer import CONFIG, GRID, random_inputs, random_model
-from tests.token_drives import COLS, FPS, LEVELS, ROWS, tiny_tokenizer
+from tests.token_drives import COLS, FPS, LEVELS, ROWS, tiny_tokenizer, turning_drive
 
 WIDE = replace(CONFIG, layers=2, width=128, heads=4, kv_heads=2, context_frames=3)
 
@@ -76,6 +78,36 @@ def test_a_world_model_on_a_cpu_uses_them(
     assert cache.dtype is torch.float32
     as_double = WorldModel(copy.deepcopy(model).double(), tiny_tokenizer(), **given)
     assert not isinstance(as_double.no_prefix().cache, NativeCache)
+
+
+@needs_compiler
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda world: pickle.loads(pickle.dumps(world))],
+    ids=["deep", "pickle"],
+)
+def test_a_copy_generates_the_same(
+    copied: Callable[[WorldModel], WorldModel], precision: str
+) -> None:
+    model = random_model(WIDE, TokenGrid(rows=ROWS, cols=COLS, levels=LEVELS))
+    world = WorldModel(
+        model, tiny_tokenizer(), fps=FPS, steering_kind="road_wheel", precision=precision
+    )
+    again = copied(world)
+    assert again.fingerprint == world.fingerprint
+    assert again.config == world.config
+    assert again.dtype is world.dtype
+    tokens, actions, _ = turning_drive(8, 0)
+    rolls = []
+    for each in (world, again):
+        prefix = each.encode_prefix(tokens[:4], actions[:3])
+        assert isinstance(prefix.cache, NativeCache)
+        assert prefix.cache.model is each.transformer
+        rolls.append(list(each.generate(prefix, actions[3:], samples=2)))
+    for found, expected in zip(*rolls, strict=True):
+        assert torch.equal(found.tokens, expected.tokens)
+        assert torch.equal(found.log_probs, expected.log_probs)
 
 
 def test_torch_alone_does_not_emulate_bf16(monkeypatch: pytest.MonkeyPatch) -> None:

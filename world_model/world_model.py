@@ -7,8 +7,9 @@ and columns, H W pixels.
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -135,6 +136,18 @@ class WorldModel:
             if isinstance(module, nn.Linear):
                 module.to(self.dtype)
         self._tables = replace(self._tables, output=self._tables.output.to(self.dtype))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are made anew of the weights: compiled passes hold addresses."""
+        make = partial(
+            type(self),
+            fps=self.fps,
+            steering_kind=self.steering_kind,
+            validation_drives=self.validation_drives,
+            device=self.device,
+            precision=name_of(self.dtype),
+        )
+        return make, (self.transformer, self.tokenizer)
 
     @classmethod
     def from_run(cls, path: Path | str, device: str = "auto", precision: str = "auto") -> Self:
