@@ -246,6 +246,37 @@ def test_contexts_have_draws_of_their_own(world: WorldModel) -> None:
     assert torch.equal(later, apart[4:])
 
 
+def test_an_action_that_is_nan_is_unknown(world: WorldModel) -> None:
+    """In contexts and futures alike, and where frames are sampled one by one."""
+    tokens, actions, valid = turning_drive(9, 0)
+    valid = valid.copy()
+    valid[1, 0] = valid[2] = valid[5, 1] = valid[7] = False
+    nan = np.where(valid, actions, np.nan)
+    expected_prefix = world.encode_prefix(tokens[:4], actions[:3], valid[:3])
+    expected = stacked(list(world.generate(expected_prefix, actions[3:8], valid[3:8])))
+    prefix = world.encode_prefix(tokens[:4], nan[:3])
+    found = stacked(list(world.generate(prefix, nan[3:8])))
+    sampler, known = world.branch(prefix), torch.ones(1, 2, dtype=torch.bool)
+    stepped = stacked([sampler.step(torch.tensor(nan[None, t]), known) for t in range(3, 8)])
+    for own_tokens, log_probs in (found, stepped):
+        assert torch.equal(own_tokens, expected[0])
+        assert torch.equal(log_probs, expected[1])
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
+def test_an_infinite_action_is_refused_where_it_counts(world: WorldModel, value: float) -> None:
+    tokens, actions, valid = turning_drive(6, 0)
+    actions, valid = actions.copy(), valid.copy()
+    actions[1, 1] = value
+    with pytest.raises(DriveSimError, match=rf"past_actions\[1, 1\] is {value}"):
+        world.encode_prefix(tokens[:4], actions[:3])
+    prefix = world.encode_prefix(tokens[:1], actions[:0])
+    with pytest.raises(DriveSimError, match=rf"actions\[0, 1, 1\] is {value}.*NaN"):
+        next(world.generate(prefix, actions[None]))
+    valid[1, 1] = False
+    next(world.generate(prefix, actions, valid))
+
+
 def test_generating_holds_no_state_of_torch_between_frames(world: WorldModel) -> None:
     prefix = world.encode_prefix(np.zeros((2, ROWS, COLS), np.int64), np.zeros((1, 2)))
     for _ in world.generate(prefix, np.zeros((2, 2))):

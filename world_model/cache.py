@@ -123,12 +123,15 @@ class Cache(Protocol):
 def frame_base(cache: Cache, previous: Tensor, actions: Tensor, valid: Tensor) -> Tensor:
     """Return what a frame's slots know before its own tokens, [B, S, D]: see `Transformer`.
 
+    Actions that are NaN are unknown, whatever `valid` says.
+
     On a CPU each sequence's is computed by itself, which takes no longer: torch rounds otherwise
     when there are more of them. The compiled passes do not, so that a future is the same, to the
     last bit, alone and among others.
     """
     together = 1 if cache.device.type == "cpu" else len(previous)
-    given = (each[:, None].split(together) for each in (previous, actions, valid))
+    known = valid & ~actions.isnan()
+    given = (torch.split(each[:, None], together) for each in (previous, actions, known))
     parts = [cache.model.frame_base(cache.tables, *part) for part in zip(*given, strict=True)]
     return torch.cat(parts)[:, 0]
 

@@ -283,13 +283,13 @@ class WorldModel:
         """Encode a context: tokens int64 [T, r, c] and the actions [T - 1, 2] (m/s, rad) in it.
 
         Or C contexts at once, tokens [C, T, r, c] and actions [C, T - 1, 2]. `valid`, shaped like
-        the actions, says which are known (all, by default). Only the last W - 1 frames, and what
-        led to them, are used: with the next frame they fill the model's window. Raises
-        `DriveSimError` for tokens of another size than the model's.
+        the actions, says which are known (by default all that are not NaN). Only the last W - 1
+        frames, and what led to them, are used: with the next frame they fill the model's window.
+        Raises `DriveSimError` for tokens of another size than the model's and infinite actions.
         """
         tokens_CTP = self._checked_tokens(tokens)
         contexts, count, _ = tokens_CTP.shape
-        actions, known = _with_validity(past_actions, valid)
+        actions, known = _with_validity("past_actions", past_actions, valid)
         if actions.shape != (*torch.as_tensor(tokens).shape[:-3], count - 1, 2):
             raise ValueError(
                 f"past_actions of shape {tuple(actions.shape)}: {count} context frames have "
@@ -378,12 +378,15 @@ class WorldModel:
 
         `actions` [branches, N, 2] or, for one branch, [N, 2] (m/s, rad): the first leads from the
         last context frame to the first new one. Branches share one context or have one each.
-        `valid` of the same shape says which are known. How draws are numbered: see `branch`. With
-        compiled passes a future is the same alone and among others, to the last bit. torch's passes
-        round differently with the batch: the draws stay the same, but a token whose draw falls on a
-        boundary can change, and the future from there on. Memory does not grow with N.
+        `valid` of the same shape says which are known (by default all that are not NaN); infinite
+        ones raise `DriveSimError`. How draws are numbered: see `branch`. Memory does not grow with
+        N.
+
+        With compiled passes a future is the same alone and among others, to the last bit. torch's
+        passes round differently with the batch: the draws stay the same, but a token whose draw
+        falls on a boundary can change, and the future from there on.
         """
-        actions_BNA, valid_BNA = _with_validity(actions, valid)
+        actions_BNA, valid_BNA = _with_validity("actions", actions, valid)
         if actions_BNA.ndim == 2:
             actions_BNA, valid_BNA = actions_BNA[None], valid_BNA[None]
         if actions_BNA.ndim != 3 or actions_BNA.shape[2] != 2:
@@ -426,11 +429,8 @@ class WorldModel:
         sampling = Sampling(
             seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance
         )
-        past, future = (np.asarray(values, np.float32) for values in (past_actions, actions))
-        prefix = self.encode_prefix(self.tokenizer.encode(frames), past, ~np.isnan(past))
-        steps = list(
-            self.generate(prefix, future, ~np.isnan(future), samples=samples, sampling=sampling)
-        )
+        prefix = self.encode_prefix(self.tokenizer.encode(frames), past_actions)
+        steps = list(self.generate(prefix, actions, samples=samples, sampling=sampling))
         tokens = torch.stack([step.tokens for step in steps], dim=1).cpu()
         decoded = self.tokenizer.decode(rearrange(tokens, "f n r c -> (f n) r c"))
         return Rollout(
@@ -441,12 +441,22 @@ class WorldModel:
         )
 
 
-def _with_validity(actions: ArrayLike, valid: ArrayLike | None) -> tuple[Tensor, Tensor]:
-    """As float32 and bool tensors of the same shape; unknown actions become 0."""
+def _with_validity(name: str, actions: ArrayLike, valid: ArrayLike | None) -> tuple[Tensor, Tensor]:
+    """As float32 and bool tensors of the same shape; raises DriveSimError for infinite ones.
+
+    What is not `valid` becomes 0. What is NaN stays so: passes take it as unknown.
+    """
     values = torch.from_numpy(np.array(actions, np.float32))
     known = np.ones(values.shape) if valid is None else np.broadcast_to(valid, values.shape)
     mask = torch.from_numpy(known.astype(np.bool_))
-    return torch.where(mask, values, 0.0), mask
+    values = torch.where(mask, values, 0.0)
+    infinite = values.isinf().nonzero().tolist()
+    if infinite:
+        raise DriveSimError(
+            f"{name}{infinite[0]} is {values[tuple(infinite[0])]}: give finite values, in m/s and "
+            "rad, or NaN where unknown"
+        )
+    return values, mask
 
 
 def _grid(tokenizer: Tokenizer) -> TokenGrid:
