@@ -421,9 +421,10 @@ def rollout(
     seconds: Annotated[
         float | None, typer.Option(help="Length [default: the actions' own, else 4].", min=0)
     ] = None,
-    out: Annotated[Path, typer.Option(help="Video to write; a JSON, PNG and tokens beside it.")] = (
-        Path("rollout.mp4")
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(help="Video to write (.mp4), or a folder; a JSON, PNG and tokens beside it."),
+    ] = Path("rollout.mp4"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --out.")] = (
         False
     ),

@@ -260,6 +260,25 @@ def test_a_full_disk_leaves_nothing_behind(world: WorldModel, video: Path, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_that_is_no_mp4_is_refused() -> None:
-    with pytest.raises(DriveSimError, match=r"an \.mp4 file"):
-        output_files(Path("rollout.gif"))
+def test_a_folder_takes_all_files_of_a_rollout(
+    world: WorldModel, video: Path, tmp_path: Path
+) -> None:
+    """One that is there, whatever its name, and one that is not."""
+    roll(world, video, tmp_path / "rollout.mp4")
+    (tmp_path / "there.mp4").mkdir()
+    for folder in (tmp_path / "new" / "run-1.5", tmp_path / "there.mp4"):
+        assert output_files(folder) == output_files(folder / "rollout.mp4")
+        roll(world, video, folder)
+        assert {path.name for path in folder.iterdir()} == {
+            path.name for path in tmp_path.iterdir() if path.is_file()
+        }
+        saved, expected = (
+            load_file(path / "rollout.safetensors")["tokens"] for path in (folder, tmp_path)
+        )
+        np.testing.assert_array_equal(saved, expected)
+
+
+@pytest.mark.parametrize("name", ["rollout.gif", "rollout.m4v"])
+def test_an_output_that_is_neither_an_mp4_nor_a_folder_is_refused(name: str) -> None:
+    with pytest.raises(DriveSimError, match=r"an \.mp4 file, or a folder"):
+        output_files(Path(name))

@@ -219,9 +219,14 @@ class _Panels:
 
 
 def output_files(out: Path) -> dict[str, Path]:
-    """Every file that a rollout to `out` (an .mp4) writes."""
-    if out.suffix.lower() != ".mp4":
-        raise DriveSimError(f"--out {out}: a rollout is an .mp4 file; name it so")
+    """Every file that a rollout to `out` writes: an .mp4, or a folder for a rollout.mp4."""
+    of_a_type = out.suffix[1:2].isalpha()  # not "run-1.5"
+    if out.is_dir() or not of_a_type:
+        out = out / "rollout.mp4"
+    elif out.suffix.lower() != ".mp4":
+        raise DriveSimError(
+            f"--out {out}: a rollout is an .mp4 file, or a folder for it; name one of those"
+        )
     return {
         "video": out,
         "tokens": out.with_suffix(".safetensors"),
@@ -255,7 +260,7 @@ def write_rollout(
     steering_range = max(2 * world.steering_p95, largest) or 1.0
     panels = _Panels(world, context, titles, shown, steering_range)
     length = len(plans[0].actions)
-    with disk_errors(out), ExitStack() as stack:
+    with disk_errors(files["video"]), ExitStack() as stack:
         temporary = {kind: stack.enter_context(atomic_file(path)) for kind, path in files.items()}
         written = token_file(
             temporary["tokens"],
@@ -272,7 +277,7 @@ def write_rollout(
                 writer.write(panels.past(index))
             recorder.start(context.frames[-1])
             moments = _futures(world, context, plans, sampling, samples, recorder)
-            with progress(length, f"rollout -> {out}", "frames") as bar:
+            with progress(length, f"rollout -> {files['video']}", "frames") as bar:
                 for index, (tokens, frames, truth) in enumerate(moments):
                     recorder.record(index, tokens, frames, truth)
                     writer.write(panels.future(index, frames, truth))
