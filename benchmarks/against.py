@@ -1,12 +1,11 @@
 """`python -m benchmarks.against REVISION`: this checkout's speed beside that of an earlier commit.
 
 Both do the same work by the same commands, in turns, on synthetic drives: so whatever else the
-machine does disturbs both. Printed are the medians of the rounds' ratios.
+machine does disturbs both. Printed are the medians and ranges of the rounds' ratios.
 """
 
 import argparse
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -15,7 +14,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,39 +31,25 @@ def checked_out(revision: str) -> Iterator[Path]:
             subprocess.run([*git, "remove", "--force", str(tree)], check=True)
 
 
-class Cost(NamedTuple):
-    """What a command took."""
-
-    seconds: float
-    processor: float
-    """Processor seconds, which other work on the machine disturbs less."""
-
-
-def drivesim(tree: Path, folder: Path, *arguments: str) -> Cost:
-    """Run a command of the code in `tree` within `folder`."""
+def drivesim(tree: Path, folder: Path, *arguments: str) -> float:
+    """Run a command of the code in `tree` within `folder`; return the seconds that it took."""
     command = [sys.executable, "-P", "-m", "driving_sim.cli", *arguments]
-    begun, used = time.perf_counter(), _processor()
+    begun = time.perf_counter()
     done = subprocess.run(
         command,
         cwd=folder,
-        # Threads that wait must not count as work.
-        env=os.environ | {"PYTHONPATH": str(tree), "OMP_WAIT_POLICY": "passive"},
+        env=os.environ | {"PYTHONPATH": str(tree)},
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)}: {done.stderr[-2000:]}")
-    return Cost(time.perf_counter() - begun, _processor() - used)
+    return time.perf_counter() - begun
 
 
-def _processor() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-def measure(tree: Path, videos: Path, preset: str, steps: int) -> dict[str, Cost]:
-    """The cost of each command, run once."""
+def measure(tree: Path, videos: Path, preset: str, steps: int) -> dict[str, float]:
+    """The seconds of each command, run once."""
     training = ("--preset", preset, "--steps", str(steps))
     futures = ("--actions", "left", "--actions", "right", "--seconds", "6")
     with tempfile.TemporaryDirectory() as name:
@@ -97,15 +81,12 @@ def main() -> None:
             trees = [before, ROOT] if number % 2 == 0 else [ROOT, before]
             found = {tree: measure(tree, videos, given.preset, given.steps) for tree in trees}
             rounds.append((found[before], found[ROOT]))
-    print(f"speed of this checkout over {given.revision}'s, medians of {given.rounds} rounds:")
+    print(f"speed of this checkout over {given.revision}'s, {given.rounds} rounds: median (range)")
     for what in rounds[0][0]:
-        ratios = [
-            statistics.median(old[what][field] / new[what][field] for old, new in rounds)
-            for field in (0, 1)
-        ]
-        now = statistics.median(new[what].seconds for _, new in rounds)
+        ratios = [old[what] / new[what] for old, new in rounds]
+        now = statistics.median(new[what] for _, new in rounds)
         print(
-            f"  {what}: {ratios[0]:.2f} by the clock, {ratios[1]:.2f} by processor time; "
+            f"  {what}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), "
             f"now {now:.3g} s"
         )
 

@@ -6,6 +6,12 @@ import pytest
 from driving_sim.world_model import native_library
 
 
+@pytest.fixture(autouse=True)
+def steady_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that tests call here change no threads: results are compared bit by bit."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture(
     params=[
         "",

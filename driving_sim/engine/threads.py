@@ -14,9 +14,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, Self
 
-SPINS = "4000"
-"""How often a thread of GNU's OpenMP looks for work before it sleeps: for about 0.1 ms. Its own
-default is 300,000 times."""
 COUNT_SECONDS = 0.3
 """At least so long between two counts of the cores that others take."""
 MARGIN = 0.6
@@ -29,12 +26,9 @@ LEAST_OWN = 0.1
 def give_way() -> None:
     """From now on, have `adjust_threads` leave other programs the cores that they use.
 
-    For the whole process, and before torch is imported: commands do it, the library does not. What
-    the environment says of OpenMP stands.
+    It is for the whole process: commands do it, the library does not. OMP_NUM_THREADS stands.
     """
     global _gives_way
-    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = SPINS
     _gives_way = "OMP_NUM_THREADS" not in os.environ
 
 
