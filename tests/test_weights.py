@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor, nn
 
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.weights import (
@@ -18,6 +18,7 @@ from driving_sim.engine.weights import (
     fingerprint,
     load_weights,
     save_weights,
+    write_tensors,
 )
 from driving_sim.tokenizer.autoencoder import Autoencoder
 from driving_sim.tokenizer.presets import PRESETS as TOKENIZERS
@@ -61,6 +62,59 @@ def test_weights_come_back_with_their_metadata(file: Path) -> None:
     assert all(torch.equal(value, saved[name]) for name, value in module.state_dict().items())
     assert fingerprint({"a": 1}, module) != fingerprint({"a": 2}, module)
     assert fingerprint({"a": 1}, module) != fingerprint({"a": 1}, Layers())
+
+
+def of_each_format() -> dict[str, Tensor]:
+    """Tensors of all formats, one not contiguous, one a single number and one with no number."""
+    formats = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"]
+    tensors = {name: torch.arange(6).to(getattr(torch, name)) for name in formats}
+    turned = torch.arange(6.0).reshape(2, 3).T
+    return {**tensors, "turned": turned, "one": torch.tensor(3.0), "nöne": torch.zeros(0, 3)}
+
+
+@pytest.mark.parametrize("metadata", [None, {"a": 'né "b"'}])
+def test_a_file_is_the_librarys_byte_for_byte(
+    tmp_path: Path, metadata: dict[str, str] | None
+) -> None:
+    tensors = of_each_format()
+    contiguous = {name: value.contiguous() for name, value in tensors.items()}
+    write_tensors(tmp_path / "w", tensors, metadata)
+    assert (tmp_path / "w").read_bytes() == save(contiguous, metadata)
+
+
+def test_metadata_is_written_in_order(tmp_path: Path) -> None:
+    module, names = Layers(), [str(number) for number in range(20)]
+    for order in (names, names[::-1]):
+        save_weights(module, tmp_path / "w" / order[0], dict.fromkeys(order, "x"))
+    assert (tmp_path / "w" / "0").read_bytes() == (tmp_path / "w" / "19").read_bytes()
+
+
+def test_saving_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No second copy of the weights, neither Python's nor torch's."""
+    module = Layers(layers=4, width=512)
+    contiguous, copies = Tensor.contiguous, []
+
+    def watched(tensor: Tensor) -> Tensor:
+        made = contiguous(tensor)
+        if made.data_ptr() != tensor.data_ptr():
+            copies.append(tensor.shape)
+        return made
+
+    monkeypatch.setattr(Tensor, "contiguous", watched)
+    monkeypatch.setattr(Tensor, "clone", None)
+    tracemalloc.start()
+    save_weights(module, tmp_path / "w.safetensors", {})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert not copies
+    assert peak < (tmp_path / "w.safetensors").stat().st_size / 20
+
+
+def test_a_file_has_the_rights_of_any_new_one(tmp_path: Path) -> None:
+    save_weights(Layers(), tmp_path / "w.safetensors", {})
+    (tmp_path / "other").touch()
+    rights = [(tmp_path / name).stat().st_mode for name in ("w.safetensors", "other")]
+    assert rights[0] == rights[1]
 
 
 def with_header(file: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from driving_sim.engine.config import load_json, save_json
@@ -34,6 +34,7 @@ from driving_sim.engine.sharding import (
     placed_like,
     save_shards,
 )
+from driving_sim.engine.weights import write_tensors
 
 CHECKSUMS = "checksums.json"
 STATE = "state.json"
@@ -69,7 +70,7 @@ def save_checkpoint(
             save_shards(temporary, {f"{part}/{name}": tensor for part, name, tensor in named})
         elif ranks.is_main:
             for part, tensors in parts.items():
-                _save_tensors(temporary / f"{part}.safetensors", tensors)
+                write_tensors(temporary / f"{part}.safetensors", tensors)
         if ranks.is_main:
             save_json(temporary / STATE, {**state, "ema_updates": ema.updates})
         _save_checksums(temporary, ranks)
@@ -249,8 +250,3 @@ def _load_model(model: nn.Module, saved: dict[str, Tensor]) -> None:
     tensors = changing_tensors(model)
     for name in sorted(tensors.keys() | saved.keys()):
         tensors[name].copy_(placed_like(saved[name], tensors[name]))
-
-
-def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    # As bytes, because `save_file` makes files that only their owner can read.
-    path.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from driving_sim.engine.errors import DriveSimError
@@ -24,15 +23,17 @@ Form = tuple[str, tuple[int, ...]]
 """A tensor's number format, by safetensors' names, and its shape."""
 
 _LENGTH_BYTES = 8
+_ALIGNMENT = 8  # of the first tensor
 _VALUE_BYTES = 4  # what is kept is float32
 _MOST_HEADER_BYTES = 2**20  # about ten thousand tensors
+# In the order of the file: the library's, by which it is aligned.
 _FORMATS = {
+    torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
     torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
@@ -40,19 +41,36 @@ _FORMATS = {
 
 def save_weights(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
     """Write a module's state and `metadata` to `path`, in one move."""
-    weights = {name: v.cpu().contiguous() for name, v in module.state_dict().items()}
-    # Written as bytes, because `save_file` makes files that only their owner can read.
     with atomic_file(path) as temporary:
-        temporary.write_bytes(_with_sorted_metadata(save(weights, dict(metadata))))
+        write_tensors(temporary, module.state_dict(), metadata)
 
 
-def _with_sorted_metadata(content: bytes) -> bytes:
-    """The same file with its metadata in order: the library's order is another in each process."""
-    start = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")
-    header = json.loads(content[_LENGTH_BYTES:start])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file; its bytes are a function of tensors and metadata alone.
+
+    Only one tensor at a time is copied, if it is not contiguous on the CPU: the library's `save`
+    holds the whole file in memory, its `save_file` makes files that only their owner can read, and
+    both write metadata in another order in each process.
+    """
+    order = [*_FORMATS]
+    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
+    header: dict[str, Any] = {}
+    if metadata is not None:
+        header["__metadata__"] = dict(sorted(metadata.items()))
+    end = 0
+    for name in names:
+        (dtype, shape), begin = _form(tensors[name]), end
+        end += tensors[name].nbytes
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (begin, end)}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return content[:_LENGTH_BYTES] + text.ljust(start - _LENGTH_BYTES) + content[start:]
+    text = text.ljust(-(-len(text) // _ALIGNMENT) * _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+        for name in names:
+            value = tensors[name].detach().cpu().contiguous()
+            file.write(value.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def fingerprint(identity: Mapping[str, Any], module: nn.Module) -> str:
