@@ -67,6 +67,30 @@ def test_dicts_and_files_give_the_config_back(config: Outer, tmp_path: Path) -> 
     assert resolve(Outer(name="b"), file=tmp_path / "c.yaml") == config
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("training.lr", "learning_rate"),
+        ("lr", "training.learning_rate"),
+        ("training.wd", "weight_decay"),
+        ("training.rate", "learning_rate"),
+        ("training.warmup", "warmup_steps"),
+        ("training.val_every", "validate_every"),
+        ("training.stpes", "steps"),
+        ("training.ema_decays", "ema_decay"),
+        ("data.batch", "batch_size"),
+        ("bs", "data.batch_size"),
+        ("model.ctx", "context_frames"),
+        ("model.nlayers", "layers"),
+    ],
+)
+def test_the_nearest_key_knows_abbreviations(key: str, meant: str) -> None:
+    from driving_sim.world_model.presets import PRESETS
+
+    with pytest.raises(DriveSimError, match=f"the nearest one is '{meant}'$"):
+        resolve(PRESETS["demo"], assignments=[f"{key}=1"])
+
+
 @given(st.floats(min_value=1e-300, allow_infinity=False))
 def test_any_rate_survives_an_assignment(rate: float) -> None:
     # YAML 1.1 takes 1e-05 for a string

@@ -82,6 +82,26 @@ def test_what_was_said_stays_in_the_folder(
     assert set(lines) <= set(capsys.readouterr().err.splitlines())
 
 
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [({"loss": 1.5}, "loss 1.5"), ({"loss": 1.5, "bits_per_token": 2.164}, "bits_per_token 2.164")],
+)
+def test_progress_shows_the_loss_once_in_bits_where_it_is_known(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    values: dict[str, float],
+    text: str,
+) -> None:
+    monkeypatch.setattr("driving_sim.engine.progress.LINE_SECONDS", 0.0)
+    with RunLog(tmp_path, total=2) as log:
+        log.add_scalars(1, "train", values)
+        log.advance(0.5)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "1/2 steps" in line]
+    assert line.split(", ")[-1] == text
+    assert rows(tmp_path) == [{"step": 1, "phase": "train", **values}]
+
+
 def log_and_fail(log: RunLog) -> None:
     log.add_scalars(1, "train", {"loss": 1.0})
     raise RuntimeError("training failed")

@@ -184,12 +184,28 @@ def _key_name(key: object) -> str:
 
 
 def _nearest_key(cls: type, key: str) -> str:
-    def likeness(known: str) -> tuple[float, int]:
+    def likeness(known: str) -> tuple[bool, bool, float, int]:
         last = known.rpartition(".")[2]
+        short = _is_shortened(key.replace("_", ""), last.split("_"))
+        # `ctx` for `context_frames`: letters left out, but not the first.
+        letters = iter(last)
+        sparse = key[:1] == last[:1] and all(letter in letters for letter in key)
+        ratio = difflib.SequenceMatcher(None, key, last).ratio()
         # Of equally near ones the shallowest: it is what was most likely meant.
-        return difflib.SequenceMatcher(None, key, last).ratio(), -known.count(".")
+        return short, sparse, ratio, -known.count(".")
 
     return max(_known_keys(cls), key=likeness)
+
+
+def _is_shortened(key: str, words: Sequence[str]) -> bool:
+    """Whether `key` is made of beginnings of some of the words, in order, as `lr` is."""
+    if not words:
+        return not key
+    return any(
+        _is_shortened(key[taken:], words[1:])
+        for taken in range(len(words[0]) + 1)
+        if words[0].startswith(key[:taken])
+    )
 
 
 def _plain(value: object) -> Any:

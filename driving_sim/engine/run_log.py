@@ -24,6 +24,8 @@ from driving_sim.engine.validation import Pixels, Validation
 METRICS = "metrics.jsonl"
 LINES = "log.txt"
 TENSORBOARD = "tensorboard"
+_SHOWN = ("bits_per_token", "loss")
+"""What stands beside the progress: the first of these that was logged last."""
 
 
 class RunLog:
@@ -89,8 +91,9 @@ class RunLog:
         for name, value in values.items():
             if math.isfinite(value):
                 self._writer.add_scalar(f"{phase}/{name}", value, step)
-        if "loss" in values:
-            self._text = f"loss {values['loss']:.4g}"
+        name = next((name for name in _SHOWN if name in values), None)
+        if name:
+            self._text = f"{name} {values[name]:.4g}"
 
     def add_validation(self, step: int, validation: Validation, *, best: bool) -> None:
         """Record all that a validation found, and print its numbers."""
