@@ -140,6 +140,44 @@ def test_muon_and_adamw_take_steps_of_about_the_same_size() -> None:
     assert float(step.square().mean().sqrt()) == pytest.approx(0.02, rel=0.3)
 
 
+def after_muon(start: Tensor, *gradients: Tensor, weight_decay: float = 0.0) -> Tensor:
+    layer = nn.Linear(*reversed(start.shape), bias=False)
+    layer.weight.data.copy_(start)
+    optimizer = build_optimizer(
+        layer,
+        decay_groups(layer, name="net"),
+        learning_rate=0.1,
+        weight_decay=weight_decay,
+        betas=(0.9, 0.99),
+    )
+    for gradient in gradients:
+        layer.weight.grad = gradient.clone()
+        optimizer.step()
+    return layer.weight.detach()
+
+
+def test_muon_decays_what_it_steps() -> None:
+    start, nothing = torch.ones(64, 64), torch.zeros(64, 64)
+    torch.testing.assert_close(after_muon(start, nothing, weight_decay=0.5), start * 0.95)
+
+
+@pytest.mark.parametrize("shape", [(256, 32), (32, 256)])
+def test_muons_steps_are_of_one_size_whatever_the_matrixs_shape(shape: tuple[int, int]) -> None:
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    step = after_muon(torch.zeros(shape), gradient)
+    assert float(step.square().mean().sqrt()) == pytest.approx(0.02, rel=0.3)
+
+
+def test_muon_looks_ahead_of_its_momentum() -> None:
+    """Nesterov: it steps along the momentum with the newest gradient in it once more."""
+    generator, start = torch.Generator().manual_seed(0), torch.zeros(64, 64)
+    first, second = (torch.randn(64, 64, generator=generator) for _ in range(2))
+    momentum = (0.05 * first).lerp(second, 0.05)
+    ahead = momentum.lerp(second, 0.05)
+    step = after_muon(start, first, second) - after_muon(start, first)
+    torch.testing.assert_close(step, after_muon(start, ahead), atol=1e-5, rtol=1e-4)
+
+
 def test_adamw_alone_is_torchs() -> None:
     model = nn.Linear(64, 64, bias=False)
     reference = nn.Linear(64, 64, bias=False)

@@ -273,6 +273,22 @@ def test_nonfinite_loss_is_skipped(tmp_path: Path) -> None:
     assert all(value is not None for row in metric_rows(run) for value in row.values())
 
 
+def test_nonfinite_gradients_of_a_finite_loss_are_skipped(tmp_path: Path) -> None:
+    class Rooted(TinyModel):
+        """Adds a root that is 0 in step 4, where its slope is infinite."""
+
+        def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            loss, metrics = super().forward(batch)
+            length = self.net[1].weight.square().sum() * (batch["step"] != 4)
+            return loss + length.sqrt(), metrics
+
+    run = tmp_path / "run"
+    tiny_train(run, steps=5, validate_every=4, save_every=4, model=Rooted())
+    assert_same(checkpoint_tensors(run, 4), checkpoint_tensors(run, 5))
+    state = json.loads((run / "checkpoints" / "step-00000005" / "state.json").read_text())
+    assert state["skipped_steps"] == 1
+
+
 def test_lasting_nonfinite_loss_ends_the_run(tmp_path: Path) -> None:
     dataset = TinyBatches(nan_at=tuple(range(12, 60)))
     with pytest.raises(DriveSimError, match=r"steps up to 32.*step-00000030"):
@@ -386,6 +402,18 @@ def test_best_averaged_weights_are_exported(tmp_path: Path) -> None:
     assert not torch.equal(exported["1.weight"], checkpoint_tensors(run, 20)["model/net.1.weight"])
     assert checkpoint_steps(run) == [20, 30]
     assert model.training
+
+
+def test_every_validation_draws_the_same(tmp_path: Path) -> None:
+    drawn = []
+
+    def drawing(model: nn.Module) -> Validation:
+        drawn.append(torch.rand(3))
+        return Validation(score=1.0)
+
+    tiny_train(tmp_path / "run", validate=drawing)
+    tiny_train(tmp_path / "other", validate=drawing, seed=1)
+    assert [bool(torch.equal(each, drawn[0])) for each in drawn] == [True] * 3 + [False] * 3
 
 
 def test_patience_stops_early(tmp_path: Path) -> None:
