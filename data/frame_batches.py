@@ -3,6 +3,7 @@
 Legend: B frames of a batch, N frames of all drives together, H height, W width.
 """
 
+import multiprocessing
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,14 +26,16 @@ _NEIGHBOURHOOD = 16
 class FrameBatches(Dataset[dict[str, Tensor]]):
     """`dataset[n]` is batch n, {"frames": uint8 [B, H, W, 3]}: a function of (seed, n) only.
 
-    Frames that fit in `cache_bytes` are decoded once, here, and forked loader workers share them.
+    Frames that fit in `cache_bytes` are decoded once, here, and loader workers share them, forked
+    or not: a tensor that torch hands to another process goes to shared memory, once.
     Otherwise every batch decodes its own, a few neighbours at each place, because most of the cost
     is in reaching the place. With `mirror` every frame is flipped left to right half of the time;
     it is moved by up to `shift` pixels, and each colour's brightness changes by a share of up to
     `gain`. A share `cutmix` of a batch's frames get their right part, from a random column on, from
     the batch's next frame (CutMix, arXiv 1905.04899): such pictures cannot be learned by heart.
 
-    Raises DriveSimError where the drives have no frames or one cannot be decoded.
+    Raises DriveSimError where the drives have no frames, fewer than a batch, or one that cannot be
+    decoded.
     """
 
     def __init__(
@@ -59,6 +62,11 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
         self._offsets = np.cumsum([0, *(len(drive.indices) for drive in drives)])
         if self.frame_count == 0:
             raise DriveSimError("no frames to train on: the drives are empty")
+        if batch_size > self.frame_count:
+            raise DriveSimError(
+                f"data.batch_size={batch_size}: there are only {self.frame_count} frames to train "
+                "on; lower it, or give more or longer videos"
+            )
         fits = self.frame_count * size.height * size.width * 3 <= cache_bytes
         self._cache = self._decode_all() if fits else None
 
@@ -71,7 +79,8 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
         """Batch n; there is no last one."""
         generator = np.random.default_rng([self.seed, n])
         if self._cache is not None:
-            frames = self._cache[generator.integers(self.frame_count, size=self.batch_size)]
+            chosen = generator.integers(self.frame_count, size=self.batch_size)
+            frames = self._cache.numpy()[chosen]
         else:
             frames = self._decode(self._neighbours(generator))
         if self.mirror:
@@ -86,12 +95,16 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
             _mix(frames, chosen, generator.integers(1, self.size.width, size=len(chosen)))
         return {"frames": torch.from_numpy(frames)}
 
-    def _decode_all(self) -> NDArray[np.uint8]:
-        cache = np.empty((self.frame_count, self.size.height, self.size.width, 3), dtype=np.uint8)
+    def _decode_all(self) -> Tensor:
+        shape = (self.frame_count, self.size.height, self.size.width, 3)
+        cache = torch.empty(shape, dtype=torch.uint8)
+        if _start_method() != "fork":  # before it is filled: then it is never held twice
+            cache.share_memory_()
+        filled = cache.numpy()
         with progress(self.frame_count, "decode", "frames") as shown:
             for drive, start in zip(self._drives, self._offsets[:-1], strict=True):
                 for frame in drive.drive.stream(self.size, drive.indices):
-                    cache[start] = frame
+                    filled[start] = frame
                     start += 1
                     shown.advance(1)
         return cache
@@ -117,6 +130,12 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
             indices = drive.indices[chosen[inside] - self._offsets[number]]
             frames[inside] = drive.drive.frames(indices, self.size)
         return frames
+
+
+def _start_method() -> str:
+    """How processes are started here by default; asking for it does not settle it."""
+    chosen = multiprocessing.get_start_method(allow_none=True)
+    return chosen or multiprocessing.get_all_start_methods()[0]
 
 
 def _mirror(frames: NDArray[np.uint8], chosen: NDArray[np.int64]) -> None:

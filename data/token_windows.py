@@ -130,7 +130,7 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
     bool [B, T, 2], where actions[:, t] leads to frame t: invalid at 0 where nothing came before.
 
     Raises:
-        DriveSimError: no drive is as long as a window.
+        DriveSimError: no drive is as long as a window, or there are fewer windows than a batch has.
     """
 
     def __init__(
@@ -142,6 +142,11 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
         seed: int = 0,
     ) -> None:
         self.index = _index(drives, frames)
+        if batch_size > len(self.index):
+            raise DriveSimError(
+                f"data.batch_size={batch_size}: there are only {len(self.index)} windows of "
+                f"{frames} frames to train on; lower it, or give more or longer drives"
+            )
         self._batch_size, self._seed = batch_size, seed
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Frame batches: a function of (seed, n), every frame alike, cached or decoded on demand."""
 
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -146,14 +147,32 @@ def test_batches_do_not_write_into_the_cache(drives: list[SampledDrive]) -> None
     assert torch.equal(dataset[0]["frames"], before)
 
 
-def test_loader_workers_give_the_same_batches(drives: list[SampledDrive]) -> None:
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_loader_workers_give_the_same_batches(drives: list[SampledDrive], start: str) -> None:
     dataset = batches(drives, mirror=True)
-    loader = DataLoader(dataset, batch_size=None, sampler=range(5, 9), num_workers=2)
+    loader = DataLoader(
+        dataset, batch_size=None, sampler=range(5, 9), num_workers=2, multiprocessing_context=start
+    )
     loaded = [batch["frames"] for batch in loader]
     assert all(
         torch.equal(frames, dataset[n]["frames"])
         for n, frames in zip(range(5, 9), loaded, strict=True)
     )
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_do_not_copy_the_cache(
+    drives: list[SampledDrive], start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a worker is sent is small: the frames are in memory that it shares."""
+    monkeypatch.setattr("driving_sim.data.frame_batches._start_method", lambda: start)
+    dataset = batches(drives)
+    cache = dataset._cache
+    assert cache is not None
+    assert cache.is_shared() == (start == "spawn")
+    sent = ForkingPickler.dumps(dataset)
+    assert cache.is_shared()
+    assert len(sent) < cache.nbytes / 10
 
 
 def test_cached_drives_are_not_read_again(
@@ -168,3 +187,12 @@ def test_cached_drives_are_not_read_again(
 def test_no_frames_is_an_error() -> None:
     with pytest.raises(DriveSimError, match="no frames"):
         batches([])
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_batch_is_not_larger_than_the_data(
+    drives: list[SampledDrive], cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Drive, "stream", None)  # said before anything is decoded
+    with pytest.raises(DriveSimError, match=r"data\.batch_size=6: there are only 5 frames .*lower"):
+        batches([sample(drives[0].drive, every=4)], cached=cached)

@@ -177,6 +177,14 @@ def test_a_window_longer_than_every_drive_is_an_error(store: TokenStore) -> None
         WindowIndex(store.drives, frames=0)
 
 
+def test_a_batch_is_not_larger_than_the_data(store: TokenStore) -> None:
+    count = len(WindowIndex(store.drives, frames=4))
+    TokenWindows(store.drives, frames=4, batch_size=count)
+    message = rf"data\.batch_size={count + 1}: there are only {count} windows of 4 frames .*lower"
+    with pytest.raises(DriveSimError, match=message):
+        TokenWindows(store.drives, frames=4, batch_size=count + 1)
+
+
 def test_a_token_outside_the_codebook_is_an_error(store: TokenStore) -> None:
     shard = store.shard(0)
     tokens = shard.columns["tokens"]
