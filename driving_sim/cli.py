@@ -1,5 +1,6 @@
 """The `drivesim` command: parses, calls, prints. Whatever is heavy is imported in the commands."""
 
+import errno
 import json
 import sys
 from collections.abc import Iterator
@@ -28,15 +29,26 @@ def _explain(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, MemoryError):
-        return f"out of memory: ask for less: shorter, smaller or fewer {error}".rstrip()
-    if type(error).__name__ == "OutOfMemoryError":
-        return "the device is out of memory: try a smaller data.batch_size or preset"
+    if _is_out_of_memory(error):
+        return (
+            "out of memory: train with a smaller data.batch_size or --preset, roll out fewer or "
+            "shorter futures"
+        )
     if type(error).__name__ == "NoArgsIsHelpError":
         return None  # its message is the help
     if isinstance(error, typer.BadParameter.__bases__) and hasattr(error, "format_message"):
         return f"{error.format_message()} (see --help)"
     return None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # Of torch's allocators only CUDA's has an error of its own.
+    plain = isinstance(error, RuntimeError) and (
+        "DefaultCPUAllocator" in str(error) or "out of memory" in str(error)
+    )
+    return plain or isinstance(error, MemoryError)
 
 
 @contextmanager

@@ -1,13 +1,17 @@
 """The command line as a user meets it."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -314,6 +318,30 @@ def test_debug_shows_the_traceback(workplace: Path) -> None:
     result = run("--debug", "tokenize", "missing")
     assert result.exit_code == 1
     assert result.exception is not None
+
+
+def no_room_for_a_process() -> None:
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+
+def no_room_on_the_device() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 GiB")
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: torch.empty(2**60),
+        lambda: np.empty(2**50),
+        no_room_for_a_process,
+        no_room_on_the_device,
+    ],
+)
+def test_too_little_memory_is_one_line(
+    ask: Callable[[], object], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("driving_sim.data.synthetic.write_synthetic_drives", lambda *_, **__: ask())
+    assert "out of memory: train with a smaller data.batch_size" in refused("synth", "out")
 
 
 def test_a_bad_file_among_good_ones(videos: Path, workplace: Path) -> None:
