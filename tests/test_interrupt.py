@@ -8,7 +8,8 @@ from multiprocessing.connection import Connection
 
 import pytest
 
-from driving_sim.engine.interrupt import StopRequest, stop_on_signals
+from driving_sim.engine import interrupt
+from driving_sim.engine.interrupt import StopNow, StopRequest, stop_on_signals
 
 
 @pytest.fixture
@@ -37,6 +38,21 @@ def test_handlers_are_restored() -> None:
     with stop_on_signals():
         pass
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_only_long_work_that_can_be_broken_off_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupt, "GRACE_S", 0.05)
+    with stop_on_signals() as request:
+        with request.interruptible():
+            os.kill(os.getpid(), signal.SIGTERM)
+            short = True
+        assert short
+        time.sleep(0.2)  # not here
+        with pytest.raises(StopNow), request.interruptible():
+            raise AssertionError("the time is over when it begins")
+    with stop_on_signals() as request, pytest.raises(StopNow), request.interruptible():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
 
 
 def test_workers_outlive_a_signal_only_inside() -> None:

@@ -2,16 +2,17 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
+from driving_sim.engine import parallel as parallel_module
 from driving_sim.engine.distributed import Ranks
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parallel import parallel
-from driving_sim.engine.training import TrainingConfig
+from driving_sim.engine.training import Trainable, TrainingConfig
 from tests.rank_training import MODELS, Halves, rank_train, world_model
 from tests.test_ranks import assert_same_losses, exported
 
@@ -44,6 +45,18 @@ def test_recomputation_draws_dropout_again_alike(monkeypatch: pytest.MonkeyPatch
         model(batch_of("world_model"))[0].backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("model", ["tokenizer", "world_model"])
+def test_signals_get_in_between_the_backward_passes_of_blocks(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python answers them, and torch runs a backward pass without a line of it."""
+    passed: list[Any] = []
+    monkeypatch.setattr(parallel_module, "_pass", passed.append)
+    trained = prepared(model)
+    trained(batch_of(model))[0].backward()
+    assert len(passed) == len(list(cast(Trainable, trained).blocks()))
 
 
 def test_recomputation_keeps_less() -> None:

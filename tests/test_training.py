@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from driving_sim.engine import device, training
+from driving_sim.engine import device, interrupt, training
 from driving_sim.engine.checkpoint import damage
 from driving_sim.engine.config import from_dict, to_dict
 from driving_sim.engine.errors import DriveSimError, Interrupted
@@ -261,6 +261,79 @@ def test_sigterm_saves_and_resumes(tmp_path: Path) -> None:
     tiny_train(run, resume=True)
     tiny_train(tmp_path / "whole")
     assert_same(checkpoint_tensors(tmp_path / "whole", 30), checkpoint_tensors(run, 30))
+
+
+def ask_to_stop(within: str) -> None:
+    """Send this process SIGTERM in work that would take minutes."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        time.sleep(0.01)
+    raise AssertionError(f"{within} was not broken off")
+
+
+class SlowModel(TinyModel):
+    """Is asked to stop within a pass of one step; a buffer knows the last step that began."""
+
+    def __init__(self, step: int = -1, within: str = "") -> None:
+        super().__init__()
+        self.register_buffer("last", torch.tensor(-1))
+        self.stop_step, self.within = step, within
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        self.last.fill_(batch["step"])
+        loss, metrics = super().forward(batch)
+        if batch["step"] == self.stop_step:
+            if self.within == "forward":
+                ask_to_stop("forward")
+            loss.register_hook(lambda _: ask_to_stop("backward"))
+        return loss, metrics
+
+
+@pytest.mark.parametrize(
+    ("stop_step", "within"),
+    [(0, "forward"), (15, "forward"), (15, "backward"), (20, "batch"), (20, "validation")],
+)
+def test_long_work_is_broken_off_and_leaves_no_traces(
+    stop_step: int, within: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is saved is the state of before the step, or of before the validation."""
+    monkeypatch.setattr(interrupt, "GRACE_S", 0.01)
+    alarm = signal.getsignal(signal.SIGALRM)
+
+    class SlowBatches(TinyBatches):
+        def __getitem__(self, number: int) -> Batch:
+            if within == "batch" and number == stop_step:
+                ask_to_stop("a batch")
+            return super().__getitem__(number)
+
+    validations = []
+
+    def slow_validate(model: nn.Module) -> Validation:
+        validations.append(model)
+        if within == "validation" and len(validations) == 2:
+            ask_to_stop("validation")
+        return validate(model)
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    tiny_train(whole, model=SlowModel())
+    with pytest.raises(Interrupted, match=rf"step {stop_step} .*--resume") as stopped:
+        tiny_train(
+            parts,
+            model=SlowModel(stop_step if "ward" in within else -1, within),
+            dataset=SlowBatches(),
+            validate=slow_validate,
+        )
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGALRM) == alarm
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    if stop_step:
+        assert checkpoint_steps(parts)[-1] == stop_step
+        assert checkpoint_tensors(parts, stop_step)["model/last"] == stop_step - 1
+    tiny_train(parts, model=SlowModel(), resume=True)
+    assert_same(checkpoint_tensors(whole, 30), checkpoint_tensors(parts, 30))
+    assert_same(load_file(whole / EXPORTED), load_file(parts / EXPORTED))
+    assert metric_rows(whole) == metric_rows(parts)
 
 
 def test_nonfinite_loss_is_skipped(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -38,6 +38,9 @@ def parallel(
         torch._dynamo.config.recompile_limit = 64
         for block in blocks:
             block.compile()
+    if ranks.size == 1 and not config.compile:
+        for block in blocks:
+            block.register_forward_hook(_let_signals_in)
     if config.shard:
         if ranks.size == 1:
             raise DriveSimError(
@@ -55,6 +58,16 @@ def parallel(
             broadcast_buffers=False,  # all ranks compute the same ones
         )
     return model
+
+
+def _let_signals_in(_block: nn.Module, _inputs: object, output: Tensor) -> None:
+    """Run a little Python as the gradient comes by: until then, backward would hold up signals."""
+    if output.requires_grad:
+        output.register_hook(_pass)
+
+
+def _pass(_gradient: Tensor) -> None:
+    """Change nothing."""
 
 
 def _require_compiler(device: torch.device) -> None:

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -33,7 +34,7 @@ from driving_sim.engine.device import resolve_device, resolve_precision
 from driving_sim.engine.distributed import process_group
 from driving_sim.engine.errors import DriveSimError, Interrupted
 from driving_sim.engine.files import disk_errors
-from driving_sim.engine.interrupt import StopRequest, stop_on_signals
+from driving_sim.engine.interrupt import StopNow, StopRequest, stop_on_signals
 from driving_sim.engine.run_folder import (
     CHECKPOINTS,
     check_run,
@@ -166,6 +167,8 @@ class _Loop:
         self.stepper, self.config, self.ranks = stepper, stepper.config, stepper.ranks
         self.folder, self.validate_model, self.export = run, validate, export
         self.request = request
+        # Ranks stop after the same step: they may be waiting for each other within one.
+        self.interruptible = request.interruptible if self.ranks.size == 1 else nullcontext
         self.state = _State()
         self.unsaved = False
         self.notices: list[str] = []
@@ -237,24 +240,32 @@ class _Loop:
         batches: Iterator[tuple[int, Batch]] | None = None
         while True:
             stop_signal, position = self._agree()
-            if not stop_signal and (position > 1.0 or self._due(self.config.validate_every)):
-                self._validate()
-            over = not stop_signal and (position > 1.0 or self._out_of_patience())
-            if stop_signal or over or self._due(self.config.save_every) or self._is_best():
-                self._save()
             if stop_signal:
+                self._save()
                 raise self._interruption(stop_signal)
-            if over:
-                return self._finish(trained=batches is not None)
-            if batches is None:
-                if self.ranks.is_main:
-                    mark_unfinished(self.folder)
-                batches = _first_made(
-                    self.stepper.batches(
-                        dataset, self.state.step, self.state.batches, self.request.shield
-                    )
-                )
-            self._step(batches, position)
+            try:
+                if position > 1.0 or self._due(self.config.validate_every):
+                    self._validate()
+                over = position > 1.0 or self._out_of_patience()
+                if over or self._due(self.config.save_every) or self._is_best():
+                    self._save()
+                if over:
+                    return self._finish(trained=batches is not None)
+                if batches is None:
+                    batches = self._batches(dataset)
+                self._step(batches, position)
+            except StopNow:
+                continue  # the state is what it was before
+
+    def _batches(self, dataset: Dataset[Batch]) -> Iterator[tuple[int, Batch]]:
+        """Begin to train: the run is not finished, and its batches are being made."""
+        if self.ranks.is_main:
+            mark_unfinished(self.folder)
+        state = self.state
+        batches = self.stepper.batches(dataset, state.step, state.batches, self.request.shield)
+        with self.interruptible():
+            # Starting the workers is not training time.
+            return chain([next(batches)], batches)
 
     def _agree(self) -> tuple[int, float]:
         """The signal that reached any rank (0: none), and the main rank's position in the run."""
@@ -274,7 +285,7 @@ class _Loop:
     def _step(self, batches: Iterator[tuple[int, Batch]], position: float) -> None:
         state = self.state
         start = time.perf_counter()
-        finite = self.stepper.step(batches, state.step, position)
+        finite = self.stepper.step(batches, state.step, position, self.interruptible)
         seconds = time.perf_counter() - start
         self.recent_seconds.append(seconds)
         state.step_seconds = statistics.median(self.recent_seconds)
@@ -338,7 +349,8 @@ class _Loop:
         # The same draws each time: scores differ by the weights alone.
         seed_torch(batch_seed(self.config.seed, -1), self.stepper.device)
         with torch.no_grad(), self.stepper.autocast():
-            validation = self.validate_model(model)
+            with self.interruptible():
+                validation = self.validate_model(model)
             if self._improves(validation.score):
                 self.export(cast(Trainable, model).ema_module(), self.folder)
         if self.log:
@@ -443,8 +455,3 @@ def time_to_go(steps: int, first_seconds: Sequence[float]) -> str:
     each = f"{step:.2g}" if step < 10 else f"{step:,.0f}"
     length = f"{seconds / units[unit]:,.0f} {unit}"
     return f"{steps:,} steps to go at {each} s a step: some {length}{remedy}"
-
-
-def _first_made(batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
-    """Wait for the first batch here, so that starting the workers is not training time."""
-    return chain([next(batches)], batches)

@@ -18,6 +18,7 @@ from driving_sim.engine.device import autocast
 from driving_sim.engine.distributed import Ranks
 from driving_sim.engine.ema import Ema
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.interrupt import StopNow
 from driving_sim.engine.meter import Meter
 from driving_sim.engine.optimizer import (
     ParameterGroup,
@@ -111,10 +112,17 @@ class Stepper:
                 raise batch
             yield number, batch
 
-    def step(self, batches: Iterator[tuple[int, Batch]], step: int, position: float) -> bool:
+    def step(
+        self,
+        batches: Iterator[tuple[int, Batch]],
+        step: int,
+        position: float,
+        interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> bool:
         """Take step number `step`, `position` (0 to 1) of the way through the run.
 
-        False where loss or gradients were not finite: then nothing has changed.
+        False where loss or gradients were not finite: then nothing has changed. Nor has it where
+        `StopNow` is raised inside `interruptible`, which the passes are in.
         """
         adjust_threads()
         config = self.config
@@ -126,10 +134,12 @@ class Stepper:
         )
         set_learning_rate(self.optimizer, config.learning_rate * factor)
         self.optimizer.zero_grad()
-        metrics = self._backward(batches, step, position)
-        limit = float("inf") if config.grad_clip is None else config.grad_clip
-        norms = clip_gradients(self.optimizer, limit)
-        if not self._all_finite([*(loss for loss, _ in metrics), *norms.values()]):
+        with self._keeping_buffers(), interruptible():
+            metrics = self._backward(batches, step, position)
+            limit = float("inf") if config.grad_clip is None else config.grad_clip
+            norms = clip_gradients(self.optimizer, limit)
+            finite = self._all_finite([*(loss for loss, _ in metrics), *norms.values()])
+        if not finite:
             return False
         with self.autocast():  # Muon's matrix products; everything else there is float32
             self.optimizer.step()
@@ -199,6 +209,17 @@ class Stepper:
                 (loss / self.config.accumulate).backward()
             outcomes.append((loss.detach(), metrics))
         return outcomes
+
+    @contextmanager
+    def _keeping_buffers(self) -> Iterator[None]:
+        """Of a step that is interrupted, nothing stays: forward passes may write into buffers."""
+        before = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        try:
+            yield
+        except StopNow:
+            for buffer, value in before:
+                buffer.copy_(value)
+            raise
 
     def _synchronised(self, last: bool) -> AbstractContextManager[object]:
         """Ranks exchange gradients with the last batch of a step only."""
