@@ -1,7 +1,13 @@
 # Needs only Python >= 3.11 and make. Everything is installed into .venv.
+ifeq ($(OS),Windows_NT)
+PYTHON ?= python
+SCRIPTS := Scripts
+else
 PYTHON ?= python3
+SCRIPTS := bin
+endif
 VENV ?= .venv
-BIN := $(VENV)/bin
+BIN := $(VENV)/$(SCRIPTS)
 ARGS ?=
 
 .PHONY: setup demo test lint bench package clean

@@ -1,4 +1,3 @@
-import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -141,6 +140,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
 def test_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     run = Run(0, width=64)
     before = run.save(tmp_path, 1)
+    resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:

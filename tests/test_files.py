@@ -1,5 +1,5 @@
 import errno
-import resource
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +18,7 @@ def small_files() -> Iterator[None]:
 
     No fixture: pytest's own report, where it goes to a file, would be held to the limit too.
     """
+    resource = pytest.importorskip("resource")  # Windows has none
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
@@ -68,6 +69,34 @@ def test_folder_is_kept_where_the_new_one_fails(tmp_path: Path) -> None:
         leave_half(temporary / "half")
     assert [file.name for file in path.iterdir()] == ["old"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_windows_opens_no_folders_and_syncs_what_it_may_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system_open, system_sync = os.open, os.fsync
+    synced = []
+
+    def refusing_open(path: Path, flags: int) -> int:
+        if path.is_dir():
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return system_open(path, flags)
+
+    def refusing_sync(descriptor: int) -> None:
+        os.write(descriptor, b"")  # EBADF where it may only be read
+        system_sync(descriptor)
+        synced.append(descriptor)
+
+    monkeypatch.setattr("driving_sim.engine.files._WINDOWS", True)
+    monkeypatch.setattr(os, "open", refusing_open)
+    monkeypatch.setattr(os, "fsync", refusing_sync)
+    with atomic_file(tmp_path / "file") as temporary:
+        temporary.write_text("one")
+    with atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "inner").mkdir()
+        (temporary / "inner" / "file").write_text("two")
+    assert (tmp_path / "folder" / "inner" / "file").read_text() == "two"
+    assert len(synced) == 2
 
 
 def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:

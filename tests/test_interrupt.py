@@ -50,9 +50,10 @@ def test_only_long_work_that_can_be_broken_off_is(monkeypatch: pytest.MonkeyPatc
         time.sleep(0.2)  # not here
         with pytest.raises(StopNow), request.interruptible():
             raise AssertionError("the time is over when it begins")
-    with stop_on_signals() as request, pytest.raises(StopNow), request.interruptible():
+    with stop_on_signals() as request:
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)
+        with pytest.raises(StopNow), request.interruptible():
+            time.sleep(60)
 
 
 def test_workers_outlive_a_signal_only_inside() -> None:

@@ -1,6 +1,8 @@
 """Nothing imports upward: the layers of the house, checked on every module's source."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,3 +130,25 @@ def test_upward_and_bare_imports_are_found(module: str, source: str) -> None:
 )
 def test_imports_downward_and_sideways_are_fine(module: str, source: str) -> None:
     assert wrong_imports(module, source, KNOWN) == []
+
+
+def test_no_module_needs_what_windows_lacks() -> None:
+    """All are imported without the modules and functions that only other systems have."""
+    program = """
+import importlib, os, select, signal, sys
+for name in ("fcntl", "resource", "termios", "pwd", "grp"):
+    sys.modules[name] = None
+for module, names in (
+    (os, "fork sched_getaffinity writev statvfs killpg"),
+    (signal, "SIGKILL SIGALRM SIGUSR1 setitimer pthread_sigmask"),
+    (select, "poll"),
+):
+    for name in names.split():
+        vars(module).pop(name, None)
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+"""
+    own = [name for name in MODULES if not name.endswith("__main__")]
+    run = [sys.executable, "-c", program, *own]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,6 +1,5 @@
 import gc
 import json
-import resource
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -250,6 +249,7 @@ def test_a_video_of_another_rate_is_refused(world: WorldModel, tmp_path: Path) -
 
 
 def test_a_full_disk_leaves_nothing_behind(world: WorldModel, video: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:

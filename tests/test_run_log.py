@@ -47,6 +47,23 @@ def test_resumed_run_drops_what_it_will_log_again(tmp_path: Path) -> None:
     assert scalars == [(1, 1.0), (2, 2.0), (3, 30.0)]
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc here")
+def test_no_open_file_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows refuses to."""
+    with RunLog(tmp_path) as log:
+        log.add_scalars(1, "train", {"loss": 1.0})
+    replace = Path.replace
+
+    def checked(source: Path, target: Path) -> Path:
+        files = {entry.resolve() for entry in Path("/proc/self/fd").iterdir()}
+        assert target.resolve() not in files
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", checked)
+    with RunLog(tmp_path, start_step=1):
+        pass
+
+
 def test_validation_keeps_pictures_and_videos(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

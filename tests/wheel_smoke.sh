@@ -8,14 +8,16 @@ constraints=$(realpath "$3")
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 "$python" -m venv "$folder/venv"
-"$folder/venv/bin/python" -m pip install --quiet --constraint "$constraints" torch torchvision
-"$folder/venv/bin/python" -m pip install --quiet --constraint "$constraints" "$wheel"
+bin=$folder/venv/bin
+[ -d "$bin" ] || bin=$folder/venv/Scripts # Windows
+"$bin/python" -m pip install --quiet --constraint "$constraints" torch torchvision
+"$bin/python" -m pip install --quiet --constraint "$constraints" "$wheel"
 cd "$folder"
-drivesim="$folder/venv/bin/drivesim"
+drivesim="$bin/drivesim"
 "$drivesim" --help > help.txt
 grep -q rollout help.txt
 for name in tokenizer world_model data; do
-    if "$folder/venv/bin/python" -c "import $name" 2> /dev/null; then
+    if "$bin/python" -c "import $name" 2> /dev/null; then
         echo "the wheel installs a top-level package named $name" >&2
         exit 1
     fi

@@ -4,12 +4,14 @@ import errno
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from driving_sim.engine.errors import DriveSimError
 
+_WINDOWS = sys.platform == "win32"
 _FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS))
 _REPLACED = re.compile(r"\.(.+)\.\d+\.replaced")
 _FORBIDDEN = frozenset((errno.EACCES, errno.EPERM))
@@ -26,7 +28,10 @@ def temporary_beside(path: Path, process: int | None = None) -> Path:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows opens no folders, and syncs files that may be written only.
+    if _WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if _WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -14,8 +14,8 @@ GRACE_S = 0.5
 """How long work may go on after a signal before it is broken off, where it can be."""
 
 
-class StopNow(BaseException):  # noqa: N818 - as KeyboardInterrupt: no handler of errors stops it
-    """Breaks off what runs inside `StopRequest.interruptible`."""
+class StopNow(BaseException):
+    """Breaks off what runs inside `StopRequest.interruptible`; no error, as KeyboardInterrupt."""
 
 
 class StopRequest:

@@ -155,8 +155,9 @@ def _encode(frames: list[Pixels], file_format: str, **options: object) -> bytes:
 def _drop_rows_after(path: Path, step: int, validated_step: int) -> None:
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as rows, atomic_file(path) as temporary:
+    with path.open(encoding="utf-8") as rows:
         kept = [row for row in rows if _is_before(row, step, validated_step)]
+    with atomic_file(path) as temporary:  # Windows replaces no open file
         temporary.write_text("".join(kept), "utf-8")
 
 
