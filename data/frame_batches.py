@@ -99,7 +99,7 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
         shape = (self.frame_count, self.size.height, self.size.width, 3)
         cache = torch.empty(shape, dtype=torch.uint8)
         if _start_method() != "fork":  # before it is filled: then it is never held twice
-            cache.share_memory_()
+            cache.share_memory_()  # type: ignore[no-untyped-call]
         filled = cache.numpy()
         with progress(self.frame_count, "decode", "frames") as shown:
             for drive, start in zip(self._drives, self._offsets[:-1], strict=True):

@@ -2,6 +2,7 @@
 
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -167,8 +168,7 @@ def test_workers_do_not_copy_the_cache(
     """What a worker is sent is small: the frames are in memory that it shares."""
     monkeypatch.setattr("driving_sim.data.frame_batches._start_method", lambda: start)
     dataset = batches(drives)
-    cache = dataset._cache
-    assert cache is not None
+    cache: Any = dataset._cache
     assert cache.is_shared() == (start == "spawn")
     sent = ForkingPickler.dumps(dataset)
     assert cache.is_shared()

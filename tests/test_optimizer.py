@@ -141,7 +141,7 @@ def test_muon_and_adamw_take_steps_of_about_the_same_size() -> None:
 
 
 def after_muon(start: Tensor, *gradients: Tensor, weight_decay: float = 0.0) -> Tensor:
-    layer = nn.Linear(*reversed(start.shape), bias=False)
+    layer = nn.Linear(start.shape[1], start.shape[0], bias=False)
     layer.weight.data.copy_(start)
     optimizer = build_optimizer(
         layer,

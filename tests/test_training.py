@@ -8,7 +8,7 @@ import time
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -275,6 +275,8 @@ def ask_to_stop(within: str) -> None:
 class SlowModel(TinyModel):
     """Is asked to stop within a pass of one step; a buffer knows the last step that began."""
 
+    last: Tensor
+
     def __init__(self, step: int = -1, within: str = "") -> None:
         super().__init__()
         self.register_buffer("last", torch.tensor(-1))
@@ -286,7 +288,7 @@ class SlowModel(TinyModel):
         if batch["step"] == self.stop_step:
             if self.within == "forward":
                 ask_to_stop("forward")
-            loss.register_hook(lambda _: ask_to_stop("backward"))
+            loss.register_hook(lambda _: ask_to_stop("backward"))  # type: ignore[no-untyped-call]
         return loss, metrics
 
 
@@ -352,7 +354,7 @@ def test_nonfinite_gradients_of_a_finite_loss_are_skipped(tmp_path: Path) -> Non
 
         def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             loss, metrics = super().forward(batch)
-            length = self.net[1].weight.square().sum() * (batch["step"] != 4)
+            length = cast(nn.Linear, self.net[1]).weight.square().sum() * (batch["step"] != 4)
             return loss + length.sqrt(), metrics
 
     run = tmp_path / "run"

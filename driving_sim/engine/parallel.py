@@ -63,7 +63,7 @@ def parallel(
 def _let_signals_in(_block: nn.Module, _inputs: object, output: Tensor) -> None:
     """Run a little Python as the gradient comes by: until then, backward would hold up signals."""
     if output.requires_grad:
-        output.register_hook(_pass)
+        output.register_hook(_pass)  # type: ignore[no-untyped-call]
 
 
 def _pass(_gradient: Tensor) -> None:

@@ -91,9 +91,8 @@ class RunLog:
         for name, value in values.items():
             if math.isfinite(value):
                 self._writer.add_scalar(f"{phase}/{name}", value, step)
-        name = next((name for name in _SHOWN if name in values), None)
-        if name:
-            self._text = f"{name} {values[name]:.4g}"
+        if shown := [name for name in _SHOWN if name in values]:
+            self._text = f"{shown[0]} {values[shown[0]]:.4g}"
 
     def add_validation(self, step: int, validation: Validation, *, best: bool) -> None:
         """Record all that a validation found, and print its numbers."""
