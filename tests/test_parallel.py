@@ -48,7 +48,7 @@ def test_recomputation_draws_dropout_again_alike(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("model", ["tokenizer", "world_model"])
-def test_signals_get_in_between_the_backward_passes_of_blocks(
+def test_signals_get_in_between_the_backward_passes_of_layers(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Python answers them, and torch runs a backward pass without a line of it."""
@@ -56,7 +56,7 @@ def test_signals_get_in_between_the_backward_passes_of_blocks(
     monkeypatch.setattr(parallel_module, "_pass", passed.append)
     trained = prepared(model)
     trained(batch_of(model))[0].backward()
-    assert len(passed) == len(list(cast(Trainable, trained).blocks()))
+    assert len(passed) > 3 * len(list(cast(Trainable, trained).blocks()))
 
 
 def test_recomputation_keeps_less() -> None:

@@ -39,8 +39,9 @@ def parallel(
         for block in blocks:
             block.compile()
     if ranks.size == 1 and not config.compile:
-        for block in blocks:
-            block.register_forward_hook(_let_signals_in)
+        for module in model.modules():
+            if not [*module.children()]:
+                module.register_forward_hook(_let_signals_in)
     if config.shard:
         if ranks.size == 1:
             raise DriveSimError(
@@ -60,9 +61,9 @@ def parallel(
     return model
 
 
-def _let_signals_in(_block: nn.Module, _inputs: object, output: Tensor) -> None:
+def _let_signals_in(_module: nn.Module, _inputs: object, output: object) -> None:
     """Run a little Python as the gradient comes by: until then, backward would hold up signals."""
-    if output.requires_grad:
+    if isinstance(output, Tensor) and output.requires_grad:
         output.register_hook(_pass)  # type: ignore[no-untyped-call]
 
 
