@@ -22,7 +22,7 @@ for name in tokenizer world_model data; do
         exit 1
     fi
 done
-"$folder/venv/bin/python" -c "
+"$bin/python" -c "
 from importlib.resources import files
 assert (files('driving_sim') / 'py.typed').is_file(), 'the wheel lacks py.typed'
 "
