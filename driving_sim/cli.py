@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from driving_sim.engine.errors import DriveSimError, Interrupted
 from driving_sim.engine.memory import keep_freed_memory
 from driving_sim.engine.rank_environment import is_main_process
-from driving_sim.engine.threads import give_way
+from driving_sim.engine.threads import leave_busy_cores
 
 if TYPE_CHECKING:
     from driving_sim.world_model.sampler import Sampling
@@ -31,8 +31,8 @@ def _explain(error: BaseException) -> str | None:
         return f"{error.filename}: {error.strerror}"
     if _is_out_of_memory(error):
         return (
-            "out of memory: train with a smaller data.batch_size or --preset, roll out fewer or "
-            "shorter futures"
+            "out of memory: to train, lower data.batch_size or choose a smaller --preset; to roll "
+            "out, ask for fewer or shorter futures"
         )
     if type(error).__name__ == "NoArgsIsHelpError":
         return None  # its message is the help
@@ -191,7 +191,7 @@ def main(
 ) -> None:
     """Learn a driving simulator from driving video, then drive in it."""
     keep_freed_memory()
-    give_way()
+    leave_busy_cores()
 
 
 @app.command()
@@ -211,11 +211,10 @@ def synth(
     fps: Annotated[float, typer.Option(min=4, help="Frames per second.")] = 10.0,
 ) -> None:
     """Make synthetic drives: video, exact actions, and the world to replay them in."""
-    import os
-
     from driving_sim.data.synthetic import SyntheticConfig, frame_count, write_synthetic_drives
     from driving_sim.engine.config import from_dict
     from driving_sim.engine.progress import progress
+    from driving_sim.engine.threads import usable_cores
 
     shape = {"height": height, "width": width, "fps": fps}
     config = from_dict(SyntheticConfig, shape, where="drivesim synth")
@@ -228,7 +227,7 @@ def synth(
             worlds=worlds,
             first=first,
             config=config,
-            workers=os.cpu_count() or 1,
+            workers=usable_cores(),
             progress=lambda count: bar.advance(count),
         )
     typer.echo(f"{drives} drives of {seconds:g} s -> {out}; next: drivesim tokenize {out}")
@@ -376,8 +375,8 @@ def train_world_model(
         str,
         typer.Option(
             envvar="DRIVESIM_PRESET",
-            help="auto, demo, tiny, base or large (see the README); auto: that of as many tokens "
-            "a frame.",
+            help="auto, demo, tiny, base or large (see the README); auto: the one that fits the "
+            "tokens.",
         ),
     ] = "auto",
     steps: Steps = None,

@@ -1,6 +1,5 @@
 """The whole pipeline on the synthetic world, in minutes on a CPU, measured against the truth."""
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
 from driving_sim.engine.progress import progress
 from driving_sim.engine.run_folder import CONFIG, is_finished
+from driving_sim.engine.threads import usable_cores
 from driving_sim.engine.work_folder import claim_folder
 from driving_sim.pipeline import (
     TrainingRequest,
@@ -163,7 +163,7 @@ def _make_drives(videos: Path, seed: int, config: DemoConfig, numbers: range) ->
             seed=seed,
             worlds=1,
             config=config.world,
-            workers=os.cpu_count() or 1,
+            workers=usable_cores(),
             progress=lambda count: bar.advance(count),
         )
 

@@ -341,7 +341,7 @@ def test_too_little_memory_is_one_line(
     ask: Callable[[], object], workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("driving_sim.data.synthetic.write_synthetic_drives", lambda *_, **__: ask())
-    assert "out of memory: train with a smaller data.batch_size" in refused("synth", "out")
+    assert "out of memory: to train, lower data.batch_size" in refused("synth", "out")
 
 
 def test_a_bad_file_among_good_ones(videos: Path, workplace: Path) -> None:

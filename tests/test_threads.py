@@ -2,6 +2,7 @@ import time
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -13,11 +14,12 @@ from driving_sim.engine.threads import (
     adjust_threads,
     cgroup_quota,
     fixed_threads,
-    give_way,
+    leave_busy_cores,
     threads_beside,
     usable_cores,
 )
 
+CPU = torch.device("cpu")
 Times = namedtuple("Times", "user system idle")
 
 
@@ -26,6 +28,7 @@ class Machine:
 
     def __init__(self) -> None:
         self.now, self.own, self.others = 100.0, 5.0, 50.0
+        self.started: list[Any] = []
 
     def run(self, seconds: float, *, own: float, others: float) -> None:
         """Time passes in which this process has `own` cores, and others have `others`."""
@@ -37,6 +40,11 @@ class Machine:
         assert percpu
         busy = (self.own + self.others) / 4
         return [Times(busy * 0.75, busy * 0.25, 1000.0)] * 4
+
+    def children(self, *, recursive: bool) -> list[Any]:
+        """None, unless a test has some."""
+        assert recursive
+        return self.started
 
     def monotonic(self) -> float:
         return self.now
@@ -52,9 +60,10 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     simulated = Machine()
     monkeypatch.setattr(threads, "time", simulated)
     monkeypatch.setattr(psutil, "cpu_times", simulated.cpu_times)
+    monkeypatch.setattr(psutil, "Process", lambda: simulated)
     monkeypatch.setattr(threads, "_affinity", lambda: [0, 1, 2, 3])
     monkeypatch.setattr(threads, "_counter", None)
-    monkeypatch.setattr(threads, "_gives_way", False)
+    monkeypatch.setattr(threads, "_leaves_cores", False)
     monkeypatch.setattr(threads, "usable_cores", lambda: 4)
     before = torch.get_num_threads()
     torch.set_num_threads(4)
@@ -65,13 +74,13 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
 def test_threads_follow_what_others_take(
     machine: Machine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    give_way()
-    adjust_threads()
+    leave_busy_cores()
+    adjust_threads(CPU)
     assert torch.get_num_threads() == 4
     taken = []
     for others in (0.0, 1.0, 1.0, 3.0, 4.0, 0.1, 0.0):
         machine.run(1.0, own=max(0.5, 4.0 - others), others=others)
-        adjust_threads()
+        adjust_threads(CPU)
         taken.append(torch.get_num_threads())
     assert taken == [4, 3, 3, 1, 1, 4, 4]
     assert capsys.readouterr().err == (
@@ -80,42 +89,51 @@ def test_threads_follow_what_others_take(
 
 
 def test_what_this_process_started_is_no_other_program(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
+    machine: Machine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Child:
-        pid, taken = 7, 0.0
+        pid, taken, gone = 7, 0.0, False
 
         def cpu_times(self) -> Times:
+            if self.gone:
+                raise psutil.NoSuchProcess(self.pid)
             return Times(self.taken, 0.0, 0.0)
 
-    class Process:
-        def children(self, *, recursive: bool) -> list[Child]:
-            return [child] if recursive else []
-
     child = Child()
-    monkeypatch.setattr(psutil, "Process", Process)
-    give_way()
-    adjust_threads()
-    for _ in range(3):  # the first count has none before it to compare with
+    machine.started.append(child)
+    leave_busy_cores()
+    adjust_threads(CPU)
+    for _ in range(3):
         machine.run(1.0, own=2.0, others=2.0)
         child.taken += 2.0
-        adjust_threads()
-    assert torch.get_num_threads() == 4
+        adjust_threads(CPU)
+        assert torch.get_num_threads() == 4
+    machine.run(60.0, own=240.0, others=0.0)  # what it took then is no excuse for others later
+    child.taken += 60.0
+    adjust_threads(CPU)
+    machine.run(1.0, own=2.0, others=2.0)
+    adjust_threads(CPU)
+    assert torch.get_num_threads() == 2
+    child.gone = True
+    machine.run(1.0, own=2.0, others=1.0)
+    adjust_threads(CPU)
+    assert torch.get_num_threads() == 3
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_counts_are_no_nearer_than_they_are_exact(machine: Machine) -> None:
-    give_way()
-    adjust_threads()
+    leave_busy_cores()
+    adjust_threads(CPU)
     machine.run(threads.COUNT_SECONDS / 2, own=0.5, others=3.5)
-    adjust_threads()
+    adjust_threads(CPU)
     assert torch.get_num_threads() == 4
 
 
 def test_what_ran_while_this_process_waited_says_nothing(machine: Machine) -> None:
-    give_way()
-    adjust_threads()
+    leave_busy_cores()
+    adjust_threads(CPU)
     machine.run(60.0, own=0.0, others=4.0)
-    adjust_threads()
+    adjust_threads(CPU)
     assert torch.get_num_threads() == 4
 
 
@@ -135,15 +153,23 @@ def test_on_two_cores(others: float, now: int, expected: int) -> None:
     assert threads_beside(others, cores=2, threads=now, most=2) == expected
 
 
+def test_work_on_a_gpu_changes_no_threads(machine: Machine) -> None:
+    leave_busy_cores()
+    adjust_threads(CPU)
+    machine.run(1.0, own=0.5, others=3.5)
+    adjust_threads(torch.device("cuda"))
+    assert torch.get_num_threads() == 4
+
+
 def test_there_is_at_least_one_thread_and_never_more_than_asked_for() -> None:
     for others in (0.0, 3.3, 16.0, 20.0):
         assert 1 <= threads_beside(others, cores=16, threads=8, most=8) <= 8
 
 
 def test_the_library_does_not_touch_threads(machine: Machine) -> None:
-    adjust_threads()
+    adjust_threads(CPU)
     machine.run(1.0, own=0.5, others=3.5)
-    adjust_threads()
+    adjust_threads(CPU)
     assert torch.get_num_threads() == 4
 
 
@@ -151,31 +177,32 @@ def test_what_the_environment_says_stands(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    give_way()
-    adjust_threads()
+    leave_busy_cores()
+    adjust_threads(CPU)
     machine.run(1.0, own=0.5, others=3.5)
-    adjust_threads()
+    adjust_threads(CPU)
     assert torch.get_num_threads() == 4
 
 
 def test_threads_asked_for_are_fixed(machine: Machine) -> None:
-    give_way()
-    adjust_threads()
+    leave_busy_cores()
+    adjust_threads(CPU)
     with fixed_threads(3):
         machine.run(1.0, own=0.5, others=3.5)
-        adjust_threads()
+        adjust_threads(CPU)
         assert torch.get_num_threads() == 3
     assert torch.get_num_threads() == 4
     with fixed_threads(None):
-        adjust_threads()
+        adjust_threads(CPU)
         assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 1
 
 
-def test_commands_give_way(machine: Machine) -> None:
+def test_commands_leave_busy_cores(machine: Machine) -> None:
     main(debug=False)
-    adjust_threads()
+    adjust_threads(CPU)
     machine.run(1.0, own=3.0, others=1.0)
-    adjust_threads()
+    adjust_threads(CPU)
     assert torch.get_num_threads() == 3
 
 
@@ -187,6 +214,13 @@ def test_counts_of_this_machine() -> None:
     after = threads._Count.now(threads._affinity())
     assert after.at > before.at
     assert after.busy - before.busy >= 0.2  # which the system rounds to hundredths
+
+
+def test_a_container_may_number_its_cores_anew(machine: Machine) -> None:
+    """It is shown four cores, and may use those that the machine calls 8 to 11."""
+    machine.own = 100.0
+    assert threads._Count.now([8, 9, 10, 11]).busy == machine.own + machine.others
+    assert threads._Count.now([1, 3]).busy == (machine.own + machine.others) / 2
 
 
 def test_quotas_of_a_cgroup_and_of_those_above_it(tmp_path: Path) -> None:

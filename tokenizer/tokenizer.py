@@ -134,7 +134,7 @@ class Tokenizer:
         Frames of another size are scaled to cover the tokenizer's and cropped at the centre.
         """
         frames_THWC = _checked_frames(frames)
-        adjust_threads()
+        adjust_threads(self.device)
         quantiser = self.autoencoder.quantiser
         with autocast(self.device, self.dtype):
             tokens = [
@@ -153,7 +153,7 @@ class Tokenizer:
     def decode(self, tokens: Tensor | NDArray[Any], *, batch_size: int = 8) -> Tensor:
         """Return the frames, uint8 RGB [T, h, w, 3] on the CPU, of tokens [T, r, c]."""
         tokens_Trc = self._checked_tokens(tokens)
-        adjust_threads()
+        adjust_threads(self.device)
         quantiser = self.autoencoder.quantiser
         with autocast(self.device, self.dtype):
             frames = [

@@ -1,44 +1,49 @@
 """How many threads to compute with: as many as there are cores that other programs leave.
 
 Threads of OpenMP wait for each other by spinning. Where another program has the core of one of
-them, all others spin until it is back, thousands of times a second: two threads are then slower
-than one, ten times and more. So commands count, a few times a second, the cores that others take,
-and compute on the rest. The number of threads changes no token and no picture; in a training it
-changes the last bits of sums.
+them, all others spin until it is back, thousands of times a second, and two threads are slower than
+one. So commands count, a few times a second, the cores that others take, and compute on the rest.
+
+Compiled passes give the same tokens with any number of threads. What torch computes differs in its
+last bits: the weights of a training, and in float32 a token or a pixel on a rounding boundary.
 """
 
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+if TYPE_CHECKING:
+    import psutil
+    import torch
 
 COUNT_SECONDS = 0.3
 """At least so long between two counts of the cores that others take."""
 MARGIN = 0.6
-"""How many cores more or fewer than threads must be free for the number of threads to change."""
-
+"""Hysteresis, in cores: the number of threads changes only if the free cores differ from it by
+more."""
 LEAST_OWN = 0.1
 """Of a core that this process must have used between two counts for them to be compared."""
 
 
-def give_way() -> None:
+def leave_busy_cores() -> None:
     """From now on, have `adjust_threads` leave other programs the cores that they use.
 
     It is for the whole process: commands do it, the library does not. OMP_NUM_THREADS stands.
     """
-    global _gives_way
-    _gives_way = "OMP_NUM_THREADS" not in os.environ
+    global _leaves_cores
+    _leaves_cores = "OMP_NUM_THREADS" not in os.environ
 
 
-def adjust_threads() -> None:
-    """Compute with as many threads as other programs leave cores for, where this `give_way`s.
+def adjust_threads(device: "torch.device") -> None:
+    """Before work on a CPU: set torch's threads to the cores that others leave.
 
-    To be called between two pieces of work: it takes no time where the last count is recent.
+    It does so only after `leave_busy_cores`, and takes no time where the last count is recent.
     """
     global _counter
-    if not _gives_way:
+    if not _leaves_cores or device.type != "cpu":
         return
     if _counter is None:
         _counter = _Counter()
@@ -48,18 +53,20 @@ def adjust_threads() -> None:
 @contextmanager
 def fixed_threads(count: int | None) -> Iterator[None]:
     """Inside, torch computes with `count` threads, whatever others do; None changes nothing."""
-    global _gives_way
+    global _leaves_cores
+    if count is None:
+        yield
+        return
     import torch
 
-    before = _gives_way, torch.get_num_threads()
-    if count is not None:
-        _gives_way = False
-        torch.set_num_threads(count)
+    leaves, before = _leaves_cores, torch.get_num_threads()
+    _leaves_cores = False
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        _gives_way, threads = before
-        torch.set_num_threads(threads)
+        _leaves_cores = leaves
+        torch.set_num_threads(before)
 
 
 def usable_cores() -> int:
@@ -94,7 +101,7 @@ def threads_beside(others: float, *, cores: int, threads: int, most: int) -> int
     return threads if abs(free - threads) <= MARGIN else min(most, max(1, round(free)))
 
 
-_gives_way = False
+_leaves_cores = False
 _counter: "_Counter | None" = None
 
 
@@ -112,11 +119,10 @@ class _Count(NamedTuple):
         import psutil  # 20 ms, which --help does not wait for
 
         of_all = psutil.cpu_times(percpu=True)
-        busy = [
-            of_all[core].user + of_all[core].system + getattr(of_all[core], "nice", 0.0)
-            for core in cores
-        ]
-        return cls(time.monotonic(), sum(busy), time.process_time())
+        # A container may be shown just its own cores, numbered anew.
+        chosen = [of_all[core] for core in cores] if cores[-1] < len(of_all) else of_all
+        busy = sum(core.user + core.system + getattr(core, "nice", 0.0) for core in chosen)
+        return cls(time.monotonic(), busy, time.process_time())
 
 
 class _Counter:
@@ -126,9 +132,9 @@ class _Counter:
         import torch
 
         self.cores = _affinity()
-        self.most = self.threads = min(torch.get_num_threads(), usable_cores())
+        self.most = min(torch.get_num_threads(), usable_cores())
         torch.set_num_threads(self.most)
-        self.children: dict[int, float] = {}
+        self.children: dict[int, tuple[psutil.Process, float]] = {}
         self.last = _Count.now(self.cores)
         self.said = False
 
@@ -138,37 +144,63 @@ class _Counter:
         import torch
 
         last, self.last = self.last, _Count.now(self.cores)
-        at, busy, own = (now - before for now, before in zip(self.last, last, strict=True))
-        if own < LEAST_OWN * at:  # it hardly computed: what else ran says nothing of its threads
+        lasted, busy, own = (now - before for now, before in zip(self.last, last, strict=True))
+        others = busy - own - self._of_children()
+        before = torch.get_num_threads()
+        threads = self._threads(others / lasted, before)
+        if threads < before:  # or was it a decoder that this process has just started?
+            threads = self._threads((others - self._of_new_children()) / lasted, before)
+        # A process that hardly computed learns nothing of its threads.
+        if threads == before or own < LEAST_OWN * lasted:
             return
-        others = busy - own
-        if others > MARGIN * at:  # or are they this process's own decoders?
-            others -= self._children()
-        threads = threads_beside(
-            others / at, cores=len(self.cores), threads=self.threads, most=self.most
-        )
-        if threads != self.threads:
-            self.threads = threads
-            torch.set_num_threads(threads)
-            self._say_once()
+        torch.set_num_threads(threads)
+        if threads < before and not self.said:
+            self.said = True
+            _say(f"other programs are busy: computing with {threads} of {self.most} threads")
 
-    def _children(self) -> float:
-        """Processor seconds of the processes that this one started, since this was last asked."""
+    def _threads(self, others: float, now: int) -> int:
+        return threads_beside(others, cores=len(self.cores), threads=now, most=self.most)
+
+    def _of_children(self) -> float:
+        """Processor seconds that the children known so far have taken since the last count."""
+        taken = 0.0
+        for pid, (child, before) in [*self.children.items()]:
+            seconds = _seconds(child)
+            if seconds is None:
+                del self.children[pid]
+            else:
+                taken += seconds - before
+                self.children[pid] = child, seconds
+        return taken
+
+    def _of_new_children(self) -> float:
+        """Processor seconds of the children that were not known; now they are."""
         import psutil
 
-        before, self.children = self.children, {}
+        taken = 0.0
         for child in psutil.Process().children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                taken = child.cpu_times()
-                self.children[child.pid] = taken.user + taken.system
-        return sum(now - before.get(pid, now) for pid, now in self.children.items())
+            seconds = None if child.pid in self.children else _seconds(child)
+            if seconds is not None:
+                taken += seconds
+                self.children[child.pid] = child, seconds
+        return taken
 
-    def _say_once(self) -> None:
-        from driving_sim.engine.progress import say
 
-        if not self.said:
-            say(f"other programs are busy: computing with {self.threads} of {self.most} threads")
-        self.said = True
+def _seconds(process: "psutil.Process") -> float | None:
+    """Processor seconds that a process has taken; None where it is gone."""
+    import psutil
+
+    try:
+        taken = process.cpu_times()
+    except psutil.NoSuchProcess:
+        return None
+    return float(taken.user + taken.system)
+
+
+def _say(line: str) -> None:
+    from driving_sim.engine.progress import say  # rich takes half of the time of --help
+
+    say(line)
 
 
 def _affinity() -> list[int]:

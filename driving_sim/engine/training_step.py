@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,7 +28,7 @@ from driving_sim.engine.optimizer import (
 from driving_sim.engine.parallel import parallel
 from driving_sim.engine.schedule import learning_rate_factor
 from driving_sim.engine.sharding import whole
-from driving_sim.engine.threads import adjust_threads
+from driving_sim.engine.threads import adjust_threads, usable_cores
 from driving_sim.engine.training_config import TrainingConfig
 
 Batch = dict[str, Tensor]
@@ -78,6 +77,8 @@ class Stepper:
             muon=config.optimizer == "muon",
         )
         self.meter = Meter()
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._buffers = [v for name, v in model.state_dict().items() if name not in parameters]
 
     @property
     def batches_per_step(self) -> int:
@@ -103,7 +104,8 @@ class Stepper:
             _CarryingErrors(dataset),
             batch_size=None,
             sampler=numbers,
-            num_workers=min(self.config.workers, _cores()),
+            # More workers than cores are slower, and torch warns of them.
+            num_workers=min(self.config.workers, usable_cores()),
             worker_init_fn=worker_init,
             pin_memory=self.device.type == "cuda",
         )
@@ -124,8 +126,14 @@ class Stepper:
         False where loss or gradients were not finite: then nothing has changed. Nor has it where
         `StopNow` is raised inside `interruptible`, which the passes are in.
         """
-        adjust_threads()
+        adjust_threads(self.device)
         config = self.config
+        self.optimizer.zero_grad()
+        with self._keeping_buffers(), interruptible():
+            metrics = self._backward(batches, step, position)
+            limit = float("inf") if config.grad_clip is None else config.grad_clip
+            norms = clip_gradients(self.optimizer, limit)
+            finite = self._all_finite([*(loss for loss, _ in metrics), *norms.values()])
         factor = learning_rate_factor(
             step,
             position,
@@ -133,12 +141,6 @@ class Stepper:
             floor=config.min_learning_rate_ratio,
         )
         set_learning_rate(self.optimizer, config.learning_rate * factor)
-        self.optimizer.zero_grad()
-        with self._keeping_buffers(), interruptible():
-            metrics = self._backward(batches, step, position)
-            limit = float("inf") if config.grad_clip is None else config.grad_clip
-            norms = clip_gradients(self.optimizer, limit)
-            finite = self._all_finite([*(loss for loss, _ in metrics), *norms.values()])
         if not finite:
             return False
         with self.autocast():  # Muon's matrix products; everything else there is float32
@@ -213,11 +215,11 @@ class Stepper:
     @contextmanager
     def _keeping_buffers(self) -> Iterator[None]:
         """Of a step that is interrupted, nothing stays: forward passes may write into buffers."""
-        before = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        before = [buffer.clone() for buffer in self._buffers]
         try:
             yield
         except StopNow:
-            for buffer, value in before:
+            for buffer, value in zip(self._buffers, before, strict=True):
                 buffer.copy_(value)
             raise
 
@@ -275,8 +277,3 @@ def seed_torch(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
     elif device.type == "mps":
         torch.mps.manual_seed(seed)
-
-
-def _cores() -> int:
-    # More workers than cores are slower, and torch warns of them.
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
