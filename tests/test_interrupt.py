@@ -8,7 +8,6 @@ from multiprocessing.connection import Connection
 
 import pytest
 
-from driving_sim.engine import interrupt
 from driving_sim.engine.interrupt import StopNow, StopRequest, stop_on_signals
 
 
@@ -40,20 +39,35 @@ def test_handlers_are_restored() -> None:
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-def test_only_long_work_that_can_be_broken_off_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interrupt, "GRACE_S", 0.05)
-    with stop_on_signals() as request:
-        with request.interruptible():
-            os.kill(os.getpid(), signal.SIGTERM)
-            short = True
-        assert short
-        time.sleep(0.2)  # not here
-        with pytest.raises(StopNow), request.interruptible():
-            raise AssertionError("the time is over when it begins")
+def test_only_work_that_may_be_dropped_is_broken_off() -> None:
     with stop_on_signals() as request:
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)  # not here
         with pytest.raises(StopNow), request.interruptible():
-            time.sleep(60)
+            raise AssertionError("the signal was there before")
+    with stop_on_signals() as request, pytest.raises(StopNow), request.interruptible():
+        wait_after_sigterm()
+
+
+def test_what_cleans_up_is_not_broken_off() -> None:
+    cleaned = []
+
+    def work(request: StopRequest) -> None:
+        try:
+            wait_after_sigterm()
+        finally:
+            request.receive(signal.SIGTERM)
+            cleaned.append(True)
+
+    with stop_on_signals() as request, pytest.raises(StopNow), request.interruptible():
+        work(request)
+    assert cleaned
+
+
+def wait_after_sigterm() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+    raise AssertionError("not broken off")
 
 
 def test_workers_outlive_a_signal_only_inside() -> None:

@@ -10,8 +10,6 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-GRACE_S = 0.5
-"""How long work may go on after a signal before it is broken off, where it can be."""
 
 
 class StopNow(BaseException):
@@ -23,30 +21,30 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = 0
-        self._late = self._interruptible = False
+        self._interruptible = False
         self._over = RawValue("b", 0)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """For work that leaves no traces if it does not come to its end.
+        """For work that may be dropped half done: a signal raises `StopNow` inside, once.
 
-        `StopNow` is raised inside, between two lines of Python, where the work goes on for more
-        than `GRACE_S` after the signal.
+        It does so between two lines of Python, and where the signal came before at once.
         """
         self._interruptible = True
         try:
-            self._stop_if_late()
+            self._break_off()
             yield
         finally:
             self._interruptible = False
 
-    def hurry(self, _number: int = 0, _frame: FrameType | None = None) -> None:
-        """Call it when `GRACE_S` are over."""
-        self._late = True
-        self._stop_if_late()
+    def receive(self, number: int) -> None:
+        """Keep the signal that arrived; break off what may be."""
+        self.signal = number
+        self._break_off()
 
-    def _stop_if_late(self) -> None:
-        if self._late and self._interruptible:
+    def _break_off(self) -> None:
+        if self.signal and self._interruptible:
+            self._interruptible = False  # what cleans up inside is not disturbed again
             raise StopNow
 
     def shield(self, _worker: int = 0) -> None:
@@ -69,7 +67,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Inside, the first SIGTERM or Ctrl-C fills the yielded request; a second one acts.
+    """Inside, the first SIGTERM or Ctrl-C is kept in the yielded request; a second one acts.
 
     Outside the main thread, where Python allows no handlers, signals keep their meaning.
     """
@@ -84,22 +82,15 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
     def note(number: int, _frame: FrameType | None) -> None:
         _restore(before)
-        request.signal = number
         text = f"{signal.Signals(number).name}: saving, then stopping (again to stop at once)\n"
         os.write(2, text.encode())  # print may be what was interrupted: it is not reentrant
-        if hasattr(signal, "setitimer"):
-            before[signal.SIGALRM] = signal.signal(signal.SIGALRM, request.hurry)
-            signal.setitimer(signal.ITIMER_REAL, GRACE_S, GRACE_S)
-        else:  # Windows
-            request.hurry()
+        request.receive(number)
 
     for number in SIGNALS:
         signal.signal(number, note)
     try:
         yield request
     finally:
-        if request.signal and hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
         _restore(before)
         request.end_shield()
 

@@ -38,7 +38,7 @@ def parallel(
         torch._dynamo.config.recompile_limit = 64
         for block in blocks:
             block.compile()
-    if ranks.size == 1 and not config.compile:
+    if ranks.size == 1 and device.type == "cpu" and not config.compile:
         for module in model.modules():
             if not [*module.children()]:
                 module.register_forward_hook(_let_signals_in)
@@ -62,8 +62,8 @@ def parallel(
 
 
 def _let_signals_in(_module: nn.Module, _inputs: object, output: object) -> None:
-    """Run a little Python as the gradient comes by: until then, backward would hold up signals."""
-    if isinstance(output, Tensor) and output.requires_grad:
+    """Have backward run a little Python: it is C++ else, in which Python answers no signals."""
+    if isinstance(output, Tensor) and output.grad_fn is not None:
         output.register_hook(_pass)  # type: ignore[no-untyped-call]
 
 
