@@ -81,7 +81,7 @@ class TrainingRequest:
         if self.minutes is not None:
             options = [f"training.minutes={self.minutes}", "training.steps=null"]
         if options:
-            options.append("training.least_steps=null")
+            options.append("training.min_steps=null")
         if self.precision is not None:
             options.append(f"training.precision={self.precision}")
         if self.shard:
@@ -98,7 +98,7 @@ class TrainingRequest:
 
 def _auto_preset(device: str, grid: tuple[int, int] | None) -> str:
     """Choose a preset and say why: the first one of the token grid, else by the device."""
-    sizes = {name: (each.model.rows, each.model.cols) for name, each in TOKENIZER_PRESETS.items()}
+    sizes = {name: (c.model.rows, c.model.cols) for name, c in TOKENIZER_PRESETS.items()}
     fitting = [name for name, size in sizes.items() if size == grid]
     if grid is not None and fitting:
         name, why = fitting[0], f"frames are {grid[0]}x{grid[1]} tokens"
@@ -221,7 +221,7 @@ def tokenize_videos(
     """
     rate = frame_rate(fps, every)
     if training is None:
-        Tokenizer.from_run(tokenizer, "cpu")
+        Tokenizer.from_run(tokenizer, "cpu", "fp32")
     # With unfinished work in it, its run was killed at the end: the writer tidies up, then says.
     if (out / INDEX).exists() and not (out / UNFINISHED).exists():
         raise DriveSimError(f"{out} already holds a token store: choose another --out or delete it")
@@ -349,6 +349,8 @@ def _stored_context(world: WorldModel, tokens: Path, start_s: float | None) -> C
         world.check_store(store)
     except DriveSimError as error:
         raise DriveSimError(f"{error}, or name a video with --context") from error
+    if notice := world.format_notice(store):
+        say(notice)
     # A drive that the model was not trained on, unless these are other drives altogether.
     unseen = [name for name in store.drive_ids if name in world.validation_drives]
     drive, *_ = store.select((unseen or store.drive_ids)[:1])

@@ -52,7 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_length_that_is_asked_for_has_no_least_steps() -> None:
+def test_a_length_that_is_asked_for_has_no_min_steps() -> None:
     def asked(**options: Any) -> TrainingConfig:
         return (
             TrainingRequest(preset="demo", device="cpu", **options)
@@ -61,10 +61,10 @@ def test_a_length_that_is_asked_for_has_no_least_steps() -> None:
         )
 
     assert asked().minutes
-    assert asked().least_steps
-    assert asked(minutes=0.1).least_steps is None
-    assert asked(steps=3).least_steps is None
-    assert asked(assignments=("training.least_steps=7",)).least_steps == 7
+    assert asked().min_steps
+    assert asked(minutes=0.1).min_steps is None
+    assert asked(steps=3).min_steps is None
+    assert asked(assignments=("training.min_steps=7",)).min_steps == 7
 
 
 def test_a_missing_tokenizer_is_trained_and_an_unfinished_one_goes_on(

@@ -14,7 +14,7 @@ DEMO = TokenizerRunConfig(
     data=TokenizerDataConfig(batch_size=4, validation_frames=64),
     training=TrainingConfig(
         minutes=2.5,
-        least_steps=1500,
+        min_steps=1500,
         learning_rate=5e-3,
         warmup_steps=100,
         weight_decay=0.01,

@@ -13,7 +13,7 @@ DEMO = WorldModelRunConfig(
     data=WorldModelDataConfig(batch_size=4, validation_windows=32, preview=False),
     training=TrainingConfig(
         minutes=5.0,
-        least_steps=3000,
+        min_steps=3000,
         learning_rate=3e-3,
         warmup_steps=50,
         weight_decay=0.05,

@@ -19,7 +19,7 @@ CHANGEABLE = frozenset(
     (
         "steps",
         "minutes",
-        "least_steps",
+        "min_steps",
         "accumulate",
         "learning_rate",
         "log_every",

@@ -279,7 +279,7 @@ class _Loop:
         assert self.config.minutes is not None
         state, limit = self.state, 60.0 * self.config.minutes
         by_time = position_by_time(state.seconds, limit, state.step_seconds)
-        least = self.config.least_steps
+        least = self.config.min_steps
         return by_time if least is None else min(by_time, position_by_steps(state.step, least))
 
     def _step(self, batches: Iterator[tuple[int, Batch]], position: float) -> None:
@@ -307,14 +307,14 @@ class _Loop:
             line = time_to_go(config.steps - state.step, [*self.recent_seconds])
             if line:
                 log.say(line)
-        if config.minutes is None or config.least_steps is None:
+        if config.minutes is None or config.min_steps is None:
             return
-        left = config.least_steps - state.step
+        left = config.min_steps - state.step
         if left > 0 and state.seconds - seconds <= 60.0 * config.minutes < state.seconds:
             log.say(
-                f"{config.minutes:g} minutes are over after {state.step} steps: going on to "
-                f"{config.least_steps}, the least that this training needs, some "
-                f"{math.ceil(left * state.step_seconds / 60.0)} min more"
+                f"{config.minutes:g} minutes are over after {state.step} steps; this training "
+                f"needs {config.min_steps:,}: about {math.ceil(left * state.step_seconds / 60.0)} "
+                "min more"
             )
 
     def _count_skipped(self, finite: bool) -> None:

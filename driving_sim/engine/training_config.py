@@ -13,8 +13,8 @@ class TrainingConfig:
     """Optimiser steps to take."""
     minutes: float | None = None
     """Minutes to train instead; validation, saving and start-up do not count."""
-    least_steps: int | None = None
-    """With `minutes`: steps to take at the least, in however many minutes."""
+    min_steps: int | None = None
+    """With `minutes`: go on until so many steps are taken, even if it takes longer."""
     accumulate: int = 1
     """Batches whose gradients are averaged into one step, on each device. A tokenizer's
     discriminator is weighed anew for each of them."""
@@ -52,8 +52,8 @@ class TrainingConfig:
     workers: int = 2
     """Processes that make batches ahead; 0: made by the training process."""
     threads: int | None = None
-    """CPU threads of a training process. None: one a core, of those that other programs leave; then
-    the last bits of the weights depend on what else the machine does."""
+    """CPU threads of a training process. None: torch's choice; in commands, as many as other
+    programs leave cores for, and the last bits of the weights can vary with them."""
     gradient_checkpointing: bool = False
     """Keep blocks' inputs only and compute the rest again backwards: less memory, more time."""
     compile: bool = False
@@ -65,9 +65,7 @@ class TrainingConfig:
         if (self.steps is None) == (self.minutes is None):
             found = f"found steps={self.steps}, minutes={self.minutes}"
             raise ValueError(f"exactly one of steps and minutes must be given, {found}")
-        if self.minutes is None and self.least_steps is not None:
-            raise ValueError(f"least_steps={self.least_steps} goes with minutes, not with steps")
-        self._check("at least 1", lambda value: value >= 1, "steps least_steps accumulate")
+        self._check("at least 1", lambda value: value >= 1, "steps min_steps accumulate")
         self._check("at least 1", lambda value: value >= 1, "log_every validate_every save_every")
         self._check("at least 1", lambda value: value >= 1, "keep_last patience threads")
         self._check("above 0", lambda value: value > 0, "minutes learning_rate grad_clip")
