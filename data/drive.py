@@ -36,7 +36,7 @@ class FrameReader(Protocol):
         ...
 
     def files(self, indices: Indices) -> list[Path]:
-        """The files that these frames are in: equal files hold equal frames."""
+        """The files that these frames are read from: a fingerprint hashes them."""
         ...
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from driving_sim.data.drive import SampledDrive
 from driving_sim.data.frame_size import FrameSize
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.parsing import one_line
 from driving_sim.engine.progress import progress
 
 _NEIGHBOURS = 4
@@ -26,8 +27,8 @@ _NEIGHBOURHOOD = 16
 class FrameBatches(Dataset[dict[str, Tensor]]):
     """`dataset[n]` is batch n, {"frames": uint8 [B, H, W, 3]}: a function of (seed, n) only.
 
-    Frames that fit in `cache_bytes` are decoded once, here, and loader workers share them, forked
-    or not: a tensor that torch hands to another process goes to shared memory, once.
+    Frames that fit in `cache_bytes` are decoded once, here. Loader workers share them: forked ones
+    as they are, others through shared memory, which is where they are decoded if `shared`.
     Otherwise every batch decodes its own, a few neighbours at each place, because most of the cost
     is in reaching the place. With `mirror` every frame is flipped left to right half of the time;
     it is moved by up to `shift` pixels, and each colour's brightness changes by a share of up to
@@ -49,6 +50,7 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
         shift: int = 0,
         gain: float = 0.0,
         cutmix: float = 0.0,
+        shared: bool = False,
         cache_bytes: int,
     ) -> None:
         self.size = size
@@ -58,6 +60,7 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
         self.shift = shift
         self.gain = gain
         self.cutmix = cutmix
+        self.shared = shared
         self._drives = list(drives)
         self._offsets = np.cumsum([0, *(len(drive.indices) for drive in drives)])
         if self.frame_count == 0:
@@ -98,8 +101,8 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
     def _decode_all(self) -> Tensor:
         shape = (self.frame_count, self.size.height, self.size.width, 3)
         cache = torch.empty(shape, dtype=torch.uint8)
-        if _start_method() != "fork":  # before it is filled: then it is never held twice
-            cache.share_memory_()  # type: ignore[no-untyped-call]
+        if self.shared and _start_method() != "fork":
+            _share(cache)  # before it is filled: then it is never held twice
         filled = cache.numpy()
         with progress(self.frame_count, "decode", "frames") as shown:
             for drive, start in zip(self._drives, self._offsets[:-1], strict=True):
@@ -136,6 +139,17 @@ def _start_method() -> str:
     """How processes are started here by default; asking for it does not settle it."""
     chosen = multiprocessing.get_start_method(allow_none=True)
     return chosen or multiprocessing.get_all_start_methods()[0]
+
+
+def _share(cache: Tensor) -> None:
+    try:
+        cache.share_memory_()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise DriveSimError(
+            f"{cache.nbytes / 1e9:.2g} GB of frames do not fit in shared memory "
+            f"({one_line(error)}): lower data.cache_gigabytes, set training.workers=0, or give the "
+            "container more (docker's --shm-size)"
+        ) from error
 
 
 def _mirror(frames: NDArray[np.uint8], chosen: NDArray[np.int64]) -> None:

@@ -215,7 +215,7 @@ def _training_store(run: Path, world: WorldModel, path: Path) -> TokenStore:
         world.check_store(training)
     except DriveSimError as error:
         raise DriveSimError(
-            f"{error}, or name the one that the model was trained on with --training-tokens"
+            f"{error}, or name the token store that the model was trained on with --training-tokens"
         ) from error
     _say_format(world, training)
     learned_drives(world, training)
@@ -230,7 +230,7 @@ def _training_store(run: Path, world: WorldModel, path: Path) -> TokenStore:
 
 
 def _say_format(world: WorldModel, store: TokenStore) -> None:
-    if line := world.other_format(store):
+    if line := world.format_notice(store):
         say(line)
 
 

@@ -40,6 +40,7 @@ def batches(
     gain: float = 0.0,
     cutmix: float = 0.0,
     cached: bool = True,
+    shared: bool = False,
 ) -> FrameBatches:
     return FrameBatches(
         drives,
@@ -50,6 +51,7 @@ def batches(
         shift=shift,
         gain=gain,
         cutmix=cutmix,
+        shared=shared,
         cache_bytes=10**9 if cached else 0,
     )
 
@@ -167,12 +169,25 @@ def test_workers_do_not_copy_the_cache(
 ) -> None:
     """What a worker is sent is small: the frames are in memory that it shares."""
     monkeypatch.setattr("driving_sim.data.frame_batches._start_method", lambda: start)
-    dataset = batches(drives)
+    dataset = batches(drives, shared=True)
     cache: Any = dataset._cache
     assert cache.is_shared() == (start == "spawn")
     sent = ForkingPickler.dumps(dataset)
     assert cache.is_shared()
     assert len(sent) < cache.nbytes / 10
+
+
+def test_too_little_shared_memory_is_said(
+    drives: list[SampledDrive], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>")
+
+    monkeypatch.setattr("driving_sim.data.frame_batches._start_method", lambda: "spawn")
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(DriveSimError, match=r"do not fit in shared memory .*training.workers=0"):
+        batches(drives, shared=True)
+    batches(drives)  # with no workers there is none to share it with
 
 
 def test_cached_drives_are_not_read_again(

@@ -19,6 +19,7 @@ from driving_sim.world_model.sampler import Sampling
 from driving_sim.world_model.training import (
     WorldModelDataConfig,
     WorldModelRunConfig,
+    _in_the_scale_of,
     action_statistics,
     train_world_model,
 )
@@ -172,6 +173,29 @@ def test_fine_tuning_reads_actions_in_the_scale_of_the_other_run(
     assert after.statistics == expected
     assert torch.equal(after.transformer.action.mean, before.transformer.action.mean)
     assert torch.equal(after.transformer.action.std, before.transformer.action.std)
+
+
+@pytest.mark.parametrize(
+    ("learned", "expected"),
+    [
+        ((5.0, 2.0), (5.0, 2.0)),
+        ((0.0, 1.0), (9.0, 3.0)),  # no speed was ever there
+        ((0.0, 0.0), (9.0, 3.0)),  # the car was parked
+    ],
+)
+def test_what_the_other_run_never_learned_has_the_scale_of_the_new_drives(
+    learned: tuple[float, float], expected: tuple[float, float]
+) -> None:
+    mean, std = learned
+    grid = TokenGrid(rows=2, cols=4, levels=(5, 3))
+    transformer = Transformer(
+        CONFIG.model, grid, ActionStatistics(mean=(mean, 0.1), std=(std, 0.2))
+    )
+    source = WorldModel(transformer, tiny_tokenizer(), fps=5.0, steering_kind="road_wheel")
+    measured = ActionStatistics(mean=(9.0, 0.3), std=(3.0, 0.4), steering_p95=0.5)
+    kept = _in_the_scale_of(source, measured)
+    assert (kept.mean, kept.std) == ((expected[0], 0.1), (expected[1], 0.2))
+    assert kept.steering_p95 == 0.5
 
 
 def test_a_tokenizer_that_did_not_make_the_tokens_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -142,6 +142,7 @@ def train_tokenizer(
         gain=config.data.gain,
         cutmix=config.data.cutmix,
         cache_bytes=int(config.data.cache_gigabytes * 1e9),
+        shared=config.training.workers > 0,
     )
     validate = Validator(validation_frames(validation, size, config.data.validation_frames))
     torch.manual_seed(config.training.seed)
@@ -286,7 +287,7 @@ def _try_all(drives: Sequence[SampledDrive], size: FrameSize) -> list[bool]:
 
 
 def _start_from(autoencoder: Autoencoder, run: Path) -> None:
-    source = Tokenizer.from_run(run, "cpu")
+    source = Tokenizer.from_run(run, "cpu", "fp32")
     if source.config != autoencoder.config:
         raise DriveSimError(
             f"--init-from {run}: its configuration differs from this run's "

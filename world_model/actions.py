@@ -14,9 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 CHANNELS = ("speed", "steering")
-_STILL = math.nextafter(1.0, 2.0)
-"""Spread of a channel that never moves. It carries nothing, so any would do but the default's: the
-speed of a parked car, always 0, is not one that was never there. In float32 it is 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,22 +23,23 @@ class ActionStatistics:
     mean: tuple[float, float] = (0.0, 0.0)
     """Mean, m/s and rad."""
     std: tuple[float, float] = (1.0, 1.0)
-    """Standard deviation, m/s and rad."""
+    """Standard deviation, m/s and rad; 0 where a channel never moved."""
     steering_p95: float = 0.0
     """95th percentile of |steering|, rad."""
     steering_p99: float = 0.0
     """99th percentile of |steering|, rad."""
 
     def __post_init__(self) -> None:
-        if not all(value > 0 for value in self.std):
-            raise ValueError(f"std is {self.std}: both values must be above 0")
+        if not all(value >= 0 for value in self.std):
+            raise ValueError(f"std is {self.std}: both values must be 0 or more")
 
     @classmethod
     def measure(cls, actions: NDArray[np.float32], valid: NDArray[np.bool_]) -> "ActionStatistics":
         """Measure actions [N, 2] where `valid` [N, 2]; a channel never valid keeps its default."""
         channels = [actions[valid[:, c], c].astype(np.float64) for c in range(2)]
         mean = [float(x.mean()) if len(x) else 0.0 for x in channels]
-        std = [(float(x.std()) if x.std() > 1e-6 else _STILL) if len(x) else 1.0 for x in channels]
+        std = [float(x.std()) if len(x) else 1.0 for x in channels]
+        std = [spread if spread > 1e-6 else 0.0 for spread in std]  # but for rounding
         steering = np.abs(channels[1])
         p95, p99 = np.quantile(steering, [0.95, 0.99]) if len(steering) else (0.0, 0.0)
         return cls(
@@ -82,14 +80,20 @@ class ActionEmbedding(nn.Module):
         features = 1 + 2 * config.octaves
         frequency = 2 * math.pi / 16 * 2.0 ** torch.arange(config.octaves)
         self.register_buffer("mean", torch.tensor(statistics.mean), persistent=False)
-        self.register_buffer("std", torch.tensor(statistics.std), persistent=False)
+        # A channel that never moved carries nothing: any scale will do for it.
+        std = torch.tensor([spread or 1.0 for spread in statistics.std])
+        self.register_buffer("std", std, persistent=False)
         self.register_buffer("frequency", frequency, persistent=False)
         self.null = nn.Parameter(torch.randn(len(CHANNELS), features))
         self.hidden = nn.Linear(len(CHANNELS) * features, config.hidden, bias=False)
         self.out = nn.Linear(config.hidden, width, bias=False)
 
     def forward(self, actions: Tensor, valid: Tensor) -> Tensor:
-        """Embed actions [..., 2] (m/s, rad) where `valid` [..., 2], as [..., D]."""
+        """Embed actions [..., 2] (m/s, rad) where `valid` [..., 2], as [..., D].
+
+        NaN is unknown, whatever `valid` says.
+        """
+        valid = valid & ~actions.isnan()
         x = (actions - self.mean) / self.std
         # An absurd request must not leave the range in which features were ever seen.
         x = torch.where(valid, x, 0.0).clamp(-8, 8).unsqueeze(-1)

@@ -23,6 +23,8 @@ class RingCache:
     `tables.output`.
     """
 
+    exact = False
+
     def __init__(self, model: Transformer, tables: Tables, batch: int) -> None:
         config = model.config
         self.model, self.tables = model, tables
@@ -105,6 +107,8 @@ class Cache(Protocol):
     device: torch.device
     dtype: torch.dtype
     """The number format that torch computes in: passes too, unless they are compiled."""
+    exact: bool
+    """Whether passes give a sequence the same bits whatever other sequences are with it."""
     frame: int
 
     def begin_frame(self) -> None:
@@ -120,20 +124,18 @@ class Cache(Protocol):
         ...
 
 
-def frame_base(cache: Cache, previous: Tensor, actions: Tensor, valid: Tensor) -> Tensor:
+def cached_frame_base(cache: Cache, previous: Tensor, actions: Tensor, valid: Tensor) -> Tensor:
     """Return what a frame's slots know before its own tokens, [B, S, D]: see `Transformer`.
 
-    Actions that are NaN are unknown, whatever `valid` says.
-
-    On a CPU each sequence's is computed by itself, which takes no longer: torch rounds otherwise
-    when there are more of them. The compiled passes do not, so that a future is the same, to the
-    last bit, alone and among others.
+    Where the passes are `exact`, torch computes this one sequence at a time, for it rounds a batch
+    of them differently than one: so that a future is the same, to the last bit, alone and among
+    others.
     """
-    together = 1 if cache.device.type == "cpu" else len(previous)
-    known = valid & ~actions.isnan()
-    given = (torch.split(each[:, None], together) for each in (previous, actions, known))
-    parts = [cache.model.frame_base(cache.tables, *part) for part in zip(*given, strict=True)]
-    return torch.cat(parts)[:, 0]
+    given = [each[:, None] for each in (previous, actions, valid)]
+    if not cache.exact:
+        return cache.model.frame_base(cache.tables, *given)[:, 0]
+    sequences = zip(*(torch.split(each, 1) for each in given), strict=True)
+    return torch.cat([cache.model.frame_base(cache.tables, *one) for one in sequences])[:, 0]
 
 
 def encode_frame(
@@ -152,7 +154,7 @@ def encode_frame(
     """
     cache.begin_frame()
     model, tables = cache.model, cache.tables
-    base = frame_base(cache, previous, actions, valid)
+    base = cached_frame_base(cache, previous, actions, valid)
     padded = F.pad(tokens, (0, 1), value=model.grid.codebook_size)
     x = base + F.embedding(padded[:, model.source], tables.token)
     rotary = model.rotary(torch.tensor([cache.frame], device=x.device))

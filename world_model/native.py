@@ -149,6 +149,7 @@ class NativeCache:
     """
 
     device = torch.device("cpu")
+    exact = True
 
     def __init__(self, model: Transformer, tables: Tables, batch: int, native: NativeModel) -> None:
         self.model, self.tables, self.native = model, tables, native

@@ -220,12 +220,12 @@ class _Panels:
 
 def output_files(out: Path) -> dict[str, Path]:
     """Every file that a rollout to `out` writes: an .mp4, or a folder for a rollout.mp4."""
-    of_a_type = out.suffix[1:2].isalpha()  # not "run-1.5"
-    if out.is_dir() or not of_a_type:
+    has_file_suffix = out.suffix[1:2].isalpha()  # "run-1.5" has none
+    if out.is_dir() or not has_file_suffix:
         out = out / "rollout.mp4"
     elif out.suffix.lower() != ".mp4":
         raise DriveSimError(
-            f"--out {out}: a rollout is an .mp4 file, or a folder for it; name one of those"
+            f"--out {out}: a rollout is written as an .mp4 file or into a folder; name one of those"
         )
     return {
         "video": out,

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from driving_sim.engine.device import autocast
-from driving_sim.world_model.cache import Cache, frame_base
+from driving_sim.world_model.cache import Cache, cached_frame_base
 from driving_sim.world_model.native import NativeCache
 
 Choose = Callable[[Tensor, Tensor], Tensor]
@@ -27,10 +27,10 @@ class Sampling:
     temperature: float = 1.0
     """Divides the logits; 0 takes the most probable token."""
     top_k: int | None = None
-    """Keep only this many most probable tokens; of equal ones, the lowest."""
+    """Keep only this many most probable tokens; ties go to the lower token."""
     top_p: float | None = None
-    """Keep only the most probable tokens that together reach this probability, as few as do; of
-    equal ones, the lowest."""
+    """Keep only the smallest set of most probable tokens that together reach this probability; ties
+    go to the lower token."""
     guidance: float = 1.0
     """g in `l_null + g (l - l_null)`: 1 is the plain model, more makes actions count more."""
     seed: int = 0
@@ -118,20 +118,21 @@ def truncated_log_probs(logits: Tensor, sampling: Sampling) -> Tensor:
         log_probs = _cut(log_probs, least, sampling.top_k).log_softmax(-1)
     if sampling.top_p is not None and sampling.top_p < 1:
         ordered = log_probs.sort(dim=-1, descending=True).values
-        short = (ordered.exp().cumsum(-1) < sampling.top_p).sum(-1, keepdim=True)
-        needed = (short + 1).clamp_(max=codes)
+        too_few = (ordered.exp().cumsum(-1) < sampling.top_p).sum(-1, keepdim=True)
+        needed = (too_few + 1).clamp_(max=codes)
         log_probs = _cut(log_probs, ordered.gather(-1, needed - 1), needed).log_softmax(-1)
     return log_probs
 
 
 def _cut(log_probs: Tensor, least: Tensor, count: Tensor | int) -> Tensor:
-    """Set all but the `count` most probable of log_probs [..., K] to -inf; `least` is their last.
+    """Set all but the `count` most probable of log_probs [..., K] to -inf.
 
-    Of the tokens that are as probable as `least` [..., 1], the lowest stay.
+    `least` [..., 1] is the log-probability of the last one that stays; of those that have it, too,
+    the lower tokens stay.
     """
     tied = log_probs == least
     left = count - (log_probs > least).sum(-1, keepdim=True)
-    surplus = tied & (tied.cumsum(-1) > left)
+    surplus = tied & (tied.cumsum(-1, dtype=torch.int32) > left)
     return log_probs.masked_fill(surplus | (log_probs < least), -torch.inf)
 
 
@@ -194,7 +195,7 @@ class WavePasses:
     def _begin(self, actions: Tensor, valid: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Begin a frame: what its slots [B, S, D] know before its tokens; cosines and sines."""
         self.cache.begin_frame()
-        base = frame_base(self.cache, self.tokens, actions, valid)
+        base = cached_frame_base(self.cache, self.tokens, actions, valid)
         return base, self.model.rotary(torch.tensor([self.cache.frame], device=base.device))
 
     def _step(self, base: Tensor, rotary: tuple[Tensor, Tensor], choose: Choose) -> Tensor:

@@ -189,12 +189,25 @@ def _new_transformer(
         return Transformer(config, grid, statistics)
     source = WorldModel.from_run(init_from, "cpu")
     _check_same_shape(source, config, grid, drives[0].info, init_from)
-    # The weights know actions in the scale that they were trained with.
-    kept = source.statistics
-    statistics = replace(statistics, mean=kept.mean, std=kept.std)
-    transformer = Transformer(config, grid, statistics)
+    transformer = Transformer(config, grid, _in_the_scale_of(source, statistics))
     transformer.load_state_dict(source.transformer.state_dict())
     return transformer
+
+
+def _in_the_scale_of(source: WorldModel, measured: ActionStatistics) -> ActionStatistics:
+    """What was measured, with the means and spreads that the source's weights were trained with.
+
+    A channel that it never saw, or never saw move, has no scale there.
+    """
+    own, kept = (
+        list(zip(each.mean, each.std, strict=True)) for each in (measured, source.statistics)
+    )
+    scales = [
+        kept[channel] if known and kept[channel][1] else own[channel]
+        for channel, known in enumerate(source.known_channels)
+    ]
+    (speed_mean, speed_std), (steering_mean, steering_std) = scales
+    return replace(measured, mean=(speed_mean, steering_mean), std=(speed_std, steering_std))
 
 
 def _check_same_shape(

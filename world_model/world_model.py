@@ -109,6 +109,7 @@ class WorldModel:
         self.tokenizer = tokenizer
         self.fps, self.steering_kind = fps, steering_kind
         self.validation_drives = tuple(validation_drives)
+        self._precision = precision
         self.dtype = resolve_precision(precision, self.device)
         with torch.inference_mode():
             self._tables = self.transformer.tables()
@@ -138,14 +139,14 @@ class WorldModel:
         self._tables = replace(self._tables, output=self._tables.output.to(self.dtype))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles are made anew of the weights: compiled passes hold addresses."""
+        """A copy or a pickle is rebuilt from the weights: compiled passes hold memory addresses."""
         make = partial(
             type(self),
             fps=self.fps,
             steering_kind=self.steering_kind,
             validation_drives=self.validation_drives,
             device=self.device,
-            precision=name_of(self.dtype),
+            precision=self._precision,  # auto may be another format where a pickle is loaded
         )
         return make, (self.transformer, self.tokenizer)
 
@@ -264,7 +265,7 @@ class WorldModel:
                 f"tokenize the videos with --fps {self.fps:.3g}"
             )
 
-    def other_format(self, store: TokenStore) -> str | None:
+    def format_notice(self, store: TokenStore) -> str | None:
         """One line where a store's tokens are of another number format than this model encodes in.
 
         That is no error, for it changes about one token in a hundred.
@@ -273,8 +274,8 @@ class WorldModel:
         if made == own:
             return None
         return (
-            f"the tokens of {store.path} were made in {made}, this model encodes in {own}: about "
-            f"1 token in 100 differs (--precision {made} encodes alike)"
+            f"{store.path}: its tokens were made in {made}, this model encodes in {own}, so about "
+            f"1 token in 100 differs; --precision {made} computes all of it in {made}"
         )
 
     def encode_prefix(
@@ -405,7 +406,7 @@ class WorldModel:
             for values in (actions_BNA, valid_BNA)
         ]
         for action, known in zip(*pairs, strict=True):
-            adjust_threads()
+            adjust_threads(self.device)
             yield sampler.step(action, known)
 
     def rollout(
@@ -444,7 +445,7 @@ class WorldModel:
 def _with_validity(name: str, actions: ArrayLike, valid: ArrayLike | None) -> tuple[Tensor, Tensor]:
     """As float32 and bool tensors of the same shape; raises DriveSimError for infinite ones.
 
-    What is not `valid` becomes 0. What is NaN stays so: passes take it as unknown.
+    Values that are not `valid` become 0. NaN stays, and is unknown to the action embedding.
     """
     values = torch.from_numpy(np.array(actions, np.float32))
     known = np.ones(values.shape) if valid is None else np.broadcast_to(valid, values.shape)
