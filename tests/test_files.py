@@ -71,6 +71,25 @@ def test_folder_is_kept_where_the_new_one_fails(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_folder_is_kept_where_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, system_rename = tmp_path / "folder", Path.rename
+    path.mkdir()
+    (path / "old").touch()
+
+    def interrupted_rename(source: Path, target: Path) -> Path:
+        if source.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return system_rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted_rename)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(path) as temporary:
+        (temporary / "new").touch()
+    assert [file.name for file in path.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_windows_opens_no_folders_and_syncs_what_it_may_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,6 +104,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             temporary.rename(path)
             _sync(path.parent)
         finally:
+            if replaced.exists() and not path.exists():
+                replaced.rename(path)
             _remove(temporary, replaced)
 
 
