@@ -18,6 +18,9 @@ from driving_sim.engine.training_config import TrainingConfig
 if TYPE_CHECKING:
     from driving_sim.engine.training_step import Trainable
 
+LARGE = 20_000_000
+"""Parameters from which on a backward pass on a CPU may take seconds, and lets signals in."""
+
 
 def parallel(
     model: nn.Module, config: TrainingConfig, ranks: Ranks, device: torch.device
@@ -38,7 +41,8 @@ def parallel(
         torch._dynamo.config.recompile_limit = 64
         for block in blocks:
             block.compile()
-    if ranks.size == 1 and device.type == "cpu" and not config.compile:
+    is_slow = device.type == "cpu" and sum(p.numel() for p in model.parameters()) >= LARGE
+    if is_slow and ranks.size == 1 and not config.compile:
         for module in model.modules():
             if not [*module.children()]:
                 module.register_forward_hook(_let_signals_in)
