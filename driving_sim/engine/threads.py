@@ -24,7 +24,7 @@ COUNT_SECONDS = 0.3
 MARGIN = 0.6
 """Hysteresis, in cores: the number of threads changes only if the free cores differ from it by
 more."""
-LEAST_OWN = 0.1
+LEAST_OWN = 0.3
 """Of a core that this process must have used between two counts for them to be compared."""
 
 
