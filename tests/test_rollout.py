@@ -280,5 +280,5 @@ def test_a_folder_takes_all_files_of_a_rollout(
 
 @pytest.mark.parametrize("name", ["rollout.gif", "rollout.m4v"])
 def test_an_output_that_is_neither_an_mp4_nor_a_folder_is_refused(name: str) -> None:
-    with pytest.raises(DriveSimError, match=r"an \.mp4 file, or a folder"):
+    with pytest.raises(DriveSimError, match=r"an \.mp4 file or into a folder"):
         output_files(Path(name))
