@@ -262,8 +262,8 @@ def inspect_drives(
     Compares image motion with the actions over the first 5 minutes of each drive. Writes a PNG for
     each drive and `inspection.json` into the folder `out`, in place of an earlier inspection there.
     Drives that cannot be read are in `.skipped`. Raises DriveSimError where there is nothing to
-    inspect, where no drive can be read (each is said, with the reason), and where `out` holds
-    anything else or cannot be written.
+    inspect, where no drive can be read, after a line with the reason for each, and where `out`
+    holds anything else or cannot be written.
     """
     if out.exists() and not _is_replaceable(out):
         raise DriveSimError(f"{out} holds more than an inspection: choose another --out")
@@ -281,8 +281,8 @@ def inspect_drives(
             else:
                 reports.append(_report(drive, measured, motion, change, folder))
         if not reports:
-            for each in skipped:
-                shown.say(f"skipped {each.id}: {each.reason}")
+            for lost in skipped:
+                shown.say(f"skipped {lost.id}: {lost.reason}")
             raise DriveSimError("every drive was skipped: nothing is left to inspect")
         report = Report(drives=reports, skipped=skipped, notices=found.notices, out=out)
         (folder / _REPORT).write_text(json.dumps(report.to_dict(), indent=2) + "\n")

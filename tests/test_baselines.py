@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from driving_sim.data.token_store import TokenStore
 from driving_sim.world_model.baselines import _STRENGTHS, CopyLast, TimeBigram, Unigram
@@ -52,13 +53,19 @@ def test_copy_last_mixes_the_frame_before_with_the_unigram(store: TokenStore) ->
     assert np.allclose(everything_new, unigram.bits_per_token(windows).bits)
 
 
-def test_bigram_counts_what_followed_each_code(store: TokenStore) -> None:
-    fitted = TimeBigram.fit(store.drives)
+def pair_counts(store: TokenStore) -> NDArray[np.float64]:
+    """How often each code was followed by each, [9, 9]."""
     counts = np.zeros((9, 9))
     for drive in store.drives:
         for begin, stop in drive.entry.segments:
             tokens = drive.tokens[begin:stop]
             np.add.at(counts, (tokens[:-1].ravel(), tokens[1:].ravel()), 1)
+    return counts
+
+
+def test_bigram_counts_what_followed_each_code(store: TokenStore) -> None:
+    fitted = TimeBigram.fit(store.drives)
+    counts = pair_counts(store)
     prior = fitted.strength * fitted.unigram.probabilities
     table = (counts + prior) / (counts.sum(1, keepdims=True) + fitted.strength)
     assert np.allclose(table.sum(1), 1)
@@ -74,11 +81,7 @@ def test_bigram_has_the_strength_that_best_foretells_each_pair_from_the_others(
 ) -> None:
     """Counted pair by pair. With their own count, pairs would be foretold best by counts alone."""
     fitted = TimeBigram.fit(store.drives)
-    counts = np.zeros((9, 9))
-    for drive in store.drives:
-        for begin, stop in drive.entry.segments:
-            tokens = drive.tokens[begin:stop]
-            np.add.at(counts, (tokens[:-1].ravel(), tokens[1:].ravel()), 1)
+    counts = pair_counts(store)
     likelihood = {}
     for strength in _STRENGTHS:
         likelihood[strength] = 0.0

@@ -224,10 +224,14 @@ def _shared_folder(path: Path, ranks: Ranks) -> Iterator[Path]:
 
 def changing_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Trainable parameters, tied ones once, and the buffers that belong to the state."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    buffers = {name: v for name, v in model.state_dict().items() if name not in parameters}
-    return trainable | buffers
+    return trainable | state_buffers(model)
+
+
+def state_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to the state, as they are: who writes into them changes the model."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {name: v for name, v in model.state_dict().items() if name not in parameters}
 
 
 def _load_parts(path: Path, model: nn.Module, ema: Ema) -> dict[str, dict[str, Tensor]]:

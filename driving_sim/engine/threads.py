@@ -146,12 +146,13 @@ class _Counter:
         last, self.last = self.last, _Count.now(self.cores)
         lasted, busy, own = (now - before for now, before in zip(self.last, last, strict=True))
         others = busy - own - self._of_children()
+        if own < LEAST_OWN * lasted:  # it mostly waited: what else ran says nothing of its threads
+            return
         before = torch.get_num_threads()
         threads = self._threads(others / lasted, before)
         if threads < before:  # or was it a decoder that this process has just started?
             threads = self._threads((others - self._of_new_children()) / lasted, before)
-        # A process that hardly computed learns nothing of its threads.
-        if threads == before or own < LEAST_OWN * lasted:
+        if threads == before:
             return
         torch.set_num_threads(threads)
         if threads < before and not self.said:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from driving_sim.engine.checkpoint import changing_tensors
+from driving_sim.engine.checkpoint import changing_tensors, state_buffers
 from driving_sim.engine.device import autocast
 from driving_sim.engine.distributed import Ranks
 from driving_sim.engine.ema import Ema
@@ -77,8 +77,7 @@ class Stepper:
             muon=config.optimizer == "muon",
         )
         self.meter = Meter()
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        self._buffers = [v for name, v in model.state_dict().items() if name not in parameters]
+        self._buffers = [*state_buffers(model).values()]
 
     @property
     def batches_per_step(self) -> int:
