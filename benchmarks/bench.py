@@ -11,23 +11,23 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.machine import describe
-from benchmarks.paired import Claim, add_options, read_claims, settings_of
+from benchmarks import ROOT
+from benchmarks.measuring.machine import describe
+from benchmarks.measuring.paired import Claim, add_options, read_claims, settings_of
 from driving_sim.engine.files import atomic_file
 
-ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
-    ("rollout", "tiny"),
-    ("rollout", "base"),
-    ("rollout_video", "tiny"),
-    ("rollout_length", "tiny"),
-    ("futures", "tiny"),
-    ("encoding", "encoder"),
-    ("encoding", "tokenize"),
-    ("training", "tiny"),
-    ("training", "tokenizer"),
-    ("loading", "windows"),
-    ("loading", "share"),
+    ("rollouts.speed", "tiny"),
+    ("rollouts.speed", "base"),
+    ("rollouts.video", "tiny"),
+    ("rollouts.length", "tiny"),
+    ("rollouts.futures", "tiny"),
+    ("reading.encoding", "encoder"),
+    ("reading.encoding", "tokenize"),
+    ("training.speed", "tiny"),
+    ("training.speed", "tokenizer"),
+    ("reading.loading", "windows"),
+    ("reading.loading", "share"),
     ("startup", "startup"),
 )
 """Module and name of each benchmark."""

@@ -20,10 +20,11 @@ from typing import Self
 
 import numpy as np
 
-from benchmarks.against import ROOT, checked_out
-from benchmarks.busy_worker import NAMES
-from benchmarks.machine import describe
-from benchmarks.paired import Figure, Settings, cores
+from benchmarks import ROOT
+from benchmarks.against import checked_out
+from benchmarks.measuring.busy_worker import NAMES
+from benchmarks.measuring.machine import describe
+from benchmarks.measuring.paired import Figure, Settings, cores
 
 LOADS = (0, 1, 2)
 LEAST_SHARE = {1: 0.50, 2: 0.35}
@@ -41,7 +42,7 @@ Times = dict[tuple[str, int, str], list[list[float]]]
 
 
 class Worker:
-    """A process that does the work as commands would; see `benchmarks.busy_worker`."""
+    """A process that does the work as commands would; see `benchmarks.measuring.busy_worker`."""
 
     def __init__(self, preset: str, tree: Path, threads: int | None) -> None:
         ours = ("OMP_", "GOMP_")
@@ -50,7 +51,7 @@ class Worker:
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "benchmarks.busy_worker", preset],
+            [sys.executable, "-P", "-m", "benchmarks.measuring.busy_worker", preset],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

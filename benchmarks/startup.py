@@ -5,17 +5,15 @@ Each in a new interpreter, in turns with one that does nothing.
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 
-from benchmarks.paired import Benchmark, Claim, Figure, Settings, alternate, run_command
-
-_ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import ROOT
+from benchmarks.measuring.paired import Benchmark, Claim, Figure, Settings, alternate, run_command
 
 
 def _run(*arguments: str) -> None:
-    subprocess.run([sys.executable, *arguments], cwd=_ROOT, check=True, capture_output=True)
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)
 
 
 def measure(settings: Settings) -> list[Claim]:

@@ -12,12 +12,12 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from driving_sim.data.action_file import STEERING, ActionLog, SteeringKind
-from driving_sim.data.alignment import align
-from driving_sim.data.decoder_process import read_frames, stream_frames
-from driving_sim.data.frame_size import FrameSize
-from driving_sim.data.timing import choose_frames, chosen_segments, mean_rate
-from driving_sim.data.video import VideoInfo
+from driving_sim.data.actions.action_file import STEERING, ActionLog, SteeringKind
+from driving_sim.data.actions.alignment import align
+from driving_sim.data.video.decoder_pool import read_frames, stream_frames
+from driving_sim.data.video.frame_rate import choose_frames, chosen_segments, mean_rate
+from driving_sim.data.video.frame_size import FrameSize
+from driving_sim.data.video.reader import VideoInfo
 from driving_sim.engine.errors import DriveSimError
 
 Frames = npt.NDArray[np.uint8]

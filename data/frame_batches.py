@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from driving_sim.data.drive import SampledDrive
-from driving_sim.data.frame_size import FrameSize
+from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import one_line
 from driving_sim.engine.progress import progress

@@ -13,11 +13,11 @@ from typer.core import TyperGroup
 
 from driving_sim.engine.errors import DriveSimError, Interrupted
 from driving_sim.engine.memory import keep_freed_memory
-from driving_sim.engine.rank_environment import is_main_process
+from driving_sim.engine.ranks.environment import is_main_process
 from driving_sim.engine.threads import leave_busy_cores
 
 if TYPE_CHECKING:
-    from driving_sim.world_model.sampler import Sampling
+    from driving_sim.world_model.sampling.sampler import Sampling
 
 RUNS = Path("runs")
 REPORTS = RUNS / "reports"
@@ -244,7 +244,7 @@ def inspect(
     time_offset: TimeOffset = 0.0,
 ) -> None:
     """Show what is there and what is wrong: rates, gaps, action lag, steering sign."""
-    from driving_sim.data.inspection import inspect_drives
+    from driving_sim.data.inspect.inspection import inspect_drives
 
     report = inspect_drives(videos, out, steering_kind=steering_kind, time_offset=time_offset)
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.table())
@@ -509,7 +509,7 @@ def surprise(
     device: Device = "auto",
 ) -> None:
     """Show what a world model did not expect: heat maps over the videos, drives ranked by it."""
-    from driving_sim.measure import measure_surprise
+    from driving_sim.evaluate.measure import measure_surprise
 
     found = measure_surprise(
         run,
@@ -546,7 +546,7 @@ def scaling(
     tokens: Annotated[float | None, typer.Option(help="Tokens that it is trained on.")] = None,
 ) -> None:
     """Fit a scaling law to small runs and predict what a larger one will come to."""
-    from driving_sim.scaling import scale, target_compute
+    from driving_sim.scaling.report import scale, target_compute
 
     typer.echo(str(scale(runs, out, compute=target_compute(compute, parameters, tokens))))
     typer.echo(f"law and plot -> {out}")
@@ -563,7 +563,7 @@ def evaluate_tokenizer(
     device: Device = "auto",
 ) -> None:
     """PSNR, SSIM, codebook use, flicker and speed of reconstructions: a report."""
-    from driving_sim.measure import measure_tokenizer
+    from driving_sim.evaluate.measure import measure_tokenizer
 
     figures = measure_tokenizer(
         run, videos, out, fps=fps, every=every, device=device, precision=precision or "auto"
@@ -617,8 +617,8 @@ def evaluate_world_model(
     """Likelihood, action information, rollout quality, action fidelity, stability: a report."""
     from dataclasses import replace
 
+    from driving_sim.evaluate.measure import measure_world_model
     from driving_sim.evaluate.world_model import FULL, QUICK
-    from driving_sim.measure import measure_world_model
 
     sampling = _sampling(temperature, top_k, top_p, guidance, seed)
     figures = measure_world_model(
@@ -646,7 +646,7 @@ def evaluate_compare(
     out: Annotated[Path, typer.Option(help="Page to write.")] = REPORTS / "comparison.html",
 ) -> None:
     """Set two reports side by side, if they were measured under one protocol."""
-    from driving_sim.evaluate.compare import compare_reports
+    from driving_sim.evaluate.report.compare import compare_reports
 
     typer.echo(compare_reports(a, b, out))
 
@@ -671,7 +671,7 @@ def evaluate_control(
     device: Device = "auto",
 ) -> None:
     """Steer left and right from many starts: does the picture move the right way?"""
-    from driving_sim.measure import measure_control
+    from driving_sim.evaluate.measure import measure_control
 
     sampling = _sampling(temperature, top_k, top_p, guidance, seed)
     measured = measure_control(
@@ -692,7 +692,7 @@ def _sampling(
     temperature: float, top_k: int | None, top_p: float | None, guidance: float, seed: int
 ) -> "Sampling":
     from driving_sim.engine.config import from_dict
-    from driving_sim.world_model.sampler import Sampling
+    from driving_sim.world_model.sampling.sampler import Sampling
 
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     return from_dict(Sampling, options | {"guidance": guidance, "seed": seed}, where="sampling")

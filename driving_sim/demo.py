@@ -18,8 +18,8 @@ from driving_sim.data.synthetic import (
     write_synthetic_drives,
 )
 from driving_sim.data.synthetic.road import LANE_OFFSET
-from driving_sim.data.token_store_index import INDEX
-from driving_sim.data.video_writer import write_video
+from driving_sim.data.tokens.index import INDEX
+from driving_sim.data.video.writer import write_video
 from driving_sim.engine.config import save_json, to_dict
 from driving_sim.engine.device import resolve_device, resolve_precision
 from driving_sim.engine.errors import DriveSimError
@@ -37,7 +37,7 @@ from driving_sim.pipeline import (
 from driving_sim.tokenizer.metrics import psnr
 from driving_sim.world_model.action_plan import ActionPlan, Situation, make_plans
 from driving_sim.world_model.panels import Caption, Frame, contact_sheet, draw_panel, side_by_side
-from driving_sim.world_model.sampler import Sampling
+from driving_sim.world_model.sampling.sampler import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
 ACTIONS = ["straight", "left", "right", "brake"]

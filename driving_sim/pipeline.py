@@ -11,23 +11,22 @@ from typing import Any, TypeVar
 import torch
 
 from driving_sim.data.drive import Drive, DriveSet, sample
-from driving_sim.data.probe import VideoError
 from driving_sim.data.sources import find_drives
-from driving_sim.data.token_store import TokenStore
-from driving_sim.data.token_store_index import INDEX, UNFINISHED, read_index
+from driving_sim.data.tokens.index import INDEX, UNFINISHED, read_index
+from driving_sim.data.tokens.store import TokenStore
+from driving_sim.data.video.file_facts import VideoError
 from driving_sim.engine.config import resolve
 from driving_sim.engine.device import name_of, resolve_device, resolve_precision
-from driving_sim.engine.distributed import process_group
 from driving_sim.engine.errors import DriveSimError, Interrupted
 from driving_sim.engine.progress import say
+from driving_sim.engine.ranks.distributed import process_group
 from driving_sim.engine.run_folder import CONFIG, RunConflictError, is_finished
-from driving_sim.engine.training import TrainingResult
+from driving_sim.engine.training.loop import TrainingResult
 from driving_sim.tokenizer.presets import PRESETS as TOKENIZER_PRESETS
 from driving_sim.tokenizer.tokenize import TokenizeSummary, tokenize
 from driving_sim.tokenizer.tokenizer import WEIGHTS, Tokenizer
 from driving_sim.tokenizer.training import TokenizerRunConfig, train_tokenizer
 from driving_sim.world_model.action_plan import make_plans
-from driving_sim.world_model.presets import PRESETS as WORLD_MODEL_PRESETS
 from driving_sim.world_model.rollout import (
     Context,
     context_from_drive,
@@ -35,8 +34,9 @@ from driving_sim.world_model.rollout import (
     output_files,
     write_rollout,
 )
-from driving_sim.world_model.sampler import Sampling
-from driving_sim.world_model.training import train_world_model
+from driving_sim.world_model.sampling.sampler import Sampling
+from driving_sim.world_model.training.presets import PRESETS as WORLD_MODEL_PRESETS
+from driving_sim.world_model.training.train import train_world_model
 from driving_sim.world_model.world_model import WorldModel
 
 DEFAULT_FPS = 10.0

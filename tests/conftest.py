@@ -3,7 +3,7 @@ from functools import cache
 
 import pytest
 
-from driving_sim.world_model import native_library
+from driving_sim.world_model.kernels import library as native_library
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from driving_sim.cli import app
 from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
 from driving_sim.demo import DemoConfig
 from driving_sim.engine.config import to_dict
-from driving_sim.measure import (
+from driving_sim.evaluate.measure import (
     measure_control,
     measure_surprise,
     measure_tokenizer,
@@ -30,9 +30,9 @@ from driving_sim.measure import (
 )
 from driving_sim.pipeline import roll_out, tokenize_videos
 from driving_sim.tokenizer.tokenizer import Tokenizer
-from driving_sim.world_model.presets import PRESETS
+from driving_sim.world_model.training.presets import PRESETS
 from driving_sim.world_model.world_model import WorldModel
-from tests.test_files import small_files
+from tests.engine.test_files import small_files
 
 HEAVY = ("torch", "numpy", "av", "decord", "matplotlib", "PIL")
 

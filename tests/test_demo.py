@@ -8,12 +8,12 @@ import pytest
 
 from driving_sim import demo
 from driving_sim.data.synthetic import SyntheticConfig
-from driving_sim.data.token_store import TokenStore
+from driving_sim.data.tokens.store import TokenStore
 from driving_sim.demo import ACTIONS, DemoConfig, _find_start, _psnr_matrix, run_demo
 from driving_sim.engine.config import load_yaml
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.world_model.action_plan import ActionPlan
-from tests.test_files import small_files
+from tests.engine.test_files import small_files
 
 SMALL = DemoConfig(
     drives=3, heldout_drives=1, drive_seconds=3.0, steps=2, seconds=1.0, precision="fp32"

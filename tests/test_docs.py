@@ -22,18 +22,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from benchmarks import cost
+from benchmarks.training import cost
 from driving_sim.cli import app
 from driving_sim.engine.config import resolve
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.scaling_run import _token_matrices
+from driving_sim.scaling.run import _token_matrices
 from driving_sim.tokenizer.presets import PRESETS as TOKENIZER_PRESETS
 from driving_sim.world_model.actions import ActionStatistics
-from driving_sim.world_model.objective import ObjectiveConfig, WorldModelObjective
-from driving_sim.world_model.presets import PRESETS as WORLD_MODEL_PRESETS
+from driving_sim.world_model.training.objective import ObjectiveConfig, WorldModelObjective
+from driving_sim.world_model.training.presets import PRESETS as WORLD_MODEL_PRESETS
 from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
+from tests import ROOT
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = ROOT / "docs"
 CLUSTER = DOCS / "cluster"
 FILES = [DOCS / "SCALING.md", *sorted(CLUSTER.iterdir())]
 COMMAND: Any = typer.main.get_command(app)
@@ -136,7 +137,7 @@ def test_every_module_that_is_named_is_there() -> None:
         for line in code(file)
         for name in re.findall(r"python -m ([\w.]+)", line)
     }
-    assert "benchmarks.cost" in names
+    assert "benchmarks.training.cost" in names
     assert [name for name in names if importlib.util.find_spec(name) is None] == []
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
+
 PACKAGE = ROOT / "driving_sim"
 LAYERS = ("engine", "data", "tokenizer", "world_model")  # lowest first
 APPLICATION = len(LAYERS)
@@ -79,7 +80,7 @@ def test_nothing_imports_upward(module: str) -> None:
 def test_every_layer_is_looked_at() -> None:
     found = {layer_of(module) for module in MODULES}
     assert found >= set(range(APPLICATION))
-    assert "driving_sim.data.token_store" in MODULES
+    assert "driving_sim.data.tokens.store" in MODULES
     assert "driving_sim.engine.errors" in MODULES
 
 
@@ -99,10 +100,13 @@ def test_the_outer_packages_import_nothing(module: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("driving_sim.engine.config", "import driving_sim.data.video"),
-        ("driving_sim.data.video", "from driving_sim.tokenizer.fsq import FSQ"),
-        ("driving_sim.data.video", "def f():\n    from driving_sim.tokenizer import Tokenizer"),
-        ("driving_sim.data.video", "from driving_sim import tokenizer"),
+        ("driving_sim.engine.config", "import driving_sim.data.video.reader"),
+        ("driving_sim.data.video.reader", "from driving_sim.tokenizer.fsq import FSQ"),
+        (
+            "driving_sim.data.video.reader",
+            "def f():\n    from driving_sim.tokenizer import Tokenizer",
+        ),
+        ("driving_sim.data.video.reader", "from driving_sim import tokenizer"),
         ("driving_sim.tokenizer.fsq", "from driving_sim.world_model.order import Order"),
         ("driving_sim.tokenizer.fsq", "from driving_sim.cli import app"),
         ("driving_sim.world_model.order", "from driving_sim.demo import demo"),
@@ -125,7 +129,7 @@ def test_upward_and_bare_imports_are_found(module: str, source: str) -> None:
         ("driving_sim.__main__", "from driving_sim.cli import app"),
         ("driving_sim.world_model.order", "from driving_sim.engine.config import to_dict"),
         ("driving_sim.tokenizer.fsq", "from driving_sim.tokenizer import autoencoder"),
-        ("driving_sim.data.video", "import numpy as np\nfrom collections import abc"),
+        ("driving_sim.data.video.reader", "import numpy as np\nfrom collections import abc"),
     ],
 )
 def test_imports_downward_and_sideways_are_fine(module: str, source: str) -> None:

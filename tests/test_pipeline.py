@@ -9,21 +9,21 @@ import torch
 
 from driving_sim import pipeline
 from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
-from driving_sim.data.token_store import TokenStore
+from driving_sim.data.tokens.store import TokenStore
 from driving_sim.engine.config import load_json
 from driving_sim.engine.errors import DriveSimError, Interrupted
 from driving_sim.engine.run_folder import FINISHED
-from driving_sim.engine.training_config import TrainingConfig
+from driving_sim.engine.training.config import TrainingConfig
 from driving_sim.pipeline import TrainingRequest, roll_out, tokenize_videos, train_tokenizer_on
 from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.actions import ActionStatistics
-from driving_sim.world_model.presets import PRESETS as WORLD_MODEL_PRESETS
-from driving_sim.world_model.sampler import Sampling
+from driving_sim.world_model.sampling.sampler import Sampling
+from driving_sim.world_model.training.presets import PRESETS as WORLD_MODEL_PRESETS
 from driving_sim.world_model.transformer import Transformer
 from driving_sim.world_model.world_model import WorldModel
-from tests.test_world_model import new_world
-from tests.token_drives import FPS, write_store
-from tests.video_files import write_numbered
+from tests.fixtures.token_drives import FPS, write_store
+from tests.fixtures.video_files import write_numbered
+from tests.world_model.test_world_model import new_world
 
 REQUEST = TrainingRequest(preset="demo", steps=1, device="cpu")
 

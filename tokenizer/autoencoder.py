@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from driving_sim.data.frame_size import FrameSize
+from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.tokenizer.fsq import FSQ
 
 STRIDE = 16

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from driving_sim.engine.distributed import mean_over_ranks
-from driving_sim.engine.optimizer import ParameterGroup, decay_groups
-from driving_sim.engine.training import Batch
+from driving_sim.engine.ranks.distributed import mean_over_ranks
+from driving_sim.engine.training.loop import Batch
+from driving_sim.engine.training.optimizer import ParameterGroup, decay_groups
 from driving_sim.tokenizer.autoencoder import (
     AttentionBlock,
     Autoencoder,

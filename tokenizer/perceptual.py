@@ -16,7 +16,7 @@ from urllib.error import URLError
 import torch
 from torch import Tensor, nn
 
-from driving_sim.data.frame_size import FrameSize
+from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import one_line
 from driving_sim.tokenizer.tokenizer import images_from_frames

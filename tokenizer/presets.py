@@ -1,6 +1,6 @@
 """Tokenizers that are ready to train: demo, tiny, base, large."""
 
-from driving_sim.engine.training import TrainingConfig
+from driving_sim.engine.training.loop import TrainingConfig
 from driving_sim.tokenizer.autoencoder import AutoencoderConfig
 from driving_sim.tokenizer.discriminator import DiscriminatorConfig
 from driving_sim.tokenizer.objective import ObjectiveConfig

@@ -16,18 +16,18 @@ from statistics import median_low
 import numpy as np
 from numpy.typing import NDArray
 
-from driving_sim.data.action_file import STEERING
+from driving_sim.data.actions.action_file import STEERING
 from driving_sim.data.drive import Drive, DriveSet, SampledDrive, sample
-from driving_sim.data.frame_size import FrameSize, transform_description
 from driving_sim.data.split import MIRROR_SUFFIX
-from driving_sim.data.timing import RATE_TOLERANCE
-from driving_sim.data.token_store_index import StoreIndex, StoreInfo
-from driving_sim.data.token_store_plan import SHARD_BYTES, PlannedDrive, StorePlan
-from driving_sim.data.token_store_writer import TokenStoreWriter
+from driving_sim.data.tokens.index import StoreIndex, StoreInfo
+from driving_sim.data.tokens.plan import SHARD_BYTES, PlannedDrive, StorePlan
+from driving_sim.data.tokens.writer import TokenStoreWriter
+from driving_sim.data.video.frame_rate import RATE_TOLERANCE
+from driving_sim.data.video.frame_size import FrameSize, transform_description
 from driving_sim.engine.device import name_of
-from driving_sim.engine.distributed import Ranks
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.progress import Progress, progress
+from driving_sim.engine.ranks.distributed import Ranks
 from driving_sim.tokenizer.tokenizer import Tokenizer
 
 Frames = NDArray[np.uint8]

@@ -14,7 +14,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from driving_sim.data.frame_size import FrameSize, fit, transform_description
+from driving_sim.data.video.frame_size import FrameSize, fit, transform_description
 from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
 from driving_sim.engine.device import autocast, resolve_device, resolve_precision
 from driving_sim.engine.errors import DriveSimError

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from driving_sim.data.drive import SampledDrive
 from driving_sim.data.frame_batches import FrameBatches
-from driving_sim.data.frame_size import FrameSize
 from driving_sim.data.split import split_drives
+from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.engine.config import to_dict
 from driving_sim.engine.device import resolve_device
-from driving_sim.engine.distributed import process_group
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.progress import progress, say
-from driving_sim.engine.training import (
+from driving_sim.engine.ranks.distributed import process_group
+from driving_sim.engine.training.loop import (
     TrainingConfig,
     TrainingResult,
     Validation,

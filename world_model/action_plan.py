@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from driving_sim.data.action_file import (
+from driving_sim.data.actions.action_file import (
     SPEED,
     STEERING,
     STEERING_LIMIT,
     SteeringKind,
     read_action_file,
 )
-from driving_sim.data.alignment import EXTRAPOLATION_S, align
+from driving_sim.data.actions.alignment import EXTRAPOLATION_S, align
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import shown
 

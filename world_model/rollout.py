@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from driving_sim.data.action_file import STEERING
+from driving_sim.data.actions.action_file import STEERING
 from driving_sim.data.drive import Drive, SampledDrive, sample
-from driving_sim.data.frame_size import FrameSize
-from driving_sim.data.timing import RATE_TOLERANCE
-from driving_sim.data.token_store import DriveTokens
-from driving_sim.data.video_writer import FAST, VideoWriter
+from driving_sim.data.tokens.store import DriveTokens
+from driving_sim.data.video.frame_rate import RATE_TOLERANCE
+from driving_sim.data.video.frame_size import FrameSize
+from driving_sim.data.video.writer import FAST, VideoWriter
 from driving_sim.engine.config import save_json
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file, disk_errors
@@ -31,7 +31,7 @@ from driving_sim.world_model.panels import (
     draw_panel,
     side_by_side,
 )
-from driving_sim.world_model.sampler import Sampling
+from driving_sim.world_model.sampling.sampler import Sampling
 from driving_sim.world_model.token_file import WriteTokens, token_file
 from driving_sim.world_model.world_model import WorldModel
 

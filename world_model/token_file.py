@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from driving_sim.data.safetensors_header import safetensors_header
+from driving_sim.data.tokens.safetensors_header import safetensors_header
 
 WriteTokens = Callable[[int, Tensor], None]
 """Writes frame n of every future, int64 [F, r, c]."""

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from driving_sim.world_model import native_training
 from driving_sim.world_model.actions import (
     ActionEmbedding,
     ActionEmbeddingConfig,
     ActionStatistics,
 )
 from driving_sim.world_model.code_embedding import CodeEmbedding
-from driving_sim.world_model.native_library import EPSILON
+from driving_sim.world_model.kernels import attention as native_training
+from driving_sim.world_model.kernels.library import EPSILON
 from driving_sim.world_model.order import SlotOrder
 from driving_sim.world_model.rotary import AxialRotary, rotate
 

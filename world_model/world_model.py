@@ -18,9 +18,9 @@ from einops import rearrange, repeat
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from driving_sim.data.action_file import SteeringKind
-from driving_sim.data.timing import RATE_TOLERANCE
-from driving_sim.data.token_store import TokenStore
+from driving_sim.data.actions.action_file import SteeringKind
+from driving_sim.data.tokens.store import TokenStore
+from driving_sim.data.video.frame_rate import RATE_TOLERANCE
 from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
 from driving_sim.engine.device import autocast, name_of, resolve_device, resolve_precision
 from driving_sim.engine.errors import DriveSimError
@@ -29,8 +29,8 @@ from driving_sim.engine.weights import build_with_weights, fingerprint, save_wei
 from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.cache import Cache, RingCache, encode_frame
-from driving_sim.world_model.native import NativeCache, NativeModel, is_supported
-from driving_sim.world_model.sampler import FrameSample, FrameSampler, Sampling
+from driving_sim.world_model.kernels.decode import NativeCache, NativeModel, is_supported
+from driving_sim.world_model.sampling.sampler import FrameSample, FrameSampler, Sampling
 from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
 
 _WEIGHTS = "model.safetensors"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from driving_sim.data.action_file import SteeringKind
+from driving_sim.data.actions.action_file import SteeringKind
 from driving_sim.data.drive import Drive, DriveSet, Skipped
 from driving_sim.data.sources import comma2k19, udacity, video_folder
 from driving_sim.data.sources.log_options import LogOptions

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import get_args
 
-from driving_sim.data.action_file import SteeringKind
+from driving_sim.data.actions.action_file import SteeringKind
 from driving_sim.engine.errors import DriveSimError
 
 

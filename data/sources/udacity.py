@@ -19,13 +19,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from driving_sim.data.action_file import ActionLog
-from driving_sim.data.alignment import check_coverage
+from driving_sim.data.actions.action_file import ActionLog
+from driving_sim.data.actions.alignment import check_coverage
 from driving_sim.data.drive import Drive, Frames, Indices
-from driving_sim.data.frame_size import FrameSize, fit
 from driving_sim.data.inner_name import inside
 from driving_sim.data.sources.log_options import LogOptions
-from driving_sim.data.video_file import check_picture
+from driving_sim.data.video.file import check_picture
+from driving_sim.data.video.frame_size import FrameSize, fit
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import one_line
 

@@ -3,11 +3,11 @@
 from itertools import product
 from pathlib import Path
 
-from driving_sim.data.action_file import is_action_file, read_action_file
-from driving_sim.data.alignment import check_coverage
-from driving_sim.data.decoder_process import probe
+from driving_sim.data.actions.action_file import is_action_file, read_action_file
+from driving_sim.data.actions.alignment import check_coverage
 from driving_sim.data.drive import Drive, VideoFrames
 from driving_sim.data.sources.log_options import LogOptions
+from driving_sim.data.video.decoder_pool import probe
 from driving_sim.engine.errors import DriveSimError
 
 VIDEO_SUFFIXES = frozenset(

@@ -6,7 +6,7 @@ from driving_sim.data.synthetic.drives import (
     frame_count,
     load_synthetic_drive,
 )
-from driving_sim.data.synthetic.vehicle import VehicleState
+from driving_sim.data.synthetic.motion.vehicle import VehicleState
 from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
 from driving_sim.data.synthetic.writer import world_seed, write_synthetic_drives
 

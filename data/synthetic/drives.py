@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from driving_sim.data.synthetic.driver import Driver
-from driving_sim.data.synthetic.vehicle import VehicleState
+from driving_sim.data.synthetic.motion.driver import Driver
+from driving_sim.data.synthetic.motion.vehicle import VehicleState
 from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
 from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
 from driving_sim.engine.errors import DriveSimError

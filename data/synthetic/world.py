@@ -8,15 +8,15 @@ import numpy as np
 from einops import rearrange
 from numpy.typing import NDArray
 
-from driving_sim.data.synthetic.camera import Camera, View
-from driving_sim.data.synthetic.ground import Ground
-from driving_sim.data.synthetic.palette import PALETTES, varied
-from driving_sim.data.synthetic.props import PropPainter
+from driving_sim.data.synthetic.drawing.camera import Camera, View
+from driving_sim.data.synthetic.drawing.ground import Ground
+from driving_sim.data.synthetic.drawing.palette import PALETTES, varied
+from driving_sim.data.synthetic.drawing.props import PropPainter
+from driving_sim.data.synthetic.drawing.sky import Sky
+from driving_sim.data.synthetic.motion.traffic import Traffic
+from driving_sim.data.synthetic.motion.vehicle import VehicleState, step_vehicle
 from driving_sim.data.synthetic.road import LANE_OFFSET, Road
 from driving_sim.data.synthetic.scenery import Scenery, Things
-from driving_sim.data.synthetic.sky import Sky
-from driving_sim.data.synthetic.traffic import Traffic
-from driving_sim.data.synthetic.vehicle import VehicleState, step_vehicle
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from driving_sim.data.action_file import write_action_file
+from driving_sim.data.actions.action_file import write_action_file
 from driving_sim.data.synthetic.drives import DRIVE_FORMAT, drive, frame_count
 from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
-from driving_sim.data.video_writer import VideoWriter
+from driving_sim.data.video.writer import VideoWriter
 from driving_sim.engine.config import to_dict
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.work_folder import claim_folder

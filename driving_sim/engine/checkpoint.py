@@ -21,19 +21,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from driving_sim.engine.config import load_json, save_json
-from driving_sim.engine.distributed import Ranks
-from driving_sim.engine.ema import Ema
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_folder, temporary_beside
-from driving_sim.engine.optimizer import load_optimizer_tensors, optimizer_tensors
 from driving_sim.engine.parsing import shown
-from driving_sim.engine.sharding import (
+from driving_sim.engine.ranks.distributed import Ranks
+from driving_sim.engine.ranks.sharding import (
     is_saved_in_shards,
     is_sharded,
     load_shards,
     placed_like,
     save_shards,
 )
+from driving_sim.engine.training.ema import Ema
+from driving_sim.engine.training.optimizer import load_optimizer_tensors, optimizer_tensors
 from driving_sim.engine.weights import write_tensors
 
 CHECKSUMS = "checksums.json"

@@ -8,7 +8,7 @@ from typing import Any
 from driving_sim.engine.config import load_yaml, save_json, save_yaml
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import is_free, tidy
-from driving_sim.engine.rank_environment import is_main_process, launcher
+from driving_sim.engine.ranks.environment import is_main_process, launcher
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"

@@ -5,15 +5,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from driving_sim.data.action_file import SPEED, STEERING
+from driving_sim.data.actions.action_file import SPEED, STEERING
 from driving_sim.data.split import original_id
-from driving_sim.data.token_store import DriveTokens, TokenStore
+from driving_sim.data.tokens.store import DriveTokens, TokenStore
 from driving_sim.engine.errors import TooLittleDataError
 from driving_sim.engine.progress import progress
-from driving_sim.evaluate.action_information import evaluate_action_information
-from driving_sim.evaluate.control import MOVING_MPS
-from driving_sim.evaluate.entropy_coding import evaluate_coding
-from driving_sim.evaluate.fidelity import FidelityMeter, measure_fidelity
+from driving_sim.evaluate.actions.control import MOVING_MPS
+from driving_sim.evaluate.actions.fidelity import FidelityMeter, measure_fidelity
+from driving_sim.evaluate.actions.inverse_dynamics import InverseDynamics
+from driving_sim.evaluate.actions.sweep import evaluate_sweep
 from driving_sim.evaluate.footage import (
     Clip,
     DriveView,
@@ -23,19 +23,19 @@ from driving_sim.evaluate.footage import (
     clock_and_actions,
     digest,
 )
-from driving_sim.evaluate.inverse_dynamics import InverseDynamics
-from driving_sim.evaluate.likelihood import evaluate_likelihood, learned_drives
-from driving_sim.evaluate.long_rollouts import evaluate_stability
-from driving_sim.evaluate.protocol import Protocol
-from driving_sim.evaluate.quality import QualityMeter
-from driving_sim.evaluate.report import KeyFigure
+from driving_sim.evaluate.likelihood.action_information import evaluate_action_information
+from driving_sim.evaluate.likelihood.bits import evaluate_likelihood, learned_drives
+from driving_sim.evaluate.likelihood.coding import evaluate_coding
+from driving_sim.evaluate.pictures.features import VideoFeatures
+from driving_sim.evaluate.pictures.long_rollouts import evaluate_stability
+from driving_sim.evaluate.pictures.quality import QualityMeter
+from driving_sim.evaluate.pictures.stability import StabilityConfig
+from driving_sim.evaluate.report.page import KeyFigure
+from driving_sim.evaluate.report.protocol import Protocol
+from driving_sim.evaluate.report.section import Section, Table
 from driving_sim.evaluate.rollouts import BATCH, imagine
-from driving_sim.evaluate.section import Section, Table
-from driving_sim.evaluate.stability import StabilityConfig
-from driving_sim.evaluate.sweep import evaluate_sweep
-from driving_sim.evaluate.video_features import VideoFeatures
 from driving_sim.tokenizer.perceptual import PerceptualLoss
-from driving_sim.world_model.sampler import Sampling
+from driving_sim.world_model.sampling.sampler import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
 NOT_MEASURED = "not_measured"

@@ -1,0 +1,1 @@
+"""What the benchmarks share: paired timing, the machine, the models' shapes, the peers."""

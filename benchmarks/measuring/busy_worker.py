@@ -1,0 +1,79 @@
+"""The work that `benchmarks.busy` times: started as commands are, told what to do line by line.
+
+Each line it reads is `NAME SECONDS`; it does that work again and again for so long and answers with
+a JSON list of the seconds that each turn took.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from driving_sim.cli import main as start_as_commands_do
+
+UNCOUNTED = 0.5
+"""Seconds of a work before its turns count: programs beside it have been noticed by then."""
+NAMES = ("world-model step", "tokenizer step", "encode 8 frames", "rollout frame")
+
+
+def works(preset: str) -> dict[str, Callable[[], object]]:
+    """The preset's models with random weights, and what is timed of each."""
+    import torch
+
+    from benchmarks.measuring.paired import Settings
+    from benchmarks.measuring.shapes import Shape, tokenizer, world_model
+    from benchmarks.rollouts.speed import endless
+    from benchmarks.training.speed import own_step, world_model_step
+    from driving_sim.tokenizer.objective import TokenizerObjective
+    from driving_sim.tokenizer.presets import PRESETS as TOKENIZERS
+    from driving_sim.world_model.training.presets import PRESETS as WORLD_MODELS
+
+    settings = Settings()
+    frames, model = TOKENIZERS[preset], WORLD_MODELS[preset]
+    shape = Shape(name=preset, frames=frames.model, model=model.model)
+    size = (8, frames.model.height, frames.model.width, 3)
+    pictures = torch.randint(256, size, dtype=torch.uint8)
+    objective = TokenizerObjective(frames.model, frames.objective)
+    frozen, world = tokenizer(shape, settings), world_model(shape, settings)
+    futures = endless(world, context=model.model.context_frames)
+
+    def roll_out() -> None:
+        world.tokenizer.decode(next(futures).tokens)
+
+    batch = {"frames": pictures[: frames.data.batch_size]}
+    acts = (
+        world_model_step(shape, model.data.batch_size, settings),
+        own_step(objective, batch, settings),
+        lambda: frozen.encode(pictures),
+        roll_out,
+    )
+    return dict(zip(NAMES, acts, strict=True))
+
+
+def turns(act: Callable[[], object], lasting: float) -> Iterator[float]:
+    """After `UNCOUNTED`, do it for so many seconds, once at the least; yield each turn's."""
+    begun = time.perf_counter()
+    counted, end = begun + UNCOUNTED, begun + UNCOUNTED + lasting
+    while begun < counted:
+        act()
+        begun = time.perf_counter()
+    while True:
+        act()
+        now = time.perf_counter()
+        yield now - begun
+        begun = now
+        if now >= end:
+            return
+
+
+def main() -> None:
+    """Answer line after line."""
+    start_as_commands_do(debug=False)
+    known = works(sys.argv[1])
+    for line in sys.stdin:
+        name, _, seconds = line.rstrip().rpartition(" ")
+        print(json.dumps(list(turns(known[name], float(seconds)))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""The peers, from the package registry: GPT-2 of `transformers`, VQModel of `diffusers`.
+
+Each is used as its own documentation says to for speed, in whichever of its forms measures fastest;
+GPT-2's draws compiled by torch are measured beside those that are not.
+"""
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measuring.machine import number_formats
+from benchmarks.measuring.paired import Settings, Work, seconds
+from driving_sim.engine.device import name_of
+from driving_sim.engine.progress import say
+from driving_sim.tokenizer.perceptual import _import_lpips
+
+VQ_WIDTHS = range(16, 136, 8)
+"""Of VQModels with groups of 8 channels, up to the published one's."""
+_GPT2_FORMS = (
+    ("dynamic cache", False, False),
+    ("static cache", True, False),
+    ("static cache, compiled", True, True),
+)
+"""Name, whether the cache is static, whether a token's pass is compiled."""
+
+
+def package(name: str) -> Any:
+    """A peer's package; ends the command with what to do where it is not installed."""
+    try:
+        if name == "webdataset":
+            return importlib.import_module(name)
+        _import_lpips()  # they import torchvision, which without its operators needs our help
+        importlib.import_module(f"{name}.utils.logging").set_verbosity_error()
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"{name} is not installed: pip install 'drivesim[bench]'") from error
+
+
+def fastest(forms: Mapping[str, Work], settings: Settings) -> tuple[str, dict[str, float]]:
+    """The form that takes the least seconds, and what all of them took, each after a warm-up."""
+    found = {}
+    for name, act in forms.items():
+        seconds(act, settings.device)
+        found[name] = min(seconds(act, settings.device) for _ in range(2))
+    return min(found, key=lambda name: found[name]), found
+
+
+def tried(found: Mapping[str, float]) -> str:
+    """What the forms of a peer took, in words."""
+    return ", ".join(f"{name} {1e3 * taken:.4g} ms" for name, taken in found.items())
+
+
+def gpt2(
+    *, layers: int, width: int, heads: int, codes: int, positions: int, dropout: float = 0.0
+) -> nn.Module:
+    """A GPT-2 with random weights and torch's fused attention, which knows no dropout on a CPU."""
+    transformers = package("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=codes,
+        n_positions=positions,
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation="sdpa",
+    )
+    model: nn.Module = transformers.GPT2LMHeadModel(config)
+    return model
+
+
+def gpt2_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Its own loss on tokens [B, N]."""
+    loss: Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    return loss
+
+
+class Gpt2Decoder:
+    """Draws token after token with GPT-2's own cache, which holds a window of `positions`."""
+
+    def __init__(
+        self, model: nn.Module, *, positions: int, static: bool, compiled: bool, settings: Settings
+    ) -> None:
+        """`static` is its preallocated cache, else it is the one that grows."""
+        self.model: Any = model
+        self.compiled = compiled
+        backend = "eager" if settings.toy else "inductor"
+        self.step: Any = (
+            torch.compile(model, fullgraph=True, backend=backend) if compiled else model
+        )
+        self.device = settings.device
+        caches, config = package("transformers"), self.model.config
+        self.cache = (
+            caches.StaticCache(config, positions) if static else caches.DynamicCache(config=config)
+        )
+
+    @torch.inference_mode()
+    def fill(self, tokens: Tensor) -> None:
+        """Take up a context [1, N]."""
+        self._logits(self.model, tokens)
+
+    @torch.inference_mode()
+    def draw(self, count: int) -> Tensor:
+        """Draw so many tokens, then forget them: the next call starts from the same context."""
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        drawn = []
+        for _ in range(count):
+            token = torch.multinomial(self._logits(self.step, token).float().softmax(-1), 1)
+            drawn.append(token)
+        self.cache.crop(-count)
+        return torch.cat(drawn, dim=1)
+
+    def _logits(self, model: Any, tokens: Tensor) -> Tensor:
+        """Of what follows the tokens [1, n], [1, K]."""
+        found = model(input_ids=tokens, cache=self.cache, use_cache=True, logits_to_keep=1)
+        logits: Tensor = found.logits[:, -1]
+        return logits
+
+
+def gpt2_decoders(
+    build: Callable[[], nn.Module], *, positions: int, context: int, codes: int, settings: Settings
+) -> dict[str, Gpt2Decoder]:
+    """Its forms in each number format, each with `context` tokens behind it.
+
+    Without those that torch cannot compile here, which it then says.
+    """
+    tokens = torch.randint(codes, (1, context), device=settings.device)
+    decoders = {}
+    for dtype in number_formats(settings):
+        for name, static, compiled in _GPT2_FORMS:
+            model = build().eval().to(settings.device, dtype)
+            decoder = Gpt2Decoder(
+                model, positions=positions, static=static, compiled=compiled, settings=settings
+            )
+            decoder.fill(tokens)
+            try:
+                decoder.draw(1)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                say(f"torch cannot compile GPT-2 here: {str(error).strip().splitlines()[0]}")
+                continue
+            decoders[f"{name_of(dtype)} {name}"] = decoder
+    return decoders
+
+
+def vq_model(*, width: int, groups: int = 32, codes: int = 1024, channels: int = 256) -> nn.Module:
+    """The VQGAN of taming-transformers at stride 16 (f16), `width` channels at full resolution."""
+    widths = tuple(factor * width for factor in (1, 1, 2, 2, 4))
+    model: nn.Module = package("diffusers").VQModel(
+        down_block_types=("DownEncoderBlock2D",) * 4 + ("AttnDownEncoderBlock2D",),
+        up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 4,
+        block_out_channels=widths,
+        layers_per_block=2,
+        latent_channels=channels,
+        vq_embed_dim=channels,
+        num_vq_embeddings=codes,
+        norm_num_groups=groups,
+    )
+    return model
+
+
+def vq_encode(model: nn.Module, images: Tensor) -> Tensor:
+    """The tokens of pictures [B, 3, H, W] in [-1, 1]."""
+    peer: Any = model
+    tokens: Tensor = peer.quantize(peer.encode(images).latents.float())[2][2]
+    return tokens
+
+
+def vq_reconstruction(model: nn.Module, images: Tensor) -> Tensor:
+    """Pictures [B, 3, H, W] encoded, quantised and decoded."""
+    reconstructed: Tensor = model(images).sample
+    return reconstructed
+
+
+def parameters(module: nn.Module) -> int:
+    """How many numbers it has learned."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def nearest(build: Callable[[int], nn.Module], sizes: Iterable[int], count: int) -> nn.Module:
+    """What `build` makes of that of the sizes whose parameters come nearest to `count`."""
+    with torch.device("meta"):
+        counts = {size: parameters(build(size)) for size in sizes}
+    return build(min(counts, key=lambda size: abs(counts[size] - count)))

@@ -1,0 +1,1 @@
+"""How fast videos and token stores are read and written."""

@@ -1,0 +1,198 @@
+"""`python -m benchmarks.reading.loading [windows|share]`: random windows of tokens for training.
+
+`windows`: batches of windows of a token store, in this process, against WebDataset on the same
+frames in tar shards in the same folder, in two forms: a sample is a drive, from which a window is
+cut at random, as ours may begin anywhere; and a sample is a window, cut once and for all, which is
+quicker to read and takes no other window than those. Both go through its shuffle buffer. `share`:
+what a batch takes, as a share of a training step on it.
+"""
+
+import itertools
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.measuring.machine import precision
+from benchmarks.measuring.paired import (
+    Benchmark,
+    Claim,
+    Figure,
+    Settings,
+    alternate,
+    run_command,
+    times_faster,
+)
+from benchmarks.measuring.peers import package
+from benchmarks.measuring.shapes import FPS, Shape, shape_of
+from benchmarks.training.speed import world_model_step
+from driving_sim.data.tokens.plan import PlannedDrive, StorePlan
+from driving_sim.data.tokens.store import StoreInfo, TokenStore
+from driving_sim.data.tokens.windows import TokenWindows
+from driving_sim.data.tokens.writer import TokenStoreWriter
+from driving_sim.engine.device import name_of
+
+_BUFFER = 100
+_SAMPLES_A_SHARD = 100
+
+Drive = tuple[NDArray[np.uint16], NDArray[np.float32]]
+
+
+def _drives(shape: Shape, count: int, frames: int) -> list[Drive]:
+    """Random tokens [T, rows, cols] and actions [T, 2]."""
+    rng, grid = np.random.default_rng(0), shape.grid
+    size = (frames, grid.rows, grid.cols)
+    return [
+        (
+            rng.integers(grid.codebook_size, size=size).astype(np.uint16),
+            rng.standard_normal((frames, 2)).astype(np.float32),
+        )
+        for _ in range(count)
+    ]
+
+
+def _write_store(path: Path, shape: Shape, drives: list[Drive]) -> TokenStore:
+    grid = shape.grid
+    info = StoreInfo(
+        tokenizer_fingerprint="f" * 64,
+        rows=grid.rows,
+        cols=grid.cols,
+        codebook_size=grid.codebook_size,
+        fps=FPS,
+        steering_kind="road_wheel",
+        levels=grid.levels,
+    )
+    planned = tuple(PlannedDrive(id=f"{n:06d}", frames=len(d[0])) for n, d in enumerate(drives))
+    with TokenStoreWriter(path, StorePlan(info=info, drives=planned)) as writer:
+        for each, (tokens, actions) in zip(planned, drives, strict=True):
+            times, valid = np.arange(len(tokens)) / FPS, np.ones(actions.shape, np.bool_)
+            writer.add(each.id, tokens, actions, valid, times, [(0, len(tokens))])
+        writer.finish()
+    return TokenStore(path)
+
+
+def _write_tars(path: Path, drives: list[Drive], length: int | None) -> list[str]:
+    """Shards of samples of `length` frames side by side, or of whole drives."""
+    webdataset = package("webdataset")
+    path.mkdir()
+    samples = [
+        (tokens[begin : begin + (length or len(tokens))], actions[begin:][: length or len(tokens)])
+        for tokens, actions in drives
+        for begin in range(0, len(tokens) - (length or len(tokens)) + 1, length or len(tokens))
+    ]
+    for first in range(0, len(samples), _SAMPLES_A_SHARD):
+        shard = path / f"{first // _SAMPLES_A_SHARD:06d}.tar"
+        with webdataset.TarWriter(str(shard)) as writer:
+            for number in range(first, min(first + _SAMPLES_A_SHARD, len(samples))):
+                tokens, actions = samples[number]
+                parts = {"tokens.bin": tokens.tobytes(), "actions.bin": actions.tobytes()}
+                writer.write({"__key__": f"{number:08d}", **parts})
+    return sorted(str(shard) for shard in path.glob("*.tar"))
+
+
+def _tar_batches(
+    shards: list[str], shape: Shape, length: int, size: int, *, whole: bool
+) -> Generator[Any, None, None]:
+    """Batches of windows without end; raw bytes, which are quicker to decode than .npy files."""
+    webdataset, rng = package("webdataset"), np.random.default_rng(0)
+
+    grid = shape.grid
+
+    def cut(sample: tuple[bytes, bytes]) -> tuple[Any, Any]:
+        tokens = np.frombuffer(sample[0], np.uint16).reshape(-1, grid.rows, grid.cols)
+        actions = np.frombuffer(sample[1], np.float32).reshape(-1, 2)
+        begin = rng.integers(len(tokens) - length + 1) if whole else 0
+        window = slice(begin, begin + length)
+        return tokens[window].astype(np.int64), actions[window]
+
+    data = webdataset.WebDataset(shards, shardshuffle=len(shards), empty_check=False)
+    data = data.repeat().to_tuple("tokens.bin", "actions.bin").map(cut)
+    yield from data.shuffle(_BUFFER).batched(size)
+
+
+def windows(settings: Settings) -> list[Claim]:
+    """Windows a second of the base shape."""
+    shape = shape_of("base", settings)
+    count, frames, size, batches = (4, 40, 2, 2) if settings.toy else (64, 600, 8, 20)
+    length = shape.model.context_frames + 1  # and the frame before the window
+    drives = _drives(shape, count, frames)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        store = _write_store(folder / "store", shape, drives)
+        own = TokenWindows(store.drives, frames=shape.model.context_frames, batch_size=size)
+        peers = {
+            "whole drives": _tar_batches(
+                _write_tars(folder / "drives", drives, None), shape, length, size, whole=True
+            ),
+            "windows cut beforehand": _tar_batches(
+                _write_tars(folder / "windows", drives, length), shape, length, size, whole=False
+            ),
+        }
+
+        # Each batch is let go for the next, as a training does.
+        def several(source: Iterator[Any], number: int) -> Callable[[], object]:
+            return lambda: deque(itertools.islice(source, number), maxlen=0)
+
+        found = alternate(
+            {
+                "own": several((own[n] for n in itertools.count()), 10 * batches),
+                **{name: several(source, batches) for name, source in peers.items()},
+            },
+            settings,
+        )
+        for source in peers.values():
+            source.close()
+    rate = 10 * batches * size / float(np.median(found["own"]))
+    return [
+        Claim(
+            what=f"random windows of {length} frames of {shape.frames.rows}x{shape.frames.cols} "
+            f"tokens, batches of {size}",
+            against=f"WebDataset shards of {name}",
+            figure=times_faster(found[name], found["own"], work=1 / 10),
+            bar=20,
+            details=(
+                f"drivesim {rate:,.0f} windows/s, WebDataset "
+                f"{batches * size / float(np.median(found[name])):,.0f}",
+            ),
+        )
+        for name in peers
+    ]
+
+
+def share(settings: Settings) -> list[Claim]:
+    """Loading beside a world model's training step."""
+    shape, size = shape_of("tiny", settings), 2
+    drives = _drives(shape, *((4, 40) if settings.toy else (64, 600)))
+    step = world_model_step(shape, size, settings)
+    with tempfile.TemporaryDirectory() as name:
+        store = _write_store(Path(name) / "store", shape, drives)
+        own = TokenWindows(store.drives, frames=shape.model.context_frames, batch_size=size)
+        numbers = itertools.count()
+        found = alternate({"load": lambda: own[next(numbers)], "step": step}, settings)
+    shares = [a / b for a, b in zip(found["load"], found["step"], strict=True)]
+    return [
+        Claim(
+            what=f"loading a batch of {size} windows, {shape}",
+            against=f"a training step on it, in {name_of(precision(settings))}",
+            figure=Figure.of(shares),
+            bar=0.02,
+            unit="%",
+            at_most=True,
+            details=(
+                f"{1e3 * float(np.median(found['load'])):.3g} ms of "
+                f"{1e3 * float(np.median(found['step'])):.4g} ms",
+            ),
+        )
+    ]
+
+
+BENCHMARKS: dict[str, Benchmark] = {"windows": windows, "share": share}
+
+
+if __name__ == "__main__":
+    run_command(__doc__, "loading", BENCHMARKS, sys.argv[1:])

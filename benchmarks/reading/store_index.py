@@ -1,0 +1,100 @@
+"""`python -m benchmarks.reading.store_index`: what the index of a token store of many drives costs.
+
+Makes the index of a store of N drives with shards that are as large as real ones but take no disk
+(sparse files), then does what every process of a training does before its first batch: read the
+index, list the drives, split them, build the table of windows. Prints the processor seconds (of one
+thread) and the memory of each.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from driving_sim.data.split import split_drives
+from driving_sim.data.tokens.index import INDEX, SCHEMA, shard_name
+from driving_sim.data.tokens.plan import SHARD_BYTES
+from driving_sim.data.tokens.shard import frame_bytes
+from driving_sim.data.tokens.store import TokenStore
+from driving_sim.data.tokens.windows import WindowIndex
+
+ROWS, COLS = 16, 32
+_FRAMES = 600  # a minute at 10 frames a second
+_WINDOW = 20
+
+T = TypeVar("T")
+
+
+def write_index(folder: Path, drives: int) -> None:
+    """A finished store of `drives` drives in every respect but the tokens."""
+    a_shard = SHARD_BYTES // (_FRAMES * frame_bytes(ROWS, COLS))
+    entry = {"frames": _FRAMES, "segments": [[0, _FRAMES]], "start": 0, "source": "videos"}
+    shards = []
+    for number, first in enumerate(range(0, drives, a_shard)):
+        with (folder / shard_name(number)).open("wb") as file:
+            file.truncate(SHARD_BYTES)
+        ids = [f"city/2025-01-01/drive_{n:08d}" for n in range(first, min(first + a_shard, drives))]
+        entries = [{"id": name, **entry, "mirrored": False} for name in ids]
+        shards.append({"bytes": SHARD_BYTES, "sha256": f"{number:064x}", "drives": entries})
+    info = {"tokenizer_fingerprint": "f" * 64, "rows": ROWS, "cols": COLS, "codebook_size": 1000}
+    index = {
+        "schema": SCHEMA,
+        "plan": "0" * 64,
+        "info": {**info, "fps": 10.0},
+        "drives": drives,
+        "frames": drives * _FRAMES,
+        "shards": shards,
+        "skipped": [],
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def resident_mib() -> float:
+    """Memory of this process, in MiB; Linux tells."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096 / 2**20
+
+
+def timed(what: str, act: Callable[[], T]) -> T:
+    """Do it, and print the processor time it took and how much memory it left behind."""
+    before, start = resident_mib(), time.process_time()
+    result = act()
+    seconds = time.process_time() - start
+    print(f"{what:<28}{seconds:8.2f} s{resident_mib() - before:+10.0f} MiB")
+    return result
+
+
+def measure(folder: Path, drives: int) -> None:
+    """Print the figures of a store with so many drives."""
+    write_index(folder, drives)
+    size = (folder / INDEX).stat().st_size / 2**20
+    print(f"{drives:,} drives of {_FRAMES} frames: {INDEX} has {size:.0f} MiB")
+    store = timed("TokenStore (reads the index)", lambda: TokenStore(folder))
+    training, _ = timed("split_drives", lambda: split_drives(store.drive_ids))
+    chosen = timed("select", lambda: store.select(training))
+    index = timed("WindowIndex", lambda: WindowIndex(chosen, frames=_WINDOW))
+    numbers = np.random.default_rng(0).integers(len(index), size=(10_000, 1))
+    start = time.process_time()
+    for number in numbers:
+        index.places(number)
+    print(f"{'one window':<28}{(time.process_time() - start) / len(numbers) * 1e6:8.2f} µs")
+
+
+def main() -> None:
+    """Parse and measure."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, prog="python -m benchmarks.reading.store_index"
+    )
+    parser.add_argument("--drives", type=int, default=1_000_000)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        measure(Path(folder), given.drives)
+
+
+if __name__ == "__main__":
+    main()

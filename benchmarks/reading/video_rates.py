@@ -1,0 +1,100 @@
+"""`python -m benchmarks.reading.video_rates`: what one core probes and decodes of H.264 at 1080p.
+
+Makes a moving picture with noise, near the 8 Mbit/s of a dashcam, and reads it: its packets alone,
+as `probe` does in a decoder process for every file before the first frame is used, once of these
+seconds and once of ten times as many, which tells what a file costs and what each of its packets;
+then every frame, resized to the tokenizer's 256 x 512 by one thread, as all sources of frames do.
+"""
+
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+
+from driving_sim.data.video.decoder_pool import _end_all, probe
+
+HEIGHT, WIDTH, FPS, SECONDS = 1080, 1920, 30, 6
+_BIT_RATE = 8_000_000
+_TIMES = 10
+"""How much longer the long video is."""
+_PROBES = 10
+
+
+def write_video(path: Path) -> None:
+    """A noisy picture that moves sideways."""
+    rng = np.random.default_rng(0)
+    picture = np.kron(rng.integers(30, 226, (68, 160, 3)), np.ones((16, 16, 1))).astype(np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("h264", rate=FPS, options={"preset": "veryfast"})
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        stream.bit_rate, stream.gop_size = _BIT_RATE, 2 * FPS
+        for number in range(FPS * SECONDS):
+            shown = np.ascontiguousarray(picture[:HEIGHT, 4 * number % 640 :][:, :WIDTH])
+            noise = rng.integers(0, 12, (HEIGHT, WIDTH, 1), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(shown + noise)))
+        container.mux(stream.encode())
+
+
+def write_longer(source: Path, path: Path) -> None:
+    """The same frames, `_TIMES` over."""
+    with av.open(str(path), "w") as container:
+        stream = None
+        for number in range(_TIMES):
+            with av.open(str(source)) as given:
+                video = given.streams.video[0]
+                stream = stream or container.add_stream_from_template(video)
+                assert video.time_base is not None
+                shift = round(number * SECONDS / video.time_base)
+                for packet in given.demux(video):
+                    if packet.dts is not None and packet.pts is not None:
+                        packet.dts, packet.pts = packet.dts + shift, packet.pts + shift
+                        packet.stream = stream
+                        container.mux(packet)
+
+
+def probe_seconds(path: Path) -> float:
+    """Processor seconds of a decoder process for a probe, once it runs and has probed before."""
+
+    def taken(probes: int) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        for _ in range(probes):
+            probe(path)
+        _end_all()  # only then does the system tell
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+    return (taken(1 + _PROBES) - taken(1)) / _PROBES
+
+
+def decode_seconds(path: Path) -> float:
+    """Processor seconds for all frames, decoded and resized by one thread."""
+    start = time.process_time()
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_count = 1
+        for frame in container.decode(stream):
+            frame.reformat(512, 256, "rgb24", threads=1).to_ndarray()
+    return time.process_time() - start
+
+
+def main() -> None:
+    """Measure and print."""
+    frames = FPS * SECONDS
+    with tempfile.TemporaryDirectory() as folder:
+        path, longer = Path(folder) / "drive.mp4", Path(folder) / "longer.mp4"
+        write_video(path)
+        write_longer(path, longer)
+        rate = path.stat().st_size * 8 / SECONDS / 1e6
+        print(f"{WIDTH}x{HEIGHT} H.264, {frames} frames at {FPS}/s, {rate:.1f} Mbit/s")
+        short, long = probe_seconds(path), probe_seconds(longer)
+        a_packet = (long - short) / ((_TIMES - 1) * frames)
+        print(f"probe: {short:.3f} s; of {_TIMES * frames} frames {long:.3f} s")
+        print(f"probe: {short - frames * a_packet:.3f} s a file + {a_packet * 1e6:.1f} µs a packet")
+        print(f"decode and resize: {frames / decode_seconds(path):.0f} frames/s and core")
+
+
+if __name__ == "__main__":
+    main()

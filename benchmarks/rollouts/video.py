@@ -1,0 +1,153 @@
+"""`python -m benchmarks.rollouts.video`: from actions to a written video, frames a second.
+
+What `drivesim rollout` does once its models are loaded: frames are sampled, decoded, drawn beside
+the recording, and written as H.264 with tokens, settings and contact sheet. In turns with it, the
+same frames as tokens only: the difference is what decoding, drawing and writing add. As that is
+small beside both, they take three times as many turns as elsewhere. How long a picture takes to
+write depends on what is in it, and random weights decode to noise: here both models are trained
+first, for three minutes or so, until they show blurred roads.
+"""
+
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.measuring.machine import limits, precision
+from benchmarks.measuring.paired import (
+    Benchmark,
+    Claim,
+    Figure,
+    Settings,
+    alternate,
+    cores,
+    run_command,
+)
+from benchmarks.measuring.shapes import FPS, Shape, shape_of
+from benchmarks.rollouts.speed import pass_flops
+from driving_sim.data.synthetic import (
+    SyntheticConfig,
+    SyntheticDrive,
+    SyntheticWorld,
+    drive,
+    world_seed,
+    write_synthetic_drives,
+)
+from driving_sim.engine.config import to_dict
+from driving_sim.engine.device import name_of
+from driving_sim.pipeline import TrainingRequest, tokenize_videos, train_world_model_on
+from driving_sim.tokenizer.autoencoder import AutoencoderConfig
+from driving_sim.world_model.action_plan import ActionPlan
+from driving_sim.world_model.rollout import Context, write_rollout
+from driving_sim.world_model.sampling.sampler import Sampling
+from driving_sim.world_model.transformer import TransformerConfig
+from driving_sim.world_model.world_model import WorldModel
+
+
+def context_of(world: WorldModel, recorded: SyntheticDrive) -> Context:
+    """The first W + 1 frames of a drive, as the command takes them."""
+    past = world.context_frames + 1
+    frames = recorded.frames
+    actions = recorded.actions[: len(frames) - 1]
+    return Context(
+        label="synthetic",
+        tokens=world.tokenizer.encode(frames[:past]),
+        frames=frames[:past],
+        actions=actions,
+        action_valid=np.ones(actions.shape, np.bool_),
+        future=iter(frames[past:]),
+        start_s=0.0,
+    )
+
+
+def _trained(shape: Shape, size: SyntheticConfig, folder: Path, settings: Settings) -> WorldModel:
+    """A world model of a shape that has seen 48 s of driving through one synthetic world."""
+    write_synthetic_drives(
+        folder / "videos", drives=4, seconds=12.0, worlds=1, config=size, workers=cores()
+    )
+
+    def request(config: AutoencoderConfig | TransformerConfig, steps: int) -> TrainingRequest:
+        shaped = (f"model.{name}={value}" for name, value in to_dict(config).items())
+        return TrainingRequest(
+            preset="tiny",
+            steps=2 if settings.toy else steps,
+            assignments=("training.warmup_steps=10", "training.workers=0", *shaped),
+            device=str(settings.device),
+        )
+
+    videos, tokenizer, tokens = [folder / "videos"], folder / "tokenizer", folder / "tokens"
+    tokenize_videos(videos, tokenizer, tokens, every=1, training=request(shape.frames, 150))
+    train_world_model_on(tokens, tokenizer, folder / "world-model", request(shape.model, 80))
+    return WorldModel.from_run(folder / "world-model", str(settings.device))
+
+
+def measure(settings: Settings) -> list[Claim]:
+    """Frames a second, and the share of what comes after the tokens."""
+    settings = replace(settings, rounds=3 * settings.rounds)
+    shape = shape_of("tiny", settings)
+    size = SyntheticConfig(height=shape.frames.height, width=shape.frames.width, fps=FPS)
+    with tempfile.TemporaryDirectory() as folder:
+        world = _trained(shape, size, Path(folder), settings)
+    past, length = shape.model.context_frames + 1, 3 if settings.toy else 70
+    recorded = drive(
+        SyntheticWorld(world_seed(0, 0), size), (past + length) / world.fps, driver_seed=1
+    )
+    plan = ActionPlan(
+        label="left",
+        actions=np.full((length, 2), (8.0, 0.1), np.float32),
+        valid=np.ones((length, 2), np.bool_),
+    )
+
+    def tokens_only(context: Context) -> None:
+        known = context.actions[: past - 1], context.action_valid[: past - 1]
+        prefix = world.encode_prefix(context.tokens, *known)
+        for _ in world.generate(prefix, plan.actions, plan.valid):
+            pass
+
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rollout.mp4"
+        # A context's recording is used up by a rollout.
+        contexts = iter([context_of(world, recorded) for _ in range(settings.rounds + 1)])
+        again = context_of(world, recorded)
+        found = alternate(
+            {
+                "video": lambda: write_rollout(
+                    world, next(contexts), [plan], out, sampling=Sampling()
+                ),
+                "tokens": lambda: tokens_only(again),
+            },
+            settings,
+        )
+    shares = [1 - b / a for a, b in zip(found["video"], found["tokens"], strict=True)]
+    rates = Figure.of([length / taken for taken in found["video"]])
+    reached = limits(settings, precision(settings)).reached(
+        float(np.median(found["video"])), flops=pass_flops(world) * length
+    )
+    what = f"rollout with pixels and video, {shape}, {name_of(world.dtype)}"
+    return [
+        Claim(
+            what=what,
+            against="real time",
+            figure=rates,
+            bar=7,
+            unit=" frames/s",
+            details=(f"sampling the tokens makes use of {reached}",),
+        ),
+        Claim(
+            what=f"{what}: share of decoding, drawing and writing",
+            against="the whole rollout",
+            figure=Figure.of(shares),
+            bar=0.25,
+            unit="%",
+            at_most=True,
+        ),
+    ]
+
+
+BENCHMARKS: dict[str, Benchmark] = {"tiny": measure}
+
+
+if __name__ == "__main__":
+    run_command(__doc__, "rollout_video", BENCHMARKS, sys.argv[1:])

@@ -1,0 +1,340 @@
+"""`python -m benchmarks.training.cost`: the tables of docs/SCALING.md, from given rates.
+
+`--write` puts them into the page. Published figures carry their source; measured ones the command
+that measures them.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks import ROOT
+
+PAGE = ROOT / "docs" / "SCALING.md"
+BEGIN, END = (
+    "<!-- tables: python -m benchmarks.training.cost --write -->",
+    "<!-- end of the tables -->",
+)
+
+# GAIA-1, arXiv 2309.17080, sections 3 and 4.
+HOURS, SOURCE_FPS, FPS, FRAMES = 4_700, 25, 6.25, 26
+STEPS, WINDOWS, GPUS, DAYS = 100_000, 128, 64, 15
+GAIA_PARAMETERS, GAIA_WIDTH, GAIA_TOKENS, GAIA_SEQUENCE = 6.5e9, 4096, 576, 26 * (576 + 32 + 2)
+TOKENIZER_FRAMES = 200_000 * 160
+
+# Dense bf16 operations a second; NVIDIA's data sheets of the SXM modules, 80 GB each.
+A100, H100 = 312e12, 989e12
+NETWORK = 25e9
+"""Bytes a second for a GPU: the 200 Gbit/s adapter that each has in a DGX A100 (its data sheet)."""
+
+# Measured on one core of an AMD EPYC.
+DECODED = 131.0
+"""1080p H.264 frames a second; python -m benchmarks.reading.video_rates."""
+PROBE_FILE, PROBE_FRAME = 0.16, 10e-6
+"""Seconds of a decoder process for a 1080p file and for each of its packets; the same command."""
+PROBES_AT_ONCE = 8
+"""Decoder processes of a rank that finds many files."""
+INDEX_SECONDS, INDEX_MEMORY, INDEX_BYTES = 18.4e-6, 0.92e3, 276.0
+"""For a drive of a token store: from its index; python -m benchmarks.reading.store_index."""
+CPU_FLOPS = 52e9
+"""Operations a second of training on two cores that other work shared: 6 N D and attention of the
+largest run over its seconds; python -m benchmarks.training.scaling_runs."""
+
+# Counted (torch.utils.flop_counter) and derived from the code.
+ENCODE, DECODE, DISCRIMINATE, PERCEIVE = 72.9e9, 69.6e9, 1.0e9, 80e9
+"""Operations a frame forward: `large`'s encoder and decoder, discriminator, LPIPS's VGG-16."""
+ACTIVATIONS = 56
+"""Bytes a slot, layer and channel of width keep for the backward pass under bf16 autocast."""
+LOGITS = 12
+"""Bytes a token and code take at the most: in bf16, in float32, log-softmax, gradients."""
+GPU_SHARE = 0.3
+"""Of peak, assumed for convolutions."""
+FRAME_BYTES = 512 * 2 + 8 + 8 + 2
+"""Of a token store: tokens, timestamp, actions, validity."""
+SHARD = 512 * 2**20
+PLAN_SOURCE, PLAN_CHOSEN = 16, 26
+"""Bytes a frame held while planning: timestamps and pts of the video's, and of the chosen ones
+index, time, actions, validity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A world model of this repository: the shape that decides its cost."""
+
+    layers: int = 36
+    width: int = 4096
+    queries_per_key: int = 4
+    codes: int = 15_360
+    rows: int = 16
+    cols: int = 32
+
+    @property
+    def block(self) -> float:
+        """Weights of one block: queries, keys and values, their output, two of the MLP."""
+        return self.width**2 * (1 + 2 / self.queries_per_key + 1 + 8)
+
+    @property
+    def counted(self) -> float:
+        """N: what every token is multiplied with."""
+        return self.layers * self.block + 2.25 * self.width**2 + self.codes * self.width
+
+    @property
+    def parameters(self) -> float:
+        """All that is trained, but for a few small vectors."""
+        return self.counted + 1.25 * self.codes * self.width + self.width**2
+
+    @property
+    def tokens(self) -> int:
+        """Of a window."""
+        return FRAMES * self.rows * self.cols
+
+    @property
+    def slots(self) -> int:
+        """Of a window: the tokens, and one more for each row."""
+        return FRAMES * self.rows * (self.cols + 1)
+
+    @property
+    def flops_per_window(self) -> float:
+        """Forward and backward, with attention's own products (half of all pairs)."""
+        return 6 * self.slots * (self.counted + self.layers * self.width * self.slots)
+
+    @property
+    def muon_flops(self) -> float:
+        """Of making the blocks' momenta orthogonal: 4 m²n + 18 m³ for a matrix of m × n, m ≤ n."""
+        shapes = [1 + 2 / self.queries_per_key, 1, 4, 4]  # n over m, m being the width
+        return self.layers * self.width**3 * sum(4 * n + 18 for n in shapes)
+
+
+MODEL = Model()
+LARGEST = Model(layers=71, width=8192)
+"""What 64 GPUs of 80 GB still hold in a step, by the memory that is counted here."""
+WINDOWS_TRAINED = STEPS * WINDOWS
+
+
+def gaia_flops(attention: bool) -> float:
+    """Of GAIA-1's training: 6 N D, and attention's products of as many layers as N must have."""
+    layers = GAIA_PARAMETERS / (12 * GAIA_WIDTH**2)
+    extra = layers * GAIA_WIDTH * GAIA_SEQUENCE if attention else 0.0
+    return 6 * (GAIA_PARAMETERS + extra) * GAIA_SEQUENCE * WINDOWS_TRAINED
+
+
+def gaia_share(attention: bool) -> float:
+    """Of 64 A100s' peak over 15 days."""
+    return gaia_flops(attention) / (GPUS * A100 * DAYS * 86_400)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def the_run() -> str:
+    """GAIA-1 as published beside a run of this repository on as many windows."""
+    flops, share = MODEL.flops_per_window * WINDOWS_TRAINED, gaia_share(attention=True)
+    tokens = MODEL.tokens * WINDOWS_TRAINED
+    days = [flops / (GPUS * peak * share) / 86_400 for peak in (A100, H100)]
+    cpu = f"{flops / CPU_FLOPS / 3.156e7:,.0f} years"
+    both = f"{STEPS:,} × {WINDOWS}"
+    rows = [
+        ("weights that a token meets, N", "6.5 B", f"{MODEL.counted / 1e9:.2f} B"),
+        ("windows of 26 frames", both, both),
+        ("positions a window", f"{GAIA_SEQUENCE:,}", f"{MODEL.slots:,} ({MODEL.tokens:,} tokens)"),
+        ("tokens D", f"{GAIA_SEQUENCE * WINDOWS_TRAINED:.2e}", f"{tokens:.2e}"),
+        ("6 N D", f"{gaia_flops(False):.1e}", f"{6 * MODEL.counted * tokens:.1e}"),
+        ("with attention's products", f"{gaia_flops(True):.1e}", f"{flops:.1e}"),
+        ("64 A100", f"{DAYS} days: {share:.0%} of peak", f"{days[0]:.1f} days at that share"),
+        ("64 H100", "", f"{days[1]:.1f} days at that share"),
+        ("two cores of this machine", "", cpu),
+    ]
+    return table(["", "GAIA-1, published", "drivesim"], rows)
+
+
+def probing(files: float, frames: float) -> float:
+    """Processor seconds, on every rank."""
+    return files * PROBE_FILE + frames * PROBE_FRAME
+
+
+def the_stages() -> str:
+    """What each stage of the same 4,700 hours costs."""
+    source, chosen = HOURS * 3600 * SOURCE_FPS, HOURS * 3600 * FPS
+    files = HOURS * 60
+    a_frame = 3 * (ENCODE + DECODE + 2 * DISCRIMINATE) + 3 * PERCEIVE
+    hours = [
+        work / (A100 * GPU_SHARE) / 3600 for work in (a_frame * TOKENIZER_FRAMES, ENCODE * chosen)
+    ]
+    window = MODEL.flops_per_window
+    world = window * WINDOWS_TRAINED / (A100 * gaia_share(True)) / 3600
+    rows = [
+        (
+            "probing",
+            f"{files:,} files of a minute",
+            f"{probing(files, source) / 3600:,.0f} core-hours, on every rank",
+        ),
+        (
+            "decoding",
+            f"{source / 1e6:,.0f} M frames",
+            f"{source / DECODED / 3600:,.0f} core-hours",
+        ),
+        (
+            "training the tokenizer",
+            f"{TOKENIZER_FRAMES / 1e6:.0f} M frames × {a_frame / 1e12:.2f} T operations",
+            f"{hours[0]:,.0f} A100-hours",
+        ),
+        (
+            "tokenizing",
+            f"{chosen / 1e6:,.0f} M frames × {ENCODE / 1e12:.3f} T operations",
+            f"{hours[1]:,.0f} A100-hours",
+        ),
+        (
+            "the token store",
+            f"{chosen / 1e6:,.0f} M frames × {FRAME_BYTES:,} B",
+            f"{chosen * FRAME_BYTES / 1e9:,.0f} GB",
+        ),
+        (
+            "training the world model",
+            f"{WINDOWS_TRAINED / 1e6:.1f} M windows × {window / 1e12:,.0f} T operations",
+            f"{world:,.0f} A100-hours",
+        ),
+        (
+            "Muon's step, made whole by each of 64 ranks",
+            f"{STEPS:,} steps × {MODEL.muon_flops / 1e12:,.0f} T operations",
+            f"{MODEL.muon_flops * GPUS / (window * WINDOWS):.0%} of the line above",
+        ),
+    ]
+    return table(["stage", "work", "cost"], rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What a rank holds of a model for a step of one window, in GB."""
+
+    state: float
+    """float32 weights, gradients, Muon's momentum and the average."""
+    extra: float
+    """DDP's buckets and the casts that it keeps."""
+    gathered: float
+    """Two blocks in float32 with a cast each and one block's gradients; the rest, once."""
+    activations: float
+    """Of all blocks, for the backward pass."""
+    checkpointed: float
+    """Of one block, and what goes into each."""
+    logits: float
+
+    @property
+    def sum(self) -> float:
+        """With gradient checkpointing."""
+        return self.state + self.extra + self.gathered + self.checkpointed + self.logits
+
+
+def memory(model: Model, *, shard: bool) -> Memory:
+    """On 64 ranks."""
+    n, block = model.parameters / 1e9, model.block / 1e9
+    a_channel = model.slots * model.width / 1e9
+    rest = n - model.layers * block
+    return Memory(
+        state=16 * n / (GPUS if shard else 1),
+        extra=0.0 if shard else 6 * n,
+        gathered=2 * block * (4 + 2) + block * 4 + 4 * rest if shard else 0.0,
+        activations=ACTIVATIONS * model.layers * a_channel,
+        checkpointed=(4 * model.layers + ACTIVATIONS) * a_channel,
+        logits=LOGITS * model.tokens * model.codes / 1e9,
+    )
+
+
+def exchanged(model: Model, *, shard: bool) -> float:
+    """GB that a rank receives in a step of Muon's.
+
+    DDP sums gradients, each way once. Sharded, weights come twice, gradients go once, and Muon
+    gathers them again.
+    """
+    return (16 if shard else 8) * model.parameters / 1e9
+
+
+def the_memory() -> str:
+    """What a rank holds of the model in GB, replicated and sharded over 64 ranks."""
+    cases = ((MODEL, False), (MODEL, True), (LARGEST, True))
+    held = [memory(model, shard=shard) for model, shard in cases]
+    sizes = [model.parameters / 1e9 for model, _ in cases]
+    moved = [exchanged(model, shard=shard) for model, shard in cases]
+    rows = {
+        "float32 weights, gradients, Muon's momentum, average": [each.state for each in held],
+        "DDP's buckets; bf16 casts kept for the pass": [each.extra for each in held],
+        "gathered blocks and embeddings": [each.gathered for each in held],
+        "activations of one window, all kept": [each.activations for each in held],
+        "the same with gradient checkpointing": [each.checkpointed for each in held],
+        "its logits, with loss and metrics": [each.logits for each in held],
+        "sum with checkpointing": [each.sum for each in held],
+        "more on the main rank while it validates: the model, if sharded, and a copy to export": [
+            (8 if shard else 4) * n for n, (_, shard) in zip(sizes, cases, strict=True)
+        ],
+        "a checkpoint on disk, of all ranks": [12 * n for n in sizes],
+        "received by a rank in a step": moved,
+        f"that at {NETWORK / 1e9:.0f} GB/s, in seconds": [1e9 * each / NETWORK for each in moved],
+    }
+    head = ["GB", "DDP", "`--shard`, 64 ranks", f"the same, {LARGEST.parameters / 1e9:.0f} B"]
+    return table(head, [(what, *map(_short, values)) for what, values in rows.items()])
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 20 or value == 0 else f"{value:.1f}"
+
+
+def the_sizes() -> str:
+    """10,000 videos, a million, a petabyte: a video is a minute of 1080p at 30/s and 8 Mbit/s."""
+    megabytes, source, chosen = 60, 60 * 30, 60 * 10
+    counts = (10_000, 1_000_000, 10**9 // megabytes)
+    rows = {
+        "hours of video": (",.0f", "", 1 / 60),
+        "bytes; read while probing, by every rank": (",.1f", " TB", megabytes / 1e6),
+        "probing, core-hours on every rank": (",.1f", "", probing(1, source) / 3600),
+        f"hours of it, {PROBES_AT_ONCE} files at once": (
+            ",.1f",
+            "",
+            probing(1, source) / PROBES_AT_ONCE / 3600,
+        ),
+        "held while planning, by every rank": (
+            ",.1f",
+            " GB",
+            (source * PLAN_SOURCE + chosen * PLAN_CHOSEN) / 1e9,
+        ),
+        "decoding, core-hours": (",.0f", "", source / DECODED / 3600),
+        "tokenizing, A100-hours": (",.1f", "", chosen * ENCODE / (A100 * GPU_SHARE) / 3600),
+        "token store": (",.0f", " GB", chosen * FRAME_BYTES / 1e9),
+        "its shards": (",.0f", "", chosen * FRAME_BYTES / SHARD),
+        "its index.json": (",.0f", " MB", INDEX_BYTES / 1e6),
+        "starting from it, on every rank": (",.1f", " s", INDEX_SECONDS),
+        "held of it, by every process": (",.2f", " GB", INDEX_MEMORY / 1e9),
+    }
+    cells = [
+        (what, *(f"{count * each:{form}}{unit}" for count in counts))
+        for what, (form, unit, each) in rows.items()
+    ]
+    return table(["", "10,000", "1,000,000", "1 PB"], cells)
+
+
+def tables() -> str:
+    """All of them, as they stand in the page."""
+    parts = {
+        "The run": the_run(),
+        "Its stages": the_stages(),
+        "Its memory, per GPU": the_memory(),
+        "Three sizes of data": the_sizes(),
+    }
+    return "\n\n".join(f"### {title}\n\n{text}" for title, text in parts.items())
+
+
+def main() -> None:
+    """Print the tables, or write them into the page."""
+    parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.training.cost")
+    parser.add_argument("--write", action="store_true", help="put them into docs/SCALING.md")
+    if not parser.parse_args().write:
+        print(tables())
+        return
+    before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    PAGE.write_text(f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

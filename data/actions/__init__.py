@@ -1,0 +1,1 @@
+"""Action files: speed and steering over time, brought to the frames."""

@@ -1,0 +1,297 @@
+"""Action files: a CSV beside each video, with the car's speed and steering over time.
+
+Legend: M samples; channel 0 is speed in m/s, channel 1 is steering, left positive.
+"""
+
+import csv
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from driving_sim.data.actions.csv_table import CsvTable, read_csv
+from driving_sim.engine.files import atomic_file
+from driving_sim.engine.parsing import shown
+
+SteeringKind = Literal["steering_wheel", "road_wheel", "curvature", "normalised"]
+SPEED, STEERING = 0, 1
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ActionLog:
+    """Speed and steering samples on the video's clock."""
+
+    times: FloatArray
+    """[M] s, strictly increasing; 0 is the video's first frame."""
+    values: npt.NDArray[np.float32]
+    """[M, 2] speed in m/s; steering in rad, 1/m (curvature) or -1..1 (normalised)."""
+    has: npt.NDArray[np.bool_]
+    """[2] whether there is a speed, and a steering; a missing one's values are 0."""
+    steering_kind: SteeringKind | None
+    """What the steering measures; None where there is none."""
+    pauses: tuple[tuple[int, float, float], ...] = ()
+    """(channel, start s, stop s): where one channel is not known, though the other may be."""
+    notices: tuple[str, ...] = ()
+    """What was assumed, one line each."""
+    origin: str = "the actions"
+    """Where the samples come from, for messages."""
+
+
+class _Column(NamedTuple):
+    """What a column name means: value in file * scale = value in SI units."""
+
+    scale: float
+    kind: SteeringKind | None = None
+
+
+_TIMES = {
+    "timestamp_s": _Column(1.0),
+    "timestamp_ms": _Column(1e-3),
+    "timestamp_us": _Column(1e-6),
+    "timestamp_ns": _Column(1e-9),
+    "timestamp": _Column(1.0),
+    "time": _Column(1.0),
+    "t": _Column(1.0),
+}
+_SPEEDS = {
+    "speed_mps": _Column(1.0),
+    "speed_kmh": _Column(1 / 3.6),
+    "speed_mph": _Column(0.44704),
+    "speed": _Column(1.0),
+}
+_STEERINGS = {
+    "steering_deg": _Column(math.pi / 180, "steering_wheel"),
+    "steering_rad": _Column(1.0, "steering_wheel"),
+    "road_wheel_deg": _Column(math.pi / 180, "road_wheel"),
+    "road_wheel_rad": _Column(1.0, "road_wheel"),
+    "curvature": _Column(1.0, "curvature"),
+    "steering_norm": _Column(1.0, "normalised"),
+    "steering": _Column(1.0),
+}
+_WRITTEN: dict[SteeringKind, str] = {
+    "steering_wheel": "steering_rad",
+    "road_wheel": "road_wheel_rad",
+    "curvature": "curvature",
+    "normalised": "steering_norm",
+}
+UNITS: dict[SteeringKind, str] = {
+    "steering_wheel": "rad",
+    "road_wheel": "rad",
+    "curvature": "1/m",
+    "normalised": "of full lock",
+}
+"""The unit of each kind of steering, as it is kept in memory."""
+
+_LONGEST_HEADER = 2**16  # characters
+_LATEST_S = 1e12
+# Beyond these a value is a unit mistake, not driving: 360 km/h, three turns of the wheel, ...
+SPEED_RANGE_MPS = (-30.0, 100.0)
+STEERING_LIMIT: dict[SteeringKind, float] = {
+    "steering_wheel": 20.0,
+    "road_wheel": 1.3,
+    "curvature": 1.0,
+    "normalised": 1.001,
+}
+
+
+def _find(table: CsvTable, known: dict[str, _Column], family: tuple[str, ...]) -> str | None:
+    """The one column of `known`. Raises DriveSimError for two, or for one in an unknown unit."""
+    found = [name for name in table.names if name in known]
+    if len(found) > 1:
+        raise table.fail(
+            f"has the columns {' and '.join(found)}, which say the same: keep one of them"
+        )
+    if found:
+        return found[0]
+    unknown = [name for name in table.names if name.startswith(family)]
+    if unknown:
+        raise table.fail(f"column {shown(unknown[0])} is not known; use one of {', '.join(known)}")
+    return None
+
+
+def _check_increasing(table: CsvTable, name: str, values: FloatArray) -> None:
+    backward = np.flatnonzero(np.diff(values) <= 0)
+    if len(backward):
+        row = int(backward[0]) + 1
+        what = "the same as" if values[row] == values[row - 1] else "before"
+        raise table.fail(
+            f"{name} {table.cell(row, name)} is {what} the line above's; times must increase: "
+            "sort the rows and remove duplicates",
+            row,
+        )
+
+
+def _times(table: CsvTable, frame_times: FloatArray | None) -> FloatArray:
+    name = _find(table, _TIMES, ("timestamp_", "time_"))
+    if name is not None:
+        values, scale = table.numbers(name), _TIMES[name].scale
+        _check_range(table, name, values * scale, -_LATEST_S, _LATEST_S, "30,000 years of seconds")
+        _check_increasing(table, name, values)
+        return values * scale
+    if "frame" not in table.names:
+        raise table.fail(
+            f"has no time column among {table.columns}; name one timestamp_s, or frame"
+        )
+    if frame_times is None:
+        raise table.fail("counts in frames, which needs a video; name a time column timestamp_s")
+    frames = table.numbers("frame")
+    _check_increasing(table, "frame", frames)
+    outside = (frames != np.floor(frames)) | (frames < 0) | (frames >= len(frame_times))
+    if outside.any():
+        row = int(np.flatnonzero(outside)[0])
+        raise table.fail(
+            f"frame {frames[row]:g} is not among the video's frames 0 to {len(frame_times) - 1}",
+            row,
+        )
+    return frame_times[frames.astype(np.int64)]
+
+
+def _check_range(
+    table: CsvTable, name: str, values: FloatArray, low: float, high: float, hint: str
+) -> None:
+    outside = np.flatnonzero((values < low) | (values > high))
+    if len(outside):
+        row = int(outside[0])
+        raise table.fail(
+            f"{name} {table.cell(row, name)} is out of range ({hint}); check the column's unit", row
+        )
+
+
+def _speed(table: CsvTable, notices: list[str]) -> FloatArray | None:
+    name = _find(table, _SPEEDS, ("speed_",))
+    if name is None:
+        return None
+    if name == "speed":
+        notices.append("speed is taken to be in m/s (else name it speed_kmh or speed_mph)")
+    values = table.numbers(name) * _SPEEDS[name].scale
+    low, high = SPEED_RANGE_MPS
+    hint = f"{low:g} to {high:g} m/s; km/h is speed_kmh, mph is speed_mph"
+    _check_range(table, name, values, low, high, hint)
+    return values
+
+
+def _steering_column(table: CsvTable, wanted: SteeringKind | None) -> str | None:
+    """The steering column; of several, the one whose kind is wanted."""
+    found = [name for name in table.names if name in _STEERINGS]
+    of_kind = [name for name in found if _STEERINGS[name].kind == wanted]
+    if wanted is not None and len(found) > 1 and len(of_kind) == 1:
+        return of_kind[0]
+    return _find(table, _STEERINGS, ("steering_", "road_wheel", "curvature_"))
+
+
+def _steering(
+    table: CsvTable, wanted: SteeringKind | None, wanted_by: str, notices: list[str]
+) -> tuple[FloatArray | None, SteeringKind | None]:
+    name = _steering_column(table, wanted)
+    if name is None:
+        return None, None
+    kind = _STEERINGS[name].kind
+    if kind is None:
+        if wanted is None:
+            raise table.fail(
+                "column 'steering' does not say what it measures: name it by that, such as "
+                "road_wheel_rad, or pass --steering-kind to inspect and tokenize "
+                f"({', '.join(get_args(SteeringKind))})"
+            )
+        kind = wanted
+        notices.append(f"steering is taken to be {kind}, in {UNITS[kind]}, left positive")
+    elif wanted is not None and kind != wanted:
+        raise table.fail(f"column {name!r} is {kind}, but {wanted_by} {wanted}")
+    values = table.numbers(name) * _STEERINGS[name].scale
+    limit = STEERING_LIMIT[kind]
+    _check_range(table, name, values, -limit, limit, f"at most {limit:g} {UNITS[kind]} either way")
+    return values, kind
+
+
+def read_action_file(
+    path: Path,
+    *,
+    steering_kind: SteeringKind | None = None,
+    wanted_by: str = "--steering-kind is",
+    time_offset: float = 0.0,
+    frame_times: FloatArray | None = None,
+) -> ActionLog:
+    """Read a CSV of speed and steering over time.
+
+    Time is `timestamp_s|ms|us|ns` (or `timestamp`, `time`, `t` in seconds) or `frame` (from 0; then
+    `frame_times` [N] s are needed). Speed is `speed_mps|kmh|mph` or `speed` (m/s). Steering is
+    `steering_deg|rad` (steering wheel), `road_wheel_deg|rad`, `curvature` (1/m), `steering_norm`
+    (-1..1) or `steering` (rad, 1/m or -1..1 by `steering_kind`), left positive. Other columns are
+    ignored. `wanted_by` is what messages say before the `steering_kind`. `time_offset` seconds are
+    added to the times.
+
+    Raises DriveSimError naming file, line and remedy: cells that are no finite numbers, times that
+    do not increase, unknown units, absurd values, neither speed nor steering, fewer than 2 rows.
+    """
+    table = read_csv(path)
+    notices: list[str] = []
+    times = _times(table, frame_times)
+    speed = _speed(table, notices)
+    steering, kind = _steering(table, steering_kind, wanted_by, notices)
+    if speed is None and steering is None:
+        raise table.fail(
+            f"has neither speed nor steering among {table.columns}; name the columns "
+            f"{', '.join(_SPEEDS)} and {', '.join(_STEERINGS)}"
+        )
+    values = np.zeros((len(times), 2), np.float32)
+    for channel, column in ((SPEED, speed), (STEERING, steering)):
+        if column is not None:
+            values[:, channel] = column
+    return ActionLog(
+        times=times + time_offset,
+        values=values,
+        has=np.array([speed is not None, steering is not None]),
+        steering_kind=kind,
+        notices=tuple(notices),
+        origin=str(path),
+    )
+
+
+def is_action_file(path: Path) -> bool:
+    """Whether the CSV's header names a time and a speed or a steering."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            # Of a file that may be anything, and all one line.
+            first = file.readline(_LONGEST_HEADER)
+            names = {name.strip().lower() for name in next(csv.reader([first]), [])}
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return False
+    return bool(names & {*_TIMES, "frame"}) and bool(names & {*_SPEEDS, *_STEERINGS})
+
+
+def _held(
+    times: FloatArray, actions: npt.NDArray[np.float32], until: float
+) -> Iterator[tuple[float, npt.NDArray[np.float32]]]:
+    for time, following, action in zip(times, [*times[1:], until], actions, strict=True):
+        yield time, action
+        yield following - 1e-6, action
+
+
+def write_action_file(
+    path: Path,
+    times: FloatArray,
+    actions: npt.NDArray[np.float32],
+    kind: SteeringKind,
+    *,
+    hold_until: float | None = None,
+) -> None:
+    """Write actions [M, 2] at times [M] s as a CSV that `read_action_file` reads back.
+
+    Readers interpolate linearly between rows. Where each action instead holds until the next one
+    (exactly so in a simulator), pass `hold_until`, the time at which the last one ends: each action
+    then has a row at its start and one a microsecond before its end.
+    """
+    rows = (
+        zip(times, actions, strict=True)
+        if hold_until is None
+        else _held(times, actions, hold_until)
+    )
+    with atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        file.write(f"timestamp_s,speed_mps,{_WRITTEN[kind]}\n")
+        for time, (speed, steering) in rows:
+            file.write(f"{time:.6f},{speed:.9g},{steering:.9g}\n")

@@ -1,0 +1,111 @@
+"""Actions at the frames: the mean of the log over each interval between two frames.
+
+Legend: T frames, M samples of the log.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from driving_sim.data.actions.action_file import ActionLog
+from driving_sim.engine.errors import DriveSimError
+
+EXTRAPOLATION_S = 0.1
+"""How far beyond its first and last sample a log is believed (its end values hold)."""
+GAP_S = 0.25
+"""Samples further apart than this are not interpolated between."""
+MIN_COVERAGE = 0.5
+"""A log that is valid on a smaller share of the frames is a mistake."""
+
+# Timestamps of a 4 Hz log rounded to milliseconds are still 0.25 s apart.
+_SLACK_S = 1e-3
+
+
+def interval_ends(timestamps: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The ends [T] s of the frames' intervals: the next frame's time, or a median period on."""
+    if len(timestamps) < 2:
+        return timestamps + EXTRAPOLATION_S
+    return np.append(timestamps[1:], timestamps[-1] + np.median(np.diff(timestamps)))
+
+
+def _integral(
+    times: npt.NDArray[np.float64], values: npt.NDArray[np.float64], at: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """The integral [T, 2] of the linear interpolant of values [M, 2], from times[0] to `at` [T]."""
+    widths = np.diff(times)[:, None]
+    areas = widths * (values[:-1] + values[1:]) / 2
+    cumulative = np.concatenate([np.zeros((1, values.shape[1])), np.cumsum(areas, axis=0)])
+    left = np.clip(np.searchsorted(times, at, side="right") - 1, 0, len(times) - 2)
+    elapsed = (at - times[left])[:, None]
+    slope = (values[left + 1] - values[left]) / widths[left]
+    return cumulative[left] + elapsed * (values[left] + slope * elapsed / 2)
+
+
+def _covered(
+    times: npt.NDArray[np.float64],
+    starts: npt.NDArray[np.float64],
+    ends: npt.NDArray[np.float64],
+) -> npt.NDArray[np.bool_]:
+    """Which intervals lie within the padded log `times` and touch none of its gaps."""
+    gaps_before = np.append(0, np.cumsum(np.diff(times) > GAP_S + _SLACK_S))
+    last = len(times) - 2
+    first = np.clip(np.searchsorted(times, starts, side="right") - 1, 0, last)
+    final = np.clip(np.searchsorted(times, ends, side="left") - 1, 0, last)
+    inside = (starts >= times[0] - 1e-9) & (ends <= times[-1] + 1e-9)
+    covered: npt.NDArray[np.bool_] = inside & (gaps_before[final + 1] == gaps_before[first])
+    return covered
+
+
+def align(
+    log: ActionLog | None, timestamps: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """Average a log over the intervals between frames at `timestamps` [T] s, strictly increasing.
+
+    Returns actions float32 [T, 2] and where they are valid, bool [T, 2]. actions[t] is the exact
+    mean of the log's linear interpolant over [timestamps[t], timestamps[t + 1]): it leads from
+    frame t to frame t + 1. The last interval is a median period long. An interval that reaches more
+    than 0.1 s beyond the log, or into a gap of more than 0.25 s, is invalid, as is a channel in its
+    pause; invalid actions are 0.
+    """
+    count = len(timestamps)
+    if log is None:
+        return np.zeros((count, 2), np.float32), np.zeros((count, 2), np.bool_)
+    pad = EXTRAPOLATION_S
+    times = np.concatenate([[log.times[0] - pad], log.times, [log.times[-1] + pad]])
+    values = np.concatenate([log.values[:1], log.values, log.values[-1:]]).astype(np.float64)
+    ends = interval_ends(timestamps)
+    covered = _covered(times, timestamps, ends)
+    valid = covered[:, None] & log.has
+    for channel, start, stop in log.pauses:
+        valid[(ends > start) & (timestamps < stop), channel] = False
+    total = _integral(times, values, ends) - _integral(times, values, timestamps)
+    means = total / (ends - timestamps)[:, None]
+    return np.where(valid, means, 0).astype(np.float32), valid
+
+
+def check_coverage(log: ActionLog, timestamps: npt.NDArray[np.float64]) -> None:
+    """Check that a log belongs to the frames at `timestamps` [T] s.
+
+    Raises DriveSimError where the two clocks do not overlap, where the samples are too far apart,
+    or where the log covers less than half of the frames.
+    """
+    ends = interval_ends(timestamps)
+    span = f"{log.times[0]:.2f} to {log.times[-1]:.2f} s"
+    video = f"the video runs from {timestamps[0]:.2f} to {ends[-1]:.2f} s"
+    if log.times[-1] < timestamps[0] or log.times[0] > ends[-1]:
+        offset = timestamps[0] - log.times[0]
+        raise DriveSimError(
+            f"{log.origin}: its times ({span}) do not overlap the video's: {video}; shift them "
+            f"with --time-offset (such as {offset:.2f})"
+        )
+    apart = float(np.median(np.diff(log.times)))
+    if apart > GAP_S + _SLACK_S:
+        raise DriveSimError(
+            f"{log.origin}: its samples are {apart:.3g} s apart, more than {GAP_S} s: check the "
+            "unit of the time column (timestamp_ms, timestamp_us), or log more often"
+        )
+    share = float(align(log, timestamps)[1].any(axis=1).mean())
+    if share < MIN_COVERAGE:
+        raise DriveSimError(
+            f"{log.origin}: covers {share:.0%} of the video's frames (samples from {span}; "
+            f"{video}): check the unit of the time column and --time-offset, or cut the video"
+        )

@@ -1,0 +1,1 @@
+"""What is in a folder of drives, and what is wrong with it."""

@@ -1,0 +1,289 @@
+"""What is in a folder of drives, and what is wrong with it: `drivesim inspect`."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from driving_sim.data.actions.action_file import SPEED, STEERING, SteeringKind
+from driving_sim.data.drive import Drive, SampledDrive, Skipped, sample
+from driving_sim.data.inspect.motion import picture_change, yaw_motion
+from driving_sim.data.inspect.picture import draw_drive
+from driving_sim.data.inspect.synchrony import Synchrony, measure_synchrony, within_segments
+from driving_sim.data.sources import find_drives
+from driving_sim.data.video.frame_size import FrameSize
+from driving_sim.data.video.reader import VideoInfo
+from driving_sim.engine.config import load_json
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.files import atomic_folder
+from driving_sim.engine.progress import Progress, progress
+
+# Motion is measured at this size; decoding to more would only cost time.
+_SIZE = FrameSize(height=64, width=128)
+_MEASURED_S = 300.0
+_FRAMES_AT_ONCE = 256
+_FASTEST_MPS = 60.0
+_STANDING_MPS, _DRIVING_MPS = 0.3, 3.0
+_FEW_FRAMES = 10
+_REPORT = "inspection.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DriveReport:
+    """What is known about one drive."""
+
+    id: str
+    source: str
+    frames: int
+    duration_s: float
+    fps: float
+    """Mean rate between the gaps."""
+    gaps: int
+    """Places where frames are missing: more than 1.5 periods between neighbours."""
+    longest_gap_s: float
+    video: str | None
+    """Codec, container, size and reader, where the frames come from a video."""
+    steering_kind: SteeringKind | None
+    speed_range_mps: tuple[float, float] | None
+    steering_range: tuple[float, float] | None
+    """In the kind's unit, left positive."""
+    valid_share: float
+    """Of the frames, those whose actions are known."""
+    measured_s: float
+    """Time from the start of the drive over which the picture was compared with the actions."""
+    synchrony: Synchrony
+    picture: str | None
+    """File name of the PNG."""
+    problems: tuple[str, ...]
+    """What is wrong, one line each, with the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What is known about all drives, and what was left out."""
+
+    drives: list[DriveReport]
+    skipped: list[Skipped]
+    notices: list[str]
+    out: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON knows it."""
+        return {
+            "drives": [asdict(drive) for drive in self.drives],
+            "skipped": [asdict(skipped) for skipped in self.skipped],
+            "notices": self.notices,
+        }
+
+    def table(self) -> str:
+        """The report as text: a row for each drive, then the problems, what was skipped and why."""
+        rows = [_HEADER, *(_row(drive) for drive in self.drives)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        problems = [f"{drive.id}: {line}" for drive in self.drives for line in drive.problems]
+        skipped = [f"{skipped.id}: {skipped.reason}" for skipped in self.skipped]
+        for title, entries in (
+            ("problems", problems),
+            ("skipped", skipped),
+            ("assumed", self.notices),
+        ):
+            if entries:
+                lines += ["", f"{title} ({len(entries)})", *(f"  {entry}" for entry in entries)]
+        return "\n".join([*lines, "", f"pictures and inspection.json: {self.out}"])
+
+
+_HEADER = (
+    "drive", "source", "frames", "seconds", "fps", "gaps", "speed m/s", "steering", "kind",
+    "known", "lag", "sign", "r", "problems",
+)  # fmt: skip
+
+
+def _row(drive: DriveReport) -> tuple[str, ...]:
+    synchrony = drive.synchrony
+    signs = {1: "left +", -1: "FLIPPED", None: "-"}
+    return (
+        drive.id,
+        drive.source,
+        str(drive.frames),
+        f"{drive.duration_s:.1f}",
+        f"{drive.fps:.2f}",
+        f"{drive.gaps} (max {drive.longest_gap_s:.2f} s)" if drive.gaps else "0",
+        _range(drive.speed_range_mps, ".1f"),
+        _range(drive.steering_range, ".3f"),
+        drive.steering_kind or "-",
+        f"{drive.valid_share:.0%}",
+        "-" if synchrony.lag_frames is None else f"{synchrony.lag_frames:+d}",
+        signs[synchrony.sign],
+        "-" if synchrony.correlation is None else f"{synchrony.correlation:.2f}",
+        str(len(drive.problems)) if drive.problems else "none",
+    )
+
+
+def _range(values: tuple[float, float] | None, form: str) -> str:
+    return "-" if values is None else f"{values[0]:{form}} to {values[1]:{form}}"
+
+
+def _blocks(drive: Drive, indices: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.uint8]]:
+    """Frames in blocks that share one frame, so that no pair of neighbours is lost."""
+    block: list[npt.NDArray[np.uint8]] = []
+    for frame in drive.stream(_SIZE, indices):
+        block.append(frame)
+        if len(block) == _FRAMES_AT_ONCE:
+            yield np.stack(block)
+            block = block[-1:]
+    if len(block) > 1:
+        yield np.stack(block)
+
+
+def _measure(
+    sampled: SampledDrive, shown: Progress
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Image motion and picture change [T - 1] of the frames."""
+    motion, change = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
+    for block in _blocks(sampled.drive, sampled.indices):
+        motion.append(yaw_motion(block))
+        change.append(picture_change(block))
+        shown.advance(len(block) - 1)
+    shown.advance(1)
+    return np.concatenate(motion), np.concatenate(change)
+
+
+def _beginning(drive: Drive, seconds: float) -> Drive:
+    """The drive with only its first seconds."""
+    count = max(1, int(np.searchsorted(drive.timestamps, seconds)))
+    return Drive(
+        id=drive.id,
+        source=drive.source,
+        timestamps=drive.timestamps[:count],
+        reader=drive.reader,
+        log=drive.log,
+        video=drive.video,
+    )
+
+
+def _speed_problems(sampled: SampledDrive, change: npt.NDArray[np.float32]) -> list[str]:
+    """Speeds that no car drives, and a picture that stands while the car drives."""
+    speed, known = sampled.actions[:, SPEED], sampled.action_valid[:, SPEED]
+    problems = []
+    if known.any() and speed[known].max() > _FASTEST_MPS:
+        problems.append(
+            f"the speed reaches {speed[known].max():.0f} m/s ({speed[known].max() * 3.6:.0f} km/h):"
+            " is the column in km/h (speed_kmh) or mph (speed_mph)?"
+        )
+    usable = known[:-1] & within_segments(sampled)
+    standing = change[usable & (np.abs(speed[:-1]) < _STANDING_MPS)]
+    driving = change[usable & (np.abs(speed[:-1]) > _DRIVING_MPS)]
+    if min(len(standing), len(driving)) >= _FEW_FRAMES and np.median(standing) > np.median(driving):
+        problems.append(
+            "the picture changes more where the speed is 0 than where the car drives: "
+            "are these the actions of this video?"
+        )
+    return problems
+
+
+def _value_range(sampled: SampledDrive, channel: int) -> tuple[float, float] | None:
+    values = sampled.actions[sampled.action_valid[:, channel], channel]
+    return (float(values.min()), float(values.max())) if len(values) else None
+
+
+def _description(info: VideoInfo) -> str:
+    return f"{info.codec} in {info.container}, {info.width}x{info.height}, read by {info.reader}"
+
+
+def _report(
+    drive: Drive,
+    measured: SampledDrive,
+    motion: npt.NDArray[np.float32],
+    change: npt.NDArray[np.float32],
+    out: Path,
+) -> DriveReport:
+    whole = sample(drive)
+    synchrony = measure_synchrony(motion, measured)
+    problems = (*synchrony.problems, *_speed_problems(measured, change))
+    starts = [start for start, _ in whole.segments[1:]]
+    gap_lengths = np.diff(whole.timestamps)[[start - 1 for start in starts]]
+    picture = f"{drive.id}.png"
+    caption = f"{drive.id}: " + ("; ".join(problems) if problems else "no problems found")
+    draw_drive(
+        out / picture, measured, np.where(within_segments(measured), motion, np.nan), caption
+    )
+    info = drive.video
+    return DriveReport(
+        id=drive.id,
+        source=drive.source,
+        frames=len(drive.timestamps),
+        duration_s=drive.duration_s,
+        fps=whole.fps,
+        gaps=len(starts),
+        longest_gap_s=float(gap_lengths.max(initial=0.0)),
+        video=None if info is None else _description(info),
+        steering_kind=drive.log.steering_kind if drive.log else None,
+        speed_range_mps=_value_range(whole, SPEED),
+        steering_range=_value_range(whole, STEERING),
+        valid_share=float(whole.action_valid.any(axis=1).mean()),
+        measured_s=float(measured.timestamps[-1]),
+        synchrony=synchrony,
+        picture=picture,
+        problems=problems,
+    )
+
+
+def _is_replaceable(out: Path) -> bool:
+    """Whether it is a folder that holds nothing, or an earlier inspection and nothing else."""
+    if not out.is_dir():
+        return False
+    known: set[str] = set()
+    if (out / _REPORT).is_file():
+        try:
+            drives = load_json(out / _REPORT)["drives"]
+            known = {_REPORT, *(str(drive["picture"]) for drive in drives)}
+        except (KeyError, TypeError):  # another program's file
+            return False
+    files = (path for path in out.rglob("*") if not path.is_dir())
+    return all(path.relative_to(out).as_posix() in known for path in files)
+
+
+def inspect_drives(
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    steering_kind: str | None = None,
+    time_offset: float = 0.0,
+) -> Report:
+    """Find the drives in files and folders, measure them and say what is wrong with them.
+
+    Compares image motion with the actions over the first 5 minutes of each drive. Writes a PNG for
+    each drive and `inspection.json` into the folder `out`, in place of an earlier inspection there.
+    Drives that cannot be read are in `.skipped`. Raises DriveSimError where there is nothing to
+    inspect, where no drive can be read, after a line with the reason for each, and where `out`
+    holds anything else or cannot be written.
+    """
+    if out.exists() and not _is_replaceable(out):
+        raise DriveSimError(f"{out} holds more than an inspection: choose another --out")
+    found = find_drives(paths, steering_kind=steering_kind, time_offset=time_offset)
+    skipped = list(found.skipped)
+    reports = []
+    frames = sum(int((drive.timestamps < _MEASURED_S).sum()) for drive in found.drives)
+    with atomic_folder(out) as folder, progress(frames, "inspect", "frames") as shown:
+        for drive in found.drives:
+            measured = sample(_beginning(drive, _MEASURED_S))
+            try:
+                motion, change = _measure(measured, shown)
+            except DriveSimError as error:
+                skipped.append(Skipped(id=drive.id, reason=str(error)))
+            else:
+                reports.append(_report(drive, measured, motion, change, folder))
+        if not reports:
+            for lost in skipped:
+                shown.say(f"skipped {lost.id}: {lost.reason}")
+            raise DriveSimError("every drive was skipped: nothing is left to inspect")
+        report = Report(drives=reports, skipped=skipped, notices=found.notices, out=out)
+        (folder / _REPORT).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    return report

@@ -1,0 +1,223 @@
+"""Whether the actions and the picture tell the same story: lag, sign and unit of the steering.
+
+A car that steers turns, and a car that turns shifts its picture. So speed times curvature predicts
+the image motion but for one factor, the camera's focal length; where the two series match best
+tells the lag, the sign of the match which way steering is positive, and the factor a wrong unit.
+
+Legend: T frames, P = T - 1 pairs of frames.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import assert_never
+
+import numpy as np
+import numpy.typing as npt
+
+from driving_sim.data.actions.action_file import SPEED, STEERING, SteeringKind
+from driving_sim.data.drive import SampledDrive
+from driving_sim.data.video.frame_rate import median_period
+
+FloatArray = npt.NDArray[np.float64]
+
+# A passenger car's, to a factor of 1.5; the bounds on the focal length leave room for that.
+_WHEELBASE_M = 2.7
+_STEERING_RATIO = 15.0
+_FULL_LOCK_RAD = 0.5
+_FOCAL_WIDTHS = (0.2, 3.0)
+
+_MAX_LAG_S = 1.5
+_CAR_DELAY_S = 0.25
+_MIN_PAIRS = 30
+_MIN_CORRELATION = 0.5
+# A lag counts where the best normal one leaves this much more of the motion unexplained.
+_CLEARLY_WORSE = 1.15
+# Crossing zero a little apart is no contradiction; this long is.
+_CONTRARY_S = 1.0
+# Picture widths: a standard deviation of the turn's motion that certainly shows.
+_VISIBLE_MOTION = 0.002
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Synchrony:
+    """How image motion and steering go together."""
+
+    lag_frames: int | None
+    """Frames by which the actions are late (negative: early); None where it cannot be told."""
+    lag_s: float | None
+    """The same in seconds."""
+    sign: int | None
+    """1 where positive steering turns the picture as a left turn does, -1 where it is flipped."""
+    correlation: float | None
+    """Of image motion and steering at the lag; None where one of them never changes."""
+    focal_widths: float | None
+    """The camera's focal length in picture widths that would explain the size of the motion."""
+    problems: tuple[str, ...] = ()
+    """What is wrong, one line each, with the remedy."""
+
+
+NOTHING = Synchrony(lag_frames=None, lag_s=None, sign=None, correlation=None, focal_widths=None)
+
+
+def curvature(steering: FloatArray, kind: SteeringKind) -> FloatArray:
+    """Curvature in 1/m of a passenger car's path at a steering of this kind."""
+    match kind:
+        case "curvature":
+            return steering
+        case "road_wheel":
+            return np.tan(steering) / _WHEELBASE_M
+        case "steering_wheel":
+            return np.tan(steering / _STEERING_RATIO) / _WHEELBASE_M
+        case "normalised":
+            return np.tan(steering * _FULL_LOCK_RAD) / _WHEELBASE_M
+    assert_never(kind)
+
+
+def within_segments(sampled: SampledDrive) -> npt.NDArray[np.bool_]:
+    """Which pairs of neighbouring frames [P] have no gap in time between them."""
+    inside = np.ones(len(sampled.timestamps) - 1, np.bool_)
+    inside[[start - 1 for start, _ in sampled.segments[1:]]] = False
+    return inside
+
+
+def _turns(sampled: SampledDrive, kind: SteeringKind) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
+    """The change of heading [P] in rad between frames by the actions, and where it is known."""
+    actions, valid = sampled.actions[:-1].astype(np.float64), sampled.action_valid[:-1]
+    turns = curvature(actions[:, STEERING], kind) * np.diff(sampled.timestamps)
+    known = valid[:, STEERING]
+    if sampled.action_valid[:, SPEED].any():
+        return turns * actions[:, SPEED], known & valid[:, SPEED]
+    return turns, known
+
+
+def _correlations(
+    motion: FloatArray, turns: FloatArray, usable: npt.NDArray[np.bool_], max_lag: int
+) -> FloatArray:
+    """Correlation of motion[t] with turns[t + k] for k from -max_lag to max_lag; NaN if unknown."""
+    count = len(motion)
+    found = np.full(2 * max_lag + 1, np.nan)
+    for lag in range(-max_lag, max_lag + 1):
+        seen = slice(max(0, -lag), count - max(0, lag))
+        said = slice(max(0, lag), count - max(0, -lag))
+        both = usable[seen] & usable[said]
+        a, b = motion[seen][both], turns[said][both]
+        if len(a) >= _MIN_PAIRS and a.std() > 1e-6 and b.std() > 1e-6:
+            found[lag + max_lag] = np.corrcoef(a, b)[0, 1]
+    return found
+
+
+def _at_lag(
+    turns: FloatArray, usable: npt.NDArray[np.bool_], lag: int
+) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
+    """turns[t + lag] and whether it is usable: not where that is beyond either end."""
+    at = np.arange(len(turns)) + lag
+    inside = (at >= 0) & (at < len(turns))
+    at = at.clip(0, len(turns) - 1)
+    return turns[at], usable[at] & inside
+
+
+def _lag_problem(lag: int, correlations: FloatArray, period: float) -> str | None:
+    """The line about a lag that no car explains: motion may trail the actions, never lead them."""
+    middle = len(correlations) // 2
+    delay = max(1, round(_CAR_DELAY_S / period))
+    unexplained = 1 - np.square(correlations)
+    normal = np.nanmin(unexplained[max(0, middle - delay) : middle + 1], initial=1.0)
+    if -delay <= lag <= 0 or normal < _CLEARLY_WORSE * unexplained[middle + lag]:
+        return None
+    frames = "1 frame" if abs(lag) == 1 else f"{abs(lag)} frames"
+    return (
+        f"the actions are {frames} ({abs(lag) * period:.2f} s) {'late' if lag > 0 else 'early'}: "
+        f"try --time-offset {-lag * period:.2f}"
+    )
+
+
+def _unit_problem(focal: float) -> str | None:
+    low, high = _FOCAL_WIDTHS
+    if low <= focal <= high:
+        return None
+    view = math.degrees(2 * math.atan(0.5 / focal))
+    more = "less" if focal < low else "more"
+    return (
+        f"the picture turns far {more} than speed and steering say (a camera that sees {view:.0f} "
+        "degrees would explain it): check their units, and the steering's kind"
+    )
+
+
+def _contrary_problem(
+    motion: FloatArray, turns: FloatArray, usable: npt.NDArray[np.bool_], times: FloatArray
+) -> str | None:
+    """The line about the first second or more in which picture and steering turn apart."""
+    scale = motion[usable].std() / turns[usable].std()
+    against = usable & (np.minimum(np.abs(motion), np.abs(turns * scale)) > _VISIBLE_MOTION)
+    against &= np.sign(motion) != np.sign(turns)
+    edges = np.flatnonzero(np.diff(against, prepend=False, append=False)).reshape(-1, 2)
+    for start, stop in times[edges]:
+        if stop - start >= _CONTRARY_S:
+            return (
+                f"from {start:.1f} to {stop:.1f} s the picture turns against the steering: "
+                "if the car reverses there, its speed must be negative"
+            )
+    return None
+
+
+def measure_synchrony(motion: npt.NDArray[np.float32], sampled: SampledDrive) -> Synchrony:
+    """Compare the image motion [T - 1] between a drive's frames with its actions.
+
+    Lags up to 1.5 s either way are tried. Where there is no steering, or too little of it to show
+    in the picture, everything is None.
+    """
+    kind = sampled.drive.log.steering_kind if sampled.drive.log else None
+    if kind is None or len(motion) < 2 * _MIN_PAIRS:
+        return NOTHING
+    turns, known = _turns(sampled, kind)
+    usable = known & within_segments(sampled)
+    period = median_period(sampled.timestamps)
+    max_lag = min(round(_MAX_LAG_S / period), len(motion) // 3)
+    seen = motion.astype(np.float64)
+    correlations = _correlations(seen, turns, usable, max_lag)
+    if np.isnan(correlations).all():
+        return NOTHING
+    best = int(np.nanargmax(np.abs(correlations)))
+    lag, correlation = best - max_lag, float(correlations[best])
+    has_speed = bool(sampled.action_valid[:, SPEED].any())
+    if abs(correlation) < _MIN_CORRELATION:
+        return _unclear(correlation, visible=has_speed and _visible(turns[usable]))
+    focal = float(seen[usable].std() / turns[usable].std()) if has_speed else None
+    sign = 1 if correlation > 0 else -1
+    matched = _at_lag(turns, usable, lag)
+    problems = [
+        _lag_problem(lag, correlations, period),
+        _contrary_problem(seen, matched[0] * sign, usable & matched[1], sampled.timestamps),
+    ]
+    if sign < 0:
+        problems.append("the steering is flipped: positive must be left; negate the column")
+    if focal is not None:
+        problems.append(_unit_problem(focal))
+    return Synchrony(
+        lag_frames=lag,
+        lag_s=lag * period,
+        sign=sign,
+        correlation=correlation,
+        focal_widths=focal,
+        problems=tuple(line for line in problems if line is not None),
+    )
+
+
+def _visible(turns: FloatArray) -> bool:
+    """Whether turns [P] in rad would show in the widest picture."""
+    return bool(turns.std() * _FOCAL_WIDTHS[0] > _VISIBLE_MOTION)
+
+
+def _unclear(correlation: float, *, visible: bool) -> Synchrony:
+    problem = (
+        f"the picture does not follow the steering (correlation {correlation:.2f} at best): are "
+        "these the actions of this video, and their units right?"
+    )
+    return Synchrony(
+        lag_frames=None,
+        lag_s=None,
+        sign=None,
+        correlation=correlation,
+        focal_widths=None,
+        problems=(problem,) if visible else (),
+    )

@@ -1,0 +1,176 @@
+"""The ground: an endless meadow with the road through it, painted pixel by pixel.
+
+Every pattern is fixed to the world, and is averaged over the pixel's footprint, so that it neither
+swims nor flickers. What varies smoothly is worked out in every fourth column and interpolated.
+Arrays are [rows, columns] of the picture below the horizon; `c` names those of coarse columns;
+pictures and colours have their three channels first.
+"""
+
+import math
+
+import numpy as np
+from einops import rearrange
+from numpy.typing import NDArray
+
+from driving_sim.data.synthetic.drawing.brush import HAZE_M
+from driving_sim.data.synthetic.drawing.camera import Camera, View
+from driving_sim.data.synthetic.drawing.palette import Palette
+from driving_sim.data.synthetic.drawing.shapes import rgb
+from driving_sim.data.synthetic.hashing import uniform
+from driving_sim.data.synthetic.road import HALF_WIDTH, Floats, Road
+
+_FARTHEST_M = 500.0
+_COARSE = 4
+
+DASH_M, DASH_PERIOD_M = 5.0, 12.0
+_LINE_HALF_WIDTH = 0.14
+_EDGE_LINE = 3.35
+_VERGE = 4.9
+_PATCH_M = 7.0
+_MOWN_M = 7.0
+
+
+def _stripe(place: Floats, low: float, high: float, footprint: Floats) -> Floats:
+    """Return how much of each pixel's footprint lies between `low` and `high`."""
+    half = 0.5 * footprint
+    overlap = np.minimum(place + half, high) - np.maximum(place - half, low)
+    return np.asarray(np.maximum(overlap, 0) / footprint)
+
+
+def _pulses(place: Floats, footprint: Floats, period: float, length: float) -> Floats:
+    """Return how much of each pixel's footprint lies on the first `length` of each period."""
+
+    def covered_up_to(end: Floats) -> Floats:
+        whole = np.floor(end / period)
+        return np.asarray(whole * length + np.minimum(end - whole * period, length))
+
+    half = 0.5 * footprint
+    return np.asarray((covered_up_to(place + half) - covered_up_to(place - half)) / footprint)
+
+
+def _lay(ground: Floats, colour: Floats, cover: Floats) -> None:
+    """Paint a colour over the ground where it covers it."""
+    change = colour - ground
+    change *= cover
+    ground += change
+
+
+class _Swell:
+    """Smooth noise without end or table: a few plane waves in all directions."""
+
+    def __init__(self, rng: np.random.Generator, wavelength_m: float, waves: int) -> None:
+        directions = (np.arange(waves) + rng.uniform(0.1, 0.9, waves)) * (math.pi / waves)
+        numbers = 2 * math.pi / (wavelength_m * rng.uniform(0.7, 1.5, waves))
+        self._x: list[float] = (numbers * np.cos(directions)).tolist()
+        self._y: list[float] = (numbers * np.sin(directions)).tolist()
+        self._phases: list[float] = rng.uniform(0, 2 * math.pi, waves).tolist()
+        self._scale = math.sqrt(2 / waves)
+
+    def __call__(self, x: Floats, y: Floats) -> Floats:
+        """Return the noise at points: mean 0, standard deviation 1."""
+        total = np.zeros_like(x)
+        for kx, ky, phase in zip(self._x, self._y, self._phases, strict=True):
+            total += np.sin(kx * x + ky * y + phase)
+        return total * self._scale
+
+
+class Ground:
+    """Paints everything flat: meadow, fields, verge, asphalt, markings."""
+
+    def __init__(
+        self,
+        camera: Camera,
+        road: Road,
+        palette: Palette,
+        rng: np.random.Generator,
+        patch_seed: int,
+    ) -> None:
+        self._road = road
+        self._palette = palette
+        self._ripeness = _Swell(rng, 26.0, 5)
+        self._tufts = _Swell(rng, 6.0, 4)
+        self._patches = (2 * uniform(patch_seed, np.arange(256)) - 1).astype(np.float32)
+        self._width = camera.width
+        self._first_row = camera.first_ground_row
+        below = np.arange(self._first_row, camera.height) + 0.5 - camera.horizon_row
+        depth = np.minimum(camera.focal * camera.above_ground_m / below, _FARTHEST_M)
+        self._depth = depth[:, None].astype(np.float32)
+        self._pixel_across = self._depth / np.float32(camera.focal)
+        self._pixel_along = self._depth**2 / np.float32(camera.focal * camera.above_ground_m)
+        self._haze = 1 - np.exp(-self._depth / HAZE_M)
+        coarse = np.arange(0, self._width + _COARSE, _COARSE)
+        self._slopes_c = ((0.5 * self._width - coarse - 0.5) / camera.focal).astype(np.float32)
+        self._part = np.arange(_COARSE, dtype=np.float32) / _COARSE
+
+    def _fine(self, values_c: Floats) -> Floats:
+        """Interpolate between coarse columns."""
+        low, high = values_c[:, :-1, None], values_c[:, 1:, None]
+        fine = rearrange(low + (high - low) * self._part, "rows coarse part -> rows (coarse part)")
+        return np.asarray(fine[:, : self._width])
+
+    def _footprints(self, slope_c: Floats, view: View) -> tuple[Floats, Floats]:
+        """Return each pixel's extent along and across the road, in metres."""
+        tangent_x = 1 / np.sqrt(1 + slope_c * slope_c)
+        tangent_y = slope_c * tangent_x
+        ahead = tangent_x * view.cos + tangent_y * view.sin
+        left = tangent_y * view.cos - tangent_x * view.sin
+        along = np.abs(left) * self._pixel_across
+        along = along + np.abs(ahead + left * self._slopes_c) * self._pixel_along
+        across = np.abs(ahead) * self._pixel_across
+        across = across + np.abs(ahead * self._slopes_c - left) * self._pixel_along
+        return along, across
+
+    def paint(self, frame: NDArray[np.float32], view: View) -> None:
+        """Fill the rows of a frame [3, H, W] below the horizon."""
+        left_c = self._slopes_c * self._depth
+        x_c = view.x + self._depth * view.cos - left_c * view.sin
+        y_c = view.y + self._depth * view.sin + left_c * view.cos
+        station_c, offset_c, slope_c = self._road.project(x_c, y_c)
+        along_c, across_c = self._footprints(slope_c, view)
+        station, offset, along, across = map(self._fine, (station_c, offset_c, along_c, across_c))
+        ground = frame[:, self._first_row :]
+        self._paint_meadow(ground, x_c, y_c, station, offset, along)
+        self._paint_road(ground, station, offset, along, across)
+        _lay(ground, rgb(self._palette.haze), self._haze)
+
+    def _paint_meadow(
+        self,
+        ground: Floats,
+        x_c: Floats,
+        y_c: Floats,
+        station: Floats,
+        offset: Floats,
+        along: Floats,
+    ) -> None:
+        meadow, field = rgb(self._palette.meadow), rgb(self._palette.field)
+        # A pixel too coarse to show a pattern shows its mean.
+        ripe_c = 0.35 + 0.6 * self._ripeness(x_c, y_c) * np.exp(-self._pixel_along / 12.0)
+        tone_c = 1 + 0.08 * self._tufts(x_c, y_c) * np.exp(-self._pixel_along / 3.0)
+        ripe = self._fine(np.clip(ripe_c, 0, 1))
+        mown = 2 * _pulses(station, along, 2 * _MOWN_M, _MOWN_M) - 1
+        tone = self._fine(tone_c) + 0.13 * mown * np.clip(2.0 - np.abs(offset) / 16, 0, 1)
+        ground[:] = (meadow + ripe * (field - meadow)) * tone
+
+    def _patch(self, station: Floats, along: Floats) -> Floats:
+        """Return the tone, in -1..1, of the length of asphalt that each pixel lies on."""
+        near_end = station + 0.5 * along
+        number = np.floor(near_end / _PATCH_M)
+        index = number.astype(np.int32) & 255
+        here, before = self._patches[index], self._patches[index - 1]
+        share = np.minimum((near_end - number * _PATCH_M) / along, 1)
+        return np.asarray((before + (here - before) * share) * np.minimum(_PATCH_M / along, 1))
+
+    def _paint_road(
+        self, ground: Floats, station: Floats, offset: Floats, along: Floats, across: Floats
+    ) -> None:
+        palette = self._palette
+        aside = np.abs(offset)
+        _lay(ground, rgb(palette.verge), _stripe(aside, -1.0, _VERGE, across))
+        tone = 1 + 0.22 * self._patch(station, along)
+        asphalt = _stripe(aside, -1.0, HALF_WIDTH, across)
+        _lay(ground, rgb(palette.asphalt) * tone, asphalt)
+        line = _LINE_HALF_WIDTH
+        lines = _stripe(aside, _EDGE_LINE - line, _EDGE_LINE + line, across)
+        dashes = _pulses(station, along, DASH_PERIOD_M, DASH_M)
+        lines += _stripe(offset, -line, line, across) * dashes
+        _lay(ground, rgb(palette.marking), np.minimum(lines, 1))

@@ -1,0 +1,135 @@
+"""The driver: keeps to the road, but not so well that its actions could be told from the picture.
+
+A model learns what steering does only from steering that the road does not explain. So the driver
+swerves off the road to both sides, drives off-centre, holds the wheel straight through a bend,
+brakes to a stop for no reason, and finds its way back.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from driving_sim.data.synthetic.motion.vehicle import WHEELBASE_M, VehicleState
+from driving_sim.data.synthetic.road import LANE_OFFSET, Road
+
+_ACCELERATION_MPS2 = 2.5
+_STEERING_RATE_RADPS = 1.2
+_MOST_STEERING_RAD = 0.2
+_MOST_LATERAL_MPS2 = 4.5
+
+
+@dataclass(frozen=True, slots=True)
+class _Manoeuvre:
+    """What the driver is up to for a while."""
+
+    seconds: float
+    speed_mps: float
+    """To be reached."""
+    braking_mps2: float
+    offset_m: float = LANE_OFFSET
+    """Where on the road to drive, where `steering_rad` does not say otherwise."""
+    steering_rad: float | None = None
+    """To be held whatever the road does."""
+
+
+class Driver:
+    """Chooses each frame's action from the state and its own stream of random numbers."""
+
+    def __init__(self, road: Road, seed: int, cruise_mps: tuple[float, float]) -> None:
+        self._road = road
+        self._cruise_mps = cruise_mps
+        self._rng = np.random.default_rng(seed)
+        self._speed = float(self._rng.choice([0.0, self._cruising_speed()]))
+        self._steering = 0.0
+        self._deck: list[str] = []
+        self._sides: list[float] = []
+        self._now = self._follow()
+        self._remaining = self._now.seconds
+
+    def act(self, state: VehicleState, dt: float) -> tuple[float, float]:
+        """Return speed in m/s and road-wheel angle in rad for the next `dt` seconds."""
+        if self._remaining <= 0:
+            self._now = self._next(state)
+            self._remaining = self._now.seconds
+        self._remaining -= dt
+        now = self._now
+        change = now.speed_mps - self._speed
+        self._speed += min(max(change, -now.braking_mps2 * dt), _ACCELERATION_MPS2 * dt)
+        wanted = (
+            self._towards(state, now.offset_m) if now.steering_rad is None else now.steering_rad
+        )
+        most = self._most_steering()
+        turn = min(max(wanted, -most), most) - self._steering
+        reach = _STEERING_RATE_RADPS * dt
+        self._steering += min(max(turn, -reach), reach)
+        return self._speed, self._steering
+
+    def _most_steering(self) -> float:
+        """Return what the tyres hold at this speed."""
+        grip = _MOST_LATERAL_MPS2 * WHEELBASE_M / max(self._speed, 1.0) ** 2
+        return min(math.atan(grip), _MOST_STEERING_RAD)
+
+    def _towards(self, state: VehicleState, offset_m: float) -> float:
+        """Return the steering to a point ahead on the road (pure pursuit, Coulter 1992)."""
+        station, _, slope = self._road.project(np.array([state.x_m]), np.array([state.y_m]))
+        ahead = (6.0 + 0.8 * self._speed) / math.hypot(1.0, slope[0])
+        x, y, _ = self._road.place(station + ahead, np.array([offset_m]))
+        dx, dy = float(x[0]) - state.x_m, float(y[0]) - state.y_m
+        bearing = math.remainder(math.atan2(dy, dx) - state.heading_rad, 2 * math.pi)
+        if abs(bearing) > math.pi / 2:
+            return math.copysign(_MOST_STEERING_RAD, bearing)
+        return math.atan(2 * WHEELBASE_M * math.sin(bearing) / math.hypot(dx, dy))
+
+    def _cruising_speed(self) -> float:
+        return float(self._rng.uniform(*self._cruise_mps))
+
+    def _follow(self) -> _Manoeuvre:
+        near, anywhere = self._rng.normal(LANE_OFFSET, 0.5), self._rng.uniform(-4.5, 4.5)
+        return _Manoeuvre(
+            seconds=self._rng.uniform(2.0, 5.0),
+            speed_mps=self._cruising_speed(),
+            braking_mps2=2.5,
+            offset_m=float(near if self._rng.random() < 0.5 else anywhere),
+        )
+
+    def _side(self) -> float:
+        """Return left or right, as often the one as the other."""
+        if not self._sides:
+            self._sides = self._rng.permutation([-1.0, 1.0, -1.0, 1.0]).tolist()
+        return self._sides.pop()
+
+    def _next(self, state: VehicleState) -> _Manoeuvre:
+        _, offset, _ = self._road.project(np.array([state.x_m]), np.array([state.y_m]))
+        # Each way out is followed by the way back, until the road is under the wheels.
+        if self._now.steering_rad is not None or self._now.speed_mps == 0.0 or abs(offset) > 6.0:
+            return self._follow()
+        if not self._deck:
+            kinds = ["swerve", "swerve", "swerve", "swerve", "straight", "stop", "stop", "follow"]
+            self._deck = self._rng.permutation(kinds).tolist()
+        rng = self._rng
+        match self._deck.pop():
+            case "swerve":
+                return _Manoeuvre(
+                    seconds=rng.uniform(0.8, 2.6),
+                    speed_mps=self._speed if rng.random() < 0.6 else self._cruising_speed(),
+                    braking_mps2=rng.uniform(2.0, 5.0),
+                    steering_rad=self._side() * rng.uniform(0.04, 0.15),
+                )
+            case "straight":
+                return _Manoeuvre(
+                    seconds=rng.uniform(1.5, 3.0),
+                    speed_mps=self._speed,
+                    braking_mps2=2.5,
+                    steering_rad=0.0,
+                )
+            case "stop":
+                braking = rng.uniform(2.5, 5.5)
+                return _Manoeuvre(
+                    seconds=self._speed / braking + rng.uniform(0.5, 1.5),
+                    speed_mps=0.0,
+                    braking_mps2=braking,
+                    steering_rad=0.0 if rng.random() < 0.4 else None,
+                )
+            case _:
+                return self._follow()

@@ -1,0 +1,457 @@
+"""The training loop that both models share."""
+
+import json
+import math
+import signal
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from driving_sim.engine.checkpoint import (
+    STATE,
+    checkpoint_path,
+    damage,
+    latest,
+    load_checkpoint,
+    newest_whole,
+    prune,
+    remove_after,
+    save_checkpoint,
+    step_of,
+)
+from driving_sim.engine.config import from_dict, to_dict
+from driving_sim.engine.device import resolve_device, resolve_precision
+from driving_sim.engine.errors import DriveSimError, Interrupted
+from driving_sim.engine.files import disk_errors
+from driving_sim.engine.interrupt import StopNow, StopRequest, stop_on_signals
+from driving_sim.engine.ranks.distributed import process_group
+from driving_sim.engine.run_folder import (
+    CHECKPOINTS,
+    check_run,
+    goes_on,
+    mark_finished,
+    mark_unfinished,
+    prepare_run,
+)
+from driving_sim.engine.threads import fixed_threads
+from driving_sim.engine.training.config import TrainingConfig
+from driving_sim.engine.training.run_log import RunLog
+from driving_sim.engine.training.schedule import position_by_steps, position_by_time
+from driving_sim.engine.training.step import Batch, Stepper, Trainable, batch_seed, seed_torch
+from driving_sim.engine.training.validation import Validation
+
+__all__ = [
+    "Batch",
+    "Trainable",
+    "TrainingConfig",
+    "TrainingResult",
+    "Validation",
+    "check_run",
+    "prepare_run",
+    "train",
+]
+
+MAX_SKIPPED_IN_A_ROW = 20
+"""Steps without a finite loss before the run gives up."""
+FIRST_STEPS = 5
+"""Steps after which a run says how long it will take."""
+WARM_UP_STEPS = 2
+"""Those of them that do not count: kernels are chosen, or compiled, and memory is taken."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingResult:
+    """What a run came to."""
+
+    best_score: float
+    best_step: int
+    steps: int
+    batches: int
+    """Batches that all ranks together have taken for these steps."""
+    seconds: float
+    """Training time; validation does not count."""
+
+
+Validate = Callable[[nn.Module], Validation]
+Export = Callable[[nn.Module, Path], None]
+
+
+def train(
+    model: nn.Module,
+    *,
+    dataset: Dataset[Batch],
+    config: TrainingConfig,
+    run: Path,
+    validate: Validate,
+    export: Export,
+    run_config: Mapping[str, Any],
+    resume: bool = False,
+    device: torch.device | str = "auto",
+) -> TrainingResult:
+    """Train `model` (a `Trainable`) in the folder `run`; under `torchrun`, on all its devices.
+
+    `dataset[n]` is batch n, a function of (its seed, n) alone. Each batch also gets `step` (int64)
+    and `progress` (float32, 0 to 1), and torch is seeded for it, so that a run resumed from a
+    checkpoint equals one that was never interrupted. `validate` gets the model in eval mode with
+    averaged weights, without gradients, under the training's autocast; `export` writes the averaged
+    module into `run` at each new best score; `is_finished(run)` tells whether the last one came.
+    Resuming a finished run changes nothing, unless it may now last longer. Raises `DriveSimError`
+    where `run` cannot be used, the loss stays non-finite or no score is finite, and `Interrupted`
+    after a signal, once saved.
+    """
+    device = resolve_device(device)
+    with (
+        disk_errors(run),
+        fixed_threads(config.threads),
+        process_group(device) as (ranks, own_device),
+        stop_on_signals() as request,
+    ):
+        ranks.require_same(json.dumps(run_config, default=str), "the settings or the drives")
+        (goes_on_alike,) = ranks.from_main([float(goes_on(run, resume))])
+        resume = bool(goes_on_alike)
+        if ranks.is_main:
+            prepare_run(run, run_config, resume)
+
+        def run_loop() -> TrainingResult:
+            # Here, so that nothing holds on to the process group when it is left.
+            stepper = Stepper(model, config, ranks, own_device)
+            loop = _Loop(stepper, run, validate, export, request)
+            if resume:
+                loop.resume()
+            loop.choose_precision()
+            if not ranks.is_main:
+                return loop.run(dataset, None)
+            with loop.run_log(config.steps) as log:
+                return loop.run(dataset, log)
+
+        return run_loop()
+
+
+@dataclass(kw_only=True, slots=True)
+class _State:
+    """Where a run stands: a checkpoint's `state.json`."""
+
+    step: int = 0
+    batches: int = 0
+    seconds: float = 0.0
+    step_seconds: float = 0.0
+    precision: str = ""
+    device: str = ""
+    validated_step: int = 0
+    best_score: float | None = None
+    best_step: int = 0
+    validations_since_best: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+
+
+class _Loop:
+    def __init__(
+        self,
+        stepper: Stepper,
+        run: Path,
+        validate: Validate,
+        export: Export,
+        request: StopRequest,
+    ) -> None:
+        self.stepper, self.config, self.ranks = stepper, stepper.config, stepper.ranks
+        self.folder, self.validate_model, self.export = run, validate, export
+        self.request = request
+        # Ranks stop after the same step: they may be waiting for each other within one.
+        self.interruptible = request.interruptible if self.ranks.size == 1 else nullcontext
+        self.state = _State()
+        self.unsaved = False
+        self.notices: list[str] = []
+        self.recent_seconds: deque[float] = deque(maxlen=15)
+        self.log: RunLog | None = None
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint that is whole, if the run came as far as one."""
+        path = self._checkpoint()
+        if path is None:
+            return
+        self.state = from_dict(_State, self._load(path), where=str(path / STATE))
+        (damaged,) = self.ranks.from_main([float(len(self.notices))])
+        if damaged:
+            self._return_to(path)
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        stepper = self.stepper
+        return load_checkpoint(
+            path, model=stepper.model, optimizer=stepper.optimizer, ema=stepper.ema
+        )
+
+    def _return_to(self, path: Path) -> None:
+        """Undo what the run did after the checkpoint `path`, which it goes on from.
+
+        Later checkpoints are damaged. The weights exported last may be those of a later step too:
+        those of the best step so far are exported again.
+        """
+        stepper, best = self.stepper, checkpoint_path(path.parent, self.state.best_step)
+        (exported,) = self.ranks.from_main([float(damage(best) is None)])
+        if exported:
+            self._load(best)
+            with stepper.averaged() as model:
+                if self.ranks.is_main:
+                    self.export(cast(Trainable, model).ema_module(), self.folder)
+            self._load(path)
+        if self.ranks.is_main:
+            remove_after(path)
+
+    def _checkpoint(self) -> Path | None:
+        """The one to go on from, as the main rank finds it: checking reads everything."""
+        folder, path = self.folder / CHECKPOINTS, None
+        if self.ranks.is_main:
+            path, self.notices = newest_whole(folder)
+        (step,) = self.ranks.from_main([-1.0 if path is None else float(step_of(path))])
+        return None if step < 0 else checkpoint_path(folder, int(step))
+
+    def choose_precision(self) -> None:
+        """Resolve auto; a resumed run keeps what it measured before, if the device is the same."""
+        name, device = str(self.config.precision), self.stepper.device
+        if name == "auto" and self.state.device == device.type:
+            name = self.state.precision
+        low = self.ranks.from_main([float(resolve_precision(name, device) is torch.bfloat16)])[0]
+        self.stepper.dtype = torch.bfloat16 if low else torch.float32
+        self.state.precision, self.state.device = "bf16" if low else "fp32", device.type
+
+    def run_log(self, total: int | None) -> RunLog:
+        """The run's record, going on from where the state stands."""
+        step, validated = self.state.step, self.state.validated_step
+        return RunLog(self.folder, start_step=step, validated_step=validated, total=total)
+
+    def run(self, dataset: Dataset[Batch], log: RunLog | None) -> TrainingResult:
+        """Step, log, validate and save until the run is over."""
+        self.log = log
+        if log:
+            for notice in self.notices:
+                log.say(notice)
+        self.stepper.model.train()
+        batches: Iterator[tuple[int, Batch]] | None = None
+        while True:
+            stop_signal, position = self._agree()
+            if stop_signal:
+                self._save()
+                raise self._interruption(stop_signal)
+            try:
+                if position > 1.0 or self._due(self.config.validate_every):
+                    self._validate()
+                over = position > 1.0 or self._out_of_patience()
+                if over or self._due(self.config.save_every) or self._is_best():
+                    self._save()
+                if over:
+                    return self._finish(trained=batches is not None)
+                if batches is None:
+                    batches = self._batches(dataset)
+                self._step(batches, position)
+            except StopNow:
+                continue  # the state is what it was before
+
+    def _batches(self, dataset: Dataset[Batch]) -> Iterator[tuple[int, Batch]]:
+        """Begin to train: the run is not finished, and its batches are being made."""
+        if self.ranks.is_main:
+            mark_unfinished(self.folder)
+        state = self.state
+        batches = self.stepper.batches(dataset, state.step, state.batches, self.request.shield)
+        with self.interruptible():
+            # Starting the workers is not training time.
+            return chain([next(batches)], batches)
+
+    def _agree(self) -> tuple[int, float]:
+        """The signal that reached any rank (0: none), and the main rank's position in the run."""
+        position = self._position() if self.ranks.is_main else 0.0
+        stop_signal, position = self.ranks.largest([float(self.request.signal), position])
+        return int(stop_signal), position
+
+    def _position(self) -> float:
+        if self.config.steps is not None:
+            return position_by_steps(self.state.step, self.config.steps)
+        assert self.config.minutes is not None
+        state, limit = self.state, 60.0 * self.config.minutes
+        by_time = position_by_time(state.seconds, limit, state.step_seconds)
+        least = self.config.min_steps
+        return by_time if least is None else min(by_time, position_by_steps(state.step, least))
+
+    def _step(self, batches: Iterator[tuple[int, Batch]], position: float) -> None:
+        state = self.state
+        start = time.perf_counter()
+        finite = self.stepper.step(batches, state.step, position, self.interruptible)
+        seconds = time.perf_counter() - start
+        self.recent_seconds.append(seconds)
+        state.step_seconds = statistics.median(self.recent_seconds)
+        state.seconds += seconds
+        state.step += 1
+        state.batches += self.stepper.batches_per_step
+        self.unsaved = True
+        self._count_skipped(finite)
+        if self._due(self.config.log_every):
+            self._log_training()
+        if self.log:
+            self._say_how_long(self.log, seconds)
+            self.log.advance(position)
+
+    def _say_how_long(self, log: RunLog, seconds: float) -> None:
+        """Say, after a step of `seconds`, how long the run takes: once it is known, or more."""
+        state, config = self.state, self.config
+        if config.steps is not None and len(self.recent_seconds) == FIRST_STEPS:
+            line = time_to_go(config.steps - state.step, [*self.recent_seconds])
+            if line:
+                log.say(line)
+        if config.minutes is None or config.min_steps is None:
+            return
+        left = config.min_steps - state.step
+        if left > 0 and state.seconds - seconds <= 60.0 * config.minutes < state.seconds:
+            log.say(
+                f"{config.minutes:g} minutes are over after {state.step} steps; this training "
+                f"needs {config.min_steps:,}: about {math.ceil(left * state.step_seconds / 60.0)} "
+                "min more"
+            )
+
+    def _count_skipped(self, finite: bool) -> None:
+        state = self.state
+        state.skipped_steps += not finite
+        state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
+        if state.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            path = latest(self.folder / CHECKPOINTS)
+            raise DriveSimError(
+                f"the loss was not finite in {MAX_SKIPPED_IN_A_ROW} steps up to {state.step}; the "
+                f"last checkpoint is {path or 'none'}: go on from it with --resume and a lower "
+                "training.learning_rate"
+            )
+
+    def _validate(self) -> None:
+        """Validate with averaged weights on the main rank; export them where they are the best."""
+        state = self.state
+        if state.validated_step == state.step:
+            return
+        score = math.inf
+        with self.stepper.averaged() as model:
+            if self.ranks.is_main:
+                score = self._validate_and_export(model)
+        (score,) = self.ranks.from_main([score])
+        state.validations_since_best += 1
+        if self._improves(score):
+            state.best_score, state.best_step, state.validations_since_best = score, state.step, 0
+        state.validated_step = state.step
+        self.unsaved = True
+
+    def _validate_and_export(self, model: nn.Module) -> float:
+        # The same draws each time: scores differ by the weights alone.
+        seed_torch(batch_seed(self.config.seed, -1), self.stepper.device)
+        with torch.no_grad(), self.stepper.autocast():
+            with self.interruptible():
+                validation = self.validate_model(model)
+            if self._improves(validation.score):
+                self.export(cast(Trainable, model).ema_module(), self.folder)
+        if self.log:
+            best = self._improves(validation.score)
+            self.log.add_validation(self.state.step, validation, best=best)
+        return validation.score
+
+    def _save(self) -> None:
+        if not self.unsaved:
+            return
+        self._log_training()
+        stepper, state, folder = self.stepper, self.state, self.folder / CHECKPOINTS
+        save_checkpoint(
+            folder,
+            step=state.step,
+            model=stepper.model,
+            optimizer=stepper.optimizer,
+            ema=stepper.ema,
+            state=to_dict(state),
+            ranks=self.ranks,
+        )
+        if self.ranks.is_main:
+            prune(folder, keep_last=self.config.keep_last, best_step=state.best_step)
+        self.unsaved = False
+
+    def _log_training(self) -> None:
+        means = self.stepper.meter.read(self.ranks)
+        if not self.log or not means:
+            return
+        values = {
+            **means,
+            "learning_rate": self.stepper.learning_rate(),
+            "skipped_steps": float(self.state.skipped_steps),
+            "step_seconds": self.state.step_seconds,
+            "training_seconds": self.state.seconds,
+            "batches": float(self.state.batches),
+            "threads": float(torch.get_num_threads()),
+        }
+        self.log.add_scalars(self.state.step, "train", values)
+
+    def _due(self, every: int) -> bool:
+        return self.state.step > 0 and self.state.step % every == 0
+
+    def _improves(self, score: float) -> bool:
+        best = self.state.best_score
+        return math.isfinite(score) and (best is None or score < best)
+
+    def _is_best(self) -> bool:
+        return self.state.best_step == self.state.step
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.patience
+        return patience is not None and self.state.validations_since_best >= patience
+
+    def _interruption(self, stop_signal: int) -> Interrupted:
+        name, step = signal.Signals(stop_signal).name, self.state.step
+        what = f"{name}: stopped after step {step} in {self.folder}"
+        return Interrupted(what, "pass --resume", 128 + stop_signal)
+
+    def _finish(self, *, trained: bool) -> TrainingResult:
+        """Mark the run as finished; say so where there was nothing left to do."""
+        result = self._result()
+        if self.ranks.is_main:
+            mark_finished(self.folder, asdict(result))
+        if self.log and not trained:
+            self.log.say(
+                f"{self.folder} was finished at step {result.steps}: to train it further, give "
+                "more steps, minutes or patience"
+            )
+        return result
+
+    def _result(self) -> TrainingResult:
+        state = self.state
+        if state.best_score is None:
+            raise DriveSimError(
+                f"{self.folder}: no validation score was finite, so nothing was kept; "
+                "try a lower training.learning_rate"
+            )
+        if self.log:
+            self.log.say(f"best score {state.best_score:.4g} at step {state.best_step}")
+        return TrainingResult(
+            best_score=state.best_score,
+            best_step=state.best_step,
+            steps=state.step,
+            batches=state.batches,
+            seconds=state.seconds,
+        )
+
+
+def time_to_go(steps: int, first_seconds: Sequence[float]) -> str:
+    """One line on how long `steps` more steps take, at the speed of the first; "" under 2 minutes.
+
+    `first_seconds` are those that the first steps of the process took.
+    """
+    step = statistics.median(first_seconds[WARM_UP_STEPS:])
+    seconds = steps * step
+    if seconds < 120:
+        return ""
+    units = {"days": 86_400, "hours": 3_600, "minutes": 60}
+    unit = next(name for name, length in units.items() if seconds >= 2 * length)
+    remedy = "; a smaller preset, fewer steps or a GPU take less" if seconds >= 86_400 else ""
+    each = f"{step:.2g}" if step < 10 else f"{step:,.0f}"
+    length = f"{seconds / units[unit]:,.0f} {unit}"
+    return f"{steps:,} steps to go at {each} s a step: some {length}{remedy}"

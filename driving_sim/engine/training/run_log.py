@@ -1,0 +1,169 @@
+"""A training run's record: JSON lines, TensorBoard, what it said, progress on the terminal."""
+
+import io
+import json
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+from tensorboard.summary.writer.event_file_writer import (  # type: ignore[import-untyped]
+    EventFileWriter,
+)
+from torch.utils.tensorboard import SummaryWriter
+
+from driving_sim.engine.files import atomic_file
+from driving_sim.engine.progress import progress
+from driving_sim.engine.training.validation import Pixels, Validation
+
+METRICS = "metrics.jsonl"
+LINES = "log.txt"
+TENSORBOARD = "tensorboard"
+_SHOWN = ("bits_per_token", "loss")
+"""What stands beside the progress: the first of these that was logged last."""
+
+
+class RunLog:
+    """Writes `metrics.jsonl`, `log.txt` and `tensorboard/` in `run`; a context manager.
+
+    `start_step` is the step that the run goes on from: what an interrupted run logged beyond it
+    is dropped, as it will be logged again. So are validations after `validated_step`, by default
+    the same. `total` is the number of steps, None if unknown.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        start_step: int = 0,
+        validated_step: int | None = None,
+        total: int | None = None,
+    ) -> None:
+        self._run, self._start_step, self._total = run, start_step, total
+        self._validated_step = start_step if validated_step is None else validated_step
+        self._text = ""
+
+    def __enter__(self) -> "RunLog":
+        path = self._run / METRICS
+        _drop_rows_after(path, self._start_step, self._validated_step)
+        with ExitStack() as stack:
+            stack.enter_context(_quiet_tensorboard())
+            self._rows = stack.enter_context(path.open("a", encoding="utf-8"))
+            self._lines = stack.enter_context((self._run / LINES).open("a", encoding="utf-8"))
+            purge = self._start_step + 1 if self._start_step else None
+            self._writer = SummaryWriter(self._run / TENSORBOARD, purge_step=purge, flush_secs=30)
+            stack.callback(self._writer.close)
+            self._progress = stack.enter_context(
+                progress(self._total, self._run.name, "steps", start=self._start_step)
+            )
+            self._stack = stack.pop_all()
+        self.say(f"results in {self._run} (watch: tensorboard --logdir {self._run / TENSORBOARD})")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def say(self, line: str) -> None:
+        """Print one line, and keep it in `log.txt`."""
+        self._progress.say(line)
+        self._lines.write(line + "\n")
+        self._lines.flush()
+
+    def advance(self, fraction: float) -> None:
+        """Count a step; `fraction` of the run lies behind it."""
+        self._progress.advance(fraction=fraction, text=self._text)
+
+    def add_scalars(self, step: int, phase: str, values: Mapping[str, float]) -> None:
+        """Record numbers of `phase` (train, validation); those that are not finite become null."""
+        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._rows.write(json.dumps({"step": step, "phase": phase, **row}) + "\n")
+        self._rows.flush()
+        for name, value in values.items():
+            if math.isfinite(value):
+                self._writer.add_scalar(f"{phase}/{name}", value, step)
+        if shown := [name for name in _SHOWN if name in values]:
+            self._text = f"{shown[0]} {values[shown[0]]:.4g}"
+
+    def add_validation(self, step: int, validation: Validation, *, best: bool) -> None:
+        """Record all that a validation found, and print its numbers."""
+        values = {"score": validation.score, **validation.metrics}
+        self.add_scalars(step, "validation", values)
+        for name, image in validation.images.items():
+            self.add_image(step, f"validation/{name}", image)
+        for name, video in validation.videos.items():
+            self.add_gif(step, f"validation/{name}", video)
+        found = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.say(f"step {step}: {found}{' (best)' if best else ''}")
+
+    def add_image(self, step: int, name: str, image: Pixels) -> None:
+        """Record a uint8 [H, W, 3] image."""
+        self._add_encoded(step, name, image.shape, _encode([image], "PNG"))
+
+    def add_gif(self, step: int, name: str, frames: Pixels, fps: float = 10.0) -> None:
+        """Record a uint8 [T, H, W, 3] video as an animated image.
+
+        TensorBoard's own `add_video` writes nothing where moviepy is missing.
+        """
+        encoded = _encode(list(frames), "GIF", save_all=True, duration=round(1000 / fps), loop=0)
+        self._add_encoded(step, name, frames.shape[1:], encoded)
+
+    def _add_encoded(self, step: int, name: str, shape: tuple[int, ...], encoded: bytes) -> None:
+        image = Summary.Image(
+            height=shape[0], width=shape[1], colorspace=3, encoded_image_string=encoded
+        )
+        summary = Summary(value=[Summary.Value(tag=name, image=image)])
+        files = self._writer._get_file_writer()  # type: ignore[no-untyped-call]
+        files.add_summary(summary, step)
+
+
+@contextmanager
+def _quiet_tensorboard() -> Iterator[None]:
+    """TensorBoard's thread keeps its error for the next write: it need not print it as well."""
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if type(arguments.thread).__module__ != EventFileWriter.__module__:
+            before(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def _encode(frames: list[Pixels], file_format: str, **options: object) -> bytes:
+    first, *rest = [Image.fromarray(np.ascontiguousarray(frame)) for frame in frames]
+    if rest:
+        options["append_images"] = rest
+    buffer = io.BytesIO()
+    first.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def _drop_rows_after(path: Path, step: int, validated_step: int) -> None:
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as rows:
+        kept = [row for row in rows if _is_before(row, step, validated_step)]
+    with atomic_file(path) as temporary:  # Windows replaces no open file
+        temporary.write_text("".join(kept), "utf-8")
+
+
+def _is_before(row: str, step: int, validated_step: int) -> bool:
+    try:
+        values = json.loads(row)
+        last = validated_step if values["phase"] == "validation" else step
+        return float(values["step"]) <= last
+    except (ValueError, KeyError):
+        return False  # cut off when the run was killed

@@ -1,0 +1,144 @@
+"""Whether a world model turns the way it is steered, as its pictures' motion shows."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from driving_sim.data.actions.action_file import SPEED, STEERING
+from driving_sim.data.drive import Drive, sample
+from driving_sim.data.inspect.motion import yaw_motion
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.files import atomic_file
+from driving_sim.engine.progress import progress
+from driving_sim.world_model.panels import Frame, contact_sheet
+from driving_sim.world_model.rollout import context_from_drive
+from driving_sim.world_model.sampling.sampler import Sampling
+from driving_sim.world_model.world_model import WorldModel
+
+MOVING_MPS = 2.0
+"""Counterfactual futures start at this speed or more: a car that stands does not show steering."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ControlTrial:
+    """Two futures of one start: full left and full right."""
+
+    start_s: float
+    left_motion: float
+    """Mean image motion in picture widths a frame, positive where the car turns left."""
+    right_motion: float
+
+    @property
+    def obeyed(self) -> bool:
+        """Whether left turned left and right turned right."""
+        return self.left_motion > 0 > self.right_motion
+
+
+def evaluate_control(
+    world: WorldModel,
+    drives: Sequence[Drive],
+    *,
+    starts: int = 10,
+    seconds: float = 2.0,
+    sampling: Sampling,
+    sheet: Path | None = None,
+) -> dict[str, Any]:
+    """Steer left and right at the training data's 99th percentile from starts spread over drives.
+
+    Each pair of futures has one context and the same draws, and holds the context's speed: starts
+    are where the drive is known to be faster than 2 m/s, if it ever is. The motion is what
+    `drivesim inspect` measures, over the whole future. `sheet` is a picture
+    file to draw the futures in, a row for each start.
+    """
+    if sheet is not None and sheet.suffix.lower() not in (".png", ".jpg"):
+        raise DriveSimError(f"--sheet {sheet}: a picture is a .png or .jpg file; name it so")
+    frames = round(seconds * world.fps) if math.isfinite(seconds) else 0
+    if frames < 1:
+        raise DriveSimError(
+            f"--seconds {seconds:g}: less than a frame at the model's {world.fps:.3g} frames/s"
+        )
+    if world.steering_p99 == 0:
+        raise DriveSimError(
+            "the model's training drives have no steering, so there is nothing to steer with: "
+            "train on drives that do"
+        )
+    trials: dict[str, list[ControlTrial]] = {drive.id: [] for drive in drives}
+    rows: list[tuple[str, list[Frame]]] = []
+    with progress(starts, "left and right", "starts") as bar:
+        for number in range(starts):
+            drive = drives[number % len(drives)]
+            share = (number // len(drives) + 0.5) / -(-starts // len(drives))
+            times = _times_to_start(world, drive)
+            start_s = float(times[int(share * len(times))])
+            trial, pictures = _steer_both_ways(world, drive, start_s, frames, sampling)
+            trials[drive.id].append(trial)
+            rows.append((f"{drive.id} at {start_s:.1f} s", pictures))
+            bar.advance(1)
+    if sheet is not None:
+        half, end = (f"after {(n + 1) / world.fps:.1f} s" for n in _sheet_frames(frames))
+        headings = [f"left {end}", f"left {half}", "start", f"right {half}", f"right {end}"]
+        with atomic_file(sheet) as temporary:
+            Image.fromarray(contact_sheet(rows, headings)).save(temporary)
+    every = [trial for each in trials.values() for trial in each]
+    return {
+        "starts": starts,
+        "seconds": seconds,
+        "steering": world.steering_p99,
+        "obeyed": sum(trial.obeyed for trial in every),
+        "mean_left_minus_right": float(np.mean([t.left_motion - t.right_motion for t in every])),
+        "sampling": asdict(sampling),
+        "trials": {name: [asdict(trial) for trial in each] for name, each in trials.items()},
+        "fingerprint": world.fingerprint,
+        "precision": world.precisions,
+    }
+
+
+def _times_to_start(world: WorldModel, drive: Drive) -> NDArray[np.float64]:
+    """The times after the first context at which the car moves: one that stands cannot turn."""
+    sampled = sample(drive, fps=world.fps)
+    first = min(world.context_frames, len(sampled.timestamps) - 1)
+    times = sampled.timestamps[first:]
+    speeds = np.append(0.0, sampled.actions[:-1, SPEED])[first:]  # that led to each time
+    moves = speeds >= MOVING_MPS
+    return times[moves] if moves.any() else times
+
+
+def _steer_both_ways(
+    world: WorldModel, drive: Drive, start_s: float, frames: int, sampling: Sampling
+) -> tuple[ControlTrial, list[Frame]]:
+    """Return what was measured, and pictures of it: left after all and half, start, right."""
+    context = context_from_drive(world, drive, start_s)
+    past = len(context.tokens) - 1
+    prefix = world.encode_prefix(
+        context.tokens, context.actions[:past], context.action_valid[:past]
+    )
+    situation = context.situation(world)
+    actions = np.tile(situation.last_action, (2, frames, 1))
+    actions[0, :, STEERING], actions[1, :, STEERING] = world.steering_p99, -world.steering_p99
+    valid = np.tile(situation.last_valid | [False, True], (2, frames, 1))
+    tokens = [step.tokens for step in world.generate(prefix, actions, valid, sampling=sampling)]
+    start = context.frames[-1]
+    left, right = (
+        world.tokenizer.decode(torch.stack(branch).cpu()).numpy()
+        for branch in zip(*tokens, strict=True)
+    )
+    left_motion, right_motion = (
+        float(yaw_motion(np.concatenate([start[None], future])).mean()) for future in (left, right)
+    )
+    half, end = _sheet_frames(frames)
+    return (
+        ControlTrial(start_s=start_s, left_motion=left_motion, right_motion=right_motion),
+        [left[end], left[half], start, right[half], right[end]],
+    )
+
+
+def _sheet_frames(frames: int) -> tuple[int, int]:
+    """The frames of a future that a contact sheet shows: half-way and the last one."""
+    return (frames - 1) // 2, frames - 1

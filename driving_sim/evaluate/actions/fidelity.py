@@ -1,0 +1,195 @@
+"""Whether rollouts do what they are told: commanded against realised speed and steering.
+
+What a rollout realised is read off its pictures by an inverse-dynamics probe that learned from the
+training drives (as ACT-Bench, arXiv 2412.05337, does). Its own error on held-out ones is the floor.
+
+Axes: C clips, N frames of the future, H W pixels, A = 2 channels (speed, steering).
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from driving_sim.data.actions.action_file import SPEED, STEERING
+from driving_sim.engine.progress import progress
+from driving_sim.evaluate.actions.following import follow
+from driving_sim.evaluate.actions.inverse_dynamics import STANDING_MPS, InverseDynamics
+from driving_sim.evaluate.footage import Clip
+from driving_sim.evaluate.report.section import Cell, Media, Section, Table, plot
+from driving_sim.evaluate.rollouts import Imagined, imagine
+from driving_sim.world_model.sampling.sampler import Sampling
+from driving_sim.world_model.world_model import WorldModel
+
+Frames = NDArray[np.uint8]
+Actions = NDArray[np.float64]
+
+CHANNELS = {"speed": SPEED, "steering": STEERING}
+SOURCES = ("recorded", "model", "action_free", "constant")
+_OF_CHANGE = ("correlation", "gain", "delay_frames", "sign_accuracy")
+"""What is not told where the commands vary less than the probe errs."""
+CURVE = 0.5
+"""A curve: |steering| beyond this share of the training data's 95th percentile."""
+
+
+class FidelityMeter:
+    """Collects what clips were told and what their pictures show; `section` sums up.
+
+    Every clip comes with its mirror image: a car that drives a circuit turns mostly one way, and a
+    model that always says right must not be right. The two are one unit of the intervals.
+    """
+
+    def __init__(self, world: WorldModel, probe: InverseDynamics, floor: dict[str, Any]) -> None:
+        """`floor` is the probe's own error on held-out footage, for the report."""
+        self.world, self.probe, self.floor = world, probe, floor
+        self.clips: list[Clip] = []
+        self.commanded: list[Actions] = []
+        self.realised: dict[str, list[Actions]] = {name: [] for name in SOURCES}
+
+    def add(self, imagined: Imagined) -> None:
+        """Read the rollout of a clip, and what was recorded there."""
+        clip = imagined.clip
+        commanded = _commanded(clip)
+        self.clips.append(clip)
+        self.commanded.append(commanded)
+        context = clip.context
+        self.realised["model"].append(read(self.probe, context, imagined.frames))
+        self.realised["recorded"].append(read(self.probe, context, clip.truth))
+        constant = np.array(self.world.statistics.mean)
+        self.realised["constant"].append(np.broadcast_to(constant, commanded.shape).copy())
+
+    def add_action_free(self, imagined: Imagined) -> None:
+        """Read a rollout of the same clip, in the same order, that knew none of its actions."""
+        read_off = read(self.probe, imagined.clip.context, imagined.frames)
+        self.realised["action_free"].append(read_off)
+
+    def section(self) -> Section:
+        """How well each source follows, beside the probe's own error."""
+        commanded = np.stack(self.commanded)
+        units = [_place(clip) for clip in self.clips]
+        metrics: dict[str, Any] = {
+            "clips": len(units),
+            "independent_clips": len(set(units)),
+            "recorded": all(clip.footage.recorded is not None for clip in self.clips),
+            "probe": self.floor,
+        }
+        for name, channel in CHANNELS.items():
+            threshold = CURVE * self.world.steering_p95 if channel == STEERING else None
+            metrics[name] = {
+                source: asdict(
+                    follow(
+                        commanded[..., channel],
+                        np.stack(found)[..., channel],
+                        units=units,
+                        sign_threshold=threshold,
+                        max_lag=min(5, commanded.shape[1] - 2),
+                    )
+                )
+                for source, found in self.realised.items()
+                if found
+            }
+            if not self._can_tell(name, commanded[..., channel]):
+                for found in metrics[name].values():
+                    found |= dict.fromkeys(_OF_CHANGE)
+        return Section(
+            name="fidelity",
+            title="Action fidelity",
+            text=_TEXT.format(
+                truth=_RECORDED if metrics["recorded"] else _RECONSTRUCTED, standing=STANDING_MPS
+            ),
+            metrics=metrics,
+            parts=(_floor_table(self.floor), _table(metrics), self._plot(commanded)),
+        )
+
+    def _can_tell(self, name: str, commanded: Actions) -> bool:
+        """Whether the commands vary by more than the probe errs."""
+        error = self.floor.get(name, {}).get("rmse")
+        known = commanded[np.isfinite(commanded)]
+        return error is None or (len(known) > 0 and float(known.std()) > error)
+
+    def _plot(self, commanded: Actions) -> Media:
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        for axes, (name, channel) in zip(figure.subplots(1, 2), CHANNELS.items(), strict=True):
+            told = commanded[..., channel].ravel()
+            for source, colour in (("recorded", "#b9bec8"), ("model", "#2a5db0")):
+                shown = np.stack(self.realised[source])[..., channel].ravel()
+                axes.plot(told, shown, ".", color=colour, markersize=3, label=source)
+            if np.isfinite(told).any():
+                ends = np.nanmin(told), np.nanmax(told)
+                axes.plot(ends, ends, color="#999999", linewidth=1)
+            axes.set(title=name, xlabel="commanded", ylabel="realised")
+        axes.legend(frameon=False)
+        return plot(figure, "Every frame: what was commanded and what the probe reads")
+
+
+def _commanded(clip: Clip) -> Actions:
+    """The future's actions [N, A]; NaN where not known, or where they cannot show."""
+    actions, valid = clip.actions
+    future = slice(clip.context_frames - 1, None)
+    commanded = np.where(valid, actions, np.nan)[future].astype(np.float64)
+    commanded[commanded[:, SPEED] < STANDING_MPS, STEERING] = np.nan
+    return commanded
+
+
+def _place(clip: Clip) -> str:
+    """Where a clip was taken: the same for its mirror image."""
+    drive = clip.footage.drive
+    return f"{drive.id} {drive.entry.start + clip.start}"
+
+
+def read(probe: InverseDynamics, context: Frames, future: Frames) -> Actions:
+    """Estimate the action [N, 2] that led to each frame of `future` [N, H, W, 3]."""
+    frames = np.concatenate([context[-probe.look_back :], future])
+    return np.asarray(probe.estimate(frames)[-len(future) :], np.float64)
+
+
+def measure_fidelity(
+    world: WorldModel, meter: FidelityMeter, clips: Sequence[Clip], sampling: Sampling
+) -> None:
+    """Roll every clip's mirror image out, and every one of both without its actions."""
+    mirrored = [replace(clip, mirrored=True) for clip in clips]
+    with progress(3 * len(clips), "action fidelity", "rollouts") as bar:
+        for imagined in imagine(world, mirrored, sampling):
+            meter.add(imagined)
+            bar.advance(1)
+        for imagined in imagine(world, [*clips, *mirrored], sampling, hide_actions=True):
+            meter.add_action_free(imagined)
+            bar.advance(1)
+
+
+_TEXT = """An inverse-dynamics probe, which learned from the training drives, reads speed and
+steering off pictures. It is run on {truth} of the same clips (its error there is the floor), on the
+model's rollouts, and on rollouts in which the model knew the actions of the context but none of the
+future's (action-free); the constant is the training drives' mean.
+
+Correlation, gain (1: what was commanded is what happens) and delay compare the commanded with the
+realised course. Sign accuracy is over frames in curves, left and right averaged, over the clips
+and their mirror images: always the same way scores 0.5. Where the commands vary less than the probe
+errs, nothing is said of how the rollouts follow them. The steering of a car that is told to go
+slower than {standing:g} m/s does not show, and is not judged. Intervals are over clips; one and its
+mirror image count as one."""
+_RECORDED = "the recorded frames"
+_RECONSTRUCTED = "the tokenizer's reconstructions of the recorded frames"
+
+
+def _floor_table(floor: dict[str, Any]) -> Table:
+    names = next(iter(floor.values()))
+    rows: tuple[tuple[Cell, ...], ...] = tuple(
+        (name.replace("_", " "), *(errors[name] for errors in floor.values())) for name in names
+    )
+    caption = "The floor: the probe's own error on the held-out drives"
+    return Table(caption=caption, columns=("", *floor), rows=rows)
+
+
+def _table(metrics: dict[str, Any]) -> Table:
+    names = ("correlation", "gain", "mean_absolute_error", "delay_frames", "sign_accuracy")
+    rows: tuple[tuple[Cell, ...], ...] = tuple(
+        (f"{channel}, {source.replace('_', '-')}", *(found[name] for name in names))
+        for channel in CHANNELS
+        for source, found in metrics[channel].items()
+    )
+    columns = ("", *(name.replace("_", " ") for name in names))
+    return Table(caption="Commanded against realised", columns=columns, rows=rows)

@@ -1,0 +1,201 @@
+"""How well what a rollout's pictures show follows what was commanded, for one channel of actions.
+
+NaN is what is not known: a command that was not given, or a motion that could not be measured.
+
+Legend: C clips, N transitions of a clip, L levels of a sweep.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from driving_sim.evaluate.report.intervals import Values, bootstrap, unit_sums
+
+Estimate = Mapping[str, float | None]
+"""`mean`, `low` and `high`, of `bootstrap`."""
+
+_FLAT = 1e-12
+"""A variance that is this small a share of the mean square is rounding."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Following:
+    """How realised actions follow commanded ones; None is what cannot be told from these clips."""
+
+    transitions: int
+    """Where both are known."""
+    correlation: Estimate | None
+    """Pearson's, over all clips together."""
+    gain: float | None
+    """Least-squares slope of realised on commanded: 1 is obedience, 0.5 half of what was asked."""
+    mean_absolute_error: float | None
+    """In the channel's unit."""
+    delay_frames: int | None
+    """How much later than commanded the picture follows; None where it follows at no lag."""
+    sign_accuracy: Estimate | None = None
+    """Of left and right commands, averaged."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Monotonicity:
+    """Whether more commanded is more realised."""
+
+    rank_correlation: float | None
+    """Spearman's; 1 where every step up is one up."""
+    in_order: float | None
+    """Share of neighbouring levels of which the higher command realised more."""
+
+
+def follow(
+    commanded: Values,
+    realised: Values,
+    *,
+    units: ArrayLike | None = None,
+    sign_threshold: float | None = None,
+    max_lag: int = 5,
+    seed: int = 0,
+) -> Following:
+    """Compare commanded with realised [C, N] of one channel.
+
+    The delay is the lag, at most `max_lag` frames either way, of the highest normalised
+    cross-correlation of the clips, each about its own mean. With `sign_threshold`, commands beyond
+    it are judged by their sign too. Intervals are over `units`, a label [C] for each clip: clips
+    of one label, a clip and its mirror image, are no independent evidence. By default each clip
+    is a unit.
+    """
+    x, y = _paired(commanded, realised)
+    if x.ndim != 2:
+        raise ValueError(f"commanded is {list(x.shape)}; it must be [clips, transitions]")
+    if not 0 <= max_lag < x.shape[1] - 1:
+        raise ValueError(f"max_lag={max_lag}: must lie in 0..{x.shape[1] - 2} for these clips")
+    known = ~np.isnan(x)
+    units = np.arange(len(x)) if units is None else units
+    moments = unit_sums(units, _moments(x, y))
+    covariance, commanded_variance, _ = _spread(moments.sum(axis=0))
+    sides = None if sign_threshold is None else unit_sums(units, _sides(x, y, sign_threshold))
+    return Following(
+        transitions=int(known.sum()),
+        correlation=_estimate(moments, _correlation, seed),
+        gain=_or_none(_ratio(covariance, commanded_variance)),
+        mean_absolute_error=float(np.abs(x - y)[known].mean()) if known.any() else None,
+        delay_frames=_delay(x, y, max_lag),
+        sign_accuracy=None if sides is None else _estimate(sides, _balanced, seed),
+    )
+
+
+def balanced_sign_accuracy(commanded: Values, realised: Values, threshold: float) -> float | None:
+    """Share of the right sign among commands beyond ±`threshold`: of left, of right, averaged.
+
+    Takes two arrays of one shape. A model that always goes one way scores 0.5, whatever the drive;
+    realised 0 is neither side. None where one side is never commanded.
+    """
+    x, y = _paired(commanded, realised)
+    return _or_none(_balanced(_sides(x.reshape(1, -1), y.reshape(1, -1), threshold)[0]))
+
+
+def monotonicity(commanded: Values, realised: Values) -> Monotonicity:
+    """Compare the commanded levels [L] of a sweep with what each realised [L]."""
+    x, y = _paired(commanded, realised)
+    if x.ndim != 1:
+        raise ValueError(f"commanded is {list(x.shape)}; it must be [levels]")
+    x, y = x[~np.isnan(x)], y[~np.isnan(y)]
+    ranks = np.stack([_ranks(x), _ranks(y)])
+    order = np.argsort(x, kind="stable")
+    step, rise = np.diff(x[order]), np.diff(y[order])
+    return Monotonicity(
+        rank_correlation=_or_none(_correlation(_moments(*ranks[:, None])[0])),
+        in_order=float((rise[step > 0] > 0).mean()) if (step > 0).any() else None,
+    )
+
+
+def _paired(commanded: Values, realised: Values) -> tuple[Values, Values]:
+    """Both as float64, unknown in both where unknown in either."""
+    x, y = np.array(commanded, np.float64), np.array(realised, np.float64)
+    if x.shape != y.shape:
+        raise ValueError(f"commanded is {list(x.shape)} and realised {list(y.shape)}; make equal")
+    unknown = np.isnan(x) | np.isnan(y)
+    x[unknown] = y[unknown] = np.nan
+    return x, y
+
+
+def _moments(x: Values, y: Values) -> Values:
+    """Sums [C, 6] of 1, x, y, xy, xx and yy of each clip, about the means of all clips."""
+    known = ~np.isnan(x)
+    x, y = (np.where(known, v - (v[known].mean() if known.any() else 0.0), 0.0) for v in (x, y))
+    terms = (known.astype(np.float64), x, y, x * y, x * x, y * y)
+    return np.stack([term.sum(axis=1) for term in terms], axis=1)
+
+
+def _spread(moments: Values) -> tuple[Values, Values, Values]:
+    """Covariance and the variances of x and y from sums [..., 6]; 0 where nothing varies."""
+    count, x, y, xy, xx, yy = np.moveaxis(moments, -1, 0)
+    count = np.maximum(count, 1.0)
+    variances = [
+        np.where(square - total**2 / count > _FLAT * square, square - total**2 / count, 0.0) / count
+        for square, total in ((xx, x), (yy, y))
+    ]
+    return (xy - x * y / count) / count, variances[0], variances[1]
+
+
+def _correlation(moments: Values) -> Values:
+    """Pearson's correlation from sums [..., 6]; NaN where either does not vary."""
+    covariance, variance_x, variance_y = _spread(moments)
+    return np.clip(_ratio(covariance, np.sqrt(variance_x * variance_y)), -1.0, 1.0)
+
+
+def _ratio(part: Values, whole: Values) -> Values:
+    """Divide; NaN where the whole is 0."""
+    return np.asarray(part / np.where(whole == 0, np.nan, whole))
+
+
+def _sides(x: Values, y: Values, threshold: float) -> Values:
+    """Counts [C, 4] of each clip: left commands and those realised as left, then right ones."""
+    left, right = x > threshold, x < -threshold
+    counts = [left, left & (y > 0), right, right & (y < 0)]
+    return np.stack([count.sum(axis=1) for count in counts], axis=1).astype(np.float64)
+
+
+def _balanced(sides: Values) -> Values:
+    """Mean of the two sides' accuracies from counts [..., 4]; NaN where a side is missing."""
+    left, left_right, right, right_right = np.moveaxis(sides, -1, 0)
+    return np.asarray((_ratio(left_right, left) + _ratio(right_right, right)) / 2)
+
+
+def _estimate(sums: Values, statistic: Callable[[Values], Values], seed: int) -> Estimate | None:
+    found = bootstrap(sums, statistic, seed=seed)
+    return None if found["mean"] is None else found
+
+
+def _delay(x: Values, y: Values, max_lag: int) -> int | None:
+    """The lag at which y [C, N] is most like x before it; of equals the shortest."""
+    frames = x.shape[1]
+    lags = sorted(range(-max_lag, max_lag + 1), key=abs)
+    likeness = [
+        _likeness(
+            x[:, max(-lag, 0) : frames - max(lag, 0)], y[:, max(lag, 0) : frames + min(lag, 0)]
+        )
+        for lag in lags
+    ]
+    best = int(np.argmax(likeness))
+    return lags[best] if likeness[best] > 0 else None
+
+
+def _likeness(x: Values, y: Values) -> float:
+    """Correlation of clips about their own means, so that a level is no likeness; 0 where flat."""
+    moments = _moments(*_paired(x, y))
+    parts = [(moments[:, 0] * part).sum() for part in _spread(moments)]
+    found = float(_ratio(parts[0], np.sqrt(parts[1] * parts[2])))
+    return 0.0 if np.isnan(found) else found
+
+
+def _ranks(values: Values) -> Values:
+    """Ranks from 1; equal values share their mean rank."""
+    below = (values[:, None] > values[None]).sum(axis=1)
+    same = (values[:, None] == values[None]).sum(axis=1)
+    return np.asarray(below + (same + 1) / 2)
+
+
+def _or_none(value: Values) -> float | None:
+    return None if np.isnan(value) else float(value)

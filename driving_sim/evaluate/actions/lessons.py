@@ -1,0 +1,209 @@
+"""What an inverse-dynamics probe learns from, and what it is judged on."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from driving_sim.data.drive import SampledDrive
+from driving_sim.data.split import original_id
+from driving_sim.data.tokens.store import TokenStore
+from driving_sim.engine.errors import DriveSimError, TooLittleDataError
+from driving_sim.engine.progress import progress
+from driving_sim.evaluate.actions.fidelity import CURVE
+from driving_sim.evaluate.actions.inverse_dynamics import InverseDynamics, ProbeClip, ProbeSource
+from driving_sim.evaluate.footage import (
+    CHUNK,
+    DriveView,
+    Footage,
+    recording_digest,
+    recording_digests,
+)
+from driving_sim.world_model.world_model import WorldModel
+
+Frames = NDArray[np.uint8]
+T = TypeVar("T")
+
+PROBE_FILE = "probe.safetensors"
+"""Its name in a report."""
+_SECONDS = 1200.0
+"""Footage that a probe learns from, and that its error is measured on, at most."""
+_DRIVES = 100
+"""Drives that it is taken from, at most, spread over all."""
+_RATE_TOLERANCE = 0.02
+"""How far a probe's frame rate may be off the model's: it reads motion from frame to frame."""
+
+
+def learned_digest(world: WorldModel, sampled: SampledDrive) -> str | None:
+    """The `recording_digest` of a drive, of the channels that a model learned."""
+    known = sampled.action_valid & np.array(world.known_channels)
+    return recording_digest(sampled.timestamps, sampled.actions, known)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lesson:
+    """A training drive that a probe can learn from."""
+
+    id: str
+    digest: str
+    """Of the recording."""
+    frames: int
+    clip: Callable[[int], ProbeClip]
+    """Reads so many frames from the drive's beginning."""
+
+
+def load_probe(world: WorldModel, path: Path, recordings: Mapping[str, str]) -> InverseDynamics:
+    """Load a probe; raise DriveSimError where it cannot judge this model on these recordings."""
+    probe = InverseDynamics.load(path / PROBE_FILE if path.is_dir() else path)
+    source = probe.source
+    if abs(source.fps / world.fps - 1) > _RATE_TOLERANCE:
+        raise DriveSimError(
+            f"--probe {path}: it learned from {source.fps:.3g} frames/s, the model from "
+            f"{world.fps:.3g}: name a probe of that rate, or none"
+        )
+    if world.steering_kind is not None and source.steering_kind != world.steering_kind:
+        raise DriveSimError(
+            f"--probe {path}: its steering is {source.steering_kind}, the model's is "
+            f"{world.steering_kind}: name a probe of that kind, or none"
+        )
+    for name, own in recordings.items():
+        if own in source.drives:
+            raise DriveSimError(
+                f"--probe {path}: it learned from the held-out drive {name!r}: name another probe, "
+                "or none"
+            )
+    return probe
+
+
+def recorded_lessons(
+    world: WorldModel,
+    training: TokenStore,
+    videos: Sequence[SampledDrive],
+    recordings: Mapping[str, str],
+) -> list[Lesson]:
+    """Real footage of the drives that are in the model's training tokens, and not held out."""
+    trained = {original_id(name) for name in training.drive_ids}
+    lessons = []
+    for sampled in videos:
+        name, own = sampled.drive.id, learned_digest(world, sampled)
+        if name in trained and own is not None and own not in recordings.values():
+            clip = partial(_recorded_clip, world, sampled)
+            lessons.append(Lesson(name, own, len(sampled.indices), clip))
+    if not lessons:
+        raise DriveSimError(
+            f"none of --training-videos is a drive of {training.path} that has actions and is not "
+            "held out: name the videos as they were named to `drivesim tokenize`"
+        )
+    return lessons
+
+
+def reconstructed_lessons(world: WorldModel, training: TokenStore) -> list[Lesson]:
+    """The tokenizer's reconstructions of the same drives, where no videos are at hand."""
+    originals = [drive for drive in training.drives if drive.id == original_id(drive.id)]
+    digests = recording_digests(originals)
+    return [
+        Lesson(drive.id, digests[drive.id], len(drive), partial(_stored_clip, footage))
+        for drive in originals
+        if drive.id in digests
+        for footage in [Footage(drive=drive, tokenizer=world.tokenizer)]
+    ]
+
+
+def _recorded_clip(world: WorldModel, sampled: SampledDrive, frames: int) -> ProbeClip:
+    """The first frames of a video."""
+    chosen = replace(sampled, indices=sampled.indices[:frames])
+    return _clip(
+        chosen.batches(world.tokenizer.frame_size, CHUNK),
+        sampled.actions[:frames],
+        sampled.action_valid[:frames] & np.array(world.known_channels),
+        sampled.segments,
+    )
+
+
+def _stored_clip(footage: Footage, frames: int) -> ProbeClip:
+    """The first true frames of a drive of a token store."""
+    drive = DriveView(footage.drive, frames=frames)
+    return _clip(footage.beginning(frames), drive.actions, drive.action_valid, drive.entry.segments)
+
+
+def _clip(
+    batches: Iterable[Frames],
+    actions: NDArray[np.float32],
+    valid: NDArray[np.bool_],
+    segments: Sequence[tuple[int, int]],
+) -> ProbeClip:
+    """What a probe learns from or is measured on; of the segments, what lies within it."""
+    count = len(actions)
+    return ProbeClip(
+        frames=np.concatenate(list(batches)),
+        actions=np.asarray(actions),
+        action_valid=np.asarray(valid),
+        segments=[(begin, min(stop, count)) for begin, stop in segments if begin < count],
+    )
+
+
+def fit_probe(
+    world: WorldModel,
+    footage: Sequence[Footage],
+    trained: InverseDynamics | None,
+    lessons: Sequence[Lesson],
+    steps: int,
+) -> tuple[InverseDynamics | None, dict[str, Any], str]:
+    """The probe and its error on the held-out drives; or none, and why."""
+    if not any(each.drive.action_valid.any() for each in footage):
+        return None, {}, "no action that the model learned is known of the held-out drives"
+    try:
+        probe = trained or _learn(world, lessons, steps)
+    except TooLittleDataError as error:
+        return None, {}, str(error)
+    footage = _spread(footage)
+    counts = _shared([len(each.drive) for each in footage], _SECONDS * world.fps)
+    held = [_stored_clip(each, count) for each, count in zip(footage, counts, strict=True)]
+    return probe, probe.errors(held, curve=CURVE * world.steering_p95), ""
+
+
+def _learn(world: WorldModel, lessons: Sequence[Lesson], steps: int) -> InverseDynamics:
+    """Train a probe; the model's validation drives choose its weights."""
+    names = list(dict.fromkeys(each.id for each in lessons))
+    chosen = set(world.validation_drives) & set(names) or set(names[-1:])
+    if chosen == set(names):
+        raise TooLittleDataError(
+            "the inverse-dynamics probe takes two or more training drives with actions, one of "
+            "which the model was not validated on"
+        )
+    learned = _spread([each for each in lessons if each.id not in chosen])
+    validation = _spread([each for each in lessons if each.id in chosen])
+    taken = [*learned, *validation]
+    counts = _shared([each.frames for each in taken], _SECONDS * world.fps)
+    clips = [each.clip(count) for each, count in zip(taken, counts, strict=True)]
+    with progress(steps, "inverse-dynamics probe", "steps") as bar:
+        return InverseDynamics.fit(
+            clips[: len(learned)],
+            clips[len(learned) :],
+            source=ProbeSource(
+                fps=world.fps,
+                steering_kind=world.steering_kind,
+                drives=tuple(each.digest for each in taken),
+            ),
+            steps=steps,
+            advance=bar.advance,
+        )
+
+
+def _spread(drives: Sequence[T]) -> Sequence[T]:
+    """As many drives as a probe is taken from, evenly spread over these."""
+    return drives[:: max(1, -(-len(drives) // _DRIVES))]
+
+
+def _shared(lengths: Sequence[int], frames: float) -> list[int]:
+    """Share out so many frames over drives: short ones whole, of the others equally much."""
+    left, shares = int(frames), [0] * len(lengths)
+    order = sorted(range(len(lengths)), key=lambda place: lengths[place])
+    for number, place in enumerate(order):
+        shares[place] = min(lengths[place], left // (len(order) - number))
+        left -= shares[place]
+    return shares

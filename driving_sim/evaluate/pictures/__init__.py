@@ -1,0 +1,1 @@
+"""How good pictures are: beside the truth, over time, and as a set."""

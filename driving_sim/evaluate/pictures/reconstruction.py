@@ -1,0 +1,222 @@
+"""How near a tokenizer's reconstructions are, and what its tokens cost and tell.
+
+Axes: B frames of a batch, H W pixels, r c token rows and columns, K codes, U blocks of frames.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from driving_sim.data.drive import SampledDrive
+from driving_sim.engine.progress import progress
+from driving_sim.evaluate.pictures.flicker import Flicker, flicker
+from driving_sim.evaluate.report.intervals import block_frames, bootstrap, mean_of_sums, unit_sums
+from driving_sim.evaluate.report.section import Cell, Media, Section, Table, photo
+from driving_sim.tokenizer.metrics import codebook_use, psnr, ssim
+from driving_sim.tokenizer.perceptual import PerceptualLoss
+from driving_sim.tokenizer.tokenizer import Tokenizer
+from driving_sim.world_model.panels import side_by_side
+
+Frames = NDArray[np.uint8]
+
+_BATCH = 16
+_WORST = 6
+_APART_S = 2.0
+"""The worst frames shown are this far apart: neighbours fail alike."""
+_BITS_PER_PIXEL = 24
+_MEASURES = ("psnr_db", "ssim", "lpips")
+
+
+class _DriveMeter:
+    """Measures one drive, batch by batch."""
+
+    def __init__(
+        self, sampled: SampledDrive, tokenizer: Tokenizer, perceptual: PerceptualLoss | None
+    ) -> None:
+        self.sampled, self.tokenizer, self.perceptual = sampled, tokenizer, perceptual
+        self.values: dict[str, list[NDArray[np.float64]]] = {}
+        self.flicker = Flicker(cells=0, changed=0, still=0, still_changed=0)
+        self.counts = torch.zeros(tokenizer.codebook_size, dtype=torch.int64)
+        self.seconds = {"encode": 0.0, "decode": 0.0}
+        self._frames = 0
+        self._last: tuple[Frames, NDArray[np.int64]] | None = None
+
+    def add(self, batch: Frames) -> None:
+        """Measure the drive's next frames, uint8 [B, H, W, 3]."""
+        began = time.perf_counter()
+        tokens = self.tokenizer.encode(batch)
+        encoded = time.perf_counter()
+        rebuilt = self.tokenizer.decode(tokens)
+        self.seconds["encode"] += encoded - began
+        self.seconds["decode"] += time.perf_counter() - encoded
+        self.counts += torch.bincount(tokens.flatten(), minlength=len(self.counts))
+        for name, values in self._compare(torch.from_numpy(batch), rebuilt).items():
+            self.values.setdefault(name, []).append(values.double().numpy())
+        self._count_flicker(batch, tokens.numpy())
+        self._frames += len(batch)
+
+    def mean(self, name: str) -> float:
+        """Mean of a measure over the drive's frames."""
+        return float(np.concatenate(self.values[name]).mean())
+
+    def blocks(self, name: str) -> NDArray[np.float64]:
+        """Sums [U, 2] of a measure and of ones over blocks of neighbouring frames, which are alike
+        and no units of their own."""
+        values = np.concatenate(self.values[name])
+        block = np.arange(len(values)) // block_frames(self.sampled.fps)
+        return unit_sums(block, np.stack([values, np.ones_like(values)], axis=1))
+
+    def beside(self, index: int) -> Media:
+        """Show a frame and its reconstruction."""
+        chosen = self.sampled.indices[[index]]
+        frames = self.sampled.drive.frames(chosen, self.tokenizer.frame_size)
+        rebuilt = self.tokenizer.decode(self.tokenizer.encode(frames)).numpy()
+        place = f"{self.sampled.drive.id} at {self.sampled.timestamps[index]:.1f} s"
+        value = np.concatenate(self.values["psnr_db"])[index]
+        return photo(
+            side_by_side([frames[0], rebuilt[0]], columns=2),
+            f"{place}: {value:.1f} dB. Left: the frame. Right: reconstructed",
+        )
+
+    def _compare(self, frames: torch.Tensor, rebuilt: torch.Tensor) -> dict[str, torch.Tensor]:
+        values = {"psnr_db": psnr(rebuilt, frames), "ssim": ssim(rebuilt, frames)}
+        if self.perceptual is not None:
+            values["lpips"] = self.perceptual.frame_distances(rebuilt, frames)
+        return values
+
+    def _count_flicker(self, batch: Frames, tokens: NDArray[np.int64]) -> None:
+        if self._last is not None:
+            frames = np.concatenate([self._last[0], batch])
+            self.flicker += flicker(np.concatenate([self._last[1], tokens]), frames)
+        else:
+            self.flicker += flicker(tokens, batch)
+        self._last = batch[-1:], tokens[-1:]
+
+
+def evaluate_tokenizer(
+    tokenizer: Tokenizer,
+    drives: Sequence[SampledDrive],
+    *,
+    perceptual: PerceptualLoss | None = None,
+) -> Section:
+    """Measure reconstructions on uint8 pixels, the codebook's use, flicker and speed.
+
+    LPIPS (arXiv 1801.03924) needs `perceptual`. Means are over frames, their intervals over blocks
+    of 3 s (Künsch 1989, 10.1214/aos/1176347265).
+    """
+    meters = [_DriveMeter(each, tokenizer, perceptual) for each in drives]
+    with progress(sum(len(each.indices) for each in drives), "evaluate", "frames") as bar:
+        for meter in meters:
+            for batch in meter.sampled.batches(tokenizer.frame_size, _BATCH):
+                meter.add(batch)
+                bar.advance(len(batch))
+    metrics = _metrics(tokenizer, meters)
+    return Section(
+        name="reconstruction",
+        title="Reconstruction",
+        text=_TEXT,
+        metrics=metrics,
+        parts=(
+            _overall(metrics),
+            _by_drive(metrics),
+            *(meters[drive].beside(index) for drive, index in _worst(meters)),
+        ),
+    )
+
+
+def _worst(meters: Sequence[_DriveMeter]) -> list[tuple[int, int]]:
+    """The drives and frames of the lowest PSNR, of one moment only the worst."""
+    ranked = sorted(
+        (value, drive, index)
+        for drive, meter in enumerate(meters)
+        for index, value in enumerate(np.concatenate(meter.values["psnr_db"]).tolist())
+    )
+    chosen: list[tuple[int, int]] = []
+    for _, drive, index in ranked:
+        times = meters[drive].sampled.timestamps
+        near = (n for other, n in chosen if other == drive)
+        if all(abs(times[index] - times[n]) >= _APART_S for n in near):
+            chosen.append((drive, index))
+        if len(chosen) == _WORST:
+            break
+    return chosen
+
+
+_TEXT = """Every frame is encoded, decoded and compared on 8-bit pixels. PSNR is averaged over
+frames in dB; SSIM is that of Wang et al. 2004 (Gaussian windows, valid region). Intervals are over
+blocks of 3 s.
+
+Flicker: of the token cells whose pixels do not change from a frame to the next, the share whose
+token changes all the same. Bits per frame: tokens times the bits of a code; the compression factor
+is that of 24-bit pixels. The frames shown are those of the lowest PSNR that lie 2 s apart."""
+
+
+def _metrics(tokenizer: Tokenizer, meters: Sequence[_DriveMeter]) -> dict[str, Any]:
+    counts = torch.stack([meter.counts for meter in meters]).sum(0)
+    frames = sum(meter._frames for meter in meters)
+    bits = tokenizer.rows * tokenizer.cols * math.log2(tokenizer.codebook_size)
+    means: dict[str, Any] = {}
+    for name in meters[0].values:
+        means[name] = bootstrap(
+            np.concatenate([meter.blocks(name) for meter in meters]), mean_of_sums
+        )
+    flickered = sum((meter.flicker for meter in meters[1:]), start=meters[0].flicker)
+    return {
+        "frames": frames,
+        **means,
+        "codebook": codebook_use(counts)._asdict(),
+        "flicker": flickered.shares(),
+        "bits_per_frame": bits,
+        "compression_factor": tokenizer.height * tokenizer.width * _BITS_PER_PIXEL / bits,
+        "frames_per_second": {
+            name: frames / sum(meter.seconds[name] for meter in meters)
+            for name in ("encode", "decode")
+        },
+        "drives": {
+            meter.sampled.drive.id: {
+                "frames": meter._frames,
+                **{name: meter.mean(name) for name in meter.values},
+                "codebook": codebook_use(meter.counts)._asdict(),
+                "flicker": meter.flicker.shares()["flicker"],
+            }
+            for meter in meters
+        },
+    }
+
+
+def _overall(metrics: dict[str, Any]) -> Table:
+    codebook, speed = metrics["codebook"], metrics["frames_per_second"]
+    rows: list[tuple[Cell, ...]] = [(name, metrics[name]) for name in _MEASURES if name in metrics]
+    rows += [
+        ("share of the codes used", codebook["used"]),
+        ("perplexity of the codes", codebook["perplexity"]),
+        ("entropy of the codes, bits", codebook["entropy_bits"]),
+        ("flicker", metrics["flicker"]["flicker"]),
+        ("bits per frame", metrics["bits_per_frame"]),
+        ("compression factor", metrics["compression_factor"]),
+        ("frames encoded per second", speed["encode"]),
+        ("frames decoded per second", speed["decode"]),
+    ]
+    caption = "All drives; means with 95 % intervals"
+    return Table(caption=caption, columns=("", "value"), rows=tuple(rows))
+
+
+def _by_drive(metrics: dict[str, Any]) -> Table:
+    names = [name for name in _MEASURES if name in metrics]
+    rows = tuple(
+        (
+            drive,
+            found["frames"],
+            *(found[name] for name in names),
+            found["codebook"]["perplexity"],
+            found["flicker"],
+        )
+        for drive, found in metrics["drives"].items()
+    )
+    columns = ("drive", "frames", *names, "perplexity", "flicker")
+    return Table(caption="By drive", columns=columns, rows=rows)

@@ -1,0 +1,498 @@
+"""How long a rollout remains a drive: drift, blur, freezes, loops, noise, and when it collapses.
+
+There is no ideal to compare with. Every bound follows from what real footage of the same kind,
+brought through the same tokenizer, shows of itself.
+
+Legend: N frames, r c token rows and columns, K codes, B blocks of frames.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from driving_sim.data.inspect.motion import picture_change
+from driving_sim.engine.errors import TooLittleDataError
+
+Frames = NDArray[np.uint8]
+Tokens = NDArray[np.int64]
+Curve = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+_LOW, _HIGH = 0.01, 0.99
+# The least of its highest agreement at which a later lag can already be the period: a loop of
+# 3 s agrees as well after 6 s and 9 s, but for the sampling's noise.
+_NEARLY_HIGHEST = 0.9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StabilityConfig:
+    """Where a rollout counts as no longer a drive."""
+
+    block_s: float = 5.0
+    """Length of the blocks whose token histograms are compared with real ones, in s."""
+    hop_s: float = 1.0
+    """Time from the end of a block to the end of the next, in s; at most `block_s`."""
+    drift_margin: float = 0.2
+    """Drifted: this share of the way from real blocks' highest divergence to 1 bit."""
+    sharpness_factor: float = 1.5
+    """Too soft or too hard: this many times beyond real frames' 1st and 99th percentile."""
+    freeze_factor: float = 0.5
+    """Frozen: at most this share of the change of real moving frames' 1st percentile."""
+    restless_factor: float = 0.3
+    """Restless: tokens stay from frame to frame, as a mean over `hold_s`, by less than this share
+    of the least in real footage. Noise of the right histogram is neither drift nor blur."""
+    min_lag_s: float = 2.0
+    """Shortest time after which a picture that is there again is a loop, in s."""
+    max_lag_s: float = 30.0
+    """Longest one that is looked at, in s: a real car on a circuit comes round after that."""
+    loop_s: float = 1.0
+    """Time over which every frame must agree with its earlier one, in s."""
+    loop_margin: float = 0.25
+    """Looping: this share of the way from the highest such agreement in real footage to 1."""
+    hold_s: float = 2.0
+    """Time for which faults must last to be a collapse, in s."""
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{name} is {value}; it must be finite and above 0")
+        for name in ("drift_margin", "loop_margin", "freeze_factor"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie below 1")
+        for name, longer in (("hop_s", "block_s"), ("min_lag_s", "max_lag_s")):
+            if getattr(self, name) > getattr(self, longer):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not exceed {longer}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Appearance:
+    """What is judged of a video: its tokens, and two numbers a frame instead of its pixels."""
+
+    tokens: Tokens
+    """[N, r, c]."""
+    sharpness: Curve
+    """[N] grey levels, see `sharpness`."""
+    change: Curve
+    """[N] `picture_change` from the frame before; the first frame's is the second's."""
+    moving: Mask
+    """[N] where the car drives, or is told to, on the way to the frame."""
+
+    @classmethod
+    def measure(cls, tokens: Tokens, chunks: Iterable[Frames], moving: Mask | None = None) -> Self:
+        """Measure decoded frames that come in chunks [n, H, W, 3], N in all; moving by default."""
+        sharpnesses, changes = [np.zeros(0)], [np.zeros(0)]
+        last: Frames | None = None
+        for chunk in chunks:
+            sharpnesses.append(sharpness(chunk))
+            pair = chunk if last is None else np.concatenate([last, chunk])
+            changes.append(picture_change(pair).astype(np.float64))
+            last = chunk[-1:]
+        sharp, change = np.concatenate(sharpnesses), np.concatenate(changes)
+        moving = np.ones(len(tokens), np.bool_) if moving is None else moving
+        if not len(tokens) == len(sharp) == len(moving):
+            raise ValueError(
+                f"{len(tokens)} frames of tokens, {len(sharp)} of pixels, {len(moving)} of motion: "
+                "they must be as many"
+            )
+        return cls(tokens, sharp, np.concatenate([change[:1], change]), moving)
+
+
+def sharpness(frames: Frames) -> Curve:
+    """Return the standard deviation of the Laplacian [N], in grey levels, of frames [N, H, W, 3].
+
+    Its square is the focus measure of Pech-Pacheco et al. 2000
+    (https://doi.org/10.1109/ICPR.2000.903548): blur lowers it, hard edges and noise raise it.
+    """
+    return np.array([_laplacian(frame.mean(axis=2, dtype=np.float32)).std() for frame in frames])
+
+
+def _laplacian(grey: NDArray[np.float32]) -> NDArray[np.float32]:
+    neighbours = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:]
+    laplacian: NDArray[np.float32] = neighbours - 4 * grey[1:-1, 1:-1]
+    return laplacian
+
+
+def jensen_shannon(counts: NDArray[Any], others: NDArray[Any]) -> float:
+    """Return the Jensen-Shannon divergence in bits, 0 to 1, of two histograms [K].
+
+    Lin 1991 (https://doi.org/10.1109/18.61115).
+    """
+    p, q = counts / counts.sum(), others / others.sum()
+    return max(0.0, _entropy_bits((p + q) / 2) - (_entropy_bits(p) + _entropy_bits(q)) / 2)
+
+
+def _entropy_bits(p: Curve) -> float:
+    return -float(p[p > 0] @ np.log2(p[p > 0]))
+
+
+def token_drift(tokens: Tokens, real_counts: NDArray[Any], block: int, hop: int) -> Curve:
+    """Return the divergence in bits [B] of blocks of tokens [N, r, c] from a real histogram [K].
+
+    Block b holds frames [b·hop, b·hop + block). A few thousand tokens of one stretch of road
+    are never distributed as all the others are: read it beside `drift_floor`.
+    """
+    codes = max(len(real_counts), int(tokens.max()) + 1)
+    real = np.pad(real_counts, (0, codes - len(real_counts)))
+    return np.array([jensen_shannon(each, real) for each in _histograms(tokens, block, hop, codes)])
+
+
+def drift_floor(drives: Sequence[Tokens], block: int, hop: int) -> Curve:
+    """Return the divergence in bits [B] of each block of real drives from all the other frames."""
+    codes = max(int(tokens.max()) for tokens in drives) + 1
+    total = np.sum([np.bincount(tokens.ravel(), minlength=codes) for tokens in drives], axis=0)
+    blocks = [each for tokens in drives for each in _histograms(tokens, block, hop, codes)]
+    return np.array([jensen_shannon(each, total - each) for each in blocks])
+
+
+def _histograms(tokens: Tokens, block: int, hop: int, codes: int) -> list[NDArray[np.int64]]:
+    starts = range(0, len(tokens) - block + 1, hop)
+    return [np.bincount(tokens[at : at + block].ravel(), minlength=codes) for at in starts]
+
+
+def agreement(tokens: Tokens, lag: int) -> Curve:
+    """Return the share of tokens [N - lag] that each frame of [N, r, c] has from `lag` before."""
+    shares: Curve = (tokens[lag:] == tokens[:-lag]).mean(axis=(1, 2))
+    return shares
+
+
+def repetition(footage: Appearance, frozen: Mask, lags: range, window: int) -> Curve:
+    """Return how well each frame [N], with its neighbours, repeats some earlier ones.
+
+    That is the highest agreement, at one of the `lags`, that a whole window of frames around it
+    keeps up: a stretch of a diagonal of the self-similarity matrix. Windows in which the car stands
+    by command, or that are mostly frozen, count nothing.
+    """
+    window = min(window, len(footage.tokens))
+    drives: Mask = np.asarray(sliding_window_view(footage.moving, window).all(axis=1))
+    lives = sliding_window_view(~frozen, window).mean(axis=1) > 0.5
+    best = np.zeros(len(drives))
+    for lag in range(lags.start, min(lags.stop, len(best))):
+        np.maximum(best[lag:], _least(agreement(footage.tokens, lag), window), out=best[lag:])
+    return _around(best * (drives & lives), window)
+
+
+def continuity(tokens: Tokens) -> Curve:
+    """Return the share of tokens [N] kept from the frame before; the first frame's is the second's.
+
+    Takes two frames or more.
+    """
+    kept = agreement(tokens, 1)
+    return np.concatenate([kept[:1], kept])
+
+
+def _means(curve: Curve, window: int) -> Curve:
+    """The mean [N - window + 1] in each window of a curve [N], or in all of a shorter one."""
+    means: Curve = sliding_window_view(curve, min(window, len(curve))).mean(axis=1)
+    return means
+
+
+def _least(curve: Curve, window: int) -> Curve:
+    """The least value [N - window + 1] in each window of a curve [N]."""
+    least: Curve = sliding_window_view(curve, window).min(axis=1)
+    return least
+
+
+def _around(values: NDArray[Any], window: int) -> NDArray[Any]:
+    """The highest [N] of the windows [N - window + 1] that each frame lies in."""
+    highest: NDArray[Any] = sliding_window_view(np.pad(values, window - 1), window).max(axis=1)
+    return highest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RealBounds:
+    """What real footage shows of itself, and the bounds that follow for rollouts."""
+
+    fps: float
+    config: StabilityConfig
+    counts: NDArray[np.int64]
+    """[K] how often each token occurs."""
+    floor_bits: Curve
+    """[B] divergence of real blocks from the rest."""
+    sharpness: Curve
+    """[3] 1st percentile, median and 99th percentile, in grey levels."""
+    least_change: float
+    """1st percentile of the picture change of a moving car."""
+    repetition: float
+    """The highest."""
+    continuity: float
+    """The lowest, as a mean over `hold_s`."""
+
+    @classmethod
+    def fit(cls, drives: Sequence[Appearance], fps: float, config: StabilityConfig) -> Self:
+        """Measure real drives, a few minutes in all, that went through the tokenizer.
+
+        Those shorter than a block play no part. Raises DriveSimError where less than two blocks
+        are left or nothing in them moves.
+        """
+        block, hop = _block(config, fps)
+        drives = _long_enough(drives, block, fps)
+        tokens = [drive.tokens for drive in drives]
+        lags, loop = _lags(config, fps), _frames(config.loop_s, fps)
+        hold = _frames(config.hold_s, fps)
+        repeats = [
+            repetition(each, np.zeros(len(each.tokens), np.bool_), lags, loop) for each in drives
+        ]
+        return cls(
+            fps=fps,
+            config=config,
+            counts=np.bincount(np.concatenate([each.ravel() for each in tokens])),
+            floor_bits=drift_floor(tokens, block, hop),
+            sharpness=np.quantile(
+                np.concatenate([drive.sharpness for drive in drives]), [_LOW, 0.5, _HIGH]
+            ),
+            least_change=_least_change(drives),
+            repetition=float(np.concatenate(repeats).max()),
+            continuity=min(float(_means(continuity(each), hold).min()) for each in tokens),
+        )
+
+    @property
+    def drift_bits(self) -> float:
+        """The divergence above which a block has drifted."""
+        return _towards_one(float(self.floor_bits.max()), self.config.drift_margin)
+
+    @property
+    def sharpness_range(self) -> tuple[float, float]:
+        """What a frame's sharpness may be, as multiples of the median."""
+        soft, median, hard = self.sharpness.tolist()
+        factor = self.config.sharpness_factor
+        return soft / median / factor, hard / median * factor
+
+    @property
+    def frozen_change(self) -> float:
+        """The picture change up to which a frame is frozen."""
+        return self.least_change * self.config.freeze_factor
+
+    @property
+    def restless_continuity(self) -> float:
+        """The mean continuity below which frames are restless."""
+        return self.continuity * self.config.restless_factor
+
+    @property
+    def loop_agreement(self) -> float:
+        """The repetition above which a frame is part of a loop."""
+        return _towards_one(self.repetition, self.config.loop_margin)
+
+
+def _towards_one(value: float, share: float) -> float:
+    return value + share * (1 - value)
+
+
+def _frames(seconds: float, fps: float) -> int:
+    return max(1, round(seconds * fps))
+
+
+def _block(config: StabilityConfig, fps: float) -> tuple[int, int]:
+    """Frames of a block, two at least, and from one block to the next."""
+    return max(2, _frames(config.block_s, fps)), _frames(config.hop_s, fps)
+
+
+def _lags(config: StabilityConfig, fps: float) -> range:
+    """The lags in frames at which a picture must not be there again."""
+    return range(_frames(config.min_lag_s, fps), _frames(config.max_lag_s, fps) + 1)
+
+
+def _long_enough(drives: Sequence[Appearance], block: int, fps: float) -> list[Appearance]:
+    usable = [drive for drive in drives if len(drive.tokens) >= block]
+    frames = sum(len(drive.tokens) for drive in usable)
+    if frames < 2 * block:
+        raise TooLittleDataError(
+            f"{frames / fps:.1f} s of real drives of {block / fps:.1f} s or longer are too little "
+            f"to compare a rollout with: name {2 * block / fps:.1f} s of them or more"
+        )
+    return usable
+
+
+def _least_change(drives: Sequence[Appearance]) -> float:
+    change = np.concatenate([drive.change[drive.moving] for drive in drives])
+    if not len(change):
+        raise TooLittleDataError("the real car never moves: name drives in which it does")
+    return float(np.quantile(change, _LOW))
+
+
+def loop_period(tokens: Tokens, looping: Mask, threshold: float, longest: int) -> int | None:
+    """Return the lag in frames, at most `longest`, after which looping frames are there again.
+
+    None where the picture never went away but hovers about one place, or comes back after times
+    that are all different.
+    """
+    profile = np.zeros(min(longest, len(tokens) - 1))
+    for lag in range(1, len(profile) + 1):
+        if looping[lag:].any():
+            profile[lag - 1] = agreement(tokens, lag)[looping[lag:]].mean()
+    gone = profile <= threshold
+    profile[: gone.argmax() if gone.any() else len(profile)] = 0
+    if profile.max(initial=0) <= threshold:
+        return None
+    return int((profile >= _NEARLY_HIGHEST * profile.max()).argmax()) + 1
+
+
+def time_to_collapse(
+    faults: Mapping[str, Mask], fps: float, hold: int
+) -> tuple[float | None, list[str]]:
+    """Return when, in s, faults [N] set in for `hold` frames or more, and which; None where never.
+
+    A fault takes part that holds for at least half of the first `hold`.
+    """
+    for start, stop in _runs(np.logical_or.reduce(list(faults.values()))):
+        if stop - start >= hold:
+            part = slice(start, start + hold)
+            return start / fps, [
+                name for name, fault in faults.items() if fault[part].mean() >= 0.5
+            ]
+    return None, []
+
+
+def _runs(mask: Mask) -> list[tuple[int, int]]:
+    """The ranges [start, stop) in which a mask [N] holds."""
+    edges = np.flatnonzero(np.diff(np.pad(mask, 1).astype(np.int8)))
+    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+
+
+def judge(footage: Appearance, bounds: RealBounds) -> dict[str, Any]:
+    """Measure a rollout beside real footage: JSON, with curves over time as lists.
+
+    `collapse_s` is when the faults `collapsed_by` set in to stay, None where they never do;
+    `fault_shares` says for how much of the rollout each fault holds. Raises DriveSimError where it
+    is shorter than a block.
+    """
+    drift, drifted = _judge_drift(footage, bounds)
+    sharp, unsharp = _judge_sharpness(footage, bounds)
+    freeze, frozen = _judge_freeze(footage, bounds)
+    kept, restless = _judge_continuity(footage, bounds)
+    loops, looping = _judge_loops(footage, bounds, frozen)
+    faults = {
+        "drift": drifted,
+        "sharpness": unsharp,
+        "frozen": frozen,
+        "restless": restless,
+        "loop": looping,
+    }
+    hold = _frames(bounds.config.hold_s, bounds.fps)
+    collapse_s, collapsed_by = time_to_collapse(faults, bounds.fps, hold)
+    return {
+        "fps": bounds.fps,
+        "seconds": len(footage.tokens) / bounds.fps,
+        "collapse_s": collapse_s,
+        "collapsed_by": collapsed_by,
+        "fault_shares": {name: float(fault.mean()) for name, fault in faults.items()},
+        "drift": drift,
+        "sharpness": sharp,
+        "freeze": freeze,
+        "loops": loops,
+        "continuity": kept,
+    }
+
+
+def _judge_drift(footage: Appearance, bounds: RealBounds) -> tuple[dict[str, Any], Mask]:
+    config, fps, count = bounds.config, bounds.fps, len(footage.tokens)
+    block, hop = _block(config, fps)
+    if count < block:
+        raise TooLittleDataError(
+            f"a rollout of {count / fps:.1f} s is too short to be judged: roll out "
+            f"{config.block_s:g} s or more"
+        )
+    bits = token_drift(footage.tokens, bounds.counts, block, hop)
+    ends = np.arange(len(bits)) * hop + block
+    # A frame goes by the block that ends with it, so that drift is noticed late, never early.
+    of_frame = np.searchsorted(ends, np.arange(1, count + 1)).clip(max=len(ends) - 1)
+    judged = {
+        "bits": _listed(bits),
+        "time_s": _listed(ends / fps),
+        "mean_bits": float(bits.mean()),
+        "floor_bits": float(np.median(bounds.floor_bits)),
+        "highest_floor_bits": float(bounds.floor_bits.max()),
+        "threshold_bits": bounds.drift_bits,
+    }
+    return judged, (bits > bounds.drift_bits)[of_frame]
+
+
+def _judge_sharpness(footage: Appearance, bounds: RealBounds) -> tuple[dict[str, Any], Mask]:
+    median = float(bounds.sharpness[1])
+    ratio = footage.sharpness / median
+    low, high = bounds.sharpness_range
+    judged = {
+        "ratio": _listed(ratio),
+        "mean_ratio": float(ratio.mean()),
+        "real_grey_levels": median,
+        "thresholds": {"low": low, "high": high},
+    }
+    return judged, (ratio < low) | (ratio > high)
+
+
+def _judge_freeze(footage: Appearance, bounds: RealBounds) -> tuple[dict[str, Any], Mask]:
+    frozen = footage.moving & (footage.change <= bounds.frozen_change)
+    longest = max((stop - start for start, stop in _runs(frozen)), default=0)
+    judged = {
+        "change": _listed(footage.change),
+        "share": float(frozen.sum() / max(1, footage.moving.sum())),
+        "longest_s": longest / bounds.fps,
+        "threshold": bounds.frozen_change,
+    }
+    return judged, frozen
+
+
+def _judge_continuity(footage: Appearance, bounds: RealBounds) -> tuple[dict[str, Any], Mask]:
+    kept = continuity(footage.tokens)
+    hold = min(_frames(bounds.config.hold_s, bounds.fps), len(kept))
+    low = _around(_means(kept, hold) < bounds.restless_continuity, hold)
+    judged = {
+        "kept": _listed(kept),
+        "mean": float(kept.mean()),
+        "real_lowest": bounds.continuity,
+        "threshold": bounds.restless_continuity,
+    }
+    # Windows reach over the edge into frames that are as they should be.
+    return judged, low & (kept < bounds.continuity)
+
+
+def _judge_loops(
+    footage: Appearance, bounds: RealBounds, frozen: Mask
+) -> tuple[dict[str, Any], Mask]:
+    lags = _lags(bounds.config, bounds.fps)
+    repeats = repetition(footage, frozen, lags, _frames(bounds.config.loop_s, bounds.fps))
+    looping = repeats > bounds.loop_agreement
+    period = loop_period(footage.tokens, looping, bounds.loop_agreement, lags.stop - 1)
+    judged = {
+        "repetition": _listed(repeats),
+        "found": bool(looping.any()),
+        "period_s": None if period is None else period / bounds.fps,
+        "first_s": float(looping.argmax()) / bounds.fps if looping.any() else None,
+        "real_repetition": bounds.repetition,
+        "threshold": bounds.loop_agreement,
+    }
+    return judged, looping
+
+
+def _listed(curve: NDArray[Any]) -> list[float]:
+    rounded: list[float] = curve.astype(np.float64).round(4).tolist()
+    return rounded
+
+
+def mean_stability(rollouts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sum up what `judge` found in one or more rollouts; those that never collapse last whole."""
+    lasted = [
+        each["seconds"] if each["collapse_s"] is None else each["collapse_s"] for each in rollouts
+    ]
+    faults = [each["fault_shares"] for each in rollouts]
+    return {
+        "rollouts": len(rollouts),
+        "seconds": _mean(each["seconds"] for each in rollouts),
+        "collapsed": sum(each["collapse_s"] is not None for each in rollouts),
+        "mean_lasted_s": _mean(lasted),
+        "drift_bits": _mean(each["drift"]["mean_bits"] for each in rollouts),
+        "drift_floor_bits": rollouts[0]["drift"]["floor_bits"],
+        "sharpness_ratio": _mean(each["sharpness"]["mean_ratio"] for each in rollouts),
+        "frozen_share": _mean(each["freeze"]["share"] for each in rollouts),
+        "longest_freeze_s": max(each["freeze"]["longest_s"] for each in rollouts),
+        "looped": sum(each["loops"]["found"] for each in rollouts),
+        "fault_shares": {name: _mean(each[name] for each in faults) for name in faults[0]},
+    }
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))

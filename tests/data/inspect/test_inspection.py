@@ -1,0 +1,203 @@
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from driving_sim.data.actions.action_file import STEERING
+from driving_sim.data.drive import Drive, sample
+from driving_sim.data.inspect.inspection import inspect_drives
+from driving_sim.data.inspect.motion import yaw_motion
+from driving_sim.data.inspect.synchrony import measure_synchrony
+from driving_sim.data.sources import find_drives
+from driving_sim.data.video.frame_size import FrameSize
+from driving_sim.data.video.writer import write_video
+from driving_sim.engine.errors import DriveSimError
+from tests.fixtures.video_files import write_numbered
+
+TRACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "track"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twelve seconds of standing and driving, a video without actions, and two bad ones."""
+    random = np.random.default_rng(0)
+    frames = random.integers(0, 255, (120, 32, 64, 3), np.uint8)
+    frames[:60] = frames[0]
+    videos = tmp_path / "videos"
+    (videos / "trip").mkdir(parents=True)
+    write_video(videos / "trip" / "a.mp4", frames, 10)
+    rows = [f"{t / 10:.1f},{0 if t < 60 else 8},0" for t in range(121)]
+    (videos / "trip" / "a.csv").write_text("\n".join(["t,speed,road_wheel_rad", *rows]))
+    write_video(videos / "b $x$ $.mp4", frames[:10], 10)
+    (videos / "empty.mp4").touch()
+    return videos
+
+
+def test_the_report_names_drives_actions_and_what_is_skipped(folder: Path, tmp_path: Path) -> None:
+    report = inspect_drives([folder], tmp_path / "out")
+    bare, drive = report.drives
+    assert (drive.id, drive.frames, drive.gaps) == ("trip/a", 120, 0)
+    assert drive.fps == pytest.approx(10, rel=1e-3)
+    assert drive.speed_range_mps == pytest.approx((0, 8))
+    assert drive.steering_kind == "road_wheel"
+    assert drive.problems == ()
+    assert (bare.id, bare.valid_share, bare.steering_range) == ("b $x$ $", 0, None)
+    assert [skipped.id for skipped in report.skipped] == ["empty"]
+    text = report.table()
+    for word in ("trip/a", "0.0 to 8.0", "skipped (1)", "empty.mp4", "speed is taken to be in m/s"):
+        assert word in text
+
+
+def test_the_files_are_whole(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = inspect_drives([folder], out)
+    assert json.loads((out / "inspection.json").read_text()) == json.loads(
+        json.dumps(report.to_dict())
+    )
+    for drive in report.drives:
+        with Image.open(out / str(drive.picture)) as picture:
+            assert picture.width > 800
+    assert len(list(out.rglob("*.*"))) == 3
+
+
+def test_a_picture_that_cannot_be_written_is_no_bad_drive(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *_: object) -> None:
+        raise DriveSimError(f"cannot write {path}")
+
+    monkeypatch.setattr("driving_sim.data.inspect.inspection.draw_drive", full)
+    with pytest.raises(DriveSimError, match="cannot write"):
+        inspect_drives([folder], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_inspection_is_replaced_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    inspect_drives([folder], out)
+    inspect_drives([folder / "trip"], out)
+    assert {path.name for path in out.rglob("*.*")} == {"inspection.json", "a.png"}
+    (out / "notes.txt").touch()
+    for used in (out, folder):
+        with pytest.raises(DriveSimError, match="holds more than an inspection"):
+            inspect_drives([folder], used)
+    assert (out / "notes.txt").exists()
+
+
+def test_a_picture_that_moves_while_the_car_stands_is_said(folder: Path, tmp_path: Path) -> None:
+    path = folder / "trip" / "a.csv"
+    rows = [f"{t / 10:.1f},{8 if t < 60 else 0},0" for t in range(121)]
+    path.write_text("\n".join(["t,speed,road_wheel_rad", *rows]))
+    (problem,) = inspect_drives([folder / "trip"], tmp_path / "out").drives[0].problems
+    assert "changes more where the speed is 0" in problem
+
+
+def test_a_speed_no_car_drives_is_said(folder: Path, tmp_path: Path) -> None:
+    path = folder / "trip" / "a.csv"
+    path.write_text(path.read_text().replace(",8,", ",80,"))
+    (problem,) = inspect_drives([folder / "trip"], tmp_path / "out").drives[0].problems
+    assert "80 m/s (288 km/h)" in problem
+
+
+def test_nothing_to_inspect_is_an_error_that_writes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    with pytest.raises(DriveSimError, match="holds no videos"):
+        inspect_drives([tmp_path / "videos"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_drives_that_cannot_be_read_are_no_inspection(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither those that the probe refuses nor those that only decoding finds out."""
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    (videos / "empty.mp4").touch()
+    damaged = write_numbered(videos / "damaged.mp4", count=240)
+    content = bytearray(damaged.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 2000] = np.random.default_rng(0).bytes(2000)
+    damaged.write_bytes(content)
+    with pytest.raises(DriveSimError, match="every drive was skipped"):
+        inspect_drives([videos], out)
+    said = capsys.readouterr().err
+    assert "skipped empty: " in said
+    assert "skipped damaged: " in said
+    assert not out.exists()
+
+
+def copy_with_steering(name: str, folder: Path, *, shift: int, scale: float) -> Path:
+    """A drive of the track, its steering column moved down by `shift` rows and scaled."""
+    shutil.copyfile(TRACK / f"{name}.mp4", folder / f"{name}.mp4")
+    with (TRACK / f"{name}.csv").open(newline="") as file:
+        header, *rows = list(csv.reader(file))
+    steering = np.roll([scale * float(row[2]) for row in rows], shift)
+    with (folder / f"{name}.csv").open("w", newline="") as file:
+        csv.writer(file).writerow(header)
+        csv.writer(file).writerows(
+            [*row[:2], value] for row, value in zip(rows, steering, strict=True)
+        )
+    return folder / f"{name}.mp4"
+
+
+def test_a_spoilt_csv_of_a_real_drive_is_said(tmp_path: Path) -> None:
+    if not TRACK.exists():
+        pytest.skip(f"{TRACK} is not here")
+    video = copy_with_steering("drive_03", tmp_path, shift=5, scale=-1)
+    report = inspect_drives([video], tmp_path / "out", steering_kind="road_wheel")
+    (drive,) = report.drives
+    assert drive.synchrony.lag_frames in (4, 5)
+    assert drive.synchrony.sign == -1
+    assert len(drive.problems) == 2
+    text = report.table()
+    assert "late" in text
+    assert "FLIPPED" in text
+
+
+@pytest.fixture(scope="module")
+def track() -> list[tuple[Drive, npt.NDArray[np.float32]]]:
+    """The eight real drives and the image motion in each."""
+    if not TRACK.exists():
+        pytest.skip(f"{TRACK} is not here")
+    drives = find_drives([TRACK], steering_kind="road_wheel").drives
+    size = FrameSize(height=64, width=128)
+    return [(drive, yaw_motion(np.stack(list(drive.stream(size))))) for drive in drives]
+
+
+@pytest.mark.parametrize(
+    ("shift", "scale", "lags", "word"),
+    [
+        (0, 1, (-1, 0), None),
+        (0, -1, (-1, 0), "flipped"),
+        (5, 1, (4, 5), " late"),
+        (-5, 1, (-6, -5), " early"),
+    ],
+)
+def test_every_real_drive_is_judged_right(
+    track: list[tuple[Drive, npt.NDArray[np.float32]]],
+    shift: int,
+    scale: int,
+    lags: tuple[int, int],
+    word: str | None,
+) -> None:
+    assert len(track) == 8
+    for drive, motion in track:
+        assert drive.log is not None
+        values = drive.log.values.copy()
+        values[:, STEERING] = scale * np.roll(values[:, STEERING], shift)
+        spoilt = replace(drive, log=replace(drive.log, values=values))
+        found = measure_synchrony(motion, sample(spoilt))
+        assert found.lag_frames in lags, drive.id
+        assert found.sign == scale, drive.id
+        # In drive_04 the car reverses, and the simulator's speed has no sign.
+        reverses = [problem for problem in found.problems if "reverses" in problem]
+        assert bool(reverses) == (drive.id == "drive_04")
+        others = [problem for problem in found.problems if problem not in reverses]
+        assert len(others) == (word is not None), drive.id
+        assert word is None or word in others[0]

@@ -1,0 +1,100 @@
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from driving_sim.data.actions.action_file import ActionLog, SteeringKind
+from driving_sim.data.drive import Drive, DriveSet, Skipped, VideoFrames, sample
+from driving_sim.data.video.frame_size import FrameSize
+from driving_sim.data.video.reader import probe
+from driving_sim.data.video.writer import write_video
+from driving_sim.engine.errors import DriveSimError
+
+FPS = 10
+SIZE = FrameSize(height=16, width=32)
+
+
+def make_log(times: np.ndarray, kind: SteeringKind = "road_wheel") -> ActionLog:
+    values = np.stack([times, -times], axis=1).astype(np.float32)
+    return ActionLog(times=times, values=values, has=np.array([True, True]), steering_kind=kind)
+
+
+@pytest.fixture
+def drive(tmp_path: Path) -> Drive:
+    """Frame n is grey 20 * n; speed at second x is x."""
+    levels = np.arange(12, dtype=np.uint8) * 20
+    frames = np.broadcast_to(levels[:, None, None, None], (12, 32, 64, 3))
+    write_video(tmp_path / "a.mp4", frames, FPS)
+    info = probe(tmp_path / "a.mp4")
+    log = make_log(np.arange(0, 1.3, 0.05))
+    reader = VideoFrames(info)
+    return Drive(id="a", source="video", timestamps=info.timestamps, reader=reader, log=log)
+
+
+def test_frames_and_stream_agree_after_pickling(drive: Drive) -> None:
+    drive = pickle.loads(pickle.dumps(drive))
+    streamed = np.stack(list(drive.stream(SIZE)))
+    assert streamed.shape == (12, 16, 32, 3)
+    assert streamed.dtype == np.uint8
+    np.testing.assert_allclose(streamed.mean(axis=(1, 2, 3)), np.arange(12) * 20, atol=3)
+    np.testing.assert_allclose(drive.frames([7, 2], SIZE), streamed[[7, 2]], atol=1)
+    np.testing.assert_array_equal(list(drive.stream(SIZE, [2, 7])), streamed[[2, 7]])
+    assert drive.duration_s == pytest.approx(1.1)
+
+
+def test_a_video_is_not_decoded_in_this_process(
+    drive: Drive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("driving_sim.data.video.reader.open_video")
+    monkeypatch.delattr("driving_sim.data.video.reader._read_decord")
+    assert len(list(drive.stream(SIZE))) == 12
+    assert len(drive.frames([7, 2], SIZE)) == 2
+
+
+def test_a_sample_has_the_actions_between_its_own_frames(drive: Drive) -> None:
+    sampled = sample(drive, every=3)
+    assert sampled.indices.tolist() == [0, 3, 6, 9]
+    np.testing.assert_allclose(sampled.timestamps, [0, 0.3, 0.6, 0.9], atol=1e-6)
+    np.testing.assert_allclose(sampled.actions[:3, 0], [0.15, 0.45, 0.75], atol=1e-5)
+    np.testing.assert_allclose(sampled.actions[:, 1], -sampled.actions[:, 0])
+    assert sampled.action_valid[:3].all()
+    assert sampled.segments == [(0, 4)]
+    np.testing.assert_array_equal(sample(drive, fps=10 / 3).indices, sampled.indices)
+    np.testing.assert_array_equal(sample(drive).indices, np.arange(12))
+
+
+def test_a_drive_without_a_log_has_no_valid_actions(drive: Drive) -> None:
+    bare = Drive(id="b", source="video", timestamps=drive.timestamps, reader=drive.reader)
+    assert not sample(bare).action_valid.any()
+
+
+def test_kinds_of_steering_do_not_mix(drive: Drive) -> None:
+    wheel = Drive(
+        id="wheel",
+        source="video",
+        timestamps=drive.timestamps,
+        reader=drive.reader,
+        log=make_log(drive.timestamps, "steering_wheel"),
+    )
+    assert DriveSet([drive]).steering_kind == "road_wheel"
+    assert DriveSet([]).steering_kind is None
+    with pytest.raises(DriveSimError, match=r"road_wheel \(a\), steering_wheel \(wheel\)"):
+        _ = DriveSet([drive, wheel]).steering_kind
+
+
+def test_requiring_all_drives_names_the_first_that_is_bad(drive: Drive) -> None:
+    good = DriveSet([drive])
+    assert good.require_all() is good
+    bad = [Skipped(id=name, reason=f"{name}.mp4: is empty") for name in "xy"]
+    with pytest.raises(DriveSimError, match=r"x\.mp4: is empty \(and 1 more\); .*it, or x$"):
+        DriveSet([drive], bad).require_all(", or x")
+
+
+def test_a_sample_is_cut_where_the_video_lost_a_frame(drive: Drive) -> None:
+    later = np.where(np.arange(12) < 6, 0.0, 0.1)  # the frame before frame 6 is missing
+    gappy = Drive(
+        id="gappy", source="video", timestamps=drive.timestamps + later, reader=drive.reader
+    )
+    assert sample(gappy, every=2).segments == [(0, 3), (3, 6)]
+    assert sample(gappy, every=4).segments == [(0, 2), (2, 3)]

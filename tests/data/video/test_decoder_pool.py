@@ -1,0 +1,578 @@
+"""Decoder processes: the same frames and errors, whatever a file or a signal does to one."""
+
+import gc
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from driving_sim.data.video import decoder_pool as processes
+from driving_sim.data.video import file_facts as probing
+from driving_sim.data.video import reader as video
+from driving_sim.data.video.decoder_pool import LIMIT, probe, read_frames, stream_frames
+from driving_sim.data.video.decoder_worker import MEMORY_BYTES
+from driving_sim.data.video.file_facts import VideoError, VideoInfo
+from driving_sim.data.video.frame_size import FrameSize
+from driving_sim.engine.errors import DriveSimError
+from tests import ROOT
+from tests.fixtures.video_files import (
+    claim_frames,
+    claim_size,
+    cut,
+    make_hang,
+    read_numbers,
+    write_numbered,
+)
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+SIZE = FrameSize(height=24, width=64)
+LARGE = FrameSize(height=480, width=1280)  # 40 of these are more than a pipe holds
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write_numbered(tmp_path / "x.mp4")
+
+
+@pytest.fixture
+def info(path: Path) -> VideoInfo:
+    return probe(path)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hangs are over soon; what is read meanwhile has time on a busy machine too."""
+    monkeypatch.setenv(LIMIT, "3")
+
+
+@pytest.fixture
+def changed_decoder(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str], None]]:
+    """Decoders that run some lines first, and none that started before."""
+    folder = tmp_path_factory.mktemp("lines")
+
+    def change(lines: str) -> None:
+        (folder / "sitecustomize.py").write_text(lines)
+
+    monkeypatch.syspath_prepend(folder)
+    processes._end_all()
+    yield change
+    processes._end_all()
+
+
+def idle_pid() -> int:
+    """The process that takes the next request."""
+    return processes._idle[-1]._process.pid
+
+
+def busy_pid() -> int:
+    """The process of the one stream that is open."""
+    (pid,) = (decoder._process.pid for decoder in processes._started if decoder.busy)
+    return pid
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def same(one: VideoInfo, other: VideoInfo) -> None:
+    for name in VideoInfo.__slots__:
+        first, second = getattr(one, name), getattr(other, name)
+        if isinstance(first, np.ndarray):
+            np.testing.assert_array_equal(first, second)
+            assert first.dtype == second.dtype
+        else:
+            assert first == second
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])  # with times of their own, and without
+def test_a_process_gives_what_the_functions_give(tmp_path: Path, codec: str) -> None:
+    raw = codec == "libx265"
+    path = write_numbered(
+        tmp_path / ("x.hevc" if raw else "x.mp4"),
+        codec=codec,
+        container="hevc" if raw else None,
+        codec_options={"x265-params": "log-level=none"} if raw else None,
+    )
+    info = probe(path)
+    same(info, probing.probe(path))
+    for size in (SIZE, None):
+        expected = list(video.stream_frames(info, size))
+        np.testing.assert_array_equal(list(stream_frames(info, size)), expected)
+        chosen = list(video.stream_frames(info, size, [3, 4, 30]))
+        np.testing.assert_array_equal(list(stream_frames(info, size, [3, 4, 30])), chosen)
+        clip = video.read_frames(info, [30, 3, 3], size)
+        np.testing.assert_array_equal(read_frames(info, [30, 3, 3], size), clip)
+    assert read_frames(info, [], SIZE).shape == (0, 24, 64, 3)
+    assert list(stream_frames(info, SIZE, [])) == []
+
+
+OPENS_VIDEOS = re.compile(
+    r"from driving_sim\.data\.video\.(?:reader|file_facts|file) import (?:\([^)]*|.*)"
+    r"\b(?:probe|read_frames|stream_frames|open_video)\b|\bav\.open\(|\bimport decord\b"
+)
+
+
+def test_nothing_else_opens_videos() -> None:
+    package = ROOT / "driving_sim"
+    files = [
+        Path(folder, name)
+        for folder, _, names in os.walk(package, followlinks=True)
+        for name in names
+        if name.endswith(".py")
+    ]
+    found = {each.name for each in files if OPENS_VIDEOS.search(each.read_text("utf-8"))}
+    assert found == {"decoder.py", "probe.py", "video.py", "video_file.py", "video_writer.py"}
+
+
+def test_errors_are_those_of_the_functions(tmp_path: Path, info: VideoInfo) -> None:
+    bad = [
+        tmp_path / "gone.mp4",
+        tmp_path,
+        cut(write_numbered(tmp_path / "cut.mp4"), 0.5),
+        claim_size(tmp_path / "large.avi", 100_000, 100_000),
+        claim_frames(tmp_path / "million.mp4", 1_000_000),
+    ]
+    for path in bad:
+        with pytest.raises(VideoError) as expected:
+            probing.probe(path)
+        with pytest.raises(VideoError) as found:
+            probe(path)
+        assert str(found.value) == str(expected.value)
+    with pytest.raises(IndexError, match="of 40"):
+        read_frames(info, [40])
+    with pytest.raises(ValueError, match="increasing"):
+        next(stream_frames(info, SIZE, [4, 3]))
+    cut(info.path, 0.3)
+    with pytest.raises(VideoError, match=r"x\.mp4"):
+        list(stream_frames(info))
+
+
+def test_a_process_is_used_again_after_files_good_and_bad(path: Path, tmp_path: Path) -> None:
+    info = probe(path)
+    before = idle_pid()
+    list(stream_frames(info, SIZE))
+    read_frames(info, [3], SIZE)
+    with pytest.raises(VideoError, match="no such file"):
+        probe(tmp_path / "gone.mp4")
+    assert idle_pid() == before
+
+
+def test_a_relative_path_is_one_of_the_current_folder(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe(path)  # starts the process elsewhere
+    monkeypatch.chdir(path.parent)
+    info = probe(Path("x.mp4"))
+    assert info.path == Path("x.mp4")
+    assert read_numbers(list(stream_frames(info, indices=[5]))) == [5]
+
+
+def test_a_file_that_hangs_its_decoder_costs_the_file_only(
+    info: VideoInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = probe(write_numbered(tmp_path / "other.mp4"))
+    make_hang(info.path)
+    for read in (lambda: list(stream_frames(info)), lambda: read_frames(info, [3, 9])):
+        before = idle_pid()
+        started = time.monotonic()
+        with monkeypatch.context() as impatient:
+            impatient.setenv(LIMIT, "0.5")
+            with pytest.raises(VideoError, match=r"no sign of life for 0\.5 s .*, twice,") as error:
+                read()
+        assert 1 < time.monotonic() - started < 20
+        assert str(info.path) in str(error.value)
+        assert "\n" not in str(error.value)
+        wait_until(lambda pid=before: not is_running(pid))  # type: ignore[misc]
+        assert read_numbers(list(stream_frames(other))) == list(range(40))
+
+
+def test_a_probe_that_hangs_is_ended(
+    path: Path, changed_decoder: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed_decoder(
+        "import time\nfrom driving_sim.data import probe\nprobe.beat = lambda: time.sleep(60)\n"
+    )
+    monkeypatch.setenv(LIMIT, "0.5")
+    with pytest.raises(VideoError, match=r"x\.mp4: .*life for 0\.5 s while it was probed, twice"):
+        probe(path)
+
+
+def test_a_hang_midway_says_where(info: VideoInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = stream_frames(info, LARGE, [0, 7, 8])
+    next(frames)
+    make_hang(info.path)  # for the decoder after this one, which has it open
+    monkeypatch.setenv(LIMIT, "0.5")
+    os.kill(busy_pid(), signal.SIGKILL)
+    with pytest.raises(VideoError, match=r"at 0\.[34]\d? s of 1\.9\d? s \(frame [78]\), twice"):
+        list(frames)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_drive_that_stalled_or_a_full_memory_is_no_fault_of_the_file(
+    info: VideoInfo, number: int
+) -> None:
+    frames = stream_frames(info, LARGE)
+    first = next(frames)
+    os.kill(busy_pid(), number)
+    assert read_numbers([first, *frames]) == list(range(40))
+
+
+@pytest.mark.parametrize("what", ["probe.probe", "video.read_frames"])
+def test_a_probe_and_a_clip_are_asked_for_once_more(
+    info: VideoInfo, tmp_path: Path, changed_decoder: Callable[[str], None], what: str
+) -> None:
+    mark = tmp_path / "killed"
+    changed_decoder(
+        "import os\nfrom pathlib import Path\nfrom driving_sim.data import probe, video\n"
+        f"mark, work = Path({str(mark)!r}), {what}\n"
+        "def kill(*given):\n"
+        "    if not mark.exists(): mark.touch(); os.kill(os.getpid(), 9)\n"
+        "    return work(*given)\n"
+        f"{what} = kill\n"
+    )
+    same(probe(info.path), info)
+    assert read_numbers(read_frames(info, [7, 3])) == [7, 3]
+    assert mark.exists()
+
+
+def test_a_stream_may_be_disturbed_at_more_than_one_frame(info: VideoInfo) -> None:
+    frames = stream_frames(info, LARGE)
+    read = [next(frames)]
+    for _ in range(3):
+        os.kill(busy_pid(), signal.SIGKILL)
+        read += [next(frames) for _ in range(9)]  # more than a pipe holds
+    assert read_numbers([*read, *frames]) == list(range(40))
+
+
+def test_a_file_that_has_its_decoder_killed_again_is_at_fault(
+    info: VideoInfo, changed_decoder: Callable[[str], None]
+) -> None:
+    changed_decoder(
+        "import os\nfrom driving_sim.data import video\n"
+        "video.beat = lambda: os.kill(os.getpid(), 9)\n"
+    )
+    with pytest.raises(VideoError, match=r"x\.mp4: its decoder died \(SIGKILL\) at .*, twice:"):
+        list(stream_frames(info))
+
+
+@pytest.mark.usefixtures("impatient")
+def test_slow_is_not_hung(tmp_path: Path, changed_decoder: Callable[[str], None]) -> None:
+    path = write_numbered(tmp_path / "x.mp4", keyframe_every=999)
+    changed_decoder(
+        "import time\n"
+        "from driving_sim.data import video\n"
+        "def beat(): time.sleep(0.1); slow()\n"
+        "slow, video.beat = video.beat, beat\n"
+    )
+    info = probe(path)
+    started = time.monotonic()
+    assert read_numbers(list(stream_frames(info, indices=[39]))) == [39]
+    assert time.monotonic() - started > 3  # longer than a decoder may be silent
+
+
+def test_a_pause_of_the_machine_is_not_a_hang(info: VideoInfo) -> None:
+    class Pausing:
+        """Its waits end at once, as those of a process that was stopped meanwhile."""
+
+        waits = 0
+
+        def poll(self, milliseconds: float) -> list[int]:
+            assert milliseconds <= 1000
+            self.waits += 1
+            return []
+
+    decoder, paused = processes._idle[-1], Pausing()
+    decoder._limit_s = 7
+    with pytest.raises(processes._Silent):
+        decoder._wait(paused)  # type: ignore[arg-type]
+    assert paused.waits == 7
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", "inf"])
+def test_the_limit_must_be_a_number_of_seconds(
+    path: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv(LIMIT, value)
+    with pytest.raises(DriveSimError, match=f"{LIMIT}={value}: must be"):
+        probe(path)
+
+
+def test_a_decoder_that_crashes_costs_the_file_only(info: VideoInfo) -> None:
+    frames = stream_frames(info, LARGE)
+    next(frames)
+    pid = busy_pid()
+    os.kill(pid, signal.SIGSEGV)
+    with pytest.raises(VideoError, match=r"died \(SIGSEGV\) at \d\.\d\d? s of"):
+        list(frames)
+    assert not is_running(pid)
+    assert read_numbers(read_frames(info, [7])) == [7]
+
+
+def test_an_idle_decoder_that_was_killed_is_replaced(path: Path) -> None:
+    probe(path)
+    decoder = processes._idle[-1]
+    os.kill(decoder._process.pid, signal.SIGKILL)
+    wait_until(lambda: not decoder.is_alive)
+    assert len(probe(path).timestamps) == 40
+
+
+def test_ctrl_c_and_sigterm_are_the_parents(info: VideoInfo) -> None:
+    pid = idle_pid()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(pid, number)
+    time.sleep(0.1)
+    assert read_numbers(read_frames(info, [7])) == [7]
+    assert idle_pid() == pid
+
+
+def test_several_streams_at_once(info: VideoInfo) -> None:
+    pairs = zip(stream_frames(info), stream_frames(info, indices=range(40)), strict=True)
+    assert all((one == other).all() for one, other in pairs)
+    with ThreadPoolExecutor(4) as pool:
+        numbers = pool.map(lambda _: read_numbers(list(stream_frames(info))), range(8))
+    assert list(numbers) == [list(range(40))] * 8
+
+
+def test_a_stream_that_is_given_up_leaves_no_process(info: VideoInfo) -> None:
+    frames = stream_frames(info, LARGE)
+    next(frames)
+    pid = busy_pid()
+    frames.close()  # type: ignore[attr-defined]
+    assert not is_running(pid)
+    assert pid not in [decoder._process.pid for decoder in processes._started]
+    assert read_numbers(read_frames(info, [7])) == [7]
+
+
+def test_a_stream_whose_last_frame_was_taken_is_over(info: VideoInfo) -> None:
+    pid = idle_pid()
+    frames = stream_frames(info, SIZE, [0, 5])
+    next(frames), next(frames)
+    frames.close()  # type: ignore[attr-defined]
+    assert idle_pid() == pid
+
+
+def test_a_decoder_does_not_decode_far_ahead(info: VideoInfo) -> None:
+    """The pipe is full after a frame or two of 1.8 MB, and the decoder waits."""
+    frames = stream_frames(info, LARGE)
+    next(frames)
+    written = Path(f"/proc/{busy_pid()}/io")
+    if not written.exists():
+        pytest.skip("no /proc/PID/io here")
+    time.sleep(0.3)
+    sent = int(written.read_text().split("wchar: ")[1].split()[0])
+    assert sent < 6 * LARGE.height * LARGE.width * 3
+    frames.close()  # type: ignore[attr-defined]
+
+
+def report_fork(info: VideoInfo, pipe: Connection) -> None:
+    """In a forked process: what it reads, and which processes it has for it."""
+    numbers = read_numbers(list(stream_frames(info)))
+    pipe.send((numbers, [decoder._process.pid for decoder in processes._started]))
+
+
+def test_a_forked_process_starts_its_own(info: VideoInfo) -> None:
+    frames = stream_frames(info)
+    first = [next(frames) for _ in range(3)]
+    read_frames(info, [3])  # leaves another one idle
+    own = {decoder._process.pid for decoder in processes._started}
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    worker = multiprocessing.get_context("fork").Process(target=report_fork, args=(info, sender))
+    worker.start()
+    assert receiver.poll(30)
+    numbers, pids = receiver.recv()
+    worker.join(timeout=30)
+    assert numbers == list(range(40))
+    assert len(pids) == 1
+    assert not own & set(pids)
+    wait_until(lambda: not is_running(pids[0]))  # it ends with the worker
+    assert read_numbers([*first, *frames]) == list(range(40))
+    assert own <= {decoder._process.pid for decoder in processes._started}
+
+
+ORPHAN = """
+import sys
+from pathlib import Path
+from driving_sim.data.video import decoder_pool as processes
+from driving_sim.data.video.decoder_pool import probe, stream_frames
+from tests.fixtures.video_files import make_hang
+
+info = probe(Path(sys.argv[1]))
+make_hang(info.path)
+print(processes._idle[-1]._process.pid, flush=True)
+list(stream_frames(info))
+"""
+
+
+@needs_proc
+def test_no_decoder_outlives_its_parent(path: Path) -> None:
+    command = [sys.executable, "-c", ORPHAN, str(path)]
+    environment = processes._environment()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        time.sleep(0.5)  # until it hangs
+        assert is_running(pid)
+        parent.kill()
+    wait_until(lambda: not is_running(pid))
+
+
+@needs_proc
+def test_memory_has_a_limit(info: VideoInfo) -> None:
+    limits = Path(f"/proc/{idle_pid()}/limits").read_text()
+    (line,) = [line for line in limits.splitlines() if line.startswith("Max address space")]
+    assert line.split()[3] == str(MEMORY_BYTES)
+
+
+ARENAS = """
+import threading
+threading.stack_size(256 << 10)
+barrier = threading.Barrier(41)
+def work():
+    kept = bytearray(100_000)
+    barrier.wait()
+    barrier.wait()
+for _ in range(40):
+    threading.Thread(target=work, daemon=True).start()
+barrier.wait()
+print(int(open("/proc/self/status").read().split("VmPeak:")[1].split()[0]) >> 10)
+"""
+
+
+@needs_proc
+def test_threads_of_a_decoder_take_little_address_space() -> None:
+    environment = processes._environment()
+    mebibytes = subprocess.check_output([sys.executable, "-c", ARENAS], env=environment)
+    assert int(mebibytes) < 400
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say how large a pipe is")
+def test_a_hundred_decoders_do_not_use_up_a_users_pipes(path: Path) -> None:
+    import fcntl
+
+    probe(path)
+    size = fcntl.fcntl(processes._idle[-1]._output.fileno(), fcntl.F_GETPIPE_SZ)
+    assert 100 * size <= 64 << 20  # Linux's own pipe-user-pages-soft
+
+
+def test_a_clip_that_no_decoder_has_memory_for_is_not_the_files_fault(info: VideoInfo) -> None:
+    pid = idle_pid()
+    with pytest.raises(DriveSimError, match=r"x\.mp4: a clip of 20 frames of 8,000×8,000 .* 2 GiB"):
+        read_frames(info, range(20), FrameSize(height=8000, width=8000))
+    assert idle_pid() == pid
+    assert read_numbers(read_frames(info, [5, 5, 3])) == [5, 5, 3]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems set no limit from outside")
+def test_a_decoder_out_of_memory_costs_the_file_only(info: VideoInfo) -> None:
+    import resource
+
+    pid = idle_pid()
+    status = Path(f"/proc/{pid}/status").read_text()
+    kilobytes = int(status.split("VmSize:")[1].split()[0])
+    resource.prlimit(pid, resource.RLIMIT_AS, ((kilobytes + 50_000) << 10,) * 2)
+    with pytest.raises(VideoError, match=r"x\.mp4: decoding it takes more memory than"):
+        read_frames(info, range(40), LARGE)
+    assert not is_running(pid)
+    assert read_frames(info, range(40), LARGE).shape == (40, 480, 1280, 3)
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (
+            "video.stream_frames = lambda info, *_: iter([np.zeros((2, 2, 3), np.uint8)])",
+            "nonsense",
+        ),
+        ("video.stream_frames = lambda *_: 1 / 0", r"cannot be decoded \(ZeroDivisionError"),
+        ("video.stream_frames = lambda *_: os._exit(3)", r"died \(exit code 3\)"),
+    ],
+)
+def test_whatever_a_decoder_does_is_one_line(
+    path: Path, changed_decoder: Callable[[str], None], lines: str, says: str
+) -> None:
+    changed_decoder(f"import os\nimport numpy as np\nfrom driving_sim.data import video\n{lines}\n")
+    info = probe(path)
+    with pytest.raises(VideoError, match=rf"x\.mp4: .*{says}"):
+        list(stream_frames(info))
+
+
+def test_what_a_library_prints_is_no_answer(
+    path: Path, changed_decoder: Callable[[str], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    changed_decoder(
+        "from driving_sim.data import probe\nprobe.beat = lambda: print('chatter', flush=True)\n"
+    )
+    assert len(probe(path).timestamps) == 40
+    out, err = capfd.readouterr()
+    assert "chatter" in err
+    assert out == ""
+
+
+def test_a_process_that_does_not_start_is_no_fault_of_a_video(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes._end_all()
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(OSError, match="does not start") as error:
+        probe(path)
+    assert error.value.filename == "/bin/false"
+
+
+@pytest.mark.parametrize("line", ["", "hello", "a greeting longer than any prefix of a message"])
+def test_what_is_printed_before_a_decoder_starts_is_no_fault_of_a_video(
+    path: Path, changed_decoder: Callable[[str], None], line: str
+) -> None:
+    changed_decoder(f"print({line!r}, flush=True)\n")
+    with pytest.raises(OSError, match="does not start: something prints"):
+        probe(path)
+    assert not processes._started
+
+
+def test_ctrl_c_while_a_decoder_starts_leaves_no_process(
+    path: Path, changed_decoder: Callable[[str], None]
+) -> None:
+    changed_decoder("import time\ntime.sleep(60)\n")
+    main = threading.get_ident()
+    seen: list[int] = []
+
+    def interrupt() -> None:
+        wait_until(lambda: bool(processes._started))
+        seen.extend(decoder._process.pid for decoder in processes._started)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    gc.collect()
+    gc.disable()  # in a finaliser the interrupt would be lost
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            probe(path)
+    finally:
+        gc.enable()
+    thread.join()
+    assert not processes._started
+    assert not is_running(seen[0])

@@ -1,0 +1,231 @@
+"""What several ranks, as `torchrun` starts them, make of a training: what one would."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
+from driving_sim.pipeline import tokenize_videos
+from driving_sim.tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+from driving_sim.tokenizer.tokenizer import Tokenizer
+from tests import ROOT
+from tests.fixtures.rank_training import FAILED, STEPS, rank_train, said_by, train_as_rank
+
+TIMES = ("step_seconds", "training_seconds")
+
+
+def launch(size: int, model: str, run: Path, **options: Any) -> list[int | None]:
+    """Train on `size` ranks; return their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    # A server that has imported everything starts them in milliseconds.
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tests.fixtures.rank_training"])
+    ranks = [
+        server.Process(
+            target=train_as_rank, args=(shared | {"RANK": str(rank)}, model, run), kwargs=options
+        )
+        for rank in range(size)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(timeout=120)
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+        rank.join()
+    return codes
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in found]
+
+
+def assert_same_losses(
+    one: Path, other: Path, rel: float = 1e-5, loose: Mapping[str, float] | None = None
+) -> None:
+    for row_one, row_two in zip(rows(one), rows(other), strict=True):
+        for name, far in (loose or {}).items():
+            assert row_one.pop(name, 0) == pytest.approx(row_two.pop(name, 0), rel=far)
+        assert row_one.pop("phase") == row_two.pop("phase")
+        batches = row_one.pop("batches", 0), row_two.pop("batches", 0)
+        assert batches[0] in (batches[1], 2 * batches[1], batches[1] / 2)
+        assert row_one == pytest.approx(row_two, rel=rel, abs=1e-6)
+
+
+def exported(run: Path) -> dict[str, Tensor]:
+    return load_file(run / "model.safetensors")
+
+
+@pytest.mark.parametrize("shard", [False, True])
+@pytest.mark.parametrize("model", ["tokenizer", "world_model"])
+def test_two_ranks_with_halves_equal_one_with_the_whole(
+    tmp_path: Path, model: str, shard: bool
+) -> None:
+    assert launch(2, model, tmp_path / "two", shard=shard) == [0, 0]
+    rank_train(model, tmp_path / "one", halves=False)
+    assert_same_losses(tmp_path / "one", tmp_path / "two")
+    one, two = exported(tmp_path / "one"), exported(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
+
+
+SHARDED, ALL, ALONE = {"shard": True}, {"shard": False}, None
+
+
+def start(run: Path, ranks: dict[str, bool] | None, **options: Any) -> None:
+    """Train on two ranks, or alone: with two batches a step, so that the steps are the same."""
+    if ranks is None:
+        rank_train("world_model", run, accumulate=2, **options)
+    else:
+        assert launch(2, "world_model", run, **ranks, **options) == [0, 0]
+
+
+@pytest.mark.parametrize(("before", "after"), [(SHARDED, ALONE), (ALONE, SHARDED), (SHARDED, ALL)])
+def test_a_checkpoint_is_resumed_on_other_ranks(
+    tmp_path: Path, before: dict[str, bool] | None, after: dict[str, bool] | None
+) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    start(whole, ALONE)
+    start(run, before)
+    last = run / "checkpoints" / f"step-{STEPS:08d}"
+    assert {file.suffix for file in last.iterdir()} == {".safetensors", ".json"}
+    assert len(list(last.glob("shard-*.safetensors"))) == (2 if before == SHARDED else 0)
+    shutil.rmtree(last)
+    (run / "finished.json").unlink()
+    start(run, after, resume=True)
+    assert last.exists()
+    assert_same_losses(run, whole)
+    for name, tensor in exported(whole).items():
+        torch.testing.assert_close(exported(run)[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def on_two_ranks(*arguments: str, restarts: int = 0) -> tuple[int, str]:
+    """Run a module on two ranks of `torchrun`; return its exit code and everything said."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", f"--max-restarts={restarts}", "-m", *arguments]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def torchrun(run: Path, restarts: int = 0, **options: Any) -> tuple[int, str]:
+    """Train on two ranks of `torchrun`."""
+    training = ("tests.fixtures.rank_training", "world_model", str(run), json.dumps(options))
+    return on_two_ranks(*training, restarts=restarts)
+
+
+def test_torchrun_goes_on_after_a_rank_was_killed(tmp_path: Path) -> None:
+    run, mark = tmp_path / "run", tmp_path / "mark"
+    # Batch 7 is that of the second rank's fourth step; the checkpoint before is after the second.
+    code, said = torchrun(run, restarts=1, shard=True, fatal=7, mark=str(mark))
+    assert (code, mark.exists()) == (0, True), said
+    start(tmp_path / "whole", ALONE)
+    assert_same_losses(run, tmp_path / "whole")
+
+
+def test_a_rank_that_dies_brings_the_job_down_with_its_error(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    code, said = torchrun(tmp_path / "run", bad=7)
+    assert code != 0
+    assert "error: batch 7 cannot be made" in said
+    assert "error: rank 0: another rank is gone" in said
+    assert said.count("Traceback") == 1  # torchrun's own
+    assert time.monotonic() - begun < 60
+
+
+def test_a_full_disk_ends_a_sharded_run_cleanly(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    codes = launch(2, "world_model", run, shard=True, most_bytes=200_000)
+    assert codes == [FAILED, FAILED]
+    for rank in ("0", "1"):
+        said = said_by(run, rank).read_text()
+        assert "File too large; make room" in said
+        assert "Traceback" not in said
+    assert not any((run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_sigterm_saves_on_all_ranks(tmp_path: Path, shard: bool) -> None:
+    run = tmp_path / "run"
+    options = json.dumps({"shard": shard, "seconds": 0.3, "steps": 12})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [
+        "--nproc-per-node=2",
+        "-m",
+        "tests.fixtures.rank_training",
+        "world_model",
+        str(run),
+        options,
+    ]
+    job = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while not (run / "checkpoints" / "step-00000002").exists():
+        assert job.poll() is None
+        time.sleep(0.05)
+    job.terminate()
+    assert job.wait(timeout=120) != 0
+    last = max(int(path.name[5:]) for path in (run / "checkpoints").iterdir())
+    assert last < 12
+    start(run, ALONE, resume=True, steps=12)
+    start(tmp_path / "whole", ALONE, steps=12)
+    assert_same_losses(run, tmp_path / "whole")
+
+
+def test_restarts_do_not_go_on_with_what_another_launch_began(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    rank_train("world_model", run)
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    code, said = torchrun(run, restarts=1, learning_rate=0.1)
+    assert code != 0
+    assert said.count("already holds a run") >= 2  # in both attempts
+    assert before == {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+
+
+def test_two_ranks_share_the_drives_and_the_store_is_the_same(tmp_path: Path) -> None:
+    config = AutoencoderConfig(
+        height=32, width=64, widths=(16, 16, 32), blocks=(0, 1, 1), attention_blocks=0, head_size=16
+    )
+    torch.manual_seed(0)
+    Tokenizer(Autoencoder(config)).save(tmp_path / "tokenizer")
+    world = SyntheticConfig(height=32, width=64, fps=10)
+    write_synthetic_drives(tmp_path / "videos", drives=5, seconds=2, config=world)
+    (tmp_path / "videos" / "bad.mp4").write_bytes(b"no video")
+    common = ["--mirror", "--skip-bad", "--tokenizer", str(tmp_path / "tokenizer"), "--out"]
+    videos = str(tmp_path / "videos")
+    code, said = on_two_ranks("driving_sim.cli", "tokenize", videos, *common, str(tmp_path / "two"))
+    assert code == 0, said
+    assert said.count("next: drivesim train-world-model") == 1
+    assert said.count("skipped bad") == 1
+    tokenize_videos(
+        [tmp_path / "videos"], tmp_path / "tokenizer", tmp_path / "one", mirror=True, skip_bad=True
+    )
+    one, two = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
+        for name in ("one", "two")
+    )
+    assert one == two

@@ -1,0 +1,223 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from driving_sim.engine.checkpoint import (
+    CHECKSUMS,
+    damage,
+    latest,
+    load_checkpoint,
+    newest_whole,
+    prune,
+    remove_after,
+    save_checkpoint,
+)
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.training.ema import Ema
+from driving_sim.engine.training.optimizer import build_optimizer, decay_groups, optimizer_tensors
+
+
+class Run:
+    """A model with all that a checkpoint holds; convolution weights in channels-last order."""
+
+    def __init__(self, seed: int, width: int = 4) -> None:
+        torch.manual_seed(seed)
+        layers = nn.Sequential(
+            nn.Conv2d(3, width, 3), nn.GroupNorm(2, width), nn.Tanh(), nn.Conv2d(width, width, 1)
+        )
+        self.model = layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.ema = Ema(self.model, 0.9)
+        self.optimizer = build_optimizer(
+            self.model,
+            decay_groups(self.model, name="net"),
+            learning_rate=0.01,
+            weight_decay=0.1,
+            betas=(0.9, 0.99),
+        )
+
+    def step(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.optimizer.zero_grad()
+        self.model(torch.randn(2, 3, 8, 8)).square().mean().backward()
+        self.optimizer.step()
+        self.ema.update()
+
+    def save(self, folder: Path, step: int) -> Path:
+        return save_checkpoint(
+            folder,
+            step=step,
+            model=self.model,
+            optimizer=self.optimizer,
+            ema=self.ema,
+            state={"step": step},
+        )
+
+    def load(self, path: Path) -> dict[str, int]:
+        return load_checkpoint(path, model=self.model, optimizer=self.optimizer, ema=self.ema)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [*self.model.state_dict().values(), *self.ema.state_dict().values()]
+
+
+@pytest.mark.parametrize("width", [4, 32])  # 32: Muon steps the second convolution
+def test_loaded_run_goes_on_bit_for_bit(tmp_path: Path, width: int) -> None:
+    run, other = Run(0, width), Run(1, width)
+    for step in range(3):
+        run.step(step)
+    assert other.load(run.save(tmp_path, 3)) == {"step": 3}
+    for step in range(3, 6):
+        run.step(step)
+        other.step(step)
+    assert all(map(torch.equal, run.tensors(), other.tensors()))
+    theirs = optimizer_tensors(other.optimizer, other.model)
+    for name, mine in optimizer_tensors(run.optimizer, run.model).items():
+        assert torch.equal(mine, theirs[name])
+        assert mine.stride() == theirs[name].stride()
+
+
+def test_tied_weights_stay_tied(tmp_path: Path) -> None:
+    def tied() -> Run:
+        run = Run(0)
+        run.model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        run.model[1].weight = run.model[0].weight
+        run.ema = Ema(run.model, 0.9)
+        return run
+
+    one, other = tied(), tied()
+    with torch.no_grad():
+        one.model[0].weight.fill_(7.0)
+    other.load(one.save(tmp_path, 1))
+    assert other.model[0].weight is other.model[1].weight
+    assert (other.model[1].weight == 7.0).all()
+
+
+def test_frozen_weights_are_left_out_and_buffers_are_not(tmp_path: Path) -> None:
+    def with_frozen(value: float) -> Run:
+        run = Run(0)
+        run.model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+        run.ema = Ema(run.model, 0.9)
+        run.model.append(nn.Linear(3, 300).requires_grad_(False))
+        with torch.no_grad():
+            run.model[1].running_mean.fill_(value)
+            run.model[2].weight.fill_(value)
+        return run
+
+    one, other = with_frozen(1.0), with_frozen(2.0)
+    path = one.save(tmp_path, 1)
+    assert (path / "model.safetensors").stat().st_size < 3 * 300 * 4
+    other.load(path)
+    assert (other.model[1].running_mean == 1.0).all()
+    assert (other.model[2].weight == 2.0).all()
+
+
+def test_only_safetensors_and_json(tmp_path: Path) -> None:
+    path = Run(0).save(tmp_path, 1)
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
+
+
+def test_newest_counts_as_numbers_do(tmp_path: Path) -> None:
+    assert latest(tmp_path / "missing") is None
+    for step in (5, 123_456_789, 99_999_999):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    (tmp_path / ".step-99999999.1.partial").mkdir()
+    (tmp_path / "notes").mkdir()
+    assert latest(tmp_path) == tmp_path / "step-123456789"
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    (tmp_path / ".step-00000003.77.partial").mkdir()
+    prune(tmp_path, keep_last=2, best_step=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"step-{step:08d}" for step in (3, 5, 6)
+    ]
+
+
+def test_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    run = Run(0, width=64)
+    before = run.save(tmp_path, 1)
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(DriveSimError, match=r"cannot write .*step-00000002: File too large"):
+            run.save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == [before]
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def empty_the_folder(file: Path) -> None:
+    for each in file.parent.iterdir():
+        each.unlink()
+
+
+def add_a_file(file: Path) -> None:
+    (file.parent / "more.safetensors").touch()
+
+
+def make_it_a_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+DAMAGES = [truncate, flip_a_bit, Path.unlink, empty_the_folder, add_a_file, make_it_a_folder]
+
+
+@pytest.mark.parametrize("damaged", DAMAGES)
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json"]
+)
+def test_damage_is_found_and_the_one_before_is_used(
+    tmp_path: Path, name: str, damaged: Callable[[Path], None]
+) -> None:
+    run = Run(0)
+    run.step(0)
+    whole, newest = run.save(tmp_path, 1), run.save(tmp_path, 2)
+    assert newest_whole(tmp_path) == (newest, [])
+    damaged(newest / name)
+    path, (notice,) = newest_whole(tmp_path)
+    assert path == whole
+    assert notice.startswith(f"{newest} is damaged (")
+    assert "\n" not in notice
+    damaged(whole / name)
+    with pytest.raises(DriveSimError, match=r"every checkpoint is damaged, .*step-00000002"):
+        newest_whole(tmp_path)
+
+
+def test_checksums_that_are_damaged_themselves_count_as_damage(tmp_path: Path) -> None:
+    path = Run(0).save(tmp_path, 1)
+    for content in (b"", b"[]", b"{}", b'{"model.safetensors": 3}'):
+        (path / CHECKSUMS).write_bytes(content)
+        assert damage(path) is not None
+
+
+def test_checkpoints_after_the_one_that_is_gone_on_from_can_be_removed(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    remove_after(tmp_path / "step-00000010")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    path = Run(0).save(tmp_path, 1)
+    other = Run(0)
+    other.model.append(nn.Linear(2, 2))
+    for changed in (Run(0, width=6), other):
+        with pytest.raises(DriveSimError, match="another model") as caught:
+            changed.load(path)
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,174 @@
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from driving_sim.engine.config import (
+    from_dict,
+    load_json,
+    load_yaml,
+    resolve,
+    save_json,
+    save_yaml,
+    to_dict,
+)
+from driving_sim.engine.errors import DriveSimError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inner:
+    learning_rate: float = 0.1
+    levels: tuple[int, ...] = (8, 5)
+    betas: tuple[float, float] = (0.9, 0.99)
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate={self.learning_rate}, allowed is above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outer:
+    name: str
+    mode: Literal["fast", "slow"] = "fast"
+    steps: int | None = None
+    path: Path | None = None
+    flag: bool = False
+    number: int | float = 1
+    inner: Inner = field(default_factory=Inner)
+    maybe: Inner | None = None
+    rates: dict[str, float] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+
+
+FULL = Outer(
+    name="a",
+    mode="slow",
+    steps=3,
+    path=Path("x/y"),
+    flag=True,
+    number=2.5,
+    inner=Inner(levels=(4, 4, 4)),
+    maybe=Inner(betas=(0.1, 0.2)),
+    rates={"a": 1.0},
+    names=["b"],
+)
+
+
+@pytest.mark.parametrize("config", [Outer(name="a"), FULL])
+def test_dicts_and_files_give_the_config_back(config: Outer, tmp_path: Path) -> None:
+    assert from_dict(Outer, to_dict(config)) == config
+    save_json(tmp_path / "c.json", to_dict(config))
+    assert from_dict(Outer, load_json(tmp_path / "c.json")) == config
+    save_yaml(tmp_path / "c.yaml", to_dict(config))
+    assert from_dict(Outer, load_yaml(tmp_path / "c.yaml")) == config
+    assert resolve(Outer(name="b"), file=tmp_path / "c.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("training.lr", "learning_rate"),
+        ("lr", "training.learning_rate"),
+        ("training.wd", "weight_decay"),
+        ("training.rate", "learning_rate"),
+        ("training.warmup", "warmup_steps"),
+        ("training.val_every", "validate_every"),
+        ("training.stpes", "steps"),
+        ("training.ema_decays", "ema_decay"),
+        ("data.batch", "batch_size"),
+        ("bs", "data.batch_size"),
+        ("model.ctx", "context_frames"),
+        ("model.nlayers", "layers"),
+    ],
+)
+def test_the_nearest_key_knows_abbreviations(key: str, meant: str) -> None:
+    from driving_sim.world_model.training.presets import PRESETS
+
+    with pytest.raises(DriveSimError, match=f"the nearest one is '{meant}'$"):
+        resolve(PRESETS["demo"], assignments=[f"{key}=1"])
+
+
+@given(st.floats(min_value=1e-300, allow_infinity=False))
+def test_any_rate_survives_an_assignment(rate: float) -> None:
+    # YAML 1.1 takes 1e-05 for a string
+    config = resolve(Outer(name="a"), assignments=[f"inner.learning_rate={rate!r}"])
+    assert config.inner.learning_rate == rate
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "a", "step": 1}, "config: unknown key 'step'; the nearest one is 'steps'"),
+        ({"name": "a", "inner": {"level": []}}, "config.inner: .*'level'.*'levels'"),
+        ({"name": "a", "learning_rat": 1}, "nearest one is 'inner.learning_rate'"),
+        ({}, "config: 'name' is missing"),
+        ({"name": 3}, "config.name: expected str, found 3"),
+        ({"name": "a", "steps": True}, "config.steps: expected int, found True"),
+        ({"name": "a", "steps": 1.5}, "config.steps: expected int, found 1.5"),
+        ({"name": "a", "flag": 1}, "config.flag: expected bool, found 1"),
+        ({"name": "a", "mode": "medium"}, "found 'medium', expected one of fast, slow"),
+        ({"name": "a", "inner": 3}, "config.inner: expected a mapping"),
+        ({"name": "a", "inner": {"learning_rate": "fast"}}, "expected float, found 'fast'"),
+        (
+            {"name": "a", "inner": {"learning_rate": -1}},
+            "config.inner: learning_rate=-1.0, allowed",
+        ),
+        ({"name": "a", "inner": {"betas": [1]}}, "betas: expected 2 values, found 1"),
+        ({"name": "a", "inner": {"levels": [1, "x"]}}, r"levels\[1\]: expected int, found 'x'"),
+        ({"name": "a", "inner": {"levels": 8}}, "levels: expected a list, found 8"),
+        ({"name": "a", "rates": {"b": None}}, "rates.b: expected float, found None"),
+        ({"name": "a", "maybe": {"levels": 8}}, "maybe.levels: expected a list"),
+        (None, "expected a mapping"),
+    ],
+)
+def test_mistakes_are_named(values: object, message: str) -> None:
+    with pytest.raises(DriveSimError, match=message) as caught:
+        from_dict(Outer, values)
+    assert "\n" not in str(caught.value)
+
+
+def test_assignments_overlay_the_file_and_the_file_the_preset(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("steps: 5\ninner: {learning_rate: 0.2}\n")
+    preset = Outer(name="a", steps=1, inner=Inner(learning_rate=0.9, levels=(7,)))
+    config = resolve(preset, file=file, assignments=["steps=6", "inner.betas=[0.5, 0.6]"])
+    assert config == Outer(
+        name="a", steps=6, inner=Inner(learning_rate=0.2, levels=(7,), betas=(0.5, 0.6))
+    )
+    assert resolve(preset, assignments=["steps=null", "maybe.levels=[1]"]) == Outer(
+        name="a", inner=preset.inner, maybe=Inner(levels=(1,))
+    )
+
+
+def test_errors_name_the_file_or_the_option(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("inner: {rate: 1}\n")
+    with pytest.raises(DriveSimError, match=r"c\.yaml\.inner: unknown key 'rate'"):
+        resolve(FULL, file=file)
+    with pytest.raises(DriveSimError, match=r"--set\.inner: unknown key 'rate'"):
+        resolve(FULL, assignments=["inner.rate=1"])
+    for assignment in ("steps", "=3", "inner..rate=1", "names=[1"):
+        with pytest.raises(DriveSimError, match="--set"):
+            resolve(FULL, assignments=[assignment])
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "{", "3"])
+def test_files_of_something_else(tmp_path: Path, text: str) -> None:
+    for name, load in (("c.json", load_json), ("c.yaml", load_yaml)):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DriveSimError, match=name):
+            load(tmp_path / name)
+        with pytest.raises(DriveSimError, match="No such file"):
+            load(tmp_path / f"missing-{name}")
+
+
+def test_json_refuses_what_it_cannot_hold_and_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    save_json(path, {"a": 1})
+    with pytest.raises(ValueError):
+        save_json(path, {"a": float("nan")})
+    assert load_json(path) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,235 @@
+import json
+import re
+import time
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor, nn
+
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.weights import (
+    build_with_weights,
+    fingerprint,
+    load_weights,
+    save_weights,
+    write_tensors,
+)
+from driving_sim.tokenizer.autoencoder import Autoencoder
+from driving_sim.tokenizer.presets import PRESETS as TOKENIZERS
+from driving_sim.world_model.actions import ActionStatistics
+from driving_sim.world_model.training.presets import PRESETS as WORLD_MODELS
+from driving_sim.world_model.transformer import TokenGrid, Transformer
+
+
+class Layers(nn.Module):
+    def __init__(self, layers: int = 2, width: int = 4, table: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.register_buffer("table", torch.zeros(table), persistent=False)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    save_weights(Layers(), tmp_path / "w.safetensors", {"made": "here"})
+    return tmp_path / "w.safetensors"
+
+
+def refused(file: Path, **sizes: int) -> str:
+    """The one line that says why, found quickly and with little memory."""
+    begin = time.perf_counter()
+    least = sizes.get("layers", 2) * sizes.get("width", 4) ** 2
+    tracemalloc.start()
+    with pytest.raises(DriveSimError, match="not a test's weights") as caught:
+        build_with_weights(lambda: Layers(**sizes), file, of="a test", least_values=least)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert time.perf_counter() - begin < 5
+    assert peak < 2**26
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def test_weights_come_back_with_their_metadata(file: Path) -> None:
+    module, metadata = build_with_weights(Layers, file, of="a test", least_values=32)
+    assert metadata == {"made": "here"}
+    saved = load_file(file)
+    assert all(torch.equal(value, saved[name]) for name, value in module.state_dict().items())
+    assert fingerprint({"a": 1}, module) != fingerprint({"a": 2}, module)
+    assert fingerprint({"a": 1}, module) != fingerprint({"a": 1}, Layers())
+
+
+def of_each_format() -> dict[str, Tensor]:
+    """Tensors of all formats, one not contiguous, one a single number and one with no number."""
+    formats = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"]
+    tensors = {name: torch.arange(6).to(getattr(torch, name)) for name in formats}
+    turned = torch.arange(6.0).reshape(2, 3).T
+    return {**tensors, "turned": turned, "one": torch.tensor(3.0), "nöne": torch.zeros(0, 3)}
+
+
+@pytest.mark.parametrize("metadata", [None, {"a": 'né "b"'}])
+def test_a_file_is_the_librarys_byte_for_byte(
+    tmp_path: Path, metadata: dict[str, str] | None
+) -> None:
+    tensors = of_each_format()
+    contiguous = {name: value.contiguous() for name, value in tensors.items()}
+    write_tensors(tmp_path / "w", tensors, metadata)
+    assert (tmp_path / "w").read_bytes() == save(contiguous, metadata)
+
+
+def test_metadata_is_written_in_order(tmp_path: Path) -> None:
+    module, names = Layers(), [str(number) for number in range(20)]
+    for order in (names, names[::-1]):
+        save_weights(module, tmp_path / "w" / order[0], dict.fromkeys(order, "x"))
+    assert (tmp_path / "w" / "0").read_bytes() == (tmp_path / "w" / "19").read_bytes()
+
+
+def test_saving_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No second copy of the weights, neither Python's nor torch's."""
+    module = Layers(layers=4, width=512)
+    contiguous, copies = Tensor.contiguous, []
+
+    def watched(tensor: Tensor) -> Tensor:
+        made = contiguous(tensor)
+        if made.data_ptr() != tensor.data_ptr():
+            copies.append(tensor.shape)
+        return made
+
+    monkeypatch.setattr(Tensor, "contiguous", watched)
+    monkeypatch.setattr(Tensor, "clone", None)
+    tracemalloc.start()
+    save_weights(module, tmp_path / "w.safetensors", {})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert not copies
+    assert peak < (tmp_path / "w.safetensors").stat().st_size / 20
+
+
+def test_a_file_has_the_rights_of_any_new_one(tmp_path: Path) -> None:
+    save_weights(Layers(), tmp_path / "w.safetensors", {})
+    (tmp_path / "other").touch()
+    rights = [(tmp_path / name).stat().st_mode for name in ("w.safetensors", "other")]
+    assert rights[0] == rights[1]
+
+
+def with_header(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+
+def entry(name: str, value: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda header: header["layers.0.weight"].update({name: value})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        entry("data_offsets", [0, 64]),
+        entry("data_offsets", [64, 0]),
+        entry("data_offsets", [0, 2**62]),
+        entry("data_offsets", [-1, 63]),
+        entry("shape", [2**40, 2**40]),
+        entry("shape", [-4, -4]),
+        entry("shape", [float("nan")]),
+        entry("shape", [2, 8]),
+        entry("dtype", "F64"),
+        entry("dtype", "I32"),
+        entry("dtype", "\x1b[2J"),
+        lambda header: header.pop("layers.0.weight"),
+        lambda header: header.update(more=dict(header["layers.0.weight"])),
+        lambda header: header.update(__metadata__={"a": 3}),
+    ],
+)
+def test_headers_that_lie_are_refused(
+    file: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    with_header(file, change)
+    refused(file)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"short",
+        (2**63).to_bytes(8, "little") + b"{}",
+        (2**21).to_bytes(8, "little") + b" " * 2**21,
+        (100_000).to_bytes(8, "little") + b'{"a":' * 20_000,
+        (2).to_bytes(8, "little") + b"[]",
+    ],
+)
+def test_files_that_are_none_are_refused(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+    refused(file)
+
+
+def test_a_header_may_not_be_endless(file: Path) -> None:
+    save_weights(Layers(), file, {"made": "x" * 2**21})
+    assert "its header says that it is 20" in refused(file)
+
+
+def test_other_numbers_missing_and_extra_tensors_are_named(file: Path) -> None:
+    saved = load_file(file)
+    save_file({name: value.double() for name, value in saved.items()}, file)
+    assert "layers.0.bias is F64 [4], expected F32 [4]" in refused(file)
+    bias = saved.pop("layers.1.bias")
+    save_file(saved, file)
+    assert "has no layers.1.bias" in refused(file)
+    save_file({**saved, "layers.1.bias": bias, "z": bias.clone()}, file)
+    assert "has 'z', which the model has not" in refused(file)
+
+
+def test_a_refused_file_changes_nothing(file: Path) -> None:
+    module = Layers()
+    before = fingerprint({}, module)
+    saved = load_file(file)
+    save_file({**saved, "layers.1.bias": torch.zeros(5)}, file)
+    with pytest.raises(DriveSimError):
+        load_weights(module, file, of="a test")
+    assert fingerprint({}, module) == before
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"layers": 10**12}, "its config asks for 16000000000000"),
+        ({"width": 10**6}, "its config asks for 2000000000000"),
+        ({"width": 10**12}, "its config asks for 2000000000000000000000000"),
+    ],
+)
+def test_a_config_may_ask_for_what_no_machine_has(
+    file: Path, sizes: dict[str, int], reason: str
+) -> None:
+    """It is refused without being built: on a billion layers a machine would choke first."""
+    assert re.search(reason, refused(file, **sizes))
+
+
+def test_what_is_refused_unbuilt_draws_no_random_numbers(file: Path) -> None:
+    before = torch.get_rng_state()
+    with pytest.raises(DriveSimError):
+        build_with_weights(lambda: Layers(width=50), file, of="a test", least_values=5000)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("preset", ["demo", "tiny"])
+def test_configs_know_nearly_how_many_weights_they_ask_for(preset: str) -> None:
+    def count(module: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    frames, world = TOKENIZERS[preset].model, WORLD_MODELS[preset].model
+    autoencoder = Autoencoder(frames)
+    assert 0.95 * count(autoencoder) < frames.least_weights <= count(autoencoder)
+    for reach in (0, 1):
+        grid = TokenGrid(rows=frames.rows, cols=frames.cols, levels=frames.levels)
+        config = replace(world, previous_reach=reach)
+        transformer = Transformer(config, grid, ActionStatistics())
+        assert 0.7 * count(transformer) < config.least_weights(grid) <= count(transformer)

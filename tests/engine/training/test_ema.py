@@ -1,0 +1,100 @@
+import pytest
+import torch
+from torch import nn
+
+from driving_sim.engine.training.ema import Ema
+
+
+def linear(value: float) -> nn.Linear:
+    module = nn.Linear(3, 2)
+    fill(module, value)
+    return module
+
+
+def fill(module: nn.Module, value: float) -> None:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(value)
+
+
+def test_average_of_what_stays_still_is_exact() -> None:
+    module = linear(0.3)
+    ema = Ema(module, 0.999)
+    for _ in range(5):
+        ema.update()
+    assert all((value == module.bias[0]).all() for value in ema.state_dict().values())
+
+
+def test_average_follows_its_recurrence() -> None:
+    module, decay = linear(0.0), 0.5
+    ema, expected = Ema(module, decay), 0.0
+    for update in range(1, 20):
+        fill(module, float(update))
+        ema.update()
+        used = min(decay, (1 + update) / (10 + update))
+        expected = used * expected + (1 - used) * update
+    torch.testing.assert_close(ema.state_dict()["weight"], torch.full((2, 3), expected))
+
+
+def test_warm_up_forgets_the_initialisation() -> None:
+    module = linear(100.0)
+    ema = Ema(module, 0.9999)
+    fill(module, 1.0)
+    for _ in range(100):
+        ema.update()
+    assert (ema.state_dict()["bias"] - 1.0).abs().max() < 1e-3
+
+
+def test_without_decay_the_average_is_the_parameter() -> None:
+    module = linear(0.0)
+    ema = Ema(module, 0.0)
+    fill(module, 2.0)
+    ema.update()
+    assert torch.equal(ema.state_dict()["weight"], module.weight)
+
+
+def test_swap_is_undone_even_by_an_error() -> None:
+    module = linear(1.0)
+    ema = Ema(module, 0.9)
+    fill(module, 3.0)
+    weight = module.weight
+    with ema.swapped():
+        assert module.weight is weight
+        assert (module(torch.ones(1, 3)) == 4.0).all()
+    assert (module.weight == 3.0).all()
+    with pytest.raises(KeyError), ema.swapped():
+        raise KeyError
+    assert (module.weight == 3.0).all()
+    assert (ema.state_dict()["weight"] == 1.0).all()
+
+
+def test_swap_reaches_the_optimiser_and_gradients() -> None:
+    """Training goes on from the module's own values after a swap."""
+    module = linear(1.0)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    ema = Ema(module, 0.9)
+    fill(module, 3.0)
+    with ema.swapped():
+        pass
+    module(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert (module.weight == 2.0).all()
+    assert (ema.state_dict()["weight"] == 1.0).all()
+
+
+def test_frozen_weights_and_buffers_are_left_alone() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    module[0].weight.requires_grad_(False)
+    assert Ema(module, 0.9).state_dict().keys() == {"0.bias", "1.weight", "1.bias"}
+
+
+def test_saved_state_goes_on_alike() -> None:
+    one, other = linear(1.0), linear(5.0)
+    ema, copy = Ema(one, 0.99), Ema(other, 0.99)
+    ema.update()
+    fill(one, 2.0)
+    fill(other, 2.0)
+    copy.load_state_dict(ema.state_dict(), ema.updates)
+    ema.update()
+    copy.update()
+    assert torch.equal(ema.state_dict()["weight"], copy.state_dict()["weight"])

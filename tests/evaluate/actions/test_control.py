@@ -1,0 +1,110 @@
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from driving_sim.data.actions.action_file import SPEED, STEERING
+from driving_sim.data.sources import find_drives
+from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.evaluate.actions.control import ControlTrial, evaluate_control
+from driving_sim.world_model.actions import ActionStatistics
+from driving_sim.world_model.sampling.sampler import FrameSample, Sampling
+from driving_sim.world_model.transformer import Transformer
+from driving_sim.world_model.world_model import Prefix, WorldModel
+from tests.data.inspect.test_motion import smooth_noise
+from tests.fixtures.token_drives import FPS
+from tests.world_model.test_world_model import new_world
+
+
+@pytest.fixture(scope="module")
+def world() -> WorldModel:
+    return new_world()
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    config = SyntheticConfig(height=48, width=64, fps=FPS)
+    write_synthetic_drives(folder, drives=2, seconds=6, config=config)
+    return folder
+
+
+def test_control_judges_both_ways_from_every_start(
+    world: WorldModel, videos: Path, tmp_path: Path
+) -> None:
+    drives, sheet = find_drives([videos]).drives, tmp_path / "control.png"
+    found = evaluate_control(world, drives, starts=3, seconds=0.5, sampling=Sampling(), sheet=sheet)
+    with Image.open(sheet) as picture:
+        assert picture.height > 3 * picture.width / 5 / 2  # five columns of 2:1, three rows
+    trials = [trial for each in found["trials"].values() for trial in each]
+    assert len(trials) == 3
+    assert [len(each) for each in found["trials"].values()] == [2, 1]
+    first, second = (trial["start_s"] for trial in trials[:2])
+    assert second > first
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "obeyed"),
+    [
+        (0.02, -0.01, True),
+        (-0.02, 0.01, False),
+        (0.02, 0.01, False),  # both to the left, the left one further
+        (-0.01, -0.02, False),
+        (0.02, 0.0, False),
+        (0.0, -0.02, False),
+        (0.0, 0.0, False),
+    ],
+)
+def test_a_trial_is_obeyed_where_left_turns_left_and_right_turns_right(
+    left: float, right: float, obeyed: bool
+) -> None:
+    trial = ControlTrial(start_s=1.0, left_motion=left, right_motion=right)
+    assert trial.obeyed is obeyed
+
+
+@pytest.mark.parametrize(("turns", "obeyed"), [(1, 2), (0, 0), (-1, 0)])
+def test_control_tells_obedience_from_its_opposite(
+    world: WorldModel, videos: Path, monkeypatch: pytest.MonkeyPatch, turns: int, obeyed: int
+) -> None:
+    """Where the car turns left (steering is left positive), the scene moves right."""
+    scene = smooth_noise(np.random.default_rng(0), 48, 64)[..., None].repeat(3, axis=-1)
+
+    def generate(
+        prefix: Prefix, actions: Any, valid: Any, *, sampling: Sampling
+    ) -> Iterator[FrameSample]:
+        assert valid.all()
+        assert (actions[0, :, SPEED] == actions[1, :, SPEED]).all()
+        np.testing.assert_allclose(np.abs(actions[..., STEERING]), world.steering_p99)
+        for steering in actions[..., STEERING].T:
+            tokens = torch.from_numpy(1 + np.sign(steering)).long()[:, None, None]
+            yield FrameSample(tokens, tokens.float(), tokens.float())
+
+    def decode(tokens: torch.Tensor) -> torch.Tensor:
+        places = np.cumsum(tokens.numpy().flatten() - 1) * 2 * turns
+        frames = [np.roll(scene, int(place), axis=1) for place in places]
+        return torch.from_numpy(np.stack(frames).astype(np.uint8))
+
+    monkeypatch.setattr(world, "generate", generate)
+    monkeypatch.setattr(world.tokenizer, "decode", decode)
+    drives = find_drives([videos]).drives
+    found = evaluate_control(world, drives, starts=2, seconds=2, sampling=Sampling())
+    assert found["obeyed"] == obeyed
+    assert np.sign(found["mean_left_minus_right"]) == turns
+
+
+def test_control_that_cannot_be_measured_is_refused(world: WorldModel, videos: Path) -> None:
+    drives = find_drives([videos]).drives
+    with pytest.raises(DriveSimError, match=r"--sheet a\.txt: a picture is"):
+        evaluate_control(world, drives, sampling=Sampling(), sheet=Path("a.txt"))
+    for seconds in (0.0, float("nan"), float("inf")):
+        with pytest.raises(DriveSimError, match=f"--seconds {seconds:g}"):
+            evaluate_control(world, drives, seconds=seconds, sampling=Sampling())
+    model = Transformer(world.config.model, world.config.grid, ActionStatistics())
+    still = WorldModel(model, world.tokenizer, fps=FPS, steering_kind=None)
+    with pytest.raises(DriveSimError, match="no steering"):
+        evaluate_control(still, drives, sampling=Sampling())

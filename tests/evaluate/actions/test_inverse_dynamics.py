@@ -1,0 +1,256 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from driving_sim.data.actions.action_file import SPEED, STEERING
+from driving_sim.data.synthetic import SyntheticConfig, SyntheticWorld, drive
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.evaluate.actions.inverse_dynamics import (
+    STANDING_MPS,
+    InverseDynamics,
+    ProbeClip,
+    ProbeSource,
+)
+
+WORLD = SyntheticConfig(
+    height=48,
+    width=96,
+    fps=5.0,
+    stretch_m=60.0,
+    cruise_mps=(2.0, 8.0),
+    traffic=0.0,
+    palettes=("noon",),
+)
+SOURCE = ProbeSource(fps=WORLD.fps, steering_kind="road_wheel", drives=("c0ffee", "f00d"))
+
+
+def driven(seed: int, seconds: float = 24.0) -> ProbeClip:
+    found = drive(SyntheticWorld(3, WORLD), seconds, seed)
+    return ProbeClip(
+        frames=found.frames,
+        actions=found.actions,
+        action_valid=np.ones_like(found.actions, np.bool_),
+        segments=[(0, len(found.states))],
+    )
+
+
+def beginning(clip: ProbeClip, frames: int) -> ProbeClip:
+    return ProbeClip(
+        frames=clip.frames[:frames],
+        actions=clip.actions[:frames],
+        action_valid=clip.action_valid[:frames],
+        segments=[(0, frames)],
+    )
+
+
+@pytest.fixture(scope="module")
+def training() -> list[ProbeClip]:
+    return [driven(seed) for seed in range(4)]
+
+
+@pytest.fixture(scope="module")
+def held() -> ProbeClip:
+    return driven(100)
+
+
+@pytest.fixture(scope="module")
+def probe(training: list[ProbeClip], held: ProbeClip) -> InverseDynamics:
+    return InverseDynamics.fit(training, [held], source=SOURCE, steps=120)
+
+
+def test_it_learns_far_more_than_the_mean(probe: InverseDynamics) -> None:
+    errors = probe.errors([driven(101)])
+    for name, least in (("speed", 0.8), ("steering", 0.9)):
+        found = errors[name]
+        error, constant = found["mean_absolute_error"], found["constant_mean_absolute_error"]
+        assert error is not None
+        assert constant is not None
+        assert error < 0.6 * constant
+        assert (found["correlation"] or 0) > least
+    assert (errors["steering"]["sign_accuracy"] or 0) > 0.95
+    assert errors["speed"]["sign_accuracy"] is None
+
+
+def test_errors_are_those_of_the_estimates(
+    probe: InverseDynamics, training: list[ProbeClip], held: ProbeClip
+) -> None:
+    found = probe.errors([held])["speed"]
+    speeds = held.actions[:-1, SPEED].astype(np.float64)
+    error = probe.estimate(held.frames)[:, SPEED] - speeds
+    assert found["transitions"] == len(speeds)
+    assert found["mean_absolute_error"] == pytest.approx(np.abs(error).mean(), rel=1e-2)
+    assert found["rmse"] == pytest.approx(np.sqrt((error**2).mean()), rel=1e-2)
+    mean = np.concatenate([clip.actions[:-1, SPEED] for clip in training]).mean()
+    assert found["constant_mean_absolute_error"] == pytest.approx(
+        np.abs(speeds - mean).mean(), rel=1e-4
+    )
+    moves = held.actions[:-1, SPEED] >= STANDING_MPS
+    assert 0 < moves.sum() < len(moves)
+    assert probe.errors([held])["steering"]["transitions"] == moves.sum()
+
+
+def test_a_planted_sign_flip_and_a_planted_delay_show(
+    probe: InverseDynamics, held: ProbeClip
+) -> None:
+    def correlation(actions: np.ndarray) -> float:
+        return probe.errors([replace(held, actions=actions)])["steering"]["correlation"] or 0.0
+
+    right = correlation(held.actions)
+    assert correlation(held.actions * np.array([1, -1], np.float32)) == pytest.approx(-right)
+    for shift in (-3, 3):
+        late = held.actions.copy()
+        late[:, STEERING] = np.roll(late[:, STEERING], shift)
+        assert correlation(late) < right - 0.1
+
+
+def test_a_mirror_image_has_the_same_speed_and_the_opposite_steering(
+    probe: InverseDynamics, held: ProbeClip
+) -> None:
+    there, back = (probe.estimate(f) for f in (held.frames, held.frames[:, :, ::-1]))
+    np.testing.assert_allclose(back[:, SPEED], there[:, SPEED], atol=1e-3)
+    np.testing.assert_allclose(back[:, STEERING], -there[:, STEERING], atol=1e-4)
+    assert np.abs(there[:, STEERING]).max() > 0.05
+
+
+def test_a_still_picture_shows_no_steering_however_the_road_bends(
+    probe: InverseDynamics, held: ProbeClip
+) -> None:
+    for frame in held.frames[::30]:
+        found = probe.estimate(np.stack([frame] * 4))
+        np.testing.assert_allclose(found[:, STEERING], 0, atol=1e-4)
+        assert (found[:, SPEED] < held.actions[:, SPEED].mean()).all()
+
+
+def test_every_transition_has_an_estimate_from_its_neighbours_alone(
+    probe: InverseDynamics, held: ProbeClip
+) -> None:
+    frames = held.frames[:12]
+    whole = probe.estimate(frames)
+    assert whole.shape == (11, 2)
+    assert np.isfinite(whole).all()
+    # One frame of look-ahead and `look_back` frames before the future: nothing else is seen.
+    np.testing.assert_allclose(probe.estimate(frames[:9])[:-1], whole[:7], atol=1e-3)
+    back = probe.look_back
+    np.testing.assert_allclose(probe.estimate(frames[6 - back :])[back - 1 :], whole[5:], atol=1e-3)
+    assert probe.estimate(frames[:1]).shape == (0, 2)
+
+
+def test_segments_are_clips_of_their_own(probe: InverseDynamics, held: ProbeClip) -> None:
+    frames = held.frames[:12]
+    found = probe.estimate(frames, [(0, 5), (5, 6), (6, 12)])
+    np.testing.assert_allclose(found[:4], probe.estimate(frames[:5]), atol=1e-3)
+    np.testing.assert_allclose(found[6:], probe.estimate(frames[6:]), atol=1e-3)
+    assert np.isnan(found[4:6]).all()
+
+
+def test_training_is_a_function_of_clips_steps_and_seed(
+    training: list[ProbeClip], held: ProbeClip
+) -> None:
+    state = torch.get_rng_state()
+    counted: list[int] = []
+    clips, held = [beginning(training[0], 20)], beginning(held, 20)
+    fits = [
+        InverseDynamics.fit(
+            clips, [held], source=SOURCE, steps=4, seed=seed, advance=counted.append
+        )
+        for seed in (1, 1, 2)
+    ]
+    assert fits[0].fingerprint == fits[1].fingerprint != fits[2].fingerprint
+    assert sum(counted) == 12
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_best_on_the_validation_clips_is_kept(training: list[ProbeClip]) -> None:
+    """Validated on steering negated, what has learned least is best."""
+    clip = beginning(training[0], 60)
+    flipped = replace(clip, actions=clip.actions * np.array([1, -1], np.float32))
+    right, wrong = (
+        InverseDynamics.fit([clip], [other], source=SOURCE, steps=40).errors([clip])["steering"][
+            "rmse"
+        ]
+        or 0.0
+        for other in (clip, flipped)
+    )
+    assert right < 0.8 * wrong
+
+
+def test_a_saved_probe_is_the_same_and_another_file_is_none(
+    probe: InverseDynamics, held: ProbeClip, tmp_path: Path
+) -> None:
+    path = tmp_path / "probe.safetensors"
+    path.write_bytes(probe.to_bytes())
+    loaded = InverseDynamics.load(path)
+    assert loaded.fingerprint == probe.fingerprint
+    assert loaded.source == SOURCE
+    assert loaded.to_bytes() == path.read_bytes()
+    np.testing.assert_array_equal(loaded.estimate(held.frames), probe.estimate(held.frames))
+    path.write_bytes(b"no")
+    for wrong in (path, tmp_path / "missing", tmp_path):
+        with pytest.raises(DriveSimError, match="not an inverse-dynamics probe"):
+            InverseDynamics.load(wrong)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "reason"),
+    [
+        (None, "does not say what it learned from"),
+        ({"other": "{}"}, "does not say what it learned from"),
+        ({"source": "no"}, "Expecting value"),
+        ({"source": '{"fps": 5.0, "drives": []}'}, "source: 'steering_kind' is missing"),
+        ({"source": '{"fps": 0, "steering_kind": null, "drives": []}'}, "fps=0.0: must be above"),
+    ],
+)
+def test_a_probe_of_unknown_origin_is_refused(
+    probe: InverseDynamics, tmp_path: Path, metadata: dict[str, str] | None, reason: str
+) -> None:
+    """Of another frame rate or steering, or of the drive it judges, its word would be worthless."""
+    path = tmp_path / "probe.safetensors"
+    path.write_bytes(probe.to_bytes())
+    save_file(load_file(path), path, metadata)
+    with pytest.raises(DriveSimError, match=reason) as caught:
+        InverseDynamics.load(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("channel", [SPEED, STEERING])
+def test_a_channel_that_no_clip_has_is_left_out(
+    training: list[ProbeClip], held: ProbeClip, channel: int
+) -> None:
+    valid = np.tile(np.arange(2) == 1 - channel, (20, 1))
+    clip, other = (replace(beginning(each, 20), action_valid=valid) for each in (training[0], held))
+    half = InverseDynamics.fit([clip], [other], source=SOURCE, steps=4)
+    found = half.estimate(held.frames)
+    assert np.isnan(found[:, channel]).all()
+    assert np.isfinite(found[:, 1 - channel]).all()
+    names = ("speed", "steering")
+    assert all(value is None for value in half.errors([held])[names[channel]].values())
+    assert half.errors([held])[names[1 - channel]]["rmse"] is not None
+
+
+def test_nothing_to_learn_from_is_refused(training: list[ProbeClip], held: ProbeClip) -> None:
+    held, known = (beginning(clip, 12) for clip in (held, training[0]))
+    unknown = replace(held, action_valid=np.zeros_like(held.action_valid))
+    apart = replace(held, segments=[(n, n + 1) for n in range(12)])
+    for clips in ([], [unknown], [apart]):
+        with pytest.raises(DriveSimError, match="the probe's training drives"):
+            InverseDynamics.fit(clips, [held], source=SOURCE)
+        with pytest.raises(DriveSimError, match="the probe's validation drives"):
+            InverseDynamics.fit([known], clips, source=SOURCE)
+
+
+def test_shapes_that_do_not_fit_are_refused(probe: InverseDynamics, held: ProbeClip) -> None:
+    wrong: list[Any] = [held.frames[0], held.frames[..., :1], held.frames.astype(np.float32)]
+    for frames in wrong:
+        with pytest.raises(ValueError, match=r"uint8 \[T, H, W, 3\]"):
+            probe.estimate(frames)
+    with pytest.raises(ValueError, match=r"actions is \[119, 2\]"):
+        replace(held, actions=held.actions[1:])
+    with pytest.raises(ValueError, match="action_valid is"):
+        replace(held, action_valid=held.action_valid[:, :1])
+    with pytest.raises(ValueError, match=r"segment 3\.\.121"):
+        replace(held, segments=[(3, 121)])

@@ -1,0 +1,247 @@
+"""A world that shows what really would have happened is right in every respect, another is not."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+
+from driving_sim.data.actions.action_file import SPEED, STEERING
+from driving_sim.data.drive import sample
+from driving_sim.data.inspect.motion import picture_change, yaw_motion
+from driving_sim.data.sources import find_drives
+from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
+from driving_sim.data.tokens.store import TokenStore
+from driving_sim.evaluate.actions.sweep import _commands, _nearest, _truths, evaluate_sweep
+from driving_sim.evaluate.footage import Clip, Footage, recorded_footage
+from driving_sim.tokenizer.tokenize import tokenize
+from driving_sim.world_model.actions import ActionStatistics
+from driving_sim.world_model.sampling.sampler import Sampling
+from driving_sim.world_model.transformer import Transformer
+from driving_sim.world_model.world_model import WorldModel
+from tests.fixtures.token_drives import FPS, write_store
+from tests.world_model.test_world_model import new_world
+
+Frames = NDArray[np.uint8]
+Actions = NDArray[np.float32]
+START, CONTEXT, FUTURE = 10, 4, 8
+LEFT_FOR_RIGHT = np.array([1, -1], np.float32)
+
+
+class MotionProbe:
+    """Reads steering off the turn of the picture and speed off how much the road changes."""
+
+    look_back = 2
+
+    def estimate(self, frames: Frames) -> NDArray[np.float32]:
+        return np.stack([picture_change(frames), yaw_motion(frames)], axis=1)
+
+
+@pytest.fixture(scope="module")
+def world() -> WorldModel:
+    plain = new_world()
+    statistics = ActionStatistics(mean=(6.0, 0.0), steering_p95=0.15, steering_p99=0.15)
+    model = Transformer(plain.config.model, plain.config.grid, statistics)
+    return WorldModel(model, plain.tokenizer, fps=FPS, steering_kind="road_wheel")
+
+
+@pytest.fixture(scope="module")
+def footage(
+    world: WorldModel, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[float], Footage]:
+    """Synthetic drives at several rates, seen at the model's."""
+    found: dict[float, Footage] = {}
+
+    def at(fps: float) -> Footage:
+        if fps not in found:
+            folder = tmp_path_factory.mktemp("sweep")
+            config = SyntheticConfig(height=48, width=64, fps=fps, traffic=0.0, palettes=("noon",))
+            write_synthetic_drives(folder / "videos", drives=1, seconds=3, config=config)
+            drives = find_drives([folder / "videos"])
+            tokenize(drives, world.tokenizer, folder / "tokens", fps=FPS)
+            tokens = TokenStore(folder / "tokens").drives
+            sampled = [sample(drive, fps=FPS) for drive in drives.drives]
+            found[fps] = recorded_footage(tokens, sampled, world.tokenizer)[0]
+        return found[fps]
+
+    return at
+
+
+def clip_of(footage: Footage) -> Clip:
+    return Clip(footage=footage, start=START, context_frames=CONTEXT, frames=FUTURE)
+
+
+def obeying(world: WorldModel, monkeypatch: pytest.MonkeyPatch, drawn: Callable[..., Any]) -> None:
+    """Let futures be the frames [N, H, W, 3] that `drawn` makes of their actions [N, 2]."""
+    futures: list[Frames] = []
+
+    def generate(
+        prefix: object, actions: Actions, valid: object, *, sampling: Sampling
+    ) -> Iterator[SimpleNamespace]:
+        futures[:] = [drawn(branch) for branch in actions]
+        tokens = torch.arange(len(actions))[:, None, None].expand(-1, 3, 4)
+        return iter([SimpleNamespace(tokens=tokens)] * actions.shape[1])
+
+    def decode(tokens: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(futures[int(tokens[0, 0, 0])])
+
+    monkeypatch.setattr(world, "generate", generate)
+    monkeypatch.setattr(world.tokenizer, "decode", decode)
+
+
+def swept(
+    world: WorldModel,
+    clip: Clip,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    change: Callable[[Actions], Actions] = lambda actions: actions,
+    late: int = 0,
+) -> dict[str, Any]:
+    """Metrics where the model shows the true future of `change` of its commands."""
+    synthetic = clip.footage.synthetic
+    assert synthetic is not None
+    fast = round(synthetic.world.config.fps / FPS)
+    state = synthetic.states[fast * (START - 1 + late)]
+
+    def drawn(actions: Actions) -> Frames:
+        frames, _ = synthetic.world.replay(state, change(actions).repeat(fast, axis=0))
+        return frames[fast - 1 :: fast]
+
+    obeying(world, monkeypatch, drawn)
+    section = evaluate_sweep(world, MotionProbe(), [clip], Sampling())  # type: ignore[arg-type]
+    return dict(section.metrics)
+
+
+@pytest.mark.parametrize("fps", [FPS, 2 * FPS])
+def test_the_truth_is_right_at_any_multiple_of_the_models_rate(
+    world: WorldModel,
+    footage: Callable[[float], Footage],
+    monkeypatch: pytest.MonkeyPatch,
+    fps: float,
+) -> None:
+    found = swept(world, clip_of(footage(fps)), monkeypatch)
+    for channel in ("steering", "speed"):
+        assert found["model"][channel] == {"rank_correlation": 1.0, "in_order": 1.0}
+    assert found["truth"] == found["model"]
+    assert found["nearest"] == 1.0
+    assert found["nearest_by_chance"] == pytest.approx(1 / 21)
+    assert found["starts"] == found["starts_with_truth"] == 1
+
+
+def test_left_for_right_is_wrong(
+    world: WorldModel, footage: Callable[[float], Footage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = clip_of(footage(FPS))
+    found = swept(world, clip, monkeypatch, change=lambda actions: actions * LEFT_FOR_RIGHT)
+    assert found["model"]["steering"] == {"rank_correlation": -1.0, "in_order": 0.0}
+    assert found["model"]["speed"] == {"rank_correlation": 1.0, "in_order": 1.0}
+    assert found["truth"]["steering"]["rank_correlation"] == 1.0
+    assert found["nearest"] == pytest.approx(3 / 21)  # where nothing is steered
+
+
+def test_slow_for_fast_is_wrong(
+    world: WorldModel, footage: Callable[[float], Footage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = clip_of(footage(FPS))
+    fastest = _commands(world, clip)[..., SPEED].max()
+    slowest = _commands(world, clip)[..., SPEED].min()
+
+    def swapped(actions: Actions) -> Actions:
+        return np.stack([slowest + fastest - actions[:, SPEED], actions[:, STEERING]], axis=1)
+
+    found = swept(world, clip, monkeypatch, change=swapped)
+    assert found["model"]["speed"] == {"rank_correlation": -1.0, "in_order": 0.0}
+    assert found["model"]["steering"]["rank_correlation"] == 1.0
+    assert found["nearest"] == pytest.approx(7 / 21)
+
+
+@pytest.mark.parametrize("late", [-1, 1])
+def test_a_frame_too_late_or_early_is_not_the_truth(
+    world: WorldModel,
+    footage: Callable[[float], Footage],
+    monkeypatch: pytest.MonkeyPatch,
+    late: int,
+) -> None:
+    found = swept(world, clip_of(footage(FPS)), monkeypatch, late=late)
+    assert found["nearest"] < 1
+
+
+def test_the_truth_of_what_was_driven_is_what_was_seen(
+    footage: Callable[[float], Footage],
+) -> None:
+    clip = clip_of(footage(FPS))
+    synthetic = clip.footage.synthetic
+    assert synthetic is not None
+    driven = synthetic.actions[START - 1 : START - 1 + FUTURE]
+    found = _truths(clip, driven[None, None])
+    assert found is not None
+    expected = [synthetic.world.render(state) for state in synthetic.states[START:][:FUTURE]]
+    assert np.array_equal(found[0, 0], np.stack(expected))
+
+
+def test_no_truth_where_the_model_sees_no_whole_number_of_steps(
+    world: WorldModel, footage: Callable[[float], Footage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for clip in (clip_of(footage(1.5 * FPS)), replace(clip_of(footage(FPS)), mirrored=True)):
+        assert _truths(clip, _commands(world, clip)) is None
+
+
+def test_without_a_synthetic_world_the_model_is_measured_alone(
+    world: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rollout shows its own command, in plain grey levels, to a probe that reads them."""
+    store = write_store(tmp_path / "tokens", [40], fingerprint=world.tokenizer.fingerprint)
+
+    class PixelProbe:
+        look_back = 2
+
+        def estimate(self, frames: Frames) -> NDArray[np.float64]:
+            return frames[1:, 0, 0, :2].astype(np.float64)
+
+    def drawn(actions: Actions) -> Frames:
+        frames = np.zeros((FUTURE, 48, 64, 3), np.uint8)
+        frames[..., 0] = rearrange(10 * actions[:, SPEED], "n -> n 1 1")
+        frames[..., 1] = rearrange(128 + 400 * actions[:, STEERING], "n -> n 1 1")
+        return frames
+
+    clip = clip_of(Footage(drive=store.drives[0], tokenizer=world.tokenizer))
+    unread = np.zeros((CONTEXT, 48, 64, 3), np.uint8)
+    monkeypatch.setattr(Clip, "context", property(lambda self: unread))
+    obeying(world, monkeypatch, drawn)
+    section = evaluate_sweep(world, PixelProbe(), [clip, clip], Sampling())  # type: ignore[arg-type]
+    assert set(section.metrics) == {"starts", "starts_with_truth", "model"}
+    assert section.metrics["starts"] == 2
+    assert section.metrics["starts_with_truth"] == 0
+    for channel in ("steering", "speed"):
+        assert section.metrics["model"][channel] == {"rank_correlation": 1.0, "in_order": 1.0}
+
+
+def test_commands_go_from_left_to_right_around_the_speed_at_the_start(
+    world: WorldModel, tmp_path: Path
+) -> None:
+    store = write_store(tmp_path / "tokens", [40])  # another speed in every frame
+    clip = clip_of(Footage(drive=store.drives[0], tokenizer=world.tokenizer))
+    commands = _commands(world, clip)
+    assert commands.shape == (3, 7, FUTURE, 2)
+    assert (np.diff(commands, axis=2) == 0).all()
+    np.testing.assert_allclose(commands[0, :, 0, STEERING], np.linspace(0.15, -0.15, 7), atol=1e-6)
+    led_here = clip.footage.drive.actions[START - 2, SPEED]
+    expected = led_here * np.array([0.6, 1, 1.4])
+    np.testing.assert_allclose(commands[:, 0, 0, SPEED], expected, rtol=1e-6)
+
+
+def test_a_rollout_is_told_by_its_last_second(footage: Callable[[float], Footage]) -> None:
+    clip = replace(clip_of(footage(FPS)), frames=12)
+    shape = (2, 2, 12, 16, 16, 3)
+    truths = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
+    futures = truths // 2 + 64  # like its own truth, but paler
+    futures[:, :, :4] = truths[::-1, :, :4]
+    assert _nearest(futures, truths, clip) == 1.0
+    futures[1, 1] = truths[1, 0]
+    assert _nearest(futures, truths, clip) == 0.75

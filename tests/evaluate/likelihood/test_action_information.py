@@ -1,0 +1,191 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.evaluate.likelihood import action_information
+from driving_sim.evaluate.likelihood.action_information import (
+    _displaced_blocks,
+    evaluate_action_information,
+)
+from driving_sim.world_model.training.bits import streamed_bits
+from driving_sim.world_model.world_model import WorldModel
+from tests.fixtures.token_drives import FPS, write_store
+from tests.world_model.test_world_model import new_world
+
+OVER_SHUFFLED = "gain_over_shuffled_bits_per_frame"
+
+
+@pytest.fixture(scope="module")
+def world() -> WorldModel:
+    return new_world()
+
+
+def test_tokens_of_another_tokenizer_are_refused(world: WorldModel, tmp_path: Path) -> None:
+    heldout = write_store(tmp_path / "heldout", [40])
+    with pytest.raises(DriveSimError, match="another tokenizer"):
+        evaluate_action_information(world, heldout)
+
+
+def test_tokens_of_another_rate_or_steering_are_refused(world: WorldModel, tmp_path: Path) -> None:
+    heldout = write_store(tmp_path / "heldout", [40], fingerprint=world.tokenizer.fingerprint)
+    for change, message in (
+        ({"fps": FPS * 1.5}, "--fps 12"),
+        ({"steering_kind": "steering_wheel"}, "its steering is road_wheel"),
+    ):
+        options = {"fps": FPS, "steering_kind": "road_wheel"} | change
+        other = WorldModel(world.transformer, world.tokenizer, **options)  # type: ignore[arg-type]
+        with pytest.raises(DriveSimError, match=message):
+            evaluate_action_information(other, heldout)
+
+
+def test_constant_actions_carry_no_information(
+    world: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shuffling what is the same everywhere changes nothing; shuffling what varies does."""
+    heldout = write_store(tmp_path / "heldout", [60], fingerprint=world.tokenizer.fingerprint)
+    gains = evaluate_action_information(world, heldout, shuffles=2).metrics[OVER_SHUFFLED]
+    assert gains["steering"]["mean"] != 0.0
+    drive = heldout.drives[0]
+    constant = np.ones_like(drive.actions)
+    monkeypatch.setattr(type(drive), "actions", property(lambda self: constant))
+    gains = evaluate_action_information(world, heldout, shuffles=2).metrics[OVER_SHUFFLED]
+    assert abs(gains["both"]["mean"]) < 1e-4
+
+
+def test_an_unknown_action_is_shuffled_as_unknown(
+    world: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each shuffle holds the same known actions as the drive, whatever stands where none is."""
+    heldout = write_store(tmp_path / "heldout", [60], fingerprint=world.tokenizer.fingerprint)
+    drive = heldout.drives[0]
+    known = np.arange(60) % 7 < 4
+    monkeypatch.setattr(
+        type(drive), "action_valid", property(lambda self: np.stack([known, known], axis=1))
+    )
+    seen = []
+
+    def watched(*arguments: Any) -> Any:
+        seen.append(arguments[3:])
+        return streamed_bits(*arguments)
+
+    monkeypatch.setattr(action_information, "streamed_bits", watched)
+    monkeypatch.setattr(action_information, "_AT_ONCE", 4)
+    evaluate_action_information(world, heldout, shuffles=2)
+    assert [len(actions) for actions, _ in seen] == [4, 4, 2]
+    actions, valid = (np.concatenate(parts) for parts in zip(*seen, strict=True))
+    changed = [(mask != valid[0]).any(axis=0).tolist() for mask in valid]
+    channels = [[True, False], [False, True], [True, True]]
+    assert changed == [[False, False], *(each for each in channels for _ in range(3))]
+    # Of a channel's three, the last knows nothing of it; the shuffled ones all that the drive does.
+    for number, (variant, mask) in enumerate(zip(actions, valid, strict=True)):
+        for channel in np.flatnonzero(changed[number] if number % 3 == 0 else [False, False]):
+            assert not mask[:, channel].any()
+        for channel in np.flatnonzero(mask.any(axis=0)):
+            found = np.sort(variant[mask[:, channel], channel])
+            assert np.array_equal(found, np.sort(drive.actions[known, channel]))
+
+
+def test_actions_say_nothing_to_a_model_without_conditioning(tmp_path: Path) -> None:
+    deaf = new_world()
+    with torch.no_grad():
+        deaf.transformer.action.out.weight.zero_()
+    heldout = write_store(tmp_path / "heldout", [60], fingerprint=deaf.tokenizer.fingerprint)
+    metrics = evaluate_action_information(deaf, heldout, shuffles=2).metrics
+    for over in ("shuffled", "null"):
+        for gain in metrics[f"gain_over_{over}_bits_per_frame"].values():
+            assert abs(gain["mean"]) < 1e-4
+
+
+def test_all_whole_blocks_are_displaced() -> None:
+    rng = np.random.default_rng(0)
+    seen = []
+    for _ in range(200):
+        order = _displaced_blocks(23, 5, rng)
+        assert sorted(order) == list(range(23))
+        assert order[20:].tolist() == [20, 21, 22]
+        blocks = order[:20].reshape(4, 5)
+        assert (np.diff(blocks) == 1).all()
+        assert (blocks[:, 0] // 5 != np.arange(4)).all()
+        seen.append(tuple(blocks[:, 0]))
+    # All the nine ways in which none of four stays.
+    assert len(set(seen)) == 9
+
+
+def test_a_gain_is_found_whole_however_few_the_blocks(
+    world: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where every token costs a bit more without its true action, that is what actions are worth.
+
+    Blocks are of 3 s, 24 frames; a run of less than two cannot be shuffled, and what is left over
+    at the end of one stays.
+    """
+    heldout = write_store(
+        tmp_path / "heldout", [130, 60], gap_at=30, fingerprint=world.tokenizer.fingerprint
+    )
+    distinct = np.stack([np.arange(130), -np.arange(130)], axis=1).astype(np.float32)
+    kind = type(heldout.drives[0])
+    monkeypatch.setattr(kind, "actions", property(lambda self: distinct[: len(self)]))
+    judged = []
+
+    def misled(
+        model: Any, drive: Any, begin: int, actions: NDArray[Any], valid: NDArray[Any]
+    ) -> NDArray[np.float64]:
+        judged.append((drive.id, begin, actions.shape[1]))
+        truth = drive.actions[begin : begin + actions.shape[1]]
+        wrong = (actions != truth).any(axis=-1) | ~valid.all(axis=-1)
+        return np.asarray(wrong, np.float64)
+
+    monkeypatch.setattr(action_information, "streamed_bits", misled)
+    metrics = evaluate_action_information(world, heldout, shuffles=3).metrics
+    assert set(judged) == {("0", 30, 100)}
+    assert metrics["block_frames"] == 24
+    assert metrics["blocks"] == 4
+    for over in ("shuffled", "null"):
+        for gain in metrics[f"gain_over_{over}_bits_per_frame"].values():
+            assert gain == {"mean": 12.0, "low": 12.0, "high": 12.0}
+
+
+def test_frames_without_a_full_window_behind_them_do_not_count(
+    world: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heldout = write_store(tmp_path / "heldout", [60], fingerprint=world.tokenizer.fingerprint)
+
+    def early(*arguments: Any) -> NDArray[np.float64]:
+        """The actions matter where the model has seen little, and beyond the last whole block."""
+        bits = np.zeros(arguments[3].shape[:2])
+        bits[1:, : world.context_frames] = bits[1:, 48:] = 1.0
+        return bits
+
+    monkeypatch.setattr(action_information, "streamed_bits", early)
+    metrics = evaluate_action_information(world, heldout, shuffles=1).metrics
+    assert metrics[OVER_SHUFFLED]["both"]["mean"] == 0.0
+    assert metrics["blocks"] == 2
+
+
+def test_drives_too_short_to_shuffle_are_refused(world: WorldModel, tmp_path: Path) -> None:
+    heldout = write_store(tmp_path / "heldout", [47], fingerprint=world.tokenizer.fingerprint)
+    with pytest.raises(DriveSimError, match="no run of 48 frames without a gap in 1"):
+        evaluate_action_information(world, heldout)
+
+
+def test_of_a_channel_that_is_not_known_nothing_is_said(
+    world: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heldout = write_store(tmp_path / "heldout", [60], fingerprint=world.tokenizer.fingerprint)
+    drive = type(heldout.drives[0])
+    valid = np.stack([np.ones(60, np.bool_), np.zeros(60, np.bool_)], axis=1)
+    monkeypatch.setattr(drive, "action_valid", property(lambda self: valid))
+    found = evaluate_action_information(world, heldout, shuffles=1)
+    for over in ("shuffled", "null"):
+        gains = found.metrics[f"gain_over_{over}_bits_per_frame"]
+        assert gains["speed"] is not None
+        assert gains["steering"] is None
+        assert gains["both"] is None
+    monkeypatch.setattr(drive, "action_valid", property(lambda self: valid & False))
+    with pytest.raises(DriveSimError, match="no action that the model learned"):
+        evaluate_action_information(world, heldout, shuffles=1)

@@ -1,0 +1,214 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from driving_sim.data.tokens.store import DriveTokens
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.evaluate.likelihood import coding as entropy_coding
+from driving_sim.evaluate.likelihood.coding import (
+    Compressed,
+    coded_size_check,
+    compress,
+    decompress,
+    evaluate_coding,
+    frequencies,
+)
+from driving_sim.world_model.training.bits import streamed_bits_per_token
+from driving_sim.world_model.world_model import WorldModel
+from tests.fixtures.token_drives import COLS, FPS, ROWS, write_store
+from tests.world_model.test_world_model import W, new_world
+
+FRAMES, GAP = 60, 40
+WORD = 32  # bits: the coder ends on a whole word, and may need one more
+HEADER = 8 * (4 + 4 + 8 + 4 + 4 + 2 * 4)
+
+
+@pytest.fixture(scope="module")
+def world() -> WorldModel:
+    return new_world()
+
+
+@pytest.fixture(scope="module")
+def drive(world: WorldModel, tmp_path_factory: pytest.TempPathFactory) -> DriveTokens:
+    out = tmp_path_factory.mktemp("coding") / "tokens"
+    fingerprint = world.tokenizer.fingerprint
+    return write_store(out, [FRAMES], fingerprint=fingerprint, gap_at=GAP).drives[0]
+
+
+@pytest.fixture(scope="module")
+def coded(world: WorldModel, drive: DriveTokens) -> Compressed:
+    return compress(world, drive)
+
+
+def test_frequencies_are_whole_leave_no_code_out_and_cost_next_to_nothing() -> None:
+    torch.manual_seed(0)
+    for codes, spread in ((9, 1.0), (1000, 4.0), (15_360, 4.0), (9, 1e5)):
+        logits = torch.randn(64, codes) * spread
+        found = frequencies(logits)
+        assert found.dtype == np.int64
+        assert found.min() >= 1
+        assert (found.sum(-1) == 2**24).all()
+        log_probs = logits.double().log_softmax(-1).numpy()
+        probs = np.exp(log_probs)
+        coded = (probs * (24 - np.log2(found))).sum(-1)
+        claimed = -(probs * log_probs / np.log(2)).sum(-1)
+        assert coded == pytest.approx(claimed, abs=2e-3)
+
+
+def test_the_coder_uses_these_frequencies(
+    world: WorldModel, drive: DriveTokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made up, so unlike the model's that the size would show it."""
+    rng = np.random.default_rng(0)
+    cuts = np.sort(rng.choice(np.arange(1, 40), size=8, replace=False))
+    rare = np.diff(cuts, prepend=0, append=2**24)
+    monkeypatch.setattr(
+        entropy_coding, "frequencies", lambda logits: np.tile(rare, (len(logits), 1))
+    )
+    coded = compress(world, drive)
+    expected = (24 - np.log2(rare))[drive.tokens].sum()
+    assert expected > 10_000
+    assert expected <= coded.coded_bits - HEADER <= expected + 2 * WORD
+    decoded = decompress(world, coded.data, drive.actions, drive.action_valid)
+    assert np.array_equal(decoded, drive.tokens)
+
+
+def test_what_was_compressed_comes_back(
+    world: WorldModel, drive: DriveTokens, coded: Compressed
+) -> None:
+    assert len(drive.entry.segments) == 2
+    assert min(end - begin for begin, end in drive.entry.segments) > 2 * W
+    decoded = decompress(world, coded.data, drive.actions, drive.action_valid)
+    assert decoded.dtype == np.int64
+    assert np.array_equal(decoded, drive.tokens)
+    assert coded.data == compress(world, drive).data
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_it_comes_back_in_the_number_format_it_was_made_in(
+    world: WorldModel, drive: DriveTokens, coded: Compressed
+) -> None:
+    low = WorldModel(
+        world.transformer,
+        world.tokenizer,
+        fps=FPS,
+        steering_kind="road_wheel",
+        precision="bf16",
+    )
+    assert coded_size_check(low, drive, frames=2 * W)["exact"]
+    with pytest.raises(DriveSimError, match="number format"):
+        decompress(low, coded.data, drive.actions, drive.action_valid)
+
+
+def test_the_size_is_what_the_model_claims(
+    world: WorldModel, drive: DriveTokens, coded: Compressed
+) -> None:
+    assert coded.tokens == FRAMES * ROWS * COLS
+    assert coded.header_bits == HEADER
+    assert coded.model_bits <= coded.coded_bits - HEADER <= coded.model_bits * 1.01 + 2 * WORD
+    streamed = streamed_bits_per_token(world.transformer, [drive])
+    assert coded.model_bits / coded.tokens == pytest.approx(streamed.mean, rel=1e-4)
+
+
+@pytest.mark.parametrize("frames", [1, GAP, GAP + 1])
+def test_the_beginning_of_a_drive_alone(world: WorldModel, drive: DriveTokens, frames: int) -> None:
+    done: list[int] = []
+    found = coded_size_check(world, drive, frames=frames, advance=done.append)
+    streamed = streamed_bits_per_token(world.transformer, [drive]).bits[:frames]
+    assert found["exact"] is True
+    assert found["frames"] == frames
+    assert found["tokens"] == frames * ROWS * COLS
+    assert found["model_bits_per_token"] == pytest.approx(streamed.mean(), rel=1e-4)
+    assert found["raw_bits_per_token"] == pytest.approx(np.log2(9))
+    assert found["ratio"] == pytest.approx(
+        found["coded_bits_per_token"] / found["model_bits_per_token"]
+    )
+    assert sum(done) == 2 * frames
+
+
+def test_logits_that_drift_between_the_directions_are_found(
+    world: WorldModel, drive: DriveTokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def drifting(logits: torch.Tensor) -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        return frequencies(logits * (1 + 1e-3 * calls))
+
+    monkeypatch.setattr(entropy_coding, "frequencies", drifting)
+    assert coded_size_check(world, drive, frames=8)["exact"] is False
+
+
+def test_damaged_data_is_refused(world: WorldModel, drive: DriveTokens, coded: Compressed) -> None:
+    given = (drive.actions, drive.action_valid)
+    for place in (0, 5, 9, 18, 22, 30, 40, len(coded.data) - 1):
+        damaged = bytearray(coded.data)
+        damaged[place] ^= 1
+        with pytest.raises(DriveSimError, match="damaged" if place >= 4 else "not a drive's"):
+            decompress(world, bytes(damaged), *given)
+    for data in (b"", coded.data[:12]):
+        with pytest.raises(DriveSimError, match="not a drive's"):
+            decompress(world, data, *given)
+    with pytest.raises(DriveSimError, match="damaged"):
+        decompress(world, coded.data[:-1], *given)
+
+
+def test_another_model_is_refused(drive: DriveTokens, coded: Compressed) -> None:
+    model = new_world().transformer
+    model.row_place.data += 1e-3
+    other = WorldModel(model, new_world().tokenizer, fps=FPS, steering_kind="road_wheel")
+    with pytest.raises(DriveSimError, match="another world model"):
+        decompress(other, coded.data, drive.actions, drive.action_valid)
+
+
+def test_other_actions_are_refused(
+    world: WorldModel, drive: DriveTokens, coded: Compressed
+) -> None:
+    unknown = np.zeros_like(drive.action_valid)
+    with pytest.raises(DriveSimError, match="the same actions"):
+        decompress(world, coded.data, drive.actions, unknown)
+    with pytest.raises(DriveSimError, match=f"of {FRAMES} frames, but actions of 9"):
+        decompress(world, coded.data, drive.actions[:9], drive.action_valid[:9])
+
+
+def test_tokens_of_another_tokenizer_are_refused(world: WorldModel, tmp_path: Path) -> None:
+    foreign = write_store(tmp_path / "tokens", [4]).drives[0]
+    with pytest.raises(DriveSimError, match="another tokenizer"):
+        compress(world, foreign)
+
+
+def test_the_report_says_whether_the_bits_are_proved(
+    world: WorldModel, drive: DriveTokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a drive as short as this one the header alone is more than 1 %: it does not count."""
+    section = evaluate_coding(world, drive, seconds=4.0)
+    found = section.metrics
+    assert found["frames"] == round(4 * FPS)
+    claimed = streamed_bits_per_token(world.transformer, [drive]).bits[: round(4 * FPS)].mean()
+    assert found["claimed_bits_per_token"] == pytest.approx(claimed)
+    assert found["ratio_to_claimed"] > 1.01
+    assert found["exact"] is True
+    assert found["proved"] is True
+    assert "It holds" in section.text
+    assert "of it the header" in section.text
+    assert "32 of its 60 frames" in section.parts[0].caption
+    monkeypatch.setattr(entropy_coding, "_CLAIM", 0.0)
+    section = evaluate_coding(world, drive, seconds=4.0)
+    assert section.metrics["proved"] is False
+    assert "not proved" in section.title
+    assert "It does not hold: the file is +" in section.text
+    calls = 0
+
+    def drifting(logits: torch.Tensor) -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        return frequencies(logits * (1 + 1e-3 * calls))
+
+    monkeypatch.setattr(entropy_coding, "frequencies", drifting)
+    monkeypatch.setattr(entropy_coding, "_CLAIM", 10.0)
+    section = evaluate_coding(world, drive, seconds=1.0)
+    assert section.metrics["proved"] is False
+    assert "are not those that went in" in section.text

@@ -1,0 +1,56 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from driving_sim.evaluate.footage import Clip, Footage
+from driving_sim.evaluate.pictures.long_rollouts import _onward, evaluate_stability
+from driving_sim.evaluate.pictures.stability import StabilityConfig
+from driving_sim.world_model.sampling.sampler import Sampling
+from driving_sim.world_model.world_model import WorldModel
+from tests.fixtures.token_drives import FPS, write_store
+from tests.world_model.test_world_model import new_world
+
+QUICK = StabilityConfig(block_s=1.0, hop_s=0.5, min_lag_s=0.5, max_lag_s=2.0, loop_s=0.5)
+
+
+@pytest.fixture(scope="module")
+def world() -> WorldModel:
+    return new_world()
+
+
+def test_actions_go_on_to_the_end_of_the_run_and_begin_again(
+    world: WorldModel, tmp_path: Path
+) -> None:
+    store = write_store(tmp_path / "tokens", [40], gap_at=15)
+    footage = Footage(drive=store.drives[0], tokenizer=world.tokenizer)
+    clip = Clip(footage=footage, start=20, context_frames=4, frames=1)
+    actions, valid = _onward(clip, 50)
+    recorded = store.drives[0].actions
+    # Frames 15 to 39 are one run; its last action leads nowhere.
+    assert np.array_equal(actions[:20], recorded[19:39])
+    assert np.array_equal(actions[20:44], recorded[15:39])
+    assert np.array_equal(actions[44:], recorded[15:21])
+    assert valid.all()
+
+
+def test_rollouts_are_judged_from_every_start(world: WorldModel, tmp_path: Path) -> None:
+    store = write_store(tmp_path / "tokens", (60, 60), fingerprint=world.tokenizer.fingerprint)
+    footage = [Footage(drive=drive, tokenizer=world.tokenizer) for drive in store.drives]
+    starts = [Clip(footage=each, start=10, context_frames=4, frames=1) for each in footage]
+    section = evaluate_stability(
+        world, starts, store.drives, seconds=6.0, sampling=Sampling(), config=QUICK
+    )
+    metrics = section.metrics
+    assert metrics["rollouts"] == 2
+    assert metrics["seconds"] == 6.0
+    assert list(metrics["starts"]) == [clip.name for clip in starts]
+    greedy = evaluate_stability(
+        world, starts, store.drives, seconds=6.0, sampling=Sampling(temperature=0), config=QUICK
+    ).metrics
+    # Random weights are sure of little: taken at their likeliest, they say the same over and over.
+    assert greedy["drift_bits"] > metrics["drift_bits"]
+    assert len(section.parts) == 3
+    assert (
+        pytest.approx(len(next(iter(metrics["starts"].values()))["sharpness"]["ratio"])) == FPS * 6
+    )

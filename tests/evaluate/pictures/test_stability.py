@@ -1,0 +1,352 @@
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from einops import rearrange, reduce
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
+
+from driving_sim.data.synthetic import SyntheticConfig, SyntheticWorld, drive
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.evaluate.pictures.stability import (
+    Appearance,
+    RealBounds,
+    StabilityConfig,
+    drift_floor,
+    jensen_shannon,
+    judge,
+    loop_period,
+    mean_stability,
+    repetition,
+    sharpness,
+    time_to_collapse,
+    token_drift,
+)
+
+FPS = 5.0
+SECONDS = 40
+COUNT = round(FPS * SECONDS)
+BEGIN = 75  # where faults are planted: 15 s
+CONFIG = StabilityConfig()
+Frames = NDArray[np.uint8]
+Tokens = NDArray[np.int64]
+
+
+def tokens_of(frames: Frames) -> Tokens:
+    """The mean colour of each 8 x 8 cell, coarsely: a tokenizer of 512 codes."""
+    mean = reduce(frames.astype(float), "n (r h) (c w) rgb -> n r c rgb", "mean", h=8, w=8)
+    codes: Tokens = (mean / 32).astype(np.int64) @ np.array([64, 8, 1])
+    return codes
+
+
+def driven(driver_seed: int) -> Frames:
+    """40 s of a car in motion; where it stops, its time below 3 m/s is cut out."""
+    world = SyntheticWorld(0, SyntheticConfig(height=48, width=96, fps=FPS))
+    whole = drive(world, 2 * SECONDS, driver_seed)
+    fast = np.flatnonzero(whole.actions[:-1, 0] >= 3.0)[:COUNT]
+    return np.stack([world.render(whole.states[led + 1]) for led in fast])
+
+
+@pytest.fixture(scope="module")
+def real() -> Frames:
+    return driven(1)
+
+
+@pytest.fixture(scope="module")
+def bounds(real: Frames) -> RealBounds:
+    return RealBounds.fit([Appearance.measure(tokens_of(real), [real])], FPS, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def rollout() -> Frames:
+    return driven(2)
+
+
+def judged(frames: Frames, bounds: RealBounds, moving: Any = None) -> dict[str, Any]:
+    return judge(Appearance.measure(tokens_of(frames), [frames], moving), bounds)
+
+
+def scattered(rollout: Frames) -> Frames:
+    """From 15 s on every cell comes from anywhere: noise with the very same tokens."""
+    cells = rearrange(rollout[BEGIN:], "n (r h) (c w) rgb -> (n r c) h w rgb", h=8, w=8)
+    np.random.default_rng(0).shuffle(cells)
+    noise = rearrange(cells, "(n r c) h w rgb -> n (r h) (c w) rgb", r=6, c=12)
+    return np.concatenate([rollout[:BEGIN], noise])
+
+
+class TestDrive:
+    def test_a_drive_has_no_fault(self, rollout: Frames, bounds: RealBounds) -> None:
+        found = judged(rollout, bounds)
+        assert found["collapse_s"] is None
+        assert found["collapsed_by"] == []
+        assert set(found["fault_shares"].values()) == {0.0}
+        assert found["loops"]["found"] is False
+        assert found["loops"]["first_s"] is None
+
+    def test_the_report_is_json(self, rollout: Frames, bounds: RealBounds) -> None:
+        found = judged(rollout, bounds)
+        assert json.loads(json.dumps(found, allow_nan=False)) == found
+        assert len(found["sharpness"]["ratio"]) == len(found["freeze"]["change"]) == COUNT
+        assert found["drift"]["time_s"] == list(np.arange(5.0, SECONDS + 1))
+
+    def test_chunks_are_the_whole(self, rollout: Frames) -> None:
+        tokens = tokens_of(rollout)
+        chunks = Appearance.measure(tokens, np.array_split(rollout, [1, 2, 80, 199]))
+        whole = Appearance.measure(tokens, [rollout])
+        assert np.array_equal(chunks.sharpness, whole.sharpness)
+        np.testing.assert_allclose(chunks.change, whole.change, rtol=1e-5)
+
+
+class TestFreeze:
+    def test_a_freeze_is_found_and_timed(self, rollout: Frames, bounds: RealBounds) -> None:
+        frames = rollout.copy()
+        frames[BEGIN : BEGIN + 20] = frames[BEGIN - 1]
+        found = judged(frames, bounds)
+        assert found["freeze"]["longest_s"] == 4.0
+        assert found["freeze"]["share"] == 20 / COUNT
+        assert found["collapse_s"] == BEGIN / FPS
+        assert found["collapsed_by"] == ["frozen"]
+        assert found["loops"]["found"] is False
+
+    def test_a_short_one_is_no_collapse(self, rollout: Frames, bounds: RealBounds) -> None:
+        frames = rollout.copy()
+        frames[BEGIN : BEGIN + 9] = frames[BEGIN - 1]
+        found = judged(frames, bounds)
+        assert found["freeze"]["longest_s"] == 1.8
+        assert found["collapse_s"] is None
+
+    def test_a_car_that_is_told_to_stand_may(self, rollout: Frames, bounds: RealBounds) -> None:
+        frames, moving = rollout.copy(), np.ones(COUNT, np.bool_)
+        frames[BEGIN : BEGIN + 30] = frames[BEGIN - 1]
+        moving[BEGIN : BEGIN + 30] = False
+        found = judged(frames, bounds, moving)
+        assert found["freeze"]["share"] == 0
+        assert found["loops"]["found"] is False
+        assert found["collapse_s"] is None
+
+
+class TestLoop:
+    @pytest.mark.parametrize("period", [7, 15, 40])
+    def test_a_loop_is_found_with_its_period(
+        self, rollout: Frames, bounds: RealBounds, period: int
+    ) -> None:
+        order = np.arange(COUNT)
+        order[BEGIN:] = BEGIN - period + np.arange(COUNT - BEGIN) % period
+        found = judged(rollout[order], bounds)
+        assert found["loops"]["found"] is True
+        assert found["loops"]["period_s"] == period / FPS
+        # What comes round in less than 2 s is seen once it has gone on for that long.
+        first = BEGIN if period >= 10 else BEGIN - period + 14
+        assert found["loops"]["first_s"] == first / FPS
+        assert found["collapse_s"] == first / FPS
+        assert "loop" in found["collapsed_by"]
+        assert found["freeze"]["share"] == 0
+
+    def test_noise_does_not_hide_it(self, rollout: Frames, bounds: RealBounds) -> None:
+        order = np.arange(COUNT)
+        order[BEGIN:] = BEGIN - 15 + np.arange(COUNT - BEGIN) % 15
+        whole = Appearance.measure(tokens_of(rollout[order]), [rollout[order]])
+        tokens, rng = whole.tokens.copy(), np.random.default_rng(0)
+        wrong = rng.random(tokens.shape) < 0.05
+        tokens[wrong] = rng.permutation(tokens[wrong])
+        found = judge(replace(whole, tokens=tokens), bounds)["loops"]
+        assert found["period_s"] == 3.0
+        assert found["first_s"] == BEGIN / FPS
+
+    def test_to_hover_is_a_loop_without_a_period(self, rollout: Frames, bounds: RealBounds) -> None:
+        footage = Appearance.measure(tokens_of(rollout), [rollout])
+        tokens = footage.tokens.copy()
+        tokens[BEGIN:] = tokens[BEGIN]
+        found = judge(replace(footage, tokens=tokens), bounds)["loops"]
+        assert found["found"] is True
+        assert found["period_s"] is None
+
+    def test_what_comes_back_for_a_moment_is_none(
+        self, rollout: Frames, bounds: RealBounds
+    ) -> None:
+        frames = rollout.copy()
+        frames[BEGIN : BEGIN + 4] = frames[BEGIN - 20 : BEGIN - 16]
+        assert judged(frames, bounds)["loops"]["found"] is False
+
+    def test_the_period_is_the_first_lag_that_brings_it_back(self) -> None:
+        tokens = np.tile(np.arange(6), 4)[:, None, None]
+        looping = np.arange(24) >= 6
+        assert loop_period(tokens, looping, 0.5, longest=20) == 6
+        assert loop_period(tokens, looping, 0.5, longest=5) is None
+        assert loop_period(tokens, ~looping, 0.5, longest=20) is None
+
+    def test_repetition_is_the_least_agreement_of_the_best_lag(self) -> None:
+        # Frames 4 to 6 have 3, 2 and 3 of the 4 tokens of frames 0 to 2.
+        tokens = np.arange(40).reshape(10, 2, 2)
+        tokens[4:7] = tokens[:3]
+        tokens[4:7, 0, 0] = tokens[5, 1, 1] = 99
+        footage = Appearance(tokens, np.zeros(10), np.ones(10), np.ones(10, np.bool_))
+        found = repetition(footage, np.zeros(10, np.bool_), range(3, 9), window=3)
+        assert found.tolist() == [0, 0, 0, 0, 0.5, 0.5, 0.5, 0, 0, 0]
+        found = repetition(footage, np.zeros(10, np.bool_), range(3, 9), window=1)
+        assert found.tolist() == [0, 0, 0, 0, 0.75, 0.5, 0.75, 0, 0, 0]
+        assert not repetition(footage, np.ones(10, np.bool_), range(3, 9), window=3).any()
+        assert not repetition(footage, np.zeros(10, np.bool_), range(5, 9), window=3).any()
+
+
+class TestDrift:
+    def test_the_divergence_is_lins(self) -> None:
+        counts = np.array([3, 1, 0, 4])
+        assert jensen_shannon(counts, 5 * counts) == pytest.approx(0, abs=1e-12)
+        assert jensen_shannon(np.array([2, 1, 0, 0]), np.array([0, 0, 7, 7])) == pytest.approx(1)
+        # (1, 0) against (1/2, 1/2): the entropy of (3/4, 1/4), less half a bit.
+        expected = -0.75 * np.log2(0.75) - 0.25 * np.log2(0.25) - 0.5
+        assert jensen_shannon(np.array([1, 0]), np.array([1, 1])) == pytest.approx(expected)
+
+    def test_the_same_data_do_not_drift(self) -> None:
+        tokens = np.random.default_rng(0).integers(0, 50, (20, 4, 4))
+        counts = np.bincount(tokens.ravel())
+        assert token_drift(tokens, counts, block=20, hop=5) == pytest.approx([0], abs=1e-12)
+        unseen = np.full_like(tokens, 1000)
+        assert token_drift(unseen, counts, block=10, hop=5) == pytest.approx([1, 1, 1])
+
+    def test_the_floor_is_what_few_tokens_make_of_no_drift(self) -> None:
+        rng = np.random.default_rng(0)
+        real, same = rng.integers(0, 1000, (2, 200, 8, 16))
+        floor = drift_floor([real[:90], real[90:]], block=20, hop=20)
+        found = token_drift(same, np.bincount(real.ravel()), block=20, hop=20)
+        assert len(floor) == 4 + 5
+        assert floor.min() > 0.05
+        np.testing.assert_allclose(found, floor.mean(), rtol=0.1)
+
+    def test_the_floor_is_a_block_against_the_rest(self) -> None:
+        tokens = np.repeat([0, 1, 1], 4)[:, None, None]
+        floor = drift_floor([tokens], block=4, hop=4)
+        assert floor[0] == pytest.approx(1)
+        assert (
+            floor[1]
+            == floor[2]
+            == pytest.approx(jensen_shannon(np.array([0, 4]), np.array([4, 4])))
+        )
+
+    def test_a_collapsed_histogram_is_found(self, rollout: Frames, bounds: RealBounds) -> None:
+        footage = Appearance.measure(tokens_of(rollout), [rollout])
+        tokens = footage.tokens.copy()
+        few = np.random.default_rng(0).integers(0, 3, tokens[BEGIN:].shape)
+        tokens[BEGIN:] = few
+        found = judge(replace(footage, tokens=tokens), bounds)
+        drift = np.array(found["drift"]["bits"])
+        assert drift[-1] > found["drift"]["threshold_bits"] > found["drift"]["highest_floor_bits"]
+        assert found["collapsed_by"] == ["drift"]
+        # Noticed late, when enough of a block has drifted, never early.
+        assert BEGIN / FPS <= found["collapse_s"] < BEGIN / FPS + CONFIG.block_s
+
+
+class TestSharpness:
+    def test_a_chequerboard_has_eight_times_its_amplitude(self) -> None:
+        board = 100 + 10 * (np.indices((8, 8)).sum(axis=0) % 2 * 2 - 1)
+        frames = np.stack([board, np.full((8, 8), 7)]).astype(np.uint8)
+        assert sharpness(frames[..., None].repeat(3, axis=3)).tolist() == [80, 0]
+
+    def test_blur_and_noise_are_found_when_they_set_in(
+        self, rollout: Frames, bounds: RealBounds
+    ) -> None:
+        soft, hard = rollout.copy(), rollout.copy()
+        soft[BEGIN:] = gaussian_filter(rollout[BEGIN:].astype(float), (0, 2, 2, 0))
+        hard[BEGIN:] += np.random.default_rng(0).integers(0, 90, hard[BEGIN:].shape, np.uint8)
+        for frames in (soft, hard):
+            footage = Appearance.measure(tokens_of(rollout), [frames])
+            found = judge(footage, bounds)
+            assert found["collapse_s"] == BEGIN / FPS
+            assert "sharpness" in found["collapsed_by"]
+            ratio = np.array(found["sharpness"]["ratio"])
+            assert (ratio[BEGIN:] < 1).all() == (frames is soft)
+        low, high = bounds.sharpness_range
+        assert low < 1 < high
+
+
+def test_noise_of_the_right_histogram_is_restless(rollout: Frames, bounds: RealBounds) -> None:
+    found = judged(scattered(rollout), bounds)
+    assert "restless" in found["collapsed_by"]
+    assert found["collapse_s"] == BEGIN / FPS
+    assert found["fault_shares"]["drift"] == 0
+    assert found["fault_shares"]["restless"] == (COUNT - BEGIN) / COUNT
+
+
+def test_noise_sets_in_where_it_does(rollout: Frames, bounds: RealBounds) -> None:
+    footage = Appearance.measure(tokens_of(rollout), [rollout])
+    tokens = footage.tokens.copy()
+    tokens[BEGIN:150] = np.random.default_rng(0).integers(0, 10**6, tokens[BEGIN:150].shape)
+    found = judge(replace(footage, tokens=tokens), bounds)
+    # The frame after the noise shares nothing with it either.
+    assert found["fault_shares"]["restless"] == (150 - BEGIN + 1) / COUNT
+    assert found["collapse_s"] == BEGIN / FPS
+
+
+class TestCollapse:
+    def test_it_is_the_first_fault_that_lasts(self) -> None:
+        none = np.zeros(40, np.bool_)
+        assert time_to_collapse({"a": none, "b": none}, FPS, 10) == (None, [])
+        short, long = none.copy(), none.copy()
+        short[3:12] = True
+        assert time_to_collapse({"a": short, "b": none}, FPS, 10) == (None, [])
+        assert time_to_collapse({"a": short, "b": none}, FPS, 9) == (0.6, ["a"])
+        long[25:] = True
+        assert time_to_collapse({"a": short, "b": long}, FPS, 10) == (5.0, ["b"])
+
+    def test_faults_take_turns(self) -> None:
+        first, second = np.zeros((2, 40), np.bool_)
+        first[10:16], second[16:20] = True, True
+        assert time_to_collapse({"a": first, "b": second}, FPS, 10) == (2.0, ["a"])
+
+    def test_the_mean_over_rollouts(self, rollout: Frames, bounds: RealBounds) -> None:
+        frozen = rollout.copy()
+        frozen[BEGIN:] = frozen[BEGIN - 1]
+        mean = mean_stability([judged(rollout, bounds), judged(frozen, bounds)])
+        assert mean["rollouts"] == 2
+        assert mean["collapsed"] == 1
+        assert mean["mean_lasted_s"] == (SECONDS + BEGIN / FPS) / 2
+        assert mean["frozen_share"] == (COUNT - BEGIN) / COUNT / 2
+        assert mean["fault_shares"]["frozen"] == mean["frozen_share"]
+        assert mean["longest_freeze_s"] == (COUNT - BEGIN) / FPS
+        assert mean["looped"] == 0
+        json.dumps(mean, allow_nan=False)
+
+
+class TestMistakes:
+    def test_too_little_to_judge_by(self, real: Frames, bounds: RealBounds) -> None:
+        footage = Appearance.measure(tokens_of(real[:49]), [real[:49]])
+        with pytest.raises(DriveSimError, match=r"^9\.8 s of real drives.*name 10\.0 s"):
+            RealBounds.fit([footage], FPS, CONFIG)
+        with pytest.raises(DriveSimError, match=r"rollout of 4\.8 s is too short"):
+            judged(real[:24], bounds)
+
+    def test_drives_shorter_than_a_block_play_no_part(
+        self, real: Frames, rollout: Frames, bounds: RealBounds
+    ) -> None:
+        long, single, short = (
+            Appearance.measure(tokens_of(frames), [frames])
+            for frames in (real, rollout[:1], rollout[:24])
+        )
+        among = RealBounds.fit([single, long, short], FPS, CONFIG)
+        assert judged(rollout, among) == judged(rollout, bounds)
+
+    def test_real_footage_at_a_standstill(self, real: Frames) -> None:
+        standing = Appearance.measure(tokens_of(real), [real], np.zeros(COUNT, np.bool_))
+        with pytest.raises(DriveSimError, match="never moves"):
+            RealBounds.fit([standing], FPS, CONFIG)
+
+    def test_tokens_and_frames_of_different_lengths(self, real: Frames) -> None:
+        with pytest.raises(ValueError, match="200 frames of tokens, 199 of pixels"):
+            Appearance.measure(tokens_of(real), [real[:-1]])
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"block_s": 0.0},
+            {"hop_s": 6.0},
+            {"min_lag_s": 31.0},
+            {"drift_margin": 1.0},
+            {"hold_s": float("nan")},
+        ],
+    )
+    def test_settings_that_mean_nothing(self, wrong: dict[str, float]) -> None:
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            StabilityConfig(**wrong)

@@ -1,0 +1,377 @@
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from driving_sim.data.actions.action_file import SPEED, STEERING
+from driving_sim.data.drive import Drive, DriveSet, Frames, Indices, SampledDrive, sample
+from driving_sim.data.sources import find_drives
+from driving_sim.data.sources.udacity import ImageFrames
+from driving_sim.data.split import MIRROR_SUFFIX
+from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
+from driving_sim.data.tokens.shard import frame_bytes
+from driving_sim.data.tokens.store import DriveTokens, TokenStore
+from driving_sim.data.tokens.windows import WindowIndex
+from driving_sim.data.video.frame_size import FrameSize
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.evaluate import footage as footage_module
+from driving_sim.evaluate.footage import (
+    Clip,
+    DriveView,
+    Footage,
+    HeldOutStore,
+    check_apart,
+    check_tokens_apart,
+    choose_clips,
+    recorded_footage,
+    recording_digest,
+    recording_digests,
+    sampled_fingerprint,
+)
+from driving_sim.evaluate.rollouts import imagine
+from driving_sim.tokenizer.tokenize import tokenize
+from driving_sim.world_model.sampling.sampler import Sampling
+from driving_sim.world_model.world_model import WorldModel
+from tests.fixtures.token_drives import COLS, FPS, ROWS, write_store
+from tests.world_model.test_world_model import new_world
+
+
+@pytest.fixture(scope="module")
+def world() -> WorldModel:
+    return new_world()
+
+
+@pytest.fixture(scope="module")
+def footage(world: WorldModel, tmp_path_factory: pytest.TempPathFactory) -> list[Footage]:
+    folder = tmp_path_factory.mktemp("footage")
+    config = SyntheticConfig(height=48, width=64, fps=FPS)
+    write_synthetic_drives(folder / "videos", drives=2, seconds=3, config=config)
+    found = find_drives([folder / "videos"])
+    tokenize(found, world.tokenizer, folder / "tokens")
+    drives = TokenStore(folder / "tokens").drives
+    return recorded_footage(drives, [sample(drive) for drive in found.drives], world.tokenizer)
+
+
+def clip_of(footage: Footage, *, mirrored: bool = False) -> Clip:
+    return Clip(footage=footage, start=6, context_frames=4, frames=5, mirrored=mirrored)
+
+
+def test_frames_are_those_the_tokens_were_made_of(
+    world: WorldModel, footage: list[Footage]
+) -> None:
+    for each in footage:
+        frames = each.frames(3, 9)
+        assert torch.equal(
+            world.tokenizer.encode(frames), torch.from_numpy(each.drive.tokens[3:9].astype(int))
+        )
+        assert each.synthetic is not None
+        # But for the codec, what the world looks like from there.
+        rendered = each.synthetic.world.render(each.synthetic.states[3])
+        assert np.abs(rendered.astype(float) - frames[0]).mean() < 12
+
+
+def test_without_a_video_frames_are_reconstructions(world: WorldModel, tmp_path: Path) -> None:
+    store = write_store(tmp_path / "tokens", [20], fingerprint=world.tokenizer.fingerprint)
+    each = Footage(drive=store.drives[0], tokenizer=world.tokenizer)
+    expected = world.tokenizer.decode(store.drives[0].tokens[2:5]).numpy()
+    assert np.array_equal(each.frames(2, 5), expected)
+
+
+def test_a_clip_is_a_context_and_what_followed(footage: list[Footage]) -> None:
+    clip = clip_of(footage[1])
+    drive = footage[1].drive
+    assert np.array_equal(clip.context, footage[1].frames(2, 6))
+    assert np.array_equal(clip.truth, footage[1].frames(6, 11))
+    assert np.array_equal(clip.context_tokens.numpy(), drive.tokens[2:6])
+    assert np.array_equal(clip.true_tokens.numpy(), drive.tokens[6:11])
+    actions, valid = clip.actions
+    # The first of the future's leads from the last context frame to the first new one.
+    assert np.array_equal(actions, drive.actions[2:10])
+    assert np.array_equal(actions[clip.context_frames - 1], drive.actions[5])
+    assert valid.all()
+
+
+def test_the_mirror_image_turns_the_other_way(world: WorldModel, footage: list[Footage]) -> None:
+    clip, mirrored = clip_of(footage[0]), clip_of(footage[0], mirrored=True)
+    assert np.array_equal(mirrored.truth, clip.truth[:, :, ::-1])
+    assert np.array_equal(mirrored.context, clip.context[:, :, ::-1])
+    encoded = world.tokenizer.encode(np.ascontiguousarray(clip.context[:, :, ::-1]))
+    assert torch.equal(mirrored.context_tokens, encoded)
+    (actions, _), (flipped, _) = clip.actions, mirrored.actions
+    assert np.array_equal(flipped[:, STEERING], -actions[:, STEERING])
+    assert np.array_equal(flipped[:, SPEED], actions[:, SPEED])
+
+
+def test_clips_are_spread_over_all_places_and_cross_no_gap(
+    world: WorldModel, tmp_path: Path
+) -> None:
+    store = write_store(tmp_path / "tokens", (40, 30), gap_at=15)
+    footage = [Footage(drive=drive, tokenizer=world.tokenizer) for drive in store.drives]
+    every = choose_clips(footage, context_frames=4, frames=5, count=1000)
+    places = [(clip.footage.drive.id, clip.start) for clip in every]
+    # Runs of 15, 25, 15 and 15 frames, less the contexts, hold 2, 4, 2 and 2 futures of 5.
+    assert [start for name, start in places if name == "0"] == [4, 9, 19, 24, 29, 34]
+    assert [start for name, start in places if name == "1"] == [4, 9, 19, 24]
+    for clip in every:
+        runs = clip.footage.drive.entry.segments
+        assert any(b <= clip.start - 4 and clip.start + 5 <= e for b, e in runs)
+    few = choose_clips(footage, context_frames=4, frames=5, count=4)
+    chosen = [places.index((clip.footage.drive.id, clip.start)) for clip in few]
+    assert chosen == [1, 3, 6, 8]
+    with pytest.raises(DriveSimError, match="no run of 44 frames without a gap in 2"):
+        choose_clips(footage, context_frames=4, frames=40, count=4)
+
+
+@pytest.mark.parametrize("count", [3, 7, 1000])
+def test_no_two_futures_share_a_frame(world: WorldModel, tmp_path: Path, count: int) -> None:
+    """Overlapping ones are no independent evidence: an interval over them would be too narrow."""
+    store = write_store(tmp_path / "tokens", (40, 30), gap_at=15)
+    footage = [Footage(drive=drive, tokenizer=world.tokenizer) for drive in store.drives]
+    clips = choose_clips(footage, context_frames=4, frames=3, count=count)
+    seen = [(clip.footage.drive.id, clip.start + n) for clip in clips for n in range(clip.frames)]
+    assert len(seen) == len(set(seen)) == 3 * min(count, 3 + 7 + 3 + 3)
+
+
+def test_a_drive_stored_mirrored_has_no_clips(world: WorldModel, tmp_path: Path) -> None:
+    drive = write_store(tmp_path / "tokens", (40,)).drives[0]
+    mirrored: Any = SimpleNamespace(id=f"0{MIRROR_SUFFIX}", entry=drive.entry)
+    footage = [Footage(drive=each, tokenizer=world.tokenizer) for each in (mirrored, drive)]
+    clips = choose_clips(footage, context_frames=4, frames=3, count=1000)
+    assert {clip.footage.drive.id for clip in clips} == {"0"}
+    with pytest.raises(DriveSimError, match=r"in 0 held-out drives \(mirror images are none\)"):
+        choose_clips(footage[:1], context_frames=4, frames=3, count=4)
+
+
+def test_imagined_futures_are_those_of_each_context_alone(
+    world: WorldModel, footage: list[Footage]
+) -> None:
+    # More than one batch.
+    clips = choose_clips(footage, context_frames=5, frames=3, count=9)
+    assert len(clips) == 9
+    sampling = Sampling(seed=3)
+    pairs = zip(clips, imagine(world, clips, sampling), strict=True)
+    for number, (clip, found) in enumerate(pairs):
+        assert found.clip is clip
+        actions, valid = clip.actions
+        prefix = world.encode_prefix(clip.context_tokens, actions[:4], valid[:4])
+        steps = world.generate(prefix, actions[4:], valid[4:], sampling=sampling, first_draw=number)
+        alone = torch.cat([step.tokens for step in steps])
+        assert torch.equal(found.tokens, alone)
+        assert np.array_equal(found.frames, world.tokenizer.decode(alone).numpy())
+    free = list(imagine(world, clips, sampling, hide_actions=True))
+    led = list(imagine(world, clips, sampling))
+    assert any(
+        not torch.equal(one.tokens, other.tokens) for one, other in zip(free, led, strict=True)
+    )
+
+
+def split_into_parts(each: Footage, out: Path) -> tuple[DriveTokens, ...]:
+    """The drive tokenized again, 10 frames to a shard."""
+    assert each.recorded is not None
+    found = find_drives([each.recorded.drive.video.path])  # type: ignore[union-attr]
+    tokenize(found, each.tokenizer, out, shard_bytes=10 * frame_bytes(ROWS, COLS))
+    return TokenStore(out).drives
+
+
+def test_a_view_shows_less_of_a_drive(tmp_path: Path) -> None:
+    drive = write_store(tmp_path / "tokens", (30, 40), gap_at=15).drives[1]
+    view = DriveView(drive, frames=20, channels=(True, False))
+    assert (len(view), view.id, view.info) == (20, drive.id, drive.info)
+    assert view.entry.segments == ((0, 15), (15, 20))
+    assert DriveView(view, frames=15).entry.segments == ((0, 15),)
+    for name in ("tokens", "actions", "timestamps"):
+        assert np.array_equal(getattr(view, name), getattr(drive, name)[:20])
+    assert view.action_valid.shape == (20, 2)
+    assert view.action_valid[:, SPEED].all()
+    assert not view.action_valid[:, STEERING].any()
+    assert drive.action_valid.all()
+    index = WindowIndex([view], frames=4)
+    assert len(index) == 12 + 2
+    batch = index.load(np.array([3]))
+    assert batch["tokens"][0].equal(torch.from_numpy(view.tokens[3:7].astype(np.int64)))
+    assert batch["actions"][0].equal(torch.from_numpy(view.actions[2:6].copy()))
+    assert batch["action_valid"][0].equal(torch.from_numpy(view.action_valid[2:6]))
+    assert len(DriveView(drive, frames=1000)) == 40
+
+
+def test_held_out_drives_are_originals_with_what_the_model_learned(
+    world: WorldModel, footage: list[Footage], tmp_path: Path
+) -> None:
+    drives = [each.recorded.drive for each in footage if each.recorded is not None]
+    found = find_drives([drive.video.path for drive in drives if drive.video is not None])
+    tokenize(found, world.tokenizer, tmp_path / "tokens", mirror=True)
+    assert len(TokenStore(tmp_path / "tokens").drives) == 4
+    store = HeldOutStore(tmp_path / "tokens", (True, False))
+    assert store.drive_ids == ("drive_000", "drive_001")
+    for drive, each in zip(store.drives, footage, strict=True):
+        assert np.array_equal(drive.tokens, each.drive.tokens)
+        assert drive.action_valid[:-1, SPEED].all()
+        assert not drive.action_valid[:, STEERING].any()
+    actions, valid = Clip(
+        footage=Footage(drive=store.drives[0], tokenizer=world.tokenizer),
+        start=6,
+        context_frames=4,
+        frames=5,
+    ).actions
+    assert valid[:, SPEED].all()
+    assert not valid[:, STEERING].any()
+    assert len(actions) == 8
+
+
+def test_the_beginning_is_read_in_order_and_no_further(
+    world: WorldModel, footage: list[Footage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(footage_module, "CHUNK", 4)
+    whole, unrecorded = footage[1], replace(footage[1], recorded=None)
+    assert whole.recorded is not None
+    for each in (whole, unrecorded):
+        batches = list(each.beginning(10))
+        assert [len(batch) for batch in batches] == [4, 4, 2]
+        assert np.abs(np.concatenate(batches).astype(int) - each.frames(0, 10)).max() <= 1
+    part = split_into_parts(whole, tmp_path / "parts")[1]
+    (later,) = recorded_footage([part], [whole.recorded], world.tokenizer)
+    expected = whole.frames(10, 16)
+    assert np.abs(np.concatenate(list(later.beginning(6))).astype(int) - expected).max() <= 1
+    assert later.place == ["drive_001", 10]
+
+
+def test_parts_of_a_drive_have_places_and_contents_of_their_own(
+    footage: list[Footage], tmp_path: Path
+) -> None:
+    parts = [
+        Footage(drive=drive, tokenizer=footage[0].tokenizer)
+        for drive in split_into_parts(footage[0], tmp_path / "parts")
+    ]
+    assert [each.place for each in parts] == [["drive_000", n] for n in (0, 10, 20)]
+    assert len({each.fingerprint for each in parts}) == 3
+
+
+def changed(array: Any, place: Any, value: Any) -> Any:
+    copy = array.copy()
+    copy[place] = value
+    return copy
+
+
+CHANGES: dict[str, Callable[[SampledDrive], SampledDrive]] = {
+    "validity": lambda s: replace(s, action_valid=changed(s.action_valid, (3, STEERING), False)),
+    "actions": lambda s: replace(s, actions=changed(s.actions, (3, STEERING), 9)),
+    "times": lambda s: replace(s, timestamps=s.timestamps * 2),
+    "frames": lambda s: replace(s, indices=s.indices + 1),
+    "segments": lambda s: replace(s, segments=[(0, 5), (5, len(s.indices))]),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_fingerprint_is_of_all_that_is_measured(footage: list[Footage], name: str) -> None:
+    recorded = footage[0].recorded
+    assert recorded is not None
+    other = CHANGES[name](recorded)
+    assert sampled_fingerprint(other) != sampled_fingerprint(recorded)
+    assert sampled_fingerprint(recorded) == footage[0].fingerprint
+
+
+def test_a_fingerprint_is_of_image_files_too(tmp_path: Path) -> None:
+    """A simulator's recording has no video."""
+    paths = tuple(tmp_path / f"{number}.png" for number in range(3))
+    for number, path in enumerate(paths):
+        Image.fromarray(np.full((4, 8, 3), number, np.uint8)).save(path)
+    times = np.arange(3) / FPS
+    drive = Drive(id="a", source="udacity", timestamps=times, reader=ImageFrames(paths))
+    before = sampled_fingerprint(sample(drive))
+    assert sampled_fingerprint(sample(drive)) == before
+    Image.fromarray(np.full((4, 8, 3), 7, np.uint8)).save(paths[2])
+    assert sampled_fingerprint(sample(drive)) != before
+
+
+@dataclass(frozen=True)
+class ArrayFrames:
+    """A source of this test's own: all frames of a drive in one file of NumPy's."""
+
+    path: Path
+
+    def read(self, indices: Indices, size: FrameSize | None) -> Frames:
+        frames: Frames = np.load(self.path)[indices]
+        return frames
+
+    def stream(self, indices: Indices | None, size: FrameSize | None) -> Iterator[Frames]:
+        yield from np.load(self.path)[slice(None) if indices is None else indices]
+
+    def files(self, indices: Indices) -> list[Path]:
+        return [self.path]
+
+
+def test_a_new_source_can_be_evaluated(world: WorldModel, tmp_path: Path) -> None:
+    path, size = tmp_path / "frames.npy", world.tokenizer.frame_size
+    np.save(path, np.zeros((9, size.height, size.width, 3), np.uint8))
+    drive = Drive(id="a", source="new", timestamps=np.arange(9) / FPS, reader=ArrayFrames(path))
+    sampled = sample(drive)
+    tokenize(DriveSet([drive]), world.tokenizer, tmp_path / "tokens")
+    (footage,) = recorded_footage(
+        TokenStore(tmp_path / "tokens").drives, [sampled], world.tokenizer
+    )
+    before = footage.fingerprint
+    assert not footage.frames(2, 5).any()
+    np.save(path, np.ones((9, size.height, size.width, 3), np.uint8))
+    assert footage.fingerprint == sampled_fingerprint(sampled) != before
+
+
+def test_a_recording_is_known_in_all_its_forms(
+    world: WorldModel, footage: list[Footage], tmp_path: Path
+) -> None:
+    """As a video, as tokens, mirrored and in parts; another drive of the same times is not it."""
+    one, other = (each.recorded for each in footage)
+    assert one is not None
+    assert other is not None
+    own = recording_digest(one.timestamps, one.actions, one.action_valid)
+    assert np.array_equal(one.timestamps, other.timestamps)
+    assert own != recording_digest(other.timestamps, other.actions, other.action_valid)
+    assert recording_digest(one.timestamps, one.actions, one.action_valid & False) is None
+    parts = split_into_parts(footage[0], tmp_path / "parts")
+    assert recording_digests(parts) == {"drive_000": own}
+    tokenize(
+        find_drives([one.drive.video.path]),  # type: ignore[union-attr]
+        world.tokenizer,
+        tmp_path / "tokens",
+        mirror=True,
+    )
+    training = TokenStore(tmp_path / "tokens")
+    assert recording_digests(training.drives) == {"drive_000": own, "drive_000~mirror": own}
+    assert own is not None
+    for drives, called in ((training.drives, "drive_000"), (training.drives[1:], "~mirror")):
+        training.drives = drives
+        with pytest.raises(DriveSimError, match=f"'mine' is in the .* as '[^~]*{called}': measure"):
+            check_apart({"yours": "f00d", "mine": own}, training)
+    check_apart({"yours": "f00d"}, training)
+
+
+def test_tokens_tell_where_no_actions_do(tmp_path: Path) -> None:
+    """Another device gives a few other tokens; another drive, many."""
+    training = write_store(tmp_path / "training", (40, 40))
+    drive = training.drives[1]
+    for count, is_same in ((24, True), (240, False)):
+        tokens = drive.tokens.copy()
+        tokens.ravel()[: count * 2 : 2] = (tokens.ravel()[: count * 2 : 2] + 1) % 9
+        other = SimpleNamespace(id="x", tokens=tokens, timestamps=drive.timestamps)
+        heldout: Any = SimpleNamespace(drives=[other])
+        if is_same:
+            with pytest.raises(DriveSimError, match=r"'x' is in the training tokens .* as '1'"):
+                check_tokens_apart(heldout, training)
+        else:
+            check_tokens_apart(heldout, training)
+
+
+def test_a_car_that_stands_has_no_digest() -> None:
+    """Many do, for as long: they are not one recording."""
+    times, valid = np.arange(5) / 5.0, np.ones((5, 2), np.bool_)
+    actions = np.tile(np.array([0.0, 0.1], np.float32), (5, 1))
+    assert recording_digest(times, actions, valid) is None
+    actions[2, 1] = -0.2
+    assert recording_digest(times, actions, valid) is not None
+    valid[:, 1] = False
+    assert recording_digest(times, actions, valid) is None

@@ -1,0 +1,273 @@
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from driving_sim.engine.device import autocast
+from driving_sim.world_model.kernels import attention as native_training
+from driving_sim.world_model.kernels import library as native_library
+from driving_sim.world_model.rotary import rotate
+from driving_sim.world_model.training.objective import ObjectiveConfig, WorldModelObjective
+from driving_sim.world_model.transformer import Attention, TransformerConfig
+from tests.engine.ranks.test_ranks import assert_same_losses, exported, launch
+from tests.fixtures.rank_training import STEPS, rank_train
+from tests.world_model.kernels.test_decode import WIDE, in_each_format, needs_compiler
+from tests.world_model.test_transformer import random_inputs, random_model
+
+
+def compute(dtype: torch.dtype) -> AbstractContextManager[object]:
+    return autocast(torch.device("cpu"), dtype)
+
+
+def step_of(dtype: torch.dtype) -> float:
+    """Half the distance of its numbers, above what rounding in float32 adds."""
+    return 0.004 if dtype is torch.bfloat16 else 1e-6
+
+
+def distance(found: Tensor, exact: Tensor) -> float:
+    return float((found.float() - exact).norm() / exact.norm())
+
+
+def results(act: Callable[..., Tensor], given: list[Tensor], grad: Tensor) -> list[Tensor]:
+    """What `act` returns, and its gradients."""
+    leaves = [each.clone().requires_grad_() for each in given]
+    out = act(*leaves)
+    out.backward(grad.to(out.dtype))  # type: ignore[no-untyped-call]
+    return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+@needs_compiler
+@pytest.mark.parametrize("slots", [5, 64, 150])
+@pytest.mark.parametrize(("heads", "kv_heads", "channels"), [(4, 2, 32), (3, 3, 64), (2, 1, 96)])
+@in_each_format
+@pytest.mark.usefixtures("processor")
+def test_compiled_attention_and_its_gradients_equal_torchs(
+    slots: int, heads: int, kv_heads: int, channels: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    config = TransformerConfig(width=heads * channels, heads=heads, kv_heads=kv_heads)
+    attention = Attention(config)
+    angle = torch.randn(slots, channels // 2)
+    rotary = angle.cos(), angle.sin()
+    qkv = torch.randn(2, slots, sum(attention.sizes)).to(dtype)
+    gains = [1 + 0.3 * torch.randn(channels) for _ in range(2)]
+    grad = torch.randn(2, slots, heads * channels).to(dtype)
+
+    def exact(qkv: Tensor, q_gain: Tensor, k_gain: Tensor) -> Tensor:
+        q, k, v = (
+            rearrange(part, "b n (h e) -> b h n e", e=channels)
+            for part in torch.split(qkv, list(attention.sizes), -1)
+        )
+        q = rotate(F.rms_norm(q, (channels,), q_gain, 1e-6), *rotary)
+        k = rotate(F.rms_norm(k, (channels,), k_gain, 1e-6), *rotary)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return rearrange(mixed, "b h n e -> b n (h e)")
+
+    def compiled(qkv: Tensor, q_gain: Tensor, k_gain: Tensor) -> Tensor:
+        with compute(dtype):
+            found = native_training.causal_attention(qkv, q_gain, k_gain, rotary, heads)
+        assert found is not None
+        return found
+
+    expected = results(exact, [qkv.float(), *gains], grad)
+    for found, truth in zip(results(compiled, [qkv, *gains], grad), expected, strict=True):
+        assert distance(found, truth) < (0.01 if dtype is torch.bfloat16 else 2e-6)
+
+
+@needs_compiler
+@in_each_format
+@pytest.mark.usefixtures("processor")
+def test_a_key_that_queries_look_away_from_gets_no_gradient(dtype: torch.dtype) -> None:
+    """Its weight is e^-134, less than any float32: it must not become another number."""
+    slots, channels = 70, 32
+    q, k, v = torch.ones(slots, channels), torch.ones(slots, channels), torch.ones(slots, channels)
+    k[0] = -1
+    qkv = torch.cat([q, k, v], dim=1)[None].to(dtype).requires_grad_()
+    gain = torch.full((channels,), 3.45)
+    rotary = torch.ones(slots, channels // 2), torch.zeros(slots, channels // 2)
+    grad = torch.randn(1, slots, channels, generator=torch.Generator().manual_seed(0))
+    grad[:, 0] = 0  # the first query sees nothing else
+    with compute(dtype):
+        mixed = native_training.causal_attention(qkv, gain, gain, rotary, 1)
+    assert mixed is not None
+    mixed.backward(grad.to(dtype))  # type: ignore[no-untyped-call]
+    assert qkv.grad is not None
+    assert qkv.grad.isfinite().all()
+    assert qkv.grad[0, 0].abs().max() < 1e-30
+    assert qkv.grad[0, 1:, 2 * channels :].abs().max() > 0.01
+
+
+@needs_compiler
+@in_each_format
+@pytest.mark.usefixtures("processor")
+def test_compiled_norm_and_its_gradients_equal_torchs(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    given = [torch.randn(3, 50, 48), torch.randn(48)]
+    grad = torch.randn(3, 50, 48).bfloat16().float()
+
+    def compiled(x: Tensor, gain: Tensor) -> Tensor:
+        with compute(dtype):
+            found = native_training.normed(x, gain)
+        assert found is not None
+        return found
+
+    expected = results(lambda x, gain: F.rms_norm(x, (48,), gain, 1e-6), given, grad)
+    found = results(compiled, given, grad)
+    assert found[0].dtype is dtype
+    assert distance(found[0], expected[0]) < step_of(dtype)
+    assert distance(found[1], expected[1]) < 1e-5
+    assert distance(found[2], expected[2]) < 1e-5
+
+
+@needs_compiler
+@in_each_format
+@pytest.mark.usefixtures("processor")
+def test_compiled_activation_and_its_gradient_equal_torchs(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    given = [torch.randn(2, 40, 16).to(dtype)]
+    grad = torch.randn(2, 40, 16).to(dtype)
+
+    def compiled(x: Tensor) -> Tensor:
+        with compute(dtype):
+            found = native_training.squared_relu(x)
+        assert found is not None
+        return found
+
+    expected = results(lambda x: F.relu(x).square(), [given[0].float()], grad)
+    for found, truth in zip(results(compiled, given, grad), expected, strict=True):
+        assert distance(found, truth) < step_of(dtype)
+
+
+def gradients(dtype: torch.dtype, threads: int = 2) -> dict[str, Tensor]:
+    """Of a small world model's loss."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model = WorldModelObjective(ObjectiveConfig(token_noise=0.0), random_model(WIDE)).eval()
+        grid, frames = model.transformer.grid, WIDE.context_frames
+        torch.manual_seed(1)
+        batch = {
+            "tokens": torch.randint(grid.codebook_size, (2, frames, grid.rows, grid.cols)),
+            "previous": torch.randint(grid.codebook_size, (2, grid.rows, grid.cols)),
+            "has_previous": torch.ones(2, dtype=torch.bool),
+            "actions": torch.randn(2, frames, 2),
+            "action_valid": torch.ones(2, frames, 2, dtype=torch.bool),
+        }
+        with compute(dtype):
+            loss, _ = model(batch)
+        loss.backward()
+        return {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+@in_each_format
+def test_a_models_gradients_equal_those_of_torch(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = gradients(dtype)
+    monkeypatch.setenv("DRIVESIM_NATIVE", "0")
+    expected = gradients(dtype)
+    near = 0.1 if dtype is torch.bfloat16 else 1e-5  # both round on the way
+    assert found.keys() == expected.keys()
+    for name, truth in expected.items():
+        assert (found[name] - truth).norm() <= near * truth.norm(), name
+    assert any(not torch.equal(found[name], truth) for name, truth in expected.items())
+
+
+@needs_compiler
+def test_recomputed_gradients_equal_kept_ones() -> None:
+    model = random_model(WIDE)
+    inputs = random_inputs(WIDE.context_frames)
+
+    def found(recompute: bool) -> list[Tensor]:
+        model.zero_grad()
+        with compute(torch.bfloat16):
+            if recompute:
+                logits = checkpoint(model, *inputs.values(), use_reentrant=False)
+            else:
+                logits = model(*inputs.values())
+        logits.float().square().sum().backward()
+        return [each.grad.clone() for each in model.parameters() if each.grad is not None]
+
+    for kept, again in zip(found(False), found(True), strict=True):
+        assert torch.equal(kept, again)
+
+
+@needs_compiler
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_ranks_train_as_one_does(tmp_path: Path, shard: bool) -> None:
+    model, one, two = "compiled_world_model", tmp_path / "one", tmp_path / "two"
+    assert launch(2, model, two, precision="bf16", shard=shard) == [0, 0]
+    rank_train(model, one, precision="bf16", accumulate=2)
+    # A difference in float32 becomes one in bf16, which grows from step to step.
+    assert_same_losses(one, two, rel=1e-3, loose={"accuracy": 0.5, "grad_norm/model": 0.1})
+
+
+@needs_compiler
+def test_a_resumed_training_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = set()
+
+    def watched(name: str, dtype: torch.dtype) -> Any:
+        calls.add(name)
+        return native_library.function(name, dtype)
+
+    monkeypatch.setattr(native_training, "function", watched)
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    for folder in (whole, run):
+        rank_train("compiled_world_model", folder, precision="bf16")
+    assert calls >= {"attention", "attention_grad"}
+    shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
+    (run / "finished.json").unlink()
+    rank_train("compiled_world_model", run, precision="bf16", resume=True)
+    for name, tensor in exported(whole).items():
+        assert torch.equal(exported(run)[name], tensor), name
+
+
+@needs_compiler
+@in_each_format
+def test_what_is_not_a_number_stays_it(dtype: torch.dtype) -> None:
+    """So that the step is skipped."""
+    bad = torch.full((1, 4, 128), torch.nan)
+    gain, rotary = torch.ones(32), (torch.ones(4, 16), torch.zeros(4, 16))
+    with compute(dtype):
+        for found in (
+            native_training.causal_attention(bad.to(dtype), gain, gain, rotary, 2),
+            native_training.normed(bad, torch.ones(128)),
+            native_training.squared_relu(bad.to(dtype)),
+        ):
+            assert found is not None
+            assert found.isnan().all()
+
+
+@needs_compiler
+def test_gradients_do_not_depend_on_threads() -> None:
+    one, two = gradients(torch.bfloat16, threads=1), gradients(torch.bfloat16, threads=2)
+    for name in ("transformer.blocks.0.attention.qkv.weight", "transformer.blocks.1.up.weight"):
+        assert torch.equal(one[name], two[name])
+
+
+@needs_compiler
+def test_what_does_not_apply_is_left_to_torch() -> None:
+    x, gain = torch.randn(2, 5, 128).bfloat16(), torch.ones(32)
+    rotary = torch.ones(5, 16), torch.zeros(5, 16)
+    assert native_training.causal_attention(x, gain, gain, rotary, 2) is None  # not in autocast
+    assert native_training.squared_relu(x) is None
+    assert native_training.squared_relu(torch.ones(3)) is None
+    assert native_training.normed(torch.ones(2, 128).double(), torch.ones(128).double()) is None
+    with compute(torch.bfloat16):
+        assert native_training.causal_attention(x, gain, gain, rotary, 2) is not None
+        steep = 4 * gain  # sqrt(32) 16 is too large a score
+        assert native_training.causal_attention(x, steep, steep, rotary, 2) is None
+        assert native_training.causal_attention(x.float(), gain, gain, rotary, 2) is None
+        assert native_training.normed(x, torch.ones(128)) is None
+        assert native_training.squared_relu(torch.ones(3).bfloat16()) is None

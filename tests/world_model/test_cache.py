@@ -1,0 +1,118 @@
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from driving_sim.world_model.cache import Cache, RingCache, encode_frame
+from driving_sim.world_model.sampling.sampler import FrameSampler, Sampling, WavePasses
+from driving_sim.world_model.transformer import Transformer
+from tests.world_model.test_transformer import CONFIG, GRID, random_inputs, random_model
+
+
+def new_cache(model: Transformer, batch: int) -> RingCache:
+    return RingCache(model, model.tables(), batch)
+
+
+def cached_logits(
+    model: Transformer, cache: Cache, inputs: dict[str, Tensor], *, by_wave: bool
+) -> Tensor:
+    """Logits [B, T, P, K] of known frames, a frame or a wave of slots per pass."""
+    tokens = inputs["tokens"].flatten(2)
+    previous = inputs["previous"].flatten(1)
+    logits = []
+    for t in range(tokens.shape[1]):
+        now = (tokens[:, t], previous, inputs["actions"][:, t], inputs["valid"][:, t])
+        logits.append((wave_by_wave if by_wave else encode_frame)(cache, *now))
+        previous = tokens[:, t]
+    return torch.stack(logits, dim=1)
+
+
+def wave_by_wave(
+    cache: Cache, tokens: Tensor, previous: Tensor, actions: Tensor, valid: Tensor
+) -> Tensor:
+    """`encode_frame`, in as many passes as sampling takes."""
+    passes, codes = WavePasses(cache, previous), cache.model.grid.codebook_size
+    logits = torch.empty(*tokens.shape, codes)
+
+    def choose(found: Tensor, target: Tensor) -> Tensor:
+        logits[:, target] = found
+        return tokens[:, target]
+
+    passes.step(actions, valid, choose)
+    return logits
+
+
+@pytest.mark.parametrize("lag", [1, 2, 5])
+@pytest.mark.parametrize("by_wave", [False, True])
+@torch.no_grad()
+def test_cached_equals_uncached_over_three_windows(lag: int, by_wave: bool) -> None:
+    model = random_model(replace(CONFIG, lag=lag))
+    inputs = random_inputs(3 * CONFIG.context_frames + 1)
+    cached = cached_logits(model, new_cache(model, 2), inputs, by_wave=by_wave)
+    uncached = model(**inputs).flatten(2, 3)
+    assert uncached.std() > 0.1
+    assert (cached - uncached).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_a_frame_that_left_is_out_of_sight() -> None:
+    """One layer: frame W + 1 sees frames 2 on, and frame 2 itself was given only frame 1."""
+    model = random_model(replace(CONFIG, layers=1))
+    inputs = random_inputs(CONFIG.context_frames + 4)
+    other = {**inputs, "tokens": inputs["tokens"].clone()}
+    other["tokens"][:, 0] = (other["tokens"][:, 0] + 1) % GRID.codebook_size
+    first = cached_logits(model, new_cache(model, 2), inputs, by_wave=True)
+    second = cached_logits(model, new_cache(model, 2), other, by_wave=True)
+    changed = (first - second).abs().amax(dim=(0, 2, 3))
+    assert (changed[: CONFIG.context_frames + 1] > 1e-4).all()
+    assert (changed[CONFIG.context_frames + 1 :] == 0).all()
+
+
+@pytest.mark.parametrize("known", [1, 2, 4])
+@torch.no_grad()
+def test_a_branched_prefix_goes_on_as_the_sequence_itself(known: int) -> None:
+    model = random_model()
+    inputs = random_inputs(known + 4, batch=1)
+    whole = cached_logits(model, new_cache(model, 1), inputs, by_wave=False)
+    prefix = new_cache(model, 1)
+    head = {name: inputs[name][:, :known] for name in ("tokens", "actions", "valid")}
+    cached_logits(model, prefix, {**inputs, **head}, by_wave=False)
+    tail = {name: inputs[name][:, known:].repeat_interleave(3, 0) for name in head}
+    tail["previous"] = inputs["tokens"][:, known - 1].repeat_interleave(3, 0)
+    kept = prefix.keys.clone()
+    for _ in range(2):  # the prefix serves again, unchanged
+        branches = cached_logits(
+            model, prefix.branch(torch.zeros(3, dtype=torch.int64)), tail, by_wave=True
+        )
+        for logits in branches:
+            torch.testing.assert_close(logits, whole[0, known:], atol=1e-4, rtol=1e-4)
+    assert torch.equal(prefix.keys, kept)
+
+
+def live_bytes() -> int:
+    """Memory of all tensors that anything still refers to, shared memory once.
+
+    The fake ones that torch.compile leaves behind in another test have none.
+    """
+    gc.collect()
+    kinds = (Tensor, nn.Parameter)
+    storages = [x.untyped_storage() for x in gc.get_objects() if type(x) in kinds]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@torch.no_grad()
+def test_memory_does_not_grow() -> None:
+    """Hundreds of windows into a future, no tensor is left of those before."""
+    model = random_model(replace(CONFIG, layers=1, context_frames=2))
+    cache, inputs = new_cache(model, 1), random_inputs(1, batch=1)
+    cached_logits(model, cache, inputs, by_wave=False)
+    last, action = inputs["tokens"][:, 0].flatten(1), torch.zeros(2, 2)
+    sampler = FrameSampler(cache, last, samples=torch.arange(2), sampling=Sampling(guidance=2.0))
+    sizes = []
+    for frame in range(300):
+        sampler.step(action, torch.ones(2, 2, dtype=torch.bool))
+        if frame in (9, 299):
+            sizes.append(live_bytes())
+    assert sizes[0] == sizes[1]

@@ -1,0 +1,284 @@
+import gc
+import json
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+from safetensors.numpy import load_file
+
+from driving_sim.data.sources import find_drives
+from driving_sim.data.video.writer import VideoWriter, write_video
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.world_model import rollout
+from driving_sim.world_model.action_plan import make_plans
+from driving_sim.world_model.actions import ActionStatistics
+from driving_sim.world_model.panels import Caption, draw_panel
+from driving_sim.world_model.rollout import (
+    Context,
+    context_from_drive,
+    context_from_tokens,
+    output_files,
+    write_rollout,
+)
+from driving_sim.world_model.sampling.sampler import FrameSample, Sampling
+from driving_sim.world_model.transformer import Transformer
+from driving_sim.world_model.world_model import WorldModel
+from tests.fixtures.token_drives import COLS, FPS, ROWS, write_store
+from tests.world_model.test_world_model import new_world
+
+H, W = 16 * ROWS, 16 * COLS
+
+
+@pytest.fixture(scope="module")
+def world() -> WorldModel:
+    return new_world()
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 frames whose brightness is their number, with speed = frame number and steering 0.1."""
+    path = tmp_path_factory.mktemp("context") / "drive.mp4"
+    frames = (np.full((H, W, 3), 5 * t, np.uint8) for t in range(40))
+    write_video(path, frames, fps=FPS)
+    rows = [f"{t / FPS},{t},0.1" for t in range(41)]
+    header = "timestamp_s,speed_mps,road_wheel_rad"
+    path.with_suffix(".csv").write_text("\n".join([header, *rows]) + "\n")
+    return path
+
+
+def context(world: WorldModel, video: Path, start_s: float | None = None) -> Context:
+    return context_from_drive(world, find_drives([video]).drives[0], start_s)
+
+
+def test_context_ends_at_the_start_time_and_the_truth_goes_on(
+    world: WorldModel, video: Path
+) -> None:
+    found = context(world, video, start_s=20 / FPS)
+    assert found.start_s == pytest.approx(20 / FPS)
+    assert abs(float(found.frames[-1].mean()) - 100) < 3
+    assert abs(float(next(found.future).mean()) - 105) < 3
+    assert len(found.tokens) == world.context_frames + 1
+    assert torch.equal(found.tokens, world.tokenizer.encode(found.frames))
+
+
+def test_the_first_new_action_leads_from_the_last_context_frame(
+    world: WorldModel, video: Path
+) -> None:
+    """The CSV's speed rises by one a frame: the mean over [t, t + 1) is t + 1/2."""
+    found = context(world, video, start_s=20 / FPS)
+    situation = found.situation(world)
+    assert situation.last_action[0] == pytest.approx(19.5, abs=1e-3)
+    assert situation.recorded is not None
+    assert situation.recorded[0][0, 0] == pytest.approx(20.5, abs=1e-3)
+    assert situation.recorded[0][-1, 0] == pytest.approx(38.5, abs=1e-3)  # to the last frame, 39
+
+
+def test_channels_that_the_model_never_saw_are_unknown(world: WorldModel, video: Path) -> None:
+    """A steering of any kind is no mistake where the model knows none."""
+    drive = find_drives([video]).drives[0]
+    for mean, known in (((5.0, 0.0), [True, False]), ((0.0, 0.0), [False, False])):
+        model = Transformer(world.config.model, world.config.grid, ActionStatistics(mean=mean))
+        other = WorldModel(model, world.tokenizer, fps=FPS, steering_kind=None)
+        situation = context_from_drive(other, drive, None).situation(other)
+        assert situation.last_valid.tolist() == known
+        assert (situation.recorded is not None) == any(known)
+    model = Transformer(world.config.model, world.config.grid, world.statistics)
+    other = WorldModel(model, world.tokenizer, fps=FPS, steering_kind="curvature")
+    with pytest.raises(DriveSimError, match="trained on curvature"):
+        context_from_drive(other, drive, None)
+
+
+def test_a_start_outside_the_drive_is_refused(world: WorldModel, video: Path) -> None:
+    with pytest.raises(DriveSimError, match=r"--start 99.*4\.9 s"):
+        context(world, video, start_s=99)
+
+
+def test_tokens_give_the_same_context_as_they_were_made_of(
+    world: WorldModel, tmp_path: Path
+) -> None:
+    store = write_store(tmp_path / "tokens")
+    found = context_from_tokens(world, store.drives[0], 20 / FPS)
+    stored = store.drives[0].tokens.astype(np.int64)
+    last = 21
+    np.testing.assert_array_equal(found.tokens, stored[last - len(found.tokens) : last])
+    true_next = world.tokenizer.decode(stored[last : last + 1]).numpy()[0]
+    np.testing.assert_array_equal(next(found.future), true_next)
+
+
+def roll(world: WorldModel, video: Path, out: Path, **options: object) -> dict[str, object]:
+    found = context(world, video, start_s=30 / FPS)
+    plans = make_plans(["left", "right"], found.situation(world), seconds=12 / FPS)
+    return write_rollout(world, found, plans, out, sampling=Sampling(seed=3), **options)  # type: ignore[arg-type]
+
+
+def test_everything_is_written_and_playable(world: WorldModel, video: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rollout.mp4"
+    report = roll(world, video, out, samples=2)
+    with av.open(str(out)) as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.name == "h264"
+        assert sum(1 for _ in container.decode(stream)) == world.context_frames + 1 + 12
+    tokens = load_file(tmp_path / "rollout.safetensors")
+    assert tokens["tokens"].shape == (4, 12, ROWS, COLS)
+    saved = json.loads((tmp_path / "rollout.json").read_text())
+    assert saved == report
+    assert saved["fingerprints"]["world_model"] == world.fingerprint
+    assert saved["sampling"]["seed"] == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "rollout.json",
+        "rollout.mp4",
+        "rollout.png",
+        "rollout.safetensors",
+    ]
+
+
+def test_the_tokens_are_those_of_the_library(
+    world: WorldModel, video: Path, tmp_path: Path
+) -> None:
+    roll(world, video, tmp_path / "rollout.mp4")
+    found = context(world, video, start_s=30 / FPS)
+    plans = make_plans(["left", "right"], found.situation(world), seconds=12 / FPS)
+    past = found.actions[: len(found.frames) - 1]
+    future = world.rollout(found.frames, past, np.stack([p.actions for p in plans]), seed=3)
+    saved = load_file(tmp_path / "rollout.safetensors")["tokens"]
+    np.testing.assert_array_equal(saved, future.tokens.numpy())
+
+
+def test_panels_show_the_recording_and_the_futures_under_their_actions(
+    world: WorldModel, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frame t of the video has brightness 5 t, and the action that led to it has speed t - 1/2."""
+    written: list[np.ndarray] = []
+    write = VideoWriter.write
+
+    def watched(writer: VideoWriter, frame: np.ndarray) -> None:
+        written.append(frame)
+        write(writer, frame)
+
+    monkeypatch.setattr(VideoWriter, "write", watched)
+    found = context(world, video, start_s=30 / FPS)
+    plans = make_plans(["right", "brake"], found.situation(world), seconds=12 / FPS)
+    write_rollout(world, found, plans, tmp_path / "rollout.mp4", sampling=Sampling())
+    steering_range = max(2 * world.steering_p95, *(abs(plan.actions[0, 1]) for plan in plans))
+    saved = load_file(tmp_path / "rollout.safetensors")["tokens"]
+
+    def panel(frame: np.ndarray, title: str, speed: float | None, steering: float | None) -> Any:
+        caption = Caption(
+            title=title, speed_mps=speed, steering=steering, steering_range=steering_range
+        )
+        return draw_panel(frame, caption).astype(int)
+
+    first = 30 - world.context_frames
+    for t, picture in enumerate(written, start=first):
+        true = panel(np.full((H, W, 3), 5 * t, np.uint8), "recorded", t - 0.5, 0.1)
+        height, width, _ = true.shape
+        shown = rearrange(picture.astype(int), "(r h) (c w) k -> (r c) h w k", h=height, w=width)
+        expected = [true]
+        if t <= 30:
+            known = (None, None) if t == first else (t - 0.5, 0.1)
+            expected = [panel(np.full((H, W, 3), 5 * t, np.uint8), "context", *known)] * 3
+        else:
+            if t >= 40:
+                grey = np.full((H, W, 3), 40, np.uint8)
+                expected = [panel(grey, "recording ended", None, None)]
+            frames = world.tokenizer.decode(saved[:, t - 31].astype(np.int64)).numpy()
+            for frame, plan in zip(frames, plans, strict=True):
+                expected.append(panel(frame, plan.label, *plan.actions[t - 31].tolist()))
+        # The codec changes a grey level by one or two; the strip above it is exact.
+        assert np.abs(shown[:3] - expected).max() <= 3
+    assert len(written) == world.context_frames + 1 + 12
+
+
+def test_memory_does_not_grow_with_the_length(
+    world: WorldModel, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the sampler keeps is measured by its own test; here it draws at random.
+
+    Of the frames, only those of the contact sheet may be kept, and of those there are none between
+    the two places.
+    """
+    traced: list[int] = []
+
+    def generate(*arguments: object, **options: object) -> Iterator[FrameSample]:
+        for number in range(1050):
+            if number in (50, 1049):
+                gc.collect()
+                traced.append(tracemalloc.get_traced_memory()[0])
+            tokens = torch.randint(9, (1, ROWS, COLS))
+            yield FrameSample(tokens, tokens.float(), tokens.float())
+
+    monkeypatch.setattr(world, "generate", generate)
+    monkeypatch.setattr(rollout, "_SHEET_COLUMNS", 2)
+    monkeypatch.setattr(rollout, "draw_panel", lambda frame, caption: frame)
+    found = context(world, video)
+    plans = make_plans(["left"], found.situation(world), seconds=1050 / FPS)
+    tracemalloc.start()
+    try:
+        write_rollout(world, found, plans, tmp_path / "rollout.mp4", sampling=Sampling())
+    finally:
+        tracemalloc.stop()
+    assert load_file(tmp_path / "rollout.safetensors")["tokens"].shape == (1, 1050, ROWS, COLS)
+    before, after = traced
+    # An array alone takes 112 bytes. Torch's own strings come and go, up to 9 kB of them in 2,000
+    # frames: over a thousand frames they are lost in what one array kept from each would take.
+    assert (after - before) / 999 < 4000 / 149
+
+
+def test_recorded_and_repeated_plans_have_rows_of_their_own(
+    world: WorldModel, video: Path, tmp_path: Path
+) -> None:
+    found = context(world, video, start_s=30 / FPS)
+    plans = make_plans(["recorded", "left", "left"], found.situation(world), seconds=4 / FPS)
+    report = write_rollout(world, found, plans, tmp_path / "r.mp4", sampling=Sampling())
+    assert report["futures"] == ["recorded", "left", "left"]
+    saved = load_file(tmp_path / "r.safetensors")["tokens"]
+    np.testing.assert_array_equal(saved[1], saved[2])
+
+
+def test_a_video_of_another_rate_is_refused(world: WorldModel, tmp_path: Path) -> None:
+    slow = tmp_path / "slow.mp4"
+    write_video(slow, (np.zeros((H, W, 3), np.uint8) for _ in range(20)), fps=FPS / 2)
+    with pytest.raises(DriveSimError, match="too far from the model's"):
+        context(world, slow)
+
+
+def test_a_full_disk_leaves_nothing_behind(world: WorldModel, video: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(DriveSimError, match="cannot write"):
+            roll(world, video, tmp_path / "rollout.mp4")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_takes_all_files_of_a_rollout(
+    world: WorldModel, video: Path, tmp_path: Path
+) -> None:
+    """One that is there, whatever its name, and one that is not."""
+    roll(world, video, tmp_path / "rollout.mp4")
+    (tmp_path / "there.mp4").mkdir()
+    for folder in (tmp_path / "new" / "run-1.5", tmp_path / "there.mp4"):
+        assert output_files(folder) == output_files(folder / "rollout.mp4")
+        roll(world, video, folder)
+        assert {path.name for path in folder.iterdir()} == {
+            path.name for path in tmp_path.iterdir() if path.is_file()
+        }
+        saved, expected = (
+            load_file(path / "rollout.safetensors")["tokens"] for path in (folder, tmp_path)
+        )
+        np.testing.assert_array_equal(saved, expected)
+
+
+@pytest.mark.parametrize("name", ["rollout.gif", "rollout.m4v"])
+def test_an_output_that_is_neither_an_mp4_nor_a_folder_is_refused(name: str) -> None:
+    with pytest.raises(DriveSimError, match=r"an \.mp4 file or into a folder"):
+        output_files(Path(name))

@@ -1,0 +1,1 @@
+"""Passes of the transformer that are compiled for this machine's CPU."""

@@ -1,0 +1,1 @@
+"""Tokens drawn from what the model says, wave by wave."""

@@ -1,0 +1,1 @@
+"""Training a world model: what for, on what, and how it is judged meanwhile."""

@@ -1,0 +1,85 @@
+"""World models that are ready to train: demo, tiny, base, large."""
+
+from driving_sim.engine.training.loop import TrainingConfig
+from driving_sim.world_model.training.objective import ObjectiveConfig
+from driving_sim.world_model.training.train import WorldModelDataConfig, WorldModelRunConfig
+from driving_sim.world_model.transformer import TransformerConfig
+
+DEMO = WorldModelRunConfig(
+    model=TransformerConfig(
+        layers=4, width=192, heads=6, kv_heads=3, context_frames=6, dropout=0.0
+    ),
+    objective=ObjectiveConfig(token_noise=0.05),
+    data=WorldModelDataConfig(batch_size=4, validation_windows=32, preview=False),
+    training=TrainingConfig(
+        minutes=5.0,
+        min_steps=3000,
+        learning_rate=3e-3,
+        warmup_steps=50,
+        weight_decay=0.05,
+        ema_decay=0.99,
+        validate_every=200,
+        save_every=400,
+        workers=0,
+    ),
+)
+"""For the synthetic world in minutes on a CPU."""
+
+TINY = WorldModelRunConfig(
+    model=TransformerConfig(
+        layers=6, width=192, heads=6, kv_heads=3, context_frames=8, dropout=0.1
+    ),
+    objective=ObjectiveConfig(token_noise=0.1),
+    data=WorldModelDataConfig(batch_size=2),
+    training=TrainingConfig(
+        steps=1000,  # more only overfits a few minutes of video
+        learning_rate=3e-3,
+        warmup_steps=100,
+        weight_decay=0.1,
+        ema_decay=0.995,
+        validate_every=200,
+        save_every=400,
+        patience=3,
+        workers=0,
+    ),
+)
+"""8x16 tokens, 3 M parameters, at most half an hour on two CPU cores."""
+
+BASE = WorldModelRunConfig(
+    model=TransformerConfig(
+        layers=12, width=768, heads=12, kv_heads=4, context_frames=12, dropout=0.1
+    ),
+    data=WorldModelDataConfig(batch_size=8),
+    training=TrainingConfig(
+        steps=100_000,
+        learning_rate=4e-4,
+        warmup_steps=1000,
+        weight_decay=0.1,
+        ema_decay=0.9995,
+        validate_every=2000,
+        save_every=2000,
+        workers=4,
+    ),
+)
+"""16x32 tokens, the size of GPT-2 small, for a GPU."""
+
+LARGE = WorldModelRunConfig(
+    model=TransformerConfig(
+        layers=24, width=1536, heads=16, kv_heads=4, context_frames=20, dropout=0.0
+    ),
+    data=WorldModelDataConfig(batch_size=4, validation_windows=256),
+    training=TrainingConfig(
+        steps=300_000,
+        learning_rate=2e-4,
+        warmup_steps=2000,
+        weight_decay=0.1,
+        ema_decay=0.9999,
+        validate_every=5000,
+        save_every=5000,
+        workers=4,
+    ),
+)
+"""16x32 tokens, 0.6 B parameters, for several GPUs."""
+
+PRESETS = {"demo": DEMO, "tiny": TINY, "base": BASE, "large": LARGE}
+"""The presets by name."""

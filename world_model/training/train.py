@@ -1,0 +1,226 @@
+"""Training a world model on a token store: the run's options, the checks, the folder it leaves."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from driving_sim.data.actions.action_file import SteeringKind
+from driving_sim.data.split import split_drives
+from driving_sim.data.tokens.store import DriveTokens, StoreInfo, TokenStore
+from driving_sim.data.tokens.windows import TokenWindows
+from driving_sim.engine.config import to_dict
+from driving_sim.engine.device import resolve_device
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.progress import say
+from driving_sim.engine.ranks.distributed import process_group
+from driving_sim.engine.training.loop import TrainingConfig, TrainingResult, check_run, train
+from driving_sim.tokenizer.tokenizer import Tokenizer
+from driving_sim.world_model.actions import ActionStatistics
+from driving_sim.world_model.kernels.library import library
+from driving_sim.world_model.training.objective import ObjectiveConfig, WorldModelObjective
+from driving_sim.world_model.training.validation import WindowValidation
+from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
+from driving_sim.world_model.world_model import WorldModel
+
+_STATISTICS_FRAMES = 2_000_000  # enough for percentiles; a store can hold billions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorldModelDataConfig:
+    """Which windows train and which validate."""
+
+    batch_size: int = 8
+    """Windows of `context_frames` frames in a batch, on each device."""
+    validation: tuple[str, ...] | None = None
+    """Ids of the validation drives; none: a share of the drives, drawn by their ids."""
+    validation_fraction: float = 0.1
+    """That share."""
+    validation_windows: int = 64
+    """Most windows that a validation looks at."""
+    preview: bool = True
+    """Whether a validation also rolls out half a window, as a video beside the truth."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "validation_windows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(
+                f"validation_fraction={self.validation_fraction}: must lie between 0 and 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorldModelRunConfig:
+    """All options of a world model's training run."""
+
+    training: TrainingConfig
+    """How it is trained."""
+    model: TransformerConfig = field(default_factory=TransformerConfig)
+    """The transformer."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """What it is trained for."""
+    data: WorldModelDataConfig = field(default_factory=WorldModelDataConfig)
+    """What it is trained on."""
+
+
+def train_world_model(
+    store: Path,
+    config: WorldModelRunConfig,
+    run: Path,
+    *,
+    tokenizer: Path,
+    init_from: Path | None = None,
+    resume: bool = False,
+    device: str = "auto",
+) -> TrainingResult:
+    """Train on the token store `store`, made by `tokenizer`; leave the best model in `run`.
+
+    Validates on whole drives that it does not train on. `init_from` is the run of a world model of
+    the same shape to start from. Raises `DriveSimError` where the parts do not fit together or
+    `run` cannot be used.
+    """
+    tokens = TokenStore(store)
+    run_config = {
+        **to_dict(config),
+        "store": {"content": tokens.index.content, "tokenizer": tokens.info.tokenizer_fingerprint},
+        "init_from": None if init_from is None else str(init_from),
+    }
+    check_run(run, run_config, resume)
+    with process_group(resolve_device(device)) as (_, own_device):
+        frozen = _matching_tokenizer(tokens, tokenizer, own_device, config.training.precision)
+        training_ids, validation_ids = _split(tokens, config.data)
+        training = tokens.select(training_ids)
+        # Of one drive alone, nothing is kept from training.
+        validation = tokens.select(validation_ids or training_ids)
+        torch.manual_seed(config.training.seed)
+        transformer = _new_transformer(config.model, training, frozen, init_from)
+
+        if own_device.type == "cpu":
+            library()  # compiled before the clock of `minutes` runs
+
+        def as_world(model: nn.Module) -> WorldModel:
+            assert isinstance(model, Transformer)
+            # A copy: a WorldModel freezes the module that it is given.
+            module = copy.deepcopy(model)
+            return WorldModel(
+                module,
+                frozen,
+                fps=tokens.info.fps,
+                steering_kind=cast("SteeringKind | None", tokens.info.steering_kind),
+                validation_drives=validation_ids,
+                device=module.source.device,
+            )
+
+        return train(
+            WorldModelObjective(config.objective, transformer),
+            dataset=TokenWindows(
+                training,
+                frames=config.model.context_frames,
+                batch_size=config.data.batch_size,
+                seed=config.training.seed,
+            ),
+            config=config.training,
+            run=run,
+            validate=WindowValidation(
+                validation,
+                frames=config.model.context_frames,
+                windows=config.data.validation_windows,
+                batch_size=config.data.batch_size,
+                preview=config.data.preview,
+                as_world=as_world,
+            ),
+            export=lambda model, folder: as_world(model).save(folder),
+            run_config=run_config,
+            resume=resume,
+            device=own_device,
+        )
+
+
+def _matching_tokenizer(
+    store: TokenStore, path: Path, device: torch.device, precision: str
+) -> Tokenizer:
+    tokenizer = Tokenizer.from_run(path, device, precision)
+    if tokenizer.fingerprint != store.info.tokenizer_fingerprint:
+        raise DriveSimError(
+            f"{store.path} was not made by the tokenizer {path} (fingerprints "
+            f"{store.info.tokenizer_fingerprint[:12]} and {tokenizer.fingerprint[:12]}): name the "
+            "one that made it with --tokenizer, or tokenize again"
+        )
+    return tokenizer
+
+
+def _split(store: TokenStore, config: WorldModelDataConfig) -> tuple[list[str], list[str]]:
+    training, validation = split_drives(
+        store.drive_ids, validation=config.validation, fraction=config.validation_fraction
+    )
+    if not validation:
+        say(f"one drive only, {training[0]}: validating on the frames it trains on")
+    else:
+        say(f"training on {len(training)} drives, validating on {', '.join(validation)}")
+    return training, validation
+
+
+def action_statistics(drives: Sequence[DriveTokens]) -> ActionStatistics:
+    """Measure the drives' actions; of a large store, those of drives spread evenly over it."""
+    total = sum(len(drive) for drive in drives)
+    chosen = drives[:: max(1, total // _STATISTICS_FRAMES)]
+    return ActionStatistics.measure(
+        np.concatenate([drive.actions for drive in chosen]),
+        np.concatenate([drive.action_valid for drive in chosen]),
+    )
+
+
+def _new_transformer(
+    config: TransformerConfig,
+    drives: Sequence[DriveTokens],
+    tokenizer: Tokenizer,
+    init_from: Path | None,
+) -> Transformer:
+    grid = TokenGrid(rows=tokenizer.rows, cols=tokenizer.cols, levels=tokenizer.levels)
+    statistics = action_statistics(drives)
+    if init_from is None:
+        return Transformer(config, grid, statistics)
+    source = WorldModel.from_run(init_from, "cpu")
+    _check_same_shape(source, config, grid, drives[0].info, init_from)
+    transformer = Transformer(config, grid, _in_the_scale_of(source, statistics))
+    transformer.load_state_dict(source.transformer.state_dict())
+    return transformer
+
+
+def _in_the_scale_of(source: WorldModel, measured: ActionStatistics) -> ActionStatistics:
+    """What was measured, with the means and spreads that the source's weights were trained with.
+
+    A channel that it never saw, or never saw move, has no scale there.
+    """
+    own, kept = (
+        list(zip(each.mean, each.std, strict=True)) for each in (measured, source.statistics)
+    )
+    scales = [
+        kept[channel] if known and kept[channel][1] else own[channel]
+        for channel, known in enumerate(source.known_channels)
+    ]
+    (speed_mean, speed_std), (steering_mean, steering_std) = scales
+    return replace(measured, mean=(speed_mean, steering_mean), std=(speed_std, steering_std))
+
+
+def _check_same_shape(
+    source: WorldModel, config: TransformerConfig, grid: TokenGrid, info: StoreInfo, path: Path
+) -> None:
+    pairs = {
+        "its configuration": (source.config.model, config),
+        "its token grid": (source.config.grid, grid),
+        "its tokenizer": (source.tokenizer.fingerprint, info.tokenizer_fingerprint),
+        "its kind of steering": (source.steering_kind, info.steering_kind),
+    }
+    for what, (found, expected) in pairs.items():
+        if found != expected:
+            raise DriveSimError(
+                f"--init-from {path}: {what} differs from this run's ({found} and {expected})"
+            )

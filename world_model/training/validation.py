@@ -1,0 +1,115 @@
+"""How a world model is judged while it trains: bits on unseen drives, and a look at a future.
+
+Axes: B windows, T frames, R C token rows and columns, K codes, H W pixels.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from driving_sim.data.tokens.store import DriveTokens
+from driving_sim.data.tokens.windows import sequential_windows
+from driving_sim.engine.training.loop import Validation
+from driving_sim.world_model.training.objective import WorldModelObjective
+from driving_sim.world_model.transformer import Transformer
+from driving_sim.world_model.world_model import WorldModel
+
+Batch = dict[str, Tensor]
+
+
+class WindowValidation:
+    """Measures an objective's transformer on windows side by side of the validation drives.
+
+    `frames` is the length of a window, `as_world` makes the frozen model that a preview is rolled
+    out with. Raises `DriveSimError` where no drive is as long as a window.
+    """
+
+    def __init__(
+        self,
+        drives: Sequence[DriveTokens],
+        *,
+        frames: int,
+        windows: int,
+        batch_size: int,
+        preview: bool,
+        as_world: Callable[[nn.Module], WorldModel],
+    ) -> None:
+        self.drives, self.frames, self.batch_size = drives, frames, batch_size
+        self.windows, self.preview, self.as_world = windows, preview, as_world
+        # Drives that are too short are found before the training, not at its first validation.
+        self._batches(windows)
+
+    def _batches(self, limit: int, batch_size: int | None = None) -> Iterator[Batch]:
+        return sequential_windows(
+            self.drives,
+            frames=self.frames,
+            batch_size=batch_size or self.batch_size,
+            limit=limit,
+        )
+
+    def __call__(self, model: nn.Module) -> Validation:
+        """Return bits per token as the score; its parts, accuracy and what actions are worth.
+
+        `full_window` bits are those of windows' last frames; `action_gain` is how many bits more
+        the tokens cost under the actions of another window.
+        """
+        assert isinstance(model, WorldModelObjective)
+        rows = [_measure(model.transformer, batch) for batch in self._batches(self.windows)]
+        # A last batch of one window has no other window's actions to try.
+        columns = {
+            name: torch.cat([row[name] for row in rows if name in row])
+            for name in dict.fromkeys(name for row in rows for name in row)
+        }
+        metrics = {name: float(values.mean()) for name, values in columns.items()}
+        videos = {"preview": self._preview(model)} if self.preview and self.frames > 3 else {}
+        return Validation(score=metrics.pop("bits_per_token"), metrics=metrics, videos=videos)
+
+    def _preview(self, model: WorldModelObjective) -> NDArray[np.uint8]:
+        """The second half of a window beside a future of its first half: [T, H, 2 W, 3]."""
+        *_, batch = self._batches(2, batch_size=1)
+        tokens, half = batch["tokens"][0], self.frames // 2
+        actions = batch["actions"][0].masked_fill(~batch["action_valid"][0], torch.nan).numpy()
+        world = self.as_world(model.transformer)
+        true = world.tokenizer.decode(tokens)
+        future = world.rollout(true[:half], actions[1:half], actions[half:])
+        pair = np.stack([true[half:].numpy(), future.frames[0]])
+        return rearrange(pair, "two t h w c -> t h (two w) c")
+
+
+def _measure(transformer: Transformer, batch: Batch) -> dict[str, Tensor]:
+    """Return measurements [B] of a batch as `TokenWindows` makes it, by name."""
+    batch = {name: value.to(transformer.source.device) for name, value in batch.items()}
+    bits, accuracy = _token_bits(transformer, batch)
+    found = {
+        "bits_per_token": bits.mean(1),
+        "full_window/bits_per_token": bits[:, -1],
+        "accuracy": accuracy,
+    }
+    if len(bits) > 1 and batch["action_valid"].any():
+        shuffled = {name: batch[name].roll(1, 0) for name in ("actions", "action_valid")}
+        found["action_gain"] = _token_bits(transformer, batch | shuffled)[0].mean(1) - bits.mean(1)
+    return {name: values.cpu() for name, values in found.items()}
+
+
+def _token_bits(transformer: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return bits per token [B, T] of each frame and the accuracy [B]."""
+    logits = transformer(
+        batch["tokens"],
+        batch["previous"],
+        batch["has_previous"],
+        batch["actions"],
+        batch["action_valid"],
+    ).float()
+    nats = F.cross_entropy(
+        rearrange(logits, "b t r c k -> b k t (r c)"),
+        rearrange(batch["tokens"], "b t r c -> b t (r c)"),
+        reduction="none",
+    )
+    right = logits.argmax(-1) == batch["tokens"]
+    return nats.mean(2) / math.log(2), right.float().mean((1, 2, 3))
