@@ -32,7 +32,7 @@ from driving_sim.pipeline import roll_out, tokenize_videos
 from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.training.presets import PRESETS
 from driving_sim.world_model.world_model import WorldModel
-from tests.engine.test_files import small_files
+from tests.fixtures.small_files import small_files
 
 HEAVY = ("torch", "numpy", "av", "decord", "matplotlib", "PIL")
 

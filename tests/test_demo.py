@@ -13,7 +13,7 @@ from driving_sim.demo import ACTIONS, DemoConfig, _find_start, _psnr_matrix, run
 from driving_sim.engine.config import load_yaml
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.world_model.action_plan import ActionPlan
-from tests.engine.test_files import small_files
+from tests.fixtures.small_files import small_files
 
 SMALL = DemoConfig(
     drives=3, heldout_drives=1, drive_seconds=3.0, steps=2, seconds=1.0, precision="fp32"

@@ -23,7 +23,7 @@ from driving_sim.world_model.transformer import Transformer
 from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.token_drives import FPS, write_store
 from tests.fixtures.video_files import write_numbered
-from tests.world_model.test_world_model import new_world
+from tests.fixtures.world_models import new_world
 
 REQUEST = TrainingRequest(preset="demo", steps=1, device="cpu")
 

@@ -22,8 +22,8 @@ from driving_sim.data.video.decoder_messages import Head
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.data.video.writer import write_video
 from driving_sim.engine.errors import DriveSimError
+from tests import SHARED
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SIZE = FrameSize(height=16, width=32)
 
 

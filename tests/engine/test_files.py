@@ -1,7 +1,5 @@
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,21 +8,7 @@ from safetensors.numpy import save_file
 
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file, atomic_folder
-
-
-@contextmanager
-def small_files() -> Iterator[None]:
-    """No file of more than 4 KiB, as where a quota is exhausted.
-
-    No fixture: pytest's own report, where it goes to a file, would be held to the limit too.
-    """
-    resource = pytest.importorskip("resource")  # Windows has none
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+from tests.fixtures.small_files import small_files
 
 
 def leave_half(path: Path) -> None:

@@ -217,7 +217,7 @@ GUARDED_CALLS = {
     "torch.hub.load_state_dict_from_url": ("weights_only", True),
     "np.load": ("allow_pickle", False),
 }
-TRUSTED_CALLS = {"torch.jit.load": "video_features.py", "torch.hub.load": ""}
+TRUSTED_CALLS = {"torch.jit.load": "features.py", "torch.hub.load": ""}
 
 
 def sources() -> list[Path]:

@@ -39,7 +39,7 @@ from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.world_model.sampling.sampler import Sampling
 from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.token_drives import COLS, FPS, ROWS, write_store
-from tests.world_model.test_world_model import new_world
+from tests.fixtures.world_models import new_world
 
 
 @pytest.fixture(scope="module")

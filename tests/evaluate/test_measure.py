@@ -46,7 +46,7 @@ from driving_sim.world_model.training.train import (
 from driving_sim.world_model.transformer import TokenGrid, Transformer
 from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.token_drives import COLS, FPS, LEVELS, ROWS, tiny_tokenizer, write_store
-from tests.world_model.test_transformer import CONFIG
+from tests.fixtures.world_models import CONFIG
 
 SMALL = EvaluationConfig(
     stride=4,

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.numpy import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,62 +17,17 @@ from benchmarks.training import cost, scaling_runs
 from driving_sim.cli import app
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.training.loop import TrainingConfig
-from driving_sim.scaling.law import ScalingLaw
 from driving_sim.scaling.report import fit_runs, scale, target_compute
 from driving_sim.scaling.run import read_run
-from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.training.objective import ObjectiveConfig, WorldModelObjective
 from driving_sim.world_model.training.train import (
     WorldModelDataConfig,
     WorldModelRunConfig,
     train_world_model,
 )
-from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
+from driving_sim.world_model.transformer import TransformerConfig
+from tests.fixtures.scaling_runs import BATCH, FRAMES, GRID, LAW, finish, transformer, write_run
 from tests.fixtures.token_drives import tiny_tokenizer, write_store
-
-LAW = ScalingLaw(c=4.9, a=1e9, b=-0.2)
-GRID = TokenGrid(rows=8, cols=16, levels=(8, 5, 5, 5))
-FRAMES, BATCH = 8, 2
-
-
-def transformer(width: int, layers: int = 2) -> Transformer:
-    config = TransformerConfig(
-        layers=layers, width=width, heads=2, kv_heads=1, context_frames=FRAMES
-    )
-    return Transformer(config, GRID, ActionStatistics())
-
-
-def write_run(
-    folder: Path, width: int, steps: int, bits: float = 0.0, *, layers: int = 2, **changed: Any
-) -> Path:
-    """A finished run of a real model's weights; without `bits`, those of `LAW` at its compute."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: value.numpy() for name, value in transformer(width, layers).state_dict().items()},
-        folder / "model.safetensors",
-    )
-    model = {"grid": {"rows": GRID.rows, "cols": GRID.cols}, "validation_drives": ["a"]}
-    (folder / "config.json").write_text(json.dumps({"config": model}))
-    settings: dict[str, Any] = {
-        "store": {"content": "c0ffee", "tokenizer": "f00d"},
-        "init_from": None,
-        "model": {"context_frames": FRAMES},
-        "data": {"batch_size": BATCH, "validation_windows": 64},
-        "training": {"accumulate": 1},
-    }
-    for dotted, value in changed.items():
-        part, _, key = dotted.partition("__")
-        settings[part] = {**settings[part], key: value} if key else value
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    finish(folder, steps, bits or 1.0)
-    if not bits:
-        finish(folder, steps, float(LAW(read_run(folder).compute)))
-    return folder
-
-
-def finish(folder: Path, steps: int, bits: float, **more: Any) -> None:
-    result = {"best_score": bits, "best_step": steps, "steps": steps, "seconds": 1.0} | more
-    (folder / "finished.json").write_text(json.dumps(result))
 
 
 @pytest.fixture

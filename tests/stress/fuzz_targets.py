@@ -385,7 +385,7 @@ def checkpoint_target(folder: Path) -> Attempt:
 
 def scaling_target(folder: Path) -> Attempt:
     """Finished runs that a scaling law is fitted to."""
-    from tests.scaling.test_report import write_run
+    from tests.fixtures.scaling_runs import write_run
 
     runs = [
         write_run(folder / f"w{width}", width, 50 * width, layers=1) for width in (8, 12, 16, 24)

@@ -13,20 +13,7 @@ from torch import Tensor
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.tokenizer import perceptual
 from driving_sim.tokenizer.perceptual import PerceptualLoss, vgg16_weights
-
-# The convolutions of VGG-16: their numbers in torchvision's `features`, and their channels.
-NUMBERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
-CHANNELS = (3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
-
-
-def random_vgg16() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    weights = {"classifier.0.weight": torch.zeros(1)}
-    for number, inputs, outputs in zip(NUMBERS, CHANNELS, CHANNELS[1:], strict=False):
-        kernel = torch.randn(outputs, inputs, 3, 3, generator=generator)
-        weights[f"features.{number}.weight"] = kernel * (2 / (9 * inputs)) ** 0.5
-        weights[f"features.{number}.bias"] = torch.zeros(outputs)
-    return weights
+from tests.fixtures.vgg16 import NUMBERS, random_vgg16
 
 
 @pytest.fixture(scope="module")

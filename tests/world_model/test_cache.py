@@ -5,43 +5,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from driving_sim.world_model.cache import Cache, RingCache, encode_frame
-from driving_sim.world_model.sampling.sampler import FrameSampler, Sampling, WavePasses
+from driving_sim.world_model.cache import RingCache
+from driving_sim.world_model.sampling.sampler import FrameSampler, Sampling
 from driving_sim.world_model.transformer import Transformer
-from tests.world_model.test_transformer import CONFIG, GRID, random_inputs, random_model
+from tests.fixtures.world_models import (
+    CONFIG,
+    GRID,
+    cached_logits,
+    random_inputs,
+    random_model,
+)
 
 
 def new_cache(model: Transformer, batch: int) -> RingCache:
     return RingCache(model, model.tables(), batch)
-
-
-def cached_logits(
-    model: Transformer, cache: Cache, inputs: dict[str, Tensor], *, by_wave: bool
-) -> Tensor:
-    """Logits [B, T, P, K] of known frames, a frame or a wave of slots per pass."""
-    tokens = inputs["tokens"].flatten(2)
-    previous = inputs["previous"].flatten(1)
-    logits = []
-    for t in range(tokens.shape[1]):
-        now = (tokens[:, t], previous, inputs["actions"][:, t], inputs["valid"][:, t])
-        logits.append((wave_by_wave if by_wave else encode_frame)(cache, *now))
-        previous = tokens[:, t]
-    return torch.stack(logits, dim=1)
-
-
-def wave_by_wave(
-    cache: Cache, tokens: Tensor, previous: Tensor, actions: Tensor, valid: Tensor
-) -> Tensor:
-    """`encode_frame`, in as many passes as sampling takes."""
-    passes, codes = WavePasses(cache, previous), cache.model.grid.codebook_size
-    logits = torch.empty(*tokens.shape, codes)
-
-    def choose(found: Tensor, target: Tensor) -> Tensor:
-        logits[:, target] = found
-        return tokens[:, target]
-
-    passes.step(actions, valid, choose)
-    return logits
 
 
 @pytest.mark.parametrize("lag", [1, 2, 5])

@@ -30,7 +30,7 @@ from driving_sim.world_model.sampling.sampler import FrameSample, Sampling
 from driving_sim.world_model.transformer import Transformer
 from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.token_drives import COLS, FPS, ROWS, write_store
-from tests.world_model.test_world_model import new_world
+from tests.fixtures.world_models import new_world
 
 H, W = 16 * ROWS, 16 * COLS
 

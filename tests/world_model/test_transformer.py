@@ -8,35 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.code_embedding import CodeEmbedding, code_digits
 from driving_sim.world_model.rotary import AxialRotary, rotate
-from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
-
-GRID = TokenGrid(rows=3, cols=4, levels=(3, 3))
-CONFIG = TransformerConfig(layers=2, width=24, heads=2, kv_heads=1, context_frames=3)
-
-
-def random_model(config: TransformerConfig = CONFIG, grid: TokenGrid = GRID) -> Transformer:
-    """No parameter at zero: every path from input to logits carries something."""
-    torch.manual_seed(0)
-    statistics = ActionStatistics(
-        mean=(5.0, 0.0), std=(2.0, 0.1), steering_p95=0.2, steering_p99=0.3
-    )
-    model = Transformer(config, grid, statistics)
-    for parameter in model.parameters():
-        parameter.data += 0.2 * torch.randn_like(parameter)
-    return model.eval()
-
-
-def random_inputs(frames: int, batch: int = 2, grid: TokenGrid = GRID) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    size = (batch, frames + 1, grid.rows, grid.cols)
-    tokens = torch.randint(grid.codebook_size, size, generator=generator)
-    return {
-        "tokens": tokens[:, 1:],
-        "previous": tokens[:, 0],
-        "has_previous": torch.ones(batch, dtype=torch.bool),
-        "actions": torch.randn(batch, frames, 2, generator=generator) * torch.tensor([2.0, 0.1]),
-        "valid": torch.ones(batch, frames, 2, dtype=torch.bool),
-    }
+from driving_sim.world_model.transformer import Transformer, TransformerConfig
+from tests.fixtures.world_models import CONFIG, GRID, random_inputs, random_model
 
 
 def in_order(model: Transformer, logits: Tensor) -> Tensor:

@@ -15,16 +15,9 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.world_model import WorldModel
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.sampling.sampler import FrameSample, FrameSampler, Sampling
-from driving_sim.world_model.transformer import TokenGrid, Transformer
-from tests.fixtures.token_drives import COLS, FPS, LEVELS, ROWS, tiny_tokenizer, turning_drive
-from tests.world_model.test_transformer import CONFIG, random_model
-
-W = CONFIG.context_frames
-
-
-def new_world() -> WorldModel:
-    model = random_model(CONFIG, TokenGrid(rows=ROWS, cols=COLS, levels=LEVELS))
-    return WorldModel(model, tiny_tokenizer(), fps=FPS, steering_kind="road_wheel")
+from driving_sim.world_model.transformer import Transformer
+from tests.fixtures.token_drives import COLS, FPS, ROWS, tiny_tokenizer, turning_drive
+from tests.fixtures.world_models import W, new_world
 
 
 @pytest.fixture(scope="module")

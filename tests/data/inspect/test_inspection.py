@@ -18,9 +18,10 @@ from driving_sim.data.sources import find_drives
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.data.video.writer import write_video
 from driving_sim.engine.errors import DriveSimError
+from tests import SHARED
 from tests.fixtures.video_files import write_numbered
 
-TRACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "track"
+TRACK = SHARED / "track"
 
 
 @pytest.fixture

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -8,19 +6,12 @@ from driving_sim.data.drive import Drive, sample
 from driving_sim.data.inspect.motion import picture_change, yaw_motion
 from driving_sim.data.sources import find_drives
 from driving_sim.data.video.frame_size import FrameSize
+from tests import SHARED
+from tests.fixtures.textures import smooth_noise
 
-TRACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "track"
+TRACK = SHARED / "track"
 HEIGHT, WIDTH = 128, 256
 Frames = npt.NDArray[np.uint8]
-
-
-def smooth_noise(random: np.random.Generator, height: int, width: int) -> npt.NDArray[np.float64]:
-    """A random texture with detail of about 4 pixels and more, 0 to 255."""
-    spectrum = np.fft.rfft2(random.normal(size=(height, width)))
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    texture = np.fft.irfft2(spectrum * np.exp(-((frequency * 8) ** 2)), (height, width))
-    clipped: npt.NDArray[np.float64] = np.clip(128 + 50 * texture / texture.std(), 0, 255)
-    return clipped
 
 
 def turning(shifts: npt.NDArray[np.float64], seed: int = 0) -> Frames:

@@ -10,7 +10,8 @@ import pytest
 
 from driving_sim.data.video.file_facts import VideoError, decord_installed, probe
 from driving_sim.data.video.frame_rate import gaps, mean_rate
-from tests.fixtures.video_files import SHARED, cut, needs_shared, write_numbered
+from tests import SHARED
+from tests.fixtures.video_files import cut, needs_shared, write_numbered
 
 X265 = {"x265-params": "log-level=none"}
 needs_decord = pytest.mark.skipif(not decord_installed(), reason="no decord on this machine")

@@ -18,8 +18,8 @@ from driving_sim.data.video.file_facts import VideoError, VideoInfo, decord_inst
 from driving_sim.data.video.frame_size import FrameSize, fit, transform_description
 from driving_sim.data.video.reader import _read_decord, _read_pyav, read_frames, stream_frames
 from driving_sim.data.video.writer import write_video
+from tests import SHARED
 from tests.fixtures.video_files import (
-    SHARED,
     cut,
     needs_shared,
     numbered,

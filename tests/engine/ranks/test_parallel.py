@@ -13,8 +13,8 @@ from driving_sim.engine.ranks import parallel as parallel_module
 from driving_sim.engine.ranks.distributed import Ranks
 from driving_sim.engine.ranks.parallel import parallel
 from driving_sim.engine.training.loop import Trainable, TrainingConfig
-from tests.engine.ranks.test_ranks import assert_same_losses, exported
 from tests.fixtures.rank_training import MODELS, Halves, rank_train, world_model
+from tests.fixtures.ranks import assert_same_losses, exported
 
 CPU = torch.device("cpu")
 

@@ -1,78 +1,24 @@
 """What several ranks, as `torchrun` starts them, make of a training: what one would."""
 
 import json
-import multiprocessing
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
 from driving_sim.pipeline import tokenize_videos
 from driving_sim.tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from driving_sim.tokenizer.tokenizer import Tokenizer
 from tests import ROOT
-from tests.fixtures.rank_training import FAILED, STEPS, rank_train, said_by, train_as_rank
-
-TIMES = ("step_seconds", "training_seconds")
-
-
-def launch(size: int, model: str, run: Path, **options: Any) -> list[int | None]:
-    """Train on `size` ranks; return their exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    # A server that has imported everything starts them in milliseconds.
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["tests.fixtures.rank_training"])
-    ranks = [
-        server.Process(
-            target=train_as_rank, args=(shared | {"RANK": str(rank)}, model, run), kwargs=options
-        )
-        for rank in range(size)
-    ]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(timeout=120)
-    codes = [rank.exitcode for rank in ranks]
-    for rank in ranks:
-        rank.kill()
-        rank.join()
-    return codes
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    found = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in found]
-
-
-def assert_same_losses(
-    one: Path, other: Path, rel: float = 1e-5, loose: Mapping[str, float] | None = None
-) -> None:
-    for row_one, row_two in zip(rows(one), rows(other), strict=True):
-        for name, far in (loose or {}).items():
-            assert row_one.pop(name, 0) == pytest.approx(row_two.pop(name, 0), rel=far)
-        assert row_one.pop("phase") == row_two.pop("phase")
-        batches = row_one.pop("batches", 0), row_two.pop("batches", 0)
-        assert batches[0] in (batches[1], 2 * batches[1], batches[1] / 2)
-        assert row_one == pytest.approx(row_two, rel=rel, abs=1e-6)
-
-
-def exported(run: Path) -> dict[str, Tensor]:
-    return load_file(run / "model.safetensors")
+from tests.fixtures.rank_training import FAILED, STEPS, rank_train, said_by
+from tests.fixtures.ranks import assert_same_losses, exported, launch
 
 
 @pytest.mark.parametrize("shard", [False, True])

@@ -16,9 +16,9 @@ from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.sampling.sampler import FrameSample, Sampling
 from driving_sim.world_model.transformer import Transformer
 from driving_sim.world_model.world_model import Prefix, WorldModel
-from tests.data.inspect.test_motion import smooth_noise
+from tests.fixtures.textures import smooth_noise
 from tests.fixtures.token_drives import FPS
-from tests.world_model.test_world_model import new_world
+from tests.fixtures.world_models import new_world
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.transformer import Transformer
 from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.token_drives import FPS, write_store
-from tests.world_model.test_world_model import new_world
+from tests.fixtures.world_models import new_world
 
 FRAMES = 12
 

@@ -26,7 +26,7 @@ from driving_sim.world_model.sampling.sampler import Sampling
 from driving_sim.world_model.transformer import Transformer
 from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.token_drives import FPS, write_store
-from tests.world_model.test_world_model import new_world
+from tests.fixtures.world_models import new_world
 
 Frames = NDArray[np.uint8]
 Actions = NDArray[np.float32]

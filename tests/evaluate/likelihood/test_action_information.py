@@ -15,7 +15,7 @@ from driving_sim.evaluate.likelihood.action_information import (
 from driving_sim.world_model.training.bits import streamed_bits
 from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.token_drives import FPS, write_store
-from tests.world_model.test_world_model import new_world
+from tests.fixtures.world_models import new_world
 
 OVER_SHUFFLED = "gain_over_shuffled_bits_per_frame"
 

@@ -18,7 +18,7 @@ from driving_sim.evaluate.likelihood.coding import (
 from driving_sim.world_model.training.bits import streamed_bits_per_token
 from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.token_drives import COLS, FPS, ROWS, write_store
-from tests.world_model.test_world_model import W, new_world
+from tests.fixtures.world_models import W, new_world
 
 FRAMES, GAP = 60, 40
 WORD = 32  # bits: the coder ends on a whole word, and may need one more

@@ -31,7 +31,7 @@ from driving_sim.world_model.transformer import Transformer, TransformerConfig
 from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.token_drives import COLS, FPS, ROWS
 from tests.fixtures.video_files import write_numbered
-from tests.world_model.test_world_model import W, new_world
+from tests.fixtures.world_models import W, new_world
 
 H, WIDTH = 16 * ROWS, 16 * COLS
 Cell = tuple[int, int]

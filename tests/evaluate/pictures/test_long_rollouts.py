@@ -9,7 +9,7 @@ from driving_sim.evaluate.pictures.stability import StabilityConfig
 from driving_sim.world_model.sampling.sampler import Sampling
 from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.token_drives import FPS, write_store
-from tests.world_model.test_world_model import new_world
+from tests.fixtures.world_models import new_world
 
 QUICK = StabilityConfig(block_s=1.0, hop_s=0.5, min_lag_s=0.5, max_lag_s=2.0, loop_s=0.5)
 

@@ -22,8 +22,8 @@ from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.world_model.panels import Frame, contact_sheet
 from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.token_drives import FPS, write_store
-from tests.tokenizer.test_perceptual import random_vgg16
-from tests.world_model.test_world_model import new_world
+from tests.fixtures.vgg16 import random_vgg16
+from tests.fixtures.world_models import new_world
 
 
 class MeanColour:

@@ -13,7 +13,7 @@ from driving_sim.evaluate.pictures.reconstruction import evaluate_tokenizer
 from driving_sim.tokenizer.metrics import psnr
 from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.token_drives import FPS
-from tests.world_model.test_world_model import new_world
+from tests.fixtures.world_models import new_world
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from driving_sim.evaluate.report.protocol import Kind, Protocol
 from driving_sim.evaluate.report.section import Section
 from driving_sim.evaluate.rollouts import Imagined
 from tests.fixtures.token_drives import FPS, write_store
-from tests.world_model.test_world_model import new_world
+from tests.fixtures.world_models import new_world
 
 SETTINGS = {"drives": {"drive_07": "00"}, "sampling": {"temperature": 1.0}, "seeds": [0, 1]}
 HEADLINE = [

@@ -17,10 +17,15 @@ from driving_sim.world_model.kernels import library as native_library
 from driving_sim.world_model.rotary import rotate
 from driving_sim.world_model.training.objective import ObjectiveConfig, WorldModelObjective
 from driving_sim.world_model.transformer import Attention, TransformerConfig
-from tests.engine.ranks.test_ranks import assert_same_losses, exported, launch
 from tests.fixtures.rank_training import STEPS, rank_train
-from tests.world_model.kernels.test_decode import WIDE, in_each_format, needs_compiler
-from tests.world_model.test_transformer import random_inputs, random_model
+from tests.fixtures.ranks import assert_same_losses, exported, launch
+from tests.fixtures.world_models import (
+    WIDE,
+    in_each_format,
+    needs_compiler,
+    random_inputs,
+    random_model,
+)
 
 
 def compute(dtype: torch.dtype) -> AbstractContextManager[object]:

@@ -17,15 +17,16 @@ from driving_sim.world_model.kernels.decode import NativeCache, NativeModel, is_
 from driving_sim.world_model.sampling.sampler import FrameSampler, Sampling, WavePasses
 from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
 from tests.fixtures.token_drives import COLS, FPS, LEVELS, ROWS, tiny_tokenizer, turning_drive
-from tests.world_model.test_cache import cached_logits, wave_by_wave
-from tests.world_model.test_transformer import CONFIG, GRID, random_inputs, random_model
-
-WIDE = replace(CONFIG, layers=2, width=128, heads=4, kv_heads=2, context_frames=3)
-
-needs_compiler = pytest.mark.skipif(
-    not is_supported(random_model(WIDE)), reason="no C++ compiler here"
+from tests.fixtures.world_models import (
+    GRID,
+    WIDE,
+    cached_logits,
+    in_each_format,
+    needs_compiler,
+    random_inputs,
+    random_model,
+    wave_by_wave,
 )
-in_each_format = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 
 
 def native_cache(model: Transformer, batch: int, dtype: torch.dtype) -> NativeCache:

@@ -16,7 +16,7 @@ from driving_sim.world_model.sampling.sampler import (
     uniforms,
 )
 from driving_sim.world_model.transformer import Transformer
-from tests.world_model.test_transformer import CONFIG, GRID, random_inputs, random_model
+from tests.fixtures.world_models import CONFIG, GRID, random_inputs, random_model
 
 
 def prefix_of(model: Transformer, inputs: dict[str, Tensor], frames: int) -> RingCache:

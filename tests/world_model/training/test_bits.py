@@ -18,7 +18,7 @@ from driving_sim.world_model.training.bits import (
     streamed_token_bits,
 )
 from tests.fixtures.token_drives import write_store
-from tests.world_model.test_transformer import CONFIG, random_model
+from tests.fixtures.world_models import CONFIG, random_model
 
 W = CONFIG.context_frames
 

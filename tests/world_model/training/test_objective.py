@@ -10,7 +10,7 @@ from driving_sim.world_model.training.objective import (
     replace_tokens,
 )
 from driving_sim.world_model.transformer import Transformer
-from tests.world_model.test_transformer import CONFIG, GRID, random_inputs, random_model
+from tests.fixtures.world_models import CONFIG, GRID, random_inputs, random_model
 
 
 def batch_of(frames: int) -> dict[str, torch.Tensor]:

@@ -1,0 +1,315 @@
+"""`python -m tests.stress.unchanged REVISION`: whether the commands still do what they did then.
+
+Every command runs in this checkout and in that of an earlier commit, one thread each, on synthetic
+drives and, where there are recordings beside the checkout, on these. What they write and print is
+compared: weights, stores, tokens and videos byte by byte, JSON and YAML value by value, texts word
+by word; what the clock says is left out. Then this checkout goes on from what the earlier one
+left: its checkpoints, runs, stores and reports. Prints what differs; the exit code is 1 where
+anything does. It takes about a quarter of an hour on 2 cores.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.against import checked_out
+from tests import ROOT, SHARED
+
+_CLOCK = re.compile(r"second|minute|rate|time|date|eta|memory|speed_of|elapsed|version|commit|took")
+_FAILED = "exit code"
+_CLOCK_TEXT = re.compile(
+    r"(?m)^.*\d/\d+ .* left.*$|"
+    r"(?<![\w.])\d[\d,.]*\s*(?:/s|s|ms|min|h|it/s|frames/s|steps/s|MB|GB|MiB|GiB)\b"
+    r"|\d+:\d\d(:\d\d)?|in \d[\d.]* (?:s|min|seconds|minutes)\b|20\d\d-\d\d-\d\d"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A command, and what it needs of its surroundings."""
+
+    name: str
+    arguments: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    code: int = 0
+    """The exit code that both must have."""
+
+
+_SMALL = ("--steps", "40", "--set", "training.save_every=20", "--set", "training.validate_every=20")
+_STARTS = ("--actions", "left", "--actions", "speed=6 steer=0.1 for 1s; accel=-2 for 1s")
+
+
+def synthetic_steps() -> Iterator[Step]:
+    """Everything from drives to reports, in a few minutes."""
+
+    def step(name: str, command: str, *more: str, code: int = 0, **environment: str) -> Step:
+        arguments = (*command.split(), *more)
+        return Step(name=name, arguments=arguments, environment=environment, code=code)
+
+    size = "--height 64 --width 128 --fps 5"
+    yield step("synth", f"synth videos --drives 6 --seconds 12 {size}")
+    yield step("synth heldout", f"synth heldout --drives 2 --first 6 --seconds 12 {size}")
+    yield step("inspect", "inspect videos --steering-kind road_wheel --out inspected")
+    yield step("inspect --json", "inspect videos --json")
+    train = "train-tokenizer videos --preset demo --set objective.gan_start=0.4"
+    yield step("train-tokenizer", train, *_SMALL, "--set", "objective.gan_weight=0.1")
+    yield step(
+        "train-tokenizer in bf16, AdamW, accumulated",
+        f"{train} --out runs/tokenizer-2 --precision bf16 --set training.accumulate=2",
+        *_SMALL,
+        *("--set", "training.optimizer=adamw", "--set", "objective.gan_weight=0.1"),
+    )
+    yield step("tokenize", "tokenize videos --mirror")
+    yield step("tokenize, every second", "tokenize videos --every 2 --out runs/tokens-2")
+    yield step("train-world-model", "train-world-model --preset demo", *_SMALL)
+    options = ("training.accumulate=2", "training.optimizer=adamw", "training.clip_norm=0.5")
+    yield step(
+        "train-world-model in fp32, AdamW, accumulated",
+        "train-world-model --preset demo --precision fp32 --out runs/world-2",
+        *_SMALL,
+        *(word for option in options for word in ("--set", option)),
+    )
+    yield step(
+        "train-world-model, not compiled",
+        "train-world-model --preset demo --precision fp32 --out runs/world-3",
+        *_SMALL,
+        CXX="false",
+    )
+    yield step(
+        "train-world-model --init-from",
+        "train-world-model --preset demo --init-from runs/world-model --out runs/world-4",
+        *_SMALL,
+    )
+    for name, options_ in {
+        "rollout": "--samples 2",
+        "rollout in fp32": "--samples 3 --precision fp32 --top-p 0.9",
+        "rollout in bf16": "--samples 1 --precision bf16 --top-k 50 --temperature 0.8",
+        "rollout, guided": "--guidance 1.5 --samples 2 --seed 3",
+        "rollout of a video": "--context heldout/drive_0006.mp4 --actions recorded --start 4",
+    }.items():
+        out = f"futures/{name.replace(' ', '-').replace(',', '')}.mp4"
+        yield step(name, f"rollout {options_} --out {out} --seconds 3", *_STARTS)
+    yield step(
+        "rollout, not compiled",
+        "rollout --samples 2 --precision fp32 --out futures/torch.mp4 --seconds 3",
+        *_STARTS,
+        CXX="false",
+    )
+    yield step(
+        "evaluate tokenizer", "evaluate tokenizer runs/tokenizer heldout --out reports/tokenizer"
+    )
+    world = "evaluate world-model runs/world-model heldout --quick --training-videos videos"
+    yield step("evaluate world-model", f"{world} --out reports/a")
+    yield step(
+        "evaluate world-model --probe",
+        f"{world} --out reports/b --probe reports/a --guidance 1.5 --seed 0",
+    )
+    other = world.replace("runs/world-model", "runs/world-2")
+    yield step("evaluate another", f"{other} --out reports/c --probe reports/a")
+    yield step("evaluate compare", "evaluate compare reports/a reports/c --out reports/ac.html")
+    yield step("evaluate compare, refused", "evaluate compare reports/a reports/b", code=1)
+    yield step(
+        "evaluate control",
+        "evaluate control runs/world-model heldout --starts 4 --out control.json --sheet c.png",
+    )
+    yield step("surprise", "surprise runs/world-model heldout --out surprise")
+    for width in (48, 96, 192):
+        run = f"train-world-model --preset demo --out runs/scale-{width} --set model.width={width}"
+        yield step(f"scaling run {width}", f"{run} --set model.heads=6 --set model.kv_heads=3",
+                   *_SMALL)  # fmt: skip
+    yield step("scaling", "scaling runs/scale-48 runs/scale-96 runs/scale-192 --out law")
+
+
+def recorded_steps() -> Iterator[Step]:
+    """Every recording beside the checkout, seen and, one of them, tokenized."""
+    for folder in sorted(path for path in SHARED.iterdir() if path.is_dir()):
+        if folder.name not in ("torcs", "track", "lake_test"):
+            yield Step(name=f"inspect {folder.name}", arguments=("inspect", str(folder), "--json"),
+                       code=-1)  # fmt: skip
+    drive = str(SHARED / "track" / "drive_05.mp4")
+    kind = ("--steering-kind", "road_wheel")
+    yield Step(name="inspect track", arguments=("inspect", drive, "--json", *kind))
+    every = ("--every", "4", "--tokenizer", "runs/tokenizer")
+    yield Step(name="tokenize track", arguments=("tokenize", drive, *every, *kind, "--out", "t"))
+    raw = str(SHARED / "udacity_raw")
+    yield Step(name="tokenize Udacity", arguments=("tokenize", raw, "--tokenizer",
+               "runs/tokenizer", "--out", "u"), code=-1)  # fmt: skip
+
+
+def wrong_steps() -> Iterator[Step]:
+    """What a user may get wrong: each is one line, which may well become a better one."""
+    for command in (
+        "inspect nowhere",
+        "tokenize videos --out runs/tokens",
+        "tokenize videos --fps 3 --out runs/tokens",
+        "tokenize videos --fps -3 --out x",
+        "train-tokenizer videos --preset huge --out x",
+        "train-tokenizer videos --preset demo --steps 40",
+        "train-tokenizer videos --preset demo --steps 60",
+        "train-tokenizer videos --preset demo --steps 0 --out x",
+        "train-tokenizer videos --preset demo --out x --set model.widht=3",
+        "train-tokenizer videos --preset demo --out x --set model.levels=[1,2]",
+        "train-tokenizer videos --preset demo --out x --set objective.gan_weight=-1",
+        "train-tokenizer videos --preset demo --out x --set training.learning_rate=fast",
+        "train-tokenizer videos --preset demo --out x --set data.batch_size=true",
+        "train-world-model nowhere --preset demo --out x",
+        "train-world-model --preset demo --steps 40",
+        "train-world-model --preset demo --out x --set model.heads=5",
+        "train-world-model --preset demo --out x --set model.heads=-5",
+        "train-world-model --preset demo --out x --set data.batch_size=100000",
+        "train-world-model --tokenizer runs/tokenizer-2 --preset demo --out x",
+        "train-world-model --steps 10 --minutes 3 --preset demo --out x",
+        "rollout --actions sideways --out x.mp4",
+        "rollout --actions left --out futures/rollout.mp4",
+        "rollout --actions left --temperature -1 --out x.mp4",
+        "rollout --actions left --top-k 0 --out x.mp4",
+        "rollout --actions steer=0.1for --out x.mp4",
+        "rollout --actions speed=400 --out x.mp4",
+        "rollout --actions left --model nowhere --out x.mp4",
+        "rollout --actions left --context videos --out x.mp4",
+        "rollout --actions recorded --start 100 --context heldout/drive_0006.mp4 --out x.mp4",
+        "evaluate tokenizer nowhere heldout --out x",
+        "evaluate tokenizer runs/tokenizer heldout --out reports/a",
+        "evaluate world-model runs/world-model videos --quick --out x",
+        "evaluate compare reports/a nowhere",
+        "scaling runs/scale-48 --out x",
+        "scaling runs/scale-48 runs/world-2 runs/scale-96 --out x",
+        "surprise runs/tokenizer heldout --out x",
+    ):
+        yield Step(name=f"wrong: {command}", arguments=command.split(), code=1)
+
+
+def run(tree: Path, folder: Path, step: Step) -> str:
+    """Run a step of the code in `tree` within `folder`; return what it printed, and its code."""
+    plain = {name: text for name, text in os.environ.items() if not name.startswith("DRIVESIM_")}
+    own = {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "driving_sim.cli", *step.arguments],
+        cwd=folder,
+        env=plain | own | dict(step.environment),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if step.code >= 0 and done.returncode != step.code:
+        return f"{_FAILED} {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def without_clock(value: Any) -> Any:
+    """JSON without what a clock or a machine says."""
+    if isinstance(value, dict):
+        return {k: without_clock(v) for k, v in value.items() if not _CLOCK.search(str(k))}
+    return [without_clock(item) for item in value] if isinstance(value, list) else value
+
+
+def content(path: Path) -> Any:
+    """What counts of a file."""
+    if path.suffix == ".json":
+        return without_clock(json.loads(path.read_text()))
+    if path.suffix == ".jsonl":
+        return [without_clock(json.loads(line)) for line in path.read_text().splitlines()]
+    if path.suffix == ".yaml":
+        return yaml.safe_load(path.read_text())
+    if path.suffix in (".txt", ".html"):
+        return words(path.read_text())
+    return path.read_bytes()
+
+
+def words(text: str) -> list[str]:
+    """A text's words, without times and rates; pictures in pages are compared as text."""
+    return _CLOCK_TEXT.sub("#", text).split()
+
+
+def differing_files(before: Path, now: Path) -> list[str]:
+    """Files that differ, or that only one of two folders has."""
+    names = {
+        str(path.relative_to(folder))
+        for folder in (before, now)
+        for path in folder.rglob("*")
+        if path.is_file() and "tensorboard" not in path.parts
+    }
+    return [name for name in sorted(names) if not same(before / name, now / name)]
+
+
+def same(before: Path, now: Path) -> bool:
+    """Whether two files say the same."""
+    return before.is_file() and now.is_file() and content(before) == content(now)
+
+
+def run_all(tree: Path, folder: Path, steps: Sequence[Step]) -> dict[str, str]:
+    """What each step printed; what an earlier call left in the folder is taken as it is."""
+    record = folder.with_suffix(".json")
+    if record.exists():
+        said: dict[str, str] = json.loads(record.read_text())
+        return said
+    folder.mkdir(parents=True)
+    said = {}
+    for step in steps:
+        said[step.name] = run(tree, folder, step)
+        print(f"{folder.name}: {step.name}", flush=True)
+    record.write_text(json.dumps(said))
+    return said
+
+
+def differing_texts(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
+    """What is said otherwise, and what failed in both."""
+    for name, text in before.items():
+        if words(text) != words(now[name]):
+            yield f"{name}: says\n  before: {text.strip()}\n  now:    {now[name].strip()}"
+        elif text.startswith(_FAILED):
+            yield f"{name}: failed before and now: {text.strip()}"
+
+
+def continued(before: Path, now: Path) -> Iterator[str]:
+    """Let this checkout go on from the earlier one's checkpoints; what ends otherwise."""
+    tokenizer = "train-tokenizer videos --preset demo --set objective.gan_start=0.4"
+    for name, command in (
+        ("tokenizer", f"{tokenizer} --set objective.gan_weight=0.1"),
+        ("world-model", "train-world-model --preset demo"),
+    ):
+        whole, folder = before / "runs" / name, now / "runs" / name
+        shutil.rmtree(folder)
+        shutil.copytree(whole, folder)
+        (folder / "finished.json").unlink()
+        shutil.rmtree(folder / "checkpoints" / "step-00000040")
+        text = run(ROOT, now, Step(name=name, arguments=[*command.split(), *_SMALL, "--resume"]))
+        for file in ("model.safetensors", "metrics.jsonl", "config.json"):
+            if not same(whole / file, folder / file):
+                yield f"{name} continued from the earlier checkpoint: {file} differs; {text}"
+
+
+def main() -> None:
+    """Parse, run both, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__, prog="python -m tests.stress.unchanged")
+    parser.add_argument("revision", help="commit to compare with, or a folder with its checkout")
+    parser.add_argument("--keep", type=Path, help="folder for both outputs; what is there is used")
+    given = parser.parse_args()
+    tree = Path(given.revision)
+    keep = nullcontext(given.keep) if given.keep else tempfile.TemporaryDirectory()
+    checkout = nullcontext(tree.resolve()) if tree.is_dir() else checked_out(given.revision)
+    recorded = recorded_steps() if SHARED.is_dir() else ()
+    steps = [*synthetic_steps(), *recorded, *wrong_steps()]
+    with checkout as old, keep as name, ThreadPoolExecutor(2) as pool:
+        folders = Path(name).resolve() / "before", Path(name).resolve() / "now"
+        before, now = pool.map(run_all, (old, ROOT), folders, (steps, steps))
+        found = [*differing_texts(before, now), *differing_files(*folders), *continued(*folders)]
+    print(*found, f"{len(found)} differences", sep="\n")
+    raise SystemExit(bool(found))
+
+
+if __name__ == "__main__":
+    main()
