@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -24,7 +23,8 @@ from benchmarks import ROOT
 from benchmarks.against import checked_out
 from benchmarks.measuring.busy_worker import NAMES
 from benchmarks.measuring.machine import describe
-from benchmarks.measuring.paired import Figure, Settings, cores
+from benchmarks.measuring.paired import Figure, Settings
+from driving_sim.engine.threads import usable_cores
 
 LOADS = (0, 1, 2)
 LEAST_SHARE = {1: 0.50, 2: 0.35}
@@ -42,7 +42,7 @@ Times = dict[tuple[str, int, str], list[list[float]]]
 
 
 class Worker:
-    """A process that does the work as commands would; see `benchmarks.measuring.busy_worker`."""
+    """A process that does the work as commands would; see the checkout's `busy_worker`."""
 
     def __init__(self, preset: str, tree: Path, threads: int | None) -> None:
         ours = ("OMP_", "GOMP_")
@@ -51,7 +51,7 @@ class Worker:
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "benchmarks.measuring.busy_worker", preset],
+            [sys.executable, "-P", "-m", worker_module(tree), preset],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -91,14 +91,11 @@ def busy_loops(count: int) -> Iterator[None]:
             loop.wait()
 
 
-@contextmanager
-def tree_of(revision: str) -> Iterator[Path]:
-    """A folder with the code of `revision` and these benchmarks."""
-    with checked_out(revision) as tree, tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "driving_sim").symlink_to(tree / "driving_sim")
-        (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
-        yield folder
+def worker_module(tree: Path) -> str:
+    """The name of a checkout's own worker."""
+    for file in tree.glob("benchmarks/**/busy_worker.py"):
+        return ".".join(file.relative_to(tree).with_suffix("").parts)
+    raise SystemExit("that commit is from before this benchmark: it has no busy_worker.py")
 
 
 def measure(workers: Mapping[str, Worker], rounds: int, seconds: float) -> Times:
@@ -187,9 +184,9 @@ def main() -> None:
         def worker(tree: Path, threads: int | None) -> Worker:
             return stack.enter_context(Worker(given.preset, tree, threads))
 
-        workers = {NOW: worker(ROOT, None), ONE: worker(ROOT, 1), ALL: worker(ROOT, cores())}
+        workers = {NOW: worker(ROOT, None), ONE: worker(ROOT, 1), ALL: worker(ROOT, usable_cores())}
         if given.against:
-            workers[BEFORE] = worker(stack.enter_context(tree_of(given.against)), None)
+            workers[BEFORE] = worker(stack.enter_context(checked_out(given.against)), None)
         began = time.monotonic()
         times = measure(workers, given.rounds, given.seconds)
         minutes = (time.monotonic() - began) / 60

@@ -6,7 +6,6 @@ both. A ratio is the median over the rounds of each round's own.
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ import torch
 
 from driving_sim.engine.device import resolve_device
 from driving_sim.engine.memory import keep_freed_memory
+from driving_sim.engine.threads import usable_cores
 
 Work = Callable[[], object]
 
@@ -173,13 +173,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def settings_of(given: argparse.Namespace) -> Settings:
     """What was asked for; sets torch's threads, and memory as `drivesim` does, peers' too."""
     keep_freed_memory()
-    torch.set_num_threads(given.threads or cores())
+    torch.set_num_threads(given.threads or usable_cores())
     return Settings(device=resolve_device(given.device), rounds=given.rounds, toy=given.toy)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def read_claims(path: Path) -> list[Claim]:

@@ -26,7 +26,6 @@ from benchmarks.measuring.paired import (
     Settings,
     Work,
     alternate,
-    cores,
     run_command,
     times_faster,
 )
@@ -35,6 +34,7 @@ from benchmarks.measuring.shapes import FPS, shape_of, tokenizer
 from driving_sim.data.sources import find_drives
 from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
 from driving_sim.engine.device import name_of
+from driving_sim.engine.threads import usable_cores
 from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.tokenizer.tokenizer import images_from_frames
 
@@ -112,7 +112,7 @@ def end_to_end(settings: Settings) -> list[Claim]:
     with tempfile.TemporaryDirectory() as name:
         videos, out = Path(name) / "videos", Path(name) / "tokens"
         write_synthetic_drives(
-            videos, drives=count, seconds=seconds, config=size, workers=min(count, cores())
+            videos, drives=count, seconds=seconds, config=size, workers=min(count, usable_cores())
         )
         frames = _frames(round(seconds * FPS) * count, settings)
 

@@ -22,7 +22,6 @@ from benchmarks.measuring.paired import (
     Figure,
     Settings,
     alternate,
-    cores,
     run_command,
 )
 from benchmarks.measuring.shapes import FPS, Shape, shape_of
@@ -37,6 +36,7 @@ from driving_sim.data.synthetic import (
 )
 from driving_sim.engine.config import to_dict
 from driving_sim.engine.device import name_of
+from driving_sim.engine.threads import usable_cores
 from driving_sim.pipeline import TrainingRequest, tokenize_videos, train_world_model_on
 from driving_sim.tokenizer.autoencoder import AutoencoderConfig
 from driving_sim.world_model.action_plan import ActionPlan
@@ -65,7 +65,7 @@ def context_of(world: WorldModel, recorded: SyntheticDrive) -> Context:
 def _trained(shape: Shape, size: SyntheticConfig, folder: Path, settings: Settings) -> WorldModel:
     """A world model of a shape that has seen 48 s of driving through one synthetic world."""
     write_synthetic_drives(
-        folder / "videos", drives=4, seconds=12.0, worlds=1, config=size, workers=cores()
+        folder / "videos", drives=4, seconds=12.0, worlds=1, config=size, workers=usable_cores()
     )
 
     def request(config: AutoencoderConfig | TransformerConfig, steps: int) -> TrainingRequest:
