@@ -75,7 +75,7 @@ def synthetic_steps() -> Iterator[Step]:
     yield step("tokenize", "tokenize videos --mirror")
     yield step("tokenize, every second", "tokenize videos --every 2 --out runs/tokens-2")
     yield step("train-world-model", "train-world-model --preset demo", *_SMALL)
-    options = ("training.accumulate=2", "training.optimizer=adamw", "training.clip_norm=0.5")
+    options = ("training.accumulate=2", "training.optimizer=adamw", "training.grad_clip=0.5")
     yield step(
         "train-world-model in fp32, AdamW, accumulated",
         "train-world-model --preset demo --precision fp32 --out runs/world-2",
@@ -98,7 +98,7 @@ def synthetic_steps() -> Iterator[Step]:
         "rollout in fp32": "--samples 3 --precision fp32 --top-p 0.9",
         "rollout in bf16": "--samples 1 --precision bf16 --top-k 50 --temperature 0.8",
         "rollout, guided": "--guidance 1.5 --samples 2 --seed 3",
-        "rollout of a video": "--context heldout/drive_0006.mp4 --actions recorded --start 4",
+        "rollout of a video": "--context heldout/drive_006.mp4 --actions recorded --start 4",
     }.items():
         out = f"futures/{name.replace(' ', '-').replace(',', '')}.mp4"
         yield step(name, f"rollout {options_} --out {out} --seconds 3", *_STARTS)
@@ -177,10 +177,10 @@ def wrong_steps() -> Iterator[Step]:
         "rollout --actions left --temperature -1 --out x.mp4",
         "rollout --actions left --top-k 0 --out x.mp4",
         "rollout --actions steer=0.1for --out x.mp4",
-        "rollout --actions speed=400 --out x.mp4",
+        "rollout --actions speed=4000 --out x.mp4",
         "rollout --actions left --model nowhere --out x.mp4",
         "rollout --actions left --context videos --out x.mp4",
-        "rollout --actions recorded --start 100 --context heldout/drive_0006.mp4 --out x.mp4",
+        "rollout --actions recorded --start 100 --context heldout/drive_006.mp4 --out x.mp4",
         "evaluate tokenizer nowhere heldout --out x",
         "evaluate tokenizer runs/tokenizer heldout --out reports/a",
         "evaluate world-model runs/world-model videos --quick --out x",
