@@ -3,6 +3,7 @@
 Axes: F futures, N frames, T context frames, r c token rows and columns.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from driving_sim.data.tokens.safetensors_header import safetensors_header
+from driving_sim.engine.weights import write_safetensors
 
 WriteTokens = Callable[[int, Tensor], None]
 """Writes frame n of every future, int64 [F, r, c]."""
@@ -34,11 +35,10 @@ def token_file(
     }
     columns = {name: (code, array.shape) for name, (code, array) in head.items()}
     columns["tokens"] = ("U16", (futures, frames, *context.shape[1:]))
-    with path.open("wb") as file:
-        file.write(safetensors_header(columns))
-        for _, array in head.values():
-            file.write(array.tobytes())
-        start = file.tell()
+    arrays = (array for _, array in head.values())
+    write_safetensors(path, columns, arrays, metadata={})
+    with path.open("r+b") as file:
+        start = file.seek(0, os.SEEK_END)
 
         def write(index: int, tokens: Tensor) -> None:
             for future, frame in enumerate(tokens.cpu().numpy().astype("<u2")):

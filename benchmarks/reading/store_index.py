@@ -17,9 +17,8 @@ from typing import TypeVar
 import numpy as np
 
 from driving_sim.data.split import split_drives
-from driving_sim.data.tokens.index import INDEX, SCHEMA, shard_name
+from driving_sim.data.tokens.index import INDEX, SCHEMA, frame_bytes, shard_name
 from driving_sim.data.tokens.plan import SHARD_BYTES
-from driving_sim.data.tokens.shard import frame_bytes
 from driving_sim.data.tokens.store import TokenStore
 from driving_sim.data.tokens.windows import WindowIndex
 

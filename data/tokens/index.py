@@ -1,20 +1,44 @@
-"""What the index of a token store says: `index.json` as dataclasses."""
+"""What the index of a token store says: `index.json` as dataclasses.
+
+They are validated as they are made, from the index or by the writer.
+"""
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from driving_sim.data.inner_name import is_inner_name
-from driving_sim.engine.config import from_dict, load_json
+from driving_sim.engine.config import load_json
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import one_line
+
+T = TypeVar("T")
 
 SCHEMA = 1
 INDEX = "index.json"
 UNFINISHED = ".unfinished"  # the writer's folder inside a store that is not complete yet
+
+_OF_A_STORE = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def _inner(name: str) -> str:
+    if not is_inner_name(name):
+        raise ValueError(f"must be a relative name, on one line, got {name!r}")
+    return name
+
+
+# Matched, half characters are found, which no file can hold.
+Text = Annotated[str, Field(pattern="")]
+DriveId = Annotated[Text, AfterValidator(_inner)]
+Count = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
+Positive = Annotated[Count, Field(gt=0)]
+Rate = Annotated[float, Strict(), Field(gt=0)]
 
 
 def shard_name(number: int) -> str:
@@ -22,94 +46,77 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+def frame_bytes(rows: int, cols: int) -> int:
+    """Bytes that one frame takes in a shard."""
+    timestamp, actions, action_valid = 8, 2 * 4, 2 * 1
+    return timestamp + actions + rows * cols * 2 + action_valid
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=_OF_A_STORE)
 class StoreInfo:
     """What is the same for every drive of a store."""
 
-    tokenizer_fingerprint: str
+    tokenizer_fingerprint: Text
     """Fingerprint of the tokenizer that made the tokens."""
-    rows: int
+    rows: Positive
     """Token rows per frame."""
-    cols: int
+    cols: Positive
     """Token columns per frame."""
-    codebook_size: int
+    codebook_size: Annotated[Positive, Field(le=2**16)]
     """Every token is below this."""
-    fps: float
+    fps: Rate
     """Mean rate of the frames chosen, between gaps, in frames per second."""
-    steering_kind: str | None = None
+    steering_kind: Text | None = None
     """What the steering column means, one kind for all drives; None where no drive has actions."""
-    levels: tuple[int, ...] = ()
+    levels: tuple[Count, ...] = ()
     """The tokenizer's FSQ levels."""
-    height: int | None = None
+    height: Count | None = None
     """Height of the frames that were encoded, in pixels."""
-    width: int | None = None
+    width: Count | None = None
     """Width of the frames that were encoded, in pixels."""
-    requested_fps: float | None = None
+    requested_fps: Annotated[int, Strict()] | Rate | None = None
     """The rate asked for, in frames per second, where one was."""
-    every: int | None = None
+    every: Count | None = None
     """The stride over the video's frames asked for, where one was."""
-    transform: dict[str, Any] = field(default_factory=dict)
+    transform: dict[Text, Any] = field(default_factory=dict)
     """How frames were resized, cropped and converted."""
-    precision: str = "fp32"
+    precision: Text = "fp32"
     """The number format that frames were encoded in."""
 
-    def __post_init__(self) -> None:
-        for name in ("rows", "cols", "codebook_size", "fps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if self.codebook_size > 2**16:
-            raise ValueError(f"codebook_size must be at most 65536, got {self.codebook_size}")
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, config=_OF_A_STORE)
 class DriveEntry:
     """One drive, or one part of a very long one, as the index lists it."""
 
-    id: str
+    id: DriveId
     """The drive's id; a mirrored drive's ends in `~mirror`."""
-    frames: int
+    frames: Positive
     """Frames of it in this shard."""
-    segments: tuple[tuple[int, int], ...]
+    segments: tuple[tuple[Count, Count], ...]
     """[start, stop) runs of frames without a gap in time, counted within this entry."""
-    start: int = 0
+    start: Count = 0
     """Where this part begins in its drive; 0 but for the later parts of a split drive."""
-    source: str = ""
+    source: Text = ""
     """The kind of data source it came from."""
-    mirrored: bool = False
+    mirrored: Annotated[bool, Strict()] = False
     """Whether the frames are flipped and the steering negated."""
 
     def __post_init__(self) -> None:
-        bounds = [bound for begin, stop in self.segments for bound in (begin, stop)]
-        if not all(type(n) is int for n in (self.frames, self.start, *bounds)):
-            raise ValueError("frames, start and segments must be whole numbers")
-        if bounds != sorted(bounds) or any(not 0 <= bound <= self.frames for bound in bounds):
+        bounds = [*(bound for segment in self.segments for bound in segment), self.frames]
+        if bounds != sorted(bounds):
             raise ValueError(f"segments must rise within 0 and {self.frames}")
-        if self.frames < 1 or self.start < 0:
-            raise ValueError(f"frames and start must not be {self.frames} and {self.start}")
-        if max(self.frames, self.start) >= 2**63:
-            raise ValueError("frames and start must fit 64 bits")
-        if not isinstance(self.id, str) or not isinstance(self.source, str):
-            raise ValueError("id and source must be text")
-        if not is_inner_name(self.id):
-            raise ValueError(f"id must be a relative name, on one line, got {self.id!r}")
-        if not isinstance(self.mirrored, bool):
-            raise ValueError(f"mirrored must be true or false, got {self.mirrored!r}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, config=_OF_A_STORE)
 class ShardEntry:
     """One shard as the index lists it."""
 
-    bytes: int
+    bytes: Count
     """Size of the file."""
-    sha256: str
+    sha256: Text
     """Checksum of the file."""
     drives: tuple[DriveEntry, ...]
     """The drives in it, in order."""
-
-    def __post_init__(self) -> None:
-        if type(self.bytes) is not int or not isinstance(self.sha256, str):
-            raise ValueError("bytes must be a whole number, and sha256 text")
 
     @property
     def frames(self) -> int:
@@ -117,29 +124,29 @@ class ShardEntry:
         return sum(drive.frames for drive in self.drives)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, config=_OF_A_STORE)
 class SkippedDrive:
     """A drive that was left out."""
 
-    id: str
+    id: Text
     """The drive's id."""
-    reason: str
+    reason: Text
     """Why, in one line."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, config=_OF_A_STORE)
 class StoreIndex:
     """The contents of `index.json`."""
 
-    schema: int
+    schema: Count
     """Version of the store's format."""
-    plan: str
+    plan: Text
     """Hash of the plan that the store was written from."""
     info: StoreInfo
     """What is the same for every drive."""
-    drives: int
+    drives: Count
     """Number of drives, parts of one counted once."""
-    frames: int
+    frames: Count
     """Number of frames."""
     shards: tuple[ShardEntry, ...]
     """The shards, in order."""
@@ -180,29 +187,21 @@ def read_index(path: Path) -> StoreIndex:
     values = load_json(file)
     if values.get("schema") != SCHEMA:
         raise DriveSimError(f"{file}: not a token store index of schema {SCHEMA}; tokenize again")
-    shards = values.pop("shards", None)
-    if not isinstance(shards, list):
-        raise DriveSimError(f"{file}: damaged token store index: no shards; tokenize again")
-    index = from_dict(StoreIndex, values | {"shards": []}, where=str(file))
-    return replace(index, shards=tuple(read_shard_entry(entry, file) for entry in shards))
+    return validated(StoreIndex, values, file)
 
 
-def read_shard_entry(values: Any, file: Path) -> ShardEntry:
-    """A shard's entry from plain values, which `file` held.
-
-    Without `from_dict`: an index may list millions of drives, and this is many times as fast.
+def validated(kind: type[T], values: dict[str, Any], file: Path) -> T:
+    """One of the dataclasses above from plain values, which `file` held.
 
     Raises:
-        DriveSimError: they are not a shard's entry.
+        DriveSimError: they are not what it takes.
     """
     try:
-        drives = tuple(
-            DriveEntry(**{**drive, "segments": tuple((a, b) for a, b in drive["segments"])})
-            for drive in values["drives"]
-        )
-        entry = ShardEntry(**{**values, "drives": drives})
-    except (KeyError, TypeError, ValueError) as error:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        reason = one_line(f"{place}: {first['msg']}")
         raise DriveSimError(
-            f"{file}: damaged entry of a shard: {one_line(error)}; tokenize again"
+            f"{file}: damaged token store index: {reason}; tokenize again"
         ) from error
-    return entry

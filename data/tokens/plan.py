@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from driving_sim.data.inner_name import is_inner_name
-from driving_sim.data.tokens.index import SCHEMA, StoreInfo
-from driving_sim.data.tokens.shard import frame_bytes
+from pydantic.dataclasses import dataclass
+
+from driving_sim.data.tokens.index import SCHEMA, Count, DriveId, StoreInfo, frame_bytes
 from driving_sim.engine.config import to_dict
 
 SHARD_BYTES = 512 * 2**20
@@ -17,9 +16,9 @@ SHARD_BYTES = 512 * 2**20
 class PlannedDrive:
     """A drive that the store is to hold."""
 
-    id: str
+    id: DriveId
     """Its id, unique in the store."""
-    frames: int
+    frames: Count
     """How many frames of it will be written; 0 for one known to be skipped."""
     source: str = ""
     """The kind of data source it comes from."""
@@ -28,15 +27,8 @@ class PlannedDrive:
     content: str = ""
     """Digest of what is known of it beforehand (frame choice, actions), so that a change shows."""
 
-    def __post_init__(self) -> None:
-        if not is_inner_name(self.id):
-            raise ValueError(f"id must be a relative name, on one line, got {self.id!r}")
-        if self.frames < 0:
-            raise ValueError(f"frames must not be negative, got {self.frames}")
 
-
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Frames [start, stop) of drive number `drive`, which lie in one shard."""
 
     drive: int
@@ -53,14 +45,7 @@ class StorePlan:
     drives: tuple[PlannedDrive, ...]
     """The drives in the order they are stored."""
     shard_bytes: int = SHARD_BYTES
-    """Most bytes of data in one shard."""
-
-    def __post_init__(self) -> None:
-        ids = [drive.id for drive in self.drives]
-        if len(set(ids)) != len(ids):
-            raise ValueError("drives must have different ids")
-        if self.shard_bytes < frame_bytes(self.info.rows, self.info.cols):
-            raise ValueError(f"shard_bytes must hold a frame, got {self.shard_bytes}")
+    """Most bytes of data in one shard: at least a frame's."""
 
     @property
     def hash(self) -> str:

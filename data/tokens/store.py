@@ -2,45 +2,109 @@
 
 A folder of `index.json`, `shard-00000.safetensors`, `shard-00001.safetensors` and so on. The index
 says what the store holds, with counts and checksums, and what was skipped and why. A drive too long
-for one shard is split into parts (`start` is where a part begins in its drive).
+for one shard is split into parts (`start` is where a part begins in its drive). The columns of a
+shard, for N frames of D drives (drive d is frames offsets[d] : offsets[d + 1]):
+
+    offsets       I64   [D + 1]
+    timestamps    F64   [N]               seconds from the drive's first frame
+    actions       F32   [N, 2]            speed in m/s, steering in rad, left positive
+    tokens        U16   [N, rows, cols]
+    action_valid  BOOL  [N, 2]
 """
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
 from driving_sim.data.tokens.index import (
     INDEX,
     DriveEntry,
     StoreInfo,
+    frame_bytes,
     read_index,
     shard_metadata,
     shard_name,
 )
-from driving_sim.data.tokens.shard import TokenShard, frame_bytes
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.parsing import shown
+from driving_sim.engine.parsing import one_line, shown
 
 __all__ = ["DriveTokens", "StoreInfo", "TokenStore"]
 
-_OPEN_SHARDS = 128  # each costs a file descriptor
+Columns = dict[str, NDArray[Any]]
+
+_OPEN_SHARDS = 128  # each costs a map
 
 
+def column_forms(info: StoreInfo, lengths: Sequence[int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The columns of a shard of drives with `lengths` frames: number format and shape by name.
+
+    In the order of the file: of falling alignment, so that every column is aligned in it.
+    """
+    frames = sum(lengths)
+    return {
+        "offsets": ("I64", (len(lengths) + 1,)),
+        "timestamps": ("F64", (frames,)),
+        "actions": ("F32", (frames, 2)),
+        "tokens": ("U16", (frames, info.rows, info.cols)),
+        "action_valid": ("BOOL", (frames, 2)),
+    }
+
+
+def open_shard(
+    path: Path, info: StoreInfo, lengths: Sequence[int]
+) -> tuple[Columns, dict[str, str]]:
+    """Map a shard of drives with `lengths` frames; return its read-only columns and its metadata.
+
+    Raises:
+        DriveSimError: the file is missing, cut short or another than that shard.
+    """
+    forms = column_forms(info, lengths)
+    try:
+        # The library checks that the columns fill the file without a gap.
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {k: (str(v.get_dtype()), tuple(v.get_shape())) for k, v in slices.items()}
+            if found != forms:
+                raise ValueError(_difference(forms, found))
+            columns = {name: file.get_tensor(name).numpy() for name in forms}
+            metadata = dict(file.metadata() or {})
+        if not np.array_equal(columns["offsets"], np.cumsum([0, *lengths])):
+            raise ValueError("its drive offsets are not those of the drives that it should hold")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DriveSimError(
+            f"{path}: damaged token shard: {one_line(error)}; tokenize again"
+        ) from error
+    for column in columns.values():
+        column.flags.writeable = False
+    return columns, metadata
+
+
+def _difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
+    name = next(name for name in expected | found if expected.get(name) != found.get(name))
+    return f"{shown(name)} is {shown(found.get(name))}, expected {expected.get(name)}"
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
 class DriveTokens:
     """One drive of a store; its arrays are read-only views into the memory-mapped shard."""
 
-    channels = (True, True)
+    store: "TokenStore"
+    shard: int
+    """The number of the shard that holds it."""
+    begin: int
+    """The frame of the shard that is its first."""
+    entry: DriveEntry
+    """What the index says of it."""
+    channels: tuple[bool, bool] = (True, True)
     """Which channels of the actions count as known, where the store knows them."""
-
-    def __init__(self, store: "TokenStore", shard: int, position: int, begin: int) -> None:
-        self._store, self._shard, self.begin = store, shard, begin
-        self.entry = store.index.shards[shard].drives[position]
 
     def __len__(self) -> int:
         return self.entry.frames
@@ -53,20 +117,15 @@ class DriveTokens:
     @property
     def info(self) -> StoreInfo:
         """What is the same for every drive of its store."""
-        return self._store.info
+        return self.store.info
 
     @property
-    def shard_key(self) -> Hashable:
-        """Equal for drives of one shard, which this does not open."""
-        return self._store.path, self._shard
-
-    @property
-    def shard(self) -> TokenShard:
-        """The shard that holds it, from its frame `begin` on."""
-        return self._store.shard(self._shard)
+    def columns(self) -> Columns:
+        """The columns of the shard that holds it, from its frame `begin` on."""
+        return self.store.shard(self.shard)
 
     def _column(self, name: str) -> NDArray[Any]:
-        return self.shard.columns[name][self.begin : self.begin + self.entry.frames]
+        return self.columns[name][self.begin : self.begin + self.entry.frames]
 
     @property
     def tokens(self) -> NDArray[np.uint16]:
@@ -103,19 +162,21 @@ class TokenStore:
         self.path = path
         self.index = read_index(path)
         self.info = self.index.info
-        self._open: OrderedDict[int, TokenShard] = OrderedDict()
+        self._open: OrderedDict[int, Columns] = OrderedDict()
         least = frame_bytes(self.info.rows, self.info.cols)
-        for number, entry in enumerate(self.index.shards):
-            _check_size(path / shard_name(number), entry.bytes)
-            if entry.frames * least > entry.bytes:
+        for number, shard in enumerate(self.index.shards):
+            _check_size(path / shard_name(number), shard.bytes)
+            if shard.frames * least > shard.bytes:
                 raise DriveSimError(
-                    f"{path / INDEX}: says that {entry.frames} frames of {least} bytes are in the "
-                    f"{entry.bytes} bytes of {shard_name(number)}; tokenize again"
+                    f"{path / INDEX}: says that {shard.frames} frames of {least} bytes are in the "
+                    f"{shard.bytes} bytes of {shard_name(number)}; tokenize again"
                 )
         self.drives = tuple(
-            DriveTokens(self, shard, position, begin)
-            for shard, entry in enumerate(self.index.shards)
-            for position, begin in enumerate(_begins(entry.drives))
+            DriveTokens(store=self, shard=number, begin=stop - drive.frames, entry=drive)
+            for number, shard in enumerate(self.index.shards)
+            for drive, stop in zip(
+                shard.drives, accumulate(drive.frames for drive in shard.drives), strict=True
+            )
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -133,44 +194,35 @@ class TokenStore:
         Raises:
             DriveSimError: the store has no drive of one of these ids.
         """
-        missing = sorted(set(ids) - set(self.drive_ids))
-        if missing:
+        wanted = set(ids)
+        for missing in sorted(wanted.difference(self.drive_ids)):
             raise DriveSimError(
-                f"{self.path}: no drive {missing[0]!r} in this token store; it has "
+                f"{self.path}: no drive {missing!r} in this token store; it has "
                 + ", ".join(self.drive_ids[:8])
                 + (", ..." if len(self.drive_ids) > 8 else "")
             )
-        wanted = set(ids)
         return tuple(drive for drive in self.drives if drive.id in wanted)
 
-    def shard(self, number: int) -> TokenShard:
-        """A shard, opened and checked against the index on first use."""
-        if number in self._open:
-            self._open.move_to_end(number)
-            return self._open[number]
-        shard = self._open_shard(number)
-        self._open[number] = shard
-        if len(self._open) > _OPEN_SHARDS:
-            self._open.popitem(last=False)
-        return shard
+    def shard(self, number: int) -> Columns:
+        """The columns of a shard, opened and checked against the index on first use."""
+        if number not in self._open:
+            self._open[number] = self._open_shard(number)
+            if len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(number)
+        return self._open[number]
 
-    def _open_shard(self, number: int) -> TokenShard:
+    def _open_shard(self, number: int) -> Columns:
         path, entry = self.path / shard_name(number), self.index.shards[number]
         _check_size(path, entry.bytes)
-        shard = TokenShard(path, rows=self.info.rows, cols=self.info.cols)
-        expected = shard_metadata(self.info, entry.drives)
-        for key, value in expected.items():
-            if shard.metadata.get(key) != value:
-                found = shown(shard.metadata.get(key))
+        columns, metadata = open_shard(path, self.info, [drive.frames for drive in entry.drives])
+        for key, value in shard_metadata(self.info, entry.drives).items():
+            if metadata.get(key) != value:
                 raise DriveSimError(
-                    f"{path}: its {key} is {found}, the store's index says {shown(value)}: this "
-                    "shard is from another store; tokenize again"
+                    f"{path}: its {key} is {shown(metadata.get(key))}, the store's index says "
+                    f"{shown(value)}: this shard is from another store; tokenize again"
                 )
-        if np.diff(shard.offsets).tolist() != [drive.frames for drive in entry.drives]:
-            raise DriveSimError(
-                f"{path}: its drive lengths differ from the index's; tokenize again"
-            )
-        return shard
+        return columns
 
     def verify(self) -> None:
         """Read every byte and compare the checksums.
@@ -180,15 +232,14 @@ class TokenStore:
         """
         for number, entry in enumerate(self.index.shards):
             path = self.path / shard_name(number)
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != entry.sha256:
+            if checksum(path) != entry.sha256:
                 raise DriveSimError(f"{path}: damaged (its checksum differs); tokenize again")
 
 
-def _begins(drives: Sequence[DriveEntry]) -> list[int]:
-    """Where each of a shard's drives begins in it."""
-    return list(accumulate((drive.frames for drive in drives), initial=0))[:-1]
+def checksum(path: Path) -> str:
+    """SHA-256, in hexadecimal, of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_size(path: Path, expected: int) -> None:

@@ -4,7 +4,7 @@ Shapes: B windows, T frames, R rows, C cols, 2 actions (speed, steering).
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from driving_sim.data.tokens.store import DriveTokens
+from driving_sim.data.tokens.store import Columns, DriveTokens
 from driving_sim.engine.errors import DriveSimError, TooLittleDataError
 
 
@@ -46,9 +46,6 @@ class WindowIndex:
         self._in_shard = np.array([drive.begin for drive in drives], np.int64)
         self._channels = np.array([drive.channels for drive in drives], np.bool_).reshape(-1, 2)
         self._all_known = bool(self._channels.all())
-        # Of each drive's shard: a drive that opens it.
-        opener = {drive.shard_key: number for number, drive in enumerate(drives)}
-        self._opener = np.array([opener[drive.shard_key] for drive in drives], np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._ends.size else 0
@@ -79,11 +76,10 @@ class WindowIndex:
         rows = (start + self._in_shard[drive])[:, None] + self._frames
         if alone is not None:
             rows[alone, 0] += 1  # any frame, where there is none before the window
-        openers = self._opener[drive].tolist()
-        shards = {number: self._drives[number].shard.columns for number in set(openers)}
-        tokens, led = _gathered(shards, openers, "tokens", rows), rows[:, :-1]
-        actions = _gathered(shards, openers, "actions", led)
-        valid = _gathered(shards, openers, "action_valid", led)
+        shards = [self._drives[number].columns for number in drive.tolist()]
+        tokens, led = _gathered(shards, "tokens", rows), rows[:, :-1]
+        actions = _gathered(shards, "actions", led)
+        valid = _gathered(shards, "action_valid", led)
         if not self._all_known:
             valid &= self._channels[drive][:, None]
         if alone is not None:
@@ -103,17 +99,12 @@ class WindowIndex:
         }
 
 
-def _gathered(
-    shards: Mapping[int, Mapping[str, NDArray[Any]]],
-    chosen: list[int],
-    name: str,
-    rows: NDArray[np.int64],
-) -> NDArray[Any]:
-    """Rows [B, ...] of a column, the i-th from shard `chosen[i]`."""
-    if len(shards) == 1:
-        return shards[chosen[0]][name].take(rows, axis=0)
-    parts = zip(chosen, rows, strict=True)
-    return np.stack([shards[number][name].take(its, axis=0) for number, its in parts])
+def _gathered(shards: Sequence[Columns], name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
+    """Rows [B, ...] of a column, the i-th from the i-th shard."""
+    if all(columns is shards[0] for columns in shards):
+        return shards[0][name].take(rows, axis=0)
+    pairs = zip(shards, rows, strict=True)
+    return np.stack([columns[name].take(its, axis=0) for columns, its in pairs])
 
 
 def _first_frame(drive: DriveTokens, begin: int) -> int:

@@ -11,15 +11,14 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from driving_sim.data.tokens.index import (
     INDEX,
@@ -29,17 +28,21 @@ from driving_sim.data.tokens.index import (
     ShardEntry,
     SkippedDrive,
     StoreIndex,
-    read_shard_entry,
+    StoreInfo,
     shard_metadata,
     shard_name,
+    validated,
 )
-from driving_sim.data.tokens.plan import Piece, PlannedDrive, StorePlan
-from driving_sim.data.tokens.shard import Array, TokenShard, write_shard
-from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
+from driving_sim.data.tokens.plan import Piece, StorePlan
+from driving_sim.data.tokens.store import Columns, checksum, column_forms, open_shard
+from driving_sim.engine.config import load_json, save_json, to_dict
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.files import atomic_file
 from driving_sim.engine.ranks.distributed import Ranks
+from driving_sim.engine.weights import write_safetensors
 
 _PLAN = "plan.json"
+_NUMBERS = {"I64": "<i8", "F64": "<f8", "F32": "<f4", "U16": "<u2", "BOOL": "?"}
 _PATIENCE_S = 90
 _ROOT = r"(?<![\w.~/\\-])(?:[A-Za-z]:)?[/\\]"  # where an absolute path begins
 
@@ -61,34 +64,25 @@ class TokenStoreWriter:
         self._work = out / UNFINISHED
         self._numbers = {drive.id: number for number, drive in enumerate(plan.drives)}
         self._shards = plan.shards()
-        self._shards_of: dict[int, list[int]] = {}
+        self._shards_of: defaultdict[int, list[int]] = defaultdict(list)
         for shard, pieces in enumerate(self._shards):
             for piece in pieces:
-                self._shards_of.setdefault(piece.drive, []).append(shard)
+                self._shards_of[piece.drive].append(shard)
         if self._ranks.is_main:
-            self._begin()
+            with _writing(out):
+                self._lock = _lock(out)
+                try:
+                    self._start()
+                except BaseException:
+                    self.close()
+                    raise
         self._ranks.barrier()
         self._ranks.require_same(plan.hash, "the drives that were found")
-
-    def _begin(self) -> None:
-        with _writing(self.out):
-            self._lock = _lock(self.out)
-        try:
-            with _writing(self.out):
-                self._start()
-        except BaseException:
-            self.close()
-            raise
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -104,37 +98,33 @@ class TokenStoreWriter:
                 f"{self.out}: holds a finished token store; remove it or choose another folder"
             )
         if any(self._work.glob("part-*")) or any(self._work.glob("shard-*")):
-            self._check_same(load_json(self._work / _PLAN))
+            self._check_plan()
             for leftover in self.out.glob(".*.partial*"):
                 leftover.unlink()
-        else:
-            self._check_new()
-            shutil.rmtree(self._work, ignore_errors=True)
-            self._work.mkdir()
-            save_json(self._work / _PLAN, self.plan.summary())
-
-    def _check_same(self, found: Mapping[str, Any]) -> None:
-        summary = self.plan.summary()
-        if found.get("hash") == summary["hash"]:
-            return
-        names = [name for name in summary if name != "hash" and found.get(name) != summary[name]]
-        difference = (
-            f"{names[0]} is {found.get(names[0])} there and {summary[names[0]]} here"
-            if names
-            else "the drives or their actions differ"
-        )
-        raise DriveSimError(
-            f"{self.out}: holds an unfinished token store of another plan ({difference}): repeat "
-            "the command that made it, remove it or choose another folder"
-        )
-
-    def _check_new(self) -> None:
-        others = {file.name for file in self.out.iterdir()} - {UNFINISHED}
-        if others:
+        elif others := {file.name for file in self.out.iterdir()} - {UNFINISHED}:
             raise DriveSimError(
                 f"{self.out}: exists and holds {min(others)!r}, not a token store; remove it or "
                 "choose another folder"
             )
+        else:
+            shutil.rmtree(self._work, ignore_errors=True)
+            self._work.mkdir()
+            save_json(self._work / _PLAN, self.plan.summary())
+
+    def _check_plan(self) -> None:
+        found, own = load_json(self._work / _PLAN), self.plan.summary()
+        if found.get("hash") == own.pop("hash"):
+            return
+        differences = (
+            f"{name} is {found.get(name)} there and {value} here"
+            for name, value in own.items()
+            if found.get(name) != value
+        )
+        raise DriveSimError(
+            f"{self.out}: holds an unfinished token store of another plan "
+            f"({next(differences, 'the drives or their actions differ')}): repeat "
+            "the command that made it, remove it or choose another folder"
+        )
 
     def _part(self, number: int) -> Path:
         return self._work / f"part-{number:08d}.safetensors"
@@ -152,7 +142,7 @@ class TokenStoreWriter:
     def _settled(self, number: int) -> bool:
         if self._part(number).exists() or self._skip_note(number).exists():
             return True
-        shards = self._shards_of.get(number, [])
+        shards = self._shards_of[number]
         return bool(shards) and all(self._shard_note(shard).exists() for shard in shards)
 
     def add(
@@ -173,45 +163,31 @@ class TokenStoreWriter:
             ValueError: a shape, value or length is not what the plan says.
             DriveSimError: the disk is full or not writable.
         """
-        number = self._numbers[drive_id]
+        number, info = self._numbers[drive_id], self.plan.info
         valid = np.asarray(action_valid, np.bool_)
-        columns: dict[str, Array] = {
+        columns: Columns = {
             "timestamps": np.asarray(timestamps, np.float64),
             "actions": np.array(actions, np.float32),
             "tokens": np.asarray(tokens),
             "action_valid": valid,
         }
-        self._check(self.plan.drives[number], columns)
-        columns["actions"][~valid] = 0
-        with _writing(self.out):
-            write_shard(
-                self._part(number),
-                metadata={"segments": json.dumps([[int(a), int(b)] for a, b in segments])},
-                lengths=[len(columns["tokens"])],
-                rows=self.plan.info.rows,
-                cols=self.plan.info.cols,
-                column=lambda name: [columns[name]],
-            )
-            self._merge(self._shards_of.get(number, []))
-
-    def _check(self, drive: PlannedDrive, columns: Mapping[str, Array]) -> None:
-        info, frames = self.plan.info, drive.frames
-        expected = {
-            "timestamps": (frames,),
-            "actions": (frames, 2),
-            "tokens": (frames, info.rows, info.cols),
-            "action_valid": (frames, 2),
-        }
-        for name, shape in expected.items():
-            if columns[name].shape != shape or not prod(shape):
-                raise ValueError(f"{drive.id}: {name} is {columns[name].shape}, planned {shape}")
-        tokens = columns["tokens"]
-        if tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= info.codebook_size:
-            raise ValueError(f"{drive.id}: tokens must be integers from 0 to {info.codebook_size}")
-        if not np.isfinite(columns["actions"][columns["action_valid"]]).all():
-            raise ValueError(f"{drive.id}: an action that is valid is not finite")
+        lengths = [self.plan.drives[number].frames]
+        for name, column in columns.items():
+            shape = column_forms(info, lengths)[name][1]
+            if column.shape != shape or not column.size:
+                raise ValueError(f"{drive_id}: {name} is {column.shape}, planned {shape}")
+        is_whole, ids = columns["tokens"].dtype.kind in "iu", columns["tokens"]
+        if not is_whole or ids.min() < 0 or ids.max() >= info.codebook_size:
+            raise ValueError(f"{drive_id}: tokens must be integers from 0 to {info.codebook_size}")
+        if not np.isfinite(columns["actions"][valid]).all():
+            raise ValueError(f"{drive_id}: an action that is valid is not finite")
         if (np.diff(columns["timestamps"]) <= 0).any():
-            raise ValueError(f"{drive.id}: timestamps must rise")
+            raise ValueError(f"{drive_id}: timestamps must rise")
+        columns["actions"][~valid] = 0
+        metadata = {"segments": json.dumps([[int(a), int(b)] for a, b in segments])}
+        with _writing(self.out):
+            write_shard(self._part(number), info, lengths, metadata, lambda name: [columns[name]])
+            self._merge(self._shards_of[number])
 
     def skip(self, drive_id: str, reason: str) -> None:
         """Leave a drive out; the index will say why (folders in the reason are left out)."""
@@ -219,52 +195,40 @@ class TokenStoreWriter:
         note = {"id": drive_id, "reason": _without_folders(reason, drive_id)}
         with _writing(self.out):
             save_json(self._skip_note(number), note)
-            self._merge(self._shards_of.get(number, []))
+            self._merge(self._shards_of[number])
 
     def _merge(self, shards: Sequence[int]) -> None:
         """Turn parts into shards, those that are this rank's, where all drives are settled."""
-        shards = [shard for shard in shards if shard % self._ranks.size == self._ranks.rank]
-        for shard in shards:
-            pieces = self._shards[shard]
-            if not self._shard_note(shard).exists() and all(
-                self._settled(piece.drive) for piece in pieces
-            ):
+        own = [shard for shard in shards if shard % self._ranks.size == self._ranks.rank]
+        for shard in own:
+            drives = {piece.drive for piece in self._shards[shard]}
+            if not self._shard_note(shard).exists() and all(map(self._settled, drives)):
                 self._write_shard(shard)
-        self._drop_parts({piece.drive for shard in shards for piece in self._shards[shard]})
-
-    def _drop_parts(self, drives: set[int]) -> None:
-        for number in drives:
+        for number in {piece.drive for shard in own for piece in self._shards[shard]}:
             if all(self._shard_note(shard).exists() for shard in self._shards_of[number]):
                 self._part(number).unlink(missing_ok=True)
 
     def _write_shard(self, shard: int) -> None:
-        info = self.plan.info
         pieces = [p for p in self._shards[shard] if not self._skip_note(p.drive).exists()]
-        entries = tuple(self._entry(piece) for piece in pieces)
+        entries = tuple(map(self._entry, pieces))
 
-        def column(name: str) -> Iterator[Array]:
-            for piece in pieces:
-                part = TokenShard(self._part(piece.drive), rows=info.rows, cols=info.cols)
-                yield part.columns[name][piece.start : piece.stop]
+        def column(name: str) -> Iterator[NDArray[Any]]:
+            for number, start, stop in pieces:
+                yield self._open_part(number)[0][name][start:stop]
 
-        path = self.out / shard_name(shard)
-        checksum = write_shard(
-            path,
-            metadata=shard_metadata(info, entries),
-            lengths=[entry.frames for entry in entries],
-            rows=info.rows,
-            cols=info.cols,
-            column=column,
-        )
-        entry = ShardEntry(bytes=path.stat().st_size, sha256=checksum, drives=entries)
+        path, lengths = self.out / shard_name(shard), [entry.frames for entry in entries]
+        write_shard(path, self.plan.info, lengths, shard_metadata(self.plan.info, entries), column)
+        entry = ShardEntry(bytes=path.stat().st_size, sha256=checksum(path), drives=entries)
         save_json(self._shard_note(shard), to_dict(entry))
 
+    def _open_part(self, number: int) -> tuple[Columns, dict[str, str]]:
+        return open_shard(self._part(number), self.plan.info, [self.plan.drives[number].frames])
+
     def _entry(self, piece: Piece) -> DriveEntry:
-        info, drive = self.plan.info, self.plan.drives[piece.drive]
-        part = TokenShard(self._part(piece.drive), rows=info.rows, cols=info.cols)
+        drive, (_, metadata) = self.plan.drives[piece.drive], self._open_part(piece.drive)
         runs = [
             (max(begin, piece.start) - piece.start, min(end, piece.stop) - piece.start)
-            for begin, end in json.loads(part.metadata["segments"])
+            for begin, end in json.loads(metadata["segments"])
             if begin < piece.stop and end > piece.start
         ]
         return DriveEntry(
@@ -292,45 +256,37 @@ class TokenStoreWriter:
         index = self._index()
         self._ranks.barrier()
         if self._ranks.is_main:
-            self._write_index(index)
+            with _writing(self.out):
+                self._settle(index)
+            self.close()
         self._ranks.barrier()
         return index
 
     def _missing(self) -> list[str]:
         # A network file system may show a rank what others wrote a while later.
         for _ in range(_PATIENCE_S if self._ranks.size > 1 else 0):
-            if all(self.done(drive.id) for drive in self.plan.drives):
+            if all(map(self.done, self._numbers)):
                 break
             time.sleep(1)
-        return [drive.id for drive in self.plan.drives if not self.done(drive.id)]
+        return [name for name in self._numbers if not self.done(name)]
 
-    def _write_index(self, index: StoreIndex) -> None:
-        with _writing(self.out):
-            if not index.frames:
-                self._remove()
-                first = f"{index.skipped[0].id!r} as {index.skipped[0].reason}"
-                raise DriveSimError(f"{self.out}: every drive was skipped, {first}")
+    def _settle(self, index: StoreIndex) -> None:
+        if index.frames:
             save_json(self.out / INDEX, to_dict(index))
             shutil.rmtree(self._work)
-        self.close()
-
-    def _remove(self) -> None:
+            return
         shutil.rmtree(self._work)
         for shard in range(len(self._shards)):
             (self.out / shard_name(shard)).unlink(missing_ok=True)
         self.out.rmdir()
+        first = f"{index.skipped[0].id!r} as {index.skipped[0].reason}"
+        raise DriveSimError(f"{self.out}: every drive was skipped, {first}")
 
     def _index(self) -> StoreIndex:
-        shards = tuple(
-            read_shard_entry(load_json(note), note)
-            for note in map(self._shard_note, range(len(self._shards)))
-        )
-        notes = [self._skip_note(number) for number in range(len(self.plan.drives))]
-        skipped = [
-            from_dict(SkippedDrive, load_json(note), where=str(note))
-            for note in notes
-            if note.exists()
-        ]
+        done = map(self._shard_note, range(len(self._shards)))
+        shards = tuple(validated(ShardEntry, load_json(note), note) for note in done)
+        left_out = filter(Path.exists, map(self._skip_note, self._numbers.values()))
+        skipped = tuple(validated(SkippedDrive, load_json(note), note) for note in left_out)
         entries = [entry for shard in shards for entry in shard.drives]
         return StoreIndex(
             schema=SCHEMA,
@@ -339,8 +295,32 @@ class TokenStoreWriter:
             drives=len({entry.id for entry in entries}),
             frames=sum(entry.frames for entry in entries),
             shards=shards,
-            skipped=tuple(skipped),
+            skipped=skipped,
         )
+
+
+def write_shard(
+    path: Path,
+    info: StoreInfo,
+    lengths: Sequence[int],
+    metadata: dict[str, str],
+    column: Callable[[str], Iterable[NDArray[Any]]],
+) -> None:
+    """Write a shard of drives with `lengths` frames, whole or not at all.
+
+    `column(name)` yields the drives' arrays of that column in order, so that only one needs to be
+    in memory at a time. Equal content is equal bytes.
+    """
+
+    forms = column_forms(info, lengths)
+
+    def pieces() -> Iterator[NDArray[Any]]:
+        for name, (code, _) in forms.items():
+            for array in [np.cumsum([0, *lengths])] if name == "offsets" else column(name):
+                yield np.ascontiguousarray(array, _NUMBERS[code])
+
+    with atomic_file(path) as temporary:
+        write_safetensors(temporary, forms, pieces(), metadata)
 
 
 def _without_folders(text: str, drive_id: str) -> str:

@@ -6,11 +6,13 @@ config of a billion layers. So memory is taken only for as many weights as the f
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -34,9 +36,11 @@ _FORMATS = {
     torch.int32: "I32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_NUMBER_BYTES = {code: dtype.itemsize for dtype, code in _FORMATS.items()}
 
 
 def save_weights(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
@@ -56,21 +60,39 @@ def write_tensors(
     """
     order = [*_FORMATS]
     names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
+    contiguous = (tensors[name].detach().cpu().contiguous() for name in names)
+    write_safetensors(
+        path,
+        {name: _form(tensors[name]) for name in names},
+        (value.reshape(-1).view(torch.uint8).numpy() for value in contiguous),
+        metadata,
+    )
+
+
+def write_safetensors(
+    path: Path,
+    forms: Mapping[str, Form],
+    data: Iterable[NDArray[Any]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file of tensors of these forms, in this order.
+
+    `data` yields their numbers, in pieces of any size. Tensors in order of falling size of their
+    numbers are aligned in the file.
+    """
     header: dict[str, Any] = {}
     if metadata is not None:
         header["__metadata__"] = dict(sorted(metadata.items()))
     end = 0
-    for name in names:
-        (dtype, shape), begin = _form(tensors[name]), end
-        end += tensors[name].nbytes
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (begin, end)}
+    for name, (code, shape) in forms.items():
+        begin, end = end, end + math.prod(shape) * _NUMBER_BYTES[code]
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": (begin, end)}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text = text.ljust(-(-len(text) // _ALIGNMENT) * _ALIGNMENT)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
-        for name in names:
-            value = tensors[name].detach().cpu().contiguous()
-            file.write(value.reshape(-1).view(torch.uint8).numpy().data)
+        for piece in data:
+            file.write(piece.data)
 
 
 def fingerprint(identity: Mapping[str, Any], module: nn.Module) -> str:

@@ -4,7 +4,7 @@ Axes: T context frames, N frames of the future, H W pixels, r c token rows and c
 """
 
 import hashlib
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ from driving_sim.data.drive import SampledDrive
 from driving_sim.data.split import original_id
 from driving_sim.data.synthetic import SyntheticDrive, load_synthetic_drive
 from driving_sim.data.synthetic.drives import DRIVE_FORMAT
-from driving_sim.data.tokens.shard import TokenShard
-from driving_sim.data.tokens.store import DriveTokens, StoreInfo, TokenStore
+from driving_sim.data.tokens.store import DriveTokens, TokenStore
 from driving_sim.engine.config import load_json
 from driving_sim.engine.errors import DriveSimError, TooLittleDataError
 from driving_sim.tokenizer.tokenizer import Tokenizer
@@ -42,28 +41,17 @@ class DriveView(DriveTokens):
         frames: int | None = None,
         channels: tuple[bool, bool] = (True, True),
     ) -> None:
-        self._drive, self.begin = drive, drive.begin
-        self.channels = (drive.channels[0] and channels[0], drive.channels[1] and channels[1])
         count = len(drive) if frames is None else min(frames, len(drive))
         segments = tuple(
             (begin, min(stop, count)) for begin, stop in drive.entry.segments if begin < count
         )
-        self.entry = replace(drive.entry, frames=count, segments=segments)
-
-    @property
-    def info(self) -> StoreInfo:
-        """What is the same for every drive of its store."""
-        return self._drive.info
-
-    @property
-    def shard_key(self) -> Hashable:
-        """Equal for drives of one shard, which this does not open."""
-        return self._drive.shard_key
-
-    @property
-    def shard(self) -> TokenShard:
-        """The shard that holds it, from its frame `begin` on."""
-        return self._drive.shard
+        super().__init__(
+            store=drive.store,
+            shard=drive.shard,
+            begin=drive.begin,
+            entry=replace(drive.entry, frames=count, segments=segments),
+            channels=(drive.channels[0] and channels[0], drive.channels[1] and channels[1]),
+        )
 
 
 class HeldOutStore(TokenStore):

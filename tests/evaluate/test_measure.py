@@ -14,7 +14,7 @@ import pytest
 from driving_sim.data.drive import DriveSet
 from driving_sim.data.sources import find_drives
 from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
-from driving_sim.data.tokens.shard import frame_bytes
+from driving_sim.data.tokens.index import frame_bytes
 from driving_sim.data.tokens.store import TokenStore
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.training.loop import TrainingConfig

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from driving_sim.data.tokens.index import shard_name
+from driving_sim.data.tokens.index import frame_bytes, shard_name
 from driving_sim.data.tokens.plan import PlannedDrive, StorePlan
-from driving_sim.data.tokens.shard import COLUMNS, frame_bytes
-from driving_sim.data.tokens.store import StoreInfo, TokenStore
+from driving_sim.data.tokens.store import StoreInfo, TokenStore, column_forms
 from driving_sim.data.tokens.writer import TokenStoreWriter
 from driving_sim.engine.errors import DriveSimError
 from tests import ROOT
@@ -31,6 +30,7 @@ INFO = StoreInfo(
     every=2,
 )
 OTHER_INFO = {"tokenizer_fingerprint": "beef", "every": 3, "steering_kind": "curvature"}
+COLUMNS = column_forms(INFO, [1])
 LENGTHS = {"a": 5, "b/left": 7, "long": 23, "c": 4, "d": 6}
 
 
@@ -396,10 +396,10 @@ def drop_column(header: dict[str, Any]) -> None:
     [
         (set_dtype, "I16"),
         (set_shape, "expected"),
-        (set_far, "does not fit"),
+        (set_far, "offset"),
         (set_fingerprint, "another store"),
         (set_steering, "another store"),
-        (drop_column, "actions"),
+        (drop_column, "offset"),
     ],
 )
 def test_a_header_that_does_not_fit_is_refused(tmp_path: Path, change: Any, reason: str) -> None:
@@ -419,7 +419,7 @@ def test_offsets_that_do_not_rise_are_refused(tmp_path: Path) -> None:
         with pytest.raises(DriveSimError, match="offsets"):
             joined(TokenStore(tmp_path / "tokens"), "c", "tokens")
     patch(path, start, np.array([0, 4, 7], "<i8").tobytes())
-    with pytest.raises(DriveSimError, match="lengths"):
+    with pytest.raises(DriveSimError, match="offsets"):
         joined(TokenStore(tmp_path / "tokens"), "c", "tokens")
 
 
@@ -486,7 +486,9 @@ def test_a_drive_that_is_described_wrongly_is_refused(
     index = json.loads(file.read_text())
     index["shards"][4]["drives"][1] |= change
     file.write_text(json.dumps(index))
-    with pytest.raises(DriveSimError, match=r"index\.json: damaged entry") as caught:
+    with pytest.raises(
+        DriveSimError, match=r"index\.json: damaged .* shards\.4\.drives\.1"
+    ) as caught:
         TokenStore(tmp_path / "tokens")
     assert "\n" not in str(caught.value)
 

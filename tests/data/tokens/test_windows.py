@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+from driving_sim.data.tokens.index import frame_bytes
 from driving_sim.data.tokens.plan import PlannedDrive, StorePlan
-from driving_sim.data.tokens.shard import frame_bytes
 from driving_sim.data.tokens.store import StoreInfo, TokenStore
 from driving_sim.data.tokens.windows import (
     TokenWindows,
@@ -186,11 +186,11 @@ def test_a_batch_is_not_larger_than_the_data(store: TokenStore) -> None:
 
 
 def test_a_token_outside_the_codebook_is_an_error(store: TokenStore) -> None:
-    shard = store.shard(0)
-    tokens = shard.columns["tokens"]
-    shard.columns["tokens"] = np.full_like(tokens, 800)
+    columns = store.shard(0)
+    tokens = columns["tokens"]
+    columns["tokens"] = np.full_like(tokens, 800)
     try:
         with pytest.raises(DriveSimError, match="token 800"):
             next(sequential_windows(store.drives, frames=4, batch_size=1))
     finally:
-        shard.columns["tokens"] = tokens
+        columns["tokens"] = tokens
