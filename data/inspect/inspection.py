@@ -13,7 +13,7 @@ from driving_sim.data.actions.action_file import SPEED, STEERING, SteeringKind
 from driving_sim.data.drive import Drive, SampledDrive, Skipped, sample
 from driving_sim.data.inspect.motion import picture_change, yaw_motion
 from driving_sim.data.inspect.picture import draw_drive
-from driving_sim.data.inspect.synchrony import Synchrony, measure_synchrony, within_segments
+from driving_sim.data.inspect.steering_check import Synchrony, measure_synchrony, within_segments
 from driving_sim.data.sources import find_drives
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.data.video.reader import VideoInfo

@@ -13,7 +13,7 @@ from driving_sim.data.actions.action_file import STEERING
 from driving_sim.data.drive import Drive, sample
 from driving_sim.data.inspect.inspection import inspect_drives
 from driving_sim.data.inspect.motion import yaw_motion
-from driving_sim.data.inspect.synchrony import measure_synchrony
+from driving_sim.data.inspect.steering_check import measure_synchrony
 from driving_sim.data.sources import find_drives
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.data.video.writer import write_video

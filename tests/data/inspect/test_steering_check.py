@@ -10,7 +10,7 @@ import pytest
 
 from driving_sim.data.actions.action_file import ActionLog, SteeringKind
 from driving_sim.data.drive import Drive, Frames, Indices, SampledDrive, sample
-from driving_sim.data.inspect.synchrony import NOTHING, curvature, measure_synchrony
+from driving_sim.data.inspect.steering_check import NOTHING, curvature, measure_synchrony
 from driving_sim.data.video.frame_size import FrameSize
 
 FPS = 15
