@@ -1,8 +1,9 @@
 """What is in a folder of drives, and what is wrong with it: `drivesim inspect`."""
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from driving_sim.data.inspect.picture import draw_drive
 from driving_sim.data.inspect.steering_check import Synchrony, measure_synchrony, within_segments
 from driving_sim.data.sources import find_drives
 from driving_sim.data.video.frame_size import FrameSize
-from driving_sim.data.video.reader import VideoInfo
 from driving_sim.engine.config import load_json
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_folder
@@ -30,6 +30,7 @@ _FASTEST_MPS = 60.0
 _STANDING_MPS, _DRIVING_MPS = 0.3, 3.0
 _FEW_FRAMES = 10
 _REPORT = "inspection.json"
+_VIDEO = "{0.codec} in {0.container}, {0.width}x{0.height}, read by {0.reader}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,13 +88,12 @@ class Report:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
-        problems = [f"{drive.id}: {line}" for drive in self.drives for line in drive.problems]
-        skipped = [f"{skipped.id}: {skipped.reason}" for skipped in self.skipped]
-        for title, entries in (
-            ("problems", problems),
-            ("skipped", skipped),
-            ("assumed", self.notices),
-        ):
+        found = {
+            "problems": [f"{drive.id}: {line}" for drive in self.drives for line in drive.problems],
+            "skipped": [f"{skipped.id}: {skipped.reason}" for skipped in self.skipped],
+            "assumed": self.notices,
+        }
+        for title, entries in found.items():
             if entries:
                 lines += ["", f"{title} ({len(entries)})", *(f"  {entry}" for entry in entries)]
         return "\n".join([*lines, "", f"pictures and inspection.json: {self.out}"])
@@ -130,42 +130,21 @@ def _range(values: tuple[float, float] | None, form: str) -> str:
     return "-" if values is None else f"{values[0]:{form}} to {values[1]:{form}}"
 
 
-def _blocks(drive: Drive, indices: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.uint8]]:
-    """Frames in blocks that share one frame, so that no pair of neighbours is lost."""
-    block: list[npt.NDArray[np.uint8]] = []
-    for frame in drive.stream(_SIZE, indices):
-        block.append(frame)
-        if len(block) == _FRAMES_AT_ONCE:
-            yield np.stack(block)
-            block = block[-1:]
-    if len(block) > 1:
-        yield np.stack(block)
-
-
 def _measure(
     sampled: SampledDrive, shown: Progress
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Image motion and picture change [T - 1] of the frames."""
     motion, change = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
-    for block in _blocks(sampled.drive, sampled.indices):
-        motion.append(yaw_motion(block))
-        change.append(picture_change(block))
+    frames = sampled.drive.stream(_SIZE, sampled.indices)
+    block = list(islice(frames, _FRAMES_AT_ONCE))
+    while len(block) > 1:
+        motion.append(yaw_motion(np.stack(block)))
+        change.append(picture_change(np.stack(block)))
         shown.advance(len(block) - 1)
+        # Blocks share one frame, so that no pair of neighbours is lost.
+        block = [block[-1], *islice(frames, _FRAMES_AT_ONCE - 1)]
     shown.advance(1)
     return np.concatenate(motion), np.concatenate(change)
-
-
-def _beginning(drive: Drive, seconds: float) -> Drive:
-    """The drive with only its first seconds."""
-    count = max(1, int(np.searchsorted(drive.timestamps, seconds)))
-    return Drive(
-        id=drive.id,
-        source=drive.source,
-        timestamps=drive.timestamps[:count],
-        reader=drive.reader,
-        log=drive.log,
-        video=drive.video,
-    )
 
 
 def _speed_problems(sampled: SampledDrive, change: npt.NDArray[np.float32]) -> list[str]:
@@ -193,10 +172,6 @@ def _value_range(sampled: SampledDrive, channel: int) -> tuple[float, float] | N
     return (float(values.min()), float(values.max())) if len(values) else None
 
 
-def _description(info: VideoInfo) -> str:
-    return f"{info.codec} in {info.container}, {info.width}x{info.height}, read by {info.reader}"
-
-
 def _report(
     drive: Drive,
     measured: SampledDrive,
@@ -207,23 +182,21 @@ def _report(
     whole = sample(drive)
     synchrony = measure_synchrony(motion, measured)
     problems = (*synchrony.problems, *_speed_problems(measured, change))
-    starts = [start for start, _ in whole.segments[1:]]
-    gap_lengths = np.diff(whole.timestamps)[[start - 1 for start in starts]]
+    gap_lengths = np.diff(whole.timestamps)[~within_segments(whole)]
     picture = f"{drive.id}.png"
     caption = f"{drive.id}: " + ("; ".join(problems) if problems else "no problems found")
     draw_drive(
         out / picture, measured, np.where(within_segments(measured), motion, np.nan), caption
     )
-    info = drive.video
     return DriveReport(
         id=drive.id,
         source=drive.source,
         frames=len(drive.timestamps),
         duration_s=drive.duration_s,
         fps=whole.fps,
-        gaps=len(starts),
+        gaps=len(gap_lengths),
         longest_gap_s=float(gap_lengths.max(initial=0.0)),
-        video=None if info is None else _description(info),
+        video=drive.video and _VIDEO.format(drive.video),
         steering_kind=drive.log.steering_kind if drive.log else None,
         speed_range_mps=_value_range(whole, SPEED),
         steering_range=_value_range(whole, STEERING),
@@ -273,7 +246,8 @@ def inspect_drives(
     frames = sum(int((drive.timestamps < _MEASURED_S).sum()) for drive in found.drives)
     with atomic_folder(out) as folder, progress(frames, "inspect", "frames") as shown:
         for drive in found.drives:
-            measured = sample(_beginning(drive, _MEASURED_S))
+            count = max(1, int(np.searchsorted(drive.timestamps, _MEASURED_S)))
+            measured = sample(replace(drive, timestamps=drive.timestamps[:count]))
             try:
                 motion, change = _measure(measured, shown)
             except DriveSimError as error:

@@ -42,21 +42,18 @@ _VISIBLE_MOTION = 0.002
 class Synchrony:
     """How image motion and steering go together."""
 
-    lag_frames: int | None
+    lag_frames: int | None = None
     """Frames by which the actions are late (negative: early); None where it cannot be told."""
-    lag_s: float | None
+    lag_s: float | None = None
     """The same in seconds."""
-    sign: int | None
+    sign: int | None = None
     """1 where positive steering turns the picture as a left turn does, -1 where it is flipped."""
-    correlation: float | None
+    correlation: float | None = None
     """Of image motion and steering at the lag; None where one of them never changes."""
-    focal_widths: float | None
+    focal_widths: float | None = None
     """The camera's focal length in picture widths that would explain the size of the motion."""
     problems: tuple[str, ...] = ()
     """What is wrong, one line each, with the remedy."""
-
-
-NOTHING = Synchrony(lag_frames=None, lag_s=None, sign=None, correlation=None, focal_widths=None)
 
 
 def curvature(steering: FloatArray, kind: SteeringKind) -> FloatArray:
@@ -94,13 +91,10 @@ def _correlations(
     motion: FloatArray, turns: FloatArray, usable: npt.NDArray[np.bool_], max_lag: int
 ) -> FloatArray:
     """Correlation of motion[t] with turns[t + k] for k from -max_lag to max_lag; NaN if unknown."""
-    count = len(motion)
     found = np.full(2 * max_lag + 1, np.nan)
     for lag in range(-max_lag, max_lag + 1):
-        seen = slice(max(0, -lag), count - max(0, lag))
-        said = slice(max(0, lag), count - max(0, -lag))
-        both = usable[seen] & usable[said]
-        a, b = motion[seen][both], turns[said][both]
+        said, known = _at_lag(turns, usable, lag)
+        a, b = motion[usable & known], said[usable & known]
         if len(a) >= _MIN_PAIRS and a.std() > 1e-6 and b.std() > 1e-6:
             found[lag + max_lag] = np.corrcoef(a, b)[0, 1]
     return found
@@ -168,7 +162,7 @@ def measure_synchrony(motion: npt.NDArray[np.float32], sampled: SampledDrive) ->
     """
     kind = sampled.drive.log.steering_kind if sampled.drive.log else None
     if kind is None or len(motion) < 2 * _MIN_PAIRS:
-        return NOTHING
+        return Synchrony()
     turns, known = _turns(sampled, kind)
     usable = known & within_segments(sampled)
     period = median_period(sampled.timestamps)
@@ -176,12 +170,18 @@ def measure_synchrony(motion: npt.NDArray[np.float32], sampled: SampledDrive) ->
     seen = motion.astype(np.float64)
     correlations = _correlations(seen, turns, usable, max_lag)
     if np.isnan(correlations).all():
-        return NOTHING
+        return Synchrony()
     best = int(np.nanargmax(np.abs(correlations)))
     lag, correlation = best - max_lag, float(correlations[best])
     has_speed = bool(sampled.action_valid[:, SPEED].any())
     if abs(correlation) < _MIN_CORRELATION:
-        return _unclear(correlation, visible=has_speed and _visible(turns[usable]))
+        # Whether the turns would show in the widest picture.
+        visible = has_speed and turns[usable].std() * _FOCAL_WIDTHS[0] > _VISIBLE_MOTION
+        unclear = (
+            f"the picture does not follow the steering (correlation {correlation:.2f} at best): "
+            "are these the actions of this video, and their units right?"
+        )
+        return Synchrony(correlation=correlation, problems=(unclear,) if visible else ())
     focal = float(seen[usable].std() / turns[usable].std()) if has_speed else None
     sign = 1 if correlation > 0 else -1
     matched = _at_lag(turns, usable, lag)
@@ -200,24 +200,4 @@ def measure_synchrony(motion: npt.NDArray[np.float32], sampled: SampledDrive) ->
         correlation=correlation,
         focal_widths=focal,
         problems=tuple(line for line in problems if line is not None),
-    )
-
-
-def _visible(turns: FloatArray) -> bool:
-    """Whether turns [P] in rad would show in the widest picture."""
-    return bool(turns.std() * _FOCAL_WIDTHS[0] > _VISIBLE_MOTION)
-
-
-def _unclear(correlation: float, *, visible: bool) -> Synchrony:
-    problem = (
-        f"the picture does not follow the steering (correlation {correlation:.2f} at best): are "
-        "these the actions of this video, and their units right?"
-    )
-    return Synchrony(
-        lag_frames=None,
-        lag_s=None,
-        sign=None,
-        correlation=correlation,
-        focal_widths=None,
-        problems=(problem,) if visible else (),
     )

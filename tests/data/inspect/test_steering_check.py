@@ -10,7 +10,7 @@ import pytest
 
 from driving_sim.data.actions.action_file import ActionLog, SteeringKind
 from driving_sim.data.drive import Drive, Frames, Indices, SampledDrive, sample
-from driving_sim.data.inspect.steering_check import NOTHING, curvature, measure_synchrony
+from driving_sim.data.inspect.steering_check import Synchrony, curvature, measure_synchrony
 from driving_sim.data.video.frame_size import FrameSize
 
 FPS = 15
@@ -173,10 +173,10 @@ def test_gaps_and_unknown_actions_take_no_part(steering: Series, speed: Series) 
 def test_what_cannot_be_told_is_not_told(steering: Series, speed: Series) -> None:
     motion = motion_of(steering, speed)
     straight = make_drive(np.zeros_like(steering), speed)
-    assert measure_synchrony(motion, straight) == NOTHING
-    assert measure_synchrony(motion[:40], make_drive(steering[:41], speed[:41])) == NOTHING
+    assert measure_synchrony(motion, straight) == Synchrony()
+    assert measure_synchrony(motion[:40], make_drive(steering[:41], speed[:41])) == Synchrony()
     bare = replace(straight.drive, log=None)
-    assert measure_synchrony(motion, sample(bare)) == NOTHING
+    assert measure_synchrony(motion, sample(bare)) == Synchrony()
 
 
 def test_steering_alone_still_tells_lag_and_sign(steering: Series, speed: Series) -> None:
