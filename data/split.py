@@ -1,7 +1,6 @@
 """Which drives train and which validate: whole drives, never parts of one."""
 
 import hashlib
-import unicodedata
 from collections.abc import Sequence
 from difflib import get_close_matches
 
@@ -14,11 +13,6 @@ MIRROR_SUFFIX = "~mirror"
 def original_id(drive_id: str) -> str:
     """The id of the drive that this one mirrors, or its own."""
     return drive_id.removesuffix(MIRROR_SUFFIX)
-
-
-def has_control_characters(drive_id: str) -> bool:
-    """Whether an id has characters that no message or index can show: controls, or no Unicode."""
-    return any(unicodedata.category(character) in ("Cc", "Cs") for character in drive_id)
 
 
 def _rank(drive_id: str, seed: int) -> bytes:

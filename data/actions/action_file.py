@@ -5,7 +5,6 @@ Legend: M samples; channel 0 is speed in m/s, channel 1 is steering, left positi
 
 import csv
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -73,12 +72,7 @@ _STEERINGS = {
     "steering_norm": _Column(1.0, "normalised"),
     "steering": _Column(1.0),
 }
-_WRITTEN: dict[SteeringKind, str] = {
-    "steering_wheel": "steering_rad",
-    "road_wheel": "road_wheel_rad",
-    "curvature": "curvature",
-    "normalised": "steering_norm",
-}
+_WRITTEN = {column.kind: name for name, column in _STEERINGS.items() if column.scale == 1.0}
 UNITS: dict[SteeringKind, str] = {
     "steering_wheel": "rad",
     "road_wheel": "rad",
@@ -99,9 +93,20 @@ STEERING_LIMIT: dict[SteeringKind, float] = {
 }
 
 
-def _find(table: CsvTable, known: dict[str, _Column], family: tuple[str, ...]) -> str | None:
-    """The one column of `known`. Raises DriveSimError for two, or for one in an unknown unit."""
+def _find(
+    table: CsvTable,
+    known: dict[str, _Column],
+    family: tuple[str, ...],
+    wanted: SteeringKind | None = None,
+) -> str | None:
+    """The one column of `known`, of several steerings the one whose kind is wanted.
+
+    Raises DriveSimError for two, or for one in an unknown unit.
+    """
     found = [name for name in table.names if name in known]
+    of_kind = [name for name in found if known[name].kind == wanted]
+    if wanted is not None and len(of_kind) == 1:
+        return of_kind[0]
     if len(found) > 1:
         raise table.fail(
             f"has the columns {' and '.join(found)}, which say the same: keep one of them"
@@ -115,9 +120,7 @@ def _find(table: CsvTable, known: dict[str, _Column], family: tuple[str, ...]) -
 
 
 def _check_increasing(table: CsvTable, name: str, values: FloatArray) -> None:
-    backward = np.flatnonzero(np.diff(values) <= 0)
-    if len(backward):
-        row = int(backward[0]) + 1
+    for row in np.flatnonzero(np.diff(values) <= 0)[:1] + 1:
         what = "the same as" if values[row] == values[row - 1] else "before"
         raise table.fail(
             f"{name} {table.cell(row, name)} is {what} the line above's; times must increase: "
@@ -126,13 +129,25 @@ def _check_increasing(table: CsvTable, name: str, values: FloatArray) -> None:
         )
 
 
+def _scaled(
+    table: CsvTable, name: str, scale: float, low: float, high: float, hint: str
+) -> FloatArray:
+    """A column in SI units. Raises DriveSimError at the first value out of range."""
+    values = table.numbers(name) * scale
+    for row in np.flatnonzero((values < low) | (values > high))[:1]:
+        raise table.fail(
+            f"{name} {table.cell(row, name)} is out of range ({hint}); check the column's unit", row
+        )
+    return values
+
+
 def _times(table: CsvTable, frame_times: FloatArray | None) -> FloatArray:
     name = _find(table, _TIMES, ("timestamp_", "time_"))
     if name is not None:
-        values, scale = table.numbers(name), _TIMES[name].scale
-        _check_range(table, name, values * scale, -_LATEST_S, _LATEST_S, "30,000 years of seconds")
-        _check_increasing(table, name, values)
-        return values * scale
+        scale, hint = _TIMES[name].scale, "30,000 years of seconds"
+        times = _scaled(table, name, scale, -_LATEST_S, _LATEST_S, hint)
+        _check_increasing(table, name, times)
+        return times
     if "frame" not in table.names:
         raise table.fail(
             f"has no time column among {table.columns}; name one timestamp_s, or frame"
@@ -142,24 +157,12 @@ def _times(table: CsvTable, frame_times: FloatArray | None) -> FloatArray:
     frames = table.numbers("frame")
     _check_increasing(table, "frame", frames)
     outside = (frames != np.floor(frames)) | (frames < 0) | (frames >= len(frame_times))
-    if outside.any():
-        row = int(np.flatnonzero(outside)[0])
+    for row in np.flatnonzero(outside)[:1]:
         raise table.fail(
             f"frame {frames[row]:g} is not among the video's frames 0 to {len(frame_times) - 1}",
             row,
         )
     return frame_times[frames.astype(np.int64)]
-
-
-def _check_range(
-    table: CsvTable, name: str, values: FloatArray, low: float, high: float, hint: str
-) -> None:
-    outside = np.flatnonzero((values < low) | (values > high))
-    if len(outside):
-        row = int(outside[0])
-        raise table.fail(
-            f"{name} {table.cell(row, name)} is out of range ({hint}); check the column's unit", row
-        )
 
 
 def _speed(table: CsvTable, notices: list[str]) -> FloatArray | None:
@@ -168,26 +171,15 @@ def _speed(table: CsvTable, notices: list[str]) -> FloatArray | None:
         return None
     if name == "speed":
         notices.append("speed is taken to be in m/s (else name it speed_kmh or speed_mph)")
-    values = table.numbers(name) * _SPEEDS[name].scale
     low, high = SPEED_RANGE_MPS
     hint = f"{low:g} to {high:g} m/s; km/h is speed_kmh, mph is speed_mph"
-    _check_range(table, name, values, low, high, hint)
-    return values
-
-
-def _steering_column(table: CsvTable, wanted: SteeringKind | None) -> str | None:
-    """The steering column; of several, the one whose kind is wanted."""
-    found = [name for name in table.names if name in _STEERINGS]
-    of_kind = [name for name in found if _STEERINGS[name].kind == wanted]
-    if wanted is not None and len(found) > 1 and len(of_kind) == 1:
-        return of_kind[0]
-    return _find(table, _STEERINGS, ("steering_", "road_wheel", "curvature_"))
+    return _scaled(table, name, _SPEEDS[name].scale, low, high, hint)
 
 
 def _steering(
     table: CsvTable, wanted: SteeringKind | None, wanted_by: str, notices: list[str]
 ) -> tuple[FloatArray | None, SteeringKind | None]:
-    name = _steering_column(table, wanted)
+    name = _find(table, _STEERINGS, ("steering_", "road_wheel", "curvature_"), wanted)
     if name is None:
         return None, None
     kind = _STEERINGS[name].kind
@@ -202,10 +194,9 @@ def _steering(
         notices.append(f"steering is taken to be {kind}, in {UNITS[kind]}, left positive")
     elif wanted is not None and kind != wanted:
         raise table.fail(f"column {name!r} is {kind}, but {wanted_by} {wanted}")
-    values = table.numbers(name) * _STEERINGS[name].scale
     limit = STEERING_LIMIT[kind]
-    _check_range(table, name, values, -limit, limit, f"at most {limit:g} {UNITS[kind]} either way")
-    return values, kind
+    hint = f"at most {limit:g} {UNITS[kind]} either way"
+    return _scaled(table, name, _STEERINGS[name].scale, -limit, limit, hint), kind
 
 
 def read_action_file(
@@ -239,7 +230,7 @@ def read_action_file(
             f"{', '.join(_SPEEDS)} and {', '.join(_STEERINGS)}"
         )
     values = np.zeros((len(times), 2), np.float32)
-    for channel, column in ((SPEED, speed), (STEERING, steering)):
+    for channel, column in enumerate((speed, steering)):
         if column is not None:
             values[:, channel] = column
     return ActionLog(
@@ -264,14 +255,6 @@ def is_action_file(path: Path) -> bool:
     return bool(names & {*_TIMES, "frame"}) and bool(names & {*_SPEEDS, *_STEERINGS})
 
 
-def _held(
-    times: FloatArray, actions: npt.NDArray[np.float32], until: float
-) -> Iterator[tuple[float, npt.NDArray[np.float32]]]:
-    for time, following, action in zip(times, [*times[1:], until], actions, strict=True):
-        yield time, action
-        yield following - 1e-6, action
-
-
 def write_action_file(
     path: Path,
     times: FloatArray,
@@ -286,12 +269,10 @@ def write_action_file(
     (exactly so in a simulator), pass `hold_until`, the time at which the last one ends: each action
     then has a row at its start and one a microsecond before its end.
     """
-    rows = (
-        zip(times, actions, strict=True)
-        if hold_until is None
-        else _held(times, actions, hold_until)
-    )
+    if hold_until is not None:
+        ends = np.append(times[1:], hold_until) - 1e-6
+        times, actions = np.stack([times, ends], axis=1).ravel(), actions.repeat(2, axis=0)
     with atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         file.write(f"timestamp_s,speed_mps,{_WRITTEN[kind]}\n")
-        for time, (speed, steering) in rows:
+        for time, (speed, steering) in zip(times, actions, strict=True):
             file.write(f"{time:.6f},{speed:.9g},{steering:.9g}\n")

@@ -42,12 +42,13 @@ class CsvTable:
 
     def numbers(self, name: str) -> npt.NDArray[np.float64]:
         """A column as finite numbers. Raises DriveSimError at the first cell that is none."""
-        column = self.names.index(name)
-        values = np.array([_number(cells[column]) for cells in self.rows])
+        column = [cells[self.names.index(name)].strip() for cells in self.rows]
+        values = np.array([*map(_number, column)])
         for row in np.flatnonzero(~np.isfinite(values))[:1]:
-            cell = self.rows[row][column].strip()
             raise self.fail(
-                f"{name} is {shown(cell)}, not a finite number: correct it or remove the row", row
+                f"{name} is {shown(column[row])}, not a finite number: correct it or remove "
+                "the row",
+                row,
             )
         return values
 
@@ -63,16 +64,15 @@ def _number(cell: str) -> float:
         return math.nan
 
 
-def read_csv(path: Path) -> CsvTable:
-    """Read a CSV with a header and at least two rows; empty lines do not count.
+def read_rows(path: Path) -> list[tuple[int, list[str]]]:
+    """The rows of a CSV, each with the line of the file it ends on; empty lines do not count.
 
-    Raises DriveSimError where the file is missing, no UTF-8 text, ragged or too short.
+    Raises DriveSimError where the file is missing or no UTF-8 text.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
-            header = tuple(name.strip().lower() for name in next(reader, []))
-            numbered = [(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))]
+            return [(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))]
     except FileNotFoundError:
         raise DriveSimError(f"{path}: no such file") from None
     # ValueError: not UTF-8, or a path with a zero byte
@@ -80,15 +80,25 @@ def read_csv(path: Path) -> CsvTable:
         raise DriveSimError(
             f"{path}: cannot be read as a CSV of UTF-8 text ({one_line(error)})"
         ) from None
-    if not header:
+
+
+def read_csv(path: Path) -> CsvTable:
+    """Read a CSV with a header and at least two rows; empty lines do not count.
+
+    Raises DriveSimError where the file is missing, no UTF-8 text, ragged or too short.
+    """
+    numbered = read_rows(path)
+    if not numbered:
         raise DriveSimError(
             f"{path}: is empty; its first line must name the columns, such as "
             "timestamp_s,speed_mps,road_wheel_rad"
         )
-    table = CsvTable(path, header, [cells for _, cells in numbered], [line for line, _ in numbered])
+    (_, header), *rows = numbered
+    names = tuple(name.strip().lower() for name in header)
+    table = CsvTable(path, names, [cells for _, cells in rows], [line for line, _ in rows])
     for row, cells in enumerate(table.rows):
-        if len(cells) != len(header):
-            raise table.fail(f"has {len(cells)} cells where the header has {len(header)}", row)
-    if len(table.rows) < 2:
-        raise table.fail(f"has {len(table.rows)} rows of values; at least 2 are needed")
+        if len(cells) != len(names):
+            raise table.fail(f"has {len(cells)} cells where the header has {len(names)}", row)
+    if len(rows) < 2:
+        raise table.fail(f"has {len(rows)} rows of values; at least 2 are needed")
     return table

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import cast
 
 from driving_sim.data.actions.action_file import SteeringKind
+from driving_sim.data.actions.alignment import check_coverage
 from driving_sim.data.drive import Drive, DriveSet, Skipped
+from driving_sim.data.inner_name import is_inner_name
 from driving_sim.data.sources import comma2k19, udacity, video_folder
 from driving_sim.data.sources.log_options import LogOptions
-from driving_sim.data.split import MIRROR_SUFFIX, has_control_characters
+from driving_sim.data.split import MIRROR_SUFFIX
 from driving_sim.engine.errors import DriveSimError
 
 # Probing waits for the disk, or for the network behind it. Another decoder takes as long to start
@@ -92,9 +94,10 @@ def _check_name(drive_id: str, path: Path) -> None:
         raise DriveSimError(
             f"{path}: names that end in {MIRROR_SUFFIX} are those of mirrored drives; rename it"
         )
-    if has_control_characters(drive_id):
+    if not is_inner_name(drive_id):
         raise DriveSimError(
-            f"{str(path)!r}: its name holds control characters or is not Unicode; rename it"
+            f"{str(path)!r}: its name holds control characters, begins with a backslash or is not "
+            "Unicode; rename it"
         )
 
 
@@ -135,9 +138,12 @@ def find_drives(
     def load(pair: tuple[str, _Candidate]) -> Drive | Skipped:
         drive_id, candidate = pair
         try:
-            return candidate.load(candidate.path, drive_id, options if actions else None)
+            drive = candidate.load(candidate.path, drive_id, options if actions else None)
+            if drive.log is not None:
+                check_coverage(drive.log, drive.timestamps)
         except DriveSimError as error:
             return Skipped(id=drive_id, reason=str(error))
+        return drive
 
     at_once = min(_PROBES_AT_ONCE, 1 + len(named) // _PROBES_FOR_A_DECODER)
     with ThreadPoolExecutor(at_once) as pool:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from driving_sim.data.actions.action_file import SPEED_RANGE_MPS, STEERING_LIMIT, ActionLog
-from driving_sim.data.actions.alignment import EXTRAPOLATION_S, GAP_S, check_coverage
+from driving_sim.data.actions.alignment import EXTRAPOLATION_S, GAP_S
 from driving_sim.data.drive import Drive, VideoFrames
 from driving_sim.data.sources.log_options import LogOptions
 from driving_sim.data.video.decoder_pool import probe
@@ -77,11 +77,7 @@ def _pauses(times: FloatArray) -> list[tuple[float, float]]:
 
 def _read_log(segment: Path, start: float, options: LogOptions) -> ActionLog:
     """Both signals on the union of their times: linear interpolation loses nothing there."""
-    if options.steering_kind not in (None, "steering_wheel"):
-        raise DriveSimError(
-            f"{segment}: comma2k19's steering is steering_wheel, but {options.wanted_by} "
-            f"{options.steering_kind}"
-        )
+    options.check_kind(f"{segment}: comma2k19's steering", "steering_wheel")
     channels = [_channel(segment / _CAN / name, *limits) for name, limits in _LIMITS.items()]
     times = np.union1d(channels[0][0], channels[1][0])
     clock = start - options.time_offset
@@ -113,15 +109,12 @@ def load(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
             f"{path}: video.hevc has {len(info.timestamps)} frames, and global_pose/frame_times "
             f"must list as many increasing times, but has {len(frame_times)}: download it again"
         )
-    log = None if options is None else _read_log(path, float(frame_times[0]), options)
     info = replace(info, timestamps=frame_times - frame_times[0])
-    if log is not None:
-        check_coverage(log, info.timestamps)
     return Drive(
         id=drive_id,
         source="comma2k19",
         timestamps=info.timestamps,
         reader=VideoFrames(info),
-        log=log,
+        log=None if options is None else _read_log(path, float(frame_times[0]), options),
         video=info,
     )

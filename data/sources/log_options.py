@@ -24,3 +24,8 @@ class LogOptions:
             raise DriveSimError(
                 f"--steering-kind {self.steering_kind}: kinds are {', '.join(kinds)}"
             )
+
+    def check_kind(self, steering: str, kind: SteeringKind) -> None:
+        """Raise DriveSimError where a steering of this kind is not the one that is wanted."""
+        if self.steering_kind not in (None, kind):
+            raise DriveSimError(f"{steering} is {kind}, but {self.wanted_by} {self.steering_kind}")

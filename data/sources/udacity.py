@@ -6,7 +6,6 @@ centre camera's images are the frames, their file names hold the times.
 https://github.com/udacity/self-driving-car-sim
 """
 
-import csv
 import math
 import re
 from collections.abc import Iterator
@@ -16,11 +15,10 @@ from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from driving_sim.data.actions.action_file import ActionLog
-from driving_sim.data.actions.alignment import check_coverage
+from driving_sim.data.actions.csv_table import read_rows
 from driving_sim.data.drive import Drive, Frames, Indices
 from driving_sim.data.inner_name import inside
 from driving_sim.data.sources.log_options import LogOptions
@@ -114,22 +112,17 @@ def _row(cells: list[str], recording: Path, resolved: Path) -> _Row:
 def _read_log(log: Path) -> list[_Row]:
     rows: list[_Row] = []
     resolved = log.parent.resolve()
-    try:
-        with log.open(newline="", encoding="utf-8-sig") as file:
-            for line, cells in enumerate(csv.reader(file), start=1):
-                if not cells or (line == 1 and cells[0].strip().lower() == "center"):
-                    continue
-                try:
-                    rows.append(_row(cells, log.parent, resolved))
-                    if len(rows) > 1 and rows[-1].moment <= rows[-2].moment:
-                        raise ValueError("the image's time is not after the line above's")
-                except ValueError as error:
-                    raise DriveSimError(
-                        f"{log}, line {line}: {one_line(error)}; correct it or remove the row"
-                    ) from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = one_line(error)
-        raise DriveSimError(f"{log}: cannot be read as a CSV of UTF-8 text ({reason})") from None
+    for number, (line, cells) in enumerate(read_rows(log)):
+        if number == 0 and cells[0].strip().lower() == "center":
+            continue
+        try:
+            rows.append(_row(cells, log.parent, resolved))
+            if len(rows) > 1 and rows[-1].moment <= rows[-2].moment:
+                raise ValueError("the image's time is not after the line above's")
+        except (ValueError, OSError) as error:  # OSError: a name too long for a file
+            raise DriveSimError(
+                f"{log}, line {line}: {one_line(error)}; correct it or remove the row"
+            ) from None
     if len(rows) < 2:
         raise DriveSimError(f"{log}: has {len(rows)} rows; at least 2 are needed")
     return rows
@@ -140,28 +133,17 @@ def load(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
 
     Raises DriveSimError naming the line that cannot be used.
     """
-    log_path = path / LOG_NAME
-    rows = _read_log(log_path)
+    rows = _read_log(path / LOG_NAME)
     times = np.array([(row.moment - rows[0].moment).total_seconds() for row in rows])
-    log = None if options is None else _actions(rows, times, log_path, options)
+    log = None
+    if options is not None:
+        options.check_kind(f"{path / LOG_NAME}: a simulator's steering", "road_wheel")
+        log = ActionLog(
+            times=times + options.time_offset,
+            values=np.array([(row.speed_mps, row.road_wheel_rad) for row in rows], np.float32),
+            has=np.array([True, True]),
+            steering_kind="road_wheel",
+            origin=str(path / LOG_NAME),
+        )
     reader = ImageFrames(tuple(row.image for row in rows))
     return Drive(id=drive_id, source="udacity", timestamps=times, reader=reader, log=log)
-
-
-def _actions(
-    rows: list[_Row], times: npt.NDArray[np.float64], log_path: Path, options: LogOptions
-) -> ActionLog:
-    if options.steering_kind not in (None, "road_wheel"):
-        raise DriveSimError(
-            f"{log_path}: a simulator's steering is road_wheel, but {options.wanted_by} "
-            f"{options.steering_kind}"
-        )
-    log = ActionLog(
-        times=times + options.time_offset,
-        values=np.array([(row.speed_mps, row.road_wheel_rad) for row in rows], np.float32),
-        has=np.array([True, True]),
-        steering_kind="road_wheel",
-        origin=str(log_path),
-    )
-    check_coverage(log, times)
-    return log
