@@ -5,6 +5,7 @@ Legend: B frames of a batch, N frames of all drives together, H height, W width.
 
 import multiprocessing
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ _NEIGHBOURHOOD = 16
 """Frames among which these neighbours are drawn."""
 
 
+@dataclass(eq=False)
 class FrameBatches(Dataset[dict[str, Tensor]]):
     """`dataset[n]` is batch n, {"frames": uint8 [B, H, W, 3]}: a function of (seed, n) only.
 
@@ -39,38 +41,28 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
     decoded.
     """
 
-    def __init__(
-        self,
-        drives: Sequence[SampledDrive],
-        *,
-        size: FrameSize,
-        batch_size: int,
-        seed: int,
-        mirror: bool,
-        shift: int = 0,
-        gain: float = 0.0,
-        cutmix: float = 0.0,
-        shared: bool = False,
-        cache_bytes: int,
-    ) -> None:
-        self.size = size
-        self.batch_size = batch_size
-        self.seed = seed
-        self.mirror = mirror
-        self.shift = shift
-        self.gain = gain
-        self.cutmix = cutmix
-        self.shared = shared
-        self._drives = list(drives)
-        self._offsets = np.cumsum([0, *(len(drive.indices) for drive in drives)])
+    drives: Sequence[SampledDrive]
+    _: KW_ONLY
+    size: FrameSize
+    batch_size: int
+    seed: int
+    mirror: bool
+    shift: int = 0
+    gain: float = 0.0
+    cutmix: float = 0.0
+    shared: bool = False
+    cache_bytes: int
+
+    def __post_init__(self) -> None:
+        self._offsets = np.cumsum([0, *(len(drive.indices) for drive in self.drives)])
         if self.frame_count == 0:
             raise DriveSimError("no frames to train on: the drives are empty")
-        if batch_size > self.frame_count:
+        if self.batch_size > self.frame_count:
             raise DriveSimError(
-                f"data.batch_size={batch_size}: there are only {self.frame_count} frames to train "
-                "on; lower it, or give more or longer videos"
+                f"data.batch_size={self.batch_size}: there are only {self.frame_count} frames to "
+                "train on; lower it, or give more or longer videos"
             )
-        fits = self.frame_count * size.height * size.width * 3 <= cache_bytes
+        fits = self.frame_count * self.size.height * self.size.width * 3 <= self.cache_bytes
         self._cache = self._decode_all() if fits else None
 
     @property
@@ -105,7 +97,7 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
             _share(cache)  # before it is filled: then it is never held twice
         filled = cache.numpy()
         with progress(self.frame_count, "decode", "frames") as shown:
-            for drive, start in zip(self._drives, self._offsets[:-1], strict=True):
+            for drive, start in zip(self.drives, self._offsets[:-1], strict=True):
                 for frame in drive.drive.stream(self.size, drive.indices):
                     filled[start] = frame
                     start += 1
@@ -115,21 +107,19 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
     def _neighbours(self, generator: np.random.Generator) -> NDArray[np.int64]:
         """Draw B of the N frames, a few at each of some places; never across drives."""
         places = generator.integers(self.frame_count, size=-(-self.batch_size // _NEIGHBOURS))
-        chosen = [self._near(int(place), generator) for place in places]
-        return np.concatenate(chosen)[: self.batch_size]
-
-    def _near(self, place: int, generator: np.random.Generator) -> NDArray[np.int64]:
-        drive = int(np.searchsorted(self._offsets, place, side="right")) - 1
-        first, last = int(self._offsets[drive]), int(self._offsets[drive + 1])
         # Fixed stretches of a drive: so every frame is as likely as every other.
-        start = place - (place - first) % _NEIGHBOURHOOD
-        return generator.integers(start, min(start + _NEIGHBOURHOOD, last), size=_NEIGHBOURS)
+        drives = np.searchsorted(self._offsets, places, side="right") - 1
+        starts = places - (places - self._offsets[drives]) % _NEIGHBOURHOOD
+        stops = np.minimum(starts + _NEIGHBOURHOOD, self._offsets[drives + 1])
+        bounds = zip(starts, stops, strict=True)
+        chosen = [generator.integers(start, stop, size=_NEIGHBOURS) for start, stop in bounds]
+        return np.concatenate(chosen)[: self.batch_size]
 
     def _decode(self, chosen: NDArray[np.int64]) -> NDArray[np.uint8]:
         frames = np.empty((len(chosen), self.size.height, self.size.width, 3), dtype=np.uint8)
         numbers = np.searchsorted(self._offsets, chosen, side="right") - 1
         for number in np.unique(numbers):
-            inside, drive = numbers == number, self._drives[number]
+            inside, drive = numbers == number, self.drives[number]
             indices = drive.indices[chosen[inside] - self._offsets[number]]
             frames[inside] = drive.drive.frames(indices, self.size)
         return frames

@@ -82,7 +82,8 @@ class Report:
 
     def table(self) -> str:
         """The report as text: a row for each drive, then the problems, what was skipped and why."""
-        rows = [_HEADER, *(_row(drive) for drive in self.drives)]
+        named = [_row(drive) for drive in self.drives]
+        rows = [tuple(named[0]), *(tuple(row.values()) for row in named)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -99,31 +100,26 @@ class Report:
         return "\n".join([*lines, "", f"pictures and inspection.json: {self.out}"])
 
 
-_HEADER = (
-    "drive", "source", "frames", "seconds", "fps", "gaps", "speed m/s", "steering", "kind",
-    "known", "lag", "sign", "r", "problems",
-)  # fmt: skip
-
-
-def _row(drive: DriveReport) -> tuple[str, ...]:
+def _row(drive: DriveReport) -> dict[str, str]:
+    """A row of the table, by the titles of its columns."""
     synchrony = drive.synchrony
-    signs = {1: "left +", -1: "FLIPPED", None: "-"}
-    return (
-        drive.id,
-        drive.source,
-        str(drive.frames),
-        f"{drive.duration_s:.1f}",
-        f"{drive.fps:.2f}",
-        f"{drive.gaps} (max {drive.longest_gap_s:.2f} s)" if drive.gaps else "0",
-        _range(drive.speed_range_mps, ".1f"),
-        _range(drive.steering_range, ".3f"),
-        drive.steering_kind or "-",
-        f"{drive.valid_share:.0%}",
-        "-" if synchrony.lag_frames is None else f"{synchrony.lag_frames:+d}",
-        signs[synchrony.sign],
-        "-" if synchrony.correlation is None else f"{synchrony.correlation:.2f}",
-        str(len(drive.problems)) if drive.problems else "none",
-    )
+    lag, correlation = synchrony.lag_frames, synchrony.correlation
+    return {
+        "drive": drive.id,
+        "source": drive.source,
+        "frames": str(drive.frames),
+        "seconds": f"{drive.duration_s:.1f}",
+        "fps": f"{drive.fps:.2f}",
+        "gaps": f"{drive.gaps} (max {drive.longest_gap_s:.2f} s)" if drive.gaps else "0",
+        "speed m/s": _range(drive.speed_range_mps, ".1f"),
+        "steering": _range(drive.steering_range, ".3f"),
+        "kind": drive.steering_kind or "-",
+        "known": f"{drive.valid_share:.0%}",
+        "lag": "-" if lag is None else f"{lag:+d}",
+        "sign": {1: "left +", -1: "FLIPPED", None: "-"}[synchrony.sign],
+        "r": "-" if correlation is None else f"{correlation:.2f}",
+        "problems": str(len(drive.problems) or "none"),
+    }
 
 
 def _range(values: tuple[float, float] | None, form: str) -> str:
@@ -196,7 +192,7 @@ def _report(
         fps=whole.fps,
         gaps=len(gap_lengths),
         longest_gap_s=float(gap_lengths.max(initial=0.0)),
-        video=drive.video and _VIDEO.format(drive.video),
+        video=None if drive.video is None else _VIDEO.format(drive.video),
         steering_kind=drive.log.steering_kind if drive.log else None,
         speed_range_mps=_value_range(whole, SPEED),
         steering_range=_value_range(whole, STEERING),
