@@ -14,11 +14,8 @@ def is_inner_name(name: str) -> bool:
     return bool(name) and not _OUTSIDE.search(name)
 
 
-def inside(folder: Path, name: str, *, resolved: Path | None = None) -> Path:
-    """The path of `name` below `folder`; `ValueError` where it, or a link, leads elsewhere.
-
-    `resolved` is `folder.resolve()`, for those who ask for many names of one folder.
-    """
+def inside(folder: Path, name: str) -> Path:
+    """The path of `name` below `folder`; `ValueError` where it, or a link, leads elsewhere."""
     if not is_inner_name(name):
         raise ValueError(f"{name!r} is not a name within {folder}")
     path = folder / name
@@ -26,7 +23,7 @@ def inside(folder: Path, name: str, *, resolved: Path | None = None) -> Path:
         found = path.resolve()
     except (OSError, RuntimeError):  # RuntimeError: links in a circle
         raise ValueError(f"{name!r} leads nowhere in {folder}") from None
-    home = folder.resolve() if resolved is None else resolved
+    home = folder.resolve()
     if not found.is_relative_to(home):
         link = _first_outside(folder, name, home)
         raise ValueError(

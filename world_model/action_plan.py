@@ -19,6 +19,7 @@ from driving_sim.data.actions.action_file import (
     SPEED,
     STEERING,
     STEERING_LIMIT,
+    LogOptions,
     SteeringKind,
     read_action_file,
 )
@@ -171,7 +172,8 @@ def _from_recording(situation: Situation) -> _Planned:
 
 def _from_file(path: Path, situation: Situation) -> _Planned:
     log = read_action_file(
-        path, steering_kind=situation.steering_kind, wanted_by="the model was trained on"
+        path,
+        LogOptions(steering_kind=situation.steering_kind, wanted_by="the model was trained on"),
     )
     whole = int((min(log.times[-1], LONGEST_S) + _ROUNDING_S) * situation.fps)
     if log.times[0] > EXTRAPOLATION_S or whole < 1:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from driving_sim.data.actions.csv_table import CsvTable, read_csv
+from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
 from driving_sim.engine.parsing import shown
 
@@ -39,6 +40,30 @@ class ActionLog:
     """What was assumed, one line each."""
     origin: str = "the actions"
     """Where the samples come from, for messages."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogOptions:
+    """What a user says of the logs. Raises DriveSimError for a kind of steering there is not."""
+
+    steering_kind: SteeringKind | None = None
+    """What a bare `steering` column measures, and any other one must."""
+    wanted_by: str = "--steering-kind is"
+    """What messages say before that kind."""
+    time_offset: float = 0.0
+    """Added to the times of every log, in seconds."""
+
+    def __post_init__(self) -> None:
+        kinds = get_args(SteeringKind)
+        if self.steering_kind is not None and self.steering_kind not in kinds:
+            raise DriveSimError(
+                f"--steering-kind {self.steering_kind}: kinds are {', '.join(kinds)}"
+            )
+
+    def check_kind(self, steering: str, kind: SteeringKind) -> None:
+        """Raise DriveSimError where a steering of this kind is not the one that is wanted."""
+        if self.steering_kind not in (None, kind):
+            raise DriveSimError(f"{steering} is {kind}, but {self.wanted_by} {self.steering_kind}")
 
 
 class _Column(NamedTuple):
@@ -81,6 +106,7 @@ UNITS: dict[SteeringKind, str] = {
 }
 """The unit of each kind of steering, as it is kept in memory."""
 
+_AS_NAMED = LogOptions()
 _LONGEST_HEADER = 2**16  # characters
 _LATEST_S = 1e12
 # Beyond these a value is a unit mistake, not driving: 360 km/h, three turns of the wheel, ...
@@ -177,44 +203,38 @@ def _speed(table: CsvTable, notices: list[str]) -> FloatArray | None:
 
 
 def _steering(
-    table: CsvTable, wanted: SteeringKind | None, wanted_by: str, notices: list[str]
+    table: CsvTable, options: LogOptions, notices: list[str]
 ) -> tuple[FloatArray | None, SteeringKind | None]:
-    name = _find(table, _STEERINGS, ("steering_", "road_wheel", "curvature_"), wanted)
+    family = ("steering_", "road_wheel", "curvature_")
+    name = _find(table, _STEERINGS, family, options.steering_kind)
     if name is None:
         return None, None
-    kind = _STEERINGS[name].kind
+    own = _STEERINGS[name].kind
+    kind = own or options.steering_kind
     if kind is None:
-        if wanted is None:
-            raise table.fail(
-                "column 'steering' does not say what it measures: name it by that, such as "
-                "road_wheel_rad, or pass --steering-kind to inspect and tokenize "
-                f"({', '.join(get_args(SteeringKind))})"
-            )
-        kind = wanted
+        raise table.fail(
+            "column 'steering' does not say what it measures: name it by that, such as "
+            "road_wheel_rad, or pass --steering-kind to inspect and tokenize "
+            f"({', '.join(get_args(SteeringKind))})"
+        )
+    if own is None:
         notices.append(f"steering is taken to be {kind}, in {UNITS[kind]}, left positive")
-    elif wanted is not None and kind != wanted:
-        raise table.fail(f"column {name!r} is {kind}, but {wanted_by} {wanted}")
+    options.check_kind(f"{table.path}: column {name!r}", kind)
     limit = STEERING_LIMIT[kind]
     hint = f"at most {limit:g} {UNITS[kind]} either way"
     return _scaled(table, name, _STEERINGS[name].scale, -limit, limit, hint), kind
 
 
 def read_action_file(
-    path: Path,
-    *,
-    steering_kind: SteeringKind | None = None,
-    wanted_by: str = "--steering-kind is",
-    time_offset: float = 0.0,
-    frame_times: FloatArray | None = None,
+    path: Path, options: LogOptions = _AS_NAMED, *, frame_times: FloatArray | None = None
 ) -> ActionLog:
     """Read a CSV of speed and steering over time.
 
     Time is `timestamp_s|ms|us|ns` (or `timestamp`, `time`, `t` in seconds) or `frame` (from 0; then
     `frame_times` [N] s are needed). Speed is `speed_mps|kmh|mph` or `speed` (m/s). Steering is
     `steering_deg|rad` (steering wheel), `road_wheel_deg|rad`, `curvature` (1/m), `steering_norm`
-    (-1..1) or `steering` (rad, 1/m or -1..1 by `steering_kind`), left positive. Other columns are
-    ignored. `wanted_by` is what messages say before the `steering_kind`. `time_offset` seconds are
-    added to the times.
+    (-1..1) or `steering` (rad, 1/m or -1..1 by the options' kind), left positive. Other columns are
+    ignored.
 
     Raises DriveSimError naming file, line and remedy: cells that are no finite numbers, times that
     do not increase, unknown units, absurd values, neither speed nor steering, fewer than 2 rows.
@@ -223,7 +243,7 @@ def read_action_file(
     notices: list[str] = []
     times = _times(table, frame_times)
     speed = _speed(table, notices)
-    steering, kind = _steering(table, steering_kind, wanted_by, notices)
+    steering, kind = _steering(table, options, notices)
     if speed is None and steering is None:
         raise table.fail(
             f"has neither speed nor steering among {table.columns}; name the columns "
@@ -234,7 +254,7 @@ def read_action_file(
         if column is not None:
             values[:, channel] = column
     return ActionLog(
-        times=times + time_offset,
+        times=times + options.time_offset,
         values=values,
         has=np.array([speed is not None, steering is not None]),
         steering_kind=kind,

@@ -7,15 +7,15 @@ A folder may mix them: videos with or without a CSV beside them, recordings of t
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import cast
 
-from driving_sim.data.actions.action_file import SteeringKind
+from driving_sim.data.actions.action_file import LogOptions, SteeringKind
 from driving_sim.data.actions.alignment import check_coverage
 from driving_sim.data.drive import Drive, DriveSet, Skipped
 from driving_sim.data.inner_name import is_inner_name
 from driving_sim.data.sources import comma2k19, udacity, video_folder
-from driving_sim.data.sources.log_options import LogOptions
 from driving_sim.data.split import MIRROR_SUFFIX
 from driving_sim.engine.errors import DriveSimError
 
@@ -32,11 +32,6 @@ class _Candidate:
     root: Path
     path: Path
     load: Callable[[Path, str, LogOptions | None], Drive]
-
-    @property
-    def is_orphan(self) -> bool:
-        """Whether it is an action file without a video."""
-        return self.load is video_folder.load_orphan
 
     def id(self, *, with_suffix: bool, with_root: bool) -> str:
         path = self.path if with_suffix or self.path.is_dir() else self.path.with_suffix("")
@@ -80,11 +75,10 @@ def _candidates(path: Path) -> Iterator[_Candidate]:
 
 def _unique_ids(candidates: list[_Candidate]) -> list[str]:
     """The shortest names that tell the candidates apart."""
-    for with_root in (False, True):
-        for with_suffix in (False, True):
-            ids = [each.id(with_suffix=with_suffix, with_root=with_root) for each in candidates]
-            if len(set(ids)) == len(ids):
-                return ids
+    for with_root, with_suffix in product((False, True), repeat=2):
+        ids = [each.id(with_suffix=with_suffix, with_root=with_root) for each in candidates]
+        if len(set(ids)) == len(ids):
+            return ids
     twice = next(name for name in ids if ids.count(name) > 1)
     raise DriveSimError(f"two drives are called {twice!r}; name the folder above them instead")
 
@@ -124,7 +118,9 @@ def find_drives(
         time_offset=time_offset,
     )
     found = {each.path.resolve(): each for path in paths for each in _candidates(path)}
-    candidates = [each for each in found.values() if actions or not each.is_orphan]
+    candidates = [
+        each for each in found.values() if actions or each.load is not video_folder.load_orphan
+    ]
     if not candidates:
         raise DriveSimError(
             f"{', '.join(map(str, paths))}: holds no videos "

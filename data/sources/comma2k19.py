@@ -12,10 +12,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from driving_sim.data.actions.action_file import SPEED_RANGE_MPS, STEERING_LIMIT, ActionLog
+from driving_sim.data.actions.action_file import (
+    SPEED_RANGE_MPS,
+    STEERING_LIMIT,
+    ActionLog,
+    LogOptions,
+)
 from driving_sim.data.actions.alignment import EXTRAPOLATION_S, GAP_S
 from driving_sim.data.drive import Drive, VideoFrames
-from driving_sim.data.sources.log_options import LogOptions
 from driving_sim.data.video.decoder_pool import probe
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import one_line

@@ -17,11 +17,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from driving_sim.data.actions.action_file import ActionLog
+from driving_sim.data.actions.action_file import ActionLog, LogOptions
 from driving_sim.data.actions.csv_table import read_rows
 from driving_sim.data.drive import Drive, Frames, Indices
 from driving_sim.data.inner_name import inside
-from driving_sim.data.sources.log_options import LogOptions
 from driving_sim.data.video.file import check_picture
 from driving_sim.data.video.frame_size import FrameSize, fit
 from driving_sim.engine.errors import DriveSimError
@@ -95,7 +94,7 @@ def _moment(name: str) -> datetime:
     return second + timedelta(milliseconds=int(match[2]))
 
 
-def _row(cells: list[str], recording: Path, resolved: Path) -> _Row:
+def _row(cells: list[str], recording: Path) -> _Row:
     if len(cells) != _COLUMNS:
         raise ValueError(f"has {len(cells)} cells, not the simulator's {_COLUMNS}")
     # The recording computer's path, whatever its system; Windows paths accept both separators.
@@ -103,7 +102,7 @@ def _row(cells: list[str], recording: Path, resolved: Path) -> _Row:
     steering, speed = float(cells[3]), float(cells[6])
     if not (abs(steering) <= 1 and -100 < speed < 300):
         raise ValueError(f"steering {steering:g} (-1 to 1) or speed {speed:g} mph is out of range")
-    image = inside(recording, f"{_IMAGES}/{name}", resolved=resolved)
+    image = inside(recording, f"{_IMAGES}/{name}")
     if not image.is_file():
         raise ValueError(f"image {name!r} is not in {recording / _IMAGES}")
     return _Row(image, _moment(name), speed * _MPS_PER_MPH, -steering * FULL_LOCK_RAD)
@@ -111,12 +110,11 @@ def _row(cells: list[str], recording: Path, resolved: Path) -> _Row:
 
 def _read_log(log: Path) -> list[_Row]:
     rows: list[_Row] = []
-    resolved = log.parent.resolve()
     for number, (line, cells) in enumerate(read_rows(log)):
         if number == 0 and cells[0].strip().lower() == "center":
             continue
         try:
-            rows.append(_row(cells, log.parent, resolved))
+            rows.append(_row(cells, log.parent))
             if len(rows) > 1 and rows[-1].moment <= rows[-2].moment:
                 raise ValueError("the image's time is not after the line above's")
         except (ValueError, OSError) as error:  # OSError: a name too long for a file

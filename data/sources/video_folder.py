@@ -1,12 +1,10 @@
 """Videos, each with or without an action file: a CSV with the video's stem beside it."""
 
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
-from driving_sim.data.actions.action_file import is_action_file, read_action_file
+from driving_sim.data.actions.action_file import LogOptions, is_action_file, read_action_file
 from driving_sim.data.drive import Drive, VideoFrames
-from driving_sim.data.sources.log_options import LogOptions
 from driving_sim.data.video.decoder_pool import probe
 from driving_sim.engine.errors import DriveSimError
 
@@ -53,7 +51,7 @@ def load(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
     log = None
     action_file = _action_file(path)
     if options is not None and action_file is not None:
-        log = read_action_file(action_file, frame_times=info.timestamps, **asdict(options))
+        log = read_action_file(action_file, options, frame_times=info.timestamps)
     return Drive(
         id=drive_id,
         source="video",

@@ -45,7 +45,6 @@ class WindowIndex:
         self._frames = np.arange(-1, frames)
         self._in_shard = np.array([drive.begin for drive in drives], np.int64)
         self._channels = np.array([drive.channels for drive in drives], np.bool_).reshape(-1, 2)
-        self._all_known = bool(self._channels.all())
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._ends.size else 0
@@ -72,19 +71,16 @@ class WindowIndex:
             DriveSimError: a token is not below the codebook's size.
         """
         drive, start, has_previous = self._find(numbers)
-        alone = None if has_previous.all() else ~has_previous
+        alone = ~has_previous
         rows = (start + self._in_shard[drive])[:, None] + self._frames
-        if alone is not None:
-            rows[alone, 0] += 1  # any frame, where there is none before the window
+        rows[alone, 0] += 1  # any frame, where there is none before the window
         shards = [self._drives[number].columns for number in drive.tolist()]
         tokens, led = _gathered(shards, "tokens", rows), rows[:, :-1]
         actions = _gathered(shards, "actions", led)
         valid = _gathered(shards, "action_valid", led)
-        if not self._all_known:
-            valid &= self._channels[drive][:, None]
-        if alone is not None:
-            for column in (tokens, actions, valid):
-                column[alone, 0] = 0
+        valid &= self._channels[drive][:, None]
+        for column in (tokens, actions, valid):
+            column[alone, 0] = 0
         if tokens.max() >= self._codes:
             raise DriveSimError(
                 f"damaged token store: token {tokens.max()} of a codebook of {self._codes}; "

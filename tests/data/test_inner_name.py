@@ -35,8 +35,6 @@ def test_links_may_not_lead_out(tmp_path: Path) -> None:
     for name, link in links.items():
         with pytest.raises(ValueError, match=f"^'{link}' is a link out of"):
             inside(folder, name)
-        with pytest.raises(ValueError, match=f"^'{link}' is a link out of"):
-            inside(folder, name, resolved=folder.resolve())
     with pytest.raises(ValueError, match="leads nowhere"):
         inside(folder, "circle")
     assert inside(folder, "within").read_text() == "f"

@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from driving_sim.data.actions.action_file import read_action_file, write_action_file
+from driving_sim.data.actions.action_file import LogOptions, read_action_file, write_action_file
 from driving_sim.data.actions.alignment import align
 from driving_sim.data.drive import Drive, sample
 from driving_sim.data.sources import find_drives
@@ -96,7 +96,7 @@ def _damage(rng: random.Random, source: Path, work: Path) -> Path:
 def use_csv(path: Path, work: Path) -> None:
     """Read an action file, align it with frames, write it again and read that."""
     frame_times = np.arange(20) / 10
-    log = read_action_file(path, steering_kind="road_wheel", frame_times=frame_times)
+    log = read_action_file(path, LogOptions(steering_kind="road_wheel"), frame_times=frame_times)
     actions, valid = align(log, frame_times)
     if not (np.isfinite(actions[valid]).all() and actions.shape == valid.shape == (20, 2)):
         raise AssertionError("actions that are valid and not finite")

@@ -6,6 +6,7 @@ import pytest
 
 from driving_sim.data.actions.action_file import (
     STEERING,
+    LogOptions,
     SteeringKind,
     is_action_file,
     read_action_file,
@@ -74,7 +75,7 @@ def test_units_become_si(
     kind: SteeringKind,
 ) -> None:
     zero = ",".join("0" for _ in header.split(","))
-    log = read_action_file(write(csv_path, header, zero, row), time_offset=2.0)
+    log = read_action_file(write(csv_path, header, zero, row), LogOptions(time_offset=2.0))
     assert log.times[1] == pytest.approx(2.0 + seconds)
     np.testing.assert_allclose(log.values[1], [speed, steering], rtol=1e-6)
     assert log.steering_kind == kind
@@ -84,7 +85,7 @@ def test_bare_names_are_said_and_a_bare_steering_needs_its_kind(csv_path: Path) 
     write(csv_path, "timestamp,speed,steering", "0,1,0.1", "1,2,0.2")
     with pytest.raises(DriveSimError, match="--steering-kind"):
         read_action_file(csv_path)
-    log = read_action_file(csv_path, steering_kind="road_wheel")
+    log = read_action_file(csv_path, LogOptions(steering_kind="road_wheel"))
     assert log.steering_kind == "road_wheel"
     assert len(log.notices) == 2
 
@@ -92,12 +93,12 @@ def test_bare_names_are_said_and_a_bare_steering_needs_its_kind(csv_path: Path) 
 def test_a_kind_that_contradicts_the_column_is_an_error(csv_path: Path) -> None:
     write(csv_path, "t,steering_deg", "0,1", "1,2")
     with pytest.raises(DriveSimError, match=r"steering_wheel.*--steering-kind is road_wheel"):
-        read_action_file(csv_path, steering_kind="road_wheel")
+        read_action_file(csv_path, LogOptions(steering_kind="road_wheel"))
 
 
 def test_of_two_steering_columns_the_kind_chooses(csv_path: Path) -> None:
     write(csv_path, "t,steering_rad,road_wheel_rad", "0,1.5,0.1", "1,3,0.2")
-    log = read_action_file(csv_path, steering_kind="road_wheel")
+    log = read_action_file(csv_path, LogOptions(steering_kind="road_wheel"))
     assert log.values[1, STEERING] == np.float32(0.2)
     with pytest.raises(DriveSimError, match="keep one"):
         read_action_file(csv_path)
