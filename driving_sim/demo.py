@@ -20,7 +20,7 @@ from driving_sim.data.synthetic import (
 from driving_sim.data.synthetic.road import LANE_OFFSET
 from driving_sim.data.tokens.index import INDEX
 from driving_sim.data.video.writer import write_video
-from driving_sim.engine.config import save_json, to_dict
+from driving_sim.engine.config import config, save_json, to_dict
 from driving_sim.engine.device import resolve_device, resolve_precision
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
@@ -45,7 +45,7 @@ _SHEET_TIMES = 5
 _PLAN = "demo.json"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@config
 class DemoConfig:
     """How much of everything; the defaults take some 10 minutes on 2 CPU cores."""
 
@@ -55,7 +55,7 @@ class DemoConfig:
     """Drives through the same world that are not trained on, for `drivesim evaluate`."""
     drive_seconds: float = 24.0
     """Length of each."""
-    world: SyntheticConfig = SyntheticConfig(  # noqa: RUF009
+    world: SyntheticConfig = SyntheticConfig(
         height=64,
         width=128,
         fps=5.0,
@@ -73,7 +73,7 @@ class DemoConfig:
     """The number format of all passes: auto, fp32 or bf16."""
     seconds: float = 2.0
     """Length of the futures."""
-    sampling: Sampling = Sampling(temperature=0.85)  # noqa: RUF009
+    sampling: Sampling = Sampling(temperature=0.85)
     """How they are drawn."""
 
 

@@ -34,7 +34,7 @@ from driving_sim.world_model.training.presets import PRESETS
 from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.small_files import small_files
 
-HEAVY = ("torch", "numpy", "av", "decord", "matplotlib", "PIL")
+HEAVY = ("torch", "numpy", "av", "decord", "driving_sim.engine.config", "matplotlib", "PIL")
 
 
 def run(*arguments: str | Path) -> Result:
@@ -271,9 +271,12 @@ def test_a_full_disk_is_one_line(command: str, used: Path) -> None:
         (["rollout", "--actions", "left", "--out", "x.gif"], ".mp4"),
         (["train-tokenizer", "empty", "--preset", "tinny"], "presets are"),
         (["train-tokenizer", "empty", "--set", "training.stepz=3"], "steps"),
-        (["train-tokenizer", "empty", "--set", "training.seed=-1", "--steps", "1"], "seed=-1"),
-        (["train-tokenizer", "empty", "--precision", "fp8"], "auto, fp32, bf16"),
-        (["train-world-model", "--precision", "fp8"], "auto, fp32, bf16"),
+        (
+            ["train-tokenizer", "empty", "--set", "training.seed=-1", "--steps", "1"],
+            "training.seed: must be greater than or equal to 0, found -1",
+        ),
+        (["train-tokenizer", "empty", "--precision", "fp8"], "'auto', 'fp32' or 'bf16'"),
+        (["train-world-model", "--precision", "fp8"], "'auto', 'fp32' or 'bf16'"),
         (["train-tokenizer", "empty", "--steps", "1", "--minutes", "1"], "give one"),
         (["inspect", "empty", "--steering-kind", "hovering"], "kinds are"),
         (["evaluate", "tokenizer", "missing", "empty"], "holds no tokenizer"),

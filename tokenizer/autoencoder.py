@@ -9,16 +9,17 @@ N = r * c positions, h heads, d channels of a head.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from pydantic import Field
 from torch import Tensor, nn
 
 from driving_sim.data.video.frame_size import FrameSize
-from driving_sim.tokenizer.fsq import FSQ
+from driving_sim.engine.config import Count, Natural, config, require
+from driving_sim.tokenizer.fsq import FSQ, Levels
 
 STRIDE = 16
 _PATCH = 4
@@ -27,50 +28,36 @@ _GROUP_CHANNELS = 16
 _MOST_SCORES = 2**21  # at once: 4 MiB, and as much for the weights
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+_Side = Annotated[int, Field(ge=STRIDE, le=_MOST_PIXELS, multiple_of=STRIDE)]
+_Width = Annotated[Count, Field(multiple_of=_GROUP_CHANNELS)]
+
+
+@config
 class AutoencoderConfig:
     """The picture's size, the codebook, and the network between them."""
 
-    height: int = 256
+    height: _Side = 256
     """Picture height in pixels, a multiple of 16."""
-    width: int = 512
+    width: _Side = 512
     """Picture width in pixels, a multiple of 16."""
-    levels: tuple[int, ...] = (8, 5, 5, 5)
+    levels: Levels = (8, 5, 5, 5)
     """FSQ levels per code channel; their product is the codebook size."""
     patching: Literal["haar", "unshuffle"] = "haar"
     """The fixed 4x4 patching: two-level Haar wavelets, or the pixels as they are."""
-    widths: tuple[int, int, int] = (64, 128, 256)
+    widths: tuple[_Width, _Width, _Width] = (64, 128, 256)
     """Channels at strides 4, 8 and 16, multiples of 16."""
-    blocks: tuple[int, int, int] = (1, 2, 2)
+    blocks: tuple[Natural, Natural, Natural] = (1, 2, 2)
     """Residual blocks at strides 4, 8 and 16, in the encoder and again in the decoder."""
-    attention_blocks: int = 2
+    attention_blocks: Natural = 2
     """Transformer blocks at stride 16, in the encoder and again in the decoder."""
-    head_size: int = 64
+    head_size: Count = 64
     """Channels of an attention head; divides the channels at stride 16."""
 
     def __post_init__(self) -> None:
-        for name in ("height", "width"):
-            size = getattr(self, name)
-            if not STRIDE <= size <= _MOST_PIXELS or size % STRIDE:
-                raise ValueError(
-                    f"{name}={size}: must be a multiple of {STRIDE} from {STRIDE} to {_MOST_PIXELS}"
-                )
-        if not self.levels or min(self.levels) < 2:
-            raise ValueError(f"levels={self.levels}: needs at least one level, each at least 2")
-        if len(self.levels) > 16:
-            raise ValueError(
-                f"levels: {len(self.levels)} of them, at most 16 fit the uint16 tokens"
-            )
-        if math.prod(self.levels) > 65536:
-            raise ValueError(f"levels={self.levels}: at most 65536 codes fit the uint16 tokens")
-        if len(self.widths) != 3 or any(w < 16 or w % _GROUP_CHANNELS for w in self.widths):
-            raise ValueError(f"widths={self.widths}: must be three positive multiples of 16")
-        if len(self.blocks) != 3 or min(self.blocks) < 0:
-            raise ValueError(f"blocks={self.blocks}: must be three counts, none negative")
-        if self.attention_blocks < 0:
-            raise ValueError(f"attention_blocks={self.attention_blocks}: must not be negative")
-        if self.head_size < 1 or self.widths[2] % self.head_size:
-            raise ValueError(f"head_size={self.head_size}: must divide widths[2]={self.widths[2]}")
+        codes = math.prod(self.levels)
+        require(self, "levels", codes <= 65536, "of at most 65536 codes, which fit uint16 tokens")
+        divides = self.widths[2] % self.head_size == 0
+        require(self, "head_size", divides, f"a divisor of widths[2]={self.widths[2]}")
 
     @property
     def frame_size(self) -> FrameSize:

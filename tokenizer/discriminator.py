@@ -6,32 +6,28 @@ first, so that no convolution runs at full resolution.
 Axes: B batch, H W pixels, p q positions of the judged patches.
 """
 
-from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
+from driving_sim.engine.config import Count, config
 from driving_sim.tokenizer.autoencoder import Patching
 
 _SLOPE = 0.2
 _GROUP_CHANNELS = 16
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@config
 class DiscriminatorConfig:
     """The size of the patch discriminator."""
 
-    width: int = 64
+    width: Annotated[Count, Field(multiple_of=_GROUP_CHANNELS)] = 64
     """Channels at stride 4, a multiple of 16; they double with each halving of the resolution."""
-    halvings: int = 1
+    halvings: Annotated[int, Field(ge=0, le=2)] = 1
     """How often it halves the resolution below stride 4: 1 judges patches of about 50 pixels."""
-
-    def __post_init__(self) -> None:
-        if self.width < _GROUP_CHANNELS or self.width % _GROUP_CHANNELS:
-            raise ValueError(f"width={self.width}: must be a positive multiple of 16")
-        if not 0 <= self.halvings <= 2:
-            raise ValueError(f"halvings={self.halvings}: must be 0, 1 or 2")
 
 
 class Discriminator(nn.Module):

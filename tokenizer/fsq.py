@@ -10,12 +10,18 @@ Axes: D channels of a code, K codes in the codebook, `...` any leading axes.
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 RULE = "levels of equal width"
 """How values become codes, which weights do not tell: a part of a tokenizer's identity."""
+Levels = Annotated[
+    tuple[Annotated[int, Field(ge=2, le=2**16)], ...], Field(min_length=1, max_length=16)
+]
+"""Levels of each channel, as configs hold them."""
 _EDGE = 1e-3  # keeps tanh's limits, where it saturates, from rounding to a level beyond
 
 

@@ -9,11 +9,12 @@ Axes: B batch, H W pixels.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import torch
 from torch import Tensor, nn
 
+from driving_sim.engine.config import NonNegative, Positive, Share, config, require
 from driving_sim.engine.ranks.distributed import mean_over_ranks
 from driving_sim.engine.training.loop import Batch
 from driving_sim.engine.training.optimizer import ParameterGroup, decay_groups
@@ -31,42 +32,31 @@ _GAN_RAMP = 0.1
 """Share of the run over which a fresh discriminator gains its say."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@config
 class ObjectiveConfig:
     """The weights of the losses; pictures are in [-1, 1]."""
 
-    l1_weight: float = 1.0
+    l1_weight: NonNegative = 1.0
     """Weight of the mean absolute error."""
-    mse_weight: float = 0.0
+    mse_weight: NonNegative = 0.0
     """Weight of the mean squared error."""
-    lpips_weight: float = 1.0
+    lpips_weight: NonNegative = 1.0
     """Weight of LPIPS; 0 trains without it and needs no VGG weights."""
-    gan_weight: float = 0.1
+    gan_weight: NonNegative = 0.1
     """The discriminator's gradient at the last layer as a share of the other losses'; 0: none."""
-    gan_start: float = 0.5
+    gan_start: Share = 0.5
     """Share of the run after which the discriminator starts."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     """The discriminator's size."""
-    discriminator_lr_scale: float = 1.0
+    discriminator_lr_scale: Positive = 1.0
     """The discriminator's learning rate as a multiple of the autoencoder's."""
 
     def __post_init__(self) -> None:
-        for name in ("l1_weight", "mse_weight", "lpips_weight", "gan_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
-        if self.l1_weight + self.mse_weight + self.lpips_weight == 0:
-            raise ValueError("l1_weight, mse_weight and lpips_weight are all 0: one must not be")
-        if not 0 <= self.gan_start <= 1:
-            raise ValueError(f"gan_start={self.gan_start}: must lie between 0 and 1")
-        if self.gan_weight > 0 and self.gan_start > 1 - _GAN_RAMP:
-            raise ValueError(
-                f"gan_start={self.gan_start}: must be at most {1 - _GAN_RAMP:g}, so that the "
-                "discriminator gains its full say; gan_weight=0 trains without it"
-            )
-        if self.discriminator_lr_scale <= 0:
-            raise ValueError(
-                f"discriminator_lr_scale={self.discriminator_lr_scale}: must be positive"
-            )
+        any_left = self.l1_weight + self.mse_weight + self.lpips_weight > 0
+        require(self, "l1_weight", any_left, "above 0, as mse_weight and lpips_weight are 0")
+        gains = self.gan_weight == 0 or self.gan_start <= 1 - _GAN_RAMP
+        allowed = f"at most {1 - _GAN_RAMP:g}, so that the discriminator gains its full say"
+        require(self, "gan_start", gains, f"{allowed}; gan_weight=0 trains without it")
 
 
 class TokenizerObjective(nn.Module):

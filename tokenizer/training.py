@@ -7,20 +7,30 @@ import copy
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 from einops import rearrange
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor, nn
 
 from driving_sim.data.drive import SampledDrive
 from driving_sim.data.frame_batches import FrameBatches
 from driving_sim.data.split import split_drives
 from driving_sim.data.video.frame_size import FrameSize
-from driving_sim.engine.config import to_dict
+from driving_sim.engine.config import (
+    Count,
+    InnerShare,
+    NonNegative,
+    Share,
+    ShareBelowOne,
+    config,
+    to_dict,
+)
 from driving_sim.engine.device import resolve_device
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.progress import progress, say
@@ -44,48 +54,31 @@ _BEFORE_GAN = 100.0
 """Added to the score of a model that the discriminator has not fully acted on yet."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@config
 class TokenizerDataConfig:
     """Which frames train and which validate."""
 
-    batch_size: int = 16
+    batch_size: Count = 16
     """Frames of a batch, on each device."""
     mirror: bool = True
     """Whether half of the training frames are flipped left to right."""
-    shift: int = 0
+    shift: Annotated[int, Field(ge=0, lt=STRIDE * 2)] = 0
     """Most pixels that training frames are moved by in each direction; edges are reflected."""
-    gain: float = 0.0
+    gain: ShareBelowOne = 0.0
     """Most that the brightness of each colour of a training frame is changed by, as a share."""
-    cutmix: float = 0.0
+    cutmix: Share = 0.0
     """Share of the training frames whose right part comes from another frame of the batch."""
     validation: tuple[str, ...] | None = None
     """Ids of the validation drives; none: a share of the drives, drawn by their ids."""
-    validation_fraction: float = 0.1
+    validation_fraction: InnerShare = 0.1
     """That share."""
-    validation_frames: int = 128
+    validation_frames: Count = 128
     """Most frames to validate on, spread evenly over the validation drives."""
-    cache_gigabytes: float = 4.0
+    cache_gigabytes: NonNegative = 4.0
     """Training frames that fit are decoded once and kept in memory."""
 
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "validation_frames"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction={self.validation_fraction}: must lie between 0 and 1"
-            )
-        if not 0 <= self.shift < STRIDE * 2:
-            raise ValueError(f"shift={self.shift}: must be at least 0 and below {STRIDE * 2}")
-        if not 0 <= self.gain < 1:
-            raise ValueError(f"gain={self.gain}: must be at least 0 and below 1")
-        if not 0 <= self.cutmix <= 1:
-            raise ValueError(f"cutmix={self.cutmix}: must lie between 0 and 1")
-        if self.cache_gigabytes < 0:
-            raise ValueError(f"cache_gigabytes={self.cache_gigabytes}: must not be negative")
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
+@config
 class TokenizerRunConfig:
     """All options of a tokenizer's training run."""
 

@@ -5,7 +5,6 @@ features, D width.
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,25 +12,23 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from driving_sim.engine.config import Count, NonNegative, Share, config
+
 CHANNELS = ("speed", "steering")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@config
 class ActionStatistics:
     """What the training data's valid actions look like, per channel (speed, steering)."""
 
     mean: tuple[float, float] = (0.0, 0.0)
     """Mean, m/s and rad."""
-    std: tuple[float, float] = (1.0, 1.0)
+    std: tuple[NonNegative, NonNegative] = (1.0, 1.0)
     """Standard deviation, m/s and rad; 0 where a channel never moved."""
     steering_p95: float = 0.0
     """95th percentile of |steering|, rad."""
     steering_p99: float = 0.0
     """99th percentile of |steering|, rad."""
-
-    def __post_init__(self) -> None:
-        if not all(value >= 0 for value in self.std):
-            raise ValueError(f"std is {self.std}: both values must be 0 or more")
 
     @classmethod
     def measure(cls, actions: NDArray[np.float32], valid: NDArray[np.bool_]) -> "ActionStatistics":
@@ -50,20 +47,14 @@ class ActionStatistics:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@config
 class ActionEmbeddingConfig:
     """How actions are embedded."""
 
-    octaves: int = 4
+    octaves: Count = 4
     """Sines and cosines per channel, of periods 16, 8, 4, ... standard deviations."""
-    hidden: int = 128
+    hidden: Count = 128
     """Width of the MLP's hidden layer."""
-
-    def __post_init__(self) -> None:
-        if self.octaves < 1 or self.hidden < 1:
-            raise ValueError(
-                f"octaves is {self.octaves} and hidden {self.hidden}: both must be at least 1"
-            )
 
 
 class ActionEmbedding(nn.Module):
@@ -105,19 +96,14 @@ class ActionEmbedding(nn.Module):
         return embedded
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@config
 class ActionDropoutConfig:
     """How often training hides actions, so that null means "unknown" (for guidance)."""
 
-    both: float = 0.1
+    both: Share = 0.1
     """Share of windows that hide both channels."""
-    channel: float = 0.1
+    channel: Share = 0.1
     """Share of the other windows that hide one channel, for each channel."""
-
-    def __post_init__(self) -> None:
-        for name in ("both", "channel"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be from 0 to 1")
 
 
 def drop_actions(valid: Tensor, config: ActionDropoutConfig) -> Tensor:

@@ -39,11 +39,6 @@ class SlotOrder:
     cols: int
     lag: int = 2
 
-    def __post_init__(self) -> None:
-        for name, least in (("rows", 1), ("cols", 1), ("lag", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
-
     @property
     def slots(self) -> int:
         """Number of slots in a frame."""

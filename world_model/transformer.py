@@ -10,12 +10,16 @@ N = T * S, D width, H query heads, G key heads, E channels of a head, K codes, A
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from pydantic import Field
 from torch import Tensor, nn
 
+from driving_sim.engine.config import Count, Natural, ShareBelowOne, config, require
+from driving_sim.tokenizer.fsq import Levels
 from driving_sim.world_model.actions import (
     ActionEmbedding,
     ActionEmbeddingConfig,
@@ -27,29 +31,25 @@ from driving_sim.world_model.kernels.library import EPSILON
 from driving_sim.world_model.order import SlotOrder
 from driving_sim.world_model.rotary import AxialRotary, rotate
 
-_MOST_ROWS = 1024
+_Side = Annotated[int, Field(ge=1, le=1024)]  # in tokens
 
 Attend = Callable[[int, "Attention", Tensor, tuple[Tensor, Tensor]], Tensor]
 """(layer, its attention, projections [B, n, (H + 2 G) E], rotary) -> what slots see [B, n, D]."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@config
 class TokenGrid:
     """The tokenizer's side of a world model."""
 
-    rows: int
+    rows: _Side
     """Token rows per frame."""
-    cols: int
+    cols: _Side
     """Token columns per frame."""
-    levels: tuple[int, ...]
+    levels: Levels
     """FSQ levels per code channel."""
 
     def __post_init__(self) -> None:
-        for name in ("rows", "cols"):
-            if not 1 <= getattr(self, name) <= _MOST_ROWS:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be 1 to {_MOST_ROWS}")
-        if not 1 <= len(self.levels) <= 16 or not 2 <= math.prod(self.levels) <= 65536:
-            raise ValueError("levels: they must be 1 to 16 numbers, of 2 to 65536 codes together")
+        require(self, "levels", self.codebook_size <= 65536, "of at most 65536 codes together")
 
     @property
     def codebook_size(self) -> int:
@@ -57,51 +57,39 @@ class TokenGrid:
         return math.prod(self.levels)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@config
 class TransformerConfig:
     """Size and shape of the world model."""
 
-    layers: int = 6
+    layers: Count = 6
     """Number of blocks."""
-    width: int = 256
+    width: Count = 256
     """Channels of the residual stream."""
-    heads: int = 8
+    heads: Count = 8
     """Query heads."""
-    kv_heads: int = 2
+    kv_heads: Count = 2
     """Key and value heads; each serves heads / kv_heads query heads."""
-    mlp_ratio: int = 4
+    mlp_ratio: Count = 4
     """Hidden width of the MLP, in multiples of `width`."""
-    context_frames: int = 12
+    context_frames: Annotated[int, Field(ge=2, le=4096)] = 12
     """Frames that attention reaches, the one being predicted included."""
-    lag: int = 2
+    lag: Natural = 2
     """Waves between a row and the next; cols + 1 is raster order, 0 draws whole columns."""
-    dropout: float = 0.0
+    dropout: ShareBelowOne = 0.0
     """Share of activations dropped after the embedding and in each residual branch."""
     actions: ActionEmbeddingConfig = field(default_factory=ActionEmbeddingConfig)
     """How speed and steering are embedded."""
-    previous_reach: int = 1
+    previous_reach: Annotated[int, Field(ge=0, le=2)] = 1
     """Rows and columns around the position a slot predicts from which it is given the previous
     frame's tokens; 0 is that position alone. Near a moving car's token the next one is found."""
     action_everywhere: bool = True
     """Add a projection of the frame's action to all of its slots, not only to the rows' starts."""
 
     def __post_init__(self) -> None:
-        counts = ("layers", "width", "heads", "kv_heads", "mlp_ratio")
-        for name, least in (*((name, 1) for name in counts), ("lag", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
-        if not 2 <= self.context_frames <= 4096:
-            raise ValueError(f"context_frames is {self.context_frames}: it must be from 2 to 4096")
-        if self.width % (2 * self.heads):
-            raise ValueError(
-                f"width is {self.width}: it must be an even multiple of heads ({self.heads})"
-            )
-        if self.heads % self.kv_heads:
-            raise ValueError(f"kv_heads is {self.kv_heads}: it must divide heads ({self.heads})")
-        if not 0 <= self.previous_reach <= 2:
-            raise ValueError(f"previous_reach is {self.previous_reach}: it must be 0, 1 or 2")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}: it must be from 0 to below 1")
+        fits = self.width % (2 * self.heads) == 0
+        require(self, "width", fits, f"an even multiple of heads={self.heads}")
+        divides = self.heads % self.kv_heads == 0
+        require(self, "kv_heads", divides, f"a divisor of heads={self.heads}")
 
     def least_weights(self, grid: TokenGrid) -> int:
         """Parameters of the blocks and embeddings: nearly all, without building anything."""

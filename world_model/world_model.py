@@ -9,19 +9,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
 from torch import Tensor, nn
 
 from driving_sim.data.actions.action_file import SteeringKind
 from driving_sim.data.tokens.store import TokenStore
 from driving_sim.data.video.frame_rate import RATE_TOLERANCE
-from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
+from driving_sim.engine.config import config, from_dict, load_json, save_json, to_dict
 from driving_sim.engine.device import autocast, name_of, resolve_device, resolve_precision
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.threads import adjust_threads
@@ -40,7 +41,7 @@ _MOST_CONFIG_BYTES = 2**26  # it names the validation drives, which may be many
 _MOST_FPS = 1000
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@config
 class WorldModelConfig:
     """What a world model's `config.json` says."""
 
@@ -50,16 +51,12 @@ class WorldModelConfig:
     """The tokenizer's tokens."""
     actions: ActionStatistics
     """The training data's actions."""
-    fps: float
+    fps: Annotated[float, Field(gt=0, le=_MOST_FPS)]
     """Frames per second of the training data, and so of what is generated."""
     steering_kind: SteeringKind | None
     """What the steering channel means; None where no drive had actions."""
     validation_drives: tuple[str, ...]
     """Ids of the drives that were kept from training, to choose the best weights by."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.fps <= _MOST_FPS:
-            raise ValueError(f"fps={self.fps}: must be above 0, and at most {_MOST_FPS}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,12 @@
 """The synthetic world: a place to drive in, and the exact picture of every state of it."""
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from einops import rearrange
 from numpy.typing import NDArray
+from pydantic import Field
 
 from driving_sim.data.synthetic.drawing.camera import Camera, View
 from driving_sim.data.synthetic.drawing.ground import Ground
@@ -17,55 +17,39 @@ from driving_sim.data.synthetic.motion.traffic import Traffic
 from driving_sim.data.synthetic.motion.vehicle import VehicleState, step_vehicle
 from driving_sim.data.synthetic.road import LANE_OFFSET, Road
 from driving_sim.data.synthetic.scenery import Scenery, Things
+from driving_sim.engine.config import Share, config, require
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@config
 class SyntheticConfig:
     """How the synthetic world is filmed, and which days there are in it."""
 
-    height: int = 128
+    height: Annotated[int, Field(ge=16, le=4096)] = 128
     """Of the picture, in pixels."""
-    width: int = 256
+    width: Annotated[int, Field(ge=16, le=4096)] = 256
     """Of the picture, in pixels."""
-    fps: float = 10.0
+    fps: Annotated[float, Field(ge=4, le=120)] = 10.0
     """Frames per second; the actions between slower ones would count as gaps in the log."""
-    field_of_view_deg: float = 84.0
+    field_of_view_deg: Annotated[float, Field(ge=20, le=140)] = 84.0
     """Horizontal, in degrees."""
-    camera_height_m: float = 1.9
+    camera_height_m: Annotated[float, Field(ge=0.5, le=10)] = 1.9
     """Above the ground, in metres."""
-    horizon: float = 0.42
+    horizon: Annotated[float, Field(ge=0.2, le=0.8)] = 0.42
     """Share of the picture that lies above the horizon."""
-    stretch_m: float = 3000.0
+    stretch_m: Annotated[float, Field(ge=0, le=1e6)] = 3000.0
     """Drives start somewhere on this much of the road: the shorter, the more they see again."""
     cruise_mps: tuple[float, float] = (6.0, 13.0)
     """Range of the speeds that drivers like, in m/s."""
-    traffic: float = 0.75
+    traffic: Share = 0.75
     """Cars that come the other way: 1 is one every 130 m."""
     palettes: tuple[str, ...] = tuple(PALETTES)
     """The kinds of day a seed draws from."""
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("height", 16, 4096),
-            ("width", 16, 4096),
-            ("fps", 4, 120),
-            ("field_of_view_deg", 20, 140),
-            ("camera_height_m", 0.5, 10),
-            ("horizon", 0.2, 0.8),
-            ("stretch_m", 0, 1e6),
-            ("traffic", 0, 1),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f"{name} is {value}; it must lie in {low}..{high}")
         slow, fast = self.cruise_mps
-        if not 1 <= slow <= fast <= 40:
-            raise ValueError(f"cruise_mps is {self.cruise_mps}; it must rise within 1..40")
-        unknown = sorted(set(self.palettes) - set(PALETTES))
-        if unknown or not self.palettes:
-            raise ValueError(
-                f"palettes is {self.palettes}; it must name one or more of {', '.join(PALETTES)}"
-            )
+        require(self, "cruise_mps", 1 <= slow <= fast <= 40, "two speeds that rise within 1..40")
+        known = bool(self.palettes) and set(self.palettes) <= set(PALETTES)
+        require(self, "palettes", known, f"one or more of {', '.join(PALETTES)}")
 
 
 class SyntheticWorld:

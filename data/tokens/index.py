@@ -1,44 +1,30 @@
-"""What the index of a token store says: `index.json` as dataclasses.
-
-They are validated as they are made, from the index or by the writer.
-"""
+"""What the index of a token store says: `index.json` as dataclasses."""
 
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 
 from driving_sim.data.inner_name import is_inner_name
-from driving_sim.engine.config import load_json
+from driving_sim.engine.config import (
+    Count,
+    Int64,
+    Natural,
+    Positive,
+    config,
+    from_dict,
+    load_json,
+    require,
+)
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.parsing import one_line
-
-T = TypeVar("T")
 
 SCHEMA = 1
 INDEX = "index.json"
 UNFINISHED = ".unfinished"  # the writer's folder inside a store that is not complete yet
-
-_OF_A_STORE = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-def _inner(name: str) -> str:
-    if not is_inner_name(name):
-        raise ValueError(f"must be a relative name, on one line, got {name!r}")
-    return name
-
-
-# Matched, half characters are found, which no file can hold.
-Text = Annotated[str, Field(pattern="")]
-DriveId = Annotated[Text, AfterValidator(_inner)]
-Count = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
-Positive = Annotated[Count, Field(gt=0)]
-Rate = Annotated[float, Strict(), Field(gt=0)]
 
 
 def shard_name(number: int) -> str:
@@ -52,68 +38,68 @@ def frame_bytes(rows: int, cols: int) -> int:
     return timestamp + actions + rows * cols * 2 + action_valid
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_OF_A_STORE)
+@config
 class StoreInfo:
     """What is the same for every drive of a store."""
 
-    tokenizer_fingerprint: Text
+    tokenizer_fingerprint: str
     """Fingerprint of the tokenizer that made the tokens."""
-    rows: Positive
+    rows: Count
     """Token rows per frame."""
-    cols: Positive
+    cols: Count
     """Token columns per frame."""
-    codebook_size: Annotated[Positive, Field(le=2**16)]
+    codebook_size: Annotated[Count, Field(le=2**16)]
     """Every token is below this."""
-    fps: Rate
+    fps: Positive
     """Mean rate of the frames chosen, between gaps, in frames per second."""
-    steering_kind: Text | None = None
+    steering_kind: str | None = None
     """What the steering column means, one kind for all drives; None where no drive has actions."""
-    levels: tuple[Count, ...] = ()
+    levels: tuple[Int64, ...] = ()
     """The tokenizer's FSQ levels."""
-    height: Count | None = None
+    height: Int64 | None = None
     """Height of the frames that were encoded, in pixels."""
-    width: Count | None = None
+    width: Int64 | None = None
     """Width of the frames that were encoded, in pixels."""
-    requested_fps: Annotated[int, Strict()] | Rate | None = None
+    requested_fps: int | float | None = None
     """The rate asked for, in frames per second, where one was."""
-    every: Count | None = None
+    every: Int64 | None = None
     """The stride over the video's frames asked for, where one was."""
-    transform: dict[Text, Any] = field(default_factory=dict)
+    transform: dict[str, Any] = field(default_factory=dict)
     """How frames were resized, cropped and converted."""
-    precision: Text = "fp32"
+    precision: str = "fp32"
     """The number format that frames were encoded in."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_OF_A_STORE)
+@config
 class DriveEntry:
     """One drive, or one part of a very long one, as the index lists it."""
 
-    id: DriveId
+    id: str
     """The drive's id; a mirrored drive's ends in `~mirror`."""
-    frames: Positive
+    frames: Count
     """Frames of it in this shard."""
-    segments: tuple[tuple[Count, Count], ...]
+    segments: tuple[tuple[Natural, Natural], ...]
     """[start, stop) runs of frames without a gap in time, counted within this entry."""
-    start: Count = 0
+    start: Natural = 0
     """Where this part begins in its drive; 0 but for the later parts of a split drive."""
-    source: Text = ""
+    source: str = ""
     """The kind of data source it came from."""
-    mirrored: Annotated[bool, Strict()] = False
+    mirrored: bool = False
     """Whether the frames are flipped and the steering negated."""
 
     def __post_init__(self) -> None:
-        bounds = [*(bound for segment in self.segments for bound in segment), self.frames]
-        if bounds != sorted(bounds):
-            raise ValueError(f"segments must rise within 0 and {self.frames}")
+        bounds = [0, *(bound for run in self.segments for bound in run), self.frames]
+        require(self, "segments", bounds == sorted(bounds), f"runs that rise within {self.frames}")
+        require(self, "id", is_inner_name(self.id), "a relative name, on one line")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_OF_A_STORE)
+@config
 class ShardEntry:
     """One shard as the index lists it."""
 
-    bytes: Count
+    bytes: Int64
     """Size of the file."""
-    sha256: Text
+    sha256: str
     """Checksum of the file."""
     drives: tuple[DriveEntry, ...]
     """The drives in it, in order."""
@@ -124,29 +110,29 @@ class ShardEntry:
         return sum(drive.frames for drive in self.drives)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_OF_A_STORE)
+@config
 class SkippedDrive:
     """A drive that was left out."""
 
-    id: Text
+    id: str
     """The drive's id."""
-    reason: Text
+    reason: str
     """Why, in one line."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_OF_A_STORE)
+@config
 class StoreIndex:
     """The contents of `index.json`."""
 
-    schema: Count
+    schema: Int64
     """Version of the store's format."""
-    plan: Text
+    plan: str
     """Hash of the plan that the store was written from."""
     info: StoreInfo
     """What is the same for every drive."""
-    drives: Count
+    drives: Int64
     """Number of drives, parts of one counted once."""
-    frames: Count
+    frames: Int64
     """Number of frames."""
     shards: tuple[ShardEntry, ...]
     """The shards, in order."""
@@ -187,21 +173,7 @@ def read_index(path: Path) -> StoreIndex:
     values = load_json(file)
     if values.get("schema") != SCHEMA:
         raise DriveSimError(f"{file}: not a token store index of schema {SCHEMA}; tokenize again")
-    return validated(StoreIndex, values, file)
-
-
-def validated(kind: type[T], values: dict[str, Any], file: Path) -> T:
-    """One of the dataclasses above from plain values, which `file` held.
-
-    Raises:
-        DriveSimError: they are not what it takes.
-    """
     try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        reason = one_line(f"{place}: {first['msg']}")
-        raise DriveSimError(
-            f"{file}: damaged token store index: {reason}; tokenize again"
-        ) from error
+        return from_dict(StoreIndex, values, where=str(file))
+    except DriveSimError as error:
+        raise DriveSimError(f"{error}; tokenize again") from error

@@ -4,21 +4,20 @@ import hashlib
 import json
 from typing import Any, NamedTuple
 
-from pydantic.dataclasses import dataclass
-
-from driving_sim.data.tokens.index import SCHEMA, Count, DriveId, StoreInfo, frame_bytes
-from driving_sim.engine.config import to_dict
+from driving_sim.data.inner_name import is_inner_name
+from driving_sim.data.tokens.index import SCHEMA, StoreInfo, frame_bytes
+from driving_sim.engine.config import Natural, config, require, to_dict
 
 SHARD_BYTES = 512 * 2**20
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@config
 class PlannedDrive:
     """A drive that the store is to hold."""
 
-    id: DriveId
+    id: str
     """Its id, unique in the store."""
-    frames: Count
+    frames: Natural
     """How many frames of it will be written; 0 for one known to be skipped."""
     source: str = ""
     """The kind of data source it comes from."""
@@ -27,6 +26,8 @@ class PlannedDrive:
     content: str = ""
     """Digest of what is known of it beforehand (frame choice, actions), so that a change shows."""
 
+    def __post_init__(self) -> None:
+        require(self, "id", is_inner_name(self.id), "a relative name, on one line")
 
 class Piece(NamedTuple):
     """Frames [start, stop) of drive number `drive`, which lie in one shard."""
@@ -36,7 +37,7 @@ class Piece(NamedTuple):
     stop: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@config
 class StorePlan:
     """Everything that decides a store's bytes but the tokens and actions themselves."""
 

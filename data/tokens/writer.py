@@ -31,11 +31,10 @@ from driving_sim.data.tokens.index import (
     StoreInfo,
     shard_metadata,
     shard_name,
-    validated,
 )
 from driving_sim.data.tokens.plan import Piece, StorePlan
 from driving_sim.data.tokens.store import Columns, checksum, column_forms, open_shard
-from driving_sim.engine.config import load_json, save_json, to_dict
+from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
 from driving_sim.engine.ranks.distributed import Ranks
@@ -284,9 +283,9 @@ class TokenStoreWriter:
 
     def _index(self) -> StoreIndex:
         done = map(self._shard_note, range(len(self._shards)))
-        shards = tuple(validated(ShardEntry, load_json(note), note) for note in done)
+        shards = tuple(from_dict(ShardEntry, load_json(note), str(note)) for note in done)
         left_out = filter(Path.exists, map(self._skip_note, self._numbers.values()))
-        skipped = tuple(validated(SkippedDrive, load_json(note), note) for note in left_out)
+        skipped = tuple(from_dict(SkippedDrive, load_json(note), str(note)) for note in left_out)
         entries = [entry for shard in shards for entry in shard.drives]
         return StoreIndex(
             schema=SCHEMA,

@@ -1,68 +1,123 @@
-"""Configs: frozen dataclasses to and from nested dicts, YAML files and `a.b=c` assignments."""
+"""Configs: frozen dataclasses, checked field by field, to and from dicts, YAML and `a.b=c`.
+
+`@config` makes a class one. Its fields' annotations say what is allowed, and pydantic holds every
+instance to them, whether Python makes it or a file: an error is one line that names the field, what
+is allowed and what was found.
+"""
 
 import dataclasses
 import difflib
+import functools
 import json
-import math
 import os
 import re
 import stat
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, dataclass_transform
 
 import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
 
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
-from driving_sim.engine.parsing import MOST_YAML_BYTES, one_line, parse_json, parse_yaml, shown
+from driving_sim.engine.parsing import (
+    MOST_YAML_BYTES,
+    YamlDumper,
+    one_line,
+    parse_json,
+    parse_yaml,
+    shown,
+)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+C = TypeVar("C")
 T = TypeVar("T", bound="DataclassInstance")
 
-_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no file can hold
+_MOST = 2**63 - 1  # what an array, or a file's header, can hold
+
+Int64 = Annotated[int, Field(ge=-_MOST - 1, le=_MOST)]
+"""A whole number of 64 bits."""
+Natural = Annotated[int, Field(ge=0, le=_MOST)]
+"""A whole number, 0 or more."""
+Count = Annotated[int, Field(ge=1, le=_MOST)]
+"""A whole number, 1 or more."""
+NonNegative = Annotated[float, Field(ge=0)]
+"""A number, 0 or more."""
+Positive = Annotated[float, Field(gt=0)]
+"""A number above 0."""
+Share = Annotated[float, Field(ge=0, le=1)]
+"""A number from 0 to 1."""
+ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
+"""A number from 0 to below 1."""
+InnerShare = Annotated[float, Field(gt=0, lt=1)]
+"""A number between 0 and 1, neither of them."""
+
+# Nothing is converted but what JSON cannot tell apart: lists to tuples, whole numbers to floats.
+_RULES = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
 _PLAIN_NAME = re.compile(r"[\w./~ -]{1,80}")
+_UNKNOWN, _MISSING = "unexpected_keyword_argument", "missing"  # pydantic's kinds of errors
+_WORDS = {"Input should": "must", "a valid array": "a list", "an object": "a mapping"}
+
+
+@dataclass_transform(
+    kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,)
+)
+def config(cls: type[C]) -> type[C]:
+    """Make a class a frozen dataclass with slots, whose fields are checked when it is made.
+
+    They hold what their annotations say, strictly: no bool for an int, no text for a number, and
+    only finite floats. `__post_init__` checks what concerns several of them, by `require`. Raises
+    ValueError.
+    """
+    made: Any = checked_dataclass(cls, frozen=True, kw_only=True, slots=True, config=_RULES)
+    check_fields = made.__init__
+
+    @functools.wraps(check_fields)
+    def __init__(self: C, **values: Any) -> None:  # noqa: N807
+        try:
+            check_fields(self, **values)
+        except ValidationError as error:
+            mistake = _mistake(error, made, values, "")
+            raise ValueError(mistake.lstrip(".: ")) from None
+
+    made.__init__ = __init__
+    return typing.cast("type[C]", made)
+
+
+def require(config: object, name: str, holds: bool, allowed: str) -> None:
+    """Raise ValueError, which names the field and what it must be, unless its value `holds`."""
+    if not holds:
+        raise ValueError(f"{name}: must be {allowed}, found {shown(getattr(config, name))}")
 
 
 def from_dict(cls: type[T], values: object, where: str = "config") -> T:
     """Build a dataclass, nested ones included, from plain values.
 
-    Understands bool, int, float, str, Path, Literal, unions with None, tuples, lists, dicts and
+    Understands what JSON holds: bool, int, float, str, Literal, unions, tuples, lists, dicts and
     dataclasses. Raises `DriveSimError` naming `where` and the key for an unknown key (with the
-    nearest known one), a missing one, a wrong type, and a value that `__post_init__` refuses.
+    nearest known one), a missing one, a wrong type, and a value that is not allowed.
     """
-    if not isinstance(values, Mapping):
-        raise DriveSimError(f"{where}: expected a mapping of options, found {shown(values)}")
-    hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
-    for key in values:
-        if key not in fields:
-            name = _key_name(key)
-            nearest = _nearest_key(cls, name)
-            raise DriveSimError(f"{where}: unknown key '{name}'; the nearest one is '{nearest}'")
-    for name, field in fields.items():
-        if name not in values and _is_required(field):
-            raise DriveSimError(f"{where}: '{name}' is missing")
-    converted = {
-        name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()
-    }
     try:
-        return cls(**converted)
-    except (ValueError, ArithmeticError) as error:
+        # As JSON, for then pydantic takes lists for tuples and is strict all the same.
+        text = json.dumps(values, ensure_ascii=False, default=_refuse).encode("utf-8")
+        made: T = _reader(cls).validate_json(text)
+    except ValidationError as error:
+        raise DriveSimError(_mistake(error, cls, values, where)) from None
+    except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
         raise DriveSimError(f"{where}: {one_line(error)}") from error
+    return made
 
 
 def to_dict(config: "DataclassInstance") -> dict[str, Any]:
     """The config as nested dicts, lists and scalars: what JSON and YAML can hold."""
-    return {
-        field.name: _plain(getattr(config, field.name))
-        for field in dataclasses.fields(config)
-        if field.init
-    }
+    plain: dict[str, Any] = _reader(type(config)).dump_python(config, mode="json")
+    return plain
 
 
 def resolve(config: T, *, file: Path | None = None, assignments: Sequence[str] = ()) -> T:
@@ -103,7 +158,7 @@ def load_json(path: Path, *, most_bytes: int | None = None) -> dict[str, Any]:
 def save_yaml(path: Path, mapping: Mapping[str, Any]) -> None:
     """Write YAML atomically, keys in their own order."""
     with atomic_file(path) as temporary:
-        temporary.write_text(yaml.safe_dump(dict(mapping), sort_keys=False), "utf-8")
+        temporary.write_text(yaml.dump(dict(mapping), Dumper=YamlDumper, sort_keys=False), "utf-8")
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -162,9 +217,51 @@ def _parse_assignment(assignment: str) -> dict[str, Any]:
     return typing.cast("dict[str, Any]", value)
 
 
-def _is_required(field: "dataclasses.Field[Any]") -> bool:
-    missing = dataclasses.MISSING
-    return field.default is missing and field.default_factory is missing
+@functools.cache
+def _reader(cls: type[T]) -> TypeAdapter[T]:
+    if "__pydantic_config__" not in vars(cls):  # a plain dataclass is read by the same rules
+        cls.__pydantic_config__ = _RULES  # type: ignore[attr-defined]
+    return TypeAdapter(cls)
+
+
+def _refuse(value: object) -> None:
+    raise ValueError(f"must be a number, text, a list or a mapping, found {shown(value)}")
+
+
+def _mistake(error: ValidationError, cls: type, values: object, where: str) -> str:
+    """Say in one line what is wrong with the first field at fault, and where it is."""
+    # A misspelt key is also one that is missing: how it is spelt comes first.
+    order = {_UNKNOWN: 0, _MISSING: 1}
+    first = min(error.errors(include_url=False), key=lambda each: order.get(each["type"], 2))
+    owner, name, parent, place = cls, "", where, where
+    for step in first["loc"]:
+        if isinstance(values, Mapping):
+            owner = next(_dataclasses_in(typing.get_type_hints(owner).get(name)), owner)
+            name, parent, values = str(step), place, values.get(step)
+            place = f"{parent}.{_key_name(name)}"
+        elif isinstance(values, list | tuple) and isinstance(step, int):
+            place, values = f"{place}[{step}]", values[step] if step < len(values) else None
+    if first["type"] == _UNKNOWN:
+        nearest = _nearest_key(owner, name)
+        message = f"{parent}: unknown key '{_key_name(name)}'; the nearest one is '{nearest}'"
+    elif first["type"] == _MISSING:
+        message = f"{place} is missing"
+    elif first["type"] == "value_error":
+        message = f"{place}.{one_line(first['ctx']['error'])}"
+    else:
+        reason = first["msg"]
+        for theirs, ours in _WORDS.items():
+            reason = reason.replace(theirs, ours)
+        message = f"{place}: {one_line(reason)}, found {shown(first['input'])}"
+    return message
+
+
+def _dataclasses_in(hint: Any) -> Iterator[type]:
+    """The dataclasses among an annotation and its parts."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        yield hint
+    for part in typing.get_args(hint):
+        yield from _dataclasses_in(part)
 
 
 def _known_keys(cls: type) -> Iterator[str]:
@@ -172,9 +269,8 @@ def _known_keys(cls: type) -> Iterator[str]:
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         yield field.name
-        for arm in (hints[field.name], *typing.get_args(hints[field.name])):
-            if isinstance(arm, type) and dataclasses.is_dataclass(arm):
-                yield from (f"{field.name}.{key}" for key in _known_keys(arm))
+        for inner in _dataclasses_in(hints[field.name]):
+            yield from (f"{field.name}.{key}" for key in _known_keys(inner))
 
 
 def _key_name(key: object) -> str:
@@ -206,100 +302,3 @@ def _is_shortened(key: str, words: Sequence[str]) -> bool:
         for taken in range(len(words[0]) + 1)
         if words[0].startswith(key[:taken])
     )
-
-
-def _plain(value: object) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return to_dict(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin = typing.get_origin(hint)
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, where)
-    if origin in (Union, types.UnionType):
-        return _convert_union(hint, value, where)
-    if origin is Literal:
-        return _convert_literal(hint, value, where)
-    if origin in (tuple, list):
-        return _convert_sequence(hint, value, where)
-    if origin is dict:
-        return _convert_dict(hint, value, where)
-    return _convert_scalar(hint, value, where)
-
-
-def _convert_union(hint: Any, value: Any, where: str) -> Any:
-    arms = [arm for arm in typing.get_args(hint) if arm is not type(None)]
-    if value is None and len(arms) < len(typing.get_args(hint)):
-        return None
-    # An arm of the value's own type first: 3 stays an int in `float | int`.
-    arms.sort(key=lambda arm: arm is not type(value))
-    for arm in arms[:-1]:
-        try:
-            return _convert(arm, value, where)
-        except DriveSimError:
-            continue
-    return _convert(arms[-1], value, where)
-
-
-def _convert_literal(hint: Any, value: Any, where: str) -> Any:
-    allowed = typing.get_args(hint)
-    if value not in allowed:
-        choices = ", ".join(map(str, allowed))
-        raise DriveSimError(f"{where}: found {shown(value)}, expected one of {choices}")
-    return value
-
-
-def _convert_sequence(hint: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, list | tuple):
-        raise DriveSimError(f"{where}: expected a list, found {shown(value)}")
-    origin, arms = typing.get_origin(hint), typing.get_args(hint)
-    if origin is list or arms[-1] is Ellipsis:
-        arms = (arms[0],) * len(value)
-    if len(arms) != len(value):
-        raise DriveSimError(f"{where}: expected {len(arms)} values, found {len(value)}")
-    items = zip(arms, value, strict=True)
-    return origin(_convert(arm, item, f"{where}[{i}]") for i, (arm, item) in enumerate(items))
-
-
-def _convert_dict(hint: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, Mapping):
-        raise DriveSimError(f"{where}: expected a mapping, found {shown(value)}")
-    arm = typing.get_args(hint)[1]
-    items = ((key if isinstance(key, str) else shown(key), item) for key, item in value.items())
-    return {key: _convert(arm, item, f"{where}.{_key_name(key)}") for key, item in items}
-
-
-def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
-    if hint is Any:
-        return value
-    if hint is Path and isinstance(value, str | Path) and "\0" not in str(value):
-        return Path(value)
-    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        return _finite(value, where)
-    if type(value) is hint and _is_usable(value):
-        return value
-    name = getattr(hint, "__name__", str(hint))
-    raise DriveSimError(f"{where}: expected {name}, found {shown(value)}")
-
-
-def _is_usable(value: Any) -> bool:
-    """Whether a value of the right type can be counted with, or written: JSON may hold others."""
-    if isinstance(value, str):
-        return not _SURROGATE.search(value)
-    return not isinstance(value, int) or abs(value) < 2**63
-
-
-def _finite(value: float | str, where: str) -> float:
-    try:
-        number = float(value)  # YAML 1.1 reads 1e-4, without a point, as a string
-    except (ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise DriveSimError(f"{where}: expected float, found {shown(value)}")
-    return number

@@ -1,6 +1,7 @@
 """JSON and YAML that somebody else wrote: plain values, at no more cost than the text is worth."""
 
 import json
+import re
 import reprlib
 from typing import Any
 
@@ -40,6 +41,19 @@ class _Loader(yaml.SafeLoader):
         if self._nodes > _MOST_NODES:
             raise yaml.YAMLError(f"it holds more than {_MOST_NODES} values, aliases counted")
         return node
+
+
+class YamlDumper(yaml.SafeDumper):
+    """The safe dumper, which quotes the text that `parse_yaml` would take for a number."""
+
+
+# YAML 1.1 takes 1e-4, without a point or the exponent's sign, for text.
+for _class in (_Loader, YamlDumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+        list("-+.0123456789"),
+    )
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 from driving_sim.data.actions.action_file import SPEED, STEERING
 from driving_sim.data.split import original_id
 from driving_sim.data.tokens.store import DriveTokens, TokenStore
+from driving_sim.engine.config import Count, config
 from driving_sim.engine.errors import TooLittleDataError
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.actions.control import MOVING_MPS
@@ -42,39 +43,34 @@ NOT_MEASURED = "not_measured"
 """Name of the section that says what could not be measured, and why."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@config
 class EvaluationConfig:
     """How much is measured."""
 
-    stride: int = 1
+    stride: Count = 1
     """Likelihood: every n-th frame with a full window behind it."""
-    shuffles: int = 20
+    shuffles: Count = 20
     """Shuffles of the actions."""
     coded_seconds: float = 60.0
     """Length of the first drive's beginning that is compressed and decoded."""
-    clips: int = 32
+    clips: Count = 32
     """Clips rolled out for quality and fidelity, spread over the held-out drives."""
     seconds: float = 3.0
     """Length of their futures."""
-    sweeps: int = 3
+    sweeps: Count = 3
     """Starts of the sweep of commands."""
-    long_rollouts: int = 4
+    long_rollouts: Count = 4
     """Rollouts judged for stability."""
     long_seconds: float = 60.0
     """Their length."""
     real_seconds: float = 150.0
     """Real footage that bounds what is stable, at most."""
-    probe_steps: int = 600
+    probe_steps: Count = 600
     """Training of the inverse-dynamics probe."""
-    sampling: Sampling = Sampling()  # noqa: RUF009
+    sampling: Sampling = Sampling()
     """How tokens are drawn."""
-    stability: StabilityConfig = StabilityConfig()  # noqa: RUF009
+    stability: StabilityConfig = StabilityConfig()
     """Where a rollout counts as no longer a drive."""
-
-    def __post_init__(self) -> None:
-        for name in ("stride", "shuffles", "clips", "sweeps", "long_rollouts", "probe_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
 
 
 FULL = EvaluationConfig()

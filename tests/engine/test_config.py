@@ -1,15 +1,21 @@
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from driving_sim.engine.config import (
+    Count,
+    Positive,
+    config,
     from_dict,
     load_json,
     load_yaml,
+    require,
     resolve,
     save_json,
     save_yaml,
@@ -18,22 +24,21 @@ from driving_sim.engine.config import (
 from driving_sim.engine.errors import DriveSimError
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@config
 class Inner:
-    learning_rate: float = 0.1
+    learning_rate: Positive = 0.1
     levels: tuple[int, ...] = (8, 5)
     betas: tuple[float, float] = (0.9, 0.99)
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate={self.learning_rate}, allowed is above 0")
+        require(self, "levels", sum(self.levels) < 100, "of fewer than 100 together")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@config
 class Outer:
     name: str
     mode: Literal["fast", "slow"] = "fast"
-    steps: int | None = None
+    steps: Count | None = None
     path: Path | None = None
     flag: bool = False
     number: int | float = 1
@@ -104,30 +109,78 @@ def test_any_rate_survives_an_assignment(rate: float) -> None:
         ({"name": "a", "step": 1}, "config: unknown key 'step'; the nearest one is 'steps'"),
         ({"name": "a", "inner": {"level": []}}, "config.inner: .*'level'.*'levels'"),
         ({"name": "a", "learning_rat": 1}, "nearest one is 'inner.learning_rate'"),
-        ({}, "config: 'name' is missing"),
-        ({"name": 3}, "config.name: expected str, found 3"),
-        ({"name": "a", "steps": True}, "config.steps: expected int, found True"),
-        ({"name": "a", "steps": 1.5}, "config.steps: expected int, found 1.5"),
-        ({"name": "a", "flag": 1}, "config.flag: expected bool, found 1"),
-        ({"name": "a", "mode": "medium"}, "found 'medium', expected one of fast, slow"),
-        ({"name": "a", "inner": 3}, "config.inner: expected a mapping"),
-        ({"name": "a", "inner": {"learning_rate": "fast"}}, "expected float, found 'fast'"),
+        ({}, "config.name is missing"),
+        ({"name": 3}, "config.name: must be a valid string, found 3"),
+        ({"name": "a", "steps": True}, "config.steps: must be a valid integer, found True"),
+        ({"name": "a", "steps": 1.5}, "config.steps: must be a valid integer, found 1.5"),
+        ({"name": "a", "flag": 1}, "config.flag: must be a valid boolean, found 1"),
+        ({"name": "a", "mode": "medium"}, "mode: must be 'fast' or 'slow', found 'medium'"),
+        ({"name": "a", "inner": 3}, "config.inner: must be a mapping, found 3"),
         (
-            {"name": "a", "inner": {"learning_rate": -1}},
-            "config.inner: learning_rate=-1.0, allowed",
+            {"name": "a", "inner": {"learning_rate": "fast"}},
+            "inner.learning_rate: must be a valid number, found 'fast'",
         ),
-        ({"name": "a", "inner": {"betas": [1]}}, "betas: expected 2 values, found 1"),
-        ({"name": "a", "inner": {"levels": [1, "x"]}}, r"levels\[1\]: expected int, found 'x'"),
-        ({"name": "a", "inner": {"levels": 8}}, "levels: expected a list, found 8"),
-        ({"name": "a", "rates": {"b": None}}, "rates.b: expected float, found None"),
-        ({"name": "a", "maybe": {"levels": 8}}, "maybe.levels: expected a list"),
-        (None, "expected a mapping"),
+        ({"name": "a", "inner": {"learning_rate": -1}}, "inner.learning_rate: must .* 0, found -1"),
+        ({"name": "a", "inner": {"learning_rate": "1e-3"}}, "must be a valid number, found '1e-3'"),
+        ({"name": "a", "inner": {"learning_rate": True}}, "must be a valid number, found True"),
+        ({"name": "a", "inner": {"learning_rate": math.nan}}, "must be a finite number, found nan"),
+        ({"name": "a", "inner": {"learning_rate": 10**999}}, "must be a finite number, found 1000"),
+        ({"name": "a", "inner": {"betas": [1]}}, r"betas\[1\] is missing"),
+        ({"name": "a", "inner": {"betas": [1, 1, 1]}}, "betas: Tuple should have at most 2 items"),
+        ({"name": "a", "inner": {"levels": [1, "x"]}}, r"levels\[1\]: must be a valid integer"),
+        ({"name": "a", "inner": {"levels": 8}}, "levels: must be a list, found 8"),
+        ({"name": "a", "inner": {"levels": [99, 1]}}, "inner.levels: must be of fewer than 100"),
+        ({"name": "a", "number": "1"}, "config.number: must be a valid integer, found '1'"),
+        ({"name": "a", "number": 1e999}, "config.number: must be"),
+        ({"name": "a", "rates": {"b": None}}, "rates.b: must be a valid number, found None"),
+        ({"name": "a", "maybe": {"levels": 8}}, "maybe.levels: must be a list"),
+        ({"name": "a", "steps": 2**63}, "config.steps: must"),
+        ({"name": "\ud800"}, "config: .*surrogates not allowed"),
+        ({"name": b"a"}, "config: must be a number, text, a list or a mapping, found b'a'"),
+        (None, "config: must be a mapping, found None"),
     ],
 )
 def test_mistakes_are_named(values: object, message: str) -> None:
     with pytest.raises(DriveSimError, match=message) as caught:
         from_dict(Outer, values)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "name is missing"),
+        ({"name": "a", "stepps": 3}, "unknown key 'stepps'; the nearest one is 'steps'"),
+        ({"name": "a", "steps": 0}, "steps: must be greater than or equal to 1, found 0"),
+        ({"name": "a", "inner": 3}, "inner: must be an instance of Inner, found 3"),
+        ({"name": "a", "mode": "x" * 10**6}, "mode: must be 'fast' or 'slow', found 'xxx"),
+        ({"name": "a", "rates": {"b": math.inf}}, "rates.b: must be a finite number, found inf"),
+    ],
+)
+def test_what_python_makes_is_checked_as_well(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}") as caught:
+        Outer(**values)
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 500
+
+
+def test_a_plain_dataclass_is_read_as_strictly() -> None:
+    @dataclass(kw_only=True, slots=True)
+    class Plain:
+        steps: int
+        rate: float = 1.0
+
+    assert from_dict(Plain, {"steps": 3, "rate": 2}) == Plain(steps=3, rate=2.0)
+    for values in ({"steps": "3"}, {"steps": 3, "rate": True}, {"steps": 3, "other": 1}):
+        with pytest.raises(DriveSimError):
+            from_dict(Plain, values)
+
+
+@given(st.text(st.sampled_from("0123456789eE+-._")))
+def test_text_that_looks_like_a_number_stays_text(text: str) -> None:
+    with TemporaryDirectory() as folder:
+        save_yaml(Path(folder) / "c.yaml", {"name": text})
+        assert load_yaml(Path(folder) / "c.yaml") == {"name": text}
 
 
 def test_assignments_overlay_the_file_and_the_file_the_preset(tmp_path: Path) -> None:
@@ -153,6 +206,8 @@ def test_errors_name_the_file_or_the_option(tmp_path: Path) -> None:
     for assignment in ("steps", "=3", "inner..rate=1", "names=[1"):
         with pytest.raises(DriveSimError, match="--set"):
             resolve(FULL, assignments=[assignment])
+    with pytest.raises(DriveSimError, match=r"^\.\./c\.yaml\.name is missing"):
+        from_dict(Outer, {}, where="../c.yaml")
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "{", "3"])

@@ -160,14 +160,14 @@ def test_the_last_layer_is_the_one_before_the_pixels() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"height": 100}, "height=100"),
-        ({"width": 0}, "width=0"),
+        ({"height": 100}, "height: must be a multiple of 16, found 100"),
+        ({"width": 0}, "width: must .*, found 0"),
         ({"levels": (8, 1)}, "levels"),
         ({"levels": (64, 64, 64)}, "65536"),
         ({"widths": (16, 20, 32)}, "widths"),
         ({"blocks": (1, -1, 1)}, "blocks"),
         ({"attention_blocks": -1}, "attention_blocks"),
-        ({"head_size": 24}, "head_size=24"),
+        ({"head_size": 24}, "head_size: must be a divisor.*, found 24"),
     ],
 )
 def test_a_bad_config_names_its_field(changes: dict[str, Any], message: str) -> None:

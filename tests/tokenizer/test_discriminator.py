@@ -39,5 +39,5 @@ def test_it_learns_to_tell_smooth_from_rough() -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("width", 8), ("width", 40), ("halvings", 3)])
 def test_a_bad_config_names_its_field(name: str, value: int) -> None:
-    with pytest.raises(ValueError, match=f"{name}={value}"):
+    with pytest.raises(ValueError, match=f"{name}: must .*, found {value}"):
         DiscriminatorConfig(**{name: value})

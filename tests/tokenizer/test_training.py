@@ -315,5 +315,5 @@ def test_presets_hold_together(name: str) -> None:
 )
 def test_a_bad_config_names_its_field(name: str, value: float) -> None:
     values: dict[str, Any] = {name: value}
-    with pytest.raises(ValueError, match=f"{name}={value}"):
+    with pytest.raises(ValueError, match=f"{name}: must .*, found {value}"):
         TokenizerDataConfig(**values)

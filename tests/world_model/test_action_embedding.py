@@ -98,9 +98,9 @@ def test_dropout_never_invents_an_action() -> None:
 
 
 def test_impossible_settings_are_named() -> None:
-    with pytest.raises(ValueError, match="both is"):
+    with pytest.raises(ValueError, match=r"both: must be less than or equal to 1, found 1.5"):
         ActionDropoutConfig(both=1.5)
-    with pytest.raises(ValueError, match="octaves is 0"):
+    with pytest.raises(ValueError, match=r"octaves: must .*, found 0"):
         ActionEmbeddingConfig(octaves=0)
-    with pytest.raises(ValueError, match="std"):
+    with pytest.raises(ValueError, match=r"std\[1\]: must .*, found -0.1"):
         ActionStatistics(std=(1.0, -0.1))

@@ -75,8 +75,3 @@ def test_neighbours_are_those_of_a_frame_with_a_margin_of_nothing(
         row, col = int(order.row[slot]), int(order.col[slot])
         around = padded[row : row + 2 * reach + 1, col : col + 2 * reach + 1]
         assert torch.equal(found[slot], around.flatten())
-
-
-def test_an_impossible_grid_is_named() -> None:
-    with pytest.raises(ValueError, match="lag is -1"):
-        SlotOrder(rows=2, cols=2, lag=-1)

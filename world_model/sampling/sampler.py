@@ -3,15 +3,17 @@
 Axes: B futures, P = rows * cols tokens, S slots, K codes, n tokens of a wave, A = 2 channels.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from pydantic import Field
 from torch import Tensor
 
+from driving_sim.engine.config import Count, Int64, NonNegative, config
 from driving_sim.engine.device import autocast
 from driving_sim.world_model.cache import Cache, cached_frame_base
 from driving_sim.world_model.kernels.decode import NativeCache
@@ -20,31 +22,21 @@ Choose = Callable[[Tensor, Tensor], Tensor]
 """(logits float32 [B, n, K] of a wave, raster numbers [n] of its tokens) -> tokens [B, n]."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@config
 class Sampling:
     """How tokens are drawn from the model's distribution."""
 
-    temperature: float = 1.0
+    temperature: NonNegative = 1.0
     """Divides the logits; 0 takes the most probable token."""
-    top_k: int | None = None
+    top_k: Count | None = None
     """Keep only this many most probable tokens; ties go to the lower token."""
-    top_p: float | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """Keep only the smallest set of most probable tokens that together reach this probability; ties
     go to the lower token."""
-    guidance: float = 1.0
+    guidance: NonNegative = 1.0
     """g in `l_null + g (l - l_null)`: 1 is the plain model, more makes actions count more."""
-    seed: int = 0
+    seed: Int64 = 0
     """Chooses the uniform numbers."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}: it must be at least 0")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}: it must be at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
-        if not 0 <= self.guidance < math.inf:
-            raise ValueError(f"guidance is {self.guidance}: it must be at least 0")
 
     @property
     def truncates(self) -> bool:

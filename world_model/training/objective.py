@@ -5,32 +5,29 @@ Axes: B batch, T frames, R rows, C cols, K codes, A = 2 action channels.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from driving_sim.engine.config import Share, config
 from driving_sim.engine.training.optimizer import ParameterGroup, decay_groups
 from driving_sim.engine.training.step import Batch
 from driving_sim.world_model.actions import ActionDropoutConfig, drop_actions
 from driving_sim.world_model.transformer import Transformer
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@config
 class ObjectiveConfig:
     """How training differs from plain next-token prediction."""
 
-    token_noise: float = 0.1
+    token_noise: Share = 0.1
     """Largest share of a window's tokens that is replaced in the input; each window's own share
     is drawn from 0 to this. It teaches the model to go on from its own mistakes."""
     action_dropout: ActionDropoutConfig = field(default_factory=ActionDropoutConfig)
     """How often actions are hidden."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.token_noise <= 1:
-            raise ValueError(f"token_noise is {self.token_noise}: it must be from 0 to 1")
 
 
 class WorldModelObjective(nn.Module):

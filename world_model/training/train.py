@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import cast
 
@@ -14,7 +14,7 @@ from driving_sim.data.actions.action_file import SteeringKind
 from driving_sim.data.split import split_drives
 from driving_sim.data.tokens.store import DriveTokens, StoreInfo, TokenStore
 from driving_sim.data.tokens.windows import TokenWindows
-from driving_sim.engine.config import to_dict
+from driving_sim.engine.config import Count, InnerShare, config, to_dict
 from driving_sim.engine.device import resolve_device
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.progress import say
@@ -31,32 +31,23 @@ from driving_sim.world_model.world_model import WorldModel
 _STATISTICS_FRAMES = 2_000_000  # enough for percentiles; a store can hold billions
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@config
 class WorldModelDataConfig:
     """Which windows train and which validate."""
 
-    batch_size: int = 8
+    batch_size: Count = 8
     """Windows of `context_frames` frames in a batch, on each device."""
     validation: tuple[str, ...] | None = None
     """Ids of the validation drives; none: a share of the drives, drawn by their ids."""
-    validation_fraction: float = 0.1
+    validation_fraction: InnerShare = 0.1
     """That share."""
-    validation_windows: int = 64
+    validation_windows: Count = 64
     """Most windows that a validation looks at."""
     preview: bool = True
     """Whether a validation also rolls out half a window, as a video beside the truth."""
 
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "validation_windows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction={self.validation_fraction}: must lie between 0 and 1"
-            )
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
+@config
 class WorldModelRunConfig:
     """All options of a world model's training run."""
 

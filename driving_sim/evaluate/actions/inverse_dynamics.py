@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from driving_sim.data.actions.action_file import SPEED, STEERING, SteeringKind
-from driving_sim.engine.config import from_dict, to_dict
+from driving_sim.engine.config import Positive, config, from_dict, to_dict
 from driving_sim.engine.errors import DriveSimError, TooLittleDataError
 from driving_sim.engine.parsing import one_line, parse_json
 from driving_sim.engine.training.schedule import learning_rate_factor, position_by_steps
@@ -98,20 +98,16 @@ class ProbeClip:
                 raise ValueError(f"segment {begin}..{stop} is not within {count} frames")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@config
 class ProbeSource:
     """What a probe learned from: it can judge drives of this rate and kind, but not these ones."""
 
-    fps: float
+    fps: Positive
     """Frames per second."""
     steering_kind: SteeringKind | None
     """What its steering measures; None where no drive has any."""
     drives: tuple[str, ...]
     """A digest of each drive that it learned from or that chose its weights."""
-
-    def __post_init__(self) -> None:
-        if not self.fps > 0:
-            raise ValueError(f"fps={self.fps}: must be above 0")
 
 
 class InverseDynamics:

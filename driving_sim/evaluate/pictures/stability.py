@@ -15,6 +15,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from driving_sim.data.inspect.motion import picture_change
+from driving_sim.engine.config import InnerShare, Positive, config, require
 from driving_sim.engine.errors import TooLittleDataError
 
 Frames = NDArray[np.uint8]
@@ -28,45 +29,38 @@ _LOW, _HIGH = 0.01, 0.99
 _NEARLY_HIGHEST = 0.9
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@config
 class StabilityConfig:
     """Where a rollout counts as no longer a drive."""
 
-    block_s: float = 5.0
+    block_s: Positive = 5.0
     """Length of the blocks whose token histograms are compared with real ones, in s."""
-    hop_s: float = 1.0
+    hop_s: Positive = 1.0
     """Time from the end of a block to the end of the next, in s; at most `block_s`."""
-    drift_margin: float = 0.2
+    drift_margin: InnerShare = 0.2
     """Drifted: this share of the way from real blocks' highest divergence to 1 bit."""
-    sharpness_factor: float = 1.5
+    sharpness_factor: Positive = 1.5
     """Too soft or too hard: this many times beyond real frames' 1st and 99th percentile."""
-    freeze_factor: float = 0.5
+    freeze_factor: InnerShare = 0.5
     """Frozen: at most this share of the change of real moving frames' 1st percentile."""
-    restless_factor: float = 0.3
+    restless_factor: Positive = 0.3
     """Restless: tokens stay from frame to frame, as a mean over `hold_s`, by less than this share
     of the least in real footage. Noise of the right histogram is neither drift nor blur."""
-    min_lag_s: float = 2.0
+    min_lag_s: Positive = 2.0
     """Shortest time after which a picture that is there again is a loop, in s."""
-    max_lag_s: float = 30.0
+    max_lag_s: Positive = 30.0
     """Longest one that is looked at, in s: a real car on a circuit comes round after that."""
-    loop_s: float = 1.0
+    loop_s: Positive = 1.0
     """Time over which every frame must agree with its earlier one, in s."""
-    loop_margin: float = 0.25
+    loop_margin: InnerShare = 0.25
     """Looping: this share of the way from the highest such agreement in real footage to 1."""
-    hold_s: float = 2.0
+    hold_s: Positive = 2.0
     """Time for which faults must last to be a collapse, in s."""
 
     def __post_init__(self) -> None:
-        for name in self.__slots__:
-            value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{name} is {value}; it must be finite and above 0")
-        for name in ("drift_margin", "loop_margin", "freeze_factor"):
-            if getattr(self, name) >= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie below 1")
         for name, longer in (("hop_s", "block_s"), ("min_lag_s", "max_lag_s")):
-            if getattr(self, name) > getattr(self, longer):
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not exceed {longer}")
+            holds = getattr(self, name) <= getattr(self, longer)
+            require(self, name, holds, f"at most {longer}={getattr(self, longer)}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -487,7 +487,7 @@ def test_a_drive_that_is_described_wrongly_is_refused(
     index["shards"][4]["drives"][1] |= change
     file.write_text(json.dumps(index))
     with pytest.raises(
-        DriveSimError, match=r"index\.json: damaged .* shards\.4\.drives\.1"
+        DriveSimError, match=r"index\.json\.shards\[4\]\.drives\[1\].*; tokenize"
     ) as caught:
         TokenStore(tmp_path / "tokens")
     assert "\n" not in str(caught.value)

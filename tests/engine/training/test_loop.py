@@ -574,12 +574,15 @@ def test_a_number_format_measured_on_another_device_is_not_kept(
     [
         ({"steps": None}, "exactly one of steps and minutes"),
         ({"minutes": 1.0, "steps": 1}, "steps=1, minutes=1.0"),
-        ({"steps": None, "minutes": 1.0, "min_steps": 0}, "min_steps=0, allowed is at least 1"),
-        ({"accumulate": 0}, "accumulate=0, allowed is at least 1"),
-        ({"seed": -1}, "seed=-1, allowed is in 0"),
-        ({"ema_decay": 1.0}, r"ema_decay=1.0, allowed is in \[0, 1\)"),
-        ({"betas": (0.9, 1.0)}, "betas"),
-        ({"precision": "fp8"}, "auto, fp32, bf16"),
+        (
+            {"steps": None, "minutes": 1.0, "min_steps": 0},
+            "min_steps: must be greater than or equal to 1, found 0",
+        ),
+        ({"accumulate": 0}, "accumulate: must be greater than or equal to 1"),
+        ({"seed": -1}, "seed: must be greater than or equal to 0, found -1"),
+        ({"ema_decay": 1.0}, "ema_decay: must be less than 1, found 1.0"),
+        ({"betas": (0.9, 1.0)}, r"betas\[1\]: must be less than 1"),
+        ({"precision": "fp8"}, "precision: must be 'auto', 'fp32' or 'bf16', found 'fp8'"),
     ],
 )
 def test_config_names_the_mistake(options: dict[str, Any], message: str) -> None:

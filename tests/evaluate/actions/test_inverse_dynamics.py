@@ -201,8 +201,11 @@ def test_a_saved_probe_is_the_same_and_another_file_is_none(
         (None, "does not say what it learned from"),
         ({"other": "{}"}, "does not say what it learned from"),
         ({"source": "no"}, "Expecting value"),
-        ({"source": '{"fps": 5.0, "drives": []}'}, "source: 'steering_kind' is missing"),
-        ({"source": '{"fps": 0, "steering_kind": null, "drives": []}'}, "fps=0.0: must be above"),
+        ({"source": '{"fps": 5.0, "drives": []}'}, "source.steering_kind is missing"),
+        (
+            {"source": '{"fps": 0, "steering_kind": null, "drives": []}'},
+            "source.fps: must be greater than 0",
+        ),
     ],
 )
 def test_a_probe_of_unknown_origin_is_refused(

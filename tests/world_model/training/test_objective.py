@@ -80,5 +80,5 @@ def test_hidden_actions_change_the_loss_only_in_training() -> None:
 
 
 def test_impossible_settings_are_named() -> None:
-    with pytest.raises(ValueError, match="token_noise is 2"):
+    with pytest.raises(ValueError, match=r"token_noise: must .*, found 2"):
         ObjectiveConfig(token_noise=2)
