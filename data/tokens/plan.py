@@ -29,6 +29,7 @@ class PlannedDrive:
     def __post_init__(self) -> None:
         require(self, "id", is_inner_name(self.id), "a relative name, on one line")
 
+
 class Piece(NamedTuple):
     """Frames [start, stop) of drive number `drive`, which lie in one shard."""
 
