@@ -247,14 +247,9 @@ def _write_pictures(
     """A video and a contact sheet with the truths above the predictions."""
 
     def panel(kind: str, plan: ActionPlan, frame: Frame, time: int) -> Frame:
-        speed, steering = (float(value) for value in plan.actions[time])
-        caption = Caption(
-            title=f"{plan.label}: {kind}",
-            speed_mps=speed,
-            steering=steering,
-            steering_range=2 * steering_p95,
-        )
-        return draw_panel(frame, caption)
+        action, valid = plan.actions[time], plan.valid[time]
+        title = f"{plan.label}: {kind}"
+        return draw_panel(frame, Caption.of(title, action, valid, 2 * steering_p95))
 
     video = [
         side_by_side(

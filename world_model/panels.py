@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Self
 
 import numpy as np
 from einops import rearrange
@@ -28,6 +29,20 @@ class Caption:
     steering: float | None
     steering_range: float
     """The |steering| that fills half of the bar, in the same unit as `steering`."""
+
+    @classmethod
+    def of(
+        cls,
+        title: str,
+        action: NDArray[np.float32],
+        valid: NDArray[np.bool_],
+        steering_range: float,
+    ) -> Self:
+        """The caption of a frame that `action` [2] led to, where it is `valid` [2]."""
+        speed, steering = (
+            float(value) if known else None for value, known in zip(action, valid, strict=True)
+        )
+        return cls(title=title, speed_mps=speed, steering=steering, steering_range=steering_range)
 
 
 @lru_cache(maxsize=4)

@@ -1,7 +1,7 @@
 """Futures as a side-by-side video, with their tokens, settings and a contact sheet beside it."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -17,7 +17,6 @@ from driving_sim.data.actions.action_file import STEERING
 from driving_sim.data.drive import Drive, SampledDrive, sample
 from driving_sim.data.tokens.store import DriveTokens
 from driving_sim.data.video.frame_rate import RATE_TOLERANCE
-from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.data.video.writer import FAST, VideoWriter
 from driving_sim.engine.config import save_json
 from driving_sim.engine.errors import DriveSimError
@@ -32,8 +31,8 @@ from driving_sim.world_model.panels import (
     side_by_side,
 )
 from driving_sim.world_model.sampling.sampler import Sampling
-from driving_sim.world_model.token_file import WriteTokens, token_file
-from driving_sim.world_model.world_model import WorldModel
+from driving_sim.world_model.token_file import token_file
+from driving_sim.world_model.world_model import Prefix, WorldModel
 
 _SHEET_COLUMNS = 8
 _DECODED_TOGETHER = 8
@@ -57,6 +56,11 @@ class Context:
     start_s: float
     """Time of the last context frame in its drive."""
 
+    def prefix(self, world: WorldModel) -> Prefix:
+        """The context as the model encodes it, with the actions within it."""
+        past = len(self.tokens) - 1
+        return world.encode_prefix(self.tokens, self.actions[:past], self.action_valid[:past])
+
     def situation(self, world: WorldModel) -> Situation:
         """What action plans start from here."""
         past = len(self.tokens) - 1
@@ -74,25 +78,26 @@ class Context:
 
 def _context_range(
     timestamps: NDArray[np.float64],
-    segments: list[tuple[int, int]],
+    segments: Sequence[tuple[int, int]],
     start_s: float | None,
-    context_frames: int,
+    most: int,
     label: str,
-) -> tuple[int, int]:
-    """First frame of the context and the frame after its last one, inside one segment without gaps.
+) -> tuple[int, int, int]:
+    """First frame of the context, the frame after its last one, and the end of their segment.
 
-    Without `start_s` the context is the first full one of the drive.
+    A segment has no gaps; a context has at most `most` frames. Without `start_s` it is the first
+    full one of the drive.
     """
     if start_s is None:
-        longest = max(segments, key=lambda segment: min(segment[1] - segment[0], context_frames))
-        return longest[0], min(longest[0] + context_frames, longest[1])
+        begin, end = max(segments, key=lambda segment: min(segment[1] - segment[0], most))
+        return begin, min(begin + most, end), end
     if not 0 <= start_s <= timestamps[-1]:
         raise DriveSimError(
             f"--start {start_s:g}: {label} goes from 0 to {timestamps[-1]:.1f} s; name one of those"
         )
-    last = int(np.searchsorted(timestamps, start_s + 1e-6, side="right")) - 1
-    first = next(begin for begin, end in segments if begin <= last < end)
-    return max(first, last + 1 - context_frames), last + 1
+    stop = int(np.searchsorted(timestamps, start_s + 1e-6, side="right"))
+    begin, end = next(segment for segment in segments if segment[0] < stop <= segment[1])
+    return max(begin, stop - most), stop, end
 
 
 def sample_for(world: WorldModel, drive: Drive) -> SampledDrive:
@@ -128,94 +133,80 @@ def context_from_drive(world: WorldModel, drive: Drive, start_s: float | None) -
 
     Raises DriveSimError as that does, and where `start_s` is outside the drive.
     """
-    size = FrameSize(height=world.tokenizer.height, width=world.tokenizer.width)
+    size = world.tokenizer.frame_size
     sampled = sample_for(world, drive)
-    begin, end = _context_range(
+    begin, stop, end = _context_range(
         sampled.timestamps, sampled.segments, start_s, world.context_frames + 1, drive.id
     )
-    segment_end = next(stop for start, stop in sampled.segments if start <= begin < stop)
-    frames = drive.frames(sampled.indices[begin:end], size)
+    frames = drive.frames(sampled.indices[begin:stop], size)
     return Context(
         label=drive.id,
         tokens=world.tokenizer.encode(frames),
         frames=frames,
         # The last frame's action leads to none of them.
-        actions=sampled.actions[begin : segment_end - 1],
-        action_valid=sampled.action_valid[begin : segment_end - 1],
-        future=drive.stream(size, sampled.indices[end:segment_end]),
-        start_s=float(sampled.timestamps[end - 1]),
+        actions=sampled.actions[begin : end - 1],
+        action_valid=sampled.action_valid[begin : end - 1],
+        future=drive.stream(size, sampled.indices[stop:end]),
+        start_s=float(sampled.timestamps[stop - 1]),
     )
 
 
 def context_from_tokens(world: WorldModel, drive: DriveTokens, start_s: float | None) -> Context:
     """Take the context from a token store; its true frames are the tokenizer's reconstructions."""
-    begin, end = _context_range(
-        drive.timestamps, list(drive.entry.segments), start_s, world.context_frames + 1, drive.id
+    begin, stop, end = _context_range(
+        drive.timestamps, drive.entry.segments, start_s, world.context_frames + 1, drive.id
     )
-    segment_end = next(stop for start, stop in drive.entry.segments if start <= begin < stop)
-    tokens = torch.from_numpy(drive.tokens[begin:end].astype(np.int64))
-
-    def future() -> Iterator[Frame]:
-        for index in range(end, segment_end):
-            yield world.tokenizer.decode(drive.tokens[index : index + 1])[0].numpy()
-
+    tokens = torch.from_numpy(drive.tokens[begin:stop].astype(np.int64))
+    after = (drive.tokens[index : index + 1] for index in range(stop, end))
     return Context(
         label=f"{drive.id} (reconstructed)",
         tokens=tokens,
         frames=world.tokenizer.decode(tokens).numpy(),
-        actions=np.asarray(drive.actions[begin : segment_end - 1]),
-        action_valid=drive.action_valid[begin : segment_end - 1] & world.known_channels,
-        future=future(),
-        start_s=float(drive.timestamps[end - 1]),
+        actions=np.asarray(drive.actions[begin : end - 1]),
+        action_valid=drive.action_valid[begin : end - 1] & world.known_channels,
+        future=(world.tokenizer.decode(frame)[0].numpy() for frame in after),
+        start_s=float(drive.timestamps[stop - 1]),
     )
 
 
-@dataclass(slots=True)
 class _Panels:
     """Draws the side-by-side picture of a moment."""
 
-    world: WorldModel
-    context: Context
-    titles: list[str]
-    plans: list[ActionPlan]
-    steering_range: float
-
-    def _caption(
-        self, title: str, action: NDArray[np.float32], valid: NDArray[np.bool_]
-    ) -> Caption:
-        speed, steering = (
-            float(value) if known else None for value, known in zip(action, valid, strict=True)
-        )
-        return Caption(
-            title=title, speed_mps=speed, steering=steering, steering_range=self.steering_range
-        )
+    def __init__(
+        self, context: Context, futures: Sequence[ActionPlan], steering_range: float
+    ) -> None:
+        self.context, self.futures, self.steering_range = context, futures, steering_range
+        # What led to each recorded frame: to the first of the context, nothing that is known.
+        self._led = np.pad(context.actions, ((1, 0), (0, 0)))
+        self._known = np.pad(context.action_valid, ((1, 0), (0, 0)))
 
     def past(self, index: int) -> Frame:
         """Every panel shows context frame `index`, under the action that led to it."""
-        action, valid = np.zeros(2, np.float32), np.zeros(2, np.bool_)
-        if index > 0:
-            action = self.context.actions[index - 1]
-            valid = self.context.action_valid[index - 1]
-        panel = draw_panel(self.context.frames[index], self._caption("context", action, valid))
-        return side_by_side([panel] * (len(self.titles) + 1))
+        panel = self._recorded(self.context.frames[index], "context", index)
+        return side_by_side([panel] * (len(self.futures) + 1))
 
-    def future(self, index: int, frames: list[Frame], truth: Frame | None) -> Frame:
+    def future(self, index: int, frames: Sequence[Frame], truth: Frame | None) -> Frame:
         """The recording, where it goes on, then every future, after action `index`."""
-        panels = [self._truth(index, truth)]
-        for title, plan, frame in zip(self.titles, self.plans, frames, strict=True):
-            panels.append(
-                draw_panel(frame, self._caption(title, plan.actions[index], plan.valid[index]))
-            )
+        if truth is None:
+            panels = [self._recorded(_blank(frames[0]), "recording ended", 0)]
+        else:
+            panels = [self._recorded(truth, "recorded", len(self.context.tokens) + index)]
+        for plan, frame in zip(self.futures, frames, strict=True):
+            panels.append(self._draw(frame, plan.label, plan.actions[index], plan.valid[index]))
         return side_by_side(panels)
 
-    def _truth(self, index: int, truth: Frame | None) -> Frame:
-        if truth is None:
-            blank = np.full_like(self.context.frames[0], 40)
-            nothing = np.zeros(2, np.float32), np.zeros(2, np.bool_)
-            return draw_panel(blank, self._caption("recording ended", *nothing))
-        position = len(self.context.tokens) - 1 + index
-        action, valid = self.context.actions[position], self.context.action_valid[position]
-        return draw_panel(truth, self._caption("recorded", action, valid))
+    def _recorded(self, frame: Frame, title: str, place: int) -> Frame:
+        return self._draw(frame, title, self._led[place], self._known[place])
+
+    def _draw(
+        self, frame: Frame, title: str, action: NDArray[np.float32], valid: NDArray[np.bool_]
+    ) -> Frame:
+        return draw_panel(frame, Caption.of(title, action, valid, self.steering_range))
+
+
+def _blank(frame: Frame) -> Frame:
+    """Stands for the true frame where the recording has ended."""
+    return np.full_like(frame, 40)
 
 
 def output_files(out: Path) -> dict[str, Path]:
@@ -238,7 +229,7 @@ def output_files(out: Path) -> dict[str, Path]:
 def write_rollout(
     world: WorldModel,
     context: Context,
-    plans: list[ActionPlan],
+    plans: Sequence[ActionPlan],
     out: Path,
     *,
     sampling: Sampling,
@@ -250,125 +241,96 @@ def write_rollout(
     Returns what the JSON holds. The files appear together at the end, or not at all.
     """
     files = output_files(out)
-    titles = [
-        plan.label + (f" #{number + 1}" if samples > 1 else "")
+    futures = [
+        replace(plan, label=f"{plan.label} #{number + 1}") if samples > 1 else plan
         for plan in plans
         for number in range(samples)
     ]
-    shown = [plan for plan in plans for _ in range(samples)]
-    largest = max(float(np.abs(plan.actions[:, STEERING]).max()) for plan in plans)
-    steering_range = max(2 * world.steering_p95, largest) or 1.0
-    panels = _Panels(world, context, titles, shown, steering_range)
     length = len(plans[0].actions)
+    largest = max(float(np.abs(plan.actions[:, STEERING]).max()) for plan in plans)
+    panels = _Panels(context, futures, max(2 * world.steering_p95, largest) or 1.0)
+    seconds = {"generate": 0.0, "decode": 0.0}
+    on_sheet = np.unique(np.linspace(0, length, _SHEET_COLUMNS).round().astype(int)).tolist()
+    columns = [[context.frames[-1]] * (1 + len(futures))]
     with disk_errors(files["video"]), ExitStack() as stack:
         temporary = {kind: stack.enter_context(atomic_file(path)) for kind, path in files.items()}
-        written = token_file(
+        tokens_out = token_file(
             temporary["tokens"],
             context=context.tokens,
-            actions=np.stack([plan.actions for plan in shown]),
-            valid=np.stack([plan.valid for plan in shown]),
+            actions=np.stack([plan.actions for plan in futures]),
+            valid=np.stack([plan.valid for plan in futures]),
         )
-        recorder = _Recorder(titles, length, world.fps, stack.enter_context(written))
+        write_tokens = stack.enter_context(tokens_out)
         height, width = panels.past(0).shape[:2]
         with VideoWriter(
             temporary["video"], fps=world.fps, height=height, width=width, x264=FAST
         ) as writer:
             for index in range(len(context.frames)):
                 writer.write(panels.past(index))
-            recorder.start(context.frames[-1])
-            moments = _futures(world, context, plans, sampling, samples, recorder)
+            moments = _generated(world, context, plans, sampling, samples, seconds)
             with progress(length, f"rollout -> {files['video']}", "frames") as bar:
-                for index, (tokens, frames, truth) in enumerate(moments):
-                    recorder.record(index, tokens, frames, truth)
+                for index, (tokens, frames) in enumerate(moments):
+                    truth = next(context.future, None)
+                    write_tokens(index, tokens)
                     writer.write(panels.future(index, frames, truth))
+                    if index + 1 in on_sheet:
+                        columns.append([_blank(frames[0]) if truth is None else truth, *frames])
                     bar.advance(1)
-        report = _report(world, context, shown, titles, sampling, recorder.seconds, length)
-        Image.fromarray(recorder.sheet()).save(temporary["sheet"], compress_level=2)
+        report = _report(world, context, futures, sampling, seconds)
+        titles = ["recorded", *report["futures"]]
+        rows = list(zip(titles, zip(*columns, strict=True), strict=True))
+        sheet = contact_sheet(rows, [f"{step / world.fps:+.2f} s" for step in on_sheet])
+        Image.fromarray(sheet).save(temporary["sheet"], compress_level=2)
         save_json(temporary["settings"], report)
     return report
 
 
-class _Recorder:
-    """Writes the tokens; keeps the seconds spent and the few frames of the contact sheet."""
-
-    def __init__(
-        self, titles: list[str], length: int, fps: float, write_tokens: WriteTokens
-    ) -> None:
-        self.titles, self.fps, self.write_tokens = titles, fps, write_tokens
-        self.seconds = {"generate": 0.0, "decode": 0.0}
-        steps = np.unique(np.linspace(0, length, _SHEET_COLUMNS).round().astype(int))
-        self.columns = [int(step) for step in steps]
-        self.rows: list[tuple[str, list[Frame]]] = [(name, []) for name in ["recorded", *titles]]
-
-    def start(self, frame: Frame) -> None:
-        for _, row in self.rows:
-            row.append(frame)
-
-    def record(
-        self, index: int, tokens: torch.Tensor, frames: list[Frame], truth: Frame | None
-    ) -> None:
-        self.write_tokens(index, tokens)
-        if index + 1 in self.columns:
-            recorded = np.full_like(frames[0], 40) if truth is None else truth
-            for (_, row), frame in zip(self.rows, [recorded, *frames], strict=True):
-                row.append(frame)
-
-    def sheet(self) -> Frame:
-        return contact_sheet(self.rows, [f"{step / self.fps:+.2f} s" for step in self.columns])
-
-
-def _futures(
+def _generated(
     world: WorldModel,
     context: Context,
-    plans: list[ActionPlan],
+    plans: Sequence[ActionPlan],
     sampling: Sampling,
     samples: int,
-    recorder: _Recorder,
-) -> Iterator[tuple[torch.Tensor, list[Frame], Frame | None]]:
-    """Yield one moment after the other: tokens [F, rows, cols], decoded frames, the true frame.
+    seconds: dict[str, float],
+) -> Iterator[tuple[torch.Tensor, list[Frame]]]:
+    """Yield one moment after the other, tokens [F, rows, cols] and decoded frames.
 
-    Some moments are decoded together: a few frames take hardly longer than one.
+    Some moments are decoded together: a few frames take hardly longer than one. What this takes is
+    added to `seconds`.
     """
-    past = len(context.tokens) - 1
     began = time.perf_counter()
-    prefix = world.encode_prefix(
-        context.tokens, context.actions[:past], context.action_valid[:past]
-    )
-    futures = len(plans) * samples
     moments = world.generate(
-        prefix,
+        context.prefix(world),
         np.stack([plan.actions for plan in plans]),
         np.stack([plan.valid for plan in plans]),
         samples=samples,
         sampling=sampling,
     )
-    while some := list(islice(moments, -(-_DECODED_TOGETHER // futures))):
+    while some := list(islice(moments, -(-_DECODED_TOGETHER // (len(plans) * samples)))):
         generated = time.perf_counter()
         decoded = world.tokenizer.decode(torch.cat([moment.tokens for moment in some])).numpy()
-        recorder.seconds["generate"] += generated - began
-        recorder.seconds["decode"] += time.perf_counter() - generated
+        seconds["generate"] += generated - began
+        seconds["decode"] += time.perf_counter() - generated
         for moment, frames in zip(some, np.split(decoded, len(some)), strict=True):
-            yield moment.tokens, list(frames), next(context.future, None)
+            yield moment.tokens, list(frames)
         began = time.perf_counter()
 
 
 def _report(
     world: WorldModel,
     context: Context,
-    plans: list[ActionPlan],
-    titles: list[str],
+    futures: Sequence[ActionPlan],
     sampling: Sampling,
     seconds: dict[str, float],
-    length: int,
 ) -> dict[str, Any]:
-    total = seconds["generate"] + seconds["decode"]
+    length = len(futures[0].actions)
     return {
         "context": {
             "drive": context.label,
             "start_s": context.start_s,
             "frames": len(context.tokens),
         },
-        "futures": titles,
+        "futures": [plan.label for plan in futures],
         "sampling": asdict(sampling),
         "fps": world.fps,
         "frames": length,
@@ -379,6 +341,6 @@ def _report(
         },
         "device": str(world.device),
         "precision": world.precisions,
-        "frames_per_second": length * len(plans) / total,
+        "frames_per_second": length * len(futures) / sum(seconds.values()),
         "seconds": seconds,
     }

@@ -115,15 +115,14 @@ def _steer_both_ways(
 ) -> tuple[ControlTrial, list[Frame]]:
     """Return what was measured, and pictures of it: left after all and half, start, right."""
     context = context_from_drive(world, drive, start_s)
-    past = len(context.tokens) - 1
-    prefix = world.encode_prefix(
-        context.tokens, context.actions[:past], context.action_valid[:past]
-    )
     situation = context.situation(world)
     actions = np.tile(situation.last_action, (2, frames, 1))
     actions[0, :, STEERING], actions[1, :, STEERING] = world.steering_p99, -world.steering_p99
     valid = np.tile(situation.last_valid | [False, True], (2, frames, 1))
-    tokens = [step.tokens for step in world.generate(prefix, actions, valid, sampling=sampling)]
+    tokens = [
+        step.tokens
+        for step in world.generate(context.prefix(world), actions, valid, sampling=sampling)
+    ]
     start = context.frames[-1]
     left, right = (
         world.tokenizer.decode(torch.stack(branch).cpu()).numpy()

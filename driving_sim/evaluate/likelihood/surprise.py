@@ -231,15 +231,11 @@ def _caption(world: WorldModel, watched: _Watched, t: int) -> Caption:
     sampled = watched.sampled
     short = "" if watched.full[t] else _SHORT
     led = all(t != start for start, _ in sampled.segments)
-    speed, steering = (
-        float(value) if led and known else None
-        for value, known in zip(sampled.actions[t - 1], sampled.action_valid[t - 1], strict=True)
-    )
-    return Caption(
-        title=f"{sampled.timestamps[t]:.1f} s  {watched.bits[t]:.2f} bits{short}",
-        speed_mps=speed,
-        steering=steering,
-        steering_range=2 * world.steering_p95 or 1.0,
+    return Caption.of(
+        f"{sampled.timestamps[t]:.1f} s  {watched.bits[t]:.2f} bits{short}",
+        sampled.actions[t - 1],
+        sampled.action_valid[t - 1] & led,
+        2 * world.steering_p95 or 1.0,
     )
 
 
