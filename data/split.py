@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.progress import say
 
 MIRROR_SUFFIX = "~mirror"
 """What a mirrored drive's id ends in; it stays on the side of the drive it mirrors."""
@@ -45,7 +46,8 @@ def split_drives(
 
     `validation` names the validation drives; without it a `fraction` of the drives is drawn by a
     hash of `seed` and id, whatever their order: at least one of two or more drives, never all.
-    `X~mirror` is always on the side of `X`. Raises DriveSimError for a name that is not there.
+    `X~mirror` is always on the side of `X`. Says which drives validate; of one drive alone, nothing
+    is kept from training. Raises DriveSimError for a name that is not there.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction is {fraction}; it must lie between 0 and 1")
@@ -57,4 +59,9 @@ def split_drives(
         by_rank = sorted(originals, key=lambda drive_id: _rank(drive_id, seed))
         chosen = set(by_rank[: max(count, 0)])
     train = [drive_id for drive_id in ids if original_id(drive_id) not in chosen]
-    return train, [drive_id for drive_id in ids if original_id(drive_id) in chosen]
+    held_out = [drive_id for drive_id in ids if original_id(drive_id) in chosen]
+    if held_out:
+        say(f"training on {len(train)} drives, validating on {', '.join(held_out)}")
+    elif train:
+        say(f"one drive only, {train[0]}: validating on the frames it trains on")
+    return train, held_out

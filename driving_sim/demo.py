@@ -35,8 +35,9 @@ from driving_sim.pipeline import (
     train_world_model_on,
 )
 from driving_sim.tokenizer.metrics import psnr
-from driving_sim.world_model.action_plan import ActionPlan, Situation, make_plans
+from driving_sim.world_model.action_plan import ActionPlan, make_plans
 from driving_sim.world_model.panels import Caption, Frame, contact_sheet, draw_panel, side_by_side
+from driving_sim.world_model.rollout import Context
 from driving_sim.world_model.sampling.sampler import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
@@ -197,24 +198,23 @@ def _roll_out(
     """Plans, their true futures and their predicted ones, each future [N, H, W, 3]."""
     first = start.index - world.context_frames
     states = start.driven.states[first : start.index + 1]
-    context = np.stack([start.driven.world.render(state) for state in states])
+    frames = np.stack([start.driven.world.render(state) for state in states])
     past = start.driven.actions[first : start.index]
-    situation = Situation(
-        fps=world.fps,
-        steering_kind=world.steering_kind,
-        steering_limit=world.steering_p95,
-        known_channels=world.known_channels,
-        last_action=past[-1],
-        last_valid=np.ones(2, np.bool_),
-        recorded=None,
+    context = Context(
+        label="demo",
+        tokens=world.tokenizer.encode(frames),
+        frames=frames,
+        actions=past,
+        action_valid=np.ones(past.shape, np.bool_),
+        future=iter(()),
+        start_s=start.index / world.fps,
     )
-    plans = make_plans(ACTIONS, situation, seconds=config.seconds)
-    prefix = world.encode_prefix(world.tokenizer.encode(context), past)
+    plans = make_plans(ACTIONS, context.situation(world), seconds=config.seconds)
     actions = np.stack([plan.actions for plan in plans])
     sampling = replace(config.sampling, seed=seed)
     moments: list[torch.Tensor] = []
     with progress(actions.shape[1], "roll out", "frames") as bar:
-        for moment in world.generate(prefix, actions, sampling=sampling):
+        for moment in world.generate(context.prefix(world), actions, sampling=sampling):
             moments.append(moment.tokens.cpu())
             bar.advance(1)
     futures = [world.tokenizer.decode(branch).numpy() for branch in torch.stack(moments, dim=1)]

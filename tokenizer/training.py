@@ -297,9 +297,7 @@ def _split(
         list(by_id), validation=config.validation, fraction=config.validation_fraction
     )
     if not validation:
-        say(f"one drive only, {training[0]}: validating on the frames it trains on")
         return list(drives), list(drives)
-    say(f"training on {len(training)} drives, validating on {', '.join(validation)}")
     return [by_id[name] for name in training], [by_id[name] for name in validation]
 
 

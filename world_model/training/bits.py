@@ -1,12 +1,13 @@
 """Bits per token, frame by frame: how well a model predicts drives that it has not seen.
 
+Models are judged as they are given: frozen, as a `WorldModel` holds its transformer.
+
 Axes: n windows or frames, B batch, V variants of the actions, N frames of a run without a gap,
 W frames of context, P = rows * cols tokens of a frame, r c rows and columns.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
@@ -101,18 +102,7 @@ class FullWindows:
         return FrameBits(self.drive, self.frame, bits, accuracy)
 
 
-@contextmanager
-def _frozen(model: Transformer) -> Iterator[None]:
-    """Without gradients and dropout."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(training)
-
-
+@torch.inference_mode()
 def bits_per_token(
     model: Transformer,
     windows: FullWindows,
@@ -126,48 +116,26 @@ def bits_per_token(
     `advance` is called with the number of frames judged since, `watch` with their tokens, in the
     windows' order.
     """
-    device = model.source.device
+    device, tables = model.source.device, model.tables()
     found = []
-    with _frozen(model):
-        tables = model.tables()
-        for at in range(0, len(windows), batch_size):
-            numbers = np.arange(at, min(at + batch_size, len(windows)))
-            batch = windows.index.load(numbers)
-            tokens = rearrange(batch["tokens"], "b t r c -> b t (r c)").to(device)
-            before = batch["previous"].masked_fill(
-                ~batch["has_previous"][:, None, None], model.grid.codebook_size
-            )
-            hidden = model.window_hidden(
-                tables,
-                tokens,
-                rearrange(before, "b r c -> b (r c)").to(device),
-                batch["actions"].to(device),
-                batch["action_valid"].to(device),
-            )
-            judged = TokenBits.judge(F.linear(hidden[:, -1], tables.output), tokens[:, -1])
-            found.append(judged.means())
-            watch(judged)
-            advance(len(tokens))
+    for at in range(0, len(windows), batch_size):
+        batch = windows.index.load(np.arange(at, min(at + batch_size, len(windows))))
+        tokens = rearrange(batch["tokens"], "b t r c -> b t (r c)").to(device)
+        before = batch["previous"].masked_fill(
+            ~batch["has_previous"][:, None, None], model.grid.codebook_size
+        )
+        hidden = model.window_hidden(
+            tables,
+            tokens,
+            rearrange(before, "b r c -> b (r c)").to(device),
+            batch["actions"].to(device),
+            batch["action_valid"].to(device),
+        )
+        judged = TokenBits.judge(F.linear(hidden[:, -1], tables.output), tokens[:, -1])
+        found.append(judged.means())
+        watch(judged)
+        advance(len(tokens))
     return windows.judged(*np.concatenate(found, axis=1))
-
-
-def streamed_bits(
-    model: Transformer,
-    drive: DriveTokens,
-    begin: int,
-    actions: NDArray[np.float32],
-    valid: NDArray[np.bool_],
-) -> NDArray[np.float64]:
-    """Judge frames `begin` to `begin + N` of a drive as a rollout would meet them: [V, N].
-
-    Each goes through the ring cache once and nothing is recomputed, so that from frame W on the
-    cache holds what its frames saw of frames that have left. `actions` [V, N, 2] are V variants of
-    the drive's own, `actions[:, t]` leading from frame t of these to frame t + 1, and `valid`
-    [V, N, 2] says which are known.
-    """
-    tokens = drive.tokens[begin : begin + actions.shape[1]]
-    frames = streamed_token_bits(model, tokens, actions, valid)
-    return np.stack([frame.means()[0] for frame in frames], axis=1)
 
 
 def streamed_bits_per_token(
@@ -183,23 +151,22 @@ def streamed_bits_per_token(
     Each run starts afresh, at its frame 0; runs of `first` frames or fewer are left out. `advance`
     is called with the number of drives judged since.
     """
-    places: list[tuple[int, int]] = []
-    found: list[NDArray[np.float64]] = [np.empty((2, 0))]
+    found: list[tuple[float, ...]] = []
     for number, drive in enumerate(drives):
         for begin, end in drive.entry.segments:
             if end - begin <= first:
                 continue
             last = end if stop is None else min(begin + stop, end)
-            actions = drive.actions[None, begin:last]
-            valid = drive.action_valid[None, begin:last]
-            frames = streamed_token_bits(model, drive.tokens[begin:last], actions, valid)
-            found += [frame.means() for frame in frames][first:]
-            places += [(number, frame) for frame in range(begin + first, last)]
+            actions, valid = drive.actions[None, begin:last], drive.action_valid[None, begin:last]
+            run = streamed_token_bits(model, drive.tokens[begin:last], actions, valid)
+            judged = [(number, begin + t, *frame.means()[:, 0]) for t, frame in enumerate(run)]
+            found += judged[first:]
         advance(1)
-    drive_n, frame_n = np.array(places, np.int64).reshape(-1, 2).T
-    return FrameBits(drive_n, frame_n, *np.concatenate(found, axis=1))
+    drive_n, frame_n, bits, accuracy = np.array(found, np.float64).reshape(-1, 4).T
+    return FrameBits(drive_n.astype(np.int64), frame_n.astype(np.int64), bits, accuracy)
 
 
+@torch.inference_mode()
 def streamed_token_bits(
     model: Transformer,
     tokens: Iterable[ArrayLike],
@@ -208,22 +175,23 @@ def streamed_token_bits(
 ) -> Iterator[TokenBits]:
     """Judge the tokens of a run without a gap, frame after frame, as a rollout would meet them.
 
-    `tokens` are N frames [r, c], taken one at a time: memory does not grow with their number.
-    `actions` and `valid` [V, N, 2] are as in `streamed_bits`; B is V.
+    Each frame goes through the ring cache once and nothing is recomputed, so that from frame W on
+    the cache holds what its frames saw of frames that have left. `tokens` are N frames [r, c],
+    taken one at a time: memory does not grow with their number. `actions` [V, N, 2] are V variants
+    of the run's own, `actions[:, t]` leading from frame t to frame t + 1, and `valid` [V, N, 2]
+    says which are known; B is V.
     """
-    device, none = model.source.device, model.grid.codebook_size
-    led, known = np.zeros_like(actions[:, 0]), np.zeros_like(valid[:, 0])
-    with _frozen(model):
-        tables = model.tables()
-        cache = RingCache(model, tables, len(actions))
-        before = torch.full((len(actions), model.order.tokens), none, device=device)
-    led_NVA, known_NVA = (rearrange(each, "v n a -> n v a") for each in (actions, valid))
-    for frame, next_led, next_known in zip(tokens, led_NVA, known_NVA, strict=True):
-        values = (np.asarray(frame).astype(np.int64).ravel(), np.array(led), np.array(known))
-        # Frozen for each frame anew: between two of them the caller's own code runs.
-        with _frozen(model):
-            one, *action = (torch.from_numpy(value).to(device) for value in values)
-            tokens_VP = one.expand(len(actions), -1)
-            judged = TokenBits.judge(encode_frame(cache, tokens_VP, before, *action), tokens_VP)
-        yield judged
-        before, led, known = tokens_VP, next_led, next_known
+    device, variants = model.source.device, len(actions)
+    cache = RingCache(model, model.tables(), variants)
+    before = torch.full((variants, model.order.tokens), model.grid.codebook_size, device=device)
+    # Nothing that is known leads to the first frame.
+    led = [
+        torch.from_numpy(np.pad(rearrange(each, "v n a -> n v a")[:-1], ((1, 0), (0, 0), (0, 0))))
+        for each in (actions, valid)
+    ]
+    for frame, *action in zip(tokens, *led, strict=True):
+        one = torch.from_numpy(np.asarray(frame).astype(np.int64).ravel()).to(device)
+        tokens_VP = one.expand(variants, -1)
+        logits = encode_frame(cache, tokens_VP, before, *(each.to(device) for each in action))
+        yield TokenBits.judge(logits, tokens_VP)
+        before = tokens_VP

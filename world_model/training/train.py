@@ -17,7 +17,6 @@ from driving_sim.data.tokens.windows import TokenWindows
 from driving_sim.engine.config import Count, InnerShare, config, to_dict
 from driving_sim.engine.device import resolve_device
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.progress import say
 from driving_sim.engine.ranks.distributed import process_group
 from driving_sim.engine.training.loop import TrainingConfig, TrainingResult, check_run, train
 from driving_sim.tokenizer.tokenizer import Tokenizer
@@ -86,7 +85,11 @@ def train_world_model(
     check_run(run, run_config, resume)
     with process_group(resolve_device(device)) as (_, own_device):
         frozen = _matching_tokenizer(tokens, tokenizer, own_device, config.training.precision)
-        training_ids, validation_ids = _split(tokens, config.data)
+        training_ids, validation_ids = split_drives(
+            tokens.drive_ids,
+            validation=config.data.validation,
+            fraction=config.data.validation_fraction,
+        )
         training = tokens.select(training_ids)
         # Of one drive alone, nothing is kept from training.
         validation = tokens.select(validation_ids or training_ids)
@@ -147,17 +150,6 @@ def _matching_tokenizer(
     return tokenizer
 
 
-def _split(store: TokenStore, config: WorldModelDataConfig) -> tuple[list[str], list[str]]:
-    training, validation = split_drives(
-        store.drive_ids, validation=config.validation, fraction=config.validation_fraction
-    )
-    if not validation:
-        say(f"one drive only, {training[0]}: validating on the frames it trains on")
-    else:
-        say(f"training on {len(training)} drives, validating on {', '.join(validation)}")
-    return training, validation
-
-
 def action_statistics(drives: Sequence[DriveTokens]) -> ActionStatistics:
     """Measure the drives' actions; of a large store, those of drives spread evenly over it."""
     total = sum(len(drive) for drive in drives)
@@ -190,15 +182,11 @@ def _in_the_scale_of(source: WorldModel, measured: ActionStatistics) -> ActionSt
 
     A channel that it never saw, or never saw move, has no scale there.
     """
-    own, kept = (
-        list(zip(each.mean, each.std, strict=True)) for each in (measured, source.statistics)
-    )
-    scales = [
-        kept[channel] if known and kept[channel][1] else own[channel]
-        for channel, known in enumerate(source.known_channels)
-    ]
-    (speed_mean, speed_std), (steering_mean, steering_std) = scales
-    return replace(measured, mean=(speed_mean, steering_mean), std=(speed_std, steering_std))
+    kept = source.statistics
+    learned = np.array(source.known_channels) & (np.array(kept.std) > 0)
+    mean = np.where(learned, kept.mean, measured.mean).tolist()
+    std = np.where(learned, kept.std, measured.std).tolist()
+    return replace(measured, mean=(mean[0], mean[1]), std=(std[0], std[1]))
 
 
 def _check_same_shape(

@@ -15,7 +15,7 @@ from driving_sim.engine.errors import TooLittleDataError
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.report.intervals import block_frames, bootstrap, mean_of_sums, unit_sums
 from driving_sim.evaluate.report.section import Section, Table
-from driving_sim.world_model.training.bits import streamed_bits
+from driving_sim.world_model.training.bits import streamed_token_bits
 from driving_sim.world_model.world_model import WorldModel
 
 _CHANNELS = {"speed": [SPEED], "steering": [STEERING], "both": [SPEED, STEERING]}
@@ -45,20 +45,20 @@ def evaluate_action_information(
     variants = 1 + len(known) * (shuffles + 1)
     with progress(len(runs) * variants, "shuffle actions", "runs") as bar:
         for drive, begin, stop in runs:
+            tokens = drive.tokens[begin:stop]
             actions, valid = _variants(drive, begin, stop, known, shuffles, block, rng)
             bits = []
             for at in range(0, variants, _AT_ONCE):
                 some = slice(at, at + _AT_ONCE)
-                bits.append(
-                    streamed_bits(world.transformer, drive, begin, actions[some], valid[some])
-                )
+                run = streamed_token_bits(world.transformer, tokens, actions[some], valid[some])
+                bits.append(np.stack([frame.means()[0] for frame in run], axis=1))
                 bar.advance(len(bits[-1]))
             true, *others = np.split(np.concatenate(bits), range(1, variants, shuffles + 1))
             for name, own in zip(known, others, strict=True):
                 for over, chosen in (("shuffled", own[:-1]), ("null", own[-1:])):
                     gain = chosen.mean(axis=0) - true[0]
                     gains[over][name].append(_per_block(gain, block, world.context_frames))
-    tokens = world.tokenizer.rows * world.tokenizer.cols
+    per_frame = world.tokenizer.rows * world.tokenizer.cols
     metrics: dict[str, Any] = {
         "per_tokenizer": True,
         "shuffles": shuffles,
@@ -67,7 +67,7 @@ def evaluate_action_information(
     }
     for over, by_channel in gains.items():
         metrics[f"gain_over_{over}_bits_per_frame"] = {
-            name: bootstrap(np.concatenate(by_channel[name]) * [tokens, 1], mean_of_sums)
+            name: bootstrap(np.concatenate(by_channel[name]) * [per_frame, 1], mean_of_sums)
             if name in known
             else None
             for name in _CHANNELS

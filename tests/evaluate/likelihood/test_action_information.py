@@ -12,7 +12,7 @@ from driving_sim.evaluate.likelihood.action_information import (
     _displaced_blocks,
     evaluate_action_information,
 )
-from driving_sim.world_model.training.bits import streamed_bits
+from driving_sim.world_model.training.bits import TokenBits, streamed_token_bits
 from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.token_drives import FPS, write_store
 from tests.fixtures.world_models import new_world
@@ -70,10 +70,10 @@ def test_an_unknown_action_is_shuffled_as_unknown(
     seen = []
 
     def watched(*arguments: Any) -> Any:
-        seen.append(arguments[3:])
-        return streamed_bits(*arguments)
+        seen.append(arguments[2:])
+        return streamed_token_bits(*arguments)
 
-    monkeypatch.setattr(action_information, "streamed_bits", watched)
+    monkeypatch.setattr(action_information, "streamed_token_bits", watched)
     monkeypatch.setattr(action_information, "_AT_ONCE", 4)
     evaluate_action_information(world, heldout, shuffles=2)
     assert [len(actions) for actions, _ in seen] == [4, 4, 2]
@@ -116,6 +116,12 @@ def test_all_whole_blocks_are_displaced() -> None:
     assert len(set(seen)) == 9
 
 
+def token_bits(bits: NDArray[Any]) -> list[TokenBits]:
+    """Frames with one token each that costs bits [V, N]."""
+    costs = torch.from_numpy(bits.T[..., None].astype(np.float64))
+    return [TokenBits(cost, cost > 0, cost) for cost in costs]
+
+
 def test_a_gain_is_found_whole_however_few_the_blocks(
     world: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,16 +139,16 @@ def test_a_gain_is_found_whole_however_few_the_blocks(
     judged = []
 
     def misled(
-        model: Any, drive: Any, begin: int, actions: NDArray[Any], valid: NDArray[Any]
-    ) -> NDArray[np.float64]:
-        judged.append((drive.id, begin, actions.shape[1]))
-        truth = drive.actions[begin : begin + actions.shape[1]]
-        wrong = (actions != truth).any(axis=-1) | ~valid.all(axis=-1)
-        return np.asarray(wrong, np.float64)
+        model: Any, tokens: Any, actions: NDArray[Any], valid: NDArray[Any]
+    ) -> list[TokenBits]:
+        judged.append(tokens)
+        wrong = (actions != distinct[30:]).any(axis=-1) | ~valid.all(axis=-1)
+        return token_bits(wrong)
 
-    monkeypatch.setattr(action_information, "streamed_bits", misled)
+    monkeypatch.setattr(action_information, "streamed_token_bits", misled)
     metrics = evaluate_action_information(world, heldout, shuffles=3).metrics
-    assert set(judged) == {("0", 30, 100)}
+    for tokens in judged:
+        assert np.array_equal(tokens, heldout.drives[0].tokens[30:])
     assert metrics["block_frames"] == 24
     assert metrics["blocks"] == 4
     for over in ("shuffled", "null"):
@@ -155,13 +161,13 @@ def test_frames_without_a_full_window_behind_them_do_not_count(
 ) -> None:
     heldout = write_store(tmp_path / "heldout", [60], fingerprint=world.tokenizer.fingerprint)
 
-    def early(*arguments: Any) -> NDArray[np.float64]:
+    def early(*arguments: Any) -> list[TokenBits]:
         """The actions matter where the model has seen little, and beyond the last whole block."""
-        bits = np.zeros(arguments[3].shape[:2])
+        bits = np.zeros(arguments[2].shape[:2])
         bits[1:, : world.context_frames] = bits[1:, 48:] = 1.0
-        return bits
+        return token_bits(bits)
 
-    monkeypatch.setattr(action_information, "streamed_bits", early)
+    monkeypatch.setattr(action_information, "streamed_token_bits", early)
     metrics = evaluate_action_information(world, heldout, shuffles=1).metrics
     assert metrics[OVER_SHUFFLED]["both"]["mean"] == 0.0
     assert metrics["blocks"] == 2

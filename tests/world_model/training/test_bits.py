@@ -13,7 +13,6 @@ from driving_sim.world_model.training.bits import (
     FullWindows,
     TokenBits,
     bits_per_token,
-    streamed_bits,
     streamed_bits_per_token,
     streamed_token_bits,
 )
@@ -85,7 +84,8 @@ def test_streamed_variants_of_the_actions_are_judged_apart(store: TokenStore) ->
     variants[2, 3] += 1.0  # leads to frame 4
     valid = np.repeat(drive.action_valid[None, :6], 4, axis=0)
     valid[3, 3] = False
-    bits = streamed_bits(model, drive, 0, variants, valid)
+    run = streamed_token_bits(model, drive.tokens[:6], variants, valid)
+    bits = np.stack([frame.means()[0] for frame in run], axis=1)
     frames = streamed_bits_per_token(model, [drive])
     assert bits[0] == pytest.approx(frames.bits[:6], abs=1e-5)
     assert (bits[1, 1:] != bits[0, 1:]).any()
@@ -117,7 +117,7 @@ def test_tokens_are_judged_where_they_stand(store: TokenStore) -> None:
 
 
 def test_tokens_are_taken_one_frame_at_a_time(store: TokenStore) -> None:
-    model, drive = random_model().train(), store.drives[1]
+    model, drive = random_model(), store.drives[1]
     taken = []
 
     def frames() -> Iterator[torch.Tensor]:
@@ -128,17 +128,9 @@ def test_tokens_are_taken_one_frame_at_a_time(store: TokenStore) -> None:
     actions, valid = drive.actions[None], drive.action_valid[None]
     for number, _ in enumerate(streamed_token_bits(model, frames(), actions, valid), 1):
         assert len(taken) == number
-        assert model.training
         assert torch.ones(1, requires_grad=True).mul(2).requires_grad
     with pytest.raises(ValueError, match="zip"):
         list(streamed_token_bits(model, drive.tokens[:4], actions, valid))
-
-
-def test_measuring_leaves_the_model_as_it_was(store: TokenStore) -> None:
-    model = random_model().train()
-    bits_per_token(model, FullWindows(store.drives, frames=W))
-    assert model.training
-    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_drives_shorter_than_a_window_are_an_error(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from driving_sim.engine.training.loop import TrainingConfig
 from driving_sim.world_model import WorldModel
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.sampling.sampler import Sampling
-from driving_sim.world_model.training.bits import FullWindows, bits_per_token, streamed_bits
+from driving_sim.world_model.training.bits import FullWindows, bits_per_token, streamed_token_bits
 from driving_sim.world_model.training.objective import ObjectiveConfig, WorldModelObjective
 from driving_sim.world_model.training.presets import PRESETS
 from driving_sim.world_model.training.train import (
@@ -124,9 +124,10 @@ def test_validation_score_is_bits_on_the_validation_drive(folder: Path) -> None:
     assert entropy < bits_per_token(world.transformer, windows).mean < entropy + 0.5
     (drive,) = drives
     actions = np.stack([drive.actions, np.roll(drive.actions, 1, axis=0)])
-    true, shuffled = streamed_bits(
-        world.transformer, drive, 0, actions, np.stack([drive.action_valid] * 2)
-    ).mean(axis=1)
+    run = streamed_token_bits(
+        world.transformer, drive.tokens, actions, np.stack([drive.action_valid] * 2)
+    )
+    true, shuffled = np.mean([frame.means()[0] for frame in run], axis=0)
     assert true < entropy + 0.5
     assert shuffled > entropy + 1
 
