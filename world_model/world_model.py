@@ -160,7 +160,7 @@ class WorldModel:
         saved = load_json(folder / _CONFIG, most_bytes=_MOST_CONFIG_BYTES)
         config = from_dict(WorldModelConfig, saved.get("config", {}), str(folder / _CONFIG))
         tokenizer = Tokenizer.from_run(folder / _TOKENIZER, device, precision)
-        if config.grid != _grid(tokenizer):
+        if config.grid != token_grid(tokenizer):
             raise _not_its_tokenizer(folder)
         transformer, written = build_with_weights(
             lambda: Transformer(config.model, config.grid, config.actions),
@@ -457,7 +457,8 @@ def _with_validity(name: str, actions: ArrayLike, valid: ArrayLike | None) -> tu
     return values, mask
 
 
-def _grid(tokenizer: Tokenizer) -> TokenGrid:
+def token_grid(tokenizer: Tokenizer) -> TokenGrid:
+    """How a tokenizer's tokens lie, and how many codes there are."""
     return TokenGrid(rows=tokenizer.rows, cols=tokenizer.cols, levels=tokenizer.levels)
 
 

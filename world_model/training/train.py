@@ -12,7 +12,7 @@ from torch import nn
 
 from driving_sim.data.actions.action_file import SteeringKind
 from driving_sim.data.split import split_drives
-from driving_sim.data.tokens.store import DriveTokens, StoreInfo, TokenStore
+from driving_sim.data.tokens.store import DriveTokens, TokenStore
 from driving_sim.data.tokens.windows import TokenWindows
 from driving_sim.engine.config import Count, InnerShare, config, to_dict
 from driving_sim.engine.device import resolve_device
@@ -24,8 +24,8 @@ from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.kernels.library import library
 from driving_sim.world_model.training.objective import ObjectiveConfig, WorldModelObjective
 from driving_sim.world_model.training.validation import WindowValidation
-from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
-from driving_sim.world_model.world_model import WorldModel
+from driving_sim.world_model.transformer import Transformer, TransformerConfig
+from driving_sim.world_model.world_model import WorldModel, token_grid
 
 _STATISTICS_FRAMES = 2_000_000  # enough for percentiles; a store can hold billions
 
@@ -84,7 +84,13 @@ def train_world_model(
     }
     check_run(run, run_config, resume)
     with process_group(resolve_device(device)) as (_, own_device):
-        frozen = _matching_tokenizer(tokens, tokenizer, own_device, config.training.precision)
+        frozen = Tokenizer.from_run(tokenizer, own_device, config.training.precision)
+        if frozen.fingerprint != tokens.info.tokenizer_fingerprint:
+            raise DriveSimError(
+                f"{store} was not made by the tokenizer {tokenizer} (fingerprints "
+                f"{tokens.info.tokenizer_fingerprint[:12]} and {frozen.fingerprint[:12]}): name "
+                "the one that made it with --tokenizer, or tokenize again"
+            )
         training_ids, validation_ids = split_drives(
             tokens.drive_ids,
             validation=config.data.validation,
@@ -127,27 +133,13 @@ def train_world_model(
                 frames=config.model.context_frames,
                 windows=config.data.validation_windows,
                 batch_size=config.data.batch_size,
-                preview=config.data.preview,
-                as_world=as_world,
+                as_world=as_world if config.data.preview else None,
             ),
             export=lambda model, folder: as_world(model).save(folder),
             run_config=run_config,
             resume=resume,
             device=own_device,
         )
-
-
-def _matching_tokenizer(
-    store: TokenStore, path: Path, device: torch.device, precision: str
-) -> Tokenizer:
-    tokenizer = Tokenizer.from_run(path, device, precision)
-    if tokenizer.fingerprint != store.info.tokenizer_fingerprint:
-        raise DriveSimError(
-            f"{store.path} was not made by the tokenizer {path} (fingerprints "
-            f"{store.info.tokenizer_fingerprint[:12]} and {tokenizer.fingerprint[:12]}): name the "
-            "one that made it with --tokenizer, or tokenize again"
-        )
-    return tokenizer
 
 
 def action_statistics(drives: Sequence[DriveTokens]) -> ActionStatistics:
@@ -166,12 +158,21 @@ def _new_transformer(
     tokenizer: Tokenizer,
     init_from: Path | None,
 ) -> Transformer:
-    grid = TokenGrid(rows=tokenizer.rows, cols=tokenizer.cols, levels=tokenizer.levels)
-    statistics = action_statistics(drives)
+    grid, statistics = token_grid(tokenizer), action_statistics(drives)
     if init_from is None:
         return Transformer(config, grid, statistics)
-    source = WorldModel.from_run(init_from, "cpu")
-    _check_same_shape(source, config, grid, drives[0].info, init_from)
+    source, info = WorldModel.from_run(init_from, "cpu"), drives[0].info
+    for what, found, expected in (
+        ("configuration", source.config.model, config),
+        ("token grid", source.config.grid, grid),
+        ("tokenizer", source.tokenizer.fingerprint, tokenizer.fingerprint),
+        ("kind of steering", source.steering_kind, info.steering_kind),
+    ):
+        if found != expected:
+            raise DriveSimError(
+                f"--init-from {init_from}: its {what} differs from this run's ({found} and "
+                f"{expected})"
+            )
     transformer = Transformer(config, grid, _in_the_scale_of(source, statistics))
     transformer.load_state_dict(source.transformer.state_dict())
     return transformer
@@ -187,19 +188,3 @@ def _in_the_scale_of(source: WorldModel, measured: ActionStatistics) -> ActionSt
     mean = np.where(learned, kept.mean, measured.mean).tolist()
     std = np.where(learned, kept.std, measured.std).tolist()
     return replace(measured, mean=(mean[0], mean[1]), std=(std[0], std[1]))
-
-
-def _check_same_shape(
-    source: WorldModel, config: TransformerConfig, grid: TokenGrid, info: StoreInfo, path: Path
-) -> None:
-    pairs = {
-        "its configuration": (source.config.model, config),
-        "its token grid": (source.config.grid, grid),
-        "its tokenizer": (source.tokenizer.fingerprint, info.tokenizer_fingerprint),
-        "its kind of steering": (source.steering_kind, info.steering_kind),
-    }
-    for what, (found, expected) in pairs.items():
-        if found != expected:
-            raise DriveSimError(
-                f"--init-from {path}: {what} differs from this run's ({found} and {expected})"
-            )

@@ -4,7 +4,8 @@ Axes: B windows, T frames, R C token rows and columns, K codes, H W pixels.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ class WindowValidation:
     """Measures an objective's transformer on windows side by side of the validation drives.
 
     `frames` is the length of a window, `as_world` makes the frozen model that a preview is rolled
-    out with. Raises `DriveSimError` where no drive is as long as a window.
+    out with, where one is wanted. Raises `DriveSimError` where no drive is as long as a window.
     """
 
     def __init__(
@@ -37,21 +38,12 @@ class WindowValidation:
         frames: int,
         windows: int,
         batch_size: int,
-        preview: bool,
-        as_world: Callable[[nn.Module], WorldModel],
+        as_world: Callable[[nn.Module], WorldModel] | None = None,
     ) -> None:
-        self.drives, self.frames, self.batch_size = drives, frames, batch_size
-        self.windows, self.preview, self.as_world = windows, preview, as_world
-        # Drives that are too short are found before the training, not at its first validation.
-        self._batches(windows)
-
-    def _batches(self, limit: int, batch_size: int | None = None) -> Iterator[Batch]:
-        return sequential_windows(
-            self.drives,
-            frames=self.frames,
-            batch_size=batch_size or self.batch_size,
-            limit=limit,
-        )
+        self.frames, self.as_world = frames, as_world
+        batches = partial(sequential_windows, drives, frames=frames)
+        self.batches = list(batches(batch_size=batch_size, limit=windows))
+        *_, self.shown = batches(batch_size=1, limit=2)
 
     def __call__(self, model: nn.Module) -> Validation:
         """Return bits per token as the score; its parts, accuracy and what actions are worth.
@@ -60,22 +52,23 @@ class WindowValidation:
         the tokens cost under the actions of another window.
         """
         assert isinstance(model, WorldModelObjective)
-        rows = [_measure(model.transformer, batch) for batch in self._batches(self.windows)]
+        rows = [_measure(model.transformer, batch) for batch in self.batches]
         # A last batch of one window has no other window's actions to try.
         columns = {
             name: torch.cat([row[name] for row in rows if name in row])
             for name in dict.fromkeys(name for row in rows for name in row)
         }
         metrics = {name: float(values.mean()) for name, values in columns.items()}
-        videos = {"preview": self._preview(model)} if self.preview and self.frames > 3 else {}
+        videos = {}
+        if self.as_world is not None and self.frames > 3:
+            videos["preview"] = self._preview(self.as_world(model.transformer))
         return Validation(score=metrics.pop("bits_per_token"), metrics=metrics, videos=videos)
 
-    def _preview(self, model: WorldModelObjective) -> NDArray[np.uint8]:
+    def _preview(self, world: WorldModel) -> NDArray[np.uint8]:
         """The second half of a window beside a future of its first half: [T, H, 2 W, 3]."""
-        *_, batch = self._batches(2, batch_size=1)
-        tokens, half = batch["tokens"][0], self.frames // 2
-        actions = batch["actions"][0].masked_fill(~batch["action_valid"][0], torch.nan).numpy()
-        world = self.as_world(model.transformer)
+        tokens, half = self.shown["tokens"][0], self.frames // 2
+        unknown = ~self.shown["action_valid"][0]
+        actions = self.shown["actions"][0].masked_fill(unknown, torch.nan).numpy()
         true = world.tokenizer.decode(tokens)
         future = world.rollout(true[:half], actions[1:half], actions[half:])
         pair = np.stack([true[half:].numpy(), future.frames[0]])

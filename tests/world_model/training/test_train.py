@@ -104,8 +104,6 @@ def test_the_run_folder_holds_the_best_model_and_its_tokenizer(folder: Path) -> 
         frames=CONFIG.model.context_frames,
         windows=CONFIG.data.validation_windows,
         batch_size=CONFIG.data.batch_size,
-        preview=False,
-        as_world=lambda model: world,
     )
     world = WorldModel.from_run(run, device="cpu")
     kept = WorldModelObjective(CONFIG.objective, world.transformer).eval()
