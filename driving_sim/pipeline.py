@@ -1,5 +1,6 @@
 """What the commands do, as functions: videos to a tokenizer, tokens, a world model, a rollout."""
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from driving_sim.data.drive import Drive, DriveSet, sample
+from driving_sim.data.drive import DriveSet, sample
 from driving_sim.data.sources import find_drives
 from driving_sim.data.tokens.index import INDEX, UNFINISHED, read_index
 from driving_sim.data.tokens.store import TokenStore
@@ -75,24 +76,23 @@ class TrainingRequest:
             raise DriveSimError(f"--preset {preset}: presets are auto, {', '.join(presets)}")
         if self.steps is not None and self.minutes is not None:
             raise DriveSimError("--steps and --minutes are both given; give one")
-        options: list[str] = []
-        if self.steps is not None:
-            options = [f"training.steps={self.steps}", "training.minutes=null"]
-        if self.minutes is not None:
-            options = [f"training.minutes={self.minutes}", "training.steps=null"]
-        if options:
-            options.append("training.min_steps=null")
+        options: dict[str, object] = {}
+        if self.steps is not None or self.minutes is not None:
+            options = {"steps": self.steps, "minutes": self.minutes, "min_steps": None}
         if self.precision is not None:
-            options.append(f"training.precision={self.precision}")
+            options["precision"] = self.precision
         if self.shard:
-            options.append("training.shard=true")
+            options["shard"] = True
         kind = resolve_device(self.device).type
         if preset in ("base", "large") and kind != "cuda":
             say(f"preset {preset} is made for GPUs, not for {kind}: --preset tiny is for CPUs")
         return resolve(
             presets[preset],  # type: ignore[type-var]
             file=self.config,
-            assignments=[*self.assignments, *options],
+            assignments=[
+                *self.assignments,
+                *(f"training.{k}={json.dumps(v)}" for k, v in options.items()),
+            ],
         )
 
 
@@ -293,7 +293,10 @@ def train_world_model_on(
     tokens: Path, tokenizer: Path, out: Path, request: TrainingRequest
 ) -> TrainingResult:
     """Train a world model on a token store; `tokenizer` is the run that made the tokens."""
-    grid = _grid(tokens) if request.preset == "auto" else None
+    grid = None
+    if request.preset == "auto":
+        info = read_index(tokens).info
+        grid = info.rows, info.cols
     return train_world_model(
         tokens,
         request.resolve(WORLD_MODEL_PRESETS, grid),
@@ -303,12 +306,6 @@ def train_world_model_on(
         resume=request.resume,
         device=request.device,
     )
-
-
-def _grid(tokens: Path) -> tuple[int, int]:
-    """Rows and columns of a store's tokens."""
-    info = read_index(tokens).info
-    return info.rows, info.cols
 
 
 def roll_out(
@@ -338,7 +335,12 @@ def roll_out(
     if context is None:
         beginning = _stored_context(world, tokens, start_s)
     else:
-        beginning = context_from_drive(world, _one_drive(world, context, time_offset), start_s)
+        drive, *others = find_for(world, [context], time_offset).drives
+        if others:
+            raise DriveSimError(
+                f"--context {context} holds {1 + len(others)} drives; name one of their videos"
+            )
+        beginning = context_from_drive(world, drive, start_s)
     plans = make_plans(actions, beginning.situation(world), seconds=seconds)
     return write_rollout(world, beginning, plans, out, sampling=sampling, samples=samples)
 
@@ -355,12 +357,3 @@ def _stored_context(world: WorldModel, tokens: Path, start_s: float | None) -> C
     unseen = [name for name in store.drive_ids if name in world.validation_drives]
     drive, *_ = store.select((unseen or store.drive_ids)[:1])
     return context_from_tokens(world, drive, start_s)
-
-
-def _one_drive(world: WorldModel, video: Path, time_offset: float) -> Drive:
-    found = find_for(world, [video], time_offset)
-    if len(found.drives) > 1:
-        raise DriveSimError(
-            f"--context {video} holds {len(found.drives)} drives; name one of their videos"
-        )
-    return found.drives[0]
