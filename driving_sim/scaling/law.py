@@ -6,6 +6,7 @@ models trained with less than a twentieth of its compute; c is what no amount of
 Axes: n runs, R resamples, G exponents that are tried.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -54,6 +55,10 @@ class Prediction:
     high: float | None
     """Its upper end."""
 
+    def __str__(self) -> str:
+        bounds = "" if self.low is None else f" [{self.low:.4f}, {self.high:.4f}]"
+        return f"{self.loss:.4f}{bounds} bits per token"
+
 
 class FittedLaw:
     """The law nearest to `loss` [n] at `compute` [n], in relative error; and how sure it is.
@@ -72,26 +77,22 @@ class FittedLaw:
             )
         # Around the runs' middle the scale says little about the exponent: a stable fit.
         self._middle = float(np.log(self.compute).mean())
-        self._best = _fit(self._place(self.compute), self.loss[None])[0]
-        falls = np.isfinite(self._best).all() and self._best[1] > 0
-        if not falls or abs(self._log_a()) > _MOST_LOG:
+        floor, scale, exponent = _fit(self._place(self.compute), self.loss[None])[0].tolist()
+        falls = math.isfinite(floor + scale + exponent) and scale > 0
+        log_a = self._middle + np.log(scale) / exponent if falls else math.inf
+        if abs(log_a) > _MOST_LOG:
             raise TooLittleDataError(
                 "the loss does not fall with compute in these runs, so there is no law to fit; "
                 "train larger models for longer, on more data"
             )
-
-    @cached_property
-    def law(self) -> ScalingLaw:
+        self.law = ScalingLaw(c=floor, a=float(np.exp(log_a)), b=-exponent)
         """The fitted law."""
-        return ScalingLaw(
-            c=float(self._best[0]), a=float(np.exp(self._log_a())), b=-float(self._best[2])
-        )
 
     @property
     def at_edge(self) -> bool:
         """Whether the exponent is an end of the range that is tried: the best may lie beyond."""
         low, high = _EXPONENTS
-        return not 1.01 * low < self._best[2] < 0.99 * high
+        return not 1.01 * low < -self.law.b < 0.99 * high
 
     @property
     def freedom(self) -> int:
@@ -109,13 +110,9 @@ class FittedLaw:
 
     def predict(self, compute: float) -> Prediction:
         """The loss at `compute`, and between which bounds a run there would lie 19 times of 20."""
-        low, high = self.interval([compute]) or (None, None)
-        return Prediction(
-            compute=compute,
-            loss=float(self.law(compute)),
-            low=None if low is None else float(low[0]),
-            high=None if high is None else float(high[0]),
-        )
+        bounds = self.interval([compute])
+        low, high = [None, None] if bounds is None else [float(bound[0]) for bound in bounds]
+        return Prediction(compute=compute, loss=float(self.law(compute)), low=low, high=high)
 
     def interval(self, compute: ArrayLike) -> tuple[Floats, Floats] | None:
         """The bounds of `predict` at each compute; None where no run is left to judge the fit by.
@@ -145,10 +142,6 @@ class FittedLaw:
 
     def _place(self, compute: ArrayLike) -> Floats:
         return np.log(compute) - self._middle
-
-    def _log_a(self) -> float:
-        _, scale, exponent = self._best
-        return float(self._middle + np.log(scale) / exponent)
 
 
 def _factor(deviations: Floats) -> Floats:

@@ -40,92 +40,81 @@ class ScalingReport:
             "form": _FORM,
             **asdict(self.fitted.law),
             "relative_deviation": self.fitted.spread if self.fitted.freedom else None,
-            "runs": [self._row(run) for run in self.runs],
+            "runs": [
+                {
+                    "run": run.path.name,
+                    "parameters": run.parameters,
+                    "all_parameters": run.all_parameters,
+                    "tokens": run.tokens,
+                    "compute": run.compute,
+                    "bits_per_token": run.bits,
+                    "fitted": float(self.fitted.law(run.compute)),
+                    "attention_share": run.attention_share,
+                }
+                for run in self.runs
+            ],
             "held_out": held_out and asdict(held_out) | {"relative_error": held_out.error},
             "prediction": asdict(self.prediction),
             "notes": self.notes(),
         }
 
-    def _row(self, run: ScalingRun) -> dict[str, Any]:
-        return {
-            "run": run.path.name,
-            "parameters": run.parameters,
-            "all_parameters": run.all_parameters,
-            "tokens": run.tokens,
-            "compute": run.compute,
-            "bits_per_token": run.bits,
-            "fitted": float(self.fitted.law(run.compute)),
-            "attention_share": run.attention_share,
-        }
-
     def notes(self) -> list[str]:
         """What a reader must know before trusting the law."""
-        return [*self._run_notes(), *self._law_notes()]
-
-    def _run_notes(self) -> list[str]:
         early = [run.path.name for run in self.runs if run.best_step < 0.9 * run.steps]
         shares = [run.attention_share for run in self.runs]
-        notes = []
-        if early:
-            notes.append(
+        beyond = self.prediction.compute / self.runs[-1].compute
+        notes = [
+            (
+                bool(early),
                 f"best long before the end: {', '.join(early)}; with data that runs out, more "
-                "compute stops helping and no such law holds"
-            )
-        if max(shares) > _NOTEWORTHY:
-            notes.append(
+                "compute stops helping and no such law holds",
+            ),
+            (
+                max(shares) > _NOTEWORTHY,
                 "6 N D leaves out attention's own products: in these runs "
-                f"{min(shares):.0%} to {max(shares):.0%} on top"
-            )
-        return notes
-
-    def _law_notes(self) -> list[str]:
-        notes = []
-        if not self.fitted.freedom:
-            notes.append("three runs determine the law exactly: a fourth would say how well")
-        if self.fitted.at_edge:
-            notes.append(
+                f"{min(shares):.0%} to {max(shares):.0%} on top",
+            ),
+            (
+                not self.fitted.freedom,
+                "three runs determine the law exactly: a fourth would say how well",
+            ),
+            (
+                self.fitted.at_edge,
                 f"the exponent {self.fitted.law.b:.2g} is the edge of what is tried: the runs do "
-                "not fall as such a law does, or too few of them say how"
-            )
-        if self.fitted.law.c == 0:
-            notes.append(
+                "not fall as such a law does, or too few of them say how",
+            ),
+            (
+                self.fitted.law.c == 0,
                 "no loss that remains was found (c = 0): the runs do not bend towards one yet, so "
-                "predictions far beyond them are too low"
-            )
-        largest = self.runs[-1].compute
-        if self.prediction.compute > _FAR * largest:
-            notes.append(
-                f"the prediction lies {self.prediction.compute / largest:,.0f} times beyond the "
-                "largest run, and the interval knows only of noise, not of a law that bends"
-            )
-        return notes
+                "predictions far beyond them are too low",
+            ),
+            (
+                beyond > _FAR,
+                f"the prediction lies {beyond:,.0f} times beyond the largest run, and the "
+                "interval knows only of noise, not of a law that bends",
+            ),
+        ]
+        return [note for applies, note in notes if applies]
 
     def __str__(self) -> str:
-        rows = [
-            f"{run.path.name:<20}{run.parameters:>12.3g}{run.tokens:>12.3g}{run.compute:>12.3g}"
-            f"{run.bits:>10.4f}{float(self.fitted.law(run.compute)):>10.4f}"
-            for run in self.runs
+        law = self.fitted.law
+        lines = [
+            f"{'run':<20}{'N':>12}{'D, tokens':>12}{'6 N D':>12}{'bits':>10}{'fitted':>10}",
+            *(
+                f"{run.path.name:<20}{run.parameters:>12.3g}{run.tokens:>12.3g}{run.compute:>12.3g}"
+                f"{run.bits:>10.4f}{float(law(run.compute)):>10.4f}"
+                for run in self.runs
+            ),
+            f"bits per token = {law.c:.4g} + (C / {law.a:.4g})^{law.b:.4g}",
         ]
-        head = f"{'run':<20}{'N':>12}{'D, tokens':>12}{'6 N D':>12}{'bits':>10}{'fitted':>10}"
-        return "\n".join([head, *rows, *self._lines(), *map("note: {}".format, self.notes())])
-
-    def _lines(self) -> list[str]:
-        law, asked = self.fitted.law, self.prediction
-        lines = [f"bits per token = {law.c:.4g} + (C / {law.a:.4g})^{law.b:.4g}"]
         if self.held_out:
             lines.append(
                 f"{self.runs[-1].path.name} as the smaller runs predict it: "
-                f"{_bits(self.held_out.predicted)}; measured {self.held_out.measured:.4f}, "
+                f"{self.held_out.predicted}; measured {self.held_out.measured:.4f}, "
                 f"an error of {self.held_out.error:+.2%}"
             )
-        lines.append(f"at {asked.compute:.3g} operations: {_bits(asked)}")
-        return lines
-
-
-def _bits(prediction: Prediction) -> str:
-    if prediction.low is None or prediction.high is None:
-        return f"{prediction.loss:.4f} bits per token"
-    return f"{prediction.loss:.4f} [{prediction.low:.4f}, {prediction.high:.4f}] bits per token"
+        lines.append(f"at {self.prediction.compute:.3g} operations: {self.prediction}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes())])
 
 
 def scale(paths: Sequence[Path], out: Path, *, compute: float | None = None) -> ScalingReport:

@@ -74,7 +74,7 @@ def read_run(path: Path) -> ScalingRun:
     """
     settings = _settings(path)
     finished, model = load_json(path / FINISHED), load_json(path / _MODEL)
-    bits = _number(finished, "best_score", path / FINISHED)
+    bits = float(_number(finished, "best_score", path / FINISHED))
     context = _count(settings, _CONTEXT, path / CONFIG)
     rows, cols = (_count(model, f"config.grid.{key}", path / _MODEL) for key in ("rows", "cols"))
     windows = _batches(path, finished, settings) * _count(settings, _BATCH, path / CONFIG)
@@ -138,18 +138,17 @@ def _value(mapping: Any, dotted: str, file: Path) -> Any:
     return mapping
 
 
-def _number(mapping: Any, dotted: str, file: Path) -> float:
+def _number(mapping: Any, dotted: str, file: Path) -> int | float:
     value = _value(mapping, dotted, file)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _MOST:
+    if type(value) not in (int, float) or not 0 < value < _MOST:
         raise DriveSimError(f"{file}: '{dotted}' is {shown(value)}, not a number above 0")
-    return float(value)
+    return value  # type: ignore[no-any-return]
 
 
 def _count(mapping: Any, dotted: str, file: Path) -> int:
-    value = _value(mapping, dotted, file)
-    number = not isinstance(value, bool) and isinstance(value, int | float)
-    if not number or not 0 < value < _MOST or value != int(value):
-        raise DriveSimError(f"{file}: '{dotted}' is {shown(value)}, not a count")
+    value = _number(mapping, dotted, file)
+    if value != int(value):
+        raise DriveSimError(f"{file}: '{dotted}' is {value}, not a count")
     return int(value)
 
 
