@@ -6,6 +6,7 @@ Time 0 is the last context frame; action i leads from frame i to frame i + 1 and
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,7 +116,9 @@ def _plan(spec: str, situation: Situation) -> _Planned:
     if spec in NAMES:
         return _from_name(spec, situation)
     path = Path(spec)
-    if spec.isprintable() and (path.suffix.lower() == ".csv" or _is_file(path)):
+    # A file or a pipe: a folder may be called like a script. Path's raise where a name is too long.
+    is_file = os.path.exists(path) and not os.path.isdir(path)  # noqa: PTH110, PTH112
+    if spec.isprintable() and (path.suffix.lower() == ".csv" or is_file):
         return _from_file(path, situation)
     if "=" in spec:
         return _from_script(" ".join(spec.split()), parse_script(spec), situation)
@@ -125,14 +128,6 @@ def _plan(spec: str, situation: Situation) -> _Planned:
         f"--actions {shown(spec)} is no file and no name: {hint}names are {', '.join(NAMES)}; "
         f"{_GRAMMAR}"
     )
-
-
-def _is_file(path: Path) -> bool:
-    """Whether there is a file, or a pipe, of that name: a folder may be called like a script."""
-    try:
-        return path.exists() and not path.is_dir()
-    except (OSError, ValueError):  # too long for a name, or with a zero byte
-        return False
 
 
 def _from_name(name: str, situation: Situation) -> _Planned:
@@ -161,13 +156,19 @@ def _from_recording(situation: Situation) -> _Planned:
             "--actions recorded: the context has no recorded actions after its last frame; "
             "use a context with a CSV, an earlier --start, or other --actions"
         )
-    actions, valid = situation.recorded
+    return _held("recorded", *situation.recorded, situation.fps)
+
+
+def _held(
+    label: str, actions: NDArray[np.float32], valid: NDArray[np.bool_], fps: float
+) -> _Planned:
+    """These actions, and then the last of them for as long as is asked for."""
 
     def render(frames: int) -> ActionPlan:
         index = np.minimum(np.arange(frames), len(actions) - 1)
-        return ActionPlan(label="recorded", actions=actions[index], valid=valid[index])
+        return ActionPlan(label=label, actions=actions[index], valid=valid[index])
 
-    return _Planned(len(actions) / situation.fps, render)
+    return _Planned(len(actions) / fps, render)
 
 
 def _from_file(path: Path, situation: Situation) -> _Planned:
@@ -181,7 +182,8 @@ def _from_file(path: Path, situation: Situation) -> _Planned:
             f"{path}: its times go from {log.times[0]:g} to {log.times[-1]:g} s; they must begin "
             "at 0, the last context frame, and last for a frame or more"
         )
-    if not (log.has & situation.known_channels).any():
+    obeyed = log.has & situation.known_channels
+    if not obeyed.any():
         raise DriveSimError(
             f"{path}: the model was trained without any action that is in it, so it cannot obey; "
             "train on drives that have them"
@@ -190,7 +192,7 @@ def _from_file(path: Path, situation: Situation) -> _Planned:
     actions, valid = align(log, np.arange(whole + 1) / situation.fps)
     actions, valid = actions[:whole], valid[:whole]
     for channel, name in enumerate(("speed", "steering")):
-        if not (log.has[channel] and situation.known_channels[channel]):
+        if not obeyed[channel]:
             actions[:, channel] = situation.last_action[channel]
             valid[:, channel] = situation.last_valid[channel]
         elif not valid[:, channel].all():
@@ -198,12 +200,7 @@ def _from_file(path: Path, situation: Situation) -> _Planned:
             raise DriveSimError(
                 f"{path}: {name} has a gap at {first:.2f} s; give a row every 0.25 s or more often"
             )
-
-    def render(frames: int) -> ActionPlan:
-        held = np.minimum(np.arange(frames), whole - 1)
-        return ActionPlan(label=path.stem, actions=actions[held], valid=valid[held])
-
-    return _Planned(whole / situation.fps, render)
+    return _held(path.stem, actions, valid, situation.fps)
 
 
 def parse_script(script: str) -> list[_Segment]:
