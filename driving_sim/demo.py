@@ -36,7 +36,7 @@ from driving_sim.pipeline import (
 )
 from driving_sim.tokenizer.metrics import psnr
 from driving_sim.world_model.action_plan import ActionPlan, make_plans
-from driving_sim.world_model.panels import Caption, Frame, contact_sheet, draw_panel, side_by_side
+from driving_sim.world_model.panels import Frame, contact_sheet, draw_panel, side_by_side
 from driving_sim.world_model.rollout import Context
 from driving_sim.world_model.sampling.sampler import Sampling
 from driving_sim.world_model.world_model import WorldModel
@@ -248,8 +248,7 @@ def _write_pictures(
 
     def panel(kind: str, plan: ActionPlan, frame: Frame, time: int) -> Frame:
         action, valid = plan.actions[time], plan.valid[time]
-        title = f"{plan.label}: {kind}"
-        return draw_panel(frame, Caption.of(title, action, valid, 2 * steering_p95))
+        return draw_panel(frame, f"{plan.label}: {kind}", action, valid, 2 * steering_p95)
 
     video = [
         side_by_side(

@@ -2,9 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Self
 
 import numpy as np
 from einops import rearrange
@@ -20,41 +18,29 @@ _INK, _DIM, _PAPER = (240, 240, 240), (110, 110, 116), (24, 24, 28)
 _LEFT_INK, _RIGHT_INK = (255, 176, 64), (88, 176, 255)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Caption:
-    """What a panel says above its frame; unknown channels are None."""
-
-    title: str
-    speed_mps: float | None
-    steering: float | None
-    steering_range: float
-    """The |steering| that fills half of the bar, in the same unit as `steering`."""
-
-    @classmethod
-    def of(
-        cls,
-        title: str,
-        action: NDArray[np.float32],
-        valid: NDArray[np.bool_],
-        steering_range: float,
-    ) -> Self:
-        """The caption of a frame that `action` [2] led to, where it is `valid` [2]."""
-        speed, steering = (
-            float(value) if known else None for value, known in zip(action, valid, strict=True)
-        )
-        return cls(title=title, speed_mps=speed, steering=steering, steering_range=steering_range)
-
-
 @lru_cache(maxsize=4)
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def draw_panel(frame: Frame, caption: Caption) -> Frame:
-    """The frame, enlarged by whole pixels where it is small, under a strip with its caption."""
+def draw_panel(
+    frame: Frame,
+    title: str,
+    action: NDArray[np.float32],
+    valid: NDArray[np.bool_],
+    steering_range: float,
+) -> Frame:
+    """The frame, enlarged by whole pixels where it is small, under a strip with its caption.
+
+    The caption says the title and the `action` [2], speed in m/s and steering, where it is `valid`
+    [2]. `steering_range` is the |steering| that fills half of the bar, in the steering's unit.
+    """
+    speed, steering = (
+        float(value) if known else None for value, known in zip(action, valid, strict=True)
+    )
     scale = max(1, math.ceil(_MINIMUM_WIDTH / frame.shape[1]))
     large = _enlarged(frame, scale)
-    strip = _draw_strip(large.shape[1], caption)
+    strip = _draw_strip(large.shape[1], title, speed, steering, steering_range)
     return np.concatenate([strip, large])
 
 
@@ -64,31 +50,33 @@ def _enlarged(frame: Frame, scale: int) -> Frame:
 
 
 @lru_cache(maxsize=64)  # an action is often held; the array is read-only
-def _draw_strip(width: int, caption: Caption) -> Frame:
+def _draw_strip(
+    width: int, title: str, speed: float | None, steering: float | None, steering_range: float
+) -> Frame:
     """Title and speed, and under them the steering: as a bar and as a number."""
     image = Image.new("RGB", (width, _STRIP), _PAPER)
     draw = ImageDraw.Draw(image)
     font = _font(12)
-    speed = "- m/s" if caption.speed_mps is None else f"{caption.speed_mps:.1f} m/s"
-    draw.text((width - 6, 2), speed, fill=_INK, font=font, anchor="ra")
-    room = width - 20 - draw.textlength(speed, font)
-    title = caption.title[: width // 2]  # no letter is as narrow
+    speed_text = "- m/s" if speed is None else f"{speed:.1f} m/s"
+    draw.text((width - 6, 2), speed_text, fill=_INK, font=font, anchor="ra")
+    room = width - 20 - draw.textlength(speed_text, font)
+    title = title[: width // 2]  # no letter is as narrow
     while title and draw.textlength(title, font) > room:
         title = title[:-1]
     draw.text((6, 2), title, fill=_INK, font=font)
-    _draw_steering(draw, (6, int(width * 0.8)), caption)
-    text = "-" if caption.steering is None else f"{caption.steering:+.3f}"
-    draw.text((width - 6, 16), text, fill=_INK, font=font, anchor="ra")
+    share = max(-1.0, min(1.0, (steering or 0.0) / steering_range))
+    _draw_bar(draw, (6, int(width * 0.8)), share)
+    steering_text = "-" if steering is None else f"{steering:+.3f}"
+    draw.text((width - 6, 16), steering_text, fill=_INK, font=font, anchor="ra")
     return np.asarray(image)
 
 
-def _draw_steering(draw: ImageDraw.ImageDraw, ends: tuple[int, int], caption: Caption) -> None:
-    """A bar that grows to the left for left (positive) steering."""
+def _draw_bar(draw: ImageDraw.ImageDraw, ends: tuple[int, int], share: float) -> None:
+    """A bar that grows to the left for left (positive) steering, `share` of half its length."""
     left, right = ends
     middle = (left + right) // 2
     draw.rectangle((left, 19, right, 27), outline=_DIM)
-    if caption.steering is not None and caption.steering != 0:
-        share = max(-1.0, min(1.0, caption.steering / caption.steering_range))
+    if share != 0:
         tip = middle - round(share * (right - left) / 2)
         ink = _LEFT_INK if share > 0 else _RIGHT_INK
         draw.rectangle((min(middle, tip), 20, max(middle, tip), 26), fill=ink)

@@ -23,13 +23,7 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file, disk_errors
 from driving_sim.engine.progress import progress
 from driving_sim.world_model.action_plan import ActionPlan, Situation
-from driving_sim.world_model.panels import (
-    Caption,
-    Frame,
-    contact_sheet,
-    draw_panel,
-    side_by_side,
-)
+from driving_sim.world_model.panels import Frame, contact_sheet, draw_panel, side_by_side
 from driving_sim.world_model.sampling.sampler import Sampling
 from driving_sim.world_model.token_file import token_file
 from driving_sim.world_model.world_model import Prefix, WorldModel
@@ -177,31 +171,29 @@ class _Panels:
     ) -> None:
         self.context, self.futures, self.steering_range = context, futures, steering_range
         # What led to each recorded frame: to the first of the context, nothing that is known.
-        self._led = np.pad(context.actions, ((1, 0), (0, 0)))
-        self._known = np.pad(context.action_valid, ((1, 0), (0, 0)))
+        first = ((1, 0), (0, 0))
+        self.led = np.pad(context.actions, first), np.pad(context.action_valid, first)
 
     def past(self, index: int) -> Frame:
         """Every panel shows context frame `index`, under the action that led to it."""
-        panel = self._recorded(self.context.frames[index], "context", index)
+        panel = self._draw(self.context.frames[index], "context", *self.led, index)
         return side_by_side([panel] * (len(self.futures) + 1))
 
     def future(self, index: int, frames: Sequence[Frame], truth: Frame | None) -> Frame:
         """The recording, where it goes on, then every future, after action `index`."""
         if truth is None:
-            panels = [self._recorded(_blank(frames[0]), "recording ended", 0)]
+            panels = [self._draw(_blank(frames[0]), "recording ended", *self.led, 0)]
         else:
-            panels = [self._recorded(truth, "recorded", len(self.context.tokens) + index)]
+            place = len(self.context.tokens) + index
+            panels = [self._draw(truth, "recorded", *self.led, place)]
         for plan, frame in zip(self.futures, frames, strict=True):
-            panels.append(self._draw(frame, plan.label, plan.actions[index], plan.valid[index]))
+            panels.append(self._draw(frame, plan.label, plan.actions, plan.valid, index))
         return side_by_side(panels)
 
-    def _recorded(self, frame: Frame, title: str, place: int) -> Frame:
-        return self._draw(frame, title, self._led[place], self._known[place])
-
     def _draw(
-        self, frame: Frame, title: str, action: NDArray[np.float32], valid: NDArray[np.bool_]
+        self, frame: Frame, title: str, actions: NDArray[Any], valid: NDArray[Any], place: int
     ) -> Frame:
-        return draw_panel(frame, Caption.of(title, action, valid, self.steering_range))
+        return draw_panel(frame, title, actions[place], valid[place], self.steering_range)
 
 
 def _blank(frame: Frame) -> Frame:

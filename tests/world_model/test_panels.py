@@ -1,26 +1,27 @@
 import numpy as np
 
-from driving_sim.world_model.panels import Caption, contact_sheet, draw_panel, side_by_side
+from driving_sim.world_model.panels import Frame, contact_sheet, draw_panel, side_by_side
 
 
-def caption(steering: float | None) -> Caption:
-    return Caption(title="left", speed_mps=3.0, steering=steering, steering_range=0.4)
+def panel(frame: Frame, steering: float, title: str = "left", speed: float = 3.0) -> Frame:
+    action = np.array([speed, steering], np.float32)
+    return draw_panel(frame, title, action, np.ones(2, np.bool_), 0.4)
 
 
 def test_the_frame_stays_whole_below_the_caption() -> None:
     frame = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)
-    panel = draw_panel(frame, caption(0.1))
-    scale = panel.shape[1] // 64
-    np.testing.assert_array_equal(panel[-32 * scale :: scale, ::scale], frame)
+    drawn = panel(frame, 0.1)
+    scale = drawn.shape[1] // 64
+    np.testing.assert_array_equal(drawn[-32 * scale :: scale, ::scale], frame)
 
 
 def test_left_steering_grows_the_bar_to_the_left() -> None:
     frame = np.zeros((32, 64, 3), np.uint8)
-    neutral = draw_panel(frame, caption(0.0)).astype(int)
+    neutral = panel(frame, 0.0).astype(int)
     beside_the_number = int(neutral.shape[1] * 0.8)
 
     def bar_columns(steering: float) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
-        changed = np.abs(draw_panel(frame, caption(steering)) - neutral).sum(axis=(0, 2))
+        changed = np.abs(panel(frame, steering) - neutral).sum(axis=(0, 2))
         return np.flatnonzero(changed[:beside_the_number])
 
     assert len(bar_columns(0.3)) > beside_the_number / 4
@@ -29,10 +30,7 @@ def test_left_steering_grows_the_bar_to_the_left() -> None:
 
 def test_a_frame_of_256_pixels_is_not_enlarged_and_a_long_title_keeps_off_the_speed() -> None:
     frame = np.zeros((32, 256, 3), np.uint8)
-    panels = [
-        draw_panel(frame, Caption(title=title, speed_mps=12.3, steering=0, steering_range=0.4))
-        for title in ("", "w" * 99)
-    ]
+    panels = [panel(frame, 0.0, title, 12.3) for title in ("", "w" * 99)]
     assert panels[0].shape[1] == 256
     title = np.flatnonzero((panels[0] != panels[1]).any(axis=(0, 2)))
     speed = np.flatnonzero((panels[0][:16] != panels[0][0, 0]).any(axis=(0, 2)))

@@ -18,7 +18,7 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.world_model import rollout
 from driving_sim.world_model.action_plan import make_plans
 from driving_sim.world_model.actions import ActionStatistics
-from driving_sim.world_model.panels import Caption, draw_panel
+from driving_sim.world_model.panels import draw_panel
 from driving_sim.world_model.rollout import (
     Context,
     context_from_drive,
@@ -169,10 +169,9 @@ def test_panels_show_the_recording_and_the_futures_under_their_actions(
     saved = load_file(tmp_path / "rollout.safetensors")["tokens"]
 
     def panel(frame: np.ndarray, title: str, speed: float | None, steering: float | None) -> Any:
-        caption = Caption(
-            title=title, speed_mps=speed, steering=steering, steering_range=steering_range
-        )
-        return draw_panel(frame, caption).astype(int)
+        action = np.array([speed or 0.0, steering or 0.0], np.float32)
+        valid = np.array([speed is not None, steering is not None])
+        return draw_panel(frame, title, action, valid, steering_range).astype(int)
 
     first = 30 - world.context_frames
     for t, picture in enumerate(written, start=first):
@@ -215,7 +214,7 @@ def test_memory_does_not_grow_with_the_length(
 
     monkeypatch.setattr(world, "generate", generate)
     monkeypatch.setattr(rollout, "_SHEET_COLUMNS", 2)
-    monkeypatch.setattr(rollout, "draw_panel", lambda frame, caption: frame)
+    monkeypatch.setattr(rollout, "draw_panel", lambda frame, *caption: frame)
     found = context(world, video)
     plans = make_plans(["left"], found.situation(world), seconds=1050 / FPS)
     tracemalloc.start()

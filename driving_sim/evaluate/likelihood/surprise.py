@@ -27,7 +27,7 @@ from driving_sim.engine.config import save_json
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_folder
 from driving_sim.engine.progress import Progress, progress
-from driving_sim.world_model.panels import Caption, Frame, contact_sheet, draw_panel, side_by_side
+from driving_sim.world_model.panels import Frame, contact_sheet, draw_panel, side_by_side
 from driving_sim.world_model.rollout import sample_for
 from driving_sim.world_model.training.bits import streamed_token_bits
 from driving_sim.world_model.world_model import WorldModel
@@ -218,7 +218,7 @@ def _pictures(
         if watched.counts[t]:
             candidates.offer(_Moment(watched=watched, frame=t, bits=bits))
         bar.advance(1)
-        panel = draw_panel(frame, _caption(world, watched, t))
+        panel = _panel(world, watched, t, frame)
         height, width, _ = panel.shape
         picture = panel[-(len(frame) * width // frame.shape[1]) :]
         legend = _legend(height - len(picture), width, _most(world))
@@ -226,12 +226,13 @@ def _pictures(
         yield side_by_side([panel, np.concatenate([legend, heat])], columns=2)
 
 
-def _caption(world: WorldModel, watched: _Watched, t: int) -> Caption:
-    """The frame's time and bits, and the action that led to it."""
+def _panel(world: WorldModel, watched: _Watched, t: int, frame: Frame) -> Frame:
+    """The frame under its time and bits, and the action that led to it."""
     sampled = watched.sampled
     short = "" if watched.full[t] else _SHORT
     led = all(t != start for start, _ in sampled.segments)
-    return Caption.of(
+    return draw_panel(
+        frame,
         f"{sampled.timestamps[t]:.1f} s  {watched.bits[t]:.2f} bits{short}",
         sampled.actions[t - 1],
         sampled.action_valid[t - 1] & led,
