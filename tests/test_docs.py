@@ -29,7 +29,7 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.scaling.run import _token_matrices
 from driving_sim.tokenizer.presets import PRESETS as TOKENIZER_PRESETS
 from driving_sim.world_model.actions import ActionStatistics
-from driving_sim.world_model.training.objective import ObjectiveConfig, WorldModelObjective
+from driving_sim.world_model.training.objective import InputNoiseConfig, WorldModelObjective
 from driving_sim.world_model.training.presets import PRESETS as WORLD_MODEL_PRESETS
 from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
 from tests import ROOT
@@ -362,7 +362,7 @@ def test_logits_take_the_bytes_that_the_page_says() -> None:
 
     def held(windows: int) -> int:
         objective = WorldModelObjective(
-            ObjectiveConfig(), Transformer(config, grid, ActionStatistics())
+            InputNoiseConfig(), Transformer(config, grid, ActionStatistics())
         )
         batch = {
             "tokens": torch.randint(4096, (windows, 2, 4, 8)),

@@ -40,9 +40,8 @@ from driving_sim.engine.device import autocast, name_of
 from driving_sim.engine.ranks.distributed import Ranks
 from driving_sim.engine.training.config import TrainingConfig
 from driving_sim.engine.training.step import Batch, Stepper
-from driving_sim.tokenizer.objective import ObjectiveConfig as TokenizerLosses
-from driving_sim.tokenizer.objective import TokenizerObjective
-from driving_sim.world_model.training.objective import ObjectiveConfig, WorldModelObjective
+from driving_sim.tokenizer.objective import ObjectiveConfig, TokenizerObjective
+from driving_sim.world_model.training.objective import InputNoiseConfig, WorldModelObjective
 
 _BATCHES = {"tiny": 2, "base": 1, "tokenizer": 4}
 _LARGER_ON_CUDA = 8
@@ -99,7 +98,7 @@ def world_model_batch(shape: Shape, size: int) -> Batch:
 
 def world_model_step(shape: Shape, size: int, settings: Settings) -> Callable[[], bool]:
     """A step of the world model's training, as its default objective asks for."""
-    model = WorldModelObjective(ObjectiveConfig(), transformer(shape))
+    model = WorldModelObjective(InputNoiseConfig(), transformer(shape))
     return own_step(model, world_model_batch(shape, size), settings)
 
 
@@ -168,7 +167,7 @@ def tokenizer(settings: Settings) -> list[Claim]:
     size = shape_of("base", settings).frames
     large = _LARGER_ON_CUDA if settings.device.type == "cuda" else 1
     batch, peer_batch = _BATCHES["tokenizer"] * large, large
-    model = TokenizerObjective(size, TokenizerLosses(lpips_weight=0.0, gan_weight=0.0))
+    model = TokenizerObjective(size, ObjectiveConfig(lpips_weight=0.0, gan_weight=0.0))
     count = parameters(model)
     frames = torch.randint(256, (batch, size.height, size.width, 3), dtype=torch.uint8)
     own = own_step(model, {"frames": frames}, settings)

@@ -19,7 +19,7 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.training.loop import TrainingConfig
 from driving_sim.scaling.report import fit_runs, scale, target_compute
 from driving_sim.scaling.run import read_run
-from driving_sim.world_model.training.objective import ObjectiveConfig, WorldModelObjective
+from driving_sim.world_model.training.objective import InputNoiseConfig, WorldModelObjective
 from driving_sim.world_model.training.train import (
     WorldModelDataConfig,
     WorldModelRunConfig,
@@ -47,7 +47,7 @@ def test_compute_is_what_the_products_of_a_training_step_take(runs: list[Path]) 
         "action_valid": torch.ones(BATCH, FRAMES, 2, dtype=torch.bool),
     }
     with FlopCounterMode(display=False) as counter:
-        loss, _ = WorldModelObjective(ObjectiveConfig(token_noise=0.0), model)(batch)
+        loss, _ = WorldModelObjective(InputNoiseConfig(token_noise=0.0), model)(batch)
         loss.backward()
     counts = counter.get_flop_counts()["Global"]
     products = sum(n for operator, n in counts.items() if "attention" not in str(operator))

@@ -20,8 +20,8 @@ from driving_sim.world_model.transformer import Transformer
 
 
 @config
-class ObjectiveConfig:
-    """How training differs from plain next-token prediction."""
+class InputNoiseConfig:
+    """What training hides or gets wrong in the input, beyond plain next-token prediction."""
 
     token_noise: Share = 0.1
     """Largest share of a window's tokens that is replaced in the input; each window's own share
@@ -33,7 +33,7 @@ class ObjectiveConfig:
 class WorldModelObjective(nn.Module):
     """The training loss of a `Transformer`: cross-entropy of every token of a window."""
 
-    def __init__(self, config: ObjectiveConfig, transformer: Transformer) -> None:
+    def __init__(self, config: InputNoiseConfig, transformer: Transformer) -> None:
         super().__init__()
         self.config = config
         self.transformer = transformer

@@ -1,7 +1,7 @@
 """World models that are ready to train: demo, tiny, base, large."""
 
 from driving_sim.engine.training.loop import TrainingConfig
-from driving_sim.world_model.training.objective import ObjectiveConfig
+from driving_sim.world_model.training.objective import InputNoiseConfig
 from driving_sim.world_model.training.train import WorldModelDataConfig, WorldModelRunConfig
 from driving_sim.world_model.transformer import TransformerConfig
 
@@ -9,7 +9,7 @@ DEMO = WorldModelRunConfig(
     model=TransformerConfig(
         layers=4, width=192, heads=6, kv_heads=3, context_frames=6, dropout=0.0
     ),
-    objective=ObjectiveConfig(token_noise=0.05),
+    objective=InputNoiseConfig(token_noise=0.05),
     data=WorldModelDataConfig(batch_size=4, validation_windows=32, preview=False),
     training=TrainingConfig(
         minutes=5.0,
@@ -29,7 +29,7 @@ TINY = WorldModelRunConfig(
     model=TransformerConfig(
         layers=6, width=192, heads=6, kv_heads=3, context_frames=8, dropout=0.1
     ),
-    objective=ObjectiveConfig(token_noise=0.1),
+    objective=InputNoiseConfig(token_noise=0.1),
     data=WorldModelDataConfig(batch_size=2),
     training=TrainingConfig(
         steps=1000,  # more only overfits a few minutes of video

@@ -22,7 +22,7 @@ from driving_sim.engine.training.loop import TrainingConfig, TrainingResult, che
 from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.kernels.library import library
-from driving_sim.world_model.training.objective import ObjectiveConfig, WorldModelObjective
+from driving_sim.world_model.training.objective import InputNoiseConfig, WorldModelObjective
 from driving_sim.world_model.training.validation import WindowValidation
 from driving_sim.world_model.transformer import Transformer, TransformerConfig
 from driving_sim.world_model.world_model import WorldModel, token_grid
@@ -54,7 +54,7 @@ class WorldModelRunConfig:
     """How it is trained."""
     model: TransformerConfig = field(default_factory=TransformerConfig)
     """The transformer."""
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: InputNoiseConfig = field(default_factory=InputNoiseConfig)
     """What it is trained for."""
     data: WorldModelDataConfig = field(default_factory=WorldModelDataConfig)
     """What it is trained on."""

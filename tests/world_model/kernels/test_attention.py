@@ -15,7 +15,7 @@ from driving_sim.engine.device import autocast
 from driving_sim.world_model.kernels import attention as native_training
 from driving_sim.world_model.kernels import library as native_library
 from driving_sim.world_model.rotary import rotate
-from driving_sim.world_model.training.objective import ObjectiveConfig, WorldModelObjective
+from driving_sim.world_model.training.objective import InputNoiseConfig, WorldModelObjective
 from driving_sim.world_model.transformer import Attention, TransformerConfig
 from tests.fixtures.rank_training import STEPS, rank_train
 from tests.fixtures.ranks import assert_same_losses, exported, launch
@@ -156,7 +156,7 @@ def gradients(dtype: torch.dtype, threads: int = 2) -> dict[str, Tensor]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        model = WorldModelObjective(ObjectiveConfig(token_noise=0.0), random_model(WIDE)).eval()
+        model = WorldModelObjective(InputNoiseConfig(token_noise=0.0), random_model(WIDE)).eval()
         grid, frames = model.transformer.grid, WIDE.context_frames
         torch.manual_seed(1)
         batch = {

@@ -5,7 +5,7 @@ import torch
 
 from driving_sim.world_model.actions import ActionDropoutConfig, ActionStatistics
 from driving_sim.world_model.training.objective import (
-    ObjectiveConfig,
+    InputNoiseConfig,
     WorldModelObjective,
     replace_tokens,
 )
@@ -22,7 +22,7 @@ def batch_of(frames: int) -> dict[str, torch.Tensor]:
 def test_loss_is_the_cross_entropy_of_the_true_tokens() -> None:
     model = random_model()
     batch = batch_of(3)
-    loss, metrics = WorldModelObjective(ObjectiveConfig(), model).eval()(batch)
+    loss, metrics = WorldModelObjective(InputNoiseConfig(), model).eval()(batch)
     logits = model(**random_inputs(3))
     expected = -logits.log_softmax(-1).gather(-1, batch["tokens"].unsqueeze(-1)).mean()
     torch.testing.assert_close(loss, expected)
@@ -32,7 +32,7 @@ def test_loss_is_the_cross_entropy_of_the_true_tokens() -> None:
 
 def test_an_untrained_model_costs_the_codebooks_bits() -> None:
     objective = WorldModelObjective(
-        ObjectiveConfig(), Transformer(CONFIG, GRID, ActionStatistics())
+        InputNoiseConfig(), Transformer(CONFIG, GRID, ActionStatistics())
     )
     _, metrics = objective(batch_of(2))
     assert metrics["bits_per_token"].item() == pytest.approx(math.log2(9), abs=1e-5)
@@ -46,7 +46,7 @@ def test_noise_is_in_the_input_and_not_in_the_target() -> None:
 
     def loss(noise: float, seed: int = 0) -> float:
         torch.manual_seed(seed)
-        config = ObjectiveConfig(token_noise=noise, action_dropout=quiet)
+        config = InputNoiseConfig(token_noise=noise, action_dropout=quiet)
         return float(WorldModelObjective(config, model)(batch)[0].item())
 
     assert loss(0.0) == loss(0.0, seed=1)
@@ -68,7 +68,7 @@ def test_replaced_tokens_are_a_share_of_each_window_and_come_from_the_batch() ->
 
 def test_hidden_actions_change_the_loss_only_in_training() -> None:
     objective = WorldModelObjective(
-        ObjectiveConfig(token_noise=0.0, action_dropout=ActionDropoutConfig(both=1.0)),
+        InputNoiseConfig(token_noise=0.0, action_dropout=ActionDropoutConfig(both=1.0)),
         random_model(),
     )
     batch = batch_of(3)
@@ -81,4 +81,4 @@ def test_hidden_actions_change_the_loss_only_in_training() -> None:
 
 def test_impossible_settings_are_named() -> None:
     with pytest.raises(ValueError, match=r"token_noise: must .*, found 2"):
-        ObjectiveConfig(token_noise=2)
+        InputNoiseConfig(token_noise=2)

@@ -14,7 +14,7 @@ from driving_sim.world_model import WorldModel
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.sampling.sampler import Sampling
 from driving_sim.world_model.training.bits import FullWindows, bits_per_token, streamed_token_bits
-from driving_sim.world_model.training.objective import ObjectiveConfig, WorldModelObjective
+from driving_sim.world_model.training.objective import InputNoiseConfig, WorldModelObjective
 from driving_sim.world_model.training.presets import PRESETS
 from driving_sim.world_model.training.train import (
     WorldModelDataConfig,
@@ -29,7 +29,7 @@ from tests.fixtures.token_drives import tiny_tokenizer, turning_drive, write_sto
 
 CONFIG = WorldModelRunConfig(
     model=TransformerConfig(layers=2, width=32, heads=2, kv_heads=1, context_frames=4),
-    objective=ObjectiveConfig(token_noise=0.02),
+    objective=InputNoiseConfig(token_noise=0.02),
     data=WorldModelDataConfig(batch_size=4, validation=("2",), validation_windows=6),
     training=TrainingConfig(
         steps=900,
