@@ -160,8 +160,6 @@ class WorldModel:
         saved = load_json(folder / _CONFIG, most_bytes=_MOST_CONFIG_BYTES)
         config = from_dict(WorldModelConfig, saved.get("config", {}), str(folder / _CONFIG))
         tokenizer = Tokenizer.from_run(folder / _TOKENIZER, device, precision)
-        if config.grid != token_grid(tokenizer):
-            raise _not_its_tokenizer(folder)
         transformer, written = build_with_weights(
             lambda: Transformer(config.model, config.grid, config.actions),
             folder / _WEIGHTS,
@@ -177,7 +175,16 @@ class WorldModel:
             device=resolve_device(device),
             precision=precision,
         )
-        world._check_fingerprints(written, folder)
+        if written.get("tokenizer") != tokenizer.fingerprint:
+            raise DriveSimError(
+                f"{folder / _TOKENIZER} is not the tokenizer that this world model was trained "
+                "with; copy the whole run folder again"
+            )
+        if written.get("fingerprint") != world.fingerprint:
+            raise DriveSimError(
+                f"{folder}: config and weights do not belong together (their fingerprint is not "
+                "the one written); copy the folder again"
+            )
         return world
 
     def save(self, path: Path | str) -> None:
@@ -189,15 +196,6 @@ class WorldModel:
         # The fingerprints stand in the same file as the weights: all are replaced in one move.
         prints = {"tokenizer": self.tokenizer.fingerprint, "fingerprint": self.fingerprint}
         save_weights(self.transformer, folder / _WEIGHTS, prints)
-
-    def _check_fingerprints(self, written: dict[str, str], folder: Path) -> None:
-        if written.get("tokenizer") != self.tokenizer.fingerprint:
-            raise _not_its_tokenizer(folder)
-        if written.get("fingerprint") != self.fingerprint:
-            raise DriveSimError(
-                f"{folder}: config and weights do not belong together (their fingerprint is not "
-                "the one written); copy the folder again"
-            )
 
     @property
     def config(self) -> WorldModelConfig:
@@ -455,15 +453,3 @@ def _with_validity(name: str, actions: ArrayLike, valid: ArrayLike | None) -> tu
             "rad, or NaN where unknown"
         )
     return values, mask
-
-
-def token_grid(tokenizer: Tokenizer) -> TokenGrid:
-    """How a tokenizer's tokens lie, and how many codes there are."""
-    return TokenGrid(rows=tokenizer.rows, cols=tokenizer.cols, levels=tokenizer.levels)
-
-
-def _not_its_tokenizer(folder: Path) -> DriveSimError:
-    return DriveSimError(
-        f"{folder / _TOKENIZER} is not the tokenizer that this world model was trained "
-        "with; copy the whole run folder again"
-    )

@@ -24,8 +24,8 @@ from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.kernels.library import library
 from driving_sim.world_model.training.objective import InputNoiseConfig, WorldModelObjective
 from driving_sim.world_model.training.validation import WindowValidation
-from driving_sim.world_model.transformer import Transformer, TransformerConfig
-from driving_sim.world_model.world_model import WorldModel, token_grid
+from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
+from driving_sim.world_model.world_model import WorldModel
 
 _STATISTICS_FRAMES = 2_000_000  # enough for percentiles; a store can hold billions
 
@@ -158,7 +158,8 @@ def _new_transformer(
     tokenizer: Tokenizer,
     init_from: Path | None,
 ) -> Transformer:
-    grid, statistics = token_grid(tokenizer), action_statistics(drives)
+    grid = TokenGrid(rows=tokenizer.rows, cols=tokenizer.cols, levels=tokenizer.levels)
+    statistics = action_statistics(drives)
     if init_from is None:
         return Transformer(config, grid, statistics)
     source, info = WorldModel.from_run(init_from, "cpu"), drives[0].info

@@ -236,9 +236,9 @@ def test_a_short_drive_is_marked_and_comes_last(
     write_changes(tmp_path / "videos" / "lively.mp4", 20, {9: [(0, 0)]})
     titles: list[str] = []
 
-    def drawing(frame: Any, caption: Any) -> Any:
-        titles.append(caption.title)
-        return draw_panel(frame, caption)
+    def drawing(frame: Any, title: str, *led: Any) -> Any:
+        titles.append(title)
+        return draw_panel(frame, title, *led)
 
     def listing(rows: Any, headings: Any) -> Any:
         titles.extend(title for title, _ in rows)
