@@ -110,12 +110,7 @@ def _auto_preset(device: str, grid: tuple[int, int] | None) -> str:
     return name
 
 
-def _find(
-    videos: Sequence[Path],
-    *,
-    skip_bad: bool | None,
-    **options: Any,
-) -> DriveSet:
+def _find(videos: Sequence[Path], *, skip_bad: bool | None, **options: Any) -> DriveSet:
     """Find drives and say what was assumed and skipped; no `skip_bad`: no such option.
 
     `options` are those of `find_drives`.
@@ -261,11 +256,7 @@ def _is_usable(tokenizer: Path) -> bool:
 
 
 def _train_missing(
-    found: DriveSet,
-    tokenizer: Path,
-    request: TrainingRequest,
-    rate: dict[str, Any],
-    skip_bad: bool,
+    found: DriveSet, tokenizer: Path, request: TrainingRequest, rate: dict[str, Any], skip_bad: bool
 ) -> None:
     what = "is unfinished: going on with it" if request.resume else "is not there: training it"
     say(f"the tokenizer {tokenizer} {what} on these videos")

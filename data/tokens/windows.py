@@ -22,6 +22,9 @@ class WindowIndex:
 
     Built from the store's index alone; finding one is O(log n) in the number of drives. Windows are
     numbered from 0 to below the length; others raise IndexError.
+
+    Raises:
+        TooLittleDataError: no drive is as long as a window.
     """
 
     def __init__(self, drives: Sequence[DriveTokens], *, frames: int, stride: int = 1) -> None:
@@ -34,20 +37,28 @@ class WindowIndex:
             for first in [_first_frame(drive, begin)]
             if stop - first >= frames
         ]
-        table = np.asarray(runs, np.int64).reshape(-1, 4)
+        if not runs:
+            longest = max((b - a for d in drives for a, b in d.entry.segments), default=0)
+            ids = list(dict.fromkeys(drive.id for drive in drives))
+            names = ", ".join([*ids[:3], *(["..."] if len(ids) > 3 else [])])
+            raise TooLittleDataError(
+                f"no window of {frames} frames in {names or 'no drives'}: the longest run "
+                f"without a gap is {longest} frames; use longer drives or shorter windows"
+            )
+        table = np.asarray(runs, np.int64)
         self._drive, self._begin, first, counts = table.T
         self._ends: NDArray[np.int64] = np.cumsum(counts)
         # Where window 0 would start, were the run's numbers to go on downwards.
         self._offsets = first - (self._ends - counts) * stride
         self._drives, self._stride = tuple(drives), stride
-        self._codes = drives[0].info.codebook_size if drives else 0
+        self._codes = drives[0].info.codebook_size
         # A window's frames, and the one before them, from its first.
         self._frames = np.arange(-1, frames)
         self._in_shard = np.array([drive.begin for drive in drives], np.int64)
         self._channels = np.array([drive.channels for drive in drives], np.bool_).reshape(-1, 2)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if self._ends.size else 0
+        return int(self._ends[-1])
 
     def places(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Where the windows are: the positions of their drives, and their first frames in those."""
@@ -128,7 +139,7 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
         batch_size: int,
         seed: int = 0,
     ) -> None:
-        self.index = _index(drives, frames)
+        self.index = WindowIndex(drives, frames=frames)
         if batch_size > len(self.index):
             raise DriveSimError(
                 f"data.batch_size={batch_size}: there are only {len(self.index)} windows of "
@@ -154,22 +165,9 @@ def sequential_windows(
     Raises:
         DriveSimError: no drive is as long as a window; at once, not when the first is taken.
     """
-    index = _index(drives, frames, stride=frames)
+    index = WindowIndex(drives, frames=frames, stride=frames)
     count = len(index) if limit is None else min(limit, len(index))
     numbers = np.arange(count) * len(index) // max(count, 1)
     return (
         index.load(numbers[first : first + batch_size]) for first in range(0, count, batch_size)
     )
-
-
-def _index(drives: Sequence[DriveTokens], frames: int, stride: int = 1) -> WindowIndex:
-    index = WindowIndex(drives, frames=frames, stride=stride)
-    if not len(index):
-        longest = max((b - a for d in drives for a, b in d.entry.segments), default=0)
-        ids = list(dict.fromkeys(drive.id for drive in drives))
-        names = ", ".join([*ids[:3], *(["..."] if len(ids) > 3 else [])])
-        raise TooLittleDataError(
-            f"no window of {frames} frames in {names or 'no drives'}: the "
-            f"longest run without a gap is {longest} frames; use longer drives or shorter windows"
-        )
-    return index

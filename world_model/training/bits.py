@@ -20,7 +20,6 @@ from torch import Tensor
 
 from driving_sim.data.tokens.store import DriveTokens
 from driving_sim.data.tokens.windows import WindowIndex
-from driving_sim.engine.errors import TooLittleDataError
 from driving_sim.world_model.cache import RingCache, encode_frame
 from driving_sim.world_model.transformer import Transformer
 
@@ -68,25 +67,14 @@ class FrameBits:
         return float(self.bits.mean())
 
 
-class FullWindows:
-    """Every window of `frames` frames: each has one frame to judge, its last, and W-1 behind it.
-
-    Raises `DriveSimError` where no drive is as long as a window.
-    """
+class FullWindows(WindowIndex):
+    """Every window of `frames` frames: each has one frame to judge, its last, and W-1 behind it."""
 
     def __init__(self, drives: Sequence[DriveTokens], *, frames: int, stride: int = 1) -> None:
-        self.index = WindowIndex(drives, frames=frames, stride=stride)
-        if not len(self.index):
-            raise TooLittleDataError(
-                f"no run of {frames} frames without a gap in {len(drives)} drives: nothing to "
-                "measure; use longer drives"
-            )
-        self.drives, self.frames = drives, frames
-        self.drive, start = self.index.places(np.arange(len(self.index)))
+        super().__init__(drives, frames=frames, stride=stride)
+        self.drives = drives
+        self.drive, start = self.places(np.arange(len(self)))
         self.frame = start + frames - 1
-
-    def __len__(self) -> int:
-        return len(self.index)
 
     def last_frames(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the tokens [n, P] of the judged frames and of the frames before them."""
@@ -119,7 +107,7 @@ def bits_per_token(
     device, tables = model.source.device, model.tables()
     found = []
     for at in range(0, len(windows), batch_size):
-        batch = windows.index.load(np.arange(at, min(at + batch_size, len(windows))))
+        batch = windows.load(np.arange(at, min(at + batch_size, len(windows))))
         tokens = rearrange(batch["tokens"], "b t r c -> b t (r c)").to(device)
         before = batch["previous"].masked_fill(
             ~batch["has_previous"][:, None, None], model.grid.codebook_size

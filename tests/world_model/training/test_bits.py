@@ -47,7 +47,7 @@ def test_bits_are_those_of_the_window_alone(store: TokenStore) -> None:
     windows = FullWindows(store.drives, frames=W)
     found = bits_per_token(model, windows, batch_size=3)
     for n in range(len(windows)):
-        batch = windows.index.load(np.array([n]))
+        batch = windows.load(np.array([n]))
         batch["valid"] = batch.pop("action_valid")
         with torch.no_grad():
             log_probs = model(**batch)[0, -1].log_softmax(-1)
@@ -102,7 +102,7 @@ def test_tokens_are_judged_where_they_stand(store: TokenStore) -> None:
     watched: list[TokenBits] = []
     windows = FullWindows([drive], frames=W)
     found = bits_per_token(model, windows, batch_size=3, watch=watched.append)
-    batch = windows.index.load(np.array([0]))
+    batch = windows.load(np.array([0]))
     batch["valid"] = batch.pop("action_valid")
     with torch.no_grad():
         chances = rearrange(model(**batch)[0, -1].softmax(-1), "r c k -> (r c) k").numpy()
@@ -135,5 +135,5 @@ def test_tokens_are_taken_one_frame_at_a_time(store: TokenStore) -> None:
 
 def test_drives_shorter_than_a_window_are_an_error(tmp_path: Path) -> None:
     drives = write_store(tmp_path / "tokens", (2, 2)).drives
-    with pytest.raises(DriveSimError, match="no run of 3 frames"):
+    with pytest.raises(DriveSimError, match="no window of 3 frames"):
         FullWindows(drives, frames=W)
