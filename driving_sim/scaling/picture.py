@@ -1,6 +1,7 @@
 """The picture of a scaling law: runs, the fitted curve with its interval, the predictions."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,21 +21,31 @@ def draw_scaling(
     """Write a PNG: bits per token against compute, both axes logarithmic."""
     figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
     axes = figure.subplots()
-    ends = (fitted.compute.min() / 2, 2 * max(fitted.compute.max(), prediction.compute))
-    _draw_curve(axes, fitted, np.geomspace(*ends, 120))
+    _draw_curve(axes, fitted, 2 * max(fitted.compute.max(), prediction.compute))
     axes.plot(fitted.compute, fitted.loss, "o", color=_INK, label="runs", zorder=3)
     _draw_prediction(axes, prediction, "*", _CURVE, "prediction")
     if held_out:
-        _draw_prediction(
-            axes, held_out.predicted, "D", _HELD_OUT, "largest run, from the smaller ones"
-        )
-    _dress(axes, fitted)
+        label = "largest run, from the smaller ones"
+        _draw_prediction(axes, held_out.predicted, "D", _HELD_OUT, label)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    # Decades alone would label a range of one bit with nothing.
+    low, high = axes.get_ylim()
+    ticks = np.unique(np.round(np.geomspace(max(low, 0.5 * fitted.law.c), high, 8), 2))
+    axes.set_yticks(ticks)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2f}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("training compute C = 6 N D, operations", color=_INK)
+    axes.set_ylabel("validation bits per token", color=_INK)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=120)
 
 
-def _draw_curve(axes: Axes, fitted: FittedLaw, compute: np.ndarray) -> None:
-    law = fitted.law
+def _draw_curve(axes: Axes, fitted: FittedLaw, end: float) -> None:
+    law, compute = fitted.law, np.geomspace(fitted.compute.min() / 2, end, 120)
     label = f"{law.c:.3g} + (C / {law.a:.3g})^{law.b:.3g}"
     axes.plot(compute, law(compute), color=_CURVE, linewidth=1.5, label=label)
     bounds = fitted.interval(compute)
@@ -53,31 +64,11 @@ def _draw_prediction(
     bars = (
         None if low is None or high is None else [[prediction.loss - low], [high - prediction.loss]]
     )
-    axes.errorbar(
-        [prediction.compute],
-        [prediction.loss],
-        yerr=bars,
-        fmt=marker,
-        color=colour,
-        markerfacecolor="none",
-        capsize=3,
-        markersize=9,
-        label=label,
-        zorder=4,
-    )
-
-
-def _dress(axes: Axes, fitted: FittedLaw) -> None:
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    # Decades alone would label a range of one bit with nothing.
-    low, high = axes.get_ylim()
-    ticks = np.unique(np.round(np.geomspace(max(low, 0.5 * fitted.law.c), high, 8), 2))
-    axes.set_yticks(ticks)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2f}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("training compute C = 6 N D, operations", color=_INK)
-    axes.set_ylabel("validation bits per token", color=_INK)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    style: dict[str, Any] = {
+        "fmt": marker,
+        "color": colour,
+        "markerfacecolor": "none",
+        "markersize": 9,
+    }
+    place = [prediction.compute], [prediction.loss]
+    axes.errorbar(*place, yerr=bars, capsize=3, label=label, zorder=4, **style)
