@@ -3,6 +3,7 @@
 import enum
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -53,66 +54,59 @@ class Things:
         return Things(**{n: getattr(self, n)[which] for n in self.__dataclass_fields__})
 
 
+# Along both sides of the road: how far apart they are, how far along and aside (what all have and
+# what chance adds) and how high (likewise), in metres, and the share of the places that are taken.
+_BESIDE_THE_ROAD = {
+    Kind.POST: (24.0, 0.0, (4.6, 0.0), (1.2, 0.0), 1.0),
+    Kind.TREE: (15.0, 6.0, (8.0, 6.0), (6.0, 5.0), 0.85),
+    Kind.HOUSE: (64.0, 0.0, (17.0, 5.0), (5.5, 2.0), 0.4),
+    Kind.GANTRY: (110.0, 30.0, (0.0, 0.0), (6.2, 0.0), 0.8),
+}
+
+
 class Scenery:
     """Gives the things near a place; the same ones whatever the way there."""
 
     def __init__(self, road: Road, seed: int) -> None:
         self._road = road
         self._seed = seed
-        self._blocks: dict[tuple[int, int], Things] = {}
+        self._block = lru_cache(64)(self._find_block)
 
     def near(self, x: float, y: float) -> Things:
         """Return at least everything within `VISIBLE_M` of a point."""
-        block = math.floor(x / _BLOCK_M), math.floor(y / _BLOCK_M)
-        if block not in self._blocks:
-            if len(self._blocks) > 64:
-                self._blocks.clear()
-            centre_x, centre_y = ((b + 0.5) * _BLOCK_M for b in block)
-            things = Things.joined(
-                [
-                    self._row(centre_x, Kind.POST, 24.0),
-                    self._row(centre_x, Kind.TREE, 15.0),
-                    self._row(centre_x, Kind.HOUSE, 64.0),
-                    self._row(centre_x, Kind.GANTRY, 110.0),
-                    self._meadow(centre_x, centre_y),
-                ]
-            )
-            near = np.maximum(abs(things.x - centre_x), abs(things.y - centre_y)) < _REACH_M
-            self._blocks[block] = things.chosen(near)
-        return self._blocks[block]
+        return self._block(math.floor(x / _BLOCK_M), math.floor(y / _BLOCK_M))
 
-    def _row(self, centre_x: float, kind: Kind, spacing_m: float) -> Things:
+    def _find_block(self, column: int, row: int) -> Things:
+        x, y = (column + 0.5) * _BLOCK_M, (row + 0.5) * _BLOCK_M
+        rows = [self._row(x, kind) for kind in _BESIDE_THE_ROAD]
+        things = Things.joined([*rows, self._meadow(x, y)])
+        return things.chosen(np.maximum(abs(things.x - x), abs(things.y - y)) < _REACH_M)
+
+    def _row(self, centre_x: float, kind: Kind) -> Things:
         """Return the things of a kind along both sides of the road (a gantry stands across it)."""
+        spacing, further, (aside, more_aside), (height, more_height), share = _BESIDE_THE_ROAD[kind]
         # Offsets of up to 25 m on a slope of 0.74 move a thing up to 15 m along x.
         reach = _REACH_M + 20
-        first, last = (math.floor((centre_x + side * reach) / spacing_m) for side in (-1, 1))
+        first, last = (math.floor((centre_x + side * reach) / spacing) for side in (-1, 1))
         index = np.repeat(np.arange(first, last + 1), 2)
-        side = np.tile([-1.0, 1.0], last + 1 - first)
-        chance, aside, tall, tint, along = (
-            uniform(self._seed, int(kind), index, (side > 0).astype(np.int64), draw)
-            for draw in range(5)
+        left = np.tile([0, 1], last + 1 - first)
+        side = 2.0 * left - 1.0
+        chance, out, tall, tint, along = (
+            uniform(self._seed, int(kind), index, left, draw) for draw in range(5)
         )
-        station = index * spacing_m
-        if kind is Kind.POST:
-            present, offset, height = chance < 2, 4.6 * side, np.full_like(side, 1.2)
-        elif kind is Kind.TREE:
-            # Whole stretches are wooded or open, each side for itself.
-            wooded = uniform(self._seed, 100, index // 5, (side > 0).astype(np.int64))
-            present = chance < np.where(wooded < 0.6, 0.85, 0.2)
-            offset, height = side * (8.0 + 6.0 * aside), 6.0 + 5.0 * tall
-            station = station + 6.0 * along
-        elif kind is Kind.HOUSE:
-            present, offset = chance < 0.4, side * (17.0 + 5.0 * aside)
-            height = 5.5 + 2.0 * tall
-        else:
-            present, offset = (chance < 0.8) & (side > 0), 0.0 * side
-            height = np.full_like(side, 6.2)
-            station = station + 30.0 * along
-        x, y, heading = self._road.place(station, offset)
+        x, y, heading = self._road.place(
+            index * spacing + further * along, side * (aside + more_aside * out)
+        )
+        present = chance < share
         kinds = np.full(len(side), int(kind))
+        if kind is Kind.GANTRY:
+            present &= left == 1
         if kind is Kind.TREE:
+            # Whole stretches are wooded or open, each side for itself.
+            wooded = uniform(self._seed, 100, index // 5, left) < 0.6
+            present &= wooded | (chance < 0.2)
             kinds[tint > 0.75] = int(Kind.CONIFER)
-        return Things(kinds, x, y, heading, height, tint).chosen(present)
+        return Things(kinds, x, y, heading, height + more_height * tall, tint).chosen(present)
 
     def _meadow(self, centre_x: float, centre_y: float) -> Things:
         """Return what grows out in the meadow, away from the road."""

@@ -11,7 +11,7 @@ from pydantic import Field
 from driving_sim.data.synthetic.drawing.camera import Camera, View
 from driving_sim.data.synthetic.drawing.ground import Ground
 from driving_sim.data.synthetic.drawing.palette import PALETTES, varied
-from driving_sim.data.synthetic.drawing.props import PropPainter
+from driving_sim.data.synthetic.drawing.props import paint_props
 from driving_sim.data.synthetic.drawing.sky import Sky
 from driving_sim.data.synthetic.motion.traffic import Traffic
 from driving_sim.data.synthetic.motion.vehicle import VehicleState, step_vehicle
@@ -42,7 +42,7 @@ class SyntheticConfig:
     """Range of the speeds that drivers like, in m/s."""
     traffic: Share = 0.75
     """Cars that come the other way: 1 is one every 130 m."""
-    palettes: tuple[str, ...] = tuple(PALETTES)
+    palettes: tuple[str, ...] = PALETTES
     """The kinds of day a seed draws from."""
 
     def __post_init__(self) -> None:
@@ -64,19 +64,15 @@ class SyntheticWorld:
         self.config = config = config or SyntheticConfig()
         rng = np.random.default_rng(seed)
         self.road = Road(rng)
-        palette = varied(PALETTES[config.palettes[rng.integers(len(config.palettes))]], rng)
-        self._camera = Camera.with_field_of_view(
-            config.height,
-            config.width,
-            config.field_of_view_deg,
-            config.horizon,
-            config.camera_height_m,
+        self._palette = varied(config.palettes[rng.integers(len(config.palettes))], rng)
+        above_ground_m = config.camera_height_m
+        self._camera = Camera(
+            config.height, config.width, config.field_of_view_deg, config.horizon, above_ground_m
         )
-        self._sky = Sky(self._camera, palette, rng)
-        self._ground = Ground(self._camera, self.road, palette, rng, seed)
+        self._sky = Sky(self._camera, self._palette, rng)
+        self._ground = Ground(self._camera, self.road, self._palette, rng, seed)
         self._scenery = Scenery(self.road, seed)
         self._traffic = Traffic(self.road, seed, config.traffic)
-        self._props = PropPainter(self._camera, palette)
 
     def reset(self, station_m: float = 0.0) -> VehicleState:
         """Return the state in the middle of the driver's lane at a station of the road."""
@@ -96,11 +92,11 @@ class SyntheticWorld:
     def render(self, state: VehicleState) -> NDArray[np.uint8]:
         """Return the picture from a state: uint8 RGB [height, width, 3]."""
         frame = np.empty((3, self.config.height, self.config.width), np.float32)
-        view = View.from_state(state)
+        view = View(state)
         self._sky.paint(frame, view)
         self._ground.paint(frame, view)
         things = Things.joined([self._scenery.near(view.x, view.y), self._traffic.near(state)])
-        self._props.paint(frame, things, view)
+        paint_props(frame, things, view, self._camera, self._palette)
         picture: NDArray[np.uint8] = rearrange(
             np.clip(frame + 0.5, 0, 255).astype(np.uint8), "rgb rows columns -> rows columns rgb"
         )

@@ -197,9 +197,7 @@ class TestWorld:
 
     def test_markings_lie_where_the_road_is(self) -> None:
         config = SyntheticConfig(height=192, width=384)
-        camera = Camera.with_field_of_view(
-            192, 384, config.field_of_view_deg, config.horizon, config.camera_height_m
-        )
+        camera = Camera(192, 384, config.field_of_view_deg, config.horizon, config.camera_height_m)
         contrasts = []
         for seed in range(4):
             world = SyntheticWorld(seed, config)
@@ -207,7 +205,7 @@ class TestWorld:
             picture = world.render(state).astype(float).mean(axis=2)
             station = np.array([DASH_PERIOD_M * 4 + DASH_M / 2, DASH_PERIOD_M * 4 + 9.0])
             x, y, _ = world.road.place(station, np.zeros(2))
-            depth, left = View.from_state(state).depth_and_left(x, y)
+            depth, left = View(state).depth_and_left(x, y)
             rows = camera.row_of(depth, 0.0).astype(int)
             columns = camera.column_of(depth, left).astype(int)
             dash, gap = picture[rows, columns]

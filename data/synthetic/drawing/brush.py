@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from driving_sim.data.synthetic.drawing.camera import Camera
+from driving_sim.data.synthetic.drawing.palette import Palette
 from driving_sim.data.synthetic.drawing.shapes import Canvas, Point, Rgb, rgb
 
 Corner = tuple[float, float, float]
@@ -29,90 +31,86 @@ def _clipped(corners: Sequence[Corner]) -> Sequence[Corner]:
     return kept
 
 
+@dataclass(slots=True)
 class Brush:
     """Draws one thing: whatever it draws has the haze of its depth and its opacity.
 
     Everything but faces and boxes needs a depth of at least `NEAREST_M`.
     """
 
-    def __init__(
-        self, canvas: Canvas, camera: Camera, haze: Rgb, depth: float, left: float, opacity: float
-    ) -> None:
-        self._canvas = canvas
-        self._camera = camera
-        self._haze = haze
-        self._depth = depth
-        self._left = left
-        self._opacity = opacity
-        self._clearness = math.exp(-max(depth, 0.0) / HAZE_M)
+    canvas: Canvas
+    camera: Camera
+    palette: Palette
+    depth: float
+    left: float
+    heading: float
+    """Of the thing, anticlockwise from where the camera looks."""
+    opacity: float
 
     def _hazy(self, colour: Rgb) -> Rgb:
-        return self._haze + self._clearness * (colour - self._haze)
+        haze = self.palette["haze"]
+        return haze + math.exp(-max(self.depth, 0.0) / HAZE_M) * (colour - haze)
 
     def _point(self, depth: float, left: float, above: float) -> Point:
-        return self._camera.column_of(depth, left), self._camera.row_of(depth, above)
+        return self.camera.column_of(depth, left), self.camera.row_of(depth, above)
 
     def face(self, corners: Sequence[Corner], colour: Rgb) -> None:
         """Draw a flat convex polygon in space."""
         visible = _clipped(corners)
         if len(visible) >= 3:
             points = [self._point(*corner) for corner in visible]
-            self._canvas.polygon(points, self._hazy(colour), self._opacity)
+            self.canvas.polygon(points, self._hazy(colour), self.opacity)
 
     def upright(self, half_width: float, low: float, high: float, colour: Rgb) -> None:
         """Draw a thin thing that turns its face to the camera, between two heights."""
-        corner = self._point(self._depth, self._left + half_width, high)
-        opposite = self._point(self._depth, self._left - half_width, low)
-        self._canvas.rectangle(corner, opposite, self._hazy(colour), self._opacity)
+        corner = self._point(self.depth, self.left + half_width, high)
+        opposite = self._point(self.depth, self.left - half_width, low)
+        self.canvas.rectangle(corner, opposite, self._hazy(colour), self.opacity)
 
     def cone(self, half_width: float, low: float, high: float, colour: Rgb) -> None:
         """Draw a cone that stands on its base, between two heights."""
-        apex = self._point(self._depth, self._left, high)
-        base_row = self._camera.row_of(self._depth, low)
-        half = self._camera.focal / self._depth * half_width
-        self._canvas.cone(apex, base_row, half, self._hazy(colour), self._opacity)
+        apex = self._point(self.depth, self.left, high)
+        base_row = self.camera.row_of(self.depth, low)
+        half = self.camera.focal / self.depth * half_width
+        self.canvas.cone(apex, base_row, half, self._hazy(colour), self.opacity)
 
     def ball(
         self, middle: float, half_width: float, half_height: float, colour: Rgb, light: float
     ) -> None:
         """Draw an upright ellipsoid around a height, lit from above left."""
-        scale = self._camera.focal / self._depth
-        centre = self._point(self._depth, self._left, middle)
+        scale = self.camera.focal / self.depth
+        centre = self._point(self.depth, self.left, middle)
         radii = (scale * half_width, scale * half_height)
-        self._canvas.ellipse(centre, radii, self._hazy(colour), self._opacity, light)
+        self.canvas.ellipse(centre, radii, self._hazy(colour), self.opacity, light)
 
     def shadow(self, radius: float) -> None:
         """Darken the ground around the foot."""
-        across = self._camera.focal / self._depth * radius
+        across = self.camera.focal / self.depth * radius
         if across < _LEAST_SHADOW_PX:
             return
-        centre = self._point(self._depth, self._left, 0.0)
-        radii = (across, max(across * self._camera.above_ground_m / self._depth, 0.3))
-        self._canvas.ellipse(centre, radii, _BLACK, 0.4 * self._opacity)
+        centre = self._point(self.depth, self.left, 0.0)
+        radii = (across, max(across * self.camera.above_ground_m / self.depth, 0.3))
+        self.canvas.ellipse(centre, radii, _BLACK, 0.4 * self.opacity)
 
-    def place(self, heading: float, along: float, across: float, above: float) -> Corner:
-        """Return a corner given in a thing's own axes: ahead, left and up from its foot."""
-        cos, sin = math.cos(heading), math.sin(heading)
-        depth = self._depth + along * cos - across * sin
-        return depth, self._left + along * sin + across * cos, above
+    def place(self, along: float, across: float, above: float) -> Corner:
+        """Return a corner given in the thing's own axes: ahead, left and up from its foot."""
+        cos, sin = math.cos(self.heading), math.sin(self.heading)
+        depth = self.depth + along * cos - across * sin
+        return depth, self.left + along * sin + across * cos, above
 
-    def camera_place(self, heading: float) -> Corner:
-        """Return where the camera is in a thing's own axes: ahead, left and up from its foot."""
-        cos, sin = math.cos(heading), math.sin(heading)
-        along = -self._depth * cos - self._left * sin
-        return along, self._depth * sin - self._left * cos, self._camera.above_ground_m
+    def camera_place(self) -> Corner:
+        """Return where the camera is in the thing's own axes: ahead, left and up from its foot."""
+        cos, sin = math.cos(self.heading), math.sin(self.heading)
+        along = -self.depth * cos - self.left * sin
+        return along, self.depth * sin - self.left * cos, self.camera.above_ground_m
 
-    def panel(
-        self, heading: float, sides: tuple[float, float], heights: tuple[float, float], colour: Rgb
-    ) -> None:
-        """Draw an upright rectangle that faces along a heading."""
-        (right, left), (low, high) = sides, heights
+    def panel(self, right: float, left: float, low: float, high: float, colour: Rgb) -> None:
+        """Draw an upright rectangle that faces along the thing's heading."""
         ends = ((right, low), (left, low), (left, high), (right, high))
-        self.face([self.place(heading, 0.0, *end) for end in ends], colour)
+        self.face([self.place(0.0, *end) for end in ends], colour)
 
     def box(
         self,
-        heading: float,
         length: tuple[float, float],
         half_width: float,
         heights: tuple[float, float],
@@ -123,18 +121,13 @@ class Brush:
         `length` is from its back to its front, `colours` are those of its sides and its top.
         """
         (back, front), (low, high), (side, top) = length, heights, colours
-        along, across, above = self.camera_place(heading)
-        feet = (
-            (front, half_width),
-            (back, half_width),
-            (back, -half_width),
-            (front, -half_width),
-        )
+        along, across, above = self.camera_place()
+        feet = [(front, half_width), (back, half_width), (back, -half_width), (front, -half_width)]
         outside = (across - half_width, back - along, -half_width - across, along - front)
         for i, light in enumerate((0.86, 0.72, 0.86, 1.0)):
             if outside[i] > 0:
                 end, other = feet[i], feet[(i + 1) % 4]
                 outline = ((*end, low), (*other, low), (*other, high), (*end, high))
-                self.face([self.place(heading, *own) for own in outline], side * light)
+                self.face([self.place(*own) for own in outline], side * light)
         if above > high:
-            self.face([self.place(heading, *foot, high) for foot in feet], top)
+            self.face([self.place(*foot, high) for foot in feet], top)

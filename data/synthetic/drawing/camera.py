@@ -1,7 +1,6 @@
 """The pinhole camera behind the windscreen."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,35 +11,25 @@ from driving_sim.data.synthetic.motion.vehicle import VehicleState
 FORWARD_OF_REAR_AXLE_M = 1.4
 
 
-@dataclass(frozen=True, slots=True)
 class Camera:
     """A level camera: the horizon is a straight row, and rows below it are at one depth each."""
 
-    height: int
-    width: int
-    focal: float
-    """In pixels."""
-    horizon_row: float
-    """Continuous: row i of the picture covers i to i + 1."""
-    above_ground_m: float
-
-    @classmethod
-    def with_field_of_view(
-        cls, height: int, width: int, degrees: float, horizon: float, above_ground_m: float
-    ) -> "Camera":
-        """Make a camera with a horizontal field of view and the horizon's share of the height."""
-        focal = 0.5 * width / math.tan(math.radians(degrees) / 2)
-        return cls(height, width, focal, horizon * height, above_ground_m)
-
-    @property
-    def first_ground_row(self) -> int:
+    def __init__(
+        self, height: int, width: int, degrees: float, horizon: float, above_ground_m: float
+    ) -> None:
+        """Take a horizontal field of view and the share of the height above the horizon."""
+        self.height, self.width = height, width
+        self.focal = 0.5 * width / math.tan(math.radians(degrees) / 2)
+        """In pixels."""
+        self.horizon_row = horizon * height
+        """Continuous: row i of the picture covers i to i + 1."""
+        self.above_ground_m = above_ground_m
+        self.first_ground_row = math.floor(self.horizon_row + 0.5)
         """The first row whose centre lies below the horizon."""
-        return math.floor(self.horizon_row + 0.5)
 
-    def column_slopes(self) -> NDArray[np.float32]:
-        """Metres to the left per metre of depth, for each column."""
-        columns = np.arange(self.width, dtype=np.float32) + 0.5
-        return ((0.5 * self.width - columns) / self.focal).astype(np.float32)
+    def column_slopes(self, columns: NDArray[Any]) -> NDArray[np.float32]:
+        """Metres to the left per metre of depth, at the centres of columns."""
+        return ((0.5 * self.width - columns - 0.5) / self.focal).astype(np.float32)
 
     def column_of(self, depth: Any, left: Any) -> Any:
         """Return the continuous column of points at a depth and metres to the left."""
@@ -51,27 +40,14 @@ class Camera:
         return self.horizon_row + self.focal * (self.above_ground_m - above_ground_m) / depth
 
 
-@dataclass(frozen=True, slots=True)
 class View:
-    """The place the camera looks from."""
+    """The place the camera looks from: out of a car."""
 
-    x: float
-    y: float
-    cos: float
-    sin: float
-    heading: float
-
-    @classmethod
-    def from_state(cls, state: VehicleState) -> "View":
-        """Return the view out of a car."""
-        cos, sin = math.cos(state.heading_rad), math.sin(state.heading_rad)
-        return cls(
-            state.x_m + FORWARD_OF_REAR_AXLE_M * cos,
-            state.y_m + FORWARD_OF_REAR_AXLE_M * sin,
-            cos,
-            sin,
-            state.heading_rad,
-        )
+    def __init__(self, state: VehicleState) -> None:
+        self.heading = state.heading_rad
+        self.cos, self.sin = math.cos(self.heading), math.sin(self.heading)
+        self.x = state.x_m + FORWARD_OF_REAR_AXLE_M * self.cos
+        self.y = state.y_m + FORWARD_OF_REAR_AXLE_M * self.sin
 
     def depth_and_left(self, x: Any, y: Any) -> tuple[Any, Any]:
         """Return how far ahead and how far to the left of the camera points of the world are."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from driving_sim.data.synthetic.drawing.brush import HAZE_M
 from driving_sim.data.synthetic.drawing.camera import Camera, View
 from driving_sim.data.synthetic.drawing.palette import Palette
-from driving_sim.data.synthetic.drawing.shapes import rgb
+from driving_sim.data.synthetic.drawing.shapes import blend
 from driving_sim.data.synthetic.hashing import uniform
 from driving_sim.data.synthetic.road import HALF_WIDTH, Floats, Road
 
@@ -46,13 +46,6 @@ def _pulses(place: Floats, footprint: Floats, period: float, length: float) -> F
 
     half = 0.5 * footprint
     return np.asarray((covered_up_to(place + half) - covered_up_to(place - half)) / footprint)
-
-
-def _lay(ground: Floats, colour: Floats, cover: Floats) -> None:
-    """Paint a colour over the ground where it covers it."""
-    change = colour - ground
-    change *= cover
-    ground += change
 
 
 class _Swell:
@@ -98,8 +91,7 @@ class Ground:
         self._pixel_across = self._depth / np.float32(camera.focal)
         self._pixel_along = self._depth**2 / np.float32(camera.focal * camera.above_ground_m)
         self._haze = 1 - np.exp(-self._depth / HAZE_M)
-        coarse = np.arange(0, self._width + _COARSE, _COARSE)
-        self._slopes_c = ((0.5 * self._width - coarse - 0.5) / camera.focal).astype(np.float32)
+        self._slopes_c = camera.column_slopes(np.arange(0, self._width + _COARSE, _COARSE))
         self._part = np.arange(_COARSE, dtype=np.float32) / _COARSE
 
     def _fine(self, values_c: Floats) -> Floats:
@@ -128,28 +120,29 @@ class Ground:
         station_c, offset_c, slope_c = self._road.project(x_c, y_c)
         along_c, across_c = self._footprints(slope_c, view)
         station, offset, along, across = map(self._fine, (station_c, offset_c, along_c, across_c))
-        ground = frame[:, self._first_row :]
-        self._paint_meadow(ground, x_c, y_c, station, offset, along)
-        self._paint_road(ground, station, offset, along, across)
-        _lay(ground, rgb(self._palette.haze), self._haze)
+        aside, line, palette = np.abs(offset), _LINE_HALF_WIDTH, self._palette
 
-    def _paint_meadow(
-        self,
-        ground: Floats,
-        x_c: Floats,
-        y_c: Floats,
-        station: Floats,
-        offset: Floats,
-        along: Floats,
-    ) -> None:
-        meadow, field = rgb(self._palette.meadow), rgb(self._palette.field)
+        mown = 2 * _pulses(station, along, 2 * _MOWN_M, _MOWN_M) - 1
+        ripe, tone = self._ripeness_and_tone(x_c, y_c)
+        tone = tone + 0.13 * mown * np.clip(2.0 - aside / 16, 0, 1)
+        ground = frame[:, self._first_row :]
+        ground[:] = (palette["meadow"] + ripe * (palette["field"] - palette["meadow"])) * tone
+
+        worn = palette["asphalt"] * (1 + 0.22 * self._patch(station, along))
+        dashes = _pulses(station, along, DASH_PERIOD_M, DASH_M)
+        lines = _stripe(aside, _EDGE_LINE - line, _EDGE_LINE + line, across)
+        lines += _stripe(offset, -line, line, across) * dashes
+        blend(ground, palette["verge"], _stripe(aside, -1.0, _VERGE, across))
+        blend(ground, worn, _stripe(aside, -1.0, HALF_WIDTH, across))
+        blend(ground, palette["marking"], np.minimum(lines, 1))
+        blend(ground, palette["haze"], self._haze)
+
+    def _ripeness_and_tone(self, x_c: Floats, y_c: Floats) -> tuple[Floats, Floats]:
+        """Return how ripe the meadow is, and how light, at each pixel."""
         # A pixel too coarse to show a pattern shows its mean.
         ripe_c = 0.35 + 0.6 * self._ripeness(x_c, y_c) * np.exp(-self._pixel_along / 12.0)
         tone_c = 1 + 0.08 * self._tufts(x_c, y_c) * np.exp(-self._pixel_along / 3.0)
-        ripe = self._fine(np.clip(ripe_c, 0, 1))
-        mown = 2 * _pulses(station, along, 2 * _MOWN_M, _MOWN_M) - 1
-        tone = self._fine(tone_c) + 0.13 * mown * np.clip(2.0 - np.abs(offset) / 16, 0, 1)
-        ground[:] = (meadow + ripe * (field - meadow)) * tone
+        return self._fine(np.clip(ripe_c, 0, 1)), self._fine(tone_c)
 
     def _patch(self, station: Floats, along: Floats) -> Floats:
         """Return the tone, in -1..1, of the length of asphalt that each pixel lies on."""
@@ -159,18 +152,3 @@ class Ground:
         here, before = self._patches[index], self._patches[index - 1]
         share = np.minimum((near_end - number * _PATCH_M) / along, 1)
         return np.asarray((before + (here - before) * share) * np.minimum(_PATCH_M / along, 1))
-
-    def _paint_road(
-        self, ground: Floats, station: Floats, offset: Floats, along: Floats, across: Floats
-    ) -> None:
-        palette = self._palette
-        aside = np.abs(offset)
-        _lay(ground, rgb(palette.verge), _stripe(aside, -1.0, _VERGE, across))
-        tone = 1 + 0.22 * self._patch(station, along)
-        asphalt = _stripe(aside, -1.0, HALF_WIDTH, across)
-        _lay(ground, rgb(palette.asphalt) * tone, asphalt)
-        line = _LINE_HALF_WIDTH
-        lines = _stripe(aside, _EDGE_LINE - line, _EDGE_LINE + line, across)
-        dashes = _pulses(station, along, DASH_PERIOD_M, DASH_M)
-        lines += _stripe(offset, -line, line, across) * dashes
-        _lay(ground, rgb(palette.marking), np.minimum(lines, 1))

@@ -7,7 +7,8 @@ from einops import rearrange
 from numpy.typing import NDArray
 
 from driving_sim.data.synthetic.drawing.camera import Camera, View
-from driving_sim.data.synthetic.drawing.palette import Colour, Palette
+from driving_sim.data.synthetic.drawing.palette import Palette
+from driving_sim.data.synthetic.drawing.shapes import blend
 from driving_sim.data.synthetic.road import Floats
 
 # Looked up without interpolation: finer than the frame, with edges as soft as its pixels.
@@ -29,7 +30,8 @@ class Sky:
     def __init__(self, camera: Camera, palette: Palette, rng: np.random.Generator) -> None:
         self._rows = camera.first_ground_row
         self._pixel = 1 / camera.focal
-        self._column_azimuths = np.arctan(camera.column_slopes())
+        columns = np.arange(camera.width, dtype=np.float32)
+        self._column_azimuths = np.arctan(camera.column_slopes(columns))
         # Of each pixel the tangent of its elevation: one to the side looks less steeply up.
         rise = (camera.horizon_row - 0.5 - np.arange(self._rows))[:, None] * self._pixel
         tangents = np.maximum(rise * np.cos(self._column_azimuths)[None, :], 0)
@@ -37,8 +39,8 @@ class Sky:
         elevations = (tangents * (camera.focal * _OVERSAMPLING)).astype(np.intp)
         self._first_texels = elevations * self._azimuths
         panorama = self._paint(palette, rng, int(elevations.max()) + 1)
-        padded = np.zeros((*panorama.shape[:2], 4), np.uint8)
-        padded[..., :3] = panorama
+        padded = np.zeros((*panorama.shape[1:], 4), np.uint8)
+        padded[..., :3] = rearrange(panorama, "rgb rows columns -> rows columns rgb")
         # Four bytes to a texel, so that a look-up is one gather and not three.
         self._texels = padded.view(np.uint32).ravel()
 
@@ -46,28 +48,24 @@ class Sky:
         azimuth = (np.arange(self._azimuths, dtype=np.float32) / self._azimuths * 2 * np.pi)[None]
         tangent = (np.arange(rows, dtype=np.float32)[:, None] + 0.5) * self._pixel / _OVERSAMPLING
         elevation = np.arctan(tangent)
-        picture = np.empty((rows, self._azimuths, 3), np.float32)
-        picture[:] = palette.horizon
-
-        def lay(colour: Colour, cover: Floats) -> None:
-            picture[:] += cover[..., None] * (np.array(colour, np.float32) - picture)
-
-        lay(palette.zenith, 1 - np.exp(-2.6 * elevation))
+        picture = np.empty((3, rows, self._azimuths), np.float32)
+        picture[:] = palette["horizon"]
+        blend(picture, palette["zenith"], 1 - np.exp(-2.6 * elevation))
         sun_azimuth, sun_elevation = rng.uniform(0, 2 * np.pi), rng.uniform(0.22, 0.34)
         aside = 2 * np.sin((azimuth - sun_azimuth) / 2)
         apart = np.sqrt(aside**2 + (elevation - sun_elevation) ** 2)
-        lay(palette.sun, 0.75 * np.exp(-apart / 0.25))
-        lay(palette.sun, 0.9 * np.clip((0.07 - apart) / self._pixel + 0.5, 0, 1))
+        blend(picture, palette["sun"], 0.75 * np.exp(-apart / 0.25))
+        blend(picture, palette["sun"], 0.9 * np.clip((0.07 - apart) / self._pixel + 0.5, 0, 1))
         billow = 0.5 * _waves(rng, azimuth + 2.2 * elevation, range(3, 14), 0.6)
         billow = billow + 0.5 * _waves(rng, azimuth - 5.0 * elevation, range(2, 12), 0.4)
         band = np.exp(-(((elevation - 0.34) / 0.16) ** 2))
-        lay(palette.cloud, 0.85 * np.clip((billow * band - 0.16) * 5, 0, 1))
+        blend(picture, palette["cloud"], 0.85 * np.clip((billow * band - 0.16) * 5, 0, 1))
         for colour, base, swing, harmonics in (
-            (palette.far_hills, 0.115, 0.075, range(3, 40)),
-            (palette.near_hills, 0.050, 0.038, range(5, 60)),
+            (palette["far_hills"], 0.115, 0.075, range(3, 40)),
+            (palette["near_hills"], 0.050, 0.038, range(5, 60)),
         ):
             ridge = base + swing * _waves(rng, azimuth, harmonics, 1.1)
-            lay(colour, np.clip((ridge - tangent) / self._pixel + 0.5, 0, 1))
+            blend(picture, colour, np.clip((ridge - tangent) / self._pixel + 0.5, 0, 1))
         return np.clip(picture, 0, 255).astype(np.uint8)
 
     def paint(self, frame: NDArray[np.float32], view: View) -> None:

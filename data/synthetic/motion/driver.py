@@ -26,7 +26,7 @@ class _Manoeuvre:
     seconds: float
     speed_mps: float
     """To be reached."""
-    braking_mps2: float
+    braking_mps2: float = 2.5
     offset_m: float = LANE_OFFSET
     """Where on the road to drive, where `steering_rad` does not say otherwise."""
     steering_rad: float | None = None
@@ -86,12 +86,9 @@ class Driver:
 
     def _follow(self) -> _Manoeuvre:
         near, anywhere = self._rng.normal(LANE_OFFSET, 0.5), self._rng.uniform(-4.5, 4.5)
-        return _Manoeuvre(
-            seconds=self._rng.uniform(2.0, 5.0),
-            speed_mps=self._cruising_speed(),
-            braking_mps2=2.5,
-            offset_m=float(near if self._rng.random() < 0.5 else anywhere),
-        )
+        seconds, speed = self._rng.uniform(2.0, 5.0), self._cruising_speed()
+        offset = float(near if self._rng.random() < 0.5 else anywhere)
+        return _Manoeuvre(seconds, speed, offset_m=offset)
 
     def _side(self) -> float:
         """Return left or right, as often the one as the other."""
@@ -110,26 +107,17 @@ class Driver:
         rng = self._rng
         match self._deck.pop():
             case "swerve":
-                return _Manoeuvre(
-                    seconds=rng.uniform(0.8, 2.6),
-                    speed_mps=self._speed if rng.random() < 0.6 else self._cruising_speed(),
-                    braking_mps2=rng.uniform(2.0, 5.0),
-                    steering_rad=self._side() * rng.uniform(0.04, 0.15),
-                )
+                seconds = rng.uniform(0.8, 2.6)
+                speed = self._speed if rng.random() < 0.6 else self._cruising_speed()
+                braking, side = rng.uniform(2.0, 5.0), self._side()
+                steering = side * rng.uniform(0.04, 0.15)
+                return _Manoeuvre(seconds, speed, braking, steering_rad=steering)
             case "straight":
-                return _Manoeuvre(
-                    seconds=rng.uniform(1.5, 3.0),
-                    speed_mps=self._speed,
-                    braking_mps2=2.5,
-                    steering_rad=0.0,
-                )
+                return _Manoeuvre(rng.uniform(1.5, 3.0), self._speed, steering_rad=0.0)
             case "stop":
                 braking = rng.uniform(2.5, 5.5)
-                return _Manoeuvre(
-                    seconds=self._speed / braking + rng.uniform(0.5, 1.5),
-                    speed_mps=0.0,
-                    braking_mps2=braking,
-                    steering_rad=0.0 if rng.random() < 0.4 else None,
-                )
+                seconds = self._speed / braking + rng.uniform(0.5, 1.5)
+                steering = 0.0 if rng.random() < 0.4 else None
+                return _Manoeuvre(seconds, 0.0, braking, steering_rad=steering)
             case _:
                 return self._follow()
