@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -54,12 +54,6 @@ def write_synthetic_drives(
     worlds = first + drives if worlds is None else worlds
     if worlds < 1:
         raise DriveSimError(f"{worlds} worlds to drive in: there must be at least one")
-    numbers = range(first, first + drives)
-    stems = [out / f"drive_{number:03d}" for number in numbers]
-    jobs = [
-        _Job(stem, seconds, world_seed(seed, number % worlds), _seeds(seed, number)[1], config)
-        for number, stem in zip(numbers, stems, strict=True)
-    ]
     plan = {
         "format": DRIVE_FORMAT,
         "drives": drives,
@@ -69,18 +63,37 @@ def write_synthetic_drives(
         "first": first,
         "config": to_dict(config),
     }
+    advance = progress or _ignore
+    stems = {number: out / f"drive_{number:03d}" for number in range(first, first + drives)}
     try:
         claim_folder(out, _PLAN, plan, "synthetic drives")
-        if all(map(_is_there, stems)):
+        missing = [n for n, stem in stems.items() if not stem.with_suffix(".json").exists()]
+        if not missing:
             raise DriveSimError(
                 f"{out}: already holds these {drives} drives; choose a new folder or delete it"
             )
-        _make_missing(jobs, workers, frames, progress or _ignore)
+        if len(missing) < drives:
+            advance((drives - len(missing)) * frames)
+        jobs = (
+            [stems[number] for number in missing],
+            [world_seed(seed, number % worlds) for number in missing],
+            [_seeds(seed, number)[1] for number in missing],
+        )
+        make = partial(_make, config, seconds)
+        if workers > 1:
+            # Spawned: a fork would copy the locks of whatever threads the caller runs.
+            spawn = get_context("spawn")
+            with ProcessPoolExecutor(min(workers, len(missing)), mp_context=spawn) as pool:
+                for _ in pool.map(make, *jobs):
+                    advance(frames)
+        else:
+            for job in zip(*jobs, strict=True):
+                make(*job, advance)
     except OSError as error:
         raise DriveSimError(
             f"{out}: cannot be written ({error.strerror}); free space or choose another place"
         ) from error
-    return [stem.with_suffix(".mp4") for stem in stems]
+    return [stem.with_suffix(".mp4") for stem in stems.values()]
 
 
 def world_seed(seed: int, number: int) -> int:
@@ -94,52 +107,26 @@ def _seeds(seed: int, number: int) -> tuple[int, int]:
     return world, driver
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """One drive to be made."""
-
-    stem: Path
-    seconds: float
-    world_seed: int
-    driver_seed: int
-    config: SyntheticConfig
-
-
-def _is_there(stem: Path) -> bool:
-    return stem.with_suffix(".json").exists()
-
-
-def _make_missing(
-    jobs: list[_Job], workers: int, frames: int, advance: Callable[[int], None]
+def _make(
+    config: SyntheticConfig,
+    seconds: float,
+    stem: Path,
+    world_seed: int,
+    driver_seed: int,
+    advance: Callable[[int], None] = _ignore,
 ) -> None:
-    missing = [job for job in jobs if not _is_there(job.stem)]
-    if len(missing) < len(jobs):
-        advance((len(jobs) - len(missing)) * frames)
-    if workers > 1:
-        # Spawned: a fork would copy the locks of whatever threads the caller runs.
-        spawn = get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(missing)), mp_context=spawn) as pool:
-            for _ in pool.map(_make, missing):
-                advance(frames)
-    else:
-        for job in missing:
-            _make(job, advance)
-
-
-def _make(job: _Job, advance: Callable[[int], None] = _ignore) -> None:
-    driven = drive(SyntheticWorld(job.world_seed, job.config), job.seconds, job.driver_seed)
-    fps, height, width = job.config.fps, job.config.height, job.config.width
-    video = job.stem.with_suffix(".mp4")
-    with VideoWriter(video, fps=fps, height=height, width=width) as writer:
+    driven = drive(SyntheticWorld(world_seed, config), seconds, driver_seed)
+    size = {"height": config.height, "width": config.width}
+    with VideoWriter(stem.with_suffix(".mp4"), fps=config.fps, **size) as writer:
         for frame in driven.stream():
             writer.write(frame)
             advance(1)
     write_action_file(
-        job.stem.with_suffix(".csv"),
+        stem.with_suffix(".csv"),
         driven.timestamps,
         driven.actions,
         "road_wheel",
-        hold_until=len(driven.states) / fps,
+        hold_until=len(driven.states) / config.fps,
     )
     # Last: a drive is there when its JSON is.
-    driven.save(job.stem.with_suffix(".json"))
+    driven.save(stem.with_suffix(".json"))
