@@ -211,7 +211,9 @@ def synth(
     fps: Annotated[float, typer.Option(min=4, help="Frames per second.")] = 10.0,
 ) -> None:
     """Make synthetic drives: video, exact actions, and the world to replay them in."""
-    from driving_sim.data.synthetic import SyntheticConfig, frame_count, write_synthetic_drives
+    from driving_sim.data.synthetic.drives import frame_count
+    from driving_sim.data.synthetic.world import SyntheticConfig
+    from driving_sim.data.synthetic.writer import write_synthetic_drives
     from driving_sim.engine.config import from_dict
     from driving_sim.engine.progress import progress
     from driving_sim.engine.threads import usable_cores

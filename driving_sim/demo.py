@@ -8,16 +8,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from driving_sim.data.synthetic import (
-    SyntheticConfig,
-    SyntheticDrive,
-    SyntheticWorld,
-    drive,
-    frame_count,
-    world_seed,
-    write_synthetic_drives,
-)
+from driving_sim.data.synthetic.drives import SyntheticDrive, drive, frame_count
 from driving_sim.data.synthetic.road import LANE_OFFSET
+from driving_sim.data.synthetic.true_future import replay
+from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
+from driving_sim.data.synthetic.writer import world_seed, write_synthetic_drives
 from driving_sim.data.tokens.index import INDEX
 from driving_sim.data.video.writer import write_video
 from driving_sim.engine.config import config, save_json, to_dict
@@ -87,8 +82,7 @@ class _Start:
 
     def truth(self, plan: ActionPlan) -> NDArray[np.uint8]:
         """What a plan really leads to, [N, H, W, 3]."""
-        frames, _ = self.driven.world.replay(self.driven.states[self.index], plan.actions)
-        return frames
+        return replay(self.driven.world, self.driven.states[self.index], plan.actions)
 
 
 def run_demo(out: Path, *, seed: int = 0, config: DemoConfig | None = None) -> str:

@@ -19,7 +19,8 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from driving_sim.cli import app
-from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
+from driving_sim.data.synthetic.world import SyntheticConfig
+from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.demo import DemoConfig
 from driving_sim.engine.config import to_dict
 from driving_sim.evaluate.measure import (
@@ -343,7 +344,8 @@ def no_room_on_the_device() -> None:
 def test_too_little_memory_is_one_line(
     ask: Callable[[], object], workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("driving_sim.data.synthetic.write_synthetic_drives", lambda *_, **__: ask())
+    writes = "driving_sim.data.synthetic.writer.write_synthetic_drives"
+    monkeypatch.setattr(writes, lambda *_, **__: ask())
     assert "out of memory: to train, lower data.batch_size" in refused("synth", "out")
 
 

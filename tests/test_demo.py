@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from driving_sim import demo
-from driving_sim.data.synthetic import SyntheticConfig
+from driving_sim.data.synthetic.world import SyntheticConfig
 from driving_sim.data.tokens.store import TokenStore
 from driving_sim.demo import ACTIONS, DemoConfig, _find_start, _psnr_matrix, run_demo
 from driving_sim.engine.config import load_yaml

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from driving_sim import pipeline
-from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
+from driving_sim.data.synthetic.world import SyntheticConfig
+from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.data.tokens.store import TokenStore
 from driving_sim.engine.config import load_json
 from driving_sim.engine.errors import DriveSimError, Interrupted

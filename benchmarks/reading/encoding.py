@@ -32,7 +32,8 @@ from benchmarks.measuring.paired import (
 from benchmarks.measuring.peers import fastest, tried, vq_encode, vq_model
 from benchmarks.measuring.shapes import FPS, shape_of, tokenizer
 from driving_sim.data.sources import find_drives
-from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
+from driving_sim.data.synthetic.world import SyntheticConfig
+from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.engine.device import name_of
 from driving_sim.engine.threads import usable_cores
 from driving_sim.tokenizer.tokenize import tokenize

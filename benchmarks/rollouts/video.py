@@ -26,14 +26,9 @@ from benchmarks.measuring.paired import (
 )
 from benchmarks.measuring.shapes import FPS, Shape, shape_of
 from benchmarks.rollouts.speed import pass_flops
-from driving_sim.data.synthetic import (
-    SyntheticConfig,
-    SyntheticDrive,
-    SyntheticWorld,
-    drive,
-    world_seed,
-    write_synthetic_drives,
-)
+from driving_sim.data.synthetic.drives import SyntheticDrive, drive
+from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
+from driving_sim.data.synthetic.writer import world_seed, write_synthetic_drives
 from driving_sim.engine.config import to_dict
 from driving_sim.engine.device import name_of
 from driving_sim.engine.threads import usable_cores

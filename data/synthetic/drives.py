@@ -1,4 +1,4 @@
-"""Synthetic drives: a driver's way through a world, which can be saved and replayed."""
+"""Synthetic drives: a driver's way through a world, saved with all that it takes to replay it."""
 
 import math
 from collections.abc import Iterator
@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from driving_sim.data.synthetic.motion.driver import Driver
 from driving_sim.data.synthetic.motion.vehicle import VehicleState
 from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
-from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
+from driving_sim.engine.config import save_json, to_dict
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.parsing import one_line, shown
 
 DRIVE_FORMAT = "drivesim synthetic drive 1"
 
@@ -54,23 +53,6 @@ class SyntheticDrive:
                 "actions": self.actions.tolist(),
             },
         )
-
-
-def load_synthetic_drive(path: Path) -> SyntheticDrive:
-    """Read a drive that `SyntheticDrive.save` wrote; raises DriveSimError where it is not one."""
-    saved = load_json(path)
-    try:
-        if saved["format"] != DRIVE_FORMAT:
-            raise ValueError(f"format is {shown(saved['format'])}")
-        world = SyntheticWorld(saved["world_seed"], from_dict(SyntheticConfig, saved["config"]))
-        states = tuple(VehicleState(*map(float, state)) for state in saved["states"])
-        actions = np.array(saved["actions"], np.float32).reshape(len(states), 2)
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        raise DriveSimError(
-            f"{path}: is not a drive of `drivesim synth` of this version ({one_line(error)}); "
-            "make it anew"
-        ) from error
-    return SyntheticDrive(world, states, actions)
 
 
 def frame_count(seconds: float, config: SyntheticConfig) -> int:

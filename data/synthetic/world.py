@@ -101,15 +101,3 @@ class SyntheticWorld:
             np.clip(frame + 0.5, 0, 255).astype(np.uint8), "rgb rows columns -> rows columns rgb"
         )
         return np.ascontiguousarray(picture)
-
-    def replay(
-        self, state: VehicleState, actions: NDArray[np.float32]
-    ) -> tuple[NDArray[np.uint8], list[VehicleState]]:
-        """Drive the actions [N, 2] and return the frames [N, H, W, 3] and states after each."""
-        frames = np.empty((len(actions), self.config.height, self.config.width, 3), np.uint8)
-        states: list[VehicleState] = []
-        for frame, action in zip(frames, actions, strict=True):
-            state = self.step(state, action)
-            states.append(state)
-            frame[:] = self.render(state)
-        return frames, states

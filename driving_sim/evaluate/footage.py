@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from driving_sim.data.actions.action_file import STEERING
 from driving_sim.data.drive import SampledDrive
 from driving_sim.data.split import original_id
-from driving_sim.data.synthetic import SyntheticDrive, load_synthetic_drive
-from driving_sim.data.synthetic.drives import DRIVE_FORMAT
+from driving_sim.data.synthetic.drives import DRIVE_FORMAT, SyntheticDrive
+from driving_sim.data.synthetic.true_future import load_synthetic_drive
 from driving_sim.data.tokens.store import DriveTokens, TokenStore
 from driving_sim.engine.config import load_json
 from driving_sim.engine.errors import DriveSimError, TooLittleDataError

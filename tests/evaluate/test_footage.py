@@ -14,7 +14,8 @@ from driving_sim.data.drive import Drive, DriveSet, Frames, Indices, SampledDriv
 from driving_sim.data.sources import find_drives
 from driving_sim.data.sources.udacity import ImageFrames
 from driving_sim.data.split import MIRROR_SUFFIX
-from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
+from driving_sim.data.synthetic.world import SyntheticConfig
+from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.data.tokens.index import frame_bytes
 from driving_sim.data.tokens.store import DriveTokens, TokenStore
 from driving_sim.data.tokens.windows import WindowIndex

@@ -13,7 +13,8 @@ import pytest
 
 from driving_sim.data.drive import DriveSet
 from driving_sim.data.sources import find_drives
-from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
+from driving_sim.data.synthetic.world import SyntheticConfig
+from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.data.tokens.index import frame_bytes
 from driving_sim.data.tokens.store import TokenStore
 from driving_sim.engine.errors import DriveSimError

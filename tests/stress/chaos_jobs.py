@@ -292,7 +292,8 @@ def make_jobs(folder: Path) -> tuple[Job, ...]:
 
 def make_videos(folder: Path) -> None:
     """Synthetic drives for the jobs."""
-    from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
+    from driving_sim.data.synthetic.world import SyntheticConfig
+    from driving_sim.data.synthetic.writer import write_synthetic_drives
 
     config = SyntheticConfig(height=32, width=64)
     write_synthetic_drives(folder / "videos", drives=DRIVES, seconds=1.5, config=config)

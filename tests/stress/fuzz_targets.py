@@ -15,7 +15,7 @@ from driving_sim.data.actions.action_file import LogOptions, read_action_file, w
 from driving_sim.data.actions.alignment import align
 from driving_sim.data.drive import Drive, sample
 from driving_sim.data.sources import find_drives
-from driving_sim.data.synthetic.drives import load_synthetic_drive
+from driving_sim.data.synthetic.true_future import load_synthetic_drive
 from driving_sim.data.synthetic.world import SyntheticConfig
 from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.data.tokens.store import TokenStore

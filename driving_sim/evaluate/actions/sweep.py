@@ -13,7 +13,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 
 from driving_sim.data.actions.action_file import SPEED, STEERING
-from driving_sim.data.synthetic import SyntheticWorld, VehicleState
+from driving_sim.data.synthetic.true_future import replay
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.actions.fidelity import read
 from driving_sim.evaluate.actions.following import monotonicity
@@ -109,7 +109,7 @@ def _truths(clip: Clip, commands: NDArray[np.float32]) -> Frames | None:
     size = footage.tokenizer.frame_size
     truths = []
     for actions in rearrange(commands, "v l n a -> (v l) n a"):
-        frames = _replay(footage.synthetic.world, state, actions, stride)
+        frames = replay(footage.synthetic.world, state, actions, steps=stride)
         images = images_from_frames(torch.from_numpy(frames), size)
         truths.append(frames_from_images(images).numpy())
     return rearrange(np.stack(truths), "(v l) n h w c -> v l n h w c", v=len(commands))
@@ -121,18 +121,6 @@ def _stride(footage: Footage) -> int | None:
         return None
     steps = np.unique(np.diff(footage.recorded.indices))
     return int(steps[0]) if len(steps) == 1 else None
-
-
-def _replay(
-    world: SyntheticWorld, state: VehicleState, actions: NDArray[np.float32], stride: int
-) -> Frames:
-    """Drive each of the actions [N, 2] for `stride` steps and return the frames after each."""
-    frames = []
-    for action in actions:
-        for _ in range(stride):
-            state = world.step(state, action)
-        frames.append(world.render(state))
-    return np.stack(frames)
 
 
 def _measure(

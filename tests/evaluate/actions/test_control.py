@@ -9,7 +9,8 @@ from PIL import Image
 
 from driving_sim.data.actions.action_file import SPEED, STEERING
 from driving_sim.data.sources import find_drives
-from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
+from driving_sim.data.synthetic.world import SyntheticConfig
+from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.evaluate.actions.control import ControlTrial, evaluate_control
 from driving_sim.world_model.actions import ActionStatistics

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from driving_sim.data.actions.action_file import SPEED, STEERING
-from driving_sim.data.synthetic import SyntheticConfig, SyntheticWorld, drive
+from driving_sim.data.synthetic.drives import drive
+from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.evaluate.actions.inverse_dynamics import (
     STANDING_MPS,

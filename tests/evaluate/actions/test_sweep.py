@@ -16,7 +16,9 @@ from driving_sim.data.actions.action_file import SPEED, STEERING
 from driving_sim.data.drive import sample
 from driving_sim.data.inspect.motion import picture_change, yaw_motion
 from driving_sim.data.sources import find_drives
-from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
+from driving_sim.data.synthetic.true_future import replay
+from driving_sim.data.synthetic.world import SyntheticConfig
+from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.data.tokens.store import TokenStore
 from driving_sim.evaluate.actions.sweep import _commands, _nearest, _truths, evaluate_sweep
 from driving_sim.evaluate.footage import Clip, Footage, recorded_footage
@@ -110,7 +112,7 @@ def swept(
     state = synthetic.states[fast * (START - 1 + late)]
 
     def drawn(actions: Actions) -> Frames:
-        frames, _ = synthetic.world.replay(state, change(actions).repeat(fast, axis=0))
+        frames = replay(synthetic.world, state, change(actions).repeat(fast, axis=0))
         return frames[fast - 1 :: fast]
 
     obeying(world, monkeypatch, drawn)

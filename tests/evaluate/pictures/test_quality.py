@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from driving_sim.data.drive import sample
 from driving_sim.data.sources import find_drives
-from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
+from driving_sim.data.synthetic.world import SyntheticConfig
+from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.data.tokens.store import TokenStore
 from driving_sim.evaluate.footage import Clip, Footage, recorded_footage
 from driving_sim.evaluate.pictures import quality

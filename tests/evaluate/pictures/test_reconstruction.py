@@ -7,7 +7,8 @@ import torch
 
 from driving_sim.data.drive import sample
 from driving_sim.data.sources import find_drives
-from driving_sim.data.synthetic import SyntheticConfig, write_synthetic_drives
+from driving_sim.data.synthetic.world import SyntheticConfig
+from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.evaluate.pictures.flicker import flicker
 from driving_sim.evaluate.pictures.reconstruction import evaluate_tokenizer
 from driving_sim.tokenizer.metrics import psnr

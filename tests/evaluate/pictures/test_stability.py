@@ -8,7 +8,8 @@ from einops import rearrange, reduce
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
-from driving_sim.data.synthetic import SyntheticConfig, SyntheticWorld, drive
+from driving_sim.data.synthetic.drives import drive
+from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.evaluate.pictures.stability import (
     Appearance,

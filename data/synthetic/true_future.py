@@ -1,0 +1,45 @@
+"""The true future of an action: replays any actions from any state, and loads saved drives."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from driving_sim.data.synthetic.drives import DRIVE_FORMAT, SyntheticDrive
+from driving_sim.data.synthetic.motion.vehicle import VehicleState
+from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
+from driving_sim.engine.config import from_dict, load_json
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.parsing import one_line, shown
+
+
+def replay(
+    world: SyntheticWorld, state: VehicleState, actions: NDArray[np.float32], *, steps: int = 1
+) -> NDArray[np.uint8]:
+    """Drive each of the actions [N, 2] for so many steps; return the frames after [N, H, W, 3].
+
+    What a model should have shown: the picture of every state that the actions really lead to.
+    """
+    frames = np.empty((len(actions), world.config.height, world.config.width, 3), np.uint8)
+    for frame, action in zip(frames, actions, strict=True):
+        for _ in range(steps):
+            state = world.step(state, action)
+        frame[:] = world.render(state)
+    return frames
+
+
+def load_synthetic_drive(path: Path) -> SyntheticDrive:
+    """Read a drive that `SyntheticDrive.save` wrote; raises DriveSimError where it is not one."""
+    saved = load_json(path)
+    try:
+        if saved["format"] != DRIVE_FORMAT:
+            raise ValueError(f"format is {shown(saved['format'])}")
+        world = SyntheticWorld(saved["world_seed"], from_dict(SyntheticConfig, saved["config"]))
+        states = tuple(VehicleState(*map(float, state)) for state in saved["states"])
+        actions = np.array(saved["actions"], np.float32).reshape(len(states), 2)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise DriveSimError(
+            f"{path}: is not a drive of `drivesim synth` of this version ({one_line(error)}); "
+            "make it anew"
+        ) from error
+    return SyntheticDrive(world, states, actions)

@@ -1,0 +1,18 @@
+import math
+
+import numpy as np
+
+from driving_sim.data.synthetic.hashing import uniform
+
+
+def test_a_place_has_one_number_however_it_is_asked_for() -> None:
+    cells = np.arange(-50, 50)
+    whole = uniform(7, cells[:, None], cells[None, :])
+    assert whole[3, 90] == uniform(7, -47, 40)[0]
+    assert len(np.unique(whole)) == whole.size
+    assert not np.isin(uniform(8, cells[:, None], cells[None, :]), whole).any()
+
+
+def test_the_numbers_are_uniform() -> None:
+    counts, _ = np.histogram(uniform(1, np.arange(20_000)), bins=10, range=(0, 1))
+    assert abs(counts - 2000).max() < 5 * math.sqrt(2000)

@@ -1,0 +1,95 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from driving_sim.data.drive import sample
+from driving_sim.data.sources import find_drives
+from driving_sim.data.synthetic.drives import frame_count
+from driving_sim.data.synthetic.true_future import load_synthetic_drive
+from driving_sim.data.synthetic.writer import write_synthetic_drives
+from driving_sim.engine.errors import DriveSimError
+from tests.fixtures.synthetic_worlds import SMALL, TINY, psnr
+
+
+def test_written_drives_read_back_as_driven(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    seen: list[int] = []
+    videos = write_synthetic_drives(
+        out, drives=2, seconds=2.0, seed=4, config=SMALL, progress=seen.append
+    )
+    assert sum(seen) == 2 * frame_count(2.0, SMALL) == 40
+    found = find_drives([out])
+    assert [d.id for d in found.drives] == ["drive_000", "drive_001"]
+    assert not found.skipped
+    for video, recorded in zip(videos, found.drives, strict=True):
+        driven = load_synthetic_drive(video.with_suffix(".json"))
+        sampled = sample(recorded)
+        assert recorded.log is not None
+        assert recorded.log.steering_kind == "road_wheel"
+        assert sampled.action_valid.all()
+        np.testing.assert_allclose(sampled.actions, driven.actions, atol=1e-4)
+        np.testing.assert_allclose(sampled.timestamps, driven.timestamps, atol=1e-6)
+        assert psnr(np.stack(list(recorded.stream())), driven.frames) > 28
+
+
+def test_an_unfinished_set_is_completed_with_the_same_bytes(tmp_path: Path) -> None:
+    def write(out: Path, seed: int = 1) -> list[Path]:
+        return write_synthetic_drives(out, drives=3, seconds=0.5, seed=seed, config=TINY)
+
+    whole = write(tmp_path / "whole")
+    write(tmp_path / "broken")
+    (tmp_path / "broken" / "drive_001.json").unlink()
+    (tmp_path / "broken" / "drive_001.csv").unlink()
+    untouched = (tmp_path / "broken" / "drive_000.mp4").stat().st_mtime_ns
+    write(tmp_path / "broken")
+    assert (tmp_path / "broken" / "drive_000.mp4").stat().st_mtime_ns == untouched
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "broken" / path.name).read_bytes(), path.name
+    assert len({video.read_bytes() for video in whole}) == 3
+    with pytest.raises(DriveSimError, match="already holds these 3 drives"):
+        write(tmp_path / "whole")
+    with pytest.raises(DriveSimError, match="another plan"):
+        write(tmp_path / "whole", seed=2)
+
+
+def test_several_processes_write_the_same_bytes(tmp_path: Path) -> None:
+    seen: list[int] = []
+    for name, workers in (("one", 1), ("two", 2)):
+        write_synthetic_drives(
+            tmp_path / name,
+            drives=2,
+            seconds=0.5,
+            config=TINY,
+            workers=workers,
+            progress=seen.append,
+        )
+    assert seen == [1] * 10 + [5, 5]
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+def test_later_drives_are_those_of_a_longer_set(tmp_path: Path) -> None:
+    for name, first, drives in (("all", 0, 3), ("later", 2, 1)):
+        write_synthetic_drives(
+            tmp_path / name, drives=drives, first=first, seconds=0.5, worlds=1, config=TINY
+        )
+    for suffix in (".mp4", ".csv", ".json"):
+        later = (tmp_path / "later" / "drive_002").with_suffix(suffix)
+        assert later.read_bytes() == (tmp_path / "all" / later.name).read_bytes()
+
+
+def test_other_folders_and_files_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(DriveSimError, match="other files"):
+        write_synthetic_drives(tmp_path, drives=1, seconds=1.0, config=TINY)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    with pytest.raises(DriveSimError, match=r"mine\.txt: cannot be written"):
+        write_synthetic_drives(tmp_path / "mine.txt", drives=1, seconds=1.0, config=TINY)
+
+
+@pytest.mark.parametrize(("drives", "seconds"), [(0, 5.0), (1, 0.1), (1, -3.0)])
+def test_nothing_to_write_is_an_error(tmp_path: Path, drives: int, seconds: float) -> None:
+    with pytest.raises(DriveSimError, match="at least one drive"):
+        write_synthetic_drives(tmp_path / "x", drives=drives, seconds=seconds, config=TINY)
+    assert not (tmp_path / "x").exists()
