@@ -65,15 +65,6 @@ class AutoencoderConfig:
         return FrameSize(height=self.height, width=self.width)
 
     @property
-    def least_weights(self) -> int:
-        """Parameters of kernels and positions: nearly all, without building anything."""
-        fine, middle, coarse = self.widths
-        blocks = sum(18 * n * width**2 for n, width in zip(self.blocks, self.widths, strict=True))
-        blocks += 12 * self.attention_blocks * coarse**2
-        ends = fine * (9 * 48 + 4 * middle) + coarse * (4 * middle + len(self.levels))
-        return 2 * (blocks + ends + coarse * self.rows * self.cols)
-
-    @property
     def rows(self) -> int:
         """Token rows of a frame."""
         return self.height // STRIDE

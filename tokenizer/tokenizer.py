@@ -66,10 +66,7 @@ class Tokenizer:
         config = from_dict(AutoencoderConfig, saved.get("model", {}), f"{folder / _CONFIG}: model")
         _check_identity(config, saved, folder)
         autoencoder, metadata = build_with_weights(
-            lambda: Autoencoder(config),
-            folder / WEIGHTS,
-            of="this tokenizer",
-            least_values=config.least_weights,
+            lambda: Autoencoder(config), folder / WEIGHTS, of="this tokenizer"
         )
         tokenizer = cls(autoencoder, resolve_device(device), precision)
         if tokenizer.fingerprint != metadata.get("fingerprint"):

@@ -91,15 +91,6 @@ class TransformerConfig:
         divides = self.heads % self.kv_heads == 0
         require(self, "kv_heads", divides, f"a divisor of heads={self.heads}")
 
-    def least_weights(self, grid: TokenGrid) -> int:
-        """Parameters of the blocks and embeddings: nearly all, without building anything."""
-        width, reach = self.width, self.previous_reach
-        attention = width * (2 * width + 2 * self.kv_heads * (width // self.heads))
-        narrow = width // 4 if reach else width
-        block = attention + 2 * self.mlp_ratio * width**2
-        tables = grid.codebook_size * (2 * width + narrow)
-        return self.layers * block + tables + (grid.rows + grid.cols + 1) * width
-
 
 class RMSNorm(nn.RMSNorm):
     """torch's; on a CPU the compiled one, which under autocast gives what matrix products take."""

@@ -164,7 +164,6 @@ class WorldModel:
             lambda: Transformer(config.model, config.grid, config.actions),
             folder / _WEIGHTS,
             of="this world model",
-            least_values=config.model.least_weights(config.grid),
         )
         world = cls(
             transformer,

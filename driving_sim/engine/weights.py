@@ -7,7 +7,8 @@ config of a billion layers. So memory is taken only for as many weights as the f
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
@@ -104,45 +106,51 @@ def fingerprint(identity: Mapping[str, Any], module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def build_with_weights(
-    build: Callable[[], M], path: Path, *, of: str, least_values: int
-) -> tuple[M, dict[str, str]]:
+def build_with_weights(build: Callable[[], M], path: Path, *, of: str) -> tuple[M, dict[str, str]]:
     """Build a module and load the weights in `path`; return it and the file's metadata.
 
-    `least_values` is how many numbers the config asks for at the least, and not far from all: a
-    module that is too large for the file is not even built. (Torch's meta device would tell the
-    same in a second, which it takes to be imported.) Raises `DriveSimError`, which says that the
-    file is not `of`'s weights and why, where it is damaged or the weights are other ones than the
-    module's.
+    A module that asks for more numbers than the file can hold is not built to its end. (Torch's
+    meta device would tell as well, in a second or two, which what it imports takes.) Raises
+    `DriveSimError`, which says that the file is not `of`'s weights and why, where it is damaged or
+    the weights are other ones than the module's.
     """
-    held = path.stat().st_size // _VALUE_BYTES if path.is_file() else 0
-    if least_values > held:
-        reason = f"it holds {held} numbers at most, its config asks for {shown(least_values)}"
-        raise _not_weights(path, of, reason)
-    module = build()
-    return module, load_weights(module, path, of=of)
+    with _opened(path, of) as file:
+        with _Allowance(path.stat().st_size // _VALUE_BYTES):
+            module = build()
+        return module, _copy_weights(file, module)
 
 
-@torch.no_grad()
 def load_weights(module: nn.Module, path: Path, *, of: str) -> dict[str, str]:
     """Load the weights in `path` into a module; return the file's metadata.
 
     Raises `DriveSimError` as `build_with_weights` does, before the module changes.
     """
-    try:
-        own = module.state_dict()
-        forms, metadata = _read_header(path)
-        _check_forms({name: _form(value) for name, value in own.items()}, forms)
-        with safe_open(path, "pt") as file:
-            for name, value in own.items():
-                value.copy_(file.get_tensor(name))
-    except (ValueError, OSError, SafetensorError) as error:
-        raise _not_weights(path, of, error) from error
-    return metadata
+    with _opened(path, of) as file:
+        return _copy_weights(file, module)
 
 
-def _read_header(path: Path) -> tuple[dict[str, Form], dict[str, str]]:
-    """Forms of a file's tensors, and its metadata; `ValueError` where it is damaged."""
+class _Allowance(TorchFunctionMode):
+    """Refuses to make tensors of more numbers, all together, than are allowed."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self._numbers = self._left = numbers
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function in (torch.empty, torch.zeros, torch.ones, torch.randn):
+            self._left -= math.prod(args[0] if isinstance(args[0], Sequence) else args)
+            if self._left < 0:
+                raise ValueError(
+                    f"it holds {self._numbers} numbers at most, its config asks for more"
+                )
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _opened(path: Path, of: str) -> Iterator[Any]:
+    """Open a file of weights; what is wrong with it, in here or inside, is a `DriveSimError`."""
     try:
         if not path.is_file():
             raise ValueError("there is no such file")
@@ -152,29 +160,35 @@ def _read_header(path: Path) -> tuple[dict[str, Form], dict[str, str]]:
             raise ValueError(f"its header says that it is {length} bytes long")
         # The library checks the rest: the JSON, and that the tensors fill the file without a gap.
         with safe_open(path, "pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            forms = {k: (str(v.get_dtype()), tuple(v.get_shape())) for k, v in slices.items()}
-            return forms, dict(opened.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise ValueError(one_line(error)) from error
+            yield opened
+    except (ValueError, OSError, SafetensorError) as error:
+        raise DriveSimError(
+            f"{path}: not {of}'s weights ({one_line(error)}); copy it again"
+        ) from error
 
 
-def _form(value: Tensor) -> Form:
-    return _FORMATS.get(value.dtype, str(value.dtype)), tuple(value.shape)
-
-
-def _check_forms(expected: Mapping[str, Form], found: Mapping[str, Form]) -> None:
+@torch.no_grad()
+def _copy_weights(file: Any, module: nn.Module) -> dict[str, str]:
+    """Copy a file's tensors, which must be just the module's, and return its metadata."""
+    own = module.state_dict()
+    expected = {name: _form(value) for name, value in own.items()}
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     for name in sorted(expected.keys() | found.keys()):
         if name not in expected:
             raise ValueError(f"it has {shown(name)}, which the model has not")
         if name not in found:
             raise ValueError(f"it has no {name}")
         if expected[name] != found[name]:
-            (own, own_shape), (other, shape) = expected[name], found[name]
+            (dtype, shape), (other, other_shape) = expected[name], found[name]
             raise ValueError(
-                f"{name} is {other} {shown(list(shape))}, expected {own} {shown(list(own_shape))}"
+                f"{name} is {other} {shown(list(other_shape))}, "
+                f"expected {dtype} {shown(list(shape))}"
             )
+    for name, value in own.items():
+        value.copy_(file.get_tensor(name))
+    return dict(file.metadata() or {})
 
 
-def _not_weights(path: Path, of: str, reason: object) -> DriveSimError:
-    return DriveSimError(f"{path}: not {of}'s weights ({one_line(reason)}); copy it again")
+def _form(value: Tensor) -> Form:
+    return _FORMATS.get(value.dtype, str(value.dtype)), tuple(value.shape)
