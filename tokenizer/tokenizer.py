@@ -3,7 +3,7 @@
 Axes: T frames, H W the frames' own pixels, h w the tokenizer's, r c token rows and columns.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -47,7 +47,19 @@ class Tokenizer:
         self.device = torch.device(device)
         self.dtype = resolve_precision(precision, self.device)
         self.autoencoder = autoencoder.eval().requires_grad_(False).to(self.device)
-        self.fingerprint = fingerprint(_identity(autoencoder.config), autoencoder)
+        self.config = autoencoder.config
+        """The autoencoder's configuration."""
+        self.frame_size = self.config.frame_size
+        """Size of decoded frames, and what frames to encode are brought to."""
+        self.height, self.width = self.config.height, self.config.width
+        """Height and width of decoded frames in pixels."""
+        self.rows, self.cols = self.config.rows, self.config.cols
+        """Token rows and columns of a frame."""
+        self.levels = self.config.levels
+        """FSQ levels per code channel."""
+        self.codebook_size = autoencoder.quantiser.codebook_size
+        """How many different tokens there are."""
+        self.fingerprint = fingerprint(_identity(self.config), autoencoder)
         """SHA-256 of weights, config, frame transform and quantiser; token stores carry it."""
 
     @classmethod
@@ -64,7 +76,13 @@ class Tokenizer:
                 )
         saved = load_json(folder / _CONFIG, most_bytes=_MOST_CONFIG_BYTES)
         config = from_dict(AutoencoderConfig, saved.get("model", {}), f"{folder / _CONFIG}: model")
-        _check_identity(config, saved, folder)
+        own = _identity(config)
+        for part, does in (("frames", "prepares frames"), ("quantiser", "rounds to codes")):
+            if saved.get(part) != own[part]:
+                raise DriveSimError(
+                    f"{folder}: this version of drivesim {does} differently from the one that "
+                    "trained the tokenizer; use that version, or train again"
+                )
         autoencoder, metadata = build_with_weights(
             lambda: Autoencoder(config), folder / WEIGHTS, of="this tokenizer"
         )
@@ -84,89 +102,32 @@ class Tokenizer:
         # The fingerprint stands in the same file as the weights: both are replaced in one move.
         save_weights(self.autoencoder, folder / WEIGHTS, {"fingerprint": self.fingerprint})
 
-    @property
-    def config(self) -> AutoencoderConfig:
-        """The autoencoder's configuration."""
-        return self.autoencoder.config
-
-    @property
-    def frame_size(self) -> FrameSize:
-        """Size of decoded frames, and what frames to encode are brought to."""
-        return self.config.frame_size
-
-    @property
-    def height(self) -> int:
-        """Height of decoded frames in pixels."""
-        return self.config.height
-
-    @property
-    def width(self) -> int:
-        """Width of decoded frames in pixels."""
-        return self.config.width
-
-    @property
-    def rows(self) -> int:
-        """Token rows of a frame."""
-        return self.config.rows
-
-    @property
-    def cols(self) -> int:
-        """Token columns of a frame."""
-        return self.config.cols
-
-    @property
-    def levels(self) -> tuple[int, ...]:
-        """FSQ levels per code channel."""
-        return self.config.levels
-
-    @property
-    def codebook_size(self) -> int:
-        """How many different tokens there are."""
-        return self.autoencoder.quantiser.codebook_size
-
     @torch.inference_mode()
     def encode(self, frames: Frames, *, batch_size: int = 8) -> Tensor:
         """Return the tokens, int64 [T, r, c] on the CPU, of uint8 RGB frames [T, H, W, 3].
 
         Frames of another size are scaled to cover the tokenizer's and cropped at the centre.
         """
-        frames_THWC = _checked_frames(frames)
-        adjust_threads(self.device)
-        quantiser = self.autoencoder.quantiser
-        with autocast(self.device, self.dtype):
-            tokens = [
-                quantiser.codes_to_indices(
-                    self.autoencoder.encode(
-                        images_from_frames(chunk.to(self.device), self.frame_size)
-                    )
-                ).cpu()
-                for chunk in torch.split(frames_THWC, batch_size)
-            ]
-        if not tokens:
-            return torch.zeros(0, self.rows, self.cols, dtype=torch.int64)
-        return torch.cat(tokens)
+        if not isinstance(frames, Tensor):
+            frames = torch.from_numpy(np.ascontiguousarray(frames))
+        if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != torch.uint8:
+            raise ValueError(
+                f"frames of shape {tuple(frames.shape)} and {frames.dtype}: "
+                "must be uint8 [T, H, W, 3]"
+            )
+
+        def tokens_of(batch: Tensor) -> Tensor:
+            codes = self.autoencoder.encode(images_from_frames(batch, self.frame_size))
+            return self.autoencoder.quantiser.codes_to_indices(codes)
+
+        return self._in_batches(tokens_of, frames, batch_size)
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor | NDArray[Any], *, batch_size: int = 8) -> Tensor:
         """Return the frames, uint8 RGB [T, h, w, 3] on the CPU, of tokens [T, r, c]."""
-        tokens_Trc = self._checked_tokens(tokens)
-        adjust_threads(self.device)
-        quantiser = self.autoencoder.quantiser
-        with autocast(self.device, self.dtype):
-            frames = [
-                frames_from_images(
-                    self.autoencoder.decode(quantiser.indices_to_codes(chunk.to(self.device)))
-                ).cpu()
-                for chunk in torch.split(tokens_Trc, batch_size)
-            ]
-        if not frames:
-            return torch.zeros(0, self.height, self.width, 3, dtype=torch.uint8)
-        return torch.cat(frames)
-
-    def _checked_tokens(self, tokens: Tensor | NDArray[Any]) -> Tensor:
-        tokens_Trc = (
-            tokens if isinstance(tokens, Tensor) else torch.from_numpy(tokens.astype(np.int64))
-        ).long()
+        if not isinstance(tokens, Tensor):
+            tokens = torch.from_numpy(tokens.astype(np.int64))
+        tokens_Trc = tokens.long()
         if tokens_Trc.ndim != 3 or tuple(tokens_Trc.shape[1:]) != (self.rows, self.cols):
             raise ValueError(
                 f"tokens of shape {tuple(tokens_Trc.shape)}: this tokenizer decodes "
@@ -174,14 +135,33 @@ class Tokenizer:
             )
         if ((tokens_Trc < 0) | (tokens_Trc >= self.codebook_size)).any():
             raise ValueError(f"tokens outside 0..{self.codebook_size - 1}")
-        return tokens_Trc
+
+        def frames_of(batch: Tensor) -> Tensor:
+            codes = self.autoencoder.quantiser.indices_to_codes(batch)
+            return frames_from_images(self.autoencoder.decode(codes))
+
+        return self._in_batches(frames_of, tokens_Trc, batch_size)
+
+    def _in_batches(
+        self, function: Callable[[Tensor], Tensor], values: Tensor, batch_size: int
+    ) -> Tensor:
+        adjust_threads(self.device)
+        with autocast(self.device, self.dtype):
+            batches = torch.split(values, batch_size)
+            return torch.cat([function(batch.to(self.device)).cpu() for batch in batches])
 
 
 def images_from_frames(frames: Tensor, size: FrameSize) -> Tensor:
-    """Return pictures [T, 3, h, w] in [-1, 1] that cover `size`, from uint8 frames [T, H, W, 3]."""
+    """Return pictures [T, 3, h, w] in [-1, 1] that cover `size`, from uint8 frames [T, H, W, 3].
+
+    They are scaled and cropped as the video readers do (`data.video.frame_size.fit`).
+    """
     images = rearrange(frames, "t h w c -> t c h w").to(torch.float32, copy=True)
     if images.shape[2:] != (size.height, size.width):
-        images = _resized(images, size)
+        geometry = fit(images.shape[2], images.shape[3], size)
+        scaled = (geometry.height, geometry.width)
+        images = F.interpolate(images, scaled, mode="bilinear", antialias=True)
+        images = images[:, :, geometry.rows, geometry.columns]
     return images.div_(127.5).sub_(1)
 
 
@@ -195,33 +175,3 @@ def frames_from_images(images: Tensor) -> Tensor:
 def _identity(config: AutoencoderConfig) -> dict[str, Any]:
     frames = transform_description(config.frame_size)
     return {"kind": "tokenizer", "model": to_dict(config), "frames": frames, "quantiser": RULE}
-
-
-def _check_identity(config: AutoencoderConfig, saved: Mapping[str, Any], folder: Path) -> None:
-    own = _identity(config)
-    for part, does in (("frames", "prepares frames"), ("quantiser", "rounds to codes")):
-        if saved.get(part) != own[part]:
-            raise DriveSimError(
-                f"{folder}: this version of drivesim {does} differently from the one that "
-                "trained the tokenizer; use that version, or train again"
-            )
-
-
-def _checked_frames(frames: Frames) -> Tensor:
-    frames = (
-        frames if isinstance(frames, Tensor) else torch.from_numpy(np.ascontiguousarray(frames))
-    )
-    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != torch.uint8:
-        raise ValueError(
-            f"frames of shape {tuple(frames.shape)} and {frames.dtype}: must be uint8 [T, H, W, 3]"
-        )
-    return frames
-
-
-def _resized(images: Tensor, size: FrameSize) -> Tensor:
-    """Scale and crop as the video readers do (`data.frame_size.fit`); values keep their range."""
-    geometry = fit(images.shape[2], images.shape[3], size)
-    scaled = F.interpolate(
-        images, (geometry.height, geometry.width), mode="bilinear", antialias=True
-    )
-    return scaled[:, :, geometry.rows, geometry.columns]
