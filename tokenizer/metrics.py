@@ -3,8 +3,6 @@
 Axes: B frames, H W pixels, K codes in the codebook.
 """
 
-from typing import NamedTuple
-
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -58,23 +56,17 @@ def _windows(length: int, like: Tensor) -> Tensor:
     return window / window.sum(dim=1, keepdim=True)
 
 
-class CodebookUse(NamedTuple):
-    """How a set of tokens uses the codebook."""
+def codebook_use(counts: Tensor) -> dict[str, float]:
+    """Measure the codebook's use from how often each code occurred [K], at least one once.
 
-    used: float
-    """Share of the codes that occur."""
-    perplexity: float
-    """Exponential of the entropy: how many equally frequent codes would carry as much."""
-    entropy_bits: float
-    """Entropy of the codes' frequencies in bits per token."""
-
-
-def codebook_use(counts: Tensor) -> CodebookUse:
-    """Measure the codebook's use from how often each code occurred [K], at least one once."""
+    `used` is the share of the codes that occur, `entropy_bits` the entropy of the codes'
+    frequencies in bits per token, `perplexity` its exponential: how many equally frequent codes
+    would carry as much.
+    """
     frequencies = counts.double() / counts.sum()
     entropy = -torch.xlogy(frequencies, frequencies).sum()
-    return CodebookUse(
-        used=float((counts > 0).double().mean()),
-        perplexity=float(entropy.exp()),
-        entropy_bits=float(entropy / torch.log(torch.tensor(2.0, dtype=torch.float64))),
-    )
+    return {
+        "used": float((counts > 0).double().mean()),
+        "perplexity": float(entropy.exp()),
+        "entropy_bits": float(entropy / torch.log(torch.tensor(2.0, dtype=torch.float64))),
+    }

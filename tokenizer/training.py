@@ -121,27 +121,37 @@ def train_tokenizer(
     vgg16 = vgg16_weights() if config.objective.lpips_weight > 0 else None
     if vgg16 is None:
         say("training without the perceptual loss LPIPS, as objective.lpips_weight is 0")
-    size = config.model.frame_size
+    size, data = config.model.frame_size, config.data
     if skip_bad:
         drives = _decodable(drives, size, device)
-    training, validation = _split(drives, config.data)
+    by_id = {drive.drive.id: drive for drive in drives}
+    train_ids, validation_ids = split_drives(
+        list(by_id), validation=data.validation, fraction=data.validation_fraction
+    )
+    held_out = [by_id[name] for name in validation_ids or train_ids]
     dataset = FrameBatches(
-        training,
+        [by_id[name] for name in train_ids],
         size=size,
-        batch_size=config.data.batch_size,
+        batch_size=data.batch_size,
         seed=config.training.seed,
-        mirror=config.data.mirror,
-        shift=config.data.shift,
-        gain=config.data.gain,
-        cutmix=config.data.cutmix,
-        cache_bytes=int(config.data.cache_gigabytes * 1e9),
+        mirror=data.mirror,
+        shift=data.shift,
+        gain=data.gain,
+        cutmix=data.cutmix,
+        cache_bytes=int(data.cache_gigabytes * 1e9),
         shared=config.training.workers > 0,
     )
-    validate = Validator(validation_frames(validation, size, config.data.validation_frames))
+    validate = Validator(validation_frames(held_out, size, data.validation_frames))
     torch.manual_seed(config.training.seed)
     objective = TokenizerObjective(config.model, config.objective, vgg16)
     if init_from is not None:
-        _start_from(objective.autoencoder, init_from)
+        source = Tokenizer.from_run(init_from, "cpu", "fp32")
+        if source.config != config.model:
+            raise DriveSimError(
+                f"--init-from {init_from}: its configuration differs from this run's "
+                f"({source.config} and {config.model})"
+            )
+        objective.autoencoder.load_state_dict(source.autoencoder.state_dict())
     return train(
         objective,
         dataset=dataset,
@@ -170,65 +180,53 @@ class Validator:
         assert isinstance(model, TokenizerObjective)
         # What is kept works in float32, whatever it is trained in.
         with torch.autocast(model.gan_share.device.type, enabled=False):
-            batches = [self._measure(model, frames) for frames in torch.split(self.frames, _BATCH)]
-            grid = self._grid(model.autoencoder)
+            batches = [_measure(model, frames) for frames in torch.split(self.frames, _BATCH)]
         columns = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-        tokens = columns.pop("tokens")
+        tokens, rebuilt = columns.pop("tokens"), columns.pop("rebuilt")
         counts = torch.bincount(tokens, minlength=model.autoencoder.quantiser.codebook_size)
         metrics = {name: float(values.mean()) for name, values in columns.items()}
-        use = codebook_use(counts)
-        metrics |= {f"codebook/{name}": value for name, value in use._asdict().items()}
+        metrics |= {f"codebook/{name}": value for name, value in codebook_use(counts).items()}
+        shown = torch.linspace(0, len(rebuilt) - 1, min(_GRID_FRAMES, len(rebuilt))).round().long()
         waiting = model.discriminator is not None and float(model.gan_share) < 1
         return Validation(
             score=metrics["loss"] + (_BEFORE_GAN if waiting else 0.0),
             metrics=metrics,
-            images={"reconstructions": grid},
+            images={"reconstructions": reconstruction_grid(self.frames[shown], rebuilt[shown])},
         )
 
-    def _measure(self, model: TokenizerObjective, frames: Tensor) -> dict[str, Tensor]:
-        """Return per-frame measurements [B] by name, and all tokens."""
-        frames = frames.to(model.gan_share.device)
-        images = images_from_frames(frames, model.autoencoder.config.frame_size)
-        reconstruction = model.autoencoder(images)
-        loss, parts = model.fidelity(reconstruction.images, images)
-        rebuilt = frames_from_images(reconstruction.images)
-        return {
-            **{name: part.repeat(len(frames)) for name, part in {"loss": loss, **parts}.items()},
-            "psnr": psnr(rebuilt, frames),
-            "ssim": ssim(rebuilt, frames),
-            "tokens": reconstruction.tokens.flatten(),
-        }
 
-    def _grid(self, autoencoder: Autoencoder) -> NDArray[np.uint8]:
-        chosen = np.linspace(0, len(self.frames) - 1, min(_GRID_FRAMES, len(self.frames)))
-        frames = self.frames[chosen.round().astype(np.int64)]
-        device = autoencoder.last_layer.device
-        images = images_from_frames(frames.to(device), autoencoder.config.frame_size)
-        rebuilt = frames_from_images(autoencoder(images).images)
-        return reconstruction_grid(frames, rebuilt.cpu())
+def _measure(model: TokenizerObjective, frames: Tensor) -> dict[str, Tensor]:
+    """Return per-frame measurements [B] by name, the rebuilt frames and all tokens."""
+    frames = frames.to(model.gan_share.device)
+    images = images_from_frames(frames, model.autoencoder.config.frame_size)
+    reconstruction = model.autoencoder(images)
+    loss, parts = model.fidelity(reconstruction.images, images)
+    rebuilt = frames_from_images(reconstruction.images)
+    return {
+        **{name: part.repeat(len(frames)) for name, part in {"loss": loss, **parts}.items()},
+        "psnr": psnr(rebuilt, frames),
+        "ssim": ssim(rebuilt, frames),
+        "tokens": reconstruction.tokens.flatten(),
+        "rebuilt": rebuilt.cpu(),
+    }
 
 
 def reconstruction_grid(originals: Tensor, rebuilt: Tensor) -> NDArray[np.uint8]:
     """Return one picture of frames [N, H, W, 3]: each original beside its reconstruction."""
     pairs = torch.stack([originals, rebuilt], dim=1)
-    if len(pairs) % 2 == 0:
-        grid = rearrange(pairs, "(n k) two h w c -> (n h) (k two w) c", k=2)
-    else:
-        grid = rearrange(pairs, "n two h w c -> (n h) (two w) c")
-    return grid.numpy()
+    in_a_row = 1 if len(pairs) % 2 else 2
+    return rearrange(pairs, "(n k) two h w c -> (n h) (k two w) c", k=in_a_row).numpy()
 
 
 def validation_frames(drives: Sequence[SampledDrive], size: FrameSize, most: int) -> Tensor:
     """Decode at most `most` frames, uint8 [N, H, W, 3], spread evenly over the drives."""
-    total = sum(len(drive.indices) for drive in drives)
-    places = np.unique(np.linspace(0, total - 1, min(most, total)).round().astype(np.int64))
+    ends = np.cumsum([len(drive.indices) for drive in drives])
+    places = np.linspace(0, ends[-1] - 1, min(most, ends[-1])).round().astype(np.int64)
     frames: list[NDArray[np.uint8]] = []
-    start = 0
-    for drive in drives:
-        stop = start + len(drive.indices)
-        own = places[(start <= places) & (places < stop)] - start
+    for drive, end in zip(drives, ends, strict=True):
+        own = np.unique(places - end) + len(drive.indices)
+        own = own[(own >= 0) & (own < len(drive.indices))]
         frames.extend(drive.drive.stream(size, drive.indices[own]))
-        start = stop
     return torch.from_numpy(np.stack(frames))
 
 
@@ -255,50 +253,23 @@ def _decodable(
     Before anything is drawn: so the split and every batch are functions of the drives kept. Of
     several ranks, the main one decides for all.
     """
+    good = [False] * len(drives)
+    total = sum(len(each.indices) for each in drives)
     with process_group(resolve_device(device)) as (ranks, _):
-        good = _try_all(drives, size) if ranks.is_main else [False] * len(drives)
+        if ranks.is_main:
+            with progress(total, "check", "frames") as shown:
+                for number, each in enumerate(drives):
+                    try:
+                        for _ in each.drive.stream(size, each.indices):
+                            shown.advance(1)
+                        good[number] = True
+                    except DriveSimError as error:
+                        shown.say(f"skipped {each.drive.id}: {error}")
         chosen = ranks.from_main([float(each) for each in good])
     kept = [drive for drive, each in zip(drives, chosen, strict=True) if each]
     if not kept:
         raise DriveSimError("every drive was skipped: nothing is left to train on")
     return kept
-
-
-def _try_all(drives: Sequence[SampledDrive], size: FrameSize) -> list[bool]:
-    good = []
-    with progress(sum(len(each.indices) for each in drives), "check", "frames") as shown:
-        for each in drives:
-            try:
-                for _ in each.drive.stream(size, each.indices):
-                    shown.advance(1)
-            except DriveSimError as error:
-                shown.say(f"skipped {each.drive.id}: {error}")
-                good.append(False)
-            else:
-                good.append(True)
-    return good
-
-
-def _start_from(autoencoder: Autoencoder, run: Path) -> None:
-    source = Tokenizer.from_run(run, "cpu", "fp32")
-    if source.config != autoencoder.config:
-        raise DriveSimError(
-            f"--init-from {run}: its configuration differs from this run's "
-            f"({source.config} and {autoencoder.config})"
-        )
-    autoencoder.load_state_dict(source.autoencoder.state_dict())
-
-
-def _split(
-    drives: Sequence[SampledDrive], config: TokenizerDataConfig
-) -> tuple[list[SampledDrive], list[SampledDrive]]:
-    by_id = {drive.drive.id: drive for drive in drives}
-    training, validation = split_drives(
-        list(by_id), validation=config.validation, fraction=config.validation_fraction
-    )
-    if not validation:
-        return list(drives), list(drives)
-    return [by_id[name] for name in training], [by_id[name] for name in validation]
 
 
 def _export(module: nn.Module, run: Path) -> None:

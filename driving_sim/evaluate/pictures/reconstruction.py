@@ -169,7 +169,7 @@ def _metrics(tokenizer: Tokenizer, meters: Sequence[_DriveMeter]) -> dict[str, A
     return {
         "frames": frames,
         **means,
-        "codebook": codebook_use(counts)._asdict(),
+        "codebook": codebook_use(counts),
         "flicker": flickered.shares(),
         "bits_per_frame": bits,
         "compression_factor": tokenizer.height * tokenizer.width * _BITS_PER_PIXEL / bits,
@@ -181,7 +181,7 @@ def _metrics(tokenizer: Tokenizer, meters: Sequence[_DriveMeter]) -> dict[str, A
             meter.sampled.drive.id: {
                 "frames": meter._frames,
                 **{name: meter.mean(name) for name in meter.values},
-                "codebook": codebook_use(meter.counts)._asdict(),
+                "codebook": codebook_use(meter.counts),
                 "flicker": meter.flicker.shares()["flicker"],
             }
             for meter in meters
