@@ -114,10 +114,11 @@ class TokenizerObjective(nn.Module):
         (pull,) = torch.autograd.grad(loss, pixels)
         loss = loss.detach()
 
-        discriminator = self._active_discriminator(float(batch["progress"]))
-        if discriminator is not None:
-            fake_scores = discriminator(pixels)
-            real_scores = discriminator(images)
+        progress = float(batch["progress"])
+        if self.discriminator is not None and progress >= self.config.gan_start:
+            self.gan_share.fill_(min(1.0, (progress - self.config.gan_start) / _GAN_RAMP))
+            fake_scores = self.discriminator(pixels)
+            real_scores = self.discriminator(images)
             adversarial = -fake_scores.mean()
             (push,) = torch.autograd.grad(adversarial, pixels, retain_graph=True)
             weight = self.gan_share * self._adaptive_weight(reconstruction, pull, push)
@@ -129,7 +130,9 @@ class TokenizerObjective(nn.Module):
                 "gan/discriminator_loss": opposing.detach(),
                 "gan/weight": weight,
             }
-        return loss + _with_gradient(reconstruction, pull), metrics
+        # A zero whose gradient with respect to the reconstruction is `pull`.
+        product = (reconstruction * pull).sum()
+        return loss + (product - product.detach()), metrics
 
     def fidelity(self, images: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss without the discriminator, and its parts, of pictures [B, 3, H, W]."""
@@ -145,13 +148,6 @@ class TokenizerObjective(nn.Module):
             metrics["lpips"] = lpips.detach()
         return loss, metrics
 
-    def _active_discriminator(self, progress: float) -> Discriminator | None:
-        """Return the discriminator once it has started, and note how much say it has by now."""
-        if self.discriminator is None or progress < self.config.gan_start:
-            return None
-        self.gan_share.fill_(min(1.0, (progress - self.config.gan_start) / _GAN_RAMP))
-        return self.discriminator
-
     def _adaptive_weight(self, reconstruction: Tensor, pull: Tensor, push: Tensor) -> Tensor:
         """Return the weight that makes `push` at the last layer `gan_weight` times `pull`."""
         layer = self.autoencoder.last_layer
@@ -164,9 +160,3 @@ class TokenizerObjective(nn.Module):
             norms.append(mean_over_ranks(at_layer).norm())
         ratio: Tensor = norms[0] / norms[1].clamp(min=1e-8)
         return self.config.gan_weight * ratio
-
-
-def _with_gradient(images: Tensor, gradient: Tensor) -> Tensor:
-    """Return a zero whose gradient with respect to `images` is `gradient`."""
-    product = (images * gradient).sum()
-    return product - product.detach()
