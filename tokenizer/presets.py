@@ -1,5 +1,7 @@
 """Tokenizers that are ready to train: demo, tiny, base, large."""
 
+from dataclasses import replace
+
 from driving_sim.engine.training.loop import TrainingConfig
 from driving_sim.tokenizer.autoencoder import AutoencoderConfig
 from driving_sim.tokenizer.discriminator import DiscriminatorConfig
@@ -72,22 +74,21 @@ BASE = TokenizerRunConfig(
 )
 """256x512 pixels to 16x32 tokens, for a GPU: the default on CUDA, `tiny` elsewhere."""
 
-LARGE = TokenizerRunConfig(
-    model=AutoencoderConfig(
-        height=256,
-        width=512,
+LARGE = replace(
+    BASE,
+    model=replace(
+        BASE.model,
         levels=(8, 8, 8, 6, 5),
         widths=(128, 256, 512),
         blocks=(2, 4, 4),
         attention_blocks=6,
     ),
-    data=TokenizerDataConfig(batch_size=32, cache_gigabytes=16.0),
-    training=TrainingConfig(
+    data=replace(BASE.data, batch_size=32),
+    training=replace(
+        BASE.training,
         steps=300_000,
         learning_rate=3e-4,
         warmup_steps=2000,
-        weight_decay=0.01,
-        betas=(0.9, 0.99),
         ema_decay=0.9999,
         validate_every=5000,
         save_every=5000,
