@@ -36,12 +36,15 @@ class PerceptualLoss(nn.Module):
 
     def __init__(self, backbone: Mapping[str, Tensor]) -> None:
         super().__init__()
-        lpips: Any = _import_lpips()
+        lpips: Any = import_lpips()
         with warnings.catch_warnings():
             # lpips still asks torchvision for `pretrained=False`, by a deprecated name.
             warnings.filterwarnings("ignore", message="(The parameter|Arguments other)")
             self.network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-        _load_backbone(self.network.net, backbone)
+        # Torchvision's names are `features.N.*`; lpips' slices keep the numbers N.
+        net = self.network.net
+        numbered = {name: name.partition(".")[2] for name in net.state_dict()}
+        net.load_state_dict({name: backbone[f"features.{n}"] for name, n in numbered.items()})
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "PerceptualLoss":
@@ -78,12 +81,16 @@ def vgg16_weights() -> dict[str, Tensor]:
     """
     path = _cached()
     try:
-        if path.is_file():
-            _check_vgg16(path)
-        else:
+        if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             # Of what `load_state_dict_from_url` downloads it compares 8 digits, those in the name.
             torch.hub.download_url_to_file(VGG16_URL, str(path), hash_prefix=VGG16_SHA256)
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != VGG16_SHA256:
+                raise DriveSimError(
+                    f"{path}: the weights of LPIPS's backbone are damaged, or others (their "
+                    f"checksum differs): remove that file, or train without LPIPS: {WITHOUT}"
+                )
         weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     except (URLError, OSError, RuntimeError, UnpicklingError) as error:
         raise DriveSimError(
@@ -93,43 +100,23 @@ def vgg16_weights() -> dict[str, Tensor]:
     return weights
 
 
-def _check_vgg16(path: Path) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != VGG16_SHA256:
-        raise DriveSimError(
-            f"{path}: the weights of LPIPS's backbone are damaged, or others (their checksum "
-            f"differs): remove that file, or train without LPIPS: {WITHOUT}"
-        )
-
-
 def _cached() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG16_URL).name
 
 
-def _load_backbone(net: nn.Module, backbone: Mapping[str, Tensor]) -> None:
-    """Load `features.N.*` of torchvision's VGG-16 into lpips' slices, which keep the numbers N."""
-    own = net.state_dict()
-    net.load_state_dict({name: backbone[f"features.{name.partition('.')[2]}"] for name in own})
+def import_lpips() -> ModuleType:
+    """Import `lpips`, with operators declared that a torchvision built without them still needs.
 
-
-def _import_lpips() -> ModuleType:
+    LPIPS calls neither; torchvision only has to register shapes for them as it is imported.
+    """
     try:
         import lpips
     except RuntimeError as error:
         if _MISSING_OPERATOR not in str(error):
             raise
-        _declare_operators()
+        library: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _declarations.append(library)
         import lpips
     return lpips  # type: ignore[no-any-return]
-
-
-def _declare_operators() -> None:
-    """Declare the operators a torchvision built without them still registers shapes for.
-
-    LPIPS calls neither; torchvision only has to import.
-    """
-    library: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _declarations.append(library)

@@ -15,7 +15,7 @@ from benchmarks.measuring.machine import number_formats
 from benchmarks.measuring.paired import Settings, Work, seconds
 from driving_sim.engine.device import name_of
 from driving_sim.engine.progress import say
-from driving_sim.tokenizer.perceptual import _import_lpips
+from driving_sim.tokenizer.perceptual import import_lpips
 
 VQ_WIDTHS = range(16, 136, 8)
 """Of VQModels with groups of 8 channels, up to the published one's."""
@@ -32,7 +32,7 @@ def package(name: str) -> Any:
     try:
         if name == "webdataset":
             return importlib.import_module(name)
-        _import_lpips()  # they import torchvision, which without its operators needs our help
+        import_lpips()  # they import torchvision, which without its operators needs our help
         importlib.import_module(f"{name}.utils.logging").set_verbosity_error()
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
