@@ -4,14 +4,13 @@ Axes: T frames of a drive, B of a batch, H W their pixels, r c token rows and co
 """
 
 import hashlib
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from statistics import median_low
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +25,7 @@ from driving_sim.data.video.frame_rate import RATE_TOLERANCE
 from driving_sim.data.video.frame_size import FrameSize, transform_description
 from driving_sim.engine.device import name_of
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.progress import Progress, progress
+from driving_sim.engine.progress import progress
 from driving_sim.engine.ranks.distributed import Ranks
 from driving_sim.tokenizer.tokenizer import Tokenizer
 
@@ -85,8 +84,23 @@ def tokenize(
     if not usable:
         reason = next(iter(bad.values()), "no drives were found")
         raise DriveSimError(f"nothing to tokenize: {reason}")
-    info = _store_info(usable, drives.steering_kind, tokenizer, fps=fps, every=every)
-    planned = [_planned(each, flip) for each in usable for flip in _flips(mirror)]
+    info = StoreInfo(
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        rows=tokenizer.rows,
+        cols=tokenizer.cols,
+        codebook_size=tokenizer.codebook_size,
+        fps=round(_usual_rate(usable), 6),
+        steering_kind=drives.steering_kind,
+        levels=tuple(tokenizer.levels),
+        height=tokenizer.height,
+        width=tokenizer.width,
+        requested_fps=fps,
+        every=every,
+        transform=transform_description(tokenizer.frame_size),
+        precision=name_of(tokenizer.dtype),
+    )
+    flips = [False, True] if mirror else [False]
+    planned = [_planned(each, flip) for each in usable for flip in flips]
     planned += [PlannedDrive(id=name, frames=0) for name in bad]
     plan = StorePlan(info=info, drives=tuple(planned), shard_bytes=shard_bytes)
     ranks = ranks or Ranks()
@@ -95,13 +109,20 @@ def tokenize(
             for name, reason in bad.items():
                 writer.skip(name, reason)
         ranks.barrier()
-        work = _share(_pending(usable, writer, ranks, mirror=mirror), ranks)
-        _encode_all(work, tokenizer, writer, skip_bad, batch_size, ranks)
+        # What the store lacks, as the main rank finds it: the others may already add to it.
+        names = [_name(each.drive, flip) for each in usable for flip in flips]
+        done = ranks.from_main([float(writer.done(name)) for name in names])
+        is_done = dict(zip(names, done, strict=True))
+        lacking = {
+            each.drive.id: [flip for flip in flips if not is_done[_name(each.drive, flip)]]
+            for each in usable
+        }
+        left = [_Work(each, lacking[each.drive.id]) for each in usable if lacking[each.drive.id]]
+        _encode(_share(left, ranks), tokenizer, writer, skip_bad, batch_size, ranks)
         return TokenizeSummary(out=out, index=writer.finish())
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Work:
+class _Work(NamedTuple):
     """A drive and the forms of it, as they are or flipped, that the store does not hold yet."""
 
     sampled: SampledDrive
@@ -122,25 +143,8 @@ def _share(work: Sequence[_Work], ranks: Ranks) -> list[_Work]:
     return [work[number] for number in sorted(dealt)]
 
 
-def _flips(mirror: bool) -> list[bool]:
-    return [False, True] if mirror else [False]
-
-
 def _name(drive: Drive, flip: bool) -> str:
     return drive.id + MIRROR_SUFFIX if flip else drive.id
-
-
-def _pending(
-    drives: Sequence[SampledDrive], writer: TokenStoreWriter, ranks: Ranks, *, mirror: bool
-) -> list[_Work]:
-    """What the store lacks, as the main rank finds it: the others may already add to it."""
-    forms = [(each, flip) for each in drives for flip in _flips(mirror)]
-    done = ranks.from_main([float(writer.done(_name(each.drive, flip))) for each, flip in forms])
-    left: dict[str, _Work] = {}
-    for (each, flip), is_done in zip(forms, done, strict=True):
-        if not is_done:
-            left.setdefault(each.drive.id, _Work(each, [])).flips.append(flip)
-    return list(left.values())
 
 
 def _survey(
@@ -175,31 +179,6 @@ def _usual_rate(sampled: Sequence[SampledDrive]) -> float:
     return median_low([one.fps for one in sampled]) if sampled else 0.0
 
 
-def _store_info(
-    sampled: Sequence[SampledDrive],
-    steering_kind: str | None,
-    tokenizer: Tokenizer,
-    *,
-    fps: float | None,
-    every: int | None,
-) -> StoreInfo:
-    return StoreInfo(
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        rows=tokenizer.rows,
-        cols=tokenizer.cols,
-        codebook_size=tokenizer.codebook_size,
-        fps=round(_usual_rate(sampled), 6),
-        steering_kind=steering_kind,
-        levels=tuple(tokenizer.levels),
-        height=tokenizer.height,
-        width=tokenizer.width,
-        requested_fps=fps,
-        every=every,
-        transform=transform_description(tokenizer.frame_size),
-        precision=name_of(tokenizer.dtype),
-    )
-
-
 def _planned(sampled: SampledDrive, flip: bool) -> PlannedDrive:
     digest = hashlib.sha256()
     for array in (sampled.indices, sampled.timestamps, sampled.actions, sampled.action_valid):
@@ -213,7 +192,7 @@ def _planned(sampled: SampledDrive, flip: bool) -> PlannedDrive:
     )
 
 
-def _encode_all(
+def _encode(
     work: Sequence[_Work],
     tokenizer: Tokenizer,
     writer: TokenStoreWriter,
@@ -221,59 +200,44 @@ def _encode_all(
     batch_size: int,
     ranks: Ranks,
 ) -> None:
+    """Add the tokens [T, r, c] of each drive to the store as soon as its last batch is encoded."""
     frames = sum(len(each.sampled.indices) for each in work)
     label = "tokenize" if ranks.size == 1 else f"tokenize, rank {ranks.rank} of {ranks.size}"
     parts = _ahead(_decoded(work, tokenizer.frame_size, batch_size, skip_bad))
+    encoded: dict[bool, list[NDArray[np.uint16]]] = {False: [], True: []}
+    done = 0
     with progress(frames, label, "frames") as shown, closing(parts):
         shown.say(f"{label}: {len(work)} drives, {frames:,} frames -> {writer.out}")
-        for each, parts_of_drive in groupby(parts, itemgetter(0)):
-            try:
-                tokens = _encode(each, map(itemgetter(1), parts_of_drive), tokenizer, shown)
-            except DriveSimError as error:
+        for (sampled, flips), frames_BHWC in parts:
+            if isinstance(frames_BHWC, DriveSimError):
                 if not skip_bad:
-                    raise DriveSimError(f"{error}; {_HOW_ON}") from error
-                shown.say(f"skipped {each.sampled.drive.id}: {error}", by_any_rank=True)
-                for flip in each.flips:
-                    writer.skip(_name(each.sampled.drive, flip), str(error))
+                    raise DriveSimError(f"{frames_BHWC}; {_HOW_ON}") from frames_BHWC
+                shown.say(f"skipped {sampled.drive.id}: {frames_BHWC}", by_any_rank=True)
+                for flip in flips:
+                    writer.skip(_name(sampled.drive, flip), str(frames_BHWC))
+                encoded, done = {False: [], True: []}, 0
                 continue
-            for flip in each.flips:
-                _add(writer, each.sampled, tokens[flip], flip)
-
-
-def _add(
-    writer: TokenStoreWriter, sampled: SampledDrive, tokens: NDArray[np.uint16], flip: bool
-) -> None:
-    actions = sampled.actions.copy()
-    if flip:
-        actions[:, STEERING] = 0 - actions[:, STEERING]
-    writer.add(
-        _name(sampled.drive, flip),
-        tokens,
-        actions,
-        sampled.action_valid,
-        sampled.timestamps,
-        sampled.segments,
-    )
-
-
-def _encode(
-    work: _Work, batches: Iterable[Frames | DriveSimError], tokenizer: Tokenizer, shown: Progress
-) -> dict[bool, NDArray[np.uint16]]:
-    """The tokens [T, r, c] of each form of a drive; raises the error that stands for a batch."""
-    encoded: dict[bool, list[NDArray[np.uint16]]] = {flip: [] for flip in work.flips}
-    left = len(work.sampled.indices)
-    for frames_BHWC in batches:
-        if isinstance(frames_BHWC, DriveSimError):
-            raise frames_BHWC
-        for flip in work.flips:
-            seen = np.ascontiguousarray(frames_BHWC[:, :, ::-1] if flip else frames_BHWC)
-            tokens_Brc = tokenizer.encode(seen, batch_size=len(seen))
-            encoded[flip].append(tokens_Brc.numpy().astype(np.uint16))
-        shown.advance(len(frames_BHWC))
-        left -= len(frames_BHWC)
-        if left == 0:
-            break  # and not wait for the next drive before this one is written
-    return {flip: np.concatenate(tokens) for flip, tokens in encoded.items()}
+            for flip in flips:
+                seen = np.ascontiguousarray(frames_BHWC[:, :, ::-1] if flip else frames_BHWC)
+                tokens_Brc = tokenizer.encode(seen, batch_size=len(seen))
+                encoded[flip].append(tokens_Brc.numpy().astype(np.uint16))
+            shown.advance(len(frames_BHWC))
+            done += len(frames_BHWC)
+            if done < len(sampled.indices):
+                continue
+            for flip in flips:
+                actions = sampled.actions.copy()
+                if flip:
+                    actions[:, STEERING] = 0 - actions[:, STEERING]
+                writer.add(
+                    _name(sampled.drive, flip),
+                    np.concatenate(encoded[flip]),
+                    actions,
+                    sampled.action_valid,
+                    sampled.timestamps,
+                    sampled.segments,
+                )
+            encoded, done = {False: [], True: []}, 0
 
 
 def _decoded(
@@ -281,13 +245,15 @@ def _decoded(
 ) -> Generator[_Part, None, None]:
     """The batches of one drive after the other; without `skip_bad`, up to the first bad one."""
     for each in work:
-        drive, wanted, found = each.sampled.drive, len(each.sampled.indices), 0
+        wanted, found = len(each.sampled.indices), 0
         try:
             for frames_BHWC in each.sampled.batches(size, batch_size):
                 found += len(frames_BHWC)
                 yield each, frames_BHWC
             if found != wanted:
-                raise DriveSimError(f"{drive.id}: only {found} of {wanted} frames could be decoded")
+                raise DriveSimError(
+                    f"{each.sampled.drive.id}: only {found} of {wanted} frames could be decoded"
+                )
         except DriveSimError as error:
             yield each, error
             if not skip_bad:
