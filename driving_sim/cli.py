@@ -348,7 +348,7 @@ def tokenize(
         precision=precision,
         device=device,
     )
-    summary = tokenize_videos(
+    index = tokenize_videos(
         videos,
         tokenizer or RUNS / "tokenizer",
         out,
@@ -364,7 +364,7 @@ def tokenize(
         precision=precision or "auto",
     )
     named = "" if tokenizer is None else f" --tokenizer {tokenizer}"
-    _say_done(f"{summary}; next: drivesim train-world-model {out}{named}")
+    _say_done(f"{index} -> {out}; next: drivesim train-world-model {out}{named}")
 
 
 @app.command()

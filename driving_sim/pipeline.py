@@ -13,7 +13,7 @@ import torch
 
 from driving_sim.data.drive import DriveSet, sample
 from driving_sim.data.sources import find_drives
-from driving_sim.data.tokens.index import INDEX, UNFINISHED, read_index
+from driving_sim.data.tokens.index import INDEX, UNFINISHED, StoreIndex, read_index
 from driving_sim.data.tokens.store import TokenStore
 from driving_sim.data.video.file_facts import VideoError
 from driving_sim.engine.config import resolve
@@ -24,7 +24,7 @@ from driving_sim.engine.ranks.distributed import process_group
 from driving_sim.engine.run_folder import CONFIG, RunConflictError, is_finished
 from driving_sim.engine.training.loop import TrainingResult
 from driving_sim.tokenizer.presets import PRESETS as TOKENIZER_PRESETS
-from driving_sim.tokenizer.tokenize import TokenizeSummary, tokenize
+from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.tokenizer.tokenizer import WEIGHTS, Tokenizer
 from driving_sim.tokenizer.training import TokenizerRunConfig, train_tokenizer
 from driving_sim.world_model.action_plan import make_plans
@@ -207,7 +207,7 @@ def tokenize_videos(
     training: TrainingRequest | None = None,
     device: str = "auto",
     precision: str = "auto",
-) -> TokenizeSummary:
+) -> StoreIndex:
     """Turn videos and their actions into the token store `out`.
 
     With `training`, a tokenizer that is missing or unfinished is trained on these videos first:

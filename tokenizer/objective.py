@@ -143,7 +143,7 @@ class TokenizerObjective(nn.Module):
         loss = config.l1_weight * l1 + config.mse_weight * mse
         metrics = {"l1": l1.detach(), "mse": mse.detach()}
         if self.perceptual is not None:
-            lpips = self.perceptual(images, target)
+            lpips = self.perceptual(images, target).mean()
             loss = loss + config.lpips_weight * lpips
             metrics["lpips"] = lpips.detach()
         return loss, metrics

@@ -52,19 +52,16 @@ class PerceptualLoss(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
-        """Return the mean distance, a scalar, between pictures [B, 3, H, W] in [-1, 1]."""
-        return self.distances(images, others).mean()
+        """Return the distances [B] between pictures [B, 3, H, W] in [-1, 1]."""
+        distance: Tensor = self.network(images, others)
+        return distance.float().flatten(1).mean(1)
 
     @torch.inference_mode()
     def frame_distances(self, frames: Tensor, others: Tensor) -> Tensor:
         """Return the distances [B] between uint8 frames [B, H, W, 3] of one size."""
         size = FrameSize(height=frames.shape[1], width=frames.shape[2])
-        return self.distances(*(images_from_frames(each, size) for each in (frames, others)))
-
-    def distances(self, images: Tensor, others: Tensor) -> Tensor:
-        """Return the distances [B] between pictures [B, 3, H, W] in [-1, 1]."""
-        distance: Tensor = self.network(images, others)
-        return distance.float().flatten(1).mean(1)
+        distances: Tensor = self(*(images_from_frames(each, size) for each in (frames, others)))
+        return distances
 
 
 def has_vgg16_weights() -> bool:

@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_low
 from typing import NamedTuple
@@ -35,23 +34,6 @@ _OR_SKIP = ", or pass --skip-bad"
 _HOW_ON = f"repair or remove it{_OR_SKIP}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenizeSummary:
-    """What was written where; its text is one line."""
-
-    out: Path
-    """The token store."""
-    index: StoreIndex
-    """What it holds."""
-
-    def __str__(self) -> str:
-        index, skipped = self.index, len(self.index.skipped)
-        return (
-            f"tokens of {index.drives} drives, {index.frames:,} frames at {index.info.fps:.3g} fps"
-            f"{f', {skipped} skipped' if skipped else ''} -> {self.out}"
-        )
-
-
 def tokenize(
     drives: DriveSet,
     tokenizer: Tokenizer,
@@ -64,7 +46,7 @@ def tokenize(
     batch_size: int = 8,
     shard_bytes: int = SHARD_BYTES,
     ranks: Ranks | None = None,
-) -> TokenizeSummary:
+) -> StoreIndex:
     """Encode drives at a rate (or a stride, or every frame) into the token store `out`.
 
     With `mirror`, each drive is also there as `ID~mirror`: frames flipped, steering negated. A run
@@ -112,14 +94,14 @@ def tokenize(
         # What the store lacks, as the main rank finds it: the others may already add to it.
         names = [_name(each.drive, flip) for each in usable for flip in flips]
         done = ranks.from_main([float(writer.done(name)) for name in names])
-        is_done = dict(zip(names, done, strict=True))
-        lacking = {
-            each.drive.id: [flip for flip in flips if not is_done[_name(each.drive, flip)]]
+        left = {name for name, is_done in zip(names, done, strict=True) if not is_done}
+        work = [
+            _Work(each, [flip for flip in flips if _name(each.drive, flip) in left])
             for each in usable
-        }
-        left = [_Work(each, lacking[each.drive.id]) for each in usable if lacking[each.drive.id]]
-        _encode(_share(left, ranks), tokenizer, writer, skip_bad, batch_size, ranks)
-        return TokenizeSummary(out=out, index=writer.finish())
+        ]
+        work = _share([each for each in work if each.flips], ranks)
+        _encode(work, tokenizer, writer, skip_bad, batch_size, ranks)
+        return writer.finish()
 
 
 class _Work(NamedTuple):

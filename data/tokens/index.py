@@ -144,6 +144,11 @@ class StoreIndex:
         """SHA-256, in hexadecimal, of all shards: what the store holds, not what was planned."""
         return hashlib.sha256(" ".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
+    def __str__(self) -> str:
+        skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
+        rate = f"{self.info.fps:.3g} fps"
+        return f"tokens of {self.drives} drives, {self.frames:,} frames at {rate}{skipped}"
+
 
 def shard_metadata(info: StoreInfo, drives: Sequence[DriveEntry]) -> dict[str, str]:
     """What a shard's header says of itself, so that a shard is usable without the index."""

@@ -33,14 +33,14 @@ def test_it_is_lpips_on_the_given_backbone(loss: PerceptualLoss) -> None:
 def test_distance_grows_with_the_difference(loss: PerceptualLoss) -> None:
     generator = torch.Generator().manual_seed(1)
     images, noise = torch.randn(2, 2, 3, 32, 32, generator=generator).clamp(-1, 1)
-    distances = [float(loss(images, images + share * noise)) for share in (0, 0.1, 0.5)]
+    distances = [float(loss(images, images + share * noise).mean()) for share in (0, 0.1, 0.5)]
     assert distances[0] == 0
     assert 0 < distances[1] < distances[2]
 
 
 def test_pictures_get_gradients_and_weights_do_not(loss: PerceptualLoss) -> None:
     images = torch.zeros(1, 3, 32, 32, requires_grad=True)
-    (gradient,) = torch.autograd.grad(loss(images, torch.ones(1, 3, 32, 32)), images)
+    (gradient,) = torch.autograd.grad(loss(images, torch.ones(1, 3, 32, 32)).mean(), images)
     assert gradient.any()
     assert not any(parameter.requires_grad for parameter in loss.parameters())
 

@@ -114,7 +114,7 @@ def with_damage(drives: DriveSet, *, silent: bool = False) -> DriveSet:
 def test_the_store_holds_the_tokens_of_the_chosen_frames_and_their_actions(
     drives: DriveSet, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    summary = tokenize(drives, tokenizer, tmp_path / "tokens", every=2, batch_size=BATCH)
+    index = tokenize(drives, tokenizer, tmp_path / "tokens", every=2, batch_size=BATCH)
     store = TokenStore(tmp_path / "tokens")
     assert store.drive_ids == NAMES
     assert len({drive.tokens.tobytes() for drive in store.drives}) == len(NAMES)
@@ -127,18 +127,18 @@ def test_the_store_holds_the_tokens_of_the_chosen_frames_and_their_actions(
         np.testing.assert_array_equal(stored.action_valid, sampled.action_valid)
         np.testing.assert_array_equal(stored.timestamps, sampled.timestamps)
         assert stored.entry.segments == tuple(sampled.segments)
-    assert str(summary) == f"tokens of 3 drives, 33 frames at 5 fps -> {tmp_path / 'tokens'}"
+    assert str(index) == "tokens of 3 drives, 33 frames at 5 fps"
 
 
 def test_a_rate_that_no_stride_gives_is_stored_as_it_is(
     drives: DriveSet, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     faster = DriveSet([slower(drives.drives[0], 10 / 14)])
-    summary = tokenize(faster, tokenizer, tmp_path / "tokens", fps=10)
+    index = tokenize(faster, tokenizer, tmp_path / "tokens", fps=10)
     (stored,) = TokenStore(tmp_path / "tokens").drives
     assert len(stored) < FRAMES
     assert stored.entry.segments == ((0, len(stored)),)
-    assert summary.index.info.fps == pytest.approx(10, rel=0.03)
+    assert index.info.fps == pytest.approx(10, rel=0.03)
 
 
 def test_the_store_says_what_a_model_needs_to_know(
@@ -259,11 +259,11 @@ def test_a_file_that_is_no_video_stops_at_once_or_is_skipped(
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "tokens").exists()
 
-    summary = tokenize(find_drives([folder]), tokenizer, tmp_path / "tokens", skip_bad=True)
+    index = tokenize(find_drives([folder]), tokenizer, tmp_path / "tokens", skip_bad=True)
     store = TokenStore(tmp_path / "tokens")
     assert store.drive_ids == NAMES
     assert [skipped.id for skipped in store.index.skipped] == ["bad one"]
-    assert "1 skipped" in str(summary)
+    assert "1 skipped" in str(index)
     assert str(tmp_path) not in (tmp_path / "tokens" / "index.json").read_text()
 
 

@@ -56,19 +56,16 @@ class Driver:
         now = self._now
         change = now.speed_mps - self._speed
         self._speed += min(max(change, -now.braking_mps2 * dt), _ACCELERATION_MPS2 * dt)
-        wanted = (
-            self._towards(state, now.offset_m) if now.steering_rad is None else now.steering_rad
-        )
-        most = self._most_steering()
+        wanted = now.steering_rad
+        if wanted is None:
+            wanted = self._towards(state, now.offset_m)
+        # What the tyres hold at this speed.
+        grip = _MOST_LATERAL_MPS2 * WHEELBASE_M / max(self._speed, 1.0) ** 2
+        most = min(math.atan(grip), _MOST_STEERING_RAD)
         turn = min(max(wanted, -most), most) - self._steering
         reach = _STEERING_RATE_RADPS * dt
         self._steering += min(max(turn, -reach), reach)
         return self._speed, self._steering
-
-    def _most_steering(self) -> float:
-        """Return what the tyres hold at this speed."""
-        grip = _MOST_LATERAL_MPS2 * WHEELBASE_M / max(self._speed, 1.0) ** 2
-        return min(math.atan(grip), _MOST_STEERING_RAD)
 
     def _towards(self, state: VehicleState, offset_m: float) -> float:
         """Return the steering to a point ahead on the road (pure pursuit, Coulter 1992)."""
