@@ -33,7 +33,7 @@ _GAN_RAMP = 0.1
 
 
 @config
-class ObjectiveConfig:
+class TokenizerObjectiveConfig:
     """The weights of the losses; pictures are in [-1, 1]."""
 
     l1_weight: NonNegative = 1.0
@@ -67,7 +67,7 @@ class TokenizerObjective(nn.Module):
     def __init__(
         self,
         model: AutoencoderConfig,
-        config: ObjectiveConfig,
+        config: TokenizerObjectiveConfig,
         vgg16: Mapping[str, Tensor] | None = None,
     ) -> None:
         """`vgg16` are the weights of LPIPS's backbone, needed where `lpips_weight` is not 0."""

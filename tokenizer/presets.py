@@ -5,14 +5,14 @@ from dataclasses import replace
 from driving_sim.engine.training.loop import TrainingConfig
 from driving_sim.tokenizer.autoencoder import AutoencoderConfig
 from driving_sim.tokenizer.discriminator import DiscriminatorConfig
-from driving_sim.tokenizer.objective import ObjectiveConfig
+from driving_sim.tokenizer.objective import TokenizerObjectiveConfig
 from driving_sim.tokenizer.training import TokenizerDataConfig, TokenizerRunConfig
 
 DEMO = TokenizerRunConfig(
     model=AutoencoderConfig(
         height=64, width=128, widths=(32, 64, 128), blocks=(1, 1, 1), attention_blocks=1
     ),
-    objective=ObjectiveConfig(mse_weight=4.0, lpips_weight=0.0, gan_weight=0.0),
+    objective=TokenizerObjectiveConfig(mse_weight=4.0, lpips_weight=0.0, gan_weight=0.0),
     data=TokenizerDataConfig(batch_size=4, validation_frames=64),
     training=TrainingConfig(
         minutes=2.5,
@@ -32,7 +32,7 @@ TINY = TokenizerRunConfig(
     model=AutoencoderConfig(
         height=128, width=256, widths=(64, 128, 256), blocks=(1, 1, 1), attention_blocks=2
     ),
-    objective=ObjectiveConfig(
+    objective=TokenizerObjectiveConfig(
         mse_weight=24.0,
         lpips_weight=0.0,
         gan_weight=0.05,

@@ -44,7 +44,7 @@ from driving_sim.engine.training.loop import (
 )
 from driving_sim.tokenizer.autoencoder import STRIDE, Autoencoder, AutoencoderConfig
 from driving_sim.tokenizer.metrics import codebook_use, psnr, ssim
-from driving_sim.tokenizer.objective import ObjectiveConfig, TokenizerObjective
+from driving_sim.tokenizer.objective import TokenizerObjective, TokenizerObjectiveConfig
 from driving_sim.tokenizer.perceptual import vgg16_weights
 from driving_sim.tokenizer.tokenizer import Tokenizer, frames_from_images, images_from_frames
 
@@ -86,7 +86,7 @@ class TokenizerRunConfig:
     """How it is trained."""
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     """The autoencoder."""
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: TokenizerObjectiveConfig = field(default_factory=TokenizerObjectiveConfig)
     """What it is trained for."""
     data: TokenizerDataConfig = field(default_factory=TokenizerDataConfig)
     """What it is trained on."""

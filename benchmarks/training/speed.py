@@ -40,7 +40,7 @@ from driving_sim.engine.device import autocast, name_of
 from driving_sim.engine.ranks.distributed import Ranks
 from driving_sim.engine.training.config import TrainingConfig
 from driving_sim.engine.training.step import Batch, Stepper
-from driving_sim.tokenizer.objective import ObjectiveConfig, TokenizerObjective
+from driving_sim.tokenizer.objective import TokenizerObjective, TokenizerObjectiveConfig
 from driving_sim.world_model.training.objective import InputNoiseConfig, WorldModelObjective
 
 _BATCHES = {"tiny": 2, "base": 1, "tokenizer": 4}
@@ -167,7 +167,7 @@ def tokenizer(settings: Settings) -> list[Claim]:
     size = shape_of("base", settings).frames
     large = _LARGER_ON_CUDA if settings.device.type == "cuda" else 1
     batch, peer_batch = _BATCHES["tokenizer"] * large, large
-    model = TokenizerObjective(size, ObjectiveConfig(lpips_weight=0.0, gan_weight=0.0))
+    model = TokenizerObjective(size, TokenizerObjectiveConfig(lpips_weight=0.0, gan_weight=0.0))
     count = parameters(model)
     frames = torch.randint(256, (batch, size.height, size.width, 3), dtype=torch.uint8)
     own = own_step(model, {"frames": frames}, settings)

@@ -8,7 +8,7 @@ from driving_sim.engine.training.optimizer import build_optimizer
 from driving_sim.tokenizer import objective as module
 from driving_sim.tokenizer.autoencoder import AutoencoderConfig
 from driving_sim.tokenizer.discriminator import Discriminator, DiscriminatorConfig, hinge_loss
-from driving_sim.tokenizer.objective import ObjectiveConfig, TokenizerObjective
+from driving_sim.tokenizer.objective import TokenizerObjective, TokenizerObjectiveConfig
 from driving_sim.tokenizer.tokenizer import images_from_frames
 
 MODEL = AutoencoderConfig(
@@ -24,7 +24,7 @@ def objective(**changes: Any) -> TokenizerObjective:
         "gan_start": 0.5,
         "discriminator": DiscriminatorConfig(width=16),
     }
-    return TokenizerObjective(MODEL, ObjectiveConfig(**(values | changes)))
+    return TokenizerObjective(MODEL, TokenizerObjectiveConfig(**(values | changes)))
 
 
 def batch(progress: float) -> dict[str, Tensor]:
@@ -134,7 +134,7 @@ class Distance(nn.Module):
 
 def test_lpips_counts_by_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PerceptualLoss", Distance)
-    config = ObjectiveConfig(l1_weight=0.0, lpips_weight=3.0, gan_weight=0.0)
+    config = TokenizerObjectiveConfig(l1_weight=0.0, lpips_weight=3.0, gan_weight=0.0)
     model = TokenizerObjective(MODEL, config, {"factor": torch.tensor(2.0)})
     loss, metrics = model(batch(0.1))
     expected = 2 * (model.autoencoder(images()).images - images()).square().mean()

@@ -18,7 +18,7 @@ from driving_sim.engine.training.loop import TrainingConfig
 from driving_sim.tokenizer import Tokenizer
 from driving_sim.tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from driving_sim.tokenizer.discriminator import DiscriminatorConfig
-from driving_sim.tokenizer.objective import ObjectiveConfig, TokenizerObjective
+from driving_sim.tokenizer.objective import TokenizerObjective, TokenizerObjectiveConfig
 from driving_sim.tokenizer.presets import PRESETS
 from driving_sim.tokenizer.training import (
     TokenizerDataConfig,
@@ -110,7 +110,7 @@ def run_config(**training: Any) -> TokenizerRunConfig:
             attention_blocks=1,
             head_size=16,
         ),
-        objective=ObjectiveConfig(
+        objective=TokenizerObjectiveConfig(
             lpips_weight=0.0, gan_start=0.5, discriminator=DiscriminatorConfig(width=16)
         ),
         data=TokenizerDataConfig(batch_size=4),
@@ -226,7 +226,7 @@ def test_missing_lpips_weights_stop_before_anything_is_made(
         raise URLError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
-    config = replace(run_config(), objective=ObjectiveConfig())
+    config = replace(run_config(), objective=TokenizerObjectiveConfig())
     with pytest.raises(DriveSimError, match=r"--set objective\.lpips_weight=0"):
         train_tokenizer(drives(2), config, tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
