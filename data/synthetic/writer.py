@@ -116,8 +116,8 @@ def _make(
     advance: Callable[[int], None] = _ignore,
 ) -> None:
     driven = drive(SyntheticWorld(world_seed, config), seconds, driver_seed)
-    size = {"height": config.height, "width": config.width}
-    with VideoWriter(stem.with_suffix(".mp4"), fps=config.fps, **size) as writer:
+    fps, height, width = config.fps, config.height, config.width
+    with VideoWriter(stem.with_suffix(".mp4"), fps=fps, height=height, width=width) as writer:
         for frame in driven.stream():
             writer.write(frame)
             advance(1)
@@ -126,7 +126,7 @@ def _make(
         driven.timestamps,
         driven.actions,
         "road_wheel",
-        hold_until=len(driven.states) / config.fps,
+        hold_until=len(driven.states) / fps,
     )
     # Last: a drive is there when its JSON is.
     driven.save(stem.with_suffix(".json"))

@@ -13,7 +13,7 @@ Point = tuple[float, float]
 """Column and row, continuous: pixel (i, j) covers i to i + 1 and j to j + 1."""
 
 
-def rgb(colour: tuple[float, float, float]) -> Rgb:
+def rgb(colour: tuple[float, float, float] | NDArray[np.float64]) -> Rgb:
     """Return a colour to draw with."""
     return np.array(colour, np.float32)[:, None, None]
 

@@ -114,7 +114,7 @@ class Driver:
             case "stop":
                 braking = rng.uniform(2.5, 5.5)
                 seconds = self._speed / braking + rng.uniform(0.5, 1.5)
-                steering = 0.0 if rng.random() < 0.4 else None
-                return _Manoeuvre(seconds, 0.0, braking, steering_rad=steering)
+                straight = rng.random() < 0.4
+                return _Manoeuvre(seconds, 0.0, braking, steering_rad=0.0 if straight else None)
             case _:
                 return self._follow()
