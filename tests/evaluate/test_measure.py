@@ -27,7 +27,7 @@ from driving_sim.evaluate.footage import Clip, Footage, HeldOutStore, recording_
 from driving_sim.evaluate.measure import TOKENIZER_HEADLINE, measure_tokenizer, measure_world_model
 from driving_sim.evaluate.pictures.stability import StabilityConfig
 from driving_sim.evaluate.report.compare import compare_reports
-from driving_sim.evaluate.report.protocol import Protocol
+from driving_sim.evaluate.report.protocol_hash import Protocol
 from driving_sim.evaluate.world_model import (
     HEADLINE,
     NOT_MEASURED,

@@ -21,7 +21,7 @@ from driving_sim.evaluate.report.page import (
     render,
     write_page,
 )
-from driving_sim.evaluate.report.protocol import Protocol
+from driving_sim.evaluate.report.protocol_hash import Protocol
 from driving_sim.evaluate.report.section import Cell, Media, Section, Table, plot
 
 _PER_TOKENIZER = "per_tokenizer"

@@ -23,7 +23,7 @@ import numpy as np
 from driving_sim.engine.config import save_json
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_folder
-from driving_sim.evaluate.report.protocol import Protocol
+from driving_sim.evaluate.report.protocol_hash import Protocol
 from driving_sim.evaluate.report.section import Cell, Media, Section, Table
 
 PAGE, METRICS, PROTOCOL = "report.html", "metrics.json", "protocol.json"

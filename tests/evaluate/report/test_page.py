@@ -18,7 +18,7 @@ from driving_sim.evaluate.report.page import (
     refuse_existing,
     write_report,
 )
-from driving_sim.evaluate.report.protocol import Protocol
+from driving_sim.evaluate.report.protocol_hash import Protocol
 from driving_sim.evaluate.report.section import Media, Section, Table, film, photo, plot
 
 HOSTILE = '<script>alert("1")</script>&amp;<img src="http://example.com/x.png">$title\udcff'

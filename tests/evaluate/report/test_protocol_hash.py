@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.evaluate.report.protocol import Protocol
+from driving_sim.evaluate.report.protocol_hash import Protocol
 
 SETTINGS: dict[str, Any] = {
     "drives": {"track/drive_07": "3f" * 32},
