@@ -39,8 +39,8 @@ from driving_sim.evaluate.likelihood.bits import learned_drives
 from driving_sim.evaluate.likelihood.surprise import surprise
 from driving_sim.evaluate.pictures.features import I3DFeatures, SeededFeatures, VideoFeatures
 from driving_sim.evaluate.pictures.reconstruction import evaluate_tokenizer
-from driving_sim.evaluate.report.page import KeyFigure, refuse_existing, write_report
 from driving_sim.evaluate.report.protocol_hash import Protocol
+from driving_sim.evaluate.report.report import KeyFigure, refuse_existing, write_report
 from driving_sim.evaluate.world_model import (
     HEADLINE,
     NOT_MEASURED,

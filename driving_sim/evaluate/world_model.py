@@ -31,8 +31,8 @@ from driving_sim.evaluate.pictures.features import VideoFeatures
 from driving_sim.evaluate.pictures.long_rollouts import evaluate_stability
 from driving_sim.evaluate.pictures.quality import QualityMeter
 from driving_sim.evaluate.pictures.stability import StabilityConfig
-from driving_sim.evaluate.report.page import KeyFigure
 from driving_sim.evaluate.report.protocol_hash import Protocol
+from driving_sim.evaluate.report.report import KeyFigure
 from driving_sim.evaluate.report.section import Section, Table
 from driving_sim.evaluate.rollouts import BATCH, imagine
 from driving_sim.tokenizer.perceptual import PerceptualLoss

@@ -19,7 +19,8 @@ from driving_sim.engine.progress import progress
 from driving_sim.evaluate.actions.following import follow
 from driving_sim.evaluate.actions.inverse_dynamics import STANDING_MPS, InverseDynamics
 from driving_sim.evaluate.footage import Clip
-from driving_sim.evaluate.report.section import Cell, Media, Section, Table, plot
+from driving_sim.evaluate.report.cell import Cell
+from driving_sim.evaluate.report.section import Media, Section, Table, plot
 from driving_sim.evaluate.rollouts import Imagined, imagine
 from driving_sim.world_model.sampling.sampler import Sampling
 from driving_sim.world_model.world_model import WorldModel

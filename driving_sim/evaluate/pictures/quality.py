@@ -19,8 +19,9 @@ from torch import Tensor
 from driving_sim.evaluate.footage import Clip
 from driving_sim.evaluate.pictures.features import VideoFeatures
 from driving_sim.evaluate.pictures.frechet import frechet_distance
+from driving_sim.evaluate.report.cell import Cell
 from driving_sim.evaluate.report.intervals import interval
-from driving_sim.evaluate.report.section import Cell, Media, Section, Table, film, photo, plot
+from driving_sim.evaluate.report.section import Media, Section, Table, film, photo, plot
 from driving_sim.evaluate.rollouts import Imagined
 from driving_sim.tokenizer.metrics import psnr, ssim
 from driving_sim.tokenizer.perceptual import PerceptualLoss

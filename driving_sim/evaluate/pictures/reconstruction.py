@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from driving_sim.data.drive import SampledDrive
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.pictures.flicker import Flicker, flicker
+from driving_sim.evaluate.report.cell import Cell
 from driving_sim.evaluate.report.intervals import block_frames, bootstrap, mean_of_sums, unit_sums
-from driving_sim.evaluate.report.section import Cell, Media, Section, Table, photo
+from driving_sim.evaluate.report.section import Media, Section, Table, photo
 from driving_sim.tokenizer.metrics import codebook_use, psnr, ssim
 from driving_sim.tokenizer.perceptual import PerceptualLoss
 from driving_sim.tokenizer.tokenizer import Tokenizer

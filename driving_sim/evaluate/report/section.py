@@ -13,19 +13,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from driving_sim.data.video.writer import write_video
-
-Cell = str | float | int | None | Mapping[str, float | None]
-"""Text, a number, None for what could not be measured, or `{"mean": ..., "low": ..., "high": ...}`:
-a mean with its interval, low and high None where there is none (see `intervals.bootstrap`)."""
+from driving_sim.evaluate.report.cell import Cell
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Table:
     """Rows of cells under headings."""
 
     caption: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,8 +14,8 @@ from driving_sim.evaluate.footage import Clip, Footage
 from driving_sim.evaluate.pictures.features import SeededFeatures
 from driving_sim.evaluate.pictures.quality import QualityMeter
 from driving_sim.evaluate.report.compare import compare_reports
-from driving_sim.evaluate.report.page import KeyFigure, write_report
 from driving_sim.evaluate.report.protocol_hash import Kind, Protocol
+from driving_sim.evaluate.report.report import KeyFigure, write_report
 from driving_sim.evaluate.report.section import Section
 from driving_sim.evaluate.rollouts import Imagined
 from tests.fixtures.token_drives import FPS, write_store

@@ -1,0 +1,150 @@
+"""A report on disk: its page for people, its numbers for machines, and the protocol of both.
+
+REPORT/report.html      self-contained: plots, pictures and videos are inside; asks for no file
+REPORT/metrics.json     every section's metrics; null is what could not be measured
+REPORT/protocol.json    what was measured, and its hash
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from driving_sim.engine.config import load_json, save_json
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.files import atomic_folder
+from driving_sim.evaluate.report.cell import Cell, cell_texts, is_estimate
+from driving_sim.evaluate.report.page import Tile, render, write_page
+from driving_sim.evaluate.report.protocol_hash import Protocol
+from driving_sim.evaluate.report.section import Section
+
+_PAGE, _METRICS, _PROTOCOL = "report.html", "metrics.json", "protocol.json"
+_NOT_SECTIONS = frozenset(("protocol", "model", "seconds", "headline"))
+"""What `metrics.json` holds beside the sections' metrics."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyFigure:
+    """A metric that stands at a report's head, and what to read it beside: floors, baselines."""
+
+    label: str
+    """With its unit."""
+    metric: str
+    """Its place below the sections, `likelihood.bits_per_token`: a number or a mean with its
+    interval."""
+    beside: Mapping[str, str] = field(default_factory=dict)
+    """Label to place."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """A report that was written before."""
+
+    path: Path
+    metrics: Mapping[str, Any]
+    protocol: Protocol
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a report's folder; `DriveSimError` where its files do not belong together."""
+        protocol, metrics = Protocol.load(path / _PROTOCOL), load_json(path / _METRICS)
+        if metrics.get("protocol") != protocol.hash or not isinstance(metrics.get("model"), dict):
+            raise DriveSimError(
+                f"{path}: {_METRICS} and {_PROTOCOL} are not of one measurement; evaluate again"
+            )
+        return cls(path=path, metrics=metrics, protocol=protocol)
+
+    @property
+    def sections(self) -> dict[str, Any]:
+        """Metrics by section."""
+        return {key: item for key, item in self.metrics.items() if key not in _NOT_SECTIONS}
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise `DriveSimError` unless a report may be written to `out`; call it before measuring."""
+    if (out / _METRICS).is_file():
+        raise DriveSimError(f"{out} already holds a report: choose another --out or remove it")
+    if not out.name or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise DriveSimError(f"{out} exists and is not a report: choose another --out")
+
+
+def write_report(
+    out: Path,
+    *,
+    title: str,
+    description: Mapping[str, Cell],
+    sections: Sequence[Section],
+    protocol: Protocol,
+    model: Mapping[str, Any],
+    seconds: float,
+    headline: Sequence[KeyFigure] = (),
+    attachments: Mapping[str, bytes] | None = None,
+) -> dict[str, str]:
+    """Write the folder, whole or not at all, and return the key figures as text by their labels.
+
+    `description` stands under the title: which model, which data. `model` is what was measured,
+    for `metrics.json`: its path and fingerprints; a world model's `tokenizer_fingerprint` decides
+    which metrics compare. A mapping of metrics with `"per_tokenizer": True` in it counts tokens
+    and has no meaning beside another tokenizer's. A key figure that is not among the metrics is
+    left out. `attachments` are further files by their names.
+    """
+    refuse_existing(out)
+    measured: dict[str, Any] = {}
+    for section in sections:
+        if section.name in _NOT_SECTIONS | measured.keys() or not section.name.isidentifier():
+            raise ValueError(f"section {section.name!r}: expected an identifier not used yet")
+        measured[section.name] = _json(section.metrics)
+    headline = [figure for figure in headline if _at(measured, figure.metric)]
+    tiles: list[Tile] = []
+    for figure in headline:
+        (value,) = _at(measured, figure.metric)
+        found = {label: _at(measured, place) for label, place in figure.beside.items()}
+        tiles.append((figure.label, value, {label: at[0] for label, at in found.items() if at}))
+    metrics = {
+        "protocol": protocol.hash,
+        "model": _json(model),
+        "seconds": seconds,
+        "headline": {figure.label: figure.metric for figure in headline},
+        **measured,
+    }
+    page = render(
+        title=title,
+        description=description,
+        headline=tiles,
+        sections=sections,
+        protocol=protocol,
+        seconds=seconds,
+    )
+    with atomic_folder(out) as folder:
+        protocol.save(folder / _PROTOCOL)
+        save_json(folder / _METRICS, metrics)
+        write_page(folder / _PAGE, page)
+        for name, content in (attachments or {}).items():
+            (folder / name).write_bytes(content)
+    return {label: cell_texts([value])[0] for label, value, _ in tiles}
+
+
+def _at(metrics: Mapping[str, Any], place: str) -> list[Cell]:
+    """The number or the estimate at `section.name`, if there is one."""
+    value: Any = metrics
+    for name in place.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            return []
+        value = value[name]
+    if isinstance(value, list) or (isinstance(value, Mapping) and not is_estimate(value)):
+        raise ValueError(f"headline: {place} is not one number")
+    return [value]
+
+
+def _json(value: Any) -> Any:
+    """What JSON holds: its own numbers for NumPy's, null for NaN and infinities."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): _json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,99 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.evaluate.report.protocol_hash import Protocol
+from driving_sim.evaluate.report.report import KeyFigure, refuse_existing, write_report
+from tests.fixtures.report_sections import (
+    ESTIMATE,
+    PROTOCOL,
+    report_arguments,
+    sections,
+    written_page,
+)
+
+
+def test_the_folder_holds_page_numbers_and_protocol(tmp_path: Path) -> None:
+    headline = [KeyFigure(label="PSNR", metric="reconstruction.psnr_db")]
+    written_page(tmp_path / "out", headline=headline, attachments={"probe.bin": b"weights"})
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"report.html", "metrics.json", "protocol.json", "probe.bin"}
+    assert (tmp_path / "out" / "probe.bin").read_bytes() == b"weights"
+    assert Protocol.load(tmp_path / "out" / "protocol.json") == PROTOCOL
+    text = (tmp_path / "out" / "metrics.json").read_text()
+    metrics = json.loads(text, parse_constant=pytest.fail)
+    assert metrics == {
+        "protocol": PROTOCOL.hash,
+        "model": {"path": "runs/tokenizer", "fingerprint": "ab" * 32},
+        "seconds": 61.4,
+        "headline": {"PSNR": "reconstruction.psnr_db"},
+        "reconstruction": {
+            "psnr_db": 21.5,
+            "bits": ESTIMATE,
+            "by_drive": {"one\n\ntwo": [1.0, None]},
+        },
+        "speed": {"frames_per_s": 2.5, "lpips": None, "counts": [0, 1]},
+    }
+
+
+def test_key_figures_stand_at_the_head(tmp_path: Path) -> None:
+    beside = {"PSNR": "reconstruction.psnr_db", "absent": "reconstruction.absent"}
+    headline = [
+        KeyFigure(label="bits", metric="reconstruction.bits", beside=beside),
+        KeyFigure(label="no number", metric="speed.lpips"),
+        KeyFigure(label="not measured", metric="rollout.psnr_db"),
+        KeyFigure(label="not measured", metric="reconstruction.psnr"),
+    ]
+    head = written_page(tmp_path / "out", headline=headline).partition("<nav")[0]
+    assert '<dt>bits</dt><dd class="value">3.21 [3.10, 3.33]</dd>' in head
+    assert '<dd class="beside">PSNR 21.5</dd>' in head
+    assert '<dt>no number</dt><dd class="value">–</dd>' in head
+    assert "not measured" not in head
+    assert "absent" not in head
+    returned = write_report(tmp_path / "again", **report_arguments(headline=headline))
+    assert returned == {"bits": "3.21 [3.10, 3.33]", "no number": "–"}
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["headline"] == {"bits": "reconstruction.bits", "no number": "speed.lpips"}
+    for place in ("reconstruction", "reconstruction.by_drive", "speed.counts"):
+        with pytest.raises(ValueError, match=f"headline: {place} is not one number"):
+            written_page(tmp_path / "bad", headline=[KeyFigure(label="x", metric=place)])
+
+
+def test_an_existing_folder_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    refuse_existing(out)
+    out.mkdir()
+    refuse_existing(out)
+    written_page(out)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    for refuse in (refuse_existing, written_page):
+        with pytest.raises(DriveSimError, match="already holds a report: choose another --out"):
+            refuse(out)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    other = tmp_path / "videos"
+    other.mkdir()
+    (other / "a.mp4").touch()
+    for path in (other, other / "a.mp4", Path()):
+        with pytest.raises(DriveSimError, match="exists and is not a report"):
+            refuse_existing(path)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(path: Path, page: str) -> None:
+        path.write_text(page[:10])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("driving_sim.evaluate.report.report.write_page", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        written_page(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["model", "headline", "speed", "a.b", "a b", ""])
+def test_section_names_are_keys_of_their_own(tmp_path: Path, name: str) -> None:
+    one, other = sections()
+    with pytest.raises(ValueError, match="expected an identifier not used yet"):
+        written_page(tmp_path / "out", sections=[other, replace(one, name=name)])
