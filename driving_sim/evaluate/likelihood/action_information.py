@@ -13,7 +13,7 @@ from driving_sim.data.actions.action_file import SPEED, STEERING
 from driving_sim.data.tokens.store import DriveTokens, TokenStore
 from driving_sim.engine.errors import TooLittleDataError
 from driving_sim.engine.progress import progress
-from driving_sim.evaluate.report.intervals import block_frames, bootstrap, mean_of_sums, unit_sums
+from driving_sim.evaluate.report.intervals import block_frames, bootstrap, mean_of_sums, mean_sums
 from driving_sim.evaluate.report.section import Section, Table
 from driving_sim.world_model.training.bits import streamed_token_bits
 from driving_sim.world_model.world_model import WorldModel
@@ -153,7 +153,7 @@ def _displaced_blocks(length: int, block: int, rng: np.random.Generator) -> NDAr
 def _per_block(gain: NDArray[np.float64], block: int, window: int) -> NDArray[np.float64]:
     """Sum of `gain` [N] and number of frames, [U, 2], of whole blocks from frame `window` on."""
     frames = np.arange(window, len(gain) // block * block)
-    return unit_sums(frames // block, np.stack([gain[frames], np.ones(len(frames))], axis=1))
+    return mean_sums(gain[frames], frames // block)
 
 
 def _table(metrics: dict[str, Any]) -> Table:

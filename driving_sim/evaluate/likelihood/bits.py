@@ -16,7 +16,7 @@ from driving_sim.data.tokens.store import DriveTokens, TokenStore
 from driving_sim.data.tokens.windows import sequential_windows
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.progress import progress
-from driving_sim.evaluate.report.intervals import block_frames, bootstrap, mean_of_sums, unit_sums
+from driving_sim.evaluate.report.intervals import block_frames, interval
 from driving_sim.evaluate.report.section import Media, Section, Table, plot
 from driving_sim.world_model.training.baselines import CopyLast, TimeBigram
 from driving_sim.world_model.training.bits import (
@@ -144,9 +144,7 @@ class Calibration:
 def _interval(judged: FrameBits, block: int, tokens: int = 1) -> dict[str, float | None]:
     """Mean bits of so many tokens, over frames, with its interval over blocks of frames."""
     blocks = judged.drive * (1 + judged.frame.max() // block) + judged.frame // block
-    values = np.stack([judged.bits * tokens, np.ones_like(judged.bits)], axis=1)
-    # Sums and counts are resampled: blocks at the ends are shorter, and the mean is over frames.
-    return bootstrap(unit_sums(blocks, values), mean_of_sums)
+    return interval(judged.bits * tokens, blocks)
 
 
 def _by_position(
@@ -156,10 +154,7 @@ def _by_position(
     bits = _bits_of_windows(world, drives)
     # Windows that are shorter than a block are resampled so many together.
     units = np.arange(len(bits)) // -(-block // world.context_frames)
-    found = [
-        bootstrap(unit_sums(units, np.stack([place, np.ones_like(place)], axis=1)), mean_of_sums)
-        for place in bits.T
-    ]
+    found = [interval(place, units) for place in bits.T]
     return {
         "by_position": [each["mean"] for each in found],
         "by_position_interval": {end: [each[end] for each in found] for end in ("low", "high")},

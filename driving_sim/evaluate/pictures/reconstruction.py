@@ -16,7 +16,7 @@ from driving_sim.data.drive import SampledDrive
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.pictures.flicker import Flicker, flicker
 from driving_sim.evaluate.report.cell import Cell
-from driving_sim.evaluate.report.intervals import block_frames, bootstrap, mean_of_sums, unit_sums
+from driving_sim.evaluate.report.intervals import block_frames, bootstrap, mean_of_sums, mean_sums
 from driving_sim.evaluate.report.section import Media, Section, Table, photo
 from driving_sim.tokenizer.metrics import codebook_use, psnr, ssim
 from driving_sim.tokenizer.perceptual import PerceptualLoss
@@ -70,7 +70,7 @@ class _DriveMeter:
         and no units of their own."""
         values = np.concatenate(self.values[name])
         block = np.arange(len(values)) // block_frames(self.sampled.fps)
-        return unit_sums(block, np.stack([values, np.ones_like(values)], axis=1))
+        return mean_sums(values, block)
 
     def beside(self, index: int) -> Media:
         """Show a frame and its reconstruction."""

@@ -18,12 +18,9 @@ BLOCK_S = 3.0
 Values = NDArray[np.floating]
 
 
-def interval(values: ArrayLike, *, seed: int = 0) -> dict[str, float | None]:
-    """Mean of [n] and its 95 % interval, one value of each independent unit; see `bootstrap`."""
-    array = np.asarray(values, np.float64)
-    if not len(array):
-        raise ValueError("no values to find a mean of")
-    return bootstrap(np.stack([array, np.ones_like(array)], axis=1), mean_of_sums, seed=seed)
+def interval(values: ArrayLike, units: ArrayLike | None = None) -> dict[str, float | None]:
+    """Mean of [n] and its 95 % interval, by default of independent values; see `mean_sums`."""
+    return bootstrap(mean_sums(values, units), mean_of_sums)
 
 
 def bootstrap(
@@ -64,6 +61,18 @@ def mean_of_sums(sums: Values) -> Values:
     """A statistic for `bootstrap`: means [...] of [..., 2], a sum and its count; NaN for none."""
     total, count = sums[..., 0], sums[..., 1]
     return np.asarray(total / np.where(count == 0, np.nan, count))
+
+
+def mean_sums(values: ArrayLike, units: ArrayLike | None = None) -> NDArray[np.float64]:
+    """Sum of `values` [n] and their number in each unit, [U, 2], for `bootstrap`.
+
+    `units` [n] are labels; without them each value is a unit. Sums and counts are resampled, for
+    units may be of different sizes, as blocks at the ends of drives are, and the mean is over
+    values.
+    """
+    array = np.asarray(values, np.float64)
+    terms = np.stack([array, np.ones_like(array)], axis=1)
+    return terms if units is None else unit_sums(units, terms)
 
 
 def unit_sums(units: ArrayLike, values: ArrayLike) -> NDArray[np.float64]:

@@ -32,7 +32,7 @@ def test_interval_holds_the_truth_as_often_as_it_says() -> None:
 
 
 def test_of_nothing_there_is_no_mean_and_of_one_unit_no_interval() -> None:
-    with pytest.raises(ValueError, match="no values"):
+    with pytest.raises(ValueError, match="of one or more"):
         interval([])
     assert interval([2.0]) == {"mean": 2.0, "low": None, "high": None}
     nothing = {"mean": None, "low": None, "high": None}
