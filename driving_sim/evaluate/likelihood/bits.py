@@ -30,6 +30,8 @@ from driving_sim.world_model.world_model import WorldModel
 
 _BINS = 10
 _BATCH = 4
+_INPUTS = ("tokens", "previous", "has_previous", "actions", "action_valid")
+"""Of a batch, what the transformer takes, in order."""
 
 
 def learned_drives(world: WorldModel, training: TokenStore) -> tuple[DriveTokens, ...]:
@@ -112,32 +114,29 @@ class Calibration:
     """How often the likeliest token was right, by how likely the model thought it."""
 
     def __init__(self) -> None:
-        self.counts = np.zeros(_BINS)
-        self.right = np.zeros(_BINS)
-        self.confidence = np.zeros(_BINS)
+        self.sums = np.zeros((3, _BINS))
 
     def add(self, judged: TokenBits) -> None:
         """Count tokens into bins of equal width."""
         confidence = judged.confidence.double().cpu().numpy().ravel()
         right = judged.right.cpu().numpy().ravel()
         places = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
-        self.counts += np.bincount(places, minlength=_BINS)
-        self.right += np.bincount(places, right, minlength=_BINS)
-        self.confidence += np.bincount(places, confidence, minlength=_BINS)
+        terms = (None, right, confidence)
+        self.sums += [np.bincount(places, term, minlength=_BINS) for term in terms]
 
     def metrics(self) -> dict[str, Any]:
         """Mean confidence and accuracy of each bin (None where empty), and their distance."""
-        gap = np.abs(self.right - self.confidence).sum() / self.counts.sum()
+        counts, right, confidence = self.sums
 
         def means(sums: NDArray[np.float64]) -> list[float | None]:
-            pairs = zip(sums.tolist(), self.counts.tolist(), strict=True)
+            pairs = zip(sums.tolist(), counts.tolist(), strict=True)
             return [total / count if count else None for total, count in pairs]
 
         return {
-            "expected_error": float(gap),
-            "confidence": means(self.confidence),
-            "accuracy": means(self.right),
-            "share": (self.counts / self.counts.sum()).tolist(),
+            "expected_error": float(np.abs(right - confidence).sum() / counts.sum()),
+            "confidence": means(confidence),
+            "accuracy": means(right),
+            "share": (counts / counts.sum()).tolist(),
         }
 
 
@@ -166,37 +165,22 @@ def _bits_of_windows(world: WorldModel, drives: Sequence[DriveTokens]) -> NDArra
     """Mean bits per token of each frame of windows side by side, [w, W]."""
     found = []
     for batch in sequential_windows(drives, frames=world.context_frames, batch_size=_BATCH):
-        inputs = {name: value.to(world.device) for name, value in batch.items()}
-        logits = world.transformer(
-            inputs["tokens"],
-            inputs["previous"],
-            inputs["has_previous"],
-            inputs["actions"],
-            inputs["action_valid"],
-        )
-        judged = TokenBits.judge(
-            rearrange(logits, "b t r c k -> (b t) (r c) k"),
-            rearrange(inputs["tokens"], "b t r c -> (b t) (r c)"),
-        )
-        found.append(rearrange(judged.bits.mean(1), "(b t) -> b t", b=len(logits)).cpu())
-    return torch.cat(found).double().numpy()
+        inputs = [batch[name].to(world.device) for name in _INPUTS]
+        logits = rearrange(world.transformer(*inputs), "b t r c k -> (b t) (r c) k")
+        judged = TokenBits.judge(logits, rearrange(inputs[0], "b t r c -> (b t) (r c)"))
+        found.append(rearrange(judged.means()[0], "(b t) -> b t", b=len(inputs[0])))
+    return np.concatenate(found)
 
 
 def _table(metrics: dict[str, Any]) -> Table:
-    rows = tuple(
-        (
-            name.replace("_", " "),
-            bits,
-            metrics["bits_per_frame"][name],
-            metrics["accuracy"][name],
-        )
-        for name, bits in metrics["bits_per_token"].items()
-    )
-    columns = ("", "bits per token", "bits per frame", "likeliest token right")
+    per_frame, accuracy = metrics["bits_per_frame"], metrics["accuracy"]
     return Table(
-        caption="Frames with a full window behind them; in brackets the 95 % interval",
-        columns=columns,
-        rows=rows,
+        "Frames with a full window behind them; in brackets the 95 % interval",
+        ("", "bits per token", "bits per frame", "likeliest token right"),
+        [
+            (name.replace("_", " "), bits, per_frame[name], accuracy[name])
+            for name, bits in metrics["bits_per_token"].items()
+        ],
     )
 
 
@@ -229,16 +213,15 @@ def _streamed_share(
         streamed = streamed_bits_per_token(
             world.transformer, drives, first=2 * frames, stop=4 * frames, advance=bar.advance
         )
-    bits = _by_place(streamed)
-    pairs = [
-        (bits[place], other) for place, other in _by_place(recomputed).items() if place in bits
-    ]
-    if not pairs:
+    both = streamed, recomputed
+    _, *chosen = np.intersect1d(*map(_places, both), assume_unique=True, return_indices=True)
+    if not len(chosen[0]):
         return None
-    in_cache, alone = np.mean(pairs, axis=0)
+    bits = np.stack([found.bits[own] for found, own in zip(both, chosen, strict=True)], axis=1)
+    in_cache, alone = bits.mean(axis=0)
     return float(in_cache / alone)
 
 
-def _by_place(judged: FrameBits) -> dict[tuple[int, int], float]:
-    places = zip(judged.drive.tolist(), judged.frame.tolist(), strict=True)
-    return dict(zip(places, judged.bits.tolist(), strict=True))
+def _places(judged: FrameBits) -> NDArray[np.int64]:
+    """A number for each frame, in the drives' order."""
+    return judged.drive << 32 | judged.frame
