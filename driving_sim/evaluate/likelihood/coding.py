@@ -40,9 +40,6 @@ _FAMILY = stream.model.Categorical(perfect=False)
 _CLAIM = 0.01
 """How far the coded size may be off the claimed one, as a share of it."""
 
-ChooseOfFrame = Callable[[int, Tensor, Tensor], Tensor]
-"""As the sampler's `Choose`, with the frame's number before."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compressed:
@@ -52,10 +49,6 @@ class Compressed:
     """All that `decompress` needs beside the model and the actions."""
     header_bits: int
     """How much of it says what it is, not what the tokens are."""
-    frames: int
-    """Frames of the drive that are in it."""
-    tokens: int
-    """Tokens that are in it."""
     model_bits: float
     """Sum over the tokens of -log2 p under the plain model, from the passes that coded them."""
 
@@ -67,10 +60,9 @@ class Compressed:
 
 def evaluate_coding(world: WorldModel, drive: DriveTokens, *, seconds: float) -> Section:
     """Prove the bits: compress the first `seconds` of a drive with the model and decode them."""
-    frames = min(len(drive), max(1, round(seconds * world.fps)))
-    with progress(2 * frames, "arithmetic coding", "frames") as bar:
-        checked = coded_size_check(world, drive, frames=frames, advance=bar.advance)
-    beginning = DriveView(drive, frames=frames)
+    beginning = DriveView(drive, frames=max(1, round(seconds * world.fps)))
+    with progress(2 * len(beginning), "arithmetic coding", "frames") as bar:
+        checked = coded_size_check(world, beginning, advance=bar.advance)
     claimed = streamed_bits_per_token(world.transformer, [beginning]).mean
     ratio = checked["coded_bits_per_token"] / claimed
     # In a short file the header alone is over 1 %; it says nothing about the model.
@@ -82,18 +74,14 @@ def evaluate_coding(world: WorldModel, drive: DriveTokens, *, seconds: float) ->
         "ratio_to_claimed": ratio,
         "proved": checked["exact"] and abs(ratio - header - 1) <= _CLAIM,
     }
-    rows = tuple(
-        (name.replace("_", " "), value)
-        for name, value in metrics.items()
-        if name != "per_tokenizer"
-    )
-    caption = f"Drive {drive.id}, {frames:,} of its {len(drive):,} frames"
+    rows = [(name.replace("_", " "), value) for name, value in metrics.items()][1:]
+    caption = f"Drive {drive.id}, {len(beginning):,} of its {len(drive):,} frames"
     return Section(
         name="coding",
         title="The bits, proved" if metrics["proved"] else "The bits, not proved",
         text=f"{_TEXT}\n\n{_verdict(checked['exact'], ratio, header)}",
         metrics=metrics,
-        parts=(Table(caption=caption, columns=("", "value"), rows=rows),),
+        parts=(Table(caption, ("", "value"), rows),),
     )
 
 
@@ -120,27 +108,27 @@ def coded_size_check(
     world: WorldModel,
     drive: DriveTokens,
     *,
-    frames: int | None = None,
     advance: Callable[[int], object] = lambda frames: None,
 ) -> dict[str, Any]:
-    """Compress a drive, or its first `frames` frames, decode it again, and compare the sizes.
+    """Compress a drive, decode it again, and compare the sizes.
 
     `ratio` is the coded size, header included, over the bits that the model claims; `exact` says
     whether what came back were the same tokens. `advance` is called with the number of frames done
     since; each is done twice.
     """
-    coded = compress(world, drive, frames=frames, advance=advance)
+    coded = compress(world, drive, advance=advance)
     try:
         decoded = decompress(world, coded.data, drive.actions, drive.action_valid, advance=advance)
-        exact = np.array_equal(decoded, drive.tokens[: coded.frames])
+        exact = np.array_equal(decoded, drive.tokens)
     except DriveSimError:
         exact = False
+    tokens = drive.tokens.size
     return {
-        "frames": coded.frames,
-        "tokens": coded.tokens,
+        "frames": len(drive),
+        "tokens": tokens,
         "header_bits": coded.header_bits,
-        "coded_bits_per_token": coded.coded_bits / coded.tokens,
-        "model_bits_per_token": coded.model_bits / coded.tokens,
+        "coded_bits_per_token": coded.coded_bits / tokens,
+        "model_bits_per_token": coded.model_bits / tokens,
         "raw_bits_per_token": math.log2(world.transformer.grid.codebook_size),
         "ratio": coded.coded_bits / coded.model_bits,
         "exact": exact,
@@ -151,10 +139,9 @@ def compress(
     world: WorldModel,
     drive: DriveTokens,
     *,
-    frames: int | None = None,
     advance: Callable[[int], object] = lambda frames: None,
 ) -> Compressed:
-    """Compress a drive's tokens, or those of its first `frames` frames, given its actions.
+    """Compress a drive's tokens, given its actions.
 
     Each run without a gap starts afresh. `advance` is called with the number of frames coded since.
     Raises `DriveSimError` for tokens of another tokenizer than the model's.
@@ -164,23 +151,27 @@ def compress(
             f"drive {drive.id!r} was tokenized by another tokenizer than the model's: tokenize the "
             "video with the tokenizer in the model's run folder"
         )
-    stop = len(drive) if frames is None else min(frames, len(drive))
-    runs = [min(end, stop) - begin for begin, end in drive.entry.segments if begin < stop]
-    tokens = drive.tokens[:stop].astype(np.int32)
-    writer = _Writer(rearrange(tokens, "t r c -> t (r c)"))
-    for _ in _passes(world, runs, drive.actions, drive.action_valid, writer.put):
+    runs = [stop - begin for begin, stop in drive.entry.segments]
+    tokens = rearrange(drive.tokens.astype(np.int32), "t r c -> t (r c)")
+    encoder, model_bits = stream.queue.RangeEncoder(), 0.0
+
+    def put(t: int, logits: Tensor, target: Tensor) -> Tensor:
+        nonlocal model_bits
+        known = tokens[t, target.cpu().numpy()]
+        encoder.encode(known, _FAMILY, _weights(logits[0]))
+        chosen = torch.from_numpy(known).long().to(logits.device)[None]
+        log_probs = logits.log_softmax(-1).gather(-1, chosen.unsqueeze(-1))
+        model_bits -= float(log_probs.double().sum()) / math.log(2)
+        return chosen
+
+    for _ in _passes(world, runs, drive.actions, drive.action_valid, put):
         advance(1)
-    words = writer.encoder.get_compressed().astype("<u4").tobytes()
+    words = encoder.get_compressed().astype("<u4").tobytes()
     header = _HEADER.pack(_identity(world), _tokens_checksum(tokens), len(runs))
     body = header + struct.pack(f"<{len(runs)}I", *runs) + words
     data = _MAGIC + _CHECKSUM.pack(zlib.crc32(body)) + body
-    return Compressed(
-        data=data,
-        header_bits=8 * (len(data) - len(words)),
-        frames=stop,
-        tokens=tokens.size,
-        model_bits=writer.model_bits,
-    )
+    header_bits = 8 * (len(data) - len(words))
+    return Compressed(data=data, header_bits=header_bits, model_bits=model_bits)
 
 
 def decompress(
@@ -203,10 +194,14 @@ def decompress(
             f"compressed tokens of {sum(runs)} frames, but actions of {len(actions)}: give those "
             "of the whole drive"
         )
-    reader = _Reader(words)
-    decoded = []
+    decoder, decoded = stream.queue.RangeDecoder(words), []
+
+    def get(t: int, logits: Tensor, target: Tensor) -> Tensor:
+        read = decoder.decode(_FAMILY, _weights(logits[0]))
+        return torch.from_numpy(read).long().to(logits.device)[None]
+
     try:
-        for frame in _passes(world, runs, actions, valid, reader.get):
+        for frame in _passes(world, runs, actions, valid, get):
             decoded.append(frame.cpu().numpy())
             advance(1)
     except AssertionError:  # constriction's, for data that no token could have made
@@ -238,40 +233,17 @@ def _weights(logits: Tensor) -> NDArray[np.float32]:
     return (frequencies(logits) - 1).astype(np.float32)
 
 
-class _Writer:
-    """Encodes the tokens [T, P] that the waves are known to have."""
-
-    def __init__(self, tokens: NDArray[np.int32]) -> None:
-        self.tokens, self.encoder, self.model_bits = tokens, stream.queue.RangeEncoder(), 0.0
-
-    def put(self, t: int, logits: Tensor, target: Tensor) -> Tensor:
-        known = self.tokens[t, target.cpu().numpy()]
-        self.encoder.encode(known, _FAMILY, _weights(logits[0]))
-        tokens = torch.from_numpy(known).long().to(logits.device)[None]
-        log_probs = logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1))
-        self.model_bits -= float(log_probs.double().sum()) / math.log(2)
-        return tokens
-
-
-class _Reader:
-    """Decodes the tokens of one wave after the other."""
-
-    def __init__(self, words: NDArray[np.uint32]) -> None:
-        self.decoder = stream.queue.RangeDecoder(words)
-
-    def get(self, t: int, logits: Tensor, target: Tensor) -> Tensor:
-        read = self.decoder.decode(_FAMILY, _weights(logits[0]))
-        return torch.from_numpy(read).long().to(logits.device)[None]
-
-
 def _passes(
     world: WorldModel,
     runs: Sequence[int],
     actions: NDArray[np.float32],
     valid: NDArray[np.bool_],
-    choose: ChooseOfFrame,
+    choose: Callable[[int, Tensor, Tensor], Tensor],
 ) -> Iterator[Tensor]:
-    """Yield frame after frame [P] of runs of so many frames, each from nothing before it."""
+    """Yield frame after frame [P] of runs of so many frames, each from nothing before it.
+
+    `choose` is as the sampler's `Choose`, with the frame's number before.
+    """
     device, begin = world.device, 0
     for count in runs:
         passes = world.branch(world.no_prefix()).passes
