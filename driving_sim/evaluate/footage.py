@@ -122,19 +122,13 @@ class Footage:
 
 def sampled_fingerprint(sampled: SampledDrive) -> str:
     """SHA-256, in hexadecimal, of a drive's files, its choice of frames, actions and times."""
-    found = hashlib.sha256()
+    files = hashlib.sha256()
     for path in sampled.drive.reader.files(sampled.indices):
         with path.open("rb") as file:
-            found.update(hashlib.file_digest(file, "sha256").digest())
-    content = np.frombuffer(found.digest(), np.uint8)
-    return digest(
-        content,
-        sampled.indices,
-        sampled.timestamps,
-        sampled.actions,
-        sampled.action_valid,
-        np.array(sampled.segments),
-    )
+            files.update(hashlib.file_digest(file, "sha256").digest())
+    content = np.frombuffer(files.digest(), np.uint8)
+    clock = sampled.timestamps, sampled.actions, sampled.action_valid, np.array(sampled.segments)
+    return digest(content, sampled.indices, *clock)
 
 
 def clock_and_actions(drive: DriveTokens) -> tuple[NDArray[Any], ...]:
@@ -162,13 +156,20 @@ def recording_digests(drives: Sequence[DriveTokens]) -> dict[str, str]:
     parts: dict[str, list[DriveTokens]] = {}
     for drive in drives:
         parts.setdefault(drive.id, []).append(drive)
+    found = {}
+    for name, own in parts.items():
+        columns = zip(*((x.timestamps, x.actions, x.action_valid) for x in own), strict=True)
+        found[name] = recording_digest(*map(np.concatenate, columns))
+    return {name: own for name, own in found.items() if own is not None}
+
+
+def sampled_digests(sampled: Sequence[SampledDrive], channels: tuple[bool, bool]) -> dict[str, str]:
+    """The `recording_digest` of drives by their ids, of the `channels` that a model learned."""
     found = {
-        name: recording_digest(
-            np.concatenate([part.timestamps for part in own]),
-            np.concatenate([part.actions for part in own]),
-            np.concatenate([part.action_valid for part in own]),
+        each.drive.id: recording_digest(
+            each.timestamps, each.actions, each.action_valid & np.array(channels)
         )
-        for name, own in parts.items()
+        for each in sampled
     }
     return {name: own for name, own in found.items() if own is not None}
 
@@ -208,30 +209,25 @@ def digest(*arrays: NDArray[Any]) -> str:
     return found.hexdigest()
 
 
-def recorded_footage(
+def footage_of(
     drives: Sequence[DriveTokens], sampled: Sequence[SampledDrive], tokenizer: Tokenizer
 ) -> list[Footage]:
-    """Join the tokens of drives with the videos that they were made of, by the drives' ids."""
+    """Join the tokens of drives with the videos that they were made of, if any, by their ids."""
     by_id = {each.drive.id: each for each in sampled}
     return [
-        Footage(
-            drive=drive,
-            tokenizer=tokenizer,
-            recorded=by_id[drive.id],
-            synthetic=_synthetic(by_id[drive.id]),
-        )
+        Footage(drive=drive, tokenizer=tokenizer, recorded=recorded, synthetic=_synthetic(recorded))
         for drive in drives
+        for recorded in [by_id.get(drive.id)]
     ]
 
 
-def _synthetic(sampled: SampledDrive) -> SyntheticDrive | None:
+def _synthetic(sampled: SampledDrive | None) -> SyntheticDrive | None:
     """The world that `drivesim synth` wrote beside a video, if it did."""
-    video = sampled.drive.video
+    video = sampled.drive.video if sampled is not None else None
     beside = Path(video.path).with_suffix(".json") if video else None
     if beside is None or not beside.is_file():
         return None
-    saved = load_json(beside)
-    is_ours = isinstance(saved, dict) and saved.get("format") == DRIVE_FORMAT
+    is_ours = load_json(beside).get("format") == DRIVE_FORMAT
     return load_synthetic_drive(beside) if is_ours else None
 
 
@@ -304,7 +300,13 @@ def choose_clips(
     drive is long enough for one.
     """
     originals = [each for each in footage if each.drive.id == original_id(each.drive.id)]
-    places = list(_places(originals, context_frames, frames))
+    places = [
+        (each, start)
+        for each in originals
+        for begin, stop in each.drive.entry.segments
+        # Futures lie end to end.
+        for start in range(begin + context_frames, stop - frames + 1, frames)
+    ]
     if not places:
         needed = context_frames + frames
         raise TooLittleDataError(
@@ -317,13 +319,3 @@ def choose_clips(
         Clip(footage=each, start=start, context_frames=context_frames, frames=frames)
         for each, start in chosen
     ]
-
-
-def _places(
-    footage: Sequence[Footage], context_frames: int, frames: int
-) -> Iterator[tuple[Footage, int]]:
-    """The starts of futures that lie end to end."""
-    for each in footage:
-        for begin, stop in each.drive.entry.segments:
-            for start in range(begin + context_frames, stop - frames + 1, frames):
-                yield each, start

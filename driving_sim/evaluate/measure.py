@@ -3,7 +3,6 @@
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +16,20 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.progress import say
 from driving_sim.engine.run_folder import CONFIG
 from driving_sim.evaluate.actions.control import evaluate_control
-from driving_sim.evaluate.actions.inverse_dynamics import InverseDynamics
 from driving_sim.evaluate.actions.lessons import (
     PROBE_FILE,
     fit_probe,
-    learned_digest,
     load_probe,
     reconstructed_lessons,
     recorded_lessons,
 )
 from driving_sim.evaluate.footage import (
-    Footage,
     HeldOutStore,
     check_apart,
     check_tokens_apart,
-    recorded_footage,
+    footage_of,
     recording_digests,
+    sampled_digests,
     sampled_fingerprint,
 )
 from driving_sim.evaluate.likelihood.bits import learned_drives
@@ -56,10 +53,10 @@ from driving_sim.world_model.sampling.sampler import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
 TOKENIZER_HEADLINE = (
-    KeyFigure(label="PSNR, dB", metric="reconstruction.psnr_db"),
-    KeyFigure(label="SSIM", metric="reconstruction.ssim"),
-    KeyFigure(label="perplexity of the codes", metric="reconstruction.codebook.perplexity"),
-    KeyFigure(label="flicker", metric="reconstruction.flicker.flicker"),
+    KeyFigure("PSNR, dB", "reconstruction.psnr_db"),
+    KeyFigure("SSIM", "reconstruction.ssim"),
+    KeyFigure("perplexity of the codes", "reconstruction.codebook.perplexity"),
+    KeyFigure("flicker", "reconstruction.flicker.flicker"),
 )
 """What stands at the head of a tokenizer's report."""
 
@@ -144,20 +141,31 @@ def measure_world_model(
     extractor: VideoFeatures = SeededFeatures() if i3d is None else I3DFeatures(i3d)
     training = _training_store(run, world, training_tokens)
     rate = _rate(world, training, fps, every)
-    named = _named(world, data, rate, time_offset)
-    recordings = named.digests(world)
+    store = _held_out_store(world, data)
+    videos = find_for(world, data, time_offset) if store is None else DriveSet([])
+    sampled = _sampled(world, videos, rate)
+    recordings = sampled_digests(sampled, world.known_channels)
+    if store is not None:
+        recordings = recording_digests(store.drives)
     check_apart(recordings, training)
     trained, lessons = None, []
     if probe is not None:
+        origin = f"that of {probe}"
         trained = load_probe(world, probe, recordings)
     elif training_videos:
-        videos = find_for(world, training_videos, time_offset).drives
-        sampled = [sample(drive, **rate) for drive in videos]
-        lessons = recorded_lessons(world, training, sampled, recordings)
+        origin = "learned from the training videos"
+        shown = find_for(world, training_videos, time_offset).drives
+        lessons = recorded_lessons(
+            world, training, [sample(drive, **rate) for drive in shown], recordings
+        )
     else:
+        origin = "learned from reconstructed training tokens"
         lessons = reconstructed_lessons(world, training)
     with tempfile.TemporaryDirectory() as work:
-        heldout, footage = _held_out(world, named, rate, Path(work))
+        if store is None:
+            tokenize(videos, world.tokenizer, Path(work) / "tokens", **rate)
+        heldout = store or HeldOutStore(Path(work) / "tokens", world.known_channels)
+        footage = footage_of(heldout.drives, sampled, world.tokenizer)
         check_tokens_apart(heldout, training)
         reader, floor, no_probe = fit_probe(world, footage, trained, lessons, config.probe_steps)
         evidence = Evidence(
@@ -177,8 +185,10 @@ def measure_world_model(
         description={
             "world model": str(run),
             "held-out drives": ", ".join(heldout.drive_ids),
-            "true frames": named.described,
-            "inverse-dynamics probe": _probe_origin(reader, probe, training_videos),
+            "true frames": "of the recorded videos"
+            if store is None
+            else "reconstructions, for the held-out drives are tokens without their videos",
+            "inverse-dynamics probe": origin if reader is not None else "none",
             "device": f"{world.device}, {name_of(world.dtype)}",
             "number format of the tokens": f"held-out {heldout.info.precision}, "
             f"training {training.info.precision}",
@@ -248,74 +258,30 @@ def _rate(
     }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Named:
-    """The held-out drives as the user named them: videos, or a token store."""
-
-    store: HeldOutStore | None
-    videos: DriveSet
-    sampled: Sequence[SampledDrive]
-    """The videos' frames and actions."""
-
-    @property
-    def described(self) -> str:
-        """What the true frames are."""
-        if self.store is None:
-            return "of the recorded videos"
-        return "reconstructions, for the held-out drives are tokens without their videos"
-
-    def digests(self, world: WorldModel) -> dict[str, str]:
-        """Digests of the recordings by their ids."""
-        if self.store is not None:
-            return recording_digests(self.store.drives)
-        found = {each.drive.id: learned_digest(world, each) for each in self.sampled}
-        return {name: own for name, own in found.items() if own is not None}
-
-
-def _named(
-    world: WorldModel, data: Sequence[Path], rate: dict[str, Any], time_offset: float
-) -> _Named:
-    """Find the held-out drives; raise DriveSimError where they do not fit the model."""
+def _held_out_store(world: WorldModel, data: Sequence[Path]) -> HeldOutStore | None:
+    """Open the token store of held-out drives, where `data` is one and not videos."""
     stores = [path for path in data if (path / INDEX).exists()]
-    if stores:
-        if len(data) > 1:
-            raise DriveSimError(f"{stores[0]} is a token store: name it alone, or videos")
-        store = HeldOutStore(stores[0], world.known_channels)
-        world.check_store(store)
-        _say_format(world, store)
-        store.verify()
-        return _Named(store=store, videos=DriveSet([]), sampled=())
-    found = find_for(world, data, time_offset)
-    sampled = [sample(drive, **rate) for drive in found.drives]
+    if not stores:
+        return None
+    if len(data) > 1:
+        raise DriveSimError(f"{stores[0]} is a token store: name it alone, or videos")
+    store = HeldOutStore(stores[0], world.known_channels)
+    world.check_store(store)
+    _say_format(world, store)
+    store.verify()
+    return store
+
+
+def _sampled(world: WorldModel, videos: DriveSet, rate: dict[str, Any]) -> list[SampledDrive]:
+    """Choose the frames of held-out videos; DriveSimError where the rate is not the model's."""
+    sampled = [sample(drive, **rate) for drive in videos.drives]
     for each in sampled:
         if abs(each.fps / world.fps - 1) > RATE_TOLERANCE:
             raise DriveSimError(
                 f"{each.drive.id}: {each.fps:.3g} frames/s at this rate, the model was trained on "
                 f"{world.fps:.3g}: leave out --fps and --every, or use a video of that rate or more"
             )
-    return _Named(store=None, videos=found, sampled=sampled)
-
-
-def _held_out(
-    world: WorldModel, named: _Named, rate: dict[str, Any], work: Path
-) -> tuple[HeldOutStore, list[Footage]]:
-    """The held-out drives' tokens, and their frames: those of the videos, if they are videos."""
-    if named.store is not None:
-        drives = named.store.drives
-        return named.store, [Footage(drive=drive, tokenizer=world.tokenizer) for drive in drives]
-    tokenize(named.videos, world.tokenizer, work / "tokens", **rate)
-    store = HeldOutStore(work / "tokens", world.known_channels)
-    return store, recorded_footage(store.drives, named.sampled, world.tokenizer)
-
-
-def _probe_origin(
-    probe: InverseDynamics | None, trained: Path | None, videos: Sequence[Path]
-) -> str:
-    if probe is None:
-        return "none"
-    if trained is not None:
-        return f"that of {trained}"
-    return f"learned from {'the training videos' if videos else 'reconstructed training tokens'}"
+    return sampled
 
 
 def measure_control(

@@ -32,9 +32,9 @@ class Imagined:
 def encode_contexts(world: WorldModel, clips: Sequence[Clip]) -> Prefix:
     """Encode the contexts of clips, all of one length, and the actions within them."""
     past = clips[0].context_frames - 1
-    pairs = [clip.actions for clip in clips]
-    actions, valid = (np.stack([pair[i][:past] for pair in pairs]) for i in (0, 1))
-    return world.encode_prefix(torch.stack([clip.context_tokens for clip in clips]), actions, valid)
+    actions, valid = map(np.stack, zip(*(clip.actions for clip in clips), strict=True))
+    tokens = torch.stack([clip.context_tokens for clip in clips])
+    return world.encode_prefix(tokens, actions[:, :past], valid[:, :past])
 
 
 def imagine(
@@ -47,13 +47,14 @@ def imagine(
     """
     for first in range(0, len(clips), BATCH):
         batch = clips[first : first + BATCH]
-        pairs = [clip.actions for clip in batch]
-        actions, valid = (np.stack([pair[i] for pair in pairs]) for i in (0, 1))
-        past = batch[0].context_frames - 1
-        prefix = encode_contexts(world, batch)
-        known = np.zeros_like(valid[:, past:]) if hide_actions else valid[:, past:]
+        actions, valid = map(np.stack, zip(*(clip.actions for clip in batch), strict=True))
+        future = slice(batch[0].context_frames - 1, None)
         steps = world.generate(
-            prefix, actions[:, past:], known, sampling=sampling, first_draw=first
+            encode_contexts(world, batch),
+            actions[:, future],
+            valid[:, future] & (not hide_actions),
+            sampling=sampling,
+            first_draw=first,
         )
         futures = torch.stack([step.tokens for step in steps], dim=1).cpu()
         for clip, future in zip(batch, futures, strict=True):

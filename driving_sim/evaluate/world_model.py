@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from driving_sim.data.actions.action_file import SPEED, STEERING
@@ -109,34 +110,13 @@ class Evidence:
     perceptual: PerceptualLoss | None
 
 
-class _Sections:
-    """What could be measured, and why the rest could not."""
-
-    def __init__(self) -> None:
-        self.measured: list[Section] = []
-        self.left_out: dict[str, str] = {}
-
-    @contextmanager
-    def attempt(self, *names: str) -> Iterator[None]:
-        """Inside, data that cannot tell something costs the sections of these names, not all."""
-        try:
-            yield
-        except TooLittleDataError as error:
-            self.left_out |= dict.fromkeys(names, str(error))
-
-    def all(self) -> list[Section]:
-        """The sections, the last of them about those that are not there."""
-        return [*self.measured, *([self._not_measured()] if self.left_out else [])]
-
-    def _not_measured(self) -> Section:
-        rows = tuple((name.replace("_", " "), why) for name, why in self.left_out.items())
-        return Section(
-            name=NOT_MEASURED,
-            title="What could not be measured",
-            text="These drives, or this model, cannot tell the following.",
-            metrics=self.left_out,
-            parts=(Table(caption="Left out", columns=("section", "why"), rows=rows),),
-        )
+@contextmanager
+def _attempt(left_out: dict[str, str], *names: str) -> Iterator[None]:
+    """Inside, data that cannot tell something costs the sections of these names, not all."""
+    try:
+        yield
+    except TooLittleDataError as error:
+        left_out |= dict.fromkeys(names, str(error))
 
 
 def evaluate_world_model(
@@ -146,90 +126,93 @@ def evaluate_world_model(
 
     What the drives or the model cannot tell is left out; a last section then says what and why.
     """
-    sections = _Sections()
-    with sections.attempt("likelihood"):
-        sections.measured.append(
-            evaluate_likelihood(world, evidence.heldout, evidence.training, stride=config.stride)
-        )
-    with sections.attempt("coding"):
-        first = evidence.heldout.drives[0]
-        sections.measured.append(evaluate_coding(world, first, seconds=config.coded_seconds))
-    with sections.attempt("action_information"):
-        sections.measured.append(
-            evaluate_action_information(world, evidence.heldout, shuffles=config.shuffles)
-        )
-    clips = _measure_clips(world, evidence, config, sections)
+    heldout, probe, sampling = evidence.heldout, evidence.probe, config.sampling
+    choose = partial(choose_clips, evidence.footage, context_frames=world.context_frames)
+    sections: list[Section] = []
+    left_out: dict[str, str] = {}
+    with _attempt(left_out, "likelihood"):
+        likelihood = evaluate_likelihood(world, heldout, evidence.training, stride=config.stride)
+        sections.append(likelihood)
+    with _attempt(left_out, "coding"):
+        sections.append(evaluate_coding(world, heldout.drives[0], seconds=config.coded_seconds))
+    with _attempt(left_out, "action_information"):
+        sections.append(evaluate_action_information(world, heldout, shuffles=config.shuffles))
+    clips: list[Clip] = []
+    with _attempt(left_out, "quality", "fidelity", "sweep"):
+        clips = choose(frames=round(config.seconds * world.fps), count=config.clips)
+    if clips:
+        sections += _rollouts(world, evidence, clips, sampling)
+    if probe is None:
+        left_out |= dict.fromkeys(("fidelity", "sweep"), evidence.no_probe)
+    elif clips:
+        with _attempt(left_out, "sweep"):
+            chosen = _sweeps(world, clips, config.sweeps)
+            sections.append(evaluate_sweep(world, probe, chosen, sampling))
     starts: list[Clip] = []
-    with sections.attempt("stability"):
-        starts = _starts(world, evidence, config)
-        sections.measured.append(
-            evaluate_stability(
-                world,
-                starts,
-                _real(world, evidence, config),
-                seconds=config.long_seconds,
-                sampling=config.sampling,
-                config=config.stability,
-            )
+    with _attempt(left_out, "stability"):
+        starts = choose(frames=1, count=config.long_rollouts)
+        stability = evaluate_stability(
+            world,
+            starts,
+            _real(world, evidence, config),
+            seconds=config.long_seconds,
+            sampling=sampling,
+            config=config.stability,
         )
-    return sections.all(), _protocol(world, evidence, clips, starts, config)
+        sections.append(stability)
+    if left_out:
+        sections.append(_not_measured(left_out))
+    return sections, _protocol(world, evidence, clips, starts, config)
+
+
+def _not_measured(left_out: dict[str, str]) -> Section:
+    rows = [(name.replace("_", " "), why) for name, why in left_out.items()]
+    return Section(
+        name=NOT_MEASURED,
+        title="What could not be measured",
+        text="These drives, or this model, cannot tell the following.",
+        metrics=left_out,
+        parts=(Table("Left out", ("section", "why"), rows),),
+    )
 
 
 HEADLINE = (
     KeyFigure(
-        label="bits per token",
-        metric="likelihood.bits_per_token.model",
-        beside={
+        "bits per token",
+        "likelihood.bits_per_token.model",
+        {
             "copy last": "likelihood.bits_per_token.copy_last",
             "unigram": "likelihood.bits_per_token.unigram",
         },
     ),
     KeyFigure(
-        label="steering is worth, bits per frame",
-        metric="action_information.gain_over_shuffled_bits_per_frame.steering",
+        "steering is worth, bits per frame",
+        "action_information.gain_over_shuffled_bits_per_frame.steering",
     ),
     KeyFigure(
-        label="steering sign accuracy",
-        metric="fidelity.steering.model.sign_accuracy",
-        beside={
+        "steering sign accuracy",
+        "fidelity.steering.model.sign_accuracy",
+        {
             "recorded": "fidelity.steering.recorded.sign_accuracy",
             "without actions": "fidelity.steering.action_free.sign_accuracy",
         },
     ),
     KeyFigure(
-        label="steering, commanded against realised: correlation",
-        metric="fidelity.steering.model.correlation",
-        beside={
+        "steering, commanded against realised: correlation",
+        "fidelity.steering.model.correlation",
+        {
             "recorded": "fidelity.steering.recorded.correlation",
             "without actions": "fidelity.steering.action_free.correlation",
         },
     ),
     KeyFigure(
-        label="PSNR over the horizon, dB",
-        metric="quality.psnr_db.model",
-        beside={"floor": "quality.psnr_db.floor", "copy last": "quality.psnr_db.copy_last"},
+        "PSNR over the horizon, dB",
+        "quality.psnr_db.model",
+        {"floor": "quality.psnr_db.floor", "copy last": "quality.psnr_db.copy_last"},
     ),
-    KeyFigure(label="long rollouts last, s", metric="stability.mean_lasted_s"),
+    KeyFigure("long rollouts last, s", "stability.mean_lasted_s"),
 )
 """What stands at the head of the report."""
-
-
-def _clips(world: WorldModel, evidence: Evidence, config: EvaluationConfig) -> list[Clip]:
-    return choose_clips(
-        evidence.footage,
-        context_frames=world.context_frames,
-        frames=round(config.seconds * world.fps),
-        count=config.clips,
-    )
-
-
-def _starts(world: WorldModel, evidence: Evidence, config: EvaluationConfig) -> list[Clip]:
-    return choose_clips(
-        evidence.footage,
-        context_frames=world.context_frames,
-        frames=1,
-        count=config.long_rollouts,
-    )
 
 
 def _real(world: WorldModel, evidence: Evidence, config: EvaluationConfig) -> list[DriveTokens]:
@@ -244,41 +227,23 @@ def _real(world: WorldModel, evidence: Evidence, config: EvaluationConfig) -> li
     return chosen
 
 
-def _measure_clips(
-    world: WorldModel, evidence: Evidence, config: EvaluationConfig, sections: _Sections
-) -> list[Clip]:
-    """Measure what starts from clips, and return these."""
-    clips: list[Clip] = []
-    with sections.attempt("quality", "fidelity", "sweep"):
-        clips = _clips(world, evidence, config)
-    if clips:
-        sections.measured += _rollouts(world, evidence, clips, config)
-    if evidence.probe is None:
-        sections.left_out |= dict.fromkeys(("fidelity", "sweep"), evidence.no_probe)
-    elif clips:
-        with sections.attempt("sweep"):
-            chosen = _sweeps(world, clips, config.sweeps)
-            sections.measured.append(evaluate_sweep(world, evidence.probe, chosen, config.sampling))
-    return clips
-
-
 def _rollouts(
-    world: WorldModel, evidence: Evidence, clips: Sequence[Clip], config: EvaluationConfig
+    world: WorldModel, evidence: Evidence, clips: Sequence[Clip], sampling: Sampling
 ) -> list[Section]:
-    """Quality and fidelity, of the same rollouts."""
+    """Quality and, where there is a probe, fidelity, of the same rollouts."""
     quality = QualityMeter(world.fps, evidence.extractor, evidence.perceptual)
     fidelity = None
     if evidence.probe is not None:
         fidelity = FidelityMeter(world, evidence.probe, evidence.probe_floor)
     with progress(len(clips), "rollouts", "rollouts") as bar:
-        for imagined in imagine(world, clips, config.sampling):
+        for imagined in imagine(world, clips, sampling):
             quality.add(imagined)
             if fidelity is not None:
                 fidelity.add(imagined)
             bar.advance(1)
     if fidelity is None:
         return [quality.section()]
-    measure_fidelity(world, fidelity, clips, config.sampling)
+    measure_fidelity(world, fidelity, clips, sampling)
     return [quality.section(), fidelity.section()]
 
 

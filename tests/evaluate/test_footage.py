@@ -30,7 +30,7 @@ from driving_sim.evaluate.footage import (
     check_apart,
     check_tokens_apart,
     choose_clips,
-    recorded_footage,
+    footage_of,
     recording_digest,
     recording_digests,
     sampled_fingerprint,
@@ -56,7 +56,7 @@ def footage(world: WorldModel, tmp_path_factory: pytest.TempPathFactory) -> list
     found = find_drives([folder / "videos"])
     tokenize(found, world.tokenizer, folder / "tokens")
     drives = TokenStore(folder / "tokens").drives
-    return recorded_footage(drives, [sample(drive) for drive in found.drives], world.tokenizer)
+    return footage_of(drives, [sample(drive) for drive in found.drives], world.tokenizer)
 
 
 def clip_of(footage: Footage, *, mirrored: bool = False) -> Clip:
@@ -236,7 +236,7 @@ def test_the_beginning_is_read_in_order_and_no_further(
         assert [len(batch) for batch in batches] == [4, 4, 2]
         assert np.abs(np.concatenate(batches).astype(int) - each.frames(0, 10)).max() <= 1
     part = split_into_parts(whole, tmp_path / "parts")[1]
-    (later,) = recorded_footage([part], [whole.recorded], world.tokenizer)
+    (later,) = footage_of([part], [whole.recorded], world.tokenizer)
     expected = whole.frames(10, 16)
     assert np.abs(np.concatenate(list(later.beginning(6))).astype(int) - expected).max() <= 1
     assert later.place == ["drive_001", 10]
@@ -313,9 +313,7 @@ def test_a_new_source_can_be_evaluated(world: WorldModel, tmp_path: Path) -> Non
     drive = Drive(id="a", source="new", timestamps=np.arange(9) / FPS, reader=ArrayFrames(path))
     sampled = sample(drive)
     tokenize(DriveSet([drive]), world.tokenizer, tmp_path / "tokens")
-    (footage,) = recorded_footage(
-        TokenStore(tmp_path / "tokens").drives, [sampled], world.tokenizer
-    )
+    (footage,) = footage_of(TokenStore(tmp_path / "tokens").drives, [sampled], world.tokenizer)
     before = footage.fingerprint
     assert not footage.frames(2, 5).any()
     np.save(path, np.ones((9, size.height, size.width, 3), np.uint8))

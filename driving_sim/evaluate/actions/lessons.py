@@ -20,8 +20,8 @@ from driving_sim.evaluate.footage import (
     CHUNK,
     DriveView,
     Footage,
-    recording_digest,
     recording_digests,
+    sampled_digests,
 )
 from driving_sim.world_model.world_model import WorldModel
 
@@ -36,12 +36,6 @@ _DRIVES = 100
 """Drives that it is taken from, at most, spread over all."""
 _RATE_TOLERANCE = 0.02
 """How far a probe's frame rate may be off the model's: it reads motion from frame to frame."""
-
-
-def learned_digest(world: WorldModel, sampled: SampledDrive) -> str | None:
-    """The `recording_digest` of a drive, of the channels that a model learned."""
-    known = sampled.action_valid & np.array(world.known_channels)
-    return recording_digest(sampled.timestamps, sampled.actions, known)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,9 +81,10 @@ def recorded_lessons(
 ) -> list[Lesson]:
     """Real footage of the drives that are in the model's training tokens, and not held out."""
     trained = {original_id(name) for name in training.drive_ids}
+    digests = sampled_digests(videos, world.known_channels)
     lessons = []
     for sampled in videos:
-        name, own = sampled.drive.id, learned_digest(world, sampled)
+        name, own = sampled.drive.id, digests.get(sampled.drive.id)
         if name in trained and own is not None and own not in recordings.values():
             clip = partial(_recorded_clip, world, sampled)
             lessons.append(Lesson(name, own, len(sampled.indices), clip))

@@ -7,7 +7,7 @@ import heapq
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice, tee
 from pathlib import Path
@@ -46,29 +46,23 @@ _INK, _PAPER = (240, 240, 240), (24, 24, 28)
 _LINE, _PALE, _MARK = "#2a5db0", "#b9bec8", "#b4541a"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class _Watched:
     """A drive, with bits per token of its frames as far as they have been judged."""
 
-    number: int
-    """Its place among the drives."""
-    sampled: SampledDrive
-    full: NDArray[np.bool_]
-    """[N], which frames have a full window behind them."""
-    counts: NDArray[np.bool_]
-    """[N], which frames say something of the drive: the same ones, if there are any."""
-    video: str
-    """Name of its file."""
-    bits: list[float] = field(default_factory=list)
+    def __init__(self, number: int, sampled: SampledDrive, window: int, video: str) -> None:
+        """`number` is its place among the drives, `video` the name of its file."""
+        self.number, self.sampled, self.video = number, sampled, video
+        behind = np.concatenate([np.arange(stop - start) for start, stop in sampled.segments])
+        # [N], which frames have a full window behind them, and which say something of the drive:
+        # the same ones, if there are any. Else what they cost does not compare with others.
+        self.full = behind >= window - 1
+        self.short = not self.full.any()
+        self.counts = behind > 0 if self.short else self.full
+        self.bits: list[float] = []
 
     @property
     def id(self) -> str:
         return self.sampled.drive.id
-
-    @property
-    def short(self) -> bool:
-        """Whether no frame has a full window: what they cost does not compare with others."""
-        return not self.full.any()
 
     @property
     def counted(self) -> NDArray[np.float64]:
@@ -113,7 +107,11 @@ def surprise(world: WorldModel, drives: Sequence[Drive], out: Path) -> dict[str,
     """
     if out.exists():
         raise DriveSimError(f"{out} exists: choose another --out, or delete it")
-    watched = _watch(world, drives)
+    names = _file_names([drive.id for drive in drives])
+    watched = [
+        _Watched(number, sample_for(world, drive), world.context_frames, f"{name}.mp4")
+        for number, (drive, name) in enumerate(zip(drives, names, strict=True))
+    ]
     candidates = _Candidates(world.fps)
     with atomic_folder(out) as folder:
         with progress(sum(len(each.counts) for each in watched), "surprise", "frames") as bar:
@@ -126,24 +124,6 @@ def surprise(world: WorldModel, drives: Sequence[Drive], out: Path) -> dict[str,
         report = _report(world, watched, moments)
         save_json(folder / "surprise.json", report)
     return report
-
-
-def _watch(world: WorldModel, drives: Sequence[Drive]) -> list[_Watched]:
-    names = _file_names([drive.id for drive in drives])
-    watched = []
-    for number, (drive, name) in enumerate(zip(drives, names, strict=True)):
-        sampled = sample_for(world, drive)
-        behind = np.concatenate([np.arange(stop - start) for start, stop in sampled.segments])
-        full = behind >= world.context_frames - 1
-        each = _Watched(
-            number=number,
-            sampled=sampled,
-            full=full,
-            counts=full if full.any() else behind > 0,
-            video=f"{name}.mp4",
-        )
-        watched.append(each)
-    return watched
 
 
 def _file_names(ids: Sequence[str]) -> list[str]:

@@ -21,7 +21,7 @@ from driving_sim.data.synthetic.world import SyntheticConfig
 from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.data.tokens.store import TokenStore
 from driving_sim.evaluate.actions.sweep import _commands, _nearest, _truths, evaluate_sweep
-from driving_sim.evaluate.footage import Clip, Footage, recorded_footage
+from driving_sim.evaluate.footage import Clip, Footage, footage_of
 from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.sampling.sampler import Sampling
@@ -69,7 +69,7 @@ def footage(
             tokenize(drives, world.tokenizer, folder / "tokens", fps=FPS)
             tokens = TokenStore(folder / "tokens").drives
             sampled = [sample(drive, fps=FPS) for drive in drives.drives]
-            found[fps] = recorded_footage(tokens, sampled, world.tokenizer)[0]
+            found[fps] = footage_of(tokens, sampled, world.tokenizer)[0]
         return found[fps]
 
     return at

@@ -151,10 +151,9 @@ def test_few_candidates_give_the_moments_of_all_frames() -> None:
     bits = np.cumsum(rng.normal(size=count))  # neighbours alike, as in drives
     sampled = SampledDrive.__new__(SampledDrive)
     object.__setattr__(sampled, "timestamps", np.arange(count) / FPS / 1.2)
-    every = np.ones(count, np.bool_)
-    watched = _Watched(
-        number=0, sampled=sampled, full=every, counts=every, video="", bits=bits.tolist()
-    )
+    object.__setattr__(sampled, "segments", [(0, count)])
+    watched = _Watched(0, sampled, 1, "")
+    watched.bits = bits.tolist()
     candidates, all_frames = _Candidates(FPS), []
     for t in range(count):
         all_frames.append(_Moment(watched=watched, frame=t, bits=np.zeros((1, 1), np.float32)))

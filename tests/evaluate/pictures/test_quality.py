@@ -13,7 +13,7 @@ from driving_sim.data.sources import find_drives
 from driving_sim.data.synthetic.world import SyntheticConfig
 from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.data.tokens.store import TokenStore
-from driving_sim.evaluate.footage import Clip, Footage, recorded_footage
+from driving_sim.evaluate.footage import Clip, Footage, footage_of
 from driving_sim.evaluate.pictures import quality
 from driving_sim.evaluate.pictures.quality import QualityMeter
 from driving_sim.evaluate.report.section import Media, Table, plot
@@ -62,7 +62,7 @@ def filmed(world: WorldModel, tmp_path_factory: pytest.TempPathFactory) -> list[
     found = find_drives([folder / "videos"])
     tokenize(found, world.tokenizer, folder / "tokens")
     drives = TokenStore(folder / "tokens").drives
-    (footage,) = recorded_footage(drives, [sample(found.drives[0])], world.tokenizer)
+    (footage,) = footage_of(drives, [sample(found.drives[0])], world.tokenizer)
     return [Clip(footage=footage, start=start, context_frames=4, frames=10) for start in (5, 20)]
 
 
