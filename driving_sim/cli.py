@@ -511,16 +511,11 @@ def surprise(
     device: Device = "auto",
 ) -> None:
     """Show what a world model did not expect: heat maps over the videos, drives ranked by it."""
-    from driving_sim.evaluate.measure import measure_surprise
+    from driving_sim.evaluate.likelihood.surprise import find_surprises
+    from driving_sim.pipeline import model_and_drives
 
-    found = measure_surprise(
-        run,
-        videos,
-        out,
-        time_offset=time_offset,
-        device=device,
-        precision=precision or "auto",
-    )
+    world, drives = model_and_drives(run, videos, time_offset, device, precision or "auto")
+    found = find_surprises(world, drives, out)
     for drive in found["ranking"]:
         typer.echo(f"{found['drives'][drive]['bits_per_token']:8.3f} bits per token  {drive}")
     typer.echo(f"videos, curves and the most surprising moments -> {out}")
@@ -673,19 +668,13 @@ def evaluate_control(
     device: Device = "auto",
 ) -> None:
     """Steer left and right from many starts: does the picture move the right way?"""
-    from driving_sim.evaluate.measure import measure_control
+    from driving_sim.evaluate.actions.control import measure_control
+    from driving_sim.pipeline import model_and_drives
 
+    world, drives = model_and_drives(run, videos, time_offset, device, precision or "auto")
     sampling = _sampling(temperature, top_k, top_p, guidance, seed)
     measured = measure_control(
-        run,
-        videos,
-        starts=starts,
-        seconds=seconds,
-        sampling=sampling,
-        time_offset=time_offset,
-        sheet=sheet,
-        device=device,
-        precision=precision or "auto",
+        world, drives, starts=starts, seconds=seconds, sampling=sampling, sheet=sheet
     )
     _report(measured, out)
 

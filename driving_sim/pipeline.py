@@ -145,6 +145,14 @@ def find_for(world: WorldModel, videos: Sequence[Path], time_offset: float) -> D
     )
 
 
+def model_and_drives(
+    run: Path, videos: Sequence[Path], time_offset: float, device: str, precision: str = "auto"
+) -> tuple[WorldModel, list[Drive]]:
+    """Load a world model, and find drives to start it from or to show it."""
+    world = WorldModel.from_run(run, device, precision)
+    return world, find_for(world, videos, time_offset).drives
+
+
 def frame_rate(fps: float | None, every: int | None) -> dict[str, Any]:
     """The options `sample` takes of what a user asked for: a rate, a stride, or the default."""
     if fps is not None and every is not None:

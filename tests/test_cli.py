@@ -24,12 +24,10 @@ from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.demo import DemoConfig
 from driving_sim.engine.config import to_dict
 from driving_sim.evaluate.measure import (
-    measure_control,
-    measure_surprise,
     measure_tokenizer,
     measure_world_model,
 )
-from driving_sim.pipeline import roll_out, tokenize_videos
+from driving_sim.pipeline import model_and_drives, roll_out, tokenize_videos
 from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.training.presets import PRESETS
 from driving_sim.world_model.world_model import WorldModel
@@ -191,8 +189,7 @@ def test_the_number_format_is_a_choice_wherever_a_model_runs_and_auto_if_there_i
         roll_out,
         measure_tokenizer,
         measure_world_model,
-        measure_control,
-        measure_surprise,
+        model_and_drives,
     )
     defaults = {signature(each).parameters["precision"].default for each in functions}
     assert defaults == {"auto"}

@@ -4,7 +4,7 @@ Axes: T context frames, N frames of the future, H W pixels, r c token rows and c
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,33 +25,17 @@ from driving_sim.tokenizer.tokenizer import Tokenizer
 
 Frames = NDArray[np.uint8]
 
-CHUNK = 64
-"""Frames decoded at once."""
 _SAME_TOKENS = 0.9
 """Share of equal tokens from which two drives of equal times are one, tokenized on two devices."""
 
 
-class DriveView(DriveTokens):
-    """Less of a drive: its first `frames` alone, or only some `channels` of its actions known."""
-
-    def __init__(
-        self,
-        drive: DriveTokens,
-        *,
-        frames: int | None = None,
-        channels: tuple[bool, bool] = (True, True),
-    ) -> None:
-        count = len(drive) if frames is None else min(frames, len(drive))
-        segments = tuple(
-            (begin, min(stop, count)) for begin, stop in drive.entry.segments if begin < count
-        )
-        super().__init__(
-            store=drive.store,
-            shard=drive.shard,
-            begin=drive.begin,
-            entry=replace(drive.entry, frames=count, segments=segments),
-            channels=(drive.channels[0] and channels[0], drive.channels[1] and channels[1]),
-        )
+def drive_view(drive: DriveTokens, frames: int) -> DriveTokens:
+    """Less of a drive: its first `frames` alone, where it has more."""
+    count = min(frames, len(drive))
+    segments = tuple(
+        (begin, min(stop, count)) for begin, stop in drive.entry.segments if begin < count
+    )
+    return replace(drive, entry=replace(drive.entry, frames=count, segments=segments))
 
 
 class HeldOutStore(TokenStore):
@@ -64,7 +48,7 @@ class HeldOutStore(TokenStore):
     def __init__(self, path: Path, known_channels: tuple[bool, bool]) -> None:
         super().__init__(path)
         self.drives = tuple(
-            DriveView(drive, channels=known_channels)
+            replace(drive, channels=known_channels)
             for drive in self.drives
             if drive.id == original_id(drive.id)
         )
@@ -74,7 +58,10 @@ class HeldOutStore(TokenStore):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Footage:
-    """A drive's tokens and actions, and its true frames: recorded, or else reconstructed."""
+    """A drive's tokens and actions, and its true frames: recorded, or else reconstructed.
+
+    The tokenizer's reconstructions are as good as a model can get.
+    """
 
     drive: DriveTokens
     tokenizer: Tokenizer
@@ -86,26 +73,18 @@ class Footage:
     def frames(self, begin: int, stop: int) -> Frames:
         """Frames `begin` to `stop`, uint8 [n, H, W, 3], at the tokenizer's size."""
         if self.recorded is None:
-            return self.reconstructed(begin, stop)
+            return self.tokenizer.decode(self.drive.tokens[begin:stop]).numpy()
         first = self.drive.entry.start
         indices = self.recorded.indices[first + begin : first + stop]
         return self.recorded.drive.frames(indices, self.tokenizer.frame_size)
 
-    def reconstructed(self, begin: int, stop: int) -> Frames:
-        """The tokenizer's reconstructions of the same frames: as good as a model can get."""
-        return self.tokenizer.decode(self.drive.tokens[begin:stop]).numpy()
-
-    def beginning(self, frames: int) -> Iterator[Frames]:
-        """Yield the first `frames` in order, uint8 [n, H, W, 3], each decoded once."""
-        if self.recorded is not None:
-            first = self.drive.entry.start
-            indices = self.recorded.indices[first : first + frames]
-            yield from replace(self.recorded, indices=indices).batches(
-                self.tokenizer.frame_size, CHUNK
-            )
-            return
-        for at in range(0, frames, CHUNK):
-            yield self.reconstructed(at, min(at + CHUNK, frames))
+    def beginning(self, frames: int) -> Frames:
+        """The first `frames`, as many as may be: they are decoded in order."""
+        if self.recorded is None:
+            return self.frames(0, frames)
+        first = self.drive.entry.start
+        indices = self.recorded.indices[first : first + frames]
+        return np.stack([*self.recorded.drive.stream(self.tokenizer.frame_size, indices)])
 
     @property
     def place(self) -> list[str | int]:

@@ -1,4 +1,4 @@
-"""What `drivesim evaluate` and `drivesim surprise` do, as functions: drives to a report."""
+"""What `drivesim evaluate tokenizer` and `world-model` do, as functions: drives to a report."""
 
 import tempfile
 import time
@@ -15,7 +15,6 @@ from driving_sim.engine.device import name_of
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.progress import say
 from driving_sim.engine.run_folder import CONFIG
-from driving_sim.evaluate.actions.control import evaluate_control
 from driving_sim.evaluate.actions.lessons import (
     PROBE_FILE,
     fit_probe,
@@ -33,7 +32,6 @@ from driving_sim.evaluate.footage import (
     sampled_fingerprint,
 )
 from driving_sim.evaluate.likelihood.bits import learned_drives
-from driving_sim.evaluate.likelihood.surprise import surprise
 from driving_sim.evaluate.pictures.features import I3DFeatures, SeededFeatures, VideoFeatures
 from driving_sim.evaluate.pictures.reconstruction import evaluate_tokenizer
 from driving_sim.evaluate.report.protocol_hash import Protocol
@@ -49,7 +47,6 @@ from driving_sim.pipeline import find_for, find_frames, frame_rate
 from driving_sim.tokenizer.perceptual import PerceptualLoss, has_vgg16_weights, vgg16_weights
 from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.tokenizer.tokenizer import Tokenizer
-from driving_sim.world_model.sampling.sampler import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
 TOKENIZER_HEADLINE = (
@@ -282,37 +279,3 @@ def _sampled(world: WorldModel, videos: DriveSet, rate: dict[str, Any]) -> list[
                 f"{world.fps:.3g}: leave out --fps and --every, or use a video of that rate or more"
             )
     return sampled
-
-
-def measure_control(
-    run: Path,
-    videos: Sequence[Path],
-    *,
-    starts: int = 10,
-    seconds: float = 2.0,
-    sampling: Sampling,
-    time_offset: float = 0.0,
-    sheet: Path | None = None,
-    device: str = "auto",
-    precision: str = "auto",
-) -> dict[str, Any]:
-    """Evaluate whether a world model turns the way it is steered, from starts in videos."""
-    world = WorldModel.from_run(run, device, precision)
-    found = find_for(world, videos, time_offset)
-    return evaluate_control(
-        world, found.drives, starts=starts, seconds=seconds, sampling=sampling, sheet=sheet
-    )
-
-
-def measure_surprise(
-    run: Path,
-    videos: Sequence[Path],
-    out: Path,
-    *,
-    time_offset: float = 0.0,
-    device: str = "auto",
-    precision: str = "auto",
-) -> dict[str, Any]:
-    """Draw what a world model did not expect in videos; returns what the JSON in `out` holds."""
-    world = WorldModel.from_run(run, device, precision)
-    return surprise(world, find_for(world, videos, time_offset).drives, out)

@@ -18,12 +18,12 @@ from driving_sim.evaluate.actions.inverse_dynamics import InverseDynamics
 from driving_sim.evaluate.actions.sweep import evaluate_sweep
 from driving_sim.evaluate.footage import (
     Clip,
-    DriveView,
     Footage,
     HeldOutStore,
     choose_clips,
     clock_and_actions,
     digest,
+    drive_view,
 )
 from driving_sim.evaluate.likelihood.action_information import evaluate_action_information
 from driving_sim.evaluate.likelihood.bits import evaluate_likelihood, learned_drives
@@ -222,7 +222,7 @@ def _real(world: WorldModel, evidence: Evidence, config: EvaluationConfig) -> li
     frames = round(config.real_seconds * world.fps)
     for drive in drives:
         if frames > 0 and drive.id == original_id(drive.id):
-            chosen.append(DriveView(drive, frames=frames))
+            chosen.append(drive_view(drive, frames=frames))
             frames -= len(chosen[-1])
     return chosen
 

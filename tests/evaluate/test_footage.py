@@ -21,15 +21,14 @@ from driving_sim.data.tokens.store import DriveTokens, TokenStore
 from driving_sim.data.tokens.windows import WindowIndex
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.evaluate import footage as footage_module
 from driving_sim.evaluate.footage import (
     Clip,
-    DriveView,
     Footage,
     HeldOutStore,
     check_apart,
     check_tokens_apart,
     choose_clips,
+    drive_view,
     footage_of,
     recording_digest,
     recording_digests,
@@ -182,10 +181,10 @@ def split_into_parts(each: Footage, out: Path) -> tuple[DriveTokens, ...]:
 
 def test_a_view_shows_less_of_a_drive(tmp_path: Path) -> None:
     drive = write_store(tmp_path / "tokens", (30, 40), gap_at=15).drives[1]
-    view = DriveView(drive, frames=20, channels=(True, False))
+    view = drive_view(drive, frames=20, channels=(True, False))
     assert (len(view), view.id, view.info) == (20, drive.id, drive.info)
     assert view.entry.segments == ((0, 15), (15, 20))
-    assert DriveView(view, frames=15).entry.segments == ((0, 15),)
+    assert drive_view(view, frames=15).entry.segments == ((0, 15),)
     for name in ("tokens", "actions", "timestamps"):
         assert np.array_equal(getattr(view, name), getattr(drive, name)[:20])
     assert view.action_valid.shape == (20, 2)
@@ -198,7 +197,7 @@ def test_a_view_shows_less_of_a_drive(tmp_path: Path) -> None:
     assert batch["tokens"][0].equal(torch.from_numpy(view.tokens[3:7].astype(np.int64)))
     assert batch["actions"][0].equal(torch.from_numpy(view.actions[2:6].copy()))
     assert batch["action_valid"][0].equal(torch.from_numpy(view.action_valid[2:6]))
-    assert len(DriveView(drive, frames=1000)) == 40
+    assert len(drive_view(drive, frames=1000)) == 40
 
 
 def test_held_out_drives_are_originals_with_what_the_model_learned(
@@ -226,19 +225,18 @@ def test_held_out_drives_are_originals_with_what_the_model_learned(
 
 
 def test_the_beginning_is_read_in_order_and_no_further(
-    world: WorldModel, footage: list[Footage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: WorldModel, footage: list[Footage], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(footage_module, "CHUNK", 4)
     whole, unrecorded = footage[1], replace(footage[1], recorded=None)
     assert whole.recorded is not None
     for each in (whole, unrecorded):
-        batches = list(each.beginning(10))
-        assert [len(batch) for batch in batches] == [4, 4, 2]
-        assert np.abs(np.concatenate(batches).astype(int) - each.frames(0, 10)).max() <= 1
+        beginning = each.beginning(10)
+        assert len(beginning) == 10
+        assert np.abs(beginning.astype(int) - each.frames(0, 10)).max() <= 1
     part = split_into_parts(whole, tmp_path / "parts")[1]
     (later,) = footage_of([part], [whole.recorded], world.tokenizer)
     expected = whole.frames(10, 16)
-    assert np.abs(np.concatenate(list(later.beginning(6))).astype(int) - expected).max() <= 1
+    assert np.abs(later.beginning(6).astype(int) - expected).max() <= 1
     assert later.place == ["drive_001", 10]
 
 

@@ -41,7 +41,7 @@ class ControlTrial:
         return self.left_motion > 0 > self.right_motion
 
 
-def evaluate_control(
+def measure_control(
     world: WorldModel,
     drives: Sequence[Drive],
     *,

@@ -1,7 +1,7 @@
 """What an inverse-dynamics probe learns from, and what it is judged on."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,9 +17,8 @@ from driving_sim.engine.progress import progress
 from driving_sim.evaluate.actions.fidelity import CURVE
 from driving_sim.evaluate.actions.inverse_dynamics import InverseDynamics, ProbeClip, ProbeSource
 from driving_sim.evaluate.footage import (
-    CHUNK,
-    DriveView,
     Footage,
+    drive_view,
     recording_digests,
     sampled_digests,
 )
@@ -110,9 +109,8 @@ def reconstructed_lessons(world: WorldModel, training: TokenStore) -> list[Lesso
 
 def _recorded_clip(world: WorldModel, sampled: SampledDrive, frames: int) -> ProbeClip:
     """The first frames of a video."""
-    chosen = replace(sampled, indices=sampled.indices[:frames])
     return _clip(
-        chosen.batches(world.tokenizer.frame_size, CHUNK),
+        np.stack([*sampled.drive.stream(world.tokenizer.frame_size, sampled.indices[:frames])]),
         sampled.actions[:frames],
         sampled.action_valid[:frames] & np.array(world.known_channels),
         sampled.segments,
@@ -121,12 +119,12 @@ def _recorded_clip(world: WorldModel, sampled: SampledDrive, frames: int) -> Pro
 
 def _stored_clip(footage: Footage, frames: int) -> ProbeClip:
     """The first true frames of a drive of a token store."""
-    drive = DriveView(footage.drive, frames=frames)
+    drive = drive_view(footage.drive, frames=frames)
     return _clip(footage.beginning(frames), drive.actions, drive.action_valid, drive.entry.segments)
 
 
 def _clip(
-    batches: Iterable[Frames],
+    frames: Frames,
     actions: NDArray[np.float32],
     valid: NDArray[np.bool_],
     segments: Sequence[tuple[int, int]],
@@ -134,7 +132,7 @@ def _clip(
     """What a probe learns from or is measured on; of the segments, what lies within it."""
     count = len(actions)
     return ProbeClip(
-        frames=np.concatenate(list(batches)),
+        frames=frames,
         actions=np.asarray(actions),
         action_valid=np.asarray(valid),
         segments=[(begin, min(stop, count)) for begin, stop in segments if begin < count],

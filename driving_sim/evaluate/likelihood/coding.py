@@ -26,7 +26,7 @@ from torch import Tensor
 from driving_sim.data.tokens.store import DriveTokens
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.progress import progress
-from driving_sim.evaluate.footage import DriveView
+from driving_sim.evaluate.footage import drive_view
 from driving_sim.evaluate.report.section import Section, Table
 from driving_sim.world_model.training.bits import streamed_bits_per_token
 from driving_sim.world_model.world_model import WorldModel
@@ -60,7 +60,7 @@ class Compressed:
 
 def evaluate_coding(world: WorldModel, drive: DriveTokens, *, seconds: float) -> Section:
     """Prove the bits: compress the first `seconds` of a drive with the model and decode them."""
-    beginning = DriveView(drive, frames=max(1, round(seconds * world.fps)))
+    beginning = drive_view(drive, frames=max(1, round(seconds * world.fps)))
     with progress(2 * len(beginning), "arithmetic coding", "frames") as bar:
         checked = coded_size_check(world, beginning, advance=bar.advance)
     claimed = streamed_bits_per_token(world.transformer, [beginning]).mean

@@ -90,7 +90,7 @@ class _Moment:
         return self.watched.bits[self.frame]
 
 
-def surprise(world: WorldModel, drives: Sequence[Drive], out: Path) -> dict[str, Any]:
+def find_surprises(world: WorldModel, drives: Sequence[Drive], out: Path) -> dict[str, Any]:
     """Judge every token of drives as a rollout would meet it, and draw what surprised the model.
 
     The new folder `out` holds a video for each drive (its frames, and beside them the bits of their

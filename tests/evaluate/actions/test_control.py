@@ -12,7 +12,7 @@ from driving_sim.data.sources import find_drives
 from driving_sim.data.synthetic.world import SyntheticConfig
 from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.evaluate.actions.control import ControlTrial, evaluate_control
+from driving_sim.evaluate.actions.control import ControlTrial, measure_control
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.sampling.sampler import FrameSample, Sampling
 from driving_sim.world_model.transformer import Transformer
@@ -39,7 +39,7 @@ def test_control_judges_both_ways_from_every_start(
     world: WorldModel, videos: Path, tmp_path: Path
 ) -> None:
     drives, sheet = find_drives([videos]).drives, tmp_path / "control.png"
-    found = evaluate_control(world, drives, starts=3, seconds=0.5, sampling=Sampling(), sheet=sheet)
+    found = measure_control(world, drives, starts=3, seconds=0.5, sampling=Sampling(), sheet=sheet)
     with Image.open(sheet) as picture:
         assert picture.height > 3 * picture.width / 5 / 2  # five columns of 2:1, three rows
     trials = [trial for each in found["trials"].values() for trial in each]
@@ -93,7 +93,7 @@ def test_control_tells_obedience_from_its_opposite(
     monkeypatch.setattr(world, "generate", generate)
     monkeypatch.setattr(world.tokenizer, "decode", decode)
     drives = find_drives([videos]).drives
-    found = evaluate_control(world, drives, starts=2, seconds=2, sampling=Sampling())
+    found = measure_control(world, drives, starts=2, seconds=2, sampling=Sampling())
     assert found["obeyed"] == obeyed
     assert np.sign(found["mean_left_minus_right"]) == turns
 
@@ -101,11 +101,11 @@ def test_control_tells_obedience_from_its_opposite(
 def test_control_that_cannot_be_measured_is_refused(world: WorldModel, videos: Path) -> None:
     drives = find_drives([videos]).drives
     with pytest.raises(DriveSimError, match=r"--sheet a\.txt: a picture is"):
-        evaluate_control(world, drives, sampling=Sampling(), sheet=Path("a.txt"))
+        measure_control(world, drives, sampling=Sampling(), sheet=Path("a.txt"))
     for seconds in (0.0, float("nan"), float("inf")):
         with pytest.raises(DriveSimError, match=f"--seconds {seconds:g}"):
-            evaluate_control(world, drives, seconds=seconds, sampling=Sampling())
+            measure_control(world, drives, seconds=seconds, sampling=Sampling())
     model = Transformer(world.config.model, world.config.grid, ActionStatistics())
     still = WorldModel(model, world.tokenizer, fps=FPS, steering_kind=None)
     with pytest.raises(DriveSimError, match="no steering"):
-        evaluate_control(still, drives, sampling=Sampling())
+        measure_control(still, drives, sampling=Sampling())

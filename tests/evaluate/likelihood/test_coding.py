@@ -6,7 +6,7 @@ import torch
 
 from driving_sim.data.tokens.store import DriveTokens
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.evaluate.footage import DriveView
+from driving_sim.evaluate.footage import drive_view
 from driving_sim.evaluate.likelihood import coding as entropy_coding
 from driving_sim.evaluate.likelihood.coding import (
     Compressed,
@@ -98,7 +98,7 @@ def test_it_comes_back_in_the_number_format_it_was_made_in(
         steering_kind="road_wheel",
         precision="bf16",
     )
-    assert coded_size_check(low, DriveView(drive, frames=2 * W))["exact"]
+    assert coded_size_check(low, drive_view(drive, frames=2 * W))["exact"]
     with pytest.raises(DriveSimError, match="number format"):
         decompress(low, coded.data, drive.actions, drive.action_valid)
 
@@ -115,7 +115,7 @@ def test_the_size_is_what_the_model_claims(
 @pytest.mark.parametrize("frames", [1, GAP, GAP + 1])
 def test_the_beginning_of_a_drive_alone(world: WorldModel, drive: DriveTokens, frames: int) -> None:
     done: list[int] = []
-    found = coded_size_check(world, DriveView(drive, frames=frames), advance=done.append)
+    found = coded_size_check(world, drive_view(drive, frames=frames), advance=done.append)
     streamed = streamed_bits_per_token(world.transformer, [drive]).bits[:frames]
     assert found["exact"] is True
     assert found["frames"] == frames
@@ -139,7 +139,7 @@ def test_logits_that_drift_between_the_directions_are_found(
         return frequencies(logits * (1 + 1e-3 * calls))
 
     monkeypatch.setattr(entropy_coding, "frequencies", drifting)
-    assert coded_size_check(world, DriveView(drive, frames=8))["exact"] is False
+    assert coded_size_check(world, drive_view(drive, frames=8))["exact"] is False
 
 
 def test_damaged_data_is_refused(world: WorldModel, drive: DriveTokens, coded: Compressed) -> None:

@@ -21,7 +21,7 @@ from driving_sim.evaluate.likelihood.surprise import (
     _file_names,
     _Moment,
     _Watched,
-    surprise,
+    find_surprises,
 )
 from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.world_model.actions import ActionStatistics
@@ -76,7 +76,7 @@ def write_changes(path: Path, count: int, changes: dict[int, list[Cell]]) -> Non
 
 
 def run(world: WorldModel, folder: Path) -> dict[str, Any]:
-    return surprise(world, find_drives([folder]).drives, folder.parent / "out")
+    return find_surprises(world, find_drives([folder]).drives, folder.parent / "out")
 
 
 def video_frames(path: Path) -> list[NDArray[np.uint8]]:
@@ -99,7 +99,7 @@ def test_tokens_cost_what_they_cost_when_streamed_from_a_store(
         videos / "b.mp4", count=20, times_ms=[125 * t + 900 * (t > 8) for t in range(20)]
     )
     found = find_drives([videos])
-    report = surprise(world, found.drives, tmp_path / "out")
+    report = find_surprises(world, found.drives, tmp_path / "out")
     tokenize(found, world.tokenizer, tmp_path / "tokens", fps=FPS)
     streamed = streamed_bits_per_token(world.transformer, TokenStore(tmp_path / "tokens").drives)
     for number, name in enumerate("ab"):
