@@ -13,7 +13,14 @@ from driving_sim.data.actions.action_file import SPEED, STEERING
 from driving_sim.data.tokens.store import DriveTokens, TokenStore
 from driving_sim.engine.errors import TooLittleDataError
 from driving_sim.engine.progress import progress
-from driving_sim.evaluate.report.intervals import block_frames, bootstrap, mean_of_sums, mean_sums
+from driving_sim.evaluate.report.cell import Cell
+from driving_sim.evaluate.report.intervals import (
+    Values,
+    block_frames,
+    bootstrap,
+    mean_of_sums,
+    mean_sums,
+)
 from driving_sim.evaluate.report.section import Section, Table
 from driving_sim.world_model.training.bits import streamed_token_bits
 from driving_sim.world_model.world_model import WorldModel
@@ -39,7 +46,7 @@ def evaluate_action_information(
     known = _known_channels(heldout.drives)
     runs = _runs(heldout, block)
     rng = np.random.default_rng(seed)
-    gains: dict[str, dict[str, list[NDArray[np.float64]]]] = {
+    gains: dict[str, dict[str, list[Values]]] = {
         over: {name: [] for name in known} for over in ("shuffled", "null")
     }
     variants = 1 + len(known) * (shuffles + 1)
@@ -54,10 +61,12 @@ def evaluate_action_information(
                 bits.append(np.stack([frame.means()[0] for frame in run], axis=1))
                 bar.advance(len(bits[-1]))
             true, *others = np.split(np.concatenate(bits), range(1, variants, shuffles + 1))
+            # Whole blocks count, of frames with a full window behind them.
+            frames = np.arange(world.context_frames, (stop - begin) // block * block)
             for name, own in zip(known, others, strict=True):
                 for over, chosen in (("shuffled", own[:-1]), ("null", own[-1:])):
                     gain = chosen.mean(axis=0) - true[0]
-                    gains[over][name].append(_per_block(gain, block, world.context_frames))
+                    gains[over][name].append(mean_sums(gain[frames], frames // block))
     per_frame = world.tokenizer.rows * world.tokenizer.cols
     metrics: dict[str, Any] = {
         "per_tokenizer": True,
@@ -65,19 +74,21 @@ def evaluate_action_information(
         "block_frames": block,
         "blocks": sum(map(len, next(iter(gains["null"].values())))),
     }
+    rows: list[tuple[str, Cell]] = []
     for over, by_channel in gains.items():
-        metrics[f"gain_over_{over}_bits_per_frame"] = {
-            name: bootstrap(np.concatenate(by_channel[name]) * [per_frame, 1], mean_of_sums)
-            if name in known
-            else None
-            for name in _CHANNELS
+        found = dict.fromkeys(_CHANNELS) | {
+            name: bootstrap(np.concatenate(sums) * [per_frame, 1], mean_of_sums)
+            for name, sums in by_channel.items()
         }
+        metrics[f"gain_over_{over}_bits_per_frame"] = found
+        rows += [(f"{name}, over {over}", gain) for name, gain in found.items()]
+    caption = "Gain of the true actions; in brackets the 95 % interval"
     return Section(
         name="action_information",
         title="What the actions are worth",
         text=_TEXT,
         metrics=metrics,
-        parts=(_table(metrics),),
+        parts=(Table(caption, ("actions", "bits per frame"), rows),),
     )
 
 
@@ -148,22 +159,3 @@ def _displaced_blocks(length: int, block: int, rng: np.random.Generator) -> NDAr
     order[ring] = np.roll(ring, rng.integers(1, blocks))
     moved = (order[:, None] * block + np.arange(block)).ravel()
     return np.concatenate([moved, np.arange(blocks * block, length)])
-
-
-def _per_block(gain: NDArray[np.float64], block: int, window: int) -> NDArray[np.float64]:
-    """Sum of `gain` [N] and number of frames, [U, 2], of whole blocks from frame `window` on."""
-    frames = np.arange(window, len(gain) // block * block)
-    return mean_sums(gain[frames], frames // block)
-
-
-def _table(metrics: dict[str, Any]) -> Table:
-    rows = tuple(
-        (f"{name}, over {over}", gain)
-        for over in ("shuffled", "null")
-        for name, gain in metrics[f"gain_over_{over}_bits_per_frame"].items()
-    )
-    return Table(
-        caption="Gain of the true actions; in brackets the 95 % interval",
-        columns=("actions", "bits per frame"),
-        rows=rows,
-    )
