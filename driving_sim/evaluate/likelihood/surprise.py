@@ -3,7 +3,7 @@
 Axes: N frames of a drive, r c token rows and columns, H W pixels.
 """
 
-import heapq
+import bisect
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -89,6 +89,11 @@ class _Moment:
     def mean(self) -> float:
         return self.watched.bits[self.frame]
 
+    @property
+    def rank(self) -> tuple[bool, float, int, int]:
+        """The most surprising come first, and of equals the earlier; no two have one rank."""
+        return self.watched.short, -self.mean, self.watched.number, self.frame
+
 
 def find_surprises(world: WorldModel, drives: Sequence[Drive], out: Path) -> dict[str, Any]:
     """Judge every token of drives as a rollout would meet it, and draw what surprised the model.
@@ -170,19 +175,16 @@ class _Candidates:
     def __init__(self, fps: float) -> None:
         # Twice what lies around the moments at this rate: a drive may be a little faster.
         self._limit = _MOMENTS * math.ceil(4 * _APART_S * fps + 1)
-        self._heap: list[tuple[tuple[bool, float, int, int], _Moment]] = []
+        self._ranked: list[_Moment] = []
 
     def offer(self, moment: _Moment) -> None:
-        # Of equals the first one wins; no two have one rank.
-        rank = (not moment.watched.short, moment.mean, -moment.watched.number, -moment.frame)
-        heapq.heappush(self._heap, (rank, moment))
-        if len(self._heap) > self._limit:
-            heapq.heappop(self._heap)
+        bisect.insort(self._ranked, moment, key=lambda each: each.rank)
+        del self._ranked[self._limit :]
 
     def choose(self) -> list[_Moment]:
         """The most surprising ones, each 2 s or more from those before it."""
         chosen: list[_Moment] = []
-        for _, moment in sorted(self._heap, reverse=True):
+        for moment in self._ranked:
             same = [other for other in chosen if other.watched is moment.watched]
             if all(abs(other.time_s - moment.time_s) >= _APART_S for other in same):
                 chosen.append(moment)
@@ -314,7 +316,21 @@ def _report(
             {"drive": each.watched.id, "time_s": each.time_s, "bits_per_token": each.mean}
             for each in moments
         ],
-        "drives": {each.id: _drive_report(each) for each in watched},
+        "drives": {
+            each.id: {
+                "video": each.video,
+                "frames": len(each.bits),
+                "short_context": each.short,
+                "bits_per_token": each.mean,
+                "p95_bits_per_token": float(np.quantile(each.counted, 0.95)),
+                "per_frame": {
+                    "time_s": each.sampled.timestamps.tolist(),
+                    "bits_per_token": each.bits,
+                    "counted": each.counts.tolist(),
+                },
+            }
+            for each in watched
+        },
         "settings": {
             "fps": world.fps,
             "context_frames": world.context_frames,
@@ -325,20 +341,5 @@ def _report(
         "fingerprints": {
             "tokenizer": world.tokenizer.fingerprint,
             "world_model": world.fingerprint,
-        },
-    }
-
-
-def _drive_report(watched: _Watched) -> dict[str, Any]:
-    return {
-        "video": watched.video,
-        "frames": len(watched.bits),
-        "short_context": watched.short,
-        "bits_per_token": watched.mean,
-        "p95_bits_per_token": float(np.quantile(watched.counted, 0.95)),
-        "per_frame": {
-            "time_s": watched.sampled.timestamps.tolist(),
-            "bits_per_token": watched.bits,
-            "counted": watched.counts.tolist(),
         },
     }

@@ -163,7 +163,7 @@ def test_few_candidates_give_the_moments_of_all_frames() -> None:
         if all(abs(moment.time_s - other.time_s) >= 2 for other in expected):
             expected.append(moment)
     assert candidates.choose() == expected[:6]
-    assert len(candidates._heap) < count / 4
+    assert len(candidates._ranked) < count / 4
 
 
 def test_the_folder_holds_everything(copying: WorldModel, tmp_path: Path) -> None:
