@@ -274,27 +274,20 @@ def choose_clips(
 ) -> list[Clip]:
     """Spread `count` clips, or all there are, evenly over the drives by their length.
 
-    No two futures share a frame: clips are independent evidence. No clip crosses a gap or is taken
-    from a drive that was stored mirrored, the same footage again. Raises DriveSimError where no
-    drive is long enough for one.
+    No two futures share a frame: clips are independent evidence. No clip crosses a gap. Raises
+    DriveSimError where no drive is long enough for one.
     """
-    originals = [each for each in footage if each.drive.id == original_id(each.drive.id)]
     places = [
-        (each, start)
-        for each in originals
+        Clip(footage=each, start=start, context_frames=context_frames, frames=frames)
+        for each in footage
         for begin, stop in each.drive.entry.segments
         # Futures lie end to end.
         for start in range(begin + context_frames, stop - frames + 1, frames)
     ]
     if not places:
-        needed = context_frames + frames
         raise TooLittleDataError(
-            f"no run of {needed} frames without a gap in {len(originals)} held-out drives "
-            "(mirror images are none): use longer drives or a shorter future"
+            f"no run of {context_frames + frames} frames without a gap in {len(footage)} held-out "
+            "drives (mirror images are none): use longer drives or a shorter future"
         )
     count = min(count, len(places))
-    chosen = [places[(2 * number + 1) * len(places) // (2 * count)] for number in range(count)]
-    return [
-        Clip(footage=each, start=start, context_frames=context_frames, frames=frames)
-        for each, start in chosen
-    ]
+    return [places[(2 * number + 1) * len(places) // (2 * count)] for number in range(count)]

@@ -13,7 +13,6 @@ from driving_sim.data.actions.action_file import SPEED, STEERING
 from driving_sim.data.drive import Drive, DriveSet, Frames, Indices, SampledDrive, sample
 from driving_sim.data.sources import find_drives
 from driving_sim.data.sources.udacity import ImageFrames
-from driving_sim.data.split import MIRROR_SUFFIX
 from driving_sim.data.synthetic.world import SyntheticConfig
 from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.data.tokens.index import frame_bytes
@@ -136,16 +135,6 @@ def test_no_two_futures_share_a_frame(world: WorldModel, tmp_path: Path, count: 
     clips = choose_clips(footage, context_frames=4, frames=3, count=count)
     seen = [(clip.footage.drive.id, clip.start + n) for clip in clips for n in range(clip.frames)]
     assert len(seen) == len(set(seen)) == 3 * min(count, 3 + 7 + 3 + 3)
-
-
-def test_a_drive_stored_mirrored_has_no_clips(world: WorldModel, tmp_path: Path) -> None:
-    drive = write_store(tmp_path / "tokens", (40,)).drives[0]
-    mirrored: Any = SimpleNamespace(id=f"0{MIRROR_SUFFIX}", entry=drive.entry)
-    footage = [Footage(drive=each, tokenizer=world.tokenizer) for each in (mirrored, drive)]
-    clips = choose_clips(footage, context_frames=4, frames=3, count=1000)
-    assert {clip.footage.drive.id for clip in clips} == {"0"}
-    with pytest.raises(DriveSimError, match=r"in 0 held-out drives \(mirror images are none\)"):
-        choose_clips(footage[:1], context_frames=4, frames=3, count=4)
 
 
 def test_imagined_futures_are_those_of_each_context_alone(
