@@ -53,14 +53,13 @@ def _common_decimals(values: Sequence[float]) -> int | None:
 
 def _estimate_text(estimate: Mapping[str, float | None]) -> str:
     """`mean [low, high]`, with the digits that the interval's width supports; alone without one."""
-    values = [estimate[name] for name in ("mean", "low", "high")]
-    if values[1] is None and values[2] is None:
-        return _cell_text(values[0], None)
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    width = max(known) - min(known) if len(known) == len(values) else 0
+    mean, low, high = (estimate[name] for name in ("mean", "low", "high"))
+    if mean is None or low is None or high is None:
+        return _cell_text(mean, None)
+    values, width = (mean, low, high), max(mean, high) - min(mean, low)
     if width > 10**-_MOST_DECIMALS:
         decimals = max(0, 1 - math.floor(math.log10(width)))
-        mean, low, high = (f"{value:,.{decimals}f}" for value in known)
+        mean_text, *ends = (f"{value:,.{decimals}f}" for value in values)
     else:
-        mean, low, high = (_cell_text(value, None) for value in values)
-    return f"{mean} [{low}, {high}]"
+        mean_text, *ends = (_cell_text(value, None) for value in values)
+    return f"{mean_text} [{', '.join(ends)}]"
