@@ -59,27 +59,45 @@ class Compressed:
 
 
 def evaluate_coding(world: WorldModel, drive: DriveTokens, *, seconds: float) -> Section:
-    """Prove the bits: compress the first `seconds` of a drive with the model and decode them."""
+    """Prove the bits: compress the first `seconds` of a drive with the model and decode them.
+
+    `ratio` is the coded size, header included, over the bits that the model claims; `exact` says
+    whether what came back were the same tokens.
+    """
     beginning = drive_view(drive, frames=max(1, round(seconds * world.fps)))
+    actions, valid, count = beginning.actions, beginning.action_valid, beginning.tokens.size
     with progress(2 * len(beginning), "arithmetic coding", "frames") as bar:
-        checked = coded_size_check(world, beginning, advance=bar.advance)
+        coded = compress(world, beginning, advance=bar.advance)
+        try:
+            decoded = decompress(world, coded.data, actions, valid, advance=bar.advance)
+            exact = np.array_equal(decoded, beginning.tokens)
+        except DriveSimError:
+            exact = False
     claimed = streamed_bits_per_token(world.transformer, [beginning]).mean
-    ratio = checked["coded_bits_per_token"] / claimed
+    bits_per_token = coded.coded_bits / count
+    ratio = bits_per_token / claimed
     # In a short file the header alone is over 1 %; it says nothing about the model.
-    header = checked["header_bits"] / checked["tokens"] / claimed
+    header = coded.header_bits / count / claimed
     metrics = {
         "per_tokenizer": True,
-        **checked,
+        "frames": len(beginning),
+        "tokens": count,
+        "header_bits": coded.header_bits,
+        "coded_bits_per_token": bits_per_token,
+        "model_bits_per_token": coded.model_bits / count,
+        "raw_bits_per_token": math.log2(world.transformer.grid.codebook_size),
+        "ratio": coded.coded_bits / coded.model_bits,
+        "exact": exact,
         "claimed_bits_per_token": claimed,
         "ratio_to_claimed": ratio,
-        "proved": checked["exact"] and abs(ratio - header - 1) <= _CLAIM,
+        "proved": exact and abs(ratio - header - 1) <= _CLAIM,
     }
     rows = [(name.replace("_", " "), value) for name, value in metrics.items()][1:]
     caption = f"Drive {drive.id}, {len(beginning):,} of its {len(drive):,} frames"
     return Section(
         name="coding",
         title="The bits, proved" if metrics["proved"] else "The bits, not proved",
-        text=f"{_TEXT}\n\n{_verdict(checked['exact'], ratio, header)}",
+        text=f"{_TEXT}\n\n{_verdict(exact, ratio, header)}",
         metrics=metrics,
         parts=(Table(caption, ("", "value"), rows),),
     )
@@ -102,37 +120,6 @@ def _verdict(exact: bool, ratio: float, header: float) -> str:
     if faults:
         return f"It does not hold: {', and '.join(faults)}."
     return f"It holds: the tokens are the same, and the file is {off}."
-
-
-def coded_size_check(
-    world: WorldModel,
-    drive: DriveTokens,
-    *,
-    advance: Callable[[int], object] = lambda frames: None,
-) -> dict[str, Any]:
-    """Compress a drive, decode it again, and compare the sizes.
-
-    `ratio` is the coded size, header included, over the bits that the model claims; `exact` says
-    whether what came back were the same tokens. `advance` is called with the number of frames done
-    since; each is done twice.
-    """
-    coded = compress(world, drive, advance=advance)
-    try:
-        decoded = decompress(world, coded.data, drive.actions, drive.action_valid, advance=advance)
-        exact = np.array_equal(decoded, drive.tokens)
-    except DriveSimError:
-        exact = False
-    tokens = drive.tokens.size
-    return {
-        "frames": len(drive),
-        "tokens": tokens,
-        "header_bits": coded.header_bits,
-        "coded_bits_per_token": coded.coded_bits / tokens,
-        "model_bits_per_token": coded.model_bits / tokens,
-        "raw_bits_per_token": math.log2(world.transformer.grid.codebook_size),
-        "ratio": coded.coded_bits / coded.model_bits,
-        "exact": exact,
-    }
 
 
 def compress(

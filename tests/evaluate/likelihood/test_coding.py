@@ -6,11 +6,9 @@ import torch
 
 from driving_sim.data.tokens.store import DriveTokens
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.evaluate.footage import drive_view
 from driving_sim.evaluate.likelihood import coding as entropy_coding
 from driving_sim.evaluate.likelihood.coding import (
     Compressed,
-    coded_size_check,
     compress,
     decompress,
     evaluate_coding,
@@ -98,7 +96,7 @@ def test_it_comes_back_in_the_number_format_it_was_made_in(
         steering_kind="road_wheel",
         precision="bf16",
     )
-    assert coded_size_check(low, drive_view(drive, frames=2 * W))["exact"]
+    assert evaluate_coding(low, drive, seconds=2 * W / FPS).metrics["exact"]
     with pytest.raises(DriveSimError, match="number format"):
         decompress(low, coded.data, drive.actions, drive.action_valid)
 
@@ -114,8 +112,7 @@ def test_the_size_is_what_the_model_claims(
 
 @pytest.mark.parametrize("frames", [1, GAP, GAP + 1])
 def test_the_beginning_of_a_drive_alone(world: WorldModel, drive: DriveTokens, frames: int) -> None:
-    done: list[int] = []
-    found = coded_size_check(world, drive_view(drive, frames=frames), advance=done.append)
+    found = evaluate_coding(world, drive, seconds=frames / FPS).metrics
     streamed = streamed_bits_per_token(world.transformer, [drive]).bits[:frames]
     assert found["exact"] is True
     assert found["frames"] == frames
@@ -125,7 +122,6 @@ def test_the_beginning_of_a_drive_alone(world: WorldModel, drive: DriveTokens, f
     assert found["ratio"] == pytest.approx(
         found["coded_bits_per_token"] / found["model_bits_per_token"]
     )
-    assert sum(done) == 2 * frames
 
 
 def test_logits_that_drift_between_the_directions_are_found(
@@ -139,7 +135,7 @@ def test_logits_that_drift_between_the_directions_are_found(
         return frequencies(logits * (1 + 1e-3 * calls))
 
     monkeypatch.setattr(entropy_coding, "frequencies", drifting)
-    assert coded_size_check(world, drive_view(drive, frames=8))["exact"] is False
+    assert evaluate_coding(world, drive, seconds=8 / FPS).metrics["exact"] is False
 
 
 def test_damaged_data_is_refused(world: WorldModel, drive: DriveTokens, coded: Compressed) -> None:
