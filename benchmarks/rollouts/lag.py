@@ -32,7 +32,7 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
 from driving_sim.engine.run_folder import CONFIG, is_finished
 from driving_sim.engine.training.run_log import METRICS
-from driving_sim.evaluate.actions.control import evaluate_control
+from driving_sim.evaluate.actions.control import measure_control
 from driving_sim.pipeline import find_frames
 from driving_sim.world_model.sampling.sampler import Sampling
 from driving_sim.world_model.training.presets import TINY
@@ -70,7 +70,7 @@ def train_one(given: argparse.Namespace, lag: str, seed: int, cols: int) -> None
     if not (run / _CONTROL).exists():
         drives = find_frames([given.video], skip_bad=False).drives
         world = WorldModel.from_run(run, device="cpu")
-        found = evaluate_control(world, drives, starts=given.starts, sampling=Sampling(seed=seed))
+        found = measure_control(world, drives, starts=given.starts, sampling=Sampling(seed=seed))
         save_json(run / _CONTROL, found)
 
 

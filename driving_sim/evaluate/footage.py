@@ -130,26 +130,21 @@ def recording_digest(
     return digest(timestamps, known, valid)
 
 
-def recording_digests(drives: Sequence[DriveTokens]) -> dict[str, str]:
-    """The `recording_digest` of drives by their ids, each with all of its parts."""
-    parts: dict[str, list[DriveTokens]] = {}
+def recording_digests(
+    drives: Sequence[DriveTokens | SampledDrive], channels: tuple[bool, bool] = (True, True)
+) -> dict[str, str]:
+    """The `recording_digest` of drives by their ids, each with all of its parts.
+
+    Only `channels` of the actions count, those that a model learned.
+    """
+    parts: dict[str, list[DriveTokens | SampledDrive]] = {}
     for drive in drives:
-        parts.setdefault(drive.id, []).append(drive)
+        name = drive.drive.id if isinstance(drive, SampledDrive) else drive.id
+        parts.setdefault(name, []).append(drive)
     found = {}
     for name, own in parts.items():
-        columns = zip(*((x.timestamps, x.actions, x.action_valid) for x in own), strict=True)
-        found[name] = recording_digest(*map(np.concatenate, columns))
-    return {name: own for name, own in found.items() if own is not None}
-
-
-def sampled_digests(sampled: Sequence[SampledDrive], channels: tuple[bool, bool]) -> dict[str, str]:
-    """The `recording_digest` of drives by their ids, of the `channels` that a model learned."""
-    found = {
-        each.drive.id: recording_digest(
-            each.timestamps, each.actions, each.action_valid & np.array(channels)
-        )
-        for each in sampled
-    }
+        columns = [(part.timestamps, part.actions, part.action_valid & channels) for part in own]
+        found[name] = recording_digest(*map(np.concatenate, zip(*columns, strict=True)))
     return {name: own for name, own in found.items() if own is not None}
 
 

@@ -28,7 +28,6 @@ from driving_sim.evaluate.footage import (
     check_tokens_apart,
     footage_of,
     recording_digests,
-    sampled_digests,
     sampled_fingerprint,
 )
 from driving_sim.evaluate.likelihood.bits import learned_drives
@@ -141,9 +140,7 @@ def measure_world_model(
     store = _held_out_store(world, data)
     videos = find_for(world, data, time_offset) if store is None else DriveSet([])
     sampled = _sampled(world, videos, rate)
-    recordings = sampled_digests(sampled, world.known_channels)
-    if store is not None:
-        recordings = recording_digests(store.drives)
+    recordings = recording_digests(store.drives if store else sampled, world.known_channels)
     check_apart(recordings, training)
     trained, lessons = None, []
     if probe is not None:

@@ -20,7 +20,6 @@ from driving_sim.evaluate.footage import (
     Footage,
     drive_view,
     recording_digests,
-    sampled_digests,
 )
 from driving_sim.world_model.world_model import WorldModel
 
@@ -80,7 +79,7 @@ def recorded_lessons(
 ) -> list[Lesson]:
     """Real footage of the drives that are in the model's training tokens, and not held out."""
     trained = {original_id(name) for name in training.drive_ids}
-    digests = sampled_digests(videos, world.known_channels)
+    digests = recording_digests(videos, world.known_channels)
     lessons = []
     for sampled in videos:
         name, own = sampled.drive.id, digests.get(sampled.drive.id)

@@ -213,11 +213,12 @@ def _streamed_share(
         streamed = streamed_bits_per_token(
             world.transformer, drives, first=2 * frames, stop=4 * frames, advance=bar.advance
         )
-    both = streamed, recomputed
-    _, *chosen = np.intersect1d(*map(_places, both), assume_unique=True, return_indices=True)
-    if not len(chosen[0]):
+    _, kept, judged = np.intersect1d(
+        _places(streamed), _places(recomputed), assume_unique=True, return_indices=True
+    )
+    if not len(kept):
         return None
-    bits = np.stack([found.bits[own] for found, own in zip(both, chosen, strict=True)], axis=1)
+    bits = np.stack([streamed.bits[kept], recomputed.bits[judged]], axis=1)
     in_cache, alone = bits.mean(axis=0)
     return float(in_cache / alone)
 

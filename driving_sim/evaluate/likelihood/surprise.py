@@ -145,9 +145,13 @@ def _file_names(ids: Sequence[str]) -> list[str]:
 
 def _judged_frames(world: WorldModel, sampled: SampledDrive) -> Iterator[tuple[Frame, Bits]]:
     """Yield every frame with the bits of its tokens; after a gap the model starts afresh."""
-    frames = _encoded(world, sampled)
+    encoded = (
+        (frame, tokens)
+        for batch in sampled.batches(world.tokenizer.frame_size, _BATCH)
+        for frame, tokens in zip(batch, world.tokenizer.encode(batch).numpy(), strict=True)
+    )
     for start, stop in sampled.segments:
-        shown, judged = tee(islice(frames, stop - start))
+        shown, judged = tee(islice(encoded, stop - start))
         run = streamed_token_bits(
             world.transformer,
             (tokens for _, tokens in judged),
@@ -157,12 +161,6 @@ def _judged_frames(world: WorldModel, sampled: SampledDrive) -> Iterator[tuple[F
         for (frame, _), found in zip(shown, run, strict=True):
             bits = found.bits.cpu().numpy()
             yield frame, rearrange(bits, "1 (r c) -> r c", c=world.tokenizer.cols)
-
-
-def _encoded(world: WorldModel, sampled: SampledDrive) -> Iterator[tuple[Frame, NDArray[np.int64]]]:
-    """Yield frames and their tokens [r, c]."""
-    for batch in sampled.batches(world.tokenizer.frame_size, _BATCH):
-        yield from zip(batch, world.tokenizer.encode(batch).numpy(), strict=True)
 
 
 class _Candidates:

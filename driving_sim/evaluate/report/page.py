@@ -4,9 +4,10 @@ import base64
 import importlib.resources
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
@@ -31,7 +32,7 @@ def render(
 ) -> str:
     """Return the page; all that is given is text, and gets escaped."""
     environment = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined)
-    environment.filters |= {
+    filters: dict[str, Callable[..., Any]] = {
         "base64": lambda data: base64.b64encode(data).decode(),
         "cells": _cells,
         "paragraphs": lambda text: [part for part in re.split(r"\n\s*\n", text.strip()) if part],
@@ -39,6 +40,7 @@ def render(
             (kind is Media, list(run)) for kind, run in groupby(parts, key=type)
         ],
     }
+    environment.filters |= filters
     template = importlib.resources.files(__package__).joinpath("report.html").read_text("utf-8")
     return environment.from_string(template).render(
         title=title,
