@@ -29,8 +29,8 @@ _SAME_TOKENS = 0.9
 """Share of equal tokens from which two drives of equal times are one, tokenized on two devices."""
 
 
-def drive_view(drive: DriveTokens, frames: int) -> DriveTokens:
-    """Less of a drive: its first `frames` alone, where it has more."""
+def first_frames(drive: DriveTokens, frames: int) -> DriveTokens:
+    """A drive's first `frames` alone, or all of it where it is shorter."""
     count = min(frames, len(drive))
     segments = tuple(
         (begin, min(stop, count)) for begin, stop in drive.entry.segments if begin < count

@@ -23,7 +23,7 @@ from driving_sim.evaluate.footage import (
     choose_clips,
     clock_and_actions,
     digest,
-    drive_view,
+    first_frames,
 )
 from driving_sim.evaluate.likelihood.action_information import evaluate_action_information
 from driving_sim.evaluate.likelihood.bits import evaluate_likelihood, learned_drives
@@ -222,7 +222,7 @@ def _real(world: WorldModel, evidence: Evidence, config: EvaluationConfig) -> li
     frames = round(config.real_seconds * world.fps)
     for drive in drives:
         if frames > 0 and drive.id == original_id(drive.id):
-            chosen.append(drive_view(drive, frames=frames))
+            chosen.append(first_frames(drive, frames))
             frames -= len(chosen[-1])
     return chosen
 

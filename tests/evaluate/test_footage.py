@@ -27,7 +27,7 @@ from driving_sim.evaluate.footage import (
     check_apart,
     check_tokens_apart,
     choose_clips,
-    drive_view,
+    first_frames,
     footage_of,
     recording_digest,
     recording_digests,
@@ -170,10 +170,10 @@ def split_into_parts(each: Footage, out: Path) -> tuple[DriveTokens, ...]:
 
 def test_a_view_shows_less_of_a_drive(tmp_path: Path) -> None:
     drive = write_store(tmp_path / "tokens", (30, 40), gap_at=15).drives[1]
-    view = drive_view(drive, frames=20, channels=(True, False))
+    view = replace(first_frames(drive, 20), channels=(True, False))
     assert (len(view), view.id, view.info) == (20, drive.id, drive.info)
     assert view.entry.segments == ((0, 15), (15, 20))
-    assert drive_view(view, frames=15).entry.segments == ((0, 15),)
+    assert first_frames(view, 15).entry.segments == ((0, 15),)
     for name in ("tokens", "actions", "timestamps"):
         assert np.array_equal(getattr(view, name), getattr(drive, name)[:20])
     assert view.action_valid.shape == (20, 2)
@@ -186,7 +186,7 @@ def test_a_view_shows_less_of_a_drive(tmp_path: Path) -> None:
     assert batch["tokens"][0].equal(torch.from_numpy(view.tokens[3:7].astype(np.int64)))
     assert batch["actions"][0].equal(torch.from_numpy(view.actions[2:6].copy()))
     assert batch["action_valid"][0].equal(torch.from_numpy(view.action_valid[2:6]))
-    assert len(drive_view(drive, frames=1000)) == 40
+    assert len(first_frames(drive, 1000)) == 40
 
 
 def test_held_out_drives_are_originals_with_what_the_model_learned(

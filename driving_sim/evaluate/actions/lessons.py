@@ -18,7 +18,7 @@ from driving_sim.evaluate.actions.fidelity import CURVE
 from driving_sim.evaluate.actions.inverse_dynamics import InverseDynamics, ProbeClip, ProbeSource
 from driving_sim.evaluate.footage import (
     Footage,
-    drive_view,
+    first_frames,
     recording_digests,
 )
 from driving_sim.world_model.world_model import WorldModel
@@ -118,7 +118,7 @@ def _recorded_clip(world: WorldModel, sampled: SampledDrive, frames: int) -> Pro
 
 def _stored_clip(footage: Footage, frames: int) -> ProbeClip:
     """The first true frames of a drive of a token store."""
-    drive = drive_view(footage.drive, frames=frames)
+    drive = first_frames(footage.drive, frames)
     return _clip(footage.beginning(frames), drive.actions, drive.action_valid, drive.entry.segments)
 
 

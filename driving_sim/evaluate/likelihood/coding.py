@@ -26,7 +26,7 @@ from torch import Tensor
 from driving_sim.data.tokens.store import DriveTokens
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.progress import progress
-from driving_sim.evaluate.footage import drive_view
+from driving_sim.evaluate.footage import first_frames
 from driving_sim.evaluate.report.section import Section, Table
 from driving_sim.world_model.training.bits import streamed_bits_per_token
 from driving_sim.world_model.world_model import WorldModel
@@ -64,7 +64,7 @@ def evaluate_coding(world: WorldModel, drive: DriveTokens, *, seconds: float) ->
     `ratio` is the coded size, header included, over the bits that the model claims; `exact` says
     whether what came back were the same tokens.
     """
-    beginning = drive_view(drive, frames=max(1, round(seconds * world.fps)))
+    beginning = first_frames(drive, max(1, round(seconds * world.fps)))
     actions, valid, count = beginning.actions, beginning.action_valid, beginning.tokens.size
     with progress(2 * len(beginning), "arithmetic coding", "frames") as bar:
         coded = compress(world, beginning, advance=bar.advance)
