@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from driving_sim.data.drive import DriveSet, sample
+from driving_sim.data.drive import Drive, DriveSet, sample
 from driving_sim.data.sources import find_drives
 from driving_sim.data.tokens.index import INDEX, UNFINISHED, StoreIndex, read_index
 from driving_sim.data.tokens.store import TokenStore
