@@ -74,7 +74,15 @@ def evaluate_stability(
         title="Stability of long rollouts",
         text=_TEXT.format(seconds=f"{seconds:g}"),
         metrics=metrics,
-        parts=(_table(metrics), _plot(judged), _sheet(world, starts, tokens)),
+        parts=(
+            Table(
+                caption="All rollouts",
+                columns=("", "value"),
+                rows=tuple((label, metrics[name]) for label, name in _ROWS.items()),
+            ),
+            _plot(judged),
+            _sheet(world, starts, tokens),
+        ),
     )
 
 
@@ -126,45 +134,38 @@ def _onward(clip: Clip, frames: int) -> tuple[NDArray[np.float32], NDArray[np.bo
     return np.asarray(drive.actions[places]), np.asarray(drive.action_valid[places])
 
 
-def _table(metrics: dict[str, Any]) -> Table:
-    rows = (
-        ("rollouts", metrics["rollouts"]),
-        ("collapsed", metrics["collapsed"]),
-        ("lasted, s (mean)", metrics["mean_lasted_s"]),
-        ("drift, bits", metrics["drift_bits"]),
-        ("its floor, bits", metrics["drift_floor_bits"]),
-        ("sharpness, of real", metrics["sharpness_ratio"]),
-        ("frozen, share of frames", metrics["frozen_share"]),
-        ("rollouts with a loop", metrics["looped"]),
-    )
-    return Table(caption="All rollouts", columns=("", "value"), rows=rows)
+_ROWS = {
+    "rollouts": "rollouts",
+    "collapsed": "collapsed",
+    "lasted, s (mean)": "mean_lasted_s",
+    "drift, bits": "drift_bits",
+    "its floor, bits": "drift_floor_bits",
+    "sharpness, of real": "sharpness_ratio",
+    "frozen, share of frames": "frozen_share",
+    "rollouts with a loop": "looped",
+}
 
 
 def _plot(judged: Sequence[dict[str, Any]]) -> Media:
     figure = Figure(figsize=(12, 3.2), layout="constrained")
     drift, sharp, change = figure.subplots(1, 3)
     for each in judged:
-        fps = each["fps"]
         drift.plot(each["drift"]["time_s"], each["drift"]["bits"])
-        curves = (sharp, each["sharpness"]["ratio"]), (change, each["freeze"]["change"])
-        for axes, values in curves:
-            axes.plot(np.arange(len(values)) / fps, values, linewidth=0.8)
+        for axes, values in (
+            (sharp, each["sharpness"]["ratio"]),
+            (change, each["freeze"]["change"]),
+        ):
+            axes.plot(np.arange(len(values)) / each["fps"], values, linewidth=0.8)
     first = judged[0]
-    drift.axhline(first["drift"]["threshold_bits"], color="#999999", linestyle=":")
     drift.axhline(first["drift"]["floor_bits"], color="#999999")
-    bounds = first["sharpness"]["thresholds"]
-    for axes, bound in (
-        (sharp, bounds["low"]),
-        (sharp, bounds["high"]),
-        (change, first["freeze"]["threshold"]),
-    ):
-        axes.axhline(bound, color="#999999", linestyle=":")
-    for axes, label in (
-        (drift, "divergence of the tokens, bits"),
-        (sharp, "sharpness, of the real median"),
-        (change, "change of the picture, share of white"),
+    for axes, label, bounds in (
+        (drift, "divergence of the tokens, bits", [first["drift"]["threshold_bits"]]),
+        (sharp, "sharpness, of the real median", first["sharpness"]["thresholds"].values()),
+        (change, "change of the picture, share of white", [first["freeze"]["threshold"]]),
     ):
         axes.set(xlabel="seconds ahead", ylabel=label)
+        for bound in bounds:
+            axes.axhline(bound, color="#999999", linestyle=":")
     return plot(figure, "Each rollout over time; dotted: the bounds, grey line: the floor")
 
 

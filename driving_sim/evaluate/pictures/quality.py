@@ -28,12 +28,19 @@ from driving_sim.tokenizer.perceptual import PerceptualLoss
 from driving_sim.world_model.panels import contact_sheet, side_by_side
 
 Frames = NDArray[np.uint8]
+Measure = Callable[[Tensor, Tensor], Tensor]
 
 KINDS = ("model", "floor", "copy_last")
 _COLOURS = {"model": "#2a5db0", "floor": "#8a8f99", "copy_last": "#d9822b"}
 _SHOWN = 4  # clips in the report's pictures
 _COLUMNS = 6
 _ACCURACY = "token_accuracy"
+
+
+def frame_measures(perceptual: PerceptualLoss | None) -> dict[str, Measure]:
+    """What frames are compared by: functions of uint8 frames [N, H, W, 3] and true ones to [N]."""
+    measures: dict[str, Measure] = {"psnr_db": psnr, "ssim": ssim}
+    return measures if perceptual is None else measures | {"lpips": perceptual.frame_distances}
 
 
 class QualityMeter:
@@ -43,12 +50,7 @@ class QualityMeter:
         self, fps: float, extractor: VideoFeatures, perceptual: PerceptualLoss | None = None
     ) -> None:
         self.fps, self.extractor = fps, extractor
-        self.measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-            "psnr_db": psnr,
-            "ssim": ssim,
-        }
-        if perceptual is not None:
-            self.measures["lpips"] = perceptual.frame_distances
+        self.measures = frame_measures(perceptual)
         self.curves: dict[str, dict[str, list[NDArray[np.float64]]]] = {}
         self.features: dict[str, list[NDArray[np.float64]]] = {}
         self.rollouts: list[tuple[Clip, Tensor]] = []
@@ -63,29 +65,23 @@ class QualityMeter:
         clip = imagined.clip
         self.rollouts.append((clip, imagined.tokens))
         truth, true_tokens = clip.truth, clip.true_tokens
-        last = clip.context[-1]
-        futures = {
-            "model": imagined.frames,
-            "copy_last": np.broadcast_to(last, truth.shape).copy(),
-        }
+        copies = np.broadcast_to(clip.context[-1], truth.shape).copy()
+        futures = {"model": imagined.frames, "copy_last": copies}
         if clip.footage.recorded is not None:
             futures["floor"] = clip.footage.tokenizer.decode(true_tokens).numpy()
         for kind, frames in futures.items():
             for name, measure in self.measures.items():
                 values = measure(torch.from_numpy(frames), torch.from_numpy(truth))
                 self._note(name, kind, values)
-        last_tokens = clip.context_tokens[-1]
-        for kind, tokens in (("model", imagined.tokens), ("copy_last", last_tokens)):
-            same = (tokens == true_tokens).flatten(1)
-            self._note(_ACCURACY, kind, same.double().mean(1))
+        for kind, tokens in (("model", imagined.tokens), ("copy_last", clip.context_tokens[-1])):
+            self._note(_ACCURACY, kind, (tokens == true_tokens).flatten(1).double().mean(1))
         if len(truth) >= self.extractor.least_frames:
             for kind, frames in {**futures, "true": truth}.items():
                 found = self.extractor(frames[None]).astype(np.float64)
                 self.features.setdefault(kind, []).append(found)
 
     def _note(self, name: str, kind: str, values: Tensor) -> None:
-        by_kind = self.curves.setdefault(name, {})
-        by_kind.setdefault(kind, []).append(values.double().numpy())
+        self.curves.setdefault(name, {}).setdefault(kind, []).append(values.double().numpy())
 
     def section(self) -> Section:
         """Curves over the horizon, means with intervals over clips, and pictures."""
@@ -100,15 +96,14 @@ class QualityMeter:
             metrics[f"{name}_by_frame"] = always | {
                 kind: rows.mean(axis=0).tolist() for kind, rows in stacked.items()
             }
-        metrics[self.extractor.name] = self._distances()
+        name = self.extractor.name
+        metrics[name] = self._distances()
         return Section(
             name="quality",
             title="Rollout quality against the horizon",
-            text=_TEXT.format(
-                name=self.extractor.name, truth=_RECORDED if self.is_recorded else _RECONSTRUCTED
-            ),
+            text=_TEXT.format(name=name, truth=_RECORDED if self.is_recorded else _RECONSTRUCTED),
             metrics=metrics,
-            parts=(_table(metrics, self.extractor.name), self._plot(metrics), *self._pictures()),
+            parts=(_table(metrics, name), self._plot(metrics), *self._pictures()),
         )
 
     def _distances(self) -> dict[str, float | None] | None:

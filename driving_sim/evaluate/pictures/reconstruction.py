@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from driving_sim.data.drive import SampledDrive
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.pictures.flicker import Flicker, flicker
+from driving_sim.evaluate.pictures.quality import frame_measures
 from driving_sim.evaluate.report.cell import Cell
 from driving_sim.evaluate.report.intervals import block_frames, bootstrap, mean_of_sums, mean_sums
 from driving_sim.evaluate.report.section import Media, Section, Table, photo
-from driving_sim.tokenizer.metrics import codebook_use, psnr, ssim
+from driving_sim.tokenizer.metrics import codebook_use
 from driving_sim.tokenizer.perceptual import PerceptualLoss
 from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.panels import side_by_side
@@ -39,13 +40,17 @@ class _DriveMeter:
     def __init__(
         self, sampled: SampledDrive, tokenizer: Tokenizer, perceptual: PerceptualLoss | None
     ) -> None:
-        self.sampled, self.tokenizer, self.perceptual = sampled, tokenizer, perceptual
+        self.sampled, self.tokenizer = sampled, tokenizer
+        self.measures = frame_measures(perceptual)
         self.values: dict[str, list[NDArray[np.float64]]] = {}
         self.flicker = Flicker(cells=0, changed=0, still=0, still_changed=0)
         self.counts = torch.zeros(tokenizer.codebook_size, dtype=torch.int64)
         self.seconds = {"encode": 0.0, "decode": 0.0}
-        self._frames = 0
-        self._last: tuple[Frames, NDArray[np.int64]] | None = None
+        self.frames = 0
+        self._last = (
+            np.zeros((0, tokenizer.height, tokenizer.width, 3), np.uint8),
+            np.zeros((0, tokenizer.rows, tokenizer.cols), np.int64),
+        )
 
     def add(self, batch: Frames) -> None:
         """Measure the drive's next frames, uint8 [B, H, W, 3]."""
@@ -56,14 +61,14 @@ class _DriveMeter:
         self.seconds["encode"] += encoded - began
         self.seconds["decode"] += time.perf_counter() - encoded
         self.counts += torch.bincount(tokens.flatten(), minlength=len(self.counts))
-        for name, values in self._compare(torch.from_numpy(batch), rebuilt).items():
-            self.values.setdefault(name, []).append(values.double().numpy())
-        self._count_flicker(batch, tokens.numpy())
-        self._frames += len(batch)
-
-    def mean(self, name: str) -> float:
-        """Mean of a measure over the drive's frames."""
-        return float(np.concatenate(self.values[name]).mean())
+        for name, measure in self.measures.items():
+            values = measure(rebuilt, torch.from_numpy(batch)).double().numpy()
+            self.values.setdefault(name, []).append(values)
+        seen = self._last, (batch, tokens.numpy())  # pairs reach over the edges of batches
+        frames, codes = (np.concatenate(parts) for parts in zip(*seen, strict=True))
+        self.flicker += flicker(codes, frames)
+        self._last = batch[-1:], tokens[-1:].numpy()
+        self.frames += len(batch)
 
     def blocks(self, name: str) -> NDArray[np.float64]:
         """Sums [U, 2] of a measure and of ones over blocks of neighbouring frames, which are alike
@@ -83,20 +88,6 @@ class _DriveMeter:
             side_by_side([frames[0], rebuilt[0]], columns=2),
             f"{place}: {value:.1f} dB. Left: the frame. Right: reconstructed",
         )
-
-    def _compare(self, frames: torch.Tensor, rebuilt: torch.Tensor) -> dict[str, torch.Tensor]:
-        values = {"psnr_db": psnr(rebuilt, frames), "ssim": ssim(rebuilt, frames)}
-        if self.perceptual is not None:
-            values["lpips"] = self.perceptual.frame_distances(rebuilt, frames)
-        return values
-
-    def _count_flicker(self, batch: Frames, tokens: NDArray[np.int64]) -> None:
-        if self._last is not None:
-            frames = np.concatenate([self._last[0], batch])
-            self.flicker += flicker(np.concatenate([self._last[1], tokens]), frames)
-        else:
-            self.flicker += flicker(tokens, batch)
-        self._last = batch[-1:], tokens[-1:]
 
 
 def evaluate_tokenizer(
@@ -159,13 +150,12 @@ is that of 24-bit pixels. The frames shown are those of the lowest PSNR that lie
 
 def _metrics(tokenizer: Tokenizer, meters: Sequence[_DriveMeter]) -> dict[str, Any]:
     counts = torch.stack([meter.counts for meter in meters]).sum(0)
-    frames = sum(meter._frames for meter in meters)
+    frames = sum(meter.frames for meter in meters)
     bits = tokenizer.rows * tokenizer.cols * math.log2(tokenizer.codebook_size)
-    means: dict[str, Any] = {}
-    for name in meters[0].values:
-        means[name] = bootstrap(
-            np.concatenate([meter.blocks(name) for meter in meters]), mean_of_sums
-        )
+    means = {
+        name: bootstrap(np.concatenate([meter.blocks(name) for meter in meters]), mean_of_sums)
+        for name in meters[0].measures
+    }
     flickered = sum((meter.flicker for meter in meters[1:]), start=meters[0].flicker)
     return {
         "frames": frames,
@@ -180,8 +170,8 @@ def _metrics(tokenizer: Tokenizer, meters: Sequence[_DriveMeter]) -> dict[str, A
         },
         "drives": {
             meter.sampled.drive.id: {
-                "frames": meter._frames,
-                **{name: meter.mean(name) for name in meter.values},
+                "frames": meter.frames,
+                **{name: float(np.concatenate(v).mean()) for name, v in meter.values.items()},
                 "codebook": codebook_use(meter.counts),
                 "flicker": meter.flicker.shares()["flicker"],
             }
@@ -192,8 +182,8 @@ def _metrics(tokenizer: Tokenizer, meters: Sequence[_DriveMeter]) -> dict[str, A
 
 def _overall(metrics: dict[str, Any]) -> Table:
     codebook, speed = metrics["codebook"], metrics["frames_per_second"]
-    rows: list[tuple[Cell, ...]] = [(name, metrics[name]) for name in _MEASURES if name in metrics]
-    rows += [
+    rows: tuple[tuple[Cell, ...], ...] = (
+        *((name, metrics[name]) for name in _MEASURES if name in metrics),
         ("share of the codes used", codebook["used"]),
         ("perplexity of the codes", codebook["perplexity"]),
         ("entropy of the codes, bits", codebook["entropy_bits"]),
@@ -202,9 +192,9 @@ def _overall(metrics: dict[str, Any]) -> Table:
         ("compression factor", metrics["compression_factor"]),
         ("frames encoded per second", speed["encode"]),
         ("frames decoded per second", speed["decode"]),
-    ]
+    )
     caption = "All drives; means with 95 % intervals"
-    return Table(caption=caption, columns=("", "value"), rows=tuple(rows))
+    return Table(caption=caption, columns=("", "value"), rows=rows)
 
 
 def _by_drive(metrics: dict[str, Any]) -> Table:

@@ -102,13 +102,12 @@ def sharpness(frames: Frames) -> Curve:
     Its square is the focus measure of Pech-Pacheco et al. 2000
     (https://doi.org/10.1109/ICPR.2000.903548): blur lowers it, hard edges and noise raise it.
     """
-    return np.array([_laplacian(frame.mean(axis=2, dtype=np.float32)).std() for frame in frames])
-
-
-def _laplacian(grey: NDArray[np.float32]) -> NDArray[np.float32]:
-    neighbours = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:]
-    laplacian: NDArray[np.float32] = neighbours - 4 * grey[1:-1, 1:-1]
-    return laplacian
+    spreads = []
+    for frame in frames:
+        grey = frame.mean(axis=2, dtype=np.float32)
+        neighbours = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:]
+        spreads.append((neighbours - 4 * grey[1:-1, 1:-1]).std())
+    return np.array(spreads)
 
 
 def jensen_shannon(counts: NDArray[Any], others: NDArray[Any]) -> float:
@@ -166,7 +165,8 @@ def repetition(footage: Appearance, frozen: Mask, lags: range, window: int) -> C
     lives = sliding_window_view(~frozen, window).mean(axis=1) > 0.5
     best = np.zeros(len(drives))
     for lag in range(lags.start, min(lags.stop, len(best))):
-        np.maximum(best[lag:], _least(agreement(footage.tokens, lag), window), out=best[lag:])
+        least = sliding_window_view(agreement(footage.tokens, lag), window).min(axis=1)
+        np.maximum(best[lag:], least, out=best[lag:])
     return _around(best * (drives & lives), window)
 
 
@@ -183,12 +183,6 @@ def _means(curve: Curve, window: int) -> Curve:
     """The mean [N - window + 1] in each window of a curve [N], or in all of a shorter one."""
     means: Curve = sliding_window_view(curve, min(window, len(curve))).mean(axis=1)
     return means
-
-
-def _least(curve: Curve, window: int) -> Curve:
-    """The least value [N - window + 1] in each window of a curve [N]."""
-    least: Curve = sliding_window_view(curve, window).min(axis=1)
-    return least
 
 
 def _around(values: NDArray[Any], window: int) -> NDArray[Any]:
@@ -225,20 +219,17 @@ class RealBounds:
         """
         block, hop = _block(config, fps)
         drives = _long_enough(drives, block, fps)
-        tokens = [drive.tokens for drive in drives]
+        tokens, sharp = [drive.tokens for drive in drives], [drive.sharpness for drive in drives]
         lags, loop = _lags(config, fps), _frames(config.loop_s, fps)
         hold = _frames(config.hold_s, fps)
-        repeats = [
-            repetition(each, np.zeros(len(each.tokens), np.bool_), lags, loop) for each in drives
-        ]
+        nowhere = [np.zeros(len(drive.tokens), np.bool_) for drive in drives]
+        repeats = [repetition(*pair, lags, loop) for pair in zip(drives, nowhere, strict=True)]
         return cls(
             fps=fps,
             config=config,
             counts=np.bincount(np.concatenate([each.ravel() for each in tokens])),
             floor_bits=drift_floor(tokens, block, hop),
-            sharpness=np.quantile(
-                np.concatenate([drive.sharpness for drive in drives]), [_LOW, 0.5, _HIGH]
-            ),
+            sharpness=np.quantile(np.concatenate(sharp), [_LOW, 0.5, _HIGH]),
             least_change=_least_change(drives),
             repetition=float(np.concatenate(repeats).max()),
             continuity=min(float(_means(continuity(each), hold).min()) for each in tokens),
@@ -334,10 +325,8 @@ def time_to_collapse(
     """
     for start, stop in _runs(np.logical_or.reduce(list(faults.values()))):
         if stop - start >= hold:
-            part = slice(start, start + hold)
-            return start / fps, [
-                name for name, fault in faults.items() if fault[part].mean() >= 0.5
-            ]
+            first = slice(start, start + hold)
+            return start / fps, [name for name in faults if faults[name][first].mean() >= 0.5]
     return None, []
 
 
@@ -354,18 +343,12 @@ def judge(footage: Appearance, bounds: RealBounds) -> dict[str, Any]:
     `fault_shares` says for how much of the rollout each fault holds. Raises DriveSimError where it
     is shorter than a block.
     """
-    drift, drifted = _judge_drift(footage, bounds)
-    sharp, unsharp = _judge_sharpness(footage, bounds)
-    freeze, frozen = _judge_freeze(footage, bounds)
-    kept, restless = _judge_continuity(footage, bounds)
-    loops, looping = _judge_loops(footage, bounds, frozen)
-    faults = {
-        "drift": drifted,
-        "sharpness": unsharp,
-        "frozen": frozen,
-        "restless": restless,
-        "loop": looping,
-    }
+    faults: dict[str, Mask] = {}
+    drift, faults["drift"] = _judge_drift(footage, bounds)
+    sharp, faults["sharpness"] = _judge_sharpness(footage, bounds)
+    freeze, faults["frozen"] = _judge_freeze(footage, bounds)
+    kept, faults["restless"] = _judge_continuity(footage, bounds)
+    loops, faults["loop"] = _judge_loops(footage, bounds, faults["frozen"])
     hold = _frames(bounds.config.hold_s, bounds.fps)
     collapse_s, collapsed_by = time_to_collapse(faults, bounds.fps, hold)
     return {
@@ -469,24 +452,27 @@ def _listed(curve: NDArray[Any]) -> list[float]:
 
 def mean_stability(rollouts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Sum up what `judge` found in one or more rollouts; those that never collapse last whole."""
+
+    def mean(*path: str) -> float:
+        values: Any = rollouts
+        for key in path:
+            values = [value[key] for value in values]
+        return float(np.mean(values))
+
+    collapses = [each["collapse_s"] for each in rollouts]
     lasted = [
-        each["seconds"] if each["collapse_s"] is None else each["collapse_s"] for each in rollouts
+        each["seconds"] if at is None else at for each, at in zip(rollouts, collapses, strict=True)
     ]
-    faults = [each["fault_shares"] for each in rollouts]
     return {
         "rollouts": len(rollouts),
-        "seconds": _mean(each["seconds"] for each in rollouts),
-        "collapsed": sum(each["collapse_s"] is not None for each in rollouts),
-        "mean_lasted_s": _mean(lasted),
-        "drift_bits": _mean(each["drift"]["mean_bits"] for each in rollouts),
+        "seconds": mean("seconds"),
+        "collapsed": sum(at is not None for at in collapses),
+        "mean_lasted_s": float(np.mean(lasted)),
+        "drift_bits": mean("drift", "mean_bits"),
         "drift_floor_bits": rollouts[0]["drift"]["floor_bits"],
-        "sharpness_ratio": _mean(each["sharpness"]["mean_ratio"] for each in rollouts),
-        "frozen_share": _mean(each["freeze"]["share"] for each in rollouts),
+        "sharpness_ratio": mean("sharpness", "mean_ratio"),
+        "frozen_share": mean("freeze", "share"),
         "longest_freeze_s": max(each["freeze"]["longest_s"] for each in rollouts),
         "looped": sum(each["loops"]["found"] for each in rollouts),
-        "fault_shares": {name: _mean(each[name] for each in faults) for name in faults[0]},
+        "fault_shares": {name: mean("fault_shares", name) for name in rollouts[0]["fault_shares"]},
     }
-
-
-def _mean(values: Iterable[float]) -> float:
-    return float(np.mean(list(values)))
