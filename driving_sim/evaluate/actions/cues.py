@@ -8,7 +8,7 @@ Legend: T frames of a clip, P = T - 1 pairs of neighbours, V versions of a pictu
 B of a batch, K pairs, D displacements; H, W pixels and R, C cells of a picture.
 """
 
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -39,32 +39,17 @@ RECIPE = f"{_ROWS} {_COLUMNS} {_DETAIL_SIGMA} {_FAINTEST_CELL}"
 """What the cues depend on, beside their shapes."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class MotionCues:
-    """What is seen of the pairs of neighbouring frames."""
+def motion_cues(frames: Frames, *, soften: bool = False) -> tuple[Tensor, Tensor]:
+    """Measure the pairs of neighbouring frames among uint8 [T, H, W, 3], of any size and aspect.
 
-    turns: Tensor
-    """float32 [V, P] picture widths that the scene moves right."""
-    motion: Tensor
-    """[V, P, D, R, C] likeness of each cell with the next frame displaced, the turn taken out."""
-
-    @classmethod
-    def of(cls, frames: Frames, *, soften: bool = False) -> "MotionCues":
-        """Measure frames [T, H, W, 3]; with `soften`, as they are and blurred."""
-        grey = _grey(frames)
-        versions = [grey, blurred(grey, _SOFT_SIGMA)] if soften else [grey]
-        turns = [_turns(version) for version in versions]
-        pairs = zip(versions, turns, strict=True)
-        return cls(torch.stack(turns), torch.stack([_motion(*version) for version in pairs]))
-
-    def halved(self) -> "MotionCues":
-        """Return them in half the memory."""
-        return MotionCues(self.turns, self.motion.half())
-
-    def at(self, version: Tensor, stacks: Tensor) -> tuple[Tensor, Tensor]:
-        """Return turns [B, K] and motion [B, K, D, R, C] of pairs [B, K] in versions [B]."""
-        chosen = version[:, None], stacks
-        return self.turns[chosen], self.motion[chosen].float()
+    Returns the turns, float32 [V, P] picture widths that the scene moves right, and the motion
+    [V, P, D, R, C], the likeness of each cell with the next frame displaced, the turn taken out.
+    With `soften` there are two versions: the frames as they are, and blurred.
+    """
+    grey = _grey(frames)
+    versions = [grey, blurred(grey, _SOFT_SIGMA)] if soften else [grey]
+    turns = [_turns(version) for version in versions]
+    return torch.stack(turns), torch.stack([*map(_motion, versions, turns)])
 
 
 def mirrored_motion(motion: Tensor) -> Tensor:
@@ -73,17 +58,9 @@ def mirrored_motion(motion: Tensor) -> Tensor:
     return rearrange(by_row.flip(-3, -1), "... y x r c -> ... (y x) r c")
 
 
-def check_frames(frames: Frames) -> None:
-    """Raise ValueError where these are not frames [T, H, W, 3] of bytes."""
-    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
-        raise ValueError(
-            f"frames of shape {frames.shape} and {frames.dtype}: must be uint8 [T, H, W, 3]"
-        )
-
-
 def _grey(frames: Frames) -> Tensor:
     """Frames [T, H, W, 3] as grey levels, float32 [T, 64, 128]."""
-    parts = [torch.zeros(0, _ROWS, _COLUMNS)]
+    parts = []
     for part in torch.split(torch.from_numpy(np.ascontiguousarray(frames)), _PAIRS_AT_ONCE):
         # A sum of bytes is exact in any order: a mirrored picture gives mirrored levels.
         light = reduce(part.float(), "t h w c -> t 1 h w", "sum")
@@ -113,19 +90,15 @@ def _likeness(before: Tensor, after: Tensor) -> Tensor:
     """Normalised cross-correlation [P, D, R, C] of the cells of [P, H, W], for displacements."""
     rows, columns = before.shape[-2:]
     padded = functional.pad(after, (_ACROSS, _ACROSS, _UP, _DOWN))
-    energy = _cells(before.square())
+    cells = partial(functional.avg_pool2d, kernel_size=_CELL)
+    energy = cells(before.square())
     scores = []
     for down in range(_UP + 1 + _DOWN):
         for right in range(2 * _ACROSS + 1):
             met = padded[:, down : down + rows, right : right + columns]
-            both = (energy * _cells(met.square())).sqrt().clamp(min=_FAINTEST_CELL)
-            scores.append(_cells(before * met) / both)
+            both = (energy * cells(met.square())).sqrt().clamp(min=_FAINTEST_CELL)
+            scores.append(cells(before * met) / both)
     return torch.stack(scores, dim=1)
-
-
-def _cells(images: Tensor) -> Tensor:
-    """Mean [P, R, C] of the cells of [P, H, W]."""
-    return functional.avg_pool2d(images, _CELL)
 
 
 def _turned_back(images: Tensor, turns: Tensor) -> Tensor:

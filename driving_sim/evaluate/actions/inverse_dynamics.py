@@ -3,18 +3,19 @@
 It learns from real footage and then reads rollouts, so that what they did can be compared with what
 they were told. It must measure the motion, not guess from the road ahead what a driver would do: a
 rollout that follows the road and ignores its commands would else pass for obedient. So a small
-network sees only `motion_cues`: how far the picture turned from frame to frame, and how its parts
+network sees only `cues`: how far the picture turned from frame to frame, and how its parts
 moved beside that. Steering is the turns around a transition under weights that the network chooses:
 without a turn there is none, and a mirrored one is negated.
 
-Legend: T frames of a clip, M transitions, B of a batch, K pairs around each, D displacements,
-A = 2 channels of an action; H, W pixels and R, C cells of a picture.
+Legend: T frames of a clip, P pairs of neighbours, M transitions, B of a batch, K pairs around each,
+V versions of a picture, D displacements, A = 2 channels of an action; H, W pixels and R, C cells of
+a picture.
 """
 
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,26 +38,15 @@ from driving_sim.evaluate.actions.cues import (
     DISPLACEMENTS,
     RECIPE,
     Frames,
-    MotionCues,
-    check_frames,
     mirrored_motion,
+    motion_cues,
 )
 from driving_sim.evaluate.actions.following import balanced_sign_accuracy
 
 STANDING_MPS = 1.0
 """The steering of a slower car does not show: it is neither learned nor judged."""
 
-_CHANNELS = {"speed": SPEED, "steering": STEERING}
-_ERRORS = (
-    "transitions",
-    "mean_absolute_error",
-    "constant_mean_absolute_error",
-    "rmse",
-    "constant_rmse",
-    "r_squared",
-    "correlation",
-    "sign_accuracy",
-)
+CHANNELS = {"speed": SPEED, "steering": STEERING}
 
 _AROUND = (-1, 0, 1)
 """The pairs that the estimate of a transition looks at, counted from its own."""
@@ -85,17 +75,6 @@ class ProbeClip:
     """[T, 2] where the actions are known."""
     segments: Sequence[tuple[int, int]]
     """Ranges [begin, stop) of frames that follow each other without a gap."""
-
-    def __post_init__(self) -> None:
-        check_frames(self.frames)
-        count = len(self.frames)
-        for name in ("actions", "action_valid"):
-            shape = getattr(self, name).shape
-            if shape != (count, 2):
-                raise ValueError(f"{name} is {list(shape)}; it must be [{count}, 2], as the frames")
-        for begin, stop in self.segments:
-            if not 0 <= begin <= stop <= count:
-                raise ValueError(f"segment {begin}..{stop} is not within {count} frames")
 
 
 @config
@@ -164,7 +143,10 @@ class InverseDynamics:
         """Read a file of `to_bytes`; raises DriveSimError where it is not one."""
         network = _Network()
         try:
-            source = _source(load_weights(network, path, of="a probe"))
+            metadata = load_weights(network, path, of="a probe")
+            if "source" not in metadata:
+                raise DriveSimError("it does not say what it learned from")
+            source = from_dict(ProbeSource, parse_json(metadata["source"]), where="source")
         except (ValueError, DriveSimError) as error:
             raise DriveSimError(
                 f"{path}: not an inverse-dynamics probe of this version ({one_line(error)}); "
@@ -179,23 +161,15 @@ class InverseDynamics:
     def _weights(self) -> dict[str, Tensor]:
         return {name: value.contiguous() for name, value in self._network.state_dict().items()}
 
-    def estimate(
-        self, frames: Frames, segments: Sequence[tuple[int, int]] | None = None
-    ) -> NDArray[np.float32]:
+    def estimate(self, frames: Frames) -> NDArray[np.float32]:
         """Estimate the action [T - 1, 2] from each frame to the next, of uint8 [T, H, W, 3].
 
         The estimate from t to t + 1 looks at frames t - 1 to t + 2: at the motion from t to t + 1,
-        the one before and the one after. Where a clip or a segment begins or ends, its first or
-        last motion stands in for what is missing. NaN between segments, and in channels that were
-        not learned.
+        the one before and the one after. Where the frames begin or end, their first or last motion
+        stands in for what is missing. NaN in channels that were not learned.
         """
-        check_frames(frames)
-        segments = [(0, len(frames))] if segments is None else segments
-        found = np.full((max(len(frames) - 1, 0), 2), np.nan, np.float32)
-        places, stacks = _stacks(segments)
-        if len(places):
-            found[places] = _predict(self._network, MotionCues.of(frames), torch.from_numpy(stacks))
-        return found
+        _, stacks = _stacks([(0, len(frames))])
+        return self._network.predict(*motion_cues(frames), torch.from_numpy(stacks))
 
     def errors(
         self, clips: Sequence[ProbeClip], *, curve: float | None = None
@@ -206,62 +180,53 @@ class InverseDynamics:
         clips' root mean square. None is what cannot be told from these clips.
         """
         samples = _Samples.of(clips)
-        estimated = _predict(self._network, samples.cues, samples.stacks)
+        estimated = self._network.predict(samples.turns, samples.motion, samples.stacks)
         curve = 0.5 * float(self._network.scale[STEERING]) if curve is None else curve
         found: dict[str, dict[str, float | None]] = {}
-        for name, channel in _CHANNELS.items():
+        for name, channel in CHANNELS.items():
             known = samples.known[:, channel].numpy() & ~np.isnan(estimated[:, channel])
-            truth = samples.actions[known, channel].numpy().astype(np.float64)
             found[name] = _errors(
                 estimated[known, channel],
-                truth,
+                samples.actions[known, channel].numpy().astype(np.float64),
                 constant=float(self._network.mean[channel]),
                 curve=curve if channel == STEERING else None,
             )
         return found
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Samples:
-    """The transitions of clips that have an action."""
+    """The transitions of clips that have an action, and the `motion_cues` around them."""
 
-    cues: MotionCues
+    turns: Tensor
+    """float32 [V, P]."""
+    motion: Tensor
+    """float16 [V, P, D, R, C]: half the memory."""
     stacks: Tensor
     """int64 [M, K] pairs around each transition."""
     actions: Tensor
     """float32 [M, 2]."""
     known: Tensor
-    """bool [M, 2] where the action is known and shows."""
+    """bool [M, 2] where the action is known and shows: not the steering of a car that stands."""
 
     @classmethod
     def of(cls, clips: Sequence[ProbeClip], *, soften: bool = False) -> "_Samples":
-        clips = clips or [_NOTHING]
-        cues = [MotionCues.of(clip.frames, soften=soften).halved() for clip in clips]
-        begin, stacks, actions, known = 0, [], [], []
-        for clip, seen in zip(clips, cues, strict=True):
+        turns, motion, stacks, actions, known = [], [], [], [], []
+        begin = 0
+        for clip in clips:
+            turned, moved = motion_cues(clip.frames, soften=soften)
+            turns.append(turned)
+            motion.append(moved.half())
             places, around = _stacks(clip.segments)
-            shows = clip.action_valid[places] & _shows(clip.actions, clip.action_valid)[places]
+            stands = clip.action_valid[:, SPEED] & (clip.actions[:, SPEED] < STANDING_MPS)
+            shows = (clip.action_valid & ~np.stack([np.zeros_like(stands), stands], 1))[places]
             kept = shows.any(axis=1)
             stacks.append(begin + around[kept])
             actions.append(clip.actions[places[kept]])
             known.append(shows[kept])
-            begin += seen.turns.shape[1]
-        return cls(
-            cues=MotionCues(
-                torch.cat([seen.turns for seen in cues], dim=1),
-                torch.cat([seen.motion for seen in cues], dim=1),
-            ),
-            stacks=torch.from_numpy(np.concatenate(stacks)),
-            actions=torch.from_numpy(np.concatenate(actions)),
-            known=torch.from_numpy(np.concatenate(known)),
-        )
-
-
-def _source(metadata: Mapping[str, str]) -> ProbeSource:
-    """What the file's metadata say of the source."""
-    if "source" not in metadata:
-        raise DriveSimError("it does not say what it learned from")
-    return from_dict(ProbeSource, parse_json(metadata["source"]), where="source")
+            begin += turned.shape[1]
+        of_transitions = (torch.from_numpy(np.concatenate(a)) for a in (stacks, actions, known))
+        return cls(torch.cat(turns, dim=1), torch.cat(motion, dim=1), *of_transitions)
 
 
 class _Network(nn.Module):
@@ -290,8 +255,8 @@ class _Network(nn.Module):
 
     def standardise(self, samples: _Samples) -> None:
         """Learn the units: the data's spread, that of what has a sign about 0."""
-        self.turn_scale.copy_(_root_mean_square(samples.cues.turns))
-        for channel in _CHANNELS.values():
+        self.turn_scale.copy_(_root_mean_square(samples.turns))
+        for channel in CHANNELS.values():
             values = samples.actions[samples.known[:, channel], channel]
             if len(values):
                 self.mean[channel] = values.mean()
@@ -307,8 +272,7 @@ class _Network(nn.Module):
         """Read turns [B, K] and motion [B, K, D, R, C]."""
         turns = turns / self.turn_scale
         # Alike for a picture and its mirror image: only the turns have a sign.
-        images = (motion, mirrored_motion(motion))
-        one, other = (self._read(turns.abs(), image) for image in images)
+        one, other = (self._read(turns.abs(), m) for m in (motion, mirrored_motion(motion)))
         read = (one + other) / 2
         steering = (read[:, 1:] * turns).sum(dim=1)
         return torch.stack([read[:, 0], steering], dim=1)
@@ -318,6 +282,26 @@ class _Network(nn.Module):
         picture = self.picture(rearrange(cells, "(b k) w r c -> b (k w r c)", b=len(motion)))
         read: Tensor = self.head(torch.cat([picture, turned], dim=1))
         return read
+
+    def loss(self, output: Tensor, samples: _Samples, chosen: Tensor | slice) -> Tensor:
+        """Huber loss in units of the spread, each channel's mean over what is known of it."""
+        known = samples.known[chosen]
+        # The offset of a channel that was not learned is NaN: none of it may reach a gradient.
+        wanted = torch.where(known, (samples.actions[chosen] - self.offset) / self.scale, 0.0)
+        losses = known * functional.smooth_l1_loss(output, wanted, reduction="none")
+        return (losses.sum(dim=0) / known.sum(dim=0).clamp(min=1)).sum()
+
+    def outputs(self, turns: Tensor, motion: Tensor, stacks: Tensor) -> Tensor:
+        """Read the sharp pictures' cues [V, P, ...] around transitions [M, K]."""
+        parts = [stacks[at : at + _BATCH] for at in range(0, len(stacks), _BATCH)]
+        read = [self(turns[0, part], motion[0, part].float()) for part in parts]
+        return torch.cat([torch.zeros(0, 2), *read])
+
+    @torch.inference_mode()
+    def predict(self, turns: Tensor, motion: Tensor, stacks: Tensor) -> NDArray[np.float32]:
+        """Return actions [M, 2] in the data's units, as `outputs` reads them."""
+        actions = self.outputs(turns, motion, stacks) * self.scale + self.offset
+        return np.asarray(actions.numpy(), np.float32)
 
 
 def _root_mean_square(values: Tensor) -> Tensor:
@@ -343,73 +327,38 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = _LEARNING_RATE * factor
         chosen = torch.randint(len(learned.stacks), (_BATCH,))
-        version = torch.randint(len(learned.cues.turns), (_BATCH,))
-        output = network(*learned.cues.at(version, _cut_short(learned.stacks[chosen])))
-        loss = _loss(network, output, learned.actions[chosen], learned.known[chosen])
+        version = torch.randint(len(learned.turns), (_BATCH,))[:, None]
+        stacks = learned.stacks[chosen]
+        # Now and then a transition's own pair stands in for the next, as at a clip's end.
+        ends = torch.rand(_BATCH, 1) < _END_SHARE
+        own = stacks[:, _AROUND.index(0), None]
+        stacks = torch.where(ends, stacks.minimum(own), stacks)
+        output = network(learned.turns[version, stacks], learned.motion[version, stacks].float())
+        loss = network.loss(output, learned, chosen)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(network.parameters(), _CLIP_NORM)
         optimizer.step()
         advance(1)
         if (step + 1) % every == 0 or step + 1 == steps:
-            now = _validate(network, held)
+            network.eval()
+            with torch.inference_mode():
+                output = network.outputs(held.turns, held.motion, held.stacks)
+                now = float(network.loss(output, held, slice(None)))
+            network.train()
             if now < lowest:
                 best, lowest = copy.deepcopy(network), now
     return best
 
 
-def _loss(network: _Network, output: Tensor, actions: Tensor, known: Tensor) -> Tensor:
-    """Huber loss in units of the spread, each channel's mean over what is known of it."""
-    # The offset of a channel that was not learned is NaN: none of it may reach a gradient.
-    wanted = torch.where(known, (actions - network.offset) / network.scale, 0.0)
-    losses = known * functional.smooth_l1_loss(output, wanted, reduction="none")
-    return (losses.sum(dim=0) / known.sum(dim=0).clamp(min=1)).sum()
-
-
-def _validate(network: _Network, held: _Samples) -> float:
-    network.eval()
-    with torch.inference_mode():
-        output = _outputs(network, held.cues, held.stacks)
-        loss = _loss(network, output, held.actions, held.known)
-    network.train()
-    return float(loss)
-
-
-def _outputs(network: _Network, cues: MotionCues, stacks: Tensor) -> Tensor:
-    version = torch.zeros(_BATCH, dtype=torch.int64)
-    parts = [network(*cues.at(version[: len(part)], part)) for part in torch.split(stacks, _BATCH)]
-    return torch.cat([torch.zeros(0, 2), *parts])
-
-
-@torch.inference_mode()
-def _predict(network: _Network, cues: MotionCues, stacks: Tensor) -> NDArray[np.float32]:
-    """Return actions [M, 2] in the data's units, as the sharp pictures show them."""
-    actions = _outputs(network, cues, stacks) * network.scale + network.offset
-    return np.asarray(actions.numpy(), np.float32)
-
-
-def _cut_short(stacks: Tensor) -> Tensor:
-    """Now and then let a transition's own pair stand in for the next, as at a clip's end."""
-    ends = torch.rand(len(stacks), 1) < _END_SHARE
-    own = stacks[:, _AROUND.index(0), None]
-    return torch.where(ends, stacks.minimum(own), stacks)
-
-
 def _stacks(segments: Sequence[tuple[int, int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the frames t [M] with a next one, and the pairs [M, K] to look at for each."""
-    places = [np.zeros(0, np.int64)]
-    around = [np.zeros((0, len(_AROUND)), np.int64)]
-    for begin, stop in segments:
-        pairs = np.arange(begin, max(stop - 1, begin))
-        places.append(pairs)
-        around.append((pairs[:, None] + np.array(_AROUND)).clip(begin, max(stop - 2, begin)))
+    places = [np.arange(begin, stop - 1) for begin, stop in segments]
+    around = [
+        (frames[:, None] + np.array(_AROUND)).clip(begin, stop - 2)
+        for frames, (begin, stop) in zip(places, segments, strict=True)
+    ]
     return np.concatenate(places), np.concatenate(around)
-
-
-def _shows(actions: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Where the pictures can tell the actions [T, 2]: not the steering of a car that stands."""
-    stands = valid[:, SPEED] & (actions[:, SPEED] < STANDING_MPS)
-    return np.stack([np.ones_like(stands), ~stands], axis=1)
 
 
 def _errors(
@@ -420,27 +369,22 @@ def _errors(
     curve: float | None,
 ) -> dict[str, float | None]:
     """Errors of estimates [M] of one channel, and those of a constant."""
-    if not len(truth):
-        return dict.fromkeys(_ERRORS)
+    count = len(truth)
+    if not count:  # of one that is not known nothing can be told either
+        estimated, truth = np.full((2, 1), np.nan)
     squares, off = np.square(estimated - truth), truth - constant
     spread = float(np.square(truth - truth.mean()).sum())
     varies, moves = float(np.ptp(truth)) > 0, float(np.ptp(estimated)) > 0
-    values = (
-        len(truth),
-        float(np.abs(estimated - truth).mean()),
-        float(np.abs(off).mean()),
-        float(np.sqrt(squares.mean())),
-        float(np.sqrt(np.square(off).mean())),
-        1 - float(squares.sum()) / spread if varies else None,
-        float(np.corrcoef(estimated, truth)[0, 1]) if varies and moves else None,
-        None if curve is None else balanced_sign_accuracy(truth, estimated, curve),
-    )
-    return dict(zip(_ERRORS, values, strict=True))
-
-
-_NOTHING = ProbeClip(
-    frames=np.zeros((1, 1, 1, 3), np.uint8),
-    actions=np.zeros((1, 2), np.float32),
-    action_valid=np.zeros((1, 2), np.bool_),
-    segments=(),
-)
+    errors = {
+        "transitions": count,
+        "mean_absolute_error": float(np.abs(estimated - truth).mean()),
+        "constant_mean_absolute_error": float(np.abs(off).mean()),
+        "rmse": float(np.sqrt(squares.mean())),
+        "constant_rmse": float(np.sqrt(np.square(off).mean())),
+        "r_squared": 1 - float(squares.sum()) / spread if varies else None,
+        "correlation": float(np.corrcoef(estimated, truth)[0, 1]) if varies and moves else None,
+        "sign_accuracy": (
+            None if curve is None else balanced_sign_accuracy(truth, estimated, curve)
+        ),
+    }
+    return errors if count else dict.fromkeys(errors)

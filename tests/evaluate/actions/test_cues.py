@@ -3,8 +3,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from driving_sim.evaluate.actions import cues as motion_cues
-from driving_sim.evaluate.actions.cues import CELLS, DISPLACEMENTS, MotionCues, mirrored_motion
+from driving_sim.evaluate.actions import cues
+from driving_sim.evaluate.actions.cues import CELLS, DISPLACEMENTS, mirrored_motion, motion_cues
 
 HEIGHT, WIDTH = 64, 128
 Frames = NDArray[np.uint8]
@@ -24,40 +24,38 @@ def moving(down: int, right: int, count: int = 3) -> Frames:
 )
 def test_a_planted_motion_is_found_and_the_turn_taken_out(down: int, right: int) -> None:
     """Where the picture turns as a whole, what is left is the motion down the picture."""
-    cues = MotionCues.of(moving(down, right))
-    np.testing.assert_allclose(cues.turns.numpy(), right / WIDTH, atol=0.3 / WIDTH)
-    likest = cues.motion.argmax(dim=2)
+    turns, motion = motion_cues(moving(down, right))
+    np.testing.assert_allclose(turns.numpy(), right / WIDTH, atol=0.3 / WIDTH)
+    likest = motion.argmax(dim=2)
     # Half the pixels: rows 1 up to 4 down, columns 6 left to 6 right.
     expected = (down // 2 + 1) * 13 + 6
     assert (likest == expected).float().mean() > 0.8
-    assert cues.motion.shape == (1, 2, DISPLACEMENTS, 8, CELLS // 8)
+    assert motion.shape == (1, 2, DISPLACEMENTS, 8, CELLS // 8)
 
 
 def test_a_mirror_image_moves_in_a_mirror() -> None:
     frames = moving(1, 3, count=5)
-    there, back = MotionCues.of(frames), MotionCues.of(frames[:, :, ::-1])
-    assert torch.equal(back.turns, -there.turns)
-    assert (there.turns > 0).all()
-    torch.testing.assert_close(back.motion, mirrored_motion(there.motion), atol=1e-4, rtol=0)
-    assert not torch.allclose(back.motion, there.motion, atol=0.1)
+    turns, motion = motion_cues(frames)
+    turns_back, motion_back = motion_cues(frames[:, :, ::-1])
+    assert torch.equal(turns_back, -turns)
+    assert (turns > 0).all()
+    torch.testing.assert_close(motion_back, mirrored_motion(motion), atol=1e-4, rtol=0)
+    assert not torch.allclose(motion_back, motion, atol=0.1)
 
 
 def test_soft_pictures_come_beside_the_sharp_ones() -> None:
     frames = moving(2, 0)
-    sharp, both = MotionCues.of(frames), MotionCues.of(frames, soften=True)
-    assert torch.equal(both.turns[:1], sharp.turns)
-    assert torch.equal(both.motion[:1], sharp.motion)
-    assert not torch.allclose(both.motion[1], both.motion[0], atol=0.01)
-    version, stacks = torch.tensor([1, 0]), torch.tensor([[0, 0, 1], [0, 1, 1]])
-    turns, motion = both.halved().at(version, stacks)
-    assert torch.equal(turns[0], both.turns[1, [0, 0, 1]])
-    assert torch.equal(motion[1], both.motion[0, [0, 1, 1]].half().float())
+    turns, motion = motion_cues(frames)
+    turns_of_both, motion_of_both = motion_cues(frames, soften=True)
+    assert torch.equal(turns_of_both[:1], turns)
+    assert torch.equal(motion_of_both[:1], motion)
+    assert not torch.allclose(motion_of_both[1], motion_of_both[0], atol=0.01)
 
 
 def test_pieces_are_measured_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     frames = np.random.default_rng(2).integers(256, size=(8, 48, 96, 3), dtype=np.uint8)
-    whole = MotionCues.of(frames)
-    monkeypatch.setattr(motion_cues, "_PAIRS_AT_ONCE", 3)
-    pieces = MotionCues.of(frames)
-    torch.testing.assert_close(pieces.motion, whole.motion, atol=1e-5, rtol=0)
-    assert MotionCues.of(frames[:1]).motion.shape == (1, 0, *whole.motion.shape[2:])
+    _, whole = motion_cues(frames)
+    monkeypatch.setattr(cues, "_PAIRS_AT_ONCE", 3)
+    _, pieces = motion_cues(frames)
+    torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=0)
+    assert motion_cues(frames[:1])[1].shape == (1, 0, *whole.shape[2:])
