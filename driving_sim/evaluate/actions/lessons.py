@@ -1,13 +1,11 @@
 """What an inverse-dynamics probe learns from, and what it is judged on."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from driving_sim.data.drive import SampledDrive
 from driving_sim.data.split import original_id
@@ -16,14 +14,9 @@ from driving_sim.engine.errors import DriveSimError, TooLittleDataError
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.actions.fidelity import CURVE
 from driving_sim.evaluate.actions.inverse_dynamics import InverseDynamics, ProbeClip, ProbeSource
-from driving_sim.evaluate.footage import (
-    Footage,
-    first_frames,
-    recording_digests,
-)
+from driving_sim.evaluate.footage import Footage, recording_digests
 from driving_sim.world_model.world_model import WorldModel
 
-Frames = NDArray[np.uint8]
 T = TypeVar("T")
 
 PROBE_FILE = "probe.safetensors"
@@ -43,9 +36,8 @@ class Lesson:
     id: str
     digest: str
     """Of the recording."""
-    frames: int
-    clip: Callable[[int], ProbeClip]
-    """Reads so many frames from the drive's beginning."""
+    source: SampledDrive | Footage
+    """Its frames and actions."""
 
 
 def load_probe(world: WorldModel, path: Path, recordings: Mapping[str, str]) -> InverseDynamics:
@@ -84,8 +76,7 @@ def recorded_lessons(
     for sampled in videos:
         name, own = sampled.drive.id, digests.get(sampled.drive.id)
         if name in trained and own is not None and own not in recordings.values():
-            clip = partial(_recorded_clip, world, sampled)
-            lessons.append(Lesson(name, own, len(sampled.indices), clip))
+            lessons.append(Lesson(name, own, sampled))
     if not lessons:
         raise DriveSimError(
             f"none of --training-videos is a drive of {training.path} that has actions and is not "
@@ -99,43 +90,34 @@ def reconstructed_lessons(world: WorldModel, training: TokenStore) -> list[Lesso
     originals = [drive for drive in training.drives if drive.id == original_id(drive.id)]
     digests = recording_digests(originals)
     return [
-        Lesson(drive.id, digests[drive.id], len(drive), partial(_stored_clip, footage))
+        Lesson(drive.id, digests[drive.id], Footage(drive=drive, tokenizer=world.tokenizer))
         for drive in originals
         if drive.id in digests
-        for footage in [Footage(drive=drive, tokenizer=world.tokenizer)]
     ]
 
 
-def _recorded_clip(world: WorldModel, sampled: SampledDrive, frames: int) -> ProbeClip:
-    """The first frames of a video."""
-    return _clip(
-        np.stack([*sampled.drive.stream(world.tokenizer.frame_size, sampled.indices[:frames])]),
-        sampled.actions[:frames],
-        sampled.action_valid[:frames] & np.array(world.known_channels),
-        sampled.segments,
-    )
-
-
-def _stored_clip(footage: Footage, frames: int) -> ProbeClip:
-    """The first true frames of a drive of a token store."""
-    drive = first_frames(footage.drive, frames)
-    return _clip(footage.beginning(frames), drive.actions, drive.action_valid, drive.entry.segments)
-
-
-def _clip(
-    frames: Frames,
-    actions: NDArray[np.float32],
-    valid: NDArray[np.bool_],
-    segments: Sequence[tuple[int, int]],
-) -> ProbeClip:
-    """What a probe learns from or is measured on; of the segments, what lies within it."""
-    count = len(actions)
-    return ProbeClip(
-        frames=frames,
-        actions=np.asarray(actions),
-        action_valid=np.asarray(valid),
-        segments=[(begin, min(stop, count)) for begin, stop in segments if begin < count],
-    )
+def _clips(world: WorldModel, sources: Sequence[SampledDrive | Footage]) -> list[ProbeClip]:
+    """The beginnings of drives, as a probe learns from them or is measured on them."""
+    drives = [source.drive if isinstance(source, Footage) else source for source in sources]
+    counts = _shared([len(drive.actions) for drive in drives], _SECONDS * world.fps)
+    clips = []
+    for source, drive, count in zip(sources, drives, counts, strict=True):
+        valid = np.asarray(drive.action_valid[:count])
+        if isinstance(source, Footage):
+            frames, segments = source.beginning(count), source.drive.entry.segments
+        else:
+            stream = source.drive.stream(world.tokenizer.frame_size, source.indices[:count])
+            frames, segments = np.stack([*stream]), source.segments
+            valid = valid & world.known_channels
+        clip = ProbeClip(
+            frames=frames,
+            actions=np.asarray(drive.actions[:count]),
+            action_valid=valid,
+            # Of the segments, what lies within it.
+            segments=[(begin, min(stop, count)) for begin, stop in segments if begin < count],
+        )
+        clips.append(clip)
+    return clips
 
 
 def fit_probe(
@@ -152,9 +134,7 @@ def fit_probe(
         probe = trained or _learn(world, lessons, steps)
     except TooLittleDataError as error:
         return None, {}, str(error)
-    footage = _spread(footage)
-    counts = _shared([len(each.drive) for each in footage], _SECONDS * world.fps)
-    held = [_stored_clip(each, count) for each, count in zip(footage, counts, strict=True)]
+    held = _clips(world, _spread(footage))
     return probe, probe.errors(held, curve=CURVE * world.steering_p95), ""
 
 
@@ -170,8 +150,7 @@ def _learn(world: WorldModel, lessons: Sequence[Lesson], steps: int) -> InverseD
     learned = _spread([each for each in lessons if each.id not in chosen])
     validation = _spread([each for each in lessons if each.id in chosen])
     taken = [*learned, *validation]
-    counts = _shared([each.frames for each in taken], _SECONDS * world.fps)
-    clips = [each.clip(count) for each, count in zip(taken, counts, strict=True)]
+    clips = _clips(world, [each.source for each in taken])
     with progress(steps, "inverse-dynamics probe", "steps") as bar:
         return InverseDynamics.fit(
             clips[: len(learned)],
