@@ -16,6 +16,7 @@ from driving_sim.evaluate.report.intervals import Values, bootstrap, unit_sums
 Estimate = Mapping[str, float | None]
 """`mean`, `low` and `high`, of `bootstrap`."""
 
+_LONGEST_DELAY = 5
 _FLAT = 1e-12
 """A variance that is this small a share of the mean square is rounding."""
 
@@ -38,38 +39,21 @@ class Following:
     """Of left and right commands, averaged."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Monotonicity:
-    """Whether more commanded is more realised."""
-
-    rank_correlation: float | None
-    """Spearman's; 1 where every step up is one up."""
-    in_order: float | None
-    """Share of neighbouring levels of which the higher command realised more."""
-
-
 def follow(
     commanded: Values,
     realised: Values,
     *,
     units: ArrayLike | None = None,
     sign_threshold: float | None = None,
-    max_lag: int = 5,
-    seed: int = 0,
 ) -> Following:
     """Compare commanded with realised [C, N] of one channel.
 
-    The delay is the lag, at most `max_lag` frames either way, of the highest normalised
-    cross-correlation of the clips, each about its own mean. With `sign_threshold`, commands beyond
-    it are judged by their sign too. Intervals are over `units`, a label [C] for each clip: clips
-    of one label, a clip and its mirror image, are no independent evidence. By default each clip
-    is a unit.
+    The delay is the lag, at most 5 frames either way, of the highest normalised cross-correlation
+    of the clips, each about its own mean. With `sign_threshold`, commands beyond it are judged by
+    their sign too. Intervals are over `units`, a label [C] for each clip: clips of one label, a
+    clip and its mirror image, are no independent evidence. By default each clip is a unit.
     """
     x, y = _paired(commanded, realised)
-    if x.ndim != 2:
-        raise ValueError(f"commanded is {list(x.shape)}; it must be [clips, transitions]")
-    if not 0 <= max_lag < x.shape[1] - 1:
-        raise ValueError(f"max_lag={max_lag}: must lie in 0..{x.shape[1] - 2} for these clips")
     known = ~np.isnan(x)
     units = np.arange(len(x)) if units is None else units
     moments = unit_sums(units, _moments(x, y))
@@ -77,11 +61,11 @@ def follow(
     sides = None if sign_threshold is None else unit_sums(units, _sides(x, y, sign_threshold))
     return Following(
         transitions=int(known.sum()),
-        correlation=_estimate(moments, _correlation, seed),
+        correlation=_estimate(moments, _correlation),
         gain=_or_none(_ratio(covariance, commanded_variance)),
         mean_absolute_error=float(np.abs(x - y)[known].mean()) if known.any() else None,
-        delay_frames=_delay(x, y, max_lag),
-        sign_accuracy=None if sides is None else _estimate(sides, _balanced, seed),
+        delay_frames=_delay(x, y),
+        sign_accuracy=None if sides is None else _estimate(sides, _balanced),
     )
 
 
@@ -95,26 +79,25 @@ def balanced_sign_accuracy(commanded: Values, realised: Values, threshold: float
     return _or_none(_balanced(_sides(x.reshape(1, -1), y.reshape(1, -1), threshold)[0]))
 
 
-def monotonicity(commanded: Values, realised: Values) -> Monotonicity:
-    """Compare the commanded levels [L] of a sweep with what each realised [L]."""
-    x, y = _paired(commanded, realised)
-    if x.ndim != 1:
-        raise ValueError(f"commanded is {list(x.shape)}; it must be [levels]")
-    x, y = x[~np.isnan(x)], y[~np.isnan(y)]
+def monotonicity(commanded: Values, realised: Values) -> dict[str, float | None]:
+    """Tell whether more commanded is more realised, of the levels [L] of a sweep.
+
+    `rank_correlation` is Spearman's; 1 where every step up is one up. `in_order` is the share of
+    neighbouring levels of which the higher command realised more.
+    """
+    x, y = (values[~np.isnan(values)] for values in _paired(commanded, realised))
     ranks = np.stack([_ranks(x), _ranks(y)])
     order = np.argsort(x, kind="stable")
     step, rise = np.diff(x[order]), np.diff(y[order])
-    return Monotonicity(
-        rank_correlation=_or_none(_correlation(_moments(*ranks[:, None])[0])),
-        in_order=float((rise[step > 0] > 0).mean()) if (step > 0).any() else None,
-    )
+    return {
+        "rank_correlation": _or_none(_correlation(_moments(*ranks[:, None])[0])),
+        "in_order": float((rise[step > 0] > 0).mean()) if (step > 0).any() else None,
+    }
 
 
 def _paired(commanded: Values, realised: Values) -> tuple[Values, Values]:
     """Both as float64, unknown in both where unknown in either."""
     x, y = np.array(commanded, np.float64), np.array(realised, np.float64)
-    if x.shape != y.shape:
-        raise ValueError(f"commanded is {list(x.shape)} and realised {list(y.shape)}; make equal")
     unknown = np.isnan(x) | np.isnan(y)
     x[unknown] = y[unknown] = np.nan
     return x, y
@@ -163,15 +146,16 @@ def _balanced(sides: Values) -> Values:
     return np.asarray((_ratio(left_right, left) + _ratio(right_right, right)) / 2)
 
 
-def _estimate(sums: Values, statistic: Callable[[Values], Values], seed: int) -> Estimate | None:
-    found = bootstrap(sums, statistic, seed=seed)
+def _estimate(sums: Values, statistic: Callable[[Values], Values]) -> Estimate | None:
+    found = bootstrap(sums, statistic)
     return None if found["mean"] is None else found
 
 
-def _delay(x: Values, y: Values, max_lag: int) -> int | None:
+def _delay(x: Values, y: Values) -> int | None:
     """The lag at which y [C, N] is most like x before it; of equals the shortest."""
     frames = x.shape[1]
-    lags = sorted(range(-max_lag, max_lag + 1), key=abs)
+    longest = max(0, min(_LONGEST_DELAY, frames - 2))
+    lags = sorted(range(-longest, longest + 1), key=abs)
     likeness = [
         _likeness(
             x[:, max(-lag, 0) : frames - max(lag, 0)], y[:, max(lag, 0) : frames + min(lag, 0)]
