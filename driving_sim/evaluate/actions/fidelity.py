@@ -17,9 +17,12 @@ from numpy.typing import NDArray
 from driving_sim.data.actions.action_file import SPEED, STEERING
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.actions.following import follow
-from driving_sim.evaluate.actions.inverse_dynamics import STANDING_MPS, InverseDynamics
+from driving_sim.evaluate.actions.inverse_dynamics import (
+    CHANNELS,
+    STANDING_MPS,
+    InverseDynamics,
+)
 from driving_sim.evaluate.footage import Clip
-from driving_sim.evaluate.report.cell import Cell
 from driving_sim.evaluate.report.section import Media, Section, Table, plot
 from driving_sim.evaluate.rollouts import Imagined, imagine
 from driving_sim.world_model.sampling.sampler import Sampling
@@ -28,8 +31,6 @@ from driving_sim.world_model.world_model import WorldModel
 Frames = NDArray[np.uint8]
 Actions = NDArray[np.float64]
 
-CHANNELS = {"speed": SPEED, "steering": STEERING}
-SOURCES = ("recorded", "model", "action_free", "constant")
 _OF_CHANGE = ("correlation", "gain", "delay_frames", "sign_accuracy")
 """What is not told where the commands vary less than the probe errs."""
 CURVE = 0.5
@@ -48,51 +49,49 @@ class FidelityMeter:
         self.world, self.probe, self.floor = world, probe, floor
         self.clips: list[Clip] = []
         self.commanded: list[Actions] = []
-        self.realised: dict[str, list[Actions]] = {name: [] for name in SOURCES}
+        self.realised: dict[str, list[Actions]] = {"recorded": [], "model": [], "action_free": []}
 
     def add(self, imagined: Imagined) -> None:
         """Read the rollout of a clip, and what was recorded there."""
         clip = imagined.clip
-        commanded = _commanded(clip)
         self.clips.append(clip)
-        self.commanded.append(commanded)
-        context = clip.context
-        self.realised["model"].append(read(self.probe, context, imagined.frames))
-        self.realised["recorded"].append(read(self.probe, context, clip.truth))
-        constant = np.array(self.world.statistics.mean)
-        self.realised["constant"].append(np.broadcast_to(constant, commanded.shape).copy())
+        self.commanded.append(_commanded(clip))
+        self.realised["model"].append(read(self.probe, clip.context, imagined.frames))
+        self.realised["recorded"].append(read(self.probe, clip.context, clip.truth))
 
     def add_action_free(self, imagined: Imagined) -> None:
         """Read a rollout of the same clip, in the same order, that knew none of its actions."""
-        read_off = read(self.probe, imagined.clip.context, imagined.frames)
-        self.realised["action_free"].append(read_off)
+        found = read(self.probe, imagined.clip.context, imagined.frames)
+        self.realised["action_free"].append(found)
 
     def section(self) -> Section:
         """How well each source follows, beside the probe's own error."""
         commanded = np.stack(self.commanded)
-        units = [_place(clip) for clip in self.clips]
+        # The same for a clip and its mirror image.
+        units = [
+            f"{clip.footage.drive.id} {clip.footage.drive.entry.start + clip.start}"
+            for clip in self.clips
+        ]
         metrics: dict[str, Any] = {
             "clips": len(units),
             "independent_clips": len(set(units)),
             "recorded": all(clip.footage.recorded is not None for clip in self.clips),
             "probe": self.floor,
         }
+        realised = {source: np.stack(found) for source, found in self.realised.items() if found}
+        realised["constant"] = np.broadcast_to(self.world.statistics.mean, commanded.shape)
         for name, channel in CHANNELS.items():
+            told = commanded[..., channel]
             threshold = CURVE * self.world.steering_p95 if channel == STEERING else None
             metrics[name] = {
                 source: asdict(
-                    follow(
-                        commanded[..., channel],
-                        np.stack(found)[..., channel],
-                        units=units,
-                        sign_threshold=threshold,
-                        max_lag=min(5, commanded.shape[1] - 2),
-                    )
+                    follow(told, found[..., channel], units=units, sign_threshold=threshold)
                 )
-                for source, found in self.realised.items()
-                if found
+                for source, found in realised.items()
             }
-            if not self._can_tell(name, commanded[..., channel]):
+            # Whether the commands vary by more than the probe errs.
+            error, spread = self.floor.get(name, {}).get("rmse"), told[np.isfinite(told)]
+            if error is not None and not (len(spread) and float(spread.std()) > error):
                 for found in metrics[name].values():
                     found |= dict.fromkeys(_OF_CHANGE)
         return Section(
@@ -104,12 +103,6 @@ class FidelityMeter:
             metrics=metrics,
             parts=(_floor_table(self.floor), _table(metrics), self._plot(commanded)),
         )
-
-    def _can_tell(self, name: str, commanded: Actions) -> bool:
-        """Whether the commands vary by more than the probe errs."""
-        error = self.floor.get(name, {}).get("rmse")
-        known = commanded[np.isfinite(commanded)]
-        return error is None or (len(known) > 0 and float(known.std()) > error)
 
     def _plot(self, commanded: Actions) -> Media:
         figure = Figure(figsize=(9, 4), layout="constrained")
@@ -133,12 +126,6 @@ def _commanded(clip: Clip) -> Actions:
     commanded = np.where(valid, actions, np.nan)[future].astype(np.float64)
     commanded[commanded[:, SPEED] < STANDING_MPS, STEERING] = np.nan
     return commanded
-
-
-def _place(clip: Clip) -> str:
-    """Where a clip was taken: the same for its mirror image."""
-    drive = clip.footage.drive
-    return f"{drive.id} {drive.entry.start + clip.start}"
 
 
 def read(probe: InverseDynamics, context: Frames, future: Frames) -> Actions:
@@ -178,19 +165,18 @@ _RECONSTRUCTED = "the tokenizer's reconstructions of the recorded frames"
 
 def _floor_table(floor: dict[str, Any]) -> Table:
     names = next(iter(floor.values()))
-    rows: tuple[tuple[Cell, ...], ...] = tuple(
+    rows = [
         (name.replace("_", " "), *(errors[name] for errors in floor.values())) for name in names
-    )
-    caption = "The floor: the probe's own error on the held-out drives"
-    return Table(caption=caption, columns=("", *floor), rows=rows)
+    ]
+    return Table("The floor: the probe's own error on the held-out drives", ("", *floor), rows)
 
 
 def _table(metrics: dict[str, Any]) -> Table:
     names = ("correlation", "gain", "mean_absolute_error", "delay_frames", "sign_accuracy")
-    rows: tuple[tuple[Cell, ...], ...] = tuple(
+    rows = [
         (f"{channel}, {source.replace('_', '-')}", *(found[name] for name in names))
         for channel in CHANNELS
         for source, found in metrics[channel].items()
-    )
+    ]
     columns = ("", *(name.replace("_", " ") for name in names))
-    return Table(caption="Commanded against realised", columns=columns, rows=rows)
+    return Table("Commanded against realised", columns, rows)
