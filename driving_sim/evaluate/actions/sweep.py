@@ -4,7 +4,6 @@ Axes: L steering levels, V speeds, N frames of the future, H W pixels.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from driving_sim.engine.progress import progress
 from driving_sim.evaluate.actions.fidelity import read
 from driving_sim.evaluate.actions.following import monotonicity
 from driving_sim.evaluate.actions.inverse_dynamics import InverseDynamics
-from driving_sim.evaluate.footage import Clip, Footage
+from driving_sim.evaluate.footage import Clip
 from driving_sim.evaluate.report.section import Media, Section, Table, photo
 from driving_sim.evaluate.rollouts import encode_contexts
 from driving_sim.tokenizer.metrics import psnr
@@ -47,14 +46,20 @@ def evaluate_sweep(
         for clip in starts:
             commands = _commands(world, clip)
             futures = _roll_out(world, clip, commands, sampling)
+            measured: dict[str, Any] = {"model": _monotonicity(probe, clip, commands, futures)}
             truths = _truths(clip, commands)
-            found.append(_measure(probe, clip, commands, futures, truths))
+            if truths is not None:
+                measured["truth"] = _monotonicity(probe, clip, commands, truths)
+                measured["nearest"] = _nearest(futures, truths, clip)
+                measured["nearest_by_chance"] = 1 / (commands.shape[0] * commands.shape[1])
+            found.append(measured)
             if not pictures:
                 pictures.append(_picture(clip, commands, futures, "the model's"))
                 if truths is not None:
                     pictures.append(_picture(clip, commands, truths, "the true"))
             bar.advance(1)
-    metrics = _mean(found)
+    truths_known = sum("truth" in each for each in found)
+    metrics = {"starts": len(found), "starts_with_truth": truths_known, **_mean(found)}
     return Section(
         name="sweep",
         title="Counterfactual sweep",
@@ -73,11 +78,9 @@ its last second, it is nearer (PSNR) to the truth of its own command than to tha
 
 
 def _commands(world: WorldModel, clip: Clip) -> NDArray[np.float32]:
-    """Actions [V, L, N, 2], constant over each future."""
-    actions, valid = clip.actions
-    last = clip.context_frames - 2
-    known = last >= 0 and valid[last, SPEED]
-    speed = float(actions[last, SPEED]) if known else world.statistics.mean[SPEED]
+    """Actions [V, L, N, 2], constant over each future; the speed at the start is known."""
+    actions, _ = clip.actions
+    speed = float(actions[clip.context_frames - 2, SPEED])
     steering = np.linspace(world.steering_p99, -world.steering_p99, _LEVELS)
     grid = np.zeros((len(_SPEEDS), _LEVELS, clip.frames, 2), np.float32)
     grid[..., SPEED] = (speed * np.array(_SPEEDS))[:, None, None]
@@ -101,9 +104,12 @@ def _roll_out(
 def _truths(clip: Clip, commands: NDArray[np.float32]) -> Frames | None:
     """The true futures [V, L, N, H, W, 3] where the world can be asked."""
     footage = clip.footage
-    stride = _stride(footage)
-    if footage.synthetic is None or footage.recorded is None or stride is None or clip.mirrored:
+    if footage.synthetic is None or footage.recorded is None or clip.mirrored:
         return None
+    strides = np.unique(np.diff(footage.recorded.indices))
+    if len(strides) != 1:
+        return None  # no whole number of the world's steps from one frame to the next
+    stride = int(strides[0])
     last = footage.drive.entry.start + clip.start - 1
     state = footage.synthetic.states[footage.recorded.indices[last]]
     size = footage.tokenizer.frame_size
@@ -115,97 +121,53 @@ def _truths(clip: Clip, commands: NDArray[np.float32]) -> Frames | None:
     return rearrange(np.stack(truths), "(v l) n h w c -> v l n h w c", v=len(commands))
 
 
-def _stride(footage: Footage) -> int | None:
-    """Steps of the world from one frame that the model sees to the next; None where they differ."""
-    if footage.recorded is None:
-        return None
-    steps = np.unique(np.diff(footage.recorded.indices))
-    return int(steps[0]) if len(steps) == 1 else None
-
-
-def _measure(
-    probe: InverseDynamics,
-    clip: Clip,
-    commands: NDArray[np.float32],
-    futures: Frames,
-    truths: Frames | None,
-) -> dict[str, Any]:
-    """Monotonicity in both channels, of the model and of the truth."""
-    measured: dict[str, Any] = {"model": _monotonicity(probe, clip, commands, futures)}
-    if truths is not None:
-        measured["truth"] = _monotonicity(probe, clip, commands, truths)
-        measured["nearest"] = _nearest(futures, truths, clip)
-        measured["nearest_by_chance"] = 1 / (commands.shape[0] * commands.shape[1])
-    return measured
-
-
 def _monotonicity(
     probe: InverseDynamics, clip: Clip, commands: NDArray[np.float32], futures: Frames
 ) -> dict[str, Any]:
+    """How much more of what is commanded is realised, by channel."""
     context = clip.context
     realised = np.array(
         [[read(probe, context, future).mean(axis=0) for future in row] for row in futures]
     )
     told = commands[:, :, 0]
     # Steering is judged at each speed, speed at each steering.
-    rows = {
-        "steering": [
-            monotonicity(told[v, :, STEERING], realised[v, :, STEERING]) for v in range(len(told))
-        ],
-        "speed": [
-            monotonicity(told[:, n, SPEED], realised[:, n, SPEED]) for n in range(told.shape[1])
-        ],
+    levels = {
+        "steering": zip(told[..., STEERING], realised[..., STEERING], strict=True),
+        "speed": zip(told[..., SPEED].T, realised[..., SPEED].T, strict=True),
     }
-    return {
-        name: {key: _known_mean([asdict(each)[key] for each in row]) for key in asdict(row[0])}
-        for name, row in rows.items()
-    }
+    return {name: _mean([monotonicity(*pair) for pair in pairs]) for name, pairs in levels.items()}
 
 
 def _nearest(futures: Frames, truths: Frames, clip: Clip) -> float:
     """Share of the rollouts that are nearest, over the last second, to their own truth."""
     last = min(clip.frames, max(1, round(clip.footage.drive.info.fps)))
     ours, true = (
-        torch.from_numpy(rearrange(each, "v l n h w c -> (v l) n h w c")[:, -last:])
+        torch.from_numpy(rearrange(each[:, :, -last:], "v l n h w c -> (v l) n h w c"))
         for each in (futures, truths)
     )
     apart = torch.tensor([[float(psnr(one, other).mean()) for other in true] for one in ours])
     return float((apart.argmax(1) == torch.arange(len(ours))).float().mean())
 
 
-def _known_mean(values: Sequence[float | None]) -> float | None:
+def _mean(values: Sequence[Any]) -> Any:
+    """The mean of numbers that are known, or of each that mappings hold; None where none is."""
     known = [value for value in values if value is not None]
+    if known and isinstance(known[0], dict):
+        names = dict.fromkeys(name for each in known for name in each)
+        return {name: _mean([each.get(name) for each in known]) for name in names}
     return float(np.mean(known)) if known else None
 
 
-def _mean(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean over the starts, of whatever is nested in them."""
-    names = dict.fromkeys(name for each in found for name in each)
-    return {
-        "starts": len(found),
-        "starts_with_truth": sum("truth" in each for each in found),
-        **{name: _mean_of([each.get(name) for each in found]) for name in names},
-    }
-
-
-def _mean_of(values: Sequence[Any]) -> Any:
-    known = [value for value in values if value is not None]
-    if known and isinstance(known[0], dict):
-        return {name: _mean_of([each[name] for each in known]) for name in known[0]}
-    return _known_mean(known)
-
-
 def _table(metrics: dict[str, Any]) -> Table:
-    rows = tuple(
+    rows = [
         (f"{channel}, {source}", found["rank_correlation"], found["in_order"])
         for source in ("model", "truth")
         for channel, found in metrics.get(source, {}).items()
-    )
+    ]
     if "nearest" in metrics:
         by_chance = f"(by chance: {metrics['nearest_by_chance']:.3f})"
-        rows += ((f"rollouts nearest to their own truth {by_chance}", metrics["nearest"], None),)
-    columns = ("", "rank correlation", "in order")
-    return Table(caption="Mean over the starts", columns=columns, rows=rows)
+        rows.append((f"rollouts nearest to their own truth {by_chance}", metrics["nearest"], None))
+    return Table("Mean over the starts", ("", "rank correlation", "in order"), rows)
 
 
 def _picture(clip: Clip, commands: NDArray[np.float32], futures: Frames, whose: str) -> Media:
