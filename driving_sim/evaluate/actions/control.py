@@ -69,6 +69,9 @@ def measure_control(
             "the model's training drives have no steering, so there is nothing to steer with: "
             "train on drives that do"
         )
+    shown = (frames - 1) // 2, frames - 1  # of each future, in the picture: half-way and the end
+    half, end = (f"after {(n + 1) / world.fps:.1f} s" for n in shown)
+    headings = [f"left {end}", f"left {half}", "start", f"right {half}", f"right {end}"]
     trials: dict[str, list[ControlTrial]] = {drive.id: [] for drive in drives}
     rows: list[tuple[str, list[Frame]]] = []
     with progress(starts, "left and right", "starts") as bar:
@@ -77,13 +80,18 @@ def measure_control(
             share = (number // len(drives) + 0.5) / -(-starts // len(drives))
             times = _times_to_start(world, drive)
             start_s = float(times[int(share * len(times))])
-            trial, pictures = _steer_both_ways(world, drive, start_s, frames, sampling)
-            trials[drive.id].append(trial)
-            rows.append((f"{drive.id} at {start_s:.1f} s", pictures))
+            start, *futures = _steer_both_ways(world, drive, start_s, frames, sampling)
+            left_motion, right_motion = (
+                float(yaw_motion(np.concatenate([start[None], future])).mean())
+                for future in futures
+            )
+            trials[drive.id].append(
+                ControlTrial(start_s=start_s, left_motion=left_motion, right_motion=right_motion)
+            )
+            left, right = ([future[n] for n in shown] for future in futures)
+            rows.append((f"{drive.id} at {start_s:.1f} s", [*left[::-1], start, *right]))
             bar.advance(1)
     if sheet is not None:
-        half, end = (f"after {(n + 1) / world.fps:.1f} s" for n in _sheet_frames(frames))
-        headings = [f"left {end}", f"left {half}", "start", f"right {half}", f"right {end}"]
         with atomic_file(sheet) as temporary:
             Image.fromarray(contact_sheet(rows, headings)).save(temporary)
     every = [trial for each in trials.values() for trial in each]
@@ -112,32 +120,14 @@ def _times_to_start(world: WorldModel, drive: Drive) -> NDArray[np.float64]:
 
 def _steer_both_ways(
     world: WorldModel, drive: Drive, start_s: float, frames: int, sampling: Sampling
-) -> tuple[ControlTrial, list[Frame]]:
-    """Return what was measured, and pictures of it: left after all and half, start, right."""
+) -> tuple[Frame, NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return the last frame before the futures, and those to the left and to the right."""
     context = context_from_drive(world, drive, start_s)
     situation = context.situation(world)
     actions = np.tile(situation.last_action, (2, frames, 1))
     actions[0, :, STEERING], actions[1, :, STEERING] = world.steering_p99, -world.steering_p99
     valid = np.tile(situation.last_valid | [False, True], (2, frames, 1))
-    tokens = [
-        step.tokens
-        for step in world.generate(context.prefix(world), actions, valid, sampling=sampling)
-    ]
-    start = context.frames[-1]
-    left, right = (
-        world.tokenizer.decode(torch.stack(branch).cpu()).numpy()
-        for branch in zip(*tokens, strict=True)
-    )
-    left_motion, right_motion = (
-        float(yaw_motion(np.concatenate([start[None], future])).mean()) for future in (left, right)
-    )
-    half, end = _sheet_frames(frames)
-    return (
-        ControlTrial(start_s=start_s, left_motion=left_motion, right_motion=right_motion),
-        [left[end], left[half], start, right[half], right[end]],
-    )
-
-
-def _sheet_frames(frames: int) -> tuple[int, int]:
-    """The frames of a future that a contact sheet shows: half-way and the last one."""
-    return (frames - 1) // 2, frames - 1
+    steps = world.generate(context.prefix(world), actions, valid, sampling=sampling)
+    tokens = torch.stack([step.tokens for step in steps], dim=1).cpu()
+    left, right = (world.tokenizer.decode(branch).numpy() for branch in tokens)
+    return context.frames[-1], left, right
