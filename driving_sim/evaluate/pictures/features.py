@@ -1,12 +1,11 @@
 """Features of video clips, whose Fréchet distance says how alike two sets of clips are.
 
-Axes: B clips of a batch, n clips of all, T frames, H rows, W columns, d features.
+Axes: n clips, T frames, H rows, W columns, d features.
 """
 
 import hashlib
 import io
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +29,6 @@ calls `__setstate__` runs on loading.
 """
 
 _MOST_I3D_BYTES = 2**26  # the file has 51,235,320
-_BATCH = 4
 _I3D_FLAGS = {"rescale": True, "resize": True, "return_features": True}
 _SEEDED_SIZE = (128, 256)
 _SEEDED_WIDTHS = (16, 24, 32, 48)
@@ -40,17 +38,12 @@ _KERNEL = 3
 class VideoFeatures(Protocol):
     """What turns clips into features, the same ones for the same clips wherever it runs."""
 
-    @property
-    def name(self) -> str:
-        """Key of the Fréchet distance of these features: no two kinds of features share one."""
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, of all that the features depend on."""
-
-    @property
-    def least_frames(self) -> int:
-        """Length of the shortest clip that has features."""
+    name: str
+    """Key of the Fréchet distance of these features: no two kinds of features share one."""
+    fingerprint: str
+    """SHA-256, in hexadecimal, of all that the features depend on."""
+    least_frames: int
+    """Length of the shortest clip that has features."""
 
     def __call__(self, videos: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return features [n, d] of clips uint8 RGB [n, T, H, W, 3].
@@ -71,17 +64,13 @@ class I3DFeatures:
     least_frames = 10
 
     def __init__(self, path: Path) -> None:
-        content = _read_i3d(path)
-        self.fingerprint = hashlib.sha256(content).hexdigest()
-        if self.fingerprint != I3D_SHA256:
-            raise _not_i3d(path, "its checksum is another one's")
-        self._model = _load_i3d(path, content)
+        self._model, self.fingerprint = _load_i3d(path)
 
     @torch.inference_mode()
     def __call__(self, videos: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See `VideoFeatures`."""
-        batches = _batches(videos, self.least_frames, f", or {WITHOUT_I3D}")
-        return _joined(self._model(batch, **_I3D_FLAGS) for batch in batches)
+        clips = _clips(videos, self.least_frames, f", or {WITHOUT_I3D}")
+        return np.asarray(self._model(clips, **_I3D_FLAGS).float())
 
 
 class SeededFeatures:
@@ -108,17 +97,18 @@ class SeededFeatures:
     @torch.inference_mode()
     def __call__(self, videos: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See `VideoFeatures`."""
-        batches = _batches(videos, self.least_frames)
-        return _joined(self._features(_resized(batch) / 127.5 - 1) for batch in batches)
-
-    def _features(self, x: Tensor) -> Tensor:
+        clips = _clips(videos, self.least_frames)
+        # To the network's size, whatever their aspect ratio.
+        frames = rearrange(clips, "n c t h w -> (n t) c h w")
+        frames = F.interpolate(frames, _SEEDED_SIZE, mode="bilinear", antialias=True)
+        x = rearrange(frames, "(n t) c h w -> n c t h w", n=len(clips)) / 127.5 - 1
         pooled: list[Tensor] = []
         for weight in self._weights:
             # Nothing is padded: a border of zeros would look like an edge, and in time like motion.
             x = F.conv3d(x, weight, stride=(1, 2, 2)).relu()
             deviation, mean = torch.std_mean(x, dim=(2, 3, 4))
             pooled += [mean, deviation]
-        return torch.cat(pooled, dim=1)
+        return torch.cat(pooled, dim=1).numpy()
 
 
 def _seeded_weights(seed: int) -> list[Tensor]:
@@ -147,52 +137,34 @@ def _blind_to_constants(kernels: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.concatenate([moving, still])
 
 
-def _resized(videos: Tensor) -> Tensor:
-    """Bring clips [B, 3, T, H, W] to the seeded network's size, whatever their aspect ratio."""
-    frames = rearrange(videos, "b c t h w -> (b t) c h w")
-    frames = F.interpolate(frames, _SEEDED_SIZE, mode="bilinear", antialias=True)
-    return rearrange(frames, "(b t) c h w -> b c t h w", b=len(videos))
-
-
-def _batches(videos: NDArray[np.uint8], least_frames: int, otherwise: str = "") -> Iterator[Tensor]:
-    """Yield float clips [B, 3, T, H, W] in 0..255."""
-    if videos.dtype != np.uint8 or videos.ndim != 5 or videos.shape[-1] != 3 or not len(videos):
-        raise ValueError(
-            f"videos are {videos.dtype} {videos.shape}; expected uint8 [n, T, H, W, 3], n > 0"
-        )
+def _clips(videos: NDArray[np.uint8], least_frames: int, otherwise: str = "") -> Tensor:
+    """Return float clips [n, 3, T, H, W] in 0..255."""
     if videos.shape[1] < least_frames:
         raise DriveSimError(
             f"a clip of {videos.shape[1]} frames is too short for its video features: take at "
             f"least {least_frames}{otherwise}"
         )
-    for start in range(0, len(videos), _BATCH):
-        clips = torch.from_numpy(videos[start : start + _BATCH].astype(np.float32))
-        yield rearrange(clips, "b t h w c -> b c t h w")
+    return rearrange(torch.from_numpy(videos.astype(np.float32)), "n t h w c -> n c t h w")
 
 
-def _joined(batches: Iterator[Tensor]) -> NDArray[np.float32]:
-    features: NDArray[np.float32] = torch.cat(list(batches)).float().numpy()
-    return features
-
-
-def _read_i3d(path: Path) -> bytes:
-    if not path.is_file():
-        raise _not_i3d(path, "there is no such file")
+def _load_i3d(path: Path) -> tuple[Any, str]:
+    """Return the network and its checksum, if it is the one I3D that is loaded."""
     try:
+        if not path.is_file():
+            raise _not_i3d(path, "there is no such file")
         with path.open("rb") as file:
-            return file.read(_MOST_I3D_BYTES)
-    except OSError as error:
-        raise _not_i3d(path, one_line(error)) from error
-
-
-def _load_i3d(path: Path, content: bytes) -> Any:
-    try:
+            content = file.read(_MOST_I3D_BYTES)
+        checksum = hashlib.sha256(content).hexdigest()
+        if checksum != I3D_SHA256:
+            raise _not_i3d(path, "its checksum is another one's")
         with warnings.catch_warnings():
             # torch would have torch.export instead, but this file exists as TorchScript only.
             warnings.filterwarnings("ignore", "`torch.jit.load`", DeprecationWarning)
             # From memory: what runs is what the checksum was taken of.
             model: Any = torch.jit.load(io.BytesIO(content), map_location="cpu")  # type: ignore[no-untyped-call]
-        return model.eval()
+        return model.eval(), checksum
+    except OSError as error:
+        raise _not_i3d(path, one_line(error)) from error
     except (RuntimeError, AttributeError) as error:
         raise _not_i3d(path, f"this torch cannot load it: {one_line(error)}") from error
 

@@ -258,9 +258,7 @@ def test_no_python_object_is_unpickled(
     assert (tmp_path / "made").is_dir()
 
 
-def test_clips_too_short_or_of_another_form_are_refused(
-    seeded: SeededFeatures, i3d_file: Path
-) -> None:
+def test_clips_that_are_too_short_are_refused(seeded: SeededFeatures, i3d_file: Path) -> None:
     i3d = I3DFeatures(i3d_file)
     assert seeded(noise(1, frames=seeded.least_frames)).shape == (1, 240)
     assert len(i3d(noise(1, frames=10))) == 1
@@ -268,7 +266,3 @@ def test_clips_too_short_or_of_another_form_are_refused(
         seeded(noise(1, frames=8))
     with pytest.raises(DriveSimError, match="at least 10, or leave out --i3d"):
         i3d(noise(1, frames=9))
-    wrong: tuple[Any, ...] = (noise(1)[0], noise(1)[..., :1], noise(1) / 255, noise(1)[:0])
-    for clips in wrong:
-        with pytest.raises(ValueError, match="expected uint8"):
-            seeded(clips)
