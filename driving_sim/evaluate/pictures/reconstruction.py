@@ -5,6 +5,7 @@ Axes: B frames of a batch, H W pixels, r c token rows and columns, K codes, U bl
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from driving_sim.data.drive import SampledDrive
 from driving_sim.engine.progress import progress
-from driving_sim.evaluate.pictures.flicker import Flicker, flicker
+from driving_sim.evaluate.pictures.flicker import flicker, flicker_shares
 from driving_sim.evaluate.pictures.quality import frame_measures
 from driving_sim.evaluate.report.cell import Cell
 from driving_sim.evaluate.report.intervals import block_frames, bootstrap, mean_of_sums, mean_sums
@@ -42,15 +43,11 @@ class _DriveMeter:
     ) -> None:
         self.sampled, self.tokenizer = sampled, tokenizer
         self.measures = frame_measures(perceptual)
-        self.values: dict[str, list[NDArray[np.float64]]] = {}
-        self.flicker = Flicker(cells=0, changed=0, still=0, still_changed=0)
+        self.values = {name: np.zeros(0) for name in self.measures}
+        self.flicker: Counter[str] = Counter()
         self.counts = torch.zeros(tokenizer.codebook_size, dtype=torch.int64)
         self.seconds = {"encode": 0.0, "decode": 0.0}
-        self.frames = 0
-        self._last = (
-            np.zeros((0, tokenizer.height, tokenizer.width, 3), np.uint8),
-            np.zeros((0, tokenizer.rows, tokenizer.cols), np.int64),
-        )
+        self._last: list[tuple[Frames, NDArray[np.int64]]] = []
 
     def add(self, batch: Frames) -> None:
         """Measure the drive's next frames, uint8 [B, H, W, 3]."""
@@ -63,19 +60,12 @@ class _DriveMeter:
         self.counts += torch.bincount(tokens.flatten(), minlength=len(self.counts))
         for name, measure in self.measures.items():
             values = measure(rebuilt, torch.from_numpy(batch)).double().numpy()
-            self.values.setdefault(name, []).append(values)
-        seen = self._last, (batch, tokens.numpy())  # pairs reach over the edges of batches
-        frames, codes = (np.concatenate(parts) for parts in zip(*seen, strict=True))
+            self.values[name] = np.append(self.values[name], values)
+        # Pairs reach over the edges of batches.
+        seen = zip(*self._last, (batch, tokens.numpy()), strict=True)
+        frames, codes = (np.concatenate(parts) for parts in seen)
         self.flicker += flicker(codes, frames)
-        self._last = batch[-1:], tokens[-1:].numpy()
-        self.frames += len(batch)
-
-    def blocks(self, name: str) -> NDArray[np.float64]:
-        """Sums [U, 2] of a measure and of ones over blocks of neighbouring frames, which are alike
-        and no units of their own."""
-        values = np.concatenate(self.values[name])
-        block = np.arange(len(values)) // block_frames(self.sampled.fps)
-        return mean_sums(values, block)
+        self._last = [(batch[-1:], tokens[-1:].numpy())]
 
     def beside(self, index: int) -> Media:
         """Show a frame and its reconstruction."""
@@ -83,10 +73,10 @@ class _DriveMeter:
         frames = self.sampled.drive.frames(chosen, self.tokenizer.frame_size)
         rebuilt = self.tokenizer.decode(self.tokenizer.encode(frames)).numpy()
         place = f"{self.sampled.drive.id} at {self.sampled.timestamps[index]:.1f} s"
-        value = np.concatenate(self.values["psnr_db"])[index]
         return photo(
             side_by_side([frames[0], rebuilt[0]], columns=2),
-            f"{place}: {value:.1f} dB. Left: the frame. Right: reconstructed",
+            f"{place}: {self.values['psnr_db'][index]:.1f} dB. "
+            "Left: the frame. Right: reconstructed",
         )
 
 
@@ -126,7 +116,7 @@ def _worst(meters: Sequence[_DriveMeter]) -> list[tuple[int, int]]:
     ranked = sorted(
         (value, drive, index)
         for drive, meter in enumerate(meters)
-        for index, value in enumerate(np.concatenate(meter.values["psnr_db"]).tolist())
+        for index, value in enumerate(meter.values["psnr_db"].tolist())
     )
     chosen: list[tuple[int, int]] = []
     for _, drive, index in ranked:
@@ -149,19 +139,21 @@ is that of 24-bit pixels. The frames shown are those of the lowest PSNR that lie
 
 
 def _metrics(tokenizer: Tokenizer, meters: Sequence[_DriveMeter]) -> dict[str, Any]:
-    counts = torch.stack([meter.counts for meter in meters]).sum(0)
-    frames = sum(meter.frames for meter in meters)
+    frames = sum(len(meter.sampled.indices) for meter in meters)
     bits = tokenizer.rows * tokenizer.cols * math.log2(tokenizer.codebook_size)
-    means = {
-        name: bootstrap(np.concatenate([meter.blocks(name) for meter in meters]), mean_of_sums)
-        for name in meters[0].measures
-    }
-    flickered = sum((meter.flicker for meter in meters[1:]), start=meters[0].flicker)
+    # Neighbouring frames are alike and no units of their own: blocks of them are.
+    blocks = [
+        np.arange(len(meter.sampled.indices)) // block_frames(meter.sampled.fps) for meter in meters
+    ]
+    means = {}
+    for name in meters[0].measures:
+        sums = [mean_sums(m.values[name], block) for m, block in zip(meters, blocks, strict=True)]
+        means[name] = bootstrap(np.concatenate(sums), mean_of_sums)
     return {
         "frames": frames,
         **means,
-        "codebook": codebook_use(counts),
-        "flicker": flickered.shares(),
+        "codebook": codebook_use(torch.stack([meter.counts for meter in meters]).sum(0)),
+        "flicker": flicker_shares(sum((meter.flicker for meter in meters), Counter())),
         "bits_per_frame": bits,
         "compression_factor": tokenizer.height * tokenizer.width * _BITS_PER_PIXEL / bits,
         "frames_per_second": {
@@ -170,10 +162,10 @@ def _metrics(tokenizer: Tokenizer, meters: Sequence[_DriveMeter]) -> dict[str, A
         },
         "drives": {
             meter.sampled.drive.id: {
-                "frames": meter.frames,
-                **{name: float(np.concatenate(v).mean()) for name, v in meter.values.items()},
+                "frames": len(meter.sampled.indices),
+                **{name: float(values.mean()) for name, values in meter.values.items()},
                 "codebook": codebook_use(meter.counts),
-                "flicker": meter.flicker.shares()["flicker"],
+                "flicker": flicker_shares(meter.flicker)["flicker"],
             }
             for meter in meters
         },
@@ -182,7 +174,7 @@ def _metrics(tokenizer: Tokenizer, meters: Sequence[_DriveMeter]) -> dict[str, A
 
 def _overall(metrics: dict[str, Any]) -> Table:
     codebook, speed = metrics["codebook"], metrics["frames_per_second"]
-    rows: tuple[tuple[Cell, ...], ...] = (
+    rows: list[tuple[Cell, ...]] = [
         *((name, metrics[name]) for name in _MEASURES if name in metrics),
         ("share of the codes used", codebook["used"]),
         ("perplexity of the codes", codebook["perplexity"]),
@@ -192,22 +184,14 @@ def _overall(metrics: dict[str, Any]) -> Table:
         ("compression factor", metrics["compression_factor"]),
         ("frames encoded per second", speed["encode"]),
         ("frames decoded per second", speed["decode"]),
-    )
-    caption = "All drives; means with 95 % intervals"
-    return Table(caption=caption, columns=("", "value"), rows=rows)
+    ]
+    return Table("All drives; means with 95 % intervals", ("", "value"), rows)
 
 
 def _by_drive(metrics: dict[str, Any]) -> Table:
-    names = [name for name in _MEASURES if name in metrics]
-    rows = tuple(
-        (
-            drive,
-            found["frames"],
-            *(found[name] for name in names),
-            found["codebook"]["perplexity"],
-            found["flicker"],
-        )
-        for drive, found in metrics["drives"].items()
-    )
-    columns = ("drive", "frames", *names, "perplexity", "flicker")
-    return Table(caption="By drive", columns=columns, rows=rows)
+    names = ["frames", *(name for name in _MEASURES if name in metrics)]
+    rows: list[tuple[Cell, ...]] = []
+    for drive, found in metrics["drives"].items():
+        measured = (found[name] for name in names)
+        rows.append((drive, *measured, found["codebook"]["perplexity"], found["flicker"]))
+    return Table("By drive", ("drive", *names, "perplexity", "flicker"), rows)
