@@ -3,7 +3,7 @@
 Axes: F futures, N frames of each, r c token rows and columns, H W pixels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ from driving_sim.evaluate.pictures.stability import (
 )
 from driving_sim.evaluate.report.section import Media, Section, Table, photo, plot
 from driving_sim.evaluate.rollouts import encode_contexts
-from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.panels import contact_sheet
 from driving_sim.world_model.sampling.sampler import Sampling
 from driving_sim.world_model.world_model import WorldModel
@@ -48,22 +47,18 @@ def evaluate_stability(
     `real` are drives that bound what is usual. Raises DriveSimError where these or the rollouts
     are too short to tell.
     """
-    frames = round(seconds * world.fps)
+    seen = []
     with progress(len(real), "real footage", "drives") as bar:
-        seen = []
         for drive in real:
-            decoded = _decoded(world.tokenizer, drive.tokens.astype(np.int64))
-            moving = _moving(drive.actions, drive.action_valid)
             # What leads to a frame is the action before it.
-            moving = np.concatenate([moving[:1], moving[:-1]])
-            seen.append(Appearance.measure(drive.tokens.astype(np.int64), decoded, moving))
+            led = np.arange(-1, len(drive) - 1).clip(min=0)
+            seen.append(
+                _appearance(world, drive.tokens, drive.actions[led], drive.action_valid[led])
+            )
             bar.advance(1)
     bounds = RealBounds.fit(seen, world.fps, config or StabilityConfig())
-    tokens, actions, valid = _roll_out(world, starts, frames, sampling)
-    judged = []
-    for future, led, known in zip(tokens, actions, valid, strict=True):
-        decoded = _decoded(world.tokenizer, future)
-        judged.append(judge(Appearance.measure(future, decoded, _moving(led, known)), bounds))
+    futures = _roll_out(world, starts, round(seconds * world.fps), sampling)
+    judged = [judge(_appearance(world, *future), bounds) for future in zip(*futures, strict=True)]
     metrics: dict[str, Any] = {
         "per_tokenizer": True,
         **mean_stability(judged),
@@ -75,13 +70,9 @@ def evaluate_stability(
         text=_TEXT.format(seconds=f"{seconds:g}"),
         metrics=metrics,
         parts=(
-            Table(
-                caption="All rollouts",
-                columns=("", "value"),
-                rows=tuple((label, metrics[name]) for label, name in _ROWS.items()),
-            ),
+            Table("All rollouts", ("", "value"), [(row, metrics[at]) for row, at in _ROWS.items()]),
             _plot(judged),
-            _sheet(world, starts, tokens),
+            _sheet(world, starts, futures[0]),
         ),
     )
 
@@ -96,24 +87,24 @@ come back, as they never do in real footage. Restless: the picture changes more 
 do. A rollout has collapsed where one of these sets in and stays for 2 s."""
 
 
-def _decoded(tokenizer: Tokenizer, tokens: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
-    for at in range(0, len(tokens), _CHUNK):
-        yield tokenizer.decode(tokens[at : at + _CHUNK]).numpy()
-
-
-def _moving(actions: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Where the car is told to move, [N]; where nothing is known of its speed, it does."""
-    fast: NDArray[np.bool_] = ~valid[:, SPEED] | (actions[:, SPEED] >= STANDING_MPS)
-    return fast
+def _appearance(
+    world: WorldModel, tokens: NDArray[Any], actions: NDArray[np.float32], valid: NDArray[np.bool_]
+) -> Appearance:
+    """See what tokens [N, r, c] look like, and where the actions [N, 2] to each tell it to move."""
+    tokens = tokens.astype(np.int64)
+    places = range(0, len(tokens), _CHUNK)
+    chunks = (world.tokenizer.decode(tokens[at : at + _CHUNK]).numpy() for at in places)
+    # Where nothing is known of its speed, the car moves.
+    moving = ~valid[:, SPEED] | (actions[:, SPEED] >= STANDING_MPS)
+    return Appearance.measure(tokens, chunks, moving)
 
 
 def _roll_out(
     world: WorldModel, starts: Sequence[Clip], frames: int, sampling: Sampling
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]:
     """Return the futures' tokens [F, N, r, c] and the actions and validity [F, N, 2]."""
-    onward = [_onward(clip, frames) for clip in starts]
-    actions = np.stack([led for led, _ in onward])
-    valid = np.stack([known for _, known in onward])
+    onward = (_onward(clip, frames) for clip in starts)
+    actions, valid = map(np.stack, zip(*onward, strict=True))
     prefix = encode_contexts(world, starts)
     found = []
     with progress(frames, "long rollouts", "frames") as bar:

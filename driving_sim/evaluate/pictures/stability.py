@@ -79,21 +79,16 @@ class Appearance:
     @classmethod
     def measure(cls, tokens: Tokens, chunks: Iterable[Frames], moving: Mask | None = None) -> Self:
         """Measure decoded frames that come in chunks [n, H, W, 3], N in all; moving by default."""
-        sharpnesses, changes = [np.zeros(0)], [np.zeros(0)]
-        last: Frames | None = None
+        sharpnesses, changes = [], []
+        last: list[Frames] = []
         for chunk in chunks:
             sharpnesses.append(sharpness(chunk))
-            pair = chunk if last is None else np.concatenate([last, chunk])
-            changes.append(picture_change(pair).astype(np.float64))
-            last = chunk[-1:]
-        sharp, change = np.concatenate(sharpnesses), np.concatenate(changes)
+            changes.append(picture_change(np.concatenate([*last, chunk])))
+            last = [chunk[-1:]]
+        change = np.concatenate(changes).astype(np.float64)
         moving = np.ones(len(tokens), np.bool_) if moving is None else moving
-        if not len(tokens) == len(sharp) == len(moving):
-            raise ValueError(
-                f"{len(tokens)} frames of tokens, {len(sharp)} of pixels, {len(moving)} of motion: "
-                "they must be as many"
-            )
-        return cls(tokens, sharp, np.concatenate([change[:1], change]), moving)
+        change = np.concatenate([change[:1], change])
+        return cls(tokens, np.concatenate(sharpnesses), change, moving)
 
 
 def sharpness(frames: Frames) -> Curve:
@@ -107,7 +102,7 @@ def sharpness(frames: Frames) -> Curve:
         grey = frame.mean(axis=2, dtype=np.float32)
         neighbours = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:]
         spreads.append((neighbours - 4 * grey[1:-1, 1:-1]).std())
-    return np.array(spreads)
+    return np.array(spreads, np.float64)
 
 
 def jensen_shannon(counts: NDArray[Any], others: NDArray[Any]) -> float:
@@ -149,8 +144,7 @@ def _histograms(tokens: Tokens, block: int, hop: int, codes: int) -> list[NDArra
 
 def agreement(tokens: Tokens, lag: int) -> Curve:
     """Return the share of tokens [N - lag] that each frame of [N, r, c] has from `lag` before."""
-    shares: Curve = (tokens[lag:] == tokens[:-lag]).mean(axis=(1, 2))
-    return shares
+    return np.asarray((tokens[lag:] == tokens[:-lag]).mean(axis=(1, 2)))
 
 
 def repetition(footage: Appearance, frozen: Mask, lags: range, window: int) -> Curve:
@@ -181,14 +175,12 @@ def continuity(tokens: Tokens) -> Curve:
 
 def _means(curve: Curve, window: int) -> Curve:
     """The mean [N - window + 1] in each window of a curve [N], or in all of a shorter one."""
-    means: Curve = sliding_window_view(curve, min(window, len(curve))).mean(axis=1)
-    return means
+    return np.asarray(sliding_window_view(curve, min(window, len(curve))).mean(axis=1))
 
 
 def _around(values: NDArray[Any], window: int) -> NDArray[Any]:
     """The highest [N] of the windows [N - window + 1] that each frame lies in."""
-    highest: NDArray[Any] = sliding_window_view(np.pad(values, window - 1), window).max(axis=1)
-    return highest
+    return np.asarray(sliding_window_view(np.pad(values, window - 1), window).max(axis=1))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -218,10 +210,19 @@ class RealBounds:
         are left or nothing in them moves.
         """
         block, hop = _block(config, fps)
-        drives = _long_enough(drives, block, fps)
-        tokens, sharp = [drive.tokens for drive in drives], [drive.sharpness for drive in drives]
+        drives = [drive for drive in drives if len(drive.tokens) >= block]
+        frames = sum(len(drive.tokens) for drive in drives)
+        if frames < 2 * block:
+            raise TooLittleDataError(
+                f"{frames / fps:.1f} s of real drives of {block / fps:.1f} s or longer are too "
+                f"little to compare a rollout with: name {2 * block / fps:.1f} s of them or more"
+            )
+        changes = np.concatenate([drive.change[drive.moving] for drive in drives])
+        if not len(changes):
+            raise TooLittleDataError("the real car never moves: name drives in which it does")
         lags, loop = _lags(config, fps), _frames(config.loop_s, fps)
         hold = _frames(config.hold_s, fps)
+        tokens, sharp = [drive.tokens for drive in drives], [drive.sharpness for drive in drives]
         nowhere = [np.zeros(len(drive.tokens), np.bool_) for drive in drives]
         repeats = [repetition(*pair, lags, loop) for pair in zip(drives, nowhere, strict=True)]
         return cls(
@@ -230,41 +231,10 @@ class RealBounds:
             counts=np.bincount(np.concatenate([each.ravel() for each in tokens])),
             floor_bits=drift_floor(tokens, block, hop),
             sharpness=np.quantile(np.concatenate(sharp), [_LOW, 0.5, _HIGH]),
-            least_change=_least_change(drives),
+            least_change=float(np.quantile(changes, _LOW)),
             repetition=float(np.concatenate(repeats).max()),
             continuity=min(float(_means(continuity(each), hold).min()) for each in tokens),
         )
-
-    @property
-    def drift_bits(self) -> float:
-        """The divergence above which a block has drifted."""
-        return _towards_one(float(self.floor_bits.max()), self.config.drift_margin)
-
-    @property
-    def sharpness_range(self) -> tuple[float, float]:
-        """What a frame's sharpness may be, as multiples of the median."""
-        soft, median, hard = self.sharpness.tolist()
-        factor = self.config.sharpness_factor
-        return soft / median / factor, hard / median * factor
-
-    @property
-    def frozen_change(self) -> float:
-        """The picture change up to which a frame is frozen."""
-        return self.least_change * self.config.freeze_factor
-
-    @property
-    def restless_continuity(self) -> float:
-        """The mean continuity below which frames are restless."""
-        return self.continuity * self.config.restless_factor
-
-    @property
-    def loop_agreement(self) -> float:
-        """The repetition above which a frame is part of a loop."""
-        return _towards_one(self.repetition, self.config.loop_margin)
-
-
-def _towards_one(value: float, share: float) -> float:
-    return value + share * (1 - value)
 
 
 def _frames(seconds: float, fps: float) -> int:
@@ -279,24 +249,6 @@ def _block(config: StabilityConfig, fps: float) -> tuple[int, int]:
 def _lags(config: StabilityConfig, fps: float) -> range:
     """The lags in frames at which a picture must not be there again."""
     return range(_frames(config.min_lag_s, fps), _frames(config.max_lag_s, fps) + 1)
-
-
-def _long_enough(drives: Sequence[Appearance], block: int, fps: float) -> list[Appearance]:
-    usable = [drive for drive in drives if len(drive.tokens) >= block]
-    frames = sum(len(drive.tokens) for drive in usable)
-    if frames < 2 * block:
-        raise TooLittleDataError(
-            f"{frames / fps:.1f} s of real drives of {block / fps:.1f} s or longer are too little "
-            f"to compare a rollout with: name {2 * block / fps:.1f} s of them or more"
-        )
-    return usable
-
-
-def _least_change(drives: Sequence[Appearance]) -> float:
-    change = np.concatenate([drive.change[drive.moving] for drive in drives])
-    if not len(change):
-        raise TooLittleDataError("the real car never moves: name drives in which it does")
-    return float(np.quantile(change, _LOW))
 
 
 def loop_period(tokens: Tokens, looping: Mask, threshold: float, longest: int) -> int | None:
@@ -366,6 +318,7 @@ def judge(footage: Appearance, bounds: RealBounds) -> dict[str, Any]:
 
 
 def _judge_drift(footage: Appearance, bounds: RealBounds) -> tuple[dict[str, Any], Mask]:
+    """A block drifted whose divergence is above real blocks' highest and a margin."""
     config, fps, count = bounds.config, bounds.fps, len(footage.tokens)
     block, hop = _block(config, fps)
     if count < block:
@@ -374,6 +327,8 @@ def _judge_drift(footage: Appearance, bounds: RealBounds) -> tuple[dict[str, Any
             f"{config.block_s:g} s or more"
         )
     bits = token_drift(footage.tokens, bounds.counts, block, hop)
+    highest = float(bounds.floor_bits.max())
+    threshold = highest + config.drift_margin * (1 - highest)
     ends = np.arange(len(bits)) * hop + block
     # A frame goes by the block that ends with it, so that drift is noticed late, never early.
     of_frame = np.searchsorted(ends, np.arange(1, count + 1)).clip(max=len(ends) - 1)
@@ -382,16 +337,18 @@ def _judge_drift(footage: Appearance, bounds: RealBounds) -> tuple[dict[str, Any
         "time_s": _listed(ends / fps),
         "mean_bits": float(bits.mean()),
         "floor_bits": float(np.median(bounds.floor_bits)),
-        "highest_floor_bits": float(bounds.floor_bits.max()),
-        "threshold_bits": bounds.drift_bits,
+        "highest_floor_bits": highest,
+        "threshold_bits": threshold,
     }
-    return judged, (bits > bounds.drift_bits)[of_frame]
+    return judged, (bits > threshold)[of_frame]
 
 
 def _judge_sharpness(footage: Appearance, bounds: RealBounds) -> tuple[dict[str, Any], Mask]:
-    median = float(bounds.sharpness[1])
+    """A frame is too soft or too hard as a multiple of the real median."""
+    soft, median, hard = bounds.sharpness.tolist()
+    factor = bounds.config.sharpness_factor
+    low, high = soft / median / factor, hard / median * factor
     ratio = footage.sharpness / median
-    low, high = bounds.sharpness_range
     judged = {
         "ratio": _listed(ratio),
         "mean_ratio": float(ratio.mean()),
@@ -402,26 +359,30 @@ def _judge_sharpness(footage: Appearance, bounds: RealBounds) -> tuple[dict[str,
 
 
 def _judge_freeze(footage: Appearance, bounds: RealBounds) -> tuple[dict[str, Any], Mask]:
-    frozen = footage.moving & (footage.change <= bounds.frozen_change)
+    """A frame is frozen whose picture changes too little although the car moves."""
+    threshold = bounds.least_change * bounds.config.freeze_factor
+    frozen = footage.moving & (footage.change <= threshold)
     longest = max((stop - start for start, stop in _runs(frozen)), default=0)
     judged = {
         "change": _listed(footage.change),
         "share": float(frozen.sum() / max(1, footage.moving.sum())),
         "longest_s": longest / bounds.fps,
-        "threshold": bounds.frozen_change,
+        "threshold": threshold,
     }
     return judged, frozen
 
 
 def _judge_continuity(footage: Appearance, bounds: RealBounds) -> tuple[dict[str, Any], Mask]:
+    """Frames are restless whose mean continuity is too low."""
+    threshold = bounds.continuity * bounds.config.restless_factor
     kept = continuity(footage.tokens)
     hold = min(_frames(bounds.config.hold_s, bounds.fps), len(kept))
-    low = _around(_means(kept, hold) < bounds.restless_continuity, hold)
+    low = _around(_means(kept, hold) < threshold, hold)
     judged = {
         "kept": _listed(kept),
         "mean": float(kept.mean()),
         "real_lowest": bounds.continuity,
-        "threshold": bounds.restless_continuity,
+        "threshold": threshold,
     }
     # Windows reach over the edge into frames that are as they should be.
     return judged, low & (kept < bounds.continuity)
@@ -430,23 +391,25 @@ def _judge_continuity(footage: Appearance, bounds: RealBounds) -> tuple[dict[str
 def _judge_loops(
     footage: Appearance, bounds: RealBounds, frozen: Mask
 ) -> tuple[dict[str, Any], Mask]:
+    """A frame is part of a loop whose repetition is above the highest real one and a margin."""
     lags = _lags(bounds.config, bounds.fps)
+    threshold = bounds.repetition + bounds.config.loop_margin * (1 - bounds.repetition)
     repeats = repetition(footage, frozen, lags, _frames(bounds.config.loop_s, bounds.fps))
-    looping = repeats > bounds.loop_agreement
-    period = loop_period(footage.tokens, looping, bounds.loop_agreement, lags.stop - 1)
+    looping = repeats > threshold
+    period = loop_period(footage.tokens, looping, threshold, lags.stop - 1)
     judged = {
         "repetition": _listed(repeats),
         "found": bool(looping.any()),
         "period_s": None if period is None else period / bounds.fps,
         "first_s": float(looping.argmax()) / bounds.fps if looping.any() else None,
         "real_repetition": bounds.repetition,
-        "threshold": bounds.loop_agreement,
+        "threshold": threshold,
     }
     return judged, looping
 
 
-def _listed(curve: NDArray[Any]) -> list[float]:
-    rounded: list[float] = curve.astype(np.float64).round(4).tolist()
+def _listed(curve: Curve) -> list[float]:
+    rounded: list[float] = curve.round(4).tolist()
     return rounded
 
 
