@@ -19,7 +19,6 @@ from torch import Tensor
 from driving_sim.evaluate.footage import Clip
 from driving_sim.evaluate.pictures.features import VideoFeatures
 from driving_sim.evaluate.pictures.frechet import frechet_distance
-from driving_sim.evaluate.report.cell import Cell
 from driving_sim.evaluate.report.intervals import interval
 from driving_sim.evaluate.report.section import Media, Section, Table, film, photo, plot
 from driving_sim.evaluate.rollouts import Imagined
@@ -111,11 +110,10 @@ class QualityMeter:
         if clips < 2:
             return None
         joined = {kind: np.concatenate(found) for kind, found in self.features.items()}
-        distances: dict[str, float | None] = {
-            kind: frechet_distance(joined[kind], joined["true"]) if kind in joined else None
-            for kind in KINDS
-        }
-        return {"clips": clips, "frames": self.rollouts[0][0].frames, **distances}
+        true = joined.pop("true")
+        distances = {kind: frechet_distance(found, true) for kind, found in joined.items()}
+        counts = {"clips": clips, "frames": self.rollouts[0][0].frames}
+        return {**counts, **dict.fromkeys(KINDS), **distances}
 
     def _plot(self, metrics: dict[str, Any]) -> Media:
         figure = Figure(figsize=(4 * len(self.curves), 3.2), layout="constrained")
@@ -172,16 +170,12 @@ have no floor."""
 
 
 def _table(metrics: dict[str, Any], extractor: str) -> Table:
-    def row(label: str, kinds: dict[str, Any]) -> tuple[Cell, ...]:
-        return label, *(kinds.get(kind) for kind in KINDS)
-
-    names = [name for name in metrics if f"{name}_by_frame" in metrics]
-    rows = [row(name.replace("_", " "), metrics[name]) for name in names]
+    named = {
+        name.replace("_", " "): metrics[name] for name in metrics if f"{name}_by_frame" in metrics
+    }
     if distances := metrics[extractor]:
         counts = f"{distances['clips']} clips of {distances['frames']} frames"
-        rows.append(row(f"{extractor}, {counts}", distances))
-    return Table(
-        caption="Means over all frames of all clips, with 95 % intervals",
-        columns=("", *(kind.replace("_", " ") for kind in KINDS)),
-        rows=tuple(rows),
-    )
+        named[f"{extractor}, {counts}"] = distances
+    rows = [(label, *map(kinds.get, KINDS)) for label, kinds in named.items()]
+    columns = ("", *(kind.replace("_", " ") for kind in KINDS))
+    return Table("Means over all frames of all clips, with 95 % intervals", columns, rows)
