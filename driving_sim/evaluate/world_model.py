@@ -13,7 +13,7 @@ from driving_sim.engine.config import Count, config
 from driving_sim.engine.errors import TooLittleDataError
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.actions.control import MOVING_MPS
-from driving_sim.evaluate.actions.fidelity import FidelityMeter, measure_fidelity
+from driving_sim.evaluate.actions.fidelity import FidelityMeter
 from driving_sim.evaluate.actions.inverse_dynamics import InverseDynamics
 from driving_sim.evaluate.actions.sweep import evaluate_sweep
 from driving_sim.evaluate.footage import (
@@ -243,7 +243,7 @@ def _rollouts(
             bar.advance(1)
     if fidelity is None:
         return [quality.section()]
-    measure_fidelity(world, fidelity, clips, sampling)
+    fidelity.roll_out_more(clips, sampling)
     return [quality.section(), fidelity.section()]
 
 

@@ -59,10 +59,20 @@ class FidelityMeter:
         self.realised["model"].append(read(self.probe, clip.context, imagined.frames))
         self.realised["recorded"].append(read(self.probe, clip.context, clip.truth))
 
-    def add_action_free(self, imagined: Imagined) -> None:
-        """Read a rollout of the same clip, in the same order, that knew none of its actions."""
-        found = read(self.probe, imagined.clip.context, imagined.frames)
-        self.realised["action_free"].append(found)
+    def roll_out_more(self, clips: Sequence[Clip], sampling: Sampling) -> None:
+        """Roll every clip's mirror image out, and every one of both without its actions.
+
+        The clips are those whose rollouts were added, in the same order.
+        """
+        mirrored = [replace(clip, mirrored=True) for clip in clips]
+        with progress(3 * len(clips), "action fidelity", "rollouts") as bar:
+            for imagined in imagine(self.world, mirrored, sampling):
+                self.add(imagined)
+                bar.advance(1)
+            for imagined in imagine(self.world, [*clips, *mirrored], sampling, hide_actions=True):
+                found = read(self.probe, imagined.clip.context, imagined.frames)
+                self.realised["action_free"].append(found)
+                bar.advance(1)
 
     def section(self) -> Section:
         """How well each source follows, beside the probe's own error."""
@@ -132,20 +142,6 @@ def read(probe: InverseDynamics, context: Frames, future: Frames) -> Actions:
     """Estimate the action [N, 2] that led to each frame of `future` [N, H, W, 3]."""
     frames = np.concatenate([context[-probe.look_back :], future])
     return np.asarray(probe.estimate(frames)[-len(future) :], np.float64)
-
-
-def measure_fidelity(
-    world: WorldModel, meter: FidelityMeter, clips: Sequence[Clip], sampling: Sampling
-) -> None:
-    """Roll every clip's mirror image out, and every one of both without its actions."""
-    mirrored = [replace(clip, mirrored=True) for clip in clips]
-    with progress(3 * len(clips), "action fidelity", "rollouts") as bar:
-        for imagined in imagine(world, mirrored, sampling):
-            meter.add(imagined)
-            bar.advance(1)
-        for imagined in imagine(world, [*clips, *mirrored], sampling, hide_actions=True):
-            meter.add_action_free(imagined)
-            bar.advance(1)
 
 
 _TEXT = """An inverse-dynamics probe, which learned from the training drives, reads speed and
