@@ -81,13 +81,11 @@ def measure_control(
             times = _times_to_start(world, drive)
             start_s = float(times[int(share * len(times))])
             start, *futures = _steer_both_ways(world, drive, start_s, frames, sampling)
-            left_motion, right_motion = (
-                float(yaw_motion(np.concatenate([start[None], future])).mean())
-                for future in futures
+            to_left, to_right = (
+                float(yaw_motion(np.stack([start, *future])).mean()) for future in futures
             )
-            trials[drive.id].append(
-                ControlTrial(start_s=start_s, left_motion=left_motion, right_motion=right_motion)
-            )
+            trial = ControlTrial(start_s=start_s, left_motion=to_left, right_motion=to_right)
+            trials[drive.id].append(trial)
             left, right = ([future[n] for n in shown] for future in futures)
             rows.append((f"{drive.id} at {start_s:.1f} s", [*left[::-1], start, *right]))
             bar.advance(1)

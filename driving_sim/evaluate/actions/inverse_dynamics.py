@@ -370,7 +370,7 @@ def _errors(
 ) -> dict[str, float | None]:
     """Errors of estimates [M] of one channel, and those of a constant."""
     count = len(truth)
-    if not count:  # of one that is not known nothing can be told either
+    if not count:  # computed of a single unknown, so that the names stand here alone
         estimated, truth = np.full((2, 1), np.nan)
     squares, off = np.square(estimated - truth), truth - constant
     spread = float(np.square(truth - truth.mean()).sum())

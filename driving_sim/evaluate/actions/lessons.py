@@ -104,7 +104,7 @@ def _clips(world: WorldModel, sources: Sequence[SampledDrive | Footage]) -> list
     for source, drive, count in zip(sources, drives, counts, strict=True):
         valid = np.asarray(drive.action_valid[:count])
         if isinstance(source, Footage):
-            frames, segments = source.beginning(count), source.drive.entry.segments
+            frames, segments = source.beginning(count), list(source.drive.entry.segments)
         else:
             stream = source.drive.stream(world.tokenizer.frame_size, source.indices[:count])
             frames, segments = np.stack([*stream]), source.segments
