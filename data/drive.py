@@ -18,6 +18,7 @@ from driving_sim.data.video.decoder_pool import read_frames, stream_frames
 from driving_sim.data.video.frame_rate import choose_frames, chosen_segments, mean_rate
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.data.video.reader import VideoInfo
+from driving_sim.engine.config import config
 from driving_sim.engine.errors import DriveSimError
 
 Frames = npt.NDArray[np.uint8]
@@ -74,11 +75,6 @@ class Drive:
     """The actions on the same clock, where there are any."""
     video: VideoInfo | None = None
     """What the file probe found, where the frames come from a video."""
-
-    @property
-    def duration_s(self) -> float:
-        """Time from the first frame to the last."""
-        return float(self.timestamps[-1] - self.timestamps[0])
 
     def frames(self, indices: Indices | Sequence[int], size: FrameSize | None = None) -> Frames:
         """Read a few frames, uint8 [n, H, W, 3], in any order; for whole drives use `stream`."""
@@ -138,12 +134,14 @@ def sample(drive: Drive, *, fps: float | None = None, every: int | None = None) 
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@config
 class Skipped:
     """Something that looked like a drive and cannot be used."""
 
     id: str
+    """The drive's id."""
     reason: str
+    """Why, in one line."""
 
 
 @dataclass(frozen=True, slots=True)

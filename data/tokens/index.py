@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from driving_sim.data.drive import Skipped
 from driving_sim.data.inner_name import is_inner_name
 from driving_sim.engine.config import (
     Count,
@@ -104,21 +105,6 @@ class ShardEntry:
     drives: tuple[DriveEntry, ...]
     """The drives in it, in order."""
 
-    @property
-    def frames(self) -> int:
-        """Number of frames in it."""
-        return sum(drive.frames for drive in self.drives)
-
-
-@config
-class SkippedDrive:
-    """A drive that was left out."""
-
-    id: str
-    """The drive's id."""
-    reason: str
-    """Why, in one line."""
-
 
 @config
 class StoreIndex:
@@ -136,7 +122,7 @@ class StoreIndex:
     """Number of frames."""
     shards: tuple[ShardEntry, ...]
     """The shards, in order."""
-    skipped: tuple[SkippedDrive, ...]
+    skipped: tuple[Skipped, ...]
     """The drives that were left out."""
 
     @property

@@ -13,9 +13,9 @@ shard, for N frames of D drives (drive d is frames offsets[d] : offsets[d + 1]):
 """
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -40,22 +40,27 @@ __all__ = ["DriveTokens", "StoreInfo", "TokenStore"]
 
 Columns = dict[str, NDArray[Any]]
 
-_OPEN_SHARDS = 128  # each costs a map
+_OPEN_SHARDS = 128  # of all stores: each costs a map
 
 
 def column_forms(info: StoreInfo, lengths: Sequence[int]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The columns of a shard of drives with `lengths` frames: number format and shape by name.
-
-    In the order of the file: of falling alignment, so that every column is aligned in it.
-    """
+    """The columns of a shard of drives with `lengths` frames: number format and shape by name."""
     frames = sum(lengths)
     return {
-        "offsets": ("I64", (len(lengths) + 1,)),
-        "timestamps": ("F64", (frames,)),
-        "actions": ("F32", (frames, 2)),
-        "tokens": ("U16", (frames, info.rows, info.cols)),
-        "action_valid": ("BOOL", (frames, 2)),
+        "offsets": ("int64", (len(lengths) + 1,)),
+        "timestamps": ("float64", (frames,)),
+        "actions": ("float32", (frames, 2)),
+        "tokens": ("uint16", (frames, info.rows, info.cols)),
+        "action_valid": ("bool", (frames, 2)),
     }
+
+
+def blank_columns(info: StoreInfo, lengths: Sequence[int]) -> Columns:
+    """The columns of a shard of drives with `lengths` frames, to be filled: all 0 but `offsets`."""
+    forms = column_forms(info, lengths)
+    columns = {name: np.zeros(shape, kind) for name, (kind, shape) in forms.items()}
+    columns["offsets"][1:] = np.cumsum(lengths)
+    return columns
 
 
 def open_shard(
@@ -70,26 +75,24 @@ def open_shard(
     try:
         # The library checks that the columns fill the file without a gap.
         with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            found = {k: (str(v.get_dtype()), tuple(v.get_shape())) for k, v in slices.items()}
-            if found != forms:
-                raise ValueError(_difference(forms, found))
-            columns = {name: file.get_tensor(name).numpy() for name in forms}
+            columns = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
             metadata = dict(file.metadata() or {})
+        found = {name: (column.dtype.name, column.shape) for name, column in columns.items()}
+        for name in forms | found:
+            if found.get(name) != forms.get(name):
+                raise ValueError(
+                    f"{shown(name)} is {shown(found.get(name))}, expected {forms.get(name)}"
+                )
         if not np.array_equal(columns["offsets"], np.cumsum([0, *lengths])):
             raise ValueError("its drive offsets are not those of the drives that it should hold")
-    except (OSError, ValueError, SafetensorError) as error:
+    # TypeError: numbers of a format that NumPy has not
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise DriveSimError(
             f"{path}: damaged token shard: {one_line(error)}; tokenize again"
         ) from error
     for column in columns.values():
         column.flags.writeable = False
     return columns, metadata
-
-
-def _difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
-    name = next(name for name in expected | found if expected.get(name) != found.get(name))
-    return f"{shown(name)} is {shown(found.get(name))}, expected {expected.get(name)}"
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -119,13 +122,8 @@ class DriveTokens:
         """What is the same for every drive of its store."""
         return self.store.info
 
-    @property
-    def columns(self) -> Columns:
-        """The columns of the shard that holds it, from its frame `begin` on."""
-        return self.store.shard(self.shard)
-
     def _column(self, name: str) -> NDArray[Any]:
-        return self.columns[name][self.begin : self.begin + self.entry.frames]
+        return self.store.shard(self.shard)[name][self.begin : self.begin + self.entry.frames]
 
     @property
     def tokens(self) -> NDArray[np.uint16]:
@@ -162,13 +160,17 @@ class TokenStore:
         self.path = path
         self.index = read_index(path)
         self.info = self.index.info
-        self._open: OrderedDict[int, Columns] = OrderedDict()
         least = frame_bytes(self.info.rows, self.info.cols)
         for number, shard in enumerate(self.index.shards):
-            _check_size(path / shard_name(number), shard.bytes)
-            if shard.frames * least > shard.bytes:
+            file = path / shard_name(number)
+            found = file.stat().st_size if file.is_file() else None
+            if found != shard.bytes:
+                what = "is missing" if found is None else f"has {found} bytes, not {shard.bytes}"
+                raise DriveSimError(f"{file}: a shard of the token store {what}; tokenize again")
+            frames = sum(drive.frames for drive in shard.drives)
+            if frames * least > shard.bytes:
                 raise DriveSimError(
-                    f"{path / INDEX}: says that {shard.frames} frames of {least} bytes are in the "
+                    f"{path / INDEX}: says that {frames} frames of {least} bytes are in the "
                     f"{shard.bytes} bytes of {shard_name(number)}; tokenize again"
                 )
         self.drives = tuple(
@@ -178,10 +180,6 @@ class TokenStore:
                 shard.drives, accumulate(drive.frames for drive in shard.drives), strict=True
             )
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Maps do not travel between processes: a worker opens its own.
-        return self.__dict__ | {"_open": OrderedDict()}
 
     @property
     def drive_ids(self) -> tuple[str, ...]:
@@ -203,18 +201,10 @@ class TokenStore:
             )
         return tuple(drive for drive in self.drives if drive.id in wanted)
 
+    @lru_cache(_OPEN_SHARDS)  # noqa: B019 (stores live as long as their process)
     def shard(self, number: int) -> Columns:
         """The columns of a shard, opened and checked against the index on first use."""
-        if number not in self._open:
-            self._open[number] = self._open_shard(number)
-            if len(self._open) > _OPEN_SHARDS:
-                self._open.popitem(last=False)
-        self._open.move_to_end(number)
-        return self._open[number]
-
-    def _open_shard(self, number: int) -> Columns:
         path, entry = self.path / shard_name(number), self.index.shards[number]
-        _check_size(path, entry.bytes)
         columns, metadata = open_shard(path, self.info, [drive.frames for drive in entry.drives])
         for key, value in shard_metadata(self.info, entry.drives).items():
             if metadata.get(key) != value:
@@ -240,10 +230,3 @@ def checksum(path: Path) -> str:
     """SHA-256, in hexadecimal, of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check_size(path: Path, expected: int) -> None:
-    found = path.stat().st_size if path.is_file() else None
-    if found != expected:
-        what = "is missing" if found is None else f"has {found} bytes, not {expected}"
-        raise DriveSimError(f"{path}: a shard of the token store {what}; tokenize again")

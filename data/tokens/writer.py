@@ -1,8 +1,8 @@
 """Writes a token store: drive by drive, whole or not at all, continued after a kill.
 
 A plan fixes beforehand which frames of which drives lie in which shard. Every drive becomes a part
-file, and the parts of a shard become the shard as soon as all are there, so a store that was killed
-and continued is byte for byte the store that was not.
+file, and when all are there, the parts become shards one by one, so a store that was killed and
+continued is byte for byte the store that was not.
 """
 
 import json
@@ -11,29 +11,26 @@ import re
 import shutil
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from driving_sim.data.drive import Skipped
 from driving_sim.data.tokens.index import (
     INDEX,
     SCHEMA,
     UNFINISHED,
     DriveEntry,
     ShardEntry,
-    SkippedDrive,
     StoreIndex,
-    StoreInfo,
     shard_metadata,
     shard_name,
 )
-from driving_sim.data.tokens.plan import Piece, StorePlan
-from driving_sim.data.tokens.store import Columns, checksum, column_forms, open_shard
+from driving_sim.data.tokens.plan import StorePlan
+from driving_sim.data.tokens.store import Columns, blank_columns, checksum, open_shard
 from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
@@ -41,7 +38,7 @@ from driving_sim.engine.ranks.distributed import Ranks
 from driving_sim.engine.weights import write_safetensors
 
 _PLAN = "plan.json"
-_NUMBERS = {"I64": "<i8", "F64": "<f8", "F32": "<f4", "U16": "<u2", "BOOL": "?"}
+_FORMATS = {"int64": "I64", "float64": "F64", "float32": "F32", "uint16": "U16", "bool": "BOOL"}
 _PATIENCE_S = 90
 _ROOT = r"(?<![\w.~/\\-])(?:[A-Za-z]:)?[/\\]"  # where an absolute path begins
 
@@ -63,18 +60,14 @@ class TokenStoreWriter:
         self._work = out / UNFINISHED
         self._numbers = {drive.id: number for number, drive in enumerate(plan.drives)}
         self._shards = plan.shards()
-        self._shards_of: defaultdict[int, list[int]] = defaultdict(list)
-        for shard, pieces in enumerate(self._shards):
-            for piece in pieces:
-                self._shards_of[piece.drive].append(shard)
+        self._shard_of = {p.drive: n for n, pieces in enumerate(self._shards) for p in pieces}
         if self._ranks.is_main:
-            with _writing(out):
-                self._lock = _lock(out)
-                try:
-                    self._start()
-                except BaseException:
-                    self.close()
-                    raise
+            self._lock = _lock(out)
+            try:
+                self._start()
+            except BaseException:
+                self.close()
+                raise
         self._ranks.barrier()
         self._ranks.require_same(plan.hash, "the drives that were found")
 
@@ -136,13 +129,11 @@ class TokenStoreWriter:
 
     def done(self, drive_id: str) -> bool:
         """Whether a drive is written or skipped already."""
-        return self._settled(self._numbers[drive_id])
-
-    def _settled(self, number: int) -> bool:
-        if self._part(number).exists() or self._skip_note(number).exists():
-            return True
-        shards = self._shards_of[number]
-        return bool(shards) and all(self._shard_note(shard).exists() for shard in shards)
+        number = self._numbers[drive_id]
+        files = [self._part(number), self._skip_note(number)]
+        if number in self._shard_of:
+            files.append(self._shard_note(self._shard_of[number]))
+        return any(file.exists() for file in files)
 
     def add(
         self,
@@ -162,85 +153,31 @@ class TokenStoreWriter:
             ValueError: a shape, value or length is not what the plan says.
             DriveSimError: the disk is full or not writable.
         """
-        number, info = self._numbers[drive_id], self.plan.info
-        valid = np.asarray(action_valid, np.bool_)
-        columns: Columns = {
-            "timestamps": np.asarray(timestamps, np.float64),
-            "actions": np.array(actions, np.float32),
-            "tokens": np.asarray(tokens),
-            "action_valid": valid,
-        }
-        lengths = [self.plan.drives[number].frames]
-        for name, column in columns.items():
-            shape = column_forms(info, lengths)[name][1]
-            if column.shape != shape or not column.size:
-                raise ValueError(f"{drive_id}: {name} is {column.shape}, planned {shape}")
-        is_whole, ids = columns["tokens"].dtype.kind in "iu", columns["tokens"]
-        if not is_whole or ids.min() < 0 or ids.max() >= info.codebook_size:
-            raise ValueError(f"{drive_id}: tokens must be integers from 0 to {info.codebook_size}")
-        if not np.isfinite(columns["actions"][valid]).all():
-            raise ValueError(f"{drive_id}: an action that is valid is not finite")
-        if (np.diff(columns["timestamps"]) <= 0).any():
-            raise ValueError(f"{drive_id}: timestamps must rise")
-        columns["actions"][~valid] = 0
+        number, codes = self._numbers[drive_id], self.plan.info.codebook_size
+        columns = blank_columns(self.plan.info, [self.plan.drives[number].frames])
+        for name, values in (
+            ("timestamps", timestamps),
+            ("actions", actions),
+            ("tokens", tokens),
+            ("action_valid", action_valid),
+        ):
+            if np.shape(values) != columns[name].shape:
+                planned = columns[name].shape
+                raise ValueError(f"{drive_id}: {name} is {np.shape(values)}, planned {planned}")
+            columns[name][:] = values
+        columns["actions"][~columns["action_valid"]] = 0
+        if np.min(tokens) < 0 or np.max(tokens) >= codes:
+            raise ValueError(f"{drive_id}: tokens must be integers from 0 to {codes}")
         metadata = {"segments": json.dumps([[int(a), int(b)] for a, b in segments])}
-        with _writing(self.out):
-            write_shard(self._part(number), info, lengths, metadata, lambda name: [columns[name]])
-            self._merge(self._shards_of[number])
+        _write(self._part(number), columns, metadata)
 
     def skip(self, drive_id: str, reason: str) -> None:
         """Leave a drive out; the index will say why (folders in the reason are left out)."""
-        number = self._numbers[drive_id]
         note = {"id": drive_id, "reason": _without_folders(reason, drive_id)}
-        with _writing(self.out):
-            save_json(self._skip_note(number), note)
-            self._merge(self._shards_of[number])
-
-    def _merge(self, shards: Sequence[int]) -> None:
-        """Turn parts into shards, those that are this rank's, where all drives are settled."""
-        own = [shard for shard in shards if shard % self._ranks.size == self._ranks.rank]
-        for shard in own:
-            drives = {piece.drive for piece in self._shards[shard]}
-            if not self._shard_note(shard).exists() and all(map(self._settled, drives)):
-                self._write_shard(shard)
-        for number in {piece.drive for shard in own for piece in self._shards[shard]}:
-            if all(self._shard_note(shard).exists() for shard in self._shards_of[number]):
-                self._part(number).unlink(missing_ok=True)
-
-    def _write_shard(self, shard: int) -> None:
-        pieces = [p for p in self._shards[shard] if not self._skip_note(p.drive).exists()]
-        entries = tuple(map(self._entry, pieces))
-
-        def column(name: str) -> Iterator[NDArray[Any]]:
-            for number, start, stop in pieces:
-                yield self._open_part(number)[0][name][start:stop]
-
-        path, lengths = self.out / shard_name(shard), [entry.frames for entry in entries]
-        write_shard(path, self.plan.info, lengths, shard_metadata(self.plan.info, entries), column)
-        entry = ShardEntry(bytes=path.stat().st_size, sha256=checksum(path), drives=entries)
-        save_json(self._shard_note(shard), to_dict(entry))
-
-    def _open_part(self, number: int) -> tuple[Columns, dict[str, str]]:
-        return open_shard(self._part(number), self.plan.info, [self.plan.drives[number].frames])
-
-    def _entry(self, piece: Piece) -> DriveEntry:
-        drive, (_, metadata) = self.plan.drives[piece.drive], self._open_part(piece.drive)
-        runs = [
-            (max(begin, piece.start) - piece.start, min(end, piece.stop) - piece.start)
-            for begin, end in json.loads(metadata["segments"])
-            if begin < piece.stop and end > piece.start
-        ]
-        return DriveEntry(
-            id=drive.id,
-            frames=piece.stop - piece.start,
-            segments=tuple(runs),
-            start=piece.start,
-            source=drive.source,
-            mirrored=drive.mirrored,
-        )
+        save_json(self._skip_note(self._numbers[drive_id]), note)
 
     def finish(self) -> StoreIndex:
-        """Write the index and remove what was only needed on the way.
+        """Make the shards of the parts, write the index and remove what was needed on the way.
 
         Raises:
             ValueError: a planned drive was neither added nor skipped.
@@ -249,16 +186,20 @@ class TokenStoreWriter:
         self._ranks.barrier()
         if missing := self._missing():
             raise ValueError(f"{len(missing)} drives are missing, {missing[0]!r} first")
-        with _writing(self.out):
-            self._merge(range(len(self._shards)))
+        for shard in range(self._ranks.rank, len(self._shards), self._ranks.size):
+            if not self._shard_note(shard).exists():
+                self._merge(shard)
         self._ranks.barrier()
         index = self._index()
         self._ranks.barrier()
         if self._ranks.is_main:
-            with _writing(self.out):
-                self._settle(index)
-            self.close()
+            if index.frames:
+                save_json(self.out / INDEX, to_dict(index))
+            shutil.rmtree(self._work if index.frames else self.out)
         self._ranks.barrier()
+        if not index.frames:
+            first = f"{index.skipped[0].id!r} as {index.skipped[0].reason}"
+            raise DriveSimError(f"{self.out}: every drive was skipped, {first}")
         return index
 
     def _missing(self) -> list[str]:
@@ -269,23 +210,45 @@ class TokenStoreWriter:
             time.sleep(1)
         return [name for name in self._numbers if not self.done(name)]
 
-    def _settle(self, index: StoreIndex) -> None:
-        if index.frames:
-            save_json(self.out / INDEX, to_dict(index))
-            shutil.rmtree(self._work)
-            return
-        shutil.rmtree(self._work)
-        for shard in range(len(self._shards)):
-            (self.out / shard_name(shard)).unlink(missing_ok=True)
-        self.out.rmdir()
-        first = f"{index.skipped[0].id!r} as {index.skipped[0].reason}"
-        raise DriveSimError(f"{self.out}: every drive was skipped, {first}")
+    def _merge(self, shard: int) -> None:
+        """Turn the parts of a shard's drives into the shard."""
+        pieces = [p for p in self._shards[shard] if not self._skip_note(p.drive).exists()]
+        info, path = self.plan.info, self.out / shard_name(shard)
+        columns = blank_columns(info, [piece.stop - piece.start for piece in pieces])
+        begins, entries = columns["offsets"].tolist(), []
+        for piece, begin, end in zip(pieces, begins[:-1], begins[1:], strict=True):
+            drive = self.plan.drives[piece.drive]
+            part, metadata = open_shard(self._part(piece.drive), info, [drive.frames])
+            for name in part.keys() - {"offsets"}:
+                columns[name][begin:end] = part[name][piece.start : piece.stop]
+            runs = [
+                (max(start, piece.start) - piece.start, min(stop, piece.stop) - piece.start)
+                for start, stop in json.loads(metadata["segments"])
+                if start < piece.stop and stop > piece.start
+            ]
+            entry = DriveEntry(
+                id=drive.id,
+                frames=end - begin,
+                segments=tuple(runs),
+                start=piece.start,
+                source=drive.source,
+                mirrored=drive.mirrored,
+            )
+            entries.append(entry)
+        _write(path, columns, shard_metadata(info, entries))
+        made = ShardEntry(bytes=path.stat().st_size, sha256=checksum(path), drives=tuple(entries))
+        save_json(self._shard_note(shard), to_dict(made))
+        for entry in entries:
+            number = self._numbers[entry.id]
+            # The part of a split drive stays to the end: another shard may be made of it yet.
+            if entry.frames == self.plan.drives[number].frames:
+                self._part(number).unlink()
 
     def _index(self) -> StoreIndex:
         done = map(self._shard_note, range(len(self._shards)))
         shards = tuple(from_dict(ShardEntry, load_json(note), str(note)) for note in done)
         left_out = filter(Path.exists, map(self._skip_note, self._numbers.values()))
-        skipped = tuple(from_dict(SkippedDrive, load_json(note), str(note)) for note in left_out)
+        skipped = tuple(from_dict(Skipped, load_json(note), str(note)) for note in left_out)
         entries = [entry for shard in shards for entry in shard.drives]
         return StoreIndex(
             schema=SCHEMA,
@@ -298,28 +261,11 @@ class TokenStoreWriter:
         )
 
 
-def write_shard(
-    path: Path,
-    info: StoreInfo,
-    lengths: Sequence[int],
-    metadata: dict[str, str],
-    column: Callable[[str], Iterable[NDArray[Any]]],
-) -> None:
-    """Write a shard of drives with `lengths` frames, whole or not at all.
-
-    `column(name)` yields the drives' arrays of that column in order, so that only one needs to be
-    in memory at a time. Equal content is equal bytes.
-    """
-
-    forms = column_forms(info, lengths)
-
-    def pieces() -> Iterator[NDArray[Any]]:
-        for name, (code, _) in forms.items():
-            for array in [np.cumsum([0, *lengths])] if name == "offsets" else column(name):
-                yield np.ascontiguousarray(array, _NUMBERS[code])
-
+def _write(path: Path, columns: Columns, metadata: dict[str, str]) -> None:
+    """Write a shard, or a drive as one, whole or not at all; equal content is equal bytes."""
+    forms = {name: (_FORMATS[column.dtype.name], column.shape) for name, column in columns.items()}
     with atomic_file(path) as temporary:
-        write_safetensors(temporary, forms, pieces(), metadata)
+        write_safetensors(temporary, forms, columns.values(), metadata)
 
 
 def _without_folders(text: str, drive_id: str) -> str:
@@ -333,7 +279,10 @@ def _without_folders(text: str, drive_id: str) -> str:
 
 def _lock(folder: Path) -> int | None:
     """Make a folder and hold it; the system lets go of it however this process ends."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DriveSimError(f"{folder}: cannot write: {error.strerror}") from error
     if sys.platform == "win32":
         return None
     import fcntl
@@ -345,14 +294,3 @@ def _lock(folder: Path) -> int | None:
         os.close(descriptor)
         raise DriveSimError(f"{folder}: another process is writing here; wait for it") from error
     return descriptor
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DriveSimError(
-            f"{out}: cannot write: {error.strerror or error}; the drives that are done stay, and "
-            "the same command goes on after them"
-        ) from error
