@@ -4,7 +4,7 @@ Shapes: B windows, T frames, R rows, C cols, 2 actions (speed, steering).
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,11 @@ class WindowIndex:
         # A window's frames, and the one before them, from its first.
         self._frames = np.arange(-1, frames)
         self._in_shard = np.array([drive.begin for drive in drives], np.int64)
-        self._channels = np.array([drive.channels for drive in drives], np.bool_).reshape(-1, 2)
+        self._channels = np.array([drive.channels for drive in drives], np.bool_)
+        self._all_known = bool(self._channels.all())
+        # Of each drive's shard: a drive that opens it.
+        opener = {(drive.store, drive.shard): number for number, drive in enumerate(drives)}
+        self._opener = np.array([opener[drive.store, drive.shard] for drive in drives])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -82,14 +86,16 @@ class WindowIndex:
             DriveSimError: a token is not below the codebook's size.
         """
         drive, start, has_previous = self._find(numbers)
-        alone = ~has_previous
+        alone = np.flatnonzero(~has_previous)
         rows = (start + self._in_shard[drive])[:, None] + self._frames
         rows[alone, 0] += 1  # any frame, where there is none before the window
-        shards = [self._drives[number].columns for number in drive.tolist()]
-        tokens, led = _gathered(shards, "tokens", rows), rows[:, :-1]
-        actions = _gathered(shards, "actions", led)
-        valid = _gathered(shards, "action_valid", led)
-        valid &= self._channels[drive][:, None]
+        openers = self._opener[drive].tolist()
+        shards = {n: self._drives[n].store.shard(self._drives[n].shard) for n in set(openers)}
+        tokens, led = _gathered(shards, openers, "tokens", rows), rows[:, :-1]
+        actions = _gathered(shards, openers, "actions", led)
+        valid = _gathered(shards, openers, "action_valid", led)
+        if not self._all_known:
+            valid &= self._channels[drive][:, None]
         for column in (tokens, actions, valid):
             column[alone, 0] = 0
         if tokens.max() >= self._codes:
@@ -106,12 +112,14 @@ class WindowIndex:
         }
 
 
-def _gathered(shards: Sequence[Columns], name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
-    """Rows [B, ...] of a column, the i-th from the i-th shard."""
-    if all(columns is shards[0] for columns in shards):
-        return shards[0][name].take(rows, axis=0)
-    pairs = zip(shards, rows, strict=True)
-    return np.stack([columns[name].take(its, axis=0) for columns, its in pairs])
+def _gathered(
+    shards: Mapping[int, Columns], openers: list[int], name: str, rows: NDArray[np.int64]
+) -> NDArray[Any]:
+    """Rows [B, ...] of a column, the i-th from the shard that drive `openers[i]` opened."""
+    if len(shards) == 1:
+        return shards[openers[0]][name].take(rows, axis=0)
+    pairs = zip(openers, rows, strict=True)
+    return np.stack([shards[number][name].take(its, axis=0) for number, its in pairs])
 
 
 def _first_frame(drive: DriveTokens, begin: int) -> int:
