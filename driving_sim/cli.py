@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -249,7 +250,10 @@ def inspect(
     from driving_sim.data.inspect.inspection import inspect_drives
 
     report = inspect_drives(videos, out, steering_kind=steering_kind, time_offset=time_offset)
-    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.table())
+    if as_json:
+        typer.echo(json.dumps(asdict(report), indent=2))
+    else:
+        typer.echo(f"{report.table()}\n\npictures and inspection.json: {out}")
 
 
 @app.command()

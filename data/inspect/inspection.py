@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -70,15 +69,6 @@ class Report:
     drives: list[DriveReport]
     skipped: list[Skipped]
     notices: list[str]
-    out: Path
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON knows it."""
-        return {
-            "drives": [asdict(drive) for drive in self.drives],
-            "skipped": [asdict(skipped) for skipped in self.skipped],
-            "notices": self.notices,
-        }
 
     def table(self) -> str:
         """The report as text: a row for each drive, then the problems, what was skipped and why."""
@@ -97,7 +87,7 @@ class Report:
         for title, entries in found.items():
             if entries:
                 lines += ["", f"{title} ({len(entries)})", *(f"  {entry}" for entry in entries)]
-        return "\n".join([*lines, "", f"pictures and inspection.json: {self.out}"])
+        return "\n".join(lines)
 
 
 def _row(drive: DriveReport) -> dict[str, str]:
@@ -130,17 +120,18 @@ def _measure(
     sampled: SampledDrive, shown: Progress
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Image motion and picture change [T - 1] of the frames."""
-    motion, change = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
+    measured = [np.zeros((2, 0), np.float32)]
     frames = sampled.drive.stream(_SIZE, sampled.indices)
     block = list(islice(frames, _FRAMES_AT_ONCE))
     while len(block) > 1:
-        motion.append(yaw_motion(np.stack(block)))
-        change.append(picture_change(np.stack(block)))
+        pictures = np.stack(block)
+        measured.append(np.stack([yaw_motion(pictures), picture_change(pictures)]))
         shown.advance(len(block) - 1)
         # Blocks share one frame, so that no pair of neighbours is lost.
         block = [block[-1], *islice(frames, _FRAMES_AT_ONCE - 1)]
     shown.advance(1)
-    return np.concatenate(motion), np.concatenate(change)
+    motion, change = np.concatenate(measured, axis=1)
+    return motion, change
 
 
 def _speed_problems(sampled: SampledDrive, change: npt.NDArray[np.float32]) -> list[str]:
@@ -188,7 +179,7 @@ def _report(
         id=drive.id,
         source=drive.source,
         frames=len(drive.timestamps),
-        duration_s=drive.duration_s,
+        duration_s=float(drive.timestamps[-1] - drive.timestamps[0]),
         fps=whole.fps,
         gaps=len(gap_lengths),
         longest_gap_s=float(gap_lengths.max(initial=0.0)),
@@ -254,6 +245,6 @@ def inspect_drives(
             for lost in skipped:
                 shown.say(f"skipped {lost.id}: {lost.reason}")
             raise DriveSimError("every drive was skipped: nothing is left to inspect")
-        report = Report(drives=reports, skipped=skipped, notices=found.notices, out=out)
-        (folder / _REPORT).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        report = Report(drives=reports, skipped=skipped, notices=found.notices)
+        (folder / _REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n")
     return report

@@ -9,7 +9,7 @@ Legend: T frames, P = T - 1 pairs of frames.
 
 import math
 from dataclasses import dataclass
-from typing import assert_never
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +22,8 @@ FloatArray = npt.NDArray[np.float64]
 
 # A passenger car's, to a factor of 1.5; the bounds on the focal length leave room for that.
 _WHEELBASE_M = 2.7
-_STEERING_RATIO = 15.0
-_FULL_LOCK_RAD = 0.5
+# By what a steering is divided to be the angle of the front wheels, in rad.
+_STEERING_RATIOS = {"road_wheel": 1.0, "steering_wheel": 15.0, "normalised": 2.0}
 _FOCAL_WIDTHS = (0.2, 3.0)
 
 _MAX_LAG_S = 1.5
@@ -58,16 +58,9 @@ class Synchrony:
 
 def curvature(steering: FloatArray, kind: SteeringKind) -> FloatArray:
     """Curvature in 1/m of a passenger car's path at a steering of this kind."""
-    match kind:
-        case "curvature":
-            return steering
-        case "road_wheel":
-            return np.tan(steering) / _WHEELBASE_M
-        case "steering_wheel":
-            return np.tan(steering / _STEERING_RATIO) / _WHEELBASE_M
-        case "normalised":
-            return np.tan(steering * _FULL_LOCK_RAD) / _WHEELBASE_M
-    assert_never(kind)
+    if kind == "curvature":
+        return steering
+    return np.tan(steering / _STEERING_RATIOS[kind]) / _WHEELBASE_M
 
 
 def within_segments(sampled: SampledDrive) -> npt.NDArray[np.bool_]:
@@ -93,21 +86,16 @@ def _correlations(
     """Correlation of motion[t] with turns[t + k] for k from -max_lag to max_lag; NaN if unknown."""
     found = np.full(2 * max_lag + 1, np.nan)
     for lag in range(-max_lag, max_lag + 1):
-        said, known = _at_lag(turns, usable, lag)
-        a, b = motion[usable & known], said[usable & known]
+        known = usable & _later(usable, lag)
+        a, b = motion[known], _later(turns, lag)[known]
         if len(a) >= _MIN_PAIRS and a.std() > 1e-6 and b.std() > 1e-6:
             found[lag + max_lag] = np.corrcoef(a, b)[0, 1]
     return found
 
 
-def _at_lag(
-    turns: FloatArray, usable: npt.NDArray[np.bool_], lag: int
-) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
-    """turns[t + lag] and whether it is usable: not where that is beyond either end."""
-    at = np.arange(len(turns)) + lag
-    inside = (at >= 0) & (at < len(turns))
-    at = at.clip(0, len(turns) - 1)
-    return turns[at], usable[at] & inside
+def _later(values: npt.NDArray[Any], lag: int) -> npt.NDArray[Any]:
+    """values[t + lag]: 0, or False, where that is beyond either end."""
+    return np.pad(values, abs(lag))[abs(lag) + lag :][: len(values)]
 
 
 def _lag_problem(lag: int, correlations: FloatArray, period: float) -> str | None:
@@ -184,10 +172,11 @@ def measure_synchrony(motion: npt.NDArray[np.float32], sampled: SampledDrive) ->
         return Synchrony(correlation=correlation, problems=(unclear,) if visible else ())
     focal = float(seen[usable].std() / turns[usable].std()) if has_speed else None
     sign = 1 if correlation > 0 else -1
-    matched = _at_lag(turns, usable, lag)
     problems = [
         _lag_problem(lag, correlations, period),
-        _contrary_problem(seen, matched[0] * sign, usable & matched[1], sampled.timestamps),
+        _contrary_problem(
+            seen, _later(turns, lag) * sign, usable & _later(usable, lag), sampled.timestamps
+        ),
     ]
     if sign < 0:
         problems.append("the steering is flipped: positive must be left; negate the column")

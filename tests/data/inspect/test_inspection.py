@@ -1,7 +1,7 @@
 import csv
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +59,7 @@ def test_the_files_are_whole(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = inspect_drives([folder], out)
     assert json.loads((out / "inspection.json").read_text()) == json.loads(
-        json.dumps(report.to_dict())
+        json.dumps(asdict(report))
     )
     for drive in report.drives:
         with Image.open(out / str(drive.picture)) as picture:
