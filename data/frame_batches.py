@@ -55,6 +55,7 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
 
     def __post_init__(self) -> None:
         self._offsets = np.cumsum([0, *(len(drive.indices) for drive in self.drives)])
+        self.frame_count = int(self._offsets[-1])
         if self.frame_count == 0:
             raise DriveSimError("no frames to train on: the drives are empty")
         if self.batch_size > self.frame_count:
@@ -64,11 +65,6 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
             )
         fits = self.frame_count * self.size.height * self.size.width * 3 <= self.cache_bytes
         self._cache = self._decode_all() if fits else None
-
-    @property
-    def frame_count(self) -> int:
-        """Frames of all drives together."""
-        return int(self._offsets[-1])
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:
         """Batch n; there is no last one."""

@@ -25,15 +25,10 @@ def inside(folder: Path, name: str) -> Path:
         raise ValueError(f"{name!r} leads nowhere in {folder}") from None
     home = folder.resolve()
     if not found.is_relative_to(home):
-        link = _first_outside(folder, name, home)
+        below = [each for each in (*reversed(path.parents), path) if each.is_relative_to(folder)]
+        link = next(each for each in below if not each.resolve().is_relative_to(home))
         raise ValueError(
-            f"{link!r} is a link out of {folder}; put what it leads to in its place, or a copy"
+            f"{link.relative_to(folder).as_posix()!r} is a link out of {folder}; put what it leads "
+            "to in its place, or a copy"
         )
     return path
-
-
-def _first_outside(folder: Path, name: str, home: Path) -> str:
-    """The part of a path that leads out of `folder`, which is `home` without links."""
-    parts = Path(name).parts
-    prefixes = ("/".join(parts[:count]) for count in range(1, len(parts) + 1))
-    return next(each for each in prefixes if not (folder / each).resolve().is_relative_to(home))

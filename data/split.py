@@ -16,10 +16,6 @@ def original_id(drive_id: str) -> str:
     return drive_id.removesuffix(MIRROR_SUFFIX)
 
 
-def _rank(drive_id: str, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed}:{drive_id}".encode()).digest()
-
-
 def _chosen(originals: list[str], validation: Sequence[str]) -> set[str]:
     chosen = {original_id(drive_id) for drive_id in validation}
     for unknown in sorted(chosen - set(originals)):
@@ -49,15 +45,13 @@ def split_drives(
     `X~mirror` is always on the side of `X`. Says which drives validate; of one drive alone, nothing
     is kept from training. Raises DriveSimError for a name that is not there.
     """
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction is {fraction}; it must lie between 0 and 1")
     originals = sorted({original_id(drive_id) for drive_id in ids})
     if validation is not None:
         chosen = _chosen(originals, validation)
     else:
         count = min(max(1, round(fraction * len(originals))), len(originals) - 1)
-        by_rank = sorted(originals, key=lambda drive_id: _rank(drive_id, seed))
-        chosen = set(by_rank[: max(count, 0)])
+        hashes = {hashlib.sha256(f"{seed}:{name}".encode()).digest(): name for name in originals}
+        chosen = {hashes[digest] for digest in sorted(hashes)[: max(count, 0)]}
     train = [drive_id for drive_id in ids if original_id(drive_id) not in chosen]
     held_out = [drive_id for drive_id in ids if original_id(drive_id) in chosen]
     if held_out:

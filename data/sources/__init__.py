@@ -4,7 +4,7 @@ A folder may mix them: videos with or without a CSV beside them, recordings of t
 (`driving_log.csv` and `IMG/`) and comma2k19 segments (`video.hevc` and `processed_log/`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
@@ -31,7 +31,7 @@ class _Candidate:
 
     root: Path
     path: Path
-    load: Callable[[Path, str, LogOptions | None], Drive]
+    load: video_folder.Load
 
     def id(self, *, with_suffix: bool, with_root: bool) -> str:
         path = self.path if with_suffix or self.path.is_dir() else self.path.with_suffix("")
@@ -51,10 +51,8 @@ def _in_folder(root: Path, folder: Path, visited: set[Path]) -> Iterator[_Candid
     if comma2k19.is_segment(folder):
         yield _Candidate(root, folder, comma2k19.load)
         return
-    for path in video_folder.videos(folder):
-        yield _Candidate(root, path, video_folder.load)
-    for path in video_folder.orphan_action_files(folder):
-        yield _Candidate(root, path, video_folder.load_orphan)
+    for path, load in video_folder.found_in(folder):
+        yield _Candidate(root, path, load)
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.name.startswith("."):
             yield from _in_folder(root, path, visited)

@@ -1,5 +1,6 @@
 """Videos, each with or without an action file: a CSV with the video's stem beside it."""
 
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 
@@ -8,37 +9,18 @@ from driving_sim.data.drive import Drive, VideoFrames
 from driving_sim.data.video.decoder_pool import probe
 from driving_sim.engine.errors import DriveSimError
 
+Load = Callable[[Path, str, LogOptions | None], Drive]
+"""Makes the drive of a path, given its id and how to read its actions, where that is wanted."""
+
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".mkv", ".webm", ".mov", ".m4v", ".avi", ".ts", ".mpg", ".mpeg", ".h264", ".hevc"}
 )
-_CSV_LETTERS = ("cC", "sS", "vV")
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(
-        path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
-    )
-
-
-def videos(folder: Path) -> list[Path]:
-    """The video files right in a folder, sorted."""
-    return [path for path in _files(folder) if path.suffix.lower() in VIDEO_SUFFIXES]
-
-
-def orphan_action_files(folder: Path) -> list[Path]:
-    """The action files right in a folder that have no video beside them, sorted."""
-    stems = {path.stem for path in videos(folder)}
-    return [
-        path
-        for path in _files(folder)
-        if path.suffix.lower() == ".csv" and path.stem not in stems and is_action_file(path)
-    ]
 
 
 def _action_file(video: Path) -> Path | None:
     """The CSV beside a video, in upper or lower case; .csv of several."""
     # Tried one by one: to list a large folder for each of its videos takes quadratic time.
-    beside = (video.with_suffix("." + "".join(letters)) for letters in product(*_CSV_LETTERS))
+    beside = (video.with_suffix("." + "".join(letters)) for letters in product("cC", "sS", "vV"))
     return next((path for path in beside if path.is_file()), None)
 
 
@@ -67,3 +49,14 @@ def load_orphan(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
     raise DriveSimError(
         f"{path}: there is no video beside it; expected {path.stem}.mp4 or another video suffix"
     )
+
+
+def found_in(folder: Path) -> Iterator[tuple[Path, Load]]:
+    """The videos right in a folder and its action files without one, with what loads each."""
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    videos = {path.stem for path in files if path.suffix.lower() in VIDEO_SUFFIXES}
+    for path in files:
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            yield path, load
+        elif path.suffix.lower() == ".csv" and path.stem not in videos and is_action_file(path):
+            yield path, load_orphan
