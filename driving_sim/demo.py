@@ -12,7 +12,7 @@ from driving_sim.data.synthetic.drives import SyntheticDrive, drive, frame_count
 from driving_sim.data.synthetic.road import LANE_OFFSET
 from driving_sim.data.synthetic.true_future import replay
 from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
-from driving_sim.data.synthetic.writer import world_seed, write_synthetic_drives
+from driving_sim.data.synthetic.writer import seeds, write_synthetic_drives
 from driving_sim.data.tokens.index import INDEX
 from driving_sim.data.video.writer import write_video
 from driving_sim.engine.config import config, save_json, to_dict
@@ -165,7 +165,7 @@ def _make_drives(videos: Path, seed: int, config: DemoConfig, numbers: range) ->
 
 def _find_start(config: DemoConfig, seed: int, context_frames: int) -> _Start:
     """The first calm moment in the lane at a moderate speed, in drives that nobody trained on."""
-    world = SyntheticWorld(world_seed(seed, 0), config.world)
+    world = SyntheticWorld(seeds(seed, 0)[0], config.world)
     for driver_seed in np.random.default_rng([seed, 2]).integers(2**31, size=100):
         driven = drive(world, 30.0, int(driver_seed))
         for index in range(context_frames, len(driven.states)):

@@ -28,7 +28,7 @@ from benchmarks.measuring.shapes import FPS, Shape, shape_of
 from benchmarks.rollouts.speed import pass_flops
 from driving_sim.data.synthetic.drives import SyntheticDrive, drive
 from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
-from driving_sim.data.synthetic.writer import world_seed, write_synthetic_drives
+from driving_sim.data.synthetic.writer import seeds, write_synthetic_drives
 from driving_sim.engine.config import to_dict
 from driving_sim.engine.device import name_of
 from driving_sim.engine.threads import usable_cores
@@ -87,7 +87,7 @@ def measure(settings: Settings) -> list[Claim]:
         world = _trained(shape, size, Path(folder), settings)
     past, length = shape.model.context_frames + 1, 3 if settings.toy else 70
     recorded = drive(
-        SyntheticWorld(world_seed(0, 0), size), (past + length) / world.fps, driver_seed=1
+        SyntheticWorld(seeds(0, 0)[0], size), (past + length) / world.fps, driver_seed=1
     )
     plan = ActionPlan(
         label="left",

@@ -2,9 +2,8 @@
 
 import enum
 import math
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +29,7 @@ class Kind(enum.IntEnum):
     CAR = 6
 
 
-@dataclass(frozen=True, slots=True)
-class Things:
+class Things(NamedTuple):
     """Parallel arrays [N] of things that stand on the ground."""
 
     kind: NDArray[np.int64]
@@ -46,12 +44,11 @@ class Things:
     @classmethod
     def joined(cls, parts: "list[Things]") -> "Things":
         """Return all things of several groups as one."""
-        names = cls.__dataclass_fields__
-        return cls(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
+        return cls(*map(np.concatenate, zip(*parts, strict=True)))
 
     def chosen(self, which: NDArray[Any]) -> "Things":
         """Return the things that a mask or indices name, in that order."""
-        return Things(**{n: getattr(self, n)[which] for n in self.__dataclass_fields__})
+        return Things(*(column[which] for column in self))
 
 
 # Along both sides of the road: how far apart they are, how far along and aside (what all have and

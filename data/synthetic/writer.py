@@ -19,10 +19,6 @@ from driving_sim.engine.work_folder import claim_folder
 _PLAN = "synthetic.json"
 
 
-def _ignore(_: int) -> None:
-    """Take no notice of progress."""
-
-
 def write_synthetic_drives(
     out: Path,
     *,
@@ -33,7 +29,7 @@ def write_synthetic_drives(
     first: int = 0,
     config: SyntheticConfig | None = None,
     workers: int = 1,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> list[Path]:
     """Write drives as `drive_000.mp4`, `.csv` and `.json` each, and return the videos' paths.
 
@@ -63,7 +59,6 @@ def write_synthetic_drives(
         "first": first,
         "config": to_dict(config),
     }
-    advance = progress or _ignore
     stems = {number: out / f"drive_{number:03d}" for number in range(first, first + drives)}
     try:
         claim_folder(out, _PLAN, plan, "synthetic drives")
@@ -73,11 +68,11 @@ def write_synthetic_drives(
                 f"{out}: already holds these {drives} drives; choose a new folder or delete it"
             )
         if len(missing) < drives:
-            advance((drives - len(missing)) * frames)
+            progress((drives - len(missing)) * frames)
         jobs = (
             [stems[number] for number in missing],
-            [world_seed(seed, number % worlds) for number in missing],
-            [_seeds(seed, number)[1] for number in missing],
+            [seeds(seed, number % worlds)[0] for number in missing],
+            [seeds(seed, number)[1] for number in missing],
         )
         make = partial(_make, config, seconds)
         if workers > 1:
@@ -85,10 +80,10 @@ def write_synthetic_drives(
             spawn = get_context("spawn")
             with ProcessPoolExecutor(min(workers, len(missing)), mp_context=spawn) as pool:
                 for _ in pool.map(make, *jobs):
-                    advance(frames)
+                    progress(frames)
         else:
             for job in zip(*jobs, strict=True):
-                make(*job, advance)
+                make(*job, progress)
     except OSError as error:
         raise DriveSimError(
             f"{out}: cannot be written ({error.strerror}); free space or choose another place"
@@ -96,13 +91,8 @@ def write_synthetic_drives(
     return [stem.with_suffix(".mp4") for stem in stems.values()]
 
 
-def world_seed(seed: int, number: int) -> int:
-    """Return the seed of world `number` of the drives made with `seed`."""
-    return _seeds(seed, number)[0]
-
-
-def _seeds(seed: int, number: int) -> tuple[int, int]:
-    """Of a world and of a driver."""
+def seeds(seed: int, number: int) -> tuple[int, int]:
+    """Return the seeds of world and of driver `number` of the drives made with `seed`."""
     world, driver = np.random.SeedSequence((seed, number)).generate_state(2).tolist()
     return world, driver
 
@@ -113,7 +103,7 @@ def _make(
     stem: Path,
     world_seed: int,
     driver_seed: int,
-    advance: Callable[[int], None] = _ignore,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> None:
     driven = drive(SyntheticWorld(world_seed, config), seconds, driver_seed)
     fps, height, width = config.fps, config.height, config.width

@@ -1,6 +1,7 @@
 """Other cars: they come the other way, each a function of the seed and the time."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,28 +16,28 @@ _ROOM_M = 2.6
 """How far to its right a car keeps from one that is in its way, centre to centre."""
 
 
+@dataclass(frozen=True, slots=True)
 class Traffic:
     """An endless column of oncoming cars that give way to a driver on their side of the road."""
 
-    def __init__(self, road: Road, seed: int, density: float) -> None:
-        """`density` is the share of the places in the column that are taken."""
-        self._road = road
-        self._seed = seed
-        self._density = density
+    road: Road
+    seed: int
+    density: float
+    """The share of the places in the column that are taken."""
 
     def near(self, state: VehicleState) -> Things:
         """Return the cars around a state."""
         travelled = _SPEED_MPS * state.time_s
         low, high = (state.x_m + side * VISIBLE_M + travelled for side in (-1, 1))
         car = np.arange(math.floor(low / _GAP_M) - 1, math.floor(high / _GAP_M) + 1)
-        along, tint, chance = (uniform(self._seed, 300, car, draw) for draw in range(3))
+        along, tint, chance = (uniform(self.seed, 300, car, draw) for draw in range(3))
         station = (car + 0.6 * along) * _GAP_M - travelled
-        here, aside, _ = self._road.project(np.array([state.x_m]), np.array([state.y_m]))
+        here, aside, _ = self.road.project(np.array([state.x_m]), np.array([state.y_m]))
         closeness = np.clip(2.0 - np.abs(station - here) / 20.0, 0, 1)
         # A driver far out in the meadow is in nobody's way.
         closeness = closeness * np.clip((6.5 - aside) / 2.0, 0, 1)
         offset = -LANE_OFFSET + closeness * np.maximum(aside + _ROOM_M + LANE_OFFSET, 0)
-        x, y, heading = self._road.place(station, offset)
+        x, y, heading = self.road.place(station, offset)
         height = np.full(len(car), 1.5)
         cars = Things(np.full(len(car), int(Kind.CAR)), x, y, heading + math.pi, height, tint)
-        return cars.chosen(chance < self._density)
+        return cars.chosen(chance < self.density)
