@@ -19,7 +19,7 @@ from driving_sim.data.video.frame_rate import choose_frames, chosen_segments, me
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.data.video.reader import VideoInfo
 from driving_sim.engine.config import config
-from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.errors import BadDriveError, DriveSimError
 
 Frames = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.int64]
@@ -180,14 +180,10 @@ class DriveSet:
             )
         return next(iter(first), None)
 
-    def require_all(self, otherwise: str = "") -> "DriveSet":
-        """Return the set itself.
-
-        Raises DriveSimError where anything was skipped; `otherwise` is its last words, the way on
-        that the caller offers.
-        """
+    def require_all(self) -> "DriveSet":
+        """Return the set itself; raises BadDriveError where anything was skipped."""
         if self.skipped:
             first, others = self.skipped[0], len(self.skipped) - 1
             more = f" (and {others} more)" if others else ""
-            raise DriveSimError(f"{first.reason}{more}; repair or remove it{otherwise}")
+            raise BadDriveError(f"{first.reason}{more}; repair or remove it")
         return self

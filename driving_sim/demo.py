@@ -25,7 +25,6 @@ from driving_sim.engine.threads import usable_cores
 from driving_sim.engine.work_folder import claim_folder
 from driving_sim.pipeline import (
     TrainingRequest,
-    goes_on_when_repeated,
     tokenize_videos,
     train_world_model_on,
 )
@@ -94,11 +93,10 @@ def run_demo(out: Path, *, seed: int = 0, config: DemoConfig | None = None) -> s
     """
     config = config or DemoConfig()
     if (out / "summary.json").exists():
-        raise DriveSimError(f"{out} holds a finished demo: choose another --out or delete it")
+        raise DriveSimError(f"{out} holds a finished demo: choose another `out` or delete it")
     resolve_precision(config.precision, resolve_device("auto"))  # a wrong one is refused here
     claim_folder(out, _PLAN, {"seed": seed, **to_dict(config)}, "a demo")
-    with goes_on_when_repeated():
-        _train(out, seed, config)
+    _train(out, seed, config)
     world = WorldModel.from_run(out / "world-model", precision=config.precision)
     start = _find_start(config, seed, world.context_frames + 1)
     plans, truths, futures = _roll_out(world, start, config, seed)

@@ -2,8 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -15,13 +14,12 @@ from driving_sim.data.drive import Drive, DriveSet, sample
 from driving_sim.data.sources import find_drives
 from driving_sim.data.tokens.index import INDEX, UNFINISHED, StoreIndex, read_index
 from driving_sim.data.tokens.store import TokenStore
-from driving_sim.data.video.file_facts import VideoError
 from driving_sim.engine.config import resolve
 from driving_sim.engine.device import name_of, resolve_device, resolve_precision
-from driving_sim.engine.errors import DriveSimError, Interrupted
+from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.progress import say
 from driving_sim.engine.ranks.distributed import process_group
-from driving_sim.engine.run_folder import CONFIG, RunConflictError, is_finished
+from driving_sim.engine.run_folder import CONFIG, is_finished
 from driving_sim.engine.training.loop import TrainingResult
 from driving_sim.tokenizer.presets import PRESETS as TOKENIZER_PRESETS
 from driving_sim.tokenizer.tokenize import tokenize
@@ -56,7 +54,7 @@ class TrainingRequest:
     minutes: float | None = None
     config: Path | None = None
     """YAML file laid over the preset."""
-    assignments: tuple[str, ...] = ()
+    assignments: Sequence[str] = ()
     """`a.b=c`, laid over that."""
     resume: bool = False
     init_from: Path | None = None
@@ -73,9 +71,9 @@ class TrainingRequest:
         """
         preset = self.preset if self.preset != "auto" else _auto_preset(self.device, grid)
         if preset not in presets:
-            raise DriveSimError(f"--preset {preset}: presets are auto, {', '.join(presets)}")
+            raise DriveSimError(f"`preset` {preset}: presets are auto, {', '.join(presets)}")
         if self.steps is not None and self.minutes is not None:
-            raise DriveSimError("--steps and --minutes are both given; give one")
+            raise DriveSimError("`steps` and `minutes` are both given; give one")
         options: dict[str, object] = {}
         if self.steps is not None or self.minutes is not None:
             options = {"steps": self.steps, "minutes": self.minutes, "min_steps": None}
@@ -85,7 +83,7 @@ class TrainingRequest:
             options["shard"] = True
         kind = resolve_device(self.device).type
         if preset in ("base", "large") and kind != "cuda":
-            say(f"preset {preset} is made for GPUs, not for {kind}: --preset tiny is for CPUs")
+            say(f"preset {preset} is made for GPUs, not for {kind}: tiny is for CPUs")
         return resolve(
             presets[preset],  # type: ignore[type-var]
             file=self.config,
@@ -106,18 +104,15 @@ def _auto_preset(device: str, grid: tuple[int, int] | None) -> str:
         kind = resolve_device(device).type
         # MPS counts as a CPU until somebody has measured it.
         name, why = ("base" if kind == "cuda" else "tiny"), f"the device is {kind}"
-    say(f"preset {name}, as {why} (--preset chooses another)")
+    say(f"preset {name}, as {why} (`preset` chooses another)")
     return name
 
 
-def _find(videos: Sequence[Path], *, skip_bad: bool | None, **options: Any) -> DriveSet:
-    """Find drives and say what was assumed and skipped; no `skip_bad`: no such option.
-
-    `options` are those of `find_drives`.
-    """
+def _find(videos: Sequence[Path], *, skip_bad: bool = False, **options: Any) -> DriveSet:
+    """Find drives and say what was assumed and skipped; `options` are those of `find_drives`."""
     found = find_drives(videos, **options)
     if not skip_bad:
-        found.require_all("" if skip_bad is None else ", or pass --skip-bad")
+        found.require_all()
     for line in dict.fromkeys(found.notices):
         say(line)
     for skipped in found.skipped:
@@ -127,7 +122,7 @@ def _find(videos: Sequence[Path], *, skip_bad: bool | None, **options: Any) -> D
     return found
 
 
-def find_frames(videos: Sequence[Path], *, skip_bad: bool | None) -> DriveSet:
+def find_frames(videos: Sequence[Path], *, skip_bad: bool = False) -> DriveSet:
     """Find drives whose actions will not be used: nothing that is wrong with them matters."""
     return _find(videos, skip_bad=skip_bad, actions=False)
 
@@ -136,11 +131,9 @@ def find_for(world: WorldModel, videos: Sequence[Path], time_offset: float) -> D
     """Find drives to start from; their steering must be of the model's kind."""
     return _find(
         videos,
-        skip_bad=None,
         # What a model never learned to follow can hold no mistake that matters.
         actions=any(world.known_channels),
         steering_kind=world.steering_kind,
-        wanted_by="the model was trained on",
         time_offset=time_offset,
     )
 
@@ -156,15 +149,15 @@ def model_and_drives(
 def frame_rate(fps: float | None, every: int | None) -> dict[str, Any]:
     """The options `sample` takes of what a user asked for: a rate, a stride, or the default."""
     if fps is not None and every is not None:
-        raise DriveSimError("--fps and --every are both given; give one")
+        raise DriveSimError("`fps` and `every` are both given; give one")
     if fps is not None and not 0 < fps < math.inf:
-        raise DriveSimError(f"--fps {fps:g}: the rate must be above 0 frames/s")
+        raise DriveSimError(f"`fps` {fps:g}: the rate must be above 0 frames/s")
     return {"fps": DEFAULT_FPS if fps is None and every is None else fps, "every": every}
 
 
 def train_tokenizer_on(
     videos: Sequence[Path],
-    out: Path,
+    run: Path,
     request: TrainingRequest,
     *,
     fps: float | None = None,
@@ -175,29 +168,26 @@ def train_tokenizer_on(
     rate = frame_rate(fps, every)
     config = request.resolve(TOKENIZER_PRESETS)
     found = find_frames(videos, skip_bad=skip_bad)
-    return _train_tokenizer(found, out, request, config, rate, skip_bad)
+    return _train_tokenizer(found, run, request, config, rate, skip_bad)
 
 
 def _train_tokenizer(
     found: DriveSet,
-    out: Path,
+    run: Path,
     request: TrainingRequest,
     config: TokenizerRunConfig,
     rate: dict[str, Any],
     skip_bad: bool,
 ) -> TrainingResult:
-    try:
-        return train_tokenizer(
-            [sample(drive, **rate) for drive in found.drives],
-            config,
-            out,
-            init_from=request.init_from,
-            resume=request.resume,
-            skip_bad=skip_bad,
-            device=request.device,
-        )
-    except VideoError as error:
-        raise DriveSimError(f"{error}, or pass --skip-bad") from error
+    return train_tokenizer(
+        [sample(drive, **rate) for drive in found.drives],
+        config,
+        run,
+        init_from=request.init_from,
+        resume=request.resume,
+        skip_bad=skip_bad,
+        device=request.device,
+    )
 
 
 def tokenize_videos(
@@ -227,7 +217,7 @@ def tokenize_videos(
         Tokenizer.from_run(tokenizer, "cpu", "fp32")
     # With unfinished work in it, its run was killed at the end: the writer tidies up, then says.
     if (out / INDEX).exists() and not (out / UNFINISHED).exists():
-        raise DriveSimError(f"{out} already holds a token store: choose another --out or delete it")
+        raise DriveSimError(f"{out} already holds a token store: choose another `out` or delete it")
     found = _find(videos, skip_bad=skip_bad, steering_kind=steering_kind, time_offset=time_offset)
     _ = found.steering_kind  # raises where kinds are mixed
     # One rank may have days more to do than another.
@@ -269,27 +259,11 @@ def _train_missing(
     what = "is unfinished: going on with it" if request.resume else "is not there: training it"
     say(f"the tokenizer {tokenizer} {what} on these videos")
     config = request.resolve(TOKENIZER_PRESETS)
-    try:
-        with goes_on_when_repeated():
-            _train_tokenizer(found, tokenizer, request, config, rate, skip_bad)
-    except RunConflictError as conflict:
-        raise DriveSimError(
-            f"{conflict.what}: move it away, or name the tokenizer to use, as it is, with "
-            "--tokenizer"
-        ) from conflict
-
-
-@contextmanager
-def goes_on_when_repeated() -> Iterator[None]:
-    """Inside, an interrupted training says to repeat the command, which has no --resume."""
-    try:
-        yield
-    except Interrupted as stopped:
-        raise Interrupted(stopped.what, "repeat the same command", stopped.exit_code) from None
+    _train_tokenizer(found, tokenizer, request, config, rate, skip_bad)
 
 
 def train_world_model_on(
-    tokens: Path, tokenizer: Path, out: Path, request: TrainingRequest
+    tokens: Path, tokenizer: Path, run: Path, request: TrainingRequest
 ) -> TrainingResult:
     """Train a world model on a token store; `tokenizer` is the run that made the tokens."""
     grid = None
@@ -299,7 +273,7 @@ def train_world_model_on(
     return train_world_model(
         tokens,
         request.resolve(WORLD_MODEL_PRESETS, grid),
-        out,
+        run,
         tokenizer=tokenizer,
         init_from=request.init_from,
         resume=request.resume,
@@ -329,7 +303,7 @@ def roll_out(
     """
     present = [path for path in output_files(out).values() if path.exists()]
     if present and not overwrite:
-        raise DriveSimError(f"{present[0]} exists: choose another --out, or pass --overwrite")
+        raise DriveSimError(f"{present[0]} exists: choose another `out`, or pass `overwrite`")
     world = WorldModel.from_run(model, device, precision)
     if context is None:
         beginning = _stored_context(world, tokens, start_s)
@@ -337,7 +311,7 @@ def roll_out(
         drive, *others = find_for(world, [context], time_offset).drives
         if others:
             raise DriveSimError(
-                f"--context {context} holds {1 + len(others)} drives; name one of their videos"
+                f"`context` {context} holds {1 + len(others)} drives; name one of their videos"
             )
         beginning = context_from_drive(world, drive, start_s)
     plans = make_plans(actions, beginning.situation(world), seconds=seconds)
@@ -349,7 +323,7 @@ def _stored_context(world: WorldModel, tokens: Path, start_s: float | None) -> C
         store = TokenStore(tokens)
         world.check_store(store)
     except DriveSimError as error:
-        raise DriveSimError(f"{error}, or name a video with --context") from error
+        raise DriveSimError(f"{error}, or name a video with `context`") from error
     if notice := world.format_notice(store):
         say(notice)
     # A drive that the model was not trained on, unless these are other drives altogether.

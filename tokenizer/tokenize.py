@@ -23,15 +23,14 @@ from driving_sim.data.tokens.writer import TokenStoreWriter
 from driving_sim.data.video.frame_rate import RATE_TOLERANCE
 from driving_sim.data.video.frame_size import FrameSize, transform_description
 from driving_sim.engine.device import name_of
-from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.errors import BadDriveError, DriveSimError
 from driving_sim.engine.progress import progress
 from driving_sim.engine.ranks.distributed import Ranks
 from driving_sim.tokenizer.tokenizer import Tokenizer
 
 Frames = NDArray[np.uint8]
 
-_OR_SKIP = ", or pass --skip-bad"
-_HOW_ON = f"repair or remove it{_OR_SKIP}"
+_HOW_ON = "repair or remove it"
 
 
 def tokenize(
@@ -58,10 +57,10 @@ def tokenize(
             steering kinds are mixed; `out` holds something else; the disk is full.
     """
     if not skip_bad:
-        drives.require_all(_OR_SKIP)
+        drives.require_all()
     usable, bad = _survey(drives.drives, fps=fps, every=every)
     if bad and not skip_bad:
-        raise DriveSimError(f"{next(iter(bad.values()))}; {_HOW_ON}")
+        raise BadDriveError(f"{next(iter(bad.values()))}; {_HOW_ON}")
     bad |= {skipped.id: skipped.reason for skipped in drives.skipped}
     if not usable:
         reason = next(iter(bad.values()), "no drives were found")
@@ -151,7 +150,7 @@ def _survey(
         if abs(one.fps / usual - 1) > RATE_TOLERANCE:
             bad[one.drive.id] = (
                 f"{one.drive.id}: {one.fps:.3g} frames a second, the other drives have "
-                f"{usual:.3g}: choose a rate that all have with --fps"
+                f"{usual:.3g}: choose a rate that all have with `fps`"
             )
     return [one for one in sampled if one.drive.id not in bad], bad
 
@@ -193,7 +192,7 @@ def _encode(
         for (sampled, flips), frames_BHWC in parts:
             if isinstance(frames_BHWC, DriveSimError):
                 if not skip_bad:
-                    raise DriveSimError(f"{frames_BHWC}; {_HOW_ON}") from frames_BHWC
+                    raise BadDriveError(f"{frames_BHWC}; {_HOW_ON}") from frames_BHWC
                 shown.say(f"skipped {sampled.drive.id}: {frames_BHWC}", by_any_rank=True)
                 for flip in flips:
                     writer.skip(_name(sampled.drive, flip), str(frames_BHWC))

@@ -69,7 +69,8 @@ def as_command(parser: argparse.ArgumentParser) -> Iterator[None]:
     try:
         yield
     except Interrupted as stopped:
-        parser.exit(stopped.exit_code, f"{stopped.what}; to go on, repeat the command\n")
+        line = str(stopped).replace("`resume`", "the same command")
+        parser.exit(stopped.exit_code, f"{line}\n")
     except DriveSimError as error:
         parser.exit(1, f"error: {error}\n")
 

@@ -48,8 +48,6 @@ class LogOptions:
 
     steering_kind: SteeringKind | None = None
     """What a bare `steering` column measures, and any other one must."""
-    wanted_by: str = "--steering-kind is"
-    """What messages say before that kind."""
     time_offset: float = 0.0
     """Added to the times of every log, in seconds."""
 
@@ -57,13 +55,15 @@ class LogOptions:
         kinds = get_args(SteeringKind)
         if self.steering_kind is not None and self.steering_kind not in kinds:
             raise DriveSimError(
-                f"--steering-kind {self.steering_kind}: kinds are {', '.join(kinds)}"
+                f"`steering_kind` {self.steering_kind}: kinds are {', '.join(kinds)}"
             )
 
     def check_kind(self, steering: str, kind: SteeringKind) -> None:
         """Raise DriveSimError where a steering of this kind is not the one that is wanted."""
         if self.steering_kind not in (None, kind):
-            raise DriveSimError(f"{steering} is {kind}, but {self.wanted_by} {self.steering_kind}")
+            raise DriveSimError(
+                f"{steering} is {kind}, but `steering_kind` is {self.steering_kind}"
+            )
 
 
 class _Column(NamedTuple):
@@ -214,8 +214,7 @@ def _steering(
     if kind is None:
         raise table.fail(
             "column 'steering' does not say what it measures: name it by that, such as "
-            "road_wheel_rad, or pass --steering-kind to inspect and tokenize "
-            f"({', '.join(get_args(SteeringKind))})"
+            f"road_wheel_rad, or pass `steering_kind` ({', '.join(get_args(SteeringKind))})"
         )
     if own is None:
         notices.append(f"steering is taken to be {kind}, in {UNITS[kind]}, left positive")

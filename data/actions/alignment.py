@@ -95,7 +95,7 @@ def check_coverage(log: ActionLog, timestamps: npt.NDArray[np.float64]) -> None:
         offset = timestamps[0] - log.times[0]
         raise DriveSimError(
             f"{log.origin}: its times ({span}) do not overlap the video's: {video}; shift them "
-            f"with --time-offset (such as {offset:.2f})"
+            f"with `time_offset` (such as {offset:.2f})"
         )
     apart = float(np.median(np.diff(log.times)))
     if apart > GAP_S + _SLACK_S:
@@ -107,5 +107,5 @@ def check_coverage(log: ActionLog, timestamps: npt.NDArray[np.float64]) -> None:
     if share < MIN_COVERAGE:
         raise DriveSimError(
             f"{log.origin}: covers {share:.0%} of the video's frames (samples from {span}; "
-            f"{video}): check the unit of the time column and --time-offset, or cut the video"
+            f"{video}): check the unit of the time column and `time_offset`, or cut the video"
         )

@@ -226,7 +226,7 @@ def inspect_drives(
     holds anything else or cannot be written.
     """
     if out.exists() and not _is_replaceable(out):
-        raise DriveSimError(f"{out} holds more than an inspection: choose another --out")
+        raise DriveSimError(f"{out} holds more than an inspection: choose another `out`")
     found = find_drives(paths, steering_kind=steering_kind, time_offset=time_offset)
     skipped = list(found.skipped)
     reports = []

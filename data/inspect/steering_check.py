@@ -109,7 +109,7 @@ def _lag_problem(lag: int, correlations: FloatArray, period: float) -> str | Non
     frames = "1 frame" if abs(lag) == 1 else f"{abs(lag)} frames"
     return (
         f"the actions are {frames} ({abs(lag) * period:.2f} s) {'late' if lag > 0 else 'early'}: "
-        f"try --time-offset {-lag * period:.2f}"
+        f"try `time_offset={-lag * period:.2f}`"
     )
 
 

@@ -98,21 +98,19 @@ def find_drives(
     *,
     actions: bool = True,
     steering_kind: str | None = None,
-    wanted_by: str = "--steering-kind is",
     time_offset: float = 0.0,
 ) -> DriveSet:
     """Find and probe the drives in files and folders, whatever their layout.
 
-    `steering_kind` says what a bare `steering` column measures, and `wanted_by` is what messages
-    say before it; `time_offset` seconds are added to the times of every log. Without `actions` no
-    log is read: nothing in one can be wrong. What cannot be used is in `.skipped` with the reason.
+    `steering_kind` says what a bare `steering` column measures, and what any other one must;
+    `time_offset` seconds are added to the times of every log. Without `actions` no log is read:
+    nothing in one can be wrong. What cannot be used is in `.skipped` with the reason.
     Ids are paths below the folder given, without suffix; drives are in the order of their ids.
     Raises DriveSimError for a path that does not exist or whose name no drive can have, where
     nothing looks like a drive, and for a kind of steering that there is not.
     """
     options = LogOptions(
         steering_kind=cast(SteeringKind | None, steering_kind),
-        wanted_by=wanted_by,
         time_offset=time_offset,
     )
     found = {each.path.resolve(): each for path in paths for each in _candidates(path)}

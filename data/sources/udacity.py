@@ -23,7 +23,7 @@ from driving_sim.data.drive import Drive, Frames, Indices
 from driving_sim.data.inner_name import inside
 from driving_sim.data.video.file import check_picture
 from driving_sim.data.video.frame_size import FrameSize, fit
-from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.errors import BadDriveError, DriveSimError
 from driving_sim.engine.parsing import one_line
 
 LOG_NAME = "driving_log.csv"
@@ -52,7 +52,7 @@ def _picture(path: Path, size: FrameSize | None) -> Frames:
     # of any kind.
     except Exception as error:
         reason = one_line(error)
-        raise DriveSimError(f"{path}: cannot be read as an image ({reason})") from None
+        raise BadDriveError(f"{path}: cannot be read as an image ({reason})") from None
     geometry = fit(image.height, image.width, size)
     check_picture(path, geometry.height, geometry.width)
     scaled = image.resize((geometry.width, geometry.height), Image.Resampling.BILINEAR)

@@ -58,7 +58,7 @@ class SyntheticDrive:
 def frame_count(seconds: float, config: SyntheticConfig) -> int:
     """Return the number of frames of a drive; DriveSimError where `seconds` is not finite."""
     if not math.isfinite(seconds):
-        raise DriveSimError(f"--seconds {seconds:g}: a drive lasts a finite number of seconds")
+        raise DriveSimError(f"`seconds` {seconds:g}: a drive lasts a finite number of seconds")
     return round(seconds * config.fps)
 
 

@@ -12,7 +12,7 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.errors import BadDriveError
 
 MAX_PIXELS = 8192 * 8192
 """Of a picture, as it is stored, shown or scaled. The cameras of cars have up to 8K, half of it."""
@@ -26,7 +26,7 @@ _FORMATS = (
 )
 
 
-class VideoError(DriveSimError):
+class VideoError(BadDriveError):
     """A video file that cannot be read: what is wrong with it and where."""
 
 

@@ -132,7 +132,7 @@ def resolve(config: T, *, file: Path | None = None, assignments: Sequence[str] =
         values = to_dict(config)
         for assignment in assignments:
             values = _merge(values, _parse_assignment(assignment))
-        config = from_dict(type(config), values, where="--set")
+        config = from_dict(type(config), values, where="`assignments`")
     return config
 
 
@@ -205,12 +205,12 @@ def _parse_assignment(assignment: str) -> dict[str, Any]:
     path, equals, text = assignment.partition("=")
     keys = [key.strip() for key in path.split(".")]
     if not equals or not all(keys):
-        raise DriveSimError(f"--set {one_line(assignment)}: expected key.key=value")
+        raise DriveSimError(f"`assignments` {one_line(assignment)}: expected key.key=value")
     try:
         value = parse_yaml(text)
     except ValueError as error:
         raise DriveSimError(
-            f"--set {one_line(assignment)}: the value is not YAML: {error}"
+            f"`assignments` {one_line(assignment)}: the value is not YAML: {error}"
         ) from error
     for key in reversed(keys):
         value = {key: value}

@@ -38,14 +38,6 @@ CHANGEABLE = frozenset(
 the usual remedy."""
 
 
-class RunConflictError(DriveSimError):
-    """A folder holds something else than the run asked for: `what`, and then what to do."""
-
-    def __init__(self, what: str, remedy: str) -> None:
-        super().__init__(f"{what}: {remedy}")
-        self.what = what
-
-
 def goes_on(run: Path, resume: bool) -> bool:
     """Whether to continue `run`: as asked, or as the `torchrun` that began it started it again."""
     begun_by = run / _LAUNCHER
@@ -55,7 +47,7 @@ def goes_on(run: Path, resume: bool) -> bool:
 
 
 def check_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:
-    """Raise `RunConflictError` unless `run` is free to start in, or, if it `goes_on`, the same run.
+    """Raise `DriveSimError` unless `run` is free to start in, or, if it `goes_on`, the same run.
 
     Cheap: call it before loading data. `train` checks again, so write nothing into `run` before.
     Of several ranks, the main one looks.
@@ -65,15 +57,15 @@ def check_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:
     resume = goes_on(run, resume)
     known = (run / CONFIG).is_file()
     if resume and not known:
-        raise RunConflictError(f"nothing to resume in {run} (no {CONFIG})", "leave --resume out")
+        raise DriveSimError(f"nothing to resume in {run} (no {CONFIG}): leave `resume` out")
     if resume:
         _check_same(run, load_yaml(run / CONFIG), run_config)
     elif known:
-        raise RunConflictError(
-            f"{run} already holds a run", "continue it with --resume or choose another --out"
+        raise DriveSimError(
+            f"{run} already holds a run: continue it with `resume` or choose another `run`"
         )
     elif run.exists() and not is_free(run):
-        raise RunConflictError(f"{run} exists and is not a run", "choose another --out")
+        raise DriveSimError(f"{run} exists and is not a run: choose another `run`")
 
 
 def prepare_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:
@@ -107,9 +99,9 @@ def _check_same(run: Path, before: Mapping[str, Any], now: Mapping[str, Any]) ->
     old, new = dict(_leaves(before)), dict(_leaves(json.loads(json.dumps(now))))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and key.rpartition(".")[2] not in CHANGEABLE:
-            raise RunConflictError(
-                f"{run} was started with {key}={old.get(key)}, now it is {new.get(key)}",
-                "resume with the same configuration or choose another --out",
+            raise DriveSimError(
+                f"{run} was started with {key}={old.get(key)}, now it is {new.get(key)}: resume "
+                "with the same configuration or choose another `run`"
             )
 
 

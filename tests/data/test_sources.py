@@ -68,7 +68,7 @@ def test_what_cannot_be_used_is_listed_beside_the_rest(tmp_path: Path) -> None:
     assert [drive.id for drive in found.drives] == ["good"]
     reasons = {skipped.id: skipped.reason for skipped in found.skipped}
     assert set(reasons) == {"empty", "late", "orphan", "text"}
-    assert "--time-offset" in reasons["late"]
+    assert "`time_offset`" in reasons["late"]
     assert "no video beside it" in reasons["orphan"]
     assert not any("\n" in reason for reason in reasons.values())
     shifted = find_drives([tmp_path / "late.mp4"], time_offset=-100)
@@ -175,7 +175,7 @@ def test_the_track_is_read_as_recorded() -> None:
         assert sample(drive, every=2).action_valid.mean() > 0.98
     unsaid = find_drives([shared("track")])
     assert unsaid.drives == []
-    assert all("--steering-kind" in skipped.reason for skipped in unsaid.skipped)
+    assert all("`steering_kind`" in skipped.reason for skipped in unsaid.skipped)
 
 
 def write_recording(folder: Path, rows: list[str], *, header: bool = False) -> None:

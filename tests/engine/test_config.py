@@ -201,10 +201,10 @@ def test_errors_name_the_file_or_the_option(tmp_path: Path) -> None:
     file.write_text("inner: {rate: 1}\n")
     with pytest.raises(DriveSimError, match=r"c\.yaml\.inner: unknown key 'rate'"):
         resolve(FULL, file=file)
-    with pytest.raises(DriveSimError, match=r"--set\.inner: unknown key 'rate'"):
+    with pytest.raises(DriveSimError, match=r"`assignments`\.inner: unknown key 'rate'"):
         resolve(FULL, assignments=["inner.rate=1"])
     for assignment in ("steps", "=3", "inner..rate=1", "names=[1"):
-        with pytest.raises(DriveSimError, match="--set"):
+        with pytest.raises(DriveSimError, match="`assignments` "):
             resolve(FULL, assignments=[assignment])
     with pytest.raises(DriveSimError, match=r"^\.\./c\.yaml\.name is missing"):
         from_dict(Outer, {}, where="../c.yaml")

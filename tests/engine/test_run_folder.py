@@ -32,7 +32,7 @@ def test_what_a_killed_writer_left_behind_is_no_content(tmp_path: Path) -> None:
 
 def test_existing_run_needs_resume(tmp_path: Path) -> None:
     prepare_run(tmp_path, CONFIG, resume=False)
-    with pytest.raises(DriveSimError, match=r"already holds a run.*--resume"):
+    with pytest.raises(DriveSimError, match=r"already holds a run.*`resume`"):
         check_run(tmp_path, CONFIG, resume=False)
     check_run(tmp_path, CONFIG, resume=True)
 
@@ -61,5 +61,5 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
 def test_other_folders_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "holiday.mp4").touch()
     for path in (tmp_path, tmp_path / "holiday.mp4"):
-        with pytest.raises(DriveSimError, match="choose another --out"):
+        with pytest.raises(DriveSimError, match="choose another `run`"):
             check_run(path, CONFIG, resume=False)

@@ -21,7 +21,7 @@ from driving_sim.data.tokens.store import TokenStore
 from driving_sim.data.video.decoder_pool import LIMIT
 from driving_sim.data.video.frame_size import FrameSize, transform_description
 from driving_sim.data.video.writer import write_video
-from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.errors import BadDriveError, DriveSimError
 from driving_sim.tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.tokenizer.tokenizer import Tokenizer
@@ -254,7 +254,7 @@ def test_a_file_that_is_no_video_stops_at_once_or_is_skipped(
     for file in videos.iterdir():
         os.link(file, folder / file.name)
     (folder / "bad one.mp4").write_text("no video")
-    with pytest.raises(DriveSimError, match=r"bad one\.mp4: .*--skip-bad") as caught:
+    with pytest.raises(BadDriveError, match=r"bad one\.mp4: .*repair or remove it$") as caught:
         tokenize(find_drives([folder]), tokenizer, tmp_path / "tokens")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "tokens").exists()
@@ -279,7 +279,7 @@ def test_damage_found_while_decoding_stops_or_is_skipped(
 ) -> None:
     damaged = with_damage(drives, silent=silent)
     reason = "only 7 of 21 frames" if silent else "frame 7 is damaged"
-    with pytest.raises(DriveSimError, match=f"{reason}.*--skip-bad"):
+    with pytest.raises(BadDriveError, match=f"{reason}.*repair or remove it$"):
         tokenize(damaged, tokenizer, tmp_path / "tokens", mirror=mirror)
     parts = list((tmp_path / "tokens" / ".unfinished").glob("part-*"))
     assert len(parts) == 1 + mirror  # what came before is kept
@@ -306,7 +306,7 @@ def test_a_video_that_hangs_its_decoder_is_skipped(
     drives = find_drives([tmp_path / "videos"])
     make_hang(tmp_path / "videos" / "b.mp4")
     monkeypatch.setenv(LIMIT, "1")
-    with pytest.raises(DriveSimError, match=r"b\.mp4: its decoder gave no sign .*--skip-bad"):
+    with pytest.raises(BadDriveError, match=r"b\.mp4: its decoder gave no sign "):
         tokenize(drives, tokenizer, tmp_path / "tokens")
     tokenize(drives, tokenizer, tmp_path / "tokens", skip_bad=True)
     store = TokenStore(tmp_path / "tokens")
@@ -463,6 +463,6 @@ def test_after_a_bad_drive_no_other_is_decoded_unless_it_is_skipped(
     first, second = drives.drives[:2]
     bad = replace(first, reader=Damaged(first.reader, 2, silent=False))
     watched = replace(second, reader=Watched(second.reader, FRAMES, silent=True))
-    with pytest.raises(DriveSimError, match="--skip-bad"):
+    with pytest.raises(BadDriveError, match=r"repair or remove it$"):
         tokenize(DriveSet([bad, watched]), tokenizer, tmp_path / "tokens")
     assert not opened

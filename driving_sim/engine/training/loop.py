@@ -325,7 +325,7 @@ class _Loop:
             path = latest(self.folder / CHECKPOINTS)
             raise DriveSimError(
                 f"the loss was not finite in {MAX_SKIPPED_IN_A_ROW} steps up to {state.step}; the "
-                f"last checkpoint is {path or 'none'}: go on from it with --resume and a lower "
+                f"last checkpoint is {path or 'none'}: go on from it with `resume` and a lower "
                 "training.learning_rate"
             )
 
@@ -407,8 +407,8 @@ class _Loop:
 
     def _interruption(self, stop_signal: int) -> Interrupted:
         name, step = signal.Signals(stop_signal).name, self.state.step
-        what = f"{name}: stopped after step {step} in {self.folder}"
-        return Interrupted(what, "pass --resume", 128 + stop_signal)
+        message = f"{name}: stopped after step {step} in {self.folder}; to go on, give `resume`"
+        return Interrupted(message, 128 + stop_signal)
 
     def _finish(self, *, trained: bool) -> TrainingResult:
         """Mark the run as finished; say so where there was nothing left to do."""

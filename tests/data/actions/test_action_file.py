@@ -83,7 +83,7 @@ def test_units_become_si(
 
 def test_bare_names_are_said_and_a_bare_steering_needs_its_kind(csv_path: Path) -> None:
     write(csv_path, "timestamp,speed,steering", "0,1,0.1", "1,2,0.2")
-    with pytest.raises(DriveSimError, match="--steering-kind"):
+    with pytest.raises(DriveSimError, match="`steering_kind`"):
         read_action_file(csv_path)
     log = read_action_file(csv_path, LogOptions(steering_kind="road_wheel"))
     assert log.steering_kind == "road_wheel"
@@ -92,7 +92,7 @@ def test_bare_names_are_said_and_a_bare_steering_needs_its_kind(csv_path: Path) 
 
 def test_a_kind_that_contradicts_the_column_is_an_error(csv_path: Path) -> None:
     write(csv_path, "t,steering_deg", "0,1", "1,2")
-    with pytest.raises(DriveSimError, match=r"steering_wheel.*--steering-kind is road_wheel"):
+    with pytest.raises(DriveSimError, match=r"steering_wheel.*`steering_kind` is road_wheel"):
         read_action_file(csv_path, LogOptions(steering_kind="road_wheel"))
 
 

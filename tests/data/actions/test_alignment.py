@@ -85,7 +85,7 @@ def test_a_channel_that_is_missing_is_invalid_everywhere() -> None:
 def test_a_log_that_does_not_fit_the_video_is_an_error() -> None:
     frames = np.arange(100) / 10
     log = make_log(1.7e9 + np.arange(100) / 10, np.ones(100))
-    with pytest.raises(DriveSimError, match="--time-offset") as raised:
+    with pytest.raises(DriveSimError, match="`time_offset`") as raised:
         check_coverage(log, frames)
     assert "such as -1700000000.00" in str(raised.value)
     with pytest.raises(DriveSimError, match=r"100 s apart.*timestamp_ms"):

@@ -93,7 +93,7 @@ def test_late_actions_are_said(steering: Series, speed: Series, shift: int, word
     assert found.lag_frames == shift
     assert found.sign == 1
     (problem,) = found.problems
-    assert re.search(f"{word}.*--time-offset -{shift / FPS:.2f}", problem)
+    assert re.search(f"{word}.*`time_offset=-{shift / FPS:.2f}`", problem)
 
 
 def test_what_late_actions_said_before_the_video_contradicts_nothing(
@@ -114,7 +114,7 @@ def test_early_and_flipped_actions_are_said(steering: Series, speed: Series) -> 
     found = measure_synchrony(motion_of(steering, speed), early)
     assert (found.lag_frames, found.sign) == (-6, -1)
     lag, sign = found.problems
-    assert "6 frames (0.40 s) early: try --time-offset 0.40" in lag
+    assert "6 frames (0.40 s) early: try `time_offset=0.40`" in lag
     assert "flipped" in sign
 
 

@@ -62,7 +62,7 @@ class InterruptingBatches(TinyBatches):
 def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     result = tiny_train(whole)
-    with pytest.raises(Interrupted, match=r"step 15.*--resume") as stopped:
+    with pytest.raises(Interrupted, match=r"step 15.*`resume`") as stopped:
         tiny_train(parts, dataset=InterruptingBatches())
     assert stopped.value.exit_code == 128 + signal.SIGINT
     assert checkpoint_steps(parts)[-1] == 15
@@ -263,7 +263,7 @@ def test_sigterm_saves_and_resumes(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM
     assert "Traceback" not in errors
-    assert errors.splitlines()[-1].endswith("--resume")
+    assert errors.splitlines()[-1].endswith("to go on, give `resume`")
     stopped_at = checkpoint_steps(run)[-1]
     assert 5 <= stopped_at < 30
     tiny_train(run, resume=True)
@@ -325,7 +325,7 @@ def test_work_is_broken_off_and_leaves_no_traces(
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     tiny_train(whole, model=SlowModel())
-    with pytest.raises(Interrupted, match=rf"step {stop_step} .*--resume") as stopped:
+    with pytest.raises(Interrupted, match=rf"step {stop_step} .*`resume`") as stopped:
         tiny_train(
             parts,
             model=SlowModel(stop_step if "ward" in within else -1, within),
@@ -529,7 +529,7 @@ def test_users_error_in_a_worker_stays_one_line(tmp_path: Path) -> None:
 def test_existing_run_needs_resume(tmp_path: Path) -> None:
     tiny_train(tmp_path / "run", steps=2, run_config={"levels": 8})
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    with pytest.raises(DriveSimError, match="--resume"):
+    with pytest.raises(DriveSimError, match="`resume`"):
         tiny_train(tmp_path / "run", steps=2)
     with pytest.raises(DriveSimError, match="levels=8"):
         tiny_train(tmp_path / "run", steps=2, resume=True, run_config={"levels": 5})
