@@ -95,7 +95,7 @@ def load_checkpoint(
         reason = " ".join(str(error).split())
         raise DriveSimError(
             f"{path} was made for another model ({reason}): resume with the configuration that it "
-            "was made with, or choose another --out"
+            "was made with, or choose another `run`"
         ) from error
     return state
 
@@ -114,7 +114,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     if notices:
         raise DriveSimError(
             f"{folder}: every checkpoint is damaged, {notices[0].partition(': ')[0]}; restore one "
-            "from a copy, or start again with another --out"
+            "from a copy, or start again with another `run`"
         )
     return None, []
 

@@ -27,9 +27,9 @@ def resolve_device(name: torch.device | str) -> torch.device:
     if name == "auto":
         return torch.device(next(kind for kind, there in available.items() if there))
     if name not in available:
-        raise DriveSimError(f"--device {name}: expected one of auto, {', '.join(available)}")
+        raise DriveSimError(f"`device` {name}: expected one of auto, {', '.join(available)}")
     if not available[name]:
-        raise DriveSimError(f"--device {name}: this machine has none that torch can use; try auto")
+        raise DriveSimError(f"`device` {name}: this machine has none that torch can use; try auto")
     return torch.device(name)
 
 
@@ -40,7 +40,7 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     whichever measures faster.
     """
     if name not in ("auto", "fp32", "bf16"):
-        raise DriveSimError(f"--precision {name}: expected one of auto, fp32, bf16")
+        raise DriveSimError(f"`precision` {name}: expected one of auto, fp32, bf16")
     if name != "auto":
         return torch.bfloat16 if name == "bf16" else torch.float32
     if device.type == "cuda":

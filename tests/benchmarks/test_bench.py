@@ -193,5 +193,5 @@ def test_claims_are_kept_as_they_were(tmp_path: Path) -> None:
     kept = {**json.loads(file.read_text()), "command": "c"}
     file.write_text(json.dumps(kept) + "\n")
     assert read_claims(file) == [saved]
-    with pytest.raises(DriveSimError, match="--device none"):
+    with pytest.raises(DriveSimError, match="`device` none"):
         run_command("", "x", {"it": measured}, ["--device=none"])

@@ -21,7 +21,7 @@ def test_auto_is_the_best_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_missing_and_unknown_devices_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(DriveSimError, match=r"--device cuda: .*try auto"):
+    with pytest.raises(DriveSimError, match=r"`device` cuda: .*try auto"):
         resolve_device("cuda")
     with pytest.raises(DriveSimError, match="auto, cuda, mps, cpu"):
         resolve_device("gpu")

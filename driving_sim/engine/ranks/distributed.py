@@ -125,13 +125,13 @@ def _leave() -> None:
 
 def _own_device(device: torch.device) -> torch.device:
     if device.type == "mps":
-        raise DriveSimError("several ranks work on cuda or cpu, not on mps: pass --device cpu")
+        raise DriveSimError("several ranks work on cuda or cpu, not on mps: pass `device=cpu`")
     if device.type != "cuda":
         return device
     if local_rank() >= torch.cuda.device_count():
         raise DriveSimError(
             f"rank {local_rank()} of this machine has no GPU of its own, there are "
-            f"{torch.cuda.device_count()}: lower --nproc-per-node, or pass --device cpu"
+            f"{torch.cuda.device_count()}: lower --nproc-per-node, or pass `device=cpu`"
         )
     torch.cuda.set_device(local_rank())
     return torch.device("cuda", local_rank())

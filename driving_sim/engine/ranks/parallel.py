@@ -49,8 +49,8 @@ def parallel(
     if config.shard:
         if ranks.size == 1:
             raise DriveSimError(
-                "--shard spreads a model over several ranks, and this is the only one: start it "
-                "with torchrun --nproc-per-node=N, or leave --shard out"
+                "`shard` spreads a model over several ranks, and this is the only one: start it "
+                "with torchrun --nproc-per-node=N, or leave `shard` out"
             )
         shard(model, blocks, device)
     elif ranks.size > 1:

@@ -131,5 +131,5 @@ def _require_torch() -> None:
     if tuple(map(int, torch.__version__.split(".")[:2])) < _OLDEST_TORCH:
         raise DriveSimError(
             f"sharded training needs torch 2.9 or newer, this is {torch.__version__}: update it, "
-            "or leave --shard out"
+            "or leave `shard` out"
         )

@@ -110,7 +110,7 @@ def test_accumulated_halves_equal_the_whole(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DriveSimError, match="torchrun --nproc-per-node=N, or leave --shard out"):
+    with pytest.raises(DriveSimError, match="torchrun --nproc-per-node=N, or leave `shard` out"):
         prepared("world_model", shard=True)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
