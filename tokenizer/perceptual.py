@@ -23,7 +23,7 @@ from driving_sim.tokenizer.tokenizer import images_from_frames
 
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 VGG16_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
-WITHOUT = "--set objective.lpips_weight=0"
+WITHOUT = "`objective.lpips_weight=0`"
 """The option that trains without LPIPS."""
 
 _MISSING_OPERATOR = "operator torchvision::nms does not exist"

@@ -148,7 +148,7 @@ def train_tokenizer(
         source = Tokenizer.from_run(init_from, "cpu", "fp32")
         if source.config != config.model:
             raise DriveSimError(
-                f"--init-from {init_from}: its configuration differs from this run's "
+                f"`init_from` {init_from}: its configuration differs from this run's "
                 f"({source.config} and {config.model})"
             )
         objective.autoencoder.load_state_dict(source.autoencoder.state_dict())

@@ -58,7 +58,7 @@ def test_missing_weights_name_the_way_without(
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
-    with pytest.raises(DriveSimError, match=r"--set objective\.lpips_weight=0") as caught:
+    with pytest.raises(DriveSimError, match=r"`objective\.lpips_weight=0`") as caught:
         vgg16_weights()
     assert "no network" in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -319,7 +319,7 @@ def test_a_drive_of_another_rate_is_bad(
 ) -> None:
     first, second, third = drives.drives
     mixed = DriveSet([first, slower(second, 1.6), third])
-    with pytest.raises(DriveSimError, match=r"b: 6\.25 frames a second.*--fps"):
+    with pytest.raises(DriveSimError, match=r"b: 6\.25 frames a second.*`fps`; "):
         tokenize(mixed, tokenizer, tmp_path / "tokens")
     tokenize(mixed, tokenizer, tmp_path / "tokens", skip_bad=True)
     assert TokenStore(tmp_path / "tokens").drive_ids == ("a", "c")

@@ -227,7 +227,7 @@ def test_missing_lpips_weights_stop_before_anything_is_made(
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
     config = replace(run_config(), objective=TokenizerObjectiveConfig())
-    with pytest.raises(DriveSimError, match=r"--set objective\.lpips_weight=0"):
+    with pytest.raises(DriveSimError, match=r"`objective\.lpips_weight=0`"):
         train_tokenizer(drives(2), config, tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
 
