@@ -1,4 +1,4 @@
-"""What the driver does next: `--actions FILE|SCRIPT|NAME` turned into one action a frame.
+"""What the driver does next: a file, a script or a name turned into one action a frame.
 
 Time 0 is the last context frame; action i leads from frame i to frame i + 1 and is the mean over
 [i / fps, (i + 1) / fps). Speed is in m/s, steering in the model's steering kind, left positive.
@@ -84,7 +84,7 @@ class _Segment:
 def make_plans(
     specs: list[str], situation: Situation, *, seconds: float | None = None
 ) -> list[ActionPlan]:
-    """Turn every `--actions` value into a plan, all of one length.
+    """Turn every file, script or name into a plan, all of one length.
 
     The length is `seconds`, or else the longest of the plans that have a length of their own
     (a file; a script with times, whose last part lasts 1 s where it has none), or else 4 s.
@@ -95,13 +95,13 @@ def make_plans(
     length_s = seconds if seconds is not None else max(lengths, default=4.0)
     if not length_s <= LONGEST_S:
         raise DriveSimError(
-            f"--seconds {length_s:g}: a future lasts at most {LONGEST_S:g} s, a day"
+            f"`seconds` {length_s:g}: a future lasts at most {LONGEST_S:g} s, a day"
         )
     frames = round(length_s * situation.fps)
     if frames < 1:
         raise DriveSimError(
             f"the actions last {length_s:g} s, less than one frame at {situation.fps:g} frames/s: "
-            "give a longer file, script or --seconds"
+            "give a longer file, script or `seconds`"
         )
     return [plan.render(frames) for plan in planned]
 
@@ -125,7 +125,7 @@ def _plan(spec: str, situation: Situation) -> _Planned:
     near = difflib.get_close_matches(spec, NAMES, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise DriveSimError(
-        f"--actions {shown(spec)} is no file and no name: {hint}names are {', '.join(NAMES)}; "
+        f"`actions` {shown(spec)} is no file and no name: {hint}names are {', '.join(NAMES)}; "
         f"{_GRAMMAR}"
     )
 
@@ -137,7 +137,7 @@ def _from_name(name: str, situation: Situation) -> _Planned:
     steers = situation.known_channels[STEERING]
     if limit == 0 and steers and name in ("left", "right"):
         raise DriveSimError(
-            f"--actions {name}: the training data steered too little to tell how far to turn; give "
+            f"`actions` {name}: the training data steered too little to tell how far to turn; give "
             'an angle, as in "steer=0.1 for 2s"'
         )
     segments = {
@@ -153,8 +153,8 @@ def _from_name(name: str, situation: Situation) -> _Planned:
 def _from_recording(situation: Situation) -> _Planned:
     if situation.recorded is None or len(situation.recorded[0]) == 0:
         raise DriveSimError(
-            "--actions recorded: the context has no recorded actions after its last frame; "
-            "use a context with a CSV, an earlier --start, or other --actions"
+            "`actions` recorded: the context has no recorded actions after its last frame; "
+            "use a context with a CSV, an earlier `start_s`, or other `actions`"
         )
     return _held("recorded", *situation.recorded, situation.fps)
 
@@ -172,10 +172,7 @@ def _held(
 
 
 def _from_file(path: Path, situation: Situation) -> _Planned:
-    log = read_action_file(
-        path,
-        LogOptions(steering_kind=situation.steering_kind, wanted_by="the model was trained on"),
-    )
+    log = read_action_file(path, LogOptions(steering_kind=situation.steering_kind))
     whole = int((min(log.times[-1], LONGEST_S) + _ROUNDING_S) * situation.fps)
     if log.times[0] > EXTRAPOLATION_S or whole < 1:
         raise DriveSimError(
@@ -213,10 +210,10 @@ def parse_script(script: str) -> list[_Segment]:
     for part, segment in zip(parts[:-1], segments[:-1], strict=True):
         if segment.seconds is None:
             raise DriveSimError(
-                f"--actions: {shown(part)} needs a time such as 'for 2s'; {_GRAMMAR}"
+                f"`actions`: {shown(part)} needs a time such as 'for 2s'; {_GRAMMAR}"
             )
     if not segments:
-        raise DriveSimError(f"--actions: the script is empty; {_GRAMMAR}")
+        raise DriveSimError(f"`actions`: the script is empty; {_GRAMMAR}")
     return segments
 
 
@@ -226,7 +223,7 @@ def _parse_part(part: str) -> _Segment:
     if duration:
         match = re.fullmatch(r"\s*([0-9.]+)\s*s?\s*", duration)
         if match is None:
-            raise DriveSimError(f"--actions: the 'for' in {shown(part)} has no time in seconds")
+            raise DriveSimError(f"`actions`: the 'for' in {shown(part)} has no time in seconds")
         values["seconds"] = _number(match.group(1), part, LONGEST_S)
     for word in head.split():
         key, equals, value = word.partition("=")
@@ -234,16 +231,16 @@ def _parse_part(part: str) -> _Segment:
             near = difflib.get_close_matches(key, _KEYS, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise DriveSimError(
-                f"--actions: unknown {shown(word)} in {shown(part)}{hint}; {_GRAMMAR}"
+                f"`actions`: unknown {shown(word)} in {shown(part)}{hint}; {_GRAMMAR}"
             )
         if key in values:
-            raise DriveSimError(f"--actions: {key!r} is given twice in {shown(part)}")
+            raise DriveSimError(f"`actions`: {key!r} is given twice in {shown(part)}")
         values[key] = _number(value, part, _LARGEST)
     if "speed" in values and "accel" in values:
-        raise DriveSimError(f"--actions: {shown(part)} sets both speed and accel; give one")
+        raise DriveSimError(f"`actions`: {shown(part)} sets both speed and accel; give one")
     if values.get("speed", 0.0) < 0:
         raise DriveSimError(
-            f"--actions: speed in {shown(part)} is negative; it is in m/s, 0 or more"
+            f"`actions`: speed in {shown(part)} is negative; it is in m/s, 0 or more"
         )
     return _Segment(**values)
 
@@ -254,10 +251,10 @@ def _number(text: str, part: str, largest: float) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise DriveSimError(f"--actions: {shown(text)} in {shown(part)} is no finite number")
+        raise DriveSimError(f"`actions`: {shown(text)} in {shown(part)} is no finite number")
     if abs(value) > largest:
         raise DriveSimError(
-            f"--actions: {shown(text)} in {shown(part)} is absurd, at most {largest:g} is possible"
+            f"`actions`: {shown(text)} in {shown(part)} is absurd, at most {largest:g} is possible"
         )
     return value
 
@@ -307,18 +304,18 @@ def _check_script(label: str, segments: list[_Segment], situation: Situation) ->
     for channel, name in ((SPEED, "speed"), (STEERING, "steering")):
         if asked[channel] and not situation.known_channels[channel]:
             raise DriveSimError(
-                f"--actions {label}: the model was trained without {name}, so it cannot obey; "
+                f"`actions` {label}: the model was trained without {name}, so it cannot obey; "
                 f"leave {name} out, or train on drives that have it"
             )
     for segment in segments:
         if abs(segment.steer or 0.0) > limit:
             raise DriveSimError(
-                f"--actions: steer={segment.steer:g} is absurd: the model's steering is "
+                f"`actions`: steer={segment.steer:g} is absurd: the model's steering is "
                 f"{situation.steering_kind}, at most {limit:g} (rad, or 1/m for curvature)"
             )
         if segment.accel is not None and not known:
             raise DriveSimError(
-                f"--actions {label}: the context's speed is unknown, so there is nothing to brake "
+                f"`actions` {label}: the context's speed is unknown, so there is nothing to brake "
                 "or speed up from; set it first, as in 'speed=8 for 0.1s; accel=-4'"
             )
         known = known or segment.speed is not None

@@ -87,7 +87,8 @@ def _context_range(
         return begin, min(begin + most, end), end
     if not 0 <= start_s <= timestamps[-1]:
         raise DriveSimError(
-            f"--start {start_s:g}: {label} goes from 0 to {timestamps[-1]:.1f} s; name one of those"
+            f"`start_s` {start_s:g}: {label} goes from 0 to {timestamps[-1]:.1f} s; name one of "
+            "those"
         )
     stop = int(np.searchsorted(timestamps, start_s + 1e-6, side="right"))
     begin, end = next(segment for segment in segments if segment[0] < stop <= segment[1])
@@ -208,7 +209,7 @@ def output_files(out: Path) -> dict[str, Path]:
         out = out / "rollout.mp4"
     elif out.suffix.lower() != ".mp4":
         raise DriveSimError(
-            f"--out {out}: a rollout is written as an .mp4 file or into a folder; name one of those"
+            f"`out` {out}: a rollout is written as an .mp4 file or into a folder; name one of those"
         )
     return {
         "video": out,

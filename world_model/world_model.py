@@ -256,7 +256,7 @@ class WorldModel:
         if abs(fps / self.fps - 1) > RATE_TOLERANCE:
             raise DriveSimError(
                 f"{store.path} has {fps:.3g} frames/s, the model was trained on {self.fps:.3g}: "
-                f"tokenize the videos with --fps {self.fps:.3g}"
+                f"tokenize the videos with `fps={self.fps:.3g}`"
             )
 
     def format_notice(self, store: TokenStore) -> str | None:
@@ -269,7 +269,7 @@ class WorldModel:
             return None
         return (
             f"{store.path}: its tokens were made in {made}, this model encodes in {own}, so about "
-            f"1 token in 100 differs; --precision {made} computes all of it in {made}"
+            f"1 token in 100 differs; `precision={made}` computes all of it in {made}"
         )
 
     def encode_prefix(

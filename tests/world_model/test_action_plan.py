@@ -171,13 +171,13 @@ def test_braking_from_an_unknown_speed_is_refused() -> None:
 def test_csv_of_another_steering_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "wheel.csv"
     path.write_text("timestamp_s,speed_mps,steering_rad\n0,1,0\n0.1,1,0\n0.2,1,0\n")
-    with pytest.raises(DriveSimError, match="but the model was trained on road_wheel"):
+    with pytest.raises(DriveSimError, match="but `steering_kind` is road_wheel"):
         plan(str(path))
 
 
 @pytest.mark.parametrize("seconds", [float("inf"), float("nan")])
 def test_a_future_without_an_end_is_refused(seconds: float) -> None:
-    with pytest.raises(DriveSimError, match=f"--seconds {seconds}"):
+    with pytest.raises(DriveSimError, match=f"`seconds` {seconds}"):
         plan("left", seconds=seconds)
 
 

@@ -95,7 +95,7 @@ def test_channels_that_the_model_never_saw_are_unknown(world: WorldModel, video:
 
 
 def test_a_start_outside_the_drive_is_refused(world: WorldModel, video: Path) -> None:
-    with pytest.raises(DriveSimError, match=r"--start 99.*4\.9 s"):
+    with pytest.raises(DriveSimError, match=r"`start_s` 99.*4\.9 s"):
         context(world, video, start_s=99)
 
 

@@ -89,7 +89,7 @@ def train_world_model(
             raise DriveSimError(
                 f"{store} was not made by the tokenizer {tokenizer} (fingerprints "
                 f"{tokens.info.tokenizer_fingerprint[:12]} and {frozen.fingerprint[:12]}): name "
-                "the one that made it with --tokenizer, or tokenize again"
+                "the one that made it with `tokenizer`, or tokenize again"
             )
         training_ids, validation_ids = split_drives(
             tokens.drive_ids,
@@ -171,7 +171,7 @@ def _new_transformer(
     ):
         if found != expected:
             raise DriveSimError(
-                f"--init-from {init_from}: its {what} differs from this run's ({found} and "
+                f"`init_from` {init_from}: its {what} differs from this run's ({found} and "
                 f"{expected})"
             )
     transformer = Transformer(config, grid, _in_the_scale_of(source, statistics))

@@ -205,7 +205,7 @@ def test_a_tokenizer_that_did_not_make_the_tokens_is_refused(folder: Path, tmp_p
 
 
 def test_a_run_that_is_there_is_not_overwritten(folder: Path) -> None:
-    with pytest.raises(DriveSimError, match="--resume"):
+    with pytest.raises(DriveSimError, match="`resume`"):
         train_world_model(folder / "tokens", CONFIG, folder / "run", tokenizer=folder / "tokenizer")
 
 
