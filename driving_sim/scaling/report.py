@@ -125,7 +125,7 @@ def scale(paths: Sequence[Path], out: Path, *, compute: float | None = None) -> 
     holds anything else.
     """
     if out.exists() and not _is_replaceable(out):
-        raise DriveSimError(f"{out} holds more than a scaling law: choose another --out")
+        raise DriveSimError(f"{out} holds more than a scaling law: choose another `out`")
     report = fit_runs([read_run(path) for path in paths], compute)
     with atomic_folder(out) as folder:
         save_json(folder / REPORT, report.to_dict())
@@ -153,14 +153,14 @@ def target_compute(
     compute: float | None, parameters: float | None, tokens: float | None
 ) -> float | None:
     """The compute that options ask for, in operations; `DriveSimError` where they do not fit."""
-    given = {"--compute": compute, "--parameters": parameters, "--tokens": tokens}
+    given = {"compute": compute, "parameters": parameters, "tokens": tokens}
     for name, value in given.items():
         if value is not None and not 0 < value < math.inf:
-            raise DriveSimError(f"{name} {value:g}: must be a number above 0")
+            raise DriveSimError(f"`{name}` {value:g}: must be a number above 0")
     if parameters is None and tokens is None:
         return compute
     if parameters is None or tokens is None or compute is not None:
-        raise DriveSimError("give --compute, or both --parameters and --tokens")
+        raise DriveSimError("give `compute`, or both `parameters` and `tokens`")
     return training_flops(parameters, tokens)
 
 

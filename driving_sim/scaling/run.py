@@ -104,10 +104,10 @@ def _settings(path: Path) -> dict[str, Any]:
     if "store" not in settings:
         raise DriveSimError(f"{path}: not a world model's run; name runs of train-world-model")
     if not is_finished(path):
-        raise DriveSimError(f"{path} is unfinished: finish it with --resume, or leave it out")
+        raise DriveSimError(f"{path} is unfinished: finish it with `resume`, or leave it out")
     if settings.get("init_from"):
         raise DriveSimError(
-            f"{path} was started from other weights (--init-from), whose compute is not in it: "
+            f"{path} was started from other weights (`init_from`), whose compute is not in it: "
             "leave it out"
         )
     return settings
