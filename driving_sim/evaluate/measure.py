@@ -75,7 +75,7 @@ def measure_tokenizer(
     tokenizer = Tokenizer.from_run(run, device, precision)
     refuse_existing(out)
     rate = frame_rate(fps, every)
-    found = find_frames(videos, skip_bad=None)
+    found = find_frames(videos)
     sampled = [sample(drive, **rate) for drive in found.drives]
     perceptual = _perceptual()
     section = evaluate_tokenizer(tokenizer, sampled, perceptual=perceptual)
@@ -219,7 +219,7 @@ def _training_store(run: Path, world: WorldModel, path: Path) -> TokenStore:
         world.check_store(training)
     except DriveSimError as error:
         raise DriveSimError(
-            f"{error}, or name the token store that the model was trained on with --training-tokens"
+            f"{error}, or name the token store that the model was trained on with `training_tokens`"
         ) from error
     _say_format(world, training)
     learned_drives(world, training)
@@ -228,7 +228,7 @@ def _training_store(run: Path, world: WorldModel, path: Path) -> TokenStore:
     if config.get("store", {}).get("content", content) != content:
         raise DriveSimError(
             f"{path} is not the token store that {run} was trained on: name that one "
-            "with --training-tokens"
+            "with `training_tokens`"
         )
     return training
 
@@ -273,6 +273,6 @@ def _sampled(world: WorldModel, videos: DriveSet, rate: dict[str, Any]) -> list[
         if abs(each.fps / world.fps - 1) > RATE_TOLERANCE:
             raise DriveSimError(
                 f"{each.drive.id}: {each.fps:.3g} frames/s at this rate, the model was trained on "
-                f"{world.fps:.3g}: leave out --fps and --every, or use a video of that rate or more"
+                f"{world.fps:.3g}: leave out `fps` and `every`, or use a video of that rate or more"
             )
     return sampled

@@ -289,10 +289,10 @@ def test_tokens_that_the_model_was_not_trained_on_are_refused(place: Path, tmp_p
 def test_training_tokens_that_are_missing_or_misfit_name_their_option(
     place: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(DriveSimError, match=r"no such token store;.* with --training-tokens$"):
+    with pytest.raises(DriveSimError, match=r"no such token store;.* with `training_tokens`$"):
         measure(place, tmp_path / "out", training_tokens=tmp_path / "none")
     write_store(tmp_path / "other", [20])
-    with pytest.raises(DriveSimError, match=r"by another tokenizer .* with --training-tokens$"):
+    with pytest.raises(DriveSimError, match=r"by another tokenizer .* with `training_tokens`$"):
         measure(place, tmp_path / "out", training_tokens=tmp_path / "other")
 
 
@@ -315,7 +315,7 @@ def test_tokens_of_two_number_formats_are_measured_and_said(
     training = place / "tokens"
     line = (
         "{}: its tokens were made in {made}, this model encodes in {own}, so about 1 token in 100 "
-        "differs; --precision {made} computes all of it in {made}"
+        "differs; `precision={made}` computes all of it in {made}"
     )
     assert said() == []
     assert said(precision="bf16") == [line.format(training, made="fp32", own="bf16")]
@@ -385,7 +385,7 @@ def test_the_probe_never_learns_from_a_held_out_drive(
         caught = evidence(data=[data], **options)
         assert caught.probe is None
         assert "two or more training drives" in caught.no_probe
-    with pytest.raises(DriveSimError, match="none of --training-videos is a drive of"):
+    with pytest.raises(DriveSimError, match="none of `training_videos` is a drive of"):
         evidence(training_videos=[held])
 
 

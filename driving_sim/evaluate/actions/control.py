@@ -58,11 +58,11 @@ def measure_control(
     file to draw the futures in, a row for each start.
     """
     if sheet is not None and sheet.suffix.lower() not in (".png", ".jpg"):
-        raise DriveSimError(f"--sheet {sheet}: a picture is a .png or .jpg file; name it so")
+        raise DriveSimError(f"`sheet` {sheet}: a picture is a .png or .jpg file; name it so")
     frames = round(seconds * world.fps) if math.isfinite(seconds) else 0
     if frames < 1:
         raise DriveSimError(
-            f"--seconds {seconds:g}: less than a frame at the model's {world.fps:.3g} frames/s"
+            f"`seconds` {seconds:g}: less than a frame at the model's {world.fps:.3g} frames/s"
         )
     if world.steering_p99 == 0:
         raise DriveSimError(

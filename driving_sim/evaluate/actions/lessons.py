@@ -46,18 +46,18 @@ def load_probe(world: WorldModel, path: Path, recordings: Mapping[str, str]) -> 
     source = probe.source
     if abs(source.fps / world.fps - 1) > _RATE_TOLERANCE:
         raise DriveSimError(
-            f"--probe {path}: it learned from {source.fps:.3g} frames/s, the model from "
+            f"`probe` {path}: it learned from {source.fps:.3g} frames/s, the model from "
             f"{world.fps:.3g}: name a probe of that rate, or none"
         )
     if world.steering_kind is not None and source.steering_kind != world.steering_kind:
         raise DriveSimError(
-            f"--probe {path}: its steering is {source.steering_kind}, the model's is "
+            f"`probe` {path}: its steering is {source.steering_kind}, the model's is "
             f"{world.steering_kind}: name a probe of that kind, or none"
         )
     for name, own in recordings.items():
         if own in source.drives:
             raise DriveSimError(
-                f"--probe {path}: it learned from the held-out drive {name!r}: name another probe, "
+                f"`probe` {path}: it learned from the held-out drive {name!r}: name another probe, "
                 "or none"
             )
     return probe
@@ -79,7 +79,7 @@ def recorded_lessons(
             lessons.append(Lesson(name, own, sampled))
     if not lessons:
         raise DriveSimError(
-            f"none of --training-videos is a drive of {training.path} that has actions and is not "
+            f"none of `training_videos` is a drive of {training.path} that has actions and is not "
             "held out: name the videos as they were named to `drivesim tokenize`"
         )
     return lessons

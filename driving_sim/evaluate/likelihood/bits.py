@@ -43,7 +43,7 @@ def learned_drives(world: WorldModel, training: TokenStore) -> tuple[DriveTokens
     if not learned:
         raise DriveSimError(
             f"{training.path} holds only drives that the model was validated on: name the token "
-            "store that it was trained on with --training-tokens"
+            "store that it was trained on with `training_tokens`"
         )
     return training.select(learned)
 

@@ -111,7 +111,7 @@ def find_surprises(world: WorldModel, drives: Sequence[Drive], out: Path) -> dic
             steering kind than the model; a video is damaged; the disk is full.
     """
     if out.exists():
-        raise DriveSimError(f"{out} exists: choose another --out, or delete it")
+        raise DriveSimError(f"{out} exists: choose another `out`, or delete it")
     names = _file_names([drive.id for drive in drives])
     watched = [
         _Watched(number, sample_for(world, drive), world.context_frames, f"{name}.mp4")

@@ -19,7 +19,7 @@ from torch import Tensor
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import one_line
 
-WITHOUT_I3D = "leave out --i3d"
+WITHOUT_I3D = "leave out `i3d`"
 """What chooses the built-in features."""
 
 I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"

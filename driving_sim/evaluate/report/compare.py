@@ -32,9 +32,9 @@ def compare_reports(a: Path, b: Path, out: Path) -> str:
     protocol, or `out` exists.
     """
     if out.suffix != ".html":
-        raise DriveSimError(f"--out {out}: a comparison is an .html file; name it so")
+        raise DriveSimError(f"`out` {out}: a comparison is an .html file; name it so")
     if out.exists():
-        raise DriveSimError(f"{out} exists already: choose another --out or remove it")
+        raise DriveSimError(f"{out} exists already: choose another `out` or remove it")
     reports = Report.load(a), Report.load(b)
     _refuse_different(*reports)
     pairs, left_out = _pairs(*reports)

@@ -66,9 +66,9 @@ class Report:
 def refuse_existing(out: Path) -> None:
     """Raise `DriveSimError` unless a report may be written to `out`; call it before measuring."""
     if (out / _METRICS).is_file():
-        raise DriveSimError(f"{out} already holds a report: choose another --out or remove it")
+        raise DriveSimError(f"{out} already holds a report: choose another `out` or remove it")
     if not out.name or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise DriveSimError(f"{out} exists and is not a report: choose another --out")
+        raise DriveSimError(f"{out} exists and is not a report: choose another `out`")
 
 
 def write_report(

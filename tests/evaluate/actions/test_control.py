@@ -100,10 +100,10 @@ def test_control_tells_obedience_from_its_opposite(
 
 def test_control_that_cannot_be_measured_is_refused(world: WorldModel, videos: Path) -> None:
     drives = find_drives([videos]).drives
-    with pytest.raises(DriveSimError, match=r"--sheet a\.txt: a picture is"):
+    with pytest.raises(DriveSimError, match=r"`sheet` a\.txt: a picture is"):
         measure_control(world, drives, sampling=Sampling(), sheet=Path("a.txt"))
     for seconds in (0.0, float("nan"), float("inf")):
-        with pytest.raises(DriveSimError, match=f"--seconds {seconds:g}"):
+        with pytest.raises(DriveSimError, match=f"`seconds` {seconds:g}"):
             measure_control(world, drives, seconds=seconds, sampling=Sampling())
     model = Transformer(world.config.model, world.config.grid, ActionStatistics())
     still = WorldModel(model, world.tokenizer, fps=FPS, steering_kind=None)

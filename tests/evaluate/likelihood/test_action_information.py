@@ -34,7 +34,7 @@ def test_tokens_of_another_tokenizer_are_refused(world: WorldModel, tmp_path: Pa
 def test_tokens_of_another_rate_or_steering_are_refused(world: WorldModel, tmp_path: Path) -> None:
     heldout = write_store(tmp_path / "heldout", [40], fingerprint=world.tokenizer.fingerprint)
     for change, message in (
-        ({"fps": FPS * 1.5}, "--fps 12"),
+        ({"fps": FPS * 1.5}, "`fps=12`"),
         ({"steering_kind": "steering_wheel"}, "its steering is road_wheel"),
     ):
         options = {"fps": FPS, "steering_kind": "road_wheel"} | change

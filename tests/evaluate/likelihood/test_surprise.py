@@ -208,7 +208,7 @@ def test_an_existing_folder_is_refused_and_a_failure_leaves_none(
             run(world, tmp_path / "videos")
     assert [path.name for path in tmp_path.iterdir()] == ["videos"]
     (tmp_path / "out").mkdir()
-    with pytest.raises(DriveSimError, match="out exists: choose another --out"):
+    with pytest.raises(DriveSimError, match="out exists: choose another `out`"):
         run(world, tmp_path / "videos")
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -190,7 +190,7 @@ def test_other_files_are_refused_in_one_line(i3d_file: Path, tmp_path: Path, nam
     (tmp_path / "text").write_text("not\na network")
     (tmp_path / "empty").touch()
     (tmp_path / "cut").write_bytes(i3d_file.read_bytes()[:-500])
-    with pytest.raises(DriveSimError, match=r"i3d_torchscript\.pt.*leave out --i3d") as caught:
+    with pytest.raises(DriveSimError, match=r"i3d_torchscript\.pt.*leave out `i3d`") as caught:
         I3DFeatures(tmp_path / name)
     assert str(caught.value).startswith(f"{tmp_path / name}: not the I3D")
     assert "\n" not in str(caught.value)
@@ -264,5 +264,5 @@ def test_clips_that_are_too_short_are_refused(seeded: SeededFeatures, i3d_file: 
     assert len(i3d(noise(1, frames=10))) == 1
     with pytest.raises(DriveSimError, match=r"8 frames is too short .* at least 9"):
         seeded(noise(1, frames=8))
-    with pytest.raises(DriveSimError, match="at least 10, or leave out --i3d"):
+    with pytest.raises(DriveSimError, match="at least 10, or leave out `i3d`"):
         i3d(noise(1, frames=9))

@@ -173,7 +173,7 @@ def test_a_comparison_is_not_written_over(tmp_path: Path) -> None:
     a = report(tmp_path / "a")
     out = tmp_path / "out.html"
     out.write_text("another")
-    with pytest.raises(DriveSimError, match=r"out\.html exists already: choose another --out"):
+    with pytest.raises(DriveSimError, match=r"out\.html exists already: choose another `out`"):
         compare_reports(a, a, out)
     assert out.read_text() == "another"
 

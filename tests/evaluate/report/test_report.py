@@ -70,7 +70,7 @@ def test_an_existing_folder_is_refused(tmp_path: Path) -> None:
     written_page(out)
     before = {path: path.read_bytes() for path in out.iterdir()}
     for refuse in (refuse_existing, written_page):
-        with pytest.raises(DriveSimError, match="already holds a report: choose another --out"):
+        with pytest.raises(DriveSimError, match="already holds a report: choose another `out`"):
             refuse(out)
     assert {path: path.read_bytes() for path in out.iterdir()} == before
     other = tmp_path / "videos"
