@@ -1,11 +1,13 @@
 """The command line as a user meets it."""
 
+import ast
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,12 @@ import typer
 import yaml
 from typer.testing import CliRunner, Result
 
-from driving_sim.cli import app
+from driving_sim.cli import app, with_flags
 from driving_sim.data.synthetic.world import SyntheticConfig
 from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.demo import DemoConfig
 from driving_sim.engine.config import to_dict
+from driving_sim.engine.errors import Interrupted
 from driving_sim.evaluate.measure import (
     measure_tokenizer,
     measure_world_model,
@@ -33,6 +36,7 @@ from driving_sim.world_model.training.presets import PRESETS
 from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.small_files import small_files
 
+ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "numpy", "av", "decord", "driving_sim.engine.config", "matplotlib", "PIL")
 
 
@@ -313,6 +317,82 @@ def test_missing_lpips_weights_name_an_option_that_tokenize_has(
     line = refused("tokenize", videos, "--set", "objective.lpips_weight=1")
     assert "without LPIPS: --set objective.lpips_weight=0" in line
     assert sorted(workplace.iterdir()) == []
+
+
+def commands() -> dict[str, Any]:
+    group: Any = typer.main.get_command(app)
+    both = group.commands | {
+        f"evaluate {n}": c for n, c in group.commands["evaluate"].commands.items()
+    }
+    return {name: command for name, command in both.items() if name != "evaluate"}
+
+
+def modules_below() -> Iterator[ast.Module]:
+    """The source of everything but the command line."""
+    for room in ("driving_sim", "data", "tokenizer", "world_model"):
+        for folder, _, names in os.walk(ROOT / room):  # which follows no links
+            for name in names:
+                if name.endswith(".py") and name != "cli.py":
+                    yield ast.parse((Path(folder) / name).read_text("utf-8"))
+
+
+def test_flags_are_named_in_the_command_line_alone() -> None:
+    flags = {flag for each in commands().values() for option in each.params for flag in option.opts}
+    assert "--init-from" in flags
+    texts = [
+        node.value
+        for module in modules_below()
+        for node in ast.walk(module)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    assert {found for text in texts for found in re.findall(r"--[\w-]+", text)}.isdisjoint(flags)
+
+
+def test_every_command_has_words_for_every_setting_that_an_error_names() -> None:
+    names = set()
+    for module in modules_below():
+        raised = [node for node in ast.walk(module) if isinstance(node, ast.Raise)]
+        for text in (ast.unparse(node) for node in raised):
+            names |= set(re.findall(r"`([a-z]\w*)[`=]", text))
+    assert names >= {"out", "run", "resume", "fps", "steering_kind", "time_offset", "start_s"}
+    for name, command in commands().items():
+        for setting in names - {"compress"}:  # which is a function
+            said = with_flags(f"`{setting}`", command)
+            assert "`" not in said, f"{name}: {setting}"
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "said"),
+    [
+        ("train-tokenizer", "go on with `resume`, or in `run`", "go on with --resume, or in --out"),
+        ("tokenize", "go on with `resume`", "go on with the same command"),
+        ("tokenize", "choose another `run`", "choose another --tokenizer, one that is trained"),
+        ("synth", "choose another `out`", "choose another OUT"),
+        ("inspect", "try `time_offset=-0.20`", "try --time-offset -0.20"),
+        ("inspect", "but `steering_kind` is a", "but --steering-kind is a"),
+        ("rollout", "but `steering_kind` is a", "but the model's kind of steering is a"),
+        ("rollout", "`start_s` 9: name one", "--start 9: name one"),
+        ("rollout", "tokenize with `fps=10`", "tokenize with --fps 10"),
+        ("tokenize", "`objective.lpips_weight=0`", "--set objective.lpips_weight=0"),
+        ("rollout", "`drivesim tokenize` made `x`", "`drivesim tokenize` made `x`"),
+    ],
+)
+def test_a_setting_is_named_by_its_flag(command: str, text: str, said: str) -> None:
+    assert with_flags(text, commands()[command]) == said
+
+
+def test_an_interrupted_command_says_how_it_goes_on(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise Interrupted("stopped; to go on, give `resume`", 130)
+
+    monkeypatch.setattr("driving_sim.pipeline.tokenize_videos", stop)
+    monkeypatch.setattr("driving_sim.pipeline.train_tokenizer_on", stop)
+    for command, way in (("tokenize", "the same command"), ("train-tokenizer", "--resume")):
+        result = run(command, "videos")
+        assert result.exit_code == 130
+        assert result.stderr == f"stopped; to go on, give {way}\n"
 
 
 def test_debug_shows_the_traceback(workplace: Path) -> None:
