@@ -138,7 +138,12 @@ def fit_runs(runs: Sequence[ScalingRun], compute: float | None = None) -> Scalin
     different = {run.path.resolve(): run for run in runs}.values()
     ordered = tuple(sorted(different, key=lambda run: run.compute))
     for run in ordered[1:]:
-        _check_comparable(ordered[0], run)
+        for what, value in ordered[0].conditions.items():
+            if run.conditions[what] != value:
+                both = one_line(f"{run.conditions[what]:.80} and {value:.80}")
+                raise DriveSimError(
+                    f"{run.path} cannot be compared with {ordered[0].path}: {what} differs ({both})"
+                )
     computes, bits = [run.compute for run in ordered], [run.bits for run in ordered]
     fitted = FittedLaw(computes, bits)
     return ScalingReport(
@@ -162,15 +167,6 @@ def target_compute(
     if parameters is None or tokens is None or compute is not None:
         raise DriveSimError("give `compute`, or both `parameters` and `tokens`")
     return training_flops(parameters, tokens)
-
-
-def _check_comparable(one: ScalingRun, other: ScalingRun) -> None:
-    for what, value in one.conditions.items():
-        if other.conditions[what] != value:
-            both = one_line(f"{other.conditions[what]:.80} and {value:.80}")
-            raise DriveSimError(
-                f"{other.path} cannot be compared with {one.path}: {what} differs ({both})"
-            )
 
 
 def _is_replaceable(out: Path) -> bool:

@@ -10,16 +10,18 @@ there: they are much of the work of models as small as these, and leaving them o
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, ClassVar
 
+from pydantic import AliasPath, ConfigDict, Field
+from pydantic.fields import FieldInfo
 from safetensors import SafetensorError, safe_open
 
-from driving_sim.engine.config import load_json, load_yaml
+from driving_sim.engine.config import Count, from_dict, load_json, load_yaml
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.parsing import one_line, parse_json, shown
+from driving_sim.engine.parsing import one_line, parse_json
 from driving_sim.engine.run_folder import CONFIG, FINISHED, is_finished
 
 FLOPS_PER_WEIGHT_AND_TOKEN = 6
@@ -29,8 +31,13 @@ _WEIGHTS = "model.safetensors"
 _MODEL = "config.json"
 _METRICS = "metrics.jsonl"
 _LOGITS = "output.codes"
-_CONTEXT, _BATCH = "model.context_frames", "data.batch_size"
 _MOST = 1e18  # of anything: what is beyond is damage, or made to do harm
+
+
+def _in(*keys: str) -> FieldInfo:
+    """Where a field stands: the file and the keys in it."""
+    found: FieldInfo = Field(validation_alias=AliasPath(*keys))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,37 +74,61 @@ def training_flops(parameters: float, tokens: float) -> float:
     return float(FLOPS_PER_WEIGHT_AND_TOKEN * parameters * tokens)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Record:
+    """What counts of a run's files; the rest of them is not the same in all versions."""
+
+    __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+    content: Annotated[str, _in(CONFIG, "store", "content")]
+    tokenizer: Annotated[str, _in(CONFIG, "store", "tokenizer")]
+    windows: Annotated[Count, _in(CONFIG, "data", "validation_windows")]
+    batch_size: Annotated[Count, _in(CONFIG, "data", "batch_size")]
+    context: Annotated[Count, _in(CONFIG, "model", "context_frames")]
+    accumulate: Annotated[Count, _in(CONFIG, "training", "accumulate")] = 1
+    rows: Annotated[Count, _in(_MODEL, "config", "grid", "rows")]
+    cols: Annotated[Count, _in(_MODEL, "config", "grid", "cols")]
+    drives: Annotated[tuple[str, ...], _in(_MODEL, "config", "validation_drives")]
+    bits: Annotated[float, Field(gt=0, lt=_MOST), _in(FINISHED, "best_score")]
+    best_step: Annotated[Count, _in(FINISHED, "best_step")]
+    steps: Annotated[Count, _in(FINISHED, "steps")]
+    batches: Annotated[Count | None, _in(FINISHED, "batches")] = None
+
+
 def read_run(path: Path) -> ScalingRun:
     """Read a finished run's folder; `DriveSimError` where it is none, or says nothing of scaling.
 
     A run started from other weights, or validated on what it trained on, is refused.
     """
-    settings = _settings(path)
-    finished, model = load_json(path / FINISHED), load_json(path / _MODEL)
-    bits = float(_number(finished, "best_score", path / FINISHED))
-    context = _count(settings, _CONTEXT, path / CONFIG)
-    rows, cols = (_count(model, f"config.grid.{key}", path / _MODEL) for key in ("rows", "cols"))
-    windows = _batches(path, finished, settings) * _count(settings, _BATCH, path / CONFIG)
-    tokens = windows * context * rows * cols
+    record = _read_record(path)
+    tokens = _batches(path / _METRICS, record) * record.batch_size
+    tokens *= record.context * record.rows * record.cols
     if tokens >= _MOST:
         raise DriveSimError(f"{path}: trained on {tokens:.0e} tokens, it says: copy it again")
     weights = _shapes(path / _WEIGHTS)
     parameters = _token_matrices(weights, path / _WEIGHTS)
+    slots = record.context * record.rows * (record.cols + 1)
     return ScalingRun(
         path=path,
         parameters=parameters,
         all_parameters=sum(map(math.prod, weights.values())),
         tokens=round(tokens),
-        bits=bits,
-        attention_share=_attention(weights, context * rows * (cols + 1)) / parameters,
-        best_step=_count(finished, "best_step", path / FINISHED),
-        steps=_count(finished, "steps", path / FINISHED),
-        conditions=_conditions(settings, model, path),
+        bits=record.bits,
+        attention_share=_attention(weights, slots) / parameters,
+        best_step=record.best_step,
+        steps=record.steps,
+        conditions={
+            "store.content": record.content,
+            "store.tokenizer": record.tokenizer,
+            "data.validation_windows": str(record.windows),
+            # The longer the past that a token is predicted from, the fewer bits it takes.
+            "model.context_frames": str(record.context),
+            "validation drives": ", ".join(record.drives),
+        },
     )
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    """The run's resolved settings, if its loss is the work of its own training alone."""
+def _read_record(path: Path) -> _Record:
+    """Read a run's files, if its loss is the work of its own training alone."""
     if not (path / CONFIG).is_file():
         raise DriveSimError(f"{path}: no training run ({CONFIG} is missing)")
     settings = load_yaml(path / CONFIG)
@@ -110,74 +141,31 @@ def _settings(path: Path) -> dict[str, Any]:
             f"{path} was started from other weights (`init_from`), whose compute is not in it: "
             "leave it out"
         )
-    return settings
-
-
-def _conditions(
-    settings: Mapping[str, Any], model: Mapping[str, Any], path: Path
-) -> dict[str, str]:
-    drives = _value(model, "config.validation_drives", path / _MODEL)
-    if not isinstance(drives, list) or not all(isinstance(each, str) for each in drives):
-        raise DriveSimError(
-            f"{path / _MODEL}: 'config.validation_drives' is {shown(drives)}, not a list of names"
-        )
-    if not drives:
+    written = {CONFIG: settings} | {name: load_json(path / name) for name in (_MODEL, FINISHED)}
+    try:
+        record = from_dict(_Record, written, where="")
+    except DriveSimError as error:
+        raise DriveSimError(f"{path}: {str(error).lstrip('.')}; train the model again") from error
+    if not record.drives:
         raise DriveSimError(f"{path} was validated on frames that it trained on: leave it out")
-    # The longer the past that a token is predicted from, the fewer bits it takes.
-    same = ("store.content", "store.tokenizer", "data.validation_windows", _CONTEXT)
-    values = {key: _value(settings, key, path / CONFIG) for key in same}
-    found = {key: each if isinstance(each, str) else shown(each) for key, each in values.items()}
-    return {**found, "validation drives": ", ".join(drives)}
+    return record
 
 
-def _value(mapping: Any, dotted: str, file: Path) -> Any:
-    for key in dotted.split("."):
-        if not isinstance(mapping, Mapping) or key not in mapping:
-            raise DriveSimError(f"{file}: '{dotted}' is missing; train the model again")
-        mapping = mapping[key]
-    return mapping
-
-
-def _number(mapping: Any, dotted: str, file: Path) -> int | float:
-    value = _value(mapping, dotted, file)
-    if type(value) not in (int, float) or not 0 < value < _MOST:
-        raise DriveSimError(f"{file}: '{dotted}' is {shown(value)}, not a number above 0")
-    return value  # type: ignore[no-any-return]
-
-
-def _count(mapping: Any, dotted: str, file: Path) -> int:
-    value = _number(mapping, dotted, file)
-    if value != int(value):
-        raise DriveSimError(f"{file}: '{dotted}' is {value}, not a count")
-    return int(value)
-
-
-def _batches(path: Path, finished: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
+def _batches(metrics: Path, record: _Record) -> float:
     """Batches that all ranks took up to the best step; without a count of them, of one process."""
-    best, steps = (_count(finished, key, path / FINISHED) for key in ("best_step", "steps"))
-    if best > steps:
-        raise DriveSimError(f"{path / FINISHED}: the best of {steps} steps is not step {best}")
-    for row in _training_rows(path / _METRICS):
-        if row.get("step") == best and "batches" in row:
-            return _count(row, "batches", path / _METRICS)
-    if "batches" in finished:
-        batches = _count(finished, "batches", path / FINISHED)
-        if batches < steps:
-            raise DriveSimError(f"{path / FINISHED}: {batches} batches are less than one a step")
-        return best * batches / steps
-    return best * _count(settings, "training.accumulate", path / CONFIG)
-
-
-def _training_rows(file: Path) -> Iterator[dict[str, Any]]:
-    if not file.is_file():
-        return
-    for line in file.read_bytes().splitlines():
+    best = record.best_step
+    for line in metrics.read_bytes().splitlines() if metrics.is_file() else []:
         try:
             row = parse_json(line)
         except ValueError:
             continue  # cut off when a run was killed
-        if isinstance(row, dict) and row.get("phase") == "train":
-            yield row
+        if isinstance(row, dict) and (row.get("phase"), row.get("step")) == ("train", best):
+            batches = row.get("batches")
+            if isinstance(batches, int | float) and 0 < batches < _MOST:
+                return float(batches)
+    if record.batches is None:
+        return best * record.accumulate
+    return best * record.batches / record.steps
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
