@@ -87,26 +87,17 @@ class FittedLaw:
             )
         self.law = ScalingLaw(c=floor, a=float(np.exp(log_a)), b=-exponent)
         """The fitted law."""
-
-    @property
-    def at_edge(self) -> bool:
-        """Whether the exponent is an end of the range that is tried: the best may lie beyond."""
         low, high = _EXPONENTS
-        return not 1.01 * low < -self.law.b < 0.99 * high
-
-    @property
-    def freedom(self) -> int:
+        self.at_edge = not 1.01 * low < exponent < 0.99 * high
+        """Whether the exponent is an end of the range that is tried: the best may lie beyond."""
+        self.freedom = len(self.loss) - PARAMETERS
         """Runs beyond those that the law's parameters take up; 0: it meets them whatever they are.
 
         Of several runs with one compute, each counts.
         """
-        return len(self.loss) - PARAMETERS
-
-    @property
-    def spread(self) -> float:
+        squares = np.square(np.log(self.loss / self.law(self.compute))).sum()
+        self.spread = float(np.sqrt(squares / self.freedom)) if self.freedom else 0.0
         """The runs' relative deviation from the law, as a standard deviation."""
-        errors = np.log(self.loss / self.law(self.compute))
-        return float(np.sqrt(np.square(errors).sum() / self.freedom)) if self.freedom else 0.0
 
     def predict(self, compute: float) -> Prediction:
         """The loss at `compute`, and between which bounds a run there would lie 19 times of 20."""
