@@ -323,13 +323,13 @@ class Transformer(nn.Module):
         previous: Tensor,
         has_previous: Tensor,
         actions: Tensor,
-        valid: Tensor,
+        action_valid: Tensor,
     ) -> Tensor:
         """Return the logits [B, T, rows, cols, K] of every token given all before it.
 
         `tokens` int64 [B, T, rows, cols]; `previous` int64 [B, rows, cols], the frame before the
-        window where `has_previous` [B]; `actions` [B, T, 2] (m/s, rad) and `valid` [B, T, 2]: the
-        action that leads to each frame.
+        window where `has_previous` [B]; `actions` [B, T, 2] (m/s, rad) and `action_valid`
+        [B, T, 2]: the action that leads to each frame.
         """
         tables = self.tables()
         before = torch.where(has_previous[:, None, None], previous, self.grid.codebook_size)
@@ -338,7 +338,7 @@ class Transformer(nn.Module):
             rearrange(tokens, "b t r c -> b t (r c)"),
             rearrange(before, "b r c -> b (r c)"),
             actions,
-            valid,
+            action_valid,
         )
         logits = F.linear(hidden, tables.output)
         return rearrange(logits, "b t (r c) k -> b t r c k", r=self.grid.rows)

@@ -54,7 +54,7 @@ def test_a_branched_prefix_goes_on_as_the_sequence_itself(known: int) -> None:
     inputs = random_inputs(known + 4, batch=1)
     whole = cached_logits(model, new_cache(model, 1), inputs, by_wave=False)
     prefix = new_cache(model, 1)
-    head = {name: inputs[name][:, :known] for name in ("tokens", "actions", "valid")}
+    head = {name: inputs[name][:, :known] for name in ("tokens", "actions", "action_valid")}
     cached_logits(model, prefix, {**inputs, **head}, by_wave=False)
     tail = {name: inputs[name][:, known:].repeat_interleave(3, 0) for name in head}
     tail["previous"] = inputs["tokens"][:, known - 1].repeat_interleave(3, 0)

@@ -85,7 +85,7 @@ def test_the_window_slides_over_a_longer_sequence() -> None:
         for t in range(CONFIG.context_frames - 1, 7):
             first = t - CONFIG.context_frames + 1
             span = slice(first, t + 1)
-            window = {name: inputs[name][:, span] for name in ("tokens", "actions", "valid")}
+            window = {name: inputs[name][:, span] for name in ("tokens", "actions", "action_valid")}
             if first:
                 window["previous"] = inputs["tokens"][:, first - 1]
             last = model(**{**inputs, **window})[:, -1]

@@ -16,12 +16,10 @@ from torch import Tensor, nn
 
 from driving_sim.data.tokens.store import DriveTokens
 from driving_sim.data.tokens.windows import sequential_windows
-from driving_sim.engine.training.loop import Validation
+from driving_sim.engine.training.loop import Batch, Validation
 from driving_sim.world_model.training.objective import WorldModelObjective
 from driving_sim.world_model.transformer import Transformer
 from driving_sim.world_model.world_model import WorldModel
-
-Batch = dict[str, Tensor]
 
 
 class WindowValidation:
@@ -92,13 +90,7 @@ def _measure(transformer: Transformer, batch: Batch) -> dict[str, Tensor]:
 
 def _token_bits(transformer: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return bits per token [B, T] of each frame and the accuracy [B]."""
-    logits = transformer(
-        batch["tokens"],
-        batch["previous"],
-        batch["has_previous"],
-        batch["actions"],
-        batch["action_valid"],
-    ).float()
+    logits = transformer(**batch).float()
     nats = F.cross_entropy(
         rearrange(logits, "b t r c k -> b k t (r c)"),
         rearrange(batch["tokens"], "b t r c -> b t (r c)"),

@@ -30,8 +30,6 @@ from driving_sim.world_model.world_model import WorldModel
 
 _BINS = 10
 _BATCH = 4
-_INPUTS = ("tokens", "previous", "has_previous", "actions", "action_valid")
-"""Of a batch, what the transformer takes, in order."""
 
 
 def learned_drives(world: WorldModel, training: TokenStore) -> tuple[DriveTokens, ...]:
@@ -165,10 +163,10 @@ def _bits_of_windows(world: WorldModel, drives: Sequence[DriveTokens]) -> NDArra
     """Mean bits per token of each frame of windows side by side, [w, W]."""
     found = []
     for batch in sequential_windows(drives, frames=world.context_frames, batch_size=_BATCH):
-        inputs = [batch[name].to(world.device) for name in _INPUTS]
-        logits = rearrange(world.transformer(*inputs), "b t r c k -> (b t) (r c) k")
-        judged = TokenBits.judge(logits, rearrange(inputs[0], "b t r c -> (b t) (r c)"))
-        found.append(rearrange(judged.means()[0], "(b t) -> b t", b=len(inputs[0])))
+        inputs = {name: value.to(world.device) for name, value in batch.items()}
+        logits = rearrange(world.transformer(**inputs), "b t r c k -> (b t) (r c) k")
+        judged = TokenBits.judge(logits, rearrange(inputs["tokens"], "b t r c -> (b t) (r c)"))
+        found.append(rearrange(judged.means()[0], "(b t) -> b t", b=len(inputs["tokens"])))
     return np.concatenate(found)
 
 

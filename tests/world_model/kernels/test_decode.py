@@ -210,9 +210,9 @@ def test_a_future_is_the_same_alone_and_among_others(
 
     def roll(futures: list[int], sequences: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         cache = native_cache(model, len(sequences), dtype)
-        given = ("previous", "tokens", "actions", "valid")
+        given = ("previous", "tokens", "actions", "action_valid")
         own = {name: inputs[name][sequences] for name in given}
-        now = own["actions"][:, 0], own["valid"][:, 0]
+        now = own["actions"][:, 0], own["action_valid"][:, 0]
         encode_frame(cache, own["tokens"][:, 0].flatten(1), own["previous"].flatten(1), *now)
         sampler = FrameSampler(
             cache,
@@ -257,7 +257,7 @@ def test_branches_go_on_from_their_own_sequence(dtype: torch.dtype) -> None:
     before = cached_logits(model, cache, inputs, by_wave=True)
     assert (before[0] - before[1]).abs().max() > 0.1
     tokens, previous = inputs["tokens"][:, 0].flatten(1), inputs["tokens"][:, -1].flatten(1)
-    now = inputs["actions"][:, 0], inputs["valid"][:, 0]
+    now = inputs["actions"][:, 0], inputs["action_valid"][:, 0]
     rows = torch.tensor([1, 0, 1])
     branch = cache.branch(rows)
     both = encode_frame(cache, tokens, previous, *now)
@@ -275,7 +275,7 @@ def test_branches_equal_caches_that_share_nothing(past: int, dtype: torch.dtype)
     config = replace(WIDE, context_frames=20)
     model = random_model(config)
     inputs = random_inputs(past + 2 * config.context_frames)
-    first = {name: inputs[name][:, :past] for name in ("tokens", "actions", "valid")}
+    first = {name: inputs[name][:, :past] for name in ("tokens", "actions", "action_valid")}
     cache = native_cache(model, 2, dtype)
     cached_logits(model, cache, inputs | first, by_wave=False)
     rows = torch.tensor([1, 0, 1])
@@ -287,7 +287,7 @@ def test_branches_equal_caches_that_share_nothing(past: int, dtype: torch.dtype)
         tokens, previous = (
             inputs["tokens"][rows, number].flatten(1) for number in (frame, frame - 1)
         )
-        now = inputs["actions"][rows, frame], inputs["valid"][rows, frame]
+        now = inputs["actions"][rows, frame], inputs["action_valid"][rows, frame]
         expected = wave_by_wave(alone, tokens, previous, *now)
         found = wave_by_wave(branch, tokens, previous, *now)
         assert (found - expected).abs().max() < near * expected.std()
@@ -321,7 +321,7 @@ def test_what_branches_share_outlives_what_they_branched_off() -> None:
     cache = native_cache(model, 2, torch.bfloat16)
     cached_logits(model, cache, inputs, by_wave=True)
     tokens, previous = inputs["tokens"][:, 0].flatten(1), inputs["tokens"][:, -1].flatten(1)
-    now = inputs["actions"][:, 0], inputs["valid"][:, 0]
+    now = inputs["actions"][:, 0], inputs["action_valid"][:, 0]
     branch = cache.branch(torch.tensor([0, 1]))
     expected = encode_frame(cache.branch(torch.tensor([0, 1])), tokens, previous, *now)
     for _ in range(3):

@@ -26,7 +26,7 @@ def prefix_of(model: Transformer, inputs: dict[str, Tensor], frames: int) -> Rin
     with torch.inference_mode():
         for t in range(frames):
             tokens = inputs["tokens"][:1, t].flatten(1)
-            now = inputs["actions"][:1, t], inputs["valid"][:1, t]
+            now = inputs["actions"][:1, t], inputs["action_valid"][:1, t]
             encode_frame(cache, tokens, previous, *now)
             previous = tokens
     return cache
@@ -67,7 +67,7 @@ def teacher_forced(model: Transformer, tokens: Tensor, known: int, *, null: bool
     inputs = random_inputs(known + tokens.shape[1])
     batch = len(tokens)
     past = inputs["tokens"][:1, :known].expand(batch, -1, -1, -1)
-    valid = inputs["valid"][:1].repeat(batch, 1, 1)
+    valid = inputs["action_valid"][:1].repeat(batch, 1, 1)
     if null:
         valid[:, known:] = False
     with torch.no_grad():

@@ -48,7 +48,6 @@ def test_bits_are_those_of_the_window_alone(store: TokenStore) -> None:
     found = bits_per_token(model, windows, batch_size=3)
     for n in range(len(windows)):
         batch = windows.load(np.array([n]))
-        batch["valid"] = batch.pop("action_valid")
         with torch.no_grad():
             log_probs = model(**batch)[0, -1].log_softmax(-1)
         bits = -log_probs.gather(-1, batch["tokens"][0, -1].unsqueeze(-1)).mean() / math.log(2)
@@ -103,7 +102,6 @@ def test_tokens_are_judged_where_they_stand(store: TokenStore) -> None:
     windows = FullWindows([drive], frames=W)
     found = bits_per_token(model, windows, batch_size=3, watch=watched.append)
     batch = windows.load(np.array([0]))
-    batch["valid"] = batch.pop("action_valid")
     with torch.no_grad():
         chances = rearrange(model(**batch)[0, -1].softmax(-1), "r c k -> (r c) k").numpy()
     tokens = drive.tokens[W - 1].ravel()

@@ -13,15 +13,9 @@ from driving_sim.world_model.transformer import Transformer
 from tests.fixtures.world_models import CONFIG, GRID, random_inputs, random_model
 
 
-def batch_of(frames: int) -> dict[str, torch.Tensor]:
-    inputs = random_inputs(frames)
-    inputs["action_valid"] = inputs.pop("valid")
-    return inputs
-
-
 def test_loss_is_the_cross_entropy_of_the_true_tokens() -> None:
     model = random_model()
-    batch = batch_of(3)
+    batch = random_inputs(3)
     loss, metrics = WorldModelObjective(InputNoiseConfig(), model).eval()(batch)
     logits = model(**random_inputs(3))
     expected = -logits.log_softmax(-1).gather(-1, batch["tokens"].unsqueeze(-1)).mean()
@@ -34,7 +28,7 @@ def test_an_untrained_model_costs_the_codebooks_bits() -> None:
     objective = WorldModelObjective(
         InputNoiseConfig(), Transformer(CONFIG, GRID, ActionStatistics())
     )
-    _, metrics = objective(batch_of(2))
+    _, metrics = objective(random_inputs(2))
     assert metrics["bits_per_token"].item() == pytest.approx(math.log2(9), abs=1e-5)
 
 
@@ -42,7 +36,7 @@ def test_noise_is_in_the_input_and_not_in_the_target() -> None:
     """A model that knows the truth by heart loses nothing to noise that it cannot see."""
     quiet = ActionDropoutConfig(both=0.0, channel=0.0)
     model = random_model().train()
-    batch = batch_of(3)
+    batch = random_inputs(3)
 
     def loss(noise: float, seed: int = 0) -> float:
         torch.manual_seed(seed)
@@ -71,7 +65,7 @@ def test_hidden_actions_change_the_loss_only_in_training() -> None:
         InputNoiseConfig(token_noise=0.0, action_dropout=ActionDropoutConfig(both=1.0)),
         random_model(),
     )
-    batch = batch_of(3)
+    batch = random_inputs(3)
     hidden = {**batch, "action_valid": torch.zeros_like(batch["action_valid"])}
     known = objective.eval()(batch)[0].item()
     assert known != objective(hidden)[0].item()
