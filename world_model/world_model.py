@@ -104,8 +104,25 @@ class WorldModel:
         self.device = torch.device(device)
         self.transformer = transformer.eval().requires_grad_(False).to(self.device)
         self.tokenizer = tokenizer
+        self.config = WorldModelConfig(
+            model=transformer.config,
+            grid=transformer.grid,
+            actions=transformer.statistics,
+            fps=fps,
+            steering_kind=steering_kind,
+            validation_drives=tuple(validation_drives),
+        )
+        """Everything but the weights."""
         self.fps, self.steering_kind = fps, steering_kind
-        self.validation_drives = tuple(validation_drives)
+        self.validation_drives = self.config.validation_drives
+        self.statistics = transformer.statistics
+        """Mean, spread and percentiles of the training data's actions."""
+        # Statistics of a channel that was never there keep their defaults.
+        has_speed = (self.statistics.mean[0], self.statistics.std[0]) != (0.0, 1.0)
+        self.known_channels = (has_speed, steering_kind is not None)
+        """Whether the training data had any speed, and any steering."""
+        self.context_frames = transformer.config.context_frames
+        """Frames that the model sees, the one being predicted included."""
         self._precision = precision
         self.dtype = resolve_precision(precision, self.device)
         with torch.inference_mode():
@@ -114,6 +131,11 @@ class WorldModel:
         compiles = fits and is_supported(self.transformer)
         if compiles and precision == "auto":
             self.dtype = torch.bfloat16
+        self.precisions = {
+            "tokenizer": name_of(tokenizer.dtype),
+            "world_model": name_of(self.dtype),
+        }
+        """The number formats, fp32 or bf16, of the tokenizer and of the world model's passes."""
         identity = {"config": to_dict(self.config), "tokenizer": tokenizer.fingerprint}
         self.fingerprint = fingerprint(identity, transformer)
         """SHA-256 of weights, config and tokenizer."""
@@ -137,14 +159,11 @@ class WorldModel:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy or a pickle is rebuilt from the weights: compiled passes hold memory addresses."""
-        make = partial(
-            type(self),
-            fps=self.fps,
-            steering_kind=self.steering_kind,
-            validation_drives=self.validation_drives,
-            device=self.device,
-            precision=self._precision,  # auto may be another format where a pickle is loaded
-        )
+        facts = {
+            name: getattr(self, name) for name in ("fps", "steering_kind", "validation_drives")
+        }
+        # auto may be another format where a pickle is loaded
+        make = partial(type(self), **facts, device=self.device, precision=self._precision)
         return make, (self.transformer, self.tokenizer)
 
     @classmethod
@@ -196,50 +215,6 @@ class WorldModel:
         prints = {"tokenizer": self.tokenizer.fingerprint, "fingerprint": self.fingerprint}
         save_weights(self.transformer, folder / _WEIGHTS, prints)
 
-    @property
-    def config(self) -> WorldModelConfig:
-        """Everything but the weights."""
-        return WorldModelConfig(
-            model=self.transformer.config,
-            grid=self.transformer.grid,
-            actions=self.transformer.statistics,
-            fps=self.fps,
-            steering_kind=self.steering_kind,
-            validation_drives=self.validation_drives,
-        )
-
-    @property
-    def statistics(self) -> ActionStatistics:
-        """Mean, spread and percentiles of the training data's actions."""
-        return self.transformer.statistics
-
-    @property
-    def steering_p95(self) -> float:
-        """95th percentile of the training data's |steering|."""
-        return self.statistics.steering_p95
-
-    @property
-    def steering_p99(self) -> float:
-        """99th percentile of the training data's |steering|."""
-        return self.statistics.steering_p99
-
-    @property
-    def known_channels(self) -> tuple[bool, bool]:
-        """Whether the training data had any speed, and any steering."""
-        # Statistics of a channel that was never there keep their defaults.
-        speed = self.statistics.mean[0], self.statistics.std[0]
-        return speed != (0.0, 1.0), self.steering_kind is not None
-
-    @property
-    def precisions(self) -> dict[str, str]:
-        """The number formats, fp32 or bf16, of the tokenizer and of the world model's passes."""
-        return {"tokenizer": name_of(self.tokenizer.dtype), "world_model": name_of(self.dtype)}
-
-    @property
-    def context_frames(self) -> int:
-        """Frames that the model sees, the one being predicted included."""
-        return self.transformer.config.context_frames
-
     def check_store(self, store: TokenStore) -> None:
         """Raise `DriveSimError` unless a store's tokens, steering and frame rate fit the model."""
         if store.info.tokenizer_fingerprint != self.tokenizer.fingerprint:
@@ -282,7 +257,7 @@ class WorldModel:
         frames, and what led to them, are used: with the next frame they fill the model's window.
         Raises `DriveSimError` for tokens of another size than the model's and infinite actions.
         """
-        tokens_CTP = self._checked_tokens(tokens)
+        tokens_CTP = self._checked_tokens(tokens).to(self.device)
         contexts, count, _ = tokens_CTP.shape
         actions, known = _with_validity("past_actions", past_actions, valid)
         if actions.shape != (*torch.as_tensor(tokens).shape[:-3], count - 1, 2):
@@ -290,26 +265,24 @@ class WorldModel:
                 f"past_actions of shape {tuple(actions.shape)}: {count} context frames have "
                 f"{count - 1} actions between them, [{count - 1}, 2]"
             )
+        start = self.no_prefix(contexts)
+        before = torch.cat([start.last[:, None], tokens_CTP[:, :-1]], dim=1)
         # Nothing leads to the first frame.
-        none = torch.full_like(tokens_CTP[:, :1], self.transformer.grid.codebook_size)
-        before = torch.cat([none, tokens_CTP[:, :-1]], dim=1)
-        led, known = (F.pad(each.view(contexts, -1, 2), (0, 0, 1, 0)) for each in (actions, known))
-        cache = self._new_cache(contexts)
-        with torch.inference_mode(), autocast(cache.device, cache.dtype):
+        pads = (0, 0, 1, 0)
+        led = [F.pad(each.view(contexts, -1, 2), pads).to(self.device) for each in (actions, known)]
+        with torch.inference_mode(), autocast(start.cache.device, start.cache.dtype):
             for t in range(max(0, count - self.context_frames + 1), count):
-                frame = [each[:, t].to(self.device) for each in (tokens_CTP, before, led, known)]
-                encode_frame(cache, *frame, judge=False)
-        return Prefix(cache, tokens_CTP[:, -1].to(self.device))
+                frame = [each[:, t] for each in (tokens_CTP, before, *led)]
+                encode_frame(start.cache, *frame, judge=False)
+        return Prefix(start.cache, tokens_CTP[:, -1])
 
-    def no_prefix(self) -> Prefix:
+    def no_prefix(self, contexts: int = 1) -> Prefix:
         """What a drive's first frame comes after: nothing."""
-        none = torch.full((1, self.transformer.order.tokens), self.transformer.grid.codebook_size)
-        return Prefix(self._new_cache(1), none.to(self.device))
-
-    def _new_cache(self, sequences: int) -> Cache:
-        if self._native is not None:
-            return NativeCache(self._passes, self._tables, sequences, self._native)
-        return RingCache(self._passes, self._tables, sequences)
+        none = self.transformer.grid.codebook_size
+        last = torch.full((contexts, self.transformer.order.tokens), none, device=self.device)
+        if self._native is None:
+            return Prefix(RingCache(self._passes, self._tables, contexts), last)
+        return Prefix(NativeCache(self._passes, self._tables, contexts, self._native), last)
 
     def _checked_tokens(self, tokens: ArrayLike | Tensor) -> Tensor:
         """As int64 [C, T, r * c]."""

@@ -249,7 +249,7 @@ def _rollouts(
 
 def _sweeps(world: WorldModel, clips: Sequence[Clip], count: int) -> list[Clip]:
     """The starts of the sweep: clips in which the car moves."""
-    if not world.known_channels[STEERING] or not world.steering_p99 > 0:
+    if not world.known_channels[STEERING] or not world.statistics.steering_p99 > 0:
         raise TooLittleDataError("the model learned no steering")
     moving = [clip for clip in clips if _starts_moving(clip)]
     if not moving:

@@ -64,7 +64,7 @@ def measure_control(
         raise DriveSimError(
             f"`seconds` {seconds:g}: less than a frame at the model's {world.fps:.3g} frames/s"
         )
-    if world.steering_p99 == 0:
+    if world.statistics.steering_p99 == 0:
         raise DriveSimError(
             "the model's training drives have no steering, so there is nothing to steer with: "
             "train on drives that do"
@@ -96,7 +96,7 @@ def measure_control(
     return {
         "starts": starts,
         "seconds": seconds,
-        "steering": world.steering_p99,
+        "steering": world.statistics.steering_p99,
         "obeyed": sum(trial.obeyed for trial in every),
         "mean_left_minus_right": float(np.mean([t.left_motion - t.right_motion for t in every])),
         "sampling": asdict(sampling),
@@ -123,7 +123,8 @@ def _steer_both_ways(
     context = context_from_drive(world, drive, start_s)
     situation = context.situation(world)
     actions = np.tile(situation.last_action, (2, frames, 1))
-    actions[0, :, STEERING], actions[1, :, STEERING] = world.steering_p99, -world.steering_p99
+    furthest = world.statistics.steering_p99
+    actions[0, :, STEERING], actions[1, :, STEERING] = furthest, -furthest
     valid = np.tile(situation.last_valid | [False, True], (2, frames, 1))
     steps = world.generate(context.prefix(world), actions, valid, sampling=sampling)
     tokens = torch.stack([step.tokens for step in steps], dim=1).cpu()

@@ -92,7 +92,7 @@ class FidelityMeter:
         realised["constant"] = np.broadcast_to(self.world.statistics.mean, commanded.shape)
         for name, channel in CHANNELS.items():
             told = commanded[..., channel]
-            threshold = CURVE * self.world.steering_p95 if channel == STEERING else None
+            threshold = CURVE * self.world.statistics.steering_p95 if channel == STEERING else None
             metrics[name] = {
                 source: asdict(
                     follow(told, found[..., channel], units=units, sign_threshold=threshold)

@@ -135,7 +135,7 @@ def fit_probe(
     except TooLittleDataError as error:
         return None, {}, str(error)
     held = _clips(world, _spread(footage))
-    return probe, probe.errors(held, curve=CURVE * world.steering_p95), ""
+    return probe, probe.errors(held, curve=CURVE * world.statistics.steering_p95), ""
 
 
 def _learn(world: WorldModel, lessons: Sequence[Lesson], steps: int) -> InverseDynamics:

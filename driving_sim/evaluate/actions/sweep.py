@@ -81,7 +81,7 @@ def _commands(world: WorldModel, clip: Clip) -> NDArray[np.float32]:
     """Actions [V, L, N, 2], constant over each future; the speed at the start is known."""
     actions, _ = clip.actions
     speed = float(actions[clip.context_frames - 2, SPEED])
-    steering = np.linspace(world.steering_p99, -world.steering_p99, _LEVELS)
+    steering = np.linspace(world.statistics.steering_p99, -world.statistics.steering_p99, _LEVELS)
     grid = np.zeros((len(_SPEEDS), _LEVELS, clip.frames, 2), np.float32)
     grid[..., SPEED] = (speed * np.array(_SPEEDS))[:, None, None]
     grid[..., STEERING] = steering[None, :, None]

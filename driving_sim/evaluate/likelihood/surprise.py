@@ -216,7 +216,7 @@ def _panel(world: WorldModel, watched: _Watched, t: int, frame: Frame) -> Frame:
         f"{sampled.timestamps[t]:.1f} s  {watched.bits[t]:.2f} bits{short}",
         sampled.actions[t - 1],
         sampled.action_valid[t - 1] & led,
-        2 * world.steering_p95 or 1.0,
+        2 * world.statistics.steering_p95 or 1.0,
     )
 
 

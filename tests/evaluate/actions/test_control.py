@@ -80,7 +80,7 @@ def test_control_tells_obedience_from_its_opposite(
     ) -> Iterator[FrameSample]:
         assert valid.all()
         assert (actions[0, :, SPEED] == actions[1, :, SPEED]).all()
-        np.testing.assert_allclose(np.abs(actions[..., STEERING]), world.steering_p99)
+        np.testing.assert_allclose(np.abs(actions[..., STEERING]), world.statistics.steering_p99)
         for steering in actions[..., STEERING].T:
             tokens = torch.from_numpy(1 + np.sign(steering)).long()[:, None, None]
             yield FrameSample(tokens, tokens.float(), tokens.float())

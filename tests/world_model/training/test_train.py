@@ -61,7 +61,7 @@ def test_training_learns_what_steering_does(folder: Path) -> None:
     world = WorldModel.from_run(folder / "run", device="cpu")
     assert world.steering_kind == "road_wheel"
     assert world.fps == 8.0
-    assert world.steering_p95 == pytest.approx(0.3)
+    assert world.statistics.steering_p95 == pytest.approx(0.3)
     tokens, actions, _ = turning_drive(8, 99)
     prefix = world.encode_prefix(tokens[:4], actions[:3])
     plans = np.zeros((3, 1, 2), np.float32)
