@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from statistics import median_low
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,37 +90,22 @@ def tokenize(
                 writer.skip(name, reason)
         ranks.barrier()
         # What the store lacks, as the main rank finds it: the others may already add to it.
-        names = [_name(each.drive, flip) for each in usable for flip in flips]
-        done = ranks.from_main([float(writer.done(name)) for name in names])
-        left = {name for name, is_done in zip(names, done, strict=True) if not is_done}
-        work = [
-            _Work(each, [flip for flip in flips if _name(each.drive, flip) in left])
-            for each in usable
-        ]
-        work = _share([each for each in work if each.flips], ranks)
-        _encode(work, tokenizer, writer, skip_bad, batch_size, ranks)
+        done = ranks.from_main(
+            [float(all(writer.done(_name(each.drive, flip)) for flip in flips)) for each in usable]
+        )
+        left = [each for each, is_done in zip(usable, done, strict=True) if not is_done]
+        _encode(_share(left, ranks), flips, tokenizer, writer, skip_bad, batch_size, ranks)
         return writer.finish()
 
 
-class _Work(NamedTuple):
-    """A drive and the forms of it, as they are or flipped, that the store does not hold yet."""
-
-    sampled: SampledDrive
-    flips: list[bool]
-
-
-_Part = tuple[_Work, Frames | DriveSimError]
+_Part = tuple[SampledDrive, Frames | DriveSimError]
 """A batch of a drive, or why there are no more of them."""
 
 
-def _share(work: Sequence[_Work], ranks: Ranks) -> list[_Work]:
+def _share(drives: Sequence[SampledDrive], ranks: Ranks) -> list[SampledDrive]:
     """This rank's part: dealt out by length, so that all ranks end at about one time."""
-
-    def longest_first(number: int) -> tuple[int, int]:
-        return -len(work[number].sampled.indices) * len(work[number].flips), number
-
-    dealt = sorted(range(len(work)), key=longest_first)[ranks.rank :: ranks.size]
-    return [work[number] for number in sorted(dealt)]
+    longest_first = sorted(range(len(drives)), key=lambda number: -len(drives[number].indices))
+    return [drives[number] for number in sorted(longest_first[ranks.rank :: ranks.size])]
 
 
 def _name(drive: Drive, flip: bool) -> str:
@@ -174,7 +158,8 @@ def _planned(sampled: SampledDrive, flip: bool) -> PlannedDrive:
 
 
 def _encode(
-    work: Sequence[_Work],
+    drives: Sequence[SampledDrive],
+    flips: Sequence[bool],
     tokenizer: Tokenizer,
     writer: TokenStoreWriter,
     skip_bad: bool,
@@ -182,23 +167,25 @@ def _encode(
     ranks: Ranks,
 ) -> None:
     """Add the tokens [T, r, c] of each drive to the store as soon as its last batch is encoded."""
-    frames = sum(len(each.sampled.indices) for each in work)
+    frames = sum(len(each.indices) for each in drives)
     label = "tokenize" if ranks.size == 1 else f"tokenize, rank {ranks.rank} of {ranks.size}"
-    parts = _ahead(_decoded(work, tokenizer.frame_size, batch_size, skip_bad))
+    parts = _ahead(_decoded(drives, tokenizer.frame_size, batch_size, skip_bad))
     encoded: dict[bool, list[NDArray[np.uint16]]] = {False: [], True: []}
     done = 0
     with progress(frames, label, "frames") as shown, closing(parts):
-        shown.say(f"{label}: {len(work)} drives, {frames:,} frames -> {writer.out}")
-        for (sampled, flips), frames_BHWC in parts:
+        shown.say(f"{label}: {len(drives)} drives, {frames:,} frames -> {writer.out}")
+        for sampled, frames_BHWC in parts:
+            forms = {flip: _name(sampled.drive, flip) for flip in flips}
+            left = {flip: name for flip, name in forms.items() if not writer.done(name)}
             if isinstance(frames_BHWC, DriveSimError):
                 if not skip_bad:
                     raise BadDriveError(f"{frames_BHWC}; {_HOW_ON}") from frames_BHWC
                 shown.say(f"skipped {sampled.drive.id}: {frames_BHWC}", by_any_rank=True)
-                for flip in flips:
-                    writer.skip(_name(sampled.drive, flip), str(frames_BHWC))
+                for name in left.values():
+                    writer.skip(name, str(frames_BHWC))
                 encoded, done = {False: [], True: []}, 0
                 continue
-            for flip in flips:
+            for flip in left:
                 seen = np.ascontiguousarray(frames_BHWC[:, :, ::-1] if flip else frames_BHWC)
                 tokens_Brc = tokenizer.encode(seen, batch_size=len(seen))
                 encoded[flip].append(tokens_Brc.numpy().astype(np.uint16))
@@ -206,12 +193,12 @@ def _encode(
             done += len(frames_BHWC)
             if done < len(sampled.indices):
                 continue
-            for flip in flips:
+            for flip, name in left.items():
                 actions = sampled.actions.copy()
                 if flip:
                     actions[:, STEERING] = 0 - actions[:, STEERING]
                 writer.add(
-                    _name(sampled.drive, flip),
+                    name,
                     np.concatenate(encoded[flip]),
                     actions,
                     sampled.action_valid,
@@ -222,18 +209,18 @@ def _encode(
 
 
 def _decoded(
-    work: Sequence[_Work], size: FrameSize, batch_size: int, skip_bad: bool
+    drives: Sequence[SampledDrive], size: FrameSize, batch_size: int, skip_bad: bool
 ) -> Generator[_Part, None, None]:
     """The batches of one drive after the other; without `skip_bad`, up to the first bad one."""
-    for each in work:
-        wanted, found = len(each.sampled.indices), 0
+    for each in drives:
+        wanted, found = len(each.indices), 0
         try:
-            for frames_BHWC in each.sampled.batches(size, batch_size):
+            for frames_BHWC in each.batches(size, batch_size):
                 found += len(frames_BHWC)
                 yield each, frames_BHWC
             if found != wanted:
                 raise DriveSimError(
-                    f"{each.sampled.drive.id}: only {found} of {wanted} frames could be decoded"
+                    f"{each.drive.id}: only {found} of {wanted} frames could be decoded"
                 )
         except DriveSimError as error:
             yield each, error
