@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,14 +70,8 @@ class ActionPlan:
     valid: NDArray[np.bool_]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Segment:
-    """One part of a script; channels that are None hold."""
-
-    speed: float | None = None
-    accel: float | None = None
-    steer: float | None = None
-    seconds: float | None = None
+_Segment = dict[str, float]
+"""A script's part: `speed`, `accel`, `steer`, `seconds`, as far as given; other channels hold."""
 
 
 def make_plans(
@@ -132,7 +125,12 @@ def _plan(spec: str, situation: Situation) -> _Planned:
 
 def _from_name(name: str, situation: Situation) -> _Planned:
     if name == "recorded":
-        return _from_recording(situation)
+        if situation.recorded is None or len(situation.recorded[0]) == 0:
+            raise DriveSimError(
+                "`actions` recorded: the context has no recorded actions after its last frame; "
+                "use a context with a CSV, an earlier `start_s`, or other `actions`"
+            )
+        return _held(name, *situation.recorded, situation.fps)
     limit = situation.steering_limit
     steers = situation.known_channels[STEERING]
     if limit == 0 and steers and name in ("left", "right"):
@@ -140,23 +138,14 @@ def _from_name(name: str, situation: Situation) -> _Planned:
             f"`actions` {name}: the training data steered too little to tell how far to turn; give "
             'an angle, as in "steer=0.1 for 2s"'
         )
-    segments = {
+    segments: dict[str, _Segment] = {
         # Whoever cannot be steered goes on as it will.
-        "straight": _Segment(steer=0.0 if steers else None),
-        "left": _Segment(steer=limit),
-        "right": _Segment(steer=-limit),
-        "brake": _Segment(accel=BRAKE_MPS2),
+        "straight": {"steer": 0.0} if steers else {},
+        "left": {"steer": limit},
+        "right": {"steer": -limit},
+        "brake": {"accel": BRAKE_MPS2},
     }
     return _from_script(name, [segments[name]], situation)
-
-
-def _from_recording(situation: Situation) -> _Planned:
-    if situation.recorded is None or len(situation.recorded[0]) == 0:
-        raise DriveSimError(
-            "`actions` recorded: the context has no recorded actions after its last frame; "
-            "use a context with a CSV, an earlier `start_s`, or other `actions`"
-        )
-    return _held("recorded", *situation.recorded, situation.fps)
 
 
 def _held(
@@ -208,7 +197,7 @@ def parse_script(script: str) -> list[_Segment]:
     parts = [part.strip() for part in script.split(";") if part.strip()]
     segments = [_parse_part(part) for part in parts]
     for part, segment in zip(parts[:-1], segments[:-1], strict=True):
-        if segment.seconds is None:
+        if "seconds" not in segment:
             raise DriveSimError(
                 f"`actions`: {shown(part)} needs a time such as 'for 2s'; {_GRAMMAR}"
             )
@@ -219,7 +208,7 @@ def parse_script(script: str) -> list[_Segment]:
 
 def _parse_part(part: str) -> _Segment:
     head, _, duration = part.partition(" for ")
-    values: dict[str, Any] = {}
+    values: _Segment = {}
     if duration:
         match = re.fullmatch(r"\s*([0-9.]+)\s*s?\s*", duration)
         if match is None:
@@ -242,7 +231,7 @@ def _parse_part(part: str) -> _Segment:
         raise DriveSimError(
             f"`actions`: speed in {shown(part)} is negative; it is in m/s, 0 or more"
         )
-    return _Segment(**values)
+    return values
 
 
 def _number(text: str, part: str, largest: float) -> float:
@@ -260,9 +249,8 @@ def _number(text: str, part: str, largest: float) -> float:
 
 
 def _from_script(label: str, segments: list[_Segment], situation: Situation) -> _Planned:
-    ends = [segment.seconds for segment in segments]
-    seconds = math.fsum(end for end in ends if end is not None)
-    if ends[-1] is None and seconds:
+    seconds = math.fsum(segment.get("seconds", 0.0) for segment in segments)
+    if "seconds" not in segments[-1] and seconds:
         seconds += _LAST_PART_S
     _check_script(label, segments, situation)
 
@@ -288,10 +276,8 @@ def _from_script(label: str, segments: list[_Segment], situation: Situation) -> 
 
 def _named_from(segments: list[_Segment]) -> NDArray[np.float64]:
     """When speed and steering [2] are first set, in s: until then they are what they were."""
-    starts = np.cumsum([0.0, *(segment.seconds or 0.0 for segment in segments)])[:-1]
-    named = np.array(
-        [(s.speed is not None or s.accel is not None, s.steer is not None) for s in segments]
-    )
+    starts = np.cumsum([0.0, *(segment.get("seconds", 0.0) for segment in segments)])[:-1]
+    named = np.array([("speed" in s or "accel" in s, "steer" in s) for s in segments])
     first: NDArray[np.float64] = np.where(named, starts[:, None], math.inf).min(axis=0)
     return first
 
@@ -308,17 +294,17 @@ def _check_script(label: str, segments: list[_Segment], situation: Situation) ->
                 f"leave {name} out, or train on drives that have it"
             )
     for segment in segments:
-        if abs(segment.steer or 0.0) > limit:
+        if abs(segment.get("steer", 0.0)) > limit:
             raise DriveSimError(
-                f"`actions`: steer={segment.steer:g} is absurd: the model's steering is "
+                f"`actions`: steer={segment['steer']:g} is absurd: the model's steering is "
                 f"{situation.steering_kind}, at most {limit:g} (rad, or 1/m for curvature)"
             )
-        if segment.accel is not None and not known:
+        if "accel" in segment and not known:
             raise DriveSimError(
                 f"`actions` {label}: the context's speed is unknown, so there is nothing to brake "
                 "or speed up from; set it first, as in 'speed=8 for 0.1s; accel=-4'"
             )
-        known = known or segment.speed is not None
+        known = known or "speed" in segment
 
 
 def _follow(
@@ -329,18 +315,14 @@ def _follow(
     speed, steer = (float(value) for value in last_action)
     start = 0.0
     for number, segment in enumerate(segments):
+        lasting = segment.get("seconds", math.inf)
         # The last part goes on for as long as it is asked to.
-        final = number == len(segments) - 1
-        end = math.inf if final or segment.seconds is None else start + segment.seconds
+        end = start + lasting if number < len(segments) - 1 else math.inf
         here = slice(*np.searchsorted(times, (start, end)))
-        speed = speed if segment.speed is None else segment.speed
-        steer = steer if segment.steer is None else segment.steer
-        accel = segment.accel or 0.0
-        lasting = math.inf if segment.seconds is None else segment.seconds
+        speed, steer = segment.get("speed", speed), segment.get("steer", steer)
+        accel = segment.get("accel", 0.0)
         ramp = np.minimum(times[here] - start, lasting)
         actions[here, 0] = np.maximum(0.0, speed + accel * ramp)
         actions[here, 1] = steer
-        if not final:
-            speed = max(0.0, speed + accel * lasting)
-        start = end
+        speed, start = max(0.0, speed + accel * lasting), end
     return actions
