@@ -74,13 +74,10 @@ class TrainingRequest:
             raise DriveSimError(f"`preset` {preset}: presets are auto, {', '.join(presets)}")
         if self.steps is not None and self.minutes is not None:
             raise DriveSimError("`steps` and `minutes` are both given; give one")
-        options: dict[str, object] = {}
+        options: dict[str, object] = {"precision": self.precision, "shard": self.shard or None}
+        options = {name: value for name, value in options.items() if value is not None}
         if self.steps is not None or self.minutes is not None:
-            options = {"steps": self.steps, "minutes": self.minutes, "min_steps": None}
-        if self.precision is not None:
-            options["precision"] = self.precision
-        if self.shard:
-            options["shard"] = True
+            options |= {"steps": self.steps, "minutes": self.minutes, "min_steps": None}
         kind = resolve_device(self.device).type
         if preset in ("base", "large") and kind != "cuda":
             say(f"preset {preset} is made for GPUs, not for {kind}: tiny is for CPUs")
@@ -222,12 +219,16 @@ def tokenize_videos(
     _ = found.steering_kind  # raises where kinds are mixed
     # One rank may have days more to do than another.
     with process_group(resolve_device(device), timedelta(days=30)) as (ranks, own_device):
-        usable, begun = ranks.from_main(
-            [float(_is_usable(tokenizer)), float((tokenizer / CONFIG).exists())]
-        )
+        has_run, has_weights = ((tokenizer / name).exists() for name in (CONFIG, WEIGHTS))
+        # Trained to its end, or a copy of one without the rest of its run.
+        usable = is_finished(tokenizer) or (has_weights and not has_run)
+        usable, begun = map(bool, ranks.from_main([float(usable), float(has_run)]))
         if training is not None and not usable:
-            request = replace(training, resume=bool(begun))
-            _train_missing(found, tokenizer, request, rate, skip_bad)
+            what = "is unfinished: going on with it" if begun else "is not there: training it"
+            say(f"the tokenizer {tokenizer} {what} on these videos")
+            request = replace(training, resume=begun)
+            config = request.resolve(TOKENIZER_PRESETS)
+            _train_tokenizer(found, tokenizer, request, config, rate, skip_bad)
         resolved = resolve_precision(precision, own_device)
         (low,) = ranks.from_main([float(resolved is torch.bfloat16)])
         frozen = Tokenizer.from_run(tokenizer, own_device, "bf16" if low else "fp32")
@@ -245,21 +246,6 @@ def tokenize_videos(
             batch_size=batch_size,
             ranks=ranks,
         )
-
-
-def _is_usable(tokenizer: Path) -> bool:
-    """Whether it is trained to its end, or a copy of one without the rest of its run."""
-    is_copy = (tokenizer / WEIGHTS).exists() and not (tokenizer / CONFIG).exists()
-    return is_finished(tokenizer) or is_copy
-
-
-def _train_missing(
-    found: DriveSet, tokenizer: Path, request: TrainingRequest, rate: dict[str, Any], skip_bad: bool
-) -> None:
-    what = "is unfinished: going on with it" if request.resume else "is not there: training it"
-    say(f"the tokenizer {tokenizer} {what} on these videos")
-    config = request.resolve(TOKENIZER_PRESETS)
-    _train_tokenizer(found, tokenizer, request, config, rate, skip_bad)
 
 
 def train_world_model_on(
