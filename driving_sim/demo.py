@@ -1,6 +1,7 @@
 """The whole pipeline on the synthetic world, in minutes on a CPU, measured against the truth."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from driving_sim.pipeline import (
 )
 from driving_sim.tokenizer.metrics import psnr
 from driving_sim.world_model.action_plan import ActionPlan, make_plans
-from driving_sim.world_model.panels import Frame, contact_sheet, draw_panel, side_by_side
+from driving_sim.world_model.panels import contact_sheet, draw_moment
 from driving_sim.world_model.rollout import Context
 from driving_sim.world_model.sampling.sampler import Sampling
 from driving_sim.world_model.world_model import WorldModel
@@ -72,18 +73,6 @@ class DemoConfig:
     """How they are drawn."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Start:
-    """A moment of a drive that the models have never seen."""
-
-    driven: SyntheticDrive
-    index: int
-
-    def truth(self, plan: ActionPlan) -> NDArray[np.uint8]:
-        """What a plan really leads to, [N, H, W, 3]."""
-        return replay(self.driven.world, self.driven.states[self.index], plan.actions)
-
-
 def run_demo(out: Path, *, seed: int = 0, config: DemoConfig | None = None) -> str:
     """Make drives, train both models, roll four actions out of one start; return the summary.
 
@@ -98,11 +87,13 @@ def run_demo(out: Path, *, seed: int = 0, config: DemoConfig | None = None) -> s
     claim_folder(out, _PLAN, {"seed": seed, **to_dict(config)}, "a demo")
     _train(out, seed, config)
     world = WorldModel.from_run(out / "world-model", precision=config.precision)
-    start = _find_start(config, seed, world.context_frames + 1)
-    plans, truths, futures = _roll_out(world, start, config, seed)
+    driven, start = _find_start(config, seed, world.context_frames + 1)
+    plans, futures = _roll_out(world, driven, start, config, seed)
+    truths = [replay(driven.world, driven.states[start], plan.actions) for plan in plans]
     matrix = _psnr_matrix(futures, truths, last=round(config.world.fps))
     right = int((matrix.argmax(axis=1) == np.arange(len(ACTIONS))).sum())
-    _write_pictures(out, config, plans, truths, futures, world.steering_p95)
+    steering_range = 2 * world.statistics.steering_p95
+    _write_pictures(out, plans, truths, futures, config.world.fps, steering_range)
     save_json(
         out / "summary.json",
         {
@@ -161,37 +152,31 @@ def _make_drives(videos: Path, seed: int, config: DemoConfig, numbers: range) ->
         )
 
 
-def _find_start(config: DemoConfig, seed: int, context_frames: int) -> _Start:
+def _find_start(config: DemoConfig, seed: int, context_frames: int) -> tuple[SyntheticDrive, int]:
     """The first calm moment in the lane at a moderate speed, in drives that nobody trained on."""
     world = SyntheticWorld(seeds(seed, 0)[0], config.world)
     for driver_seed in np.random.default_rng([seed, 2]).integers(2**31, size=100):
         driven = drive(world, 30.0, int(driver_seed))
         for index in range(context_frames, len(driven.states)):
-            if _is_calm(driven, index, context_frames):
-                return _Start(driven, index)
+            past, state = driven.actions[index - context_frames : index], driven.states[index]
+            _, offset, _ = world.road.project(np.array([state.x_m]), np.array([state.y_m]))
+            if (
+                2.5 <= past[-1, 0] <= 4.5
+                and past[:, 0].min() > 1.5
+                and np.abs(past[:, 1]).max() < 0.08
+                and abs(offset[0] - LANE_OFFSET) < 1.5
+            ):
+                return driven, index
     raise AssertionError("a hundred drives without a calm moment")
 
 
-def _is_calm(driven: SyntheticDrive, index: int, context_frames: int) -> bool:
-    past = driven.actions[index - context_frames : index]
-    state = driven.states[index]
-    _, offset, _ = driven.world.road.project(np.array([state.x_m]), np.array([state.y_m]))
-    return bool(
-        2.5 <= past[-1, 0] <= 4.5
-        and past[:, 0].min() > 1.5
-        and np.abs(past[:, 1]).max() < 0.08
-        and abs(offset[0] - LANE_OFFSET) < 1.5
-    )
-
-
 def _roll_out(
-    world: WorldModel, start: _Start, config: DemoConfig, seed: int
-) -> tuple[list[ActionPlan], list[NDArray[np.uint8]], list[NDArray[np.uint8]]]:
-    """Plans, their true futures and their predicted ones, each future [N, H, W, 3]."""
-    first = start.index - world.context_frames
-    states = start.driven.states[first : start.index + 1]
-    frames = np.stack([start.driven.world.render(state) for state in states])
-    past = start.driven.actions[first : start.index]
+    world: WorldModel, driven: SyntheticDrive, start: int, config: DemoConfig, seed: int
+) -> tuple[list[ActionPlan], list[NDArray[np.uint8]]]:
+    """Plans from a moment of a drive, and their predicted futures, each [N, H, W, 3]."""
+    first = start - world.context_frames
+    frames = np.stack([driven.world.render(state) for state in driven.states[first : start + 1]])
+    past = driven.actions[first:start]
     context = Context(
         label="demo",
         tokens=world.tokenizer.encode(frames),
@@ -199,7 +184,7 @@ def _roll_out(
         actions=past,
         action_valid=np.ones(past.shape, np.bool_),
         future=iter(()),
-        start_s=start.index / world.fps,
+        start_s=start / world.fps,
     )
     plans = make_plans(ACTIONS, context.situation(world), seconds=config.seconds)
     actions = np.stack([plan.actions for plan in plans])
@@ -209,55 +194,39 @@ def _roll_out(
         for moment in world.generate(context.prefix(world), actions, sampling=sampling):
             moments.append(moment.tokens.cpu())
             bar.advance(1)
-    futures = [world.tokenizer.decode(branch).numpy() for branch in torch.stack(moments, dim=1)]
-    return plans, [start.truth(plan) for plan in plans], futures
+    return plans, [world.tokenizer.decode(one).numpy() for one in torch.stack(moments, dim=1)]
 
 
 def _psnr_matrix(
     futures: list[NDArray[np.uint8]], truths: list[NDArray[np.uint8]], last: int
 ) -> NDArray[np.float64]:
     """Mean PSNR in dB over the `last` frames: predictions in rows, truths in columns."""
-    return np.array(
-        [
-            [
-                float(psnr(*(torch.from_numpy(x[-last:]) for x in (future, truth))).mean())
-                for truth in truths
-            ]
-            for future in futures
-        ]
-    )
+    ends = ([torch.from_numpy(frames[-last:]) for frames in each] for each in (futures, truths))
+    values = [float(psnr(*pair).mean()) for pair in product(*ends)]
+    return np.array(values).reshape(len(futures), len(truths))
 
 
 def _write_pictures(
     out: Path,
-    config: DemoConfig,
     plans: list[ActionPlan],
     truths: list[NDArray[np.uint8]],
     futures: list[NDArray[np.uint8]],
-    steering_p95: float,
+    fps: float,
+    steering_range: float,
 ) -> None:
     """A video and a contact sheet with the truths above the predictions."""
-
-    def panel(kind: str, plan: ActionPlan, frame: Frame, time: int) -> Frame:
-        action, valid = plan.actions[time], plan.valid[time]
-        return draw_panel(frame, f"{plan.label}: {kind}", action, valid, 2 * steering_p95)
-
-    video = [
-        side_by_side(
-            [panel("true", plan, true[t], t) for plan, true in zip(plans, truths, strict=True)]
-            + [panel("predicted", plan, x[t], t) for plan, x in zip(plans, futures, strict=True)],
-            columns=len(plans),
-        )
-        for t in range(len(futures[0]))
-    ]
-    write_video(out / "demo.mp4", iter(video), fps=config.world.fps)
-    chosen = np.linspace(0, len(futures[0]) - 1, _SHEET_TIMES).round().astype(int)
-    rows = [
-        (f"{plan.label}: {kind}", [frames[t] for t in chosen])
-        for plan, true, future in zip(plans, truths, futures, strict=True)
-        for kind, frames in (("true", true), ("predicted", future))
-    ]
-    sheet = contact_sheet(rows, [f"{(t + 1) / config.world.fps:+.2f} s" for t in chosen])
+    kinds = ("true", "predicted")
+    titled = [replace(plan, label=f"{plan.label}: {kind}") for kind in kinds for plan in plans]
+    shown, times = [*truths, *futures], len(futures[0])
+    video = (
+        draw_moment(titled, [each[t] for each in shown], t, steering_range, columns=len(plans))
+        for t in range(times)
+    )
+    write_video(out / "demo.mp4", video, fps=fps)
+    chosen = np.linspace(0, times - 1, _SHEET_TIMES).round().astype(int)
+    by_plan = np.arange(len(shown)).reshape(len(kinds), -1).T.flat
+    rows = [(titled[n].label, [shown[n][t] for t in chosen]) for n in by_plan]
+    sheet = contact_sheet(rows, [f"{(t + 1) / fps:+.2f} s" for t in chosen])
     with atomic_file(out / "demo.png") as temporary:
         Image.fromarray(sheet).save(temporary)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from driving_sim import demo
+from driving_sim.data.synthetic.true_future import replay
 from driving_sim.data.synthetic.world import SyntheticConfig
 from driving_sim.data.tokens.store import TokenStore
 from driving_sim.demo import ACTIONS, DemoConfig, _find_start, _psnr_matrix, run_demo
@@ -65,20 +66,17 @@ def test_a_full_disk_leaves_no_half_picture(
         label="left", actions=np.zeros((5, 2), np.float32), valid=np.ones((5, 2), np.bool_)
     )
     with small_files(), pytest.raises(DriveSimError, match=r"cannot write .*demo\.png"):
-        demo._write_pictures(tmp_path, SMALL, [plan], [noise], [noise], 0.1)
+        demo._write_pictures(tmp_path, [plan], [noise], [noise], fps=5.0, steering_range=0.2)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_truth_is_each_actions_own_and_nearest_to_itself() -> None:
-    start = _find_start(DemoConfig(world=SyntheticConfig(height=32, width=64, fps=8)), 0, 6)
+    config = DemoConfig(world=SyntheticConfig(height=32, width=64, fps=8))
+    driven, start = _find_start(config, 0, 6)
     speeds = {"straight": (6.0, 0.0), "left": (6.0, 0.15), "right": (6.0, -0.15), "brake": (1.0, 0)}
     truths = [
-        start.truth(
-            ActionPlan(
-                label=name,
-                actions=np.tile(np.array(speeds[name], np.float32), (16, 1)),
-                valid=np.ones((16, 2), np.bool_),
-            )
+        replay(
+            driven.world, driven.states[start], np.tile(np.array(speeds[name], np.float32), (16, 1))
         )
         for name in ACTIONS
     ]

@@ -9,6 +9,8 @@ from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from driving_sim.world_model.action_plan import ActionPlan
+
 Frame = NDArray[np.uint8]
 """uint8 RGB [height, width, 3]."""
 
@@ -83,20 +85,34 @@ def _draw_bar(draw: ImageDraw.ImageDraw, ends: tuple[int, int], share: float) ->
     draw.line((middle, 17, middle, 29), fill=_INK)
 
 
+def draw_moment(
+    plans: Sequence[ActionPlan],
+    frames: Sequence[Frame],
+    index: int,
+    steering_range: float,
+    *,
+    columns: int | None = None,
+) -> Frame:
+    """One frame of every future in a grid, each under its label and its plan's action `index`."""
+    panels = [
+        draw_panel(frame, plan.label, plan.actions[index], plan.valid[index], steering_range)
+        for plan, frame in zip(plans, frames, strict=True)
+    ]
+    return side_by_side(panels, columns=columns)
+
+
 def side_by_side(panels: Sequence[Frame], *, columns: int | None = None) -> Frame:
     """Panels of one size in a grid, as near to 16:9 as it gets unless `columns` says otherwise."""
-    columns = columns or _columns(len(panels), *panels[0].shape[:2])
+    height, width = panels[0].shape[:2]
+
+    def distance(columns: int) -> float:
+        ratio = columns * width / (math.ceil(len(panels) / columns) * height)
+        return abs(math.log(ratio / (16 / 9)))
+
+    columns = columns or min(range(1, len(panels) + 1), key=distance)
     missing = -len(panels) % columns
     filled = [*panels, *[np.full_like(panels[0], _PAPER[0])] * missing]
     return rearrange(np.stack(filled), "(r c) h w k -> (r h) (c w) k", c=columns)
-
-
-def _columns(count: int, height: int, width: int) -> int:
-    def distance(columns: int) -> float:
-        ratio = columns * width / (math.ceil(count / columns) * height)
-        return abs(math.log(ratio / (16 / 9)))
-
-    return min(range(1, count + 1), key=distance)
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Frame]]], headings: Sequence[str]) -> Frame:

@@ -23,7 +23,7 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file, disk_errors
 from driving_sim.engine.progress import progress
 from driving_sim.world_model.action_plan import ActionPlan, Situation
-from driving_sim.world_model.panels import Frame, contact_sheet, draw_panel, side_by_side
+from driving_sim.world_model.panels import Frame, contact_sheet, draw_moment
 from driving_sim.world_model.sampling.sampler import Sampling
 from driving_sim.world_model.token_file import token_file
 from driving_sim.world_model.world_model import Prefix, WorldModel
@@ -62,7 +62,7 @@ class Context:
         return Situation(
             fps=world.fps,
             steering_kind=world.steering_kind,
-            steering_limit=world.steering_p95,
+            steering_limit=world.statistics.steering_p95,
             known_channels=world.known_channels,
             last_action=self.actions[past - 1] if past else np.zeros(2, np.float32),
             last_valid=self.action_valid[past - 1] if past else np.zeros(2, np.bool_),
@@ -164,44 +164,6 @@ def context_from_tokens(world: WorldModel, drive: DriveTokens, start_s: float | 
     )
 
 
-class _Panels:
-    """Draws the side-by-side picture of a moment."""
-
-    def __init__(
-        self, context: Context, futures: Sequence[ActionPlan], steering_range: float
-    ) -> None:
-        self.context, self.futures, self.steering_range = context, futures, steering_range
-        # What led to each recorded frame: to the first of the context, nothing that is known.
-        first = ((1, 0), (0, 0))
-        self.led = np.pad(context.actions, first), np.pad(context.action_valid, first)
-
-    def past(self, index: int) -> Frame:
-        """Every panel shows context frame `index`, under the action that led to it."""
-        panel = self._draw(self.context.frames[index], "context", *self.led, index)
-        return side_by_side([panel] * (len(self.futures) + 1))
-
-    def future(self, index: int, frames: Sequence[Frame], truth: Frame | None) -> Frame:
-        """The recording, where it goes on, then every future, after action `index`."""
-        if truth is None:
-            panels = [self._draw(_blank(frames[0]), "recording ended", *self.led, 0)]
-        else:
-            place = len(self.context.tokens) + index
-            panels = [self._draw(truth, "recorded", *self.led, place)]
-        for plan, frame in zip(self.futures, frames, strict=True):
-            panels.append(self._draw(frame, plan.label, plan.actions, plan.valid, index))
-        return side_by_side(panels)
-
-    def _draw(
-        self, frame: Frame, title: str, actions: NDArray[Any], valid: NDArray[Any], place: int
-    ) -> Frame:
-        return draw_panel(frame, title, actions[place], valid[place], self.steering_range)
-
-
-def _blank(frame: Frame) -> Frame:
-    """Stands for the true frame where the recording has ended."""
-    return np.full_like(frame, 40)
-
-
 def output_files(out: Path) -> dict[str, Path]:
     """Every file that a rollout to `out` writes: an .mp4, or a folder for a rollout.mp4."""
     has_file_suffix = out.suffix[1:2].isalpha()  # "run-1.5" has none
@@ -241,10 +203,19 @@ def write_rollout(
     ]
     length = len(plans[0].actions)
     largest = max(float(np.abs(plan.actions[:, STEERING]).max()) for plan in plans)
-    panels = _Panels(context, futures, max(2 * world.steering_p95, largest) or 1.0)
+    steering_range = max(2 * world.statistics.steering_p95, largest) or 1.0
+    # Nothing is known of what led to the context's first frame, nor after the recording.
+    around = ((1, length), (0, 0))
+    led, valid = np.pad(context.actions, around), np.pad(context.action_valid, around)
+    past = ActionPlan(label="context", actions=led, valid=valid)
+    now = len(context.tokens)
+    recorded = ActionPlan(label="recorded", actions=led[now:], valid=valid[now:])
+    ended = replace(recorded, label="recording ended")
+    blank = np.full_like(context.frames[0], 40)
     seconds = {"generate": 0.0, "decode": 0.0}
     on_sheet = np.unique(np.linspace(0, length, _SHEET_COLUMNS).round().astype(int)).tolist()
-    columns = [[context.frames[-1]] * (1 + len(futures))]
+    many = 1 + len(futures)
+    columns = [[context.frames[-1]] * many]
     with disk_errors(files["video"]), ExitStack() as stack:
         temporary = {kind: stack.enter_context(atomic_file(path)) for kind, path in files.items()}
         tokens_out = token_file(
@@ -254,20 +225,22 @@ def write_rollout(
             valid=np.stack([plan.valid for plan in futures]),
         )
         write_tokens = stack.enter_context(tokens_out)
-        height, width = panels.past(0).shape[:2]
+        height, width = draw_moment([past] * many, [blank] * many, 0, steering_range).shape[:2]
         with VideoWriter(
             temporary["video"], fps=world.fps, height=height, width=width, x264=FAST
         ) as writer:
-            for index in range(len(context.frames)):
-                writer.write(panels.past(index))
+            for index, frame in enumerate(context.frames):
+                writer.write(draw_moment([past] * many, [frame] * many, index, steering_range))
             moments = _generated(world, context, plans, sampling, samples, seconds)
             with progress(length, f"rollout -> {files['video']}", "frames") as bar:
                 for index, (tokens, frames) in enumerate(moments):
                     truth = next(context.future, None)
+                    beside = ended if truth is None else recorded
+                    shown = [blank if truth is None else truth, *frames]
                     write_tokens(index, tokens)
-                    writer.write(panels.future(index, frames, truth))
+                    writer.write(draw_moment([beside, *futures], shown, index, steering_range))
                     if index + 1 in on_sheet:
-                        columns.append([_blank(frames[0]) if truth is None else truth, *frames])
+                        columns.append(shown)
                     bar.advance(1)
         report = _report(world, context, futures, sampling, seconds)
         titles = ["recorded", *report["futures"]]

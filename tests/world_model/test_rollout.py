@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from driving_sim.data.sources import find_drives
 from driving_sim.data.video.writer import VideoWriter, write_video
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.world_model import rollout
+from driving_sim.world_model import panels, rollout
 from driving_sim.world_model.action_plan import make_plans
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.panels import draw_panel
@@ -165,7 +165,8 @@ def test_panels_show_the_recording_and_the_futures_under_their_actions(
     found = context(world, video, start_s=30 / FPS)
     plans = make_plans(["right", "brake"], found.situation(world), seconds=12 / FPS)
     write_rollout(world, found, plans, tmp_path / "rollout.mp4", sampling=Sampling())
-    steering_range = max(2 * world.steering_p95, *(abs(plan.actions[0, 1]) for plan in plans))
+    commanded = [abs(plan.actions[0, 1]) for plan in plans]
+    steering_range = max(2 * world.statistics.steering_p95, *commanded)
     saved = load_file(tmp_path / "rollout.safetensors")["tokens"]
 
     def panel(frame: np.ndarray, title: str, speed: float | None, steering: float | None) -> Any:
@@ -214,7 +215,7 @@ def test_memory_does_not_grow_with_the_length(
 
     monkeypatch.setattr(world, "generate", generate)
     monkeypatch.setattr(rollout, "_SHEET_COLUMNS", 2)
-    monkeypatch.setattr(rollout, "draw_panel", lambda frame, *caption: frame)
+    monkeypatch.setattr(panels, "draw_panel", lambda frame, *caption: frame)
     found = context(world, video)
     plans = make_plans(["left"], found.situation(world), seconds=1050 / FPS)
     tracemalloc.start()
