@@ -17,7 +17,7 @@ from driving_sim.data.actions.alignment import align
 from driving_sim.data.video.decoder_pool import read_frames, stream_frames
 from driving_sim.data.video.frame_rate import choose_frames, chosen_segments, mean_rate
 from driving_sim.data.video.frame_size import FrameSize
-from driving_sim.data.video.reader import VideoInfo
+from driving_sim.data.video.reader import VideoFacts
 from driving_sim.engine.config import config
 from driving_sim.engine.errors import BadDriveError, DriveSimError
 
@@ -45,19 +45,19 @@ class FrameReader(Protocol):
 class VideoFrames:
     """The frames of a video file, decoded in a process that it cannot take down with it."""
 
-    info: VideoInfo
+    facts: VideoFacts
 
     def read(self, indices: Indices, size: FrameSize | None) -> Frames:
         """Read a few frames [n, H, W, 3] in any order."""
-        return read_frames(self.info, indices, size)
+        return read_frames(self.facts, indices, size)
 
     def stream(self, indices: Indices | None, size: FrameSize | None) -> Iterator[Frames]:
         """Yield frames [H, W, 3] in ascending order of their indices; None means all of them."""
-        return stream_frames(self.info, size=size, indices=indices)
+        return stream_frames(self.facts, size=size, indices=indices)
 
     def files(self, indices: Indices) -> list[Path]:
         """The video's file, whichever frames are meant."""
-        return [self.info.path]
+        return [self.facts.path]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -73,8 +73,8 @@ class Drive:
     reader: FrameReader
     log: ActionLog | None = None
     """The actions on the same clock, where there are any."""
-    video: VideoInfo | None = None
-    """What the file probe found, where the frames come from a video."""
+    video: VideoFacts | None = None
+    """The facts of its file, where the frames come from a video."""
 
     def frames(self, indices: Indices | Sequence[int], size: FrameSize | None = None) -> Frames:
         """Read a few frames, uint8 [n, H, W, 3], in any order; for whole drives use `stream`."""

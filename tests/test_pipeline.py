@@ -209,7 +209,7 @@ def test_a_context_is_one_drive_whose_steering_is_of_the_models_kind(
 
 
 def test_skip_bad_covers_what_only_decoding_finds(videos: Path, tmp_path: Path) -> None:
-    """The file passes the probe; the training of the tokenizer meets its damage first."""
+    """The facts of the file are in order; the training of the tokenizer meets its damage first."""
     folder = tmp_path / "videos"
     folder.mkdir()
     for path in videos.glob("drive_*.*"):

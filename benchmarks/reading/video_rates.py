@@ -1,9 +1,10 @@
-"""`python -m benchmarks.reading.video_rates`: what one core probes and decodes of H.264 at 1080p.
+"""`python -m benchmarks.reading.video_rates`: what one core demuxes and decodes of H.264 at 1080p.
 
 Makes a moving picture with noise, near the 8 Mbit/s of a dashcam, and reads it: its packets alone,
-as `probe` does in a decoder process for every file before the first frame is used, once of these
-seconds and once of ten times as many, which tells what a file costs and what each of its packets;
-then every frame, resized to the tokenizer's 256 x 512 by one thread, as all sources of frames do.
+as `read_facts` does in a decoder process for every file before the first frame is used, once of
+these seconds and once of ten times as many, which tells what a file costs and what each of its
+packets; then every frame, resized to the tokenizer's 256 x 512 by one thread, as all sources of
+frames do.
 """
 
 import resource
@@ -14,13 +15,13 @@ from pathlib import Path
 import av
 import numpy as np
 
-from driving_sim.data.video.decoder_pool import _end_all, probe
+from driving_sim.data.video.decoder_pool import _end_all, read_facts
 
 HEIGHT, WIDTH, FPS, SECONDS = 1080, 1920, 30, 6
 _BIT_RATE = 8_000_000
 _TIMES = 10
 """How much longer the long video is."""
-_PROBES = 10
+_REPEATS = 10
 
 
 def write_video(path: Path) -> None:
@@ -55,18 +56,18 @@ def write_longer(source: Path, path: Path) -> None:
                         container.mux(packet)
 
 
-def probe_seconds(path: Path) -> float:
-    """Processor seconds of a decoder process for a probe, once it runs and has probed before."""
+def facts_seconds(path: Path) -> float:
+    """Processor seconds of a decoder process for a file's facts, once it runs and has read some."""
 
-    def taken(probes: int) -> float:
+    def taken(repeats: int) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        for _ in range(probes):
-            probe(path)
+        for _ in range(repeats):
+            read_facts(path)
         _end_all()  # only then does the system tell
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
-    return (taken(1 + _PROBES) - taken(1)) / _PROBES
+    return (taken(1 + _REPEATS) - taken(1)) / _REPEATS
 
 
 def decode_seconds(path: Path) -> float:
@@ -89,10 +90,10 @@ def main() -> None:
         write_longer(path, longer)
         rate = path.stat().st_size * 8 / SECONDS / 1e6
         print(f"{WIDTH}x{HEIGHT} H.264, {frames} frames at {FPS}/s, {rate:.1f} Mbit/s")
-        short, long = probe_seconds(path), probe_seconds(longer)
+        short, long = facts_seconds(path), facts_seconds(longer)
         a_packet = (long - short) / ((_TIMES - 1) * frames)
-        print(f"probe: {short:.3f} s; of {_TIMES * frames} frames {long:.3f} s")
-        print(f"probe: {short - frames * a_packet:.3f} s a file + {a_packet * 1e6:.1f} µs a packet")
+        print(f"facts: {short:.3f} s; of {_TIMES * frames} frames {long:.3f} s")
+        print(f"facts: {short - frames * a_packet:.3f} s a file + {a_packet * 1e6:.1f} µs a packet")
         print(f"decode and resize: {frames / decode_seconds(path):.0f} frames/s and core")
 
 

@@ -30,9 +30,9 @@ NETWORK = 25e9
 # Measured on one core of an AMD EPYC.
 DECODED = 131.0
 """1080p H.264 frames a second; python -m benchmarks.reading.video_rates."""
-PROBE_FILE, PROBE_FRAME = 0.16, 10e-6
+SCAN_FILE, SCAN_FRAME = 0.16, 10e-6
 """Seconds of a decoder process for a 1080p file and for each of its packets; the same command."""
-PROBES_AT_ONCE = 8
+SCANS_AT_ONCE = 8
 """Decoder processes of a rank that finds many files."""
 INDEX_SECONDS, INDEX_MEMORY, INDEX_BYTES = 18.4e-6, 0.92e3, 276.0
 """For a drive of a token store: from its index; python -m benchmarks.reading.store_index."""
@@ -150,9 +150,9 @@ def the_run() -> str:
     return table(["", "GAIA-1, published", "drivesim"], rows)
 
 
-def probing(files: float, frames: float) -> float:
+def scanning(files: float, frames: float) -> float:
     """Processor seconds, on every rank."""
-    return files * PROBE_FILE + frames * PROBE_FRAME
+    return files * SCAN_FILE + frames * SCAN_FRAME
 
 
 def the_stages() -> str:
@@ -167,9 +167,9 @@ def the_stages() -> str:
     world = window * WINDOWS_TRAINED / (A100 * gaia_share(True)) / 3600
     rows = [
         (
-            "probing",
+            "scanning",
             f"{files:,} files of a minute",
-            f"{probing(files, source) / 3600:,.0f} core-hours, on every rank",
+            f"{scanning(files, source) / 3600:,.0f} core-hours, on every rank",
         ),
         (
             "decoding",
@@ -286,12 +286,12 @@ def the_sizes() -> str:
     counts = (10_000, 1_000_000, 10**9 // megabytes)
     rows = {
         "hours of video": (",.0f", "", 1 / 60),
-        "bytes; read while probing, by every rank": (",.1f", " TB", megabytes / 1e6),
-        "probing, core-hours on every rank": (",.1f", "", probing(1, source) / 3600),
-        f"hours of it, {PROBES_AT_ONCE} files at once": (
+        "bytes; read while scanning, by every rank": (",.1f", " TB", megabytes / 1e6),
+        "scanning, core-hours on every rank": (",.1f", "", scanning(1, source) / 3600),
+        f"hours of it, {SCANS_AT_ONCE} files at once": (
             ",.1f",
             "",
-            probing(1, source) / PROBES_AT_ONCE / 3600,
+            scanning(1, source) / SCANS_AT_ONCE / 3600,
         ),
         "held while planning, by every rank": (
             ",.1f",

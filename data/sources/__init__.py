@@ -19,10 +19,10 @@ from driving_sim.data.sources import comma2k19, udacity, video_folder
 from driving_sim.data.split import MIRROR_SUFFIX
 from driving_sim.engine.errors import DriveSimError
 
-# Probing waits for the disk, or for the network behind it. Another decoder takes as long to start
-# as some 16 probes.
-_PROBES_AT_ONCE = 8
-_PROBES_FOR_A_DECODER = 16
+# Reading a file's facts waits for the disk, or for the network behind it. Another decoder takes as
+# long to start as the facts of some 16 files.
+_FILES_AT_ONCE = 8
+_FILES_FOR_A_DECODER = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def find_drives(
     steering_kind: str | None = None,
     time_offset: float = 0.0,
 ) -> DriveSet:
-    """Find and probe the drives in files and folders, whatever their layout.
+    """Find the drives in files and folders, whatever their layout.
 
     `steering_kind` says what a bare `steering` column measures, and what any other one must;
     `time_offset` seconds are added to the times of every log. Without `actions` no log is read:
@@ -137,7 +137,7 @@ def find_drives(
             return Skipped(id=drive_id, reason=str(error))
         return drive
 
-    at_once = min(_PROBES_AT_ONCE, 1 + len(named) // _PROBES_FOR_A_DECODER)
+    at_once = min(_FILES_AT_ONCE, 1 + len(named) // _FILES_FOR_A_DECODER)
     with ThreadPoolExecutor(at_once) as pool:
         loaded = list(pool.map(load, named))
     return DriveSet(

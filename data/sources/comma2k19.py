@@ -20,7 +20,7 @@ from driving_sim.data.actions.action_file import (
 )
 from driving_sim.data.actions.alignment import EXTRAPOLATION_S, GAP_S
 from driving_sim.data.drive import Drive, VideoFrames
-from driving_sim.data.video.decoder_pool import probe
+from driving_sim.data.video.decoder_pool import read_facts
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import one_line
 
@@ -102,23 +102,23 @@ def _read_log(segment: Path, start: float, options: LogOptions) -> ActionLog:
 
 
 def load(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
-    """Probe a segment's video and read its logs, where `options` say how.
+    """Read the facts of a segment's video and its logs, where `options` say how.
 
     Raises DriveSimError where one does not fit.
     """
-    info = probe(path / "video.hevc")
+    facts = read_facts(path / "video.hevc")
     frame_times = _array(path / "global_pose" / "frame_times")
-    if len(frame_times) != len(info.timestamps) or (np.diff(frame_times) <= 0).any():
+    if len(frame_times) != len(facts.timestamps) or (np.diff(frame_times) <= 0).any():
         raise DriveSimError(
-            f"{path}: video.hevc has {len(info.timestamps)} frames, and global_pose/frame_times "
+            f"{path}: video.hevc has {len(facts.timestamps)} frames, and global_pose/frame_times "
             f"must list as many increasing times, but has {len(frame_times)}: download it again"
         )
-    info = replace(info, timestamps=frame_times - frame_times[0])
+    facts = replace(facts, timestamps=frame_times - frame_times[0])
     return Drive(
         id=drive_id,
         source="comma2k19",
-        timestamps=info.timestamps,
-        reader=VideoFrames(info),
+        timestamps=facts.timestamps,
+        reader=VideoFrames(facts),
         log=None if options is None else _read_log(path, float(frame_times[0]), options),
-        video=info,
+        video=facts,
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from driving_sim.data.actions.action_file import LogOptions, is_action_file, read_action_file
 from driving_sim.data.drive import Drive, VideoFrames
-from driving_sim.data.video.decoder_pool import probe
+from driving_sim.data.video.decoder_pool import read_facts
 from driving_sim.engine.errors import DriveSimError
 
 Load = Callable[[Path, str, LogOptions | None], Drive]
@@ -25,22 +25,22 @@ def _action_file(video: Path) -> Path | None:
 
 
 def load(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
-    """Probe a video and read its action file, if there is one and `options` say how.
+    """Read the facts of a video and its action file, if there is one and `options` say how.
 
     Raises DriveSimError where either cannot be used, or the CSV does not belong to the video.
     """
-    info = probe(path)
+    facts = read_facts(path)
     log = None
     action_file = _action_file(path)
     if options is not None and action_file is not None:
-        log = read_action_file(action_file, options, frame_times=info.timestamps)
+        log = read_action_file(action_file, options, frame_times=facts.timestamps)
     return Drive(
         id=drive_id,
         source="video",
-        timestamps=info.timestamps,
-        reader=VideoFrames(info),
+        timestamps=facts.timestamps,
+        reader=VideoFrames(facts),
         log=log,
-        video=info,
+        video=facts,
     )
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from driving_sim.data.video.file_facts import VideoInfo
+from driving_sim.data.video.file_facts import VideoFacts
 
-READY, REQUEST, ALIVE, INFO, FRAMES, ERROR = b"R", b"Q", b"A", b"I", b"F", b"E"
+READY, REQUEST, ALIVE, FACTS, FRAMES, ERROR = b"R", b"Q", b"A", b"I", b"F", b"E"
 """Kinds of messages; all but REQUEST come from the decoder."""
-_KINDS = (READY, REQUEST, ALIVE, INFO, FRAMES, ERROR)
+_KINDS = (READY, REQUEST, ALIVE, FACTS, FRAMES, ERROR)
 _PREFIX = struct.Struct("<cIQ")
 _MOST_HEAD_BYTES = 1 << 20
 _MOST_BYTES = 1 << 32
@@ -55,23 +55,23 @@ def receive(
     return kind, json.loads(head) if head else {}, body
 
 
-def pack_info(info: VideoInfo, indices: NDArray[np.int64] | None = None) -> tuple[Head, bytes]:
+def pack_facts(facts: VideoFacts, indices: NDArray[np.int64] | None = None) -> tuple[Head, bytes]:
     """Head and body that hold a video's description, and frame numbers after it."""
-    head: Head = {field.name: getattr(info, field.name) for field in fields(info)}
+    head: Head = {field.name: getattr(facts, field.name) for field in fields(facts)}
     arrays = {name: head.pop(name) for name in _ARRAYS}
     if indices is not None:
         arrays["indices"] = indices
-    head["path"] = str(info.path)
+    head["path"] = str(facts.path)
     head["lengths"] = {name: len(each) for name, each in arrays.items() if each is not None}
     return head, b"".join(each.tobytes() for each in arrays.values() if each is not None)
 
 
-def unpack_info(head: Head, body: Body) -> tuple[VideoInfo, NDArray[np.int64]]:
-    """What `pack_info` was given. Raises ValueError, KeyError or TypeError for anything else."""
+def unpack_facts(head: Head, body: Body) -> tuple[VideoFacts, NDArray[np.int64]]:
+    """What `pack_facts` was given. Raises ValueError, KeyError or TypeError for anything else."""
     arrays: dict[str, NDArray[Any] | None] = {"pts": None, "indices": np.empty(0, np.int64)}
     for name, length in head.pop("lengths").items():
         part, body = body[: 8 * length], body[8 * length :]
         arrays[name] = part.view(_ARRAYS.get(name, np.int64))
     indices: Any = arrays.pop("indices")
     path = Path(head.pop("path"))
-    return VideoInfo(path=path, **head, **arrays), indices  # type: ignore[arg-type]
+    return VideoFacts(path=path, **head, **arrays), indices  # type: ignore[arg-type]

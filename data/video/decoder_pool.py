@@ -6,7 +6,7 @@ as a loader's worker, starts its own. Whatever a file does to its decoder is a V
 that gives no sign of life for DRIVESIM_DECODE_SECONDS (60 by default) is killed. Silence and
 SIGKILL may be a network drive's fault or that of a full memory: then the request is made once more,
 a stream from the frame that is due, and a second time is the file's fault. Nothing limits the whole
-time: a file within the limits of `video_file` that goes on giving signs of life may take days.
+time: a file within the limits of `file` that goes on giving signs of life may take days.
 
 A pipe bounds how far a decoder decodes ahead. `multiprocessing` would fork a process whose threads
 are gone, or run a user's main module again.
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from driving_sim.data.video import decoder_messages as messages
 from driving_sim.data.video.decoder_messages import Body, Head
-from driving_sim.data.video.file_facts import VideoError, VideoInfo
+from driving_sim.data.video.file_facts import VideoError, VideoFacts
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.data.video.reader import frames_to_read, frames_to_stream, in_order
 from driving_sim.engine.errors import DriveSimError
@@ -53,27 +53,27 @@ Indices = NDArray[np.int64] | Sequence[int]
 _Result = TypeVar("_Result")
 
 
-def probe(path: Path) -> VideoInfo:
-    """As `data.probe.probe`; raises VideoError also where the file hangs or crashes its decoder."""
+def read_facts(path: Path) -> VideoFacts:
+    """As `file_facts.read_facts`; raises VideoError also where the file hangs or crashes it."""
 
-    def ask() -> VideoInfo:
-        with _borrowed(path) as decoder, decoder.blaming("while it was probed"):
-            decoder.ask({"do": "probe", "path": str(path)})
-            head, body = decoder.answer(messages.INFO)
-            return messages.unpack_info(head | {"path": str(path)}, body)[0]
+    def ask() -> VideoFacts:
+        with _borrowed(path) as decoder, decoder.blaming("while its facts were read"):
+            decoder.ask({"do": "facts", "path": str(path)})
+            head, body = decoder.answer(messages.FACTS)
+            return messages.unpack_facts(head | {"path": str(path)}, body)[0]
 
     return _once_more(ask)
 
 
 def stream_frames(
-    info: VideoInfo, size: FrameSize | None = None, indices: Indices | None = None
+    facts: VideoFacts, size: FrameSize | None = None, indices: Indices | None = None
 ) -> Iterator[Frames]:
-    """As `data.video.stream_frames`; raises VideoError also where decoding hangs or crashes."""
-    wanted = frames_to_stream(info, indices)
+    """As `reader.stream_frames`; raises VideoError also where decoding hangs or crashes."""
+    wanted = frames_to_stream(facts, indices)
     done, failed = 0, -1
     while done < len(wanted):
         try:
-            with closing(_stream(info, size, wanted[done:])) as frames:
+            with closing(_stream(facts, size, wanted[done:])) as frames:
                 for frame in frames:
                     done += 1
                     yield frame
@@ -84,13 +84,13 @@ def stream_frames(
 
 
 def _stream(
-    info: VideoInfo, size: FrameSize | None, wanted: NDArray[np.int64]
+    facts: VideoFacts, size: FrameSize | None, wanted: NDArray[np.int64]
 ) -> Generator[Frames, None, None]:
-    with _borrowed(info.path) as decoder:
-        head, body = messages.pack_info(info, wanted)
+    with _borrowed(facts.path) as decoder:
+        head, body = messages.pack_facts(facts, wanted)
         for number, index in enumerate(wanted):
-            frame = _empty(info, size)
-            reached = f"at {info.timestamps[index]:.1f} s of {info.timestamps[-1]:.1f} s"
+            frame = _empty(facts, size)
+            reached = f"at {facts.timestamps[index]:.1f} s of {facts.timestamps[-1]:.1f} s"
             with decoder.blaming(f"{reached} (frame {index})"):
                 if number == 0:
                     decoder.ask({"do": "stream", "size": _pair(size)} | head, body)
@@ -98,21 +98,21 @@ def _stream(
             yield frame
 
 
-def read_frames(info: VideoInfo, indices: Indices, size: FrameSize | None = None) -> Frames:
-    """As `data.video.read_frames`; raises VideoError also where decoding hangs or crashes.
+def read_frames(facts: VideoFacts, indices: Indices, size: FrameSize | None = None) -> Frames:
+    """As `reader.read_frames`; raises VideoError also where decoding hangs or crashes.
 
     Raises DriveSimError for a clip of more than 2 GiB.
     """
     # A decoder has no memory for a second copy of the clip: it reads increasing frames.
-    wanted, positions = np.unique(frames_to_read(info, indices), return_inverse=True)
-    frames = _empty_clip(info, size, len(wanted))
+    wanted, positions = np.unique(frames_to_read(facts, indices), return_inverse=True)
+    frames = _empty_clip(facts, size, len(wanted))
     if len(wanted) == 0:
         return frames
     clip = f"in a clip of its frames {wanted[0]}..{wanted[-1]}"
-    head, body = messages.pack_info(info, wanted)
+    head, body = messages.pack_facts(facts, wanted)
 
     def ask() -> None:
-        with _borrowed(info.path) as decoder, decoder.blaming(clip):
+        with _borrowed(facts.path) as decoder, decoder.blaming(clip):
             decoder.ask({"do": "read", "size": _pair(size)} | head, body)
             decoder.answer(messages.FRAMES, frames)
 
@@ -131,18 +131,18 @@ def _pair(size: FrameSize | None) -> tuple[int, int] | None:
     return (size.height, size.width) if size else None
 
 
-def _empty(info: VideoInfo, size: FrameSize | None, *count: int) -> Frames:
-    return np.empty((*count, *(_pair(size) or (info.height, info.width)), 3), np.uint8)
+def _empty(facts: VideoFacts, size: FrameSize | None, *count: int) -> Frames:
+    return np.empty((*count, *(_pair(size) or (facts.height, facts.width)), 3), np.uint8)
 
 
-def _empty_clip(info: VideoInfo, size: FrameSize | None, count: int) -> Frames:
-    height, width = _pair(size) or (info.height, info.width)
+def _empty_clip(facts: VideoFacts, size: FrameSize | None, count: int) -> Frames:
+    height, width = _pair(size) or (facts.height, facts.width)
     if 3 * height * width * count > _CLIP_BYTES:
         raise DriveSimError(
-            f"{info.path}: a clip of {count:,} frames of {height:,}×{width:,} takes more than "
+            f"{facts.path}: a clip of {count:,} frames of {height:,}×{width:,} takes more than "
             f"{_CLIP_BYTES >> 30} GiB; read fewer or smaller frames at once, or stream them"
         )
-    return _empty(info, size, count)
+    return _empty(facts, size, count)
 
 
 class _StoppedError(VideoError):

@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 
 from driving_sim.data.video import decoder_messages as messages
 from driving_sim.data.video.decoder_messages import Body, Head
-from driving_sim.data.video.file_facts import VideoError, probe
+from driving_sim.data.video.file_facts import VideoError, read_facts
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.data.video.heartbeat import listen
 from driving_sim.data.video.reader import read_frames, stream_frames
 
 MEMORY_BYTES = 4 << 30
 """Address space of a decoder. 8K HEVC of 10 bits was measured to take 1.5 GiB of it, and 3.1 GiB
-with 16 threads, of which `video` starts fewer for large pictures."""
+with 16 threads, of which `reader` starts fewer for large pictures."""
 BEAT_S = 0.2
 """Time between signs of life while nothing else is sent."""
 
@@ -61,21 +61,21 @@ class _Answers:
             self.send(messages.ALIVE)
 
 
-def _probe(answers: _Answers, head: Head, body: Body) -> None:
-    answers.send(messages.INFO, *messages.pack_info(probe(Path(head["path"]))))
+def _facts(answers: _Answers, head: Head, body: Body) -> None:
+    answers.send(messages.FACTS, *messages.pack_facts(read_facts(Path(head["path"]))))
 
 
 def _stream(answers: _Answers, head: Head, body: Body) -> None:
     size = _size(head)
-    info, indices = messages.unpack_info(head, body)
-    for frame in stream_frames(info, size, indices):
+    facts, indices = messages.unpack_facts(head, body)
+    for frame in stream_frames(facts, size, indices):
         answers.send_frames(frame)
 
 
 def _read(answers: _Answers, head: Head, body: Body) -> None:
     size = _size(head)
-    info, indices = messages.unpack_info(head, body)
-    answers.send_frames(read_frames(info, indices, size))
+    facts, indices = messages.unpack_facts(head, body)
+    answers.send_frames(read_frames(facts, indices, size))
 
 
 def _size(head: Head) -> FrameSize | None:
@@ -84,7 +84,7 @@ def _size(head: Head) -> FrameSize | None:
 
 
 _TASKS: dict[str, Callable[[_Answers, Head, Body], None]] = {
-    "probe": _probe,
+    "facts": _facts,
     "stream": _stream,
     "read": _read,
 }

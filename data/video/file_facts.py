@@ -33,7 +33,7 @@ from driving_sim.data.video.file import (
 from driving_sim.data.video.frame_rate import median_period
 from driving_sim.data.video.heartbeat import beat
 
-__all__ = ["VideoError", "VideoInfo", "decord_installed", "probe"]
+__all__ = ["VideoError", "VideoFacts", "decord_installed", "read_facts"]
 
 _DECORD_CODECS = ("h264", "vp9", "mpeg4")
 _CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2": "mp4", "matroska,webm": "mkv"}
@@ -46,7 +46,7 @@ _MATROSKA_DURATION = re.compile(r"(\d+):(\d+):(\d+\.?\d*)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class VideoInfo:
+class VideoFacts:
     """One video file: its picture, its frames' times, and the reader that gets it right."""
 
     path: Path
@@ -88,14 +88,14 @@ def decord_installed() -> bool:
     return find_spec("decord") is not None
 
 
-def probe(path: Path) -> VideoInfo:
+def read_facts(path: Path) -> VideoFacts:
     """Read the file's packets, decode its first frame, and decide who reads it.
 
     Takes milliseconds: nothing is decoded after the first frame. A stream without timestamps
     (raw .hevc, .h264) gets them from its nominal rate.
 
     Raises VideoError for a file that is missing, empty, truncated, not a video or without frames,
-    and for one beyond the limits of `video_file`.
+    and for one beyond the limits of `file`.
     """
     check_file(path)
     try:
@@ -150,7 +150,7 @@ def _demux(path: Path, container: InputContainer, stream: VideoStream) -> _Packe
 
 def _describe(
     path: Path, container: InputContainer, stream: VideoStream, packets: _Packets
-) -> VideoInfo:
+) -> VideoFacts:
     if packets.count == 0:
         raise VideoError(f"{path}: no frames in this file; leave it out")
     first = _first_frame(path)
@@ -165,7 +165,7 @@ def _describe(
     obstacle = _why_not_decord(codec, container_name, rotation, stream, packets, pts, keyframes)
     width, height = _display_size(first, stream, rotation)
     check_picture(path, height, width)
-    return VideoInfo(
+    return VideoFacts(
         path=path,
         codec=codec,
         container=container_name,

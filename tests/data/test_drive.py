@@ -7,7 +7,7 @@ import pytest
 from driving_sim.data.actions.action_file import ActionLog, SteeringKind
 from driving_sim.data.drive import Drive, DriveSet, Skipped, VideoFrames, sample
 from driving_sim.data.video.frame_size import FrameSize
-from driving_sim.data.video.reader import probe
+from driving_sim.data.video.reader import read_facts
 from driving_sim.data.video.writer import write_video
 from driving_sim.engine.errors import BadDriveError, DriveSimError
 
@@ -26,10 +26,10 @@ def drive(tmp_path: Path) -> Drive:
     levels = np.arange(12, dtype=np.uint8) * 20
     frames = np.broadcast_to(levels[:, None, None, None], (12, 32, 64, 3))
     write_video(tmp_path / "a.mp4", frames, FPS)
-    info = probe(tmp_path / "a.mp4")
+    facts = read_facts(tmp_path / "a.mp4")
     log = make_log(np.arange(0, 1.3, 0.05))
-    reader = VideoFrames(info)
-    return Drive(id="a", source="video", timestamps=info.timestamps, reader=reader, log=log)
+    reader = VideoFrames(facts)
+    return Drive(id="a", source="video", timestamps=facts.timestamps, reader=reader, log=log)
 
 
 def test_frames_and_stream_agree_after_pickling(drive: Drive) -> None:

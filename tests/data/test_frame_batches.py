@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from driving_sim.data.drive import Drive, SampledDrive, VideoFrames, sample
 from driving_sim.data.frame_batches import FrameBatches
-from driving_sim.data.video.file_facts import probe
+from driving_sim.data.video.file_facts import read_facts
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.engine.errors import DriveSimError
 from tests.fixtures.video_files import HEIGHT, WIDTH, read_numbers, write_numbered
@@ -25,8 +25,10 @@ def drives(tmp_path_factory: pytest.TempPathFactory) -> list[SampledDrive]:
     folder = tmp_path_factory.mktemp("drives")
     sampled = []
     for name, count in (("a", 20), ("b", 12)):
-        info = probe(write_numbered(folder / f"{name}.mp4", count=count))
-        drive = Drive(id=name, source="video", timestamps=info.timestamps, reader=VideoFrames(info))
+        facts = read_facts(write_numbered(folder / f"{name}.mp4", count=count))
+        drive = Drive(
+            id=name, source="video", timestamps=facts.timestamps, reader=VideoFrames(facts)
+        )
         sampled.append(sample(drive, every=2))
     return sampled
 

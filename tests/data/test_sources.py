@@ -75,7 +75,7 @@ def test_what_cannot_be_used_is_listed_beside_the_rest(tmp_path: Path) -> None:
     assert [drive.id for drive in shifted.drives] == ["late"]
 
 
-def test_a_probe_that_hangs_is_listed_beside_the_rest(
+def test_a_file_that_hangs_is_listed_beside_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in "abc":

@@ -116,7 +116,7 @@ def test_nothing_to_inspect_is_an_error_that_writes_nothing(tmp_path: Path) -> N
 def test_drives_that_cannot_be_read_are_no_inspection(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither those that the probe refuses nor those that only decoding finds out."""
+    """Neither those whose facts cannot be read nor those that only decoding finds out."""
     videos, out = tmp_path / "videos", tmp_path / "out"
     videos.mkdir()
     (videos / "empty.mp4").touch()

@@ -18,11 +18,10 @@ import numpy as np
 import pytest
 
 from driving_sim.data.video import decoder_pool as processes
-from driving_sim.data.video import file_facts as probing
-from driving_sim.data.video import reader as video
-from driving_sim.data.video.decoder_pool import LIMIT, probe, read_frames, stream_frames
+from driving_sim.data.video import file_facts, reader
+from driving_sim.data.video.decoder_pool import LIMIT, read_facts, read_frames, stream_frames
 from driving_sim.data.video.decoder_worker import MEMORY_BYTES
-from driving_sim.data.video.file_facts import VideoError, VideoInfo
+from driving_sim.data.video.file_facts import VideoError, VideoFacts
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.engine.errors import DriveSimError
 from tests import ROOT
@@ -46,8 +45,8 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def info(path: Path) -> VideoInfo:
-    return probe(path)
+def facts(path: Path) -> VideoFacts:
+    return read_facts(path)
 
 
 @pytest.fixture
@@ -97,8 +96,8 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def same(one: VideoInfo, other: VideoInfo) -> None:
-    for name in VideoInfo.__slots__:
+def same(one: VideoFacts, other: VideoFacts) -> None:
+    for name in VideoFacts.__slots__:
         first, second = getattr(one, name), getattr(other, name)
         if isinstance(first, np.ndarray):
             np.testing.assert_array_equal(first, second)
@@ -116,22 +115,22 @@ def test_a_process_gives_what_the_functions_give(tmp_path: Path, codec: str) -> 
         container="hevc" if raw else None,
         codec_options={"x265-params": "log-level=none"} if raw else None,
     )
-    info = probe(path)
-    same(info, probing.probe(path))
+    facts = read_facts(path)
+    same(facts, file_facts.read_facts(path))
     for size in (SIZE, None):
-        expected = list(video.stream_frames(info, size))
-        np.testing.assert_array_equal(list(stream_frames(info, size)), expected)
-        chosen = list(video.stream_frames(info, size, [3, 4, 30]))
-        np.testing.assert_array_equal(list(stream_frames(info, size, [3, 4, 30])), chosen)
-        clip = video.read_frames(info, [30, 3, 3], size)
-        np.testing.assert_array_equal(read_frames(info, [30, 3, 3], size), clip)
-    assert read_frames(info, [], SIZE).shape == (0, 24, 64, 3)
-    assert list(stream_frames(info, SIZE, [])) == []
+        expected = list(reader.stream_frames(facts, size))
+        np.testing.assert_array_equal(list(stream_frames(facts, size)), expected)
+        chosen = list(reader.stream_frames(facts, size, [3, 4, 30]))
+        np.testing.assert_array_equal(list(stream_frames(facts, size, [3, 4, 30])), chosen)
+        clip = reader.read_frames(facts, [30, 3, 3], size)
+        np.testing.assert_array_equal(read_frames(facts, [30, 3, 3], size), clip)
+    assert read_frames(facts, [], SIZE).shape == (0, 24, 64, 3)
+    assert list(stream_frames(facts, SIZE, [])) == []
 
 
 OPENS_VIDEOS = re.compile(
     r"from driving_sim\.data\.video\.(?:reader|file_facts|file) import (?:\([^)]*|.*)"
-    r"\b(?:probe|read_frames|stream_frames|open_video)\b|\bav\.open\(|\bimport decord\b"
+    r"\b(?:read_facts|read_frames|stream_frames|open_video)\b|\bav\.open\(|\bimport decord\b"
 )
 
 
@@ -144,10 +143,10 @@ def test_nothing_else_opens_videos() -> None:
         if name.endswith(".py")
     ]
     found = {each.name for each in files if OPENS_VIDEOS.search(each.read_text("utf-8"))}
-    assert found == {"decoder.py", "probe.py", "video.py", "video_file.py", "video_writer.py"}
+    assert found == {"decoder_worker.py", "file.py", "file_facts.py", "reader.py", "writer.py"}
 
 
-def test_errors_are_those_of_the_functions(tmp_path: Path, info: VideoInfo) -> None:
+def test_errors_are_those_of_the_functions(tmp_path: Path, facts: VideoFacts) -> None:
     bad = [
         tmp_path / "gone.mp4",
         tmp_path,
@@ -157,45 +156,45 @@ def test_errors_are_those_of_the_functions(tmp_path: Path, info: VideoInfo) -> N
     ]
     for path in bad:
         with pytest.raises(VideoError) as expected:
-            probing.probe(path)
+            file_facts.read_facts(path)
         with pytest.raises(VideoError) as found:
-            probe(path)
+            read_facts(path)
         assert str(found.value) == str(expected.value)
     with pytest.raises(IndexError, match="of 40"):
-        read_frames(info, [40])
+        read_frames(facts, [40])
     with pytest.raises(ValueError, match="increasing"):
-        next(stream_frames(info, SIZE, [4, 3]))
-    cut(info.path, 0.3)
+        next(stream_frames(facts, SIZE, [4, 3]))
+    cut(facts.path, 0.3)
     with pytest.raises(VideoError, match=r"x\.mp4"):
-        list(stream_frames(info))
+        list(stream_frames(facts))
 
 
 def test_a_process_is_used_again_after_files_good_and_bad(path: Path, tmp_path: Path) -> None:
-    info = probe(path)
+    facts = read_facts(path)
     before = idle_pid()
-    list(stream_frames(info, SIZE))
-    read_frames(info, [3], SIZE)
+    list(stream_frames(facts, SIZE))
+    read_frames(facts, [3], SIZE)
     with pytest.raises(VideoError, match="no such file"):
-        probe(tmp_path / "gone.mp4")
+        read_facts(tmp_path / "gone.mp4")
     assert idle_pid() == before
 
 
 def test_a_relative_path_is_one_of_the_current_folder(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    probe(path)  # starts the process elsewhere
+    read_facts(path)  # starts the process elsewhere
     monkeypatch.chdir(path.parent)
-    info = probe(Path("x.mp4"))
-    assert info.path == Path("x.mp4")
-    assert read_numbers(list(stream_frames(info, indices=[5]))) == [5]
+    facts = read_facts(Path("x.mp4"))
+    assert facts.path == Path("x.mp4")
+    assert read_numbers(list(stream_frames(facts, indices=[5]))) == [5]
 
 
 def test_a_file_that_hangs_its_decoder_costs_the_file_only(
-    info: VideoInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    facts: VideoFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = probe(write_numbered(tmp_path / "other.mp4"))
-    make_hang(info.path)
-    for read in (lambda: list(stream_frames(info)), lambda: read_frames(info, [3, 9])):
+    other = read_facts(write_numbered(tmp_path / "other.mp4"))
+    make_hang(facts.path)
+    for read in (lambda: list(stream_frames(facts)), lambda: read_frames(facts, [3, 9])):
         before = idle_pid()
         started = time.monotonic()
         with monkeypatch.context() as impatient:
@@ -203,27 +202,30 @@ def test_a_file_that_hangs_its_decoder_costs_the_file_only(
             with pytest.raises(VideoError, match=r"no sign of life for 0\.5 s .*, twice,") as error:
                 read()
         assert 1 < time.monotonic() - started < 20
-        assert str(info.path) in str(error.value)
+        assert str(facts.path) in str(error.value)
         assert "\n" not in str(error.value)
         wait_until(lambda pid=before: not is_running(pid))  # type: ignore[misc]
         assert read_numbers(list(stream_frames(other))) == list(range(40))
 
 
-def test_a_probe_that_hangs_is_ended(
+def test_facts_that_hang_are_ended(
     path: Path, changed_decoder: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed_decoder(
-        "import time\nfrom driving_sim.data import probe\nprobe.beat = lambda: time.sleep(60)\n"
+        "import time\nfrom driving_sim.data.video import file_facts\n"
+        "file_facts.beat = lambda: time.sleep(60)\n"
     )
     monkeypatch.setenv(LIMIT, "0.5")
-    with pytest.raises(VideoError, match=r"x\.mp4: .*life for 0\.5 s while it was probed, twice"):
-        probe(path)
+    with pytest.raises(
+        VideoError, match=r"x\.mp4: .*life for 0\.5 s while its facts were read, twice"
+    ):
+        read_facts(path)
 
 
-def test_a_hang_midway_says_where(info: VideoInfo, monkeypatch: pytest.MonkeyPatch) -> None:
-    frames = stream_frames(info, LARGE, [0, 7, 8])
+def test_a_hang_midway_says_where(facts: VideoFacts, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = stream_frames(facts, LARGE, [0, 7, 8])
     next(frames)
-    make_hang(info.path)  # for the decoder after this one, which has it open
+    make_hang(facts.path)  # for the decoder after this one, which has it open
     monkeypatch.setenv(LIMIT, "0.5")
     os.kill(busy_pid(), signal.SIGKILL)
     with pytest.raises(VideoError, match=r"at 0\.[34]\d? s of 1\.9\d? s \(frame [78]\), twice"):
@@ -233,34 +235,35 @@ def test_a_hang_midway_says_where(info: VideoInfo, monkeypatch: pytest.MonkeyPat
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_drive_that_stalled_or_a_full_memory_is_no_fault_of_the_file(
-    info: VideoInfo, number: int
+    facts: VideoFacts, number: int
 ) -> None:
-    frames = stream_frames(info, LARGE)
+    frames = stream_frames(facts, LARGE)
     first = next(frames)
     os.kill(busy_pid(), number)
     assert read_numbers([first, *frames]) == list(range(40))
 
 
-@pytest.mark.parametrize("what", ["probe.probe", "video.read_frames"])
-def test_a_probe_and_a_clip_are_asked_for_once_more(
-    info: VideoInfo, tmp_path: Path, changed_decoder: Callable[[str], None], what: str
+@pytest.mark.parametrize("what", ["file_facts.read_facts", "reader.read_frames"])
+def test_facts_and_a_clip_are_asked_for_once_more(
+    facts: VideoFacts, tmp_path: Path, changed_decoder: Callable[[str], None], what: str
 ) -> None:
     mark = tmp_path / "killed"
     changed_decoder(
-        "import os\nfrom pathlib import Path\nfrom driving_sim.data import probe, video\n"
+        "import os\nfrom pathlib import Path\n"
+        "from driving_sim.data.video import file_facts, reader\n"
         f"mark, work = Path({str(mark)!r}), {what}\n"
         "def kill(*given):\n"
         "    if not mark.exists(): mark.touch(); os.kill(os.getpid(), 9)\n"
         "    return work(*given)\n"
         f"{what} = kill\n"
     )
-    same(probe(info.path), info)
-    assert read_numbers(read_frames(info, [7, 3])) == [7, 3]
+    same(read_facts(facts.path), facts)
+    assert read_numbers(read_frames(facts, [7, 3])) == [7, 3]
     assert mark.exists()
 
 
-def test_a_stream_may_be_disturbed_at_more_than_one_frame(info: VideoInfo) -> None:
-    frames = stream_frames(info, LARGE)
+def test_a_stream_may_be_disturbed_at_more_than_one_frame(facts: VideoFacts) -> None:
+    frames = stream_frames(facts, LARGE)
     read = [next(frames)]
     for _ in range(3):
         os.kill(busy_pid(), signal.SIGKILL)
@@ -269,14 +272,14 @@ def test_a_stream_may_be_disturbed_at_more_than_one_frame(info: VideoInfo) -> No
 
 
 def test_a_file_that_has_its_decoder_killed_again_is_at_fault(
-    info: VideoInfo, changed_decoder: Callable[[str], None]
+    facts: VideoFacts, changed_decoder: Callable[[str], None]
 ) -> None:
     changed_decoder(
-        "import os\nfrom driving_sim.data import video\n"
-        "video.beat = lambda: os.kill(os.getpid(), 9)\n"
+        "import os\nfrom driving_sim.data.video import reader\n"
+        "reader.beat = lambda: os.kill(os.getpid(), 9)\n"
     )
     with pytest.raises(VideoError, match=r"x\.mp4: its decoder died \(SIGKILL\) at .*, twice:"):
-        list(stream_frames(info))
+        list(stream_frames(facts))
 
 
 @pytest.mark.usefixtures("impatient")
@@ -284,17 +287,17 @@ def test_slow_is_not_hung(tmp_path: Path, changed_decoder: Callable[[str], None]
     path = write_numbered(tmp_path / "x.mp4", keyframe_every=999)
     changed_decoder(
         "import time\n"
-        "from driving_sim.data import video\n"
+        "from driving_sim.data.video import reader\n"
         "def beat(): time.sleep(0.1); slow()\n"
-        "slow, video.beat = video.beat, beat\n"
+        "slow, reader.beat = reader.beat, beat\n"
     )
-    info = probe(path)
+    facts = read_facts(path)
     started = time.monotonic()
-    assert read_numbers(list(stream_frames(info, indices=[39]))) == [39]
+    assert read_numbers(list(stream_frames(facts, indices=[39]))) == [39]
     assert time.monotonic() - started > 3  # longer than a decoder may be silent
 
 
-def test_a_pause_of_the_machine_is_not_a_hang(info: VideoInfo) -> None:
+def test_a_pause_of_the_machine_is_not_a_hang(facts: VideoFacts) -> None:
     class Pausing:
         """Its waits end at once, as those of a process that was stopped meanwhile."""
 
@@ -318,66 +321,66 @@ def test_the_limit_must_be_a_number_of_seconds(
 ) -> None:
     monkeypatch.setenv(LIMIT, value)
     with pytest.raises(DriveSimError, match=f"{LIMIT}={value}: must be"):
-        probe(path)
+        read_facts(path)
 
 
-def test_a_decoder_that_crashes_costs_the_file_only(info: VideoInfo) -> None:
-    frames = stream_frames(info, LARGE)
+def test_a_decoder_that_crashes_costs_the_file_only(facts: VideoFacts) -> None:
+    frames = stream_frames(facts, LARGE)
     next(frames)
     pid = busy_pid()
     os.kill(pid, signal.SIGSEGV)
     with pytest.raises(VideoError, match=r"died \(SIGSEGV\) at \d\.\d\d? s of"):
         list(frames)
     assert not is_running(pid)
-    assert read_numbers(read_frames(info, [7])) == [7]
+    assert read_numbers(read_frames(facts, [7])) == [7]
 
 
 def test_an_idle_decoder_that_was_killed_is_replaced(path: Path) -> None:
-    probe(path)
+    read_facts(path)
     decoder = processes._idle[-1]
     os.kill(decoder._process.pid, signal.SIGKILL)
     wait_until(lambda: not decoder.is_alive)
-    assert len(probe(path).timestamps) == 40
+    assert len(read_facts(path).timestamps) == 40
 
 
-def test_ctrl_c_and_sigterm_are_the_parents(info: VideoInfo) -> None:
+def test_ctrl_c_and_sigterm_are_the_parents(facts: VideoFacts) -> None:
     pid = idle_pid()
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(pid, number)
     time.sleep(0.1)
-    assert read_numbers(read_frames(info, [7])) == [7]
+    assert read_numbers(read_frames(facts, [7])) == [7]
     assert idle_pid() == pid
 
 
-def test_several_streams_at_once(info: VideoInfo) -> None:
-    pairs = zip(stream_frames(info), stream_frames(info, indices=range(40)), strict=True)
+def test_several_streams_at_once(facts: VideoFacts) -> None:
+    pairs = zip(stream_frames(facts), stream_frames(facts, indices=range(40)), strict=True)
     assert all((one == other).all() for one, other in pairs)
     with ThreadPoolExecutor(4) as pool:
-        numbers = pool.map(lambda _: read_numbers(list(stream_frames(info))), range(8))
+        numbers = pool.map(lambda _: read_numbers(list(stream_frames(facts))), range(8))
     assert list(numbers) == [list(range(40))] * 8
 
 
-def test_a_stream_that_is_given_up_leaves_no_process(info: VideoInfo) -> None:
-    frames = stream_frames(info, LARGE)
+def test_a_stream_that_is_given_up_leaves_no_process(facts: VideoFacts) -> None:
+    frames = stream_frames(facts, LARGE)
     next(frames)
     pid = busy_pid()
     frames.close()  # type: ignore[attr-defined]
     assert not is_running(pid)
     assert pid not in [decoder._process.pid for decoder in processes._started]
-    assert read_numbers(read_frames(info, [7])) == [7]
+    assert read_numbers(read_frames(facts, [7])) == [7]
 
 
-def test_a_stream_whose_last_frame_was_taken_is_over(info: VideoInfo) -> None:
+def test_a_stream_whose_last_frame_was_taken_is_over(facts: VideoFacts) -> None:
     pid = idle_pid()
-    frames = stream_frames(info, SIZE, [0, 5])
+    frames = stream_frames(facts, SIZE, [0, 5])
     next(frames), next(frames)
     frames.close()  # type: ignore[attr-defined]
     assert idle_pid() == pid
 
 
-def test_a_decoder_does_not_decode_far_ahead(info: VideoInfo) -> None:
+def test_a_decoder_does_not_decode_far_ahead(facts: VideoFacts) -> None:
     """The pipe is full after a frame or two of 1.8 MB, and the decoder waits."""
-    frames = stream_frames(info, LARGE)
+    frames = stream_frames(facts, LARGE)
     next(frames)
     written = Path(f"/proc/{busy_pid()}/io")
     if not written.exists():
@@ -388,19 +391,19 @@ def test_a_decoder_does_not_decode_far_ahead(info: VideoInfo) -> None:
     frames.close()  # type: ignore[attr-defined]
 
 
-def report_fork(info: VideoInfo, pipe: Connection) -> None:
+def report_fork(facts: VideoFacts, pipe: Connection) -> None:
     """In a forked process: what it reads, and which processes it has for it."""
-    numbers = read_numbers(list(stream_frames(info)))
+    numbers = read_numbers(list(stream_frames(facts)))
     pipe.send((numbers, [decoder._process.pid for decoder in processes._started]))
 
 
-def test_a_forked_process_starts_its_own(info: VideoInfo) -> None:
-    frames = stream_frames(info)
+def test_a_forked_process_starts_its_own(facts: VideoFacts) -> None:
+    frames = stream_frames(facts)
     first = [next(frames) for _ in range(3)]
-    read_frames(info, [3])  # leaves another one idle
+    read_frames(facts, [3])  # leaves another one idle
     own = {decoder._process.pid for decoder in processes._started}
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    worker = multiprocessing.get_context("fork").Process(target=report_fork, args=(info, sender))
+    worker = multiprocessing.get_context("fork").Process(target=report_fork, args=(facts, sender))
     worker.start()
     assert receiver.poll(30)
     numbers, pids = receiver.recv()
@@ -417,13 +420,13 @@ ORPHAN = """
 import sys
 from pathlib import Path
 from driving_sim.data.video import decoder_pool as processes
-from driving_sim.data.video.decoder_pool import probe, stream_frames
+from driving_sim.data.video.decoder_pool import read_facts, stream_frames
 from tests.fixtures.video_files import make_hang
 
-info = probe(Path(sys.argv[1]))
-make_hang(info.path)
+facts = read_facts(Path(sys.argv[1]))
+make_hang(facts.path)
 print(processes._idle[-1]._process.pid, flush=True)
-list(stream_frames(info))
+list(stream_frames(facts))
 """
 
 
@@ -441,7 +444,7 @@ def test_no_decoder_outlives_its_parent(path: Path) -> None:
 
 
 @needs_proc
-def test_memory_has_a_limit(info: VideoInfo) -> None:
+def test_memory_has_a_limit(facts: VideoFacts) -> None:
     limits = Path(f"/proc/{idle_pid()}/limits").read_text()
     (line,) = [line for line in limits.splitlines() if line.startswith("Max address space")]
     assert line.split()[3] == str(MEMORY_BYTES)
@@ -473,21 +476,21 @@ def test_threads_of_a_decoder_take_little_address_space() -> None:
 def test_a_hundred_decoders_do_not_use_up_a_users_pipes(path: Path) -> None:
     import fcntl
 
-    probe(path)
+    read_facts(path)
     size = fcntl.fcntl(processes._idle[-1]._output.fileno(), fcntl.F_GETPIPE_SZ)
     assert 100 * size <= 64 << 20  # Linux's own pipe-user-pages-soft
 
 
-def test_a_clip_that_no_decoder_has_memory_for_is_not_the_files_fault(info: VideoInfo) -> None:
+def test_a_clip_that_no_decoder_has_memory_for_is_not_the_files_fault(facts: VideoFacts) -> None:
     pid = idle_pid()
     with pytest.raises(DriveSimError, match=r"x\.mp4: a clip of 20 frames of 8,000×8,000 .* 2 GiB"):
-        read_frames(info, range(20), FrameSize(height=8000, width=8000))
+        read_frames(facts, range(20), FrameSize(height=8000, width=8000))
     assert idle_pid() == pid
-    assert read_numbers(read_frames(info, [5, 5, 3])) == [5, 5, 3]
+    assert read_numbers(read_frames(facts, [5, 5, 3])) == [5, 5, 3]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems set no limit from outside")
-def test_a_decoder_out_of_memory_costs_the_file_only(info: VideoInfo) -> None:
+def test_a_decoder_out_of_memory_costs_the_file_only(facts: VideoFacts) -> None:
     import resource
 
     pid = idle_pid()
@@ -495,38 +498,41 @@ def test_a_decoder_out_of_memory_costs_the_file_only(info: VideoInfo) -> None:
     kilobytes = int(status.split("VmSize:")[1].split()[0])
     resource.prlimit(pid, resource.RLIMIT_AS, ((kilobytes + 50_000) << 10,) * 2)
     with pytest.raises(VideoError, match=r"x\.mp4: decoding it takes more memory than"):
-        read_frames(info, range(40), LARGE)
+        read_frames(facts, range(40), LARGE)
     assert not is_running(pid)
-    assert read_frames(info, range(40), LARGE).shape == (40, 480, 1280, 3)
+    assert read_frames(facts, range(40), LARGE).shape == (40, 480, 1280, 3)
 
 
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
         (
-            "video.stream_frames = lambda info, *_: iter([np.zeros((2, 2, 3), np.uint8)])",
+            "reader.stream_frames = lambda facts, *_: iter([np.zeros((2, 2, 3), np.uint8)])",
             "nonsense",
         ),
-        ("video.stream_frames = lambda *_: 1 / 0", r"cannot be decoded \(ZeroDivisionError"),
-        ("video.stream_frames = lambda *_: os._exit(3)", r"died \(exit code 3\)"),
+        ("reader.stream_frames = lambda *_: 1 / 0", r"cannot be decoded \(ZeroDivisionError"),
+        ("reader.stream_frames = lambda *_: os._exit(3)", r"died \(exit code 3\)"),
     ],
 )
 def test_whatever_a_decoder_does_is_one_line(
     path: Path, changed_decoder: Callable[[str], None], lines: str, says: str
 ) -> None:
-    changed_decoder(f"import os\nimport numpy as np\nfrom driving_sim.data import video\n{lines}\n")
-    info = probe(path)
+    changed_decoder(
+        f"import os\nimport numpy as np\nfrom driving_sim.data.video import reader\n{lines}\n"
+    )
+    facts = read_facts(path)
     with pytest.raises(VideoError, match=rf"x\.mp4: .*{says}"):
-        list(stream_frames(info))
+        list(stream_frames(facts))
 
 
 def test_what_a_library_prints_is_no_answer(
     path: Path, changed_decoder: Callable[[str], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
     changed_decoder(
-        "from driving_sim.data import probe\nprobe.beat = lambda: print('chatter', flush=True)\n"
+        "from driving_sim.data.video import file_facts\n"
+        "file_facts.beat = lambda: print('chatter', flush=True)\n"
     )
-    assert len(probe(path).timestamps) == 40
+    assert len(read_facts(path).timestamps) == 40
     out, err = capfd.readouterr()
     assert "chatter" in err
     assert out == ""
@@ -538,7 +544,7 @@ def test_a_process_that_does_not_start_is_no_fault_of_a_video(
     processes._end_all()
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(OSError, match="does not start") as error:
-        probe(path)
+        read_facts(path)
     assert error.value.filename == "/bin/false"
 
 
@@ -548,7 +554,7 @@ def test_what_is_printed_before_a_decoder_starts_is_no_fault_of_a_video(
 ) -> None:
     changed_decoder(f"print({line!r}, flush=True)\n")
     with pytest.raises(OSError, match="does not start: something prints"):
-        probe(path)
+        read_facts(path)
     assert not processes._started
 
 
@@ -570,7 +576,7 @@ def test_ctrl_c_while_a_decoder_starts_leaves_no_process(
     gc.disable()  # in a finaliser the interrupt would be lost
     try:
         with pytest.raises(KeyboardInterrupt):
-            probe(path)
+            read_facts(path)
     finally:
         gc.enable()
     thread.join()

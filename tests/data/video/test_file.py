@@ -8,7 +8,7 @@ import pytest
 
 from driving_sim.data.video import file as video_file
 from driving_sim.data.video.file import VideoError, check_times
-from driving_sim.data.video.file_facts import probe
+from driving_sim.data.video.file_facts import read_facts
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.data.video.reader import read_frames, stream_frames
 from tests.fixtures.video_files import (
@@ -24,7 +24,7 @@ from tests.fixtures.video_files import (
 def test_a_picture_too_large_by_its_header_is_not_decoded(tmp_path: Path, side: int) -> None:
     path = claim_size(tmp_path / "x.avi", side, side)
     with pytest.raises(VideoError, match=r"x\.avi: not a readable .* more than 67,108,864 pixels"):
-        probe(path)
+        read_facts(path)
 
 
 def test_a_picture_too_large_in_a_format_without_a_header_is_refused(
@@ -33,7 +33,7 @@ def test_a_picture_too_large_in_a_format_without_a_header_is_refused(
     path = write_numbered(tmp_path / "x.ts", container="mpegts")
     monkeypatch.setattr(video_file, "MAX_PIXELS", 48 * 128 - 1)
     with pytest.raises(VideoError, match=r"x\.ts: its pictures have 128×48 pixels, at most 6,143"):
-        probe(path)
+        read_facts(path)
 
 
 def test_a_picture_may_be_as_large_as_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,11 +46,11 @@ def test_a_picture_may_be_as_large_as_the_limit(monkeypatch: pytest.MonkeyPatch)
 def test_a_picture_that_grows_midway_is_not_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    info = probe(change_size_midway(tmp_path / "x.h264"))
-    assert len(list(stream_frames(info))) == 24
+    facts = read_facts(change_size_midway(tmp_path / "x.h264"))
+    assert len(list(stream_frames(facts))) == 24
     monkeypatch.setattr(video_file, "MAX_PIXELS", 10_000)
     with pytest.raises(VideoError, match="decoding stopped"):
-        list(stream_frames(info))
+        list(stream_frames(facts))
 
 
 def test_a_picture_may_not_grow_by_being_shown_or_scaled(
@@ -58,21 +58,21 @@ def test_a_picture_may_not_grow_by_being_shown_or_scaled(
 ) -> None:
     monkeypatch.setattr(video_file, "MAX_PIXELS", 10_000)
     with pytest.raises(VideoError, match="256×48 pixels"):
-        probe(write_numbered(tmp_path / "wide.mp4", aspect=Fraction(2, 1)))
-    info = probe(write_numbered(tmp_path / "x.mp4"))
+        read_facts(write_numbered(tmp_path / "wide.mp4", aspect=Fraction(2, 1)))
+    facts = read_facts(write_numbered(tmp_path / "x.mp4"))
     fits, grows = FrameSize(height=48, width=64), FrameSize(height=96, width=96)
-    assert next(stream_frames(info, fits)).shape == read_frames(info, [0], fits)[0].shape
+    assert next(stream_frames(facts, fits)).shape == read_frames(facts, [0], fits)[0].shape
     with pytest.raises(VideoError, match="256×96 pixels"):
-        next(stream_frames(info, grows))
+        next(stream_frames(facts, grows))
     with pytest.raises(VideoError, match="256×96 pixels"):
-        read_frames(info, [0], grows)
+        read_frames(facts, [0], grows)
 
 
 def test_a_million_frames_in_a_kilobyte_are_not_believed(tmp_path: Path) -> None:
     path = claim_frames(tmp_path / "x.mp4", 1_000_000)
     assert path.stat().st_size < 2_000
     with pytest.raises(VideoError, match=r"x\.mp4: claims 1,000,000 frames in 1,\d+ bytes"):
-        probe(path)
+        read_facts(path)
 
 
 def test_packets_are_counted_where_no_header_says_how_many(
@@ -80,16 +80,16 @@ def test_packets_are_counted_where_no_header_says_how_many(
 ) -> None:
     path = write_numbered(tmp_path / "x.ts", container="mpegts", count=40)
     monkeypatch.setattr(video_file, "MAX_FRAMES", 40)
-    assert len(probe(path).timestamps) == 40
+    assert len(read_facts(path).timestamps) == 40
     monkeypatch.setattr(video_file, "MAX_FRAMES", 20)
     with pytest.raises(VideoError, match="claims 21 frames"):
-        probe(path)
+        read_facts(path)
 
 
 def test_times_of_no_recording_are_refused(tmp_path: Path) -> None:
     path = write_numbered(tmp_path / "x.mkv", count=3, times_ms=[0, 50, 8 * 86_400_000])
     with pytest.raises(VideoError, match="span more than 7 days"):
-        probe(path)
+        read_facts(path)
     check_times(path, np.array([0.0]))
     for times in ([0.0, 1.0, 1.0], [0.0, -1e13], [0.0, np.nan], [np.nan]):
         with pytest.raises(VideoError, match="do not increase"):
@@ -108,7 +108,7 @@ def test_a_list_of_other_files_is_no_video(tmp_path: Path, text: str) -> None:
     write_numbered(tmp_path / "whole.ts", container="mpegts")
     (tmp_path / "x.mp4").write_text(text)
     with pytest.raises(VideoError, match="not a readable video"):
-        probe(tmp_path / "x.mp4")
+        read_facts(tmp_path / "x.mp4")
 
 
 @pytest.mark.parametrize("name", ["12:30:05.mp4", "concat:x.mp4", "http:x.mp4"])
@@ -117,9 +117,9 @@ def test_a_name_with_a_colon_is_a_name(
 ) -> None:
     write_numbered(tmp_path / "plain.mp4").rename(tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    info = probe(Path(name))
-    assert read_numbers(list(stream_frames(info, indices=[0, 7]))) == [0, 7]
-    assert read_numbers(read_frames(info, [7, 0])) == [7, 0]
+    facts = read_facts(Path(name))
+    assert read_numbers(list(stream_frames(facts, indices=[0, 7]))) == [0, 7]
+    assert read_numbers(read_frames(facts, [7, 0])) == [7, 0]
 
 
 def test_a_title_may_be_in_any_encoding(tmp_path: Path) -> None:
@@ -127,11 +127,11 @@ def test_a_title_may_be_in_any_encoding(tmp_path: Path) -> None:
     content = path.read_bytes()
     assert b"Lavf" in content
     path.write_bytes(content.replace(b"Lavf", b"\xe9\xff\xfev"))
-    assert len(probe(path).timestamps) == 40
+    assert len(read_facts(path).timestamps) == 40
 
 
 def test_a_codec_that_nothing_decodes_is_one_line(tmp_path: Path) -> None:
     path = write_numbered(tmp_path / "x.mp4")
     path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
     with pytest.raises(VideoError, match="nothing here decodes its codec"):
-        probe(path)
+        read_facts(path)

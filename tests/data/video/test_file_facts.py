@@ -1,4 +1,4 @@
-"""The probe: who reads which file, when its frames are, and one line for what cannot be read."""
+"""The facts of a file: its reader, its frames' times, and one line for what cannot be read."""
 
 from collections.abc import Callable
 from fractions import Fraction
@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from driving_sim.data.video.file_facts import VideoError, decord_installed, probe
+from driving_sim.data.video.file_facts import VideoError, decord_installed, read_facts
 from driving_sim.data.video.frame_rate import gaps, mean_rate
 from tests import SHARED
 from tests.fixtures.video_files import cut, needs_shared, write_numbered
@@ -23,10 +23,10 @@ needs_decord = pytest.mark.skipif(not decord_installed(), reason="no decord on t
     [("x.mp4", "libx264"), ("x.mkv", "libx264"), ("x.webm", "libvpx-vp9"), ("x.mp4", "mpeg4")],
 )
 def test_plain_files_go_to_decord(tmp_path: Path, name: str, codec: str) -> None:
-    info = probe(write_numbered(tmp_path / name, codec=codec))
-    assert info.reader == "decord", info.reason
-    assert (info.width, info.height, len(info.timestamps)) == (128, 48, 40)
-    np.testing.assert_allclose(info.timestamps, np.arange(40) / 20, atol=1e-3)
+    facts = read_facts(write_numbered(tmp_path / name, codec=codec))
+    assert facts.reader == "decord", facts.reason
+    assert (facts.width, facts.height, len(facts.timestamps)) == (128, 48, 40)
+    np.testing.assert_allclose(facts.timestamps, np.arange(40) / 20, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -43,21 +43,21 @@ def test_what_decord_gets_wrong_goes_to_pyav(
 ) -> None:
     options = X265 if codec == "libx265" else {}
     path = write_numbered(tmp_path / name, codec=codec, container=container, codec_options=options)
-    info = probe(path)
-    assert (info.reader, info.reason) == ("pyav", reason)
-    np.testing.assert_allclose(info.timestamps, np.arange(40) / 20, atol=1e-3)
+    facts = read_facts(path)
+    assert (facts.reader, facts.reason) == ("pyav", reason)
+    np.testing.assert_allclose(facts.timestamps, np.arange(40) / 20, atol=1e-3)
 
 
 def test_open_groups_go_to_pyav(tmp_path: Path) -> None:
     options = {"x264-params": "open-gop=1:keyint=12:bframes=3"}
-    info = probe(write_numbered(tmp_path / "x.mp4", codec_options=options))
-    assert (info.reader, info.reason) == ("pyav", "open groups of pictures")
+    facts = read_facts(write_numbered(tmp_path / "x.mp4", codec_options=options))
+    assert (facts.reader, facts.reason) == ("pyav", "open groups of pictures")
 
 
 def test_variable_rate_keeps_its_own_times(tmp_path: Path) -> None:
     times = np.cumsum(np.random.default_rng(0).integers(20, 150, size=40)).tolist()
-    info = probe(write_numbered(tmp_path / "x.mp4", times_ms=times))
-    np.testing.assert_allclose(info.timestamps, (np.array(times) - times[0]) / 1000, atol=1e-3)
+    facts = read_facts(write_numbered(tmp_path / "x.mp4", times_ms=times))
+    np.testing.assert_allclose(facts.timestamps, (np.array(times) - times[0]) / 1000, atol=1e-3)
 
 
 def test_edit_list_hides_its_frames(tmp_path: Path) -> None:
@@ -67,10 +67,10 @@ def test_edit_list_hides_its_frames(tmp_path: Path) -> None:
         times_ms=times,
         container_options={"avoid_negative_ts": "disabled"},
     )
-    info = probe(path)
-    assert info.reader == "pyav"
-    assert "discarded" in info.reason
-    assert len(info.timestamps) == 36
+    facts = read_facts(path)
+    assert facts.reader == "pyav"
+    assert "discarded" in facts.reason
+    assert len(facts.timestamps) == 36
 
 
 @needs_decord
@@ -92,19 +92,19 @@ def test_files_that_begin_before_zero_go_to_pyav(
         times_ms=[50 * number + start_ms for number in range(40)],
         container_options={"avoid_negative_ts": "disabled"},
     )
-    info = probe(path)
-    assert (info.reader, info.reason) == expected
-    assert info.pts is not None
-    assert info.pts[0] == start_ms
-    np.testing.assert_allclose(info.timestamps, np.arange(40) / 20, atol=1e-3)
+    facts = read_facts(path)
+    assert (facts.reader, facts.reason) == expected
+    assert facts.pts is not None
+    assert facts.pts[0] == start_ms
+    np.testing.assert_allclose(facts.timestamps, np.arange(40) / 20, atol=1e-3)
 
 
 def test_duplicate_times_count_once(tmp_path: Path) -> None:
     times = [50 * (number - (number == 7)) for number in range(20)]
     path = write_numbered(tmp_path / "x.mkv", times_ms=times, count=20, codec_options={"bf": "0"})
-    info = probe(path)
-    assert info.reader == "pyav"
-    assert np.all(np.diff(info.timestamps) > 0)
+    facts = read_facts(path)
+    assert facts.reader == "pyav"
+    assert np.all(np.diff(facts.timestamps) > 0)
 
 
 def test_a_file_without_its_last_frame_goes_to_pyav(tmp_path: Path) -> None:
@@ -112,15 +112,15 @@ def test_a_file_without_its_last_frame_goes_to_pyav(tmp_path: Path) -> None:
     with av.open(str(path)) as container:
         *_, last = (packet.size for packet in container.demux(video=0) if packet.size)
     path.write_bytes(path.read_bytes()[:-last])
-    info = probe(path)
-    assert (info.reader, info.reason) == ("pyav", "frame count differs from the header's")
-    assert len(info.timestamps) == 39
+    facts = read_facts(path)
+    assert (facts.reader, facts.reason) == ("pyav", "frame count differs from the header's")
+    assert len(facts.timestamps) == 39
 
 
 def test_long_files_go_to_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_numbered(tmp_path / "x.mp4")
     monkeypatch.setattr("driving_sim.data.video.file_facts._DECORD_FRAMES", 39)
-    assert probe(path).reason == "more than 39 frames"
+    assert read_facts(path).reason == "more than 39 frames"
 
 
 @needs_decord
@@ -129,28 +129,28 @@ def test_files_with_few_keyframes_go_to_pyav(tmp_path: Path) -> None:
     for name, every in (("one.mp4", 999), ("two.mp4", 300)):
         path, options = tmp_path / name, {"sc_threshold": "0"}
         write_numbered(path, count=301, keyframe_every=every, height=16, codec_options=options)
-    info = probe(tmp_path / "one.mp4")
-    assert (info.reader, info.reason) == ("pyav", "more than 300 frames between keyframes")
-    info = probe(tmp_path / "two.mp4")
-    assert (info.reader, int(info.keyframes[-1])) == ("decord", 300)
+    facts = read_facts(tmp_path / "one.mp4")
+    assert (facts.reader, facts.reason) == ("pyav", "more than 300 frames between keyframes")
+    facts = read_facts(tmp_path / "two.mp4")
+    assert (facts.reader, int(facts.keyframes[-1])) == ("decord", 300)
 
 
 def test_without_decord_pyav_reads_everything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("driving_sim.data.video.file_facts.decord_installed", lambda: False)
-    info = probe(write_numbered(tmp_path / "x.mp4"))
-    assert (info.reader, info.reason) == ("pyav", "decord is not installed")
+    facts = read_facts(write_numbered(tmp_path / "x.mp4"))
+    assert (facts.reader, facts.reason) == ("pyav", "decord is not installed")
 
 
 def test_keyframes_are_where_decoding_can_begin(tmp_path: Path) -> None:
-    info = probe(write_numbered(tmp_path / "x.mp4", keyframe_every=12))
-    assert info.keyframes.tolist() == [0, 12, 24, 36]
+    facts = read_facts(write_numbered(tmp_path / "x.mp4", keyframe_every=12))
+    assert facts.keyframes.tolist() == [0, 12, 24, 36]
 
 
 def test_pixel_aspect_widens_the_display(tmp_path: Path) -> None:
-    info = probe(write_numbered(tmp_path / "x.mp4", aspect=Fraction(3, 2)))
-    assert (info.width, info.height) == (192, 48)
+    facts = read_facts(write_numbered(tmp_path / "x.mp4", aspect=Fraction(3, 2)))
+    assert (facts.width, facts.height) == (192, 48)
 
 
 def empty(folder: Path) -> Path:
@@ -235,7 +235,7 @@ def test_what_cannot_be_read_is_one_line(
 ) -> None:
     path = make(tmp_path)
     with pytest.raises(VideoError, match=says) as caught:
-        probe(path)
+        read_facts(path)
     message = str(caught.value)
     assert message.startswith(str(path))
     assert "\n" not in message
@@ -243,7 +243,12 @@ def test_what_cannot_be_read_is_one_line(
 
 @needs_shared
 def test_real_drives_have_their_own_clock() -> None:
-    info = probe(SHARED / "track" / "drive_00.mp4")
-    assert (info.codec, info.width, info.height, len(info.timestamps)) == ("h264", 320, 160, 506)
-    assert mean_rate(info.timestamps, gaps(info.timestamps)) == pytest.approx(14, abs=0.5)
-    assert np.ptp(np.diff(info.timestamps)) > 0.01
+    facts = read_facts(SHARED / "track" / "drive_00.mp4")
+    assert (facts.codec, facts.width, facts.height, len(facts.timestamps)) == (
+        "h264",
+        320,
+        160,
+        506,
+    )
+    assert mean_rate(facts.timestamps, gaps(facts.timestamps)) == pytest.approx(14, abs=0.5)
+    assert np.ptp(np.diff(facts.timestamps)) > 0.01

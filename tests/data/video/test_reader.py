@@ -14,7 +14,7 @@ from av.video.stream import VideoStream
 
 from driving_sim.data.video import reader as video
 from driving_sim.data.video.file import video_stream
-from driving_sim.data.video.file_facts import VideoError, VideoInfo, decord_installed, probe
+from driving_sim.data.video.file_facts import VideoError, VideoFacts, decord_installed, read_facts
 from driving_sim.data.video.frame_size import FrameSize, fit, transform_description
 from driving_sim.data.video.reader import _read_decord, _read_pyav, read_frames, stream_frames
 from driving_sim.data.video.writer import write_video
@@ -36,7 +36,7 @@ VARIABLE = np.cumsum(np.random.default_rng(0).integers(20, 150, size=40)).tolist
 SHUFFLED = [33, 0, 12, 13, 39, 11, 25, 12]
 
 
-def some_video(folder: Path, kind: str) -> VideoInfo:
+def some_video(folder: Path, kind: str) -> VideoFacts:
     """One small video of each kind that a reader may get wrong."""
     match kind:
         case "h264":
@@ -66,7 +66,7 @@ def some_video(folder: Path, kind: str) -> VideoInfo:
             path = write_numbered(folder / "x.avi", container="avi")
         case _:
             raise AssertionError(kind)
-    return probe(path)
+    return read_facts(path)
 
 
 TRUSTED = ["h264", "variable rate", "first frame late", "fragments", "vp9", "mpeg4"]
@@ -75,36 +75,36 @@ OTHERS = ["open groups", "hevc", "raw hevc", "transport stream", "avi"]
 
 @pytest.mark.parametrize("kind", TRUSTED + OTHERS)
 def test_stream_and_clips_give_the_frames_asked_for(tmp_path: Path, kind: str) -> None:
-    info = some_video(tmp_path, kind)
-    assert read_numbers(list(stream_frames(info))) == list(range(40))
-    assert read_numbers(list(stream_frames(info, indices=[3, 14, 38]))) == [3, 14, 38]
-    assert read_numbers(read_frames(info, SHUFFLED)) == SHUFFLED
+    facts = some_video(tmp_path, kind)
+    assert read_numbers(list(stream_frames(facts))) == list(range(40))
+    assert read_numbers(list(stream_frames(facts, indices=[3, 14, 38]))) == [3, 14, 38]
+    assert read_numbers(read_frames(facts, SHUFFLED)) == SHUFFLED
 
 
 @needs_decord
 @pytest.mark.parametrize("kind", TRUSTED)
 def test_decord_seeks_to_the_frames_that_pyav_streams(tmp_path: Path, kind: str) -> None:
-    info = some_video(tmp_path, kind)
-    assert info.reader == "decord"
-    whole = fit(info.height, info.width, None)
+    facts = some_video(tmp_path, kind)
+    assert facts.reader == "decord"
+    whole = fit(facts.height, facts.width, None)
     for index in range(40):
-        frame = _read_decord(info, np.array([index]), whole)
+        frame = _read_decord(facts, np.array([index]), whole)
         assert frame is not None
         assert read_number(frame[0]) == index
 
 
 @pytest.mark.parametrize("kind", ["open groups", "hevc", "transport stream"])
 def test_every_frame_can_be_sought_alone(tmp_path: Path, kind: str) -> None:
-    info = some_video(tmp_path, kind)
-    whole = fit(info.height, info.width, None)
-    read = [_read_pyav(info, np.array([index]), whole)[0] for index in range(40)]
+    facts = some_video(tmp_path, kind)
+    whole = fit(facts.height, facts.width, None)
+    read = [_read_pyav(facts, np.array([index]), whole)[0] for index in range(40)]
     assert read_numbers(read) == list(range(40))
 
 
 def test_sparse_frames_of_a_longer_video_jump_between_keyframes(tmp_path: Path) -> None:
-    info = probe(write_numbered(tmp_path / "x.ts", container="mpegts", count=240))
+    facts = read_facts(write_numbered(tmp_path / "x.ts", container="mpegts", count=240))
     wanted = [1, 2, 100, 130, 239]
-    assert read_numbers(read_frames(info, wanted)) == wanted
+    assert read_numbers(read_frames(facts, wanted)) == wanted
 
 
 def test_edit_list_starts_at_the_first_frame_shown(tmp_path: Path) -> None:
@@ -113,19 +113,19 @@ def test_edit_list_starts_at_the_first_frame_shown(tmp_path: Path) -> None:
         times_ms=[50 * number - 200 for number in range(40)],
         container_options={"avoid_negative_ts": "disabled"},
     )
-    info = probe(path)
-    assert read_numbers(list(stream_frames(info))) == list(range(4, 40))
-    assert read_numbers(read_frames(info, [20, 0])) == [24, 4]
+    facts = read_facts(path)
+    assert read_numbers(list(stream_frames(facts))) == list(range(4, 40))
+    assert read_numbers(read_frames(facts, [20, 0])) == [24, 4]
 
 
 def test_a_stream_joined_midway_starts_at_its_first_keyframe(tmp_path: Path) -> None:
     path = write_numbered(tmp_path / "x.ts", container="mpegts")
     path.write_bytes(path.read_bytes()[188 * 20 :])
-    info = probe(path)
-    numbers = read_numbers(list(stream_frames(info)))
+    facts = read_facts(path)
+    numbers = read_numbers(list(stream_frames(facts)))
     assert numbers[0] in (12, 24)
     assert numbers == list(range(numbers[0], 40))
-    assert len(info.timestamps) == len(numbers)
+    assert len(facts.timestamps) == len(numbers)
 
 
 def rotate_tag(path: Path) -> None:
@@ -141,12 +141,12 @@ def rotate_tag(path: Path) -> None:
 def test_rotation_tag_is_applied(tmp_path: Path) -> None:
     path = write_numbered(tmp_path / "x.mp4")
     rotate_tag(path)
-    info = probe(path)
-    assert (info.reader, info.width, info.height) == ("pyav", 48, 128)
+    facts = read_facts(path)
+    assert (facts.reader, facts.width, facts.height) == ("pyav", 48, 128)
     expected = np.rot90(numbered(37), -1)
-    for frame in (read_frames(info, [37])[0], list(stream_frames(info))[37]):
+    for frame in (read_frames(facts, [37])[0], list(stream_frames(facts))[37]):
         assert np.abs(frame.astype(int) - expected).mean() < 4
-    small = read_frames(info, [37], FrameSize(height=64, width=24))[0]
+    small = read_frames(facts, [37], FrameSize(height=64, width=24))[0]
     assert np.abs(small.astype(int) - expected[1::2, 1::2]).mean() < 8
 
 
@@ -154,14 +154,14 @@ def test_rotation_tag_is_applied(tmp_path: Path) -> None:
 def test_odd_sizes_fit_any_frame(tmp_path: Path, pixel_format: str) -> None:
     odd = (46, 126) if pixel_format == "yuv420p" else (45, 127)
     height, width = odd
-    info = probe(
+    facts = read_facts(
         write_numbered(tmp_path / "x.mp4", height=height, width=width, pixel_format=pixel_format)
     )
-    assert (info.height, info.width) == odd
+    assert (facts.height, facts.width) == odd
     for size in (FrameSize(height=33, width=51), FrameSize(height=90, width=17)):
-        streamed = next(iter(stream_frames(info, size)))
+        streamed = next(iter(stream_frames(facts, size)))
         assert (
-            streamed.shape == read_frames(info, [0], size)[0].shape == (size.height, size.width, 3)
+            streamed.shape == read_frames(facts, [0], size)[0].shape == (size.height, size.width, 3)
         )
 
 
@@ -193,45 +193,45 @@ def test_readers_agree_to_half_a_grey_level(tmp_path: Path, size: FrameSize | No
     waves = np.stack([grey, grey, grey + 0.2 * np.sin((x + y) / 30)], axis=-1) / 2
     frames = (127 + 90 * waves).astype(np.uint8).transpose(2, 0, 1, 3)
     write_video(tmp_path / "x.mp4", frames, fps=10)
-    assert readers_difference(probe(tmp_path / "x.mp4"), np.arange(12), size) < 0.5
+    assert readers_difference(read_facts(tmp_path / "x.mp4"), np.arange(12), size) < 0.5
 
 
 def readers_difference(
-    info: VideoInfo, indices: np.ndarray[tuple[int], np.dtype[np.int64]], size: FrameSize | None
+    facts: VideoFacts, indices: np.ndarray[tuple[int], np.dtype[np.int64]], size: FrameSize | None
 ) -> float:
     """Mean difference between the two readers in grey levels."""
-    geometry = fit(info.height, info.width, size)
-    by_decord = _read_decord(info, indices, geometry)
+    geometry = fit(facts.height, facts.width, size)
+    by_decord = _read_decord(facts, indices, geometry)
     assert by_decord is not None
-    return float(np.abs(by_decord.astype(int) - _read_pyav(info, indices, geometry)).mean())
+    return float(np.abs(by_decord.astype(int) - _read_pyav(facts, indices, geometry)).mean())
 
 
 @needs_decord
 @needs_shared
 @pytest.mark.parametrize("name", ["track/drive_03.mp4", "highway/solidWhiteRight.mp4"])
 def test_readers_agree_on_real_drives(name: str) -> None:
-    info = probe(SHARED / name)
+    facts = read_facts(SHARED / name)
     size = FrameSize(height=128, width=256)
     wanted = np.array([0, 7, 8, 100, 101, 219])
-    assert readers_difference(info, wanted, size) < 0.5
+    assert readers_difference(facts, wanted, size) < 0.5
     # The frames are the right ones: both neighbours differ more than the readers do.
     for index in (8, 101):
-        one, other = (readers_difference_between(info, index, index + step) for step in (-1, 1))
+        one, other = (readers_difference_between(facts, index, index + step) for step in (-1, 1))
         assert min(one, other) > 0.6
 
 
-def readers_difference_between(info: VideoInfo, index: int, other: int) -> float:
+def readers_difference_between(facts: VideoFacts, index: int, other: int) -> float:
     """Mean difference between frame `index` as clips give it and frame `other` as streams do."""
     size = FrameSize(height=128, width=256)
-    clip = read_frames(info, [index], size)[0].astype(int)
-    return float(np.abs(clip - next(stream_frames(info, size, [other]))).mean())
+    clip = read_frames(facts, [index], size)[0].astype(int)
+    return float(np.abs(clip - next(stream_frames(facts, size, [other]))).mean())
 
 
-def test_file_that_shrank_after_the_probe_names_the_time_reached(tmp_path: Path) -> None:
+def test_file_that_shrank_after_its_facts_were_read_names_the_time_reached(tmp_path: Path) -> None:
     options = {"movflags": "+faststart"}
-    info = probe(write_numbered(tmp_path / "x.mp4", container_options=options))
-    cut(info.path, 0.75)
-    frames = stream_frames(info)
+    facts = read_facts(write_numbered(tmp_path / "x.mp4", container_options=options))
+    cut(facts.path, 0.75)
+    frames = stream_frames(facts)
     seen: list[int] = []
     with pytest.raises(
         VideoError, match=r"x\.mp4: decoding stopped at \d\.\d s of 1\.9\d? s"
@@ -241,39 +241,39 @@ def test_file_that_shrank_after_the_probe_names_the_time_reached(tmp_path: Path)
     assert 0 < len(seen) < 40
     assert seen == list(range(len(seen)))
     with pytest.raises(VideoError, match=r"decoding stopped at 1\.9"):
-        read_frames(info, [0, 39])
+        read_frames(facts, [0, 39])
 
 
 def test_damage_in_the_middle_spares_the_frames_before_it(tmp_path: Path) -> None:
-    info = probe(write_numbered(tmp_path / "x.mp4", count=240))
-    content = bytearray(info.path.read_bytes())
+    facts = read_facts(write_numbered(tmp_path / "x.mp4", count=240))
+    content = bytearray(facts.path.read_bytes())
     middle = len(content) // 2
     content[middle : middle + 2000] = np.random.default_rng(0).bytes(2000)
-    info.path.write_bytes(content)
-    assert read_numbers(read_frames(info, [5, 30])) == [5, 30]
+    facts.path.write_bytes(content)
+    assert read_numbers(read_frames(facts, [5, 30])) == [5, 30]
     with pytest.raises(VideoError, match="damaged"):
-        list(stream_frames(info))
+        list(stream_frames(facts))
 
 
 def test_file_that_is_gone_is_one_line(tmp_path: Path) -> None:
-    info = probe(write_numbered(tmp_path / "x.mp4"))
-    info.path.unlink()
+    facts = read_facts(write_numbered(tmp_path / "x.mp4"))
+    facts.path.unlink()
     with pytest.raises(VideoError, match=r"x\.mp4"):
-        read_frames(info, [3])
+        read_frames(facts, [3])
     with pytest.raises(VideoError, match=r"x\.mp4"):
-        next(stream_frames(info))
+        next(stream_frames(facts))
 
 
 def test_indices_are_checked(tmp_path: Path) -> None:
-    info = probe(write_numbered(tmp_path / "x.mp4"))
+    facts = read_facts(write_numbered(tmp_path / "x.mp4"))
     with pytest.raises(IndexError, match="of 40"):
-        read_frames(info, [40])
+        read_frames(facts, [40])
     with pytest.raises(IndexError, match="of 40"):
-        read_frames(info, [-1])
+        read_frames(facts, [-1])
     with pytest.raises(ValueError, match="increasing"):
-        next(stream_frames(info, indices=[4, 3]))
-    assert read_frames(info, []).shape == (0, 48, 128, 3)
-    assert list(stream_frames(info, indices=[])) == []
+        next(stream_frames(facts, indices=[4, 3]))
+    assert read_frames(facts, []).shape == (0, 48, 128, 3)
+    assert list(stream_frames(facts, indices=[])) == []
 
 
 @needs_decord
@@ -281,19 +281,19 @@ def test_decord_says_that_it_lives_before_it_decodes_much(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_numbered(tmp_path / "x.mp4", count=250, keyframe_every=999, height=16)
-    info, beats = probe(path), []
+    facts, beats = read_facts(path), []
     monkeypatch.setattr(video, "beat", lambda: beats.append(1))
-    assert info.reader == "decord"
+    assert facts.reader == "decord"
     for wanted, least in (([30, 60, 90, 120, 150, 180, 210, 240], 4), (range(16), 2)):
         beats.clear()
-        assert read_numbers(read_frames(info, wanted)) == list(wanted)
+        assert read_numbers(read_frames(facts, wanted)) == list(wanted)
         assert len(beats) == least
 
 
 def test_a_clip_in_order_is_not_copied(tmp_path: Path) -> None:
-    info = probe(write_numbered(tmp_path / "x.mp4"))
+    facts = read_facts(write_numbered(tmp_path / "x.mp4"))
     tracemalloc.start()
-    frames = read_frames(info, range(40), FrameSize(height=240, width=640))
+    frames = read_frames(facts, range(40), FrameSize(height=240, width=640))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert frames.nbytes < peak < 1.5 * frames.nbytes
@@ -305,7 +305,7 @@ def test_few_threads_decode_large_pictures(tmp_path: Path, monkeypatch: pytest.M
     assert [video._threads(pixels) for pixels in (4320 * 7680, 8192 * 8192, 1 << 40)] == [4, 1, 1]
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert [video._threads(pixels) for pixels in (1080 * 1920, 8192 * 8192)] == [0, 1]
-    info, opened = probe(write_numbered(tmp_path / "x.mp4")), []
+    facts, opened = read_facts(write_numbered(tmp_path / "x.mp4")), []
 
     def keep(*given: Any) -> VideoStream:
         opened.append(video_stream(*given))
@@ -313,14 +313,14 @@ def test_few_threads_decode_large_pictures(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(video, "video_stream", keep)
     monkeypatch.setattr(video, "_PIXELS_AT_ONCE", 2 * 48 * 128)
-    assert read_numbers(list(stream_frames(info))) == list(range(40))
+    assert read_numbers(list(stream_frames(facts))) == list(range(40))
     assert [stream.thread_count for stream in opened] == [2]
 
 
 @needs_proc
 def test_streaming_takes_constant_memory(tmp_path: Path) -> None:
-    info = probe(write_numbered(tmp_path / "x.mp4", count=250, height=256, width=384))
-    resident = [resident_bytes() for _ in stream_frames(info)]
+    facts = read_facts(write_numbered(tmp_path / "x.mp4", count=250, height=256, width=384))
+    resident = [resident_bytes() for _ in stream_frames(facts)]
     all_frames = 250 * 256 * 384 * 3
     assert max(resident[50:]) - resident[50] < all_frames / 4
 
@@ -328,12 +328,12 @@ def test_streaming_takes_constant_memory(tmp_path: Path) -> None:
 @needs_proc
 @needs_decord
 def test_no_reader_stays_open_after_a_clip(tmp_path: Path) -> None:
-    info = probe(write_numbered(tmp_path / "x.mp4"))
-    assert info.reader == "decord"
-    read_frames(info, [3])
+    facts = read_facts(write_numbered(tmp_path / "x.mp4"))
+    assert facts.reader == "decord"
+    read_frames(facts, [3])
     before = threads_running()
     for _ in range(5):
-        read_frames(info, [3, 20])
+        read_frames(facts, [3, 20])
     assert threads_running() <= before
 
 
@@ -346,13 +346,13 @@ def threads_running() -> int:
 
 
 def test_info_travels_to_a_worker(tmp_path: Path) -> None:
-    info = pickle.loads(pickle.dumps(probe(write_numbered(tmp_path / "x.mp4"))))
-    assert read_number(read_frames(info, [21])[0]) == 21
+    facts = pickle.loads(pickle.dumps(read_facts(write_numbered(tmp_path / "x.mp4"))))
+    assert read_number(read_frames(facts, [21])[0]) == 21
 
 
 def test_pyav_reads_clips_where_decord_does_not_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    info = replace(probe(write_numbered(tmp_path / "a.mp4")), reader="decord")
+    facts = replace(read_facts(write_numbered(tmp_path / "a.mp4")), reader="decord")
     monkeypatch.setitem(sys.modules, "decord", None)
-    assert read_numbers(read_frames(info, [7, 3])) == [7, 3]
+    assert read_numbers(read_frames(facts, [7, 3])) == [7, 3]

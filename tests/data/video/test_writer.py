@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from driving_sim.data.video.reader import probe, stream_frames
+from driving_sim.data.video.reader import read_facts, stream_frames
 from driving_sim.data.video.writer import FAST, SMALL, VideoWriter, write_video
 from driving_sim.engine.errors import DriveSimError
 
@@ -33,15 +33,15 @@ def test_frames_come_back_with_their_times(
     with VideoWriter(tmp_path / "x.mp4", fps=12.5, height=height, width=width, x264=x264) as writer:
         for frame in frames:
             writer.write(frame)
-    info = probe(tmp_path / "x.mp4")
-    read = np.stack(list(stream_frames(info)))
-    assert (info.width % 2, info.height % 2) == (0, 0)
+    facts = read_facts(tmp_path / "x.mp4")
+    read = np.stack(list(stream_frames(facts)))
+    assert (facts.width % 2, facts.height % 2) == (0, 0)
     padding = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
     padded = np.pad(frames, padding, mode="edge").astype(int)
     assert np.abs(read - padded).mean(axis=(1, 2, 3)).max() < 3
     assert np.abs(read - padded)[:, -1].mean() < 4
     assert np.abs(read - padded)[:, :, -1].mean() < 4
-    np.testing.assert_allclose(info.timestamps, np.arange(12) / 12.5, atol=1e-4)
+    np.testing.assert_allclose(facts.timestamps, np.arange(12) / 12.5, atol=1e-4)
 
 
 def test_file_is_h264_yuv420p_with_its_index_in_front(tmp_path: Path) -> None:
