@@ -13,9 +13,10 @@ from driving_sim.data.actions.action_file import SPEED, STEERING, SteeringKind
 from driving_sim.data.drive import Drive, SampledDrive, Skipped, sample
 from driving_sim.data.inspect.motion import picture_change, yaw_motion
 from driving_sim.data.inspect.picture import draw_drive
-from driving_sim.data.inspect.steering_check import Synchrony, measure_synchrony, within_segments
+from driving_sim.data.inspect.steering_check import Synchrony, measure_synchrony
 from driving_sim.data.sources import find_drives
 from driving_sim.data.video.frame_size import FrameSize
+from driving_sim.data.video.segments import within_segments
 from driving_sim.engine.config import load_json
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_folder
@@ -143,7 +144,7 @@ def _speed_problems(sampled: SampledDrive, change: npt.NDArray[np.float32]) -> l
             f"the speed reaches {speed[known].max():.0f} m/s ({speed[known].max() * 3.6:.0f} km/h):"
             " is the column in km/h (speed_kmh) or mph (speed_mph)?"
         )
-    usable = known[:-1] & within_segments(sampled)
+    usable = known[:-1] & within_segments(sampled.segments)
     standing = change[usable & (np.abs(speed[:-1]) < _STANDING_MPS)]
     driving = change[usable & (np.abs(speed[:-1]) > _DRIVING_MPS)]
     if min(len(standing), len(driving)) >= _FEW_FRAMES and np.median(standing) > np.median(driving):
@@ -169,11 +170,14 @@ def _report(
     whole = sample(drive)
     synchrony = measure_synchrony(motion, measured)
     problems = (*synchrony.problems, *_speed_problems(measured, change))
-    gap_lengths = np.diff(whole.timestamps)[~within_segments(whole)]
+    gap_lengths = np.diff(whole.timestamps)[~within_segments(whole.segments)]
     picture = f"{drive.id}.png"
     caption = f"{drive.id}: " + ("; ".join(problems) if problems else "no problems found")
     draw_drive(
-        out / picture, measured, np.where(within_segments(measured), motion, np.nan), caption
+        out / picture,
+        measured,
+        np.where(within_segments(measured.segments), motion, np.nan),
+        caption,
     )
     return DriveReport(
         id=drive.id,

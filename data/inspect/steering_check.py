@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from driving_sim.data.actions.action_file import SPEED, STEERING, SteeringKind
 from driving_sim.data.drive import SampledDrive
-from driving_sim.data.video.frame_rate import median_period
+from driving_sim.data.video.segments import median_period, within_segments
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -61,13 +61,6 @@ def curvature(steering: FloatArray, kind: SteeringKind) -> FloatArray:
     if kind == "curvature":
         return steering
     return np.tan(steering / _STEERING_RATIOS[kind]) / _WHEELBASE_M
-
-
-def within_segments(sampled: SampledDrive) -> npt.NDArray[np.bool_]:
-    """Which pairs of neighbouring frames [P] have no gap in time between them."""
-    inside = np.ones(len(sampled.timestamps) - 1, np.bool_)
-    inside[[start - 1 for start, _ in sampled.segments[1:]]] = False
-    return inside
 
 
 def _turns(sampled: SampledDrive, kind: SteeringKind) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
@@ -152,7 +145,7 @@ def measure_synchrony(motion: npt.NDArray[np.float32], sampled: SampledDrive) ->
     if kind is None or len(motion) < 2 * _MIN_PAIRS:
         return Synchrony()
     turns, known = _turns(sampled, kind)
-    usable = known & within_segments(sampled)
+    usable = known & within_segments(sampled.segments)
     period = median_period(sampled.timestamps)
     max_lag = min(round(_MAX_LAG_S / period), len(motion) // 3)
     seen = motion.astype(np.float64)

@@ -30,8 +30,8 @@ from driving_sim.data.video.file import (
     open_video,
     video_stream,
 )
-from driving_sim.data.video.frame_rate import median_period
 from driving_sim.data.video.heartbeat import beat
+from driving_sim.data.video.segments import median_period
 
 __all__ = ["VideoError", "VideoFacts", "decord_installed", "read_facts"]
 

@@ -1,11 +1,12 @@
-"""Frame times: rate, gaps, and the choice of frames for a lower rate."""
+"""The rate of a video's frames, and the choice of frames for a lower one."""
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
+
+from driving_sim.data.video.segments import gaps
 
 RATE_TOLERANCE = 0.25
 """How far a drive's rate may be off that of the others, or of a model, as a share of it.
@@ -13,12 +14,6 @@ RATE_TOLERANCE = 0.25
 A model learns one rate; `choose_frames` already lets a drive be 15 % off the one asked for."""
 
 _STRIDE_TOLERANCE = 0.15
-_GAP_PERIODS = 1.5
-
-
-def median_period(timestamps: NDArray[np.float64]) -> float:
-    """Median time between frames in seconds; 0 for fewer than two frames."""
-    return float(np.median(np.diff(timestamps))) if len(timestamps) > 1 else 0.0
 
 
 def mean_rate(timestamps: NDArray[np.float64], segments: Sequence[tuple[int, int]]) -> float:
@@ -32,36 +27,6 @@ def mean_rate(timestamps: NDArray[np.float64], segments: Sequence[tuple[int, int
     return intervals / seconds if intervals else 0.0
 
 
-def gaps(timestamps: NDArray[np.float64]) -> list[tuple[int, int]]:
-    """Cut a drive where two frames are more than 1.5 median periods apart.
-
-    Returns the segments as (start, stop) frame numbers; together they cover every frame.
-    """
-    if len(timestamps) == 0:
-        return []
-    limit = _GAP_PERIODS * median_period(timestamps)
-    breaks = np.flatnonzero(np.diff(timestamps) > limit) + 1
-    edges = [0, *breaks.tolist(), len(timestamps)]
-    return list(pairwise(edges))
-
-
-def chosen_segments(
-    timestamps: NDArray[np.float64], indices: NDArray[np.int64]
-) -> list[tuple[int, int]]:
-    """Cut a choice of frames, increasing `indices`, where a gap of the drive lies between two.
-
-    Returns the segments as (start, stop) positions in `indices`. The drive's own frames tell where
-    a gap is: frames chosen for a lower rate may be unevenly apart with none of them missing, and
-    evenly enough with one missing.
-    """
-    if len(indices) == 0:
-        return []
-    breaks = [start for start, _ in gaps(timestamps)[1:]]
-    cuts = np.unique(np.searchsorted(indices, breaks))
-    inner = cuts[(cuts > 0) & (cuts < len(indices))]
-    return list(pairwise([0, *inner.tolist(), len(indices)]))
-
-
 def choose_frames(
     timestamps: NDArray[np.float64], *, fps: float | None = None, every: int | None = None
 ) -> NDArray[np.int64]:
@@ -73,28 +38,19 @@ def choose_frames(
 
     Raises ValueError where both are given, or one is not positive.
     """
-    stride = _stride(timestamps, fps, every)
-    if stride is not None:
-        return np.arange(0, len(timestamps), stride, dtype=np.int64)
-    assert fps is not None
-    return _nearest_to_grid(timestamps, 1.0 / fps)
-
-
-def _stride(timestamps: NDArray[np.float64], fps: float | None, every: int | None) -> int | None:
-    """The constant stride that serves the request; None where only a grid does."""
     if fps is not None and every is not None:
         raise ValueError(f"fps={fps} and every={every}: give one of them")
-    if every is not None:
-        if every < 1:
-            raise ValueError(f"every={every}: must be at least 1")
-        return every
-    if fps is None:
-        return 1
-    if not (fps > 0 and math.isfinite(fps)):
+    if every is not None and every < 1:
+        raise ValueError(f"every={every}: must be at least 1")
+    if fps is not None and not (fps > 0 and math.isfinite(fps)):
         raise ValueError(f"fps={fps}: must be a positive number")
-    ratio = mean_rate(timestamps, gaps(timestamps)) / fps
-    nearest = max(1, round(ratio))
-    return nearest if ratio <= 1 or abs(ratio / nearest - 1) <= _STRIDE_TOLERANCE else None
+    stride = every or 1
+    if fps is not None:
+        ratio = mean_rate(timestamps, gaps(timestamps)) / fps
+        stride = max(1, round(ratio))
+        if ratio > 1 and abs(ratio / stride - 1) > _STRIDE_TOLERANCE:
+            return _nearest_to_grid(timestamps, 1.0 / fps)
+    return np.arange(0, len(timestamps), stride, dtype=np.int64)
 
 
 def _nearest_to_grid(timestamps: NDArray[np.float64], period: float) -> NDArray[np.int64]:

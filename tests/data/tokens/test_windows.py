@@ -14,7 +14,7 @@ from driving_sim.data.tokens.windows import (
     sequential_windows,
 )
 from driving_sim.data.tokens.writer import TokenStoreWriter
-from driving_sim.data.video.frame_rate import gaps
+from driving_sim.data.video.segments import gaps
 from driving_sim.engine.errors import DriveSimError
 
 LENGTHS = {"a": 9, "long": 30, "gap": 12, "short": 2}

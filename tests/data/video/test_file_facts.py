@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from driving_sim.data.video.file_facts import VideoError, decord_installed, read_facts
-from driving_sim.data.video.frame_rate import gaps, mean_rate
+from driving_sim.data.video.frame_rate import mean_rate
+from driving_sim.data.video.segments import gaps
 from tests import SHARED
 from tests.fixtures.video_files import cut, needs_shared, write_numbered
 
