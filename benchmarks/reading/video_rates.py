@@ -15,7 +15,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from driving_sim.data.video.decoder_pool import _end_all, read_facts
+from driving_sim.data.video.decoder_pool import end_all, read_facts
 
 HEIGHT, WIDTH, FPS, SECONDS = 1080, 1920, 30, 6
 _BIT_RATE = 8_000_000
@@ -63,7 +63,7 @@ def facts_seconds(path: Path) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         for _ in range(repeats):
             read_facts(path)
-        _end_all()  # only then does the system tell
+        end_all()  # only then does the system tell
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 

@@ -1,15 +1,16 @@
 """Videos read in processes of their own, each of which can be stopped: hostile files hang decoders.
 
-A decoder process (`decoder`) starts when one is needed, in about 0.25 s, and is kept for the next
-video; several are in use where several videos are read at once, and a process that was forked, such
-as a loader's worker, starts its own. Whatever a file does to its decoder is a VideoError here: one
-that gives no sign of life for DRIVESIM_DECODE_SECONDS (60 by default) is killed. Silence and
+A decoder process (`decoder_worker`) starts when one is needed, in about 0.25 s, and is kept for the
+next video; several are in use where several videos are read at once, and a process that was forked,
+such as a loader's worker, starts its own. Whatever a file does to its decoder is a VideoError here:
+one that gives no sign of life for DRIVESIM_DECODE_SECONDS (60 by default) is killed. Silence and
 SIGKILL may be a network drive's fault or that of a full memory: then the request is made once more,
-a stream from the frame that is due, and a second time is the file's fault. Nothing limits the whole
-time: a file within the limits of `file` that goes on giving signs of life may take days.
+from the frame that is due, and a second time is the file's fault. Nothing limits the whole time: a
+file within the limits of `file` that goes on giving signs of life may take days.
 
 A pipe bounds how far a decoder decodes ahead. `multiprocessing` would fork a process whose threads
-are gone, or run a user's main module again.
+are gone, or run a user's main module again; it starts none in a loader's worker, and so do pools
+made of it, which besides unpickle what their workers send.
 """
 
 import atexit
@@ -21,19 +22,19 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from driving_sim.data.video import decoder_messages as messages
-from driving_sim.data.video.decoder_messages import Body, Head
+from driving_sim.data.video import decoder_worker as worker
 from driving_sim.data.video.file_facts import VideoError, VideoFacts
 from driving_sim.data.video.frame_size import FrameSize
-from driving_sim.data.video.reader import frames_to_read, frames_to_stream, in_order
+from driving_sim.data.video.reader import frames_to_read, frames_to_stream
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.interrupt import SIGNALS
 
@@ -46,127 +47,116 @@ _PIPE_BYTES = 512 << 10
 """All large pipes of a user may hold 64 MiB together; beyond that new ones hold a page."""
 _CLIP_BYTES = 2 << 30
 """Of a clip: the rest of a decoder's memory is for decoding it."""
+_MOST_BYTES = 1 << 30
+"""Of an answer that does not say how long it will be."""
 _MOST_IDLE = 8
+_WINDOWS = sys.platform == "win32"
+if sys.platform == "linux":
+    import fcntl
 
 Frames = NDArray[np.uint8]
 Indices = NDArray[np.int64] | Sequence[int]
-_Result = TypeVar("_Result")
 
 
 def read_facts(path: Path) -> VideoFacts:
     """As `file_facts.read_facts`; raises VideoError also where the file hangs or crashes it."""
-
-    def ask() -> VideoFacts:
-        with _borrowed(path) as decoder, decoder.blaming("while its facts were read"):
-            decoder.ask({"do": "facts", "path": str(path)})
-            head, body = decoder.answer(messages.FACTS)
-            return messages.unpack_facts(head | {"path": str(path)}, body)[0]
-
-    return _once_more(ask)
+    where = "while its facts were read"
+    facts: VideoFacts
+    (facts,) = _answers(path, np.zeros(1, int), lambda _: None, lambda _: where, work="facts")
+    return facts
 
 
 def stream_frames(
     facts: VideoFacts, size: FrameSize | None = None, indices: Indices | None = None
 ) -> Iterator[Frames]:
     """As `reader.stream_frames`; raises VideoError also where decoding hangs or crashes."""
-    wanted = frames_to_stream(facts, indices)
-    done, failed = 0, -1
-    while done < len(wanted):
-        try:
-            with closing(_stream(facts, size, wanted[done:])) as frames:
-                for frame in frames:
-                    done += 1
-                    yield frame
-        except _StoppedError:
-            if failed == done:
-                raise
-            failed = done
+    wanted, times = frames_to_stream(facts, indices), facts.timestamps
+    shape = (*_size(facts, size).values(), 3)
 
+    def where(done: int) -> str:
+        return f"at {times[wanted[done]]:.1f} s of {times[-1]:.1f} s (frame {wanted[done]})"
 
-def _stream(
-    facts: VideoFacts, size: FrameSize | None, wanted: NDArray[np.int64]
-) -> Generator[Frames, None, None]:
-    with _borrowed(facts.path) as decoder:
-        head, body = messages.pack_facts(facts, wanted)
-        for number, index in enumerate(wanted):
-            frame = _empty(facts, size)
-            reached = f"at {facts.timestamps[index]:.1f} s of {facts.timestamps[-1]:.1f} s"
-            with decoder.blaming(f"{reached} (frame {index})"):
-                if number == 0:
-                    decoder.ask({"do": "stream", "size": _pair(size)} | head, body)
-                decoder.answer(messages.FRAMES, frame, last=number == len(wanted) - 1)
-            yield frame
+    request = {"work": "stream", "facts": facts, "size": _size(facts, size)}
+    return _answers(facts.path, wanted, lambda _: np.empty(shape, np.uint8), where, **request)
 
 
 def read_frames(facts: VideoFacts, indices: Indices, size: FrameSize | None = None) -> Frames:
-    """As `reader.read_frames`; raises VideoError also where decoding hangs or crashes.
+    """As `reader.read_frames`, in one array [n, height, width, 3].
 
-    Raises DriveSimError for a clip of more than 2 GiB.
+    Raises VideoError also where decoding hangs or crashes, DriveSimError for a clip of more than
+    2 GiB.
     """
-    # A decoder has no memory for a second copy of the clip: it reads increasing frames.
-    wanted, positions = np.unique(frames_to_read(facts, indices), return_inverse=True)
-    frames = _empty_clip(facts, size, len(wanted))
-    if len(wanted) == 0:
-        return frames
-    clip = f"in a clip of its frames {wanted[0]}..{wanted[-1]}"
-    head, body = messages.pack_facts(facts, wanted)
-
-    def ask() -> None:
-        with _borrowed(facts.path) as decoder, decoder.blaming(clip):
-            decoder.ask({"do": "read", "size": _pair(size)} | head, body)
-            decoder.answer(messages.FRAMES, frames)
-
-    _once_more(ask)
-    return in_order(frames, positions)
-
-
-def _once_more(ask: Callable[[], _Result]) -> _Result:
-    """The answer, asked for a second time where it may not be the file's fault that none came."""
-    with suppress(_StoppedError):
-        return ask()
-    return ask()
-
-
-def _pair(size: FrameSize | None) -> tuple[int, int] | None:
-    return (size.height, size.width) if size else None
-
-
-def _empty(facts: VideoFacts, size: FrameSize | None, *count: int) -> Frames:
-    return np.empty((*count, *(_pair(size) or (facts.height, facts.width)), 3), np.uint8)
-
-
-def _empty_clip(facts: VideoFacts, size: FrameSize | None, count: int) -> Frames:
-    height, width = _pair(size) or (facts.height, facts.width)
-    if 3 * height * width * count > _CLIP_BYTES:
+    wanted = frames_to_read(facts, indices)
+    height, width = _size(facts, size).values()
+    if 3 * height * width * len(wanted) > _CLIP_BYTES:
         raise DriveSimError(
-            f"{facts.path}: a clip of {count:,} frames of {height:,}×{width:,} takes more than "
-            f"{_CLIP_BYTES >> 30} GiB; read fewer or smaller frames at once, or stream them"
+            f"{facts.path}: a clip of {len(wanted):,} frames of {height:,}×{width:,} takes more "
+            f"than {_CLIP_BYTES >> 30} GiB; read fewer or smaller frames at once, or stream them"
         )
-    return _empty(facts, size, count)
+    frames = np.empty((len(wanted), height, width, 3), np.uint8)
+
+    def where(_: int) -> str:
+        return f"in a clip of its frames {wanted.min()}..{wanted.max()}"
+
+    request = {"work": "read", "facts": facts, "size": _size(facts, size)}
+    deque(_answers(facts.path, wanted, frames.__getitem__, where, **request), maxlen=0)
+    return frames
 
 
-class _StoppedError(VideoError):
-    """A decoder fell silent or was killed: a fault of the file's only if it happens again."""
+def _size(facts: VideoFacts, size: FrameSize | None) -> dict[str, int]:
+    return asdict(size or FrameSize(height=facts.height, width=facts.width))
 
 
-class _Silent(Exception):  # noqa: N818
-    """A decoder gave no sign of life for as long as it may."""
+def _answers(
+    path: Path,
+    wanted: NDArray[np.int64],
+    slot: Callable[[int], Frames | None],
+    where: Callable[[int], str],
+    **request: Any,
+) -> Iterator[Any]:
+    """Yield a decoder's answers to a request about a file, as many as are `wanted`.
 
-
-class _Gone(Exception):  # noqa: N818
-    """A decoder ended by itself."""
+    From the number of answers that are there already, `slot` gives what the next one goes into, and
+    `where` says how far the file was read.
+    """
+    done, failed = 0, -1
+    while done < len(wanted):
+        decoder = _idle_one() or _Decoder()
+        try:
+            decoder.ask(path, indices=wanted[done:], **request)
+            while done < len(wanted):
+                answer = decoder.answer(slot(done))
+                done += 1
+                decoder.busy = done < len(wanted)
+                yield answer
+        except (DriveSimError, MemoryError):
+            raise
+        except Exception as error:
+            what, remedy, may_pass = decoder.fault(error)
+            if failed == done or not may_pass:
+                often = ", twice" if may_pass else ""
+                text = f"{path}: its decoder {what} {where(done)}{often}{remedy}"
+                raise VideoError(text) from None
+            failed = done
+        finally:
+            if decoder.busy or len(_idle) >= _MOST_IDLE:
+                decoder.end()
+            else:
+                _idle.append(decoder)
 
 
 class _Decoder:
     """A decoder process; one thread uses it at a time."""
 
     def __init__(self) -> None:
-        self.path = Path()
-        self.busy = True
+        self.busy = False
         """Whether it is at a request: then it cannot take another."""
-        self._limit_s = _START_S
-        with _signals_blocked():
-            self._process = subprocess.Popen(
+        self._path, self._limit_s = Path(), 0.0
+        self._has_started = False
+        if not _WINDOWS:  # it never sees Ctrl-C or SIGTERM: its parent decides
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            self.process = subprocess.Popen(
                 # -P: a script's folder and the current one are not searched by themselves.
                 [sys.executable, "-P", "-m", "driving_sim.data.video.decoder_worker"],
                 stdin=subprocess.PIPE,
@@ -174,129 +164,97 @@ class _Decoder:
                 bufsize=0,
                 env=_environment(),
             )
-            pipes: tuple[Any, Any] = self._process.stdin, self._process.stdout
+            pipes: tuple[Any, Any] = self.process.stdin, self.process.stdout
             self._input, self._output = pipes
             _started.add(self)
-        self._await_start()
+        finally:
+            if not _WINDOWS:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if not _WINDOWS:
+            os.set_blocking(self._input.fileno(), False)
+        if sys.platform == "linux":  # frames pass with fewer waits
+            with suppress(OSError):  # a user may have a number of large pipes only
+                fcntl.fcntl(self._output, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
-    def _await_start(self) -> None:
-        what = "the process that decodes videos does not start"
-        try:
-            if hasattr(select, "poll"):  # Windows waits without a limit
-                self._writable = _poll(self._input.fileno(), select.POLLOUT)
-                self._readable = _poll(self._output.fileno(), select.POLLIN)
-            _enlarge(self._output.fileno())
-            self.answer(messages.READY)
-        except (_Silent, _Gone):
-            self.end()
-            raise OSError(errno.EIO, what, sys.executable) from None
-        except (ValueError, KeyError, TypeError):
-            self.end()
-            what += ": something prints as Python starts (sitecustomize.py or a .pth file?)"
-            raise OSError(errno.EIO, what, sys.executable) from None
-        except BaseException:  # Ctrl-C
-            self.end()
-            raise
-
-    @property
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    @contextmanager
-    def blaming(self, where: str) -> Iterator[None]:
-        """Turn what happens to the decoder inside into a VideoError of its file."""
-        try:
-            yield
-        except _Silent:
-            raise _StoppedError(
-                f"{self.path}: its decoder gave no sign of life for {self._limit_s:g} s {where}, "
-                f"twice, and was stopped; leave the file out, or set {LIMIT} to wait longer"
-            ) from None
-        except _Gone:
-            cause = self._cause()
-            kind, often = (_StoppedError, ", twice") if cause == "SIGKILL" else (VideoError, "")
-            raise kind(
-                f"{self.path}: its decoder died ({cause}) {where}{often}: the file is damaged or "
-                "hostile, or memory ran out; leave it out"
-            ) from None
-        except (ValueError, KeyError, TypeError):
-            self.busy = True
-            raise VideoError(
-                f"{self.path}: its decoder answered nonsense {where}: the file is damaged or "
-                "hostile; leave it out"
-            ) from None
-
-    def ask(self, head: Head, body: bytes = b"") -> None:
+    def ask(self, path: Path, **request: Any) -> None:
         """Send a request about a file."""
-        self.busy = True
-        self._limit_s = _limit_s()
-        if not self.path.is_absolute():  # the decoder may have started in another folder
-            head |= {"folder": str(Path.cwd())}
-        self._put(messages.start(messages.REQUEST, head, len(body)))
-        self._put(body)
-
-    def answer(
-        self, kind: bytes, into: Frames | None = None, *, last: bool = True
-    ) -> tuple[Head, Body]:
-        """The next message, which must be of this kind and fit; raises VideoError for an error."""
-        got, head, body = messages.ALIVE, Head(), np.empty(0, np.uint8)
-        while got == messages.ALIVE:
-            got, head, body = messages.receive(self._fill, into)
-        if got == messages.ERROR:
-            self.busy = "broken" in head
-            raise VideoError(head["text"])
-        if got != kind or (into is not None and body is not into):
-            raise ValueError(f"not what was asked for: {got!r}")
-        self.busy = not last
-        return head, body
-
-    def _put(self, content: bytes) -> None:
-        left = memoryview(content)
+        self.busy, self._path, self._limit_s = True, path, _limit_s()
+        # It may have started in another folder.
+        folder = None if path.is_absolute() else str(Path.cwd())
+        content = worker.pack(path=str(path), folder=folder, **request)
+        left = memoryview(worker.HEAD.pack(worker.REQUEST, len(content)) + content)
         while left:
-            try:
-                count = self._input.write(left)
-            except OSError:
-                raise _Gone from None
-            if count is None:
-                self._wait(self._writable)
-            else:
-                left = left[count:]
+            self._wait(self._input)
+            left = left[self._input.write(left) or 0 :]
 
-    def _fill(self, buffer: memoryview) -> None:
-        while buffer:
-            count = self._output.readinto(buffer)
-            if count == 0:
-                raise _Gone
-            if count is None:
-                self._wait(self._readable)
-            else:
-                buffer = buffer[count:]
+    def answer(self, slot: Frames | None) -> Frames | VideoFacts:
+        """The next answer: frames in their slot, or facts; raises VideoError for an error."""
+        kind, count = worker.ALIVE, 0
+        while kind == worker.ALIVE:
+            kind, count = worker.HEAD.unpack(self._fill(bytearray(worker.HEAD.size)))
+            if kind not in worker.ANSWERS:
+                raise ValueError(f"not an answer: {kind!r}")
+            self._has_started = True
+        in_place = kind == worker.CONTENT and slot is not None
+        content: Any = slot if in_place else bytearray(min(count, _MOST_BYTES))
+        if memoryview(content).nbytes != count:
+            raise ValueError(f"{count:,} bytes")
+        self._fill(content)
+        if kind == worker.CONTENT:
+            facts = None if in_place else worker.unpack(content)
+            return content if facts is None else VideoFacts(**facts | {"path": self._path})
+        self.busy = kind == worker.BROKEN
+        raise VideoError(os.fsdecode(bytes(content)))
 
-    def _wait(self, ready: "select.poll") -> None:
-        # In slices: after a pause (Ctrl-Z) no more than one of them is over.
-        slices = math.ceil(self._limit_s)
-        if not any(ready.poll(1000 * self._limit_s / slices) for _ in range(slices)):
-            raise _Silent
+    def fault(self, error: Exception) -> tuple[str, str, bool]:
+        """What an error at a request means, what to do, and whether it may pass by itself.
 
-    def _cause(self) -> str:
+        Raises OSError where the decoder did not even start.
+        """
+        is_gone = isinstance(error, (EOFError, BrokenPipeError))
+        if not self._has_started:
+            what = "the process that decodes videos does not start"
+            if not is_gone and not isinstance(error, TimeoutError):
+                what += ": something prints as Python starts (sitecustomize.py or a .pth file?)"
+            raise OSError(errno.EIO, what, sys.executable) from None
+        if isinstance(error, TimeoutError):
+            remedy = f", and was stopped; leave the file out, or set {LIMIT} to wait longer"
+            return f"gave no sign of life for {self._limit_s:g} s", remedy, True
+        if not is_gone:
+            return "answered nonsense", ": the file is damaged or hostile; leave it out", False
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=_KILL_S)
-        code = self._process.returncode
-        return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+            self.process.wait(timeout=_KILL_S)
+        code = self.process.returncode or 0
+        cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        remedy = ": the file is damaged or hostile, or memory ran out; leave it out"
+        return f"died ({cause})", remedy, cause == "SIGKILL"
+
+    def _fill(self, buffer: Any) -> Any:
+        left = memoryview(buffer).cast("B")
+        while left:
+            self._wait(self._output)
+            count = self._output.readinto(left)
+            if not count:
+                raise EOFError
+            left = left[count:]
+        return buffer
+
+    def _wait(self, pipe: Any) -> None:
+        if _WINDOWS:  # it waits without a limit
+            return
+        ready = select.poll()
+        ready.register(pipe)
+        # In slices: after a pause (Ctrl-Z) no more than one of them is over.
+        limit_s = self._limit_s if self._has_started else _START_S
+        slices = math.ceil(limit_s)
+        if not any(ready.poll(1000 * limit_s / slices) for _ in range(slices)):
+            raise TimeoutError
 
     def end(self) -> None:
         """Kill it. One that waits for a disk that is gone cannot be, and is left alone."""
-        self._process.kill()
+        self.process.kill()
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=_KILL_S)
-        self._close()
-
-    def disown(self) -> None:
-        """Forget it in a forked process: its parent uses it, and waits for its end."""
-        self._process.returncode = 0
-        self._close()
-
-    def _close(self) -> None:
+            self.process.wait(timeout=_KILL_S)
         for pipe in (self._input, self._output):
             with suppress(OSError):
                 pipe.close()
@@ -308,25 +266,11 @@ _idle: deque[_Decoder] = deque()
 """Both are changed by operations that other threads and the garbage collector cannot split."""
 
 
-@contextmanager
-def _borrowed(path: Path) -> Iterator[_Decoder]:
-    """A decoder for a file. It is kept unless it is left in the middle of a request."""
-    decoder = _idle_one() or _Decoder()
-    decoder.path = path
-    try:
-        yield decoder
-    finally:
-        if decoder.busy or len(_idle) >= _MOST_IDLE:
-            decoder.end()
-        else:
-            _idle.append(decoder)
-
-
 def _idle_one() -> _Decoder | None:
     with suppress(IndexError):
         while True:
             decoder = _idle.pop()
-            if decoder.is_alive:
+            if decoder.process.poll() is None:
                 return decoder
             decoder.end()
     return None
@@ -344,53 +288,24 @@ def _environment() -> dict[str, str]:
     """Ours, and where this process finds its modules: an import there finds the same."""
     found = os.pathsep.join(folder or str(Path.cwd()) for folder in sys.path)
     # Every arena of malloc, one a thread, would take 64 MiB or more of the address space.
-    return os.environ | {
-        "PYTHONPATH": found,
-        "OPENBLAS_NUM_THREADS": "1",
-        "MALLOC_ARENA_MAX": "2",
-    }
+    threads = {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    return os.environ | threads | {"PYTHONPATH": found}
 
 
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Processes that start inside never see Ctrl-C or SIGTERM: their parent decides."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _poll(pipe: int, event: int) -> "select.poll":
-    os.set_blocking(pipe, False)
-    poll = select.poll()
-    poll.register(pipe, event)
-    return poll
-
-
-def _enlarge(pipe: int) -> None:
-    """Let frames pass with fewer waits; a user may have a number of large pipes only."""
-    if sys.platform == "linux":
-        import fcntl
-
-        with suppress(OSError):
-            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-
-
-def _end_all() -> None:
+def end_all() -> None:
+    """End all decoders of this process; the next request starts one."""
     for decoder in list(_started):
         decoder.end()
 
 
 def _disown_all() -> None:
+    """Forget them in a forked process: its parent uses them, and waits for their end."""
     for decoder in list(_started):
-        decoder.disown()
+        decoder.process.returncode = 0
+        decoder.end()
     _idle.clear()
 
 
-atexit.register(_end_all)
+atexit.register(end_all)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_disown_all)

@@ -77,18 +77,15 @@ def check_picture(path: Path, height: int, width: int) -> None:
         )
 
 
-def most_frames(path: Path) -> int:
-    """How many frames such a file can hold: each takes a byte or more."""
-    return min(path.stat().st_size, MAX_FRAMES)
-
-
-def check_count(path: Path, frames: int) -> None:
-    """Raise VideoError for more frames than such a file can hold."""
-    if frames > most_frames(path):
+def check_count(path: Path, frames: int) -> int:
+    """How many frames such a file can hold, a byte each; raises VideoError where it has more."""
+    size = path.stat().st_size
+    if frames > min(size, MAX_FRAMES):
         raise VideoError(
-            f"{path}: claims {frames:,} frames in {path.stat().st_size:,} bytes (at most one a "
-            f"byte and {MAX_FRAMES:,} are read); copy it again or leave it out"
+            f"{path}: claims {frames:,} frames in {size:,} bytes (at most one a byte and "
+            f"{MAX_FRAMES:,} are read); copy it again or leave it out"
         )
+    return min(size, MAX_FRAMES)
 
 
 def check_times(path: Path, timestamps: NDArray[np.float64]) -> None:

@@ -6,15 +6,14 @@ edit lists, missing or negative timestamps and for most codecs. So it only gets 
 """
 
 import re
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import av
 import numpy as np
-from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
@@ -26,7 +25,6 @@ from driving_sim.data.video.file import (
     check_file,
     check_picture,
     check_times,
-    most_frames,
     open_video,
     video_stream,
 )
@@ -69,20 +67,17 @@ class VideoFacts:
     """Why this reader."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Packets:
-    count: int
-    discarded: int
-    corrupt: int
-    pts: NDArray[np.int64] | None
-    keyframe_pts: NDArray[np.int64]
-    leading: int
-    """Frames shown before the keyframe they are stored after (open groups of pictures)."""
-    end: int
-    """Where the last frame ends, in the stream's time base."""
+_PACKET = np.dtype(
+    {
+        "names": ["pts", "end", "timed", "keyframe", "corrupt", "discarded"],
+        "formats": ["i8", "f8", "?", "?", "?", "?"],
+    }
+)
+"""Of a packet: when its frame is shown and when that ends, in the stream's time base; whether it
+says so; and whether it is a keyframe, incomplete (the last of a file cut off), or never shown."""
+Packets = NDArray[Any]
 
 
-@cache
 def decord_installed() -> bool:
     """Whether decord is there: it has no wheel for arm64."""
     return find_spec("decord") is not None
@@ -101,9 +96,8 @@ def read_facts(path: Path) -> VideoFacts:
     try:
         with open_video(path) as container:
             stream = video_stream(container, path)
-            check_count(path, stream.frames)
-            packets = _demux(path, container, stream)
-            return _describe(path, container, stream, packets)
+            packets = np.fromiter(_demux(path, stream), _PACKET)
+            return _describe(path, stream, packets)
     except av.error.MemoryError:
         raise  # no fault of the file's
     except av.error.FFmpegError as error:
@@ -114,70 +108,61 @@ def read_facts(path: Path) -> VideoFacts:
         ) from error
 
 
-def _demux(path: Path, container: InputContainer, stream: VideoStream) -> _Packets:
-    pts: list[int | None] = []
-    keyframe_pts: list[int] = []
-    discarded = corrupt = leading = end = 0
-    most = most_frames(path)
-    for number, packet in enumerate(container.demux(stream)):
+def _demux(path: Path, stream: VideoStream) -> Iterator[tuple[int, float, bool, bool, bool, bool]]:
+    most = check_count(path, stream.frames)
+    for number, packet in enumerate(stream.container.demux(stream)):
         beat()
         if number > most:
             check_count(path, number)
-        if packet.size == 0:
-            continue
-        if packet.is_discard:
-            discarded += 1
-            continue
-        pts.append(packet.pts)
-        # The last packet of a file that was cut off.
-        corrupt += packet.is_corrupt
-        if packet.pts is not None and not packet.is_corrupt:
-            end = max(end, packet.pts + (packet.duration or 0))
-            if packet.is_keyframe:
-                keyframe_pts.append(packet.pts)
-            leading += bool(keyframe_pts) and packet.pts < keyframe_pts[-1]
-    known = [value for value in pts if value is not None]
-    return _Packets(
-        count=len(pts),
-        discarded=discarded,
-        corrupt=corrupt,
-        pts=np.array(known, dtype=np.int64) if len(known) == len(pts) else None,
-        keyframe_pts=np.array(keyframe_pts, dtype=np.int64),
-        leading=leading,
-        end=end,
-    )
+        if packet.size > 0:
+            pts = packet.pts or 0
+            yield (
+                pts,
+                float(pts + (packet.duration or 0)),
+                packet.pts is not None,
+                packet.is_keyframe,
+                packet.is_corrupt,
+                packet.is_discard,
+            )
 
 
-def _describe(
-    path: Path, container: InputContainer, stream: VideoStream, packets: _Packets
-) -> VideoFacts:
-    if packets.count == 0:
+def _describe(path: Path, stream: VideoStream, packets: Packets) -> VideoFacts:
+    shown = packets[~packets["discarded"]]
+    if len(shown) == 0:
         raise VideoError(f"{path}: no frames in this file; leave it out")
     first = _first_frame(path)
-    pts = _frame_pts(container, stream, packets, first)
-    timestamps = _timestamps(pts, packets.count, stream)
+    pts = _frame_pts(stream, shown, first)
+    timestamps = _timestamps(pts, len(shown), stream)
     check_times(path, timestamps)
-    _check_whole(path, container, stream, packets, timestamps)
+    _check_whole(path, stream, shown, timestamps)
     rotation = round(first.rotation / 90) % 4 * 90
-    codec = stream.codec_context.codec.canonical_name
-    container_name = _CONTAINERS.get(container.format.name, container.format.name)
-    keyframes = _keyframes(pts, packets.keyframe_pts)
-    obstacle = _why_not_decord(codec, container_name, rotation, stream, packets, pts, keyframes)
-    width, height = _display_size(first, stream, rotation)
+    aspect, height = stream.sample_aspect_ratio, first.height
+    width = max(1, round(first.width * float(aspect))) if aspect else first.width
+    if rotation in (90, 270):
+        height, width = width, height
     check_picture(path, height, width)
-    return VideoFacts(
+    container = stream.container.format.name
+    facts = VideoFacts(
         path=path,
-        codec=codec,
-        container=container_name,
+        codec=stream.codec_context.codec.canonical_name,
+        container=_CONTAINERS.get(container, container),
         width=width,
         height=height,
         rotation=rotation,
         timestamps=timestamps,
         pts=pts,
-        keyframes=keyframes,
-        reader="pyav" if obstacle else "decord",
-        reason=obstacle or f"{codec} in {container_name} with plain timestamps",
+        keyframes=_keyframes(pts, _sound(shown)),
+        reader="pyav",
+        reason="",
     )
+    if obstacle := _why_not_decord(facts, stream, packets):
+        return replace(facts, reason=obstacle)
+    reason = f"{facts.codec} in {facts.container} with plain timestamps"
+    return replace(facts, reader="decord", reason=reason)
+
+
+def _sound(packets: Packets) -> Packets:
+    return packets[packets["timed"] & ~packets["corrupt"]]
 
 
 def _first_frame(path: Path) -> VideoFrame:
@@ -190,23 +175,21 @@ def _first_frame(path: Path) -> VideoFrame:
     raise VideoError(f"{path}: no frame of this file can be decoded; copy it again or leave it out")
 
 
-def _frame_pts(
-    container: InputContainer, stream: VideoStream, packets: _Packets, first: VideoFrame
-) -> NDArray[np.int64] | None:
+def _frame_pts(stream: VideoStream, shown: Packets, first: VideoFrame) -> NDArray[np.int64] | None:
     # AVI has no display times; with reordered frames those that the demuxer makes up are wrong.
-    made_up = container.format.name == "avi" and stream.codec_context.has_b_frames
-    if packets.pts is None or first.pts is None or made_up:
+    made_up = stream.container.format.name == "avi" and stream.codec_context.has_b_frames
+    if not shown["timed"].all() or first.pts is None or made_up:
         return None
     # Pictures that need a reference from before the file's start are never shown.
-    pts = np.unique(packets.pts)
+    pts = np.unique(shown["pts"])
     return pts[pts >= first.pts]
 
 
-def _keyframes(pts: NDArray[np.int64] | None, keyframe_pts: NDArray[np.int64]) -> NDArray[np.int64]:
+def _keyframes(pts: NDArray[np.int64] | None, sound: Packets) -> NDArray[np.int64]:
     if pts is None:
         return np.zeros(1, dtype=np.int64)
-    shown = np.searchsorted(pts, keyframe_pts[np.isin(keyframe_pts, pts)])
-    return np.union1d(0, shown).astype(np.int64)
+    keyframe_pts = np.intersect1d(sound["pts"][sound["keyframe"]], pts)
+    return np.union1d(0, np.searchsorted(pts, keyframe_pts)).astype(np.int64)
 
 
 def _timestamps(
@@ -219,20 +202,16 @@ def _timestamps(
 
 
 def _check_whole(
-    path: Path,
-    container: InputContainer,
-    stream: VideoStream,
-    packets: _Packets,
-    timestamps: NDArray[np.float64],
+    path: Path, stream: VideoStream, shown: Packets, timestamps: NDArray[np.float64]
 ) -> None:
-    expected = _declared_end(container, stream)
-    if expected is None or packets.pts is None or not stream.time_base:
+    expected = _declared_end(stream)
+    if expected is None or not shown["timed"].all() or not stream.time_base:
         return
-    end = packets.end * float(stream.time_base)
+    end = float(_sound(shown)["end"].max(initial=0)) * float(stream.time_base)
     # A slack for the last frame's length, which some writers leave out.
     if expected - end > max(0.5, 3 * median_period(timestamps)):
         fault = f"its frames end at {end:.1f} s of {expected:.1f} s"
-    elif packets.corrupt:
+    elif shown["corrupt"].any():
         fault = f"its last frame, at {end:.1f} s, is incomplete"
     else:
         return
@@ -242,9 +221,10 @@ def _check_whole(
     )
 
 
-def _declared_end(container: InputContainer, stream: VideoStream) -> float | None:
+def _declared_end(stream: VideoStream) -> float | None:
     """When the stream should end, in seconds of its own clock; None where the file does not say."""
-    if container.format.name.startswith("mov") and stream.duration and stream.time_base:
+    is_mov = stream.container.format.name.startswith("mov")
+    if is_mov and stream.duration and stream.time_base:
         return float(((stream.start_time or 0) + stream.duration) * stream.time_base)
     clock = _MATROSKA_DURATION.fullmatch(stream.metadata.get("DURATION", ""))
     if clock:
@@ -253,36 +233,30 @@ def _declared_end(container: InputContainer, stream: VideoStream) -> float | Non
     return None
 
 
-def _display_size(first: VideoFrame, stream: VideoStream, rotation: int) -> tuple[int, int]:
-    aspect = stream.sample_aspect_ratio
-    width = max(1, round(first.width * float(aspect))) if aspect else first.width
-    return (first.height, width) if rotation in (90, 270) else (width, first.height)
-
-
-def _why_not_decord(
-    codec: str,
-    container: str,
-    rotation: int,
-    stream: VideoStream,
-    packets: _Packets,
-    pts: NDArray[np.int64] | None,
-    keyframes: NDArray[np.int64],
-) -> str:
+def _why_not_decord(facts: VideoFacts, stream: VideoStream, packets: Packets) -> str:
     """The first reason against decord, or nothing."""
-    distance = int(np.diff(np.append(keyframes, packets.count)).max())
+    shown, pts = packets[~packets["discarded"]], facts.pts
+    distance = int(np.diff(np.append(facts.keyframes, len(shown))).max())
     obstacles = {
         "decord is not installed": not decord_installed(),
-        f"container {container}": container not in ("mp4", "mkv"),
-        f"codec {codec}": codec not in _DECORD_CODECS,
+        f"container {facts.container}": facts.container not in ("mp4", "mkv"),
+        f"codec {facts.codec}": facts.codec not in _DECORD_CODECS,
         "packets without timestamps": pts is None,
-        "discarded packets (edit list)": packets.discarded > 0,
-        "open groups of pictures": packets.leading > 0,
+        "discarded packets (edit list)": len(shown) < len(packets),
+        "open groups of pictures": _has_open_groups(_sound(shown)),
         "negative first timestamp": pts is not None and int(pts[0]) < 0,
         "duplicate timestamps or undecodable leading frames": pts is not None
-        and len(pts) != packets.count,
-        "frame count differs from the header's": stream.frames not in (0, packets.count),
-        f"rotated by {rotation} degrees": rotation != 0,
-        f"more than {_DECORD_FRAMES:,} frames": packets.count > _DECORD_FRAMES,
+        and len(pts) != len(shown),
+        "frame count differs from the header's": stream.frames not in (0, len(shown)),
+        f"rotated by {facts.rotation} degrees": facts.rotation != 0,
+        f"more than {_DECORD_FRAMES:,} frames": len(shown) > _DECORD_FRAMES,
         f"more than {_DECORD_DISTANCE} frames between keyframes": distance > _DECORD_DISTANCE,
     }
     return next((reason for reason, applies in obstacles.items() if applies), "")
+
+
+def _has_open_groups(sound: Packets) -> bool:
+    """Whether a frame is shown before the keyframe that it is stored after."""
+    pts, number = sound["pts"], np.cumsum(sound["keyframe"])
+    keyframe_pts = np.append(np.iinfo(np.int64).min, pts[sound["keyframe"]])
+    return bool((pts < keyframe_pts[number]).any())

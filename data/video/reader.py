@@ -24,6 +24,7 @@ from driving_sim.data.video.heartbeat import beat
 __all__ = ["VideoFacts", "read_facts", "read_frames", "stream_frames"]
 
 Frame = NDArray[np.uint8]
+Indices = NDArray[np.int64] | Sequence[int]
 _DECORD_BATCH = 8
 """Frames between two signs of life; a batch for every frame takes a sixth longer."""
 _DECORD_DISTANCE = 64
@@ -36,9 +37,7 @@ _SEEK_COST_FRAMES = 30
 
 
 def stream_frames(
-    facts: VideoFacts,
-    size: FrameSize | None = None,
-    indices: NDArray[np.int64] | Sequence[int] | None = None,
+    facts: VideoFacts, size: FrameSize | None = None, indices: Indices | None = None
 ) -> Iterator[Frame]:
     """Yield frames as uint8 RGB [height, width, 3], in order and in constant memory.
 
@@ -48,38 +47,23 @@ def stream_frames(
     Raises VideoError where a wanted frame cannot be decoded, naming the time reached.
     """
     wanted = frames_to_stream(facts, indices)
-    geometry = _geometry(facts, size)
-    show = _Display(facts, geometry)
-    for frame in _decode(facts, wanted, threads=0):
-        yield show(frame)
+    return _displayed(facts, _geometry(facts, size), _decode(facts, wanted, threads=0))
 
 
-def read_frames(
-    facts: VideoFacts, indices: NDArray[np.int64] | Sequence[int], size: FrameSize | None = None
-) -> NDArray[np.uint8]:
-    """Read a clip: the frames at `indices`, in any order, as uint8 RGB [n, height, width, 3].
+def read_frames(facts: VideoFacts, indices: Indices, size: FrameSize | None = None) -> list[Frame]:
+    """Read a clip: the frames at `indices`, in any order, as uint8 RGB [height, width, 3] each.
 
     For clips that fit in memory many times over. Raises VideoError where a frame cannot be decoded.
     """
-    asked = frames_to_read(facts, indices)
+    wanted, positions = np.unique(frames_to_read(facts, indices), return_inverse=True)
     geometry = _geometry(facts, size)
-    if len(asked) == 0:
-        return _empty(0, geometry)
-    wanted, positions = np.unique(asked, return_inverse=True)
     frames = _read_decord(facts, wanted, geometry) if facts.reader == "decord" else None
     if frames is None:
         frames = _read_pyav(facts, wanted, geometry)
-    return in_order(frames, positions)
+    return [frames[position] for position in positions]
 
 
-def in_order(frames: Frame, positions: NDArray[np.int64]) -> Frame:
-    """The frames [n, ...] at these positions; no copy where they stand like that already."""
-    return frames if np.array_equal(positions, np.arange(len(frames))) else frames[positions]
-
-
-def frames_to_stream(
-    facts: VideoFacts, indices: NDArray[np.int64] | Sequence[int] | None
-) -> NDArray[np.int64]:
+def frames_to_stream(facts: VideoFacts, indices: Indices | None) -> NDArray[np.int64]:
     """Frame numbers to stream, all of them by default.
 
     Raises IndexError where there is no such frame, ValueError where they do not increase.
@@ -90,9 +74,7 @@ def frames_to_stream(
     return wanted
 
 
-def frames_to_read(
-    facts: VideoFacts, indices: NDArray[np.int64] | Sequence[int] | range
-) -> NDArray[np.int64]:
+def frames_to_read(facts: VideoFacts, indices: Indices) -> NDArray[np.int64]:
     """Frame numbers of a clip, in any order. Raises IndexError where there is no such frame."""
     wanted = np.asarray(indices, dtype=np.int64)
     count = len(facts.timestamps)
@@ -132,39 +114,39 @@ def _read_decord(facts: VideoFacts, wanted: NDArray[np.int64], geometry: Fit) ->
     return frames
 
 
-def _decord_batches(facts: VideoFacts, wanted: NDArray[np.int64]) -> Iterator[slice]:
+def _decord_batches(facts: VideoFacts, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
     """Parts of the clip that do not take long: decord is silent until it has a whole one."""
     came_from = np.maximum(_keyframes_before(facts, wanted), np.append(-1, wanted[:-1]))
     stage = np.cumsum(wanted - came_from) // _DECORD_DISTANCE
-    start = 0
-    for stop in range(1, len(wanted) + 1):
-        is_full = stop - start == _DECORD_BATCH or stop == len(wanted)
-        if is_full or stage[stop] > stage[start]:
-            yield slice(start, stop)
-            start = stop
-
-
-def _empty(count: int, geometry: Fit) -> Frame:
-    return np.empty((count, geometry.size.height, geometry.size.width, 3), dtype=np.uint8)
+    for part in np.split(np.arange(len(wanted)), np.flatnonzero(np.diff(stage)) + 1):
+        for start in range(0, len(part), _DECORD_BATCH):
+            yield part[start : start + _DECORD_BATCH]
 
 
 def _read_pyav(facts: VideoFacts, wanted: NDArray[np.int64], geometry: Fit) -> Frame:
     frames = _empty(len(wanted), geometry)
-    show = _Display(facts, geometry)
     # One thread: clips are read by many loader workers at a time.
-    for slot, frame in enumerate(_decode(facts, wanted, threads=1)):
-        frames[slot] = show(frame)
+    pictures = _decode(facts, wanted, threads=1)
+    for slot, frame in enumerate(_displayed(facts, geometry, pictures)):
+        frames[slot] = frame
     return frames
+
+
+def _empty(count: int, geometry: Fit) -> Frame:
+    # All at once and first: where memory is short Python says so, and a codec may crash.
+    return np.empty((count, geometry.size.height, geometry.size.width, 3), np.uint8)
 
 
 def _decode(facts: VideoFacts, wanted: NDArray[np.int64], threads: int) -> Iterator[VideoFrame]:
     """Decode the frames with these increasing numbers: all of them, or a VideoError."""
-    for run in _runs(facts, wanted):
-        frames = _decode_run(facts, run, threads, keyframe=_keyframe_before(facts, run[0]))
+    skipped = _keyframes_before(facts, wanted)[1:] - wanted[:-1]
+    starts = np.flatnonzero(skipped > _SEEK_COST_FRAMES) + 1
+    for run in np.split(wanted, starts) if len(wanted) else ():
+        frames = _decode_run(facts, run.tolist(), threads, int(_keyframes_before(facts, run)[0]))
         first = next(frames, None)
         if first is None:
             # The seek went past the frame; decoding from the start is slow but certain.
-            frames = _decode_run(facts, run, threads, keyframe=0)
+            frames = _decode_run(facts, run.tolist(), threads, keyframe=0)
             first = next(frames, None)
         if first is None:
             raise _undecodable(facts, run[0], "it is missing")
@@ -172,19 +154,8 @@ def _decode(facts: VideoFacts, wanted: NDArray[np.int64], threads: int) -> Itera
         yield from frames
 
 
-def _runs(facts: VideoFacts, wanted: NDArray[np.int64]) -> list[list[int]]:
-    """Split frame numbers where going to a later keyframe is cheaper than decoding on."""
-    skipped = _keyframes_before(facts, wanted)[1:] - wanted[:-1]
-    starts = np.flatnonzero(skipped > _SEEK_COST_FRAMES) + 1
-    return [run.tolist() for run in np.split(wanted, starts) if len(run)]
-
-
 def _keyframes_before(facts: VideoFacts, wanted: NDArray[np.int64]) -> NDArray[np.int64]:
     return facts.keyframes[np.searchsorted(facts.keyframes, wanted, side="right") - 1]
-
-
-def _keyframe_before(facts: VideoFacts, index: int) -> int:
-    return int(_keyframes_before(facts, np.array([index]))[0])
 
 
 def _decode_run(
@@ -216,18 +187,16 @@ def _numbered(facts: VideoFacts, keyframe: int, threads: int) -> Iterator[tuple[
         stream.thread_type = "AUTO"
         pixels = stream.codec_context.height * stream.codec_context.width
         stream.thread_count = threads or _threads(pixels)
-        if facts.pts is None:
-            for index, frame in enumerate(container.decode(stream)):
-                beat()
-                yield index, frame
-            return
-        if keyframe > 0:
+        if facts.pts is not None and keyframe > 0:
             container.seek(int(facts.pts[keyframe]), stream=stream)
-        for frame in container.decode(stream):
+        for count, frame in enumerate(container.decode(stream)):
             beat()
-            index = int(np.searchsorted(facts.pts, frame.pts)) if frame.pts is not None else -1
-            if 0 <= index < len(facts.pts) and facts.pts[index] == frame.pts:
-                yield index, frame
+            if facts.pts is None:
+                yield count, frame
+            elif frame.pts is not None:
+                index = int(np.searchsorted(facts.pts, frame.pts))
+                if index < len(facts.pts) and facts.pts[index] == frame.pts:
+                    yield index, frame
 
 
 def _threads(pixels: int) -> int:
@@ -244,27 +213,22 @@ def _undecodable(facts: VideoFacts, index: int, why: str | None) -> VideoError:
     )
 
 
-class _Display:
-    """Decoded pictures to RGB frames: resized, turned upright, cropped."""
-
-    def __init__(self, facts: VideoFacts, geometry: Fit) -> None:
-        self._turns = facts.rotation // 90
-        self._geometry = geometry
-        self._height, self._width = geometry.height, geometry.width
-        if self._turns % 2:
-            self._height, self._width = self._width, self._height
-        # Kept for all frames: setting up a scaler costs half as much as using it.
-        self._reformatter = VideoReformatter()
-
-    def __call__(self, frame: VideoFrame) -> Frame:
-        scaled = self._reformatter.reformat(
-            frame,
-            width=self._width,
-            height=self._height,
+def _displayed(facts: VideoFacts, geometry: Fit, pictures: Iterator[VideoFrame]) -> Iterator[Frame]:
+    """Decoded pictures as RGB frames: resized, turned upright, cropped."""
+    turns, height, width = facts.rotation // 90, geometry.height, geometry.width
+    if turns % 2:
+        height, width = width, height
+    # Kept for all frames: setting up a scaler costs half as much as using it.
+    reformatter = VideoReformatter()
+    for picture in pictures:
+        scaled = reformatter.reformat(
+            picture,
+            width=width,
+            height=height,
             format="rgb24",
             interpolation="BILINEAR",
             # The default is a thread per core for every small picture: up to four times slower.
             threads=1,
         )
-        upright = np.rot90(scaled.to_ndarray(), self._turns)
-        return np.ascontiguousarray(upright[self._geometry.rows, self._geometry.columns])
+        upright = np.rot90(scaled.to_ndarray(), turns)
+        yield np.ascontiguousarray(upright[geometry.rows, geometry.columns])

@@ -6,6 +6,7 @@ import struct
 import zlib
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -18,7 +19,6 @@ from driving_sim.data.sources import find_drives
 from driving_sim.data.tokens.plan import PlannedDrive
 from driving_sim.data.video import decoder_pool as decoder_process
 from driving_sim.data.video import file as video_file
-from driving_sim.data.video.decoder_messages import Head
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.data.video.writer import write_video
 from driving_sim.engine.errors import DriveSimError
@@ -82,10 +82,10 @@ def test_a_file_that_hangs_is_listed_beside_the_rest(
         write_grey_video(tmp_path / f"{name}.mp4")
     ask = decoder_process._Decoder.ask
 
-    def stop_at_a(decoder: decoder_process._Decoder, head: Head, body: bytes = b"") -> None:
-        if decoder.path.name == "a.mp4":
-            os.kill(decoder._process.pid, signal.SIGSTOP)
-        ask(decoder, head, body)
+    def stop_at_a(decoder: decoder_process._Decoder, path: Path, **request: Any) -> None:
+        if path.name == "a.mp4":
+            os.kill(decoder.process.pid, signal.SIGSTOP)
+        ask(decoder, path, **request)
 
     monkeypatch.setattr(decoder_process._Decoder, "ask", stop_at_a)
     monkeypatch.setenv(decoder_process.LIMIT, "2")

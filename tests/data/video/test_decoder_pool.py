@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -66,19 +67,19 @@ def changed_decoder(
         (folder / "sitecustomize.py").write_text(lines)
 
     monkeypatch.syspath_prepend(folder)
-    processes._end_all()
+    processes.end_all()
     yield change
-    processes._end_all()
+    processes.end_all()
 
 
 def idle_pid() -> int:
     """The process that takes the next request."""
-    return processes._idle[-1]._process.pid
+    return processes._idle[-1].process.pid
 
 
 def busy_pid() -> int:
     """The process of the one stream that is open."""
-    (pid,) = (decoder._process.pid for decoder in processes._started if decoder.busy)
+    (pid,) = (decoder.process.pid for decoder in processes._started if decoder.busy)
     return pid
 
 
@@ -297,11 +298,15 @@ def test_slow_is_not_hung(tmp_path: Path, changed_decoder: Callable[[str], None]
     assert time.monotonic() - started > 3  # longer than a decoder may be silent
 
 
-def test_a_pause_of_the_machine_is_not_a_hang(facts: VideoFacts) -> None:
+@pytest.mark.usefixtures("facts")
+def test_a_pause_of_the_machine_is_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     class Pausing:
         """Its waits end at once, as those of a process that was stopped meanwhile."""
 
         waits = 0
+
+        def register(self, pipe: object) -> None:
+            pass
 
         def poll(self, milliseconds: float) -> list[int]:
             assert milliseconds <= 1000
@@ -310,8 +315,9 @@ def test_a_pause_of_the_machine_is_not_a_hang(facts: VideoFacts) -> None:
 
     decoder, paused = processes._idle[-1], Pausing()
     decoder._limit_s = 7
-    with pytest.raises(processes._Silent):
-        decoder._wait(paused)  # type: ignore[arg-type]
+    monkeypatch.setattr(select, "poll", lambda: paused)
+    with pytest.raises(TimeoutError):
+        decoder._wait(decoder._output)
     assert paused.waits == 7
 
 
@@ -338,8 +344,8 @@ def test_a_decoder_that_crashes_costs_the_file_only(facts: VideoFacts) -> None:
 def test_an_idle_decoder_that_was_killed_is_replaced(path: Path) -> None:
     read_facts(path)
     decoder = processes._idle[-1]
-    os.kill(decoder._process.pid, signal.SIGKILL)
-    wait_until(lambda: not decoder.is_alive)
+    os.kill(decoder.process.pid, signal.SIGKILL)
+    wait_until(lambda: decoder.process.poll() is not None)
     assert len(read_facts(path).timestamps) == 40
 
 
@@ -366,7 +372,7 @@ def test_a_stream_that_is_given_up_leaves_no_process(facts: VideoFacts) -> None:
     pid = busy_pid()
     frames.close()  # type: ignore[attr-defined]
     assert not is_running(pid)
-    assert pid not in [decoder._process.pid for decoder in processes._started]
+    assert pid not in [decoder.process.pid for decoder in processes._started]
     assert read_numbers(read_frames(facts, [7])) == [7]
 
 
@@ -394,14 +400,14 @@ def test_a_decoder_does_not_decode_far_ahead(facts: VideoFacts) -> None:
 def report_fork(facts: VideoFacts, pipe: Connection) -> None:
     """In a forked process: what it reads, and which processes it has for it."""
     numbers = read_numbers(list(stream_frames(facts)))
-    pipe.send((numbers, [decoder._process.pid for decoder in processes._started]))
+    pipe.send((numbers, [decoder.process.pid for decoder in processes._started]))
 
 
 def test_a_forked_process_starts_its_own(facts: VideoFacts) -> None:
     frames = stream_frames(facts)
     first = [next(frames) for _ in range(3)]
     read_frames(facts, [3])  # leaves another one idle
-    own = {decoder._process.pid for decoder in processes._started}
+    own = {decoder.process.pid for decoder in processes._started}
     receiver, sender = multiprocessing.Pipe(duplex=False)
     worker = multiprocessing.get_context("fork").Process(target=report_fork, args=(facts, sender))
     worker.start()
@@ -413,7 +419,7 @@ def test_a_forked_process_starts_its_own(facts: VideoFacts) -> None:
     assert not own & set(pids)
     wait_until(lambda: not is_running(pids[0]))  # it ends with the worker
     assert read_numbers([*first, *frames]) == list(range(40))
-    assert own <= {decoder._process.pid for decoder in processes._started}
+    assert own <= {decoder.process.pid for decoder in processes._started}
 
 
 ORPHAN = """
@@ -425,7 +431,7 @@ from tests.fixtures.video_files import make_hang
 
 facts = read_facts(Path(sys.argv[1]))
 make_hang(facts.path)
-print(processes._idle[-1]._process.pid, flush=True)
+print(processes._idle[-1].process.pid, flush=True)
 list(stream_frames(facts))
 """
 
@@ -541,7 +547,7 @@ def test_what_a_library_prints_is_no_answer(
 def test_a_process_that_does_not_start_is_no_fault_of_a_video(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    processes._end_all()
+    processes.end_all()
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(OSError, match="does not start") as error:
         read_facts(path)
@@ -567,7 +573,7 @@ def test_ctrl_c_while_a_decoder_starts_leaves_no_process(
 
     def interrupt() -> None:
         wait_until(lambda: bool(processes._started))
-        seen.extend(decoder._process.pid for decoder in processes._started)
+        seen.extend(decoder.process.pid for decoder in processes._started)
         signal.pthread_kill(main, signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)

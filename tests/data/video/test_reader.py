@@ -272,7 +272,7 @@ def test_indices_are_checked(tmp_path: Path) -> None:
         read_frames(facts, [-1])
     with pytest.raises(ValueError, match="increasing"):
         next(stream_frames(facts, indices=[4, 3]))
-    assert read_frames(facts, []).shape == (0, 48, 128, 3)
+    assert read_frames(facts, []) == []
     assert list(stream_frames(facts, indices=[])) == []
 
 
@@ -290,13 +290,14 @@ def test_decord_says_that_it_lives_before_it_decodes_much(
         assert len(beats) == least
 
 
-def test_a_clip_in_order_is_not_copied(tmp_path: Path) -> None:
+def test_a_clip_is_not_copied(tmp_path: Path) -> None:
     facts = read_facts(write_numbered(tmp_path / "x.mp4"))
     tracemalloc.start()
-    frames = read_frames(facts, range(40), FrameSize(height=240, width=640))
+    frames = read_frames(facts, [*range(40), 3, 3], FrameSize(height=240, width=640))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert frames.nbytes < peak < 1.5 * frames.nbytes
+    size = 40 * frames[0].nbytes
+    assert size < peak < 1.5 * size
 
 
 def test_few_threads_decode_large_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
