@@ -17,7 +17,7 @@ from driving_sim.data.actions.action_file import STEERING
 from driving_sim.data.drive import Drive, SampledDrive, sample
 from driving_sim.data.tokens.store import DriveTokens
 from driving_sim.data.video.frame_rate import RATE_TOLERANCE
-from driving_sim.data.video.writer import FAST, VideoWriter
+from driving_sim.data.video.writer import FAST, video_writer
 from driving_sim.engine.config import save_json
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file, disk_errors
@@ -226,11 +226,11 @@ def write_rollout(
         )
         write_tokens = stack.enter_context(tokens_out)
         height, width = draw_moment([past] * many, [blank] * many, 0, steering_range).shape[:2]
-        with VideoWriter(
+        with video_writer(
             temporary["video"], fps=world.fps, height=height, width=width, x264=FAST
-        ) as writer:
+        ) as write:
             for index, frame in enumerate(context.frames):
-                writer.write(draw_moment([past] * many, [frame] * many, index, steering_range))
+                write(draw_moment([past] * many, [frame] * many, index, steering_range))
             moments = _generated(world, context, plans, sampling, samples, seconds)
             with progress(length, f"rollout -> {files['video']}", "frames") as bar:
                 for index, (tokens, frames) in enumerate(moments):
@@ -238,7 +238,7 @@ def write_rollout(
                     beside = ended if truth is None else recorded
                     shown = [blank if truth is None else truth, *frames]
                     write_tokens(index, tokens)
-                    writer.write(draw_moment([beside, *futures], shown, index, steering_range))
+                    write(draw_moment([beside, *futures], shown, index, steering_range))
                     if index + 1 in on_sheet:
                         columns.append(shown)
                     bar.advance(1)

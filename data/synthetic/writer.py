@@ -11,7 +11,7 @@ import numpy as np
 from driving_sim.data.actions.action_file import write_action_file
 from driving_sim.data.synthetic.drives import DRIVE_FORMAT, drive, frame_count
 from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
-from driving_sim.data.video.writer import VideoWriter
+from driving_sim.data.video.writer import video_writer
 from driving_sim.engine.config import to_dict
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.work_folder import claim_folder
@@ -107,9 +107,9 @@ def _make(
 ) -> None:
     driven = drive(SyntheticWorld(world_seed, config), seconds, driver_seed)
     fps, height, width = config.fps, config.height, config.width
-    with VideoWriter(stem.with_suffix(".mp4"), fps=fps, height=height, width=width) as writer:
+    with video_writer(stem.with_suffix(".mp4"), fps=fps, height=height, width=width) as write:
         for frame in driven.stream():
-            writer.write(frame)
+            write(frame)
             advance(1)
     write_action_file(
         stem.with_suffix(".csv"),

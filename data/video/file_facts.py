@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
@@ -96,7 +97,7 @@ def read_facts(path: Path) -> VideoFacts:
     try:
         with open_video(path) as container:
             stream = video_stream(container, path)
-            packets = np.fromiter(_demux(path, stream), _PACKET)
+            packets = np.fromiter(_demux(path, container, stream), _PACKET)
             return _describe(path, stream, packets)
     except av.error.MemoryError:
         raise  # no fault of the file's
@@ -108,9 +109,11 @@ def read_facts(path: Path) -> VideoFacts:
         ) from error
 
 
-def _demux(path: Path, stream: VideoStream) -> Iterator[tuple[int, float, bool, bool, bool, bool]]:
+def _demux(
+    path: Path, container: InputContainer, stream: VideoStream
+) -> Iterator[tuple[int, float, bool, bool, bool, bool]]:
     most = check_count(path, stream.frames)
-    for number, packet in enumerate(stream.container.demux(stream)):
+    for number, packet in enumerate(container.demux(stream)):
         beat()
         if number > most:
             check_count(path, number)
@@ -162,7 +165,8 @@ def _describe(path: Path, stream: VideoStream, packets: Packets) -> VideoFacts:
 
 
 def _sound(packets: Packets) -> Packets:
-    return packets[packets["timed"] & ~packets["corrupt"]]
+    sound: Packets = packets[packets["timed"] & ~packets["corrupt"]]
+    return sound
 
 
 def _first_frame(path: Path) -> VideoFrame:

@@ -22,23 +22,14 @@ class FrameSize:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fit:
-    """A resize of the displayed picture to `height` × `width`, then a crop of `size` from it."""
+    """A resize of the displayed picture to `height` × `width`, then a crop of it."""
 
     height: int
     width: int
-    top: int
-    left: int
-    size: FrameSize
-
-    @property
-    def rows(self) -> slice:
-        """The rows the crop keeps."""
-        return slice(self.top, self.top + self.size.height)
-
-    @property
-    def columns(self) -> slice:
-        """The columns the crop keeps."""
-        return slice(self.left, self.left + self.size.width)
+    rows: slice
+    """The rows the crop keeps."""
+    columns: slice
+    """The columns the crop keeps."""
 
 
 def fit(height: int, width: int, size: FrameSize | None) -> Fit:
@@ -50,12 +41,12 @@ def fit(height: int, width: int, size: FrameSize | None) -> Fit:
     scale = max(size.height / height, size.width / width)
     scaled_height = max(size.height, round(height * scale))
     scaled_width = max(size.width, round(width * scale))
+    top, left = (scaled_height - size.height) // 2, (scaled_width - size.width) // 2
     return Fit(
         height=scaled_height,
         width=scaled_width,
-        top=(scaled_height - size.height) // 2,
-        left=(scaled_width - size.width) // 2,
-        size=size,
+        rows=slice(top, top + size.height),
+        columns=slice(left, left + size.width),
     )
 
 

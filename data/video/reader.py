@@ -134,7 +134,8 @@ def _read_pyav(facts: VideoFacts, wanted: NDArray[np.int64], geometry: Fit) -> F
 
 def _empty(count: int, geometry: Fit) -> Frame:
     # All at once and first: where memory is short Python says so, and a codec may crash.
-    return np.empty((count, geometry.size.height, geometry.size.width, 3), np.uint8)
+    rows, columns = geometry.rows, geometry.columns
+    return np.empty((count, rows.stop - rows.start, columns.stop - columns.start, 3), np.uint8)
 
 
 def _decode(facts: VideoFacts, wanted: NDArray[np.int64], threads: int) -> Iterator[VideoFrame]:

@@ -1,7 +1,8 @@
 import gc
 import json
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from einops import rearrange
 from safetensors.numpy import load_file
 
 from driving_sim.data.sources import find_drives
-from driving_sim.data.video.writer import VideoWriter, write_video
+from driving_sim.data.video.writer import video_writer, write_video
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.world_model import panels, rollout
 from driving_sim.world_model.action_plan import make_plans
@@ -155,13 +156,17 @@ def test_panels_show_the_recording_and_the_futures_under_their_actions(
 ) -> None:
     """Frame t of the video has brightness 5 t, and the action that led to it has speed t - 1/2."""
     written: list[np.ndarray] = []
-    write = VideoWriter.write
 
-    def watched(writer: VideoWriter, frame: np.ndarray) -> None:
-        written.append(frame)
-        write(writer, frame)
+    @contextmanager
+    def watched_writer(*given: Any, **options: Any) -> Iterator[Callable[[np.ndarray], None]]:
+        def watched(frame: np.ndarray) -> None:
+            written.append(frame)
+            write(frame)
 
-    monkeypatch.setattr(VideoWriter, "write", watched)
+        with video_writer(*given, **options) as write:
+            yield watched
+
+    monkeypatch.setattr(rollout, "video_writer", watched_writer)
     found = context(world, video, start_s=30 / FPS)
     plans = make_plans(["right", "brake"], found.situation(world), seconds=12 / FPS)
     write_rollout(world, found, plans, tmp_path / "rollout.mp4", sampling=Sampling())

@@ -167,11 +167,14 @@ def test_odd_sizes_fit_any_frame(tmp_path: Path, pixel_format: str) -> None:
 
 def test_crop_keeps_the_centre_and_the_aspect_ratio() -> None:
     wide = fit(100, 400, FrameSize(height=50, width=100))
-    assert (wide.height, wide.width, wide.top, wide.left) == (50, 200, 0, 50)
+    assert (wide.height, wide.width) == (50, 200)
+    assert (wide.rows, wide.columns) == (slice(0, 50), slice(50, 150))
     tall = fit(300, 100, FrameSize(height=50, width=100))
-    assert (tall.height, tall.width, tall.top, tall.left) == (300, 100, 125, 0)
+    assert (tall.height, tall.width) == (300, 100)
+    assert (tall.rows, tall.columns) == (slice(125, 175), slice(0, 100))
     same = fit(160, 320, FrameSize(height=128, width=256))
-    assert (same.height, same.width, same.top, same.left) == (128, 256, 0, 0)
+    assert (same.height, same.width) == (128, 256)
+    assert (same.rows, same.columns) == (slice(0, 128), slice(0, 256))
 
 
 @pytest.mark.parametrize("values", [{"height": 0, "width": 8}, {"height": 8, "width": -1}])

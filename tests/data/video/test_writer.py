@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from driving_sim.data.video.reader import read_facts, stream_frames
-from driving_sim.data.video.writer import FAST, SMALL, VideoWriter, write_video
+from driving_sim.data.video.writer import FAST, SMALL, video_writer, write_video
 from driving_sim.engine.errors import DriveSimError
 
 
@@ -30,9 +30,9 @@ def test_frames_come_back_with_their_times(
     tmp_path: Path, height: int, width: int, x264: Mapping[str, str]
 ) -> None:
     frames = gradient(12, height, width)
-    with VideoWriter(tmp_path / "x.mp4", fps=12.5, height=height, width=width, x264=x264) as writer:
+    with video_writer(tmp_path / "x.mp4", fps=12.5, height=height, width=width, x264=x264) as write:
         for frame in frames:
-            writer.write(frame)
+            write(frame)
     facts = read_facts(tmp_path / "x.mp4")
     read = np.stack(list(stream_frames(facts)))
     assert (facts.width % 2, facts.height % 2) == (0, 0)
@@ -56,8 +56,8 @@ def test_file_is_h264_yuv420p_with_its_index_in_front(tmp_path: Path) -> None:
 
 def test_fast_is_as_the_encoder_took_it(tmp_path: Path) -> None:
     path = tmp_path / "x.mp4"
-    with VideoWriter(path, fps=10, height=32, width=32, x264=FAST) as writer:
-        writer.write(gradient(1, 32, 32)[0])
+    with video_writer(path, fps=10, height=32, width=32, x264=FAST) as write:
+        write(gradient(1, 32, 32)[0])
     content = path.read_bytes()  # x264 writes its settings into the stream
     for setting in (b"cabac=1", b"deblock=0", b"bframes=0"):
         assert setting in content
@@ -78,7 +78,7 @@ def test_no_frames_is_an_error(tmp_path: Path) -> None:
         write_video(tmp_path / "x.mp4", [], fps=10)
     with (
         pytest.raises(DriveSimError, match="no frames"),
-        VideoWriter(tmp_path / "y.mp4", fps=10, height=32, width=32),
+        video_writer(tmp_path / "y.mp4", fps=10, height=32, width=32),
     ):
         pass
     assert list(tmp_path.iterdir()) == []
