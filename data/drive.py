@@ -15,9 +15,9 @@ import numpy.typing as npt
 from driving_sim.data.actions.action_file import STEERING, ActionLog, SteeringKind
 from driving_sim.data.actions.alignment import align
 from driving_sim.data.video.decoder_pool import read_frames, stream_frames
+from driving_sim.data.video.file_facts import VideoFacts
 from driving_sim.data.video.frame_rate import choose_frames, mean_rate
 from driving_sim.data.video.frame_size import FrameSize
-from driving_sim.data.video.reader import VideoFacts
 from driving_sim.data.video.segments import chosen_segments
 from driving_sim.engine.config import config
 from driving_sim.engine.errors import BadDriveError, DriveSimError

@@ -32,7 +32,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from driving_sim.data.video import decoder_worker as worker
-from driving_sim.data.video.file_facts import VideoError, VideoFacts
+from driving_sim.data.video.file import VideoError
+from driving_sim.data.video.file_facts import VideoFacts
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.data.video.reader import frames_to_read, frames_to_stream
 from driving_sim.engine.errors import DriveSimError

@@ -25,7 +25,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from driving_sim.data.video.file_facts import VideoError, VideoFacts, read_facts
+from driving_sim.data.video.file import VideoError
+from driving_sim.data.video.file_facts import VideoFacts, read_facts
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.data.video.heartbeat import listen
 from driving_sim.data.video.reader import read_frames, stream_frames

@@ -32,8 +32,6 @@ from driving_sim.data.video.file import (
 from driving_sim.data.video.heartbeat import beat
 from driving_sim.data.video.segments import median_period
 
-__all__ = ["VideoError", "VideoFacts", "decord_installed", "read_facts"]
-
 _DECORD_CODECS = ("h264", "vp9", "mpeg4")
 _CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2": "mp4", "matroska,webm": "mkv"}
 # decord demuxes the whole file whenever it opens it, about 5 µs a frame; PyAV seeks instead.

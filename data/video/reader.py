@@ -8,6 +8,7 @@ All of it happens where it is called; the package calls it in `decoder` processe
 """
 
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 import av
@@ -17,11 +18,9 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from driving_sim.data.video.file import VideoError, check_picture, open_video, video_stream
-from driving_sim.data.video.file_facts import VideoFacts, read_facts
+from driving_sim.data.video.file_facts import VideoFacts
 from driving_sim.data.video.frame_size import Fit, FrameSize, fit
 from driving_sim.data.video.heartbeat import beat
-
-__all__ = ["VideoFacts", "read_facts", "read_frames", "stream_frames"]
 
 Frame = NDArray[np.uint8]
 Indices = NDArray[np.int64] | Sequence[int]
@@ -140,19 +139,16 @@ def _empty(count: int, geometry: Fit) -> Frame:
 
 def _decode(facts: VideoFacts, wanted: NDArray[np.int64], threads: int) -> Iterator[VideoFrame]:
     """Decode the frames with these increasing numbers: all of them, or a VideoError."""
-    skipped = _keyframes_before(facts, wanted)[1:] - wanted[:-1]
-    starts = np.flatnonzero(skipped > _SEEK_COST_FRAMES) + 1
+    keyframes = _keyframes_before(facts, wanted)
+    starts = np.flatnonzero(keyframes[1:] - wanted[:-1] > _SEEK_COST_FRAMES) + 1
     for run in np.split(wanted, starts) if len(wanted) else ():
-        frames = _decode_run(facts, run.tolist(), threads, int(_keyframes_before(facts, run)[0]))
-        first = next(frames, None)
-        if first is None:
-            # The seek went past the frame; decoding from the start is slow but certain.
-            frames = _decode_run(facts, run.tolist(), threads, keyframe=0)
-            first = next(frames, None)
-        if first is None:
-            raise _undecodable(facts, run[0], "it is missing")
-        yield first
-        yield from frames
+        due = deque(run.tolist())
+        # The seek may go past the first frame; decoding from the start is slow but certain.
+        for keyframe in (int(_keyframes_before(facts, run)[0]), 0):
+            if len(due) == len(run):
+                yield from _decode_run(facts, due, threads, keyframe)
+        if due:
+            raise _undecodable(facts, due[0], "it is missing")
 
 
 def _keyframes_before(facts: VideoFacts, wanted: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -160,25 +156,20 @@ def _keyframes_before(facts: VideoFacts, wanted: NDArray[np.int64]) -> NDArray[n
 
 
 def _decode_run(
-    facts: VideoFacts, wanted: list[int], threads: int, keyframe: int
+    facts: VideoFacts, due: deque[int], threads: int, keyframe: int
 ) -> Iterator[VideoFrame]:
-    """Decode from a keyframe on; yields nothing where even the first frame does not come."""
-    position = 0
+    """Decode from a keyframe on; what comes is due no more."""
     try:
         for index, frame in _numbered(facts, keyframe, threads):
-            if index > wanted[position]:
-                break
-            if index == wanted[position]:
+            if index == due[0]:
+                due.popleft()
                 yield frame
-                position += 1
-            if position == len(wanted):
+            if not due or index > due[0]:
                 return
     except av.error.MemoryError:
         raise  # no fault of the file's
     except av.error.FFmpegError as error:
-        raise _undecodable(facts, wanted[position], error.strerror) from error
-    if position > 0:
-        raise _undecodable(facts, wanted[position], "it is missing")
+        raise _undecodable(facts, due[0], error.strerror) from error
 
 
 def _numbered(facts: VideoFacts, keyframe: int, threads: int) -> Iterator[tuple[int, VideoFrame]]:

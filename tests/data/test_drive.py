@@ -6,8 +6,8 @@ import pytest
 
 from driving_sim.data.actions.action_file import ActionLog, SteeringKind
 from driving_sim.data.drive import Drive, DriveSet, Skipped, VideoFrames, sample
+from driving_sim.data.video.file_facts import read_facts
 from driving_sim.data.video.frame_size import FrameSize
-from driving_sim.data.video.reader import read_facts
 from driving_sim.data.video.writer import write_video
 from driving_sim.engine.errors import BadDriveError, DriveSimError
 

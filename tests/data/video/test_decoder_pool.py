@@ -22,7 +22,8 @@ from driving_sim.data.video import decoder_pool as processes
 from driving_sim.data.video import file_facts, reader
 from driving_sim.data.video.decoder_pool import LIMIT, read_facts, read_frames, stream_frames
 from driving_sim.data.video.decoder_worker import MEMORY_BYTES
-from driving_sim.data.video.file_facts import VideoError, VideoFacts
+from driving_sim.data.video.file import VideoError
+from driving_sim.data.video.file_facts import VideoFacts
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.engine.errors import DriveSimError
 from tests import ROOT

@@ -8,7 +8,8 @@ import av
 import numpy as np
 import pytest
 
-from driving_sim.data.video.file_facts import VideoError, decord_installed, read_facts
+from driving_sim.data.video.file import VideoError
+from driving_sim.data.video.file_facts import decord_installed, read_facts
 from driving_sim.data.video.frame_rate import mean_rate
 from driving_sim.data.video.segments import gaps
 from tests import SHARED

@@ -13,8 +13,8 @@ import pytest
 from av.video.stream import VideoStream
 
 from driving_sim.data.video import reader as video
-from driving_sim.data.video.file import video_stream
-from driving_sim.data.video.file_facts import VideoError, VideoFacts, decord_installed, read_facts
+from driving_sim.data.video.file import VideoError, video_stream
+from driving_sim.data.video.file_facts import VideoFacts, decord_installed, read_facts
 from driving_sim.data.video.frame_size import FrameSize, fit, transform_description
 from driving_sim.data.video.reader import _read_decord, _read_pyav, read_frames, stream_frames
 from driving_sim.data.video.writer import write_video

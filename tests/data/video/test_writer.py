@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from driving_sim.data.video.reader import read_facts, stream_frames
+from driving_sim.data.video.file_facts import read_facts
+from driving_sim.data.video.reader import stream_frames
 from driving_sim.data.video.writer import FAST, SMALL, video_writer, write_video
 from driving_sim.engine.errors import DriveSimError
 
