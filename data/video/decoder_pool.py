@@ -52,8 +52,6 @@ _MOST_BYTES = 1 << 30
 """Of an answer that does not say how long it will be."""
 _MOST_IDLE = 8
 _WINDOWS = sys.platform == "win32"
-if sys.platform == "linux":
-    import fcntl
 
 Frames = NDArray[np.uint8]
 Indices = NDArray[np.int64] | Sequence[int]
@@ -168,14 +166,16 @@ class _Decoder:
             pipes: tuple[Any, Any] = self.process.stdin, self.process.stdout
             self._input, self._output = pipes
             _started.add(self)
+            if not _WINDOWS:
+                os.set_blocking(self._input.fileno(), False)
+            if sys.platform == "linux":  # frames pass with fewer waits
+                import fcntl
+
+                with suppress(OSError):  # a user may have a number of large pipes only
+                    fcntl.fcntl(self._output, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         finally:
             if not _WINDOWS:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if not _WINDOWS:
-            os.set_blocking(self._input.fileno(), False)
-        if sys.platform == "linux":  # frames pass with fewer waits
-            with suppress(OSError):  # a user may have a number of large pipes only
-                fcntl.fcntl(self._output, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
     def ask(self, path: Path, **request: Any) -> None:
         """Send a request about a file."""

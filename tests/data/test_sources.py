@@ -84,6 +84,8 @@ def test_a_file_that_hangs_is_listed_beside_the_rest(
 
     def stop_at_a(decoder: decoder_process._Decoder, path: Path, **request: Any) -> None:
         if path.name == "a.mp4":
+            if not decoder._has_started:
+                decoder._wait(decoder._output)
             os.kill(decoder.process.pid, signal.SIGSTOP)
         ask(decoder, path, **request)
 
