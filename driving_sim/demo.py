@@ -17,13 +17,13 @@ from driving_sim.data.synthetic.writer import seeds, write_synthetic_drives
 from driving_sim.data.tokens.index import INDEX
 from driving_sim.data.video.writer import write_video
 from driving_sim.engine.config import config, save_json, to_dict
-from driving_sim.engine.device import resolve_device, resolve_precision
+from driving_sim.engine.device import resolve_device
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
+from driving_sim.engine.precision import resolve_precision
 from driving_sim.engine.progress import progress
-from driving_sim.engine.run_folder import CONFIG, is_finished
+from driving_sim.engine.run_folder import CONFIG, claim_folder, is_finished
 from driving_sim.engine.threads import usable_cores
-from driving_sim.engine.work_folder import claim_folder
 from driving_sim.pipeline import (
     TrainingRequest,
     tokenize_videos,

@@ -15,7 +15,8 @@ from driving_sim.data.sources import find_drives
 from driving_sim.data.tokens.index import INDEX, UNFINISHED, StoreIndex, read_index
 from driving_sim.data.tokens.store import TokenStore
 from driving_sim.engine.config import resolve
-from driving_sim.engine.device import name_of, resolve_device, resolve_precision
+from driving_sim.engine.device import resolve_device
+from driving_sim.engine.precision import name_of, resolve_precision
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.progress import say
 from driving_sim.engine.ranks.distributed import process_group

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from driving_sim.data.video.frame_size import FrameSize, fit, transform_description
 from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
-from driving_sim.engine.device import autocast, resolve_device, resolve_precision
+from driving_sim.engine.device import resolve_device
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.precision import autocast, resolve_precision
 from driving_sim.engine.threads import adjust_threads
 from driving_sim.engine.weights import build_with_weights, fingerprint, save_weights
 from driving_sim.tokenizer.autoencoder import Autoencoder, AutoencoderConfig

@@ -23,8 +23,9 @@ from driving_sim.data.actions.action_file import SteeringKind
 from driving_sim.data.tokens.store import TokenStore
 from driving_sim.data.video.frame_rate import RATE_TOLERANCE
 from driving_sim.engine.config import config, from_dict, load_json, save_json, to_dict
-from driving_sim.engine.device import autocast, name_of, resolve_device, resolve_precision
+from driving_sim.engine.device import resolve_device
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.precision import autocast, name_of, resolve_precision
 from driving_sim.engine.threads import adjust_threads
 from driving_sim.engine.weights import build_with_weights, fingerprint, save_weights
 from driving_sim.tokenizer.tokenizer import Tokenizer

@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measuring.paired import Settings, Work, seconds
-from driving_sim.engine.device import name_of, resolve_precision
+from driving_sim.engine.precision import name_of, resolve_precision
 
 _SECONDS = 1.0
 """How long each limit is looked for."""

@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 
 from driving_sim.engine.device import resolve_device
-from driving_sim.engine.memory import keep_freed_memory
-from driving_sim.engine.threads import usable_cores
+from driving_sim.engine.threads import keep_freed_memory, usable_cores
 
 Work = Callable[[], object]
 

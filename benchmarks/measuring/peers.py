@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.measuring.machine import number_formats
 from benchmarks.measuring.paired import Settings, Work, seconds
-from driving_sim.engine.device import name_of
+from driving_sim.engine.precision import name_of
 from driving_sim.engine.progress import say
 from driving_sim.tokenizer.perceptual import import_lpips
 

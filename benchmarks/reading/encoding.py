@@ -34,7 +34,7 @@ from benchmarks.measuring.shapes import FPS, shape_of, tokenizer
 from driving_sim.data.sources import find_drives
 from driving_sim.data.synthetic.world import SyntheticConfig
 from driving_sim.data.synthetic.writer import write_synthetic_drives
-from driving_sim.engine.device import name_of
+from driving_sim.engine.precision import name_of
 from driving_sim.engine.threads import usable_cores
 from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.tokenizer.tokenizer import images_from_frames

@@ -35,7 +35,7 @@ from driving_sim.data.tokens.plan import PlannedDrive, StorePlan
 from driving_sim.data.tokens.store import StoreInfo, TokenStore
 from driving_sim.data.tokens.windows import TokenWindows
 from driving_sim.data.tokens.writer import TokenStoreWriter
-from driving_sim.engine.device import name_of
+from driving_sim.engine.precision import name_of
 
 _BUFFER = 100
 _SAMPLES_A_SHARD = 100

@@ -20,7 +20,7 @@ from benchmarks.measuring.paired import (
 )
 from benchmarks.measuring.shapes import shape_of, world_model
 from benchmarks.rollouts.speed import pass_flops
-from driving_sim.engine.device import name_of
+from driving_sim.engine.precision import name_of
 
 _FUTURES = 8
 

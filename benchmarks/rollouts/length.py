@@ -14,7 +14,7 @@ import torch
 from benchmarks.measuring.paired import Benchmark, Claim, Figure, Settings, alternate, run_command
 from benchmarks.measuring.shapes import shape_of, world_model
 from benchmarks.rollouts.speed import endless
-from driving_sim.engine.device import name_of
+from driving_sim.engine.precision import name_of
 
 _STEPS = 8
 """Frames that are timed together."""

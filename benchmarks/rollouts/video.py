@@ -30,7 +30,7 @@ from driving_sim.data.synthetic.drives import SyntheticDrive, drive
 from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
 from driving_sim.data.synthetic.writer import seeds, write_synthetic_drives
 from driving_sim.engine.config import to_dict
-from driving_sim.engine.device import name_of
+from driving_sim.engine.precision import name_of
 from driving_sim.engine.threads import usable_cores
 from driving_sim.pipeline import TrainingRequest, tokenize_videos, train_world_model_on
 from driving_sim.tokenizer.autoencoder import AutoencoderConfig

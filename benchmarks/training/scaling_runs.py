@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from driving_sim.engine.errors import DriveSimError, Interrupted
-from driving_sim.engine.memory import keep_freed_memory
 from driving_sim.engine.run_folder import CONFIG, is_finished
+from driving_sim.engine.threads import keep_freed_memory
 from driving_sim.scaling.report import scale
 from driving_sim.world_model.training.presets import TINY
 from driving_sim.world_model.training.train import WorldModelRunConfig, train_world_model

@@ -36,7 +36,7 @@ from benchmarks.measuring.peers import (
     vq_reconstruction,
 )
 from benchmarks.measuring.shapes import Shape, shape_of, transformer
-from driving_sim.engine.device import autocast, name_of
+from driving_sim.engine.precision import autocast, name_of
 from driving_sim.engine.ranks.distributed import Ranks
 from driving_sim.engine.training.config import TrainingConfig
 from driving_sim.engine.training.step import Batch, Stepper

@@ -14,7 +14,7 @@ from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
 from driving_sim.data.video.writer import video_writer
 from driving_sim.engine.config import to_dict
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.work_folder import claim_folder
+from driving_sim.engine.run_folder import claim_folder
 
 _PLAN = "synthetic.json"
 

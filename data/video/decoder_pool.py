@@ -37,7 +37,7 @@ from driving_sim.data.video.file_facts import VideoFacts
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.data.video.reader import frames_to_read, frames_to_stream
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.interrupt import SIGNALS
+from driving_sim.engine.training.interrupt import SIGNALS
 
 LIMIT = "DRIVESIM_DECODE_SECONDS"
 """The environment variable that says how long a decoder may give no sign of life."""

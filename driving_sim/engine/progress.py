@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
-from driving_sim.engine.ranks.environment import is_main_process
+from driving_sim.engine.torchrun import is_main_process
 
 LINE_SECONDS = 10.0
 """Between two plain lines."""

@@ -1,14 +1,14 @@
-"""What a training run's folder holds, and when it may be used again."""
+"""When a folder may be used again: a training run's, or one that a command fills bit by bit."""
 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from driving_sim.engine.config import load_yaml, save_json, save_yaml
+from driving_sim.engine.config import load_json, load_yaml, save_json, save_yaml
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import is_free, tidy
-from driving_sim.engine.ranks.environment import is_main_process, launcher
+from driving_sim.engine.torchrun import is_main_process, launcher
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -76,6 +76,23 @@ def prepare_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:
         (run / _LAUNCHER).write_text(str(launcher()), "utf-8")
     tidy(run)
     save_yaml(run / CONFIG, run_config)
+
+
+def claim_folder(out: Path, name: str, plan: Mapping[str, Any], what: str) -> None:
+    """Write `plan` into a new folder as its file `name`, or find just that plan there.
+
+    `what` names, for the message, things made by such a plan. Raises `DriveSimError` for a folder
+    with anything else in it.
+    """
+    if not out.exists() or is_free(out):
+        save_json(out / name, plan)
+    elif not (out / name).exists():
+        raise DriveSimError(f"{out}: holds other files; choose a new folder for {what}")
+    elif load_json(out / name) != plan:
+        raise DriveSimError(
+            f"{out}: holds {what} of another plan (see {name}); "
+            "choose a new folder or delete this one"
+        )
 
 
 def is_finished(run: Path) -> bool:

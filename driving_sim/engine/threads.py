@@ -1,4 +1,4 @@
-"""How many threads to compute with: as many as there are cores that other programs leave.
+"""What this process takes of the machine: threads on the cores that others leave, and memory.
 
 Threads of OpenMP wait for each other by spinning. Where another program has the core of one of
 them, all others spin until it is back, thousands of times a second, and two threads are slower than
@@ -8,7 +8,9 @@ Compiled passes give the same tokens with any number of threads. What torch comp
 last bits: the weights of a training, and in float32 a token or a pixel on a rounding boundary.
 """
 
+import ctypes
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +28,7 @@ MARGIN = 0.6
 more."""
 LEAST_OWN = 0.3
 """Of a core that this process must have used between two counts for them to be compared."""
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def leave_busy_cores() -> None:
@@ -67,6 +70,24 @@ def fixed_threads(count: int | None) -> Iterator[None]:
     finally:
         _leaves_cores = leaves
         torch.set_num_threads(before)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed for what is allocated next.
+
+    Large tensors would go back to the system, and those of the next step be made of pages that it
+    has to find and to clear first (https://man7.org/linux/man-pages/man3/mallopt.3.html). It is for
+    the whole process: commands do it, the library does not. Other C libraries stay as they are, and
+    so does glibc where the environment tells it what to do.
+    """
+    if sys.platform != "linux" or any(
+        name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ
+    ):
+        return
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(_MMAP_MAX, 0)
+        library.mallopt(_TRIM_THRESHOLD, -1)
 
 
 def usable_cores() -> int:

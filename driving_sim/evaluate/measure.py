@@ -11,8 +11,8 @@ from driving_sim.data.tokens.index import INDEX
 from driving_sim.data.tokens.store import TokenStore
 from driving_sim.data.video.frame_rate import RATE_TOLERANCE
 from driving_sim.engine.config import load_yaml
-from driving_sim.engine.device import name_of
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.precision import name_of
 from driving_sim.engine.progress import say
 from driving_sim.engine.run_folder import CONFIG
 from driving_sim.evaluate.actions.lessons import (

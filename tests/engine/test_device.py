@@ -1,18 +1,15 @@
 import pytest
 import torch
 
-from driving_sim.engine import device as module
-from driving_sim.engine.device import resolve_device, resolve_precision
+from driving_sim.engine.device import resolve_device
 from driving_sim.engine.errors import DriveSimError
-
-CPU = torch.device("cpu")
 
 
 def test_auto_is_the_best_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert resolve_device("auto") == CPU
-    assert resolve_device("cpu") == CPU
+    assert resolve_device("auto") == torch.device("cpu")
+    assert resolve_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert resolve_device("auto").type == "mps"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -25,45 +22,3 @@ def test_missing_and_unknown_devices_are_errors(monkeypatch: pytest.MonkeyPatch)
         resolve_device("cuda")
     with pytest.raises(DriveSimError, match="auto, cuda, mps, cpu"):
         resolve_device("gpu")
-
-
-@pytest.mark.parametrize(
-    ("feature", "expected"),
-    [("avx512_bf16", torch.bfloat16), ("amx_bf16", torch.bfloat16), ("avx512f", torch.float32)],
-)
-def test_auto_takes_bf16_where_an_x86_processor_has_it(
-    monkeypatch: pytest.MonkeyPatch, feature: str, expected: torch.dtype
-) -> None:
-    """Measuring would say one thing today and another on a busy machine tomorrow."""
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    monkeypatch.setattr(module, "processor_features", lambda: ("fpu", feature))
-    monkeypatch.delattr(module, "_cpu_seconds")
-    module._bf16_is_faster_on_cpu.cache_clear()
-    try:
-        assert resolve_precision("auto", CPU) is expected
-    finally:
-        module._bf16_is_faster_on_cpu.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("bf16_seconds", "expected"), [(0.5, torch.bfloat16), (0.95, torch.float32)]
-)
-def test_elsewhere_auto_takes_bf16_where_it_measures_faster(
-    monkeypatch: pytest.MonkeyPatch, bf16_seconds: float, expected: torch.dtype
-) -> None:
-    seconds = {torch.bfloat16: bf16_seconds, torch.float32: 1.0}
-    monkeypatch.setattr(module, "processor_features", lambda: ())
-    monkeypatch.setattr(module, "_cpu_seconds", seconds.__getitem__)
-    module._bf16_is_faster_on_cpu.cache_clear()
-    try:
-        assert resolve_precision("auto", CPU) is expected
-    finally:
-        module._bf16_is_faster_on_cpu.cache_clear()
-
-
-def test_named_precision_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(module, "_bf16_is_faster_on_cpu")
-    assert resolve_precision("fp32", CPU) is torch.float32
-    assert resolve_precision("bf16", CPU) is torch.bfloat16
-    with pytest.raises(DriveSimError, match="auto, fp32, bf16"):
-        resolve_precision("fp16", CPU)

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from driving_sim.engine.device import name_of, processor_features
+from driving_sim.engine.device import processor_features
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
+from driving_sim.engine.precision import name_of
 from driving_sim.engine.progress import say
 
 _FOLDER = Path(__file__).parent

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from driving_sim.engine.config import Count, Int64, NonNegative, config
-from driving_sim.engine.device import autocast
+from driving_sim.engine.precision import autocast
 from driving_sim.world_model.cache import Cache, cached_frame_base
 from driving_sim.world_model.kernels.decode import NativeCache
 

@@ -15,7 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from driving_sim.engine.errors import DriveSimError, Interrupted
 from driving_sim.engine.parsing import one_line
-from driving_sim.engine.ranks.environment import local_rank, rank_count, restarts
+from driving_sim.engine.torchrun import local_rank, rank_count, restarts
 
 PATIENCE = timedelta(hours=2)
 """How long ranks wait for each other: one validates while the others do nothing."""

@@ -17,7 +17,22 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from driving_sim.engine.checkpoint import (
+from driving_sim.engine.config import from_dict, to_dict
+from driving_sim.engine.device import resolve_device
+from driving_sim.engine.errors import DriveSimError, Interrupted
+from driving_sim.engine.files import disk_errors
+from driving_sim.engine.precision import resolve_precision
+from driving_sim.engine.ranks.distributed import process_group
+from driving_sim.engine.run_folder import (
+    CHECKPOINTS,
+    check_run,
+    goes_on,
+    mark_finished,
+    mark_unfinished,
+    prepare_run,
+)
+from driving_sim.engine.threads import fixed_threads
+from driving_sim.engine.training.checkpoint import (
     STATE,
     checkpoint_path,
     damage,
@@ -29,26 +44,12 @@ from driving_sim.engine.checkpoint import (
     save_checkpoint,
     step_of,
 )
-from driving_sim.engine.config import from_dict, to_dict
-from driving_sim.engine.device import resolve_device, resolve_precision
-from driving_sim.engine.errors import DriveSimError, Interrupted
-from driving_sim.engine.files import disk_errors
-from driving_sim.engine.interrupt import StopNow, StopRequest, stop_on_signals
-from driving_sim.engine.ranks.distributed import process_group
-from driving_sim.engine.run_folder import (
-    CHECKPOINTS,
-    check_run,
-    goes_on,
-    mark_finished,
-    mark_unfinished,
-    prepare_run,
-)
-from driving_sim.engine.threads import fixed_threads
 from driving_sim.engine.training.config import TrainingConfig
+from driving_sim.engine.training.interrupt import StopNow, StopRequest, stop_on_signals
 from driving_sim.engine.training.run_log import RunLog
 from driving_sim.engine.training.schedule import position_by_steps, position_by_time
 from driving_sim.engine.training.step import Batch, Stepper, Trainable, batch_seed, seed_torch
-from driving_sim.engine.training.validation import Validation
+from driving_sim.engine.training.trainable import Validation
 
 __all__ = [
     "Batch",

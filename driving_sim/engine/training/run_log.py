@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from driving_sim.engine.files import atomic_file
 from driving_sim.engine.progress import progress
-from driving_sim.engine.training.validation import Pixels, Validation
+from driving_sim.engine.training.trainable import Pixels, Validation
 
 METRICS = "metrics.jsonl"
 LINES = "log.txt"

@@ -12,16 +12,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from driving_sim.engine.checkpoint import changing_tensors, state_buffers
-from driving_sim.engine.device import autocast
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.interrupt import StopNow
+from driving_sim.engine.precision import autocast
 from driving_sim.engine.ranks.distributed import Ranks
-from driving_sim.engine.ranks.parallel import parallel
 from driving_sim.engine.ranks.sharding import whole
 from driving_sim.engine.threads import adjust_threads, usable_cores
+from driving_sim.engine.training.checkpoint import changing_tensors, state_buffers
 from driving_sim.engine.training.config import TrainingConfig
 from driving_sim.engine.training.ema import Ema
+from driving_sim.engine.training.interrupt import StopNow
 from driving_sim.engine.training.meter import Meter
 from driving_sim.engine.training.optimizer import (
     ParameterGroup,
@@ -29,6 +28,7 @@ from driving_sim.engine.training.optimizer import (
     clip_gradients,
     set_learning_rate,
 )
+from driving_sim.engine.training.parallel import parallel
 from driving_sim.engine.training.schedule import learning_rate_factor
 
 Batch = dict[str, Tensor]

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from driving_sim.engine import device
-from driving_sim.engine.checkpoint import damage
+from driving_sim.engine import precision
 from driving_sim.engine.config import from_dict, to_dict
 from driving_sim.engine.errors import DriveSimError, Interrupted
 from driving_sim.engine.run_folder import is_finished
 from driving_sim.engine.training import loop as training
+from driving_sim.engine.training.checkpoint import damage
 from driving_sim.engine.training.loop import Batch, TrainingConfig, Validation
 from tests import ROOT
 from tests.fixtures.tiny_training import (
@@ -554,7 +554,7 @@ def test_a_number_format_measured_on_another_device_is_not_kept(
 ) -> None:
     """A run that began on a GPU in bf16 would take many times as long on a CPU without it."""
     run = tmp_path / "run"
-    monkeypatch.setattr(device, "_bf16_is_faster_on_cpu", lambda: False)
+    monkeypatch.setattr(precision, "_bf16_is_faster_on_cpu", lambda: False)
     with monkeypatch.context() as on_a_gpu:
         on_a_gpu.setattr(training, "to_dict", lambda state: to_dict(state) | {"device": "cuda"})
         tiny_train(run, steps=5, precision="bf16")

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 )
 
 from driving_sim.engine.training.run_log import RunLog
-from driving_sim.engine.training.validation import Validation
+from driving_sim.engine.training.trainable import Validation
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

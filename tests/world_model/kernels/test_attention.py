@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from driving_sim.engine.device import autocast
+from driving_sim.engine.precision import autocast
 from driving_sim.world_model.kernels import attention as native_training
 from driving_sim.world_model.kernels import library as native_library
 from driving_sim.world_model.rotary import rotate

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from driving_sim.engine.checkpoint import (
+from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.training.checkpoint import (
     CHECKSUMS,
     damage,
     latest,
@@ -15,7 +16,6 @@ from driving_sim.engine.checkpoint import (
     remove_after,
     save_checkpoint,
 )
-from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.training.ema import Ema
 from driving_sim.engine.training.optimizer import build_optimizer, decay_groups, optimizer_tensors
 

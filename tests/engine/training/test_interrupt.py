@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 
 import pytest
 
-from driving_sim.engine.interrupt import StopNow, StopRequest, stop_on_signals
+from driving_sim.engine.training.interrupt import StopNow, StopRequest, stop_on_signals
 
 
 @pytest.fixture
