@@ -8,8 +8,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from driving_sim.data.drive import Drive, DriveSet, sample
 from driving_sim.data.sources import find_drives
 from driving_sim.data.tokens.index import INDEX, UNFINISHED, StoreIndex, read_index
@@ -223,16 +221,15 @@ def tokenize_videos(
         has_run, has_weights = ((tokenizer / name).exists() for name in (CONFIG, WEIGHTS))
         # Trained to its end, or a copy of one without the rest of its run.
         usable = is_finished(tokenizer) or (has_weights and not has_run)
-        usable, begun = map(bool, ranks.from_main([float(usable), float(has_run)]))
+        usable, begun = ranks.from_main(lambda: (usable, has_run))
         if training is not None and not usable:
             what = "is unfinished: going on with it" if begun else "is not there: training it"
             say(f"the tokenizer {tokenizer} {what} on these videos")
             request = replace(training, resume=begun)
             config = request.resolve(TOKENIZER_PRESETS)
             _train_tokenizer(found, tokenizer, request, config, rate, skip_bad)
-        resolved = resolve_precision(precision, own_device)
-        (low,) = ranks.from_main([float(resolved is torch.bfloat16)])
-        frozen = Tokenizer.from_run(tokenizer, own_device, "bf16" if low else "fp32")
+        dtype = ranks.from_main(lambda: resolve_precision(precision, own_device))
+        frozen = Tokenizer.from_run(tokenizer, own_device, name_of(dtype))
         say(
             f"the tokenizer is {tokenizer}: {frozen.height}x{frozen.width} pixels to "
             f"{frozen.rows}x{frozen.cols} tokens, in {name_of(frozen.dtype)}"

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from driving_sim.engine.config import NonNegative, Positive, Share, config, require
 from driving_sim.engine.ranks.distributed import mean_over_ranks
-from driving_sim.engine.training.loop import Batch
 from driving_sim.engine.training.optimizer import ParameterGroup, decay_groups
+from driving_sim.engine.training.trainable import Batch, Trainable
 from driving_sim.tokenizer.autoencoder import (
     AttentionBlock,
     Autoencoder,
@@ -59,7 +59,7 @@ class TokenizerObjectiveConfig:
         require(self, "gan_start", gains, f"{allowed}; gan_weight=0 trains without it")
 
 
-class TokenizerObjective(nn.Module):
+class TokenizerObjective(Trainable):
     """The autoencoder with its losses and its opponent: a model the training loop can train."""
 
     gan_share: Tensor
@@ -94,11 +94,10 @@ class TokenizerObjective(nn.Module):
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Both players' parameters, whose gradients are clipped apart."""
-        groups = decay_groups(self.autoencoder, name="autoencoder", clip="autoencoder")
+        groups = decay_groups(self.autoencoder, clip="autoencoder")
         if self.discriminator is not None:
             groups += decay_groups(
                 self.discriminator,
-                name="discriminator",
                 clip="discriminator",
                 lr_scale=self.config.discriminator_lr_scale,
                 muon=False,  # an opponent that is too quick teaches nothing

@@ -91,7 +91,7 @@ def tokenize(
         ranks.barrier()
         # What the store lacks, as the main rank finds it: the others may already add to it.
         done = ranks.from_main(
-            [float(all(writer.done(_name(each.drive, flip)) for flip in flips)) for each in usable]
+            lambda: [all(writer.done(_name(each.drive, flip)) for flip in flips) for each in usable]
         )
         left = [each for each, is_done in zip(usable, done, strict=True) if not is_done]
         _encode(_share(left, ranks), flips, tokenizer, writer, skip_bad, batch_size, ranks)

@@ -50,8 +50,6 @@ from driving_sim.tokenizer.tokenizer import Tokenizer, frames_from_images, image
 
 _GRID_FRAMES = 8
 _BATCH = 16
-_BEFORE_GAN = 100.0
-"""Added to the score of a model that the discriminator has not fully acted on yet."""
 
 
 @config
@@ -175,7 +173,7 @@ class Validator:
         """Return losses, PSNR, SSIM, use of the codebook and a grid of reconstructions.
 
         The score is the loss without the discriminator. A discriminator trades some of it for
-        texture, so models from before it has full say rank behind all later ones.
+        texture, so it is provisional before that has its full say.
         """
         assert isinstance(model, TokenizerObjective)
         # What is kept works in float32, whatever it is trained in.
@@ -189,7 +187,8 @@ class Validator:
         shown = torch.linspace(0, len(rebuilt) - 1, min(_GRID_FRAMES, len(rebuilt))).round().long()
         waiting = model.discriminator is not None and float(model.gan_share) < 1
         return Validation(
-            score=metrics["loss"] + (_BEFORE_GAN if waiting else 0.0),
+            score=metrics["loss"],
+            provisional=waiting,
             metrics=metrics,
             images={"reconstructions": reconstruction_grid(self.frames[shown], rebuilt[shown])},
         )
@@ -253,20 +252,22 @@ def _decodable(
     Before anything is drawn: so the split and every batch are functions of the drives kept. Of
     several ranks, the main one decides for all.
     """
-    good = [False] * len(drives)
     total = sum(len(each.indices) for each in drives)
+
+    def good() -> list[int]:
+        found = []
+        with progress(total, "check", "frames") as shown:
+            for number, each in enumerate(drives):
+                try:
+                    for _ in each.drive.stream(size, each.indices):
+                        shown.advance(1)
+                    found.append(number)
+                except DriveSimError as error:
+                    shown.say(f"skipped {each.drive.id}: {error}")
+        return found
+
     with process_group(resolve_device(device)) as (ranks, _):
-        if ranks.is_main:
-            with progress(total, "check", "frames") as shown:
-                for number, each in enumerate(drives):
-                    try:
-                        for _ in each.drive.stream(size, each.indices):
-                            shown.advance(1)
-                        good[number] = True
-                    except DriveSimError as error:
-                        shown.say(f"skipped {each.drive.id}: {error}")
-        chosen = ranks.from_main([float(each) for each in good])
-    kept = [drive for drive, each in zip(drives, chosen, strict=True) if each]
+        kept = [drives[number] for number in ranks.from_main(good)]
     if not kept:
         raise DriveSimError("every drive was skipped: nothing is left to train on")
     return kept

@@ -43,7 +43,7 @@ from driving_sim.engine.config import to_dict
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
 from driving_sim.engine.run_folder import CONFIG, check_run
-from driving_sim.engine.training.loop import Batch, TrainingConfig, Validation, train
+from driving_sim.engine.training.loop import Batch, Trainable, TrainingConfig, Validation, train
 from driving_sim.engine.training.optimizer import ParameterGroup, decay_groups
 from driving_sim.engine.training.run_log import METRICS
 from driving_sim.pipeline import find_frames
@@ -60,7 +60,7 @@ _WORLD_MODEL_PEER_RATE = 1e-3
 _BETAS = {"tokenizer": (0.5, 0.9), "world-model": (0.9, 0.95)}  # VQGAN's and nanoGPT's
 
 
-class Peer(nn.Module):
+class Peer(Trainable):
     """A peer as our training loop takes models: `forward(batch)` gives loss and metrics."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -69,7 +69,7 @@ class Peer(nn.Module):
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """All of them are AdamW's."""
-        return decay_groups(self.model, name="peer", muon=False)
+        return decay_groups(self.model, muon=False)
 
     def ema_module(self) -> nn.Module:
         """The whole peer."""

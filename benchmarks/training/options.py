@@ -34,7 +34,8 @@ def measure(preset: str, options: dict[str, Any]) -> dict[str, float] | None:
     import torch
 
     from driving_sim.engine.ranks.distributed import process_group
-    from driving_sim.engine.training.step import Batch, Stepper
+    from driving_sim.engine.training.step import Stepper
+    from driving_sim.engine.training.trainable import Batch
     from driving_sim.tokenizer.presets import PRESETS as TOKENIZERS
     from driving_sim.world_model.actions import ActionStatistics
     from driving_sim.world_model.training.objective import WorldModelObjective

@@ -39,7 +39,8 @@ from benchmarks.measuring.shapes import Shape, shape_of, transformer
 from driving_sim.engine.precision import autocast, name_of
 from driving_sim.engine.ranks.distributed import Ranks
 from driving_sim.engine.training.config import TrainingConfig
-from driving_sim.engine.training.step import Batch, Stepper
+from driving_sim.engine.training.step import Stepper
+from driving_sim.engine.training.trainable import Batch, Trainable
 from driving_sim.tokenizer.objective import TokenizerObjective, TokenizerObjectiveConfig
 from driving_sim.world_model.training.objective import InputNoiseConfig, WorldModelObjective
 
@@ -47,7 +48,7 @@ _BATCHES = {"tiny": 2, "base": 1, "tokenizer": 4}
 _LARGER_ON_CUDA = 8
 
 
-def own_step(model: nn.Module, batch: Batch, settings: Settings) -> Callable[[], bool]:
+def own_step(model: Trainable, batch: Batch, settings: Settings) -> Work:
     """A step of our training loop on one batch, again and again."""
     stepper = Stepper(model, TrainingConfig(steps=1_000_000), Ranks(), settings.device)
     stepper.dtype = precision(settings)
@@ -96,7 +97,7 @@ def world_model_batch(shape: Shape, size: int) -> Batch:
     }
 
 
-def world_model_step(shape: Shape, size: int, settings: Settings) -> Callable[[], bool]:
+def world_model_step(shape: Shape, size: int, settings: Settings) -> Work:
     """A step of the world model's training, as its default objective asks for."""
     model = WorldModelObjective(InputNoiseConfig(), transformer(shape))
     return own_step(model, world_model_batch(shape, size), settings)

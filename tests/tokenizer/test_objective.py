@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from driving_sim.engine.training.optimizer import build_optimizer
+from driving_sim.engine.training.config import TrainingConfig
+from driving_sim.engine.training.optimizer import Optimizers
 from driving_sim.tokenizer import objective as module
 from driving_sim.tokenizer.autoencoder import AutoencoderConfig
 from driving_sim.tokenizer.discriminator import Discriminator, DiscriminatorConfig, hinge_loss
@@ -115,10 +116,8 @@ def test_the_say_of_the_discriminator_is_part_of_a_checkpoint() -> None:
 
 def test_an_optimizer_takes_each_players_parameters_once() -> None:
     model = objective()
-    optimizer = build_optimizer(
-        model, model.parameter_groups(), learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.99)
-    )
-    families = {group["clip"] for group in optimizer.param_groups}
+    optimizers = Optimizers(model, model.parameter_groups(), TrainingConfig(steps=1))
+    families = {group["clip"] for group in optimizers.groups}
     assert families == {"autoencoder", "discriminator"}
     assert model.ema_module() is model.autoencoder
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from driving_sim.engine.config import Share, config
 from driving_sim.engine.training.optimizer import ParameterGroup, decay_groups
-from driving_sim.engine.training.step import Batch
+from driving_sim.engine.training.trainable import Batch, Trainable
 from driving_sim.world_model.actions import ActionDropoutConfig, drop_actions
 from driving_sim.world_model.transformer import Transformer
 
@@ -30,7 +30,7 @@ class InputNoiseConfig:
     """How often actions are hidden."""
 
 
-class WorldModelObjective(nn.Module):
+class WorldModelObjective(Trainable):
     """The training loss of a `Transformer`: cross-entropy of every token of a window."""
 
     def __init__(self, config: InputNoiseConfig, transformer: Transformer) -> None:
@@ -40,7 +40,7 @@ class WorldModelObjective(nn.Module):
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Matrices and embeddings decay: towards what their digits share."""
-        return decay_groups(self.transformer, name="transformer")
+        return decay_groups(self.transformer)
 
     def ema_module(self) -> Transformer:
         """Everything that has parameters."""

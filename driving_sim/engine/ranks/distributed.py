@@ -1,11 +1,11 @@
 """The processes that `torchrun` started, and the little that they tell each other."""
 
-import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from torch.distributed.rendezvous import rendezvous
 from driving_sim.engine.errors import DriveSimError, Interrupted
 from driving_sim.engine.parsing import one_line
 from driving_sim.engine.torchrun import local_rank, rank_count, restarts
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(hours=2)
 """How long ranks wait for each other: one validates while the others do nothing."""
@@ -47,11 +49,23 @@ class Ranks:
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         return shared.tolist()
 
+    def from_main(self, find: Callable[[], T]) -> T:
+        """What the main rank finds, on every rank; the others do not look for themselves."""
+        found = [find() if self.is_main else None]
+        if self.size > 1:
+            dist.broadcast_object_list(found, src=0)
+        return cast(T, found[0])
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def require_same(self, text: str, what: str) -> None:
         """Raise `DriveSimError` on all ranks unless all give the same text."""
-        number = float(int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big"))
-        largest, smallest = self.largest([number, -number])
-        if largest != -smallest:
+        if len(set(self.gather(text))) > 1:
             raise DriveSimError(
                 f"rank {self.rank}: {what} differ between the ranks: start all of them with the "
                 "same command, with the same files in reach"
@@ -61,14 +75,6 @@ class Ranks:
         """Wait until every rank has come here."""
         if self.size > 1:
             dist.barrier()
-
-    def from_main(self, values: list[float]) -> list[float]:
-        """The main rank's numbers, on every rank."""
-        if self.size == 1:
-            return values
-        shared = torch.tensor(values, dtype=torch.float64)
-        dist.broadcast(shared, src=0)
-        return shared.tolist()
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from driving_sim.engine.ranks.sharding import (
     save_shards,
 )
 from driving_sim.engine.training.ema import Ema
-from driving_sim.engine.training.optimizer import load_optimizer_tensors, optimizer_tensors
+from driving_sim.engine.training.optimizer import Optimizers
 from driving_sim.engine.weights import write_tensors
 
 CHECKSUMS = "checksums.json"
@@ -47,7 +47,7 @@ def save_checkpoint(
     *,
     step: int,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Optimizers,
     ema: Ema,
     state: Mapping[str, Any],
     ranks: Ranks | None = None,
@@ -61,8 +61,8 @@ def save_checkpoint(
     path = checkpoint_path(folder, step)
     parts = {
         "model": changing_tensors(model),
-        "optimizer": optimizer_tensors(optimizer, model),
-        "ema": ema.state_dict(),
+        "optimizer": optimizers.tensors(),
+        "ema": ema.averages,
     }
     with _shared_folder(path, ranks) as temporary:
         if any(is_sharded(parameter) for parameter in model.parameters()):
@@ -72,25 +72,28 @@ def save_checkpoint(
             for part, tensors in parts.items():
                 write_tensors(temporary / f"{part}.safetensors", tensors)
         if ranks.is_main:
-            save_json(temporary / STATE, {**state, "ema_updates": ema.updates})
+            save_json(temporary / STATE, {**state, "ema_updates": int(ema.updates)})
         _save_checksums(temporary, ranks)
     ranks.barrier()
     return path
 
 
+@torch.no_grad()
 def load_checkpoint(
-    path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema
+    path: Path, *, model: nn.Module, optimizers: Optimizers, ema: Ema
 ) -> dict[str, Any]:
-    """Put a checkpoint into model, optimiser and EMA; return its state.
+    """Put a checkpoint into model, optimisers and EMA; return its state.
 
     Raises `DriveSimError` where files are missing or were made for another model.
     """
     state = load_json(path / STATE)
     try:
-        parts = _load_parts(path, model, ema)
-        _load_model(model, parts["model"])
-        load_optimizer_tensors(optimizer, model, parts["optimizer"])
-        ema.load_state_dict(parts["ema"], state.pop("ema_updates"))
+        saved = _load_parts(path, model, ema)
+        for part, own in {"model": changing_tensors(model), "ema": ema.averages}.items():
+            for name in sorted(own.keys() | saved[part].keys()):
+                own[name].copy_(placed_like(saved[part][name], own[name]))
+        optimizers.load_tensors(saved["optimizer"])
+        ema.updates = torch.tensor(state.pop("ema_updates"), dtype=torch.float64)
     except (KeyError, OSError, SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DriveSimError(
@@ -106,7 +109,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     None where there is none at all. Raises `DriveSimError` where all are damaged.
     """
     notices: list[str] = []
-    for path in sorted(_all(folder), key=step_of, reverse=True):
+    for path in reversed(_all(folder)):
         fault = damage(path)
         if fault is None:
             return path, notices
@@ -122,29 +125,25 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 def damage(path: Path) -> str | None:
     """In what a checkpoint's files differ from what was written; None where they do not."""
     try:
-        return _difference(path)
+        written = load_json(path / CHECKSUMS)
+        found = {file.name: file for file in _files(path)}
+        for name in sorted(written.keys() | found.keys()):
+            if name not in found:
+                return f"{shown(name)} is missing"
+            if name not in written:
+                return f"{shown(name)} does not belong there"
+            if _digest(found[name]) != written[name]:
+                return f"{name} has another checksum"
     except DriveSimError:
         return f"no readable {CHECKSUMS}, which checkpoints of earlier versions have not"
     except OSError as error:
         return f"{error.filename} cannot be read: {error.strerror}"
-
-
-def _difference(path: Path) -> str | None:
-    written = load_json(path / CHECKSUMS)
-    found = {file.name: file for file in _files(path)}
-    for name in sorted(written.keys() | found.keys()):
-        if name not in found:
-            return f"{shown(name)} is missing"
-        if name not in written:
-            return f"{shown(name)} does not belong there"
-        if _digest(found[name]) != written[name]:
-            return f"{name} has another checksum"
     return None
 
 
 def latest(folder: Path) -> Path | None:
     """The checkpoint with the highest step in `folder`; None where there is none."""
-    return max(_all(folder), key=step_of, default=None)
+    return next(reversed(_all(folder)), None)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -166,7 +165,7 @@ def remove_after(path: Path) -> None:
 
 def prune(folder: Path, *, keep_last: int, best_step: int | None) -> None:
     """Remove all checkpoints but the newest `keep_last` and the best, and what a kill left over."""
-    for path in sorted(_all(folder), key=step_of)[:-keep_last]:
+    for path in _all(folder)[:-keep_last]:
         if step_of(path) != best_step:
             shutil.rmtree(path)
     for path in folder.glob(".step-*"):
@@ -174,9 +173,10 @@ def prune(folder: Path, *, keep_last: int, best_step: int | None) -> None:
 
 
 def _all(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, by their steps."""
     if not folder.is_dir():
         return []
-    return [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def _files(path: Path) -> list[Path]:
@@ -187,16 +187,10 @@ def _files(path: Path) -> list[Path]:
 def _save_checksums(path: Path, ranks: Ranks) -> None:
     """Write those of all files, which the ranks share: a large model's take a while to read."""
     ranks.barrier()  # the files are all there
-    files = _files(path)[ranks.rank :: ranks.size]
-    ranks.barrier()  # and all ranks have seen the same
-    part = path / f"{ranks.rank}.{CHECKSUMS}"
-    save_json(part, {file.name: _digest(file) for file in files})
-    ranks.barrier()
+    own = _files(path)[ranks.rank :: ranks.size]
+    shares = ranks.gather({file.name: _digest(file) for file in own})
     if ranks.is_main:
-        parts = sorted(path.glob(f"*.{CHECKSUMS}"))
-        made = {name: digest for each in parts for name, digest in load_json(each).items()}
-        for each in parts:
-            each.unlink()
+        made = {name: digest for share in shares for name, digest in share.items()}
         # On a shared disk a rank may not have seen all files yet.
         files = _files(path)
         save_json(path / CHECKSUMS, {f.name: made.get(f.name) or _digest(f) for f in files})
@@ -212,14 +206,10 @@ def _digest(file: Path) -> str:
 @contextmanager
 def _shared_folder(path: Path, ranks: Ranks) -> Iterator[Path]:
     """`atomic_folder` on the main rank; the others get the same temporary folder."""
-    process = int(ranks.from_main([float(os.getpid())])[0])
-    if ranks.is_main:
-        with atomic_folder(path) as temporary:
-            ranks.barrier()
-            yield temporary
-        return
-    ranks.barrier()
-    yield temporary_beside(path, process)
+    theirs = temporary_beside(path, ranks.from_main(os.getpid))
+    with atomic_folder(path) if ranks.is_main else nullcontext(theirs) as temporary:
+        ranks.barrier()
+        yield temporary
 
 
 def changing_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -236,21 +226,13 @@ def state_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def _load_parts(path: Path, model: nn.Module, ema: Ema) -> dict[str, dict[str, Tensor]]:
     """The saved tensors of each part by name; those of a sharded run as `model` is sharded."""
+    if not is_saved_in_shards(path):
+        return {part: load_file(path / f"{part}.safetensors") for part in _PARTS}
+    likes: dict[str, Tensor] = {f"ema/{name}": average for name, average in ema.averages.items()}
+    for part in ("model", "optimizer"):
+        likes |= {f"{part}/{name}": parameter for name, parameter in model.named_parameters()}
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
-    if is_saved_in_shards(path):
-        parameters = dict(model.named_parameters())
-        likes = {f"ema/{name}": average for name, average in ema.state_dict().items()}
-        for part in ("model", "optimizer"):
-            likes |= {f"{part}/{name}": parameter for name, parameter in parameters.items()}
-        for name, tensor in load_shards(path, likes).items():
-            part, _, rest = name.partition("/")
-            parts[part][rest] = tensor
-        return parts
-    return {part: load_file(path / f"{part}.safetensors") for part in _PARTS}
-
-
-@torch.no_grad()
-def _load_model(model: nn.Module, saved: dict[str, Tensor]) -> None:
-    tensors = changing_tensors(model)
-    for name in sorted(tensors.keys() | saved.keys()):
-        tensors[name].copy_(placed_like(saved[name], tensors[name]))
+    for name, tensor in load_shards(path, likes).items():
+        part, _, rest = name.partition("/")
+        parts[part][rest] = tensor
+    return parts

@@ -6,36 +6,36 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from driving_sim.engine.ranks.sharding import placed_like
-
 
 class Ema:
     """Averages the trainable parameters of `module`; buffers and frozen weights are left alone.
 
     After n updates the decay is min(decay, (1 + n) / (10 + n)), as in TensorFlow's
     ExponentialMovingAverage: the average of a short run is not still the initialisation.
+    `averages` are by parameter name; `updates` is a float64 scalar.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.updates = 0
+        self.updates = torch.zeros((), dtype=torch.float64)
         self._parameters = {
             name: parameter
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         }
-        self._averages = {
+        self.averages = {
             name: parameter.detach().clone() for name, parameter in self._parameters.items()
         }
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the averages towards the parameters' present values."""
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(
-            list(self._averages.values()), list(self._parameters.values()), 1.0 - decay
-        )
+    def update(self, skipped: Tensor | None = None) -> None:
+        """Move the averages towards the parameters' present values, unless `skipped` is 1."""
+        taken = 1.0 if skipped is None else 1.0 - skipped.double()
+        self.updates = self.updates + taken
+        decay = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
+        weight = ((1.0 - decay) * taken).float()
+        for name, average in self.averages.items():
+            average.lerp_(self._parameters[name], weight.to(average.device))
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -46,19 +46,8 @@ class Ema:
         finally:
             self._exchange()
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The averages by parameter name; `updates` is saved apart."""
-        return dict(self._averages)
-
-    @torch.no_grad()
-    def load_state_dict(self, averages: dict[str, Tensor], updates: int) -> None:
-        """Take up saved averages; `KeyError` where one is missing."""
-        for name, average in self._averages.items():
-            average.copy_(placed_like(averages[name], average))
-        self.updates = updates
-
     def _exchange(self) -> None:
         # Storages change hands: no copy, and optimiser and module keep their parameter objects.
         for name, parameter in self._parameters.items():
-            average = self._averages[name]
+            average = self.averages[name]
             parameter.data, average.data = average.data, parameter.data

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from driving_sim.engine.config import from_dict, to_dict
 from driving_sim.engine.device import resolve_device
 from driving_sim.engine.errors import DriveSimError, Interrupted
 from driving_sim.engine.files import disk_errors
-from driving_sim.engine.precision import resolve_precision
+from driving_sim.engine.precision import name_of, resolve_precision
 from driving_sim.engine.ranks.distributed import process_group
 from driving_sim.engine.run_folder import (
     CHECKPOINTS,
@@ -42,14 +42,13 @@ from driving_sim.engine.training.checkpoint import (
     prune,
     remove_after,
     save_checkpoint,
-    step_of,
 )
 from driving_sim.engine.training.config import TrainingConfig
 from driving_sim.engine.training.interrupt import StopNow, StopRequest, stop_on_signals
 from driving_sim.engine.training.run_log import RunLog
 from driving_sim.engine.training.schedule import position_by_steps, position_by_time
-from driving_sim.engine.training.step import Batch, Stepper, Trainable, batch_seed, seed_torch
-from driving_sim.engine.training.trainable import Validation
+from driving_sim.engine.training.step import Stepper, batch_seed, seed_torch
+from driving_sim.engine.training.trainable import Batch, Trainable, Validation
 
 __all__ = [
     "Batch",
@@ -64,10 +63,14 @@ __all__ = [
 
 MAX_SKIPPED_IN_A_ROW = 20
 """Steps without a finite loss before the run gives up."""
+COUNT_SKIPPED_EVERY = 20
+"""Steps after which the run learns, at the latest, which of them were skipped."""
 FIRST_STEPS = 5
 """Steps after which a run says how long it will take."""
 WARM_UP_STEPS = 2
 """Those of them that do not count: kernels are chosen, or compiled, and memory is taken."""
+_ADDED_TO_PROVISIONAL = 100.0
+"""To a score, by earlier versions, whose checkpoints do not say that it is provisional."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,12 +86,12 @@ class TrainingResult:
     """Training time; validation does not count."""
 
 
-Validate = Callable[[nn.Module], Validation]
+Validate = Callable[[Trainable], Validation]
 Export = Callable[[nn.Module, Path], None]
 
 
 def train(
-    model: nn.Module,
+    model: Trainable,
     *,
     dataset: Dataset[Batch],
     config: TrainingConfig,
@@ -99,7 +102,7 @@ def train(
     resume: bool = False,
     device: torch.device | str = "auto",
 ) -> TrainingResult:
-    """Train `model` (a `Trainable`) in the folder `run`; under `torchrun`, on all its devices.
+    """Train `model` in the folder `run`; under `torchrun`, on all its devices.
 
     `dataset[n]` is batch n, a function of (its seed, n) alone. Each batch also gets `step` (int64)
     and `progress` (float32, 0 to 1), and torch is seeded for it, so that a run resumed from a
@@ -118,22 +121,17 @@ def train(
         stop_on_signals() as request,
     ):
         ranks.require_same(json.dumps(run_config, default=str), "the settings or the drives")
-        (goes_on_alike,) = ranks.from_main([float(goes_on(run, resume))])
-        resume = bool(goes_on_alike)
+        resume = ranks.from_main(lambda: goes_on(run, resume))
         if ranks.is_main:
             prepare_run(run, run_config, resume)
 
         def run_loop() -> TrainingResult:
             # Here, so that nothing holds on to the process group when it is left.
-            stepper = Stepper(model, config, ranks, own_device)
-            loop = _Loop(stepper, run, validate, export, request)
+            loop = _Loop(Stepper(model, config, ranks, own_device), run, validate, export, request)
             if resume:
                 loop.resume()
             loop.choose_precision()
-            if not ranks.is_main:
-                return loop.run(dataset, None)
-            with loop.run_log(config.steps) as log:
-                return loop.run(dataset, log)
+            return loop.run(dataset)
 
         return run_loop()
 
@@ -150,10 +148,17 @@ class _State:
     device: str = ""
     validated_step: int = 0
     best_score: float | None = None
+    best_provisional: bool = False
     best_step: int = 0
     validations_since_best: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+
+    def improves(self, score: float, provisional: bool) -> bool:
+        """Whether a score is better than the best so far."""
+        if self.best_score is None or not math.isfinite(score):
+            return math.isfinite(score)
+        return (provisional, score) < (self.best_provisional, self.best_score)
 
 
 class _Loop:
@@ -178,18 +183,24 @@ class _Loop:
 
     def resume(self) -> None:
         """Go on from the newest checkpoint that is whole, if the run came as far as one."""
-        path = self._checkpoint()
+        # The main rank's: checking reads everything.
+        path, self.notices = self.ranks.from_main(lambda: newest_whole(self.folder / CHECKPOINTS))
         if path is None:
             return
-        self.state = from_dict(_State, self._load(path), where=str(path / STATE))
-        (damaged,) = self.ranks.from_main([float(len(self.notices))])
-        if damaged:
+        saved = self._load(path)
+        best = saved.get("best_score")
+        if "best_provisional" not in saved and best and best >= _ADDED_TO_PROVISIONAL:
+            saved |= {"best_score": best - _ADDED_TO_PROVISIONAL, "best_provisional": True}
+        self.state = from_dict(_State, saved, where=str(path / STATE))
+        skips = [self.state.skipped_steps, self.state.skipped_in_a_row]
+        self.stepper.skips = torch.tensor(skips)
+        if self.notices:
             self._return_to(path)
 
     def _load(self, path: Path) -> dict[str, Any]:
         stepper = self.stepper
         return load_checkpoint(
-            path, model=stepper.model, optimizer=stepper.optimizer, ema=stepper.ema
+            path, model=stepper.model, optimizers=stepper.optimizers, ema=stepper.ema
         )
 
     def _return_to(self, path: Path) -> None:
@@ -198,45 +209,37 @@ class _Loop:
         Later checkpoints are damaged. The weights exported last may be those of a later step too:
         those of the best step so far are exported again.
         """
-        stepper, best = self.stepper, checkpoint_path(path.parent, self.state.best_step)
-        (exported,) = self.ranks.from_main([float(damage(best) is None)])
-        if exported:
+        best = checkpoint_path(path.parent, self.state.best_step)
+        if self.ranks.from_main(lambda: damage(best) is None):
             self._load(best)
-            with stepper.averaged() as model:
+            with self.stepper.averaged() as model:
                 if self.ranks.is_main:
-                    self.export(cast(Trainable, model).ema_module(), self.folder)
+                    self.export(model.ema_module(), self.folder)
             self._load(path)
         if self.ranks.is_main:
             remove_after(path)
 
-    def _checkpoint(self) -> Path | None:
-        """The one to go on from, as the main rank finds it: checking reads everything."""
-        folder, path = self.folder / CHECKPOINTS, None
-        if self.ranks.is_main:
-            path, self.notices = newest_whole(folder)
-        (step,) = self.ranks.from_main([-1.0 if path is None else float(step_of(path))])
-        return None if step < 0 else checkpoint_path(folder, int(step))
-
     def choose_precision(self) -> None:
         """Resolve auto; a resumed run keeps what it measured before, if the device is the same."""
-        name, device = str(self.config.precision), self.stepper.device
-        if name == "auto" and self.state.device == device.type:
-            name = self.state.precision
-        low = self.ranks.from_main([float(resolve_precision(name, device) is torch.bfloat16)])[0]
-        self.stepper.dtype = torch.bfloat16 if low else torch.float32
-        self.state.precision, self.state.device = "bf16" if low else "fp32", device.type
+        state, device = self.state, self.stepper.device
+        kept = self.config.precision == "auto" and state.device == device.type
+        name = state.precision if kept else str(self.config.precision)
+        self.stepper.dtype = self.ranks.from_main(lambda: resolve_precision(name, device))
+        state.precision, state.device = name_of(self.stepper.dtype), device.type
 
-    def run_log(self, total: int | None) -> RunLog:
-        """The run's record, going on from where the state stands."""
-        step, validated = self.state.step, self.state.validated_step
-        return RunLog(self.folder, start_step=step, validated_step=validated, total=total)
-
-    def run(self, dataset: Dataset[Batch], log: RunLog | None) -> TrainingResult:
+    def run(self, dataset: Dataset[Batch]) -> TrainingResult:
         """Step, log, validate and save until the run is over."""
-        self.log = log
-        if log:
+        if not self.ranks.is_main:
+            return self._run(dataset)
+        step, validated = self.state.step, self.state.validated_step
+        total = self.config.steps
+        with RunLog(self.folder, start_step=step, validated_step=validated, total=total) as log:
+            self.log = log
             for notice in self.notices:
                 log.say(notice)
+            return self._run(dataset)
+
+    def _run(self, dataset: Dataset[Batch]) -> TrainingResult:
         self.stepper.model.train()
         batches: Iterator[tuple[int, Batch]] | None = None
         while True:
@@ -248,7 +251,8 @@ class _Loop:
                 if position > 1.0 or self._due(self.config.validate_every):
                     self._validate()
                 over = position > 1.0 or self._out_of_patience()
-                if over or self._due(self.config.save_every) or self._is_best():
+                is_best = self.state.best_step == self.state.step
+                if over or is_best or self._due(self.config.save_every):
                     self._save()
                 if over:
                     return self._finish(trained=batches is not None)
@@ -286,7 +290,7 @@ class _Loop:
     def _step(self, batches: Iterator[tuple[int, Batch]], position: float) -> None:
         state = self.state
         start = time.perf_counter()
-        finite = self.stepper.step(batches, state.step, position, self.interruptible)
+        self.stepper.step(batches, state.step, position, self.interruptible)
         seconds = time.perf_counter() - start
         self.recent_seconds.append(seconds)
         state.step_seconds = statistics.median(self.recent_seconds)
@@ -294,9 +298,10 @@ class _Loop:
         state.step += 1
         state.batches += self.stepper.batches_per_step
         self.unsaved = True
-        self._count_skipped(finite)
         if self._due(self.config.log_every):
             self._log_training()
+        elif self._due(COUNT_SKIPPED_EVERY):
+            self._count_skipped()
         if self.log:
             self._say_how_long(self.log, seconds)
             self.log.advance(position)
@@ -318,15 +323,15 @@ class _Loop:
                 "min more"
             )
 
-    def _count_skipped(self, finite: bool) -> None:
+    def _count_skipped(self) -> None:
+        """Learn from the device what it skipped; `DriveSimError` where that is all it does."""
         state = self.state
-        state.skipped_steps += not finite
-        state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
-        if state.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+        state.skipped_steps, state.skipped_in_a_row = self.stepper.skips.tolist()
+        if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             path = latest(self.folder / CHECKPOINTS)
             raise DriveSimError(
-                f"the loss was not finite in {MAX_SKIPPED_IN_A_ROW} steps up to {state.step}; the "
-                f"last checkpoint is {path or 'none'}: go on from it with `resume` and a lower "
+                f"the loss was not finite in {state.skipped_in_a_row} steps up to {state.step}; "
+                f"the last checkpoint is {path or 'none'}: go on from it with `resume` and a lower "
                 "training.learning_rate"
             )
 
@@ -335,29 +340,27 @@ class _Loop:
         state = self.state
         if state.validated_step == state.step:
             return
-        score = math.inf
         with self.stepper.averaged() as model:
-            if self.ranks.is_main:
-                score = self._validate_and_export(model)
-        (score,) = self.ranks.from_main([score])
+            score, provisional = self.ranks.from_main(lambda: self._validate_and_export(model))
         state.validations_since_best += 1
-        if self._improves(score):
-            state.best_score, state.best_step, state.validations_since_best = score, state.step, 0
+        if state.improves(score, provisional):
+            state.best_score, state.best_provisional = score, provisional
+            state.best_step, state.validations_since_best = state.step, 0
         state.validated_step = state.step
         self.unsaved = True
 
-    def _validate_and_export(self, model: nn.Module) -> float:
+    def _validate_and_export(self, model: Trainable) -> tuple[float, bool]:
         # The same draws each time: scores differ by the weights alone.
         seed_torch(batch_seed(self.config.seed, -1), self.stepper.device)
         with torch.no_grad(), self.stepper.autocast():
             with self.interruptible():
                 validation = self.validate_model(model)
-            if self._improves(validation.score):
-                self.export(cast(Trainable, model).ema_module(), self.folder)
+            best = self.state.improves(validation.score, validation.provisional)
+            if best:
+                self.export(model.ema_module(), self.folder)
         if self.log:
-            best = self._improves(validation.score)
             self.log.add_validation(self.state.step, validation, best=best)
-        return validation.score
+        return validation.score, validation.provisional
 
     def _save(self) -> None:
         if not self.unsaved:
@@ -368,7 +371,7 @@ class _Loop:
             folder,
             step=state.step,
             model=stepper.model,
-            optimizer=stepper.optimizer,
+            optimizers=stepper.optimizers,
             ema=stepper.ema,
             state=to_dict(state),
             ranks=self.ranks,
@@ -378,12 +381,13 @@ class _Loop:
         self.unsaved = False
 
     def _log_training(self) -> None:
+        self._count_skipped()
         means = self.stepper.meter.read(self.ranks)
         if not self.log or not means:
             return
         values = {
             **means,
-            "learning_rate": self.stepper.learning_rate(),
+            "learning_rate": self.stepper.learning_rate,
             "skipped_steps": float(self.state.skipped_steps),
             "step_seconds": self.state.step_seconds,
             "training_seconds": self.state.seconds,
@@ -394,13 +398,6 @@ class _Loop:
 
     def _due(self, every: int) -> bool:
         return self.state.step > 0 and self.state.step % every == 0
-
-    def _improves(self, score: float) -> bool:
-        best = self.state.best_score
-        return math.isfinite(score) and (best is None or score < best)
-
-    def _is_best(self) -> bool:
-        return self.state.best_step == self.state.step
 
     def _out_of_patience(self) -> bool:
         patience = self.config.patience
@@ -413,32 +410,28 @@ class _Loop:
 
     def _finish(self, *, trained: bool) -> TrainingResult:
         """Mark the run as finished; say so where there was nothing left to do."""
-        result = self._result()
-        if self.ranks.is_main:
-            mark_finished(self.folder, asdict(result))
-        if self.log and not trained:
-            self.log.say(
-                f"{self.folder} was finished at step {result.steps}: to train it further, give "
-                "more steps, minutes or patience"
-            )
-        return result
-
-    def _result(self) -> TrainingResult:
         state = self.state
         if state.best_score is None:
             raise DriveSimError(
                 f"{self.folder}: no validation score was finite, so nothing was kept; "
                 "try a lower training.learning_rate"
             )
-        if self.log:
-            self.log.say(f"best score {state.best_score:.4g} at step {state.best_step}")
-        return TrainingResult(
+        result = TrainingResult(
             best_score=state.best_score,
             best_step=state.best_step,
             steps=state.step,
             batches=state.batches,
             seconds=state.seconds,
         )
+        if self.log:
+            self.log.say(f"best score {state.best_score:.4g} at step {state.best_step}")
+            mark_finished(self.folder, asdict(result))
+            if not trained:
+                self.log.say(
+                    f"{self.folder} was finished at step {state.step}: to train it further, give "
+                    "more steps, minutes or patience"
+                )
+        return result
 
 
 def time_to_go(steps: int, first_seconds: Sequence[float]) -> str:

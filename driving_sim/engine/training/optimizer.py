@@ -1,18 +1,19 @@
 """Muon for wide kernels and AdamW for the rest, over a model's parameter groups."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from driving_sim.engine.ranks.sharding import placed_like, whole
+from driving_sim.engine.training.config import TrainingConfig
 
 ParameterGroup = dict[str, Any]
-"""`params` and `name`; optionally `weight_decay` and `lr_scale` (multipliers of the config's
-values, 1 by default), `clip` (the family whose gradients are clipped together) and `muon` (whether
-the parameters are matrices for Muon)."""
+"""`params`; optionally `weight_decay` and `lr_scale` (multipliers of the config's values, 1 by
+default), `clip` (the family whose gradients are clipped together) and `muon` (whether the
+parameters are matrices for Muon)."""
 
 _SMALLEST_MATRIX = 32
 _MOMENTUM = 0.95
@@ -25,23 +26,27 @@ _POLAR_EXPRESS = [
 
 
 def decay_groups(
-    module: nn.Module, *, name: str, clip: str = "model", lr_scale: float = 1.0, muon: bool = True
+    module: nn.Module, *, clip: str = "model", lr_scale: float = 1.0, muon: bool = True
 ) -> list[ParameterGroup]:
     """The module's trainable parameters: matrices, other weights, and gains, which do not decay.
 
     With `muon`, the kernels of linear maps and convolutions with at least 32 channels on both sides
     are left to Muon.
     """
-    matrices = _matrices(module) if muon else set()
+    matrices = {
+        layer.weight
+        for layer in module.modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+        and min(layer.weight.shape[:2]) >= _SMALLEST_MATRIX
+    }
     parts: dict[str, list[nn.Parameter]] = {"matrices": [], "weights": [], "gains": []}
     for parameter in module.parameters():
         if parameter.requires_grad:
             kind = "weights" if parameter.ndim >= 2 else "gains"
-            parts["matrices" if id(parameter) in matrices else kind].append(parameter)
+            parts["matrices" if muon and parameter in matrices else kind].append(parameter)
     return [
         {
             "params": parameters,
-            "name": f"{name}.{kind}",
             "weight_decay": float(kind != "gains"),
             "muon": kind == "matrices",
             "clip": clip,
@@ -51,52 +56,44 @@ def decay_groups(
     ]
 
 
-def _matrices(module: nn.Module) -> set[int]:
-    return {
-        id(layer.weight)
-        for layer in module.modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d)
-        and min(layer.weight.shape[:2]) >= _SMALLEST_MATRIX
-    }
+class Muon(torch.optim.Optimizer):
+    """Muon (https://kellerjordan.github.io/posts/muon), of the size of AdamW's steps.
 
-
-class Muon(torch.optim.AdamW):
-    """Muon for the groups marked `muon`, AdamW for the others.
-
-    Muon (https://kellerjordan.github.io/posts/muon) steps along the momentum with all its singular
-    values made nearly equal, scaled to the size of an AdamW step (arXiv 2502.16982), so that one
-    learning rate serves both. `torch.optim.Muon` takes no convolutions and always multiplies in
-    bfloat16, which many CPUs have to emulate; here it is bfloat16 under autocast.
+    It steps along the momentum with all its singular values made nearly equal, scaled to the size
+    of an AdamW step (arXiv 2502.16982), so that one learning rate serves both. `torch.optim.Muon`
+    takes no convolutions and always multiplies in bfloat16, which many CPUs have to emulate; here
+    it is bfloat16 under autocast.
     """
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step; the gradients are in the parameters."""
-        groups = self.param_groups
-        self.param_groups = [group for group in groups if not group["muon"]]
-        try:
-            loss: float | None = super().step(closure)
-        finally:
-            self.param_groups = groups
-        for group in groups:
-            if group["muon"]:
-                self._step_matrices(group)
-        return loss
+    found_inf: Tensor | None = None
+    """Where it is 1 a step changes nothing, as with torch's fused optimisers."""
 
-    def _step_matrices(self, group: dict[str, Any]) -> None:
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            state = self.state[parameter]
-            if not state:
-                state["momentum"] = torch.zeros_like(parameter)
-            state["momentum"].lerp_(parameter.grad, 1 - _MOMENTUM)
-            # Of a sharded parameter every rank makes the whole step and takes its part of it.
-            matrix = whole(parameter.grad.lerp(state["momentum"], _MOMENTUM)).flatten(1)
-            scale = 0.2 * math.sqrt(max(matrix.shape))
-            step = orthogonalise(matrix).reshape(parameter.shape)
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(placed_like(step, parameter), alpha=-group["lr"] * scale)
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take one step; the gradients are in the parameters."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_matrix(parameter, group["lr"], group["weight_decay"])
+
+    def _step_matrix(self, parameter: nn.Parameter, rate: float, weight_decay: float) -> None:
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum = state["momentum"]
+        # A gradient that is the momentum leaves the momentum as it is.
+        gradient = self._unless_skipped(gradient, momentum)
+        momentum.lerp_(gradient, 1 - _MOMENTUM)
+        # Of a sharded parameter every rank makes the whole step and takes its part of it.
+        matrix = whole(gradient.lerp(momentum, _MOMENTUM)).flatten(1)
+        step = orthogonalise(matrix).reshape(parameter.shape)
+        stepped = parameter * (1 - rate * weight_decay)
+        stepped.add_(placed_like(step, parameter), alpha=-rate * 0.2 * math.sqrt(max(matrix.shape)))
+        parameter.copy_(self._unless_skipped(stepped, parameter))
+
+    def _unless_skipped(self, new: Tensor, old: Tensor) -> Tensor:
+        return new if self.found_inf is None else torch.where(self.found_inf == 1, old, new)
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
@@ -124,83 +121,113 @@ def _factor(gram: Tensor, linear: float, cubic: float, quintic: float) -> Tensor
     return factor
 
 
-def build_optimizer(
-    model: nn.Module,
-    groups: Iterable[ParameterGroup],
-    *,
-    learning_rate: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-    muon: bool = True,
-) -> torch.optim.AdamW:
-    """Muon, or AdamW alone; `ValueError` unless the groups hold each trainable parameter once."""
-    complete = [
-        {
-            "lr_scale": 1.0,
-            "clip": "model",
-            **group,
-            "muon": muon and group.get("muon", False),
-            "weight_decay": weight_decay * group.get("weight_decay", 1.0),
+class Optimizers:
+    """What steps a model's parameters: Muon and AdamW, or AdamW alone.
+
+    Raises `ValueError` unless `groups` hold each trainable parameter once.
+    """
+
+    def __init__(
+        self, model: nn.Module, groups: Iterable[ParameterGroup], config: TrainingConfig
+    ) -> None:
+        self._parameters = dict(model.named_parameters())
+        complete = [
+            {
+                "lr_scale": 1.0,
+                "clip": "model",
+                **group,
+                "weight_decay": config.weight_decay * group.get("weight_decay", 1.0),
+            }
+            for group in groups
+            if group["params"]
+        ]
+        self._check_cover(complete)
+        by_muon = config.optimizer == "muon"
+        matrices = [group for group in complete if by_muon and group.get("muon")]
+        others = [group for group in complete if not (by_muon and group.get("muon"))]
+        # Fused kernels take the step in one pass over memory, and can leave it out without a wait
+        # for the device; MPS has them only in newer releases.
+        self._fused = next(iter(self._parameters.values())).device.type in ("cpu", "cuda")
+        self._all: list[torch.optim.Optimizer] = []
+        if matrices:
+            self._all.append(Muon(matrices, {"lr": config.learning_rate}))
+        if others:
+            rate, betas = config.learning_rate, config.betas
+            self._all.append(torch.optim.AdamW(others, rate, betas, fused=self._fused))
+
+    @property
+    def groups(self) -> list[ParameterGroup]:
+        """The parameter groups of all of them; those of matrices first."""
+        return [group for optimizer in self._all for group in optimizer.param_groups]
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Give each group the rate times its own scale."""
+        for group in self.groups:
+            group["lr"] = learning_rate * group["lr_scale"]
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for optimizer in self._all:
+            optimizer.zero_grad()
+
+    def clip_gradients(self, limit: float) -> dict[str, Tensor]:
+        """Clip each family's gradients to a common L2 norm; return the norms before, by family."""
+        families: dict[str, list[Tensor]] = {}
+        for group in self.groups:
+            families.setdefault(group["clip"], []).extend(group["params"])
+        return {
+            family: whole(nn.utils.clip_grad_norm_(parameters, limit)).to(parameters[0].device)
+            for family, parameters in families.items()
         }
-        for group in groups
-        if group["params"]
-    ]
-    _check_cover(model, complete)
-    # Fused kernels take the step in one pass over memory; MPS has them only in newer releases.
-    fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    return Muon(complete, lr=learning_rate, betas=betas, fused=fused)
 
+    def step(self, skipped: Tensor | None = None) -> None:
+        """Take one step; the gradients are in the parameters.
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Give each group the rate times its own scale."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group["lr_scale"]
+        Where `skipped`, a float32 scalar, is 1, weights, moments and counts stay as they are. Only
+        without fused kernels is that read here, which waits for the device.
+        """
+        if skipped is not None and not self._fused:
+            if skipped.item():
+                return
+            skipped = None
+        for optimizer in self._all:
+            optimizer.found_inf = skipped  # type: ignore[attr-defined]
+            optimizer.step()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The state as `parameter name/quantity` tensors."""
+        return {
+            f"{name}/{quantity}": value
+            for name, parameter in self._parameters.items()
+            for optimizer in self._all
+            for quantity, value in optimizer.state.get(parameter, {}).items()
+        }
 
-def clip_gradients(optimizer: torch.optim.Optimizer, limit: float) -> dict[str, Tensor]:
-    """Clip each family's gradients to a common L2 norm; return the norms before, by family."""
-    families: dict[str, list[Tensor]] = {}
-    for group in optimizer.param_groups:
-        families.setdefault(group["clip"], []).extend(group["params"])
-    return {
-        family: whole(nn.utils.clip_grad_norm_(parameters, limit)).to(parameters[0].device)
-        for family, parameters in families.items()
-    }
+    @torch.no_grad()
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take up what `tensors` gave; `KeyError` for a parameter that the model lacks."""
+        owners = {
+            parameter: optimizer
+            for optimizer in self._all
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        for key, tensor in tensors.items():
+            name, _, quantity = key.rpartition("/")
+            parameter = self._parameters[name]
+            if quantity == "step":  # a count, which only fused kernels read on the device
+                count = tensor.reshape(())
+                value = count.to(parameter.device) if self._fused else count
+            else:  # in the parameter's own memory format: fused kernels pair elements by address
+                value = torch.empty_like(parameter, dtype=tensor.dtype)
+                value.copy_(placed_like(tensor, parameter))
+            owners[parameter].state[parameter][quantity] = value
 
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimiser's state as `parameter name/quantity` tensors."""
-    return {
-        f"{name}/{quantity}": value
-        for name, parameter in model.named_parameters()
-        for quantity, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-@torch.no_grad()
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]
-) -> None:
-    """Take up what `optimizer_tensors` gave; `KeyError` for a parameter that the model lacks."""
-    parameters = dict(model.named_parameters())
-    for key, tensor in tensors.items():
-        name, _, quantity = key.rpartition("/")
-        parameter = parameters[name]
-        if quantity == "step":  # a count, which only fused kernels read on the device
-            count = tensor.reshape(())
-            value = count.to(parameter.device) if optimizer.defaults["fused"] else count
-        else:  # in the parameter's own memory format: fused kernels pair elements by address
-            value = torch.empty_like(parameter, dtype=tensor.dtype)
-            value.copy_(placed_like(tensor, parameter))
-        optimizer.state[parameter][quantity] = value
-
-
-def _check_cover(model: nn.Module, groups: list[ParameterGroup]) -> None:
-    grouped = [parameter for group in groups for parameter in group["params"]]
-    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    if len({id(p) for p in grouped}) < len(grouped):
-        raise ValueError("parameter_groups holds a parameter twice")
-    missing = trainable.keys() - {id(p) for p in grouped}
-    if missing:
-        names = ", ".join(sorted(trainable[key] for key in missing))
-        raise ValueError(f"parameter_groups lacks {names}")
+    def _check_cover(self, groups: list[ParameterGroup]) -> None:
+        grouped = [parameter for group in groups for parameter in group["params"]]
+        if len(set(grouped)) < len(grouped):
+            raise ValueError("parameter_groups holds a parameter twice")
+        trainable = {p: name for name, p in self._parameters.items() if p.requires_grad}
+        if missing := trainable.keys() - set(grouped):
+            names = ", ".join(sorted(trainable[parameter] for parameter in missing))
+            raise ValueError(f"parameter_groups lacks {names}")

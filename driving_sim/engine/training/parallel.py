@@ -3,7 +3,6 @@
 import os
 import shutil
 from functools import partial
-from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,23 +13,20 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.ranks.distributed import Ranks
 from driving_sim.engine.ranks.sharding import shard
 from driving_sim.engine.training.config import TrainingConfig
-
-if TYPE_CHECKING:
-    from driving_sim.engine.training.step import Trainable
+from driving_sim.engine.training.trainable import Trainable
 
 LARGE = 20_000_000
 """Parameters from which on a backward pass on a CPU may take seconds, and lets signals in."""
 
 
 def parallel(
-    model: nn.Module, config: TrainingConfig, ranks: Ranks, device: torch.device
+    model: Trainable, config: TrainingConfig, ranks: Ranks, device: torch.device
 ) -> nn.Module:
-    """What is to be called in place of `model` (a `Trainable`), whose blocks may change.
+    """What is to be called in place of `model`, whose blocks may change.
 
     Raises `DriveSimError` where an option cannot be had here.
     """
-    trainable = cast("Trainable", model)
-    blocks = list(trainable.blocks())
+    blocks = list(model.blocks())
     if config.gradient_checkpointing:
         for block in blocks:
             # A partial, not a function, so that a deep copy runs its own weights.
@@ -56,7 +52,7 @@ def parallel(
     elif ranks.size > 1:
         # The players of an adversarial loss, which are clipped apart, start apart: then not every
         # parameter has a gradient.
-        players = {group.get("clip") for group in trainable.parameter_groups()}
+        players = {group.get("clip") for group in model.parameter_groups()}
         return DistributedDataParallel(
             model,
             find_unused_parameters=len(players) > 1,

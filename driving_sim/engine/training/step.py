@@ -3,9 +3,8 @@
 import copy
 import hashlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,43 +20,41 @@ from driving_sim.engine.training.checkpoint import changing_tensors, state_buffe
 from driving_sim.engine.training.config import TrainingConfig
 from driving_sim.engine.training.ema import Ema
 from driving_sim.engine.training.interrupt import StopNow
-from driving_sim.engine.training.meter import Meter
-from driving_sim.engine.training.optimizer import (
-    ParameterGroup,
-    build_optimizer,
-    clip_gradients,
-    set_learning_rate,
-)
+from driving_sim.engine.training.optimizer import Optimizers
 from driving_sim.engine.training.parallel import parallel
 from driving_sim.engine.training.schedule import learning_rate_factor
+from driving_sim.engine.training.trainable import Batch, Trainable
 
-Batch = dict[str, Tensor]
 
+class Meter:
+    """Means since the last reading; they stay on the device until then, so adding never waits."""
 
-class Trainable(Protocol):
-    """What training asks of a model beside being an `nn.Module`.
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}  # of the values, and how many they are
 
-    `forward(batch)` gives the loss, a mean over the batch, and metrics: scalar tensors by name.
-    """
+    def add(self, values: Mapping[str, Tensor], skipped: Tensor) -> None:
+        """Count scalar tensors, unless `skipped` is 1; a name need not come every time."""
+        for name, value in values.items():
+            value = value.detach().float().to(skipped.device)
+            pair = torch.stack([value, torch.ones_like(value)]).where(skipped == 0, 0.0)
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """The trainable parameters; see `engine.optimizer`."""
-        ...
-
-    def ema_module(self) -> nn.Module:
-        """The part that is averaged and exported."""
-        ...
-
-    def blocks(self) -> Iterable[nn.Module]:
-        """The repeated parts: what is sharded, compiled and recomputed one at a time."""
-        ...
+    def read(self, ranks: Ranks) -> dict[str, float]:
+        """The means over steps and ranks, which all have to call; and begin anew."""
+        if not self._sums:
+            return {}
+        sums = ranks.sum(torch.stack(list(self._sums.values()))).tolist()
+        named = zip(self._sums, sums, strict=True)
+        means = {name: total / count for name, (total, count) in named if count}
+        self._sums = {}
+        return means
 
 
 class Stepper:
     """Owns what a step changes: the model's weights, the optimiser, the averaged weights."""
 
     def __init__(
-        self, model: nn.Module, config: TrainingConfig, ranks: Ranks, device: torch.device
+        self, model: Trainable, config: TrainingConfig, ranks: Ranks, device: torch.device
     ) -> None:
         # Validated and exported in place of a sharded model, no device of which holds it whole.
         self._whole = copy.deepcopy(model) if config.shard and ranks.is_main else None
@@ -65,19 +62,17 @@ class Stepper:
         self.config, self.ranks, self.device = config, ranks, device
         self.dtype = torch.float32
         self._parallel = parallel(model, config, ranks, device)
-        trainable = cast(Trainable, model)
-        self.ema_module = trainable.ema_module()
-        self.ema = Ema(self.ema_module, config.ema_decay)
-        self.optimizer = build_optimizer(
-            model,
-            trainable.parameter_groups(),
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            betas=config.betas,
-            muon=config.optimizer == "muon",
-        )
+        self.ema = Ema(model.ema_module(), config.ema_decay)
+        self.optimizers = Optimizers(model, model.parameter_groups(), config)
+        self.learning_rate = 0.0
+        """The last step's, before any group's own scale."""
         self.meter = Meter()
+        self.skips = torch.zeros(2, dtype=torch.int64)
+        """Steps that were skipped: in all, and in a row by now. Reading waits for the device."""
         self._buffers = [*state_buffers(model).values()]
+        self._step_before: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._step_before = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     @property
     def batches_per_step(self) -> int:
@@ -119,36 +114,40 @@ class Stepper:
         step: int,
         position: float,
         interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> bool:
+    ) -> None:
         """Take step number `step`, `position` (0 to 1) of the way through the run.
 
-        False where loss or gradients were not finite: then nothing has changed. Nor has it where
-        `StopNow` is raised inside `interruptible`, which the passes are in.
+        Where loss or gradients are not finite the step is skipped: weights, averages and what the
+        optimisers know stay as they are. The device decides it, and `skips` tells. Nothing has
+        changed either where `StopNow` is raised inside `interruptible`, which the passes are in.
         """
         adjust_threads(self.device)
         config = self.config
-        self.optimizer.zero_grad()
+        self.optimizers.zero_grad()
         with self._keeping_buffers(), interruptible():
-            metrics = self._backward(batches, step, position)
+            outcomes = self._backward(batches, step, position)
             limit = float("inf") if config.grad_clip is None else config.grad_clip
-            norms = clip_gradients(self.optimizer, limit)
-            finite = self._all_finite([*(loss for loss, _ in metrics), *norms.values()])
-        factor = learning_rate_factor(
+            norms = self.optimizers.clip_gradients(limit)
+            skipped = self._is_not_finite([*(loss for loss, _ in outcomes), *norms.values()])
+        self.learning_rate = config.learning_rate * learning_rate_factor(
             step,
             position,
             warmup_steps=config.warmup_steps,
             floor=config.min_learning_rate_ratio,
         )
-        set_learning_rate(self.optimizer, config.learning_rate * factor)
-        if not finite:
-            return False
+        self.optimizers.set_learning_rate(self.learning_rate)
         with self.autocast():  # Muon's matrix products; everything else there is float32
-            self.optimizer.step()
-        self.ema.update()
-        for loss, named in metrics:
-            self.meter.add({"loss": loss, **named})
-        self.meter.add({f"grad_norm/{family}": norm for family, norm in norms.items()})
-        return True
+            self.optimizers.step(skipped)
+        self.ema.update(skipped)
+        for loss, named in outcomes:
+            self.meter.add({"loss": loss, **named}, skipped)
+        self.meter.add({f"grad_norm/{family}": norm for family, norm in norms.items()}, skipped)
+        count = skipped.long()
+        self.skips = torch.stack([self.skips[0] + count, (self.skips[1] + 1) * count])
+        if self._step_before is not None:
+            # The device is at most a step behind, so that a step takes as long as it seems to.
+            self._step_before.synchronize()
+            self._step_before.record()
 
     def autocast(self) -> AbstractContextManager[object]:
         """The passes' number format; weights stay float32."""
@@ -156,7 +155,7 @@ class Stepper:
         return autocast(self.device, self.dtype, keep_casts=not self.config.shard)
 
     @contextmanager
-    def averaged(self) -> Iterator[nn.Module]:
+    def averaged(self) -> Iterator[Trainable]:
         """The model in eval mode with averaged weights and no part of it sharded.
 
         Every rank has to enter; it is the main rank's to use.
@@ -175,21 +174,16 @@ class Stepper:
     @torch.no_grad()
     def _gather(self) -> None:
         """Fill the whole model from the ranks' shares, a tensor at a time."""
-        averaged = None if self._whole is None else cast(Trainable, self._whole).ema_module()
+        averaged = None if self._whole is None else self._whole.ema_module()
         for tensors, target in (
             (changing_tensors(self.model), self._whole),
-            (self.ema.state_dict(), averaged),
+            (self.ema.averages, averaged),
         ):
             own = {} if target is None else target.state_dict()
             for name, tensor in tensors.items():
                 complete = whole(tensor)
                 if target is not None:
                     own[name].copy_(complete)
-
-    def learning_rate(self) -> float:
-        """The last step's, before any group's own scale."""
-        group = self.optimizer.param_groups[0]
-        return float(group["lr"] / group["lr_scale"])
 
     def _backward(
         self, batches: Iterator[tuple[int, Batch]], step: int, position: float
@@ -201,8 +195,8 @@ class Stepper:
             batch = {
                 name: value.to(self.device, non_blocking=True) for name, value in batch.items()
             }
-            batch["step"] = torch.full((), step, device=self.device)
-            batch["progress"] = torch.full((), min(position, 1.0), device=self.device)
+            # On the CPU: who looks at them does not wait for the device.
+            batch |= {"step": torch.tensor(step), "progress": torch.tensor(min(position, 1.0))}
             seed_torch(batch_seed(self.config.seed, number), self.device)
             with self._synchronised(left == 0):
                 with self.autocast():
@@ -230,10 +224,11 @@ class Stepper:
             return self._parallel.no_sync()
         return nullcontext()
 
-    def _all_finite(self, scalars: list[Tensor]) -> bool:
+    def _is_not_finite(self, scalars: list[Tensor]) -> Tensor:
+        """1 where any of the scalars is not finite on any rank, else 0: a float32 scalar."""
         finite = torch.stack([scalar.float() for scalar in scalars]).isfinite().all()
-        # The step's one wait for the device; ranks must decide alike.
-        return bool(self.ranks.sum((~finite).int()).item() == 0)
+        skipped = (self.ranks.sum((~finite).int()) > 0).float()
+        return skipped.cpu() if self.device.type == "mps" else skipped  # it waits in any case
 
 
 @contextmanager

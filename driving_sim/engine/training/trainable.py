@@ -1,12 +1,37 @@
-"""What a validation hands to the training loop."""
+"""What training asks of a model, and what a validation hands back."""
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
+from driving_sim.engine.training.optimizer import ParameterGroup
+
+Batch = dict[str, Tensor]
 Pixels = NDArray[np.uint8]
+
+
+class Trainable(nn.Module, ABC):
+    """A model with what training asks of it."""
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, a mean over the batch, and metrics: scalar tensors by name."""
+
+    @abstractmethod
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The trainable parameters; see `training.optimizer`."""
+
+    @abstractmethod
+    def ema_module(self) -> nn.Module:
+        """The part that is averaged and exported."""
+
+    @abstractmethod
+    def blocks(self) -> Iterable[nn.Module]:
+        """The repeated parts: what is sharded, compiled and recomputed one at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,6 +40,8 @@ class Validation:
 
     score: float
     """What decides which weights are kept: lower is better."""
+    provisional: bool = False
+    """Whether every later score that is not provisional counts as better, whatever its value."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Further numbers by name."""
     images: Mapping[str, Pixels] = field(default_factory=dict)

@@ -16,8 +16,9 @@ from driving_sim.engine.training.checkpoint import (
     remove_after,
     save_checkpoint,
 )
+from driving_sim.engine.training.config import TrainingConfig
 from driving_sim.engine.training.ema import Ema
-from driving_sim.engine.training.optimizer import build_optimizer, decay_groups, optimizer_tensors
+from driving_sim.engine.training.optimizer import Optimizers, decay_groups
 
 
 class Run:
@@ -30,19 +31,14 @@ class Run:
         )
         self.model = layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = Ema(self.model, 0.9)
-        self.optimizer = build_optimizer(
-            self.model,
-            decay_groups(self.model, name="net"),
-            learning_rate=0.01,
-            weight_decay=0.1,
-            betas=(0.9, 0.99),
-        )
+        config = TrainingConfig(steps=1, learning_rate=0.01, weight_decay=0.1, betas=(0.9, 0.99))
+        self.optimizers = Optimizers(self.model, decay_groups(self.model), config)
 
     def step(self, seed: int) -> None:
         torch.manual_seed(seed)
-        self.optimizer.zero_grad()
+        self.optimizers.zero_grad()
         self.model(torch.randn(2, 3, 8, 8)).square().mean().backward()
-        self.optimizer.step()
+        self.optimizers.step()
         self.ema.update()
 
     def save(self, folder: Path, step: int) -> Path:
@@ -50,16 +46,16 @@ class Run:
             folder,
             step=step,
             model=self.model,
-            optimizer=self.optimizer,
+            optimizers=self.optimizers,
             ema=self.ema,
             state={"step": step},
         )
 
     def load(self, path: Path) -> dict[str, int]:
-        return load_checkpoint(path, model=self.model, optimizer=self.optimizer, ema=self.ema)
+        return load_checkpoint(path, model=self.model, optimizers=self.optimizers, ema=self.ema)
 
     def tensors(self) -> list[torch.Tensor]:
-        return [*self.model.state_dict().values(), *self.ema.state_dict().values()]
+        return [*self.model.state_dict().values(), *self.ema.averages.values()]
 
 
 @pytest.mark.parametrize("width", [4, 32])  # 32: Muon steps the second convolution
@@ -72,8 +68,8 @@ def test_loaded_run_goes_on_bit_for_bit(tmp_path: Path, width: int) -> None:
         run.step(step)
         other.step(step)
     assert all(map(torch.equal, run.tensors(), other.tensors()))
-    theirs = optimizer_tensors(other.optimizer, other.model)
-    for name, mine in optimizer_tensors(run.optimizer, run.model).items():
+    theirs = other.optimizers.tensors()
+    for name, mine in run.optimizers.tensors().items():
         assert torch.equal(mine, theirs[name])
         assert mine.stride() == theirs[name].stride()
 

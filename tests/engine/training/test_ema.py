@@ -22,7 +22,7 @@ def test_average_of_what_stays_still_is_exact() -> None:
     ema = Ema(module, 0.999)
     for _ in range(5):
         ema.update()
-    assert all((value == module.bias[0]).all() for value in ema.state_dict().values())
+    assert all((value == module.bias[0]).all() for value in ema.averages.values())
 
 
 def test_average_follows_its_recurrence() -> None:
@@ -33,7 +33,20 @@ def test_average_follows_its_recurrence() -> None:
         ema.update()
         used = min(decay, (1 + update) / (10 + update))
         expected = used * expected + (1 - used) * update
-    torch.testing.assert_close(ema.state_dict()["weight"], torch.full((2, 3), expected))
+    torch.testing.assert_close(ema.averages["weight"], torch.full((2, 3), expected))
+
+
+def test_an_update_that_is_skipped_is_none() -> None:
+    module, other = linear(0.0), linear(0.0)
+    ema, without = Ema(module, 0.9), Ema(other, 0.9)
+    for value, skipped in ((1.0, 0.0), (2.0, 1.0), (3.0, 0.0)):
+        fill(module, value)
+        ema.update(torch.tensor(skipped))
+        if not skipped:
+            fill(other, value)
+            without.update()
+    assert torch.equal(ema.averages["weight"], without.averages["weight"])
+    assert ema.updates == without.updates == 2
 
 
 def test_warm_up_forgets_the_initialisation() -> None:
@@ -42,7 +55,7 @@ def test_warm_up_forgets_the_initialisation() -> None:
     fill(module, 1.0)
     for _ in range(100):
         ema.update()
-    assert (ema.state_dict()["bias"] - 1.0).abs().max() < 1e-3
+    assert (ema.averages["bias"] - 1.0).abs().max() < 1e-3
 
 
 def test_without_decay_the_average_is_the_parameter() -> None:
@@ -50,7 +63,7 @@ def test_without_decay_the_average_is_the_parameter() -> None:
     ema = Ema(module, 0.0)
     fill(module, 2.0)
     ema.update()
-    assert torch.equal(ema.state_dict()["weight"], module.weight)
+    assert torch.equal(ema.averages["weight"], module.weight)
 
 
 def test_swap_is_undone_even_by_an_error() -> None:
@@ -65,7 +78,7 @@ def test_swap_is_undone_even_by_an_error() -> None:
     with pytest.raises(KeyError), ema.swapped():
         raise KeyError
     assert (module.weight == 3.0).all()
-    assert (ema.state_dict()["weight"] == 1.0).all()
+    assert (ema.averages["weight"] == 1.0).all()
 
 
 def test_swap_reaches_the_optimiser_and_gradients() -> None:
@@ -79,13 +92,13 @@ def test_swap_reaches_the_optimiser_and_gradients() -> None:
     module(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     assert (module.weight == 2.0).all()
-    assert (ema.state_dict()["weight"] == 1.0).all()
+    assert (ema.averages["weight"] == 1.0).all()
 
 
 def test_frozen_weights_and_buffers_are_left_alone() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     module[0].weight.requires_grad_(False)
-    assert Ema(module, 0.9).state_dict().keys() == {"0.bias", "1.weight", "1.bias"}
+    assert Ema(module, 0.9).averages.keys() == {"0.bias", "1.weight", "1.bias"}
 
 
 def test_saved_state_goes_on_alike() -> None:
@@ -94,7 +107,8 @@ def test_saved_state_goes_on_alike() -> None:
     ema.update()
     fill(one, 2.0)
     fill(other, 2.0)
-    copy.load_state_dict(ema.state_dict(), ema.updates)
+    copy.averages["weight"].copy_(ema.averages["weight"])
+    copy.updates = ema.updates
     ema.update()
     copy.update()
-    assert torch.equal(ema.state_dict()["weight"], copy.state_dict()["weight"])
+    assert torch.equal(ema.averages["weight"], copy.averages["weight"])

@@ -383,8 +383,25 @@ def test_nonfinite_gradients_of_a_finite_loss_are_skipped(tmp_path: Path) -> Non
 
 def test_lasting_nonfinite_loss_ends_the_run(tmp_path: Path) -> None:
     dataset = TinyBatches(nan_at=tuple(range(12, 60)))
-    with pytest.raises(DriveSimError, match=r"steps up to 32.*step-00000030"):
+    # The 20th is step 32; what the device skipped is known with the next row of metrics.
+    with pytest.raises(DriveSimError, match=r"in 23 steps up to 35.*step-00000030"):
         tiny_train(tmp_path / "run", steps=60, dataset=dataset)
+
+
+def test_a_run_learns_what_was_skipped_though_it_logs_rarely(tmp_path: Path) -> None:
+    dataset = TinyBatches(nan_at=tuple(range(12, 99)))
+    options: dict[str, Any] = {"log_every": 99, "validate_every": 99, "save_every": 99}
+    with pytest.raises(DriveSimError, match=r"in 28 steps up to 40.*none"):
+        tiny_train(tmp_path / "run", steps=99, dataset=dataset, **options)
+
+
+def test_a_resumed_run_goes_on_counting_what_was_skipped(tmp_path: Path) -> None:
+    run, dataset = tmp_path / "run", TinyBatches(nan_at=(3, *range(9, 99)))
+    tiny_train(run, steps=12, dataset=dataset)
+    with pytest.raises(DriveSimError, match=r"in 21 steps up to 30"):
+        tiny_train(run, steps=99, resume=True, dataset=dataset)
+    rows = [row for row in metric_rows(run) if row["phase"] == "train"]
+    assert [row["skipped_steps"] for row in rows] == [1, 2]
 
 
 def test_no_finite_score_is_an_error(tmp_path: Path) -> None:
@@ -491,6 +508,45 @@ def test_best_averaged_weights_are_exported(tmp_path: Path) -> None:
     assert not torch.equal(exported["1.weight"], checkpoint_tensors(run, 20)["model/net.1.weight"])
     assert checkpoint_steps(run) == [20, 30]
     assert model.training
+
+
+def test_a_provisional_score_gives_way_to_any_that_is_not(tmp_path: Path) -> None:
+    found = [(1.0, True), (0.5, True), (2.0, False), (0.1, True), (1.5, False), (1.8, False)]
+    validations = (Validation(score=score, provisional=early) for score, early in found)
+    bests = []
+    for steps in (10, 20, 30, 40, 50, 60):
+        result = tiny_train(
+            tmp_path / "run",
+            steps=steps,
+            resume=steps > 10,
+            validate=lambda _: next(validations),
+        )
+        bests.append((result.best_step, result.best_score))
+    assert bests == [(10, 1.0), (20, 0.5), (30, 2.0), (30, 2.0), (50, 1.5), (50, 1.5)]
+
+
+@pytest.mark.parametrize(("later", "best"), [(0.45, 10), (0.35, 20)])
+def test_a_run_of_an_earlier_version_keeps_its_provisional_best(
+    later: float, best: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That added 100 to a score until the discriminator had its full say."""
+
+    def earlier(state: Any) -> dict[str, Any]:
+        values = to_dict(state)
+        del values["best_provisional"]
+        return values | {"best_score": 100.4}
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as before:
+        before.setattr(training, "to_dict", earlier)
+        tiny_train(run, steps=10)
+
+    def validated(_: nn.Module) -> Validation:
+        return Validation(score=later, provisional=True)
+
+    assert tiny_train(run, steps=20, resume=True, validate=validated).best_step == best
+    final = tiny_train(run, steps=30, resume=True, validate=lambda _: Validation(score=9.0))
+    assert (final.best_step, final.best_score) == (30, 9.0)
 
 
 def test_every_validation_draws_the_same(tmp_path: Path) -> None:

@@ -1,64 +1,68 @@
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from driving_sim.engine.training.config import TrainingConfig
 from driving_sim.engine.training.optimizer import (
+    Optimizers,
     ParameterGroup,
-    build_optimizer,
-    clip_gradients,
     decay_groups,
     orthogonalise,
-    set_learning_rate,
 )
 
 
-def build(model: nn.Module, groups: list[ParameterGroup]) -> torch.optim.AdamW:
-    return build_optimizer(model, groups, learning_rate=0.1, weight_decay=0.5, betas=(0.9, 0.99))
+def build(model: nn.Module, groups: list[ParameterGroup], **options: Any) -> Optimizers:
+    chosen: dict[str, Any] = {
+        "learning_rate": 0.1,
+        "weight_decay": 0.5,
+        "betas": (0.9, 0.99),
+    } | options
+    return Optimizers(model, groups, TrainingConfig(steps=1, **chosen))
 
 
 def test_only_matrices_and_kernels_decay() -> None:
     model = nn.Sequential(nn.Conv2d(2, 2, 3), nn.GroupNorm(1, 2))
-    optimizer = build(model, decay_groups(model, name="net"))
-    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    optimizers = build(model, decay_groups(model))
+    decay = {id(p): g["weight_decay"] for g in optimizers.groups for p in g["params"]}
     assert [decay[id(parameter)] for parameter in model.parameters()] == [0.5, 0.0, 0.0, 0.0]
 
 
 def test_groups_hold_each_parameter_once() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    first = decay_groups(model[0], name="first")
+    first = decay_groups(model[0])
     with pytest.raises(ValueError, match=r"lacks 1\.bias, 1\.weight"):
         build(model, first)
     with pytest.raises(ValueError, match="twice"):
-        build(model, [*first, *decay_groups(model, name="all")])
+        build(model, [*first, *decay_groups(model)])
     model[1].requires_grad_(False)
-    assert len(build(model, first).param_groups) == 2
+    assert len(build(model, first).groups) == 2
 
 
 def test_rates_are_scaled_by_group() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     groups = [
-        *decay_groups(model[0], name="one"),
-        *decay_groups(model[1], name="slow", lr_scale=0.1),
+        *decay_groups(model[0]),
+        *decay_groups(model[1], lr_scale=0.1),
     ]
-    optimizer = build(model, groups)
-    set_learning_rate(optimizer, 2.0)
-    assert [group["lr"] for group in optimizer.param_groups] == [2.0, 2.0, 0.2, 0.2]
+    optimizers = build(model, groups)
+    optimizers.set_learning_rate(2.0)
+    assert [group["lr"] for group in optimizers.groups] == [2.0, 2.0, 0.2, 0.2]
 
 
 def test_families_are_clipped_apart() -> None:
     model = nn.ModuleList([nn.Linear(3, 3, bias=False) for _ in range(3)])
     groups = [
-        {"params": [model[0].weight], "name": "a", "clip": "generator"},
-        {"params": [model[1].weight], "name": "b", "clip": "generator"},
-        {"params": [model[2].weight], "name": "c", "clip": "discriminator"},
+        {"params": [model[0].weight], "clip": "generator"},
+        {"params": [model[1].weight], "clip": "generator"},
+        {"params": [model[2].weight], "clip": "discriminator"},
     ]
-    optimizer = build(model, groups)
+    optimizers = build(model, groups)
     for layer, size in zip(model, (4.0, 3.0, 0.1), strict=True):
         layer.weight.grad = torch.zeros(3, 3)
         layer.weight.grad[0, 0] = size
-    norms = clip_gradients(optimizer, 1.0)
+    norms = optimizers.clip_gradients(1.0)
     assert {name: round(float(norm), 4) for name, norm in norms.items()} == {
         "generator": 5.0,
         "discriminator": 0.1,
@@ -69,9 +73,9 @@ def test_families_are_clipped_apart() -> None:
 
 def test_no_limit_leaves_gradients_alone() -> None:
     model = nn.Linear(3, 3)
-    optimizer = build(model, decay_groups(model, name="net"))
+    optimizers = build(model, decay_groups(model))
     model.weight.grad = torch.full((3, 3), 1e4)
-    assert float(clip_gradients(optimizer, float("inf"))["model"]) == pytest.approx(3e4)
+    assert float(optimizers.clip_gradients(float("inf"))["model"]) == pytest.approx(3e4)
     assert (model.weight.grad == 1e4).all()
 
 
@@ -107,25 +111,19 @@ def test_muon_steps_wide_kernels_only() -> None:
         nn.Linear(64, 32),
         nn.Embedding(64, 64),
     )
-    kinds = {id(p): g["muon"] for g in decay_groups(model, name="net") for p in g["params"]}
+    kinds = {id(p): g["muon"] for g in decay_groups(model) for p in g["params"]}
     assert [kinds[id(layer.weight)] for layer in model] == [True, False, False, False, True, False]
-    without = decay_groups(model, name="net", muon=False)
+    without = decay_groups(model, muon=False)
     assert not any(group["muon"] and group["params"] for group in without)
 
 
 def step_of(model: nn.Module, muon: bool) -> Tensor:
     weight = cast("nn.Linear", model).weight
     before = weight.detach().clone()
-    optimizer = build_optimizer(
-        model,
-        decay_groups(model, name="net"),
-        learning_rate=0.1,
-        weight_decay=0.0,
-        betas=(0.9, 0.99),
-        muon=muon,
-    )
+    kind = "muon" if muon else "adamw"
+    optimizers = build(model, decay_groups(model), weight_decay=0.0, optimizer=kind)
     weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-    optimizer.step()
+    optimizers.step()
     return weight.detach() - before
 
 
@@ -143,16 +141,10 @@ def test_muon_and_adamw_take_steps_of_about_the_same_size() -> None:
 def after_muon(start: Tensor, *gradients: Tensor, weight_decay: float = 0.0) -> Tensor:
     layer = nn.Linear(start.shape[1], start.shape[0], bias=False)
     layer.weight.data.copy_(start)
-    optimizer = build_optimizer(
-        layer,
-        decay_groups(layer, name="net"),
-        learning_rate=0.1,
-        weight_decay=weight_decay,
-        betas=(0.9, 0.99),
-    )
+    optimizers = build(layer, decay_groups(layer), weight_decay=weight_decay)
     for gradient in gradients:
         layer.weight.grad = gradient.clone()
-        optimizer.step()
+        optimizers.step()
     return layer.weight.detach()
 
 
@@ -186,3 +178,31 @@ def test_adamw_alone_is_torchs() -> None:
     reference.weight.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     torch.optim.AdamW(reference.parameters(), lr=0.1, weight_decay=0.0, betas=(0.9, 0.99)).step()
     torch.testing.assert_close(step_of(model, False), reference.weight.detach() - before)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_skipped_step_leaves_weights_and_moments_as_they_are(
+    fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though its gradients are not finite; the step after it is as if it had never been."""
+
+    def trained(*skipped: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 48), nn.Conv2d(3, 4, 1))  # Muon's, and AdamW's
+        optimizers = build(model, decay_groups(model))
+        monkeypatch.setattr(optimizers, "_fused", fused)
+        if not fused:  # as on MPS
+            optimizers._all[-1].defaults["fused"] = False
+            for group in optimizers.groups:
+                group["fused"] = False
+        for skip in skipped:
+            for parameter in model.parameters():
+                gradient = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+                parameter.grad = gradient * torch.nan if skip else gradient
+            optimizers.step(torch.tensor(float(skip)))
+        return [p.detach() for p in model.parameters()], optimizers.tensors()
+
+    (plain, moments), (skipping, others) = trained(False, False), trained(False, True, True, False)
+    assert all(map(torch.equal, plain, skipping))
+    assert moments.keys() == others.keys()
+    assert all(torch.equal(moments[name], others[name]) for name in moments)

@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +19,10 @@ from tests.fixtures.ranks import assert_same_losses, exported
 CPU = torch.device("cpu")
 
 
-def prepared(model: str, **options: Any) -> torch.nn.Module:
-    return parallel(MODELS[model](), TrainingConfig(steps=1, **options), Ranks(), CPU)
+def prepared(model: str, **options: Any) -> Trainable:
+    trained = parallel(MODELS[model](), TrainingConfig(steps=1, **options), Ranks(), CPU)
+    assert isinstance(trained, Trainable)
+    return trained
 
 
 def batch_of(model: str) -> dict[str, Tensor]:
@@ -59,7 +61,7 @@ def test_signals_get_in_between_the_backward_passes_of_layers(
     monkeypatch.setattr(parallel_module, "LARGE", 0)
     trained = prepared(model)
     trained(batch_of(model))[0].backward()
-    assert len(passed) > 3 * len(list(cast(Trainable, trained).blocks()))
+    assert len(passed) > 3 * len(list(trained.blocks()))
 
 
 def test_recomputation_keeps_less() -> None:
