@@ -12,9 +12,9 @@ from pathlib import Path
 from driving_sim.engine.errors import DriveSimError
 
 _WINDOWS = sys.platform == "win32"
-_FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS))
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_FORBIDDEN = (errno.EACCES, errno.EPERM)
 _REPLACED = re.compile(r"\.(.+)\.\d+\.replaced")
-_FORBIDDEN = frozenset((errno.EACCES, errno.EPERM))
 
 
 def temporary_beside(path: Path, process: int | None = None) -> Path:
@@ -43,27 +43,17 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turn a full disk, a file size limit or a lack of rights inside into a `DriveSimError`."""
     try:
         yield
-    except Exception as error:
-        code = _errno(error)
-        if code not in _FULL and not (code in _FORBIDDEN and _is_at(error, path)):
-            raise
-        raise DriveSimError(
-            f"cannot write {path}: {os.strerror(code)}; make room or choose another place"
-        ) from error
-
-
-def _is_at(error: Exception, path: Path) -> bool:
-    """Whether an error is about the output: an input that may not be read is another matter."""
-    name = error.filename if isinstance(error, OSError) else None
-    return isinstance(name, str) and Path(name).is_relative_to(path.parent)
-
-
-def _errno(error: Exception) -> int:
-    if isinstance(error, OSError):
-        return error.errno or 0
-    # Writers in Rust (safetensors) give the number in their message only.
-    found = re.search(r"os error (\d+)", str(error))
-    return int(found[1]) if found else 0
+    except OSError as error:
+        # An input that may not be read is another matter.
+        of_output = isinstance(error.filename, str) and Path(error.filename).is_relative_to(
+            path.parent
+        )
+        if error.errno in _FULL or (error.errno in _FORBIDDEN and of_output):
+            raise DriveSimError(
+                f"cannot write {path}: {os.strerror(error.errno)}; make room or choose another "
+                "place"
+            ) from error
+        raise
 
 
 @contextmanager
@@ -92,7 +82,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     with disk_errors(path):
         temporary = temporary_beside(path)
         replaced = temporary.with_suffix(".replaced")
-        _remove(temporary, replaced)
+        for leftover in (temporary, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir()
         try:
             yield temporary
@@ -106,7 +97,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         finally:
             if replaced.exists() and not path.exists():
                 replaced.rename(path)
-            _remove(temporary, replaced)
+            for leftover in (temporary, replaced):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def is_free(folder: Path) -> bool:
@@ -125,11 +117,6 @@ def tidy(folder: Path) -> None:
             path.rename(path.with_name(name[1]))
     for path in [*folder.rglob(".*.partial*"), *folder.rglob(".*.replaced")]:
         if path.is_dir():
-            _remove(path)
+            shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-def _remove(*folders: Path) -> None:
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)

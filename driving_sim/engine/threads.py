@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
 
@@ -155,74 +155,50 @@ class _Counter:
         self.cores = _affinity()
         self.most = min(torch.get_num_threads(), usable_cores())
         torch.set_num_threads(self.most)
-        self.children: dict[int, tuple[psutil.Process, float]] = {}
+        self.children: dict[psutil.Process, float] = {}  # with the processor seconds they have had
         self.last = _Count.now(self.cores)
         self.said = False
 
     def adjust(self) -> None:
         if time.monotonic() - self.last.at < COUNT_SECONDS:
             return
+        import psutil
         import torch
 
         last, self.last = self.last, _Count.now(self.cores)
         lasted, busy, own = (now - before for now, before in zip(self.last, last, strict=True))
-        others = busy - own - self._of_children()
+        others = busy - own - self._of_children([*self.children])
         if own < LEAST_OWN * lasted:  # it mostly waited: what else ran says nothing of its threads
             return
         before = torch.get_num_threads()
         threads = self._threads(others / lasted, before)
         if threads < before:  # or was it a decoder that this process has just started?
-            threads = self._threads((others - self._of_new_children()) / lasted, before)
+            others -= self._of_children(psutil.Process().children(recursive=True))
+            threads = self._threads(others / lasted, before)
         if threads == before:
             return
         torch.set_num_threads(threads)
         if threads < before and not self.said:
+            from driving_sim.engine.progress import say  # rich takes half of the time of --help
+
             self.said = True
-            _say(f"other programs are busy: computing with {threads} of {self.most} threads")
+            say(f"other programs are busy: computing with {threads} of {self.most} threads")
 
     def _threads(self, others: float, now: int) -> int:
         return threads_beside(others, cores=len(self.cores), threads=now, most=self.most)
 
-    def _of_children(self) -> float:
-        """Processor seconds that the children known so far have taken since the last count."""
-        taken = 0.0
-        for pid, (child, before) in [*self.children.items()]:
-            seconds = _seconds(child)
-            if seconds is None:
-                del self.children[pid]
-            else:
-                taken += seconds - before
-                self.children[pid] = child, seconds
-        return taken
-
-    def _of_new_children(self) -> float:
-        """Processor seconds of the children that were not known; now they are."""
+    def _of_children(self, children: "list[psutil.Process]") -> float:
+        """Processor seconds that children have had since they were last asked, or in all."""
         import psutil
 
         taken = 0.0
-        for child in psutil.Process().children(recursive=True):
-            seconds = None if child.pid in self.children else _seconds(child)
-            if seconds is not None:
-                taken += seconds
-                self.children[child.pid] = child, seconds
+        for child in children:
+            before = self.children.pop(child, 0.0)
+            with suppress(psutil.NoSuchProcess):
+                times = child.cpu_times()
+                self.children[child] = times.user + times.system
+                taken += self.children[child] - before
         return taken
-
-
-def _seconds(process: "psutil.Process") -> float | None:
-    """Processor seconds that a process has taken; None where it is gone."""
-    import psutil
-
-    try:
-        taken = process.cpu_times()
-    except psutil.NoSuchProcess:
-        return None
-    return float(taken.user + taken.system)
-
-
-def _say(line: str) -> None:
-    from driving_sim.engine.progress import say  # rich takes half of the time of --help
-
-    say(line)
 
 
 def _affinity() -> list[int]:
