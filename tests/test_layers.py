@@ -1,9 +1,10 @@
-"""Nothing imports upward: the layers of the house, checked on every module's source."""
+"""Nothing imports upward or in a circle: layers and rooms, checked on every module's source."""
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,26 @@ from tests import ROOT
 
 PACKAGE = ROOT / "driving_sim"
 LAYERS = ("engine", "data", "tokenizer", "world_model")  # lowest first
+ROOMS = (
+    ("engine", "engine.ranks", "engine.training"),
+    (
+        "data.video",
+        "data.actions",
+        "data",
+        "data.tokens",
+        "data.sources",
+        "data.synthetic",
+        "data.inspect",
+    ),
+    (
+        "world_model.kernels",
+        "world_model.sampling",
+        "world_model.world_model",
+        "world_model.training",
+    ),
+    ("evaluate.report", "evaluate.likelihood", "evaluate.actions", "evaluate.pictures"),
+)
+"""Rooms of a layer, lowest first; a module is of the innermost room that it is in."""
 APPLICATION = len(LAYERS)
 TOP = APPLICATION + 1
 ENTRY = ("cli", "__main__")  # they use the rest; nothing uses them
@@ -40,6 +61,24 @@ def layer_of(module: str) -> int:
     return TOP if name in ENTRY else APPLICATION
 
 
+def height_in(rooms: Sequence[str], module: str) -> int | None:
+    """How high a module stands among `rooms`; None where it is in none of them."""
+    name = module.removeprefix("driving_sim.")
+    own = [room for room in rooms if f"{name}.".startswith(f"{room}.")]
+    return rooms.index(max(own, key=len)) if own else None
+
+
+def circle(sources: Mapping[str, str]) -> list[str]:
+    """Modules each of which imports the one before it, the first and last the same; else none."""
+    known = frozenset(sources)
+    graph = {name: {*imports(source, known)} & known - {name} for name, source in sources.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return [str(name) for name in error.args[1]]
+    return []
+
+
 def imports(source: str, known: frozenset[str]) -> Iterator[str]:
     """Every module that a source imports, wherever in it; relative ones start with dots."""
     for node in ast.walk(ast.parse(source)):
@@ -65,7 +104,10 @@ def is_wrong(module: str, name: str) -> bool:
         return False
     if layer_of(name) == TOP:
         return module != "driving_sim.__main__"
-    return layer_of(name) > layer_of(module)
+    if layer_of(name) != layer_of(module):
+        return layer_of(name) > layer_of(module)
+    heights = ((height_in(rooms, name), height_in(rooms, module)) for rooms in ROOMS)
+    return any(a is not None and b is not None and a > b for a, b in heights)
 
 
 MODULES = modules()
@@ -82,6 +124,25 @@ def test_every_layer_is_looked_at() -> None:
     assert found >= set(range(APPLICATION))
     assert "driving_sim.data.tokens.store" in MODULES
     assert "driving_sim.engine.errors" in MODULES
+
+
+def test_every_room_is_there() -> None:
+    for rooms in ROOMS:
+        assert {height_in(rooms, module) for module in KNOWN} >= set(range(len(rooms)))
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Not even inside functions, or for types only: neither could be read before the other."""
+    assert circle({name: file.read_text("utf-8") for name, file in MODULES.items()}) == []
+
+
+def test_circles_are_found() -> None:
+    later = "def f():\n    from driving_sim.a import g"
+    for_types = "if TYPE_CHECKING:\n    from driving_sim.b import h"
+    sources = {"driving_sim.a": for_types, "driving_sim.b": "import driving_sim.c"}
+    assert circle(sources | {"driving_sim.c": "import os"}) == []
+    found = circle(sources | {"driving_sim.c": later})
+    assert {*found} == {"driving_sim.a", "driving_sim.b", "driving_sim.c"}
 
 
 def test_every_module_that_is_imported_exists() -> None:
@@ -111,6 +172,9 @@ def test_the_outer_packages_import_nothing(module: str) -> None:
         ("driving_sim.tokenizer.fsq", "from driving_sim.cli import app"),
         ("driving_sim.world_model.order", "from driving_sim.demo import demo"),
         ("driving_sim.demo", "from driving_sim import cli"),
+        ("driving_sim.engine.files", "from driving_sim.engine.training.loop import train"),
+        ("driving_sim.engine.ranks.sharding", "import driving_sim.engine.training.config"),
+        ("driving_sim.data.video.reader", "from driving_sim.data.drive import Drive"),
         ("driving_sim.tokenizer.fsq", "from data import video"),
         ("driving_sim.tokenizer.fsq", "import tokenizer.fsq"),
         ("driving_sim.tokenizer.fsq", "from . import autoencoder"),
@@ -129,6 +193,8 @@ def test_upward_and_bare_imports_are_found(module: str, source: str) -> None:
         ("driving_sim.__main__", "from driving_sim.cli import app"),
         ("driving_sim.world_model.order", "from driving_sim.engine.config import to_dict"),
         ("driving_sim.tokenizer.fsq", "from driving_sim.tokenizer import autoencoder"),
+        ("driving_sim.engine.training.loop", "from driving_sim.engine.files import atomic_file"),
+        ("driving_sim.engine.training.loop", "import driving_sim.engine.training.step"),
         ("driving_sim.data.video.reader", "import numpy as np\nfrom collections import abc"),
     ],
 )
