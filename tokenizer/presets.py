@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from driving_sim.engine.training.loop import TrainingConfig
+from driving_sim.engine.training.config import TrainingConfig
 from driving_sim.tokenizer.autoencoder import AutoencoderConfig
 from driving_sim.tokenizer.discriminator import DiscriminatorConfig
 from driving_sim.tokenizer.objective import TokenizerObjectiveConfig

@@ -35,13 +35,10 @@ from driving_sim.engine.device import resolve_device
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.progress import progress, say
 from driving_sim.engine.ranks.distributed import process_group
-from driving_sim.engine.training.loop import (
-    TrainingConfig,
-    TrainingResult,
-    Validation,
-    check_run,
-    train,
-)
+from driving_sim.engine.run_folder import check_run
+from driving_sim.engine.training.config import TrainingConfig
+from driving_sim.engine.training.loop import TrainingResult, train
+from driving_sim.engine.training.trainable import Validation
 from driving_sim.tokenizer.autoencoder import STRIDE, Autoencoder, AutoencoderConfig
 from driving_sim.tokenizer.metrics import codebook_use, psnr, ssim
 from driving_sim.tokenizer.objective import TokenizerObjective, TokenizerObjectiveConfig

@@ -43,9 +43,11 @@ from driving_sim.engine.config import to_dict
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
 from driving_sim.engine.run_folder import CONFIG, check_run
-from driving_sim.engine.training.loop import Batch, Trainable, TrainingConfig, Validation, train
+from driving_sim.engine.training.config import TrainingConfig
+from driving_sim.engine.training.loop import train
 from driving_sim.engine.training.optimizer import ParameterGroup, decay_groups
 from driving_sim.engine.training.run_log import METRICS
+from driving_sim.engine.training.trainable import Batch, Trainable, Validation
 from driving_sim.pipeline import find_frames
 from driving_sim.tokenizer.autoencoder import Autoencoder
 from driving_sim.tokenizer.metrics import psnr

@@ -15,24 +15,10 @@ CHECKPOINTS = "checkpoints"
 FINISHED = "finished.json"
 _LAUNCHER = ".launcher"  # which torchrun began a run that is not over
 
-CHANGEABLE = frozenset(
-    (
-        "steps",
-        "minutes",
-        "min_steps",
-        "accumulate",
-        "learning_rate",
-        "log_every",
-        "validate_every",
-        "save_every",
-        "keep_last",
-        "patience",
-        "workers",
-        "threads",
-        "gradient_checkpointing",
-        "compile",
-        "shard",
-    )
+CHANGEABLE = (
+    *("steps", "minutes", "min_steps", "accumulate", "learning_rate", "patience"),
+    *("log_every", "validate_every", "save_every", "keep_last"),
+    *("workers", "threads", "gradient_checkpointing", "compile", "shard"),
 )
 """What a resumed run may change: how long it lasts, what it writes, how it computes the same, and
 the usual remedy."""

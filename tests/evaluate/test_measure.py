@@ -18,7 +18,7 @@ from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.data.tokens.index import frame_bytes
 from driving_sim.data.tokens.store import TokenStore
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.training.loop import TrainingConfig
+from driving_sim.engine.training.config import TrainingConfig
 from driving_sim.evaluate import measure as measure_module
 from driving_sim.evaluate import world_model as evaluation
 from driving_sim.evaluate.actions import lessons as probe_lessons

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from benchmarks.training import cost, scaling_runs
 from driving_sim.cli import app
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.training.loop import TrainingConfig
+from driving_sim.engine.training.config import TrainingConfig
 from driving_sim.scaling.report import fit_runs, scale, target_compute
 from driving_sim.scaling.run import read_run
 from driving_sim.world_model.training.objective import InputNoiseConfig, WorldModelObjective

@@ -14,7 +14,7 @@ from driving_sim.data.drive import Drive, Frames, Indices, SampledDrive, sample
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.engine.config import from_dict, to_dict
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.training.loop import TrainingConfig
+from driving_sim.engine.training.config import TrainingConfig
 from driving_sim.tokenizer import Tokenizer
 from driving_sim.tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from driving_sim.tokenizer.discriminator import DiscriminatorConfig

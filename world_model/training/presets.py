@@ -1,6 +1,6 @@
 """World models that are ready to train: demo, tiny, base, large."""
 
-from driving_sim.engine.training.loop import TrainingConfig
+from driving_sim.engine.training.config import TrainingConfig
 from driving_sim.world_model.training.objective import InputNoiseConfig
 from driving_sim.world_model.training.train import WorldModelDataConfig, WorldModelRunConfig
 from driving_sim.world_model.transformer import TransformerConfig

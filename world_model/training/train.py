@@ -18,7 +18,9 @@ from driving_sim.engine.config import Count, InnerShare, config, to_dict
 from driving_sim.engine.device import resolve_device
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.ranks.distributed import process_group
-from driving_sim.engine.training.loop import TrainingConfig, TrainingResult, check_run, train
+from driving_sim.engine.run_folder import check_run
+from driving_sim.engine.training.config import TrainingConfig
+from driving_sim.engine.training.loop import TrainingResult, train
 from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.kernels.library import library

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from driving_sim.data.tokens.store import DriveTokens
 from driving_sim.data.tokens.windows import sequential_windows
-from driving_sim.engine.training.loop import Batch, Validation
+from driving_sim.engine.training.trainable import Batch, Validation
 from driving_sim.world_model.training.objective import WorldModelObjective
 from driving_sim.world_model.transformer import Transformer
 from driving_sim.world_model.world_model import WorldModel

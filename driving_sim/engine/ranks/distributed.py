@@ -110,23 +110,20 @@ def process_group(
             # the dead ones, which the new ones would call.
             store = PrefixStore(f"attempt-{restarts()}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+        alike = False
         try:
             yield Ranks(rank, size), device
-        except Interrupted:  # all ranks leave alike
-            _leave()
+            alike = True
+        except Interrupted:
+            alike = True
             raise
-        except BaseException:
-            # The others may be in a collective: NCCL would wait for them before it lets go.
-            if device.type != "cuda":
+        finally:
+            if alike:
+                # One that leaves while another talks to it can be brought down by its threads.
+                dist.barrier()
+            # Else the others may be in a collective: NCCL would wait for them before it lets go.
+            if alike or device.type != "cuda":
                 dist.destroy_process_group()
-            raise
-        _leave()
-
-
-def _leave() -> None:
-    # A rank that leaves while another still talks to it can be brought down by its threads.
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def _own_device(device: torch.device) -> torch.device:

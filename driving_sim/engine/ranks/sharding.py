@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from driving_sim.engine.errors import DriveSimError
 
 _OLDEST_TORCH = (2, 9)
-_FILES = "shard-*.safetensors"  # what torch.distributed.checkpoint calls them
+SHARDS = "shard-*.safetensors"
+"""What torch.distributed.checkpoint calls the files of `save_shards`."""
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
@@ -75,12 +76,7 @@ def save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     # Its other storages pickle their metadata; this one reads numbers with a shape only.
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with _own_errors():
-        save({name: _with_shape(tensor) for name, tensor in tensors.items()}, storage_writer=writer)
-
-
-def is_saved_in_shards(folder: Path) -> bool:
-    """Whether `save_shards` wrote here."""
-    return any(folder.glob(_FILES))
+        save({name: torch.atleast_1d(t) for name, t in tensors.items()}, storage_writer=writer)
 
 
 def load_shards(folder: Path, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -109,10 +105,6 @@ def load_shards(folder: Path, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
     return tensors
-
-
-def _with_shape(tensor: Tensor) -> Tensor:
-    return tensor if tensor.ndim else tensor.reshape(1)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from driving_sim.engine.files import atomic_folder, temporary_beside
 from driving_sim.engine.parsing import shown
 from driving_sim.engine.ranks.distributed import Ranks
 from driving_sim.engine.ranks.sharding import (
-    is_saved_in_shards,
+    SHARDS,
     is_sharded,
     load_shards,
     placed_like,
@@ -226,7 +226,7 @@ def state_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def _load_parts(path: Path, model: nn.Module, ema: Ema) -> dict[str, dict[str, Tensor]]:
     """The saved tensors of each part by name; those of a sharded run as `model` is sharded."""
-    if not is_saved_in_shards(path):
+    if not any(path.glob(SHARDS)):
         return {part: load_file(path / f"{part}.safetensors") for part in _PARTS}
     likes: dict[str, Tensor] = {f"ema/{name}": average for name, average in ema.averages.items()}
     for part in ("model", "optimizer"):

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.sharedctypes import RawValue
 from types import FrameType
-from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -72,29 +71,23 @@ def stop_on_signals() -> Iterator[StopRequest]:
     Outside the main thread, where Python allows no handlers, signals keep their meaning.
     """
     request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        try:
-            yield request
-        finally:
-            request.end_shield()
-        return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in SIGNALS} if is_main else {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def note(number: int, _frame: FrameType | None) -> None:
-        _restore(before)
+        restore()
         text = f"{signal.Signals(number).name}: saving, then stopping (again to stop at once)\n"
         os.write(2, text.encode())  # print may be what was interrupted: it is not reentrant
         request.receive(number)
 
-    for number in SIGNALS:
+    for number in before:
         signal.signal(number, note)
     try:
         yield request
     finally:
-        _restore(before)
+        restore()
         request.end_shield()
-
-
-def _restore(handlers: dict[signal.Signals, Any]) -> None:
-    for number, handler in handlers.items():
-        signal.signal(number, handler)

@@ -25,7 +25,6 @@ from driving_sim.engine.precision import name_of, resolve_precision
 from driving_sim.engine.ranks.distributed import process_group
 from driving_sim.engine.run_folder import (
     CHECKPOINTS,
-    check_run,
     goes_on,
     mark_finished,
     mark_unfinished,
@@ -45,21 +44,10 @@ from driving_sim.engine.training.checkpoint import (
 )
 from driving_sim.engine.training.config import TrainingConfig
 from driving_sim.engine.training.interrupt import StopNow, StopRequest, stop_on_signals
-from driving_sim.engine.training.run_log import RunLog
+from driving_sim.engine.training.run_log import RunLog, run_log
 from driving_sim.engine.training.schedule import position_by_steps, position_by_time
 from driving_sim.engine.training.step import Stepper, batch_seed, seed_torch
 from driving_sim.engine.training.trainable import Batch, Trainable, Validation
-
-__all__ = [
-    "Batch",
-    "Trainable",
-    "TrainingConfig",
-    "TrainingResult",
-    "Validation",
-    "check_run",
-    "prepare_run",
-    "train",
-]
 
 MAX_SKIPPED_IN_A_ROW = 20
 """Steps without a finite loss before the run gives up."""
@@ -231,26 +219,35 @@ class _Loop:
         """Step, log, validate and save until the run is over."""
         if not self.ranks.is_main:
             return self._run(dataset)
-        step, validated = self.state.step, self.state.validated_step
-        total = self.config.steps
-        with RunLog(self.folder, start_step=step, validated_step=validated, total=total) as log:
-            self.log = log
+        state = self.state
+        with run_log(
+            self.folder,
+            start_step=state.step,
+            validated_step=state.validated_step,
+            total=self.config.steps,
+        ) as self.log:
             for notice in self.notices:
-                log.say(notice)
+                self.log.say(notice)
             return self._run(dataset)
 
     def _run(self, dataset: Dataset[Batch]) -> TrainingResult:
         self.stepper.model.train()
         batches: Iterator[tuple[int, Batch]] | None = None
         while True:
-            stop_signal, position = self._agree()
-            if stop_signal:
+            # The signal that reached any rank (0: none), and the main one's position in the run.
+            position = self._position() if self.ranks.is_main else 0.0
+            number, position = self.ranks.largest([float(self.request.signal), position])
+            if number:
                 self._save()
-                raise self._interruption(stop_signal)
+                name = signal.Signals(int(number)).name
+                where = f"stopped after step {self.state.step} in {self.folder}"
+                raise Interrupted(f"{name}: {where}; to go on, give `resume`", 128 + int(number))
             try:
                 if position > 1.0 or self._due(self.config.validate_every):
                     self._validate()
-                over = position > 1.0 or self._out_of_patience()
+                patience = self.config.patience
+                since_best = self.state.validations_since_best
+                over = position > 1.0 or (patience is not None and since_best >= patience)
                 is_best = self.state.best_step == self.state.step
                 if over or is_best or self._due(self.config.save_every):
                     self._save()
@@ -271,12 +268,6 @@ class _Loop:
         with self.interruptible():
             # Starting the workers is not training time.
             return chain([next(batches)], batches)
-
-    def _agree(self) -> tuple[int, float]:
-        """The signal that reached any rank (0: none), and the main rank's position in the run."""
-        position = self._position() if self.ranks.is_main else 0.0
-        stop_signal, position = self.ranks.largest([float(self.request.signal), position])
-        return int(stop_signal), position
 
     def _position(self) -> float:
         if self.config.steps is not None:
@@ -398,15 +389,6 @@ class _Loop:
 
     def _due(self, every: int) -> bool:
         return self.state.step > 0 and self.state.step % every == 0
-
-    def _out_of_patience(self) -> bool:
-        patience = self.config.patience
-        return patience is not None and self.state.validations_since_best >= patience
-
-    def _interruption(self, stop_signal: int) -> Interrupted:
-        name, step = signal.Signals(stop_signal).name, self.state.step
-        message = f"{name}: stopped after step {step} in {self.folder}; to go on, give `resume`"
-        return Interrupted(message, 128 + stop_signal)
 
     def _finish(self, *, trained: bool) -> TrainingResult:
         """Mark the run as finished; say so where there was nothing left to do."""

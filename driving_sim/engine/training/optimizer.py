@@ -154,6 +154,12 @@ class Optimizers:
         if others:
             rate, betas = config.learning_rate, config.betas
             self._all.append(torch.optim.AdamW(others, rate, betas, fused=self._fused))
+        self._owners = {
+            parameter: optimizer
+            for optimizer in self._all
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
 
     @property
     def groups(self) -> list[ParameterGroup]:
@@ -164,11 +170,6 @@ class Optimizers:
         """Give each group the rate times its own scale."""
         for group in self.groups:
             group["lr"] = learning_rate * group["lr_scale"]
-
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
-        for optimizer in self._all:
-            optimizer.zero_grad()
 
     def clip_gradients(self, limit: float) -> dict[str, Tensor]:
         """Clip each family's gradients to a common L2 norm; return the norms before, by family."""
@@ -199,19 +200,13 @@ class Optimizers:
         return {
             f"{name}/{quantity}": value
             for name, parameter in self._parameters.items()
-            for optimizer in self._all
-            for quantity, value in optimizer.state.get(parameter, {}).items()
+            if parameter in self._owners
+            for quantity, value in self._owners[parameter].state.get(parameter, {}).items()
         }
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take up what `tensors` gave; `KeyError` for a parameter that the model lacks."""
-        owners = {
-            parameter: optimizer
-            for optimizer in self._all
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
         for key, tensor in tensors.items():
             name, _, quantity = key.rpartition("/")
             parameter = self._parameters[name]
@@ -221,7 +216,7 @@ class Optimizers:
             else:  # in the parameter's own memory format: fused kernels pair elements by address
                 value = torch.empty_like(parameter, dtype=tensor.dtype)
                 value.copy_(placed_like(tensor, parameter))
-            owners[parameter].state[parameter][quantity] = value
+            self._owners[parameter].state[parameter][quantity] = value
 
     def _check_cover(self, groups: list[ParameterGroup]) -> None:
         grouped = [parameter for group in groups for parameter in group["params"]]

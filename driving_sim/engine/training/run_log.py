@@ -5,9 +5,9 @@ import json
 import math
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-from types import TracebackType
+from typing import TextIO
 
 import numpy as np
 from PIL import Image
@@ -18,7 +18,7 @@ from tensorboard.summary.writer.event_file_writer import (  # type: ignore[impor
 from torch.utils.tensorboard import SummaryWriter
 
 from driving_sim.engine.files import atomic_file
-from driving_sim.engine.progress import progress
+from driving_sim.engine.progress import Progress, progress
 from driving_sim.engine.training.trainable import Pixels, Validation
 
 METRICS = "metrics.jsonl"
@@ -29,49 +29,13 @@ _SHOWN = ("bits_per_token", "loss")
 
 
 class RunLog:
-    """Writes `metrics.jsonl`, `log.txt` and `tensorboard/` in `run`; a context manager.
-
-    `start_step` is the step that the run goes on from: what an interrupted run logged beyond it
-    is dropped, as it will be logged again. So are validations after `validated_step`, by default
-    the same. `total` is the number of steps, None if unknown.
-    """
+    """Writes `metrics.jsonl`, `log.txt` and `tensorboard/` of a run; made by `run_log`."""
 
     def __init__(
-        self,
-        run: Path,
-        *,
-        start_step: int = 0,
-        validated_step: int | None = None,
-        total: int | None = None,
+        self, rows: TextIO, lines: TextIO, writer: SummaryWriter, progress: Progress
     ) -> None:
-        self._run, self._start_step, self._total = run, start_step, total
-        self._validated_step = start_step if validated_step is None else validated_step
+        self._rows, self._lines, self._writer, self._progress = rows, lines, writer, progress
         self._text = ""
-
-    def __enter__(self) -> "RunLog":
-        path = self._run / METRICS
-        _drop_rows_after(path, self._start_step, self._validated_step)
-        with ExitStack() as stack:
-            stack.enter_context(_quiet_tensorboard())
-            self._rows = stack.enter_context(path.open("a", encoding="utf-8"))
-            self._lines = stack.enter_context((self._run / LINES).open("a", encoding="utf-8"))
-            purge = self._start_step + 1 if self._start_step else None
-            self._writer = SummaryWriter(self._run / TENSORBOARD, purge_step=purge, flush_secs=30)
-            stack.callback(self._writer.close)
-            self._progress = stack.enter_context(
-                progress(self._total, self._run.name, "steps", start=self._start_step)
-            )
-            self._stack = stack.pop_all()
-        self.say(f"results in {self._run} (watch: tensorboard --logdir {self._run / TENSORBOARD})")
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
 
     def say(self, line: str) -> None:
         """Print one line, and keep it in `log.txt`."""
@@ -124,6 +88,36 @@ class RunLog:
         summary = Summary(value=[Summary.Value(tag=name, image=image)])
         files = self._writer._get_file_writer()  # type: ignore[no-untyped-call]
         files.add_summary(summary, step)
+
+
+@contextmanager
+def run_log(
+    run: Path,
+    *,
+    start_step: int = 0,
+    validated_step: int | None = None,
+    total: int | None = None,
+) -> Iterator[RunLog]:
+    """Yield the record of what goes on in `run`.
+
+    `start_step` is the step that the run goes on from: what an interrupted run logged beyond it
+    is dropped, as it will be logged again. So are validations after `validated_step`, by default
+    the same. `total` is the number of steps, None if unknown.
+    """
+    _drop_rows_after(
+        run / METRICS, start_step, start_step if validated_step is None else validated_step
+    )
+    folder, purge = run / TENSORBOARD, start_step + 1 if start_step else None
+    with (
+        _quiet_tensorboard(),
+        (run / METRICS).open("a", encoding="utf-8") as rows,
+        (run / LINES).open("a", encoding="utf-8") as lines,
+        closing(SummaryWriter(folder, purge_step=purge, flush_secs=30)) as writer,
+        progress(total, run.name, "steps", start=start_step) as shown,
+    ):
+        log = RunLog(rows, lines, writer, shown)
+        log.say(f"results in {run} (watch: tensorboard --logdir {folder})")
+        yield log
 
 
 @contextmanager

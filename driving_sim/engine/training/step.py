@@ -123,7 +123,7 @@ class Stepper:
         """
         adjust_threads(self.device)
         config = self.config
-        self.optimizers.zero_grad()
+        self.model.zero_grad()
         with self._keeping_buffers(), interruptible():
             outcomes = self._backward(batches, step, position)
             limit = float("inf") if config.grad_clip is None else config.grad_clip

@@ -36,7 +36,7 @@ class Run:
 
     def step(self, seed: int) -> None:
         torch.manual_seed(seed)
-        self.optimizers.zero_grad()
+        self.model.zero_grad()
         self.model(torch.randn(2, 3, 8, 8)).square().mean().backward()
         self.optimizers.step()
         self.ema.update()

@@ -21,7 +21,8 @@ from driving_sim.engine.errors import DriveSimError, Interrupted
 from driving_sim.engine.run_folder import is_finished
 from driving_sim.engine.training import loop as training
 from driving_sim.engine.training.checkpoint import damage
-from driving_sim.engine.training.loop import Batch, TrainingConfig, Validation
+from driving_sim.engine.training.config import TrainingConfig
+from driving_sim.engine.training.trainable import Batch, Validation
 from tests import ROOT
 from tests.fixtures.tiny_training import (
     EXPORTED,

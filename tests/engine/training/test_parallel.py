@@ -11,8 +11,9 @@ from torch import Tensor
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.ranks.distributed import Ranks
 from driving_sim.engine.training import parallel as parallel_module
-from driving_sim.engine.training.loop import Trainable, TrainingConfig
+from driving_sim.engine.training.config import TrainingConfig
 from driving_sim.engine.training.parallel import parallel
+from driving_sim.engine.training.trainable import Trainable
 from tests.fixtures.rank_training import MODELS, Halves, rank_train, world_model
 from tests.fixtures.ranks import assert_same_losses, exported
 

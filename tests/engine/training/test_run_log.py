@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
     EventAccumulator,
 )
 
-from driving_sim.engine.training.run_log import RunLog
+from driving_sim.engine.training.run_log import RunLog, run_log
 from driving_sim.engine.training.trainable import Validation
 
 
@@ -24,7 +24,7 @@ def events(run: Path) -> Any:
 
 
 def test_scalars_reach_both_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with RunLog(tmp_path) as log:
+    with run_log(tmp_path) as log:
         log.add_scalars(5, "train", {"loss": 1.5, "late": float("nan")})
         assert rows(tmp_path) == [{"step": 5, "phase": "train", "loss": 1.5, "late": None}]
     read = events(tmp_path)
@@ -35,12 +35,12 @@ def test_scalars_reach_both_files(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_resumed_run_drops_what_it_will_log_again(tmp_path: Path) -> None:
-    with RunLog(tmp_path) as log:
+    with run_log(tmp_path) as log:
         for step in (1, 2, 3):
             log.add_scalars(step, "train", {"loss": float(step)})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "los')
-    with RunLog(tmp_path, start_step=2) as log:
+    with run_log(tmp_path, start_step=2) as log:
         log.add_scalars(3, "train", {"loss": 30.0})
     assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     scalars = [(event.step, event.value) for event in events(tmp_path).Scalars("train/loss")]
@@ -50,7 +50,7 @@ def test_resumed_run_drops_what_it_will_log_again(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc here")
 def test_no_open_file_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows refuses to."""
-    with RunLog(tmp_path) as log:
+    with run_log(tmp_path) as log:
         log.add_scalars(1, "train", {"loss": 1.0})
     replace = Path.replace
 
@@ -60,7 +60,7 @@ def test_no_open_file_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return replace(source, target)
 
     monkeypatch.setattr(Path, "replace", checked)
-    with RunLog(tmp_path, start_step=1):
+    with run_log(tmp_path, start_step=1):
         pass
 
 
@@ -73,7 +73,7 @@ def test_validation_keeps_pictures_and_videos(
     found = Validation(
         score=2.0, metrics={"psnr": 21.0}, images={"grid": picture}, videos={"rollout": video}
     )
-    with RunLog(tmp_path) as log:
+    with run_log(tmp_path) as log:
         log.add_validation(7, found, best=True)
     assert rows(tmp_path) == [{"step": 7, "phase": "validation", "score": 2.0, "psnr": 21.0}]
     read = events(tmp_path)
@@ -91,7 +91,7 @@ def test_what_was_said_stays_in_the_folder(
 ) -> None:
     """A resumed run adds to it: it tells of every start."""
     for step, best in ((1, True), (2, False)):
-        with RunLog(tmp_path, start_step=step - 1) as log:
+        with run_log(tmp_path, start_step=step - 1) as log:
             log.add_validation(step, Validation(score=2.0), best=best)
             assert (tmp_path / "log.txt").read_text().splitlines()[-1].startswith(f"step {step}:")
     lines = (tmp_path / "log.txt").read_text().splitlines()
@@ -111,7 +111,7 @@ def test_progress_shows_the_loss_once_in_bits_where_it_is_known(
     text: str,
 ) -> None:
     monkeypatch.setattr("driving_sim.engine.progress.LINE_SECONDS", 0.0)
-    with RunLog(tmp_path, total=2) as log:
+    with run_log(tmp_path, total=2) as log:
         log.add_scalars(1, "train", values)
         log.advance(0.5)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "1/2 steps" in line]
@@ -125,7 +125,6 @@ def log_and_fail(log: RunLog) -> None:
 
 
 def test_error_closes_the_files(tmp_path: Path) -> None:
-    log = RunLog(tmp_path)
-    with pytest.raises(RuntimeError, match="training failed"), log:
+    with pytest.raises(RuntimeError, match="training failed"), run_log(tmp_path) as log:
         log_and_fail(log)
     assert [event.step for event in events(tmp_path).Scalars("train/loss")] == [1]

@@ -9,7 +9,7 @@ import torch
 
 from driving_sim.data.tokens.store import TokenStore
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.training.loop import TrainingConfig
+from driving_sim.engine.training.config import TrainingConfig
 from driving_sim.world_model import WorldModel
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.sampling.sampler import Sampling
