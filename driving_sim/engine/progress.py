@@ -3,10 +3,10 @@
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn
+from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
 from driving_sim.engine.torchrun import is_main_process
@@ -30,7 +30,7 @@ class Progress:
         self, total: float | None, label: str, unit: str, start: float, bar: RichProgress | None
     ) -> None:
         self._total, self._label, self._unit, self._bar = total, label, unit, bar
-        self._task = bar.add_task(label, total=1.0, status="") if bar else None
+        self._task = bar.add_task(label, total=1.0, status="") if bar else TaskID(0)
         self._pause = BAR_SECONDS if bar else LINE_SECONDS
         self._began = time.perf_counter()
         self._next_show = self._began + self._pause
@@ -51,7 +51,11 @@ class Progress:
         now = time.perf_counter()
         if now >= self._next_show:
             self._next_show = now + self._pause
-            self._show(text)
+            status = self._status(text)
+            if self._bar:
+                self._bar.update(self._task, completed=self._fraction, status=status)
+            else:
+                self.say(f"{self._label}: {status}")
 
     def say(self, line: str, *, by_any_rank: bool = False) -> None:
         """Print a line of its own, above the bar where there is one.
@@ -74,12 +78,6 @@ class Progress:
     def _share(self, done: float) -> float:
         return done / self._total if self._total else 0.0
 
-    def _show(self, text: str) -> None:
-        if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=self._fraction, status=self._status(text))
-        else:
-            self.say(f"{self._label}: {self._status(text)}")
-
     def _status(self, text: str) -> str:
         elapsed = time.perf_counter() - self._began
         rate = (self._done - self._start) / elapsed
@@ -98,17 +96,15 @@ def progress(total: float | None, label: str, unit: str, *, start: float = 0) ->
     `start` units were done before and say nothing of the rate.
     """
     console = Console(stderr=True)
-    if not (console.is_terminal and is_main_process()):
-        plain = Progress(total, label, unit, start, None)
-        yield plain
-        plain.finish()
-        return
-    # No markup: paths may hold square brackets.
-    label_column, status = (
-        TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[status]}")
-    )
-    columns = label_column, BarColumn(), status
-    with RichProgress(*columns, console=console, transient=True) as bar:
+    bar: RichProgress | None = None
+    if console.is_terminal and is_main_process():
+        # No markup: paths may hold square brackets.
+        label_column, status = (
+            TextColumn(column, markup=False)
+            for column in ("{task.description}", "{task.fields[status]}")
+        )
+        bar = RichProgress(label_column, BarColumn(), status, console=console, transient=True)
+    with bar or nullcontext():
         shown = Progress(total, label, unit, start, bar)
         yield shown
         shown.finish()
