@@ -76,14 +76,15 @@ def save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     # Its other storages pickle their metadata; this one reads numbers with a shape only.
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with _own_errors():
-        save({name: torch.atleast_1d(t) for name, t in tensors.items()}, storage_writer=writer)
+        with_shape = {name: t if t.ndim else t.reshape(1) for name, t in tensors.items()}
+        save(with_shape, storage_writer=writer)
 
 
 def load_shards(folder: Path, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Read what `save_shards` wrote, on any number of ranks, one without `torchrun` included.
 
     A tensor named as one of `likes`, or as one with `/QUANTITY` behind, and of its shape comes
-    sharded as that is.
+    sharded as that is; one named as a scalar is one again.
     """
     _require_torch()
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -96,7 +97,9 @@ def load_shards(folder: Path, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         assert isinstance(entry, TensorStorageMetadata)
         dtype = entry.properties.dtype
         like = likes.get(name, likes.get(name.rpartition("/")[0]))
-        if like is not None and is_sharded(like) and like.shape == entry.size:
+        # A parameter of one number looks like its count of steps, which every rank holds.
+        alike = like is not None and like.shape == entry.size and like.numel() > 1
+        if like is not None and alike and is_sharded(like):
             tensors[name] = torch.empty_like(like, dtype=dtype)
         else:
             tensors[name] = torch.empty(entry.size, dtype=dtype)
@@ -104,7 +107,8 @@ def load_shards(folder: Path, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # It warns where there are no ranks: of what is wanted then.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
-    return tensors
+    scalars = [name for name in tensors.keys() & likes.keys() if not likes[name].ndim]
+    return tensors | {name: tensors[name].reshape(()) for name in scalars}
 
 
 @contextmanager

@@ -229,8 +229,8 @@ def _load_parts(path: Path, model: nn.Module, ema: Ema) -> dict[str, dict[str, T
     if not any(path.glob(SHARDS)):
         return {part: load_file(path / f"{part}.safetensors") for part in _PARTS}
     likes: dict[str, Tensor] = {f"ema/{name}": average for name, average in ema.averages.items()}
-    for part in ("model", "optimizer"):
-        likes |= {f"{part}/{name}": parameter for name, parameter in model.named_parameters()}
+    likes |= {f"model/{name}": tensor for name, tensor in changing_tensors(model).items()}
+    likes |= {f"optimizer/{name}": parameter for name, parameter in model.named_parameters()}
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
     for name, tensor in load_shards(path, likes).items():
         part, _, rest = name.partition("/")

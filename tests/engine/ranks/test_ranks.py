@@ -19,7 +19,7 @@ from driving_sim.tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from driving_sim.tokenizer.tokenizer import Tokenizer
 from tests import ROOT
 from tests.fixtures.rank_training import FAILED, STEPS, rank_train, said_by
-from tests.fixtures.ranks import assert_same_losses, exported, launch
+from tests.fixtures.ranks import assert_same_losses, exported, launch, rows
 
 
 @pytest.mark.parametrize("shard", [False, True])
@@ -63,6 +63,20 @@ def test_a_checkpoint_is_resumed_on_other_ranks(
     assert_same_losses(run, whole)
     for name, tensor in exported(whole).items():
         torch.testing.assert_close(exported(run)[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sharded_tokenizer_is_resumed(tmp_path: Path) -> None:
+    """It has a buffer without a shape, and a parameter of one number."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert launch(2, "tokenizer", whole, shard=True) == [0, 0]
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
+    (run / "finished.json").unlink()
+    (run / "model.safetensors").unlink()
+    assert launch(2, "tokenizer", run, shard=True, resume=True) == [0, 0]
+    assert rows(run) == rows(whole)
+    one, other = exported(run), exported(whole)
+    assert all(torch.equal(one[name], other[name]) for name in other)
 
 
 def on_two_ranks(*arguments: str, restarts: int = 0) -> tuple[int, str]:
