@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from driving_sim.engine.config import NonNegative, Positive, Share, config, require
 from driving_sim.engine.ranks.distributed import mean_over_ranks
-from driving_sim.engine.training.optimizer import ParameterGroup, decay_groups
+from driving_sim.engine.training.optimizer import Player
 from driving_sim.engine.training.trainable import Batch, Trainable
 from driving_sim.tokenizer.autoencoder import (
     AttentionBlock,
@@ -92,17 +92,14 @@ class TokenizerObjective(Trainable):
         kinds = ResidualBlock, AttentionBlock
         return (module for module in self.autoencoder.modules() if isinstance(module, kinds))
 
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """Both players' parameters, whose gradients are clipped apart."""
-        groups = decay_groups(self.autoencoder, clip="autoencoder")
+    def players(self) -> list[Player]:
+        """Both players, whose gradients are clipped apart."""
+        players = [Player("autoencoder", self.autoencoder)]
         if self.discriminator is not None:
-            groups += decay_groups(
-                self.discriminator,
-                clip="discriminator",
-                lr_scale=self.config.discriminator_lr_scale,
-                muon=False,  # an opponent that is too quick teaches nothing
-            )
-        return groups
+            scale = self.config.discriminator_lr_scale
+            # No Muon: an opponent that is too quick teaches nothing.
+            players.append(Player("discriminator", self.discriminator, scale, muon=False))
+        return players
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and metrics of {"frames": uint8 [B, H, W, 3], "progress": 0..1}."""

@@ -45,7 +45,7 @@ from driving_sim.engine.files import atomic_file
 from driving_sim.engine.run_folder import CONFIG, check_run
 from driving_sim.engine.training.config import TrainingConfig
 from driving_sim.engine.training.loop import train
-from driving_sim.engine.training.optimizer import ParameterGroup, decay_groups
+from driving_sim.engine.training.optimizer import Player
 from driving_sim.engine.training.run_log import METRICS
 from driving_sim.engine.training.trainable import Batch, Trainable, Validation
 from driving_sim.pipeline import find_frames
@@ -69,9 +69,9 @@ class Peer(Trainable):
         super().__init__()
         self.model = model
 
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """All of them are AdamW's."""
-        return decay_groups(self.model, muon=False)
+    def players(self) -> list[Player]:
+        """All parameters are AdamW's."""
+        return [Player("model", self.model, muon=False)]
 
     def ema_module(self) -> nn.Module:
         """The whole peer."""

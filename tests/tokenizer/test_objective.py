@@ -116,9 +116,9 @@ def test_the_say_of_the_discriminator_is_part_of_a_checkpoint() -> None:
 
 def test_an_optimizer_takes_each_players_parameters_once() -> None:
     model = objective()
-    optimizers = Optimizers(model, model.parameter_groups(), TrainingConfig(steps=1))
-    families = {group["clip"] for group in optimizers.groups}
-    assert families == {"autoencoder", "discriminator"}
+    optimizers = Optimizers(model, model.players(), TrainingConfig(steps=1))
+    players = {group["player"] for group in optimizers.groups}
+    assert players == {"autoencoder", "discriminator"}
     assert model.ema_module() is model.autoencoder
 
 

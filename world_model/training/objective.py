@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from driving_sim.engine.config import Share, config
-from driving_sim.engine.training.optimizer import ParameterGroup, decay_groups
+from driving_sim.engine.training.optimizer import Player
 from driving_sim.engine.training.trainable import Batch, Trainable
 from driving_sim.world_model.actions import ActionDropoutConfig, drop_actions
 from driving_sim.world_model.transformer import Transformer
@@ -38,9 +38,9 @@ class WorldModelObjective(Trainable):
         self.config = config
         self.transformer = transformer
 
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """Matrices and embeddings decay: towards what their digits share."""
-        return decay_groups(self.transformer)
+    def players(self) -> list[Player]:
+        """One; matrices and embeddings decay: towards what their digits share."""
+        return [Player("model", self.transformer)]
 
     def ema_module(self) -> Transformer:
         """Everything that has parameters."""

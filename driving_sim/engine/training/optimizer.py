@@ -1,7 +1,8 @@
-"""Muon for wide kernels and AdamW for the rest, over a model's parameter groups."""
+"""Muon for wide kernels and AdamW for the rest of a model's parameters."""
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,11 +10,6 @@ from torch import Tensor, nn
 
 from driving_sim.engine.ranks.sharding import placed_like, whole
 from driving_sim.engine.training.config import TrainingConfig
-
-ParameterGroup = dict[str, Any]
-"""`params`; optionally `weight_decay` and `lr_scale` (multipliers of the config's values, 1 by
-default), `clip` (the family whose gradients are clipped together) and `muon` (whether the
-parameters are matrices for Muon)."""
 
 _SMALLEST_MATRIX = 32
 _MOMENTUM = 0.95
@@ -25,35 +21,32 @@ _POLAR_EXPRESS = [
 ]
 
 
-def decay_groups(
-    module: nn.Module, *, clip: str = "model", lr_scale: float = 1.0, muon: bool = True
-) -> list[ParameterGroup]:
-    """The module's trainable parameters: matrices, other weights, and gains, which do not decay.
+@dataclass(frozen=True, slots=True)
+class Player:
+    """A part of a model that is stepped alike, and whose gradients are clipped together."""
 
-    With `muon`, the kernels of linear maps and convolutions with at least 32 channels on both sides
-    are left to Muon.
-    """
-    matrices = {
-        layer.weight
-        for layer in module.modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d)
-        and min(layer.weight.shape[:2]) >= _SMALLEST_MATRIX
-    }
-    parts: dict[str, list[nn.Parameter]] = {"matrices": [], "weights": [], "gains": []}
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            kind = "weights" if parameter.ndim >= 2 else "gains"
-            parts["matrices" if muon and parameter in matrices else kind].append(parameter)
-    return [
-        {
-            "params": parameters,
-            "weight_decay": float(kind != "gains"),
-            "muon": kind == "matrices",
-            "clip": clip,
-            "lr_scale": lr_scale,
+    name: str
+    module: nn.Module
+    lr_scale: float = 1.0
+    """Multiplier of the learning rate."""
+    muon: bool = True
+    """Whether the kernels of its linear maps and convolutions with at least 32 channels on both
+    sides are left to Muon."""
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """The trainable parameters: matrices for Muon, other weights, and gains."""
+        matrices = {
+            layer.weight
+            for layer in self.module.modules()
+            if isinstance(layer, nn.Linear | nn.Conv2d)
+            and min(layer.weight.shape[:2]) >= _SMALLEST_MATRIX
         }
-        for kind, parameters in parts.items()
-    ]
+        parts: dict[str, list[nn.Parameter]] = {"matrices": [], "weights": [], "gains": []}
+        for parameter in self.module.parameters():
+            if parameter.requires_grad:
+                kind = "weights" if parameter.ndim >= 2 else "gains"
+                parts["matrices" if self.muon and parameter in matrices else kind].append(parameter)
+        return parts
 
 
 class Muon(torch.optim.Optimizer):
@@ -124,45 +117,48 @@ def _factor(gram: Tensor, linear: float, cubic: float, quintic: float) -> Tensor
 class Optimizers:
     """What steps a model's parameters: Muon and AdamW, or AdamW alone.
 
-    Raises `ValueError` unless `groups` hold each trainable parameter once.
+    Gains do not decay. Raises `ValueError` unless `players` hold each trainable parameter once.
     """
 
-    def __init__(
-        self, model: nn.Module, groups: Iterable[ParameterGroup], config: TrainingConfig
-    ) -> None:
+    def __init__(self, model: nn.Module, players: Iterable[Player], config: TrainingConfig) -> None:
         self._parameters = dict(model.named_parameters())
-        complete = [
-            {
-                "lr_scale": 1.0,
-                "clip": "model",
-                **group,
-                "weight_decay": config.weight_decay * group.get("weight_decay", 1.0),
-            }
-            for group in groups
-            if group["params"]
-        ]
-        self._check_cover(complete)
-        by_muon = config.optimizer == "muon"
-        matrices = [group for group in complete if by_muon and group.get("muon")]
-        others = [group for group in complete if not (by_muon and group.get("muon"))]
         # Fused kernels take the step in one pass over memory, and can leave it out without a wait
         # for the device; MPS has them only in newer releases.
         self._fused = next(iter(self._parameters.values())).device.type in ("cpu", "cuda")
+        by_muon: list[dict[str, Any]] = []
+        by_adamw: list[dict[str, Any]] = []
+        for player in players:
+            for kind, parameters in player.parts().items():
+                group = {
+                    "params": parameters,
+                    "player": player.name,
+                    "lr_scale": player.lr_scale,
+                    "weight_decay": 0.0 if kind == "gains" else config.weight_decay,
+                }
+                is_muons = kind == "matrices" and config.optimizer == "muon"
+                if parameters:
+                    (by_muon if is_muons else by_adamw).append(group)
+        rate, betas = config.learning_rate, config.betas
         self._all: list[torch.optim.Optimizer] = []
-        if matrices:
-            self._all.append(Muon(matrices, {"lr": config.learning_rate}))
-        if others:
-            rate, betas = config.learning_rate, config.betas
-            self._all.append(torch.optim.AdamW(others, rate, betas, fused=self._fused))
+        if by_muon:
+            self._all.append(Muon(by_muon, {"lr": rate}))
+        if by_adamw:
+            self._all.append(torch.optim.AdamW(by_adamw, rate, betas, fused=self._fused))
         self._owners = {
             parameter: optimizer
             for optimizer in self._all
             for group in optimizer.param_groups
             for parameter in group["params"]
         }
+        if missing := [
+            name
+            for name, parameter in self._parameters.items()
+            if parameter.requires_grad and parameter not in self._owners
+        ]:
+            raise ValueError(f"the players lack {', '.join(sorted(missing))}")
 
     @property
-    def groups(self) -> list[ParameterGroup]:
+    def groups(self) -> list[dict[str, Any]]:
         """The parameter groups of all of them; those of matrices first."""
         return [group for optimizer in self._all for group in optimizer.param_groups]
 
@@ -172,13 +168,13 @@ class Optimizers:
             group["lr"] = learning_rate * group["lr_scale"]
 
     def clip_gradients(self, limit: float) -> dict[str, Tensor]:
-        """Clip each family's gradients to a common L2 norm; return the norms before, by family."""
-        families: dict[str, list[Tensor]] = {}
+        """Clip each player's gradients to a common L2 norm; return the norms before, by player."""
+        players: dict[str, list[Tensor]] = {}
         for group in self.groups:
-            families.setdefault(group["clip"], []).extend(group["params"])
+            players.setdefault(group["player"], []).extend(group["params"])
         return {
-            family: whole(nn.utils.clip_grad_norm_(parameters, limit)).to(parameters[0].device)
-            for family, parameters in families.items()
+            player: whole(nn.utils.clip_grad_norm_(parameters, limit)).to(parameters[0].device)
+            for player, parameters in players.items()
         }
 
     def step(self, skipped: Tensor | None = None) -> None:
@@ -217,12 +213,3 @@ class Optimizers:
                 value = torch.empty_like(parameter, dtype=tensor.dtype)
                 value.copy_(placed_like(tensor, parameter))
             self._owners[parameter].state[parameter][quantity] = value
-
-    def _check_cover(self, groups: list[ParameterGroup]) -> None:
-        grouped = [parameter for group in groups for parameter in group["params"]]
-        if len(set(grouped)) < len(grouped):
-            raise ValueError("parameter_groups holds a parameter twice")
-        trainable = {p: name for name, p in self._parameters.items() if p.requires_grad}
-        if missing := trainable.keys() - set(grouped):
-            names = ", ".join(sorted(trainable[parameter] for parameter in missing))
-            raise ValueError(f"parameter_groups lacks {names}")

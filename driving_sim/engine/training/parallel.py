@@ -50,12 +50,10 @@ def parallel(
             )
         shard(model, blocks, device)
     elif ranks.size > 1:
-        # The players of an adversarial loss, which are clipped apart, start apart: then not every
-        # parameter has a gradient.
-        players = {group.get("clip") for group in model.parameter_groups()}
+        # The players of an adversarial loss start apart: then not every parameter has a gradient.
         return DistributedDataParallel(
             model,
-            find_unused_parameters=len(players) > 1,
+            find_unused_parameters=len(model.players()) > 1,
             broadcast_buffers=False,  # all ranks compute the same ones
         )
     return model

@@ -63,27 +63,25 @@ class RunLog:
         values = {"score": validation.score, **validation.metrics}
         self.add_scalars(step, "validation", values)
         for name, image in validation.images.items():
-            self.add_image(step, f"validation/{name}", image)
+            self._writer.add_image(f"validation/{name}", image, step, dataformats="HWC")
         for name, video in validation.videos.items():
             self.add_gif(step, f"validation/{name}", video)
         found = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.say(f"step {step}: {found}{' (best)' if best else ''}")
 
-    def add_image(self, step: int, name: str, image: Pixels) -> None:
-        """Record a uint8 [H, W, 3] image."""
-        self._add_encoded(step, name, image.shape, _encode([image], "PNG"))
-
-    def add_gif(self, step: int, name: str, frames: Pixels, fps: float = 10.0) -> None:
-        """Record a uint8 [T, H, W, 3] video as an animated image.
+    def add_gif(self, step: int, name: str, frames: Pixels) -> None:
+        """Record a uint8 [T, H, W, 3] video as an animated image, at 10 frames a second.
 
         TensorBoard's own `add_video` writes nothing where moviepy is missing.
         """
-        encoded = _encode(list(frames), "GIF", save_all=True, duration=round(1000 / fps), loop=0)
-        self._add_encoded(step, name, frames.shape[1:], encoded)
-
-    def _add_encoded(self, step: int, name: str, shape: tuple[int, ...], encoded: bytes) -> None:
+        first, *others = map(Image.fromarray, np.ascontiguousarray(frames))
+        gif = io.BytesIO()
+        first.save(gif, "GIF", save_all=True, append_images=others, duration=100, loop=0)
         image = Summary.Image(
-            height=shape[0], width=shape[1], colorspace=3, encoded_image_string=encoded
+            height=first.height,
+            width=first.width,
+            colorspace=3,
+            encoded_image_string=gif.getvalue(),
         )
         summary = Summary(value=[Summary.Value(tag=name, image=image)])
         files = self._writer._get_file_writer()  # type: ignore[no-untyped-call]
@@ -134,15 +132,6 @@ def _quiet_tensorboard() -> Iterator[None]:
         yield
     finally:
         threading.excepthook = before
-
-
-def _encode(frames: list[Pixels], file_format: str, **options: object) -> bytes:
-    first, *rest = [Image.fromarray(np.ascontiguousarray(frame)) for frame in frames]
-    if rest:
-        options["append_images"] = rest
-    buffer = io.BytesIO()
-    first.save(buffer, file_format, **options)
-    return buffer.getvalue()
 
 
 def _drop_rows_after(path: Path, step: int, validated_step: int) -> None:

@@ -63,7 +63,7 @@ class Stepper:
         self.dtype = torch.float32
         self._parallel = parallel(model, config, ranks, device)
         self.ema = Ema(model.ema_module(), config.ema_decay)
-        self.optimizers = Optimizers(model, model.parameter_groups(), config)
+        self.optimizers = Optimizers(model, model.players(), config)
         self.learning_rate = 0.0
         """The last step's, before any group's own scale."""
         self.meter = Meter()
@@ -141,7 +141,7 @@ class Stepper:
         self.ema.update(skipped)
         for loss, named in outcomes:
             self.meter.add({"loss": loss, **named}, skipped)
-        self.meter.add({f"grad_norm/{family}": norm for family, norm in norms.items()}, skipped)
+        self.meter.add({f"grad_norm/{player}": norm for player, norm in norms.items()}, skipped)
         count = skipped.long()
         self.skips = torch.stack([self.skips[0] + count, (self.skips[1] + 1) * count])
         if self._step_before is not None:

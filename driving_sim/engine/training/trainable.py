@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from driving_sim.engine.training.optimizer import ParameterGroup
+from driving_sim.engine.training.optimizer import Player
 
 Batch = dict[str, Tensor]
 Pixels = NDArray[np.uint8]
@@ -22,8 +22,8 @@ class Trainable(nn.Module, ABC):
         """The loss, a mean over the batch, and metrics: scalar tensors by name."""
 
     @abstractmethod
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """The trainable parameters; see `training.optimizer`."""
+    def players(self) -> list[Player]:
+        """The parts that hold all trainable parameters: one, or those of an adversarial loss."""
 
     @abstractmethod
     def ema_module(self) -> nn.Module:

@@ -18,7 +18,7 @@ from driving_sim.engine.training.checkpoint import (
 )
 from driving_sim.engine.training.config import TrainingConfig
 from driving_sim.engine.training.ema import Ema
-from driving_sim.engine.training.optimizer import Optimizers, decay_groups
+from driving_sim.engine.training.optimizer import Optimizers, Player
 
 
 class Run:
@@ -32,7 +32,7 @@ class Run:
         self.model = layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = Ema(self.model, 0.9)
         config = TrainingConfig(steps=1, learning_rate=0.01, weight_decay=0.1, betas=(0.9, 0.99))
-        self.optimizers = Optimizers(self.model, decay_groups(self.model), config)
+        self.optimizers = Optimizers(self.model, [Player("net", self.model)], config)
 
     def step(self, seed: int) -> None:
         torch.manual_seed(seed)

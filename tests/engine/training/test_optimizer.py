@@ -5,60 +5,50 @@ import torch
 from torch import Tensor, nn
 
 from driving_sim.engine.training.config import TrainingConfig
-from driving_sim.engine.training.optimizer import (
-    Optimizers,
-    ParameterGroup,
-    decay_groups,
-    orthogonalise,
-)
+from driving_sim.engine.training.optimizer import Optimizers, Player, orthogonalise
 
 
-def build(model: nn.Module, groups: list[ParameterGroup], **options: Any) -> Optimizers:
+def build(model: nn.Module, *players: Player, **options: Any) -> Optimizers:
     chosen: dict[str, Any] = {
         "learning_rate": 0.1,
         "weight_decay": 0.5,
         "betas": (0.9, 0.99),
     } | options
-    return Optimizers(model, groups, TrainingConfig(steps=1, **chosen))
+    players = players or (Player("net", model),)
+    return Optimizers(model, players, TrainingConfig(steps=1, **chosen))
 
 
 def test_only_matrices_and_kernels_decay() -> None:
     model = nn.Sequential(nn.Conv2d(2, 2, 3), nn.GroupNorm(1, 2))
-    optimizers = build(model, decay_groups(model))
+    optimizers = build(model)
     decay = {id(p): g["weight_decay"] for g in optimizers.groups for p in g["params"]}
     assert [decay[id(parameter)] for parameter in model.parameters()] == [0.5, 0.0, 0.0, 0.0]
 
 
-def test_groups_hold_each_parameter_once() -> None:
+def test_players_hold_each_parameter_once() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    first = decay_groups(model[0])
-    with pytest.raises(ValueError, match=r"lacks 1\.bias, 1\.weight"):
+    first = Player("first", model[0])
+    with pytest.raises(ValueError, match=r"lack 1\.bias, 1\.weight"):
         build(model, first)
-    with pytest.raises(ValueError, match="twice"):
-        build(model, [*first, *decay_groups(model)])
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        build(model, first, Player("all", model))
     model[1].requires_grad_(False)
     assert len(build(model, first).groups) == 2
 
 
-def test_rates_are_scaled_by_group() -> None:
+def test_rates_are_scaled_by_player() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    groups = [
-        *decay_groups(model[0]),
-        *decay_groups(model[1], lr_scale=0.1),
-    ]
-    optimizers = build(model, groups)
+    optimizers = build(model, Player("one", model[0]), Player("slow", model[1], lr_scale=0.1))
     optimizers.set_learning_rate(2.0)
     assert [group["lr"] for group in optimizers.groups] == [2.0, 2.0, 0.2, 0.2]
 
 
-def test_families_are_clipped_apart() -> None:
+def test_players_are_clipped_apart() -> None:
     model = nn.ModuleList([nn.Linear(3, 3, bias=False) for _ in range(3)])
-    groups = [
-        {"params": [model[0].weight], "clip": "generator"},
-        {"params": [model[1].weight], "clip": "generator"},
-        {"params": [model[2].weight], "clip": "discriminator"},
-    ]
-    optimizers = build(model, groups)
+    generator, discriminator = nn.ModuleList([model[0], model[1]]), model[2]
+    optimizers = build(
+        model, Player("generator", generator), Player("discriminator", discriminator)
+    )
     for layer, size in zip(model, (4.0, 3.0, 0.1), strict=True):
         layer.weight.grad = torch.zeros(3, 3)
         layer.weight.grad[0, 0] = size
@@ -73,9 +63,9 @@ def test_families_are_clipped_apart() -> None:
 
 def test_no_limit_leaves_gradients_alone() -> None:
     model = nn.Linear(3, 3)
-    optimizers = build(model, decay_groups(model))
+    optimizers = build(model)
     model.weight.grad = torch.full((3, 3), 1e4)
-    assert float(optimizers.clip_gradients(float("inf"))["model"]) == pytest.approx(3e4)
+    assert float(optimizers.clip_gradients(float("inf"))["net"]) == pytest.approx(3e4)
     assert (model.weight.grad == 1e4).all()
 
 
@@ -111,17 +101,17 @@ def test_muon_steps_wide_kernels_only() -> None:
         nn.Linear(64, 32),
         nn.Embedding(64, 64),
     )
-    kinds = {id(p): g["muon"] for g in decay_groups(model) for p in g["params"]}
-    assert [kinds[id(layer.weight)] for layer in model] == [True, False, False, False, True, False]
-    without = decay_groups(model, muon=False)
-    assert not any(group["muon"] and group["params"] for group in without)
+    kinds = {id(p): kind for kind, ps in Player("net", model).parts().items() for p in ps}
+    is_muons = [kinds[id(layer.weight)] == "matrices" for layer in model]
+    assert is_muons == [True, False, False, False, True, False]
+    assert Player("net", model, muon=False).parts()["matrices"] == []
 
 
 def step_of(model: nn.Module, muon: bool) -> Tensor:
     weight = cast("nn.Linear", model).weight
     before = weight.detach().clone()
     kind = "muon" if muon else "adamw"
-    optimizers = build(model, decay_groups(model), weight_decay=0.0, optimizer=kind)
+    optimizers = build(model, weight_decay=0.0, optimizer=kind)
     weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
     optimizers.step()
     return weight.detach() - before
@@ -141,7 +131,7 @@ def test_muon_and_adamw_take_steps_of_about_the_same_size() -> None:
 def after_muon(start: Tensor, *gradients: Tensor, weight_decay: float = 0.0) -> Tensor:
     layer = nn.Linear(start.shape[1], start.shape[0], bias=False)
     layer.weight.data.copy_(start)
-    optimizers = build(layer, decay_groups(layer), weight_decay=weight_decay)
+    optimizers = build(layer, weight_decay=weight_decay)
     for gradient in gradients:
         layer.weight.grad = gradient.clone()
         optimizers.step()
@@ -189,7 +179,7 @@ def test_a_skipped_step_leaves_weights_and_moments_as_they_are(
     def trained(*skipped: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(32, 48), nn.Conv2d(3, 4, 1))  # Muon's, and AdamW's
-        optimizers = build(model, decay_groups(model))
+        optimizers = build(model)
         monkeypatch.setattr(optimizers, "_fused", fused)
         if not fused:  # as on MPS
             optimizers._all[-1].defaults["fused"] = False
