@@ -74,19 +74,21 @@ class Muon(torch.optim.Optimizer):
         assert gradient is not None
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        momentum = state["momentum"]
-        # A gradient that is the momentum leaves the momentum as it is.
-        gradient = self._unless_skipped(gradient, momentum)
+        momentum, decay = state["momentum"], 1 - rate * weight_decay
+        if self.found_inf is not None:
+            # A gradient that is the momentum leaves the momentum as it is.
+            gradient = torch.where(self.found_inf == 1, momentum, gradient)
         momentum.lerp_(gradient, 1 - _MOMENTUM)
         # Of a sharded parameter every rank makes the whole step and takes its part of it.
         matrix = whole(gradient.lerp(momentum, _MOMENTUM)).flatten(1)
         step = orthogonalise(matrix).reshape(parameter.shape)
-        stepped = parameter * (1 - rate * weight_decay)
-        stepped.add_(placed_like(step, parameter), alpha=-rate * 0.2 * math.sqrt(max(matrix.shape)))
-        parameter.copy_(self._unless_skipped(stepped, parameter))
-
-    def _unless_skipped(self, new: Tensor, old: Tensor) -> Tensor:
-        return new if self.found_inf is None else torch.where(self.found_inf == 1, old, new)
+        if self.found_inf is not None:
+            step.mul_(1 - self.found_inf)
+            parameter.mul_(torch.where(self.found_inf == 1, 1.0, decay))
+        else:
+            parameter.mul_(decay)
+        scale = 0.2 * math.sqrt(max(matrix.shape))
+        parameter.add_(placed_like(step, parameter), alpha=-rate * scale)
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
@@ -122,8 +124,8 @@ class Optimizers:
 
     def __init__(self, model: nn.Module, players: Iterable[Player], config: TrainingConfig) -> None:
         self._parameters = dict(model.named_parameters())
-        # Fused kernels take the step in one pass over memory, and can leave it out without a wait
-        # for the device; MPS has them only in newer releases.
+        # Fused kernels take the step in one pass over memory, and leave it out where a number on
+        # the device says so; MPS has them only in newer releases.
         self._fused = next(iter(self._parameters.values())).device.type in ("cpu", "cuda")
         by_muon: list[dict[str, Any]] = []
         by_adamw: list[dict[str, Any]] = []
@@ -180,11 +182,11 @@ class Optimizers:
     def step(self, skipped: Tensor | None = None) -> None:
         """Take one step; the gradients are in the parameters.
 
-        Where `skipped`, a float32 scalar, is 1, weights, moments and counts stay as they are. Only
-        without fused kernels is that read here, which waits for the device.
+        Where `skipped`, a float32 scalar, is 1, weights, moments and counts stay as they are: the
+        device decides it, without a wait, unless the scalar lies on the CPU.
         """
-        if skipped is not None and not self._fused:
-            if skipped.item():
+        if skipped is not None and skipped.device.type == "cpu":
+            if skipped:
                 return
             skipped = None
         for optimizer in self._all:
