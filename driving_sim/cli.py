@@ -19,9 +19,8 @@ from typer import Argument, Option
 from typer.core import TyperGroup
 
 from driving_sim.engine.errors import BadDriveError, DriveSimError, Interrupted
-from driving_sim.engine.threads import keep_freed_memory
+from driving_sim.engine.threads import keep_freed_memory, leave_busy_cores
 from driving_sim.engine.torchrun import is_main_process
-from driving_sim.engine.threads import leave_busy_cores
 
 RUNS = Path("runs")
 REPORTS = RUNS / "reports"

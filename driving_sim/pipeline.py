@@ -14,8 +14,8 @@ from driving_sim.data.tokens.index import INDEX, UNFINISHED, StoreIndex, read_in
 from driving_sim.data.tokens.store import TokenStore
 from driving_sim.engine.config import resolve
 from driving_sim.engine.device import resolve_device
-from driving_sim.engine.precision import name_of, resolve_precision
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.precision import name_of, resolve_precision
 from driving_sim.engine.progress import say
 from driving_sim.engine.ranks.distributed import process_group
 from driving_sim.engine.run_folder import CONFIG, is_finished

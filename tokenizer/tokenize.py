@@ -21,8 +21,8 @@ from driving_sim.data.tokens.plan import SHARD_BYTES, PlannedDrive, StorePlan
 from driving_sim.data.tokens.writer import TokenStoreWriter
 from driving_sim.data.video.frame_rate import RATE_TOLERANCE
 from driving_sim.data.video.frame_size import FrameSize, transform_description
-from driving_sim.engine.precision import name_of
 from driving_sim.engine.errors import BadDriveError, DriveSimError
+from driving_sim.engine.precision import name_of
 from driving_sim.engine.progress import progress
 from driving_sim.engine.ranks.distributed import Ranks
 from driving_sim.tokenizer.tokenizer import Tokenizer
