@@ -30,7 +30,7 @@ from driving_sim.evaluate.footage import (
     recording_digests,
     sampled_fingerprint,
 )
-from driving_sim.evaluate.likelihood.bits import learned_drives
+from driving_sim.evaluate.likelihood.held_out_bits import learned_drives
 from driving_sim.evaluate.pictures.features import I3DFeatures, SeededFeatures, VideoFeatures
 from driving_sim.evaluate.pictures.reconstruction import evaluate_tokenizer
 from driving_sim.evaluate.report.protocol_hash import Protocol

@@ -26,7 +26,7 @@ from driving_sim.evaluate.footage import (
     first_frames,
 )
 from driving_sim.evaluate.likelihood.action_information import evaluate_action_information
-from driving_sim.evaluate.likelihood.bits import evaluate_likelihood, learned_drives
+from driving_sim.evaluate.likelihood.held_out_bits import evaluate_likelihood, learned_drives
 from driving_sim.evaluate.likelihood.coding import evaluate_coding
 from driving_sim.evaluate.pictures.features import VideoFeatures
 from driving_sim.evaluate.pictures.long_rollouts import evaluate_stability

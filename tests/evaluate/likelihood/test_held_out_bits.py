@@ -6,7 +6,7 @@ import torch
 
 from driving_sim.data.tokens.store import TokenStore
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.evaluate.likelihood.bits import (
+from driving_sim.evaluate.likelihood.held_out_bits import (
     Calibration,
     _bits_of_windows,
     _interval,
