@@ -3,7 +3,7 @@
 import io
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ class Media:
     data: bytes
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Section:
     """One subject of a report."""
 
@@ -45,7 +45,7 @@ class Section:
     """What was measured and how to read it; paragraphs are parted by blank lines."""
     metrics: Mapping[str, Any]
     """JSON: numbers, lists of numbers (curves), and mappings of them by name."""
-    parts: tuple[Table | Media, ...] = field(default=())
+    parts: tuple[Table | Media, ...] = ()
 
 
 def plot(figure: Figure, caption: str) -> Media:
