@@ -18,9 +18,8 @@ from driving_sim.evaluate.actions.inverse_dynamics import STANDING_MPS
 from driving_sim.evaluate.footage import Clip
 from driving_sim.evaluate.pictures.stability import (
     Appearance,
-    RealBounds,
+    RealFootage,
     StabilityConfig,
-    judge,
     mean_stability,
 )
 from driving_sim.evaluate.report.section import Media, Section, Table, photo, plot
@@ -40,7 +39,7 @@ def evaluate_stability(
     *,
     seconds: float,
     sampling: Sampling,
-    config: StabilityConfig | None = None,
+    config: StabilityConfig,
 ) -> Section:
     """Roll out from every start for `seconds`, under its recorded actions, over and over.
 
@@ -56,24 +55,30 @@ def evaluate_stability(
                 _appearance(world, drive.tokens, drive.actions[led], drive.action_valid[led])
             )
             bar.advance(1)
-    bounds = RealBounds.fit(seen, world.fps, config or StabilityConfig())
-    futures = _roll_out(world, starts, round(seconds * world.fps), sampling)
-    judged = [judge(_appearance(world, *future), bounds) for future in zip(*futures, strict=True)]
+    footage = RealFootage(seen, world.fps, config)
+    onward = (_onward(clip, round(seconds * world.fps)) for clip in starts)
+    actions, valid = map(np.stack, zip(*onward, strict=True))
+    steps = world.generate(encode_contexts(world, starts), actions, valid, sampling=sampling)
+    with progress(actions.shape[1], "long rollouts", "frames") as bar:
+        found = []
+        for step in steps:
+            found.append(step.tokens.cpu())
+            bar.advance(1)
+    futures = torch.stack(found, dim=1).numpy()
+    rollouts = zip(futures, actions, valid, strict=True)
+    judged = [footage.judge(_appearance(world, *rollout)) for rollout in rollouts]
     metrics: dict[str, Any] = {
         "per_tokenizer": True,
         **mean_stability(judged),
         "starts": {clip.name: each for clip, each in zip(starts, judged, strict=True)},
     }
+    table = Table("All rollouts", ("", "value"), [(row, metrics[at]) for row, at in _ROWS.items()])
     return Section(
-        name="stability",
-        title="Stability of long rollouts",
-        text=_TEXT.format(seconds=f"{seconds:g}"),
-        metrics=metrics,
-        parts=(
-            Table("All rollouts", ("", "value"), [(row, metrics[at]) for row, at in _ROWS.items()]),
-            _plot(judged),
-            _sheet(world, starts, futures[0]),
-        ),
+        "stability",
+        "Stability of long rollouts",
+        _TEXT.format(seconds=f"{seconds:g}"),
+        metrics,
+        (table, _plot(judged), _sheet(world, starts, futures)),
     )
 
 
@@ -99,29 +104,13 @@ def _appearance(
     return Appearance.measure(tokens, chunks, moving)
 
 
-def _roll_out(
-    world: WorldModel, starts: Sequence[Clip], frames: int, sampling: Sampling
-) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]:
-    """Return the futures' tokens [F, N, r, c] and the actions and validity [F, N, 2]."""
-    onward = (_onward(clip, frames) for clip in starts)
-    actions, valid = map(np.stack, zip(*onward, strict=True))
-    prefix = encode_contexts(world, starts)
-    found = []
-    with progress(frames, "long rollouts", "frames") as bar:
-        for step in world.generate(prefix, actions, valid, sampling=sampling):
-            found.append(step.tokens.cpu())
-            bar.advance(1)
-    return torch.stack(found, dim=1).numpy(), actions, valid
-
-
 def _onward(clip: Clip, frames: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """The actions from a clip's start to the end of its run, then from the run's beginning on."""
     drive = clip.footage.drive
     begin, stop = next(run for run in drive.entry.segments if run[0] <= clip.start < run[1])
     # The last frame of a run leads nowhere.
-    places = begin + np.arange(clip.start - 1 - begin, clip.start - 1 - begin + frames) % (
-        stop - 1 - begin
-    )
+    last = clip.start - 1 - begin
+    places = begin + np.arange(last, last + frames) % (stop - 1 - begin)
     return np.asarray(drive.actions[places]), np.asarray(drive.action_valid[places])
 
 

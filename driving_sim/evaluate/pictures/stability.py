@@ -183,72 +183,153 @@ def _around(values: NDArray[Any], window: int) -> NDArray[Any]:
     return np.asarray(sliding_window_view(np.pad(values, window - 1), window).max(axis=1))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class RealBounds:
-    """What real footage shows of itself, and the bounds that follow for rollouts."""
+Judged = tuple[dict[str, Any], Mask]
+"""What is measured of a rollout, as JSON, and the frames [N] that have the fault."""
 
-    fps: float
-    config: StabilityConfig
-    counts: NDArray[np.int64]
-    """[K] how often each token occurs."""
-    floor_bits: Curve
-    """[B] divergence of real blocks from the rest."""
-    sharpness: Curve
-    """[3] 1st percentile, median and 99th percentile, in grey levels."""
-    least_change: float
-    """1st percentile of the picture change of a moving car."""
-    repetition: float
-    """The highest."""
-    continuity: float
-    """The lowest, as a mean over `hold_s`."""
 
-    @classmethod
-    def fit(cls, drives: Sequence[Appearance], fps: float, config: StabilityConfig) -> Self:
-        """Measure real drives, a few minutes in all, that went through the tokenizer.
+class RealFootage:
+    """Real drives that went through the tokenizer, and the bounds for rollouts that follow."""
 
-        Those shorter than a block play no part. Raises DriveSimError where less than two blocks
-        are left or nothing in them moves.
+    def __init__(self, drives: Sequence[Appearance], fps: float, config: StabilityConfig) -> None:
+        """Take drives, a few minutes in all; those shorter than a block play no part.
+
+        Raises DriveSimError where less than two blocks are left or nothing in them moves.
         """
-        block, hop = _block(config, fps)
-        drives = [drive for drive in drives if len(drive.tokens) >= block]
-        frames = sum(len(drive.tokens) for drive in drives)
-        if frames < 2 * block:
+        self.fps, self.config = fps, config
+        names = ("block_s", "hop_s", "hold_s", "loop_s", "min_lag_s", "max_lag_s")
+        frames = (max(1, round(getattr(config, name) * fps)) for name in names)
+        block, self.hop, self.hold, self.loop, shortest, longest = frames
+        self.block = max(2, block)
+        self.lags = range(shortest, longest + 1)
+        """At these a picture must not be there again."""
+        self.drives = [drive for drive in drives if len(drive.tokens) >= self.block]
+        count = sum(len(drive.tokens) for drive in self.drives)
+        if count < 2 * self.block:
             raise TooLittleDataError(
-                f"{frames / fps:.1f} s of real drives of {block / fps:.1f} s or longer are too "
-                f"little to compare a rollout with: name {2 * block / fps:.1f} s of them or more"
+                f"{count / fps:.1f} s of real drives of {self.block / fps:.1f} s or longer are too "
+                f"little to compare a rollout with: name {2 * self.block / fps:.1f} s of them or "
+                "more"
             )
-        changes = np.concatenate([drive.change[drive.moving] for drive in drives])
-        if not len(changes):
+        if not any(drive.moving.any() for drive in self.drives):
             raise TooLittleDataError("the real car never moves: name drives in which it does")
-        lags, loop = _lags(config, fps), _frames(config.loop_s, fps)
-        hold = _frames(config.hold_s, fps)
-        tokens, sharp = [drive.tokens for drive in drives], [drive.sharpness for drive in drives]
-        nowhere = [np.zeros(len(drive.tokens), np.bool_) for drive in drives]
-        repeats = [repetition(*pair, lags, loop) for pair in zip(drives, nowhere, strict=True)]
-        return cls(
-            fps=fps,
-            config=config,
-            counts=np.bincount(np.concatenate([each.ravel() for each in tokens])),
-            floor_bits=drift_floor(tokens, block, hop),
-            sharpness=np.quantile(np.concatenate(sharp), [_LOW, 0.5, _HIGH]),
-            least_change=float(np.quantile(changes, _LOW)),
-            repetition=float(np.concatenate(repeats).max()),
-            continuity=min(float(_means(continuity(each), hold).min()) for each in tokens),
+
+    def judge(self, footage: Appearance) -> dict[str, Any]:
+        """Measure a rollout beside real footage: JSON, with curves over time as lists.
+
+        `collapse_s` is when the faults `collapsed_by` set in to stay, None where they never do;
+        `fault_shares` says for how much of the rollout each fault holds. Raises DriveSimError where
+        it is shorter than a block.
+        """
+        faults: dict[str, Mask] = {}
+        drift, faults["drift"] = self._drift(footage)
+        sharp, faults["sharpness"] = self._sharpness(footage)
+        freeze, faults["frozen"] = self._freeze(footage)
+        kept, faults["restless"] = self._continuity(footage)
+        loops, faults["loop"] = self._loops(footage, faults["frozen"])
+        collapse_s, collapsed_by = time_to_collapse(faults, self.fps, self.hold)
+        return {
+            "fps": self.fps,
+            "seconds": len(footage.tokens) / self.fps,
+            "collapse_s": collapse_s,
+            "collapsed_by": collapsed_by,
+            "fault_shares": {name: float(fault.mean()) for name, fault in faults.items()},
+            "drift": drift,
+            "sharpness": sharp,
+            "freeze": freeze,
+            "loops": loops,
+            "continuity": kept,
+        }
+
+    def _drift(self, footage: Appearance) -> Judged:
+        """A block drifted whose divergence is above real blocks' highest and a margin."""
+        count, tokens = len(footage.tokens), [drive.tokens for drive in self.drives]
+        if count < self.block:
+            raise TooLittleDataError(
+                f"a rollout of {count / self.fps:.1f} s is too short to be judged: roll out "
+                f"{self.config.block_s:g} s or more"
+            )
+        floor = drift_floor(tokens, self.block, self.hop)
+        highest = float(floor.max())
+        threshold = highest + self.config.drift_margin * (1 - highest)
+        counts = np.bincount(np.concatenate([each.ravel() for each in tokens]))
+        bits = token_drift(footage.tokens, counts, self.block, self.hop)
+        ends = np.arange(len(bits)) * self.hop + self.block
+        # A frame goes by the block that ends with it, so that drift is noticed late, never early.
+        of_frame = np.searchsorted(ends, np.arange(1, count + 1)).clip(max=len(ends) - 1)
+        judged = {
+            "bits": _listed(bits),
+            "time_s": _listed(ends / self.fps),
+            "mean_bits": float(bits.mean()),
+            "floor_bits": float(np.median(floor)),
+            "highest_floor_bits": highest,
+            "threshold_bits": threshold,
+        }
+        return judged, (bits > threshold)[of_frame]
+
+    def _sharpness(self, footage: Appearance) -> Judged:
+        """A frame is too soft or too hard as a multiple of the real median."""
+        levels = np.concatenate([drive.sharpness for drive in self.drives])
+        soft, median, hard = np.quantile(levels, [_LOW, 0.5, _HIGH]).tolist()
+        factor = self.config.sharpness_factor
+        low, high = soft / median / factor, hard / median * factor
+        ratio = footage.sharpness / median
+        judged = {
+            "ratio": _listed(ratio),
+            "mean_ratio": float(ratio.mean()),
+            "real_grey_levels": median,
+            "thresholds": {"low": low, "high": high},
+        }
+        return judged, (ratio < low) | (ratio > high)
+
+    def _freeze(self, footage: Appearance) -> Judged:
+        """A frame is frozen whose picture changes too little although the car moves."""
+        changes = np.concatenate([drive.change[drive.moving] for drive in self.drives])
+        threshold = float(np.quantile(changes, _LOW)) * self.config.freeze_factor
+        frozen = footage.moving & (footage.change <= threshold)
+        longest = max((stop - start for start, stop in _runs(frozen)), default=0)
+        judged = {
+            "change": _listed(footage.change),
+            "share": float(frozen.sum() / max(1, footage.moving.sum())),
+            "longest_s": longest / self.fps,
+            "threshold": threshold,
+        }
+        return judged, frozen
+
+    def _continuity(self, footage: Appearance) -> Judged:
+        """Frames are restless whose mean continuity is too low."""
+        curves = [_means(continuity(drive.tokens), self.hold) for drive in self.drives]
+        lowest = min(float(curve.min()) for curve in curves)
+        threshold = lowest * self.config.restless_factor
+        kept = continuity(footage.tokens)
+        low = _around(_means(kept, self.hold) < threshold, min(self.hold, len(kept)))
+        judged = {
+            "kept": _listed(kept),
+            "mean": float(kept.mean()),
+            "real_lowest": lowest,
+            "threshold": threshold,
+        }
+        # Windows reach over the edge into frames that are as they should be.
+        return judged, low & (kept < lowest)
+
+    def _loops(self, footage: Appearance, frozen: Mask) -> Judged:
+        """A frame is part of a loop whose repetition is above the highest real one and a margin."""
+        highest = max(
+            float(repetition(drive, np.zeros_like(drive.moving), self.lags, self.loop).max())
+            for drive in self.drives
         )
-
-
-def _frames(seconds: float, fps: float) -> int:
-    return max(1, round(seconds * fps))
-
-
-def _block(config: StabilityConfig, fps: float) -> tuple[int, int]:
-    """Frames of a block, two at least, and from one block to the next."""
-    return max(2, _frames(config.block_s, fps)), _frames(config.hop_s, fps)
-
-
-def _lags(config: StabilityConfig, fps: float) -> range:
-    """The lags in frames at which a picture must not be there again."""
-    return range(_frames(config.min_lag_s, fps), _frames(config.max_lag_s, fps) + 1)
+        threshold = highest + self.config.loop_margin * (1 - highest)
+        repeats = repetition(footage, frozen, self.lags, self.loop)
+        looping = repeats > threshold
+        period = loop_period(footage.tokens, looping, threshold, self.lags.stop - 1)
+        judged = {
+            "repetition": _listed(repeats),
+            "found": bool(looping.any()),
+            "period_s": None if period is None else period / self.fps,
+            "first_s": float(looping.argmax()) / self.fps if looping.any() else None,
+            "real_repetition": highest,
+            "threshold": threshold,
+        }
+        return judged, looping
 
 
 def loop_period(tokens: Tokens, looping: Mask, threshold: float, longest: int) -> int | None:
@@ -288,126 +369,6 @@ def _runs(mask: Mask) -> list[tuple[int, int]]:
     return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 
 
-def judge(footage: Appearance, bounds: RealBounds) -> dict[str, Any]:
-    """Measure a rollout beside real footage: JSON, with curves over time as lists.
-
-    `collapse_s` is when the faults `collapsed_by` set in to stay, None where they never do;
-    `fault_shares` says for how much of the rollout each fault holds. Raises DriveSimError where it
-    is shorter than a block.
-    """
-    faults: dict[str, Mask] = {}
-    drift, faults["drift"] = _judge_drift(footage, bounds)
-    sharp, faults["sharpness"] = _judge_sharpness(footage, bounds)
-    freeze, faults["frozen"] = _judge_freeze(footage, bounds)
-    kept, faults["restless"] = _judge_continuity(footage, bounds)
-    loops, faults["loop"] = _judge_loops(footage, bounds, faults["frozen"])
-    hold = _frames(bounds.config.hold_s, bounds.fps)
-    collapse_s, collapsed_by = time_to_collapse(faults, bounds.fps, hold)
-    return {
-        "fps": bounds.fps,
-        "seconds": len(footage.tokens) / bounds.fps,
-        "collapse_s": collapse_s,
-        "collapsed_by": collapsed_by,
-        "fault_shares": {name: float(fault.mean()) for name, fault in faults.items()},
-        "drift": drift,
-        "sharpness": sharp,
-        "freeze": freeze,
-        "loops": loops,
-        "continuity": kept,
-    }
-
-
-def _judge_drift(footage: Appearance, bounds: RealBounds) -> tuple[dict[str, Any], Mask]:
-    """A block drifted whose divergence is above real blocks' highest and a margin."""
-    config, fps, count = bounds.config, bounds.fps, len(footage.tokens)
-    block, hop = _block(config, fps)
-    if count < block:
-        raise TooLittleDataError(
-            f"a rollout of {count / fps:.1f} s is too short to be judged: roll out "
-            f"{config.block_s:g} s or more"
-        )
-    bits = token_drift(footage.tokens, bounds.counts, block, hop)
-    highest = float(bounds.floor_bits.max())
-    threshold = highest + config.drift_margin * (1 - highest)
-    ends = np.arange(len(bits)) * hop + block
-    # A frame goes by the block that ends with it, so that drift is noticed late, never early.
-    of_frame = np.searchsorted(ends, np.arange(1, count + 1)).clip(max=len(ends) - 1)
-    judged = {
-        "bits": _listed(bits),
-        "time_s": _listed(ends / fps),
-        "mean_bits": float(bits.mean()),
-        "floor_bits": float(np.median(bounds.floor_bits)),
-        "highest_floor_bits": highest,
-        "threshold_bits": threshold,
-    }
-    return judged, (bits > threshold)[of_frame]
-
-
-def _judge_sharpness(footage: Appearance, bounds: RealBounds) -> tuple[dict[str, Any], Mask]:
-    """A frame is too soft or too hard as a multiple of the real median."""
-    soft, median, hard = bounds.sharpness.tolist()
-    factor = bounds.config.sharpness_factor
-    low, high = soft / median / factor, hard / median * factor
-    ratio = footage.sharpness / median
-    judged = {
-        "ratio": _listed(ratio),
-        "mean_ratio": float(ratio.mean()),
-        "real_grey_levels": median,
-        "thresholds": {"low": low, "high": high},
-    }
-    return judged, (ratio < low) | (ratio > high)
-
-
-def _judge_freeze(footage: Appearance, bounds: RealBounds) -> tuple[dict[str, Any], Mask]:
-    """A frame is frozen whose picture changes too little although the car moves."""
-    threshold = bounds.least_change * bounds.config.freeze_factor
-    frozen = footage.moving & (footage.change <= threshold)
-    longest = max((stop - start for start, stop in _runs(frozen)), default=0)
-    judged = {
-        "change": _listed(footage.change),
-        "share": float(frozen.sum() / max(1, footage.moving.sum())),
-        "longest_s": longest / bounds.fps,
-        "threshold": threshold,
-    }
-    return judged, frozen
-
-
-def _judge_continuity(footage: Appearance, bounds: RealBounds) -> tuple[dict[str, Any], Mask]:
-    """Frames are restless whose mean continuity is too low."""
-    threshold = bounds.continuity * bounds.config.restless_factor
-    kept = continuity(footage.tokens)
-    hold = min(_frames(bounds.config.hold_s, bounds.fps), len(kept))
-    low = _around(_means(kept, hold) < threshold, hold)
-    judged = {
-        "kept": _listed(kept),
-        "mean": float(kept.mean()),
-        "real_lowest": bounds.continuity,
-        "threshold": threshold,
-    }
-    # Windows reach over the edge into frames that are as they should be.
-    return judged, low & (kept < bounds.continuity)
-
-
-def _judge_loops(
-    footage: Appearance, bounds: RealBounds, frozen: Mask
-) -> tuple[dict[str, Any], Mask]:
-    """A frame is part of a loop whose repetition is above the highest real one and a margin."""
-    lags = _lags(bounds.config, bounds.fps)
-    threshold = bounds.repetition + bounds.config.loop_margin * (1 - bounds.repetition)
-    repeats = repetition(footage, frozen, lags, _frames(bounds.config.loop_s, bounds.fps))
-    looping = repeats > threshold
-    period = loop_period(footage.tokens, looping, threshold, lags.stop - 1)
-    judged = {
-        "repetition": _listed(repeats),
-        "found": bool(looping.any()),
-        "period_s": None if period is None else period / bounds.fps,
-        "first_s": float(looping.argmax()) / bounds.fps if looping.any() else None,
-        "real_repetition": bounds.repetition,
-        "threshold": threshold,
-    }
-    return judged, looping
-
-
 def _listed(curve: Curve) -> list[float]:
     rounded: list[float] = curve.round(4).tolist()
     return rounded
@@ -422,14 +383,12 @@ def mean_stability(rollouts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             values = [value[key] for value in values]
         return float(np.mean(values))
 
-    collapses = [each["collapse_s"] for each in rollouts]
-    lasted = [
-        each["seconds"] if at is None else at for each, at in zip(rollouts, collapses, strict=True)
-    ]
+    collapses = [(each["collapse_s"], each["seconds"]) for each in rollouts]
+    lasted = [seconds if at is None else at for at, seconds in collapses]
     return {
         "rollouts": len(rollouts),
         "seconds": mean("seconds"),
-        "collapsed": sum(at is not None for at in collapses),
+        "collapsed": sum(at is not None for at, _ in collapses),
         "mean_lasted_s": float(np.mean(lasted)),
         "drift_bits": mean("drift", "mean_bits"),
         "drift_floor_bits": rollouts[0]["drift"]["floor_bits"],

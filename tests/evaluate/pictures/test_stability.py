@@ -13,11 +13,10 @@ from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.evaluate.pictures.stability import (
     Appearance,
-    RealBounds,
+    RealFootage,
     StabilityConfig,
     drift_floor,
     jensen_shannon,
-    judge,
     loop_period,
     mean_stability,
     repetition,
@@ -56,8 +55,8 @@ def real() -> Frames:
 
 
 @pytest.fixture(scope="module")
-def bounds(real: Frames) -> RealBounds:
-    return RealBounds.fit([Appearance.measure(tokens_of(real), [real])], FPS, CONFIG)
+def bounds(real: Frames) -> RealFootage:
+    return RealFootage([Appearance.measure(tokens_of(real), [real])], FPS, CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +64,8 @@ def rollout() -> Frames:
     return driven(2)
 
 
-def judged(frames: Frames, bounds: RealBounds, moving: Any = None) -> dict[str, Any]:
-    return judge(Appearance.measure(tokens_of(frames), [frames], moving), bounds)
+def judged(frames: Frames, bounds: RealFootage, moving: Any = None) -> dict[str, Any]:
+    return bounds.judge(Appearance.measure(tokens_of(frames), [frames], moving))
 
 
 def scattered(rollout: Frames) -> Frames:
@@ -78,7 +77,7 @@ def scattered(rollout: Frames) -> Frames:
 
 
 class TestDrive:
-    def test_a_drive_has_no_fault(self, rollout: Frames, bounds: RealBounds) -> None:
+    def test_a_drive_has_no_fault(self, rollout: Frames, bounds: RealFootage) -> None:
         found = judged(rollout, bounds)
         assert found["collapse_s"] is None
         assert found["collapsed_by"] == []
@@ -86,7 +85,7 @@ class TestDrive:
         assert found["loops"]["found"] is False
         assert found["loops"]["first_s"] is None
 
-    def test_the_report_is_json(self, rollout: Frames, bounds: RealBounds) -> None:
+    def test_the_report_is_json(self, rollout: Frames, bounds: RealFootage) -> None:
         found = judged(rollout, bounds)
         assert json.loads(json.dumps(found, allow_nan=False)) == found
         assert len(found["sharpness"]["ratio"]) == len(found["freeze"]["change"]) == COUNT
@@ -101,7 +100,7 @@ class TestDrive:
 
 
 class TestFreeze:
-    def test_a_freeze_is_found_and_timed(self, rollout: Frames, bounds: RealBounds) -> None:
+    def test_a_freeze_is_found_and_timed(self, rollout: Frames, bounds: RealFootage) -> None:
         frames = rollout.copy()
         frames[BEGIN : BEGIN + 20] = frames[BEGIN - 1]
         found = judged(frames, bounds)
@@ -111,14 +110,14 @@ class TestFreeze:
         assert found["collapsed_by"] == ["frozen"]
         assert found["loops"]["found"] is False
 
-    def test_a_short_one_is_no_collapse(self, rollout: Frames, bounds: RealBounds) -> None:
+    def test_a_short_one_is_no_collapse(self, rollout: Frames, bounds: RealFootage) -> None:
         frames = rollout.copy()
         frames[BEGIN : BEGIN + 9] = frames[BEGIN - 1]
         found = judged(frames, bounds)
         assert found["freeze"]["longest_s"] == 1.8
         assert found["collapse_s"] is None
 
-    def test_a_car_that_is_told_to_stand_may(self, rollout: Frames, bounds: RealBounds) -> None:
+    def test_a_car_that_is_told_to_stand_may(self, rollout: Frames, bounds: RealFootage) -> None:
         frames, moving = rollout.copy(), np.ones(COUNT, np.bool_)
         frames[BEGIN : BEGIN + 30] = frames[BEGIN - 1]
         moving[BEGIN : BEGIN + 30] = False
@@ -131,7 +130,7 @@ class TestFreeze:
 class TestLoop:
     @pytest.mark.parametrize("period", [7, 15, 40])
     def test_a_loop_is_found_with_its_period(
-        self, rollout: Frames, bounds: RealBounds, period: int
+        self, rollout: Frames, bounds: RealFootage, period: int
     ) -> None:
         order = np.arange(COUNT)
         order[BEGIN:] = BEGIN - period + np.arange(COUNT - BEGIN) % period
@@ -145,27 +144,29 @@ class TestLoop:
         assert "loop" in found["collapsed_by"]
         assert found["freeze"]["share"] == 0
 
-    def test_noise_does_not_hide_it(self, rollout: Frames, bounds: RealBounds) -> None:
+    def test_noise_does_not_hide_it(self, rollout: Frames, bounds: RealFootage) -> None:
         order = np.arange(COUNT)
         order[BEGIN:] = BEGIN - 15 + np.arange(COUNT - BEGIN) % 15
         whole = Appearance.measure(tokens_of(rollout[order]), [rollout[order]])
         tokens, rng = whole.tokens.copy(), np.random.default_rng(0)
         wrong = rng.random(tokens.shape) < 0.05
         tokens[wrong] = rng.permutation(tokens[wrong])
-        found = judge(replace(whole, tokens=tokens), bounds)["loops"]
+        found = bounds.judge(replace(whole, tokens=tokens))["loops"]
         assert found["period_s"] == 3.0
         assert found["first_s"] == BEGIN / FPS
 
-    def test_to_hover_is_a_loop_without_a_period(self, rollout: Frames, bounds: RealBounds) -> None:
+    def test_to_hover_is_a_loop_without_a_period(
+        self, rollout: Frames, bounds: RealFootage
+    ) -> None:
         footage = Appearance.measure(tokens_of(rollout), [rollout])
         tokens = footage.tokens.copy()
         tokens[BEGIN:] = tokens[BEGIN]
-        found = judge(replace(footage, tokens=tokens), bounds)["loops"]
+        found = bounds.judge(replace(footage, tokens=tokens))["loops"]
         assert found["found"] is True
         assert found["period_s"] is None
 
     def test_what_comes_back_for_a_moment_is_none(
-        self, rollout: Frames, bounds: RealBounds
+        self, rollout: Frames, bounds: RealFootage
     ) -> None:
         frames = rollout.copy()
         frames[BEGIN : BEGIN + 4] = frames[BEGIN - 20 : BEGIN - 16]
@@ -227,12 +228,12 @@ class TestDrift:
             == pytest.approx(jensen_shannon(np.array([0, 4]), np.array([4, 4])))
         )
 
-    def test_a_collapsed_histogram_is_found(self, rollout: Frames, bounds: RealBounds) -> None:
+    def test_a_collapsed_histogram_is_found(self, rollout: Frames, bounds: RealFootage) -> None:
         footage = Appearance.measure(tokens_of(rollout), [rollout])
         tokens = footage.tokens.copy()
         few = np.random.default_rng(0).integers(0, 3, tokens[BEGIN:].shape)
         tokens[BEGIN:] = few
-        found = judge(replace(footage, tokens=tokens), bounds)
+        found = bounds.judge(replace(footage, tokens=tokens))
         drift = np.array(found["drift"]["bits"])
         assert drift[-1] > found["drift"]["threshold_bits"] > found["drift"]["highest_floor_bits"]
         assert found["collapsed_by"] == ["drift"]
@@ -247,14 +248,14 @@ class TestSharpness:
         assert sharpness(frames[..., None].repeat(3, axis=3)).tolist() == [80, 0]
 
     def test_blur_and_noise_are_found_when_they_set_in(
-        self, rollout: Frames, bounds: RealBounds
+        self, rollout: Frames, bounds: RealFootage
     ) -> None:
         soft, hard = rollout.copy(), rollout.copy()
         soft[BEGIN:] = gaussian_filter(rollout[BEGIN:].astype(float), (0, 2, 2, 0))
         hard[BEGIN:] += np.random.default_rng(0).integers(0, 90, hard[BEGIN:].shape, np.uint8)
         for frames in (soft, hard):
             footage = Appearance.measure(tokens_of(rollout), [frames])
-            found = judge(footage, bounds)
+            found = bounds.judge(footage)
             assert found["collapse_s"] == BEGIN / FPS
             assert "sharpness" in found["collapsed_by"]
             ratio = np.array(found["sharpness"]["ratio"])
@@ -263,7 +264,7 @@ class TestSharpness:
         assert thresholds["low"] < 1 < thresholds["high"]
 
 
-def test_noise_of_the_right_histogram_is_restless(rollout: Frames, bounds: RealBounds) -> None:
+def test_noise_of_the_right_histogram_is_restless(rollout: Frames, bounds: RealFootage) -> None:
     found = judged(scattered(rollout), bounds)
     assert "restless" in found["collapsed_by"]
     assert found["collapse_s"] == BEGIN / FPS
@@ -271,11 +272,11 @@ def test_noise_of_the_right_histogram_is_restless(rollout: Frames, bounds: RealB
     assert found["fault_shares"]["restless"] == (COUNT - BEGIN) / COUNT
 
 
-def test_noise_sets_in_where_it_does(rollout: Frames, bounds: RealBounds) -> None:
+def test_noise_sets_in_where_it_does(rollout: Frames, bounds: RealFootage) -> None:
     footage = Appearance.measure(tokens_of(rollout), [rollout])
     tokens = footage.tokens.copy()
     tokens[BEGIN:150] = np.random.default_rng(0).integers(0, 10**6, tokens[BEGIN:150].shape)
-    found = judge(replace(footage, tokens=tokens), bounds)
+    found = bounds.judge(replace(footage, tokens=tokens))
     # The frame after the noise shares nothing with it either.
     assert found["fault_shares"]["restless"] == (150 - BEGIN + 1) / COUNT
     assert found["collapse_s"] == BEGIN / FPS
@@ -297,7 +298,7 @@ class TestCollapse:
         first[10:16], second[16:20] = True, True
         assert time_to_collapse({"a": first, "b": second}, FPS, 10) == (2.0, ["a"])
 
-    def test_the_mean_over_rollouts(self, rollout: Frames, bounds: RealBounds) -> None:
+    def test_the_mean_over_rollouts(self, rollout: Frames, bounds: RealFootage) -> None:
         frozen = rollout.copy()
         frozen[BEGIN:] = frozen[BEGIN - 1]
         mean = mean_stability([judged(rollout, bounds), judged(frozen, bounds)])
@@ -312,27 +313,27 @@ class TestCollapse:
 
 
 class TestMistakes:
-    def test_too_little_to_judge_by(self, real: Frames, bounds: RealBounds) -> None:
+    def test_too_little_to_judge_by(self, real: Frames, bounds: RealFootage) -> None:
         footage = Appearance.measure(tokens_of(real[:49]), [real[:49]])
         with pytest.raises(DriveSimError, match=r"^9\.8 s of real drives.*name 10\.0 s"):
-            RealBounds.fit([footage], FPS, CONFIG)
+            RealFootage([footage], FPS, CONFIG)
         with pytest.raises(DriveSimError, match=r"rollout of 4\.8 s is too short"):
             judged(real[:24], bounds)
 
     def test_drives_shorter_than_a_block_play_no_part(
-        self, real: Frames, rollout: Frames, bounds: RealBounds
+        self, real: Frames, rollout: Frames, bounds: RealFootage
     ) -> None:
         long, single, short = (
             Appearance.measure(tokens_of(frames), [frames])
             for frames in (real, rollout[:1], rollout[:24])
         )
-        among = RealBounds.fit([single, long, short], FPS, CONFIG)
+        among = RealFootage([single, long, short], FPS, CONFIG)
         assert judged(rollout, among) == judged(rollout, bounds)
 
     def test_real_footage_at_a_standstill(self, real: Frames) -> None:
         standing = Appearance.measure(tokens_of(real), [real], np.zeros(COUNT, np.bool_))
         with pytest.raises(DriveSimError, match="never moves"):
-            RealBounds.fit([standing], FPS, CONFIG)
+            RealFootage([standing], FPS, CONFIG)
 
     @pytest.mark.parametrize(
         "wrong",
