@@ -13,7 +13,7 @@ from driving_sim.engine.config import Count, config
 from driving_sim.engine.errors import TooLittleDataError
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.actions.control import MOVING_MPS
-from driving_sim.evaluate.actions.fidelity import FidelityMeter
+from driving_sim.evaluate.actions.fidelity import evaluate_fidelity
 from driving_sim.evaluate.actions.inverse_dynamics import InverseDynamics
 from driving_sim.evaluate.actions.sweep import evaluate_sweep
 from driving_sim.evaluate.footage import (
@@ -26,16 +26,16 @@ from driving_sim.evaluate.footage import (
     first_frames,
 )
 from driving_sim.evaluate.likelihood.action_information import evaluate_action_information
-from driving_sim.evaluate.likelihood.held_out_bits import evaluate_likelihood, learned_drives
 from driving_sim.evaluate.likelihood.coding import evaluate_coding
+from driving_sim.evaluate.likelihood.held_out_bits import evaluate_likelihood, learned_drives
 from driving_sim.evaluate.pictures.features import VideoFeatures
 from driving_sim.evaluate.pictures.long_rollouts import evaluate_stability
-from driving_sim.evaluate.pictures.quality import QualityMeter
+from driving_sim.evaluate.pictures.quality import evaluate_quality
 from driving_sim.evaluate.pictures.stability import StabilityConfig
 from driving_sim.evaluate.report.protocol_hash import Protocol
 from driving_sim.evaluate.report.report import KeyFigure
 from driving_sim.evaluate.report.section import Section, Table
-from driving_sim.evaluate.rollouts import BATCH, imagine
+from driving_sim.evaluate.rollouts import BATCH, Imagined, imagine
 from driving_sim.tokenizer.perceptual import PerceptualLoss
 from driving_sim.world_model.sampling.sampler import Sampling
 from driving_sim.world_model.world_model import WorldModel
@@ -110,15 +110,6 @@ class Evidence:
     perceptual: PerceptualLoss | None
 
 
-@contextmanager
-def _attempt(left_out: dict[str, str], *names: str) -> Iterator[None]:
-    """Inside, data that cannot tell something costs the sections of these names, not all."""
-    try:
-        yield
-    except TooLittleDataError as error:
-        left_out |= dict.fromkeys(names, str(error))
-
-
 def evaluate_world_model(
     world: WorldModel, evidence: Evidence, config: EvaluationConfig
 ) -> tuple[list[Section], Protocol]:
@@ -130,26 +121,43 @@ def evaluate_world_model(
     choose = partial(choose_clips, evidence.footage, context_frames=world.context_frames)
     sections: list[Section] = []
     left_out: dict[str, str] = {}
-    with _attempt(left_out, "likelihood"):
+
+    @contextmanager
+    def attempt(*names: str) -> Iterator[None]:
+        """Inside, data that cannot tell something costs the sections of these names, not all."""
+        try:
+            yield
+        except TooLittleDataError as error:
+            left_out.update(dict.fromkeys(names, str(error)))
+
+    with attempt("likelihood"):
         likelihood = evaluate_likelihood(world, heldout, evidence.training, stride=config.stride)
         sections.append(likelihood)
-    with _attempt(left_out, "coding"):
+    with attempt("coding"):
         sections.append(evaluate_coding(world, heldout.drives[0], seconds=config.coded_seconds))
-    with _attempt(left_out, "action_information"):
+    with attempt("action_information"):
         sections.append(evaluate_action_information(world, heldout, shuffles=config.shuffles))
     clips: list[Clip] = []
-    with _attempt(left_out, "quality", "fidelity", "sweep"):
+    with attempt("quality", "fidelity", "sweep"):
         clips = choose(frames=round(config.seconds * world.fps), count=config.clips)
-    if clips:
-        sections += _rollouts(world, evidence, clips, sampling)
+        rollouts: list[Imagined] = []
+        with progress(len(clips), "rollouts", "rollouts") as bar:
+            for imagined in imagine(world, clips, sampling):
+                rollouts.append(imagined)
+                bar.advance(1)
+        quality = evaluate_quality(rollouts, world.fps, evidence.extractor, evidence.perceptual)
+        sections.append(quality)
+        if probe is not None:
+            floor = evidence.probe_floor
+            sections.append(evaluate_fidelity(world, probe, floor, rollouts, sampling))
     if probe is None:
         left_out |= dict.fromkeys(("fidelity", "sweep"), evidence.no_probe)
     elif clips:
-        with _attempt(left_out, "sweep"):
+        with attempt("sweep"):
             chosen = _sweeps(world, clips, config.sweeps)
             sections.append(evaluate_sweep(world, probe, chosen, sampling))
     starts: list[Clip] = []
-    with _attempt(left_out, "stability"):
+    with attempt("stability"):
         starts = choose(frames=1, count=config.long_rollouts)
         stability = evaluate_stability(
             world,
@@ -161,19 +169,11 @@ def evaluate_world_model(
         )
         sections.append(stability)
     if left_out:
-        sections.append(_not_measured(left_out))
+        rows = [(name.replace("_", " "), why) for name, why in left_out.items()]
+        text = "These drives, or this model, cannot tell the following."
+        parts = (Table("Left out", ("section", "why"), rows),)
+        sections.append(Section(NOT_MEASURED, "What could not be measured", text, left_out, parts))
     return sections, _protocol(world, evidence, clips, starts, config)
-
-
-def _not_measured(left_out: dict[str, str]) -> Section:
-    rows = [(name.replace("_", " "), why) for name, why in left_out.items()]
-    return Section(
-        name=NOT_MEASURED,
-        title="What could not be measured",
-        text="These drives, or this model, cannot tell the following.",
-        metrics=left_out,
-        parts=(Table("Left out", ("section", "why"), rows),),
-    )
 
 
 HEADLINE = (
@@ -225,26 +225,6 @@ def _real(world: WorldModel, evidence: Evidence, config: EvaluationConfig) -> li
             chosen.append(first_frames(drive, frames))
             frames -= len(chosen[-1])
     return chosen
-
-
-def _rollouts(
-    world: WorldModel, evidence: Evidence, clips: Sequence[Clip], sampling: Sampling
-) -> list[Section]:
-    """Quality and, where there is a probe, fidelity, of the same rollouts."""
-    quality = QualityMeter(world.fps, evidence.extractor, evidence.perceptual)
-    fidelity = None
-    if evidence.probe is not None:
-        fidelity = FidelityMeter(world, evidence.probe, evidence.probe_floor)
-    with progress(len(clips), "rollouts", "rollouts") as bar:
-        for imagined in imagine(world, clips, sampling):
-            quality.add(imagined)
-            if fidelity is not None:
-                fidelity.add(imagined)
-            bar.advance(1)
-    if fidelity is None:
-        return [quality.section()]
-    fidelity.roll_out_more(clips, sampling)
-    return [quality.section(), fidelity.section()]
 
 
 def _sweeps(world: WorldModel, clips: Sequence[Clip], count: int) -> list[Clip]:

@@ -6,8 +6,8 @@ training drives (as ACT-Bench, arXiv 2412.05337, does). Its own error on held-ou
 Axes: C clips, N frames of the future, H W pixels, A = 2 channels (speed, steering).
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,96 +37,78 @@ CURVE = 0.5
 """A curve: |steering| beyond this share of the training data's 95th percentile."""
 
 
-class FidelityMeter:
-    """Collects what clips were told and what their pictures show; `section` sums up.
+def evaluate_fidelity(
+    world: WorldModel,
+    probe: InverseDynamics,
+    floor: dict[str, Any],
+    rollouts: Sequence[Imagined],
+    sampling: Sampling,
+) -> Section:
+    """Read off what rollouts did, and what those of the mirror images and without actions do.
 
     Every clip comes with its mirror image: a car that drives a circuit turns mostly one way, and a
-    model that always says right must not be right. The two are one unit of the intervals.
+    model that always says right must not be right. `floor` is the probe's own error on held-out
+    footage, for the report.
     """
+    clips = [imagined.clip for imagined in rollouts]
+    mirrored = [replace(clip, mirrored=True) for clip in clips]
+    with progress(3 * len(clips), "action fidelity", "rollouts") as bar:
 
-    def __init__(self, world: WorldModel, probe: InverseDynamics, floor: dict[str, Any]) -> None:
-        """`floor` is the probe's own error on held-out footage, for the report."""
-        self.world, self.probe, self.floor = world, probe, floor
-        self.clips: list[Clip] = []
-        self.commanded: list[Actions] = []
-        self.realised: dict[str, list[Actions]] = {"recorded": [], "model": [], "action_free": []}
+        def done(imagined: Imagined) -> Actions:
+            bar.advance(1)
+            return read(probe, imagined.clip.context, imagined.frames)
 
-    def add(self, imagined: Imagined) -> None:
-        """Read the rollout of a clip, and what was recorded there."""
-        clip = imagined.clip
-        self.clips.append(clip)
-        self.commanded.append(_commanded(clip))
-        self.realised["model"].append(read(self.probe, clip.context, imagined.frames))
-        self.realised["recorded"].append(read(self.probe, clip.context, clip.truth))
-
-    def roll_out_more(self, clips: Sequence[Clip], sampling: Sampling) -> None:
-        """Roll every clip's mirror image out, and every one of both without its actions.
-
-        The clips are those whose rollouts were added, in the same order.
-        """
-        mirrored = [replace(clip, mirrored=True) for clip in clips]
-        with progress(3 * len(clips), "action fidelity", "rollouts") as bar:
-            for imagined in imagine(self.world, mirrored, sampling):
-                self.add(imagined)
-                bar.advance(1)
-            for imagined in imagine(self.world, [*clips, *mirrored], sampling, hide_actions=True):
-                found = read(self.probe, imagined.clip.context, imagined.frames)
-                self.realised["action_free"].append(found)
-                bar.advance(1)
-
-    def section(self) -> Section:
-        """How well each source follows, beside the probe's own error."""
-        commanded = np.stack(self.commanded)
-        # The same for a clip and its mirror image.
-        units = [
-            f"{clip.footage.drive.id} {clip.footage.drive.entry.start + clip.start}"
-            for clip in self.clips
-        ]
-        metrics: dict[str, Any] = {
-            "clips": len(units),
-            "independent_clips": len(set(units)),
-            "recorded": all(clip.footage.recorded is not None for clip in self.clips),
-            "probe": self.floor,
+        free = imagine(world, [*clips, *mirrored], sampling, hide_actions=True)
+        realised = {
+            "recorded": [read(probe, clip.context, clip.truth) for clip in [*clips, *mirrored]],
+            "model": [
+                *(read(probe, each.clip.context, each.frames) for each in rollouts),
+                *map(done, imagine(world, mirrored, sampling)),
+            ],
+            "action_free": [*map(done, free)],
         }
-        realised = {source: np.stack(found) for source, found in self.realised.items() if found}
-        realised["constant"] = np.broadcast_to(self.world.statistics.mean, commanded.shape)
-        for name, channel in CHANNELS.items():
-            told = commanded[..., channel]
-            threshold = CURVE * self.world.statistics.steering_p95 if channel == STEERING else None
-            metrics[name] = {
-                source: asdict(
-                    follow(told, found[..., channel], units=units, sign_threshold=threshold)
-                )
-                for source, found in realised.items()
-            }
-            # Whether the commands vary by more than the probe errs.
-            error, spread = self.floor.get(name, {}).get("rmse"), told[np.isfinite(told)]
-            if error is not None and not (len(spread) and float(spread.std()) > error):
-                for found in metrics[name].values():
-                    found |= dict.fromkeys(_OF_CHANGE)
-        return Section(
-            name="fidelity",
-            title="Action fidelity",
-            text=_TEXT.format(
-                truth=_RECORDED if metrics["recorded"] else _RECONSTRUCTED, standing=STANDING_MPS
-            ),
-            metrics=metrics,
-            parts=(_floor_table(self.floor), _table(metrics), self._plot(commanded)),
-        )
+    return compare_actions(world, [*clips, *mirrored], realised, floor)
 
-    def _plot(self, commanded: Actions) -> Media:
-        figure = Figure(figsize=(9, 4), layout="constrained")
-        for axes, (name, channel) in zip(figure.subplots(1, 2), CHANNELS.items(), strict=True):
-            told = commanded[..., channel].ravel()
-            for source, colour in (("recorded", "#b9bec8"), ("model", "#2a5db0")):
-                shown = np.stack(self.realised[source])[..., channel].ravel()
-                axes.plot(told, shown, ".", color=colour, markersize=3, label=source)
-            if np.isfinite(told).any():
-                ends = np.nanmin(told), np.nanmax(told)
-                axes.plot(ends, ends, color="#999999", linewidth=1)
-            axes.set(title=name, xlabel="commanded", ylabel="realised")
-        axes.legend(frameon=False)
-        return plot(figure, "Every frame: what was commanded and what the probe reads")
+
+def compare_actions(
+    world: WorldModel,
+    clips: Sequence[Clip],
+    realised: Mapping[str, Sequence[Actions]],
+    floor: dict[str, Any],
+) -> Section:
+    """How well each source's actions, of each clip [N, A], follow what the clips were told.
+
+    A clip and its mirror image are one unit of the intervals.
+    """
+    commanded = np.stack([_commanded(clip) for clip in clips])
+    units = [
+        f"{clip.footage.drive.id} {clip.footage.drive.entry.start + clip.start}" for clip in clips
+    ]
+    metrics: dict[str, Any] = {
+        "clips": len(units),
+        "independent_clips": len(set(units)),
+        "recorded": all(clip.footage.recorded is not None for clip in clips),
+        "probe": floor,
+    }
+    sources = {source: np.stack(found) for source, found in realised.items()}
+    sources["constant"] = np.broadcast_to(world.statistics.mean, commanded.shape)
+    for name, channel in CHANNELS.items():
+        told = commanded[..., channel]
+        threshold = CURVE * world.statistics.steering_p95 if channel == STEERING else None
+        metrics[name] = {
+            source: follow(told, found[..., channel], units=units, sign_threshold=threshold)
+            for source, found in sources.items()
+        }
+        # Whether the commands vary by more than the probe errs.
+        error, spread = floor.get(name, {}).get("rmse"), told[np.isfinite(told)]
+        if error is not None and not (len(spread) and float(spread.std()) > error):
+            for found in metrics[name].values():
+                found |= dict.fromkeys(_OF_CHANGE)
+    text = _TEXT.format(
+        truth=_RECORDED if metrics["recorded"] else _RECONSTRUCTED, standing=STANDING_MPS
+    )
+    parts = _floor_table(floor), _table(metrics), _plot(commanded, sources)
+    return Section("fidelity", "Action fidelity", text, metrics, parts)
 
 
 def _commanded(clip: Clip) -> Actions:
@@ -176,3 +158,18 @@ def _table(metrics: dict[str, Any]) -> Table:
     ]
     columns = ("", *(name.replace("_", " ") for name in names))
     return Table("Commanded against realised", columns, rows)
+
+
+def _plot(commanded: Actions, sources: Mapping[str, Actions]) -> Media:
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, (name, channel) in zip(figure.subplots(1, 2), CHANNELS.items(), strict=True):
+        told = commanded[..., channel].ravel()
+        for source, colour in (("recorded", "#b9bec8"), ("model", "#2a5db0")):
+            shown = sources[source][..., channel].ravel()
+            axes.plot(told, shown, ".", color=colour, markersize=3, label=source)
+        if np.isfinite(told).any():
+            ends = np.nanmin(told), np.nanmax(told)
+            axes.plot(ends, ends, color="#999999", linewidth=1)
+        axes.set(title=name, xlabel="commanded", ylabel="realised")
+    axes.legend(frameon=False)
+    return plot(figure, "Every frame: what was commanded and what the probe reads")

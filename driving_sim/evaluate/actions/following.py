@@ -5,38 +5,17 @@ NaN is what is not known: a command that was not given, or a motion that could n
 Legend: C clips, N transitions of a clip, L levels of a sweep.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from driving_sim.evaluate.report.intervals import Values, bootstrap, unit_sums
 
-Estimate = Mapping[str, float | None]
-"""`mean`, `low` and `high`, of `bootstrap`."""
-
 _LONGEST_DELAY = 5
 _FLAT = 1e-12
 """A variance that is this small a share of the mean square is rounding."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Following:
-    """How realised actions follow commanded ones; None is what cannot be told from these clips."""
-
-    transitions: int
-    """Where both are known."""
-    correlation: Estimate | None
-    """Pearson's, over all clips together."""
-    gain: float | None
-    """Least-squares slope of realised on commanded: 1 is obedience, 0.5 half of what was asked."""
-    mean_absolute_error: float | None
-    """In the channel's unit."""
-    delay_frames: int | None
-    """How much later than commanded the picture follows; None where it follows at no lag."""
-    sign_accuracy: Estimate | None = None
-    """Of left and right commands, averaged."""
 
 
 def follow(
@@ -45,13 +24,22 @@ def follow(
     *,
     units: ArrayLike | None = None,
     sign_threshold: float | None = None,
-) -> Following:
-    """Compare commanded with realised [C, N] of one channel.
+) -> dict[str, Any]:
+    """Compare commanded with realised [C, N] of one channel; None is what clips cannot tell.
 
-    The delay is the lag, at most 5 frames either way, of the highest normalised cross-correlation
-    of the clips, each about its own mean. With `sign_threshold`, commands beyond it are judged by
-    their sign too. Intervals are over `units`, a label [C] for each clip: clips of one label, a
-    clip and its mirror image, are no independent evidence. By default each clip is a unit.
+    - `transitions`: where both are known.
+    - `correlation`: Pearson's, over all clips together.
+    - `gain`: least-squares slope of realised on commanded: 1 is obedience, 0.5 half of what was
+      asked.
+    - `mean_absolute_error`: in the channel's unit.
+    - `delay_frames`: how much later than commanded the picture follows, the lag, at most 5 frames
+      either way, of the highest normalised cross-correlation of the clips, each about its own mean;
+      None where it follows at no lag.
+    - `sign_accuracy`: of left and right commands beyond `sign_threshold`, averaged.
+
+    Correlation and sign accuracy have intervals, over `units`, a label [C] for each clip: clips of
+    one label, a clip and its mirror image, are no independent evidence. By default each clip is a
+    unit.
     """
     x, y = _paired(commanded, realised)
     known = ~np.isnan(x)
@@ -59,14 +47,14 @@ def follow(
     moments = unit_sums(units, _moments(x, y))
     covariance, commanded_variance, _ = _spread(moments.sum(axis=0))
     sides = None if sign_threshold is None else unit_sums(units, _sides(x, y, sign_threshold))
-    return Following(
-        transitions=int(known.sum()),
-        correlation=_estimate(moments, _correlation),
-        gain=_or_none(_ratio(covariance, commanded_variance)),
-        mean_absolute_error=float(np.abs(x - y)[known].mean()) if known.any() else None,
-        delay_frames=_delay(x, y),
-        sign_accuracy=None if sides is None else _estimate(sides, _balanced),
-    )
+    return {
+        "transitions": int(known.sum()),
+        "correlation": _estimate(moments, _correlation),
+        "gain": _or_none(_ratio(covariance, commanded_variance)),
+        "mean_absolute_error": float(np.abs(x - y)[known].mean()) if known.any() else None,
+        "delay_frames": _delay(x, y),
+        "sign_accuracy": None if sides is None else _estimate(sides, _balanced),
+    }
 
 
 def balanced_sign_accuracy(commanded: Values, realised: Values, threshold: float) -> float | None:
@@ -146,7 +134,9 @@ def _balanced(sides: Values) -> Values:
     return np.asarray((_ratio(left_right, left) + _ratio(right_right, right)) / 2)
 
 
-def _estimate(sums: Values, statistic: Callable[[Values], Values]) -> Estimate | None:
+def _estimate(
+    sums: Values, statistic: Callable[[Values], Values]
+) -> dict[str, float | None] | None:
     found = bootstrap(sums, statistic)
     return None if found["mean"] is None else found
 

@@ -4,15 +4,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from driving_sim.data.actions.action_file import SPEED, STEERING
 from driving_sim.evaluate.actions import fidelity
-from driving_sim.evaluate.actions.fidelity import FidelityMeter
+from driving_sim.evaluate.actions.fidelity import compare_actions
 from driving_sim.evaluate.footage import Clip, Footage
 from driving_sim.evaluate.report.section import Section, Table
-from driving_sim.evaluate.rollouts import Imagined
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.transformer import Transformer
 from driving_sim.world_model.world_model import WorldModel
@@ -64,13 +62,14 @@ def measured(world: WorldModel, clips: list[Clip], change: Any) -> dict[str, Any
 
 def section_of(world: WorldModel, clips: list[Clip], change: Any, error: float = 0.0) -> Section:
     floor = {"steering": {"rmse": error}}
-    meter = FidelityMeter(world, PixelProbe(), floor)  # type: ignore[arg-type]
+    probe: Any = PixelProbe()
+    realised: dict[str, list[fidelity.Actions]] = {"recorded": [], "model": []}
     for clip in clips:
         actions, _ = clip.actions
         done = change(actions.copy(), clip.context_frames - 1)
-        tokens = torch.zeros(FRAMES, 3, 4, dtype=torch.int64)
-        meter.add(Imagined(clip=clip, tokens=tokens, frames=painted(done)))
-    return meter.section()
+        for source, frames in (("recorded", clip.truth), ("model", painted(done))):
+            realised[source].append(fidelity.read(probe, clip.context, frames))
+    return compare_actions(world, clips, realised, floor)
 
 
 def test_obedience_is_perfect(world: WorldModel, clips: list[Clip]) -> None:

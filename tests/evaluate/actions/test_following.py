@@ -3,13 +3,13 @@ import pytest
 from numpy.typing import NDArray
 
 from driving_sim.evaluate.actions.following import (
-    Estimate,
     balanced_sign_accuracy,
     follow,
     monotonicity,
 )
 
 Values = NDArray[np.float64]
+Estimate = dict[str, float | None]
 CURVE = 0.3
 
 
@@ -42,43 +42,43 @@ def late(commanded: Values, frames: int) -> Values:
 
 def test_obedience_is_perfect() -> None:
     found = follow(commands(), commands(), sign_threshold=CURVE)
-    assert found.transitions == 180
-    assert found.correlation == pytest.approx({"mean": 1, "low": 1, "high": 1})
-    assert found.gain == pytest.approx(1)
-    assert found.mean_absolute_error == 0
-    assert found.delay_frames == 0
-    assert found.sign_accuracy == {"mean": 1, "low": 1, "high": 1}
+    assert found["transitions"] == 180
+    assert found["correlation"] == pytest.approx({"mean": 1, "low": 1, "high": 1})
+    assert found["gain"] == pytest.approx(1)
+    assert found["mean_absolute_error"] == 0
+    assert found["delay_frames"] == 0
+    assert found["sign_accuracy"] == {"mean": 1, "low": 1, "high": 1}
 
 
 def test_a_planted_sign_flip_is_found() -> None:
     found = follow(commands(), -commands(), sign_threshold=CURVE)
-    assert mean(found.correlation) == pytest.approx(-1)
-    assert found.gain == pytest.approx(-1)
-    assert mean(found.sign_accuracy) == 0
+    assert mean(found["correlation"]) == pytest.approx(-1)
+    assert found["gain"] == pytest.approx(-1)
+    assert mean(found["sign_accuracy"]) == 0
 
 
 @pytest.mark.parametrize("lag", [-5, -3, -1, 0, 1, 2, 5])
 def test_a_planted_lag_is_found_exactly(lag: int) -> None:
     noisy = late(commands(), lag) + np.random.default_rng(1).normal(scale=0.1, size=(6, 30))
-    assert follow(commands(), noisy).delay_frames == lag
+    assert follow(commands(), noisy)["delay_frames"] == lag
     # Levels of the clips say nothing about when.
     offset = 20 * np.arange(6.0)[:, None]
-    assert follow(commands() + offset, 0.5 * noisy - offset).delay_frames == lag
+    assert follow(commands() + offset, 0.5 * noisy - offset)["delay_frames"] == lag
 
 
 def test_half_obedience_is_a_gain_of_a_half_whatever_the_offset() -> None:
     found = follow(commands(), 0.5 * commands() + 7)
-    assert found.gain == pytest.approx(0.5)
-    assert mean(found.correlation) == pytest.approx(1)
-    assert found.mean_absolute_error == pytest.approx(np.abs(7 - 0.5 * commands()).mean())
+    assert found["gain"] == pytest.approx(0.5)
+    assert mean(found["correlation"]) == pytest.approx(1)
+    assert found["mean_absolute_error"] == pytest.approx(np.abs(7 - 0.5 * commands()).mean())
 
 
 def test_numbers_agree_with_numpy() -> None:
     x, y = commands(), commands() + np.random.default_rng(1).normal(size=(6, 30))
     found = follow(x, y)
-    assert mean(found.correlation) == pytest.approx(np.corrcoef(x.ravel(), y.ravel())[0, 1])
-    assert found.gain == pytest.approx(np.polyfit(x.ravel(), y.ravel(), 1)[0])
-    assert found.mean_absolute_error == pytest.approx(np.abs(x - y).mean())
+    assert mean(found["correlation"]) == pytest.approx(np.corrcoef(x.ravel(), y.ravel())[0, 1])
+    assert found["gain"] == pytest.approx(np.polyfit(x.ravel(), y.ravel(), 1)[0])
+    assert found["mean_absolute_error"] == pytest.approx(np.abs(x - y).mean())
 
 
 def test_always_right_scores_a_half_on_a_drive_that_turns_right() -> None:
@@ -88,7 +88,7 @@ def test_always_right_scores_a_half_on_a_drive_that_turns_right() -> None:
     assert balanced_sign_accuracy(commanded, np.full_like(commanded, -1.0), CURVE) == 0.5
     assert balanced_sign_accuracy(commanded, np.zeros_like(commanded), CURVE) == 0
     always_right = follow(commanded, -np.ones_like(commanded), sign_threshold=CURVE)
-    assert mean(always_right.sign_accuracy) == 0.5
+    assert mean(always_right["sign_accuracy"]) == 0.5
 
 
 def test_sides_count_equally_and_straights_not_at_all() -> None:
@@ -103,16 +103,16 @@ def test_sides_count_equally_and_straights_not_at_all() -> None:
 def test_what_does_not_vary_has_no_correlation(level: float) -> None:
     constant = np.full((6, 30), level, np.float32)
     ignoring = follow(commands(), constant)
-    assert ignoring.correlation is None
-    assert ignoring.delay_frames is None
-    assert ignoring.gain == pytest.approx(0)
+    assert ignoring["correlation"] is None
+    assert ignoring["delay_frames"] is None
+    assert ignoring["gain"] == pytest.approx(0)
     holding = follow(constant, commands())
-    assert holding.correlation is None
-    assert holding.gain is None
-    assert holding.delay_frames is None
+    assert holding["correlation"] is None
+    assert holding["gain"] is None
+    assert holding["delay_frames"] is None
     levels = np.repeat(level + np.arange(6.0)[:, None], 30, axis=1)
-    assert follow(levels, levels).delay_frames is None
-    assert mean(follow(levels, levels).correlation) == pytest.approx(1)
+    assert follow(levels, levels)["delay_frames"] is None
+    assert mean(follow(levels, levels)["correlation"]) == pytest.approx(1)
 
 
 def test_the_unknown_is_left_out() -> None:
@@ -120,16 +120,16 @@ def test_the_unknown_is_left_out() -> None:
     x[0, :4], y[1, 5:9], x[2] = np.nan, np.nan, np.nan
     found = follow(x, y, sign_threshold=CURVE)
     both = ~np.isnan(x + y)
-    assert found.transitions == both.sum() == 180 - 4 - 4 - 30
-    assert mean(found.correlation) == pytest.approx(np.corrcoef(x[both], y[both])[0, 1])
-    assert found.mean_absolute_error == pytest.approx(np.abs(x - y)[both].mean())
-    assert found.delay_frames == 2
-    assert mean(found.sign_accuracy) == balanced_sign_accuracy(x[both], y[both], CURVE)
+    assert found["transitions"] == both.sum() == 180 - 4 - 4 - 30
+    assert mean(found["correlation"]) == pytest.approx(np.corrcoef(x[both], y[both])[0, 1])
+    assert found["mean_absolute_error"] == pytest.approx(np.abs(x - y)[both].mean())
+    assert found["delay_frames"] == 2
+    assert mean(found["sign_accuracy"]) == balanced_sign_accuracy(x[both], y[both], CURVE)
     nothing = follow(np.full((3, 9), np.nan), np.ones((3, 9)), sign_threshold=CURVE)
-    assert nothing.transitions == 0
-    assert nothing.correlation is None
-    assert nothing.mean_absolute_error is None
-    assert nothing.sign_accuracy is None
+    assert nothing["transitions"] == 0
+    assert nothing["correlation"] is None
+    assert nothing["mean_absolute_error"] is None
+    assert nothing["sign_accuracy"] is None
 
 
 def test_intervals_cover_the_truth_and_narrow_with_clips() -> None:
@@ -139,15 +139,15 @@ def test_intervals_cover_the_truth_and_narrow_with_clips() -> None:
         x = np.random.default_rng(0).normal(size=(clips, 20))
         y = x + np.random.default_rng(1).normal(scale=noise, size=x.shape)
         found = follow(x, y, sign_threshold=CURVE)
-        for estimate in (found.correlation, found.sign_accuracy):
+        for estimate in (found["correlation"], found["sign_accuracy"]):
             assert estimate is not None
-            assert estimate["low"] < estimate["mean"] < estimate["high"]  # type: ignore[operator]
-        assert found.correlation is not None
-        low, high = found.correlation["low"], found.correlation["high"]
+            assert estimate["low"] < estimate["mean"] < estimate["high"]
+        assert found["correlation"] is not None
+        low, high = found["correlation"]["low"], found["correlation"]["high"]
         assert low < 1 / np.hypot(1, noise) < high
-        widths.append(width(found.correlation))
+        widths.append(width(found["correlation"]))
     assert widths[1] < widths[0] / 2
-    single = follow(x[:1], y[:1]).correlation
+    single = follow(x[:1], y[:1])["correlation"]
     assert single is not None
     assert single["mean"] is not None
     assert single["low"] is single["high"] is None
@@ -159,7 +159,7 @@ def test_clips_are_resampled_whole() -> None:
     x = np.random.default_rng(0).normal(size=(8, 10))
     y = x + np.random.default_rng(1).normal(size=x.shape)
     once, often = (follow(np.repeat(x, n, axis=1), np.repeat(y, n, axis=1)) for n in (1, 20))
-    assert often.correlation == pytest.approx(once.correlation)
+    assert often["correlation"] == pytest.approx(once["correlation"])
 
 
 def test_a_clip_and_its_mirror_image_are_one_piece_of_evidence() -> None:
@@ -169,12 +169,12 @@ def test_a_clip_and_its_mirror_image_are_one_piece_of_evidence() -> None:
     both = np.concatenate([x, -x]), np.concatenate([y, -y])
     as_one = follow(*both, units=np.tile(np.arange(12), 2), sign_threshold=CURVE)
     as_two = follow(*both, sign_threshold=CURVE)
-    assert mean(as_one.correlation) == pytest.approx(mean(as_two.correlation))
-    assert width(as_two.correlation) < 0.85 * width(as_one.correlation)
-    assert width(as_two.sign_accuracy) < 0.95 * width(as_one.sign_accuracy)
+    assert mean(as_one["correlation"]) == pytest.approx(mean(as_two["correlation"]))
+    assert width(as_two["correlation"]) < 0.85 * width(as_one["correlation"])
+    assert width(as_two["sign_accuracy"]) < 0.95 * width(as_one["sign_accuracy"])
     lone = follow(*both, units=np.zeros(24), sign_threshold=CURVE)
-    assert lone.correlation is not None
-    assert lone.correlation["low"] is None
+    assert lone["correlation"] is not None
+    assert lone["correlation"]["low"] is None
 
 
 def test_monotonicity() -> None:
@@ -202,5 +202,5 @@ def test_monotonicity() -> None:
 
 
 def test_futures_shorter_than_the_longest_delay_are_compared_as_far_as_they_go() -> None:
-    assert follow(commands(frames=4), late(commands(frames=4), 1)).delay_frames == 1
-    assert follow(commands(frames=1), commands(frames=1)).delay_frames is None
+    assert follow(commands(frames=4), late(commands(frames=4), 1))["delay_frames"] == 1
+    assert follow(commands(frames=1), commands(frames=1))["delay_frames"] is None

@@ -15,7 +15,7 @@ from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.data.tokens.store import TokenStore
 from driving_sim.evaluate.footage import Clip, Footage, footage_of
 from driving_sim.evaluate.pictures import quality
-from driving_sim.evaluate.pictures.quality import QualityMeter
+from driving_sim.evaluate.pictures.quality import evaluate_quality
 from driving_sim.evaluate.report.section import Media, Table, plot
 from driving_sim.evaluate.rollouts import Imagined
 from driving_sim.tokenizer.perceptual import PerceptualLoss
@@ -95,11 +95,16 @@ def imagined(clip: Clip, tokens: torch.Tensor) -> Imagined:
     return Imagined(clip=clip, tokens=tokens, frames=frames)
 
 
+def knowing(clips: list[Clip]) -> list[Imagined]:
+    return [imagined(clip, clip.true_tokens) for clip in clips]
+
+
+def copying(clips: list[Clip]) -> list[Imagined]:
+    return [imagined(clip, clip.context_tokens[-1:].repeat(10, 1, 1)) for clip in clips]
+
+
 def test_a_model_that_knows_the_future_reaches_the_floor(filmed: list[Clip]) -> None:
-    meter = QualityMeter(FPS, MeanColour())
-    for clip in filmed:
-        meter.add(imagined(clip, clip.true_tokens))
-    section = meter.section()
+    section = evaluate_quality(knowing(filmed), FPS, MeanColour())
     metrics = section.metrics
     for name in ("psnr_db", "ssim"):
         assert metrics[name]["model"] == metrics[name]["floor"]
@@ -116,10 +121,7 @@ def test_a_model_that_knows_the_future_reaches_the_floor(filmed: list[Clip]) -> 
 def test_tokens_without_their_videos_have_no_floor(clips: list[Clip]) -> None:
     """What the model is compared with is then the tokenizer's picture of it, and so is the floor:
     it would be perfect, whatever the tokenizer."""
-    meter = QualityMeter(FPS, MeanColour())
-    for clip in clips:
-        meter.add(imagined(clip, clip.true_tokens))
-    section = meter.section()
+    section = evaluate_quality(knowing(clips), FPS, MeanColour())
     metrics = section.metrics
     for name in ("psnr_db", "ssim", "psnr_db_by_frame", "mean_colour"):
         assert metrics[name]["floor"] is None
@@ -132,11 +134,9 @@ def test_tokens_without_their_videos_have_no_floor(clips: list[Clip]) -> None:
 
 
 def test_every_kind_has_one_colour_and_the_legend_names_them_all(filmed: list[Clip]) -> None:
-    meter = QualityMeter(FPS, MeanColour())
-    for clip in filmed:
-        meter.add(imagined(clip, clip.context_tokens[-1:].repeat(10, 1, 1)))
+    copied = copying(filmed)
     with recorded_figures() as figures:
-        meter.section()
+        evaluate_quality(copied, FPS, MeanColour())
     (figure,) = figures
     colours: dict[str, set[str]] = {}
     for axes in figure.axes:
@@ -151,10 +151,11 @@ def test_every_kind_has_one_colour_and_the_legend_names_them_all(filmed: list[Cl
 
 
 def test_intervals_and_counts_are_shown(clips: list[Clip]) -> None:
-    meter = QualityMeter(FPS, MeanColour())
-    for clip in clips:
-        meter.add(imagined(clip, clip.context_tokens[-1:].repeat(10, 1, 1)))
-    section = meter.section()
+    section = evaluate_quality(
+        copying(clips),
+        FPS,
+        MeanColour(),
+    )
     (table,) = (part for part in section.parts if isinstance(part, Table))
     rows = {row[0]: row for row in table.rows}
     assert rows["psnr db"][1] == section.metrics["psnr_db"]["model"]
@@ -164,10 +165,8 @@ def test_intervals_and_counts_are_shown(clips: list[Clip]) -> None:
 
 
 def test_the_pictures_are_of_clips_from_first_to_last(clips: list[Clip]) -> None:
-    meter = QualityMeter(FPS, MeanColour())
     many = [replace(clips[0], start=start) for start in range(5, 50, 4)]
-    for clip in many:
-        meter.add(imagined(clip, clip.true_tokens))
+    known = knowing(many)
     with pytest.MonkeyPatch.context() as patch:
         seen: list[str] = []
 
@@ -176,17 +175,18 @@ def test_the_pictures_are_of_clips_from_first_to_last(clips: list[Clip]) -> None
             return contact_sheet(rows, headings)
 
         patch.setattr(quality, "contact_sheet", noted)
-        meter.section()
+        evaluate_quality(known, FPS, MeanColour())
     assert [name.removesuffix(": model") for name in seen[1::2]] == [
         many[number].name for number in (0, 4, 7, 11)
     ]
 
 
 def test_a_model_that_copies_is_the_baseline(clips: list[Clip]) -> None:
-    meter = QualityMeter(FPS, MeanColour())
-    for clip in clips:
-        meter.add(imagined(clip, clip.context_tokens[-1:].repeat(10, 1, 1)))
-    metrics = meter.section().metrics
+    metrics = evaluate_quality(
+        copying(clips),
+        FPS,
+        MeanColour(),
+    ).metrics
     for name in ("psnr_db", "ssim", "token_accuracy"):
         assert metrics[name]["model"] == metrics[name]["copy_last"]
     assert metrics["mean_colour"]["model"] == pytest.approx(metrics["mean_colour"]["copy_last"])
@@ -202,30 +202,28 @@ def test_a_model_that_copies_is_the_baseline(clips: list[Clip]) -> None:
 
 def test_quality_is_lost_where_it_goes_wrong(clips: list[Clip]) -> None:
     """The first five frames are right, the others are not."""
-    meter = QualityMeter(FPS, MeanColour())
+    rollouts = []
     for clip in clips:
         tokens = clip.true_tokens.clone()
         tokens[5:] = (tokens[5:] + 1) % 9
-        meter.add(imagined(clip, tokens))
-    accuracy = meter.section().metrics["token_accuracy_by_frame"]["model"]
+        rollouts.append(imagined(clip, tokens))
+    metrics = evaluate_quality(rollouts, FPS, MeanColour()).metrics
+    accuracy = metrics["token_accuracy_by_frame"]["model"]
     assert accuracy == [1.0] * 5 + [0.0] * 5
 
 
 def test_futures_too_short_for_the_features_have_no_distance(clips: list[Clip]) -> None:
     """I3D, say, takes no fewer than ten frames; all else is measured."""
     for least, measured in ((10, True), (11, False)):
-        meter = QualityMeter(FPS, Long(least))
-        for clip in clips:
-            meter.add(imagined(clip, clip.true_tokens))
-        metrics = meter.section().metrics
+        known = knowing(clips)
+        metrics = evaluate_quality(known, FPS, Long(least)).metrics
         assert (metrics["mean_colour"] is not None) == measured
         assert metrics["token_accuracy"]["model"]["mean"] == 1.0
 
 
 def test_lpips_is_measured_where_its_weights_are(clips: list[Clip]) -> None:
-    meter = QualityMeter(FPS, MeanColour(), PerceptualLoss(random_vgg16()))
-    meter.add(imagined(clips[0], clips[0].true_tokens))
-    metrics = meter.section().metrics
+    known = [imagined(clips[0], clips[0].true_tokens)]
+    metrics = evaluate_quality(known, FPS, MeanColour(), PerceptualLoss(random_vgg16())).metrics
     assert metrics["lpips"]["model"]["mean"] == pytest.approx(0, abs=1e-6)
     assert metrics["lpips"]["copy_last"]["mean"] > 0
     # One clip has no distribution.

@@ -12,7 +12,7 @@ from PIL import Image
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.evaluate.footage import Clip, Footage
 from driving_sim.evaluate.pictures.features import SeededFeatures
-from driving_sim.evaluate.pictures.quality import QualityMeter
+from driving_sim.evaluate.pictures.quality import evaluate_quality
 from driving_sim.evaluate.report.compare import compare_reports
 from driving_sim.evaluate.report.protocol_hash import Kind, Protocol
 from driving_sim.evaluate.report.report import KeyFigure, write_report
@@ -142,13 +142,13 @@ def real_quality(folder: Path) -> Section:
     world = new_world()
     store = write_store(folder, [20], fingerprint=world.tokenizer.fingerprint)
     footage = Footage(drive=store.drives[0], tokenizer=world.tokenizer)
-    meter = QualityMeter(FPS, SeededFeatures())
+    rollouts = []
     for start in (5, 12):
         clip = Clip(footage=footage, start=start, context_frames=4, frames=3)
         tokens = clip.context_tokens[-1:].repeat(3, 1, 1)
         frames = world.tokenizer.decode(tokens).numpy()
-        meter.add(Imagined(clip=clip, tokens=tokens, frames=frames))
-    return meter.section()
+        rollouts.append(Imagined(clip=clip, tokens=tokens, frames=frames))
+    return evaluate_quality(rollouts, FPS, SeededFeatures())
 
 
 def test_tokens_of_different_tokenizers_are_not_compared(tmp_path: Path) -> None:
