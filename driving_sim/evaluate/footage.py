@@ -4,7 +4,7 @@ Axes: T context frames, N frames of the future, H W pixels, r c token rows and c
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from driving_sim.tokenizer.tokenizer import Tokenizer
 
 Frames = NDArray[np.uint8]
 
+APART_S = 2.0
+"""Frames that are shown for what is worst of them are this far apart: neighbours are alike."""
 _SAME_TOKENS = 0.9
 """Share of equal tokens from which two drives of equal times are one, tokenized on two devices."""
 
@@ -32,10 +34,24 @@ _SAME_TOKENS = 0.9
 def first_frames(drive: DriveTokens, frames: int) -> DriveTokens:
     """A drive's first `frames` alone, or all of it where it is shorter."""
     count = min(frames, len(drive))
-    segments = tuple(
-        (begin, min(stop, count)) for begin, stop in drive.entry.segments if begin < count
-    )
+    segments = tuple(first_segments(drive.entry.segments, count))
     return replace(drive, entry=replace(drive.entry, frames=count, segments=segments))
+
+
+def first_segments(segments: Sequence[tuple[int, int]], frames: int) -> list[tuple[int, int]]:
+    """Of ranges [begin, stop), what lies within the first `frames`."""
+    return [(begin, min(stop, frames)) for begin, stop in segments if begin < frames]
+
+
+def frames_apart(ranked: Iterable[int], times_s: NDArray[np.float64], most: int) -> list[int]:
+    """The first `most` of ranked frames that lie apart from those before: of a moment only one."""
+    chosen: list[int] = []
+    for frame in ranked:
+        if all(abs(times_s[frame] - times_s[other]) >= APART_S for other in chosen):
+            chosen.append(frame)
+        if len(chosen) == most:
+            break
+    return chosen
 
 
 class HeldOutStore(TokenStore):
@@ -67,24 +83,28 @@ class Footage:
     tokenizer: Tokenizer
     recorded: SampledDrive | None = None
     """The same frames in the video that the tokens were made of, where it is at hand."""
-    synthetic: SyntheticDrive | None = None
-    """The world to replay a synthetic drive in, where it is one."""
 
-    def frames(self, begin: int, stop: int) -> Frames:
-        """Frames `begin` to `stop`, uint8 [n, H, W, 3], at the tokenizer's size."""
+    def frames(self, begin: int, stop: int, *, in_order: bool = False) -> Frames:
+        """Frames `begin` to `stop`, uint8 [n, H, W, 3], at the tokenizer's size.
+
+        A few are read wherever they are; as many as may be are decoded `in_order`.
+        """
         if self.recorded is None:
             return self.tokenizer.decode(self.drive.tokens[begin:stop]).numpy()
-        first = self.drive.entry.start
+        first, drive = self.drive.entry.start, self.recorded.drive
         indices = self.recorded.indices[first + begin : first + stop]
-        return self.recorded.drive.frames(indices, self.tokenizer.frame_size)
+        size = self.tokenizer.frame_size
+        return np.stack([*drive.stream(size, indices)]) if in_order else drive.frames(indices, size)
 
-    def beginning(self, frames: int) -> Frames:
-        """The first `frames`, as many as may be: they are decoded in order."""
-        if self.recorded is None:
-            return self.frames(0, frames)
-        first = self.drive.entry.start
-        indices = self.recorded.indices[first : first + frames]
-        return np.stack([*self.recorded.drive.stream(self.tokenizer.frame_size, indices)])
+    @property
+    def synthetic(self) -> SyntheticDrive | None:
+        """The world that `drivesim synth` wrote beside the video, if it did, to replay it in."""
+        video = self.recorded.drive.video if self.recorded is not None else None
+        beside = Path(video.path).with_suffix(".json") if video else None
+        if beside is None or not beside.is_file():
+            return None
+        is_ours = load_json(beside).get("format") == DRIVE_FORMAT
+        return load_synthetic_drive(beside) if is_ours else None
 
     @property
     def place(self) -> list[str | int]:
@@ -144,8 +164,9 @@ def recording_digests(
     found = {}
     for name, own in parts.items():
         columns = [(part.timestamps, part.actions, part.action_valid & channels) for part in own]
-        found[name] = recording_digest(*map(np.concatenate, zip(*columns, strict=True)))
-    return {name: own for name, own in found.items() if own is not None}
+        if content := recording_digest(*map(np.concatenate, zip(*columns, strict=True))):
+            found[name] = content
+    return found
 
 
 def check_apart(heldout: Mapping[str, str], training: TokenStore) -> None:
@@ -187,22 +208,11 @@ def footage_of(
     drives: Sequence[DriveTokens], sampled: Sequence[SampledDrive], tokenizer: Tokenizer
 ) -> list[Footage]:
     """Join the tokens of drives with the videos that they were made of, if any, by their ids."""
-    by_id = {each.drive.id: each for each in sampled}
+    recorded = {each.drive.id: each for each in sampled}
     return [
-        Footage(drive=drive, tokenizer=tokenizer, recorded=recorded, synthetic=_synthetic(recorded))
+        Footage(drive=drive, tokenizer=tokenizer, recorded=recorded.get(drive.id))
         for drive in drives
-        for recorded in [by_id.get(drive.id)]
     ]
-
-
-def _synthetic(sampled: SampledDrive | None) -> SyntheticDrive | None:
-    """The world that `drivesim synth` wrote beside a video, if it did."""
-    video = sampled.drive.video if sampled is not None else None
-    beside = Path(video.path).with_suffix(".json") if video else None
-    if beside is None or not beside.is_file():
-        return None
-    is_ours = load_json(beside).get("format") == DRIVE_FORMAT
-    return load_synthetic_drive(beside) if is_ours else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -227,12 +237,12 @@ class Clip:
     @property
     def context(self) -> Frames:
         """The context's frames, uint8 [T, H, W, 3]."""
-        return self._flip(self.footage.frames(self.start - self.context_frames, self.start))
+        return self._frames(self.start - self.context_frames, self.start)
 
     @property
     def truth(self) -> Frames:
         """The frames that were recorded next, uint8 [N, H, W, 3]."""
-        return self._flip(self.footage.frames(self.start, self.start + self.frames))
+        return self._frames(self.start, self.start + self.frames)
 
     @property
     def context_tokens(self) -> torch.Tensor:
@@ -256,11 +266,11 @@ class Clip:
 
     def _tokens(self, begin: int, stop: int) -> torch.Tensor:
         if self.mirrored:
-            frames = self._flip(self.footage.frames(begin, stop))
-            return self.footage.tokenizer.encode(frames)
+            return self.footage.tokenizer.encode(self._frames(begin, stop))
         return torch.from_numpy(self.footage.drive.tokens[begin:stop].astype(np.int64))
 
-    def _flip(self, frames: Frames) -> Frames:
+    def _frames(self, begin: int, stop: int) -> Frames:
+        frames = self.footage.frames(begin, stop)
         return np.ascontiguousarray(frames[:, :, ::-1]) if self.mirrored else frames
 
 

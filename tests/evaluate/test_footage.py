@@ -219,13 +219,13 @@ def test_the_beginning_is_read_in_order_and_no_further(
     whole, unrecorded = footage[1], replace(footage[1], recorded=None)
     assert whole.recorded is not None
     for each in (whole, unrecorded):
-        beginning = each.beginning(10)
+        beginning = each.frames(0, 10, in_order=True)
         assert len(beginning) == 10
         assert np.abs(beginning.astype(int) - each.frames(0, 10)).max() <= 1
     part = split_into_parts(whole, tmp_path / "parts")[1]
     (later,) = footage_of([part], [whole.recorded], world.tokenizer)
     expected = whole.frames(10, 16)
-    assert np.abs(later.beginning(6).astype(int) - expected).max() <= 1
+    assert np.abs(later.frames(0, 6, in_order=True).astype(int) - expected).max() <= 1
     assert later.place == ["drive_001", 10]
 
 

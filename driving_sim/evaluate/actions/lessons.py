@@ -1,7 +1,6 @@
 """What an inverse-dynamics probe learns from, and what it is judged on."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +13,7 @@ from driving_sim.engine.errors import DriveSimError, TooLittleDataError
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.actions.fidelity import CURVE
 from driving_sim.evaluate.actions.inverse_dynamics import InverseDynamics, ProbeClip, ProbeSource
-from driving_sim.evaluate.footage import Footage, recording_digests
+from driving_sim.evaluate.footage import Footage, first_segments, recording_digests
 from driving_sim.world_model.world_model import WorldModel
 
 T = TypeVar("T")
@@ -29,15 +28,10 @@ _RATE_TOLERANCE = 0.02
 """How far a probe's frame rate may be off the model's: it reads motion from frame to frame."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Lesson:
-    """A training drive that a probe can learn from."""
-
-    id: str
-    digest: str
-    """Of the recording."""
-    source: SampledDrive | Footage
-    """Its frames and actions."""
+Source = SampledDrive | Footage
+"""A drive's frames and actions."""
+Lesson = tuple[str, Source]
+"""A training drive that a probe can learn from, behind the digest of its recording."""
 
 
 def load_probe(world: WorldModel, path: Path, recordings: Mapping[str, str]) -> InverseDynamics:
@@ -72,11 +66,12 @@ def recorded_lessons(
     """Real footage of the drives that are in the model's training tokens, and not held out."""
     trained = {original_id(name) for name in training.drive_ids}
     digests = recording_digests(videos, world.known_channels)
-    lessons = []
-    for sampled in videos:
-        name, own = sampled.drive.id, digests.get(sampled.drive.id)
-        if name in trained and own is not None and own not in recordings.values():
-            lessons.append(Lesson(name, own, sampled))
+    lessons: list[Lesson] = [
+        (digests[name], sampled)
+        for sampled in videos
+        for name in [sampled.drive.id]
+        if name in trained & digests.keys() and digests[name] not in recordings.values()
+    ]
     if not lessons:
         raise DriveSimError(
             f"none of `training_videos` is a drive of {training.path} that has actions and is not "
@@ -90,13 +85,13 @@ def reconstructed_lessons(world: WorldModel, training: TokenStore) -> list[Lesso
     originals = [drive for drive in training.drives if drive.id == original_id(drive.id)]
     digests = recording_digests(originals)
     return [
-        Lesson(drive.id, digests[drive.id], Footage(drive=drive, tokenizer=world.tokenizer))
+        (digests[drive.id], Footage(drive=drive, tokenizer=world.tokenizer))
         for drive in originals
         if drive.id in digests
     ]
 
 
-def _clips(world: WorldModel, sources: Sequence[SampledDrive | Footage]) -> list[ProbeClip]:
+def _clips(world: WorldModel, sources: Sequence[Source]) -> list[ProbeClip]:
     """The beginnings of drives, as a probe learns from them or is measured on them."""
     drives = [source.drive if isinstance(source, Footage) else source for source in sources]
     counts = _shared([len(drive.actions) for drive in drives], _SECONDS * world.fps)
@@ -104,17 +99,16 @@ def _clips(world: WorldModel, sources: Sequence[SampledDrive | Footage]) -> list
     for source, drive, count in zip(sources, drives, counts, strict=True):
         valid = np.asarray(drive.action_valid[:count])
         if isinstance(source, Footage):
-            frames, segments = source.beginning(count), list(source.drive.entry.segments)
+            frames, segments = source.frames(0, count, in_order=True), source.drive.entry.segments
         else:
             stream = source.drive.stream(world.tokenizer.frame_size, source.indices[:count])
-            frames, segments = np.stack([*stream]), source.segments
+            frames, segments = np.stack([*stream]), tuple(source.segments)
             valid = valid & world.known_channels
         clip = ProbeClip(
             frames=frames,
             actions=np.asarray(drive.actions[:count]),
             action_valid=valid,
-            # Of the segments, what lies within it.
-            segments=[(begin, min(stop, count)) for begin, stop in segments if begin < count],
+            segments=first_segments(segments, count),
         )
         clips.append(clip)
     return clips
@@ -140,26 +134,24 @@ def fit_probe(
 
 def _learn(world: WorldModel, lessons: Sequence[Lesson], steps: int) -> InverseDynamics:
     """Train a probe; the model's validation drives choose its weights."""
-    names = list(dict.fromkeys(each.id for each in lessons))
+    names = list(dict.fromkeys(source.drive.id for _, source in lessons))
     chosen = set(world.validation_drives) & set(names) or set(names[-1:])
     if chosen == set(names):
         raise TooLittleDataError(
             "the inverse-dynamics probe takes two or more training drives with actions, one of "
             "which the model was not validated on"
         )
-    learned = _spread([each for each in lessons if each.id not in chosen])
-    validation = _spread([each for each in lessons if each.id in chosen])
-    taken = [*learned, *validation]
-    clips = _clips(world, [each.source for each in taken])
+    learned, validation = (
+        _spread([each for each in lessons if (each[1].drive.id in chosen) is validates])
+        for validates in (False, True)
+    )
+    digests, sources = zip(*learned, *validation, strict=True)
+    clips = _clips(world, sources)
     with progress(steps, "inverse-dynamics probe", "steps") as bar:
         return InverseDynamics.fit(
             clips[: len(learned)],
             clips[len(learned) :],
-            source=ProbeSource(
-                fps=world.fps,
-                steering_kind=world.steering_kind,
-                drives=tuple(each.digest for each in taken),
-            ),
+            source=ProbeSource(fps=world.fps, steering_kind=world.steering_kind, drives=digests),
             steps=steps,
             advance=bar.advance,
         )

@@ -60,13 +60,7 @@ def evaluate_sweep(
             bar.advance(1)
     truths_known = sum("truth" in each for each in found)
     metrics = {"starts": len(found), "starts_with_truth": truths_known, **_mean(found)}
-    return Section(
-        name="sweep",
-        title="Counterfactual sweep",
-        text=_TEXT,
-        metrics=metrics,
-        parts=(_table(metrics), *pictures),
-    )
+    return Section("sweep", "Counterfactual sweep", _TEXT, metrics, (_table(metrics), *pictures))
 
 
 _TEXT = """From each start the model is steered from full left to full right, at speeds below, at
@@ -104,18 +98,19 @@ def _roll_out(
 def _truths(clip: Clip, commands: NDArray[np.float32]) -> Frames | None:
     """The true futures [V, L, N, H, W, 3] where the world can be asked."""
     footage = clip.footage
-    if footage.synthetic is None or footage.recorded is None or clip.mirrored:
+    synthetic = footage.synthetic
+    if synthetic is None or footage.recorded is None or clip.mirrored:
         return None
     strides = np.unique(np.diff(footage.recorded.indices))
     if len(strides) != 1:
         return None  # no whole number of the world's steps from one frame to the next
     stride = int(strides[0])
     last = footage.drive.entry.start + clip.start - 1
-    state = footage.synthetic.states[footage.recorded.indices[last]]
+    state = synthetic.states[footage.recorded.indices[last]]
     size = footage.tokenizer.frame_size
     truths = []
     for actions in rearrange(commands, "v l n a -> (v l) n a"):
-        frames = replay(footage.synthetic.world, state, actions, steps=stride)
+        frames = replay(synthetic.world, state, actions, steps=stride)
         images = images_from_frames(torch.from_numpy(frames), size)
         truths.append(frames_from_images(images).numpy())
     return rearrange(np.stack(truths), "(v l) n h w c -> v l n h w c", v=len(commands))

@@ -3,7 +3,6 @@
 Axes: N frames of a drive, r c token rows and columns, H W pixels.
 """
 
-import bisect
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from driving_sim.engine.config import save_json
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_folder
 from driving_sim.engine.progress import Progress, progress
+from driving_sim.evaluate.footage import APART_S, frames_apart
 from driving_sim.world_model.panels import Frame, contact_sheet, draw_panel, side_by_side
 from driving_sim.world_model.rollout import sample_for
 from driving_sim.world_model.training.bits import streamed_token_bits
@@ -37,7 +37,6 @@ Bits = NDArray[np.float32]
 
 _BATCH = 16
 _MOMENTS = 6
-_APART_S = 2.0
 _CURVES = 12  # of more drives, only the most surprising ones are in the picture
 _OPACITY = 0.65
 _COLOURS: NDArray[np.uint8] = colormaps["inferno"](np.arange(256), bytes=True)[:, :3]
@@ -49,9 +48,9 @@ _LINE, _PALE, _MARK = "#2a5db0", "#b9bec8", "#b4541a"
 class _Watched:
     """A drive, with bits per token of its frames as far as they have been judged."""
 
-    def __init__(self, number: int, sampled: SampledDrive, window: int, video: str) -> None:
-        """`number` is its place among the drives, `video` the name of its file."""
-        self.number, self.sampled, self.video = number, sampled, video
+    def __init__(self, sampled: SampledDrive, window: int, video: str) -> None:
+        """`video` is the name of its file."""
+        self.id, self.sampled, self.video = sampled.drive.id, sampled, video
         behind = np.concatenate([np.arange(stop - start) for start, stop in sampled.segments])
         # [N], which frames have a full window behind them, and which say something of the drive:
         # the same ones, if there are any. Else what they cost does not compare with others.
@@ -59,10 +58,6 @@ class _Watched:
         self.short = not self.full.any()
         self.counts = behind > 0 if self.short else self.full
         self.bits: list[float] = []
-
-    @property
-    def id(self) -> str:
-        return self.sampled.drive.id
 
     @property
     def counted(self) -> NDArray[np.float64]:
@@ -89,11 +84,6 @@ class _Moment:
     def mean(self) -> float:
         return self.watched.bits[self.frame]
 
-    @property
-    def rank(self) -> tuple[bool, float, int, int]:
-        """The most surprising come first, and of equals the earlier; no two have one rank."""
-        return self.watched.short, -self.mean, self.watched.number, self.frame
-
 
 def find_surprises(world: WorldModel, drives: Sequence[Drive], out: Path) -> dict[str, Any]:
     """Judge every token of drives as a rollout would meet it, and draw what surprised the model.
@@ -114,16 +104,20 @@ def find_surprises(world: WorldModel, drives: Sequence[Drive], out: Path) -> dic
         raise DriveSimError(f"{out} exists: choose another `out`, or delete it")
     names = _file_names([drive.id for drive in drives])
     watched = [
-        _Watched(number, sample_for(world, drive), world.context_frames, f"{name}.mp4")
-        for number, (drive, name) in enumerate(zip(drives, names, strict=True))
+        _Watched(sample_for(world, drive), world.context_frames, f"{name}.mp4")
+        for drive, name in zip(drives, names, strict=True)
     ]
-    candidates = _Candidates(world.fps)
+    moments: list[_Moment] = []
     with atomic_folder(out) as folder:
         with progress(sum(len(each.counts) for each in watched), "surprise", "frames") as bar:
             for each in watched:
-                pictures = _pictures(world, each, candidates, bar)
+                tokens: list[Bits] = []
+                pictures = _pictures(world, each, tokens, bar)
                 write_video(folder / each.video, pictures, fps=each.sampled.fps)
-        moments = candidates.choose()
+                moments += _moments(each, tokens)
+        # Of equals the earlier comes first.
+        moments.sort(key=lambda moment: (moment.watched.short, -moment.mean))
+        moments = moments[:_MOMENTS]
         _draw_curves(folder / "surprise.png", watched, moments)
         Image.fromarray(_moments_sheet(world, moments)).save(folder / "moments.png")
         report = _report(world, watched, moments)
@@ -163,40 +157,20 @@ def _judged_frames(world: WorldModel, sampled: SampledDrive) -> Iterator[tuple[F
             yield frame, rearrange(bits, "1 (r c) -> r c", c=world.tokenizer.cols)
 
 
-class _Candidates:
-    """The most surprising of the frames that were offered, enough of them to choose moments from.
-
-    A moment rules out no frames but those within 2 s of it. So the best of the rest is among a few
-    times as many, and what is kept does not grow with the drives.
-    """
-
-    def __init__(self, fps: float) -> None:
-        # Twice what lies around the moments at this rate: a drive may be a little faster.
-        self._limit = _MOMENTS * math.ceil(4 * _APART_S * fps + 1)
-        self._ranked: list[_Moment] = []
-
-    def offer(self, moment: _Moment) -> None:
-        bisect.insort(self._ranked, moment, key=lambda each: each.rank)
-        del self._ranked[self._limit :]
-
-    def choose(self) -> list[_Moment]:
-        """The most surprising ones, each 2 s or more from those before it."""
-        chosen: list[_Moment] = []
-        for moment in self._ranked:
-            same = [other for other in chosen if other.watched is moment.watched]
-            if all(abs(other.time_s - moment.time_s) >= _APART_S for other in same):
-                chosen.append(moment)
-        return chosen[:_MOMENTS]
+def _moments(watched: _Watched, tokens: Sequence[Bits]) -> list[_Moment]:
+    """A drive's most surprising frames, as many as are shown of all drives."""
+    ranked = sorted(np.flatnonzero(watched.counts).tolist(), key=lambda t: -watched.bits[t])
+    frames = frames_apart(ranked, watched.sampled.timestamps, _MOMENTS)
+    return [_Moment(watched=watched, frame=t, bits=tokens[t]) for t in frames]
 
 
 def _pictures(
-    world: WorldModel, watched: _Watched, candidates: _Candidates, bar: Progress
+    world: WorldModel, watched: _Watched, tokens: list[Bits], bar: Progress
 ) -> Iterator[Frame]:
-    """Yield the frames of a drive's video, and take note of their bits."""
+    """Yield the frames of a drive's video, and take note of their bits, in all and of `tokens`."""
     for t, (frame, bits) in enumerate(_judged_frames(world, watched.sampled)):
         watched.bits.append(float(bits.mean(dtype=np.float64)))
-        if watched.counts[t]:
-            candidates.offer(_Moment(watched=watched, frame=t, bits=bits))
+        tokens.append(bits)
         bar.advance(1)
         panel = _panel(world, watched, t, frame)
         height, width, _ = panel.shape
@@ -332,7 +306,7 @@ def _report(
         "settings": {
             "fps": world.fps,
             "context_frames": world.context_frames,
-            "moments_apart_s": _APART_S,
+            "moments_apart_s": APART_S,
             "colours_end_at_bits": _most(world),
             "precision": world.precisions,
         },

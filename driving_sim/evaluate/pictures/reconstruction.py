@@ -6,7 +6,7 @@ Axes: B frames of a batch, H W pixels, r c token rows and columns, K codes, U bl
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from driving_sim.data.drive import SampledDrive
 from driving_sim.engine.progress import progress
+from driving_sim.evaluate.footage import frames_apart
 from driving_sim.evaluate.pictures.flicker import flicker, flicker_shares
 from driving_sim.evaluate.pictures.quality import frame_measures
 from driving_sim.evaluate.report.cell import Cell
-from driving_sim.evaluate.report.intervals import block_frames, bootstrap, mean_of_sums, mean_sums
+from driving_sim.evaluate.report.intervals import block_frames, interval
 from driving_sim.evaluate.report.section import Media, Section, Table, photo
 from driving_sim.tokenizer.metrics import codebook_use
 from driving_sim.tokenizer.perceptual import PerceptualLoss
@@ -29,19 +30,17 @@ Frames = NDArray[np.uint8]
 
 _BATCH = 16
 _WORST = 6
-_APART_S = 2.0
-"""The worst frames shown are this far apart: neighbours fail alike."""
 _BITS_PER_PIXEL = 24
 _MEASURES = ("psnr_db", "ssim", "lpips")
 
 
-class _DriveMeter:
-    """Measures one drive, batch by batch."""
+class _Measured:
+    """What is measured of one drive, batch by batch."""
 
     def __init__(
         self, sampled: SampledDrive, tokenizer: Tokenizer, perceptual: PerceptualLoss | None
     ) -> None:
-        self.sampled, self.tokenizer = sampled, tokenizer
+        self.sampled, self.frames = sampled, len(sampled.indices)
         self.measures = frame_measures(perceptual)
         self.values = {name: np.zeros(0) for name in self.measures}
         self.flicker: Counter[str] = Counter()
@@ -49,12 +48,12 @@ class _DriveMeter:
         self.seconds = {"encode": 0.0, "decode": 0.0}
         self._last: list[tuple[Frames, NDArray[np.int64]]] = []
 
-    def add(self, batch: Frames) -> None:
+    def add(self, tokenizer: Tokenizer, batch: Frames) -> None:
         """Measure the drive's next frames, uint8 [B, H, W, 3]."""
         began = time.perf_counter()
-        tokens = self.tokenizer.encode(batch)
+        tokens = tokenizer.encode(batch)
         encoded = time.perf_counter()
-        rebuilt = self.tokenizer.decode(tokens)
+        rebuilt = tokenizer.decode(tokens)
         self.seconds["encode"] += encoded - began
         self.seconds["decode"] += time.perf_counter() - encoded
         self.counts += torch.bincount(tokens.flatten(), minlength=len(self.counts))
@@ -66,18 +65,6 @@ class _DriveMeter:
         frames, codes = (np.concatenate(parts) for parts in seen)
         self.flicker += flicker(codes, frames)
         self._last = [(batch[-1:], tokens[-1:].numpy())]
-
-    def beside(self, index: int) -> Media:
-        """Show a frame and its reconstruction."""
-        chosen = self.sampled.indices[[index]]
-        frames = self.sampled.drive.frames(chosen, self.tokenizer.frame_size)
-        rebuilt = self.tokenizer.decode(self.tokenizer.encode(frames)).numpy()
-        place = f"{self.sampled.drive.id} at {self.sampled.timestamps[index]:.1f} s"
-        return photo(
-            side_by_side([frames[0], rebuilt[0]], columns=2),
-            f"{place}: {self.values['psnr_db'][index]:.1f} dB. "
-            "Left: the frame. Right: reconstructed",
-        )
 
 
 def evaluate_tokenizer(
@@ -91,42 +78,35 @@ def evaluate_tokenizer(
     LPIPS (arXiv 1801.03924) needs `perceptual`. Means are over frames, their intervals over blocks
     of 3 s (Künsch 1989, 10.1214/aos/1176347265).
     """
-    meters = [_DriveMeter(each, tokenizer, perceptual) for each in drives]
-    with progress(sum(len(each.indices) for each in drives), "evaluate", "frames") as bar:
-        for meter in meters:
-            for batch in meter.sampled.batches(tokenizer.frame_size, _BATCH):
-                meter.add(batch)
+    measured = [_Measured(each, tokenizer, perceptual) for each in drives]
+    with progress(sum(each.frames for each in measured), "evaluate", "frames") as bar:
+        for each in measured:
+            for batch in each.sampled.batches(tokenizer.frame_size, _BATCH):
+                each.add(tokenizer, batch)
                 bar.advance(len(batch))
-    metrics = _metrics(tokenizer, meters)
-    return Section(
-        name="reconstruction",
-        title="Reconstruction",
-        text=_TEXT,
-        metrics=metrics,
-        parts=(
-            _overall(metrics),
-            _by_drive(metrics),
-            *(meters[drive].beside(index) for drive, index in _worst(meters)),
-        ),
-    )
+    metrics = _metrics(tokenizer, measured)
+    tables = _overall(metrics), _by_drive(metrics)
+    parts = (*tables, *_worst(tokenizer, measured))
+    return Section("reconstruction", "Reconstruction", _TEXT, metrics, parts)
 
 
-def _worst(meters: Sequence[_DriveMeter]) -> list[tuple[int, int]]:
-    """The drives and frames of the lowest PSNR, of one moment only the worst."""
-    ranked = sorted(
-        (value, drive, index)
-        for drive, meter in enumerate(meters)
-        for index, value in enumerate(meter.values["psnr_db"].tolist())
-    )
-    chosen: list[tuple[int, int]] = []
-    for _, drive, index in ranked:
-        times = meters[drive].sampled.timestamps
-        near = (n for other, n in chosen if other == drive)
-        if all(abs(times[index] - times[n]) >= _APART_S for n in near):
-            chosen.append((drive, index))
-        if len(chosen) == _WORST:
-            break
-    return chosen
+def _worst(tokenizer: Tokenizer, measured: Sequence[_Measured]) -> Iterator[Media]:
+    """The frames of the lowest PSNR, of one moment only the worst, and their reconstructions."""
+    ranked = []
+    for number, each in enumerate(measured):
+        values = each.values["psnr_db"]
+        order = np.argsort(values, kind="stable").tolist()
+        worst = frames_apart(order, each.sampled.timestamps, _WORST)
+        ranked += [(values[index], number, index) for index in worst]
+    for value, number, index in sorted(ranked)[:_WORST]:
+        sampled = measured[number].sampled
+        frames = sampled.drive.frames(sampled.indices[[index]], tokenizer.frame_size)
+        rebuilt = tokenizer.decode(tokenizer.encode(frames)).numpy()
+        place = f"{sampled.drive.id} at {sampled.timestamps[index]:.1f} s"
+        yield photo(
+            side_by_side([frames[0], rebuilt[0]], columns=2),
+            f"{place}: {value:.1f} dB. Left: the frame. Right: reconstructed",
+        )
 
 
 _TEXT = """Every frame is encoded, decoded and compared on 8-bit pixels. PSNR is averaged over
@@ -138,36 +118,38 @@ token changes all the same. Bits per frame: tokens times the bits of a code; the
 is that of 24-bit pixels. The frames shown are those of the lowest PSNR that lie 2 s apart."""
 
 
-def _metrics(tokenizer: Tokenizer, meters: Sequence[_DriveMeter]) -> dict[str, Any]:
-    frames = sum(len(meter.sampled.indices) for meter in meters)
+def _metrics(tokenizer: Tokenizer, measured: Sequence[_Measured]) -> dict[str, Any]:
+    frames = sum(each.frames for each in measured)
     bits = tokenizer.rows * tokenizer.cols * math.log2(tokenizer.codebook_size)
     # Neighbouring frames are alike and no units of their own: blocks of them are.
-    blocks = [
-        np.arange(len(meter.sampled.indices)) // block_frames(meter.sampled.fps) for meter in meters
-    ]
-    means = {}
-    for name in meters[0].measures:
-        sums = [mean_sums(m.values[name], block) for m, block in zip(meters, blocks, strict=True)]
-        means[name] = bootstrap(np.concatenate(sums), mean_of_sums)
+    blocks = np.concatenate(
+        [
+            frames * number + np.arange(each.frames) // block_frames(each.sampled.fps)
+            for number, each in enumerate(measured)
+        ]
+    )
     return {
         "frames": frames,
-        **means,
-        "codebook": codebook_use(torch.stack([meter.counts for meter in meters]).sum(0)),
-        "flicker": flicker_shares(sum((meter.flicker for meter in meters), Counter())),
+        **{
+            name: interval(np.concatenate([each.values[name] for each in measured]), blocks)
+            for name in measured[0].measures
+        },
+        "codebook": codebook_use(torch.stack([each.counts for each in measured]).sum(0)),
+        "flicker": flicker_shares(sum((each.flicker for each in measured), Counter())),
         "bits_per_frame": bits,
         "compression_factor": tokenizer.height * tokenizer.width * _BITS_PER_PIXEL / bits,
         "frames_per_second": {
-            name: frames / sum(meter.seconds[name] for meter in meters)
+            name: frames / sum(each.seconds[name] for each in measured)
             for name in ("encode", "decode")
         },
         "drives": {
-            meter.sampled.drive.id: {
-                "frames": len(meter.sampled.indices),
-                **{name: float(values.mean()) for name, values in meter.values.items()},
-                "codebook": codebook_use(meter.counts),
-                "flicker": flicker_shares(meter.flicker)["flicker"],
+            each.sampled.drive.id: {
+                "frames": each.frames,
+                **{name: float(values.mean()) for name, values in each.values.items()},
+                "codebook": codebook_use(each.counts),
+                "flicker": flicker_shares(each.flicker)["flicker"],
             }
-            for meter in meters
+            for each in measured
         },
     }
 

@@ -10,19 +10,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from driving_sim.data.drive import SampledDrive
 from driving_sim.data.sources import find_drives
 from driving_sim.data.tokens.store import TokenStore
 from driving_sim.data.video.writer import write_video
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.evaluate.likelihood import surprise as module
-from driving_sim.evaluate.likelihood.surprise import (
-    _Candidates,
-    _file_names,
-    _Moment,
-    _Watched,
-    find_surprises,
-)
+from driving_sim.evaluate.likelihood.surprise import _file_names, find_surprises
 from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.panels import contact_sheet, draw_panel
@@ -146,24 +139,30 @@ def test_drives_are_ranked_by_what_their_frames_cost(copying: WorldModel, tmp_pa
         assert all(name != other or abs(time_s - at) >= 2 for other, at in frames[:n])
 
 
-def test_few_candidates_give_the_moments_of_all_frames() -> None:
-    rng, count = np.random.default_rng(0), 2000
-    bits = np.cumsum(rng.normal(size=count))  # neighbours alike, as in drives
-    sampled = SampledDrive.__new__(SampledDrive)
-    object.__setattr__(sampled, "timestamps", np.arange(count) / FPS / 1.2)
-    object.__setattr__(sampled, "segments", [(0, count)])
-    watched = _Watched(0, sampled, 1, "")
-    watched.bits = bits.tolist()
-    candidates, all_frames = _Candidates(FPS), []
-    for t in range(count):
-        all_frames.append(_Moment(watched=watched, frame=t, bits=np.zeros((1, 1), np.float32)))
-        candidates.offer(all_frames[-1])
-    expected: list[_Moment] = []
-    for moment in sorted(all_frames, key=lambda each: -each.mean):
-        if all(abs(moment.time_s - other.time_s) >= 2 for other in expected):
-            expected.append(moment)
-    assert candidates.choose() == expected[:6]
-    assert len(candidates._ranked) < count / 4
+def test_the_moments_of_each_drive_give_those_of_all(
+    copying: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedily, of all drives' frames together: each 2 s or more from those before it."""
+    monkeypatch.setattr(module, "_MOMENTS", 3)
+    rng = np.random.default_rng(0)
+    for name in "abc":
+        changes = {int(t): [(int(t) % ROWS, 0), (1, 1)] for t in rng.integers(4, 40, 6)}
+        write_changes(tmp_path / "videos" / f"{name}.mp4", 40, changes)
+    report = run(copying, tmp_path / "videos")
+    frames = [
+        (-bits, name, time_s)
+        for name, drive in report["drives"].items()
+        for bits, time_s, counted in zip(
+            *(drive["per_frame"][k] for k in ("bits_per_token", "time_s", "counted")), strict=True
+        )
+        if counted
+    ]
+    expected: list[tuple[str, float]] = []
+    for _, name, time_s in sorted(frames):
+        if all(name != other or abs(time_s - at) >= 2 for other, at in expected):
+            expected.append((name, time_s))
+    found = [(each["drive"], each["time_s"]) for each in report["moments"]]
+    assert found == expected[:3]
 
 
 def test_the_folder_holds_everything(copying: WorldModel, tmp_path: Path) -> None:
