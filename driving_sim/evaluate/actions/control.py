@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,9 @@ MOVING_MPS = 2.0
 """Counterfactual futures start at this speed or more: a car that stands does not show steering."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ControlTrial:
-    """Two futures of one start: full left and full right."""
-
-    start_s: float
-    left_motion: float
-    """Mean image motion in picture widths a frame, positive where the car turns left."""
-    right_motion: float
-
-    @property
-    def obeyed(self) -> bool:
-        """Whether left turned left and right turned right."""
-        return self.left_motion > 0 > self.right_motion
+def obeyed(left_motion: float, right_motion: float) -> bool:
+    """Whether left turned left and right turned right: image motion is positive to the left."""
+    return left_motion > 0 > right_motion
 
 
 def measure_control(
@@ -72,7 +62,7 @@ def measure_control(
     shown = (frames - 1) // 2, frames - 1  # of each future, in the picture: half-way and the end
     half, end = (f"after {(n + 1) / world.fps:.1f} s" for n in shown)
     headings = [f"left {end}", f"left {half}", "start", f"right {half}", f"right {end}"]
-    trials: dict[str, list[ControlTrial]] = {drive.id: [] for drive in drives}
+    trials: dict[str, list[dict[str, float]]] = {drive.id: [] for drive in drives}
     rows: list[tuple[str, list[Frame]]] = []
     with progress(starts, "left and right", "starts") as bar:
         for number in range(starts):
@@ -81,26 +71,28 @@ def measure_control(
             times = _times_to_start(world, drive)
             start_s = float(times[int(share * len(times))])
             start, *futures = _steer_both_ways(world, drive, start_s, frames, sampling)
-            to_left, to_right = (
+            # Mean image motion in picture widths a frame, positive where the car turns left.
+            left, right = (
                 float(yaw_motion(np.stack([start, *future])).mean()) for future in futures
             )
-            trial = ControlTrial(start_s=start_s, left_motion=to_left, right_motion=to_right)
+            trial = {"start_s": start_s, "left_motion": left, "right_motion": right}
             trials[drive.id].append(trial)
-            left, right = ([future[n] for n in shown] for future in futures)
-            rows.append((f"{drive.id} at {start_s:.1f} s", [*left[::-1], start, *right]))
+            to_left, to_right = ([future[n] for n in shown] for future in futures)
+            rows.append((f"{drive.id} at {start_s:.1f} s", [*to_left[::-1], start, *to_right]))
             bar.advance(1)
     if sheet is not None:
         with atomic_file(sheet) as temporary:
             Image.fromarray(contact_sheet(rows, headings)).save(temporary)
-    every = [trial for each in trials.values() for trial in each]
+    every = (trial for each in trials.values() for trial in each)
+    motions = [(trial["left_motion"], trial["right_motion"]) for trial in every]
     return {
         "starts": starts,
         "seconds": seconds,
         "steering": world.statistics.steering_p99,
-        "obeyed": sum(trial.obeyed for trial in every),
-        "mean_left_minus_right": float(np.mean([t.left_motion - t.right_motion for t in every])),
+        "obeyed": sum(obeyed(*motion) for motion in motions),
+        "mean_left_minus_right": float(np.mean([left - right for left, right in motions])),
         "sampling": asdict(sampling),
-        "trials": {name: [asdict(trial) for trial in each] for name, each in trials.items()},
+        "trials": trials,
         "fingerprint": world.fingerprint,
         "precision": world.precisions,
     }

@@ -12,7 +12,7 @@ from driving_sim.data.sources import find_drives
 from driving_sim.data.synthetic.world import SyntheticConfig
 from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.evaluate.actions.control import ControlTrial, measure_control
+from driving_sim.evaluate.actions.control import measure_control, obeyed
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.sampling.sampler import FrameSample, Sampling
 from driving_sim.world_model.transformer import Transformer
@@ -50,7 +50,7 @@ def test_control_judges_both_ways_from_every_start(
 
 
 @pytest.mark.parametrize(
-    ("left", "right", "obeyed"),
+    ("left", "right", "expected"),
     [
         (0.02, -0.01, True),
         (-0.02, 0.01, False),
@@ -62,15 +62,14 @@ def test_control_judges_both_ways_from_every_start(
     ],
 )
 def test_a_trial_is_obeyed_where_left_turns_left_and_right_turns_right(
-    left: float, right: float, obeyed: bool
+    left: float, right: float, expected: bool
 ) -> None:
-    trial = ControlTrial(start_s=1.0, left_motion=left, right_motion=right)
-    assert trial.obeyed is obeyed
+    assert obeyed(left, right) is expected
 
 
-@pytest.mark.parametrize(("turns", "obeyed"), [(1, 2), (0, 0), (-1, 0)])
+@pytest.mark.parametrize(("turns", "count"), [(1, 2), (0, 0), (-1, 0)])
 def test_control_tells_obedience_from_its_opposite(
-    world: WorldModel, videos: Path, monkeypatch: pytest.MonkeyPatch, turns: int, obeyed: int
+    world: WorldModel, videos: Path, monkeypatch: pytest.MonkeyPatch, turns: int, count: int
 ) -> None:
     """Where the car turns left (steering is left positive), the scene moves right."""
     scene = smooth_noise(np.random.default_rng(0), 48, 64)[..., None].repeat(3, axis=-1)
@@ -94,7 +93,7 @@ def test_control_tells_obedience_from_its_opposite(
     monkeypatch.setattr(world.tokenizer, "decode", decode)
     drives = find_drives([videos]).drives
     found = measure_control(world, drives, starts=2, seconds=2, sampling=Sampling())
-    assert found["obeyed"] == obeyed
+    assert found["obeyed"] == count
     assert np.sign(found["mean_left_minus_right"]) == turns
 
 
