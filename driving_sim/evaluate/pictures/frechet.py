@@ -12,8 +12,6 @@ def frechet_distance(features: NDArray[np.floating], others: NDArray[np.floating
     (Unterthiner et al. 2018, arXiv 1812.01717) have it. Sets of any size from two up will do, but
     small ones are biased upward: compare distances only between sets of the same sizes.
     """
-    if features.shape[1:] != others.shape[1:]:
-        raise ValueError(f"features of shape {features.shape} and {others.shape}: d must be equal")
     mean, root = _gaussian(features)
     other_mean, other_root = _gaussian(others)
     # With S = R^T R the trace is the least |R - U R'|^2 over rotations U, and the best U is the
@@ -26,8 +24,6 @@ def frechet_distance(features: NDArray[np.floating], others: NDArray[np.floating
 
 def _gaussian(features: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean [d] of features [n, d], and a root R [d, d] of their covariance R^T R."""
-    if features.ndim != 2 or len(features) < 2 or not np.isfinite(features).all():
-        raise ValueError(f"expected finite features [n >= 2, d], found shape {features.shape}")
     exact = features.astype(np.float64)
     mean = exact.mean(axis=0)
     rows = np.linalg.qr((exact - mean) / np.sqrt(len(exact) - 1), mode="r")

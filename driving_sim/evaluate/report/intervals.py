@@ -23,9 +23,7 @@ def interval(values: ArrayLike, units: ArrayLike | None = None) -> dict[str, flo
     return bootstrap(mean_sums(values, units), mean_of_sums)
 
 
-def bootstrap(
-    sums: ArrayLike, statistic: Callable[[Values], Values], *, seed: int = 0
-) -> dict[str, float | None]:
+def bootstrap(sums: ArrayLike, statistic: Callable[[Values], Values]) -> dict[str, float | None]:
     """A statistic of units' sums and its 95 % percentile interval over resampled units.
 
     Efron 1979, https://doi.org/10.1214/aos/1176344552. `sums` [U, S] are each unit's; one whose
@@ -35,26 +33,16 @@ def bootstrap(
     itself.
     """
     each = np.asarray(sums, np.float64)
-    if each.ndim != 2 or not len(each):
-        raise ValueError(f"sums of shape {list(each.shape)}: must be [units, sums], of one or more")
-    found: dict[str, float | None] = dict.fromkeys(("mean", "low", "high"))
     each = each[each.any(axis=1)]
-    whole = float(statistic(each.sum(axis=0)))
-    if np.isnan(whole):
-        return found
-    found["mean"] = whole
-    if len(each) > 1:
-        values = statistic(_resampled(each, np.random.default_rng(seed)))
-        low, high = np.nanquantile(values, [0.025, 0.975])
-        found |= {"low": float(low), "high": float(high)}
-    return found
-
-
-def _resampled(sums: Values, rng: np.random.Generator) -> Values:
-    """Sums [RESAMPLES, S] over as many units as there are, drawn with replacement."""
-    units = len(sums)
-    # One at a time: all at once would take thousands of times the memory of the units.
-    return np.stack([sums[rng.integers(units, size=units)].sum(axis=0) for _ in range(RESAMPLES)])
+    units, rng = len(each), np.random.default_rng(0)
+    mean, low, high = float(statistic(each.sum(axis=0))), None, None
+    if np.isnan(mean):
+        return {"mean": None, "low": None, "high": None}
+    if units > 1:
+        # One at a time: all at once would take thousands of times the memory of the units.
+        resampled = (each[rng.integers(units, size=units)].sum(axis=0) for _ in range(RESAMPLES))
+        low, high = np.nanquantile(statistic(np.stack([*resampled])), [0.025, 0.975]).tolist()
+    return {"mean": mean, "low": low, "high": high}
 
 
 def mean_of_sums(sums: Values) -> Values:
@@ -77,10 +65,8 @@ def mean_sums(values: ArrayLike, units: ArrayLike | None = None) -> NDArray[np.f
 
 def unit_sums(units: ArrayLike, values: ArrayLike) -> NDArray[np.float64]:
     """Sum `values` [n, S] over those of a unit, [U, S]; `units` [n] are labels in any order."""
-    labels, terms = np.asarray(units), np.asarray(values, np.float64)
-    if labels.ndim != 1 or len(labels) != len(terms):
-        raise ValueError(f"{labels.shape} labels for values of shape {terms.shape}: one for each")
-    found, place = np.unique(labels, return_inverse=True)
+    terms = np.asarray(values, np.float64)
+    found, place = np.unique(np.asarray(units), return_inverse=True)
     sums = np.zeros((len(found), *terms.shape[1:]))
     np.add.at(sums, place, terms)
     return sums

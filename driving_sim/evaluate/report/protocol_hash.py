@@ -23,7 +23,7 @@ _SHOWN_CHARACTERS = 24
 class Protocol:
     """Everything that decides what is measured, and nothing of which model it is measured on.
 
-    Raises ValueError for content that is not JSON; NaN and infinities are not.
+    Raises ValueError or TypeError for content that is not JSON; NaN and infinities are not.
     """
 
     content: Mapping[str, Any]
@@ -52,7 +52,7 @@ class Protocol:
         try:
             protocol = cls(content=content)
         except ValueError as error:
-            raise DriveSimError(f"{path}: {error}; evaluate again") from error
+            raise DriveSimError(f"{path}: not JSON: {error}; evaluate again") from error
         if protocol.hash != written.get("hash"):
             raise DriveSimError(
                 f"{path}: its content does not fit its hash, so it was changed after the "
@@ -75,10 +75,7 @@ class Protocol:
 
 
 def _canonical(value: Any, *, sort: bool = True) -> str:
-    try:
-        return json.dumps(value, sort_keys=sort, separators=(",", ":"), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"protocol: not JSON: {error}") from error
+    return json.dumps(value, sort_keys=sort, separators=(",", ":"), allow_nan=False)
 
 
 def _differences(one: Any, other: Any, path: str) -> Iterator[str]:

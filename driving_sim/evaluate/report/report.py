@@ -16,7 +16,7 @@ import numpy as np
 from driving_sim.engine.config import load_json, save_json
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_folder
-from driving_sim.evaluate.report.cell import Cell, cell_texts, is_estimate
+from driving_sim.evaluate.report.cell import Cell, cell_texts
 from driving_sim.evaluate.report.page import Tile, render, write_page
 from driving_sim.evaluate.report.protocol_hash import Protocol
 from driving_sim.evaluate.report.section import Section
@@ -92,22 +92,20 @@ def write_report(
     left out. `attachments` are further files by their names.
     """
     refuse_existing(out)
-    measured: dict[str, Any] = {}
-    for section in sections:
-        if section.name in _NOT_SECTIONS | measured.keys() or not section.name.isidentifier():
-            raise ValueError(f"section {section.name!r}: expected an identifier not used yet")
-        measured[section.name] = _json(section.metrics)
-    headline = [figure for figure in headline if _at(measured, figure.metric)]
+    measured = {section.name: _json(section.metrics) for section in sections}
     tiles: list[Tile] = []
+    places: dict[str, str] = {}
     for figure in headline:
-        (value,) = _at(measured, figure.metric)
-        found = {label: _at(measured, place) for label, place in figure.beside.items()}
-        tiles.append((figure.label, value, {label: at[0] for label, at in found.items() if at}))
+        if value := _at(measured, figure.metric):
+            found = {label: _at(measured, place) for label, place in figure.beside.items()}
+            beside = {label: cell for label, cells in found.items() for cell in cells}
+            tiles.append((figure.label, value[0], beside))
+            places[figure.label] = figure.metric
     metrics = {
         "protocol": protocol.hash,
         "model": _json(model),
         "seconds": seconds,
-        "headline": {figure.label: figure.metric for figure in headline},
+        "headline": places,
         **measured,
     }
     page = render(
@@ -134,8 +132,6 @@ def _at(metrics: Mapping[str, Any], place: str) -> list[Cell]:
         if not isinstance(value, Mapping) or name not in value:
             return []
         value = value[name]
-    if isinstance(value, list) or (isinstance(value, Mapping) and not is_estimate(value)):
-        raise ValueError(f"headline: {place} is not one number")
     return [value]
 
 

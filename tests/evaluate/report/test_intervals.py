@@ -32,13 +32,9 @@ def test_interval_holds_the_truth_as_often_as_it_says() -> None:
 
 
 def test_of_nothing_there_is_no_mean_and_of_one_unit_no_interval() -> None:
-    with pytest.raises(ValueError, match="of one or more"):
-        interval([])
     assert interval([2.0]) == {"mean": 2.0, "low": None, "high": None}
     nothing = {"mean": None, "low": None, "high": None}
     assert bootstrap([[0.0, 0.0], [0.0, 0.0]], mean_of_sums) == nothing
-    with pytest.raises(ValueError, match=r"sums of shape \[3\]"):
-        bootstrap([1.0, 2.0, 3.0], mean_of_sums)
 
 
 def test_a_mean_of_sums_is_weighted_by_their_counts() -> None:
@@ -74,8 +70,6 @@ def test_what_belongs_to_one_unit_is_resampled_together() -> None:
 def test_unit_sums() -> None:
     found = unit_sums(["b", "a", "b"], [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     assert found.tolist() == [[3.0, 4.0], [6.0, 8.0]]
-    with pytest.raises(ValueError, match="one for each"):
-        unit_sums([1, 2], [[1.0]])
 
 
 def test_a_block_is_three_seconds_or_the_window() -> None:
