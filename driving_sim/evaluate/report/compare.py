@@ -46,18 +46,16 @@ def compare_reports(a: Path, b: Path, out: Path) -> str:
         )
     headline = reports[0].metrics.get("headline", {})
     figures = {label: pairs[place] for label, place in headline.items() if place in pairs}
-    key_figures = Section(
-        name="key-figures",
-        title="Key figures",
-        text="\n\n".join(notes),
-        metrics={},
-        parts=(_table("Key figures", figures),) if figures else (),
-    )
-    names = dict.fromkeys(place.partition(".")[0] for place in pairs)
+    parts = (Table("Key figures", _COLUMNS, _rows(figures)),) if figures else ()
+    sections = [Section("key-figures", "Key figures", "\n\n".join(notes), {}, parts)]
+    by_section: dict[str, Pairs] = {}
+    for place, pair in pairs.items():
+        name, _, below = place.partition(".")
+        by_section.setdefault(name, {})[below] = pair
     page = render(
         title="Two reports compared",
         description=dict(zip("AB", map(_described, reports), strict=True)),
-        sections=[key_figures, *(_section(name, pairs) for name in names)],
+        sections=[*sections, *(_section(*each) for each in by_section.items())],
         protocol=reports[0].protocol,
     )
     with atomic_file(out) as temporary:
@@ -122,27 +120,11 @@ def _is_curve(value: object) -> TypeGuard[list[float | None]]:
 
 
 def _section(name: str, pairs: Pairs) -> Section:
-    own = {
-        place.partition(".")[2]: pair
-        for place, pair in pairs.items()
-        if place.partition(".")[0] == name
-    }
-    curves = {place: pair for place, pair in own.items() if any(map(_is_curve, pair))}
-    numbers = {place: pair for place, pair in own.items() if place not in curves}
-    return Section(
-        name=name,
-        title=name.replace("_", " ").capitalize(),
-        text="",
-        metrics={},
-        parts=(
-            *([_table("Every number", numbers)] if numbers else []),
-            *(_draw(place, pair) for place, pair in curves.items()),
-        ),
-    )
-
-
-def _table(caption: str, pairs: Pairs) -> Table:
-    return Table(caption, _COLUMNS, _rows(pairs))
+    curves = {place: pair for place, pair in pairs.items() if any(map(_is_curve, pair))}
+    numbers = {place: pair for place, pair in pairs.items() if place not in curves}
+    table = [Table("Every number", _COLUMNS, _rows(numbers))] if numbers else []
+    drawn = [_draw(place, pair) for place, pair in curves.items()]
+    return Section(name, name.replace("_", " ").capitalize(), "", {}, (*table, *drawn))
 
 
 def _text(pairs: Pairs) -> str:
