@@ -83,13 +83,8 @@ def evaluate_action_information(
         metrics[f"gain_over_{over}_bits_per_frame"] = found
         rows += [(f"{name}, over {over}", gain) for name, gain in found.items()]
     caption = "Gain of the true actions; in brackets the 95 % interval"
-    return Section(
-        name="action_information",
-        title="What the actions are worth",
-        text=_TEXT,
-        metrics=metrics,
-        parts=(Table(caption, ("actions", "bits per frame"), rows),),
-    )
+    table = Table(caption, ("actions", "bits per frame"), rows)
+    return Section("action_information", "What the actions are worth", _TEXT, metrics, (table,))
 
 
 def _runs(heldout: TokenStore, block: int) -> list[tuple[DriveTokens, int, int]]:

@@ -88,13 +88,8 @@ def evaluate_likelihood(
         **_by_position(world, heldout.drives, block),
         "calibration": calibration.metrics(),
     }
-    return Section(
-        name="likelihood",
-        title="Likelihood of held-out drives",
-        text=_TEXT,
-        metrics=metrics,
-        parts=(_table(metrics), _plot(metrics)),
-    )
+    parts = _table(metrics), _plot(metrics)
+    return Section("likelihood", "Likelihood of held-out drives", _TEXT, metrics, parts)
 
 
 _TEXT = """How many bits each token of the held-out drives costs under the model, with a full window
@@ -211,16 +206,10 @@ def _streamed_share(
         streamed = streamed_bits_per_token(
             world.transformer, drives, first=2 * frames, stop=4 * frames, advance=bar.advance
         )
-    _, kept, judged = np.intersect1d(
-        _places(streamed), _places(recomputed), assume_unique=True, return_indices=True
-    )
+    # A number for each frame, in the drives' order.
+    places, others = (judged.drive << 32 | judged.frame for judged in (streamed, recomputed))
+    _, kept, judged = np.intersect1d(places, others, assume_unique=True, return_indices=True)
     if not len(kept):
         return None
-    bits = np.stack([streamed.bits[kept], recomputed.bits[judged]], axis=1)
-    in_cache, alone = bits.mean(axis=0)
+    in_cache, alone = np.stack([streamed.bits[kept], recomputed.bits[judged]], axis=1).mean(axis=0)
     return float(in_cache / alone)
-
-
-def _places(judged: FrameBits) -> NDArray[np.int64]:
-    """A number for each frame, in the drives' order."""
-    return judged.drive << 32 | judged.frame
