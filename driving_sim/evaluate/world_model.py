@@ -176,6 +176,7 @@ def evaluate_world_model(
     return sections, _protocol(world, evidence, clips, starts, config)
 
 
+_SOURCES = {"recorded": "recorded", "without actions": "action_free"}
 HEADLINE = (
     KeyFigure(
         "bits per token",
@@ -192,18 +193,12 @@ HEADLINE = (
     KeyFigure(
         "steering sign accuracy",
         "fidelity.steering.model.sign_accuracy",
-        {
-            "recorded": "fidelity.steering.recorded.sign_accuracy",
-            "without actions": "fidelity.steering.action_free.sign_accuracy",
-        },
+        {name: f"fidelity.steering.{source}.sign_accuracy" for name, source in _SOURCES.items()},
     ),
     KeyFigure(
         "steering, commanded against realised: correlation",
         "fidelity.steering.model.correlation",
-        {
-            "recorded": "fidelity.steering.recorded.correlation",
-            "without actions": "fidelity.steering.action_free.correlation",
-        },
+        {name: f"fidelity.steering.{source}.correlation" for name, source in _SOURCES.items()},
     ),
     KeyFigure(
         "PSNR over the horizon, dB",

@@ -180,17 +180,33 @@ class InverseDynamics:
         clips' root mean square. None is what cannot be told from these clips.
         """
         samples = _Samples.of(clips)
-        estimated = self._network.predict(samples.turns, samples.motion, samples.stacks)
+        estimates = self._network.predict(samples.turns, samples.motion, samples.stacks)
         curve = 0.5 * float(self._network.scale[STEERING]) if curve is None else curve
         found: dict[str, dict[str, float | None]] = {}
         for name, channel in CHANNELS.items():
-            known = samples.known[:, channel].numpy() & ~np.isnan(estimated[:, channel])
-            found[name] = _errors(
-                estimated[known, channel],
-                samples.actions[known, channel].numpy().astype(np.float64),
-                constant=float(self._network.mean[channel]),
-                curve=curve if channel == STEERING else None,
-            )
+            known = samples.known[:, channel].numpy() & ~np.isnan(estimates[:, channel])
+            estimated = estimates[known, channel]
+            truth = samples.actions[known, channel].numpy().astype(np.float64)
+            count = len(truth)
+            if not count:  # computed of a single unknown, so that the names stand here alone
+                estimated, truth = np.full((2, 1), np.nan)
+            squares, off = np.square(estimated - truth), truth - float(self._network.mean[channel])
+            spread = float(np.square(truth - truth.mean()).sum())
+            varies, moves = float(np.ptp(truth)) > 0, float(np.ptp(estimated)) > 0
+            both_vary, has_sign = varies and moves, channel == STEERING
+            errors = {
+                "transitions": count,
+                "mean_absolute_error": float(np.abs(estimated - truth).mean()),
+                "constant_mean_absolute_error": float(np.abs(off).mean()),
+                "rmse": float(np.sqrt(squares.mean())),
+                "constant_rmse": float(np.sqrt(np.square(off).mean())),
+                "r_squared": 1 - float(squares.sum()) / spread if varies else None,
+                "correlation": float(np.corrcoef(estimated, truth)[0, 1]) if both_vary else None,
+                "sign_accuracy": (
+                    balanced_sign_accuracy(truth, estimated, curve) if has_sign else None
+                ),
+            }
+            found[name] = errors if count else dict.fromkeys(errors)
         return found
 
 
@@ -359,32 +375,3 @@ def _stacks(segments: Sequence[tuple[int, int]]) -> tuple[NDArray[np.int64], NDA
         for frames, (begin, stop) in zip(places, segments, strict=True)
     ]
     return np.concatenate(places), np.concatenate(around)
-
-
-def _errors(
-    estimated: NDArray[np.float32],
-    truth: NDArray[np.float64],
-    *,
-    constant: float,
-    curve: float | None,
-) -> dict[str, float | None]:
-    """Errors of estimates [M] of one channel, and those of a constant."""
-    count = len(truth)
-    if not count:  # computed of a single unknown, so that the names stand here alone
-        estimated, truth = np.full((2, 1), np.nan)
-    squares, off = np.square(estimated - truth), truth - constant
-    spread = float(np.square(truth - truth.mean()).sum())
-    varies, moves = float(np.ptp(truth)) > 0, float(np.ptp(estimated)) > 0
-    errors = {
-        "transitions": count,
-        "mean_absolute_error": float(np.abs(estimated - truth).mean()),
-        "constant_mean_absolute_error": float(np.abs(off).mean()),
-        "rmse": float(np.sqrt(squares.mean())),
-        "constant_rmse": float(np.sqrt(np.square(off).mean())),
-        "r_squared": 1 - float(squares.sum()) / spread if varies else None,
-        "correlation": float(np.corrcoef(estimated, truth)[0, 1]) if varies and moves else None,
-        "sign_accuracy": (
-            None if curve is None else balanced_sign_accuracy(truth, estimated, curve)
-        ),
-    }
-    return errors if count else dict.fromkeys(errors)

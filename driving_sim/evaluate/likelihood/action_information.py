@@ -3,6 +3,7 @@
 Axes: N frames of a run without a gap, V variants of its actions, U blocks of frames.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,9 +47,7 @@ def evaluate_action_information(
     known = _known_channels(heldout.drives)
     runs = _runs(heldout, block)
     rng = np.random.default_rng(seed)
-    gains: dict[str, dict[str, list[Values]]] = {
-        over: {name: [] for name in known} for over in ("shuffled", "null")
-    }
+    sums: dict[tuple[str, str], list[Values]] = defaultdict(list)
     variants = 1 + len(known) * (shuffles + 1)
     with progress(len(runs) * variants, "shuffle actions", "runs") as bar:
         for drive, begin, stop in runs:
@@ -66,19 +65,19 @@ def evaluate_action_information(
             for name, own in zip(known, others, strict=True):
                 for over, chosen in (("shuffled", own[:-1]), ("null", own[-1:])):
                     gain = chosen.mean(axis=0) - true[0]
-                    gains[over][name].append(mean_sums(gain[frames], frames // block))
+                    sums[over, name].append(mean_sums(gain[frames], frames // block))
     per_frame = world.tokenizer.rows * world.tokenizer.cols
     metrics: dict[str, Any] = {
         "per_tokenizer": True,
         "shuffles": shuffles,
         "block_frames": block,
-        "blocks": sum(map(len, next(iter(gains["null"].values())))),
+        "blocks": sum(map(len, next(iter(sums.values())))),
     }
     rows: list[tuple[str, Cell]] = []
-    for over, by_channel in gains.items():
+    for over in ("shuffled", "null"):
         found = dict.fromkeys(_CHANNELS) | {
-            name: bootstrap(np.concatenate(sums) * [per_frame, 1], mean_of_sums)
-            for name, sums in by_channel.items()
+            name: bootstrap(np.concatenate(sums[over, name]) * [per_frame, 1], mean_of_sums)
+            for name in known
         }
         metrics[f"gain_over_{over}_bits_per_frame"] = found
         rows += [(f"{name}, over {over}", gain) for name, gain in found.items()]

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
@@ -244,7 +243,18 @@ def _draw_curves(path: Path, watched: Sequence[_Watched], moments: Sequence[_Mom
     figure = Figure(figsize=(12, 1.2 + 1.8 * len(shown)), layout="constrained")
     rows = figure.subplots(len(shown), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, each in zip(rows, shown, strict=True):
-        _draw_curve(axes, each)
+        gaps = [start for start, _ in each.sampled.segments[1:]]
+        bits = np.array(each.bits)
+        for values, colour in ((bits, _PALE), (np.where(each.full, bits, np.nan), _LINE)):
+            # The line is broken where the video is.
+            times, broken = (np.insert(x, gaps, np.nan) for x in (each.sampled.timestamps, values))
+            axes.plot(times, broken, color=colour, linewidth=1)
+        axes.axhline(each.mean, color=_LINE, linewidth=0.8, linestyle=":")
+        # A dollar sign in a file name is no formula.
+        title = f"{each.id}: {each.mean:.2f} bits{_SHORT if each.short else ''}"
+        axes.set_title(title, loc="left", fontsize=10, parse_math=False)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
         for number, moment in enumerate(moments, 1):
             if moment.watched is each:
                 place = moment.time_s, moment.mean
@@ -256,21 +266,6 @@ def _draw_curves(path: Path, watched: Sequence[_Watched], moments: Sequence[_Mom
     rows[-1].set_xlabel("time in s")
     figure.suptitle("Surprise in bits per token (pale: less context than the model's window)")
     figure.savefig(path, dpi=100)
-
-
-def _draw_curve(axes: Axes, watched: _Watched) -> None:
-    gaps = [start for start, _ in watched.sampled.segments[1:]]
-    bits = np.array(watched.bits)
-    for values, colour in ((bits, _PALE), (np.where(watched.full, bits, np.nan), _LINE)):
-        # The line is broken where the video is.
-        times, broken = (np.insert(x, gaps, np.nan) for x in (watched.sampled.timestamps, values))
-        axes.plot(times, broken, color=colour, linewidth=1)
-    axes.axhline(watched.mean, color=_LINE, linewidth=0.8, linestyle=":")
-    # A dollar sign in a file name is no formula.
-    title = f"{watched.id}: {watched.mean:.2f} bits{_SHORT if watched.short else ''}"
-    axes.set_title(title, loc="left", fontsize=10, parse_math=False)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _ranked(watched: Sequence[_Watched]) -> list[_Watched]:
