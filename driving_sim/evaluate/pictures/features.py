@@ -19,9 +19,6 @@ from torch import Tensor
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import one_line
 
-WITHOUT_I3D = "leave out `i3d`"
-"""What chooses the built-in features."""
-
 I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
 """Checksum of the one I3D file that is loaded. TorchScript is a program: of its pickles no Python
 object is made, but its operators can write files (`aten::save`, `aten::from_file`), and what it
@@ -46,10 +43,7 @@ class VideoFeatures(Protocol):
     """Length of the shortest clip that has features."""
 
     def __call__(self, videos: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return features [n, d] of clips uint8 RGB [n, T, H, W, 3].
-
-        Raises DriveSimError where T is less than `least_frames`.
-        """
+        """Return features [n, d] of clips uint8 RGB [n, T, H, W, 3], T at least `least_frames`."""
 
 
 class I3DFeatures:
@@ -69,8 +63,7 @@ class I3DFeatures:
     @torch.inference_mode()
     def __call__(self, videos: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See `VideoFeatures`."""
-        clips = _clips(videos, self.least_frames, f", or {WITHOUT_I3D}")
-        return np.asarray(self._model(clips, **_I3D_FLAGS).float())
+        return np.asarray(self._model(_clips(videos), **_I3D_FLAGS).float())
 
 
 class SeededFeatures:
@@ -97,7 +90,7 @@ class SeededFeatures:
     @torch.inference_mode()
     def __call__(self, videos: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See `VideoFeatures`."""
-        clips = _clips(videos, self.least_frames)
+        clips = _clips(videos)
         # To the network's size, whatever their aspect ratio.
         frames = rearrange(clips, "n c t h w -> (n t) c h w")
         frames = F.interpolate(frames, _SEEDED_SIZE, mode="bilinear", antialias=True)
@@ -137,13 +130,8 @@ def _blind_to_constants(kernels: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.concatenate([moving, still])
 
 
-def _clips(videos: NDArray[np.uint8], least_frames: int, otherwise: str = "") -> Tensor:
+def _clips(videos: NDArray[np.uint8]) -> Tensor:
     """Return float clips [n, 3, T, H, W] in 0..255."""
-    if videos.shape[1] < least_frames:
-        raise DriveSimError(
-            f"a clip of {videos.shape[1]} frames is too short for its video features: take at "
-            f"least {least_frames}{otherwise}"
-        )
     return rearrange(torch.from_numpy(videos.astype(np.float32)), "n t h w c -> n c t h w")
 
 
@@ -173,5 +161,5 @@ def _not_i3d(path: Path, reason: str) -> DriveSimError:
     return DriveSimError(
         f"{path}: not the I3D that FVD is measured with ({reason}): name the TorchScript file "
         "i3d_torchscript.pt that https://github.com/universome/stylegan-v links to, or "
-        f"{WITHOUT_I3D}: the built-in seeded features need no file"
+        "leave out `i3d`: the built-in seeded features need no file"
     )
