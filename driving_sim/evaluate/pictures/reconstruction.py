@@ -85,8 +85,8 @@ def evaluate_tokenizer(
                 each.add(tokenizer, batch)
                 bar.advance(len(batch))
     metrics = _metrics(tokenizer, measured)
-    tables = _overall(metrics), _by_drive(metrics)
-    parts = (*tables, *_worst(tokenizer, measured))
+    parts: list[Table | Media] = [_overall(metrics), _by_drive(metrics)]
+    parts += _worst(tokenizer, measured)
     return Section("reconstruction", "Reconstruction", _TEXT, metrics, parts)
 
 

@@ -45,7 +45,7 @@ class Section:
     """What was measured and how to read it; paragraphs are parted by blank lines."""
     metrics: Mapping[str, Any]
     """JSON: numbers, lists of numbers (curves), and mappings of them by name."""
-    parts: tuple[Table | Media, ...] = ()
+    parts: Sequence[Table | Media] = ()
 
 
 def plot(figure: Figure, caption: str) -> Media:
