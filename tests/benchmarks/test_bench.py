@@ -24,7 +24,7 @@ from benchmarks.measuring.paired import (
 )
 from benchmarks.reading import loading
 from driving_sim.engine.errors import DriveSimError
-from tests.fixtures import stand_in_peers
+from tests.benchmarks import stand_in_peers
 
 
 def claim(figure: float, **options: object) -> Claim:

@@ -7,7 +7,7 @@ from driving_sim.data.inspect.motion import picture_change, yaw_motion
 from driving_sim.data.sources import find_drives
 from driving_sim.data.video.frame_size import FrameSize
 from tests import SHARED
-from tests.fixtures.textures import smooth_noise
+from tests.fixtures.video_files import smooth_noise
 
 TRACK = SHARED / "track"
 HEIGHT, WIDTH = 128, 256

@@ -17,8 +17,8 @@ from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.sampling.sampler import FrameSample, Sampling
 from driving_sim.world_model.transformer import Transformer
 from driving_sim.world_model.world_model import Prefix, WorldModel
-from tests.fixtures.textures import smooth_noise
 from tests.fixtures.token_drives import FPS
+from tests.fixtures.video_files import smooth_noise
 from tests.fixtures.world_models import new_world
 
 
