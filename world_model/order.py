@@ -25,7 +25,6 @@ class Wave:
     first: int
 
 
-@dataclass(frozen=True, kw_only=True)
 class SlotOrder:
     """Slots of one frame sorted by (wave, row), where slot (r, c) has wave `c + lag * r`.
 
@@ -35,53 +34,37 @@ class SlotOrder:
     on the CPU.
     """
 
-    rows: int
-    cols: int
-    lag: int = 2
-
-    @property
-    def slots(self) -> int:
+    def __init__(self, *, rows: int, cols: int, lag: int = 2) -> None:
+        self.rows, self.cols = rows, cols
+        self.slots = rows * (cols + 1)
         """Number of slots in a frame."""
-        return self.rows * (self.cols + 1)
-
-    @property
-    def tokens(self) -> int:
+        self.tokens = rows * cols
         """Number of tokens in a frame."""
-        return self.rows * self.cols
-
-    @cached_property
-    def _row_major(self) -> Tensor:
-        """The slots' numbers `r * (cols + 1) + c`, in this order."""
-        row = torch.arange(self.rows)[:, None]
-        wave = torch.arange(self.cols + 1) + self.lag * row
-        return torch.argsort((wave * self.rows + row).flatten())
-
-    @cached_property
-    def row(self) -> Tensor:
+        row, col = torch.arange(rows)[:, None], torch.arange(cols + 1)
+        row_major = torch.argsort(((col + lag * row) * rows + row).flatten())
+        self.row = row_major // (cols + 1)
         """Row of each slot, [slots]."""
-        return self._row_major // (self.cols + 1)
-
-    @cached_property
-    def col(self) -> Tensor:
+        self.col = row_major % (cols + 1)
         """Column of each slot, 0 to `cols` included, [slots]."""
-        return self._row_major % (self.cols + 1)
-
-    @cached_property
-    def wave(self) -> Tensor:
+        self.wave = self.col + lag * self.row
         """Wave number of each slot, [slots]."""
-        return self.col + self.lag * self.row
-
-    @cached_property
-    def source(self) -> Tensor:
+        token = self.row * cols + self.col
+        self.source = torch.where(self.col > 0, token - 1, self.tokens)
         """Raster number of the token each slot takes; `tokens` at a row's start, [slots]."""
-        token = self.row * self.cols + self.col - 1
-        return torch.where(self.col > 0, token, self.tokens)
+        self.target = torch.where(self.col < cols, token, self.tokens)
+        """Raster number of the token each slot predicts; `tokens` where none, [slots]."""
+        self.slot_of_token = torch.argsort(self.target)[: self.tokens]
+        """Place in this order of the slot that predicts each token, in raster order, [tokens]."""
 
     @cached_property
-    def target(self) -> Tensor:
-        """Raster number of the token each slot predicts; `tokens` where none, [slots]."""
-        token = self.row * self.cols + self.col
-        return torch.where(self.col < self.cols, token, self.tokens)
+    def waves(self) -> tuple[Wave, ...]:
+        """The passes of one frame: `cols + 1 + lag * (rows - 1)` of them where no wave is empty."""
+        waves, start = [], 0
+        for size in torch.unique_consecutive(self.wave, return_counts=True)[1].tolist():
+            silent = int((self.target[start : start + size] == self.tokens).sum())
+            waves.append(Wave(start, start + size, start + silent))
+            start += size
+        return tuple(waves)
 
     def neighbours(self, reach: int) -> Tensor:
         """Raster numbers of the tokens within `reach` rows and columns of each slot's position.
@@ -94,19 +77,3 @@ class SlotOrder:
         col = self.col[:, None, None] + step
         inside = (row >= 0) & (row < self.rows) & (col >= 0) & (col < self.cols)
         return torch.where(inside, row * self.cols + col, self.tokens).flatten(1)
-
-    @cached_property
-    def slot_of_token(self) -> Tensor:
-        """Place in this order of the slot that predicts each token, in raster order, [tokens]."""
-        return torch.argsort(self.target)[: self.tokens]
-
-    @cached_property
-    def waves(self) -> tuple[Wave, ...]:
-        """The passes of one frame: `cols + 1 + lag * (rows - 1)` of them where no wave is empty."""
-        sizes = torch.unique_consecutive(self.wave, return_counts=True)[1].tolist()
-        waves, start = [], 0
-        for size in sizes:
-            silent = int((self.target[start : start + size] == self.tokens).sum())
-            waves.append(Wave(start, start + size, start + silent))
-            start += size
-        return tuple(waves)

@@ -7,7 +7,7 @@ Axes: T frames, S slots per frame, N = T * S, P pairs of channels, E channels of
 """
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 _SLOWEST = 100.0  # the slowest pair of an axis turns this many times slower than the fastest
@@ -18,6 +18,8 @@ class AxialRotary(nn.Module):
 
     row: Tensor
     col: Tensor
+    axis: Tensor
+    """Which of time, row and column turns each pair."""
     frequency: Tensor
 
     def __init__(self, row: Tensor, col: Tensor, channels: int) -> None:
@@ -25,25 +27,20 @@ class AxialRotary(nn.Module):
         pairs = channels // 2
         time = pairs // 4
         down = (pairs - time) // 2
-        self.sizes = [time, down, pairs - time - down]
-        steps = [torch.arange(size) / max(size, 1) for size in self.sizes]
+        sizes = [time, down, pairs - time - down]
+        steps = [torch.arange(size) / max(size, 1) for size in sizes]
+        axis = torch.tensor([axis for axis, size in enumerate(sizes) for _ in range(size)])
         self.register_buffer("row", row, persistent=False)
         self.register_buffer("col", col, persistent=False)
+        self.register_buffer("axis", axis, persistent=False)
         self.register_buffer("frequency", _SLOWEST ** -torch.cat(steps), persistent=False)
 
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Return float32 cosines and sines [N, P] of every slot of the frames numbered [T]."""
-        time_f, row_f, col_f = torch.split(self.frequency, self.sizes)
-        slots, count = len(self.row), len(frames)
-        angle_TSP = torch.cat(
-            [
-                repeat(frames.float()[:, None] * time_f, "t p -> t s p", s=slots),
-                repeat(self.row.float()[:, None] * row_f, "s p -> t s p", t=count),
-                repeat(self.col.float()[:, None] * col_f, "s p -> t s p", t=count),
-            ],
-            dim=-1,
-        )
-        angle_NP = rearrange(angle_TSP, "t s p -> (t s) p")
+        shape = len(frames), len(self.row)
+        places = frames[:, None].expand(shape), self.row.expand(shape), self.col.expand(shape)
+        place_TS3 = torch.stack(places, dim=-1).float()
+        angle_NP = rearrange(place_TS3[..., self.axis] * self.frequency, "t s p -> (t s) p")
         return angle_NP.cos(), angle_NP.sin()
 
 
