@@ -8,9 +8,8 @@ N = T * S, D width, H query heads, G key heads, E channels of a head, K codes, A
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +25,17 @@ from driving_sim.world_model.actions import (
     ActionStatistics,
 )
 from driving_sim.world_model.code_embedding import CodeEmbedding
-from driving_sim.world_model.kernels import attention as native_training
 from driving_sim.world_model.kernels.library import EPSILON
+from driving_sim.world_model.kernels.operators import (
+    causal_attention,
+    rms_norm,
+    split_heads,
+    squared_relu,
+)
 from driving_sim.world_model.order import SlotOrder
-from driving_sim.world_model.rotary import AxialRotary, rotate
+from driving_sim.world_model.rotary import AxialRotary
 
 _Side = Annotated[int, Field(ge=1, le=1024)]  # in tokens
-
-Attend = Callable[[int, "Attention", Tensor, tuple[Tensor, Tensor]], Tensor]
-"""(layer, its attention, projections [B, n, (H + 2 G) E], rotary) -> what slots see [B, n, D]."""
 
 
 @config
@@ -92,6 +93,14 @@ class TransformerConfig:
         require(self, "kv_heads", divides, f"a divisor of heads={self.heads}")
 
 
+class Past(Protocol):
+    """The keys and values of earlier passes: see `RingCache`."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Keep keys and values too; return what their slots see of all of them, [B, n, D]."""
+        ...
+
+
 class RMSNorm(nn.RMSNorm):
     """torch's; on a CPU the compiled one, which under autocast gives what matrix products take."""
 
@@ -100,69 +109,63 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x [..., D] by its root mean square, times a gain."""
-        compiled = native_training.normed(x, self.weight)
-        return super().forward(x) if compiled is None else compiled
+        return rms_norm(x, self.weight)
 
 
 class Attention(nn.Module):
     """Grouped-query attention with QK-norm and rotary positions."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
+        self.layer, self.heads = layer, config.heads
         channels = config.width // config.heads
-        self.sizes = (config.heads * channels, *[config.kv_heads * channels] * 2)
-        self.channels = channels
-        self.qkv = nn.Linear(config.width, sum(self.sizes), bias=False)
+        features = (config.heads + 2 * config.kv_heads) * channels
+        self.qkv = nn.Linear(config.width, features, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
         self.q_norm = nn.RMSNorm(channels, eps=EPSILON)
         self.k_norm = nn.RMSNorm(channels, eps=EPSILON)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, layer: int
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        past: Past | None,
     ) -> Tensor:
-        """Mix x [B, n, D] over what `attend` lets its slots see."""
-        out: Tensor = self.out(attend(layer, self, self.qkv(x), rotary))
+        """Mix x [B, n, D] over the slots before: those of x, or those that `past` has kept."""
+        projected = self.qkv(x), self.q_norm.weight, self.k_norm.weight, rotary
+        if past is None:
+            mixed = causal_attention(*projected, heads=self.heads, mask=mask)
+        else:
+            mixed = past.attend(self.layer, *split_heads(*projected, heads=self.heads))
+        out: Tensor = self.out(mixed)
         return out
-
-    def heads(self, qkv: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, H, n, E], keys and values [B, G, n, E] of projections [B, n, (H + 2 G) E]."""
-        q, k, v = (
-            rearrange(part, "b n (h e) -> b h n e", e=self.channels)
-            for part in torch.split(qkv, list(self.sizes), dim=-1)
-        )
-        # In float32, as torch has no fused kernel for bfloat16 under a float32 gain, and warns.
-        q, k = rotate(self.q_norm(q.float()), *rotary), rotate(self.k_norm(k.float()), *rotary)
-        return q.to(v.dtype), k.to(v.dtype), v
 
 
 class Block(nn.Module):
     """Attention and an MLP, each on a normalised residual branch."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.width)
-        self.attention = Attention(config)
+        self.attention = Attention(config, layer)
         self.mlp_norm = RMSNorm(config.width)
         self.up = nn.Linear(config.width, config.mlp_ratio * config.width, bias=False)
         self.down = nn.Linear(config.mlp_ratio * config.width, config.width, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, layer: int
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        past: Past | None,
     ) -> Tensor:
         """Return x [B, n, D] after both branches."""
-        mixed: Tensor = self.attention(self.attention_norm(x), rotary, attend, layer)
-        x = x + self.dropout(mixed)
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, mask, past))
         # Squared ReLU (arXiv 2109.08668): as good as a gated unit, and one matrix fewer.
-        activated = squared_relu(self.up(self.mlp_norm(x)))
-        out: Tensor = x + self.dropout(self.down(activated))
+        out: Tensor = x + self.dropout(self.down(squared_relu(self.up(self.mlp_norm(x)))))
         return out
-
-
-def squared_relu(x: Tensor) -> Tensor:
-    """Square what of x is above 0."""
-    compiled = native_training.squared_relu(x)
-    return F.relu(x).square() if compiled is None else compiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +217,7 @@ class Transformer(nn.Module):
         self.rotary = AxialRotary(self.row, self.col, config.width // config.heads)
         self.input_norm = nn.RMSNorm(config.width, eps=EPSILON)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.output_norm = RMSNorm(config.width)
         self.output = CodeEmbedding(grid.levels, config.width)
         self._initialise()
@@ -264,11 +267,22 @@ class Transformer(nn.Module):
             base = base + self.spread(action_BT1D)
         return base
 
-    def hidden(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """Run summed inputs x [B, n, D] through the blocks."""
+    def hidden(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        *,
+        mask: Tensor | None = None,
+        past: Past | None = None,
+    ) -> Tensor:
+        """Run summed inputs x [B, n, D] through the blocks.
+
+        Slots see those before them; with a `mask` bool [n, n] what it says, and with a `past` what
+        that has kept, which x becomes part of.
+        """
         x = self.dropout(self.input_norm(x))
-        for layer, block in enumerate(self.blocks):
-            x = block(x, rotary, attend, layer)
+        for block in self.blocks:
+            x = block(x, rotary, mask, past)
         normed: Tensor = self.output_norm(x)
         return normed
 
@@ -285,37 +299,19 @@ class Transformer(nn.Module):
         x = self.frame_base(tables, before, actions, valid)
         x = x + F.embedding(padded[..., self.source], tables.token)
         rotary = self.rotary(torch.arange(frames, device=tokens.device))
-        hidden = self.hidden(rearrange(x, "b t s d -> b (t s) d"), rotary, self._attend(frames))
+        hidden = self.hidden(
+            rearrange(x, "b t s d -> b (t s) d"), rotary, mask=self._window_mask(frames)
+        )
         hidden = rearrange(hidden, "b (t s) d -> b t s d", t=frames)
         return hidden[:, :, self.slot_of_token]
 
-    def _attend(self, frames: int) -> Attend:
-        """Causal attention over whole windows; frame t of a longer sequence sees t-W+1..t."""
-        window = self.config.context_frames
-        mask = None
-        if frames > window:
-            slots = self.order.slots
-            frame = torch.arange(frames * slots, device=self.source.device) // slots
-            near = frame[:, None] - frame < window
-            mask = near & torch.ones_like(near).tril()
-
-        def attend(
-            layer: int, attention: Attention, qkv: Tensor, rotary: tuple[Tensor, Tensor]
-        ) -> Tensor:
-            if mask is None:
-                gains = attention.q_norm.weight, attention.k_norm.weight
-                compiled = native_training.causal_attention(
-                    qkv, *gains, rotary, heads=self.config.heads
-                )
-                if compiled is not None:
-                    return compiled
-            q, k, v = attention.heads(qkv, rotary)
-            mixed = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-            )
-            return rearrange(mixed, "b h n e -> b n (h e)")
-
-        return attend
+    def _window_mask(self, frames: int) -> Tensor | None:
+        """What slots [n, n] of a sequence longer than the window see: frame t those of t-W+1..t."""
+        if frames <= self.config.context_frames:
+            return None
+        frame = torch.arange(frames, device=self.source.device).repeat_interleave(self.order.slots)
+        near = frame[:, None] - frame < self.config.context_frames
+        return near.tril()
 
     def forward(
         self,

@@ -3,7 +3,7 @@
 //
 // Attention goes over blocks of 64 queries and 64 keys and keeps no score but what the gradient
 // needs to make it again (FlashAttention-2, arXiv 2307.08691). Scores need no maximum taken off:
-// norms bound them (library.py says how far). Every result is a sum in a fixed order,
+// norms bound them (operators.py says how far). Every result is a sum in a fixed order,
 // whatever the number of threads.
 //
 // Axes: B sequences, N slots, H query heads, G key heads, R = H / G, E channels of a head,
@@ -11,23 +11,52 @@
 
 #include "products.h"
 
-// Pointers to contiguous tensors; attention.py fills it in the same order.
-template <typename Number>
-struct Attention {
+STRUCTURE(Attention,
   int64_t batch, slots, heads, kv_heads, channels;
-  const Number* qkv;                      // [B, N, F]
-  const float *q_gain, *k_gain;           // [E]
-  const float *cos, *sin;                 // [N, E / 2]
-  Number* mixed;                          // [B, N, H E]
-  float* weights;                         // [B, H, N padded to 64]: log2 of the sum of weights
-  const Number* mixed_grad;               // [B, N, H E]
-  Number* qkv_grad;                       // [B, N, F]
-  float *q_gain_grad, *k_gain_grad;       // [B H, E], [B G, E]
-};
+  const Number* qkv;             // [B, N, F]
+  const float *q_gain, *k_gain;  // [E]
+  const float *cos, *sin;        // [N, E / 2]
+  Number* mixed;                 // [B, N, H E]
+  float* weights;                // [B, H, N padded to 64]: log2 of the sum of weights
+)
+
+STRUCTURE(AttentionGrad,
+  const Attention<Number>* forward;
+  const Number* mixed_grad;          // [B, N, H E]
+  Number* qkv_grad;                  // [B, N, F]
+  float *q_gain_grad, *k_gain_grad;  // [B H, E], [B G, E]
+)
+
+STRUCTURE(Norm,
+  int64_t rows, width;
+  const float *x, *gain;  // [rows, D], [D]
+  Number* normed;         // [rows, D]
+)
+
+STRUCTURE(NormGrad,
+  int64_t rows, width, parts;
+  const float *x, *gain;  // [rows, D], [D]
+  const Number* grad;     // [rows, D]
+  float* x_grad;          // [rows, D]
+  float* gain_grads;      // [parts, D]: of parts of the rows, the sums of which are added in order
+)
+
+STRUCTURE(Activation,
+  int64_t count;      // of numbers, a multiple of 16
+  const Number* x;
+  Number* activated;
+)
+
+STRUCTURE(ActivationGrad,
+  int64_t count;
+  const Number *x, *grad;
+  Number* x_grad;
+)
 
 namespace {
 
 constexpr int kBlock = 64;
+constexpr int kMostChannels = 1024;  // of a head
 
 // The gradient of a row x before RMSNorm, from that of what it gave; the gain's is added up.
 template <typename Given, typename Grad>
@@ -45,23 +74,125 @@ void norm_row_grad(const float* x, int width, const float* gain, const Given* gi
     store(x_grad + i, (load(given + i) * load(gain + i) - load(x + i) * scale * mean) * scale);
 }
 
-// A head's slots in the layouts that products ask for, N padded to 64 with zeros.
+// The queries, the keys or the values among the projections: how many heads they have, the first of
+// these, and what they are normed with and multiplied by, if they are.
+struct Part {
+  int64_t heads, first;
+  const float* gain;
+  float scale;
+};
+
 template <typename Number>
-class Head {
+class AttentionRun {
  public:
-  static constexpr int kI = kInterleaved<Number>;
+  explicit AttentionRun(const Attention<Number>& given) : a(given) {}
+  explicit AttentionRun(const AttentionGrad<Number>& given) : a(*given.forward), g(&given) {}
 
-  Head(int slots, int channels) : room(padded(slots, kBlock)), channels(channels) {}
-
-  size_t size() const { return size_t(room) * channels; }
-
-  // [N, E]: a left-hand side with a row for each slot.
-  void row(Number* rows, int slot, const float* from) const {
-    for (int i = 0; i < channels; i += kFloats)
-      store(rows + size_t(slot) * channels + i, load(from + i));
+  void forward() const {
+    const Buffer<Number> q(a.batch * a.heads * size);
+    const Buffer<Number> k(a.batch * a.kv_heads * size), v(a.batch * a.kv_heads * size);
+#pragma omp parallel
+    {
+      Tiles tiles;
+      const Buffer<Number> rows(size), weights(kBlock * kBlock);
+      const Buffer<float> sums(size_t(kBlock) * channels);
+#pragma omp for
+      for (int each = 0; each < a.batch * a.heads; ++each) take(queries, each, q + each * size);
+#pragma omp for
+      for (int each = 0; each < a.batch * a.kv_heads; ++each) {
+        take(keys, each, rows);
+        columns(k + each * size, rows);
+        take(values, each, rows);
+        pairs(v + each * size, rows);
+      }
+#pragma omp for collapse(2) schedule(dynamic)
+      for (int each = 0; each < a.batch * a.heads; ++each)
+        for (int block = 0; block < room / kBlock; ++block) {
+          const size_t of_keys = key_head_of(each) * size;
+          attend(each, block * kBlock, q + each * size, k + of_keys, v + of_keys, weights, sums);
+        }
+    }
   }
 
-  // [N / 16][E / I][16][I]: a right-hand side with a column for each slot.
+  void backward() const {
+    const size_t all_queries = a.batch * a.heads * size, all_keys = a.batch * a.kv_heads * size;
+    const Buffer<Number> k(all_keys), k_transposed(all_keys), v(all_keys);
+    const Buffer<float> k_grads(all_queries), v_grads(all_queries);
+#pragma omp parallel
+    {
+      Tiles tiles;
+      const Own own{size, room};
+#pragma omp for
+      for (int each = 0; each < a.batch * a.kv_heads; ++each) {
+        take(keys, each, k + each * size);
+        transposed(k_transposed + each * size, k + each * size);
+        take(values, each, v + each * size);
+      }
+#pragma omp for schedule(dynamic)
+      for (int each = 0; each < a.batch * a.heads; ++each) {
+        const size_t of_keys = key_head_of(each) * size;
+        lay_out(each, own);
+        std::memset(own.q_grad, 0, size * 4);
+        for (int block = 0; block < room; block += kBlock)
+          block_grads(each, block, own, k + of_keys, k_transposed + of_keys, v + of_keys,
+                      k_grads + each * size, v_grads + each * size);
+        query_grads(each, own.q_grad);
+      }
+#pragma omp for
+      for (int each = 0; each < a.batch * a.kv_heads; ++each) key_grads(each, k_grads, v_grads);
+    }
+  }
+
+ private:
+  // What a thread keeps of one query head for its gradients, and of one pair of blocks.
+  struct Own {
+    const size_t size;
+    const int room;
+    const Buffer<Number> rows{size}, q_columns{size}, q_pairs{size};
+    const Buffer<Number> out_columns{size}, out_pairs{size};  // of the gradient of its output
+    const Buffer<float> q_grad{size};                         // [E, N]
+    const Buffer<float> means{size_t(room)};  // [N]: of the weights' gradients, by the weights
+    const Buffer<Number> weights{kBlock * kBlock};      // [64 keys, 64 queries]
+    const Buffer<Number> score_grads{kBlock * kBlock};  // [64 keys, 64 queries]
+    const Buffer<Number> score_pairs{kBlock * kBlock};  // the same as [64 / 16][64 / I][16][I]
+  };
+
+  size_t mixed_at(int each, int slot) const {
+    return ((each / a.heads * slots + slot) * a.heads + each % a.heads) * channels;
+  }
+  size_t at(const Part& part, int each, int slot) const {
+    const int64_t features = a.heads + 2 * a.kv_heads;
+    return ((each / part.heads * slots + slot) * features + part.first + each % part.heads) *
+           channels;
+  }
+  int key_head_of(int each) const {
+    return each / a.heads * a.kv_heads + each % a.heads / group;
+  }
+  const float* cos_of(int slot) const { return a.cos + size_t(slot) * channels / 2; }
+  const float* sin_of(int slot) const { return a.sin + size_t(slot) * channels / 2; }
+
+  // A head's slots as a left-hand side [N, E], normed and rotated, N padded to 64 with zeros.
+  void take(const Part& part, int each, Number* rows) const {
+    alignas(64) float row[kMostChannels];
+    for (int slot = 0; slot < slots; ++slot) {
+      const Number* from = a.qkv + at(part, each, slot);
+      Number* to = rows + size_t(slot) * channels;
+      if (!part.gain) {
+        std::memcpy(to, from, channels * sizeof(Number));
+        continue;
+      }
+      for (int i = 0; i < channels; i += kFloats) store(row + i, load(from + i));
+      const float norm = scale_of(row, channels) * part.scale;
+      for (int i = 0; i < channels; i += kFloats)
+        store(row + i, load(row + i) * norm * load(part.gain + i));
+      rotate(row, channels, cos_of(slot), sin_of(slot), 1);
+      for (int i = 0; i < channels; i += kFloats) store(to + i, load(row + i));
+    }
+    std::memset(rows + size_t(slots) * channels, 0,
+                size_t(room - slots) * channels * sizeof(Number));
+  }
+
+  // The same as [N / 16][E / I][16][I]: a right-hand side with a column for each slot.
   void columns(Number* to, const Number* rows) const {
     for (int slot = 0; slot < room; ++slot) {
       Number* column = to + size_t(slot) / kLanes * kLanes * channels + slot % kLanes * kI;
@@ -70,7 +201,7 @@ class Head {
     }
   }
 
-  // [E / 16][N / I][16][I]: a right-hand side with a row for each slot.
+  // As [E / 16][N / I][16][I]: a right-hand side with a row for each slot.
   void pairs(Number* to, const Number* rows) const {
     for (int slot = 0; slot < room; slot += kI)
       for (int i = 0; i < channels; i += kLanes) {
@@ -81,200 +212,31 @@ class Head {
       }
   }
 
-  // [E, N]: a left-hand side with a column for each slot.
+  // As [E, N]: a left-hand side with a column for each slot.
   void transposed(Number* to, const Number* rows) const {
     for (int slot = 0; slot < room; ++slot)
       for (int i = 0; i < channels; ++i)
         to[size_t(i) * room + slot] = rows[size_t(slot) * channels + i];
   }
 
-  const int room, channels;
-};
-
-template <typename Number>
-class AttentionRun {
- public:
-  explicit AttentionRun(const Attention<Number>& given)
-      : a(given),
-        head(given.slots, given.channels),
-        slots(given.slots),
-        channels(given.channels),
-        room(head.room),
-        group(given.heads / given.kv_heads),
-        features((given.heads + 2 * given.kv_heads) * given.channels),
-        width(given.heads * given.channels),
-        queries(given.batch * given.heads),
-        keys(given.batch * given.kv_heads),
-        query_scale(kLog2E / std::sqrt(float(given.channels))) {}
-
-  void forward() {
-    const Lines q_(queries * head.size() * sizeof(Number)), k_(keys * head.size() * sizeof(Number));
-    const Lines v_(keys * head.size() * sizeof(Number));
-    Number *const q = q_.as<Number>(), *const k = k_.as<Number>(), *const v = v_.as<Number>();
-#pragma omp parallel
-    {
-      Tiles tiles;
-      const Lines rows_(head.size() * sizeof(Number));
-      const Lines weights_(size_t(kBlock) * kBlock * sizeof(Number));
-      const Lines sums_(size_t(kBlock) * channels * 4);
-      Number *const rows = rows_.as<Number>(), *const weights = weights_.as<Number>();
-#pragma omp for
-      for (int each = 0; each < queries; ++each) normed_queries(q + each * head.size(), each);
-#pragma omp for
-      for (int each = 0; each < keys; ++each) {
-        normed_keys(rows, each);
-        head.columns(k + each * head.size(), rows);
-        values(rows, each);
-        head.pairs(v + each * head.size(), rows);
-      }
-#pragma omp for collapse(2) schedule(dynamic)
-      for (int each = 0; each < queries; ++each)
-        for (int block = 0; block < room / kBlock; ++block) {
-          const size_t of_keys = key_head_of(each) * head.size();
-          attend(each, block * kBlock, q + each * head.size(), k + of_keys, v + of_keys, weights,
-                 sums_.as<float>());
-        }
-    }
-  }
-
-  void backward() {
-    const size_t one = head.size();
-    const size_t bytes = keys * one * sizeof(Number);
-    const Lines k_(bytes), k_transposed_(bytes), v_(bytes);
-    const Lines k_grads_(queries * one * 4), v_grads_(queries * one * 4);
-    Number *const k = k_.as<Number>(), *const k_transposed = k_transposed_.as<Number>();
-    Number* const v = v_.as<Number>();
-    float *const k_grads = k_grads_.as<float>(), *const v_grads = v_grads_.as<float>();
-#pragma omp parallel
-    {
-      Tiles tiles;
-      const Own own(*this);
-#pragma omp for
-      for (int each = 0; each < keys; ++each) {
-        normed_keys(k + each * one, each);
-        head.transposed(k_transposed + each * one, k + each * one);
-        values(v + each * one, each);
-      }
-#pragma omp for schedule(dynamic)
-      for (int each = 0; each < queries; ++each) {
-        const size_t of_keys = key_head_of(each) * one;
-        own.take(*this, each);
-        std::memset(own.q_grad, 0, one * 4);
-        for (int block = 0; block < room; block += kBlock)
-          block_grads(each, block, own, k + of_keys, k_transposed + of_keys, v + of_keys,
-                      k_grads + each * one, v_grads + each * one);
-        query_grads(each, own.q_grad);
-      }
-#pragma omp for
-      for (int each = 0; each < keys; ++each) key_grads(each, k_grads, v_grads);
-    }
-  }
-
- private:
-  // What a thread keeps of one query head for its gradients, and of one pair of blocks.
-  struct Own {
-    explicit Own(const AttentionRun& run)
-        : rows_(run.head.size() * sizeof(Number)),
-          q_columns_(run.head.size() * sizeof(Number)),
-          q_pairs_(run.head.size() * sizeof(Number)),
-          out_columns_(run.head.size() * sizeof(Number)),
-          out_pairs_(run.head.size() * sizeof(Number)),
-          q_grad_(run.head.size() * 4),
-          means_(size_t(run.room) * 4),
-          weights_(size_t(kBlock) * kBlock * sizeof(Number)),
-          score_grads_(size_t(kBlock) * kBlock * sizeof(Number)),
-          score_pairs_(size_t(kBlock) * kBlock * sizeof(Number)),
-          rows(rows_.as<Number>()),
-          q_columns(q_columns_.as<Number>()),
-          q_pairs(q_pairs_.as<Number>()),
-          out_columns(out_columns_.as<Number>()),
-          out_pairs(out_pairs_.as<Number>()),
-          weights(weights_.as<Number>()),
-          score_grads(score_grads_.as<Number>()),
-          score_pairs(score_pairs_.as<Number>()),
-          q_grad(q_grad_.as<float>()),
-          means(means_.as<float>()) {}
-
-    // Lay out the head's queries and its output's gradients.
-    void take(const AttentionRun& run, int each) const {
-      run.normed_queries(rows, each);
-      run.head.columns(q_columns, rows);
-      run.head.pairs(q_pairs, rows);
-      std::memset(rows, 0, run.head.size() * sizeof(Number));
-      for (int slot = 0; slot < run.room; ++slot) means[slot] = 0;
-      for (int slot = 0; slot < run.slots; ++slot) {
-        const size_t at = run.mixed_at(each, slot);
-        std::memcpy(rows + size_t(slot) * run.channels, run.a.mixed_grad + at,
-                    run.channels * sizeof(Number));
-        Floats sum{};
-        for (int i = 0; i < run.channels; i += kFloats)
-          sum += load(run.a.mixed_grad + at + i) * load(run.a.mixed + at + i);
-        means[slot] = total(sum);
-      }
-      run.head.columns(out_columns, rows);
-      run.head.pairs(out_pairs, rows);
-    }
-
-    const Lines rows_, q_columns_, q_pairs_, out_columns_, out_pairs_, q_grad_, means_, weights_,
-        score_grads_, score_pairs_;
-    Number *const rows, *const q_columns, *const q_pairs;
-    Number *const out_columns, *const out_pairs;  // of the gradient of the head's output
-    Number *const weights, *const score_grads;    // [64 keys, 64 queries]
-    Number* const score_pairs;                    // the latter as [64 / 16][64 / I][16][I]
-    float* const q_grad;                        // [E, N]
-    float* const means;                         // [N]: of the weights' gradients, by the weights
-  };
-
-  size_t mixed_at(int each, int slot) const {
-    return (size_t(each / a.heads) * slots + slot) * width + each % a.heads * channels;
-  }
-  size_t qkv_at(int sequence, int slot, int of_all_heads) const {
-    return (size_t(sequence) * slots + slot) * features + size_t(of_all_heads) * channels;
-  }
-  size_t query_at(int each, int slot) const {
-    return qkv_at(each / a.heads, slot, each % a.heads);
-  }
-  size_t key_at(int each, int slot) const {
-    return qkv_at(each / a.kv_heads, slot, a.heads + each % a.kv_heads);
-  }
-  size_t value_at(int each, int slot) const {
-    return key_at(each, slot) + size_t(a.kv_heads) * channels;
-  }
-  int key_head_of(int each) const {
-    return each / a.heads * a.kv_heads + each % a.heads / group;
-  }
-
-  void normed(Number* rows, int slot, size_t at, const float* gain, float scale) const {
-    alignas(64) float row[1024];
-    for (int i = 0; i < channels; i += kFloats) store(row + i, load(a.qkv + at + i));
-    const float norm = scale_of(row, channels) * scale;
-    for (int i = 0; i < channels; i += kFloats)
-      store(row + i, load(row + i) * norm * load(gain + i));
-    rotate(row, channels, cos_of(slot), sin_of(slot), 1);
-    head.row(rows, slot, row);
-  }
-  const float* cos_of(int slot) const { return a.cos + size_t(slot) * channels / 2; }
-  const float* sin_of(int slot) const { return a.sin + size_t(slot) * channels / 2; }
-
-  void clear_padding(Number* rows) const {
-    std::memset(rows + size_t(slots) * channels, 0,
-                size_t(room - slots) * channels * sizeof(Number));
-  }
-  void normed_queries(Number* rows, int each) const {
-    for (int slot = 0; slot < slots; ++slot)
-      normed(rows, slot, query_at(each, slot), a.q_gain, query_scale);
-    clear_padding(rows);
-  }
-  void normed_keys(Number* rows, int each) const {
-    for (int slot = 0; slot < slots; ++slot)
-      normed(rows, slot, key_at(each, slot), a.k_gain, 1);
-    clear_padding(rows);
-  }
-  void values(Number* rows, int each) const {
-    for (int slot = 0; slot < slots; ++slot)
-      std::memcpy(rows + size_t(slot) * channels, a.qkv + value_at(each, slot),
+  // A head's queries and its output's gradients, as block_grads needs them.
+  void lay_out(int each, const Own& own) const {
+    take(queries, each, own.rows);
+    columns(own.q_columns, own.rows);
+    pairs(own.q_pairs, own.rows);
+    std::memset(own.rows, 0, size * sizeof(Number));
+    std::memset(own.means, 0, room * 4);
+    for (int slot = 0; slot < slots; ++slot) {
+      const size_t from = mixed_at(each, slot);
+      std::memcpy(own.rows + size_t(slot) * channels, g->mixed_grad + from,
                   channels * sizeof(Number));
-    clear_padding(rows);
+      Floats sum{};
+      for (int i = 0; i < channels; i += kFloats)
+        sum += load(g->mixed_grad + from + i) * load(a.mixed + from + i);
+      own.means[slot] = total(sum);
+    }
+    columns(own.out_columns, own.rows);
+    pairs(own.out_pairs, own.rows);
   }
 
   // What 64 queries see.
@@ -322,17 +284,19 @@ class AttentionRun {
                    const Number* v, float* k_grads, float* v_grads) const {
     float *const k_grad = k_grads + size_t(key) * channels;
     float *const v_grad = v_grads + size_t(key) * channels;
+    const Number *const weights = own.weights, *const grads = own.score_grads;
+    const Number* const grad_pairs = own.score_pairs;
     std::memset(k_grad, 0, size_t(kBlock) * channels * 4);
     std::memset(v_grad, 0, size_t(kBlock) * channels * 4);
     for (int query = key; query < room; query += kBlock) {
       for (int column = 0; column < kBlock; column += kTogether)
         score_grads(each, key, query + column, own, k, v);
       const size_t step = size_t(room) * kLanes, at = size_t(query) * kLanes;
-      product<true>(own.weights, kBlock, own.out_pairs + at, step, channels, kBlock, v_grad,
+      product<true>(weights, kBlock, own.out_pairs + at, step, channels, kBlock, v_grad,
                     channels, kBlock);
-      product<true>(own.score_grads, kBlock, own.q_pairs + at, step, channels, kBlock, k_grad,
+      product<true>(grads, kBlock, own.q_pairs + at, step, channels, kBlock, k_grad,
                     channels, kBlock);
-      product<true>(k_transposed + key, room, own.score_pairs, kLanes * kBlock, kBlock, kBlock,
+      product<true>(k_transposed + key, room, grad_pairs, kLanes * kBlock, kBlock, kBlock,
                     own.q_grad + query, room, channels);
     }
   }
@@ -351,8 +315,8 @@ class AttentionRun {
     for (int i = 0; i < kTogether; i += kFloats) {
       const Floats seen = load(a.weights + size_t(each) * room + query + i);
       const Floats mean = load(own.means + query + i);
-      Number* const pairs = own.score_pairs + (column + i) / kLanes * kLanes * kBlock +
-                            (column + i) % kLanes * Head<Number>::kI;
+      Number* const to_pairs = own.score_pairs + (column + i) / kLanes * kLanes * kBlock +
+                               (column + i) % kLanes * kI;
       for (int row = 0; row < kBlock; row += 2) {
         Floats grad[2];
         for (int of = 0; of < 2; ++of) {
@@ -365,123 +329,112 @@ class AttentionRun {
           store(own.weights + to, weight);
           store(own.score_grads + to, grad[of]);
         }
-        store_pair(pairs + row * kLanes, grad[0], grad[1]);
+        store_pair(to_pairs + row * kLanes, grad[0], grad[1]);
       }
     }
   }
 
   // From gradients of what was normed and rotated to those of the projections, and of the gain.
-  void unnormed(float* grad, int slot, size_t at, const float* gain, float* gain_grad) const {
+  void unnormed(const Part& part, int each, int slot, float* grad, float* gain_grads) const {
     rotate(grad, channels, cos_of(slot), sin_of(slot), -1);
-    alignas(64) float row[1024];
-    for (int i = 0; i < channels; i += kFloats) store(row + i, load(a.qkv + at + i));
-    norm_row_grad(row, channels, gain, grad, a.qkv_grad + at, gain_grad);
+    alignas(64) float row[kMostChannels];
+    const size_t from = at(part, each, slot);
+    for (int i = 0; i < channels; i += kFloats) store(row + i, load(a.qkv + from + i));
+    norm_row_grad(row, channels, part.gain, grad, g->qkv_grad + from,
+                  gain_grads + size_t(each) * channels);
   }
 
   void query_grads(int each, const float* q_grad) const {
-    float* gain_grad = a.q_gain_grad + size_t(each) * channels;
-    std::memset(gain_grad, 0, channels * 4);
-    const float scale = query_scale / kLog2E;
-    alignas(64) float row[1024];
+    std::memset(g->q_gain_grad + size_t(each) * channels, 0, channels * 4);
+    const float scale = queries.scale / kLog2E;
+    alignas(64) float row[kMostChannels];
     for (int slot = 0; slot < slots; ++slot) {
       for (int i = 0; i < channels; ++i) row[i] = q_grad[size_t(i) * room + slot] * scale;
-      unnormed(row, slot, query_at(each, slot), a.q_gain, gain_grad);
+      unnormed(queries, each, slot, row, g->q_gain_grad);
     }
   }
 
   void key_grads(int each, const float* k_grads, const float* v_grads) const {
-    float* gain_grad = a.k_gain_grad + size_t(each) * channels;
-    std::memset(gain_grad, 0, channels * 4);
-    const size_t first =
-        size_t(each / a.kv_heads * a.heads + each % a.kv_heads * group) * head.size();
-    alignas(64) float row[1024];
+    std::memset(g->k_gain_grad + size_t(each) * channels, 0, channels * 4);
+    const size_t first = (each / a.kv_heads * a.heads + each % a.kv_heads * group) * size;
+    alignas(64) float row[kMostChannels];
     for (int slot = 0; slot < slots; ++slot) {
       for (int i = 0; i < channels; i += kFloats) {
         Floats k_sum{}, v_sum{};
         for (int query = 0; query < group; ++query) {
-          const size_t at = first + query * head.size() + size_t(slot) * channels + i;
-          k_sum += load(k_grads + at);
-          v_sum += load(v_grads + at);
+          const size_t from = first + query * size + size_t(slot) * channels + i;
+          k_sum += load(k_grads + from);
+          v_sum += load(v_grads + from);
         }
         store(row + i, k_sum * 0.69314718f);  // queries carry 1 / ln 2
-        store(a.qkv_grad + value_at(each, slot) + i, v_sum);
+        store(g->qkv_grad + at(values, each, slot) + i, v_sum);
       }
-      unnormed(row, slot, key_at(each, slot), a.k_gain, gain_grad);
+      unnormed(keys, each, slot, row, g->k_gain_grad);
     }
   }
 
+  static constexpr int kI = kInterleaved<Number>;
   const Attention<Number>& a;
-  const Head<Number> head;
-  const int slots, channels, room, group, features, width, queries, keys;
-  const float query_scale;
+  const AttentionGrad<Number>* const g = nullptr;
+  const int slots = a.slots, channels = a.channels, group = a.heads / a.kv_heads;
+  const int room = padded(slots, kBlock);
+  const size_t size = size_t(room) * channels;  // of a head
+  const Part queries{a.heads, 0, a.q_gain, kLog2E / std::sqrt(float(channels))};
+  const Part keys{a.kv_heads, a.heads, a.k_gain, 1};
+  const Part values{a.kv_heads, a.heads + a.kv_heads, nullptr, 1};
 };
 
-constexpr int kNormParts = 64;  // of the rows, whose sums are added in this order
-
 template <typename Number>
-void norm(int64_t rows, int64_t width, const float* x, const float* gain, Number* normed) {
-#pragma omp parallel for
-  for (int64_t row = 0; row < rows; ++row)
-    norm_row(x + row * width, width, gain, normed + row * width);
+void attention(const Attention<Number>& given) {
+  AttentionRun(given).forward();
 }
 
 template <typename Number>
-void norm_grad(int64_t rows, int64_t width, const float* x, const float* gain, const Number* grad,
-               float* x_grad, float* gain_grads) {
-  const int64_t of_part = (rows + kNormParts - 1) / kNormParts;
+void attention_grad(const AttentionGrad<Number>& given) {
+  AttentionRun(given).backward();
+}
+
+template <typename Number>
+void norm(const Norm<Number>& n) {
 #pragma omp parallel for
-  for (int part = 0; part < kNormParts; ++part) {
-    float* gain_grad = gain_grads + part * width;
-    std::memset(gain_grad, 0, width * 4);
-    for (int64_t row = part * of_part; row < std::min(rows, (part + 1) * of_part); ++row)
-      norm_row_grad(x + row * width, width, gain, grad + row * width, x_grad + row * width,
-                    gain_grad);
+  for (int64_t row = 0; row < n.rows; ++row)
+    norm_row(n.x + row * n.width, n.width, n.gain, n.normed + row * n.width);
+}
+
+template <typename Number>
+void norm_grad(const NormGrad<Number>& n) {
+  const int64_t of_part = (n.rows + n.parts - 1) / n.parts;
+#pragma omp parallel for
+  for (int64_t part = 0; part < n.parts; ++part) {
+    float* gain_grad = n.gain_grads + part * n.width;
+    std::memset(gain_grad, 0, n.width * 4);
+    for (int64_t row = part * of_part; row < std::min(n.rows, (part + 1) * of_part); ++row)
+      norm_row_grad(n.x + row * n.width, n.width, n.gain, n.grad + row * n.width,
+                    n.x_grad + row * n.width, gain_grad);
   }
 }
 
 template <typename Number>
-void activation(int64_t count, const Number* x, Number* activated) {
+void activation(const Activation<Number>& a) {
 #pragma omp parallel for
-  for (int64_t i = 0; i < count; i += kFloats) store(activated + i, squared_relu(load(x + i)));
+  for (int64_t i = 0; i < a.count; i += kFloats)
+    store(a.activated + i, squared_relu(load(a.x + i)));
 }
 
 template <typename Number>
-void activation_grad(int64_t count, const Number* x, const Number* grad, Number* x_grad) {
+void activation_grad(const ActivationGrad<Number>& a) {
 #pragma omp parallel for
-  for (int64_t i = 0; i < count; i += kFloats) {
-    Floats value = load(x + i);
-    value = value < 0.0f ? Floats{} : value;
-    store(x_grad + i, 2.0f * value * load(grad + i));
+  for (int64_t i = 0; i < a.count; i += kFloats) {
+    const Floats value = load(a.x + i);
+    store(a.x_grad + i, 2.0f * (value < 0.0f ? Floats{} : value) * load(a.grad + i));
   }
 }
 
 }  // namespace
 
-// RMSNorm is of x [rows, D]; its gradients are of x, and of the gain in 64 parts [64, D]. The
-// activation, squared ReLU, is of `count` numbers, a multiple of 16.
-#define FOR_NUMBER(name, Number)                                                                  \
-  extern "C" void drivesim_attention_##name(const Attention<Number>* given) {                     \
-    AttentionRun(*given).forward();                                                               \
-  }                                                                                               \
-  extern "C" void drivesim_attention_grad_##name(const Attention<Number>* given) {                \
-    AttentionRun(*given).backward();                                                              \
-  }                                                                                               \
-  extern "C" void drivesim_norm_##name(int64_t rows, int64_t width, const float* x,               \
-                                       const float* gain, Number* normed) {                       \
-    norm(rows, width, x, gain, normed);                                                           \
-  }                                                                                               \
-  extern "C" void drivesim_norm_grad_##name(int64_t rows, int64_t width, const float* x,          \
-                                            const float* gain, const Number* grad, float* x_grad, \
-                                            float* gain_grads) {                                  \
-    norm_grad(rows, width, x, gain, grad, x_grad, gain_grads);                                    \
-  }                                                                                               \
-  extern "C" void drivesim_activation_##name(int64_t count, const Number* x, Number* activated) { \
-    activation(count, x, activated);                                                              \
-  }                                                                                               \
-  extern "C" void drivesim_activation_grad_##name(int64_t count, const Number* x,                 \
-                                                  const Number* grad, Number* x_grad) {           \
-    activation_grad(count, x, grad, x_grad);                                                      \
-  }
-
-FOR_NUMBER(bf16, bf16)
-FOR_NUMBER(fp32, float)
+OPERATOR(attention, Attention, attention)
+OPERATOR(attention_grad, AttentionGrad, attention_grad)
+OPERATOR(norm, Norm, norm)
+OPERATOR(norm_grad, NormGrad, norm_grad)
+OPERATOR(activation, Activation, activation)
+OPERATOR(activation_grad, ActivationGrad, activation_grad)

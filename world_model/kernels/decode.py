@@ -7,7 +7,6 @@ Axes: as in `decode.cpp`; L layers, A x B matrices.
 """
 
 import copy
-import ctypes
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -16,55 +15,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from driving_sim.world_model.kernels.library import (
-    LANES,
-    PAIRS,
-    function,
-    is_bounded,
-    library,
-)
+from driving_sim.world_model.cache import Cache
+from driving_sim.world_model.kernels.library import LANES, PAIRS, Structure, call, library
+from driving_sim.world_model.kernels.operators import is_bounded
 from driving_sim.world_model.order import Wave
-from driving_sim.world_model.transformer import (
-    Block,
-    Tables,
-    Transformer,
-)
-
-
-class _Model(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("layers", "width", "heads", "kv_heads", "hidden")),
-        *((name, ctypes.c_int64) for name in ("codes", "places", "keys")),
-        ("input_gain", ctypes.c_void_p),
-        ("gains", ctypes.c_void_p),
-        ("matrices", ctypes.c_void_p),
-        ("output_gain", ctypes.c_void_p),
-        ("output", ctypes.c_void_p),
-    )
-
-
-class _Pass(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "n", "begin", "frame_end", "full", "first")),
-        *((name, ctypes.c_void_p) for name in ("x", "cos", "sin")),
-        *((name, ctypes.c_void_p) for name in ("ring_keys", "ring_values")),
-        ("trunks", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("trunk_keys", "trunk_values", "trunk")),
-        *((name, ctypes.c_int64) for name in ("own_from", "own_to")),
-        ("logits", ctypes.c_void_p),
-    )
-
-
-class _Frame(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("waves", "slots", "tokens", "streams")),
-        *((name, ctypes.c_void_p) for name in ("spans", "source", "target")),
-        *((name, ctypes.c_void_p) for name in ("base", "embedding", "uniform")),
-        ("temperature", ctypes.c_double),
-        ("guidance", ctypes.c_double),
-        ("drawn", ctypes.c_void_p),
-        ("log_probs", ctypes.c_void_p),
-    )
+from driving_sim.world_model.transformer import Block, Tables, Transformer
 
 
 def is_supported(model: Transformer) -> bool:
@@ -95,38 +50,37 @@ class NativeModel:
     def __init__(self, model: Transformer, tables: Tables, dtype: torch.dtype) -> None:
         config = model.config
         self.dtype = dtype
-        self.gains = [model.input_norm.weight.float(), model.output_norm.weight.float()]
-        self.matrices = [
-            _laid_out(F.pad(tables.output.T, (0, -len(tables.output) % LANES)), self.dtype)
-        ]
         gains, matrices = [], []
         for block in _blocks(model):
             attention = block.attention
             norms = (block.attention_norm, attention.q_norm, attention.k_norm, block.mlp_norm)
             gains += [norm.weight.float().contiguous() for norm in norms]
             maps = (attention.qkv, attention.out, block.up, block.down)
-            matrices += [_laid_out(each.weight.T, self.dtype) for each in maps]
-        self.places = config.context_frames * model.order.slots
-        self.keys = -(-self.places // PAIRS) * PAIRS
+            matrices += [_laid_out(each.weight.T, dtype) for each in maps]
+        self.keys = -(-config.context_frames * model.order.slots // PAIRS) * PAIRS
+        """Places of a ring, padded."""
         waves = model.order.waves
         self.spans = torch.tensor([(wave.start, wave.stop, wave.first) for wave in waves])
-        self._gain_pointers = _pointers(gains)
-        self._matrix_pointers = _pointers(matrices)
-        self._kept = gains + matrices
-        self.structure = _Model(
-            config.layers, config.width, config.heads, config.kv_heads,
-            config.mlp_ratio * config.width, len(tables.output), self.places, self.keys,
-            self.gains[0].data_ptr(), ctypes.addressof(self._gain_pointers),
-            ctypes.addressof(self._matrix_pointers), self.gains[1].data_ptr(),
-            self.matrices[0].data_ptr(),
-        )  # fmt: skip
+        self.structure = Structure(
+            "Model",
+            dtype,
+            layers=config.layers,
+            width=config.width,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            hidden=config.mlp_ratio * config.width,
+            codes=len(tables.output),
+            slots=model.order.slots,
+            frames=config.context_frames,
+            input_gain=model.input_norm.weight.float(),
+            gains=gains,
+            matrices=matrices,
+            output_gain=model.output_norm.weight.float(),
+            output=_laid_out(F.pad(tables.output.T, (0, -len(tables.output) % LANES)), dtype),
+        )
 
 
-def _pointers(tensors: list[Tensor]) -> "ctypes.Array[ctypes.c_void_p]":
-    return (ctypes.c_void_p * len(tensors))(*(each.data_ptr() for each in tensors))
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Trunk:
     """What some sequences branched off, and how much of the ring is their own by now."""
 
@@ -134,13 +88,11 @@ class _Trunk:
     values: Tensor
     rows: Tensor
     """The sequence that each goes on from, int64 [B]."""
-    first: int = 0
-    """The first block of 32 places that is the branches' own."""
-    count: int = 0
-    """How many are from there on, round the ring's end."""
+    own: Tensor
+    """Which blocks of 32 places are the branches' own by now, bool [N / 32]."""
 
 
-class NativeCache:
+class NativeCache(Cache):
     """What `RingCache` is to torch's passes: the ring of the compiled ones, and their logits.
 
     Branches share what they branched off until their own frames have taken its place: a pass reads
@@ -148,18 +100,14 @@ class NativeCache:
     computes in that of the tables.
     """
 
-    device = torch.device("cpu")
     exact = True
 
     def __init__(self, model: Transformer, tables: Tables, batch: int, native: NativeModel) -> None:
-        self.model, self.tables, self.native = model, tables, native
-        self.dtype = tables.output.dtype
-        self.slots, self.frames = model.order.slots, model.config.context_frames
+        super().__init__(model, tables)
+        self.native = native
         self.keys, self.values = self._rings(batch), self._rings(batch)
         self._trunk: _Trunk | None = None
         self._has_branches = False
-        self.frame = -1
-        """Number of the frame being written, from 0; -1 before the first."""
 
     def _rings(self, batch: int) -> Tensor:
         config = self.model.config
@@ -167,7 +115,7 @@ class NativeCache:
         size = (config.layers, batch, config.kv_heads, self.native.keys * channels)
         return torch.zeros(size, dtype=self.native.dtype)
 
-    def begin_frame(self) -> None:
+    def advance(self) -> None:
         """Make the next frame the current one; what its place held is out of sight at once."""
         if self._has_branches:  # what they share must not change
             self.keys, self.values = self.keys.clone(), self.values.clone()
@@ -175,14 +123,23 @@ class NativeCache:
         self.frame += 1
         if self._trunk is not None:
             self._trunk = self._grown(self._trunk)
+        trunk, dtype = self._trunk, self.native.dtype
+        self._ring = Structure(
+            "Ring",
+            dtype,
+            model=self.native.structure,
+            trunk=trunk and Structure("Trunk", dtype, sequences=trunk.keys.shape[1], **vars(trunk)),
+            sequences=self.keys.shape[1],
+            frame=self.frame,
+            keys=self.keys,
+            values=self.values,
+        )
 
     def _grown(self, trunk: _Trunk) -> _Trunk | None:
         """Bring the current frame's blocks into the own rings; no trunk when they hold them all."""
-        blocks = self.native.keys // PAIRS
         begin = self.frame % self.frames * self.slots
-        start, stop = begin // PAIRS, -(-(begin + self.slots) // PAIRS)
-        first = trunk.first if trunk.count else start
-        new = [block for block in range(start, stop) if (block - first) % blocks >= trunk.count]
+        span = range(begin // PAIRS, -(-(begin + self.slots) // PAIRS))
+        new = [block for block in span if not trunk.own[block]]
         # A block of keys is in one piece, one of values in a piece for each 16 channels.
         pieces = self.model.config.width // self.model.config.heads // LANES
         for own, shared, parts in (
@@ -190,20 +147,29 @@ class NativeCache:
             (self.values, trunk.values, pieces),
         ):
             to, source = (
-                rearrange(each, "l b g (p n e) -> l b g p n e", p=parts, n=blocks)
+                rearrange(each, "l b g (p n e) -> l b g p n e", p=parts, n=len(trunk.own))
                 for each in (own, shared)
             )
             to[..., new, :] = source[..., new, :][:, trunk.rows]
-        count = trunk.count + len(new)
-        return None if count >= blocks else replace(trunk, first=first, count=count)
+        own = trunk.own.index_fill(0, torch.tensor(new, dtype=torch.int64), True)
+        return None if own.all() else replace(trunk, own=own)
 
     def logits(self, x: Tensor, rotary: tuple[Tensor, Tensor], wave: Wave) -> Tensor:
         """Bring in the slots of a wave, x [B, n, D]; return logits float32 [B, n', K]."""
         x, cos, sin = (each.float().contiguous() for each in (x, *rotary))
         logits = torch.empty(len(x), wave.stop - wave.first, len(self.tables.output))
-        now = self._pass(len(x), wave, cos, sin)
-        now.x, now.logits = x.data_ptr(), logits.data_ptr()
-        self._call("pass", ctypes.byref(now))
+        call(
+            "pass",
+            self.native.dtype,
+            ring=self._ring,
+            start=wave.start,
+            stop=wave.stop,
+            first=wave.first,
+            x=x,
+            cos=cos,
+            sin=sin,
+            logits=logits,
+        )
         return logits
 
     def draw_frame(
@@ -223,40 +189,31 @@ class NativeCache:
         guidance (2) the futures' sequences, then as many that know no action. The log-probabilities
         are those under the plain model and those that were drawn from.
         """
-        order, none = self.model.order, self.model.grid.codebook_size
+        order = self.model.order
         base, cos, sin = (each.float().contiguous() for each in (base, *rotary))
-        uniform, embedding = uniform.contiguous(), self.tables.token.float().contiguous()
-        spans, source, target = self.native.spans, order.source, order.target
-        drawn = torch.full((len(base), order.tokens + 1), none)
+        drawn = torch.full((len(base), order.tokens + 1), self.model.grid.codebook_size)
         log_probs = torch.empty(2, *uniform.shape)
-        frame = _Frame(
-            len(spans), order.slots, order.tokens, streams, spans.data_ptr(), source.data_ptr(),
-            target.data_ptr(), base.data_ptr(), embedding.data_ptr(), uniform.data_ptr(),
-            temperature, guidance, drawn.data_ptr(), log_probs.data_ptr(),
-        )  # fmt: skip
-        first = self._pass(len(base), order.waves[0], cos, sin)
-        self._call("frame", ctypes.byref(first), ctypes.byref(frame))
+        call(
+            "frame",
+            self.native.dtype,
+            ring=self._ring,
+            waves=len(order.waves),
+            tokens=order.tokens,
+            streams=streams,
+            spans=self.native.spans,
+            source=order.source,
+            target=order.target,
+            base=base,
+            cos=cos,
+            sin=sin,
+            embedding=self.tables.token.float().contiguous(),
+            uniform=uniform.contiguous(),
+            temperature=temperature,
+            guidance=guidance,
+            drawn=drawn,
+            log_probs=log_probs,
+        )
         return drawn[:, :-1], log_probs
-
-    def _pass(self, batch: int, wave: Wave, cos: Tensor, sin: Tensor) -> _Pass:
-        """A pass over a wave, without what goes in and comes out."""
-        begin = self.frame % self.frames * self.slots
-        return _Pass(
-            batch, wave.stop - wave.start, begin + wave.start, begin + self.slots,
-            self.frame >= self.frames, wave.first - wave.start, None, cos.data_ptr(),
-            sin.data_ptr(), self.keys.data_ptr(), self.values.data_ptr(), *self._trunk_fields(),
-        )  # fmt: skip
-
-    def _call(self, name: str, *given: object) -> None:
-        function(name, self.native.dtype)(ctypes.byref(self.native.structure), *given)
-
-    def _trunk_fields(self) -> tuple[int | None, ...]:
-        trunk = self._trunk
-        if trunk is None:
-            return 0, None, None, None, 0, 0
-        stop = (trunk.first + trunk.count) % (self.native.keys // PAIRS)
-        pointers = (each.data_ptr() for each in (trunk.keys, trunk.values, trunk.rows))
-        return trunk.keys.shape[1], *pointers, trunk.first * PAIRS, stop * PAIRS
 
     def branch(self, rows: Tensor) -> Self:
         """Return a cache whose sequence i goes on from this one's sequence `rows[i]`."""
@@ -268,6 +225,7 @@ class NativeCache:
             branch.keys, branch.values = self.keys[:, rows], self.values[:, rows]
             return branch
         self._has_branches = True
-        branch._trunk = _Trunk(self.keys, self.values, rows)
+        own = torch.zeros(self.native.keys // PAIRS, dtype=torch.bool)
+        branch._trunk = _Trunk(self.keys, self.values, rows, own)
         branch.keys, branch.values = branch._rings(len(rows)), branch._rings(len(rows))
         return branch

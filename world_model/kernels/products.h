@@ -8,10 +8,11 @@
 
 #pragma once
 
+#include "interface.h"
+
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
 #include <memory>
 #include <type_traits>
@@ -33,7 +34,6 @@
 #define VECTOR_BYTES 32
 #endif
 
-typedef uint16_t bf16;
 typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
@@ -47,16 +47,18 @@ constexpr int kTogether = 2 * kLanes;
 constexpr int kFloats = VECTOR_BYTES / sizeof(float);
 constexpr float kLog2E = 1.44269504f;
 
-class Lines {  // memory that begins with a cache line, with whatever in it
+template <typename T>
+class Buffer {  // memory from a cache line on, with whatever in it; +buffer is its address
  public:
-  explicit Lines(size_t bytes) : bytes_(new char[bytes + 64]) {}
-  template <typename T>
-  T* as() const {
-    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(bytes_.get()) + 63) & ~uintptr_t(63));
+  explicit Buffer(size_t count) : bytes_(new char[count * sizeof(T) + 64]) {
+    const auto address = reinterpret_cast<uintptr_t>(bytes_.get());
+    first_ = reinterpret_cast<T*>((address + 63) & ~uintptr_t(63));
   }
+  operator T*() const { return first_; }
 
  private:
   std::unique_ptr<char[]> bytes_;
+  T* first_;
 };
 
 // I: how many rows of a right-hand side are interleaved.
@@ -86,13 +88,17 @@ Bits rounded(Bits bits) {
   return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
-void store(bf16* to, Floats value) {
+Halves narrow(Floats value) {
 #if defined(__AVX512BF16__)
-  const __m256bh narrow = _mm512_cvtneps_pbh((__m512)value);
+  return (Halves)_mm512_cvtneps_pbh((__m512)value);
 #else
-  const Halves narrow = __builtin_convertvector(rounded((Ints)value), Halves);
+  return __builtin_convertvector(rounded((Ints)value), Halves);
 #endif
-  std::memcpy(to, &narrow, sizeof(narrow));
+}
+
+void store(bf16* to, Floats value) {
+  const Halves halves = narrow(value);
+  std::memcpy(to, &halves, sizeof(halves));
 }
 
 void put(float* to, float value) { *to = value; }
@@ -116,30 +122,16 @@ void store_pair(float* to, Floats even, Floats odd) {
 }
 
 void store_pair(bf16* to, Floats even, Floats odd) {
-#if defined(__AVX512BF16__)
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
-                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-  const __m512i paired = _mm512_permutexvar_epi16(order, (__m512i)both);
-  std::memcpy(to, &paired, 64);
-#else
-  for (int lane = 0; lane < kFloats; ++lane) {
-    put(to + 2 * lane, even[lane]);
-    put(to + 2 * lane + 1, odd[lane]);
-  }
-#endif
+  const Ints first = __builtin_convertvector(narrow(even), Ints);
+  const Ints pairs = first | __builtin_convertvector(narrow(odd), Ints) << 16;
+  std::memcpy(to, &pairs, sizeof(pairs));
 }
 
 // 2^x for x of at least -126, to 3e-7 of it; to 8e-5, a fiftieth of its rounding, to become a bf16.
 template <typename Number = float>
 Floats power_of_two(Floats x) {
-#if defined(__AVX512DQ__)
-  const Floats part = (Floats)_mm512_reduce_ps((__m512)x, 0);  // from the nearest whole number
-#else
   const Floats magic = Floats{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to whole numbers
-  const Floats shifted = x + magic;
-  const Floats part = x - (shifted - magic);
-#endif
+  const Floats shifted = x + magic, part = x - (shifted - magic);
   Floats p;
   if constexpr (std::is_same_v<Number, bf16>) {
     p = 5.5171673e-2f * part + 2.4261112e-1f;
@@ -152,11 +144,7 @@ Floats power_of_two(Floats x) {
     p = p * part + 6.9314697e-1f;
     p = p * part + 1.0000001f;
   }
-#if defined(__AVX512DQ__)
-  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)(x - part));
-#else
   return (Floats)((Ints)p + ((Ints)shifted << 23));
-#endif
 }
 
 // What brings `count` numbers to a root mean square of 1.
@@ -326,12 +314,6 @@ void product_by_vectors(const Left<Number>* a, int lda, const Number* b, size_t 
   }
 }
 
-template <bool kAdd>
-void product(const float* a, int lda, const float* b, size_t step, int columns, int k, float* c,
-             int ldc, int rows) {
-  product_by_vectors<kAdd>(a, lda, b, step, columns, k, c, ldc, rows);
-}
-
 #if defined(HAS_TILES)
 
 struct alignas(64) TileConfig {
@@ -348,113 +330,63 @@ struct Tiles {
   ~Tiles() { _tile_release(); }
 };
 
-// Of 16 to 64 rows and 16 columns: tiles 0 to 3 are of c, 4 is of a, 5 of b. A tile's number has
-// to be a literal.
-template <bool kAdd, int kBlocks>
-void rows_of(const bf16* a, int lda, const bf16* b, int k, float* c, int ldc) {
+// How tiles do it: up to 4 of c, of 16 rows and columns each, below one another (kBelow) or side by
+// side. Tiles 0 to 3 are of c, 4 is of what they share, of b or of a, and 5 and 6, in turn, are of
+// what each has of its own. A tile's number has to be a literal.
+template <bool kAdd, bool kBelow, int kTiles>
+void tiles_of(const bf16* a, int lda, const bf16* b, size_t step, int k, float* c, int ldc) {
   const size_t a_bytes = size_t(lda) * 2, c_bytes = size_t(ldc) * 4;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  if constexpr (kAdd) {
-    _tile_loadd(0, c, c_bytes);
-    if constexpr (kBlocks > 1) _tile_loadd(1, c + 16 * ldc, c_bytes);
-    if constexpr (kBlocks > 2) _tile_loadd(2, c + 32 * ldc, c_bytes);
-    if constexpr (kBlocks > 3) _tile_loadd(3, c + 48 * ldc, c_bytes);
+  const size_t next = kBelow ? size_t(16) * ldc : 16;
+#define EACH_TILE(act)                 \
+  act(0, 5)                            \
+  if constexpr (kTiles > 1) act(1, 6)  \
+  if constexpr (kTiles > 2) act(2, 5)  \
+  if constexpr (kTiles > 3) act(3, 6)
+#define BEGIN(tile, own)                                               \
+  {                                                                    \
+    if constexpr (kAdd) _tile_loadd(tile, c + tile * next, c_bytes);   \
+    if constexpr (!kAdd) _tile_zero(tile);                             \
   }
+#define MULTIPLY(tile, own)                               \
+  {                                                       \
+    if constexpr (kBelow) {                               \
+      _tile_loadd(own, a + tile * 16 * lda, a_bytes);     \
+      _tile_dpbf16ps(tile, own, 4);                       \
+    } else {                                              \
+      _tile_loadd(own, b + tile * step, 64);              \
+      _tile_dpbf16ps(tile, 4, own);                       \
+    }                                                     \
+  }
+#define END(tile, own) _tile_stored(tile, c + tile * next, c_bytes);
+  EACH_TILE(BEGIN)
   for (int begin = 0; begin < k; begin += 32, a += 32, b += 32 * kLanes) {
-    _tile_loadd(5, b, 64);
-    _tile_loadd(4, a, a_bytes);
-    _tile_dpbf16ps(0, 4, 5);
-    if constexpr (kBlocks > 1) {
-      _tile_loadd(4, a + 16 * lda, a_bytes);
-      _tile_dpbf16ps(1, 4, 5);
-    }
-    if constexpr (kBlocks > 2) {
-      _tile_loadd(4, a + 32 * lda, a_bytes);
-      _tile_dpbf16ps(2, 4, 5);
-    }
-    if constexpr (kBlocks > 3) {
-      _tile_loadd(4, a + 48 * lda, a_bytes);
-      _tile_dpbf16ps(3, 4, 5);
-    }
+    if constexpr (kBelow) _tile_loadd(4, b, 64);
+    if constexpr (!kBelow) _tile_loadd(4, a, a_bytes);
+    EACH_TILE(MULTIPLY)
   }
-  _tile_stored(0, c, c_bytes);
-  if constexpr (kBlocks > 1) _tile_stored(1, c + 16 * ldc, c_bytes);
-  if constexpr (kBlocks > 2) _tile_stored(2, c + 32 * ldc, c_bytes);
-  if constexpr (kBlocks > 3) _tile_stored(3, c + 48 * ldc, c_bytes);
+  EACH_TILE(END)
+#undef EACH_TILE
+#undef BEGIN
+#undef MULTIPLY
+#undef END
 }
 
 template <bool kAdd>
-void product_rows(const bf16* a, int lda, const bf16* b, int k, float* c, int ldc, int rows) {
-  for (; rows > 0; rows -= 64, a += size_t(64) * lda, c += size_t(64) * ldc) {
-    if (rows <= 16)
-      rows_of<kAdd, 1>(a, lda, b, k, c, ldc);
-    else if (rows <= 32)
-      rows_of<kAdd, 2>(a, lda, b, k, c, ldc);
-    else if (rows <= 48)
-      rows_of<kAdd, 3>(a, lda, b, k, c, ldc);
-    else
-      rows_of<kAdd, 4>(a, lda, b, k, c, ldc);
-  }
-}
-
-// Of at most 16 rows and 16 to 64 columns, of which each 16 have a right-hand side of their own.
-template <bool kAdd, int kColumns>
-void columns_of(const bf16* a, int lda, const bf16* b, size_t step, int k, float* c, int ldc) {
-  const size_t a_bytes = size_t(lda) * 2, c_bytes = size_t(ldc) * 4;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  if constexpr (kAdd) {
-    _tile_loadd(0, c, c_bytes);
-    if constexpr (kColumns > 1) _tile_loadd(1, c + 16, c_bytes);
-    if constexpr (kColumns > 2) _tile_loadd(2, c + 32, c_bytes);
-    if constexpr (kColumns > 3) _tile_loadd(3, c + 48, c_bytes);
-  }
-  for (int begin = 0; begin < k; begin += 32, a += 32, b += 32 * kLanes) {
-    _tile_loadd(4, a, a_bytes);
-    _tile_loadd(5, b, 64);
-    _tile_dpbf16ps(0, 4, 5);
-    if constexpr (kColumns > 1) {
-      _tile_loadd(6, b + step, 64);
-      _tile_dpbf16ps(1, 4, 6);
-    }
-    if constexpr (kColumns > 2) {
-      _tile_loadd(5, b + 2 * step, 64);
-      _tile_dpbf16ps(2, 4, 5);
-    }
-    if constexpr (kColumns > 3) {
-      _tile_loadd(6, b + 3 * step, 64);
-      _tile_dpbf16ps(3, 4, 6);
-    }
-  }
-  _tile_stored(0, c, c_bytes);
-  if constexpr (kColumns > 1) _tile_stored(1, c + 16, c_bytes);
-  if constexpr (kColumns > 2) _tile_stored(2, c + 32, c_bytes);
-  if constexpr (kColumns > 3) _tile_stored(3, c + 48, c_bytes);
-}
-
-template <bool kAdd>
-void product(const bf16* a, int lda, const bf16* b, size_t step, int columns, int k, float* c,
-             int ldc, int rows) {
-  if (rows > 16) {
-    for (int column = 0; column < columns; column += kLanes, b += step)
-      product_rows<kAdd>(a, lda, b, k, c + column, ldc, rows);
+void product_by_tiles(const bf16* a, int lda, const bf16* b, size_t step, int columns, int k,
+                      float* c, int ldc, int rows) {
+  constexpr std::array below{tiles_of<kAdd, true, 1>, tiles_of<kAdd, true, 2>,
+                             tiles_of<kAdd, true, 3>, tiles_of<kAdd, true, 4>};
+  constexpr std::array beside{tiles_of<kAdd, false, 1>, tiles_of<kAdd, false, 2>,
+                              tiles_of<kAdd, false, 3>, tiles_of<kAdd, false, 4>};
+  if (rows <= 16) {
+    for (int column = 0; column < columns; column += 64, b += 4 * step)
+      beside[(std::min(columns - column, 64) - 1) / 16](a, lda, b, step, k, c + column, ldc);
     return;
   }
-  for (; columns > 0; columns -= 64, b += 4 * step, c += 64) {
-    if (columns <= 16)
-      columns_of<kAdd, 1>(a, lda, b, step, k, c, ldc);
-    else if (columns <= 32)
-      columns_of<kAdd, 2>(a, lda, b, step, k, c, ldc);
-    else if (columns <= 48)
-      columns_of<kAdd, 3>(a, lda, b, step, k, c, ldc);
-    else
-      columns_of<kAdd, 4>(a, lda, b, step, k, c, ldc);
-  }
+  for (int column = 0; column < columns; column += kLanes, b += step)
+    for (int row = 0; row < rows; row += 64)
+      below[(std::min(rows - row, 64) - 1) / 16](a + size_t(row) * lda, lda, b, step, k,
+                                                 c + size_t(row) * ldc + column, ldc);
 }
 
 #else
@@ -464,26 +396,26 @@ struct Tiles {
   ~Tiles() {}
 };
 
-template <bool kAdd>
-void product(const Left<bf16>* a, int lda, const bf16* b, size_t step, int columns, int k, float* c,
-             int ldc, int rows) {
-  product_by_vectors<kAdd>(a, lda, b, step, columns, k, c, ldc, rows);
-}
-
 #endif
 
-#if !defined(__AVX512BF16__)
-// Of a left-hand side in bf16, as training in bf16 has it: it becomes float32 first.
-template <bool kAdd>
-void product(const bf16* a, int lda, const bf16* b, size_t step, int columns, int k, float* c,
+template <bool kAdd, typename Given, typename Number>
+void product(const Given* a, int lda, const Number* b, size_t step, int columns, int k, float* c,
              int ldc, int rows) {
-  static thread_local std::vector<float> wide;
-  wide.resize(size_t(rows) * k);
-  for (int row = 0; row < rows; ++row)
-    for (int i = 0; i < k; i += kFloats)
-      store(wide.data() + size_t(row) * k + i, load(a + size_t(row) * lda + i));
-  product<kAdd>(wide.data(), k, b, step, columns, k, c, ldc, rows);
-}
+#if defined(HAS_TILES)
+  if constexpr (std::is_same_v<Number, bf16>)
+    product_by_tiles<kAdd>(a, lda, b, step, columns, k, c, ldc, rows);
+  else
 #endif
+  if constexpr (std::is_same_v<Given, Left<Number>>) {
+    product_by_vectors<kAdd>(a, lda, b, step, columns, k, c, ldc, rows);
+  } else {  // a left-hand side in bf16, as training in it has them: it becomes float32 first
+    static thread_local std::vector<float> wide;
+    wide.resize(size_t(rows) * k);
+    for (int row = 0; row < rows; ++row)
+      for (int i = 0; i < k; i += kFloats)
+        store(wide.data() + size_t(row) * k + i, load(a + size_t(row) * lda + i));
+    product_by_vectors<kAdd>(wide.data(), k, b, step, columns, k, c, ldc, rows);
+  }
+}
 
 }  // namespace

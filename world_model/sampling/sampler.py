@@ -15,7 +15,7 @@ from torch import Tensor
 
 from driving_sim.engine.config import Count, Int64, NonNegative, config
 from driving_sim.engine.precision import autocast
-from driving_sim.world_model.cache import Cache, cached_frame_base
+from driving_sim.world_model.cache import Cache
 from driving_sim.world_model.kernels.decode import NativeCache
 
 Choose = Callable[[Tensor, Tensor], Tensor]
@@ -162,7 +162,7 @@ class WavePasses:
         `choose` is called for one wave after the other.
         """
         with autocast(self.cache.device, self.cache.dtype):
-            return self._step(*self._begin(actions, valid), choose)
+            return self._step(*self.cache.begin_frame(self.tokens, actions, valid), choose)
 
     @torch.inference_mode()
     def draw(
@@ -176,19 +176,13 @@ class WavePasses:
             return None
         with autocast(self.cache.device, self.cache.dtype):
             self.tokens, log_probs = self.cache.draw_frame(
-                *self._begin(actions, valid),
+                *self.cache.begin_frame(self.tokens, actions, valid),
                 uniform,
                 streams=streams,
                 temperature=sampling.temperature,
                 guidance=sampling.guidance,
             )
         return self.tokens, log_probs
-
-    def _begin(self, actions: Tensor, valid: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Begin a frame: what its slots [B, S, D] know before its tokens; cosines and sines."""
-        self.cache.begin_frame()
-        base = cached_frame_base(self.cache, self.tokens, actions, valid)
-        return base, self.model.rotary(torch.tensor([self.cache.frame], device=base.device))
 
     def _step(self, base: Tensor, rotary: tuple[Tensor, Tensor], choose: Choose) -> Tensor:
         cos, sin = rotary

@@ -14,7 +14,8 @@ from driving_sim.world_model.cache import RingCache, encode_frame
 from driving_sim.world_model.kernels import decode as native
 from driving_sim.world_model.kernels import library as native_library
 from driving_sim.world_model.kernels.decode import NativeCache, NativeModel, is_supported
-from driving_sim.world_model.sampling.sampler import FrameSampler, Sampling, WavePasses
+from driving_sim.world_model.kernels.library import call
+from driving_sim.world_model.sampling.sampler import FrameSampler, Sampling
 from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
 from tests.fixtures.token_drives import COLS, FPS, LEVELS, ROWS, tiny_tokenizer, turning_drive
 from tests.fixtures.world_models import (
@@ -122,17 +123,13 @@ def test_torch_alone_does_not_emulate_bf16(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @needs_compiler
-def test_what_goes_into_the_passes_is_the_same_in_each_format(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_goes_into_the_passes_is_the_same_in_each_format() -> None:
     model = random_model(WIDE)
-    bases: list[torch.Tensor] = []
-    for dtype in (torch.bfloat16, torch.float32):
-        tokens = torch.zeros(1, model.order.tokens, dtype=torch.int64)
-        passes = WavePasses(native_cache(model, 1, dtype), tokens)
-        monkeypatch.setattr(passes, "_step", lambda base, *_: bases.append(base))
-        known = torch.ones(1, 2, dtype=torch.bool)
-        passes.step(torch.ones(1, 2), known, lambda logits, _: logits.argmax(-1))
+    tokens, known = torch.zeros(1, model.order.tokens, dtype=torch.int64), torch.ones(1, 2)
+    bases = [
+        native_cache(model, 1, dtype).begin_frame(tokens, known, known.bool())[0]
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
     assert torch.equal(*bases)
 
 
@@ -165,13 +162,13 @@ def test_compiled_draws_equal_torchs(
     dtype: torch.dtype, temperature: float, guidance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With 40 codes, which are no whole number of vectors: five futures of two contexts."""
-    calls, call = [], NativeCache._call
+    calls = []
 
-    def watched(cache: NativeCache, name: str, *given: object) -> None:
+    def watched(name: str, dtype: torch.dtype, **values: Any) -> None:
         calls.append(name)
-        call(cache, name, *given)
+        call(name, dtype, **values)
 
-    monkeypatch.setattr(NativeCache, "_call", watched)
+    monkeypatch.setattr(native, "call", watched)
     grid = replace(GRID, levels=(8, 5))
     model = random_model(WIDE, grid)
     last, contexts = random_inputs(1, grid=grid)["tokens"][:, 0].flatten(1), [0, 0, 1, 1, 0]

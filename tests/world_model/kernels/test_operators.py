@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from driving_sim.engine.precision import autocast
-from driving_sim.world_model.kernels import attention as native_training
-from driving_sim.world_model.kernels import library as native_library
+from driving_sim.world_model.kernels import operators
+from driving_sim.world_model.kernels.library import call
+from driving_sim.world_model.kernels.operators import causal_attention, rms_norm, squared_relu
 from driving_sim.world_model.rotary import rotate
 from driving_sim.world_model.training.objective import InputNoiseConfig, WorldModelObjective
-from driving_sim.world_model.transformer import Attention, TransformerConfig
 from tests.fixtures.rank_training import STEPS, rank_train
 from tests.fixtures.ranks import assert_same_losses, exported, launch
 from tests.fixtures.world_models import (
@@ -26,6 +26,19 @@ from tests.fixtures.world_models import (
     random_inputs,
     random_model,
 )
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the compiled functions, as they are called."""
+    names: list[str] = []
+
+    def watched(name: str, dtype: torch.dtype, **values: Any) -> None:
+        names.append(name)
+        call(name, dtype, **values)
+
+    monkeypatch.setattr(operators, "call", watched)
+    return names
 
 
 def compute(dtype: torch.dtype) -> AbstractContextManager[object]:
@@ -55,21 +68,20 @@ def results(act: Callable[..., Tensor], given: list[Tensor], grad: Tensor) -> li
 @in_each_format
 @pytest.mark.usefixtures("processor")
 def test_compiled_attention_and_its_gradients_equal_torchs(
-    slots: int, heads: int, kv_heads: int, channels: int, dtype: torch.dtype
+    slots: int, heads: int, kv_heads: int, channels: int, dtype: torch.dtype, calls: list[str]
 ) -> None:
     torch.manual_seed(0)
-    config = TransformerConfig(width=heads * channels, heads=heads, kv_heads=kv_heads)
-    attention = Attention(config)
+    sizes = [heads * channels, kv_heads * channels, kv_heads * channels]
     angle = torch.randn(slots, channels // 2)
     rotary = angle.cos(), angle.sin()
-    qkv = torch.randn(2, slots, sum(attention.sizes)).to(dtype)
+    qkv = torch.randn(2, slots, sum(sizes)).to(dtype)
     gains = [1 + 0.3 * torch.randn(channels) for _ in range(2)]
     grad = torch.randn(2, slots, heads * channels).to(dtype)
 
     def exact(qkv: Tensor, q_gain: Tensor, k_gain: Tensor) -> Tensor:
         q, k, v = (
             rearrange(part, "b n (h e) -> b h n e", e=channels)
-            for part in torch.split(qkv, list(attention.sizes), -1)
+            for part in torch.split(qkv, sizes, -1)
         )
         q = rotate(F.rms_norm(q, (channels,), q_gain, 1e-6), *rotary)
         k = rotate(F.rms_norm(k, (channels,), k_gain, 1e-6), *rotary)
@@ -78,19 +90,20 @@ def test_compiled_attention_and_its_gradients_equal_torchs(
 
     def compiled(qkv: Tensor, q_gain: Tensor, k_gain: Tensor) -> Tensor:
         with compute(dtype):
-            found = native_training.causal_attention(qkv, q_gain, k_gain, rotary, heads)
-        assert found is not None
-        return found
+            return causal_attention(qkv, q_gain, k_gain, rotary, heads=heads)
 
     expected = results(exact, [qkv.float(), *gains], grad)
     for found, truth in zip(results(compiled, [qkv, *gains], grad), expected, strict=True):
         assert distance(found, truth) < (0.01 if dtype is torch.bfloat16 else 2e-6)
+    assert calls == ["attention", "attention_grad"]
 
 
 @needs_compiler
 @in_each_format
 @pytest.mark.usefixtures("processor")
-def test_a_key_that_queries_look_away_from_gets_no_gradient(dtype: torch.dtype) -> None:
+def test_a_key_that_queries_look_away_from_gets_no_gradient(
+    dtype: torch.dtype, calls: list[str]
+) -> None:
     """Its weight is e^-134, less than any float32: it must not become another number."""
     slots, channels = 70, 32
     q, k, v = torch.ones(slots, channels), torch.ones(slots, channels), torch.ones(slots, channels)
@@ -101,8 +114,8 @@ def test_a_key_that_queries_look_away_from_gets_no_gradient(dtype: torch.dtype) 
     grad = torch.randn(1, slots, channels, generator=torch.Generator().manual_seed(0))
     grad[:, 0] = 0  # the first query sees nothing else
     with compute(dtype):
-        mixed = native_training.causal_attention(qkv, gain, gain, rotary, 1)
-    assert mixed is not None
+        mixed = causal_attention(qkv, gain, gain, rotary, heads=1)
+    assert calls == ["attention"]
     mixed.backward(grad.to(dtype))  # type: ignore[no-untyped-call]
     assert qkv.grad is not None
     assert qkv.grad.isfinite().all()
@@ -113,16 +126,14 @@ def test_a_key_that_queries_look_away_from_gets_no_gradient(dtype: torch.dtype) 
 @needs_compiler
 @in_each_format
 @pytest.mark.usefixtures("processor")
-def test_compiled_norm_and_its_gradients_equal_torchs(dtype: torch.dtype) -> None:
+def test_compiled_norm_and_its_gradients_equal_torchs(dtype: torch.dtype, calls: list[str]) -> None:
     torch.manual_seed(0)
     given = [torch.randn(3, 50, 48), torch.randn(48)]
     grad = torch.randn(3, 50, 48).bfloat16().float()
 
     def compiled(x: Tensor, gain: Tensor) -> Tensor:
         with compute(dtype):
-            found = native_training.normed(x, gain)
-        assert found is not None
-        return found
+            return rms_norm(x, gain)
 
     expected = results(lambda x, gain: F.rms_norm(x, (48,), gain, 1e-6), given, grad)
     found = results(compiled, given, grad)
@@ -130,25 +141,27 @@ def test_compiled_norm_and_its_gradients_equal_torchs(dtype: torch.dtype) -> Non
     assert distance(found[0], expected[0]) < step_of(dtype)
     assert distance(found[1], expected[1]) < 1e-5
     assert distance(found[2], expected[2]) < 1e-5
+    assert calls == ["norm", "norm_grad"]
 
 
 @needs_compiler
 @in_each_format
 @pytest.mark.usefixtures("processor")
-def test_compiled_activation_and_its_gradient_equal_torchs(dtype: torch.dtype) -> None:
+def test_compiled_activation_and_its_gradient_equal_torchs(
+    dtype: torch.dtype, calls: list[str]
+) -> None:
     torch.manual_seed(0)
     given = [torch.randn(2, 40, 16).to(dtype)]
     grad = torch.randn(2, 40, 16).to(dtype)
 
     def compiled(x: Tensor) -> Tensor:
         with compute(dtype):
-            found = native_training.squared_relu(x)
-        assert found is not None
-        return found
+            return squared_relu(x)
 
     expected = results(lambda x: F.relu(x).square(), [given[0].float()], grad)
     for found, truth in zip(results(compiled, given, grad), expected, strict=True):
         assert distance(found, truth) < step_of(dtype)
+    assert calls == ["activation", "activation_grad"]
 
 
 def gradients(dtype: torch.dtype, threads: int = 2) -> dict[str, Tensor]:
@@ -219,18 +232,11 @@ def test_two_ranks_train_as_one_does(tmp_path: Path, shard: bool) -> None:
 
 
 @needs_compiler
-def test_a_resumed_training_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = set()
-
-    def watched(name: str, dtype: torch.dtype) -> Any:
-        calls.add(name)
-        return native_library.function(name, dtype)
-
-    monkeypatch.setattr(native_training, "function", watched)
+def test_a_resumed_training_is_the_same(tmp_path: Path, calls: list[str]) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     for folder in (whole, run):
         rank_train("compiled_world_model", folder, precision="bf16")
-    assert calls >= {"attention", "attention_grad"}
+    assert {"attention", "attention_grad"} <= {*calls}
     shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
     (run / "finished.json").unlink()
     rank_train("compiled_world_model", run, precision="bf16", resume=True)
@@ -240,18 +246,18 @@ def test_a_resumed_training_is_the_same(tmp_path: Path, monkeypatch: pytest.Monk
 
 @needs_compiler
 @in_each_format
-def test_what_is_not_a_number_stays_it(dtype: torch.dtype) -> None:
+def test_what_is_not_a_number_stays_it(dtype: torch.dtype, calls: list[str]) -> None:
     """So that the step is skipped."""
     bad = torch.full((1, 4, 128), torch.nan)
     gain, rotary = torch.ones(32), (torch.ones(4, 16), torch.zeros(4, 16))
     with compute(dtype):
         for found in (
-            native_training.causal_attention(bad.to(dtype), gain, gain, rotary, 2),
-            native_training.normed(bad, torch.ones(128)),
-            native_training.squared_relu(bad.to(dtype)),
+            causal_attention(bad.to(dtype), gain, gain, rotary, heads=2),
+            rms_norm(bad, torch.ones(128)),
+            squared_relu(bad.to(dtype)),
         ):
-            assert found is not None
             assert found.isnan().all()
+    assert calls == ["attention", "norm", "activation"]
 
 
 @needs_compiler
@@ -262,17 +268,43 @@ def test_gradients_do_not_depend_on_threads() -> None:
 
 
 @needs_compiler
-def test_what_does_not_apply_is_left_to_torch() -> None:
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # torch's own, of a norm of bf16
+def test_what_does_not_apply_is_left_to_torch(calls: list[str]) -> None:
     x, gain = torch.randn(2, 5, 128).bfloat16(), torch.ones(32)
     rotary = torch.ones(5, 16), torch.zeros(5, 16)
-    assert native_training.causal_attention(x, gain, gain, rotary, 2) is None  # not in autocast
-    assert native_training.squared_relu(x) is None
-    assert native_training.squared_relu(torch.ones(3)) is None
-    assert native_training.normed(torch.ones(2, 128).double(), torch.ones(128).double()) is None
+    causal_attention(x, gain, gain, rotary, heads=2)  # not in autocast
+    squared_relu(x)
+    squared_relu(torch.ones(3))
+    rms_norm(torch.ones(2, 128).double(), torch.ones(128).double())
     with compute(torch.bfloat16):
-        assert native_training.causal_attention(x, gain, gain, rotary, 2) is not None
         steep = 4 * gain  # sqrt(32) 16 is too large a score
-        assert native_training.causal_attention(x, steep, steep, rotary, 2) is None
-        assert native_training.causal_attention(x.float(), gain, gain, rotary, 2) is None
-        assert native_training.normed(x, torch.ones(128)) is None
-        assert native_training.squared_relu(torch.ones(3).bfloat16()) is None
+        causal_attention(x, steep, steep, rotary, heads=2)
+        causal_attention(x.float(), gain, gain, rotary, heads=2)
+        causal_attention(x, gain, gain, rotary, heads=2, mask=torch.ones(5, 5, dtype=torch.bool))
+        rms_norm(x, torch.ones(128))
+        squared_relu(torch.ones(3).bfloat16())
+        assert not calls
+        causal_attention(x, gain, gain, rotary, heads=2)
+        assert calls == ["attention"]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"x": torch.ones(16, dtype=torch.float64)},
+        {"x": torch.ones(16, 2)[:, 0]},
+        {"x": [torch.ones(16)]},
+        {"activated": torch.ones(16).bfloat16()},
+        {"count": 16.0},
+        {"number": 3},
+    ],
+    ids=str,
+)
+def test_what_a_compiled_function_does_not_take_is_an_error(wrong: dict[str, Any]) -> None:
+    given = {"count": 16, "x": torch.ones(16), "activated": torch.ones(16)}
+    call("activation", torch.float32, **given)
+    with pytest.raises(TypeError):
+        call("activation", torch.float32, **given | wrong)
+    with pytest.raises(TypeError, match="fields"):
+        call("activation", torch.float32, x=torch.ones(16))

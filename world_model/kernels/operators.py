@@ -1,0 +1,225 @@
+"""What the transformer computes with, on any device: each function chooses its backend itself.
+
+On a CPU that is `attention.cpp`, under autograd, where it applies, and else torch. Of a training
+step of a small model torch spends some 60 % in causal attention and, in bf16, most of the rest in
+small float32 operations. The compiled functions compute in the format of the surrounding autocast.
+They have no second derivatives and no transforms of torch.func; DRIVESIM_NATIVE=0 brings torch's
+back.
+
+Axes: B batch, N slots, H query heads, G key heads, E channels of a head, F = (H + 2 G) E, D width.
+"""
+
+import math
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from driving_sim.engine.progress import say
+from driving_sim.world_model.kernels.library import EPSILON, LANES, PAIRS, Structure, call, library
+from driving_sim.world_model.rotary import rotate
+
+_BLOCK = 64  # of slots, as in `attention.cpp`
+_NORM_PARTS = 64  # of the rows: a fixed number, so that results do not depend on threads
+_MOST_CHANNELS = 1024
+LARGEST_SCORE = 70.0
+"""e to this, times any number of keys, is a float32."""
+
+
+def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
+    """Return x [..., D] by its root mean square, times `gain` [D].
+
+    Compiled, under autocast, it gives what matrix products take.
+    """
+    dtype = _format(x)
+    if dtype is None or not _are_float32(x, gain) or len(gain) % LANES:
+        return F.rms_norm(x, gain.shape, gain, EPSILON)
+    normed: Tensor = _Norm.apply(x, gain, dtype)  # type: ignore[no-untyped-call]
+    return normed
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """Return the square of what of x is above 0 (arXiv 2109.08668)."""
+    if x.dtype is not _format(x) or x.numel() % LANES:
+        return F.relu(x).square()
+    activated: Tensor = _SquaredRelu.apply(x)  # type: ignore[no-untyped-call]
+    return activated
+
+
+def causal_attention(
+    qkv: Tensor,
+    q_gain: Tensor,
+    k_gain: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    *,
+    heads: int,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Return what each slot sees of those before it and itself, [B, N, H E], of `qkv` [B, N, F].
+
+    The projections are those of `split_heads`. A `mask` bool [N, N] says what slots see instead.
+    """
+    if (
+        mask is None
+        and qkv.dtype is _format(qkv)
+        and len(q_gain) % PAIRS == 0
+        and len(q_gain) <= _MOST_CHANNELS
+        and _are_float32(q_gain, k_gain, *rotary)
+        and is_bounded(q_gain, k_gain)
+    ):
+        compiled: Tensor = _CausalAttention.apply(qkv, q_gain, k_gain, *rotary, heads)  # type: ignore[no-untyped-call]
+        return compiled
+    q, k, v = split_heads(qkv, q_gain, k_gain, rotary, heads=heads)
+    mixed = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
+    return rearrange(mixed, "b h n e -> b n (h e)")
+
+
+def split_heads(
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, rotary: tuple[Tensor, Tensor], *, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries [B, H, N, E], keys and values [B, G, N, E] of projections `qkv` [B, N, F].
+
+    The projections are queries of H heads, then keys and values of G: the former two are normed
+    with `q_gain` and `k_gain` [E] and turned by `rotary`, cosines and sines float32 [N, E / 2].
+    """
+    parts = rearrange(qkv, "b n (h e) -> b h n e", e=len(q_gain))
+    kv_heads = (parts.shape[1] - heads) // 2
+    q, k, v = torch.split(parts, [heads, kv_heads, kv_heads], dim=1)
+    # In float32, as torch has no fused kernel for bfloat16 under a float32 gain, and warns.
+    q, k = (
+        rotate(F.rms_norm(each.float(), gain.shape, gain, EPSILON), *rotary)
+        for each, gain in ((q, q_gain), (k, k_gain))
+    )
+    return q.to(v.dtype), k.to(v.dtype), v
+
+
+@torch.no_grad()
+def is_bounded(q_gain: Tensor, k_gain: Tensor) -> bool:
+    """Whether no score of queries and keys with these gains [E] can overflow; else says so.
+
+    Queries and keys are normed, so |q| <= sqrt(E) max |gain|, as is |k|.
+    """
+    largest = q_gain.abs().max() * k_gain.abs().max()
+    if float(largest) * math.sqrt(len(q_gain)) < LARGEST_SCORE:
+        return True
+    _say_unbounded()
+    return False
+
+
+@cache
+def _say_unbounded() -> None:
+    say("a gain of the attention's queries or keys has become large: torch takes over, slower")
+
+
+def _format(x: Tensor) -> torch.dtype | None:
+    """The number format that the compiled functions compute in here; None where they do not."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or library() is None:
+        return None
+    low = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if low else torch.float32
+    return dtype if dtype in (torch.bfloat16, torch.float32) else None
+
+
+def _are_float32(*tensors: Tensor) -> bool:
+    return all(tensor.dtype is torch.float32 for tensor in tensors)
+
+
+def _attention(heads: int, *tensors: Tensor) -> dict[str, Any]:
+    """The fields of an `Attention`, of its tensors in order."""
+    qkv, q_gain = tensors[:2]
+    batch, slots, features = qkv.shape
+    names = ("qkv", "q_gain", "k_gain", "cos", "sin", "mixed", "weights")
+    return {
+        "batch": batch,
+        "slots": slots,
+        "heads": heads,
+        "kv_heads": (features // len(q_gain) - heads) // 2,
+        "channels": len(q_gain),
+        **dict(zip(names, tensors, strict=True)),
+    }
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        q_gain: Tensor,
+        k_gain: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        heads: int,
+    ) -> Tensor:
+        given = [each.contiguous() for each in (qkv, q_gain, k_gain, cos, sin)]
+        batch, slots, _ = qkv.shape
+        mixed = qkv.new_empty(batch, slots, heads * len(q_gain))
+        weights = q_gain.new_empty(batch, heads, -(-slots // _BLOCK) * _BLOCK)
+        call("attention", qkv.dtype, **_attention(heads, *given, mixed, weights))
+        ctx.heads = heads
+        ctx.save_for_backward(*given, mixed, weights)
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, mixed_grad: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, q_gain, k_gain, *_ = kept = ctx.saved_tensors
+        forward = Structure("Attention", qkv.dtype, **_attention(ctx.heads, *kept))
+        heads, channels = qkv.shape[2] // len(q_gain), len(q_gain)
+        qkv_grad = torch.empty_like(qkv)
+        q_gain_grad = q_gain.new_empty(len(qkv) * ctx.heads, channels)
+        k_gain_grad = k_gain.new_empty(len(qkv) * (heads - ctx.heads) // 2, channels)
+        call(
+            "attention_grad",
+            qkv.dtype,
+            forward=forward,
+            mixed_grad=mixed_grad.contiguous(),
+            qkv_grad=qkv_grad,
+            q_gain_grad=q_gain_grad,
+            k_gain_grad=k_gain_grad,
+        )
+        return qkv_grad, q_gain_grad.sum(0), k_gain_grad.sum(0), None, None, None
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.given = {"rows": x.numel() // len(gain), "width": len(gain)}
+        x, gain = x.contiguous(), gain.contiguous()
+        normed = torch.empty_like(x, dtype=dtype)
+        call("norm", dtype, **ctx.given, x=x, gain=gain, normed=normed)
+        ctx.save_for_backward(x, gain)
+        return normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, gain = ctx.saved_tensors
+        grad, x_grad = grad.contiguous(), torch.empty_like(x)
+        gains = gain.new_empty(_NORM_PARTS, len(gain))
+        given = {**ctx.given, "parts": _NORM_PARTS, "x": x, "gain": gain, "grad": grad}
+        call("norm_grad", grad.dtype, **given, x_grad=x_grad, gain_grads=gains)
+        return x_grad, gains.sum(0), None
+
+
+class _SquaredRelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        activated = torch.empty_like(x)
+        call("activation", x.dtype, count=x.numel(), x=x, activated=activated)
+        ctx.save_for_backward(x)
+        return activated
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        grad, x_grad = grad.contiguous(), torch.empty_like(x)
+        call("activation_grad", x.dtype, count=x.numel(), x=x, grad=grad, x_grad=x_grad)
+        return x_grad
