@@ -230,7 +230,7 @@ def _taken(given: dict[str, Any], cls: type) -> dict[str, Any]:
 def _sampling(given: dict[str, Any]) -> Any:
     """The `Sampling` that is asked for, taken out of `given`."""
     from driving_sim.engine.config import from_dict
-    from driving_sim.world_model.sampling.sampler import Sampling
+    from driving_sim.world_model.sampling.sampling import Sampling
 
     return from_dict(Sampling, _taken(given, Sampling), where="sampling")
 

@@ -33,7 +33,7 @@ from driving_sim.tokenizer.metrics import psnr
 from driving_sim.world_model.action_plan import ActionPlan, make_plans
 from driving_sim.world_model.panels import contact_sheet, draw_moment
 from driving_sim.world_model.rollout import Context
-from driving_sim.world_model.sampling.sampler import Sampling
+from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
 ACTIONS = ["straight", "left", "right", "brake"]

@@ -32,7 +32,7 @@ from driving_sim.world_model.rollout import (
     output_files,
     write_rollout,
 )
-from driving_sim.world_model.sampling.sampler import Sampling
+from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.training.presets import PRESETS as WORLD_MODEL_PRESETS
 from driving_sim.world_model.training.train import train_world_model
 from driving_sim.world_model.world_model import WorldModel

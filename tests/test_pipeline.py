@@ -18,7 +18,7 @@ from driving_sim.engine.training.config import TrainingConfig
 from driving_sim.pipeline import TrainingRequest, roll_out, tokenize_videos, train_tokenizer_on
 from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.actions import ActionStatistics
-from driving_sim.world_model.sampling.sampler import Sampling
+from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.training.presets import PRESETS as WORLD_MODEL_PRESETS
 from driving_sim.world_model.transformer import Transformer
 from driving_sim.world_model.world_model import WorldModel

@@ -1,4 +1,4 @@
-"""Tokens + actions -> next tokens: transformer, cache, sampler, training, rollout."""
+"""Tokens + actions -> next tokens: transformer, cache, sampling, training, rollout."""
 
 from typing import TYPE_CHECKING, Any
 

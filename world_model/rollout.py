@@ -24,7 +24,7 @@ from driving_sim.engine.files import atomic_file, disk_errors
 from driving_sim.engine.progress import progress
 from driving_sim.world_model.action_plan import ActionPlan, Situation
 from driving_sim.world_model.panels import Frame, contact_sheet, draw_moment
-from driving_sim.world_model.sampling.sampler import Sampling
+from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.token_file import token_file
 from driving_sim.world_model.world_model import Prefix, WorldModel
 

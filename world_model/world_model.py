@@ -32,7 +32,8 @@ from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.cache import Cache, RingCache, encode_frame
 from driving_sim.world_model.kernels.decode import NativeCache, NativeModel, is_supported
-from driving_sim.world_model.sampling.sampler import FrameSample, FrameSampler, Sampling
+from driving_sim.world_model.sampling.draw_waves import FrameSample, FrameSampler
+from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
 
 _WEIGHTS = "model.safetensors"

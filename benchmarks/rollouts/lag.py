@@ -34,7 +34,7 @@ from driving_sim.engine.run_folder import CONFIG, is_finished
 from driving_sim.engine.training.run_log import METRICS
 from driving_sim.evaluate.actions.control import measure_control
 from driving_sim.pipeline import find_frames
-from driving_sim.world_model.sampling.sampler import Sampling
+from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.training.presets import TINY
 from driving_sim.world_model.training.train import train_world_model
 from driving_sim.world_model.world_model import WorldModel

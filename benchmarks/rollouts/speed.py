@@ -28,7 +28,7 @@ from benchmarks.measuring.paired import (
 from benchmarks.measuring.peers import Gpt2Decoder, fastest, gpt2, gpt2_decoders, tried
 from benchmarks.measuring.shapes import Shape, shape_of, world_model
 from driving_sim.engine.precision import name_of
-from driving_sim.world_model.sampling.sampler import FrameSample
+from driving_sim.world_model.sampling.draw_waves import FrameSample
 from driving_sim.world_model.world_model import WorldModel
 
 _MANY = 100_000

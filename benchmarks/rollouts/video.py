@@ -36,7 +36,7 @@ from driving_sim.pipeline import TrainingRequest, tokenize_videos, train_world_m
 from driving_sim.tokenizer.autoencoder import AutoencoderConfig
 from driving_sim.world_model.action_plan import ActionPlan
 from driving_sim.world_model.rollout import Context, write_rollout
-from driving_sim.world_model.sampling.sampler import Sampling
+from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.transformer import TransformerConfig
 from driving_sim.world_model.world_model import WorldModel
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from driving_sim.evaluate.footage import Clip
-from driving_sim.world_model.sampling.sampler import Sampling
+from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import Prefix, WorldModel
 
 BATCH = 8

@@ -37,7 +37,7 @@ from driving_sim.evaluate.report.report import KeyFigure
 from driving_sim.evaluate.report.section import Section, Table
 from driving_sim.evaluate.rollouts import BATCH, Imagined, imagine
 from driving_sim.tokenizer.perceptual import PerceptualLoss
-from driving_sim.world_model.sampling.sampler import Sampling
+from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
 NOT_MEASURED = "not_measured"

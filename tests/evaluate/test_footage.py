@@ -35,7 +35,7 @@ from driving_sim.evaluate.footage import (
 )
 from driving_sim.evaluate.rollouts import imagine
 from driving_sim.tokenizer.tokenize import tokenize
-from driving_sim.world_model.sampling.sampler import Sampling
+from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.token_drives import COLS, FPS, ROWS, write_store
 from tests.fixtures.world_models import new_world

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from driving_sim.world_model.cache import RingCache
-from driving_sim.world_model.sampling.sampler import FrameSampler, Sampling
+from driving_sim.world_model.sampling.draw_waves import FrameSampler
+from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.transformer import Transformer
 from tests.fixtures.world_models import (
     CONFIG,

@@ -27,7 +27,8 @@ from driving_sim.world_model.rollout import (
     output_files,
     write_rollout,
 )
-from driving_sim.world_model.sampling.sampler import FrameSample, Sampling
+from driving_sim.world_model.sampling.draw_waves import FrameSample
+from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.transformer import Transformer
 from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.token_drives import COLS, FPS, ROWS, write_store

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.world_model import WorldModel
 from driving_sim.world_model.actions import ActionStatistics
-from driving_sim.world_model.sampling.sampler import FrameSample, FrameSampler, Sampling
+from driving_sim.world_model.sampling.draw_waves import FrameSample, FrameSampler
+from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.transformer import Transformer
 from tests.fixtures.token_drives import COLS, FPS, ROWS, tiny_tokenizer, turning_drive
 from tests.fixtures.world_models import W, new_world

@@ -19,7 +19,7 @@ from driving_sim.engine.files import atomic_file
 from driving_sim.engine.progress import progress
 from driving_sim.world_model.panels import Frame, contact_sheet
 from driving_sim.world_model.rollout import context_from_drive
-from driving_sim.world_model.sampling.sampler import Sampling
+from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
 MOVING_MPS = 2.0

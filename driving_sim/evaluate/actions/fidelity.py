@@ -25,7 +25,7 @@ from driving_sim.evaluate.actions.inverse_dynamics import (
 from driving_sim.evaluate.footage import Clip
 from driving_sim.evaluate.report.section import Media, Section, Table, plot
 from driving_sim.evaluate.rollouts import Imagined, imagine
-from driving_sim.world_model.sampling.sampler import Sampling
+from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
 Frames = NDArray[np.uint8]

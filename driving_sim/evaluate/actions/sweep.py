@@ -23,7 +23,7 @@ from driving_sim.evaluate.rollouts import encode_contexts
 from driving_sim.tokenizer.metrics import psnr
 from driving_sim.tokenizer.tokenizer import frames_from_images, images_from_frames
 from driving_sim.world_model.panels import contact_sheet
-from driving_sim.world_model.sampling.sampler import Sampling
+from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
 Frames = NDArray[np.uint8]

@@ -25,7 +25,7 @@ from driving_sim.evaluate.pictures.stability import (
 from driving_sim.evaluate.report.section import Media, Section, Table, photo, plot
 from driving_sim.evaluate.rollouts import encode_contexts
 from driving_sim.world_model.panels import contact_sheet
-from driving_sim.world_model.sampling.sampler import Sampling
+from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
 _CHUNK = 16

@@ -14,7 +14,8 @@ from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.evaluate.actions.control import measure_control, obeyed
 from driving_sim.world_model.actions import ActionStatistics
-from driving_sim.world_model.sampling.sampler import FrameSample, Sampling
+from driving_sim.world_model.sampling.draw_waves import FrameSample
+from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.transformer import Transformer
 from driving_sim.world_model.world_model import Prefix, WorldModel
 from tests.fixtures.token_drives import FPS

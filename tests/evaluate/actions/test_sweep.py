@@ -24,7 +24,7 @@ from driving_sim.evaluate.actions.sweep import _commands, _nearest, _truths, eva
 from driving_sim.evaluate.footage import Clip, Footage, footage_of
 from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.world_model.actions import ActionStatistics
-from driving_sim.world_model.sampling.sampler import Sampling
+from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.transformer import Transformer
 from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.token_drives import FPS, write_store

@@ -6,7 +6,7 @@ import pytest
 from driving_sim.evaluate.footage import Clip, Footage
 from driving_sim.evaluate.pictures.long_rollouts import _onward, evaluate_stability
 from driving_sim.evaluate.pictures.stability import StabilityConfig
-from driving_sim.world_model.sampling.sampler import Sampling
+from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.token_drives import FPS, write_store
 from tests.fixtures.world_models import new_world

@@ -15,7 +15,8 @@ from driving_sim.world_model.kernels import decode as native
 from driving_sim.world_model.kernels import library as native_library
 from driving_sim.world_model.kernels.decode import NativeCache, NativeModel, is_supported
 from driving_sim.world_model.kernels.library import call
-from driving_sim.world_model.sampling.sampler import FrameSampler, Sampling
+from driving_sim.world_model.sampling.draw_waves import FrameSampler
+from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
 from tests.fixtures.token_drives import COLS, FPS, LEVELS, ROWS, tiny_tokenizer, turning_drive
 from tests.fixtures.world_models import (

@@ -12,7 +12,7 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.training.config import TrainingConfig
 from driving_sim.world_model import WorldModel
 from driving_sim.world_model.actions import ActionStatistics
-from driving_sim.world_model.sampling.sampler import Sampling
+from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.training.bits import FullWindows, bits_per_token, streamed_token_bits
 from driving_sim.world_model.training.objective import InputNoiseConfig, WorldModelObjective
 from driving_sim.world_model.training.presets import PRESETS

@@ -1,0 +1,141 @@
+"""Tokens of a frame drawn wave by wave: one cached pass for each, in which all of them are drawn.
+
+Axes: B sequences, F futures, P = rows * cols tokens, S slots, K codes, n tokens of a wave,
+A = 2 channels.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from driving_sim.engine.precision import autocast
+from driving_sim.world_model.cache import Cache
+from driving_sim.world_model.kernels.decode import NativeCache
+from driving_sim.world_model.sampling.inverse_cdf import draw, uniforms
+from driving_sim.world_model.sampling.sampling import Sampling, truncated_log_probs
+
+Choose = Callable[[Tensor, Tensor], Tensor]
+"""(logits float32 [B, n, K] of a wave, raster numbers [n] of its tokens) -> tokens [B, n]."""
+
+
+@dataclass(frozen=True, slots=True)
+class FrameSample:
+    """One sampled frame of each future."""
+
+    tokens: Tensor
+    """int64 [B, rows, cols]."""
+    log_probs: Tensor
+    """float32 [B, rows, cols], nats: under the plain model (temperature 1, no guidance)."""
+    sampling_log_probs: Tensor
+    """float32 [B, rows, cols], nats: under the distribution that was drawn from."""
+
+
+class WavePasses:
+    """Continues B sequences frame by frame: one cached pass per wave, whoever chooses its tokens.
+
+    The same passes serve whoever draws tokens, knows them or reads them: the logits are the same to
+    the last bit.
+    """
+
+    def __init__(self, cache: Cache, tokens: Tensor) -> None:
+        """Start after the frames `tokens` [B, P] that the B sequences of `cache` end with."""
+        self.cache, self.tokens = cache, tokens
+        model = self.model = cache.model
+        self._sources = [model.source[wave.start : wave.stop] for wave in model.order.waves]
+        self._targets = [model.target[wave.first : wave.stop] for wave in model.order.waves]
+
+    @torch.inference_mode()
+    def step(self, actions: Tensor, valid: Tensor, choose: Choose) -> Tensor:
+        """Return the tokens [B, P] of the frame that `actions` and `valid` [B, 2] lead to.
+
+        `choose` is called for one wave after the other.
+        """
+        none, waves = self.model.grid.codebook_size, self.model.order.waves
+        tokens = F.pad(torch.full_like(self.tokens, none), (0, 1), value=none)
+        with autocast(self.cache.device, self.cache.dtype):
+            base, (cos, sin) = self.cache.begin_frame(self.tokens, actions, valid)
+            for wave, source, target in zip(waves, self._sources, self._targets, strict=True):
+                span = slice(wave.start, wave.stop)
+                x = base[:, span] + F.embedding(tokens[:, source], self.cache.tables.token)
+                logits = self.cache.logits(x, (cos[span], sin[span]), wave)
+                if wave.first < wave.stop:
+                    tokens[:, target] = choose(logits, target)
+        self.tokens = tokens[:, :-1]
+        return self.tokens
+
+
+class FrameSampler:
+    """Continues B futures frame by frame, drawing the tokens of one wave after the other."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        last: Tensor,
+        *,
+        samples: Tensor,
+        sampling: Sampling,
+        contexts: Tensor | None = None,
+    ) -> None:
+        """Start after the frames `last` [C, P] that the C sequences of `cache` end with.
+
+        `samples` int64 [B] numbers the draws: futures with the same number share theirs.
+        `contexts` int64 [B] says which sequence each future goes on from: the first by default.
+        """
+        self.model, self.sampling, self.samples = cache.model, sampling, samples
+        self.streams = 1 if sampling.guidance == 1 else 2
+        contexts = torch.zeros_like(samples) if contexts is None else contexts
+        rows = contexts.repeat(self.streams)
+        self.passes = WavePasses(cache.branch(rows), last[rows.to(last.device)])
+        self.frame = 0
+
+    @torch.inference_mode()
+    def step(self, actions: Tensor, valid: Tensor) -> FrameSample:
+        """Sample the frame that `actions` [B, 2] (m/s, rad; `valid` [B, 2]) lead to."""
+        grid, sampling, passes = self.model.grid, self.sampling, self.passes
+        numbers = uniforms(sampling.seed, self.samples, self.frame, grid.rows, grid.cols)
+        uniform = rearrange(numbers, "b r c -> b (r c)").to(actions.device)
+        self.frame += 1
+        if self.streams == 2:
+            # The second stream knows no action.
+            actions = actions.repeat(2, 1)
+            valid = torch.cat([valid, torch.zeros_like(valid)])
+        if isinstance(passes.cache, NativeCache) and not sampling.truncates:
+            with autocast(passes.cache.device, passes.cache.dtype):
+                passes.tokens, scores = passes.cache.draw_frame(
+                    *passes.cache.begin_frame(passes.tokens, actions, valid),
+                    uniform,
+                    streams=self.streams,
+                    temperature=sampling.temperature,
+                    guidance=sampling.guidance,
+                )
+        else:
+            scores = torch.zeros(2, *uniform.shape, device=uniform.device)
+
+            def choose(logits: Tensor, target: Tensor) -> Tensor:
+                tokens, scores[:, :, target] = self._choose(logits, uniform[:, target])
+                return tokens if self.streams == 1 else tokens.repeat(self.streams, 1)
+
+            passes.step(actions, valid, choose)
+        shape = {"r": grid.rows, "c": grid.cols}
+        return FrameSample(
+            rearrange(passes.tokens[: len(uniform)], "b (r c) -> b r c", **shape),
+            *rearrange(scores, "two b (r c) -> two b r c", **shape),
+        )
+
+    def _choose(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Return tokens [B, n] and log-probabilities [2, B, n] of logits [streams * B, n, K]."""
+        plain = logits[: len(self.samples)]
+        mixed = plain
+        if self.streams == 2:
+            null = logits[len(self.samples) :]
+            mixed = null + self.sampling.guidance * (plain - null)
+        drawn_from = truncated_log_probs(mixed, self.sampling)
+        tokens = draw(drawn_from, uniform)
+        exact = drawn_from if self.sampling.is_plain else plain.log_softmax(-1)
+        index = tokens.unsqueeze(-1)
+        both = [each.gather(-1, index).squeeze(-1) for each in (exact, drawn_from)]
+        return tokens, torch.stack(both)
