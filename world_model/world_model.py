@@ -4,9 +4,8 @@ Axes: C contexts, T frames of each, N future frames, F = branches * samples futu
 and columns, H W pixels.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from driving_sim.data.actions.action_file import SteeringKind
 from driving_sim.data.tokens.store import TokenStore
@@ -25,13 +24,13 @@ from driving_sim.data.video.frame_rate import RATE_TOLERANCE
 from driving_sim.engine.config import config, from_dict, load_json, save_json, to_dict
 from driving_sim.engine.device import resolve_device
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.precision import autocast, name_of, resolve_precision
+from driving_sim.engine.precision import autocast, name_of
 from driving_sim.engine.threads import adjust_threads
 from driving_sim.engine.weights import build_with_weights, fingerprint, save_weights
 from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.actions import ActionStatistics
-from driving_sim.world_model.cache import Cache, RingCache, encode_frame
-from driving_sim.world_model.kernels.decode import NativeCache, NativeModel, is_supported
+from driving_sim.world_model.cache import Cache, encode_frame
+from driving_sim.world_model.frozen_passes import FrozenPasses
 from driving_sim.world_model.sampling.draw_waves import FrameSample, FrameSampler
 from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
@@ -126,13 +125,8 @@ class WorldModel:
         self.context_frames = transformer.config.context_frames
         """Frames that the model sees, the one being predicted included."""
         self._precision = precision
-        self.dtype = resolve_precision(precision, self.device)
-        with torch.inference_mode():
-            self._tables = self.transformer.tables()
-        fits = self.device.type == "cpu" and self._tables.output.dtype is torch.float32
-        compiles = fits and is_supported(self.transformer)
-        if compiles and precision == "auto":
-            self.dtype = torch.bfloat16
+        self._passes = FrozenPasses(self.transformer, precision)
+        self.dtype = self._passes.dtype
         self.precisions = {
             "tokenizer": name_of(tokenizer.dtype),
             "world_model": name_of(self.dtype),
@@ -141,23 +135,6 @@ class WorldModel:
         identity = {"config": to_dict(self.config), "tokenizer": tokenizer.fingerprint}
         self.fingerprint = fingerprint(identity, transformer)
         """SHA-256 of weights, config and tokenizer."""
-        self._passes = self.transformer
-        self._native: NativeModel | None = None
-        if compiles:
-            self._native = NativeModel(self.transformer, self._tables, self.dtype)
-        elif self.dtype is not torch.float32:
-            self._cast_once()
-
-    def _cast_once(self) -> None:
-        """Make the matrices of torch's passes in their number format, beside the exact weights.
-
-        Autocast would make them anew in every pass: it keeps only what gets gradients.
-        """
-        self._passes = copy.deepcopy(self.transformer)
-        for module in self._passes.modules():
-            if isinstance(module, nn.Linear):
-                module.to(self.dtype)
-        self._tables = replace(self._tables, output=self._tables.output.to(self.dtype))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy or a pickle is rebuilt from the weights: compiled passes hold memory addresses."""
@@ -282,9 +259,7 @@ class WorldModel:
         """What a drive's first frame comes after: nothing."""
         none = self.transformer.grid.codebook_size
         last = torch.full((contexts, self.transformer.order.tokens), none, device=self.device)
-        if self._native is None:
-            return Prefix(RingCache(self._passes, self._tables, contexts), last)
-        return Prefix(NativeCache(self._passes, self._tables, contexts, self._native), last)
+        return Prefix(self._passes.new_cache(contexts), last)
 
     def _checked_tokens(self, tokens: ArrayLike | Tensor) -> Tensor:
         """As int64 [C, T, r * c]."""
