@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from driving_sim.engine import precision
 from driving_sim.world_model import WorldModel
 from driving_sim.world_model.cache import RingCache, encode_frame
 from driving_sim.world_model.kernels import decode as native
@@ -73,7 +72,7 @@ def test_a_world_model_on_a_cpu_uses_them(
     precision: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In bf16 even where torch would emulate it, for the passes have half as much to read."""
-    monkeypatch.setattr(precision, "_bf16_is_faster_on_cpu", lambda: False)
+    monkeypatch.setattr("driving_sim.engine.precision._bf16_is_faster_on_cpu", lambda: False)
     model = random_model(WIDE, TokenGrid(rows=ROWS, cols=COLS, levels=LEVELS))
     given: dict[str, Any] = {"fps": FPS, "steering_kind": "road_wheel", "precision": precision}
     world = WorldModel(model, tiny_tokenizer(), **given)
@@ -116,7 +115,7 @@ def test_a_copy_generates_the_same(
 
 
 def test_torch_alone_does_not_emulate_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "_bf16_is_faster_on_cpu", lambda: False)
+    monkeypatch.setattr("driving_sim.engine.precision._bf16_is_faster_on_cpu", lambda: False)
     monkeypatch.setenv("DRIVESIM_NATIVE", "0")
     model = random_model(WIDE, TokenGrid(rows=ROWS, cols=COLS, levels=LEVELS))
     world = WorldModel(model, tiny_tokenizer(), fps=FPS, steering_kind=None, precision="auto")
