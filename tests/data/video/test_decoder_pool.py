@@ -577,6 +577,7 @@ def test_ctrl_c_while_a_decoder_starts_leaves_no_process(
         seen.extend(decoder.process.pid for decoder in processes._started)
         signal.pthread_kill(main, signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
     thread = threading.Thread(target=interrupt)
     thread.start()
     gc.collect()
@@ -586,6 +587,7 @@ def test_ctrl_c_while_a_decoder_starts_leaves_no_process(
             read_facts(path)
     finally:
         gc.enable()
+        signal.signal(signal.SIGINT, before)
     thread.join()
     assert not processes._started
     assert not is_running(seen[0])
