@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ import typer
 from typer import Argument, Option
 from typer.core import TyperGroup
 
+from driving_sim.engine import progress as progress_lines
 from driving_sim.engine.errors import BadDriveError, DriveSimError, Interrupted
 from driving_sim.engine.threads import keep_freed_memory, leave_busy_cores
 from driving_sim.engine.torchrun import is_main_process
@@ -27,10 +29,10 @@ REPORTS = RUNS / "reports"
 
 _SETTING = re.compile(r"`(\w[\w.]*)(=[^`]*)?`")
 _RUNNING = "drivesim.command"  # where a context keeps the command that runs
-_REPEATED = {"resume": "the same command"}
+_REPEATED = {"resume": "the same command again"}
 _OF_THE_MODEL = {"steering_kind": "the model's kind of steering"}
 _OWN_WORDS = {
-    "tokenize": _REPEATED | {"run": "--tokenizer, one that is trained"},
+    "tokenize": _REPEATED | {"run": "trained --tokenizer"},
     "demo": _REPEATED | {"run": "--out"},
     **dict.fromkeys(("rollout", "surprise", "world-model", "control"), _OF_THE_MODEL),
 }
@@ -121,6 +123,7 @@ class _Group(TyperGroup):
         if command is not None and command.help:
             command.short_help = command.help.splitlines()[0]
         ctx.meta[_RUNNING] = command
+        progress_lines.wording = partial(with_flags, command=command)
         return command
 
 

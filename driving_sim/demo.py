@@ -148,7 +148,7 @@ def _make_drives(videos: Path, seed: int, config: DemoConfig, numbers: range) ->
             worlds=1,
             config=config.world,
             workers=usable_cores(),
-            progress=lambda count: bar.advance(count),
+            progress=bar.advance,
         )
 
 

@@ -218,10 +218,13 @@ def tokenize_videos(
     _ = found.steering_kind  # raises where kinds are mixed
     # One rank may have days more to do than another.
     with process_group(resolve_device(device), timedelta(days=30)) as (ranks, own_device):
-        has_run, has_weights = ((tokenizer / name).exists() for name in (CONFIG, WEIGHTS))
-        # Trained to its end, or a copy of one without the rest of its run.
-        usable = is_finished(tokenizer) or (has_weights and not has_run)
-        usable, begun = ranks.from_main(lambda: (usable, has_run))
+
+        def state() -> tuple[bool, bool]:
+            begun, has_weights = ((tokenizer / name).exists() for name in (CONFIG, WEIGHTS))
+            # Trained to its end, or a copy of one without the rest of its run.
+            return is_finished(tokenizer) or (has_weights and not begun), begun
+
+        usable, begun = ranks.from_main(state)
         if training is not None and not usable:
             what = "is unfinished: going on with it" if begun else "is not there: training it"
             say(f"the tokenizer {tokenizer} {what} on these videos")

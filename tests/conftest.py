@@ -3,6 +3,7 @@ from functools import cache
 
 import pytest
 
+from driving_sim.engine import progress
 from driving_sim.world_model.kernels import library as native_library
 
 
@@ -10,6 +11,12 @@ from driving_sim.world_model.kernels import library as native_library
 def steady_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands that tests call here change no threads: results are compared bit by bit."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def plain_wording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No command that an earlier test called words what this one says."""
+    monkeypatch.setattr(progress, "wording", str)
 
 
 @pytest.fixture(

@@ -26,6 +26,7 @@ from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.demo import DemoConfig
 from driving_sim.engine.config import to_dict
 from driving_sim.engine.errors import Interrupted
+from driving_sim.engine.progress import say
 from driving_sim.evaluate.measure import (
     measure_tokenizer,
     measure_world_model,
@@ -365,8 +366,8 @@ def test_every_command_has_words_for_every_setting_that_an_error_names() -> None
     ("command", "text", "said"),
     [
         ("train-tokenizer", "go on with `resume`, or in `run`", "go on with --resume, or in --out"),
-        ("tokenize", "go on with `resume`", "go on with the same command"),
-        ("tokenize", "choose another `run`", "choose another --tokenizer, one that is trained"),
+        ("tokenize", "go on with `resume`", "go on with the same command again"),
+        ("tokenize", "choose another `run`", "choose another trained --tokenizer"),
         ("synth", "choose another `out`", "choose another OUT"),
         ("inspect", "try `time_offset=-0.20`", "try --time-offset -0.20"),
         ("inspect", "but `steering_kind` is a", "but --steering-kind is a"),
@@ -389,10 +390,19 @@ def test_an_interrupted_command_says_how_it_goes_on(
 
     monkeypatch.setattr("driving_sim.pipeline.tokenize_videos", stop)
     monkeypatch.setattr("driving_sim.pipeline.train_tokenizer_on", stop)
-    for command, way in (("tokenize", "the same command"), ("train-tokenizer", "--resume")):
+    for command, way in (("tokenize", "the same command again"), ("train-tokenizer", "--resume")):
         result = run(command, "videos")
         assert result.exit_code == 130
         assert result.stderr == f"stopped; to go on, give {way}\n"
+
+
+def test_lines_that_are_said_name_flags_too(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "driving_sim.pipeline.train_tokenizer_on", lambda *_, **__: say("`preset` chooses another")
+    )
+    assert "--preset chooses another" in run("train-tokenizer", "videos").stderr
 
 
 def test_debug_shows_the_traceback(workplace: Path) -> None:

@@ -52,7 +52,7 @@ def test_the_whole_demo_runs_and_reports(tmp_path: Path) -> None:
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
-    with pytest.raises(DriveSimError, match="holds other files"):
+    with pytest.raises(DriveSimError, match="other files"):
         run_demo(tmp_path, config=SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["videos"]
 

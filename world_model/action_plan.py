@@ -109,7 +109,7 @@ def _plan(spec: str, situation: Situation) -> _Planned:
     if spec in NAMES:
         return _from_name(spec, situation)
     path = Path(spec)
-    # A file or a pipe: a folder may be called like a script. Path's raise where a name is too long.
+    # A file or a pipe: a folder may be called like a script. Path.exists fails for a long name.
     is_file = os.path.exists(path) and not os.path.isdir(path)  # noqa: PTH110, PTH112
     if spec.isprintable() and (path.suffix.lower() == ".csv" or is_file):
         return _from_file(path, situation)

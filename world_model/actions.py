@@ -5,11 +5,13 @@ features, D width.
 """
 
 import math
+from typing import Annotated
 
 import numpy as np
 import torch
 from einops import rearrange
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor, nn
 
 from driving_sim.engine.config import Count, NonNegative, Share, config
@@ -51,7 +53,7 @@ class ActionStatistics:
 class ActionEmbeddingConfig:
     """How actions are embedded."""
 
-    octaves: Count = 4
+    octaves: Annotated[int, Field(ge=1, le=64)] = 4
     """Sines and cosines per channel, of periods 16, 8, 4, ... standard deviations."""
     hidden: Count = 128
     """Width of the MLP's hidden layer."""

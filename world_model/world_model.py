@@ -172,7 +172,8 @@ class WorldModel:
             device=resolve_device(device),
             precision=precision,
         )
-        if written.get("tokenizer") != tokenizer.fingerprint:
+        grid = TokenGrid(rows=tokenizer.rows, cols=tokenizer.cols, levels=tuple(tokenizer.levels))
+        if written.get("tokenizer") != tokenizer.fingerprint or config.grid != grid:
             raise DriveSimError(
                 f"{folder / _TOKENIZER} is not the tokenizer that this world model was trained "
                 "with; copy the whole run folder again"

@@ -49,6 +49,12 @@ class StorePlan:
     shard_bytes: int = SHARD_BYTES
     """Most bytes of data in one shard: at least a frame's."""
 
+    def __post_init__(self) -> None:
+        ids = [drive.id for drive in self.drives]
+        require(self, "drives", len(set(ids)) == len(ids), "of different ids")
+        frame = frame_bytes(self.info.rows, self.info.cols)
+        require(self, "shard_bytes", self.shard_bytes >= frame, f"{frame} or more, to hold a frame")
+
     @property
     def hash(self) -> str:
         """SHA-256 of the plan."""

@@ -73,6 +73,11 @@ def open_shard(
     """
     forms = column_forms(info, lengths)
     try:
+        path.open("rb").close()  # the library hides why a file cannot be opened
+    except OSError as error:
+        reason = error.strerror
+        raise DriveSimError(f"{path}: cannot read the token shard: {reason}") from error
+    try:
         # The library checks that the columns fill the file without a gap.
         with safe_open(path, "pt") as file:
             columns = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118

@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -154,6 +155,7 @@ class TokenStoreWriter:
             DriveSimError: the disk is full or not writable.
         """
         number, codes = self._numbers[drive_id], self.plan.info.codebook_size
+        tokens, actions = np.asarray(tokens), np.asarray(actions)
         columns = blank_columns(self.plan.info, [self.plan.drives[number].frames])
         for name, values in (
             ("timestamps", timestamps),
@@ -165,9 +167,13 @@ class TokenStoreWriter:
                 planned = columns[name].shape
                 raise ValueError(f"{drive_id}: {name} is {np.shape(values)}, planned {planned}")
             columns[name][:] = values
+        if tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= codes:
+            raise ValueError(f"{drive_id}: tokens must be integers from 0 to below {codes}")
+        if not (np.diff(columns["timestamps"]) > 0).all():
+            raise ValueError(f"{drive_id}: timestamps must increase from frame to frame")
         columns["actions"][~columns["action_valid"]] = 0
-        if np.min(tokens) < 0 or np.max(tokens) >= codes:
-            raise ValueError(f"{drive_id}: tokens must be integers from 0 to {codes}")
+        if not np.isfinite(columns["actions"]).all():
+            raise ValueError(f"{drive_id}: actions that are valid must be finite")
         metadata = {"segments": json.dumps([[int(a), int(b)] for a, b in segments])}
         _write(self._part(number), columns, metadata)
 
@@ -189,13 +195,22 @@ class TokenStoreWriter:
         for shard in range(self._ranks.rank, len(self._shards), self._ranks.size):
             if not self._shard_note(shard).exists():
                 self._merge(shard)
+            for piece in self._shards[shard]:
+                # The part of a split drive stays to the end: another shard may be made of it yet.
+                if piece.stop - piece.start == self.plan.drives[piece.drive].frames:
+                    self._part(piece.drive).unlink(missing_ok=True)
         self._ranks.barrier()
         index = self._index()
         self._ranks.barrier()
         if self._ranks.is_main:
             if index.frames:
                 save_json(self.out / INDEX, to_dict(index))
-            shutil.rmtree(self._work if index.frames else self.out)
+            shutil.rmtree(self._work)
+            if not index.frames:
+                for shard in range(len(self._shards)):
+                    (self.out / shard_name(shard)).unlink(missing_ok=True)
+                with suppress(OSError):  # somebody else's files may be there
+                    self.out.rmdir()
         self._ranks.barrier()
         if not index.frames:
             first = f"{index.skipped[0].id!r} as {index.skipped[0].reason}"
@@ -238,11 +253,6 @@ class TokenStoreWriter:
         _write(path, columns, shard_metadata(info, entries))
         made = ShardEntry(bytes=path.stat().st_size, sha256=checksum(path), drives=tuple(entries))
         save_json(self._shard_note(shard), to_dict(made))
-        for entry in entries:
-            number = self._numbers[entry.id]
-            # The part of a split drive stays to the end: another shard may be made of it yet.
-            if entry.frames == self.plan.drives[number].frames:
-                self._part(number).unlink()
 
     def _index(self) -> StoreIndex:
         done = map(self._shard_note, range(len(self._shards)))
@@ -290,7 +300,9 @@ def _lock(folder: Path) -> int | None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    except OSError as error:
         os.close(descriptor)
-        raise DriveSimError(f"{folder}: another process is writing here; wait for it") from error
+        is_taken = isinstance(error, BlockingIOError)
+        reason = "another process is writing here; wait for it" if is_taken else error.strerror
+        raise DriveSimError(f"{folder}: {reason}") from error
     return descriptor

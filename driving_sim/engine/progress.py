@@ -2,35 +2,38 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-
-from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn
-from rich.progress import Progress as RichProgress
+from typing import TYPE_CHECKING, Any
 
 from driving_sim.engine.torchrun import is_main_process
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
 
 LINE_SECONDS = 10.0
 """Between two plain lines."""
 BAR_SECONDS = 0.1
 """Between two redraws of the bar's text."""
 
+wording: Callable[[str], str] = str
+"""What is made of each line that is said: the command line puts its flags in for settings."""
 
-def say(line: str) -> None:
-    """Print a line on stderr, once for all processes that work together."""
-    if is_main_process():
-        print(line, file=sys.stderr, flush=True)
+
+def say(line: str, *, by_any_rank: bool = False) -> None:
+    """Print a line on stderr, once for all processes that work together, or `by_any_rank`."""
+    if by_any_rank or is_main_process():
+        print(wording(line), file=sys.stderr, flush=True)
 
 
 class Progress:
     """Counts units of work and shows rate and time left; made by `progress`."""
 
     def __init__(
-        self, total: float | None, label: str, unit: str, start: float, bar: RichProgress | None
+        self, total: float | None, label: str, unit: str, start: float, bar: "RichProgress | None"
     ) -> None:
         self._total, self._label, self._unit, self._bar = total, label, unit, bar
-        self._task = bar.add_task(label, total=1.0, status="") if bar else TaskID(0)
+        self._task: Any = bar.add_task(label, total=1.0, status="") if bar else None
         self._pause = BAR_SECONDS if bar else LINE_SECONDS
         self._began = time.perf_counter()
         self._next_show = self._began + self._pause
@@ -63,11 +66,9 @@ class Progress:
         What only one of several ranks knows is said `by_any_rank`.
         """
         if self._bar:
-            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        elif by_any_rank:
-            print(line, file=sys.stderr, flush=True)
+            self._bar.console.print(wording(line), markup=False, highlight=False, soft_wrap=True)
         else:
-            say(line)
+            say(line, by_any_rank=by_any_rank)
 
     def finish(self) -> None:
         """Say what was done in what time."""
@@ -95,6 +96,11 @@ def progress(total: float | None, label: str, unit: str, *, start: float = 0) ->
 
     `start` units were done before and say nothing of the rate.
     """
+    # Here, for the command line imports this module, and its --help shall not wait for rich.
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as RichProgress
+
     console = Console(stderr=True)
     bar: RichProgress | None = None
     if console.is_terminal and is_main_process():

@@ -73,7 +73,9 @@ def claim_folder(out: Path, name: str, plan: Mapping[str, Any], what: str) -> No
     if not out.exists() or is_free(out):
         save_json(out / name, plan)
     elif not (out / name).exists():
-        raise DriveSimError(f"{out}: holds other files, or is one; choose a new folder for {what}")
+        raise DriveSimError(
+            f"{out}: is a file, or a folder with other files; choose a new one for {what}"
+        )
     elif load_json(out / name) != plan:
         raise DriveSimError(
             f"{out}: holds {what} of another plan (see {name}); "

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
@@ -94,7 +95,7 @@ def write_safetensors(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
         for piece in data:
-            file.write(piece.data)
+            file.write(np.ascontiguousarray(piece).data)
 
 
 def fingerprint(identity: Mapping[str, Any], module: nn.Module) -> str:

@@ -87,7 +87,7 @@ class Footage:
     def frames(self, begin: int, stop: int, *, in_order: bool = False) -> Frames:
         """Frames `begin` to `stop`, uint8 [n, H, W, 3], at the tokenizer's size.
 
-        A few are read wherever they are; as many as may be are decoded `in_order`.
+        A few are read wherever they are; `in_order` decodes all from the first of them on.
         """
         if self.recorded is None:
             return self.tokenizer.decode(self.drive.tokens[begin:stop]).numpy()

@@ -146,6 +146,11 @@ def _read_record(path: Path) -> _Record:
         record = from_dict(_Record, written, where="")
     except DriveSimError as error:
         raise DriveSimError(f"{path}: {str(error).lstrip('.')}; train the model again") from error
+    if record.best_step > record.steps or (record.batches or record.steps) < record.steps:
+        raise DriveSimError(
+            f"{path / FINISHED}: step {record.best_step} as the best of {record.steps} steps, with "
+            f"{record.batches} batches, cannot be; copy the run again"
+        )
     if not record.drives:
         raise DriveSimError(f"{path} was validated on frames that it trained on: leave it out")
     return record
@@ -161,7 +166,7 @@ def _batches(metrics: Path, record: _Record) -> float:
             continue  # cut off when a run was killed
         if isinstance(row, dict) and (row.get("phase"), row.get("step")) == ("train", best):
             batches = row.get("batches")
-            if isinstance(batches, int | float) and 0 < batches < _MOST:
+            if isinstance(batches, int | float) and 1 <= batches < _MOST:
                 return float(batches)
     if record.batches is None:
         return best * record.accumulate

@@ -79,7 +79,7 @@ def test_terminal_gets_a_bar(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> N
         assert stderr
         return Console(file=screen, force_terminal=True, width=100)
 
-    monkeypatch.setattr(module, "Console", terminal)
+    monkeypatch.setattr("rich.console.Console", terminal)
     with progress(100, "tokenize [/b]", "frames") as shown:
         clock.now += 1.0
         shown.advance(50)

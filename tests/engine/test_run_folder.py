@@ -80,6 +80,6 @@ def test_leavings_of_a_killed_run_do_not_matter_but_other_files_do(tmp_path: Pat
     other = tmp_path / "other"
     other.mkdir()
     (other / "holiday.mp4").touch()
-    with pytest.raises(DriveSimError, match="holds other files, or is one; choose a new folder"):
+    with pytest.raises(DriveSimError, match="other files; choose a new one"):
         claim_folder(other, "plan.json", {}, "drives")
     assert [path.name for path in other.iterdir()] == ["holiday.mp4"]

@@ -358,7 +358,7 @@ class Run {
   const Buffer<float> sums{size_t(batch) * m.kv_heads * parts * queries * (channels + 1)};
 };
 
-// Draws tokens from logits, as truncated_log_probs and draw of draw.py do where nothing is cut.
+// Draws tokens from logits, as truncated_log_probs and draw in sampling/ do where nothing is cut.
 template <typename Number>
 class Draws {
  public:

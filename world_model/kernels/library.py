@@ -61,7 +61,7 @@ class Structure:
         self.memory = layout(*(self._word(*fields[field], values[field]) for field in fields))
 
     def _word(self, kind: str, pointers: int, value: Any) -> Any:
-        """A number, or the address of what so many pointers lead to."""
+        """A number, or the address behind one pointer or two."""
         if pointers == 0 or value is None:
             return value
         if pointers == 2:
@@ -79,7 +79,7 @@ class Structure:
 
 def call(name: str, dtype: torch.dtype, **values: Any) -> None:
     """Call a compiled function, on its structure's fields, in a format; see `library` before."""
-    given = Structure(_told(f"takes_{name}"), dtype, **values)
+    given = Structure(_exported(f"takes_{name}"), dtype, **values)
     getattr(_library(), f"drivesim_{name}_{name_of(dtype)}")(ctypes.byref(given.memory))
 
 
@@ -90,7 +90,7 @@ def _layout(name: str) -> tuple[type[ctypes.Structure], dict[str, tuple[str, int
     It is read from what `STRUCTURE` of `interface.h` exports.
     """
     fields: dict[str, tuple[str, int]] = {}
-    for declared in _told(f"fields_{name}").replace("<Number>", "").split(";")[:-1]:
+    for declared in _exported(f"fields_{name}").replace("<Number>", "").split(";")[:-1]:
         kind, *names = (word for word in re.findall(r"\w+", declared) if word != "const")
         fields |= dict.fromkeys(names, (kind, declared.count("*") // len(names)))
     words = [
@@ -105,7 +105,7 @@ def _layout(name: str) -> tuple[type[ctypes.Structure], dict[str, tuple[str, int
 
 
 @cache
-def _told(name: str) -> str:
+def _exported(name: str) -> str:
     """What the library says of its structures and functions."""
     tell = getattr(_library(), f"drivesim_{name}")
     tell.restype = ctypes.c_char_p
@@ -126,7 +126,10 @@ def _library() -> ctypes.CDLL | None:
                 return found
     except (OSError, DriveSimError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
-        say(f"decode.cpp and attention.cpp were not compiled, all takes longer: {reason}")
+        say(
+            "decode.cpp and attention.cpp could not be compiled, so rollouts and training are "
+            f"slower: {reason}"
+        )
     return None
 
 

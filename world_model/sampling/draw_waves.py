@@ -98,7 +98,6 @@ class FrameSampler:
         grid, sampling, passes = self.model.grid, self.sampling, self.passes
         numbers = uniforms(sampling.seed, self.samples, self.frame, grid.rows, grid.cols)
         uniform = rearrange(numbers, "b r c -> b (r c)").to(actions.device)
-        self.frame += 1
         if self.streams == 2:
             # The second stream knows no action.
             actions = actions.repeat(2, 1)
@@ -120,6 +119,7 @@ class FrameSampler:
                 return tokens if self.streams == 1 else tokens.repeat(self.streams, 1)
 
             passes.step(actions, valid, choose)
+        self.frame += 1
         shape = {"r": grid.rows, "c": grid.cols}
         return FrameSample(
             rearrange(passes.tokens[: len(uniform)], "b (r c) -> b r c", **shape),

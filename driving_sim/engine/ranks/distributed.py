@@ -149,6 +149,6 @@ def _lost_ranks() -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise DriveSimError(
-            f"rank {os.environ['RANK']}: another rank is gone, and what it said is the reason, or "
-            f"cannot be reached ({one_line(error)})"
+            f"rank {os.environ['RANK']}: another rank is gone (it says why itself), or cannot "
+            f"be reached ({one_line(error)})"
         ) from error

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from driving_sim.engine.config import load_json, save_json
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_folder, temporary_beside
-from driving_sim.engine.parsing import shown
+from driving_sim.engine.parsing import one_line, shown
 from driving_sim.engine.ranks.distributed import Ranks
 from driving_sim.engine.ranks.sharding import (
     SHARDS,
@@ -94,11 +94,10 @@ def load_checkpoint(
                 own[name].copy_(placed_like(saved[part][name], own[name]))
         optimizers.load_tensors(saved["optimizer"])
         ema.updates = torch.tensor(state.pop("ema_updates"), dtype=torch.float64)
-    except (KeyError, OSError, SafetensorError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except (KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
         raise DriveSimError(
-            f"{path} was made for another model ({reason}): resume with the configuration that it "
-            "was made with, or choose another `run`"
+            f"{path} was made for another model ({one_line(error)}): resume with the configuration "
+            "that it was made with, or choose another `run`"
         ) from error
     return state
 

@@ -40,7 +40,7 @@ class TrainingConfig:
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
     """Decay rates of AdamW's two moments."""
     grad_clip: Positive | None = 1.0
-    """Largest L2 norm of each family's gradients; None: not clipped."""
+    """Largest L2 norm of each player's gradients (a GAN has two); None: not clipped."""
     ema_decay: ShareBelowOne = 0.999
     """Decay of the averaged weights, which are what is validated and kept; 0: no averaging."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -52,7 +52,7 @@ from driving_sim.engine.training.trainable import Batch, Trainable, Validation
 MAX_SKIPPED_IN_A_ROW = 20
 """Steps without a finite loss before the run gives up."""
 COUNT_SKIPPED_EVERY = 20
-"""Steps after which the run learns, at the latest, which of them were skipped."""
+"""Steps after which a run on a GPU learns, at the latest, how many of them were skipped."""
 FIRST_STEPS = 5
 """Steps after which a run says how long it will take."""
 WARM_UP_STEPS = 2
@@ -291,7 +291,7 @@ class _Loop:
         self.unsaved = True
         if self._due(self.config.log_every):
             self._log_training()
-        elif self._due(COUNT_SKIPPED_EVERY):
+        elif self.stepper.skips.device.type == "cpu" or self._due(COUNT_SKIPPED_EVERY):
             self._count_skipped()
         if self.log:
             self._say_how_long(self.log, seconds)

@@ -152,6 +152,8 @@ class Optimizers:
             for group in optimizer.param_groups
             for parameter in group["params"]
         }
+        if len(self._owners) < sum(len(group["params"]) for group in self.groups):
+            raise ValueError("two players hold the same parameter")
         if missing := [
             name
             for name, parameter in self._parameters.items()

@@ -3,7 +3,7 @@
 It learns from real footage and then reads rollouts, so that what they did can be compared with what
 they were told. It must measure the motion, not guess from the road ahead what a driver would do: a
 rollout that follows the road and ignores its commands would else pass for obedient. So a small
-network sees only `cues`: how far the picture turned from frame to frame, and how its parts
+network sees only `motion_cues`: how far the picture turned from frame to frame, and how its parts
 moved beside that. Steering is the turns around a transition under weights that the network chooses:
 without a turn there is none, and a mirrored one is negated.
 

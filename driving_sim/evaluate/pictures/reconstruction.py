@@ -42,11 +42,16 @@ class _Measured:
     ) -> None:
         self.sampled, self.frames = sampled, len(sampled.indices)
         self.measures = frame_measures(perceptual)
-        self.values = {name: np.zeros(0) for name in self.measures}
+        self.batches: dict[str, list[NDArray[np.float64]]] = {name: [] for name in self.measures}
         self.flicker: Counter[str] = Counter()
         self.counts = torch.zeros(tokenizer.codebook_size, dtype=torch.int64)
         self.seconds = {"encode": 0.0, "decode": 0.0}
         self._last: list[tuple[Frames, NDArray[np.int64]]] = []
+
+    @property
+    def values(self) -> dict[str, NDArray[np.float64]]:
+        """Each measure of every frame [N]."""
+        return {name: np.concatenate(parts) for name, parts in self.batches.items()}
 
     def add(self, tokenizer: Tokenizer, batch: Frames) -> None:
         """Measure the drive's next frames, uint8 [B, H, W, 3]."""
@@ -59,7 +64,7 @@ class _Measured:
         self.counts += torch.bincount(tokens.flatten(), minlength=len(self.counts))
         for name, measure in self.measures.items():
             values = measure(rebuilt, torch.from_numpy(batch)).double().numpy()
-            self.values[name] = np.append(self.values[name], values)
+            self.batches[name].append(values)
         # Pairs reach over the edges of batches.
         seen = zip(*self._last, (batch, tokens.numpy()), strict=True)
         frames, codes = (np.concatenate(parts) for parts in seen)

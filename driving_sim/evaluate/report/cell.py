@@ -57,7 +57,7 @@ def _estimate_text(estimate: Mapping[str, float | None]) -> str:
     if mean is None or low is None or high is None:
         return _cell_text(mean, None)
     values, width = (mean, low, high), max(mean, high) - min(mean, low)
-    if width > 10**-_MOST_DECIMALS:
+    if 10**-_MOST_DECIMALS < width < math.inf:
         decimals = max(0, 1 - math.floor(math.log10(width)))
         mean_text, *ends = (f"{value:,.{decimals}f}" for value in values)
     else:

@@ -84,7 +84,7 @@ def test_other_folders_and_files_are_left_alone(tmp_path: Path) -> None:
     with pytest.raises(DriveSimError, match="other files"):
         write_synthetic_drives(tmp_path, drives=1, seconds=1.0, config=TINY)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-    with pytest.raises(DriveSimError, match=r"mine\.txt: holds other files, or is one"):
+    with pytest.raises(DriveSimError, match=r"mine\.txt: is a file, or a folder with other files"):
         write_synthetic_drives(tmp_path / "mine.txt", drives=1, seconds=1.0, config=TINY)
 
 

@@ -359,7 +359,7 @@ def test_scores_that_could_overflow_are_left_to_torch() -> None:
 
 @pytest.mark.parametrize(
     ("compiler", "said"),
-    [("no-such-compiler", "no C++ compiler"), ("false", "were not compiled")],
+    [("no-such-compiler", "no C++ compiler"), ("false", "could not be compiled")],
 )
 def test_without_a_compiler_that_works_torch_does_the_passes(
     compiler: str,
