@@ -9,6 +9,8 @@ from driving_sim.engine.progress import say
 
 MIRROR_SUFFIX = "~mirror"
 """What a mirrored drive's id ends in; it stays on the side of the drive it mirrors."""
+_NAMED = 10
+"""Drives that a line names, at most."""
 
 
 def original_id(drive_id: str) -> str:
@@ -55,7 +57,9 @@ def split_drives(
     train = [drive_id for drive_id in ids if original_id(drive_id) not in chosen]
     held_out = [drive_id for drive_id in ids if original_id(drive_id) in chosen]
     if held_out:
-        say(f"training on {len(train)} drives, validating on {', '.join(held_out)}")
+        more = f" and {len(held_out) - _NAMED} more" if len(held_out) > _NAMED else ""
+        named = ", ".join(held_out[:_NAMED])
+        say(f"training on {len(train)} drives, validating on {named}{more}")
     elif train:
         say(f"one drive only, {train[0]}: validating on the frames it trains on")
     return train, held_out
