@@ -45,6 +45,8 @@ def with_flags(text: str, command: Any) -> str:
     `out` becomes the option of `command`, or of another one where it has none; `fps=10` the option
     and its value; `training.seed=1` an assignment. What else is in backticks stays as it is.
     """
+    if not _SETTING.search(text):  # most lines that are said: the commands are not looked through
+        return text
     root: Any = typer.main.get_command(app)
     commands = *root.commands.values(), *root.commands["evaluate"].commands.values(), command
     named = [(each.name, each.opts[0]) for one in commands for each in one.params]

@@ -175,8 +175,9 @@ def _encode(
     with progress(frames, label, "frames") as shown, closing(parts):
         shown.say(f"{label}: {len(drives)} drives, {frames:,} frames -> {writer.out}")
         for sampled, frames_BHWC in parts:
-            forms = {flip: _name(sampled.drive, flip) for flip in flips}
-            left = {flip: name for flip, name in forms.items() if not writer.done(name)}
+            if not done:  # the drive's first batch
+                forms = {flip: _name(sampled.drive, flip) for flip in flips}
+                left = {flip: name for flip, name in forms.items() if not writer.done(name)}
             if isinstance(frames_BHWC, DriveSimError):
                 if not skip_bad:
                     raise BadDriveError(f"{frames_BHWC}; {_HOW_ON}") from frames_BHWC

@@ -9,8 +9,6 @@ from PIL import Image
 
 from driving_sim.data.actions.action_file import SPEED, STEERING
 from driving_sim.data.sources import find_drives
-from driving_sim.data.synthetic.world import SyntheticConfig
-from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.evaluate.actions.control import measure_control, obeyed
 from driving_sim.world_model.actions import ActionStatistics
@@ -26,14 +24,6 @@ from tests.fixtures.world_models import new_world
 @pytest.fixture(scope="module")
 def world() -> WorldModel:
     return new_world()
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("videos")
-    config = SyntheticConfig(height=48, width=64, fps=FPS)
-    write_synthetic_drives(folder, drives=2, seconds=6, config=config)
-    return folder
 
 
 def test_control_judges_both_ways_from_every_start(

@@ -7,27 +7,16 @@ import torch
 
 from driving_sim.data.drive import sample
 from driving_sim.data.sources import find_drives
-from driving_sim.data.synthetic.world import SyntheticConfig
-from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.evaluate.pictures.flicker import flicker, flicker_shares
 from driving_sim.evaluate.pictures.reconstruction import evaluate_tokenizer
 from driving_sim.tokenizer.metrics import psnr
 from driving_sim.world_model.world_model import WorldModel
-from tests.fixtures.token_drives import FPS
 from tests.fixtures.world_models import new_world
 
 
 @pytest.fixture(scope="module")
 def world() -> WorldModel:
     return new_world()
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("videos")
-    config = SyntheticConfig(height=48, width=64, fps=FPS)
-    write_synthetic_drives(folder, drives=2, seconds=6, config=config)
-    return folder
 
 
 def test_means_are_those_of_all_frames(world: WorldModel, videos: Path) -> None:
