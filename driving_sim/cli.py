@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 
 from driving_sim.engine import progress as progress_lines
 from driving_sim.engine.errors import BadDriveError, DriveSimError, Interrupted
-from driving_sim.engine.threads import keep_freed_memory, leave_busy_cores
+from driving_sim.engine.threads import collect_rarely, keep_freed_memory, leave_busy_cores
 from driving_sim.engine.torchrun import is_main_process
 
 RUNS = Path("runs")
@@ -245,6 +245,7 @@ def main(
     debug: Annotated[bool, Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
     """Learn a driving simulator from driving video, then drive in it."""
+    collect_rarely()
     keep_freed_memory()
     leave_busy_cores()
 
