@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from driving_sim.data.actions.action_file import STEERING, ActionLog, SteeringKind
 from driving_sim.data.actions.alignment import align
+from driving_sim.data.arrays import Floats, Floats32, Ints, Mask, Pixels
 from driving_sim.data.video.decoder_pool import read_frames, stream_frames
 from driving_sim.data.video.file_facts import VideoFacts
 from driving_sim.data.video.frame_rate import choose_frames, mean_rate
@@ -22,22 +22,19 @@ from driving_sim.data.video.segments import chosen_segments
 from driving_sim.engine.config import config
 from driving_sim.engine.errors import BadDriveError, DriveSimError
 
-Frames = npt.NDArray[np.uint8]
-Indices = npt.NDArray[np.int64]
-
 
 class FrameReader(Protocol):
     """Reads a drive's frames; picklable, opens files only while reading."""
 
-    def read(self, indices: Indices, size: FrameSize | None) -> Frames:
+    def read(self, indices: Ints, size: FrameSize | None) -> Pixels:
         """Read a few frames [n, H, W, 3] in any order."""
         ...
 
-    def stream(self, indices: Indices | None, size: FrameSize | None) -> Iterator[Frames]:
+    def stream(self, indices: Ints | None, size: FrameSize | None) -> Iterator[Pixels]:
         """Yield frames [H, W, 3] in ascending order of their indices; None means all of them."""
         ...
 
-    def files(self, indices: Indices) -> list[Path]:
+    def files(self, indices: Ints) -> list[Path]:
         """The files that these frames are read from: a fingerprint hashes them."""
         ...
 
@@ -48,15 +45,15 @@ class VideoFrames:
 
     facts: VideoFacts
 
-    def read(self, indices: Indices, size: FrameSize | None) -> Frames:
+    def read(self, indices: Ints, size: FrameSize | None) -> Pixels:
         """Read a few frames [n, H, W, 3] in any order."""
         return read_frames(self.facts, indices, size)
 
-    def stream(self, indices: Indices | None, size: FrameSize | None) -> Iterator[Frames]:
+    def stream(self, indices: Ints | None, size: FrameSize | None) -> Iterator[Pixels]:
         """Yield frames [H, W, 3] in ascending order of their indices; None means all of them."""
         return stream_frames(self.facts, size=size, indices=indices)
 
-    def files(self, indices: Indices) -> list[Path]:
+    def files(self, indices: Ints) -> list[Path]:
         """The video's file, whichever frames are meant."""
         return [self.facts.path]
 
@@ -69,7 +66,7 @@ class Drive:
     """Its path below the folder that was searched, without suffix; unique among the drives."""
     source: str
     """The layout it was found in: video, udacity or comma2k19."""
-    timestamps: npt.NDArray[np.float64]
+    timestamps: Floats
     """[N] s from the first frame, strictly increasing."""
     reader: FrameReader
     log: ActionLog | None = None
@@ -77,13 +74,13 @@ class Drive:
     video: VideoFacts | None = None
     """The facts of its file, where the frames come from a video."""
 
-    def frames(self, indices: Indices | Sequence[int], size: FrameSize | None = None) -> Frames:
+    def frames(self, indices: Ints | Sequence[int], size: FrameSize | None = None) -> Pixels:
         """Read a few frames, uint8 [n, H, W, 3], in any order; for whole drives use `stream`."""
         return self.reader.read(np.asarray(indices, np.int64), size)
 
     def stream(
-        self, size: FrameSize | None = None, indices: Indices | Sequence[int] | None = None
-    ) -> Iterator[Frames]:
+        self, size: FrameSize | None = None, indices: Ints | Sequence[int] | None = None
+    ) -> Iterator[Pixels]:
         """Yield frames, uint8 [H, W, 3], in order: those at ascending `indices`, or all."""
         wanted = None if indices is None else np.asarray(indices, np.int64)
         return self.reader.stream(wanted, size)
@@ -94,13 +91,13 @@ class SampledDrive:
     """The frames of a drive that a model sees, with the action that leads from each to the next."""
 
     drive: Drive
-    indices: Indices
+    indices: Ints
     """[T] frames of the drive, ascending."""
-    timestamps: npt.NDArray[np.float64]
+    timestamps: Floats
     """[T] s from the drive's first frame."""
-    actions: npt.NDArray[np.float32]
+    actions: Floats32
     """[T, 2] speed in m/s and steering, the mean from each frame to the next; 0 where invalid."""
-    action_valid: npt.NDArray[np.bool_]
+    action_valid: Mask
     """[T, 2] where the actions are known."""
     segments: list[tuple[int, int]]
     """Ranges [start, stop) of T with no gap in the drive's own frames between them."""
@@ -110,7 +107,7 @@ class SampledDrive:
         """Mean rate within the segments; 0 where none has two frames."""
         return mean_rate(self.timestamps, self.segments)
 
-    def batches(self, size: FrameSize, count: int) -> Iterator[Frames]:
+    def batches(self, size: FrameSize, count: int) -> Iterator[Pixels]:
         """Yield its frames in order, uint8 [n, H, W, 3], n = `count` but for the last."""
         stream = self.drive.stream(size, self.indices)
         while batch := list(islice(stream, count)):

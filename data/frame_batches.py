@@ -9,10 +9,10 @@ from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from driving_sim.data.arrays import Floats, Ints, Pixels
 from driving_sim.data.drive import SampledDrive
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.engine.errors import DriveSimError
@@ -100,7 +100,7 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
                     shown.advance(1)
         return cache
 
-    def _neighbours(self, generator: np.random.Generator) -> NDArray[np.int64]:
+    def _neighbours(self, generator: np.random.Generator) -> Ints:
         """Draw B of the N frames, a few at each of some places; never across drives."""
         places = generator.integers(self.frame_count, size=-(-self.batch_size // _NEIGHBOURS))
         # Fixed stretches of a drive: so every frame is as likely as every other.
@@ -111,7 +111,7 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
         chosen = [generator.integers(start, stop, size=_NEIGHBOURS) for start, stop in bounds]
         return np.concatenate(chosen)[: self.batch_size]
 
-    def _decode(self, chosen: NDArray[np.int64]) -> NDArray[np.uint8]:
+    def _decode(self, chosen: Ints) -> Pixels:
         frames = np.empty((len(chosen), self.size.height, self.size.width, 3), dtype=np.uint8)
         numbers = np.searchsorted(self._offsets, chosen, side="right") - 1
         for number in np.unique(numbers):
@@ -138,7 +138,7 @@ def _share(cache: Tensor) -> None:
         ) from error
 
 
-def _mirror(frames: NDArray[np.uint8], chosen: NDArray[np.int64]) -> None:
+def _mirror(frames: Pixels, chosen: Ints) -> None:
     """Flip the chosen frames left to right, in place."""
     for sample in chosen:
         original = frames[sample].copy()
@@ -147,7 +147,7 @@ def _mirror(frames: NDArray[np.uint8], chosen: NDArray[np.int64]) -> None:
             frames[sample, :, :, channel] = original[:, ::-1, channel]
 
 
-def _shift(frames: NDArray[np.uint8], corners: NDArray[np.int64], most: int) -> None:
+def _shift(frames: Pixels, corners: Ints, most: int) -> None:
     """Crop each frame at its corner [B, 2] of itself with `most` pixels reflected around, in place.
 
     Corners are from 0 to 2 * `most`; at `most` nothing moves.
@@ -158,13 +158,13 @@ def _shift(frames: NDArray[np.uint8], corners: NDArray[np.int64], most: int) -> 
         frame[:] = padded[y : y + height, x : x + width]
 
 
-def _amplify(frames: NDArray[np.uint8], gains: NDArray[np.float64]) -> None:
+def _amplify(frames: Pixels, gains: Floats) -> None:
     """Multiply each frame's channels by its gains [B, 3], in place."""
     for frame, gain in zip(frames, gains.astype(np.float32), strict=True):
         frame[:] = np.minimum(frame * gain + 0.5, 255)
 
 
-def _mix(frames: NDArray[np.uint8], chosen: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
+def _mix(frames: Pixels, chosen: Ints, columns: Ints) -> None:
     """Give the chosen frames the next frame's picture from their columns on, in place."""
     following = np.roll(frames, -1, axis=0)
     for sample, column in zip(chosen, columns, strict=True):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
+from driving_sim.data.arrays import Floats, Pixels
 from driving_sim.data.synthetic.drives import SyntheticDrive, drive, frame_count
 from driving_sim.data.synthetic.road import LANE_OFFSET
 from driving_sim.data.synthetic.true_future import replay
@@ -172,7 +172,7 @@ def _find_start(config: DemoConfig, seed: int, context_frames: int) -> tuple[Syn
 
 def _roll_out(
     world: WorldModel, driven: SyntheticDrive, start: int, config: DemoConfig, seed: int
-) -> tuple[list[ActionPlan], list[NDArray[np.uint8]]]:
+) -> tuple[list[ActionPlan], list[Pixels]]:
     """Plans from a moment of a drive, and their predicted futures, each [N, H, W, 3]."""
     first = start - world.context_frames
     frames = np.stack([driven.world.render(state) for state in driven.states[first : start + 1]])
@@ -197,9 +197,7 @@ def _roll_out(
     return plans, [world.tokenizer.decode(one).numpy() for one in torch.stack(moments, dim=1)]
 
 
-def _psnr_matrix(
-    futures: list[NDArray[np.uint8]], truths: list[NDArray[np.uint8]], last: int
-) -> NDArray[np.float64]:
+def _psnr_matrix(futures: list[Pixels], truths: list[Pixels], last: int) -> Floats:
     """Mean PSNR in dB over the `last` frames: predictions in rows, truths in columns."""
     ends = ([torch.from_numpy(frames[-last:]) for frames in each] for each in (futures, truths))
     values = [float(psnr(*pair).mean()) for pair in product(*ends)]
@@ -209,8 +207,8 @@ def _psnr_matrix(
 def _write_pictures(
     out: Path,
     plans: list[ActionPlan],
-    truths: list[NDArray[np.uint8]],
-    futures: list[NDArray[np.uint8]],
+    truths: list[Pixels],
+    futures: list[Pixels],
     fps: float,
     steering_range: float,
 ) -> None:
@@ -231,7 +229,7 @@ def _write_pictures(
         Image.fromarray(sheet).save(temporary)
 
 
-def _summary(out: Path, matrix: NDArray[np.float64], right: int) -> str:
+def _summary(out: Path, matrix: Floats, right: int) -> str:
     """The measurement as a table."""
     lines = [
         "PSNR (dB) over the last second of each predicted future (row) to each true one (column):",

@@ -16,6 +16,7 @@ LAYERS = ("engine", "data", "tokenizer", "world_model")  # lowest first
 ROOMS = (
     ("engine", "engine.ranks", "engine.training"),
     (
+        "data.arrays",
         "data.video",
         "data.actions",
         "data",

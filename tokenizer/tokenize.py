@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from driving_sim.data.actions.action_file import STEERING
+from driving_sim.data.arrays import Pixels
 from driving_sim.data.drive import Drive, DriveSet, SampledDrive, sample
 from driving_sim.data.split import MIRROR_SUFFIX
 from driving_sim.data.tokens.index import StoreIndex, StoreInfo
@@ -26,8 +27,6 @@ from driving_sim.engine.precision import name_of
 from driving_sim.engine.progress import progress
 from driving_sim.engine.ranks.distributed import Ranks
 from driving_sim.tokenizer.tokenizer import Tokenizer
-
-Frames = NDArray[np.uint8]
 
 _HOW_ON = "repair or remove it"
 
@@ -98,7 +97,7 @@ def tokenize(
         return writer.finish()
 
 
-_Part = tuple[SampledDrive, Frames | DriveSimError]
+_Part = tuple[SampledDrive, Pixels | DriveSimError]
 """A batch of a drive, or why there are no more of them."""
 
 

@@ -14,6 +14,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
+from driving_sim.data.arrays import Pixels
 from driving_sim.data.video.frame_size import FrameSize, fit, transform_description
 from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
 from driving_sim.engine.device import resolve_device
@@ -24,7 +25,7 @@ from driving_sim.engine.weights import build_with_weights, fingerprint, save_wei
 from driving_sim.tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from driving_sim.tokenizer.fsq import RULE
 
-Frames = Tensor | NDArray[np.uint8]
+Frames = Tensor | Pixels
 
 WEIGHTS = "model.safetensors"
 """The file of a tokenizer's folder that is written last."""

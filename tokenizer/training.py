@@ -14,10 +14,10 @@ from typing import Annotated
 import numpy as np
 import torch
 from einops import rearrange
-from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
+from driving_sim.data.arrays import Pixels
 from driving_sim.data.drive import SampledDrive
 from driving_sim.data.frame_batches import FrameBatches
 from driving_sim.data.split import split_drives
@@ -207,7 +207,7 @@ def _measure(model: TokenizerObjective, frames: Tensor) -> dict[str, Tensor]:
     }
 
 
-def reconstruction_grid(originals: Tensor, rebuilt: Tensor) -> NDArray[np.uint8]:
+def reconstruction_grid(originals: Tensor, rebuilt: Tensor) -> Pixels:
     """Return one picture of frames [N, H, W, 3]: each original beside its reconstruction."""
     pairs = torch.stack([originals, rebuilt], dim=1)
     in_a_row = 1 if len(pairs) % 2 else 2
@@ -218,7 +218,7 @@ def validation_frames(drives: Sequence[SampledDrive], size: FrameSize, most: int
     """Decode at most `most` frames, uint8 [N, H, W, 3], spread evenly over the drives."""
     ends = np.cumsum([len(drive.indices) for drive in drives])
     places = np.linspace(0, ends[-1] - 1, min(most, ends[-1])).round().astype(np.int64)
-    frames: list[NDArray[np.uint8]] = []
+    frames: list[Pixels] = []
     for drive, end in zip(drives, ends, strict=True):
         own = np.unique(places - end) + len(drive.indices)
         own = own[(own >= 0) & (own < len(drive.indices))]

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from driving_sim.data.actions.action_file import (
     SPEED,
@@ -24,6 +23,7 @@ from driving_sim.data.actions.action_file import (
     read_action_file,
 )
 from driving_sim.data.actions.alignment import EXTRAPOLATION_S, align
+from driving_sim.data.arrays import Floats, Floats32, Mask
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import shown
 
@@ -53,11 +53,11 @@ class Situation:
     """What `left` and `right` turn: the training data's 95th percentile of |steering|."""
     known_channels: tuple[bool, bool]
     """Whether the model's training data had any speed, and any steering: it obeys no other."""
-    last_action: NDArray[np.float32]
+    last_action: Floats32
     """[2]: speed and steering that led to the last context frame."""
-    last_valid: NDArray[np.bool_]
+    last_valid: Mask
     """[2]: which of them are known."""
-    recorded: tuple[NDArray[np.float32], NDArray[np.bool_]] | None
+    recorded: tuple[Floats32, Mask] | None
     """The context drive's own actions [N, 2] and validity from the last context frame on."""
 
 
@@ -66,8 +66,8 @@ class ActionPlan:
     """The actions of one future: `actions` float32 [N, 2] and `valid` bool [N, 2]."""
 
     label: str
-    actions: NDArray[np.float32]
-    valid: NDArray[np.bool_]
+    actions: Floats32
+    valid: Mask
 
 
 _Segment = dict[str, float]
@@ -148,9 +148,7 @@ def _from_name(name: str, situation: Situation) -> _Planned:
     return _from_script(name, [segments[name]], situation)
 
 
-def _held(
-    label: str, actions: NDArray[np.float32], valid: NDArray[np.bool_], fps: float
-) -> _Planned:
+def _held(label: str, actions: Floats32, valid: Mask, fps: float) -> _Planned:
     """These actions, and then the last of them for as long as is asked for."""
 
     def render(frames: int) -> ActionPlan:
@@ -254,11 +252,11 @@ def _from_script(label: str, segments: list[_Segment], situation: Situation) -> 
         seconds += _LAST_PART_S
     _check_script(label, segments, situation)
 
-    def means(begin: int, stop: int) -> NDArray[np.float32]:
+    def means(begin: int, stop: int) -> Floats32:
         parts = np.arange(begin * _PARTS, stop * _PARTS, dtype=np.float64)
         midpoints = (parts + 0.5) / (_PARTS * situation.fps)
         followed = _follow(segments, midpoints, situation.last_action)
-        mean: NDArray[np.float32] = followed.reshape(-1, _PARTS, 2).mean(axis=1).astype(np.float32)
+        mean: Floats32 = followed.reshape(-1, _PARTS, 2).mean(axis=1).astype(np.float32)
         return mean
 
     def render(frames: int) -> ActionPlan:
@@ -274,11 +272,11 @@ def _from_script(label: str, segments: list[_Segment], situation: Situation) -> 
     return _Planned(seconds or None, render)
 
 
-def _named_from(segments: list[_Segment]) -> NDArray[np.float64]:
+def _named_from(segments: list[_Segment]) -> Floats:
     """When speed and steering [2] are first set, in s: until then they are what they were."""
     starts = np.cumsum([0.0, *(segment.get("seconds", 0.0) for segment in segments)])[:-1]
     named = np.array([("speed" in s or "accel" in s, "steer" in s) for s in segments])
-    first: NDArray[np.float64] = np.where(named, starts[:, None], math.inf).min(axis=0)
+    first: Floats = np.where(named, starts[:, None], math.inf).min(axis=0)
     return first
 
 
@@ -307,9 +305,7 @@ def _check_script(label: str, segments: list[_Segment], situation: Situation) ->
         known = known or "speed" in segment
 
 
-def _follow(
-    segments: list[_Segment], times: NDArray[np.float64], last_action: NDArray[np.float32]
-) -> NDArray[np.float64]:
+def _follow(segments: list[_Segment], times: Floats, last_action: Floats32) -> Floats:
     """Speed and steering [len(times), 2] at rising `times` (s) under the script."""
     actions = np.empty((len(times), 2))
     speed, steer = (float(value) for value in last_action)

@@ -10,10 +10,10 @@ from typing import Annotated
 import numpy as np
 import torch
 from einops import rearrange
-from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
+from driving_sim.data.arrays import Floats32, Mask
 from driving_sim.engine.config import Count, NonNegative, Share, config
 
 CHANNELS = ("speed", "steering")
@@ -33,7 +33,7 @@ class ActionStatistics:
     """99th percentile of |steering|, rad."""
 
     @classmethod
-    def measure(cls, actions: NDArray[np.float32], valid: NDArray[np.bool_]) -> "ActionStatistics":
+    def measure(cls, actions: Floats32, valid: Mask) -> "ActionStatistics":
         """Measure actions [N, 2] where `valid` [N, 2]; a channel never valid keeps its default."""
         channels = [actions[valid[:, c], c].astype(np.float64) for c in range(2)]
         mean = [float(x.mean()) if len(x) else 0.0 for x in channels]

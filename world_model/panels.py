@@ -6,13 +6,10 @@ from functools import lru_cache
 
 import numpy as np
 from einops import rearrange
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from driving_sim.data.arrays import Floats32, Mask, Pixels
 from driving_sim.world_model.action_plan import ActionPlan
-
-Frame = NDArray[np.uint8]
-"""uint8 RGB [height, width, 3]."""
 
 _STRIP = 32
 _MINIMUM_WIDTH = 256
@@ -26,12 +23,12 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def draw_panel(
-    frame: Frame,
+    frame: Pixels,
     title: str,
-    action: NDArray[np.float32],
-    valid: NDArray[np.bool_],
+    action: Floats32,
+    valid: Mask,
     steering_range: float,
-) -> Frame:
+) -> Pixels:
     """The frame, enlarged by whole pixels where it is small, under a strip with its caption.
 
     The caption says the title and the `action` [2], speed in m/s and steering, where it is `valid`
@@ -46,7 +43,7 @@ def draw_panel(
     return np.concatenate([strip, large])
 
 
-def _enlarged(frame: Frame, scale: int) -> Frame:
+def _enlarged(frame: Pixels, scale: int) -> Pixels:
     # In half the time of einops' repeat.
     return frame.repeat(scale, axis=1).repeat(scale, axis=0)
 
@@ -54,7 +51,7 @@ def _enlarged(frame: Frame, scale: int) -> Frame:
 @lru_cache(maxsize=64)  # an action is often held; the array is read-only
 def _draw_strip(
     width: int, title: str, speed: float | None, steering: float | None, steering_range: float
-) -> Frame:
+) -> Pixels:
     """Title and speed, and under them the steering: as a bar and as a number."""
     image = Image.new("RGB", (width, _STRIP), _PAPER)
     draw = ImageDraw.Draw(image)
@@ -87,12 +84,12 @@ def _draw_bar(draw: ImageDraw.ImageDraw, ends: tuple[int, int], share: float) ->
 
 def draw_moment(
     plans: Sequence[ActionPlan],
-    frames: Sequence[Frame],
+    frames: Sequence[Pixels],
     index: int,
     steering_range: float,
     *,
     columns: int | None = None,
-) -> Frame:
+) -> Pixels:
     """One frame of every future in a grid, each under its label and its plan's action `index`."""
     panels = [
         draw_panel(frame, plan.label, plan.actions[index], plan.valid[index], steering_range)
@@ -101,7 +98,7 @@ def draw_moment(
     return side_by_side(panels, columns=columns)
 
 
-def side_by_side(panels: Sequence[Frame], *, columns: int | None = None) -> Frame:
+def side_by_side(panels: Sequence[Pixels], *, columns: int | None = None) -> Pixels:
     """Panels of one size in a grid, as near to 16:9 as it gets unless `columns` says otherwise."""
     height, width = panels[0].shape[:2]
 
@@ -115,7 +112,7 @@ def side_by_side(panels: Sequence[Frame], *, columns: int | None = None) -> Fram
     return rearrange(np.stack(filled), "(r c) h w k -> (r h) (c w) k", c=columns)
 
 
-def contact_sheet(rows: Sequence[tuple[str, Sequence[Frame]]], headings: Sequence[str]) -> Frame:
+def contact_sheet(rows: Sequence[tuple[str, Sequence[Pixels]]], headings: Sequence[str]) -> Pixels:
     """One titled row of frames for each (title, frames), one column for each heading."""
     height, width = rows[0][1][0].shape[:2]
     scale = max(1, round(256 / width))

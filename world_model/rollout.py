@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from driving_sim.data.actions.action_file import STEERING
+from driving_sim.data.arrays import Floats, Floats32, Mask, Pixels
 from driving_sim.data.drive import Drive, SampledDrive, sample
 from driving_sim.data.tokens.store import DriveTokens
 from driving_sim.data.video.frame_rate import RATE_TOLERANCE
@@ -23,7 +23,7 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file, disk_errors
 from driving_sim.engine.progress import progress
 from driving_sim.world_model.action_plan import ActionPlan, Situation
-from driving_sim.world_model.panels import Frame, contact_sheet, draw_moment
+from driving_sim.world_model.panels import contact_sheet, draw_moment
 from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.token_file import token_file
 from driving_sim.world_model.world_model import Prefix, WorldModel
@@ -39,13 +39,13 @@ class Context:
     label: str
     tokens: torch.Tensor
     """int64 [T, rows, cols], at most the model's context and the frame before it."""
-    frames: NDArray[np.uint8]
+    frames: Pixels
     """uint8 [T, height, width, 3]."""
-    actions: NDArray[np.float32]
+    actions: Floats32
     """[N, 2] from context frame 0 on: T - 1 past ones, then those to the recorded frames after."""
-    action_valid: NDArray[np.bool_]
+    action_valid: Mask
     """[N, 2]."""
-    future: Iterator[Frame]
+    future: Iterator[Pixels]
     """The true frames after the context, as far as they go."""
     start_s: float
     """Time of the last context frame in its drive."""
@@ -71,7 +71,7 @@ class Context:
 
 
 def _context_range(
-    timestamps: NDArray[np.float64],
+    timestamps: Floats,
     segments: Sequence[tuple[int, int]],
     start_s: float | None,
     most: int,
@@ -258,7 +258,7 @@ def _generated(
     sampling: Sampling,
     samples: int,
     seconds: dict[str, float],
-) -> Iterator[tuple[torch.Tensor, list[Frame]]]:
+) -> Iterator[tuple[torch.Tensor, list[Pixels]]]:
     """Yield one moment after the other, tokens [F, rows, cols] and decoded frames.
 
     Some moments are decoded together: a few frames take hardly longer than one. What this takes is

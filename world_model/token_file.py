@@ -8,16 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
+from driving_sim.data.arrays import Floats32, Mask
 from driving_sim.engine.weights import write_safetensors
 
 
 @contextmanager
 def token_file(
-    path: Path, *, context: Tensor, actions: NDArray[np.float32], valid: NDArray[np.bool_]
+    path: Path, *, context: Tensor, actions: Floats32, valid: Mask
 ) -> Iterator[Callable[[int, Tensor], None]]:
     """Yield what writes the futures' tokens to `path`, beside their actions and the context.
 

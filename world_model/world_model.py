@@ -14,11 +14,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from pydantic import Field
 from torch import Tensor
 
 from driving_sim.data.actions.action_file import SteeringKind
+from driving_sim.data.arrays import Pixels
 from driving_sim.data.tokens.store import TokenStore
 from driving_sim.data.video.frame_rate import RATE_TOLERANCE
 from driving_sim.engine.config import config, from_dict, load_json, save_json, to_dict
@@ -73,7 +74,7 @@ class Prefix:
 class Rollout:
     """Futures as frames and as tokens."""
 
-    frames: NDArray[np.uint8]
+    frames: Pixels
     """[F, N, H, W, 3]."""
     tokens: Tensor
     """int64 [F, N, r, c]."""
@@ -356,7 +357,7 @@ class WorldModel:
 
     def rollout(
         self,
-        frames: NDArray[np.uint8] | Tensor,
+        frames: Pixels | Tensor,
         past_actions: ArrayLike,
         actions: ArrayLike,
         *,

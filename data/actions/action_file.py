@@ -10,27 +10,26 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-import numpy.typing as npt
 
 from driving_sim.data.actions.csv_table import CsvTable, read_csv
+from driving_sim.data.arrays import Floats, Floats32, Mask
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
 from driving_sim.engine.parsing import shown
 
 SteeringKind = Literal["steering_wheel", "road_wheel", "curvature", "normalised"]
 SPEED, STEERING = 0, 1
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ActionLog:
     """Speed and steering samples on the video's clock."""
 
-    times: FloatArray
+    times: Floats
     """[M] s, strictly increasing; 0 is the video's first frame."""
-    values: npt.NDArray[np.float32]
+    values: Floats32
     """[M, 2] speed in m/s; steering in rad, 1/m (curvature) or -1..1 (normalised)."""
-    has: npt.NDArray[np.bool_]
+    has: Mask
     """[2] whether there is a speed, and a steering; a missing one's values are 0."""
     steering_kind: SteeringKind | None
     """What the steering measures; None where there is none."""
@@ -145,7 +144,7 @@ def _find(
     return None
 
 
-def _check_increasing(table: CsvTable, name: str, values: FloatArray) -> None:
+def _check_increasing(table: CsvTable, name: str, values: Floats) -> None:
     for row in np.flatnonzero(np.diff(values) <= 0)[:1] + 1:
         what = "the same as" if values[row] == values[row - 1] else "before"
         raise table.fail(
@@ -155,9 +154,7 @@ def _check_increasing(table: CsvTable, name: str, values: FloatArray) -> None:
         )
 
 
-def _scaled(
-    table: CsvTable, name: str, scale: float, low: float, high: float, hint: str
-) -> FloatArray:
+def _scaled(table: CsvTable, name: str, scale: float, low: float, high: float, hint: str) -> Floats:
     """A column in SI units. Raises DriveSimError at the first value out of range."""
     values = table.numbers(name) * scale
     for row in np.flatnonzero((values < low) | (values > high))[:1]:
@@ -167,7 +164,7 @@ def _scaled(
     return values
 
 
-def _times(table: CsvTable, frame_times: FloatArray | None) -> FloatArray:
+def _times(table: CsvTable, frame_times: Floats | None) -> Floats:
     name = _find(table, _TIMES, ("timestamp_", "time_"))
     if name is not None:
         scale, hint = _TIMES[name].scale, "30,000 years of seconds"
@@ -191,7 +188,7 @@ def _times(table: CsvTable, frame_times: FloatArray | None) -> FloatArray:
     return frame_times[frames.astype(np.int64)]
 
 
-def _speed(table: CsvTable, notices: list[str]) -> FloatArray | None:
+def _speed(table: CsvTable, notices: list[str]) -> Floats | None:
     name = _find(table, _SPEEDS, ("speed_",))
     if name is None:
         return None
@@ -204,7 +201,7 @@ def _speed(table: CsvTable, notices: list[str]) -> FloatArray | None:
 
 def _steering(
     table: CsvTable, options: LogOptions, notices: list[str]
-) -> tuple[FloatArray | None, SteeringKind | None]:
+) -> tuple[Floats | None, SteeringKind | None]:
     family = ("steering_", "road_wheel", "curvature_")
     name = _find(table, _STEERINGS, family, options.steering_kind)
     if name is None:
@@ -225,7 +222,7 @@ def _steering(
 
 
 def read_action_file(
-    path: Path, options: LogOptions = _AS_NAMED, *, frame_times: FloatArray | None = None
+    path: Path, options: LogOptions = _AS_NAMED, *, frame_times: Floats | None = None
 ) -> ActionLog:
     """Read a CSV of speed and steering over time.
 
@@ -276,8 +273,8 @@ def is_action_file(path: Path) -> bool:
 
 def write_action_file(
     path: Path,
-    times: FloatArray,
-    actions: npt.NDArray[np.float32],
+    times: Floats,
+    actions: Floats32,
     kind: SteeringKind,
     *,
     hold_until: float | None = None,

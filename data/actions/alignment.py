@@ -4,9 +4,9 @@ Legend: T frames, M samples of the log.
 """
 
 import numpy as np
-import numpy.typing as npt
 
 from driving_sim.data.actions.action_file import ActionLog
+from driving_sim.data.arrays import Floats, Floats32, Mask
 from driving_sim.engine.errors import DriveSimError
 
 EXTRAPOLATION_S = 0.1
@@ -20,16 +20,14 @@ MIN_COVERAGE = 0.5
 _SLACK_S = 1e-3
 
 
-def interval_ends(timestamps: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def interval_ends(timestamps: Floats) -> Floats:
     """The ends [T] s of the frames' intervals: the next frame's time, or a median period on."""
     if len(timestamps) < 2:
         return timestamps + EXTRAPOLATION_S
     return np.append(timestamps[1:], timestamps[-1] + np.median(np.diff(timestamps)))
 
 
-def _integral(
-    times: npt.NDArray[np.float64], values: npt.NDArray[np.float64], at: npt.NDArray[np.float64]
-) -> npt.NDArray[np.float64]:
+def _integral(times: Floats, values: Floats, at: Floats) -> Floats:
     """The integral [T, 2] of the linear interpolant of values [M, 2], from times[0] to `at` [T]."""
     widths = np.diff(times)[:, None]
     areas = widths * (values[:-1] + values[1:]) / 2
@@ -41,23 +39,21 @@ def _integral(
 
 
 def _covered(
-    times: npt.NDArray[np.float64],
-    starts: npt.NDArray[np.float64],
-    ends: npt.NDArray[np.float64],
-) -> npt.NDArray[np.bool_]:
+    times: Floats,
+    starts: Floats,
+    ends: Floats,
+) -> Mask:
     """Which intervals lie within the padded log `times` and touch none of its gaps."""
     gaps_before = np.append(0, np.cumsum(np.diff(times) > GAP_S + _SLACK_S))
     last = len(times) - 2
     first = np.clip(np.searchsorted(times, starts, side="right") - 1, 0, last)
     final = np.clip(np.searchsorted(times, ends, side="left") - 1, 0, last)
     inside = (starts >= times[0] - 1e-9) & (ends <= times[-1] + 1e-9)
-    covered: npt.NDArray[np.bool_] = inside & (gaps_before[final + 1] == gaps_before[first])
+    covered: Mask = inside & (gaps_before[final + 1] == gaps_before[first])
     return covered
 
 
-def align(
-    log: ActionLog | None, timestamps: npt.NDArray[np.float64]
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+def align(log: ActionLog | None, timestamps: Floats) -> tuple[Floats32, Mask]:
     """Average a log over the intervals between frames at `timestamps` [T] s, strictly increasing.
 
     Returns actions float32 [T, 2] and where they are valid, bool [T, 2]. actions[t] is the exact
@@ -82,7 +78,7 @@ def align(
     return np.where(valid, means, 0).astype(np.float32), valid
 
 
-def check_coverage(log: ActionLog, timestamps: npt.NDArray[np.float64]) -> None:
+def check_coverage(log: ActionLog, timestamps: Floats) -> None:
     """Check that a log belongs to the frames at `timestamps` [T] s.
 
     Raises DriveSimError where the two clocks do not overlap, where the samples are too far apart,

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from driving_sim.data.arrays import Floats
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import one_line, shown
 
@@ -40,7 +40,7 @@ class CsvTable:
         """One cell as it is written, but for a very long one or one with control characters."""
         return _plain(self.rows[row][self.names.index(name)].strip())
 
-    def numbers(self, name: str) -> npt.NDArray[np.float64]:
+    def numbers(self, name: str) -> Floats:
         """A column as finite numbers. Raises DriveSimError at the first cell that is none."""
         column = [cells[self.names.index(name)].strip() for cells in self.rows]
         values = np.array([*map(_number, column)])

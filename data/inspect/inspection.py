@@ -7,9 +7,9 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from driving_sim.data.actions.action_file import SPEED, STEERING, SteeringKind
+from driving_sim.data.arrays import Floats32
 from driving_sim.data.drive import Drive, SampledDrive, Skipped, sample
 from driving_sim.data.inspect.motion import picture_change, yaw_motion
 from driving_sim.data.inspect.picture import draw_drive
@@ -117,9 +117,7 @@ def _range(values: tuple[float, float] | None, form: str) -> str:
     return "-" if values is None else f"{values[0]:{form}} to {values[1]:{form}}"
 
 
-def _measure(
-    sampled: SampledDrive, shown: Progress
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+def _measure(sampled: SampledDrive, shown: Progress) -> tuple[Floats32, Floats32]:
     """Image motion and picture change [T - 1] of the frames."""
     measured = [np.zeros((2, 0), np.float32)]
     frames = sampled.drive.stream(_SIZE, sampled.indices)
@@ -135,7 +133,7 @@ def _measure(
     return motion, change
 
 
-def _speed_problems(sampled: SampledDrive, change: npt.NDArray[np.float32]) -> list[str]:
+def _speed_problems(sampled: SampledDrive, change: Floats32) -> list[str]:
     """Speeds that no car drives, and a picture that stands while the car drives."""
     speed, known = sampled.actions[:, SPEED], sampled.action_valid[:, SPEED]
     problems = []
@@ -163,8 +161,8 @@ def _value_range(sampled: SampledDrive, channel: int) -> tuple[float, float] | N
 def _report(
     drive: Drive,
     measured: SampledDrive,
-    motion: npt.NDArray[np.float32],
-    change: npt.NDArray[np.float32],
+    motion: Floats32,
+    change: Floats32,
     out: Path,
 ) -> DriveReport:
     whole = sample(drive)

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from einops import reduce
 from torch import Tensor
 from torch.nn import functional
+
+from driving_sim.data.arrays import Floats32, Pixels
 
 # Frames are measured at this size, whatever they come in: a pixel is 0.8 % of the width, the peak
 # is found to a fraction of that, and blur or block artefacts of a decoder matter little.
@@ -31,7 +32,7 @@ _CUT_SCORE = 0.2
 _PAIRS_AT_ONCE = 64
 
 
-def _grey(frames: npt.NDArray[np.uint8]) -> Tensor:
+def _grey(frames: Pixels) -> Tensor:
     """Frames [T, H, W, 3] as grey levels [T, 64, 128]."""
     grey = torch.from_numpy(np.ascontiguousarray(frames)).float() @ torch.full((3,), 1 / 3)
     return functional.interpolate(grey[:, None], (_ROWS, _COLUMNS), mode="area")[:, 0]
@@ -90,13 +91,13 @@ def _peak(scores: Tensor) -> tuple[Tensor, Tensor]:
     return inner + fraction - _MAX_SHIFT, height
 
 
-def _chunks(frames: npt.NDArray[np.uint8]) -> Iterator[npt.NDArray[np.uint8]]:
+def _chunks(frames: Pixels) -> Iterator[Pixels]:
     """Pieces that share one frame, so that together they hold every pair of neighbours."""
     for start in range(0, len(frames) - 1, _PAIRS_AT_ONCE):
         yield frames[start : start + _PAIRS_AT_ONCE + 1]
 
 
-def yaw_motion(frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+def yaw_motion(frames: Pixels) -> Floats32:
     """Measure how far the scene moves sideways between consecutive frames.
 
     Takes uint8 [T, H, W, 3] of any size and returns float32 [T - 1] in picture widths, at most a
@@ -119,7 +120,7 @@ def yaw_motion(frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     return np.concatenate(shifts)
 
 
-def picture_change(frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+def picture_change(frames: Pixels) -> Floats32:
     """Measure how much the road ahead changes between consecutive frames: near 0 at a standstill.
 
     Takes uint8 [T, H, W, 3] and returns float32 [T - 1], the mean difference as a share of white.

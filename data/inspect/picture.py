@@ -4,10 +4,10 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.figure import Figure
 
 from driving_sim.data.actions.action_file import SPEED, STEERING, UNITS
+from driving_sim.data.arrays import Floats32
 from driving_sim.data.drive import SampledDrive
 from driving_sim.engine.files import atomic_file
 
@@ -16,9 +16,7 @@ _CAPTION_COLUMNS = 130
 _INK = "#30343b"
 
 
-def draw_drive(
-    path: Path, sampled: SampledDrive, motion: npt.NDArray[np.float32], caption: str
-) -> None:
+def draw_drive(path: Path, sampled: SampledDrive, motion: Floats32, caption: str) -> None:
     """Write a PNG of a drive's actions and the image motion [T - 1] between its frames.
 
     Left is up in both steering and motion, so that the two curves look alike where they agree.

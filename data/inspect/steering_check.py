@@ -15,10 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from driving_sim.data.actions.action_file import SPEED, STEERING, SteeringKind
+from driving_sim.data.arrays import Floats, Floats32, Mask
 from driving_sim.data.drive import SampledDrive
 from driving_sim.data.video.segments import median_period, within_segments
-
-FloatArray = npt.NDArray[np.float64]
 
 # A passenger car's, to a factor of 1.5; the bounds on the focal length leave room for that.
 _WHEELBASE_M = 2.7
@@ -56,14 +55,14 @@ class Synchrony:
     """What is wrong, one line each, with the remedy."""
 
 
-def curvature(steering: FloatArray, kind: SteeringKind) -> FloatArray:
+def curvature(steering: Floats, kind: SteeringKind) -> Floats:
     """Curvature in 1/m of a passenger car's path at a steering of this kind."""
     if kind == "curvature":
         return steering
     return np.tan(steering / _STEERING_RATIOS[kind]) / _WHEELBASE_M
 
 
-def _turns(sampled: SampledDrive, kind: SteeringKind) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
+def _turns(sampled: SampledDrive, kind: SteeringKind) -> tuple[Floats, Mask]:
     """The change of heading [P] in rad between frames by the actions, and where it is known."""
     actions, valid = sampled.actions[:-1].astype(np.float64), sampled.action_valid[:-1]
     turns = curvature(actions[:, STEERING], kind) * np.diff(sampled.timestamps)
@@ -73,9 +72,7 @@ def _turns(sampled: SampledDrive, kind: SteeringKind) -> tuple[FloatArray, npt.N
     return turns, known
 
 
-def _correlations(
-    motion: FloatArray, turns: FloatArray, usable: npt.NDArray[np.bool_], max_lag: int
-) -> FloatArray:
+def _correlations(motion: Floats, turns: Floats, usable: Mask, max_lag: int) -> Floats:
     """Correlation of motion[t] with turns[t + k] for k from -max_lag to max_lag; NaN if unknown."""
     found = np.full(2 * max_lag + 1, np.nan)
     for lag in range(-max_lag, max_lag + 1):
@@ -91,7 +88,7 @@ def _later(values: npt.NDArray[Any], lag: int) -> npt.NDArray[Any]:
     return np.pad(values, abs(lag))[abs(lag) + lag :][: len(values)]
 
 
-def _lag_problem(lag: int, correlations: FloatArray, period: float) -> str | None:
+def _lag_problem(lag: int, correlations: Floats, period: float) -> str | None:
     """The line about a lag that no car explains: motion may trail the actions, never lead them."""
     middle = len(correlations) // 2
     delay = max(1, round(_CAR_DELAY_S / period))
@@ -118,9 +115,7 @@ def _unit_problem(focal: float) -> str | None:
     )
 
 
-def _contrary_problem(
-    motion: FloatArray, turns: FloatArray, usable: npt.NDArray[np.bool_], times: FloatArray
-) -> str | None:
+def _contrary_problem(motion: Floats, turns: Floats, usable: Mask, times: Floats) -> str | None:
     """The line about the first second or more in which picture and steering turn apart."""
     scale = motion[usable].std() / turns[usable].std()
     against = usable & (np.minimum(np.abs(motion), np.abs(turns * scale)) > _VISIBLE_MOTION)
@@ -135,7 +130,7 @@ def _contrary_problem(
     return None
 
 
-def measure_synchrony(motion: npt.NDArray[np.float32], sampled: SampledDrive) -> Synchrony:
+def measure_synchrony(motion: Floats32, sampled: SampledDrive) -> Synchrony:
     """Compare the image motion [T - 1] between a drive's frames with its actions.
 
     Lags up to 1.5 s either way are tried. Where there is no steering, or too little of it to show

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from driving_sim.data.actions.action_file import (
     SPEED_RANGE_MPS,
@@ -19,12 +18,12 @@ from driving_sim.data.actions.action_file import (
     LogOptions,
 )
 from driving_sim.data.actions.alignment import EXTRAPOLATION_S, GAP_S
+from driving_sim.data.arrays import Floats
 from driving_sim.data.drive import Drive, VideoFrames
 from driving_sim.data.video.decoder_pool import read_facts
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import one_line
 
-FloatArray = npt.NDArray[np.float64]
 _CAN = Path("processed_log", "CAN")
 _TURN_DEG = math.degrees(STEERING_LIMIT["steering_wheel"])
 _LIMITS = {"speed": SPEED_RANGE_MPS, "steering_angle": (-_TURN_DEG, _TURN_DEG)}
@@ -35,7 +34,7 @@ def is_segment(folder: Path) -> bool:
     return (folder / _CAN).is_dir()
 
 
-def _array(path: Path) -> FloatArray:
+def _array(path: Path) -> Floats:
     if not path.is_file():
         raise DriveSimError(f"{path}: is missing from the comma2k19 segment")
     try:
@@ -53,7 +52,7 @@ def _array(path: Path) -> FloatArray:
     return flat
 
 
-def _channel(folder: Path, low: float, high: float) -> tuple[FloatArray, FloatArray]:
+def _channel(folder: Path, low: float, high: float) -> tuple[Floats, Floats]:
     """Times and values of one CAN signal, without the bus's repeated times."""
     times, values = _array(folder / "t"), _array(folder / "value")
     if len(times) != len(values):
@@ -71,7 +70,7 @@ def _channel(folder: Path, low: float, high: float) -> tuple[FloatArray, FloatAr
     return times, values[first]
 
 
-def _pauses(times: FloatArray) -> list[tuple[float, float]]:
+def _pauses(times: Floats) -> list[tuple[float, float]]:
     """Where a signal with these times is not known: in its gaps, before it and after it."""
     before = np.flatnonzero(np.diff(times) > GAP_S)
     inner = [(float(times[k]), float(times[k + 1])) for k in before]

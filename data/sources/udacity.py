@@ -19,7 +19,8 @@ from PIL import Image
 
 from driving_sim.data.actions.action_file import ActionLog, LogOptions
 from driving_sim.data.actions.csv_table import read_rows
-from driving_sim.data.drive import Drive, Frames, Indices
+from driving_sim.data.arrays import Ints, Pixels
+from driving_sim.data.drive import Drive
 from driving_sim.data.inner_name import inside
 from driving_sim.data.video.file import check_picture
 from driving_sim.data.video.frame_size import FrameSize, fit
@@ -40,7 +41,7 @@ def is_recording(folder: Path) -> bool:
     return (folder / LOG_NAME).is_file()
 
 
-def _picture(path: Path, size: FrameSize | None) -> Frames:
+def _picture(path: Path, size: FrameSize | None) -> Pixels:
     """Read an image, scaled and cropped as `fit` says: what the video readers do."""
     try:
         with Image.open(path, formats=_FORMATS) as file:
@@ -65,16 +66,16 @@ class ImageFrames:
 
     paths: tuple[Path, ...]
 
-    def read(self, indices: Indices, size: FrameSize | None) -> Frames:
+    def read(self, indices: Ints, size: FrameSize | None) -> Pixels:
         """Read a few frames [n, H, W, 3] in any order."""
         return np.stack([_picture(self.paths[index], size) for index in indices])
 
-    def stream(self, indices: Indices | None, size: FrameSize | None) -> Iterator[Frames]:
+    def stream(self, indices: Ints | None, size: FrameSize | None) -> Iterator[Pixels]:
         """Yield frames [H, W, 3] in ascending order of their indices; None means all of them."""
         wanted = range(len(self.paths)) if indices is None else indices
         return (_picture(self.paths[index], size) for index in wanted)
 
-    def files(self, indices: Indices) -> list[Path]:
+    def files(self, indices: Ints) -> list[Path]:
         """The image of each frame."""
         return [self.paths[index] for index in indices]
 

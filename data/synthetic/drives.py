@@ -6,8 +6,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from driving_sim.data.arrays import Floats, Floats32, Pixels
 from driving_sim.data.synthetic.motion.driver import Driver
 from driving_sim.data.synthetic.motion.vehicle import VehicleState
 from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
@@ -24,20 +24,20 @@ class SyntheticDrive:
     world: SyntheticWorld
     states: tuple[VehicleState, ...]
     """Where each frame is seen from."""
-    actions: NDArray[np.float32]
+    actions: Floats32
     """[T, 2] speed in m/s, road-wheel angle in rad: actions[t] leads from frame t to t + 1."""
 
     @property
-    def timestamps(self) -> NDArray[np.float64]:
+    def timestamps(self) -> Floats:
         """[T] seconds from the first frame."""
         return np.arange(len(self.states)) / self.world.config.fps
 
-    def stream(self) -> Iterator[NDArray[np.uint8]]:
+    def stream(self) -> Iterator[Pixels]:
         """Yield the frames one by one, uint8 RGB [height, width, 3]."""
         return (self.world.render(state) for state in self.states)
 
     @property
-    def frames(self) -> NDArray[np.uint8]:
+    def frames(self) -> Pixels:
         """All frames, uint8 RGB [T, height, width, 3], rendered anew at each call."""
         return np.stack(list(self.stream()))
 

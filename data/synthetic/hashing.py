@@ -3,6 +3,8 @@
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from driving_sim.data.arrays import Floats
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -12,7 +14,7 @@ def _mix(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return bits ^ (bits >> np.uint64(31))
 
 
-def uniform(seed: int, *keys: ArrayLike) -> NDArray[np.float64]:
+def uniform(seed: int, *keys: ArrayLike) -> Floats:
     """Draw a number in [0, 1) for each combination of integer keys, the same one at every call.
 
     The keys broadcast against one another; the result has their shape (at least one axis).

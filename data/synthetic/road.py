@@ -1,12 +1,10 @@
 """The road: an endless curve y = f(x), and the way from a point to its place along it."""
 
 import math
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.floating[Any]]
+from driving_sim.data.arrays import Reals
 
 HALF_WIDTH = 3.7
 """From the centre line to the edge of the asphalt, in metres."""
@@ -32,7 +30,7 @@ class Road:
         slopes = np.array(_SLOPES) * rng.uniform(0.85, 1.0, 3)
         self._amplitudes: list[float] = (slopes * wavelengths / (2 * math.pi)).tolist()
 
-    def centre_and_slope(self, station: Floats) -> tuple[Floats, Floats]:
+    def centre_and_slope(self, station: Reals) -> tuple[Reals, Reals]:
         """Return f(x) in metres and f'(x) at each station."""
         centre = np.zeros_like(station, dtype=np.result_type(station, np.float32))
         slope = np.zeros_like(centre)
@@ -44,13 +42,13 @@ class Road:
             slope += (amplitude * k) * np.cos(angle)
         return centre, slope
 
-    def place(self, station: Floats, offset: Floats) -> tuple[Floats, Floats, Floats]:
+    def place(self, station: Reals, offset: Reals) -> tuple[Reals, Reals, Reals]:
         """Return x, y (metres) and the road's heading (radians) at stations and offsets."""
         centre, slope = self.centre_and_slope(station)
         heading = np.arctan(slope)
         return station - offset * np.sin(heading), centre + offset * np.cos(heading), heading
 
-    def project(self, x: Floats, y: Floats) -> tuple[Floats, Floats, Floats]:
+    def project(self, x: Reals, y: Reals) -> tuple[Reals, Reals, Reals]:
         """Return station, offset (metres, left positive) and slope of the road's nearest point.
 
         Exact near the road. Far from it the point found may be another one, but never a nearer one,

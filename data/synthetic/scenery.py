@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from driving_sim.data.arrays import Ints, Reals
 from driving_sim.data.synthetic.hashing import uniform
-from driving_sim.data.synthetic.road import Floats, Road
+from driving_sim.data.synthetic.road import Road
 
 VISIBLE_M = 125.0
 _BLOCK_M = 40.0
@@ -32,13 +33,13 @@ class Kind(enum.IntEnum):
 class Things(NamedTuple):
     """Parallel arrays [N] of things that stand on the ground."""
 
-    kind: NDArray[np.int64]
-    x: Floats
-    y: Floats
-    heading: Floats
-    height: Floats
+    kind: Ints
+    x: Reals
+    y: Reals
+    heading: Reals
+    height: Reals
     """In metres."""
-    tint: Floats
+    tint: Reals
     """In 0..1: which of its kind's colours and proportions it has."""
 
     @classmethod

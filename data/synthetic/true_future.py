@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from driving_sim.data.arrays import Floats32, Pixels
 from driving_sim.data.synthetic.drives import DRIVE_FORMAT, SyntheticDrive
 from driving_sim.data.synthetic.motion.vehicle import VehicleState
 from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
@@ -14,8 +14,8 @@ from driving_sim.engine.parsing import one_line, shown
 
 
 def replay(
-    world: SyntheticWorld, state: VehicleState, actions: NDArray[np.float32], *, steps: int = 1
-) -> NDArray[np.uint8]:
+    world: SyntheticWorld, state: VehicleState, actions: Floats32, *, steps: int = 1
+) -> Pixels:
     """Drive each of the actions [N, 2] for so many steps; return the frames after [N, H, W, 3].
 
     What a model should have shown: the picture of every state that the actions really lead to.

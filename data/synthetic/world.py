@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import numpy as np
 from einops import rearrange
-from numpy.typing import NDArray
 from pydantic import Field
 
+from driving_sim.data.arrays import Pixels
 from driving_sim.data.synthetic.drawing.camera import Camera, View
 from driving_sim.data.synthetic.drawing.ground import Ground
 from driving_sim.data.synthetic.drawing.palette import PALETTES, varied
@@ -89,7 +89,7 @@ class SyntheticWorld:
             raise ValueError(f"action is ({speed_mps}, {steering_rad}); both must be finite")
         return step_vehicle(state, speed_mps, steering_rad, 1 / self.config.fps)
 
-    def render(self, state: VehicleState) -> NDArray[np.uint8]:
+    def render(self, state: VehicleState) -> Pixels:
         """Return the picture from a state: uint8 RGB [height, width, 3]."""
         frame = np.empty((3, self.config.height, self.config.width), np.float32)
         view = View(state)
@@ -97,7 +97,7 @@ class SyntheticWorld:
         self._ground.paint(frame, view)
         things = Things.joined([self._scenery.near(view.x, view.y), self._traffic.near(state)])
         paint_props(frame, things, view, self._camera, self._palette)
-        picture: NDArray[np.uint8] = rearrange(
+        picture: Pixels = rearrange(
             np.clip(frame + 0.5, 0, 255).astype(np.uint8), "rgb rows columns -> rows columns rgb"
         )
         return np.ascontiguousarray(picture)

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from driving_sim.data.arrays import Floats, Floats32, Mask
 from driving_sim.data.tokens.index import (
     INDEX,
     DriveEntry,
@@ -136,18 +137,18 @@ class DriveTokens:
         return self._column("tokens")
 
     @property
-    def actions(self) -> NDArray[np.float32]:
+    def actions(self) -> Floats32:
         """Float32 [T, 2]: speed in m/s, steering in rad; actions[t] leads from frame t to t+1."""
         return self._column("actions")
 
     @property
-    def action_valid(self) -> NDArray[np.bool_]:
+    def action_valid(self) -> Mask:
         """Bool [T, 2]."""
         valid = self._column("action_valid")
         return valid if all(self.channels) else valid & self.channels
 
     @property
-    def timestamps(self) -> NDArray[np.float64]:
+    def timestamps(self) -> Floats:
         """Float64 [T]: seconds from the drive's first frame."""
         return self._column("timestamps")
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from driving_sim.data.arrays import Ints, Mask
 from driving_sim.data.tokens.store import Columns, DriveTokens
 from driving_sim.engine.errors import DriveSimError, TooLittleDataError
 
@@ -47,7 +48,7 @@ class WindowIndex:
             )
         table = np.asarray(runs, np.int64)
         self._drive, self._begin, first, counts = table.T
-        self._ends: NDArray[np.int64] = np.cumsum(counts)
+        self._ends: Ints = np.cumsum(counts)
         # Where window 0 would start, were the run's numbers to go on downwards.
         self._offsets = first - (self._ends - counts) * stride
         self._drives, self._stride = tuple(drives), stride
@@ -64,14 +65,12 @@ class WindowIndex:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def places(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def places(self, numbers: Ints) -> tuple[Ints, Ints]:
         """Where the windows are: the positions of their drives, and their first frames in those."""
         drive, start, _ = self._find(numbers)
         return drive, start
 
-    def _find(
-        self, numbers: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    def _find(self, numbers: Ints) -> tuple[Ints, Ints, Mask]:
         """As `places`, and whether there is a frame before each window, with no gap in between."""
         if numbers.min(initial=0) < 0:  # too large ones have no run
             raise IndexError(f"window {numbers.min()} of {len(self)}")
@@ -79,7 +78,7 @@ class WindowIndex:
         start = self._offsets[run] + numbers * self._stride
         return self._drive[run], start, start > self._begin[run]
 
-    def load(self, numbers: NDArray[np.int64]) -> dict[str, Tensor]:
+    def load(self, numbers: Ints) -> dict[str, Tensor]:
         """Load windows as one batch, as `TokenWindows` describes it.
 
         Raises:
@@ -113,7 +112,7 @@ class WindowIndex:
 
 
 def _gathered(
-    shards: Mapping[int, Columns], openers: list[int], name: str, rows: NDArray[np.int64]
+    shards: Mapping[int, Columns], openers: list[int], name: str, rows: Ints
 ) -> NDArray[Any]:
     """Rows [B, ...] of a column, the i-th from the shard that drive `openers[i]` opened."""
     if len(shards) == 1:

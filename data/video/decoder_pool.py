@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from driving_sim.data.arrays import Ints, Pixels
 from driving_sim.data.video import decoder_worker as worker
 from driving_sim.data.video.file import VideoError
 from driving_sim.data.video.file_facts import VideoFacts
@@ -53,8 +53,7 @@ _MOST_BYTES = 1 << 30
 _MOST_IDLE = 8
 _WINDOWS = sys.platform == "win32"
 
-Frames = NDArray[np.uint8]
-Indices = NDArray[np.int64] | Sequence[int]
+Indices = Ints | Sequence[int]
 
 
 def read_facts(path: Path) -> VideoFacts:
@@ -67,7 +66,7 @@ def read_facts(path: Path) -> VideoFacts:
 
 def stream_frames(
     facts: VideoFacts, size: FrameSize | None = None, indices: Indices | None = None
-) -> Iterator[Frames]:
+) -> Iterator[Pixels]:
     """As `reader.stream_frames`; raises VideoError also where decoding hangs or crashes."""
     wanted, times = frames_to_stream(facts, indices), facts.timestamps
     shape = (*_size(facts, size).values(), 3)
@@ -79,7 +78,7 @@ def stream_frames(
     return _answers(facts.path, wanted, lambda _: np.empty(shape, np.uint8), where, **request)
 
 
-def read_frames(facts: VideoFacts, indices: Indices, size: FrameSize | None = None) -> Frames:
+def read_frames(facts: VideoFacts, indices: Indices, size: FrameSize | None = None) -> Pixels:
     """As `reader.read_frames`, in one array [n, height, width, 3].
 
     Raises VideoError also where decoding hangs or crashes, DriveSimError for a clip of more than
@@ -108,8 +107,8 @@ def _size(facts: VideoFacts, size: FrameSize | None) -> dict[str, int]:
 
 def _answers(
     path: Path,
-    wanted: NDArray[np.int64],
-    slot: Callable[[int], Frames | None],
+    wanted: Ints,
+    slot: Callable[[int], Pixels | None],
     where: Callable[[int], str],
     **request: Any,
 ) -> Iterator[Any]:
@@ -188,7 +187,7 @@ class _Decoder:
             self._wait(self._input)
             left = left[self._input.write(left) or 0 :]
 
-    def answer(self, slot: Frames | None) -> Frames | VideoFacts:
+    def answer(self, slot: Pixels | None) -> Pixels | VideoFacts:
         """The next answer: frames in their slot, or facts; raises VideoError for an error."""
         kind, count = worker.ALIVE, 0
         while kind == worker.ALIVE:

@@ -23,8 +23,8 @@ from queue import SimpleQueue
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
+from driving_sim.data.arrays import Ints
 from driving_sim.data.video.file import VideoError
 from driving_sim.data.video.file_facts import VideoFacts, read_facts
 from driving_sim.data.video.frame_size import FrameSize
@@ -89,7 +89,7 @@ class _Answers:
 
 
 def _contents(
-    work: str, path: str, indices: NDArray[np.int64], size: Any = None, **given: Any
+    work: str, path: str, indices: Ints, size: Any = None, **given: Any
 ) -> Iterable[bytes | memoryview]:
     """What was asked for, answer by answer."""
     if work == "facts":

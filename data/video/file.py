@@ -10,8 +10,8 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.video.stream import VideoStream
-from numpy.typing import NDArray
 
+from driving_sim.data.arrays import Floats
 from driving_sim.engine.errors import BadDriveError
 
 MAX_PIXELS = 8192 * 8192
@@ -88,7 +88,7 @@ def check_count(path: Path, frames: int) -> int:
     return min(size, MAX_FRAMES)
 
 
-def check_times(path: Path, timestamps: NDArray[np.float64]) -> None:
+def check_times(path: Path, timestamps: Floats) -> None:
     """Raise VideoError for frame times [frames] that no recording has."""
     if not (np.diff(timestamps) > 0).all() or not timestamps[-1] <= MAX_DURATION_S:
         raise VideoError(

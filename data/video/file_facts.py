@@ -19,6 +19,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from driving_sim.data.arrays import Floats, Ints
 from driving_sim.data.video.file import (
     MAX_PIXELS,
     VideoError,
@@ -55,11 +56,11 @@ class VideoFacts:
     """Pixels as displayed: rotation and pixel aspect ratio applied."""
     rotation: int
     """Degrees anticlockwise by which a decoded picture is turned for display: 0, 90, 180, 270."""
-    timestamps: NDArray[np.float64]
+    timestamps: Floats
     """Seconds from the first frame, [frames], strictly increasing."""
-    pts: NDArray[np.int64] | None
+    pts: Ints | None
     """The same in the stream's time base; None where the file has no timestamps (raw streams)."""
-    keyframes: NDArray[np.int64]
+    keyframes: Ints
     """Frame numbers at which decoding can begin, increasing; the first is 0."""
     reader: Literal["decord", "pyav"]
     reason: str
@@ -177,7 +178,7 @@ def _first_frame(path: Path) -> VideoFrame:
     raise VideoError(f"{path}: no frame of this file can be decoded; copy it again or leave it out")
 
 
-def _frame_pts(stream: VideoStream, shown: Packets, first: VideoFrame) -> NDArray[np.int64] | None:
+def _frame_pts(stream: VideoStream, shown: Packets, first: VideoFrame) -> Ints | None:
     # AVI has no display times; with reordered frames those that the demuxer makes up are wrong.
     made_up = stream.container.format.name == "avi" and stream.codec_context.has_b_frames
     if not shown["timed"].all() or first.pts is None or made_up:
@@ -187,25 +188,21 @@ def _frame_pts(stream: VideoStream, shown: Packets, first: VideoFrame) -> NDArra
     return pts[pts >= first.pts]
 
 
-def _keyframes(pts: NDArray[np.int64] | None, sound: Packets) -> NDArray[np.int64]:
+def _keyframes(pts: Ints | None, sound: Packets) -> Ints:
     if pts is None:
         return np.zeros(1, dtype=np.int64)
     keyframe_pts = np.intersect1d(sound["pts"][sound["keyframe"]], pts)
     return np.union1d(0, np.searchsorted(pts, keyframe_pts)).astype(np.int64)
 
 
-def _timestamps(
-    pts: NDArray[np.int64] | None, count: int, stream: VideoStream
-) -> NDArray[np.float64]:
+def _timestamps(pts: Ints | None, count: int, stream: VideoStream) -> Floats:
     if pts is not None and stream.time_base:
         return np.asarray((pts - pts[0]) * float(stream.time_base), dtype=np.float64)
     rate = stream.guessed_rate or stream.average_rate
     return np.arange(count, dtype=np.float64) / float(rate or _FALLBACK_RATE)
 
 
-def _check_whole(
-    path: Path, stream: VideoStream, shown: Packets, timestamps: NDArray[np.float64]
-) -> None:
+def _check_whole(path: Path, stream: VideoStream, shown: Packets, timestamps: Floats) -> None:
     expected = _declared_end(stream)
     if expected is None or not shown["timed"].all() or not stream.time_base:
         return

@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from driving_sim.data.arrays import Floats, Ints
 from driving_sim.data.video.segments import gaps
 
 RATE_TOLERANCE = 0.25
@@ -16,7 +16,7 @@ A model learns one rate; `choose_frames` already lets a drive be 15 % off the on
 _STRIDE_TOLERANCE = 0.15
 
 
-def mean_rate(timestamps: NDArray[np.float64], segments: Sequence[tuple[int, int]]) -> float:
+def mean_rate(timestamps: Floats, segments: Sequence[tuple[int, int]]) -> float:
     """Frames per second within segments (start, stop); 0 where none has two frames.
 
     Not from the median time between frames: frames on a grid are one or two periods of the video
@@ -28,8 +28,8 @@ def mean_rate(timestamps: NDArray[np.float64], segments: Sequence[tuple[int, int
 
 
 def choose_frames(
-    timestamps: NDArray[np.float64], *, fps: float | None = None, every: int | None = None
-) -> NDArray[np.int64]:
+    timestamps: Floats, *, fps: float | None = None, every: int | None = None
+) -> Ints:
     """The frames to keep for a lower rate, as increasing frame numbers.
 
     `every` keeps every n-th frame. `fps` keeps every k-th where the video's rate is within 15 % of
@@ -53,7 +53,7 @@ def choose_frames(
     return np.arange(0, len(timestamps), stride, dtype=np.int64)
 
 
-def _nearest_to_grid(timestamps: NDArray[np.float64], period: float) -> NDArray[np.int64]:
+def _nearest_to_grid(timestamps: Floats, period: float) -> Ints:
     ticks = np.arange(timestamps[0], timestamps[-1] + period / 2, period)
     after = np.searchsorted(timestamps, ticks).clip(1, len(timestamps) - 1)
     nearer_before = ticks - timestamps[after - 1] <= timestamps[after] - ticks

@@ -15,15 +15,14 @@ import av
 import numpy as np
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
-from numpy.typing import NDArray
 
+from driving_sim.data.arrays import Ints, Pixels
 from driving_sim.data.video.file import VideoError, check_picture, open_video, video_stream
 from driving_sim.data.video.file_facts import VideoFacts
 from driving_sim.data.video.frame_size import Fit, FrameSize, fit
 from driving_sim.data.video.heartbeat import beat
 
-Frame = NDArray[np.uint8]
-Indices = NDArray[np.int64] | Sequence[int]
+Indices = Ints | Sequence[int]
 _DECORD_BATCH = 8
 """Frames between two signs of life; a batch for every frame takes a sixth longer."""
 _DECORD_DISTANCE = 64
@@ -37,7 +36,7 @@ _SEEK_COST_FRAMES = 30
 
 def stream_frames(
     facts: VideoFacts, size: FrameSize | None = None, indices: Indices | None = None
-) -> Iterator[Frame]:
+) -> Iterator[Pixels]:
     """Yield frames as uint8 RGB [height, width, 3], in order and in constant memory.
 
     `indices` are increasing frame numbers; without them every frame comes. Without a size frames
@@ -49,7 +48,7 @@ def stream_frames(
     return _displayed(facts, _geometry(facts, size), _decode(facts, wanted, threads=0))
 
 
-def read_frames(facts: VideoFacts, indices: Indices, size: FrameSize | None = None) -> list[Frame]:
+def read_frames(facts: VideoFacts, indices: Indices, size: FrameSize | None = None) -> list[Pixels]:
     """Read a clip: the frames at `indices`, in any order, as uint8 RGB [height, width, 3] each.
 
     For clips that fit in memory many times over. Raises VideoError where a frame cannot be decoded.
@@ -62,7 +61,7 @@ def read_frames(facts: VideoFacts, indices: Indices, size: FrameSize | None = No
     return [frames[position] for position in positions]
 
 
-def frames_to_stream(facts: VideoFacts, indices: Indices | None) -> NDArray[np.int64]:
+def frames_to_stream(facts: VideoFacts, indices: Indices | None) -> Ints:
     """Frame numbers to stream, all of them by default.
 
     Raises IndexError where there is no such frame, ValueError where they do not increase.
@@ -73,7 +72,7 @@ def frames_to_stream(facts: VideoFacts, indices: Indices | None) -> NDArray[np.i
     return wanted
 
 
-def frames_to_read(facts: VideoFacts, indices: Indices) -> NDArray[np.int64]:
+def frames_to_read(facts: VideoFacts, indices: Indices) -> Ints:
     """Frame numbers of a clip, in any order. Raises IndexError where there is no such frame."""
     wanted = np.asarray(indices, dtype=np.int64)
     count = len(facts.timestamps)
@@ -89,7 +88,7 @@ def _geometry(facts: VideoFacts, size: FrameSize | None) -> Fit:
     return geometry
 
 
-def _read_decord(facts: VideoFacts, wanted: NDArray[np.int64], geometry: Fit) -> Frame | None:
+def _read_decord(facts: VideoFacts, wanted: Ints, geometry: Fit) -> Pixels | None:
     """The clip as decord reads it; None where it does not agree with the facts."""
     try:
         import decord
@@ -113,7 +112,7 @@ def _read_decord(facts: VideoFacts, wanted: NDArray[np.int64], geometry: Fit) ->
     return frames
 
 
-def _decord_batches(facts: VideoFacts, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+def _decord_batches(facts: VideoFacts, wanted: Ints) -> Iterator[Ints]:
     """Parts of the clip that do not take long: decord is silent until it has a whole one."""
     came_from = np.maximum(_keyframes_before(facts, wanted), np.append(-1, wanted[:-1]))
     stage = np.cumsum(wanted - came_from) // _DECORD_DISTANCE
@@ -122,7 +121,7 @@ def _decord_batches(facts: VideoFacts, wanted: NDArray[np.int64]) -> Iterator[ND
             yield part[start : start + _DECORD_BATCH]
 
 
-def _read_pyav(facts: VideoFacts, wanted: NDArray[np.int64], geometry: Fit) -> Frame:
+def _read_pyav(facts: VideoFacts, wanted: Ints, geometry: Fit) -> Pixels:
     frames = _empty(len(wanted), geometry)
     # One thread: clips are read by many loader workers at a time.
     pictures = _decode(facts, wanted, threads=1)
@@ -131,13 +130,13 @@ def _read_pyav(facts: VideoFacts, wanted: NDArray[np.int64], geometry: Fit) -> F
     return frames
 
 
-def _empty(count: int, geometry: Fit) -> Frame:
+def _empty(count: int, geometry: Fit) -> Pixels:
     # All at once and first: where memory is short Python says so, and a codec may crash.
     rows, columns = geometry.rows, geometry.columns
     return np.empty((count, rows.stop - rows.start, columns.stop - columns.start, 3), np.uint8)
 
 
-def _decode(facts: VideoFacts, wanted: NDArray[np.int64], threads: int) -> Iterator[VideoFrame]:
+def _decode(facts: VideoFacts, wanted: Ints, threads: int) -> Iterator[VideoFrame]:
     """Decode the frames with these increasing numbers: all of them, or a VideoError."""
     keyframes = _keyframes_before(facts, wanted)
     starts = np.flatnonzero(keyframes[1:] - wanted[:-1] > _SEEK_COST_FRAMES) + 1
@@ -151,7 +150,7 @@ def _decode(facts: VideoFacts, wanted: NDArray[np.int64], threads: int) -> Itera
             raise _undecodable(facts, due[0], "it is missing")
 
 
-def _keyframes_before(facts: VideoFacts, wanted: NDArray[np.int64]) -> NDArray[np.int64]:
+def _keyframes_before(facts: VideoFacts, wanted: Ints) -> Ints:
     return facts.keyframes[np.searchsorted(facts.keyframes, wanted, side="right") - 1]
 
 
@@ -205,7 +204,9 @@ def _undecodable(facts: VideoFacts, index: int, why: str | None) -> VideoError:
     )
 
 
-def _displayed(facts: VideoFacts, geometry: Fit, pictures: Iterator[VideoFrame]) -> Iterator[Frame]:
+def _displayed(
+    facts: VideoFacts, geometry: Fit, pictures: Iterator[VideoFrame]
+) -> Iterator[Pixels]:
     """Decoded pictures as RGB frames: resized, turned upright, cropped."""
     turns, height, width = facts.rotation // 90, geometry.height, geometry.width
     if turns % 2:

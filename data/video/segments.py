@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
+
+from driving_sim.data.arrays import Floats, Ints, Mask
 
 _GAP_PERIODS = 1.5
 
 
-def median_period(timestamps: NDArray[np.float64]) -> float:
+def median_period(timestamps: Floats) -> float:
     """Median time between frames in seconds; 0 for fewer than two frames."""
     return float(np.median(np.diff(timestamps))) if len(timestamps) > 1 else 0.0
 
 
-def gaps(timestamps: NDArray[np.float64]) -> list[tuple[int, int]]:
+def gaps(timestamps: Floats) -> list[tuple[int, int]]:
     """Cut a drive where two frames are more than 1.5 median periods apart.
 
     Returns the segments as (start, stop) frame numbers; together they cover every frame.
@@ -26,9 +27,7 @@ def gaps(timestamps: NDArray[np.float64]) -> list[tuple[int, int]]:
     return _cut(len(timestamps), np.diff(timestamps) > limit)
 
 
-def chosen_segments(
-    timestamps: NDArray[np.float64], indices: NDArray[np.int64]
-) -> list[tuple[int, int]]:
+def chosen_segments(timestamps: Floats, indices: Ints) -> list[tuple[int, int]]:
     """Cut a choice of frames, increasing `indices`, where a gap of the drive lies between two.
 
     Returns the segments as (start, stop) positions in `indices`. The drive's own frames tell where
@@ -39,12 +38,12 @@ def chosen_segments(
     return _cut(len(indices), np.diff(np.searchsorted(starts, indices, side="right")) > 0)
 
 
-def _cut(count: int, gap_after: NDArray[np.bool_]) -> list[tuple[int, int]]:
+def _cut(count: int, gap_after: Mask) -> list[tuple[int, int]]:
     cuts = (np.flatnonzero(gap_after) + 1).tolist()
     return list(pairwise([0, *cuts, count])) if count else []
 
 
-def within_segments(segments: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
+def within_segments(segments: Sequence[tuple[int, int]]) -> Mask:
     """Which pairs of neighbouring frames [P] have no gap in time between them."""
     inside = np.ones(segments[-1][1] - 1, np.bool_)
     inside[[start - 1 for start, _ in segments[1:]]] = False

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import av
 import numpy as np
-from numpy.typing import NDArray
 
+from driving_sim.data.arrays import Pixels
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
-
-Frame = NDArray[np.uint8]
 
 SMALL: Mapping[str, str] = {"preset": "veryfast"}
 """x264's options for files that are kept and read often."""
@@ -24,7 +22,7 @@ FAST: Mapping[str, str] = {"preset": "ultrafast", "x264-params": "cabac=1"}
 @contextmanager
 def video_writer(
     path: Path, *, fps: float, height: int, width: int, x264: Mapping[str, str] = SMALL
-) -> Iterator[Callable[[Frame], None]]:
+) -> Iterator[Callable[[Pixels], None]]:
     """H.264 (yuv420p, faststart) written frame by frame; the file appears only when complete.
 
     Yields a function that appends one frame, uint8 RGB [height, width, 3]. Odd heights and widths
@@ -52,7 +50,7 @@ def video_writer(
         lines = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, -1)
         pixels = lines[:, : 3 * plane.width].reshape(plane.height, plane.width, 3)
 
-        def write(frame: Frame) -> None:
+        def write(frame: Pixels) -> None:
             if frame.shape != (height, width, 3) or frame.dtype != np.uint8:
                 raise ValueError(
                     f"frame: {frame.dtype} {frame.shape}, expected uint8 {(height, width, 3)}"
@@ -69,7 +67,7 @@ def video_writer(
         container.mux(stream.encode(None))
 
 
-def write_video(path: Path, frames: Iterable[Frame], fps: float) -> None:
+def write_video(path: Path, frames: Iterable[Pixels], fps: float) -> None:
     """Write frames, uint8 RGB [height, width, 3] each (or an array of them), as H.264."""
     remaining = iter(frames)
     first = next(remaining, None)

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from driving_sim.data.actions.action_file import STEERING
+from driving_sim.data.arrays import Floats, Floats32, Mask, Pixels
 from driving_sim.data.drive import SampledDrive
 from driving_sim.data.split import original_id
 from driving_sim.data.synthetic.drives import DRIVE_FORMAT, SyntheticDrive
@@ -22,8 +23,6 @@ from driving_sim.data.tokens.store import DriveTokens, TokenStore
 from driving_sim.engine.config import load_json
 from driving_sim.engine.errors import DriveSimError, TooLittleDataError
 from driving_sim.tokenizer.tokenizer import Tokenizer
-
-Frames = NDArray[np.uint8]
 
 APART_S = 2.0
 """Frames that are shown for what is worst of them are this far apart: neighbours are alike."""
@@ -43,7 +42,7 @@ def first_segments(segments: Sequence[tuple[int, int]], frames: int) -> list[tup
     return [(begin, min(stop, frames)) for begin, stop in segments if begin < frames]
 
 
-def frames_apart(ranked: Iterable[int], times_s: NDArray[np.float64], most: int) -> list[int]:
+def frames_apart(ranked: Iterable[int], times_s: Floats, most: int) -> list[int]:
     """The first `most` of ranked frames that lie apart from those before: of a moment only one."""
     chosen: list[int] = []
     for frame in ranked:
@@ -84,7 +83,7 @@ class Footage:
     recorded: SampledDrive | None = None
     """The same frames in the video that the tokens were made of, where it is at hand."""
 
-    def frames(self, begin: int, stop: int, *, in_order: bool = False) -> Frames:
+    def frames(self, begin: int, stop: int, *, in_order: bool = False) -> Pixels:
         """Frames `begin` to `stop`, uint8 [n, H, W, 3], at the tokenizer's size.
 
         A few are read wherever they are; `in_order` decodes all from the first of them on.
@@ -135,9 +134,7 @@ def clock_and_actions(drive: DriveTokens) -> tuple[NDArray[Any], ...]:
     return drive.timestamps, drive.actions, drive.action_valid, np.array(drive.entry.segments)
 
 
-def recording_digest(
-    timestamps: NDArray[np.float64], actions: NDArray[np.float32], valid: NDArray[np.bool_]
-) -> str | None:
+def recording_digest(timestamps: Floats, actions: Floats32, valid: Mask) -> str | None:
     """SHA-256, in hexadecimal, of a drive's times and actions, whatever it is called.
 
     A video and its tokens have the same, and so has the mirror image. None where no known action
@@ -235,12 +232,12 @@ class Clip:
         return f"{self.footage.drive.id} at {time:.1f} s{' mirrored' if self.mirrored else ''}"
 
     @property
-    def context(self) -> Frames:
+    def context(self) -> Pixels:
         """The context's frames, uint8 [T, H, W, 3]."""
         return self._frames(self.start - self.context_frames, self.start)
 
     @property
-    def truth(self) -> Frames:
+    def truth(self) -> Pixels:
         """The frames that were recorded next, uint8 [N, H, W, 3]."""
         return self._frames(self.start, self.start + self.frames)
 
@@ -255,7 +252,7 @@ class Clip:
         return self._tokens(self.start, self.start + self.frames)
 
     @property
-    def actions(self) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    def actions(self) -> tuple[Floats32, Mask]:
         """Actions and validity [T - 1 + N, 2]: T - 1 within the context, then the future's."""
         first = self.start - self.context_frames
         chosen = slice(first, self.start + self.frames - 1)
@@ -269,7 +266,7 @@ class Clip:
             return self.footage.tokenizer.encode(self._frames(begin, stop))
         return torch.from_numpy(self.footage.drive.tokens[begin:stop].astype(np.int64))
 
-    def _frames(self, begin: int, stop: int) -> Frames:
+    def _frames(self, begin: int, stop: int) -> Pixels:
         frames = self.footage.frames(begin, stop)
         return np.ascontiguousarray(frames[:, :, ::-1]) if self.mirrored else frames
 

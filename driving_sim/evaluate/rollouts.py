@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from driving_sim.data.arrays import Pixels
 from driving_sim.evaluate.footage import Clip
 from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import Prefix, WorldModel
@@ -25,7 +25,7 @@ class Imagined:
     clip: Clip
     tokens: torch.Tensor
     """int64 [N, r, c]."""
-    frames: NDArray[np.uint8]
+    frames: Pixels
     """uint8 [N, H, W, 3]."""
 
 

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from driving_sim.data.arrays import Floats
 from driving_sim.engine.errors import DriveSimError, TooLittleDataError
-
-Floats = NDArray[np.float64]
 
 PARAMETERS = 3
 """Of the law: as many runs of different compute determine it, one more says how well."""

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from driving_sim.data.actions.action_file import SPEED, STEERING
-from driving_sim.data.drive import Drive, DriveSet, Frames, Indices, SampledDrive, sample
+from driving_sim.data.arrays import Ints, Pixels
+from driving_sim.data.drive import Drive, DriveSet, SampledDrive, sample
 from driving_sim.data.sources import find_drives
 from driving_sim.data.sources.udacity import ImageFrames
 from driving_sim.data.synthetic.world import SyntheticConfig
@@ -283,14 +284,14 @@ class ArrayFrames:
 
     path: Path
 
-    def read(self, indices: Indices, size: FrameSize | None) -> Frames:
-        frames: Frames = np.load(self.path)[indices]
+    def read(self, indices: Ints, size: FrameSize | None) -> Pixels:
+        frames: Pixels = np.load(self.path)[indices]
         return frames
 
-    def stream(self, indices: Indices | None, size: FrameSize | None) -> Iterator[Frames]:
+    def stream(self, indices: Ints | None, size: FrameSize | None) -> Iterator[Pixels]:
         yield from np.load(self.path)[slice(None) if indices is None else indices]
 
-    def files(self, indices: Indices) -> list[Path]:
+    def files(self, indices: Ints) -> list[Path]:
         return [self.path]
 
 

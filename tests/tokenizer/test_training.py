@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from driving_sim.data.drive import Drive, Frames, Indices, SampledDrive, sample
+from driving_sim.data.arrays import Ints, Pixels
+from driving_sim.data.drive import Drive, SampledDrive, sample
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.engine.config import from_dict, to_dict
 from driving_sim.engine.errors import DriveSimError
@@ -39,18 +40,18 @@ class Gradients:
 
     shade: int
 
-    def read(self, indices: Indices, size: FrameSize | None) -> Frames:
+    def read(self, indices: Ints, size: FrameSize | None) -> Pixels:
         rows = np.arange(SIZE.height)[None, :, None, None]
         sky = rows < 10 + np.asarray(indices)[:, None, None, None]
         frames = np.where(sky, 200, self.shade) + np.zeros((1, 1, SIZE.width, 3))
         return frames.astype(np.uint8)
 
-    def stream(self, indices: Indices | None, size: FrameSize | None) -> Iterator[Frames]:
+    def stream(self, indices: Ints | None, size: FrameSize | None) -> Iterator[Pixels]:
         assert indices is not None
         assert size == SIZE
         yield from self.read(indices, size)
 
-    def files(self, indices: Indices) -> list[Path]:
+    def files(self, indices: Ints) -> list[Path]:
         return []
 
 
@@ -70,12 +71,12 @@ def drives(count: int) -> list[SampledDrive]:
 class Damaged(Gradients):
     """Frames of which the sixth cannot be read."""
 
-    def read(self, indices: Indices, size: FrameSize | None) -> Frames:
+    def read(self, indices: Ints, size: FrameSize | None) -> Pixels:
         if np.max(indices) >= 6:
             raise DriveSimError("/there/bad.mp4: decoding stopped at 0.6 s")
         return super().read(indices, size)
 
-    def stream(self, indices: Indices | None, size: FrameSize | None) -> Iterator[Frames]:
+    def stream(self, indices: Ints | None, size: FrameSize | None) -> Iterator[Pixels]:
         assert indices is not None
         for index in indices:
             yield self.read(np.array([index]), size)[0]

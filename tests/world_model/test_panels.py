@@ -1,9 +1,10 @@
 import numpy as np
 
-from driving_sim.world_model.panels import Frame, contact_sheet, draw_panel, side_by_side
+from driving_sim.data.arrays import Pixels
+from driving_sim.world_model.panels import contact_sheet, draw_panel, side_by_side
 
 
-def panel(frame: Frame, steering: float, title: str = "left", speed: float = 3.0) -> Frame:
+def panel(frame: Pixels, steering: float, title: str = "left", speed: float = 3.0) -> Pixels:
     action = np.array([speed, steering], np.float32)
     return draw_panel(frame, title, action, np.ones(2, np.bool_), 0.4)
 

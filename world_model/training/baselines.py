@@ -11,6 +11,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from driving_sim.data.arrays import Floats, Ints
 from driving_sim.data.tokens.store import DriveTokens
 from driving_sim.world_model.training.bits import FrameBits, FullWindows
 
@@ -22,7 +23,7 @@ _STRENGTHS = tuple(2.0**power for power in range(-2, 13))
 class Unigram:
     """Every token drawn from the training drives' frequencies."""
 
-    probabilities: NDArray[np.float64]
+    probabilities: Floats
     """[K]."""
 
     @classmethod
@@ -80,11 +81,11 @@ class TimeBigram:
 
     unigram: Unigram
     strength: float
-    pairs: NDArray[np.int64]
+    pairs: Ints
     """Codes of the pairs that occurred, `before * K + after`, ascending."""
-    counts: NDArray[np.int64]
+    counts: Ints
     """How often each occurred."""
-    totals: NDArray[np.int64]
+    totals: Ints
     """[K], how often each code was followed by any."""
 
     @classmethod
@@ -109,17 +110,13 @@ class TimeBigram:
         best = self._most_probable()
         return windows.judged(bits.mean(1), (best[last] == tokens).mean(1))
 
-    def _probability(
-        self, before: NDArray[np.int64], after: NDArray[np.int64], left_out: int
-    ) -> NDArray[np.float64]:
+    def _probability(self, before: Ints, after: Ints, left_out: int) -> Floats:
         """Probabilities of `after` given `before`, with so many of each pair's own counts gone."""
         codes = before * len(self.totals) + after
         place = np.minimum(np.searchsorted(self.pairs, codes), len(self.pairs) - 1)
         count = np.where(self.pairs[place] == codes, self.counts[place], 0) - left_out
         prior = self.strength * self.unigram.probabilities[after]
-        found: NDArray[np.float64] = (count + prior) / (
-            self.totals[before] - left_out + self.strength
-        )
+        found: Floats = (count + prior) / (self.totals[before] - left_out + self.strength)
         return found
 
     def _left_out_likelihood(self) -> float:
@@ -127,7 +124,7 @@ class TimeBigram:
         probability = self._probability(self.pairs // size, self.pairs % size, 1)
         return float((self.counts * np.log(probability)).sum())
 
-    def _most_probable(self) -> NDArray[np.int64]:
+    def _most_probable(self) -> Ints:
         """[K], the likeliest code after each."""
         size, prior = len(self.totals), self.strength * self.unigram.probabilities
         best = np.full(size, prior.argmax())
@@ -149,7 +146,7 @@ def _transitions(
             yield tokens[:-1], tokens[1:]
 
 
-def _most_likely_change(stayed: NDArray[np.float64], changed: int) -> float:
+def _most_likely_change(stayed: Floats, changed: int) -> float:
     """Solve for e where the log-likelihood, which is concave in e, is greatest.
 
     `stayed` holds the unigram probabilities of the tokens that stayed; `changed` counts the rest.

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
+from driving_sim.data.arrays import Floats, Floats32, Ints, Mask
 from driving_sim.data.tokens.store import DriveTokens
 from driving_sim.data.tokens.windows import WindowIndex
 from driving_sim.world_model.cache import RingCache, encode_frame
@@ -42,7 +43,7 @@ class TokenBits:
         bits = -log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) / math.log(2)
         return cls(bits, logits.argmax(-1) == tokens, log_probs.amax(-1).exp())
 
-    def means(self) -> NDArray[np.float64]:
+    def means(self) -> Floats:
         """Mean bits and accuracy of each frame, [2, B]."""
         means = torch.stack([self.bits.mean(-1), self.right.float().mean(-1)])
         return means.double().cpu().numpy()
@@ -52,13 +53,13 @@ class TokenBits:
 class FrameBits:
     """One value per frame, in the drives' order: blocks of neighbours can be resampled."""
 
-    drive: NDArray[np.int64]
+    drive: Ints
     """[n], the drive's place in the sequence that was given."""
-    frame: NDArray[np.int64]
+    frame: Ints
     """[n], the frame's number in its drive."""
-    bits: NDArray[np.float64]
+    bits: Floats
     """[n], mean bits per token of the frame."""
-    accuracy: NDArray[np.float64]
+    accuracy: Floats
     """[n], share of tokens that were the model's most probable ones."""
 
     @property
@@ -76,7 +77,7 @@ class FullWindows(WindowIndex):
         self.drive, start = self.places(np.arange(len(self)))
         self.frame = start + frames - 1
 
-    def last_frames(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def last_frames(self) -> tuple[Ints, Ints]:
         """Return the tokens [n, P] of the judged frames and of the frames before them."""
         pairs = [
             self.drives[drive].tokens[frame - 1 : frame + 1].astype(np.int64)
@@ -85,7 +86,7 @@ class FullWindows(WindowIndex):
         tokens = rearrange(np.stack(pairs), "n two r c -> two n (r c)")
         return tokens[1], tokens[0]
 
-    def judged(self, bits: NDArray[np.float64], accuracy: NDArray[np.float64]) -> FrameBits:
+    def judged(self, bits: Floats, accuracy: Floats) -> FrameBits:
         """Attach values [n] to the windows' judged frames."""
         return FrameBits(self.drive, self.frame, bits, accuracy)
 
@@ -158,8 +159,8 @@ def streamed_bits_per_token(
 def streamed_token_bits(
     model: Transformer,
     tokens: Iterable[ArrayLike],
-    actions: NDArray[np.float32],
-    valid: NDArray[np.bool_],
+    actions: Floats32,
+    valid: Mask,
 ) -> Iterator[TokenBits]:
     """Judge the tokens of a run without a gap, frame after frame, as a rollout would meet them.
 

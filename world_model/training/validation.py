@@ -11,9 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from driving_sim.data.arrays import Pixels
 from driving_sim.data.tokens.store import DriveTokens
 from driving_sim.data.tokens.windows import sequential_windows
 from driving_sim.engine.training.trainable import Batch, Validation
@@ -62,7 +62,7 @@ class WindowValidation:
             videos["preview"] = self._preview(self.as_world(model.transformer))
         return Validation(score=metrics.pop("bits_per_token"), metrics=metrics, videos=videos)
 
-    def _preview(self, world: WorldModel) -> NDArray[np.uint8]:
+    def _preview(self, world: WorldModel) -> Pixels:
         """The second half of a window beside a future of its first half: [T, H, 2 W, 3]."""
         tokens, half = self.shown["tokens"][0], self.frames // 2
         unknown = ~self.shown["action_valid"][0]

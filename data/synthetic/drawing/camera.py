@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from driving_sim.data.arrays import Floats32
 from driving_sim.data.synthetic.motion.vehicle import VehicleState
 
 FORWARD_OF_REAR_AXLE_M = 1.4
@@ -27,7 +28,7 @@ class Camera:
         self.first_ground_row = math.floor(self.horizon_row + 0.5)
         """The first row whose centre lies below the horizon."""
 
-    def column_slopes(self, columns: NDArray[Any]) -> NDArray[np.float32]:
+    def column_slopes(self, columns: NDArray[Any]) -> Floats32:
         """Metres to the left per metre of depth, at the centres of columns."""
         return ((0.5 * self.width - columns - 0.5) / self.focal).astype(np.float32)
 

@@ -10,14 +10,14 @@ import math
 
 import numpy as np
 from einops import rearrange
-from numpy.typing import NDArray
 
+from driving_sim.data.arrays import Floats32, Reals
 from driving_sim.data.synthetic.drawing.brush import HAZE_M
 from driving_sim.data.synthetic.drawing.camera import Camera, View
 from driving_sim.data.synthetic.drawing.palette import Palette
 from driving_sim.data.synthetic.drawing.shapes import blend
 from driving_sim.data.synthetic.hashing import uniform
-from driving_sim.data.synthetic.road import HALF_WIDTH, Floats, Road
+from driving_sim.data.synthetic.road import HALF_WIDTH, Road
 
 _FARTHEST_M = 500.0
 _COARSE = 4
@@ -30,17 +30,17 @@ _PATCH_M = 7.0
 _MOWN_M = 7.0
 
 
-def _stripe(place: Floats, low: float, high: float, footprint: Floats) -> Floats:
+def _stripe(place: Reals, low: float, high: float, footprint: Reals) -> Reals:
     """Return how much of each pixel's footprint lies between `low` and `high`."""
     half = 0.5 * footprint
     overlap = np.minimum(place + half, high) - np.maximum(place - half, low)
     return np.asarray(np.maximum(overlap, 0) / footprint)
 
 
-def _pulses(place: Floats, footprint: Floats, period: float, length: float) -> Floats:
+def _pulses(place: Reals, footprint: Reals, period: float, length: float) -> Reals:
     """Return how much of each pixel's footprint lies on the first `length` of each period."""
 
-    def covered_up_to(end: Floats) -> Floats:
+    def covered_up_to(end: Reals) -> Reals:
         whole = np.floor(end / period)
         return np.asarray(whole * length + np.minimum(end - whole * period, length))
 
@@ -59,7 +59,7 @@ class _Swell:
         self._phases: list[float] = rng.uniform(0, 2 * math.pi, waves).tolist()
         self._scale = math.sqrt(2 / waves)
 
-    def __call__(self, x: Floats, y: Floats) -> Floats:
+    def __call__(self, x: Reals, y: Reals) -> Reals:
         """Return the noise at points: mean 0, standard deviation 1."""
         total = np.zeros_like(x)
         for kx, ky, phase in zip(self._x, self._y, self._phases, strict=True):
@@ -94,13 +94,13 @@ class Ground:
         self._slopes_c = camera.column_slopes(np.arange(0, self._width + _COARSE, _COARSE))
         self._part = np.arange(_COARSE, dtype=np.float32) / _COARSE
 
-    def _fine(self, values_c: Floats) -> Floats:
+    def _fine(self, values_c: Reals) -> Reals:
         """Interpolate between coarse columns."""
         low, high = values_c[:, :-1, None], values_c[:, 1:, None]
         fine = rearrange(low + (high - low) * self._part, "rows coarse part -> rows (coarse part)")
         return np.asarray(fine[:, : self._width])
 
-    def _footprints(self, slope_c: Floats, view: View) -> tuple[Floats, Floats]:
+    def _footprints(self, slope_c: Reals, view: View) -> tuple[Reals, Reals]:
         """Return each pixel's extent along and across the road, in metres."""
         tangent_x = 1 / np.sqrt(1 + slope_c * slope_c)
         tangent_y = slope_c * tangent_x
@@ -112,7 +112,7 @@ class Ground:
         across = across + np.abs(ahead * self._slopes_c - left) * self._pixel_along
         return along, across
 
-    def paint(self, frame: NDArray[np.float32], view: View) -> None:
+    def paint(self, frame: Floats32, view: View) -> None:
         """Fill the rows of a frame [3, H, W] below the horizon."""
         left_c = self._slopes_c * self._depth
         x_c = view.x + self._depth * view.cos - left_c * view.sin
@@ -137,14 +137,14 @@ class Ground:
         blend(ground, palette["marking"], np.minimum(lines, 1))
         blend(ground, palette["haze"], self._haze)
 
-    def _ripeness_and_tone(self, x_c: Floats, y_c: Floats) -> tuple[Floats, Floats]:
+    def _ripeness_and_tone(self, x_c: Reals, y_c: Reals) -> tuple[Reals, Reals]:
         """Return how ripe the meadow is, and how light, at each pixel."""
         # A pixel too coarse to show a pattern shows its mean.
         ripe_c = 0.35 + 0.6 * self._ripeness(x_c, y_c) * np.exp(-self._pixel_along / 12.0)
         tone_c = 1 + 0.08 * self._tufts(x_c, y_c) * np.exp(-self._pixel_along / 3.0)
         return self._fine(np.clip(ripe_c, 0, 1)), self._fine(tone_c)
 
-    def _patch(self, station: Floats, along: Floats) -> Floats:
+    def _patch(self, station: Reals, along: Reals) -> Reals:
         """Return the tone, in -1..1, of the length of asphalt that each pixel lies on."""
         near_end = station + 0.5 * along
         number = np.floor(near_end / _PATCH_M)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from driving_sim.data.arrays import Floats32
 from driving_sim.data.synthetic.drawing.brush import NEAREST_M, Brush
 from driving_sim.data.synthetic.drawing.camera import Camera, View
 from driving_sim.data.synthetic.drawing.palette import Palette
@@ -99,7 +99,7 @@ _DRAW = (_tree, _conifer, _bush, _post, _house, _gantry, _car)
 
 
 def paint_props(
-    frame: NDArray[np.float32], things: Things, view: View, camera: Camera, palette: Palette
+    frame: Floats32, things: Things, view: View, camera: Camera, palette: Palette
 ) -> None:
     """Draw the things in view on a frame [3, H, W], the farthest first."""
     canvas = Canvas(frame)

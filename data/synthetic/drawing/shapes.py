@@ -7,18 +7,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Rgb = NDArray[np.float32]
+from driving_sim.data.arrays import Floats, Floats32
+
+Rgb = Floats32
 """[3, 1, 1] in 0..255, so that it broadcasts over a picture."""
 Point = tuple[float, float]
 """Column and row, continuous: pixel (i, j) covers i to i + 1 and j to j + 1."""
 
 
-def rgb(colour: tuple[float, float, float] | NDArray[np.float64]) -> Rgb:
+def rgb(colour: tuple[float, float, float] | Floats) -> Rgb:
     """Return a colour to draw with."""
     return np.array(colour, np.float32)[:, None, None]
 
 
-def blend(picture: NDArray[np.float32], colour: NDArray[Any], cover: NDArray[Any]) -> None:
+def blend(picture: Floats32, colour: NDArray[Any], cover: NDArray[Any]) -> None:
     """Paint a colour over a picture [3, rows, columns] where it covers it."""
     change = colour - picture
     change *= cover
@@ -28,7 +30,7 @@ def blend(picture: NDArray[np.float32], colour: NDArray[Any], cover: NDArray[Any
 class Canvas:
     """A float32 RGB picture [3, H, W] to draw on, in painter's order."""
 
-    def __init__(self, frame: NDArray[np.float32]) -> None:
+    def __init__(self, frame: Floats32) -> None:
         self._frame = frame
         height, width = frame.shape[1:]
         self._columns = np.arange(width, dtype=np.float32)[None, :] + np.float32(0.5)
@@ -36,7 +38,7 @@ class Canvas:
 
     def _window(
         self, left: float, top: float, right: float, bottom: float
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    ) -> tuple[Floats32, Floats32, Floats32]:
         """Return the part of the picture that the box touches, and its columns and rows."""
         wide = slice(max(math.floor(left), 0), max(math.ceil(right), 0))
         high = slice(max(math.floor(top), 0), max(math.ceil(bottom), 0))

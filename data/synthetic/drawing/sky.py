@@ -4,18 +4,17 @@ import math
 
 import numpy as np
 from einops import rearrange
-from numpy.typing import NDArray
 
+from driving_sim.data.arrays import Floats32, Pixels, Reals
 from driving_sim.data.synthetic.drawing.camera import Camera, View
 from driving_sim.data.synthetic.drawing.palette import Palette
 from driving_sim.data.synthetic.drawing.shapes import blend
-from driving_sim.data.synthetic.road import Floats
 
 # Looked up without interpolation: finer than the frame, with edges as soft as its pixels.
 _OVERSAMPLING = 2
 
 
-def _waves(rng: np.random.Generator, azimuth: Floats, harmonics: range, decay: float) -> Floats:
+def _waves(rng: np.random.Generator, azimuth: Reals, harmonics: range, decay: float) -> Reals:
     """Return a smooth periodic function of the azimuth in -1..1."""
     total = np.zeros_like(azimuth)
     for harmonic in harmonics:
@@ -44,7 +43,7 @@ class Sky:
         # Four bytes to a texel, so that a look-up is one gather and not three.
         self._texels = padded.view(np.uint32).ravel()
 
-    def _paint(self, palette: Palette, rng: np.random.Generator, rows: int) -> NDArray[np.uint8]:
+    def _paint(self, palette: Palette, rng: np.random.Generator, rows: int) -> Pixels:
         azimuth = (np.arange(self._azimuths, dtype=np.float32) / self._azimuths * 2 * np.pi)[None]
         tangent = (np.arange(rows, dtype=np.float32)[:, None] + 0.5) * self._pixel / _OVERSAMPLING
         elevation = np.arctan(tangent)
@@ -68,7 +67,7 @@ class Sky:
             blend(picture, colour, np.clip((ridge - tangent) / self._pixel + 0.5, 0, 1))
         return np.clip(picture, 0, 255).astype(np.uint8)
 
-    def paint(self, frame: NDArray[np.float32], view: View) -> None:
+    def paint(self, frame: Floats32, view: View) -> None:
         """Fill the rows of a frame [3, H, W] above the horizon."""
         turn = (view.heading + self._column_azimuths) / (2 * math.pi) * self._azimuths
         columns = np.floor(turn).astype(np.intp) % self._azimuths

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from driving_sim.data.actions.action_file import SPEED, STEERING
+from driving_sim.data.arrays import Floats, Pixels
 from driving_sim.data.drive import Drive, sample
 from driving_sim.data.inspect.motion import yaw_motion
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
 from driving_sim.engine.progress import progress
-from driving_sim.world_model.panels import Frame, contact_sheet
+from driving_sim.world_model.panels import contact_sheet
 from driving_sim.world_model.rollout import context_from_drive
 from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import WorldModel
@@ -63,7 +63,7 @@ def measure_control(
     half, end = (f"after {(n + 1) / world.fps:.1f} s" for n in shown)
     headings = [f"left {end}", f"left {half}", "start", f"right {half}", f"right {end}"]
     trials: dict[str, list[dict[str, float]]] = {drive.id: [] for drive in drives}
-    rows: list[tuple[str, list[Frame]]] = []
+    rows: list[tuple[str, list[Pixels]]] = []
     with progress(starts, "left and right", "starts") as bar:
         for number in range(starts):
             drive = drives[number % len(drives)]
@@ -98,7 +98,7 @@ def measure_control(
     }
 
 
-def _times_to_start(world: WorldModel, drive: Drive) -> NDArray[np.float64]:
+def _times_to_start(world: WorldModel, drive: Drive) -> Floats:
     """The times after the first context at which the car moves: one that stands cannot turn."""
     sampled = sample(drive, fps=world.fps)
     first = min(world.context_frames, len(sampled.timestamps) - 1)
@@ -110,7 +110,7 @@ def _times_to_start(world: WorldModel, drive: Drive) -> NDArray[np.float64]:
 
 def _steer_both_ways(
     world: WorldModel, drive: Drive, start_s: float, frames: int, sampling: Sampling
-) -> tuple[Frame, NDArray[np.uint8], NDArray[np.uint8]]:
+) -> tuple[Pixels, Pixels, Pixels]:
     """Return the last frame before the futures, and those to the left and to the right."""
     context = context_from_drive(world, drive, start_s)
     situation = context.situation(world)

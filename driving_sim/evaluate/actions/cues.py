@@ -13,13 +13,11 @@ from functools import partial
 import numpy as np
 import torch
 from einops import rearrange, reduce, repeat
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from driving_sim.data.arrays import Pixels
 from driving_sim.data.inspect.motion import blurred, local_detail, yaw_motion
-
-Frames = NDArray[np.uint8]
 
 # Frames are seen at this size, whatever they come in: blur and blocks of a decoder matter little.
 _ROWS, _COLUMNS = 64, 128
@@ -39,7 +37,7 @@ RECIPE = f"{_ROWS} {_COLUMNS} {_DETAIL_SIGMA} {_FAINTEST_CELL}"
 """What the cues depend on, beside their shapes."""
 
 
-def motion_cues(frames: Frames, *, soften: bool = False) -> tuple[Tensor, Tensor]:
+def motion_cues(frames: Pixels, *, soften: bool = False) -> tuple[Tensor, Tensor]:
     """Measure the pairs of neighbouring frames among uint8 [T, H, W, 3], of any size and aspect.
 
     Returns the turns, float32 [V, P] picture widths that the scene moves right, and the motion
@@ -58,7 +56,7 @@ def mirrored_motion(motion: Tensor) -> Tensor:
     return rearrange(by_row.flip(-3, -1), "... y x r c -> ... (y x) r c")
 
 
-def _grey(frames: Frames) -> Tensor:
+def _grey(frames: Pixels) -> Tensor:
     """Frames [T, H, W, 3] as grey levels, float32 [T, 64, 128]."""
     parts = []
     for part in torch.split(torch.from_numpy(np.ascontiguousarray(frames)), _PAIRS_AT_ONCE):

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from driving_sim.data.actions.action_file import SPEED, STEERING
+from driving_sim.data.arrays import Floats, Pixels
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.actions.following import follow
 from driving_sim.evaluate.actions.inverse_dynamics import (
@@ -27,9 +27,6 @@ from driving_sim.evaluate.report.section import Media, Section, Table, plot
 from driving_sim.evaluate.rollouts import Imagined, imagine
 from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import WorldModel
-
-Frames = NDArray[np.uint8]
-Actions = NDArray[np.float64]
 
 _OF_CHANGE = ("correlation", "gain", "delay_frames", "sign_accuracy")
 """What is not told where the commands vary less than the probe errs."""
@@ -54,7 +51,7 @@ def evaluate_fidelity(
     mirrored = [replace(clip, mirrored=True) for clip in clips]
     with progress(3 * len(clips), "action fidelity", "rollouts") as bar:
 
-        def done(imagined: Imagined) -> Actions:
+        def done(imagined: Imagined) -> Floats:
             bar.advance(1)
             return read(probe, imagined.clip.context, imagined.frames)
 
@@ -73,7 +70,7 @@ def evaluate_fidelity(
 def compare_actions(
     world: WorldModel,
     clips: Sequence[Clip],
-    realised: Mapping[str, Sequence[Actions]],
+    realised: Mapping[str, Sequence[Floats]],
     floor: dict[str, Any],
 ) -> Section:
     """How well each source's actions, of each clip [N, A], follow what the clips were told.
@@ -111,7 +108,7 @@ def compare_actions(
     return Section("fidelity", "Action fidelity", text, metrics, parts)
 
 
-def _commanded(clip: Clip) -> Actions:
+def _commanded(clip: Clip) -> Floats:
     """The future's actions [N, A]; NaN where not known, or where they cannot show."""
     actions, valid = clip.actions
     future = slice(clip.context_frames - 1, None)
@@ -120,7 +117,7 @@ def _commanded(clip: Clip) -> Actions:
     return commanded
 
 
-def read(probe: InverseDynamics, context: Frames, future: Frames) -> Actions:
+def read(probe: InverseDynamics, context: Pixels, future: Pixels) -> Floats:
     """Estimate the action [N, 2] that led to each frame of `future` [N, H, W, 3]."""
     frames = np.concatenate([context[-probe.look_back :], future])
     return np.asarray(probe.estimate(frames)[-len(future) :], np.float64)
@@ -160,7 +157,7 @@ def _table(metrics: dict[str, Any]) -> Table:
     return Table("Commanded against realised", columns, rows)
 
 
-def _plot(commanded: Actions, sources: Mapping[str, Actions]) -> Media:
+def _plot(commanded: Floats, sources: Mapping[str, Floats]) -> Media:
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, (name, channel) in zip(figure.subplots(1, 2), CHANNELS.items(), strict=True):
         told = commanded[..., channel].ravel()

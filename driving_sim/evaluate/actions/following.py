@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from driving_sim.evaluate.report.intervals import Values, bootstrap, unit_sums
+from driving_sim.data.arrays import Reals
+from driving_sim.evaluate.report.intervals import bootstrap, unit_sums
 
 _LONGEST_DELAY = 5
 _FLAT = 1e-12
@@ -19,8 +20,8 @@ _FLAT = 1e-12
 
 
 def follow(
-    commanded: Values,
-    realised: Values,
+    commanded: Reals,
+    realised: Reals,
     *,
     units: ArrayLike | None = None,
     sign_threshold: float | None = None,
@@ -57,7 +58,7 @@ def follow(
     }
 
 
-def balanced_sign_accuracy(commanded: Values, realised: Values, threshold: float) -> float | None:
+def balanced_sign_accuracy(commanded: Reals, realised: Reals, threshold: float) -> float | None:
     """Share of the right sign among commands beyond ±`threshold`: of left, of right, averaged.
 
     Takes two arrays of one shape. A model that always goes one way scores 0.5, whatever the drive;
@@ -67,7 +68,7 @@ def balanced_sign_accuracy(commanded: Values, realised: Values, threshold: float
     return _or_none(_balanced(_sides(x.reshape(1, -1), y.reshape(1, -1), threshold)[0]))
 
 
-def monotonicity(commanded: Values, realised: Values) -> dict[str, float | None]:
+def monotonicity(commanded: Reals, realised: Reals) -> dict[str, float | None]:
     """Tell whether more commanded is more realised, of the levels [L] of a sweep.
 
     `rank_correlation` is Spearman's; 1 where every step up is one up. `in_order` is the share of
@@ -83,7 +84,7 @@ def monotonicity(commanded: Values, realised: Values) -> dict[str, float | None]
     }
 
 
-def _paired(commanded: Values, realised: Values) -> tuple[Values, Values]:
+def _paired(commanded: Reals, realised: Reals) -> tuple[Reals, Reals]:
     """Both as float64, unknown in both where unknown in either."""
     x, y = np.array(commanded, np.float64), np.array(realised, np.float64)
     unknown = np.isnan(x) | np.isnan(y)
@@ -91,7 +92,7 @@ def _paired(commanded: Values, realised: Values) -> tuple[Values, Values]:
     return x, y
 
 
-def _moments(x: Values, y: Values) -> Values:
+def _moments(x: Reals, y: Reals) -> Reals:
     """Sums [C, 6] of 1, x, y, xy, xx and yy of each clip, about the means of all clips."""
     known = ~np.isnan(x)
     x, y = (np.where(known, v - (v[known].mean() if known.any() else 0.0), 0.0) for v in (x, y))
@@ -99,7 +100,7 @@ def _moments(x: Values, y: Values) -> Values:
     return np.stack([term.sum(axis=1) for term in terms], axis=1)
 
 
-def _spread(moments: Values) -> tuple[Values, Values, Values]:
+def _spread(moments: Reals) -> tuple[Reals, Reals, Reals]:
     """Covariance and the variances of x and y from sums [..., 6]; 0 where nothing varies."""
     count, x, y, xy, xx, yy = np.moveaxis(moments, -1, 0)
     count = np.maximum(count, 1.0)
@@ -110,38 +111,36 @@ def _spread(moments: Values) -> tuple[Values, Values, Values]:
     return (xy - x * y / count) / count, variances[0], variances[1]
 
 
-def _correlation(moments: Values) -> Values:
+def _correlation(moments: Reals) -> Reals:
     """Pearson's correlation from sums [..., 6]; NaN where either does not vary."""
     covariance, variance_x, variance_y = _spread(moments)
     return np.clip(_ratio(covariance, np.sqrt(variance_x * variance_y)), -1.0, 1.0)
 
 
-def _ratio(part: Values, whole: Values) -> Values:
+def _ratio(part: Reals, whole: Reals) -> Reals:
     """Divide; NaN where the whole is 0."""
     return np.asarray(part / np.where(whole == 0, np.nan, whole))
 
 
-def _sides(x: Values, y: Values, threshold: float) -> Values:
+def _sides(x: Reals, y: Reals, threshold: float) -> Reals:
     """Counts [C, 4] of each clip: left commands and those realised as left, then right ones."""
     left, right = x > threshold, x < -threshold
     counts = [left, left & (y > 0), right, right & (y < 0)]
     return np.stack([count.sum(axis=1) for count in counts], axis=1).astype(np.float64)
 
 
-def _balanced(sides: Values) -> Values:
+def _balanced(sides: Reals) -> Reals:
     """Mean of the two sides' accuracies from counts [..., 4]; NaN where a side is missing."""
     left, left_right, right, right_right = np.moveaxis(sides, -1, 0)
     return np.asarray((_ratio(left_right, left) + _ratio(right_right, right)) / 2)
 
 
-def _estimate(
-    sums: Values, statistic: Callable[[Values], Values]
-) -> dict[str, float | None] | None:
+def _estimate(sums: Reals, statistic: Callable[[Reals], Reals]) -> dict[str, float | None] | None:
     found = bootstrap(sums, statistic)
     return None if found["mean"] is None else found
 
 
-def _delay(x: Values, y: Values) -> int | None:
+def _delay(x: Reals, y: Reals) -> int | None:
     """The lag at which y [C, N] is most like x before it; of equals the shortest."""
     frames = x.shape[1]
     longest = max(0, min(_LONGEST_DELAY, frames - 2))
@@ -156,7 +155,7 @@ def _delay(x: Values, y: Values) -> int | None:
     return lags[best] if likeness[best] > 0 else None
 
 
-def _likeness(x: Values, y: Values) -> float:
+def _likeness(x: Reals, y: Reals) -> float:
     """Correlation of clips about their own means, so that a level is no likeness; 0 where flat."""
     moments = _moments(*_paired(x, y))
     parts = [(moments[:, 0] * part).sum() for part in _spread(moments)]
@@ -164,12 +163,12 @@ def _likeness(x: Values, y: Values) -> float:
     return 0.0 if np.isnan(found) else found
 
 
-def _ranks(values: Values) -> Values:
+def _ranks(values: Reals) -> Reals:
     """Ranks from 1; equal values share their mean rank."""
     below = (values[:, None] > values[None]).sum(axis=1)
     same = (values[:, None] == values[None]).sum(axis=1)
     return np.asarray(below + (same + 1) / 2)
 
 
-def _or_none(value: Values) -> float | None:
+def _or_none(value: Reals) -> float | None:
     return None if np.isnan(value) else float(value)

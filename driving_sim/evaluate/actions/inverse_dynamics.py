@@ -22,12 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
 from driving_sim.data.actions.action_file import SPEED, STEERING, SteeringKind
+from driving_sim.data.arrays import Floats32, Ints, Mask, Pixels
 from driving_sim.engine.config import Positive, config, from_dict, to_dict
 from driving_sim.engine.errors import DriveSimError, TooLittleDataError
 from driving_sim.engine.parsing import one_line, parse_json
@@ -37,7 +37,6 @@ from driving_sim.evaluate.actions.cues import (
     CELLS,
     DISPLACEMENTS,
     RECIPE,
-    Frames,
     mirrored_motion,
     motion_cues,
 )
@@ -67,11 +66,11 @@ _END_SHARE = 0.1
 class ProbeClip:
     """Frames and the actions that lead from each to the next; of any size and aspect."""
 
-    frames: Frames
+    frames: Pixels
     """uint8 RGB [T, H, W, 3]."""
-    actions: NDArray[np.float32]
+    actions: Floats32
     """[T, 2] speed in m/s and steering, the mean from each frame to the next."""
-    action_valid: NDArray[np.bool_]
+    action_valid: Mask
     """[T, 2] where the actions are known."""
     segments: Sequence[tuple[int, int]]
     """Ranges [begin, stop) of frames that follow each other without a gap."""
@@ -161,7 +160,7 @@ class InverseDynamics:
     def _weights(self) -> dict[str, Tensor]:
         return {name: value.contiguous() for name, value in self._network.state_dict().items()}
 
-    def estimate(self, frames: Frames) -> NDArray[np.float32]:
+    def estimate(self, frames: Pixels) -> Floats32:
         """Estimate the action [T - 1, 2] from each frame to the next, of uint8 [T, H, W, 3].
 
         The estimate from t to t + 1 looks at frames t - 1 to t + 2: at the motion from t to t + 1,
@@ -314,7 +313,7 @@ class _Network(nn.Module):
         return torch.cat([torch.zeros(0, 2), *read])
 
     @torch.inference_mode()
-    def predict(self, turns: Tensor, motion: Tensor, stacks: Tensor) -> NDArray[np.float32]:
+    def predict(self, turns: Tensor, motion: Tensor, stacks: Tensor) -> Floats32:
         """Return actions [M, 2] in the data's units, as `outputs` reads them."""
         actions = self.outputs(turns, motion, stacks) * self.scale + self.offset
         return np.asarray(actions.numpy(), np.float32)
@@ -367,7 +366,7 @@ def _train(
     return best
 
 
-def _stacks(segments: Sequence[tuple[int, int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _stacks(segments: Sequence[tuple[int, int]]) -> tuple[Ints, Ints]:
     """Return the frames t [M] with a next one, and the pairs [M, K] to look at for each."""
     places = [np.arange(begin, stop - 1) for begin, stop in segments]
     around = [

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from numpy.typing import NDArray
 
 from driving_sim.data.actions.action_file import SPEED, STEERING
+from driving_sim.data.arrays import Floats32, Pixels
 from driving_sim.data.synthetic.true_future import replay
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.actions.fidelity import read
@@ -25,8 +25,6 @@ from driving_sim.tokenizer.tokenizer import frames_from_images, images_from_fram
 from driving_sim.world_model.panels import contact_sheet
 from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import WorldModel
-
-Frames = NDArray[np.uint8]
 
 _LEVELS = 7
 _SPEEDS = (0.6, 1.0, 1.4)  # of the speed at the start
@@ -71,7 +69,7 @@ On the synthetic world the true future of every command is rendered: a rollout i
 its last second, it is nearer (PSNR) to the truth of its own command than to that of any other."""
 
 
-def _commands(world: WorldModel, clip: Clip) -> NDArray[np.float32]:
+def _commands(world: WorldModel, clip: Clip) -> Floats32:
     """Actions [V, L, N, 2], constant over each future; the speed at the start is known."""
     actions, _ = clip.actions
     speed = float(actions[clip.context_frames - 2, SPEED])
@@ -82,9 +80,7 @@ def _commands(world: WorldModel, clip: Clip) -> NDArray[np.float32]:
     return grid
 
 
-def _roll_out(
-    world: WorldModel, clip: Clip, commands: NDArray[np.float32], sampling: Sampling
-) -> Frames:
+def _roll_out(world: WorldModel, clip: Clip, commands: Floats32, sampling: Sampling) -> Pixels:
     """Return the futures' frames [V, L, N, H, W, 3]."""
     prefix = encode_contexts(world, [clip])
     branches = rearrange(commands, "v l n a -> (v l) n a")
@@ -95,7 +91,7 @@ def _roll_out(
     return rearrange(np.stack(frames), "(v l) n h w c -> v l n h w c", v=len(commands))
 
 
-def _truths(clip: Clip, commands: NDArray[np.float32]) -> Frames | None:
+def _truths(clip: Clip, commands: Floats32) -> Pixels | None:
     """The true futures [V, L, N, H, W, 3] where the world can be asked."""
     footage = clip.footage
     synthetic = footage.synthetic
@@ -117,7 +113,7 @@ def _truths(clip: Clip, commands: NDArray[np.float32]) -> Frames | None:
 
 
 def _monotonicity(
-    probe: InverseDynamics, clip: Clip, commands: NDArray[np.float32], futures: Frames
+    probe: InverseDynamics, clip: Clip, commands: Floats32, futures: Pixels
 ) -> dict[str, Any]:
     """How much more of what is commanded is realised, by channel."""
     context = clip.context
@@ -133,7 +129,7 @@ def _monotonicity(
     return {name: _mean([monotonicity(*pair) for pair in pairs]) for name, pairs in levels.items()}
 
 
-def _nearest(futures: Frames, truths: Frames, clip: Clip) -> float:
+def _nearest(futures: Pixels, truths: Pixels, clip: Clip) -> float:
     """Share of the rollouts that are nearest, over the last second, to their own truth."""
     last = min(clip.frames, max(1, round(clip.footage.drive.info.fps)))
     ours, true = (
@@ -165,7 +161,7 @@ def _table(metrics: dict[str, Any]) -> Table:
     return Table("Mean over the starts", ("", "rank correlation", "in order"), rows)
 
 
-def _picture(clip: Clip, commands: NDArray[np.float32], futures: Frames, whose: str) -> Media:
+def _picture(clip: Clip, commands: Floats32, futures: Pixels, whose: str) -> Media:
     rows = [
         (f"{told[0, 0, SPEED]:.1f} m/s", [future[-1] for future in row])
         for told, row in zip(commands, futures, strict=True)

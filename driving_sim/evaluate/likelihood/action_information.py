@@ -8,20 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from driving_sim.data.actions.action_file import SPEED, STEERING
+from driving_sim.data.arrays import Floats32, Ints, Mask, Reals
 from driving_sim.data.tokens.store import DriveTokens, TokenStore
 from driving_sim.engine.errors import TooLittleDataError
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.report.cell import Cell
-from driving_sim.evaluate.report.intervals import (
-    Values,
-    block_frames,
-    bootstrap,
-    mean_of_sums,
-    mean_sums,
-)
+from driving_sim.evaluate.report.intervals import block_frames, bootstrap, mean_of_sums, mean_sums
 from driving_sim.evaluate.report.section import Section, Table
 from driving_sim.world_model.training.bits import streamed_token_bits
 from driving_sim.world_model.world_model import WorldModel
@@ -47,7 +41,7 @@ def evaluate_action_information(
     known = _known_channels(heldout.drives)
     runs = _runs(heldout, block)
     rng = np.random.default_rng(seed)
-    sums: dict[tuple[str, str], list[Values]] = defaultdict(list)
+    sums: dict[tuple[str, str], list[Reals]] = defaultdict(list)
     variants = 1 + len(known) * (shuffles + 1)
     with progress(len(runs) * variants, "shuffle actions", "runs") as bar:
         for drive, begin, stop in runs:
@@ -124,7 +118,7 @@ def _variants(
     shuffles: int,
     block: int,
     rng: np.random.Generator,
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+) -> tuple[Floats32, Mask]:
     """Actions and validity [V, N, 2]: the true ones; for each channel, shuffled ones and none."""
     count = 1 + len(channels) * (shuffles + 1)
     actions = np.repeat(drive.actions[None, begin:stop], count, axis=0)
@@ -142,7 +136,7 @@ def _variants(
     return actions, valid
 
 
-def _displaced_blocks(length: int, block: int, rng: np.random.Generator) -> NDArray[np.int64]:
+def _displaced_blocks(length: int, block: int, rng: np.random.Generator) -> Ints:
     """Indices that put every whole block in another one's place; what is left over stays.
 
     Were blocks left in place, as a random permutation leaves one on average, the gain would be

@@ -19,6 +19,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
+from driving_sim.data.arrays import Floats32, Ints
 from driving_sim.data.tokens.store import DriveTokens
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.footage import first_frames
@@ -127,7 +128,7 @@ def compress(
 
 def decompress(
     world: WorldModel, drive: DriveTokens, words: Words, *, advance: Callable[[int], object]
-) -> NDArray[np.int64]:
+) -> Ints:
     """Return the tokens [T, r, c] in the words of `compress`; of the drive, see but the actions.
 
     Other tokens come back, or none, where the words, the model, the actions or the arithmetic are
@@ -146,17 +147,17 @@ def decompress(
     return rearrange(decoded, "t (r c) -> t r c", r=world.transformer.grid.rows)
 
 
-def frequencies(logits: Tensor) -> NDArray[np.int64]:
+def frequencies(logits: Tensor) -> Ints:
     """Return a softmax [n, K] in integers: every code has at least 1, every row sums to 2^24."""
     free = _TOTAL - logits.shape[-1]
     probs = logits.cpu().double().softmax(-1).numpy()
     edges = np.floor(probs.cumsum(-1) * free)
     edges[:, -1] = free
-    counts: NDArray[np.int64] = np.diff(edges, prepend=0).astype(np.int64) + 1
+    counts: Ints = np.diff(edges, prepend=0).astype(np.int64) + 1
     return counts
 
 
-def _weights(logits: Tensor) -> NDArray[np.float32]:
+def _weights(logits: Tensor) -> Floats32:
     """What makes constriction's frequencies those of `frequencies`.
 
     It gives every code 1 and shares out the rest in proportion to the weights. These are whole
@@ -170,7 +171,7 @@ def _pass_through(
     drive: DriveTokens,
     choose: Callable[[int, Tensor, Tensor], Tensor],
     advance: Callable[[int], object],
-) -> NDArray[np.int64]:
+) -> Ints:
     """Return the tokens [T, P] that `choose` gives for a drive's frames, run by run from nothing.
 
     `choose` is as the sampler's `Choose`, with the frame's number before.

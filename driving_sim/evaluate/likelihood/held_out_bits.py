@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from einops import rearrange
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
+from driving_sim.data.arrays import Floats
 from driving_sim.data.tokens.store import DriveTokens, TokenStore
 from driving_sim.data.tokens.windows import sequential_windows
 from driving_sim.engine.errors import DriveSimError
@@ -121,7 +121,7 @@ class Calibration:
         """Mean confidence and accuracy of each bin (None where empty), and their distance."""
         counts, right, confidence = self.sums
 
-        def means(sums: NDArray[np.float64]) -> list[float | None]:
+        def means(sums: Floats) -> list[float | None]:
             pairs = zip(sums.tolist(), counts.tolist(), strict=True)
             return [total / count if count else None for total, count in pairs]
 
@@ -154,7 +154,7 @@ def _by_position(
 
 
 @torch.inference_mode()
-def _bits_of_windows(world: WorldModel, drives: Sequence[DriveTokens]) -> NDArray[np.float64]:
+def _bits_of_windows(world: WorldModel, drives: Sequence[DriveTokens]) -> Floats:
     """Mean bits per token of each frame of windows side by side, [w, W]."""
     found = []
     for batch in sequential_windows(drives, frames=world.context_frames, batch_size=_BATCH):

@@ -16,9 +16,9 @@ import numpy as np
 from einops import rearrange
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from driving_sim.data.arrays import Floats, Floats32, Pixels
 from driving_sim.data.drive import Drive, SampledDrive
 from driving_sim.data.video.writer import write_video
 from driving_sim.engine.config import save_json
@@ -26,19 +26,19 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_folder
 from driving_sim.engine.progress import Progress, progress
 from driving_sim.evaluate.footage import APART_S, frames_apart
-from driving_sim.world_model.panels import Frame, contact_sheet, draw_panel, side_by_side
+from driving_sim.world_model.panels import contact_sheet, draw_panel, side_by_side
 from driving_sim.world_model.rollout import sample_for
 from driving_sim.world_model.training.bits import streamed_token_bits
 from driving_sim.world_model.world_model import WorldModel
 
-Bits = NDArray[np.float32]
+Bits = Floats32
 """[r, c], what each token of a frame cost."""
 
 _BATCH = 16
 _MOMENTS = 6
 _CURVES = 12  # of more drives, only the most surprising ones are in the picture
 _OPACITY = 0.65
-_COLOURS: NDArray[np.uint8] = colormaps["inferno"](np.arange(256), bytes=True)[:, :3]
+_COLOURS: Pixels = colormaps["inferno"](np.arange(256), bytes=True)[:, :3]
 _SHORT = " (short context)"
 _INK, _PAPER = (240, 240, 240), (24, 24, 28)
 _LINE, _PALE, _MARK = "#2a5db0", "#b9bec8", "#b4541a"
@@ -59,7 +59,7 @@ class _Watched:
         self.bits: list[float] = []
 
     @property
-    def counted(self) -> NDArray[np.float64]:
+    def counted(self) -> Floats:
         return np.array(self.bits)[self.counts]
 
     @property
@@ -136,7 +136,7 @@ def _file_names(ids: Sequence[str]) -> list[str]:
     return names
 
 
-def _judged_frames(world: WorldModel, sampled: SampledDrive) -> Iterator[tuple[Frame, Bits]]:
+def _judged_frames(world: WorldModel, sampled: SampledDrive) -> Iterator[tuple[Pixels, Bits]]:
     """Yield every frame with the bits of its tokens; after a gap the model starts afresh."""
     encoded = (
         (frame, tokens)
@@ -165,7 +165,7 @@ def _moments(watched: _Watched, tokens: Sequence[Bits]) -> list[_Moment]:
 
 def _pictures(
     world: WorldModel, watched: _Watched, tokens: list[Bits], bar: Progress
-) -> Iterator[Frame]:
+) -> Iterator[Pixels]:
     """Yield the frames of a drive's video, and take note of their bits, in all and of `tokens`."""
     for t, (frame, bits) in enumerate(_judged_frames(world, watched.sampled)):
         watched.bits.append(float(bits.mean(dtype=np.float64)))
@@ -179,7 +179,7 @@ def _pictures(
         yield side_by_side([panel, np.concatenate([legend, heat])], columns=2)
 
 
-def _panel(world: WorldModel, watched: _Watched, t: int, frame: Frame) -> Frame:
+def _panel(world: WorldModel, watched: _Watched, t: int, frame: Pixels) -> Pixels:
     """The frame under its time and bits, and the action that led to it."""
     sampled = watched.sampled
     short = "" if watched.full[t] else _SHORT
@@ -198,19 +198,19 @@ def _most(world: WorldModel) -> float:
     return math.log2(world.tokenizer.codebook_size)
 
 
-def heat_map(frame: Frame, bits: Bits, most: float) -> Frame:
+def heat_map(frame: Pixels, bits: Bits, most: float) -> Pixels:
     """The frame [H, W, 3] in grey, under its tokens' bits [r, c] as colours from 0 to `most`."""
     height, width, _ = frame.shape
     share = Image.fromarray(np.clip(bits / most, 0, 1).astype(np.float32))
     smooth = np.asarray(share.resize((width, height), Image.Resampling.BILINEAR))
     colour = _COLOURS[(smooth * 255).round().astype(np.uint8)]
     grey = frame.mean(axis=2, keepdims=True)
-    mixed: Frame = ((1 - _OPACITY) * grey + _OPACITY * colour).astype(np.uint8)
+    mixed: Pixels = ((1 - _OPACITY) * grey + _OPACITY * colour).astype(np.uint8)
     return mixed
 
 
 @lru_cache(maxsize=4)
-def _legend(height: int, width: int, most: float) -> Frame:
+def _legend(height: int, width: int, most: float) -> Pixels:
     image = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(image)
     font, below = ImageFont.load_default(12), height * 3 // 4
@@ -224,7 +224,7 @@ def _legend(height: int, width: int, most: float) -> Frame:
     return pixels
 
 
-def _moments_sheet(world: WorldModel, moments: Sequence[_Moment]) -> Frame:
+def _moments_sheet(world: WorldModel, moments: Sequence[_Moment]) -> Pixels:
     rows = []
     for number, moment in enumerate(moments, 1):
         sampled = moment.watched.sampled

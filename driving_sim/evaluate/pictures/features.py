@@ -13,9 +13,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from numpy.typing import NDArray
 from torch import Tensor
 
+from driving_sim.data.arrays import Floats32, Ints, Pixels
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import one_line
 
@@ -42,7 +42,7 @@ class VideoFeatures(Protocol):
     least_frames: int
     """Length of the shortest clip that has features."""
 
-    def __call__(self, videos: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def __call__(self, videos: Pixels) -> Floats32:
         """Return features [n, d] of clips uint8 RGB [n, T, H, W, 3], T at least `least_frames`."""
 
 
@@ -61,7 +61,7 @@ class I3DFeatures:
         self._model, self.fingerprint = _load_i3d(path)
 
     @torch.inference_mode()
-    def __call__(self, videos: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def __call__(self, videos: Pixels) -> Floats32:
         """See `VideoFeatures`."""
         return np.asarray(self._model(_clips(videos), **_I3D_FLAGS).float())
 
@@ -88,7 +88,7 @@ class SeededFeatures:
         self.fingerprint = digest.hexdigest()
 
     @torch.inference_mode()
-    def __call__(self, videos: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def __call__(self, videos: Pixels) -> Floats32:
         """See `VideoFeatures`."""
         clips = _clips(videos)
         # To the network's size, whatever their aspect ratio.
@@ -122,7 +122,7 @@ def _seeded_weights(seed: int) -> list[Tensor]:
     return weights
 
 
-def _blind_to_constants(kernels: NDArray[np.int64]) -> NDArray[np.int64]:
+def _blind_to_constants(kernels: Ints) -> Ints:
     """Make kernels sum to nothing: the first half over time at each place, the others over all."""
     moving, still = np.split(kernels, 2)
     moving = _KERNEL * moving - moving.sum(axis=2, keepdims=True)
@@ -130,7 +130,7 @@ def _blind_to_constants(kernels: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.concatenate([moving, still])
 
 
-def _clips(videos: NDArray[np.uint8]) -> Tensor:
+def _clips(videos: Pixels) -> Tensor:
     """Return float clips [n, 3, T, H, W] in 0..255."""
     return rearrange(torch.from_numpy(videos.astype(np.float32)), "n t h w c -> n c t h w")
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 from einops import reduce
-from numpy.typing import NDArray
+
+from driving_sim.data.arrays import Floats32, Ints, Pixels
 
 
 def flicker(
-    tokens: NDArray[np.int64], frames: NDArray[np.uint8], *, stride: int = 16, threshold: float = 2
+    tokens: Ints, frames: Pixels, *, stride: int = 16, threshold: float = 2
 ) -> Counter[str]:
     """Count still cells and changed tokens between consecutive frames of one drive.
 
@@ -48,9 +49,7 @@ def flicker_shares(counts: Counter[str]) -> dict[str, Any]:
     }
 
 
-def _cell_change(
-    before: NDArray[np.uint8], after: NDArray[np.uint8], stride: int
-) -> NDArray[np.float32]:
+def _cell_change(before: Pixels, after: Pixels, stride: int) -> Floats32:
     """Mean absolute change [r, c] in grey levels between two frames [H, W, 3]."""
     difference = np.abs(after.astype(np.float32) - before)
     return np.asarray(reduce(difference, "(r h) (c w) rgb -> r c", "mean", h=stride, w=stride))

@@ -1,10 +1,11 @@
 """The Fréchet distance between two sets of features: how far apart their Gaussians are."""
 
 import numpy as np
-from numpy.typing import NDArray
+
+from driving_sim.data.arrays import Floats, Reals
 
 
-def frechet_distance(features: NDArray[np.floating], others: NDArray[np.floating]) -> float:
+def frechet_distance(features: Reals, others: Reals) -> float:
     """Return the squared 2-Wasserstein distance of the Gaussians fitted to [n, d] and [m, d].
 
     |mean - mean'|^2 + tr(S + S' - 2 (S S')^1/2) with the covariances S over n - 1 (Dowson & Landau
@@ -22,7 +23,7 @@ def frechet_distance(features: NDArray[np.floating], others: NDArray[np.floating
     return float(apart)
 
 
-def _gaussian(features: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _gaussian(features: Reals) -> tuple[Floats, Floats]:
     """Mean [d] of features [n, d], and a root R [d, d] of their covariance R^T R."""
     exact = features.astype(np.float64)
     mean = exact.mean(axis=0)

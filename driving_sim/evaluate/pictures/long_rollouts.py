@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from driving_sim.data.actions.action_file import SPEED
+from driving_sim.data.arrays import Floats32, Ints, Mask
 from driving_sim.data.tokens.store import DriveTokens
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.actions.inverse_dynamics import STANDING_MPS
@@ -93,7 +94,7 @@ do. A rollout has collapsed where one of these sets in and stays for 2 s."""
 
 
 def _appearance(
-    world: WorldModel, tokens: NDArray[Any], actions: NDArray[np.float32], valid: NDArray[np.bool_]
+    world: WorldModel, tokens: NDArray[Any], actions: Floats32, valid: Mask
 ) -> Appearance:
     """See what tokens [N, r, c] look like, and where the actions [N, 2] to each tell it to move."""
     tokens = tokens.astype(np.int64)
@@ -104,7 +105,7 @@ def _appearance(
     return Appearance.measure(tokens, chunks, moving)
 
 
-def _onward(clip: Clip, frames: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def _onward(clip: Clip, frames: int) -> tuple[Floats32, Mask]:
     """The actions from a clip's start to the end of its run, then from the run's beginning on."""
     drive = clip.footage.drive
     begin, stop = next(run for run in drive.entry.segments if run[0] <= clip.start < run[1])
@@ -149,7 +150,7 @@ def _plot(judged: Sequence[dict[str, Any]]) -> Media:
     return plot(figure, "Each rollout over time; dotted: the bounds, grey line: the floor")
 
 
-def _sheet(world: WorldModel, starts: Sequence[Clip], tokens: NDArray[np.int64]) -> Media:
+def _sheet(world: WorldModel, starts: Sequence[Clip], tokens: Ints) -> Media:
     chosen = np.linspace(0, tokens.shape[1] - 1, _COLUMNS).round().astype(int)
     rows = [
         (clip.name, list(world.tokenizer.decode(future[chosen]).numpy()))

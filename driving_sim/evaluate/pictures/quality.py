@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from torch import Tensor
 
+from driving_sim.data.arrays import Floats
 from driving_sim.evaluate.pictures.features import VideoFeatures
 from driving_sim.evaluate.pictures.frechet import frechet_distance
 from driving_sim.evaluate.report.intervals import interval
@@ -50,8 +50,8 @@ def evaluate_quality(
 
     Curves over the horizon, means with intervals over clips, and pictures.
     """
-    curves: dict[str, dict[str, list[NDArray[np.float64]]]] = {}
-    features: dict[str, list[NDArray[np.float64]]] = {}
+    curves: dict[str, dict[str, list[Floats]]] = {}
+    features: dict[str, list[Floats]] = {}
 
     def note(name: str, kind: str, values: Tensor) -> None:
         curves.setdefault(name, {}).setdefault(kind, []).append(values.double().numpy())
@@ -100,7 +100,7 @@ def evaluate_quality(
 
 
 def _distances(
-    features: Mapping[str, Sequence[NDArray[np.float64]]], frames: int
+    features: Mapping[str, Sequence[Floats]], frames: int
 ) -> dict[str, float | None] | None:
     """The Fréchet distances of clips of so many frames; None where there are less than two."""
     clips = len(features.get("true", ()))

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from driving_sim.data.arrays import Floats, Ints, Pixels
 from driving_sim.data.drive import SampledDrive
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.footage import frames_apart
@@ -25,8 +25,6 @@ from driving_sim.tokenizer.metrics import codebook_use
 from driving_sim.tokenizer.perceptual import PerceptualLoss
 from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.panels import side_by_side
-
-Frames = NDArray[np.uint8]
 
 _BATCH = 16
 _WORST = 6
@@ -42,18 +40,18 @@ class _Measured:
     ) -> None:
         self.sampled, self.frames = sampled, len(sampled.indices)
         self.measures = frame_measures(perceptual)
-        self.batches: dict[str, list[NDArray[np.float64]]] = {name: [] for name in self.measures}
+        self.batches: dict[str, list[Floats]] = {name: [] for name in self.measures}
         self.flicker: Counter[str] = Counter()
         self.counts = torch.zeros(tokenizer.codebook_size, dtype=torch.int64)
         self.seconds = {"encode": 0.0, "decode": 0.0}
-        self._last: list[tuple[Frames, NDArray[np.int64]]] = []
+        self._last: list[tuple[Pixels, Ints]] = []
 
     @property
-    def values(self) -> dict[str, NDArray[np.float64]]:
+    def values(self) -> dict[str, Floats]:
         """Each measure of every frame [N]."""
         return {name: np.concatenate(parts) for name, parts in self.batches.items()}
 
-    def add(self, tokenizer: Tokenizer, batch: Frames) -> None:
+    def add(self, tokenizer: Tokenizer, batch: Pixels) -> None:
         """Measure the drive's next frames, uint8 [B, H, W, 3]."""
         began = time.perf_counter()
         tokens = tokenizer.encode(batch)

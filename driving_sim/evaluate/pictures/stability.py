@@ -14,14 +14,10 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from driving_sim.data.arrays import Floats, Ints, Mask, Pixels
 from driving_sim.data.inspect.motion import picture_change
 from driving_sim.engine.config import InnerShare, Positive, config, require
 from driving_sim.engine.errors import TooLittleDataError
-
-Frames = NDArray[np.uint8]
-Tokens = NDArray[np.int64]
-Curve = NDArray[np.float64]
-Mask = NDArray[np.bool_]
 
 _LOW, _HIGH = 0.01, 0.99
 # The least of its highest agreement at which a later lag can already be the period: a loop of
@@ -67,20 +63,20 @@ class StabilityConfig:
 class Appearance:
     """What is judged of a video: its tokens, and two numbers a frame instead of its pixels."""
 
-    tokens: Tokens
+    tokens: Ints
     """[N, r, c]."""
-    sharpness: Curve
+    sharpness: Floats
     """[N] grey levels, see `sharpness`."""
-    change: Curve
+    change: Floats
     """[N] `picture_change` from the frame before; the first frame's is the second's."""
     moving: Mask
     """[N] where the car drives, or is told to, on the way to the frame."""
 
     @classmethod
-    def measure(cls, tokens: Tokens, chunks: Iterable[Frames], moving: Mask | None = None) -> Self:
+    def measure(cls, tokens: Ints, chunks: Iterable[Pixels], moving: Mask | None = None) -> Self:
         """Measure decoded frames that come in chunks [n, H, W, 3], N in all; moving by default."""
         sharpnesses, changes = [], []
-        last: list[Frames] = []
+        last: list[Pixels] = []
         for chunk in chunks:
             sharpnesses.append(sharpness(chunk))
             changes.append(picture_change(np.concatenate([*last, chunk])))
@@ -91,7 +87,7 @@ class Appearance:
         return cls(tokens, np.concatenate(sharpnesses), change, moving)
 
 
-def sharpness(frames: Frames) -> Curve:
+def sharpness(frames: Pixels) -> Floats:
     """Return the standard deviation of the Laplacian [N], in grey levels, of frames [N, H, W, 3].
 
     Its square is the focus measure of Pech-Pacheco et al. 2000
@@ -114,11 +110,11 @@ def jensen_shannon(counts: NDArray[Any], others: NDArray[Any]) -> float:
     return max(0.0, _entropy_bits((p + q) / 2) - (_entropy_bits(p) + _entropy_bits(q)) / 2)
 
 
-def _entropy_bits(p: Curve) -> float:
+def _entropy_bits(p: Floats) -> float:
     return -float(p[p > 0] @ np.log2(p[p > 0]))
 
 
-def token_drift(tokens: Tokens, real_counts: NDArray[Any], block: int, hop: int) -> Curve:
+def token_drift(tokens: Ints, real_counts: NDArray[Any], block: int, hop: int) -> Floats:
     """Return the divergence in bits [B] of blocks of tokens [N, r, c] from a real histogram [K].
 
     Block b holds frames [b·hop, b·hop + block). A few thousand tokens of one stretch of road
@@ -129,7 +125,7 @@ def token_drift(tokens: Tokens, real_counts: NDArray[Any], block: int, hop: int)
     return np.array([jensen_shannon(each, real) for each in _histograms(tokens, block, hop, codes)])
 
 
-def drift_floor(drives: Sequence[Tokens], block: int, hop: int) -> Curve:
+def drift_floor(drives: Sequence[Ints], block: int, hop: int) -> Floats:
     """Return the divergence in bits [B] of each block of real drives from all the other frames."""
     codes = max(int(tokens.max()) for tokens in drives) + 1
     total = np.sum([np.bincount(tokens.ravel(), minlength=codes) for tokens in drives], axis=0)
@@ -137,17 +133,17 @@ def drift_floor(drives: Sequence[Tokens], block: int, hop: int) -> Curve:
     return np.array([jensen_shannon(each, total - each) for each in blocks])
 
 
-def _histograms(tokens: Tokens, block: int, hop: int, codes: int) -> list[NDArray[np.int64]]:
+def _histograms(tokens: Ints, block: int, hop: int, codes: int) -> list[Ints]:
     starts = range(0, len(tokens) - block + 1, hop)
     return [np.bincount(tokens[at : at + block].ravel(), minlength=codes) for at in starts]
 
 
-def agreement(tokens: Tokens, lag: int) -> Curve:
+def agreement(tokens: Ints, lag: int) -> Floats:
     """Return the share of tokens [N - lag] that each frame of [N, r, c] has from `lag` before."""
     return np.asarray((tokens[lag:] == tokens[:-lag]).mean(axis=(1, 2)))
 
 
-def repetition(footage: Appearance, frozen: Mask, lags: range, window: int) -> Curve:
+def repetition(footage: Appearance, frozen: Mask, lags: range, window: int) -> Floats:
     """Return how well each frame [N], with its neighbours, repeats some earlier ones.
 
     That is the highest agreement, at one of the `lags`, that a whole window of frames around it
@@ -164,7 +160,7 @@ def repetition(footage: Appearance, frozen: Mask, lags: range, window: int) -> C
     return _around(best * (drives & lives), window)
 
 
-def continuity(tokens: Tokens) -> Curve:
+def continuity(tokens: Ints) -> Floats:
     """Return the share of tokens [N] kept from the frame before; the first frame's is the second's.
 
     Takes two frames or more.
@@ -173,7 +169,7 @@ def continuity(tokens: Tokens) -> Curve:
     return np.concatenate([kept[:1], kept])
 
 
-def _means(curve: Curve, window: int) -> Curve:
+def _means(curve: Floats, window: int) -> Floats:
     """The mean [N - window + 1] in each window of a curve [N], or in all of a shorter one."""
     return np.asarray(sliding_window_view(curve, min(window, len(curve))).mean(axis=1))
 
@@ -332,7 +328,7 @@ class RealFootage:
         return judged, looping
 
 
-def loop_period(tokens: Tokens, looping: Mask, threshold: float, longest: int) -> int | None:
+def loop_period(tokens: Ints, looping: Mask, threshold: float, longest: int) -> int | None:
     """Return the lag in frames, at most `longest`, after which looping frames are there again.
 
     None where the picture never went away but hovers about one place, or comes back after times
@@ -369,7 +365,7 @@ def _runs(mask: Mask) -> list[tuple[int, int]]:
     return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 
 
-def _listed(curve: Curve) -> list[float]:
+def _listed(curve: Floats) -> list[float]:
     rounded: list[float] = curve.round(4).tolist()
     return rounded
 

@@ -9,13 +9,13 @@ Legend: U units, S sums of each.
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+
+from driving_sim.data.arrays import Floats, Reals
 
 RESAMPLES = 2000
 BLOCK_S = 3.0
 """Length of a block of frames that counts as a unit of its own, in s."""
-
-Values = NDArray[np.floating]
 
 
 def interval(values: ArrayLike, units: ArrayLike | None = None) -> dict[str, float | None]:
@@ -23,7 +23,7 @@ def interval(values: ArrayLike, units: ArrayLike | None = None) -> dict[str, flo
     return bootstrap(mean_sums(values, units), mean_of_sums)
 
 
-def bootstrap(sums: ArrayLike, statistic: Callable[[Values], Values]) -> dict[str, float | None]:
+def bootstrap(sums: ArrayLike, statistic: Callable[[Reals], Reals]) -> dict[str, float | None]:
     """A statistic of units' sums and its 95 % percentile interval over resampled units.
 
     Efron 1979, https://doi.org/10.1214/aos/1176344552. `sums` [U, S] are each unit's; one whose
@@ -45,13 +45,13 @@ def bootstrap(sums: ArrayLike, statistic: Callable[[Values], Values]) -> dict[st
     return {"mean": mean, "low": low, "high": high}
 
 
-def mean_of_sums(sums: Values) -> Values:
+def mean_of_sums(sums: Reals) -> Reals:
     """A statistic for `bootstrap`: means [...] of [..., 2], a sum and its count; NaN for none."""
     total, count = sums[..., 0], sums[..., 1]
     return np.asarray(total / np.where(count == 0, np.nan, count))
 
 
-def mean_sums(values: ArrayLike, units: ArrayLike | None = None) -> NDArray[np.float64]:
+def mean_sums(values: ArrayLike, units: ArrayLike | None = None) -> Floats:
     """Sum of `values` [n] and their number in each unit, [U, 2], for `bootstrap`.
 
     `units` [n] are labels; without them each value is a unit. Sums and counts are resampled, for
@@ -63,7 +63,7 @@ def mean_sums(values: ArrayLike, units: ArrayLike | None = None) -> NDArray[np.f
     return terms if units is None else unit_sums(units, terms)
 
 
-def unit_sums(units: ArrayLike, values: ArrayLike) -> NDArray[np.float64]:
+def unit_sums(units: ArrayLike, values: ArrayLike) -> Floats:
     """Sum `values` [n, S] over those of a unit, [U, S]; `units` [n] are labels in any order."""
     terms = np.asarray(values, np.float64)
     found, place = np.unique(np.asarray(units), return_inverse=True)

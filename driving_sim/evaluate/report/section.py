@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from PIL import Image
 
+from driving_sim.data.arrays import Pixels
 from driving_sim.data.video.writer import write_video
 from driving_sim.evaluate.report.cell import Cell
 
@@ -58,14 +57,14 @@ def plot(figure: Figure, caption: str) -> Media:
     return Media(caption=caption, type="image/png", data=buffer.getvalue())
 
 
-def photo(frame: NDArray[np.uint8], caption: str) -> Media:
+def photo(frame: Pixels, caption: str) -> Media:
     """Return a frame, uint8 RGB [H, W, 3], as a picture."""
     buffer = io.BytesIO()
     Image.fromarray(frame).save(buffer, format="JPEG", quality=90)
     return Media(caption=caption, type="image/jpeg", data=buffer.getvalue())
 
 
-def film(frames: Sequence[NDArray[np.uint8]], fps: float, caption: str) -> Media:
+def film(frames: Sequence[Pixels], fps: float, caption: str) -> Media:
     """Return frames, uint8 RGB [H, W, 3] each, as a playable video."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "film.mp4"

@@ -9,7 +9,8 @@ import numpy.typing as npt
 import pytest
 
 from driving_sim.data.actions.action_file import ActionLog, SteeringKind
-from driving_sim.data.drive import Drive, Frames, Indices, SampledDrive, sample
+from driving_sim.data.arrays import Ints, Pixels
+from driving_sim.data.drive import Drive, SampledDrive, sample
 from driving_sim.data.inspect.steering_check import Synchrony, curvature, measure_synchrony
 from driving_sim.data.video.frame_size import FrameSize
 
@@ -21,13 +22,13 @@ Series = npt.NDArray[np.float64]
 class NoFrames:
     """Synchrony looks at measured motion, never at frames."""
 
-    def read(self, indices: Indices, size: FrameSize | None) -> Frames:
+    def read(self, indices: Ints, size: FrameSize | None) -> Pixels:
         raise AssertionError
 
-    def stream(self, indices: Indices | None, size: FrameSize | None) -> Iterator[Frames]:
+    def stream(self, indices: Ints | None, size: FrameSize | None) -> Iterator[Pixels]:
         raise AssertionError
 
-    def files(self, indices: Indices) -> list[Path]:
+    def files(self, indices: Ints) -> list[Path]:
         raise AssertionError
 
 

@@ -7,6 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from driving_sim.data.actions.action_file import SPEED, STEERING
+from driving_sim.data.arrays import Floats
 from driving_sim.evaluate.actions import fidelity
 from driving_sim.evaluate.actions.fidelity import compare_actions
 from driving_sim.evaluate.footage import Clip, Footage
@@ -63,7 +64,7 @@ def measured(world: WorldModel, clips: list[Clip], change: Any) -> dict[str, Any
 def section_of(world: WorldModel, clips: list[Clip], change: Any, error: float = 0.0) -> Section:
     floor = {"steering": {"rmse": error}}
     probe: Any = PixelProbe()
-    realised: dict[str, list[fidelity.Actions]] = {"recorded": [], "model": []}
+    realised: dict[str, list[Floats]] = {"recorded": [], "model": []}
     for clip in clips:
         actions, _ = clip.actions
         done = change(actions.copy(), clip.context_frames - 1)

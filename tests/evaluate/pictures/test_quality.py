@@ -8,6 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from driving_sim.data.arrays import Pixels
 from driving_sim.data.drive import sample
 from driving_sim.data.sources import find_drives
 from driving_sim.data.synthetic.world import SyntheticConfig
@@ -20,7 +21,7 @@ from driving_sim.evaluate.report.section import Media, Table, plot
 from driving_sim.evaluate.rollouts import Imagined
 from driving_sim.tokenizer.perceptual import PerceptualLoss
 from driving_sim.tokenizer.tokenize import tokenize
-from driving_sim.world_model.panels import Frame, contact_sheet
+from driving_sim.world_model.panels import contact_sheet
 from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.token_drives import FPS, write_store
 from tests.fixtures.vgg16 import random_vgg16
@@ -170,7 +171,7 @@ def test_the_pictures_are_of_clips_from_first_to_last(clips: list[Clip]) -> None
     with pytest.MonkeyPatch.context() as patch:
         seen: list[str] = []
 
-        def noted(rows: list[tuple[str, list[Frame]]], headings: list[str]) -> Frame:
+        def noted(rows: list[tuple[str, list[Pixels]]], headings: list[str]) -> Pixels:
             seen.extend(title for title, _ in rows)
             return contact_sheet(rows, headings)
 
