@@ -23,7 +23,7 @@ from driving_sim.engine.training.loop import TrainingResult
 from driving_sim.tokenizer.presets import PRESETS as TOKENIZER_PRESETS
 from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.tokenizer.tokenizer import WEIGHTS, Tokenizer
-from driving_sim.tokenizer.training import TokenizerRunConfig, train_tokenizer
+from driving_sim.tokenizer.training import train_tokenizer
 from driving_sim.world_model.action_plan import make_plans
 from driving_sim.world_model.rollout import (
     Context,
@@ -62,6 +62,11 @@ class TrainingRequest:
     shard: bool = False
     """Spread the model over the ranks of `torchrun`."""
     device: str = "auto"
+
+    @property
+    def start(self) -> dict[str, Any]:
+        """The options of both trainings that say where to begin: from what, and on what device."""
+        return {"init_from": self.init_from, "resume": self.resume, "device": self.device}
 
     def resolve(self, presets: dict[str, C], grid: tuple[int, int] | None = None) -> C:
         """The preset with the file, the assignments and the options laid over it.
@@ -163,27 +168,8 @@ def train_tokenizer_on(
     """Train a tokenizer on the frames of videos; their actions, if any, play no part."""
     rate = frame_rate(fps, every)
     config = request.resolve(TOKENIZER_PRESETS)
-    found = find_frames(videos, skip_bad=skip_bad)
-    return _train_tokenizer(found, run, request, config, rate, skip_bad)
-
-
-def _train_tokenizer(
-    found: DriveSet,
-    run: Path,
-    request: TrainingRequest,
-    config: TokenizerRunConfig,
-    rate: dict[str, Any],
-    skip_bad: bool,
-) -> TrainingResult:
-    return train_tokenizer(
-        [sample(drive, **rate) for drive in found.drives],
-        config,
-        run,
-        init_from=request.init_from,
-        resume=request.resume,
-        skip_bad=skip_bad,
-        device=request.device,
-    )
+    sampled = [sample(drive, **rate) for drive in find_frames(videos, skip_bad=skip_bad).drives]
+    return train_tokenizer(sampled, config, run, skip_bad=skip_bad, **request.start)
 
 
 def tokenize_videos(
@@ -230,7 +216,8 @@ def tokenize_videos(
             say(f"the tokenizer {tokenizer} {what} on these videos")
             request = replace(training, resume=begun)
             config = request.resolve(TOKENIZER_PRESETS)
-            _train_tokenizer(found, tokenizer, request, config, rate, skip_bad)
+            sampled = [sample(drive, **rate) for drive in found.drives]
+            train_tokenizer(sampled, config, tokenizer, skip_bad=skip_bad, **request.start)
         dtype = ranks.from_main(lambda: resolve_precision(precision, own_device))
         frozen = Tokenizer.from_run(tokenizer, own_device, name_of(dtype))
         say(
@@ -257,15 +244,8 @@ def train_world_model_on(
     if request.preset == "auto":
         info = read_index(tokens).info
         grid = info.rows, info.cols
-    return train_world_model(
-        tokens,
-        request.resolve(WORLD_MODEL_PRESETS, grid),
-        run,
-        tokenizer=tokenizer,
-        init_from=request.init_from,
-        resume=request.resume,
-        device=request.device,
-    )
+    config = request.resolve(WORLD_MODEL_PRESETS, grid)
+    return train_world_model(tokens, config, run, tokenizer=tokenizer, **request.start)
 
 
 def roll_out(
