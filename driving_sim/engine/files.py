@@ -81,7 +81,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     with disk_errors(path):
         temporary = temporary_beside(path)
-        replaced = temporary.with_suffix(".replaced")
+        replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced")
         for leftover in (temporary, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir()

@@ -1,11 +1,13 @@
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.files import atomic_file, atomic_folder
+from driving_sim.engine.files import atomic_file, atomic_folder, tidy
 from tests.fixtures.small_files import small_files
 
 
@@ -68,6 +70,30 @@ def test_folder_is_kept_where_the_new_one_cannot_take_its_place(
     monkeypatch.setattr(Path, "rename", interrupted_rename)
     with pytest.raises(KeyboardInterrupt), atomic_folder(path) as temporary:
         (temporary / "new").touch()
+    assert [file.name for file in path.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+_KILLED_IN_BETWEEN = """
+import os, sys
+from pathlib import Path
+from driving_sim.engine.files import atomic_folder
+rename = Path.rename
+Path.rename = lambda old, new: os._exit(9) if ".partial" in old.name else rename(old, new)
+with atomic_folder(Path(sys.argv[1])):
+    pass
+"""
+
+
+@pytest.mark.parametrize("name", ["run", "run-1.5"])
+def test_what_a_kill_moved_aside_comes_back(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.mkdir()
+    (path / "old").touch()
+    killed = subprocess.run([sys.executable, "-c", _KILLED_IN_BETWEEN, str(path)], check=False)
+    assert killed.returncode == 9
+    assert not path.exists()
+    tidy(tmp_path)
     assert [file.name for file in path.iterdir()] == ["old"]
     assert list(tmp_path.iterdir()) == [path]
 
