@@ -47,6 +47,11 @@ class YamlDumper(yaml.SafeDumper):
     """The safe dumper, which quotes the text that `parse_yaml` would take for a number."""
 
 
+# Text that looks like a date stays text: no setting is one.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 # YAML 1.1 takes 1e-4, without a point or the exponent's sign, for text.
 for _class in (_Loader, YamlDumper):
     _class.add_implicit_resolver(

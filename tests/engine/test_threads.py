@@ -297,3 +297,17 @@ def test_commands_use_freed_memory_again(line: str) -> None:
 )
 def test_the_library_and_the_environment_leave_it(line: str, environment: dict[str, str]) -> None:
     assert new_pages(line, **environment) >= 32  # of 2 MiB, where the system makes them so large
+
+
+def test_commands_look_for_garbage_less_often_and_the_library_does_not() -> None:
+    thresholds = [
+        subprocess.run(
+            [sys.executable, "-c", f"import gc; {line}; print(gc.get_threshold()[0])"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for line in ("pass", "import driving_sim.cli", "from driving_sim.cli import main; main()")
+    ]
+    library, imported, command = map(int, thresholds)
+    assert library == imported < command
