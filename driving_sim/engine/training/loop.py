@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -44,10 +44,12 @@ from driving_sim.engine.training.checkpoint import (
 )
 from driving_sim.engine.training.config import TrainingConfig
 from driving_sim.engine.training.interrupt import StopNow, StopRequest, stop_on_signals
-from driving_sim.engine.training.run_log import RunLog, run_log
 from driving_sim.engine.training.schedule import position_by_steps, position_by_time
 from driving_sim.engine.training.step import Stepper, batch_seed, seed_torch
 from driving_sim.engine.training.trainable import Batch, Trainable, Validation
+
+if TYPE_CHECKING:
+    from driving_sim.engine.training.run_log import RunLog
 
 MAX_SKIPPED_IN_A_ROW = 20
 """Steps without a finite loss before the run gives up."""
@@ -219,6 +221,9 @@ class _Loop:
         """Step, log, validate and save until the run is over."""
         if not self.ranks.is_main:
             return self._run(dataset)
+        # Here, for TensorBoard takes 0.1 s to import, and most commands train nothing.
+        from driving_sim.engine.training.run_log import run_log
+
         state = self.state
         with run_log(
             self.folder,
@@ -297,7 +302,7 @@ class _Loop:
             self._say_how_long(self.log, seconds)
             self.log.advance(position)
 
-    def _say_how_long(self, log: RunLog, seconds: float) -> None:
+    def _say_how_long(self, log: "RunLog", seconds: float) -> None:
         """Say, after a step of `seconds`, how long the run takes: once it is known, or more."""
         state, config = self.state, self.config
         if config.steps is not None and len(self.recent_seconds) == FIRST_STEPS:
