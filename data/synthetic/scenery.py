@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from driving_sim.data.arrays import Ints, Reals
-from driving_sim.data.synthetic.hashing import uniform
+from driving_sim.data.hashing import uniform
 from driving_sim.data.synthetic.road import Road
 
 VISIBLE_M = 125.0

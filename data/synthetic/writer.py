@@ -69,20 +69,16 @@ def write_synthetic_drives(
             )
         if len(missing) < drives:
             progress((drives - len(missing)) * frames)
-        jobs = (
-            [stems[number] for number in missing],
-            [seeds(seed, number % worlds)[0] for number in missing],
-            [seeds(seed, number)[1] for number in missing],
-        )
+        jobs = [(stems[n], seeds(seed, n % worlds)[0], seeds(seed, n)[1]) for n in missing]
         make = partial(_make, config, seconds)
         if workers > 1:
             # Spawned: a fork would copy the locks of whatever threads the caller runs.
             spawn = get_context("spawn")
             with ProcessPoolExecutor(min(workers, len(missing)), mp_context=spawn) as pool:
-                for _ in pool.map(make, *jobs):
+                for _ in pool.map(make, *zip(*jobs, strict=True)):
                     progress(frames)
         else:
-            for job in zip(*jobs, strict=True):
+            for job in jobs:
                 make(*job, progress)
     except OSError as error:
         raise DriveSimError(

@@ -5,8 +5,9 @@ Axes: B futures, K codes.
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+from driving_sim.data.hashing import mixed
 
 
 def uniforms(seed: int, samples: Tensor, frame: int, rows: int, cols: int) -> Tensor:
@@ -15,7 +16,7 @@ def uniforms(seed: int, samples: Tensor, frame: int, rows: int, cols: int) -> Te
     Each is a function of (seed, sample, frame, row, column) only: a chain of SplitMix64 steps, one
     per coordinate, the upper 24 bits of which are the number. Computed on the CPU.
     """
-    hashed = _mixed(np.array([seed % 2**64], np.uint64))
+    hashed = mixed(np.array([seed % 2**64], np.uint64))
     for coordinate in (
         samples.cpu().numpy()[:, None, None],
         np.array([frame]),
@@ -23,15 +24,8 @@ def uniforms(seed: int, samples: Tensor, frame: int, rows: int, cols: int) -> Te
         np.arange(cols),
     ):
         step = (coordinate + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        hashed = _mixed(hashed + step)
+        hashed = mixed(hashed + step)
     return torch.from_numpy((hashed >> np.uint64(40)).astype(np.float32) / np.float32(2**24))
-
-
-def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser (Steele et al. 2014, https://doi.org/10.1145/2660193.2660195)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:

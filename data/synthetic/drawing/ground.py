@@ -12,11 +12,11 @@ import numpy as np
 from einops import rearrange
 
 from driving_sim.data.arrays import Floats32, Reals
+from driving_sim.data.hashing import uniform
 from driving_sim.data.synthetic.drawing.brush import HAZE_M
 from driving_sim.data.synthetic.drawing.camera import Camera, View
 from driving_sim.data.synthetic.drawing.palette import Palette
 from driving_sim.data.synthetic.drawing.shapes import blend
-from driving_sim.data.synthetic.hashing import uniform
 from driving_sim.data.synthetic.road import HALF_WIDTH, Road
 
 _FARTHEST_M = 500.0

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from driving_sim.data.synthetic.hashing import uniform
+from driving_sim.data.hashing import uniform
 from driving_sim.data.synthetic.motion.vehicle import VehicleState
 from driving_sim.data.synthetic.road import LANE_OFFSET, Road
 from driving_sim.data.synthetic.scenery import VISIBLE_M, Kind, Things

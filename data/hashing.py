@@ -1,4 +1,4 @@
-"""Random numbers that are a function of a place, so that a world without end needs no memory."""
+"""Random numbers that are a function of a place: no state, and no memory, however many."""
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -8,7 +8,8 @@ from driving_sim.data.arrays import Floats
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def _mix(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mixed(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finaliser (Steele et al. 2014, https://doi.org/10.1145/2660193.2660195)."""
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return bits ^ (bits >> np.uint64(31))
@@ -18,11 +19,10 @@ def uniform(seed: int, *keys: ArrayLike) -> Floats:
     """Draw a number in [0, 1) for each combination of integer keys, the same one at every call.
 
     The keys broadcast against one another; the result has their shape (at least one axis).
-    Mixing is SplitMix64's finaliser (Steele et al. 2014, doi 10.1145/2660193.2660195).
     """
-    bits = _mix(np.array([seed], dtype=np.int64).view(np.uint64) + _GOLDEN)
+    bits = mixed(np.array([seed], dtype=np.int64).view(np.uint64) + _GOLDEN)
     for key in keys:
         # int64 first: a negative grid cell wraps around rather than overflows.
         value = np.atleast_1d(np.asarray(key, dtype=np.int64)).view(np.uint64)
-        bits = _mix((bits ^ value) * _GOLDEN + _GOLDEN)
+        bits = mixed((bits ^ value) * _GOLDEN + _GOLDEN)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
