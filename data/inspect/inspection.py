@@ -17,10 +17,10 @@ from driving_sim.data.inspect.steering_check import Synchrony, measure_synchrony
 from driving_sim.data.sources import find_drives
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.data.video.segments import within_segments
-from driving_sim.engine.config import load_json
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_folder
 from driving_sim.engine.progress import Progress, progress
+from driving_sim.engine.run_folder import check_replaceable
 
 # Motion is measured at this size; decoding to more would only cost time.
 _SIZE = FrameSize(height=64, width=128)
@@ -159,11 +159,7 @@ def _value_range(sampled: SampledDrive, channel: int) -> tuple[float, float] | N
 
 
 def _report(
-    drive: Drive,
-    measured: SampledDrive,
-    motion: Floats32,
-    change: Floats32,
-    out: Path,
+    drive: Drive, measured: SampledDrive, motion: Floats32, change: Floats32, out: Path
 ) -> DriveReport:
     whole = sample(drive)
     synchrony = measure_synchrony(motion, measured)
@@ -197,21 +193,6 @@ def _report(
     )
 
 
-def _is_replaceable(out: Path) -> bool:
-    """Whether it is a folder that holds nothing, or an earlier inspection and nothing else."""
-    if not out.is_dir():
-        return False
-    known: set[str] = set()
-    if (out / _REPORT).is_file():
-        try:
-            drives = load_json(out / _REPORT)["drives"]
-            known = {_REPORT, *(str(drive["picture"]) for drive in drives)}
-        except (KeyError, TypeError):  # another program's file
-            return False
-    files = (path for path in out.rglob("*") if not path.is_dir())
-    return all(path.relative_to(out).as_posix() in known for path in files)
-
-
 def inspect_drives(
     paths: Sequence[Path],
     out: Path,
@@ -227,8 +208,12 @@ def inspect_drives(
     inspect, where no drive can be read, after a line with the reason for each, and where `out`
     holds anything else or cannot be written.
     """
-    if out.exists() and not _is_replaceable(out):
-        raise DriveSimError(f"{out} holds more than an inspection: choose another `out`")
+    check_replaceable(
+        out,
+        _REPORT,
+        "an inspection",
+        lambda earlier: [_REPORT, *(str(drive["picture"]) for drive in earlier["drives"])],
+    )
     found = find_drives(paths, steering_kind=steering_kind, time_offset=time_offset)
     skipped = list(found.skipped)
     reports = []

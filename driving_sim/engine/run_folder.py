@@ -1,7 +1,8 @@
 """When a folder may be used again: a training run's, or one that a command fills bit by bit."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,23 @@ def claim_folder(out: Path, name: str, plan: Mapping[str, Any], what: str) -> No
             f"{out}: holds {what} of another plan (see {name}); "
             "choose a new folder or delete this one"
         )
+
+
+def check_replaceable(
+    out: Path, report: str, what: str, files_of: Callable[[Mapping[str, Any]], Collection[str]]
+) -> None:
+    """Raise `DriveSimError` unless `out` is free, or holds an earlier result and nothing else.
+
+    `files_of` lists the result's files by what its file `report` says: none, or a KeyError or
+    TypeError, where another program wrote that. `what` names such a result for the message.
+    """
+    known: Collection[str] = ()
+    if (out / report).is_file():
+        with suppress(KeyError, TypeError):
+            known = files_of(load_json(out / report))
+    files = [path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()]
+    if out.exists() and (not out.is_dir() or not set(files) <= {*known}):
+        raise DriveSimError(f"{out} holds more than {what}: choose another `out`")
 
 
 def is_finished(run: Path) -> bool:

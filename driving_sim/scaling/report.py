@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from driving_sim.engine.config import load_json, save_json
+from driving_sim.engine.config import save_json
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_folder
 from driving_sim.engine.parsing import one_line
+from driving_sim.engine.run_folder import check_replaceable
 from driving_sim.scaling.law import FittedLaw, HeldOut, Prediction, hold_out_largest
 from driving_sim.scaling.picture import draw_scaling
 from driving_sim.scaling.run import ScalingRun, read_run, training_flops
@@ -124,8 +125,12 @@ def scale(paths: Sequence[Path], out: Path, *, compute: float | None = None) -> 
     Raises `DriveSimError` for runs that are unfinished, not comparable or too few, and where `out`
     holds anything else.
     """
-    if out.exists() and not _is_replaceable(out):
-        raise DriveSimError(f"{out} holds more than a scaling law: choose another `out`")
+    check_replaceable(
+        out,
+        REPORT,
+        "a scaling law",
+        lambda earlier: (REPORT, PICTURE) if earlier.get("form") == _FORM else (),
+    )
     report = fit_runs([read_run(path) for path in paths], compute)
     with atomic_folder(out) as folder:
         save_json(folder / REPORT, report.to_dict())
@@ -167,12 +172,3 @@ def target_compute(
     if parameters is None or tokens is None or compute is not None:
         raise DriveSimError("give `compute`, or both `parameters` and `tokens`")
     return training_flops(parameters, tokens)
-
-
-def _is_replaceable(out: Path) -> bool:
-    """Whether it is a folder that holds nothing, or an earlier law and nothing else."""
-    if not out.is_dir():
-        return False
-    names = {path.name for path in out.iterdir()}
-    ours = (out / REPORT).is_file() and load_json(out / REPORT).get("form") == _FORM
-    return names <= ({REPORT, PICTURE} if ours else set())
