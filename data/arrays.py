@@ -1,5 +1,6 @@
 """NumPy arrays by the numbers in them; their axes stand where they are used."""
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -17,3 +18,11 @@ Reals = NDArray[np.floating[Any]]
 """Numbers of either precision."""
 Mask = NDArray[np.bool_]
 """What is known, chosen or true."""
+
+
+def digest(*arrays: NDArray[Any]) -> str:
+    """SHA-256, in hexadecimal, of the arrays' bytes."""
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()

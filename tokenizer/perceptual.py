@@ -4,7 +4,6 @@ The package carries LPIPS's own weights; those of its VGG-16 backbone (ImageNet)
 first use, half a gigabyte, and kept in torch's hub cache.
 """
 
-import hashlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.files import sha256_of
 from driving_sim.engine.parsing import one_line
 from driving_sim.tokenizer.tokenizer import images_from_frames
 
@@ -82,12 +82,11 @@ def vgg16_weights() -> dict[str, Tensor]:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Of what `load_state_dict_from_url` downloads it compares 8 digits, those in the name.
             torch.hub.download_url_to_file(VGG16_URL, str(path), hash_prefix=VGG16_SHA256)
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != VGG16_SHA256:
-                raise DriveSimError(
-                    f"{path}: the weights of LPIPS's backbone are damaged, or others (their "
-                    f"checksum differs): remove that file, or train without LPIPS: {WITHOUT}"
-                )
+        if sha256_of(path) != VGG16_SHA256:
+            raise DriveSimError(
+                f"{path}: the weights of LPIPS's backbone are damaged, or others (their checksum "
+                f"differs): remove that file, or train without LPIPS: {WITHOUT}"
+            )
         weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     except (URLError, OSError, RuntimeError, UnpicklingError) as error:
         raise DriveSimError(

@@ -3,7 +3,6 @@
 Axes: T frames of a drive, B of a batch, H W their pixels, r c token rows and columns.
 """
 
-import hashlib
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from driving_sim.data.actions.action_file import STEERING
-from driving_sim.data.arrays import Pixels
+from driving_sim.data.arrays import Pixels, digest
 from driving_sim.data.drive import Drive, DriveSet, SampledDrive, sample
 from driving_sim.data.split import MIRROR_SUFFIX
 from driving_sim.data.tokens.index import StoreIndex, StoreInfo
@@ -144,15 +143,13 @@ def _usual_rate(sampled: Sequence[SampledDrive]) -> float:
 
 
 def _planned(sampled: SampledDrive, flip: bool) -> PlannedDrive:
-    digest = hashlib.sha256()
-    for array in (sampled.indices, sampled.timestamps, sampled.actions, sampled.action_valid):
-        digest.update(array.tobytes())
+    known = sampled.indices, sampled.timestamps, sampled.actions, sampled.action_valid
     return PlannedDrive(
         id=_name(sampled.drive, flip),
         frames=len(sampled.indices),
         source=sampled.drive.source,
         mirrored=flip,
-        content=digest.hexdigest(),
+        content=digest(*known),
     )
 
 

@@ -12,11 +12,9 @@ shard, for N frames of D drives (drive d is frames offsets[d] : offsets[d + 1]):
     action_valid  BOOL  [N, 2]
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ from driving_sim.data.tokens.index import (
     shard_name,
 )
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.files import sha256_of
 from driving_sim.engine.parsing import one_line, shown
 
 __all__ = ["DriveTokens", "StoreInfo", "TokenStore"]
@@ -167,25 +166,23 @@ class TokenStore:
         self.index = read_index(path)
         self.info = self.index.info
         least = frame_bytes(self.info.rows, self.info.cols)
+        drives: list[DriveTokens] = []
         for number, shard in enumerate(self.index.shards):
             file = path / shard_name(number)
             found = file.stat().st_size if file.is_file() else None
             if found != shard.bytes:
                 what = "is missing" if found is None else f"has {found} bytes, not {shard.bytes}"
                 raise DriveSimError(f"{file}: a shard of the token store {what}; tokenize again")
-            frames = sum(drive.frames for drive in shard.drives)
+            frames = 0
+            for drive in shard.drives:
+                drives.append(DriveTokens(store=self, shard=number, begin=frames, entry=drive))
+                frames += drive.frames
             if frames * least > shard.bytes:
                 raise DriveSimError(
                     f"{path / INDEX}: says that {frames} frames of {least} bytes are in the "
                     f"{shard.bytes} bytes of {shard_name(number)}; tokenize again"
                 )
-        self.drives = tuple(
-            DriveTokens(store=self, shard=number, begin=stop - drive.frames, entry=drive)
-            for number, shard in enumerate(self.index.shards)
-            for drive, stop in zip(
-                shard.drives, accumulate(drive.frames for drive in shard.drives), strict=True
-            )
-        )
+        self.drives = tuple(drives)
 
     @property
     def drive_ids(self) -> tuple[str, ...]:
@@ -228,11 +225,5 @@ class TokenStore:
         """
         for number, entry in enumerate(self.index.shards):
             path = self.path / shard_name(number)
-            if checksum(path) != entry.sha256:
+            if sha256_of(path) != entry.sha256:
                 raise DriveSimError(f"{path}: damaged (its checksum differs); tokenize again")
-
-
-def checksum(path: Path) -> str:
-    """SHA-256, in hexadecimal, of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -31,10 +31,11 @@ from driving_sim.data.tokens.index import (
     shard_name,
 )
 from driving_sim.data.tokens.plan import StorePlan
-from driving_sim.data.tokens.store import Columns, blank_columns, checksum, open_shard
+from driving_sim.data.tokens.store import Columns, blank_columns, open_shard
+from driving_sim.data.video.segments import clipped
 from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.files import atomic_file
+from driving_sim.engine.files import atomic_file, sha256_of
 from driving_sim.engine.ranks.distributed import Ranks
 from driving_sim.engine.weights import write_safetensors
 
@@ -236,11 +237,7 @@ class TokenStoreWriter:
             part, metadata = open_shard(self._part(piece.drive), info, [drive.frames])
             for name in part.keys() - {"offsets"}:
                 columns[name][begin:end] = part[name][piece.start : piece.stop]
-            runs = [
-                (max(start, piece.start) - piece.start, min(stop, piece.stop) - piece.start)
-                for start, stop in json.loads(metadata["segments"])
-                if start < piece.stop and stop > piece.start
-            ]
+            runs = clipped(json.loads(metadata["segments"]), piece.start, piece.stop)
             entry = DriveEntry(
                 id=drive.id,
                 frames=end - begin,
@@ -251,7 +248,7 @@ class TokenStoreWriter:
             )
             entries.append(entry)
         _write(path, columns, shard_metadata(info, entries))
-        made = ShardEntry(bytes=path.stat().st_size, sha256=checksum(path), drives=tuple(entries))
+        made = ShardEntry(bytes=path.stat().st_size, sha256=sha256_of(path), drives=tuple(entries))
         save_json(self._shard_note(shard), to_dict(made))
 
     def _index(self) -> StoreIndex:

@@ -43,6 +43,15 @@ def _cut(count: int, gap_after: Mask) -> list[tuple[int, int]]:
     return list(pairwise([0, *cuts, count])) if count else []
 
 
+def clipped(segments: Sequence[tuple[int, int]], begin: int, end: int) -> list[tuple[int, int]]:
+    """Of segments, what lies within [begin, end), counted from `begin`."""
+    return [
+        (max(start, begin) - begin, min(stop, end) - begin)
+        for start, stop in segments
+        if start < end and stop > begin
+    ]
+
+
 def within_segments(segments: Sequence[tuple[int, int]]) -> Mask:
     """Which pairs of neighbouring frames [P] have no gap in time between them."""
     inside = np.ones(segments[-1][1] - 1, np.bool_)

@@ -1,6 +1,7 @@
-"""Outputs that are written whole or not at all."""
+"""Outputs that are written whole or not at all, and a file's checksum."""
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -99,6 +100,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 replaced.rename(path)
             for leftover in (temporary, replaced):
                 shutil.rmtree(leftover, ignore_errors=True)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256, in hexadecimal, of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_free(folder: Path) -> bool:

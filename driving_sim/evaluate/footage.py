@@ -14,14 +14,16 @@ import torch
 from numpy.typing import NDArray
 
 from driving_sim.data.actions.action_file import STEERING
-from driving_sim.data.arrays import Floats, Floats32, Mask, Pixels
+from driving_sim.data.arrays import Floats, Floats32, Mask, Pixels, digest
 from driving_sim.data.drive import SampledDrive
 from driving_sim.data.split import original_id
 from driving_sim.data.synthetic.drives import DRIVE_FORMAT, SyntheticDrive
 from driving_sim.data.synthetic.true_future import load_synthetic_drive
 from driving_sim.data.tokens.store import DriveTokens, TokenStore
+from driving_sim.data.video.segments import clipped
 from driving_sim.engine.config import load_json
 from driving_sim.engine.errors import DriveSimError, TooLittleDataError
+from driving_sim.engine.files import sha256_of
 from driving_sim.tokenizer.tokenizer import Tokenizer
 
 APART_S = 2.0
@@ -33,13 +35,8 @@ _SAME_TOKENS = 0.9
 def first_frames(drive: DriveTokens, frames: int) -> DriveTokens:
     """A drive's first `frames` alone, or all of it where it is shorter."""
     count = min(frames, len(drive))
-    segments = tuple(first_segments(drive.entry.segments, count))
+    segments = tuple(clipped(drive.entry.segments, 0, count))
     return replace(drive, entry=replace(drive.entry, frames=count, segments=segments))
-
-
-def first_segments(segments: Sequence[tuple[int, int]], frames: int) -> list[tuple[int, int]]:
-    """Of ranges [begin, stop), what lies within the first `frames`."""
-    return [(begin, min(stop, frames)) for begin, stop in segments if begin < frames]
 
 
 def frames_apart(ranked: Iterable[int], times_s: Floats, most: int) -> list[int]:
@@ -122,8 +119,7 @@ def sampled_fingerprint(sampled: SampledDrive) -> str:
     """SHA-256, in hexadecimal, of a drive's files, its choice of frames, actions and times."""
     files = hashlib.sha256()
     for path in sampled.drive.reader.files(sampled.indices):
-        with path.open("rb") as file:
-            files.update(hashlib.file_digest(file, "sha256").digest())
+        files.update(bytes.fromhex(sha256_of(path)))
     content = np.frombuffer(files.digest(), np.uint8)
     clock = sampled.timestamps, sampled.actions, sampled.action_valid, np.array(sampled.segments)
     return digest(content, sampled.indices, *clock)
@@ -191,14 +187,6 @@ def _leak(name: str, other: str, training: TokenStore) -> DriveSimError:
         f"held-out drive {name!r} is in the training tokens {training.path} too{called}: measure "
         "on drives that were held out"
     )
-
-
-def digest(*arrays: NDArray[Any]) -> str:
-    """SHA-256, in hexadecimal, of the arrays' bytes."""
-    found = hashlib.sha256()
-    for array in arrays:
-        found.update(np.ascontiguousarray(array).tobytes())
-    return found.hexdigest()
 
 
 def footage_of(

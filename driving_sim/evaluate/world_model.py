@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from driving_sim.data.actions.action_file import SPEED, STEERING
+from driving_sim.data.arrays import digest
 from driving_sim.data.split import original_id
 from driving_sim.data.tokens.store import DriveTokens, TokenStore
 from driving_sim.engine.config import Count, config
@@ -22,7 +23,6 @@ from driving_sim.evaluate.footage import (
     HeldOutStore,
     choose_clips,
     clock_and_actions,
-    digest,
     first_frames,
 )
 from driving_sim.evaluate.likelihood.action_information import evaluate_action_information

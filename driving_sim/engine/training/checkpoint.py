@@ -6,7 +6,6 @@ from either kind of checkpoint, whatever the number of ranks. `checksums.json` t
 folder still holds what was written.
 """
 
-import hashlib
 import os
 import re
 import shutil
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from driving_sim.engine.config import load_json, save_json
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.files import atomic_folder, temporary_beside
+from driving_sim.engine.files import atomic_folder, sha256_of, temporary_beside
 from driving_sim.engine.parsing import one_line, shown
 from driving_sim.engine.ranks.distributed import Ranks
 from driving_sim.engine.ranks.sharding import (
@@ -131,7 +130,7 @@ def damage(path: Path) -> str | None:
                 return f"{shown(name)} is missing"
             if name not in written:
                 return f"{shown(name)} does not belong there"
-            if _digest(found[name]) != written[name]:
+            if not found[name].is_file() or sha256_of(found[name]) != written[name]:
                 return f"{name} has another checksum"
     except DriveSimError:
         return f"no readable {CHECKSUMS}, which checkpoints of earlier versions have not"
@@ -187,19 +186,12 @@ def _save_checksums(path: Path, ranks: Ranks) -> None:
     """Write those of all files, which the ranks share: a large model's take a while to read."""
     ranks.barrier()  # the files are all there
     own = _files(path)[ranks.rank :: ranks.size]
-    shares = ranks.gather({file.name: _digest(file) for file in own})
+    shares = ranks.gather({file.name: sha256_of(file) for file in own})
     if ranks.is_main:
         made = {name: digest for share in shares for name, digest in share.items()}
         # On a shared disk a rank may not have seen all files yet.
         files = _files(path)
-        save_json(path / CHECKSUMS, {f.name: made.get(f.name) or _digest(f) for f in files})
-
-
-def _digest(file: Path) -> str:
-    if not file.is_file():
-        return "not a file"
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+        save_json(path / CHECKSUMS, {f.name: made.get(f.name) or sha256_of(f) for f in files})
 
 
 @contextmanager

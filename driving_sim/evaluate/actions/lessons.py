@@ -9,11 +9,12 @@ import numpy as np
 from driving_sim.data.drive import SampledDrive
 from driving_sim.data.split import original_id
 from driving_sim.data.tokens.store import TokenStore
+from driving_sim.data.video.segments import clipped
 from driving_sim.engine.errors import DriveSimError, TooLittleDataError
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.actions.fidelity import CURVE
 from driving_sim.evaluate.actions.inverse_dynamics import InverseDynamics, ProbeClip, ProbeSource
-from driving_sim.evaluate.footage import Footage, first_segments, recording_digests
+from driving_sim.evaluate.footage import Footage, recording_digests
 from driving_sim.world_model.world_model import WorldModel
 
 T = TypeVar("T")
@@ -108,7 +109,7 @@ def _clips(world: WorldModel, sources: Sequence[Source]) -> list[ProbeClip]:
             frames=frames,
             actions=np.asarray(drive.actions[:count]),
             action_valid=valid,
-            segments=first_segments(segments, count),
+            segments=clipped(segments, 0, count),
         )
         clips.append(clip)
     return clips

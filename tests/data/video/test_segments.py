@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from driving_sim.data.video.frame_rate import choose_frames, mean_rate
-from driving_sim.data.video.segments import chosen_segments, gaps, within_segments
+from driving_sim.data.video.segments import chosen_segments, clipped, gaps, within_segments
 
 
 def test_segments_end_at_gaps_and_cover_everything() -> None:
@@ -42,3 +42,10 @@ def test_a_gap_after_the_last_chosen_frame_cuts_nothing() -> None:
 def test_a_pair_across_a_gap_is_in_no_segment() -> None:
     assert within_segments([(0, 2), (2, 3), (3, 6)]).tolist() == [True, False, False, True, True]
     assert within_segments([(0, 1)]).tolist() == []
+
+
+def test_clipped_segments_count_from_the_first_frame_kept() -> None:
+    segments = [(0, 4), (4, 9), (9, 12)]
+    assert clipped(segments, 2, 10) == [(0, 2), (2, 7), (7, 8)]
+    assert clipped(segments, 0, 4) == [(0, 4)]
+    assert clipped(segments, 0, 12) == segments
