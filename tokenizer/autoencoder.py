@@ -24,12 +24,12 @@ from driving_sim.tokenizer.fsq import FSQ, Levels
 STRIDE = 16
 _PATCH = 4
 _MOST_PIXELS = 16384
-_GROUP_CHANNELS = 16
+GROUP_CHANNELS = 16
 _MOST_SCORES = 2**21  # at once: 4 MiB, and as much for the weights
 
 
 _Side = Annotated[int, Field(ge=STRIDE, le=_MOST_PIXELS, multiple_of=STRIDE)]
-_Width = Annotated[Count, Field(multiple_of=_GROUP_CHANNELS)]
+_Width = Annotated[Count, Field(multiple_of=GROUP_CHANNELS)]
 
 
 @config
@@ -112,8 +112,9 @@ def _haar_basis() -> Tensor:
     return torch.kron(line, line)
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(channels // _GROUP_CHANNELS, channels)
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group normalisation, 16 channels a group: no batch statistics."""
+    return nn.GroupNorm(channels // GROUP_CHANNELS, channels)
 
 
 class _SiLU(nn.Module):
@@ -128,7 +129,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = group_norm(channels)
         self.silu = _SiLU()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
@@ -146,10 +147,10 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, head_size: int) -> None:
         super().__init__()
         self.heads = channels // head_size
-        self.norm1 = _norm(channels)
+        self.norm1 = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
-        self.norm2 = _norm(channels)
+        self.norm2 = group_norm(channels)
         self.up = nn.Conv2d(channels, 4 * channels, 1)
         self.silu = _SiLU()
         self.down = nn.Conv2d(4 * channels, channels, 1)
@@ -221,7 +222,7 @@ class Encoder(nn.Sequential):
             *(ResidualBlock(middle) for _ in range(config.blocks[1])),
             nn.Conv2d(middle, coarse, 2, stride=2),
             Bottleneck(config),
-            _norm(coarse),
+            group_norm(coarse),
             nn.Conv2d(coarse, len(config.levels), 1),
         )
 
@@ -240,7 +241,7 @@ class Decoder(nn.Sequential):
             nn.Conv2d(middle, 4 * fine, 1),
             nn.PixelShuffle(2),
             *(ResidualBlock(fine) for _ in range(config.blocks[0])),
-            _norm(fine),
+            group_norm(fine),
             _SiLU(),
             nn.Conv2d(fine, 3 * _PATCH**2, 3, padding=1),
         )

@@ -14,17 +14,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from driving_sim.engine.config import Count, config
-from driving_sim.tokenizer.autoencoder import Patching
+from driving_sim.tokenizer.autoencoder import GROUP_CHANNELS, Patching, group_norm
 
 _SLOPE = 0.2
-_GROUP_CHANNELS = 16
 
 
 @config
 class DiscriminatorConfig:
     """The size of the patch discriminator."""
 
-    width: Annotated[Count, Field(multiple_of=_GROUP_CHANNELS)] = 64
+    width: Annotated[Count, Field(multiple_of=GROUP_CHANNELS)] = 64
     """Channels at stride 4, a multiple of 16; they double with each halving of the resolution."""
     halvings: Annotated[int, Field(ge=0, le=2)] = 1
     """How often it halves the resolution below stride 4: 1 judges patches of about 50 pixels."""
@@ -42,7 +41,7 @@ class Discriminator(nn.Module):
         for _ in range(config.halvings):
             layers += [nn.LeakyReLU(_SLOPE), nn.Conv2d(width, 2 * width, 4, stride=2, padding=1)]
             width *= 2
-            layers += [nn.GroupNorm(width // _GROUP_CHANNELS, width)]
+            layers += [group_norm(width)]
         layers += [nn.LeakyReLU(_SLOPE), nn.Conv2d(width, 1, 3, padding=1)]
         self.layers = nn.Sequential(*layers)
 

@@ -41,10 +41,7 @@ class Tokenizer:
     """
 
     def __init__(
-        self,
-        autoencoder: Autoencoder,
-        device: torch.device | str = "cpu",
-        precision: str = "fp32",
+        self, autoencoder: Autoencoder, device: torch.device | str = "cpu", precision: str = "fp32"
     ) -> None:
         self.device = torch.device(device)
         self.dtype = resolve_precision(precision, self.device)

@@ -38,11 +38,7 @@ def _integral(times: Floats, values: Floats, at: Floats) -> Floats:
     return cumulative[left] + elapsed * (values[left] + slope * elapsed / 2)
 
 
-def _covered(
-    times: Floats,
-    starts: Floats,
-    ends: Floats,
-) -> Mask:
+def _covered(times: Floats, starts: Floats, ends: Floats) -> Mask:
     """Which intervals lie within the padded log `times` and touch none of its gaps."""
     gaps_before = np.append(0, np.cumsum(np.diff(times) > GAP_S + _SLACK_S))
     last = len(times) - 2

@@ -110,8 +110,7 @@ def find_drives(
     nothing looks like a drive, and for a kind of steering that there is not.
     """
     options = LogOptions(
-        steering_kind=cast(SteeringKind | None, steering_kind),
-        time_offset=time_offset,
+        steering_kind=cast(SteeringKind | None, steering_kind), time_offset=time_offset
     )
     found = {each.path.resolve(): each for path in paths for each in _candidates(path)}
     candidates = [

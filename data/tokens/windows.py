@@ -65,13 +65,11 @@ class WindowIndex:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def places(self, numbers: Ints) -> tuple[Ints, Ints]:
-        """Where the windows are: the positions of their drives, and their first frames in those."""
-        drive, start, _ = self._find(numbers)
-        return drive, start
+    def places(self, numbers: Ints) -> tuple[Ints, Ints, Mask]:
+        """Where the windows are: the positions of their drives, and their first frames in those.
 
-    def _find(self, numbers: Ints) -> tuple[Ints, Ints, Mask]:
-        """As `places`, and whether there is a frame before each window, with no gap in between."""
+        And whether there is a frame before each window, with no gap in between.
+        """
         if numbers.min(initial=0) < 0:  # too large ones have no run
             raise IndexError(f"window {numbers.min()} of {len(self)}")
         run = np.searchsorted(self._ends, numbers, side="right")
@@ -84,7 +82,7 @@ class WindowIndex:
         Raises:
             DriveSimError: a token is not below the codebook's size.
         """
-        drive, start, has_previous = self._find(numbers)
+        drive, start, has_previous = self.places(numbers)
         alone = np.flatnonzero(~has_previous)
         rows = (start + self._in_shard[drive])[:, None] + self._frames
         rows[alone, 0] += 1  # any frame, where there is none before the window
@@ -139,12 +137,7 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(
-        self,
-        drives: Sequence[DriveTokens],
-        *,
-        frames: int,
-        batch_size: int,
-        seed: int = 0,
+        self, drives: Sequence[DriveTokens], *, frames: int, batch_size: int, seed: int = 0
     ) -> None:
         self.index = WindowIndex(drives, frames=frames)
         if batch_size > len(self.index):

@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -35,7 +35,7 @@ from driving_sim.data.video import decoder_worker as worker
 from driving_sim.data.video.file import VideoError
 from driving_sim.data.video.file_facts import VideoFacts
 from driving_sim.data.video.frame_size import FrameSize
-from driving_sim.data.video.reader import frames_to_read, frames_to_stream
+from driving_sim.data.video.reader import Indices, frames_to_read, frames_to_stream
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.training.interrupt import SIGNALS
 
@@ -52,8 +52,6 @@ _MOST_BYTES = 1 << 30
 """Of an answer that does not say how long it will be."""
 _MOST_IDLE = 8
 _WINDOWS = sys.platform == "win32"
-
-Indices = Ints | Sequence[int]
 
 
 def read_facts(path: Path) -> VideoFacts:

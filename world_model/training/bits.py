@@ -74,7 +74,7 @@ class FullWindows(WindowIndex):
     def __init__(self, drives: Sequence[DriveTokens], *, frames: int, stride: int = 1) -> None:
         super().__init__(drives, frames=frames, stride=stride)
         self.drives = drives
-        self.drive, start = self.places(np.arange(len(self)))
+        self.drive, start, _ = self.places(np.arange(len(self)))
         self.frame = start + frames - 1
 
     def last_frames(self) -> tuple[Ints, Ints]:
