@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from driving_sim.data.video.frame_size import FrameSize
-from driving_sim.engine.config import Count, Natural, config, require
+from driving_sim.engine.config import Count, config, require
 from driving_sim.tokenizer.fsq import FSQ, Levels
 
 STRIDE = 16
@@ -29,6 +29,7 @@ _MOST_SCORES = 2**21  # at once: 4 MiB, and as much for the weights
 
 
 _Side = Annotated[int, Field(ge=STRIDE, le=_MOST_PIXELS, multiple_of=STRIDE)]
+_Blocks = Annotated[int, Field(ge=0, le=1024)]
 _Width = Annotated[Count, Field(multiple_of=GROUP_CHANNELS)]
 
 
@@ -46,9 +47,9 @@ class AutoencoderConfig:
     """The fixed 4x4 patching: two-level Haar wavelets, or the pixels as they are."""
     widths: tuple[_Width, _Width, _Width] = (64, 128, 256)
     """Channels at strides 4, 8 and 16, multiples of 16."""
-    blocks: tuple[Natural, Natural, Natural] = (1, 2, 2)
+    blocks: tuple[_Blocks, _Blocks, _Blocks] = (1, 2, 2)
     """Residual blocks at strides 4, 8 and 16, in the encoder and again in the decoder."""
-    attention_blocks: Natural = 2
+    attention_blocks: _Blocks = 2
     """Transformer blocks at stride 16, in the encoder and again in the decoder."""
     head_size: Count = 64
     """Channels of an attention head; divides the channels at stride 16."""

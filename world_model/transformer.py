@@ -62,7 +62,7 @@ class TokenGrid:
 class TransformerConfig:
     """Size and shape of the world model."""
 
-    layers: Count = 6
+    layers: Annotated[int, Field(ge=1, le=1024)] = 6
     """Number of blocks."""
     width: Count = 256
     """Channels of the residual stream."""

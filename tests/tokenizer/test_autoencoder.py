@@ -167,6 +167,7 @@ def test_the_last_layer_is_the_one_before_the_pixels() -> None:
         ({"widths": (16, 20, 32)}, "widths"),
         ({"blocks": (1, -1, 1)}, "blocks"),
         ({"attention_blocks": -1}, "attention_blocks"),
+        ({"blocks": (1, 1, 10**9)}, "blocks.*1024"),
         ({"head_size": 24}, "head_size: must be a divisor.*, found 24"),
     ],
 )

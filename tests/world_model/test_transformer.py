@@ -142,7 +142,14 @@ def test_codes_are_told_apart_by_digits_alone() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("width", 30), ("kv_heads", 3), ("context_frames", 1), ("dropout", 1.0), ("lag", -1)],
+    [
+        ("width", 30),
+        ("kv_heads", 3),
+        ("context_frames", 1),
+        ("dropout", 1.0),
+        ("lag", -1),
+        ("layers", 10**9),
+    ],
 )
 def test_impossible_shapes_are_named(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
