@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
 from driving_sim.evaluate.report.cell import Cell, cell_texts, is_estimate
-from driving_sim.evaluate.report.page import render, write_page
+from driving_sim.evaluate.report.page import write_page
 from driving_sim.evaluate.report.report import Report
 from driving_sim.evaluate.report.section import Media, Section, Table, plot
 
@@ -52,14 +52,14 @@ def compare_reports(a: Path, b: Path, out: Path) -> str:
     for place, pair in pairs.items():
         name, _, below = place.partition(".")
         by_section.setdefault(name, {})[below] = pair
-    page = render(
-        title="Two reports compared",
-        description=dict(zip("AB", map(_described, reports), strict=True)),
-        sections=[*sections, *(_section(*each) for each in by_section.items())],
-        protocol=reports[0].protocol,
-    )
     with atomic_file(out) as temporary:
-        write_page(temporary, page)
+        write_page(
+            temporary,
+            title="Two reports compared",
+            description=dict(zip("AB", map(_described, reports), strict=True)),
+            sections=[*sections, *(_section(*each) for each in by_section.items())],
+            protocol=reports[0].protocol,
+        )
     return "\n".join([f"A: {a}", f"B: {b}", *notes, *(["", _text(figures)] if figures else [])])
 
 

@@ -21,7 +21,8 @@ Tile = tuple[str, Cell, Mapping[str, Cell]]
 """A key figure: its label, its value, and what to read it beside, by label."""
 
 
-def render(
+def write_page(
+    path: Path,
     *,
     title: str,
     description: Mapping[str, Cell],
@@ -29,8 +30,11 @@ def render(
     sections: Sequence[Section],
     protocol: Protocol,
     seconds: float | None = None,
-) -> str:
-    """Return the page; all that is given is text, and gets escaped."""
+) -> None:
+    """Write the page; all that is given is text, and gets escaped.
+
+    A file name that is not UTF-8 is shown with escapes.
+    """
     environment = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined)
     filters: dict[str, Callable[..., Any]] = {
         "base64": lambda data: base64.b64encode(data).decode(),
@@ -42,7 +46,7 @@ def render(
     }
     environment.filters |= filters
     template = importlib.resources.files(__package__).joinpath("report.html").read_text("utf-8")
-    return environment.from_string(template).render(
+    page = environment.from_string(template).render(
         title=title,
         about=[(name, cell_texts([cell])[0]) for name, cell in description.items()],
         headline=[_tile(*tile) for tile in headline],
@@ -51,10 +55,6 @@ def render(
         duration=None if seconds is None else _duration(seconds),
         content=json.dumps(protocol.content, indent=2, ensure_ascii=False),
     )
-
-
-def write_page(path: Path, page: str) -> None:
-    """Write a page; a file name that is not UTF-8 is shown with escapes."""
     path.write_text(page, "utf-8", errors="backslashreplace")
 
 

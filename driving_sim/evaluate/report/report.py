@@ -17,7 +17,7 @@ from driving_sim.engine.config import load_json, save_json
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_folder
 from driving_sim.evaluate.report.cell import Cell, cell_texts
-from driving_sim.evaluate.report.page import Tile, render, write_page
+from driving_sim.evaluate.report.page import Tile, write_page
 from driving_sim.evaluate.report.protocol_hash import Protocol
 from driving_sim.evaluate.report.section import Section
 
@@ -108,18 +108,18 @@ def write_report(
         "headline": places,
         **measured,
     }
-    page = render(
-        title=title,
-        description=description,
-        headline=tiles,
-        sections=sections,
-        protocol=protocol,
-        seconds=seconds,
-    )
     with atomic_folder(out) as folder:
         protocol.save(folder / _PROTOCOL)
         save_json(folder / _METRICS, metrics)
-        write_page(folder / _PAGE, page)
+        write_page(
+            folder / _PAGE,
+            title=title,
+            description=description,
+            headline=tiles,
+            sections=sections,
+            protocol=protocol,
+            seconds=seconds,
+        )
         for name, content in (attachments or {}).items():
             (folder / name).write_bytes(content)
     return {label: cell_texts([value])[0] for label, value, _ in tiles}

@@ -77,8 +77,8 @@ def test_an_existing_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(path: Path, page: str) -> None:
-        path.write_text(page[:10])
+    def interrupted(path: Path, **page: object) -> None:
+        path.write_text("<!doctype")
         raise KeyboardInterrupt
 
     monkeypatch.setattr("driving_sim.evaluate.report.report.write_page", interrupted)
