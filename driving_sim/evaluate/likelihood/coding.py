@@ -116,7 +116,7 @@ def compress(
     def put(t: int, logits: Tensor, target: Tensor) -> Tensor:
         nonlocal model_bits
         known = tokens[t, target.cpu().numpy()]
-        encoder.encode(known, _FAMILY, _weights(logits[0]))
+        encoder.encode(known, _FAMILY, weights(logits[0]))
         chosen = torch.from_numpy(known).long().to(logits.device)[None]
         log_probs = logits.log_softmax(-1).gather(-1, chosen.unsqueeze(-1))
         model_bits -= float(log_probs.double().sum()) / math.log(2)
@@ -137,7 +137,7 @@ def decompress(
     decoder = stream.queue.RangeDecoder(words)
 
     def get(t: int, logits: Tensor, target: Tensor) -> Tensor:
-        read = decoder.decode(_FAMILY, _weights(logits[0]))
+        read = decoder.decode(_FAMILY, weights(logits[0]))
         return torch.from_numpy(read).long().to(logits.device)[None]
 
     try:
@@ -147,23 +147,18 @@ def decompress(
     return rearrange(decoded, "t (r c) -> t r c", r=world.transformer.grid.rows)
 
 
-def frequencies(logits: Tensor) -> Ints:
-    """Return a softmax [n, K] in integers: every code has at least 1, every row sums to 2^24."""
-    free = _TOTAL - logits.shape[-1]
-    probs = logits.cpu().double().softmax(-1).numpy()
-    edges = np.floor(probs.cumsum(-1) * free)
-    edges[:, -1] = free
-    counts: Ints = np.diff(edges, prepend=0).astype(np.int64) + 1
-    return counts
+def weights(logits: Tensor) -> Floats32:
+    """Return a softmax [n, K] as the coder's weights: whole numbers, 2^24 - K in every row.
 
-
-def _weights(logits: Tensor) -> Floats32:
-    """What makes constriction's frequencies those of `frequencies`.
-
-    It gives every code 1 and shares out the rest in proportion to the weights. These are whole
-    numbers that sum to that rest, below 2^24: float32 adds them up and scales them exactly.
+    constriction gives every code a frequency of 1 and shares out the rest of 2^24 in proportion to
+    the weights. These sum to that rest: float32 adds them up and scales them exactly.
     """
-    return (frequencies(logits) - 1).astype(np.float32)
+    rest = _TOTAL - logits.shape[-1]
+    probs = logits.cpu().double().softmax(-1).numpy()
+    edges = np.floor(probs.cumsum(-1) * rest)
+    edges[:, -1] = rest
+    shares: Floats32 = np.diff(edges, prepend=0).astype(np.float32)
+    return shares
 
 
 def _pass_through(
