@@ -2,14 +2,16 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from driving_sim.engine.torchrun import is_main_process
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
+
+T = TypeVar("T")
 
 LINE_SECONDS = 10.0
 """Between two plain lines."""
@@ -59,6 +61,12 @@ class Progress:
                 self._bar.update(self._task, completed=self._fraction, status=status)
             else:
                 self.say(f"{self._label}: {status}")
+
+    def counted(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield items, each a unit of work that is done when the next is asked for."""
+        for item in items:
+            yield item
+            self.advance()
 
     def say(self, line: str, *, by_any_rank: bool = False) -> None:
         """Print a line of its own, above the bar where there is one.

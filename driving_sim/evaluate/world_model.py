@@ -35,7 +35,7 @@ from driving_sim.evaluate.pictures.stability import StabilityConfig
 from driving_sim.evaluate.report.protocol_hash import Protocol
 from driving_sim.evaluate.report.report import KeyFigure
 from driving_sim.evaluate.report.section import Section, Table
-from driving_sim.evaluate.rollouts import BATCH, Imagined, imagine
+from driving_sim.evaluate.rollouts import BATCH, imagine
 from driving_sim.tokenizer.perceptual import PerceptualLoss
 from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import WorldModel
@@ -140,11 +140,8 @@ def evaluate_world_model(
     clips: list[Clip] = []
     with attempt("quality", "fidelity", "sweep"):
         clips = choose(frames=round(config.seconds * world.fps), count=config.clips)
-        rollouts: list[Imagined] = []
         with progress(len(clips), "rollouts", "rollouts") as bar:
-            for imagined in imagine(world, clips, sampling):
-                rollouts.append(imagined)
-                bar.advance(1)
+            rollouts = [*bar.counted(imagine(world, clips, sampling))]
         quality = evaluate_quality(rollouts, world.fps, evidence.extractor, evidence.perceptual)
         sections.append(quality)
         if probe is not None:

@@ -38,6 +38,19 @@ def test_plain_lines_show_rate_and_time_left(
     ]
 
 
+def test_what_is_counted_is_done_when_the_next_is_asked_for(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress(2, "sweep", "starts") as shown:
+        for _ in shown.counted("ab"):
+            clock.now += 20.0
+    assert capsys.readouterr().err.splitlines() == [
+        "sweep: 1/2 starts, 0.05 starts/s, 0:20 left",
+        "sweep: 2/2 starts, 0.05 starts/s, 0:00 left",
+        "sweep: 2 starts in 0:40",
+    ]
+
+
 def test_what_was_done_before_says_nothing_of_the_rate(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:

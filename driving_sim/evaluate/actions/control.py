@@ -65,7 +65,7 @@ def measure_control(
     trials: dict[str, list[dict[str, float]]] = {drive.id: [] for drive in drives}
     rows: list[tuple[str, list[Pixels]]] = []
     with progress(starts, "left and right", "starts") as bar:
-        for number in range(starts):
+        for number in bar.counted(range(starts)):
             drive = drives[number % len(drives)]
             share = (number // len(drives) + 0.5) / -(-starts // len(drives))
             times = _times_to_start(world, drive)
@@ -79,7 +79,6 @@ def measure_control(
             trials[drive.id].append(trial)
             to_left, to_right = ([future[n] for n in shown] for future in futures)
             rows.append((f"{drive.id} at {start_s:.1f} s", [*to_left[::-1], start, *to_right]))
-            bar.advance(1)
     if sheet is not None:
         with atomic_file(sheet) as temporary:
             Image.fromarray(contact_sheet(rows, headings)).save(temporary)

@@ -8,6 +8,7 @@ Axes: C clips, N frames of the future, H W pixels, A = 2 channels (speed, steeri
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -47,24 +48,17 @@ def evaluate_fidelity(
     model that always says right must not be right. `floor` is the probe's own error on held-out
     footage, for the report.
     """
-    clips = [imagined.clip for imagined in rollouts]
-    mirrored = [replace(clip, mirrored=True) for clip in clips]
-    with progress(3 * len(clips), "action fidelity", "rollouts") as bar:
-
-        def done(imagined: Imagined) -> Floats:
-            bar.advance(1)
-            return read(probe, imagined.clip.context, imagined.frames)
-
-        free = imagine(world, [*clips, *mirrored], sampling, hide_actions=True)
+    mirrored = [replace(imagined.clip, mirrored=True) for imagined in rollouts]
+    clips = [*(imagined.clip for imagined in rollouts), *mirrored]
+    with progress(3 * len(rollouts), "action fidelity", "rollouts") as bar:
+        told = chain(rollouts, bar.counted(imagine(world, mirrored, sampling)))
+        free = bar.counted(imagine(world, clips, sampling, hide_actions=True))
         realised = {
-            "recorded": [read(probe, clip.context, clip.truth) for clip in [*clips, *mirrored]],
-            "model": [
-                *(read(probe, each.clip.context, each.frames) for each in rollouts),
-                *map(done, imagine(world, mirrored, sampling)),
-            ],
-            "action_free": [*map(done, free)],
+            "recorded": [read(probe, clip.context, clip.truth) for clip in clips],
+            "model": [read(probe, each.clip.context, each.frames) for each in told],
+            "action_free": [read(probe, each.clip.context, each.frames) for each in free],
         }
-    return compare_actions(world, [*clips, *mirrored], realised, floor)
+    return compare_actions(world, clips, realised, floor)
 
 
 def compare_actions(

@@ -41,7 +41,7 @@ def evaluate_sweep(
     found: list[dict[str, Any]] = []
     pictures: list[Media] = []
     with progress(len(starts), "sweep of commands", "starts") as bar:
-        for clip in starts:
+        for clip in bar.counted(starts):
             commands = _commands(world, clip)
             futures = _roll_out(world, clip, commands, sampling)
             measured: dict[str, Any] = {"model": _monotonicity(probe, clip, commands, futures)}
@@ -55,7 +55,6 @@ def evaluate_sweep(
                 pictures.append(_picture(clip, commands, futures, "the model's"))
                 if truths is not None:
                     pictures.append(_picture(clip, commands, truths, "the true"))
-            bar.advance(1)
     truths_known = sum("truth" in each for each in found)
     metrics = {"starts": len(found), "starts_with_truth": truths_known, **_mean(found)}
     return Section("sweep", "Counterfactual sweep", _TEXT, metrics, (_table(metrics), *pictures))

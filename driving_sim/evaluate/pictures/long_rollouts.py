@@ -49,23 +49,18 @@ def evaluate_stability(
     """
     seen = []
     with progress(len(real), "real footage", "drives") as bar:
-        for drive in real:
+        for drive in bar.counted(real):
             # What leads to a frame is the action before it.
             led = np.arange(-1, len(drive) - 1).clip(min=0)
             seen.append(
                 _appearance(world, drive.tokens, drive.actions[led], drive.action_valid[led])
             )
-            bar.advance(1)
     footage = RealFootage(seen, world.fps, config)
     onward = (_onward(clip, round(seconds * world.fps)) for clip in starts)
     actions, valid = map(np.stack, zip(*onward, strict=True))
     steps = world.generate(encode_contexts(world, starts), actions, valid, sampling=sampling)
     with progress(actions.shape[1], "long rollouts", "frames") as bar:
-        found = []
-        for step in steps:
-            found.append(step.tokens.cpu())
-            bar.advance(1)
-    futures = torch.stack(found, dim=1).numpy()
+        futures = torch.stack([step.tokens.cpu() for step in bar.counted(steps)], dim=1).numpy()
     rollouts = zip(futures, actions, valid, strict=True)
     judged = [footage.judge(_appearance(world, *rollout)) for rollout in rollouts]
     metrics: dict[str, Any] = {
