@@ -4,7 +4,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from driving_sim.data.drive import DriveSet, SampledDrive, sample
 from driving_sim.data.tokens.index import INDEX
@@ -47,8 +47,6 @@ from driving_sim.tokenizer.perceptual import PerceptualLoss, has_vgg16_weights, 
 from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.world_model import WorldModel
-
-Store = TypeVar("Store", bound=TokenStore)
 
 TOKENIZER_HEADLINE = (
     KeyFigure("PSNR, dB", "reconstruction.psnr_db"),
@@ -217,7 +215,8 @@ def _training_store(run: Path, world: WorldModel, path: Path) -> TokenStore:
     Raises DriveSimError, naming the option, where it was not.
     """
     try:
-        training = _checked(world, TokenStore(path))
+        training = TokenStore(path)
+        _check(world, training)
     except DriveSimError as error:
         raise DriveSimError(
             f"{error}, or name the token store that the model was trained on with `training_tokens`"
@@ -233,12 +232,11 @@ def _training_store(run: Path, world: WorldModel, path: Path) -> TokenStore:
     return training
 
 
-def _checked(world: WorldModel, store: Store) -> Store:
-    """A store whose tokens the model can judge; a line says where their number format differs."""
+def _check(world: WorldModel, store: TokenStore) -> None:
+    """Raise DriveSimError for tokens that the model cannot judge; say of another number format."""
     world.check_store(store)
     if line := world.format_notice(store):
         say(line)
-    return store
 
 
 def _rate(
@@ -262,7 +260,8 @@ def _held_out_store(world: WorldModel, data: Sequence[Path]) -> HeldOutStore | N
         return None
     if len(data) > 1:
         raise DriveSimError(f"{stores[0]} is a token store: name it alone, or videos")
-    store = _checked(world, HeldOutStore(stores[0], world.known_channels))
+    store = HeldOutStore(stores[0], world.known_channels)
+    _check(world, store)
     store.verify()
     return store
 

@@ -1,7 +1,6 @@
 """The picture of a scaling law: runs, the fitted curve with its interval, the predictions."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -61,14 +60,17 @@ def _draw_prediction(
     axes: Axes, prediction: Prediction, marker: str, colour: str, label: str
 ) -> None:
     low, high = prediction.low, prediction.high
-    bars = (
-        None if low is None or high is None else [[prediction.loss - low], [high - prediction.loss]]
+    axes.errorbar(
+        [prediction.compute],
+        [prediction.loss],
+        None
+        if low is None or high is None
+        else [[prediction.loss - low], [high - prediction.loss]],
+        fmt=marker,
+        color=colour,
+        markerfacecolor="none",
+        markersize=9,
+        capsize=3,
+        label=label,
+        zorder=4,
     )
-    style: dict[str, Any] = {
-        "fmt": marker,
-        "color": colour,
-        "markerfacecolor": "none",
-        "markersize": 9,
-    }
-    place = [prediction.compute], [prediction.loss]
-    axes.errorbar(*place, yerr=bars, capsize=3, label=label, zorder=4, **style)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from driving_sim.data.arrays import Reals
-from driving_sim.evaluate.report.intervals import bootstrap, unit_sums
+from driving_sim.evaluate.report.intervals import bootstrap, ratio, unit_sums
 
 _LONGEST_DELAY = 5
 _FLAT = 1e-12
@@ -51,7 +51,7 @@ def follow(
     return {
         "transitions": int(known.sum()),
         "correlation": _estimate(moments, _correlation),
-        "gain": _or_none(_ratio(covariance, commanded_variance)),
+        "gain": _or_none(ratio(covariance, commanded_variance)),
         "mean_absolute_error": float(np.abs(x - y)[known].mean()) if known.any() else None,
         "delay_frames": _delay(x, y),
         "sign_accuracy": None if sides is None else _estimate(sides, _balanced),
@@ -114,12 +114,7 @@ def _spread(moments: Reals) -> tuple[Reals, Reals, Reals]:
 def _correlation(moments: Reals) -> Reals:
     """Pearson's correlation from sums [..., 6]; NaN where either does not vary."""
     covariance, variance_x, variance_y = _spread(moments)
-    return np.clip(_ratio(covariance, np.sqrt(variance_x * variance_y)), -1.0, 1.0)
-
-
-def _ratio(part: Reals, whole: Reals) -> Reals:
-    """Divide; NaN where the whole is 0."""
-    return np.asarray(part / np.where(whole == 0, np.nan, whole))
+    return np.clip(ratio(covariance, np.sqrt(variance_x * variance_y)), -1.0, 1.0)
 
 
 def _sides(x: Reals, y: Reals, threshold: float) -> Reals:
@@ -132,7 +127,7 @@ def _sides(x: Reals, y: Reals, threshold: float) -> Reals:
 def _balanced(sides: Reals) -> Reals:
     """Mean of the two sides' accuracies from counts [..., 4]; NaN where a side is missing."""
     left, left_right, right, right_right = np.moveaxis(sides, -1, 0)
-    return np.asarray((_ratio(left_right, left) + _ratio(right_right, right)) / 2)
+    return np.asarray((ratio(left_right, left) + ratio(right_right, right)) / 2)
 
 
 def _estimate(sums: Reals, statistic: Callable[[Reals], Reals]) -> dict[str, float | None] | None:
@@ -159,7 +154,7 @@ def _likeness(x: Reals, y: Reals) -> float:
     """Correlation of clips about their own means, so that a level is no likeness; 0 where flat."""
     moments = _moments(*_paired(x, y))
     parts = [(moments[:, 0] * part).sum() for part in _spread(moments)]
-    found = float(_ratio(parts[0], np.sqrt(parts[1] * parts[2])))
+    found = float(ratio(parts[0], np.sqrt(parts[1] * parts[2])))
     return 0.0 if np.isnan(found) else found
 
 

@@ -75,6 +75,7 @@ def evaluate_likelihood(
         "copy_last": copy_last.bits_per_token(windows),
         "unigram": copy_last.unigram.bits_per_token(windows),
     }
+    places = _by_position(world, heldout.drives, block)
     metrics: dict[str, Any] = {
         "per_tokenizer": True,
         "frames": len(windows),
@@ -85,7 +86,8 @@ def evaluate_likelihood(
         "accuracy": {name: float(each.accuracy.mean()) for name, each in judged.items()},
         "share_of_copy_last": model.mean / judged["copy_last"].mean,
         "streamed_over_recomputed": _streamed_share(world, heldout.drives, model),
-        **_by_position(world, heldout.drives, block),
+        "by_position": [each["mean"] for each in places],
+        "by_position_interval": {end: [each[end] for each in places] for end in ("low", "high")},
         "calibration": calibration.metrics(),
     }
     parts = _table(metrics), _plot(metrics)
@@ -141,16 +143,12 @@ def _interval(judged: FrameBits, block: int, tokens: int = 1) -> dict[str, float
 
 def _by_position(
     world: WorldModel, drives: Sequence[DriveTokens], block: int
-) -> dict[str, Sequence[float | None] | dict[str, Sequence[float | None]]]:
+) -> list[dict[str, float | None]]:
     """Mean bits per token of the frames at each place of windows side by side, with intervals."""
     bits = _bits_of_windows(world, drives)
     # Windows that are shorter than a block are resampled so many together.
     units = np.arange(len(bits)) // -(-block // world.context_frames)
-    found = [interval(place, units) for place in bits.T]
-    return {
-        "by_position": [each["mean"] for each in found],
-        "by_position_interval": {end: [each[end] for each in found] for end in ("low", "high")},
-    }
+    return [interval(place, units) for place in bits.T]
 
 
 @torch.inference_mode()

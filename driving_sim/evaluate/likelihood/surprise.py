@@ -167,30 +167,26 @@ def _pictures(
     world: WorldModel, watched: _Watched, tokens: list[Bits], bar: Progress
 ) -> Iterator[Pixels]:
     """Yield the frames of a drive's video, and take note of their bits, in all and of `tokens`."""
-    for t, (frame, bits) in enumerate(_judged_frames(world, watched.sampled)):
+    sampled = watched.sampled
+    starts = {start for start, _ in sampled.segments}
+    for t, (frame, bits) in enumerate(_judged_frames(world, sampled)):
         watched.bits.append(float(bits.mean(dtype=np.float64)))
         tokens.append(bits)
         bar.advance(1)
-        panel = _panel(world, watched, t, frame)
+        short = "" if watched.full[t] else _SHORT
+        panel = draw_panel(
+            frame,
+            f"{sampled.timestamps[t]:.1f} s  {watched.bits[t]:.2f} bits{short}",
+            # The action that led to it.
+            sampled.actions[t - 1],
+            sampled.action_valid[t - 1] & (t not in starts),
+            2 * world.statistics.steering_p95 or 1.0,
+        )
         height, width, _ = panel.shape
         picture = panel[-(len(frame) * width // frame.shape[1]) :]
         legend = _legend(height - len(picture), width, _most(world))
         heat = heat_map(picture, bits, _most(world))
         yield side_by_side([panel, np.concatenate([legend, heat])], columns=2)
-
-
-def _panel(world: WorldModel, watched: _Watched, t: int, frame: Pixels) -> Pixels:
-    """The frame under its time and bits, and the action that led to it."""
-    sampled = watched.sampled
-    short = "" if watched.full[t] else _SHORT
-    led = all(t != start for start, _ in sampled.segments)
-    return draw_panel(
-        frame,
-        f"{sampled.timestamps[t]:.1f} s  {watched.bits[t]:.2f} bits{short}",
-        sampled.actions[t - 1],
-        sampled.action_valid[t - 1] & led,
-        2 * world.statistics.steering_p95 or 1.0,
-    )
 
 
 def _most(world: WorldModel) -> float:

@@ -47,8 +47,12 @@ def bootstrap(sums: ArrayLike, statistic: Callable[[Reals], Reals]) -> dict[str,
 
 def mean_of_sums(sums: Reals) -> Reals:
     """A statistic for `bootstrap`: means [...] of [..., 2], a sum and its count; NaN for none."""
-    total, count = sums[..., 0], sums[..., 1]
-    return np.asarray(total / np.where(count == 0, np.nan, count))
+    return ratio(sums[..., 0], sums[..., 1])
+
+
+def ratio(part: Reals, whole: Reals) -> Reals:
+    """Divide; NaN where the whole is 0."""
+    return np.asarray(part / np.where(whole == 0, np.nan, whole))
 
 
 def mean_sums(values: ArrayLike, units: ArrayLike | None = None) -> Floats:
