@@ -117,10 +117,8 @@ class Footage:
 
 def sampled_fingerprint(sampled: SampledDrive) -> str:
     """SHA-256, in hexadecimal, of a drive's files, its choice of frames, actions and times."""
-    files = hashlib.sha256()
-    for path in sampled.drive.reader.files(sampled.indices):
-        files.update(bytes.fromhex(sha256_of(path)))
-    content = np.frombuffer(files.digest(), np.uint8)
+    files = map(sha256_of, sampled.drive.reader.files(sampled.indices))
+    content = np.frombuffer(hashlib.sha256(bytes.fromhex("".join(files))).digest(), np.uint8)
     clock = sampled.timestamps, sampled.actions, sampled.action_valid, np.array(sampled.segments)
     return digest(content, sampled.indices, *clock)
 

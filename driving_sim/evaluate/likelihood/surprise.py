@@ -113,7 +113,10 @@ def find_surprises(world: WorldModel, drives: Sequence[Drive], out: Path) -> dic
                 tokens: list[Bits] = []
                 pictures = _pictures(world, each, tokens, bar)
                 write_video(folder / each.video, pictures, fps=each.sampled.fps)
-                moments += _moments(each, tokens)
+                counted = np.flatnonzero(each.counts).tolist()
+                ranked = sorted(counted, key=each.bits.__getitem__, reverse=True)
+                frames = frames_apart(ranked, each.sampled.timestamps, _MOMENTS)
+                moments += [_Moment(watched=each, frame=t, bits=tokens[t]) for t in frames]
         # Of equals the earlier comes first.
         moments.sort(key=lambda moment: (moment.watched.short, -moment.mean))
         moments = moments[:_MOMENTS]
@@ -154,13 +157,6 @@ def _judged_frames(world: WorldModel, sampled: SampledDrive) -> Iterator[tuple[P
         for (frame, _), found in zip(shown, run, strict=True):
             bits = found.bits.cpu().numpy()
             yield frame, rearrange(bits, "1 (r c) -> r c", c=world.tokenizer.cols)
-
-
-def _moments(watched: _Watched, tokens: Sequence[Bits]) -> list[_Moment]:
-    """A drive's most surprising frames, as many as are shown of all drives."""
-    ranked = sorted(np.flatnonzero(watched.counts).tolist(), key=lambda t: -watched.bits[t])
-    frames = frames_apart(ranked, watched.sampled.timestamps, _MOMENTS)
-    return [_Moment(watched=watched, frame=t, bits=tokens[t]) for t in frames]
 
 
 def _pictures(

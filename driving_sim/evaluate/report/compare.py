@@ -1,25 +1,21 @@
 """Two reports side by side, where they measured the same thing."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeGuard
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
-from driving_sim.evaluate.report.cell import Cell, cell_texts, is_estimate
+from driving_sim.evaluate.report.cell import Cell, cell_texts
 from driving_sim.evaluate.report.page import write_page
-from driving_sim.evaluate.report.report import Report
+from driving_sim.evaluate.report.report import Metric, Report, is_curve, leaves
 from driving_sim.evaluate.report.section import Media, Section, Table, plot
 
-_PER_TOKENIZER = "per_tokenizer"
-_ESTIMATE = ("mean", "low", "high")
 _DIFFERENCES_SHOWN = 3
 _COLUMNS = ("", "A", "B", "B − A")
 
-Metric = Cell | list[float | None]
 Pairs = dict[str, tuple[Metric, Metric]]
 """What two reports say, by its place, `section.name`; None is what one of them lacks."""
 
@@ -91,36 +87,13 @@ def _pairs(a: Report, b: Report) -> tuple[Pairs, list[str]]:
     """What compares, and the places of what has no meaning beside another tokenizer's."""
     one, other = (report.metrics["model"].get("tokenizer_fingerprint") for report in (a, b))
     left_out: dict[str, None] | None = None if one == other else {}
-    in_a, in_b = (dict(_leaves(report.sections, left_out)) for report in (a, b))
+    in_a, in_b = (dict(leaves(report.sections, left_out)) for report in (a, b))
     pairs = {place: (in_a.get(place), in_b.get(place)) for place in in_a | in_b}
     return pairs, list(left_out or ())
 
 
-def _leaves(
-    value: Any, left_out: dict[str, None] | None, place: str = ""
-) -> Iterator[tuple[str, Metric]]:
-    """Numbers, estimates and curves below a mapping; `left_out` gets what counts tokens."""
-    if _is_curve(value) or value is None or isinstance(value, int | float):
-        yield place, value
-    elif isinstance(value, Mapping):
-        inner = dict(value)
-        if inner.pop(_PER_TOKENIZER, False) is True and left_out is not None:
-            left_out[place] = None
-            return
-        if is_estimate(inner):
-            yield place, {name: inner.pop(name) for name in _ESTIMATE}
-        for name, item in inner.items():
-            yield from _leaves(item, left_out, f"{place}.{name}" if place else name)
-
-
-def _is_curve(value: object) -> TypeGuard[list[float | None]]:
-    if not isinstance(value, list) or len(value) < 2:
-        return False
-    return all(item is None or isinstance(item, int | float) for item in value)
-
-
 def _section(name: str, pairs: Pairs) -> Section:
-    curves = {place: pair for place, pair in pairs.items() if any(map(_is_curve, pair))}
+    curves = {place: pair for place, pair in pairs.items() if any(map(is_curve, pair))}
     numbers = {place: pair for place, pair in pairs.items() if place not in curves}
     table = [Table("Every number", _COLUMNS, _rows(numbers))] if numbers else []
     drawn = [_draw(place, pair) for place, pair in curves.items()]
@@ -161,7 +134,7 @@ def _draw(place: str, pair: tuple[Metric, Metric]) -> Media:
     figure = Figure(figsize=(4.6, 2.9), layout="constrained")
     axes = figure.subplots()
     for name, style, curve in zip("AB", ("-", "--"), pair, strict=True):
-        if _is_curve(curve):
+        if is_curve(curve):
             axes.plot(np.arange(len(curve)), np.array(curve, float), style, label=name)
     axes.set_xlabel("index")
     axes.legend(frameon=False)

@@ -6,17 +6,17 @@ REPORT/protocol.json    what was measured, and its hash
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import numpy as np
 
 from driving_sim.engine.config import load_json, save_json
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_folder
-from driving_sim.evaluate.report.cell import Cell, cell_texts
+from driving_sim.evaluate.report.cell import Cell, cell_texts, is_estimate
 from driving_sim.evaluate.report.page import Tile, write_page
 from driving_sim.evaluate.report.protocol_hash import Protocol
 from driving_sim.evaluate.report.section import Section
@@ -24,6 +24,11 @@ from driving_sim.evaluate.report.section import Section
 _PAGE, _METRICS, _PROTOCOL = "report.html", "metrics.json", "protocol.json"
 _NOT_SECTIONS = frozenset(("protocol", "model", "seconds", "headline"))
 """What `metrics.json` holds beside the sections' metrics."""
+_PER_TOKENIZER = "per_tokenizer"
+_ESTIMATE = ("mean", "low", "high")
+
+Metric = Cell | list[float | None]
+"""A number, an estimate or a curve."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,19 +98,17 @@ def write_report(
     """
     refuse_existing(out)
     measured = {section.name: _json(section.metrics) for section in sections}
+    cells: dict[str, Any] = dict(leaves(measured))
+    figures = [figure for figure in headline if figure.metric in cells]
     tiles: list[Tile] = []
-    places: dict[str, str] = {}
-    for figure in headline:
-        if value := _at(measured, figure.metric):
-            found = {label: _at(measured, place) for label, place in figure.beside.items()}
-            beside = {label: cell for label, cells in found.items() for cell in cells}
-            tiles.append((figure.label, value[0], beside))
-            places[figure.label] = figure.metric
+    for figure in figures:
+        beside = {name: cells[place] for name, place in figure.beside.items() if place in cells}
+        tiles.append((figure.label, cells[figure.metric], beside))
     metrics = {
         "protocol": protocol.hash,
         "model": _json(model),
         "seconds": seconds,
-        "headline": places,
+        "headline": {figure.label: figure.metric for figure in figures},
         **measured,
     }
     with atomic_folder(out) as folder:
@@ -125,14 +128,31 @@ def write_report(
     return {label: cell_texts([value])[0] for label, value, _ in tiles}
 
 
-def _at(metrics: Mapping[str, Any], place: str) -> list[Cell]:
-    """The number or the estimate at `section.name`, if there is one."""
-    value: Any = metrics
-    for name in place.split("."):
-        if not isinstance(value, Mapping) or name not in value:
-            return []
-        value = value[name]
-    return [value]
+def leaves(
+    value: Any, left_out: dict[str, None] | None = None, place: str = ""
+) -> Iterator[tuple[str, Metric]]:
+    """Numbers, estimates and curves below a mapping, by their places: `likelihood.accuracy.model`.
+
+    What counts the tokens of one tokenizer is left out, and noted, where `left_out` is given.
+    """
+    if is_curve(value) or value is None or isinstance(value, int | float):
+        yield place, value
+    elif isinstance(value, Mapping):
+        inner = dict(value)
+        if inner.pop(_PER_TOKENIZER, False) is True and left_out is not None:
+            left_out[place] = None
+            return
+        if is_estimate(inner):
+            yield place, {name: inner.pop(name) for name in _ESTIMATE}
+        for name, item in inner.items():
+            yield from leaves(item, left_out, f"{place}.{name}" if place else name)
+
+
+def is_curve(value: object) -> TypeGuard[list[float | None]]:
+    """Whether a metric is a list of two numbers or more."""
+    if not isinstance(value, list) or len(value) < 2:
+        return False
+    return all(item is None or isinstance(item, int | float) for item in value)
 
 
 def _json(value: Any) -> Any:
