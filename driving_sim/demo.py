@@ -189,11 +189,9 @@ def _roll_out(
     plans = make_plans(ACTIONS, context.situation(world), seconds=config.seconds)
     actions = np.stack([plan.actions for plan in plans])
     sampling = replace(config.sampling, seed=seed)
-    moments: list[torch.Tensor] = []
     with progress(actions.shape[1], "roll out", "frames") as bar:
-        for moment in world.generate(context.prefix(world), actions, sampling=sampling):
-            moments.append(moment.tokens.cpu())
-            bar.advance(1)
+        steps = bar.counted(world.generate(context.prefix(world), actions, sampling=sampling))
+        moments = [step.tokens.cpu() for step in steps]
     return plans, [world.tokenizer.decode(one).numpy() for one in torch.stack(moments, dim=1)]
 
 

@@ -233,7 +233,7 @@ def write_rollout(
                 write(draw_moment([past] * many, [frame] * many, index, steering_range))
             moments = _generated(world, context, plans, sampling, samples, seconds)
             with progress(length, f"rollout -> {files['video']}", "frames") as bar:
-                for index, (tokens, frames) in enumerate(moments):
+                for index, (tokens, frames) in enumerate(bar.counted(moments)):
                     truth = next(context.future, None)
                     beside = ended if truth is None else recorded
                     shown = [blank if truth is None else truth, *frames]
@@ -241,7 +241,6 @@ def write_rollout(
                     write(draw_moment([beside, *futures], shown, index, steering_range))
                     if index + 1 in on_sheet:
                         columns.append(shown)
-                    bar.advance(1)
         report = _report(world, context, futures, sampling, seconds)
         titles = ["recorded", *report["futures"]]
         rows = list(zip(titles, zip(*columns, strict=True), strict=True))
