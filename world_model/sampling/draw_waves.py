@@ -15,8 +15,12 @@ from torch import Tensor
 from driving_sim.engine.precision import autocast
 from driving_sim.world_model.cache import Cache
 from driving_sim.world_model.kernels.decode import NativeCache
-from driving_sim.world_model.sampling.inverse_cdf import draw, uniforms
-from driving_sim.world_model.sampling.sampling import Sampling, truncated_log_probs
+from driving_sim.world_model.sampling.sampling import (
+    Sampling,
+    draw,
+    truncated_log_probs,
+    uniforms,
+)
 
 Choose = Callable[[Tensor, Tensor], Tensor]
 """(logits float32 [B, n, K] of a wave, raster numbers [n] of its tokens) -> tokens [B, n]."""

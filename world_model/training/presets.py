@@ -6,9 +6,7 @@ from driving_sim.world_model.training.train import WorldModelDataConfig, WorldMo
 from driving_sim.world_model.transformer import TransformerConfig
 
 DEMO = WorldModelRunConfig(
-    model=TransformerConfig(
-        layers=4, width=192, heads=6, kv_heads=3, context_frames=6, dropout=0.0
-    ),
+    model=TransformerConfig(layers=4, width=192, heads=6, kv_heads=3, context_frames=6),
     objective=InputNoiseConfig(token_noise=0.05),
     data=WorldModelDataConfig(batch_size=4, validation_windows=32, preview=False),
     training=TrainingConfig(
@@ -16,7 +14,6 @@ DEMO = WorldModelRunConfig(
         min_steps=3000,
         learning_rate=3e-3,
         warmup_steps=50,
-        weight_decay=0.05,
         ema_decay=0.99,
         validate_every=200,
         save_every=400,
@@ -29,7 +26,6 @@ TINY = WorldModelRunConfig(
     model=TransformerConfig(
         layers=6, width=192, heads=6, kv_heads=3, context_frames=8, dropout=0.1
     ),
-    objective=InputNoiseConfig(token_noise=0.1),
     data=WorldModelDataConfig(batch_size=2),
     training=TrainingConfig(
         steps=1000,  # more only overfits a few minutes of video
@@ -49,7 +45,6 @@ BASE = WorldModelRunConfig(
     model=TransformerConfig(
         layers=12, width=768, heads=12, kv_heads=4, context_frames=12, dropout=0.1
     ),
-    data=WorldModelDataConfig(batch_size=8),
     training=TrainingConfig(
         steps=100_000,
         learning_rate=4e-4,
@@ -64,9 +59,7 @@ BASE = WorldModelRunConfig(
 """16x32 tokens, the size of GPT-2 small, for a GPU."""
 
 LARGE = WorldModelRunConfig(
-    model=TransformerConfig(
-        layers=24, width=1536, heads=16, kv_heads=4, context_frames=20, dropout=0.0
-    ),
+    model=TransformerConfig(layers=24, width=1536, heads=16, kv_heads=4, context_frames=20),
     data=WorldModelDataConfig(batch_size=4, validation_windows=256),
     training=TrainingConfig(
         steps=300_000,

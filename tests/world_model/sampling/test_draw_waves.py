@@ -6,8 +6,12 @@ from torch import Tensor
 
 from driving_sim.world_model.cache import RingCache, encode_frame
 from driving_sim.world_model.sampling.draw_waves import FrameSample, FrameSampler
-from driving_sim.world_model.sampling.inverse_cdf import draw, uniforms
-from driving_sim.world_model.sampling.sampling import Sampling, truncated_log_probs
+from driving_sim.world_model.sampling.sampling import (
+    Sampling,
+    draw,
+    truncated_log_probs,
+    uniforms,
+)
 from driving_sim.world_model.transformer import Transformer
 from tests.fixtures.world_models import CONFIG, GRID, random_inputs, random_model
 
