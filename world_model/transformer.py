@@ -8,8 +8,9 @@ N = T * S, D width, H query heads, G key heads, E channels of a head, K codes, A
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Protocol
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,6 @@ from driving_sim.world_model.actions import (
     ActionEmbeddingConfig,
     ActionStatistics,
 )
-from driving_sim.world_model.code_embedding import CodeEmbedding
 from driving_sim.world_model.kernels.library import EPSILON
 from driving_sim.world_model.kernels.operators import (
     causal_attention,
@@ -93,12 +93,38 @@ class TransformerConfig:
         require(self, "kv_heads", divides, f"a divisor of heads={self.heads}")
 
 
-class Past(Protocol):
-    """The keys and values of earlier passes: see `RingCache`."""
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q [B, H, n, E], k and v [B, G, n, E]) -> what slots see [B, n, D] of a past, which keeps
+the keys and values too: see `RingCache`."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Keep keys and values too; return what their slots see of all of them, [B, n, D]."""
-        ...
+
+def code_digits(levels: Sequence[int]) -> Tensor:
+    """Return the digits of every FSQ index, int64 [K, len(levels)], the first digit fastest."""
+    base = torch.tensor([math.prod(levels[:place]) for place in range(len(levels))])
+    return torch.arange(math.prod(levels))[:, None] // base % torch.tensor(levels)
+
+
+class CodeEmbedding(nn.Module):
+    """A vector per code: its own row of a table plus one row for each of its FSQ digits.
+
+    A code that is rare in a small training set still starts from what its neighbours, which
+    differ in one digit, have learned. Used for inputs and for the output projection alike.
+    """
+
+    rows: Tensor
+
+    def __init__(self, levels: Sequence[int], width: int, *, std: float = 0.02) -> None:
+        super().__init__()
+        digits = code_digits(levels)
+        offsets = torch.tensor([sum(levels[:place]) for place in range(len(levels))])
+        self.codebook_size = len(digits)
+        self.codes = nn.Parameter(torch.randn(self.codebook_size, width) * std)
+        self.digits = nn.Parameter(torch.randn(sum(levels), width) * std)
+        self.register_buffer("rows", digits + offsets, persistent=False)
+
+    def table(self) -> Tensor:
+        """Return the vectors of all codes, [K, D]."""
+        return self.codes + self.digits[self.rows].sum(1)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -130,14 +156,14 @@ class Attention(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
-        past: Past | None,
+        past: Attend | None,
     ) -> Tensor:
-        """Mix x [B, n, D] over the slots before: those of x, or those that `past` has kept."""
+        """Mix x [B, n, D] over the slots before: those of x, or those that `past` tells of."""
         projected = self.qkv(x), self.q_norm.weight, self.k_norm.weight, rotary
         if past is None:
             mixed = causal_attention(*projected, heads=self.heads, mask=mask)
         else:
-            mixed = past.attend(self.layer, *split_heads(*projected, heads=self.heads))
+            mixed = past(self.layer, *split_heads(*projected, heads=self.heads))
         out: Tensor = self.out(mixed)
         return out
 
@@ -159,7 +185,7 @@ class Block(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
-        past: Past | None,
+        past: Attend | None,
     ) -> Tensor:
         """Return x [B, n, D] after both branches."""
         x = x + self.dropout(self.attention(self.attention_norm(x), rotary, mask, past))
@@ -273,7 +299,7 @@ class Transformer(nn.Module):
         rotary: tuple[Tensor, Tensor],
         *,
         mask: Tensor | None = None,
-        past: Past | None = None,
+        past: Attend | None = None,
     ) -> Tensor:
         """Run summed inputs x [B, n, D] through the blocks.
 
@@ -287,16 +313,23 @@ class Transformer(nn.Module):
         return normed
 
     def window_hidden(
-        self, tables: Tables, tokens: Tensor, previous: Tensor, actions: Tensor, valid: Tensor
+        self,
+        tables: Tables,
+        tokens: Tensor,
+        previous: Tensor,
+        has_previous: Tensor,
+        actions: Tensor,
+        action_valid: Tensor,
     ) -> Tensor:
         """Return the last hidden states [B, T, P, D] of the slots that predict each token.
 
-        `tokens` [B, T, P], and `previous` [B, P]: the frame before, K where there is none.
+        What it takes is as in `forward`.
         """
-        frames = tokens.shape[1]
-        before = torch.cat([previous[:, None], tokens[:, :-1]], dim=1)
-        padded = F.pad(tokens, (0, 1), value=self.grid.codebook_size)
-        x = self.frame_base(tables, before, actions, valid)
+        frames, none = tokens.shape[1], self.grid.codebook_size
+        first = torch.where(has_previous[:, None, None], previous, none)
+        seen = rearrange(torch.cat([first[:, None], tokens], dim=1), "b t r c -> b t (r c)")
+        padded = F.pad(seen[:, 1:], (0, 1), value=none)
+        x = self.frame_base(tables, seen[:, :-1], actions, action_valid)
         x = x + F.embedding(padded[..., self.source], tables.token)
         rotary = self.rotary(torch.arange(frames, device=tokens.device))
         hidden = self.hidden(
@@ -328,13 +361,6 @@ class Transformer(nn.Module):
         [B, T, 2]: the action that leads to each frame.
         """
         tables = self.tables()
-        before = torch.where(has_previous[:, None, None], previous, self.grid.codebook_size)
-        hidden = self.window_hidden(
-            tables,
-            rearrange(tokens, "b t r c -> b t (r c)"),
-            rearrange(before, "b r c -> b (r c)"),
-            actions,
-            action_valid,
-        )
+        hidden = self.window_hidden(tables, tokens, previous, has_previous, actions, action_valid)
         logits = F.linear(hidden, tables.output)
         return rearrange(logits, "b t (r c) k -> b t r c k", r=self.grid.rows)

@@ -6,9 +6,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from driving_sim.world_model.actions import ActionStatistics
-from driving_sim.world_model.code_embedding import CodeEmbedding, code_digits
 from driving_sim.world_model.rotary import AxialRotary, rotate
-from driving_sim.world_model.transformer import Transformer, TransformerConfig
+from driving_sim.world_model.transformer import (
+    CodeEmbedding,
+    Transformer,
+    TransformerConfig,
+    code_digits,
+)
 from tests.fixtures.world_models import CONFIG, GRID, random_inputs, random_model
 
 

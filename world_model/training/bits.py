@@ -109,21 +109,13 @@ def bits_per_token(
     found = []
     for at in range(0, len(windows), batch_size):
         batch = windows.load(np.arange(at, min(at + batch_size, len(windows))))
-        tokens = rearrange(batch["tokens"], "b t r c -> b t (r c)").to(device)
-        before = batch["previous"].masked_fill(
-            ~batch["has_previous"][:, None, None], model.grid.codebook_size
-        )
-        hidden = model.window_hidden(
-            tables,
-            tokens,
-            rearrange(before, "b r c -> b (r c)").to(device),
-            batch["actions"].to(device),
-            batch["action_valid"].to(device),
-        )
-        judged = TokenBits.judge(F.linear(hidden[:, -1], tables.output), tokens[:, -1])
+        batch = {name: value.to(device) for name, value in batch.items()}
+        hidden = model.window_hidden(tables, **batch)
+        logits = F.linear(hidden[:, -1], tables.output)
+        judged = TokenBits.judge(logits, batch["tokens"][:, -1].flatten(1))
         found.append(judged.means())
         watch(judged)
-        advance(len(tokens))
+        advance(len(hidden))
     return windows.judged(*np.concatenate(found, axis=1))
 
 
