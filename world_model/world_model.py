@@ -31,7 +31,7 @@ from driving_sim.engine.weights import build_with_weights, fingerprint, save_wei
 from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.cache import Cache, encode_frame
-from driving_sim.world_model.kernels.frozen_passes import FrozenPasses
+from driving_sim.world_model.kernels.decode import FrozenPasses
 from driving_sim.world_model.sampling.draw_waves import FrameSample, FrameSampler
 from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig

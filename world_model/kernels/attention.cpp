@@ -385,16 +385,6 @@ class AttentionRun {
 };
 
 template <typename Number>
-void attention(const Attention<Number>& given) {
-  AttentionRun(given).forward();
-}
-
-template <typename Number>
-void attention_grad(const AttentionGrad<Number>& given) {
-  AttentionRun(given).backward();
-}
-
-template <typename Number>
 void norm(const Norm<Number>& n) {
 #pragma omp parallel for
   for (int64_t row = 0; row < n.rows; ++row)
@@ -432,9 +422,9 @@ void activation_grad(const ActivationGrad<Number>& a) {
 
 }  // namespace
 
-OPERATOR(attention, Attention, attention)
-OPERATOR(attention_grad, AttentionGrad, attention_grad)
-OPERATOR(norm, Norm, norm)
-OPERATOR(norm_grad, NormGrad, norm_grad)
-OPERATOR(activation, Activation, activation)
-OPERATOR(activation_grad, ActivationGrad, activation_grad)
+OPERATOR(attention, Attention, AttentionRun(*given).forward())
+OPERATOR(attention_grad, AttentionGrad, AttentionRun(*given).backward())
+OPERATOR(norm, Norm, norm(*given))
+OPERATOR(norm_grad, NormGrad, norm_grad(*given))
+OPERATOR(activation, Activation, activation(*given))
+OPERATOR(activation_grad, ActivationGrad, activation_grad(*given))

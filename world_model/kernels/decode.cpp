@@ -450,11 +450,6 @@ void draw_frame(const Frame<Number>& frame) {
   }
 }
 
-template <typename Number>
-void run_pass(const Pass<Number>& pass) {
-  Run(pass).run();
-}
-
 }  // namespace
 
 // Whether the processor lets this process use what it was compiled for.
@@ -466,5 +461,5 @@ extern "C" int drivesim_ready() {
 #endif
 }
 
-OPERATOR(pass, Pass, run_pass)
-OPERATOR(frame, Frame, draw_frame)
+OPERATOR(pass, Pass, Run(*given).run())
+OPERATOR(frame, Frame, draw_frame(*given))

@@ -20,8 +20,9 @@ typedef uint16_t bf16;
   extern "C" const char* drivesim_fields_##name() { return #__VA_ARGS__; } \
   extern "C" size_t drivesim_size_##name() { return sizeof(name<float>); }
 
-// A function of the library, in each number format, that does `act` with such a structure.
-#define OPERATOR(name, Structure, act)                                                   \
-  extern "C" const char* drivesim_takes_##name() { return #Structure; }                  \
-  extern "C" void drivesim_##name##_bf16(const Structure<bf16>* given) { act(*given); }  \
-  extern "C" void drivesim_##name##_fp32(const Structure<float>* given) { act(*given); }
+// A function of the library, in each number format, that takes such a structure, `given`, and does
+// `act`.
+#define OPERATOR(name, Structure, act)                                             \
+  extern "C" const char* drivesim_takes_##name() { return #Structure; }            \
+  extern "C" void drivesim_##name##_bf16(const Structure<bf16>* given) { act; }    \
+  extern "C" void drivesim_##name##_fp32(const Structure<float>* given) { act; }
