@@ -72,6 +72,8 @@ class ActionPlan:
 
 _Segment = dict[str, float]
 """A script's part: `speed`, `accel`, `steer`, `seconds`, as far as given; other channels hold."""
+_Planned = tuple[float | None, Callable[[int], ActionPlan]]
+"""How long a plan lasts by itself, in s, if it says so, and what makes it of so many frames."""
 
 
 def make_plans(
@@ -84,7 +86,7 @@ def make_plans(
     Shorter ones hold their last action.
     """
     planned = [_plan(spec, situation) for spec in specs]
-    lengths = [plan.seconds for plan in planned if plan.seconds is not None]
+    lengths = [own_s for own_s, _ in planned if own_s is not None]
     length_s = seconds if seconds is not None else max(lengths, default=4.0)
     if not length_s <= LONGEST_S:
         raise DriveSimError(
@@ -96,13 +98,7 @@ def make_plans(
             f"the actions last {length_s:g} s, less than one frame at {situation.fps:g} frames/s: "
             "give a longer file, script or `seconds`"
         )
-    return [plan.render(frames) for plan in planned]
-
-
-@dataclass(frozen=True, slots=True)
-class _Planned:
-    seconds: float | None
-    render: Callable[[int], ActionPlan]
+    return [render(frames) for _, render in planned]
 
 
 def _plan(spec: str, situation: Situation) -> _Planned:
@@ -155,7 +151,7 @@ def _held(label: str, actions: Floats32, valid: Mask, fps: float) -> _Planned:
         index = np.minimum(np.arange(frames), len(actions) - 1)
         return ActionPlan(label=label, actions=actions[index], valid=valid[index])
 
-    return _Planned(len(actions) / fps, render)
+    return len(actions) / fps, render
 
 
 def _from_file(path: Path, situation: Situation) -> _Planned:
@@ -269,7 +265,7 @@ def _from_script(label: str, segments: list[_Segment], situation: Situation) -> 
         )
         return ActionPlan(label=label, actions=np.where(valid, actions, 0.0), valid=valid)
 
-    return _Planned(seconds or None, render)
+    return seconds or None, render
 
 
 def _named_from(segments: list[_Segment]) -> Floats:

@@ -1,8 +1,12 @@
-"""Futures as a side-by-side video, with their tokens, settings and a contact sheet beside it."""
+"""Futures as a side-by-side video, with their tokens, settings and a contact sheet beside it.
 
+Axes: F futures, N frames, T context frames, r c token rows and columns.
+"""
+
+import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -22,10 +26,10 @@ from driving_sim.engine.config import save_json
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file, disk_errors
 from driving_sim.engine.progress import progress
+from driving_sim.engine.weights import write_safetensors
 from driving_sim.world_model.action_plan import ActionPlan, Situation
 from driving_sim.world_model.panels import contact_sheet, draw_moment
 from driving_sim.world_model.sampling.sampling import Sampling
-from driving_sim.world_model.token_file import token_file
 from driving_sim.world_model.world_model import Prefix, WorldModel
 
 _SHEET_COLUMNS = 8
@@ -218,7 +222,7 @@ def write_rollout(
     columns = [[context.frames[-1]] * many]
     with disk_errors(files["video"]), ExitStack() as stack:
         temporary = {kind: stack.enter_context(atomic_file(path)) for kind, path in files.items()}
-        tokens_out = token_file(
+        tokens_out = _token_file(
             temporary["tokens"],
             context=context.tokens,
             actions=np.stack([plan.actions for plan in futures]),
@@ -248,6 +252,36 @@ def write_rollout(
         Image.fromarray(sheet).save(temporary["sheet"], compress_level=2)
         save_json(temporary["settings"], report)
     return report
+
+
+@contextmanager
+def _token_file(
+    path: Path, *, context: torch.Tensor, actions: Floats32, valid: Mask
+) -> Iterator[Callable[[int, torch.Tensor], None]]:
+    """Yield what writes the futures' tokens to `path`, beside their actions and the context.
+
+    It takes a frame's number and that frame of every future, int64 [F, r, c]. The file holds
+    `tokens` U16 [F, N, r, c], `actions` F32 and `action_valid` BOOL [F, N, 2], and `context_tokens`
+    U16 [T, r, c]. Memory does not grow with N.
+    """
+    futures, frames, _ = actions.shape
+    arrays = {
+        "actions": ("F32", actions.astype("<f4")),
+        "context_tokens": ("U16", context.cpu().numpy().astype("<u2")),
+        "action_valid": ("BOOL", valid),
+    }
+    forms = {name: (code, array.shape) for name, (code, array) in arrays.items()}
+    forms["tokens"] = ("U16", (futures, frames, *context.shape[1:]))
+    write_safetensors(path, forms, (array for _, array in arrays.values()), metadata={})
+    with path.open("r+b") as file:
+        start = file.seek(0, os.SEEK_END)
+
+        def write(index: int, tokens: torch.Tensor) -> None:
+            for future, frame in enumerate(tokens.cpu().numpy().astype("<u2")):
+                file.seek(start + (future * frames + index) * frame.nbytes)
+                file.write(frame.tobytes())
+
+        yield write
 
 
 def _generated(

@@ -107,7 +107,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     None where there is none at all. Raises `DriveSimError` where all are damaged.
     """
     notices: list[str] = []
-    for path in reversed(_all(folder)):
+    for path in reversed(checkpoints(folder)):
         fault = damage(path)
         if fault is None:
             return path, notices
@@ -139,11 +139,6 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def latest(folder: Path) -> Path | None:
-    """The checkpoint with the highest step in `folder`; None where there is none."""
-    return next(reversed(_all(folder)), None)
-
-
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Where the checkpoint after `step` lies."""
     return folder / f"step-{step:08d}"
@@ -156,21 +151,21 @@ def step_of(path: Path) -> int:
 
 def remove_after(path: Path) -> None:
     """Remove the checkpoints of later steps than that of `path`."""
-    for other in _all(path.parent):
+    for other in checkpoints(path.parent):
         if step_of(other) > step_of(path):
             shutil.rmtree(other)
 
 
 def prune(folder: Path, *, keep_last: int, best_step: int | None) -> None:
     """Remove all checkpoints but the newest `keep_last` and the best, and what a kill left over."""
-    for path in _all(folder)[:-keep_last]:
+    for path in checkpoints(folder)[:-keep_last]:
         if step_of(path) != best_step:
             shutil.rmtree(path)
     for path in folder.glob(".step-*"):
         shutil.rmtree(path)
 
 
-def _all(folder: Path) -> list[Path]:
+def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, by their steps."""
     if not folder.is_dir():
         return []

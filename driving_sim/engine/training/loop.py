@@ -34,8 +34,8 @@ from driving_sim.engine.threads import fixed_threads
 from driving_sim.engine.training.checkpoint import (
     STATE,
     checkpoint_path,
+    checkpoints,
     damage,
-    latest,
     load_checkpoint,
     newest_whole,
     prune,
@@ -324,10 +324,10 @@ class _Loop:
         state = self.state
         state.skipped_steps, state.skipped_in_a_row = self.stepper.skips.tolist()
         if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            path = latest(self.folder / CHECKPOINTS)
+            path = next(reversed(checkpoints(self.folder / CHECKPOINTS)), "none")
             raise DriveSimError(
                 f"the loss was not finite in {state.skipped_in_a_row} steps up to {state.step}; "
-                f"the last checkpoint is {path or 'none'}: go on from it with `resume` and a lower "
+                f"the last checkpoint is {path}: go on from it with `resume` and a lower "
                 "training.learning_rate"
             )
 

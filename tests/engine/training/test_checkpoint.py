@@ -8,8 +8,8 @@ from torch import nn
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.training.checkpoint import (
     CHECKSUMS,
+    checkpoints,
     damage,
-    latest,
     load_checkpoint,
     newest_whole,
     prune,
@@ -114,13 +114,17 @@ def test_only_safetensors_and_json(tmp_path: Path) -> None:
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
 
 
-def test_newest_counts_as_numbers_do(tmp_path: Path) -> None:
-    assert latest(tmp_path / "missing") is None
+def test_checkpoints_are_ordered_as_numbers_are(tmp_path: Path) -> None:
+    assert checkpoints(tmp_path / "missing") == []
     for step in (5, 123_456_789, 99_999_999):
         (tmp_path / f"step-{step:08d}").mkdir()
     (tmp_path / ".step-99999999.1.partial").mkdir()
     (tmp_path / "notes").mkdir()
-    assert latest(tmp_path) == tmp_path / "step-123456789"
+    assert [path.name for path in checkpoints(tmp_path)] == [
+        "step-00000005",
+        "step-99999999",
+        "step-123456789",
+    ]
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
