@@ -113,13 +113,12 @@ class CodeEmbedding(nn.Module):
 
     rows: Tensor
 
-    def __init__(self, levels: Sequence[int], width: int, *, std: float = 0.02) -> None:
+    def __init__(self, levels: Sequence[int], width: int) -> None:
         super().__init__()
         digits = code_digits(levels)
         offsets = torch.tensor([sum(levels[:place]) for place in range(len(levels))])
-        self.codebook_size = len(digits)
-        self.codes = nn.Parameter(torch.randn(self.codebook_size, width) * std)
-        self.digits = nn.Parameter(torch.randn(sum(levels), width) * std)
+        self.codes = nn.Parameter(torch.randn(len(digits), width) * 0.02)
+        self.digits = nn.Parameter(torch.randn(sum(levels), width) * 0.02)
         self.register_buffer("rows", digits + offsets, persistent=False)
 
     def table(self) -> Tensor:

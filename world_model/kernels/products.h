@@ -391,10 +391,7 @@ void product_by_tiles(const bf16* a, int lda, const bf16* b, size_t step, int co
 
 #else
 
-struct Tiles {
-  Tiles() {}
-  ~Tiles() {}
-};
+struct Tiles {};
 
 #endif
 

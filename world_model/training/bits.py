@@ -73,14 +73,13 @@ class FullWindows(WindowIndex):
 
     def __init__(self, drives: Sequence[DriveTokens], *, frames: int, stride: int = 1) -> None:
         super().__init__(drives, frames=frames, stride=stride)
-        self.drives = drives
         self.drive, start, _ = self.places(np.arange(len(self)))
         self.frame = start + frames - 1
 
     def last_frames(self) -> tuple[Ints, Ints]:
         """Return the tokens [n, P] of the judged frames and of the frames before them."""
         pairs = [
-            self.drives[drive].tokens[frame - 1 : frame + 1].astype(np.int64)
+            self._drives[drive].tokens[frame - 1 : frame + 1].astype(np.int64)
             for drive, frame in zip(self.drive, self.frame, strict=True)
         ]
         tokens = rearrange(np.stack(pairs), "n two r c -> two n (r c)")
