@@ -93,26 +93,32 @@ class RingCache(Cache):
     def logits(self, x: Tensor, rotary: tuple[Tensor, Tensor], wave: Wave) -> Tensor:
         """Bring in the slots of a wave, x [B, n, D]; return logits float32 [B, n', K]."""
         begin = self._place().start
-        own = slice(begin + wave.start, begin + wave.stop)
+        self._write = slice(begin + wave.start, begin + wave.stop)
         # Until the ring is full, what follows the pass was never written.
-        end = self.frames * self.slots if self.frame >= self.frames else own.stop
-        groups, heads = self.model.config.kv_heads, self.model.config.heads
-        mask = self._mask[wave.start : wave.stop, :end].repeat(heads // groups, 1)
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self.keys[layer], self.values[layer]
-            keys[:, :, own], values[:, :, own] = k, v
-            # Query heads of a group become rows of one query: no kernel needs to know of groups.
-            seen = F.scaled_dot_product_attention(
-                rearrange(q, "b (g m) n e -> b g (m n) e", g=groups).to(keys.dtype),
-                keys[:, :, :end],
-                values[:, :, :end],
-                attn_mask=mask,
-            )
-            return rearrange(seen, "b g (m n) e -> b n (g m e)", n=q.shape[2]).to(q.dtype)
-
-        hidden = self.model.hidden(x, rotary, past=attend)[:, wave.first - wave.start :]
+        full = self.frame >= self.frames
+        self._read = slice(0, self.frames * self.slots if full else begin + wave.stop)
+        group = self.model.config.heads // self.model.config.kv_heads
+        self._pass_mask = self._mask[wave.start : wave.stop, self._read].repeat(group, 1)
+        hidden = self.model.hidden(x, rotary, past=self)[:, wave.first - wave.start :]
         return F.linear(hidden, self.tables.output).float()
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store the keys and values of a pass; return what its slots see of the ring [B, n, D].
+
+        `q` [B, H, n, E], `k` and `v` [B, G, n, E].
+        """
+        keys, values = self.keys[layer], self.values[layer]
+        keys[:, :, self._write] = k
+        values[:, :, self._write] = v
+        # The query heads of a group become rows of one query: no kernel needs to know of groups.
+        groups = keys.shape[1]
+        seen = F.scaled_dot_product_attention(
+            rearrange(q, "b (g m) n e -> b g (m n) e", g=groups).to(keys.dtype),
+            keys[:, :, self._read],
+            values[:, :, self._read],
+            attn_mask=self._pass_mask,
+        )
+        return rearrange(seen, "b g (m n) e -> b n (g m e)", n=q.shape[2]).to(q.dtype)
 
     def branch(self, rows: Tensor) -> Self:
         """Return a copy whose sequence i goes on from this cache's sequence `rows[i]`."""

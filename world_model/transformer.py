@@ -8,9 +8,9 @@ N = T * S, D width, H query heads, G key heads, E channels of a head, K codes, A
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -93,9 +93,12 @@ class TransformerConfig:
         require(self, "kv_heads", divides, f"a divisor of heads={self.heads}")
 
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q [B, H, n, E], k and v [B, G, n, E]) -> what slots see [B, n, D] of a past, which keeps
-the keys and values too: see `RingCache`."""
+class Past(Protocol):
+    """The keys and values of earlier passes: see `RingCache`."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Keep keys and values too; return what their slots see of all of them, [B, n, D]."""
+        ...
 
 
 def code_digits(levels: Sequence[int]) -> Tensor:
@@ -155,14 +158,14 @@ class Attention(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
-        past: Attend | None,
+        past: Past | None,
     ) -> Tensor:
-        """Mix x [B, n, D] over the slots before: those of x, or those that `past` tells of."""
+        """Mix x [B, n, D] over the slots before: those of x, or those that `past` has kept."""
         projected = self.qkv(x), self.q_norm.weight, self.k_norm.weight, rotary
         if past is None:
             mixed = causal_attention(*projected, heads=self.heads, mask=mask)
         else:
-            mixed = past(self.layer, *split_heads(*projected, heads=self.heads))
+            mixed = past.attend(self.layer, *split_heads(*projected, heads=self.heads))
         out: Tensor = self.out(mixed)
         return out
 
@@ -184,7 +187,7 @@ class Block(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
-        past: Attend | None,
+        past: Past | None,
     ) -> Tensor:
         """Return x [B, n, D] after both branches."""
         x = x + self.dropout(self.attention(self.attention_norm(x), rotary, mask, past))
@@ -298,7 +301,7 @@ class Transformer(nn.Module):
         rotary: tuple[Tensor, Tensor],
         *,
         mask: Tensor | None = None,
-        past: Attend | None = None,
+        past: Past | None = None,
     ) -> Tensor:
         """Run summed inputs x [B, n, D] through the blocks.
 
