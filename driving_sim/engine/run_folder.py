@@ -87,7 +87,7 @@ def claim_folder(out: Path, name: str, plan: Mapping[str, Any], what: str) -> No
 def check_replaceable(
     out: Path, report: str, what: str, files_of: Callable[[Mapping[str, Any]], Collection[str]]
 ) -> None:
-    """Raise `DriveSimError` unless `out` is free, or holds an earlier result and nothing else.
+    """Raise `DriveSimError` unless `out` is absent or empty, or holds an earlier result alone.
 
     `files_of` lists the result's files by what its file `report` says: none, or a KeyError or
     TypeError, where another program wrote that. `what` names such a result for the message.
@@ -96,8 +96,12 @@ def check_replaceable(
     if (out / report).is_file():
         with suppress(KeyError, TypeError):
             known = files_of(load_json(out / report))
-    files = [path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()]
-    if out.exists() and (not out.is_dir() or not set(files) <= {*known}):
+
+    def is_foreign(path: Path) -> bool:
+        is_folder = path.is_dir() and not path.is_symlink()
+        return not is_folder and path.relative_to(out).as_posix() not in known
+
+    if out.exists() and (not out.is_dir() or any(map(is_foreign, out.rglob("*")))):
         raise DriveSimError(f"{out} holds more than {what}: choose another `out`")
 
 

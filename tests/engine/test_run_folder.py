@@ -3,9 +3,14 @@ from typing import Any
 
 import pytest
 
-from driving_sim.engine.config import load_yaml
+from driving_sim.engine.config import load_yaml, save_json
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.run_folder import check_run, claim_folder, prepare_run
+from driving_sim.engine.run_folder import (
+    check_replaceable,
+    check_run,
+    claim_folder,
+    prepare_run,
+)
 
 CONFIG: dict[str, dict[str, Any]] = {
     "model": {"levels": (8, 5), "rate": 1e-5},
@@ -83,3 +88,32 @@ def test_leavings_of_a_killed_run_do_not_matter_but_other_files_do(tmp_path: Pat
     with pytest.raises(DriveSimError, match="other files; choose a new one"):
         claim_folder(other, "plan.json", {}, "drives")
     assert [path.name for path in other.iterdir()] == ["holiday.mp4"]
+
+
+def test_an_earlier_result_may_be_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def check() -> None:
+        check_replaceable(out, "report.json", "a report", lambda report: report["files"])
+
+    check()
+    save_json(out / "report.json", {"files": ["report.json", "a/plot.png"]})
+    (out / "a").mkdir()
+    (out / "a" / "plot.png").touch()
+    check()
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "another program's", "no folder"])
+def test_what_is_not_ours_is_not_replaced(kind: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    if kind == "no folder":
+        out.touch()
+    else:
+        files = {"name": 1} if kind == "another program's" else {"files": ["report.json"]}
+        save_json(out / "report.json", files)
+    if kind == "file":
+        (out / "thesis.tex").touch()
+    if kind == "link":
+        (out / "videos").symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(DriveSimError, match=r"out holds more than a report: choose another `out`"):
+        check_replaceable(out, "report.json", "a report", lambda report: report["files"])
