@@ -1,4 +1,4 @@
-"""Features of video clips, and the Fréchet distance of two sets: how far apart their Gaussians are.
+"""Features of video clips, whose Fréchet distance says how alike two sets of clips are.
 
 Axes: n clips, T frames, H rows, W columns, d features.
 """
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from driving_sim.data.arrays import Floats, Floats32, Ints, Pixels, Reals
+from driving_sim.data.arrays import Floats32, Ints, Pixels
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import one_line
 
@@ -58,7 +58,7 @@ class I3DFeatures:
     least_frames = 10
 
     def __init__(self, path: Path) -> None:
-        """Load the file, if it is the one I3D that is loaded; else raise DriveSimError."""
+        """Load the network; DriveSimError where the file is not the I3D of FVD."""
         try:
             if not path.is_file():
                 raise _not_i3d(path, "there is no such file")
@@ -159,31 +159,3 @@ def _not_i3d(path: Path, reason: str) -> DriveSimError:
         "i3d_torchscript.pt that https://github.com/universome/stylegan-v links to, or "
         "leave out `i3d`: the built-in seeded features need no file"
     )
-
-
-def frechet_distance(features: Reals, others: Reals) -> float:
-    """Return the squared 2-Wasserstein distance of the Gaussians fitted to [n, d] and [m, d].
-
-    |mean - mean'|^2 + tr(S + S' - 2 (S S')^1/2) with the covariances S over n - 1 (Dowson & Landau
-    1982, doi 10.1016/0047-259X(82)90077-X), as FID (Heusel et al. 2017, arXiv 1706.08500) and FVD
-    (Unterthiner et al. 2018, arXiv 1812.01717) have it. Sets of any size from two up will do, but
-    small ones are biased upward: compare distances only between sets of the same sizes.
-    """
-    mean, root = _gaussian(features)
-    other_mean, other_root = _gaussian(others)
-    # With S = R^T R the trace is the least |R - U R'|^2 over rotations U, and the best U is the
-    # polar factor of R R'^T (orthogonal Procrustes). No square root of S S' is taken, which is
-    # singular where n <= d, and a sum of squares is not negative.
-    left, _, right = np.linalg.svd(root @ other_root.T)
-    apart = np.square(mean - other_mean).sum() + np.square(root - left @ right @ other_root).sum()
-    return float(apart)
-
-
-def _gaussian(features: Reals) -> tuple[Floats, Floats]:
-    """Mean [d] of features [n, d], and a root R [d, d] of their covariance R^T R."""
-    exact = features.astype(np.float64)
-    mean = exact.mean(axis=0)
-    rows = np.linalg.qr((exact - mean) / np.sqrt(len(exact) - 1), mode="r")
-    root = np.zeros((exact.shape[1], exact.shape[1]))
-    root[: len(rows)] = rows
-    return mean, root

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from driving_sim.data.arrays import Floats
-from driving_sim.evaluate.pictures.features import VideoFeatures, frechet_distance
+from driving_sim.evaluate.pictures.features import VideoFeatures
+from driving_sim.evaluate.pictures.frechet import frechet_distance
 from driving_sim.evaluate.report.intervals import interval
 from driving_sim.evaluate.report.section import Media, Section, Table, film, photo, plot
 from driving_sim.evaluate.rollouts import Imagined
