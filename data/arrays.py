@@ -7,15 +7,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8]
-"""Frames in RGB: [height, width, 3] of one, [T, height, width, 3] of several."""
+"""Levels of 8 bits, of pictures in RGB: the channels are the last axis unless said otherwise."""
 Ints = NDArray[np.int64]
 """Whole numbers of 64 bits: indices, tokens, counts."""
 Floats = NDArray[np.float64]
-"""Times and whatever else is measured."""
+"""Numbers of 64 bits: times, measurements, probabilities."""
 Floats32 = NDArray[np.float32]
-"""Actions, and what models compute with."""
+"""Numbers of 32 bits: actions, pictures that are being drawn, what models return."""
 Reals = NDArray[np.floating[Any]]
-"""Numbers of either precision."""
+"""Numbers of any precision."""
 Mask = NDArray[np.bool_]
 """What is known, chosen or true."""
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from driving_sim.data.drive import Drive, DriveSet, sample
 from driving_sim.data.sources import find_drives
@@ -43,6 +43,14 @@ DEFAULT_FPS = 10.0
 C = TypeVar("C")
 
 
+class Start(TypedDict):
+    """Where a training of either model begins, and on what device."""
+
+    init_from: Path | None
+    resume: bool
+    device: str
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingRequest:
     """What a user asks of a training, on top of a preset."""
@@ -64,8 +72,8 @@ class TrainingRequest:
     device: str = "auto"
 
     @property
-    def start(self) -> dict[str, Any]:
-        """The options of both trainings that say where to begin: from what, and on what device."""
+    def start(self) -> Start:
+        """Where to begin."""
         return {"init_from": self.init_from, "resume": self.resume, "device": self.device}
 
     def resolve(self, presets: dict[str, C], grid: tuple[int, int] | None = None) -> C:

@@ -25,6 +25,7 @@ STRIDE = 16
 _PATCH = 4
 _MOST_PIXELS = 16384
 GROUP_CHANNELS = 16
+"""Channels that are normalised together."""
 _MOST_SCORES = 2**21  # at once: 4 MiB, and as much for the weights
 
 

@@ -66,9 +66,9 @@ class WindowIndex:
         return int(self._ends[-1])
 
     def places(self, numbers: Ints) -> tuple[Ints, Ints, Mask]:
-        """Where the windows are: the positions of their drives, and their first frames in those.
+        """Where windows are: their drives' positions, and their first frames in those.
 
-        And whether there is a frame before each window, with no gap in between.
+        The mask says whether a frame comes right before each window, with no gap in between.
         """
         if numbers.min(initial=0) < 0:  # too large ones have no run
             raise IndexError(f"window {numbers.min()} of {len(self)}")

@@ -30,7 +30,7 @@ more."""
 LEAST_OWN = 0.3
 """Of a core that this process must have used between two counts for them to be compared."""
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
-_NEW_OBJECTS = 10_000  # that are not freed, from one look for garbage to the next
+_NEW_OBJECTS = 10_000  # more than are freed, between two collections; Python's default is 700
 
 
 def leave_busy_cores() -> None:
@@ -93,10 +93,11 @@ def keep_freed_memory() -> None:
 
 
 def collect_rarely() -> None:
-    """Have Python look for garbage in cycles less often than it does by default.
+    """Have Python run its cyclic garbage collector less often than it does by default.
 
-    It would do so a dozen times while torch is imported, which takes 0.2 s and finds nothing. It is
-    for the whole process: commands do it, the library does not.
+    By default it runs hundreds of times while a command's imports load, a tenth of the time that
+    these take. What is part of a reference cycle is freed later. It is for the whole process:
+    commands do it, the library does not.
     """
     gc.set_threshold(_NEW_OBJECTS)
 

@@ -216,7 +216,7 @@ def _training_store(run: Path, world: WorldModel, path: Path) -> TokenStore:
     """
     try:
         training = TokenStore(path)
-        _check(world, training)
+        _check_store(world, training)
     except DriveSimError as error:
         raise DriveSimError(
             f"{error}, or name the token store that the model was trained on with `training_tokens`"
@@ -232,8 +232,11 @@ def _training_store(run: Path, world: WorldModel, path: Path) -> TokenStore:
     return training
 
 
-def _check(world: WorldModel, store: TokenStore) -> None:
-    """Raise DriveSimError for tokens that the model cannot judge; say of another number format."""
+def _check_store(world: WorldModel, store: TokenStore) -> None:
+    """Raise DriveSimError where the model cannot judge a store's tokens.
+
+    A line says where their number format is another than the model's.
+    """
     world.check_store(store)
     if line := world.format_notice(store):
         say(line)
@@ -261,7 +264,7 @@ def _held_out_store(world: WorldModel, data: Sequence[Path]) -> HeldOutStore | N
     if len(data) > 1:
         raise DriveSimError(f"{stores[0]} is a token store: name it alone, or videos")
     store = HeldOutStore(stores[0], world.known_channels)
-    _check(world, store)
+    _check_store(world, store)
     store.verify()
     return store
 

@@ -23,6 +23,7 @@ MERGES = "a0: &a0 {k: 1}\n" + "".join(
         ("- " * 10_000, "too deeply"),
         ("a: " + "9" * 10_000, "4300 digits"),
         ("a: !!timestamp x", "groupdict"),
+        ("a: !!timestamp 2001-99-99", "month"),
         ("a: !!bool x", "x"),
         ("a: !!int ''", "index"),
         ("a: !!python/object/apply:os.mkdir [made]", "could not determine a constructor"),

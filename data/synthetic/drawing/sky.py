@@ -44,6 +44,7 @@ class Sky:
         self._texels = padded.view(np.uint32).ravel()
 
     def _paint(self, palette: Palette, rng: np.random.Generator, rows: int) -> Pixels:
+        """Paint the panorama, [3, rows, azimuths]."""
         azimuth = (np.arange(self._azimuths, dtype=np.float32) / self._azimuths * 2 * np.pi)[None]
         tangent = (np.arange(rows, dtype=np.float32)[:, None] + 0.5) * self._pixel / _OVERSAMPLING
         elevation = np.arctan(tangent)

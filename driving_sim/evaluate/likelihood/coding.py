@@ -116,7 +116,7 @@ def compress(
     def put(t: int, logits: Tensor, target: Tensor) -> Tensor:
         nonlocal model_bits
         known = tokens[t, target.cpu().numpy()]
-        encoder.encode(known, _FAMILY, weights(logits[0]))
+        encoder.encode(known, _FAMILY, coder_weights(logits[0]))
         chosen = torch.from_numpy(known).long().to(logits.device)[None]
         log_probs = logits.log_softmax(-1).gather(-1, chosen.unsqueeze(-1))
         model_bits -= float(log_probs.double().sum()) / math.log(2)
@@ -137,7 +137,7 @@ def decompress(
     decoder = stream.queue.RangeDecoder(words)
 
     def get(t: int, logits: Tensor, target: Tensor) -> Tensor:
-        read = decoder.decode(_FAMILY, weights(logits[0]))
+        read = decoder.decode(_FAMILY, coder_weights(logits[0]))
         return torch.from_numpy(read).long().to(logits.device)[None]
 
     try:
@@ -147,11 +147,11 @@ def decompress(
     return rearrange(decoded, "t (r c) -> t r c", r=world.transformer.grid.rows)
 
 
-def weights(logits: Tensor) -> Floats32:
-    """Return a softmax [n, K] as the coder's weights: whole numbers, 2^24 - K in every row.
+def coder_weights(logits: Tensor) -> Floats32:
+    """Return a softmax [n, K] as the coder's weights: whole numbers that sum to 2^24 - K in a row.
 
     constriction gives every code a frequency of 1 and shares out the rest of 2^24 in proportion to
-    the weights. These sum to that rest: float32 adds them up and scales them exactly.
+    the weights. These sum to that rest, below 2^24, so float32 adds and scales them exactly.
     """
     rest = _TOTAL - logits.shape[-1]
     probs = logits.cpu().double().softmax(-1).numpy()

@@ -113,8 +113,8 @@ def find_surprises(world: WorldModel, drives: Sequence[Drive], out: Path) -> dic
                 tokens: list[Bits] = []
                 pictures = _pictures(world, each, tokens, bar)
                 write_video(folder / each.video, pictures, fps=each.sampled.fps)
-                counted = np.flatnonzero(each.counts).tolist()
-                ranked = sorted(counted, key=each.bits.__getitem__, reverse=True)
+                candidates = np.flatnonzero(each.counts).tolist()
+                ranked = sorted(candidates, key=each.bits.__getitem__, reverse=True)
                 frames = frames_apart(ranked, each.sampled.timestamps, _MOMENTS)
                 moments += [_Moment(watched=each, frame=t, bits=tokens[t]) for t in frames]
         # Of equals the earlier comes first.

@@ -149,7 +149,7 @@ def leaves(
 
 
 def is_curve(value: object) -> TypeGuard[list[float | None]]:
-    """Whether a metric is a list of two numbers or more."""
+    """Whether a metric is a list of two or more numbers, None where there is none."""
     if not isinstance(value, list) or len(value) < 2:
         return False
     return all(item is None or isinstance(item, int | float) for item in value)

@@ -8,7 +8,7 @@ import torch
 from driving_sim.data.tokens.store import DriveTokens
 from driving_sim.evaluate.footage import first_frames
 from driving_sim.evaluate.likelihood import coding as entropy_coding
-from driving_sim.evaluate.likelihood.coding import Words, evaluate_coding, weights
+from driving_sim.evaluate.likelihood.coding import Words, coder_weights, evaluate_coding
 from driving_sim.world_model.training.bits import streamed_bits_per_token
 from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.token_drives import COLS, FPS, ROWS, write_store
@@ -43,8 +43,8 @@ def test_frequencies_are_whole_leave_no_code_out_and_cost_next_to_nothing() -> N
     torch.manual_seed(0)
     for codes, spread in ((9, 1.0), (1000, 4.0), (15_360, 4.0), (9, 1e5)):
         logits = torch.randn(64, codes) * spread
-        assert weights(logits).dtype == np.float32
-        found = 1 + weights(logits).astype(np.int64)
+        assert coder_weights(logits).dtype == np.float32
+        found = 1 + coder_weights(logits).astype(np.int64)
         assert found.min() >= 1
         assert (found.sum(-1) == 2**24).all()
         log_probs = logits.double().log_softmax(-1).numpy()
@@ -62,7 +62,9 @@ def test_the_coder_uses_these_frequencies(
     cuts = np.sort(rng.choice(np.arange(1, 40), size=8, replace=False))
     rare = np.diff(cuts, prepend=0, append=2**24)
     given = (rare - 1).astype(np.float32)
-    monkeypatch.setattr(entropy_coding, "weights", lambda logits: np.tile(given, (len(logits), 1)))
+    monkeypatch.setattr(
+        entropy_coding, "coder_weights", lambda logits: np.tile(given, (len(logits), 1))
+    )
     words, _ = compress(world, drive)
     expected = (24 - np.log2(rare))[drive.tokens].sum()
     assert expected > 10_000
@@ -132,9 +134,9 @@ def test_logits_that_drift_between_the_directions_are_found(
     def drifting(logits: torch.Tensor) -> np.ndarray:
         nonlocal calls
         calls += 1
-        return weights(logits * (1 + 1e-3 * calls))
+        return coder_weights(logits * (1 + 1e-3 * calls))
 
-    monkeypatch.setattr(entropy_coding, "weights", drifting)
+    monkeypatch.setattr(entropy_coding, "coder_weights", drifting)
     assert evaluate_coding(world, drive, seconds=8 / FPS).metrics["exact"] is False
 
 
@@ -181,9 +183,9 @@ def test_the_report_says_whether_the_bits_are_proved(
     def drifting(logits: torch.Tensor) -> np.ndarray:
         nonlocal calls
         calls += 1
-        return weights(logits * (1 + 1e-3 * calls))
+        return coder_weights(logits * (1 + 1e-3 * calls))
 
-    monkeypatch.setattr(entropy_coding, "weights", drifting)
+    monkeypatch.setattr(entropy_coding, "coder_weights", drifting)
     monkeypatch.setattr(entropy_coding, "_CLAIM", 10.0)
     section = evaluate_coding(world, drive, seconds=1.0)
     assert section.metrics["proved"] is False
