@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
     IMAGES,
     EventAccumulator,
 )
+from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
 
 from driving_sim.engine.training.run_log import RunLog, run_log
 from driving_sim.engine.training.trainable import Validation
@@ -34,7 +35,11 @@ def test_scalars_reach_both_files(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"results in {tmp_path}" in first_line
 
 
-def test_resumed_run_drops_what_it_will_log_again(tmp_path: Path) -> None:
+def test_resumed_run_drops_what_it_will_log_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Files of one second and process are read in the order of their numbers as text: 10 before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     with run_log(tmp_path) as log:
         for step in (1, 2, 3):
             log.add_scalars(step, "train", {"loss": float(step)})
