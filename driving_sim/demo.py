@@ -15,7 +15,7 @@ from driving_sim.data.synthetic.true_future import replay
 from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
 from driving_sim.data.synthetic.writer import seeds, write_synthetic_drives
 from driving_sim.data.tokens.index import INDEX
-from driving_sim.data.video.writer import write_video
+from driving_sim.data.video.writer import write_animation, write_video
 from driving_sim.engine.config import config, save_json, to_dict
 from driving_sim.engine.device import resolve_device
 from driving_sim.engine.errors import DriveSimError
@@ -67,8 +67,10 @@ class DemoConfig:
     """Training steps of each model, instead of the preset's minutes."""
     precision: str = "auto"
     """The number format of all passes: auto, fp32 or bf16."""
-    seconds: float = 2.0
+    seconds: float = 4.0
     """Length of the futures."""
+    judged_seconds: float = 2.0
+    """The second that ends here decides which true future a prediction is nearest to."""
     sampling: Sampling = Sampling(temperature=0.85)
     """How they are drawn."""
 
@@ -76,9 +78,10 @@ class DemoConfig:
 def run_demo(out: Path, *, seed: int = 0, config: DemoConfig | None = None) -> str:
     """Make drives, train both models, roll four actions out of one start; return the summary.
 
-    `out` gets the drives (and others, `heldout`), runs and tokens, `demo.mp4` and `demo.png` (truth
-    above prediction) and `summary.json`; `demo.json` says what was asked for. A demo of the same
-    seed and config that was stopped goes on; anything else in `out` raises DriveSimError.
+    `out` gets the drives (and others, `heldout`), runs and tokens, `demo.mp4`, `demo.webp` and
+    `demo.png` (truth above prediction) and `summary.json`; `demo.json` says what was asked for. A
+    demo of the same seed and config that was stopped goes on; anything else in `out` raises
+    DriveSimError.
     """
     config = config or DemoConfig()
     if (out / "summary.json").exists():
@@ -90,7 +93,8 @@ def run_demo(out: Path, *, seed: int = 0, config: DemoConfig | None = None) -> s
     driven, start = _find_start(config, seed, world.context_frames + 1)
     plans, futures = _roll_out(world, driven, start, config, seed)
     truths = [replay(driven.world, driven.states[start], plan.actions) for plan in plans]
-    matrix = _psnr_matrix(futures, truths, last=round(config.world.fps))
+    end, second = (round(time * config.world.fps) for time in (config.judged_seconds, 1.0))
+    matrix = _psnr_matrix(futures, truths, slice(max(0, end - second), end))
     right = int((matrix.argmax(axis=1) == np.arange(len(ACTIONS))).sum())
     steering_range = 2 * world.statistics.steering_p95
     _write_pictures(out, plans, truths, futures, config.world.fps, steering_range)
@@ -99,11 +103,12 @@ def run_demo(out: Path, *, seed: int = 0, config: DemoConfig | None = None) -> s
         {
             "seed": seed,
             "actions": ACTIONS,
-            "psnr_db_over_the_last_second": matrix.round(2).tolist(),
+            "judged_seconds": config.judged_seconds,
+            "psnr_db": matrix.round(2).tolist(),
             "nearest_to_own_action": right,
         },
     )
-    return _summary(out, matrix, right)
+    return _summary(out, matrix, right, config.judged_seconds)
 
 
 def _train(out: Path, seed: int, config: DemoConfig) -> None:
@@ -195,10 +200,12 @@ def _roll_out(
     return plans, [world.tokenizer.decode(one).numpy() for one in torch.stack(moments, dim=1)]
 
 
-def _psnr_matrix(futures: list[Pixels], truths: list[Pixels], last: int) -> Floats:
-    """Mean PSNR in dB over the `last` frames: predictions in rows, truths in columns."""
-    ends = ([torch.from_numpy(frames[-last:]) for frames in each] for each in (futures, truths))
-    values = [float(psnr(*pair).mean()) for pair in product(*ends)]
+def _psnr_matrix(futures: list[Pixels], truths: list[Pixels], judged: slice) -> Floats:
+    """Return the mean PSNR in dB over `judged` frames: predictions in rows, truths in columns."""
+    predicted, true = (
+        [torch.from_numpy(frames[judged]) for frames in videos] for videos in (futures, truths)
+    )
+    values = [float(psnr(*pair).mean()) for pair in product(predicted, true)]
     return np.array(values).reshape(len(futures), len(truths))
 
 
@@ -210,15 +217,16 @@ def _write_pictures(
     fps: float,
     steering_range: float,
 ) -> None:
-    """A video and a contact sheet with the truths above the predictions."""
+    """Write a video, an animation and a contact sheet with the truths above the predictions."""
     kinds = ("true", "predicted")
     titled = [replace(plan, label=f"{plan.label}: {kind}") for kind in kinds for plan in plans]
     shown, times = [*truths, *futures], len(futures[0])
-    video = (
-        draw_moment(titled, [each[t] for each in shown], t, steering_range, columns=len(plans))
+    moments = [
+        draw_moment(titled, [future[t] for future in shown], t, steering_range, columns=len(plans))
         for t in range(times)
-    )
-    write_video(out / "demo.mp4", video, fps=fps)
+    ]
+    write_video(out / "demo.mp4", moments, fps=fps)
+    write_animation(out / "demo.webp", moments, fps=fps)
     chosen = np.linspace(0, times - 1, _SHEET_TIMES).round().astype(int)
     by_plan = np.arange(len(shown)).reshape(len(kinds), -1).T.flat
     rows = [(titled[n].label, [shown[n][t] for t in chosen]) for n in by_plan]
@@ -227,10 +235,11 @@ def _write_pictures(
         Image.fromarray(sheet).save(temporary)
 
 
-def _summary(out: Path, matrix: Floats, right: int) -> str:
+def _summary(out: Path, matrix: Floats, right: int, judged_seconds: float) -> str:
     """The measurement as a table."""
     lines = [
-        "PSNR (dB) over the last second of each predicted future (row) to each true one (column):",
+        f"PSNR (dB) of each predicted future (row) to each true one (column), "
+        f"from {judged_seconds - 1:g} to {judged_seconds:g} s:",
         " " * 10 + "".join(f"{name:>10}" for name in ACTIONS),
     ]
     for name, row in zip(ACTIONS, matrix, strict=True):

@@ -5,6 +5,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from driving_sim import demo
 from driving_sim.data.synthetic.true_future import replay
@@ -17,7 +18,13 @@ from driving_sim.world_model.action_plan import ActionPlan
 from tests.fixtures.small_files import small_files
 
 SMALL = DemoConfig(
-    drives=3, heldout_drives=1, drive_seconds=3.0, steps=2, seconds=1.0, precision="fp32"
+    drives=3,
+    heldout_drives=1,
+    drive_seconds=3.0,
+    steps=2,
+    seconds=1.0,
+    judged_seconds=1.0,
+    precision="fp32",
 )
 
 
@@ -25,7 +32,7 @@ def test_the_whole_demo_runs_and_reports(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     summary = run_demo(out, seed=1, config=SMALL)
     saved = json.loads((out / "summary.json").read_text())
-    matrix = np.array(saved["psnr_db_over_the_last_second"])
+    matrix = np.array(saved["psnr_db"])
     assert matrix.shape == (4, 4)
     own = int((matrix.argmax(axis=1) == np.arange(4)).sum())
     assert saved["nearest_to_own_action"] == own
@@ -37,6 +44,8 @@ def test_the_whole_demo_runs_and_reports(tmp_path: Path) -> None:
         frames = sum(1 for _ in video.decode(video=0))
     assert frames == round(SMALL.seconds * SMALL.world.fps)
     assert (out / "demo.png").stat().st_size > 1000
+    with Image.open(out / "demo.webp") as animation:
+        assert animation.n_frames == frames  # type: ignore[attr-defined]
     assert [path.stem for path in (out / "heldout").glob("*.mp4")] == ["drive_003"]
     with pytest.raises(DriveSimError, match="finished demo"):
         run_demo(out, seed=1, config=SMALL)
@@ -60,7 +69,8 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_no_half_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "write_video", lambda *_, **__: None)
+    for name in ("write_video", "write_animation"):
+        monkeypatch.setattr(demo, name, lambda *_, **__: None)
     noise = np.random.default_rng(0).integers(256, size=(5, 64, 128, 3), dtype=np.uint8)
     plan = ActionPlan(
         label="left", actions=np.zeros((5, 2), np.float32), valid=np.ones((5, 2), np.bool_)
@@ -80,7 +90,7 @@ def test_the_truth_is_each_actions_own_and_nearest_to_itself() -> None:
         )
         for name in ACTIONS
     ]
-    matrix = _psnr_matrix(truths, truths, last=8)
+    matrix = _psnr_matrix(truths, truths, slice(8, 16))
     assert (matrix.argmax(axis=1) == np.arange(4)).all()
     assert (np.diag(matrix) > 40).all()
     assert matrix[~np.eye(4, dtype=bool)].max() < 25

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from PIL import Image
 
 from driving_sim.data.arrays import Pixels
 from driving_sim.engine.errors import DriveSimError
@@ -76,3 +77,19 @@ def write_video(path: Path, frames: Iterable[Pixels], fps: float) -> None:
     with video_writer(path, fps=fps, height=first.shape[0], width=first.shape[1]) as write:
         for frame in chain([first], remaining):
             write(frame)
+
+
+def write_animation(path: Path, frames: Iterable[Pixels], fps: float) -> None:
+    """Write frames, uint8 RGB [height, width, 3] each, as an animated WebP that loops."""
+    first, *others = map(Image.fromarray, frames)
+    with atomic_file(path) as temporary:
+        first.save(
+            temporary,
+            "WEBP",
+            save_all=True,
+            append_images=others,
+            duration=round(1000 / fps),
+            loop=0,
+            quality=85,
+            method=6,
+        )
