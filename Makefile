@@ -10,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/$(SCRIPTS)
 ARGS ?=
 
-.PHONY: setup demo test lint bench package clean
+.PHONY: setup demo test lint bench docs package clean
 
 setup: $(VENV)/installed
 
@@ -41,6 +41,14 @@ $(VENV)/installed-bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	touch $@
 
+# The documentation as a site, in site/; a dead link fails.
+docs: $(VENV)/installed-docs
+	$(BIN)/zensical build --clean --strict
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 # A wheel, in a clean environment, outside the checkout: help, then synth -> train -> roll out.
 package: setup
 	rm -rf build dist
@@ -48,4 +56,4 @@ package: setup
 	sh tests/wheel_smoke.sh $(PYTHON) dist/*.whl constraints.txt
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist site .cache *.egg-info .mypy_cache .ruff_cache .pytest_cache

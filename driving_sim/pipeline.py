@@ -257,16 +257,16 @@ def train_world_model_on(
 
 
 def roll_out(
-    model: Path,
-    actions: list[str],
-    out: Path,
+    model: Path | str,
+    actions: Sequence[str],
+    out: Path | str = "rollout.mp4",
     *,
-    tokens: Path,
-    context: Path | None = None,
+    tokens: Path | str = "runs/tokens",
+    context: Path | str | None = None,
     start_s: float | None = None,
     seconds: float | None = None,
     samples: int = 1,
-    sampling: Sampling,
+    sampling: Sampling | None = None,
     time_offset: float = 0.0,
     overwrite: bool = False,
     device: str = "auto",
@@ -276,21 +276,24 @@ def roll_out(
 
     Returns what the JSON beside the video holds.
     """
+    out = Path(out)
     present = [path for path in output_files(out).values() if path.exists()]
     if present and not overwrite:
         raise DriveSimError(f"{present[0]} exists: choose another `out`, or pass `overwrite`")
     world = WorldModel.from_run(model, device, precision)
     if context is None:
-        beginning = _stored_context(world, tokens, start_s)
+        beginning = _stored_context(world, Path(tokens), start_s)
     else:
-        drive, *others = find_for(world, [context], time_offset).drives
+        drive, *others = find_for(world, [Path(context)], time_offset).drives
         if others:
             raise DriveSimError(
                 f"`context` {context} holds {1 + len(others)} drives; name one of their videos"
             )
         beginning = context_from_drive(world, drive, start_s)
     plans = make_plans(actions, beginning.situation(world), seconds=seconds)
-    return write_rollout(world, beginning, plans, out, sampling=sampling, samples=samples)
+    return write_rollout(
+        world, beginning, plans, out, sampling=sampling or Sampling(), samples=samples
+    )
 
 
 def _stored_context(world: WorldModel, tokens: Path, start_s: float | None) -> Context:

@@ -1,0 +1,107 @@
+"""The README and the pages of the site: short, without dead links, and their commands run."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from driving_sim.demo import DemoConfig, run_demo
+from tests import ROOT
+
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEST = "<!-- test -->\n"
+
+
+def blocks(page: Path, before: str = "") -> list[tuple[str, str]]:
+    """Return the language and text of each fenced block that follows `before`."""
+    return re.findall(re.escape(before) + r"```(\w+)\n(.*?)```", page.read_text("utf-8"), re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.M)
+    kept = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.strip().replace(" ", "-") for heading in kept}
+
+
+def dead_links(page: Path) -> list[str]:
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            dead.append(link)
+    return dead
+
+
+def run(language: str, text: str, folder: Path) -> None:
+    """Run a block as a reader would, with trainings of two steps."""
+    scripts = Path(sys.executable).parent
+    environment = os.environ | {
+        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+        "DRIVESIM_STEPS": "2",
+    }
+    command = ["bash", "-euc", text] if language == "sh" else [sys.executable, "-c", text]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+
+
+def test_the_readme_takes_three_minutes() -> None:
+    text = README.read_text("utf-8")
+    assert len(text.split()) <= 1300
+    for row in re.findall(r"^\|.*\|$", text, re.M):
+        for cell in row.strip("|").split("|"):
+            assert len(re.sub(r"\(\S+\)", "", cell).split()) <= 10, f"a cell holds a text: {cell}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_link_is_dead(page: Path) -> None:
+    assert dead_links(page) == []
+
+
+def test_a_dead_link_is_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# One two\n[a](#one-two) [b](#three) [c](gone.md) [d](page.md#one-two)\n")
+    assert dead_links(page) == ["#three", "gone.md"]
+
+
+def test_file_names_do_not_differ_by_case_alone() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    names = [name.lower() for name in listed.stdout.splitlines()]
+    assert len(set(names)) == len(names)
+
+
+def test_the_pictures_are_light() -> None:
+    assert (ROOT / "docs" / "demo.webp").stat().st_size < 3_000_000
+
+
+def test_the_readmes_python_runs_on_a_demo(tmp_path: Path) -> None:
+    config = DemoConfig(
+        drives=3,
+        heldout_drives=1,
+        drive_seconds=5.0,
+        steps=2,
+        seconds=1.0,
+        judged_seconds=1.0,
+        precision="fp32",
+    )
+    run_demo(tmp_path / "runs" / "demo", config=config)
+    (code,) = [text for language, text in blocks(README) if language == "python"]
+    run("python", code, tmp_path)
+    assert (tmp_path / "rollout.mp4").stat().st_size > 1000
+
+
+def test_the_commands_of_getting_started_run_one_after_the_other(tmp_path: Path) -> None:
+    page = ROOT / "docs" / "getting-started.md"
+    marked = blocks(page, TEST)
+    assert len(marked) == page.read_text("utf-8").count(TEST) >= 6
+    for language, text in marked:
+        run(language, text, tmp_path)
+    for name in ("rollout.mp4", "rollout.png", "slalom.mp4"):
+        assert (tmp_path / name).stat().st_size > 1000
