@@ -63,9 +63,9 @@ class DriveReport:
     """Codec, container, size and reader; None if the frames do not come from a video."""
     steering_kind: SteeringKind | None
     speed_range_mps: tuple[float, float] | None
-    """Lowest and highest speed."""
+    """Lowest and highest speed; None if unknown."""
     steering_range: tuple[float, float] | None
-    """Lowest and highest steering in the unit of its kind, left positive."""
+    """Lowest and highest steering in the unit of its kind, left positive; None if unknown."""
     valid_share: float
     """Share of the frames with a known speed or steering."""
     measured_s: float
@@ -222,8 +222,7 @@ def inspect_drives(
     there. Drives that cannot be read are in `.skipped` of the report.
 
     Raises DriveSimError if there are no drives, or if `out` contains other files or cannot be
-    written. If no drive can be read, it prints the reason for each
-    drive and raises DriveSimError.
+    written. If no drive can be read, it prints the reason for each drive and raises DriveSimError.
     """
     check_replaceable(
         out,

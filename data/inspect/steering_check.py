@@ -34,7 +34,7 @@ _MIN_PAIRS = 30
 _MIN_CORRELATION = 0.5
 # A lag is a problem if the best normal lag leaves this many times as much variance unexplained.
 _CLEARLY_WORSE = 1.15
-# Picture and steering may briefly differ in sign. Turning apart for this long is a problem.
+# Picture and steering may briefly differ in sign. Opposite turns for this long are a problem.
 _CONTRARY_S = 1.0
 # An image motion of this many picture widths is clearly visible.
 _VISIBLE_MOTION = 0.002
@@ -125,7 +125,7 @@ def _unit_problem(focal: float) -> str | None:
 
 
 def _contrary_problem(motion: Floats, turns: Floats, usable: Mask, times: Floats) -> str | None:
-    """Return a message if picture and steering turn apart for a second or more, or None."""
+    """Return a message if picture and steering turn opposite ways for at least 1 s, or None."""
     scale = motion[usable].std() / turns[usable].std()
     against = usable & (np.minimum(np.abs(motion), np.abs(turns * scale)) > _VISIBLE_MOTION)
     against &= np.sign(motion) != np.sign(turns)

@@ -53,7 +53,7 @@ def load_orphan(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
 
 
 def found_in(folder: Path) -> Iterator[tuple[Path, Load]]:
-    """Yield the videos and the action files without a video in a folder, each with its loader."""
+    """Yield the videos in a folder, and its action files without a video, each with its loader."""
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     videos = {path.stem for path in files if path.suffix.lower() in VIDEO_SUFFIXES}
     for path in files:

@@ -269,9 +269,9 @@ def test_a_deleted_file_gives_a_one_line_error(tmp_path: Path) -> None:
 
 def test_indices_are_checked(tmp_path: Path) -> None:
     facts = read_facts(write_numbered(tmp_path / "x.mp4"))
-    with pytest.raises(IndexError, match="of 40"):
+    with pytest.raises(IndexError, match="only 40"):
         read_frames(facts, [40])
-    with pytest.raises(IndexError, match="of 40"):
+    with pytest.raises(IndexError, match="only 40"):
         read_frames(facts, [-1])
     with pytest.raises(ValueError, match="increasing"):
         next(stream_frames(facts, indices=[4, 3]))
