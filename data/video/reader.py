@@ -78,8 +78,8 @@ def frames_to_read(facts: VideoFacts, indices: Indices) -> Ints:
     count = len(facts.timestamps)
     if len(numbers) and (numbers.min() < 0 or numbers.max() >= count):
         raise IndexError(
-            f"{facts.path}: frames {numbers.min()} to {numbers.max()} were requested, but there are "
-            f"only {count}"
+            f"{facts.path}: frames {numbers.min()} to {numbers.max()} were requested, but there "
+            f"are only {count}"
         )
     return numbers
 
