@@ -1,1 +1,1 @@
-"""Videos and actions in: readers, action files, dataset sources, token store, synthetic world."""
+"""Driving data: videos, action files, folder layouts, token stores and a synthetic world."""

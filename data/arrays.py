@@ -1,4 +1,4 @@
-"""NumPy arrays by the numbers in them; their axes stand where they are used."""
+"""Type aliases for NumPy arrays. The axes are documented where an alias is used."""
 
 import hashlib
 from typing import Any
@@ -7,22 +7,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8]
-"""Levels of 8 bits, of pictures in RGB: the channels are the last axis unless said otherwise."""
+"""8-bit pixel values. Pictures are RGB; the last axis is the channel unless stated otherwise."""
 Ints = NDArray[np.int64]
-"""Whole numbers of 64 bits: indices, tokens, counts."""
+"""64-bit integers: indices, tokens, counts."""
 Floats = NDArray[np.float64]
-"""Numbers of 64 bits: times, measurements, probabilities."""
+"""64-bit floats: times, measurements, probabilities."""
 Floats32 = NDArray[np.float32]
-"""Numbers of 32 bits: actions, pictures that are being drawn, what models return."""
+"""32-bit floats: actions, unfinished pictures, outputs of models."""
 Reals = NDArray[np.floating[Any]]
-"""Numbers of any precision."""
+"""Floats of any precision."""
 Mask = NDArray[np.bool_]
-"""What is known, chosen or true."""
+"""Booleans that mark the elements that are known, chosen or true."""
 
 
 def digest(*arrays: NDArray[Any]) -> str:
-    """SHA-256, in hexadecimal, of the arrays' bytes."""
-    found = hashlib.sha256()
+    """Return the SHA-256 of the bytes of all arrays, in hexadecimal."""
+    sha256 = hashlib.sha256()
     for array in arrays:
-        found.update(np.ascontiguousarray(array).tobytes())
-    return found.hexdigest()
+        sha256.update(np.ascontiguousarray(array).tobytes())
+    return sha256.hexdigest()

@@ -1,4 +1,4 @@
-"""Drives: frames with their times and, where there are any, the actions.
+"""Drives: frames with their times and, if they were recorded, actions.
 
 Legend: N frames of a drive, T frames of a sample of it.
 """
@@ -24,7 +24,7 @@ from driving_sim.engine.errors import BadDriveError, DriveSimError
 
 
 class FrameReader(Protocol):
-    """Reads a drive's frames; picklable, opens files only while reading."""
+    """Reads the frames of a drive. It can be pickled: it opens files only while it reads."""
 
     def read(self, indices: Ints, size: FrameSize | None) -> Pixels:
         """Read a few frames [n, H, W, 3] in any order."""
@@ -35,13 +35,13 @@ class FrameReader(Protocol):
         ...
 
     def files(self, indices: Ints) -> list[Path]:
-        """The files that these frames are read from: a fingerprint hashes them."""
+        """Return the files that contain these frames; fingerprints hash them."""
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VideoFrames:
-    """The frames of a video file, decoded in a process that it cannot take down with it."""
+    """The frames of a video file, decoded in a separate process because the file may crash it."""
 
     facts: VideoFacts
 
@@ -54,70 +54,70 @@ class VideoFrames:
         return stream_frames(self.facts, size=size, indices=indices)
 
     def files(self, indices: Ints) -> list[Path]:
-        """The video's file, whichever frames are meant."""
+        """Return the video file, for any frames."""
         return [self.facts.path]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Drive:
-    """One recording; picklable, it opens its files only while frames are read."""
+    """One recording. It can be pickled: it opens its files only while frames are read."""
 
     id: str
-    """Its path below the folder that was searched, without suffix; unique among the drives."""
+    """Path below the folder that was searched, without suffix; unique among the drives."""
     source: str
-    """The layout it was found in: video, udacity or comma2k19."""
+    """Layout of its files: video, udacity or comma2k19."""
     timestamps: Floats
-    """[N] s from the first frame, strictly increasing."""
+    """[N] Time of each frame in seconds from the first one, strictly increasing."""
     reader: FrameReader
     log: ActionLog | None = None
-    """The actions on the same clock, where there are any."""
+    """Actions on the same clock, or None if there are none."""
     video: VideoFacts | None = None
-    """The facts of its file, where the frames come from a video."""
+    """Facts of the video file, or None if the frames do not come from a video."""
 
     def frames(self, indices: Ints | Sequence[int], size: FrameSize | None = None) -> Pixels:
-        """Read a few frames, uint8 [n, H, W, 3], in any order; for whole drives use `stream`."""
+        """Read a few frames, uint8 [n, H, W, 3], in any order. For whole drives use `stream`."""
         return self.reader.read(np.asarray(indices, np.int64), size)
 
     def stream(
         self, size: FrameSize | None = None, indices: Ints | Sequence[int] | None = None
     ) -> Iterator[Pixels]:
-        """Yield frames, uint8 [H, W, 3], in order: those at ascending `indices`, or all."""
-        wanted = None if indices is None else np.asarray(indices, np.int64)
-        return self.reader.stream(wanted, size)
+        """Yield the frames at ascending `indices`, or all frames, as uint8 [H, W, 3]."""
+        numbers = None if indices is None else np.asarray(indices, np.int64)
+        return self.reader.stream(numbers, size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SampledDrive:
-    """The frames of a drive that a model sees, with the action that leads from each to the next."""
+    """The frames of a drive that a model sees, each with the action that leads to the next one."""
 
     drive: Drive
     indices: Ints
-    """[T] frames of the drive, ascending."""
+    """[T] Ascending numbers of the frames in the drive."""
     timestamps: Floats
-    """[T] s from the drive's first frame."""
+    """[T] Time of each frame in seconds from the drive's first frame."""
     actions: Floats32
-    """[T, 2] speed in m/s and steering, the mean from each frame to the next; 0 where invalid."""
+    """[T, 2] Speed in m/s and steering, averaged from each frame to the next; 0 where invalid."""
     action_valid: Mask
-    """[T, 2] where the actions are known."""
+    """[T, 2] Whether each speed and each steering is known."""
     segments: list[tuple[int, int]]
-    """Ranges [start, stop) of T with no gap in the drive's own frames between them."""
+    """Ranges [start, stop) of T within which the drive has no gap."""
 
     @property
     def fps(self) -> float:
-        """Mean rate within the segments; 0 where none has two frames."""
+        """Mean frame rate within the segments; 0 if none has two frames."""
         return mean_rate(self.timestamps, self.segments)
 
     def batches(self, size: FrameSize, count: int) -> Iterator[Pixels]:
-        """Yield its frames in order, uint8 [n, H, W, 3], n = `count` but for the last."""
+        """Yield the frames in order, `count` at a time (or what is left), as uint8 [n, H, W, 3]."""
         stream = self.drive.stream(size, self.indices)
         while batch := list(islice(stream, count)):
             yield np.stack(batch)
 
 
 def sample(drive: Drive, *, fps: float | None = None, every: int | None = None) -> SampledDrive:
-    """Choose a drive's frames at a rate or a stride, then average the actions between them.
+    """Choose frames of a drive at a rate or a stride, then average the actions between them.
 
-    Neither `fps` nor `every` means every frame. Raises ValueError as `choose_frames` does.
+    Without `fps` and `every`, all frames are chosen. Raises ValueError as `choose_frames` does.
     """
     indices = choose_frames(drive.timestamps, fps=fps, every=every)
     timestamps = drive.timestamps[indices]
@@ -134,52 +134,52 @@ def sample(drive: Drive, *, fps: float | None = None, every: int | None = None) 
 
 @config
 class Skipped:
-    """Something that looked like a drive and cannot be used."""
+    """Something that looks like a drive but cannot be used."""
 
     id: str
-    """The drive's id."""
+    """Id that the drive would have."""
     reason: str
-    """Why, in one line."""
+    """Why it cannot be used, in one line."""
 
 
 @dataclass(frozen=True, slots=True)
 class DriveSet:
-    """The drives that were found, in the order of their ids, and what was left out and why."""
+    """The drives that were found, in the order of their ids, and what was skipped and why."""
 
     drives: list[Drive]
     skipped: list[Skipped] = field(default_factory=list)
 
     @property
     def notices(self) -> list[str]:
-        """What was assumed while reading the action files, one line each with the drives it met."""
-        met: dict[str, list[str]] = {}
+        """Assumptions made while reading action files: one line each, with the drives concerned."""
+        drives_by_line: dict[str, list[str]] = {}
         for drive in self.drives:
             for line in drive.log.notices if drive.log else ():
-                met.setdefault(line, []).append(drive.id)
+                drives_by_line.setdefault(line, []).append(drive.id)
         return [
             f"{line} ({drives[0]}{f' and {len(drives) - 1} more' if drives[1:] else ''})"
-            for line, drives in met.items()
+            for line, drives in drives_by_line.items()
         ]
 
     @property
     def steering_kind(self) -> SteeringKind | None:
-        """What all their steering measures, None where no drive has any.
+        """Kind of steering in all drives; None if no drive has steering.
 
-        Raises DriveSimError where kinds are mixed: a model learns from one of them only.
+        Raises DriveSimError if drives have different kinds, because a model can learn only one.
         """
         first: dict[SteeringKind, str] = {}
         for drive in self.drives:
             if drive.log is not None and drive.log.steering_kind and drive.log.has[STEERING]:
                 first.setdefault(drive.log.steering_kind, drive.id)
         if len(first) > 1:
-            found = ", ".join(f"{kind} ({drive})" for kind, drive in first.items())
+            kinds = ", ".join(f"{kind} ({drive})" for kind, drive in first.items())
             raise DriveSimError(
-                f"the drives mix kinds of steering: {found}; use one kind at a time"
+                f"the drives mix kinds of steering: {kinds}; use drives of one kind only"
             )
         return next(iter(first), None)
 
     def require_all(self) -> "DriveSet":
-        """Return the set itself; raises BadDriveError where anything was skipped."""
+        """Return this set, or raise BadDriveError if anything was skipped."""
         if self.skipped:
             first, others = self.skipped[0], len(self.skipped) - 1
             more = f" (and {others} more)" if others else ""

@@ -1,4 +1,4 @@
-"""Batches of single frames for the tokenizer, drawn from all drives alike.
+"""Batches of single frames for the tokenizer, drawn from all drives with equal probability.
 
 Legend: B frames of a batch, N frames of all drives together, H height, W width.
 """
@@ -20,24 +20,28 @@ from driving_sim.engine.parsing import one_line
 from driving_sim.engine.progress import progress
 
 _NEIGHBOURS = 4
-"""Frames taken near each place of a drive where frames are decoded on demand."""
+"""Number of frames drawn near each random place in a drive when frames are decoded on demand."""
 _NEIGHBOURHOOD = 16
-"""Frames among which these neighbours are drawn."""
+"""Number of consecutive frames among which the neighbours at one place are drawn."""
 
 
 @dataclass(eq=False)
 class FrameBatches(Dataset[dict[str, Tensor]]):
-    """`dataset[n]` is batch n, {"frames": uint8 [B, H, W, 3]}: a function of (seed, n) only.
+    """Random batches of frames: `dataset[n]` is {"frames": uint8 [B, H, W, 3]}.
 
-    Frames that fit in `cache_bytes` are decoded once, here. Loader workers share them: forked ones
-    as they are, others through shared memory, which is where they are decoded if `shared`.
-    Otherwise every batch decodes its own, a few neighbours at each place, because most of the cost
-    is in reaching the place. With `mirror` every frame is flipped left to right half of the time;
-    it is moved by up to `shift` pixels, and each colour's brightness changes by a share of up to
-    `gain`. A share `cutmix` of a batch's frames get their right part, from a random column on, from
-    the batch's next frame (CutMix, arXiv 1905.04899): such pictures cannot be learned by heart.
+    Batch n depends only on (seed, n).
 
-    Raises DriveSimError where the drives have no frames, fewer than a batch, or one that cannot be
+    If all frames fit in `cache_bytes`, they are decoded once, by the constructor. Forked loader
+    workers inherit this cache. Set `shared` to place it in shared memory for workers that are not
+    forked. If the frames do not fit, every batch decodes its own, a few neighbours at each place,
+    because reaching a place costs most of the time.
+
+    `mirror` flips a frame left to right with probability 0.5. `shift` moves it by up to that many
+    pixels. `gain` changes the brightness of each colour by up to that share. For a share `cutmix`
+    of the frames, the part right of a random column comes from the batch's next frame (CutMix,
+    arXiv 1905.04899), so that the model cannot memorise pictures.
+
+    Raises DriveSimError if the drives have no frames or fewer than a batch, or if a frame cannot be
     decoded.
     """
 
@@ -67,7 +71,7 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
         self._cache = self._decode_all() if fits else None
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:
-        """Batch n; there is no last one."""
+        """Return batch n. There is no last batch."""
         generator = np.random.default_rng([self.seed, n])
         if self._cache is not None:
             chosen = generator.integers(self.frame_count, size=self.batch_size)
@@ -90,20 +94,21 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
         shape = (self.frame_count, self.size.height, self.size.width, 3)
         cache = torch.empty(shape, dtype=torch.uint8)
         if self.shared and _start_method() != "fork":
-            _share(cache)  # before it is filled: then it is never held twice
+            # Share the cache while it is empty, so that memory never holds its frames twice.
+            _share(cache)
         filled = cache.numpy()
-        with progress(self.frame_count, "decode", "frames") as shown:
+        with progress(self.frame_count, "decode", "frames") as bar:
             for drive, start in zip(self.drives, self._offsets[:-1], strict=True):
                 for frame in drive.drive.stream(self.size, drive.indices):
                     filled[start] = frame
                     start += 1
-                    shown.advance(1)
+                    bar.advance(1)
         return cache
 
     def _neighbours(self, generator: np.random.Generator) -> Ints:
-        """Draw B of the N frames, a few at each of some places; never across drives."""
+        """Draw B of the N frames: a few near each of several random places, never across drives."""
         places = generator.integers(self.frame_count, size=-(-self.batch_size // _NEIGHBOURS))
-        # Fixed stretches of a drive: so every frame is as likely as every other.
+        # Neighbours come from fixed stretches of a drive, so that all frames are equally likely.
         drives = np.searchsorted(self._offsets, places, side="right") - 1
         starts = places - (places - self._offsets[drives]) % _NEIGHBOURHOOD
         stops = np.minimum(starts + _NEIGHBOURHOOD, self._offsets[drives + 1])
@@ -122,7 +127,7 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
 
 
 def _start_method() -> str:
-    """How processes are started here by default; asking for it does not settle it."""
+    """Return how this process starts others by default, without fixing that choice."""
     chosen = multiprocessing.get_start_method(allow_none=True)
     return chosen or multiprocessing.get_all_start_methods()[0]
 
@@ -134,7 +139,7 @@ def _share(cache: Tensor) -> None:
         raise DriveSimError(
             f"{cache.nbytes / 1e9:.2g} GB of frames do not fit in shared memory "
             f"({one_line(error)}): lower data.cache_gigabytes, set training.workers=0, or give the "
-            "container more (docker's --shm-size)"
+            "container more shared memory (docker's --shm-size)"
         ) from error
 
 
@@ -142,15 +147,15 @@ def _mirror(frames: Pixels, chosen: Ints) -> None:
     """Flip the chosen frames left to right, in place."""
     for sample in chosen:
         original = frames[sample].copy()
-        # By channel: five times faster than reversing pixels of three bytes.
+        # Flipping channel by channel is five times faster than flipping pixels of three bytes.
         for channel in range(3):
             frames[sample, :, :, channel] = original[:, ::-1, channel]
 
 
 def _shift(frames: Pixels, corners: Ints, most: int) -> None:
-    """Crop each frame at its corner [B, 2] of itself with `most` pixels reflected around, in place.
+    """Move each frame in place: pad it by `most` reflected pixels and crop it at its corner [B, 2].
 
-    Corners are from 0 to 2 * `most`; at `most` nothing moves.
+    Corners go from 0 to 2 * `most`. A corner at `most` leaves the frame where it is.
     """
     _, height, width, _ = frames.shape
     for frame, (y, x) in zip(frames, corners, strict=True):
@@ -159,13 +164,13 @@ def _shift(frames: Pixels, corners: Ints, most: int) -> None:
 
 
 def _amplify(frames: Pixels, gains: Floats) -> None:
-    """Multiply each frame's channels by its gains [B, 3], in place."""
+    """Multiply the channels of each frame by its gains [B, 3], in place."""
     for frame, gain in zip(frames, gains.astype(np.float32), strict=True):
         frame[:] = np.minimum(frame * gain + 0.5, 255)
 
 
 def _mix(frames: Pixels, chosen: Ints, columns: Ints) -> None:
-    """Give the chosen frames the next frame's picture from their columns on, in place."""
+    """Replace chosen frames, each from its column on, by the next frame's pixels, in place."""
     following = np.roll(frames, -1, axis=0)
     for sample, column in zip(chosen, columns, strict=True):
         frames[sample, :, column:] = following[sample, :, column:]

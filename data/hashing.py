@@ -1,4 +1,4 @@
-"""Random numbers that are a function of a place: no state, and no memory, however many."""
+"""Random numbers that depend only on a seed and integer keys, without any stored state."""
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -9,20 +9,24 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def mixed(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser (Steele et al. 2014, https://doi.org/10.1145/2660193.2660195)."""
+    """Mix bits with the finaliser of SplitMix64.
+
+    Source: Steele et al. 2014, https://doi.org/10.1145/2660193.2660195
+    """
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return bits ^ (bits >> np.uint64(31))
 
 
 def uniform(seed: int, *keys: ArrayLike) -> Floats:
-    """Draw a number in [0, 1) for each combination of integer keys, the same one at every call.
+    """Return a random number in [0, 1) for each combination of integer keys.
 
-    The keys broadcast against one another; the result has their shape (at least one axis).
+    The same seed and keys always give the same number. The keys broadcast against one another, and
+    the result has their shape, with at least one axis.
     """
     bits = mixed(np.array([seed], dtype=np.int64).view(np.uint64) + _GOLDEN)
     for key in keys:
-        # int64 first: a negative grid cell wraps around rather than overflows.
+        # Convert to int64 first, so that negative keys wrap around and raise no OverflowError.
         value = np.atleast_1d(np.asarray(key, dtype=np.int64)).view(np.uint64)
         bits = mixed((bits ^ value) * _GOLDEN + _GOLDEN)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -1,4 +1,4 @@
-"""Which drives train and which validate: whole drives, never parts of one."""
+"""Split drives into training and validation drives; no drive is divided between the two."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.progress import say
 
 MIRROR_SUFFIX = "~mirror"
-"""What a mirrored drive's id ends in; it stays on the side of the drive it mirrors."""
+"""Suffix of the id of a mirrored drive. The drive stays in the part of its original."""
 _NAMED = 10
-"""Drives that a line names, at most."""
+"""Largest number of drives that a message names."""
 
 
 def original_id(drive_id: str) -> str:
-    """The id of the drive that this one mirrors, or its own."""
+    """Return the id without the suffix of a mirrored drive."""
     return drive_id.removesuffix(MIRROR_SUFFIX)
 
 
@@ -24,11 +24,11 @@ def _chosen(originals: list[str], validation: Sequence[str]) -> set[str]:
         nearest = get_close_matches(unknown, originals, n=1, cutoff=0.0)
         raise DriveSimError(
             f"validation drive {unknown!r} is not among the {len(originals)} drives; "
-            f"the nearest is {nearest[0] if nearest else 'none'!r}"
+            f"the most similar id is {nearest[0] if nearest else 'none'!r}"
         )
     if chosen == set(originals):
         raise DriveSimError(
-            "every drive was named for validation and none is left to train on; name fewer"
+            "every drive is named for validation, and none is left to train on; name fewer drives"
         )
     return chosen
 
@@ -42,10 +42,12 @@ def split_drives(
 ) -> tuple[list[str], list[str]]:
     """Split drive ids into (train, validation), each in the order given.
 
-    `validation` names the validation drives; without it a `fraction` of the drives is drawn by a
-    hash of `seed` and id, whatever their order: at least one of two or more drives, never all.
-    `X~mirror` is always on the side of `X`. Says which drives validate; of one drive alone, nothing
-    is kept from training. Raises DriveSimError for a name that is not there.
+    `validation` names the validation drives. Without it, a `fraction` of the drives is drawn by a
+    hash of `seed` and id, independently of their order: at least one drive, but never all. If there
+    is only one drive, it is used for training. `X~mirror` stays in the same part as `X`.
+
+    Prints which drives validate. Raises DriveSimError if `validation` names an unknown drive or all
+    drives.
     """
     originals = sorted({original_id(drive_id) for drive_id in ids})
     if validation is not None:
@@ -61,5 +63,5 @@ def split_drives(
         named = ", ".join(held_out[:_NAMED])
         say(f"training on {len(train)} drives, validating on {named}{more}")
     elif train:
-        say(f"one drive only, {train[0]}: validating on the frames it trains on")
+        say(f"there is only one drive, {train[0]}: validating on its training frames")
     return train, held_out

@@ -1,1 +1,1 @@
-"""Action files: speed and steering over time, brought to the frames."""
+"""Read action files (speed and steering over time), and align them with frames."""

@@ -23,50 +23,54 @@ SPEED, STEERING = 0, 1
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ActionLog:
-    """Speed and steering samples on the video's clock."""
+    """Samples of speed and steering on the video's clock."""
 
     times: Floats
-    """[M] s, strictly increasing; 0 is the video's first frame."""
+    """[M] Time of each sample in seconds from the video's first frame, strictly increasing."""
     values: Floats32
-    """[M, 2] speed in m/s; steering in rad, 1/m (curvature) or -1..1 (normalised)."""
+    """[M, 2] Speed in m/s; steering in rad, 1/m (curvature) or -1 to 1 (normalised)."""
     has: Mask
-    """[2] whether there is a speed, and a steering; a missing one's values are 0."""
+    """[2] Whether the log has speed and whether it has steering. Missing values are 0."""
     steering_kind: SteeringKind | None
-    """What the steering measures; None where there is none."""
+    """What the steering measures; None if the log has no steering."""
     pauses: tuple[tuple[int, float, float], ...] = ()
-    """(channel, start s, stop s): where one channel is not known, though the other may be."""
+    """(channel, start in s, stop in s): times when a channel is unknown; the other may be known."""
     notices: tuple[str, ...] = ()
-    """What was assumed, one line each."""
+    """Assumptions made while reading the file, one line each."""
     origin: str = "the actions"
-    """Where the samples come from, for messages."""
+    """File or folder that the samples come from, for messages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogOptions:
-    """What a user says of the logs. Raises DriveSimError for a kind of steering there is not."""
+    """What the user says about action logs. Raises DriveSimError for an unknown steering kind."""
 
     steering_kind: SteeringKind | None = None
-    """What a bare `steering` column measures, and any other one must."""
+    """What a bare `steering` column measures, and what all other steering must measure."""
     time_offset: float = 0.0
-    """Added to the times of every log, in seconds."""
+    """Seconds that are added to the times of every log."""
 
     def __post_init__(self) -> None:
         kinds = get_args(SteeringKind)
         if self.steering_kind is not None and self.steering_kind not in kinds:
             raise DriveSimError(
-                f"`steering_kind` {self.steering_kind}: kinds are {', '.join(kinds)}"
+                f"`steering_kind` {self.steering_kind}: unknown; kinds are {', '.join(kinds)}"
             )
 
     def check_kind(self, steering: str, kind: SteeringKind) -> None:
-        """Raise DriveSimError where a steering of this kind is not the one that is wanted."""
+        """Raise DriveSimError if this kind of steering is not the one that the user expects.
+
+        `steering` names the steering in the message.
+        """
         if self.steering_kind not in (None, kind):
             raise DriveSimError(
-                f"{steering} is {kind}, but `steering_kind` is {self.steering_kind}"
+                f"{steering} is {kind}, but `steering_kind` is {self.steering_kind}; correct "
+                "`steering_kind` or leave it out"
             )
 
 
 class _Column(NamedTuple):
-    """What a column name means: value in file * scale = value in SI units."""
+    """The meaning of a column name. A value in the file times `scale` is in SI units."""
 
     scale: float
     kind: SteeringKind | None = None
@@ -103,12 +107,12 @@ UNITS: dict[SteeringKind, str] = {
     "curvature": "1/m",
     "normalised": "of full lock",
 }
-"""The unit of each kind of steering, as it is kept in memory."""
+"""Unit of each kind of steering in memory."""
 
 _AS_NAMED = LogOptions()
 _LONGEST_HEADER = 2**16  # characters
 _LATEST_S = 1e12
-# Beyond these a value is a unit mistake, not driving: 360 km/h, three turns of the wheel, ...
+# A value beyond these limits has a wrong unit: 360 km/h, three turns of the steering wheel, ...
 SPEED_RANGE_MPS = (-30.0, 100.0)
 STEERING_LIMIT: dict[SteeringKind, float] = {
     "steering_wheel": 20.0,
@@ -122,22 +126,23 @@ def _find(
     table: CsvTable,
     known: dict[str, _Column],
     family: tuple[str, ...],
-    wanted: SteeringKind | None = None,
+    kind: SteeringKind | None = None,
 ) -> str | None:
-    """The one column of `known`, of several steerings the one whose kind is wanted.
+    """Return the name of the only column that is in `known`, or None if there is none.
 
-    Raises DriveSimError for two, or for one in an unknown unit.
+    `kind` chooses between several columns of steering. Raises DriveSimError if the choice is not
+    unique, or if the name of a column begins as in `family` but its unit is unknown.
     """
-    found = [name for name in table.names if name in known]
-    of_kind = [name for name in found if known[name].kind == wanted]
-    if wanted is not None and len(of_kind) == 1:
+    matches = [name for name in table.names if name in known]
+    of_kind = [name for name in matches if known[name].kind == kind]
+    if kind is not None and len(of_kind) == 1:
         return of_kind[0]
-    if len(found) > 1:
+    if len(matches) > 1:
         raise table.fail(
-            f"has the columns {' and '.join(found)}, which say the same: keep one of them"
+            f"has the columns {' and '.join(matches)} for the same quantity; keep one of them"
         )
-    if found:
-        return found[0]
+    if matches:
+        return matches[0]
     unknown = [name for name in table.names if name.startswith(family)]
     if unknown:
         raise table.fail(f"column {shown(unknown[0])} is not known; use one of {', '.join(known)}")
@@ -148,14 +153,14 @@ def _check_increasing(table: CsvTable, name: str, values: Floats) -> None:
     for row in np.flatnonzero(np.diff(values) <= 0)[:1] + 1:
         what = "the same as" if values[row] == values[row - 1] else "before"
         raise table.fail(
-            f"{name} {table.cell(row, name)} is {what} the line above's; times must increase: "
+            f"{name} {table.cell(row, name)} is {what} the one above it; times must increase: "
             "sort the rows and remove duplicates",
             row,
         )
 
 
 def _scaled(table: CsvTable, name: str, scale: float, low: float, high: float, hint: str) -> Floats:
-    """A column in SI units. Raises DriveSimError at the first value out of range."""
+    """Return a column in SI units. Raises DriveSimError for the first value out of range."""
     values = table.numbers(name) * scale
     for row in np.flatnonzero((values < low) | (values > high))[:1]:
         raise table.fail(
@@ -167,16 +172,18 @@ def _scaled(table: CsvTable, name: str, scale: float, low: float, high: float, h
 def _times(table: CsvTable, frame_times: Floats | None) -> Floats:
     name = _find(table, _TIMES, ("timestamp_", "time_"))
     if name is not None:
-        scale, hint = _TIMES[name].scale, "30,000 years of seconds"
+        scale, hint = _TIMES[name].scale, "at most 30,000 years"
         times = _scaled(table, name, scale, -_LATEST_S, _LATEST_S, hint)
         _check_increasing(table, name, times)
         return times
     if "frame" not in table.names:
         raise table.fail(
-            f"has no time column among {table.columns}; name one timestamp_s, or frame"
+            f"has no time column among {table.columns}; name one of them timestamp_s or frame"
         )
     if frame_times is None:
-        raise table.fail("counts in frames, which needs a video; name a time column timestamp_s")
+        raise table.fail(
+            "has frame numbers as times, but there is no video; add a column timestamp_s"
+        )
     frames = table.numbers("frame")
     _check_increasing(table, "frame", frames)
     outside = (frames != np.floor(frames)) | (frames < 0) | (frames >= len(frame_times))
@@ -193,9 +200,9 @@ def _speed(table: CsvTable, notices: list[str]) -> Floats | None:
     if name is None:
         return None
     if name == "speed":
-        notices.append("speed is taken to be in m/s (else name it speed_kmh or speed_mph)")
+        notices.append("speed is taken to be in m/s (if it is not, name it speed_kmh or speed_mph)")
     low, high = SPEED_RANGE_MPS
-    hint = f"{low:g} to {high:g} m/s; km/h is speed_kmh, mph is speed_mph"
+    hint = f"{low:g} to {high:g} m/s; name it speed_kmh or speed_mph if it is in km/h or mph"
     return _scaled(table, name, _SPEEDS[name].scale, low, high, hint)
 
 
@@ -210,14 +217,14 @@ def _steering(
     kind = own or options.steering_kind
     if kind is None:
         raise table.fail(
-            "column 'steering' does not say what it measures: name it by that, such as "
-            f"road_wheel_rad, or pass `steering_kind` ({', '.join(get_args(SteeringKind))})"
+            "the name of column 'steering' does not say what it measures; name it road_wheel_rad, "
+            f"for example, or pass `steering_kind` ({', '.join(get_args(SteeringKind))})"
         )
     if own is None:
         notices.append(f"steering is taken to be {kind}, in {UNITS[kind]}, left positive")
     options.check_kind(f"{table.path}: column {name!r}", kind)
     limit = STEERING_LIMIT[kind]
-    hint = f"at most {limit:g} {UNITS[kind]} either way"
+    hint = f"-{limit:g} to {limit:g} {UNITS[kind]}"
     return _scaled(table, name, _STEERINGS[name].scale, -limit, limit, hint), kind
 
 
@@ -226,14 +233,16 @@ def read_action_file(
 ) -> ActionLog:
     """Read a CSV of speed and steering over time.
 
-    Time is `timestamp_s|ms|us|ns` (or `timestamp`, `time`, `t` in seconds) or `frame` (from 0; then
-    `frame_times` [N] s are needed). Speed is `speed_mps|kmh|mph` or `speed` (m/s). Steering is
-    `steering_deg|rad` (steering wheel), `road_wheel_deg|rad`, `curvature` (1/m), `steering_norm`
-    (-1..1) or `steering` (rad, 1/m or -1..1 by the options' kind), left positive. Other columns are
+    The time column is `timestamp_s|ms|us|ns`, or `timestamp`, `time` or `t` in seconds, or `frame`
+    from 0. A `frame` column needs `frame_times` [N], the times of the video's frames in seconds.
+    The speed column is `speed_mps|kmh|mph`, or `speed` in m/s. The steering column, left positive,
+    is `steering_deg|rad` (steering wheel), `road_wheel_deg|rad`, `curvature` (1/m), `steering_norm`
+    (-1 to 1), or `steering`, whose unit follows from the kind in `options`. Other columns are
     ignored.
 
-    Raises DriveSimError naming file, line and remedy: cells that are no finite numbers, times that
-    do not increase, unknown units, absurd values, neither speed nor steering, fewer than 2 rows.
+    Raises DriveSimError, with file, line and remedy, for cells that are not finite numbers, times
+    that do not increase, unknown units, absurd values, fewer than 2 rows, or if there is neither
+    speed nor steering.
     """
     table = read_csv(path)
     notices: list[str] = []
@@ -242,7 +251,7 @@ def read_action_file(
     steering, kind = _steering(table, options, notices)
     if speed is None and steering is None:
         raise table.fail(
-            f"has neither speed nor steering among {table.columns}; name the columns "
+            f"has neither speed nor steering among {table.columns}; known names are "
             f"{', '.join(_SPEEDS)} and {', '.join(_STEERINGS)}"
         )
     values = np.zeros((len(times), 2), np.float32)
@@ -260,10 +269,10 @@ def read_action_file(
 
 
 def is_action_file(path: Path) -> bool:
-    """Whether the CSV's header names a time and a speed or a steering."""
+    """Return whether the header of a CSV names a time, and a speed or a steering."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            # Of a file that may be anything, and all one line.
+            # Read a limited length, because a file of any kind may be a single line.
             first = file.readline(_LONGEST_HEADER)
             names = {name.strip().lower() for name in next(csv.reader([first]), [])}
     except (OSError, UnicodeDecodeError, csv.Error):
@@ -281,9 +290,9 @@ def write_action_file(
 ) -> None:
     """Write actions [M, 2] at times [M] s as a CSV that `read_action_file` reads back.
 
-    Readers interpolate linearly between rows. Where each action instead holds until the next one
-    (exactly so in a simulator), pass `hold_until`, the time at which the last one ends: each action
-    then has a row at its start and one a microsecond before its end.
+    Readers interpolate linearly between rows. If each action holds until the next one instead, as
+    in a simulator, pass `hold_until`, the time in seconds at which the last action ends. Each
+    action then gets a row at its start and another one a microsecond before its end.
     """
     if hold_until is not None:
         ends = np.append(times[1:], hold_until) - 1e-6

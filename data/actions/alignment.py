@@ -1,4 +1,4 @@
-"""Actions at the frames: the mean of the log over each interval between two frames.
+"""Align actions with frames: average the log over each interval between two frames.
 
 Legend: T frames, M samples of the log.
 """
@@ -10,25 +10,31 @@ from driving_sim.data.arrays import Floats, Floats32, Mask
 from driving_sim.engine.errors import DriveSimError
 
 EXTRAPOLATION_S = 0.1
-"""How far beyond its first and last sample a log is believed (its end values hold)."""
+"""Seconds before the first and after the last sample in which that sample is still used."""
 GAP_S = 0.25
-"""Samples further apart than this are not interpolated between."""
+"""Longest time in seconds between two samples that is bridged by interpolation."""
 MIN_COVERAGE = 0.5
-"""A log that is valid on a smaller share of the frames is a mistake."""
+"""Smallest share of frames with valid actions; if a log covers less, it does not fit the video."""
 
-# Timestamps of a 4 Hz log rounded to milliseconds are still 0.25 s apart.
+# Tolerance for the rounding of timestamps: samples at 4 Hz may be up to 0.251 s apart.
 _SLACK_S = 1e-3
 
 
 def interval_ends(timestamps: Floats) -> Floats:
-    """The ends [T] s of the frames' intervals: the next frame's time, or a median period on."""
+    """Return the end [T] of each frame's interval in seconds: the time of the next frame.
+
+    The last interval is one median period long.
+    """
     if len(timestamps) < 2:
         return timestamps + EXTRAPOLATION_S
     return np.append(timestamps[1:], timestamps[-1] + np.median(np.diff(timestamps)))
 
 
 def _integral(times: Floats, values: Floats, at: Floats) -> Floats:
-    """The integral [T, 2] of the linear interpolant of values [M, 2], from times[0] to `at` [T]."""
+    """Integrate the linear interpolant of values [M, 2] from times[0] to each time of `at` [T].
+
+    Returns [T, 2].
+    """
     widths = np.diff(times)[:, None]
     areas = widths * (values[:-1] + values[1:]) / 2
     cumulative = np.concatenate([np.zeros((1, values.shape[1])), np.cumsum(areas, axis=0)])
@@ -39,7 +45,7 @@ def _integral(times: Floats, values: Floats, at: Floats) -> Floats:
 
 
 def _covered(times: Floats, starts: Floats, ends: Floats) -> Mask:
-    """Which intervals lie within the padded log `times` and touch none of its gaps."""
+    """Return which intervals lie within the padded log `times` and touch none of its gaps."""
     gaps_before = np.append(0, np.cumsum(np.diff(times) > GAP_S + _SLACK_S))
     last = len(times) - 2
     first = np.clip(np.searchsorted(times, starts, side="right") - 1, 0, last)
@@ -52,11 +58,11 @@ def _covered(times: Floats, starts: Floats, ends: Floats) -> Mask:
 def align(log: ActionLog | None, timestamps: Floats) -> tuple[Floats32, Mask]:
     """Average a log over the intervals between frames at `timestamps` [T] s, strictly increasing.
 
-    Returns actions float32 [T, 2] and where they are valid, bool [T, 2]. actions[t] is the exact
-    mean of the log's linear interpolant over [timestamps[t], timestamps[t + 1]): it leads from
-    frame t to frame t + 1. The last interval is a median period long. An interval that reaches more
-    than 0.1 s beyond the log, or into a gap of more than 0.25 s, is invalid, as is a channel in its
-    pause; invalid actions are 0.
+    Returns actions float32 [T, 2] and whether each is valid, bool [T, 2]. actions[t] is the exact
+    mean of the log's linear interpolant over [timestamps[t], timestamps[t + 1]), so it leads from
+    frame t to frame t + 1. The last interval is one median period long. An action is invalid, and
+    0, if its interval reaches more than 0.1 s beyond the log, into a gap of more than 0.25 s, or
+    into a pause of its channel.
     """
     count = len(timestamps)
     if log is None:
@@ -75,10 +81,10 @@ def align(log: ActionLog | None, timestamps: Floats) -> tuple[Floats32, Mask]:
 
 
 def check_coverage(log: ActionLog, timestamps: Floats) -> None:
-    """Check that a log belongs to the frames at `timestamps` [T] s.
+    """Check that a log fits the frames at `timestamps` [T] s.
 
-    Raises DriveSimError where the two clocks do not overlap, where the samples are too far apart,
-    or where the log covers less than half of the frames.
+    Raises DriveSimError if the times of the log and the video do not overlap, if the samples are
+    too far apart, or if the log covers less than half of the frames.
     """
     ends = interval_ends(timestamps)
     span = f"{log.times[0]:.2f} to {log.times[-1]:.2f} s"
@@ -87,17 +93,17 @@ def check_coverage(log: ActionLog, timestamps: Floats) -> None:
         offset = timestamps[0] - log.times[0]
         raise DriveSimError(
             f"{log.origin}: its times ({span}) do not overlap the video's: {video}; shift them "
-            f"with `time_offset` (such as {offset:.2f})"
+            f"with `time_offset` (such as {offset:.2f} if both start together)"
         )
     apart = float(np.median(np.diff(log.times)))
     if apart > GAP_S + _SLACK_S:
         raise DriveSimError(
-            f"{log.origin}: its samples are {apart:.3g} s apart, more than {GAP_S} s: check the "
+            f"{log.origin}: its samples are {apart:.3g} s apart, more than {GAP_S} s; check the "
             "unit of the time column (timestamp_ms, timestamp_us), or log more often"
         )
     share = float(align(log, timestamps)[1].any(axis=1).mean())
     if share < MIN_COVERAGE:
         raise DriveSimError(
             f"{log.origin}: covers {share:.0%} of the video's frames (samples from {span}; "
-            f"{video}): check the unit of the time column and `time_offset`, or cut the video"
+            f"{video}); check the unit of the time column and `time_offset`, or cut the video"
         )

@@ -1,4 +1,4 @@
-"""CSV files as text tables that know the line each row stands on, so that errors can say it."""
+"""Read CSV files as text tables that keep the line number of each row, for error messages."""
 
 import csv
 import math
@@ -16,37 +16,37 @@ _MOST_NAMED, _LONGEST_NAME = 12, 80
 
 @dataclass(frozen=True, slots=True)
 class CsvTable:
-    """The cells of a CSV with a header."""
+    """The cells of a CSV file with a header."""
 
     path: Path
     names: tuple[str, ...]
     """Column names in lower case."""
     rows: list[list[str]]
     lines: list[int]
-    """The line of the file on which each row stands."""
+    """Line number of each row in the file."""
 
     def fail(self, message: str, row: int | None = None) -> DriveSimError:
-        """The error that says `message` of the file, or of one row of it."""
+        """Return an error whose message begins with the file and, if given, the line of a row."""
         where = f"{self.path}" if row is None else f"{self.path}, line {self.lines[row]}"
         return DriveSimError(f"{where}: {message}")
 
     @property
     def columns(self) -> str:
-        """The columns' names for a message: the first ones of many."""
+        """The names of the columns for a message, shortened if there are many."""
         more = ", ..." if len(self.names) > _MOST_NAMED else ""
         return ", ".join(map(_plain, self.names[:_MOST_NAMED])) + more
 
     def cell(self, row: int, name: str) -> str:
-        """One cell as it is written, but for a very long one or one with control characters."""
+        """Return the text of one cell for a message; very long or unprintable text is shortened."""
         return _plain(self.rows[row][self.names.index(name)].strip())
 
     def numbers(self, name: str) -> Floats:
-        """A column as finite numbers. Raises DriveSimError at the first cell that is none."""
+        """Return a column of finite numbers; raise DriveSimError for the first other cell."""
         column = [cells[self.names.index(name)].strip() for cells in self.rows]
         values = np.array([*map(_number, column)])
         for row in np.flatnonzero(~np.isfinite(values))[:1]:
             raise self.fail(
-                f"{name} is {shown(column[row])}, not a finite number: correct it or remove "
+                f"{name} is {shown(column[row])}, not a finite number; correct it or remove "
                 "the row",
                 row,
             )
@@ -65,9 +65,9 @@ def _number(cell: str) -> float:
 
 
 def read_rows(path: Path) -> list[tuple[int, list[str]]]:
-    """The rows of a CSV, each with the line of the file it ends on; empty lines do not count.
+    """Read the rows of a CSV, each with the line number of its end, and skip empty lines.
 
-    Raises DriveSimError where the file is missing or no UTF-8 text.
+    Raises DriveSimError if the file is missing or is not UTF-8 text.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -75,7 +75,7 @@ def read_rows(path: Path) -> list[tuple[int, list[str]]]:
             return [(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))]
     except FileNotFoundError:
         raise DriveSimError(f"{path}: no such file") from None
-    # ValueError: not UTF-8, or a path with a zero byte
+    # ValueError: the text is not UTF-8, or the path contains a zero byte.
     except (OSError, ValueError, csv.Error) as error:
         raise DriveSimError(
             f"{path}: cannot be read as a CSV of UTF-8 text ({one_line(error)})"
@@ -83,9 +83,9 @@ def read_rows(path: Path) -> list[tuple[int, list[str]]]:
 
 
 def read_csv(path: Path) -> CsvTable:
-    """Read a CSV with a header and at least two rows; empty lines do not count.
+    """Read a CSV with a header and at least two rows, and skip empty lines.
 
-    Raises DriveSimError where the file is missing, no UTF-8 text, ragged or too short.
+    Raises DriveSimError if the file is missing, is not UTF-8 text, is ragged or is too short.
     """
     numbered = read_rows(path)
     if not numbered:
@@ -98,7 +98,7 @@ def read_csv(path: Path) -> CsvTable:
     table = CsvTable(path, names, [cells for _, cells in rows], [line for line, _ in rows])
     for row, cells in enumerate(table.rows):
         if len(cells) != len(names):
-            raise table.fail(f"has {len(cells)} cells where the header has {len(names)}", row)
+            raise table.fail(f"has {len(cells)} cells, but the header has {len(names)}", row)
     if len(rows) < 2:
         raise table.fail(f"has {len(rows)} rows of values; at least 2 are needed")
     return table

@@ -1,1 +1,1 @@
-"""What is in a folder of drives, and what is wrong with it."""
+"""Inspect folders of drives: show what they contain and what is wrong."""

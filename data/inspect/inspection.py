@@ -1,4 +1,4 @@
-"""What is in a folder of drives, and what is wrong with it: `drivesim inspect`."""
+"""Inspect folders of drives: show what they contain and what is wrong (`drivesim inspect`)."""
 
 import json
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from driving_sim.engine.files import atomic_folder
 from driving_sim.engine.progress import Progress, progress
 from driving_sim.engine.run_folder import check_replaceable
 
-# Motion is measured at this size; decoding to more would only cost time.
+# Frames are decoded at the size at which motion is measured. More would only cost time.
 _SIZE = FrameSize(height=64, width=128)
 _MEASURED_S = 300.0
 _FRAMES_AT_ONCE = 256
@@ -30,49 +30,63 @@ _FASTEST_MPS = 60.0
 _STANDING_MPS, _DRIVING_MPS = 0.3, 3.0
 _FEW_FRAMES = 10
 _REPORT = "inspection.json"
+_LEGEND = """\
+gaps             places where the video misses frames, and the longest time between two frames
+speed, steering  lowest and highest value; steering is left positive, in rad, 1/m (curvature) or
+                 from -1 to 1 (normalised)
+known            share of the frames with a known speed or steering
+lag              frames by which the actions come later (+) or earlier (-) than the motion in the
+                 picture; 0 to -0.25 s is normal, because a car turns shortly after it steers;
+                 a positive lag needs a negative `time_offset`, a negative lag a positive one
+sign             "left +": positive steering turns left, as it must; FLIPPED: it turns right
+r                correlation of steering and motion at this lag; if it is weaker than 0.5, lag and
+                 sign are unknown (-)
+"""
+"""What the columns of the table mean."""
 _VIDEO = "{0.codec} in {0.container}, {0.width}x{0.height}, read by {0.reader}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DriveReport:
-    """What is known about one drive."""
+    """The results of inspecting one drive."""
 
     id: str
     source: str
     frames: int
     duration_s: float
     fps: float
-    """Mean rate between the gaps."""
+    """Mean frame rate, without the gaps."""
     gaps: int
-    """Places where frames are missing: more than 1.5 periods between neighbours."""
+    """Number of gaps: neighbouring frames that are more than 1.5 median periods apart."""
     longest_gap_s: float
     video: str | None
-    """Codec, container, size and reader, where the frames come from a video."""
+    """Codec, container, size and reader; None if the frames do not come from a video."""
     steering_kind: SteeringKind | None
     speed_range_mps: tuple[float, float] | None
+    """Lowest and highest speed; None if unknown."""
     steering_range: tuple[float, float] | None
-    """In the kind's unit, left positive."""
+    """Lowest and highest steering in the unit of its kind, left positive; None if unknown."""
     valid_share: float
-    """Of the frames, those whose actions are known."""
+    """Share of the frames with a known speed or steering."""
     measured_s: float
-    """Time from the start of the drive over which the picture was compared with the actions."""
+    """Seconds from the start of the drive in which the picture was compared with the actions."""
     synchrony: Synchrony
     picture: str | None
-    """File name of the PNG."""
+    """File name of the PNG, below the output folder."""
     problems: tuple[str, ...]
-    """What is wrong, one line each, with the remedy."""
+    """What is wrong and what to do about it, one line each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """What is known about all drives, and what was left out."""
+    """The results of inspecting all drives, and the drives that were skipped."""
 
     drives: list[DriveReport]
     skipped: list[Skipped]
     notices: list[str]
 
     def table(self) -> str:
-        """The report as text: a row for each drive, then the problems, what was skipped and why."""
+        """Return the report as text: a table, its legend, problems, skipped drives, assumptions."""
         named = [_row(drive) for drive in self.drives]
         rows = [tuple(named[0]), *(tuple(row.values()) for row in named)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -80,19 +94,20 @@ class Report:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
-        found = {
+        lines += ["", *_LEGEND.splitlines()]
+        sections = {
             "problems": [f"{drive.id}: {line}" for drive in self.drives for line in drive.problems],
             "skipped": [f"{skipped.id}: {skipped.reason}" for skipped in self.skipped],
             "assumed": self.notices,
         }
-        for title, entries in found.items():
+        for title, entries in sections.items():
             if entries:
                 lines += ["", f"{title} ({len(entries)})", *(f"  {entry}" for entry in entries)]
         return "\n".join(lines)
 
 
 def _row(drive: DriveReport) -> dict[str, str]:
-    """A row of the table, by the titles of its columns."""
+    """Return the row of a drive in the table: its cells by the title of their column."""
     synchrony = drive.synchrony
     lag, correlation = synchrony.lag_frames, synchrony.correlation
     return {
@@ -117,38 +132,38 @@ def _range(values: tuple[float, float] | None, form: str) -> str:
     return "-" if values is None else f"{values[0]:{form}} to {values[1]:{form}}"
 
 
-def _measure(sampled: SampledDrive, shown: Progress) -> tuple[Floats32, Floats32]:
-    """Image motion and picture change [T - 1] of the frames."""
+def _measure(sampled: SampledDrive, bar: Progress) -> tuple[Floats32, Floats32]:
+    """Return the image motion and the picture change [T - 1] between the frames."""
     measured = [np.zeros((2, 0), np.float32)]
     frames = sampled.drive.stream(_SIZE, sampled.indices)
     block = list(islice(frames, _FRAMES_AT_ONCE))
     while len(block) > 1:
         pictures = np.stack(block)
         measured.append(np.stack([yaw_motion(pictures), picture_change(pictures)]))
-        shown.advance(len(block) - 1)
-        # Blocks share one frame, so that no pair of neighbours is lost.
+        bar.advance(len(block) - 1)
+        # Each block begins with the last frame of the previous one, so that no pair is lost.
         block = [block[-1], *islice(frames, _FRAMES_AT_ONCE - 1)]
-    shown.advance(1)
+    bar.advance(1)
     motion, change = np.concatenate(measured, axis=1)
     return motion, change
 
 
 def _speed_problems(sampled: SampledDrive, change: Floats32) -> list[str]:
-    """Speeds that no car drives, and a picture that stands while the car drives."""
+    """Return problems with the speed: too fast for a car, or 0 although the picture moves."""
     speed, known = sampled.actions[:, SPEED], sampled.action_valid[:, SPEED]
     problems = []
     if known.any() and speed[known].max() > _FASTEST_MPS:
         problems.append(
             f"the speed reaches {speed[known].max():.0f} m/s ({speed[known].max() * 3.6:.0f} km/h):"
-            " is the column in km/h (speed_kmh) or mph (speed_mph)?"
+            " if the column is in km/h or mph, name it speed_kmh or speed_mph"
         )
     usable = known[:-1] & within_segments(sampled.segments)
     standing = change[usable & (np.abs(speed[:-1]) < _STANDING_MPS)]
     driving = change[usable & (np.abs(speed[:-1]) > _DRIVING_MPS)]
     if min(len(standing), len(driving)) >= _FEW_FRAMES and np.median(standing) > np.median(driving):
         problems.append(
-            "the picture changes more where the speed is 0 than where the car drives: "
-            "are these the actions of this video?"
+            "the picture changes more while the speed is 0 than while the car drives: "
+            "check that the actions belong to this video"
         )
     return problems
 
@@ -161,10 +176,10 @@ def _value_range(sampled: SampledDrive, channel: int) -> tuple[float, float] | N
 def _report(
     drive: Drive, measured: SampledDrive, motion: Floats32, change: Floats32, out: Path
 ) -> DriveReport:
-    whole = sample(drive)
+    all_frames = sample(drive)
     synchrony = measure_synchrony(motion, measured)
     problems = (*synchrony.problems, *_speed_problems(measured, change))
-    gap_lengths = np.diff(whole.timestamps)[~within_segments(whole.segments)]
+    gap_lengths = np.diff(all_frames.timestamps)[~within_segments(all_frames.segments)]
     picture = f"{drive.id}.png"
     caption = f"{drive.id}: " + ("; ".join(problems) if problems else "no problems found")
     draw_drive(
@@ -178,14 +193,14 @@ def _report(
         source=drive.source,
         frames=len(drive.timestamps),
         duration_s=float(drive.timestamps[-1] - drive.timestamps[0]),
-        fps=whole.fps,
+        fps=all_frames.fps,
         gaps=len(gap_lengths),
         longest_gap_s=float(gap_lengths.max(initial=0.0)),
         video=None if drive.video is None else _VIDEO.format(drive.video),
         steering_kind=drive.log.steering_kind if drive.log else None,
-        speed_range_mps=_value_range(whole, SPEED),
-        steering_range=_value_range(whole, STEERING),
-        valid_share=float(whole.action_valid.any(axis=1).mean()),
+        speed_range_mps=_value_range(all_frames, SPEED),
+        steering_range=_value_range(all_frames, STEERING),
+        valid_share=float(all_frames.action_valid.any(axis=1).mean()),
         measured_s=float(measured.timestamps[-1]),
         synchrony=synchrony,
         picture=picture,
@@ -200,13 +215,14 @@ def inspect_drives(
     steering_kind: str | None = None,
     time_offset: float = 0.0,
 ) -> Report:
-    """Find the drives in files and folders, measure them and say what is wrong with them.
+    """Find the drives in files and folders, measure them and report what is wrong with them.
 
-    Compares image motion with the actions over the first 5 minutes of each drive. Writes a PNG for
-    each drive and `inspection.json` into the folder `out`, in place of an earlier inspection there.
-    Drives that cannot be read are in `.skipped`. Raises DriveSimError where there is nothing to
-    inspect, where no drive can be read, after a line with the reason for each, and where `out`
-    holds anything else or cannot be written.
+    Compares the image motion with the actions in the first 5 minutes of each drive. Writes a PNG
+    for each drive and `inspection.json` into the folder `out`, and replaces an earlier inspection
+    there. Drives that cannot be read are in `.skipped` of the report.
+
+    Raises DriveSimError if there are no drives, or if `out` contains other files or cannot be
+    written. If no drive can be read, it prints the reason for each drive and raises DriveSimError.
     """
     check_replaceable(
         out,
@@ -214,24 +230,24 @@ def inspect_drives(
         "an inspection",
         lambda earlier: [_REPORT, *(str(drive["picture"]) for drive in earlier["drives"])],
     )
-    found = find_drives(paths, steering_kind=steering_kind, time_offset=time_offset)
-    skipped = list(found.skipped)
+    drive_set = find_drives(paths, steering_kind=steering_kind, time_offset=time_offset)
+    skipped = list(drive_set.skipped)
     reports = []
-    frames = sum(int((drive.timestamps < _MEASURED_S).sum()) for drive in found.drives)
-    with atomic_folder(out) as folder, progress(frames, "inspect", "frames") as shown:
-        for drive in found.drives:
+    frames = sum(int((drive.timestamps < _MEASURED_S).sum()) for drive in drive_set.drives)
+    with atomic_folder(out) as folder, progress(frames, "inspect", "frames") as bar:
+        for drive in drive_set.drives:
             count = max(1, int(np.searchsorted(drive.timestamps, _MEASURED_S)))
             measured = sample(replace(drive, timestamps=drive.timestamps[:count]))
             try:
-                motion, change = _measure(measured, shown)
+                motion, change = _measure(measured, bar)
             except DriveSimError as error:
                 skipped.append(Skipped(id=drive.id, reason=str(error)))
             else:
                 reports.append(_report(drive, measured, motion, change, folder))
         if not reports:
-            for lost in skipped:
-                shown.say(f"skipped {lost.id}: {lost.reason}")
+            for skip in skipped:
+                bar.say(f"skipped {skip.id}: {skip.reason}")
             raise DriveSimError("every drive was skipped: nothing is left to inspect")
-        report = Report(drives=reports, skipped=skipped, notices=found.notices)
+        report = Report(drives=reports, skipped=skipped, notices=drive_set.notices)
         (folder / _REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n")
     return report

@@ -1,9 +1,10 @@
-"""What the picture says about the car's motion: how far it turned, and whether it moved.
+"""Measure the motion of the car in its pictures: how far it turned, and whether it moved.
 
-A car that turns shifts its whole picture sideways; a car that drives ahead spreads it to both sides
-of the vanishing point, which leaves the mean shift of the far field alone. So the shift of the band
-around the horizon, found by normalised cross-correlation, measures the turn. The road below and the
-bonnet do not take part: one moves by itself, the other never does.
+When the car turns, the whole picture shifts sideways. When it drives straight ahead, the picture
+spreads to both sides of the vanishing point, which does not change the mean shift of the far field.
+So the sideways shift of the band around the horizon measures the turn; normalised cross-correlation
+finds it. The road below the band and the bonnet are left out: the road moves even when the car does
+not turn, and the bonnet never moves.
 
 Legend: T frames, P = T - 1 pairs of frames, R rows of the band, C columns, S shifts.
 """
@@ -19,8 +20,8 @@ from torch.nn import functional
 
 from driving_sim.data.arrays import Floats32, Pixels
 
-# Frames are measured at this size, whatever they come in: a pixel is 0.8 % of the width, the peak
-# is found to a fraction of that, and blur or block artefacts of a decoder matter little.
+# All frames are scaled to this size. A pixel is then 0.8 % of the width, the peak is found to a
+# fraction of a pixel, and the blur and block artefacts of a decoder matter little.
 _ROWS, _COLUMNS = 64, 128
 _HORIZON = slice(10, 35)
 _ROAD = slice(32, 54)
@@ -33,36 +34,42 @@ _PAIRS_AT_ONCE = 64
 
 
 def _grey(frames: Pixels) -> Tensor:
-    """Frames [T, H, W, 3] as grey levels [T, 64, 128]."""
+    """Convert frames [T, H, W, 3] to grey levels [T, 64, 128]."""
     grey = torch.from_numpy(np.ascontiguousarray(frames)).float() @ torch.full((3,), 1 / 3)
     return functional.interpolate(grey[:, None], (_ROWS, _COLUMNS), mode="area")[:, 0]
 
 
 @cache
 def _blur_matrix(length: int, sigma: float) -> Tensor:
-    """Gaussian weights [length, length] of the neighbours of each place; each row sums to 1."""
+    """Return the matrix [length, length] of a Gaussian blur; each row sums to 1."""
     places = torch.arange(length, dtype=torch.float32)
     return torch.softmax(-((places[:, None] - places) / sigma).square() / 2, dim=1)
 
 
 def blurred(images: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of [..., H, W], sigma in pixels: as matrices, far cheaper than convolutions."""
+    """Blur images [..., H, W] with a Gaussian of `sigma` pixels.
+
+    Multiplying by matrices is far faster than convolving.
+    """
     return _blur_matrix(images.shape[-2], sigma) @ images @ _blur_matrix(images.shape[-1], sigma).T
 
 
 def local_detail(grey: Tensor, sigma: float) -> Tensor:
-    """Grey levels [..., H, W] minus their surroundings, at equal contrast everywhere.
+    """Subtract from grey levels [..., H, W] their surroundings, and equalise the local contrast.
 
-    A bright kerb then weighs no more than a faint hill, and a change of light nothing.
+    A bright kerb then counts no more than a faint hill, and a change of light does not count.
     """
     detail = grey - blurred(grey, sigma)
     return detail / (blurred(detail.square(), sigma).sqrt() + _FAINTEST_DETAIL)
 
 
 def _correlation(before: Tensor, after: Tensor) -> Tensor:
-    """Normalised cross-correlation [P, S] of [P, R, C] for shifts -32 to 32, right positive."""
+    """Return the normalised cross-correlation [P, S] of two bands [P, R, C] at shifts -32 to 32.
+
+    A positive shift moves the picture to the right.
+    """
     columns = before.shape[-1]
-    # Zero padding to twice the width keeps the shifts from wrapping around.
+    # Pad with zeros to twice the width, so that shifts do not wrap around.
     spectra = (torch.fft.rfft(image, 2 * columns) for image in (before, after))
     first, second = spectra
     products = torch.fft.irfft((first.conj() * second).sum(dim=1), 2 * columns)
@@ -71,18 +78,18 @@ def _correlation(before: Tensor, after: Tensor) -> Tensor:
         functional.pad(reduce(image.square(), "p r c -> p c", "sum").cumsum(1), (1, 0))
         for image in (before, after)
     )
-    # At shift s, columns [0, C - s) before meet columns [s, C) after.
+    # At shift s, columns [0, C - s) of `before` overlap columns [s, C) of `after`.
     low, high = (-shifts).clamp(min=0), columns - shifts.clamp(min=0)
     met_before = energy_before[:, high] - energy_before[:, low]
     met_after = energy_after[:, high + shifts] - energy_after[:, low + shifts]
     correlation = products[:, shifts] / (met_before * met_after + 1.0).sqrt()
-    # A small overlap fits by chance more easily.
+    # Penalise a small overlap, because it matches by chance more easily.
     overlap: Tensor = correlation * (1 - shifts.abs() / columns).sqrt()
     return overlap
 
 
 def _peak(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Where scores [P, S] are highest, as a shift in fractions of a pixel, and how high."""
+    """Find the peak of scores [P, S]: its shift in pixels (with fraction) and its height."""
     height, index = scores.max(dim=1)
     inner = index.clamp(1, scores.shape[1] - 2)
     left, centre, right = (scores.gather(1, inner[:, None] + step)[:, 0] for step in (-1, 0, 1))
@@ -92,7 +99,7 @@ def _peak(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _chunks(frames: Pixels) -> Iterator[Pixels]:
-    """Pieces that share one frame, so that together they hold every pair of neighbours."""
+    """Split frames into chunks that overlap by one frame, so that no pair of neighbours is lost."""
     for start in range(0, len(frames) - 1, _PAIRS_AT_ONCE):
         yield frames[start : start + _PAIRS_AT_ONCE + 1]
 
@@ -101,14 +108,14 @@ def yaw_motion(frames: Pixels) -> Floats32:
     """Measure how far the scene moves sideways between consecutive frames.
 
     Takes uint8 [T, H, W, 3] of any size and returns float32 [T - 1] in picture widths, at most a
-    quarter either way. Positive: the scene moves right, because the car turns left. Two frames that
-    do not match (a cut) give 0.
+    quarter to either side. Positive means that the scene moves right, because the car turns left.
+    The result is 0 for two frames that do not match, as at a cut.
     """
     shifts = [np.zeros(0, np.float32)]
     for chunk in _chunks(frames):
         detail = local_detail(_grey(chunk), _DETAIL_SIGMA)
         before = detail[:-1, _HORIZON]
-        # The car also pitches: take the best of a few vertical offsets.
+        # The car also pitches, so take the best of several vertical offsets.
         scores = torch.stack(
             [
                 _correlation(before, detail[1:, _HORIZON.start + dy : _HORIZON.stop + dy])
@@ -121,9 +128,10 @@ def yaw_motion(frames: Pixels) -> Floats32:
 
 
 def picture_change(frames: Pixels) -> Floats32:
-    """Measure how much the road ahead changes between consecutive frames: near 0 at a standstill.
+    """Measure how much the road ahead changes between consecutive frames: almost 0 at a standstill.
 
-    Takes uint8 [T, H, W, 3] and returns float32 [T - 1], the mean difference as a share of white.
+    Takes uint8 [T, H, W, 3] and returns the mean absolute difference of grey levels between 0
+    (black) and 1 (white), float32 [T - 1].
     """
     changes = [np.zeros(0, np.float32)]
     for chunk in _chunks(frames):

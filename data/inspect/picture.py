@@ -1,4 +1,4 @@
-"""The picture of an inspection: speed, steering and image motion of a drive over time."""
+"""Draw the speed, the steering and the image motion of an inspected drive over time."""
 
 import textwrap
 from pathlib import Path
@@ -19,7 +19,7 @@ _INK = "#30343b"
 def draw_drive(path: Path, sampled: SampledDrive, motion: Floats32, caption: str) -> None:
     """Write a PNG of a drive's actions and the image motion [T - 1] between its frames.
 
-    Left is up in both steering and motion, so that the two curves look alike where they agree.
+    In both steering and motion, up means left, so the two curves look alike if they agree.
     """
     figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
     speed_axes, steering_axes, motion_axes = figure.subplots(3, 1, sharex=True)
@@ -27,10 +27,11 @@ def draw_drive(path: Path, sampled: SampledDrive, motion: Floats32, caption: str
     known = np.where(sampled.action_valid, sampled.actions, np.nan)
     log = sampled.drive.log
     unit = f"{log.steering_kind}\n{UNITS[log.steering_kind]}" if log and log.steering_kind else "-"
+    motion_label = "image motion (car\nturns left: +)\npicture widths"
     rows = (
         (speed_axes, times, known[:, SPEED], "speed\nm/s", "#1b7f5c"),
         (steering_axes, times, known[:, STEERING], f"steering (left +)\n{unit}", "#b4541a"),
-        (motion_axes, times[:-1], motion, "image motion (left +)\npicture widths", "#2a5db0"),
+        (motion_axes, times[:-1], motion, motion_label, "#2a5db0"),
     )
     for axes, at, values, label, colour in rows:
         axes.plot(at, values, color=colour, linewidth=1.2)
@@ -43,7 +44,7 @@ def draw_drive(path: Path, sampled: SampledDrive, motion: Floats32, caption: str
             axes.axvspan(times[start - 1], times[start], color=_INK, alpha=0.15, linewidth=0)
     motion_axes.set_xlabel("time in s")
     lines = textwrap.fill(caption, _CAPTION_COLUMNS)
-    # A dollar sign in a file name is no formula.
+    # `parse_math=False`: a dollar sign in a file name does not begin a formula.
     figure.suptitle(lines, color=_INK, x=0.01, horizontalalignment="left", parse_math=False)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=100)

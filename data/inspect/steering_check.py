@@ -1,8 +1,9 @@
-"""Whether the actions and the picture tell the same story: lag, sign and unit of the steering.
+"""Check whether actions and picture agree: find the lag, the sign and wrong units of the steering.
 
-A car that steers turns, and a car that turns shifts its picture. So speed times curvature predicts
-the image motion but for one factor, the camera's focal length; where the two series match best
-tells the lag, the sign of the match which way steering is positive, and the factor a wrong unit.
+A car that steers turns, and its picture then shifts sideways. So speed times curvature predicts the
+image motion up to one factor, the focal length of the camera. The offset at which the two series
+match best is the lag. The sign of their correlation tells which way steering is positive. A focal
+length that no camera has reveals a wrong unit.
 
 Legend: T frames, P = T - 1 pairs of frames.
 """
@@ -19,51 +20,56 @@ from driving_sim.data.arrays import Floats, Floats32, Mask
 from driving_sim.data.drive import SampledDrive
 from driving_sim.data.video.segments import median_period, within_segments
 
-# A passenger car's, to a factor of 1.5; the bounds on the focal length leave room for that.
+# Wheelbase of a passenger car, within a factor of 1.5. The bounds on the focal length allow for
+# this error.
 _WHEELBASE_M = 2.7
-# By what a steering is divided to be the angle of the front wheels, in rad.
+# A steering value divided by this ratio is the angle of the front wheels in rad.
 _STEERING_RATIOS = {"road_wheel": 1.0, "steering_wheel": 15.0, "normalised": 2.0}
+# Shortest and longest plausible focal length, in picture widths.
 _FOCAL_WIDTHS = (0.2, 3.0)
 
 _MAX_LAG_S = 1.5
 _CAR_DELAY_S = 0.25
 _MIN_PAIRS = 30
 _MIN_CORRELATION = 0.5
-# A lag counts where the best normal one leaves this much more of the motion unexplained.
+# A lag is a problem if the best normal lag leaves this many times as much variance unexplained.
 _CLEARLY_WORSE = 1.15
-# Crossing zero a little apart is no contradiction; this long is.
+# Picture and steering may briefly differ in sign. Opposite turns for this long are a problem.
 _CONTRARY_S = 1.0
-# Picture widths: a standard deviation of the turn's motion that certainly shows.
+# An image motion of this many picture widths is clearly visible.
 _VISIBLE_MOTION = 0.002
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Synchrony:
-    """How image motion and steering go together."""
+    """How well image motion and steering agree."""
 
     lag_frames: int | None = None
-    """Frames by which the actions are late (negative: early); None where it cannot be told."""
+    """Frames by which the actions are late (negative: early); None if unknown."""
     lag_s: float | None = None
-    """The same in seconds."""
+    """The lag in seconds."""
     sign: int | None = None
-    """1 where positive steering turns the picture as a left turn does, -1 where it is flipped."""
+    """1 if positive steering turns the car left, -1 if it turns it right; None if unknown."""
     correlation: float | None = None
-    """Of image motion and steering at the lag; None where one of them never changes."""
+    """Correlation of image motion and steering at the best lag; None if it cannot be computed."""
     focal_widths: float | None = None
-    """The camera's focal length in picture widths that would explain the size of the motion."""
+    """Focal length, in picture widths, of a camera that would show this motion; None if unknown."""
     problems: tuple[str, ...] = ()
-    """What is wrong, one line each, with the remedy."""
+    """What is wrong and what to do about it, one line each."""
 
 
 def curvature(steering: Floats, kind: SteeringKind) -> Floats:
-    """Curvature in 1/m of a passenger car's path at a steering of this kind."""
+    """Convert steering of this kind to the curvature, in 1/m, of a passenger car's path."""
     if kind == "curvature":
         return steering
     return np.tan(steering / _STEERING_RATIOS[kind]) / _WHEELBASE_M
 
 
 def _turns(sampled: SampledDrive, kind: SteeringKind) -> tuple[Floats, Mask]:
-    """The change of heading [P] in rad between frames by the actions, and where it is known."""
+    """Return the change of heading [P] that the actions predict, and whether it is known.
+
+    It is in rad, or in rad per m/s if the speed is unknown.
+    """
     actions, valid = sampled.actions[:-1].astype(np.float64), sampled.action_valid[:-1]
     turns = curvature(actions[:, STEERING], kind) * np.diff(sampled.timestamps)
     known = valid[:, STEERING]
@@ -73,23 +79,26 @@ def _turns(sampled: SampledDrive, kind: SteeringKind) -> tuple[Floats, Mask]:
 
 
 def _correlations(motion: Floats, turns: Floats, usable: Mask, max_lag: int) -> Floats:
-    """Correlation of motion[t] with turns[t + k] for k from -max_lag to max_lag; NaN if unknown."""
-    found = np.full(2 * max_lag + 1, np.nan)
+    """Correlate motion[t] with turns[t + k] for k from -max_lag to max_lag; NaN if unknown."""
+    correlations = np.full(2 * max_lag + 1, np.nan)
     for lag in range(-max_lag, max_lag + 1):
         known = usable & _later(usable, lag)
         a, b = motion[known], _later(turns, lag)[known]
         if len(a) >= _MIN_PAIRS and a.std() > 1e-6 and b.std() > 1e-6:
-            found[lag + max_lag] = np.corrcoef(a, b)[0, 1]
-    return found
+            correlations[lag + max_lag] = np.corrcoef(a, b)[0, 1]
+    return correlations
 
 
 def _later(values: npt.NDArray[Any], lag: int) -> npt.NDArray[Any]:
-    """values[t + lag]: 0, or False, where that is beyond either end."""
+    """Return values[t + lag] for all t, with 0 or False beyond either end."""
     return np.pad(values, abs(lag))[abs(lag) + lag :][: len(values)]
 
 
 def _lag_problem(lag: int, correlations: Floats, period: float) -> str | None:
-    """The line about a lag that no car explains: motion may trail the actions, never lead them."""
+    """Return a message if the lag is abnormal, or None.
+
+    Motion may follow the actions by a short time, but it never precedes them.
+    """
     middle = len(correlations) // 2
     delay = max(1, round(_CAR_DELAY_S / period))
     unexplained = 1 - np.square(correlations)
@@ -98,8 +107,8 @@ def _lag_problem(lag: int, correlations: Floats, period: float) -> str | None:
         return None
     frames = "1 frame" if abs(lag) == 1 else f"{abs(lag)} frames"
     return (
-        f"the actions are {frames} ({abs(lag) * period:.2f} s) {'late' if lag > 0 else 'early'}: "
-        f"try `time_offset={-lag * period:.2f}`"
+        f"the actions are {frames} ({abs(lag) * period:.2f} s) {'late' if lag > 0 else 'early'} "
+        f"compared with the motion in the picture: shift them by `time_offset={-lag * period:.2f}`"
     )
 
 
@@ -110,13 +119,13 @@ def _unit_problem(focal: float) -> str | None:
     view = math.degrees(2 * math.atan(0.5 / focal))
     more = "less" if focal < low else "more"
     return (
-        f"the picture turns far {more} than speed and steering say (a camera that sees {view:.0f} "
-        "degrees would explain it): check their units, and the steering's kind"
+        f"the picture turns far {more} than speed and steering predict (only a camera with a view "
+        f"of {view:.0f} degrees could explain it): check their units and the kind of steering"
     )
 
 
 def _contrary_problem(motion: Floats, turns: Floats, usable: Mask, times: Floats) -> str | None:
-    """The line about the first second or more in which picture and steering turn apart."""
+    """Return a message if picture and steering turn opposite ways for at least 1 s, or None."""
     scale = motion[usable].std() / turns[usable].std()
     against = usable & (np.minimum(np.abs(motion), np.abs(turns * scale)) > _VISIBLE_MOTION)
     against &= np.sign(motion) != np.sign(turns)
@@ -124,8 +133,8 @@ def _contrary_problem(motion: Floats, turns: Floats, usable: Mask, times: Floats
     for start, stop in times[edges]:
         if stop - start >= _CONTRARY_S:
             return (
-                f"from {start:.1f} to {stop:.1f} s the picture turns against the steering: "
-                "if the car reverses there, its speed must be negative"
+                f"from {start:.1f} to {stop:.1f} s the picture turns opposite to the "
+                "steering: if the car reverses there, its speed must be negative"
             )
     return None
 
@@ -133,8 +142,9 @@ def _contrary_problem(motion: Floats, turns: Floats, usable: Mask, times: Floats
 def measure_synchrony(motion: Floats32, sampled: SampledDrive) -> Synchrony:
     """Compare the image motion [T - 1] between a drive's frames with its actions.
 
-    Lags up to 1.5 s either way are tried. Where there is no steering, or too little of it to show
-    in the picture, everything is None.
+    Tries lags of up to 1.5 s in both directions. All fields are None if the drive has no steering,
+    is too short, or never turns. If the correlation is below 0.5 at all lags, it is the only field
+    that is set, besides a problem.
     """
     kind = sampled.drive.log.steering_kind if sampled.drive.log else None
     if kind is None or len(motion) < 2 * _MIN_PAIRS:
@@ -151,11 +161,11 @@ def measure_synchrony(motion: Floats32, sampled: SampledDrive) -> Synchrony:
     lag, correlation = best - max_lag, float(correlations[best])
     has_speed = bool(sampled.action_valid[:, SPEED].any())
     if abs(correlation) < _MIN_CORRELATION:
-        # Whether the turns would show in the widest picture.
+        # The turns must be visible even with the shortest focal length.
         visible = has_speed and turns[usable].std() * _FOCAL_WIDTHS[0] > _VISIBLE_MOTION
         unclear = (
-            f"the picture does not follow the steering (correlation {correlation:.2f} at best): "
-            "are these the actions of this video, and their units right?"
+            f"the picture does not follow the steering (highest correlation {correlation:.2f}): "
+            "check that the actions belong to this video, and check their units"
         )
         return Synchrony(correlation=correlation, problems=(unclear,) if visible else ())
     focal = float(seen[usable].std() / turns[usable].std()) if has_speed else None
@@ -167,7 +177,7 @@ def measure_synchrony(motion: Floats32, sampled: SampledDrive) -> Synchrony:
         ),
     ]
     if sign < 0:
-        problems.append("the steering is flipped: positive must be left; negate the column")
+        problems.append("the steering is flipped: positive must mean left; negate the column")
     if focal is not None:
         problems.append(_unit_problem(focal))
     return Synchrony(

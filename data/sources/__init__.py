@@ -1,7 +1,7 @@
-"""Where drives come from: one file for each layout, found by looking.
+"""Find drives in files and folders; each module handles one layout.
 
-A folder may mix them: videos with or without a CSV beside them, recordings of the Udacity simulator
-(`driving_log.csv` and `IMG/`) and comma2k19 segments (`video.hevc` and `processed_log/`).
+A folder may mix layouts: videos with or without a CSV beside them, recordings of the Udacity
+simulator (`driving_log.csv` and `IMG/`) and comma2k19 segments (`video.hevc` and `processed_log/`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,15 +19,15 @@ from driving_sim.data.sources import comma2k19, udacity, video_folder
 from driving_sim.data.split import MIRROR_SUFFIX
 from driving_sim.engine.errors import DriveSimError
 
-# Reading a file's facts waits for the disk, or for the network behind it. Another decoder takes as
-# long to start as the facts of some 16 files.
+# Several files are read at once, because reading mostly waits for the disk or the network. Starting
+# another decoder process takes as long as reading the facts of about 16 files.
 _FILES_AT_ONCE = 8
 _FILES_FOR_A_DECODER = 16
 
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """Something that looks like a drive."""
+    """A file or folder that looks like a drive."""
 
     root: Path
     path: Path
@@ -42,7 +42,7 @@ class _Candidate:
 
 
 def _in_folder(root: Path, folder: Path, visited: set[Path]) -> Iterator[_Candidate]:
-    if folder.resolve() in visited:  # a link back up
+    if folder.resolve() in visited:  # A link may lead back to a folder above.
         return
     visited.add(folder.resolve())
     if udacity.is_recording(folder):
@@ -66,30 +66,34 @@ def _candidates(path: Path) -> Iterator[_Candidate]:
     if path.is_dir():
         yield from _in_folder(path, path, set())
     elif path.suffix.lower() == ".csv":
-        raise DriveSimError(f"{path}: is a CSV; name the video that it belongs to, or the folder")
+        raise DriveSimError(f"{path}: is a CSV; pass the video that it belongs to, or their folder")
     else:
         yield _Candidate(path, path, video_folder.load)
 
 
 def _unique_ids(candidates: list[_Candidate]) -> list[str]:
-    """The shortest names that tell the candidates apart."""
+    """Return the shortest ids that tell the candidates apart."""
     for with_root, with_suffix in product((False, True), repeat=2):
-        ids = [each.id(with_suffix=with_suffix, with_root=with_root) for each in candidates]
+        ids = [
+            candidate.id(with_suffix=with_suffix, with_root=with_root) for candidate in candidates
+        ]
         if len(set(ids)) == len(ids):
             return ids
     twice = next(name for name in ids if ids.count(name) > 1)
-    raise DriveSimError(f"two drives are called {twice!r}; name the folder above them instead")
+    raise DriveSimError(
+        f"two drives would have the id {twice!r}; pass the folder that contains both instead"
+    )
 
 
 def _check_name(drive_id: str, path: Path) -> None:
     if drive_id.endswith(MIRROR_SUFFIX):
         raise DriveSimError(
-            f"{path}: names that end in {MIRROR_SUFFIX} are those of mirrored drives; rename it"
+            f"{path}: names that end in {MIRROR_SUFFIX} are reserved for mirrored drives; rename it"
         )
     if not is_inner_name(drive_id):
         raise DriveSimError(
-            f"{str(path)!r}: its name holds control characters, begins with a backslash or is not "
-            "Unicode; rename it"
+            f"{str(path)!r}: its name contains control characters, begins with a backslash or is "
+            "not Unicode; rename it"
         )
 
 
@@ -100,21 +104,26 @@ def find_drives(
     steering_kind: str | None = None,
     time_offset: float = 0.0,
 ) -> DriveSet:
-    """Find the drives in files and folders, whatever their layout.
+    """Find the drives of all known layouts in files and folders.
 
-    `steering_kind` says what a bare `steering` column measures, and what any other one must;
-    `time_offset` seconds are added to the times of every log. Without `actions` no log is read:
-    nothing in one can be wrong. What cannot be used is in `.skipped` with the reason.
-    Ids are paths below the folder given, without suffix; drives are in the order of their ids.
-    Raises DriveSimError for a path that does not exist or whose name no drive can have, where
-    nothing looks like a drive, and for a kind of steering that there is not.
+    `steering_kind` is what a bare `steering` column measures, and what all other steering must
+    measure. `time_offset` seconds are added to the times of every action log. With `actions=False`
+    no log is read. Candidates that cannot be used are in `.skipped`, with the reason. The id of a
+    drive is its path below the folder in `paths`, without suffix; drives are sorted by id.
+
+    Raises DriveSimError if a path does not exist, if its name cannot be the id of a drive, if
+    nothing looks like a drive, or if `steering_kind` is unknown.
     """
     options = LogOptions(
         steering_kind=cast(SteeringKind | None, steering_kind), time_offset=time_offset
     )
-    found = {each.path.resolve(): each for path in paths for each in _candidates(path)}
+    by_path = {
+        candidate.path.resolve(): candidate for path in paths for candidate in _candidates(path)
+    }
     candidates = [
-        each for each in found.values() if actions or each.load is not video_folder.load_orphan
+        candidate
+        for candidate in by_path.values()
+        if actions or candidate.load is not video_folder.load_orphan
     ]
     if not candidates:
         raise DriveSimError(
@@ -140,6 +149,6 @@ def find_drives(
     with ThreadPoolExecutor(at_once) as pool:
         loaded = list(pool.map(load, named))
     return DriveSet(
-        drives=[each for each in loaded if isinstance(each, Drive)],
-        skipped=[each for each in loaded if isinstance(each, Skipped)],
+        drives=[drive for drive in loaded if isinstance(drive, Drive)],
+        skipped=[skipped for skipped in loaded if isinstance(skipped, Skipped)],
     )

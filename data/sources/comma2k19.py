@@ -1,8 +1,9 @@
-"""Segments of comma2k19: a minute of raw HEVC, and the car's logs as NumPy arrays without suffix.
+"""Read segments of comma2k19: one minute of raw HEVC, and the car's logs as NumPy arrays.
 
-`video.hevc` has no times; `global_pose/frame_times` [N] holds them, on the clock of the logs in
-`processed_log/CAN/{speed,steering_angle}/{t,value}`: m/s and degrees of the steering wheel, left
-positive. https://github.com/commaai/comma2k19
+`video.hevc` has no timestamps. `global_pose/frame_times` [N] holds the times of its frames, on the
+same clock as the logs in `processed_log/CAN/{speed,steering_angle}/{t,value}`. The logs are in m/s
+and in degrees of the steering wheel, left positive. None of these files has a suffix.
+https://github.com/commaai/comma2k19
 """
 
 import math
@@ -30,33 +31,39 @@ _LIMITS = {"speed": SPEED_RANGE_MPS, "steering_angle": (-_TURN_DEG, _TURN_DEG)}
 
 
 def is_segment(folder: Path) -> bool:
-    """Whether a folder is a comma2k19 segment."""
+    """Return whether a folder is a comma2k19 segment."""
     return (folder / _CAN).is_dir()
 
 
 def _array(path: Path) -> Floats:
     if not path.is_file():
-        raise DriveSimError(f"{path}: is missing from the comma2k19 segment")
+        raise DriveSimError(f"{path}: is missing from the comma2k19 segment; download it again")
     try:
-        # Mapped: a shape that the file is too small for is an error, not memory. Never unpickled.
+        # Map the file, so that a header with a huge shape raises an error and takes no memory.
         values = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
-            raise ValueError("it holds no plain numbers")
+            raise ValueError("it does not contain plain numbers")
         flat = np.asarray(values, np.float64).ravel()
-    # The header is a Python literal, whose parser fails in as many ways as there are mistakes.
+    # NumPy parses the header as a Python literal, which can fail with any kind of error.
     except Exception as error:
         reason = one_line(error)
-        raise DriveSimError(f"{path}: cannot be read as a NumPy array ({reason})") from None
+        raise DriveSimError(
+            f"{path}: cannot be read as a NumPy array ({reason}); download it again"
+        ) from None
     if len(flat) < 2 or not np.isfinite(flat).all():
-        raise DriveSimError(f"{path}: holds fewer than 2 values, or some that are not finite")
+        raise DriveSimError(
+            f"{path}: has fewer than 2 values or some that are not finite; leave this segment out"
+        )
     return flat
 
 
 def _channel(folder: Path, low: float, high: float) -> tuple[Floats, Floats]:
-    """Times and values of one CAN signal, without the bus's repeated times."""
+    """Read the times and values of one CAN signal, and drop values at repeated times."""
     times, values = _array(folder / "t"), _array(folder / "value")
     if len(times) != len(values):
-        raise DriveSimError(f"{folder}: has {len(times)} times for {len(values)} values")
+        raise DriveSimError(
+            f"{folder}: has {len(times)} times for {len(values)} values; leave this segment out"
+        )
     if (np.diff(times) < 0).any():
         raise DriveSimError(f"{folder / 't'}: its times go backward; leave this segment out")
     if values.min() < low or values.max() > high:
@@ -66,12 +73,12 @@ def _channel(folder: Path, low: float, high: float) -> tuple[Floats, Floats]:
         )
     times, first = np.unique(times, return_index=True)
     if len(times) < 2:
-        raise DriveSimError(f"{folder / 't'}: holds one time only; leave this segment out")
+        raise DriveSimError(f"{folder / 't'}: has only one distinct time; leave this segment out")
     return times, values[first]
 
 
 def _pauses(times: Floats) -> list[tuple[float, float]]:
-    """Where a signal with these times is not known: in its gaps, before it and after it."""
+    """Return when a signal with these times is unknown: in its gaps, before and after it."""
     before = np.flatnonzero(np.diff(times) > GAP_S)
     inner = [(float(times[k]), float(times[k + 1])) for k in before]
     first, last = float(times[0]) - EXTRAPOLATION_S, float(times[-1]) + EXTRAPOLATION_S
@@ -79,7 +86,7 @@ def _pauses(times: Floats) -> list[tuple[float, float]]:
 
 
 def _read_log(segment: Path, start: float, options: LogOptions) -> ActionLog:
-    """Both signals on the union of their times: linear interpolation loses nothing there."""
+    """Read both signals and interpolate each at the times of both, which loses nothing."""
     options.check_kind(f"{segment}: comma2k19's steering", "steering_wheel")
     channels = [_channel(segment / _CAN / name, *limits) for name, limits in _LIMITS.items()]
     times = np.union1d(channels[0][0], channels[1][0])
@@ -101,16 +108,17 @@ def _read_log(segment: Path, start: float, options: LogOptions) -> ActionLog:
 
 
 def load(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
-    """Read the facts of a segment's video and its logs, where `options` say how.
+    """Read the facts of a segment's video, and its logs unless `options` is None.
 
-    Raises DriveSimError where one does not fit.
+    Raises DriveSimError if a file cannot be used, or if the files do not belong together.
     """
     facts = read_facts(path / "video.hevc")
     frame_times = _array(path / "global_pose" / "frame_times")
     if len(frame_times) != len(facts.timestamps) or (np.diff(frame_times) <= 0).any():
         raise DriveSimError(
-            f"{path}: video.hevc has {len(facts.timestamps)} frames, and global_pose/frame_times "
-            f"must list as many increasing times, but has {len(frame_times)}: download it again"
+            f"{path}: video.hevc has {len(facts.timestamps)} frames, but global_pose/frame_times "
+            f"does not list as many increasing times (it lists {len(frame_times)}); download it "
+            "again"
         )
     facts = replace(facts, timestamps=frame_times - frame_times[0])
     return Drive(

@@ -1,8 +1,8 @@
-"""Recordings of the Udacity self-driving-car simulator: `driving_log.csv` and `IMG/`.
+"""Read recordings of the Udacity self-driving-car simulator: `driving_log.csv` and `IMG/`.
 
-Each row of the log names the images of three cameras by their paths on the recording computer, then
-steering (-1..1 for 25 degrees either way, right positive), throttle, brake and speed (mph). The
-centre camera's images are the frames, their file names hold the times.
+Each row of the log has seven columns: the paths of the images of three cameras on the recording
+computer, steering (-1 to 1 for 25 degrees to either side, right positive), throttle, brake and
+speed (mph). The images of the centre camera are the frames. Their file names contain the times.
 https://github.com/udacity/self-driving-car-sim
 """
 
@@ -37,20 +37,20 @@ _STAMP = re.compile(r"_(\d{4}(?:_\d{2}){5})_(\d{3})\.\w+$")
 
 
 def is_recording(folder: Path) -> bool:
-    """Whether a folder holds a simulator's log."""
+    """Return whether a folder contains a log of the simulator."""
     return (folder / LOG_NAME).is_file()
 
 
 def _picture(path: Path, size: FrameSize | None) -> Pixels:
-    """Read an image, scaled and cropped as `fit` says: what the video readers do."""
+    """Read an image; scale and crop it with `fit`, as the video readers do."""
     try:
         with Image.open(path, formats=_FORMATS) as file:
             check_picture(path, file.height, file.width)
             image = file.convert("RGB")
     except DriveSimError:
         raise
-    # Pillow warns of pictures that are too large for us too; and what a damaged one raises may be
-    # of any kind.
+    # A damaged image may raise any kind of error. If warnings are errors, a large image raises one
+    # too; it is too large here anyway.
     except Exception as error:
         reason = one_line(error)
         raise BadDriveError(f"{path}: cannot be read as an image ({reason})") from None
@@ -62,7 +62,7 @@ def _picture(path: Path, size: FrameSize | None) -> Pixels:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageFrames:
-    """Frames that are image files, one each."""
+    """Frames stored as image files, one image for each frame."""
 
     paths: tuple[Path, ...]
 
@@ -72,11 +72,11 @@ class ImageFrames:
 
     def stream(self, indices: Ints | None, size: FrameSize | None) -> Iterator[Pixels]:
         """Yield frames [H, W, 3] in ascending order of their indices; None means all of them."""
-        wanted = range(len(self.paths)) if indices is None else indices
-        return (_picture(self.paths[index], size) for index in wanted)
+        numbers = range(len(self.paths)) if indices is None else indices
+        return (_picture(self.paths[index], size) for index in numbers)
 
     def files(self, indices: Ints) -> list[Path]:
-        """The image of each frame."""
+        """Return the image file of each frame."""
         return [self.paths[index] for index in indices]
 
 
@@ -90,19 +90,21 @@ class _Row(NamedTuple):
 def _moment(name: str) -> datetime:
     match = _STAMP.search(name)
     if match is None:
-        raise ValueError(f"{name!r} holds no time such as center_2018_07_16_17_12_55_715.jpg")
+        raise ValueError(f"{name!r} contains no time (as in center_2018_07_16_17_12_55_715.jpg)")
     second = datetime.strptime(match[1], "%Y_%m_%d_%H_%M_%S")
     return second + timedelta(milliseconds=int(match[2]))
 
 
 def _row(cells: list[str], recording: Path) -> _Row:
     if len(cells) != _COLUMNS:
-        raise ValueError(f"has {len(cells)} cells, not the simulator's {_COLUMNS}")
-    # The recording computer's path, whatever its system; Windows paths accept both separators.
+        raise ValueError(f"has {len(cells)} cells instead of {_COLUMNS}")
+    # The path may come from any operating system. PureWindowsPath accepts both separators.
     name = PureWindowsPath(cells[0].strip()).name
     steering, speed = float(cells[3]), float(cells[6])
     if not (abs(steering) <= 1 and -100 < speed < 300):
-        raise ValueError(f"steering {steering:g} (-1 to 1) or speed {speed:g} mph is out of range")
+        raise ValueError(
+            f"steering {steering:g} is not in -1 to 1, or speed {speed:g} mph is not in -100 to 300"
+        )
     image = inside(recording, f"{_IMAGES}/{name}")
     if not image.is_file():
         raise ValueError(f"image {name!r} is not in {recording / _IMAGES}")
@@ -117,8 +119,8 @@ def _read_log(log: Path) -> list[_Row]:
         try:
             rows.append(_row(cells, log.parent))
             if len(rows) > 1 and rows[-1].moment <= rows[-2].moment:
-                raise ValueError("the image's time is not after the line above's")
-        except (ValueError, OSError) as error:  # OSError: a name too long for a file
+                raise ValueError("the image's time is not after that of the line above")
+        except (ValueError, OSError) as error:  # OSError: the name is too long.
             raise DriveSimError(
                 f"{log}, line {line}: {one_line(error)}; correct it or remove the row"
             ) from None
@@ -128,9 +130,9 @@ def _read_log(log: Path) -> list[_Row]:
 
 
 def load(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
-    """Read a recording's log: its images and, where `options` say how, its actions.
+    """Read the log of a recording: its images, and its actions unless `options` is None.
 
-    Raises DriveSimError naming the line that cannot be used.
+    Raises DriveSimError, with the line number, if a row cannot be used.
     """
     rows = _read_log(path / LOG_NAME)
     times = np.array([(row.moment - rows[0].moment).total_seconds() for row in rows])

@@ -1,4 +1,4 @@
-"""Videos, each with or without an action file: a CSV with the video's stem beside it."""
+"""Find the videos in a folder. The action file of a video is the CSV beside it with its stem."""
 
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -10,7 +10,7 @@ from driving_sim.data.video.decoder_pool import read_facts
 from driving_sim.engine.errors import DriveSimError
 
 Load = Callable[[Path, str, LogOptions | None], Drive]
-"""Makes the drive of a path, given its id and how to read its actions, where that is wanted."""
+"""Function that loads a drive, given its path, its id and how to read actions (None: do not)."""
 
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".mkv", ".webm", ".mov", ".m4v", ".avi", ".ts", ".mpg", ".mpeg", ".h264", ".hevc"}
@@ -18,16 +18,16 @@ VIDEO_SUFFIXES = frozenset(
 
 
 def _action_file(video: Path) -> Path | None:
-    """The CSV beside a video, in upper or lower case; .csv of several."""
-    # Tried one by one: to list a large folder for each of its videos takes quadratic time.
+    """Return the CSV beside a video, or None. Prefer .csv to .CSV and other spellings."""
+    # Try all spellings: to list a large folder for each of its videos would take quadratic time.
     beside = (video.with_suffix("." + "".join(letters)) for letters in product("cC", "sS", "vV"))
     return next((path for path in beside if path.is_file()), None)
 
 
 def load(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
-    """Read the facts of a video and its action file, if there is one and `options` say how.
+    """Read the facts of a video, and its action file if there is one and `options` is not None.
 
-    Raises DriveSimError where either cannot be used, or the CSV does not belong to the video.
+    Raises DriveSimError if either cannot be used.
     """
     facts = read_facts(path)
     log = None
@@ -45,14 +45,15 @@ def load(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
 
 
 def load_orphan(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
-    """Raise the DriveSimError that says what an action file without a video lacks."""
+    """Raise DriveSimError, because an action file without a video is not a drive."""
     raise DriveSimError(
-        f"{path}: there is no video beside it; expected {path.stem}.mp4 or another video suffix"
+        f"{path}: there is no video beside it; add {path.stem}.mp4 (or another video format) or "
+        "remove this file"
     )
 
 
 def found_in(folder: Path) -> Iterator[tuple[Path, Load]]:
-    """The videos right in a folder and its action files without one, with what loads each."""
+    """Yield the videos in a folder, and its action files without a video, each with its loader."""
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     videos = {path.stem for path in files if path.suffix.lower() in VIDEO_SUFFIXES}
     for path in files:

@@ -1,1 +1,1 @@
-"""Video files: what is in one, its frames, read in processes of their own, and written."""
+"""Read and write video files; hostile files are decoded in separate processes."""

@@ -1,16 +1,20 @@
-"""Videos read in processes of their own, each of which can be stopped: hostile files hang decoders.
+"""Read videos in decoder processes: a hostile file may hang or crash its decoder, but nothing else.
 
-A decoder process (`decoder_worker`) starts when one is needed, in about 0.25 s, and is kept for the
-next video; several are in use where several videos are read at once, and a process that was forked,
-such as a loader's worker, starts its own. Whatever a file does to its decoder is a VideoError here:
-one that gives no sign of life for DRIVESIM_DECODE_SECONDS (60 by default) is killed. Silence and
-SIGKILL may be a network drive's fault or that of a full memory: then the request is made once more,
-from the frame that is due, and a second time is the file's fault. Nothing limits the whole time: a
-file within the limits of `file` that goes on giving signs of life may take days.
+A decoder process (`decoder_worker`) starts when it is needed, in about 0.25 s, and is kept for the
+next video. If several videos are read at the same time, each has a decoder. A forked process, such
+as a loader's worker, starts decoders of its own.
 
-A pipe bounds how far a decoder decodes ahead. `multiprocessing` would fork a process whose threads
-are gone, or run a user's main module again; it starts none in a loader's worker, and so do pools
-made of it, which besides unpickle what their workers send.
+Whatever a file does to its decoder becomes a VideoError. A decoder that gives no sign of life for
+DRIVESIM_DECODE_SECONDS (60 by default) is killed. A stalled network drive can also cause silence,
+and full memory a SIGKILL. So the request is repeated from the first missing frame, and only a
+second failure at the same frame is the file's fault. The total time has no limit: a file within the
+limits of `file` may take days if its decoder keeps giving signs of life.
+
+The size of the pipe limits how far a decoder decodes ahead.
+
+`multiprocessing` and its pools are not used for three reasons. They fork a process without its
+threads or run the user's main module again. They cannot start processes in a loader's worker. And
+they unpickle what their workers send.
 """
 
 import atexit
@@ -40,22 +44,26 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.training.interrupt import SIGNALS
 
 LIMIT = "DRIVESIM_DECODE_SECONDS"
-"""The environment variable that says how long a decoder may give no sign of life."""
+"""Environment variable with the number of seconds that a decoder may be silent."""
 _LIMIT_S = 60.0
 _START_S = 120.0
 _KILL_S = 5.0
 _PIPE_BYTES = 512 << 10
-"""All large pipes of a user may hold 64 MiB together; beyond that new ones hold a page."""
+"""Size of the pipe from a decoder. Linux allows a user 64 MiB of large pipes in total; the pipes
+opened after that hold only one page."""
 _CLIP_BYTES = 2 << 30
-"""Of a clip: the rest of a decoder's memory is for decoding it."""
+"""Largest clip in bytes. The rest of a decoder's memory is needed for decoding."""
 _MOST_BYTES = 1 << 30
-"""Of an answer that does not say how long it will be."""
+"""Largest size in bytes of an answer that is not a frame."""
 _MOST_IDLE = 8
 _WINDOWS = sys.platform == "win32"
 
 
 def read_facts(path: Path) -> VideoFacts:
-    """As `file_facts.read_facts`; raises VideoError also where the file hangs or crashes it."""
+    """Read the facts of a video as `file_facts.read_facts` does, but in a decoder process.
+
+    Also raises VideoError if the file hangs or crashes the decoder.
+    """
     where = "while its facts were read"
     facts: VideoFacts
     (facts,) = _answers(path, np.zeros(1, int), lambda _: None, lambda _: where, work="facts")
@@ -65,37 +73,40 @@ def read_facts(path: Path) -> VideoFacts:
 def stream_frames(
     facts: VideoFacts, size: FrameSize | None = None, indices: Indices | None = None
 ) -> Iterator[Pixels]:
-    """As `reader.stream_frames`; raises VideoError also where decoding hangs or crashes."""
-    wanted, times = frames_to_stream(facts, indices), facts.timestamps
+    """Yield frames as `reader.stream_frames` does, but decode them in a decoder process.
+
+    Also raises VideoError if the file hangs or crashes the decoder.
+    """
+    numbers, times = frames_to_stream(facts, indices), facts.timestamps
     shape = (*_size(facts, size).values(), 3)
 
     def where(done: int) -> str:
-        return f"at {times[wanted[done]]:.1f} s of {times[-1]:.1f} s (frame {wanted[done]})"
+        return f"at {times[numbers[done]]:.1f} s of {times[-1]:.1f} s (frame {numbers[done]})"
 
     request = {"work": "stream", "facts": facts, "size": _size(facts, size)}
-    return _answers(facts.path, wanted, lambda _: np.empty(shape, np.uint8), where, **request)
+    return _answers(facts.path, numbers, lambda _: np.empty(shape, np.uint8), where, **request)
 
 
 def read_frames(facts: VideoFacts, indices: Indices, size: FrameSize | None = None) -> Pixels:
-    """As `reader.read_frames`, in one array [n, height, width, 3].
+    """Read a clip as `reader.read_frames` does, but in a decoder process.
 
-    Raises VideoError also where decoding hangs or crashes, DriveSimError for a clip of more than
-    2 GiB.
+    Returns one array [n, height, width, 3]. Also raises VideoError if the file hangs or crashes the
+    decoder, and DriveSimError if the clip takes more than 2 GiB.
     """
-    wanted = frames_to_read(facts, indices)
+    numbers = frames_to_read(facts, indices)
     height, width = _size(facts, size).values()
-    if 3 * height * width * len(wanted) > _CLIP_BYTES:
+    if 3 * height * width * len(numbers) > _CLIP_BYTES:
         raise DriveSimError(
-            f"{facts.path}: a clip of {len(wanted):,} frames of {height:,}×{width:,} takes more "
+            f"{facts.path}: a clip of {len(numbers):,} frames of {height:,}×{width:,} takes more "
             f"than {_CLIP_BYTES >> 30} GiB; read fewer or smaller frames at once, or stream them"
         )
-    frames = np.empty((len(wanted), height, width, 3), np.uint8)
+    frames = np.empty((len(numbers), height, width, 3), np.uint8)
 
     def where(_: int) -> str:
-        return f"in a clip of its frames {wanted.min()}..{wanted.max()}"
+        return f"in a clip of its frames {numbers.min()}..{numbers.max()}"
 
     request = {"work": "read", "facts": facts, "size": _size(facts, size)}
-    deque(_answers(facts.path, wanted, frames.__getitem__, where, **request), maxlen=0)
+    deque(_answers(facts.path, numbers, frames.__getitem__, where, **request), maxlen=0)
     return frames
 
 
@@ -105,25 +116,25 @@ def _size(facts: VideoFacts, size: FrameSize | None) -> dict[str, int]:
 
 def _answers(
     path: Path,
-    wanted: Ints,
+    numbers: Ints,
     slot: Callable[[int], Pixels | None],
     where: Callable[[int], str],
     **request: Any,
 ) -> Iterator[Any]:
-    """Yield a decoder's answers to a request about a file, as many as are `wanted`.
+    """Send a request about a file to a decoder and yield its answers, one for each of `numbers`.
 
-    From the number of answers that are there already, `slot` gives what the next one goes into, and
-    `where` says how far the file was read.
+    `slot(n)` returns the array to read answer n into, or None if the answer is not a frame.
+    `where(n)` says, for an error message, which part of the file answer n comes from.
     """
     done, failed = 0, -1
-    while done < len(wanted):
+    while done < len(numbers):
         decoder = _idle_one() or _Decoder()
         try:
-            decoder.ask(path, indices=wanted[done:], **request)
-            while done < len(wanted):
+            decoder.ask(path, indices=numbers[done:], **request)
+            while done < len(numbers):
                 answer = decoder.answer(slot(done))
                 done += 1
-                decoder.busy = done < len(wanted)
+                decoder.busy = done < len(numbers)
                 yield answer
         except (DriveSimError, MemoryError):
             raise
@@ -142,18 +153,19 @@ def _answers(
 
 
 class _Decoder:
-    """A decoder process; one thread uses it at a time."""
+    """A decoder process. Only one thread may use it at a time."""
 
     def __init__(self) -> None:
         self.busy = False
-        """Whether it is at a request: then it cannot take another."""
+        """Whether it still works on a request. It then cannot take another one."""
         self._path, self._limit_s = Path(), 0.0
         self._has_started = False
-        if not _WINDOWS:  # it never sees Ctrl-C or SIGTERM: its parent decides
+        if not _WINDOWS:
+            # The decoder ignores Ctrl-C and SIGTERM: its parent decides when it ends.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             self.process = subprocess.Popen(
-                # -P: a script's folder and the current one are not searched by themselves.
+                # -P keeps Python from searching the current folder for modules.
                 [sys.executable, "-P", "-m", "driving_sim.data.video.decoder_worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -165,19 +177,20 @@ class _Decoder:
             _started.add(self)
             if not _WINDOWS:
                 os.set_blocking(self._input.fileno(), False)
-            if sys.platform == "linux":  # frames pass with fewer waits
+            if sys.platform == "linux":
                 import fcntl
 
-                with suppress(OSError):  # a user may have a number of large pipes only
+                # A large pipe saves waiting. Linux refuses it to a user who has too many of them.
+                with suppress(OSError):
                     fcntl.fcntl(self._output, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         finally:
             if not _WINDOWS:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def ask(self, path: Path, **request: Any) -> None:
-        """Send a request about a file."""
+        """Send a request about a file to the process."""
         self.busy, self._path, self._limit_s = True, path, _limit_s()
-        # It may have started in another folder.
+        # A relative path starts at this process's current folder, not at the decoder's.
         folder = None if path.is_absolute() else str(Path.cwd())
         content = worker.pack(path=str(path), folder=folder, **request)
         left = memoryview(worker.HEAD.pack(worker.REQUEST, len(content)) + content)
@@ -186,17 +199,20 @@ class _Decoder:
             left = left[self._input.write(left) or 0 :]
 
     def answer(self, slot: Pixels | None) -> Pixels | VideoFacts:
-        """The next answer: frames in their slot, or facts; raises VideoError for an error."""
+        """Wait for the next answer: a frame, read into `slot`, or the facts of a video.
+
+        Raises VideoError if the decoder reports an error.
+        """
         kind, count = worker.ALIVE, 0
         while kind == worker.ALIVE:
             kind, count = worker.HEAD.unpack(self._fill(bytearray(worker.HEAD.size)))
             if kind not in worker.ANSWERS:
-                raise ValueError(f"not an answer: {kind!r}")
+                raise ValueError(f"unknown kind of answer: {kind!r}")
             self._has_started = True
         in_place = kind == worker.CONTENT and slot is not None
         content: Any = slot if in_place else bytearray(min(count, _MOST_BYTES))
         if memoryview(content).nbytes != count:
-            raise ValueError(f"{count:,} bytes")
+            raise ValueError(f"an answer of {count:,} bytes does not have the expected size")
         self._fill(content)
         if kind == worker.CONTENT:
             facts = None if in_place else worker.unpack(content)
@@ -205,21 +221,21 @@ class _Decoder:
         raise VideoError(os.fsdecode(bytes(content)))
 
     def fault(self, error: Exception) -> tuple[str, str, bool]:
-        """What an error at a request means, what to do, and whether it may pass by itself.
+        """Explain an error during a request: what happened, what to do, whether a retry may help.
 
-        Raises OSError where the decoder did not even start.
+        Raises OSError if the decoder never started.
         """
         is_gone = isinstance(error, (EOFError, BrokenPipeError))
         if not self._has_started:
             what = "the process that decodes videos does not start"
             if not is_gone and not isinstance(error, TimeoutError):
-                what += ": something prints as Python starts (sitecustomize.py or a .pth file?)"
+                what += ": something prints while Python starts (sitecustomize.py or a .pth file?)"
             raise OSError(errno.EIO, what, sys.executable) from None
         if isinstance(error, TimeoutError):
             remedy = f", and was stopped; leave the file out, or set {LIMIT} to wait longer"
             return f"gave no sign of life for {self._limit_s:g} s", remedy, True
         if not is_gone:
-            return "answered nonsense", ": the file is damaged or hostile; leave it out", False
+            return "sent an invalid answer", ": the file is damaged or hostile; leave it out", False
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=_KILL_S)
         code = self.process.returncode or 0
@@ -238,18 +254,18 @@ class _Decoder:
         return buffer
 
     def _wait(self, pipe: Any) -> None:
-        if _WINDOWS:  # it waits without a limit
+        if _WINDOWS:  # Windows cannot poll a pipe: reading then waits without a limit.
             return
         ready = select.poll()
         ready.register(pipe)
-        # In slices: after a pause (Ctrl-Z) no more than one of them is over.
+        # Poll in slices of a second: a pause of this process (Ctrl-Z) uses up only one of them.
         limit_s = self._limit_s if self._has_started else _START_S
         slices = math.ceil(limit_s)
         if not any(ready.poll(1000 * limit_s / slices) for _ in range(slices)):
             raise TimeoutError
 
     def end(self) -> None:
-        """Kill it. One that waits for a disk that is gone cannot be, and is left alone."""
+        """Kill the process. If it does not die because it waits for a lost disk, leave it alone."""
         self.process.kill()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=_KILL_S)
@@ -259,9 +275,9 @@ class _Decoder:
         _started.discard(self)
 
 
+# Only atomic operations change these two: other threads and the garbage collector use them too.
 _started: set[_Decoder] = set()
 _idle: deque[_Decoder] = deque()
-"""Both are changed by operations that other threads and the garbage collector cannot split."""
 
 
 def _idle_one() -> _Decoder | None:
@@ -283,22 +299,23 @@ def _limit_s() -> float:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, and where this process finds its modules: an import there finds the same."""
-    found = os.pathsep.join(folder or str(Path.cwd()) for folder in sys.path)
-    # Every arena of malloc, one a thread, would take 64 MiB or more of the address space.
+    """Return the environment for a decoder, in which imports find the same modules as here."""
+    module_path = os.pathsep.join(folder or str(Path.cwd()) for folder in sys.path)
+    # By default malloc reserves at least 64 MiB of address space for each thread.
     threads = {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
-    return os.environ | threads | {"PYTHONPATH": found}
+    return os.environ | threads | {"PYTHONPATH": module_path}
 
 
 def end_all() -> None:
-    """End all decoders of this process; the next request starts one."""
+    """End all decoders of this process. The next request starts a new one."""
     for decoder in list(_started):
         decoder.end()
 
 
 def _disown_all() -> None:
-    """Forget them in a forked process: its parent uses them, and waits for their end."""
+    """Forget the parent's decoders in a forked process: they still belong to the parent."""
     for decoder in list(_started):
+        # With a return code `end` kills nothing: it only closes the pipes in this process.
         decoder.process.returncode = 0
         decoder.end()
     _idle.clear()

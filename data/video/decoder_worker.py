@@ -1,12 +1,12 @@
-"""What runs in a decoder process: it opens the videos, and what they do to a decoder stays there.
+"""The program of a decoder process: it opens the videos, so that a hostile file harms only itself.
 
-It takes requests from its standard input and answers on its output, within limits of its own, and
-ends with its parent: when its input closes. `decoder_pool` starts it as
-`python -m driving_sim.data.video.decoder_worker`. It holds faults of files and of the libraries
-that read them; it is no sandbox against code that got to run in it.
+`decoder_pool` starts it as `python -m driving_sim.data.video.decoder_worker`. It reads requests
+from its standard input and writes answers to its standard output. It limits its own memory, and it
+ends when its input closes, because its parent has then ended. It protects against faults of files
+and of the libraries that read them. It is no sandbox against an attacker's code that runs in it.
 
-Both say how many bytes follow, then JSON and arrays' bytes, or a frame. Nothing is pickled: this
-side handles hostile files, and the other must not run what it sends.
+A message is a header with the number of bytes that follow, then JSON with the bytes of arrays, or a
+frame. Nothing is pickled: the parent must not execute what a decoder of hostile files sends.
 """
 
 import json
@@ -32,30 +32,34 @@ from driving_sim.data.video.heartbeat import listen
 from driving_sim.data.video.reader import read_frames, stream_frames
 
 MEMORY_BYTES = 4 << 30
-"""Address space of a decoder. 8K HEVC of 10 bits was measured to take 1.5 GiB of it, and 3.1 GiB
-with 16 threads, of which `reader` starts fewer for large pictures."""
+"""Largest address space of a decoder. Decoding 10-bit HEVC in 8K took 1.5 GiB in a measurement, and
+3.1 GiB with 16 threads; `reader` starts fewer threads for large pictures."""
 BEAT_S = 0.2
-"""Time between signs of life while nothing else is sent."""
+"""Seconds between signs of life while the decoder sends nothing else."""
 HEAD = struct.Struct("<cQ")
-"""Of a request or an answer: its kind, and how many bytes follow."""
+"""Header of a request or an answer: its kind and the number of bytes that follow."""
 REQUEST = b"Q"
 ANSWERS = ALIVE, CONTENT, ERROR, BROKEN = b"A", b"C", b"E", b"B"
-"""An answer is a sign of life, the first one as a decoder starts; a part of what was asked for; one
-line that says why it does not come; the same from a decoder that is not fit for another request."""
+"""Kinds of answers. ALIVE: a sign of life, also sent at the start. CONTENT: a frame or the facts.
+ERROR: a one-line error message. BROKEN: the same, but the decoder cannot take another request."""
 
 
-def pack(facts: VideoFacts | None = None, **others: Any) -> bytes:
-    """A video's facts and other values by name: what JSON can hold, and arrays of numbers."""
+def pack(facts: VideoFacts | None = None, **values: Any) -> bytes:
+    """Encode named values as bytes: JSON values, arrays of numbers and, optionally, video facts."""
     if facts is not None:
-        others |= {name: getattr(facts, name) for name in VideoFacts.__slots__}
-        others["path"] = str(facts.path)
-    arrays = {name: each for name, each in others.items() if isinstance(each, np.ndarray)}
-    head = others | {name: [each.dtype.str, len(each)] for name, each in arrays.items()}
-    return json.dumps(head).encode() + b"\n" + b"".join(each.tobytes() for each in arrays.values())
+        values |= {name: getattr(facts, name) for name in VideoFacts.__slots__}
+        values["path"] = str(facts.path)
+    arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+    head = values | {name: [array.dtype.str, len(array)] for name, array in arrays.items()}
+    body = b"".join(array.tobytes() for array in arrays.values())
+    return json.dumps(head).encode() + b"\n" + body
 
 
 def unpack(content: bytearray) -> dict[str, Any]:
-    """What `pack` was given, paths as texts; raises ValueError or TypeError for anything else."""
+    """Decode what `pack` encoded; paths stay strings.
+
+    Raises ValueError or TypeError for bytes that `pack` did not write.
+    """
     head, _, body = content.partition(b"\n")
     values: dict[str, Any] = json.loads(head)
     start = 0
@@ -68,7 +72,7 @@ def unpack(content: bytearray) -> dict[str, Any]:
 
 
 class _Answers:
-    """Writes answers; a parent that is gone ends the process."""
+    """Writes answers to the parent, and ends this process if the parent is gone."""
 
     def __init__(self, output: BufferedWriter) -> None:
         self._output = output
@@ -89,12 +93,12 @@ class _Answers:
 
 
 def _contents(
-    work: str, path: str, indices: Ints, size: Any = None, **given: Any
+    work: str, path: str, indices: Ints, size: Any = None, **facts_fields: Any
 ) -> Iterable[bytes | memoryview]:
-    """What was asked for, answer by answer."""
+    """Do the work of a request; yield the content of its answers one by one."""
     if work == "facts":
         return [pack(read_facts(Path(path)))]
-    facts = VideoFacts(path=Path(path), **given)
+    facts = VideoFacts(path=Path(path), **facts_fields)
     if work == "stream":
         return (frame.data for frame in stream_frames(facts, FrameSize(**size), indices))
     return (frame.data for frame in read_frames(facts, indices, FrameSize(**size)))
@@ -111,7 +115,7 @@ def _answer(answers: _Answers, request: dict[str, Any]) -> None:
         answers.send(ERROR, os.fsencode(str(error)))
     except MemoryError:
         most = f"{MEMORY_BYTES >> 30} GiB"
-        text = f"decoding it takes more memory than {most}; scale it down or leave it out"
+        text = f"decoding takes more than {most} of memory; scale the video down or leave it out"
         answers.send(BROKEN, os.fsencode(f"{path}: {text}"))
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -120,7 +124,7 @@ def _answer(answers: _Answers, request: dict[str, Any]) -> None:
 
 
 def _listen(requests: "SimpleQueue[Any]", source: BinaryIO) -> None:
-    """Pass requests on until the input closes: then the parent is gone, whatever runs here."""
+    """Queue requests from the input. End this process when the input closes: the parent is gone."""
     try:
         while True:
             _, count = HEAD.unpack(source.read(HEAD.size))
@@ -135,17 +139,18 @@ def _limit_resources() -> None:
     import resource
 
     for which, most in ((resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_CORE, 0)):
-        with suppress(ValueError, OSError):  # macOS takes no limit on address space
+        with suppress(ValueError, OSError):  # macOS does not limit address space.
             _, hard = resource.getrlimit(which)
             most = most if hard == resource.RLIM_INFINITY else min(most, hard)
             resource.setrlimit(which, (most, hard))
 
 
 def main() -> None:
-    """Answer requests until the parent is gone."""
+    """Answer requests until the parent ends."""
     _limit_resources()
     source, output = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not get between the answers
+    # Send what libraries print to stderr, because it must not get between the answers.
+    os.dup2(2, 1)
     requests: SimpleQueue[Any] = SimpleQueue()
     threading.Thread(target=_listen, args=(requests, source), daemon=True).start()
     answers = _Answers(output)

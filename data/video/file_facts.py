@@ -1,8 +1,8 @@
-"""What is in a video file and which reader may be trusted with it, from its packets alone.
+"""Find out what a video file contains, from its packets, and which reader decodes it correctly.
 
-decord is the faster reader of clips, but it returns wrong frames, without an error, for files with
-edit lists, missing or negative timestamps and for most codecs. So it only gets the files listed in
-`_why_not_decord`; PyAV reads all others.
+decord reads clips faster than PyAV. But it returns wrong frames, without an error, for most codecs
+and for files with edit lists or with missing or negative timestamps. So decord only reads the files
+to which `_why_not_decord` has no objection; PyAV reads all others.
 """
 
 import re
@@ -35,9 +35,9 @@ from driving_sim.data.video.segments import median_period
 
 _DECORD_CODECS = ("h264", "vp9", "mpeg4")
 _CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2": "mp4", "matroska,webm": "mkv"}
-# decord demuxes the whole file whenever it opens it, about 5 µs a frame; PyAV seeks instead.
+# decord demuxes the whole file whenever it opens one, in about 5 µs a frame. PyAV seeks instead.
 _DECORD_FRAMES = 5_000
-# decord gives no sign of life on its way to a frame, and this many of 4K take it ten seconds.
+# decord gives no sign of life between a keyframe and a requested frame. 300 frames of 4K take 10 s.
 _DECORD_DISTANCE = 300
 _FALLBACK_RATE = 25.0
 _MATROSKA_DURATION = re.compile(r"(\d+):(\d+):(\d+\.?\d*)")
@@ -45,7 +45,7 @@ _MATROSKA_DURATION = re.compile(r"(\d+):(\d+):(\d+\.?\d*)")
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class VideoFacts:
-    """One video file: its picture, its frames' times, and the reader that gets it right."""
+    """Facts about one video file: its picture, the times of its frames, and the reader to use."""
 
     path: Path
     codec: str
@@ -55,16 +55,16 @@ class VideoFacts:
     height: int
     """Pixels as displayed: rotation and pixel aspect ratio applied."""
     rotation: int
-    """Degrees anticlockwise by which a decoded picture is turned for display: 0, 90, 180, 270."""
+    """Degrees (0, 90, 180, 270) by which a decoded picture is rotated anticlockwise for display."""
     timestamps: Floats
     """Seconds from the first frame, [frames], strictly increasing."""
     pts: Ints | None
-    """The same in the stream's time base; None where the file has no timestamps (raw streams)."""
+    """Timestamps in the stream's time base, [frames]; None if the file has none (raw streams)."""
     keyframes: Ints
-    """Frame numbers at which decoding can begin, increasing; the first is 0."""
+    """Increasing numbers of the frames at which decoding can begin; the first is 0."""
     reader: Literal["decord", "pyav"]
     reason: str
-    """Why this reader."""
+    """Why this reader was chosen."""
 
 
 _PACKET = np.dtype(
@@ -73,24 +73,25 @@ _PACKET = np.dtype(
         "formats": ["i8", "f8", "?", "?", "?", "?"],
     }
 )
-"""Of a packet: when its frame is shown and when that ends, in the stream's time base; whether it
-says so; and whether it is a keyframe, incomplete (the last of a file cut off), or never shown."""
+"""Facts about one packet: the times at which its frame appears and disappears, in the stream's time
+base; whether the packet has such times; whether it is a keyframe, is incomplete (the last packet of
+a truncated file), or is never displayed."""
 Packets = NDArray[Any]
 
 
 def decord_installed() -> bool:
-    """Whether decord is there: it has no wheel for arm64."""
+    """Return whether decord is installed; it has no wheel for arm64."""
     return find_spec("decord") is not None
 
 
 def read_facts(path: Path) -> VideoFacts:
-    """Read the file's packets, decode its first frame, and decide who reads it.
+    """Read the packets of a video file, decode its first frame, and choose the reader.
 
-    Takes milliseconds: nothing is decoded after the first frame. A stream without timestamps
-    (raw .hevc, .h264) gets them from its nominal rate.
+    Takes milliseconds, because only the first frame is decoded. The frames of a stream without
+    timestamps (raw .hevc, .h264) get theirs from its nominal frame rate.
 
-    Raises VideoError for a file that is missing, empty, truncated, not a video or without frames,
-    and for one beyond the limits of `file`.
+    Raises VideoError if the file is missing, empty, truncated or not a video, if it has no frames,
+    or if it exceeds the limits of `file`.
     """
     check_file(path)
     try:
@@ -99,7 +100,7 @@ def read_facts(path: Path) -> VideoFacts:
             packets = np.fromiter(_demux(path, container, stream), _PACKET)
             return _describe(path, stream, packets)
     except av.error.MemoryError:
-        raise  # no fault of the file's
+        raise  # The file is not at fault.
     except av.error.FFmpegError as error:
         raise VideoError(
             f"{path}: not a readable video ({error.strerror}): it is damaged, cut off, another "
@@ -129,14 +130,14 @@ def _demux(
 
 
 def _describe(path: Path, stream: VideoStream, packets: Packets) -> VideoFacts:
-    shown = packets[~packets["discarded"]]
-    if len(shown) == 0:
+    displayed = packets[~packets["discarded"]]
+    if len(displayed) == 0:
         raise VideoError(f"{path}: no frames in this file; leave it out")
     first = _first_frame(path)
-    pts = _frame_pts(stream, shown, first)
-    timestamps = _timestamps(pts, len(shown), stream)
+    pts = _frame_pts(stream, displayed, first)
+    timestamps = _timestamps(pts, len(displayed), stream)
     check_times(path, timestamps)
-    _check_whole(path, stream, shown, timestamps)
+    _check_complete(path, stream, displayed, timestamps)
     rotation = round(first.rotation / 90) % 4 * 90
     aspect, height = stream.sample_aspect_ratio, first.height
     width = max(1, round(first.width * float(aspect))) if aspect else first.width
@@ -153,7 +154,7 @@ def _describe(path: Path, stream: VideoStream, packets: Packets) -> VideoFacts:
         rotation=rotation,
         timestamps=timestamps,
         pts=pts,
-        keyframes=_keyframes(pts, _sound(shown)),
+        keyframes=_keyframes(pts, _intact(displayed)),
         reader="pyav",
         reason="",
     )
@@ -163,35 +164,35 @@ def _describe(path: Path, stream: VideoStream, packets: Packets) -> VideoFacts:
     return replace(facts, reader="decord", reason=reason)
 
 
-def _sound(packets: Packets) -> Packets:
-    sound: Packets = packets[packets["timed"] & ~packets["corrupt"]]
-    return sound
+def _intact(packets: Packets) -> Packets:
+    intact: Packets = packets[packets["timed"] & ~packets["corrupt"]]
+    return intact
 
 
 def _first_frame(path: Path) -> VideoFrame:
-    # Opened anew: not every format can be sought back to its start.
+    # Open the file again, because not every format can seek back to its start.
     with open_video(path) as container:
         stream = video_stream(container, path)
-        stream.thread_count = 1  # some decoders start a thread per core for it
+        stream.thread_count = 1  # By default some decoders start a thread per core.
         for frame in container.decode(stream):
             return frame
     raise VideoError(f"{path}: no frame of this file can be decoded; copy it again or leave it out")
 
 
-def _frame_pts(stream: VideoStream, shown: Packets, first: VideoFrame) -> Ints | None:
-    # AVI has no display times; with reordered frames those that the demuxer makes up are wrong.
-    made_up = stream.container.format.name == "avi" and stream.codec_context.has_b_frames
-    if not shown["timed"].all() or first.pts is None or made_up:
+def _frame_pts(stream: VideoStream, displayed: Packets, first: VideoFrame) -> Ints | None:
+    # AVI stores no display times. The demuxer makes them up, wrongly if frames are reordered.
+    has_invented_times = stream.container.format.name == "avi" and stream.codec_context.has_b_frames
+    if not displayed["timed"].all() or first.pts is None or has_invented_times:
         return None
-    # Pictures that need a reference from before the file's start are never shown.
-    pts = np.unique(shown["pts"])
+    # The frames before the first decodable one are never displayed: they refer to missing frames.
+    pts = np.unique(displayed["pts"])
     return pts[pts >= first.pts]
 
 
-def _keyframes(pts: Ints | None, sound: Packets) -> Ints:
+def _keyframes(pts: Ints | None, intact: Packets) -> Ints:
     if pts is None:
         return np.zeros(1, dtype=np.int64)
-    keyframe_pts = np.intersect1d(sound["pts"][sound["keyframe"]], pts)
+    keyframe_pts = np.intersect1d(intact["pts"][intact["keyframe"]], pts)
     return np.union1d(0, np.searchsorted(pts, keyframe_pts)).astype(np.int64)
 
 
@@ -202,26 +203,28 @@ def _timestamps(pts: Ints | None, count: int, stream: VideoStream) -> Floats:
     return np.arange(count, dtype=np.float64) / float(rate or _FALLBACK_RATE)
 
 
-def _check_whole(path: Path, stream: VideoStream, shown: Packets, timestamps: Floats) -> None:
+def _check_complete(
+    path: Path, stream: VideoStream, displayed: Packets, timestamps: Floats
+) -> None:
     expected = _declared_end(stream)
-    if expected is None or not shown["timed"].all() or not stream.time_base:
+    if expected is None or not displayed["timed"].all() or not stream.time_base:
         return
-    end = float(_sound(shown)["end"].max(initial=0)) * float(stream.time_base)
-    # A slack for the last frame's length, which some writers leave out.
+    end = float(_intact(displayed)["end"].max(initial=0)) * float(stream.time_base)
+    # Tolerate a small difference: some writers leave out the duration of the last frame.
     if expected - end > max(0.5, 3 * median_period(timestamps)):
         fault = f"its frames end at {end:.1f} s of {expected:.1f} s"
-    elif shown["corrupt"].any():
+    elif displayed["corrupt"].any():
         fault = f"its last frame, at {end:.1f} s, is incomplete"
     else:
         return
     raise VideoError(
-        f"{path}: truncated: {fault}; copy it again, or keep what is there: "
+        f"{path}: truncated: {fault}; copy it again, or keep the readable part: "
         f"ffmpeg -i {path.name} -c copy whole.mkv"
     )
 
 
 def _declared_end(stream: VideoStream) -> float | None:
-    """When the stream should end, in seconds of its own clock; None where the file does not say."""
+    """Return when the stream should end, in seconds on its own clock, or None if unknown."""
     is_mov = stream.container.format.name.startswith("mov")
     if is_mov and stream.duration and stream.time_base:
         return float(((stream.start_time or 0) + stream.duration) * stream.time_base)
@@ -233,29 +236,29 @@ def _declared_end(stream: VideoStream) -> float | None:
 
 
 def _why_not_decord(facts: VideoFacts, stream: VideoStream, packets: Packets) -> str:
-    """The first reason against decord, or nothing."""
-    shown, pts = packets[~packets["discarded"]], facts.pts
-    distance = int(np.diff(np.append(facts.keyframes, len(shown))).max())
+    """Return the first reason against decord, or an empty string if there is none."""
+    displayed, pts = packets[~packets["discarded"]], facts.pts
+    distance = int(np.diff(np.append(facts.keyframes, len(displayed))).max())
     obstacles = {
         "decord is not installed": not decord_installed(),
         f"container {facts.container}": facts.container not in ("mp4", "mkv"),
         f"codec {facts.codec}": facts.codec not in _DECORD_CODECS,
         "packets without timestamps": pts is None,
-        "discarded packets (edit list)": len(shown) < len(packets),
-        "open groups of pictures": _has_open_groups(_sound(shown)),
+        "discarded packets (edit list)": len(displayed) < len(packets),
+        "open groups of pictures": _has_open_groups(_intact(displayed)),
         "negative first timestamp": pts is not None and int(pts[0]) < 0,
         "duplicate timestamps or undecodable leading frames": pts is not None
-        and len(pts) != len(shown),
-        "frame count differs from the header's": stream.frames not in (0, len(shown)),
+        and len(pts) != len(displayed),
+        "frame count differs from the header's": stream.frames not in (0, len(displayed)),
         f"rotated by {facts.rotation} degrees": facts.rotation != 0,
-        f"more than {_DECORD_FRAMES:,} frames": len(shown) > _DECORD_FRAMES,
+        f"more than {_DECORD_FRAMES:,} frames": len(displayed) > _DECORD_FRAMES,
         f"more than {_DECORD_DISTANCE} frames between keyframes": distance > _DECORD_DISTANCE,
     }
     return next((reason for reason, applies in obstacles.items() if applies), "")
 
 
-def _has_open_groups(sound: Packets) -> bool:
-    """Whether a frame is shown before the keyframe that it is stored after."""
-    pts, number = sound["pts"], np.cumsum(sound["keyframe"])
-    keyframe_pts = np.append(np.iinfo(np.int64).min, pts[sound["keyframe"]])
+def _has_open_groups(intact: Packets) -> bool:
+    """Return whether any frame is displayed before the keyframe that precedes it in the file."""
+    pts, number = intact["pts"], np.cumsum(intact["keyframe"])
+    keyframe_pts = np.append(np.iinfo(np.int64).min, pts[intact["keyframe"]])
     return bool((pts < keyframe_pts[number]).any())

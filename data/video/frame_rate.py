@@ -1,4 +1,4 @@
-"""The rate of a video's frames, and the choice of frames for a lower one."""
+"""Measure the frame rate of a drive, and choose frames for a lower rate."""
 
 import math
 from collections.abc import Sequence
@@ -9,18 +9,18 @@ from driving_sim.data.arrays import Floats, Ints
 from driving_sim.data.video.segments import gaps
 
 RATE_TOLERANCE = 0.25
-"""How far a drive's rate may be off that of the others, or of a model, as a share of it.
+"""Largest relative difference between the frame rates of two drives, or of a drive and a model.
 
-A model learns one rate; `choose_frames` already lets a drive be 15 % off the one asked for."""
+A model learns one rate. The tolerance exceeds the 15 % by which `choose_frames` may miss a rate."""
 
 _STRIDE_TOLERANCE = 0.15
 
 
 def mean_rate(timestamps: Floats, segments: Sequence[tuple[int, int]]) -> float:
-    """Frames per second within segments (start, stop); 0 where none has two frames.
+    """Return the mean frame rate within segments (start, stop), or 0 if none has two frames.
 
-    Not from the median time between frames: frames on a grid are one or two periods of the video
-    apart, and neither is the rate.
+    The median time between frames would not do: frames chosen on a regular grid are sometimes one
+    and sometimes two periods of the video apart, and the mean lies between the two.
     """
     seconds = sum(float(timestamps[stop - 1] - timestamps[start]) for start, stop in segments)
     intervals = sum(stop - start - 1 for start, stop in segments)
@@ -30,16 +30,17 @@ def mean_rate(timestamps: Floats, segments: Sequence[tuple[int, int]]) -> float:
 def choose_frames(
     timestamps: Floats, *, fps: float | None = None, every: int | None = None
 ) -> Ints:
-    """The frames to keep for a lower rate, as increasing frame numbers.
+    """Return the increasing numbers of the frames to keep for a lower frame rate.
 
-    `every` keeps every n-th frame. `fps` keeps every k-th where the video's rate is within 15 % of
-    k times `fps` (a constant stride has no jitter), else the nearest frame to each tick of a
-    regular grid. A rate above the video's own keeps every frame. Neither keeps every frame.
+    `every=n` keeps every n-th frame. `fps` keeps every k-th frame if the video's rate is within
+    15 % of k times `fps`, because a constant stride has no jitter; otherwise it keeps the frame
+    nearest to each tick of a regular grid. All frames are kept if `fps` is above the video's rate,
+    or if neither `fps` nor `every` is given.
 
-    Raises ValueError where both are given, or one is not positive.
+    Raises ValueError if both are given or one is not positive.
     """
     if fps is not None and every is not None:
-        raise ValueError(f"fps={fps} and every={every}: give one of them")
+        raise ValueError(f"fps={fps} and every={every}: give only one of them")
     if every is not None and every < 1:
         raise ValueError(f"every={every}: must be at least 1")
     if fps is not None and not (fps > 0 and math.isfinite(fps)):

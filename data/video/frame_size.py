@@ -1,10 +1,10 @@
-"""The size of the frames the models see, and how a picture of any shape is brought to it."""
+"""The size of the frames that models see, and how a picture is scaled and cropped to it."""
 
 from dataclasses import dataclass
 from typing import Any
 
 TRANSFORM_VERSION = 1
-"""Raised whenever the same video would give other pixels."""
+"""Version of scaling and cropping. Increase it when the same video would give other pixels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,20 +22,21 @@ class FrameSize:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fit:
-    """A resize of the displayed picture to `height` × `width`, then a crop of it."""
+    """A resize of the displayed picture to `height` × `width` pixels, followed by a crop."""
 
     height: int
     width: int
     rows: slice
-    """The rows the crop keeps."""
+    """Rows of the resized picture that the crop keeps."""
     columns: slice
-    """The columns the crop keeps."""
+    """Columns of the resized picture that the crop keeps."""
 
 
 def fit(height: int, width: int, size: FrameSize | None) -> Fit:
-    """Cover `size` with a `height` × `width` picture: aspect ratio kept, the centre cropped.
+    """Return how to resize and crop a `height` × `width` picture so that it fills `size`.
 
-    Without a size the picture stays as it is.
+    The picture keeps its aspect ratio, and the crop keeps its centre. Without a `size` the picture
+    stays as it is.
     """
     size = size or FrameSize(height=height, width=width)
     scale = max(size.height / height, size.width / width)
@@ -51,7 +52,7 @@ def fit(height: int, width: int, size: FrameSize | None) -> Fit:
 
 
 def transform_description(size: FrameSize) -> dict[str, Any]:
-    """What is done to every picture before a model sees it: a part of the models' fingerprints."""
+    """Describe how pictures become frames of this size; the fingerprints of models include it."""
     return {
         "version": TRANSFORM_VERSION,
         "height": size.height,

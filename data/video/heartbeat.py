@@ -1,7 +1,8 @@
-"""Signs of life: slow work says that it goes on, so that whoever waits can tell it from a hang.
+"""Signs of life: they tell a process that waits for slow work that the work has not hung.
 
-Decoding calls `beat` for every packet and picture, also for those that nobody asked for: the way to
-a wanted frame may be long. Nobody listens but in a decoder process, which passes it on.
+Decoding calls `beat` for every packet and every picture, even those that nobody requested, because
+many of them may come before a requested frame. Only a decoder process listens, and it passes the
+signs on to its parent.
 """
 
 from collections.abc import Callable
@@ -10,11 +11,11 @@ _listeners: list[Callable[[], None]] = []
 
 
 def beat() -> None:
-    """Say that the work goes on; costs next to nothing where nobody listens."""
+    """Report that the work goes on. This costs almost nothing if there is no listener."""
     for listener in _listeners:
         listener()
 
 
 def listen(listener: Callable[[], None]) -> None:
-    """Call `listener` at every beat of this process from now on; it must be quick."""
+    """Call `listener` at every beat of this process from now on. The listener must be quick."""
     _listeners.append(listener)

@@ -1,10 +1,9 @@
-"""Frames out of video files: whole videos as a stream, clips by frame number.
+"""Read frames from video files: whole videos as a stream, clips by frame number.
 
-Whole videos are streamed with PyAV. Clips are read with decord where `read_facts` allows it; a
-reader is opened for the clip and closed after it, because an open decord reader decodes ahead
-without bound.
+PyAV streams whole videos. decord reads clips if `read_facts` allows it. A decord reader is opened
+for each clip and closed after it, because an open one decodes ahead without limit.
 
-All of it happens where it is called; the package calls it in `decoder` processes only.
+These functions decode in the calling process. The package calls them in decoder processes only.
 """
 
 import os
@@ -24,14 +23,15 @@ from driving_sim.data.video.heartbeat import beat
 
 Indices = Ints | Sequence[int]
 _DECORD_BATCH = 8
-"""Frames between two signs of life; a batch for every frame takes a sixth longer."""
+"""Largest number of frames in a batch of decord. Batches of one frame take a sixth longer."""
 _DECORD_DISTANCE = 64
-"""A batch ends where it decodes more frames than this on its way to those that are wanted."""
+"""Number of frames, requested or not, that decord decodes for one batch at most."""
 _MOST_THREADS = 16
 _PIXELS_AT_ONCE = 4 * 4320 * 7680
-"""Of the pictures that threads decode at once: four of 8K, where others are kept for reference."""
+"""Largest number of pixels that all threads decode at once: four 8K pictures. The memory of the
+process must also hold reference pictures."""
 _SEEK_COST_FRAMES = 30
-"""A seek costs about as much as decoding this many frames."""
+"""Number of frames whose decoding costs about as much as one seek."""
 
 
 def stream_frames(
@@ -39,110 +39,116 @@ def stream_frames(
 ) -> Iterator[Pixels]:
     """Yield frames as uint8 RGB [height, width, 3], in order and in constant memory.
 
-    `indices` are increasing frame numbers; without them every frame comes. Without a size frames
-    keep the video's own.
+    `indices` are increasing frame numbers; without them every frame is yielded. Without a `size`,
+    frames keep the size of the video.
 
-    Raises VideoError where a wanted frame cannot be decoded, naming the time reached.
+    Raises VideoError, naming the time reached, if a requested frame cannot be decoded.
     """
-    wanted = frames_to_stream(facts, indices)
-    return _displayed(facts, _geometry(facts, size), _decode(facts, wanted, threads=0))
+    numbers = frames_to_stream(facts, indices)
+    return _displayed(facts, _geometry(facts, size), _decode(facts, numbers, threads=0))
 
 
 def read_frames(facts: VideoFacts, indices: Indices, size: FrameSize | None = None) -> list[Pixels]:
-    """Read a clip: the frames at `indices`, in any order, as uint8 RGB [height, width, 3] each.
+    """Read the frames at `indices`, in any order, as uint8 RGB [height, width, 3] each.
 
-    For clips that fit in memory many times over. Raises VideoError where a frame cannot be decoded.
+    The clip should fit in memory several times. Raises VideoError if a frame cannot be decoded.
     """
-    wanted, positions = np.unique(frames_to_read(facts, indices), return_inverse=True)
+    numbers, positions = np.unique(frames_to_read(facts, indices), return_inverse=True)
     geometry = _geometry(facts, size)
-    frames = _read_decord(facts, wanted, geometry) if facts.reader == "decord" else None
+    frames = _read_decord(facts, numbers, geometry) if facts.reader == "decord" else None
     if frames is None:
-        frames = _read_pyav(facts, wanted, geometry)
+        frames = _read_pyav(facts, numbers, geometry)
     return [frames[position] for position in positions]
 
 
 def frames_to_stream(facts: VideoFacts, indices: Indices | None) -> Ints:
-    """Frame numbers to stream, all of them by default.
+    """Return the frame numbers to stream: `indices`, or all frames if it is None.
 
-    Raises IndexError where there is no such frame, ValueError where they do not increase.
+    Raises IndexError if a frame does not exist, ValueError if the numbers do not increase.
     """
-    wanted = frames_to_read(facts, range(len(facts.timestamps)) if indices is None else indices)
-    if np.any(np.diff(wanted) <= 0):
+    numbers = frames_to_read(facts, range(len(facts.timestamps)) if indices is None else indices)
+    if np.any(np.diff(numbers) <= 0):
         raise ValueError("indices: must be increasing")
-    return wanted
+    return numbers
 
 
 def frames_to_read(facts: VideoFacts, indices: Indices) -> Ints:
-    """Frame numbers of a clip, in any order. Raises IndexError where there is no such frame."""
-    wanted = np.asarray(indices, dtype=np.int64)
+    """Return `indices` as an array of frame numbers; raise IndexError if one does not exist."""
+    numbers = np.asarray(indices, dtype=np.int64)
     count = len(facts.timestamps)
-    if len(wanted) and (wanted.min() < 0 or wanted.max() >= count):
-        raise IndexError(f"{facts.path}: frames {wanted.min()}..{wanted.max()} of {count}")
-    return wanted
+    if len(numbers) and (numbers.min() < 0 or numbers.max() >= count):
+        raise IndexError(
+            f"{facts.path}: frames {numbers.min()} to {numbers.max()} were requested, but there "
+            f"are only {count}"
+        )
+    return numbers
 
 
 def _geometry(facts: VideoFacts, size: FrameSize | None) -> Fit:
     geometry = fit(facts.height, facts.width, size)
-    # A picture of one row, scaled until it covers the size, may take any amount of memory.
+    # Scaling a picture of a single row up to the frame size could take any amount of memory.
     check_picture(facts.path, geometry.height, geometry.width)
     return geometry
 
 
-def _read_decord(facts: VideoFacts, wanted: Ints, geometry: Fit) -> Pixels | None:
-    """The clip as decord reads it; None where it does not agree with the facts."""
+def _read_decord(facts: VideoFacts, numbers: Ints, geometry: Fit) -> Pixels | None:
+    """Read a clip with decord; return None if decord fails or does not agree with the facts."""
     try:
         import decord
 
-        # What it says about damaged files goes to stderr; here the exception counts.
+        # Keep messages about damaged files off stderr: the exception is enough.
         decord.logging.set_level(decord.logging.QUIET)
         reader = decord.VideoReader(
             str(facts.path), width=geometry.width, height=geometry.height, num_threads=1
         )
         if len(reader) != len(facts.timestamps):
             return None
-        frames = _empty(len(wanted), geometry)
-        for part in _decord_batches(facts, wanted):
-            pictures = reader.get_batch(wanted[part]).asnumpy()
+        frames = _empty(len(numbers), geometry)
+        for part in _decord_batches(facts, numbers):
+            pictures = reader.get_batch(numbers[part]).asnumpy()
             frames[part] = pictures[:, geometry.rows, geometry.columns]
             beat()
-    # Its error is a plain Exception, and it may not even load. PyAV then reads the clip, or says
-    # what is wrong.
+    # decord raises plain Exceptions, and may fail to load. PyAV then reads the clip, or raises an
+    # error that says what is wrong.
     except Exception:
         return None
     return frames
 
 
-def _decord_batches(facts: VideoFacts, wanted: Ints) -> Iterator[Ints]:
-    """Parts of the clip that do not take long: decord is silent until it has a whole one."""
-    came_from = np.maximum(_keyframes_before(facts, wanted), np.append(-1, wanted[:-1]))
-    stage = np.cumsum(wanted - came_from) // _DECORD_DISTANCE
-    for part in np.split(np.arange(len(wanted)), np.flatnonzero(np.diff(stage)) + 1):
+def _decord_batches(facts: VideoFacts, numbers: Ints) -> Iterator[Ints]:
+    """Split a clip into batches that are quick to read: within one, decord gives no sign of life.
+
+    Yields the positions in `numbers` of each batch.
+    """
+    came_from = np.maximum(_keyframes_before(facts, numbers), np.append(-1, numbers[:-1]))
+    stage = np.cumsum(numbers - came_from) // _DECORD_DISTANCE
+    for part in np.split(np.arange(len(numbers)), np.flatnonzero(np.diff(stage)) + 1):
         for start in range(0, len(part), _DECORD_BATCH):
             yield part[start : start + _DECORD_BATCH]
 
 
-def _read_pyav(facts: VideoFacts, wanted: Ints, geometry: Fit) -> Pixels:
-    frames = _empty(len(wanted), geometry)
-    # One thread: clips are read by many loader workers at a time.
-    pictures = _decode(facts, wanted, threads=1)
+def _read_pyav(facts: VideoFacts, numbers: Ints, geometry: Fit) -> Pixels:
+    frames = _empty(len(numbers), geometry)
+    # Use one thread, because many loader workers read clips at the same time.
+    pictures = _decode(facts, numbers, threads=1)
     for slot, frame in enumerate(_displayed(facts, geometry, pictures)):
         frames[slot] = frame
     return frames
 
 
 def _empty(count: int, geometry: Fit) -> Pixels:
-    # All at once and first: where memory is short Python says so, and a codec may crash.
+    # Allocate all frames before decoding. If memory runs out, Python reports it; a codec may crash.
     rows, columns = geometry.rows, geometry.columns
     return np.empty((count, rows.stop - rows.start, columns.stop - columns.start, 3), np.uint8)
 
 
-def _decode(facts: VideoFacts, wanted: Ints, threads: int) -> Iterator[VideoFrame]:
-    """Decode the frames with these increasing numbers: all of them, or a VideoError."""
-    keyframes = _keyframes_before(facts, wanted)
-    starts = np.flatnonzero(keyframes[1:] - wanted[:-1] > _SEEK_COST_FRAMES) + 1
-    for run in np.split(wanted, starts) if len(wanted) else ():
+def _decode(facts: VideoFacts, numbers: Ints, threads: int) -> Iterator[VideoFrame]:
+    """Decode the frames with these increasing numbers; raise VideoError if one is missing."""
+    keyframes = _keyframes_before(facts, numbers)
+    starts = np.flatnonzero(keyframes[1:] - numbers[:-1] > _SEEK_COST_FRAMES) + 1
+    for run in np.split(numbers, starts) if len(numbers) else ():
         due = deque(run.tolist())
-        # The seek may go past the first frame; decoding from the start is slow but certain.
+        # If the seek went past the first frame, decode from the start, which is slow but certain.
         for keyframe in (int(_keyframes_before(facts, run)[0]), 0):
             if len(due) == len(run):
                 yield from _decode_run(facts, due, threads, keyframe)
@@ -150,14 +156,14 @@ def _decode(facts: VideoFacts, wanted: Ints, threads: int) -> Iterator[VideoFram
             raise _undecodable(facts, due[0], "it is missing")
 
 
-def _keyframes_before(facts: VideoFacts, wanted: Ints) -> Ints:
-    return facts.keyframes[np.searchsorted(facts.keyframes, wanted, side="right") - 1]
+def _keyframes_before(facts: VideoFacts, numbers: Ints) -> Ints:
+    return facts.keyframes[np.searchsorted(facts.keyframes, numbers, side="right") - 1]
 
 
 def _decode_run(
     facts: VideoFacts, due: deque[int], threads: int, keyframe: int
 ) -> Iterator[VideoFrame]:
-    """Decode from a keyframe on; what comes is due no more."""
+    """Decode from a keyframe on; yield the frames whose numbers are in `due` and remove those."""
     try:
         for index, frame in _numbered(facts, keyframe, threads):
             if index == due[0]:
@@ -166,13 +172,13 @@ def _decode_run(
             if not due or index > due[0]:
                 return
     except av.error.MemoryError:
-        raise  # no fault of the file's
+        raise  # The file is not at fault.
     except av.error.FFmpegError as error:
         raise _undecodable(facts, due[0], error.strerror) from error
 
 
 def _numbered(facts: VideoFacts, keyframe: int, threads: int) -> Iterator[tuple[int, VideoFrame]]:
-    """Decode from a keyframe on, each frame with its number."""
+    """Decode from a keyframe on; yield each frame with its number."""
     with open_video(facts.path) as container:
         stream = video_stream(container, facts.path)
         stream.thread_type = "AUTO"
@@ -191,7 +197,7 @@ def _numbered(facts: VideoFacts, keyframe: int, threads: int) -> Iterator[tuple[
 
 
 def _threads(pixels: int) -> int:
-    """How many threads decode pictures of this size, each at one of its own; 0 as FFmpeg likes."""
+    """Return how many threads may decode pictures of this size, or 0 to let FFmpeg choose."""
     most = max(1, min(_MOST_THREADS, _PIXELS_AT_ONCE // max(1, pixels)))
     return 0 if (os.cpu_count() or 1) < most else most
 
@@ -207,11 +213,11 @@ def _undecodable(facts: VideoFacts, index: int, why: str | None) -> VideoError:
 def _displayed(
     facts: VideoFacts, geometry: Fit, pictures: Iterator[VideoFrame]
 ) -> Iterator[Pixels]:
-    """Decoded pictures as RGB frames: resized, turned upright, cropped."""
+    """Yield decoded pictures as RGB frames: resized, rotated upright and cropped."""
     turns, height, width = facts.rotation // 90, geometry.height, geometry.width
     if turns % 2:
         height, width = width, height
-    # Kept for all frames: setting up a scaler costs half as much as using it.
+    # Share one scaler among all frames: creating it costs half as much as using it.
     reformatter = VideoReformatter()
     for picture in pictures:
         scaled = reformatter.reformat(
@@ -220,7 +226,7 @@ def _displayed(
             height=height,
             format="rgb24",
             interpolation="BILINEAR",
-            # The default is a thread per core for every small picture: up to four times slower.
+            # The default, a thread per core even for a small picture, is up to four times slower.
             threads=1,
         )
         upright = np.rot90(scaled.to_ndarray(), turns)

@@ -1,4 +1,4 @@
-"""Where a gap in the times of a drive's frames becomes two segments.
+"""Cut drives into segments at the gaps between the times of their frames.
 
 Legend: P pairs of neighbouring frames, one less than frames.
 """
@@ -14,12 +14,12 @@ _GAP_PERIODS = 1.5
 
 
 def median_period(timestamps: Floats) -> float:
-    """Median time between frames in seconds; 0 for fewer than two frames."""
+    """Return the median time between frames in seconds, or 0 for fewer than two frames."""
     return float(np.median(np.diff(timestamps))) if len(timestamps) > 1 else 0.0
 
 
 def gaps(timestamps: Floats) -> list[tuple[int, int]]:
-    """Cut a drive where two frames are more than 1.5 median periods apart.
+    """Cut a drive where two neighbouring frames are more than 1.5 median periods apart.
 
     Returns the segments as (start, stop) frame numbers; together they cover every frame.
     """
@@ -28,11 +28,11 @@ def gaps(timestamps: Floats) -> list[tuple[int, int]]:
 
 
 def chosen_segments(timestamps: Floats, indices: Ints) -> list[tuple[int, int]]:
-    """Cut a choice of frames, increasing `indices`, where a gap of the drive lies between two.
+    """Cut the frames chosen from a drive, at increasing `indices`, at the gaps of the drive.
 
-    Returns the segments as (start, stop) positions in `indices`. The drive's own frames tell where
-    a gap is: frames chosen for a lower rate may be unevenly apart with none of them missing, and
-    evenly enough with one missing.
+    Returns the segments as (start, stop) positions in `indices`. Gaps are found among all frames
+    of the drive, because chosen frames do not show them: they may be unevenly spaced although no
+    frame is missing, and evenly spaced although one is.
     """
     starts = [start for start, _ in gaps(timestamps)]
     return _cut(len(indices), np.diff(np.searchsorted(starts, indices, side="right")) > 0)
@@ -44,7 +44,7 @@ def _cut(count: int, gap_after: Mask) -> list[tuple[int, int]]:
 
 
 def clipped(segments: Sequence[tuple[int, int]], begin: int, end: int) -> list[tuple[int, int]]:
-    """Of segments, what lies within [begin, end), counted from `begin`."""
+    """Return the parts of segments within [begin, end), counted from `begin`."""
     return [
         (max(start, begin) - begin, min(stop, end) - begin)
         for start, stop in segments
@@ -53,7 +53,7 @@ def clipped(segments: Sequence[tuple[int, int]], begin: int, end: int) -> list[t
 
 
 def within_segments(segments: Sequence[tuple[int, int]]) -> Mask:
-    """Which pairs of neighbouring frames [P] have no gap in time between them."""
+    """Return which pairs of neighbouring frames [P] lie within one segment, without a gap."""
     inside = np.ones(segments[-1][1] - 1, np.bool_)
     inside[[start - 1 for start, _ in segments[1:]]] = False
     return inside

@@ -1,4 +1,4 @@
-"""Frames into a video file that every player plays."""
+"""Write frames into a video file that every player can play."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,22 +15,22 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
 
 SMALL: Mapping[str, str] = {"preset": "veryfast"}
-"""x264's options for files that are kept and read often."""
+"""x264 options for files that are kept and read often."""
 FAST: Mapping[str, str] = {"preset": "ultrafast", "x264-params": "cabac=1"}
-"""For rollouts, which someone waits for: not deblocked, but with CABAC, which saves bytes."""
+"""x264 options for rollouts, while a user waits: no deblocking, but CABAC, which saves bytes."""
 
 
 @contextmanager
 def video_writer(
     path: Path, *, fps: float, height: int, width: int, x264: Mapping[str, str] = SMALL
 ) -> Iterator[Callable[[Pixels], None]]:
-    """H.264 (yuv420p, faststart) written frame by frame; the file appears only when complete.
+    """Write an H.264 video (yuv420p, faststart) frame by frame.
 
-    Yields a function that appends one frame, uint8 RGB [height, width, 3]. Odd heights and widths
-    are padded by repeating the last row or column: the codec needs even ones. An exception inside
-    leaves no file. `x264`: SMALL or FAST.
+    Yields a function that appends one frame, uint8 RGB [height, width, 3]. The codec needs even
+    sizes, so odd heights and widths are padded by repeating the last row or column. `x264` is SMALL
+    or FAST. The file appears when it is complete; an exception in the `with` block leaves none.
 
-    Raises DriveSimError where the disk is full or the place may not be written.
+    Raises DriveSimError if the disk is full or `path` cannot be written.
     """
     if not fps > 0:
         raise ValueError(f"fps={fps}: must be positive")
@@ -44,7 +44,7 @@ def video_writer(
         stream.pix_fmt = "yuv420p"
         stream.width = width + width % 2
         stream.height = height + height % 2
-        # One picture for all frames: `encode` converts its colours before it returns.
+        # Every frame reuses this picture, because `encode` converts its colours before it returns.
         picture = av.VideoFrame(stream.width, stream.height, "rgb24")
         picture.time_base = 1 / rate
         plane = picture.planes[0]

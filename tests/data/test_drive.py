@@ -22,7 +22,7 @@ def make_log(times: np.ndarray, kind: SteeringKind = "road_wheel") -> ActionLog:
 
 @pytest.fixture
 def drive(tmp_path: Path) -> Drive:
-    """Frame n is grey 20 * n; speed at second x is x."""
+    """A drive whose frame n has grey level 20 * n, and whose speed at x seconds is x m/s."""
     levels = np.arange(12, dtype=np.uint8) * 20
     frames = np.broadcast_to(levels[:, None, None, None], (12, 32, 64, 3))
     write_video(tmp_path / "a.mp4", frames, FPS)
@@ -92,7 +92,7 @@ def test_requiring_all_drives_names_the_first_that_is_bad(drive: Drive) -> None:
 
 
 def test_a_sample_is_cut_where_the_video_lost_a_frame(drive: Drive) -> None:
-    later = np.where(np.arange(12) < 6, 0.0, 0.1)  # the frame before frame 6 is missing
+    later = np.where(np.arange(12) < 6, 0.0, 0.1)  # The frame before frame 6 is missing.
     gappy = Drive(
         id="gappy", source="video", timestamps=drive.timestamps + later, reader=drive.reader
     )

@@ -1,4 +1,4 @@
-"""Frame batches: a function of (seed, n), every frame alike, cached or decoded on demand."""
+"""Batches depend only on (seed, n), and all frames are equally likely, cached or not."""
 
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -21,7 +21,7 @@ SIZE = FrameSize(height=HEIGHT, width=WIDTH)
 
 @pytest.fixture(scope="module")
 def drives(tmp_path_factory: pytest.TempPathFactory) -> list[SampledDrive]:
-    """Every second frame of two videos, of 20 and 12 frames: even numbers only."""
+    """Every second frame of two videos with 20 and 12 frames: only even numbers."""
     folder = tmp_path_factory.mktemp("drives")
     sampled = []
     for name, count in (("a", 20), ("b", 12)):
@@ -60,12 +60,12 @@ def batches(
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_batch_is_a_function_of_seed_and_number(drives: list[SampledDrive], cached: bool) -> None:
-    one, again = batches(drives, cached=cached), batches(drives, cached=cached)
-    frames = one[3]["frames"]
+    first, again = batches(drives, cached=cached), batches(drives, cached=cached)
+    frames = first[3]["frames"]
     assert frames.shape == (6, HEIGHT, WIDTH, 3)
     assert frames.dtype == torch.uint8
     assert torch.equal(again[3]["frames"], frames)
-    assert not torch.equal(one[4]["frames"], frames)
+    assert not torch.equal(first[4]["frames"], frames)
     assert not torch.equal(batches(drives, seed=1, cached=cached)[3]["frames"], frames)
 
 
@@ -75,7 +75,7 @@ def test_all_chosen_frames_come_and_no_others(drives: list[SampledDrive], cached
     numbers = [number for n in range(40) for number in read_numbers(dataset[n]["frames"].numpy())]
     assert dataset.frame_count == 16
     assert set(numbers) == set(range(0, 20, 2))
-    # The numbers below 12 are in both drives: each comes twice as often as one above.
+    # Numbers below 12 are in both drives, so they come twice as often as larger ones.
     shared = np.mean([number < 12 for number in numbers])
     assert shared == pytest.approx(12 / 16, abs=0.1)
 
@@ -116,7 +116,7 @@ def test_brightness_changes_by_colour_within_its_limit(drives: list[SampledDrive
         assert not torch.equal(before, after)
 
 
-def test_what_would_be_brighter_than_white_is_white(drives: list[SampledDrive]) -> None:
+def test_brightness_is_clipped_at_white(drives: list[SampledDrive]) -> None:
     plain, changed = batches(drives)[0]["frames"], batches(drives, gain=0.9)[0]["frames"]
     assert (changed == 255).any()
     for before, after in zip(plain, changed, strict=True):
@@ -126,23 +126,23 @@ def test_what_would_be_brighter_than_white_is_white(drives: list[SampledDrive]) 
 
 
 def seams(drives: list[SampledDrive], share: float) -> list[int]:
-    """The columns from which frames are those of the batch's next one, where it can be seen."""
+    """Return the columns from which frames show the batch's next frame, if they are visible."""
     plain, mixed = batches(drives), batches(drives, cutmix=share)
-    found = []
+    columns = []
     for n in range(40):
         before = plain[n]["frames"]
         following = before.roll(-1, dims=0)
         for frame, other, result in zip(before, following, mixed[n]["frames"], strict=True):
             if not torch.equal(frame, result):
                 joined = [torch.cat([frame[:, :x], other[:, x:]], 1) for x in range(1, WIDTH)]
-                found.append([torch.equal(result, each) for each in joined].index(True))
-    return found
+                columns.append([torch.equal(result, candidate) for candidate in joined].index(True))
+    return columns
 
 
-def test_a_share_of_the_pictures_end_as_the_next_one_does(drives: list[SampledDrive]) -> None:
-    half, whole = seams(drives, 0.5), seams(drives, 1.0)
-    assert len(half) / len(whole) == pytest.approx(0.5, abs=0.15)
-    assert len(set(whole)) > 10
+def test_cutmix_mixes_its_share_of_the_frames(drives: list[SampledDrive]) -> None:
+    half, full = seams(drives, 0.5), seams(drives, 1.0)
+    assert len(half) / len(full) == pytest.approx(0.5, abs=0.15)
+    assert len(set(full)) > 10
 
 
 def test_batches_do_not_write_into_the_cache(drives: list[SampledDrive]) -> None:
@@ -169,7 +169,7 @@ def test_loader_workers_give_the_same_batches(drives: list[SampledDrive], start:
 def test_workers_do_not_copy_the_cache(
     drives: list[SampledDrive], start: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a worker is sent is small: the frames are in memory that it shares."""
+    """Workers receive little data, because the frames are in shared memory."""
     monkeypatch.setattr("driving_sim.data.frame_batches._start_method", lambda: start)
     dataset = batches(drives, shared=True)
     cache: Any = dataset._cache
@@ -179,7 +179,7 @@ def test_workers_do_not_copy_the_cache(
     assert len(sent) < cache.nbytes / 10
 
 
-def test_too_little_shared_memory_is_said(
+def test_too_little_shared_memory_is_an_error(
     drives: list[SampledDrive], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_: torch.Tensor) -> None:
@@ -189,7 +189,7 @@ def test_too_little_shared_memory_is_said(
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     with pytest.raises(DriveSimError, match=r"do not fit in shared memory .*training.workers=0"):
         batches(drives, shared=True)
-    batches(drives)  # with no workers there is none to share it with
+    batches(drives)  # Without workers the cache is not shared.
 
 
 def test_cached_drives_are_not_read_again(
@@ -210,6 +210,6 @@ def test_no_frames_is_an_error() -> None:
 def test_a_batch_is_not_larger_than_the_data(
     drives: list[SampledDrive], cached: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Drive, "stream", None)  # said before anything is decoded
+    monkeypatch.setattr(Drive, "stream", None)  # The error comes before anything is decoded.
     with pytest.raises(DriveSimError, match=r"data\.batch_size=6: there are only 5 frames .*lower"):
         batches([sample(drives[0].drive, every=4)], cached=cached)

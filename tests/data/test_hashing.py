@@ -5,12 +5,12 @@ import numpy as np
 from driving_sim.data.hashing import mixed, uniform
 
 
-def test_a_place_has_one_number_however_it_is_asked_for() -> None:
+def test_a_number_does_not_depend_on_the_keys_around_it() -> None:
     cells = np.arange(-50, 50)
-    whole = uniform(7, cells[:, None], cells[None, :])
-    assert whole[3, 90] == uniform(7, -47, 40)[0]
-    assert len(np.unique(whole)) == whole.size
-    assert not np.isin(uniform(8, cells[:, None], cells[None, :]), whole).any()
+    numbers = uniform(7, cells[:, None], cells[None, :])
+    assert numbers[3, 90] == uniform(7, -47, 40)[0]
+    assert len(np.unique(numbers)) == numbers.size
+    assert not np.isin(uniform(8, cells[:, None], cells[None, :]), numbers).any()
 
 
 def test_the_numbers_are_uniform() -> None:

@@ -49,24 +49,24 @@ def test_a_folder_of_videos_with_and_without_actions(tmp_path: Path) -> None:
     write_grey_video(tmp_path / "trip.1" / "a.mkv")
     write_grey_video(tmp_path / ".hidden.mp4")
     (tmp_path / "metrics.csv").write_text("epoch,loss\n0,1\n")
-    found = find_drives([tmp_path])
-    assert [drive.id for drive in found.drives] == ["b", "trip.1/a"]
-    assert [drive.log is not None for drive in found.drives] == [True, False]
-    assert found.skipped == []
-    assert found.steering_kind == "road_wheel"
-    assert found.drives[0].frames([3], SIZE).shape == (1, 16, 32, 3)
+    drive_set = find_drives([tmp_path])
+    assert [drive.id for drive in drive_set.drives] == ["b", "trip.1/a"]
+    assert [drive.log is not None for drive in drive_set.drives] == [True, False]
+    assert drive_set.skipped == []
+    assert drive_set.steering_kind == "road_wheel"
+    assert drive_set.drives[0].frames([3], SIZE).shape == (1, 16, 32, 3)
 
 
-def test_what_cannot_be_used_is_listed_beside_the_rest(tmp_path: Path) -> None:
+def test_unusable_files_are_skipped_and_the_rest_is_kept(tmp_path: Path) -> None:
     write_grey_video(tmp_path / "good.mp4")
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("not a video " * 100)
     write_grey_video(tmp_path / "late.mp4")
     write_csv(tmp_path / "late.csv", start=100)
     write_csv(tmp_path / "orphan.csv")
-    found = find_drives([tmp_path])
-    assert [drive.id for drive in found.drives] == ["good"]
-    reasons = {skipped.id: skipped.reason for skipped in found.skipped}
+    drive_set = find_drives([tmp_path])
+    assert [drive.id for drive in drive_set.drives] == ["good"]
+    reasons = {skipped.id: skipped.reason for skipped in drive_set.skipped}
     assert set(reasons) == {"empty", "late", "orphan", "text"}
     assert "`time_offset`" in reasons["late"]
     assert "no video beside it" in reasons["orphan"]
@@ -75,7 +75,7 @@ def test_what_cannot_be_used_is_listed_beside_the_rest(tmp_path: Path) -> None:
     assert [drive.id for drive in shifted.drives] == ["late"]
 
 
-def test_a_file_that_hangs_is_listed_beside_the_rest(
+def test_a_file_that_hangs_is_skipped_and_the_rest_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in "abc":
@@ -91,9 +91,9 @@ def test_a_file_that_hangs_is_listed_beside_the_rest(
 
     monkeypatch.setattr(decoder_process._Decoder, "ask", stop_at_a)
     monkeypatch.setenv(decoder_process.LIMIT, "2")
-    found = find_drives([tmp_path])
-    assert [drive.id for drive in found.drives] == ["b", "c"]
-    (bad,) = found.skipped
+    drive_set = find_drives([tmp_path])
+    assert [drive.id for drive in drive_set.drives] == ["b", "c"]
+    (bad,) = drive_set.skipped
     assert bad.id == "a"
     assert "a.mp4: its decoder gave no sign of life" in bad.reason
 
@@ -104,14 +104,14 @@ def test_without_actions_no_log_is_read(tmp_path: Path) -> None:
     write_csv(tmp_path / "orphan.csv")
     write_recording(tmp_path / "sim", [row(0, 0.5, 10), row(100, 0.5, 10)])
     assert {skipped.id for skipped in find_drives([tmp_path]).skipped} == {"a", "orphan"}
-    found = find_drives([tmp_path], actions=False)
-    assert found.skipped == []
-    assert [(drive.id, drive.log) for drive in found.drives] == [("a", None), ("sim", None)]
+    drive_set = find_drives([tmp_path], actions=False)
+    assert drive_set.skipped == []
+    assert [(drive.id, drive.log) for drive in drive_set.drives] == [("a", None), ("sim", None)]
 
 
-def test_a_kind_of_steering_that_there_is_not_is_an_error(tmp_path: Path) -> None:
+def test_an_unknown_kind_of_steering_is_an_error(tmp_path: Path) -> None:
     write_grey_video(tmp_path / "a.mp4")
-    with pytest.raises(DriveSimError, match=r"hovering: kinds are steering_wheel, road_wheel"):
+    with pytest.raises(DriveSimError, match=r"hovering: unknown; kinds are steering_wheel, "):
         find_drives([tmp_path], steering_kind="hovering")
 
 
@@ -120,9 +120,9 @@ def test_the_case_of_a_logs_suffix_does_not_matter(tmp_path: Path, suffix: str) 
     write_grey_video(tmp_path / "a.mp4")
     write_csv(tmp_path / f"a{suffix}")
     write_csv(tmp_path / f"orphan{suffix}")
-    found = find_drives([tmp_path])
-    assert [drive.log is not None for drive in found.drives] == [True]
-    assert [skipped.id for skipped in found.skipped] == ["orphan"]
+    drive_set = find_drives([tmp_path])
+    assert [drive.log is not None for drive in drive_set.drives] == [True]
+    assert [skipped.id for skipped in drive_set.skipped] == ["orphan"]
 
 
 def test_names_of_screen_recordings_are_fine(tmp_path: Path) -> None:
@@ -161,15 +161,15 @@ def test_paths_that_hold_nothing_are_errors(tmp_path: Path) -> None:
     with pytest.raises(DriveSimError, match="holds no videos"):
         find_drives([tmp_path])
     write_csv(tmp_path / "a.csv")
-    with pytest.raises(DriveSimError, match="is a CSV; name the video"):
+    with pytest.raises(DriveSimError, match="is a CSV; pass the video"):
         find_drives([tmp_path / "a.csv"])
 
 
 def test_the_track_is_read_as_recorded() -> None:
-    found = find_drives([shared("track")], steering_kind="road_wheel")
-    assert [drive.id for drive in found.drives] == [f"drive_{n:02d}" for n in range(8)]
-    assert len(found.notices) == 2
-    for drive in found.drives:
+    drive_set = find_drives([shared("track")], steering_kind="road_wheel")
+    assert [drive.id for drive in drive_set.drives] == [f"drive_{n:02d}" for n in range(8)]
+    assert len(drive_set.notices) == 2
+    for drive in drive_set.drives:
         assert drive.log is not None
         np.testing.assert_allclose(
             drive.timestamps, drive.log.times[: len(drive.timestamps)], atol=2e-3
@@ -218,10 +218,13 @@ def test_a_udacity_recording_in_si_units(tmp_path: Path, header: bool, folder: s
     ("rows", "message"),
     [
         ([row(0, 0.5, 10)], "has 1 rows"),
-        ([row(100, 0.5, 10), row(0, 0.5, 10)], "line 2: the image's time is not after"),
+        ([row(100, 0.5, 10), row(0, 0.5, 10)], "line 2: the image's time is not after that of"),
         ([row(0, 0.5, 10), row(100, 3.5, 10)], "line 2: steering 3.5"),
         ([row(0, 0.5, 10), row(100, "left", 10)], "line 2: could not convert"),
-        ([row(0, 0.5, 10), "center-1.jpg,l.jpg,r.jpg,0,1,0,10"], "line 2: 'center-1.jpg' holds no"),
+        (
+            [row(0, 0.5, 10), "center-1.jpg,l.jpg,r.jpg,0,1,0,10"],
+            "line 2: 'center-1.jpg' contains",
+        ),
         ([row(0, 0.5, 10), "a.jpg,b.jpg"], "line 2: has 2 cells"),
     ],
 )
@@ -247,7 +250,7 @@ def test_udacity_images_cannot_be_links_out_of_the_recording(tmp_path: Path) -> 
     (skipped,) = find_drives([tmp_path / "sim"]).skipped
     assert "line 2" in skipped.reason
     assert "is a link out of" in skipped.reason
-    # Within the recording, a link is as good as a file.
+    # A link within the recording is allowed.
     image.unlink()
     (tmp_path / "sim" / "more").mkdir()
     image.symlink_to(secret.rename(tmp_path / "sim" / "more" / "a.jpg"))
@@ -263,15 +266,15 @@ def test_udacity_names_of_no_image_name_the_line(tmp_path: Path, name: str) -> N
     assert "line 3" in skipped.reason
 
 
-def test_a_hostile_udacity_image_is_one_line(
+def test_a_hostile_udacity_image_gives_a_one_line_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_recording(tmp_path / "sim", [row(0, 0, 10), row(100, 0, 10), row(200, 0, 10)])
     (drive,) = find_drives([tmp_path / "sim"]).drives
     first, second, third = sorted((tmp_path / "sim" / "IMG").iterdir())
-    claim_image_size(first, 60_000, 60_000)  # Pillow refuses it
-    claim_image_size(second, 10_000, 10_000)  # Pillow warns of it
-    Image.new("RGB", (64, 32)).save(third, format="TIFF")  # no camera's: less to go wrong
+    claim_image_size(first, 60_000, 60_000)  # Pillow refuses this size.
+    claim_image_size(second, 10_000, 10_000)  # Pillow warns of this size.
+    Image.new("RGB", (64, 32)).save(third, format="TIFF")  # No camera writes TIFF.
     for number in range(3):
         with pytest.raises(DriveSimError, match=rf"IMG/.*{number}00\.jpg: cannot be read as an im"):
             drive.frames([number], SIZE)
@@ -281,12 +284,12 @@ def test_a_hostile_udacity_image_is_one_line(
     with pytest.raises(DriveSimError, match="64×32 pixels"):
         drive.frames([0], SIZE)
     monkeypatch.setattr(video_file, "MAX_PIXELS", 64 * 64)
-    with pytest.raises(DriveSimError, match="128×64 pixels"):  # to cover the size asked for
+    with pytest.raises(DriveSimError, match="128×64 pixels"):  # Scaled to cover the size.
         drive.frames([0], FrameSize(height=64, width=64))
 
 
 def claim_image_size(path: Path, height: int, width: int) -> None:
-    """Write a .png of one pixel that claims to be as large as that."""
+    """Write a PNG of one pixel whose header claims this size."""
     Image.new("RGB", (1, 1)).save(path, format="PNG")
     content = path.read_bytes()
     start = content.index(b"IHDR")
@@ -320,7 +323,7 @@ FRAMES_IN_SEGMENT = 1200
 
 
 def write_raw_hevc(path: Path, frames: int) -> None:
-    """Frame n's left half is as bright as n modulo 100, its right half as n // 100."""
+    """Write frames whose left half is as bright as n % 100, and whose right half as n // 100."""
     with av.open(str(path), "w", format="hevc") as container:
         stream = container.add_stream("libx265", rate=20)
         stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
@@ -334,7 +337,7 @@ def write_raw_hevc(path: Path, frames: int) -> None:
 
 @pytest.fixture(scope="module")
 def segment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The logs of a real segment with a stand-in for its video."""
+    """A segment with the logs of a real one and a made-up video."""
     root = tmp_path_factory.mktemp("comma2k19")
     shutil.copytree(shared("comma2k19"), root, dirs_exist_ok=True, copy_function=shutil.copyfile)
     for folder in root.rglob("*"):
@@ -371,12 +374,12 @@ def test_comma2k19_actions_are_the_can_signals(segment: Path) -> None:
 
 def test_comma2k19_frames_are_the_ones_asked_for(segment: Path) -> None:
     (drive,) = find_drives([segment]).drives
-    wanted = [3, 250, 1199]
-    streamed = np.stack(list(drive.stream(SIZE, wanted))).astype(float)
-    numbers = streamed[:, :, 18:].mean(axis=(1, 2, 3)) / 15 * 100
-    assert np.round(numbers / 100).tolist() == [0, 2, 11]
+    numbers = [3, 250, 1199]
+    streamed = np.stack(list(drive.stream(SIZE, numbers))).astype(float)
+    hundreds = streamed[:, :, 18:].mean(axis=(1, 2, 3)) / 15 * 100
+    assert np.round(hundreds / 100).tolist() == [0, 2, 11]
     np.testing.assert_allclose(streamed[:, :, :14].mean(axis=(1, 2, 3)), [6, 100, 198], atol=4)
-    np.testing.assert_allclose(drive.frames(wanted, SIZE), streamed, atol=1)
+    np.testing.assert_allclose(drive.frames(numbers, SIZE), streamed, atol=1)
 
 
 def test_a_pause_of_one_can_signal_is_a_gap(segment: Path, tmp_path: Path) -> None:
@@ -403,9 +406,9 @@ def test_a_segment_with_too_few_frames_or_logs_is_skipped(segment: Path, tmp_pat
     shutil.rmtree(tmp_path / "bare" / "processed_log" / "CAN" / "speed")
     with (tmp_path / "pickled" / "global_pose" / "frame_times").open("wb") as file:
         np.save(file, np.array([{}], dtype=object), allow_pickle=True)
-    found = find_drives([tmp_path])
-    reasons = {skipped.id: skipped.reason for skipped in found.skipped}
-    assert found.drives == []
+    drive_set = find_drives([tmp_path])
+    reasons = {skipped.id: skipped.reason for skipped in drive_set.skipped}
+    assert drive_set.drives == []
     assert "video.hevc has 5 frames" in reasons["short"]
     assert "is missing from the comma2k19 segment" in reasons["bare"]
     assert "cannot be read as a NumPy array" in reasons["pickled"]

@@ -210,7 +210,7 @@ def test_one_drive_validates_on_itself_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train_tokenizer(drives(1), run_config(steps=1), tmp_path / "run", device="cpu")
-    assert "one drive only" in capsys.readouterr().err
+    assert "only one drive" in capsys.readouterr().err
 
 
 def test_validation_drives_can_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

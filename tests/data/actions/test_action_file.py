@@ -81,7 +81,7 @@ def test_units_become_si(
     assert log.steering_kind == kind
 
 
-def test_bare_names_are_said_and_a_bare_steering_needs_its_kind(csv_path: Path) -> None:
+def test_bare_names_are_reported_and_a_bare_steering_needs_its_kind(csv_path: Path) -> None:
     write(csv_path, "timestamp,speed,steering", "0,1,0.1", "1,2,0.2")
     with pytest.raises(DriveSimError, match="`steering_kind`"):
         read_action_file(csv_path)
@@ -96,7 +96,7 @@ def test_a_kind_that_contradicts_the_column_is_an_error(csv_path: Path) -> None:
         read_action_file(csv_path, LogOptions(steering_kind="road_wheel"))
 
 
-def test_of_two_steering_columns_the_kind_chooses(csv_path: Path) -> None:
+def test_the_kind_chooses_between_two_steering_columns(csv_path: Path) -> None:
     write(csv_path, "t,steering_rad,road_wheel_rad", "0,1.5,0.1", "1,3,0.2")
     log = read_action_file(csv_path, LogOptions(steering_kind="road_wheel"))
     assert log.values[1, STEERING] == np.float32(0.2)
@@ -145,7 +145,7 @@ def test_frames_are_looked_up_in_the_video(csv_path: Path) -> None:
         ("t,throttle\n0,1\n1,2\n", "neither speed nor steering"),
     ],
 )
-def test_what_is_wrong_is_said_with_file_and_line(csv_path: Path, text: str, message: str) -> None:
+def test_errors_name_the_file_and_the_line(csv_path: Path, text: str, message: str) -> None:
     csv_path.write_text(text)
     with pytest.raises(DriveSimError, match=message) as raised:
         read_action_file(csv_path)
@@ -162,12 +162,12 @@ def test_binary_and_missing_files_are_errors(csv_path: Path) -> None:
     assert not is_action_file(csv_path)
 
 
-def test_an_action_file_is_told_from_other_tables(csv_path: Path) -> None:
+def test_action_files_are_distinguished_from_other_tables(csv_path: Path) -> None:
     assert is_action_file(write(csv_path, "time,steering", "0,1"))
     assert not is_action_file(write(csv_path, "epoch,loss", "0,1"))
 
 
-def test_a_file_of_one_endless_line_is_no_action_file(tmp_path: Path) -> None:
+def test_a_file_with_one_huge_line_is_not_an_action_file(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("x," * 10**6 + "timestamp_s,speed_mps")
     assert not is_action_file(path)

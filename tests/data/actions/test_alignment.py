@@ -57,7 +57,7 @@ def test_the_ends_hold_for_a_tenth_of_a_second_only() -> None:
     log = make_log(np.arange(1.0, 2.01, 0.1), np.linspace(1, 2, 11))
     frames = np.arange(0.81, 2.3, 0.1)
     actions, valid = align(log, frames)
-    # 0.81 is 0.19 s before the log; the interval from 2.01 ends 0.11 s after it.
+    # Frame 0.81 is 0.19 s before the log. The interval of frame 2.01 ends 0.11 s after the log.
     assert valid[:, 0].tolist() == [False] + [True] * 11 + [False] * 3
     assert actions[1, 0] == pytest.approx(1.0, abs=1e-3)
     assert (actions[~valid] == 0).all()

@@ -26,7 +26,7 @@ TRACK = SHARED / "track"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Twelve seconds of standing and driving, a video without actions, and two bad ones."""
+    """A drive that stands and then drives for 12 s, a video without actions, and an empty file."""
     random = np.random.default_rng(0)
     frames = random.integers(0, 255, (120, 32, 64, 3), np.uint8)
     frames[:60] = frames[0]
@@ -55,7 +55,7 @@ def test_the_report_names_drives_actions_and_what_is_skipped(folder: Path, tmp_p
         assert word in text
 
 
-def test_the_files_are_whole(folder: Path, tmp_path: Path) -> None:
+def test_the_json_and_the_pictures_are_complete(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = inspect_drives([folder], out)
     assert json.loads((out / "inspection.json").read_text()) == json.loads(
@@ -67,7 +67,7 @@ def test_the_files_are_whole(folder: Path, tmp_path: Path) -> None:
     assert len(list(out.rglob("*.*"))) == 3
 
 
-def test_a_picture_that_cannot_be_written_is_no_bad_drive(
+def test_an_error_while_writing_a_picture_skips_no_drive(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(path: Path, *_: object) -> None:
@@ -79,27 +79,27 @@ def test_a_picture_that_cannot_be_written_is_no_bad_drive(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_inspection_is_replaced_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+def test_only_an_earlier_inspection_is_replaced(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     inspect_drives([folder], out)
     inspect_drives([folder / "trip"], out)
     assert {path.name for path in out.rglob("*.*")} == {"inspection.json", "a.png"}
     (out / "notes.txt").touch()
-    for used in (out, folder):
+    for occupied in (out, folder):
         with pytest.raises(DriveSimError, match="holds more than an inspection"):
-            inspect_drives([folder], used)
+            inspect_drives([folder], occupied)
     assert (out / "notes.txt").exists()
 
 
-def test_a_picture_that_moves_while_the_car_stands_is_said(folder: Path, tmp_path: Path) -> None:
+def test_a_moving_picture_of_a_standing_car_is_reported(folder: Path, tmp_path: Path) -> None:
     path = folder / "trip" / "a.csv"
     rows = [f"{t / 10:.1f},{8 if t < 60 else 0},0" for t in range(121)]
     path.write_text("\n".join(["t,speed,road_wheel_rad", *rows]))
     (problem,) = inspect_drives([folder / "trip"], tmp_path / "out").drives[0].problems
-    assert "changes more where the speed is 0" in problem
+    assert "changes more while the speed is 0" in problem
 
 
-def test_a_speed_no_car_drives_is_said(folder: Path, tmp_path: Path) -> None:
+def test_a_speed_that_no_car_reaches_is_reported(folder: Path, tmp_path: Path) -> None:
     path = folder / "trip" / "a.csv"
     path.write_text(path.read_text().replace(",8,", ",80,"))
     (problem,) = inspect_drives([folder / "trip"], tmp_path / "out").drives[0].problems
@@ -113,10 +113,10 @@ def test_nothing_to_inspect_is_an_error_that_writes_nothing(tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-def test_drives_that_cannot_be_read_are_no_inspection(
+def test_an_inspection_without_any_readable_drive_fails(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither those whose facts cannot be read nor those that only decoding finds out."""
+    """One file fails when its facts are read, the other one when it is decoded."""
     videos, out = tmp_path / "videos", tmp_path / "out"
     videos.mkdir()
     (videos / "empty.mp4").touch()
@@ -134,7 +134,7 @@ def test_drives_that_cannot_be_read_are_no_inspection(
 
 
 def copy_with_steering(name: str, folder: Path, *, shift: int, scale: float) -> Path:
-    """A drive of the track, its steering column moved down by `shift` rows and scaled."""
+    """Copy a drive of the track with its steering column scaled and moved down by `shift` rows."""
     shutil.copyfile(TRACK / f"{name}.mp4", folder / f"{name}.mp4")
     with (TRACK / f"{name}.csv").open(newline="") as file:
         header, *rows = list(csv.reader(file))
@@ -147,7 +147,7 @@ def copy_with_steering(name: str, folder: Path, *, shift: int, scale: float) -> 
     return folder / f"{name}.mp4"
 
 
-def test_a_spoilt_csv_of_a_real_drive_is_said(tmp_path: Path) -> None:
+def test_a_late_and_flipped_csv_of_a_real_drive_is_reported(tmp_path: Path) -> None:
     if not TRACK.exists():
         pytest.skip(f"{TRACK} is not here")
     video = copy_with_steering("drive_03", tmp_path, shift=5, scale=-1)
@@ -157,13 +157,14 @@ def test_a_spoilt_csv_of_a_real_drive_is_said(tmp_path: Path) -> None:
     assert drive.synchrony.sign == -1
     assert len(drive.problems) == 2
     text = report.table()
-    assert "late" in text
+    assert "frames by which the actions come later (+) or earlier (-)" in text
+    assert "late compared with the motion in the picture" in text
     assert "FLIPPED" in text
 
 
 @pytest.fixture(scope="module")
 def track() -> list[tuple[Drive, npt.NDArray[np.float32]]]:
-    """The eight real drives and the image motion in each."""
+    """The eight real drives, each with its image motion."""
     if not TRACK.exists():
         pytest.skip(f"{TRACK} is not here")
     drives = find_drives([TRACK], steering_kind="road_wheel").drives
@@ -180,7 +181,7 @@ def track() -> list[tuple[Drive, npt.NDArray[np.float32]]]:
         (-5, 1, (-6, -5), " early"),
     ],
 )
-def test_every_real_drive_is_judged_right(
+def test_lag_and_sign_of_every_real_drive_are_found(
     track: list[tuple[Drive, npt.NDArray[np.float32]]],
     shift: int,
     scale: int,
@@ -193,12 +194,12 @@ def test_every_real_drive_is_judged_right(
         values = drive.log.values.copy()
         values[:, STEERING] = scale * np.roll(values[:, STEERING], shift)
         spoilt = replace(drive, log=replace(drive.log, values=values))
-        found = measure_synchrony(motion, sample(spoilt))
-        assert found.lag_frames in lags, drive.id
-        assert found.sign == scale, drive.id
-        # In drive_04 the car reverses, and the simulator's speed has no sign.
-        reverses = [problem for problem in found.problems if "reverses" in problem]
+        synchrony = measure_synchrony(motion, sample(spoilt))
+        assert synchrony.lag_frames in lags, drive.id
+        assert synchrony.sign == scale, drive.id
+        # In drive_04 the car reverses, but the simulator records no sign of the speed.
+        reverses = [problem for problem in synchrony.problems if "reverses" in problem]
         assert bool(reverses) == (drive.id == "drive_04")
-        others = [problem for problem in found.problems if problem not in reverses]
-        assert len(others) == (word is not None), drive.id
-        assert word is None or word in others[0]
+        other_problems = [problem for problem in synchrony.problems if problem not in reverses]
+        assert len(other_problems) == (word is not None), drive.id
+        assert word is None or word in other_problems[0]

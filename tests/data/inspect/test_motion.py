@@ -15,9 +15,9 @@ Frames = npt.NDArray[np.uint8]
 
 
 def turning(shifts: npt.NDArray[np.float64], seed: int = 0) -> Frames:
-    """A far scene that moves right by `shifts` picture widths from frame to frame.
+    """Draw a far scene that moves right by `shifts` picture widths from frame to frame.
 
-    Below it the road changes at random, and the bonnet stays.
+    The road below it changes at random, and the bonnet stays.
     """
     random = np.random.default_rng(seed)
     margin = 2 * WIDTH
@@ -35,7 +35,7 @@ def turning(shifts: npt.NDArray[np.float64], seed: int = 0) -> Frames:
 
 @pytest.fixture(scope="module")
 def shifts() -> npt.NDArray[np.float64]:
-    """From a hundredth of a pixel to 15 % of the width, to both sides, back and forth."""
+    """Shifts to both sides, from a hundredth of a pixel to 15 % of the picture width."""
     sizes = np.array([0.0, 0.00004, 0.001, 0.004, 0.011, 0.02, 0.053, 0.1, 0.15])
     return np.concatenate([sizes, -sizes])
 
@@ -70,13 +70,13 @@ def test_driving_straight_ahead_is_no_turn() -> None:
         rows = (np.arange(HEIGHT) - HEIGHT * 0.42) / zoom + HEIGHT * 0.42
         columns = (np.arange(WIDTH) - (WIDTH - 1) / 2) / zoom + (WIDTH - 1) / 2
         across = np.stack([np.interp(columns, np.arange(WIDTH), line) for line in scene])
-        both = np.stack([np.interp(rows, np.arange(HEIGHT), line) for line in across.T], axis=1)
-        frames.append(both)
+        zoomed = np.stack([np.interp(rows, np.arange(HEIGHT), line) for line in across.T], axis=1)
+        frames.append(zoomed)
     picture = np.stack(frames)[..., None].repeat(3, axis=-1).astype(np.uint8)
     assert np.abs(yaw_motion(picture)).max() < 1 / WIDTH
 
 
-def test_nothing_to_see_is_no_motion() -> None:
+def test_blank_pictures_and_cuts_give_no_motion() -> None:
     grey = np.full((3, HEIGHT, WIDTH, 3), 90, np.uint8)
     np.testing.assert_array_equal(yaw_motion(grey), 0)
     cut = np.stack([turning(np.zeros(0), seed)[0] for seed in range(4)])
@@ -85,13 +85,13 @@ def test_nothing_to_see_is_no_motion() -> None:
     assert picture_change(grey[:1]).shape == (0,)
 
 
-def test_long_videos_are_measured_in_pieces_that_fit_together() -> None:
+def test_long_videos_are_measured_in_chunks_that_fit_together() -> None:
     frames = turning(np.sin(np.arange(80)) / 40)
     halves = [yaw_motion(part) for part in (frames[:40], frames[39:])]
     np.testing.assert_allclose(yaw_motion(frames), np.concatenate(halves), atol=1e-5)
 
 
-def test_a_standstill_shows() -> None:
+def test_the_picture_does_not_change_at_a_standstill() -> None:
     frames = turning(np.zeros(6))
     frames[4:] = frames[3]
     change = picture_change(frames)
@@ -99,17 +99,17 @@ def test_a_standstill_shows() -> None:
     assert (change[:3] > 0.05).all()
 
 
-def measured_and_said(drive: Drive, every: int) -> tuple[npt.NDArray[np.float32], ...]:
-    """Motion, and speed times steering a frame earlier, where both are known."""
+def motion_and_expectation(drive: Drive, every: int) -> tuple[npt.NDArray[np.float32], ...]:
+    """Return the image motion, and speed times steering one frame earlier, where known."""
     sampled = sample(drive, every=every)
     motion = yaw_motion(
         np.stack(list(drive.stream(FrameSize(height=64, width=128), sampled.indices)))
     )
     known = sampled.action_valid[:, 0] & sampled.action_valid[:, 1]
     known[[start - 1 for start, _ in sampled.segments[1:]]] = False
-    said = sampled.actions[:, 0] * sampled.actions[:, 1]
-    both = known[1:-1] & known[:-2]
-    return motion[1:][both], said[:-2][both]
+    expected = sampled.actions[:, 0] * sampled.actions[:, 1]
+    usable = known[1:-1] & known[:-2]
+    return motion[1:][usable], expected[:-2][usable]
 
 
 @pytest.mark.parametrize(
@@ -120,6 +120,6 @@ def test_real_turns_follow_the_steering(name: str, least: float, largest: float)
     if not TRACK.exists():
         pytest.skip(f"{TRACK} is not here")
     (drive,) = find_drives([TRACK / f"{name}.mp4"], steering_kind="road_wheel").drives
-    motion, said = measured_and_said(drive, every=1)
-    assert np.corrcoef(motion, said)[0, 1] > least
+    motion, expected = motion_and_expectation(drive, every=1)
+    assert np.corrcoef(motion, expected)[0, 1] > least
     assert np.abs(motion).max() == pytest.approx(largest, rel=0.1)

@@ -20,7 +20,7 @@ Series = npt.NDArray[np.float64]
 
 
 class NoFrames:
-    """Synchrony looks at measured motion, never at frames."""
+    """Frames that nobody reads, because the check only needs their measured motion."""
 
     def read(self, indices: Ints, size: FrameSize | None) -> Pixels:
         raise AssertionError
@@ -33,7 +33,7 @@ class NoFrames:
 
 
 def steering_like_a_driver(seconds: float = 40) -> Series:
-    """Road-wheel angles in rad: short turns to both sides, with straights between them."""
+    """Road-wheel angles in rad: short turns to both sides, with straight stretches between them."""
     random = np.random.default_rng(0)
     times = np.arange(round(seconds * FPS)) / FPS
     turns = [
@@ -58,7 +58,7 @@ def make_drive(
 
 
 def motion_of(steering: Series, speed: Series, late: int = 0) -> npt.NDArray[np.float32]:
-    """What a camera sees of these actions, `late` frames after them, and a little noise."""
+    """The image motion `late` frames after these actions, with a little noise."""
     actions = make_drive(steering, speed).actions.astype(np.float64)
     turns = actions[:, 0] * curvature(actions[:, 1], "road_wheel") / FPS
     noise = np.random.default_rng(1).normal(0, 0.0005, len(turns))
@@ -77,70 +77,71 @@ def speed(steering: Series) -> Series:
 
 def test_actions_that_fit_the_picture_are_no_problem(steering: Series, speed: Series) -> None:
     for late in (0, 1, 3):
-        found = measure_synchrony(motion_of(steering, speed, late), make_drive(steering, speed))
-        assert found.lag_frames == -late
-        assert found.lag_s == pytest.approx(-late / FPS, rel=1e-3)
-        assert found.sign == 1
-        assert found.correlation is not None
-        assert found.correlation > 0.95
-        assert found.focal_widths == pytest.approx(FOCAL_WIDTHS, rel=0.1)
-        assert found.problems == ()
+        synchrony = measure_synchrony(motion_of(steering, speed, late), make_drive(steering, speed))
+        assert synchrony.lag_frames == -late
+        assert synchrony.lag_s == pytest.approx(-late / FPS, rel=1e-3)
+        assert synchrony.sign == 1
+        assert synchrony.correlation is not None
+        assert synchrony.correlation > 0.95
+        assert synchrony.focal_widths == pytest.approx(FOCAL_WIDTHS, rel=0.1)
+        assert synchrony.problems == ()
 
 
 @pytest.mark.parametrize(("shift", "word"), [(1, "1 frame .* late"), (5, "5 frames .* late")])
-def test_late_actions_are_said(steering: Series, speed: Series, shift: int, word: str) -> None:
+def test_late_actions_are_reported(steering: Series, speed: Series, shift: int, word: str) -> None:
     late = make_drive(np.roll(steering, shift), speed)
-    found = measure_synchrony(motion_of(steering, speed), late)
-    assert found.lag_frames == shift
-    assert found.sign == 1
-    (problem,) = found.problems
+    synchrony = measure_synchrony(motion_of(steering, speed), late)
+    assert synchrony.lag_frames == shift
+    assert synchrony.sign == 1
+    (problem,) = synchrony.problems
     assert re.search(f"{word}.*`time_offset=-{shift / FPS:.2f}`", problem)
 
 
-def test_what_late_actions_said_before_the_video_contradicts_nothing(
+def test_late_actions_from_before_the_video_cause_no_second_problem(
     steering: Series, speed: Series
 ) -> None:
     shift = 22
     steering[-shift:] = -0.1
-    said = np.roll(steering, shift)
-    said[:shift] = 0.1
-    found = measure_synchrony(motion_of(steering, speed), make_drive(said, speed))
-    assert (found.lag_frames, found.sign) == (shift, 1)
-    (problem,) = found.problems
+    late = np.roll(steering, shift)
+    late[:shift] = 0.1
+    synchrony = measure_synchrony(motion_of(steering, speed), make_drive(late, speed))
+    assert (synchrony.lag_frames, synchrony.sign) == (shift, 1)
+    (problem,) = synchrony.problems
     assert "22 frames" in problem
 
 
-def test_early_and_flipped_actions_are_said(steering: Series, speed: Series) -> None:
+def test_early_and_flipped_actions_are_reported(steering: Series, speed: Series) -> None:
     early = make_drive(-np.roll(steering, -6), speed)
-    found = measure_synchrony(motion_of(steering, speed), early)
-    assert (found.lag_frames, found.sign) == (-6, -1)
-    lag, sign = found.problems
-    assert "6 frames (0.40 s) early: try `time_offset=0.40`" in lag
+    synchrony = measure_synchrony(motion_of(steering, speed), early)
+    assert (synchrony.lag_frames, synchrony.sign) == (-6, -1)
+    lag, sign = synchrony.problems
+    assert "6 frames (0.40 s) early" in lag
+    assert "shift them by `time_offset=0.40`" in lag
     assert "flipped" in sign
 
 
 def test_following_the_advice_removes_the_problem(steering: Series, speed: Series) -> None:
     late = make_drive(np.roll(steering, 5), np.roll(speed, 5))
     motion = motion_of(steering, speed)
-    found = measure_synchrony(motion, late)
-    assert found.lag_s is not None
+    synchrony = measure_synchrony(motion, late)
+    assert synchrony.lag_s is not None
     assert late.drive.log is not None
-    log = replace(late.drive.log, times=late.drive.log.times - found.lag_s)
+    log = replace(late.drive.log, times=late.drive.log.times - synchrony.lag_s)
     mended = measure_synchrony(motion, sample(replace(late.drive, log=log)))
     assert mended.problems == ()
     assert mended.lag_frames == 0
 
 
 @pytest.mark.parametrize(("scale", "word"), [(3.6, "far less"), (1 / 57.3, "far more")])
-def test_a_wrong_unit_is_said(steering: Series, speed: Series, scale: float, word: str) -> None:
-    # Seen through a wide lens, as most car cameras are: km/h as m/s is then out of bounds.
+def test_a_wrong_unit_is_reported(steering: Series, speed: Series, scale: float, word: str) -> None:
+    # Most car cameras have a wide lens. With one, km/h taken for m/s is out of bounds.
     motion = 0.6 * motion_of(steering, speed)
     (problem,) = measure_synchrony(motion, make_drive(steering, speed * scale)).problems
     assert word in problem
     assert "units" in problem
 
 
-def test_reversing_with_a_positive_speed_is_said(steering: Series, speed: Series) -> None:
+def test_reversing_with_a_positive_speed_is_reported(steering: Series, speed: Series) -> None:
     backward = np.arange(len(steering)) // FPS == 20
     backward |= np.arange(len(steering)) // FPS == 21
     steering = np.where(backward, 0.06, steering)
@@ -150,15 +151,15 @@ def test_reversing_with_a_positive_speed_is_said(steering: Series, speed: Series
     assert measure_synchrony(motion_of(steering, speed), make_drive(steering, speed)).problems == ()
 
 
-def test_actions_of_another_video_are_said(steering: Series, speed: Series) -> None:
-    found = measure_synchrony(motion_of(steering, speed), make_drive(steering[::-1], speed))
-    assert found.lag_frames is None
-    assert found.sign is None
-    (problem,) = found.problems
+def test_actions_of_another_video_are_reported(steering: Series, speed: Series) -> None:
+    synchrony = measure_synchrony(motion_of(steering, speed), make_drive(steering[::-1], speed))
+    assert synchrony.lag_frames is None
+    assert synchrony.sign is None
+    (problem,) = synchrony.problems
     assert "does not follow the steering" in problem
 
 
-def test_gaps_and_unknown_actions_take_no_part(steering: Series, speed: Series) -> None:
+def test_gaps_and_unknown_actions_are_ignored(steering: Series, speed: Series) -> None:
     sampled = make_drive(steering, speed)
     motion = motion_of(steering, speed)
     motion[99] = -0.25
@@ -166,12 +167,12 @@ def test_gaps_and_unknown_actions_take_no_part(steering: Series, speed: Series) 
     valid = sampled.action_valid.copy()
     valid[200:250] = False
     cut = replace(sampled, segments=[(0, 100), (100, len(steering))], action_valid=valid)
-    found = measure_synchrony(motion, cut)
-    assert found.correlation is not None
-    assert found.correlation > 0.95
+    synchrony = measure_synchrony(motion, cut)
+    assert synchrony.correlation is not None
+    assert synchrony.correlation > 0.95
 
 
-def test_what_cannot_be_told_is_not_told(steering: Series, speed: Series) -> None:
+def test_nothing_is_reported_if_lag_and_sign_are_unknown(steering: Series, speed: Series) -> None:
     motion = motion_of(steering, speed)
     straight = make_drive(np.zeros_like(steering), speed)
     assert measure_synchrony(motion, straight) == Synchrony()
@@ -180,12 +181,12 @@ def test_what_cannot_be_told_is_not_told(steering: Series, speed: Series) -> Non
     assert measure_synchrony(motion, sample(bare)) == Synchrony()
 
 
-def test_steering_alone_still_tells_lag_and_sign(steering: Series, speed: Series) -> None:
+def test_steering_without_speed_is_enough_for_lag_and_sign(steering: Series, speed: Series) -> None:
     without = make_drive(np.roll(-steering, 5), np.zeros_like(speed), has_speed=False)
-    found = measure_synchrony(motion_of(steering, speed), without)
-    assert (found.lag_frames, found.sign, found.focal_widths) == (5, -1, None)
+    synchrony = measure_synchrony(motion_of(steering, speed), without)
+    assert (synchrony.lag_frames, synchrony.sign, synchrony.focal_widths) == (5, -1, None)
 
 
-def test_each_kind_of_steering_turns_the_car_left_when_positive() -> None:
+def test_positive_steering_of_every_kind_turns_the_car_left() -> None:
     for kind in get_args(SteeringKind):
         assert (np.diff(curvature(np.linspace(-0.5, 0.5, 9), kind)) > 0).all()

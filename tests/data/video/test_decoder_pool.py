@@ -1,4 +1,4 @@
-"""Decoder processes: the same frames and errors, whatever a file or a signal does to one."""
+"""Decoder processes give the right frames and errors, whatever happens to one of them."""
 
 import gc
 import multiprocessing
@@ -38,7 +38,7 @@ from tests.fixtures.video_files import (
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
 SIZE = FrameSize(height=24, width=64)
-LARGE = FrameSize(height=480, width=1280)  # 40 of these are more than a pipe holds
+LARGE = FrameSize(height=480, width=1280)  # 40 frames of this size exceed a pipe.
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def facts(path: Path) -> VideoFacts:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hangs are over soon; what is read meanwhile has time on a busy machine too."""
+    """Stop hangs soon, but give the other reads enough time on a busy machine."""
     monkeypatch.setenv(LIMIT, "3")
 
 
@@ -61,7 +61,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def changed_decoder(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[str], None]]:
-    """Decoders that run some lines first, and none that started before."""
+    """Return a function that replaces all decoders by new ones that run some lines first."""
     folder = tmp_path_factory.mktemp("lines")
 
     def change(lines: str) -> None:
@@ -74,12 +74,12 @@ def changed_decoder(
 
 
 def idle_pid() -> int:
-    """The process that takes the next request."""
+    """Return the id of the process that takes the next request."""
     return processes._idle[-1].process.pid
 
 
 def busy_pid() -> int:
-    """The process of the one stream that is open."""
+    """Return the id of the process of the only open stream."""
     (pid,) = (decoder.process.pid for decoder in processes._started if decoder.busy)
     return pid
 
@@ -98,9 +98,9 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def same(one: VideoFacts, other: VideoFacts) -> None:
+def same(expected: VideoFacts, actual: VideoFacts) -> None:
     for name in VideoFacts.__slots__:
-        first, second = getattr(one, name), getattr(other, name)
+        first, second = getattr(expected, name), getattr(actual, name)
         if isinstance(first, np.ndarray):
             np.testing.assert_array_equal(first, second)
             assert first.dtype == second.dtype
@@ -108,8 +108,8 @@ def same(one: VideoFacts, other: VideoFacts) -> None:
             assert first == second
 
 
-@pytest.mark.parametrize("codec", ["libx264", "libx265"])  # with times of their own, and without
-def test_a_process_gives_what_the_functions_give(tmp_path: Path, codec: str) -> None:
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])  # With and without timestamps.
+def test_a_decoder_returns_what_the_functions_return(tmp_path: Path, codec: str) -> None:
     raw = codec == "libx265"
     path = write_numbered(
         tmp_path / ("x.hevc" if raw else "x.mp4"),
@@ -144,11 +144,11 @@ def test_nothing_else_opens_videos() -> None:
         for name in names
         if name.endswith(".py")
     ]
-    found = {each.name for each in files if OPENS_VIDEOS.search(each.read_text("utf-8"))}
-    assert found == {"decoder_worker.py", "file.py", "file_facts.py", "reader.py", "writer.py"}
+    names = {file.name for file in files if OPENS_VIDEOS.search(file.read_text("utf-8"))}
+    assert names == {"decoder_worker.py", "file.py", "file_facts.py", "reader.py", "writer.py"}
 
 
-def test_errors_are_those_of_the_functions(tmp_path: Path, facts: VideoFacts) -> None:
+def test_a_decoder_raises_what_the_functions_raise(tmp_path: Path, facts: VideoFacts) -> None:
     bad = [
         tmp_path / "gone.mp4",
         tmp_path,
@@ -159,10 +159,10 @@ def test_errors_are_those_of_the_functions(tmp_path: Path, facts: VideoFacts) ->
     for path in bad:
         with pytest.raises(VideoError) as expected:
             file_facts.read_facts(path)
-        with pytest.raises(VideoError) as found:
+        with pytest.raises(VideoError) as raised:
             read_facts(path)
-        assert str(found.value) == str(expected.value)
-    with pytest.raises(IndexError, match="of 40"):
+        assert str(raised.value) == str(expected.value)
+    with pytest.raises(IndexError, match="only 40"):
         read_frames(facts, [40])
     with pytest.raises(ValueError, match="increasing"):
         next(stream_frames(facts, SIZE, [4, 3]))
@@ -184,7 +184,7 @@ def test_a_process_is_used_again_after_files_good_and_bad(path: Path, tmp_path: 
 def test_a_relative_path_is_one_of_the_current_folder(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read_facts(path)  # starts the process elsewhere
+    read_facts(path)  # This starts the process in another folder.
     monkeypatch.chdir(path.parent)
     facts = read_facts(Path("x.mp4"))
     assert facts.path == Path("x.mp4")
@@ -227,7 +227,7 @@ def test_facts_that_hang_are_ended(
 def test_a_hang_midway_says_where(facts: VideoFacts, monkeypatch: pytest.MonkeyPatch) -> None:
     frames = stream_frames(facts, LARGE, [0, 7, 8])
     next(frames)
-    make_hang(facts.path)  # for the decoder after this one, which has it open
+    make_hang(facts.path)  # Only the next decoder hangs: this one has already opened the file.
     monkeypatch.setenv(LIMIT, "0.5")
     os.kill(busy_pid(), signal.SIGKILL)
     with pytest.raises(VideoError, match=r"at 0\.[34]\d? s of 1\.9\d? s \(frame [78]\), twice"):
@@ -269,7 +269,7 @@ def test_a_stream_may_be_disturbed_at_more_than_one_frame(facts: VideoFacts) -> 
     read = [next(frames)]
     for _ in range(3):
         os.kill(busy_pid(), signal.SIGKILL)
-        read += [next(frames) for _ in range(9)]  # more than a pipe holds
+        read += [next(frames) for _ in range(9)]  # These are more than a pipe holds.
     assert read_numbers([*read, *frames]) == list(range(40))
 
 
@@ -296,13 +296,13 @@ def test_slow_is_not_hung(tmp_path: Path, changed_decoder: Callable[[str], None]
     facts = read_facts(path)
     started = time.monotonic()
     assert read_numbers(list(stream_frames(facts, indices=[39]))) == [39]
-    assert time.monotonic() - started > 3  # longer than a decoder may be silent
+    assert time.monotonic() - started > 3  # This is longer than a decoder may be silent.
 
 
 @pytest.mark.usefixtures("facts")
 def test_a_pause_of_the_machine_is_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     class Pausing:
-        """Its waits end at once, as those of a process that was stopped meanwhile."""
+        """Waits end at once, like those of a process that was paused."""
 
         waits = 0
 
@@ -350,7 +350,7 @@ def test_an_idle_decoder_that_was_killed_is_replaced(path: Path) -> None:
     assert len(read_facts(path).timestamps) == 40
 
 
-def test_ctrl_c_and_sigterm_are_the_parents(facts: VideoFacts) -> None:
+def test_decoders_ignore_ctrl_c_and_sigterm(facts: VideoFacts) -> None:
     pid = idle_pid()
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(pid, number)
@@ -386,7 +386,7 @@ def test_a_stream_whose_last_frame_was_taken_is_over(facts: VideoFacts) -> None:
 
 
 def test_a_decoder_does_not_decode_far_ahead(facts: VideoFacts) -> None:
-    """The pipe is full after a frame or two of 1.8 MB, and the decoder waits."""
+    """The pipe is full after one or two frames of 1.8 MB, and then the decoder waits."""
     frames = stream_frames(facts, LARGE)
     next(frames)
     written = Path(f"/proc/{busy_pid()}/io")
@@ -399,7 +399,7 @@ def test_a_decoder_does_not_decode_far_ahead(facts: VideoFacts) -> None:
 
 
 def report_fork(facts: VideoFacts, pipe: Connection) -> None:
-    """In a forked process: what it reads, and which processes it has for it."""
+    """In a forked process, return what it reads and the ids of its decoders."""
     numbers = read_numbers(list(stream_frames(facts)))
     pipe.send((numbers, [decoder.process.pid for decoder in processes._started]))
 
@@ -407,7 +407,7 @@ def report_fork(facts: VideoFacts, pipe: Connection) -> None:
 def test_a_forked_process_starts_its_own(facts: VideoFacts) -> None:
     frames = stream_frames(facts)
     first = [next(frames) for _ in range(3)]
-    read_frames(facts, [3])  # leaves another one idle
+    read_frames(facts, [3])  # This leaves a second decoder idle.
     own = {decoder.process.pid for decoder in processes._started}
     receiver, sender = multiprocessing.Pipe(duplex=False)
     worker = multiprocessing.get_context("fork").Process(target=report_fork, args=(facts, sender))
@@ -418,7 +418,7 @@ def test_a_forked_process_starts_its_own(facts: VideoFacts) -> None:
     assert numbers == list(range(40))
     assert len(pids) == 1
     assert not own & set(pids)
-    wait_until(lambda: not is_running(pids[0]))  # it ends with the worker
+    wait_until(lambda: not is_running(pids[0]))  # The decoder ends with the worker.
     assert read_numbers([*first, *frames]) == list(range(40))
     assert own <= {decoder.process.pid for decoder in processes._started}
 
@@ -444,7 +444,7 @@ def test_no_decoder_outlives_its_parent(path: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
-        time.sleep(0.5)  # until it hangs
+        time.sleep(0.5)  # Wait until it hangs.
         assert is_running(pid)
         parent.kill()
     wait_until(lambda: not is_running(pid))
@@ -479,13 +479,13 @@ def test_threads_of_a_decoder_take_little_address_space() -> None:
     assert int(mebibytes) < 400
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say how large a pipe is")
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell the size of a pipe")
 def test_a_hundred_decoders_do_not_use_up_a_users_pipes(path: Path) -> None:
     import fcntl
 
     read_facts(path)
     size = fcntl.fcntl(processes._idle[-1]._output.fileno(), fcntl.F_GETPIPE_SZ)
-    assert 100 * size <= 64 << 20  # Linux's own pipe-user-pages-soft
+    assert 100 * size <= 64 << 20  # Default of pipe-user-pages-soft in Linux.
 
 
 def test_a_clip_that_no_decoder_has_memory_for_is_not_the_files_fault(facts: VideoFacts) -> None:
@@ -496,7 +496,7 @@ def test_a_clip_that_no_decoder_has_memory_for_is_not_the_files_fault(facts: Vid
     assert read_numbers(read_frames(facts, [5, 5, 3])) == [5, 5, 3]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems set no limit from outside")
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot limit another process")
 def test_a_decoder_out_of_memory_costs_the_file_only(facts: VideoFacts) -> None:
     import resource
 
@@ -504,7 +504,7 @@ def test_a_decoder_out_of_memory_costs_the_file_only(facts: VideoFacts) -> None:
     status = Path(f"/proc/{pid}/status").read_text()
     kilobytes = int(status.split("VmSize:")[1].split()[0])
     resource.prlimit(pid, resource.RLIMIT_AS, ((kilobytes + 50_000) << 10,) * 2)
-    with pytest.raises(VideoError, match=r"x\.mp4: decoding it takes more memory than"):
+    with pytest.raises(VideoError, match=r"x\.mp4: decoding takes more than 4 GiB of memory"):
         read_frames(facts, range(40), LARGE)
     assert not is_running(pid)
     assert read_frames(facts, range(40), LARGE).shape == (40, 480, 1280, 3)
@@ -515,13 +515,13 @@ def test_a_decoder_out_of_memory_costs_the_file_only(facts: VideoFacts) -> None:
     [
         (
             "reader.stream_frames = lambda facts, *_: iter([np.zeros((2, 2, 3), np.uint8)])",
-            "nonsense",
+            "sent an invalid answer",
         ),
         ("reader.stream_frames = lambda *_: 1 / 0", r"cannot be decoded \(ZeroDivisionError"),
         ("reader.stream_frames = lambda *_: os._exit(3)", r"died \(exit code 3\)"),
     ],
 )
-def test_whatever_a_decoder_does_is_one_line(
+def test_any_fault_of_a_decoder_gives_a_one_line_error(
     path: Path, changed_decoder: Callable[[str], None], lines: str, says: str
 ) -> None:
     changed_decoder(
@@ -532,7 +532,7 @@ def test_whatever_a_decoder_does_is_one_line(
         list(stream_frames(facts))
 
 
-def test_what_a_library_prints_is_no_answer(
+def test_output_of_a_library_is_not_taken_for_an_answer(
     path: Path, changed_decoder: Callable[[str], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
     changed_decoder(
@@ -577,11 +577,13 @@ def test_ctrl_c_while_a_decoder_starts_leaves_no_process(
         seen.extend(decoder.process.pid for decoder in processes._started)
         signal.pthread_kill(main, signal.SIGINT)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # A job that a shell starts with `&` ignores it.
     thread = threading.Thread(target=interrupt)
     thread.start()
     gc.collect()
-    gc.disable()  # in a finaliser the interrupt would be lost
+    gc.disable()  # In a finaliser the interrupt would be lost.
     try:
         with pytest.raises(KeyboardInterrupt):
             read_facts(path)

@@ -1,4 +1,4 @@
-"""Hostile files: refused before anything is decoded, by their headers or what they name."""
+"""Hostile files are refused, because of their headers or the files that they refer to."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_a_picture_that_grows_midway_is_not_decoded(
         list(stream_frames(facts))
 
 
-def test_a_picture_may_not_grow_by_being_shown_or_scaled(
+def test_a_picture_may_not_exceed_the_limit_when_displayed_or_scaled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(video_file, "MAX_PIXELS", 10_000)
@@ -86,7 +86,7 @@ def test_packets_are_counted_where_no_header_says_how_many(
         read_facts(path)
 
 
-def test_times_of_no_recording_are_refused(tmp_path: Path) -> None:
+def test_times_that_no_recording_has_are_refused(tmp_path: Path) -> None:
     path = write_numbered(tmp_path / "x.mkv", count=3, times_ms=[0, 50, 8 * 86_400_000])
     with pytest.raises(VideoError, match="span more than 7 days"):
         read_facts(path)
@@ -103,7 +103,7 @@ def test_times_of_no_recording_are_refused(tmp_path: Path) -> None:
         "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nwhole.ts\n#EXT-X-ENDLIST\n",
     ],
 )
-def test_a_list_of_other_files_is_no_video(tmp_path: Path, text: str) -> None:
+def test_a_playlist_of_other_files_is_not_a_video(tmp_path: Path, text: str) -> None:
     write_numbered(tmp_path / "whole.mp4")
     write_numbered(tmp_path / "whole.ts", container="mpegts")
     (tmp_path / "x.mp4").write_text(text)
@@ -112,7 +112,7 @@ def test_a_list_of_other_files_is_no_video(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["12:30:05.mp4", "concat:x.mp4", "http:x.mp4"])
-def test_a_name_with_a_colon_is_a_name(
+def test_a_name_with_a_colon_is_not_a_protocol(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     write_numbered(tmp_path / "plain.mp4").rename(tmp_path / name)
@@ -130,8 +130,8 @@ def test_a_title_may_be_in_any_encoding(tmp_path: Path) -> None:
     assert len(read_facts(path).timestamps) == 40
 
 
-def test_a_codec_that_nothing_decodes_is_one_line(tmp_path: Path) -> None:
+def test_an_unsupported_codec_is_an_error(tmp_path: Path) -> None:
     path = write_numbered(tmp_path / "x.mp4")
     path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
-    with pytest.raises(VideoError, match="nothing here decodes its codec"):
+    with pytest.raises(VideoError, match="its codec is not supported"):
         read_facts(path)

@@ -1,4 +1,4 @@
-"""The facts of a file: its reader, its frames' times, and one line for what cannot be read."""
+"""The facts of a file: its reader, the times of its frames, and errors for unreadable files."""
 
 from collections.abc import Callable
 from fractions import Fraction
@@ -40,7 +40,7 @@ def test_plain_files_go_to_decord(tmp_path: Path, name: str, codec: str) -> None
         ("x.avi", "libx264", "avi", "container avi"),
     ],
 )
-def test_what_decord_gets_wrong_goes_to_pyav(
+def test_files_that_decord_gets_wrong_go_to_pyav(
     tmp_path: Path, name: str, codec: str, container: str | None, reason: str
 ) -> None:
     options = X265 if codec == "libx265" else {}
@@ -87,7 +87,7 @@ def test_edit_list_hides_its_frames(tmp_path: Path) -> None:
 def test_files_that_begin_before_zero_go_to_pyav(
     tmp_path: Path, start_ms: int, expected: tuple[str, str]
 ) -> None:
-    """No frame of theirs is hidden: each is there, at its time from the first one."""
+    """All their frames are kept, with times that count from the first one."""
     path = write_numbered(
         tmp_path / "x.webm",
         codec="libvpx-vp9",
@@ -127,7 +127,7 @@ def test_long_files_go_to_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @needs_decord
 def test_files_with_few_keyframes_go_to_pyav(tmp_path: Path) -> None:
-    """decord is silent on its way from a keyframe: for minutes where there is one in all."""
+    """decord gives no sign of life between keyframes: for minutes if a file has only one."""
     for name, every in (("one.mp4", 999), ("two.mp4", 300)):
         path, options = tmp_path / name, {"sc_threshold": "0"}
         write_numbered(path, count=301, keyframe_every=every, height=16, codec_options=options)
@@ -232,7 +232,7 @@ def no_keyframe(folder: Path) -> Path:
         (no_keyframe, "not a readable video|can be decoded"),
     ],
 )
-def test_what_cannot_be_read_is_one_line(
+def test_an_unreadable_file_gives_a_one_line_error(
     tmp_path: Path, make: Callable[[Path], Path], says: str
 ) -> None:
     path = make(tmp_path)

@@ -1,4 +1,4 @@
-"""The rate of frames, and which of them serve a lower one."""
+"""The frame rate of a drive, and the frames chosen for a lower rate."""
 
 import numpy as np
 import pytest
@@ -75,5 +75,5 @@ def test_a_rate_that_makes_no_sense_is_named(arguments: dict[str, float], field:
 
 
 def test_fps_and_every_exclude_each_other() -> None:
-    with pytest.raises(ValueError, match="give one"):
+    with pytest.raises(ValueError, match="give only one"):
         choose_frames(jittered(14), fps=7, every=2)

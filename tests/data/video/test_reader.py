@@ -1,4 +1,4 @@
-"""Reading frames: the right ones, in the right place, alike in both readers, or one line."""
+"""Both readers return the requested frames, equal and in order, or a one-line error."""
 
 import os
 import pickle
@@ -37,7 +37,7 @@ SHUFFLED = [33, 0, 12, 13, 39, 11, 25, 12]
 
 
 def some_video(folder: Path, kind: str) -> VideoFacts:
-    """One small video of each kind that a reader may get wrong."""
+    """Write a small video of a kind that a reader may get wrong."""
     match kind:
         case "h264":
             path = write_numbered(folder / "x.mp4")
@@ -86,9 +86,9 @@ def test_stream_and_clips_give_the_frames_asked_for(tmp_path: Path, kind: str) -
 def test_decord_seeks_to_the_frames_that_pyav_streams(tmp_path: Path, kind: str) -> None:
     facts = some_video(tmp_path, kind)
     assert facts.reader == "decord"
-    whole = fit(facts.height, facts.width, None)
+    geometry = fit(facts.height, facts.width, None)
     for index in range(40):
-        frame = _read_decord(facts, np.array([index]), whole)
+        frame = _read_decord(facts, np.array([index]), geometry)
         assert frame is not None
         assert read_number(frame[0]) == index
 
@@ -96,15 +96,15 @@ def test_decord_seeks_to_the_frames_that_pyav_streams(tmp_path: Path, kind: str)
 @pytest.mark.parametrize("kind", ["open groups", "hevc", "transport stream"])
 def test_every_frame_can_be_sought_alone(tmp_path: Path, kind: str) -> None:
     facts = some_video(tmp_path, kind)
-    whole = fit(facts.height, facts.width, None)
-    read = [_read_pyav(facts, np.array([index]), whole)[0] for index in range(40)]
+    geometry = fit(facts.height, facts.width, None)
+    read = [_read_pyav(facts, np.array([index]), geometry)[0] for index in range(40)]
     assert read_numbers(read) == list(range(40))
 
 
 def test_sparse_frames_of_a_longer_video_jump_between_keyframes(tmp_path: Path) -> None:
     facts = read_facts(write_numbered(tmp_path / "x.ts", container="mpegts", count=240))
-    wanted = [1, 2, 100, 130, 239]
-    assert read_numbers(read_frames(facts, wanted)) == wanted
+    numbers = [1, 2, 100, 130, 239]
+    assert read_numbers(read_frames(facts, numbers)) == numbers
 
 
 def test_edit_list_starts_at_the_first_frame_shown(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_stream_joined_midway_starts_at_its_first_keyframe(tmp_path: Path) -> 
 
 
 def rotate_tag(path: Path) -> None:
-    """Set the display matrix of an mp4 file to a quarter turn clockwise."""
+    """Set the display matrix of an MP4 file to a quarter turn clockwise."""
     one, zero, unit = b"\x00\x01\x00\x00", bytes(4), b"\x40\x00\x00\x00"
     upright = one + zero * 3 + one + zero * 3 + unit
     clockwise = zero + one + zero + b"\xff\xff\x00\x00" + zero * 4 + unit
@@ -202,7 +202,7 @@ def test_readers_agree_to_half_a_grey_level(tmp_path: Path, size: FrameSize | No
 def readers_difference(
     facts: VideoFacts, indices: np.ndarray[tuple[int], np.dtype[np.int64]], size: FrameSize | None
 ) -> float:
-    """Mean difference between the two readers in grey levels."""
+    """Return the mean difference between the two readers in grey levels."""
     geometry = fit(facts.height, facts.width, size)
     by_decord = _read_decord(facts, indices, geometry)
     assert by_decord is not None
@@ -215,16 +215,16 @@ def readers_difference(
 def test_readers_agree_on_real_drives(name: str) -> None:
     facts = read_facts(SHARED / name)
     size = FrameSize(height=128, width=256)
-    wanted = np.array([0, 7, 8, 100, 101, 219])
-    assert readers_difference(facts, wanted, size) < 0.5
-    # The frames are the right ones: both neighbours differ more than the readers do.
+    numbers = np.array([0, 7, 8, 100, 101, 219])
+    assert readers_difference(facts, numbers, size) < 0.5
+    # Neighbouring frames differ more than the readers do, so the readers return the same frames.
     for index in (8, 101):
         one, other = (readers_difference_between(facts, index, index + step) for step in (-1, 1))
         assert min(one, other) > 0.6
 
 
 def readers_difference_between(facts: VideoFacts, index: int, other: int) -> float:
-    """Mean difference between frame `index` as clips give it and frame `other` as streams do."""
+    """Return the mean difference between frame `index` of a clip and frame `other` of a stream."""
     size = FrameSize(height=128, width=256)
     clip = read_frames(facts, [index], size)[0].astype(int)
     return float(np.abs(clip - next(stream_frames(facts, size, [other]))).mean())
@@ -258,7 +258,7 @@ def test_damage_in_the_middle_spares_the_frames_before_it(tmp_path: Path) -> Non
         list(stream_frames(facts))
 
 
-def test_file_that_is_gone_is_one_line(tmp_path: Path) -> None:
+def test_a_deleted_file_gives_a_one_line_error(tmp_path: Path) -> None:
     facts = read_facts(write_numbered(tmp_path / "x.mp4"))
     facts.path.unlink()
     with pytest.raises(VideoError, match=r"x\.mp4"):
@@ -269,9 +269,9 @@ def test_file_that_is_gone_is_one_line(tmp_path: Path) -> None:
 
 def test_indices_are_checked(tmp_path: Path) -> None:
     facts = read_facts(write_numbered(tmp_path / "x.mp4"))
-    with pytest.raises(IndexError, match="of 40"):
+    with pytest.raises(IndexError, match="only 40"):
         read_frames(facts, [40])
-    with pytest.raises(IndexError, match="of 40"):
+    with pytest.raises(IndexError, match="only 40"):
         read_frames(facts, [-1])
     with pytest.raises(ValueError, match="increasing"):
         next(stream_frames(facts, indices=[4, 3]))
@@ -280,16 +280,16 @@ def test_indices_are_checked(tmp_path: Path) -> None:
 
 
 @needs_decord
-def test_decord_says_that_it_lives_before_it_decodes_much(
+def test_decord_gives_signs_of_life_between_small_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_numbered(tmp_path / "x.mp4", count=250, keyframe_every=999, height=16)
     facts, beats = read_facts(path), []
     monkeypatch.setattr(video, "beat", lambda: beats.append(1))
     assert facts.reader == "decord"
-    for wanted, least in (([30, 60, 90, 120, 150, 180, 210, 240], 4), (range(16), 2)):
+    for numbers, least in (([30, 60, 90, 120, 150, 180, 210, 240], 4), (range(16), 2)):
         beats.clear()
-        assert read_numbers(read_frames(facts, wanted)) == list(wanted)
+        assert read_numbers(read_frames(facts, numbers)) == list(numbers)
         assert len(beats) == least
 
 
@@ -349,7 +349,7 @@ def threads_running() -> int:
     return len(list(Path("/proc/self/task").iterdir()))
 
 
-def test_info_travels_to_a_worker(tmp_path: Path) -> None:
+def test_facts_can_be_sent_to_a_worker(tmp_path: Path) -> None:
     facts = pickle.loads(pickle.dumps(read_facts(write_numbered(tmp_path / "x.mp4"))))
     assert read_number(read_frames(facts, [21])[0]) == 21
 

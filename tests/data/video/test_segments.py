@@ -1,4 +1,4 @@
-"""Segments: where a drive is cut, and where the frames chosen from it are."""
+"""Segments: where a drive is cut, and where the frames chosen from it are cut."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_a_lost_frame_cuts_the_frames_chosen_around_it(lost: int) -> None:
     chosen = choose_frames(times, every=2)
     (_, cut), (start, stop) = chosen_segments(times, chosen)
     assert cut == start
-    assert chosen[cut - 1] < lost <= chosen[cut]  # frame `lost` is now the one after the gap
+    assert chosen[cut - 1] < lost <= chosen[cut]  # `lost` now numbers the frame after the gap.
     assert stop == len(chosen)
 
 

@@ -1,4 +1,4 @@
-"""The video writer: what is written can be played and read back, or is not there at all."""
+"""Written videos can be played and read back; after an error there is no file at all."""
 
 import os
 import resource
@@ -19,7 +19,7 @@ from driving_sim.engine.errors import DriveSimError
 
 
 def gradient(count: int, height: int, width: int) -> NDArray[np.uint8]:
-    """Smooth frames that survive compression, each brighter than the one before."""
+    """Make smooth frames that survive compression; every frame is brighter than the last."""
     y, x = np.mgrid[:height, :width]
     base = np.stack([y, x, (x + y) / 2], axis=-1)[None] + 8 * np.arange(count)[:, None, None, None]
     return base.astype(np.uint8)
@@ -55,16 +55,16 @@ def test_file_is_h264_yuv420p_with_its_index_in_front(tmp_path: Path) -> None:
     assert content.index(b"moov") < content.index(b"mdat")
 
 
-def test_fast_is_as_the_encoder_took_it(tmp_path: Path) -> None:
+def test_the_fast_options_reach_the_encoder(tmp_path: Path) -> None:
     path = tmp_path / "x.mp4"
     with video_writer(path, fps=10, height=32, width=32, x264=FAST) as write:
         write(gradient(1, 32, 32)[0])
-    content = path.read_bytes()  # x264 writes its settings into the stream
+    content = path.read_bytes()  # x264 writes its settings into the stream.
     for setting in (b"cabac=1", b"deblock=0", b"bframes=0"):
         assert setting in content
 
 
-def test_an_error_inside_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_an_error_while_writing_leaves_only_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "x.mp4"
     path.write_bytes(b"old")
     two_sizes = [*gradient(3, 32, 32), *gradient(1, 32, 34)]
@@ -86,7 +86,7 @@ def test_no_frames_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [100, 20_000])
-def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, limit: int) -> None:
+def test_a_full_disk_gives_a_one_line_error_and_leaves_no_file(tmp_path: Path, limit: int) -> None:
     program = """
 import sys
 from pathlib import Path
