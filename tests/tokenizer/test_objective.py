@@ -70,7 +70,7 @@ def test_the_discriminator_waits_for_its_start() -> None:
 
 
 def test_one_backward_pass_serves_both_players() -> None:
-    """The textbook's losses, each with its own pass, give the same gradients."""
+    """Separate backward passes for the two losses give the same gradients."""
     model = objective()
     discriminator = discriminator_of(model)
     loss, metrics = model(batch(0.9))
@@ -106,7 +106,7 @@ def test_the_discriminators_pull_is_bounded_and_ramps_up() -> None:
     assert pulls == pytest.approx([0.0, 0.1, 0.2], abs=1e-4)
 
 
-def test_the_say_of_the_discriminator_is_part_of_a_checkpoint() -> None:
+def test_the_weight_of_the_discriminator_is_part_of_a_checkpoint() -> None:
     model = objective()
     model(batch(0.55))
     other = objective()

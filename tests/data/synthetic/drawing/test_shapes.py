@@ -7,7 +7,7 @@ from driving_sim.data.synthetic.drawing.shapes import Canvas, rgb
 
 
 class TestShapes:
-    """What a shape adds to a black picture is its area, wherever it lies between the pixels."""
+    """A shape adds its area to a black picture, also if it covers pixels only in part."""
 
     @staticmethod
     def area(draw: str, *shape: object) -> float:
