@@ -94,7 +94,7 @@ class Patching(nn.Module):
         return rearrange(self._multiply(blocks, self.basis.T), "b h w c k -> b (c k) h w")
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Return the pictures [B, C, 4 H, 4 W] with these coefficients [B, 16 C, H, W]."""
+        """Convert coefficients [B, 16 C, H, W] back to pictures [B, C, 4 H, 4 W]."""
         coefficients = rearrange(y, "b (c k) h w -> b h w c k", k=_PATCH**2)
         blocks = self._multiply(coefficients, self.basis)
         return rearrange(blocks, "b h w c (p q) -> b c (h p) (w q)", p=_PATCH, q=_PATCH)
@@ -121,7 +121,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class _SiLU(nn.Module):
-    """Computes x * sigmoid(x), in place if no gradient needs x: new memory takes longer."""
+    """Computes x * sigmoid(x). Works in place if x needs no gradient, which is faster."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(x, inplace=not x.requires_grad)
@@ -211,7 +211,7 @@ class Bottleneck(nn.Sequential):
 
 
 class _Positions(nn.Module):
-    """Adds a learned vector at each position, because sky and road have fixed places in a frame."""
+    """Adds a learned vector at each position: sky and road have fixed places in a frame."""
 
     def __init__(self, channels: int, rows: int, cols: int) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """Maps codes [B, D, r, c] to patches [B, 48, H/4, W/4], through the stages in reverse order."""
+    """Maps codes [B, D, r, c] to patches [B, 48, H/4, W/4]. Mirrors the encoder."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         fine, middle, coarse = config.widths
@@ -282,7 +282,7 @@ class Autoencoder(nn.Module):
 
     @property
     def last_layer(self) -> Tensor:
-        """Weight of the decoder's last convolution, at which gradients of losses are compared."""
+        """Weight of the decoder's last convolution, where the objective compares gradients."""
         layer = self.decoder[-1]
         assert isinstance(layer, nn.Conv2d)
         return layer.weight

@@ -24,9 +24,9 @@ class DiscriminatorConfig:
     """Size of the patch discriminator."""
 
     width: Annotated[Count, Field(multiple_of=GROUP_CHANNELS)] = 64
-    """Number of channels at stride 4, a multiple of 16; doubled when the resolution is halved."""
+    """Number of channels at stride 4, a multiple of 16; each halving doubles it."""
     halvings: Annotated[int, Field(ge=0, le=2)] = 1
-    """How often the resolution is halved below stride 4; with 1, patches have about 50 pixels."""
+    """Number of halvings of the resolution after stride 4; with 1, patches have about 50 pixels."""
 
 
 class Discriminator(nn.Module):

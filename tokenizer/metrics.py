@@ -49,7 +49,7 @@ def _blur(x: Tensor) -> Tensor:
 
 
 def _windows(length: int, like: Tensor) -> Tensor:
-    """Return the windows at all positions where they lie inside `length` pixels, one per row."""
+    """Return the Gaussian windows that fit into `length` pixels, one per row."""
     offsets = torch.arange(length, dtype=like.dtype, device=like.device)
     centres = offsets[_RADIUS : length - _RADIUS, None]
     window = torch.exp(-0.5 * ((offsets - centres) / _SIGMA) ** 2)

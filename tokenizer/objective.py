@@ -43,9 +43,9 @@ class TokenizerObjectiveConfig:
     lpips_weight: NonNegative = 1.0
     """Weight of LPIPS; with 0, training needs no VGG-16 weights."""
     gan_weight: NonNegative = 0.1
-    """Size of the discriminator's gradient at the last layer relative to the other losses'.
+    """Norm of the discriminator's gradient at the last layer, relative to the other losses.
 
-    With 0, there is no discriminator.
+    With 0, training uses no discriminator.
     """
     gan_start: Share = 0.5
     """Share of the run after which the discriminator starts."""
@@ -73,7 +73,7 @@ class TokenizerObjective(Trainable):
         config: TokenizerObjectiveConfig,
         vgg16: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Build the models. `vgg16` holds the weights of LPIPS's backbone, needed for LPIPS."""
+        """Build the models. LPIPS needs `vgg16`, the weights of its backbone."""
         super().__init__()
         self.config = config
         self.autoencoder = Autoencoder(model)
@@ -83,7 +83,7 @@ class TokenizerObjective(Trainable):
                 raise ValueError(f"lpips_weight={config.lpips_weight}: needs the VGG-16 weights")
             self.perceptual = PerceptualLoss(vgg16)
         self.discriminator = Discriminator(config.discriminator) if config.gan_weight > 0 else None
-        # Weight of the discriminator at the last training step: 0 before it starts, 1 in the end.
+        # Weight of the discriminator at the last step: 0 before it starts, 1 after the ramp.
         self.register_buffer("gan_share", torch.zeros(()))
 
     def ema_module(self) -> nn.Module:

@@ -48,7 +48,7 @@ class PerceptualLoss(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "PerceptualLoss":
-        """Stay in eval mode, because the dropout is only for training LPIPS itself."""
+        """Stay in eval mode, because the dropout layers are only for training LPIPS itself."""
         return super().train(False)
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
@@ -85,13 +85,13 @@ def vgg16_weights() -> dict[str, Tensor]:
         if sha256_of(path) != VGG16_SHA256:
             raise DriveSimError(
                 f"{path}: wrong or damaged weights of LPIPS's backbone (their checksum differs); "
-                f"delete the file to download it again, or train without LPIPS by {WITHOUT}"
+                f"delete the file to download it again, or train without LPIPS ({WITHOUT})"
             )
         weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     except (URLError, OSError, RuntimeError, UnpicklingError) as error:
         raise DriveSimError(
             f"{VGG16_URL}: cannot load the weights of LPIPS's backbone ({one_line(error)}); "
-            f"put the file into {path.parent}, or train without LPIPS by {WITHOUT}"
+            f"put the file into {path.parent}, or train without LPIPS ({WITHOUT})"
         ) from error
     return weights
 

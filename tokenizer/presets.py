@@ -95,7 +95,7 @@ LARGE = replace(
         workers=16,
     ),
 )
-"""256x512 pixels to 16x32 tokens with a codebook of 15,360, for several GPUs."""
+"""256x512 pixels to 16x32 tokens with a codebook of 15,360 codes, for several GPUs."""
 
 PRESETS = {"demo": DEMO, "tiny": TINY, "base": BASE, "large": LARGE}
 """All presets by name."""

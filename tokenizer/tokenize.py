@@ -88,7 +88,7 @@ def tokenize(
             for name, reason in bad.items():
                 writer.skip(name, reason)
         ranks.barrier()
-        # Only the main rank looks, because faster ranks may already add drives to the store.
+        # Only the main rank checks what is done, because other ranks may already add drives.
         done = ranks.from_main(
             lambda: [
                 all(writer.done(_name(sampled.drive, flip)) for flip in flips) for sampled in usable
@@ -104,7 +104,7 @@ _Part = tuple[SampledDrive, Pixels | DriveSimError]
 
 
 def _share(drives: Sequence[SampledDrive], ranks: Ranks) -> list[SampledDrive]:
-    """Return this rank's drives, dealt out by length so that all ranks take about as long."""
+    """Return this rank's drives, dealt out by length so that all ranks take about equally long."""
     longest_first = sorted(range(len(drives)), key=lambda number: -len(drives[number].indices))
     return [drives[number] for number in sorted(longest_first[ranks.rank :: ranks.size])]
 
@@ -116,7 +116,7 @@ def _name(drive: Drive, flip: bool) -> str:
 def _survey(
     drives: Sequence[Drive], *, fps: float | None, every: int | None
 ) -> tuple[list[SampledDrive], dict[str, str]]:
-    """Return the usable drives, sampled, and by id the reasons why the others are not usable."""
+    """Sample the drives. Return the usable ones, and for the others the reason by drive id."""
     sampled, bad = [], {}
     for drive in drives:
         try:
@@ -142,7 +142,7 @@ def _survey(
 
 
 def _usual_rate(sampled: Sequence[SampledDrive]) -> float:
-    # The low median is the rate of a real drive, so of two drives that differ, one stays usable.
+    # The low median is the rate of a real drive. With two different rates, one stays usable.
     return median_low([drive.fps for drive in sampled]) if sampled else 0.0
 
 

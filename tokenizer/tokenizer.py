@@ -50,7 +50,7 @@ class Tokenizer:
         self.config = autoencoder.config
         """Configuration of the autoencoder."""
         self.frame_size = self.config.frame_size
-        """Size of decoded frames. Frames are brought to this size before they are encoded."""
+        """Size of decoded frames. Frames are scaled and cropped to this size before encoding."""
         self.height, self.width = self.config.height, self.config.width
         """Height and width of decoded frames in pixels."""
         self.rows, self.cols = self.config.rows, self.config.cols
@@ -66,7 +66,7 @@ class Tokenizer:
     def from_run(
         cls, path: Path | str, device: torch.device | str = "auto", precision: str = "auto"
     ) -> Self:
-        """Load a tokenizer from the folder `path`. Raises `DriveSimError` if it is not intact."""
+        """Load the tokenizer in `path`. Raises `DriveSimError` if it is missing or damaged."""
         folder = Path(path)
         for name in (_CONFIG, WEIGHTS):
             if not (folder / name).is_file():

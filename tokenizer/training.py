@@ -276,5 +276,5 @@ def _decodable(
 
 def _export(module: nn.Module, run: Path) -> None:
     assert isinstance(module, Autoencoder)
-    # Copy the module, because Tokenizer freezes the one that it gets.
+    # Copy the module, because `Tokenizer` freezes it.
     Tokenizer(copy.deepcopy(module)).save(run)

@@ -42,7 +42,7 @@ class SyntheticDrive:
         return np.stack(list(self.stream()))
 
     def save(self, path: Path) -> None:
-        """Write the drive as JSON, with everything needed to replay it or to branch off it."""
+        """Write the drive as JSON, with everything needed to replay it from any frame."""
         save_json(
             path,
             {

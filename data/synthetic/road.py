@@ -9,7 +9,7 @@ from driving_sim.data.arrays import Reals
 HALF_WIDTH = 3.7
 """Distance from the centre line to the edge of the asphalt, in metres."""
 LANE_OFFSET = -1.8
-"""Middle of the driver's lane, in metres left of the centre line. Traffic keeps right."""
+"""Middle of the driver's lane, in metres left of the centre line (negative: to the right)."""
 
 # From long bends to short ones. The slopes add up to 0.74, so the road never turns more than
 # 37 degrees from the x axis, never crosses itself, and has one point for each x.

@@ -16,7 +16,7 @@ from driving_sim.engine.parsing import one_line, shown
 def replay(
     world: SyntheticWorld, state: VehicleState, actions: Floats32, *, steps: int = 1
 ) -> Pixels:
-    """Drive with each of the actions [N, 2] for `steps` steps; return the frames [N, H, W, 3].
+    """Apply the actions [N, 2] in order, `steps` times each; return the frames [N, H, W, 3].
 
     Frame n shows the state after action n: what a perfect model would predict.
     """

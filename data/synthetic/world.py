@@ -29,7 +29,7 @@ class SyntheticConfig:
     width: Annotated[int, Field(ge=16, le=4096)] = 256
     """Width of the picture in pixels."""
     fps: Annotated[float, Field(ge=4, le=120)] = 10.0
-    """Frames per second. Below 4, the action log would have gaps: times over 0.25 s apart."""
+    """Frames per second. Below 4, actions are over 0.25 s apart, which counts as a gap."""
     field_of_view_deg: Annotated[float, Field(ge=20, le=140)] = 84.0
     """Horizontal field of view of the camera, in degrees."""
     camera_height_m: Annotated[float, Field(ge=0.5, le=10)] = 1.9

@@ -51,9 +51,9 @@ class StoreInfo:
     cols: Count
     """Number of token columns per frame."""
     codebook_size: Annotated[Count, Field(le=2**16)]
-    """Number of codes in the codebook; every token is smaller."""
+    """Number of codes in the codebook. Tokens are numbers from 0 to codebook_size - 1."""
     fps: Positive
-    """Frame rate of the stored frames in frames per second, gaps in time not counted."""
+    """Rate of the stored frames in frames per second, measured where there are no gaps."""
     steering_kind: str | None = None
     """Kind of steering of all drives (`road_wheel`, ...), or None if no drive has actions."""
     levels: tuple[Int64, ...] = ()
@@ -65,7 +65,7 @@ class StoreInfo:
     requested_fps: int | float | None = None
     """Frame rate that the user asked for, in frames per second, or None."""
     every: Int64 | None = None
-    """Stride over the video's frames that the user asked for, or None."""
+    """Number n if the user asked for every n-th frame of the videos, or None."""
     transform: dict[str, Any] = field(default_factory=dict)
     """Description of how frames were resized, cropped and converted."""
     precision: str = "fp32"
@@ -81,7 +81,7 @@ class DriveEntry:
     frames: Count
     """Number of frames of the drive in this shard."""
     segments: tuple[tuple[Natural, Natural], ...]
-    """Ranges [start, stop) without a gap in time, counted from this entry's first frame."""
+    """Ranges [start, stop) of frames without a gap in time. The entry's first frame is 0."""
     start: Natural = 0
     """Index of this part's first frame in the drive; above 0 only if the drive is split."""
     source: str = ""
@@ -140,7 +140,7 @@ class StoreIndex:
 
 
 def shard_metadata(info: StoreInfo, drives: Sequence[DriveEntry]) -> dict[str, str]:
-    """Return the metadata for a shard's header, which make the shard usable without the index."""
+    """Return the metadata for a shard's header. It makes the shard usable without the index."""
     return {
         "schema": str(SCHEMA),
         "tokenizer_fingerprint": info.tokenizer_fingerprint,

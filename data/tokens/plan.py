@@ -24,7 +24,7 @@ class PlannedDrive:
     mirrored: bool = False
     """Whether the frames are flipped left to right and the steering is negated."""
     content: str = ""
-    """Digest of the chosen frames and their actions, so that a change of them changes the plan."""
+    """Digest of the chosen frames and their actions. If they change, the plan's hash changes."""
 
     def __post_init__(self) -> None:
         require(self, "id", is_inner_name(self.id), "a relative path without '..', on one line")
@@ -62,7 +62,7 @@ class StorePlan:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def shards(self) -> list[list[Piece]]:
-        """Return the pieces in each shard.
+        """Return for each shard the pieces of drives that it holds.
 
         Drives stay in order. Only a drive that is too long for one shard is split.
         """
@@ -80,7 +80,7 @@ class StorePlan:
         return shards
 
     def summary(self) -> dict[str, Any]:
-        """Return the plan's hash and main settings, with which an error can name a difference."""
+        """Return the plan's hash and main settings, to report how another plan differs."""
         return {
             "hash": self.hash,
             **to_dict(self.info),

@@ -41,14 +41,14 @@ __all__ = ["DriveTokens", "StoreInfo", "TokenStore"]
 
 Columns = dict[str, NDArray[Any]]
 
-# Limit for all stores together, because each open shard takes a memory mapping.
+# Maximum number of open shards of all stores. The system limits memory mappings.
 _OPEN_SHARDS = 128
 
 
 def column_forms(info: StoreInfo, lengths: Sequence[int]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return the number format and shape of each column of a shard.
 
-    `lengths` are the numbers of frames of the drives in the shard.
+    `lengths` holds the number of frames of each drive in the shard.
     """
     frames = sum(lengths)
     return {
@@ -63,7 +63,7 @@ def column_forms(info: StoreInfo, lengths: Sequence[int]) -> dict[str, tuple[str
 def blank_columns(info: StoreInfo, lengths: Sequence[int]) -> Columns:
     """Return columns to fill for a shard: `offsets` are set, all else is 0.
 
-    `lengths` are the numbers of frames of the drives in the shard.
+    `lengths` holds the number of frames of each drive in the shard.
     """
     forms = column_forms(info, lengths)
     columns = {name: np.zeros(shape, kind) for name, (kind, shape) in forms.items()}
@@ -76,7 +76,7 @@ def open_shard(
 ) -> tuple[Columns, dict[str, str]]:
     """Map a shard into memory; return its read-only columns and its metadata.
 
-    `lengths` are the numbers of frames of the drives that the shard must hold.
+    `lengths` holds the number of frames of each drive that the shard must contain.
 
     Raises:
         DriveSimError: the file is missing, damaged, or holds something else.

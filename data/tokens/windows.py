@@ -67,7 +67,7 @@ class WindowIndex:
         return int(self._ends[-1])
 
     def places(self, numbers: Ints) -> tuple[Ints, Ints, Mask]:
-        """Return the drive (its position in the list) and the first frame in it of each window.
+        """Return for each window its drive (as list position) and its first frame in that drive.
 
         The mask says whether a frame comes right before the window, without a gap in between.
         """
@@ -115,9 +115,9 @@ class WindowIndex:
 def _gathered(
     shards: Mapping[int, Columns], openers: list[int], name: str, rows: Ints
 ) -> NDArray[Any]:
-    """Return the values [B, n, ...] of a column at frames `rows` [B, n] of the shards.
+    """Return the values [B, n, ...] of a column for B windows.
 
-    Window i reads the shard that drive `openers[i]` opened.
+    `rows` [B, n] are frame numbers in the shards. Window i lies in `shards[openers[i]]`.
     """
     if len(shards) == 1:
         return shards[openers[0]][name].take(rows, axis=0)

@@ -189,7 +189,7 @@ class TokenStoreWriter:
         save_json(self._skip_note(self._numbers[drive_id]), note)
 
     def finish(self) -> StoreIndex:
-        """Merge the parts into shards, write the index and delete the temporary files.
+        """Merge the parts into shards, delete temporary files, write and return the index.
 
         Raises:
             ValueError: a planned drive was neither added nor skipped.

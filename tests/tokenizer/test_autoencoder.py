@@ -48,7 +48,7 @@ def test_patching_is_invertible_and_keeps_lengths(kind: Literal["haar", "unshuff
     torch.testing.assert_close(patches.norm(), images.norm())
 
 
-def test_unshuffle_is_torchs_pixel_unshuffle() -> None:
+def test_unshuffle_equals_torchs_pixel_unshuffle() -> None:
     images = torch.randn(2, 3, 16, 32)
     torch.testing.assert_close(Patching("unshuffle")(images), F.pixel_unshuffle(images, 4))
 
@@ -100,7 +100,7 @@ def test_attention_sees_the_whole_picture_and_keeps_positions() -> None:
 
 
 @pytest.mark.parametrize("heads_together", [0, 1, 4, 8])
-def test_attention_in_bf16_is_that_in_float32(
+def test_attention_in_bf16_agrees_with_float32(
     heads_together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_MOST_SCORES", heads_together * 32**2)

@@ -9,7 +9,7 @@ LEVELS = [(8, 5, 5, 5), (8, 8, 8, 6, 5), (3,), (2, 7, 4)]
 
 
 @pytest.mark.parametrize("levels", LEVELS)
-def test_every_index_survives_codes(levels: tuple[int, ...]) -> None:
+def test_indices_round_trip_through_codes(levels: tuple[int, ...]) -> None:
     fsq = FSQ(levels)
     indices = torch.arange(fsq.codebook_size)
     codes = fsq.indices_to_codes(indices)

@@ -82,7 +82,7 @@ def test_a_truncated_weights_file_gives_a_one_line_error(
     assert "\n" not in str(caught.value)
 
 
-def test_weights_of_another_checksum_are_not_even_opened(
+def test_weights_with_another_checksum_are_not_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "checkpoints").mkdir()

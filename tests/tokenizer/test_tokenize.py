@@ -130,7 +130,7 @@ def test_the_store_holds_the_tokens_of_the_chosen_frames_and_their_actions(
     assert str(index) == "tokens of 3 drives, 33 frames at 5 fps"
 
 
-def test_a_rate_that_no_stride_gives_is_stored_as_it_is(
+def test_a_rate_that_is_no_whole_stride_is_stored(
     drives: DriveSet, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     faster = DriveSet([slower(drives.drives[0], 10 / 14)])
@@ -173,7 +173,7 @@ def test_a_mirrored_drive_is_flipped_and_steers_the_other_way(
     assert (plain.entry.mirrored, mirrored.entry.mirrored) == (False, True)
 
 
-def test_videos_without_actions_have_none_that_are_valid(
+def test_videos_without_actions_have_no_valid_actions(
     drives: DriveSet, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     bare = DriveSet([replace(drive, log=None) for drive in drives.drives])
@@ -327,7 +327,7 @@ def test_a_drive_of_another_rate_is_bad(
     tokenize(alike, tokenizer, tmp_path / "alike")
 
 
-def test_too_short_a_drive_and_no_drive_are_errors(
+def test_short_drives_and_no_drives_are_errors(
     drives: DriveSet, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     with pytest.raises(DriveSimError, match="1 frame at this rate"):
@@ -344,13 +344,13 @@ def test_kinds_of_steering_do_not_mix(
 ) -> None:
     first, second, third = drives.drives
     assert second.log is not None
-    other = replace(second, log=replace(second.log, steering_kind="curvature"))
+    mixed = replace(second, log=replace(second.log, steering_kind="curvature"))
     with pytest.raises(DriveSimError, match="mix"):
-        tokenize(DriveSet([first, other, third]), tokenizer, tmp_path / "tokens")
+        tokenize(DriveSet([first, mixed, third]), tokenizer, tmp_path / "tokens")
     assert not (tmp_path / "tokens").exists()
 
 
-def test_other_actions_for_the_same_video_are_another_plan(
+def test_other_actions_change_the_plan(
     drives: DriveSet, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     with pytest.raises(DriveSimError, match="damaged"):
@@ -399,7 +399,7 @@ class StoppedError(Exception):
     """An error that is not the fault of a drive, so not a DriveSimError."""
 
 
-def test_a_drive_is_written_before_the_next_one_is_waited_for(
+def test_a_drive_is_written_even_if_the_next_one_fails(
     drives: DriveSet, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     class Broken(Damaged):

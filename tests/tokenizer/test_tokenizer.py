@@ -66,7 +66,7 @@ def test_batch_size_and_kind_of_array_do_not_matter() -> None:
     assert (few.int() - tokenizer.decode(tokens).int()).abs().max() <= 1
 
 
-def test_in_bf16_pixels_hardly_move() -> None:
+def test_bf16_changes_pixels_little() -> None:
     exact = make(widths=(32, 32, 32))
     half = Tokenizer(exact.autoencoder, precision="bf16")
     tokens = torch.randint(exact.codebook_size, (3, exact.rows, exact.cols))
@@ -109,7 +109,7 @@ def test_other_sizes_are_scaled_as_videos_are(height: int, width: int) -> None:
     assert np.abs(own.numpy() - expected).mean() < 2
 
 
-def test_a_saved_tokenizer_is_the_same_one(tmp_path: Path) -> None:
+def test_a_saved_tokenizer_round_trips(tmp_path: Path) -> None:
     tokenizer = make()
     tokenizer.save(tmp_path / "run")
     loaded = Tokenizer.from_run(tmp_path / "run", device="cpu", precision="fp32")

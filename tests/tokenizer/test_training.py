@@ -124,7 +124,7 @@ def rows(run: Path, phase: str) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if row["phase"] == phase]
 
 
-def test_a_run_leaves_a_tokenizer_and_its_record(
+def test_a_run_saves_a_tokenizer_and_metrics(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -162,13 +162,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
 def test_a_run_is_not_resumed_on_other_frames(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train_tokenizer(drives(2), run_config(steps=1), run, device="cpu")
-    for other, field in (
+    for other_drives, field in (
         (drives(3), "drives.count=2"),
         ([sample(sampled.drive, every=2) for sampled in drives(2)], "drives.frames=24"),
         (drives(3)[1:], "drives.sha256"),
     ):
         with pytest.raises(DriveSimError, match=field):
-            train_tokenizer(other, run_config(steps=1), run, resume=True, device="cpu")
+            train_tokenizer(other_drives, run_config(steps=1), run, resume=True, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_run_is_not_resumed_on_other_frames(tmp_path: Path) -> None:
 def test_a_bad_drive_stops_the_run_or_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: str, cache_gigabytes: float
 ) -> None:
-    """Holds for validation drives (drive_1) and training drives, cached or not, resumed or not."""
+    """Holds for a validation drive (drive_1) or a training drive, cached or not, resumed or not."""
     config = run_config()
     config = replace(config, data=replace(config.data, cache_gigabytes=cache_gigabytes))
     with_bad = with_damage(3, bad)
@@ -220,7 +220,7 @@ def test_validation_drives_can_be_named(tmp_path: Path, capsys: pytest.CaptureFi
     assert "training on 3 drives, validating on drive_2\n" in capsys.readouterr().err
 
 
-def test_missing_lpips_weights_stop_before_anything_is_made(
+def test_missing_lpips_weights_are_reported_before_the_run_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unreachable(*args: Any, **options: Any) -> Any:
@@ -271,7 +271,7 @@ def test_validation_measures_every_frame_once() -> None:
 
 
 @torch.no_grad()
-def test_a_model_from_before_the_discriminator_is_provisional() -> None:
+def test_the_score_is_provisional_before_the_discriminator_starts() -> None:
     model = objective()
     validator = Validator(validation_frames(drives(1), SIZE, most=4))
     before = validator(model)

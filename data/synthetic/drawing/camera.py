@@ -13,7 +13,7 @@ FORWARD_OF_REAR_AXLE_M = 1.4
 
 
 class Camera:
-    """A level camera: the horizon is a straight row, and each row below it has one ground depth."""
+    """A level camera: the horizon is a row, and a row below it sees the ground at one depth."""
 
     def __init__(
         self, height: int, width: int, degrees: float, horizon: float, above_ground_m: float

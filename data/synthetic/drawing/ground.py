@@ -38,7 +38,7 @@ def _stripe(place: Reals, low: float, high: float, footprint: Reals) -> Reals:
 
 
 def _pulses(place: Reals, footprint: Reals, period: float, length: float) -> Reals:
-    """Return the share of each pixel's footprint that lies in the first `length` of a period."""
+    """Return the share of each pixel's footprint in the first `length` metres of a period."""
 
     def covered_up_to(end: Reals) -> Reals:
         periods = np.floor(end / period)

@@ -105,6 +105,6 @@ class Canvas:
         a_e, b_e, c_e = np.array(lines, np.float32).T[:, :, None, None]
         outside = a_e * columns + (b_e * rows + c_e)
         np.maximum(np.minimum(outside, 0, out=outside), -1, out=outside)
-        # Cover is one minus what each edge cuts off, even for slivers thinner than a pixel.
+        # Subtract what each edge cuts off. This is right even for slivers thinner than a pixel.
         cover = outside.sum(axis=0) + 1
         blend(part, colour, np.maximum(cover, 0) * opacity)

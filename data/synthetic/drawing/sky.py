@@ -10,7 +10,7 @@ from driving_sim.data.synthetic.drawing.camera import Camera, View
 from driving_sim.data.synthetic.drawing.palette import Palette
 from driving_sim.data.synthetic.drawing.shapes import blend
 
-# Texels of the panorama per pixel of a frame. More than 1, because lookups do not interpolate.
+# Texels of the panorama per pixel of a frame: more than 1, because lookups do not interpolate.
 _OVERSAMPLING = 2
 
 
@@ -24,7 +24,7 @@ def _waves(rng: np.random.Generator, azimuth: Reals, harmonics: range, decay: fl
 
 
 class Sky:
-    """Everything so far away that it turns with the car but does not come closer."""
+    """Everything too far away to come closer. It moves in the picture only when the car turns."""
 
     def __init__(self, camera: Camera, palette: Palette, rng: np.random.Generator) -> None:
         self._rows = camera.first_ground_row

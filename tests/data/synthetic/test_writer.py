@@ -12,7 +12,7 @@ from driving_sim.engine.errors import DriveSimError
 from tests.fixtures.synthetic_worlds import SMALL, TINY, psnr
 
 
-def test_written_drives_read_back_as_driven(tmp_path: Path) -> None:
+def test_written_drives_round_trip(tmp_path: Path) -> None:
     out = tmp_path / "out"
     seen: list[int] = []
     videos = write_synthetic_drives(

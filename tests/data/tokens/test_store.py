@@ -131,7 +131,7 @@ def test_a_gap_in_time_is_in_the_index(tmp_path: Path) -> None:
     assert TokenStore(tmp_path / "tokens").drives[0].entry.segments == ((0, 3), (3, 6))
 
 
-def test_actions_that_are_not_valid_are_zero(tmp_path: Path) -> None:
+def test_invalid_actions_are_zero(tmp_path: Path) -> None:
     content = arrays("d")
     content["action_valid"][2, 1] = False
     content["actions"][2, 1] = np.nan
@@ -187,7 +187,7 @@ def test_no_absolute_path_gets_into_the_index(tmp_path: Path, reason: str, kept:
         assert writer.finish().skipped[0].reason == kept
 
 
-def test_the_same_drives_in_another_order_of_work_give_the_same_bytes(tmp_path: Path) -> None:
+def test_the_order_in_which_drives_are_added_does_not_change_the_bytes(tmp_path: Path) -> None:
     write(tmp_path / "one")
     with TokenStoreWriter(tmp_path / "two", make_plan()) as writer:
         for name in reversed(LENGTHS):
@@ -479,9 +479,7 @@ def test_a_file_that_is_no_index_is_refused(tmp_path: Path, text: str) -> None:
         {"path": "../../elsewhere.safetensors"},
     ],
 )
-def test_a_drive_that_is_described_wrongly_is_refused(
-    tmp_path: Path, change: dict[str, Any]
-) -> None:
+def test_a_wrong_drive_entry_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     write(tmp_path / "tokens")
     file = tmp_path / "tokens" / "index.json"
     index = json.loads(file.read_text())
@@ -506,7 +504,7 @@ def test_a_drive_that_is_described_wrongly_is_refused(
         ("info", {"levels": [[]]}),
     ],
 )
-def test_an_index_of_hostile_values_is_refused(
+def test_an_index_with_hostile_values_is_refused(
     tmp_path: Path, place: str, change: dict[str, Any]
 ) -> None:
     write(tmp_path / "tokens")

@@ -123,8 +123,8 @@ def test_random_batches_reach_every_window(store: TokenStore) -> None:
 
 
 def test_windows_of_several_stores_make_one_batch(store: TokenStore, tmp_path: Path) -> None:
-    other = write_store(tmp_path / "tokens", first=4)
-    index = WindowIndex([store.drives[0], other.drives[3], other.drives[0]], frames=2)
+    second = write_store(tmp_path / "tokens", first=4)
+    index = WindowIndex([store.drives[0], second.drives[3], second.drives[0]], frames=2)
     batch = index.load(np.array([0, 12, 25, 8, 3]))
     check(batch, 2)
     assert batch["tokens"][:, 0, 0, 0].tolist() == [0, 605, 407, 600, 3]
@@ -166,7 +166,7 @@ def test_a_limit_spreads_the_sequential_windows(store: TokenStore) -> None:
     assert sum(len(batch["tokens"]) for batch in everything) == 11
 
 
-def test_only_the_drives_given_are_used(store: TokenStore) -> None:
+def test_only_the_selected_drives_are_used(store: TokenStore) -> None:
     (batch,) = sequential_windows(store.select(["gap"]), frames=5, batch_size=9)
     assert batch["tokens"][:, 0, 0, 0].tolist() == [200, 205]
 

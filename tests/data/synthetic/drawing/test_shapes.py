@@ -7,7 +7,7 @@ from driving_sim.data.synthetic.drawing.shapes import Canvas, rgb
 
 
 class TestShapes:
-    """A shape adds its area to a black picture, also if it covers pixels only in part."""
+    """A shape adds exactly its area to a black picture, wherever its edges lie."""
 
     @staticmethod
     def area(draw: str, *shape: object) -> float:

@@ -51,7 +51,7 @@ class TestDriver:
         assert (np.abs(steering) > 0.1).mean() > 0.08
         assert 0.1 < np.quantile(np.abs(steering), 0.95) < 0.2
 
-    def test_it_steers_hard_at_speed_to_both_sides(self, many_drives: list[SyntheticDrive]) -> None:
+    def test_it_steers_hard_to_both_sides_at_speed(self, many_drives: list[SyntheticDrive]) -> None:
         actions = np.concatenate([driven.actions for driven in many_drives])
         lateral = actions[:, 0] ** 2 * np.tan(actions[:, 1]) / WHEELBASE_M
         assert (lateral > 3.0).mean() > 0.02
@@ -88,7 +88,7 @@ class TestDriver:
         for side in (heading, -heading):
             assert (side > 0.4).mean() > 0.03
 
-    def test_the_road_does_not_give_the_steering_away(
+    def test_the_road_does_not_predict_the_steering(
         self, many_drives: list[SyntheticDrive]
     ) -> None:
         steering, follows = [], []

@@ -21,7 +21,7 @@ def test_two_half_steps_equal_one_step() -> None:
             assert getattr(two_steps, name) == pytest.approx(getattr(one_step, name), abs=1e-9)
 
 
-def test_steering_left_drives_an_anticlockwise_circle_of_the_bicycle_s_radius() -> None:
+def test_steering_left_drives_an_anticlockwise_circle() -> None:
     steering, steps = 0.2, 40
     radius = WHEELBASE_M / math.tan(steering)
     state, places = VehicleState(0.0, 0.0, 0.0, 0.0), []
