@@ -27,7 +27,7 @@ def ssim(frames: Tensor, others: Tensor) -> Tensor:
     are those of the population. The result is the mean over the channels and over all positions
     where the window lies inside the frame.
     """
-    # Subtract mid-grey, so that float32 keeps the differences of squares below exact.
+    # Subtract mid-grey: otherwise float32 loses precision in the differences of squares below.
     x, y = (rearrange(f, "b h w c -> (b c) h w").float() - 127.5 for f in (frames, others))
     mean_x, mean_y = _blur(x), _blur(y)
     var_x = _blur(x * x) - mean_x**2

@@ -88,7 +88,7 @@ def tokenize(
             for name, reason in bad.items():
                 writer.skip(name, reason)
         ranks.barrier()
-        # Only the main rank checks what is done, because other ranks may already add drives.
+        # Only the main rank checks what is done: other ranks may already be adding drives.
         done = ranks.from_main(
             lambda: [
                 all(writer.done(_name(sampled.drive, flip)) for flip in flips) for sampled in usable
@@ -116,7 +116,10 @@ def _name(drive: Drive, flip: bool) -> str:
 def _survey(
     drives: Sequence[Drive], *, fps: float | None, every: int | None
 ) -> tuple[list[SampledDrive], dict[str, str]]:
-    """Sample the drives. Return the usable ones, and for the others the reason by drive id."""
+    """Sample the drives.
+
+    Returns the usable ones, and for all others the reason by drive id.
+    """
     sampled, bad = [], {}
     for drive in drives:
         try:

@@ -1,4 +1,4 @@
-"""The things beside the road and in the meadow, placed at random by the seed."""
+"""The things beside the road and in the meadow, placed at random with a seed."""
 
 import enum
 import math

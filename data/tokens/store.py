@@ -41,7 +41,7 @@ __all__ = ["DriveTokens", "StoreInfo", "TokenStore"]
 
 Columns = dict[str, NDArray[Any]]
 
-# Maximum number of open shards of all stores. The system limits memory mappings.
+# Maximum number of open shards, counted over all stores. The system limits memory mappings.
 _OPEN_SHARDS = 128
 
 

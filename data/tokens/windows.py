@@ -50,7 +50,7 @@ class WindowIndex:
         table = np.asarray(runs, np.int64)
         self._drive, self._begin, first, counts = table.T
         self._ends: Ints = np.cumsum(counts)
-        # In each run, window n of the whole index starts at frame `offset + n * stride`.
+        # In a run without gaps, window n (numbered over all runs) starts at `offset + n * stride`.
         self._offsets = first - (self._ends - counts) * stride
         self._drives, self._stride = tuple(drives), stride
         self._codes = drives[0].info.codebook_size
@@ -156,7 +156,7 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
         if batch_size > len(self.index):
             raise DriveSimError(
                 f"data.batch_size={batch_size}: there are only {len(self.index)} windows of "
-                f"{frames} frames to train on; lower it, or add drives"
+                f"{frames} frames to train on; lower the batch size, or add drives"
             )
         self._batch_size, self._seed = batch_size, seed
 

@@ -126,7 +126,7 @@ def _opacities(things: Things, depth: Any, left: Any, camera: Camera) -> Any:
     opacity *= np.clip(camera.focal * things.height / ahead - _LEAST_PX, 0, 1)
     # Plants and posts fade out when the camera comes close; otherwise they would fill the picture
     # when the car drives through them. Houses need no fading: their inner sides are not drawn. Cars
-    # fade by distance, because a car beside the camera is out of view.
+    # fade by distance, because they usually pass at the side.
     kinds = [things.kind < Kind.POST, things.kind == Kind.POST, things.kind == Kind.CAR]
     solidity = [(depth - 1.0) / 4.0, (depth - 1.0) / 0.5, (distance - 2.6) / 1.3]
     return opacity * np.clip(np.select(kinds, solidity, 1.0), 0, 1)
