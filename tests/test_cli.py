@@ -316,7 +316,7 @@ def test_missing_lpips_weights_name_an_option_that_tokenize_has(
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
     line = refused("tokenize", videos, "--set", "objective.lpips_weight=1")
-    assert "without LPIPS: --set objective.lpips_weight=0" in line
+    assert "without LPIPS (--set objective.lpips_weight=0)" in line
     assert sorted(workplace.iterdir()) == []
 
 

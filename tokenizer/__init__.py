@@ -1,4 +1,4 @@
-"""Frames <-> tokens: FSQ, autoencoder, training, the frozen tokenizer, tokenize."""
+"""Converts frames to tokens and back: the tokenizer, its training, and token stores."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ __all__ = ["Tokenizer"]
 
 
 def __getattr__(name: str) -> Any:
-    # Importing torch takes seconds; whoever only wants `drivesim --help` must not pay for it.
+    # Import the tokenizer here: importing torch takes seconds, and `drivesim --help` must not wait.
     if name == "Tokenizer":
         from driving_sim.tokenizer.tokenizer import Tokenizer
 

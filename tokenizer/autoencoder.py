@@ -1,8 +1,8 @@
 """The convolutional autoencoder around FSQ: stride 16, one code per 16x16 pixels.
 
-A fixed 4x4 patching (no weights, invertible) stands where a VQGAN (arXiv 2012.09841) convolves at
-full resolution, which is where that spends most of its time. From there: residual blocks at strides
-4, 8 and 16, attention at stride 16 only, and a decoder that mirrors the encoder.
+A VQGAN (arXiv 2012.09841) spends most of its time in convolutions at full resolution. Here a fixed,
+invertible 4x4 patching without weights replaces them. After it come residual blocks at strides 4, 8
+and 16, and attention at stride 16 only. The decoder mirrors the encoder.
 
 Axes: B batch, C channels, H W pixels, r c token rows and columns, D channels of a code,
 N = r * c positions, h heads, d channels of a head.
@@ -25,8 +25,9 @@ STRIDE = 16
 _PATCH = 4
 _MOST_PIXELS = 16384
 GROUP_CHANNELS = 16
-"""Channels that are normalised together."""
-_MOST_SCORES = 2**21  # at once: 4 MiB, and as much for the weights
+"""Number of channels that are normalised together as one group."""
+# Attention scores that are computed at once: 4 MiB in bf16, and as much for the softmax.
+_MOST_SCORES = 2**21
 
 
 _Side = Annotated[int, Field(ge=STRIDE, le=_MOST_PIXELS, multiple_of=STRIDE)]
@@ -36,49 +37,49 @@ _Width = Annotated[Count, Field(multiple_of=GROUP_CHANNELS)]
 
 @config
 class AutoencoderConfig:
-    """The picture's size, the codebook, and the network between them."""
+    """Picture size, codebook and network size of an autoencoder."""
 
     height: _Side = 256
     """Picture height in pixels, a multiple of 16."""
     width: _Side = 512
     """Picture width in pixels, a multiple of 16."""
     levels: Levels = (8, 5, 5, 5)
-    """FSQ levels per code channel; their product is the codebook size."""
+    """Number of FSQ levels of each code channel; their product is the codebook size."""
     patching: Literal["haar", "unshuffle"] = "haar"
-    """The fixed 4x4 patching: two-level Haar wavelets, or the pixels as they are."""
+    """Fixed 4x4 patching: two-level Haar wavelets, or the unchanged pixels."""
     widths: tuple[_Width, _Width, _Width] = (64, 128, 256)
-    """Channels at strides 4, 8 and 16, multiples of 16."""
+    """Numbers of channels at strides 4, 8 and 16, all multiples of 16."""
     blocks: tuple[_Blocks, _Blocks, _Blocks] = (1, 2, 2)
-    """Residual blocks at strides 4, 8 and 16, in the encoder and again in the decoder."""
+    """Numbers of residual blocks at strides 4, 8 and 16, in the encoder and in the decoder."""
     attention_blocks: _Blocks = 2
-    """Transformer blocks at stride 16, in the encoder and again in the decoder."""
+    """Number of transformer blocks at stride 16, in the encoder and in the decoder."""
     head_size: Count = 64
-    """Channels of an attention head; divides the channels at stride 16."""
+    """Channels per attention head; must divide the number of channels at stride 16."""
 
     def __post_init__(self) -> None:
         codes = math.prod(self.levels)
-        require(self, "levels", codes <= 65536, "of at most 65536 codes, which fit uint16 tokens")
+        require(self, "levels", codes <= 65536, "at most 65536 codes, to fit uint16 tokens")
         divides = self.widths[2] % self.head_size == 0
         require(self, "head_size", divides, f"a divisor of widths[2]={self.widths[2]}")
 
     @property
     def frame_size(self) -> FrameSize:
-        """The picture's size."""
+        """Height and width of the pictures."""
         return FrameSize(height=self.height, width=self.width)
 
     @property
     def rows(self) -> int:
-        """Token rows of a frame."""
+        """Number of token rows per frame."""
         return self.height // STRIDE
 
     @property
     def cols(self) -> int:
-        """Token columns of a frame."""
+        """Number of token columns per frame."""
         return self.width // STRIDE
 
 
 class Patching(nn.Module):
-    """Fold each 4x4 pixels into channels by an orthonormal transform that `inverse` undoes."""
+    """Folds blocks of 4x4 pixels into channels, with an orthonormal transform."""
 
     basis: Tensor
 
@@ -93,14 +94,14 @@ class Patching(nn.Module):
         return rearrange(self._multiply(blocks, self.basis.T), "b h w c k -> b (c k) h w")
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Return the pictures [B, C, 4 H, 4 W] of coefficients [B, 16 C, H, W]."""
+        """Convert coefficients [B, 16 C, H, W] back to pictures [B, C, 4 H, 4 W]."""
         coefficients = rearrange(y, "b (c k) h w -> b h w c k", k=_PATCH**2)
         blocks = self._multiply(coefficients, self.basis)
         return rearrange(blocks, "b h w c (p q) -> b c (h p) (w q)", p=_PATCH, q=_PATCH)
 
     @staticmethod
     def _multiply(x: Tensor, basis: Tensor) -> Tensor:
-        # Pixels keep float32 under autocast: bfloat16 cannot even hold 256 grey levels.
+        # Compute in float32 even under autocast: bfloat16 cannot represent 256 grey levels.
         with torch.autocast(x.device.type, enabled=False):
             return x.float() @ basis
 
@@ -115,19 +116,22 @@ def _haar_basis() -> Tensor:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Group normalisation, 16 channels a group: no batch statistics."""
+    """Return a group normalisation with 16 channels per group."""
     return nn.GroupNorm(channels // GROUP_CHANNELS, channels)
 
 
 class _SiLU(nn.Module):
-    """x * sigmoid(x), in the memory of x where no gradient needs it: new memory takes longer."""
+    """Computes x * sigmoid(x). Works in place if x needs no gradient, which is faster."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(x, inplace=not x.requires_grad)
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(conv(norm(x)))), the identity at first."""
+    """Computes x + conv(silu(conv(silu(norm(x))))).
+
+    The last convolution starts with zero weights, so the block at first adds only a constant.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -144,7 +148,10 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """A pre-norm transformer block over the positions of a feature map, the identity at first."""
+    """A pre-norm transformer block over the positions of a feature map.
+
+    Its output layers start with zero weights, so the block at first adds only a constant.
+    """
 
     def __init__(self, channels: int, head_size: int) -> None:
         super().__init__()
@@ -169,28 +176,30 @@ class AttentionBlock(nn.Module):
         pattern = "b (n h d) r c -> n b h (r c) d"
         q, k, v = rearrange(self.qkv(x), pattern, n=3, h=self.heads)
         y_BrcC = rearrange(_attention(q, k, v), "b h (r c) d -> b r c (h d)", c=x.shape[3])
-        return rearrange(y_BrcC, "b r c e -> b e r c")  # the channels last, as a convolution's
+        # The result is in channels-last memory format, like the output of a convolution.
+        return rearrange(y_BrcC, "b r c e -> b e r c")
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return softmax(q k / sqrt(d)) v of queries, keys and values [B, h, N, d].
+    """Return softmax(q k / sqrt(d)) v for queries, keys and values [B, h, N, d].
 
-    In bf16 on a CPU, torch's own kernel takes longer than two products and a softmax, as long as
-    the scores of the heads that go together stay in the cache. They are rounded to bf16 here.
+    In bf16 on a CPU, two matrix products and a softmax are faster than torch's own kernel if the
+    scores fit into the cache. They therefore run on groups of heads with at most `_MOST_SCORES`
+    scores. The scores are rounded to bf16.
     """
-    of_a_head = q.shape[2] ** 2
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or of_a_head > _MOST_SCORES:
+    scores_per_head = q.shape[2] ** 2
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or scores_per_head > _MOST_SCORES:
         return F.scaled_dot_product_attention(q, k, v)
-    together = _MOST_SCORES // of_a_head
+    group = _MOST_SCORES // scores_per_head
     heads = (rearrange(x, "b h n d -> (b h) n d") for x in (q * q.shape[3] ** -0.5, k, v))
-    parts = (x_hNd.split(together) for x_hNd in heads)
+    parts = (x_hNd.split(group) for x_hNd in heads)
     mixed = [torch.softmax(a @ b.mT, -1) @ c for a, b, c in zip(*parts, strict=True)]
     y_BhNd: Tensor = rearrange(torch.cat(mixed), "(b h) n d -> b h n d", h=q.shape[1])
     return y_BhNd
 
 
 class Bottleneck(nn.Sequential):
-    """The blocks at stride 16: learned positions first, then residual and transformer blocks."""
+    """The blocks at stride 16: learned positions, then residual blocks, then transformer blocks."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         channels = config.widths[2]
@@ -202,7 +211,7 @@ class Bottleneck(nn.Sequential):
 
 
 class _Positions(nn.Module):
-    """Add a learned vector per position: a car's camera sees sky and road in fixed places."""
+    """Adds a learned vector at each position: sky and road have fixed places in a frame."""
 
     def __init__(self, channels: int, rows: int, cols: int) -> None:
         super().__init__()
@@ -213,7 +222,7 @@ class _Positions(nn.Module):
 
 
 class Encoder(nn.Sequential):
-    """Patches [B, 48, H/4, W/4] to unquantised codes [B, D, r, c]."""
+    """Maps patches [B, 48, H/4, W/4] to unquantised codes [B, D, r, c]."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         fine, middle, coarse = config.widths
@@ -230,7 +239,7 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """Codes [B, D, r, c] to patches [B, 48, H/4, W/4], through the encoder's stages in reverse."""
+    """Maps codes [B, D, r, c] to patches [B, 48, H/4, W/4]. Mirrors the encoder."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         fine, middle, coarse = config.widths
@@ -250,16 +259,16 @@ class Decoder(nn.Sequential):
 
 
 class Reconstruction(NamedTuple):
-    """What one pass through the autoencoder yields."""
+    """Result of one pass through the autoencoder."""
 
     images: Tensor
     """Reconstructed pictures [B, 3, H, W], nominally in [-1, 1], not clamped."""
     tokens: Tensor
-    """Indices of the codes [B, r, c], int64."""
+    """Tokens (indices of the codes), int64 [B, r, c]."""
 
 
 class Autoencoder(nn.Module):
-    """Pictures to a grid of tokens and back."""
+    """Encodes pictures as a grid of tokens, and decodes the tokens to pictures."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -268,12 +277,12 @@ class Autoencoder(nn.Module):
         self.encoder = Encoder(config)
         self.quantiser = FSQ(config.levels)
         self.decoder = Decoder(config)
-        # oneDNN and cuDNN convolve fastest with the channels last.
+        # oneDNN and cuDNN convolve fastest in channels-last memory format.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight of the decoder's last convolution, where losses' gradients are compared."""
+        """Weight of the decoder's last convolution, where the objective compares gradients."""
         layer = self.decoder[-1]
         assert isinstance(layer, nn.Conv2d)
         return layer.weight

@@ -1,9 +1,9 @@
 """The patch discriminator (PatchGAN, Isola et al. 2016, arXiv 1611.07004) with group norm.
 
-It judges overlapping patches, not whole pictures. As in the autoencoder a fixed 4x4 patching comes
-first, so that no convolution runs at full resolution.
+It judges overlapping patches instead of whole pictures. As in the autoencoder, a fixed 4x4 patching
+comes first, so that no convolution runs at full resolution.
 
-Axes: B batch, H W pixels, p q positions of the judged patches.
+Axes: B batch, H W pixels, p q rows and columns of the judged patches.
 """
 
 from typing import Annotated
@@ -21,16 +21,16 @@ _SLOPE = 0.2
 
 @config
 class DiscriminatorConfig:
-    """The size of the patch discriminator."""
+    """Size of the patch discriminator."""
 
     width: Annotated[Count, Field(multiple_of=GROUP_CHANNELS)] = 64
-    """Channels at stride 4, a multiple of 16; they double with each halving of the resolution."""
+    """Number of channels at stride 4, a multiple of 16; each halving doubles it."""
     halvings: Annotated[int, Field(ge=0, le=2)] = 1
-    """How often it halves the resolution below stride 4: 1 judges patches of about 50 pixels."""
+    """Number of halvings of the resolution after stride 4; with 1, patches have about 50 pixels."""
 
 
 class Discriminator(nn.Module):
-    """A score per patch: high where it looks real."""
+    """Scores each patch of a picture; a high score means that the patch looks real."""
 
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
 """Finite scalar quantisation (Mentzer et al. 2023, arXiv 2309.15505).
 
-Each of D channels is squashed into a few levels and rounded; the codebook is the product of the
-levels and needs no learning, no commitment loss and no lookup. All levels are equally wide, the
-outer ones included, which the original rounds to from half as far: then all are used more evenly
-(as iFSQ, arXiv 2601.17124, has it).
+Each of D channels is squashed to a bounded range and rounded to one of a few levels. The codebook
+holds all combinations of levels. It needs no learning, no commitment loss and no lookup table.
+In the original, the two outer levels are only half as wide as the others. Here all levels are
+equally wide, so that they are used more evenly (as in iFSQ, arXiv 2601.17124).
 
 Axes: D channels of a code, K codes in the codebook, `...` any leading axes.
 """
@@ -17,16 +17,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 RULE = "levels of equal width"
-"""How values become codes, which weights do not tell: a part of a tokenizer's identity."""
+"""Name of the rounding rule. The weights do not show it, so it is part of the fingerprint."""
 Levels = Annotated[
     tuple[Annotated[int, Field(ge=2, le=2**16)], ...], Field(min_length=1, max_length=16)
 ]
-"""Levels of each channel, as configs hold them."""
-_EDGE = 1e-3  # keeps tanh's limits, where it saturates, from rounding to a level beyond
+"""Type of a config field that holds the number of levels of each channel."""
+_EDGE = 1e-3  # keeps a saturated tanh from rounding to a level that does not exist
 
 
 class FSQ(nn.Module):
-    """Quantise the last axis, channel d to `levels[d]` values, with straight-through gradients."""
+    """Quantises the last axis, channel d to `levels[d]` values, with straight-through gradients."""
 
     half_range: Tensor
     offset: Tensor
@@ -54,9 +54,10 @@ class FSQ(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Return the codes of z [..., D]: float32 in [-1, 1], with the gradient of the squashing.
+        """Return the codes of z [..., D], float32 in [-1, 1].
 
-        Runs in float32 even under autocast: bfloat16 would merge neighbouring levels.
+        The gradient is that of the squashing, without the rounding. Runs in float32 even under
+        autocast, because bfloat16 would merge neighbouring levels.
         """
         with torch.autocast(z.device.type, enabled=False):
             bounded = torch.tanh(z.float() + self.shift) * self.half_range - self.offset

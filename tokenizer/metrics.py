@@ -1,4 +1,4 @@
-"""How near a reconstruction is (PSNR, SSIM) and how much of the codebook it uses.
+"""Measures how close reconstructions are (PSNR, SSIM) and how much of the codebook they use.
 
 Axes: B frames, H W pixels, K codes in the codebook.
 """
@@ -8,25 +8,26 @@ from einops import rearrange
 from torch import Tensor
 
 _SIGMA = 1.5
-_RADIUS = 5  # scikit-image's: 3.5 sigma, rounded
+_RADIUS = 5  # 3.5 sigma, rounded, as in scikit-image
 
 
 def psnr(frames: Tensor, others: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio in dB [B] of uint8 frames [B, H, W, 3]."""
+    """Return the peak signal-to-noise ratio in dB [B] between uint8 frames [B, H, W, 3]."""
     difference = frames.float() - others.float()
     mse = difference.square().flatten(1).mean(1)
-    # One grey level in the whole frame is the least that two different frames can differ by.
+    # Give equal frames the PSNR of the smallest possible difference: one grey level in one value.
     return 10 * torch.log10(255**2 / mse.clamp(min=1 / difference[0].numel()))
 
 
 def ssim(frames: Tensor, others: Tensor) -> Tensor:
-    """Return the structural similarity [B] of uint8 frames [B, H, W, 3], at least 11 x 11 pixels.
+    """Return the structural similarity [B] between uint8 frames [B, H, W, 3].
 
-    Wang et al. 2004 (https://doi.org/10.1109/TIP.2003.819861): Gaussian windows of sigma 1.5 and
-    population covariances, averaged over channels and over the positions whose window lies inside
-    the frame.
+    Frames must have at least 11 x 11 pixels. As in Wang et al. 2004
+    (https://doi.org/10.1109/TIP.2003.819861), windows are Gaussian with sigma 1.5, and covariances
+    are those of the population. The result is the mean over the channels and over all positions
+    where the window lies inside the frame.
     """
-    # Around mid-grey, where float32 loses nothing in the differences of squares.
+    # Subtract mid-grey: otherwise float32 loses precision in the differences of squares below.
     x, y = (rearrange(f, "b h w c -> (b c) h w").float() - 127.5 for f in (frames, others))
     mean_x, mean_y = _blur(x), _blur(y)
     var_x = _blur(x * x) - mean_x**2
@@ -41,14 +42,14 @@ def ssim(frames: Tensor, others: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor) -> Tensor:
-    """Filter [N, H, W] with the Gaussian window, where it lies inside; axis by axis."""
-    # As products with banded matrices: four times as fast on a CPU as convolutions of one channel.
+    """Filter pictures [N, H, W] with the Gaussian window, at positions where it lies inside."""
+    # On a CPU, products with banded matrices are four times as fast as one-channel convolutions.
     down, across = (_windows(length, x) for length in x.shape[-2:])
     return down @ x @ across.T
 
 
 def _windows(length: int, like: Tensor) -> Tensor:
-    """Return the window at each place where it lies inside so many pixels, [places, length]."""
+    """Return the Gaussian windows that fit into `length` pixels, one per row."""
     offsets = torch.arange(length, dtype=like.dtype, device=like.device)
     centres = offsets[_RADIUS : length - _RADIUS, None]
     window = torch.exp(-0.5 * ((offsets - centres) / _SIGMA) ** 2)
@@ -57,11 +58,11 @@ def _windows(length: int, like: Tensor) -> Tensor:
 
 
 def codebook_use(counts: Tensor) -> dict[str, float]:
-    """Measure the codebook's use from how often each code occurred [K], at least one once.
+    """Measure the use of the codebook from the number of times that each code occurred [K].
 
-    `used` is the share of the codes that occur, `entropy_bits` the entropy of the codes'
-    frequencies in bits per token, `perplexity` its exponential: how many equally frequent codes
-    would carry as much.
+    At least one code must have occurred. `used` is the share of codes that occurred.
+    `entropy_bits` is the entropy of the code frequencies in bits per token. `perplexity` is the
+    number of equally frequent codes that would have the same entropy.
     """
     frequencies = counts.double() / counts.sum()
     entropy = -torch.xlogy(frequencies, frequencies).sum()

@@ -1,9 +1,9 @@
-"""What the tokenizer is trained for: L1, squared error, LPIPS and a hinge PatchGAN.
+"""The training objective of the tokenizer: L1, squared error, LPIPS and a hinge PatchGAN.
 
-The recipe of VQGAN (Esser et al. 2020, arXiv 2012.09841) without the codebook's own losses, which
-FSQ does not need. All losses meet in the reconstruction's pixels: each is differentiated down to
-there once, and one backward pass through the autoencoder carries their weighted sum, together with
-the discriminator's own loss.
+The losses are those of VQGAN (Esser et al. 2020, arXiv 2012.09841) without its codebook losses,
+which FSQ does not need. The gradient of each loss with respect to the reconstructed pixels is
+computed once. A single backward pass then takes the weighted sum of these gradients through the
+autoencoder, and trains the discriminator as well.
 
 Axes: B batch, H W pixels.
 """
@@ -29,38 +29,41 @@ from driving_sim.tokenizer.perceptual import PerceptualLoss
 from driving_sim.tokenizer.tokenizer import images_from_frames
 
 _GAN_RAMP = 0.1
-"""Share of the run over which a fresh discriminator gains its say."""
+"""Share of the run over which the discriminator's weight rises from 0 to its full value."""
 
 
 @config
 class TokenizerObjectiveConfig:
-    """The weights of the losses; pictures are in [-1, 1]."""
+    """Weights of the losses, for pictures in [-1, 1]."""
 
     l1_weight: NonNegative = 1.0
     """Weight of the mean absolute error."""
     mse_weight: NonNegative = 0.0
     """Weight of the mean squared error."""
     lpips_weight: NonNegative = 1.0
-    """Weight of LPIPS; 0 trains without it and needs no VGG weights."""
+    """Weight of LPIPS; with 0, training needs no VGG-16 weights."""
     gan_weight: NonNegative = 0.1
-    """The discriminator's gradient at the last layer as a share of the other losses'; 0: none."""
+    """Norm of the discriminator's gradient at the last layer, relative to the other losses.
+
+    With 0, training uses no discriminator.
+    """
     gan_start: Share = 0.5
     """Share of the run after which the discriminator starts."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
-    """The discriminator's size."""
+    """Size of the discriminator."""
     discriminator_lr_scale: Positive = 1.0
-    """The discriminator's learning rate as a multiple of the autoencoder's."""
+    """Learning rate of the discriminator, as a multiple of the autoencoder's."""
 
     def __post_init__(self) -> None:
-        any_left = self.l1_weight + self.mse_weight + self.lpips_weight > 0
-        require(self, "l1_weight", any_left, "above 0, as mse_weight and lpips_weight are 0")
-        gains = self.gan_weight == 0 or self.gan_start <= 1 - _GAN_RAMP
-        allowed = f"at most {1 - _GAN_RAMP:g}, so that the discriminator gains its full say"
-        require(self, "gan_start", gains, f"{allowed}; gan_weight=0 trains without it")
+        has_loss = self.l1_weight + self.mse_weight + self.lpips_weight > 0
+        require(self, "l1_weight", has_loss, "above 0, because mse_weight and lpips_weight are 0")
+        ramp_ends = self.gan_weight == 0 or self.gan_start <= 1 - _GAN_RAMP
+        allowed = f"at most {1 - _GAN_RAMP:g}, so that the discriminator reaches its full weight"
+        require(self, "gan_start", ramp_ends, f"{allowed} (or gan_weight=0 to train without it)")
 
 
 class TokenizerObjective(Trainable):
-    """The autoencoder with its losses and its opponent: a model the training loop can train."""
+    """The autoencoder with its losses and its discriminator, as the training loop expects it."""
 
     gan_share: Tensor
 
@@ -70,7 +73,7 @@ class TokenizerObjective(Trainable):
         config: TokenizerObjectiveConfig,
         vgg16: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """`vgg16` are the weights of LPIPS's backbone, needed where `lpips_weight` is not 0."""
+        """Build the models. LPIPS needs `vgg16`, the weights of its backbone."""
         super().__init__()
         self.config = config
         self.autoencoder = Autoencoder(model)
@@ -80,29 +83,33 @@ class TokenizerObjective(Trainable):
                 raise ValueError(f"lpips_weight={config.lpips_weight}: needs the VGG-16 weights")
             self.perceptual = PerceptualLoss(vgg16)
         self.discriminator = Discriminator(config.discriminator) if config.gan_weight > 0 else None
-        # How far the discriminator has gained its say, 0 to 1, at the last training step.
+        # Weight of the discriminator at the last step: 0 before it starts, 1 after the ramp.
         self.register_buffer("gan_share", torch.zeros(()))
 
     def ema_module(self) -> nn.Module:
-        """The part that is averaged and kept."""
+        """Return the autoencoder, the part that is averaged and kept."""
         return self.autoencoder
 
     def blocks(self) -> Iterable[nn.Module]:
-        """The autoencoder's residual and transformer blocks; the discriminator is small."""
+        """Return the autoencoder's residual and transformer blocks."""
         kinds = ResidualBlock, AttentionBlock
         return (module for module in self.autoencoder.modules() if isinstance(module, kinds))
 
     def players(self) -> list[Player]:
-        """Both players, whose gradients are clipped apart."""
+        """Return autoencoder and discriminator, whose gradients are clipped separately."""
         players = [Player("autoencoder", self.autoencoder)]
         if self.discriminator is not None:
             scale = self.config.discriminator_lr_scale
-            # No Muon: an opponent that is too quick teaches nothing.
+            # No Muon: the autoencoder learns nothing from a discriminator that learns too fast.
             players.append(Player("discriminator", self.discriminator, scale, muon=False))
         return players
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss and metrics of {"frames": uint8 [B, H, W, 3], "progress": 0..1}."""
+        """Return the loss and the metrics of a batch.
+
+        The batch holds `frames`, uint8 [B, H, W, 3], and `progress`, the share of the run that is
+        over (0..1).
+        """
         images = images_from_frames(batch["frames"], self.autoencoder.config.frame_size)
         reconstruction = self.autoencoder(images).images
         pixels = reconstruction.detach().requires_grad_()
@@ -126,12 +133,12 @@ class TokenizerObjective(Trainable):
                 "gan/discriminator_loss": opposing.detach(),
                 "gan/weight": weight,
             }
-        # A zero whose gradient with respect to the reconstruction is `pull`.
+        # Add a term that is 0 but whose gradient with respect to the reconstruction is `pull`.
         product = (reconstruction * pull).sum()
         return loss + (product - product.detach()), metrics
 
     def fidelity(self, images: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss without the discriminator, and its parts, of pictures [B, 3, H, W]."""
+        """Return the loss of pictures [B, 3, H, W] without the discriminator, and its parts."""
         config = self.config
         difference = images - target
         l1 = difference.abs().mean()
@@ -145,14 +152,18 @@ class TokenizerObjective(Trainable):
         return loss, metrics
 
     def _adaptive_weight(self, reconstruction: Tensor, pull: Tensor, push: Tensor) -> Tensor:
-        """Return the weight that makes `push` at the last layer `gan_weight` times `pull`."""
+        """Return the weight for `push` that makes its norm `gan_weight` times that of `pull`.
+
+        `pull` and `push` are gradients with respect to the reconstruction. Their norms are compared
+        after propagation to the last layer.
+        """
         layer = self.autoencoder.last_layer
         norms = []
         for gradient in (pull, push):
             (at_layer,) = torch.autograd.grad(
                 reconstruction, layer, grad_outputs=gradient, retain_graph=True
             )
-            # Of the whole batch's gradients, as one rank would have them.
+            # Average over all ranks before taking the norm, as for one large batch on one rank.
             norms.append(mean_over_ranks(at_layer).norm())
         ratio: Tensor = norms[0] / norms[1].clamp(min=1e-8)
         return self.config.gan_weight * ratio

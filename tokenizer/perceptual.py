@@ -1,7 +1,7 @@
 """The perceptual loss: LPIPS (Zhang et al. 2018, arXiv 1801.03924) from the `lpips` package.
 
-The package carries LPIPS's own weights; those of its VGG-16 backbone (ImageNet) are downloaded on
-first use, half a gigabyte, and kept in torch's hub cache.
+The package contains LPIPS's own weights. The weights of its VGG-16 backbone (ImageNet, half a
+gigabyte) are downloaded on first use and kept in torch's hub cache.
 """
 
 import warnings
@@ -24,31 +24,31 @@ from driving_sim.tokenizer.tokenizer import images_from_frames
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 VGG16_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
 WITHOUT = "`objective.lpips_weight=0`"
-"""The option that trains without LPIPS."""
+"""Setting that trains without LPIPS, as error messages name it."""
 
 _MISSING_OPERATOR = "operator torchvision::nms does not exist"
-# A library's declarations live as long as the object does.
+# Torch drops the declarations of a library when the library object is deleted, so keep it.
 _declarations: list[torch.library.Library] = []
 
 
 class PerceptualLoss(nn.Module):
-    """LPIPS on VGG-16 features with frozen weights; `vgg16_weights` fetches the backbone's."""
+    """LPIPS on VGG-16 features with frozen weights. `vgg16_weights` gets those of the backbone."""
 
     def __init__(self, backbone: Mapping[str, Tensor]) -> None:
         super().__init__()
         lpips: Any = import_lpips()
         with warnings.catch_warnings():
-            # lpips still asks torchvision for `pretrained=False`, by a deprecated name.
+            # lpips calls torchvision with the deprecated argument `pretrained`.
             warnings.filterwarnings("ignore", message="(The parameter|Arguments other)")
             self.network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-        # Torchvision's names are `features.N.*`; lpips' slices keep the numbers N.
+        # Torchvision names the weights `features.N.*`. The slices in lpips keep the numbers N.
         net = self.network.net
         numbered = {name: name.partition(".")[2] for name in net.state_dict()}
         net.load_state_dict({name: backbone[f"features.{n}"] for name, n in numbered.items()})
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "PerceptualLoss":
-        """Stay in eval mode: the package's dropout is for training LPIPS itself."""
+        """Stay in eval mode, because the dropout layers are only for training LPIPS itself."""
         return super().train(False)
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
@@ -58,40 +58,40 @@ class PerceptualLoss(nn.Module):
 
     @torch.inference_mode()
     def frame_distances(self, frames: Tensor, others: Tensor) -> Tensor:
-        """Return the distances [B] between uint8 frames [B, H, W, 3] of one size."""
+        """Return the distances [B] between uint8 frames [B, H, W, 3] of the same size."""
         size = FrameSize(height=frames.shape[1], width=frames.shape[2])
-        distances: Tensor = self(*(images_from_frames(each, size) for each in (frames, others)))
+        distances: Tensor = self(*(images_from_frames(batch, size) for batch in (frames, others)))
         return distances
 
 
 def has_vgg16_weights() -> bool:
-    """Whether the VGG-16 weights are in torch's hub cache already."""
+    """Return whether the VGG-16 weights are already in torch's hub cache."""
     return _cached().is_file()
 
 
 def vgg16_weights() -> dict[str, Tensor]:
-    """Return the ImageNet VGG-16 weights, downloaded or from torch's hub cache.
+    """Return the ImageNet VGG-16 weights from torch's hub cache, or download them first.
 
-    The file is a pickle: its checksum is compared first, whether it is downloaded or was there, and
-    then torch makes only tensors of it.
-    Raises DriveSimError where it cannot be had: it names the file and the option to do without.
+    The file is a pickle. Its checksum is always compared before the file is opened, and torch loads
+    only tensors from it. Raises DriveSimError if the weights cannot be loaded; the error names the
+    file and the setting that trains without LPIPS.
     """
     path = _cached()
     try:
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Of what `load_state_dict_from_url` downloads it compares 8 digits, those in the name.
+            # `load_state_dict_from_url` would compare only 8 digits of the checksum.
             torch.hub.download_url_to_file(VGG16_URL, str(path), hash_prefix=VGG16_SHA256)
         if sha256_of(path) != VGG16_SHA256:
             raise DriveSimError(
-                f"{path}: the weights of LPIPS's backbone are damaged, or others (their checksum "
-                f"differs): remove that file, or train without LPIPS: {WITHOUT}"
+                f"{path}: wrong or damaged weights of LPIPS's backbone (their checksum differs); "
+                f"delete the file to download it again, or train without LPIPS ({WITHOUT})"
             )
         weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     except (URLError, OSError, RuntimeError, UnpicklingError) as error:
         raise DriveSimError(
-            f"the weights of LPIPS's backbone cannot be had from {VGG16_URL} ({one_line(error)}): "
-            f"put that file into {path.parent}, or train without LPIPS: {WITHOUT}"
+            f"{VGG16_URL}: cannot load the weights of LPIPS's backbone ({one_line(error)}); "
+            f"put the file into {path.parent}, or train without LPIPS ({WITHOUT})"
         ) from error
     return weights
 
@@ -101,9 +101,10 @@ def _cached() -> Path:
 
 
 def import_lpips() -> ModuleType:
-    """Import `lpips`, with operators declared that a torchvision built without them still needs.
+    """Import `lpips`, even if torchvision was built without its CPU operators.
 
-    LPIPS calls neither; torchvision only has to register shapes for them as it is imported.
+    LPIPS never calls these operators, but torchvision refers to two of them on import. If they are
+    missing, this function declares them and imports `lpips` again.
     """
     try:
         import lpips

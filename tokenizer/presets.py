@@ -1,4 +1,4 @@
-"""Tokenizers that are ready to train: demo, tiny, base, large."""
+"""Ready-made settings to train a tokenizer: demo, tiny, base, large."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ DEMO = TokenizerRunConfig(
         save_every=1000,
     ),
 )
-"""For the synthetic world in minutes on a CPU; no discriminator, no LPIPS."""
+"""Learns the synthetic world in minutes on a CPU, without discriminator and LPIPS."""
 
 TINY = TokenizerRunConfig(
     model=AutoencoderConfig(
@@ -53,7 +53,7 @@ TINY = TokenizerRunConfig(
         workers=1,
     ),
 )
-"""128x256 pixels to 8x16 tokens, half an hour on two CPU cores with bf16; no LPIPS."""
+"""128x256 pixels to 8x16 tokens, in half an hour on two CPU cores with bf16; no LPIPS."""
 
 BASE = TokenizerRunConfig(
     model=AutoencoderConfig(
@@ -72,7 +72,7 @@ BASE = TokenizerRunConfig(
         workers=8,
     ),
 )
-"""256x512 pixels to 16x32 tokens, for a GPU: the default on CUDA, `tiny` elsewhere."""
+"""256x512 pixels to 16x32 tokens, for a GPU. The default on CUDA."""
 
 LARGE = replace(
     BASE,
@@ -95,7 +95,7 @@ LARGE = replace(
         workers=16,
     ),
 )
-"""256x512 pixels to 16x32 tokens out of 15,360, for several GPUs."""
+"""256x512 pixels to 16x32 tokens with a codebook of 15,360 codes, for several GPUs."""
 
 PRESETS = {"demo": DEMO, "tiny": TINY, "base": BASE, "large": LARGE}
-"""The presets by name."""
+"""All presets by name."""

@@ -1,6 +1,6 @@
-"""Drives to a token store: every chosen frame encoded, with the actions that go with it.
+"""Encodes drives into a token store, which holds the tokens of frames and their actions.
 
-Axes: T frames of a drive, B of a batch, H W their pixels, r c token rows and columns.
+Axes: T frames of a drive, B frames of a batch, H W pixels, r c token rows and columns.
 """
 
 from collections.abc import Generator, Sequence
@@ -27,7 +27,7 @@ from driving_sim.engine.progress import progress
 from driving_sim.engine.ranks.distributed import Ranks
 from driving_sim.tokenizer.tokenizer import Tokenizer
 
-_HOW_ON = "repair or remove it"
+_REMEDY = "repair or remove it"
 
 
 def tokenize(
@@ -43,21 +43,22 @@ def tokenize(
     shard_bytes: int = SHARD_BYTES,
     ranks: Ranks | None = None,
 ) -> StoreIndex:
-    """Encode drives at a rate (or a stride, or every frame) into the token store `out`.
+    """Encode the frames of drives into the token store `out`, and return the store's index.
 
-    With `mirror`, each drive is also there as `ID~mirror`: frames flipped, steering negated. A run
-    that was stopped continues after its last whole drive, given the same drives and settings. On
-    several ranks (`process_group`), which all call this alike, each encodes a share of the drives.
+    Uses the frames at the rate `fps`, or every `every`-th frame, or all frames. With `mirror`, each
+    drive is stored again as `ID~mirror`, with flipped frames and negated steering. After an
+    interruption, the same call continues after the last complete drive. With several ranks
+    (`process_group`), all ranks make the same call, and each rank encodes a share of the drives.
 
     Raises:
-        DriveSimError: a drive is bad and `skip_bad` is not given (the drives before it are kept);
+        DriveSimError: a drive is bad and `skip_bad` is false (the drives before it are kept);
             steering kinds are mixed; `out` holds something else; the disk is full.
     """
     if not skip_bad:
         drives.require_all()
     usable, bad = _survey(drives.drives, fps=fps, every=every)
     if bad and not skip_bad:
-        raise BadDriveError(f"{next(iter(bad.values()))}; {_HOW_ON}")
+        raise BadDriveError(f"{next(iter(bad.values()))}; {_REMEDY}")
     bad |= {skipped.id: skipped.reason for skipped in drives.skipped}
     if not usable:
         reason = next(iter(bad.values()), "no drives were found")
@@ -78,7 +79,7 @@ def tokenize(
         precision=name_of(tokenizer.dtype),
     )
     flips = [False, True] if mirror else [False]
-    planned = [_planned(each, flip) for each in usable for flip in flips]
+    planned = [_planned(sampled, flip) for sampled in usable for flip in flips]
     planned += [PlannedDrive(id=name, frames=0) for name in bad]
     plan = StorePlan(info=info, drives=tuple(planned), shard_bytes=shard_bytes)
     ranks = ranks or Ranks()
@@ -87,21 +88,23 @@ def tokenize(
             for name, reason in bad.items():
                 writer.skip(name, reason)
         ranks.barrier()
-        # What the store lacks, as the main rank finds it: the others may already add to it.
+        # Only the main rank checks what is done: other ranks may already be adding drives.
         done = ranks.from_main(
-            lambda: [all(writer.done(_name(each.drive, flip)) for flip in flips) for each in usable]
+            lambda: [
+                all(writer.done(_name(sampled.drive, flip)) for flip in flips) for sampled in usable
+            ]
         )
-        left = [each for each, is_done in zip(usable, done, strict=True) if not is_done]
-        _encode(_share(left, ranks), flips, tokenizer, writer, skip_bad, batch_size, ranks)
+        missing = [sampled for sampled, is_done in zip(usable, done, strict=True) if not is_done]
+        _encode(_share(missing, ranks), flips, tokenizer, writer, skip_bad, batch_size, ranks)
         return writer.finish()
 
 
 _Part = tuple[SampledDrive, Pixels | DriveSimError]
-"""A batch of a drive, or why there are no more of them."""
+"""A drive with a batch of its frames, or with the error that ended its decoding."""
 
 
 def _share(drives: Sequence[SampledDrive], ranks: Ranks) -> list[SampledDrive]:
-    """This rank's part: dealt out by length, so that all ranks end at about one time."""
+    """Return this rank's drives, dealt out by length so that all ranks take about equally long."""
     longest_first = sorted(range(len(drives)), key=lambda number: -len(drives[number].indices))
     return [drives[number] for number in sorted(longest_first[ranks.rank :: ranks.size])]
 
@@ -113,33 +116,37 @@ def _name(drive: Drive, flip: bool) -> str:
 def _survey(
     drives: Sequence[Drive], *, fps: float | None, every: int | None
 ) -> tuple[list[SampledDrive], dict[str, str]]:
-    """The drives sampled as asked, and why the others cannot be: reasons by drive id."""
+    """Sample the drives.
+
+    Returns the usable ones, and for all others the reason by drive id.
+    """
     sampled, bad = [], {}
     for drive in drives:
         try:
-            one = sample(drive, fps=fps, every=every)
+            chosen = sample(drive, fps=fps, every=every)
         except DriveSimError as error:
             bad[drive.id] = str(error)
             continue
-        if len(one.indices) < 2:
-            bad[drive.id] = f"{drive.id}: {len(one.indices)} frame at this rate, at least 2 needed"
-        elif one.fps == 0:
-            bad[drive.id] = f"{drive.id}: a gap in the video between any two frames at this rate"
+        if len(chosen.indices) < 2:
+            count = f"{len(chosen.indices)} frame at this rate"
+            bad[drive.id] = f"{drive.id}: {count}, but at least 2 are needed"
+        elif chosen.fps == 0:
+            bad[drive.id] = f"{drive.id}: at this rate, any two frames have a gap between them"
         else:
-            sampled.append(one)
+            sampled.append(chosen)
     usual = _usual_rate(sampled)
-    for one in sampled:
-        if abs(one.fps / usual - 1) > RATE_TOLERANCE:
-            bad[one.drive.id] = (
-                f"{one.drive.id}: {one.fps:.3g} frames a second, the other drives have "
-                f"{usual:.3g}: choose a rate that all have with `fps`"
+    for chosen in sampled:
+        if abs(chosen.fps / usual - 1) > RATE_TOLERANCE:
+            bad[chosen.drive.id] = (
+                f"{chosen.drive.id}: has {chosen.fps:.3g} frames per second, but the other drives "
+                f"have {usual:.3g} (set a common rate with `fps`)"
             )
-    return [one for one in sampled if one.drive.id not in bad], bad
+    return [chosen for chosen in sampled if chosen.drive.id not in bad], bad
 
 
 def _usual_rate(sampled: Sequence[SampledDrive]) -> float:
-    # The low median is some drive's own rate: of two that differ, one is not to blame.
-    return median_low([one.fps for one in sampled]) if sampled else 0.0
+    # The low median is the rate of a real drive. With two different rates, one stays usable.
+    return median_low([drive.fps for drive in sampled]) if sampled else 0.0
 
 
 def _planned(sampled: SampledDrive, flip: bool) -> PlannedDrive:
@@ -162,35 +169,35 @@ def _encode(
     batch_size: int,
     ranks: Ranks,
 ) -> None:
-    """Add the tokens [T, r, c] of each drive to the store as soon as its last batch is encoded."""
-    frames = sum(len(each.indices) for each in drives)
+    """Encode drives, and add the tokens [T, r, c] of a drive to the store after its last batch."""
+    frames = sum(len(drive.indices) for drive in drives)
     label = "tokenize" if ranks.size == 1 else f"tokenize, rank {ranks.rank} of {ranks.size}"
     parts = _ahead(_decoded(drives, tokenizer.frame_size, batch_size, skip_bad))
     encoded: dict[bool, list[NDArray[np.uint16]]] = {False: [], True: []}
     done = 0
-    with progress(frames, label, "frames") as shown, closing(parts):
-        shown.say(f"{label}: {len(drives)} drives, {frames:,} frames -> {writer.out}")
+    with progress(frames, label, "frames") as display, closing(parts):
+        display.say(f"{label}: {len(drives)} drives, {frames:,} frames -> {writer.out}")
         for sampled, frames_BHWC in parts:
-            if not done:  # the drive's first batch
-                forms = {flip: _name(sampled.drive, flip) for flip in flips}
-                left = {flip: name for flip, name in forms.items() if not writer.done(name)}
+            if not done:  # this is the drive's first batch
+                names = {flip: _name(sampled.drive, flip) for flip in flips}
+                missing = {flip: name for flip, name in names.items() if not writer.done(name)}
             if isinstance(frames_BHWC, DriveSimError):
                 if not skip_bad:
-                    raise BadDriveError(f"{frames_BHWC}; {_HOW_ON}") from frames_BHWC
-                shown.say(f"skipped {sampled.drive.id}: {frames_BHWC}", by_any_rank=True)
-                for name in left.values():
+                    raise BadDriveError(f"{frames_BHWC}; {_REMEDY}") from frames_BHWC
+                display.say(f"skipped {sampled.drive.id}: {frames_BHWC}", by_any_rank=True)
+                for name in missing.values():
                     writer.skip(name, str(frames_BHWC))
                 encoded, done = {False: [], True: []}, 0
                 continue
-            for flip in left:
-                seen = np.ascontiguousarray(frames_BHWC[:, :, ::-1] if flip else frames_BHWC)
-                tokens_Brc = tokenizer.encode(seen, batch_size=len(seen))
+            for flip in missing:
+                batch = np.ascontiguousarray(frames_BHWC[:, :, ::-1] if flip else frames_BHWC)
+                tokens_Brc = tokenizer.encode(batch, batch_size=len(batch))
                 encoded[flip].append(tokens_Brc.numpy().astype(np.uint16))
-            shown.advance(len(frames_BHWC))
+            display.advance(len(frames_BHWC))
             done += len(frames_BHWC)
             if done < len(sampled.indices):
                 continue
-            for flip, name in left.items():
+            for flip, name in missing.items():
                 actions = sampled.actions.copy()
                 if flip:
                     actions[:, STEERING] = 0 - actions[:, STEERING]
@@ -208,25 +215,25 @@ def _encode(
 def _decoded(
     drives: Sequence[SampledDrive], size: FrameSize, batch_size: int, skip_bad: bool
 ) -> Generator[_Part, None, None]:
-    """The batches of one drive after the other; without `skip_bad`, up to the first bad one."""
-    for each in drives:
-        wanted, found = len(each.indices), 0
+    """Yield the batches of all drives in order. Without `skip_bad`, stop after a bad drive."""
+    for sampled in drives:
+        total, decoded = len(sampled.indices), 0
         try:
-            for frames_BHWC in each.batches(size, batch_size):
-                found += len(frames_BHWC)
-                yield each, frames_BHWC
-            if found != wanted:
+            for frames_BHWC in sampled.batches(size, batch_size):
+                decoded += len(frames_BHWC)
+                yield sampled, frames_BHWC
+            if decoded != total:
                 raise DriveSimError(
-                    f"{each.drive.id}: only {found} of {wanted} frames could be decoded"
+                    f"{sampled.drive.id}: only {decoded} of {total} frames could be decoded"
                 )
         except DriveSimError as error:
-            yield each, error
+            yield sampled, error
             if not skip_bad:
                 return
 
 
 def _ahead(parts: Generator[_Part, None, None]) -> Generator[_Part, None, None]:
-    """The same parts, each made in a thread while the one before it is in use."""
+    """Yield the same parts. A thread makes the next part while the caller uses the current one."""
     with closing(parts), ThreadPoolExecutor(1, "decode") as thread:
         coming = thread.submit(next, parts, None)
         while (part := coming.result()) is not None:

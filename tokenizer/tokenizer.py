@@ -1,6 +1,7 @@
-"""The frozen tokenizer: a folder of weights and config, loaded to turn frames into tokens and back.
+"""The frozen tokenizer: loads weights and config from a folder, converts frames to tokens and back.
 
-Axes: T frames, H W the frames' own pixels, h w the tokenizer's, r c token rows and columns.
+Axes: T frames, H W pixels of given frames, h w pixels of the tokenizer's frames, r c token rows and
+columns.
 """
 
 from collections.abc import Callable
@@ -28,16 +29,16 @@ from driving_sim.tokenizer.fsq import RULE
 Frames = Tensor | Pixels
 
 WEIGHTS = "model.safetensors"
-"""The file of a tokenizer's folder that is written last."""
+"""Name of the weights file in a tokenizer's folder, the last file to be written."""
 _CONFIG = "config.json"
 _MOST_CONFIG_BYTES = 2**16
 
 
 class Tokenizer:
-    """Frames to tokens and back with fixed weights: eval mode, no gradients.
+    """Converts frames to tokens and back, with fixed weights: eval mode, no gradients.
 
-    `precision` is fp32, bf16 or auto: bf16 where that is faster. There one token in a hundred is
-    the next one of those that stand for its patch, and a pixel may differ by 1.
+    `precision` is fp32, bf16, or auto, which takes bf16 if it is faster. With bf16, about one token
+    in a hundred changes to a neighbouring code, and pixels change by a grey level or two.
     """
 
     def __init__(
@@ -47,40 +48,40 @@ class Tokenizer:
         self.dtype = resolve_precision(precision, self.device)
         self.autoencoder = autoencoder.eval().requires_grad_(False).to(self.device)
         self.config = autoencoder.config
-        """The autoencoder's configuration."""
+        """Configuration of the autoencoder."""
         self.frame_size = self.config.frame_size
-        """Size of decoded frames, and what frames to encode are brought to."""
+        """Size of decoded frames. Frames are scaled and cropped to this size before encoding."""
         self.height, self.width = self.config.height, self.config.width
         """Height and width of decoded frames in pixels."""
         self.rows, self.cols = self.config.rows, self.config.cols
-        """Token rows and columns of a frame."""
+        """Numbers of token rows and columns per frame."""
         self.levels = self.config.levels
-        """FSQ levels per code channel."""
+        """Number of FSQ levels of each code channel."""
         self.codebook_size = autoencoder.quantiser.codebook_size
-        """How many different tokens there are."""
+        """Number of different tokens."""
         self.fingerprint = fingerprint(_identity(self.config), autoencoder)
-        """SHA-256 of weights, config, frame transform and quantiser; token stores carry it."""
+        """SHA-256 of weights, config, frame transform and quantiser. Token stores record it."""
 
     @classmethod
     def from_run(
         cls, path: Path | str, device: torch.device | str = "auto", precision: str = "auto"
     ) -> Self:
-        """Load the tokenizer folder `path`; raise `DriveSimError` where it is not an intact one."""
+        """Load the tokenizer in `path`. Raises `DriveSimError` if it is missing or damaged."""
         folder = Path(path)
         for name in (_CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 raise DriveSimError(
-                    f"{folder} holds no tokenizer ({name} is missing): "
-                    "train one with `drivesim train-tokenizer`, or name its folder"
+                    f"{folder}: holds no tokenizer ({name} is missing); "
+                    "train one with `drivesim train-tokenizer`, or choose another folder"
                 )
         saved = load_json(folder / _CONFIG, most_bytes=_MOST_CONFIG_BYTES)
         config = from_dict(AutoencoderConfig, saved.get("model", {}), f"{folder / _CONFIG}: model")
         own = _identity(config)
-        for part, does in (("frames", "prepares frames"), ("quantiser", "rounds to codes")):
+        for part, action in (("frames", "prepares frames"), ("quantiser", "rounds to codes")):
             if saved.get(part) != own[part]:
                 raise DriveSimError(
-                    f"{folder}: this version of drivesim {does} differently from the one that "
-                    "trained the tokenizer; use that version, or train again"
+                    f"{folder}: this version of drivesim {action} differently from the version "
+                    "that trained the tokenizer; use that version, or train the tokenizer again"
                 )
         autoencoder, metadata = build_with_weights(
             lambda: Autoencoder(config), folder / WEIGHTS, of="this tokenizer"
@@ -89,23 +90,24 @@ class Tokenizer:
         if tokenizer.fingerprint != metadata.get("fingerprint"):
             raise DriveSimError(
                 f"{folder}: config and weights do not belong together (their fingerprint is not "
-                "the one written); copy the folder again"
+                f"the one in {WEIGHTS}); copy the folder again"
             )
         return tokenizer
 
     def save(self, path: Path | str) -> None:
-        """Write the tokenizer folder `path`: `model.safetensors` and `config.json`."""
+        """Save the tokenizer to the folder `path`, as `model.safetensors` and `config.json`."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         save_json(folder / _CONFIG, _identity(self.config))
-        # The fingerprint stands in the same file as the weights: both are replaced in one move.
+        # Store the fingerprint in the weights file, so that both are replaced in one atomic step.
         save_weights(self.autoencoder, folder / WEIGHTS, {"fingerprint": self.fingerprint})
 
     @torch.inference_mode()
     def encode(self, frames: Frames, *, batch_size: int = 8) -> Tensor:
         """Return the tokens, int64 [T, r, c] on the CPU, of uint8 RGB frames [T, H, W, 3].
 
-        Frames of another size are scaled to cover the tokenizer's and cropped at the centre.
+        Frames of any other size are scaled to cover `frame_size` and cropped at the centre. Raises
+        ValueError for arrays of another shape or number format.
         """
         if not isinstance(frames, Tensor):
             frames = torch.from_numpy(np.ascontiguousarray(frames))
@@ -123,17 +125,19 @@ class Tokenizer:
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor | NDArray[Any], *, batch_size: int = 8) -> Tensor:
-        """Return the frames, uint8 RGB [T, h, w, 3] on the CPU, of tokens [T, r, c]."""
+        """Return the frames, uint8 RGB [T, h, w, 3] on the CPU, of tokens [T, r, c].
+
+        Raises ValueError for tokens of another shape or outside the codebook.
+        """
         if not isinstance(tokens, Tensor):
             tokens = torch.from_numpy(tokens.astype(np.int64))
         tokens_Trc = tokens.long()
         if tokens_Trc.ndim != 3 or tuple(tokens_Trc.shape[1:]) != (self.rows, self.cols):
             raise ValueError(
-                f"tokens of shape {tuple(tokens_Trc.shape)}: this tokenizer decodes "
-                f"[T, {self.rows}, {self.cols}]"
+                f"tokens of shape {tuple(tokens_Trc.shape)}: must be [T, {self.rows}, {self.cols}]"
             )
         if ((tokens_Trc < 0) | (tokens_Trc >= self.codebook_size)).any():
-            raise ValueError(f"tokens outside 0..{self.codebook_size - 1}")
+            raise ValueError(f"tokens: must all be within 0..{self.codebook_size - 1}")
 
         def frames_of(batch: Tensor) -> Tensor:
             codes = self.autoencoder.quantiser.indices_to_codes(batch)
@@ -151,9 +155,9 @@ class Tokenizer:
 
 
 def images_from_frames(frames: Tensor, size: FrameSize) -> Tensor:
-    """Return pictures [T, 3, h, w] in [-1, 1] that cover `size`, from uint8 frames [T, H, W, 3].
+    """Return uint8 frames [T, H, W, 3] as pictures [T, 3, h, w] in [-1, 1] of the given size.
 
-    They are scaled and cropped as the video readers do (`data.video.frame_size.fit`).
+    The frames are scaled and cropped as the video readers do it (`data.video.frame_size.fit`).
     """
     images = rearrange(frames, "t h w c -> t c h w").to(torch.float32, copy=True)
     if images.shape[2:] != (size.height, size.width):
@@ -165,8 +169,8 @@ def images_from_frames(frames: Tensor, size: FrameSize) -> Tensor:
 
 
 def frames_from_images(images: Tensor) -> Tensor:
-    """Return uint8 frames [T, h, w, 3] from pictures [T, 3, h, w] in [-1, 1]."""
-    # In place: new memory takes longer than the arithmetic.
+    """Return pictures [T, 3, h, w] in [-1, 1] as uint8 frames [T, h, w, 3]."""
+    # Work in place, because allocating memory takes longer than the arithmetic.
     levels = (images.float() + 1).mul_(127.5).round_().clamp_(0, 255)
     return rearrange(levels.to(torch.uint8), "t c h w -> t h w c")
 

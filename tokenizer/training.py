@@ -1,4 +1,4 @@
-"""Training a tokenizer on drives: the run's options, its validation, the folder it leaves.
+"""Trains a tokenizer on drives: the settings of a run, its validation and its result.
 
 Axes: N validation frames, B frames of a batch, H W pixels, K codes in the codebook.
 """
@@ -51,40 +51,40 @@ _BATCH = 16
 
 @config
 class TokenizerDataConfig:
-    """Which frames train and which validate."""
+    """Choice and augmentation of the training frames, and choice of the validation frames."""
 
     batch_size: Count = 16
-    """Frames of a batch, on each device."""
+    """Number of frames per batch on each device."""
     mirror: bool = True
-    """Whether half of the training frames are flipped left to right."""
+    """Whether to flip half of the training frames left to right."""
     shift: Annotated[int, Field(ge=0, lt=STRIDE * 2)] = 0
-    """Most pixels that training frames are moved by in each direction; edges are reflected."""
+    """Largest random shift of a training frame in pixels; edges are filled by reflection."""
     gain: ShareBelowOne = 0.0
-    """Most that the brightness of each colour of a training frame is changed by, as a share."""
+    """Largest random change of each colour channel's brightness in training frames, as a share."""
     cutmix: Share = 0.0
-    """Share of the training frames whose right part comes from another frame of the batch."""
+    """Share of training frames whose right part is taken from another frame of the batch."""
     validation: tuple[str, ...] | None = None
-    """Ids of the validation drives; none: a share of the drives, drawn by their ids."""
+    """Ids of the validation drives. If None, `validation_fraction` of the drives are chosen."""
     validation_fraction: InnerShare = 0.1
-    """That share."""
+    """Share of the drives used for validation if `validation` is None."""
     validation_frames: Count = 128
-    """Most frames to validate on, spread evenly over the validation drives."""
+    """Maximum number of validation frames, spread evenly over the validation drives."""
     cache_gigabytes: NonNegative = 4.0
-    """Training frames that fit are decoded once and kept in memory."""
+    """If all training frames fit into this memory (in gigabytes), they are decoded only once."""
 
 
 @config
 class TokenizerRunConfig:
-    """All options of a tokenizer's training run."""
+    """All settings of a training run of a tokenizer."""
 
     training: TrainingConfig
-    """How it is trained."""
+    """Settings of the training loop."""
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    """The autoencoder."""
+    """Settings of the autoencoder."""
     objective: TokenizerObjectiveConfig = field(default_factory=TokenizerObjectiveConfig)
-    """What it is trained for."""
+    """Losses and their weights."""
     data: TokenizerDataConfig = field(default_factory=TokenizerDataConfig)
-    """What it is trained on."""
+    """Training and validation frames."""
 
 
 def train_tokenizer(
@@ -97,16 +97,19 @@ def train_tokenizer(
     skip_bad: bool = False,
     device: torch.device | str = "auto",
 ) -> TrainingResult:
-    """Train a tokenizer on the frames of `drives` and leave the best one in the folder `run`.
+    """Train a tokenizer on the frames of `drives`, and save the best one in the folder `run`.
 
-    Validates on whole drives that it does not train on. `init_from` is the run of a tokenizer of
-    the same shape to start from. With `skip_bad`, drives that cannot be decoded to their end are
-    named and left out, which takes one more pass over all frames. Raises `DriveSimError` where
-    there are no drives, or without `skip_bad` a bad one, `run` or `init_from` cannot be used, or
-    LPIPS is on and its backbone's weights cannot be had.
+    Validation uses whole drives, which are not trained on. Training starts from the tokenizer in
+    the folder `init_from`, if given, which must have the same configuration. With `skip_bad`, an
+    additional pass over all frames finds the drives that cannot be decoded completely; they are
+    reported and left out.
+
+    Raises:
+        DriveSimError: there are no drives; a drive is bad and `skip_bad` is false; `run` or
+            `init_from` cannot be used; the weights of LPIPS's backbone are needed and missing.
     """
     if not drives:
-        raise DriveSimError("no drives to train a tokenizer on")
+        raise DriveSimError("no drives to train a tokenizer on; choose other videos")
     run_config = to_dict(config) | {
         "init_from": None if init_from is None else str(init_from),
         "drives": _described(drives),
@@ -115,7 +118,7 @@ def train_tokenizer(
     check_run(run, run_config, resume)
     vgg16 = vgg16_weights() if config.objective.lpips_weight > 0 else None
     if vgg16 is None:
-        say("training without the perceptual loss LPIPS, as objective.lpips_weight is 0")
+        say("training without the perceptual loss LPIPS, because objective.lpips_weight is 0")
     size, data = config.model.frame_size, config.data
     if skip_bad:
         drives = _decodable(drives, size, device)
@@ -144,7 +147,7 @@ def train_tokenizer(
         if source.config != config.model:
             raise DriveSimError(
                 f"`init_from` {init_from}: its configuration differs from this run's "
-                f"({source.config} and {config.model})"
+                f"({source.config} and {config.model}); choose another `init_from`"
             )
         objective.autoencoder.load_state_dict(source.autoencoder.state_dict())
     return train(
@@ -161,19 +164,20 @@ def train_tokenizer(
 
 
 class Validator:
-    """Measures an objective's autoencoder on fixed frames, uint8 [N, H, W, 3]."""
+    """Measures the autoencoder of an objective on fixed frames, uint8 [N, H, W, 3]."""
 
     def __init__(self, frames: Tensor) -> None:
         self.frames = frames
 
     def __call__(self, model: nn.Module) -> Validation:
-        """Return losses, PSNR, SSIM, use of the codebook and a grid of reconstructions.
+        """Return losses, PSNR, SSIM, codebook use and a grid of reconstructions.
 
-        The score is the loss without the discriminator. A discriminator trades some of it for
-        texture, so it is provisional before that has its full say.
+        The score is the loss without the discriminator. The discriminator makes this loss a little
+        worse in exchange for texture. Scores are therefore provisional until the discriminator has
+        its full weight.
         """
         assert isinstance(model, TokenizerObjective)
-        # What is kept works in float32, whatever it is trained in.
+        # Validate in float32, even if training runs in bf16.
         with torch.autocast(model.gan_share.device.type, enabled=False):
             batches = [_measure(model, frames) for frames in torch.split(self.frames, _BATCH)]
         columns = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
@@ -181,18 +185,18 @@ class Validator:
         counts = torch.bincount(tokens, minlength=model.autoencoder.quantiser.codebook_size)
         metrics = {name: float(values.mean()) for name, values in columns.items()}
         metrics |= {f"codebook/{name}": value for name, value in codebook_use(counts).items()}
-        shown = torch.linspace(0, len(rebuilt) - 1, min(_GRID_FRAMES, len(rebuilt))).round().long()
-        waiting = model.discriminator is not None and float(model.gan_share) < 1
+        chosen = torch.linspace(0, len(rebuilt) - 1, min(_GRID_FRAMES, len(rebuilt))).round().long()
+        provisional = model.discriminator is not None and float(model.gan_share) < 1
         return Validation(
             score=metrics["loss"],
-            provisional=waiting,
+            provisional=provisional,
             metrics=metrics,
-            images={"reconstructions": reconstruction_grid(self.frames[shown], rebuilt[shown])},
+            images={"reconstructions": reconstruction_grid(self.frames[chosen], rebuilt[chosen])},
         )
 
 
 def _measure(model: TokenizerObjective, frames: Tensor) -> dict[str, Tensor]:
-    """Return per-frame measurements [B] by name, the rebuilt frames and all tokens."""
+    """Return measurements of each frame [B] by name, with the rebuilt frames and all tokens."""
     frames = frames.to(model.gan_share.device)
     images = images_from_frames(frames, model.autoencoder.config.frame_size)
     reconstruction = model.autoencoder(images)
@@ -208,10 +212,10 @@ def _measure(model: TokenizerObjective, frames: Tensor) -> dict[str, Tensor]:
 
 
 def reconstruction_grid(originals: Tensor, rebuilt: Tensor) -> Pixels:
-    """Return one picture of frames [N, H, W, 3]: each original beside its reconstruction."""
+    """Return one picture that shows each frame [H, W, 3] beside its reconstruction."""
     pairs = torch.stack([originals, rebuilt], dim=1)
-    in_a_row = 1 if len(pairs) % 2 else 2
-    return rearrange(pairs, "(n k) two h w c -> (n h) (k two w) c", k=in_a_row).numpy()
+    pairs_per_row = 1 if len(pairs) % 2 else 2
+    return rearrange(pairs, "(n k) two h w c -> (n h) (k two w) c", k=pairs_per_row).numpy()
 
 
 def validation_frames(drives: Sequence[SampledDrive], size: FrameSize, most: int) -> Tensor:
@@ -227,9 +231,9 @@ def validation_frames(drives: Sequence[SampledDrive], size: FrameSize, most: int
 
 
 def _described(drives: Sequence[SampledDrive]) -> dict[str, int | str]:
-    """What tells these frames from others, so that a run is resumed on its own."""
+    """Return counts and a digest of the frames, to check that a run resumes on the same frames."""
     digest = hashlib.sha256()
-    for drive in sorted(drives, key=lambda each: each.drive.id):
+    for drive in sorted(drives, key=lambda sampled: sampled.drive.id):
         video = drive.drive.video
         size = None if video is None else video.path.stat().st_size
         digest.update(json.dumps([drive.drive.id, size, drive.indices.tolist()]).encode())
@@ -244,24 +248,24 @@ def _described(drives: Sequence[SampledDrive]) -> dict[str, int | str]:
 def _decodable(
     drives: Sequence[SampledDrive], size: FrameSize, device: torch.device | str
 ) -> list[SampledDrive]:
-    """The drives whose frames can all be decoded; names the others.
+    """Return the drives whose frames can all be decoded, and report the others.
 
-    Before anything is drawn: so the split and every batch are functions of the drives kept. Of
-    several ranks, the main one decides for all.
+    This must run before any random choice, so that the split and the batches depend only on the
+    drives that are kept. With several ranks, the main rank decides for all.
     """
-    total = sum(len(each.indices) for each in drives)
+    total = sum(len(drive.indices) for drive in drives)
 
     def good() -> list[int]:
-        found = []
-        with progress(total, "check", "frames") as shown:
-            for number, each in enumerate(drives):
+        numbers = []
+        with progress(total, "check", "frames") as display:
+            for number, sampled in enumerate(drives):
                 try:
-                    for _ in each.drive.stream(size, each.indices):
-                        shown.advance(1)
-                    found.append(number)
+                    for _ in sampled.drive.stream(size, sampled.indices):
+                        display.advance(1)
+                    numbers.append(number)
                 except DriveSimError as error:
-                    shown.say(f"skipped {each.drive.id}: {error}")
-        return found
+                    display.say(f"skipped {sampled.drive.id}: {error}")
+        return numbers
 
     with process_group(resolve_device(device)) as (ranks, _):
         kept = [drives[number] for number in ranks.from_main(good)]
@@ -272,5 +276,5 @@ def _decodable(
 
 def _export(module: nn.Module, run: Path) -> None:
     assert isinstance(module, Autoencoder)
-    # A copy: a Tokenizer freezes the module that it is given.
+    # Copy the module, because `Tokenizer` freezes it.
     Tokenizer(copy.deepcopy(module)).save(run)

@@ -1,4 +1,4 @@
-"""Synthetic drives: a driver's way through a world, saved with all that it takes to replay it."""
+"""Synthetic drives through a world, saved with everything needed to replay them."""
 
 import math
 from collections.abc import Iterator
@@ -19,17 +19,17 @@ DRIVE_FORMAT = "drivesim synthetic drive 1"
 
 @dataclass(frozen=True, slots=True)
 class SyntheticDrive:
-    """A drive of T frames through a world; the frames are rendered when asked for."""
+    """A drive of T frames through a world. Its frames are rendered only when they are read."""
 
     world: SyntheticWorld
     states: tuple[VehicleState, ...]
-    """Where each frame is seen from."""
+    """Car state at each frame, from which the frame is rendered."""
     actions: Floats32
-    """[T, 2] speed in m/s, road-wheel angle in rad: actions[t] leads from frame t to t + 1."""
+    """Speed (m/s) and road-wheel angle (rad) [T, 2]; actions[t] leads from frame t to t + 1."""
 
     @property
     def timestamps(self) -> Floats:
-        """[T] seconds from the first frame."""
+        """Seconds from the first frame [T]."""
         return np.arange(len(self.states)) / self.world.config.fps
 
     def stream(self) -> Iterator[Pixels]:
@@ -38,11 +38,11 @@ class SyntheticDrive:
 
     @property
     def frames(self) -> Pixels:
-        """All frames, uint8 RGB [T, height, width, 3], rendered anew at each call."""
+        """All frames, uint8 RGB [T, height, width, 3]. Every access renders them again."""
         return np.stack(list(self.stream()))
 
     def save(self, path: Path) -> None:
-        """Write all that it takes to replay the drive, or another one from any of its frames."""
+        """Write the drive as JSON, with everything needed to replay it from any frame."""
         save_json(
             path,
             {
@@ -56,14 +56,14 @@ class SyntheticDrive:
 
 
 def frame_count(seconds: float, config: SyntheticConfig) -> int:
-    """Return the number of frames of a drive; DriveSimError where `seconds` is not finite."""
+    """Return the number of frames of a drive. Raises DriveSimError if `seconds` is not finite."""
     if not math.isfinite(seconds):
-        raise DriveSimError(f"`seconds` {seconds:g}: a drive lasts a finite number of seconds")
+        raise DriveSimError(f"`seconds` {seconds:g}: must be a finite number")
     return round(seconds * config.fps)
 
 
 def drive(world: SyntheticWorld, seconds: float, driver_seed: int) -> SyntheticDrive:
-    """Let a driver loose in a world, starting on a part of the road that its seed chooses."""
+    """Simulate a drive. `driver_seed` decides where it starts and how the driver behaves."""
     rng = np.random.default_rng([driver_seed, 1])
     state = world.reset(station_m=rng.uniform(0.0, world.config.stretch_m))
     driver = Driver(world.road, driver_seed, world.config.cruise_mps)
@@ -72,6 +72,6 @@ def drive(world: SyntheticWorld, seconds: float, driver_seed: int) -> SyntheticD
     for action in actions:
         states.append(state)
         action[:] = driver.act(state, 1 / world.config.fps)
-        # The car obeys the recorded (rounded) action, so that a replay is exact.
+        # Move the car by the recorded action (rounded to float32), so that a replay is exact.
         state = world.step(state, action)
     return SyntheticDrive(world, tuple(states), actions)

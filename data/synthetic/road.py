@@ -1,4 +1,4 @@
-"""The road: an endless curve y = f(x), and the way from a point to its place along it."""
+"""The road: an endless curve y = f(x), with conversion between points and places on it."""
 
 import math
 
@@ -7,20 +7,21 @@ import numpy as np
 from driving_sim.data.arrays import Reals
 
 HALF_WIDTH = 3.7
-"""From the centre line to the edge of the asphalt, in metres."""
+"""Distance from the centre line to the edge of the asphalt, in metres."""
 LANE_OFFSET = -1.8
-"""The driver's own lane, in metres left of the centre line: traffic keeps right."""
+"""Middle of the driver's lane, in metres left of the centre line (negative: to the right)."""
 
-# Longest bends first. The slopes add up to 0.74, so the road never turns more than 37 degrees
-# from the x axis, never meets itself, and has one point for each x.
+# From long bends to short ones. The slopes add up to 0.74, so the road never turns more than
+# 37 degrees from the x axis, never crosses itself, and has one point for each x.
 _WAVELENGTHS_M = (430.0, 210.0, 118.0)
 _SLOPES = (0.30, 0.29, 0.15)
 
 
 class Road:
-    """A curve of continuously varying curvature without end in either direction.
+    """A curve that is endless in both directions and whose curvature changes smoothly.
 
-    A place on it is a station (its x, in metres) and an offset (metres to the left of the centre).
+    A place on the road is a station (x of the centre line, in metres) and an offset (metres to the
+    left of the centre line).
     """
 
     def __init__(self, rng: np.random.Generator) -> None:
@@ -51,12 +52,12 @@ class Road:
     def project(self, x: Reals, y: Reals) -> tuple[Reals, Reals, Reals]:
         """Return station, offset (metres, left positive) and slope of the road's nearest point.
 
-        Exact near the road. Far from it the point found may be another one, but never a nearer one,
-        so that no piece of road appears where there is none.
+        The result is exact near the road. Far from the road, the offset may be too large but never
+        too small, so that no road appears where there is none.
         """
         station = x
         centre, slope = self.centre_and_slope(station)
-        for _ in range(2):  # Gauss-Newton on the foot of the perpendicular
+        for _ in range(2):  # Gauss-Newton steps to the foot of the perpendicular
             station = station + ((x - station) + (y - centre) * slope) / (1 + slope * slope)
             centre, slope = self.centre_and_slope(station)
         across = (y - centre) - slope * (x - station)

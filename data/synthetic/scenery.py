@@ -1,4 +1,4 @@
-"""What stands beside the road and in the meadow: where each thing is, by seed and place."""
+"""The things beside the road and in the meadow, placed at random with a seed."""
 
 import enum
 import math
@@ -19,7 +19,7 @@ _MEADOW_CELL_M = 24.0
 
 
 class Kind(enum.IntEnum):
-    """The kinds of thing."""
+    """Kinds of things in the world."""
 
     TREE = 0
     CONIFER = 1
@@ -31,29 +31,30 @@ class Kind(enum.IntEnum):
 
 
 class Things(NamedTuple):
-    """Parallel arrays [N] of things that stand on the ground."""
+    """Things that stand on the ground, as parallel arrays [N]."""
 
     kind: Ints
     x: Reals
     y: Reals
     heading: Reals
     height: Reals
-    """In metres."""
+    """Height in metres."""
     tint: Reals
-    """In 0..1: which of its kind's colours and proportions it has."""
+    """Number in 0..1 that selects the colours and proportions of a thing within its kind."""
 
     @classmethod
     def joined(cls, parts: "list[Things]") -> "Things":
-        """Return all things of several groups as one."""
+        """Return the things of several groups as one group."""
         return cls(*map(np.concatenate, zip(*parts, strict=True)))
 
     def chosen(self, which: NDArray[Any]) -> "Things":
-        """Return the things that a mask or indices name, in that order."""
+        """Return the things that a mask or indices select, in that order."""
         return Things(*(column[which] for column in self))
 
 
-# Along both sides of the road: how far apart they are, how far along and aside (what all have and
-# what chance adds) and how high (likewise), in metres, and the share of the places that are taken.
+# Things along both sides of the road. For each kind: spacing, largest random shift along the road,
+# (distance from the centre line, largest random addition), (height, largest random addition), all
+# in metres, and the share of places that hold a thing.
 _BESIDE_THE_ROAD = {
     Kind.POST: (24.0, 0.0, (4.6, 0.0), (1.2, 0.0), 1.0),
     Kind.TREE: (15.0, 6.0, (8.0, 6.0), (6.0, 5.0), 0.85),
@@ -63,7 +64,7 @@ _BESIDE_THE_ROAD = {
 
 
 class Scenery:
-    """Gives the things near a place; the same ones whatever the way there."""
+    """Finds the things near a place. They depend only on the road, the seed and the place."""
 
     def __init__(self, road: Road, seed: int) -> None:
         self._road = road
@@ -71,7 +72,7 @@ class Scenery:
         self._block = lru_cache(64)(self._find_block)
 
     def near(self, x: float, y: float) -> Things:
-        """Return at least everything within `VISIBLE_M` of a point."""
+        """Return all things within `VISIBLE_M` of a point, and some that are farther away."""
         return self._block(math.floor(x / _BLOCK_M), math.floor(y / _BLOCK_M))
 
     def _find_block(self, column: int, row: int) -> Things:
@@ -81,8 +82,8 @@ class Scenery:
         return things.chosen(np.maximum(abs(things.x - x), abs(things.y - y)) < _REACH_M)
 
     def _row(self, centre_x: float, kind: Kind) -> Things:
-        """Return the things of a kind along both sides of the road (a gantry stands across it)."""
-        spacing, further, (aside, more_aside), (height, more_height), share = _BESIDE_THE_ROAD[kind]
+        """Return the things of a kind along both sides of the road, or gantries across it."""
+        spacing, shift, (aside, more_aside), (height, more_height), share = _BESIDE_THE_ROAD[kind]
         # Offsets of up to 25 m on a slope of 0.74 move a thing up to 15 m along x.
         reach = _REACH_M + 20
         first, last = (math.floor((centre_x + side * reach) / spacing) for side in (-1, 1))
@@ -93,21 +94,21 @@ class Scenery:
             uniform(self._seed, int(kind), index, left, draw) for draw in range(5)
         )
         x, y, heading = self._road.place(
-            index * spacing + further * along, side * (aside + more_aside * out)
+            index * spacing + shift * along, side * (aside + more_aside * out)
         )
         present = chance < share
         kinds = np.full(len(side), int(kind))
         if kind is Kind.GANTRY:
             present &= left == 1
         if kind is Kind.TREE:
-            # Whole stretches are wooded or open, each side for itself.
+            # Each side of the road has wooded and open stretches of its own.
             wooded = uniform(self._seed, 100, index // 5, left) < 0.6
             present &= wooded | (chance < 0.2)
             kinds[tint > 0.75] = int(Kind.CONIFER)
         return Things(kinds, x, y, heading, height + more_height * tall, tint).chosen(present)
 
     def _meadow(self, centre_x: float, centre_y: float) -> Things:
-        """Return what grows out in the meadow, away from the road."""
+        """Return the plants in the meadow, away from the road."""
         columns, rows = (
             np.arange(
                 math.floor((centre - _REACH_M) / _MEADOW_CELL_M),

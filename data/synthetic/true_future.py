@@ -1,4 +1,4 @@
-"""The true future of an action: replays any actions from any state, and loads saved drives."""
+"""Replays any actions from any state to get their true future, and loads saved drives."""
 
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from driving_sim.engine.parsing import one_line, shown
 def replay(
     world: SyntheticWorld, state: VehicleState, actions: Floats32, *, steps: int = 1
 ) -> Pixels:
-    """Drive each of the actions [N, 2] for so many steps; return the frames after [N, H, W, 3].
+    """Apply the actions [N, 2] in order, `steps` times each; return the frames [N, H, W, 3].
 
-    What a model should have shown: the picture of every state that the actions really lead to.
+    Frame n shows the state after action n: what a perfect model would predict.
     """
     frames = np.empty((len(actions), world.config.height, world.config.width, 3), np.uint8)
     for frame, action in zip(frames, actions, strict=True):
@@ -29,17 +29,17 @@ def replay(
 
 
 def load_synthetic_drive(path: Path) -> SyntheticDrive:
-    """Read a drive that `SyntheticDrive.save` wrote; raises DriveSimError where it is not one."""
+    """Read a drive that `SyntheticDrive.save` wrote. Raises DriveSimError for any other file."""
     saved = load_json(path)
     try:
         if saved["format"] != DRIVE_FORMAT:
-            raise ValueError(f"format is {shown(saved['format'])}")
+            raise ValueError(f"its format is {shown(saved['format'])}")
         world = SyntheticWorld(saved["world_seed"], from_dict(SyntheticConfig, saved["config"]))
         states = tuple(VehicleState(*map(float, state)) for state in saved["states"])
         actions = np.array(saved["actions"], np.float32).reshape(len(states), 2)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise DriveSimError(
-            f"{path}: is not a drive of `drivesim synth` of this version ({one_line(error)}); "
-            "make it anew"
+            f"{path}: not a drive made by this version of `drivesim synth` ({one_line(error)}); "
+            "make the drive again"
         ) from error
     return SyntheticDrive(world, states, actions)

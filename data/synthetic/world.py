@@ -1,4 +1,4 @@
-"""The synthetic world: a place to drive in, and the exact picture of every state of it."""
+"""The synthetic world: moves a car through a landscape and renders what its camera sees."""
 
 import math
 from typing import Annotated, Any
@@ -22,41 +22,41 @@ from driving_sim.engine.config import Share, config, require
 
 @config
 class SyntheticConfig:
-    """How the synthetic world is filmed, and which days there are in it."""
+    """Settings of the synthetic world: camera, drivers, traffic and colours."""
 
     height: Annotated[int, Field(ge=16, le=4096)] = 128
-    """Of the picture, in pixels."""
+    """Height of the picture in pixels."""
     width: Annotated[int, Field(ge=16, le=4096)] = 256
-    """Of the picture, in pixels."""
+    """Width of the picture in pixels."""
     fps: Annotated[float, Field(ge=4, le=120)] = 10.0
-    """Frames per second; the actions between slower ones would count as gaps in the log."""
+    """Frames per second. Below 4, actions are over 0.25 s apart, which counts as a gap."""
     field_of_view_deg: Annotated[float, Field(ge=20, le=140)] = 84.0
-    """Horizontal, in degrees."""
+    """Horizontal field of view of the camera, in degrees."""
     camera_height_m: Annotated[float, Field(ge=0.5, le=10)] = 1.9
-    """Above the ground, in metres."""
+    """Height of the camera above the ground, in metres."""
     horizon: Annotated[float, Field(ge=0.2, le=0.8)] = 0.42
     """Share of the picture that lies above the horizon."""
     stretch_m: Annotated[float, Field(ge=0, le=1e6)] = 3000.0
-    """Drives start somewhere on this much of the road: the shorter, the more they see again."""
+    """Length of the stretch of road on which drives start, in metres."""
     cruise_mps: tuple[float, float] = (6.0, 13.0)
-    """Range of the speeds that drivers like, in m/s."""
+    """Lowest and highest cruising speed of drivers, in m/s."""
     traffic: Share = 0.75
-    """Cars that come the other way: 1 is one every 130 m."""
+    """Density of oncoming traffic; 1 means one car every 130 m."""
     palettes: tuple[str, ...] = PALETTES
-    """The kinds of day a seed draws from."""
+    """Kinds of day, of which the seed chooses one."""
 
     def __post_init__(self) -> None:
         slow, fast = self.cruise_mps
-        require(self, "cruise_mps", 1 <= slow <= fast <= 40, "two speeds that rise within 1..40")
+        require(self, "cruise_mps", 1 <= slow <= fast <= 40, "two ascending speeds within 1..40")
         known = bool(self.palettes) and set(self.palettes) <= set(PALETTES)
         require(self, "palettes", known, f"one or more of {', '.join(PALETTES)}")
 
 
 class SyntheticWorld:
-    """A road through a landscape, both functions of the seed; a picture is one of the state.
+    """A road through a landscape, both generated from a seed.
 
-    Nothing is remembered between calls: what is drawn depends on (seed, config, state) alone, so
-    that any future can be replayed from any state.
+    The world keeps no state between calls: a picture depends only on (seed, config, car state).
+    Any future can therefore be replayed from any state.
     """
 
     def __init__(self, seed: int, config: SyntheticConfig | None = None) -> None:
@@ -75,22 +75,23 @@ class SyntheticWorld:
         self._traffic = Traffic(self.road, seed, config.traffic)
 
     def reset(self, station_m: float = 0.0) -> VehicleState:
-        """Return the state in the middle of the driver's lane at a station of the road."""
+        """Return the state of a car in the middle of its lane at a station of the road."""
         x, y, heading = self.road.place(np.array([float(station_m)]), np.array([LANE_OFFSET]))
         return VehicleState(float(x[0]), float(y[0]), float(heading[0]), 0.0)
 
     def step(self, state: VehicleState, action: Any) -> VehicleState:
-        """Return the state after driving under an action until the next frame.
+        """Return the state at the next frame, after driving with an action.
 
-        The action is speed in m/s and road-wheel angle in rad, left positive.
+        The action is speed in m/s and road-wheel angle in rad, left positive. Raises ValueError if
+        they are not finite.
         """
         speed_mps, steering_rad = float(action[0]), float(action[1])
         if not (math.isfinite(speed_mps) and math.isfinite(steering_rad)):
-            raise ValueError(f"action is ({speed_mps}, {steering_rad}); both must be finite")
+            raise ValueError(f"action ({speed_mps}, {steering_rad}): both must be finite")
         return step_vehicle(state, speed_mps, steering_rad, 1 / self.config.fps)
 
     def render(self, state: VehicleState) -> Pixels:
-        """Return the picture from a state: uint8 RGB [height, width, 3]."""
+        """Return the picture that the camera sees in a state: uint8 RGB [height, width, 3]."""
         frame = np.empty((3, self.config.height, self.config.width), np.float32)
         view = View(state)
         self._sky.paint(frame, view)

@@ -1,4 +1,4 @@
-"""Writes synthetic drives: video, CSV and the world to replay them in."""
+"""Writes synthetic drives: a video, a CSV of actions and a JSON file for replays."""
 
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -31,25 +31,25 @@ def write_synthetic_drives(
     workers: int = 1,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Path]:
-    """Write drives as `drive_000.mp4`, `.csv` and `.json` each, and return the videos' paths.
+    """Write drives as `drive_000.mp4`, `.csv` and `.json`, and so on; return the videos' paths.
 
-    Each drive has a world of its own, a function of (seed, its number); with `worlds`, the drives
-    take turns in that many. Numbers count from `first` on: drives to hold out are later ones in the
-    same worlds. `progress` is called with the number of frames that came to be there,
-    `drives * frame_count(seconds, config)` in all. With `workers` > 1, as many processes make a
-    drive each. A folder with an unfinished set of the same plan is completed; one with a finished
-    or another set, or with other files, raises DriveSimError.
+    Each drive has a world of its own, which depends only on the seed and the drive's number. With
+    `worlds`, the drives take turns in that many worlds. The first drive has the number `first`: to
+    write held-out drives in the same worlds, choose higher numbers. `progress` is called with the
+    number of new frames, in total `drives * frame_count(seconds, config)`. With `workers` > 1, that
+    many processes write drives in parallel. An unfinished set of the same plan is completed. Raises
+    DriveSimError if the folder holds a finished set, a set of another plan, or other files.
     """
     config = config or SyntheticConfig()
     frames = frame_count(seconds, config)
     if drives < 1 or frames < 2:
         raise DriveSimError(
             f"{drives} drives of {seconds:g} s at {config.fps:g} frames/s: "
-            "there must be at least one drive, of at least 2 frames"
+            "make at least one drive, of at least 2 frames"
         )
     worlds = first + drives if worlds is None else worlds
     if worlds < 1:
-        raise DriveSimError(f"{worlds} worlds to drive in: there must be at least one")
+        raise DriveSimError(f"worlds={worlds}: must be at least 1")
     plan = {
         "format": DRIVE_FORMAT,
         "drives": drives,
@@ -65,14 +65,14 @@ def write_synthetic_drives(
         missing = [n for n, stem in stems.items() if not stem.with_suffix(".json").exists()]
         if not missing:
             raise DriveSimError(
-                f"{out}: already holds these {drives} drives; choose a new folder or delete it"
+                f"{out}: already holds these {drives} drives; choose another `out`, or delete it"
             )
         if len(missing) < drives:
             progress((drives - len(missing)) * frames)
         jobs = [(stems[n], seeds(seed, n % worlds)[0], seeds(seed, n)[1]) for n in missing]
         make = partial(_make, config, seconds)
         if workers > 1:
-            # Spawned: a fork would copy the locks of whatever threads the caller runs.
+            # Spawn the processes: a fork would copy locks that the caller's threads hold.
             spawn = get_context("spawn")
             with ProcessPoolExecutor(min(workers, len(missing)), mp_context=spawn) as pool:
                 for _ in pool.map(make, *zip(*jobs, strict=True)):
@@ -82,13 +82,13 @@ def write_synthetic_drives(
                 make(*job, progress)
     except OSError as error:
         raise DriveSimError(
-            f"{out}: cannot be written ({error.strerror}); free space or choose another place"
+            f"{out}: cannot write ({error.strerror}); free some space, or choose another `out`"
         ) from error
     return [stem.with_suffix(".mp4") for stem in stems.values()]
 
 
 def seeds(seed: int, number: int) -> tuple[int, int]:
-    """Return the seeds of world and of driver `number` of the drives made with `seed`."""
+    """Return the seeds of world `number` and driver `number` in a set made with `seed`."""
     world, driver = np.random.SeedSequence((seed, number)).generate_state(2).tolist()
     return world, driver
 
@@ -114,5 +114,5 @@ def _make(
         "road_wheel",
         hold_until=len(driven.states) / fps,
     )
-    # Last: a drive is there when its JSON is.
+    # Write the JSON last, because it marks a drive as complete.
     driven.save(stem.with_suffix(".json"))

@@ -1,4 +1,4 @@
-"""What the index of a token store says: `index.json` as dataclasses."""
+"""The index of a token store (`index.json`) as dataclasses."""
 
 import hashlib
 import json
@@ -25,85 +25,88 @@ from driving_sim.engine.errors import DriveSimError
 
 SCHEMA = 1
 INDEX = "index.json"
-UNFINISHED = ".unfinished"  # the writer's folder inside a store that is not complete yet
+# The writer keeps its files in this folder until the store is complete.
+UNFINISHED = ".unfinished"
 
 
 def shard_name(number: int) -> str:
-    """The file name of a store's shard."""
+    """Return the file name of a shard."""
     return f"shard-{number:05d}.safetensors"
 
 
 def frame_bytes(rows: int, cols: int) -> int:
-    """Bytes that one frame takes in a shard."""
+    """Return the number of bytes that one frame takes in a shard."""
     timestamp, actions, action_valid = 8, 2 * 4, 2 * 1
     return timestamp + actions + rows * cols * 2 + action_valid
 
 
 @config
 class StoreInfo:
-    """What is the same for every drive of a store."""
+    """Facts that are the same for all drives of a store."""
 
     tokenizer_fingerprint: str
     """Fingerprint of the tokenizer that made the tokens."""
     rows: Count
-    """Token rows per frame."""
+    """Number of token rows per frame."""
     cols: Count
-    """Token columns per frame."""
+    """Number of token columns per frame."""
     codebook_size: Annotated[Count, Field(le=2**16)]
-    """Every token is below this."""
+    """Number of codes in the codebook. Tokens are numbers from 0 to codebook_size - 1."""
     fps: Positive
-    """Mean rate of the frames chosen, between gaps, in frames per second."""
+    """Rate of the stored frames in frames per second, measured where there are no gaps."""
     steering_kind: str | None = None
-    """What the steering column means, one kind for all drives; None where no drive has actions."""
+    """Kind of steering of all drives (`road_wheel`, ...), or None if no drive has actions."""
     levels: tuple[Int64, ...] = ()
-    """The tokenizer's FSQ levels."""
+    """Number of FSQ levels of each code channel of the tokenizer."""
     height: Int64 | None = None
     """Height of the frames that were encoded, in pixels."""
     width: Int64 | None = None
     """Width of the frames that were encoded, in pixels."""
     requested_fps: int | float | None = None
-    """The rate asked for, in frames per second, where one was."""
+    """Frame rate that the user asked for, in frames per second, or None."""
     every: Int64 | None = None
-    """The stride over the video's frames asked for, where one was."""
+    """Number n if the user asked for every n-th frame of the videos, or None."""
     transform: dict[str, Any] = field(default_factory=dict)
-    """How frames were resized, cropped and converted."""
+    """Description of how frames were resized, cropped and converted."""
     precision: str = "fp32"
-    """The number format that frames were encoded in."""
+    """Number format in which the tokenizer ran: fp32 or bf16."""
 
 
 @config
 class DriveEntry:
-    """One drive, or one part of a very long one, as the index lists it."""
+    """Index entry of one drive, or of one part of a drive too long for one shard."""
 
     id: str
-    """The drive's id; a mirrored drive's ends in `~mirror`."""
+    """Id of the drive. The id of a mirrored drive ends in `~mirror`."""
     frames: Count
-    """Frames of it in this shard."""
+    """Number of frames of the drive in this shard."""
     segments: tuple[tuple[Natural, Natural], ...]
-    """[start, stop) runs of frames without a gap in time, counted within this entry."""
+    """Ranges [start, stop) of frames without a gap in time. The entry's first frame is 0."""
     start: Natural = 0
-    """Where this part begins in its drive; 0 but for the later parts of a split drive."""
+    """Index of this part's first frame in the drive; above 0 only if the drive is split."""
     source: str = ""
-    """The kind of data source it came from."""
+    """Kind of data source that the drive came from."""
     mirrored: bool = False
-    """Whether the frames are flipped and the steering negated."""
+    """Whether the frames are flipped left to right and the steering is negated."""
 
     def __post_init__(self) -> None:
         bounds = [0, *(bound for run in self.segments for bound in run), self.frames]
-        require(self, "segments", bounds == sorted(bounds), f"runs that rise within {self.frames}")
-        require(self, "id", is_inner_name(self.id), "a relative name, on one line")
+        require(
+            self, "segments", bounds == sorted(bounds), f"ascending, within {self.frames} frames"
+        )
+        require(self, "id", is_inner_name(self.id), "a relative path without '..', on one line")
 
 
 @config
 class ShardEntry:
-    """One shard as the index lists it."""
+    """Index entry of one shard."""
 
     bytes: Int64
-    """Size of the file."""
+    """Size of the file in bytes."""
     sha256: str
-    """Checksum of the file."""
+    """SHA-256 of the file, in hexadecimal."""
     drives: tuple[DriveEntry, ...]
-    """The drives in it, in order."""
+    """Drives in the shard, in order."""
 
 
 @config
@@ -111,23 +114,23 @@ class StoreIndex:
     """The contents of `index.json`."""
 
     schema: Int64
-    """Version of the store's format."""
+    """Version number of the store's format."""
     plan: str
-    """Hash of the plan that the store was written from."""
+    """SHA-256 of the plan that the store was written from."""
     info: StoreInfo
-    """What is the same for every drive."""
+    """Facts that are the same for all drives."""
     drives: Int64
-    """Number of drives, parts of one counted once."""
+    """Number of drives; a split drive counts once."""
     frames: Int64
-    """Number of frames."""
+    """Number of frames of all drives."""
     shards: tuple[ShardEntry, ...]
-    """The shards, in order."""
+    """Shards of the store, in order."""
     skipped: tuple[Skipped, ...]
-    """The drives that were left out."""
+    """Drives that were left out, with the reasons."""
 
     @property
     def content(self) -> str:
-        """SHA-256, in hexadecimal, of all shards: what the store holds, not what was planned."""
+        """Hash of the stored data: SHA-256 over the checksums of all shards, in hexadecimal."""
         return hashlib.sha256(" ".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
     def __str__(self) -> str:
@@ -137,7 +140,7 @@ class StoreIndex:
 
 
 def shard_metadata(info: StoreInfo, drives: Sequence[DriveEntry]) -> dict[str, str]:
-    """What a shard's header says of itself, so that a shard is usable without the index."""
+    """Return the metadata for a shard's header. It makes the shard usable without the index."""
     return {
         "schema": str(SCHEMA),
         "tokenizer_fingerprint": info.tokenizer_fingerprint,
@@ -150,21 +153,26 @@ def shard_metadata(info: StoreInfo, drives: Sequence[DriveEntry]) -> dict[str, s
 
 
 def read_index(path: Path) -> StoreIndex:
-    """The index of the finished store in a folder.
+    """Return the index of the finished store in a folder.
 
     Raises:
-        DriveSimError: there is none, or it is damaged.
+        DriveSimError: the folder holds no finished store, or the index is damaged.
     """
     if not path.is_dir():
         raise DriveSimError(f"{path}: no such token store; make one with `drivesim tokenize`")
     file = path / INDEX
     if not file.is_file():
-        state = "is unfinished: run the same" if (path / UNFINISHED).exists() else "is not one: run"
-        raise DriveSimError(f"{path}: this token store {state} `drivesim tokenize`")
+        if (path / UNFINISHED).exists():
+            problem = "this token store is unfinished; run the same `drivesim tokenize` again"
+        else:
+            problem = "holds no token store; make one with `drivesim tokenize`"
+        raise DriveSimError(f"{path}: {problem}")
     values = load_json(file)
     if values.get("schema") != SCHEMA:
-        raise DriveSimError(f"{file}: not a token store index of schema {SCHEMA}; tokenize again")
+        raise DriveSimError(
+            f"{file}: not the index of a token store of schema {SCHEMA}; tokenize the videos again"
+        )
     try:
         return from_dict(StoreIndex, values, where=str(file))
     except DriveSimError as error:
-        raise DriveSimError(f"{error}; tokenize again") from error
+        raise DriveSimError(f"{error}; tokenize the videos again") from error

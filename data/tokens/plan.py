@@ -1,4 +1,4 @@
-"""What a token store is to hold: fixed before the first token is made."""
+"""The plan of a token store, which is fixed before the first frame is encoded."""
 
 import hashlib
 import json
@@ -13,25 +13,25 @@ SHARD_BYTES = 512 * 2**20
 
 @config
 class PlannedDrive:
-    """A drive that the store is to hold."""
+    """A drive that the store will hold."""
 
     id: str
-    """Its id, unique in the store."""
+    """Id of the drive, unique in the store."""
     frames: Natural
-    """How many frames of it will be written; 0 for one known to be skipped."""
+    """Number of frames that will be written; 0 for a drive that will be skipped."""
     source: str = ""
-    """The kind of data source it comes from."""
+    """Kind of data source that the drive comes from."""
     mirrored: bool = False
-    """Whether the frames are flipped and the steering negated."""
+    """Whether the frames are flipped left to right and the steering is negated."""
     content: str = ""
-    """Digest of what is known of it beforehand (frame choice, actions), so that a change shows."""
+    """Digest of the chosen frames and their actions. If they change, the plan's hash changes."""
 
     def __post_init__(self) -> None:
-        require(self, "id", is_inner_name(self.id), "a relative name, on one line")
+        require(self, "id", is_inner_name(self.id), "a relative path without '..', on one line")
 
 
 class Piece(NamedTuple):
-    """Frames [start, stop) of drive number `drive`, which lie in one shard."""
+    """Frames [start, stop) of drive number `drive`, all in one shard."""
 
     drive: int
     start: int
@@ -40,29 +40,32 @@ class Piece(NamedTuple):
 
 @config
 class StorePlan:
-    """Everything that decides a store's bytes but the tokens and actions themselves."""
+    """Everything that determines the bytes of a store, except the tokens and actions."""
 
     info: StoreInfo
-    """What is the same for every drive."""
+    """Facts that are the same for all drives."""
     drives: tuple[PlannedDrive, ...]
-    """The drives in the order they are stored."""
+    """Drives in the order in which they are stored."""
     shard_bytes: int = SHARD_BYTES
-    """Most bytes of data in one shard: at least a frame's."""
+    """Maximum number of data bytes in one shard; at least the size of one frame."""
 
     def __post_init__(self) -> None:
         ids = [drive.id for drive in self.drives]
-        require(self, "drives", len(set(ids)) == len(ids), "of different ids")
+        require(self, "drives", len(set(ids)) == len(ids), "drives with different ids")
         frame = frame_bytes(self.info.rows, self.info.cols)
-        require(self, "shard_bytes", self.shard_bytes >= frame, f"{frame} or more, to hold a frame")
+        require(self, "shard_bytes", self.shard_bytes >= frame, f"{frame} (one frame) or more")
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the plan."""
+        """SHA-256 of the plan, in hexadecimal."""
         text = json.dumps({"schema": SCHEMA, **to_dict(self)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def shards(self) -> list[list[Piece]]:
-        """The pieces in each shard: drives in order, split only where no shard could hold one."""
+        """Return for each shard the pieces of drives that it holds.
+
+        Drives stay in order. Only a drive that is too long for one shard is split.
+        """
         capacity = self.shard_bytes // frame_bytes(self.info.rows, self.info.cols)
         shards: list[list[Piece]] = []
         free = 0
@@ -77,7 +80,7 @@ class StorePlan:
         return shards
 
     def summary(self) -> dict[str, Any]:
-        """The plan's hash and enough of the plan to say in what another one differs."""
+        """Return the plan's hash and main settings, to report how another plan differs."""
         return {
             "hash": self.hash,
             **to_dict(self.info),

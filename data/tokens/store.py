@@ -1,9 +1,10 @@
 """The token store: drives as tokens and actions, in shards, for training and evaluation.
 
-A folder of `index.json`, `shard-00000.safetensors`, `shard-00001.safetensors` and so on. The index
-says what the store holds, with counts and checksums, and what was skipped and why. A drive too long
-for one shard is split into parts (`start` is where a part begins in its drive). The columns of a
-shard, for N frames of D drives (drive d is frames offsets[d] : offsets[d + 1]):
+A store is a folder with `index.json`, `shard-00000.safetensors`, `shard-00001.safetensors` and so
+on. The index lists the stored drives with counts and checksums, and the skipped drives with the
+reasons. A drive too long for one shard is split into parts; a part's `start` is the index of its
+first frame in the drive. A shard with N frames of D drives has the columns below. Drive d has the
+frames offsets[d] : offsets[d + 1].
 
     offsets       I64   [D + 1]
     timestamps    F64   [N]               seconds from the drive's first frame
@@ -40,11 +41,15 @@ __all__ = ["DriveTokens", "StoreInfo", "TokenStore"]
 
 Columns = dict[str, NDArray[Any]]
 
-_OPEN_SHARDS = 128  # of all stores: each costs a map
+# Maximum number of open shards, counted over all stores. The system limits memory mappings.
+_OPEN_SHARDS = 128
 
 
 def column_forms(info: StoreInfo, lengths: Sequence[int]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The columns of a shard of drives with `lengths` frames: number format and shape by name."""
+    """Return the number format and shape of each column of a shard.
+
+    `lengths` holds the number of frames of each drive in the shard.
+    """
     frames = sum(lengths)
     return {
         "offsets": ("int64", (len(lengths) + 1,)),
@@ -56,7 +61,10 @@ def column_forms(info: StoreInfo, lengths: Sequence[int]) -> dict[str, tuple[str
 
 
 def blank_columns(info: StoreInfo, lengths: Sequence[int]) -> Columns:
-    """The columns of a shard of drives with `lengths` frames, to be filled: all 0 but `offsets`."""
+    """Return columns to fill for a shard: `offsets` are set, all else is 0.
+
+    `lengths` holds the number of frames of each drive in the shard.
+    """
     forms = column_forms(info, lengths)
     columns = {name: np.zeros(shape, kind) for name, (kind, shape) in forms.items()}
     columns["offsets"][1:] = np.cumsum(lengths)
@@ -66,34 +74,40 @@ def blank_columns(info: StoreInfo, lengths: Sequence[int]) -> Columns:
 def open_shard(
     path: Path, info: StoreInfo, lengths: Sequence[int]
 ) -> tuple[Columns, dict[str, str]]:
-    """Map a shard of drives with `lengths` frames; return its read-only columns and its metadata.
+    """Map a shard into memory; return its read-only columns and its metadata.
+
+    `lengths` holds the number of frames of each drive that the shard must contain.
 
     Raises:
-        DriveSimError: the file is missing, cut short or another than that shard.
+        DriveSimError: the file is missing, damaged, or holds something else.
     """
     forms = column_forms(info, lengths)
     try:
-        path.open("rb").close()  # the library hides why a file cannot be opened
+        # Open the file first: safetensors does not say why it cannot open a file.
+        path.open("rb").close()
     except OSError as error:
         reason = error.strerror
-        raise DriveSimError(f"{path}: cannot read the token shard: {reason}") from error
+        raise DriveSimError(
+            f"{path}: cannot read the token shard ({reason}); check the file, "
+            "or tokenize the videos again"
+        ) from error
     try:
-        # The library checks that the columns fill the file without a gap.
+        # safetensors checks that the columns fill the file without a gap.
         with safe_open(path, "pt") as file:
             columns = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
             metadata = dict(file.metadata() or {})
-        found = {name: (column.dtype.name, column.shape) for name, column in columns.items()}
-        for name in forms | found:
-            if found.get(name) != forms.get(name):
+        actual = {name: (column.dtype.name, column.shape) for name, column in columns.items()}
+        for name in forms | actual:
+            if actual.get(name) != forms.get(name):
                 raise ValueError(
-                    f"{shown(name)} is {shown(found.get(name))}, expected {forms.get(name)}"
+                    f"column {shown(name)} is {shown(actual.get(name))}, expected {forms.get(name)}"
                 )
         if not np.array_equal(columns["offsets"], np.cumsum([0, *lengths])):
-            raise ValueError("its drive offsets are not those of the drives that it should hold")
-    # TypeError: numbers of a format that NumPy has not
+            raise ValueError("its offsets do not fit the lengths of its drives")
+    # torch raises TypeError for number formats that NumPy does not have.
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise DriveSimError(
-            f"{path}: damaged token shard: {one_line(error)}; tokenize again"
+            f"{path}: damaged token shard: {one_line(error)}; tokenize the videos again"
         ) from error
     for column in columns.values():
         column.flags.writeable = False
@@ -102,29 +116,32 @@ def open_shard(
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class DriveTokens:
-    """One drive of a store; its arrays are read-only views into the memory-mapped shard."""
+    """One drive of a store, or one part of a split drive.
+
+    Its arrays are read-only views of the memory-mapped shard.
+    """
 
     store: "TokenStore"
     shard: int
-    """The number of the shard that holds it."""
+    """Number of the shard that holds the drive."""
     begin: int
-    """The frame of the shard that is its first."""
+    """Index of the drive's first frame in the shard."""
     entry: DriveEntry
-    """What the index says of it."""
+    """Index entry of the drive."""
     channels: tuple[bool, bool] = (True, True)
-    """Which channels of the actions count as known, where the store knows them."""
+    """Which action channels (speed, steering) to use; the other ones count as invalid."""
 
     def __len__(self) -> int:
         return self.entry.frames
 
     @property
     def id(self) -> str:
-        """The drive's id."""
+        """Id of the drive."""
         return self.entry.id
 
     @property
     def info(self) -> StoreInfo:
-        """What is the same for every drive of its store."""
+        """Facts that are the same for all drives of the store."""
         return self.store.info
 
     def _column(self, name: str) -> NDArray[Any]:
@@ -132,98 +149,105 @@ class DriveTokens:
 
     @property
     def tokens(self) -> NDArray[np.uint16]:
-        """Uint16 [T, rows, cols]."""
+        """Tokens of the frames, uint16 [T, rows, cols]."""
         return self._column("tokens")
 
     @property
     def actions(self) -> Floats32:
-        """Float32 [T, 2]: speed in m/s, steering in rad; actions[t] leads from frame t to t+1."""
+        """Speed (m/s) and steering (rad), float32 [T, 2]; actions[t] leads from frame t to t+1."""
         return self._column("actions")
 
     @property
     def action_valid(self) -> Mask:
-        """Bool [T, 2]."""
+        """Whether speed and steering are valid, bool [T, 2]."""
         valid = self._column("action_valid")
         return valid if all(self.channels) else valid & self.channels
 
     @property
     def timestamps(self) -> Floats:
-        """Float64 [T]: seconds from the drive's first frame."""
+        """Seconds from the drive's first frame, float64 [T]."""
         return self._column("timestamps")
 
 
 class TokenStore:
-    """A finished token store, memory-mapped; shards are opened as they are used, in each process.
+    """A finished token store. Each process maps a shard into memory when it first uses the shard.
 
-    Attributes: `index`, `info` and `drives`, a `DriveTokens` for each drive (part) in order.
+    Attributes: `index`, `info` and `drives`, which holds a `DriveTokens` for each drive, or for
+    each part of a split drive, in order.
 
     Raises:
-        DriveSimError: `path` is not a finished store, or a file in it is damaged.
+        DriveSimError: `path` holds no finished store, or one of its files is damaged.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.index = read_index(path)
         self.info = self.index.info
-        least = frame_bytes(self.info.rows, self.info.cols)
+        bytes_per_frame = frame_bytes(self.info.rows, self.info.cols)
         drives: list[DriveTokens] = []
         for number, shard in enumerate(self.index.shards):
             file = path / shard_name(number)
-            found = file.stat().st_size if file.is_file() else None
-            if found != shard.bytes:
-                what = "is missing" if found is None else f"has {found} bytes, not {shard.bytes}"
-                raise DriveSimError(f"{file}: a shard of the token store {what}; tokenize again")
+            size = file.stat().st_size if file.is_file() else None
+            if size != shard.bytes:
+                problem = "is missing" if size is None else f"has {size} bytes, not {shard.bytes}"
+                raise DriveSimError(
+                    f"{file}: this shard of the token store {problem}; tokenize the videos again"
+                )
             frames = 0
             for drive in shard.drives:
                 drives.append(DriveTokens(store=self, shard=number, begin=frames, entry=drive))
                 frames += drive.frames
-            if frames * least > shard.bytes:
+            if frames * bytes_per_frame > shard.bytes:
                 raise DriveSimError(
-                    f"{path / INDEX}: says that {frames} frames of {least} bytes are in the "
-                    f"{shard.bytes} bytes of {shard_name(number)}; tokenize again"
+                    f"{path / INDEX}: {shard_name(number)} has {shard.bytes} bytes, too few for "
+                    f"{frames} frames of {bytes_per_frame} bytes; tokenize the videos again"
                 )
         self.drives = tuple(drives)
 
     @property
     def drive_ids(self) -> tuple[str, ...]:
-        """The drives' ids in order, parts of one drive counted once."""
+        """Ids of the drives in order; a split drive counts once."""
         return tuple(dict.fromkeys(drive.id for drive in self.drives))
 
     def select(self, ids: Sequence[str]) -> tuple[DriveTokens, ...]:
-        """The drives with these ids, in the store's order.
+        """Return the drives with these ids, in the store's order.
 
         Raises:
-            DriveSimError: the store has no drive of one of these ids.
+            DriveSimError: the store has no drive with one of these ids.
         """
-        wanted = set(ids)
-        for missing in sorted(wanted.difference(self.drive_ids)):
+        requested = set(ids)
+        for missing in sorted(requested.difference(self.drive_ids)):
             raise DriveSimError(
-                f"{self.path}: no drive {missing!r} in this token store; it has "
+                f"{self.path}: no drive {missing!r} in this token store; its drives are "
                 + ", ".join(self.drive_ids[:8])
                 + (", ..." if len(self.drive_ids) > 8 else "")
             )
-        return tuple(drive for drive in self.drives if drive.id in wanted)
+        return tuple(drive for drive in self.drives if drive.id in requested)
 
-    @lru_cache(_OPEN_SHARDS)  # noqa: B019 (stores live as long as their process)
+    @lru_cache(_OPEN_SHARDS)  # noqa: B019 (a store lives as long as its process)
     def shard(self, number: int) -> Columns:
-        """The columns of a shard, opened and checked against the index on first use."""
+        """Return the columns of a shard, opening and checking the shard on the first call."""
         path, entry = self.path / shard_name(number), self.index.shards[number]
         columns, metadata = open_shard(path, self.info, [drive.frames for drive in entry.drives])
         for key, value in shard_metadata(self.info, entry.drives).items():
             if metadata.get(key) != value:
                 raise DriveSimError(
-                    f"{path}: its {key} is {shown(metadata.get(key))}, the store's index says "
-                    f"{shown(value)}: this shard is from another store; tokenize again"
+                    f"{path}: this shard is from another store (its {key} is "
+                    f"{shown(metadata.get(key))}, the index says {shown(value)}); "
+                    "tokenize the videos again"
                 )
         return columns
 
     def verify(self) -> None:
-        """Read every byte and compare the checksums.
+        """Read all shards and compare their checksums with the index.
 
         Raises:
-            DriveSimError: a shard is not what was written.
+            DriveSimError: a shard has changed since it was written.
         """
         for number, entry in enumerate(self.index.shards):
             path = self.path / shard_name(number)
             if sha256_of(path) != entry.sha256:
-                raise DriveSimError(f"{path}: damaged (its checksum differs); tokenize again")
+                raise DriveSimError(
+                    f"{path}: damaged shard: its checksum differs from the index; "
+                    "tokenize the videos again"
+                )

@@ -1,6 +1,6 @@
 """Windows of consecutive frames from a token store, for training and validation.
 
-Shapes: B windows, T frames, R rows, C cols, 2 actions (speed, steering).
+Shapes: B windows, T frames, R token rows, C token columns, 2 action channels (speed, steering).
 """
 
 import hashlib
@@ -19,10 +19,11 @@ from driving_sim.engine.errors import DriveSimError, TooLittleDataError
 
 
 class WindowIndex:
-    """Every window of `frames` frames, `stride` apart, that crosses neither a drive nor a gap.
+    """All windows of `frames` consecutive frames within a drive and without a gap in time.
 
-    Built from the store's index alone; finding one is O(log n) in the number of drives. Windows are
-    numbered from 0 to below the length; others raise IndexError.
+    Windows start `stride` frames apart. Building the index reads no shards, and finding a window
+    takes O(log n) time for n drives. The first window is number 0. A number outside the index
+    raises IndexError.
 
     Raises:
         TooLittleDataError: no drive is as long as a window.
@@ -49,16 +50,16 @@ class WindowIndex:
         table = np.asarray(runs, np.int64)
         self._drive, self._begin, first, counts = table.T
         self._ends: Ints = np.cumsum(counts)
-        # Where window 0 would start, were the run's numbers to go on downwards.
+        # In a run without gaps, window n (numbered over all runs) starts at `offset + n * stride`.
         self._offsets = first - (self._ends - counts) * stride
         self._drives, self._stride = tuple(drives), stride
         self._codes = drives[0].info.codebook_size
-        # A window's frames, and the one before them, from its first.
+        # Frames of a window, and the frame before it, relative to its first frame.
         self._frames = np.arange(-1, frames)
         self._in_shard = np.array([drive.begin for drive in drives], np.int64)
         self._channels = np.array([drive.channels for drive in drives], np.bool_)
         self._all_known = bool(self._channels.all())
-        # Of each drive's shard: a drive that opens it.
+        # For each drive: one drive of the same shard, through which `load` opens the shard.
         opener = {(drive.store, drive.shard): number for number, drive in enumerate(drives)}
         self._opener = np.array([opener[drive.store, drive.shard] for drive in drives])
 
@@ -66,39 +67,41 @@ class WindowIndex:
         return int(self._ends[-1])
 
     def places(self, numbers: Ints) -> tuple[Ints, Ints, Mask]:
-        """Where windows are: their drives' positions, and their first frames in those.
+        """Return for each window its drive (as list position) and its first frame in that drive.
 
-        The mask says whether a frame comes right before each window, with no gap in between.
+        The mask says whether a frame comes right before the window, without a gap in between.
         """
-        if numbers.min(initial=0) < 0:  # too large ones have no run
-            raise IndexError(f"window {numbers.min()} of {len(self)}")
+        # NumPy itself raises IndexError below for a number that is too large.
+        if numbers.min(initial=0) < 0:
+            raise IndexError(f"window {numbers.min()}: windows are numbered 0..{len(self) - 1}")
         run = np.searchsorted(self._ends, numbers, side="right")
         start = self._offsets[run] + numbers * self._stride
         return self._drive[run], start, start > self._begin[run]
 
     def load(self, numbers: Ints) -> dict[str, Tensor]:
-        """Load windows as one batch, as `TokenWindows` describes it.
+        """Load windows as one batch, in the format of `TokenWindows`.
 
         Raises:
-            DriveSimError: a token is not below the codebook's size.
+            DriveSimError: a token is outside the codebook.
         """
         drive, start, has_previous = self.places(numbers)
-        alone = np.flatnonzero(~has_previous)
+        no_previous = np.flatnonzero(~has_previous)
         rows = (start + self._in_shard[drive])[:, None] + self._frames
-        rows[alone, 0] += 1  # any frame, where there is none before the window
+        # Without a frame before the window, read any frame; its values are set to 0 below.
+        rows[no_previous, 0] += 1
         openers = self._opener[drive].tolist()
         shards = {n: self._drives[n].store.shard(self._drives[n].shard) for n in set(openers)}
-        tokens, led = _gathered(shards, openers, "tokens", rows), rows[:, :-1]
-        actions = _gathered(shards, openers, "actions", led)
-        valid = _gathered(shards, openers, "action_valid", led)
+        tokens, action_rows = _gathered(shards, openers, "tokens", rows), rows[:, :-1]
+        actions = _gathered(shards, openers, "actions", action_rows)
+        valid = _gathered(shards, openers, "action_valid", action_rows)
         if not self._all_known:
             valid &= self._channels[drive][:, None]
         for column in (tokens, actions, valid):
-            column[alone, 0] = 0
+            column[no_previous, 0] = 0
         if tokens.max() >= self._codes:
             raise DriveSimError(
-                f"damaged token store: token {tokens.max()} of a codebook of {self._codes}; "
-                "tokenize again"
+                f"damaged token store: token {tokens.max()} is outside the codebook of "
+                f"{self._codes} codes; tokenize the videos again"
             )
         return {
             "tokens": torch.from_numpy(tokens[:, 1:].astype(np.int64)),
@@ -112,28 +115,38 @@ class WindowIndex:
 def _gathered(
     shards: Mapping[int, Columns], openers: list[int], name: str, rows: Ints
 ) -> NDArray[Any]:
-    """Rows [B, ...] of a column, the i-th from the shard that drive `openers[i]` opened."""
+    """Return the values [B, n, ...] of a column for B windows.
+
+    `rows` [B, n] are frame numbers in the shards. Window i lies in `shards[openers[i]]`.
+    """
     if len(shards) == 1:
         return shards[openers[0]][name].take(rows, axis=0)
     pairs = zip(openers, rows, strict=True)
-    return np.stack([shards[number][name].take(its, axis=0) for number, its in pairs])
+    return np.stack(
+        [shards[number][name].take(window_rows, axis=0) for number, window_rows in pairs]
+    )
 
 
 def _first_frame(drive: DriveTokens, begin: int) -> int:
-    # A later part of a split drive does begin after a frame, which lies in another shard: give up
-    # its first frame rather than claim that nothing came before.
+    # The frame before a later part of a split drive lies in another shard. Leave out the part's
+    # first frame, so that every window finds its previous frame in its own shard.
     return begin + 1 if drive.entry.start > 0 and begin == 0 else begin
 
 
 class TokenWindows(Dataset[dict[str, Tensor]]):
     """Batches of random windows: `dataset[n]` is batch n, a function of (seed, n) only.
 
-    A batch is `tokens` int64 [B, T, R, C]; `previous` int64 [B, R, C], the frame before the window,
-    zeros where `has_previous` bool [B] is false; `actions` float32 [B, T, 2] and `action_valid`
-    bool [B, T, 2], where actions[:, t] leads to frame t: invalid at 0 where nothing came before.
+    A batch holds:
+
+    - `tokens` int64 [B, T, R, C];
+    - `previous` int64 [B, R, C], the tokens of the frame before the window, or zeros;
+    - `has_previous` bool [B], whether there is a frame before the window;
+    - `actions` float32 [B, T, 2], where actions[:, t] leads to frame t;
+    - `action_valid` bool [B, T, 2], which is false at t = 0 without a frame before the window.
 
     Raises:
-        DriveSimError: no drive is as long as a window, or there are fewer windows than a batch has.
+        DriveSimError: no drive is as long as a window, or there are fewer windows than
+            `batch_size`.
     """
 
     def __init__(
@@ -143,12 +156,12 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
         if batch_size > len(self.index):
             raise DriveSimError(
                 f"data.batch_size={batch_size}: there are only {len(self.index)} windows of "
-                f"{frames} frames to train on; lower it, or give more or longer drives"
+                f"{frames} frames to train on; lower the batch size, or add drives"
             )
         self._batch_size, self._seed = batch_size, seed
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:
-        # A hash is as random as a generator, and ten times as quick as seeding one.
+        # A hash is random enough, and ten times as fast as seeding a generator.
         drawn = hashlib.shake_128(f"{self._seed}:{n}".encode()).digest(8 * self._batch_size)
         chosen = np.frombuffer(drawn, "<u8") % len(self.index)
         return self.index.load(chosen.astype(np.int64))
@@ -157,13 +170,13 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
 def sequential_windows(
     drives: Sequence[DriveTokens], *, frames: int, batch_size: int, limit: int | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches, as `TokenWindows` makes them, of windows side by side in order.
+    """Return batches of adjacent windows in order, in the format of `TokenWindows`.
 
-    What is left at the end of a drive is dropped; the last batch may be smaller. With `limit`, only
-    that many windows, spread evenly over all of them.
+    Frames left over at the end of a drive are dropped. The last batch may be smaller. With `limit`,
+    there are at most that many windows, spread evenly over all of them.
 
     Raises:
-        DriveSimError: no drive is as long as a window; at once, not when the first is taken.
+        DriveSimError: no drive is as long as a window. The call itself raises it, not the iterator.
     """
     index = WindowIndex(drives, frames=frames, stride=frames)
     count = len(index) if limit is None else min(limit, len(index))

@@ -1,8 +1,8 @@
-"""Writes a token store: drive by drive, whole or not at all, continued after a kill.
+"""Writes a token store drive by drive, and continues where an interrupted writer stopped.
 
-A plan fixes beforehand which frames of which drives lie in which shard. Every drive becomes a part
-file, and when all are there, the parts become shards one by one, so a store that was killed and
-continued is byte for byte the store that was not.
+A plan fixes beforehand which frames of which drives go into which shard. The writer first writes
+each drive to a part file. When all parts exist, it merges them into shards, one by one. A store
+whose writer was killed and restarted therefore has the same bytes as an uninterrupted one.
 """
 
 import json
@@ -41,19 +41,21 @@ from driving_sim.engine.weights import write_safetensors
 
 _PLAN = "plan.json"
 _FORMATS = {"int64": "I64", "float64": "F64", "float32": "F32", "uint16": "U16", "bool": "BOOL"}
-_PATIENCE_S = 90
-_ROOT = r"(?<![\w.~/\\-])(?:[A-Za-z]:)?[/\\]"  # where an absolute path begins
+_PATIENCE_S = 90  # longest wait for the files of other ranks
+_ROOT = r"(?<![\w.~/\\-])(?:[A-Za-z]:)?[/\\]"  # matches the start of an absolute path
 
 
 class TokenStoreWriter:
-    """Writes the store `out` by a plan; continues one of the same plan that is unfinished.
+    """Writes the store `out` by a plan, or continues an unfinished store of the same plan.
 
-    `add` or `skip` each drive that is not `done`, in any order, then `finish`. A context manager,
-    which lets the folder go. On several ranks all of them make one, of the same folder on a shared
-    disk; each drive is added by one of them, and all `finish`.
+    Call `add` or `skip` for each drive that is not `done`, in any order, then `finish`. The writer
+    is a context manager, which unlocks the folder at the end. With several ranks, each rank makes a
+    writer for the same folder on a shared disk, one rank adds each drive, and all ranks call
+    `finish`.
 
     Raises:
-        DriveSimError: `out` is a finished store, one of another plan, in use, or something else.
+        DriveSimError: `out` holds a finished store, a store of another plan or other files, or
+            another process is writing to it.
     """
 
     def __init__(self, out: Path, plan: StorePlan, ranks: Ranks | None = None) -> None:
@@ -71,7 +73,7 @@ class TokenStoreWriter:
                 self.close()
                 raise
         self._ranks.barrier()
-        self._ranks.require_same(plan.hash, "the drives that were found")
+        self._ranks.require_same(plan.hash, "the planned drives")
 
     def __enter__(self) -> Self:
         return self
@@ -80,25 +82,26 @@ class TokenStoreWriter:
         self.close()
 
     def close(self) -> None:
-        """Let another process write; the store stays as far as it came."""
+        """Unlock the folder for other processes. An unfinished store can be continued later."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def _start(self) -> None:
         if (self.out / INDEX).exists():
-            shutil.rmtree(self._work, ignore_errors=True)  # it was killed while it tidied up
+            # A writer that was killed during its last step leaves this folder behind.
+            shutil.rmtree(self._work, ignore_errors=True)
             raise DriveSimError(
-                f"{self.out}: holds a finished token store; remove it or choose another folder"
+                f"{self.out}: holds a finished token store; choose another `out`, or delete it"
             )
         if any(self._work.glob("part-*")) or any(self._work.glob("shard-*")):
             self._check_plan()
             for leftover in self.out.glob(".*.partial*"):
                 leftover.unlink()
-        elif others := {file.name for file in self.out.iterdir()} - {UNFINISHED}:
+        elif foreign := {file.name for file in self.out.iterdir()} - {UNFINISHED}:
             raise DriveSimError(
-                f"{self.out}: exists and holds {min(others)!r}, not a token store; remove it or "
-                "choose another folder"
+                f"{self.out}: holds {min(foreign)!r}, which is not part of a token store; "
+                "choose another `out`"
             )
         else:
             shutil.rmtree(self._work, ignore_errors=True)
@@ -106,18 +109,18 @@ class TokenStoreWriter:
             save_json(self._work / _PLAN, self.plan.summary())
 
     def _check_plan(self) -> None:
-        found, own = load_json(self._work / _PLAN), self.plan.summary()
-        if found.get("hash") == own.pop("hash"):
+        saved, own = load_json(self._work / _PLAN), self.plan.summary()
+        if saved.get("hash") == own.pop("hash"):
             return
         differences = (
-            f"{name} is {found.get(name)} there and {value} here"
+            f"{name} was {saved.get(name)} and is now {value}"
             for name, value in own.items()
-            if found.get(name) != value
+            if saved.get(name) != value
         )
         raise DriveSimError(
             f"{self.out}: holds an unfinished token store of another plan "
-            f"({next(differences, 'the drives or their actions differ')}): repeat "
-            "the command that made it, remove it or choose another folder"
+            f"({next(differences, 'the drives or their actions differ')}); "
+            "repeat the command that made it, choose another `out`, or delete it"
         )
 
     def _part(self, number: int) -> Path:
@@ -130,7 +133,7 @@ class TokenStoreWriter:
         return self._work / f"shard-{shard:05d}.json"
 
     def done(self, drive_id: str) -> bool:
-        """Whether a drive is written or skipped already."""
+        """Return whether a drive has already been written or skipped."""
         number = self._numbers[drive_id]
         files = [self._part(number), self._skip_note(number)]
         if number in self._shard_of:
@@ -148,11 +151,11 @@ class TokenStoreWriter:
     ) -> None:
         """Write a drive: tokens [T, rows, cols], actions and action_valid [T, 2], timestamps [T].
 
-        `segments` are the [start, stop) runs without a gap in time. Actions that are not valid are
+        `segments` are the ranges [start, stop) of frames without a gap in time. Invalid actions are
         stored as 0.
 
         Raises:
-            ValueError: a shape, value or length is not what the plan says.
+            ValueError: an array's shape differs from the plan, or its values are not allowed.
             DriveSimError: the disk is full or not writable.
         """
         number, codes = self._numbers[drive_id], self.plan.info.codebook_size
@@ -166,25 +169,27 @@ class TokenStoreWriter:
         ):
             if np.shape(values) != columns[name].shape:
                 planned = columns[name].shape
-                raise ValueError(f"{drive_id}: {name} is {np.shape(values)}, planned {planned}")
+                raise ValueError(
+                    f"{drive_id}: {name} has shape {np.shape(values)}, but the plan says {planned}"
+                )
             columns[name][:] = values
         if tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= codes:
-            raise ValueError(f"{drive_id}: tokens must be integers from 0 to below {codes}")
+            raise ValueError(f"{drive_id}: tokens must be integers from 0 to {codes - 1}")
         if not (np.diff(columns["timestamps"]) > 0).all():
             raise ValueError(f"{drive_id}: timestamps must increase from frame to frame")
         columns["actions"][~columns["action_valid"]] = 0
         if not np.isfinite(columns["actions"]).all():
-            raise ValueError(f"{drive_id}: actions that are valid must be finite")
+            raise ValueError(f"{drive_id}: valid actions must be finite")
         metadata = {"segments": json.dumps([[int(a), int(b)] for a, b in segments])}
         _write(self._part(number), columns, metadata)
 
     def skip(self, drive_id: str, reason: str) -> None:
-        """Leave a drive out; the index will say why (folders in the reason are left out)."""
+        """Leave a drive out. The index records the reason, with folders removed from its paths."""
         note = {"id": drive_id, "reason": _without_folders(reason, drive_id)}
         save_json(self._skip_note(self._numbers[drive_id]), note)
 
     def finish(self) -> StoreIndex:
-        """Make the shards of the parts, write the index and remove what was needed on the way.
+        """Merge the parts into shards, delete temporary files, write and return the index.
 
         Raises:
             ValueError: a planned drive was neither added nor skipped.
@@ -192,12 +197,15 @@ class TokenStoreWriter:
         """
         self._ranks.barrier()
         if missing := self._missing():
-            raise ValueError(f"{len(missing)} drives are missing, {missing[0]!r} first")
+            raise ValueError(
+                f"{len(missing)} drives are missing (neither added nor skipped), "
+                f"the first is {missing[0]!r}"
+            )
         for shard in range(self._ranks.rank, len(self._shards), self._ranks.size):
             if not self._shard_note(shard).exists():
                 self._merge(shard)
             for piece in self._shards[shard]:
-                # The part of a split drive stays to the end: another shard may be made of it yet.
+                # Keep the part of a split drive, because another shard may still need it.
                 if piece.stop - piece.start == self.plan.drives[piece.drive].frames:
                     self._part(piece.drive).unlink(missing_ok=True)
         self._ranks.barrier()
@@ -210,16 +218,18 @@ class TokenStoreWriter:
             if not index.frames:
                 for shard in range(len(self._shards)):
                     (self.out / shard_name(shard)).unlink(missing_ok=True)
-                with suppress(OSError):  # somebody else's files may be there
+                with suppress(OSError):  # the folder may hold other files
                     self.out.rmdir()
         self._ranks.barrier()
         if not index.frames:
-            first = f"{index.skipped[0].id!r} as {index.skipped[0].reason}"
-            raise DriveSimError(f"{self.out}: every drive was skipped, {first}")
+            first = index.skipped[0]
+            raise DriveSimError(
+                f"{self.out}: every drive was skipped; the first is {first.id!r}: {first.reason}"
+            )
         return index
 
     def _missing(self) -> list[str]:
-        # A network file system may show a rank what others wrote a while later.
+        # On a network file system, a rank may see the files of other ranks only after a while.
         for _ in range(_PATIENCE_S if self._ranks.size > 1 else 0):
             if all(map(self.done, self._numbers)):
                 break
@@ -227,7 +237,7 @@ class TokenStoreWriter:
         return [name for name in self._numbers if not self.done(name)]
 
     def _merge(self, shard: int) -> None:
-        """Turn the parts of a shard's drives into the shard."""
+        """Merge the parts of a shard's drives into the shard."""
         pieces = [p for p in self._shards[shard] if not self._skip_note(p.drive).exists()]
         info, path = self.plan.info, self.out / shard_name(shard)
         columns = blank_columns(info, [piece.stop - piece.start for piece in pieces])
@@ -248,8 +258,10 @@ class TokenStoreWriter:
             )
             entries.append(entry)
         _write(path, columns, shard_metadata(info, entries))
-        made = ShardEntry(bytes=path.stat().st_size, sha256=sha256_of(path), drives=tuple(entries))
-        save_json(self._shard_note(shard), to_dict(made))
+        shard_entry = ShardEntry(
+            bytes=path.stat().st_size, sha256=sha256_of(path), drives=tuple(entries)
+        )
+        save_json(self._shard_note(shard), to_dict(shard_entry))
 
     def _index(self) -> StoreIndex:
         done = map(self._shard_note, range(len(self._shards)))
@@ -269,27 +281,29 @@ class TokenStoreWriter:
 
 
 def _write(path: Path, columns: Columns, metadata: dict[str, str]) -> None:
-    """Write a shard, or a drive as one, whole or not at all; equal content is equal bytes."""
+    """Write columns as a shard file, atomically. Equal columns give equal bytes."""
     forms = {name: (_FORMATS[column.dtype.name], column.shape) for name, column in columns.items()}
     with atomic_file(path) as temporary:
         write_safetensors(temporary, forms, columns.values(), metadata)
 
 
 def _without_folders(text: str, drive_id: str) -> str:
-    """The text on one line, each absolute path cut to its last name (that of the drive, if any)."""
+    """Return the text on one line, without the folders of the absolute paths in it."""
     text = " ".join(text.split())
-    # A folder's name may hold spaces: what lies before the drive's own name is surely folders.
+    # Folder names may contain spaces, so first remove everything before the drive's own name.
     name = re.escape(drive_id.rpartition("/")[2])
     text = re.sub(rf"{_ROOT}(?:.*?[/\\])?(?={name}\b)", "", text)
     return re.sub(rf"{_ROOT}(?:[^\s/\\:'\"]+[/\\])*", "", text)
 
 
 def _lock(folder: Path) -> int | None:
-    """Make a folder and hold it; the system lets go of it however this process ends."""
+    """Make a folder and lock it. The system releases the lock when this process ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DriveSimError(f"{folder}: cannot write: {error.strerror}") from error
+        raise DriveSimError(
+            f"{folder}: cannot write ({error.strerror}); choose another `out`"
+        ) from error
     if sys.platform == "win32":
         return None
     import fcntl
@@ -299,7 +313,9 @@ def _lock(folder: Path) -> int | None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
-        is_taken = isinstance(error, BlockingIOError)
-        reason = "another process is writing here; wait for it" if is_taken else error.strerror
-        raise DriveSimError(f"{folder}: {reason}") from error
+        if isinstance(error, BlockingIOError):
+            problem = "another process is writing this token store; wait until it ends"
+        else:
+            problem = f"cannot lock the folder ({error.strerror}); choose another `out`"
+        raise DriveSimError(f"{folder}: {problem}") from error
     return descriptor

@@ -29,7 +29,7 @@ def tiny(**changes: Any) -> AutoencoderConfig:
 
 
 def randomised(config: AutoencoderConfig) -> Autoencoder:
-    """An autoencoder whose blocks do something: at first they are identities."""
+    """Return an autoencoder whose blocks depend on their input; new blocks do not."""
     torch.manual_seed(0)
     autoencoder = Autoencoder(config)
     for parameter in autoencoder.parameters():
@@ -48,7 +48,7 @@ def test_patching_is_invertible_and_keeps_lengths(kind: Literal["haar", "unshuff
     torch.testing.assert_close(patches.norm(), images.norm())
 
 
-def test_unshuffle_is_torchs_pixel_unshuffle() -> None:
+def test_unshuffle_equals_torchs_pixel_unshuffle() -> None:
     images = torch.randn(2, 3, 16, 32)
     torch.testing.assert_close(Patching("unshuffle")(images), F.pixel_unshuffle(images, 4))
 
@@ -87,7 +87,7 @@ def test_a_picture_does_not_see_the_rest_of_its_batch() -> None:
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
 
 
-def test_attention_sees_the_whole_picture_in_its_right_place() -> None:
+def test_attention_sees_the_whole_picture_and_keeps_positions() -> None:
     config = tiny(height=64, width=128, blocks=(0, 0, 0), attention_blocks=1)
     blocks = randomised(config).decoder.modules()
     attention = next(block for block in blocks if isinstance(block, AttentionBlock))
@@ -100,30 +100,30 @@ def test_attention_sees_the_whole_picture_in_its_right_place() -> None:
 
 
 @pytest.mark.parametrize("heads_together", [0, 1, 4, 8])
-def test_attention_in_bf16_is_that_in_float32(
+def test_attention_in_bf16_agrees_with_float32(
     heads_together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_MOST_SCORES", heads_together * 32**2)
     torch.manual_seed(0)
-    # Scores of up to 10 or so: some weights are nearly 1, most nearly 0.
-    given = torch.randn(3, 3, 2, 32, 16) * torch.tensor([3.0, 1.0, 1.0]).view(3, 1, 1, 1, 1)
+    # Scores are as large as 10, so that some weights are nearly 1 and most are nearly 0.
+    qkv = torch.randn(3, 3, 2, 32, 16) * torch.tensor([3.0, 1.0, 1.0]).view(3, 1, 1, 1, 1)
     grad = torch.randn(3, 2, 32, 16)
 
     def results(
         attend: Callable[[Tensor, Tensor, Tensor], Tensor], dtype: torch.dtype
     ) -> list[Tensor]:
-        leaf = given.bfloat16().to(dtype).requires_grad_()
+        leaf = qkv.bfloat16().to(dtype).requires_grad_()
         out = attend(*leaf)
         out.backward(grad.to(dtype))  # type: ignore[no-untyped-call]
         assert leaf.grad is not None
         return [out.detach(), leaf.grad]
 
     truths = results(F.scaled_dot_product_attention, torch.float32)
-    for found, truth in zip(results(module._attention, torch.bfloat16), truths, strict=True):
-        assert (found - truth).norm() / truth.norm() < 0.01
+    for result, truth in zip(results(module._attention, torch.bfloat16), truths, strict=True):
+        assert (result - truth).norm() / truth.norm() < 0.01
 
 
-def test_what_learns_nothing_gives_the_same() -> None:
+def test_inference_mode_gives_the_same_pictures() -> None:
     autoencoder = randomised(tiny())
     images = torch.rand(2, 3, 32, 64) * 2 - 1
     learning = autoencoder(images)
@@ -133,12 +133,12 @@ def test_what_learns_nothing_gives_the_same() -> None:
 
 
 @pytest.mark.parametrize("block", [ResidualBlock(16), AttentionBlock(16, head_size=16)])
-def test_a_block_leaves_what_it_is_given(block: torch.nn.Module) -> None:
+def test_a_block_does_not_change_its_input(block: torch.nn.Module) -> None:
     features = torch.randn(1, 16, 4, 4)
-    given = features.clone()
+    block_input = features.clone()
     with torch.inference_mode():
-        block(given)
-    torch.testing.assert_close(given, features, atol=0, rtol=0)
+        block(block_input)
+    torch.testing.assert_close(block_input, features, atol=0, rtol=0)
 
 
 def test_every_parameter_learns() -> None:

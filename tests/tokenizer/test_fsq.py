@@ -9,7 +9,7 @@ LEVELS = [(8, 5, 5, 5), (8, 8, 8, 6, 5), (3,), (2, 7, 4)]
 
 
 @pytest.mark.parametrize("levels", LEVELS)
-def test_every_index_survives_codes(levels: tuple[int, ...]) -> None:
+def test_indices_round_trip_through_codes(levels: tuple[int, ...]) -> None:
     fsq = FSQ(levels)
     indices = torch.arange(fsq.codebook_size)
     codes = fsq.indices_to_codes(indices)
@@ -30,8 +30,8 @@ def test_quantised_values_are_codes_and_every_code_is_reached(levels: tuple[int,
         assert (steps.diff() >= -1e-6).all()
 
 
-def test_all_levels_are_equally_wide_where_they_are_rounded() -> None:
-    """What is spread evenly over the squashed range uses every level as often."""
+def test_all_levels_are_equally_wide() -> None:
+    """Values spread evenly over the squashed range use all levels equally often."""
     fsq = FSQ((8, 5))
     even = torch.linspace(-1, 1, 40001)[1:-1]
     codes = fsq(torch.atanh(even)[:, None] - fsq.shift)

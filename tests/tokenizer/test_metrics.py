@@ -20,7 +20,7 @@ def noisy(clean: torch.Tensor) -> torch.Tensor:
     return (clean.int() + noise).clamp(0, 255).to(torch.uint8)
 
 
-def test_psnr_is_scikit_images() -> None:
+def test_psnr_agrees_with_scikit_image() -> None:
     a, b = frames(0), noisy(frames(0))
     expected = [
         reference.peak_signal_noise_ratio(x.numpy(), y.numpy(), data_range=255)
@@ -37,7 +37,7 @@ def test_psnr_of_equal_frames_is_finite_and_the_highest() -> None:
 
 
 @pytest.mark.parametrize("rough", [True, False])
-def test_ssim_is_scikit_images_where_the_window_is_inside(rough: bool) -> None:
+def test_ssim_agrees_with_scikit_image(rough: bool) -> None:
     a, b = frames(0), noisy(frames(0)) if rough else frames(1)
     expected = [
         reference.structural_similarity(

@@ -70,7 +70,7 @@ def test_the_discriminator_waits_for_its_start() -> None:
 
 
 def test_one_backward_pass_serves_both_players() -> None:
-    """The textbook's losses, each with its own pass, give the same gradients."""
+    """Separate backward passes for the two losses give the same gradients."""
     model = objective()
     discriminator = discriminator_of(model)
     loss, metrics = model(batch(0.9))
@@ -106,12 +106,12 @@ def test_the_discriminators_pull_is_bounded_and_ramps_up() -> None:
     assert pulls == pytest.approx([0.0, 0.1, 0.2], abs=1e-4)
 
 
-def test_the_say_of_the_discriminator_is_part_of_a_checkpoint() -> None:
+def test_the_weight_of_the_discriminator_is_part_of_a_checkpoint() -> None:
     model = objective()
     model(batch(0.55))
-    other = objective()
-    other.load_state_dict(model.state_dict())
-    assert float(other.gan_share) == pytest.approx(0.5, abs=1e-5)
+    loaded = objective()
+    loaded.load_state_dict(model.state_dict())
+    assert float(loaded.gan_share) == pytest.approx(0.5, abs=1e-5)
 
 
 def test_an_optimizer_takes_each_players_parameters_once() -> None:
@@ -131,7 +131,7 @@ class Distance(nn.Module):
         return self.factor * (a - b).square().mean()
 
 
-def test_lpips_counts_by_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lpips_is_weighted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PerceptualLoss", Distance)
     config = TokenizerObjectiveConfig(l1_weight=0.0, lpips_weight=3.0, gan_weight=0.0)
     model = TokenizerObjective(MODEL, config, {"factor": torch.tensor(2.0)})

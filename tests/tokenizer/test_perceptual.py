@@ -22,11 +22,13 @@ def loss() -> PerceptualLoss:
 
 
 def test_it_is_lpips_on_the_given_backbone(loss: PerceptualLoss) -> None:
-    own = loss.network.net.state_dict()
-    given = random_vgg16()
-    assert len(own) == 2 * len(NUMBERS)
-    assert all(torch.equal(v, given[f"features.{k.partition('.')[2]}"]) for k, v in own.items())
-    # The package's own weights, which weigh the channels, are not random.
+    loaded = loss.network.net.state_dict()
+    backbone = random_vgg16()
+    assert len(loaded) == 2 * len(NUMBERS)
+    assert all(
+        torch.equal(v, backbone[f"features.{k.partition('.')[2]}"]) for k, v in loaded.items()
+    )
+    # The weights of the channels are the published ones, which are not negative.
     assert loss.network.lin0.model[1].weight.min() >= 0
 
 
@@ -50,7 +52,7 @@ def test_it_stays_in_eval_mode(loss: PerceptualLoss) -> None:
     assert not any(module.training for module in loss.modules())
 
 
-def test_missing_weights_name_the_way_without(
+def test_missing_weights_name_the_setting_that_trains_without_lpips(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unreachable(*args: Any, **options: Any) -> Mapping[str, Tensor]:
@@ -65,13 +67,13 @@ def test_missing_weights_name_the_way_without(
 
 
 @pytest.mark.parametrize("kept", [0, 100, 5000])
-def test_a_truncated_file_of_weights_is_said_in_one_line(
+def test_a_truncated_weights_file_gives_a_one_line_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
 ) -> None:
     name = "vgg16-397923af.pth"
     (tmp_path / "checkpoints").mkdir()
     file = tmp_path / "checkpoints" / name
-    # The format of the published file.
+    # Save in the old format of the published file.
     torch.save({"w": torch.ones(9999)}, file, _use_new_zipfile_serialization=False)
     file.write_bytes(file.read_bytes()[:kept])
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
@@ -80,7 +82,7 @@ def test_a_truncated_file_of_weights_is_said_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_weights_of_another_checksum_are_not_even_opened(
+def test_weights_with_another_checksum_are_not_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "checkpoints").mkdir()
@@ -101,7 +103,7 @@ def test_a_download_is_compared_with_the_whole_checksum(
     content = io.BytesIO()
     torch.save({"w": torch.ones(3)}, content)
     digest = hashlib.sha256(content.getvalue()).hexdigest()
-    # The digits in the name, which are all that torch compares by itself, are right in any case.
+    # The digits in the file name are right in both cases. Torch by itself compares only those.
     published = tmp_path / f"vgg16-{digest[:8]}.pth"
     published.write_bytes(content.getvalue())
     expected = digest if is_right else digest[:8] + "0" * 56

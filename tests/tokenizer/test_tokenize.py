@@ -80,7 +80,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 class Damaged(FrameReader):
-    """Reads `good` frames, then fails, or just ends."""
+    """Reads `good` frames, then raises an error, or just ends if `silent`."""
 
     def __init__(self, reader: FrameReader, good: int, *, silent: bool) -> None:
         self._reader, self._good, self._silent = reader, good, silent
@@ -130,7 +130,7 @@ def test_the_store_holds_the_tokens_of_the_chosen_frames_and_their_actions(
     assert str(index) == "tokens of 3 drives, 33 frames at 5 fps"
 
 
-def test_a_rate_that_no_stride_gives_is_stored_as_it_is(
+def test_a_rate_that_is_no_whole_stride_is_stored(
     drives: DriveSet, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     faster = DriveSet([slower(drives.drives[0], 10 / 14)])
@@ -173,7 +173,7 @@ def test_a_mirrored_drive_is_flipped_and_steers_the_other_way(
     assert (plain.entry.mirrored, mirrored.entry.mirrored) == (False, True)
 
 
-def test_videos_without_actions_have_none_that_are_valid(
+def test_videos_without_actions_have_no_valid_actions(
     drives: DriveSet, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     bare = DriveSet([replace(drive, log=None) for drive in drives.drives])
@@ -206,7 +206,7 @@ tokenize(find_drives([Path(sys.argv[1])]), make_tokenizer(), Path(sys.argv[2]), 
 def test_a_killed_run_continues_to_the_same_bytes(
     drives: DriveSet, videos: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    out, whole = tmp_path / "killed", tmp_path / "whole"
+    out, uninterrupted = tmp_path / "killed", tmp_path / "uninterrupted"
     process = subprocess.run(
         [sys.executable, "-c", KILLED, str(videos), str(out)],
         cwd=ROOT,
@@ -216,7 +216,7 @@ def test_a_killed_run_continues_to_the_same_bytes(
     done = list((out / ".unfinished").glob("part-*"))
     written = {part.name: part.stat().st_mtime_ns for part in done}
     assert len(done) == 1
-    with pytest.raises(DriveSimError, match=r"fps is 10\.0 there and 5\.0 here"):
+    with pytest.raises(DriveSimError, match=r"fps was 10\.0 and is now 5\.0"):
         tokenize(drives, tokenizer, out, fps=5, mirror=True, batch_size=BATCH)
     assert {part.name: part.stat().st_mtime_ns for part in done} == written
 
@@ -230,9 +230,9 @@ def test_a_killed_run_continues_to_the_same_bytes(
 
     counting = Counting(tokenizer.autoencoder)
     tokenize(drives, counting, out, mirror=True, batch_size=BATCH)
-    assert encoded == (6 - len(done)) * FRAMES  # what was done was not done again
-    tokenize(drives, tokenizer, whole, mirror=True, batch_size=BATCH)
-    assert contents(out) == contents(whole)
+    assert encoded == (6 - len(done)) * FRAMES  # finished drives are not encoded again
+    tokenize(drives, tokenizer, uninterrupted, mirror=True, batch_size=BATCH)
+    assert contents(out) == contents(uninterrupted)
     assert str(videos).encode() not in b"".join(contents(out).values())
 
 
@@ -282,7 +282,7 @@ def test_damage_found_while_decoding_stops_or_is_skipped(
     with pytest.raises(BadDriveError, match=f"{reason}.*repair or remove it$"):
         tokenize(damaged, tokenizer, tmp_path / "tokens", mirror=mirror)
     parts = list((tmp_path / "tokens" / ".unfinished").glob("part-*"))
-    assert len(parts) == 1 + mirror  # what came before is kept
+    assert len(parts) == 1 + mirror  # the drive before the bad one is kept
 
     tokenize(damaged, tokenizer, tmp_path / "tokens", mirror=mirror, skip_bad=True)
     assert reason in capsys.readouterr().err
@@ -319,7 +319,7 @@ def test_a_drive_of_another_rate_is_bad(
 ) -> None:
     first, second, third = drives.drives
     mixed = DriveSet([first, slower(second, 1.6), third])
-    with pytest.raises(DriveSimError, match=r"b: 6\.25 frames a second.*`fps`; "):
+    with pytest.raises(DriveSimError, match=r"b: has 6\.25 frames per second.*`fps`\); "):
         tokenize(mixed, tokenizer, tmp_path / "tokens")
     tokenize(mixed, tokenizer, tmp_path / "tokens", skip_bad=True)
     assert TokenStore(tmp_path / "tokens").drive_ids == ("a", "c")
@@ -327,7 +327,7 @@ def test_a_drive_of_another_rate_is_bad(
     tokenize(alike, tokenizer, tmp_path / "alike")
 
 
-def test_too_short_a_drive_and_no_drive_are_errors(
+def test_short_drives_and_no_drives_are_errors(
     drives: DriveSet, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     with pytest.raises(DriveSimError, match="1 frame at this rate"):
@@ -344,13 +344,13 @@ def test_kinds_of_steering_do_not_mix(
 ) -> None:
     first, second, third = drives.drives
     assert second.log is not None
-    other = replace(second, log=replace(second.log, steering_kind="curvature"))
+    mixed = replace(second, log=replace(second.log, steering_kind="curvature"))
     with pytest.raises(DriveSimError, match="mix"):
-        tokenize(DriveSet([first, other, third]), tokenizer, tmp_path / "tokens")
+        tokenize(DriveSet([first, mixed, third]), tokenizer, tmp_path / "tokens")
     assert not (tmp_path / "tokens").exists()
 
 
-def test_other_actions_for_the_same_video_are_another_plan(
+def test_other_actions_change_the_plan(
     drives: DriveSet, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     with pytest.raises(DriveSimError, match="damaged"):
@@ -367,10 +367,10 @@ def test_other_actions_for_the_same_video_are_another_plan(
     [(0, BATCH, 1), (1, 0, -(-FRAMES // BATCH))],
     ids=["next batch", "next drive"],
 )
-def test_what_comes_next_is_decoded_while_a_batch_is_encoded(
+def test_the_next_batch_is_decoded_while_a_batch_is_encoded(
     drives: DriveSet, tokenizer: Tokenizer, tmp_path: Path, drive: int, frame: int, call: int
 ) -> None:
-    """By the time of the `call`-th call of the encoder, that frame of that drive is."""
+    """The frame is decoded before the encoder's call number `call` returns."""
     decoded = threading.Event()
 
     class Watched(Damaged):
@@ -392,14 +392,14 @@ def test_what_comes_next_is_decoded_while_a_batch_is_encoded(
     two[drive] = replace(two[drive], reader=Watched(two[drive].reader, FRAMES, silent=True))
     waiting = Waiting(tokenizer.autoencoder)
     tokenize(DriveSet(two), waiting, tmp_path / "tokens", batch_size=BATCH)
-    assert [len(each) for each in TokenStore(tmp_path / "tokens").drives] == [FRAMES] * 2
+    assert [len(stored) for stored in TokenStore(tmp_path / "tokens").drives] == [FRAMES] * 2
 
 
 class StoppedError(Exception):
-    """No DriveSimError: no fault of a drive."""
+    """An error that is not the fault of a drive, so not a DriveSimError."""
 
 
-def test_a_drive_is_written_before_the_next_one_is_waited_for(
+def test_a_drive_is_written_even_if_the_next_one_fails(
     drives: DriveSet, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     class Broken(Damaged):
@@ -422,7 +422,7 @@ def test_a_drive_is_written_before_the_next_one_is_waited_for(
     assert sum(encoded) == FRAMES
 
 
-def test_what_is_being_decoded_when_encoding_stops_is_let_end(
+def test_an_error_while_encoding_waits_for_the_decoder_to_end(
     drives: DriveSet, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     begun, end, closed = threading.Event(), threading.Event(), threading.Event()
@@ -450,7 +450,7 @@ def test_what_is_being_decoded_when_encoding_stops_is_let_end(
     assert closed.is_set()
 
 
-def test_after_a_bad_drive_no_other_is_decoded_unless_it_is_skipped(
+def test_without_skip_bad_no_drive_is_decoded_after_a_bad_one(
     drives: DriveSet, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     opened = []

@@ -46,7 +46,7 @@ def test_shapes_and_kinds() -> None:
     assert rebuilt.dtype is torch.uint8
 
 
-def test_it_is_the_autoencoder() -> None:
+def test_it_gives_the_results_of_the_autoencoder() -> None:
     tokenizer = make()
     images = frames().permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_it_is_the_autoencoder() -> None:
     assert difference.abs().max() <= 0.51
 
 
-def test_batches_do_not_matter_and_arrays_will_do() -> None:
+def test_batch_size_and_kind_of_array_do_not_matter() -> None:
     tokenizer = make()
     tokens = tokenizer.encode(frames())
     assert torch.equal(tokenizer.encode(frames().numpy(), batch_size=2), tokens)
@@ -66,7 +66,7 @@ def test_batches_do_not_matter_and_arrays_will_do() -> None:
     assert (few.int() - tokenizer.decode(tokens).int()).abs().max() <= 1
 
 
-def test_in_bf16_pixels_hardly_move() -> None:
+def test_bf16_changes_pixels_little() -> None:
     exact = make(widths=(32, 32, 32))
     half = Tokenizer(exact.autoencoder, precision="bf16")
     tokens = torch.randint(exact.codebook_size, (3, exact.rows, exact.cols))
@@ -78,7 +78,7 @@ def test_in_bf16_pixels_hardly_move() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_nothing_in_nothing_out(precision: str) -> None:
+def test_no_frames_give_no_tokens(precision: str) -> None:
     tokenizer = Tokenizer(make().autoencoder, precision=precision)
     tokens = tokenizer.encode(frames(0))
     assert tokens.shape == (0, 2, 4)
@@ -109,7 +109,7 @@ def test_other_sizes_are_scaled_as_videos_are(height: int, width: int) -> None:
     assert np.abs(own.numpy() - expected).mean() < 2
 
 
-def test_a_saved_tokenizer_is_the_same_one(tmp_path: Path) -> None:
+def test_a_saved_tokenizer_round_trips(tmp_path: Path) -> None:
     tokenizer = make()
     tokenizer.save(tmp_path / "run")
     loaded = Tokenizer.from_run(tmp_path / "run", device="cpu", precision="fp32")
@@ -177,7 +177,7 @@ def test_changed_weights_are_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "bad", [frames()[0], frames().float(), frames()[..., :2]], ids=["one", "float", "channels"]
 )
-def test_what_is_not_frames_is_refused(bad: Tensor) -> None:
+def test_other_arrays_are_no_frames(bad: Tensor) -> None:
     with pytest.raises(ValueError, match="uint8"):
         make().encode(bad)
 
@@ -186,6 +186,6 @@ def test_what_is_not_frames_is_refused(bad: Tensor) -> None:
     ("shape", "value", "message"),
     [((2, 4), 0, "shape"), ((1, 4, 2), 0, "shape"), ((1, 2, 4), 1000, "999"), ((1, 2, 4), -1, "0")],
 )
-def test_what_is_not_tokens_is_refused(shape: tuple[int, ...], value: int, message: str) -> None:
+def test_other_arrays_are_no_tokens(shape: tuple[int, ...], value: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make().decode(torch.full(shape, value))

@@ -36,7 +36,7 @@ FRAMES = 12
 
 @dataclass(frozen=True)
 class Gradients:
-    """Frames that are easy to learn: a horizon whose height depends on the frame."""
+    """Reads frames that are easy to learn: a horizon whose height depends on the frame number."""
 
     shade: int
 
@@ -69,7 +69,7 @@ def drives(count: int) -> list[SampledDrive]:
 
 @dataclass(frozen=True)
 class Damaged(Gradients):
-    """Frames of which the sixth cannot be read."""
+    """Reads frames up to number 5; frame 6 and all later ones raise an error."""
 
     def read(self, indices: Ints, size: FrameSize | None) -> Pixels:
         if np.max(indices) >= 6:
@@ -84,8 +84,8 @@ class Damaged(Gradients):
 
 def with_damage(count: int, bad: str) -> list[SampledDrive]:
     return [
-        sample(replace(each.drive, reader=Damaged(0))) if each.drive.id == bad else each
-        for each in drives(count)
+        sample(replace(good.drive, reader=Damaged(0))) if good.drive.id == bad else good
+        for good in drives(count)
     ]
 
 
@@ -124,7 +124,7 @@ def rows(run: Path, phase: str) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if row["phase"] == phase]
 
 
-def test_a_run_leaves_a_tokenizer_and_its_record(
+def test_a_run_saves_a_tokenizer_and_metrics(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -139,7 +139,7 @@ def test_a_run_leaves_a_tokenizer_and_its_record(
     shown = capsys.readouterr().err
     assert "without the perceptual loss LPIPS" in shown
     assert "training on 2 drives, validating on drive_" in shown
-    # What is kept is what was validated.
+    # The saved tokenizer gives the same error as the last validation.
     held_out = next(d for d in drives(3) if f"validating on {d.drive.id}" in shown)
     frames = torch.from_numpy(held_out.drive.reader.read(np.arange(FRAMES), SIZE))
     rebuilt = tokenizer.decode(tokenizer.encode(frames))
@@ -148,54 +148,54 @@ def test_a_run_leaves_a_tokenizer_and_its_record(
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    train_tokenizer(drives(2), run_config(), whole, device="cpu")
-    shutil.copytree(whole, resumed)
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
+    train_tokenizer(drives(2), run_config(), uninterrupted, device="cpu")
+    shutil.copytree(uninterrupted, resumed)
     shutil.rmtree(resumed / "checkpoints" / "step-00000006")
     (resumed / "model.safetensors").unlink()
     train_tokenizer(drives(2), run_config(), resumed, resume=True, device="cpu")
     last = Path("checkpoints") / "step-00000006" / "model.safetensors"
     for name in ("model.safetensors", last):
-        assert (whole / name).read_bytes() == (resumed / name).read_bytes()
+        assert (uninterrupted / name).read_bytes() == (resumed / name).read_bytes()
 
 
 def test_a_run_is_not_resumed_on_other_frames(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train_tokenizer(drives(2), run_config(steps=1), run, device="cpu")
-    for other, field in (
+    for other_drives, field in (
         (drives(3), "drives.count=2"),
-        ([sample(each.drive, every=2) for each in drives(2)], "drives.frames=24"),
+        ([sample(sampled.drive, every=2) for sampled in drives(2)], "drives.frames=24"),
         (drives(3)[1:], "drives.sha256"),
     ):
         with pytest.raises(DriveSimError, match=field):
-            train_tokenizer(other, run_config(steps=1), run, resume=True, device="cpu")
+            train_tokenizer(other_drives, run_config(steps=1), run, resume=True, device="cpu")
 
 
 @pytest.mark.parametrize(
     ("bad", "cache_gigabytes"), [("drive_1", 1.0), ("drive_2", 1.0), ("drive_2", 0.0)]
 )
-def test_a_bad_drive_stops_the_run_or_is_as_if_it_were_not_there(
+def test_a_bad_drive_stops_the_run_or_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: str, cache_gigabytes: float
 ) -> None:
-    """Whether it would validate (1) or train, decoded beforehand or on demand; resumed or not."""
+    """Holds for a validation drive (drive_1) or a training drive, cached or not, resumed or not."""
     config = run_config()
     config = replace(config, data=replace(config.data, cache_gigabytes=cache_gigabytes))
-    found = with_damage(3, bad)
+    with_bad = with_damage(3, bad)
     with pytest.raises(DriveSimError, match=r"^/there/bad\.mp4: decoding stopped at 0\.6 s$"):
-        train_tokenizer(found, config, tmp_path / "stopped", device="cpu")
+        train_tokenizer(with_bad, config, tmp_path / "stopped", device="cpu")
 
     kept, run = tmp_path / "kept", tmp_path / "run"
-    good = [each for each in drives(3) if each.drive.id != bad]
+    good = [sampled for sampled in drives(3) if sampled.drive.id != bad]
     train_tokenizer(good, config, kept, device="cpu")
     capsys.readouterr()
-    train_tokenizer(found, config, run, skip_bad=True, device="cpu")
+    train_tokenizer(with_bad, config, run, skip_bad=True, device="cpu")
     assert f"skipped {bad}: /there/bad.mp4" in capsys.readouterr().err
     weights = (kept / "model.safetensors").read_bytes()
     assert (run / "model.safetensors").read_bytes() == weights
 
     shutil.rmtree(run / "checkpoints" / "step-00000006")
     (run / "model.safetensors").unlink()
-    train_tokenizer(found, config, run, resume=True, skip_bad=True, device="cpu")
+    train_tokenizer(with_bad, config, run, resume=True, skip_bad=True, device="cpu")
     assert (run / "model.safetensors").read_bytes() == weights
 
 
@@ -220,7 +220,7 @@ def test_validation_drives_can_be_named(tmp_path: Path, capsys: pytest.CaptureFi
     assert "training on 3 drives, validating on drive_2\n" in capsys.readouterr().err
 
 
-def test_missing_lpips_weights_stop_before_anything_is_made(
+def test_missing_lpips_weights_are_reported_before_the_run_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unreachable(*args: Any, **options: Any) -> Any:
@@ -271,7 +271,7 @@ def test_validation_measures_every_frame_once() -> None:
 
 
 @torch.no_grad()
-def test_a_model_from_before_the_discriminator_is_provisional() -> None:
+def test_the_score_is_provisional_before_the_discriminator_starts() -> None:
     model = objective()
     validator = Validator(validation_frames(drives(1), SIZE, most=4))
     before = validator(model)
@@ -300,7 +300,7 @@ def test_the_grid_shows_each_frame_beside_its_reconstruction(
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_hold_together(name: str) -> None:
+def test_presets_are_consistent(name: str) -> None:
     preset = PRESETS[name]
     assert from_dict(TokenizerRunConfig, to_dict(preset)) == preset
     with torch.device("meta"):

@@ -1,1 +1,1 @@
-"""What is drawn of the synthetic world: ground, sky and what stands between, through a camera."""
+"""Draws the synthetic world as a camera sees it: ground, sky and the things in between."""

@@ -1,4 +1,4 @@
-"""Draws simple solids in perspective: what the things beside the road are made of."""
+"""Draws simple solids in perspective, of which the things beside the road are made."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from driving_sim.data.synthetic.drawing.palette import Palette
 from driving_sim.data.synthetic.drawing.shapes import Canvas, Point, Rgb, rgb
 
 Corner = tuple[float, float, float]
-"""Depth, metres to the left, metres above the ground: all as seen from the camera."""
+"""Depth in front of the camera, distance to its left, height above the ground; in metres."""
 
 NEAREST_M = 0.4
 HAZE_M = 260.0
@@ -33,9 +33,9 @@ def _clipped(corners: Sequence[Corner]) -> Sequence[Corner]:
 
 @dataclass(slots=True)
 class Brush:
-    """Draws one thing: whatever it draws has the haze of its depth and its opacity.
+    """Draws one thing, with its opacity and the haze of its distance.
 
-    Everything but faces and boxes needs a depth of at least `NEAREST_M`.
+    `upright`, `cone`, `ball` and `shadow` need a depth of at least `NEAREST_M`.
     """
 
     canvas: Canvas
@@ -44,7 +44,7 @@ class Brush:
     depth: float
     left: float
     heading: float
-    """Of the thing, anticlockwise from where the camera looks."""
+    """Heading of the thing in radians, anticlockwise from the direction of the camera."""
     opacity: float
 
     def _hazy(self, colour: Rgb) -> Rgb:
@@ -62,13 +62,13 @@ class Brush:
             self.canvas.polygon(points, self._hazy(colour), self.opacity)
 
     def upright(self, half_width: float, low: float, high: float, colour: Rgb) -> None:
-        """Draw a thin thing that turns its face to the camera, between two heights."""
+        """Draw an upright rectangle that faces the camera, between two heights."""
         corner = self._point(self.depth, self.left + half_width, high)
         opposite = self._point(self.depth, self.left - half_width, low)
         self.canvas.rectangle(corner, opposite, self._hazy(colour), self.opacity)
 
     def cone(self, half_width: float, low: float, high: float, colour: Rgb) -> None:
-        """Draw a cone that stands on its base, between two heights."""
+        """Draw an upright cone between two heights."""
         apex = self._point(self.depth, self.left, high)
         base_row = self.camera.row_of(self.depth, low)
         half = self.camera.focal / self.depth * half_width
@@ -77,14 +77,14 @@ class Brush:
     def ball(
         self, middle: float, half_width: float, half_height: float, colour: Rgb, light: float
     ) -> None:
-        """Draw an upright ellipsoid around a height, lit from above left."""
+        """Draw an upright ellipsoid with its centre at height `middle`, lit from above left."""
         scale = self.camera.focal / self.depth
         centre = self._point(self.depth, self.left, middle)
         radii = (scale * half_width, scale * half_height)
         self.canvas.ellipse(centre, radii, self._hazy(colour), self.opacity, light)
 
     def shadow(self, radius: float) -> None:
-        """Darken the ground around the foot."""
+        """Draw a round shadow on the ground around the thing's foot."""
         across = self.camera.focal / self.depth * radius
         if across < _LEAST_SHADOW_PX:
             return
@@ -93,19 +93,19 @@ class Brush:
         self.canvas.ellipse(centre, radii, _BLACK, 0.4 * self.opacity)
 
     def place(self, along: float, across: float, above: float) -> Corner:
-        """Return a corner given in the thing's own axes: ahead, left and up from its foot."""
+        """Convert a point in the thing's axes (ahead, left and up from its foot) to a corner."""
         cos, sin = math.cos(self.heading), math.sin(self.heading)
         depth = self.depth + along * cos - across * sin
         return depth, self.left + along * sin + across * cos, above
 
     def camera_place(self) -> Corner:
-        """Return where the camera is in the thing's own axes: ahead, left and up from its foot."""
+        """Return the camera's position in the thing's axes: ahead, left and up from its foot."""
         cos, sin = math.cos(self.heading), math.sin(self.heading)
         along = -self.depth * cos - self.left * sin
         return along, self.depth * sin - self.left * cos, self.camera.above_ground_m
 
     def panel(self, right: float, left: float, low: float, high: float, colour: Rgb) -> None:
-        """Draw an upright rectangle that faces along the thing's heading."""
+        """Draw an upright rectangle at right angles to the thing's heading."""
         ends = ((right, low), (left, low), (left, high), (right, high))
         self.face([self.place(0.0, *end) for end in ends], colour)
 
@@ -116,9 +116,10 @@ class Brush:
         heights: tuple[float, float],
         colours: tuple[Rgb, Rgb],
     ) -> None:
-        """Draw the sides of a box that face the camera, and its top where that is seen.
+        """Draw the sides of a box that face the camera, and its top if the camera sees it.
 
-        `length` is from its back to its front, `colours` are those of its sides and its top.
+        `length` gives the positions of back and front, `heights` those of bottom and top. `colours`
+        are for the sides and the top.
         """
         (back, front), (low, high), (side, top) = length, heights, colours
         along, across, above = self.camera_place()
@@ -126,8 +127,8 @@ class Brush:
         outside = (across - half_width, back - along, -half_width - across, along - front)
         for i, light in enumerate((0.86, 0.72, 0.86, 1.0)):
             if outside[i] > 0:
-                end, other = feet[i], feet[(i + 1) % 4]
-                outline = ((*end, low), (*other, low), (*other, high), (*end, high))
-                self.face([self.place(*own) for own in outline], side * light)
+                start, end = feet[i], feet[(i + 1) % 4]
+                outline = ((*start, low), (*end, low), (*end, high), (*start, high))
+                self.face([self.place(*point) for point in outline], side * light)
         if above > high:
             self.face([self.place(*foot, high) for foot in feet], top)

@@ -1,9 +1,9 @@
-"""The ground: an endless meadow with the road through it, painted pixel by pixel.
+"""The ground: an endless meadow and the road through it, painted pixel by pixel.
 
-Every pattern is fixed to the world, and is averaged over the pixel's footprint, so that it neither
-swims nor flickers. What varies smoothly is worked out in every fourth column and interpolated.
-Arrays are [rows, columns] of the picture below the horizon; `c` names those of coarse columns;
-pictures and colours have their three channels first.
+All patterns are fixed to the world and averaged over the patch of ground that a pixel covers (its
+footprint), so that they neither slide nor flicker. Smooth quantities are computed in every fourth
+column and interpolated. Arrays are [rows, columns] of the picture below the horizon; names that end
+in `_c` are for arrays of every fourth column. Pictures and colours have their three channels first.
 """
 
 import math
@@ -31,25 +31,25 @@ _MOWN_M = 7.0
 
 
 def _stripe(place: Reals, low: float, high: float, footprint: Reals) -> Reals:
-    """Return how much of each pixel's footprint lies between `low` and `high`."""
+    """Return the share of each pixel's footprint that lies between `low` and `high`."""
     half = 0.5 * footprint
     overlap = np.minimum(place + half, high) - np.maximum(place - half, low)
     return np.asarray(np.maximum(overlap, 0) / footprint)
 
 
 def _pulses(place: Reals, footprint: Reals, period: float, length: float) -> Reals:
-    """Return how much of each pixel's footprint lies on the first `length` of each period."""
+    """Return the share of each pixel's footprint in the first `length` metres of a period."""
 
     def covered_up_to(end: Reals) -> Reals:
-        whole = np.floor(end / period)
-        return np.asarray(whole * length + np.minimum(end - whole * period, length))
+        periods = np.floor(end / period)
+        return np.asarray(periods * length + np.minimum(end - periods * period, length))
 
     half = 0.5 * footprint
     return np.asarray((covered_up_to(place + half) - covered_up_to(place - half)) / footprint)
 
 
 class _Swell:
-    """Smooth noise without end or table: a few plane waves in all directions."""
+    """Smooth noise over an endless plane: the sum of a few plane waves."""
 
     def __init__(self, rng: np.random.Generator, wavelength_m: float, waves: int) -> None:
         directions = (np.arange(waves) + rng.uniform(0.1, 0.9, waves)) * (math.pi / waves)
@@ -68,7 +68,7 @@ class _Swell:
 
 
 class Ground:
-    """Paints everything flat: meadow, fields, verge, asphalt, markings."""
+    """Paints everything flat: meadow, fields, verge, asphalt and road markings."""
 
     def __init__(
         self,
@@ -95,13 +95,13 @@ class Ground:
         self._part = np.arange(_COARSE, dtype=np.float32) / _COARSE
 
     def _fine(self, values_c: Reals) -> Reals:
-        """Interpolate between coarse columns."""
+        """Interpolate values of every fourth column to all columns."""
         low, high = values_c[:, :-1, None], values_c[:, 1:, None]
         fine = rearrange(low + (high - low) * self._part, "rows coarse part -> rows (coarse part)")
         return np.asarray(fine[:, : self._width])
 
     def _footprints(self, slope_c: Reals, view: View) -> tuple[Reals, Reals]:
-        """Return each pixel's extent along and across the road, in metres."""
+        """Return the extent of each pixel's footprint along and across the road, in metres."""
         tangent_x = 1 / np.sqrt(1 + slope_c * slope_c)
         tangent_y = slope_c * tangent_x
         ahead = tangent_x * view.cos + tangent_y * view.sin
@@ -138,14 +138,14 @@ class Ground:
         blend(ground, palette["haze"], self._haze)
 
     def _ripeness_and_tone(self, x_c: Reals, y_c: Reals) -> tuple[Reals, Reals]:
-        """Return how ripe the meadow is, and how light, at each pixel."""
-        # A pixel too coarse to show a pattern shows its mean.
+        """Return the ripeness (0..1) and the brightness of the meadow at each pixel."""
+        # Fade a pattern to its mean where pixels are too coarse to show it.
         ripe_c = 0.35 + 0.6 * self._ripeness(x_c, y_c) * np.exp(-self._pixel_along / 12.0)
         tone_c = 1 + 0.08 * self._tufts(x_c, y_c) * np.exp(-self._pixel_along / 3.0)
         return self._fine(np.clip(ripe_c, 0, 1)), self._fine(tone_c)
 
     def _patch(self, station: Reals, along: Reals) -> Reals:
-        """Return the tone, in -1..1, of the length of asphalt that each pixel lies on."""
+        """Return the tone, in -1..1, of the patch of asphalt at each pixel."""
         near_end = station + 0.5 * along
         number = np.floor(near_end / _PATCH_M)
         index = number.astype(np.int32) & 255

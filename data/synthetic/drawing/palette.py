@@ -1,13 +1,13 @@
-"""The colours of a world: a few kinds of day, each varied a little by the seed."""
+"""The colours of a world: one palette for each kind of day, varied a little by the seed."""
 
 import numpy as np
 
 from driving_sim.data.synthetic.drawing.shapes import Rgb, rgb
 
 PALETTES = ("noon", "evening", "autumn", "overcast")
-"""The kinds of day."""
+"""Names of the kinds of day."""
 
-# RGB in 0..255, of each kind of day in that order.
+# RGB in 0..255 for each kind of day, in the order of `PALETTES`.
 _COLOURS = {
     "zenith": ((74, 140, 222), (104, 122, 204), (112, 158, 200), (146, 160, 178)),
     "horizon": ((196, 224, 244), (255, 206, 140), (228, 226, 212), (208, 214, 218)),
@@ -26,15 +26,15 @@ _COLOURS = {
 }
 
 Palette = dict[str, Rgb]
-"""The colours above by name, and `haze`: what distance turns everything into."""
+"""The colours above by name, and `haze`, the colour to which everything fades with distance."""
 
 
 def varied(day: str, rng: np.random.Generator) -> Palette:
-    """Return a day's palette, its brightness and each colour's tint changed by a few per cent."""
+    """Return a day's palette, with brightness and tints varied by a few per cent."""
     brightness = rng.uniform(0.95, 1.05)
     colours = {}
-    for name, of_days in _COLOURS.items():
+    for name, by_day in _COLOURS.items():
         tint = rng.uniform(0.97, 1.03, 3) * brightness
-        colours[name] = np.clip(np.array(of_days[PALETTES.index(day)]) * tint, 0, 255)
+        colours[name] = np.clip(np.array(by_day[PALETTES.index(day)]) * tint, 0, 255)
     colours["haze"] = 0.35 * colours["horizon"] + 0.65 * colours["far_hills"]
     return {name: rgb(colour) for name, colour in colours.items()}

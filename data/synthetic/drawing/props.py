@@ -1,4 +1,4 @@
-"""How each kind of thing looks: trees are shaded balls and cones, the rest is boxes and panels."""
+"""Draws the things in the world: plants from balls and cones, the rest from boxes and panels."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -68,7 +68,7 @@ def _house(brush: Brush, height: float, tint: float) -> None:
         if along * end > half_length**2:
             brush.face([brush.place(end, *corner) for corner in gable], wall)
     for side in (-half_width, half_width):
-        # The slope's plane reaches the camera's height this far out.
+        # Draw this side of the roof only if the camera is above the plane of its slope.
         if across * side > half_width**2 * (height - above) / (height - eaves):
             ends = (-half_length, half_length)
             slope = [brush.place(end, side, eaves) for end in ends]
@@ -94,14 +94,14 @@ def _car(brush: Brush, _: float, tint: float) -> None:
     brush.box((-1.45, 0.85), 0.8, (0.9, 1.5), (_GLASS, paint))
 
 
-# In the order of `Kind`; each draws a thing of a height and a tint.
+# Drawing functions in the order of `Kind`; their arguments are brush, height and tint.
 _DRAW = (_tree, _conifer, _bush, _post, _house, _gantry, _car)
 
 
 def paint_props(
     frame: Floats32, things: Things, view: View, camera: Camera, palette: Palette
 ) -> None:
-    """Draw the things in view on a frame [3, H, W], the farthest first."""
+    """Draw the visible things on a frame [3, H, W], the farthest first."""
     canvas = Canvas(frame)
     depth, left = view.depth_and_left(things.x, things.y)
     opacity = _opacities(things, depth, left, camera)
@@ -113,19 +113,20 @@ def paint_props(
     order = order[np.argsort(-depth[order], kind="stable")]
     heading = things.heading - view.heading
     columns = (things.kind, things.height, things.tint, depth, left, heading, opacity)
-    # Lists of plain numbers: NumPy's own scalars are slow one at a time.
+    # Convert to Python numbers, because a loop over NumPy scalars is slow.
     for kind, height, tint, *place in zip(*(c[order].tolist() for c in columns), strict=True):
         _DRAW[kind](Brush(canvas, camera, palette, *place), height, tint)
 
 
 def _opacities(things: Things, depth: Any, left: Any, camera: Camera) -> Any:
-    """Return how solid each thing is: nothing appears or vanishes at once."""
+    """Return the opacity of each thing. It changes gradually, so that nothing appears suddenly."""
     distance = np.hypot(depth, left)
     opacity = np.clip((VISIBLE_M - distance) / _FADE_M, 0, 1)
     ahead = np.maximum(depth, NEAREST_M)
     opacity *= np.clip(camera.focal * things.height / ahead - _LEAST_PX, 0, 1)
-    # What the car drives through thins out rather than fill the picture; a house, whose inner
-    # sides are not drawn, needs no such thing. A car beside the camera is out of its view.
+    # Plants and posts fade out when the camera comes close; otherwise they would fill the picture
+    # when the car drives through them. Houses need no fading: their inner sides are not drawn. Cars
+    # fade by distance, because they usually pass at the side.
     kinds = [things.kind < Kind.POST, things.kind == Kind.POST, things.kind == Kind.CAR]
     solidity = [(depth - 1.0) / 4.0, (depth - 1.0) / 0.5, (distance - 2.6) / 1.3]
     return opacity * np.clip(np.select(kinds, solidity, 1.0), 0, 1)

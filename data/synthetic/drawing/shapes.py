@@ -10,25 +10,25 @@ from numpy.typing import NDArray
 from driving_sim.data.arrays import Floats, Floats32
 
 Rgb = Floats32
-"""[3, 1, 1] in 0..255, so that it broadcasts over a picture."""
+"""Colour [3, 1, 1] in 0..255; it broadcasts over a picture."""
 Point = tuple[float, float]
-"""Column and row, continuous: pixel (i, j) covers i to i + 1 and j to j + 1."""
+"""Column and row, not rounded: pixel (i, j) covers i to i + 1 and j to j + 1."""
 
 
 def rgb(colour: tuple[float, float, float] | Floats) -> Rgb:
-    """Return a colour to draw with."""
+    """Return a colour as an array to draw with."""
     return np.array(colour, np.float32)[:, None, None]
 
 
 def blend(picture: Floats32, colour: NDArray[Any], cover: NDArray[Any]) -> None:
-    """Paint a colour over a picture [3, rows, columns] where it covers it."""
+    """Paint a colour over a picture [3, rows, columns] in place; `cover` is the opacity (0..1)."""
     change = colour - picture
     change *= cover
     picture += change
 
 
 class Canvas:
-    """A float32 RGB picture [3, H, W] to draw on, in painter's order."""
+    """A float32 RGB picture [3, H, W] to draw on. Later shapes cover earlier ones."""
 
     def __init__(self, frame: Floats32) -> None:
         self._frame = frame
@@ -39,13 +39,13 @@ class Canvas:
     def _window(
         self, left: float, top: float, right: float, bottom: float
     ) -> tuple[Floats32, Floats32, Floats32]:
-        """Return the part of the picture that the box touches, and its columns and rows."""
+        """Return the part of the picture in a box, and the centres of its columns and rows."""
         wide = slice(max(math.floor(left), 0), max(math.ceil(right), 0))
         high = slice(max(math.floor(top), 0), max(math.ceil(bottom), 0))
         return self._frame[:, high, wide], self._columns[:, wide], self._rows[high]
 
     def rectangle(self, corner: Point, opposite: Point, colour: Rgb, opacity: float) -> None:
-        """Draw an upright rectangle, from its upper left corner to its lower right one."""
+        """Draw an upright rectangle from its upper left to its lower right corner."""
         (left, top), (right, bottom) = corner, opposite
         part, columns, rows = self._window(left, top, right, bottom)
         wide = np.minimum(columns + 0.5, right) - np.maximum(columns - 0.5, left)
@@ -55,12 +55,12 @@ class Canvas:
     def ellipse(
         self, centre: Point, radii: Point, colour: Rgb, opacity: float, light: float = 0.0
     ) -> None:
-        """Draw an ellipse; `light` in 0..1 shades it as a ball lit from above left."""
+        """Draw an ellipse. `light` in 0..1 shades it like a ball that is lit from above left."""
         (x, y), (a, b) = centre, radii
         part, columns, rows = self._window(x - a - 0.5, y - b - 0.5, x + a + 0.5, y + b + 0.5)
         across, down = (columns - x) / a, (rows - y) / b
         cover = np.sqrt(across * across + down * down)
-        # Thinner than a pixel: the shape fades instead of vanishing.
+        # A shape thinner than a pixel fades instead of vanishing.
         edge = max(min(a, b), 0.5)
         cover *= -edge
         cover += edge + 0.5
@@ -73,7 +73,7 @@ class Canvas:
     def cone(
         self, apex: Point, base_row: float, half_width: float, colour: Rgb, opacity: float
     ) -> None:
-        """Draw an upright triangle of equal sides."""
+        """Draw an upright isosceles triangle."""
         x, top = apex
         if base_row - top < 1e-3:
             return
@@ -81,12 +81,12 @@ class Canvas:
         high = np.minimum(rows + 0.5, base_row) - np.maximum(rows - 0.5, top)
         half = (rows - top) * (half_width / (base_row - top))
         cover = np.minimum(np.maximum(half + 0.5 - np.abs(columns - x), 0), 1)
-        # Near the apex it is narrower than a pixel.
+        # Near the apex, the triangle is narrower than a pixel and covers only a part of it.
         cover *= np.minimum(2 * np.maximum(half, 0), 1) * (high * opacity)
         blend(part, colour, cover)
 
     def polygon(self, points: Sequence[Point], colour: Rgb, opacity: float) -> None:
-        """Draw a convex polygon, its corners in either sense."""
+        """Draw a convex polygon, with its corners in clockwise or anticlockwise order."""
         xs, ys = zip(*points, strict=True)
         part, columns, rows = self._window(
             min(xs) - 0.5, min(ys) - 0.5, max(xs) + 0.5, max(ys) + 0.5
@@ -105,6 +105,6 @@ class Canvas:
         a_e, b_e, c_e = np.array(lines, np.float32).T[:, :, None, None]
         outside = a_e * columns + (b_e * rows + c_e)
         np.maximum(np.minimum(outside, 0, out=outside), -1, out=outside)
-        # One minus what each edge cuts off: right for slivers thinner than a pixel, too.
+        # Subtract what each edge cuts off. This is right even for slivers thinner than a pixel.
         cover = outside.sum(axis=0) + 1
         blend(part, colour, np.maximum(cover, 0) * opacity)

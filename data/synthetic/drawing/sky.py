@@ -1,4 +1,4 @@
-"""Sky, sun, clouds and hills: a panorama painted once, of which each frame shows a part."""
+"""Sky, sun, clouds and hills: a panorama that is painted once. Each frame shows a part of it."""
 
 import math
 
@@ -10,12 +10,12 @@ from driving_sim.data.synthetic.drawing.camera import Camera, View
 from driving_sim.data.synthetic.drawing.palette import Palette
 from driving_sim.data.synthetic.drawing.shapes import blend
 
-# Looked up without interpolation: finer than the frame, with edges as soft as its pixels.
+# Texels of the panorama per pixel of a frame: more than 1, because lookups do not interpolate.
 _OVERSAMPLING = 2
 
 
 def _waves(rng: np.random.Generator, azimuth: Reals, harmonics: range, decay: float) -> Reals:
-    """Return a smooth periodic function of the azimuth in -1..1."""
+    """Return a smooth periodic function of the azimuth, with values in -1..1."""
     total = np.zeros_like(azimuth)
     for harmonic in harmonics:
         phase = rng.uniform(0, 2 * math.pi)
@@ -24,14 +24,14 @@ def _waves(rng: np.random.Generator, azimuth: Reals, harmonics: range, decay: fl
 
 
 class Sky:
-    """Everything that is too far away to move as the car does: it only turns."""
+    """Everything too far away to come closer. It moves in the picture only when the car turns."""
 
     def __init__(self, camera: Camera, palette: Palette, rng: np.random.Generator) -> None:
         self._rows = camera.first_ground_row
         self._pixel = 1 / camera.focal
         columns = np.arange(camera.width, dtype=np.float32)
         self._column_azimuths = np.arctan(camera.column_slopes(columns))
-        # Of each pixel the tangent of its elevation: one to the side looks less steeply up.
+        # Tangent of the elevation of each pixel. Pixels at the sides look up less steeply.
         rise = (camera.horizon_row - 0.5 - np.arange(self._rows))[:, None] * self._pixel
         tangents = np.maximum(rise * np.cos(self._column_azimuths)[None, :], 0)
         self._azimuths = round(2 * math.pi * camera.focal * _OVERSAMPLING)
@@ -40,11 +40,11 @@ class Sky:
         panorama = self._paint(palette, rng, int(elevations.max()) + 1)
         padded = np.zeros((*panorama.shape[1:], 4), np.uint8)
         padded[..., :3] = rearrange(panorama, "rgb rows columns -> rows columns rgb")
-        # Four bytes to a texel, so that a look-up is one gather and not three.
+        # Use four bytes per texel, so that a lookup is one gather instead of three.
         self._texels = padded.view(np.uint32).ravel()
 
     def _paint(self, palette: Palette, rng: np.random.Generator, rows: int) -> Pixels:
-        """Paint the panorama, [3, rows, azimuths]."""
+        """Paint and return the panorama [3, rows, azimuths]."""
         azimuth = (np.arange(self._azimuths, dtype=np.float32) / self._azimuths * 2 * np.pi)[None]
         tangent = (np.arange(rows, dtype=np.float32)[:, None] + 0.5) * self._pixel / _OVERSAMPLING
         elevation = np.arctan(tangent)

@@ -1,1 +1,1 @@
-"""What moves in the synthetic world: the car, its driver and the traffic."""
+"""The moving parts of the synthetic world: the car, its driver and the traffic."""

@@ -1,8 +1,8 @@
-"""The driver: keeps to the road, but not so well that its actions could be told from the picture.
+"""The driver: follows the road, but with actions that cannot be predicted from the picture.
 
-A model learns what steering does only from steering that the road does not explain. So the driver
-swerves off the road to both sides, drives off-centre, holds the wheel straight through a bend,
-brakes to a stop for no reason, and finds its way back.
+A model learns what steering does only from steering that the road does not explain. The driver
+therefore swerves off the road to both sides, drives off-centre, holds the wheel straight through a
+bend, brakes to a stop for no reason, and returns to the road.
 """
 
 import math
@@ -21,20 +21,20 @@ _MOST_LATERAL_MPS2 = 4.5
 
 @dataclass(frozen=True, slots=True)
 class _Manoeuvre:
-    """What the driver is up to for a while."""
+    """One thing that the driver does for a few seconds."""
 
     seconds: float
     speed_mps: float
-    """To be reached."""
+    """Target speed in m/s."""
     braking_mps2: float = 2.5
     offset_m: float = LANE_OFFSET
-    """Where on the road to drive, where `steering_rad` does not say otherwise."""
+    """Target offset from the centre line in metres, left positive; unused with `steering_rad`."""
     steering_rad: float | None = None
-    """To be held whatever the road does."""
+    """Fixed road-wheel angle in radians, or None to follow the road."""
 
 
 class Driver:
-    """Chooses each frame's action from the state and its own stream of random numbers."""
+    """Chooses the action of each frame from the car's state and a random generator of its own."""
 
     def __init__(self, road: Road, seed: int, cruise_mps: tuple[float, float]) -> None:
         self._road = road
@@ -56,19 +56,19 @@ class Driver:
         now = self._now
         change = now.speed_mps - self._speed
         self._speed += min(max(change, -now.braking_mps2 * dt), _ACCELERATION_MPS2 * dt)
-        wanted = now.steering_rad
-        if wanted is None:
-            wanted = self._towards(state, now.offset_m)
-        # What the tyres hold at this speed.
+        target = now.steering_rad
+        if target is None:
+            target = self._towards(state, now.offset_m)
+        # Limit the steering to what the tyres hold at this speed.
         grip = _MOST_LATERAL_MPS2 * WHEELBASE_M / max(self._speed, 1.0) ** 2
         most = min(math.atan(grip), _MOST_STEERING_RAD)
-        turn = min(max(wanted, -most), most) - self._steering
+        turn = min(max(target, -most), most) - self._steering
         reach = _STEERING_RATE_RADPS * dt
         self._steering += min(max(turn, -reach), reach)
         return self._speed, self._steering
 
     def _towards(self, state: VehicleState, offset_m: float) -> float:
-        """Return the steering to a point ahead on the road (pure pursuit, Coulter 1992)."""
+        """Return the steering angle to a point ahead on the road (pure pursuit, Coulter 1992)."""
         station, _, slope = self._road.project(np.array([state.x_m]), np.array([state.y_m]))
         ahead = (6.0 + 0.8 * self._speed) / math.hypot(1.0, slope[0])
         x, y, _ = self._road.place(station + ahead, np.array([offset_m]))
@@ -88,14 +88,14 @@ class Driver:
         return _Manoeuvre(seconds, speed, offset_m=offset)
 
     def _side(self) -> float:
-        """Return left or right, as often the one as the other."""
+        """Return 1 (left) or -1 (right), both equally often."""
         if not self._sides:
             self._sides = self._rng.permutation([-1.0, 1.0, -1.0, 1.0]).tolist()
         return self._sides.pop()
 
     def _next(self, state: VehicleState) -> _Manoeuvre:
         _, offset, _ = self._road.project(np.array([state.x_m]), np.array([state.y_m]))
-        # Each way out is followed by the way back, until the road is under the wheels.
+        # After leaving the road or stopping, follow the road until the car is back on it.
         if self._now.steering_rad is not None or self._now.speed_mps == 0.0 or abs(offset) > 6.0:
             return self._follow()
         if not self._deck:

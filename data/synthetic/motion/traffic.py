@@ -1,4 +1,4 @@
-"""Other cars: they come the other way, each a function of the seed and the time."""
+"""Oncoming cars. Their places depend on the seed and the time, and they avoid the driver."""
 
 import math
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ from driving_sim.data.synthetic.scenery import VISIBLE_M, Kind, Things
 _SPEED_MPS = 9.0
 _GAP_M = 130.0
 _ROOM_M = 2.6
-"""How far to its right a car keeps from one that is in its way, centre to centre."""
+"""Distance that an oncoming car keeps from a driver in its way, in metres between centres."""
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """An endless column of oncoming cars that give way to a driver on their side of the road."""
+    """An endless column of oncoming cars, which give way to a driver on their side of the road."""
 
     road: Road
     seed: int
     density: float
-    """The share of the places in the column that are taken."""
+    """Share of the places in the column that hold a car."""
 
     def near(self, state: VehicleState) -> Things:
-        """Return the cars around a state."""
+        """Return the oncoming cars near the driver's car."""
         travelled = _SPEED_MPS * state.time_s
         low, high = (state.x_m + side * VISIBLE_M + travelled for side in (-1, 1))
         car = np.arange(math.floor(low / _GAP_M) - 1, math.floor(high / _GAP_M) + 1)
@@ -34,7 +34,7 @@ class Traffic:
         station = (car + 0.6 * along) * _GAP_M - travelled
         here, aside, _ = self.road.project(np.array([state.x_m]), np.array([state.y_m]))
         closeness = np.clip(2.0 - np.abs(station - here) / 20.0, 0, 1)
-        # A driver far out in the meadow is in nobody's way.
+        # Cars ignore a driver who is far out in the meadow.
         closeness = closeness * np.clip((6.5 - aside) / 2.0, 0, 1)
         offset = -LANE_OFFSET + closeness * np.maximum(aside + _ROOM_M + LANE_OFFSET, 0)
         x, y, heading = self.road.place(station, offset)

@@ -1,4 +1,4 @@
-"""The car: a kinematic bicycle, integrated exactly."""
+"""The car: a kinematic bicycle model, integrated exactly."""
 
 import math
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ MAX_STEERING_RAD = 0.6
 
 @dataclass(frozen=True, slots=True)
 class VehicleState:
-    """Where the car is and when: all that the world needs to know to go on from here."""
+    """Place, heading and time of the car: all that the world needs to continue from here."""
 
     x_m: float
     y_m: float
     heading_rad: float
-    """Anticlockwise from the x axis; not wrapped, so it counts whole turns."""
+    """Heading in radians, anticlockwise from the x axis; not wrapped to one turn."""
     time_s: float
 
 
@@ -23,13 +23,13 @@ def step_vehicle(
 ) -> VehicleState:
     """Drive for `dt` seconds at a constant speed and road-wheel angle (left positive).
 
-    The rear axle moves along a circular arc, so two half steps equal a whole one. Steering beyond
-    what the wheels can do is held at the stop.
+    The rear axle moves along a circular arc, so two half steps equal one whole step. Steering
+    is limited to `MAX_STEERING_RAD`.
     """
     steering = min(max(steering_rad, -MAX_STEERING_RAD), MAX_STEERING_RAD)
     distance = speed_mps * dt
     half_turn = 0.5 * distance * math.tan(steering) / WHEELBASE_M
-    # The chord of the arc: its direction is the mean heading, its length sin(a)/a of the arc's.
+    # The chord of the arc points along the mean heading and has sin(a)/a of the arc's length.
     chord = distance * (math.sin(half_turn) / half_turn if abs(half_turn) > 1e-9 else 1.0)
     direction = state.heading_rad + half_turn
     return VehicleState(

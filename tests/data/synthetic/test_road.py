@@ -9,9 +9,9 @@ def test_project_undoes_place() -> None:
     road = Road(rng)
     station, offset = rng.uniform(-3000, 3000, 2000), rng.uniform(-8, 8, 2000)
     x, y, heading = road.place(station, offset)
-    found_station, found_offset, slope = road.project(x, y)
-    np.testing.assert_allclose(found_station, station, atol=0.05)
-    np.testing.assert_allclose(found_offset, offset, atol=0.01)
+    projected_station, projected_offset, slope = road.project(x, y)
+    np.testing.assert_allclose(projected_station, station, atol=0.05)
+    np.testing.assert_allclose(projected_offset, offset, atol=0.01)
     np.testing.assert_allclose(np.arctan(slope), heading, atol=0.01)
 
 

@@ -4,11 +4,11 @@ from driving_sim.data.synthetic.road import Road
 from driving_sim.data.synthetic.scenery import VISIBLE_M, Scenery
 
 
-def test_things_are_the_same_from_wherever_they_are_looked_for() -> None:
+def test_things_are_the_same_seen_from_different_places() -> None:
     scenery = Scenery(Road(np.random.default_rng(3)), 3)
 
     def around(x: float, y: float) -> set[tuple[float, ...]]:
-        """What the things near (x, y) are within half the view of (100, 20)."""
+        """Return the things near (100, 20) among those that are listed for (x, y)."""
         things = scenery.near(x, y)
         near = np.hypot(things.x - 100.0, things.y - 20.0) < 0.5 * VISIBLE_M
         columns = (things.kind, things.x, things.y, things.height, things.tint)

@@ -13,7 +13,7 @@ from tests.fixtures.synthetic_worlds import SMALL, psnr
 
 
 def four_futures(world: SyntheticWorld, seconds: float) -> dict[str, NDArray[np.uint8]]:
-    """The true futures from 10 m/s in the lane, frames [N, H, W, 3] by name of the action."""
+    """Return the true futures of four actions from one state: frames [N, H, W, 3] by name."""
     time = (np.arange(round(seconds * world.config.fps)) + 0.5) / world.config.fps
     actions = {
         "straight": (np.full_like(time, 10.0), 0.0),

@@ -83,7 +83,7 @@ def test_actions_must_be_finite() -> None:
         ({"height": 8}, "height: must .*, found 8"),
         ({"fps": 1.0}, "fps: must .*, found 1"),
         ({"horizon": 0.95}, "horizon: must .*, found 0.95"),
-        ({"cruise_mps": (8.0, 2.0)}, r"cruise_mps: must .* rise within 1..40, found \(8.0"),
+        ({"cruise_mps": (8.0, 2.0)}, r"cruise_mps: must .* ascending .* within 1..40, found \(8.0"),
         ({"cruise_mps": (0.0, 8.0)}, "cruise_mps: must"),
         ({"palettes": ("noon", "night")}, "palettes: must .* evening"),
         ({"palettes": ()}, "palettes"),

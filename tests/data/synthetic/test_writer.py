@@ -12,17 +12,17 @@ from driving_sim.engine.errors import DriveSimError
 from tests.fixtures.synthetic_worlds import SMALL, TINY, psnr
 
 
-def test_written_drives_read_back_as_driven(tmp_path: Path) -> None:
+def test_written_drives_round_trip(tmp_path: Path) -> None:
     out = tmp_path / "out"
     seen: list[int] = []
     videos = write_synthetic_drives(
         out, drives=2, seconds=2.0, seed=4, config=SMALL, progress=seen.append
     )
     assert sum(seen) == 2 * frame_count(2.0, SMALL) == 40
-    found = find_drives([out])
-    assert [d.id for d in found.drives] == ["drive_000", "drive_001"]
-    assert not found.skipped
-    for video, recorded in zip(videos, found.drives, strict=True):
+    drive_set = find_drives([out])
+    assert [d.id for d in drive_set.drives] == ["drive_000", "drive_001"]
+    assert not drive_set.skipped
+    for video, recorded in zip(videos, drive_set.drives, strict=True):
         driven = load_synthetic_drive(video.with_suffix(".json"))
         sampled = sample(recorded)
         assert recorded.log is not None
@@ -37,20 +37,20 @@ def test_an_unfinished_set_is_completed_with_the_same_bytes(tmp_path: Path) -> N
     def write(out: Path, seed: int = 1) -> list[Path]:
         return write_synthetic_drives(out, drives=3, seconds=0.5, seed=seed, config=TINY)
 
-    whole = write(tmp_path / "whole")
+    videos = write(tmp_path / "complete")
     write(tmp_path / "broken")
     (tmp_path / "broken" / "drive_001.json").unlink()
     (tmp_path / "broken" / "drive_001.csv").unlink()
     untouched = (tmp_path / "broken" / "drive_000.mp4").stat().st_mtime_ns
     write(tmp_path / "broken")
     assert (tmp_path / "broken" / "drive_000.mp4").stat().st_mtime_ns == untouched
-    for path in (tmp_path / "whole").iterdir():
+    for path in (tmp_path / "complete").iterdir():
         assert path.read_bytes() == (tmp_path / "broken" / path.name).read_bytes(), path.name
-    assert len({video.read_bytes() for video in whole}) == 3
+    assert len({video.read_bytes() for video in videos}) == 3
     with pytest.raises(DriveSimError, match="already holds these 3 drives"):
-        write(tmp_path / "whole")
+        write(tmp_path / "complete")
     with pytest.raises(DriveSimError, match="another plan"):
-        write(tmp_path / "whole", seed=2)
+        write(tmp_path / "complete", seed=2)
 
 
 def test_several_processes_write_the_same_bytes(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_several_processes_write_the_same_bytes(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
 
 
-def test_later_drives_are_those_of_a_longer_set(tmp_path: Path) -> None:
+def test_drives_with_higher_numbers_equal_those_of_a_larger_set(tmp_path: Path) -> None:
     for name, first, drives in (("all", 0, 3), ("later", 2, 1)):
         write_synthetic_drives(
             tmp_path / name, drives=drives, first=first, seconds=0.5, worlds=1, config=TINY
@@ -89,7 +89,7 @@ def test_other_folders_and_files_are_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("drives", "seconds"), [(0, 5.0), (1, 0.1), (1, -3.0)])
-def test_nothing_to_write_is_an_error(tmp_path: Path, drives: int, seconds: float) -> None:
+def test_too_few_drives_or_frames_are_an_error(tmp_path: Path, drives: int, seconds: float) -> None:
     with pytest.raises(DriveSimError, match="at least one drive"):
         write_synthetic_drives(tmp_path / "x", drives=drives, seconds=seconds, config=TINY)
     assert not (tmp_path / "x").exists()

@@ -43,7 +43,7 @@ def make_plan(frames_per_shard: int = 10, **changes: Any) -> StorePlan:
 
 
 def arrays(name: str) -> dict[str, Any]:
-    """A drive's content, a function of its name alone."""
+    """Return the content of a drive, which depends only on its name."""
     n = LENGTHS[name]
     rng = np.random.default_rng(list(name.encode()))
     return {
@@ -131,7 +131,7 @@ def test_a_gap_in_time_is_in_the_index(tmp_path: Path) -> None:
     assert TokenStore(tmp_path / "tokens").drives[0].entry.segments == ((0, 3), (3, 6))
 
 
-def test_actions_that_are_not_valid_are_zero(tmp_path: Path) -> None:
+def test_invalid_actions_are_zero(tmp_path: Path) -> None:
     content = arrays("d")
     content["action_valid"][2, 1] = False
     content["actions"][2, 1] = np.nan
@@ -142,17 +142,19 @@ def test_actions_that_are_not_valid_are_zero(tmp_path: Path) -> None:
     assert TokenStore(tmp_path / "tokens").drives[0].actions[2, 1] == 0
 
 
-def test_a_skipped_drive_moves_nothing(tmp_path: Path) -> None:
-    whole, short = write(tmp_path / "whole"), write(tmp_path / "short", skip=("c",))
+def test_a_skipped_drive_changes_only_its_own_shard(tmp_path: Path) -> None:
+    complete, short = write(tmp_path / "complete"), write(tmp_path / "short", skip=("c",))
     (skipped,) = short.index.skipped
     assert (skipped.id, skipped.reason) == ("c", "c.mp4: bad")
     assert "/secret" not in (tmp_path / "short" / "index.json").read_text()
     assert "c" not in short.drive_ids
-    for number, (one, other) in enumerate(zip(whole.index.shards, short.index.shards, strict=True)):
-        assert (one == other) == (number != 4)
+    pairs = zip(complete.index.shards, short.index.shards, strict=True)
+    assert [with_c == without_c for with_c, without_c in pairs] == [
+        number != 4 for number in range(6)
+    ]
 
 
-def test_a_shard_may_hold_nothing_but_what_was_skipped(tmp_path: Path) -> None:
+def test_a_shard_of_skipped_drives_is_empty(tmp_path: Path) -> None:
     store = write(tmp_path / "tokens", make_plan(frames_per_shard=7), skip=("b/left", "d"))
     assert [len(shard.drives) for shard in store.index.shards].count(0) == 2
     assert store.drive_ids == ("a", "long", "c")
@@ -185,7 +187,7 @@ def test_no_absolute_path_gets_into_the_index(tmp_path: Path, reason: str, kept:
         assert writer.finish().skipped[0].reason == kept
 
 
-def test_the_same_drives_in_another_order_of_work_give_the_same_bytes(tmp_path: Path) -> None:
+def test_the_order_in_which_drives_are_added_does_not_change_the_bytes(tmp_path: Path) -> None:
     write(tmp_path / "one")
     with TokenStoreWriter(tmp_path / "two", make_plan()) as writer:
         for name in reversed(LENGTHS):
@@ -231,15 +233,16 @@ def run_script(script: str, folder: Path) -> str:
     ).stdout
 
 
-def test_killed_at_any_step_it_continues_to_the_same_bytes(tmp_path: Path) -> None:
-    # Every change to the folder is a step; a process kills itself just before one of them.
+def test_a_writer_killed_at_any_step_can_be_continued_to_the_same_bytes(tmp_path: Path) -> None:
+    # The script runs the writer once for each change to the folder. The process kills itself just
+    # before that change.
     run_script(KILLED, tmp_path)
     expected = contents(tmp_path / "whole")
     assert set(expected) == {"index.json", *(shard_name(n) for n in range(6))}
     killed = sorted(tmp_path.glob("killed-*"))
     assert len(killed) > 30
     for out in killed:
-        if (out / "index.json").exists():  # it was complete but for tidying up
+        if (out / "index.json").exists():  # only the deletion of temporary files is missing
             with pytest.raises(DriveSimError, match="finished"):
                 write(out, skip=("c",))
         else:
@@ -262,12 +265,12 @@ def test_an_unfinished_store_of_another_plan_is_refused(tmp_path: Path) -> None:
     before = contents(out)
     changes: list[dict[str, Any]] = [{name: value} for name, value in OTHER_INFO.items()]
     for change in changes:
-        with pytest.raises(DriveSimError, match=f"unfinished .*{next(iter(change))} is"):
+        with pytest.raises(DriveSimError, match=f"unfinished .*{next(iter(change))} was"):
             TokenStoreWriter(out, make_plan(**change))
     assert contents(out) == before
 
 
-def test_an_unfinished_store_without_a_drive_may_be_planned_anew(tmp_path: Path) -> None:
+def test_an_unfinished_store_without_a_drive_accepts_another_plan(tmp_path: Path) -> None:
     TokenStoreWriter(tmp_path / "tokens", make_plan()).close()
     assert write(tmp_path / "tokens", make_plan(every=3)).info.every == 3
 
@@ -310,11 +313,11 @@ except DriveSimError as error:
 """
 
 
-def test_a_full_disk_is_one_line_and_freed_space_continues(tmp_path: Path) -> None:
+def test_a_full_disk_gives_a_one_line_error_and_the_store_can_be_continued(tmp_path: Path) -> None:
     out = tmp_path / "tokens"
-    said = run_script(FULL_DISK, out)
-    assert "cannot write" in said
-    assert said.count("\n") == 1
+    output = run_script(FULL_DISK, out)
+    assert "cannot write" in output
+    assert output.count("\n") == 1
     assert not list(out.rglob("*.partial*"))
     write(out)
     write(tmp_path / "whole")
@@ -331,7 +334,7 @@ def test_a_full_disk_is_one_line_and_freed_space_continues(tmp_path: Path) -> No
         ({"timestamps": np.zeros(6)}, "timestamps"),
     ],
 )
-def test_what_was_not_planned_is_refused(
+def test_arrays_that_do_not_fit_the_plan_are_refused(
     tmp_path: Path, change: dict[str, Any], reason: str
 ) -> None:
     with TokenStoreWriter(tmp_path / "tokens", make_plan()) as writer:
@@ -343,13 +346,13 @@ def test_what_was_not_planned_is_refused(
 
 
 @pytest.mark.parametrize("name", ["../a", "a/../../b", "", "a\nb"])
-def test_ids_that_are_no_names_are_refused(name: str) -> None:
+def test_ids_that_lead_out_of_the_store_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="id"):
         PlannedDrive(id=name, frames=1)
 
 
 def rewrite_header(path: Path, change: Any) -> None:
-    """Change a shard's header in place, its length kept."""
+    """Change a shard's header in place without changing its length."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
@@ -421,7 +424,7 @@ def test_offsets_that_do_not_rise_are_refused(tmp_path: Path) -> None:
         joined(TokenStore(tmp_path / "tokens"), "c", "tokens")
 
 
-def test_a_shard_that_is_short_missing_or_not_one_is_refused(tmp_path: Path) -> None:
+def test_a_short_missing_or_foreign_shard_is_refused(tmp_path: Path) -> None:
     store = write(tmp_path / "tokens")
     path = tmp_path / "tokens" / shard_name(1)
     data = path.read_bytes()
@@ -449,7 +452,7 @@ def test_verify_finds_one_changed_byte(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"schema": 1}', '{"schema": 2}', "{", '{"schema": 1, "path": "../x"}']
 )
-def test_an_index_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_no_index_is_refused(tmp_path: Path, text: str) -> None:
     write(tmp_path / "tokens")
     (tmp_path / "tokens" / "index.json").write_text(text)
     with pytest.raises(DriveSimError) as caught:
@@ -476,9 +479,7 @@ def test_an_index_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
         {"path": "../../elsewhere.safetensors"},
     ],
 )
-def test_a_drive_that_is_described_wrongly_is_refused(
-    tmp_path: Path, change: dict[str, Any]
-) -> None:
+def test_a_wrong_drive_entry_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     write(tmp_path / "tokens")
     file = tmp_path / "tokens" / "index.json"
     index = json.loads(file.read_text())
@@ -503,7 +504,7 @@ def test_a_drive_that_is_described_wrongly_is_refused(
         ("info", {"levels": [[]]}),
     ],
 )
-def test_an_index_of_hostile_values_is_refused(
+def test_an_index_with_hostile_values_is_refused(
     tmp_path: Path, place: str, change: dict[str, Any]
 ) -> None:
     write(tmp_path / "tokens")

@@ -27,7 +27,10 @@ def label(drive: int, frame: int) -> int:
 
 
 def write_store(out: Path, first: int = 0) -> TokenStore:
-    """Drives whose tokens and actions say which drive, from `first` on, and frame they are of."""
+    """Write drives whose tokens and actions encode the number of drive and frame.
+
+    Drives are numbered from `first` on.
+    """
     info = StoreInfo(tokenizer_fingerprint="f00d", rows=1, cols=2, codebook_size=800, fps=10.0)
     plan = StorePlan(
         info=info,
@@ -53,7 +56,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
 
 
 def check(batch: dict[str, torch.Tensor], frames: int) -> None:
-    """Frames follow each other; the action to each is the one stored at the frame before."""
+    """Check that frames are consecutive, with the actions that lead from one to the next."""
     for b in range(len(batch["tokens"])):
         first = int(batch["tokens"][b, 0, 0, 0])
         expected = torch.arange(first, first + frames)
@@ -74,7 +77,7 @@ def check(batch: dict[str, torch.Tensor], frames: int) -> None:
 
 @pytest.mark.parametrize("frames", [1, 3, 9])
 @pytest.mark.parametrize("stride", [1, 2, 4])
-def test_windows_are_all_those_that_cross_neither_drive_nor_gap(
+def test_the_index_has_all_windows_that_cross_neither_a_drive_nor_a_gap(
     store: TokenStore, frames: int, stride: int
 ) -> None:
     runs = [(0, 0, 9), (1, 0, 20), (1, 21, 30), (2, 0, 5), (2, 5, 12), (3, 0, 2)]
@@ -87,9 +90,9 @@ def test_windows_are_all_those_that_cross_neither_drive_nor_gap(
     batch = index.load(np.arange(len(index)))
     assert batch["tokens"][:, 0, 0, 0].tolist() == expected
     check(batch, frames)
-    # Frame 20 is in another shard than its successor, which still has something before it.
-    without = {first for first in expected if first in (0, 100, 200, 205, 300)}
-    assert set(batch["tokens"][~batch["has_previous"], 0, 0, 0].tolist()) == without
+    # Frame 120 is not expected: the drive is split there, and frame 121 has a frame before it.
+    without_previous = {first for first in expected if first in (0, 100, 200, 205, 300)}
+    assert set(batch["tokens"][~batch["has_previous"], 0, 0, 0].tolist()) == without_previous
     for outside in (-1, len(index)):
         with pytest.raises(IndexError):
             index.load(np.array([outside]))
@@ -120,8 +123,8 @@ def test_random_batches_reach_every_window(store: TokenStore) -> None:
 
 
 def test_windows_of_several_stores_make_one_batch(store: TokenStore, tmp_path: Path) -> None:
-    other = write_store(tmp_path / "tokens", first=4)
-    index = WindowIndex([store.drives[0], other.drives[3], other.drives[0]], frames=2)
+    second = write_store(tmp_path / "tokens", first=4)
+    index = WindowIndex([store.drives[0], second.drives[3], second.drives[0]], frames=2)
     batch = index.load(np.array([0, 12, 25, 8, 3]))
     check(batch, 2)
     assert batch["tokens"][:, 0, 0, 0].tolist() == [0, 605, 407, 600, 3]
@@ -134,10 +137,10 @@ def test_another_process_loads_the_same_batches(store: TokenStore) -> None:
     assert all(value.equal(expected[name]) for name, value in travelled[2].items())
 
 
-def test_a_batch_has_the_types_and_shapes_it_says(store: TokenStore) -> None:
+def test_a_batch_has_the_documented_types_and_shapes(store: TokenStore) -> None:
     batch = TokenWindows(store.drives, frames=4, batch_size=3)[0]
-    found = {name: (value.dtype, tuple(value.shape)) for name, value in batch.items()}
-    assert found == {
+    forms = {name: (value.dtype, tuple(value.shape)) for name, value in batch.items()}
+    assert forms == {
         "tokens": (torch.int64, (3, 4, 1, 2)),
         "previous": (torch.int64, (3, 1, 2)),
         "has_previous": (torch.bool, (3,)),
@@ -163,7 +166,7 @@ def test_a_limit_spreads_the_sequential_windows(store: TokenStore) -> None:
     assert sum(len(batch["tokens"]) for batch in everything) == 11
 
 
-def test_only_the_drives_given_are_used(store: TokenStore) -> None:
+def test_only_the_selected_drives_are_used(store: TokenStore) -> None:
     (batch,) = sequential_windows(store.select(["gap"]), frames=5, batch_size=9)
     assert batch["tokens"][:, 0, 0, 0].tolist() == [200, 205]
 
@@ -172,7 +175,9 @@ def test_a_window_longer_than_every_drive_is_an_error(store: TokenStore) -> None
     with pytest.raises(DriveSimError, match="the longest run without a gap is 20"):
         TokenWindows(store.drives, frames=21, batch_size=1)
     with pytest.raises(DriveSimError, match="no window of 21 frames in "):
-        sequential_windows(store.drives, frames=21, batch_size=1)  # none is taken
+        sequential_windows(
+            store.drives, frames=21, batch_size=1
+        )  # the call raises, not the iterator
     with pytest.raises(ValueError, match="at least 1"):
         WindowIndex(store.drives, frames=0)
 

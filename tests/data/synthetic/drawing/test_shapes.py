@@ -7,7 +7,7 @@ from driving_sim.data.synthetic.drawing.shapes import Canvas, rgb
 
 
 class TestShapes:
-    """What a shape adds to a black picture is its area, wherever it lies between the pixels."""
+    """A shape adds exactly its area to a black picture, wherever its edges lie."""
 
     @staticmethod
     def area(draw: str, *shape: object) -> float:

@@ -11,16 +11,16 @@ from tests.fixtures.synthetic_worlds import TINY, curvature
 
 @pytest.fixture(scope="module")
 def many_drives() -> list[SyntheticDrive]:
-    """Twenty minutes of driving; nothing is rendered."""
+    """Return twenty minutes of driving; no frames are rendered."""
     return [drive(SyntheticWorld(seed, TINY), 60.0, seed) for seed in range(20)]
 
 
 class TestDriver:
-    """The drives hold what a model must see to learn what the actions do."""
+    """The drives contain what a model must see to learn the effect of actions."""
 
     @staticmethod
     def places(drives: list[SyntheticDrive]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Offset from the road's centre and heading relative to the road, at every frame."""
+        """Return offset from the road's centre and heading relative to the road at every frame."""
         offsets, headings = [], []
         for driven in drives:
             x = np.array([state.x_m for state in driven.states])
@@ -32,7 +32,7 @@ class TestDriver:
 
     @staticmethod
     def departures(offset: NDArray[np.float64]) -> int:
-        """How often a drive leaves the asphalt on the side of positive offsets."""
+        """Count how often a drive leaves the asphalt on the side of positive offsets."""
         return int(((offset[:-1] <= HALF_WIDTH) & (offset[1:] > HALF_WIDTH)).sum())
 
     def test_left_and_right_are_balanced(self, many_drives: list[SyntheticDrive]) -> None:
@@ -41,7 +41,7 @@ class TestDriver:
         for strong in (0.05, 0.1):
             left, right = (steering > strong).mean(), (steering < -strong).mean()
             assert 0.75 < left / right < 1.33
-        # The way back steers against the way out, so the sum alone would not show one-sidedness.
+        # Every excursion steers to both sides, so also count the excursions on each side.
         out_left, out_right = (
             sum(self.departures(sign * self.places([driven])[0]) for driven in many_drives)
             for sign in (1, -1)
@@ -51,7 +51,7 @@ class TestDriver:
         assert (np.abs(steering) > 0.1).mean() > 0.08
         assert 0.1 < np.quantile(np.abs(steering), 0.95) < 0.2
 
-    def test_it_steers_hard_at_speed_to_both_sides(self, many_drives: list[SyntheticDrive]) -> None:
+    def test_it_steers_hard_to_both_sides_at_speed(self, many_drives: list[SyntheticDrive]) -> None:
         actions = np.concatenate([driven.actions for driven in many_drives])
         lateral = actions[:, 0] ** 2 * np.tan(actions[:, 1]) / WHEELBASE_M
         assert (lateral > 3.0).mean() > 0.02
@@ -80,15 +80,15 @@ class TestDriver:
         offset, heading = self.places(many_drives)
         on_road = np.abs(offset) < HALF_WIDTH
         assert 0.55 < on_road.mean() < 0.85
-        own, other = (on_road & (offset < 0)).mean(), (on_road & (offset > 0)).mean()
-        assert own > other > 0.12
+        right, left = (on_road & (offset < 0)).mean(), (on_road & (offset > 0)).mean()
+        assert right > left > 0.12
         assert (offset > 6).mean() > 0.03
         assert (offset < -6).mean() > 0.03
         assert (np.abs(offset) > 50).mean() < 0.01
         for side in (heading, -heading):
             assert (side > 0.4).mean() > 0.03
 
-    def test_the_road_does_not_give_the_steering_away(
+    def test_the_road_does_not_predict_the_steering(
         self, many_drives: list[SyntheticDrive]
     ) -> None:
         steering, follows = [], []

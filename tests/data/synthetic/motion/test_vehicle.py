@@ -11,17 +11,17 @@ from driving_sim.data.synthetic.motion.vehicle import (
 )
 
 
-def test_two_half_steps_are_one_whole_step() -> None:
+def test_two_half_steps_equal_one_step() -> None:
     start = VehicleState(3.0, -2.0, 0.4, 1.0)
     for steering in (-0.3, 0.0, 1e-12, 0.2):
         half = step_vehicle(start, 9.0, steering, 0.05)
-        twice = step_vehicle(half, 9.0, steering, 0.05)
-        whole = step_vehicle(start, 9.0, steering, 0.1)
+        two_steps = step_vehicle(half, 9.0, steering, 0.05)
+        one_step = step_vehicle(start, 9.0, steering, 0.1)
         for name in VehicleState.__slots__:
-            assert getattr(twice, name) == pytest.approx(getattr(whole, name), abs=1e-9)
+            assert getattr(two_steps, name) == pytest.approx(getattr(one_step, name), abs=1e-9)
 
 
-def test_steering_left_drives_an_anticlockwise_circle_of_the_bicycle_s_radius() -> None:
+def test_steering_left_drives_an_anticlockwise_circle() -> None:
     steering, steps = 0.2, 40
     radius = WHEELBASE_M / math.tan(steering)
     state, places = VehicleState(0.0, 0.0, 0.0, 0.0), []
