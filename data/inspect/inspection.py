@@ -32,8 +32,8 @@ _FEW_FRAMES = 10
 _REPORT = "inspection.json"
 _LEGEND = """\
 gaps             places where the video misses frames, and the longest time between two frames
-speed, steering  lowest and highest value; steering is left positive, in rad, 1/m (curvature) or
-                 from -1 to 1 (normalised)
+speed, steering  1st and 99th percentile; steering is left positive, in rad, in 1/m (curvature)
+                 or from -1 to 1 (normalised)
 known            share of the frames with a known speed or steering
 lag              frames by which the actions come later (+) or earlier (-) than the motion in the
                  picture; 0 to -0.25 s is normal, because a car turns shortly after it steers;
@@ -63,9 +63,10 @@ class DriveReport:
     """Codec, container, size and reader; None if the frames do not come from a video."""
     steering_kind: SteeringKind | None
     speed_range_mps: tuple[float, float] | None
-    """Lowest and highest speed; None if unknown."""
+    """1st and 99th percentile of the speed; None if unknown."""
     steering_range: tuple[float, float] | None
-    """Lowest and highest steering in the unit of its kind, left positive; None if unknown."""
+    """1st and 99th percentile of the steering, in the unit of its kind, left positive; None if
+    unknown."""
     valid_share: float
     """Share of the frames with a known speed or steering."""
     measured_s: float
@@ -169,8 +170,12 @@ def _speed_problems(sampled: SampledDrive, change: Floats32) -> list[str]:
 
 
 def _value_range(sampled: SampledDrive, channel: int) -> tuple[float, float] | None:
+    """Return the 1st and the 99th percentile of the known actions, so that outliers count less."""
     values = sampled.actions[sampled.action_valid[:, channel], channel]
-    return (float(values.min()), float(values.max())) if len(values) else None
+    if not len(values):
+        return None
+    low, high = np.percentile(values, (1, 99)).tolist()
+    return low, high
 
 
 def _report(

@@ -55,6 +55,16 @@ def test_the_report_names_drives_actions_and_what_is_skipped(folder: Path, tmp_p
         assert word in text
 
 
+def test_ranges_are_percentiles(tmp_path: Path) -> None:
+    frames = np.zeros((1000, 32, 64, 3), np.uint8)
+    write_video(tmp_path / "a.mp4", frames, 10)
+    # One outlier among 1,000 rows.
+    rows = [f"{t / 10:.1f},{90 if t == 500 else t / 100},0" for t in range(1001)]
+    (tmp_path / "a.csv").write_text("\n".join(["t,speed,road_wheel_rad", *rows]))
+    (drive,) = inspect_drives([tmp_path], tmp_path / "out").drives
+    assert drive.speed_range_mps == pytest.approx((0.1, 9.9), abs=0.05)
+
+
 def test_the_json_and_the_pictures_are_complete(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = inspect_drives([folder], out)
