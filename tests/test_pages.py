@@ -40,8 +40,8 @@ def dead_links(page: Path) -> list[str]:
     return dead
 
 
-def run(language: str, text: str, folder: Path) -> None:
-    """Run a block as a reader would, with trainings of two steps."""
+def run(language: str, text: str, folder: Path) -> str:
+    """Run a block as a reader would, with trainings of two steps; return what it prints."""
     scripts = Path(sys.executable).parent
     environment = os.environ | {
         "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
@@ -50,6 +50,7 @@ def run(language: str, text: str, folder: Path) -> None:
     command = ["bash", "-euc", text] if language == "sh" else [sys.executable, "-c", text]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
 
 
 def test_the_readme_takes_three_minutes() -> None:
@@ -101,7 +102,10 @@ def test_the_commands_of_getting_started_run_one_after_the_other(tmp_path: Path)
     page = ROOT / "docs" / "getting-started.md"
     marked = blocks(page, TEST)
     assert len(marked) == page.read_text("utf-8").count(TEST) >= 6
-    for language, text in marked:
-        run(language, text, tmp_path)
+    printed = [run(language, text, tmp_path) for language, text in marked]
+    (inspection,) = [text for language, text in blocks(page) if language == "text"]
+    for line in inspection.splitlines():
+        if line.startswith("  drive_"):
+            assert line in printed[1], "the page shows problems that inspect does not find"
     for name in ("rollout.mp4", "rollout.png", "slalom.mp4"):
         assert (tmp_path / name).stat().st_size > 1000
