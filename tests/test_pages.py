@@ -1,5 +1,6 @@
 """The README and the pages of the site: short, without dead links, and their commands run."""
 
+import ast
 import os
 import re
 import subprocess
@@ -76,6 +77,31 @@ def test_file_names_do_not_differ_by_case_alone() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     names = [name.lower() for name in listed.stdout.splitlines()]
     assert len(set(names)) == len(names)
+
+
+def texts_of_the_package() -> set[str]:
+    """Return every string of the source; the values in f-strings become {}."""
+    texts = set()
+    for folder in ("driving_sim", "data", "tokenizer", "world_model"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    parts = (
+                        part.value if isinstance(part, ast.Constant) else "{}"
+                        for part in node.values
+                    )
+                    texts.add("".join(map(str, parts)))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    texts.add(node.value)
+    return texts
+
+
+def test_troubleshooting_quotes_messages_that_exist() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    quoted = re.findall(r'^\*\*"([^"]+)"', page, re.M)
+    assert len(quoted) >= 5
+    texts = texts_of_the_package()
+    assert [quote for quote in quoted if not any(quote in text for text in texts)] == []
 
 
 def test_the_pictures_are_light() -> None:
