@@ -1,1 +1,1 @@
-"""Measurements of trained models on drives that they have not seen: `drivesim evaluate`."""
+"""Evaluate trained models on held-out drives: the functions behind `drivesim evaluate`."""

@@ -1,4 +1,4 @@
-"""Held-out drives as an evaluation sees them, and the clips of them that are rolled out.
+"""Read held-out drives for an evaluation, and choose the clips that the model rolls out.
 
 Axes: T context frames, N frames of the future, H W pixels, r c token rows and columns.
 """
@@ -27,23 +27,29 @@ from driving_sim.engine.files import sha256_of
 from driving_sim.tokenizer.tokenizer import Tokenizer
 
 APART_S = 2.0
-"""Frames that are shown for what is worst of them are this far apart: neighbours are alike."""
+"""Minimum time between two frames in a list of worst frames, in s: neighbours look alike."""
 _SAME_TOKENS = 0.9
-"""Share of equal tokens from which two drives of equal times are one, tokenized on two devices."""
+"""Share of equal tokens above which two drives with the same timestamps count as one recording.
+
+The tokens of one video differ a little if it is tokenized on two devices.
+"""
 
 
 def first_frames(drive: DriveTokens, frames: int) -> DriveTokens:
-    """A drive's first `frames` alone, or all of it where it is shorter."""
+    """Return a drive's first `frames` frames, or the entire drive if it is shorter."""
     count = min(frames, len(drive))
     segments = tuple(clipped(drive.entry.segments, 0, count))
     return replace(drive, entry=replace(drive.entry, frames=count, segments=segments))
 
 
 def frames_apart(ranked: Iterable[int], times_s: Floats, most: int) -> list[int]:
-    """The first `most` of ranked frames that lie apart from those before: of a moment only one."""
+    """Return up to `most` of the ranked frames, skipping any within `APART_S` of a better one.
+
+    `ranked` holds frame indices, best first; `times_s` is the time of every frame of the drive.
+    """
     chosen: list[int] = []
     for frame in ranked:
-        if all(abs(times_s[frame] - times_s[other]) >= APART_S for other in chosen):
+        if all(abs(times_s[frame] - times_s[better]) >= APART_S for better in chosen):
             chosen.append(frame)
         if len(chosen) == most:
             break
@@ -51,10 +57,10 @@ def frames_apart(ranked: Iterable[int], times_s: Floats, most: int) -> list[int]
 
 
 class HeldOutStore(TokenStore):
-    """A token store as a model is measured on it.
+    """A token store of held-out drives, reduced to what a model can be measured on.
 
-    Only the channels that the model learned count as known: it would take others for noise. Drives
-    that were stored mirrored are left out, the same footage again.
+    Action channels that the model never learned are marked as unknown, because to the model they
+    are noise. Mirror images are left out, because they show the same footage again.
     """
 
     def __init__(self, path: Path, known_channels: tuple[bool, bool]) -> None:
@@ -65,25 +71,29 @@ class HeldOutStore(TokenStore):
             if drive.id == original_id(drive.id)
         )
         if not self.drives:
-            raise DriveSimError(f"{path} holds mirror images only: name the drives themselves")
+            raise DriveSimError(
+                f"{path}: holds only mirror images; name a store that holds the original drives"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Footage:
-    """A drive's tokens and actions, and its true frames: recorded, or else reconstructed.
+    """A drive's tokens and actions, with the frames that count as the truth.
 
-    The tokenizer's reconstructions are as good as a model can get.
+    The true frames are those of the recorded video. Without a video they are the tokenizer's
+    reconstructions, which are the best frames that a world model could produce.
     """
 
     drive: DriveTokens
     tokenizer: Tokenizer
     recorded: SampledDrive | None = None
-    """The same frames in the video that the tokens were made of, where it is at hand."""
+    """The sampled video that the tokens were made from, or None without a video."""
 
     def frames(self, begin: int, stop: int, *, in_order: bool = False) -> Pixels:
-        """Frames `begin` to `stop`, uint8 [n, H, W, 3], at the tokenizer's size.
+        """Return the frames from `begin` up to `stop`, uint8 [n, H, W, 3], at the tokenizer's size.
 
-        A few are read wherever they are; `in_order` decodes all from the first of them on.
+        By default the reader seeks to the frames, which is fast for a few. With `in_order` it
+        decodes the video front to back from the first of them, which is fast for many.
         """
         if self.recorded is None:
             return self.tokenizer.decode(self.drive.tokens[begin:stop]).numpy()
@@ -94,7 +104,10 @@ class Footage:
 
     @property
     def synthetic(self) -> SyntheticDrive | None:
-        """The world that `drivesim synth` wrote beside the video, if it did, to replay it in."""
+        """The synthetic world behind the video, or None for a video not made by `drivesim synth`.
+
+        It is loaded from the JSON file beside the video, and can replay the drive.
+        """
         video = self.recorded.drive.video if self.recorded is not None else None
         beside = Path(video.path).with_suffix(".json") if video else None
         if beside is None or not beside.is_file():
@@ -104,19 +117,19 @@ class Footage:
 
     @property
     def place(self) -> list[str | int]:
-        """The drive's id and where this part of it begins: of very long drives there are many."""
+        """The drive's id and the first frame of this part; a very long drive has several parts."""
         return [self.drive.id, self.drive.entry.start]
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, of the drive's video (else its tokens), actions and times."""
+        """SHA-256 (hex) of the drive's video, actions and times; without a video, of its tokens."""
         if self.recorded is not None:
             return sampled_fingerprint(self.recorded)
         return digest(self.drive.tokens, *clock_and_actions(self.drive))
 
 
 def sampled_fingerprint(sampled: SampledDrive) -> str:
-    """SHA-256, in hexadecimal, of a drive's files, its choice of frames, actions and times."""
+    """Return the SHA-256 (hex) of a drive's files, chosen frames, actions and times."""
     files = map(sha256_of, sampled.drive.reader.files(sampled.indices))
     content = np.frombuffer(hashlib.sha256(bytes.fromhex("".join(files))).digest(), np.uint8)
     clock = sampled.timestamps, sampled.actions, sampled.action_valid, np.array(sampled.segments)
@@ -124,19 +137,22 @@ def sampled_fingerprint(sampled: SampledDrive) -> str:
 
 
 def clock_and_actions(drive: DriveTokens) -> tuple[NDArray[Any], ...]:
-    """All that is stored of a drive but its tokens, for a digest."""
+    """Return everything stored for a drive except its tokens, as arrays to hash."""
     return drive.timestamps, drive.actions, drive.action_valid, np.array(drive.entry.segments)
 
 
 def recording_digest(timestamps: Floats, actions: Floats32, valid: Mask) -> str | None:
-    """SHA-256, in hexadecimal, of a drive's times and actions, whatever it is called.
+    """Return the SHA-256 (hex) of a drive's times and actions, to recognise a renamed recording.
 
-    A video and its tokens have the same, and so has the mirror image. None where no known action
-    changes: many drives have the same times, and many cars stand.
+    A video, its tokens and its mirror image all have the same digest. Returns None if no known
+    action ever changes: such drives, of parked cars for example, could share times and actions.
     """
     known = np.where(valid, actions, np.float32(0))
     known[:, STEERING] = np.abs(known[:, STEERING])
-    if not any(np.ptp(known[own, channel]) > 0 for channel, own in enumerate(valid.T) if own.any()):
+    varies = (
+        np.ptp(known[mask, channel]) > 0 for channel, mask in enumerate(valid.T) if mask.any()
+    )
+    if not any(varies):
         return None
     return digest(timestamps, known, valid)
 
@@ -144,54 +160,63 @@ def recording_digest(timestamps: Floats, actions: Floats32, valid: Mask) -> str 
 def recording_digests(
     drives: Sequence[DriveTokens | SampledDrive], channels: tuple[bool, bool] = (True, True)
 ) -> dict[str, str]:
-    """The `recording_digest` of drives by their ids, each with all of its parts.
+    """Return the `recording_digest` of every drive by its id, over all parts of a split drive.
 
-    Only `channels` of the actions count, those that a model learned.
+    Only the action channels marked True in `channels` count: (speed, steering). Drives without a
+    digest are left out.
     """
     parts: dict[str, list[DriveTokens | SampledDrive]] = {}
     for drive in drives:
         name = drive.drive.id if isinstance(drive, SampledDrive) else drive.id
         parts.setdefault(name, []).append(drive)
-    found = {}
-    for name, own in parts.items():
-        columns = [(part.timestamps, part.actions, part.action_valid & channels) for part in own]
+    digests = {}
+    for name, pieces in parts.items():
+        columns = [(part.timestamps, part.actions, part.action_valid & channels) for part in pieces]
         if content := recording_digest(*map(np.concatenate, zip(*columns, strict=True))):
-            found[name] = content
-    return found
+            digests[name] = content
+    return digests
 
 
 def check_apart(heldout: Mapping[str, str], training: TokenStore) -> None:
-    """Raise DriveSimError for a drive, of digests by ids, that is in the training tokens too."""
-    # A drive comes before its mirror image; named is the drive.
-    trained = {own: name for name, own in reversed(recording_digests(training.drives).items())}
-    for name, own in heldout.items():
-        if own in trained:
-            raise _leak(name, trained[own], training)
+    """Raise DriveSimError if a held-out drive is also in the training tokens.
+
+    `heldout` maps drive ids to digests, as `recording_digests` returns them.
+    """
+    # A drive comes before its mirror image and has the same digest. In reversed order the drive
+    # overwrites the mirror image, so the error names the drive.
+    digests = recording_digests(training.drives)
+    trained = {content: name for name, content in reversed(digests.items())}
+    for name, content in heldout.items():
+        if content in trained:
+            raise _leak(name, trained[content], training)
 
 
 def check_tokens_apart(heldout: TokenStore, training: TokenStore) -> None:
-    """As `check_apart`, by the tokens: for drives without actions, or with another time offset."""
+    """Raise DriveSimError if a held-out drive has the tokens of a training drive.
+
+    This catches what `check_apart` misses: drives without actions or with another time offset.
+    """
     for drive in heldout.drives:
-        for other in training.drives:
-            if np.array_equal(drive.timestamps, other.timestamps):
-                same = (drive.tokens == other.tokens).mean()
+        for trained in training.drives:
+            if np.array_equal(drive.timestamps, trained.timestamps):
+                same = (drive.tokens == trained.tokens).mean()
                 if same > _SAME_TOKENS:
-                    raise _leak(drive.id, other.id, training)
+                    raise _leak(drive.id, trained.id, training)
 
 
-def _leak(name: str, other: str, training: TokenStore) -> DriveSimError:
-    called = "" if other == name else f" as {other!r}"
+def _leak(name: str, trained_name: str, training: TokenStore) -> DriveSimError:
+    alias = "" if trained_name == name else f" as {trained_name!r}"
     return DriveSimError(
-        f"held-out drive {name!r} is in the training tokens {training.path} too{called}: measure "
-        "on drives that were held out"
+        f"{training.path}: the training tokens contain the held-out drive {name!r}{alias}; "
+        "evaluate on drives that were not trained on"
     )
 
 
 def footage_of(
     drives: Sequence[DriveTokens], sampled: Sequence[SampledDrive], tokenizer: Tokenizer
 ) -> list[Footage]:
-    """Join the tokens of drives with the videos that they were made of, if any, by their ids."""
-    recorded = {each.drive.id: each for each in sampled}
+    """Pair the tokens of each drive with the sampled video of the same id, if there is one."""
+    recorded = {video.drive.id: video for video in sampled}
     return [
         Footage(drive=drive, tokenizer=tokenizer, recorded=recorded.get(drive.id))
         for drive in drives
@@ -200,46 +225,49 @@ def footage_of(
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Clip:
-    """A piece of a drive: a context and the future that was recorded after it."""
+    """A piece of a drive: context frames, followed by the future that was recorded."""
 
     footage: Footage
     start: int
-    """The first frame of the future."""
+    """Index of the first frame of the future."""
     context_frames: int
     frames: int
-    """Of the future."""
+    """Number of frames in the future."""
     mirrored: bool = False
-    """Flipped left to right, with steering negated."""
+    """Whether the frames are flipped left to right and the steering is negated."""
 
     @property
     def name(self) -> str:
-        """The drive, the time of the last context frame and whether it is mirrored."""
+        """The drive's id, the time of the last context frame, and "mirrored" if it is."""
         time = self.footage.drive.timestamps[self.start - 1]
         return f"{self.footage.drive.id} at {time:.1f} s{' mirrored' if self.mirrored else ''}"
 
     @property
     def context(self) -> Pixels:
-        """The context's frames, uint8 [T, H, W, 3]."""
+        """The context frames, uint8 [T, H, W, 3]."""
         return self._frames(self.start - self.context_frames, self.start)
 
     @property
     def truth(self) -> Pixels:
-        """The frames that were recorded next, uint8 [N, H, W, 3]."""
+        """The true frames of the future, uint8 [N, H, W, 3]."""
         return self._frames(self.start, self.start + self.frames)
 
     @property
     def context_tokens(self) -> torch.Tensor:
-        """int64 [T, r, c]."""
+        """The tokens of the context frames, int64 [T, r, c]."""
         return self._tokens(self.start - self.context_frames, self.start)
 
     @property
     def true_tokens(self) -> torch.Tensor:
-        """int64 [N, r, c]."""
+        """The tokens of the true future, int64 [N, r, c]."""
         return self._tokens(self.start, self.start + self.frames)
 
     @property
     def actions(self) -> tuple[Floats32, Mask]:
-        """Actions and validity [T - 1 + N, 2]: T - 1 within the context, then the future's."""
+        """Actions and their validity, [T - 1 + N, 2] each.
+
+        The first T - 1 lie within the context; the next N lead to the N frames of the future.
+        """
         first = self.start - self.context_frames
         chosen = slice(first, self.start + self.frames - 1)
         actions, valid = self.footage.drive.actions[chosen], self.footage.drive.action_valid[chosen]
@@ -260,22 +288,22 @@ class Clip:
 def choose_clips(
     footage: Sequence[Footage], *, context_frames: int, frames: int, count: int
 ) -> list[Clip]:
-    """Spread `count` clips, or all there are, evenly over the drives by their length.
+    """Choose up to `count` clips, spread evenly over all possible clips of the drives.
 
-    No two futures share a frame: clips are independent evidence. No clip crosses a gap. Raises
-    DriveSimError where no drive is long enough for one.
+    No two futures share a frame, so that the clips are independent evidence. No clip crosses a gap.
+    Raises TooLittleDataError if no drive is long enough for a clip.
     """
     places = [
-        Clip(footage=each, start=start, context_frames=context_frames, frames=frames)
-        for each in footage
-        for begin, stop in each.drive.entry.segments
-        # Futures lie end to end.
+        Clip(footage=source, start=start, context_frames=context_frames, frames=frames)
+        for source in footage
+        for begin, stop in source.drive.entry.segments
+        # The step is the length of a future, so the futures lie end to end.
         for start in range(begin + context_frames, stop - frames + 1, frames)
     ]
     if not places:
         raise TooLittleDataError(
-            f"no run of {context_frames + frames} frames without a gap in {len(footage)} held-out "
-            "drives (mirror images are none): use longer drives or a shorter future"
+            f"no clip of {context_frames + frames} frames without a gap in {len(footage)} held-out "
+            "drives (mirror images do not count); use longer drives or a shorter future"
         )
     count = min(count, len(places))
     return [places[(2 * number + 1) * len(places) // (2 * count)] for number in range(count)]

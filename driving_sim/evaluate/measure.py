@@ -1,4 +1,7 @@
-"""What `drivesim evaluate tokenizer` and `world-model` do, as functions: drives to a report."""
+"""Measure a tokenizer or a world model on held-out drives and write a report.
+
+These functions do the work of `drivesim evaluate tokenizer` and `drivesim evaluate world-model`.
+"""
 
 import tempfile
 import time
@@ -54,7 +57,7 @@ TOKENIZER_HEADLINE = (
     KeyFigure("perplexity of the codes", "reconstruction.codebook.perplexity"),
     KeyFigure("flicker", "reconstruction.flicker.flicker"),
 )
-"""What stands at the head of a tokenizer's report."""
+"""Key figures at the top of a tokenizer's report."""
 
 
 def measure_tokenizer(
@@ -67,32 +70,32 @@ def measure_tokenizer(
     device: str = "auto",
     precision: str = "auto",
 ) -> dict[str, Any]:
-    """Evaluate a tokenizer's reconstructions of videos; the report goes into the folder `out`.
+    """Measure how well a tokenizer reconstructs videos, and write a report to the folder `out`.
 
-    Returns the key figures by their labels.
+    Returns the key figures as text, by their labels.
     """
     began = time.perf_counter()
     tokenizer = Tokenizer.from_run(run, device, precision)
     refuse_existing(out)
     rate = frame_rate(fps, every)
-    found = find_frames(videos)
-    sampled = [sample(drive, **rate) for drive in found.drives]
+    drives = find_frames(videos).drives
+    sampled = [sample(drive, **rate) for drive in drives]
     perceptual = _perceptual()
     section = evaluate_tokenizer(tokenizer, sampled, perceptual=perceptual)
     protocol = Protocol.of(
         "tokenizer",
         {
-            "drives": {each.drive.id: sampled_fingerprint(each) for each in sampled},
+            "drives": {video.drive.id: sampled_fingerprint(video) for video in sampled},
             "size": [tokenizer.height, tokenizer.width],
             "rate": rate,
-            "frames": {each.drive.id: len(each.indices) for each in sampled},
+            "frames": {video.drive.id: len(video.indices) for video in sampled},
             "lpips": perceptual is not None,
         },
     )
     return write_report(
         out,
         title="Tokenizer evaluation",
-        description={"tokenizer": str(run), "drives": ", ".join(d.id for d in found.drives)},
+        description={"tokenizer": str(run), "drives": ", ".join(drive.id for drive in drives)},
         sections=[section],
         protocol=protocol,
         model={
@@ -121,15 +124,18 @@ def measure_world_model(
     device: str = "auto",
     precision: str = "auto",
 ) -> dict[str, Any]:
-    """Evaluate a world model on held-out `data`, videos or one token store; the report is `out`.
+    """Measure a world model on held-out drives, and write a report to the folder `out`.
 
-    `training_videos` are real footage for the inverse-dynamics probe, which `probe` (a report or
-    the file in it) replaces by a trained one; without either it learns from the reconstructions in
-    `training_tokens`. Returns the key figures by their labels, and what could not be measured.
+    `data` names videos or one token store. The inverse-dynamics probe comes from one of three
+    places: `probe` names a report, or the probe file in it, to use again; otherwise the probe
+    learns from `training_videos`; without these it learns from the frames that the tokenizer
+    decodes from `training_tokens`. Returns the key figures as text, by their labels, and a line
+    that names what could not be measured.
 
-    Raises DriveSimError, before anything is tokenized or trained, for drives that the model or the
-    probe learned from, for tokens that the model was not trained on, and for a probe of another
-    frame rate or kind of steering.
+    Raises DriveSimError if the model or the probe was trained on a held-out drive, if
+    `training_tokens` are not those of the model, or if the probe has another frame rate or kind of
+    steering than the model. These checks come before any tokenizing or training, except that a
+    trained drive without actions is recognised only by its tokens.
     """
     began = time.perf_counter()
     world = WorldModel.from_run(run, device, precision)
@@ -144,16 +150,16 @@ def measure_world_model(
     check_apart(recordings, training)
     trained, lessons = None, []
     if probe is not None:
-        origin = f"that of {probe}"
+        origin = f"taken from {probe}"
         trained = load_probe(world, probe, recordings)
     elif training_videos:
-        origin = "learned from the training videos"
-        shown = find_for(world, training_videos, time_offset).drives
+        origin = "trained on the training videos"
+        training_drives = find_for(world, training_videos, time_offset).drives
         lessons = recorded_lessons(
-            world, training, [sample(drive, **rate) for drive in shown], recordings
+            world, training, [sample(drive, **rate) for drive in training_drives], recordings
         )
     else:
-        origin = "learned from reconstructed training tokens"
+        origin = "trained on frames decoded from the training tokens"
         lessons = reconstructed_lessons(world, training)
     with tempfile.TemporaryDirectory() as work:
         if store is None:
@@ -179,9 +185,9 @@ def measure_world_model(
         description={
             "world model": str(run),
             "held-out drives": ", ".join(heldout.drive_ids),
-            "true frames": "of the recorded videos"
+            "true frames": "recorded videos"
             if store is None
-            else "reconstructions, for the held-out drives are tokens without their videos",
+            else "decoded by the tokenizer, because the held-out drives are tokens without videos",
             "inverse-dynamics probe": origin if reader is not None else "none",
             "device": f"{world.device}, {name_of(world.dtype)}",
             "number format of the tokens": f"held-out {heldout.info.precision}, "
@@ -200,19 +206,25 @@ def measure_world_model(
         headline=HEADLINE,
         attachments={PROBE_FILE: reader.to_bytes()} if reader is not None else {},
     )
-    left_out = [name for each in sections if each.name == NOT_MEASURED for name in each.metrics]
+    left_out = [
+        name for section in sections if section.name == NOT_MEASURED for name in section.metrics
+    ]
     return figures | ({"not measured (see the report)": ", ".join(left_out)} if left_out else {})
 
 
 def _perceptual() -> PerceptualLoss | None:
-    """LPIPS where its backbone's weights are at hand; nothing is downloaded for a report."""
+    """Return LPIPS if the weights of its backbone are on this machine, or None.
+
+    A report downloads nothing.
+    """
     return PerceptualLoss(vgg16_weights()) if has_vgg16_weights() else None
 
 
 def _training_store(run: Path, world: WorldModel, path: Path) -> TokenStore:
-    """Open a token store that the model was trained on, as far as its run says.
+    """Open the token store that the model was trained on.
 
-    Raises DriveSimError, naming the option, where it was not.
+    Raises DriveSimError, which names the option, if `path` is not that store. A copy of the model
+    without its run's config cannot tell, so any store of the same tokenizer passes.
     """
     try:
         training = TokenStore(path)
@@ -226,16 +238,16 @@ def _training_store(run: Path, world: WorldModel, path: Path) -> TokenStore:
     content = training.index.content
     if config.get("store", {}).get("content", content) != content:
         raise DriveSimError(
-            f"{path} is not the token store that {run} was trained on: name that one "
-            "with `training_tokens`"
+            f"{path}: not the token store that {run} was trained on; name that store with "
+            "`training_tokens`"
         )
     return training
 
 
 def _check_store(world: WorldModel, store: TokenStore) -> None:
-    """Raise DriveSimError where the model cannot judge a store's tokens.
+    """Raise DriveSimError if the model cannot be measured on a store's tokens.
 
-    A line says where their number format is another than the model's.
+    Prints a line if the tokens were made in another number format than the model's.
     """
     world.check_store(store)
     if line := world.format_notice(store):
@@ -245,10 +257,11 @@ def _check_store(world: WorldModel, store: TokenStore) -> None:
 def _rate(
     world: WorldModel, training: TokenStore, fps: float | None, every: int | None
 ) -> dict[str, Any]:
-    """How frames are chosen: as asked, or else as in the training tokens."""
+    """Return the frame rate or stride that the user asked for, else that of the training tokens."""
     if fps is not None or every is not None:
         return frame_rate(fps, every)
-    # The rate that was asked for then; the model's own is what came of it, a hair's breadth off.
+    # Prefer the rate that the user once requested for the training tokens. The model's own rate is
+    # what resampling made of it, which may be slightly off.
     asked = training.info.requested_fps
     return {
         "fps": asked if asked and abs(asked / world.fps - 1) <= 0.01 else world.fps,
@@ -257,12 +270,15 @@ def _rate(
 
 
 def _held_out_store(world: WorldModel, data: Sequence[Path]) -> HeldOutStore | None:
-    """Open the token store of held-out drives, where `data` is one and not videos."""
+    """Open `data` as a token store of held-out drives, or return None if it names videos."""
     stores = [path for path in data if (path / INDEX).exists()]
     if not stores:
         return None
     if len(data) > 1:
-        raise DriveSimError(f"{stores[0]} is a token store: name it alone, or videos")
+        raise DriveSimError(
+            f"{stores[0]}: a token store cannot be evaluated together with other drives; name the "
+            "store alone, or videos only"
+        )
     store = HeldOutStore(stores[0], world.known_channels)
     _check_store(world, store)
     store.verify()
@@ -270,12 +286,16 @@ def _held_out_store(world: WorldModel, data: Sequence[Path]) -> HeldOutStore | N
 
 
 def _sampled(world: WorldModel, videos: DriveSet, rate: dict[str, Any]) -> list[SampledDrive]:
-    """Choose the frames of held-out videos; DriveSimError where the rate is not the model's."""
+    """Choose the frames of the held-out videos.
+
+    Raises DriveSimError if their frame rate is not the model's.
+    """
     sampled = [sample(drive, **rate) for drive in videos.drives]
-    for each in sampled:
-        if abs(each.fps / world.fps - 1) > RATE_TOLERANCE:
+    for video in sampled:
+        if abs(video.fps / world.fps - 1) > RATE_TOLERANCE:
             raise DriveSimError(
-                f"{each.drive.id}: {each.fps:.3g} frames/s at this rate, the model was trained on "
-                f"{world.fps:.3g}: leave out `fps` and `every`, or use a video of that rate or more"
+                f"{video.drive.id}: sampled at {video.fps:.3g} frames/s, but the model was trained "
+                f"at {world.fps:.3g}; leave out `fps` and `every`, or use a video of that rate or "
+                "more"
             )
     return sampled

@@ -1,4 +1,4 @@
-"""Futures of clips, imagined from each clip's own context.
+"""Let the world model generate the futures of clips.
 
 Axes: B clips of a batch, N frames of the future, H W pixels, r c token rows and columns.
 """
@@ -15,22 +15,28 @@ from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import Prefix, WorldModel
 
 BATCH = 8
-"""Clips rolled out at once; rounding differs with it, and so may a sampled token."""
+"""Number of clips rolled out together.
+
+Another batch size rounds differently, so it may sample a different token here and there.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Imagined:
-    """One future of a clip."""
+    """A clip and one future that the model generated for it."""
 
     clip: Clip
     tokens: torch.Tensor
-    """int64 [N, r, c]."""
+    """Tokens of the generated future, int64 [N, r, c]."""
     frames: Pixels
-    """uint8 [N, H, W, 3]."""
+    """Decoded frames of the generated future, uint8 [N, H, W, 3]."""
 
 
 def encode_contexts(world: WorldModel, clips: Sequence[Clip]) -> Prefix:
-    """Encode the contexts of clips, all of one length, and the actions within them."""
+    """Run the model over the contexts of clips, all of the same length, and return its state.
+
+    The actions within the contexts are part of the input.
+    """
     past = clips[0].context_frames - 1
     actions, valid = map(np.stack, zip(*(clip.actions for clip in clips), strict=True))
     tokens = torch.stack([clip.context_tokens for clip in clips])
@@ -40,10 +46,10 @@ def encode_contexts(world: WorldModel, clips: Sequence[Clip]) -> Prefix:
 def imagine(
     world: WorldModel, clips: Sequence[Clip], sampling: Sampling, *, hide_actions: bool = False
 ) -> Iterator[Imagined]:
-    """Roll every clip's context out under the actions that were recorded after it.
+    """Yield a generated future for every clip, under the actions that were recorded.
 
-    Clip n has the n-th draws of the sampling. With `hide_actions` the model knows none of the
-    future's actions: what it does by itself.
+    Clip n uses the n-th random draws of `sampling`, whatever its batch. With `hide_actions` the
+    model gets no action of the future, which shows where it drives by itself.
     """
     for first in range(0, len(clips), BATCH):
         batch = clips[first : first + BATCH]

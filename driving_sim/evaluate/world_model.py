@@ -1,4 +1,4 @@
-"""All of a world model's evaluation, section by section, under one frozen protocol."""
+"""Run every part of a world model's evaluation, and describe what was measured as a protocol."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,41 +41,41 @@ from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
 NOT_MEASURED = "not_measured"
-"""Name of the section that says what could not be measured, and why."""
+"""Name of the section that lists what could not be measured, and why."""
 
 
 @config
 class EvaluationConfig:
-    """How much is measured."""
+    """How much is measured, and with which settings. All of it is part of the protocol."""
 
     stride: Count = 1
-    """Likelihood: every n-th frame with a full window behind it."""
+    """Step between the frames whose likelihood is measured; 1 measures every frame."""
     shuffles: Count = 20
-    """Shuffles of the actions."""
+    """Number of random shuffles of the actions, for the action information."""
     coded_seconds: float = 60.0
-    """Length of the first drive's beginning that is compressed and decoded."""
+    """Length of the piece of the first drive that is compressed and decoded, in s."""
     clips: Count = 32
-    """Clips rolled out for quality and fidelity, spread over the held-out drives."""
+    """Maximum number of clips rolled out for quality and fidelity."""
     seconds: float = 3.0
-    """Length of their futures."""
+    """Length of the future of each clip, in s."""
     sweeps: Count = 3
-    """Starts of the sweep of commands."""
+    """Number of clips from which the sweep of commands starts."""
     long_rollouts: Count = 4
-    """Rollouts judged for stability."""
+    """Number of long rollouts that are judged for stability."""
     long_seconds: float = 60.0
-    """Their length."""
+    """Length of each long rollout, in s."""
     real_seconds: float = 150.0
-    """Real footage that bounds what is stable, at most."""
+    """Maximum length of the real footage that sets the stability bounds, in s."""
     probe_steps: Count = 600
-    """Training of the inverse-dynamics probe."""
+    """Number of training steps of the inverse-dynamics probe."""
     sampling: Sampling = Sampling()
-    """How tokens are drawn."""
+    """Sampling settings of all rollouts."""
     stability: StabilityConfig = StabilityConfig()
-    """Where a rollout counts as no longer a drive."""
+    """Bounds beyond which a rollout counts as collapsed."""
 
 
 FULL = EvaluationConfig()
-"""What is reported."""
+"""Settings of a full evaluation, for numbers to report."""
 QUICK = EvaluationConfig(
     stride=6,
     shuffles=1,
@@ -88,24 +88,24 @@ QUICK = EvaluationConfig(
     real_seconds=40.0,
     probe_steps=150,
 )
-"""A first look."""
+"""Settings of a quick evaluation, for a first look."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Evidence:
-    """What a world model is measured on and with."""
+    """Everything an evaluation of a world model needs besides the model: data and instruments."""
 
     heldout: HeldOutStore
     footage: Sequence[Footage]
-    """Of the held-out drives, in the store's order."""
+    """Footage of the held-out drives, in the order of the store."""
     training: TokenStore
-    """What the model was trained on, for the baselines and for what real footage looks like."""
+    """Tokens that the model was trained on: the baselines are fitted on them."""
     probe: InverseDynamics | None
-    """Reads actions off pictures; None where it could not be had."""
+    """Network that estimates actions from frames; None if it could not be trained."""
     no_probe: str = ""
-    """Why there is none."""
+    """Reason why there is no probe; empty if there is one."""
     probe_floor: dict[str, Any]
-    """The probe's own error on the held-out drives' true frames."""
+    """Errors of the probe on the true frames of the held-out drives."""
     extractor: VideoFeatures
     perceptual: PerceptualLoss | None
 
@@ -115,7 +115,8 @@ def evaluate_world_model(
 ) -> tuple[list[Section], Protocol]:
     """Measure likelihood, action information, rollout quality, action fidelity and stability.
 
-    What the drives or the model cannot tell is left out; a last section then says what and why.
+    If the drives or the model do not allow a measurement, its section is left out. A last section
+    then lists what is missing and why.
     """
     heldout, probe, sampling = evidence.heldout, evidence.probe, config.sampling
     choose = partial(choose_clips, evidence.footage, context_frames=world.context_frames)
@@ -124,7 +125,7 @@ def evaluate_world_model(
 
     @contextmanager
     def attempt(*names: str) -> Iterator[None]:
-        """Inside, data that cannot tell something costs the sections of these names, not all."""
+        """Turn a TooLittleDataError inside into a note that the sections `names` are missing."""
         try:
             yield
         except TooLittleDataError as error:
@@ -151,8 +152,8 @@ def evaluate_world_model(
         left_out |= dict.fromkeys(("fidelity", "sweep"), evidence.no_probe)
     elif clips:
         with attempt("sweep"):
-            chosen = _sweeps(world, clips, config.sweeps)
-            sections.append(evaluate_sweep(world, probe, chosen, sampling))
+            sweep_starts = _sweeps(world, clips, config.sweeps)
+            sections.append(evaluate_sweep(world, probe, sweep_starts, sampling))
     starts: list[Clip] = []
     with attempt("stability"):
         starts = choose(frames=1, count=config.long_rollouts)
@@ -167,13 +168,13 @@ def evaluate_world_model(
         sections.append(stability)
     if left_out:
         rows = [(name.replace("_", " "), why) for name, why in left_out.items()]
-        text = "These drives, or this model, cannot tell the following."
-        parts = (Table("Left out", ("section", "why"), rows),)
+        text = "The sections below are missing from this report, for the reasons given."
+        parts = (Table("Missing sections", ("section", "reason"), rows),)
         sections.append(Section(NOT_MEASURED, "What could not be measured", text, left_out, parts))
     return sections, _protocol(world, evidence, clips, starts, config)
 
 
-_SOURCES = {"recorded": "recorded", "without actions": "action_free"}
+_SOURCES = {"true frames": "recorded", "model without actions": "action_free"}
 HEADLINE = (
     KeyFigure(
         "bits per token",
@@ -204,11 +205,14 @@ HEADLINE = (
     ),
     KeyFigure("long rollouts last, s", "stability.mean_lasted_s"),
 )
-"""What stands at the head of the report."""
+"""Key figures at the top of a world model's report."""
 
 
 def _real(world: WorldModel, evidence: Evidence, config: EvaluationConfig) -> list[DriveTokens]:
-    """So much of the held-out drives, then of the training ones; no mirror images."""
+    """Return `real_seconds` of real footage: from held-out drives first, then training drives.
+
+    Mirror images are left out.
+    """
     drives = [*evidence.heldout.drives, *evidence.training.drives]
     chosen: list[DriveTokens] = []
     frames = round(config.real_seconds * world.fps)
@@ -220,9 +224,9 @@ def _real(world: WorldModel, evidence: Evidence, config: EvaluationConfig) -> li
 
 
 def _sweeps(world: WorldModel, clips: Sequence[Clip], count: int) -> list[Clip]:
-    """The starts of the sweep: clips in which the car moves."""
+    """Choose `count` clips, spread evenly, in which the car moves at the start."""
     if not world.known_channels[STEERING] or not world.statistics.steering_p99 > 0:
-        raise TooLittleDataError("the model learned no steering")
+        raise TooLittleDataError("the model learned no steering, so there is nothing to sweep")
     moving = [clip for clip in clips if _starts_moving(clip)]
     if not moving:
         raise TooLittleDataError(f"no clip starts at a known speed of {MOVING_MPS:g} m/s or more")
@@ -230,11 +234,12 @@ def _sweeps(world: WorldModel, clips: Sequence[Clip], count: int) -> list[Clip]:
 
 
 def _starts_moving(clip: Clip) -> bool:
-    """Whether the action that led to the last context frame is known to be fast enough."""
+    """Return whether the speed at the last context frame is known and at least `MOVING_MPS`."""
     if clip.context_frames < 2:
         return False
-    actions, valid = (each[clip.context_frames - 2, SPEED] for each in clip.actions)
-    return bool(valid and actions >= MOVING_MPS)
+    # This action leads to the last context frame.
+    speed, valid = (array[clip.context_frames - 2, SPEED] for array in clip.actions)
+    return bool(valid and speed >= MOVING_MPS)
 
 
 def _protocol(
@@ -244,20 +249,21 @@ def _protocol(
     starts: Sequence[Clip],
     config: EvaluationConfig,
 ) -> Protocol:
+    """Collect everything that decides the numbers, except the model itself."""
     size, statistics = world.tokenizer.frame_size, world.statistics
     learned = learned_drives(world, evidence.training)
     return Protocol.of(
         "world-model",
         {
-            "drives": [_listed(each.drive, each.fingerprint) for each in evidence.footage],
-            "recorded": all(each.recorded is not None for each in evidence.footage),
+            "drives": [_listed(source.drive, source.fingerprint) for source in evidence.footage],
+            "recorded": all(source.recorded is not None for source in evidence.footage),
             "training": [
                 _listed(drive, digest(*clock_and_actions(drive)))
                 for drive in evidence.training.drives
             ],
             "learned": list(dict.fromkeys(drive.id for drive in learned)),
             "known_channels": world.known_channels,
-            # The constant baseline, and how far from straight a curve and a sweep are.
+            # The mean action is a baseline; the percentiles define a curve and the sweep's range.
             "mean_action": statistics.mean,
             "steering_p95": statistics.steering_p95,
             "steering_p99": statistics.steering_p99,
@@ -280,5 +286,5 @@ def _protocol(
 
 
 def _listed(drive: DriveTokens, content: str) -> dict[str, str | int]:
-    """A drive, or a part of one that was split."""
+    """Return the protocol's entry for a drive, or for one part of a split drive."""
     return {"id": drive.id, "start": drive.entry.start, "sha256": content}

@@ -1,1 +1,1 @@
-"""How many bits a model needs for what it sees: per token, coded, without actions, by place."""
+"""Measure in bits how well a world model predicts held-out drives."""

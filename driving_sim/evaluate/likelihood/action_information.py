@@ -1,6 +1,6 @@
-"""What the true actions are worth to a world model, in bits.
+"""Measure how much the true actions help a world model to predict a drive, in bits.
 
-Axes: N frames of a run without a gap, V variants of its actions, U blocks of frames.
+Axes: N frames of a run without a gap, V variants of its actions.
 """
 
 from collections import defaultdict
@@ -22,19 +22,20 @@ from driving_sim.world_model.world_model import WorldModel
 
 _CHANNELS = {"speed": [SPEED], "steering": [STEERING], "both": [SPEED, STEERING]}
 _AT_ONCE = 24
-"""Variants that are judged in one pass over a run: each takes a cache."""
+"""Maximum number of variants in one pass over a run, because each variant needs its own cache."""
 
 
 def evaluate_action_information(
     world: WorldModel, heldout: TokenStore, *, shuffles: int = 20, seed: int = 0
 ) -> Section:
-    """Bits per frame that the true actions are worth over shuffled ones, and over none.
+    """Measure how many bits per frame the true actions save over shuffled and over null actions.
 
-    A shuffle puts every block of a run's actions, 3 s or a window of the model, in the place of
-    another one: for speed, for steering and for both. Null actions are those that the model is told
-    it does not know. The frames that count have a full window behind them. The 95 % interval is the
-    bootstrap over the same blocks (Künsch 1989, https://doi.org/10.1214/aos/1176347265). Runs of
-    less than two blocks are left out; DriveSimError where there are no others.
+    A shuffle moves every block of a run's actions to the place of another block. A block lasts 3 s,
+    or as long as the model's window if that is longer. Speed, steering and both are shuffled
+    separately. Null actions are marked as unknown. Only frames with a full window behind them
+    count. The 95 % interval comes from a bootstrap over the same blocks (Künsch 1989,
+    https://doi.org/10.1214/aos/1176347265). Runs shorter than two blocks are left out. Raises
+    TooLittleDataError if no run is long enough, or if no action is known.
     """
     world.check_store(heldout)
     block = block_frames(world.fps, world.context_frames)
@@ -48,17 +49,17 @@ def evaluate_action_information(
             tokens = drive.tokens[begin:stop]
             actions, valid = _variants(drive, begin, stop, known, shuffles, block, rng)
             bits = []
-            for at in range(0, variants, _AT_ONCE):
-                some = slice(at, at + _AT_ONCE)
-                run = streamed_token_bits(world.transformer, tokens, actions[some], valid[some])
+            for first in range(0, variants, _AT_ONCE):
+                batch = slice(first, first + _AT_ONCE)
+                run = streamed_token_bits(world.transformer, tokens, actions[batch], valid[batch])
                 bits.append(np.stack([frame.means()[0] for frame in run], axis=1))
                 bar.advance(len(bits[-1]))
-            true, *others = np.split(np.concatenate(bits), range(1, variants, shuffles + 1))
-            # Whole blocks count, of frames with a full window behind them.
+            true, *by_channel = np.split(np.concatenate(bits), range(1, variants, shuffles + 1))
+            # Frames after the last whole block keep their actions, so they do not count.
             frames = np.arange(world.context_frames, (stop - begin) // block * block)
-            for name, own in zip(known, others, strict=True):
-                for over, chosen in (("shuffled", own[:-1]), ("null", own[-1:])):
-                    gain = chosen.mean(axis=0) - true[0]
+            for name, changed in zip(known, by_channel, strict=True):
+                for over, worse in (("shuffled", changed[:-1]), ("null", changed[-1:])):
+                    gain = worse.mean(axis=0) - true[0]
                     sums[over, name].append(mean_sums(gain[frames], frames // block))
     per_frame = world.tokenizer.rows * world.tokenizer.cols
     metrics: dict[str, Any] = {
@@ -67,21 +68,24 @@ def evaluate_action_information(
         "block_frames": block,
         "blocks": sum(map(len, next(iter(sums.values())))),
     }
-    rows: list[tuple[str, Cell]] = []
+    rows: list[tuple[str, str, Cell]] = []
     for over in ("shuffled", "null"):
-        found = dict.fromkeys(_CHANNELS) | {
+        gains = dict.fromkeys(_CHANNELS) | {
             name: bootstrap(np.concatenate(sums[over, name]) * [per_frame, 1], mean_of_sums)
             for name in known
         }
-        metrics[f"gain_over_{over}_bits_per_frame"] = found
-        rows += [(f"{name}, over {over}", gain) for name, gain in found.items()]
-    caption = "Gain of the true actions; in brackets the 95 % interval"
-    table = Table(caption, ("actions", "bits per frame"), rows)
+        metrics[f"gain_over_{over}_bits_per_frame"] = gains
+        rows += [(name, over, gain) for name, gain in gains.items()]
+    caption = "Gain of the true actions, with 95 % intervals; more is better"
+    table = Table(caption, ("channel", "compared with", "gain, bits per frame"), rows)
     return Section("action_information", "What the actions are worth", _TEXT, metrics, (table,))
 
 
 def _runs(heldout: TokenStore, block: int) -> list[tuple[DriveTokens, int, int]]:
-    """Drives with the ends of their runs of two blocks or more: others cannot be shuffled."""
+    """Return the runs of two blocks or more, as (drive, first frame, end).
+
+    A shorter run has no second block to swap with.
+    """
     runs = [
         (drive, begin, stop)
         for drive in heldout.drives
@@ -90,24 +94,32 @@ def _runs(heldout: TokenStore, block: int) -> list[tuple[DriveTokens, int, int]]
     ]
     if not runs:
         raise TooLittleDataError(
-            f"no run of {2 * block} frames without a gap in {len(heldout.drives)} held-out drives: "
-            "nothing to shuffle; use longer drives"
+            f"no {2 * block} frames without a gap in {len(heldout.drives)} held-out drives, so "
+            "there is nothing to shuffle; use longer drives"
         )
     return runs
 
 
 def _known_channels(drives: Sequence[DriveTokens]) -> dict[str, list[int]]:
-    """Those that are known somewhere: of the others the drives tell nothing."""
+    """Return the channels to measure: those that are known in at least one frame of the drives."""
     somewhere = np.any([drive.action_valid.any(axis=0) for drive in drives], axis=0)
     known = {name: channels for name, channels in _CHANNELS.items() if somewhere[channels].all()}
     if not known:
-        raise TooLittleDataError("no action that the model learned is known of the held-out drives")
+        raise TooLittleDataError(
+            "the held-out drives have no known action of a kind that the model learned"
+        )
     return known
 
 
-_TEXT = """How many bits a frame costs more where the model is given the actions of another moment
-of the drive (shuffled), or is told that it does not know them (null). An interval that holds zero:
-the model makes nothing of that channel, or the drive's past already shows it."""
+_TEXT = """Does the model use the actions to predict the next frame? The model predicts the
+held-out drives again with wrong actions. "Shuffled" means actions from another moment of the same
+drive; "null" means that the model is told that the actions are unknown. The gain is the number of
+bits that a frame costs more than with the true actions.
+
+A larger gain means that the model draws more information from that channel. If the interval
+contains zero, no benefit was detected: the model ignores the channel, or the past frames already
+tell as much, or there are too few drives. The gain does not show whether a rollout obeys a command;
+see action fidelity and the sweep for that."""
 
 
 def _variants(
@@ -119,7 +131,11 @@ def _variants(
     block: int,
     rng: np.random.Generator,
 ) -> tuple[Floats32, Mask]:
-    """Actions and validity [V, N, 2]: the true ones; for each channel, shuffled ones and none."""
+    """Return variants of a run's actions and validity, [V, N, 2] each.
+
+    The first variant holds the true actions. Then follow, for each of the `channels`, `shuffles`
+    variants with that channel shuffled and one with that channel unknown.
+    """
     count = 1 + len(channels) * (shuffles + 1)
     actions = np.repeat(drive.actions[None, begin:stop], count, axis=0)
     valid = np.repeat(drive.action_valid[None, begin:stop], count, axis=0)
@@ -127,7 +143,7 @@ def _variants(
     for chosen in channels.values():
         for _ in range(shuffles):
             number += 1
-            # An action that is not known stays so wherever it is moved to.
+            # Move the validity with the action, so that an unknown action stays unknown.
             order = _displaced_blocks(stop - begin, block, rng)
             actions[number][:, chosen] = actions[0, order][:, chosen]
             valid[number][:, chosen] = valid[0, order][:, chosen]
@@ -137,10 +153,10 @@ def _variants(
 
 
 def _displaced_blocks(length: int, block: int, rng: np.random.Generator) -> Ints:
-    """Indices that put every whole block in another one's place; what is left over stays.
+    """Return indices that move every whole block to the place of another block.
 
-    Were blocks left in place, as a random permutation leaves one on average, the gain would be
-    diluted.
+    Frames after the last whole block stay. A plain random permutation would leave one block in
+    place on average, which would make the gain too small.
     """
     blocks = length // block
     ring, order = rng.permutation(blocks), np.arange(blocks)

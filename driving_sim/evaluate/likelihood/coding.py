@@ -1,9 +1,9 @@
-"""A drive's tokens in as few bytes as a world model can tell them: its bits per token, proved.
+"""Compress a drive's tokens with a world model, to check the bits per token that it claims.
 
-Range coding (constriction, arXiv 2201.01741) under the plain model's probabilities as integer
-frequencies. Both directions run the same cached passes, wave by wave, and meet the same logits to
-the last bit. On another machine, in another number format, with another compiler or without one,
-logits may differ: then other tokens come back.
+A range coder (constriction, arXiv 2201.01741) codes the tokens under the plain model's
+probabilities, rounded to integer frequencies. Encoder and decoder run the same cached passes, wave
+by wave, and get the same logits to the last bit. Another machine, number format or compiler may
+give slightly different logits; decoding then returns wrong tokens.
 
 Axes: T frames, P = r * c tokens of a frame, n tokens of a wave, K codes.
 """
@@ -28,24 +28,29 @@ from driving_sim.world_model.training.bits import streamed_bits_per_token
 from driving_sim.world_model.world_model import WorldModel
 
 Words = NDArray[np.uint32]
-"""What the range coder writes."""
+"""The compressed data: words of 32 bits from the range coder."""
 
 _HEADER_BYTES = 24
-"""What a file would say before its words: that it is one, a checksum, the model's fingerprint (8),
-a checksum of the tokens and the number of runs. Their lengths take another `_RUN_BYTES` each."""
+"""Size of the header that a file of these words would need, without the lengths of the runs.
+
+It would hold 4 bytes to mark the format, a checksum (4), the model's fingerprint (8), a checksum of
+the tokens (4) and the number of runs (4).
+"""
 _RUN_BYTES = 4
-_TOTAL = 2**24  # of a token's frequencies: what constriction works with
+"""Bytes in the header for the length of each run."""
+_TOTAL = 2**24
+"""Sum of the frequencies of all codes, as constriction requires."""
 _FAMILY = stream.model.Categorical(perfect=False)
 
 _CLAIM = 0.01
-"""How far the coded size may be off the claimed one, as a share of it."""
+"""Largest allowed difference between coded and claimed size, as a share of the claimed size."""
 
 
 def evaluate_coding(world: WorldModel, drive: DriveTokens, *, seconds: float) -> Section:
-    """Prove the bits: compress the first `seconds` of a drive with the model and decode them.
+    """Compress the first `seconds` of a drive with the model, decode them, and check the size.
 
-    `ratio` is the coded size, header included, over the bits that the model claims; `exact` says
-    whether what came back were the same tokens.
+    Among the metrics, `exact` says whether decoding returned the same tokens, and `proved` says
+    whether, in addition, the size without the header is within 1 % of the claimed bits.
     """
     beginning = first_frames(drive, max(1, round(seconds * world.fps)))
     with progress(2 * len(beginning), "arithmetic coding", "frames") as bar:
@@ -56,7 +61,7 @@ def evaluate_coding(world: WorldModel, drive: DriveTokens, *, seconds: float) ->
     coded_bits, count = header_bits + 8 * words.nbytes, beginning.tokens.size
     claimed = streamed_bits_per_token(world.transformer, [beginning]).mean
     ratio = coded_bits / count / claimed
-    # In a short file the header alone is over 1 %; it says nothing about the model.
+    # The header says nothing about the model, and in a short file it takes more than 1 %.
     header = header_bits / count / claimed
     metrics = {
         "per_tokenizer": True,
@@ -72,55 +77,73 @@ def evaluate_coding(world: WorldModel, drive: DriveTokens, *, seconds: float) ->
         "ratio_to_claimed": ratio,
         "proved": exact and abs(ratio - header - 1) <= _CLAIM,
     }
-    rows = [(name.replace("_", " "), value) for name, value in metrics.items()][1:]
-    caption = f"Drive {drive.id}, {len(beginning):,} of its {len(drive):,} frames"
+    rows = [(label, metrics[name]) for name, label in _ROWS.items()]
+    caption = f"Drive {drive.id}, the first {len(beginning):,} of its {len(drive):,} frames"
     return Section(
         "coding",
-        "The bits, proved" if metrics["proved"] else "The bits, not proved",
+        f"Compression check: {'passed' if metrics['proved'] else 'failed'}",
         f"{_TEXT}\n\n{_verdict(exact, ratio, header)}",
         metrics,
         (Table(caption, ("", "value"), rows),),
     )
 
 
-_TEXT = """The tokens of a held-out drive's beginning are compressed by range coding under the
-model's probabilities, wave by wave through the cache as in a rollout, and decoded again. The file
-must be as large as the likelihood claims (streamed from the drive's start, float32) to within 1 %,
-its header aside, and what comes back must be the same tokens."""
+_TEXT = """Are the bits per token real? The beginning of a held-out drive is compressed with the
+model's probabilities and decoded again. A model that claims a low cost must also produce a small
+file. The check passes if the decoded tokens are the originals and the file, without its header, has
+the size that the model claims, to within 1 %. The claimed size is computed separately, in float32,
+from the start of the drive.
+
+The check confirms that the likelihood was computed correctly. It does not say whether the model is
+good: a bad model passes too, with a larger file."""
+_ROWS = {
+    "frames": "frames",
+    "tokens": "tokens",
+    "raw_bits_per_token": "without compression, bits per token",
+    "claimed_bits_per_token": "claimed by the model, bits per token",
+    "model_bits_per_token": "claimed while coding, bits per token",
+    "coded_bits_per_token": "file with header, bits per token",
+    "header_bits": "header, bits",
+    "ratio_to_claimed": "file / claimed",
+    "ratio": "file / claimed while coding",
+    "exact": "decoded tokens are the originals",
+    "proved": "check passed",
+}
+"""Labels of the table's rows, by the name of the metric."""
 
 
 def _verdict(exact: bool, ratio: float, header: float) -> str:
-    """What came of it, in words."""
+    """Return the outcome of the check as a sentence."""
     faults = []
     if not exact:
-        faults.append("the tokens that came back are not those that went in")
-    off = f"{ratio - 1:+.2%} off the claimed size, {header:.2%} of it the header"
+        faults.append("the decoded tokens differ from the originals")
+    size = f"{ratio - 1:+.2%} off the claimed size, of which the header makes up {header:.2%}"
     if abs(ratio - header - 1) > _CLAIM:
-        faults.append(f"the file is {off}")
+        faults.append(f"the file is {size}")
     if faults:
-        return f"It does not hold: {', and '.join(faults)}."
-    return f"It holds: the tokens are the same, and the file is {off}."
+        return f"The check failed: {', and '.join(faults)}."
+    return f"The check passed: the decoded tokens are the originals, and the file is {size}."
 
 
 def compress(
     world: WorldModel, drive: DriveTokens, *, advance: Callable[[int], object]
 ) -> tuple[Words, float]:
-    """Compress a drive's tokens, given its actions; each run without a gap starts afresh.
+    """Compress a drive's tokens, given its actions. After a gap the model starts without context.
 
-    Returns the words, and the sum over the tokens of -log2 p under the plain model, from the passes
-    that coded them. `advance` is called with the number of frames coded since.
+    Returns the compressed words, and the model's cost: the sum of -log2 p over the tokens, from the
+    same passes. `advance` is called with the number of frames coded since its last call.
     """
     tokens = rearrange(drive.tokens.astype(np.int32), "t r c -> t (r c)")
     encoder, model_bits = stream.queue.RangeEncoder(), 0.0
 
     def put(t: int, logits: Tensor, target: Tensor) -> Tensor:
         nonlocal model_bits
-        known = tokens[t, target.cpu().numpy()]
-        encoder.encode(known, _FAMILY, coder_weights(logits[0]))
-        chosen = torch.from_numpy(known).long().to(logits.device)[None]
-        log_probs = logits.log_softmax(-1).gather(-1, chosen.unsqueeze(-1))
+        true = tokens[t, target.cpu().numpy()]
+        encoder.encode(true, _FAMILY, coder_weights(logits[0]))
+        indices = torch.from_numpy(true).long().to(logits.device)[None]
+        log_probs = logits.log_softmax(-1).gather(-1, indices.unsqueeze(-1))
         model_bits -= float(log_probs.double().sum()) / math.log(2)
-        return chosen
+        return indices
 
     _pass_through(world, drive, put, advance)
     return encoder.get_compressed(), model_bits
@@ -129,10 +152,11 @@ def compress(
 def decompress(
     world: WorldModel, drive: DriveTokens, words: Words, *, advance: Callable[[int], object]
 ) -> Ints:
-    """Return the tokens [T, r, c] in the words of `compress`; of the drive, see but the actions.
+    """Decode the words of `compress` and return the tokens [T, r, c].
 
-    Other tokens come back, or none, where the words, the model, the actions or the arithmetic are
-    not those of `compress`. `advance` is called with the number of frames decoded since.
+    Of `drive`, only the actions and the lengths of its runs are read. If the words, the model, the
+    actions or the arithmetic differ from those of `compress`, the result holds wrong tokens, or no
+    frames at all. `advance` is called with the number of frames decoded since its last call.
     """
     decoder = stream.queue.RangeDecoder(words)
 
@@ -142,16 +166,17 @@ def decompress(
 
     try:
         decoded = _pass_through(world, drive, get, advance)
-    except AssertionError:  # constriction's, for words that no token could have made
+    except AssertionError:  # Raised by constriction for words that no tokens lead to.
         return np.zeros((0, *drive.tokens.shape[1:]), np.int64)
     return rearrange(decoded, "t (r c) -> t r c", r=world.transformer.grid.rows)
 
 
 def coder_weights(logits: Tensor) -> Floats32:
-    """Return a softmax [n, K] as the coder's weights: whole numbers that sum to 2^24 - K in a row.
+    """Return the softmax of `logits` [n, K] as whole numbers, whose sum is 2^24 - K in each row.
 
-    constriction gives every code a frequency of 1 and shares out the rest of 2^24 in proportion to
-    the weights. These sum to that rest, below 2^24, so float32 adds and scales them exactly.
+    constriction gives every code a frequency of 1, and splits the remaining 2^24 - K in proportion
+    to these weights. They are whole numbers with exactly that sum, below 2^24, so float32 adds and
+    scales them without rounding.
     """
     rest = _TOTAL - logits.shape[-1]
     probs = logits.cpu().double().softmax(-1).numpy()
@@ -167,19 +192,20 @@ def _pass_through(
     choose: Callable[[int, Tensor, Tensor], Tensor],
     advance: Callable[[int], object],
 ) -> Ints:
-    """Return the tokens [T, P] that `choose` gives for a drive's frames, run by run from nothing.
+    """Pass a drive's frames through the model and return the tokens [T, P] that `choose` returns.
 
-    `choose` is as the sampler's `Choose`, with the frame's number before.
+    Every run starts without context. `choose` has the arguments of the sampler's `Choose`, preceded
+    by the frame's index.
     """
     frames, device = [], world.device
     for begin, stop in drive.entry.segments:
         passes = world.branch(world.no_prefix()).passes
-        # Nothing leads to the first frame.
+        # No action leads to the first frame.
         led = torch.zeros(1, 2, device=device)
         known = torch.zeros(1, 2, dtype=torch.bool, device=device)
         for t in range(begin, stop):
             frames.append(passes.step(led, known, partial(choose, t))[0].cpu().numpy())
             action = drive.actions[t : t + 1], drive.action_valid[t : t + 1]
-            led, known = (torch.tensor(each, device=device) for each in action)
+            led, known = (torch.tensor(array, device=device) for array in action)
             advance(1)
     return np.stack(frames)

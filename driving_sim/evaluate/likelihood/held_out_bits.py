@@ -1,4 +1,4 @@
-"""Bits per token of a world model on held-out drives: beside baselines, calibrated, and coded.
+"""Measure a world model's bits per token and calibration on held-out drives, against baselines.
 
 Axes: n judged frames, W frames of context, P tokens of a frame, w windows.
 """
@@ -33,14 +33,14 @@ _BATCH = 4
 
 
 def learned_drives(world: WorldModel, training: TokenStore) -> tuple[DriveTokens, ...]:
-    """The drives of `training` that the model learned from: not those that chose its weights.
+    """Return the drives of `training` without the validation drives, which only chose the weights.
 
-    Raises DriveSimError where there are none.
+    Raises DriveSimError if no drive is left.
     """
     learned = [name for name in training.drive_ids if name not in world.validation_drives]
     if not learned:
         raise DriveSimError(
-            f"{training.path} holds only drives that the model was validated on: name the token "
+            f"{training.path}: holds only drives that the model was validated on; name the token "
             "store that it was trained on with `training_tokens`"
         )
     return training.select(learned)
@@ -49,13 +49,16 @@ def learned_drives(world: WorldModel, training: TokenStore) -> tuple[DriveTokens
 def evaluate_likelihood(
     world: WorldModel, heldout: TokenStore, training: TokenStore, *, stride: int = 1
 ) -> Section:
-    """Bits per token on every `stride`-th frame with a full window behind it, beside baselines.
+    """Measure bits per token of the model and of baselines, on frames with a full window behind.
 
-    The baselines are fitted on `learned_drives`. `streamed_over_recomputed` is what frames 2W to
-    4W of the drives cost in a rollout's cache, which nothing recomputes, over what they cost in
-    windows of their own: near 1 where long rollouts are as good as short ones, None where no drive
-    is that long. Intervals are over blocks of 3 s, or of W frames where these last longer (Künsch
-    1989, 10.1214/aos/1176347265).
+    Every `stride`-th of these frames is judged. The baselines are fitted on `learned_drives`.
+
+    The metric `streamed_over_recomputed` compares frames 2W to 4W of the drives: their bits with a
+    rollout's cache, where nothing is recomputed, divided by their bits with a recomputed window. It
+    is near 1 if long rollouts predict as well as short ones, and None if no drive is long enough.
+
+    Intervals resample blocks of 3 s, or of W frames if these last longer (Künsch 1989,
+    10.1214/aos/1176347265).
     """
     world.check_store(heldout)
     world.check_store(training)
@@ -81,38 +84,45 @@ def evaluate_likelihood(
         "frames": len(windows),
         "context_frames": frames,
         "block_frames": block,
-        "bits_per_token": {name: _interval(each, block) for name, each in judged.items()},
-        "bits_per_frame": {name: _interval(each, block, tokens) for name, each in judged.items()},
-        "accuracy": {name: float(each.accuracy.mean()) for name, each in judged.items()},
+        "bits_per_token": {name: _interval(bits, block) for name, bits in judged.items()},
+        "bits_per_frame": {name: _interval(bits, block, tokens) for name, bits in judged.items()},
+        "accuracy": {name: float(bits.accuracy.mean()) for name, bits in judged.items()},
         "share_of_copy_last": model.mean / judged["copy_last"].mean,
         "streamed_over_recomputed": _streamed_share(world, heldout.drives, model),
-        "by_position": [each["mean"] for each in places],
-        "by_position_interval": {end: [each[end] for each in places] for end in ("low", "high")},
+        "by_position": [place["mean"] for place in places],
+        "by_position_interval": {end: [place[end] for place in places] for end in ("low", "high")},
         "calibration": calibration.metrics(),
     }
     parts = _table(metrics), _plot(metrics)
     return Section("likelihood", "Likelihood of held-out drives", _TEXT, metrics, parts)
 
 
-_TEXT = """How many bits each token of the held-out drives costs under the model, with a full window
-behind it; fewer is better. The baselines know the training drives' counts only: the unigram, the
-last frame copied (with probability 1 - e, else a unigram draw), and the bigram in time, the token
-given the one before it at the same place. Intervals are over blocks of 3 s, or of a whole window
-where that lasts longer: neighbouring frames are no independent evidence.
+_TEXT = """How well does the model predict drives that it has not seen? A token costs -log2 p
+bits if the model gave it the probability p, so fewer bits are better. Only frames with a full
+window of past frames behind them count. A good model needs fewer bits than all three baselines,
+which know only counts from the training drives. "Unigram": how frequent each token is. "Copy last": the token of
+the last frame at the same place is repeated, or with a small probability replaced by a random one.
+"Time bigram": how often one token follows another at the same place.
 
-Calibration: where the model gives its best guess a probability p, the guess should be right with
-that frequency; the expected calibration error is the mean distance (Guo et al. 2017,
-arXiv 1706.04599)."""
+The intervals resample blocks of 3 s, or of the model's window if that lasts longer, because
+neighbouring frames are alike. Bits per token depend on the tokenizer: do not compare models with
+different tokenizers by them. They also do not tell how good a long rollout looks.
+
+The left plot shows the bits by a frame's place in its window. The curve should fall, because later
+frames have more past frames to learn from. The right plot shows calibration: how often the model's
+likeliest token was right, for each probability that the model gave it. A calibrated model lies on
+the diagonal; below it, the model is too sure of itself. The expected calibration error is the mean
+distance from the diagonal, so less is better (Guo et al. 2017, arXiv 1706.04599)."""
 
 
 class Calibration:
-    """How often the likeliest token was right, by how likely the model thought it."""
+    """Collects how often the model's likeliest token was right, by the probability it had."""
 
     def __init__(self) -> None:
         self.sums = np.zeros((3, _BINS))
 
     def add(self, judged: TokenBits) -> None:
-        """Count tokens into bins of equal width."""
+        """Add tokens to the bins; all bins have the same width."""
         confidence = judged.confidence.double().cpu().numpy().ravel()
         right = judged.right.cpu().numpy().ravel()
         places = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
@@ -120,7 +130,10 @@ class Calibration:
         self.sums += [np.bincount(places, term, minlength=_BINS) for term in terms]
 
     def metrics(self) -> dict[str, Any]:
-        """Mean confidence and accuracy of each bin (None where empty), and their distance."""
+        """Return the mean confidence and accuracy of each bin, and the expected calibration error.
+
+        Empty bins hold None.
+        """
         counts, right, confidence = self.sums
 
         def means(sums: Floats) -> list[float | None]:
@@ -136,7 +149,7 @@ class Calibration:
 
 
 def _interval(judged: FrameBits, block: int, tokens: int = 1) -> dict[str, float | None]:
-    """Mean bits of so many tokens, over frames, with its interval over blocks of frames."""
+    """Return the mean bits of `tokens` tokens, with an interval over blocks of frames."""
     blocks = judged.drive * (1 + judged.frame.max() // block) + judged.frame // block
     return interval(judged.bits * tokens, blocks)
 
@@ -144,30 +157,33 @@ def _interval(judged: FrameBits, block: int, tokens: int = 1) -> dict[str, float
 def _by_position(
     world: WorldModel, drives: Sequence[DriveTokens], block: int
 ) -> list[dict[str, float | None]]:
-    """Mean bits per token of the frames at each place of windows side by side, with intervals."""
+    """Return the mean bits per token of the frames at each place in a window, with intervals.
+
+    The windows lie end to end.
+    """
     bits = _bits_of_windows(world, drives)
-    # Windows that are shorter than a block are resampled so many together.
+    # If windows are shorter than a block, as many windows as fill a block form a unit.
     units = np.arange(len(bits)) // -(-block // world.context_frames)
     return [interval(place, units) for place in bits.T]
 
 
 @torch.inference_mode()
 def _bits_of_windows(world: WorldModel, drives: Sequence[DriveTokens]) -> Floats:
-    """Mean bits per token of each frame of windows side by side, [w, W]."""
-    found = []
+    """Return the mean bits per token of each frame in windows that lie end to end, [w, W]."""
+    means = []
     for batch in sequential_windows(drives, frames=world.context_frames, batch_size=_BATCH):
         inputs = {name: value.to(world.device) for name, value in batch.items()}
         logits = rearrange(world.transformer(**inputs), "b t r c k -> (b t) (r c) k")
         judged = TokenBits.judge(logits, rearrange(inputs["tokens"], "b t r c -> (b t) (r c)"))
-        found.append(rearrange(judged.means()[0], "(b t) -> b t", b=len(inputs["tokens"])))
-    return np.concatenate(found)
+        means.append(rearrange(judged.means()[0], "(b t) -> b t", b=len(inputs["tokens"])))
+    return np.concatenate(means)
 
 
 def _table(metrics: dict[str, Any]) -> Table:
     per_frame, accuracy = metrics["bits_per_frame"], metrics["accuracy"]
     return Table(
-        "Frames with a full window behind them; in brackets the 95 % interval",
-        ("", "bits per token", "bits per frame", "likeliest token right"),
+        "Cost of the held-out drives, with 95 % intervals; fewer bits are better",
+        ("", "bits per token", "bits per frame", "likeliest token is right (share)"),
         [
             (name.replace("_", " "), bits, per_frame[name], accuracy[name])
             for name, bits in metrics["bits_per_token"].items()
@@ -182,15 +198,16 @@ def _plot(metrics: dict[str, Any]) -> Media:
     line = left.plot(position, metrics["by_position"], marker="o")
     low, high = (np.array(metrics["by_position_interval"][end], float) for end in ("low", "high"))
     left.fill_between(position, low, high, color=line[0].get_color(), alpha=0.2, linewidth=0)
-    left.set(xlabel="frame of the window", ylabel="bits per token")
+    left.set(xlabel="place of the frame in the window", ylabel="bits per token")
     calibration = metrics["calibration"]
     pairs = zip(calibration["confidence"], calibration["accuracy"], strict=True)
     known = np.array([pair for pair in pairs if None not in pair], np.float64)
     right.plot([0, 1], [0, 1], color="#999999", linewidth=1)
     right.plot(known[:, 0], known[:, 1], marker="o")
-    right.set(xlabel="probability of the likeliest token", ylabel="share of it being right")
+    right.set(xlabel="probability of the likeliest token", ylabel="how often it is right (share)")
     caption = (
-        "Left: bits by the frame's place in its window; band: 95 % interval. Right: calibration"
+        "Left: bits by place in the window, with the 95 % interval as a band. Right: calibration; "
+        f"expected calibration error {calibration['expected_error']:.3f}"
     )
     return plot(figure, caption)
 
@@ -198,16 +215,22 @@ def _plot(metrics: dict[str, Any]) -> Media:
 def _streamed_share(
     world: WorldModel, drives: Sequence[DriveTokens], recomputed: FrameBits
 ) -> float | None:
-    """What the judged frames cost in a rollout's cache, over what they cost recomputed."""
+    """Return the bits of the judged frames with a rollout's cache, divided by those recomputed.
+
+    Only frames 2W to 4W count. Returns None if there are none.
+    """
     frames = world.context_frames
     with progress(len(drives), "streamed bits", "drives") as bar:
         streamed = streamed_bits_per_token(
             world.transformer, drives, first=2 * frames, stop=4 * frames, advance=bar.advance
         )
-    # A number for each frame, in the drives' order.
-    places, others = (judged.drive << 32 | judged.frame for judged in (streamed, recomputed))
-    _, kept, judged = np.intersect1d(places, others, assume_unique=True, return_indices=True)
-    if not len(kept):
+    # Give every frame of every drive its own number, to find the frames judged in both ways.
+    numbers = [judged.drive << 32 | judged.frame for judged in (streamed, recomputed)]
+    _, in_streamed, in_recomputed = np.intersect1d(
+        *numbers, assume_unique=True, return_indices=True
+    )
+    if not len(in_streamed):
         return None
-    in_cache, alone = np.stack([streamed.bits[kept], recomputed.bits[judged]], axis=1).mean(axis=0)
-    return float(in_cache / alone)
+    bits = np.stack([streamed.bits[in_streamed], recomputed.bits[in_recomputed]], axis=1)
+    with_cache, with_window = bits.mean(axis=0)
+    return float(with_cache / with_window)

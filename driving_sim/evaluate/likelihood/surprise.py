@@ -1,4 +1,4 @@
-"""What a world model did not expect: the bits of every token, drawn over the drives' own frames.
+"""Show where a drive surprised a world model: the bits of every token, drawn over its frames.
 
 Axes: N frames of a drive, r c token rows and columns, H W pixels.
 """
@@ -32,11 +32,11 @@ from driving_sim.world_model.training.bits import streamed_token_bits
 from driving_sim.world_model.world_model import WorldModel
 
 Bits = Floats32
-"""[r, c], what each token of a frame cost."""
+"""The cost of each token of a frame in bits, [r, c]."""
 
 _BATCH = 16
 _MOMENTS = 6
-_CURVES = 12  # of more drives, only the most surprising ones are in the picture
+_CURVES = 12  # If there are more drives, only the most surprising ones are plotted.
 _OPACITY = 0.65
 _COLOURS: Pixels = colormaps["inferno"](np.arange(256), bytes=True)[:, :3]
 _SHORT = " (short context)"
@@ -44,15 +44,16 @@ _INK, _PAPER = (240, 240, 240), (24, 24, 28)
 _LINE, _PALE, _MARK = "#2a5db0", "#b9bec8", "#b4541a"
 
 
-class _Watched:
-    """A drive, with bits per token of its frames as far as they have been judged."""
+class _JudgedDrive:
+    """A drive, with the mean bits per token of the frames that were judged so far."""
 
     def __init__(self, sampled: SampledDrive, window: int, video: str) -> None:
-        """`video` is the name of its file."""
+        """Prepare a drive. `window` is in frames; `video` is the file name of its output video."""
         self.id, self.sampled, self.video = sampled.drive.id, sampled, video
         behind = np.concatenate([np.arange(stop - start) for start, stop in sampled.segments])
-        # [N], which frames have a full window behind them, and which say something of the drive:
-        # the same ones, if there are any. Else what they cost does not compare with others.
+        # `full` marks the frames with a full window [N]. Only these count, if there are any. In a
+        # shorter drive all but the first frame of each run count, but their bits are higher for
+        # lack of context, so they do not compare with those of other drives.
         self.full = behind >= window - 1
         self.short = not self.full.any()
         self.counts = behind > 0 if self.short else self.full
@@ -69,70 +70,75 @@ class _Watched:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Moment:
-    """A frame that surprised more than those around it."""
+    """A frame that surprised the model more than all frames within 2 s of it."""
 
-    watched: _Watched
+    drive: _JudgedDrive
     frame: int
     bits: Bits
 
     @property
     def time_s(self) -> float:
-        return float(self.watched.sampled.timestamps[self.frame])
+        return float(self.drive.sampled.timestamps[self.frame])
 
     @property
     def mean(self) -> float:
-        return self.watched.bits[self.frame]
+        return self.drive.bits[self.frame]
 
 
 def find_surprises(world: WorldModel, drives: Sequence[Drive], out: Path) -> dict[str, Any]:
-    """Judge every token of drives as a rollout would meet it, and draw what surprised the model.
+    """Measure the bits of every token of the drives, and show what surprised the model.
 
-    The new folder `out` holds a video for each drive (its frames, and beside them the bits of their
-    tokens as a heat map), `surprise.png` (bits per token over time), `moments.png` (the most
-    surprising frames) and `surprise.json`, whose content is returned. Means, ranking and moments
-    are of frames with a full window of context behind them. A drive that has none is judged by all
-    frames but those that begin a run; it is marked, comes after all others and takes no part in the
-    mean of all. The colours go from 0 bits to those of an even guess among all codes: pictures of
-    different drives and models compare. No frames are kept in memory.
+    Writes the new folder `out` and returns the content of its `surprise.json`:
+
+    - a video of each drive: its frames, with a heat map of the bits of their tokens beside them
+    - `surprise.png`: bits per token over time
+    - `moments.png`: the most surprising frames
+    - `surprise.json`: all numbers
+
+    The model sees the drive as in a rollout, frame by frame with a cache. Means, ranking and
+    moments use only frames with a full window behind them. For a drive shorter than a window they
+    use all frames except the first of each run. Such a drive is marked, ranked last, and left out
+    of the overall mean. The colours range from 0 bits to the bits of a uniform guess, so that
+    pictures of different drives can be compared. Frames are not kept in memory.
 
     Raises:
         DriveSimError: `out` exists; a drive has no two frames in a row, or another frame rate or
             steering kind than the model; a video is damaged; the disk is full.
     """
     if out.exists():
-        raise DriveSimError(f"{out} exists: choose another `out`, or delete it")
+        raise DriveSimError(f"{out}: exists already; choose another `out`, or delete it")
     names = _file_names([drive.id for drive in drives])
-    watched = [
-        _Watched(sample_for(world, drive), world.context_frames, f"{name}.mp4")
+    judged = [
+        _JudgedDrive(sample_for(world, drive), world.context_frames, f"{name}.mp4")
         for drive, name in zip(drives, names, strict=True)
     ]
     moments: list[_Moment] = []
     with atomic_folder(out) as folder:
-        with progress(sum(len(each.counts) for each in watched), "surprise", "frames") as bar:
-            for each in watched:
+        with progress(sum(len(drive.counts) for drive in judged), "surprise", "frames") as bar:
+            for drive in judged:
                 tokens: list[Bits] = []
-                pictures = _pictures(world, each, tokens, bar)
-                write_video(folder / each.video, pictures, fps=each.sampled.fps)
-                candidates = np.flatnonzero(each.counts).tolist()
-                ranked = sorted(candidates, key=each.bits.__getitem__, reverse=True)
-                frames = frames_apart(ranked, each.sampled.timestamps, _MOMENTS)
-                moments += [_Moment(watched=each, frame=t, bits=tokens[t]) for t in frames]
-        # Of equals the earlier comes first.
-        moments.sort(key=lambda moment: (moment.watched.short, -moment.mean))
+                pictures = _pictures(world, drive, tokens, bar)
+                write_video(folder / drive.video, pictures, fps=drive.sampled.fps)
+                candidates = np.flatnonzero(drive.counts).tolist()
+                ranked = sorted(candidates, key=drive.bits.__getitem__, reverse=True)
+                frames = frames_apart(ranked, drive.sampled.timestamps, _MOMENTS)
+                moments += [_Moment(drive=drive, frame=t, bits=tokens[t]) for t in frames]
+        # The sort is stable, so of two equal moments the earlier one comes first.
+        moments.sort(key=lambda moment: (moment.drive.short, -moment.mean))
         moments = moments[:_MOMENTS]
-        _draw_curves(folder / "surprise.png", watched, moments)
+        _draw_curves(folder / "surprise.png", judged, moments)
         Image.fromarray(_moments_sheet(world, moments)).save(folder / "moments.png")
-        report = _report(world, watched, moments)
+        report = _report(world, judged, moments)
         save_json(folder / "surprise.json", report)
     return report
 
 
 def _file_names(ids: Sequence[str]) -> list[str]:
-    """A name for each id that every file system takes, none of them twice."""
+    """Return a different file name for every id, valid on every file system."""
     names: list[str] = []
     for drive_id in ids:
         name = re.sub(r"[^\w.~-]+", "_", drive_id)
-        # Some file systems do not tell capitals apart.
+        # Some file systems ignore case.
         while name.lower() in map(str.lower, names):
             name += "_"
         names.append(name)
@@ -140,58 +146,65 @@ def _file_names(ids: Sequence[str]) -> list[str]:
 
 
 def _judged_frames(world: WorldModel, sampled: SampledDrive) -> Iterator[tuple[Pixels, Bits]]:
-    """Yield every frame with the bits of its tokens; after a gap the model starts afresh."""
+    """Yield every frame with the bits of its tokens. After a gap the model has no context."""
     encoded = (
         (frame, tokens)
         for batch in sampled.batches(world.tokenizer.frame_size, _BATCH)
         for frame, tokens in zip(batch, world.tokenizer.encode(batch).numpy(), strict=True)
     )
     for start, stop in sampled.segments:
-        shown, judged = tee(islice(encoded, stop - start))
+        to_yield, to_judge = tee(islice(encoded, stop - start))
         run = streamed_token_bits(
             world.transformer,
-            (tokens for _, tokens in judged),
+            (tokens for _, tokens in to_judge),
             sampled.actions[None, start:stop],
             sampled.action_valid[None, start:stop],
         )
-        for (frame, _), found in zip(shown, run, strict=True):
-            bits = found.bits.cpu().numpy()
+        for (frame, _), token_bits in zip(to_yield, run, strict=True):
+            bits = token_bits.bits.cpu().numpy()
             yield frame, rearrange(bits, "1 (r c) -> r c", c=world.tokenizer.cols)
 
 
 def _pictures(
-    world: WorldModel, watched: _Watched, tokens: list[Bits], bar: Progress
+    world: WorldModel, judged: _JudgedDrive, tokens: list[Bits], bar: Progress
 ) -> Iterator[Pixels]:
-    """Yield the frames of a drive's video, and take note of their bits, in all and of `tokens`."""
-    sampled = watched.sampled
+    """Yield the pictures of a drive's video.
+
+    On the way, append the bits of every frame's tokens to `tokens`, and their mean to
+    `judged.bits`.
+    """
+    sampled = judged.sampled
     starts = {start for start, _ in sampled.segments}
     for t, (frame, bits) in enumerate(_judged_frames(world, sampled)):
-        watched.bits.append(float(bits.mean(dtype=np.float64)))
+        judged.bits.append(float(bits.mean(dtype=np.float64)))
         tokens.append(bits)
         bar.advance(1)
-        short = "" if watched.full[t] else _SHORT
+        short = "" if judged.full[t] else _SHORT
         panel = draw_panel(
             frame,
-            f"{sampled.timestamps[t]:.1f} s  {watched.bits[t]:.2f} bits{short}",
-            # The action that led to it.
+            f"{sampled.timestamps[t]:.1f} s  {judged.bits[t]:.2f} bits{short}",
+            # The action that led to this frame.
             sampled.actions[t - 1],
             sampled.action_valid[t - 1] & (t not in starts),
             2 * world.statistics.steering_p95 or 1.0,
         )
         height, width, _ = panel.shape
         picture = panel[-(len(frame) * width // frame.shape[1]) :]
-        legend = _legend(height - len(picture), width, _most(world))
-        heat = heat_map(picture, bits, _most(world))
+        legend = _legend(height - len(picture), width, _top_bits(world))
+        heat = heat_map(picture, bits, _top_bits(world))
         yield side_by_side([panel, np.concatenate([legend, heat])], columns=2)
 
 
-def _most(world: WorldModel) -> float:
-    """The bits at which the colours end: what an even guess among all codes costs."""
+def _top_bits(world: WorldModel) -> float:
+    """Return the bits at the top of the colour scale: the cost of a uniform guess."""
     return math.log2(world.tokenizer.codebook_size)
 
 
 def heat_map(frame: Pixels, bits: Bits, most: float) -> Pixels:
-    """The frame [H, W, 3] in grey, under its tokens' bits [r, c] as colours from 0 to `most`."""
+    """Return a grey copy of `frame` [H, W, 3], tinted by the bits [r, c] of its tokens.
+
+    The colours range from 0 to `most` bits.
+    """
     height, width, _ = frame.shape
     share = Image.fromarray(np.clip(bits / most, 0, 1).astype(np.float32))
     smooth = np.asarray(share.resize((width, height), Image.Resampling.BILINEAR))
@@ -207,7 +220,7 @@ def _legend(height: int, width: int, most: float) -> Pixels:
     draw = ImageDraw.Draw(image)
     font, below = ImageFont.load_default(12), height * 3 // 4
     left, right = 20, int(width * 0.7)
-    draw.text((6, height // 4), "surprise of each token", fill=_INK, font=font, anchor="lm")
+    draw.text((6, height // 4), "bits of each token (surprise)", fill=_INK, font=font, anchor="lm")
     draw.text((6, below), "0", fill=_INK, font=font, anchor="lm")
     draw.text((right + 6, below), f"{most:.1f}+ bits", fill=_INK, font=font, anchor="lm")
     pixels = np.array(image)
@@ -219,82 +232,83 @@ def _legend(height: int, width: int, most: float) -> Pixels:
 def _moments_sheet(world: WorldModel, moments: Sequence[_Moment]) -> Pixels:
     rows = []
     for number, moment in enumerate(moments, 1):
-        sampled = moment.watched.sampled
+        sampled = moment.drive.sampled
         pair = sampled.indices[moment.frame - 1 : moment.frame + 1]
         before, frame = sampled.drive.frames(pair, world.tokenizer.frame_size)
-        place = f"{number}. {moment.watched.id} at {moment.time_s:.1f} s"
-        short = _SHORT if moment.watched.short else ""
+        place = f"{number}. {moment.drive.id} at {moment.time_s:.1f} s"
+        short = _SHORT if moment.drive.short else ""
         title = f"{place}: {moment.mean:.2f} bits per token{short}"
-        rows.append((title, [before, frame, heat_map(frame, moment.bits, _most(world))]))
-    return contact_sheet(rows, ["the frame before", "the frame", "its surprise"])
+        rows.append((title, [before, frame, heat_map(frame, moment.bits, _top_bits(world))]))
+    return contact_sheet(rows, ["frame before", "frame", "surprise"])
 
 
-def _draw_curves(path: Path, watched: Sequence[_Watched], moments: Sequence[_Moment]) -> None:
+def _draw_curves(path: Path, judged: Sequence[_JudgedDrive], moments: Sequence[_Moment]) -> None:
     """Write a PNG with a curve for each of the most surprising drives, all on one scale."""
-    shown = _ranked(watched)[:_CURVES]
-    figure = Figure(figsize=(12, 1.2 + 1.8 * len(shown)), layout="constrained")
-    rows = figure.subplots(len(shown), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    for axes, each in zip(rows, shown, strict=True):
-        gaps = [start for start, _ in each.sampled.segments[1:]]
-        bits = np.array(each.bits)
-        for values, colour in ((bits, _PALE), (np.where(each.full, bits, np.nan), _LINE)):
-            # The line is broken where the video is.
-            times, broken = (np.insert(x, gaps, np.nan) for x in (each.sampled.timestamps, values))
+    plotted = _ranked(judged)[:_CURVES]
+    figure = Figure(figsize=(12, 1.2 + 1.8 * len(plotted)), layout="constrained")
+    rows = figure.subplots(len(plotted), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, drive in zip(rows, plotted, strict=True):
+        gaps = [start for start, _ in drive.sampled.segments[1:]]
+        bits = np.array(drive.bits)
+        for values, colour in ((bits, _PALE), (np.where(drive.full, bits, np.nan), _LINE)):
+            # NaN breaks the line at the gaps of the video.
+            times, broken = (np.insert(x, gaps, np.nan) for x in (drive.sampled.timestamps, values))
             axes.plot(times, broken, color=colour, linewidth=1)
-        axes.axhline(each.mean, color=_LINE, linewidth=0.8, linestyle=":")
-        # A dollar sign in a file name is no formula.
-        title = f"{each.id}: {each.mean:.2f} bits{_SHORT if each.short else ''}"
+        axes.axhline(drive.mean, color=_LINE, linewidth=0.8, linestyle=":")
+        # parse_math=False: a dollar sign in a file name must not start a formula.
+        title = f"{drive.id}: {drive.mean:.2f} bits{_SHORT if drive.short else ''}"
         axes.set_title(title, loc="left", fontsize=10, parse_math=False)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         for number, moment in enumerate(moments, 1):
-            if moment.watched is each:
+            if moment.drive is drive:
                 place = moment.time_s, moment.mean
                 axes.plot(*place, "o", color=_MARK)
                 axes.annotate(str(number), place, (6, 0), textcoords="offset points", color=_MARK)
-    counted = np.concatenate([each.counted for each in shown])
+    counted = np.concatenate([drive.counted for drive in plotted])
     margin = 0.2 * float(np.ptp(counted)) or 0.1
     rows[0].set_ylim(counted.min() - margin, counted.max() + margin)
     rows[-1].set_xlabel("time in s")
-    figure.suptitle("Surprise in bits per token (pale: less context than the model's window)")
+    figure.suptitle("Surprise in bits per token (grey: less context than the model's window)")
     figure.savefig(path, dpi=100)
 
 
-def _ranked(watched: Sequence[_Watched]) -> list[_Watched]:
-    return sorted(watched, key=lambda each: (each.short, -each.mean))
+def _ranked(judged: Sequence[_JudgedDrive]) -> list[_JudgedDrive]:
+    """Sort drives by their mean bits, most surprising first, and drives with short context last."""
+    return sorted(judged, key=lambda drive: (drive.short, -drive.mean))
 
 
 def _report(
-    world: WorldModel, watched: Sequence[_Watched], moments: Sequence[_Moment]
+    world: WorldModel, judged: Sequence[_JudgedDrive], moments: Sequence[_Moment]
 ) -> dict[str, Any]:
-    compared = [each for each in watched if not each.short] or watched
+    compared = [drive for drive in judged if not drive.short] or judged
     return {
-        "bits_per_token": float(np.concatenate([each.counted for each in compared]).mean()),
-        "ranking": [each.id for each in _ranked(watched)],
+        "bits_per_token": float(np.concatenate([drive.counted for drive in compared]).mean()),
+        "ranking": [drive.id for drive in _ranked(judged)],
         "moments": [
-            {"drive": each.watched.id, "time_s": each.time_s, "bits_per_token": each.mean}
-            for each in moments
+            {"drive": moment.drive.id, "time_s": moment.time_s, "bits_per_token": moment.mean}
+            for moment in moments
         ],
         "drives": {
-            each.id: {
-                "video": each.video,
-                "frames": len(each.bits),
-                "short_context": each.short,
-                "bits_per_token": each.mean,
-                "p95_bits_per_token": float(np.quantile(each.counted, 0.95)),
+            drive.id: {
+                "video": drive.video,
+                "frames": len(drive.bits),
+                "short_context": drive.short,
+                "bits_per_token": drive.mean,
+                "p95_bits_per_token": float(np.quantile(drive.counted, 0.95)),
                 "per_frame": {
-                    "time_s": each.sampled.timestamps.tolist(),
-                    "bits_per_token": each.bits,
-                    "counted": each.counts.tolist(),
+                    "time_s": drive.sampled.timestamps.tolist(),
+                    "bits_per_token": drive.bits,
+                    "counted": drive.counts.tolist(),
                 },
             }
-            for each in watched
+            for drive in judged
         },
         "settings": {
             "fps": world.fps,
             "context_frames": world.context_frames,
             "moments_apart_s": APART_S,
-            "colours_end_at_bits": _most(world),
+            "colours_end_at_bits": _top_bits(world),
             "precision": world.precisions,
         },
         "fingerprints": {

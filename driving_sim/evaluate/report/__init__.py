@@ -1,1 +1,1 @@
-"""The report of an evaluation: its page, its sections, its protocol, and two of them compared."""
+"""Write the report of an evaluation, and compare two reports."""

@@ -1,26 +1,33 @@
-"""What stands in a cell of a report's tables: text, a number, or a mean with its interval."""
+"""Format the cells of a report's tables: text, numbers, and means with their intervals."""
 
 import math
 from collections.abc import Mapping, Sequence
 
 Cell = str | float | int | None | Mapping[str, float | None]
-"""Text, a number, None for what could not be measured, or `{"mean": ..., "low": ..., "high": ...}`:
-a mean with its interval, low and high None where there is none (see `intervals.bootstrap`)."""
+"""The content of a table cell.
+
+Text, a number, None for a value that could not be measured, or an estimate: the mapping
+`{"mean": ..., "low": ..., "high": ...}`. Without an interval, `low` and `high` are None; see
+`intervals.bootstrap`.
+"""
 
 NOT_MEASURED = "–"
 _DIGITS = 4
 _SIMILAR = 30
-"""Numbers whose sizes differ less than this many times are shown with the same decimals."""
+"""Limit on largest / smallest, below which numbers are shown with the same decimals."""
 _MOST_DECIMALS = 6
 
 
 def is_estimate(value: object) -> bool:
-    """Whether a metric is a mean with its interval."""
+    """Return whether a metric is an estimate: a mean with its interval."""
     return isinstance(value, Mapping) and value.keys() >= {"mean", "low", "high"}
 
 
 def cell_texts(cells: Sequence[Cell]) -> list[str]:
-    """Return what is shown for cells that are read together: numbers with four digits."""
+    """Return the texts of cells that are read together, such as a column.
+
+    Numbers get four significant digits, and the same decimals if they are of similar size.
+    """
     decimals = _common_decimals([cell for cell in cells if isinstance(cell, float) and cell])
     return [_cell_text(cell, decimals) for cell in cells]
 
@@ -40,19 +47,25 @@ def _cell_text(cell: Cell, decimals: int | None) -> str:
 
 
 def _common_decimals(values: Sequence[float]) -> int | None:
-    """Decimals that show the largest with four digits; None where the sizes differ much."""
+    """Return the decimals that give the largest value four digits.
+
+    Returns None if the values differ too much in size, or need too many decimals.
+    """
     sizes = [abs(value) for value in values if math.isfinite(value)]
     if not sizes or max(sizes) >= _SIMILAR * min(sizes):
         return None
     decimals = max(0, _DIGITS - 1 - math.floor(math.log10(max(sizes))))
-    # A setting of 0.5 is no 0.5000.
+    # Drop zeros at the end: a setting of 0.5 should not read 0.5000.
     while decimals and all(round(x, decimals - 1) == round(x, decimals) for x in sizes):
         decimals -= 1
     return decimals if decimals <= _MOST_DECIMALS else None
 
 
 def _estimate_text(estimate: Mapping[str, float | None]) -> str:
-    """`mean [low, high]`, with the digits that the interval's width supports; alone without one."""
+    """Return `mean [low, high]`, rounded to two digits of the interval's width.
+
+    Without an interval, return the mean alone.
+    """
     mean, low, high = (estimate[name] for name in ("mean", "low", "high"))
     if mean is None or low is None or high is None:
         return _cell_text(mean, None)

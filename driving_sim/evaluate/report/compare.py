@@ -1,4 +1,4 @@
-"""Two reports side by side, where they measured the same thing."""
+"""Compare two reports that were measured under the same protocol."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,35 +15,44 @@ from driving_sim.evaluate.report.section import Media, Section, Table, plot
 
 _DIFFERENCES_SHOWN = 3
 _COLUMNS = ("", "A", "B", "B − A")
+_HOW_TO_READ = """Each row shows a metric of both reports, and B minus A. The reports explain each
+metric and say whether more or less of it is better. The difference has no interval of its own: if
+it is small against the intervals of A and B, it may be chance. In the plots, A is the solid line
+and B the dashed one."""
 
 Pairs = dict[str, tuple[Metric, Metric]]
-"""What two reports say, by its place, `section.name`; None is what one of them lacks."""
+"""The values of a metric in reports A and B, by its path such as `quality.psnr_db.model`.
+
+None stands for a metric that a report does not have.
+"""
 
 
 def compare_reports(a: Path, b: Path, out: Path) -> str:
-    """Write a page, `out` (.html), with the metrics of reports A and B side by side, curves drawn.
+    """Write an HTML page, `out`, that shows the metrics of reports A and B side by side.
 
-    Returns the key figures as text for a terminal. What counts the tokens of different tokenizers
-    is left out, and it is said. Raises `DriveSimError` where the two were not measured under one
-    protocol, or `out` exists.
+    Returns the key figures as text for a terminal. If the reports' tokenizers differ, metrics that
+    count tokens are left out, and the page and the text say so. Raises `DriveSimError` if the
+    reports were not measured under the same protocol, or if `out` exists.
     """
     if out.suffix != ".html":
-        raise DriveSimError(f"`out` {out}: a comparison is an .html file; name it so")
+        raise DriveSimError(f"`out` {out}: a comparison is written as .html; choose such a name")
     if out.exists():
-        raise DriveSimError(f"{out} exists already: choose another `out` or remove it")
+        raise DriveSimError(f"{out}: exists already; choose another `out`, or delete it")
     reports = Report.load(a), Report.load(b)
     _refuse_different(*reports)
     pairs, left_out = _pairs(*reports)
     notes = ["A and B were measured under the same protocol."]
     if left_out:
         notes.append(
-            "Their tokenizers differ, so what counts tokens is not compared: "
+            "Their tokenizers differ, so metrics that count tokens are not compared: "
             f"{', '.join(left_out)}."
         )
     headline = reports[0].metrics.get("headline", {})
     figures = {label: pairs[place] for label, place in headline.items() if place in pairs}
-    parts = (Table("Key figures", _COLUMNS, _rows(figures)),) if figures else ()
-    sections = [Section("key-figures", "Key figures", "\n\n".join(notes), {}, parts)]
+    caption = "Brackets hold the 95 % interval of each report, not of the difference"
+    parts = (Table(caption, _COLUMNS, _rows(figures)),) if figures else ()
+    text = "\n\n".join([*notes, _HOW_TO_READ])
+    sections = [Section("key-figures", "Key figures", text, {}, parts)]
     by_section: dict[str, Pairs] = {}
     for place, pair in pairs.items():
         name, _, below = place.partition(".")
@@ -53,40 +62,48 @@ def compare_reports(a: Path, b: Path, out: Path) -> str:
             temporary,
             title="Two reports compared",
             description=dict(zip("AB", map(_described, reports), strict=True)),
-            sections=[*sections, *(_section(*each) for each in by_section.items())],
+            sections=[
+                *sections,
+                *(_section(name, metrics) for name, metrics in by_section.items()),
+            ],
             protocol=reports[0].protocol,
         )
     return "\n".join([f"A: {a}", f"B: {b}", *notes, *(["", _text(figures)] if figures else [])])
 
 
 def _refuse_different(a: Report, b: Report) -> None:
-    """Raise `DriveSimError` where two reports are not of one protocol."""
+    """Raise `DriveSimError` if two reports were measured under different protocols."""
     if a.protocol.kind_named != b.protocol.kind_named:
         raise DriveSimError(
-            f"{a.path} is {a.protocol.kind_named} and {b.path} is {b.protocol.kind_named}: "
-            "compare two of a kind"
+            f"{a.path} is {a.protocol.kind_named} and {b.path} is {b.protocol.kind_named}; "
+            "compare two reports of the same kind"
         )
     differences = a.protocol.differences(b.protocol)
     if differences:
         more = len(differences) - _DIFFERENCES_SHOWN
         raise DriveSimError(
-            f"{a.path} and {b.path} were measured differently and do not compare: "
+            f"{a.path} and {b.path} were measured differently and cannot be compared: "
             + "; ".join(differences[:_DIFFERENCES_SHOWN])
             + (f"; and {more} more" if more > 0 else "")
-            + "; evaluate both alike"
+            + "; evaluate both with the same settings"
         )
 
 
 def _described(report: Report) -> str:
-    """Where a report is, and of what model."""
+    """Return the report's path and the facts about its model, as one line."""
     model = (f"{name} {value}" for name, value in report.metrics["model"].items())
     return "; ".join([str(report.path), *model])
 
 
 def _pairs(a: Report, b: Report) -> tuple[Pairs, list[str]]:
-    """What compares, and the places of what has no meaning beside another tokenizer's."""
-    one, other = (report.metrics["model"].get("tokenizer_fingerprint") for report in (a, b))
-    left_out: dict[str, None] | None = None if one == other else {}
+    """Return the metrics to compare, and the paths of the metrics that are left out.
+
+    Metrics that count tokens are left out if the tokenizers differ.
+    """
+    tokenizer_a, tokenizer_b = (
+        report.metrics["model"].get("tokenizer_fingerprint") for report in (a, b)
+    )
+    left_out: dict[str, None] | None = None if tokenizer_a == tokenizer_b else {}
     in_a, in_b = (dict(leaves(report.sections, left_out)) for report in (a, b))
     pairs = {place: (in_a.get(place), in_b.get(place)) for place in in_a | in_b}
     return pairs, list(left_out or ())
@@ -95,23 +112,23 @@ def _pairs(a: Report, b: Report) -> tuple[Pairs, list[str]]:
 def _section(name: str, pairs: Pairs) -> Section:
     curves = {place: pair for place, pair in pairs.items() if any(map(is_curve, pair))}
     numbers = {place: pair for place, pair in pairs.items() if place not in curves}
-    table = [Table("Every number", _COLUMNS, _rows(numbers))] if numbers else []
+    table = [Table("All numbers of this section", _COLUMNS, _rows(numbers))] if numbers else []
     drawn = [_draw(place, pair) for place, pair in curves.items()]
     return Section(name, name.replace("_", " ").capitalize(), "", {}, (*table, *drawn))
 
 
 def _text(pairs: Pairs) -> str:
-    """The rows in columns, for a terminal."""
+    """Lay the rows out in aligned columns, for a terminal."""
     rows = [_COLUMNS, *_rows(pairs)]
-    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    label_width, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     return "\n".join(
-        "  ".join([label.ljust(first), *map(str.rjust, texts, others)]).rstrip()
+        "  ".join([label.ljust(label_width), *map(str.rjust, texts, widths)]).rstrip()
         for label, *texts in rows
     )
 
 
 def _rows(pairs: Pairs) -> list[tuple[str, ...]]:
-    """Label, A, B and their difference, as text."""
+    """Return a row of texts for each metric: its label, A, B and their difference."""
     rows = []
     for label, pair in pairs.items():
         cells = [None if isinstance(value, list) else value for value in pair]
@@ -124,13 +141,17 @@ def _rows(pairs: Pairs) -> list[tuple[str, ...]]:
 
 
 def _middle(value: Cell) -> float | None:
+    """Return the number of a cell, or the mean of an estimate; None for text and booleans."""
     if isinstance(value, Mapping):
         return value["mean"]
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _draw(place: str, pair: tuple[Metric, Metric]) -> Media:
-    """Overlay the curves of one place; B is dashed: where they agree, both are to be seen."""
+    """Plot the curves of A and B for one metric.
+
+    B is dashed, so that both are visible where they agree.
+    """
     figure = Figure(figsize=(4.6, 2.9), layout="constrained")
     axes = figure.subplots()
     for name, style, curve in zip("AB", ("-", "--"), pair, strict=True):

@@ -1,9 +1,10 @@
-"""Bootstrap intervals: how far a figure could have come out otherwise, on other drives or clips.
+"""Bootstrap intervals: how much a figure would vary with other drives or clips.
 
-What is resampled are independent units: clips with disjoint futures (a clip and its mirror image
-are one), or blocks of frames, since neighbouring frames are alike.
+The bootstrap resamples independent units. A unit is a clip whose future shares no frame with
+another's (a clip and its mirror image are one unit), or a block of frames, because neighbouring
+frames are alike.
 
-Legend: U units, S sums of each.
+Axes: U units, S sums of each unit, n values.
 """
 
 from collections.abc import Callable
@@ -14,53 +15,62 @@ from numpy.typing import ArrayLike
 from driving_sim.data.arrays import Floats, Reals
 
 RESAMPLES = 2000
+"""Number of bootstrap resamples."""
 BLOCK_S = 3.0
-"""Length of a block of frames that counts as a unit of its own, in s."""
+"""Minimum length of a block of frames that counts as a unit, in s."""
 
 
 def interval(values: ArrayLike, units: ArrayLike | None = None) -> dict[str, float | None]:
-    """Mean of [n] and its 95 % interval, by default of independent values; see `mean_sums`."""
+    """Return the mean of `values` [n] and its 95 % interval.
+
+    `units` [n] label the values that belong together; by default every value is a unit.
+    """
     return bootstrap(mean_sums(values, units), mean_of_sums)
 
 
 def bootstrap(sums: ArrayLike, statistic: Callable[[Reals], Reals]) -> dict[str, float | None]:
-    """A statistic of units' sums and its 95 % percentile interval over resampled units.
+    """Return a statistic over all units and its 95 % percentile interval over resampled units.
 
-    Efron 1979, https://doi.org/10.1214/aos/1176344552. `sums` [U, S] are each unit's; one whose
-    sums, counts among them, are all 0 is no unit. `statistic` takes sums [..., S] over units to
-    values [...], NaN where they tell nothing. `mean` is its value over all units, None where that
-    is NaN; `low` and `high` are None for fewer than two: of a single unit nothing is known but
-    itself.
+    Efron 1979, https://doi.org/10.1214/aos/1176344552. `sums` [U, S] holds the sums, and counts,
+    of each unit; a unit whose sums are all 0 holds no data and is dropped. `statistic` maps sums
+    over units [..., S] to values [...], or to NaN if they hold no data. The result holds `mean`,
+    the statistic over all units, and `low` and `high`. With fewer than two units `low` and `high`
+    are None; if the statistic is NaN, all three are None.
     """
-    each = np.asarray(sums, np.float64)
-    each = each[each.any(axis=1)]
-    units, rng = len(each), np.random.default_rng(0)
-    mean, low, high = float(statistic(each.sum(axis=0))), None, None
+    unit_rows = np.asarray(sums, np.float64)
+    unit_rows = unit_rows[unit_rows.any(axis=1)]
+    units, rng = len(unit_rows), np.random.default_rng(0)
+    mean, low, high = float(statistic(unit_rows.sum(axis=0))), None, None
     if np.isnan(mean):
         return {"mean": None, "low": None, "high": None}
     if units > 1:
-        # One at a time: all at once would take thousands of times the memory of the units.
-        resampled = (each[rng.integers(units, size=units)].sum(axis=0) for _ in range(RESAMPLES))
+        # Draw one resample at a time: all at once would take `RESAMPLES` times the memory.
+        resampled = (
+            unit_rows[rng.integers(units, size=units)].sum(axis=0) for _ in range(RESAMPLES)
+        )
         low, high = np.nanquantile(statistic(np.stack([*resampled])), [0.025, 0.975]).tolist()
     return {"mean": mean, "low": low, "high": high}
 
 
 def mean_of_sums(sums: Reals) -> Reals:
-    """A statistic for `bootstrap`: means [...] of [..., 2], a sum and its count; NaN for none."""
+    """Return means [...] from pairs [..., 2] of a sum and its count; NaN if the count is 0.
+
+    This is a statistic for `bootstrap`.
+    """
     return ratio(sums[..., 0], sums[..., 1])
 
 
 def ratio(part: Reals, whole: Reals) -> Reals:
-    """Divide; NaN where the whole is 0."""
+    """Return `part / whole`, with NaN where `whole` is 0."""
     return np.asarray(part / np.where(whole == 0, np.nan, whole))
 
 
 def mean_sums(values: ArrayLike, units: ArrayLike | None = None) -> Floats:
-    """Sum of `values` [n] and their number in each unit, [U, 2], for `bootstrap`.
+    """Return the sum and the number of `values` [n] in each unit, [U, 2], for `bootstrap`.
 
-    `units` [n] are labels; without them each value is a unit. Sums and counts are resampled, for
-    units may be of different sizes, as blocks at the ends of drives are, and the mean is over
-    values.
+    `units` [n] label the values that belong together; by default every value is a unit. The counts
+    give every value the same weight although units differ in size, as the last block of a drive
+    does.
     """
     array = np.asarray(values, np.float64)
     terms = np.stack([array, np.ones_like(array)], axis=1)
@@ -68,14 +78,14 @@ def mean_sums(values: ArrayLike, units: ArrayLike | None = None) -> Floats:
 
 
 def unit_sums(units: ArrayLike, values: ArrayLike) -> Floats:
-    """Sum `values` [n, S] over those of a unit, [U, S]; `units` [n] are labels in any order."""
+    """Return the sums [U, S] of `values` [n, S] that share a label in `units` [n], in any order."""
     terms = np.asarray(values, np.float64)
-    found, place = np.unique(np.asarray(units), return_inverse=True)
-    sums = np.zeros((len(found), *terms.shape[1:]))
-    np.add.at(sums, place, terms)
+    labels, unit = np.unique(np.asarray(units), return_inverse=True)
+    sums = np.zeros((len(labels), *terms.shape[1:]))
+    np.add.at(sums, unit, terms)
     return sums
 
 
 def block_frames(fps: float, window: int = 1) -> int:
-    """Frames of a block: 3 s of them, or a model's whole window where that is longer."""
+    """Return the number of frames in a block: `BLOCK_S`, or `window` frames if that is longer."""
     return max(round(BLOCK_S * fps), window)

@@ -1,4 +1,4 @@
-"""The page of a report: HTML with its plots, pictures and videos inside, which asks for no file."""
+"""Write the page of a report: one HTML file that contains its plots, pictures and videos."""
 
 import base64
 import importlib.resources
@@ -18,7 +18,7 @@ from driving_sim.evaluate.report.section import Media, Section, Table
 _NUMERIC = re.compile(rf"[-+]?[\d,]+(\.\d+)?(e[-+]\d+)?( \[.*\])?|{NOT_MEASURED}|yes|no")
 
 Tile = tuple[str, Cell, Mapping[str, Cell]]
-"""A key figure: its label, its value, and what to read it beside, by label."""
+"""A key figure: its label, its value, and the labelled values to compare it with."""
 
 
 def write_page(
@@ -31,9 +31,10 @@ def write_page(
     protocol: Protocol,
     seconds: float | None = None,
 ) -> None:
-    """Write the page; all that is given is text, and gets escaped.
+    """Write the page to `path`.
 
-    A file name that is not UTF-8 is shown with escapes.
+    All texts are escaped, so no text can act as HTML. Bytes of a file name that are not UTF-8 are
+    shown as backslash escapes.
     """
     environment = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined)
     filters: dict[str, Callable[..., Any]] = {
@@ -59,24 +60,27 @@ def write_page(
 
 
 def _tile(label: str, cell: Cell, beside: Mapping[str, Cell]) -> tuple[str, str, dict[str, str]]:
-    value, *others = map(_typeset, cell_texts([cell, *beside.values()]))
-    return label, value, dict(zip(beside, others, strict=True))
+    value, *references = map(_typeset, cell_texts([cell, *beside.values()]))
+    return label, value, dict(zip(beside, references, strict=True))
 
 
 def _cells(table: Table) -> list[list[tuple[str, bool]]]:
-    """The headings, then row after row: each text, and whether its column is of numbers."""
+    """Return the headings and the rows of a table.
+
+    A cell is a pair: its text, and whether its column is numeric.
+    """
     columns = [cell_texts([row[i] for row in table.rows]) for i in range(len(table.columns))]
     numeric = [all(map(_NUMERIC.fullmatch, column)) for column in columns]
-    shown = [
+    typeset = [
         list(map(_typeset, column)) if is_number else column
         for column, is_number in zip(columns, numeric, strict=True)
     ]
-    rows = (table.columns, *zip(*shown, strict=True))
+    rows = (table.columns, *zip(*typeset, strict=True))
     return [list(zip(row, numeric, strict=True)) for row in rows]
 
 
 def _typeset(number: str) -> str:
-    """A minus sign is as wide as a digit; a hyphen is not."""
+    """Replace hyphens by minus signs, which are as wide as a digit."""
     return number.replace("-", "−")
 
 

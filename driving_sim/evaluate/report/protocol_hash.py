@@ -1,4 +1,7 @@
-"""What an evaluation measures and how, frozen under one hash: equal hashes, comparable results."""
+"""Record what an evaluation measures and how, with a hash.
+
+Two results can be compared if their hashes are equal.
+"""
 
 import hashlib
 import json
@@ -11,7 +14,7 @@ from driving_sim.engine.config import load_json, save_json
 from driving_sim.engine.errors import DriveSimError
 
 VERSION = 3
-"""Of the evaluation: raised by every change that alters a number measured under one protocol."""
+"""Version of the evaluation code. Raise it with every change that alters a measured number."""
 
 Kind = Literal["tokenizer", "world-model"]
 _NAMED = {"tokenizer": "a tokenizer's report", "world-model": "a world model's report"}
@@ -21,42 +24,43 @@ _SHOWN_CHARACTERS = 24
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Protocol:
-    """Everything that decides what is measured, and nothing of which model it is measured on.
+    """Everything that decides the numbers of an evaluation, except the model that is measured.
 
-    Raises ValueError or TypeError for content that is not JSON; NaN and infinities are not.
+    Raises ValueError or TypeError for content that is not JSON. NaN and infinity are not JSON.
     """
 
     content: Mapping[str, Any]
-    """JSON: version, kind, data fingerprints, clips, sizes, rates, counts, seeds, sampling, ..."""
+    """JSON content: version, kind, fingerprints of the data, clips, sizes, settings, seeds, ..."""
     hash: str = field(init=False)
-    """SHA-256, in hex, of the canonical JSON: keys sorted, no spaces, floats as Python's repr."""
+    """SHA-256 (hex) of the canonical JSON: keys sorted, no spaces, floats as Python's repr."""
 
     def __post_init__(self) -> None:
-        # Through JSON once: a tuple, or a key that is a number, is what a file would bring back.
+        # A round trip through JSON gives the content that `load` would read from a file. It turns
+        # tuples into lists, for example.
         content = json.loads(_canonical(self.content, sort=False))
         object.__setattr__(self, "content", content)
         object.__setattr__(self, "hash", hashlib.sha256(_canonical(content).encode()).hexdigest())
 
     @classmethod
     def of(cls, kind: Kind, settings: Mapping[str, Any]) -> Self:
-        """Return the protocol of these settings under this version of the evaluation."""
+        """Return the protocol of these settings, with the kind of model and the current version."""
         return cls(content={"version": VERSION, "kind": kind, **settings})
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read what `save` wrote; `DriveSimError` where it was changed since."""
+        """Read a file that `save` wrote. Raises `DriveSimError` if it was changed since."""
         written = load_json(path)
         content = written.get("protocol")
         if not isinstance(content, dict) or content.get("kind") not in _NAMED:
-            raise DriveSimError(f"{path}: not a protocol; name the folder of a report")
+            raise DriveSimError(f"{path}: not a report's protocol; name the folder of a report")
         try:
             protocol = cls(content=content)
         except ValueError as error:
-            raise DriveSimError(f"{path}: not JSON: {error}; evaluate again") from error
+            raise DriveSimError(f"{path}: not valid JSON ({error}); evaluate again") from error
         if protocol.hash != written.get("hash"):
             raise DriveSimError(
-                f"{path}: its content does not fit its hash, so it was changed after the "
-                "measurement; evaluate again"
+                f"{path}: the content does not match its hash, so the file was changed after the "
+                "evaluation; evaluate again"
             )
         return protocol
 
@@ -66,32 +70,37 @@ class Protocol:
 
     @property
     def kind_named(self) -> str:
-        """What it is the protocol of, in words."""
+        """The kind of report that the protocol belongs to, in words: "a tokenizer's report"."""
         return _NAMED[self.content["kind"]]
 
     def differences(self, other: "Protocol") -> list[str]:
-        """Return the fields that differ: `sampling.temperature: 1.0 / 0.8`; none, equal hashes."""
+        """Return a line for each field that differs, such as `sampling.temperature: 1.0 / 0.8`.
+
+        The list is empty if the hashes are equal.
+        """
         return list(_differences(self.content, other.content, ""))
 
 
 def _canonical(value: Any, *, sort: bool = True) -> str:
+    """Return compact JSON; raise ValueError for NaN and infinity."""
     return json.dumps(value, sort_keys=sort, separators=(",", ":"), allow_nan=False)
 
 
-def _differences(one: Any, other: Any, path: str) -> Iterator[str]:
-    if isinstance(one, dict) and isinstance(other, dict):
-        for key in sorted(one.keys() | other.keys()):
+def _differences(a: Any, b: Any, path: str) -> Iterator[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted(a.keys() | b.keys()):
             below = f"{path}.{key}" if path else key
-            yield from _differences(one.get(key, _ABSENT), other.get(key, _ABSENT), below)
-    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        for number, (left, right) in enumerate(zip(one, other, strict=True)):
-            yield from _differences(left, right, f"{path}[{number}]")
-    # As JSON, for 1 and 1.0 are equal in Python and have other hashes.
-    elif _ABSENT in (one, other) or _canonical(one) != _canonical(other):
-        yield f"{path}: {_shown(one)} / {_shown(other)}"
+            yield from _differences(a.get(key, _ABSENT), b.get(key, _ABSENT), below)
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for number, (item_a, item_b) in enumerate(zip(a, b, strict=True)):
+            yield from _differences(item_a, item_b, f"{path}[{number}]")
+    # Compare as JSON: 1 and 1.0 are equal in Python but give different hashes.
+    elif _ABSENT in (a, b) or _canonical(a) != _canonical(b):
+        yield f"{path}: {_brief(a)} / {_brief(b)}"
 
 
-def _shown(value: Any) -> str:
+def _brief(value: Any) -> str:
+    """Return a value as JSON, cut to a few characters; of a list or mapping, return the size."""
     if value is _ABSENT:
         return "absent"
     if isinstance(value, dict | list):

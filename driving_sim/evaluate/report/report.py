@@ -1,8 +1,8 @@
-"""A report on disk: its page for people, its numbers for machines, and the protocol of both.
+"""Write and read the folder of a report.
 
-REPORT/report.html      self-contained: plots, pictures and videos are inside; asks for no file
-REPORT/metrics.json     every section's metrics; null is what could not be measured
-REPORT/protocol.json    what was measured, and its hash
+REPORT/report.html      page for people; it contains its plots, pictures and videos
+REPORT/metrics.json     metrics of every section; null stands for a value that was not measured
+REPORT/protocol.json    what was measured and how, with its hash
 """
 
 import math
@@ -23,30 +23,30 @@ from driving_sim.evaluate.report.section import Section
 
 _PAGE, _METRICS, _PROTOCOL = "report.html", "metrics.json", "protocol.json"
 _NOT_SECTIONS = frozenset(("protocol", "model", "seconds", "headline"))
-"""What `metrics.json` holds beside the sections' metrics."""
+"""Keys of `metrics.json` that are not sections."""
 _PER_TOKENIZER = "per_tokenizer"
+"""Key that marks metrics which count tokens, so that they compare only for the same tokenizer."""
 _ESTIMATE = ("mean", "low", "high")
 
 Metric = Cell | list[float | None]
-"""A number, an estimate or a curve."""
+"""A metric: a number, an estimate or a curve."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeyFigure:
-    """A metric that stands at a report's head, and what to read it beside: floors, baselines."""
+    """A metric for the top of a report, with the values to compare it with, such as baselines."""
 
     label: str
-    """With its unit."""
+    """Label with the unit."""
     metric: str
-    """Its place below the sections, `likelihood.bits_per_token`: a number or a mean with its
-    interval."""
+    """Path of a number or an estimate, such as `likelihood.bits_per_token.model`."""
     beside: Mapping[str, str] = field(default_factory=dict)
-    """Label to place."""
+    """Paths of the metrics to compare it with, by their labels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """A report that was written before."""
+    """A report that was read from its folder."""
 
     path: Path
     metrics: Mapping[str, Any]
@@ -54,26 +54,29 @@ class Report:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a report's folder; `DriveSimError` where its files do not belong together."""
+        """Read a report's folder. Raises `DriveSimError` if its files do not belong together."""
         protocol, metrics = Protocol.load(path / _PROTOCOL), load_json(path / _METRICS)
         if metrics.get("protocol") != protocol.hash or not isinstance(metrics.get("model"), dict):
             raise DriveSimError(
-                f"{path}: {_METRICS} and {_PROTOCOL} are not of one measurement; evaluate again"
+                f"{path}: {_METRICS} and {_PROTOCOL} are not from one evaluation; evaluate again"
             )
         return cls(path=path, metrics=metrics, protocol=protocol)
 
     @property
     def sections(self) -> dict[str, Any]:
-        """Metrics by section."""
+        """Metrics of each section, by the section's name."""
         return {key: item for key, item in self.metrics.items() if key not in _NOT_SECTIONS}
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise `DriveSimError` unless a report may be written to `out`; call it before measuring."""
+    """Raise `DriveSimError` if `out` already holds a report or something else.
+
+    Call this before measuring, so that no work is lost.
+    """
     if (out / _METRICS).is_file():
-        raise DriveSimError(f"{out} already holds a report: choose another `out` or remove it")
+        raise DriveSimError(f"{out}: already holds a report; choose another `out`, or delete it")
     if not out.name or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise DriveSimError(f"{out} exists and is not a report: choose another `out`")
+        raise DriveSimError(f"{out}: exists and is not a report; choose another `out`")
 
 
 def write_report(
@@ -88,13 +91,22 @@ def write_report(
     headline: Sequence[KeyFigure] = (),
     attachments: Mapping[str, bytes] | None = None,
 ) -> dict[str, str]:
-    """Write the folder, whole or not at all, and return the key figures as text by their labels.
+    """Write the folder of a report, and return the key figures as text, by their labels.
 
-    `description` stands under the title: which model, which data. `model` is what was measured,
-    for `metrics.json`: its path and fingerprints; a world model's `tokenizer_fingerprint` decides
-    which metrics compare. A mapping of metrics with `"per_tokenizer": True` in it counts tokens
-    and has no meaning beside another tokenizer's. A key figure that is not among the metrics is
-    left out. `attachments` are further files by their names.
+    If writing fails, no folder is left behind.
+
+    Args:
+        out: New folder.
+        title: Title of the page.
+        description: Facts about the model and the data, shown under the title.
+        sections: Sections in the order of the page. Metrics that count tokens stand in a mapping
+            with `"per_tokenizer": True`: they cannot be compared between tokenizers.
+        protocol: What was measured and how.
+        model: Path and fingerprints of the measured model, for `metrics.json`. A world model's
+            `tokenizer_fingerprint` tells which reports have the same tokenizer.
+        seconds: Duration of the evaluation.
+        headline: Key figures. One whose metric does not exist is left out.
+        attachments: Contents of further files, by their names.
     """
     refuse_existing(out)
     measured = {section.name: _json(section.metrics) for section in sections}
@@ -131,9 +143,10 @@ def write_report(
 def leaves(
     value: Any, left_out: dict[str, None] | None = None, place: str = ""
 ) -> Iterator[tuple[str, Metric]]:
-    """Numbers, estimates and curves below a mapping, by their places: `likelihood.accuracy.model`.
+    """Yield the numbers, estimates and curves in nested mappings, with their paths.
 
-    What counts the tokens of one tokenizer is left out, and noted, where `left_out` is given.
+    A path is like `likelihood.accuracy.model`. If `left_out` is given, metrics that count tokens
+    are skipped, and their paths are added to it.
     """
     if is_curve(value) or value is None or isinstance(value, int | float):
         yield place, value
@@ -149,14 +162,14 @@ def leaves(
 
 
 def is_curve(value: object) -> TypeGuard[list[float | None]]:
-    """Whether a metric is a list of two or more numbers, None where there is none."""
+    """Return whether a metric is a curve: a list of two or more numbers or None."""
     if not isinstance(value, list) or len(value) < 2:
         return False
     return all(item is None or isinstance(item, int | float) for item in value)
 
 
 def _json(value: Any) -> Any:
-    """What JSON holds: its own numbers for NumPy's, null for NaN and infinities."""
+    """Convert a value for JSON: NumPy arrays become lists, NaN and infinity become None."""
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""What an evaluation finds: numbers for machines, tables and pictures for people."""
+"""The parts of a report: sections with metrics, text, tables, pictures and videos."""
 
 import io
 import tempfile
@@ -17,7 +17,7 @@ from driving_sim.evaluate.report.cell import Cell
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of cells under headings."""
+    """A table with a caption, column headings and rows."""
 
     caption: str
     columns: Sequence[str]
@@ -35,20 +35,20 @@ class Media:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One subject of a report."""
+    """One section of a report."""
 
     name: str
     """Key of its metrics in `metrics.json`."""
     title: str
     text: str
-    """What was measured and how to read it; paragraphs are parted by blank lines."""
+    """What was measured and how to read it. Blank lines separate paragraphs."""
     metrics: Mapping[str, Any]
-    """JSON: numbers, lists of numbers (curves), and mappings of them by name."""
+    """Metrics for JSON: numbers, lists of numbers (curves), and mappings of these by name."""
     parts: Sequence[Table | Media] = ()
 
 
 def plot(figure: Figure, caption: str) -> Media:
-    """Return a matplotlib figure as a picture, in the style that all plots of a report share."""
+    """Return a matplotlib figure as a PNG picture, in the common style of all plots."""
     for axes in figure.axes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -58,14 +58,14 @@ def plot(figure: Figure, caption: str) -> Media:
 
 
 def photo(frame: Pixels, caption: str) -> Media:
-    """Return a frame, uint8 RGB [H, W, 3], as a picture."""
+    """Return a frame, uint8 RGB [H, W, 3], as a JPEG picture."""
     buffer = io.BytesIO()
     Image.fromarray(frame).save(buffer, format="JPEG", quality=90)
     return Media(caption=caption, type="image/jpeg", data=buffer.getvalue())
 
 
 def film(frames: Sequence[Pixels], fps: float, caption: str) -> Media:
-    """Return frames, uint8 RGB [H, W, 3] each, as a playable video."""
+    """Return frames, each uint8 RGB [H, W, 3], as an MP4 video."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "film.mp4"
         write_video(path, frames, fps)
