@@ -95,7 +95,11 @@ def measure_tokenizer(
     return write_report(
         out,
         title="Tokenizer evaluation",
-        description={"tokenizer": str(run), "drives": ", ".join(drive.id for drive in drives)},
+        description={
+            "tokenizer": str(run),
+            "drives": ", ".join(drive.id for drive in drives),
+            "key figures": "more is better, except for flicker",
+        },
         sections=[section],
         protocol=protocol,
         model={
@@ -192,6 +196,7 @@ def measure_world_model(
             "device": f"{world.device}, {name_of(world.dtype)}",
             "number format of the tokens": f"held-out {heldout.info.precision}, "
             f"training {training.info.precision}",
+            "key figures": "fewer bits per token are better; of the others, more is better",
         },
         sections=sections,
         protocol=protocol,

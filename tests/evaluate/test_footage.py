@@ -52,38 +52,38 @@ def footage(world: WorldModel, tmp_path_factory: pytest.TempPathFactory) -> list
     folder = tmp_path_factory.mktemp("footage")
     config = SyntheticConfig(height=48, width=64, fps=FPS)
     write_synthetic_drives(folder / "videos", drives=2, seconds=3, config=config)
-    found = find_drives([folder / "videos"])
-    tokenize(found, world.tokenizer, folder / "tokens")
+    videos = find_drives([folder / "videos"])
+    tokenize(videos, world.tokenizer, folder / "tokens")
     drives = TokenStore(folder / "tokens").drives
-    return footage_of(drives, [sample(drive) for drive in found.drives], world.tokenizer)
+    return footage_of(drives, [sample(drive) for drive in videos.drives], world.tokenizer)
 
 
 def clip_of(footage: Footage, *, mirrored: bool = False) -> Clip:
     return Clip(footage=footage, start=6, context_frames=4, frames=5, mirrored=mirrored)
 
 
-def test_frames_are_those_the_tokens_were_made_of(
+def test_frames_are_those_that_the_tokens_were_made_from(
     world: WorldModel, footage: list[Footage]
 ) -> None:
-    for each in footage:
-        frames = each.frames(3, 9)
+    for source in footage:
+        frames = source.frames(3, 9)
         assert torch.equal(
-            world.tokenizer.encode(frames), torch.from_numpy(each.drive.tokens[3:9].astype(int))
+            world.tokenizer.encode(frames), torch.from_numpy(source.drive.tokens[3:9].astype(int))
         )
-        assert each.synthetic is not None
-        # But for the codec, what the world looks like from there.
-        rendered = each.synthetic.world.render(each.synthetic.states[3])
+        assert source.synthetic is not None
+        # The video's codec makes a small difference to the rendered frame.
+        rendered = source.synthetic.world.render(source.synthetic.states[3])
         assert np.abs(rendered.astype(float) - frames[0]).mean() < 12
 
 
 def test_without_a_video_frames_are_reconstructions(world: WorldModel, tmp_path: Path) -> None:
     store = write_store(tmp_path / "tokens", [20], fingerprint=world.tokenizer.fingerprint)
-    each = Footage(drive=store.drives[0], tokenizer=world.tokenizer)
+    unrecorded = Footage(drive=store.drives[0], tokenizer=world.tokenizer)
     expected = world.tokenizer.decode(store.drives[0].tokens[2:5]).numpy()
-    assert np.array_equal(each.frames(2, 5), expected)
+    assert np.array_equal(unrecorded.frames(2, 5), expected)
 
 
-def test_a_clip_is_a_context_and_what_followed(footage: list[Footage]) -> None:
+def test_a_clip_is_a_context_and_the_recorded_future(footage: list[Footage]) -> None:
     clip = clip_of(footage[1])
     drive = footage[1].drive
     assert np.array_equal(clip.context, footage[1].frames(2, 6))
@@ -91,7 +91,7 @@ def test_a_clip_is_a_context_and_what_followed(footage: list[Footage]) -> None:
     assert np.array_equal(clip.context_tokens.numpy(), drive.tokens[2:6])
     assert np.array_equal(clip.true_tokens.numpy(), drive.tokens[6:11])
     actions, valid = clip.actions
-    # The first of the future's leads from the last context frame to the first new one.
+    # The future's first action leads from the last context frame to the first new frame.
     assert np.array_equal(actions, drive.actions[2:10])
     assert np.array_equal(actions[clip.context_frames - 1], drive.actions[5])
     assert valid.all()
@@ -108,29 +108,29 @@ def test_the_mirror_image_turns_the_other_way(world: WorldModel, footage: list[F
     assert np.array_equal(flipped[:, SPEED], actions[:, SPEED])
 
 
-def test_clips_are_spread_over_all_places_and_cross_no_gap(
+def test_clips_are_spread_over_the_drives_and_cross_no_gap(
     world: WorldModel, tmp_path: Path
 ) -> None:
     store = write_store(tmp_path / "tokens", (40, 30), gap_at=15)
     footage = [Footage(drive=drive, tokenizer=world.tokenizer) for drive in store.drives]
-    every = choose_clips(footage, context_frames=4, frames=5, count=1000)
-    places = [(clip.footage.drive.id, clip.start) for clip in every]
-    # Runs of 15, 25, 15 and 15 frames, less the contexts, hold 2, 4, 2 and 2 futures of 5.
+    all_clips = choose_clips(footage, context_frames=4, frames=5, count=1000)
+    places = [(clip.footage.drive.id, clip.start) for clip in all_clips]
+    # Runs of 15, 25, 15 and 15 frames, minus a context, have room for 2, 4, 2 and 2 futures of 5.
     assert [start for name, start in places if name == "0"] == [4, 9, 19, 24, 29, 34]
     assert [start for name, start in places if name == "1"] == [4, 9, 19, 24]
-    for clip in every:
+    for clip in all_clips:
         runs = clip.footage.drive.entry.segments
         assert any(b <= clip.start - 4 and clip.start + 5 <= e for b, e in runs)
     few = choose_clips(footage, context_frames=4, frames=5, count=4)
     chosen = [places.index((clip.footage.drive.id, clip.start)) for clip in few]
     assert chosen == [1, 3, 6, 8]
-    with pytest.raises(DriveSimError, match="no run of 44 frames without a gap in 2"):
+    with pytest.raises(DriveSimError, match="no clip of 44 frames without a gap in 2"):
         choose_clips(footage, context_frames=4, frames=40, count=4)
 
 
 @pytest.mark.parametrize("count", [3, 7, 1000])
 def test_no_two_futures_share_a_frame(world: WorldModel, tmp_path: Path, count: int) -> None:
-    """Overlapping ones are no independent evidence: an interval over them would be too narrow."""
+    """Overlapping clips are not independent, so an interval over them would be too narrow."""
     store = write_store(tmp_path / "tokens", (40, 30), gap_at=15)
     footage = [Footage(drive=drive, tokenizer=world.tokenizer) for drive in store.drives]
     clips = choose_clips(footage, context_frames=4, frames=3, count=count)
@@ -138,38 +138,36 @@ def test_no_two_futures_share_a_frame(world: WorldModel, tmp_path: Path, count: 
     assert len(seen) == len(set(seen)) == 3 * min(count, 3 + 7 + 3 + 3)
 
 
-def test_imagined_futures_are_those_of_each_context_alone(
+def test_a_future_does_not_depend_on_the_other_clips_of_its_batch(
     world: WorldModel, footage: list[Footage]
 ) -> None:
-    # More than one batch.
+    # Nine clips fill more than one batch.
     clips = choose_clips(footage, context_frames=5, frames=3, count=9)
     assert len(clips) == 9
     sampling = Sampling(seed=3)
     pairs = zip(clips, imagine(world, clips, sampling), strict=True)
-    for number, (clip, found) in enumerate(pairs):
-        assert found.clip is clip
+    for number, (clip, imagined) in enumerate(pairs):
+        assert imagined.clip is clip
         actions, valid = clip.actions
         prefix = world.encode_prefix(clip.context_tokens, actions[:4], valid[:4])
         steps = world.generate(prefix, actions[4:], valid[4:], sampling=sampling, first_draw=number)
         alone = torch.cat([step.tokens for step in steps])
-        assert torch.equal(found.tokens, alone)
-        assert np.array_equal(found.frames, world.tokenizer.decode(alone).numpy())
+        assert torch.equal(imagined.tokens, alone)
+        assert np.array_equal(imagined.frames, world.tokenizer.decode(alone).numpy())
     free = list(imagine(world, clips, sampling, hide_actions=True))
     led = list(imagine(world, clips, sampling))
-    assert any(
-        not torch.equal(one.tokens, other.tokens) for one, other in zip(free, led, strict=True)
-    )
+    assert any(not torch.equal(a.tokens, b.tokens) for a, b in zip(free, led, strict=True))
 
 
-def split_into_parts(each: Footage, out: Path) -> tuple[DriveTokens, ...]:
-    """The drive tokenized again, 10 frames to a shard."""
-    assert each.recorded is not None
-    found = find_drives([each.recorded.drive.video.path])  # type: ignore[union-attr]
-    tokenize(found, each.tokenizer, out, shard_bytes=10 * frame_bytes(ROWS, COLS))
+def split_into_parts(source: Footage, out: Path) -> tuple[DriveTokens, ...]:
+    """Tokenize the drive again, in parts of 10 frames."""
+    assert source.recorded is not None
+    videos = find_drives([source.recorded.drive.video.path])  # type: ignore[union-attr]
+    tokenize(videos, source.tokenizer, out, shard_bytes=10 * frame_bytes(ROWS, COLS))
     return TokenStore(out).drives
 
 
-def test_a_view_shows_less_of_a_drive(tmp_path: Path) -> None:
+def test_a_view_of_a_drive_has_fewer_frames_and_channels(tmp_path: Path) -> None:
     drive = write_store(tmp_path / "tokens", (30, 40), gap_at=15).drives[1]
     view = replace(first_frames(drive, 20), channels=(True, False))
     assert (len(view), view.id, view.info) == (20, drive.id, drive.info)
@@ -190,17 +188,17 @@ def test_a_view_shows_less_of_a_drive(tmp_path: Path) -> None:
     assert len(first_frames(drive, 1000)) == 40
 
 
-def test_held_out_drives_are_originals_with_what_the_model_learned(
+def test_a_held_out_store_has_only_original_drives_and_learned_channels(
     world: WorldModel, footage: list[Footage], tmp_path: Path
 ) -> None:
-    drives = [each.recorded.drive for each in footage if each.recorded is not None]
-    found = find_drives([drive.video.path for drive in drives if drive.video is not None])
-    tokenize(found, world.tokenizer, tmp_path / "tokens", mirror=True)
+    drives = [source.recorded.drive for source in footage if source.recorded is not None]
+    videos = find_drives([drive.video.path for drive in drives if drive.video is not None])
+    tokenize(videos, world.tokenizer, tmp_path / "tokens", mirror=True)
     assert len(TokenStore(tmp_path / "tokens").drives) == 4
     store = HeldOutStore(tmp_path / "tokens", (True, False))
     assert store.drive_ids == ("drive_000", "drive_001")
-    for drive, each in zip(store.drives, footage, strict=True):
-        assert np.array_equal(drive.tokens, each.drive.tokens)
+    for drive, source in zip(store.drives, footage, strict=True):
+        assert np.array_equal(drive.tokens, source.drive.tokens)
         assert drive.action_valid[:-1, SPEED].all()
         assert not drive.action_valid[:, STEERING].any()
     actions, valid = Clip(
@@ -214,31 +212,31 @@ def test_held_out_drives_are_originals_with_what_the_model_learned(
     assert len(actions) == 8
 
 
-def test_the_beginning_is_read_in_order_and_no_further(
+def test_reading_in_order_gives_the_same_frames(
     world: WorldModel, footage: list[Footage], tmp_path: Path
 ) -> None:
-    whole, unrecorded = footage[1], replace(footage[1], recorded=None)
-    assert whole.recorded is not None
-    for each in (whole, unrecorded):
-        beginning = each.frames(0, 10, in_order=True)
+    recorded, unrecorded = footage[1], replace(footage[1], recorded=None)
+    assert recorded.recorded is not None
+    for source in (recorded, unrecorded):
+        beginning = source.frames(0, 10, in_order=True)
         assert len(beginning) == 10
-        assert np.abs(beginning.astype(int) - each.frames(0, 10)).max() <= 1
-    part = split_into_parts(whole, tmp_path / "parts")[1]
-    (later,) = footage_of([part], [whole.recorded], world.tokenizer)
-    expected = whole.frames(10, 16)
+        assert np.abs(beginning.astype(int) - source.frames(0, 10)).max() <= 1
+    part = split_into_parts(recorded, tmp_path / "parts")[1]
+    (later,) = footage_of([part], [recorded.recorded], world.tokenizer)
+    expected = recorded.frames(10, 16)
     assert np.abs(later.frames(0, 6, in_order=True).astype(int) - expected).max() <= 1
     assert later.place == ["drive_001", 10]
 
 
-def test_parts_of_a_drive_have_places_and_contents_of_their_own(
+def test_the_parts_of_a_drive_have_different_places_and_fingerprints(
     footage: list[Footage], tmp_path: Path
 ) -> None:
     parts = [
         Footage(drive=drive, tokenizer=footage[0].tokenizer)
         for drive in split_into_parts(footage[0], tmp_path / "parts")
     ]
-    assert [each.place for each in parts] == [["drive_000", n] for n in (0, 10, 20)]
-    assert len({each.fingerprint for each in parts}) == 3
+    assert [part.place for part in parts] == [["drive_000", n] for n in (0, 10, 20)]
+    assert len({part.fingerprint for part in parts}) == 3
 
 
 def changed(array: Any, place: Any, value: Any) -> Any:
@@ -257,16 +255,18 @@ CHANGES: dict[str, Callable[[SampledDrive], SampledDrive]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_fingerprint_is_of_all_that_is_measured(footage: list[Footage], name: str) -> None:
+def test_every_change_of_the_data_changes_the_fingerprint(
+    footage: list[Footage], name: str
+) -> None:
     recorded = footage[0].recorded
     assert recorded is not None
-    other = CHANGES[name](recorded)
-    assert sampled_fingerprint(other) != sampled_fingerprint(recorded)
+    modified = CHANGES[name](recorded)
+    assert sampled_fingerprint(modified) != sampled_fingerprint(recorded)
     assert sampled_fingerprint(recorded) == footage[0].fingerprint
 
 
-def test_a_fingerprint_is_of_image_files_too(tmp_path: Path) -> None:
-    """A simulator's recording has no video."""
+def test_a_changed_image_file_changes_the_fingerprint(tmp_path: Path) -> None:
+    """A simulator's recording is a folder of images instead of a video."""
     paths = tuple(tmp_path / f"{number}.png" for number in range(3))
     for number, path in enumerate(paths):
         Image.fromarray(np.full((4, 8, 3), number, np.uint8)).save(path)
@@ -280,7 +280,7 @@ def test_a_fingerprint_is_of_image_files_too(tmp_path: Path) -> None:
 
 @dataclass(frozen=True)
 class ArrayFrames:
-    """A source of this test's own: all frames of a drive in one file of NumPy's."""
+    """A source that exists only in this test: all frames of a drive in one .npy file."""
 
     path: Path
 
@@ -308,53 +308,55 @@ def test_a_new_source_can_be_evaluated(world: WorldModel, tmp_path: Path) -> Non
     assert footage.fingerprint == sampled_fingerprint(sampled) != before
 
 
-def test_a_recording_is_known_in_all_its_forms(
+def test_a_recording_is_recognised_in_all_its_forms(
     world: WorldModel, footage: list[Footage], tmp_path: Path
 ) -> None:
-    """As a video, as tokens, mirrored and in parts; another drive of the same times is not it."""
-    one, other = (each.recorded for each in footage)
-    assert one is not None
-    assert other is not None
-    own = recording_digest(one.timestamps, one.actions, one.action_valid)
-    assert np.array_equal(one.timestamps, other.timestamps)
-    assert own != recording_digest(other.timestamps, other.actions, other.action_valid)
-    assert recording_digest(one.timestamps, one.actions, one.action_valid & False) is None
+    """As a video, as tokens, mirrored and in parts. Another drive with the same times differs."""
+    drive, stranger = (source.recorded for source in footage)
+    assert drive is not None
+    assert stranger is not None
+    digest = recording_digest(drive.timestamps, drive.actions, drive.action_valid)
+    assert np.array_equal(drive.timestamps, stranger.timestamps)
+    assert digest != recording_digest(stranger.timestamps, stranger.actions, stranger.action_valid)
+    assert recording_digest(drive.timestamps, drive.actions, drive.action_valid & False) is None
     parts = split_into_parts(footage[0], tmp_path / "parts")
-    assert recording_digests(parts) == {"drive_000": own}
+    assert recording_digests(parts) == {"drive_000": digest}
     tokenize(
-        find_drives([one.drive.video.path]),  # type: ignore[union-attr]
+        find_drives([drive.drive.video.path]),  # type: ignore[union-attr]
         world.tokenizer,
         tmp_path / "tokens",
         mirror=True,
     )
     training = TokenStore(tmp_path / "tokens")
-    assert recording_digests(training.drives) == {"drive_000": own, "drive_000~mirror": own}
-    assert own is not None
-    for drives, called in ((training.drives, "drive_000"), (training.drives[1:], "~mirror")):
+    assert recording_digests(training.drives) == {"drive_000": digest, "drive_000~mirror": digest}
+    assert digest is not None
+    for drives, name in ((training.drives, "drive_000"), (training.drives[1:], "~mirror")):
         training.drives = drives
-        with pytest.raises(DriveSimError, match=f"'mine' is in the .* as '[^~]*{called}': measure"):
-            check_apart({"yours": "f00d", "mine": own}, training)
+        with pytest.raises(
+            DriveSimError, match=f"held-out drive 'mine' as '[^~]*{name}'; evaluate"
+        ):
+            check_apart({"yours": "f00d", "mine": digest}, training)
     check_apart({"yours": "f00d"}, training)
 
 
-def test_tokens_tell_where_no_actions_do(tmp_path: Path) -> None:
-    """Another device gives a few other tokens; another drive, many."""
+def test_a_trained_drive_is_recognised_by_its_tokens(tmp_path: Path) -> None:
+    """Tokens from another device differ in a few places; those of another drive in many."""
     training = write_store(tmp_path / "training", (40, 40))
     drive = training.drives[1]
     for count, is_same in ((24, True), (240, False)):
         tokens = drive.tokens.copy()
         tokens.ravel()[: count * 2 : 2] = (tokens.ravel()[: count * 2 : 2] + 1) % 9
-        other = SimpleNamespace(id="x", tokens=tokens, timestamps=drive.timestamps)
-        heldout: Any = SimpleNamespace(drives=[other])
+        similar = SimpleNamespace(id="x", tokens=tokens, timestamps=drive.timestamps)
+        heldout: Any = SimpleNamespace(drives=[similar])
         if is_same:
-            with pytest.raises(DriveSimError, match=r"'x' is in the training tokens .* as '1'"):
+            with pytest.raises(DriveSimError, match=r"the training tokens contain .* 'x' as '1'"):
                 check_tokens_apart(heldout, training)
         else:
             check_tokens_apart(heldout, training)
 
 
-def test_a_car_that_stands_has_no_digest() -> None:
-    """Many do, for as long: they are not one recording."""
+def test_a_drive_of_a_parked_car_has_no_digest() -> None:
+    """Two recordings of parked cars can have equal actions and times without being the same."""
     times, valid = np.arange(5) / 5.0, np.ones((5, 2), np.bool_)
     actions = np.tile(np.array([0.0, 0.1], np.float32), (5, 1))
     assert recording_digest(times, actions, valid) is None

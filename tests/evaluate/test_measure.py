@@ -1,4 +1,4 @@
-"""The evaluation commands' functions, from a run and videos to a report."""
+"""Tests of the functions that evaluate a run on videos and write a report."""
 
 import json
 import shutil
@@ -65,14 +65,14 @@ SMALL = EvaluationConfig(
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Synthetic drives, two to train on and one held out, and an untrained model of them."""
+    """Folder with two training drives, a held-out drive, and an untrained model."""
     folder = tmp_path_factory.mktemp("measure")
     config = SyntheticConfig(height=16 * ROWS, width=16 * COLS, fps=FPS)
     write_synthetic_drives(folder / "videos", drives=3, seconds=6, config=config)
-    found = find_drives(sorted((folder / "videos").glob("*.mp4"))[:2])
+    training = find_drives(sorted((folder / "videos").glob("*.mp4"))[:2])
     tokenizer = tiny_tokenizer()
     tokenizer.save(folder / "tokenizer")
-    tokenize(found, tokenizer, folder / "tokens")
+    tokenize(training, tokenizer, folder / "tokens")
     grid = TokenGrid(rows=ROWS, cols=COLS, levels=LEVELS)
     statistics = ActionStatistics(
         mean=(8.0, 0.0), std=(2.0, 0.1), steering_p95=0.2, steering_p99=0.3
@@ -96,7 +96,7 @@ def measure(place: Path, out: Path, **changes: Any) -> dict[str, Any]:
     return measure_world_model(out=out, **(options | changes))
 
 
-class Caught(Exception):  # noqa: N818 - no error: what the sections would be measured on
+class Caught(Exception):  # noqa: N818 - not an error: it carries the evidence out of the call
     def __init__(self, world: WorldModel, evidence: Evidence) -> None:
         self.world, self.evidence = world, evidence
 
@@ -105,7 +105,7 @@ class Caught(Exception):  # noqa: N818 - no error: what the sections would be me
 def evidence(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Evidence]:
-    """All that comes before the sections of an evaluation with these options."""
+    """Function that runs an evaluation up to its sections, and returns the evidence for them."""
 
     def evaluated(world: WorldModel, evidence: Evidence, config: EvaluationConfig) -> None:
         raise Caught(world, evidence)
@@ -121,13 +121,15 @@ def evidence(
 
 @pytest.fixture
 def nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever takes long would fail: what is refused is refused before."""
+    """Let every slow step fail, so that a test passes only if an error is raised before them."""
     for name in ("tokenize", "evaluate_world_model"):
         monkeypatch.setattr(measure_module, name, None)
     monkeypatch.setattr(InverseDynamics, "fit", None)
 
 
-def test_a_world_model_is_measured_whole_and_the_same_again(place: Path, tmp_path: Path) -> None:
+def test_two_evaluations_of_a_world_model_give_the_same_numbers(
+    place: Path, tmp_path: Path
+) -> None:
     figures = measure(place, tmp_path / "a", training_videos=[place / "videos"])
     metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
     sections = {"likelihood", "coding", "action_information", "quality", "fidelity", "sweep"}
@@ -139,21 +141,21 @@ def test_a_world_model_is_measured_whole_and_the_same_again(place: Path, tmp_pat
         np.log2(9), abs=1e-4
     )
     assert metrics["coding"]["exact"] is True
-    assert metrics["fidelity"]["clips"] == 4  # two, and their mirror images
-    assert metrics["sweep"]["truth"] is not None  # the drive is a synthetic one
-    # A key figure whose metric is not there is left out: none of ours may be misspelt.
+    assert metrics["fidelity"]["clips"] == 4  # Two clips and their mirror images.
+    assert metrics["sweep"]["truth"] is not None  # Only a synthetic drive has a true future.
+    # A key figure with a misspelt metric would silently be left out of the report.
     assert list(metrics["headline"]) == [figure.label for figure in HEADLINE] == list(figures)
     places = {place for figure in HEADLINE for place in figure.beside.values()}
     for name, *path in (place.split(".") for place in places):
-        found = metrics[name]
+        metric = metrics[name]
         for key in path:
-            found = found[key]
+            metric = metric[key]
     page = (tmp_path / "a" / "report.html").read_text()
     assert "Action fidelity" in page
-    assert "of the recorded videos" in page
-    assert "learned from the training videos" in page
+    assert "recorded videos" in page
+    assert "trained on the training videos" in page
     assert "held-out fp32, training fp32" in page
-    # Once more, with the probe of the first: the same protocol, the same numbers.
+    # Evaluate again with the probe of the first report, so that the protocols are equal.
     measure(place, tmp_path / "b", probe=tmp_path / "a")
     again = json.loads((tmp_path / "b" / "metrics.json").read_text())
     for name in sections:
@@ -161,7 +163,7 @@ def test_a_world_model_is_measured_whole_and_the_same_again(place: Path, tmp_pat
     assert "same protocol" in compare_reports(tmp_path / "a", tmp_path / "b", tmp_path / "c.html")
 
 
-def test_a_tokenizer_is_measured_and_a_report_is_not_written_over(
+def test_a_tokenizer_is_measured_and_its_report_is_not_overwritten(
     place: Path, tmp_path: Path
 ) -> None:
     videos = [place / "videos" / "drive_002.mp4"]
@@ -174,7 +176,7 @@ def test_a_tokenizer_is_measured_and_a_report_is_not_written_over(
 
 
 def test_a_store_beside_videos_is_refused(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(DriveSimError, match="is a token store: name it alone"):
+    with pytest.raises(DriveSimError, match="a token store cannot be evaluated together"):
         measure_world_model(
             place / "world-model",
             [place / "tokens", place / "videos"],
@@ -186,11 +188,13 @@ def test_a_store_beside_videos_is_refused(place: Path, tmp_path: Path) -> None:
 
 
 def protocol_of(world: WorldModel, evidence: Evidence, **options: Any) -> Protocol:
-    clips = [Clip(footage=each, start=6, context_frames=3, frames=5) for each in evidence.footage]
+    clips = [
+        Clip(footage=source, start=6, context_frames=3, frames=5) for source in evidence.footage
+    ]
     return evaluation._protocol(world, evidence, clips, clips, replace(SMALL, **options))
 
 
-def test_all_that_decides_a_number_is_in_the_protocol(
+def test_everything_that_decides_a_number_is_in_the_protocol(
     place: Path, tmp_path: Path, evidence: Callable[..., Evidence]
 ) -> None:
     caught = evidence()
@@ -202,11 +206,11 @@ def test_all_that_decides_a_number_is_in_the_protocol(
     def differences(**changes: Any) -> str:
         statistics = replace(world.statistics, **changes.pop("statistics", {}))
         fixed: dict[str, Any] = {"fps": FPS, "steering_kind": "road_wheel"}
-        other = WorldModel(
+        changed = WorldModel(
             Transformer(world.config.model, world.config.grid, statistics),
             **(fixed | {"tokenizer": world.tokenizer} | changes),
         )
-        return " ".join(before.differences(protocol_of(other, caught)))
+        return " ".join(before.differences(protocol_of(changed, caught)))
 
     assert differences() == ""
     assert 'precision.world_model: "fp32" / "bf16"' in differences(precision="bf16")
@@ -217,11 +221,12 @@ def test_all_that_decides_a_number_is_in_the_protocol(
     for name in ("steering_p95", "steering_p99"):
         assert name in differences(statistics={name: 0.7})
     assert "mean_action[0]" in differences(statistics={"mean": (9.0, 0.0)})
-    unrecorded = replace(caught, footage=[replace(each, recorded=None) for each in caught.footage])
+    tokens_only = [replace(source, recorded=None) for source in caught.footage]
+    unrecorded = replace(caught, footage=tokens_only)
     assert "recorded: true / false" in before.differences(protocol_of(world, unrecorded))
-    # Parts of one drive have one id; of its places and its contents none is lost.
+    # The parts of a split drive share an id, but the protocol lists every part.
     parts = tmp_path / "parts"
-    (sampled,) = (each.recorded for each in caught.footage)
+    (sampled,) = (source.recorded for source in caught.footage)
     assert sampled is not None
     ten = 10 * frame_bytes(ROWS, COLS)
     tokenize(DriveSet([sampled.drive]), world.tokenizer, parts, shard_bytes=ten)
@@ -229,16 +234,16 @@ def test_all_that_decides_a_number_is_in_the_protocol(
         Footage(drive=drive, tokenizer=world.tokenizer) for drive in TokenStore(parts).drives[:4]
     ]
     content = protocol_of(world, replace(caught, footage=footage)).content
-    assert [(each["id"], each["start"]) for each in content["drives"]] == [
+    assert [(part["id"], part["start"]) for part in content["drives"]] == [
         ("drive_002", start) for start in (0, 10, 20, 30)
     ]
-    assert len({each["sha256"] for each in content["drives"]}) == 4
+    assert len({part["sha256"] for part in content["drives"]}) == 4
     assert content["clips"] == [["drive_002", start, 6, 5] for start in (0, 10, 20, 30)]
 
 
 @pytest.mark.usefixtures("nothing_is_done")
 def test_a_drive_that_was_trained_on_is_refused_at_once(place: Path, tmp_path: Path) -> None:
-    """Whatever it is called, as a video or as tokens, and with --mirror in either store."""
+    """Under another name, as a video or as tokens, and with mirror images in the store."""
     video = place / "videos" / "drive_001.mp4"
     renamed = tmp_path / "copies" / "another.mp4"
     renamed.parent.mkdir()
@@ -250,26 +255,31 @@ def test_a_drive_that_was_trained_on_is_refused_at_once(place: Path, tmp_path: P
         (renamed, "another"),
         (tmp_path / "heldout", "another"),
     ):
-        with pytest.raises(DriveSimError, match=f"'{name}' is in the training tokens"):
+        with pytest.raises(
+            DriveSimError, match=f"training tokens contain the held-out drive '{name}'"
+        ):
             measure(place, tmp_path / "out", data=[data])
 
 
-def test_tokens_tell_where_a_model_knows_no_actions(place: Path, tmp_path: Path) -> None:
-    deaf(WorldModel.from_run(place / "world-model", "cpu", "fp32")).save(tmp_path / "deaf")
-    with pytest.raises(DriveSimError, match="'drive_001' is in the training tokens"):
+def test_a_trained_drive_is_recognised_without_actions(place: Path, tmp_path: Path) -> None:
+    world = WorldModel.from_run(place / "world-model", "cpu", "fp32")
+    without_actions(world).save(tmp_path / "no-actions")
+    with pytest.raises(
+        DriveSimError, match="training tokens contain the held-out drive 'drive_001'"
+    ):
         measure(
             place,
             tmp_path / "out",
-            run=tmp_path / "deaf",
+            run=tmp_path / "no-actions",
             data=[place / "videos" / "drive_001.mp4"],
         )
 
 
 @pytest.mark.usefixtures("nothing_is_done")
 def test_tokens_that_the_model_was_not_trained_on_are_refused(place: Path, tmp_path: Path) -> None:
-    """By what a training itself writes: the other store is of the same tokenizer and a drive less.
+    """The check reads the config of the run, because the other store has the same tokenizer.
 
-    A folder without the training's files, a copy of the model alone, says nothing of its store.
+    A copy of the model without that config cannot tell which store it was trained on.
     """
     run, fewer = tmp_path / "run", tmp_path / "tokens"
     config = WorldModelRunConfig(
@@ -279,11 +289,11 @@ def test_tokens_that_the_model_was_not_trained_on_are_refused(place: Path, tmp_p
     )
     train_world_model(place / "tokens", config, run, tokenizer=place / "tokenizer", device="cpu")
     tokenize(find_drives([place / "videos" / "drive_000.mp4"]), tiny_tokenizer(), fewer)
-    with pytest.raises(DriveSimError, match=rf"{fewer} is not the token store that .* trained on"):
+    with pytest.raises(DriveSimError, match=rf"{fewer}: not the token store that .* trained on"):
         measure(place, tmp_path / "out", run=run, training_tokens=fewer)
-    for others in ({"run": run}, {"training_tokens": fewer}):
-        with pytest.raises(TypeError):  # it comes as far as the tokenizing
-            measure(place, tmp_path / "out", **others)
+    for options in ({"run": run}, {"training_tokens": fewer}):
+        with pytest.raises(TypeError):  # The checks pass, and the replaced `tokenize` is called.
+            measure(place, tmp_path / "out", **options)
 
 
 def test_training_tokens_that_are_missing_or_misfit_name_their_option(
@@ -296,18 +306,18 @@ def test_training_tokens_that_are_missing_or_misfit_name_their_option(
         measure(place, tmp_path / "out", training_tokens=tmp_path / "other")
 
 
-def test_tokens_of_two_number_formats_are_measured_and_said(
+def test_tokens_of_another_number_format_are_measured_with_a_notice(
     place: Path,
     tmp_path: Path,
     evidence: Callable[..., Evidence],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """One line for each store of another format than the model encodes in, whichever it is."""
+    """There is one notice for each store whose number format is not the model's."""
     low = Tokenizer.from_run(place / "tokenizer", "cpu", "bf16")
     held = tmp_path / "heldout"
     tokenize(find_drives([place / "videos" / "drive_002.mp4"]), low, held)
 
-    def said(**options: Any) -> list[str]:
+    def notices(**options: Any) -> list[str]:
         evidence(**options)
         lines = capsys.readouterr().err.splitlines()
         return [line for line in lines if "this model encodes in" in line]
@@ -317,14 +327,14 @@ def test_tokens_of_two_number_formats_are_measured_and_said(
         "{}: its tokens were made in {made}, this model encodes in {own}, so about 1 token in 100 "
         "differs; `precision={made}` computes all of it in {made}"
     )
-    assert said() == []
-    assert said(precision="bf16") == [line.format(training, made="fp32", own="bf16")]
-    assert said(data=[held]) == [line.format(held, made="bf16", own="fp32")]
+    assert notices() == []
+    assert notices(precision="bf16") == [line.format(training, made="fp32", own="bf16")]
+    assert notices(data=[held]) == [line.format(held, made="bf16", own="fp32")]
 
 
 @pytest.mark.usefixtures("nothing_is_done")
 def test_frames_of_another_rate_are_refused_at_once(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(DriveSimError, match="drive_002: 4 frames/s at this rate"):
+    with pytest.raises(DriveSimError, match="drive_002: sampled at 4 frames/s, but"):
         measure(place, tmp_path / "out", every=2)
     with pytest.raises(DriveSimError, match="the rate must be above 0"):
         measure(place, tmp_path / "out", fps=0.0)
@@ -344,7 +354,7 @@ def write_probe(path: Path, **changes: Any) -> Path:
     return path
 
 
-def test_a_probe_of_something_else_is_refused(
+def test_a_probe_that_does_not_fit_the_model_is_refused(
     place: Path, tmp_path: Path, evidence: Callable[..., Evidence]
 ) -> None:
     tokenize(
@@ -368,10 +378,10 @@ def test_a_probe_of_something_else_is_refused(
 def test_the_probe_never_learns_from_a_held_out_drive(
     place: Path, tmp_path: Path, evidence: Callable[..., Evidence]
 ) -> None:
-    """Neither where the held-out drive is named as a video, nor where it comes as tokens."""
+    """Whether the held-out drive is given as a video or as tokens."""
     held = place / "videos" / "drive_002.mp4"
     tokenize(find_drives([held]), tiny_tokenizer(), tmp_path / "heldout")
-    # Of the same id as a training drive, but another: ids alone would take it for that one.
+    # This held-out drive has the id of a training drive, so a check by id would miss it.
     impostor = tmp_path / "videos" / "drive_001.mp4"
     impostor.parent.mkdir()
     for suffix in (".mp4", ".csv"):
@@ -389,7 +399,7 @@ def test_the_probe_never_learns_from_a_held_out_drive(
         evidence(training_videos=[held])
 
 
-def test_what_a_probe_sees_is_capped_and_spread_over_the_drives(
+def test_the_footage_of_a_probe_is_capped_and_spread_over_the_drives(
     place: Path, evidence: Callable[..., Evidence], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probe_lessons, "_SECONDS", 4.0)
@@ -414,10 +424,10 @@ def test_what_a_probe_sees_is_capped_and_spread_over_the_drives(
         for clip, drive in zip(seen["clips"], caught.training.drives, strict=True):
             assert np.array_equal(clip.actions, drive.actions[:16])
         assert [len(clip.frames) for clip in seen["held"]] == [32]
-        assert seen["curve"] == 0.1  # half of the training data's 95th percentile
+        assert seen["curve"] == 0.1  # Half of the 95th percentile of the training steering.
 
 
-def test_footage_is_shared_out_evenly() -> None:
+def test_footage_is_divided_evenly() -> None:
     shared = probe_lessons._shared
     assert shared([10, 1000, 40, 700], 300) == [10, 125, 40, 125]
     assert shared([10, 20], 300) == [10, 20]
@@ -428,7 +438,7 @@ def test_footage_is_shared_out_evenly() -> None:
     assert len(probe_lessons._spread(range(100))) == 100
 
 
-def test_the_time_offset_is_that_of_all_videos(
+def test_the_time_offset_applies_to_held_out_and_training_videos(
     place: Path, evidence: Callable[..., Evidence], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offsets = []
@@ -442,46 +452,47 @@ def test_the_time_offset_is_that_of_all_videos(
     assert offsets == [0.05, 0.05]
 
 
-def test_held_out_frames_are_chosen_as_the_training_ones_were(place: Path) -> None:
-    """At the rate that was asked for then, where the model's own is what came of it."""
+def test_held_out_frames_are_sampled_at_the_rate_of_the_training_tokens(place: Path) -> None:
+    """The requested rate counts, if the model's own rate is close to it."""
     world = WorldModel.from_run(place / "world-model", "cpu", "fp32")
     training: Any = SimpleNamespace(info=SimpleNamespace(requested_fps=FPS * 1.004))
     rate = measure_module._rate
     assert rate(world, training, None, None) == {"fps": FPS * 1.004, "every": None}
-    training.info.requested_fps = 2 * FPS  # more than the videos had
+    training.info.requested_fps = 2 * FPS  # More than the videos had.
     assert rate(world, training, None, None) == {"fps": FPS, "every": None}
     training.info.requested_fps = None
     assert rate(world, training, None, None) == {"fps": FPS, "every": None}
     assert rate(world, training, None, 3) == {"fps": None, "every": 3}
 
 
-def deaf(world: WorldModel) -> WorldModel:
-    """A model that learned no actions."""
+def without_actions(world: WorldModel) -> WorldModel:
+    """Return a copy of the model that learned no actions."""
     plain = Transformer(world.config.model, world.config.grid, ActionStatistics())
     return WorldModel(plain, world.tokenizer, fps=FPS, steering_kind=None)
 
 
-def test_what_a_model_never_learned_is_not_known(
+def test_channels_that_the_model_never_learned_count_as_unknown(
     place: Path, tmp_path: Path, evidence: Callable[..., Evidence]
 ) -> None:
-    deaf(WorldModel.from_run(place / "world-model", "cpu", "fp32")).save(tmp_path / "deaf")
+    world = WorldModel.from_run(place / "world-model", "cpu", "fp32")
+    without_actions(world).save(tmp_path / "no-actions")
     tokenize(
         find_drives([place / "videos" / "drive_002.mp4"]), tiny_tokenizer(), tmp_path / "heldout"
     )
-    caught = evidence(run=tmp_path / "deaf", data=[tmp_path / "heldout"])
+    caught = evidence(run=tmp_path / "no-actions", data=[tmp_path / "heldout"])
     assert not caught.footage[0].drive.action_valid.any()
     assert not caught.heldout.drives[0].action_valid.any()
     assert caught.probe is None
     assert "no action that the model learned" in caught.no_probe
 
 
-def test_what_cannot_be_measured_is_left_out_and_said(
+def test_a_section_that_cannot_be_measured_is_listed_with_the_reason(
     place: Path, tmp_path: Path, evidence: Callable[..., Evidence]
 ) -> None:
-    """A model without actions, on a drive too short for rollouts and for a window."""
+    """A model without actions on drives too short for a rollout, or even for a window."""
     caught = evidence()
-    world = deaf(WorldModel.from_run(place / "world-model", "cpu", "fp32"))
-    for length, also in ((6, set()), (2, {"likelihood", "stability"})):
+    world = without_actions(WorldModel.from_run(place / "world-model", "cpu", "fp32"))
+    for length, too_short in ((6, set()), (2, {"likelihood", "stability"})):
         out = tmp_path / str(length)
         write_synthetic_drives(
             out,
@@ -498,12 +509,13 @@ def test_what_cannot_be_measured_is_left_out_and_said(
         )
         sections, protocol = evaluate_world_model(world, short, SMALL)
         *measured, last = sections
-        left_out = {"action_information", "quality", "fidelity", "sweep"} | also
+        left_out = {"action_information", "quality", "fidelity", "sweep"} | too_short
         assert set(last.metrics) == left_out
-        assert {each.name for each in measured} == {"likelihood", "coding", "stability"} - also
+        names = {section.name for section in measured}
+        assert names == {"likelihood", "coding", "stability"} - too_short
         assert last.metrics["fidelity"] == "because"
-        assert "no run of 15 frames" in last.metrics["quality"]
-        assert "no action that the model learned" in last.metrics["action_information"]
+        assert "no clip of 15 frames" in last.metrics["quality"]
+        assert "no known action of a kind" in last.metrics["action_information"]
         assert protocol.content["clips"] == []
 
 
@@ -515,20 +527,20 @@ def test_a_sweep_starts_where_the_car_is_known_to_move(place: Path) -> None:
     drive: Any = SimpleNamespace(actions=actions, action_valid=valid)
     footage = Footage(drive=drive, tokenizer=world.tokenizer)
     clips = [Clip(footage=footage, start=n, context_frames=3, frames=2) for n in range(3, 12)]
-    # The action before the last leads to the start's last context frame.
+    # The action at index start - 2 leads to the last context frame.
     sweeps = evaluation._sweeps(world, clips, 100)
     assert [clip.start for clip in sweeps] == [5, 6, 8, 9, 10]
     assert [clip.start for clip in evaluation._sweeps(world, clips, 2)] == [5, 8]
     with pytest.raises(DriveSimError, match="no clip starts at a known speed of 2 m/s or more"):
         evaluation._sweeps(world, clips[:2], 2)
     with pytest.raises(DriveSimError, match="learned no steering"):
-        evaluation._sweeps(deaf(world), clips, 2)
+        evaluation._sweeps(without_actions(world), clips, 2)
 
 
-def test_real_footage_is_no_longer_than_asked(
+def test_real_footage_is_no_longer_than_requested(
     place: Path, evidence: Callable[..., Evidence]
 ) -> None:
-    """The held-out drive has 48 frames, and the training drives as many each."""
+    """The held-out drive and both training drives have 48 frames."""
     caught = evidence()
     world = WorldModel.from_run(place / "world-model", "cpu", "fp32")
     for seconds, lengths in ((2.0, [16]), (8.0, [48, 16]), (60.0, [48, 48, 48])):
@@ -537,10 +549,10 @@ def test_real_footage_is_no_longer_than_asked(
         assert np.array_equal(real[0].tokens, caught.heldout.drives[0].tokens[: lengths[0]])
 
 
-def test_damage_is_no_section_that_cannot_be_measured(
+def test_a_damaged_file_ends_the_evaluation(
     evidence: Callable[..., Evidence], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk that is full, say: it ends the evaluation, with its own words."""
+    """Only a lack of data leaves out a section; other errors are raised unchanged."""
 
     def damaged(*_: object, **__: object) -> None:
         raise DriveSimError("drive_07.mp4 is damaged")

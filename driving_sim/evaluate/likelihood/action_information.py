@@ -44,7 +44,7 @@ def evaluate_action_information(
     rng = np.random.default_rng(seed)
     sums: dict[tuple[str, str], list[Reals]] = defaultdict(list)
     variants = 1 + len(known) * (shuffles + 1)
-    with progress(len(runs) * variants, "shuffle actions", "runs") as bar:
+    with progress(len(runs) * variants, "shuffle actions", "variants") as bar:
         for drive, begin, stop in runs:
             tokens = drive.tokens[begin:stop]
             actions, valid = _variants(drive, begin, stop, known, shuffles, block, rng)
@@ -116,10 +116,11 @@ held-out drives again with wrong actions. "Shuffled" means actions from another 
 drive; "null" means that the model is told that the actions are unknown. The gain is the number of
 bits that a frame costs more than with the true actions.
 
-A larger gain means that the model draws more information from that channel. If the interval
-contains zero, no benefit was detected: the model ignores the channel, or the past frames already
-tell as much, or there are too few drives. The gain does not show whether a rollout obeys a command;
-see action fidelity and the sweep for that."""
+A larger gain means that the model draws more information from that channel. A gain below zero means
+that the true actions mislead the model on these drives. If the interval contains zero, no benefit
+was detected: the model ignores the channel, or the past frames already tell as much, or there are
+too few drives. The gain does not show whether a rollout obeys a command; see action fidelity and
+the sweep for that."""
 
 
 def _variants(

@@ -92,7 +92,7 @@ _TEXT = """Are the bits per token real? The beginning of a held-out drive is com
 model's probabilities and decoded again. A model that claims a low cost must also produce a small
 file. The check passes if the decoded tokens are the originals and the file, without its header, has
 the size that the model claims, to within 1 %. The claimed size is computed separately, in float32,
-from the start of the drive.
+from the start of the drive. "Claimed while coding" is the cost in the passes that coded the file.
 
 The check confirms that the likelihood was computed correctly. It does not say whether the model is
 good: a bad model passes too, with a larger file."""
@@ -117,7 +117,8 @@ def _verdict(exact: bool, ratio: float, header: float) -> str:
     faults = []
     if not exact:
         faults.append("the decoded tokens differ from the originals")
-    size = f"{ratio - 1:+.2%} off the claimed size, of which the header makes up {header:.2%}"
+    comparison = "larger" if ratio >= 1 else "smaller"
+    size = f"{abs(ratio - 1):.2%} {comparison} than claimed; the header takes {header:.2%}"
     if abs(ratio - header - 1) > _CLAIM:
         faults.append(f"the file is {size}")
     if faults:

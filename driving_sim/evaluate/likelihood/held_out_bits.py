@@ -100,9 +100,9 @@ def evaluate_likelihood(
 _TEXT = """How well does the model predict drives that it has not seen? A token costs -log2 p
 bits if the model gave it the probability p, so fewer bits are better. Only frames with a full
 window of past frames behind them count. A good model needs fewer bits than all three baselines,
-which know only counts from the training drives. "Unigram": how frequent each token is. "Copy last": the token of
-the last frame at the same place is repeated, or with a small probability replaced by a random one.
-"Time bigram": how often one token follows another at the same place.
+which know only counts from the training drives. "Unigram": how frequent each token is. "Copy
+last": the token of the last frame at the same place is repeated, or with a small probability
+replaced by a random one. "Time bigram": how often one token follows another at the same place.
 
 The intervals resample blocks of 3 s, or of the model's window if that lasts longer, because
 neighbouring frames are alike. Bits per token depend on the tokenizer: do not compare models with

@@ -17,8 +17,8 @@ _DIFFERENCES_SHOWN = 3
 _COLUMNS = ("", "A", "B", "B − A")
 _HOW_TO_READ = """Each row shows a metric of both reports, and B minus A. The reports explain each
 metric and say whether more or less of it is better. The difference has no interval of its own: if
-it is small against the intervals of A and B, it may be chance. In the plots, A is the solid line
-and B the dashed one."""
+it is small against the intervals of A and B, it may be chance. The plots show metrics that are
+lists, such as a value for each frame ahead: A is the solid line, B the dashed one."""
 
 Pairs = dict[str, tuple[Metric, Metric]]
 """The values of a metric in reports A and B, by its path such as `quality.psnr_db.model`.
@@ -157,6 +157,6 @@ def _draw(place: str, pair: tuple[Metric, Metric]) -> Media:
     for name, style, curve in zip("AB", ("-", "--"), pair, strict=True):
         if is_curve(curve):
             axes.plot(np.arange(len(curve)), np.array(curve, float), style, label=name)
-    axes.set_xlabel("index")
+    axes.set_xlabel("position in the list")
     axes.legend(frameon=False)
     return plot(figure, place)

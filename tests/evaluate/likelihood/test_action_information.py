@@ -46,7 +46,7 @@ def test_tokens_of_another_rate_or_steering_are_refused(world: WorldModel, tmp_p
 def test_constant_actions_carry_no_information(
     world: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shuffling what is the same everywhere changes nothing; shuffling what varies does."""
+    """Shuffling constant actions changes nothing, and shuffling varying actions does."""
     heldout = write_store(tmp_path / "heldout", [60], fingerprint=world.tokenizer.fingerprint)
     gains = evaluate_action_information(world, heldout, shuffles=2).metrics[OVER_SHUFFLED]
     assert gains["steering"]["mean"] != 0.0
@@ -60,7 +60,7 @@ def test_constant_actions_carry_no_information(
 def test_an_unknown_action_is_shuffled_as_unknown(
     world: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each shuffle holds the same known actions as the drive, whatever stands where none is."""
+    """Every shuffle holds the known actions of the drive, in another order, and no others."""
     heldout = write_store(tmp_path / "heldout", [60], fingerprint=world.tokenizer.fingerprint)
     drive = heldout.drives[0]
     known = np.arange(60) % 7 < 4
@@ -80,22 +80,23 @@ def test_an_unknown_action_is_shuffled_as_unknown(
     actions, valid = (np.concatenate(parts) for parts in zip(*seen, strict=True))
     changed = [(mask != valid[0]).any(axis=0).tolist() for mask in valid]
     channels = [[True, False], [False, True], [True, True]]
-    assert changed == [[False, False], *(each for each in channels for _ in range(3))]
-    # Of a channel's three, the last knows nothing of it; the shuffled ones all that the drive does.
+    assert changed == [[False, False], *(channel for channel in channels for _ in range(3))]
+    # Each channel has three variants: two shuffles, which keep all its known actions, and one that
+    # marks it as unknown.
     for number, (variant, mask) in enumerate(zip(actions, valid, strict=True)):
         for channel in np.flatnonzero(changed[number] if number % 3 == 0 else [False, False]):
             assert not mask[:, channel].any()
         for channel in np.flatnonzero(mask.any(axis=0)):
-            found = np.sort(variant[mask[:, channel], channel])
-            assert np.array_equal(found, np.sort(drive.actions[known, channel]))
+            shuffled = np.sort(variant[mask[:, channel], channel])
+            assert np.array_equal(shuffled, np.sort(drive.actions[known, channel]))
 
 
-def test_actions_say_nothing_to_a_model_without_conditioning(tmp_path: Path) -> None:
-    deaf = new_world()
+def test_actions_have_no_gain_for_a_model_that_ignores_them(tmp_path: Path) -> None:
+    world = new_world()
     with torch.no_grad():
-        deaf.transformer.action.out.weight.zero_()
-    heldout = write_store(tmp_path / "heldout", [60], fingerprint=deaf.tokenizer.fingerprint)
-    metrics = evaluate_action_information(deaf, heldout, shuffles=2).metrics
+        world.transformer.action.out.weight.zero_()
+    heldout = write_store(tmp_path / "heldout", [60], fingerprint=world.tokenizer.fingerprint)
+    metrics = evaluate_action_information(world, heldout, shuffles=2).metrics
     for over in ("shuffled", "null"):
         for gain in metrics[f"gain_over_{over}_bits_per_frame"].values():
             assert abs(gain["mean"]) < 1e-4
@@ -112,23 +113,23 @@ def test_all_whole_blocks_are_displaced() -> None:
         assert (np.diff(blocks) == 1).all()
         assert (blocks[:, 0] // 5 != np.arange(4)).all()
         seen.append(tuple(blocks[:, 0]))
-    # All the nine ways in which none of four stays.
+    # Four blocks have nine permutations that leave no block in place.
     assert len(set(seen)) == 9
 
 
 def token_bits(bits: NDArray[Any]) -> list[TokenBits]:
-    """Frames with one token each that costs bits [V, N]."""
+    """Return N frames of one token, which costs `bits` [V, N] under each variant."""
     costs = torch.from_numpy(bits.T[..., None].astype(np.float64))
     return [TokenBits(cost, cost > 0, cost) for cost in costs]
 
 
-def test_a_gain_is_found_whole_however_few_the_blocks(
+def test_a_few_blocks_are_enough_to_measure_the_full_gain(
     world: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where every token costs a bit more without its true action, that is what actions are worth.
+    """If every token costs one bit more without its true action, the gain is one bit per token.
 
-    Blocks are of 3 s, 24 frames; a run of less than two cannot be shuffled, and what is left over
-    at the end of one stays.
+    A block is 3 s, or 24 frames. The runs shorter than two blocks are left out, and frames after
+    the last whole block do not count.
     """
     heldout = write_store(
         tmp_path / "heldout", [130, 60], gap_at=30, fingerprint=world.tokenizer.fingerprint
@@ -162,7 +163,7 @@ def test_frames_without_a_full_window_behind_them_do_not_count(
     heldout = write_store(tmp_path / "heldout", [60], fingerprint=world.tokenizer.fingerprint)
 
     def early(*arguments: Any) -> list[TokenBits]:
-        """The actions matter where the model has seen little, and beyond the last whole block."""
+        """Wrong actions cost bits only before a full window and after the last whole block."""
         bits = np.zeros(arguments[2].shape[:2])
         bits[1:, : world.context_frames] = bits[1:, 48:] = 1.0
         return token_bits(bits)
@@ -175,23 +176,23 @@ def test_frames_without_a_full_window_behind_them_do_not_count(
 
 def test_drives_too_short_to_shuffle_are_refused(world: WorldModel, tmp_path: Path) -> None:
     heldout = write_store(tmp_path / "heldout", [47], fingerprint=world.tokenizer.fingerprint)
-    with pytest.raises(DriveSimError, match="no run of 48 frames without a gap in 1"):
+    with pytest.raises(DriveSimError, match="no 48 frames without a gap in 1"):
         evaluate_action_information(world, heldout)
 
 
-def test_of_a_channel_that_is_not_known_nothing_is_said(
+def test_an_unknown_channel_has_no_gain(
     world: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heldout = write_store(tmp_path / "heldout", [60], fingerprint=world.tokenizer.fingerprint)
     drive = type(heldout.drives[0])
     valid = np.stack([np.ones(60, np.bool_), np.zeros(60, np.bool_)], axis=1)
     monkeypatch.setattr(drive, "action_valid", property(lambda self: valid))
-    found = evaluate_action_information(world, heldout, shuffles=1)
+    section = evaluate_action_information(world, heldout, shuffles=1)
     for over in ("shuffled", "null"):
-        gains = found.metrics[f"gain_over_{over}_bits_per_frame"]
+        gains = section.metrics[f"gain_over_{over}_bits_per_frame"]
         assert gains["speed"] is not None
         assert gains["steering"] is None
         assert gains["both"] is None
     monkeypatch.setattr(drive, "action_valid", property(lambda self: valid & False))
-    with pytest.raises(DriveSimError, match="no action that the model learned"):
+    with pytest.raises(DriveSimError, match="no known action of a kind that the model learned"):
         evaluate_action_information(world, heldout, shuffles=1)

@@ -15,7 +15,7 @@ from tests.fixtures.token_drives import COLS, FPS, ROWS, write_store
 from tests.fixtures.world_models import W, new_world
 
 FRAMES, GAP = 60, 40
-WORD = 32  # bits: the coder ends on a whole word, and may need one more
+WORD = 32  # Bits in a word. The coder fills up the last word, and may need one more.
 HEADER = 8 * (4 + 4 + 8 + 4 + 4 + 2 * 4)
 Coded = tuple[Words, float]
 compress = partial(entropy_coding.compress, advance=lambda frames: None)
@@ -39,31 +39,31 @@ def coded(world: WorldModel, drive: DriveTokens) -> Coded:
     return compress(world, drive)
 
 
-def test_frequencies_are_whole_leave_no_code_out_and_cost_next_to_nothing() -> None:
+def test_frequencies_cover_every_code_and_lose_almost_no_bits() -> None:
     torch.manual_seed(0)
     for codes, spread in ((9, 1.0), (1000, 4.0), (15_360, 4.0), (9, 1e5)):
         logits = torch.randn(64, codes) * spread
         assert coder_weights(logits).dtype == np.float32
-        found = 1 + coder_weights(logits).astype(np.int64)
-        assert found.min() >= 1
-        assert (found.sum(-1) == 2**24).all()
+        frequencies = 1 + coder_weights(logits).astype(np.int64)
+        assert frequencies.min() >= 1
+        assert (frequencies.sum(-1) == 2**24).all()
         log_probs = logits.double().log_softmax(-1).numpy()
         probs = np.exp(log_probs)
-        coded = (probs * (24 - np.log2(found))).sum(-1)
+        coded = (probs * (24 - np.log2(frequencies))).sum(-1)
         claimed = -(probs * log_probs / np.log(2)).sum(-1)
         assert coded == pytest.approx(claimed, abs=2e-3)
 
 
-def test_the_coder_uses_these_frequencies(
+def test_the_coder_uses_these_weights(
     world: WorldModel, drive: DriveTokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Made up, so unlike the model's that the size would show it."""
+    """The made-up weights are so unlike the model's that the size shows which were used."""
     rng = np.random.default_rng(0)
     cuts = np.sort(rng.choice(np.arange(1, 40), size=8, replace=False))
     rare = np.diff(cuts, prepend=0, append=2**24)
-    given = (rare - 1).astype(np.float32)
+    weights = (rare - 1).astype(np.float32)
     monkeypatch.setattr(
-        entropy_coding, "coder_weights", lambda logits: np.tile(given, (len(logits), 1))
+        entropy_coding, "coder_weights", lambda logits: np.tile(weights, (len(logits), 1))
     )
     words, _ = compress(world, drive)
     expected = (24 - np.log2(rare))[drive.tokens].sum()
@@ -72,7 +72,7 @@ def test_the_coder_uses_these_frequencies(
     assert np.array_equal(decompress(world, drive, words), drive.tokens)
 
 
-def test_what_was_compressed_comes_back(
+def test_decoding_returns_the_original_tokens(
     world: WorldModel, drive: DriveTokens, coded: Coded
 ) -> None:
     assert len(drive.entry.segments) == 2
@@ -85,7 +85,7 @@ def test_what_was_compressed_comes_back(
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-def test_it_comes_back_in_the_number_format_it_was_made_in(
+def test_decoding_needs_the_number_format_of_the_encoder(
     world: WorldModel, drive: DriveTokens, coded: Coded
 ) -> None:
     low = WorldModel(
@@ -106,27 +106,29 @@ def test_the_size_is_what_the_model_claims(
     assert model_bits <= WORD * len(words) <= model_bits * 1.01 + 2 * WORD
     streamed = streamed_bits_per_token(world.transformer, [drive])
     assert model_bits / drive.tokens.size == pytest.approx(streamed.mean, rel=1e-4)
-    found = evaluate_coding(world, drive, seconds=FRAMES / FPS).metrics
-    assert found["header_bits"] == HEADER
-    size = found["coded_bits_per_token"] * drive.tokens.size
+    metrics = evaluate_coding(world, drive, seconds=FRAMES / FPS).metrics
+    assert metrics["header_bits"] == HEADER
+    size = metrics["coded_bits_per_token"] * drive.tokens.size
     assert size == pytest.approx(HEADER + WORD * len(words))
 
 
 @pytest.mark.parametrize("frames", [1, GAP, GAP + 1])
-def test_the_beginning_of_a_drive_alone(world: WorldModel, drive: DriveTokens, frames: int) -> None:
-    found = evaluate_coding(world, drive, seconds=frames / FPS).metrics
+def test_the_beginning_of_a_drive_can_be_coded(
+    world: WorldModel, drive: DriveTokens, frames: int
+) -> None:
+    metrics = evaluate_coding(world, drive, seconds=frames / FPS).metrics
     streamed = streamed_bits_per_token(world.transformer, [drive]).bits[:frames]
-    assert found["exact"] is True
-    assert found["frames"] == frames
-    assert found["tokens"] == frames * ROWS * COLS
-    assert found["model_bits_per_token"] == pytest.approx(streamed.mean(), rel=1e-4)
-    assert found["raw_bits_per_token"] == pytest.approx(np.log2(9))
-    assert found["ratio"] == pytest.approx(
-        found["coded_bits_per_token"] / found["model_bits_per_token"]
+    assert metrics["exact"] is True
+    assert metrics["frames"] == frames
+    assert metrics["tokens"] == frames * ROWS * COLS
+    assert metrics["model_bits_per_token"] == pytest.approx(streamed.mean(), rel=1e-4)
+    assert metrics["raw_bits_per_token"] == pytest.approx(np.log2(9))
+    assert metrics["ratio"] == pytest.approx(
+        metrics["coded_bits_per_token"] / metrics["model_bits_per_token"]
     )
 
 
-def test_logits_that_drift_between_the_directions_are_found(
+def test_logits_that_differ_between_encoder_and_decoder_are_noticed(
     world: WorldModel, drive: DriveTokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = 0
@@ -140,44 +142,46 @@ def test_logits_that_drift_between_the_directions_are_found(
     assert evaluate_coding(world, drive, seconds=8 / FPS).metrics["exact"] is False
 
 
-def test_the_words_alone_say_nothing(world: WorldModel, drive: DriveTokens) -> None:
-    """Damaged, or under another model or other actions, they do not give the tokens."""
+def test_decoding_fails_with_damaged_words_or_another_model_or_other_actions(
+    world: WorldModel, drive: DriveTokens
+) -> None:
     drive = first_frames(drive, 12)
     words, _ = compress(world, drive)
     model = new_world().transformer
     model.row_place.data += 1e-3
-    other = WorldModel(model, new_world().tokenizer, fps=FPS, steering_kind="road_wheel")
-    unled = replace(drive, channels=(False, False))
-    for given in (
+    other_world = WorldModel(model, new_world().tokenizer, fps=FPS, steering_kind="road_wheel")
+    without_actions = replace(drive, channels=(False, False))
+    for arguments in (
         (world, drive, words ^ (np.arange(len(words)) == len(words) // 2)),
         (world, drive, words[:-1]),
         (world, drive, words[:0]),
-        (other, drive, words),
-        (world, unled, words),
+        (other_world, drive, words),
+        (world, without_actions, words),
     ):
-        assert not np.array_equal(decompress(*given), drive.tokens)
+        assert not np.array_equal(decompress(*arguments), drive.tokens)
 
 
-def test_the_report_says_whether_the_bits_are_proved(
+def test_the_report_says_whether_the_check_passed(
     world: WorldModel, drive: DriveTokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a drive as short as this one the header alone is more than 1 %: it does not count."""
+    """The header does not count: in a file of so short a drive it takes more than 1 %."""
     section = evaluate_coding(world, drive, seconds=4.0)
-    found = section.metrics
-    assert found["frames"] == round(4 * FPS)
+    metrics = section.metrics
+    assert metrics["frames"] == round(4 * FPS)
     claimed = streamed_bits_per_token(world.transformer, [drive]).bits[: round(4 * FPS)].mean()
-    assert found["claimed_bits_per_token"] == pytest.approx(claimed)
-    assert found["ratio_to_claimed"] > 1.01
-    assert found["exact"] is True
-    assert found["proved"] is True
-    assert "It holds" in section.text
-    assert "of it the header" in section.text
+    assert metrics["claimed_bits_per_token"] == pytest.approx(claimed)
+    assert metrics["ratio_to_claimed"] > 1.01
+    assert metrics["exact"] is True
+    assert metrics["proved"] is True
+    assert "passed" in section.title
+    assert "The check passed" in section.text
+    assert "larger than claimed; the header takes" in section.text
     assert "32 of its 60 frames" in section.parts[0].caption
     monkeypatch.setattr(entropy_coding, "_CLAIM", 0.0)
     section = evaluate_coding(world, drive, seconds=4.0)
     assert section.metrics["proved"] is False
-    assert "not proved" in section.title
-    assert "It does not hold: the file is +" in section.text
+    assert "failed" in section.title
+    assert "The check failed: the file is " in section.text
     calls = 0
 
     def drifting(logits: torch.Tensor) -> np.ndarray:
@@ -189,4 +193,4 @@ def test_the_report_says_whether_the_bits_are_proved(
     monkeypatch.setattr(entropy_coding, "_CLAIM", 10.0)
     section = evaluate_coding(world, drive, seconds=1.0)
     assert section.metrics["proved"] is False
-    assert "are not those that went in" in section.text
+    assert "the decoded tokens differ from the originals" in section.text

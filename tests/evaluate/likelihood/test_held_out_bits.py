@@ -33,10 +33,10 @@ def world() -> WorldModel:
     return new_world()
 
 
-def test_likelihood_of_an_untrained_model_is_that_of_its_codebook(
+def test_an_untrained_model_costs_the_bits_of_a_uniform_guess(
     world: WorldModel, tmp_path: Path
 ) -> None:
-    """Every code is as likely as any other; the baselines know the drives that were trained on."""
+    """An untrained model finds all codes equally likely. The baselines know the learned drives."""
     plain = Transformer(world.config.model, world.config.grid, world.statistics)
     untrained = WorldModel(
         plain,
@@ -47,37 +47,37 @@ def test_likelihood_of_an_untrained_model_is_that_of_its_codebook(
     )
     fingerprint = world.tokenizer.fingerprint
     training = write_store(tmp_path / "training", (41, 40, 40, 40), fingerprint=fingerprint)
-    # Its drive has the id of one of the training drives, but is another.
+    # The held-out drive has the id of a training drive, but is another drive.
     heldout = write_store(tmp_path / "heldout", [40], fingerprint=fingerprint)
-    found = evaluate_likelihood(untrained, heldout, training).metrics
-    frames, bits = untrained.context_frames, found["bits_per_token"]
-    assert found["frames"] == 40 - frames + 1
+    metrics = evaluate_likelihood(untrained, heldout, training).metrics
+    frames, bits = untrained.context_frames, metrics["bits_per_token"]
+    assert metrics["frames"] == 40 - frames + 1
     assert bits["model"]["mean"] == pytest.approx(np.log2(9), abs=1e-5)
-    assert found["by_position"] == pytest.approx([np.log2(9)] * frames, abs=1e-5)
+    assert metrics["by_position"] == pytest.approx([np.log2(9)] * frames, abs=1e-5)
     windows = FullWindows(heldout.drives, frames=frames)
     copied = CopyLast.fit(training.select(["1", "2"]))
     assert bits["copy_last"]["mean"] == pytest.approx(copied.bits_per_token(windows).mean)
     assert bits["unigram"]["mean"] == pytest.approx(copied.unigram.bits_per_token(windows).mean)
-    everywhere = CopyLast.fit(training.drives).bits_per_token(windows).mean
-    assert bits["copy_last"]["mean"] != pytest.approx(everywhere, rel=1e-6)
+    with_validation = CopyLast.fit(training.drives).bits_per_token(windows).mean
+    assert bits["copy_last"]["mean"] != pytest.approx(with_validation, rel=1e-6)
     bigram = TimeBigram.fit(training.select(["1", "2"])).bits_per_token(windows)
     assert bits["time_bigram"]["mean"] == pytest.approx(bigram.mean)
-    for name, each in bits.items():
-        assert each["low"] <= each["mean"] <= each["high"]
-        per_frame = {end: ROWS * COLS * value for end, value in each.items()}
-        assert found["bits_per_frame"][name] == pytest.approx(per_frame)
+    for name, estimate in bits.items():
+        assert estimate["low"] <= estimate["mean"] <= estimate["high"]
+        per_frame = {end: ROWS * COLS * value for end, value in estimate.items()}
+        assert metrics["bits_per_frame"][name] == pytest.approx(per_frame)
 
 
-def test_every_place_of_a_window_is_judged_as_its_last_is(
+def test_the_last_place_of_the_curve_is_the_mean_over_full_windows(
     world: WorldModel, tmp_path: Path
 ) -> None:
-    """A window of W frames is one of the full ones: the curve's end is their mean."""
+    """Both judge the last frame of the same windows."""
     fingerprint, frames = world.tokenizer.fingerprint, world.context_frames
     heldout = write_store(tmp_path / "heldout", [4 * frames], fingerprint=fingerprint)
     training = write_store(tmp_path / "training", [30], fingerprint=fingerprint)
-    found = evaluate_likelihood(world, heldout, training, stride=frames).metrics
-    assert found["frames"] == 4
-    assert found["by_position"][-1] == pytest.approx(found["bits_per_token"]["model"]["mean"])
+    metrics = evaluate_likelihood(world, heldout, training, stride=frames).metrics
+    assert metrics["frames"] == 4
+    assert metrics["by_position"][-1] == pytest.approx(metrics["bits_per_token"]["model"]["mean"])
 
 
 def test_intervals_are_over_blocks_that_last_three_seconds(
@@ -86,77 +86,82 @@ def test_intervals_are_over_blocks_that_last_three_seconds(
     fingerprint, frames = world.tokenizer.fingerprint, world.context_frames
     training = write_store(tmp_path / "training", [30], fingerprint=fingerprint)
     heldout = write_store(tmp_path / "heldout", [90], fingerprint=fingerprint)
-    found = evaluate_likelihood(world, heldout, training).metrics
-    assert found["block_frames"] == 3 * FPS > frames
-    # Windows of 3 frames, 8 to a block.
+    metrics = evaluate_likelihood(world, heldout, training).metrics
+    assert metrics["block_frames"] == 3 * FPS > frames
+    # A block holds 8 windows of 3 frames.
     bits = _bits_of_windows(world, heldout.drives)
     assert bits.shape == (30, 3)
-    ends = found["by_position_interval"]
-    assert found["by_position"] == pytest.approx(bits.mean(axis=0))
-    # By the first 24 windows alone, which are whole blocks, as of as many means.
-    whole = evaluate_likelihood(
-        world, write_store(tmp_path / "whole", [72], fingerprint=fingerprint), training
+    ends = metrics["by_position_interval"]
+    assert metrics["by_position"] == pytest.approx(bits.mean(axis=0))
+    # The first 24 windows make 3 whole blocks, so the interval is that of the 3 means.
+    three_blocks = evaluate_likelihood(
+        world, write_store(tmp_path / "three", [72], fingerprint=fingerprint), training
     ).metrics
-    means = _bits_of_windows(world, TokenStore(tmp_path / "whole").drives).reshape(3, 8, 3).mean(1)
+    means = _bits_of_windows(world, TokenStore(tmp_path / "three").drives).reshape(3, 8, 3).mean(1)
     expected = [interval(place) for place in means.T]
     for end in ("low", "high"):
-        assert whole["by_position_interval"][end] == pytest.approx([e[end] for e in expected])
+        bounds = [estimate[end] for estimate in expected]
+        assert three_blocks["by_position_interval"][end] == pytest.approx(bounds)
     assert all(low < high for low, high in zip(ends["low"], ends["high"], strict=True))
-    # Of a single block nothing is known but itself.
+    # A single block has no interval.
     short = write_store(tmp_path / "short", [20], fingerprint=fingerprint)
-    found = evaluate_likelihood(world, short, training).metrics
-    assert found["bits_per_token"]["model"]["low"] is None
-    assert found["by_position_interval"] == {end: [None] * frames for end in ("low", "high")}
+    metrics = evaluate_likelihood(world, short, training).metrics
+    assert metrics["bits_per_token"]["model"]["low"] is None
+    assert metrics["by_position_interval"] == {end: [None] * frames for end in ("low", "high")}
 
 
-def test_a_block_counts_by_its_frames() -> None:
-    """15 blocks of 24 cheap frames, and 15 of a single dear one: the mean is a cheap one."""
+def test_a_block_is_weighted_by_its_number_of_frames() -> None:
+    """15 blocks hold 24 frames of 1 bit, and 15 blocks hold one frame of 9 bits."""
     lengths = [24, 1] * 15
     drive = np.repeat(np.arange(30), lengths)
     frame = np.concatenate([np.arange(length) for length in lengths])
     bits = np.repeat([1.0, 9.0] * 15, lengths)
-    found = _interval(FrameBits(drive, frame, bits, bits), 24)
-    assert found["mean"] == pytest.approx((24 * 1.0 + 9.0) / 25)
-    low, high = found["low"], found["high"]
+    estimate = _interval(FrameBits(drive, frame, bits, bits), 24)
+    assert estimate["mean"] == pytest.approx((24 * 1.0 + 9.0) / 25)
+    low, high = estimate["low"], estimate["high"]
     assert low is not None
     assert high is not None
     assert 1 < low < (24 * 1.0 + 9.0) / 25 < high < 2
 
 
-def test_a_model_that_draws_from_its_own_probabilities_is_calibrated() -> None:
+def test_tokens_drawn_from_the_model_itself_are_calibrated() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(200, 50, 9, generator=generator)
     drawn = torch.multinomial(logits.flatten(0, 1).softmax(-1), 1, generator=generator)
     tokens = drawn.view(200, 50)
-    calibration, sure, off = Calibration(), Calibration(), Calibration()
-    for part in range(0, 200, 50):  # in batches, as they come
-        chosen = slice(part, part + 50)
-        calibration.add(TokenBits.judge(logits[chosen], tokens[chosen]))
-        sure.add(TokenBits.judge(3 * logits[chosen], tokens[chosen]))
-        off.add(TokenBits.judge(-logits[chosen], tokens[chosen]))
-    found = calibration.metrics()
-    assert found["expected_error"] < 0.02
-    assert sum(found["share"]) == pytest.approx(1)
-    bins = zip(found["confidence"], found["accuracy"], found["share"], strict=True)
+    calibrated, overconfident, wrong = Calibration(), Calibration(), Calibration()
+    for start in range(0, 200, 50):
+        batch = slice(start, start + 50)
+        calibrated.add(TokenBits.judge(logits[batch], tokens[batch]))
+        overconfident.add(TokenBits.judge(3 * logits[batch], tokens[batch]))
+        wrong.add(TokenBits.judge(-logits[batch], tokens[batch]))
+    metrics = calibrated.metrics()
+    assert metrics["expected_error"] < 0.02
+    assert sum(metrics["share"]) == pytest.approx(1)
+    bins = zip(metrics["confidence"], metrics["accuracy"], metrics["share"], strict=True)
     for confidence, accuracy, share in bins:
         if share > 0.02:
             assert accuracy == pytest.approx(confidence, abs=0.06)
-    assert sure.metrics()["expected_error"] > 0.1
-    assert off.metrics()["expected_error"] > 0.1
+    assert overconfident.metrics()["expected_error"] > 0.1
+    assert wrong.metrics()["expected_error"] > 0.1
 
 
-def test_drives_that_chose_the_weights_taught_nothing(world: WorldModel, tmp_path: Path) -> None:
+def test_validation_drives_are_not_learned_drives(world: WorldModel, tmp_path: Path) -> None:
     training = write_store(tmp_path / "training", fingerprint=world.tokenizer.fingerprint)
     fixed = (world.transformer, world.tokenizer)
     options = {"fps": FPS, "steering_kind": "road_wheel"}
-    one = WorldModel(*fixed, **options, validation_drives=("1",))  # type: ignore[arg-type]
-    assert [drive.id for drive in learned_drives(one, training)] == ["0", "2"]
-    every = WorldModel(*fixed, **options, validation_drives=("0", "1", "2"))  # type: ignore[arg-type]
+    validated_on_one = WorldModel(*fixed, **options, validation_drives=("1",))  # type: ignore[arg-type]
+    assert [drive.id for drive in learned_drives(validated_on_one, training)] == ["0", "2"]
+    validated_on_all = WorldModel(
+        *fixed,
+        **options,  # type: ignore[arg-type]
+        validation_drives=("0", "1", "2"),
+    )
     with pytest.raises(DriveSimError, match="only drives that the model was validated on"):
-        learned_drives(every, training)
+        learned_drives(validated_on_all, training)
 
 
-def test_streamed_bits_are_compared_on_frames_that_the_cache_outlived(
+def test_streamed_and_recomputed_bits_are_compared_from_frame_2w_on(
     world: WorldModel, tmp_path: Path
 ) -> None:
     fingerprint = world.tokenizer.fingerprint

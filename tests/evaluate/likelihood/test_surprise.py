@@ -14,7 +14,7 @@ from driving_sim.data.sources import find_drives
 from driving_sim.data.tokens.store import TokenStore
 from driving_sim.data.video.writer import write_video
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.evaluate.likelihood import surprise as module
+from driving_sim.evaluate.likelihood import surprise as surprise_module
 from driving_sim.evaluate.likelihood.surprise import _file_names, find_surprises
 from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.world_model.actions import ActionStatistics
@@ -37,7 +37,7 @@ def world() -> WorldModel:
 
 @pytest.fixture
 def copying(monkeypatch: pytest.MonkeyPatch) -> WorldModel:
-    """A model that expects each frame to be the last one again; tokens are dark or bright."""
+    """Model that expects every frame to repeat the last. Its tokens are either dark or bright."""
     world = new_world()
     config = TransformerConfig(
         layers=1, width=24, heads=2, kv_heads=2, context_frames=W, previous_reach=0
@@ -59,7 +59,7 @@ def copying(monkeypatch: pytest.MonkeyPatch) -> WorldModel:
 
 
 def write_changes(path: Path, count: int, changes: dict[int, list[Cell]]) -> None:
-    """Bright frames without actions, where some cells turn dark, for good, at some frames."""
+    """Write a video of bright frames; `changes` says which cells turn dark for good, and when."""
     frames = np.full((count, H, WIDTH, 3), 255, np.uint8)
     for start, cells in changes.items():
         for row, col in cells:
@@ -81,7 +81,7 @@ def video_frames(path: Path) -> list[NDArray[np.uint8]]:
 def test_tokens_cost_what_they_cost_when_streamed_from_a_store(
     world: WorldModel, tmp_path: Path
 ) -> None:
-    """One drive with actions, one without and with a gap, after which the model starts afresh."""
+    """Drive a has actions; b has none, and a gap, after which the model has no context."""
     videos, rng = tmp_path / "videos", np.random.default_rng(0)
     videos.mkdir()
     write_video(videos / "a.mp4", rng.integers(256, size=(20, H, WIDTH, 3), dtype=np.uint8), FPS)
@@ -91,9 +91,9 @@ def test_tokens_cost_what_they_cost_when_streamed_from_a_store(
     write_numbered(
         videos / "b.mp4", count=20, times_ms=[125 * t + 900 * (t > 8) for t in range(20)]
     )
-    found = find_drives([videos])
-    report = find_surprises(world, found.drives, tmp_path / "out")
-    tokenize(found, world.tokenizer, tmp_path / "tokens", fps=FPS)
+    drives = find_drives([videos])
+    report = find_surprises(world, drives.drives, tmp_path / "out")
+    tokenize(drives, world.tokenizer, tmp_path / "tokens", fps=FPS)
     streamed = streamed_bits_per_token(world.transformer, TokenStore(tmp_path / "tokens").drives)
     for number, name in enumerate("ab"):
         drive, bits = report["drives"][name], streamed.bits[streamed.drive == number]
@@ -106,44 +106,44 @@ def test_tokens_cost_what_they_cost_when_streamed_from_a_store(
         assert drive["p95_bits_per_token"] == pytest.approx(p95, abs=1e-5)
 
 
-def test_a_planted_change_is_the_top_moment_and_glows_in_its_place(
+def test_a_planted_change_is_the_top_moment_and_glows_at_its_cell(
     copying: WorldModel, tmp_path: Path
 ) -> None:
     write_changes(tmp_path / "videos" / "a.mp4", 30, {5: [(0, 0)], 25: [(1, 2)]})
     write_changes(tmp_path / "videos" / "b.mp4", 20, {12: [(2, 1), (2, 2)]})
     report = run(copying, tmp_path / "videos")
-    places = [(each["drive"], each["time_s"] * FPS) for each in report["moments"][:3]]
+    places = [(moment["drive"], moment["time_s"] * FPS) for moment in report["moments"][:3]]
     assert places[0] == ("b", 12)
-    assert sorted(places[1:]) == [("a", 5), ("a", 25)]  # these cost the same
+    assert sorted(places[1:]) == [("a", 5), ("a", 25)]  # Both have the same bits.
     for name, t, cell in [("a", 5, (0, 0)), ("a", 25, (1, 2))]:
         picture = video_frames(tmp_path / "out" / f"{name}.mp4")[t]
         real, heat = np.split(picture[30:].astype(float), 2, axis=1)
-        glow = (heat - 0.35 * real).sum(-1)  # over the greyed frame
+        glow = (heat - 0.35 * real).sum(-1)  # Subtract the grey frame below the colours.
         row, col = np.unravel_index(glow.argmax(), glow.shape)
         assert (row * ROWS // glow.shape[0], col * COLS // glow.shape[1]) == cell
 
 
-def test_drives_are_ranked_by_what_their_frames_cost(copying: WorldModel, tmp_path: Path) -> None:
+def test_drives_are_ranked_by_the_bits_of_their_frames(copying: WorldModel, tmp_path: Path) -> None:
     write_changes(tmp_path / "videos" / "calm.mp4", 20, {})
     write_changes(tmp_path / "videos" / "more.mp4", 20, {9: [(0, 0)], 11: [(1, 1)], 15: [(2, 2)]})
     write_changes(tmp_path / "videos" / "some.mp4", 20, {9: [(0, 0)]})
-    # What changes where the model has not seen a whole window is not held against a drive.
+    # A change before the model has a full window does not count.
     write_changes(tmp_path / "videos" / "start.mp4", 20, {1: [(0, c) for c in range(COLS)]})
     report = run(copying, tmp_path / "videos")
     assert report["ranking"][:2] == ["more", "some"]
     costs = [report["drives"][name]["bits_per_token"] for name in report["ranking"]]
     assert costs[0] > costs[1] > costs[2] == pytest.approx(costs[3], abs=1e-5)
-    frames = [(each["drive"], each["time_s"]) for each in report["moments"]]
+    frames = [(moment["drive"], moment["time_s"]) for moment in report["moments"]]
     assert {name for name, _ in frames} == set(report["ranking"])
     for n, (name, time_s) in enumerate(frames):
-        assert all(name != other or abs(time_s - at) >= 2 for other, at in frames[:n])
+        assert all(name != earlier or abs(time_s - at) >= 2 for earlier, at in frames[:n])
 
 
-def test_the_moments_of_each_drive_give_those_of_all(
+def test_the_top_moments_are_those_of_all_drives_together(
     copying: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Greedily, of all drives' frames together: each 2 s or more from those before it."""
-    monkeypatch.setattr(module, "_MOMENTS", 3)
+    """The expected moments are chosen greedily from all frames, at least 2 s apart."""
+    monkeypatch.setattr(surprise_module, "_MOMENTS", 3)
     rng = np.random.default_rng(0)
     for name in "abc":
         changes = {int(t): [(int(t) % ROWS, 0), (1, 1)] for t in rng.integers(4, 40, 6)}
@@ -159,10 +159,10 @@ def test_the_moments_of_each_drive_give_those_of_all(
     ]
     expected: list[tuple[str, float]] = []
     for _, name, time_s in sorted(frames):
-        if all(name != other or abs(time_s - at) >= 2 for other, at in expected):
+        if all(name != chosen or abs(time_s - at) >= 2 for chosen, at in expected):
             expected.append((name, time_s))
-    found = [(each["drive"], each["time_s"]) for each in report["moments"]]
-    assert found == expected[:3]
+    moments = [(moment["drive"], moment["time_s"]) for moment in report["moments"]]
+    assert moments == expected[:3]
 
 
 def test_the_folder_holds_everything(copying: WorldModel, tmp_path: Path) -> None:
@@ -188,12 +188,12 @@ def test_the_folder_holds_everything(copying: WorldModel, tmp_path: Path) -> Non
         assert sheet.width >= 3 * 256
 
 
-def test_file_names_are_safe_and_differ() -> None:
+def test_file_names_are_safe_and_different() -> None:
     names = _file_names(["a/b", "a_b", "A|b", "ä $ 1~mirror"])
     assert names == ["a_b", "a_b_", "A_b__", "ä_1~mirror"]
 
 
-def test_an_existing_folder_is_refused_and_a_failure_leaves_none(
+def test_an_existing_folder_is_refused_and_a_failure_leaves_no_folder(
     world: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_changes(tmp_path / "videos" / "a.mp4", 5, {})
@@ -202,17 +202,17 @@ def test_an_existing_folder_is_refused_and_a_failure_leaves_none(
         raise DriveSimError("the disk is full")
 
     with monkeypatch.context() as broken:
-        broken.setattr(module, "_draw_curves", full)
+        broken.setattr(surprise_module, "_draw_curves", full)
         with pytest.raises(DriveSimError, match="disk is full"):
             run(world, tmp_path / "videos")
     assert [path.name for path in tmp_path.iterdir()] == ["videos"]
     (tmp_path / "out").mkdir()
-    with pytest.raises(DriveSimError, match="out exists: choose another `out`"):
+    with pytest.raises(DriveSimError, match="out: exists already; choose another `out`"):
         run(world, tmp_path / "videos")
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_drive_shorter_than_a_window_is_judged_by_what_it_has(
+def test_a_drive_shorter_than_a_window_is_judged_by_all_but_its_first_frame(
     world: WorldModel, tmp_path: Path
 ) -> None:
     write_changes(tmp_path / "videos" / "a.mp4", W - 1, {})
@@ -228,7 +228,7 @@ def test_a_drive_shorter_than_a_window_is_judged_by_what_it_has(
 def test_a_short_drive_is_marked_and_comes_last(
     copying: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What changes in it surprises more than anything, but the model has seen little of it."""
+    """Its change surprises the model most, but only because the model has little context."""
     write_changes(tmp_path / "videos" / "a_short.mp4", W - 1, {1: [(r, 0) for r in range(ROWS)]})
     write_changes(tmp_path / "videos" / "calm.mp4", 20, {})
     write_changes(tmp_path / "videos" / "lively.mp4", 20, {9: [(0, 0)]})
@@ -242,21 +242,21 @@ def test_a_short_drive_is_marked_and_comes_last(
         titles.extend(title for title, _ in rows)
         return contact_sheet(rows, headings)
 
-    monkeypatch.setattr(module, "draw_panel", drawing)
-    monkeypatch.setattr(module, "contact_sheet", listing)
+    monkeypatch.setattr(surprise_module, "draw_panel", drawing)
+    monkeypatch.setattr(surprise_module, "contact_sheet", listing)
     report = run(copying, tmp_path / "videos")
     drives = report["drives"]
     assert report["ranking"] == ["lively", "calm", "a_short"]
     assert drives["a_short"]["bits_per_token"] > drives["lively"]["bits_per_token"]
-    marked = {name: each["short_context"] for name, each in drives.items()}
+    marked = {name: drive["short_context"] for name, drive in drives.items()}
     assert marked == {"a_short": True, "calm": False, "lively": False}
     long = [drives[name]["bits_per_token"] for name in ("lively", "calm")]
     assert report["bits_per_token"] == pytest.approx(np.mean(long))
     assert report["moments"][-1]["drive"] == "a_short"
-    # Its frames, the first ones of the others, and its place among the moments.
+    # Marked are all frames of the short drive, the first frames of the others, and its moment.
     ends = [title.endswith("(short context)") for title in titles]
     first = [t < W - 1 for t in range(20)]
-    moments = [each["drive"] == "a_short" for each in report["moments"]]
+    moments = [moment["drive"] == "a_short" for moment in report["moments"]]
     assert ends == [True] * (W - 1) + first + first + moments
 
 
@@ -264,7 +264,7 @@ def test_frames_are_read_as_they_are_drawn(
     world: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_changes(tmp_path / "videos" / "a.mp4", 60, {})
-    encode, heat_map = world.tokenizer.encode, module.heat_map
+    encode, heat_map = world.tokenizer.encode, surprise_module.heat_map
     encoded, drawn = [0], [0]
 
     def counting(frames: NDArray[np.uint8]) -> torch.Tensor:
@@ -277,11 +277,11 @@ def test_frames_are_read_as_they_are_drawn(
         return heat_map(*arguments)
 
     monkeypatch.setattr(world.tokenizer, "encode", counting)
-    monkeypatch.setattr(module, "heat_map", drawing)
+    monkeypatch.setattr(surprise_module, "heat_map", drawing)
     run(world, tmp_path / "videos")
     assert encoded == [60]
 
 
 def test_the_legend_fits_the_narrowest_panel() -> None:
-    pixels = module._legend(32, 256, 16.0)
-    assert (pixels[:, -3:] == module._PAPER).all()
+    pixels = surprise_module._legend(32, 256, 16.0)
+    assert (pixels[:, -3:] == surprise_module._PAPER).all()

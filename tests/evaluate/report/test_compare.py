@@ -69,17 +69,17 @@ def report(
 
 
 def rows(page: str) -> dict[str, list[str]]:
-    """The cells behind each label."""
-    found = re.findall(r"<tr><td>([^<]*)</td>(.*)</tr>", page)
-    return {label: re.findall(r">([^<]*)</td>", cells) for label, cells in found}
+    """Return the texts of the cells in each row, by the row's label."""
+    matches = re.findall(r"<tr><td>([^<]*)</td>(.*)</tr>", page)
+    return {label: re.findall(r">([^<]*)</td>", cells) for label, cells in matches}
 
 
 def curves(page: str) -> dict[str, np.ndarray[Any, Any]]:
-    """The pictures, by their captions."""
-    found = re.findall(r'<img alt="([^"]*)" src="data:image/png;base64,([^"]*)">', page)
+    """Return the plots as arrays, by their captions."""
+    matches = re.findall(r'<img alt="([^"]*)" src="data:image/png;base64,([^"]*)">', page)
     return {
         caption: np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
-        for caption, data in found
+        for caption, data in matches
     }
 
 
@@ -88,14 +88,14 @@ def test_metrics_stand_side_by_side(tmp_path: Path) -> None:
     out = tmp_path / "comparison.html"
     text = compare_reports(a, b, out)
     page = out.read_text("utf-8")
-    found = rows(page)
-    assert found["bits_per_token"] == ["5.25", "5.75", "+0.5"]
-    assert found["psnr_db"] == ["20.0 [19.0, 21.0]", "20.5 [19.0, 21.0]", "+0.5"]
-    assert found["token_accuracy.model"] == ["0.5", "0.5", "0"]
-    assert found["lpips"] == ["–", "–", "–"]
-    assert found["froze"] == ["no", "yes", "–"]
+    cells = rows(page)
+    assert cells["bits_per_token"] == ["5.25", "5.75", "+0.5"]
+    assert cells["psnr_db"] == ["20.0 [19.0, 21.0]", "20.5 [19.0, 21.0]", "+0.5"]
+    assert cells["token_accuracy.model"] == ["0.5", "0.5", "0"]
+    assert cells["lpips"] == ["–", "–", "–"]
+    assert cells["froze"] == ["no", "yes", "–"]
     assert "seeded" not in page
-    assert found["PSNR in dB"] == found["psnr_db"]
+    assert cells["PSNR in dB"] == cells["psnr_db"]
     for line in ("bits per token", "5.25", "+0.5", "20.5 [19.0, 21.0]", "under the same protocol"):
         assert line in text
     for path in (a, b):
@@ -118,14 +118,16 @@ def test_curves_are_drawn_over_each_other(tmp_path: Path) -> None:
     assert not np.array_equal(same["psnr_db.by_frame"], drawn["psnr_db.by_frame"])
 
 
-def test_another_protocol_is_refused(tmp_path: Path) -> None:
+def test_reports_of_different_protocols_are_refused(tmp_path: Path) -> None:
     a = report(tmp_path / "a")
-    other = {**SETTINGS, "sampling": {"temperature": 0.8}}
-    b = report(tmp_path / "b", settings=other)
+    cooler = {**SETTINGS, "sampling": {"temperature": 0.8}}
+    b = report(tmp_path / "b", settings=cooler)
     with pytest.raises(DriveSimError, match=r"differently .*: sampling\.temperature: 1\.0 / 0\.8;"):
         compare_reports(a, b, tmp_path / "out.html")
     c = report(tmp_path / "c", settings={str(number): 0 for number in range(9)})
-    with pytest.raises(DriveSimError, match="and 9 more; evaluate both alike") as raised:
+    with pytest.raises(
+        DriveSimError, match="and 9 more; evaluate both with the same settings"
+    ) as raised:
         compare_reports(a, c, tmp_path / "out.html")
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out.html").exists()
@@ -138,7 +140,7 @@ def test_a_tokenizer_and_a_world_model_are_refused(tmp_path: Path) -> None:
 
 
 def real_quality(folder: Path) -> Section:
-    """The section that an evaluation writes, of a rollout that copies its last frame."""
+    """Return the quality section of a real evaluation, whose rollouts repeat the last frame."""
     world = new_world()
     store = write_store(folder, [20], fingerprint=world.tokenizer.fingerprint)
     footage = Footage(drive=store.drives[0], tokenizer=world.tokenizer)
@@ -169,38 +171,38 @@ def test_tokens_of_different_tokenizers_are_not_compared(tmp_path: Path) -> None
     assert "token_accuracy.model" in rows((tmp_path / "same.html").read_text("utf-8"))
 
 
-def test_a_comparison_is_not_written_over(tmp_path: Path) -> None:
+def test_an_existing_comparison_is_not_overwritten(tmp_path: Path) -> None:
     a = report(tmp_path / "a")
     out = tmp_path / "out.html"
     out.write_text("another")
-    with pytest.raises(DriveSimError, match=r"out\.html exists already: choose another `out`"):
+    with pytest.raises(DriveSimError, match=r"out\.html: exists already; choose another `out`"):
         compare_reports(a, a, out)
     assert out.read_text() == "another"
 
 
-def test_what_one_report_lacks_is_shown_as_lacking(tmp_path: Path) -> None:
+def test_a_metric_that_one_report_lacks_is_shown_as_a_dash(tmp_path: Path) -> None:
     a, b = report(tmp_path / "a"), report(tmp_path / "b")
     metrics = json.loads((b / "metrics.json").read_text())
     del metrics["likelihood"]
     metrics["quality"]["lpips"] = 0.25
     (b / "metrics.json").write_text(json.dumps(metrics))
     compare_reports(a, b, tmp_path / "out.html")
-    found = rows((tmp_path / "out.html").read_text("utf-8"))
-    assert found["bits_per_token"] == ["5.25", "–", "–"]
-    assert found["lpips"] == ["–", "0.25", "–"]
+    cells = rows((tmp_path / "out.html").read_text("utf-8"))
+    assert cells["bits_per_token"] == ["5.25", "–", "–"]
+    assert cells["lpips"] == ["–", "0.25", "–"]
 
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     a = report(tmp_path / "a")
     b = report(tmp_path / "b", settings={**SETTINGS, "fps": 5})
     (b / "protocol.json").write_bytes((a / "protocol.json").read_bytes())
-    with pytest.raises(DriveSimError, match="not of one measurement"):
+    with pytest.raises(DriveSimError, match="not from one evaluation"):
         compare_reports(a, b, tmp_path / "out.html")
 
 
-def test_what_is_no_report_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_report_is_named_in_the_error(tmp_path: Path) -> None:
     a = report(tmp_path / "a")
     with pytest.raises(DriveSimError, match=r"nothing/protocol\.json"):
         compare_reports(a, tmp_path / "nothing", tmp_path / "out.html")
-    with pytest.raises(DriveSimError, match=r"is an \.html file"):
+    with pytest.raises(DriveSimError, match=r"is written as \.html"):
         compare_reports(a, a, tmp_path / "out")

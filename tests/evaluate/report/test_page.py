@@ -10,7 +10,7 @@ from tests.fixtures.report_sections import ESTIMATE, HOSTILE, PROTOCOL, sections
 
 
 class Page(HTMLParser):
-    """The tags, with their attributes, and the text of a page."""
+    """Parser that collects the tags of a page, with their attributes, and its text."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def test_the_page_asks_for_nothing(tmp_path: Path) -> None:
+def test_the_page_loads_no_other_file(tmp_path: Path) -> None:
     page = Page(written_page(tmp_path / "out", sections=sections(HOSTILE), title=HOSTILE))
     assert not {name for name, _ in page.tags} & {"script", "link", "iframe", "object", "base"}
     for name, attributes in page.tags:
@@ -43,33 +43,34 @@ def test_the_page_asks_for_nothing(tmp_path: Path) -> None:
     assert "@import" not in style
 
 
-def test_hostile_text_is_text(tmp_path: Path) -> None:
-    """Whatever a drive is called, the page has the same tags."""
+def test_html_in_a_text_is_escaped(tmp_path: Path) -> None:
+    """The page has the same tags for every name of a drive."""
 
     def page(out: Path, text: str) -> Page:
         figure = KeyFigure(label=text, metric="speed.lpips", beside={text: "speed.lpips"})
-        made = {"description": {text: text}, "sections": sections(text), "headline": [figure]}
-        return Page(written_page(out, title=text, **made))
+        content = {"description": {text: text}, "sections": sections(text), "headline": [figure]}
+        return Page(written_page(out, title=text, **content))
 
-    one, other = page(tmp_path / "one", HOSTILE), page(tmp_path / "two", "a")
-    assert [name for name, _ in one.tags] == [name for name, _ in other.tags]
-    text = "".join(one.text)
-    shown = HOSTILE.replace("\udcff", "\\udcff")
-    # title twice, description twice, figure twice, section 8 times; the protocol shows it as JSON
-    assert text.count(shown) == 14
-    assert shown.replace('"', '\\"') in text
+    hostile, plain = page(tmp_path / "hostile", HOSTILE), page(tmp_path / "plain", "a")
+    assert [name for name, _ in hostile.tags] == [name for name, _ in plain.tags]
+    text = "".join(hostile.text)
+    escaped = HOSTILE.replace("\udcff", "\\udcff")
+    # Twice in the title, the description and the key figure, and 8 times in the section.
+    assert text.count(escaped) == 14
+    # The protocol shows it once more, as JSON.
+    assert escaped.replace('"', '\\"') in text
 
 
-def test_every_part_is_there(tmp_path: Path) -> None:
-    made = sections()
-    page = Page(written_page(tmp_path / "out", sections=made))
+def test_the_page_shows_every_part(tmp_path: Path) -> None:
+    all_sections = sections()
+    page = Page(written_page(tmp_path / "out", sections=all_sections))
     text = "".join(page.text)
-    for section in made:
+    for section in all_sections:
         assert section.title in text
         for part in section.parts:
             assert part.caption in text
     sources = [str(tag["src"]) for tag in (*page.all("img"), *page.all("video"))]
-    media = [part for section in made for part in section.parts if isinstance(part, Media)]
+    media = [part for section in all_sections for part in section.parts if isinstance(part, Media)]
     decoded = {
         (source[5 : source.index(";")], base64.b64decode(source.partition(",")[2]))
         for source in sources
@@ -78,14 +79,14 @@ def test_every_part_is_there(tmp_path: Path) -> None:
     assert len(page.all("table")) == 2
     assert {"controls", "loop", "muted", "playsinline"} <= page.all("video")[0].keys()
     anchors = [str(tag["href"])[1:] for tag in page.all("a")]
-    assert anchors == [section.name for section in made]
+    assert anchors == [section.name for section in all_sections]
     assert [tag["id"] for tag in page.all("h2")] == anchors
     assert PROTOCOL.hash in text
     assert "Measured in 1 min 1 s" in text
     assert "1,234" in text
 
 
-def test_columns_of_numbers_are_on_the_right(tmp_path: Path) -> None:
+def test_columns_of_numbers_are_right_aligned(tmp_path: Path) -> None:
     table = Table(
         caption="c",
         columns=("name", "number", "estimate", "text"),

@@ -20,7 +20,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def shuffled(value: Any) -> Any:
-    """The same mapping with the keys in another order."""
+    """Return the same mapping with its keys in another order."""
     if isinstance(value, dict):
         return {key: shuffled(value[key]) for key in reversed(value)}
     return [shuffled(item) for item in value] if isinstance(value, list) else value
@@ -42,16 +42,17 @@ def changed(settings: dict[str, Any], place: tuple[Any, ...], value: Any) -> dic
     return copy
 
 
-def test_the_hash_is_of_the_content_and_not_of_its_order() -> None:
-    one, other = Protocol.of("tokenizer", SETTINGS), Protocol.of("tokenizer", shuffled(SETTINGS))
-    assert list(one.content) != list(other.content)
-    assert one.hash == other.hash
-    assert one.differences(other) == []
+def test_the_hash_does_not_depend_on_the_order_of_keys() -> None:
+    original = Protocol.of("tokenizer", SETTINGS)
+    reordered = Protocol.of("tokenizer", shuffled(SETTINGS))
+    assert list(original.content) != list(reordered.content)
+    assert original.hash == reordered.hash
+    assert original.differences(reordered) == []
     tuples = Protocol.of("tokenizer", {**SETTINGS, "size": (128, 256)})
-    assert tuples.hash == one.hash
+    assert tuples.hash == original.hash
 
 
-def test_the_hash_is_that_of_the_canonical_json() -> None:
+def test_the_hash_is_the_sha256_of_the_canonical_json() -> None:
     # echo -n '{"kind":"tokenizer","seed":0,"version":1}' | sha256sum
     protocol = Protocol(content={"version": 1, "seed": 0, "kind": "tokenizer"})
     assert protocol.hash == "64e1c726e3e922515203d753cc5c66fdb01d2aa4bad9377f9b8527b850e8e7dd"
@@ -59,26 +60,27 @@ def test_the_hash_is_that_of_the_canonical_json() -> None:
 
 @pytest.mark.parametrize("place", leaves(SETTINGS), ids=str)
 def test_every_field_changes_the_hash_and_is_named(place: tuple[Any, ...]) -> None:
-    one = Protocol.of("world-model", SETTINGS)
-    other = Protocol.of("world-model", changed(SETTINGS, place, 77))
-    assert one.hash != other.hash
-    (difference,) = one.differences(other)
+    original = Protocol.of("world-model", SETTINGS)
+    edited = Protocol.of("world-model", changed(SETTINGS, place, 77))
+    assert original.hash != edited.hash
+    (difference,) = original.differences(edited)
     name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in place)
     assert difference.startswith(f"{name[1:]}: ")
     assert difference.endswith(" / 77")
 
 
-def test_kind_and_version_are_part_of_it() -> None:
-    one, other = Protocol.of("world-model", SETTINGS), Protocol.of("tokenizer", SETTINGS)
-    assert one.differences(other) == ['kind: "world-model" / "tokenizer"']
-    later = Protocol(content={**one.content, "version": 999})
-    assert later.hash != one.hash
+def test_kind_and_version_are_part_of_the_hash() -> None:
+    world_model = Protocol.of("world-model", SETTINGS)
+    tokenizer = Protocol.of("tokenizer", SETTINGS)
+    assert world_model.differences(tokenizer) == ['kind: "world-model" / "tokenizer"']
+    later = Protocol(content={**world_model.content, "version": 999})
+    assert later.hash != world_model.hash
 
 
 def test_differences_in_words() -> None:
     def differences(**settings: Any) -> list[str]:
-        other = Protocol.of("tokenizer", {**SETTINGS, **settings})
-        return Protocol.of("tokenizer", SETTINGS).differences(other)
+        edited = Protocol.of("tokenizer", {**SETTINGS, **settings})
+        return Protocol.of("tokenizer", SETTINGS).differences(edited)
 
     assert differences(sampling={"temperature": 0.8, "top_k": 5}) == [
         "sampling.temperature: 1.0 / 0.8",
@@ -87,7 +89,7 @@ def test_differences_in_words() -> None:
     assert differences(clips=[]) == ["clips: 2 entries / 0 entries"]
     assert differences(probe=None) == ["probe: absent / null"]
     assert differences(drives={}) == [f'drives.track/drive_07: "{"3f" * 11}3… / absent']
-    # Equal numbers that are written otherwise have another hash, so they differ.
+    # 0 and 0.0 are equal numbers, but their JSON differs, and so does the hash.
     assert differences(seed=0.0) == ["seed: 0 / 0.0"]
     assert differences(seed=False) == ["seed: 0 / false"]
 

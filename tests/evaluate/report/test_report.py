@@ -14,7 +14,7 @@ from tests.fixtures.report_sections import (
 )
 
 
-def test_the_folder_holds_page_numbers_and_protocol(tmp_path: Path) -> None:
+def test_the_folder_holds_the_page_the_metrics_and_the_protocol(tmp_path: Path) -> None:
     headline = [KeyFigure(label="PSNR", metric="reconstruction.psnr_db")]
     written_page(tmp_path / "out", headline=headline, attachments={"probe.bin": b"weights"})
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -37,7 +37,7 @@ def test_the_folder_holds_page_numbers_and_protocol(tmp_path: Path) -> None:
     }
 
 
-def test_key_figures_stand_at_the_head(tmp_path: Path) -> None:
+def test_key_figures_are_at_the_top_of_the_page(tmp_path: Path) -> None:
     beside = {"PSNR": "reconstruction.psnr_db", "absent": "reconstruction.absent"}
     headline = [
         KeyFigure(label="bits", metric="reconstruction.bits", beside=beside),
@@ -65,13 +65,13 @@ def test_an_existing_folder_is_refused(tmp_path: Path) -> None:
     written_page(out)
     before = {path: path.read_bytes() for path in out.iterdir()}
     for refuse in (refuse_existing, written_page):
-        with pytest.raises(DriveSimError, match="already holds a report: choose another `out`"):
+        with pytest.raises(DriveSimError, match="already holds a report; choose another `out`"):
             refuse(out)
     assert {path: path.read_bytes() for path in out.iterdir()} == before
-    other = tmp_path / "videos"
-    other.mkdir()
-    (other / "a.mp4").touch()
-    for path in (other, other / "a.mp4", Path()):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    (videos / "a.mp4").touch()
+    for path in (videos, videos / "a.mp4", Path()):
         with pytest.raises(DriveSimError, match="exists and is not a report"):
             refuse_existing(path)
 
