@@ -122,7 +122,7 @@ class Footage:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the drive's video, actions and times; without a video, of its tokens."""
+        """SHA-256 (hex) of the drive's video (or tokens, without a video), actions and times."""
         if self.recorded is not None:
             return sampled_fingerprint(self.recorded)
         return digest(self.drive.tokens, *clock_and_actions(self.drive))
@@ -302,8 +302,8 @@ def choose_clips(
     ]
     if not places:
         raise TooLittleDataError(
-            f"no clip of {context_frames + frames} frames without a gap in {len(footage)} held-out "
-            "drives (mirror images do not count); use longer drives or a shorter future"
+            f"no stretch of {context_frames + frames} frames without a gap in {len(footage)} "
+            "held-out drives (mirror images do not count); use longer drives or a shorter future"
         )
     count = min(count, len(places))
     return [places[(2 * number + 1) * len(places) // (2 * count)] for number in range(count)]

@@ -138,8 +138,8 @@ def measure_world_model(
 
     Raises DriveSimError if the model or the probe was trained on a held-out drive, if
     `training_tokens` are not those of the model, or if the probe has another frame rate or kind of
-    steering than the model. These checks come before any tokenizing or training, except that a
-    trained drive without actions is recognised only by its tokens.
+    steering than the model. All checks come before any tokenizing or training, except one: a
+    held-out drive without actions is compared with the training drives by its tokens.
     """
     began = time.perf_counter()
     world = WorldModel.from_run(run, device, precision)
@@ -228,8 +228,8 @@ def _perceptual() -> PerceptualLoss | None:
 def _training_store(run: Path, world: WorldModel, path: Path) -> TokenStore:
     """Open the token store that the model was trained on.
 
-    Raises DriveSimError, which names the option, if `path` is not that store. A copy of the model
-    without its run's config cannot tell, so any store of the same tokenizer passes.
+    Raises DriveSimError, which names the option, if `path` is not that store. If the run
+    folder has no config file, any store that fits the model passes.
     """
     try:
         training = TokenStore(path)

@@ -125,7 +125,7 @@ def evaluate_world_model(
 
     @contextmanager
     def attempt(*names: str) -> Iterator[None]:
-        """Turn a TooLittleDataError inside into a note that the sections `names` are missing."""
+        """Run the block. On TooLittleDataError, note that the sections `names` are missing."""
         try:
             yield
         except TooLittleDataError as error:
@@ -229,7 +229,10 @@ def _sweeps(world: WorldModel, clips: Sequence[Clip], count: int) -> list[Clip]:
         raise TooLittleDataError("the model learned no steering, so there is nothing to sweep")
     moving = [clip for clip in clips if _starts_moving(clip)]
     if not moving:
-        raise TooLittleDataError(f"no clip starts at a known speed of {MOVING_MPS:g} m/s or more")
+        raise TooLittleDataError(
+            f"no clip starts at a known speed of {MOVING_MPS:g} m/s or more, so there is no start "
+            "for the sweep"
+        )
     return moving[:: max(1, len(moving) // count)][:count]
 
 

@@ -124,7 +124,7 @@ def test_clips_are_spread_over_the_drives_and_cross_no_gap(
     few = choose_clips(footage, context_frames=4, frames=5, count=4)
     chosen = [places.index((clip.footage.drive.id, clip.start)) for clip in few]
     assert chosen == [1, 3, 6, 8]
-    with pytest.raises(DriveSimError, match="no clip of 44 frames without a gap in 2"):
+    with pytest.raises(DriveSimError, match="no stretch of 44 frames without a gap in 2"):
         choose_clips(footage, context_frames=4, frames=40, count=4)
 
 
@@ -311,18 +311,19 @@ def test_a_new_source_can_be_evaluated(world: WorldModel, tmp_path: Path) -> Non
 def test_a_recording_is_recognised_in_all_its_forms(
     world: WorldModel, footage: list[Footage], tmp_path: Path
 ) -> None:
-    """As a video, as tokens, mirrored and in parts. Another drive with the same times differs."""
-    drive, stranger = (source.recorded for source in footage)
-    assert drive is not None
+    """Its video, tokens, mirror image and parts share a digest. Another drive has its own."""
+    sampled, stranger = (source.recorded for source in footage)
+    assert sampled is not None
     assert stranger is not None
-    digest = recording_digest(drive.timestamps, drive.actions, drive.action_valid)
-    assert np.array_equal(drive.timestamps, stranger.timestamps)
+    digest = recording_digest(sampled.timestamps, sampled.actions, sampled.action_valid)
+    assert np.array_equal(sampled.timestamps, stranger.timestamps)
     assert digest != recording_digest(stranger.timestamps, stranger.actions, stranger.action_valid)
-    assert recording_digest(drive.timestamps, drive.actions, drive.action_valid & False) is None
+    unknown = sampled.action_valid & False
+    assert recording_digest(sampled.timestamps, sampled.actions, unknown) is None
     parts = split_into_parts(footage[0], tmp_path / "parts")
     assert recording_digests(parts) == {"drive_000": digest}
     tokenize(
-        find_drives([drive.drive.video.path]),  # type: ignore[union-attr]
+        find_drives([sampled.drive.video.path]),  # type: ignore[union-attr]
         world.tokenizer,
         tmp_path / "tokens",
         mirror=True,

@@ -243,7 +243,7 @@ def test_everything_that_decides_a_number_is_in_the_protocol(
 
 @pytest.mark.usefixtures("nothing_is_done")
 def test_a_drive_that_was_trained_on_is_refused_at_once(place: Path, tmp_path: Path) -> None:
-    """Under another name, as a video or as tokens, and with mirror images in the store."""
+    """The drive is recognised as a video, under another name, and in a store with mirror images."""
     video = place / "videos" / "drive_001.mp4"
     renamed = tmp_path / "copies" / "another.mp4"
     renamed.parent.mkdir()
@@ -360,11 +360,11 @@ def test_a_probe_that_does_not_fit_the_model_is_refused(
     tokenize(
         find_drives([place / "videos" / "drive_002.mp4"]), tiny_tokenizer(), tmp_path / "heldout"
     )
-    (own,) = recording_digests(TokenStore(tmp_path / "heldout").drives).values()
+    (digest,) = recording_digests(TokenStore(tmp_path / "heldout").drives).values()
     cases: dict[str, dict[str, Any]] = {
         "it learned from 16 frames/s, the model from 8": {"fps": 2 * FPS},
         "its steering is curvature, the model's is road_wheel": {"steering_kind": "curvature"},
-        "it learned from the held-out drive 'drive_002'": {"drives": ("f00d", own)},
+        "it learned from the held-out drive 'drive_002'": {"drives": ("f00d", digest)},
     }
     probe = tmp_path / "probe.safetensors"
     for message, changes in cases.items():
@@ -378,7 +378,7 @@ def test_a_probe_that_does_not_fit_the_model_is_refused(
 def test_the_probe_never_learns_from_a_held_out_drive(
     place: Path, tmp_path: Path, evidence: Callable[..., Evidence]
 ) -> None:
-    """Whether the held-out drive is given as a video or as tokens."""
+    """This holds whether the held-out drive is given as a video or as tokens."""
     held = place / "videos" / "drive_002.mp4"
     tokenize(find_drives([held]), tiny_tokenizer(), tmp_path / "heldout")
     # This held-out drive has the id of a training drive, so a check by id would miss it.
@@ -489,7 +489,7 @@ def test_channels_that_the_model_never_learned_count_as_unknown(
 def test_a_section_that_cannot_be_measured_is_listed_with_the_reason(
     place: Path, tmp_path: Path, evidence: Callable[..., Evidence]
 ) -> None:
-    """A model without actions on drives too short for a rollout, or even for a window."""
+    """The model knows no actions. The drives are too short for a rollout, or even for a window."""
     caught = evidence()
     world = without_actions(WorldModel.from_run(place / "world-model", "cpu", "fp32"))
     for length, too_short in ((6, set()), (2, {"likelihood", "stability"})):
@@ -514,7 +514,7 @@ def test_a_section_that_cannot_be_measured_is_listed_with_the_reason(
         names = {section.name for section in measured}
         assert names == {"likelihood", "coding", "stability"} - too_short
         assert last.metrics["fidelity"] == "because"
-        assert "no clip of 15 frames" in last.metrics["quality"]
+        assert "no stretch of 15 frames" in last.metrics["quality"]
         assert "no known action of a kind" in last.metrics["action_information"]
         assert protocol.content["clips"] == []
 

@@ -94,8 +94,8 @@ def _runs(heldout: TokenStore, block: int) -> list[tuple[DriveTokens, int, int]]
     ]
     if not runs:
         raise TooLittleDataError(
-            f"no {2 * block} frames without a gap in {len(heldout.drives)} held-out drives, so "
-            "there is nothing to shuffle; use longer drives"
+            f"no stretch of {2 * block} frames without a gap in {len(heldout.drives)} held-out "
+            "drives, so there is nothing to shuffle; use longer drives"
         )
     return runs
 
@@ -141,15 +141,15 @@ def _variants(
     actions = np.repeat(drive.actions[None, begin:stop], count, axis=0)
     valid = np.repeat(drive.action_valid[None, begin:stop], count, axis=0)
     number = 0
-    for chosen in channels.values():
+    for columns in channels.values():
         for _ in range(shuffles):
             number += 1
             # Move the validity with the action, so that an unknown action stays unknown.
             order = _displaced_blocks(stop - begin, block, rng)
-            actions[number][:, chosen] = actions[0, order][:, chosen]
-            valid[number][:, chosen] = valid[0, order][:, chosen]
+            actions[number][:, columns] = actions[0, order][:, columns]
+            valid[number][:, columns] = valid[0, order][:, columns]
         number += 1
-        valid[number][:, chosen] = False
+        valid[number][:, columns] = False
     return actions, valid
 
 

@@ -173,7 +173,7 @@ def decompress(
 
 
 def coder_weights(logits: Tensor) -> Floats32:
-    """Return the softmax of `logits` [n, K] as whole numbers, whose sum is 2^24 - K in each row.
+    """Return the softmax of `logits` [n, K], scaled to whole numbers that sum to 2^24 - K per row.
 
     constriction gives every code a frequency of 1, and splits the remaining 2^24 - K in proportion
     to these weights. They are whole numbers with exactly that sum, below 2^24, so float32 adds and

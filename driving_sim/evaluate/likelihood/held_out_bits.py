@@ -215,9 +215,9 @@ def _plot(metrics: dict[str, Any]) -> Media:
 def _streamed_share(
     world: WorldModel, drives: Sequence[DriveTokens], recomputed: FrameBits
 ) -> float | None:
-    """Return the bits of the judged frames with a rollout's cache, divided by those recomputed.
+    """Return streamed bits divided by recomputed bits, on frames 2W to 4W of every run.
 
-    Only frames 2W to 4W count. Returns None if there are none.
+    Returns None if no run is that long.
     """
     frames = world.context_frames
     with progress(len(drives), "streamed bits", "drives") as bar:

@@ -168,10 +168,9 @@ def _judged_frames(world: WorldModel, sampled: SampledDrive) -> Iterator[tuple[P
 def _pictures(
     world: WorldModel, judged: _JudgedDrive, tokens: list[Bits], bar: Progress
 ) -> Iterator[Pixels]:
-    """Yield the pictures of a drive's video.
+    """Yield the pictures of a drive's video, and record the bits of its frames.
 
-    On the way, append the bits of every frame's tokens to `tokens`, and their mean to
-    `judged.bits`.
+    For every frame, append the bits of its tokens to `tokens`, and their mean to `judged.bits`.
     """
     sampled = judged.sampled
     starts = {start for start, _ in sampled.segments}

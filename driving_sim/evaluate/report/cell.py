@@ -14,7 +14,7 @@ Text, a number, None for a value that could not be measured, or an estimate: the
 NOT_MEASURED = "–"
 _DIGITS = 4
 _SIMILAR = 30
-"""Limit on largest / smallest, below which numbers are shown with the same decimals."""
+"""Ratio of the largest to the smallest number below which all get the same decimals."""
 _MOST_DECIMALS = 6
 
 

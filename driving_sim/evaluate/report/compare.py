@@ -21,7 +21,7 @@ it is small against the intervals of A and B, it may be chance. The plots show m
 lists, such as a value for each frame ahead: A is the solid line, B the dashed one."""
 
 Pairs = dict[str, tuple[Metric, Metric]]
-"""The values of a metric in reports A and B, by its path such as `quality.psnr_db.model`.
+"""Pairs of values from reports A and B, by the metric's path, such as `quality.psnr_db.model`.
 
 None stands for a metric that a report does not have.
 """

@@ -100,7 +100,7 @@ def _differences(a: Any, b: Any, path: str) -> Iterator[str]:
 
 
 def _brief(value: Any) -> str:
-    """Return a value as JSON, cut to a few characters; of a list or mapping, return the size."""
+    """Return a value as short JSON text, or the number of entries of a list or mapping."""
     if value is _ABSENT:
         return "absent"
     if isinstance(value, dict | list):

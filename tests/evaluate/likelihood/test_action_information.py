@@ -38,9 +38,9 @@ def test_tokens_of_another_rate_or_steering_are_refused(world: WorldModel, tmp_p
         ({"steering_kind": "steering_wheel"}, "its steering is road_wheel"),
     ):
         options = {"fps": FPS, "steering_kind": "road_wheel"} | change
-        other = WorldModel(world.transformer, world.tokenizer, **options)  # type: ignore[arg-type]
+        changed = WorldModel(world.transformer, world.tokenizer, **options)  # type: ignore[arg-type]
         with pytest.raises(DriveSimError, match=message):
-            evaluate_action_information(other, heldout)
+            evaluate_action_information(changed, heldout)
 
 
 def test_constant_actions_carry_no_information(
@@ -176,7 +176,7 @@ def test_frames_without_a_full_window_behind_them_do_not_count(
 
 def test_drives_too_short_to_shuffle_are_refused(world: WorldModel, tmp_path: Path) -> None:
     heldout = write_store(tmp_path / "heldout", [47], fingerprint=world.tokenizer.fingerprint)
-    with pytest.raises(DriveSimError, match="no 48 frames without a gap in 1"):
+    with pytest.raises(DriveSimError, match="no stretch of 48 frames without a gap in 1"):
         evaluate_action_information(world, heldout)
 
 

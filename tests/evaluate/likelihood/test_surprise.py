@@ -81,7 +81,7 @@ def video_frames(path: Path) -> list[NDArray[np.uint8]]:
 def test_tokens_cost_what_they_cost_when_streamed_from_a_store(
     world: WorldModel, tmp_path: Path
 ) -> None:
-    """Drive a has actions; b has none, and a gap, after which the model has no context."""
+    """Drive "a" has actions. Drive "b" has a gap and no actions."""
     videos, rng = tmp_path / "videos", np.random.default_rng(0)
     videos.mkdir()
     write_video(videos / "a.mp4", rng.integers(256, size=(20, H, WIDTH, 3), dtype=np.uint8), FPS)
