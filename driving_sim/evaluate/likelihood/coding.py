@@ -118,7 +118,10 @@ def _verdict(exact: bool, ratio: float, header: float) -> str:
     if not exact:
         faults.append("the decoded tokens differ from the originals")
     comparison = "larger" if ratio >= 1 else "smaller"
-    size = f"{abs(ratio - 1):.2%} {comparison} than claimed; the header takes {header:.2%}"
+    size = (
+        f"{abs(ratio - 1):.2%} {comparison} than claimed; the header takes {header:.2%} of the "
+        "claimed size"
+    )
     if abs(ratio - header - 1) > _CLAIM:
         faults.append(f"the file is {size}")
     if faults:

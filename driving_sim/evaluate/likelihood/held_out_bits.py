@@ -224,10 +224,11 @@ def _streamed_share(
         streamed = streamed_bits_per_token(
             world.transformer, drives, first=2 * frames, stop=4 * frames, advance=bar.advance
         )
-    # Give every frame of every drive its own number, to find the frames judged in both ways.
-    numbers = [judged.drive << 32 | judged.frame for judged in (streamed, recomputed)]
+    # Give every frame of every drive its own id, to find the frames that were judged both ways.
+    streamed_ids = streamed.drive << 32 | streamed.frame
+    recomputed_ids = recomputed.drive << 32 | recomputed.frame
     _, in_streamed, in_recomputed = np.intersect1d(
-        *numbers, assume_unique=True, return_indices=True
+        streamed_ids, recomputed_ids, assume_unique=True, return_indices=True
     )
     if not len(in_streamed):
         return None
