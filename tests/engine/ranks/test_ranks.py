@@ -1,4 +1,4 @@
-"""What several ranks, as `torchrun` starts them, make of a training: what one would."""
+"""Several ranks, as `torchrun` starts them, train in the same way as a single process."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from tests.fixtures.ranks import assert_same_losses, exported, launch, rows
 
 @pytest.mark.parametrize("shard", [False, True])
 @pytest.mark.parametrize("model", ["tokenizer", "world_model"])
-def test_two_ranks_with_halves_equal_one_with_the_whole(
+def test_two_ranks_with_half_batches_equal_one_rank_with_whole_batches(
     tmp_path: Path, model: str, shard: bool
 ) -> None:
     assert launch(2, model, tmp_path / "two", shard=shard) == [0, 0]
@@ -39,7 +39,7 @@ SHARDED, ALL, ALONE = {"shard": True}, {"shard": False}, None
 
 
 def start(run: Path, ranks: dict[str, bool] | None, **options: Any) -> None:
-    """Train on two ranks, or alone: with two batches a step, so that the steps are the same."""
+    """Train on two ranks, or on one with two batches per step, so that the steps are the same."""
     if ranks is None:
         rank_train("world_model", run, accumulate=2, **options)
     else:
@@ -66,7 +66,7 @@ def test_a_checkpoint_is_resumed_on_other_ranks(
 
 
 def test_a_sharded_tokenizer_is_resumed(tmp_path: Path) -> None:
-    """It has a buffer without a shape, and a parameter of one number."""
+    """A tokenizer has a scalar buffer, and a parameter with a single element."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert launch(2, "tokenizer", whole, shard=True) == [0, 0]
     shutil.copytree(whole, run)
@@ -75,12 +75,12 @@ def test_a_sharded_tokenizer_is_resumed(tmp_path: Path) -> None:
     (run / "model.safetensors").unlink()
     assert launch(2, "tokenizer", run, shard=True, resume=True) == [0, 0]
     assert rows(run) == rows(whole)
-    one, other = exported(run), exported(whole)
-    assert all(torch.equal(one[name], other[name]) for name in other)
+    resumed, uninterrupted = exported(run), exported(whole)
+    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
 
 
 def on_two_ranks(*arguments: str, restarts: int = 0) -> tuple[int, str]:
-    """Run a module on two ranks of `torchrun`; return its exit code and everything said."""
+    """Run a module on two ranks of `torchrun`. Return its exit code and its output."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node=2", f"--max-restarts={restarts}", "-m", *arguments]
     done = subprocess.run(
@@ -96,27 +96,27 @@ def on_two_ranks(*arguments: str, restarts: int = 0) -> tuple[int, str]:
 
 
 def torchrun(run: Path, restarts: int = 0, **options: Any) -> tuple[int, str]:
-    """Train on two ranks of `torchrun`."""
+    """Train on two ranks with `torchrun`. Return its exit code and its output."""
     training = ("tests.fixtures.rank_training", "world_model", str(run), json.dumps(options))
     return on_two_ranks(*training, restarts=restarts)
 
 
-def test_torchrun_goes_on_after_a_rank_was_killed(tmp_path: Path) -> None:
+def test_torchrun_continues_after_a_rank_was_killed(tmp_path: Path) -> None:
     run, mark = tmp_path / "run", tmp_path / "mark"
-    # Batch 7 is that of the second rank's fourth step; the checkpoint before is after the second.
+    # The second rank gets batch 7 in its fourth step, and the last checkpoint is after two steps.
     code, said = torchrun(run, restarts=1, shard=True, fatal=7, mark=str(mark))
     assert (code, mark.exists()) == (0, True), said
     start(tmp_path / "whole", ALONE)
     assert_same_losses(run, tmp_path / "whole")
 
 
-def test_a_rank_that_dies_brings_the_job_down_with_its_error(tmp_path: Path) -> None:
+def test_a_rank_that_fails_ends_the_job_with_its_error(tmp_path: Path) -> None:
     begun = time.monotonic()
     code, said = torchrun(tmp_path / "run", bad=7)
     assert code != 0
     assert "error: batch 7 cannot be made" in said
-    assert "error: rank 0: another rank is gone" in said
-    assert said.count("Traceback") == 1  # torchrun's own
+    assert "error: rank 0: another rank has stopped" in said
+    assert said.count("Traceback") == 1  # from torchrun itself
     assert time.monotonic() - begun < 60
 
 
@@ -157,7 +157,7 @@ def test_sigterm_saves_on_all_ranks(tmp_path: Path, shard: bool) -> None:
     assert_same_losses(run, tmp_path / "whole")
 
 
-def test_restarts_do_not_go_on_with_what_another_launch_began(tmp_path: Path) -> None:
+def test_a_restart_does_not_continue_the_run_of_another_launch(tmp_path: Path) -> None:
     run = tmp_path / "run"
     rank_train("world_model", run)
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
