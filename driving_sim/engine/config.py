@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 C = TypeVar("C")
 T = TypeVar("T", bound="DataclassInstance")
 
-_MOST = 2**63 - 1  # the largest int64, which is the most that arrays and file headers can hold
+_MOST = 2**63 - 1  # the largest int64, because arrays and file headers hold no larger numbers
 
 Int64 = Annotated[int, Field(ge=-_MOST - 1, le=_MOST)]
 """A signed 64-bit integer."""
@@ -84,7 +84,7 @@ def config(cls: type[C]) -> type[C]:
         try:
             check_fields(self, **values)
         except ValidationError as error:
-            mistake = _mistake(error, checked, values, "")
+            mistake = _first_mistake(error, checked, values, "")
             raise ValueError(mistake.lstrip(".: ")) from None
 
     checked.__init__ = __init__
@@ -92,7 +92,7 @@ def config(cls: type[C]) -> type[C]:
 
 
 def require(config: object, name: str, holds: bool, allowed: str) -> None:
-    """Raise ValueError unless `holds`; the message gives the field, its value and `allowed`."""
+    """Raise ValueError if `holds` is false, naming the field, its value and what is `allowed`."""
     if not holds:
         raise ValueError(f"{name}: must be {allowed}, found {shown(getattr(config, name))}")
 
@@ -106,10 +106,10 @@ def from_dict(cls: type[T], values: object, where: str = "config") -> T:
     """
     try:
         # When pydantic reads JSON, it accepts lists for tuples and is otherwise still strict.
-        text = json.dumps(values, ensure_ascii=False, default=_refuse).encode("utf-8")
-        instance: T = _reader(cls).validate_json(text)
+        text = json.dumps(values, ensure_ascii=False, default=_refuse_value).encode("utf-8")
+        instance: T = _type_adapter(cls).validate_json(text)
     except ValidationError as error:
-        raise DriveSimError(_mistake(error, cls, values, where)) from None
+        raise DriveSimError(_first_mistake(error, cls, values, where)) from None
     except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
         raise DriveSimError(f"{where}: {one_line(error)}") from error
     return instance
@@ -117,12 +117,12 @@ def from_dict(cls: type[T], values: object, where: str = "config") -> T:
 
 def to_dict(config: "DataclassInstance") -> dict[str, Any]:
     """Return the config as nested dicts, lists and scalars, which JSON and YAML can store."""
-    plain: dict[str, Any] = _reader(type(config)).dump_python(config, mode="json")
+    plain: dict[str, Any] = _type_adapter(type(config)).dump_python(config, mode="json")
     return plain
 
 
 def resolve(config: T, *, file: Path | None = None, assignments: Sequence[str] = ()) -> T:
-    """Return `config` with the values of a YAML file and then of `a.b=c` assignments put in.
+    """Return `config` overridden first by a YAML file, and then by `a.b=c` assignments.
 
     The value of an assignment is parsed as YAML. Raises `DriveSimError`, naming the file or the
     assignment.
@@ -221,17 +221,17 @@ def _parse_assignment(assignment: str) -> dict[str, Any]:
 
 
 @functools.cache
-def _reader(cls: type[T]) -> TypeAdapter[T]:
+def _type_adapter(cls: type[T]) -> TypeAdapter[T]:
     if "__pydantic_config__" not in vars(cls):  # apply the same rules to a plain dataclass
         cls.__pydantic_config__ = _RULES  # type: ignore[attr-defined]
     return TypeAdapter(cls)
 
 
-def _refuse(value: object) -> None:
+def _refuse_value(value: object) -> None:
     raise ValueError(f"must be a number, text, a list or a mapping, found {shown(value)}")
 
 
-def _mistake(error: ValidationError, cls: type, values: object, where: str) -> str:
+def _first_mistake(error: ValidationError, cls: type, values: object, where: str) -> str:
     """Return one line that says what is wrong with the first invalid field, and where it is."""
     # A misspelt key often leaves another key missing, so unknown keys are reported first.
     order = {_UNKNOWN: 0, _MISSING: 1}
@@ -253,8 +253,8 @@ def _mistake(error: ValidationError, cls: type, values: object, where: str) -> s
         message = f"{place}.{one_line(first['ctx']['error'])}"
     else:
         reason = first["msg"]
-        for theirs, ours in _WORDS.items():
-            reason = reason.replace(theirs, ours)
+        for phrase, replacement in _WORDS.items():
+            reason = reason.replace(phrase, replacement)
         message = f"{place}: {one_line(reason)}, found {shown(first['input'])}"
     return message
 
@@ -286,7 +286,8 @@ def _nearest_key(cls: type, key: str) -> str:
     def likeness(known: str) -> tuple[bool, bool, float, int]:
         last = known.rpartition(".")[2]
         short = _is_shortened(key.replace("_", ""), last.split("_"))
-        # An abbreviation such as `ctx` for `context_frames` keeps the first letter and the order.
+        # Abbreviations such as `ctx` for `context_frames` keep the first letter and the order of
+        # the letters.
         letters = iter(last)
         sparse = key[:1] == last[:1] and all(letter in letters for letter in key)
         ratio = difflib.SequenceMatcher(None, key, last).ratio()
@@ -297,11 +298,11 @@ def _nearest_key(cls: type, key: str) -> str:
 
 
 def _is_shortened(key: str, words: Sequence[str]) -> bool:
-    """Return whether `key` joins the beginnings of some words, as `lr` does for learning, rate."""
+    """Return whether `key` joins prefixes of some words, as `lr` does for `learning_rate`."""
     if not words:
         return not key
     return any(
-        _is_shortened(key[taken:], words[1:])
-        for taken in range(len(words[0]) + 1)
-        if words[0].startswith(key[:taken])
+        _is_shortened(key[length:], words[1:])
+        for length in range(len(words[0]) + 1)
+        if words[0].startswith(key[:length])
     )

@@ -14,7 +14,7 @@ class BadDriveError(DriveSimError):
 
 
 class TooLittleDataError(DriveSimError):
-    """The data is too short, or lacks what is needed, for the requested measurement."""
+    """The data is too short for the requested measurement, or lacks something that it needs."""
 
 
 class Interrupted(Exception):  # noqa: N818 - not named an error, because the work is saved

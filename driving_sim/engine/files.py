@@ -19,9 +19,9 @@ _REPLACED = re.compile(r"\.(.+)\.\d+\.replaced")
 
 
 def temporary_beside(path: Path, process: int | None = None) -> Path:
-    """Return the temporary path where a process writes `path`, and create the parent folder.
+    """Return the temporary path that a process later renames to `path`, and create its folder.
 
-    `process` is a process id; the default is this process.
+    `process` is the id of the process. The default is this process.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,11 +44,11 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Convert an OSError to `DriveSimError` if the disk is full or `path` may not be written."""
+    """In this context, raise `DriveSimError` if the disk is full or `path` may not be written."""
     try:
         yield
     except OSError as error:
-        # A missing permission may also concern an input file, which is not reported here.
+        # A permission error can also come from an input file, so check which file it names.
         is_output = isinstance(error.filename, str) and Path(error.filename).is_relative_to(
             path.parent
         )

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 MOST_YAML_BYTES = 2**20
-"""Maximum size of a YAML file. Configs are far smaller, and PyYAML takes seconds for this size."""
+"""Maximum size of a YAML file. Configs are far smaller, and PyYAML reads this much in seconds."""
 _MOST_NODES = 100_000
 _MOST_DEPTH = 64
 _MOST_SHOWN = 300
@@ -63,7 +63,7 @@ for _class in (_Loader, YamlDumper):
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text. Raises ValueError with a one-line reason if it is wrong."""
+    """Parse a JSON text. Raises ValueError with a one-line reason if the text is invalid."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -73,9 +73,9 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the value of a YAML text. Raises ValueError with a one-line reason if it is wrong.
+    """Parse a YAML text. Raises ValueError with a one-line reason if the text is invalid.
 
-    Texts with more than 100,000 values (with aliases expanded) or 64 levels are refused too.
+    Also refuses texts with more than 100,000 values (aliases expanded) or 64 nested levels.
     """
     try:
         loader = _Loader(text)

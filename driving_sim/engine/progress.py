@@ -19,7 +19,8 @@ BAR_SECONDS = 0.1
 """Seconds between two updates of the bar."""
 
 wording: Callable[[str], str] = str
-"""Rewrites each line before it is printed. The command line replaces settings by its flags."""
+"""Function applied to all lines before printing. The command line uses it to replace settings by
+flags."""
 
 
 def say(line: str, *, by_any_rank: bool = False) -> None:

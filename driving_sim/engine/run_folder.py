@@ -26,7 +26,7 @@ what it logs and saves, and how it uses the machine."""
 
 
 def goes_on(run: Path, resume: bool) -> bool:
-    """Return whether to continue `run`: if `resume` is set, or if its `torchrun` restarted it."""
+    """Return whether to continue `run`: if `resume` is true, or if `torchrun` restarted it."""
     begun_by = run / _LAUNCHER
     if resume or launcher() is None or not (run / CONFIG).is_file() or not begun_by.is_file():
         return resume
@@ -43,12 +43,12 @@ def check_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:
     if not is_main_process():
         return
     resume = goes_on(run, resume)
-    known = (run / CONFIG).is_file()
-    if resume and not known:
+    has_config = (run / CONFIG).is_file()
+    if resume and not has_config:
         raise DriveSimError(f"{run}: nothing to resume (no {CONFIG}); leave out `resume`")
     if resume:
         _check_same(run, load_yaml(run / CONFIG), run_config)
-    elif known:
+    elif has_config:
         raise DriveSimError(
             f"{run} already holds a run: continue it with `resume` or choose another `run`"
         )
@@ -94,14 +94,14 @@ def check_replaceable(
     result's files. If another program wrote `report`, `files_of` returns no names or raises
     KeyError or TypeError. `what` names the result in the message.
     """
-    known: Collection[str] = ()
+    result_files: Collection[str] = ()
     if (out / report).is_file():
         with suppress(KeyError, TypeError):
-            known = files_of(load_json(out / report))
+            result_files = files_of(load_json(out / report))
 
     def is_foreign(path: Path) -> bool:
         is_folder = path.is_dir() and not path.is_symlink()
-        return not is_folder and path.relative_to(out).as_posix() not in known
+        return not is_folder and path.relative_to(out).as_posix() not in result_files
 
     if out.exists() and (not out.is_dir() or any(map(is_foreign, out.rglob("*")))):
         raise DriveSimError(f"{out} holds more than {what}: choose another `out`")

@@ -32,7 +32,7 @@ MARGIN = 0.6
 """Hysteresis, in cores. The number of threads changes only if it differs from the number of free
 cores by more than this."""
 LEAST_OWN = 0.3
-"""Minimum number of cores that this process must use for a measurement to count."""
+"""Minimum load of this process, in cores. Measurements with a lower load are ignored."""
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # constants from glibc's malloc.h
 _NEW_OBJECTS = 10_000  # net allocations that trigger a garbage collection; the default is 700
 
@@ -115,7 +115,7 @@ def usable_cores() -> int:
 
 
 def cgroup_quota(membership: Path, mounted: Path) -> float:
-    """Return the cgroup limit on the number of cores, such as `docker run --cpus` sets it.
+    """Return the number of cores that a cgroup may use, as limited by `docker run --cpus`.
 
     `membership` is a file that names the cgroup of a process, as /proc/self/cgroup does. `mounted`
     is the folder where the cgroup v2 file system is mounted. The limits of parent cgroups count
@@ -189,11 +189,11 @@ class _Counter:
         last, self.last = self.last, _Count.now(self.cores)
         lasted, busy, own = (now - before for now, before in zip(self.last, last, strict=True))
         others = busy - own - self._of_children([*self.children])
-        if own < LEAST_OWN * lasted:  # this process mostly waited, so its threads did not compete
+        if own < LEAST_OWN * lasted:  # this process mostly waited for something else
             return
         before = torch.get_num_threads()
         threads = self._threads(others / lasted, before)
-        if threads < before:  # new child processes, such as decoders, do not count as others
+        if threads < before:  # do not count new child processes as other programs
             others -= self._of_children(psutil.Process().children(recursive=True))
             threads = self._threads(others / lasted, before)
         if threads == before:
@@ -207,17 +207,17 @@ class _Counter:
         return threads_beside(others, cores=len(self.cores), threads=now, most=self.most)
 
     def _of_children(self, children: "list[psutil.Process]") -> float:
-        """Return the processor seconds that child processes used since the last call for each."""
+        """Return the sum of the processor seconds that children used since their last call."""
         import psutil
 
-        taken = 0.0
+        seconds = 0.0
         for child in children:
             before = self.children.pop(child, 0.0)
             with suppress(psutil.NoSuchProcess):
                 times = child.cpu_times()
                 self.children[child] = times.user + times.system
-                taken += self.children[child] - before
-        return taken
+                seconds += self.children[child] - before
+        return seconds
 
 
 def _affinity() -> list[int]:

@@ -1,7 +1,7 @@
 """Write a model's weights to a safetensors file atomically, read them with checks, and hash them.
 
-The file and its config may be damaged or malicious, with a header of gigabytes or a billion layers.
-So memory is allocated only for as many weights as the file can hold.
+The file and its config may be damaged or malicious. For example, the header may have gigabytes, or
+the model a billion layers. So memory is allocated only for as many weights as the file can hold.
 """
 
 import hashlib
@@ -25,14 +25,13 @@ from driving_sim.engine.parsing import one_line, shown
 
 M = TypeVar("M", bound=nn.Module)
 Form = tuple[str, tuple[int, ...]]
-"""Number format of a tensor, by its name in safetensors, and shape of the tensor."""
+"""Number format (its name in safetensors) and shape of a tensor."""
 
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8  # bytes; the first tensor starts at a multiple of it
 _VALUE_BYTES = 4  # weights are saved as float32
 _MOST_HEADER_BYTES = 2**20  # about ten thousand tensors
-# Tensors are written in this order of formats, as in the safetensors library: it keeps all tensors
-# aligned.
+# Tensors are written in this order, which keeps them aligned. The safetensors library uses it too.
 _FORMATS = {
     torch.int64: "I64",
     torch.float64: "F64",
@@ -133,7 +132,7 @@ def load_weights(module: nn.Module, path: Path, *, of: str) -> dict[str, str]:
 
 
 class _Allowance(TorchFunctionMode):
-    """Raises ValueError if the tensors created in this context have more numbers than allowed."""
+    """Limits how many numbers the tensors created in this context may have in total."""
 
     def __init__(self, numbers: int) -> None:
         super().__init__()
@@ -172,9 +171,9 @@ def _opened(path: Path, of: str) -> Iterator[Any]:
 
 @torch.no_grad()
 def _copy_weights(file: Any, module: nn.Module) -> dict[str, str]:
-    """Copy a file's tensors to the module, which must have the same ones. Return the metadata."""
-    own = module.state_dict()
-    expected = {name: _form(value) for name, value in own.items()}
+    """Check that a file's tensors match the module, and copy them. Return the file's metadata."""
+    state = module.state_dict()
+    expected = {name: _form(value) for name, value in state.items()}
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
     saved = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     for name in sorted(expected.keys() | saved.keys()):
@@ -188,7 +187,7 @@ def _copy_weights(file: Any, module: nn.Module) -> dict[str, str]:
                 f"{name} is {saved_dtype} {shown(list(saved_shape))}, "
                 f"expected {dtype} {shown(list(shape))}"
             )
-    for name, value in own.items():
+    for name, value in state.items():
         value.copy_(file.get_tensor(name))
     return dict(file.metadata() or {})
 

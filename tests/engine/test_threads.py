@@ -112,7 +112,7 @@ def test_child_processes_do_not_count_as_other_programs(
         child.taken += 2.0
         adjust_threads(CPU)
         assert torch.get_num_threads() == 4
-    machine.run(60.0, own=240.0, others=0.0)  # the child's time in this minute counts only here
+    machine.run(60.0, own=240.0, others=0.0)  # the child's time must not be subtracted twice
     child.taken += 60.0
     adjust_threads(CPU)
     machine.run(1.0, own=2.0, others=2.0)

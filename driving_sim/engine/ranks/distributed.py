@@ -25,7 +25,7 @@ PATIENCE = timedelta(hours=2)
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The number of this process and of all processes. A single process communicates nothing."""
+    """The `rank` of this process, and the number of ranks. A single rank communicates nothing."""
 
     rank: int = 0
     size: int = 1
@@ -64,7 +64,10 @@ class Ranks:
         return values
 
     def require_same(self, text: str, what: str) -> None:
-        """Raise `DriveSimError` on all ranks unless all pass the same text. `what` names it."""
+        """Raise `DriveSimError` on all ranks unless all pass the same `text`.
+
+        `what` names the text in the message.
+        """
         if len(set(self.gather(text))) > 1:
             raise DriveSimError(
                 f"rank {self.rank}: {what} differ between the ranks: start all of them with the "
@@ -150,6 +153,6 @@ def _lost_ranks() -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise DriveSimError(
-            f"rank {os.environ['RANK']}: another rank has stopped or cannot be reached: see its "
-            f"own message ({one_line(error)})"
+            f"rank {os.environ['RANK']}: another rank has stopped or cannot be reached "
+            f"({one_line(error)}); see the messages of the other ranks"
         ) from error

@@ -32,7 +32,7 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     frozen = set()
     for parameter in model.parameters():
-        if parameter.requires_grad:  # `fully_shard` moves it to the device, but not channels_last
+        if parameter.requires_grad:  # `fully_shard` moves it, but rejects channels_last tensors
             parameter.data = parameter.data.contiguous()
         else:
             parameter.data = parameter.data.to(device)
@@ -86,9 +86,9 @@ def save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 def load_shards(folder: Path, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Read the files of `save_shards`, on any number of ranks, also without `torchrun`.
 
-    Each tensor takes the sharding of the tensor in `likes` with the same name, or with the same
-    name without a final `/QUANTITY`, if both have the same shape. Tensors that are scalars in
-    `likes` become scalars again.
+    A tensor is sharded in the same way as the tensor in `likes` with the same name and shape. A
+    `/QUANTITY` at the end of its name, as in optimiser states, is ignored for this. Tensors that
+    are scalars in `likes` are returned as scalars.
     """
     _require_torch()
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -102,8 +102,8 @@ def load_shards(folder: Path, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         dtype = entry.properties.dtype
         like = likes.get(name, likes.get(name.rpartition("/")[0]))
         # The step count of a parameter with one element has the same shape, but is not sharded.
-        alike = like is not None and like.shape == entry.size and like.numel() > 1
-        if like is not None and alike and is_sharded(like):
+        same_shape = like is not None and like.shape == entry.size and like.numel() > 1
+        if like is not None and same_shape and is_sharded(like):
             tensors[name] = torch.empty_like(like, dtype=dtype)
         else:
             tensors[name] = torch.empty(entry.size, dtype=dtype)

@@ -88,9 +88,9 @@ def load_checkpoint(
     state = load_json(path / STATE)
     try:
         saved = _load_parts(path, model, ema)
-        for part, own in {"model": changing_tensors(model), "ema": ema.averages}.items():
-            for name in sorted(own.keys() | saved[part].keys()):
-                own[name].copy_(placed_like(saved[part][name], own[name]))
+        for part, current in {"model": changing_tensors(model), "ema": ema.averages}.items():
+            for name in sorted(current.keys() | saved[part].keys()):
+                current[name].copy_(placed_like(saved[part][name], current[name]))
         optimizers.load_tensors(saved["optimizer"])
         ema.updates = torch.tensor(state.pop("ema_updates"), dtype=torch.float64)
     except (KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
@@ -114,8 +114,9 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
         notices.append(f"{path} is damaged ({fault}): continuing from the checkpoint before it")
     if notices:
         raise DriveSimError(
-            f"{folder}: every checkpoint is damaged, {notices[0].partition(': ')[0]}; restore one "
-            "from a copy, or start again with another `run`"
+            f"{folder}: every checkpoint is damaged, for example "
+            f"{notices[0].partition(': ')[0]}; restore one from a copy, or start again with "
+            "another `run`"
         )
     return None, []
 
@@ -157,7 +158,7 @@ def remove_after(path: Path) -> None:
 
 
 def prune(folder: Path, *, keep_last: int, best_step: int | None) -> None:
-    """Delete all checkpoints except the newest `keep_last` and the best, and unfinished ones."""
+    """Delete unfinished checkpoints, and all others except the newest `keep_last` and the best."""
     for path in checkpoints(folder)[:-keep_last]:
         if step_of(path) != best_step:
             shutil.rmtree(path)
@@ -178,10 +179,10 @@ def _files(path: Path) -> list[Path]:
 
 
 def _save_checksums(path: Path, ranks: Ranks) -> None:
-    """Write the checksums of all files. The ranks share the work, because large files take time."""
+    """Write the checksums of all files. The ranks share the work, because hashing is slow."""
     ranks.barrier()  # wait until all ranks have written their files
-    own = _files(path)[ranks.rank :: ranks.size]
-    shares = ranks.gather({file.name: sha256_of(file) for file in own})
+    own_files = _files(path)[ranks.rank :: ranks.size]
+    shares = ranks.gather({file.name: sha256_of(file) for file in own_files})
     if ranks.is_main:
         digests = {name: digest for share in shares for name, digest in share.items()}
         # On a network file system, a rank may not have seen all files yet.
@@ -191,9 +192,9 @@ def _save_checksums(path: Path, ranks: Ranks) -> None:
 
 @contextmanager
 def _shared_folder(path: Path, ranks: Ranks) -> Iterator[Path]:
-    """Yield the temporary folder of an `atomic_folder` on the main rank to all ranks."""
-    theirs = temporary_beside(path, ranks.from_main(os.getpid))
-    with atomic_folder(path) if ranks.is_main else nullcontext(theirs) as temporary:
+    """Yield the same temporary folder on all ranks. On the main rank it is an `atomic_folder`."""
+    same_folder = temporary_beside(path, ranks.from_main(os.getpid))
+    with atomic_folder(path) if ranks.is_main else nullcontext(same_folder) as temporary:
         ranks.barrier()
         yield temporary
 
@@ -211,7 +212,7 @@ def state_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _load_parts(path: Path, model: nn.Module, ema: Ema) -> dict[str, dict[str, Tensor]]:
-    """Return the saved tensors by part and name. Those of a sharded run are sharded as `model`."""
+    """Return the saved tensors by part and name, sharded in the same way as `model` if needed."""
     if not any(path.glob(SHARDS)):
         return {part: load_file(path / f"{part}.safetensors") for part in _PARTS}
     likes: dict[str, Tensor] = {f"ema/{name}": average for name, average in ema.averages.items()}

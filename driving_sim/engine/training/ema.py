@@ -30,16 +30,16 @@ class Ema:
     @torch.no_grad()
     def update(self, skipped: Tensor | None = None) -> None:
         """Move the averages towards the present parameters, unless the scalar `skipped` is 1."""
-        taken = 1.0 if skipped is None else 1.0 - skipped.double()
-        self.updates = self.updates + taken
+        applied = 1.0 if skipped is None else 1.0 - skipped.double()
+        self.updates = self.updates + applied
         decay = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
-        weight = ((1.0 - decay) * taken).float()
+        weight = ((1.0 - decay) * applied).float()
         for name, average in self.averages.items():
             average.lerp_(self._parameters[name], weight.to(average.device))
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Give the module the averaged parameters in this context, and restore its own at the end."""
+        """Give the module the averaged parameters in this context, and restore its own after it."""
         self._exchange()
         try:
             yield

@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopNow(BaseException):
-    """Stops the work inside `StopRequest.interruptible`. Like KeyboardInterrupt, it is no error."""
+    """Raised to stop the work inside `StopRequest.interruptible`. It does not mean an error."""
 
 
 class StopRequest:

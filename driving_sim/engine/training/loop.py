@@ -54,11 +54,12 @@ if TYPE_CHECKING:
 MAX_SKIPPED_IN_A_ROW = 20
 """Number of successive steps without a finite loss after which the run stops with an error."""
 COUNT_SKIPPED_EVERY = 20
-"""Number of steps after which a run on a GPU reads how many steps were skipped, at the latest."""
+"""Maximum number of steps between two reads of the number of skipped steps from a GPU."""
 FIRST_STEPS = 5
 """Number of steps after which a run prints how long it will take."""
 WARM_UP_STEPS = 2
-"""Number of first steps that are not timed, because they compile kernels and allocate memory."""
+"""Number of first steps that the time estimate ignores, because they also set up kernels and
+memory."""
 _ADDED_TO_PROVISIONAL = 100.0
 """Number that earlier versions added to provisional scores, instead of marking them."""
 
@@ -215,8 +216,8 @@ class _Loop:
     def choose_precision(self) -> None:
         """Choose the number format. A resumed run on the same kind of device keeps its format."""
         state, device = self.state, self.stepper.device
-        kept = self.config.precision == "auto" and state.device == device.type
-        name = state.precision if kept else str(self.config.precision)
+        is_kept = self.config.precision == "auto" and state.device == device.type
+        name = state.precision if is_kept else str(self.config.precision)
         self.stepper.dtype = self.ranks.from_main(lambda: resolve_precision(name, device))
         state.precision, state.device = name_of(self.stepper.dtype), device.type
 
@@ -308,7 +309,7 @@ class _Loop:
             self.log.advance(position)
 
     def _say_how_long(self, log: "RunLog", seconds: float) -> None:
-        """Print the time left after the first steps, or if `min_steps` need more than `minutes`.
+        """Print how long the run will take, after the first steps or once `minutes` are over.
 
         `seconds` is the duration of the last step.
         """

@@ -177,9 +177,9 @@ class Optimizers:
             group["lr"] = learning_rate * group["lr_scale"]
 
     def clip_gradients(self, limit: float) -> dict[str, Tensor]:
-        """Clip the gradients of each player to the L2 norm `limit`. Return the norms by player.
+        """Clip the gradients of each player to the L2 norm `limit`.
 
-        These are the norms before clipping.
+        Return the norms before clipping, by player.
         """
         players: dict[str, list[Tensor]] = {}
         for group in self.groups:

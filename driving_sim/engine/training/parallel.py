@@ -1,4 +1,4 @@
-"""Set up how the passes of a model run: on several ranks, with recomputation, compiled."""
+"""Prepare a model for training on several ranks, with recomputation or with compilation."""
 
 import os
 import shutil
@@ -62,7 +62,7 @@ def parallel(
 
 
 def _let_signals_in(_module: nn.Module, _inputs: object, output: object) -> None:
-    """Add a Python hook to the backward pass. Python cannot handle signals while C++ runs."""
+    """Add a Python hook to the backward pass, which otherwise runs in C++ and blocks signals."""
     if isinstance(output, Tensor) and output.grad_fn is not None:
         output.register_hook(_pass)  # type: ignore[no-untyped-call]
 

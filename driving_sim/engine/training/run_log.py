@@ -25,7 +25,7 @@ METRICS = "metrics.jsonl"
 LINES = "log.txt"
 TENSORBOARD = "tensorboard"
 _SHOWN = ("bits_per_token", "loss")
-"""Metrics that may be shown beside the progress. Of those in the latest row, the first is shown."""
+"""Metrics to show beside the progress. If a row has both, the first one is shown."""
 
 
 class RunLog:
@@ -99,9 +99,9 @@ def run_log(
     """Yield the log of the training run in the folder `run`.
 
     `start_step` is the step from which the run continues. Rows that an interrupted run logged after
-    this step are deleted, because they will be logged again. Validations are deleted only after
-    `validated_step`, which defaults to `start_step`. `total` is the number of steps, or None if it
-    is unknown.
+    this step are deleted, because they will be logged again. Rows of validations are deleted if
+    they are later than `validated_step`, which defaults to `start_step`. `total` is the number of
+    steps, or None if it is unknown.
     """
     _drop_rows_after(
         run / METRICS, start_step, start_step if validated_step is None else validated_step
@@ -139,9 +139,9 @@ def _drop_rows_after(path: Path, step: int, validated_step: int) -> None:
     if not path.exists():
         return
     with path.open(encoding="utf-8") as rows:
-        kept = [row for row in rows if _is_before(row, step, validated_step)]
+        kept_rows = [row for row in rows if _is_before(row, step, validated_step)]
     with atomic_file(path) as temporary:  # `path` is closed here: Windows replaces no open file
-        temporary.write_text("".join(kept), "utf-8")
+        temporary.write_text("".join(kept_rows), "utf-8")
 
 
 def _is_before(row: str, step: int, validated_step: int) -> bool:

@@ -33,7 +33,10 @@ class Meter:
         self._sums: dict[str, Tensor] = {}  # by name: the sum of the values, and their number
 
     def add(self, values: Mapping[str, Tensor], skipped: Tensor) -> None:
-        """Add scalar tensors by name, unless the scalar `skipped` is 1. Names may vary."""
+        """Add scalar tensors by name, unless the scalar `skipped` is 1.
+
+        Not every call needs to have all names.
+        """
         for name, value in values.items():
             value = value.detach().float().to(skipped.device)
             pair = torch.stack([value, torch.ones_like(value)]).where(skipped == 0, 0.0)
@@ -89,9 +92,9 @@ class Stepper:
     ) -> Iterator[tuple[int, Batch]]:
         """Yield this rank's batches with their numbers, from `step` to the end of the run.
 
-        `first` is the number of the first batch in `step`. The ranks take turns, so that the data
-        of a step depends only on its number of batches, whatever the number of ranks.
-        `worker_init` runs in each data worker.
+        `first` is the number of the first batch in `step`. The ranks take turns, so that more ranks
+        see the same data as one rank that accumulates more batches. `worker_init` runs in each data
+        worker.
         """
         left = None if self.config.steps is None else self.config.steps - step
         stop = sys.maxsize if left is None else first + left * self.batches_per_step
@@ -121,7 +124,8 @@ class Stepper:
 
         If the loss or a gradient is not finite, the device skips the step: weights, averages and
         optimiser states do not change, and `skips` counts the step. The forward and backward
-        passes run inside `interruptible`, which may raise `StopNow`. Then nothing changes either.
+        passes run inside `interruptible`, which may raise `StopNow`. In that case nothing has
+        changed.
         """
         adjust_threads(self.device)
         config = self.config
@@ -181,11 +185,11 @@ class Stepper:
             (changing_tensors(self.model), self._whole),
             (self.ema.averages, averaged),
         ):
-            own = {} if target is None else target.state_dict()
+            target_state = {} if target is None else target.state_dict()
             for name, tensor in tensors.items():
                 complete = whole(tensor)
                 if target is not None:
-                    own[name].copy_(complete)
+                    target_state[name].copy_(complete)
 
     def _backward(
         self, batches: Iterator[tuple[int, Batch]], step: int, position: float

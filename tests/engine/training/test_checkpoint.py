@@ -187,14 +187,14 @@ def test_damage_is_detected_and_the_previous_checkpoint_is_used(
 ) -> None:
     run = Run(0)
     run.step(0)
-    whole, newest = run.save(tmp_path, 1), run.save(tmp_path, 2)
+    previous, newest = run.save(tmp_path, 1), run.save(tmp_path, 2)
     assert newest_whole(tmp_path) == (newest, [])
     damaged(newest / name)
     path, (notice,) = newest_whole(tmp_path)
-    assert path == whole
+    assert path == previous
     assert notice.startswith(f"{newest} is damaged (")
     assert "\n" not in notice
-    damaged(whole / name)
+    damaged(previous / name)
     with pytest.raises(DriveSimError, match=r"every checkpoint is damaged, .*step-00000002"):
         newest_whole(tmp_path)
 

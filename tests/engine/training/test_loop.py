@@ -61,16 +61,16 @@ class InterruptingBatches(TinyBatches):
 
 
 def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    result = tiny_train(whole)
+    uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
+    result = tiny_train(uninterrupted)
     with pytest.raises(Interrupted, match=r"step 15.*`resume`") as stopped:
-        tiny_train(parts, dataset=InterruptingBatches())
+        tiny_train(interrupted, dataset=InterruptingBatches())
     assert stopped.value.exit_code == 128 + signal.SIGINT
-    assert checkpoint_steps(parts)[-1] == 15
-    resumed = tiny_train(parts, resume=True)
-    assert_same(checkpoint_tensors(whole, 30), checkpoint_tensors(parts, 30))
-    assert_same(load_file(whole / EXPORTED), load_file(parts / EXPORTED))
-    assert metric_rows(whole) == metric_rows(parts)
+    assert checkpoint_steps(interrupted)[-1] == 15
+    resumed = tiny_train(interrupted, resume=True)
+    assert_same(checkpoint_tensors(uninterrupted, 30), checkpoint_tensors(interrupted, 30))
+    assert_same(load_file(uninterrupted / EXPORTED), load_file(interrupted / EXPORTED))
+    assert metric_rows(uninterrupted) == metric_rows(interrupted)
     assert (resumed.best_score, resumed.best_step, resumed.steps) == (
         result.best_score,
         result.best_step,
@@ -87,16 +87,16 @@ def test_resumed_after_a_kill_equals_uninterrupted(tmp_path: Path) -> None:
                 raise RuntimeError("killed")
             return super().__getitem__(number)
 
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    tiny_train(whole, save_every=7)
+    uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
+    tiny_train(uninterrupted, save_every=7)
     with pytest.raises(RuntimeError, match="killed"):
-        tiny_train(parts, save_every=7, dataset=KillingBatches())
-    assert checkpoint_steps(parts)[-1] == 21
-    with (parts / "metrics.jsonl").open("a") as rows:
+        tiny_train(interrupted, save_every=7, dataset=KillingBatches())
+    assert checkpoint_steps(interrupted)[-1] == 21
+    with (interrupted / "metrics.jsonl").open("a") as rows:
         rows.write('{"step": 26, "pha')
-    tiny_train(parts, save_every=7, resume=True)
-    assert_same(checkpoint_tensors(whole, 30), checkpoint_tensors(parts, 30))
-    assert metric_rows(whole) == metric_rows(parts)
+    tiny_train(interrupted, save_every=7, resume=True)
+    assert_same(checkpoint_tensors(uninterrupted, 30), checkpoint_tensors(interrupted, 30))
+    assert metric_rows(uninterrupted) == metric_rows(interrupted)
 
 
 def damage_newest(run: Path) -> Path:
@@ -110,20 +110,20 @@ def damage_newest(run: Path) -> Path:
 def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    tiny_train(whole)
+    uninterrupted, run = tmp_path / "uninterrupted", tmp_path / "run"
+    tiny_train(uninterrupted)
     tiny_train(run)
     damaged = damage_newest(run)
     capsys.readouterr()
     tiny_train(run, resume=True)
-    said = [line for line in capsys.readouterr().err.splitlines() if " is damaged " in line]
-    assert said == [
+    messages = [line for line in capsys.readouterr().err.splitlines() if " is damaged " in line]
+    assert messages == [
         line for line in (run / "log.txt").read_text().splitlines() if " is damaged " in line
     ]
-    assert len(said) == 1
-    assert said[0].startswith(str(damaged))
-    assert_same(checkpoint_tensors(whole, 30), checkpoint_tensors(run, 30))
-    assert metric_rows(whole) == metric_rows(run)
+    assert len(messages) == 1
+    assert messages[0].startswith(str(damaged))
+    assert_same(checkpoint_tensors(uninterrupted, 30), checkpoint_tensors(run, 30))
+    assert metric_rows(uninterrupted) == metric_rows(run)
     for path in (run / "checkpoints").iterdir():
         assert damage(path) is None
 
@@ -269,8 +269,8 @@ def test_sigterm_saves_and_resumes(tmp_path: Path) -> None:
     stopped_at = checkpoint_steps(run)[-1]
     assert 5 <= stopped_at < 30
     tiny_train(run, resume=True)
-    tiny_train(tmp_path / "whole")
-    assert_same(checkpoint_tensors(tmp_path / "whole", 30), checkpoint_tensors(run, 30))
+    tiny_train(tmp_path / "uninterrupted")
+    assert_same(checkpoint_tensors(tmp_path / "uninterrupted", 30), checkpoint_tensors(run, 30))
 
 
 def ask_to_stop(within: str) -> None:
@@ -323,32 +323,32 @@ def test_interrupted_work_leaves_no_traces(stop_step: int, within: str, tmp_path
             ask_to_stop("validation")
         return validate(model)
 
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    tiny_train(whole, model=SlowModel())
+    uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
+    tiny_train(uninterrupted, model=SlowModel())
     with pytest.raises(Interrupted, match=rf"step {stop_step} .*`resume`") as stopped:
         tiny_train(
-            parts,
+            interrupted,
             model=SlowModel(stop_step if "ward" in within else -1, within),
             dataset=SlowBatches(),
             validate=slow_validate,
         )
     assert stopped.value.exit_code == 128 + signal.SIGTERM
     if stop_step:
-        assert checkpoint_steps(parts)[-1] == stop_step
-        assert checkpoint_tensors(parts, stop_step)["model/last"] == stop_step - 1
-    tiny_train(parts, model=SlowModel(), resume=True)
-    assert_same(checkpoint_tensors(whole, 30), checkpoint_tensors(parts, 30))
-    assert_same(load_file(whole / EXPORTED), load_file(parts / EXPORTED))
-    assert metric_rows(whole) == metric_rows(parts)
+        assert checkpoint_steps(interrupted)[-1] == stop_step
+        assert checkpoint_tensors(interrupted, stop_step)["model/last"] == stop_step - 1
+    tiny_train(interrupted, model=SlowModel(), resume=True)
+    assert_same(checkpoint_tensors(uninterrupted, 30), checkpoint_tensors(interrupted, 30))
+    assert_same(load_file(uninterrupted / EXPORTED), load_file(interrupted / EXPORTED))
+    assert metric_rows(uninterrupted) == metric_rows(interrupted)
 
 
 def test_an_interrupted_step_does_not_change_the_logged_learning_rate(tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    tiny_train(whole, log_every=1)
+    uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
+    tiny_train(uninterrupted, log_every=1)
     with pytest.raises(Interrupted):
-        tiny_train(parts, model=SlowModel(13, "forward"))
-    last = metric_rows(parts)[-1]
-    (expected,) = (row for row in metric_rows(whole) if row["step"] == 13)
+        tiny_train(interrupted, model=SlowModel(13, "forward"))
+    last = metric_rows(interrupted)[-1]
+    (expected,) = (row for row in metric_rows(uninterrupted) if row["step"] == 13)
     assert last["step"] == 13
     assert last["learning_rate"] == expected["learning_rate"]
 
@@ -465,8 +465,8 @@ def test_a_run_exceeds_its_minutes_until_min_steps_are_taken(
     assert tiny_train(run, minutes=1.1, min_steps=least, **options).steps == steps
     rates = [row["learning_rate"] for row in metric_rows(run) if "loss" in row]
     assert rates[-1] < 0.1 * max(rates)
-    said = [line for line in capsys.readouterr().err.splitlines() if "minutes are over" in line]
-    assert said == (
+    messages = [line for line in capsys.readouterr().err.splitlines() if "minutes are over" in line]
+    assert messages == (
         []
         if steps == 17
         else ["1.1 minutes are over after 18 steps; this training needs 30 steps: about 1 min more"]
@@ -679,10 +679,10 @@ def test_a_run_with_steps_prints_once_how_long_it_will_take(
     tiny_train(tmp_path / "steps", steps=30)
     tiny_train(tmp_path / "minutes", minutes=50)
 
-    def said(run: Path) -> list[str]:
+    def messages(run: Path) -> list[str]:
         return [line for line in (run / "log.txt").read_text().splitlines() if "to go" in line]
 
-    assert said(tmp_path / "steps") == ["25 steps to go at 100 s a step: about 42 minutes"]
-    assert said(tmp_path / "minutes") == []
+    assert messages(tmp_path / "steps") == ["25 steps to go at 100 s a step: about 42 minutes"]
+    assert messages(tmp_path / "minutes") == []
     tiny_train(tmp_path / "steps", steps=60, resume=True)
-    assert said(tmp_path / "steps")[1:] == ["25 steps to go at 100 s a step: about 42 minutes"]
+    assert messages(tmp_path / "steps")[1:] == ["25 steps to go at 100 s a step: about 42 minutes"]

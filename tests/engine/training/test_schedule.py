@@ -44,7 +44,7 @@ def test_no_warm_up() -> None:
 
 @given(limit=st.floats(1.0, 1e4), share=st.floats(1e-3, 2.0), slow_start=st.floats(1.0, 1.5))
 def test_timed_run_ends_on_time(limit: float, share: float, slow_start: float) -> None:
-    """Only a single first step may end late, and there is no time left for one more step."""
+    """Only a run of one step may end late, and no time is left for another step."""
     step_seconds = share * limit
     seconds, steps, position = 0.0, 0, 0.0
     while position <= 1.0:
