@@ -86,9 +86,9 @@ def save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 def load_shards(folder: Path, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Read the files of `save_shards`, on any number of ranks, also without `torchrun`.
 
-    A tensor is sharded in the same way as the tensor in `likes` with the same name and shape. A
-    `/QUANTITY` at the end of its name, as in optimiser states, is ignored for this. Tensors that
-    are scalars in `likes` are returned as scalars.
+    A tensor is sharded in the same way as the tensor in `likes` with the same name and shape. An
+    optimiser state, named `PARAMETER/QUANTITY`, is sharded like its parameter. Tensors that are
+    scalars in `likes` are returned as scalars.
     """
     _require_torch()
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader

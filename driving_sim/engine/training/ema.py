@@ -11,8 +11,8 @@ class Ema:
     """Averages the trainable parameters of `module`, but not its buffers and frozen weights.
 
     After n updates the decay is min(decay, (1 + n) / (10 + n)), as in TensorFlow's
-    ExponentialMovingAverage, so that the average of a short run is not close to the initial
-    weights. `averages` maps parameter names to averages. `updates`, a float64 scalar, is n.
+    ExponentialMovingAverage. Without this, the average of a short run would stay close to the
+    initial weights. `averages` maps parameter names to averages. `updates`, a float64 scalar, is n.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:

@@ -221,7 +221,7 @@ class Optimizers:
             if quantity == "step":  # only fused kernels need the step count on the device
                 count = tensor.reshape(())
                 value = count.to(parameter.device) if self._fused else count
-            else:  # fused kernels need the memory format of the parameter
+            else:  # fused kernels require the same memory format as that of the parameter
                 value = torch.empty_like(parameter, dtype=tensor.dtype)
                 value.copy_(placed_like(tensor, parameter))
             self._owners[parameter].state[parameter][quantity] = value

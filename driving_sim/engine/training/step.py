@@ -151,7 +151,8 @@ class Stepper:
         count = skipped.long()
         self.skips = torch.stack([self.skips[0] + count, (self.skips[1] + 1) * count])
         if self._step_before is not None:
-            # This lets the device fall at most one step behind, so that measured times are right.
+            # The CPU waits here if it is more than one step ahead of the GPU, so that the measured
+            # step times are right.
             self._step_before.synchronize()
             self._step_before.record()
 
