@@ -1,1 +1,1 @@
-"""What both models share: configuration, training, checkpoints, logging, errors, safe files."""
+"""Code that both models share: configs, training, checkpoints, logs, errors and atomic files."""

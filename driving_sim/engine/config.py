@@ -1,8 +1,8 @@
-"""Configs: frozen dataclasses, checked field by field, to and from dicts, YAML and `a.b=c`.
+"""Configs: frozen dataclasses with checked fields, read from dicts, YAML and `a.b=c` assignments.
 
-`@config` makes a class one. Its fields' annotations say what is allowed, and pydantic holds every
-instance to them, whether Python makes it or a file: an error is one line that names the field, what
-is allowed and what was found.
+The decorator `@config` turns a class into a config. The annotations of its fields say which values
+are allowed. pydantic checks every instance, whether it is created in Python or read from a file. An
+error message is one line that names the field, the allowed values and the wrong value.
 """
 
 import dataclasses
@@ -38,30 +38,31 @@ if TYPE_CHECKING:
 C = TypeVar("C")
 T = TypeVar("T", bound="DataclassInstance")
 
-_MOST = 2**63 - 1  # what an array, or a file's header, can hold
+_MOST = 2**63 - 1  # the largest int64, because arrays and file headers hold no larger numbers
 
 Int64 = Annotated[int, Field(ge=-_MOST - 1, le=_MOST)]
-"""A whole number of 64 bits."""
+"""A signed 64-bit integer."""
 Natural = Annotated[int, Field(ge=0, le=_MOST)]
-"""A whole number, 0 or more."""
+"""An integer of 0 or more."""
 Count = Annotated[int, Field(ge=1, le=_MOST)]
-"""A whole number, 1 or more."""
+"""An integer of 1 or more."""
 NonNegative = Annotated[float, Field(ge=0)]
-"""A number, 0 or more."""
+"""A finite number of 0 or more."""
 Positive = Annotated[float, Field(gt=0)]
-"""A number above 0."""
+"""A finite number greater than 0."""
 Share = Annotated[float, Field(ge=0, le=1)]
-"""A number from 0 to 1."""
+"""A number from 0 to 1, both included."""
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
-"""A number from 0 to below 1."""
+"""A number from 0 (included) to 1 (excluded)."""
 InnerShare = Annotated[float, Field(gt=0, lt=1)]
-"""A number between 0 and 1, neither of them."""
+"""A number between 0 and 1, both excluded."""
 
-# Nothing is converted but what JSON cannot tell apart: lists to tuples, whole numbers to floats.
+# Values are not converted, with two exceptions that JSON requires: lists become tuples, and
+# integers become floats.
 _RULES = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 _PLAIN_NAME = re.compile(r"[\w./~ -]{1,80}")
-_UNKNOWN, _MISSING = "unexpected_keyword_argument", "missing"  # pydantic's kinds of errors
+_UNKNOWN, _MISSING = "unexpected_keyword_argument", "missing"  # error types of pydantic
 _WORDS = {"Input should": "must", "a valid array": "a list", "an object": "a mapping"}
 
 
@@ -69,61 +70,62 @@ _WORDS = {"Input should": "must", "a valid array": "a list", "an object": "a map
     kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,)
 )
 def config(cls: type[C]) -> type[C]:
-    """Make a class a frozen dataclass with slots, whose fields are checked when it is made.
+    """Turn a class into a frozen dataclass with slots that checks its fields on creation.
 
-    They hold what their annotations say, strictly: no bool for an int, no text for a number, and
-    only finite floats. `__post_init__` checks what concerns several of them, by `require`. Raises
-    ValueError.
+    A value must match the annotation of its field strictly: a bool is not an int, a string is not
+    a number, and floats must be finite. To check several fields together, call `require` in
+    `__post_init__`. A wrong value raises ValueError.
     """
-    made: Any = checked_dataclass(cls, frozen=True, kw_only=True, slots=True, config=_RULES)
-    check_fields = made.__init__
+    checked: Any = checked_dataclass(cls, frozen=True, kw_only=True, slots=True, config=_RULES)
+    check_fields = checked.__init__
 
     @functools.wraps(check_fields)
     def __init__(self: C, **values: Any) -> None:  # noqa: N807
         try:
             check_fields(self, **values)
         except ValidationError as error:
-            mistake = _mistake(error, made, values, "")
+            mistake = _first_mistake(error, checked, values, "")
             raise ValueError(mistake.lstrip(".: ")) from None
 
-    made.__init__ = __init__
-    return typing.cast("type[C]", made)
+    checked.__init__ = __init__
+    return typing.cast("type[C]", checked)
 
 
 def require(config: object, name: str, holds: bool, allowed: str) -> None:
-    """Raise ValueError, which names the field and what it must be, unless its value `holds`."""
+    """Raise ValueError if `holds` is false, naming the field, its value and what is `allowed`."""
     if not holds:
         raise ValueError(f"{name}: must be {allowed}, found {shown(getattr(config, name))}")
 
 
 def from_dict(cls: type[T], values: object, where: str = "config") -> T:
-    """Build a dataclass, nested ones included, from plain values.
+    """Build a dataclass, which may contain other dataclasses, from plain values.
 
-    Understands what JSON holds: bool, int, float, str, Literal, unions, tuples, lists, dicts and
-    dataclasses. Raises `DriveSimError` naming `where` and the key for an unknown key (with the
-    nearest known one), a missing one, a wrong type, and a value that is not allowed.
+    Fields may be bool, int, float, str, Literal, unions, tuples, lists, dicts and dataclasses.
+    Raises `DriveSimError`, naming `where` and the key, if a key is missing or unknown (the message
+    suggests the nearest known key), or if a value has the wrong type or is not allowed.
     """
     try:
-        # As JSON, for then pydantic takes lists for tuples and is strict all the same.
-        text = json.dumps(values, ensure_ascii=False, default=_refuse).encode("utf-8")
-        made: T = _reader(cls).validate_json(text)
+        # When pydantic reads JSON, it accepts lists for tuples and is otherwise still strict.
+        text = json.dumps(values, ensure_ascii=False, default=_refuse_value).encode("utf-8")
+        instance: T = _type_adapter(cls).validate_json(text)
     except ValidationError as error:
-        raise DriveSimError(_mistake(error, cls, values, where)) from None
+        raise DriveSimError(_first_mistake(error, cls, values, where)) from None
     except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
         raise DriveSimError(f"{where}: {one_line(error)}") from error
-    return made
+    return instance
 
 
 def to_dict(config: "DataclassInstance") -> dict[str, Any]:
-    """The config as nested dicts, lists and scalars: what JSON and YAML can hold."""
-    plain: dict[str, Any] = _reader(type(config)).dump_python(config, mode="json")
+    """Return the config as nested dicts, lists and scalars, which JSON and YAML can store."""
+    plain: dict[str, Any] = _type_adapter(type(config)).dump_python(config, mode="json")
     return plain
 
 
 def resolve(config: T, *, file: Path | None = None, assignments: Sequence[str] = ()) -> T:
-    """Overlay a YAML file, then `a.b=c` assignments (values read as YAML), on a preset.
+    """Return `config` overridden first by a YAML file, and then by `a.b=c` assignments.
 
-    Raises `DriveSimError` naming the file or the assignment.
+    The value of an assignment is parsed as YAML. Raises `DriveSimError`, naming the file or the
+    assignment.
     """
     if file is not None:
         merged = _merge(to_dict(config), load_yaml(file))
@@ -137,15 +139,16 @@ def resolve(config: T, *, file: Path | None = None, assignments: Sequence[str] =
 
 
 def save_json(path: Path, mapping: Mapping[str, Any]) -> None:
-    """Write readable JSON atomically; NaN and infinities, which JSON lacks, are a `ValueError`."""
+    """Write indented JSON atomically. Raises ValueError for NaN and infinities."""
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(mapping, indent=2, allow_nan=False) + "\n", "utf-8")
 
 
 def load_json(path: Path, *, most_bytes: int | None = None) -> dict[str, Any]:
-    """Read a JSON object; `DriveSimError` where the file is missing or holds something else.
+    """Read a JSON object. Raises `DriveSimError` if the file is missing or holds anything else.
 
-    `most_bytes` refuses larger files; without it any is read, as an index may list millions.
+    Files larger than `most_bytes` are refused. By default there is no limit, because an index may
+    have millions of entries.
     """
     text = _read_text(path, most_bytes)
     try:
@@ -156,13 +159,13 @@ def load_json(path: Path, *, most_bytes: int | None = None) -> dict[str, Any]:
 
 
 def save_yaml(path: Path, mapping: Mapping[str, Any]) -> None:
-    """Write YAML atomically, keys in their own order."""
+    """Write YAML atomically, with the keys in the order of `mapping`."""
     with atomic_file(path) as temporary:
         temporary.write_text(yaml.dump(dict(mapping), Dumper=YamlDumper, sort_keys=False), "utf-8")
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; an empty file is an empty one."""
+    """Read a YAML mapping. An empty file counts as an empty mapping."""
     text = _read_text(path, MOST_YAML_BYTES)
     try:
         mapping = parse_yaml(text)
@@ -174,14 +177,14 @@ def load_yaml(path: Path) -> dict[str, Any]:
 def _read_text(path: Path, most_bytes: int | None) -> str:
     try:
         with path.open("rb") as file:
-            # A device may have no end; a pipe (the shell's `<(...)`) has one.
+            # Reading a device such as /dev/zero may never end, so reading one needs a limit.
             if most_bytes is None and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise DriveSimError(f"cannot read {path}: not a file")
             content = file.read(-1 if most_bytes is None else most_bytes + 1)
         if most_bytes is not None and len(content) > most_bytes:
-            raise DriveSimError(f"{path}: larger than the {most_bytes} bytes that it may have")
+            raise DriveSimError(f"{path}: larger than the limit of {most_bytes} bytes")
         return content.decode("utf-8")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a zero byte in the path
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a null byte in the path
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise DriveSimError(f"cannot read {path}: {reason}") from error
 
@@ -195,9 +198,9 @@ def _expect_mapping(path: Path, value: object) -> dict[str, Any]:
 def _merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in overlay.items():
-        below = merged.get(key)
-        both = isinstance(value, Mapping) and isinstance(below, Mapping)
-        merged[key] = _merge(below, value) if both else value  # type: ignore[arg-type]
+        base_value = merged.get(key)
+        are_mappings = isinstance(value, Mapping) and isinstance(base_value, Mapping)
+        merged[key] = _merge(base_value, value) if are_mappings else value  # type: ignore[arg-type]
     return merged
 
 
@@ -218,21 +221,21 @@ def _parse_assignment(assignment: str) -> dict[str, Any]:
 
 
 @functools.cache
-def _reader(cls: type[T]) -> TypeAdapter[T]:
-    if "__pydantic_config__" not in vars(cls):  # a plain dataclass is read by the same rules
+def _type_adapter(cls: type[T]) -> TypeAdapter[T]:
+    if "__pydantic_config__" not in vars(cls):  # apply the same rules to a plain dataclass
         cls.__pydantic_config__ = _RULES  # type: ignore[attr-defined]
     return TypeAdapter(cls)
 
 
-def _refuse(value: object) -> None:
+def _refuse_value(value: object) -> None:
     raise ValueError(f"must be a number, text, a list or a mapping, found {shown(value)}")
 
 
-def _mistake(error: ValidationError, cls: type, values: object, where: str) -> str:
-    """Say in one line what is wrong with the first field at fault, and where it is."""
-    # A misspelt key is also one that is missing: how it is spelt comes first.
+def _first_mistake(error: ValidationError, cls: type, values: object, where: str) -> str:
+    """Return one line that says what is wrong with the first invalid field, and where it is."""
+    # A misspelt key often leaves another key missing, so unknown keys are reported first.
     order = {_UNKNOWN: 0, _MISSING: 1}
-    first = min(error.errors(include_url=False), key=lambda each: order.get(each["type"], 2))
+    first = min(error.errors(include_url=False), key=lambda detail: order.get(detail["type"], 2))
     owner, name, parent, place = cls, "", where, where
     for step in first["loc"]:
         if isinstance(values, Mapping):
@@ -250,14 +253,14 @@ def _mistake(error: ValidationError, cls: type, values: object, where: str) -> s
         message = f"{place}.{one_line(first['ctx']['error'])}"
     else:
         reason = first["msg"]
-        for theirs, ours in _WORDS.items():
-            reason = reason.replace(theirs, ours)
+        for phrase, replacement in _WORDS.items():
+            reason = reason.replace(phrase, replacement)
         message = f"{place}: {one_line(reason)}, found {shown(first['input'])}"
     return message
 
 
 def _dataclasses_in(hint: Any) -> Iterator[type]:
-    """The dataclasses among an annotation and its parts."""
+    """Yield the dataclasses in an annotation, including those in its type arguments."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         yield hint
     for part in typing.get_args(hint):
@@ -265,7 +268,7 @@ def _dataclasses_in(hint: Any) -> Iterator[type]:
 
 
 def _known_keys(cls: type) -> Iterator[str]:
-    """Every key of a dataclass and, dotted, of the ones in it."""
+    """Yield every key of a dataclass, and the keys of nested dataclasses in the form `a.b`."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         yield field.name
@@ -274,7 +277,7 @@ def _known_keys(cls: type) -> Iterator[str]:
 
 
 def _key_name(key: object) -> str:
-    """A key that a file named, as messages show it: few are more than a plain name."""
+    """Return a key as messages show it: unchanged if it is a plain name, otherwise quoted."""
     name = key if isinstance(key, str) else shown(key)
     return name if _PLAIN_NAME.fullmatch(name) else shown(name)
 
@@ -283,22 +286,23 @@ def _nearest_key(cls: type, key: str) -> str:
     def likeness(known: str) -> tuple[bool, bool, float, int]:
         last = known.rpartition(".")[2]
         short = _is_shortened(key.replace("_", ""), last.split("_"))
-        # `ctx` for `context_frames`: letters left out, but not the first.
+        # Abbreviations such as `ctx` for `context_frames` keep the first letter and the order of
+        # the letters.
         letters = iter(last)
         sparse = key[:1] == last[:1] and all(letter in letters for letter in key)
         ratio = difflib.SequenceMatcher(None, key, last).ratio()
-        # Of equally near ones the shallowest: it is what was most likely meant.
+        # Among equally near keys, the least nested one is most likely the one that was meant.
         return short, sparse, ratio, -known.count(".")
 
     return max(_known_keys(cls), key=likeness)
 
 
 def _is_shortened(key: str, words: Sequence[str]) -> bool:
-    """Whether `key` is made of beginnings of some of the words, in order, as `lr` is."""
+    """Return whether `key` joins prefixes of some words, as `lr` does for `learning_rate`."""
     if not words:
         return not key
     return any(
-        _is_shortened(key[taken:], words[1:])
-        for taken in range(len(words[0]) + 1)
-        if words[0].startswith(key[:taken])
+        _is_shortened(key[length:], words[1:])
+        for length in range(len(words[0]) + 1)
+        if words[0].startswith(key[:length])
     )

@@ -1,26 +1,27 @@
-"""The errors a user can cause.
+"""Exceptions for errors that a user can cause.
 
-Their messages name settings as Python does, in backticks: `out`, or with a value `fps=10`. The
-command line shows its flags instead.
+Their messages name settings as Python does, in backticks: `out`, or `fps=10` with a value. The
+command line replaces these names by its flags.
 """
 
 
 class DriveSimError(Exception):
-    """A mistake in the input or the request: one line: what is wrong, where, and what to do."""
+    """A mistake in the input or the request. The message says what is wrong, and what to do."""
 
 
 class BadDriveError(DriveSimError):
-    """A drive that cannot be read, or only in part: who can do without it may skip it."""
+    """A drive cannot be read, or only in part. The caller may skip the drive and continue."""
 
 
 class TooLittleDataError(DriveSimError):
-    """Data that cannot tell what is asked: too short, or without what it takes."""
+    """The data is too short for the requested measurement, or lacks something that it needs."""
 
 
-class Interrupted(Exception):  # noqa: N818 - not a failure: the work is saved
-    """SIGTERM or Ctrl-C stopped the work after it was saved.
+class Interrupted(Exception):  # noqa: N818 - not named an error, because the work is saved
+    """SIGTERM or Ctrl-C stopped the work, and the work was saved first.
 
-    The message is one line: what happened, then how to go on; `exit_code` is 128 + the signal.
+    The message is one line that says what happened and how to continue. `exit_code` is 128 plus
+    the signal number.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:

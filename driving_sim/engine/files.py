@@ -1,4 +1,4 @@
-"""Outputs that are written whole or not at all, and a file's checksum."""
+"""Write files and folders atomically, clean up after killed writers, and compute checksums."""
 
 import errno
 import hashlib
@@ -19,17 +19,20 @@ _REPLACED = re.compile(r"\.(.+)\.\d+\.replaced")
 
 
 def temporary_beside(path: Path, process: int | None = None) -> Path:
-    """Where a process, this one by default, writes what will be `path`; makes the folder."""
+    """Return the temporary path that a process later renames to `path`, and create its folder.
+
+    `process` is the id of the process. The default is this process.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DriveSimError(f"cannot create the folder {path.parent}: {error.strerror}") from error
-    # The suffix stays last: writers (PyAV, Pillow) choose the format by it.
+    # The suffix has to stay last, because PyAV and Pillow choose the format by it.
     return path.with_name(f".{path.stem}.{process or os.getpid()}.partial{path.suffix}")
 
 
 def _sync(path: Path) -> None:
-    # Windows opens no folders, and syncs files that may be written only.
+    # Windows cannot open folders, and can only sync files that are opened for writing.
     if _WINDOWS and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDWR if _WINDOWS else os.O_RDONLY)
@@ -41,27 +44,28 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk, a file size limit or a lack of rights inside into a `DriveSimError`."""
+    """In this context, raise `DriveSimError` if the disk is full or `path` may not be written."""
     try:
         yield
     except OSError as error:
-        # An input that may not be read is another matter.
-        of_output = isinstance(error.filename, str) and Path(error.filename).is_relative_to(
+        # A permission error can also come from an input file, so check which file it names.
+        is_output = isinstance(error.filename, str) and Path(error.filename).is_relative_to(
             path.parent
         )
-        if error.errno in _FULL or (error.errno in _FORBIDDEN and of_output):
+        if error.errno in _FULL or (error.errno in _FORBIDDEN and is_output):
             raise DriveSimError(
                 f"cannot write {path}: {os.strerror(error.errno)}; make room or choose another "
-                "place"
+                "folder"
             ) from error
         raise
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is synced and renamed, else removed.
+    """Yield a temporary path; on success, rename its file to `path`, otherwise delete it.
 
-    A full disk and the like become a `DriveSimError` (see `disk_errors`).
+    The file is synced to disk before it is renamed. Raises `DriveSimError` if the disk is full or
+    `path` may not be written.
     """
     with disk_errors(path):
         temporary = temporary_beside(path)
@@ -76,9 +80,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside `path`; on success it is synced and renamed, else removed.
+    """Yield a new temporary folder; on success, rename it to `path`, otherwise delete it.
 
-    An existing folder at `path` is replaced. Errors as for `atomic_file`.
+    An existing folder at `path` is replaced. All files are synced to disk before the folder is
+    renamed. Raises the same errors as `atomic_file`.
     """
     with disk_errors(path):
         temporary = temporary_beside(path)
@@ -91,7 +96,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             for entry in (*temporary.rglob("*"), temporary):
                 _sync(entry)
             if path.exists():
-                # Moved first: a kill in between leaves the old content, under another name.
+                # The old folder is renamed, not deleted, so that a kill here loses nothing.
                 path.rename(replaced)
             temporary.rename(path)
             _sync(path.parent)
@@ -103,20 +108,21 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256, in hexadecimal, of a file's content."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_free(folder: Path) -> bool:
-    """Whether an existing path is a folder with nothing in it but what killed writers left."""
+    """Return whether `folder` is a folder that is empty, apart from leftovers of killed writers."""
     return folder.is_dir() and all(entry.name.startswith(".") for entry in folder.iterdir())
 
 
 def tidy(folder: Path) -> None:
-    """Clear `folder` and all below it of what killed writers left, when no other writes there.
+    """Delete the leftovers of killed writers in `folder` and its subfolders.
 
-    A folder that was being replaced, and is not there yet anew, gets its old content back.
+    Call it only while no other process writes there. If a writer was killed while it replaced a
+    folder, the old content of that folder is restored.
     """
     for path in [*folder.rglob(".*.replaced")]:
         name = _REPLACED.fullmatch(path.name)

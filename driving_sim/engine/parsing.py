@@ -1,4 +1,4 @@
-"""JSON and YAML that somebody else wrote: plain values, at no more cost than the text is worth."""
+"""Parse JSON and YAML from untrusted files, and shorten values and errors for messages."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 MOST_YAML_BYTES = 2**20
-"""Of a YAML file: far beyond any config, and what its parser, in Python, reads in seconds."""
+"""Maximum size of a YAML file. Configs are far smaller, and PyYAML reads this much in seconds."""
 _MOST_NODES = 100_000
 _MOST_DEPTH = 64
 _MOST_SHOWN = 300
@@ -18,9 +18,10 @@ _SHORT.maxstring = _SHORT.maxother = 80
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, for texts whose nesting and aliases stay within bounds.
+    """A safe loader with limits on the nesting depth and on the number of values.
 
-    Aliases count as often as they are used: a few lines of them stand for billions of values.
+    Every use of an alias counts all the values that the alias stands for, because a few lines of
+    nested aliases can stand for billions of values.
     """
 
     def __init__(self, text: str) -> None:
@@ -35,24 +36,24 @@ class _Loader(yaml.SafeLoader):
             raise yaml.YAMLError("it is nested too deeply")
         node = super().compose_node(parent, index)
         self._depth -= 1
-        # An alias within what it stands for has no size yet: it would have no end.
+        # An alias inside its own value is infinite. It has no size yet, so it gets the maximum.
         self._nodes += self._sizes.get(id(node), _MOST_NODES) if is_alias else 1
         self._sizes[id(node)] = self._nodes - before
         if self._nodes > _MOST_NODES:
-            raise yaml.YAMLError(f"it holds more than {_MOST_NODES} values, aliases counted")
+            raise yaml.YAMLError(f"it holds more than {_MOST_NODES} values, including aliases")
         return node
 
 
 class YamlDumper(yaml.SafeDumper):
-    """The safe dumper, which quotes the text that `parse_yaml` would take for a number."""
+    """A safe dumper that quotes strings which `parse_yaml` would otherwise read as numbers."""
 
 
-# Text that looks like a date stays text: no setting is one.
+# Strings that look like dates stay strings, because no setting is a date.
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, form) for tag, form in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-# YAML 1.1 takes 1e-4, without a point or the exponent's sign, for text.
+# In YAML 1.1, numbers such as 1e-4 (no decimal point) and 1.0e4 (no sign) are strings.
 for _class in (_Loader, YamlDumper):
     _class.add_implicit_resolver(
         "tag:yaml.org,2002:float",
@@ -62,7 +63,7 @@ for _class in (_Loader, YamlDumper):
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text; `ValueError`, with a reason of one line, where it is none."""
+    """Parse a JSON text. Raises ValueError with a one-line reason if the text is invalid."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -72,9 +73,9 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text; `ValueError`, with a reason of one line, where it is none.
+    """Parse a YAML text. Raises ValueError with a one-line reason if the text is invalid.
 
-    Raises it too for a text that stands for more than 100,000 values or is nested deeper than 64.
+    Also refuses texts with more than 100,000 values (aliases expanded) or 64 nested levels.
     """
     try:
         loader = _Loader(text)
@@ -82,24 +83,24 @@ def parse_yaml(text: str) -> Any:
             return loader.get_single_data()
         finally:
             loader.dispose()
-    # Values that are not what their tag or form says raise whatever int(), datetime and so on do.
+    # A value that does not fit its tag can raise any error of int(), datetime and so on.
     except Exception as error:
         raise ValueError(one_line(error)) from None
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: on one line, and short whatever it is."""
+    """Return a value as messages show it: on one line, and shortened if it is long."""
     try:
         return _SHORT.repr(value)
-    except ValueError:  # Python prints no integer of over 4300 digits
+    except ValueError:  # Python cannot print integers with more than 4300 digits
         return f"a huge {type(value).__name__}"
 
 
 def one_line(error: object) -> str:
-    """What an error says, on one line and not endlessly; its kind where it says nothing.
+    """Return an error's message as one line of limited length, or its type if it has no message.
 
-    Characters that would command a terminal are shown by their numbers.
+    Unprintable characters are escaped, because they could control the terminal.
     """
     text = " ".join(str(error).split()) or type(error).__name__
     text = text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

@@ -1,4 +1,4 @@
-"""Which number format passes run in: what decides between fp32 and bf16."""
+"""Choose the number format of forward and backward passes: fp32 or bf16."""
 
 import platform
 import time
@@ -12,14 +12,14 @@ from driving_sim.engine.device import processor_features
 from driving_sim.engine.errors import DriveSimError
 
 MEASURE_SECONDS = 0.1
-"""How long each format may be measured on the CPU, beyond its first pass."""
+"""Time limit for measuring one format on the CPU, in seconds, not counting the first pass."""
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """The autocast format behind auto, fp32 or bf16: `torch.float32` or `torch.bfloat16`.
+    """Return the autocast format for auto, fp32 or bf16: `torch.float32` or `torch.bfloat16`.
 
-    auto is bf16 where CUDA or an x86 processor has it in hardware, fp32 on MPS, and on other CPUs
-    whichever measures faster.
+    auto means bf16 if the GPU (CUDA) or the x86 processor supports it in hardware, fp32 on MPS,
+    and on other CPUs the format that measures faster.
     """
     if name not in ("auto", "fp32", "bf16"):
         raise DriveSimError(f"`precision` {name}: expected one of auto, fp32, bf16")
@@ -33,16 +33,16 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """Fp32 or bf16, as the options are called."""
+    """Return the name of a format in the settings: fp32 or bf16."""
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
 
 
 def autocast(
     device: torch.device, dtype: torch.dtype, *, keep_casts: bool = True
 ) -> AbstractContextManager[object]:
-    """Passes in bfloat16, whatever the weights are kept in; else in what they are kept in.
+    """Return a context that autocasts to bfloat16, or a no-op if `dtype` is another format.
 
-    Weights are cast once where `keep_casts`, else at each use.
+    With `keep_casts`, a weight is cast once per context, otherwise at every use.
     """
     if dtype is not torch.bfloat16:
         return nullcontext()
@@ -51,17 +51,18 @@ def autocast(
 
 @cache
 def _bf16_is_faster_on_cpu() -> bool:
-    # Without bf16 hardware a CPU emulates it, up to 100 times slower.
+    # A CPU without bf16 hardware emulates bf16, which is up to 100 times slower.
     if platform.machine() == "x86_64" and (features := processor_features()):
         return not {"avx512_bf16", "amx_bf16"}.isdisjoint(features)
-    # The margin is for noise.
+    # The factor 0.8 is a margin for noise in the measurements.
     return _cpu_seconds(torch.bfloat16) < 0.8 * _cpu_seconds(torch.float32)
 
 
 def _cpu_seconds(dtype: torch.dtype) -> float:
-    """The best time of a convolution and a matrix product, forward and backward.
+    """Return the fastest time of a forward and backward pass of a convolution and a linear layer.
 
-    Of the size that the models have: on much smaller ones the casts cost what the products save.
+    The layers are as large as those of the models. In much smaller layers, the casts would cost as
+    much time as the faster products save.
     """
     conv, linear = nn.Conv2d(128, 128, 3, padding=1), nn.Linear(512, 512)
     conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -75,7 +76,7 @@ def _cpu_seconds(dtype: torch.dtype) -> float:
         loss.backward()
         now = time.perf_counter()
         best = min(best, now - start)
-        # The first pass sets kernels up; the clock starts after it.
+        # The first pass also sets up the kernels, so the time limit starts after it.
         end = min(end, now + MEASURE_SECONDS)
         if now >= end or now - start > MEASURE_SECONDS:
             return best

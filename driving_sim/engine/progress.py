@@ -1,4 +1,4 @@
-"""How far a long command is: a bar on a terminal, plain lines elsewhere, both on stderr."""
+"""Show the progress of a long command on stderr: a bar on a terminal, otherwise plain lines."""
 
 import sys
 import time
@@ -14,22 +14,23 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LINE_SECONDS = 10.0
-"""Between two plain lines."""
+"""Seconds between two plain lines."""
 BAR_SECONDS = 0.1
-"""Between two redraws of the bar's text."""
+"""Seconds between two updates of the bar."""
 
 wording: Callable[[str], str] = str
-"""What is made of each line that is said: the command line puts its flags in for settings."""
+"""Function applied to all lines before printing. The command line uses it to replace settings by
+flags."""
 
 
 def say(line: str, *, by_any_rank: bool = False) -> None:
-    """Print a line on stderr, once for all processes that work together, or `by_any_rank`."""
+    """Print a line on stderr. Only the main rank prints it, unless `by_any_rank`."""
     if by_any_rank or is_main_process():
         print(wording(line), file=sys.stderr, flush=True)
 
 
 class Progress:
-    """Counts units of work and shows rate and time left; made by `progress`."""
+    """Counts units of work and shows the rate and the time left. Use `progress` to create it."""
 
     def __init__(
         self, total: float | None, label: str, unit: str, start: float, bar: "RichProgress | None"
@@ -44,10 +45,10 @@ class Progress:
         self._fraction = 0.0
 
     def advance(self, amount: float = 1, *, fraction: float | None = None, text: str = "") -> None:
-        """Count `amount` more units.
+        """Count `amount` more units as done.
 
-        `fraction` (0 to 1) says how far the work is where that is not done / total, `text` is
-        shown behind the rest.
+        `fraction` (0 to 1) is the completed share of the work; the default is done / total. `text`
+        is shown at the end of the line.
         """
         if self._start_fraction is None:
             self._start_fraction = self._share(self._start) if fraction is None else fraction
@@ -63,15 +64,15 @@ class Progress:
                 self.say(f"{self._label}: {status}")
 
     def counted(self, items: Iterable[T]) -> Iterator[T]:
-        """Yield items, each a unit of work that is done when the next is asked for."""
+        """Yield the items. Each is one unit of work, done when the next one is requested."""
         for item in items:
             yield item
             self.advance()
 
     def say(self, line: str, *, by_any_rank: bool = False) -> None:
-        """Print a line of its own, above the bar where there is one.
+        """Print a separate line, above the bar if there is one.
 
-        What only one of several ranks knows is said `by_any_rank`.
+        Without a bar, only the main rank prints it, unless `by_any_rank`.
         """
         if self._bar:
             self._bar.console.print(wording(line), markup=False, highlight=False, soft_wrap=True)
@@ -79,7 +80,7 @@ class Progress:
             say(line, by_any_rank=by_any_rank)
 
     def finish(self) -> None:
-        """Say what was done in what time."""
+        """Print how many units were done, and how long they took."""
         seconds = time.perf_counter() - self._began
         done = self._done - self._start
         self.say(f"{self._label}: {done:,.0f} {self._unit} in {_clock(seconds)}")
@@ -100,11 +101,12 @@ class Progress:
 
 @contextmanager
 def progress(total: float | None, label: str, unit: str, *, start: float = 0) -> Iterator[Progress]:
-    """Show `total` units of work (None: unknown), e.g. `progress(900, "tokenize", "frames")`.
+    """Show progress through `total` units of work, e.g. `progress(900, "tokenize", "frames")`.
 
-    `start` units were done before and say nothing of the rate.
+    `total` is None if unknown. `start` is the number of units that were done earlier, which do not
+    count for the rate.
     """
-    # Here, for the command line imports this module, and its --help shall not wait for rich.
+    # Import rich here: the command line imports this module, and `--help` must not wait for rich.
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as RichProgress
@@ -112,16 +114,16 @@ def progress(total: float | None, label: str, unit: str, *, start: float = 0) ->
     console = Console(stderr=True)
     bar: RichProgress | None = None
     if console.is_terminal and is_main_process():
-        # No markup: paths may hold square brackets.
+        # Markup is off, because paths may contain square brackets.
         label_column, status = (
             TextColumn(column, markup=False)
             for column in ("{task.description}", "{task.fields[status]}")
         )
         bar = RichProgress(label_column, BarColumn(), status, console=console, transient=True)
     with bar or nullcontext():
-        shown = Progress(total, label, unit, start, bar)
-        yield shown
-        shown.finish()
+        counter = Progress(total, label, unit, start, bar)
+        yield counter
+        counter.finish()
 
 
 def _clock(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""When a folder may be used again: a training run's, or one that a command fills bit by bit."""
+"""Check whether a command may write into an existing folder, such as that of a training run."""
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -14,19 +14,19 @@ from driving_sim.engine.torchrun import is_main_process, launcher
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 FINISHED = "finished.json"
-_LAUNCHER = ".launcher"  # which torchrun began a run that is not over
+_LAUNCHER = ".launcher"  # file that names the `torchrun` which started an unfinished run
 
 CHANGEABLE = (
     *("steps", "minutes", "min_steps", "accumulate", "learning_rate", "patience"),
     *("log_every", "validate_every", "save_every", "keep_last"),
     *("workers", "threads", "gradient_checkpointing", "compile", "shard"),
 )
-"""What a resumed run may change: how long it lasts, what it writes, how it computes the same, and
-the usual remedy."""
+"""Settings that may change when a run is resumed: its length, batches per step and learning rate,
+what it logs and saves, and how it uses the machine."""
 
 
 def goes_on(run: Path, resume: bool) -> bool:
-    """Whether to continue `run`: as asked, or as the `torchrun` that began it started it again."""
+    """Return whether to continue `run`: if `resume` is true, or if `torchrun` restarted it."""
     begun_by = run / _LAUNCHER
     if resume or launcher() is None or not (run / CONFIG).is_file() or not begun_by.is_file():
         return resume
@@ -34,20 +34,21 @@ def goes_on(run: Path, resume: bool) -> bool:
 
 
 def check_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:
-    """Raise `DriveSimError` unless `run` is free to start in, or, if it `goes_on`, the same run.
+    """Raise `DriveSimError` unless a run can be started or resumed in the folder `run`.
 
-    Cheap: call it before loading data. `train` checks again, so write nothing into `run` before.
-    Of several ranks, the main one looks.
+    A new run needs a new or empty folder. A resumed run needs the same configuration as before.
+    The check is fast, so call it before loading data. `train` checks again, so do not write into
+    `run` in between. Only the main rank checks.
     """
     if not is_main_process():
         return
     resume = goes_on(run, resume)
-    known = (run / CONFIG).is_file()
-    if resume and not known:
-        raise DriveSimError(f"nothing to resume in {run} (no {CONFIG}): leave `resume` out")
+    has_config = (run / CONFIG).is_file()
+    if resume and not has_config:
+        raise DriveSimError(f"{run}: nothing to resume (no {CONFIG}); leave out `resume`")
     if resume:
         _check_same(run, load_yaml(run / CONFIG), run_config)
-    elif known:
+    elif has_config:
         raise DriveSimError(
             f"{run} already holds a run: continue it with `resume` or choose another `run`"
         )
@@ -56,7 +57,7 @@ def check_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:
 
 
 def prepare_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:
-    """Check the folder, create it where needed and write the resolved config into it."""
+    """Check the folder `run`, create it if needed, and write the resolved config into it."""
     check_run(run, run_config, resume)
     run.mkdir(parents=True, exist_ok=True)
     if launcher() is not None:
@@ -66,16 +67,16 @@ def prepare_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:
 
 
 def claim_folder(out: Path, name: str, plan: Mapping[str, Any], what: str) -> None:
-    """Write `plan` into a new folder as its file `name`, or find just that plan there.
+    """Write `plan` to the file `name` in a new folder `out`, or accept a folder with the same plan.
 
-    `what` names, for the message, things made by such a plan. Raises `DriveSimError` for a folder
-    with anything else in it.
+    `what` says in messages what the plan produces. Raises `DriveSimError` if `out` holds another
+    plan or other files.
     """
     if not out.exists() or is_free(out):
         save_json(out / name, plan)
     elif not (out / name).exists():
         raise DriveSimError(
-            f"{out}: is a file, or a folder with other files; choose a new one for {what}"
+            f"{out}: is a file, or a folder with other files; choose a new folder for {what}"
         )
     elif load_json(out / name) != plan:
         raise DriveSimError(
@@ -87,42 +88,43 @@ def claim_folder(out: Path, name: str, plan: Mapping[str, Any], what: str) -> No
 def check_replaceable(
     out: Path, report: str, what: str, files_of: Callable[[Mapping[str, Any]], Collection[str]]
 ) -> None:
-    """Raise `DriveSimError` unless `out` is absent or empty, or holds an earlier result alone.
+    """Raise `DriveSimError` unless `out` is absent, empty, or holds only an earlier result.
 
-    `files_of` lists the result's files by what its file `report` says: none, or a KeyError or
-    TypeError, where another program wrote that. `what` names such a result for the message.
+    `files_of` receives the content of the result's file `report` and returns the names of the
+    result's files. If another program wrote `report`, `files_of` returns no names or raises
+    KeyError or TypeError. `what` names the result in the message.
     """
-    known: Collection[str] = ()
+    result_files: Collection[str] = ()
     if (out / report).is_file():
         with suppress(KeyError, TypeError):
-            known = files_of(load_json(out / report))
+            result_files = files_of(load_json(out / report))
 
     def is_foreign(path: Path) -> bool:
         is_folder = path.is_dir() and not path.is_symlink()
-        return not is_folder and path.relative_to(out).as_posix() not in known
+        return not is_folder and path.relative_to(out).as_posix() not in result_files
 
     if out.exists() and (not out.is_dir() or any(map(is_foreign, out.rglob("*")))):
         raise DriveSimError(f"{out} holds more than {what}: choose another `out`")
 
 
 def is_finished(run: Path) -> bool:
-    """Whether `run` trained to its end; until then what it holds is only the best so far."""
+    """Return whether `run` trained to its end. Before that, its weights are the best so far."""
     return (run / FINISHED).is_file()
 
 
 def mark_finished(run: Path, result: Mapping[str, Any]) -> None:
-    """Write what the run came to: the mark that `is_finished` looks for."""
+    """Write the result of the run, which marks the run as finished for `is_finished`."""
     save_json(run / FINISHED, result)
     (run / _LAUNCHER).unlink(missing_ok=True)
 
 
 def mark_unfinished(run: Path) -> None:
-    """Take the mark away: the run goes on."""
+    """Remove the mark of `mark_finished`, because the run continues."""
     (run / FINISHED).unlink(missing_ok=True)
 
 
 def _check_same(run: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    # Through JSON, as the file's values went through YAML: tuples are lists there.
+    # Converting to JSON turns tuples into lists, as the values in the YAML file are.
     old, new = dict(_leaves(before)), dict(_leaves(json.loads(json.dumps(now))))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and key.rpartition(".")[2] not in CHANGEABLE:

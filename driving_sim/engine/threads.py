@@ -1,11 +1,13 @@
-"""What this process takes of the machine: threads on the cores that others leave, and memory.
+"""Set the number of threads, leaving busy cores to other programs, and tune memory use.
 
-Threads of OpenMP wait for each other by spinning. Where another program has the core of one of
-them, all others spin until it is back, thousands of times a second, and two threads are slower than
-one. So commands count, a few times a second, the cores that others take, and compute on the rest.
+OpenMP threads wait for each other by spinning. If another program occupies the core of one thread,
+all other threads spin until that thread runs again, which happens thousands of times a second. Two
+threads can then be slower than one. So commands measure a few times a second how many cores other
+programs use, and compute on the remaining cores.
 
-Compiled passes give the same tokens with any number of threads. What torch computes differs in its
-last bits: the weights of a training, and in float32 a token or a pixel on a rounding boundary.
+The compiled kernels give the same tokens with any number of threads. The results of torch differ
+in their last bits. This affects the weights of a training run, and in float32 also tokens and
+pixels on a rounding boundary.
 """
 
 import ctypes
@@ -18,34 +20,38 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
 
+from driving_sim.engine.progress import say
+
 if TYPE_CHECKING:
     import psutil
     import torch
 
 COUNT_SECONDS = 0.3
-"""At least so long between two counts of the cores that others take."""
+"""Minimum time in seconds between two measurements of the cores that other programs use."""
 MARGIN = 0.6
-"""Hysteresis, in cores: the number of threads changes only if the free cores differ from it by
-more."""
+"""Hysteresis, in cores. The number of threads changes only if it differs from the number of free
+cores by more than this."""
 LEAST_OWN = 0.3
-"""Of a core that this process must have used between two counts for them to be compared."""
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
-_NEW_OBJECTS = 10_000  # more than are freed, between two collections; Python's default is 700
+"""Minimum load of this process, in cores. Measurements with a lower load are ignored."""
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # constants from glibc's malloc.h
+_NEW_OBJECTS = 10_000  # net allocations that trigger a garbage collection; the default is 700
 
 
 def leave_busy_cores() -> None:
-    """From now on, have `adjust_threads` leave other programs the cores that they use.
+    """Enable `adjust_threads`, which leaves busy cores to other programs.
 
-    It is for the whole process: commands do it, the library does not. OMP_NUM_THREADS stands.
+    This affects the whole process, so only commands call it, not the library. It has no effect if
+    OMP_NUM_THREADS is set.
     """
     global _leaves_cores
     _leaves_cores = "OMP_NUM_THREADS" not in os.environ
 
 
 def adjust_threads(device: "torch.device") -> None:
-    """Before work on a CPU: set torch's threads to the cores that others leave.
+    """Set the number of torch threads to the cores that other programs leave free.
 
-    It does so only after `leave_busy_cores`, and takes no time where the last count is recent.
+    Call it before work on a CPU. It does nothing on other devices, without a call of
+    `leave_busy_cores`, or if the last measurement is recent.
     """
     global _counter
     if not _leaves_cores or device.type != "cpu":
@@ -57,7 +63,7 @@ def adjust_threads(device: "torch.device") -> None:
 
 @contextmanager
 def fixed_threads(count: int | None) -> Iterator[None]:
-    """Inside, torch computes with `count` threads, whatever others do; None changes nothing."""
+    """Make torch compute with exactly `count` threads in this context. None changes nothing."""
     global _leaves_cores
     if count is None:
         yield
@@ -75,12 +81,12 @@ def fixed_threads(count: int | None) -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for what is allocated next.
+    """Make glibc keep freed memory for later allocations instead of returning it to the system.
 
-    Large tensors would go back to the system, and those of the next step be made of pages that it
-    has to find and to clear first (https://man7.org/linux/man-pages/man3/mallopt.3.html). It is for
-    the whole process: commands do it, the library does not. Other C libraries stay as they are, and
-    so does glibc where the environment tells it what to do.
+    By default, glibc returns the memory of large tensors. The system then has to find and clear
+    new pages in every step (https://man7.org/linux/man-pages/man3/mallopt.3.html). This affects the
+    whole process, so only commands call it, not the library. It does nothing with other C
+    libraries, or if environment variables already configure the allocator.
     """
     if sys.platform != "linux" or any(
         name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ
@@ -93,26 +99,27 @@ def keep_freed_memory() -> None:
 
 
 def collect_rarely() -> None:
-    """Have Python run its cyclic garbage collector less often than it does by default.
+    """Make Python run its cyclic garbage collector less often than by default.
 
-    By default it runs hundreds of times while a command's imports load, a tenth of the time that
-    these take. What is part of a reference cycle is freed later. It is for the whole process:
-    commands do it, the library does not.
+    By default it runs hundreds of times during a command's imports, and takes a tenth of their
+    time. The disadvantage is that reference cycles are freed later. This affects the whole process,
+    so only commands call it, not the library.
     """
     gc.set_threshold(_NEW_OBJECTS)
 
 
 def usable_cores() -> int:
-    """Cores that this process may compute on: those of its affinity, within its cgroup's quota."""
+    """Return the number of cores that this process may use by its CPU affinity and cgroup quota."""
     quota = cgroup_quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
     return max(1, int(min(len(_affinity()), quota)))
 
 
 def cgroup_quota(membership: Path, mounted: Path) -> float:
-    """Cores that a cgroup and those above it may use, as `docker run --cpus` limits them.
+    """Return the number of cores that a cgroup may use, as limited by `docker run --cpus`.
 
-    `membership` says which group it is, as /proc/self/cgroup does; `mounted` is where cgroups
-    (version 2) are. Infinite where nothing limits it.
+    `membership` is a file that names the cgroup of a process, as /proc/self/cgroup does. `mounted`
+    is the folder where the cgroup v2 file system is mounted. The limits of parent cgroups count
+    too. Without any limit the result is infinity.
     """
     lines = membership.read_text("utf-8").splitlines() if membership.exists() else []
     own = next((line[3:].lstrip("/") for line in lines if line.startswith("0::")), "")
@@ -126,9 +133,9 @@ def cgroup_quota(membership: Path, mounted: Path) -> float:
 
 
 def threads_beside(others: float, *, cores: int, threads: int, most: int) -> int:
-    """How many threads to compute with, at most `most`, where there are `threads` by now.
+    """Return the number of threads to compute with, between 1 and `most`.
 
-    `others` is how many of the `cores` other programs have taken.
+    `threads` is the present number. `others` says how many of the `cores` other programs use.
     """
     free = cores - others
     return threads if abs(free - threads) <= MARGIN else min(most, max(1, round(free)))
@@ -139,27 +146,29 @@ _counter: "_Counter | None" = None
 
 
 class _Count(NamedTuple):
-    """Processor seconds until a moment."""
+    """Processor time used up to a point in time, in seconds."""
 
     at: float
+    """The point in time, in seconds of the monotonic clock."""
     busy: float
-    """Of all programs, on the cores that this process may use."""
+    """Time used by all programs on the cores that this process may use."""
     own: float
-    """Of this process."""
+    """Time used by this process."""
 
     @classmethod
     def now(cls, cores: list[int]) -> Self:
-        import psutil  # 20 ms, which --help does not wait for
+        # Import psutil here: importing it takes 20 ms, and `--help` must not wait for it.
+        import psutil
 
-        of_all = psutil.cpu_times(percpu=True)
-        # A container may be shown just its own cores, numbered anew.
-        chosen = [of_all[core] for core in cores] if cores[-1] < len(of_all) else of_all
+        all_cores = psutil.cpu_times(percpu=True)
+        # A container may see only its own cores, renumbered from 0.
+        chosen = [all_cores[core] for core in cores] if cores[-1] < len(all_cores) else all_cores
         busy = sum(core.user + core.system + getattr(core, "nice", 0.0) for core in chosen)
         return cls(time.monotonic(), busy, time.process_time())
 
 
 class _Counter:
-    """Sets the threads by what has happened since the last count."""
+    """Sets the number of threads from the processor time used since the last measurement."""
 
     def __init__(self) -> None:
         import torch
@@ -167,7 +176,7 @@ class _Counter:
         self.cores = _affinity()
         self.most = min(torch.get_num_threads(), usable_cores())
         torch.set_num_threads(self.most)
-        self.children: dict[psutil.Process, float] = {}  # with the processor seconds they have had
+        self.children: dict[psutil.Process, float] = {}  # processor seconds of each child process
         self.last = _Count.now(self.cores)
         self.said = False
 
@@ -180,19 +189,17 @@ class _Counter:
         last, self.last = self.last, _Count.now(self.cores)
         lasted, busy, own = (now - before for now, before in zip(self.last, last, strict=True))
         others = busy - own - self._of_children([*self.children])
-        if own < LEAST_OWN * lasted:  # it mostly waited: what else ran says nothing of its threads
+        if own < LEAST_OWN * lasted:  # this process mostly waited for something else
             return
         before = torch.get_num_threads()
         threads = self._threads(others / lasted, before)
-        if threads < before:  # or was it a decoder that this process has just started?
+        if threads < before:  # do not count new child processes as other programs
             others -= self._of_children(psutil.Process().children(recursive=True))
             threads = self._threads(others / lasted, before)
         if threads == before:
             return
         torch.set_num_threads(threads)
         if threads < before and not self.said:
-            from driving_sim.engine.progress import say  # rich takes half of the time of --help
-
             self.said = True
             say(f"other programs are busy: computing with {threads} of {self.most} threads")
 
@@ -200,17 +207,17 @@ class _Counter:
         return threads_beside(others, cores=len(self.cores), threads=now, most=self.most)
 
     def _of_children(self, children: "list[psutil.Process]") -> float:
-        """Processor seconds that children have had since they were last asked, or in all."""
+        """Return the sum of the processor seconds that children used since their last call."""
         import psutil
 
-        taken = 0.0
+        seconds = 0.0
         for child in children:
             before = self.children.pop(child, 0.0)
             with suppress(psutil.NoSuchProcess):
                 times = child.cpu_times()
                 self.children[child] = times.user + times.system
-                taken += self.children[child] - before
-        return taken
+                seconds += self.children[child] - before
+        return seconds
 
 
 def _affinity() -> list[int]:

@@ -1,30 +1,33 @@
-"""What `torchrun` tells a process in its environment; without it, the process is alone."""
+"""Read the environment variables of `torchrun`. Without `torchrun` there is only one process."""
 
 import os
 import socket
 
 
 def rank_count() -> int:
-    """How many processes work together."""
+    """Return the number of processes that work together."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def is_main_process() -> bool:
-    """Whether this is the one of them that talks to the user."""
+    """Return whether this process is the one that prints messages (rank 0)."""
     return rank_count() == 1 or os.environ["RANK"] == "0"
 
 
 def local_rank() -> int:
-    """Its number on its machine: that of its device."""
+    """Return the number of this process on its machine, which is also its GPU's number."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def restarts() -> int:
-    """How often `torchrun --max-restarts` started all of them again after one died."""
+    """Return how often `torchrun --max-restarts` restarted all processes after one died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def launcher() -> str | None:
-    """Which `torchrun` started this process: the same one after a restart; None without one."""
+    """Return a name for the `torchrun` that started this process, or None without `torchrun`.
+
+    The name stays the same when that `torchrun` restarts the process.
+    """
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     return None if name is None else f"{name} {socket.gethostname()} {os.getppid()}"

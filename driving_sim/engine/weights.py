@@ -1,7 +1,7 @@
-"""A model's weights in a safetensors file: written whole, checked before they are read, hashed.
+"""Write a model's weights to a safetensors file atomically, read them with checks, and hash them.
 
-The file and the config beside it may be damaged, or made to do harm: a header of gigabytes, a
-config of a billion layers. So memory is taken only for as many weights as the file can hold.
+The file and its config may be damaged or malicious. For example, the header may have gigabytes, or
+the model a billion layers. So memory is allocated only for as many weights as the file can hold.
 """
 
 import hashlib
@@ -25,13 +25,13 @@ from driving_sim.engine.parsing import one_line, shown
 
 M = TypeVar("M", bound=nn.Module)
 Form = tuple[str, tuple[int, ...]]
-"""A tensor's number format, by safetensors' names, and its shape."""
+"""Number format (its name in safetensors) and shape of a tensor."""
 
 _LENGTH_BYTES = 8
-_ALIGNMENT = 8  # of the first tensor
-_VALUE_BYTES = 4  # what is kept is float32
+_ALIGNMENT = 8  # bytes; the first tensor starts at a multiple of it
+_VALUE_BYTES = 4  # weights are saved as float32
 _MOST_HEADER_BYTES = 2**20  # about ten thousand tensors
-# In the order of the file: the library's, by which it is aligned.
+# Tensors are written in this order, which keeps them aligned. The safetensors library uses it too.
 _FORMATS = {
     torch.int64: "I64",
     torch.float64: "F64",
@@ -47,7 +47,7 @@ _NUMBER_BYTES = {code: dtype.itemsize for dtype, code in _FORMATS.items()}
 
 
 def save_weights(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a module's state and `metadata` to `path`, in one move."""
+    """Write the state of a module and `metadata` to `path` atomically."""
     with atomic_file(path) as temporary:
         write_tensors(temporary, module.state_dict(), metadata)
 
@@ -55,11 +55,12 @@ def save_weights(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file; its bytes are a function of tensors and metadata alone.
+    """Write a safetensors file whose bytes depend only on the tensors and the metadata.
 
-    Only one tensor at a time is copied, if it is not contiguous on the CPU: the library's `save`
-    holds the whole file in memory, its `save_file` makes files that only their owner can read, and
-    both write metadata in another order in each process.
+    Tensors are copied one at a time, and only if they are not contiguous on the CPU. The functions
+    of the safetensors library have disadvantages: `save` holds the whole file in memory,
+    `save_file` creates files that only their owner can read, and the order in which both write the
+    metadata differs between processes.
     """
     order = [*_FORMATS]
     names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
@@ -78,10 +79,10 @@ def write_safetensors(
     data: Iterable[NDArray[Any]],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file of tensors of these forms, in this order.
+    """Write a safetensors file of tensors with the given formats and shapes, in the given order.
 
-    `data` yields their numbers, in pieces of any size. Tensors in order of falling size of their
-    numbers are aligned in the file.
+    `data` yields the numbers of all tensors, in pieces of any size. To keep the tensors aligned,
+    begin with the formats that take the most bytes for a number.
     """
     header: dict[str, Any] = {}
     if metadata is not None:
@@ -99,7 +100,7 @@ def write_safetensors(
 
 
 def fingerprint(identity: Mapping[str, Any], module: nn.Module) -> str:
-    """Return the SHA-256, in hexadecimal, of `identity` as JSON and of a module's state."""
+    """Return the SHA-256, in hexadecimal, of `identity` (as JSON) and the state of a module."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -108,12 +109,12 @@ def fingerprint(identity: Mapping[str, Any], module: nn.Module) -> str:
 
 
 def build_with_weights(build: Callable[[], M], path: Path, *, of: str) -> tuple[M, dict[str, str]]:
-    """Build a module and load the weights in `path`; return it and the file's metadata.
+    """Build a module and load the weights in `path`. Return the module and the file's metadata.
 
-    A module that asks for more numbers than the file can hold is not built to its end. (Torch's
-    meta device would tell as well, in a second or two, which what it imports takes.) Raises
-    `DriveSimError`, which says that the file is not `of`'s weights and why, where it is damaged or
-    the weights are other ones than the module's.
+    The build stops if the module needs more numbers than the file can hold. (A build on torch's
+    meta device would also show this, but its imports take a second or two.) Raises `DriveSimError`
+    if the file is damaged, or if its tensors do not match the module. `of` says in the message
+    whose weights they should be.
     """
     with _opened(path, of) as file:
         with _Allowance(path.stat().st_size // _VALUE_BYTES):
@@ -122,16 +123,16 @@ def build_with_weights(build: Callable[[], M], path: Path, *, of: str) -> tuple[
 
 
 def load_weights(module: nn.Module, path: Path, *, of: str) -> dict[str, str]:
-    """Load the weights in `path` into a module; return the file's metadata.
+    """Load the weights in `path` into a module. Return the file's metadata.
 
-    Raises `DriveSimError` as `build_with_weights` does, before the module changes.
+    Raises the same errors as `build_with_weights`, and then leaves the module unchanged.
     """
     with _opened(path, of) as file:
         return _copy_weights(file, module)
 
 
 class _Allowance(TorchFunctionMode):
-    """Refuses to make tensors of more numbers, all together, than are allowed."""
+    """Limits how many numbers the tensors created in this context may have in total."""
 
     def __init__(self, numbers: int) -> None:
         super().__init__()
@@ -144,22 +145,22 @@ class _Allowance(TorchFunctionMode):
             self._left -= math.prod(args[0] if isinstance(args[0], Sequence) else args)
             if self._left < 0:
                 raise ValueError(
-                    f"it holds {self._numbers} numbers at most, its config asks for more"
+                    f"it holds at most {self._numbers} numbers, but its config asks for more"
                 )
         return function(*args, **(kwargs or {}))
 
 
 @contextmanager
 def _opened(path: Path, of: str) -> Iterator[Any]:
-    """Open a file of weights; what is wrong with it, in here or inside, is a `DriveSimError`."""
+    """Open a file of weights, and convert errors here and in the context to `DriveSimError`."""
     try:
         if not path.is_file():
             raise ValueError("there is no such file")
         with path.open("rb") as file:
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         if length > _MOST_HEADER_BYTES:
-            raise ValueError(f"its header says that it is {length} bytes long")
-        # The library checks the rest: the JSON, and that the tensors fill the file without a gap.
+            raise ValueError(f"its header claims to be {length} bytes long")
+        # safe_open checks that the header is valid JSON and that the tensors fill the file.
         with safe_open(path, "pt") as opened:
             yield opened
     except (ValueError, OSError, SafetensorError) as error:
@@ -170,23 +171,23 @@ def _opened(path: Path, of: str) -> Iterator[Any]:
 
 @torch.no_grad()
 def _copy_weights(file: Any, module: nn.Module) -> dict[str, str]:
-    """Copy a file's tensors, which must be just the module's, and return its metadata."""
-    own = module.state_dict()
-    expected = {name: _form(value) for name, value in own.items()}
+    """Check that a file's tensors match the module, and copy them. Return the file's metadata."""
+    state = module.state_dict()
+    expected = {name: _form(value) for name, value in state.items()}
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-    found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    for name in sorted(expected.keys() | found.keys()):
+    saved = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    for name in sorted(expected.keys() | saved.keys()):
         if name not in expected:
-            raise ValueError(f"it has {shown(name)}, which the model has not")
-        if name not in found:
+            raise ValueError(f"it has {shown(name)}, which the model does not have")
+        if name not in saved:
             raise ValueError(f"it has no {name}")
-        if expected[name] != found[name]:
-            (dtype, shape), (other, other_shape) = expected[name], found[name]
+        if expected[name] != saved[name]:
+            (dtype, shape), (saved_dtype, saved_shape) = expected[name], saved[name]
             raise ValueError(
-                f"{name} is {other} {shown(list(other_shape))}, "
+                f"{name} is {saved_dtype} {shown(list(saved_shape))}, "
                 f"expected {dtype} {shown(list(shape))}"
             )
-    for name, value in own.items():
+    for name, value in state.items():
         value.copy_(file.get_tensor(name))
     return dict(file.metadata() or {})
 

@@ -63,7 +63,9 @@ FULL = Outer(
 
 
 @pytest.mark.parametrize("config", [Outer(name="a"), FULL])
-def test_dicts_and_files_give_the_config_back(config: Outer, tmp_path: Path) -> None:
+def test_a_config_survives_the_round_trip_through_dicts_and_files(
+    config: Outer, tmp_path: Path
+) -> None:
     assert from_dict(Outer, to_dict(config)) == config
     save_json(tmp_path / "c.json", to_dict(config))
     assert from_dict(Outer, load_json(tmp_path / "c.json")) == config
@@ -89,7 +91,7 @@ def test_dicts_and_files_give_the_config_back(config: Outer, tmp_path: Path) -> 
         ("model.nlayers", "layers"),
     ],
 )
-def test_the_nearest_key_knows_abbreviations(key: str, meant: str) -> None:
+def test_the_nearest_key_is_found_for_abbreviations(key: str, meant: str) -> None:
     from driving_sim.world_model.training.presets import PRESETS
 
     with pytest.raises(DriveSimError, match=f"the nearest one is '{meant}'$"):
@@ -98,7 +100,7 @@ def test_the_nearest_key_knows_abbreviations(key: str, meant: str) -> None:
 
 @given(st.floats(min_value=1e-300, allow_infinity=False))
 def test_any_rate_survives_an_assignment(rate: float) -> None:
-    # YAML 1.1 takes 1e-05 for a string
+    # In YAML 1.1, 1e-05 is a string.
     config = resolve(Outer(name="a"), assignments=[f"inner.learning_rate={rate!r}"])
     assert config.inner.learning_rate == rate
 
@@ -140,7 +142,7 @@ def test_any_rate_survives_an_assignment(rate: float) -> None:
         (None, "config: must be a mapping, found None"),
     ],
 )
-def test_mistakes_are_named(values: object, message: str) -> None:
+def test_errors_describe_the_mistake(values: object, message: str) -> None:
     with pytest.raises(DriveSimError, match=message) as caught:
         from_dict(Outer, values)
     assert "\n" not in str(caught.value)
@@ -157,14 +159,14 @@ def test_mistakes_are_named(values: object, message: str) -> None:
         ({"name": "a", "rates": {"b": math.inf}}, "rates.b: must be a finite number, found inf"),
     ],
 )
-def test_what_python_makes_is_checked_as_well(values: dict[str, Any], message: str) -> None:
+def test_instances_created_in_python_are_checked_too(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}") as caught:
         Outer(**values)
     assert len(str(caught.value).splitlines()) == 1
     assert len(str(caught.value)) < 500
 
 
-def test_a_plain_dataclass_is_read_as_strictly() -> None:
+def test_a_plain_dataclass_is_read_as_strictly_as_a_config() -> None:
     @dataclass(kw_only=True, slots=True)
     class Plain:
         steps: int
@@ -177,13 +179,13 @@ def test_a_plain_dataclass_is_read_as_strictly() -> None:
 
 
 @given(st.text(st.sampled_from("0123456789eE+-._")))
-def test_text_that_looks_like_a_number_stays_text(text: str) -> None:
+def test_a_string_that_looks_like_a_number_stays_a_string(text: str) -> None:
     with TemporaryDirectory() as folder:
         save_yaml(Path(folder) / "c.yaml", {"name": text})
         assert load_yaml(Path(folder) / "c.yaml") == {"name": text}
 
 
-def test_assignments_overlay_the_file_and_the_file_the_preset(tmp_path: Path) -> None:
+def test_assignments_override_the_file_and_the_file_overrides_the_preset(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("steps: 5\ninner: {learning_rate: 0.2}\n")
     preset = Outer(name="a", steps=1, inner=Inner(learning_rate=0.9, levels=(7,)))
@@ -211,7 +213,7 @@ def test_errors_name_the_file_or_the_option(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "{", "3"])
-def test_files_of_something_else(tmp_path: Path, text: str) -> None:
+def test_files_that_hold_no_mapping_are_refused(tmp_path: Path, text: str) -> None:
     for name, load in (("c.json", load_json), ("c.yaml", load_yaml)):
         (tmp_path / name).write_text(text)
         with pytest.raises(DriveSimError, match=name):
@@ -220,7 +222,7 @@ def test_files_of_something_else(tmp_path: Path, text: str) -> None:
             load(tmp_path / f"missing-{name}")
 
 
-def test_json_refuses_what_it_cannot_hold_and_keeps_the_old_file(tmp_path: Path) -> None:
+def test_json_refuses_nan_and_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     save_json(path, {"a": 1})
     with pytest.raises(ValueError):

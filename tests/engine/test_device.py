@@ -5,7 +5,7 @@ from driving_sim.engine.device import resolve_device
 from driving_sim.engine.errors import DriveSimError
 
 
-def test_auto_is_the_best_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_the_best_available_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert resolve_device("auto") == torch.device("cpu")

@@ -26,7 +26,7 @@ def test_file_is_written_whole(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_file_is_kept_where_the_new_one_fails(tmp_path: Path) -> None:
+def test_file_is_kept_if_writing_the_new_one_fails(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(KeyboardInterrupt), atomic_file(path) as temporary:
@@ -45,7 +45,7 @@ def test_folder_is_replaced_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_folder_is_kept_where_the_new_one_fails(tmp_path: Path) -> None:
+def test_folder_is_kept_if_writing_the_new_one_fails(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     path.mkdir()
     (path / "old").touch()
@@ -55,7 +55,7 @@ def test_folder_is_kept_where_the_new_one_fails(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_folder_is_kept_where_the_new_one_cannot_take_its_place(
+def test_folder_is_kept_if_the_new_one_cannot_be_renamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, system_rename = tmp_path / "folder", Path.rename
@@ -86,7 +86,7 @@ with atomic_folder(Path(sys.argv[1])):
 
 
 @pytest.mark.parametrize("name", ["run", "run-1.5"])
-def test_what_a_kill_moved_aside_comes_back(name: str, tmp_path: Path) -> None:
+def test_a_folder_renamed_before_a_kill_is_restored(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.mkdir()
     (path / "old").touch()
@@ -98,7 +98,7 @@ def test_what_a_kill_moved_aside_comes_back(name: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_windows_opens_no_folders_and_syncs_what_it_may_write(
+def test_on_windows_no_folder_is_opened_and_files_are_synced_when_writable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     system_open, system_sync = os.open, os.fsync
@@ -110,7 +110,7 @@ def test_windows_opens_no_folders_and_syncs_what_it_may_write(
         return system_open(path, flags)
 
     def refusing_sync(descriptor: int) -> None:
-        os.write(descriptor, b"")  # EBADF where it may only be read
+        os.write(descriptor, b"")  # raises EBADF if the file is open for reading only
         system_sync(descriptor)
         synced.append(descriptor)
 
@@ -137,12 +137,12 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_errors_pass(tmp_path: Path) -> None:
+def test_other_errors_are_not_converted(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "a") as temporary:
         raise FileNotFoundError(errno.ENOENT, "input is missing", str(temporary))
 
 
-def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_error_names_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
         pytest.raises(DriveSimError, match=r"cannot create the folder .*/file/runs: Not a dir"),
@@ -151,7 +151,7 @@ def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         pass
 
 
-def test_missing_rights_count_for_the_output_only(tmp_path: Path) -> None:
+def test_permission_errors_are_converted_for_the_output_only(tmp_path: Path) -> None:
     def refuse(name: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(name))
 

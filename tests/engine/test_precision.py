@@ -12,10 +12,10 @@ CPU = torch.device("cpu")
     ("feature", "expected"),
     [("avx512_bf16", torch.bfloat16), ("amx_bf16", torch.bfloat16), ("avx512f", torch.float32)],
 )
-def test_auto_takes_bf16_where_an_x86_processor_has_it(
+def test_auto_chooses_bf16_if_an_x86_processor_supports_it(
     monkeypatch: pytest.MonkeyPatch, feature: str, expected: torch.dtype
 ) -> None:
-    """Measuring would say one thing today and another on a busy machine tomorrow."""
+    """The choice is not measured, because the result would depend on the load of the machine."""
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr(precision, "processor_features", lambda: ("fpu", feature))
     monkeypatch.delattr(precision, "_cpu_seconds")
@@ -29,7 +29,7 @@ def test_auto_takes_bf16_where_an_x86_processor_has_it(
 @pytest.mark.parametrize(
     ("bf16_seconds", "expected"), [(0.5, torch.bfloat16), (0.95, torch.float32)]
 )
-def test_elsewhere_auto_takes_bf16_where_it_measures_faster(
+def test_on_other_processors_auto_chooses_bf16_if_it_measures_faster(
     monkeypatch: pytest.MonkeyPatch, bf16_seconds: float, expected: torch.dtype
 ) -> None:
     seconds = {torch.bfloat16: bf16_seconds, torch.float32: 1.0}

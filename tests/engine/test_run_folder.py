@@ -30,7 +30,7 @@ def test_new_run_keeps_its_config(tmp_path: Path) -> None:
     assert load_yaml(run / "config.yaml")["model"] == {"levels": [8, 5], "rate": 1e-5}
 
 
-def test_what_a_killed_writer_left_behind_is_no_content(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_writer_do_not_count_as_content(tmp_path: Path) -> None:
     (tmp_path / ".config.7.partial.yaml").touch()
     prepare_run(tmp_path, CONFIG, resume=False)
 
@@ -70,7 +70,7 @@ def test_other_folders_are_left_alone(tmp_path: Path) -> None:
             check_run(path, CONFIG, resume=False)
 
 
-def test_a_new_folder_is_claimed_and_its_plan_goes_on(tmp_path: Path) -> None:
+def test_a_new_folder_can_be_claimed_again_with_the_same_plan_only(tmp_path: Path) -> None:
     out = tmp_path / "new"
     for _ in range(2):
         claim_folder(out, "plan.json", {"seed": 1}, "drives")
@@ -79,15 +79,15 @@ def test_a_new_folder_is_claimed_and_its_plan_goes_on(tmp_path: Path) -> None:
         claim_folder(out, "plan.json", {"seed": 2}, "drives")
 
 
-def test_leavings_of_a_killed_run_do_not_matter_but_other_files_do(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_run_do_not_matter_but_other_files_do(tmp_path: Path) -> None:
     (tmp_path / ".plan.json.tmp").touch()
     claim_folder(tmp_path, "plan.json", {}, "drives")
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "holiday.mp4").touch()
-    with pytest.raises(DriveSimError, match="other files; choose a new one"):
-        claim_folder(other, "plan.json", {}, "drives")
-    assert [path.name for path in other.iterdir()] == ["holiday.mp4"]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "holiday.mp4").touch()
+    with pytest.raises(DriveSimError, match="other files; choose a new folder"):
+        claim_folder(folder, "plan.json", {}, "drives")
+    assert [path.name for path in folder.iterdir()] == ["holiday.mp4"]
 
 
 def test_an_earlier_result_may_be_replaced(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_an_earlier_result_may_be_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "another program's", "no folder"])
-def test_what_is_not_ours_is_not_replaced(kind: str, tmp_path: Path) -> None:
+def test_files_of_other_programs_are_not_replaced(kind: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     if kind == "no folder":
         out.touch()

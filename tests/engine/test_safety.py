@@ -1,4 +1,4 @@
-"""No file that somebody gives us runs code: real malicious ones, and the source itself."""
+"""Loading a file never runs code: tests with real malicious files, and checks of the source."""
 
 import ast
 import hashlib
@@ -32,7 +32,7 @@ from tests.stress import fuzz_targets
 
 
 class Intruder:
-    """Where Python unpickles it, it makes a folder."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -42,7 +42,7 @@ class Intruder:
 
 
 def legacy_tar(intruder: Intruder) -> bytes:
-    """The oldest form of torch.save: a tar of pickles."""
+    """Return a file in the oldest format of torch.save: a tar of pickles."""
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as archive:
         for name in ("storages", "tensors", "pickle"):
@@ -85,7 +85,7 @@ MALICIOUS: dict[str, Callable[[Intruder], bytes]] = {
 
 
 def load_vgg16(path: Path) -> None:
-    """As the file that LPIPS finds in torch's cache."""
+    """Load the file at `path` as the VGG-16 weights that LPIPS finds in the cache of torch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.hub, "get_dir", lambda: str(path.parent))
         cached = path.parent / "checkpoints" / Path(perceptual.VGG16_URL).name
@@ -97,9 +97,10 @@ def load_vgg16(path: Path) -> None:
 def in_place_of(
     make: Callable[[Path], object], name: str, load: Callable[[Path], object], reason: str
 ) -> Any:
-    """Loads a whole folder, then once more with another file in the place of one of its files.
+    """Return a function that loads a folder in which the given file replaces the file `name`.
 
-    `reason` is what that file's own reader says of it: an earlier check may not hide the reader.
+    The function first checks that the unchanged folder loads. `reason` is a pattern for the error
+    of the file's own reader, which shows that no earlier check refused the folder.
     """
 
     def load_with(path: Path) -> None:
@@ -108,7 +109,7 @@ def in_place_of(
         try:
             load(folder)
         except DriveSimError as error:
-            pytest.fail(f"the folder is refused while it is whole: {error}")
+            pytest.fail(f"the unchanged folder is refused: {error}")
         (folder / name).write_bytes(path.read_bytes())
         with pytest.raises(DriveSimError, match=f"{re.escape(name)}: {reason}"):
             load(folder)
@@ -123,7 +124,7 @@ def save_world(folder: Path) -> None:
 
 
 def save_store(folder: Path) -> None:
-    write_store(folder, (1,))  # its index accounts for fewer bytes than any malicious file has
+    write_store(folder, (1,))  # a store that is smaller than any of the malicious files
 
 
 def read_store(folder: Path) -> None:
@@ -131,7 +132,7 @@ def read_store(folder: Path) -> None:
     TokenStore(folder).shard(0)
 
 
-DOORS: dict[str, Callable[[Path], object]] = {
+LOADERS: dict[str, Callable[[Path], object]] = {
     "comma2k19": lambda path: comma2k19._array(path),
     "VGG-16": load_vgg16,
     "I3D": I3DFeatures,
@@ -155,18 +156,18 @@ DOORS: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_nothing_is_unpickled(door: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("loader", LOADERS)
+def test_nothing_is_unpickled(loader: str, tmp_path: Path) -> None:
     for number, make in enumerate(MALICIOUS.values()):
         work = tmp_path / str(number)
         work.mkdir()
-        made = work / "made"
-        path = work / "given"
-        path.write_bytes(make(Intruder(made)))
+        trace = work / "trace"
+        path = work / "malicious"
+        path.write_bytes(make(Intruder(trace)))
         with pytest.raises(DriveSimError) as caught:
-            DOORS[door](path)
+            LOADERS[loader](path)
         assert len(str(caught.value).splitlines()) == 1
-        assert not made.exists()
+        assert not trace.exists()
 
 
 @pytest.mark.parametrize("kind", ["pickle", "legacy pt", "npy"])
@@ -181,7 +182,7 @@ def test_the_malicious_files_are_malicious(kind: str, tmp_path: Path) -> None:
     assert (tmp_path / "made").is_dir()
 
 
-def test_weights_of_the_right_checksum_are_still_not_unpickled(
+def test_weights_with_the_right_checksum_are_not_unpickled_either(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number, as_zip in enumerate((True, False)):
@@ -197,7 +198,9 @@ def test_weights_of_the_right_checksum_are_still_not_unpickled(
 @pytest.mark.parametrize(
     "shape", ["(100000000,)", "(999999999999,)", "(-1,)", "(2**70,)", "(" * 900, "-" * 9000]
 )
-def test_an_array_may_claim_what_it_has_not(shape: str, tmp_path: Path) -> None:
+def test_arrays_with_false_shapes_are_refused_without_using_memory(
+    shape: str, tmp_path: Path
+) -> None:
     header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, }}".encode()
     path = tmp_path / "t"
     size = len(header).to_bytes(2, "little")
@@ -230,28 +233,28 @@ def sources() -> list[Path]:
 def offences(tree: ast.AST, name: str) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (each.name for each in node.names if each.name in FORBIDDEN_MODULES)
+            yield from (alias.name for alias in node.names if alias.name in FORBIDDEN_MODULES)
         elif isinstance(node, ast.ImportFrom) and node.module in FORBIDDEN_MODULES:
-            yield from (each.name for each in node.names if each.name not in SAFE_NAMES)
+            yield from (alias.name for alias in node.names if alias.name not in SAFE_NAMES)
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            options = {each.arg: each.value for each in node.keywords}
+            options = {keyword.arg: keyword.value for keyword in node.keywords}
             if called in FORBIDDEN_CALLS or TRUSTED_CALLS.get(called, name) != name:
                 yield called
             if called in GUARDED_CALLS:
                 option, value = GUARDED_CALLS[called]
-                given = options.get(option)
-                if not isinstance(given, ast.Constant) or given.value is not value:
+                argument = options.get(option)
+                if not isinstance(argument, ast.Constant) or argument.value is not value:
                     yield called
 
 
 def test_the_source_calls_nothing_that_runs_a_file() -> None:
-    found = {
+    calls_by_file = {
         str(path.relative_to(ROOT)): list(offences(ast.parse(path.read_text("utf-8")), path.name))
         for path in sources()
     }
-    assert len(found) > 100
-    assert {path: calls for path, calls in found.items() if calls} == {}
+    assert len(calls_by_file) > 100
+    assert {path: calls for path, calls in calls_by_file.items() if calls} == {}
 
 
 @pytest.mark.parametrize(
@@ -271,5 +274,5 @@ def test_the_source_calls_nothing_that_runs_a_file() -> None:
         "exec(text)",
     ],
 )
-def test_the_source_check_sees_what_it_is_to_see(line: str) -> None:
+def test_the_source_check_detects_forbidden_lines(line: str) -> None:
     assert list(offences(ast.parse(line), "other.py"))

@@ -28,14 +28,14 @@ Times = namedtuple("Times", "user system idle")
 
 
 class Machine:
-    """Four cores, and processor seconds of others on each, that a test lets pass."""
+    """A simulated machine with four cores, on which time passes only when a test calls `run`."""
 
     def __init__(self) -> None:
         self.now, self.own, self.others = 100.0, 5.0, 50.0
         self.started: list[Any] = []
 
     def run(self, seconds: float, *, own: float, others: float) -> None:
-        """Time passes in which this process has `own` cores, and others have `others`."""
+        """Let time pass while this process uses `own` cores and other programs use `others`."""
         self.now += seconds
         self.own += own * seconds
         self.others += others * seconds
@@ -46,7 +46,7 @@ class Machine:
         return [Times(busy * 0.75, busy * 0.25, 1000.0)] * 4
 
     def children(self, *, recursive: bool) -> list[Any]:
-        """None, unless a test has some."""
+        """Return the child processes that the test has added to `started`."""
         assert recursive
         return self.started
 
@@ -59,7 +59,7 @@ class Machine:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    """A machine on which this process gives way, with four threads to begin with."""
+    """Simulate a machine with four cores, and let torch begin with four threads."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     simulated = Machine()
     monkeypatch.setattr(threads, "time", simulated)
@@ -75,24 +75,24 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     torch.set_num_threads(before)
 
 
-def test_threads_follow_what_others_take(
+def test_threads_follow_the_load_of_other_programs(
     machine: Machine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     leave_busy_cores()
     adjust_threads(CPU)
     assert torch.get_num_threads() == 4
-    taken = []
+    counts = []
     for others in (0.0, 1.0, 1.0, 3.0, 4.0, 0.1, 0.0):
         machine.run(1.0, own=max(0.5, 4.0 - others), others=others)
         adjust_threads(CPU)
-        taken.append(torch.get_num_threads())
-    assert taken == [4, 3, 3, 1, 1, 4, 4]
+        counts.append(torch.get_num_threads())
+    assert counts == [4, 3, 3, 1, 1, 4, 4]
     assert capsys.readouterr().err == (
-        "other programs are busy: computing with 3 of 4 threads\n"  # once
+        "other programs are busy: computing with 3 of 4 threads\n"  # printed only once
     )
 
 
-def test_what_this_process_started_is_no_other_program(
+def test_child_processes_do_not_count_as_other_programs(
     machine: Machine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Child:
@@ -112,7 +112,7 @@ def test_what_this_process_started_is_no_other_program(
         child.taken += 2.0
         adjust_threads(CPU)
         assert torch.get_num_threads() == 4
-    machine.run(60.0, own=240.0, others=0.0)  # what it took then is no excuse for others later
+    machine.run(60.0, own=240.0, others=0.0)  # the child's time must not be subtracted twice
     child.taken += 60.0
     adjust_threads(CPU)
     machine.run(1.0, own=2.0, others=2.0)
@@ -125,7 +125,7 @@ def test_what_this_process_started_is_no_other_program(
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_counts_are_no_nearer_than_they_are_exact(machine: Machine) -> None:
+def test_measurements_are_not_closer_together_than_their_minimum_time(machine: Machine) -> None:
     leave_busy_cores()
     adjust_threads(CPU)
     machine.run(threads.COUNT_SECONDS / 2, own=0.5, others=3.5)
@@ -133,7 +133,7 @@ def test_counts_are_no_nearer_than_they_are_exact(machine: Machine) -> None:
     assert torch.get_num_threads() == 4
 
 
-def test_what_ran_while_this_process_waited_says_nothing(machine: Machine) -> None:
+def test_load_while_this_process_waited_is_ignored(machine: Machine) -> None:
     leave_busy_cores()
     adjust_threads(CPU)
     machine.run(60.0, own=0.0, others=4.0)
@@ -144,16 +144,16 @@ def test_what_ran_while_this_process_waited_says_nothing(machine: Machine) -> No
 @pytest.mark.parametrize(
     ("others", "now", "expected"),
     [
-        (0.0, 2, 2),  # alone
-        (0.4, 2, 2),  # a little beside it
-        (0.67, 2, 1),  # a loop that gets its fair share of two cores
-        (1.0, 1, 1),  # and now has a core of its own
-        (1.33, 1, 1),  # two loops
+        (0.0, 2, 2),  # no other program runs
+        (0.4, 2, 2),  # other programs use little
+        (0.67, 2, 1),  # a busy loop gets its fair share of two cores
+        (1.0, 1, 1),  # now the busy loop has a core of its own
+        (1.33, 1, 1),  # there are two busy loops
         (0.5, 1, 1),
-        (0.3, 1, 2),  # over
+        (0.3, 1, 2),  # the busy loops have ended
     ],
 )
-def test_on_two_cores(others: float, now: int, expected: int) -> None:
+def test_number_of_threads_on_two_cores(others: float, now: int, expected: int) -> None:
     assert threads_beside(others, cores=2, threads=now, most=2) == expected
 
 
@@ -165,7 +165,7 @@ def test_work_on_a_gpu_changes_no_threads(machine: Machine) -> None:
     assert torch.get_num_threads() == 4
 
 
-def test_there_is_at_least_one_thread_and_never_more_than_asked_for() -> None:
+def test_there_is_at_least_one_thread_and_never_more_than_the_maximum() -> None:
     for others in (0.0, 3.3, 16.0, 20.0):
         assert 1 <= threads_beside(others, cores=16, threads=8, most=8) <= 8
 
@@ -177,7 +177,7 @@ def test_the_library_does_not_touch_threads(machine: Machine) -> None:
     assert torch.get_num_threads() == 4
 
 
-def test_what_the_environment_says_stands(
+def test_omp_num_threads_in_the_environment_has_priority(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
@@ -188,7 +188,7 @@ def test_what_the_environment_says_stands(
     assert torch.get_num_threads() == 4
 
 
-def test_threads_asked_for_are_fixed(machine: Machine) -> None:
+def test_requested_threads_are_fixed(machine: Machine) -> None:
     leave_busy_cores()
     adjust_threads(CPU)
     with fixed_threads(3):
@@ -210,24 +210,24 @@ def test_commands_leave_busy_cores(machine: Machine) -> None:
     assert torch.get_num_threads() == 3
 
 
-def test_counts_of_this_machine() -> None:
-    """All programs together have taken at least what this one has."""
+def test_measurement_on_this_machine() -> None:
+    """All programs together use at least as much processor time as this process alone."""
     before = threads._Count.now(threads._affinity())
     while time.process_time() - before.own < 0.3:
         pass
     after = threads._Count.now(threads._affinity())
     assert after.at > before.at
-    assert after.busy - before.busy >= 0.2  # which the system rounds to hundredths
+    assert after.busy - before.busy >= 0.2  # less than 0.3, because the system rounds the times
 
 
-def test_a_container_may_number_its_cores_anew(machine: Machine) -> None:
-    """It is shown four cores, and may use those that the machine calls 8 to 11."""
+def test_a_container_may_renumber_its_cores(machine: Machine) -> None:
+    """The container sees four cores, and its affinity names cores 8 to 11 of the machine."""
     machine.own = 100.0
     assert threads._Count.now([8, 9, 10, 11]).busy == machine.own + machine.others
     assert threads._Count.now([1, 3]).busy == (machine.own + machine.others) / 2
 
 
-def test_quotas_of_a_cgroup_and_of_those_above_it(tmp_path: Path) -> None:
+def test_quotas_of_a_cgroup_and_its_parents(tmp_path: Path) -> None:
     membership = tmp_path / "cgroup"
     membership.write_text("1:name=systemd:/old\n0::/user/session\n")
     own = tmp_path / "mounted" / "user" / "session"
@@ -237,7 +237,7 @@ def test_quotas_of_a_cgroup_and_of_those_above_it(tmp_path: Path) -> None:
     assert cgroup_quota(membership, tmp_path / "mounted") == float("inf")
     (own.parent / "cpu.max").write_text("250000 100000\n")
     assert cgroup_quota(membership, tmp_path / "mounted") == 2.5
-    (tmp_path / "cpu.max").write_text("1 100000\n")  # of no cgroup
+    (tmp_path / "cpu.max").write_text("1 100000\n")  # outside the mounted cgroups
     assert cgroup_quota(membership, tmp_path / "mounted") == 2.5
     assert cgroup_quota(tmp_path / "none", tmp_path / "nowhere") == float("inf")
 
@@ -273,7 +273,7 @@ _KEEPING = "from driving_sim.engine.threads import keep_freed_memory as act; act
 
 
 def new_pages(line: str, **environment: str) -> int:
-    """How many pages a process gets from the system for 64 MiB that it has just freed."""
+    """Return how many new pages a process needs to allocate 64 MiB that it has just freed."""
     done = subprocess.run(
         [sys.executable, "-c", _NEW_PAGES.format(line)],
         env=os.environ | environment,
@@ -286,7 +286,7 @@ def new_pages(line: str, **environment: str) -> int:
 
 @on_glibc
 @pytest.mark.parametrize("line", [_KEEPING, "from driving_sim.cli import main as act; act()"])
-def test_commands_use_freed_memory_again(line: str) -> None:
+def test_commands_reuse_freed_memory(line: str) -> None:
     assert new_pages(line) < 16
 
 
@@ -295,11 +295,13 @@ def test_commands_use_freed_memory_again(line: str) -> None:
     ("line", "environment"),
     [("", {}), ("import driving_sim.cli", {}), (_KEEPING, {"MALLOC_MMAP_MAX_": "65536"})],
 )
-def test_the_library_and_the_environment_leave_it(line: str, environment: dict[str, str]) -> None:
-    assert new_pages(line, **environment) >= 32  # of 2 MiB, where the system makes them so large
+def test_the_library_and_a_configured_allocator_do_not_keep_freed_memory(
+    line: str, environment: dict[str, str]
+) -> None:
+    assert new_pages(line, **environment) >= 32  # pages may be as large as 2 MiB
 
 
-def test_commands_look_for_garbage_less_often_and_the_library_does_not() -> None:
+def test_commands_collect_garbage_less_often_and_the_library_does_not() -> None:
     thresholds = [
         subprocess.run(
             [sys.executable, "-c", f"import gc; {line}; print(gc.get_threshold()[0])"],

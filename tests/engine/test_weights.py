@@ -41,7 +41,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def refused(file: Path, **sizes: int) -> str:
-    """The one line that says why, found quickly and with little memory."""
+    """Check that the file is refused quickly and with little memory. Return the error message."""
     begin = time.perf_counter()
     tracemalloc.start()
     with pytest.raises(DriveSimError, match="not a test's weights") as caught:
@@ -54,7 +54,7 @@ def refused(file: Path, **sizes: int) -> str:
     return str(caught.value)
 
 
-def test_weights_come_back_with_their_metadata(file: Path) -> None:
+def test_weights_are_loaded_with_their_metadata(file: Path) -> None:
     module, metadata = build_with_weights(Layers, file, of="a test")
     assert metadata == {"made": "here"}
     saved = load_file(file)
@@ -63,25 +63,26 @@ def test_weights_come_back_with_their_metadata(file: Path) -> None:
     assert fingerprint({"a": 1}, module) != fingerprint({"a": 1}, Layers())
 
 
-def of_each_format() -> dict[str, Tensor]:
-    """Tensors of all formats, one not contiguous, one a single number and one with no number."""
+def tensors_of_all_formats() -> dict[str, Tensor]:
+    """Return tensors of all formats, with one not contiguous, one scalar and one empty tensor."""
     formats = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"]
     tensors = {name: torch.arange(6).to(getattr(torch, name)) for name in formats}
-    turned = torch.arange(6.0).reshape(2, 3).T
-    return {**tensors, "turned": turned, "one": torch.tensor(3.0), "nöne": torch.zeros(0, 3)}
+    transposed = torch.arange(6.0).reshape(2, 3).T
+    special = {"transposed": transposed, "scalar": torch.tensor(3.0), "ëmpty": torch.zeros(0, 3)}
+    return {**tensors, **special}
 
 
 @pytest.mark.parametrize("metadata", [None, {"a": 'né "b"'}])
-def test_a_file_is_the_librarys_byte_for_byte(
+def test_a_file_has_the_same_bytes_as_one_of_the_safetensors_library(
     tmp_path: Path, metadata: dict[str, str] | None
 ) -> None:
-    tensors = of_each_format()
+    tensors = tensors_of_all_formats()
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
     write_tensors(tmp_path / "w", tensors, metadata)
     assert (tmp_path / "w").read_bytes() == save(contiguous, metadata)
 
 
-def test_metadata_is_written_in_order(tmp_path: Path) -> None:
+def test_metadata_is_written_in_sorted_order(tmp_path: Path) -> None:
     module, names = Layers(), [str(number) for number in range(20)]
     for order in (names, names[::-1]):
         save_weights(module, tmp_path / "w" / order[0], dict.fromkeys(order, "x"))
@@ -89,15 +90,15 @@ def test_metadata_is_written_in_order(tmp_path: Path) -> None:
 
 
 def test_saving_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No second copy of the weights, neither Python's nor torch's."""
+    """Neither Python nor torch makes a second copy of the weights."""
     module = Layers(layers=4, width=512)
     contiguous, copies = Tensor.contiguous, []
 
     def watched(tensor: Tensor) -> Tensor:
-        made = contiguous(tensor)
-        if made.data_ptr() != tensor.data_ptr():
+        result = contiguous(tensor)
+        if result.data_ptr() != tensor.data_ptr():
             copies.append(tensor.shape)
-        return made
+        return result
 
     monkeypatch.setattr(Tensor, "contiguous", watched)
     monkeypatch.setattr(Tensor, "clone", None)
@@ -109,11 +110,11 @@ def test_saving_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert peak < (tmp_path / "w.safetensors").stat().st_size / 20
 
 
-def test_a_file_has_the_rights_of_any_new_one(tmp_path: Path) -> None:
+def test_a_file_has_the_usual_permissions_of_a_new_file(tmp_path: Path) -> None:
     save_weights(Layers(), tmp_path / "w.safetensors", {})
-    (tmp_path / "other").touch()
-    rights = [(tmp_path / name).stat().st_mode for name in ("w.safetensors", "other")]
-    assert rights[0] == rights[1]
+    (tmp_path / "new").touch()
+    modes = [(tmp_path / name).stat().st_mode for name in ("w.safetensors", "new")]
+    assert modes[0] == modes[1]
 
 
 def with_header(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -148,7 +149,7 @@ def entry(name: str, value: Any) -> Callable[[dict[str, Any]], object]:
         lambda header: header.update(__metadata__={"a": 3}),
     ],
 )
-def test_headers_that_lie_are_refused(
+def test_inconsistent_headers_are_refused(
     file: Path, change: Callable[[dict[str, Any]], object]
 ) -> None:
     with_header(file, change)
@@ -166,17 +167,17 @@ def test_headers_that_lie_are_refused(
         (2).to_bytes(8, "little") + b"[]",
     ],
 )
-def test_files_that_are_none_are_refused(file: Path, content: bytes) -> None:
+def test_files_in_other_formats_are_refused(file: Path, content: bytes) -> None:
     file.write_bytes(content)
     refused(file)
 
 
-def test_a_header_may_not_be_endless(file: Path) -> None:
+def test_a_header_that_is_too_long_is_refused(file: Path) -> None:
     save_weights(Layers(), file, {"made": "x" * 2**21})
-    assert "its header says that it is 20" in refused(file)
+    assert "its header claims to be 20" in refused(file)
 
 
-def test_other_numbers_missing_and_extra_tensors_are_named(file: Path) -> None:
+def test_errors_name_wrong_formats_missing_tensors_and_extra_tensors(file: Path) -> None:
     saved = load_file(file)
     save_file({name: value.double() for name, value in saved.items()}, file)
     assert "layers.0.bias is F64 [4], expected F32 [4]" in refused(file)
@@ -184,7 +185,7 @@ def test_other_numbers_missing_and_extra_tensors_are_named(file: Path) -> None:
     save_file(saved, file)
     assert "has no layers.1.bias" in refused(file)
     save_file({**saved, "layers.1.bias": bias, "z": bias.clone()}, file)
-    assert "has 'z', which the model has not" in refused(file)
+    assert "has 'z', which the model does not have" in refused(file)
 
 
 def test_a_refused_file_changes_nothing(file: Path) -> None:
@@ -200,14 +201,14 @@ def test_a_refused_file_changes_nothing(file: Path) -> None:
 @pytest.mark.parametrize(
     "sizes", [{"layers": 10**12}, {"width": 10**6}, {"width": 10**12}, {"width": 10**30}]
 )
-def test_a_config_may_ask_for_what_no_machine_has(file: Path, sizes: dict[str, int]) -> None:
-    """It is refused before memory is taken: on a billion layers a machine would choke first."""
-    held = file.stat().st_size // 4
-    assert f"holds {held} numbers at most, its config asks for more" in refused(file, **sizes)
+def test_a_config_of_an_impossible_size_is_refused(file: Path, sizes: dict[str, int]) -> None:
+    """The config is refused before memory is allocated. A billion layers would fill the memory."""
+    limit = file.stat().st_size // 4
+    assert f"holds at most {limit} numbers, but its config asks for more" in refused(file, **sizes)
 
 
 @pytest.mark.parametrize("preset", ["demo", "tiny"])
-def test_a_file_holds_what_its_own_config_asks_for_and_hardly_more(
+def test_a_file_is_large_enough_for_its_own_config_but_not_for_a_larger_one(
     preset: str, tmp_path: Path
 ) -> None:
     frames, world = TOKENIZERS[preset].model, WORLD_MODELS[preset].model

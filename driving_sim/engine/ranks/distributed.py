@@ -1,4 +1,4 @@
-"""The processes that `torchrun` started, and the little that they tell each other."""
+"""Join the processes (ranks) that `torchrun` started, and exchange values between them."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -20,12 +20,12 @@ from driving_sim.engine.torchrun import local_rank, rank_count, restarts
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=2)
-"""How long ranks wait for each other: one validates while the others do nothing."""
+"""Maximum time that ranks wait for each other, for example while the main rank validates."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among all of them; alone, nothing is communicated."""
+    """The `rank` of this process, and the number of ranks. A single rank communicates nothing."""
 
     rank: int = 0
     size: int = 1
@@ -36,13 +36,13 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over ranks; `values` is overwritten."""
+        """Return the sum of `values` over all ranks, computed in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def largest(self, values: list[float]) -> list[float]:
-        """The largest over ranks of each number."""
+        """Return, for each position in the list, the maximum over all ranks."""
         if self.size == 1:
             return values
         shared = torch.tensor(values, dtype=torch.float64)
@@ -50,35 +50,38 @@ class Ranks:
         return shared.tolist()
 
     def from_main(self, find: Callable[[], T]) -> T:
-        """What the main rank finds, on every rank; the others do not look for themselves."""
-        found = [find() if self.is_main else None]
+        """Call `find` on the main rank only, and return its result on every rank."""
+        results = [find() if self.is_main else None]
         if self.size > 1:
-            dist.broadcast_object_list(found, src=0)
-        return cast(T, found[0])
+            dist.broadcast_object_list(results, src=0)
+        return cast(T, results[0])
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, on every rank."""
+        """Return the values of all ranks, in the order of the ranks, on every rank."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
 
     def require_same(self, text: str, what: str) -> None:
-        """Raise `DriveSimError` on all ranks unless all give the same text."""
+        """Raise `DriveSimError` on all ranks unless all pass the same `text`.
+
+        `what` names the text in the message.
+        """
         if len(set(self.gather(text))) > 1:
             raise DriveSimError(
                 f"rank {self.rank}: {what} differ between the ranks: start all of them with the "
-                "same command, with the same files in reach"
+                "same command and access to the same files"
             )
 
     def barrier(self) -> None:
-        """Wait until every rank has come here."""
+        """Wait until every rank has called this method."""
         if self.size > 1:
             dist.barrier()
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean of a tensor over all ranks, for losses that need it; `values` is overwritten."""
+    """Return the mean of a tensor over all ranks, computed in place."""
     if dist.is_initialized():
         dist.all_reduce(values)
         values /= dist.get_world_size()
@@ -89,10 +92,10 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 def process_group(
     device: torch.device, patience: timedelta = PATIENCE
 ) -> Iterator[tuple[Ranks, torch.device]]:
-    """Join the ranks that `torchrun` started, if it did; yield them and this rank's own device.
+    """Join the ranks that `torchrun` started, if any. Yield the ranks and this rank's device.
 
-    They wait for each other up to `patience`. Within another one it is that one. Raises
-    `DriveSimError` where another rank is gone, or this one has no device.
+    Ranks wait for each other for up to `patience`. A nested call uses the existing group. Raises
+    `DriveSimError` if another rank has stopped, or if this rank has no device.
     """
     if rank_count() == 1:
         yield Ranks(), device
@@ -101,40 +104,41 @@ def process_group(
     if dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size()), device
         return
-    # gloo beside nccl: the ranks also exchange a few numbers that live on the CPU.
+    # With GPUs, gloo is needed too, because ranks also exchange a few numbers on the CPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     with _lost_ranks():
         store, rank, size = next(rendezvous("env://", timeout=patience))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # `torchrun` keeps this store when it restarts the ranks, and with it the addresses of
-            # the dead ones, which the new ones would call.
+            # When `torchrun` restarts the ranks, this store still holds the addresses of the dead
+            # ranks. The prefix keeps the new ranks from connecting to them.
             store = PrefixStore(f"attempt-{restarts()}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
-        alike = False
+        all_leave = False
         try:
             yield Ranks(rank, size), device
-            alike = True
+            all_leave = True
         except Interrupted:
-            alike = True
+            all_leave = True
             raise
         finally:
-            if alike:
-                # One that leaves while another talks to it can be brought down by its threads.
+            if all_leave:
+                # A rank that leaves while another still communicates with it can crash.
                 dist.barrier()
-            # Else the others may be in a collective: NCCL would wait for them before it lets go.
-            if alike or device.type != "cuda":
+            # After an error on this rank, the others may be in a collective operation. NCCL would
+            # wait for them before it destroys the group.
+            if all_leave or device.type != "cuda":
                 dist.destroy_process_group()
 
 
 def _own_device(device: torch.device) -> torch.device:
     if device.type == "mps":
-        raise DriveSimError("several ranks work on cuda or cpu, not on mps: pass `device=cpu`")
+        raise DriveSimError("several ranks can use cuda or cpu, but not mps: pass `device=cpu`")
     if device.type != "cuda":
         return device
     if local_rank() >= torch.cuda.device_count():
         raise DriveSimError(
-            f"rank {local_rank()} of this machine has no GPU of its own, there are "
-            f"{torch.cuda.device_count()}: lower --nproc-per-node, or pass `device=cpu`"
+            f"rank {local_rank()} of this machine has no GPU of its own (number of GPUs: "
+            f"{torch.cuda.device_count()}): lower --nproc-per-node, or pass `device=cpu`"
         )
     torch.cuda.set_device(local_rank())
     return torch.device("cuda", local_rank())
@@ -145,10 +149,10 @@ def _lost_ranks() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # Gloo's errors have no class of their own.
+        # Gloo has no error class of its own and raises RuntimeError.
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise DriveSimError(
-            f"rank {os.environ['RANK']}: another rank is gone (it says why itself), or cannot "
-            f"be reached ({one_line(error)})"
+            f"rank {os.environ['RANK']}: another rank has stopped or cannot be reached "
+            f"({one_line(error)}); see the messages of the other ranks"
         ) from error

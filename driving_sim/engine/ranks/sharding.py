@@ -1,8 +1,8 @@
-"""Models that are spread over the ranks (FSDP2, https://arxiv.org/abs/2304.11277).
+"""Split models over the ranks (FSDP2, https://arxiv.org/abs/2304.11277).
 
-Each rank keeps a share of every parameter, of its gradient and of what the optimiser knows of it;
-a block's parameters are gathered while it runs. Such parameters are `DTensor`s: what is here tells
-them from plain ones, and is the identity on those.
+Each rank keeps a share of every parameter, of its gradient and of its optimiser state. While a
+block runs, its parameters are gathered on every rank. Sharded parameters are `DTensor`s. `whole`
+and `placed_like` also accept plain tensors, which they return unchanged.
 """
 
 import warnings
@@ -17,13 +17,13 @@ from driving_sim.engine.errors import DriveSimError
 
 _OLDEST_TORCH = (2, 9)
 SHARDS = "shard-*.safetensors"
-"""What torch.distributed.checkpoint calls the files of `save_shards`."""
+"""Pattern of the names that torch.distributed.checkpoint gives to the files of `save_shards`."""
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
-    """Spread the parameters over all ranks: `blocks` one by one, all others together.
+    """Split the parameters of a model over all ranks: each block separately, the rest together.
 
-    Raises `DriveSimError` where torch is too old.
+    Raises `DriveSimError` if torch is too old.
     """
     _require_torch()
     from torch.distributed.device_mesh import init_device_mesh
@@ -32,7 +32,7 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     frozen = set()
     for parameter in model.parameters():
-        if parameter.requires_grad:  # moved by `fully_shard`; it refuses channels_last
+        if parameter.requires_grad:  # `fully_shard` moves it, but rejects channels_last tensors
             parameter.data = parameter.data.contiguous()
         else:
             parameter.data = parameter.data.to(device)
@@ -43,12 +43,12 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this rank holds a share of a tensor only."""
+    """Return whether this rank holds only a share of the tensor."""
     return hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; every rank has to ask for it."""
+    """Return the complete tensor. Every rank has to call this function."""
     if not is_sharded(tensor):
         return tensor
     gathered: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
@@ -56,7 +56,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor that all ranks hold, sharded as `like` is; `ValueError` for another shape."""
+    """Return a tensor, which every rank holds completely, sharded in the same way as `like`.
+
+    Raises ValueError if the shapes differ.
+    """
     if tensor.shape != like.shape:
         raise ValueError(f"a tensor is {list(tensor.shape)}, expected {list(like.shape)}")
     if not is_sharded(like) or is_sharded(tensor):
@@ -64,16 +67,16 @@ def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(like, DTensor)
-    # No source: each rank takes its share of its own copy.
+    # Without a source rank, each rank takes its share from its own copy.
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write every rank's share of `tensors` into `folder`; all ranks have to call it."""
+    """Write every rank's share of `tensors` into `folder`. Every rank has to call this function."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    # Its other storages pickle their metadata; this one reads numbers with a shape only.
+    # Other storages pickle their metadata. This one cannot read scalars, so they get the shape [1].
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with _own_errors():
         with_shape = {name: t if t.ndim else t.reshape(1) for name, t in tensors.items()}
@@ -81,10 +84,11 @@ def save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_shards(folder: Path, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read what `save_shards` wrote, on any number of ranks, one without `torchrun` included.
+    """Read the files of `save_shards`, on any number of ranks, also without `torchrun`.
 
-    A tensor named as one of `likes`, or as one with `/QUANTITY` behind, and of its shape comes
-    sharded as that is; one named as a scalar is one again.
+    A tensor is sharded in the same way as the tensor in `likes` with the same name and shape. An
+    optimiser state, named `PARAMETER/QUANTITY`, is sharded like its parameter. Tensors that are
+    scalars in `likes` are returned as scalars.
     """
     _require_torch()
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -97,14 +101,14 @@ def load_shards(folder: Path, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         assert isinstance(entry, TensorStorageMetadata)
         dtype = entry.properties.dtype
         like = likes.get(name, likes.get(name.rpartition("/")[0]))
-        # A parameter of one number looks like its count of steps, which every rank holds.
-        alike = like is not None and like.shape == entry.size and like.numel() > 1
-        if like is not None and alike and is_sharded(like):
+        # The step count of a parameter with one element has the same shape, but is not sharded.
+        same_shape = like is not None and like.shape == entry.size and like.numel() > 1
+        if like is not None and same_shape and is_sharded(like):
             tensors[name] = torch.empty_like(like, dtype=dtype)
         else:
             tensors[name] = torch.empty(entry.size, dtype=dtype)
     with _own_errors(), warnings.catch_warnings():
-        # It warns where there are no ranks: of what is wanted then.
+        # torch warns that it loads on a single process, which is intended here.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
     scalars = [name for name in tensors.keys() & likes.keys() if not likes[name].ndim]
@@ -113,7 +117,7 @@ def load_shards(folder: Path, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def _own_errors() -> Iterator[None]:
-    """Raise what went wrong on a rank as it is: torch's class for it is no `Exception`."""
+    """Raise the original error of a rank, because CheckpointException is not an `Exception`."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
@@ -126,6 +130,6 @@ def _own_errors() -> Iterator[None]:
 def _require_torch() -> None:
     if tuple(map(int, torch.__version__.split(".")[:2])) < _OLDEST_TORCH:
         raise DriveSimError(
-            f"sharded training needs torch 2.9 or newer, this is {torch.__version__}: update it, "
-            "or leave `shard` out"
+            f"sharded training needs torch 2.9 or newer, but this is {torch.__version__}: update "
+            "torch, or leave out `shard`"
         )

@@ -1,1 +1,1 @@
-"""The training loop that both models share."""
+"""Train a model: loop, optimisers, schedule, checkpoints and logs, shared by both models."""

@@ -1,9 +1,9 @@
-"""Checkpoints: folders of safetensors and JSON, written whole or not at all, never unpickled.
+"""Checkpoints: folders of safetensors and JSON files, written atomically and never unpickled.
 
-A run whose ranks all hold the model writes `model.safetensors`, `optimizer.safetensors` and
-`ema.safetensors`; a sharded one writes a safetensors file for each rank. Either kind of run goes on
-from either kind of checkpoint, whatever the number of ranks. `checksums.json` tells whether a
-folder still holds what was written.
+A run in which every rank holds the whole model writes `model.safetensors`, `optimizer.safetensors`
+and `ema.safetensors`. A sharded run writes one safetensors file per rank. Both kinds of run can
+resume from both kinds of checkpoint, with any number of ranks. `checksums.json` shows whether the
+files are still as they were written.
 """
 
 import os
@@ -51,10 +51,10 @@ def save_checkpoint(
     state: Mapping[str, Any],
     ranks: Ranks | None = None,
 ) -> Path:
-    """Write `folder/step-XXXXXXXX` with everything that a run needs to go on; return its path.
+    """Write `folder/step-XXXXXXXX` with everything that a run needs to resume. Return its path.
 
-    Every rank has to call it; what is not sharded is the main rank's. Frozen parameters are left
-    out: who builds the model gives them the same values again.
+    Every rank has to call it. If the model is not sharded, only the main rank writes. Frozen
+    parameters are not saved, because the model has the same values again when it is built.
     """
     ranks = ranks or Ranks()
     path = checkpoint_path(folder, step)
@@ -81,83 +81,84 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, *, model: nn.Module, optimizers: Optimizers, ema: Ema
 ) -> dict[str, Any]:
-    """Put a checkpoint into model, optimisers and EMA; return its state.
+    """Load a checkpoint into the model, the optimisers and the EMA. Return its `state`.
 
-    Raises `DriveSimError` where files are missing or were made for another model.
+    Raises `DriveSimError` if files are missing or belong to another model.
     """
     state = load_json(path / STATE)
     try:
         saved = _load_parts(path, model, ema)
-        for part, own in {"model": changing_tensors(model), "ema": ema.averages}.items():
-            for name in sorted(own.keys() | saved[part].keys()):
-                own[name].copy_(placed_like(saved[part][name], own[name]))
+        for part, current in {"model": changing_tensors(model), "ema": ema.averages}.items():
+            for name in sorted(current.keys() | saved[part].keys()):
+                current[name].copy_(placed_like(saved[part][name], current[name]))
         optimizers.load_tensors(saved["optimizer"])
         ema.updates = torch.tensor(state.pop("ema_updates"), dtype=torch.float64)
     except (KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
         raise DriveSimError(
             f"{path} was made for another model ({one_line(error)}): resume with the configuration "
-            "that it was made with, or choose another `run`"
+            "of that model, or choose another `run`"
         ) from error
     return state
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is as it was written, and a line for each damaged one after it.
+    """Return the newest undamaged checkpoint, and one line for each newer, damaged checkpoint.
 
-    None where there is none at all. Raises `DriveSimError` where all are damaged.
+    The checkpoint is None if the folder has none. Raises `DriveSimError` if all are damaged.
     """
     notices: list[str] = []
     for path in reversed(checkpoints(folder)):
         fault = damage(path)
         if fault is None:
             return path, notices
-        notices.append(f"{path} is damaged ({fault}): going on from the checkpoint before it")
+        notices.append(f"{path} is damaged ({fault}): continuing from the checkpoint before it")
     if notices:
         raise DriveSimError(
-            f"{folder}: every checkpoint is damaged, {notices[0].partition(': ')[0]}; restore one "
-            "from a copy, or start again with another `run`"
+            f"{folder}: every checkpoint is damaged, for example "
+            f"{notices[0].partition(': ')[0]}; restore one from a copy, or start again with "
+            "another `run`"
         )
     return None, []
 
 
 def damage(path: Path) -> str | None:
-    """In what a checkpoint's files differ from what was written; None where they do not."""
+    """Return how the files of a checkpoint differ from its checksums, or None if they do not."""
     try:
         written = load_json(path / CHECKSUMS)
-        found = {file.name: file for file in _files(path)}
-        for name in sorted(written.keys() | found.keys()):
-            if name not in found:
+        files = {file.name: file for file in _files(path)}
+        for name in sorted(written.keys() | files.keys()):
+            if name not in files:
                 return f"{shown(name)} is missing"
             if name not in written:
                 return f"{shown(name)} does not belong there"
-            if not found[name].is_file() or sha256_of(found[name]) != written[name]:
-                return f"{name} has another checksum"
+            if not files[name].is_file() or sha256_of(files[name]) != written[name]:
+                return f"{name} has a wrong checksum"
     except DriveSimError:
-        return f"no readable {CHECKSUMS}, which checkpoints of earlier versions have not"
+        return f"no readable {CHECKSUMS}, which checkpoints of earlier versions lack"
     except OSError as error:
         return f"{error.filename} cannot be read: {error.strerror}"
     return None
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint after `step` lies."""
+    """Return the path of the checkpoint after `step` steps."""
     return folder / f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Return the step number in the name of a checkpoint."""
     return int(path.name.removeprefix("step-"))
 
 
 def remove_after(path: Path) -> None:
-    """Remove the checkpoints of later steps than that of `path`."""
-    for other in checkpoints(path.parent):
-        if step_of(other) > step_of(path):
-            shutil.rmtree(other)
+    """Delete the checkpoints of later steps than the checkpoint `path`."""
+    for checkpoint in checkpoints(path.parent):
+        if step_of(checkpoint) > step_of(path):
+            shutil.rmtree(checkpoint)
 
 
 def prune(folder: Path, *, keep_last: int, best_step: int | None) -> None:
-    """Remove all checkpoints but the newest `keep_last` and the best, and what a kill left over."""
+    """Delete unfinished checkpoints, and all others except the newest `keep_last` and the best."""
     for path in checkpoints(folder)[:-keep_last]:
         if step_of(path) != best_step:
             shutil.rmtree(path)
@@ -166,52 +167,52 @@ def prune(folder: Path, *, keep_last: int, best_step: int | None) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, by their steps."""
+    """Return the checkpoints in `folder`, sorted by step."""
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def _files(path: Path) -> list[Path]:
-    """What is in a checkpoint's folder beside its checksums."""
+    """Return everything in the folder of a checkpoint, except its checksums."""
     return sorted(file for file in path.iterdir() if file.name != CHECKSUMS)
 
 
 def _save_checksums(path: Path, ranks: Ranks) -> None:
-    """Write those of all files, which the ranks share: a large model's take a while to read."""
-    ranks.barrier()  # the files are all there
-    own = _files(path)[ranks.rank :: ranks.size]
-    shares = ranks.gather({file.name: sha256_of(file) for file in own})
+    """Write the checksums of all files. The ranks share the work, because hashing is slow."""
+    ranks.barrier()  # wait until all ranks have written their files
+    own_files = _files(path)[ranks.rank :: ranks.size]
+    shares = ranks.gather({file.name: sha256_of(file) for file in own_files})
     if ranks.is_main:
-        made = {name: digest for share in shares for name, digest in share.items()}
-        # On a shared disk a rank may not have seen all files yet.
+        digests = {name: digest for share in shares for name, digest in share.items()}
+        # On a network file system, a rank may not have seen all files yet.
         files = _files(path)
-        save_json(path / CHECKSUMS, {f.name: made.get(f.name) or sha256_of(f) for f in files})
+        save_json(path / CHECKSUMS, {f.name: digests.get(f.name) or sha256_of(f) for f in files})
 
 
 @contextmanager
 def _shared_folder(path: Path, ranks: Ranks) -> Iterator[Path]:
-    """`atomic_folder` on the main rank; the others get the same temporary folder."""
-    theirs = temporary_beside(path, ranks.from_main(os.getpid))
-    with atomic_folder(path) if ranks.is_main else nullcontext(theirs) as temporary:
+    """Yield the same temporary folder on all ranks. On the main rank it is an `atomic_folder`."""
+    same_folder = temporary_beside(path, ranks.from_main(os.getpid))
+    with atomic_folder(path) if ranks.is_main else nullcontext(same_folder) as temporary:
         ranks.barrier()
         yield temporary
 
 
 def changing_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters, tied ones once, and the buffers that belong to the state."""
+    """Return the trainable parameters and the persistent buffers. Tied parameters appear once."""
     trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return trainable | state_buffers(model)
 
 
 def state_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that belong to the state, as they are: who writes into them changes the model."""
+    """Return the persistent buffers of the model by name. They are not copied."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return {name: v for name, v in model.state_dict().items() if name not in parameters}
 
 
 def _load_parts(path: Path, model: nn.Module, ema: Ema) -> dict[str, dict[str, Tensor]]:
-    """The saved tensors of each part by name; those of a sharded run as `model` is sharded."""
+    """Return the saved tensors by part and name, sharded in the same way as `model` if needed."""
     if not any(path.glob(SHARDS)):
         return {part: load_file(path / f"{part}.safetensors") for part in _PARTS}
     likes: dict[str, Tensor] = {f"ema/{name}": average for name, average in ema.averages.items()}

@@ -1,4 +1,4 @@
-"""The options of a training run."""
+"""Settings of a training run."""
 
 from typing import Literal
 
@@ -15,61 +15,66 @@ from driving_sim.engine.config import (
 
 @config
 class TrainingConfig:
-    """How a model is trained. Give exactly one of `steps` and `minutes`."""
+    """Settings of a training run. Set exactly one of `steps` and `minutes`."""
 
     steps: Count | None = None
-    """Optimiser steps to take."""
+    """Number of optimiser steps."""
     minutes: Positive | None = None
-    """Minutes to train instead; validation, saving and start-up do not count."""
+    """Training time in minutes, without validation, saving and start-up."""
     min_steps: Count | None = None
-    """With `minutes`: go on until so many steps are taken, even if it takes longer."""
+    """Minimum number of steps of a run with `minutes`, even if they take longer."""
     accumulate: Count = 1
-    """Batches whose gradients are averaged into one step, on each device. A tokenizer's
-    discriminator is weighed anew for each of them."""
+    """Number of batches on each device whose gradients are averaged into one step. A tokenizer
+    computes the weight of its GAN loss for each batch separately."""
     optimizer: Literal["muon", "adamw"] = "muon"
-    """What steps kernels of 32 channels or more on both sides, but a discriminator's; all else is
-    AdamW's."""
+    """Optimiser of linear and convolution weights with at least 32 input and 32 output channels,
+    except those of a discriminator. AdamW updates all other parameters."""
     learning_rate: Positive = 3e-4
     """Peak learning rate."""
     min_learning_rate_ratio: Share = 0.05
-    """Share of the peak that the cosine ends at."""
+    """Final learning rate of the cosine schedule, as a share of the peak."""
     warmup_steps: Natural = 200
-    """Steps of linear warm-up, cut to a tenth of the run where that is shorter."""
+    """Steps of linear warm-up, but at most a tenth of the run."""
     weight_decay: NonNegative = 0.05
-    """Decoupled weight decay of matrices and kernels."""
+    """Decoupled weight decay of matrices and convolution kernels."""
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
-    """Decay rates of AdamW's two moments."""
+    """Decay rates of the first and second moments in AdamW."""
     grad_clip: Positive | None = 1.0
-    """Largest L2 norm of each player's gradients (a GAN has two); None: not clipped."""
+    """Maximum L2 norm of the gradients of each player (a GAN has two players). If None, gradients
+    are not clipped."""
     ema_decay: ShareBelowOne = 0.999
-    """Decay of the averaged weights, which are what is validated and kept; 0: no averaging."""
+    """Decay of the averaged weights, which are validated and exported. 0 turns averaging off."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Format of the autocast passes; auto: bf16 where it is faster."""
+    """Number format of forward and backward passes. auto means bf16 if it is faster."""
     log_every: Count = 20
-    """Steps between logged training metrics."""
+    """Steps between two logs of training metrics."""
     validate_every: Count = 500
-    """Steps between validations; one more comes at the end."""
+    """Steps between two validations. The run also validates at its end."""
     save_every: Count = 500
-    """Steps between checkpoints; more come at each new best score and at the end."""
+    """Steps between two checkpoints. The run also saves at each new best score and at its end."""
     keep_last: Count = 2
-    """Newest checkpoints that are kept, beside the best."""
+    """Number of newest checkpoints to keep. The best checkpoint is always kept."""
     patience: Count | None = None
-    """Validations without a new best score before the run stops; None: never."""
+    """Number of validations without a new best score after which the run stops. If None, the run
+    does not stop early."""
     seed: Natural = 0
-    """Decides all randomness of the training steps."""
+    """Seed of all random numbers in the training steps."""
     workers: Natural = 2
-    """Processes that make batches ahead; 0: made by the training process."""
+    """Number of processes that prepare batches. With 0, the training process prepares them."""
     threads: Count | None = None
-    """CPU threads of a training process. None: torch's choice; in commands, as many as other
-    programs leave cores for, and the last bits of the weights can vary with them."""
+    """Number of CPU threads of each training process. If None, torch chooses it, and commands
+    adapt it to the cores that other programs leave free, which can change the last bits of the
+    weights."""
     gradient_checkpointing: bool = False
-    """Keep blocks' inputs only and compute the rest again backwards: less memory, more time."""
+    """Store only the inputs of blocks, and recompute the rest in the backward pass. This takes less
+    memory and more time."""
     compile: bool = False
-    """Compile the blocks (torch.compile): minutes at the start, faster steps after it."""
+    """Compile the blocks with torch.compile. This takes minutes at the start, but speeds up the
+    steps."""
     shard: bool = False
-    """Spread weights, gradients and optimiser state over the ranks of `torchrun` (FSDP2)."""
+    """Split weights, gradients and optimiser state over the ranks of `torchrun` (FSDP2)."""
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):
-            found = f"found steps={self.steps}, minutes={self.minutes}"
-            raise ValueError(f"steps: exactly one of steps and minutes must be given, {found}")
+            values = f"steps={self.steps}, minutes={self.minutes}"
+            raise ValueError(f"steps: set exactly one of steps and minutes, found {values}")

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Averages the trainable parameters of `module`; buffers and frozen weights are left alone.
+    """Averages the trainable parameters of `module`, but not its buffers and frozen weights.
 
     After n updates the decay is min(decay, (1 + n) / (10 + n)), as in TensorFlow's
-    ExponentialMovingAverage: the average of a short run is not still the initialisation.
-    `averages` are by parameter name; `updates` is a float64 scalar.
+    ExponentialMovingAverage. Without this, the average of a short run would stay close to the
+    initial weights. `averages` maps parameter names to averages. `updates`, a float64 scalar, is n.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -29,17 +29,17 @@ class Ema:
 
     @torch.no_grad()
     def update(self, skipped: Tensor | None = None) -> None:
-        """Move the averages towards the parameters' present values, unless `skipped` is 1."""
-        taken = 1.0 if skipped is None else 1.0 - skipped.double()
-        self.updates = self.updates + taken
+        """Move the averages towards the present parameters, unless the scalar `skipped` is 1."""
+        applied = 1.0 if skipped is None else 1.0 - skipped.double()
+        self.updates = self.updates + applied
         decay = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
-        weight = ((1.0 - decay) * taken).float()
+        weight = ((1.0 - decay) * applied).float()
         for name, average in self.averages.items():
             average.lerp_(self._parameters[name], weight.to(average.device))
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Inside, the module's parameters hold the averages; afterwards their own values again."""
+        """Give the module the averaged parameters in this context, and restore its own after it."""
         self._exchange()
         try:
             yield
@@ -47,7 +47,7 @@ class Ema:
             self._exchange()
 
     def _exchange(self) -> None:
-        # Storages change hands: no copy, and optimiser and module keep their parameter objects.
+        # Swapping the storages copies nothing, and the parameter objects stay the same.
         for name, parameter in self._parameters.items():
             average = self.averages[name]
             parameter.data, average.data = average.data, parameter.data

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a request that a loop can honour when its state is whole."""
+"""Turn SIGTERM and Ctrl-C into a request to stop, for a loop that first saves its state."""
 
 import os
 import signal
@@ -12,11 +12,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopNow(BaseException):
-    """Breaks off what runs inside `StopRequest.interruptible`; no error, as KeyboardInterrupt."""
+    """Raised to stop the work inside `StopRequest.interruptible`. It does not mean an error."""
 
 
 class StopRequest:
-    """Holds the signal that arrived, 0 while none has."""
+    """A request to stop: `signal` is the number of the signal that arrived, or 0 if none has."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -25,38 +25,40 @@ class StopRequest:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """For work that may be dropped half done: a signal raises `StopNow` inside, once.
+        """Let a signal stop the work in this context, which may be left incomplete.
 
-        It does so between two lines of Python, and where the signal came before at once.
+        The signal raises `StopNow` once, between two lines of Python. If the signal arrived before,
+        `StopNow` is raised at once.
         """
         self._interruptible = True
         try:
-            self._break_off()
+            self._stop_if_requested()
             yield
         finally:
             self._interruptible = False
 
     def receive(self, number: int) -> None:
-        """Keep the signal that arrived; break off what may be."""
+        """Record the signal that arrived, and raise `StopNow` if the work is interruptible."""
         self.signal = number
-        self._break_off()
+        self._stop_if_requested()
 
-    def _break_off(self) -> None:
+    def _stop_if_requested(self) -> None:
         if self.signal and self._interruptible:
-            self._interruptible = False  # what cleans up inside is not disturbed again
+            self._interruptible = False  # do not interrupt the cleanup of the stopped work
             raise StopNow
 
     def shield(self, _worker: int = 0) -> None:
-        """Call it in a data worker: signals to the whole process group leave it running.
+        """Make a data worker ignore signals; call it in the worker.
 
-        The parent still needs it while it finishes its step. Once `stop_on_signals` is left,
-        SIGTERM ends it again: multiprocessing sends one at exit, and waits for the worker.
+        Signals reach the whole process group, but the training process needs its workers to finish
+        a step. After the end of `stop_on_signals`, SIGTERM ends the worker again, because
+        multiprocessing sends SIGTERM at exit and waits for the worker.
         """
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._leave_when_over)
 
     def end_shield(self) -> None:
-        """Let SIGTERM end the workers."""
+        """Let SIGTERM end the workers again."""
         self._over.value = 1
 
     def _leave_when_over(self, _number: int, _frame: FrameType | None) -> None:
@@ -66,9 +68,9 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Inside, the first SIGTERM or Ctrl-C is kept in the yielded request; a second one acts.
+    """Yield a request that records the first SIGTERM or Ctrl-C; a second signal acts as usual.
 
-    Outside the main thread, where Python allows no handlers, signals keep their meaning.
+    Outside the main thread Python allows no signal handlers, so every signal acts as usual.
     """
     request = StopRequest()
     is_main = threading.current_thread() is threading.main_thread()
@@ -80,8 +82,9 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
     def note(number: int, _frame: FrameType | None) -> None:
         restore()
-        text = f"{signal.Signals(number).name}: saving, then stopping (again to stop at once)\n"
-        os.write(2, text.encode())  # print may be what was interrupted: it is not reentrant
+        name = signal.Signals(number).name
+        text = f"{name}: saving, then stopping (send it again to stop at once)\n"
+        os.write(2, text.encode())  # print is not reentrant, and may be what the signal interrupted
         request.receive(number)
 
     for number in before:

@@ -1,4 +1,4 @@
-"""The training loop that both models share."""
+"""The training loop, which both models share."""
 
 import json
 import math
@@ -52,28 +52,29 @@ if TYPE_CHECKING:
     from driving_sim.engine.training.run_log import RunLog
 
 MAX_SKIPPED_IN_A_ROW = 20
-"""Steps without a finite loss before the run gives up."""
+"""Number of successive steps without a finite loss after which the run stops with an error."""
 COUNT_SKIPPED_EVERY = 20
-"""Steps after which a run on a GPU learns, at the latest, how many of them were skipped."""
+"""Maximum number of steps between two reads of the number of skipped steps from a GPU."""
 FIRST_STEPS = 5
-"""Steps after which a run says how long it will take."""
+"""Number of steps after which a run prints how long it will take."""
 WARM_UP_STEPS = 2
-"""Those of them that do not count: kernels are chosen, or compiled, and memory is taken."""
+"""Number of first steps that the time estimate ignores, because they also set up kernels and
+memory."""
 _ADDED_TO_PROVISIONAL = 100.0
-"""To a score, by earlier versions, whose checkpoints do not say that it is provisional."""
+"""Number that earlier versions added to provisional scores, instead of marking them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingResult:
-    """What a run came to."""
+    """The result of a training run."""
 
     best_score: float
     best_step: int
     steps: int
     batches: int
-    """Batches that all ranks together have taken for these steps."""
+    """Number of batches that all ranks together used in these steps."""
     seconds: float
-    """Training time; validation does not count."""
+    """Training time in seconds, without validation."""
 
 
 Validate = Callable[[Trainable], Validation]
@@ -92,16 +93,19 @@ def train(
     resume: bool = False,
     device: torch.device | str = "auto",
 ) -> TrainingResult:
-    """Train `model` in the folder `run`; under `torchrun`, on all its devices.
+    """Train `model` and write the results into the folder `run`.
 
-    `dataset[n]` is batch n, a function of (its seed, n) alone. Each batch also gets `step` (int64)
-    and `progress` (float32, 0 to 1), and torch is seeded for it, so that a run resumed from a
-    checkpoint equals one that was never interrupted. `validate` gets the model in eval mode with
-    averaged weights, without gradients, under the training's autocast; `export` writes the averaged
-    module into `run` at each new best score; `is_finished(run)` tells whether the last one came.
-    Resuming a finished run changes nothing, unless it may now last longer. Raises `DriveSimError`
-    where `run` cannot be used, the loss stays non-finite or no score is finite, and `Interrupted`
-    after a signal, once saved.
+    Under `torchrun`, all ranks train together. `dataset[n]` is batch n, which must depend only on n
+    and the seed of the dataset. The loop adds `step` (int64) and `progress` (float32, 0 to 1) to
+    each batch and seeds torch for it, so that a resumed run equals an uninterrupted one.
+
+    `validate` gets the model in eval mode, with averaged weights, without gradients and under the
+    autocast of the training. `export` writes the averaged module into `run` at each new best score.
+    `is_finished(run)` says whether the training has ended. Resuming a finished run changes nothing,
+    unless the new settings let it train longer.
+
+    Raises `DriveSimError` if `run` cannot be used, if the loss stays non-finite or if no score is
+    finite. After a signal, saves a checkpoint and raises `Interrupted`.
     """
     device = resolve_device(device)
     with (
@@ -116,7 +120,7 @@ def train(
             prepare_run(run, run_config, resume)
 
         def run_loop() -> TrainingResult:
-            # Here, so that nothing holds on to the process group when it is left.
+            # The loop is local to this function, so that it is gone when the process group ends.
             loop = _Loop(Stepper(model, config, ranks, own_device), run, validate, export, request)
             if resume:
                 loop.resume()
@@ -128,7 +132,7 @@ def train(
 
 @dataclass(kw_only=True, slots=True)
 class _State:
-    """Where a run stands: a checkpoint's `state.json`."""
+    """The progress of a run, which a checkpoint stores in `state.json`."""
 
     step: int = 0
     batches: int = 0
@@ -145,7 +149,7 @@ class _State:
     skipped_in_a_row: int = 0
 
     def improves(self, score: float, provisional: bool) -> bool:
-        """Whether a score is better than the best so far."""
+        """Return whether a score is better than the best score so far."""
         if self.best_score is None or not math.isfinite(score):
             return math.isfinite(score)
         return (provisional, score) < (self.best_provisional, self.best_score)
@@ -163,7 +167,7 @@ class _Loop:
         self.stepper, self.config, self.ranks = stepper, stepper.config, stepper.ranks
         self.folder, self.validate_model, self.export = run, validate, export
         self.request = request
-        # Ranks stop after the same step: they may be waiting for each other within one.
+        # Several ranks are not interrupted within a step, where they may wait for each other.
         self.interruptible = request.interruptible if self.ranks.size == 1 else nullcontext
         self.state = _State()
         self.unsaved = False
@@ -172,8 +176,8 @@ class _Loop:
         self.log: RunLog | None = None
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint that is whole, if the run came as far as one."""
-        # The main rank's: checking reads everything.
+        """Continue from the newest undamaged checkpoint, if there is a checkpoint."""
+        # Only the main rank checks the checkpoints, because a check reads all their files.
         path, self.notices = self.ranks.from_main(lambda: newest_whole(self.folder / CHECKPOINTS))
         if path is None:
             return
@@ -194,10 +198,10 @@ class _Loop:
         )
 
     def _return_to(self, path: Path) -> None:
-        """Undo what the run did after the checkpoint `path`, which it goes on from.
+        """Undo what the run did after the checkpoint `path`, because later ones are damaged.
 
-        Later checkpoints are damaged. The weights exported last may be those of a later step too:
-        those of the best step so far are exported again.
+        The exported weights may come from a later step, so this exports the weights of the best
+        step up to `path` again.
         """
         best = checkpoint_path(path.parent, self.state.best_step)
         if self.ranks.from_main(lambda: damage(best) is None):
@@ -210,10 +214,10 @@ class _Loop:
             remove_after(path)
 
     def choose_precision(self) -> None:
-        """Resolve auto; a resumed run keeps what it measured before, if the device is the same."""
+        """Choose the number format. A resumed run on the same kind of device keeps its format."""
         state, device = self.state, self.stepper.device
-        kept = self.config.precision == "auto" and state.device == device.type
-        name = state.precision if kept else str(self.config.precision)
+        is_kept = self.config.precision == "auto" and state.device == device.type
+        name = state.precision if is_kept else str(self.config.precision)
         self.stepper.dtype = self.ranks.from_main(lambda: resolve_precision(name, device))
         state.precision, state.device = name_of(self.stepper.dtype), device.type
 
@@ -221,7 +225,8 @@ class _Loop:
         """Step, log, validate and save until the run is over."""
         if not self.ranks.is_main:
             return self._run(dataset)
-        # Here, for TensorBoard takes 0.1 s to import, and most commands train nothing.
+        # Import run_log here: it imports TensorBoard, which takes 0.1 s, and most commands do not
+        # train.
         from driving_sim.engine.training.run_log import run_log
 
         state = self.state
@@ -239,14 +244,15 @@ class _Loop:
         self.stepper.model.train()
         batches: Iterator[tuple[int, Batch]] | None = None
         while True:
-            # The signal that reached any rank (0: none), and the main one's position in the run.
+            # All ranks get the number of a signal that any rank received (0 if none), and the
+            # position of the main rank.
             position = self._position() if self.ranks.is_main else 0.0
             number, position = self.ranks.largest([float(self.request.signal), position])
             if number:
                 self._save()
                 name = signal.Signals(int(number)).name
                 where = f"stopped after step {self.state.step} in {self.folder}"
-                raise Interrupted(f"{name}: {where}; to go on, give `resume`", 128 + int(number))
+                raise Interrupted(f"{name}: {where}; to continue, give `resume`", 128 + int(number))
             try:
                 if position > 1.0 or self._due(self.config.validate_every):
                     self._validate()
@@ -262,16 +268,16 @@ class _Loop:
                     batches = self._batches(dataset)
                 self._step(batches, position)
             except StopNow:
-                continue  # the state is what it was before
+                continue  # the interrupted work has not changed the state
 
     def _batches(self, dataset: Dataset[Batch]) -> Iterator[tuple[int, Batch]]:
-        """Begin to train: the run is not finished, and its batches are being made."""
+        """Mark the run as unfinished, start the data workers and return the batches."""
         if self.ranks.is_main:
             mark_unfinished(self.folder)
         state = self.state
         batches = self.stepper.batches(dataset, state.step, state.batches, self.request.shield)
         with self.interruptible():
-            # Starting the workers is not training time.
+            # Wait for the first batch here, so that starting the workers is not training time.
             return chain([next(batches)], batches)
 
     def _position(self) -> float:
@@ -303,7 +309,10 @@ class _Loop:
             self.log.advance(position)
 
     def _say_how_long(self, log: "RunLog", seconds: float) -> None:
-        """Say, after a step of `seconds`, how long the run takes: once it is known, or more."""
+        """Print how long the run will take, after the first steps or once `minutes` are over.
+
+        `seconds` is the duration of the last step.
+        """
         state, config = self.state, self.config
         if config.steps is not None and len(self.recent_seconds) == FIRST_STEPS:
             line = time_to_go(config.steps - state.step, [*self.recent_seconds])
@@ -315,24 +324,27 @@ class _Loop:
         if left > 0 and state.seconds - seconds <= 60.0 * config.minutes < state.seconds:
             log.say(
                 f"{config.minutes:g} minutes are over after {state.step} steps; this training "
-                f"needs {config.min_steps:,}: about {math.ceil(left * state.step_seconds / 60.0)} "
-                "min more"
+                f"needs {config.min_steps:,} steps: about "
+                f"{math.ceil(left * state.step_seconds / 60.0)} min more"
             )
 
     def _count_skipped(self) -> None:
-        """Learn from the device what it skipped; `DriveSimError` where that is all it does."""
+        """Read from the device how many steps were skipped.
+
+        Raises `DriveSimError` if too many successive steps were skipped.
+        """
         state = self.state
         state.skipped_steps, state.skipped_in_a_row = self.stepper.skips.tolist()
         if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             path = next(reversed(checkpoints(self.folder / CHECKPOINTS)), "none")
             raise DriveSimError(
                 f"the loss was not finite in {state.skipped_in_a_row} steps up to {state.step}; "
-                f"the last checkpoint is {path}: go on from it with `resume` and a lower "
+                f"the last checkpoint is {path}: continue from it with `resume` and a lower "
                 "training.learning_rate"
             )
 
     def _validate(self) -> None:
-        """Validate with averaged weights on the main rank; export them where they are the best."""
+        """Validate the averaged weights on the main rank, and export them if they are the best."""
         state = self.state
         if state.validated_step == state.step:
             return
@@ -346,7 +358,7 @@ class _Loop:
         self.unsaved = True
 
     def _validate_and_export(self, model: Trainable) -> tuple[float, bool]:
-        # The same draws each time: scores differ by the weights alone.
+        # Every validation draws the same random numbers, so that scores differ only by the weights.
         seed_torch(batch_seed(self.config.seed, -1), self.stepper.device)
         with torch.no_grad(), self.stepper.autocast():
             with self.interruptible():
@@ -396,11 +408,11 @@ class _Loop:
         return self.state.step > 0 and self.state.step % every == 0
 
     def _finish(self, *, trained: bool) -> TrainingResult:
-        """Mark the run as finished; say so where there was nothing left to do."""
+        """Mark the run as finished. Print a line if there was nothing left to train."""
         state = self.state
         if state.best_score is None:
             raise DriveSimError(
-                f"{self.folder}: no validation score was finite, so nothing was kept; "
+                f"{self.folder}: no validation score was finite, so no weights were kept; "
                 "try a lower training.learning_rate"
             )
         result = TrainingResult(
@@ -415,16 +427,16 @@ class _Loop:
             mark_finished(self.folder, asdict(result))
             if not trained:
                 self.log.say(
-                    f"{self.folder} was finished at step {state.step}: to train it further, give "
+                    f"{self.folder} was finished at step {state.step}: to train it longer, give "
                     "more steps, minutes or patience"
                 )
         return result
 
 
 def time_to_go(steps: int, first_seconds: Sequence[float]) -> str:
-    """One line on how long `steps` more steps take, at the speed of the first; "" under 2 minutes.
+    """Return a line that says how long `steps` more steps take, or "" if less than 2 minutes.
 
-    `first_seconds` are those that the first steps of the process took.
+    `first_seconds` are the durations of the first steps of this process.
     """
     step = statistics.median(first_seconds[WARM_UP_STEPS:])
     seconds = steps * step
@@ -433,6 +445,6 @@ def time_to_go(steps: int, first_seconds: Sequence[float]) -> str:
     units = {"days": 86_400, "hours": 3_600, "minutes": 60}
     unit = next(name for name, length in units.items() if seconds >= 2 * length)
     remedy = "; a smaller preset, fewer steps or a GPU take less" if seconds >= 86_400 else ""
-    each = f"{step:.2g}" if step < 10 else f"{step:,.0f}"
+    step_text = f"{step:.2g}" if step < 10 else f"{step:,.0f}"
     length = f"{seconds / units[unit]:,.0f} {unit}"
-    return f"{steps:,} steps to go at {each} s a step: some {length}{remedy}"
+    return f"{steps:,} steps to go at {step_text} s a step: about {length}{remedy}"

@@ -13,7 +13,8 @@ from driving_sim.engine.training.config import TrainingConfig
 
 _SMALLEST_MATRIX = 32
 _MOMENTUM = 0.95
-# The first steps of Polar Express (arXiv 2505.16932), the leading ones damped for safety.
+# Coefficients of the first iterations of Polar Express (arXiv 2505.16932). All but the last row are
+# damped by a factor of 1.01 for numerical stability.
 _POLAR_EXPRESS = [
     (8.28721201814563 / 1.01, -23.595886519098837 / 1.01**3, 17.300387312530933 / 1.01**5),
     (4.107059111542203 / 1.01, -2.9478499167379106 / 1.01**3, 0.5448431082926601 / 1.01**5),
@@ -23,18 +24,21 @@ _POLAR_EXPRESS = [
 
 @dataclass(frozen=True, slots=True)
 class Player:
-    """A part of a model that is stepped alike, and whose gradients are clipped together."""
+    """A part of a model whose gradients are clipped together, such as the generator of a GAN."""
 
     name: str
     module: nn.Module
     lr_scale: float = 1.0
-    """Multiplier of the learning rate."""
+    """Factor on the learning rate."""
     muon: bool = True
-    """Whether the kernels of its linear maps and convolutions with at least 32 channels on both
-    sides are left to Muon."""
+    """Whether Muon may update the weights of linear layers and convolutions with at least 32 input
+    and 32 output channels."""
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """The trainable parameters: matrices for Muon, other weights, and gains."""
+        """Return the trainable parameters in three groups: matrices for Muon, weights and gains.
+
+        Gains are parameters with fewer than two axes, such as biases.
+        """
         matrices = {
             layer.weight
             for layer in self.module.modules()
@@ -50,20 +54,20 @@ class Player:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (https://kellerjordan.github.io/posts/muon), of the size of AdamW's steps.
+    """The optimiser Muon (https://kellerjordan.github.io/posts/muon).
 
-    It steps along the momentum with all its singular values made nearly equal, scaled to the size
-    of an AdamW step (arXiv 2502.16982), so that one learning rate serves both. `torch.optim.Muon`
-    takes no convolutions and always multiplies in bfloat16, which many CPUs have to emulate; here
-    it is bfloat16 under autocast.
+    A step follows the momentum after its singular values were made nearly equal. It is scaled to
+    the size of an AdamW step (arXiv 2502.16982), so that both optimisers can use the same learning
+    rate. `torch.optim.Muon` does not support convolutions and always multiplies in bfloat16, which
+    many CPUs have to emulate. This class uses bfloat16 only under autocast.
     """
 
     found_inf: Tensor | None = None
-    """Where it is 1 a step changes nothing, as with torch's fused optimisers."""
+    """Scalar that makes a step change nothing if it is 1, as in the fused optimisers of torch."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Take one step; the gradients are in the parameters."""
+        """Take one step with the gradients stored in the parameters."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -76,10 +80,10 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
         momentum, decay = state["momentum"], 1 - rate * weight_decay
         if self.found_inf is not None:
-            # A gradient that is the momentum leaves the momentum as it is.
+            # If the gradient equals the momentum, the momentum does not change.
             gradient = torch.where(self.found_inf == 1, momentum, gradient)
         momentum.lerp_(gradient, 1 - _MOMENTUM)
-        # Of a sharded parameter every rank makes the whole step and takes its part of it.
+        # For a sharded parameter, every rank computes the complete step and applies its share.
         matrix = whole(gradient.lerp(momentum, _MOMENTUM)).flatten(1)
         step = orthogonalise(matrix).reshape(parameter.shape)
         if self.found_inf is not None:
@@ -92,16 +96,16 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """Return `matrix` [M, N] with its larger singular values brought to 0.2 to 1.9.
+    """Return `matrix` [M, N] with its larger singular values moved into the range 0.2 to 1.9.
 
-    Three iterations, on the smaller of its two Gram matrices.
+    The three iterations use the smaller of the two Gram matrices.
     """
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     wide = wide / (1.01 * wide.norm() + 1e-7)
     gram = wide @ wide.T
-    first, *others = _POLAR_EXPRESS
+    first, *rest = _POLAR_EXPRESS
     factor = product = _factor(gram, *first)
-    for coefficients in others:
+    for coefficients in rest:
         gram = factor @ gram @ factor
         factor = _factor(gram, *coefficients)
         product = factor @ product
@@ -110,22 +114,23 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
 
 def _factor(gram: Tensor, linear: float, cubic: float, quintic: float) -> Tensor:
-    """What one iteration multiplies by: linear + cubic G + quintic G^2."""
+    """Return the factor of one iteration: linear + cubic G + quintic G^2, with G = `gram`."""
     factor = torch.addmm(gram, gram, gram, beta=cubic, alpha=quintic)
     factor.diagonal().add_(linear)
     return factor
 
 
 class Optimizers:
-    """What steps a model's parameters: Muon and AdamW, or AdamW alone.
+    """The optimisers of a model: Muon and AdamW, or only AdamW.
 
-    Gains do not decay. Raises `ValueError` unless `players` hold each trainable parameter once.
+    Gains (see `Player.parts`) have no weight decay. Raises ValueError unless each trainable
+    parameter belongs to exactly one of the `players`.
     """
 
     def __init__(self, model: nn.Module, players: Iterable[Player], config: TrainingConfig) -> None:
         self._parameters = dict(model.named_parameters())
-        # Fused kernels take the step in one pass over memory, and leave it out where a number on
-        # the device says so; MPS has them only in newer releases.
+        # Fused kernels update all parameters in one pass over memory, and can skip the step if a
+        # scalar on the device is 1. MPS has them only in newer releases of torch.
         self._fused = next(iter(self._parameters.values())).device.type in ("cpu", "cuda")
         by_muon: list[dict[str, Any]] = []
         by_adamw: list[dict[str, Any]] = []
@@ -137,9 +142,9 @@ class Optimizers:
                     "lr_scale": player.lr_scale,
                     "weight_decay": 0.0 if kind == "gains" else config.weight_decay,
                 }
-                is_muons = kind == "matrices" and config.optimizer == "muon"
+                uses_muon = kind == "matrices" and config.optimizer == "muon"
                 if parameters:
-                    (by_muon if is_muons else by_adamw).append(group)
+                    (by_muon if uses_muon else by_adamw).append(group)
         rate, betas = config.learning_rate, config.betas
         self._all: list[torch.optim.Optimizer] = []
         if by_muon:
@@ -159,20 +164,23 @@ class Optimizers:
             for name, parameter in self._parameters.items()
             if parameter.requires_grad and parameter not in self._owners
         ]:
-            raise ValueError(f"the players lack {', '.join(sorted(missing))}")
+            raise ValueError(f"no player has the parameters {', '.join(sorted(missing))}")
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """The parameter groups of all of them; those of matrices first."""
+        """The parameter groups of Muon, followed by those of AdamW."""
         return [group for optimizer in self._all for group in optimizer.param_groups]
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Give each group the rate times its own scale."""
+        """Set the learning rate of each parameter group to `learning_rate` times its scale."""
         for group in self.groups:
             group["lr"] = learning_rate * group["lr_scale"]
 
     def clip_gradients(self, limit: float) -> dict[str, Tensor]:
-        """Clip each player's gradients to a common L2 norm; return the norms before, by player."""
+        """Clip the gradients of each player to the L2 norm `limit`.
+
+        Return the norms before clipping, by player.
+        """
         players: dict[str, list[Tensor]] = {}
         for group in self.groups:
             players.setdefault(group["player"], []).extend(group["params"])
@@ -182,10 +190,10 @@ class Optimizers:
         }
 
     def step(self, skipped: Tensor | None = None) -> None:
-        """Take one step; the gradients are in the parameters.
+        """Take one step with the gradients stored in the parameters.
 
-        Where `skipped`, a float32 scalar, is 1, weights, moments and counts stay as they are: the
-        device decides it, without a wait, unless the scalar lies on the CPU.
+        If `skipped`, a float32 scalar, is 1, then weights, moments and step counts do not change.
+        If the scalar is on the GPU, the GPU evaluates it, and the CPU does not wait.
         """
         if skipped is not None and skipped.device.type == "cpu":
             if skipped:
@@ -196,7 +204,7 @@ class Optimizers:
             optimizer.step()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state as `parameter name/quantity` tensors."""
+        """Return the state of the optimisers as tensors named `PARAMETER/QUANTITY`."""
         return {
             f"{name}/{quantity}": value
             for name, parameter in self._parameters.items()
@@ -206,14 +214,14 @@ class Optimizers:
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take up what `tensors` gave; `KeyError` for a parameter that the model lacks."""
+        """Restore the state from `tensors()`. Raises KeyError if the model lacks a parameter."""
         for key, tensor in tensors.items():
             name, _, quantity = key.rpartition("/")
             parameter = self._parameters[name]
-            if quantity == "step":  # a count, which only fused kernels read on the device
+            if quantity == "step":  # only fused kernels need the step count on the device
                 count = tensor.reshape(())
                 value = count.to(parameter.device) if self._fused else count
-            else:  # in the parameter's own memory format: fused kernels pair elements by address
+            else:  # fused kernels require the same memory format as that of the parameter
                 value = torch.empty_like(parameter, dtype=tensor.dtype)
                 value.copy_(placed_like(tensor, parameter))
             self._owners[parameter].state[parameter][quantity] = value

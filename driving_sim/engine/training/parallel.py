@@ -1,4 +1,4 @@
-"""How a model's passes are run: on several ranks, recomputed, compiled."""
+"""Prepare a model for training on several ranks, with recomputation or with compilation."""
 
 import os
 import shutil
@@ -16,24 +16,26 @@ from driving_sim.engine.training.config import TrainingConfig
 from driving_sim.engine.training.trainable import Trainable
 
 LARGE = 20_000_000
-"""Parameters from which on a backward pass on a CPU may take seconds, and lets signals in."""
+"""Number of parameters from which a backward pass on a CPU may take seconds. Such passes get hooks
+that let Python handle signals."""
 
 
 def parallel(
     model: Trainable, config: TrainingConfig, ranks: Ranks, device: torch.device
 ) -> nn.Module:
-    """What is to be called in place of `model`, whose blocks may change.
+    """Apply the settings to the blocks of `model`, and return the module to call in its place.
 
-    Raises `DriveSimError` where an option cannot be had here.
+    Raises `DriveSimError` if this machine does not support a setting.
     """
     blocks = list(model.blocks())
     if config.gradient_checkpointing:
         for block in blocks:
-            # A partial, not a function, so that a deep copy runs its own weights.
+            # This is a partial, because a deep copy of a partial runs the weights of the copy.
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if config.compile:
         _require_compiler(device)
-        # The kinds of blocks share what torch counts them by; beyond 8 it would interpret them.
+        # All kinds of blocks share one counter of recompilations. By default, torch would stop
+        # compiling at a count of 8.
         torch._dynamo.config.recompile_limit = 64
         for block in blocks:
             block.compile()
@@ -45,36 +47,36 @@ def parallel(
     if config.shard:
         if ranks.size == 1:
             raise DriveSimError(
-                "`shard` spreads a model over several ranks, and this is the only one: start it "
-                "with torchrun --nproc-per-node=N, or leave `shard` out"
+                "`shard` splits a model over several ranks, but there is only one: start the run "
+                "with torchrun --nproc-per-node=N, or leave out `shard`"
             )
         shard(model, blocks, device)
     elif ranks.size > 1:
-        # The players of an adversarial loss start apart: then not every parameter has a gradient.
+        # The players of a GAN start at different steps, so some parameters may have no gradient.
         return DistributedDataParallel(
             model,
             find_unused_parameters=len(model.players()) > 1,
-            broadcast_buffers=False,  # all ranks compute the same ones
+            broadcast_buffers=False,  # all ranks compute the same buffers
         )
     return model
 
 
 def _let_signals_in(_module: nn.Module, _inputs: object, output: object) -> None:
-    """Have backward run a little Python: it is C++ else, in which Python answers no signals."""
+    """Add a Python hook to the backward pass, which otherwise runs in C++ and blocks signals."""
     if isinstance(output, Tensor) and output.grad_fn is not None:
         output.register_hook(_pass)  # type: ignore[no-untyped-call]
 
 
 def _pass(_gradient: Tensor) -> None:
-    """Change nothing."""
+    """Do nothing. Python handles pending signals when it calls this function."""
 
 
 def _require_compiler(device: torch.device) -> None:
-    # On a GPU, Triton builds its launchers in C.
+    # For GPUs, Triton needs a C compiler to build its launchers.
     variable, *names = ("CXX", "g++", "clang++") if device.type == "cpu" else ("CC", "gcc", "clang")
     names += ["cl", os.environ.get(variable, "")]
     if not any(shutil.which(name) for name in names if name):
         raise DriveSimError(
-            f"training.compile needs a compiler ({names[0]} or {names[1]}), and there is none: "
-            "install one, or leave the option out"
+            f"training.compile needs a compiler ({names[0]} or {names[1]}), but there is none: "
+            "install one, or turn training.compile off"
         )

@@ -1,4 +1,4 @@
-"""A training run's record: JSON lines, TensorBoard, what it said, progress on the terminal."""
+"""Log a training run: metrics as JSON lines, TensorBoard, printed lines, and progress."""
 
 import io
 import json
@@ -25,11 +25,11 @@ METRICS = "metrics.jsonl"
 LINES = "log.txt"
 TENSORBOARD = "tensorboard"
 _SHOWN = ("bits_per_token", "loss")
-"""What stands beside the progress: the first of these that was logged last."""
+"""Metrics to show beside the progress. If a row has both, the first one is shown."""
 
 
 class RunLog:
-    """Writes `metrics.jsonl`, `log.txt` and `tensorboard/` of a run; made by `run_log`."""
+    """Writes `metrics.jsonl`, `log.txt` and `tensorboard/` of a run. Use `run_log` to create it."""
 
     def __init__(
         self, rows: TextIO, lines: TextIO, writer: SummaryWriter, progress: Progress
@@ -38,45 +38,45 @@ class RunLog:
         self._text = ""
 
     def say(self, line: str) -> None:
-        """Print one line, and keep it in `log.txt`."""
+        """Print one line, and append it to `log.txt`."""
         self._progress.say(line)
         self._lines.write(line + "\n")
         self._lines.flush()
 
     def advance(self, fraction: float) -> None:
-        """Count a step; `fraction` of the run lies behind it."""
+        """Count a step. `fraction` is the completed share of the run."""
         self._progress.advance(fraction=fraction, text=self._text)
 
     def add_scalars(self, step: int, phase: str, values: Mapping[str, float]) -> None:
-        """Record numbers of `phase` (train, validation); those that are not finite become null."""
+        """Log numbers of a `phase` (train or validation). NaN and infinities become null."""
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._rows.write(json.dumps({"step": step, "phase": phase, **row}) + "\n")
         self._rows.flush()
         for name, value in values.items():
             if math.isfinite(value):
                 self._writer.add_scalar(f"{phase}/{name}", value, step)
-        if shown := [name for name in _SHOWN if name in values]:
-            self._text = f"{shown[0]} {values[shown[0]]:.4g}"
+        if names := [name for name in _SHOWN if name in values]:
+            self._text = f"{names[0]} {values[names[0]]:.4g}"
 
     def add_validation(self, step: int, validation: Validation, *, best: bool) -> None:
-        """Record all that a validation found, and print its numbers."""
+        """Log the numbers, images and videos of a validation, and print the numbers."""
         values = {"score": validation.score, **validation.metrics}
         self.add_scalars(step, "validation", values)
         for name, image in validation.images.items():
             self._writer.add_image(f"validation/{name}", image, step, dataformats="HWC")
         for name, video in validation.videos.items():
             self.add_gif(step, f"validation/{name}", video)
-        found = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self.say(f"step {step}: {found}{' (best)' if best else ''}")
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.say(f"step {step}: {numbers}{' (best)' if best else ''}")
 
     def add_gif(self, step: int, name: str, frames: Pixels) -> None:
-        """Record a uint8 [T, H, W, 3] video as an animated image, at 10 frames a second.
+        """Log a uint8 [T, H, W, 3] video as an animated image with 10 frames per second.
 
-        TensorBoard's own `add_video` writes nothing where moviepy is missing.
+        TensorBoard's own `add_video` writes nothing if moviepy is not installed.
         """
-        first, *others = map(Image.fromarray, np.ascontiguousarray(frames))
+        first, *rest = map(Image.fromarray, np.ascontiguousarray(frames))
         gif = io.BytesIO()
-        first.save(gif, "GIF", save_all=True, append_images=others, duration=100, loop=0)
+        first.save(gif, "GIF", save_all=True, append_images=rest, duration=100, loop=0)
         image = Summary.Image(
             height=first.height,
             width=first.width,
@@ -96,11 +96,12 @@ def run_log(
     validated_step: int | None = None,
     total: int | None = None,
 ) -> Iterator[RunLog]:
-    """Yield the record of what goes on in `run`.
+    """Yield the log of the training run in the folder `run`.
 
-    `start_step` is the step that the run goes on from: what an interrupted run logged beyond it
-    is dropped, as it will be logged again. So are validations after `validated_step`, by default
-    the same. `total` is the number of steps, None if unknown.
+    `start_step` is the step from which the run continues. Rows that an interrupted run logged after
+    this step are deleted, because they will be logged again. Rows of validations are deleted if
+    they are later than `validated_step`, which defaults to `start_step`. `total` is the number of
+    steps, or None if it is unknown.
     """
     _drop_rows_after(
         run / METRICS, start_step, start_step if validated_step is None else validated_step
@@ -111,16 +112,16 @@ def run_log(
         (run / METRICS).open("a", encoding="utf-8") as rows,
         (run / LINES).open("a", encoding="utf-8") as lines,
         closing(SummaryWriter(folder, purge_step=purge, flush_secs=30)) as writer,
-        progress(total, run.name, "steps", start=start_step) as shown,
+        progress(total, run.name, "steps", start=start_step) as counter,
     ):
-        log = RunLog(rows, lines, writer, shown)
+        log = RunLog(rows, lines, writer, counter)
         log.say(f"results in {run} (watch: tensorboard --logdir {folder})")
         yield log
 
 
 @contextmanager
 def _quiet_tensorboard() -> Iterator[None]:
-    """TensorBoard's thread keeps its error for the next write: it need not print it as well."""
+    """Keep TensorBoard's thread from printing errors, which its next write raises anyway."""
     before = threading.excepthook
 
     def hook(arguments: threading.ExceptHookArgs) -> None:
@@ -138,9 +139,9 @@ def _drop_rows_after(path: Path, step: int, validated_step: int) -> None:
     if not path.exists():
         return
     with path.open(encoding="utf-8") as rows:
-        kept = [row for row in rows if _is_before(row, step, validated_step)]
-    with atomic_file(path) as temporary:  # Windows replaces no open file
-        temporary.write_text("".join(kept), "utf-8")
+        kept_rows = [row for row in rows if _is_before(row, step, validated_step)]
+    with atomic_file(path) as temporary:  # `path` is closed here: Windows replaces no open file
+        temporary.write_text("".join(kept_rows), "utf-8")
 
 
 def _is_before(row: str, step: int, validated_step: int) -> bool:
@@ -149,4 +150,4 @@ def _is_before(row: str, step: int, validated_step: int) -> bool:
         last = validated_step if values["phase"] == "validation" else step
         return float(values["step"]) <= last
     except (ValueError, KeyError):
-        return False  # cut off when the run was killed
+        return False  # the row was cut off when the run was killed

@@ -1,21 +1,22 @@
-"""Where a run stands between its first step and its last, and the learning rate there."""
+"""Compute how far a run is between its first and last step, and its learning-rate schedule."""
 
 import math
 
 SHORTEST_WARMUP_SHARE = 0.1
-"""Warm-up ends after this share of a run at the latest, so that short runs leave it too."""
+"""Longest warm-up, as a share of the run, so that short runs also reach the full learning rate."""
 
 
 def position_by_steps(step: int, steps: int) -> float:
-    """0 at the first step, 1 at the last one, more once the run is over."""
+    """Return the position in the run: 0 at the first step, 1 at the last, more once it is over."""
     return step / (steps - 1) if steps > 1 else float(2 * step)
 
 
 def position_by_time(seconds: float, limit: float, step_seconds: float) -> float:
-    """0 at the start, 1 for the last step that still ends in time, more once the run is over.
+    """Return the position in the run: 0 at the start, 1 at the last step, more once it is over.
 
-    `step_seconds` is what a step takes now (0 where nothing is known yet): a run of slow steps
-    stops before the one that would end late, and its last step still sees the schedule's end.
+    The last step is the last one that ends within `limit` seconds. `step_seconds` is the present
+    duration of a step, or 0 if it is unknown. So the run ends in time even if steps are slow, and
+    the learning rate still reaches the end of its schedule.
     """
     last_start = limit - step_seconds
     if last_start <= 0:
@@ -24,7 +25,10 @@ def position_by_time(seconds: float, limit: float, step_seconds: float) -> float
 
 
 def learning_rate_factor(step: int, position: float, *, warmup_steps: int, floor: float) -> float:
-    """Linear warm-up times a half cosine that falls from 1 to `floor` as position goes 0 to 1."""
+    """Return the factor on the peak learning rate: linear warm-up times a half cosine.
+
+    The cosine falls from 1 to `floor` while `position` goes from 0 to 1.
+    """
     by_steps = (step + 1) / max(warmup_steps, 1)
     warmup = min(1.0, max(by_steps, position / SHORTEST_WARMUP_SHARE))
     cosine = 0.5 * (1.0 + math.cos(math.pi * min(position, 1.0)))

@@ -1,4 +1,4 @@
-"""One optimiser step: batches in, gradients, clipping, optimiser, averaged weights."""
+"""One training step: gradients of the batches, clipping, optimiser step, averaged weights."""
 
 import copy
 import hashlib
@@ -27,20 +27,23 @@ from driving_sim.engine.training.trainable import Batch, Trainable
 
 
 class Meter:
-    """Means since the last reading; they stay on the device until then, so adding never waits."""
+    """Averages metrics between two reads. Adding a value does not wait for the device."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}  # of the values, and how many they are
+        self._sums: dict[str, Tensor] = {}  # by name: the sum of the values, and their number
 
     def add(self, values: Mapping[str, Tensor], skipped: Tensor) -> None:
-        """Count scalar tensors, unless `skipped` is 1; a name need not come every time."""
+        """Add scalar tensors by name, unless the scalar `skipped` is 1.
+
+        Not every call needs to have all names.
+        """
         for name, value in values.items():
             value = value.detach().float().to(skipped.device)
             pair = torch.stack([value, torch.ones_like(value)]).where(skipped == 0, 0.0)
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def read(self, ranks: Ranks) -> dict[str, float]:
-        """The means over steps and ranks, which all have to call; and begin anew."""
+        """Return the means over steps and ranks, and reset the sums. All ranks have to call it."""
         if not self._sums:
             return {}
         sums = ranks.sum(torch.stack(list(self._sums.values()))).tolist()
@@ -51,12 +54,12 @@ class Meter:
 
 
 class Stepper:
-    """Owns what a step changes: the model's weights, the optimiser, the averaged weights."""
+    """Owns everything that a step changes: the model, the optimiser and the averaged weights."""
 
     def __init__(
         self, model: Trainable, config: TrainingConfig, ranks: Ranks, device: torch.device
     ) -> None:
-        # Validated and exported in place of a sharded model, no device of which holds it whole.
+        # A sharded model is complete on no device, so this copy is validated and exported instead.
         self._whole = copy.deepcopy(model) if config.shard and ranks.is_main else None
         self.model = model if config.shard else model.to(device)
         self.config, self.ranks, self.device = config, ranks, device
@@ -65,10 +68,11 @@ class Stepper:
         self.ema = Ema(model.ema_module(), config.ema_decay)
         self.optimizers = Optimizers(model, model.players(), config)
         self.learning_rate = 0.0
-        """The last step's, before any group's own scale."""
+        """Learning rate of the last step, before the scaling of each parameter group."""
         self.meter = Meter()
         self.skips = torch.zeros(2, dtype=torch.int64)
-        """Steps that were skipped: in all, and in a row by now. Reading waits for the device."""
+        """Numbers of skipped steps: in total, and in a row up to now. Reading them waits for the
+        device."""
         self._buffers = [*state_buffers(model).values()]
         self._step_before: torch.cuda.Event | None = None
         if device.type == "cuda":
@@ -76,7 +80,7 @@ class Stepper:
 
     @property
     def batches_per_step(self) -> int:
-        """How many batches all ranks together take for a step."""
+        """Number of batches that all ranks together use in one step."""
         return self.config.accumulate * self.ranks.size
 
     def batches(
@@ -86,10 +90,11 @@ class Stepper:
         first: int,
         worker_init: Callable[[int], None],
     ) -> Iterator[tuple[int, Batch]]:
-        """This rank's numbered batches from `step` on, which begins with batch `first` of the run.
+        """Yield this rank's batches with their numbers, from `step` to the end of the run.
 
-        The ranks take turns, so that more ranks and more accumulation see the same data.
-        `worker_init` runs in each data worker.
+        `first` is the number of the first batch in `step`. The ranks take turns, so that more ranks
+        see the same data as one rank that accumulates more batches. `worker_init` runs in each data
+        worker.
         """
         left = None if self.config.steps is None else self.config.steps - step
         stop = sys.maxsize if left is None else first + left * self.batches_per_step
@@ -98,7 +103,7 @@ class Stepper:
             _CarryingErrors(dataset),
             batch_size=None,
             sampler=numbers,
-            # More workers than cores are slower, and torch warns of them.
+            # More workers than cores would be slower, and torch would print a warning.
             num_workers=min(self.config.workers, usable_cores()),
             worker_init_fn=worker_init,
             pin_memory=self.device.type == "cuda",
@@ -115,11 +120,12 @@ class Stepper:
         position: float,
         interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """Take step number `step`, `position` (0 to 1) of the way through the run.
+        """Take step number `step`, at `position` (0 to 1) in the run.
 
-        Where loss or gradients are not finite the step is skipped: weights, averages and what the
-        optimisers know stay as they are. The device decides it, and `skips` tells. Nothing has
-        changed either where `StopNow` is raised inside `interruptible`, which the passes are in.
+        If the loss or a gradient is not finite, the device skips the step: weights, averages and
+        optimiser states do not change, and `skips` counts the step. The forward and backward
+        passes run inside `interruptible`, which may raise `StopNow`. In that case nothing has
+        changed.
         """
         adjust_threads(self.device)
         config = self.config
@@ -136,7 +142,7 @@ class Stepper:
             floor=config.min_learning_rate_ratio,
         )
         self.optimizers.set_learning_rate(self.learning_rate)
-        with self.autocast():  # Muon's matrix products; everything else there is float32
+        with self.autocast():  # for the matrix products of Muon; the rest of the step is float32
             self.optimizers.step(skipped)
         self.ema.update(skipped)
         for loss, named in outcomes:
@@ -145,20 +151,21 @@ class Stepper:
         count = skipped.long()
         self.skips = torch.stack([self.skips[0] + count, (self.skips[1] + 1) * count])
         if self._step_before is not None:
-            # The device is at most a step behind, so that a step takes as long as it seems to.
+            # The CPU waits here if it is more than one step ahead of the GPU, so that the measured
+            # step times are right.
             self._step_before.synchronize()
             self._step_before.record()
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The passes' number format; weights stay float32."""
-        # Kept casts of weights would keep what is gathered for a block for the whole pass.
+        """Return a context with the number format of the passes. Weights stay float32."""
+        # With a sharded model, kept casts would keep the gathered weights of all blocks in memory.
         return autocast(self.device, self.dtype, keep_casts=not self.config.shard)
 
     @contextmanager
     def averaged(self) -> Iterator[Trainable]:
-        """The model in eval mode with averaged weights and no part of it sharded.
+        """Yield the complete model in eval mode with averaged weights.
 
-        Every rank has to enter; it is the main rank's to use.
+        Every rank has to enter this context, but only the main rank may use the model.
         """
         if not self.config.shard:
             with self.ema.swapped(), _evaluating(self.model):
@@ -173,29 +180,29 @@ class Stepper:
 
     @torch.no_grad()
     def _gather(self) -> None:
-        """Fill the whole model from the ranks' shares, a tensor at a time."""
+        """Fill the complete model from the shares of all ranks, one tensor at a time."""
         averaged = None if self._whole is None else self._whole.ema_module()
         for tensors, target in (
             (changing_tensors(self.model), self._whole),
             (self.ema.averages, averaged),
         ):
-            own = {} if target is None else target.state_dict()
+            target_state = {} if target is None else target.state_dict()
             for name, tensor in tensors.items():
                 complete = whole(tensor)
                 if target is not None:
-                    own[name].copy_(complete)
+                    target_state[name].copy_(complete)
 
     def _backward(
         self, batches: Iterator[tuple[int, Batch]], step: int, position: float
     ) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """Leave the mean gradient in the parameters; return each batch's loss and metrics."""
+        """Compute the mean gradients. Return the loss and the metrics of each batch."""
         outcomes = []
         for left in reversed(range(self.config.accumulate)):
             number, batch = next(batches)
             batch = {
                 name: value.to(self.device, non_blocking=True) for name, value in batch.items()
             }
-            # On the CPU: who looks at them does not wait for the device.
+            # These scalars stay on the CPU, so that the model can read them without waiting.
             batch |= {"step": torch.tensor(step), "progress": torch.tensor(min(position, 1.0))}
             seed_torch(batch_seed(self.config.seed, number), self.device)
             with self._synchronised(left == 0):
@@ -207,7 +214,7 @@ class Stepper:
 
     @contextmanager
     def _keeping_buffers(self) -> Iterator[None]:
-        """Of a step that is interrupted, nothing stays: forward passes may write into buffers."""
+        """Restore the buffers of the model, which forward passes may change, after `StopNow`."""
         before = [buffer.clone() for buffer in self._buffers]
         try:
             yield
@@ -217,7 +224,7 @@ class Stepper:
             raise
 
     def _synchronised(self, last: bool) -> AbstractContextManager[object]:
-        """Ranks exchange gradients with the last batch of a step only."""
+        """Return a context in which ranks exchange gradients only for the last batch of a step."""
         if self.config.shard:
             self._parallel.set_requires_gradient_sync(last)  # type: ignore[operator]
         elif isinstance(self._parallel, DistributedDataParallel) and not last:
@@ -225,10 +232,11 @@ class Stepper:
         return nullcontext()
 
     def _is_not_finite(self, scalars: list[Tensor]) -> Tensor:
-        """1 where any of the scalars is not finite on any rank, else 0: a float32 scalar."""
+        """Return a float32 scalar: 1 if any of `scalars` is not finite on any rank, otherwise 0."""
         finite = torch.stack([scalar.float() for scalar in scalars]).isfinite().all()
         skipped = (self.ranks.sum((~finite).int()) > 0).float()
-        return skipped.cpu() if self.device.type == "mps" else skipped  # it waits in any case
+        # On MPS, without fused optimisers, the step needs the value on the CPU anyway.
+        return skipped.cpu() if self.device.type == "mps" else skipped
 
 
 @contextmanager
@@ -243,7 +251,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class _CarryingErrors(Dataset[Batch | DriveSimError]):
-    """Hands a user's errors over as values: raised in a worker they come with its traceback."""
+    """Returns user errors as items, because torch adds a traceback to errors raised in workers."""
 
     def __init__(self, dataset: Dataset[Batch]) -> None:
         self._dataset = dataset
@@ -256,15 +264,16 @@ class _CarryingErrors(Dataset[Batch | DriveSimError]):
 
 
 def batch_seed(seed: int, number: int) -> int:
-    """The seed of batch `number`'s randomness, as unrelated to its neighbours' as a hash."""
+    """Return the random seed of batch `number`: a hash, so that the seeds are unrelated."""
     digest = hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def seed_torch(seed: int, device: torch.device) -> None:
-    """Seed the CPU's generator and the device's: what `torch.manual_seed` does for all backends.
+    """Seed the random generators of the CPU and of the device.
 
-    That takes a millisecond where one is not in use: it keeps a stack trace for it.
+    `torch.manual_seed` would seed those of all backends. For an unused backend it stores a stack
+    trace, which takes a millisecond.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""What training asks of a model, and what a validation hands back."""
+"""The interface of a model that can be trained, and the result of a validation."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -15,36 +15,36 @@ Pixels = NDArray[np.uint8]
 
 
 class Trainable(nn.Module, ABC):
-    """A model with what training asks of it."""
+    """A model that the training loop can train."""
 
     @abstractmethod
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, a mean over the batch, and metrics: scalar tensors by name."""
+        """Return the mean loss over the batch, and metrics as scalar tensors by name."""
 
     @abstractmethod
     def players(self) -> list[Player]:
-        """The parts that hold all trainable parameters: one, or those of an adversarial loss."""
+        """Return the parts that hold the trainable parameters: one part, or two for a GAN."""
 
     @abstractmethod
     def ema_module(self) -> nn.Module:
-        """The part that is averaged and exported."""
+        """Return the part of the model that is averaged and exported."""
 
     @abstractmethod
     def blocks(self) -> Iterable[nn.Module]:
-        """The repeated parts: what is sharded, compiled and recomputed one at a time."""
+        """Return the repeated blocks, which are sharded, compiled and recomputed one by one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Validation:
-    """What one validation found."""
+    """The result of one validation."""
 
     score: float
-    """What decides which weights are kept: lower is better."""
+    """Score that decides which weights are kept. Lower is better."""
     provisional: bool = False
-    """Whether every later score that is not provisional counts as better, whatever its value."""
+    """Whether every later score that is not provisional counts as better than this one."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Further numbers by name."""
     images: Mapping[str, Pixels] = field(default_factory=dict)
-    """uint8 [H, W, 3] by name."""
+    """Images by name, uint8 [H, W, 3]."""
     videos: Mapping[str, Pixels] = field(default_factory=dict)
-    """uint8 [T, H, W, 3] by name."""
+    """Videos by name, uint8 [T, H, W, 3]."""

@@ -7,8 +7,8 @@ from driving_sim.engine.ranks.sharding import load_shards, save_shards
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_scalar_comes_back_as_one(tmp_path: Path) -> None:
-    """The files hold numbers with a shape only; a tokenizer's buffer has none."""
+def test_a_scalar_is_loaded_as_a_scalar(tmp_path: Path) -> None:
+    """The files cannot hold scalars, and a tokenizer has a buffer that is a scalar."""
     saved = {"model/share": torch.tensor(0.5), "model/weight": torch.ones(1)}
     save_shards(tmp_path, saved)
     likes = {name: torch.zeros_like(tensor) for name, tensor in saved.items()}

@@ -22,7 +22,7 @@ from driving_sim.engine.training.optimizer import Optimizers, Player
 
 
 class Run:
-    """A model with all that a checkpoint holds; convolution weights in channels-last order."""
+    """Everything that a checkpoint holds, for a small model with channels-last convolutions."""
 
     def __init__(self, seed: int, width: int = 4) -> None:
         torch.manual_seed(seed)
@@ -58,20 +58,20 @@ class Run:
         return [*self.model.state_dict().values(), *self.ema.averages.values()]
 
 
-@pytest.mark.parametrize("width", [4, 32])  # 32: Muon steps the second convolution
-def test_loaded_run_goes_on_bit_for_bit(tmp_path: Path, width: int) -> None:
-    run, other = Run(0, width), Run(1, width)
+@pytest.mark.parametrize("width", [4, 32])  # with 32, Muon updates the second convolution
+def test_loaded_run_continues_bit_for_bit(tmp_path: Path, width: int) -> None:
+    run, loaded = Run(0, width), Run(1, width)
     for step in range(3):
         run.step(step)
-    assert other.load(run.save(tmp_path, 3)) == {"step": 3}
+    assert loaded.load(run.save(tmp_path, 3)) == {"step": 3}
     for step in range(3, 6):
         run.step(step)
-        other.step(step)
-    assert all(map(torch.equal, run.tensors(), other.tensors()))
-    theirs = other.optimizers.tensors()
-    for name, mine in run.optimizers.tensors().items():
-        assert torch.equal(mine, theirs[name])
-        assert mine.stride() == theirs[name].stride()
+        loaded.step(step)
+    assert all(map(torch.equal, run.tensors(), loaded.tensors()))
+    loaded_tensors = loaded.optimizers.tensors()
+    for name, tensor in run.optimizers.tensors().items():
+        assert torch.equal(tensor, loaded_tensors[name])
+        assert tensor.stride() == loaded_tensors[name].stride()
 
 
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:
@@ -82,15 +82,15 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
         run.ema = Ema(run.model, 0.9)
         return run
 
-    one, other = tied(), tied()
+    saved, loaded = tied(), tied()
     with torch.no_grad():
-        one.model[0].weight.fill_(7.0)
-    other.load(one.save(tmp_path, 1))
-    assert other.model[0].weight is other.model[1].weight
-    assert (other.model[1].weight == 7.0).all()
+        saved.model[0].weight.fill_(7.0)
+    loaded.load(saved.save(tmp_path, 1))
+    assert loaded.model[0].weight is loaded.model[1].weight
+    assert (loaded.model[1].weight == 7.0).all()
 
 
-def test_frozen_weights_are_left_out_and_buffers_are_not(tmp_path: Path) -> None:
+def test_buffers_are_saved_but_frozen_weights_are_not(tmp_path: Path) -> None:
     def with_frozen(value: float) -> Run:
         run = Run(0)
         run.model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
@@ -101,20 +101,20 @@ def test_frozen_weights_are_left_out_and_buffers_are_not(tmp_path: Path) -> None
             run.model[2].weight.fill_(value)
         return run
 
-    one, other = with_frozen(1.0), with_frozen(2.0)
-    path = one.save(tmp_path, 1)
+    saved, loaded = with_frozen(1.0), with_frozen(2.0)
+    path = saved.save(tmp_path, 1)
     assert (path / "model.safetensors").stat().st_size < 3 * 300 * 4
-    other.load(path)
-    assert (other.model[1].running_mean == 1.0).all()
-    assert (other.model[2].weight == 2.0).all()
+    loaded.load(path)
+    assert (loaded.model[1].running_mean == 1.0).all()
+    assert (loaded.model[2].weight == 2.0).all()
 
 
-def test_only_safetensors_and_json(tmp_path: Path) -> None:
+def test_a_checkpoint_holds_only_safetensors_and_json(tmp_path: Path) -> None:
     path = Run(0).save(tmp_path, 1)
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
 
 
-def test_checkpoints_are_ordered_as_numbers_are(tmp_path: Path) -> None:
+def test_checkpoints_are_sorted_by_step_number(tmp_path: Path) -> None:
     assert checkpoints(tmp_path / "missing") == []
     for step in (5, 123_456_789, 99_999_999):
         (tmp_path / f"step-{step:08d}").mkdir()
@@ -137,7 +137,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     ]
 
 
-def test_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+def test_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     run = Run(0, width=64)
     before = run.save(tmp_path, 1)
     resource = pytest.importorskip("resource")
@@ -162,8 +162,8 @@ def truncate(file: Path) -> None:
 
 
 def empty_the_folder(file: Path) -> None:
-    for each in file.parent.iterdir():
-        each.unlink()
+    for entry in file.parent.iterdir():
+        entry.unlink()
 
 
 def add_a_file(file: Path) -> None:
@@ -182,31 +182,31 @@ DAMAGES = [truncate, flip_a_bit, Path.unlink, empty_the_folder, add_a_file, make
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json"]
 )
-def test_damage_is_found_and_the_one_before_is_used(
+def test_damage_is_detected_and_the_previous_checkpoint_is_used(
     tmp_path: Path, name: str, damaged: Callable[[Path], None]
 ) -> None:
     run = Run(0)
     run.step(0)
-    whole, newest = run.save(tmp_path, 1), run.save(tmp_path, 2)
+    previous, newest = run.save(tmp_path, 1), run.save(tmp_path, 2)
     assert newest_whole(tmp_path) == (newest, [])
     damaged(newest / name)
     path, (notice,) = newest_whole(tmp_path)
-    assert path == whole
+    assert path == previous
     assert notice.startswith(f"{newest} is damaged (")
     assert "\n" not in notice
-    damaged(whole / name)
+    damaged(previous / name)
     with pytest.raises(DriveSimError, match=r"every checkpoint is damaged, .*step-00000002"):
         newest_whole(tmp_path)
 
 
-def test_checksums_that_are_damaged_themselves_count_as_damage(tmp_path: Path) -> None:
+def test_damaged_checksums_count_as_damage(tmp_path: Path) -> None:
     path = Run(0).save(tmp_path, 1)
     for content in (b"", b"[]", b"{}", b'{"model.safetensors": 3}'):
         (path / CHECKSUMS).write_bytes(content)
         assert damage(path) is not None
 
 
-def test_checkpoints_after_the_one_that_is_gone_on_from_can_be_removed(tmp_path: Path) -> None:
+def test_checkpoints_of_later_steps_can_be_removed(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         (tmp_path / f"step-{step:08d}").mkdir()
     remove_after(tmp_path / "step-00000010")
@@ -215,9 +215,9 @@ def test_checkpoints_after_the_one_that_is_gone_on_from_can_be_removed(tmp_path:
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
     path = Run(0).save(tmp_path, 1)
-    other = Run(0)
-    other.model.append(nn.Linear(2, 2))
-    for changed in (Run(0, width=6), other):
+    longer = Run(0)
+    longer.model.append(nn.Linear(2, 2))
+    for changed in (Run(0, width=6), longer):
         with pytest.raises(DriveSimError, match="another model") as caught:
             changed.load(path)
         assert "\n" not in str(caught.value)

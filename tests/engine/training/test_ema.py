@@ -17,7 +17,7 @@ def fill(module: nn.Module, value: float) -> None:
             parameter.fill_(value)
 
 
-def test_average_of_what_stays_still_is_exact() -> None:
+def test_average_of_constant_parameters_is_exact() -> None:
     module = linear(0.3)
     ema = Ema(module, 0.999)
     for _ in range(5):
@@ -31,19 +31,19 @@ def test_average_follows_its_recurrence() -> None:
     for update in range(1, 20):
         fill(module, float(update))
         ema.update()
-        used = min(decay, (1 + update) / (10 + update))
-        expected = used * expected + (1 - used) * update
+        used_decay = min(decay, (1 + update) / (10 + update))
+        expected = used_decay * expected + (1 - used_decay) * update
     torch.testing.assert_close(ema.averages["weight"], torch.full((2, 3), expected))
 
 
-def test_an_update_that_is_skipped_is_none() -> None:
-    module, other = linear(0.0), linear(0.0)
-    ema, without = Ema(module, 0.9), Ema(other, 0.9)
+def test_a_skipped_update_changes_nothing() -> None:
+    module, reference = linear(0.0), linear(0.0)
+    ema, without = Ema(module, 0.9), Ema(reference, 0.9)
     for value, skipped in ((1.0, 0.0), (2.0, 1.0), (3.0, 0.0)):
         fill(module, value)
         ema.update(torch.tensor(skipped))
         if not skipped:
-            fill(other, value)
+            fill(reference, value)
             without.update()
     assert torch.equal(ema.averages["weight"], without.averages["weight"])
     assert ema.updates == without.updates == 2
@@ -66,7 +66,7 @@ def test_without_decay_the_average_is_the_parameter() -> None:
     assert torch.equal(ema.averages["weight"], module.weight)
 
 
-def test_swap_is_undone_even_by_an_error() -> None:
+def test_swap_is_undone_after_an_error_too() -> None:
     module = linear(1.0)
     ema = Ema(module, 0.9)
     fill(module, 3.0)
@@ -82,7 +82,7 @@ def test_swap_is_undone_even_by_an_error() -> None:
 
 
 def test_swap_reaches_the_optimiser_and_gradients() -> None:
-    """Training goes on from the module's own values after a swap."""
+    """After a swap, training continues from the module's own parameters."""
     module = linear(1.0)
     optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
     ema = Ema(module, 0.9)
@@ -95,18 +95,18 @@ def test_swap_reaches_the_optimiser_and_gradients() -> None:
     assert (ema.averages["weight"] == 1.0).all()
 
 
-def test_frozen_weights_and_buffers_are_left_alone() -> None:
+def test_frozen_weights_and_buffers_are_not_averaged() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     module[0].weight.requires_grad_(False)
     assert Ema(module, 0.9).averages.keys() == {"0.bias", "1.weight", "1.bias"}
 
 
-def test_saved_state_goes_on_alike() -> None:
-    one, other = linear(1.0), linear(5.0)
-    ema, copy = Ema(one, 0.99), Ema(other, 0.99)
+def test_a_copied_state_continues_in_the_same_way() -> None:
+    module, copied_module = linear(1.0), linear(5.0)
+    ema, copy = Ema(module, 0.99), Ema(copied_module, 0.99)
     ema.update()
-    fill(one, 2.0)
-    fill(other, 2.0)
+    fill(module, 2.0)
+    fill(copied_module, 2.0)
     copy.averages["weight"].copy_(ema.averages["weight"])
     copy.updates = ema.updates
     ema.update()

@@ -13,14 +13,14 @@ from driving_sim.engine.training.interrupt import StopNow, StopRequest, stop_on_
 
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
-    """Ctrl-C raises, as on a terminal: what a shell runs in the background starts ignoring it."""
+    """Let Ctrl-C raise KeyboardInterrupt. Processes in the background of a shell ignore Ctrl-C."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("ctrl_c")
-def test_first_signal_is_a_request_and_the_second_acts() -> None:
+def test_first_signal_is_a_request_and_the_second_acts_as_usual() -> None:
     with stop_on_signals() as request:
         assert request.signal == 0
         os.kill(os.getpid(), signal.SIGINT)
@@ -39,17 +39,17 @@ def test_handlers_are_restored() -> None:
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-def test_only_work_that_may_be_dropped_is_broken_off() -> None:
+def test_only_interruptible_work_is_interrupted() -> None:
     with stop_on_signals() as request:
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.01)  # not here
+        time.sleep(0.01)  # the signal does not raise here
         with pytest.raises(StopNow), request.interruptible():
-            raise AssertionError("the signal was there before")
+            raise AssertionError("the earlier signal did not interrupt the work")
     with stop_on_signals() as request, pytest.raises(StopNow), request.interruptible():
         wait_after_sigterm()
 
 
-def test_what_cleans_up_is_not_broken_off() -> None:
+def test_cleanup_is_not_interrupted() -> None:
     cleaned = []
 
     def work(request: StopRequest) -> None:
@@ -67,10 +67,10 @@ def test_what_cleans_up_is_not_broken_off() -> None:
 def wait_after_sigterm() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
-    raise AssertionError("not broken off")
+    raise AssertionError("the work was not interrupted")
 
 
-def test_workers_outlive_a_signal_only_inside() -> None:
+def test_workers_survive_a_signal_only_inside_the_context() -> None:
     def work(request: StopRequest, ready: Connection) -> None:
         request.shield()
         while True:
@@ -90,7 +90,7 @@ def test_workers_outlive_a_signal_only_inside() -> None:
     assert worker.exitcode == 0
 
 
-def test_other_threads_have_no_handlers() -> None:
+def test_other_threads_install_no_handlers() -> None:
     signals = []
 
     def work() -> None:

@@ -46,13 +46,13 @@ def checkpoint_steps(run: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in (run / "checkpoints").iterdir())
 
 
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 class InterruptingBatches(TinyBatches):
-    """Sends this process a signal while batch 14 is made."""
+    """Batches that send this process a signal while batch 15 is loaded."""
 
     def __getitem__(self, number: int) -> Batch:
         if number == 15:
@@ -61,16 +61,16 @@ class InterruptingBatches(TinyBatches):
 
 
 def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    result = tiny_train(whole)
+    uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
+    result = tiny_train(uninterrupted)
     with pytest.raises(Interrupted, match=r"step 15.*`resume`") as stopped:
-        tiny_train(parts, dataset=InterruptingBatches())
+        tiny_train(interrupted, dataset=InterruptingBatches())
     assert stopped.value.exit_code == 128 + signal.SIGINT
-    assert checkpoint_steps(parts)[-1] == 15
-    resumed = tiny_train(parts, resume=True)
-    assert_same(checkpoint_tensors(whole, 30), checkpoint_tensors(parts, 30))
-    assert_same(load_file(whole / EXPORTED), load_file(parts / EXPORTED))
-    assert metric_rows(whole) == metric_rows(parts)
+    assert checkpoint_steps(interrupted)[-1] == 15
+    resumed = tiny_train(interrupted, resume=True)
+    assert_same(checkpoint_tensors(uninterrupted, 30), checkpoint_tensors(interrupted, 30))
+    assert_same(load_file(uninterrupted / EXPORTED), load_file(interrupted / EXPORTED))
+    assert metric_rows(uninterrupted) == metric_rows(interrupted)
     assert (resumed.best_score, resumed.best_step, resumed.steps) == (
         result.best_score,
         result.best_step,
@@ -78,8 +78,8 @@ def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     )
 
 
-def test_resumed_equals_uninterrupted_where_the_run_was_killed(tmp_path: Path) -> None:
-    """A kill leaves metrics and exports that are newer than the last checkpoint."""
+def test_resumed_after_a_kill_equals_uninterrupted(tmp_path: Path) -> None:
+    """After a kill, the metrics and the exported weights are newer than the last checkpoint."""
 
     class KillingBatches(TinyBatches):
         def __getitem__(self, number: int) -> Batch:
@@ -87,16 +87,16 @@ def test_resumed_equals_uninterrupted_where_the_run_was_killed(tmp_path: Path) -
                 raise RuntimeError("killed")
             return super().__getitem__(number)
 
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    tiny_train(whole, save_every=7)
+    uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
+    tiny_train(uninterrupted, save_every=7)
     with pytest.raises(RuntimeError, match="killed"):
-        tiny_train(parts, save_every=7, dataset=KillingBatches())
-    assert checkpoint_steps(parts)[-1] == 21
-    with (parts / "metrics.jsonl").open("a") as rows:
+        tiny_train(interrupted, save_every=7, dataset=KillingBatches())
+    assert checkpoint_steps(interrupted)[-1] == 21
+    with (interrupted / "metrics.jsonl").open("a") as rows:
         rows.write('{"step": 26, "pha')
-    tiny_train(parts, save_every=7, resume=True)
-    assert_same(checkpoint_tensors(whole, 30), checkpoint_tensors(parts, 30))
-    assert metric_rows(whole) == metric_rows(parts)
+    tiny_train(interrupted, save_every=7, resume=True)
+    assert_same(checkpoint_tensors(uninterrupted, 30), checkpoint_tensors(interrupted, 30))
+    assert metric_rows(uninterrupted) == metric_rows(interrupted)
 
 
 def damage_newest(run: Path) -> Path:
@@ -107,29 +107,29 @@ def damage_newest(run: Path) -> Path:
     return newest
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    tiny_train(whole)
+    uninterrupted, run = tmp_path / "uninterrupted", tmp_path / "run"
+    tiny_train(uninterrupted)
     tiny_train(run)
     damaged = damage_newest(run)
     capsys.readouterr()
     tiny_train(run, resume=True)
-    said = [line for line in capsys.readouterr().err.splitlines() if " is damaged " in line]
-    assert said == [
+    messages = [line for line in capsys.readouterr().err.splitlines() if " is damaged " in line]
+    assert messages == [
         line for line in (run / "log.txt").read_text().splitlines() if " is damaged " in line
     ]
-    assert len(said) == 1
-    assert said[0].startswith(str(damaged))
-    assert_same(checkpoint_tensors(whole, 30), checkpoint_tensors(run, 30))
-    assert metric_rows(whole) == metric_rows(run)
+    assert len(messages) == 1
+    assert messages[0].startswith(str(damaged))
+    assert_same(checkpoint_tensors(uninterrupted, 30), checkpoint_tensors(run, 30))
+    assert metric_rows(uninterrupted) == metric_rows(run)
     for path in (run / "checkpoints").iterdir():
         assert damage(path) is None
 
 
-def test_what_a_damaged_step_exported_is_not_kept(tmp_path: Path) -> None:
-    """The best weights so far are, whatever the run comes to from there."""
+def test_weights_exported_after_the_resumed_step_are_replaced(tmp_path: Path) -> None:
+    """The exported weights are the best ones up to the checkpoint from which the run resumes."""
     run = tmp_path / "run"
     tiny_train(run, steps=20)
     best = {name: value.clone() for name, value in load_file(run / EXPORTED).items()}
@@ -140,13 +140,13 @@ def test_what_a_damaged_step_exported_is_not_kept(tmp_path: Path) -> None:
     assert_same(load_file(run / EXPORTED), best)
 
 
-def test_longer_resumed_run_goes_on(tmp_path: Path) -> None:
+def test_resumed_run_with_more_steps_continues(tmp_path: Path) -> None:
     tiny_train(tmp_path / "run", steps=10)
     assert tiny_train(tmp_path / "run", steps=10, resume=True).steps == 10
     assert tiny_train(tmp_path / "run", steps=20, resume=True).steps == 20
 
 
-def test_a_run_is_finished_once_it_came_to_its_end(
+def test_a_run_is_finished_only_after_its_last_step(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -176,7 +176,7 @@ def test_batches_do_not_depend_on_workers(tmp_path: Path) -> None:
     assert_same(checkpoint_tensors(tmp_path / "none", 10), checkpoint_tensors(tmp_path / "two", 10))
 
 
-def test_seed_decides_the_randomness(tmp_path: Path) -> None:
+def test_random_numbers_depend_on_the_seed_only(tmp_path: Path) -> None:
     tiny_train(tmp_path / "a", steps=5, seed=0)
     torch.rand(7)
     tiny_train(tmp_path / "b", steps=5, seed=0)
@@ -186,8 +186,8 @@ def test_seed_decides_the_randomness(tmp_path: Path) -> None:
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_a_batchs_randomness_depends_on_the_seed_and_its_number_alone(tmp_path: Path) -> None:
-    class Noting(TinyModel):
+def test_random_numbers_of_a_batch_depend_only_on_the_seed_and_its_number(tmp_path: Path) -> None:
+    class Recording(TinyModel):
         def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             drawn.append(torch.rand(()).item())
             return super().forward(batch)
@@ -196,7 +196,7 @@ def test_a_batchs_randomness_depends_on_the_seed_and_its_number_alone(tmp_path: 
     for accumulate in (1, 2):
         drawn: list[float] = []
         run, steps = tmp_path / str(accumulate), 4 // accumulate
-        tiny_train(run, model=Noting(), accumulate=accumulate, steps=steps)
+        tiny_train(run, model=Recording(), accumulate=accumulate, steps=steps)
         draws.append(drawn)
     assert draws[0] == draws[1]
     assert len(set(draws[0])) == 4
@@ -208,7 +208,8 @@ def test_accumulated_equals_one_big_batch(tmp_path: Path) -> None:
             small = [super(BigBatches, self).__getitem__(2 * number + i) for i in (0, 1)]
             return {key: torch.cat([batch[key] for batch in small]) for key in small[0]}
 
-    # Dropout is off: it draws one mask per batch. So is clipping: it would hide a wrong scale.
+    # Dropout is off, because it draws one mask per batch. Clipping is off, because it would hide
+    # gradients of a wrong scale.
     options: dict[str, Any] = {"grad_clip": None, "steps": 10}
     tiny_train(tmp_path / "small", model=TinyModel(dropout=0), accumulate=2, **options)
     tiny_train(tmp_path / "big", model=TinyModel(dropout=0), dataset=BigBatches(), **options)
@@ -218,7 +219,7 @@ def test_accumulated_equals_one_big_batch(tmp_path: Path) -> None:
 
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    """Two ranks' batches are those of one rank that accumulates two, and so is the gradient."""
+    """Two ranks use the same batches as one rank that accumulates two, with the same gradients."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -264,25 +265,25 @@ def test_sigterm_saves_and_resumes(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM
     assert "Traceback" not in errors
-    assert errors.splitlines()[-1].endswith("to go on, give `resume`")
+    assert errors.splitlines()[-1].endswith("to continue, give `resume`")
     stopped_at = checkpoint_steps(run)[-1]
     assert 5 <= stopped_at < 30
     tiny_train(run, resume=True)
-    tiny_train(tmp_path / "whole")
-    assert_same(checkpoint_tensors(tmp_path / "whole", 30), checkpoint_tensors(run, 30))
+    tiny_train(tmp_path / "uninterrupted")
+    assert_same(checkpoint_tensors(tmp_path / "uninterrupted", 30), checkpoint_tensors(run, 30))
 
 
 def ask_to_stop(within: str) -> None:
-    """Send this process SIGTERM in work that would take minutes."""
+    """Send SIGTERM to this process, and then wait until it is interrupted."""
     os.kill(os.getpid(), signal.SIGTERM)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         time.sleep(0.01)
-    raise AssertionError(f"{within} was not broken off")
+    raise AssertionError(f"{within} was not interrupted")
 
 
 class SlowModel(TinyModel):
-    """Is asked to stop within a pass of one step; a buffer knows the last step that began."""
+    """A model that gets SIGTERM within a pass of one step. Its buffer holds the last step begun."""
 
     last: Tensor
 
@@ -305,10 +306,8 @@ class SlowModel(TinyModel):
     ("stop_step", "within"),
     [(0, "forward"), (15, "forward"), (15, "backward"), (20, "batch"), (20, "validation")],
 )
-def test_work_is_broken_off_and_leaves_no_traces(
-    stop_step: int, within: str, tmp_path: Path
-) -> None:
-    """What is saved is the state of before the step, or of before the validation."""
+def test_interrupted_work_leaves_no_traces(stop_step: int, within: str, tmp_path: Path) -> None:
+    """The saved state is the one before the interrupted step or validation."""
 
     class SlowBatches(TinyBatches):
         def __getitem__(self, number: int) -> Batch:
@@ -324,34 +323,32 @@ def test_work_is_broken_off_and_leaves_no_traces(
             ask_to_stop("validation")
         return validate(model)
 
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    tiny_train(whole, model=SlowModel())
+    uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
+    tiny_train(uninterrupted, model=SlowModel())
     with pytest.raises(Interrupted, match=rf"step {stop_step} .*`resume`") as stopped:
         tiny_train(
-            parts,
+            interrupted,
             model=SlowModel(stop_step if "ward" in within else -1, within),
             dataset=SlowBatches(),
             validate=slow_validate,
         )
     assert stopped.value.exit_code == 128 + signal.SIGTERM
     if stop_step:
-        assert checkpoint_steps(parts)[-1] == stop_step
-        assert checkpoint_tensors(parts, stop_step)["model/last"] == stop_step - 1
-    tiny_train(parts, model=SlowModel(), resume=True)
-    assert_same(checkpoint_tensors(whole, 30), checkpoint_tensors(parts, 30))
-    assert_same(load_file(whole / EXPORTED), load_file(parts / EXPORTED))
-    assert metric_rows(whole) == metric_rows(parts)
+        assert checkpoint_steps(interrupted)[-1] == stop_step
+        assert checkpoint_tensors(interrupted, stop_step)["model/last"] == stop_step - 1
+    tiny_train(interrupted, model=SlowModel(), resume=True)
+    assert_same(checkpoint_tensors(uninterrupted, 30), checkpoint_tensors(interrupted, 30))
+    assert_same(load_file(uninterrupted / EXPORTED), load_file(interrupted / EXPORTED))
+    assert metric_rows(uninterrupted) == metric_rows(interrupted)
 
 
-def test_a_step_that_is_broken_off_leaves_the_learning_rate_of_the_one_before(
-    tmp_path: Path,
-) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    tiny_train(whole, log_every=1)
+def test_an_interrupted_step_does_not_change_the_logged_learning_rate(tmp_path: Path) -> None:
+    uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
+    tiny_train(uninterrupted, log_every=1)
     with pytest.raises(Interrupted):
-        tiny_train(parts, model=SlowModel(13, "forward"))
-    last = metric_rows(parts)[-1]
-    (expected,) = (row for row in metric_rows(whole) if row["step"] == 13)
+        tiny_train(interrupted, model=SlowModel(13, "forward"))
+    last = metric_rows(interrupted)[-1]
+    (expected,) = (row for row in metric_rows(uninterrupted) if row["step"] == 13)
     assert last["step"] == 13
     assert last["learning_rate"] == expected["learning_rate"]
 
@@ -368,7 +365,7 @@ def test_nonfinite_loss_is_skipped(tmp_path: Path) -> None:
 
 def test_nonfinite_gradients_of_a_finite_loss_are_skipped(tmp_path: Path) -> None:
     class Rooted(TinyModel):
-        """Adds a root that is 0 in step 4, where its slope is infinite."""
+        """A model whose loss adds a square root, which has an infinite gradient in step 4."""
 
         def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             loss, metrics = super().forward(batch)
@@ -388,14 +385,14 @@ def test_lasting_nonfinite_loss_ends_the_run(tmp_path: Path) -> None:
         tiny_train(tmp_path / "run", steps=60, dataset=dataset)
 
 
-def test_a_run_learns_what_was_skipped_though_it_logs_rarely(tmp_path: Path) -> None:
+def test_a_run_that_logs_rarely_still_counts_skipped_steps(tmp_path: Path) -> None:
     dataset = TinyBatches(nan_at=tuple(range(12, 99)))
     options: dict[str, Any] = {"log_every": 99, "validate_every": 99, "save_every": 99}
     with pytest.raises(DriveSimError, match=r"in 20 steps up to 32.*none"):
         tiny_train(tmp_path / "run", steps=99, dataset=dataset, **options)
 
 
-def test_a_resumed_run_goes_on_counting_what_was_skipped(tmp_path: Path) -> None:
+def test_a_resumed_run_continues_to_count_skipped_steps(tmp_path: Path) -> None:
     run, dataset = tmp_path / "run", TinyBatches(nan_at=(3, *range(9, 99)))
     tiny_train(run, steps=12, dataset=dataset)
     with pytest.raises(DriveSimError, match=r"in 20 steps up to 29"):
@@ -411,7 +408,7 @@ def test_no_finite_score_is_an_error(tmp_path: Path) -> None:
 
 
 class Clock:
-    """Time that passes in the batches and validations that a test lets take long."""
+    """A clock that advances only when a test changes `now`."""
 
     now = 0.0
 
@@ -420,7 +417,7 @@ class Clock:
 
 
 class SlowBatches(TinyBatches):
-    """Each takes 4 s of a clock."""
+    """Batches that take 4 s each on a simulated clock."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
@@ -432,7 +429,7 @@ class SlowBatches(TinyBatches):
 
 
 def test_minutes_end_on_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No step that would end late begins, the last one is near the floor, validation is free."""
+    """No step ends late, the last learning rate is near its floor, and validation is not timed."""
     clock = Clock()
     monkeypatch.setattr(training, "time", clock)
 
@@ -444,7 +441,7 @@ def test_minutes_end_on_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     batches = SlowBatches(clock)
     options: dict[str, Any] = {"dataset": batches, "validate": slow_validate, "log_every": 1}
     result = tiny_train(run, minutes=1.1, **options)
-    # 17 steps: the first one's batch was there before the clock began
+    # There are 17 steps, because the first batch is loaded before the training time begins.
     assert (result.steps, result.seconds) == (17, 64.0)
     assert clock.now == 17 * 4.0 + 2 * 50.0
     rates = [row["learning_rate"] for row in metric_rows(run) if "loss" in row]
@@ -454,29 +451,29 @@ def test_minutes_end_on_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(("least", "steps"), [(5, 17), (30, 30)])
-def test_minutes_last_longer_where_the_min_steps_are_not_taken(
+def test_a_run_exceeds_its_minutes_until_min_steps_are_taken(
     least: int,
     steps: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """It says so, once, and the last step is at the end of the schedule in either case."""
+    """The run says so once, and its last step is always at the end of the schedule."""
     clock, run = Clock(), tmp_path / "run"
     monkeypatch.setattr(training, "time", clock)
     options: dict[str, Any] = {"dataset": SlowBatches(clock), "log_every": 1}
     assert tiny_train(run, minutes=1.1, min_steps=least, **options).steps == steps
     rates = [row["learning_rate"] for row in metric_rows(run) if "loss" in row]
     assert rates[-1] < 0.1 * max(rates)
-    said = [line for line in capsys.readouterr().err.splitlines() if "minutes are over" in line]
-    assert said == (
+    messages = [line for line in capsys.readouterr().err.splitlines() if "minutes are over" in line]
+    assert messages == (
         []
         if steps == 17
-        else ["1.1 minutes are over after 18 steps; this training needs 30: about 1 min more"]
+        else ["1.1 minutes are over after 18 steps; this training needs 30 steps: about 1 min more"]
     )
 
 
-def test_steps_end_exactly_at_the_floor(tmp_path: Path) -> None:
+def test_the_last_step_has_the_final_learning_rate(tmp_path: Path) -> None:
     tiny_train(tmp_path / "run", min_learning_rate_ratio=0.02, log_every=1)
     rows = [row for row in metric_rows(tmp_path / "run") if row["phase"] == "train"]
     assert rows[-1]["learning_rate"] == pytest.approx(0.02 * 0.05)
@@ -510,9 +507,9 @@ def test_best_averaged_weights_are_exported(tmp_path: Path) -> None:
     assert model.training
 
 
-def test_a_provisional_score_gives_way_to_any_that_is_not(tmp_path: Path) -> None:
-    found = [(1.0, True), (0.5, True), (2.0, False), (0.1, True), (1.5, False), (1.8, False)]
-    validations = (Validation(score=score, provisional=early) for score, early in found)
+def test_any_final_score_is_better_than_a_provisional_one(tmp_path: Path) -> None:
+    scores = [(1.0, True), (0.5, True), (2.0, False), (0.1, True), (1.5, False), (1.8, False)]
+    validations = (Validation(score=score, provisional=early) for score, early in scores)
     bests = []
     for steps in (10, 20, 30, 40, 50, 60):
         result = tiny_train(
@@ -529,7 +526,7 @@ def test_a_provisional_score_gives_way_to_any_that_is_not(tmp_path: Path) -> Non
 def test_a_run_of_an_earlier_version_keeps_its_provisional_best(
     later: float, best: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That added 100 to a score until the discriminator had its full say."""
+    """Earlier versions added 100 to a score until the GAN loss had its full weight."""
 
     def earlier(state: Any) -> dict[str, Any]:
         values = to_dict(state)
@@ -549,7 +546,7 @@ def test_a_run_of_an_earlier_version_keeps_its_provisional_best(
     assert (final.best_step, final.best_score) == (30, 9.0)
 
 
-def test_every_validation_draws_the_same(tmp_path: Path) -> None:
+def test_every_validation_draws_the_same_random_numbers(tmp_path: Path) -> None:
     drawn = []
 
     def drawing(model: nn.Module) -> Validation:
@@ -558,7 +555,7 @@ def test_every_validation_draws_the_same(tmp_path: Path) -> None:
 
     tiny_train(tmp_path / "run", validate=drawing)
     tiny_train(tmp_path / "other", validate=drawing, seed=1)
-    assert [bool(torch.equal(each, drawn[0])) for each in drawn] == [True] * 3 + [False] * 3
+    assert [bool(torch.equal(draw, drawn[0])) for draw in drawn] == [True] * 3 + [False] * 3
 
 
 def test_patience_stops_early(tmp_path: Path) -> None:
@@ -572,7 +569,7 @@ def test_patience_stops_early(tmp_path: Path) -> None:
     assert (result.steps, result.best_step) == (40, 20)
 
 
-def test_users_error_in_a_worker_stays_one_line(tmp_path: Path) -> None:
+def test_user_error_in_a_worker_stays_one_line(tmp_path: Path) -> None:
     class BadBatches(TinyBatches):
         def __getitem__(self, number: int) -> Batch:
             raise DriveSimError("video.mp4 is truncated")
@@ -600,7 +597,7 @@ def test_bf16_trains_and_survives_resume(tmp_path: Path) -> None:
 
     run = tmp_path / "run"
     tiny_train(run, steps=5, precision="bf16", model=Watching())
-    # auto keeps what the run began with, whatever would measure faster now
+    # On the same device, auto keeps the format with which the run began.
     tiny_train(run, steps=10, precision="auto", model=Watching(), resume=True)
     assert all(value.dtype is torch.float32 for value in checkpoint_tensors(run, 10).values())
 
@@ -608,7 +605,7 @@ def test_bf16_trains_and_survives_resume(tmp_path: Path) -> None:
 def test_a_number_format_measured_on_another_device_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that began on a GPU in bf16 would take many times as long on a CPU without it."""
+    """A run that began on a GPU with bf16 would be many times slower on a CPU that emulates it."""
     run = tmp_path / "run"
     monkeypatch.setattr(precision, "_bf16_is_faster_on_cpu", lambda: False)
     with monkeypatch.context() as on_a_gpu:
@@ -619,7 +616,7 @@ def test_a_number_format_measured_on_another_device_is_not_kept(
         json.loads((run / "checkpoints" / f"step-{step:08d}" / "state.json").read_text())
         for step in (5, 10)
     ]
-    assert [(each["device"], each["precision"]) for each in states] == [
+    assert [(state["device"], state["precision"]) for state in states] == [
         ("cuda", "bf16"),
         ("cpu", "fp32"),
     ]
@@ -654,27 +651,27 @@ def test_config_survives_a_dict() -> None:
 @pytest.mark.parametrize(
     ("steps", "seconds", "line"),
     [
-        (995, 2.3, "995 steps to go at 2.3 s a step: some 38 minutes"),
+        (995, 2.3, "995 steps to go at 2.3 s a step: about 38 minutes"),
         (52, 2.3, ""),
-        (53, 2.3, "53 steps to go at 2.3 s a step: some 2 minutes"),
-        (99_995, 0.25, "99,995 steps to go at 0.25 s a step: some 7 hours"),
+        (53, 2.3, "53 steps to go at 2.3 s a step: about 2 minutes"),
+        (99_995, 0.25, "99,995 steps to go at 0.25 s a step: about 7 hours"),
         (
             99_995,
             25.4,
-            "99,995 steps to go at 25 s a step: some 29 days; a smaller preset, fewer steps or a "
+            "99,995 steps to go at 25 s a step: about 29 days; a smaller preset, fewer steps or a "
             "GPU take less",
         ),
     ],
 )
-def test_how_long_a_training_takes_is_told_from_its_first_steps(
+def test_the_time_left_is_estimated_from_the_first_steps(
     steps: int, seconds: float, line: str
 ) -> None:
-    """Not from those that warm it up, nor from one that something else held up."""
+    """The estimate ignores the warm-up steps, and a single step that was delayed."""
     first = [1000.0, 1000.0, seconds, 1000.0, seconds]
     assert training.time_to_go(steps, first) == line
 
 
-def test_a_training_by_steps_says_once_how_long_it_will_take(
+def test_a_run_with_steps_prints_once_how_long_it_will_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ticks = count(step=100)
@@ -682,10 +679,10 @@ def test_a_training_by_steps_says_once_how_long_it_will_take(
     tiny_train(tmp_path / "steps", steps=30)
     tiny_train(tmp_path / "minutes", minutes=50)
 
-    def said(run: Path) -> list[str]:
+    def messages(run: Path) -> list[str]:
         return [line for line in (run / "log.txt").read_text().splitlines() if "to go" in line]
 
-    assert said(tmp_path / "steps") == ["25 steps to go at 100 s a step: some 42 minutes"]
-    assert said(tmp_path / "minutes") == []
+    assert messages(tmp_path / "steps") == ["25 steps to go at 100 s a step: about 42 minutes"]
+    assert messages(tmp_path / "minutes") == []
     tiny_train(tmp_path / "steps", steps=60, resume=True)
-    assert said(tmp_path / "steps")[1:] == ["25 steps to go at 100 s a step: some 42 minutes"]
+    assert messages(tmp_path / "steps")[1:] == ["25 steps to go at 100 s a step: about 42 minutes"]

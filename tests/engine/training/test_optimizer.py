@@ -9,13 +9,13 @@ from driving_sim.engine.training.optimizer import Optimizers, Player, orthogonal
 
 
 def build(model: nn.Module, *players: Player, **options: Any) -> Optimizers:
-    chosen: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "learning_rate": 0.1,
         "weight_decay": 0.5,
         "betas": (0.9, 0.99),
     } | options
     players = players or (Player("net", model),)
-    return Optimizers(model, players, TrainingConfig(steps=1, **chosen))
+    return Optimizers(model, players, TrainingConfig(steps=1, **settings))
 
 
 def test_only_matrices_and_kernels_decay() -> None:
@@ -28,7 +28,7 @@ def test_only_matrices_and_kernels_decay() -> None:
 def test_players_hold_each_parameter_once() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     first = Player("first", model[0])
-    with pytest.raises(ValueError, match=r"lack 1\.bias, 1\.weight"):
+    with pytest.raises(ValueError, match=r"no player has the parameters 1\.bias, 1\.weight"):
         build(model, first)
     with pytest.raises(ValueError, match="more than one parameter group"):
         build(model, first, Player("all", model))
@@ -43,7 +43,7 @@ def test_rates_are_scaled_by_player() -> None:
     assert [group["lr"] for group in optimizers.groups] == [2.0, 2.0, 0.2, 0.2]
 
 
-def test_players_are_clipped_apart() -> None:
+def test_players_are_clipped_separately() -> None:
     model = nn.ModuleList([nn.Linear(3, 3, bias=False) for _ in range(3)])
     generator, discriminator = nn.ModuleList([model[0], model[1]]), model[2]
     optimizers = build(
@@ -61,7 +61,7 @@ def test_players_are_clipped_apart() -> None:
     assert clipped == pytest.approx([0.8, 0.6, 0.1], rel=1e-4)
 
 
-def test_no_limit_leaves_gradients_alone() -> None:
+def test_without_a_limit_gradients_are_not_clipped() -> None:
     model = nn.Linear(3, 3)
     optimizers = build(model)
     model.weight.grad = torch.full((3, 3), 1e4)
@@ -70,14 +70,15 @@ def test_no_limit_leaves_gradients_alone() -> None:
 
 
 @pytest.mark.parametrize("shape", [(32, 96), (96, 32), (48, 48)])
-def test_orthogonalised_matrix_keeps_its_directions_at_like_strengths(
+def test_orthogonalised_matrix_has_the_same_directions_with_similar_strengths(
     shape: tuple[int, int],
 ) -> None:
     torch.manual_seed(0)
     u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     strengths = torch.logspace(0, -1.5, min(shape))
     directions = u.T @ orthogonalise(5 * u @ torch.diag(strengths) @ v) @ v.T
-    # From 32-fold to 10-fold at most; more iterations cost more than they gain.
+    # The range of singular values shrinks from a factor of 32 to at most 10. More iterations would
+    # cost more than they gain.
     assert directions.diagonal().min() > 0.18
     assert directions.diagonal().max() < 1.9
     torch.testing.assert_close(directions, torch.diag(directions.diagonal()), atol=1e-3, rtol=0)
@@ -92,7 +93,7 @@ def test_bfloat16_products_give_nearly_the_same_step() -> None:
     assert float((low - exact).norm() / exact.norm()) < 0.05
 
 
-def test_muon_steps_wide_kernels_only() -> None:
+def test_muon_updates_wide_kernels_only() -> None:
     model = nn.Sequential(
         nn.Conv2d(32, 64, 3),
         nn.Conv2d(64, 64, 3, groups=64),
@@ -102,8 +103,8 @@ def test_muon_steps_wide_kernels_only() -> None:
         nn.Embedding(64, 64),
     )
     kinds = {id(p): kind for kind, ps in Player("net", model).parts().items() for p in ps}
-    is_muons = [kinds[id(layer.weight)] == "matrices" for layer in model]
-    assert is_muons == [True, False, False, False, True, False]
+    uses_muon = [kinds[id(layer.weight)] == "matrices" for layer in model]
+    assert uses_muon == [True, False, False, False, True, False]
     assert Player("net", model, muon=False).parts()["matrices"] == []
 
 
@@ -123,7 +124,7 @@ def test_a_convolution_steps_like_the_linear_map_of_its_patches() -> None:
 
 
 def test_muon_and_adamw_take_steps_of_about_the_same_size() -> None:
-    # Moonlight (arXiv 2502.16982): 0.2 is the root mean square of AdamW's usual updates.
+    # By Moonlight (arXiv 2502.16982), AdamW's updates usually have a root mean square of 0.2.
     step = step_of(nn.Linear(64, 64, bias=False), True)
     assert float(step.square().mean().sqrt()) == pytest.approx(0.02, rel=0.3)
 
@@ -138,20 +139,20 @@ def after_muon(start: Tensor, *gradients: Tensor, weight_decay: float = 0.0) -> 
     return layer.weight.detach()
 
 
-def test_muon_decays_what_it_steps() -> None:
+def test_muon_applies_weight_decay() -> None:
     start, nothing = torch.ones(64, 64), torch.zeros(64, 64)
     torch.testing.assert_close(after_muon(start, nothing, weight_decay=0.5), start * 0.95)
 
 
 @pytest.mark.parametrize("shape", [(256, 32), (32, 256)])
-def test_muons_steps_are_of_one_size_whatever_the_matrixs_shape(shape: tuple[int, int]) -> None:
+def test_muon_steps_have_the_same_size_for_every_matrix_shape(shape: tuple[int, int]) -> None:
     gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     step = after_muon(torch.zeros(shape), gradient)
     assert float(step.square().mean().sqrt()) == pytest.approx(0.02, rel=0.3)
 
 
-def test_muon_looks_ahead_of_its_momentum() -> None:
-    """Nesterov: it steps along the momentum with the newest gradient in it once more."""
+def test_muon_uses_nesterov_momentum() -> None:
+    """Muon follows the momentum after it added the newest gradient a second time."""
     generator, start = torch.Generator().manual_seed(0), torch.zeros(64, 64)
     first, second = (torch.randn(64, 64, generator=generator) for _ in range(2))
     momentum = (0.05 * first).lerp(second, 0.05)
@@ -160,7 +161,7 @@ def test_muon_looks_ahead_of_its_momentum() -> None:
     torch.testing.assert_close(step, after_muon(start, ahead), atol=1e-5, rtol=1e-4)
 
 
-def test_adamw_alone_is_torchs() -> None:
+def test_adamw_alone_equals_torch_adamw() -> None:
     model = nn.Linear(64, 64, bias=False)
     reference = nn.Linear(64, 64, bias=False)
     reference.load_state_dict(model.state_dict())
@@ -171,12 +172,12 @@ def test_adamw_alone_is_torchs() -> None:
 
 
 @pytest.mark.parametrize("by_device", [True, False])
-def test_a_skipped_step_leaves_weights_and_moments_as_they_are(by_device: bool) -> None:
-    """Though its gradients are not finite; the step after it is as if it had never been."""
+def test_a_skipped_step_does_not_change_weights_and_moments(by_device: bool) -> None:
+    """The gradients of a skipped step are NaN, and the next step is as if it had not happened."""
 
     def trained(*skipped: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(32, 48), nn.Conv2d(3, 4, 1))  # Muon's, and AdamW's
+        model = nn.Sequential(nn.Linear(32, 48), nn.Conv2d(3, 4, 1))  # one for Muon, one for AdamW
         optimizers = build(model)
         for skip in skipped:
             for parameter in model.parameters():
@@ -190,7 +191,8 @@ def test_a_skipped_step_leaves_weights_and_moments_as_they_are(by_device: bool) 
                 optimizers.step(torch.tensor(float(skip)))
         return [p.detach() for p in model.parameters()], optimizers.tensors()
 
-    (plain, moments), (skipping, others) = trained(False, False), trained(False, True, True, False)
-    assert all(map(torch.equal, plain, skipping))
-    assert moments.keys() == others.keys()
-    assert all(torch.equal(moments[name], others[name]) for name in moments)
+    weights, moments = trained(False, False)
+    skipping_weights, skipping_moments = trained(False, True, True, False)
+    assert all(map(torch.equal, weights, skipping_weights))
+    assert moments.keys() == skipping_moments.keys()
+    assert all(torch.equal(moments[name], skipping_moments[name]) for name in moments)

@@ -24,7 +24,9 @@ def events(run: Path) -> Any:
     return EventAccumulator(str(run / "tensorboard"), {IMAGES: 0}).Reload()
 
 
-def test_scalars_reach_both_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scalars_are_written_to_both_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with run_log(tmp_path) as log:
         log.add_scalars(5, "train", {"loss": 1.5, "late": float("nan")})
         assert rows(tmp_path) == [{"step": 5, "phase": "train", "loss": 1.5, "late": None}]
@@ -38,7 +40,8 @@ def test_scalars_reach_both_files(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_resumed_run_drops_what_it_will_log_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Files of one second and process are read in the order of their numbers as text: 10 before 9.
+    # TensorBoard sorts the files of one process and second by their number as text, 10 before 9.
+    # Starting the numbers at 0 keeps the files in order.
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     with run_log(tmp_path) as log:
         for step in (1, 2, 3):
@@ -54,7 +57,7 @@ def test_resumed_run_drops_what_it_will_log_again(
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc here")
 def test_no_open_file_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows refuses to."""
+    """Windows cannot replace an open file."""
     with run_log(tmp_path) as log:
         log.add_scalars(1, "train", {"loss": 1.0})
     replace = Path.replace
@@ -69,17 +72,17 @@ def test_no_open_file_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         pass
 
 
-def test_validation_keeps_pictures_and_videos(
+def test_validation_logs_pictures_and_videos(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
-    # Plain grey levels: a GIF holds 256 colours.
+    # The frames have plain grey levels, because a GIF holds only 256 colours.
     video = np.stack([np.full((4, 6, 3), level, np.uint8) for level in (0, 100, 200)])
-    found = Validation(
+    validation = Validation(
         score=2.0, metrics={"psnr": 21.0}, images={"grid": picture}, videos={"rollout": video}
     )
     with run_log(tmp_path) as log:
-        log.add_validation(7, found, best=True)
+        log.add_validation(7, validation, best=True)
     assert rows(tmp_path) == [{"step": 7, "phase": "validation", "score": 2.0, "psnr": 21.0}]
     read = events(tmp_path)
     (grid,) = read.Images("validation/grid")
@@ -91,10 +94,10 @@ def test_validation_keeps_pictures_and_videos(
     assert "step 7: score 2, psnr 21 (best)" in capsys.readouterr().err
 
 
-def test_what_was_said_stays_in_the_folder(
+def test_printed_lines_are_kept_in_the_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A resumed run adds to it: it tells of every start."""
+    """A resumed run appends its lines to those of the earlier starts."""
     for step, best in ((1, True), (2, False)):
         with run_log(tmp_path, start_step=step - 1) as log:
             log.add_validation(step, Validation(score=2.0), best=best)
@@ -108,7 +111,7 @@ def test_what_was_said_stays_in_the_folder(
     ("values", "text"),
     [({"loss": 1.5}, "loss 1.5"), ({"loss": 1.5, "bits_per_token": 2.164}, "bits_per_token 2.164")],
 )
-def test_progress_shows_the_loss_once_in_bits_where_it_is_known(
+def test_progress_shows_the_loss_only_in_bits_if_they_are_known(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

@@ -10,7 +10,7 @@ from driving_sim.engine.training.schedule import (
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 1000])
-def test_steps_are_taken_one_by_one(steps: int) -> None:
+def test_position_exceeds_one_only_after_the_last_step(steps: int) -> None:
     positions = [position_by_steps(step, steps) for step in range(steps + 1)]
     assert positions[0] == 0.0
     assert [position > 1.0 for position in positions] == [False] * steps + [True]
@@ -32,7 +32,7 @@ def test_rate_rises_to_the_peak_and_ends_at_the_floor() -> None:
     assert rates[-1] == pytest.approx(0.05)
 
 
-def test_short_run_leaves_the_warm_up() -> None:
+def test_short_run_reaches_the_peak_learning_rate() -> None:
     rates = [factor(step, position_by_steps(step, 50), warmup_steps=10_000) for step in range(50)]
     assert max(rates) > 0.95
     assert rates[-1] == pytest.approx(0.05)
@@ -44,7 +44,7 @@ def test_no_warm_up() -> None:
 
 @given(limit=st.floats(1.0, 1e4), share=st.floats(1e-3, 2.0), slow_start=st.floats(1.0, 1.5))
 def test_timed_run_ends_on_time(limit: float, share: float, slow_start: float) -> None:
-    """Steps of a constant duration: none would end late but a first one, none more had fitted."""
+    """Only a run of one step may end late, and no time is left for another step."""
     step_seconds = share * limit
     seconds, steps, position = 0.0, 0, 0.0
     while position <= 1.0:

@@ -6,7 +6,7 @@ from driving_sim.engine.training.step import Meter
 TAKEN, SKIPPED = torch.tensor(0.0), torch.tensor(1.0)
 
 
-def test_means_count_only_what_came() -> None:
+def test_means_count_only_added_values() -> None:
     meter = Meter()
     meter.add({"loss": torch.tensor(1.0)}, TAKEN)
     meter.add({"loss": torch.tensor(3.0), "late": torch.tensor(5, dtype=torch.int64)}, TAKEN)
@@ -23,7 +23,7 @@ def test_skipped_steps_do_not_count() -> None:
     assert meter.read(Ranks()) == {"loss": 3.0}
 
 
-def test_no_graph_is_kept() -> None:
+def test_the_meter_keeps_no_autograd_graph() -> None:
     weight = torch.ones((), requires_grad=True)
     meter = Meter()
     meter.add({"loss": weight * 2}, TAKEN)
