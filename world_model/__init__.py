@@ -1,4 +1,4 @@
-"""Tokens + actions -> next tokens: transformer, cache, sampling, training, rollout."""
+"""The world model: a transformer that predicts the next frame's tokens from tokens and actions."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ __all__ = ["WorldModel"]
 
 
 def __getattr__(name: str) -> Any:
-    # Importing torch takes seconds; whoever only wants `drivesim --help` must not pay for it.
+    # Import here: importing torch takes seconds, and `drivesim --help` must not wait for it.
     if name == "WorldModel":
         from driving_sim.world_model.world_model import WorldModel
 

@@ -1,7 +1,7 @@
-"""What the driver does next: a file, a script or a name turned into one action a frame.
+"""Turn a file, a script or a name into the actions of a rollout, one action for each frame.
 
-Time 0 is the last context frame; action i leads from frame i to frame i + 1 and is the mean over
-[i / fps, (i + 1) / fps). Speed is in m/s, steering in the model's steering kind, left positive.
+Time 0 is the last context frame. Action i leads from frame i to frame i + 1 and is the mean over
+[i / fps, (i + 1) / fps). Speed is in m/s. Steering is of the model's steering kind, left positive.
 """
 
 import difflib
@@ -31,39 +31,40 @@ LONGEST_S = 86400.0
 NAMES = ("straight", "left", "right", "brake", "recorded")
 BRAKE_MPS2 = -4.0
 _KEYS = ("speed", "accel", "steer")
-_GRAMMAR = 'a script is like "speed=8 steer=0.1 for 2s; steer=0 for 1s" (keys: speed, accel, steer)'
-# Midpoints of equal parts of a frame: exact for constants and ramps that change at part borders.
+_GRAMMAR = 'a script looks like "speed=8 steer=0.1 for 2s; steer=0" (keys: speed, accel, steer)'
+# A frame's action is the mean over the midpoints of this many equal parts of the frame. The mean is
+# exact for constants and ramps that begin and end at the borders of parts.
 _PARTS = 64
-# Files have rows a microsecond before an action ends, and times rounded to that.
+# Action files have a row one microsecond before each action ends, and round times to microseconds.
 _ROUNDING_S = 1e-5
 _LAST_PART_S = 1.0
-_LARGEST = 1000.0  # of m/s, m/s2 and rad: no car does any of it
+_LARGEST = 1000.0  # upper bound in m/s, m/s2 and rad: no car reaches it
 _AT_ONCE = 2**16
-"""Frames whose parts are in memory together."""
+"""Number of frames whose parts are in memory at the same time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Situation:
-    """What a plan starts from."""
+    """The state of the car when a plan begins, and what the model can follow."""
 
     fps: float
     steering_kind: SteeringKind | None
-    """What the model's steering means; None where it never saw any."""
+    """Kind of steering that the model was trained on; None if it was trained without steering."""
     steering_limit: float
-    """What `left` and `right` turn: the training data's 95th percentile of |steering|."""
+    """Steering of `left` and, negated, of `right`: the training data's 95th percentile."""
     known_channels: tuple[bool, bool]
-    """Whether the model's training data had any speed, and any steering: it obeys no other."""
+    """Whether the model was trained with speed, and with steering, and so can follow them."""
     last_action: Floats32
-    """[2]: speed and steering that led to the last context frame."""
+    """[2]: speed in m/s and steering that led to the last context frame."""
     last_valid: Mask
-    """[2]: which of them are known."""
+    """[2]: whether the speed and the steering of `last_action` are known."""
     recorded: tuple[Floats32, Mask] | None
-    """The context drive's own actions [N, 2] and validity from the last context frame on."""
+    """Recorded actions [N, 2] from the last context frame on, and their validity [N, 2], if any."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ActionPlan:
-    """The actions of one future: `actions` float32 [N, 2] and `valid` bool [N, 2]."""
+    """The actions that one future follows: `actions` float32 [N, 2] and `valid` bool [N, 2]."""
 
     label: str
     actions: Floats32
@@ -71,32 +72,32 @@ class ActionPlan:
 
 
 _Segment = dict[str, float]
-"""A script's part: `speed`, `accel`, `steer`, `seconds`, as far as given; other channels hold."""
+"""The values that one part of a script sets, out of `speed`, `accel`, `steer` and `seconds`."""
 _Planned = tuple[float | None, Callable[[int], ActionPlan]]
-"""How long a plan lasts by itself, in s, if it says so, and what makes it of so many frames."""
+"""The length in s that a plan itself gives, or None; and a function (frames) -> the plan."""
 
 
 def make_plans(
     specs: list[str], situation: Situation, *, seconds: float | None = None
 ) -> list[ActionPlan]:
-    """Turn every file, script or name into a plan, all of one length.
+    """Turn each file, script or name of `specs` into a plan; all plans have the same length.
 
-    The length is `seconds`, or else the longest of the plans that have a length of their own
-    (a file; a script with times, whose last part lasts 1 s where it has none), or else 4 s.
-    Shorter ones hold their last action.
+    The length is `seconds` if given. Otherwise it is the length of the longest file or script, or
+    4 s if there are only names and scripts without times. If only the last part of a script has no
+    time, that part lasts 1 s. Shorter plans hold their last action.
     """
     planned = [_plan(spec, situation) for spec in specs]
     lengths = [own_s for own_s, _ in planned if own_s is not None]
     length_s = seconds if seconds is not None else max(lengths, default=4.0)
     if not length_s <= LONGEST_S:
         raise DriveSimError(
-            f"`seconds` {length_s:g}: a future lasts at most {LONGEST_S:g} s, a day"
+            f"`seconds` {length_s:g}: a future lasts at most {LONGEST_S:g} s (one day); give less"
         )
     frames = round(length_s * situation.fps)
     if frames < 1:
         raise DriveSimError(
-            f"the actions last {length_s:g} s, less than one frame at {situation.fps:g} frames/s: "
-            "give a longer file, script or `seconds`"
+            f"the actions last {length_s:g} s, less than one frame at {situation.fps:g} frames/s; "
+            "give a longer file or script, or more `seconds`"
         )
     return [render(frames) for _, render in planned]
 
@@ -105,17 +106,18 @@ def _plan(spec: str, situation: Situation) -> _Planned:
     if spec in NAMES:
         return _from_name(spec, situation)
     path = Path(spec)
-    # A file or a pipe: a folder may be called like a script. Path.exists fails for a long name.
+    # A folder does not count, because it may have the name of a script (`steer=0.1`). Path.exists
+    # raises OSError for very long names.
     is_file = os.path.exists(path) and not os.path.isdir(path)  # noqa: PTH110, PTH112
     if spec.isprintable() and (path.suffix.lower() == ".csv" or is_file):
         return _from_file(path, situation)
     if "=" in spec:
         return _from_script(" ".join(spec.split()), parse_script(spec), situation)
     near = difflib.get_close_matches(spec, NAMES, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise DriveSimError(
-        f"`actions` {shown(spec)} is no file and no name: {hint}names are {', '.join(NAMES)}; "
-        f"{_GRAMMAR}"
+        f"`actions` {shown(spec)} is not a file, a script or a name{hint}; "
+        f"names are {', '.join(NAMES)}; {_GRAMMAR}"
     )
 
 
@@ -126,16 +128,16 @@ def _from_name(name: str, situation: Situation) -> _Planned:
                 "`actions` recorded: the context has no recorded actions after its last frame; "
                 "use a context with a CSV, an earlier `start_s`, or other `actions`"
             )
-        return _held(name, *situation.recorded, situation.fps)
+        return _then_hold(name, *situation.recorded, situation.fps)
     limit = situation.steering_limit
     steers = situation.known_channels[STEERING]
     if limit == 0 and steers and name in ("left", "right"):
         raise DriveSimError(
-            f"`actions` {name}: the training data steered too little to tell how far to turn; give "
-            'an angle, as in "steer=0.1 for 2s"'
+            f"`actions` {name}: the training data has too little steering to tell how far to turn; "
+            'give an angle, as in "steer=0.1 for 2s"'
         )
     segments: dict[str, _Segment] = {
-        # Whoever cannot be steered goes on as it will.
+        # A model that was trained without steering cannot be told to steer straight.
         "straight": {"steer": 0.0} if steers else {},
         "left": {"steer": limit},
         "right": {"steer": -limit},
@@ -144,8 +146,8 @@ def _from_name(name: str, situation: Situation) -> _Planned:
     return _from_script(name, [segments[name]], situation)
 
 
-def _held(label: str, actions: Floats32, valid: Mask, fps: float) -> _Planned:
-    """These actions, and then the last of them for as long as is asked for."""
+def _then_hold(label: str, actions: Floats32, valid: Mask, fps: float) -> _Planned:
+    """Plan these actions, and then hold the last one for as long as the plan lasts."""
 
     def render(frames: int) -> ActionPlan:
         index = np.minimum(np.arange(frames), len(actions) - 1)
@@ -156,21 +158,21 @@ def _held(label: str, actions: Floats32, valid: Mask, fps: float) -> _Planned:
 
 def _from_file(path: Path, situation: Situation) -> _Planned:
     log = read_action_file(path, LogOptions(steering_kind=situation.steering_kind))
-    whole = int((min(log.times[-1], LONGEST_S) + _ROUNDING_S) * situation.fps)
-    if log.times[0] > EXTRAPOLATION_S or whole < 1:
+    frames = int((min(log.times[-1], LONGEST_S) + _ROUNDING_S) * situation.fps)
+    if log.times[0] > EXTRAPOLATION_S or frames < 1:
         raise DriveSimError(
             f"{path}: its times go from {log.times[0]:g} to {log.times[-1]:g} s; they must begin "
-            "at 0, the last context frame, and last for a frame or more"
+            "at 0 (the last context frame) and cover at least one frame"
         )
     obeyed = log.has & situation.known_channels
     if not obeyed.any():
         raise DriveSimError(
-            f"{path}: the model was trained without any action that is in it, so it cannot obey; "
-            "train on drives that have them"
+            f"{path}: the model was trained without the actions in this file, so it cannot follow "
+            "them; train on drives that have them"
         )
-    # One frame more: the last interval that `align` is asked for has a length of its own.
-    actions, valid = align(log, np.arange(whole + 1) / situation.fps)
-    actions, valid = actions[:whole], valid[:whole]
+    # Ask for one frame more: `align` gives its last interval the median length.
+    actions, valid = align(log, np.arange(frames + 1) / situation.fps)
+    actions, valid = actions[:frames], valid[:frames]
     for channel, name in enumerate(("speed", "steering")):
         if not obeyed[channel]:
             actions[:, channel] = situation.last_action[channel]
@@ -178,15 +180,15 @@ def _from_file(path: Path, situation: Situation) -> _Planned:
         elif not valid[:, channel].all():
             first = int(np.flatnonzero(~valid[:, channel])[0]) / situation.fps
             raise DriveSimError(
-                f"{path}: {name} has a gap at {first:.2f} s; give a row every 0.25 s or more often"
+                f"{path}: {name} has a gap at {first:.2f} s; give a row at least every 0.25 s"
             )
-    return _held(path.stem, actions, valid, situation.fps)
+    return _then_hold(path.stem, actions, valid, situation.fps)
 
 
 def parse_script(script: str) -> list[_Segment]:
-    """Parse "speed=8 steer=0.1 for 2s; accel=-4 for 1s" into its parts.
+    """Split a script such as "speed=8 steer=0.1 for 2s; accel=-4 for 1s" into its parts.
 
-    Only the last part may lack its `for`. Raises DriveSimError naming the part and the word.
+    Only the last part may leave out its time. An error names the wrong part and word.
     """
     parts = [part.strip() for part in script.split(";") if part.strip()]
     segments = [_parse_part(part) for part in parts]
@@ -206,7 +208,9 @@ def _parse_part(part: str) -> _Segment:
     if duration:
         match = re.fullmatch(r"\s*([0-9.]+)\s*s?\s*", duration)
         if match is None:
-            raise DriveSimError(f"`actions`: the 'for' in {shown(part)} has no time in seconds")
+            raise DriveSimError(
+                f"`actions`: the 'for' in {shown(part)} has no time in seconds; write 'for 2s'"
+            )
         values["seconds"] = _number(match.group(1), part, LONGEST_S)
     for word in head.split():
         key, equals, value = word.partition("=")
@@ -214,17 +218,15 @@ def _parse_part(part: str) -> _Segment:
             near = difflib.get_close_matches(key, _KEYS, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise DriveSimError(
-                f"`actions`: unknown {shown(word)} in {shown(part)}{hint}; {_GRAMMAR}"
+                f"`actions`: unknown word {shown(word)} in {shown(part)}{hint}; {_GRAMMAR}"
             )
         if key in values:
-            raise DriveSimError(f"`actions`: {key!r} is given twice in {shown(part)}")
+            raise DriveSimError(f"`actions`: {key!r} is given twice in {shown(part)}; give it once")
         values[key] = _number(value, part, _LARGEST)
     if "speed" in values and "accel" in values:
-        raise DriveSimError(f"`actions`: {shown(part)} sets both speed and accel; give one")
+        raise DriveSimError(f"`actions`: {shown(part)} sets both speed and accel; give only one")
     if values.get("speed", 0.0) < 0:
-        raise DriveSimError(
-            f"`actions`: speed in {shown(part)} is negative; it is in m/s, 0 or more"
-        )
+        raise DriveSimError(f"`actions`: speed in {shown(part)} is negative; give 0 m/s or more")
     return values
 
 
@@ -234,10 +236,10 @@ def _number(text: str, part: str, largest: float) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise DriveSimError(f"`actions`: {shown(text)} in {shown(part)} is no finite number")
+        raise DriveSimError(f"`actions`: {shown(text)} in {shown(part)} is not a finite number")
     if abs(value) > largest:
         raise DriveSimError(
-            f"`actions`: {shown(text)} in {shown(part)} is absurd, at most {largest:g} is possible"
+            f"`actions`: {shown(text)} in {shown(part)} is too large; give at most {largest:g}"
         )
     return value
 
@@ -260,7 +262,7 @@ def _from_script(label: str, segments: list[_Segment], situation: Situation) -> 
             [means(at, min(at + _AT_ONCE, frames)) for at in range(0, frames, _AT_ONCE)]
         )
         begins = np.arange(frames)[:, None] / situation.fps + _ROUNDING_S
-        valid = (situation.last_valid | (begins >= _named_from(segments))) & np.array(
+        valid = (situation.last_valid | (begins >= _first_set_s(segments))) & np.array(
             situation.known_channels
         )
         return ActionPlan(label=label, actions=np.where(valid, actions, 0.0), valid=valid)
@@ -268,8 +270,8 @@ def _from_script(label: str, segments: list[_Segment], situation: Situation) -> 
     return seconds or None, render
 
 
-def _named_from(segments: list[_Segment]) -> Floats:
-    """When speed and steering [2] are first set, in s: until then they are what they were."""
+def _first_set_s(segments: list[_Segment]) -> Floats:
+    """Return the times [2], in s, at which a script first sets speed and steering, or inf."""
     starts = np.cumsum([0.0, *(segment.get("seconds", 0.0) for segment in segments)])[:-1]
     named = np.array([("speed" in s or "accel" in s, "steer" in s) for s in segments])
     first: Floats = np.where(named, starts[:, None], math.inf).min(axis=0)
@@ -277,38 +279,38 @@ def _named_from(segments: list[_Segment]) -> Floats:
 
 
 def _check_script(label: str, segments: list[_Segment], situation: Situation) -> None:
-    """Raise DriveSimError for what the model cannot obey, absurd steering, braking from nowhere."""
+    """Raise DriveSimError if the model cannot follow a script or a value makes no sense."""
     limit = STEERING_LIMIT[situation.steering_kind or "steering_wheel"]
-    known = bool(situation.last_valid[SPEED])
-    asked = np.isfinite(_named_from(segments))
+    speed_known = bool(situation.last_valid[SPEED])
+    is_set = np.isfinite(_first_set_s(segments))
     for channel, name in ((SPEED, "speed"), (STEERING, "steering")):
-        if asked[channel] and not situation.known_channels[channel]:
+        if is_set[channel] and not situation.known_channels[channel]:
             raise DriveSimError(
-                f"`actions` {label}: the model was trained without {name}, so it cannot obey; "
+                f"`actions` {label}: the model was trained without {name}, so it cannot follow it; "
                 f"leave {name} out, or train on drives that have it"
             )
     for segment in segments:
         if abs(segment.get("steer", 0.0)) > limit:
             raise DriveSimError(
-                f"`actions`: steer={segment['steer']:g} is absurd: the model's steering is "
-                f"{situation.steering_kind}, at most {limit:g} (rad, or 1/m for curvature)"
+                f"`actions`: steer={segment['steer']:g} is too large; steering of the model's kind "
+                f"({situation.steering_kind}) is at most {limit:g} (rad, or 1/m for curvature)"
             )
-        if "accel" in segment and not known:
+        if "accel" in segment and not speed_known:
             raise DriveSimError(
                 f"`actions` {label}: the context's speed is unknown, so there is nothing to brake "
                 "or speed up from; set it first, as in 'speed=8 for 0.1s; accel=-4'"
             )
-        known = known or "speed" in segment
+        speed_known = speed_known or "speed" in segment
 
 
 def _follow(segments: list[_Segment], times: Floats, last_action: Floats32) -> Floats:
-    """Speed and steering [len(times), 2] at rising `times` (s) under the script."""
+    """Return the speed and steering [len(times), 2] of a script at ascending `times` (s)."""
     actions = np.empty((len(times), 2))
     speed, steer = (float(value) for value in last_action)
     start = 0.0
     for number, segment in enumerate(segments):
         lasting = segment.get("seconds", math.inf)
-        # The last part goes on for as long as it is asked to.
+        # The last part continues to the end of the plan.
         end = start + lasting if number < len(segments) - 1 else math.inf
         here = slice(*np.searchsorted(times, (start, end)))
         speed, steer = segment.get("speed", speed), segment.get("steer", steer)

@@ -1,4 +1,4 @@
-"""Speed and steering as an embedding, with a learned null for what is unknown or dropped.
+"""Embed speed and steering, with a learned null for values that are unknown or dropped.
 
 Axes: B batch, T frames, A = 2 channels (speed in m/s, steering in rad, left positive), F Fourier
 features, D width.
@@ -21,24 +21,24 @@ CHANNELS = ("speed", "steering")
 
 @config
 class ActionStatistics:
-    """What the training data's valid actions look like, per channel (speed, steering)."""
+    """Statistics of the valid actions in the training data, per channel (speed, steering)."""
 
     mean: tuple[float, float] = (0.0, 0.0)
-    """Mean, m/s and rad."""
+    """Mean in m/s and rad."""
     std: tuple[NonNegative, NonNegative] = (1.0, 1.0)
-    """Standard deviation, m/s and rad; 0 where a channel never moved."""
+    """Standard deviation in m/s and rad; 0 for a channel that never changed."""
     steering_p95: float = 0.0
-    """95th percentile of |steering|, rad."""
+    """95th percentile of |steering| in rad."""
     steering_p99: float = 0.0
-    """99th percentile of |steering|, rad."""
+    """99th percentile of |steering| in rad."""
 
     @classmethod
     def measure(cls, actions: Floats32, valid: Mask) -> "ActionStatistics":
-        """Measure actions [N, 2] where `valid` [N, 2]; a channel never valid keeps its default."""
+        """Measure the valid actions of [N, 2]; a channel without any keeps its default."""
         channels = [actions[valid[:, c], c].astype(np.float64) for c in range(2)]
         mean = [float(x.mean()) if len(x) else 0.0 for x in channels]
         std = [float(x.std()) if len(x) else 1.0 for x in channels]
-        std = [spread if spread > 1e-6 else 0.0 for spread in std]  # but for rounding
+        std = [spread if spread > 1e-6 else 0.0 for spread in std]  # ignore rounding errors
         steering = np.abs(channels[1])
         p95, p99 = np.quantile(steering, [0.95, 0.99]) if len(steering) else (0.0, 0.0)
         return cls(
@@ -51,16 +51,19 @@ class ActionStatistics:
 
 @config
 class ActionEmbeddingConfig:
-    """How actions are embedded."""
+    """Size of the action embedding."""
 
     octaves: Annotated[int, Field(ge=1, le=64)] = 4
-    """Sines and cosines per channel, of periods 16, 8, 4, ... standard deviations."""
+    """Number of frequencies per channel, whose periods are 16, 8, 4, ... standard deviations."""
     hidden: Count = 128
     """Width of the MLP's hidden layer."""
 
 
 class ActionEmbedding(nn.Module):
-    """Normalise by the training statistics, Fourier features, an MLP; a null per channel."""
+    """Embedding of actions: Fourier features of the normalised values, then an MLP.
+
+    Each channel has learned null features, which replace those of unknown values.
+    """
 
     mean: Tensor
     std: Tensor
@@ -73,7 +76,7 @@ class ActionEmbedding(nn.Module):
         features = 1 + 2 * config.octaves
         frequency = 2 * math.pi / 16 * 2.0 ** torch.arange(config.octaves)
         self.register_buffer("mean", torch.tensor(statistics.mean), persistent=False)
-        # A channel that never moved carries nothing: any scale will do for it.
+        # A channel that never changed carries no information, so any scale will do.
         std = torch.tensor([spread or 1.0 for spread in statistics.std])
         self.register_buffer("std", std, persistent=False)
         self.register_buffer("frequency", frequency, persistent=False)
@@ -82,13 +85,13 @@ class ActionEmbedding(nn.Module):
         self.out = nn.Linear(config.hidden, width, bias=False)
 
     def forward(self, actions: Tensor, valid: Tensor) -> Tensor:
-        """Embed actions [..., 2] (m/s, rad) where `valid` [..., 2], as [..., D].
+        """Return the embeddings [..., D] of actions [..., 2] (m/s, rad).
 
-        NaN is unknown, whatever `valid` says.
+        A value is unknown if it is NaN or not `valid` [..., 2].
         """
         valid = valid & ~actions.isnan()
         x = (actions - self.mean) / self.std
-        # An absurd request must not leave the range in which features were ever seen.
+        # Clamp, so that extreme actions stay within the range of features seen in training.
         x = torch.where(valid, x, 0.0).clamp(-8, 8).unsqueeze(-1)
         angle = x * self.frequency
         features = torch.cat([x, angle.sin(), angle.cos()], dim=-1)
@@ -100,20 +103,20 @@ class ActionEmbedding(nn.Module):
 
 @config
 class ActionDropoutConfig:
-    """How often training hides actions, so that null means "unknown" (for guidance)."""
+    """How often training hides actions, so that the model learns to predict without them."""
 
     both: Share = 0.1
-    """Share of windows that hide both channels."""
+    """Share of windows in which both channels are hidden."""
     channel: Share = 0.1
-    """Share of the other windows that hide one channel, for each channel."""
+    """Probability, for each channel, that it is hidden in a window that does not hide both."""
 
 
 def drop_actions(valid: Tensor, config: ActionDropoutConfig) -> Tensor:
-    """Return `valid` [B, T, A] with channels of whole windows hidden, from a random frame on.
+    """Hide channels in a random share of the windows; return the new `valid` [B, T, A].
 
-    From half of these windows nothing is left; in the others the frames before a random one keep
-    their actions: guidance compares with futures whose context's actions are known. A frame
-    hidden alone would be given away by its neighbours.
+    In half of these windows all frames are hidden. In the others the frames before a random one
+    stay known, as in guidance, where the context's actions are known and the future's are not. No
+    frame is hidden alone, because its neighbours would reveal its action.
     """
     batch, frames, channels = valid.shape
     device = valid.device

@@ -1,4 +1,4 @@
-"""Keys and values of the last frames: a preallocated ring of whole frames, batched.
+"""A cache of the keys and values of the last frames: a preallocated, batched ring of frames.
 
 Axes: L layers, B batch, H query heads, G key heads, S slots per frame, W frames of context,
 E channels of a head, n slots of a pass.
@@ -17,59 +17,63 @@ from driving_sim.world_model.transformer import Tables, Transformer
 
 
 class Cache(ABC):
-    """What frames t-W+1..t of B sequences left behind: passes read it and write into it.
+    """The keys and values of frames t-W+1..t of B sequences.
 
-    Frame t overwrites frame t-W, nothing is recomputed. Memory is constant. Keys are stored rotated
-    by their absolute frame number. Use: `begin_frame`, then `logits` for each pass over consecutive
-    slots. Device and number format, in which torch computes, are those of `tables.output`.
+    Frame t overwrites frame t-W, so memory is constant, and nothing is recomputed. Keys are stored
+    rotated by their absolute frame number. For every frame, call `begin_frame` and then `logits`
+    once for each pass, a range of consecutive slots. torch computes on the device and in the
+    number format of `tables.output`.
     """
 
     exact = False
-    """Whether passes give a sequence the same bits whatever other sequences are with it."""
+    """Whether a sequence's results are the same to the last bit, whatever else is in the batch."""
 
     def __init__(self, model: Transformer, tables: Tables) -> None:
         self.model, self.tables = model, tables
         self.device, self.dtype = tables.output.device, tables.output.dtype
         self.slots, self.frames = model.order.slots, model.config.context_frames
         self.frame = -1
-        """Number of the frame being written, from 0; -1 before the first."""
+        """Number of the frame that is being written, counted from 0; -1 before the first."""
 
     @abstractmethod
     def advance(self) -> None:
-        """Make the next frame the current one; what its place held is out of sight at once."""
+        """Begin the next frame, and hide the old frame whose place it takes."""
 
     @abstractmethod
     def logits(self, x: Tensor, rotary: tuple[Tensor, Tensor], wave: Wave) -> Tensor:
-        """Bring in the slots of a wave, x [B, n, D]; return logits float32 [B, n', K].
+        """Add the slots of a wave to the cache; return the logits of those that predict a token.
 
-        `rotary` are the slots' cosines and sines; n' of the slots predict something.
+        Takes their summed inputs `x` [B, n, D] and their rotary cosines and sines [n, E / 2].
+        Returns float32 [B, n', K] for the n' slots of the wave from `wave.first` on.
         """
 
     @abstractmethod
     def branch(self, rows: Tensor) -> Self:
-        """Return a cache whose sequence i goes on from this one's sequence `rows[i]`."""
+        """Return a cache whose sequence i continues this cache's sequence `rows[i]`."""
 
     def begin_frame(
         self, previous: Tensor, actions: Tensor, valid: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Begin a frame; return what its slots know before its own tokens, and their rotary angles.
+        """Begin a frame; return its slots' inputs without its own tokens, and their rotary angles.
 
-        The former is [B, S, D]: see `Transformer.frame_base`. Where passes are `exact`, torch
-        computes it one sequence at a time, for it rounds a batch of them differently than one: so
-        that a future is the same, to the last bit, alone and among others.
+        The inputs are [B, S, D], as `Transformer.frame_base` returns them; the angles are cosines
+        and sines [S, E / 2]. If passes are `exact`, torch computes the inputs one sequence at a
+        time, because the rounding of a batch depends on its size.
         """
         self.advance()
-        given = [each[:, None] for each in (previous, actions, valid)]
+        inputs = [tensor[:, None] for tensor in (previous, actions, valid)]
         sequences = (
-            zip(*(torch.split(each, 1) for each in given), strict=True) if self.exact else [given]
+            zip(*(torch.split(tensor, 1) for tensor in inputs), strict=True)
+            if self.exact
+            else [inputs]
         )
-        bases = [self.model.frame_base(self.tables, *one)[:, 0] for one in sequences]
+        bases = [self.model.frame_base(self.tables, *sequence)[:, 0] for sequence in sequences]
         frame = torch.tensor([self.frame], device=bases[0].device)
         return torch.cat(bases), self.model.rotary(frame)
 
 
 class RingCache(Cache):
-    """A ring of keys and values for the passes of torch."""
+    """The cache of passes that torch computes."""
 
     def __init__(self, model: Transformer, tables: Tables, batch: int) -> None:
         super().__init__(model, tables)
@@ -81,7 +85,7 @@ class RingCache(Cache):
         self._mask = zeros(self.slots, self.frames * self.slots)
 
     def advance(self) -> None:
-        """Make the next frame the current one; what its place held is out of sight at once."""
+        """Begin the next frame, and hide the old frame whose place it takes."""
         self._mask[:, self._place()] = 0
         self.frame += 1
         self._mask[:, self._place()] = self._causal
@@ -91,10 +95,10 @@ class RingCache(Cache):
         return slice(begin, begin + self.slots)
 
     def logits(self, x: Tensor, rotary: tuple[Tensor, Tensor], wave: Wave) -> Tensor:
-        """Bring in the slots of a wave, x [B, n, D]; return logits float32 [B, n', K]."""
+        """Add the slots of a wave to the cache; return the logits of those that predict a token."""
         begin = self._place().start
         self._write = slice(begin + wave.start, begin + wave.stop)
-        # Until the ring is full, what follows the pass was never written.
+        # Until the ring is full, the places after this pass have never been written.
         full = self.frame >= self.frames
         self._read = slice(0, self.frames * self.slots if full else begin + wave.stop)
         group = self.model.config.heads // self.model.config.kv_heads
@@ -103,25 +107,25 @@ class RingCache(Cache):
         return F.linear(hidden, self.tables.output).float()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store the keys and values of a pass; return what its slots see of the ring [B, n, D].
+        """Store the keys and values of a pass; return its slots' attention over the ring [B, n, D].
 
-        `q` [B, H, n, E], `k` and `v` [B, G, n, E].
+        `q` is [B, H, n, E]; `k` and `v` are [B, G, n, E].
         """
         keys, values = self.keys[layer], self.values[layer]
         keys[:, :, self._write] = k
         values[:, :, self._write] = v
-        # The query heads of a group become rows of one query: no kernel needs to know of groups.
+        # Fold each group's query heads into the rows, so that no kernel has to support groups.
         groups = keys.shape[1]
-        seen = F.scaled_dot_product_attention(
+        attended = F.scaled_dot_product_attention(
             rearrange(q, "b (g m) n e -> b g (m n) e", g=groups).to(keys.dtype),
             keys[:, :, self._read],
             values[:, :, self._read],
             attn_mask=self._pass_mask,
         )
-        return rearrange(seen, "b g (m n) e -> b n (g m e)", n=q.shape[2]).to(q.dtype)
+        return rearrange(attended, "b g (m n) e -> b n (g m e)", n=q.shape[2]).to(q.dtype)
 
     def branch(self, rows: Tensor) -> Self:
-        """Return a copy whose sequence i goes on from this cache's sequence `rows[i]`."""
+        """Return a copy whose sequence i continues this cache's sequence `rows[i]`."""
         copy = type(self)(self.model, self.tables, len(rows))
         filled = min(self.frame + 1, self.frames) * self.slots
         rows = rows.to(self.device)
@@ -141,10 +145,11 @@ def encode_frame(
     *,
     judge: bool = True,
 ) -> Tensor:
-    """Add one whole known frame to the cache, in one pass.
+    """Add a whole frame of known tokens to the cache, in one pass; return its tokens' logits.
 
-    `tokens` and `previous` [B, P] (K where there is no frame before), `actions` and `valid`
-    [B, 2]. Returns the logits [B, P, K] of each token, or none of them without `judge`.
+    Takes the frame's `tokens` [B, P], the `previous` frame's tokens [B, P] (K if there is none),
+    and the `actions` and `valid` [B, 2] that lead to the frame. Returns logits [B, P, K], or an
+    empty tensor if not `judge`.
     """
     model, slots = cache.model, cache.slots
     base, rotary = cache.begin_frame(previous, actions, valid)

@@ -1,9 +1,9 @@
-"""The order of a frame's slots: whole diagonals ("waves") of tokens can be sampled at once.
+"""The order of a frame's slots, in which whole diagonals ("waves") of tokens are sampled at once.
 
 A frame of `rows x cols` tokens is a sequence of `rows * (cols + 1)` slots. Slot (r, 0) is the
-start of row r; slot (r, c) takes token (r, c-1) as its input; slot (r, c), c < cols, predicts
-token (r, c). The last slot of a row predicts nothing: it brings the row's last token into the
-cache.
+start of row r and takes no token. Slot (r, c) with c > 0 takes token (r, c-1) as its input. Slot
+(r, c) with c < cols predicts token (r, c). The last slot of a row predicts nothing; it only brings
+the row's last token into the cache.
 """
 
 from dataclasses import dataclass
@@ -15,9 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Wave:
-    """One pass of the sampler: slots `start` to `stop` of the order, predicting from `first` on.
+    """One pass of the sampler over slots `start` to `stop`; those from `first` on predict a token.
 
-    In a wave columns fall as rows rise, so slots that predict nothing come first.
+    Within a wave, columns decrease as rows increase, so slots of the last column come first. They
+    are the ones that predict nothing.
     """
 
     start: int
@@ -26,12 +27,12 @@ class Wave:
 
 
 class SlotOrder:
-    """Slots of one frame sorted by (wave, row), where slot (r, c) has wave `c + lag * r`.
+    """The slots of one frame sorted by (wave, row), where slot (r, c) has wave `c + lag * r`.
 
-    A slot's input is known one wave before it, so all slots of a wave are computed in one pass.
-    `lag = cols + 1` is raster order (a wave is one slot); `lag = 2` sees the left, above-left,
-    above and above-right neighbours; `lag = 0` draws whole columns. All index tensors are int64
-    on the CPU.
+    A slot's input token is drawn one wave earlier, so one pass computes all slots of a wave. With
+    `lag = cols + 1` the order is raster order, one slot per wave. With `lag = 2` a token sees its
+    left, above-left, above and above-right neighbours. With `lag = 0` a wave is a whole column. All
+    index tensors are int64 on the CPU.
     """
 
     def __init__(self, *, rows: int, cols: int, lag: int = 2) -> None:
@@ -45,20 +46,20 @@ class SlotOrder:
         self.row = row_major // (cols + 1)
         """Row of each slot, [slots]."""
         self.col = row_major % (cols + 1)
-        """Column of each slot, 0 to `cols` included, [slots]."""
+        """Column of each slot, from 0 to `cols` inclusive, [slots]."""
         self.wave = self.col + lag * self.row
         """Wave number of each slot, [slots]."""
         token = self.row * cols + self.col
         self.source = torch.where(self.col > 0, token - 1, self.tokens)
-        """Raster number of the token each slot takes; `tokens` at a row's start, [slots]."""
+        """Raster index of the token that each slot takes; `tokens` at a row's start, [slots]."""
         self.target = torch.where(self.col < cols, token, self.tokens)
-        """Raster number of the token each slot predicts; `tokens` where none, [slots]."""
+        """Raster index of the token that each slot predicts, or `tokens` if none, [slots]."""
         self.slot_of_token = torch.argsort(self.target)[: self.tokens]
-        """Place in this order of the slot that predicts each token, in raster order, [tokens]."""
+        """Position in this order of the slot that predicts each token of the raster, [tokens]."""
 
     @cached_property
     def waves(self) -> tuple[Wave, ...]:
-        """The passes of one frame: `cols + 1 + lag * (rows - 1)` of them where no wave is empty."""
+        """The passes of one frame: `cols + 1 + lag * (rows - 1)` of them unless a wave is empty."""
         waves, start = [], 0
         for size in torch.unique_consecutive(self.wave, return_counts=True)[1].tolist():
             silent = int((self.target[start : start + size] == self.tokens).sum())
@@ -67,10 +68,10 @@ class SlotOrder:
         return tuple(waves)
 
     def neighbours(self, reach: int) -> Tensor:
-        """Raster numbers of the tokens within `reach` rows and columns of each slot's position.
+        """Return the raster indices of the tokens within `reach` rows and columns of each slot.
 
-        [slots, (2 reach + 1)^2], row by row; `tokens` where outside the frame. With reach 0 this
-        is `target`.
+        The shape is [slots, (2 reach + 1)^2], row by row. Positions outside the frame have index
+        `tokens`. With a reach of 0 this is `target`.
         """
         step = torch.arange(-reach, reach + 1)
         row = self.row[:, None, None] + step[:, None]

@@ -29,10 +29,10 @@ def draw_panel(
     valid: Mask,
     steering_range: float,
 ) -> Pixels:
-    """The frame, enlarged by whole pixels where it is small, under a strip with its caption.
+    """Draw a frame under a caption strip; a small frame is enlarged by an integer factor.
 
-    The caption says the title and the `action` [2], speed in m/s and steering, where it is `valid`
-    [2]. `steering_range` is the |steering| that fills half of the bar, in the steering's unit.
+    The caption shows the title and the `action` [2]: speed in m/s and steering, or "-" for those
+    that are not `valid` [2]. `steering_range` is the |steering| that fills half of the bar.
     """
     speed, steering = (
         float(value) if known else None for value, known in zip(action, valid, strict=True)
@@ -44,22 +44,22 @@ def draw_panel(
 
 
 def _enlarged(frame: Pixels, scale: int) -> Pixels:
-    # In half the time of einops' repeat.
+    # np.repeat takes half the time of einops.repeat.
     return frame.repeat(scale, axis=1).repeat(scale, axis=0)
 
 
-@lru_cache(maxsize=64)  # an action is often held; the array is read-only
+@lru_cache(maxsize=64)  # often the same action is held; nobody can change the read-only array
 def _draw_strip(
     width: int, title: str, speed: float | None, steering: float | None, steering_range: float
 ) -> Pixels:
-    """Title and speed, and under them the steering: as a bar and as a number."""
+    """Draw the title and the speed, and below them the steering as a bar and as a number."""
     image = Image.new("RGB", (width, _STRIP), _PAPER)
     draw = ImageDraw.Draw(image)
     font = _font(12)
     speed_text = "- m/s" if speed is None else f"{speed:.1f} m/s"
     draw.text((width - 6, 2), speed_text, fill=_INK, font=font, anchor="ra")
     room = width - 20 - draw.textlength(speed_text, font)
-    title = title[: width // 2]  # no letter is as narrow
+    title = title[: width // 2]  # no letter is narrower than 2 pixels
     while title and draw.textlength(title, font) > room:
         title = title[:-1]
     draw.text((6, 2), title, fill=_INK, font=font)
@@ -71,7 +71,7 @@ def _draw_strip(
 
 
 def _draw_bar(draw: ImageDraw.ImageDraw, ends: tuple[int, int], share: float) -> None:
-    """A bar that grows to the left for left (positive) steering, `share` of half its length."""
+    """Draw a bar that fills `share` of its left half if positive (left), else of its right half."""
     left, right = ends
     middle = (left + right) // 2
     draw.rectangle((left, 19, right, 27), outline=_DIM)
@@ -90,7 +90,7 @@ def draw_moment(
     *,
     columns: int | None = None,
 ) -> Pixels:
-    """One frame of every future in a grid, each under its label and its plan's action `index`."""
+    """Draw one frame of every future in a grid, under its plan's label and action `index`."""
     panels = [
         draw_panel(frame, plan.label, plan.actions[index], plan.valid[index], steering_range)
         for plan, frame in zip(plans, frames, strict=True)
@@ -99,7 +99,7 @@ def draw_moment(
 
 
 def side_by_side(panels: Sequence[Pixels], *, columns: int | None = None) -> Pixels:
-    """Panels of one size in a grid, as near to 16:9 as it gets unless `columns` says otherwise."""
+    """Arrange panels of one size in a grid with `columns`, or with a shape close to 16:9."""
     height, width = panels[0].shape[:2]
 
     def distance(columns: int) -> float:
@@ -113,7 +113,7 @@ def side_by_side(panels: Sequence[Pixels], *, columns: int | None = None) -> Pix
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Pixels]]], headings: Sequence[str]) -> Pixels:
-    """One titled row of frames for each (title, frames), one column for each heading."""
+    """Draw a table of frames: a row for each (title, frames), a column for each heading."""
     height, width = rows[0][1][0].shape[:2]
     scale = max(1, round(256 / width))
     height, width = height * scale, width * scale

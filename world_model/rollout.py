@@ -1,4 +1,4 @@
-"""Futures as a side-by-side video, with their tokens, settings and a contact sheet beside it.
+"""Write rollouts: a side-by-side video, tokens, settings and a contact sheet.
 
 Axes: F futures, N frames, T context frames, r c token rows and columns.
 """
@@ -38,29 +38,29 @@ _DECODED_TOGETHER = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Context:
-    """The past that a rollout starts from, and what was recorded after it."""
+    """The frames and actions that a rollout starts from, and the recording that follows them."""
 
     label: str
     tokens: torch.Tensor
-    """int64 [T, rows, cols], at most the model's context and the frame before it."""
+    """int64 [T, rows, cols]; T is at most the model's `context_frames` + 1."""
     frames: Pixels
     """uint8 [T, height, width, 3]."""
     actions: Floats32
-    """[N, 2] from context frame 0 on: T - 1 past ones, then those to the recorded frames after."""
+    """[N, 2]: the T - 1 actions within the context, then those of the recording after it."""
     action_valid: Mask
-    """[N, 2]."""
+    """[N, 2]: whether the speed and the steering of each action are known."""
     future: Iterator[Pixels]
-    """The true frames after the context, as far as they go."""
+    """The recorded frames after the context, until the recording ends."""
     start_s: float
     """Time of the last context frame in its drive."""
 
     def prefix(self, world: WorldModel) -> Prefix:
-        """The context as the model encodes it, with the actions within it."""
+        """Encode the context and the actions within it."""
         past = len(self.tokens) - 1
         return world.encode_prefix(self.tokens, self.actions[:past], self.action_valid[:past])
 
     def situation(self, world: WorldModel) -> Situation:
-        """What action plans start from here."""
+        """Return the situation in which action plans begin after this context."""
         past = len(self.tokens) - 1
         has_recording = bool(self.action_valid[past:].any())
         return Situation(
@@ -81,18 +81,19 @@ def _context_range(
     most: int,
     label: str,
 ) -> tuple[int, int, int]:
-    """First frame of the context, the frame after its last one, and the end of their segment.
+    """Return the context's first frame, the frame after its last, and the end of its segment.
 
-    A segment has no gaps; a context has at most `most` frames. Without `start_s` it is the first
-    full one of the drive.
+    A segment is a run of frames without gaps, and a context has at most `most` frames. The context
+    ends at `start_s`. Without `start_s`, it is the beginning of the first segment that has `most`
+    frames, or of the longest segment.
     """
     if start_s is None:
         begin, end = max(segments, key=lambda segment: min(segment[1] - segment[0], most))
         return begin, min(begin + most, end), end
     if not 0 <= start_s <= timestamps[-1]:
         raise DriveSimError(
-            f"`start_s` {start_s:g}: {label} goes from 0 to {timestamps[-1]:.1f} s; name one of "
-            "those"
+            f"`start_s` {start_s:g}: {label} goes from 0 to {timestamps[-1]:.1f} s; choose a "
+            "time in this range"
         )
     stop = int(np.searchsorted(timestamps, start_s + 1e-6, side="right"))
     begin, end = next(segment for segment in segments if segment[0] < stop <= segment[1])
@@ -102,14 +103,14 @@ def _context_range(
 def sample_for(world: WorldModel, drive: Drive) -> SampledDrive:
     """Sample a drive at the model's frame rate.
 
-    What the model's training data did not have, a steering or a speed, counts as unknown. Raises
-    DriveSimError where the steering kind or the frame rate is not the model's.
+    A channel that the model was not trained with counts as unknown. Raises DriveSimError if the
+    steering kind or the frame rate is not the model's.
     """
     if drive.log is not None:
         log = replace(drive.log, has=drive.log.has & world.known_channels)
         if log.has[STEERING] and log.steering_kind != world.steering_kind:
             raise DriveSimError(
-                f"{drive.id}: steering is {log.steering_kind}, the model was trained on "
+                f"{drive.id}: its steering is {log.steering_kind}, but the model was trained on "
                 f"{world.steering_kind}; give the actions in that kind"
             )
         drive = replace(drive, log=log)
@@ -122,15 +123,15 @@ def sample_for(world: WorldModel, drive: Drive) -> SampledDrive:
     if abs(sampled.fps / world.fps - 1) > RATE_TOLERANCE:
         raise DriveSimError(
             f"{drive.id}: its {sampled.fps:.3g} frames/s are too far from the model's "
-            f"{world.fps:.3g}; use a video of that rate or more"
+            f"{world.fps:.3g}; use a video with at least that frame rate"
         )
     return sampled
 
 
 def context_from_drive(world: WorldModel, drive: Drive, start_s: float | None) -> Context:
-    """Take the context from a drive, as `sample_for` samples it, at the model's frame size.
+    """Take the context from a drive, sampled by `sample_for`, at the model's frame size.
 
-    Raises DriveSimError as that does, and where `start_s` is outside the drive.
+    Raises DriveSimError if `sample_for` does, or if `start_s` is outside the drive.
     """
     size = world.tokenizer.frame_size
     sampled = sample_for(world, drive)
@@ -142,7 +143,7 @@ def context_from_drive(world: WorldModel, drive: Drive, start_s: float | None) -
         label=drive.id,
         tokens=world.tokenizer.encode(frames),
         frames=frames,
-        # The last frame's action leads to none of them.
+        # Leave out the action of the segment's last frame, because no frame follows it.
         actions=sampled.actions[begin : end - 1],
         action_valid=sampled.action_valid[begin : end - 1],
         future=drive.stream(size, sampled.indices[stop:end]),
@@ -151,7 +152,7 @@ def context_from_drive(world: WorldModel, drive: Drive, start_s: float | None) -
 
 
 def context_from_tokens(world: WorldModel, drive: DriveTokens, start_s: float | None) -> Context:
-    """Take the context from a token store; its true frames are the tokenizer's reconstructions."""
+    """Take the context from a token store; its frames are decoded from the tokens."""
     begin, stop, end = _context_range(
         drive.timestamps, drive.entry.segments, start_s, world.context_frames + 1, drive.id
     )
@@ -169,13 +170,13 @@ def context_from_tokens(world: WorldModel, drive: DriveTokens, start_s: float | 
 
 
 def output_files(out: Path) -> dict[str, Path]:
-    """Every file that a rollout to `out` writes: an .mp4, or a folder for a rollout.mp4."""
-    has_file_suffix = out.suffix[1:2].isalpha()  # "run-1.5" has none
+    """Return the files that a rollout writes, by kind; `out` names an .mp4 file or a folder."""
+    has_file_suffix = out.suffix[1:2].isalpha()  # a folder may be called "run-1.5"
     if out.is_dir() or not has_file_suffix:
         out = out / "rollout.mp4"
     elif out.suffix.lower() != ".mp4":
         raise DriveSimError(
-            f"`out` {out}: a rollout is written as an .mp4 file or into a folder; name one of those"
+            f"`out` {out}: a rollout is written as an .mp4 file or into a folder; choose either"
         )
     return {
         "video": out,
@@ -196,8 +197,9 @@ def write_rollout(
 ) -> dict[str, Any]:
     """Roll out every plan `samples` times from one context and write the files of `output_files`.
 
-    Frames are generated, decoded and written a few at a time: memory does not grow with the length.
-    Returns what the JSON holds. The files appear together at the end, or not at all.
+    Frames are generated, decoded and written a few at a time, so memory does not grow with the
+    length. The files appear together at the end, or not at all. Returns the content of the JSON
+    file.
     """
     files = output_files(out)
     futures = [
@@ -208,7 +210,7 @@ def write_rollout(
     length = len(plans[0].actions)
     largest = max(float(np.abs(plan.actions[:, STEERING]).max()) for plan in plans)
     steering_range = max(2 * world.statistics.steering_p95, largest) or 1.0
-    # Nothing is known of what led to the context's first frame, nor after the recording.
+    # Pad with unknown actions, one before the context's first frame and some after the recording.
     around = ((1, length), (0, 0))
     led, valid = np.pad(context.actions, around), np.pad(context.action_valid, around)
     past = ActionPlan(label="context", actions=led, valid=valid)
@@ -218,8 +220,8 @@ def write_rollout(
     blank = np.full_like(context.frames[0], 40)
     seconds = {"generate": 0.0, "decode": 0.0}
     on_sheet = np.unique(np.linspace(0, length, _SHEET_COLUMNS).round().astype(int)).tolist()
-    many = 1 + len(futures)
-    columns = [[context.frames[-1]] * many]
+    panels = 1 + len(futures)
+    columns = [[context.frames[-1]] * panels]
     with disk_errors(files["video"]), ExitStack() as stack:
         temporary = {kind: stack.enter_context(atomic_file(path)) for kind, path in files.items()}
         tokens_out = _token_file(
@@ -229,12 +231,12 @@ def write_rollout(
             valid=np.stack([plan.valid for plan in futures]),
         )
         write_tokens = stack.enter_context(tokens_out)
-        height, width = draw_moment([past] * many, [blank] * many, 0, steering_range).shape[:2]
+        height, width = draw_moment([past] * panels, [blank] * panels, 0, steering_range).shape[:2]
         with video_writer(
             temporary["video"], fps=world.fps, height=height, width=width, x264=FAST
         ) as write:
             for index, frame in enumerate(context.frames):
-                write(draw_moment([past] * many, [frame] * many, index, steering_range))
+                write(draw_moment([past] * panels, [frame] * panels, index, steering_range))
             moments = _generated(world, context, plans, sampling, samples, seconds)
             with progress(length, f"rollout -> {files['video']}", "frames") as bar:
                 for index, (tokens, frames) in enumerate(bar.counted(moments)):
@@ -258,11 +260,11 @@ def write_rollout(
 def _token_file(
     path: Path, *, context: torch.Tensor, actions: Floats32, valid: Mask
 ) -> Iterator[Callable[[int, torch.Tensor], None]]:
-    """Yield what writes the futures' tokens to `path`, beside their actions and the context.
+    """Create the safetensors file `path`; yield a function that writes the futures' tokens to it.
 
-    It takes a frame's number and that frame of every future, int64 [F, r, c]. The file holds
-    `tokens` U16 [F, N, r, c], `actions` F32 and `action_valid` BOOL [F, N, 2], and `context_tokens`
-    U16 [T, r, c]. Memory does not grow with N.
+    The function takes a frame number and the tokens of that frame in every future, int64 [F, r, c].
+    The file holds `tokens` U16 [F, N, r, c], `actions` F32 and `action_valid` BOOL [F, N, 2], and
+    `context_tokens` U16 [T, r, c]. Memory does not grow with N.
     """
     futures, frames, _ = actions.shape
     arrays = {
@@ -292,10 +294,10 @@ def _generated(
     samples: int,
     seconds: dict[str, float],
 ) -> Iterator[tuple[torch.Tensor, list[Pixels]]]:
-    """Yield one moment after the other, tokens [F, rows, cols] and decoded frames.
+    """Generate the futures; yield the tokens [F, rows, cols] and decoded frames of each moment.
 
-    Some moments are decoded together: a few frames take hardly longer than one. What this takes is
-    added to `seconds`.
+    Decodes several moments together, because a few frames take hardly longer than one. Adds the
+    time that generating and decoding take to `seconds`.
     """
     began = time.perf_counter()
     moments = world.generate(
@@ -305,12 +307,12 @@ def _generated(
         samples=samples,
         sampling=sampling,
     )
-    while some := list(islice(moments, -(-_DECODED_TOGETHER // (len(plans) * samples)))):
+    while chunk := list(islice(moments, -(-_DECODED_TOGETHER // (len(plans) * samples)))):
         generated = time.perf_counter()
-        decoded = world.tokenizer.decode(torch.cat([moment.tokens for moment in some])).numpy()
+        decoded = world.tokenizer.decode(torch.cat([moment.tokens for moment in chunk])).numpy()
         seconds["generate"] += generated - began
         seconds["decode"] += time.perf_counter() - generated
-        for moment, frames in zip(some, np.split(decoded, len(some)), strict=True):
+        for moment, frames in zip(chunk, np.split(decoded, len(chunk)), strict=True):
             yield moment.tokens, list(frames)
         began = time.perf_counter()
 

@@ -1,7 +1,7 @@
-"""Rotary positions over (time, row, column): each axis turns its own share of a head's channels.
+"""Rotary positions over (time, row, column): each axis rotates its own share of a head's channels.
 
 RoPE (Su et al. 2021, arXiv 2104.09864), axial as in arXiv 2403.13298. Angles are computed in
-float32 from the absolute frame number; there is no table that a long rollout could outgrow.
+float32 from the absolute frame number, so rollouts of any length need no lookup table.
 
 Axes: T frames, S slots per frame, N = T * S, P pairs of channels, E channels of a head.
 """
@@ -10,16 +10,16 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-_SLOWEST = 100.0  # the slowest pair of an axis turns this many times slower than the fastest
+_SLOWEST = 100.0  # the frequencies of an axis fall from 1 to almost 1 / this
 
 
 class AxialRotary(nn.Module):
-    """Cosines and sines of the slots of given frames, for heads of `channels` channels."""
+    """Computes the rotary cosines and sines of frames' slots, for heads of `channels` channels."""
 
     row: Tensor
     col: Tensor
     axis: Tensor
-    """Which of time, row and column turns each pair."""
+    """The axis that rotates each pair, [P]: 0 is time, 1 is row, 2 is column."""
     frequency: Tensor
 
     def __init__(self, row: Tensor, col: Tensor, channels: int) -> None:
@@ -36,7 +36,7 @@ class AxialRotary(nn.Module):
         self.register_buffer("frequency", _SLOWEST ** -torch.cat(steps), persistent=False)
 
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Return float32 cosines and sines [N, P] of every slot of the frames numbered [T]."""
+        """Return the float32 cosines and sines [N, P] of the slots of frames with numbers [T]."""
         shape = len(frames), len(self.row)
         places = frames[:, None].expand(shape), self.row.expand(shape), self.col.expand(shape)
         place_TS3 = torch.stack(places, dim=-1).float()
@@ -45,7 +45,7 @@ class AxialRotary(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of channels (i, i + E/2) of x [..., N, E] by its slot's angle, in float32."""
+    """Rotate channel pairs (i, i + E/2) of x [..., N, E] by their slots' angles, in float32."""
     first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
-    return turned.to(x.dtype)
+    rotated = torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return rotated.to(x.dtype)

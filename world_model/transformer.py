@@ -1,7 +1,7 @@
 """A causal transformer over the wavefront order of tokens, conditioned on speed and steering.
 
-The idea is GAIA-1's (arXiv 2309.17080); the blocks are today's plain ones: RMSNorm before each
-branch, QK-norm, grouped-query attention, axial rotary positions, squared ReLU, no biases.
+The idea is GAIA-1's (arXiv 2309.17080). The blocks are standard ones: RMSNorm before each branch,
+QK-norm, grouped-query attention, axial rotary positions, squared ReLU, no biases.
 
 Axes: B batch, T frames, P = rows * cols tokens per frame, S = rows * (cols + 1) slots per frame,
 N = T * S, D width, H query heads, G key heads, E channels of a head, K codes, A = 2 channels.
@@ -35,22 +35,22 @@ from driving_sim.world_model.kernels.operators import (
 from driving_sim.world_model.order import SlotOrder
 from driving_sim.world_model.rotary import AxialRotary
 
-_Side = Annotated[int, Field(ge=1, le=1024)]  # in tokens
+_Side = Annotated[int, Field(ge=1, le=1024)]  # number of tokens
 
 
 @config
 class TokenGrid:
-    """The tokenizer's side of a world model."""
+    """The grid of a frame's tokens, and their codebook."""
 
     rows: _Side
     """Token rows per frame."""
     cols: _Side
     """Token columns per frame."""
     levels: Levels
-    """FSQ levels per code channel."""
+    """Number of FSQ levels of each code channel."""
 
     def __post_init__(self) -> None:
-        require(self, "levels", self.codebook_size <= 65536, "of at most 65536 codes together")
+        require(self, "levels", self.codebook_size <= 65536, "at most 65536 codes in total")
 
     @property
     def codebook_size(self) -> int:
@@ -65,26 +65,32 @@ class TransformerConfig:
     layers: Annotated[int, Field(ge=1, le=1024)] = 6
     """Number of blocks."""
     width: Count = 256
-    """Channels of the residual stream."""
+    """Number of channels of the residual stream."""
     heads: Count = 8
-    """Query heads."""
+    """Number of query heads."""
     kv_heads: Count = 2
-    """Key and value heads; each serves heads / kv_heads query heads."""
+    """Number of key and value heads; each serves heads / kv_heads query heads."""
     mlp_ratio: Count = 4
     """Hidden width of the MLP, in multiples of `width`."""
     context_frames: Annotated[int, Field(ge=2, le=4096)] = 12
-    """Frames that attention reaches, the one being predicted included."""
+    """Number of frames that attention reaches, including the one being predicted."""
     lag: Natural = 2
-    """Waves between a row and the next; cols + 1 is raster order, 0 draws whole columns."""
+    """Number of waves by which each row lags behind the row above it.
+
+    cols + 1 is raster order; 0 draws whole columns at once.
+    """
     dropout: ShareBelowOne = 0.0
-    """Share of activations dropped after the embedding and in each residual branch."""
+    """Share of activations that dropout zeroes after the embedding and in each residual branch."""
     actions: ActionEmbeddingConfig = field(default_factory=ActionEmbeddingConfig)
     """How speed and steering are embedded."""
     previous_reach: Annotated[int, Field(ge=0, le=2)] = 1
-    """Rows and columns around the position a slot predicts from which it is given the previous
-    frame's tokens; 0 is that position alone. Near a moving car's token the next one is found."""
+    """Reach, in rows and columns, of the previous frame's tokens that a slot gets as input.
+
+    They surround the position that the slot predicts; 0 is that position alone. A larger reach
+    helps to predict things that move.
+    """
     action_everywhere: bool = True
-    """Add a projection of the frame's action to all of its slots, not only to the rows' starts."""
+    """Whether a frame's action is also added to all of its slots, not only to the rows' starts."""
 
     def __post_init__(self) -> None:
         fits = self.width % (2 * self.heads) == 0
@@ -94,24 +100,24 @@ class TransformerConfig:
 
 
 class Past(Protocol):
-    """The keys and values of earlier passes: see `RingCache`."""
+    """The keys and values of earlier passes, which attention can see; `RingCache` is one."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Keep keys and values too; return what their slots see of all of them, [B, n, D]."""
+        """Store a pass's keys and values; return its slots' attention over all, [B, n, D]."""
         ...
 
 
 def code_digits(levels: Sequence[int]) -> Tensor:
-    """Return the digits of every FSQ index, int64 [K, len(levels)], the first digit fastest."""
+    """Return the FSQ digits of all codes, int64 [K, len(levels)]; the first changes fastest."""
     base = torch.tensor([math.prod(levels[:place]) for place in range(len(levels))])
     return torch.arange(math.prod(levels))[:, None] // base % torch.tensor(levels)
 
 
 class CodeEmbedding(nn.Module):
-    """A vector per code: its own row of a table plus one row for each of its FSQ digits.
+    """A vector for each code: its own row of a table plus one row for each of its FSQ digits.
 
-    A code that is rare in a small training set still starts from what its neighbours, which
-    differ in one digit, have learned. Used for inputs and for the output projection alike.
+    A code that is rare in the training data thus shares what codes with the same digits have
+    learned. Both the inputs and the output projection use this embedding.
     """
 
     rows: Tensor
@@ -130,13 +136,13 @@ class CodeEmbedding(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's; on a CPU the compiled one, which under autocast gives what matrix products take."""
+    """torch's RMSNorm, computed by the compiled kernel on a CPU: see `rms_norm`."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=EPSILON)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x [..., D] by its root mean square, times a gain."""
+        """Return x [..., D] divided by its root mean square and multiplied by the gain."""
         return rms_norm(x, self.weight)
 
 
@@ -160,7 +166,7 @@ class Attention(nn.Module):
         mask: Tensor | None,
         past: Past | None,
     ) -> Tensor:
-        """Mix x [B, n, D] over the slots before: those of x, or those that `past` has kept."""
+        """Return x [B, n, D] after each slot has attended to earlier ones, in `past` if given."""
         projected = self.qkv(x), self.q_norm.weight, self.k_norm.weight, rotary
         if past is None:
             mixed = causal_attention(*projected, heads=self.heads, mask=mask)
@@ -191,27 +197,27 @@ class Block(nn.Module):
     ) -> Tensor:
         """Return x [B, n, D] after both branches."""
         x = x + self.dropout(self.attention(self.attention_norm(x), rotary, mask, past))
-        # Squared ReLU (arXiv 2109.08668): as good as a gated unit, and one matrix fewer.
+        # Squared ReLU (arXiv 2109.08668) is as good as a gated unit and needs one matrix fewer.
         out: Tensor = x + self.dropout(self.down(squared_relu(self.up(self.mlp_norm(x)))))
         return out
 
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """The composed embeddings: made once per training step, or once for all of inference."""
+    """The composed embedding tables, computed once per training step, or once for inference."""
 
     token: Tensor
-    """[K + 1, D]; the last row, for slots that take no token, is zero."""
+    """[K + 1, D]; the last row is zero, for slots that take no token."""
     previous: Tensor
-    """[K + 1, D], or D / 4 with neighbours; the last row stands for "no frame", or outside it."""
+    """[K + 1, D], or [K + 1, D / 4] with neighbours; the last row stands for a missing token."""
     place: Tensor
-    """Row and column embeddings of the slots, [S, D]."""
+    """The sum of the row and column embeddings of each slot, [S, D]."""
     output: Tensor
     """The projection to logits, [K, D]."""
 
 
 class Transformer(nn.Module):
-    """Tokens and actions in, logits of the same frames' tokens out."""
+    """The model: it takes the tokens and actions of frames and returns their tokens' logits."""
 
     row: Tensor
     col: Tensor
@@ -231,7 +237,7 @@ class Transformer(nn.Module):
         self.token = CodeEmbedding(grid.levels, config.width)
         neighbours = self.order.neighbours(config.previous_reach)
         self.register_buffer("neighbours", neighbours, persistent=False)
-        # A neighbourhood is told apart by a few channels per token, mixed into the full width.
+        # Each token of a neighbourhood gets few channels; `gather` maps all to the full width.
         narrow = config.width // 4 if config.previous_reach else config.width
         self.previous = CodeEmbedding(grid.levels, narrow)
         self.no_previous = nn.Parameter(torch.zeros(narrow))
@@ -251,7 +257,7 @@ class Transformer(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Start from a residual stream that the branches leave alone, and uniform logits."""
+        """Initialise the weights so that residual branches output zero and all logits are equal."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -265,7 +271,7 @@ class Transformer(nn.Module):
         nn.init.zeros_(self.output.digits)
 
     def tables(self) -> Tables:
-        """Compose the embeddings."""
+        """Compute the embedding tables from their parameters."""
         token, none = self.token.table(), self.no_previous[None]
         return Tables(
             token=torch.cat([token, torch.zeros_like(token[:1])]),
@@ -277,12 +283,12 @@ class Transformer(nn.Module):
     def frame_base(
         self, tables: Tables, previous: Tensor, actions: Tensor, valid: Tensor
     ) -> Tensor:
-        """Return what slots know before the frame's own tokens, [B, T, S, D].
+        """Return the slots' inputs [B, T, S, D] without the frames' own tokens.
 
-        `previous` [B, T, P] is the frame before each, K where there is none; `actions` and `valid`
-        [B, T, A] are the action that leads to each.
+        `previous` [B, T, P] are the tokens of the frame before each frame, or K if there is none.
+        `actions` [B, T, A] lead to each frame; `valid` [B, T, A] says which are known.
         """
-        # Slots that predict nothing take what stands for no token.
+        # Neighbours outside the frame have index P, so append code K, which is a missing token.
         padded = F.pad(previous, (0, 1), value=self.grid.codebook_size)
         near = F.embedding(padded[..., self.neighbours], tables.previous)
         base: Tensor = rearrange(near, "b t s m d -> b t s (m d)")
@@ -303,10 +309,10 @@ class Transformer(nn.Module):
         mask: Tensor | None = None,
         past: Past | None = None,
     ) -> Tensor:
-        """Run summed inputs x [B, n, D] through the blocks.
+        """Run the summed inputs x [B, n, D] through the blocks and the output norm.
 
-        Slots see those before them; with a `mask` bool [n, n] what it says, and with a `past` what
-        that has kept, which x becomes part of.
+        Each slot sees itself and the slots before it, unless a `mask` bool [n, n] says what it
+        sees. A `past` stores the keys and values of x, and slots see what it has stored.
         """
         x = self.dropout(self.input_norm(x))
         for block in self.blocks:
@@ -323,15 +329,15 @@ class Transformer(nn.Module):
         actions: Tensor,
         action_valid: Tensor,
     ) -> Tensor:
-        """Return the last hidden states [B, T, P, D] of the slots that predict each token.
+        """Return the last hidden states [B, T, P, D], from which the logits of tokens follow.
 
-        What it takes is as in `forward`.
+        The arguments after `tables` are those of `forward`.
         """
         frames, none = tokens.shape[1], self.grid.codebook_size
         first = torch.where(has_previous[:, None, None], previous, none)
-        seen = rearrange(torch.cat([first[:, None], tokens], dim=1), "b t r c -> b t (r c)")
-        padded = F.pad(seen[:, 1:], (0, 1), value=none)
-        x = self.frame_base(tables, seen[:, :-1], actions, action_valid)
+        all_frames = rearrange(torch.cat([first[:, None], tokens], dim=1), "b t r c -> b t (r c)")
+        padded = F.pad(all_frames[:, 1:], (0, 1), value=none)
+        x = self.frame_base(tables, all_frames[:, :-1], actions, action_valid)
         x = x + F.embedding(padded[..., self.source], tables.token)
         rotary = self.rotary(torch.arange(frames, device=tokens.device))
         hidden = self.hidden(
@@ -341,7 +347,7 @@ class Transformer(nn.Module):
         return hidden[:, :, self.slot_of_token]
 
     def _window_mask(self, frames: int) -> Tensor | None:
-        """What slots [n, n] of a sequence longer than the window see: frame t those of t-W+1..t."""
+        """Return a mask [n, n] in which frame t sees t-W+1..t, or None if all frames fit."""
         if frames <= self.config.context_frames:
             return None
         frame = torch.arange(frames, device=self.source.device).repeat_interleave(self.order.slots)
@@ -356,11 +362,11 @@ class Transformer(nn.Module):
         actions: Tensor,
         action_valid: Tensor,
     ) -> Tensor:
-        """Return the logits [B, T, rows, cols, K] of every token given all before it.
+        """Return the logits [B, T, rows, cols, K] of every token, given all tokens before it.
 
-        `tokens` int64 [B, T, rows, cols]; `previous` int64 [B, rows, cols], the frame before the
-        window where `has_previous` [B]; `actions` [B, T, 2] (m/s, rad) and `action_valid`
-        [B, T, 2]: the action that leads to each frame.
+        `tokens` are int64 [B, T, rows, cols]. `previous` int64 [B, rows, cols] is the frame before
+        the window, and is ignored unless `has_previous` [B]. `actions` [B, T, 2] (m/s, rad) lead to
+        each frame, and `action_valid` [B, T, 2] says which are known.
         """
         tables = self.tables()
         hidden = self.window_hidden(tables, tokens, previous, has_previous, actions, action_valid)

@@ -1,4 +1,4 @@
-"""The frozen world model: a folder of weights, config and tokenizer, loaded to imagine futures.
+"""The frozen world model: loaded from a folder of weights, config and tokenizer, it makes futures.
 
 Axes: C contexts, T frames of each, N future frames, F = branches * samples futures, r c token rows
 and columns, H W pixels.
@@ -39,31 +39,31 @@ from driving_sim.world_model.transformer import TokenGrid, Transformer, Transfor
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
 _TOKENIZER = "tokenizer"
-_MOST_CONFIG_BYTES = 2**26  # it names the validation drives, which may be many
+_MOST_CONFIG_BYTES = 2**26  # the config lists the validation drives, which may be many
 _MOST_FPS = 1000
 
 
 @config
 class WorldModelConfig:
-    """What a world model's `config.json` says."""
+    """The content of a world model's `config.json`."""
 
     model: TransformerConfig
-    """Size and shape."""
+    """Size and shape of the transformer."""
     grid: TokenGrid
-    """The tokenizer's tokens."""
+    """Grid and codebook of the tokenizer's tokens."""
     actions: ActionStatistics
-    """The training data's actions."""
+    """Statistics of the training data's actions."""
     fps: Annotated[float, Field(gt=0, le=_MOST_FPS)]
-    """Frames per second of the training data, and so of what is generated."""
+    """Frames per second of the training data and of generated futures."""
     steering_kind: SteeringKind | None
-    """What the steering channel means; None where no drive had actions."""
+    """Kind of the steering channel; None if no training drive had steering."""
     validation_drives: tuple[str, ...]
-    """Ids of the drives that were kept from training, to choose the best weights by."""
+    """Ids of the drives that were held out from training, to choose the best weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """Contexts, encoded once; any number of futures can start from them."""
+    """Encoded contexts, from which any number of futures can start."""
 
     cache: Cache
     last: Tensor
@@ -79,17 +79,17 @@ class Rollout:
     tokens: Tensor
     """int64 [F, N, r, c]."""
     log_probs: Tensor
-    """[F, N, r, c], nats: under the plain model."""
+    """[F, N, r, c]: log-probabilities of the tokens in nats, under the plain model."""
     sampling_log_probs: Tensor
-    """[F, N, r, c], nats: under the distribution that was drawn from."""
+    """[F, N, r, c]: log-probabilities in nats, under the distribution used for sampling."""
 
 
 class WorldModel:
-    """Futures of tokens from a context and actions, with fixed weights: no gradients, no dropout.
+    """Generates future tokens from a context and actions, with frozen weights and no dropout.
 
-    `precision` is the passes' number format (auto, fp32 or bf16; auto: bf16 where it is faster,
-    which on a CPU it is wherever passes are compiled: they have half as much to read). Passes are
-    compiled for weights in float32.
+    `precision` is the number format of the passes: fp32, bf16 or auto. auto chooses bf16 if it is
+    faster. On a CPU it is faster whenever the passes are compiled, because they read half as many
+    bytes. Passes can be compiled only for float32 weights.
     """
 
     def __init__(
@@ -114,17 +114,17 @@ class WorldModel:
             steering_kind=steering_kind,
             validation_drives=tuple(validation_drives),
         )
-        """Everything but the weights."""
+        """Everything that defines the model, except its weights and its tokenizer."""
         self.fps, self.steering_kind = fps, steering_kind
         self.validation_drives = self.config.validation_drives
         self.statistics = transformer.statistics
         """Mean, spread and percentiles of the training data's actions."""
-        # Statistics of a channel that was never there keep their defaults.
+        # A channel without any valid action in the training data has the default statistics.
         has_speed = (self.statistics.mean[0], self.statistics.std[0]) != (0.0, 1.0)
         self.known_channels = (has_speed, steering_kind is not None)
-        """Whether the training data had any speed, and any steering."""
+        """Whether the model was trained with speed, and with steering."""
         self.context_frames = transformer.config.context_frames
-        """Frames that the model sees, the one being predicted included."""
+        """Number of frames in the model's window, including the one being predicted."""
         self._precision = precision
         self._passes = FrozenPasses(self.transformer, precision)
         self.dtype = self._passes.dtype
@@ -132,29 +132,29 @@ class WorldModel:
             "tokenizer": name_of(tokenizer.dtype),
             "world_model": name_of(self.dtype),
         }
-        """The number formats, fp32 or bf16, of the tokenizer and of the world model's passes."""
+        """Number formats (fp32 or bf16) of the tokenizer and of the world model's passes."""
         identity = {"config": to_dict(self.config), "tokenizer": tokenizer.fingerprint}
         self.fingerprint = fingerprint(identity, transformer)
         """SHA-256 of weights, config and tokenizer."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy or a pickle is rebuilt from the weights: compiled passes hold memory addresses."""
+        """Copy and pickle by rebuilding from the weights: compiled passes hold memory addresses."""
         facts = {
             name: getattr(self, name) for name in ("fps", "steering_kind", "validation_drives")
         }
-        # auto may be another format where a pickle is loaded
+        # Keep "auto": on the machine that loads the pickle it may mean another format.
         make = partial(type(self), **facts, device=self.device, precision=self._precision)
         return make, (self.transformer, self.tokenizer)
 
     @classmethod
     def from_run(cls, path: Path | str, device: str = "auto", precision: str = "auto") -> Self:
-        """Load the run folder `path`; raise `DriveSimError` where it is not an intact one."""
+        """Load the run folder `path`; raise `DriveSimError` if it is incomplete or inconsistent."""
         folder = Path(path)
         for name in (_CONFIG, _WEIGHTS):
             if not (folder / name).is_file():
                 raise DriveSimError(
-                    f"{folder} holds no world model ({name} is missing): "
-                    "train one with `drivesim train-world-model`, or name its folder"
+                    f"{folder} holds no world model ({name} is missing); "
+                    "train one with `drivesim train-world-model`, or choose another folder"
                 )
         saved = load_json(folder / _CONFIG, most_bytes=_MOST_CONFIG_BYTES)
         config = from_dict(WorldModelConfig, saved.get("config", {}), str(folder / _CONFIG))
@@ -182,7 +182,7 @@ class WorldModel:
         if written.get("fingerprint") != world.fingerprint:
             raise DriveSimError(
                 f"{folder}: config and weights do not belong together (their fingerprint is not "
-                "the one written); copy the folder again"
+                "the saved one); copy the folder again"
             )
         return world
 
@@ -192,40 +192,40 @@ class WorldModel:
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(folder / _TOKENIZER)
         save_json(folder / _CONFIG, {"kind": "world-model", "config": to_dict(self.config)})
-        # The fingerprints stand in the same file as the weights: all are replaced in one move.
+        # The weights and the fingerprints are in one file, so that they are replaced together.
         prints = {"tokenizer": self.tokenizer.fingerprint, "fingerprint": self.fingerprint}
         save_weights(self.transformer, folder / _WEIGHTS, prints)
 
     def check_store(self, store: TokenStore) -> None:
-        """Raise `DriveSimError` unless a store's tokens, steering and frame rate fit the model."""
+        """Raise `DriveSimError` if a store's tokenizer, steering or frame rate does not match."""
         if store.info.tokenizer_fingerprint != self.tokenizer.fingerprint:
             raise DriveSimError(
-                f"{store.path} was made by another tokenizer than the model's: tokenize the videos "
-                "with the tokenizer in the model's run folder"
+                f"{store.path} was made by another tokenizer than the model's; tokenize the "
+                "videos with the tokenizer in the model's run folder"
             )
         kind, fps = store.info.steering_kind, store.info.fps
         if kind and self.steering_kind and kind != self.steering_kind:
             raise DriveSimError(
-                f"{store.path}: its steering is {kind}, the model's is {self.steering_kind}: "
-                "tokenize drives whose steering is of that kind"
+                f"{store.path}: its steering is {kind}, but the model's is {self.steering_kind}; "
+                "tokenize drives with the model's kind of steering"
             )
         if abs(fps / self.fps - 1) > RATE_TOLERANCE:
             raise DriveSimError(
-                f"{store.path} has {fps:.3g} frames/s, the model was trained on {self.fps:.3g}: "
-                f"tokenize the videos with `fps={self.fps:.3g}`"
+                f"{store.path} has {fps:.3g} frames/s, but the model was trained on "
+                f"{self.fps:.3g}; tokenize the videos with `fps={self.fps:.3g}`"
             )
 
     def format_notice(self, store: TokenStore) -> str | None:
-        """One line where a store's tokens are of another number format than this model encodes in.
+        """Return a notice if a store's tokens were made in another number format, else None.
 
-        That is no error, for it changes about one token in a hundred.
+        This is not an error, because it changes only about one token in a hundred.
         """
         made, own = store.info.precision, name_of(self.tokenizer.dtype)
         if made == own:
             return None
         return (
-            f"{store.path}: its tokens were made in {made}, this model encodes in {own}, so about "
-            f"1 token in 100 differs; `precision={made}` computes all of it in {made}"
+            f"{store.path}: its tokens were made in {made}, but this model encodes in {own}, so "
+            f"about 1 token in 100 differs; set `precision={made}` to compute everything in {made}"
         )
 
     def encode_prefix(
@@ -233,53 +233,54 @@ class WorldModel:
     ) -> Prefix:
         """Encode a context: tokens int64 [T, r, c] and the actions [T - 1, 2] (m/s, rad) in it.
 
-        Or C contexts at once, tokens [C, T, r, c] and actions [C, T - 1, 2]. `valid`, shaped like
-        the actions, says which are known (by default all that are not NaN). Only the last W - 1
-        frames, and what led to them, are used: with the next frame they fill the model's window.
-        Raises `DriveSimError` for tokens of another size than the model's and infinite actions.
+        Tokens [C, T, r, c] and actions [C, T - 1, 2] are C contexts, encoded together. `valid`,
+        shaped like the actions, says which are known; by default those that are not NaN. Only the
+        last W - 1 frames are used, with the frame and the actions that lead to them, because they
+        and the next frame fill the model's window. Raises `DriveSimError` for tokens that do not
+        fit the model and for infinite actions.
         """
         tokens_CTP = self._checked_tokens(tokens).to(self.device)
         contexts, count, _ = tokens_CTP.shape
         actions, known = _with_validity("past_actions", past_actions, valid)
         if actions.shape != (*torch.as_tensor(tokens).shape[:-3], count - 1, 2):
             raise ValueError(
-                f"past_actions of shape {tuple(actions.shape)}: {count} context frames have "
+                f"past_actions of shape {tuple(actions.shape)}: {count} context frames need "
                 f"{count - 1} actions between them, [{count - 1}, 2]"
             )
         start = self.no_prefix(contexts)
         before = torch.cat([start.last[:, None], tokens_CTP[:, :-1]], dim=1)
-        # Nothing leads to the first frame.
+        # No action leads to the first frame, so pad with an unknown one.
         pads = (0, 0, 1, 0)
-        led = [F.pad(each.view(contexts, -1, 2), pads).to(self.device) for each in (actions, known)]
+        led = [F.pad(x.view(contexts, -1, 2), pads).to(self.device) for x in (actions, known)]
         with torch.inference_mode(), autocast(start.cache.device, start.cache.dtype):
             for t in range(max(0, count - self.context_frames + 1), count):
-                frame = [each[:, t] for each in (tokens_CTP, before, *led)]
+                frame = [sequence[:, t] for sequence in (tokens_CTP, before, *led)]
                 encode_frame(start.cache, *frame, judge=False)
         return Prefix(start.cache, tokens_CTP[:, -1])
 
     def no_prefix(self, contexts: int = 1) -> Prefix:
-        """What a drive's first frame comes after: nothing."""
+        """Return contexts without any frame, from which drives are generated from the start."""
         none = self.transformer.grid.codebook_size
         last = torch.full((contexts, self.transformer.order.tokens), none, device=self.device)
         return Prefix(self._passes.new_cache(contexts), last)
 
     def _checked_tokens(self, tokens: ArrayLike | Tensor) -> Tensor:
-        """As int64 [C, T, r * c]."""
+        """Return tokens as int64 [C, T, r * c]; raise DriveSimError if they do not fit."""
         grid = self.transformer.grid
-        whole = torch.as_tensor(tokens).long()
-        if whole.ndim not in (3, 4) or whole.shape[-2:] != (grid.rows, grid.cols):
+        raw = torch.as_tensor(tokens).long()
+        if raw.ndim not in (3, 4) or raw.shape[-2:] != (grid.rows, grid.cols):
             raise DriveSimError(
-                f"tokens of shape {list(whole.shape)}: this world model takes "
+                f"tokens of shape {list(raw.shape)}: this world model takes "
                 f"[T, {grid.rows}, {grid.cols}]; encode frames with its own tokenizer"
             )
-        if not whole.numel():
-            raise DriveSimError("an empty context: a future starts from at least one frame")
-        if whole.min() < 0 or whole.max() >= grid.codebook_size:
+        if not raw.numel():
+            raise DriveSimError("the context is empty; give at least one frame")
+        if raw.min() < 0 or raw.max() >= grid.codebook_size:
             raise DriveSimError(
-                f"tokens from {whole.min()} to {whole.max()}: this world model's are "
+                f"tokens from {raw.min()} to {raw.max()}: this world model's tokens are "
                 f"below {grid.codebook_size}; encode frames with its own tokenizer"
             )
-        tokens_CTrc = whole[None] if whole.ndim == 3 else whole
+        tokens_CTrc = raw[None] if raw.ndim == 3 else raw
         return rearrange(tokens_CTrc, "k t r c -> k t (r c)")
 
     def branch(
@@ -291,16 +292,19 @@ class WorldModel:
         sampling: Sampling | None = None,
         first_draw: int = 0,
     ) -> FrameSampler:
-        """Start branches * samples futures, to be continued action by action with `step`.
+        """Start branches * samples futures, which `step` continues by one frame per action.
 
-        Futures are numbered branch * samples + sample. All branches go on from the prefix's one
-        context, and then sample s of each has the same draws, so that they differ by their actions
-        alone; or each goes on from its own of as many, with draws of its own. Draws are numbered
-        from `first_draw` on: contexts that come in batches are numbered through with it.
+        Sample s of branch b is future number b * samples + s. The prefix has one context for all
+        branches, or one for each. If it has one, sample s has the same draws in every branch, so
+        that branches differ only by their actions. If it has several, every future has its own
+        draws. Draws are numbered from `first_draw`; callers that split contexts into batches use it
+        to number the draws across batches.
         """
         contexts = len(prefix.last)
         if contexts not in (1, branches):
-            raise ValueError(f"{branches} branches of {contexts} contexts: give one for each")
+            raise ValueError(
+                f"{branches} branches of {contexts} contexts: give one context, or one per branch"
+            )
         own = torch.arange(branches) if contexts > 1 else torch.zeros(branches, dtype=torch.int64)
         draws = own[:, None] * samples + torch.arange(samples)
         return FrameSampler(
@@ -321,17 +325,16 @@ class WorldModel:
         sampling: Sampling | None = None,
         first_draw: int = 0,
     ) -> Iterator[FrameSample]:
-        """Yield frame after frame of F = branches * samples futures, tokens [F, r, c].
+        """Generate F = branches * samples futures; yield their tokens [F, r, c] frame by frame.
 
-        `actions` [branches, N, 2] or, for one branch, [N, 2] (m/s, rad): the first leads from the
-        last context frame to the first new one. Branches share one context or have one each.
-        `valid` of the same shape says which are known (by default all that are not NaN); infinite
-        ones raise `DriveSimError`. How draws are numbered: see `branch`. Memory does not grow with
-        N.
+        `actions` are [branches, N, 2] or, for one branch, [N, 2] (m/s, rad). The first one leads
+        from the last context frame to the first new frame. `valid`, of the same shape, says which
+        are known; by default those that are not NaN. Infinite actions raise `DriveSimError`.
+        `branch` says how contexts and draws belong to futures. Memory does not grow with N.
 
-        With compiled passes a future is the same alone and among others, to the last bit. torch's
-        passes round differently with the batch: the draws stay the same, but a token whose draw
-        falls on a boundary can change, and the future from there on.
+        With compiled passes, a future does not depend on the others, to the last bit. With torch's
+        passes, rounding depends on the batch size. The draws stay the same, but if one lies at the
+        boundary between two tokens, that token can change, and with it the rest of the future.
         """
         actions_BNA, valid_BNA = _with_validity("actions", actions, valid)
         if actions_BNA.ndim == 2:
@@ -368,10 +371,11 @@ class WorldModel:
         top_p: float | None = None,
         guidance: float = 1.0,
     ) -> Rollout:
-        """Imagine what follows `frames` uint8 [T, height, width, 3] under `actions`, in pixels.
+        """Generate the frames that follow `frames` uint8 [T, height, width, 3] under `actions`.
 
         `past_actions` [T - 1, 2] and `actions` [N, 2] or [branches, N, 2] are in m/s and rad; NaN
-        is unknown. Everything is kept in memory: for long futures, `generate` and decode.
+        means unknown. All frames stay in memory. For long futures, call `generate` and decode its
+        tokens frame by frame.
         """
         sampling = Sampling(
             seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance
@@ -389,9 +393,10 @@ class WorldModel:
 
 
 def _with_validity(name: str, actions: ArrayLike, valid: ArrayLike | None) -> tuple[Tensor, Tensor]:
-    """As float32 and bool tensors of the same shape; raises DriveSimError for infinite ones.
+    """Return the actions as float32 and their validity as bool, of the same shape.
 
-    Values that are not `valid` become 0. NaN stays, and is unknown to the action embedding.
+    Actions that are not `valid` become 0. NaN stays NaN, and the action embedding treats it as
+    unknown. Raises DriveSimError, with `name`, for infinite actions.
     """
     values = torch.from_numpy(np.array(actions, np.float32))
     known = np.ones(values.shape) if valid is None else np.broadcast_to(valid, values.shape)
@@ -400,7 +405,7 @@ def _with_validity(name: str, actions: ArrayLike, valid: ArrayLike | None) -> tu
     infinite = values.isinf().nonzero().tolist()
     if infinite:
         raise DriveSimError(
-            f"{name}{infinite[0]} is {values[tuple(infinite[0])]}: give finite values, in m/s and "
-            "rad, or NaN where unknown"
+            f"{name}{infinite[0]} is {values[tuple(infinite[0])]}; give finite values, in m/s and "
+            "rad, or NaN if unknown"
         )
     return values, mask

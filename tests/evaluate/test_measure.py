@@ -324,8 +324,8 @@ def test_tokens_of_another_number_format_are_measured_with_a_notice(
 
     training = place / "tokens"
     line = (
-        "{}: its tokens were made in {made}, this model encodes in {own}, so about 1 token in 100 "
-        "differs; `precision={made}` computes all of it in {made}"
+        "{}: its tokens were made in {made}, but this model encodes in {own}, so about 1 token in "
+        "100 differs; set `precision={made}` to compute everything in {made}"
     )
     assert notices() == []
     assert notices(precision="bf16") == [line.format(training, made="fp32", own="bf16")]

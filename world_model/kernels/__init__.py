@@ -1,5 +1,5 @@
-"""What the transformer computes with, compiled for this machine's CPU where it can be.
+"""The transformer's basic operations, compiled for this machine's CPU if possible.
 
-`operators` is what its layers call in training, `decode` the passes of rollouts; `library` compiles
-the C++ files and calls them.
+The transformer's layers call `operators` in training. Rollouts use the passes of `decode`.
+`library` compiles the C++ files and calls their functions.
 """

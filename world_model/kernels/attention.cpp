@@ -1,10 +1,10 @@
-// The parts of a training step on a CPU that take torch longest: causal attention from its
-// projections on, RMSNorm and the MLP's activation, each with its gradients, in bf16 or float32.
+// The parts of a training step that take torch longest on a CPU: causal attention (after its
+// projections), RMSNorm and the MLP's activation, with their gradients, in bf16 or float32.
 //
-// Attention goes over blocks of 64 queries and 64 keys and keeps no score but what the gradient
-// needs to make it again (FlashAttention-2, arXiv 2307.08691). Scores need no maximum taken off:
-// norms bound them (operators.py says how far). Every result is a sum in a fixed order,
-// whatever the number of threads.
+// Attention works on blocks of 64 queries and 64 keys. It does not keep the scores: the gradient
+// recomputes them (FlashAttention-2, arXiv 2307.08691). It need not subtract the maximum score,
+// because RMSNorm bounds the scores (see is_bounded in operators.py). Sums are in a fixed order, so
+// results do not depend on the number of threads.
 //
 // Axes: B sequences, N slots, H query heads, G key heads, R = H / G, E channels of a head,
 // F = (H + 2 G) E, D width.
@@ -17,7 +17,7 @@ STRUCTURE(Attention,
   const float *q_gain, *k_gain;  // [E]
   const float *cos, *sin;        // [N, E / 2]
   Number* mixed;                 // [B, N, H E]
-  float* weights;                // [B, H, N padded to 64]: log2 of the sum of weights
+  float* weights;                // [B, H, N padded to 64]: log2 of each query's sum of weights
 )
 
 STRUCTURE(AttentionGrad,
@@ -38,11 +38,11 @@ STRUCTURE(NormGrad,
   const float *x, *gain;  // [rows, D], [D]
   const Number* grad;     // [rows, D]
   float* x_grad;          // [rows, D]
-  float* gain_grads;      // [parts, D]: of parts of the rows, the sums of which are added in order
+  float* gain_grads;      // [parts, D]: one gradient per part of the rows; Python adds them
 )
 
 STRUCTURE(Activation,
-  int64_t count;      // of numbers, a multiple of 16
+  int64_t count;      // number of elements, a multiple of 16
   const Number* x;
   Number* activated;
 )
@@ -56,9 +56,9 @@ STRUCTURE(ActivationGrad,
 namespace {
 
 constexpr int kBlock = 64;
-constexpr int kMostChannels = 1024;  // of a head
+constexpr int kMostChannels = 1024;  // upper bound of a head's channels
 
-// The gradient of a row x before RMSNorm, from that of what it gave; the gain's is added up.
+// Backward of RMSNorm for a row x: write the gradient of x, and add the gain's to `gain_grad`.
 template <typename Given, typename Grad>
 void norm_row_grad(const float* x, int width, const float* gain, const Given* given, Grad* x_grad,
                    float* gain_grad) {
@@ -74,8 +74,8 @@ void norm_row_grad(const float* x, int width, const float* gain, const Given* gi
     store(x_grad + i, (load(given + i) * load(gain + i) - load(x + i) * scale * mean) * scale);
 }
 
-// The queries, the keys or the values among the projections: how many heads they have, the first of
-// these, and what they are normed with and multiplied by, if they are.
+// The queries, keys or values in the projections: their number of heads, their first head, the gain
+// of their norm (null for values, which have no norm) and a factor.
 struct Part {
   int64_t heads, first;
   const float* gain;
@@ -144,14 +144,14 @@ class AttentionRun {
   }
 
  private:
-  // What a thread keeps of one query head for its gradients, and of one pair of blocks.
+  // The buffers of a thread, for the gradients of one query head and for one pair of blocks.
   struct Own {
     const size_t size;
     const int room;
     const Buffer<Number> rows{size}, q_columns{size}, q_pairs{size};
-    const Buffer<Number> out_columns{size}, out_pairs{size};  // of the gradient of its output
+    const Buffer<Number> out_columns{size}, out_pairs{size};  // the output's gradient
     const Buffer<float> q_grad{size};                         // [E, N]
-    const Buffer<float> means{size_t(room)};  // [N]: of the weights' gradients, by the weights
+    const Buffer<float> means{size_t(room)};  // [N]: weighted means of the weights' gradients
     const Buffer<Number> weights{kBlock * kBlock};      // [64 keys, 64 queries]
     const Buffer<Number> score_grads{kBlock * kBlock};  // [64 keys, 64 queries]
     const Buffer<Number> score_pairs{kBlock * kBlock};  // the same as [64 / 16][64 / I][16][I]
@@ -171,7 +171,8 @@ class AttentionRun {
   const float* cos_of(int slot) const { return a.cos + size_t(slot) * channels / 2; }
   const float* sin_of(int slot) const { return a.sin + size_t(slot) * channels / 2; }
 
-  // A head's slots as a left-hand side [N, E], normed and rotated, N padded to 64 with zeros.
+  // Lay out a head's slots as a left-hand side [N, E], normalised and rotated. N is padded with
+  // zeros to a multiple of 64.
   void take(const Part& part, int each, Number* rows) const {
     alignas(64) float row[kMostChannels];
     for (int slot = 0; slot < slots; ++slot) {
@@ -192,7 +193,7 @@ class AttentionRun {
                 size_t(room - slots) * channels * sizeof(Number));
   }
 
-  // The same as [N / 16][E / I][16][I]: a right-hand side with a column for each slot.
+  // Lay out rows as [N / 16][E / I][16][I], a right-hand side with a column for each slot.
   void columns(Number* to, const Number* rows) const {
     for (int slot = 0; slot < room; ++slot) {
       Number* column = to + size_t(slot) / kLanes * kLanes * channels + slot % kLanes * kI;
@@ -201,7 +202,7 @@ class AttentionRun {
     }
   }
 
-  // As [E / 16][N / I][16][I]: a right-hand side with a row for each slot.
+  // Lay out rows as [E / 16][N / I][16][I], a right-hand side with a row for each slot.
   void pairs(Number* to, const Number* rows) const {
     for (int slot = 0; slot < room; slot += kI)
       for (int i = 0; i < channels; i += kLanes) {
@@ -212,14 +213,14 @@ class AttentionRun {
       }
   }
 
-  // As [E, N]: a left-hand side with a column for each slot.
+  // Lay out rows as [E, N], a left-hand side with a column for each slot.
   void transposed(Number* to, const Number* rows) const {
     for (int slot = 0; slot < room; ++slot)
       for (int i = 0; i < channels; ++i)
         to[size_t(i) * room + slot] = rows[size_t(slot) * channels + i];
   }
 
-  // A head's queries and its output's gradients, as block_grads needs them.
+  // Lay out a head's queries and its output's gradients for block_grads.
   void lay_out(int each, const Own& own) const {
     take(queries, each, own.rows);
     columns(own.q_columns, own.rows);
@@ -239,7 +240,7 @@ class AttentionRun {
     pairs(own.out_pairs, own.rows);
   }
 
-  // What 64 queries see.
+  // Compute the attention of 64 queries of a head.
   void attend(int each, int first, const Number* q, const Number* k, const Number* v,
               Number* weights, float* sums) const {
     alignas(64) float scores[kBlock * kTogether];
@@ -271,7 +272,7 @@ class AttentionRun {
     }
   }
 
-  // Weights of lanes at `offset` + lane that are at most 0, or else at least 0; 0 for the others.
+  // Keep the weights of lanes with `offset` + lane <= 0 (>= 0 if `above`); set the others to 0.
   static Floats kept(Floats weight, int offset, bool above) {
     Ints lanes;
     for (int lane = 0; lane < kFloats; ++lane) lanes[lane] = lane;
@@ -279,7 +280,8 @@ class AttentionRun {
     return (Floats)((Ints)weight & mask);
   }
 
-  // Gradients of 64 keys and values [64, E] of a query head, and what they add to its queries'.
+  // Compute the gradients [64, E] of 64 keys and values of a query head, and add their part of the
+  // queries' gradients.
   void block_grads(int each, int key, const Own& own, const Number* k, const Number* k_transposed,
                    const Number* v, float* k_grads, float* v_grads) const {
     float *const k_grad = k_grads + size_t(key) * channels;
@@ -301,7 +303,7 @@ class AttentionRun {
     }
   }
 
-  // Weights of 64 keys for kTogether queries, and the gradients of their scores.
+  // Compute the weights of 64 keys for kTogether queries, and the gradients of their scores.
   void score_grads(int each, int key, int query, const Own& own, const Number* k,
                    const Number* v) const {
     alignas(64) float scores[kBlock * kTogether], grads[kBlock * kTogether];
@@ -334,7 +336,8 @@ class AttentionRun {
     }
   }
 
-  // From gradients of what was normed and rotated to those of the projections, and of the gain.
+  // Backward of the rotation and of the norm: from a head's gradients at a slot to those of the
+  // projections and of the gain.
   void unnormed(const Part& part, int each, int slot, float* grad, float* gain_grads) const {
     rotate(grad, channels, cos_of(slot), sin_of(slot), -1);
     alignas(64) float row[kMostChannels];
@@ -366,7 +369,7 @@ class AttentionRun {
           k_sum += load(k_grads + from);
           v_sum += load(v_grads + from);
         }
-        store(row + i, k_sum * 0.69314718f);  // queries carry 1 / ln 2
+        store(row + i, k_sum * 0.69314718f);  // queries contain a factor 1 / ln 2
         store(g->qkv_grad + at(values, each, slot) + i, v_sum);
       }
       unnormed(keys, each, slot, row, g->k_gain_grad);
@@ -378,7 +381,7 @@ class AttentionRun {
   const AttentionGrad<Number>* const g = nullptr;
   const int slots = a.slots, channels = a.channels, group = a.heads / a.kv_heads;
   const int room = padded(slots, kBlock);
-  const size_t size = size_t(room) * channels;  // of a head
+  const size_t size = size_t(room) * channels;  // elements of a head
   const Part queries{a.heads, 0, a.q_gain, kLog2E / std::sqrt(float(channels))};
   const Part keys{a.kv_heads, a.heads, a.k_gain, 1};
   const Part values{a.kv_heads, a.heads + a.kv_heads, nullptr, 1};

@@ -1,10 +1,10 @@
-// Passes of the world model's transformer over a few slots of B sequences, and frames drawn by such
-// passes, on a CPU, in bf16 or float32.
+// Passes of the world model's transformer over a few slots of B sequences, and the drawing of whole
+// frames, on a CPU, in bf16 or float32.
 //
-// What torch does in some 400 small operations a pass, whose start takes longer than their work, is
-// one parallel region here. It computes what Transformer.hidden and RingCache.attend do: matrices,
-// keys and values in `Number`, what they are multiplied by in `Factor`, sums and the residual
-// stream in float32.
+// In torch, a pass consists of some 400 small operations, which take longer to launch than to run.
+// Here it is one parallel region. It computes the same as Transformer.hidden and RingCache.attend.
+// Matrices, keys and values are in `Number`, their left-hand sides in `Factor`; sums and the
+// residual stream are in float32.
 //
 // Axes: B sequences, n slots of each in the pass, M = B * n rows, D width, H query heads, G key
 // heads, R = H / G, E channels of a head, N places of the ring (padded to 32), S slots of a frame,
@@ -16,65 +16,65 @@
 
 STRUCTURE(Model,
   int64_t layers, width, heads, kv_heads, hidden, codes;
-  int64_t slots, frames;          // of a frame; of the ring
+  int64_t slots, frames;          // slots in a frame, frames in the ring
   const float* input_gain;        // [D]
-  const float* const* gains;      // of each layer: attention [D], q [E], k [E], mlp [D]
-  const Number* const* matrices;  // of each layer: qkv, out, up, down
+  const float* const* gains;      // for each layer: attention [D], q [E], k [E], mlp [D]
+  const Number* const* matrices;  // for each layer: qkv, out, up, down
   const float* output_gain;       // [D]
   const Number* output;           // [D, C padded to 16]
 )
 
-// What some sequences branched off: the rings of U others, as those of a Pass.
+// The rings of the U sequences that B sequences branched off.
 STRUCTURE(Trunk,
   int64_t sequences;            // U
-  const Number *keys, *values;  // [L, U, G]...
-  const int64_t* rows;          // [B]: which of the U each sequence goes on from
-  const bool* own;              // [N / 32]: of which places the branches have their own
+  const Number *keys, *values;  // [L, U, G] and then as in Ring
+  const int64_t* rows;          // [B]: which of the U sequences each branch continues
+  const bool* own;              // [N / 32]: whether branches have these places in their own rings
 )
 
-// Keys and values of B sequences, before and while a frame is written.
+// The keys and values of B sequences, while a frame is being written.
 STRUCTURE(Ring,
   const Model<Number>* model;
-  const Trunk<Number>* trunk;  // or none
-  int64_t sequences, frame;    // B, and the number of that frame
+  const Trunk<Number>* trunk;  // null if nothing is shared
+  int64_t sequences, frame;    // B, and the number of the frame being written
   Number* keys;                // [L, B, G][N / 16][E / I][16][I]
   Number* values;              // [L, B, G][E / 16][N / I][16][I]
 )
 
 STRUCTURE(Pass,
   const Ring<Number>* ring;
-  int64_t start, stop, first;  // slots of the frame, and from which of them on logits are wanted
+  int64_t start, stop, first;  // first slot, end, and the first slot whose logits are needed
   const float* x;              // [B, n, D]
   const float *cos, *sin;      // [n, E / 2]
   float* logits;               // [B, stop - first, C]
 )
 
-// A frame that is drawn wave by wave: P tokens of F futures, in 1 or 2 streams of sequences. Under
-// guidance a second one, which knows no actions, follows; B = streams * F.
+// A frame that is drawn wave by wave: P tokens in each of F futures. With guidance there are two
+// streams of F sequences, the second with unknown actions; otherwise one. B = streams * F.
 STRUCTURE(Frame,
   const Ring<Number>* ring;
   int64_t waves, tokens, streams;
-  const int64_t* spans;            // [waves][3]: a pass's first slot, its end, whence it predicts
-  const int64_t *source, *target;  // [S]: the tokens that slots take and predict; P: none
-  const float* base;               // [B, S, D]: what slots know before the frame's own tokens
+  const int64_t* spans;            // [waves][3]: start, stop and first, as in Pass
+  const int64_t *source, *target;  // [S]: the tokens that slots take and predict; P is none
+  const float* base;               // [B, S, D]: slots' inputs without the frame's own tokens
   const float *cos, *sin;          // [S, E / 2]
-  const float* embedding;          // [C + 1, D]: what a token adds to that; C: none
+  const float* embedding;          // [C + 1, D]: the embedding of each token; C is none
   const float* uniform;            // [F, P], in [0, 1)
   double temperature, guidance;    // as in sampling.py
-  int64_t* drawn;                  // [B, P + 1]: to begin with, C
-  float* log_probs;                // [2, F, P]: under the plain model, and as drawn from
+  int64_t* drawn;                  // [B, P + 1]: the drawn tokens, initialised with C
+  float* log_probs;                // [2, F, P]: under the plain and the sampling distribution
 )
 
 namespace {
 
-constexpr int kParts = 4;  // of the keys: a fixed number, so that results do not depend on threads
-// Queries and keys that scores are computed of at once, and keys whose values are: what all of it
-// takes stays in the nearest cache.
+constexpr int kParts = 4;  // parts of the keys; fixed, so that results do not depend on threads
+// Scores are computed for kQueries queries and kBlock keys at once, and values are weighted for up
+// to kChunk keys at once. These sizes fit into the L1 cache.
 constexpr int kQueries = 32, kBlock = 64, kChunk = 128;
-constexpr int kStep = 32;  // what places are told apart by
+constexpr int kStep = 32;  // whether places are seen and owned is decided in steps of this many
 
-// Ask for what is read next: tiles wait for each line, and products ask for no more than their own
-// next columns, which of values are another head's.
+// Prefetch memory that is read next. Tiles would wait for each line. Products prefetch only their
+// own next columns, which in the layout of values may belong to another head.
 template <typename Number>
 void fetch(const Number* from, const Number* to) {
   for (; from < to; from += 64 / sizeof(Number)) __builtin_prefetch(from);
@@ -82,11 +82,12 @@ void fetch(const Number* from, const Number* to) {
 
 template <typename Number>
 class Run {
-  typedef Left<Number> Factor;  // of weights, keys and values
+  typedef Left<Number> Factor;  // format of the left-hand sides
 
  public:
   explicit Run(const Pass<Number>& pass) : p(pass) {
-    // A block of what a slot sees goes on where the last one ended, but begins anew with a part.
+    // Extend the last block if it ends here and is not full; otherwise begin a new one. No block
+    // crosses the border of a part.
     for (int64_t place = 0; place < ring; place += kStep) {
       if (!sees_some(place, place + kStep)) continue;
       const bool owned = !r.trunk || r.trunk->own[place / kStep];
@@ -115,14 +116,14 @@ class Run {
   }
 
  private:
-  // What a thread keeps of a head's projections or of some columns, and of some queries.
+  // The buffers of a thread: a head's projections or some columns, and scores and weights.
   struct Own {
     const size_t size;
     const Buffer<float> columns{size}, scores{kQueries * kBlock};
     const Buffer<Factor> weights{kQueries * kChunk};
   };
 
-  // Places that are attended to at once.
+  // A range of places that queries attend to at once.
   struct Block {
     int64_t from, to;
   };
@@ -133,14 +134,14 @@ class Run {
     norm_rows(gains[0]);
 #pragma omp for schedule(dynamic)
     for (int head = 0; head < m.heads + 2 * m.kv_heads; ++head) project(layer, head, own);
-    // A trunk's keys are read once for all of its branches.
+    // Loop over branches innermost, so that a trunk's keys are read once for all of them.
 #pragma omp for collapse(2) schedule(dynamic) nowait
     for (int each = 0; each < trunks * m.kv_heads; ++each)
       for (int part = kParts; part < parts; ++part)
         for (int sequence = 0; sequence < batch; ++sequence)
           if (r.trunk->rows[sequence] == each / m.kv_heads)
             attend(layer, sequence * m.kv_heads + each % m.kv_heads, part, own);
-    // A head's parts lie one after the other: one thread reads them where there are heads enough.
+    // The parts of a head are adjacent, so one thread reads them all if the heads fill all threads.
     const int rings = batch * m.kv_heads;
     const int parts_at_once = rings % omp_get_num_threads() ? 1 : kParts;
 #pragma omp for collapse(2) schedule(dynamic, parts_at_once)
@@ -188,7 +189,8 @@ class Run {
     }
   }
 
-  // Up to kTogether columns, from one on, of all rows times a matrix of k rows and so many columns.
+  // Multiply all rows by up to kTogether columns of a matrix, from `column` on. The matrix has k
+  // rows and `columns` columns.
   template <bool kAdd>
   void multiply(const Factor* left, int k, const Number* matrix, int column, int columns, float* to,
                 int ldc) const {
@@ -202,7 +204,8 @@ class Run {
       norm_row(x + size_t(row) * width, width, gain, normed + size_t(row) * width);
   }
 
-  // A head's queries, rotated; or its keys, rotated, or values, into the ring.
+  // Compute a head's projections. Queries and keys are normalised and rotated. Keys and values are
+  // written into the ring.
   void project(int layer, int head, const Own& own) {
     float* const projected = own.columns;
     const Number* matrix = m.matrices[4 * layer] + size_t(head) * channels * width;
@@ -241,23 +244,23 @@ class Run {
     return ((size_t(layer) * batch + sequence) * m.kv_heads + key_head) * ring * channels;
   }
 
-  // Slot i of the pass sees what was written up to itself, and the frames after the one written.
+  // A slot sees the places up to itself and, in a full ring, the old frames behind the current one.
   bool sees_all(int64_t from, int64_t to) const {
     return to <= begin + 1 || (full && from >= frame_end && to <= places);
   }
   bool sees_some(int64_t from, int64_t to) const {
     return from < begin + n || (full && to > frame_end && from < places);
   }
-  Ints sees(int slot, int place) const {  // of kFloats places
+  Ints sees(int slot, int place) const {  // for kFloats places
     Ints lanes;
     for (int i = 0; i < kFloats; ++i) lanes[i] = place + i;
     const Ints before = lanes <= begin + slot;
     return full ? before | ((lanes >= frame_end) & (lanes < places)) : before;
   }
 
-  // Of one part of the keys, of the branches' own or, from kParts on, of their trunks: the sums of
-  // weighted values and of the weights, of each query. The scores need no maximum taken off: norms
-  // bound them (operators.py says how far).
+  // Compute each query's sums of weighted values and of weights over one part of the keys. Parts
+  // from kParts on are of the trunks, the others of the branches' own rings. The maximum score is
+  // not subtracted, because RMSNorm bounds the scores (see is_bounded in operators.py).
   void attend(int layer, int each, int part, const Own& own) {
     const std::vector<Block>& seen = blocks[part];
     const bool shared = part >= kParts;
@@ -273,19 +276,19 @@ class Run {
     float* to_sums = sums + (size_t(each) * parts + part) * queries * (channels + 1);
     for (int first = 0; first < group * n; first += kQueries) {
       const int count = std::min(kQueries, group * n - first);
-      const int fetched = padded((kBlock + count - 1) / count, 2);  // to be fetched with a row
+      const int fetched = padded((kBlock + count - 1) / count, 2);  // keys to prefetch per row
       const Factor* left = q + (size_t(each) * queries + first) * channels;
       float* weighted = to_sums + size_t(first) * channels;
       float* totals = to_sums + size_t(queries) * channels + first;
       Floats sum[kQueries] = {};
       std::memset(weighted, 0, size_t(count) * channels * 4);
-      int64_t pending = seen.empty() ? 0 : seen[0].from;  // of the values whose weights are there
+      int64_t pending = seen.empty() ? 0 : seen[0].from;  // first key not yet multiplied by values
       for (size_t i = 0; i < seen.size(); ++i) {
         const Block now = seen[i], next = i + 1 < seen.size() ? seen[i + 1] : Block{};
         product<false>(left, channels, keys + now.from * channels, size_t(kLanes) * channels,
                        now.to - now.from, channels, scores, kBlock, count);
         for (int row = 0; row < count; ++row) {
-          if (first == 0 && !shared) {  // a trunk's are near already, for all but its first branch
+          if (first == 0 && !shared) {  // a trunk is mostly cached already
             const int64_t ahead = next.from + row * fetched;
             const int64_t end = std::min(next.to, ahead + fetched);
             fetch(keys + ahead * channels, keys + end * channels);
@@ -304,9 +307,9 @@ class Run {
     }
   }
 
-  // A query's weights of a block of keys, added up in `sum`.
+  // Compute a query's weights for a block of keys, and add them to `sum`.
   void weigh(const float* scores, Block block, int query, Factor* weights, Floats& sum) const {
-    const bool all = sees_all(block.from, block.to);  // as of nearly all: a loop without the choice
+    const bool all = sees_all(block.from, block.to);  // as for most blocks: skips the mask
 #pragma GCC unroll 4
     for (int i = 0; i < block.to - block.from; i += kFloats) {
       Floats weight = power_of_two<Factor>(load(scores + i));
@@ -316,7 +319,7 @@ class Run {
     }
   }
 
-  // The attention's output of a key head's queries, from all parts.
+  // Combine all parts into the attention's output for the queries of a key head.
   void combine(int each) {
     const size_t size = size_t(queries) * (channels + 1);
     const float* own = sums + size_t(each) * parts * size;
@@ -344,12 +347,12 @@ class Run {
   const int width = m.width, channels = m.width / m.heads, group = m.heads / m.kv_heads;
   const int n = p.stop - p.start, places = m.frames * m.slots, ring = padded(places, kStep);
   const int frame_begin = r.frame % m.frames * m.slots, frame_end = frame_begin + m.slots;
-  const int begin = frame_begin + p.start;    // the pass's first place in the ring
-  const bool full = r.frame >= m.frames;      // whether what follows the frame was ever written
+  const int begin = frame_begin + p.start;    // first place of the pass in the ring
+  const bool full = r.frame >= m.frames;      // whether all places of the ring have been written
   const int trunks = r.trunk ? r.trunk->sequences : 0;
   const int rows = batch * n, room = padded(rows, 16), queries = padded(group * n, 16);
   const int part_places = padded((ring + kParts - 1) / kParts, kStep);
-  const int parts = trunks ? 2 * kParts : kParts;  // those of the branches, then of the trunks
+  const int parts = trunks ? 2 * kParts : kParts;  // of the branches, then of the trunks
   std::vector<Block> blocks[2 * kParts];
   const Buffer<float> x{size_t(room) * width};
   const Buffer<Factor> normed{size_t(room) * width}, hidden{size_t(room) * m.hidden};
@@ -358,14 +361,15 @@ class Run {
   const Buffer<float> sums{size_t(batch) * m.kv_heads * parts * queries * (channels + 1)};
 };
 
-// Draws tokens from logits, as truncated_log_probs and draw in sampling/ do where nothing is cut.
+// Draws tokens from logits, as truncated_log_probs and draw in sampling/ do without top-k and
+// top-p.
 template <typename Number>
 class Draws {
  public:
   Draws(const Frame<Number>& frame, int codes) : f(frame), codes(codes) {}
 
-  // The number of the token that `uniform` falls to, and its two log-probabilities. `null` are the
-  // logits of the second stream, if there is one.
+  // Return the token that the inverse CDF has at `uniform`, and set its log-probabilities. `null`
+  // is the logits of the second stream, or a null pointer.
   int draw(const float* plain, const float* null, float uniform, float* log_prob,
            float* drawn_log_prob) const {
     std::copy(plain, plain + codes, +values);
@@ -391,7 +395,7 @@ class Draws {
   }
 
  private:
-  // e to each value less the largest, and what they sum to; the logarithm of the values' own sum.
+  // Set the weights to exp(value - largest) and `total` to their sum; return log(sum(exp(value))).
   double weigh(double* total) const {
     std::fill(values + codes, values + room, -INFINITY);
     const float largest = *std::max_element(+values, values + codes);
@@ -452,7 +456,7 @@ void draw_frame(const Frame<Number>& frame) {
 
 }  // namespace
 
-// Whether the processor lets this process use what it was compiled for.
+// Return whether the system lets this process use the AMX tiles that the library may need.
 extern "C" int drivesim_ready() {
 #if defined(HAS_TILES)
   return syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

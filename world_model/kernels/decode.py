@@ -1,9 +1,9 @@
-"""Cached passes with fixed weights: compiled for this CPU, or else torch's.
+"""Cached passes with frozen weights: compiled for this CPU if possible, otherwise torch's.
 
-The compiled ones are `decode.cpp` with its weights and its ring. torch starts some 400 operations
-for a pass, most of which take longer to start than to run. Here they are one call.
+torch launches some 400 operations for a pass, most of which take longer to launch than to run. A
+compiled pass is a single call of `decode.cpp`.
 
-Axes: as in `decode.cpp`; L layers, A x B matrices.
+Axes: as in `decode.cpp`; L layers.
 """
 
 import copy
@@ -24,11 +24,11 @@ from driving_sim.world_model.transformer import Block, Tables, Transformer
 
 
 def is_supported(model: Transformer) -> bool:
-    """Whether the compiled passes can compute a model."""
+    """Return whether compiled passes can compute a model on this machine."""
     attentions = [block.attention for block in _blocks(model)]
     return (
         model.config.width // model.config.heads % PAIRS == 0
-        and all(is_bounded(each.q_norm.weight, each.k_norm.weight) for each in attentions)
+        and all(is_bounded(layer.q_norm.weight, layer.k_norm.weight) for layer in attentions)
         and library() is not None
     )
 
@@ -37,15 +37,15 @@ def _blocks(model: Transformer) -> list[Block]:
     return [block for block in model.blocks if isinstance(block, Block)]
 
 
-def _laid_out(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Lay [k, columns] out as [columns / 16][k / I][16][I]: I is 2 in bf16, 1 in float32."""
+def _reordered(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Reorder [k, columns] as [columns / 16][k / I][16][I]; I is 2 in bf16 and 1 in float32."""
     return rearrange(
         matrix.to(dtype), "(k i) (c lane) -> c k lane i", i=4 // dtype.itemsize, lane=LANES
     ).contiguous()
 
 
 class NativeModel:
-    """A transformer's weights as the compiled passes take them, in `dtype`."""
+    """A transformer's weights in the layout of compiled passes and the number format `dtype`."""
 
     @torch.no_grad()
     def __init__(self, model: Transformer, tables: Tables, dtype: torch.dtype) -> None:
@@ -57,9 +57,9 @@ class NativeModel:
             norms = (block.attention_norm, attention.q_norm, attention.k_norm, block.mlp_norm)
             gains += [norm.weight.float().contiguous() for norm in norms]
             maps = (attention.qkv, attention.out, block.up, block.down)
-            matrices += [_laid_out(each.weight.T, dtype) for each in maps]
+            matrices += [_reordered(linear.weight.T, dtype) for linear in maps]
         self.keys = -(-config.context_frames * model.order.slots // PAIRS) * PAIRS
-        """Places of a ring, padded."""
+        """Number of places in a ring, padded to a multiple of 32."""
         waves = model.order.waves
         self.spans = torch.tensor([(wave.start, wave.stop, wave.first) for wave in waves])
         self.structure = Structure(
@@ -77,28 +77,28 @@ class NativeModel:
             gains=gains,
             matrices=matrices,
             output_gain=model.output_norm.weight.float(),
-            output=_laid_out(F.pad(tables.output.T, (0, -len(tables.output) % LANES)), dtype),
+            output=_reordered(F.pad(tables.output.T, (0, -len(tables.output) % LANES)), dtype),
         )
 
 
 @dataclass(frozen=True)
 class _Trunk:
-    """What some sequences branched off, and how much of the ring is their own by now."""
+    """A ring that branches share, until their own rings have replaced all of its blocks."""
 
     keys: Tensor
     values: Tensor
     rows: Tensor
-    """The sequence that each goes on from, int64 [B]."""
+    """The trunk's sequence that each branch continues, int64 [B]."""
     own: Tensor
-    """Which blocks of 32 places are the branches' own by now, bool [N / 32]."""
+    """Whether the branches' own rings hold each block of 32 places, bool [N / 32]."""
 
 
 class NativeCache(Cache):
-    """What `RingCache` is to torch's passes: the ring of the compiled ones, and their logits.
+    """The cache of compiled passes, as `RingCache` is that of torch's passes.
 
-    Branches share what they branched off until their own frames have taken its place: a pass reads
-    it once for all of them. The passes' number format is `native`'s; what goes into them torch
-    computes in that of the tables.
+    Branches share the ring of the cache that they branched off, until their own frames have
+    replaced it. A pass reads the shared ring once for all branches. Passes compute in the number
+    format of `native`; torch computes their inputs in the format of `tables`.
     """
 
     exact = True
@@ -117,13 +117,13 @@ class NativeCache(Cache):
         return torch.zeros(size, dtype=self.native.dtype)
 
     def advance(self) -> None:
-        """Make the next frame the current one; what its place held is out of sight at once."""
-        if self._has_branches:  # what they share must not change
+        """Begin the next frame, and hide the old frame whose place it takes."""
+        if self._has_branches:  # they keep the old tensors, which must not change
             self.keys, self.values = self.keys.clone(), self.values.clone()
             self._has_branches = False
         self.frame += 1
         if self._trunk is not None:
-            self._trunk = self._grown(self._trunk)
+            self._trunk = self._copy_from_trunk(self._trunk)
         trunk, dtype = self._trunk, self.native.dtype
         self._ring = Structure(
             "Ring",
@@ -136,28 +136,28 @@ class NativeCache(Cache):
             values=self.values,
         )
 
-    def _grown(self, trunk: _Trunk) -> _Trunk | None:
-        """Bring the current frame's blocks into the own rings; no trunk when they hold them all."""
+    def _copy_from_trunk(self, trunk: _Trunk) -> _Trunk | None:
+        """Copy the current frame's blocks from the trunk; return the trunk, or None if used up."""
         begin = self.frame % self.frames * self.slots
         span = range(begin // PAIRS, -(-(begin + self.slots) // PAIRS))
         new = [block for block in span if not trunk.own[block]]
-        # A block of keys is in one piece, one of values in a piece for each 16 channels.
+        # A block of keys is contiguous; a block of values has a piece for every 16 channels.
         pieces = self.model.config.width // self.model.config.heads // LANES
         for own, shared, parts in (
             (self.keys, trunk.keys, 1),
             (self.values, trunk.values, pieces),
         ):
             to, source = (
-                rearrange(each, "l b g (p n e) -> l b g p n e", p=parts, n=len(trunk.own))
-                for each in (own, shared)
+                rearrange(ring, "l b g (p n e) -> l b g p n e", p=parts, n=len(trunk.own))
+                for ring in (own, shared)
             )
             to[..., new, :] = source[..., new, :][:, trunk.rows]
         own = trunk.own.index_fill(0, torch.tensor(new, dtype=torch.int64), True)
         return None if own.all() else replace(trunk, own=own)
 
     def logits(self, x: Tensor, rotary: tuple[Tensor, Tensor], wave: Wave) -> Tensor:
-        """Bring in the slots of a wave, x [B, n, D]; return logits float32 [B, n', K]."""
-        x, cos, sin = (each.float().contiguous() for each in (x, *rotary))
+        """Add the slots of a wave to the cache; return the logits of those that predict a token."""
+        x, cos, sin = (tensor.float().contiguous() for tensor in (x, *rotary))
         logits = torch.empty(len(x), wave.stop - wave.first, len(self.tables.output))
         call(
             "pass",
@@ -183,15 +183,15 @@ class NativeCache(Cache):
         temperature: float,
         guidance: float,
     ) -> tuple[Tensor, Tensor]:
-        """Draw the current frame wave by wave; return its tokens [B, P] and [2, F, P] (nats).
+        """Draw the current frame; return its tokens [B, P] and log-probabilities [2, F, P] (nats).
 
-        `base` [B, S, D] is what slots know before the frame's own tokens, `rotary` the slots'
-        cosines and sines, `uniform` [F, P] the draws' numbers in [0, 1). B = `streams` * F: under
-        guidance (2) the futures' sequences, then as many that know no action. The log-probabilities
-        are those under the plain model and those that were drawn from.
+        `base` [B, S, D] are the slots' inputs without the frame's own tokens. `rotary` are the
+        slots' cosines and sines, and `uniform` [F, P] random numbers in [0, 1). B is `streams` * F:
+        guidance adds a second stream, in which the F futures have unknown actions. The first
+        log-probabilities are the plain model's, the second the sampling distribution's.
         """
         order = self.model.order
-        base, cos, sin = (each.float().contiguous() for each in (base, *rotary))
+        base, cos, sin = (tensor.float().contiguous() for tensor in (base, *rotary))
         drawn = torch.full((len(base), order.tokens + 1), self.model.grid.codebook_size)
         log_probs = torch.empty(2, *uniform.shape)
         call(
@@ -217,7 +217,7 @@ class NativeCache(Cache):
         return drawn[:, :-1], log_probs
 
     def branch(self, rows: Tensor) -> Self:
-        """Return a cache whose sequence i goes on from this one's sequence `rows[i]`."""
+        """Return a cache whose sequence i continues this cache's sequence `rows[i]`."""
         branch = copy.copy(self)
         branch._has_branches = False
         rows = rows.cpu().contiguous()
@@ -233,10 +233,10 @@ class NativeCache(Cache):
 
 
 class FrozenPasses:
-    """Caches whose passes have a transformer's weights as they are now, in the format `dtype`.
+    """Makes caches whose passes use a transformer's current weights in the number format `dtype`.
 
-    `precision` is auto, fp32 or bf16; auto: bf16 where it is faster, which on a CPU it is wherever
-    passes are compiled. They are for weights in float32.
+    `precision` is fp32, bf16 or auto, which chooses bf16 if it is faster. On a CPU it is faster
+    whenever the passes are compiled. Passes can be compiled only for float32 weights.
     """
 
     def __init__(self, model: Transformer, precision: str) -> None:
@@ -254,9 +254,9 @@ class FrozenPasses:
             self._cast_once()
 
     def _cast_once(self) -> None:
-        """Make the matrices of torch's passes in their number format, beside the exact weights.
+        """Cast the matrices of torch's passes to their number format, in a copy of the model.
 
-        Autocast would make them anew in every pass: it keeps only what gets gradients.
+        Autocast would cast them in every pass, because it caches only weights with gradients.
         """
         self._model = copy.deepcopy(self._model)
         for module in self._model.modules():
@@ -265,7 +265,7 @@ class FrozenPasses:
         self._tables = replace(self._tables, output=self._tables.output.to(self.dtype))
 
     def new_cache(self, sequences: int) -> Cache:
-        """Return a cache of so many sequences, without a frame yet."""
+        """Return an empty cache for this many sequences."""
         if self._native is not None:
             return NativeCache(self._model, self._tables, sequences, self._native)
         return RingCache(self._model, self._tables, sequences)

@@ -1,8 +1,8 @@
-// What Python and C++ hand each other: structures of numbers and of pointers to contiguous tensors.
+// The interface of Python and C++: structures of numbers and of pointers to contiguous tensors.
 //
-// Every function of the library takes one of them, in one of the number formats. The library tells
-// what fields they have, and library.py fills them by name: neither side counts on an order that
-// the other one keeps.
+// Every function of the library takes one structure, in one of the number formats. The library
+// exports the names of the fields, and library.py fills them by name, so the two sides need
+// not agree on the order of fields.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 
 typedef uint16_t bf16;
 
-// A structure with these fields, and what it is made of, as text and in bytes.
+// Define a structure with these fields, and export its fields as text and its size in bytes.
 #define STRUCTURE(name, ...)                                              \
   template <typename Number>                                              \
   struct name {                                                           \
@@ -20,8 +20,7 @@ typedef uint16_t bf16;
   extern "C" const char* drivesim_fields_##name() { return #__VA_ARGS__; } \
   extern "C" size_t drivesim_size_##name() { return sizeof(name<float>); }
 
-// A function of the library, in each number format, that takes such a structure, `given`, and does
-// `act`.
+// Export a function, in each number format, that takes a structure `given` and runs `act`.
 #define OPERATOR(name, Structure, act)                                             \
   extern "C" const char* drivesim_takes_##name() { return #Structure; }            \
   extern "C" void drivesim_##name##_bf16(const Structure<bf16>* given) { act; }    \

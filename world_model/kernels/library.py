@@ -1,7 +1,8 @@
-"""`decode.cpp` and `attention.cpp`, compiled on this machine, and how their functions are called.
+"""Compile `decode.cpp` and `attention.cpp` on this machine, and call their functions.
 
-The machine's C++ compiler makes a library of them, in a few seconds, once: it is kept in the user's
-cache folder. Without a compiler, or with DRIVESIM_NATIVE=0, torch does the same.
+The first use compiles them with the machine's C++ compiler, which takes a few seconds. The library
+is kept in the user's cache folder. Without a compiler, or with DRIVESIM_NATIVE=0, torch computes
+the same.
 """
 
 import ctypes
@@ -33,23 +34,24 @@ _WITHOUT_AMX = "-mno-amx-tile -mno-amx-bf16 -mno-amx-int8"
 _NUMBERS = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
 _FORMATS = {"int64_t": torch.int64, "float": torch.float32, "bool": torch.bool}
 LANES = 16
-"""Columns of a matrix that lie together."""
+"""Number of adjacent columns in the layout of a matrix."""
 PAIRS = 32
-"""What a head's channels must be a multiple of."""
+"""The number of channels of a head must be a multiple of this."""
 EPSILON = 1e-6
-"""Of the norms, here and in `products.h`."""
+"""Constant that RMSNorm adds to the mean square, here and in `products.h`."""
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled library; None where it cannot be had, after a line that says why."""
+    """Return the compiled library, or None if it is turned off or, with a notice, not available."""
     return None if os.environ.get("DRIVESIM_NATIVE") == "0" else _library()
 
 
 class Structure:
-    """What compiled functions take, in a number format: fields by name, as the library has them.
+    """A structure of the library, filled with values by field name, in one number format.
 
-    A number is given as it is; a pointer as a contiguous tensor of the format that it points to, a
-    list of such tensors, another structure, or None. Raises `TypeError` for anything else.
+    The value of a number is that number. The value of a pointer is a contiguous tensor of the
+    format that it points to, a list of such tensors, another structure, or None. Raises `TypeError`
+    for anything else.
     """
 
     def __init__(self, name: str, dtype: torch.dtype, **values: Any) -> None:
@@ -57,15 +59,15 @@ class Structure:
         layout, fields = _layout(name)
         if values.keys() != fields.keys():
             raise TypeError(f"{name} has the fields {[*fields]}, but was given {[*values]}")
-        self._kept: list[Any] = [values]  # what is pointed to
+        self._kept: list[Any] = [values]  # keeps the memory alive that the structure points to
         self.memory = layout(*(self._word(*fields[field], values[field]) for field in fields))
 
     def _word(self, kind: str, pointers: int, value: Any) -> Any:
-        """A number, or the address behind one pointer or two."""
+        """Return a field's value: a number, or an address if the field has one or two pointers."""
         if pointers == 0 or value is None:
             return value
         if pointers == 2:
-            array = (ctypes.c_void_p * len(value))(*(self._word(kind, 1, each) for each in value))
+            array = (ctypes.c_void_p * len(value))(*(self._word(kind, 1, item) for item in value))
             self._kept.append(array)
             return ctypes.addressof(array)
         if isinstance(value, Tensor):
@@ -74,20 +76,20 @@ class Structure:
                 return value.data_ptr()
         elif isinstance(value, Structure) and (value.name, value.dtype) == (kind, self.dtype):
             return ctypes.addressof(value.memory)
-        raise TypeError(f"a pointer of {self.name} is to a contiguous {kind}, not to {value!r}")
+        raise TypeError(f"{self.name}: a pointer must be to a contiguous {kind}, found {value!r}")
 
 
 def call(name: str, dtype: torch.dtype, **values: Any) -> None:
-    """Call a compiled function, on its structure's fields, in a format; see `library` before."""
-    given = Structure(_exported(f"takes_{name}"), dtype, **values)
-    getattr(_library(), f"drivesim_{name}_{name_of(dtype)}")(ctypes.byref(given.memory))
+    """Call a compiled function with its structure's fields; `library()` must not be None."""
+    structure = Structure(_exported(f"takes_{name}"), dtype, **values)
+    getattr(_library(), f"drivesim_{name}_{name_of(dtype)}")(ctypes.byref(structure.memory))
 
 
 @cache
 def _layout(name: str) -> tuple[type[ctypes.Structure], dict[str, tuple[str, int]]]:
-    """A structure, and its fields' types: what they are, and behind how many pointers.
+    """Return a structure's ctypes class, and the type and the number of pointers of each field.
 
-    It is read from what `STRUCTURE` of `interface.h` exports.
+    `STRUCTURE` in `interface.h` makes the library export the fields as text.
     """
     fields: dict[str, tuple[str, int]] = {}
     for declared in _exported(f"fields_{name}").replace("<Number>", "").split(";")[:-1]:
@@ -100,13 +102,13 @@ def _layout(name: str) -> tuple[type[ctypes.Structure], dict[str, tuple[str, int
     layout = type(name, (ctypes.Structure,), {"_fields_": words})
     size = getattr(_library(), f"drivesim_size_{name}")()
     if ctypes.sizeof(layout) != size:
-        raise TypeError(f"{name} has {ctypes.sizeof(layout)} bytes here, {size} in C++")
+        raise TypeError(f"{name} has {ctypes.sizeof(layout)} bytes in Python, {size} in C++")
     return layout, fields
 
 
 @cache
 def _exported(name: str) -> str:
-    """What the library says of its structures and functions."""
+    """Return a text that the library exports about its structures and functions."""
     tell = getattr(_library(), f"drivesim_{name}")
     tell.restype = ctypes.c_char_p
     text: bytes = tell()
@@ -117,13 +119,13 @@ def _exported(name: str) -> str:
 def _library() -> ctypes.CDLL | None:
     compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or "c++"]
     if not shutil.which(compiler[0]):
-        say("no C++ compiler (g++ or CXX): rollouts and training take longer on this CPU")
+        say("no C++ compiler, so rollouts and training are slower; install g++ or set CXX")
         return None
     try:
         for flags in (_FLAGS, f"{_FLAGS} {_WITHOUT_AMX}"):
-            found = ctypes.CDLL(str(_compiled(compiler, flags.split())))
-            if found.drivesim_ready():
-                return found
+            loaded = ctypes.CDLL(str(_compiled(compiler, flags.split())))
+            if loaded.drivesim_ready():
+                return loaded
     except (OSError, DriveSimError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
         say(
@@ -134,7 +136,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _compiled(compiler: list[str], flags: list[str]) -> Path:
-    """The shared library made by this compiler on a processor like this one."""
+    """Compile the library unless the cache has it for this compiler and CPU; return its path."""
     command = [*compiler, *flags]
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True)
     texts = [path.read_text("utf-8") for path in (*_SOURCES, *_HEADERS)]

@@ -1,10 +1,9 @@
-"""What the transformer computes with, on any device: each function chooses its backend itself.
+"""The transformer's basic operations on any device; each function chooses its own backend.
 
-On a CPU that is `attention.cpp`, under autograd, where it applies, and else torch. Of a training
-step of a small model torch spends some 60 % in causal attention and, in bf16, most of the rest in
-small float32 operations. The compiled functions compute in the format of the surrounding autocast.
-They have no second derivatives and no transforms of torch.func; DRIVESIM_NATIVE=0 brings torch's
-back.
+On a CPU, the backend is `attention.cpp` if it supports the inputs, and otherwise torch. In torch,
+causal attention takes some 60 % of a small model's training step. In bf16, small float32 operations
+take most of the rest. The compiled functions support autograd and compute in the number format of
+autocast. They support neither second derivatives nor torch.func; for these, set DRIVESIM_NATIVE=0.
 
 Axes: B batch, N slots, H query heads, G key heads, E channels of a head, F = (H + 2 G) E, D width.
 """
@@ -23,17 +22,17 @@ from driving_sim.engine.progress import say
 from driving_sim.world_model.kernels.library import EPSILON, LANES, PAIRS, Structure, call, library
 from driving_sim.world_model.rotary import rotate
 
-_BLOCK = 64  # of slots, as in `attention.cpp`
-_NORM_PARTS = 64  # of the rows: a fixed number, so that results do not depend on threads
+_BLOCK = 64  # slots in a block, as in `attention.cpp`
+_NORM_PARTS = 64  # parts of the rows; fixed, so that results do not depend on threads
 _MOST_CHANNELS = 1024
 LARGEST_SCORE = 70.0
-"""e to this, times any number of keys, is a float32."""
+"""Upper bound of attention scores, at which exp(score) summed over all keys fits float32."""
 
 
 def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
-    """Return x [..., D] by its root mean square, times `gain` [D].
+    """Return x [..., D] divided by its root mean square and multiplied by `gain` [D].
 
-    Compiled, under autocast, it gives what matrix products take.
+    Under autocast, the compiled function returns the number format of matrix products.
     """
     dtype = _format(x)
     if dtype is None or not _are_float32(x, gain) or len(gain) % LANES:
@@ -43,7 +42,7 @@ def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    """Return the square of what of x is above 0 (arXiv 2109.08668)."""
+    """Return max(x, 0) squared (arXiv 2109.08668)."""
     if x.dtype is not _format(x) or x.numel() % LANES:
         return F.relu(x).square()
     activated: Tensor = _SquaredRelu.apply(x)  # type: ignore[no-untyped-call]
@@ -59,9 +58,10 @@ def causal_attention(
     heads: int,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Return what each slot sees of those before it and itself, [B, N, H E], of `qkv` [B, N, F].
+    """Attend from each slot to itself and the slots before it; return [B, N, H E].
 
-    The projections are those of `split_heads`. A `mask` bool [N, N] says what slots see instead.
+    `split_heads` describes the projections `qkv` [B, N, F] and the other arguments. If a `mask`
+    bool [N, N] is given, it says which slots each slot attends to.
     """
     if (
         mask is None
@@ -83,27 +83,28 @@ def causal_attention(
 def split_heads(
     qkv: Tensor, q_gain: Tensor, k_gain: Tensor, rotary: tuple[Tensor, Tensor], *, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries [B, H, N, E], keys and values [B, G, N, E] of projections `qkv` [B, N, F].
+    """Split projections `qkv` [B, N, F] into queries [B, H, N, E], keys and values [B, G, N, E].
 
-    The projections are queries of H heads, then keys and values of G: the former two are normed
-    with `q_gain` and `k_gain` [E] and turned by `rotary`, cosines and sines float32 [N, E / 2].
+    F holds the queries of H heads, then the keys of G heads, then their values. Queries and keys
+    are normalised with `q_gain` and `k_gain` [E], and then rotated by `rotary`, the cosines and
+    sines float32 [N, E / 2].
     """
     parts = rearrange(qkv, "b n (h e) -> b h n e", e=len(q_gain))
     kv_heads = (parts.shape[1] - heads) // 2
     q, k, v = torch.split(parts, [heads, kv_heads, kv_heads], dim=1)
-    # In float32, as torch has no fused kernel for bfloat16 under a float32 gain, and warns.
+    # Use float32: torch has no fused kernel for bfloat16 with a float32 gain, and warns.
     q, k = (
-        rotate(F.rms_norm(each.float(), gain.shape, gain, EPSILON), *rotary)
-        for each, gain in ((q, q_gain), (k, k_gain))
+        rotate(F.rms_norm(x.float(), gain.shape, gain, EPSILON), *rotary)
+        for x, gain in ((q, q_gain), (k, k_gain))
     )
     return q.to(v.dtype), k.to(v.dtype), v
 
 
 @torch.no_grad()
 def is_bounded(q_gain: Tensor, k_gain: Tensor) -> bool:
-    """Whether no score of queries and keys with these gains [E] can overflow; else says so.
+    """Return whether no attention score can overflow with these gains [E]; print a notice if not.
 
-    Queries and keys are normed, so |q| <= sqrt(E) max |gain|, as is |k|.
+    Queries are normalised, so |q| <= sqrt(E) max |q_gain|; the same holds for keys.
     """
     largest = q_gain.abs().max() * k_gain.abs().max()
     if float(largest) * math.sqrt(len(q_gain)) < LARGEST_SCORE:
@@ -114,11 +115,11 @@ def is_bounded(q_gain: Tensor, k_gain: Tensor) -> bool:
 
 @cache
 def _say_unbounded() -> None:
-    say("a gain of the attention's queries or keys has become large: torch takes over, slower")
+    say("a gain in the attention has become large, so torch replaces the compiled code: slower")
 
 
 def _format(x: Tensor) -> torch.dtype | None:
-    """The number format that the compiled functions compute in here; None where they do not."""
+    """Return the number format for compiled functions on x; None if torch has to compute."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or library() is None:
         return None
     low = torch.is_autocast_enabled("cpu")
@@ -131,7 +132,7 @@ def _are_float32(*tensors: Tensor) -> bool:
 
 
 def _attention(heads: int, *tensors: Tensor) -> dict[str, Any]:
-    """The fields of an `Attention`, of its tensors in order."""
+    """Return the fields of an `Attention` structure; `tensors` are its pointers, in order."""
     qkv, q_gain = tensors[:2]
     batch, slots, features = qkv.shape
     names = ("qkv", "q_gain", "k_gain", "cos", "sin", "mixed", "weights")
@@ -156,20 +157,20 @@ class _CausalAttention(torch.autograd.Function):
         sin: Tensor,
         heads: int,
     ) -> Tensor:
-        given = [each.contiguous() for each in (qkv, q_gain, k_gain, cos, sin)]
+        inputs = [tensor.contiguous() for tensor in (qkv, q_gain, k_gain, cos, sin)]
         batch, slots, _ = qkv.shape
         mixed = qkv.new_empty(batch, slots, heads * len(q_gain))
         weights = q_gain.new_empty(batch, heads, -(-slots // _BLOCK) * _BLOCK)
-        call("attention", qkv.dtype, **_attention(heads, *given, mixed, weights))
+        call("attention", qkv.dtype, **_attention(heads, *inputs, mixed, weights))
         ctx.heads = heads
-        ctx.save_for_backward(*given, mixed, weights)
+        ctx.save_for_backward(*inputs, mixed, weights)
         return mixed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, mixed_grad: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, q_gain, k_gain, *_ = kept = ctx.saved_tensors
-        forward = Structure("Attention", qkv.dtype, **_attention(ctx.heads, *kept))
+        qkv, q_gain, k_gain, *_ = saved = ctx.saved_tensors
+        forward = Structure("Attention", qkv.dtype, **_attention(ctx.heads, *saved))
         heads, channels = qkv.shape[2] // len(q_gain), len(q_gain)
         qkv_grad = torch.empty_like(qkv)
         q_gain_grad = q_gain.new_empty(len(qkv) * ctx.heads, channels)
@@ -189,10 +190,10 @@ class _CausalAttention(torch.autograd.Function):
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.given = {"rows": x.numel() // len(gain), "width": len(gain)}
+        ctx.sizes = {"rows": x.numel() // len(gain), "width": len(gain)}
         x, gain = x.contiguous(), gain.contiguous()
         normed = torch.empty_like(x, dtype=dtype)
-        call("norm", dtype, **ctx.given, x=x, gain=gain, normed=normed)
+        call("norm", dtype, **ctx.sizes, x=x, gain=gain, normed=normed)
         ctx.save_for_backward(x, gain)
         return normed
 
@@ -202,8 +203,8 @@ class _Norm(torch.autograd.Function):
         x, gain = ctx.saved_tensors
         grad, x_grad = grad.contiguous(), torch.empty_like(x)
         gains = gain.new_empty(_NORM_PARTS, len(gain))
-        given = {**ctx.given, "parts": _NORM_PARTS, "x": x, "gain": gain, "grad": grad}
-        call("norm_grad", grad.dtype, **given, x_grad=x_grad, gain_grads=gains)
+        fields = {**ctx.sizes, "parts": _NORM_PARTS, "x": x, "gain": gain, "grad": grad}
+        call("norm_grad", grad.dtype, **fields, x_grad=x_grad, gain_grads=gains)
         return x_grad, gains.sum(0), None
 
 

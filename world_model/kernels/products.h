@@ -1,10 +1,10 @@
-// What the compiled parts of the world model share: vectors of floats, and matrix products of bf16
-// or float32. Processors that cannot multiply bf16 take right-hand sides in it all the same, beside
-// left-hand sides in float32.
+// Shared code of the compiled kernels: vectors of floats, and matrix products in bf16 or float32.
+// On processors that cannot multiply bf16, right-hand sides can still be bf16, but left-hand sides
+// are float32.
 //
-// Every matrix product is `product` below, on matrices that are laid out for it: a right-hand side
-// of k rows and 16 columns as [k][16] in float32, and in bf16 as [k / 2][16][2], which AMX and
-// AVX512-BF16 read as it is; [k / I][16][I] here.
+// `product` below computes all matrix products. Its right-hand sides have a layout of their own: k
+// rows and 16 columns are [k][16] in float32 and [k / 2][16][2] in bf16, which AMX and AVX512-BF16
+// can read. Comments write [k / I][16][I] for both.
 
 #pragma once
 
@@ -40,15 +40,15 @@ typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
 
 namespace {
 
-constexpr int kLanes = 16;  // columns of a right-hand side that lie together
-// Columns to ask a product for at once: as many as the widest kernel takes, and what a head's
-// channels are a multiple of, so widths are, too.
+constexpr int kLanes = 16;  // adjacent columns in the layout of a right-hand side
+// Columns to compute in one call of `product`: as many as the widest kernel takes. The channels of
+// a head, and so all widths, are multiples of this.
 constexpr int kTogether = 2 * kLanes;
 constexpr int kFloats = VECTOR_BYTES / sizeof(float);
 constexpr float kLog2E = 1.44269504f;
 
 template <typename T>
-class Buffer {  // memory from a cache line on, with whatever in it; +buffer is its address
+class Buffer {  // uninitialised memory, aligned to a cache line; +buffer is its address
  public:
   explicit Buffer(size_t count) : bytes_(new char[count * sizeof(T) + 64]) {
     const auto address = reinterpret_cast<uintptr_t>(bytes_.get());
@@ -61,7 +61,7 @@ class Buffer {  // memory from a cache line on, with whatever in it; +buffer is 
   T* first_;
 };
 
-// I: how many rows of a right-hand side are interleaved.
+// I, the number of interleaved rows in a right-hand side.
 template <typename Number>
 constexpr int kInterleaved = sizeof(float) / sizeof(Number);
 
@@ -81,8 +81,8 @@ Floats load(const bf16* from) {
 
 void store(float* to, Floats value) { std::memcpy(to, &value, sizeof(value)); }
 
-// A float's bits as bf16's: to nearest, ties to even. A NaN stays one if its payload is a
-// processor's own.
+// Round a float's bits to bf16: to nearest, ties to even. A NaN that a processor made stays NaN;
+// other payloads may not.
 template <typename Bits>
 Bits rounded(Bits bits) {
   return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -115,7 +115,7 @@ float total(Floats value) {
   return sum;
 }
 
-// Some columns of two rows of a right-hand side: [2][16], and [16][2] in bf16.
+// Store some columns of two rows of a right-hand side, [2][16] in float32 or [16][2] in bf16.
 void store_pair(float* to, Floats even, Floats odd) {
   store(to, even);
   store(to + kLanes, odd);
@@ -127,7 +127,8 @@ void store_pair(bf16* to, Floats even, Floats odd) {
   std::memcpy(to, &pairs, sizeof(pairs));
 }
 
-// 2^x for x of at least -126, to 3e-7 of it; to 8e-5, a fiftieth of its rounding, to become a bf16.
+// Return 2^x for x >= -126, with a relative error of 3e-7. For bf16 it is 8e-5, which is a fiftieth
+// of the rounding error of bf16.
 template <typename Number = float>
 Floats power_of_two(Floats x) {
   const Floats magic = Floats{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to whole numbers
@@ -147,14 +148,14 @@ Floats power_of_two(Floats x) {
   return (Floats)((Ints)p + ((Ints)shifted << 23));
 }
 
-// What brings `count` numbers to a root mean square of 1.
+// Return the factor that scales `count` numbers to a root mean square of 1.
 float scale_of(const float* from, int count) {
   Floats squares{};
   for (int i = 0; i < count; i += kFloats) squares += load(from + i) * load(from + i);
   return 1.0f / std::sqrt(total(squares) / count + 1e-6f);
 }
 
-// RMSNorm of a row.
+// Compute the RMSNorm of a row.
 template <typename Number>
 void norm_row(const float* from, int width, const float* gain, Number* to) {
   const float scale = scale_of(from, width);
@@ -163,11 +164,11 @@ void norm_row(const float* from, int width, const float* gain, Number* to) {
 }
 
 Floats squared_relu(Floats value) {
-  value = value < 0.0f ? Floats{} : value;  // what is not a number stays it
+  value = value < 0.0f ? Floats{} : value;  // NaN stays NaN
   return value * value;
 }
 
-// Turn the pairs (i, i + channels / 2) of a row by angles, from their cosines and sines.
+// Rotate the pairs (i, i + channels / 2) of a row by angles, given their cosines and sines.
 void rotate(float* row, int channels, const float* cos, const float* sin, float direction) {
   const int half = channels / 2;
   for (int i = 0; i < half; i += kFloats) {
@@ -178,14 +179,14 @@ void rotate(float* row, int channels, const float* cos, const float* sin, float 
   }
 }
 
-// `product`: c [rows, columns] (+)= a [rows, k] b [k, columns], where each 16 columns of b begin
-// `step` after those before, and k is a multiple of 32. Rows of a and c are there, with whatever in
-// them, up to the next multiple of 16.
+// `product` computes c [rows, columns] = a [rows, k] b [k, columns], or adds to c if kAdd. k is a
+// multiple of 32. Each group of 16 columns of b begins `step` numbers after the one before. a and c
+// need memory for a multiple of 16 rows; the additional rows may contain anything.
 
-// How vectors do it: a kernel has at most so many rows and times 16 columns, as many as registers
-// hold. It goes through the right-hand side row by row, or pair of rows by pair, which may take two
-// steps; each adds to the sums, a vector at a time, what that times the number, or pair, of every
-// left-hand row is. Left-hand sides are held as numbers of the type `Left`.
+// Products with vectors: a kernel has at most `rows` rows and `columns` * 16 columns, as many as
+// fit into registers. It goes through the right-hand side by rows in float32 and by pairs of rows
+// in bf16, in `steps` steps. Every step multiplies them by the number (or pair) of each left-hand
+// row and adds the results to the sums. `Left` is the number format of the left-hand side.
 template <typename Number>
 struct Kernel;
 
@@ -221,8 +222,8 @@ struct Kernel<bf16> {
   }
 };
 #else
-// Other processors multiply float32: a right-hand side in bf16, of which there is half as much to
-// read, becomes that in registers. On AVX2 such a kernel is as fast as one of float32.
+// Other processors multiply in float32. They convert a right-hand side from bf16 in registers, so
+// only half as many bytes are read. On AVX2 this kernel is as fast as the float32 kernel.
 template <>
 struct Kernel<bf16> : Kernel<float> {
   static constexpr int steps = 2;
@@ -236,8 +237,8 @@ struct Kernel<bf16> : Kernel<float> {
 template <typename Number>
 using Left = typename Kernel<Number>::Left;
 
-// Of kRows rows and kColumns times 16 columns. Memory is asked for from `ahead` on, `ahead_step`
-// further each time.
+// Compute a product of kRows rows and kColumns * 16 columns. Prefetch memory from `ahead` on,
+// moving by `ahead_step` each time.
 template <bool kAdd, int kColumns, int kRows, typename Number>
 void product_of(const Left<Number>* a, int lda, const Number* b, size_t step, int k, float* c,
                 int ldc, const Number* ahead, int ahead_step) {
@@ -260,7 +261,7 @@ void product_of(const Left<Number>* a, int lda, const Number* b, size_t step, in
         const Number* from = b + i / kSplit * step + begin * kLanes;
         right[i] = Kernel<Number>::right(from + i % kSplit * kFloats * kInterleaved<Number>, part);
 #if defined(__AVX2__)
-        // Into a register: for fewer than 5 rows g++ would rather read it again for each of them.
+        // Force a register: for fewer than 5 rows, g++ would read the value again for each row.
         asm("" : "+v"(right[i]));
 #endif
       }
@@ -279,7 +280,8 @@ void product_of(const Left<Number>* a, int lda, const Number* b, size_t step, in
     for (int i = 0; i < kVectors; ++i) store(c + row * ldc + i * kFloats, sums[row][i]);
 }
 
-// product_of by its number of rows, less one: a number that the compiler knows stays in registers.
+// An array of product_of for 1, 2, ... rows. With a number of rows that is known to the compiler,
+// sums stay in registers.
 template <typename Number, bool kAdd, int kColumns, int... kLess>
 constexpr auto by_rows(std::integer_sequence<int, kLess...>) {
   return std::array{product_of<kAdd, kColumns, kLess + 1, Number>...};
@@ -300,12 +302,12 @@ void product_by_vectors(const Left<Number>* a, int lda, const Number* b, size_t 
     const Number* const next = b + width / kLanes * step;
     for (int group = 0, row = 0, count; group < groups; ++group, row += count) {
       const int left = rows - row;
-      // A group of fewer than 4 rows has too few sums to keep the processor busy: it takes some of
-      // the one before it.
+      // Fewer than 4 rows have too few sums to keep the processor busy, so the last two groups
+      // share their rows evenly.
       count = left > kRows && left < kRows + 4 ? (left + 1) / 2 : std::min(left, kRows);
-      // The processor's own prefetching ends with a page. One group of rows asks for what is a page
-      // ahead; of several, which find b in the cache after the first, each for its part of the next
-      // columns, so that memory does not wait for the others.
+      // The processor's own prefetching stops at the end of a page. A single group of rows
+      // prefetches one page ahead. Of several groups, all but the first find b in the cache, so
+      // each group prefetches a part of the next columns to keep the memory busy.
       const size_t part = size_t(group) * k * kLanes / groups / kLine * kLine;
       kernels[count - 1](
           a + size_t(row) * lda, lda, b, step, k, c + size_t(row) * ldc + column, ldc,
@@ -330,9 +332,10 @@ struct Tiles {
   ~Tiles() { _tile_release(); }
 };
 
-// How tiles do it: up to 4 of c, of 16 rows and columns each, below one another (kBelow) or side by
-// side. Tiles 0 to 3 are of c, 4 is of what they share, of b or of a, and 5 and 6, in turn, are of
-// what each has of its own. A tile's number has to be a literal.
+// Products with tiles: up to 4 tiles of c, each of 16 rows and columns, below one another (kBelow)
+// or side by side. Tiles 0 to 3 hold c. Tile 4 holds the operand that they share, which is b if
+// kBelow and otherwise a. Tiles 5 and 6 alternate as the other operand. Tile numbers have to be
+// literals.
 template <bool kAdd, bool kBelow, int kTiles>
 void tiles_of(const bf16* a, int lda, const bf16* b, size_t step, int k, float* c, int ldc) {
   const size_t a_bytes = size_t(lda) * 2, c_bytes = size_t(ldc) * 4;
@@ -405,7 +408,7 @@ void product(const Given* a, int lda, const Number* b, size_t step, int columns,
 #endif
   if constexpr (std::is_same_v<Given, Left<Number>>) {
     product_by_vectors<kAdd>(a, lda, b, step, columns, k, c, ldc, rows);
-  } else {  // a left-hand side in bf16, as training in it has them: it becomes float32 first
+  } else {  // training in bf16 has bf16 left-hand sides, so convert them to float32
     static thread_local std::vector<float> wide;
     wide.resize(size_t(rows) * k);
     for (int row = 0; row < rows; ++row)

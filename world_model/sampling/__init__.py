@@ -1,1 +1,1 @@
-"""Tokens drawn from what the model says, wave by wave."""
+"""Drawing tokens from the model's logits, wave by wave."""

@@ -1,4 +1,4 @@
-"""Tokens of a frame drawn wave by wave: one cached pass for each, in which all of them are drawn.
+"""Draw a frame's tokens wave by wave: one cached pass gives the logits of a whole wave.
 
 Axes: B sequences, F futures, P = rows * cols tokens, S slots, K codes, n tokens of a wave,
 A = 2 channels.
@@ -23,7 +23,7 @@ from driving_sim.world_model.sampling.sampling import (
 )
 
 Choose = Callable[[Tensor, Tensor], Tensor]
-"""(logits float32 [B, n, K] of a wave, raster numbers [n] of its tokens) -> tokens [B, n]."""
+"""Chooses a wave's tokens: (logits float32 [B, n, K], raster indices [n]) -> tokens [B, n]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +33,20 @@ class FrameSample:
     tokens: Tensor
     """int64 [B, rows, cols]."""
     log_probs: Tensor
-    """float32 [B, rows, cols], nats: under the plain model (temperature 1, no guidance)."""
+    """float32 [B, rows, cols], in nats, under the plain model (temperature 1, no guidance)."""
     sampling_log_probs: Tensor
-    """float32 [B, rows, cols], nats: under the distribution that was drawn from."""
+    """float32 [B, rows, cols], in nats, under the distribution that tokens were drawn from."""
 
 
 class WavePasses:
-    """Continues B sequences frame by frame: one cached pass per wave, whoever chooses its tokens.
+    """Continues B sequences frame by frame, with one cached pass per wave.
 
-    The same passes serve whoever draws tokens, knows them or reads them: the logits are the same to
-    the last bit.
+    The caller chooses the tokens: it may draw them, know them or decode them from a file. The
+    logits are the same to the last bit in every case.
     """
 
     def __init__(self, cache: Cache, tokens: Tensor) -> None:
-        """Start after the frames `tokens` [B, P] that the B sequences of `cache` end with."""
+        """Start after the last frame of each sequence in `cache`, which has the `tokens` [B, P]."""
         self.cache, self.tokens = cache, tokens
         model = self.model = cache.model
         self._sources = [model.source[wave.start : wave.stop] for wave in model.order.waves]
@@ -56,7 +56,7 @@ class WavePasses:
     def step(self, actions: Tensor, valid: Tensor, choose: Choose) -> Tensor:
         """Return the tokens [B, P] of the frame that `actions` and `valid` [B, 2] lead to.
 
-        `choose` is called for one wave after the other.
+        Calls `choose` once for each wave, in order.
         """
         none, waves = self.model.grid.codebook_size, self.model.order.waves
         tokens = F.pad(torch.full_like(self.tokens, none), (0, 1), value=none)
@@ -73,7 +73,7 @@ class WavePasses:
 
 
 class FrameSampler:
-    """Continues B futures frame by frame, drawing the tokens of one wave after the other."""
+    """Continues B futures frame by frame, and draws the tokens of one wave after the other."""
 
     def __init__(
         self,
@@ -84,10 +84,11 @@ class FrameSampler:
         sampling: Sampling,
         contexts: Tensor | None = None,
     ) -> None:
-        """Start after the frames `last` [C, P] that the C sequences of `cache` end with.
+        """Start after the last frames of the sequences in `cache`, whose tokens are `last` [C, P].
 
-        `samples` int64 [B] numbers the draws: futures with the same number share theirs.
-        `contexts` int64 [B] says which sequence each future goes on from: the first by default.
+        `samples` int64 [B] are the numbers of the futures' draws; futures with the same number
+        share their draws. `contexts` int64 [B] says which sequence each future continues; by
+        default the first.
         """
         self.model, self.sampling, self.samples = cache.model, sampling, samples
         self.streams = 1 if sampling.guidance == 1 else 2
@@ -98,12 +99,12 @@ class FrameSampler:
 
     @torch.inference_mode()
     def step(self, actions: Tensor, valid: Tensor) -> FrameSample:
-        """Sample the frame that `actions` [B, 2] (m/s, rad; `valid` [B, 2]) lead to."""
+        """Sample the frame that `actions` [B, 2] (m/s, rad), if `valid` [B, 2], lead to."""
         grid, sampling, passes = self.model.grid, self.sampling, self.passes
         numbers = uniforms(sampling.seed, self.samples, self.frame, grid.rows, grid.cols)
         uniform = rearrange(numbers, "b r c -> b (r c)").to(actions.device)
         if self.streams == 2:
-            # The second stream knows no action.
+            # The second stream is for guidance: its actions are unknown.
             actions = actions.repeat(2, 1)
             valid = torch.cat([valid, torch.zeros_like(valid)])
         if isinstance(passes.cache, NativeCache) and not sampling.truncates:
@@ -131,7 +132,7 @@ class FrameSampler:
         )
 
     def _choose(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tokens [B, n] and log-probabilities [2, B, n] of logits [streams * B, n, K]."""
+        """Draw tokens [B, n] from logits [streams * B, n, K]; also return log-probs [2, B, n]."""
         plain = logits[: len(self.samples)]
         mixed = plain
         if self.streams == 2:
@@ -141,5 +142,5 @@ class FrameSampler:
         tokens = draw(drawn_from, uniform)
         exact = drawn_from if self.sampling.is_plain else plain.log_softmax(-1)
         index = tokens.unsqueeze(-1)
-        both = [each.gather(-1, index).squeeze(-1) for each in (exact, drawn_from)]
-        return tokens, torch.stack(both)
+        scores = [log_probs.gather(-1, index).squeeze(-1) for log_probs in (exact, drawn_from)]
+        return tokens, torch.stack(scores)

@@ -1,6 +1,6 @@
-"""How tokens are drawn from what the model says: temperature, top-k, top-p, guidance, a seed.
+"""Draw tokens from the model's logits, with temperature, top-k, top-p, guidance and a seed.
 
-Draws are reproducible: a uniform number for each token, and the token that it falls to.
+Draws are reproducible: each token has a uniform random number, at which the inverse CDF is read.
 
 Axes: B futures, K codes.
 """
@@ -18,23 +18,26 @@ from driving_sim.engine.config import Count, Int64, NonNegative, config
 
 @config
 class Sampling:
-    """How tokens are drawn from the model's distribution."""
+    """Settings for drawing tokens from the model's distribution."""
 
     temperature: NonNegative = 1.0
-    """Divides the logits; 0 takes the most probable token."""
+    """Divisor of the logits; 0 takes the most probable token."""
     top_k: Count | None = None
-    """Keep only this many most probable tokens; ties go to the lower token."""
+    """Number of most probable tokens to keep; of equal tokens, those with lower indices stay."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Keep only the smallest set of most probable tokens that together reach this probability; ties
-    go to the lower token."""
+    """Total probability that the kept tokens must reach.
+
+    The most probable tokens are kept, as few as possible. Of equal tokens, those with lower indices
+    stay.
+    """
     guidance: NonNegative = 1.0
-    """g in `l_null + g (l - l_null)`: 1 is the plain model, more makes actions count more."""
+    """g in `l_null + g (l - l_null)`: 1 is the plain model, and larger values obey actions more."""
     seed: Int64 = 0
-    """Chooses the uniform numbers."""
+    """Seed of the uniform random numbers."""
 
     @property
     def truncates(self) -> bool:
-        """Whether some tokens may be cut off."""
+        """Whether top-k or top-p is set, so that some tokens may be excluded."""
         return self.top_k is not None or self.top_p is not None
 
     @property
@@ -44,7 +47,7 @@ class Sampling:
 
 
 def truncated_log_probs(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Return the log-probabilities [..., K] that tokens are drawn from, -inf where cut off."""
+    """Return the log-probabilities [..., K] to draw from; excluded tokens have -inf."""
     if sampling.temperature == 0:
         best = logits.argmax(-1, keepdim=True)
         return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
@@ -65,8 +68,8 @@ def truncated_log_probs(logits: Tensor, sampling: Sampling) -> Tensor:
 def _cut(log_probs: Tensor, least: Tensor, count: Tensor | int) -> Tensor:
     """Set all but the `count` most probable of log_probs [..., K] to -inf.
 
-    `least` [..., 1] is the log-probability of the last one that stays; of those that have it, too,
-    the lower tokens stay.
+    `least` [..., 1] is the log-probability of the least probable token that stays. Of several
+    tokens with this value, those with lower indices stay.
     """
     tied = log_probs == least
     left = count - (log_probs > least).sum(-1, keepdim=True)
@@ -75,10 +78,11 @@ def _cut(log_probs: Tensor, least: Tensor, count: Tensor | int) -> Tensor:
 
 
 def uniforms(seed: int, samples: Tensor, frame: int, rows: int, cols: int) -> Tensor:
-    """Return float32 numbers in [0, 1) for `samples` int64 [B], shaped [B, rows, cols].
+    """Return uniform random numbers in [0, 1), float32 [B, rows, cols], for `samples` int64 [B].
 
-    Each is a function of (seed, sample, frame, row, column) only: a chain of SplitMix64 steps, one
-    per coordinate, the upper 24 bits of which are the number. Computed on the CPU.
+    Each number depends only on (seed, sample, frame, row, column). A chain of SplitMix64 steps, one
+    per coordinate, hashes them; the upper 24 bits of the hash are the number. The numbers are
+    computed on the CPU.
     """
     hashed = mixed(np.array([seed % 2**64], np.uint64))
     for coordinate in (
@@ -93,13 +97,14 @@ def uniforms(seed: int, samples: Tensor, frame: int, rows: int, cols: int) -> Te
 
 
 def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
-    """Return the tokens [...] at `uniform` [...] of the inverse CDF of log_probs [..., K].
+    """Return the tokens [...] that the inverse CDF of log_probs [..., K] has at `uniform` [...].
 
-    Tokens follow in the order of their indices, so that rounding errors in the logits move a draw
-    only where it lies within them of a boundary. A token of probability 0 is never drawn.
+    The CDF sums tokens in the order of their indices. A rounding error in the logits therefore
+    changes a draw only if the draw lies that close to the boundary between two tokens. Tokens of
+    probability 0 are never drawn.
     """
     total = log_probs.exp().cumsum(-1)
-    # uniform has 24 bits: the product rounds to less than the last sum, even in float32.
+    # `uniform` has 24 bits, so the product stays below the last sum even in float32.
     at = (uniform * total[..., -1]).unsqueeze(-1)
-    found = torch.searchsorted(total, at, right=True).squeeze(-1)
-    return found.clamp_(max=log_probs.shape[-1] - 1)  # of what is not a number, some token
+    tokens = torch.searchsorted(total, at, right=True).squeeze(-1)
+    return tokens.clamp_(max=log_probs.shape[-1] - 1)  # NaN yields an arbitrary valid token

@@ -1,1 +1,1 @@
-"""Training a world model: what for, on what, and how it is judged meanwhile."""
+"""Training a world model: its objective, its data, its presets and its validation."""

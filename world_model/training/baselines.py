@@ -1,4 +1,4 @@
-"""What knowing nothing but counts is worth, in the same bits as the model's.
+"""Baselines that only count tokens, measured in bits per token like the model.
 
 Axes: n frames, P tokens of a frame, K codes.
 """
@@ -15,20 +15,20 @@ from driving_sim.data.arrays import Floats, Ints
 from driving_sim.data.tokens.store import DriveTokens
 from driving_sim.world_model.training.bits import FrameBits, FullWindows
 
-_PSEUDO_COUNT = 0.5  # Krichevsky-Trofimov: an unseen code is not impossible
+_PSEUDO_COUNT = 0.5  # Krichevsky-Trofimov estimator: unseen codes keep a probability above 0
 _STRENGTHS = tuple(2.0**power for power in range(-2, 13))
 
 
 @dataclass(frozen=True, slots=True)
 class Unigram:
-    """Every token drawn from the training drives' frequencies."""
+    """Predicts every token from the frequencies of codes in the training drives."""
 
     probabilities: Floats
-    """[K]."""
+    """[K]: probability of each code."""
 
     @classmethod
     def fit(cls, drives: Sequence[DriveTokens]) -> Self:
-        """Count the tokens of the training drives."""
+        """Count the codes in the training drives."""
         size = drives[0].info.codebook_size
         counts = np.full(size, _PSEUDO_COUNT)
         for drive in drives:
@@ -36,7 +36,7 @@ class Unigram:
         return cls(counts / counts.sum())
 
     def bits_per_token(self, windows: FullWindows) -> FrameBits:
-        """Judge the last frame of every window."""
+        """Measure the bits and accuracy of the last frame of every window."""
         tokens, _ = windows.last_frames()
         bits = -np.log2(self.probabilities[tokens])
         right = tokens == self.probabilities.argmax()
@@ -45,15 +45,15 @@ class Unigram:
 
 @dataclass(frozen=True, slots=True)
 class CopyLast:
-    """The token of the frame before, or with probability `change` a unigram draw."""
+    """Predicts the previous frame's token or, with probability `change`, a unigram draw."""
 
     unigram: Unigram
     change: float
-    """e in `(1 - e) [last] + e unigram`."""
+    """Probability e in `(1 - e) [last] + e unigram`."""
 
     @classmethod
     def fit(cls, drives: Sequence[DriveTokens]) -> Self:
-        """Find the `change` of greatest likelihood on the training drives, by bisection."""
+        """Find the `change` that maximises the likelihood of the training drives, by bisection."""
         unigram = Unigram.fit(drives)
         stayed, changed = [], 0
         for before, after in _transitions(drives):
@@ -63,7 +63,7 @@ class CopyLast:
         return cls(unigram, _most_likely_change(np.concatenate(stayed), changed))
 
     def bits_per_token(self, windows: FullWindows) -> FrameBits:
-        """Judge the last frame of every window."""
+        """Measure the bits and accuracy of the last frame of every window."""
         tokens, last = windows.last_frames()
         probabilities = self.change * self.unigram.probabilities[tokens]
         probabilities += (1 - self.change) * (tokens == last)
@@ -73,24 +73,25 @@ class CopyLast:
 
 @dataclass(frozen=True, slots=True)
 class TimeBigram:
-    """The token given the one before it at the same place: `(n(a, b) + s u(b)) / (n(a) + s)`.
+    """Predicts token b, given token a at the same place in the frame before.
 
-    Counts of pairs, filled up with `strength` draws from the unigram: a Dirichlet prior, as in
-    MacKay and Peto 1995 (https://doi.org/10.1017/S1351324900000218).
+    The probability is `(n(a, b) + s u(b)) / (n(a) + s)`, where n counts pairs in the training
+    drives, u is the unigram and s is `strength`. This is a Dirichlet prior, as in MacKay and Peto
+    1995 (https://doi.org/10.1017/S1351324900000218).
     """
 
     unigram: Unigram
     strength: float
     pairs: Ints
-    """Codes of the pairs that occurred, `before * K + after`, ascending."""
+    """The pairs that occurred, as numbers `before * K + after` in ascending order."""
     counts: Ints
-    """How often each occurred."""
+    """Number of times that each pair occurred."""
     totals: Ints
-    """[K], how often each code was followed by any."""
+    """[K]: number of pairs that begin with each code."""
 
     @classmethod
     def fit(cls, drives: Sequence[DriveTokens]) -> Self:
-        """Count the pairs, and find the strength that best foretells each without itself."""
+        """Count the pairs; choose the strength that best predicts each pair from all others."""
         unigram = Unigram.fit(drives)
         size = len(unigram.probabilities)
         codes = [
@@ -104,20 +105,20 @@ class TimeBigram:
         return max(fits, key=cls._left_out_likelihood)
 
     def bits_per_token(self, windows: FullWindows) -> FrameBits:
-        """Judge the last frame of every window."""
+        """Measure the bits and accuracy of the last frame of every window."""
         tokens, last = windows.last_frames()
         bits = -np.log2(self._probability(last, tokens, 0))
         best = self._most_probable()
         return windows.judged(bits.mean(1), (best[last] == tokens).mean(1))
 
     def _probability(self, before: Ints, after: Ints, left_out: int) -> Floats:
-        """Probabilities of `after` given `before`, with so many of each pair's own counts gone."""
+        """Return the probabilities of `after` given `before`, with `left_out` less of each pair."""
         codes = before * len(self.totals) + after
         place = np.minimum(np.searchsorted(self.pairs, codes), len(self.pairs) - 1)
         count = np.where(self.pairs[place] == codes, self.counts[place], 0) - left_out
         prior = self.strength * self.unigram.probabilities[after]
-        found: Floats = (count + prior) / (self.totals[before] - left_out + self.strength)
-        return found
+        probability: Floats = (count + prior) / (self.totals[before] - left_out + self.strength)
+        return probability
 
     def _left_out_likelihood(self) -> float:
         size = len(self.totals)
@@ -125,12 +126,12 @@ class TimeBigram:
         return float((self.counts * np.log(probability)).sum())
 
     def _most_probable(self) -> Ints:
-        """[K], the likeliest code after each."""
+        """Return the most probable code after each code, [K]."""
         size, prior = len(self.totals), self.strength * self.unigram.probabilities
         best = np.full(size, prior.argmax())
         weight = self.counts + prior[self.pairs % size]
         order = np.argsort(weight, kind="stable")
-        # The heaviest pair of each code comes last, and the last assignment stays.
+        # Pairs are sorted by weight, so the heaviest pair of each code is assigned last.
         likely = self.pairs[order[weight[order] >= prior.max()]]
         best[likely // size] = likely % size
         return best
@@ -139,7 +140,7 @@ class TimeBigram:
 def _transitions(
     drives: Sequence[DriveTokens],
 ) -> Iterator[tuple[NDArray[np.uint16], NDArray[np.uint16]]]:
-    """Yield the tokens of frames and of the frames after them, one run without a gap at a time."""
+    """Yield the tokens of frames and of their next frames, for one run without gaps at a time."""
     for drive in drives:
         for begin, stop in drive.entry.segments:
             tokens = drive.tokens[begin:stop]
@@ -147,14 +148,15 @@ def _transitions(
 
 
 def _most_likely_change(stayed: Floats, changed: int) -> float:
-    """Solve for e where the log-likelihood, which is concave in e, is greatest.
+    """Return the e that maximises the log-likelihood, which is concave in e.
 
-    `stayed` holds the unigram probabilities of the tokens that stayed; `changed` counts the rest.
+    `stayed` holds the unigram probabilities of the tokens that did not change. `changed` is the
+    number of tokens that did.
     """
     low, high = 0.0, 1.0
     while high - low > 1e-9:
         change = (low + high) / 2
         slope = changed / change + ((stayed - 1) / (1 - change + change * stayed)).sum()
         low, high = (change, high) if slope > 0 else (low, change)
-    # Never quite 0: then a single change would cost infinitely many bits.
+    # Return more than 0, because with 0 a single change would cost infinitely many bits.
     return max(low, math.ulp(1.0))

@@ -1,8 +1,8 @@
 """Bits per token, frame by frame: how well a model predicts drives that it has not seen.
 
-Models are judged as they are given: frozen, as a `WorldModel` holds its transformer.
+The functions expect a frozen transformer, such as that of a `WorldModel`.
 
-Axes: n windows or frames, B batch, V variants of the actions, N frames of a run without a gap,
+Axes: n windows or frames, B batch, V variants of the actions, N frames of a run without gaps,
 W frames of context, P = rows * cols tokens of a frame, r c rows and columns.
 """
 
@@ -27,49 +27,49 @@ from driving_sim.world_model.transformer import Transformer
 
 @dataclass(frozen=True, slots=True)
 class TokenBits:
-    """One value per token of B frames, on the model's device."""
+    """How well the model predicted each token of B frames; tensors on the model's device."""
 
     bits: Tensor
-    """[B, P]: minus the logarithm of the probability that the token had, its surprise."""
+    """[B, P]: surprise of each token, which is minus log2 of its probability."""
     right: Tensor
-    """Bool [B, P], whether it was the model's most probable one."""
+    """Bool [B, P]: whether the token was the model's most probable one."""
     confidence: Tensor
-    """[B, P], the probability of the model's most probable one."""
+    """[B, P]: probability of the model's most probable token."""
 
     @classmethod
     def judge(cls, logits: Tensor, tokens: Tensor) -> Self:
-        """Judge tokens [B, P] under logits [B, P, K]."""
+        """Measure how well logits [B, P, K] predict tokens [B, P]."""
         log_probs = logits.float().log_softmax(-1)
         bits = -log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) / math.log(2)
         return cls(bits, logits.argmax(-1) == tokens, log_probs.amax(-1).exp())
 
     def means(self) -> Floats:
-        """Mean bits and accuracy of each frame, [2, B]."""
+        """Return the mean bits and the accuracy of each frame, [2, B]."""
         means = torch.stack([self.bits.mean(-1), self.right.float().mean(-1)])
         return means.double().cpu().numpy()
 
 
 @dataclass(frozen=True, slots=True)
 class FrameBits:
-    """One value per frame, in the drives' order: blocks of neighbours can be resampled."""
+    """How well the model predicted n frames, in order, so that neighbours are adjacent."""
 
     drive: Ints
-    """[n], the drive's place in the sequence that was given."""
+    """[n]: index of each frame's drive in the list of drives."""
     frame: Ints
-    """[n], the frame's number in its drive."""
+    """[n]: index of each frame in its drive."""
     bits: Floats
-    """[n], mean bits per token of the frame."""
+    """[n]: mean bits per token of each frame."""
     accuracy: Floats
-    """[n], share of tokens that were the model's most probable ones."""
+    """[n]: share of each frame's tokens that the model found most probable."""
 
     @property
     def mean(self) -> float:
-        """Bits per token over all frames."""
+        """Mean bits per token of all frames."""
         return float(self.bits.mean())
 
 
 class FullWindows(WindowIndex):
-    """Every window of `frames` frames: each has one frame to judge, its last, and W-1 behind it."""
+    """Every window of `frames` frames, of which the last is measured and the others are context."""
 
     def __init__(self, drives: Sequence[DriveTokens], *, frames: int, stride: int = 1) -> None:
         super().__init__(drives, frames=frames, stride=stride)
@@ -77,7 +77,7 @@ class FullWindows(WindowIndex):
         self.frame = start + frames - 1
 
     def last_frames(self) -> tuple[Ints, Ints]:
-        """Return the tokens [n, P] of the judged frames and of the frames before them."""
+        """Return the tokens [n, P] of the windows' last frames and of the frames before them."""
         pairs = [
             self._drives[drive].tokens[frame - 1 : frame + 1].astype(np.int64)
             for drive, frame in zip(self.drive, self.frame, strict=True)
@@ -86,7 +86,7 @@ class FullWindows(WindowIndex):
         return tokens[1], tokens[0]
 
     def judged(self, bits: Floats, accuracy: Floats) -> FrameBits:
-        """Attach values [n] to the windows' judged frames."""
+        """Return the `FrameBits` of the windows' last frames, given their values [n]."""
         return FrameBits(self.drive, self.frame, bits, accuracy)
 
 
@@ -99,23 +99,23 @@ def bits_per_token(
     advance: Callable[[int], object] = lambda frames: None,
     watch: Callable[[TokenBits], object] = lambda judged: None,
 ) -> FrameBits:
-    """Judge the last frame of every window, recomputing each window as training does.
+    """Measure the last frame of every window; compute each window as a whole, as in training.
 
-    `advance` is called with the number of frames judged since, `watch` with their tokens, in the
-    windows' order.
+    After every batch, calls `advance` with its number of windows, and `watch` with the measurements
+    of their last frames' tokens, in order.
     """
     device, tables = model.source.device, model.tables()
-    found = []
+    means = []
     for at in range(0, len(windows), batch_size):
         batch = windows.load(np.arange(at, min(at + batch_size, len(windows))))
         batch = {name: value.to(device) for name, value in batch.items()}
         hidden = model.window_hidden(tables, **batch)
         logits = F.linear(hidden[:, -1], tables.output)
         judged = TokenBits.judge(logits, batch["tokens"][:, -1].flatten(1))
-        found.append(judged.means())
+        means.append(judged.means())
         watch(judged)
         advance(len(hidden))
-    return windows.judged(*np.concatenate(found, axis=1))
+    return windows.judged(*np.concatenate(means, axis=1))
 
 
 def streamed_bits_per_token(
@@ -126,12 +126,12 @@ def streamed_bits_per_token(
     stop: int | None = None,
     advance: Callable[[int], object] = lambda drives: None,
 ) -> FrameBits:
-    """Judge frames `first` to `stop` of every run without a gap as a rollout would meet them.
+    """Measure frames `first` to `stop` of every run without gaps, with a cache, as in a rollout.
 
-    Each run starts afresh, at its frame 0; runs of `first` frames or fewer are left out. `advance`
-    is called with the number of drives judged since.
+    Each run starts with an empty cache at its frame 0. Runs of at most `first` frames are left out.
+    Calls `advance(1)` after every drive.
     """
-    found: list[tuple[float, ...]] = []
+    rows: list[tuple[float, ...]] = []
     for number, drive in enumerate(drives):
         for begin, end in drive.entry.segments:
             if end - begin <= first:
@@ -140,9 +140,9 @@ def streamed_bits_per_token(
             actions, valid = drive.actions[None, begin:last], drive.action_valid[None, begin:last]
             run = streamed_token_bits(model, drive.tokens[begin:last], actions, valid)
             judged = [(number, begin + t, *frame.means()[:, 0]) for t, frame in enumerate(run)]
-            found += judged[first:]
+            rows += judged[first:]
         advance(1)
-    drive_n, frame_n, bits, accuracy = np.array(found, np.float64).reshape(-1, 4).T
+    drive_n, frame_n, bits, accuracy = np.array(rows, np.float64).reshape(-1, 4).T
     return FrameBits(drive_n.astype(np.int64), frame_n.astype(np.int64), bits, accuracy)
 
 
@@ -153,25 +153,25 @@ def streamed_token_bits(
     actions: Floats32,
     valid: Mask,
 ) -> Iterator[TokenBits]:
-    """Judge the tokens of a run without a gap, frame after frame, as a rollout would meet them.
+    """Measure the tokens of a run without gaps, frame by frame, with a cache, as in a rollout.
 
-    Each frame goes through the ring cache once and nothing is recomputed, so that from frame W on
-    the cache holds what its frames saw of frames that have left. `tokens` are N frames [r, c],
-    taken one at a time: memory does not grow with their number. `actions` [V, N, 2] are V variants
-    of the run's own, `actions[:, t]` leading from frame t to frame t + 1, and `valid` [V, N, 2]
-    says which are known; B is V.
+    Each frame enters the ring cache once, and nothing is recomputed. From frame W on, the cached
+    frames therefore still carry information from frames that have left the cache. `tokens` are N
+    frames [r, c], read one at a time, so memory does not grow with N. `actions` [V, N, 2] are V
+    variants of the run's actions; `actions[:, t]` lead from frame t to frame t + 1. `valid`
+    [V, N, 2] says which are known. The batch size B of the results is V.
     """
     device, variants = model.source.device, len(actions)
     cache = RingCache(model, model.tables(), variants)
     before = torch.full((variants, model.order.tokens), model.grid.codebook_size, device=device)
-    # Nothing that is known leads to the first frame.
+    # The action that leads to the first frame is unknown.
     led = [
-        torch.from_numpy(np.pad(rearrange(each, "v n a -> n v a")[:-1], ((1, 0), (0, 0), (0, 0))))
-        for each in (actions, valid)
+        torch.from_numpy(np.pad(rearrange(x, "v n a -> n v a")[:-1], ((1, 0), (0, 0), (0, 0))))
+        for x in (actions, valid)
     ]
     for frame, *action in zip(tokens, *led, strict=True):
-        one = torch.from_numpy(np.asarray(frame).astype(np.int64).ravel()).to(device)
-        tokens_VP = one.expand(variants, -1)
-        logits = encode_frame(cache, tokens_VP, before, *(each.to(device) for each in action))
+        tokens_P = torch.from_numpy(np.asarray(frame).astype(np.int64).ravel()).to(device)
+        tokens_VP = tokens_P.expand(variants, -1)
+        logits = encode_frame(cache, tokens_VP, before, *(x.to(device) for x in action))
         yield TokenBits.judge(logits, tokens_VP)
         before = tokens_VP

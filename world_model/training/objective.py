@@ -1,4 +1,4 @@
-"""What the world model is trained for: the next token, from a past that is not quite right.
+"""The training objective: predict the next token from a past that contains errors.
 
 Axes: B batch, T frames, R rows, C cols, K codes, A = 2 action channels.
 """
@@ -21,17 +21,20 @@ from driving_sim.world_model.transformer import Transformer
 
 @config
 class InputNoiseConfig:
-    """What training hides or gets wrong in the input, beyond plain next-token prediction."""
+    """What training changes in the model's input: wrong tokens and hidden actions."""
 
     token_noise: Share = 0.1
-    """Largest share of a window's tokens that is replaced in the input; each window's own share
-    is drawn from 0 to this. It teaches the model to go on from its own mistakes."""
+    """Largest share of a window's tokens that is replaced in the input.
+
+    Each window's share is drawn between 0 and this. The noise teaches the model to continue from
+    its own mistakes.
+    """
     action_dropout: ActionDropoutConfig = field(default_factory=ActionDropoutConfig)
     """How often actions are hidden."""
 
 
 class WorldModelObjective(Trainable):
-    """The training loss of a `Transformer`: cross-entropy of every token of a window."""
+    """The training loss of a `Transformer`: the mean cross-entropy of a window's tokens."""
 
     def __init__(self, config: InputNoiseConfig, transformer: Transformer) -> None:
         super().__init__()
@@ -39,30 +42,34 @@ class WorldModelObjective(Trainable):
         self.transformer = transformer
 
     def players(self) -> list[Player]:
-        """One; matrices and embeddings decay: towards what their digits share."""
+        """Return the transformer as the only player.
+
+        Weight decay also shrinks the codes' own embeddings, so that they rely on shared digits.
+        """
         return [Player("model", self.transformer)]
 
     def ema_module(self) -> Transformer:
-        """Everything that has parameters."""
+        """Return the transformer, which has all the parameters."""
         return self.transformer
 
     def blocks(self) -> Iterable[nn.Module]:
-        """The transformer's blocks."""
+        """Return the transformer's blocks."""
         return self.transformer.blocks
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return loss (nats) and metrics of a batch as `TokenWindows` makes it.
+        """Return the loss (nats per token) and the metrics of a batch from `TokenWindows`.
 
-        `tokens` [B, T, R, C], `previous` [B, R, C], `has_previous` [B], `actions` [B, T, 2],
-        `action_valid` [B, T, 2]. In eval mode there is no noise and nothing is hidden.
+        The batch has `tokens` [B, T, R, C], `previous` [B, R, C], `has_previous` [B], `actions`
+        [B, T, 2] and `action_valid` [B, T, 2]. In eval mode no token is replaced and no action is
+        hidden.
         """
         tokens, valid = batch["tokens"], batch["action_valid"]
-        seen = torch.cat([batch["previous"][:, None], tokens], dim=1)
+        inputs = torch.cat([batch["previous"][:, None], tokens], dim=1)
         if self.training:
-            seen = replace_tokens(seen, self.config.token_noise)
+            inputs = replace_tokens(inputs, self.config.token_noise)
             valid = drop_actions(valid, self.config.action_dropout)
         logits = self.transformer(
-            seen[:, 1:], seen[:, 0], batch["has_previous"], batch["actions"], valid
+            inputs[:, 1:], inputs[:, 0], batch["has_previous"], batch["actions"], valid
         )
         flat = rearrange(logits, "b t r c k -> (b t r c) k").float()
         target = rearrange(tokens, "b t r c -> (b t r c)")
@@ -76,8 +83,8 @@ class WorldModelObjective(Trainable):
 def replace_tokens(tokens: Tensor, largest_share: float) -> Tensor:
     """Replace a random share, up to `largest_share`, of each window's tokens [B, T, R, C].
 
-    The replacements are tokens from elsewhere in the batch, so that each is as frequent as it is
-    in the data: sampling errors look like that, uniform noise does not.
+    The replacements are random tokens of the batch, so that common tokens are common among them.
+    They resemble sampling errors more than uniform noise does.
     """
     if largest_share == 0:
         return tokens

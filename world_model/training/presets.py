@@ -1,4 +1,4 @@
-"""World models that are ready to train: demo, tiny, base, large."""
+"""Presets for training a world model: demo, tiny, base and large."""
 
 from driving_sim.engine.training.config import TrainingConfig
 from driving_sim.world_model.training.objective import InputNoiseConfig
@@ -20,7 +20,7 @@ DEMO = WorldModelRunConfig(
         workers=0,
     ),
 )
-"""For the synthetic world in minutes on a CPU."""
+"""Trains on the synthetic world in minutes on a CPU."""
 
 TINY = WorldModelRunConfig(
     model=TransformerConfig(
@@ -28,7 +28,7 @@ TINY = WorldModelRunConfig(
     ),
     data=WorldModelDataConfig(batch_size=2),
     training=TrainingConfig(
-        steps=1000,  # more only overfits a few minutes of video
+        steps=1000,  # more steps only overfit a few minutes of video
         learning_rate=3e-3,
         warmup_steps=100,
         weight_decay=0.1,
@@ -39,7 +39,7 @@ TINY = WorldModelRunConfig(
         workers=0,
     ),
 )
-"""8x16 tokens, 3 M parameters, at most half an hour on two CPU cores."""
+"""8x16 tokens, 3 M parameters; trains in at most half an hour on two CPU cores."""
 
 BASE = WorldModelRunConfig(
     model=TransformerConfig(
@@ -56,7 +56,7 @@ BASE = WorldModelRunConfig(
         workers=4,
     ),
 )
-"""16x32 tokens, the size of GPT-2 small, for a GPU."""
+"""16x32 tokens, as large as GPT-2 small; trains on a GPU."""
 
 LARGE = WorldModelRunConfig(
     model=TransformerConfig(layers=24, width=1536, heads=16, kv_heads=4, context_frames=20),
@@ -72,7 +72,7 @@ LARGE = WorldModelRunConfig(
         workers=4,
     ),
 )
-"""16x32 tokens, 0.6 B parameters, for several GPUs."""
+"""16x32 tokens, 0.6 B parameters; trains on several GPUs."""
 
 PRESETS = {"demo": DEMO, "tiny": TINY, "base": BASE, "large": LARGE}
-"""The presets by name."""
+"""All presets by name."""

@@ -1,4 +1,4 @@
-"""Training a world model on a token store: the run's options, the checks, the folder it leaves."""
+"""Train a world model on a token store: the options of a run, its checks, and the training."""
 
 import copy
 from collections.abc import Sequence
@@ -29,23 +29,23 @@ from driving_sim.world_model.training.validation import WindowValidation
 from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
 from driving_sim.world_model.world_model import WorldModel
 
-_STATISTICS_FRAMES = 2_000_000  # enough for percentiles; a store can hold billions
+_STATISTICS_FRAMES = 2_000_000  # enough to measure percentiles; a store can hold billions
 
 
 @config
 class WorldModelDataConfig:
-    """Which windows train and which validate."""
+    """Choice of the windows for training and for validation."""
 
     batch_size: Count = 8
-    """Windows of `context_frames` frames in a batch, on each device."""
+    """Number of windows in a batch on each device; a window has `context_frames` frames."""
     validation: tuple[str, ...] | None = None
-    """Ids of the validation drives; none: a share of the drives, drawn by their ids."""
+    """Ids of the validation drives. If None, a share of the drives is drawn by their ids."""
     validation_fraction: InnerShare = 0.1
-    """That share."""
+    """Share of the drives that is held out for validation if `validation` is None."""
     validation_windows: Count = 64
-    """Most windows that a validation looks at."""
+    """Maximum number of windows in a validation."""
     preview: bool = True
-    """Whether a validation also rolls out half a window, as a video beside the truth."""
+    """Whether a validation also rolls out half a window and shows it beside the recording."""
 
 
 @config
@@ -53,13 +53,13 @@ class WorldModelRunConfig:
     """All options of a world model's training run."""
 
     training: TrainingConfig
-    """How it is trained."""
+    """Training loop and optimiser."""
     model: TransformerConfig = field(default_factory=TransformerConfig)
-    """The transformer."""
+    """Size and shape of the transformer."""
     objective: InputNoiseConfig = field(default_factory=InputNoiseConfig)
-    """What it is trained for."""
+    """What training changes in the model's input."""
     data: WorldModelDataConfig = field(default_factory=WorldModelDataConfig)
-    """What it is trained on."""
+    """Windows for training and for validation."""
 
 
 def train_world_model(
@@ -72,11 +72,11 @@ def train_world_model(
     resume: bool = False,
     device: str = "auto",
 ) -> TrainingResult:
-    """Train on the token store `store`, made by `tokenizer`; leave the best model in `run`.
+    """Train on the token store `store`, made by `tokenizer`; save the best model in `run`.
 
-    Validates on whole drives that it does not train on. `init_from` is the run of a world model of
-    the same shape to start from. Raises `DriveSimError` where the parts do not fit together or
-    `run` cannot be used.
+    Validates on whole drives that are held out from training. Training starts from the weights in
+    the run `init_from`, if given, whose model must have the same shape. Raises `DriveSimError` if
+    the parts do not fit together or `run` cannot be used.
     """
     tokens = TokenStore(store)
     run_config = {
@@ -90,8 +90,8 @@ def train_world_model(
         if frozen.fingerprint != tokens.info.tokenizer_fingerprint:
             raise DriveSimError(
                 f"{store} was not made by the tokenizer {tokenizer} (fingerprints "
-                f"{tokens.info.tokenizer_fingerprint[:12]} and {frozen.fingerprint[:12]}): name "
-                "the one that made it with `tokenizer`, or tokenize again"
+                f"{tokens.info.tokenizer_fingerprint[:12]} and {frozen.fingerprint[:12]}); give "
+                "the one that made it as `tokenizer`, or tokenize again"
             )
         training_ids, validation_ids = split_drives(
             tokens.drive_ids,
@@ -99,17 +99,17 @@ def train_world_model(
             fraction=config.data.validation_fraction,
         )
         training = tokens.select(training_ids)
-        # Of one drive alone, nothing is kept from training.
+        # If there is only one drive, it serves both training and validation.
         validation = tokens.select(validation_ids or training_ids)
         torch.manual_seed(config.training.seed)
         transformer = _new_transformer(config.model, training, frozen, init_from)
 
         if own_device.type == "cpu":
-            library()  # compiled before the clock of `minutes` runs
+            library()  # compile before the time that `minutes` limits begins
 
         def as_world(model: nn.Module) -> WorldModel:
             assert isinstance(model, Transformer)
-            # A copy: a WorldModel freezes the module that it is given.
+            # Copy the module, because a WorldModel freezes the one that it gets.
             module = copy.deepcopy(model)
             return WorldModel(
                 module,
@@ -145,7 +145,7 @@ def train_world_model(
 
 
 def action_statistics(drives: Sequence[DriveTokens]) -> ActionStatistics:
-    """Measure the drives' actions; of a large store, those of drives spread evenly over it."""
+    """Measure the actions of the drives or, in a large store, of every n-th drive."""
     total = sum(len(drive) for drive in drives)
     chosen = drives[:: max(1, total // _STATISTICS_FRAMES)]
     return ActionStatistics.measure(
@@ -165,26 +165,26 @@ def _new_transformer(
     if init_from is None:
         return Transformer(config, grid, statistics)
     source, info = WorldModel.from_run(init_from, "cpu"), drives[0].info
-    for what, found, expected in (
+    for name, own, expected in (
         ("configuration", source.config.model, config),
         ("token grid", source.config.grid, grid),
         ("tokenizer", source.tokenizer.fingerprint, tokenizer.fingerprint),
         ("kind of steering", source.steering_kind, info.steering_kind),
     ):
-        if found != expected:
+        if own != expected:
             raise DriveSimError(
-                f"`init_from` {init_from}: its {what} differs from this run's ({found} and "
-                f"{expected})"
+                f"`init_from` {init_from}: its {name} differs from this run's ({own} and "
+                f"{expected}); choose another run or change the settings"
             )
-    transformer = Transformer(config, grid, _in_the_scale_of(source, statistics))
+    transformer = Transformer(config, grid, _in_scale_of(source, statistics))
     transformer.load_state_dict(source.transformer.state_dict())
     return transformer
 
 
-def _in_the_scale_of(source: WorldModel, measured: ActionStatistics) -> ActionStatistics:
-    """What was measured, with the means and spreads that the source's weights were trained with.
+def _in_scale_of(source: WorldModel, measured: ActionStatistics) -> ActionStatistics:
+    """Return `measured` with the means and spreads that the source's weights were trained with.
 
-    A channel that it never saw, or never saw move, has no scale there.
+    A channel keeps its measured ones if it was missing or constant in the source's training data.
     """
     kept = source.statistics
     learned = np.array(source.known_channels) & (np.array(kept.std) > 0)

@@ -1,4 +1,4 @@
-"""How a world model is judged while it trains: bits on unseen drives, and a look at a future.
+"""Validation of a world model during training: bits on held-out drives, and a preview.
 
 Axes: B windows, T frames, R C token rows and columns, K codes, H W pixels.
 """
@@ -23,10 +23,10 @@ from driving_sim.world_model.world_model import WorldModel
 
 
 class WindowValidation:
-    """Measures an objective's transformer on windows side by side of the validation drives.
+    """Measures an objective's transformer on adjacent windows of the validation drives.
 
-    `frames` is the length of a window, `as_world` makes the frozen model that a preview is rolled
-    out with, where one is wanted. Raises `DriveSimError` where no drive is as long as a window.
+    `frames` is the length of a window. `as_world` makes a frozen model that rolls out a preview;
+    without it, there is no preview. Raises `DriveSimError` if no drive is as long as a window.
     """
 
     def __init__(
@@ -41,17 +41,17 @@ class WindowValidation:
         self.frames, self.as_world = frames, as_world
         batches = partial(sequential_windows, drives, frames=frames)
         self.batches = list(batches(batch_size=batch_size, limit=windows))
-        *_, self.shown = batches(batch_size=1, limit=2)
+        *_, self.preview_window = batches(batch_size=1, limit=2)
 
     def __call__(self, model: nn.Module) -> Validation:
-        """Return bits per token as the score; its parts, accuracy and what actions are worth.
+        """Return bits per token as the score, and metrics.
 
-        `full_window` bits are those of windows' last frames; `action_gain` is how many bits more
-        the tokens cost under the actions of another window.
+        `full_window/bits_per_token` counts only the last frame of each window. `action_gain` is how
+        many more bits a token costs if its window gets the actions of another one.
         """
         assert isinstance(model, WorldModelObjective)
         rows = [_measure(model.transformer, batch) for batch in self.batches]
-        # A last batch of one window has no other window's actions to try.
+        # A batch of a single window has no `action_gain`, because it has no second window.
         columns = {
             name: torch.cat([row[name] for row in rows if name in row])
             for name in dict.fromkeys(name for row in rows for name in row)
@@ -63,10 +63,10 @@ class WindowValidation:
         return Validation(score=metrics.pop("bits_per_token"), metrics=metrics, videos=videos)
 
     def _preview(self, world: WorldModel) -> Pixels:
-        """The second half of a window beside a future of its first half: [T, H, 2 W, 3]."""
-        tokens, half = self.shown["tokens"][0], self.frames // 2
-        unknown = ~self.shown["action_valid"][0]
-        actions = self.shown["actions"][0].masked_fill(unknown, torch.nan).numpy()
+        """Return the second half of a window beside a future of its first half, [T, H, 2 W, 3]."""
+        tokens, half = self.preview_window["tokens"][0], self.frames // 2
+        unknown = ~self.preview_window["action_valid"][0]
+        actions = self.preview_window["actions"][0].masked_fill(unknown, torch.nan).numpy()
         true = world.tokenizer.decode(tokens)
         future = world.rollout(true[:half], actions[1:half], actions[half:])
         pair = np.stack([true[half:].numpy(), future.frames[0]])
@@ -74,22 +74,23 @@ class WindowValidation:
 
 
 def _measure(transformer: Transformer, batch: Batch) -> dict[str, Tensor]:
-    """Return measurements [B] of a batch as `TokenWindows` makes it, by name."""
+    """Return measurements [B] of a batch from `TokenWindows`, by name."""
     batch = {name: value.to(transformer.source.device) for name, value in batch.items()}
     bits, accuracy = _token_bits(transformer, batch)
-    found = {
+    measured = {
         "bits_per_token": bits.mean(1),
         "full_window/bits_per_token": bits[:, -1],
         "accuracy": accuracy,
     }
     if len(bits) > 1 and batch["action_valid"].any():
         shuffled = {name: batch[name].roll(1, 0) for name in ("actions", "action_valid")}
-        found["action_gain"] = _token_bits(transformer, batch | shuffled)[0].mean(1) - bits.mean(1)
-    return {name: values.cpu() for name, values in found.items()}
+        wrong_bits, _ = _token_bits(transformer, batch | shuffled)
+        measured["action_gain"] = wrong_bits.mean(1) - bits.mean(1)
+    return {name: values.cpu() for name, values in measured.items()}
 
 
 def _token_bits(transformer: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return bits per token [B, T] of each frame and the accuracy [B]."""
+    """Return the bits per token [B, T] of each frame and the accuracy [B] of each window."""
     logits = transformer(**batch).float()
     nats = F.cross_entropy(
         rearrange(logits, "b t r c k -> b k t (r c)"),
