@@ -35,7 +35,7 @@ _GRAMMAR = 'a script looks like "speed=8 steer=0.1 for 2s; steer=0" (keys: speed
 # A frame's action is the mean over the midpoints of this many equal parts of the frame. The mean is
 # exact for constants and ramps that begin and end at the borders of parts.
 _PARTS = 64
-# Action files have a row one microsecond before each action ends, and round times to microseconds.
+# Tolerance, because action files may end an action one microsecond early and round their times.
 _ROUNDING_S = 1e-5
 _LAST_PART_S = 1.0
 _LARGEST = 1000.0  # upper bound in m/s, m/s2 and rad: no car reaches it
@@ -51,9 +51,9 @@ class Situation:
     steering_kind: SteeringKind | None
     """Kind of steering that the model was trained on; None if it was trained without steering."""
     steering_limit: float
-    """Steering of `left` and, negated, of `right`: the training data's 95th percentile."""
+    """Steering of `left` and, negated, of `right`: 95th percentile of |steering| in training."""
     known_channels: tuple[bool, bool]
-    """Whether the model was trained with speed, and with steering, and so can follow them."""
+    """Whether the model was trained with speed, and with steering; it can follow only these."""
     last_action: Floats32
     """[2]: speed in m/s and steering that led to the last context frame."""
     last_valid: Mask
@@ -74,7 +74,7 @@ class ActionPlan:
 _Segment = dict[str, float]
 """The values that one part of a script sets, out of `speed`, `accel`, `steer` and `seconds`."""
 _Planned = tuple[float | None, Callable[[int], ActionPlan]]
-"""The length in s that a plan itself gives, or None; and a function (frames) -> the plan."""
+"""The plan's own length in s, or None, and a function that makes a plan of so many frames."""
 
 
 def make_plans(
@@ -82,16 +82,17 @@ def make_plans(
 ) -> list[ActionPlan]:
     """Turn each file, script or name of `specs` into a plan; all plans have the same length.
 
-    The length is `seconds` if given. Otherwise it is the length of the longest file or script, or
-    4 s if there are only names and scripts without times. If only the last part of a script has no
-    time, that part lasts 1 s. Shorter plans hold their last action.
+    The length is `seconds` if given. Otherwise it is that of the longest file, recording or script
+    with times, or 4 s if there is none. In a script with times, a last part without a time lasts
+    1 s. Shorter plans hold their last action.
     """
     planned = [_plan(spec, situation) for spec in specs]
     lengths = [own_s for own_s, _ in planned if own_s is not None]
     length_s = seconds if seconds is not None else max(lengths, default=4.0)
     if not length_s <= LONGEST_S:
         raise DriveSimError(
-            f"`seconds` {length_s:g}: a future lasts at most {LONGEST_S:g} s (one day); give less"
+            f"`seconds` {length_s:g}: a future lasts at most {LONGEST_S:g} s (one day); "
+            "give a shorter time"
         )
     frames = round(length_s * situation.fps)
     if frames < 1:
@@ -106,8 +107,8 @@ def _plan(spec: str, situation: Situation) -> _Planned:
     if spec in NAMES:
         return _from_name(spec, situation)
     path = Path(spec)
-    # A folder does not count, because it may have the name of a script (`steer=0.1`). Path.exists
-    # raises OSError for very long names.
+    # A folder does not count as a file, because it may have the name of a script (`steer=0.1`).
+    # Path.exists would raise OSError for very long names.
     is_file = os.path.exists(path) and not os.path.isdir(path)  # noqa: PTH110, PTH112
     if spec.isprintable() and (path.suffix.lower() == ".csv" or is_file):
         return _from_file(path, situation)
@@ -137,7 +138,7 @@ def _from_name(name: str, situation: Situation) -> _Planned:
             'give an angle, as in "steer=0.1 for 2s"'
         )
     segments: dict[str, _Segment] = {
-        # A model that was trained without steering cannot be told to steer straight.
+        # A model that was trained without steering cannot follow a command to steer straight.
         "straight": {"steer": 0.0} if steers else {},
         "left": {"steer": limit},
         "right": {"steer": -limit},
@@ -170,7 +171,7 @@ def _from_file(path: Path, situation: Situation) -> _Planned:
             f"{path}: the model was trained without the actions in this file, so it cannot follow "
             "them; train on drives that have them"
         )
-    # Ask for one frame more: `align` gives its last interval the median length.
+    # Ask for one frame more, because `align` gives the last interval the median length.
     actions, valid = align(log, np.arange(frames + 1) / situation.fps)
     actions, valid = actions[:frames], valid[:frames]
     for channel, name in enumerate(("speed", "steering")):
@@ -271,7 +272,7 @@ def _from_script(label: str, segments: list[_Segment], situation: Situation) -> 
 
 
 def _first_set_s(segments: list[_Segment]) -> Floats:
-    """Return the times [2], in s, at which a script first sets speed and steering, or inf."""
+    """Return when a script first sets speed and steering, in s [2]; inf if it never does."""
     starts = np.cumsum([0.0, *(segment.get("seconds", 0.0) for segment in segments)])[:-1]
     named = np.array([("speed" in s or "accel" in s, "steer" in s) for s in segments])
     first: Floats = np.where(named, starts[:, None], math.inf).min(axis=0)
@@ -279,7 +280,7 @@ def _first_set_s(segments: list[_Segment]) -> Floats:
 
 
 def _check_script(label: str, segments: list[_Segment], situation: Situation) -> None:
-    """Raise DriveSimError if the model cannot follow a script or a value makes no sense."""
+    """Raise DriveSimError if the model cannot follow a script or a value is impossible."""
     limit = STEERING_LIMIT[situation.steering_kind or "steering_wheel"]
     speed_known = bool(situation.last_valid[SPEED])
     is_set = np.isfinite(_first_set_s(segments))
@@ -304,7 +305,7 @@ def _check_script(label: str, segments: list[_Segment], situation: Situation) ->
 
 
 def _follow(segments: list[_Segment], times: Floats, last_action: Floats32) -> Floats:
-    """Return the speed and steering [len(times), 2] of a script at ascending `times` (s)."""
+    """Return the speed and steering [N, 2] that a script asks for at N ascending times (s)."""
     actions = np.empty((len(times), 2))
     speed, steer = (float(value) for value in last_action)
     start = 0.0

@@ -24,9 +24,9 @@ class ActionStatistics:
     """Statistics of the valid actions in the training data, per channel (speed, steering)."""
 
     mean: tuple[float, float] = (0.0, 0.0)
-    """Mean in m/s and rad."""
+    """Mean speed in m/s and mean steering in rad."""
     std: tuple[NonNegative, NonNegative] = (1.0, 1.0)
-    """Standard deviation in m/s and rad; 0 for a channel that never changed."""
+    """Standard deviations of speed (m/s) and steering (rad); 0 for a channel that never changed."""
     steering_p95: float = 0.0
     """95th percentile of |steering| in rad."""
     steering_p99: float = 0.0
@@ -34,11 +34,11 @@ class ActionStatistics:
 
     @classmethod
     def measure(cls, actions: Floats32, valid: Mask) -> "ActionStatistics":
-        """Measure the valid actions of [N, 2]; a channel without any keeps its default."""
+        """Measure the actions [N, 2] that are `valid`; a channel without any keeps its default."""
         channels = [actions[valid[:, c], c].astype(np.float64) for c in range(2)]
         mean = [float(x.mean()) if len(x) else 0.0 for x in channels]
         std = [float(x.std()) if len(x) else 1.0 for x in channels]
-        std = [spread if spread > 1e-6 else 0.0 for spread in std]  # ignore rounding errors
+        std = [spread if spread > 1e-6 else 0.0 for spread in std]  # remove rounding errors
         steering = np.abs(channels[1])
         p95, p99 = np.quantile(steering, [0.95, 0.99]) if len(steering) else (0.0, 0.0)
         return cls(
@@ -51,7 +51,7 @@ class ActionStatistics:
 
 @config
 class ActionEmbeddingConfig:
-    """Size of the action embedding."""
+    """Size of the network that embeds actions."""
 
     octaves: Annotated[int, Field(ge=1, le=64)] = 4
     """Number of frequencies per channel, whose periods are 16, 8, 4, ... standard deviations."""
@@ -108,15 +108,15 @@ class ActionDropoutConfig:
     both: Share = 0.1
     """Share of windows in which both channels are hidden."""
     channel: Share = 0.1
-    """Probability, for each channel, that it is hidden in a window that does not hide both."""
+    """Share of the other windows in which speed is hidden, and the same share for steering."""
 
 
 def drop_actions(valid: Tensor, config: ActionDropoutConfig) -> Tensor:
     """Hide channels in a random share of the windows; return the new `valid` [B, T, A].
 
-    In half of these windows all frames are hidden. In the others the frames before a random one
-    stay known, as in guidance, where the context's actions are known and the future's are not. No
-    frame is hidden alone, because its neighbours would reveal its action.
+    In about half of these windows all frames are hidden. In the others, the frames before a random
+    one stay known, as in guidance, where the context's actions are known and the future's are not.
+    No frame is hidden alone, because its neighbours would reveal its action.
     """
     batch, frames, channels = valid.shape
     device = valid.device

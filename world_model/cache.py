@@ -21,8 +21,8 @@ class Cache(ABC):
 
     Frame t overwrites frame t-W, so memory is constant, and nothing is recomputed. Keys are stored
     rotated by their absolute frame number. For every frame, call `begin_frame` and then `logits`
-    once for each pass, a range of consecutive slots. torch computes on the device and in the
-    number format of `tables.output`.
+    for each pass, which covers consecutive slots. torch computes on the device and in the number
+    format of `tables.output`.
     """
 
     exact = False

@@ -55,11 +55,11 @@ class SlotOrder:
         self.target = torch.where(self.col < cols, token, self.tokens)
         """Raster index of the token that each slot predicts, or `tokens` if none, [slots]."""
         self.slot_of_token = torch.argsort(self.target)[: self.tokens]
-        """Position in this order of the slot that predicts each token of the raster, [tokens]."""
+        """For each token in raster order, the index of the slot that predicts it, [tokens]."""
 
     @cached_property
     def waves(self) -> tuple[Wave, ...]:
-        """The passes of one frame: `cols + 1 + lag * (rows - 1)` of them unless a wave is empty."""
+        """The passes of a frame: `cols + 1 + lag * (rows - 1)`, or fewer if some waves are empty."""
         waves, start = [], 0
         for size in torch.unique_consecutive(self.wave, return_counts=True)[1].tolist():
             silent = int((self.target[start : start + size] == self.tokens).sum())

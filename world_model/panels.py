@@ -48,7 +48,7 @@ def _enlarged(frame: Pixels, scale: int) -> Pixels:
     return frame.repeat(scale, axis=1).repeat(scale, axis=0)
 
 
-@lru_cache(maxsize=64)  # often the same action is held; nobody can change the read-only array
+@lru_cache(maxsize=64)  # actions often repeat; sharing the array is safe because it is read-only
 def _draw_strip(
     width: int, title: str, speed: float | None, steering: float | None, steering_range: float
 ) -> Pixels:
@@ -90,7 +90,7 @@ def draw_moment(
     *,
     columns: int | None = None,
 ) -> Pixels:
-    """Draw one frame of every future in a grid, under its plan's label and action `index`."""
+    """Draw a grid with one frame of every future, captioned with its plan's action `index`."""
     panels = [
         draw_panel(frame, plan.label, plan.actions[index], plan.valid[index], steering_range)
         for plan, frame in zip(plans, frames, strict=True)
@@ -99,7 +99,7 @@ def draw_moment(
 
 
 def side_by_side(panels: Sequence[Pixels], *, columns: int | None = None) -> Pixels:
-    """Arrange panels of one size in a grid with `columns`, or with a shape close to 16:9."""
+    """Arrange panels of one size in a grid; without `columns`, its shape is close to 16:9."""
     height, width = panels[0].shape[:2]
 
     def distance(columns: int) -> float:

@@ -171,12 +171,12 @@ def context_from_tokens(world: WorldModel, drive: DriveTokens, start_s: float | 
 
 def output_files(out: Path) -> dict[str, Path]:
     """Return the files that a rollout writes, by kind; `out` names an .mp4 file or a folder."""
-    has_file_suffix = out.suffix[1:2].isalpha()  # a folder may be called "run-1.5"
+    has_file_suffix = out.suffix[1:2].isalpha()  # "run-1.5" is a folder
     if out.is_dir() or not has_file_suffix:
         out = out / "rollout.mp4"
     elif out.suffix.lower() != ".mp4":
         raise DriveSimError(
-            f"`out` {out}: a rollout is written as an .mp4 file or into a folder; choose either"
+            f"`out` {out} is neither an .mp4 file nor a folder; choose one of these"
         )
     return {
         "video": out,

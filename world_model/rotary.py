@@ -10,11 +10,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-_SLOWEST = 100.0  # the frequencies of an axis fall from 1 to almost 1 / this
+_SLOWEST = 100.0  # the frequencies of an axis fall from 1 to slightly above 1 / _SLOWEST
 
 
 class AxialRotary(nn.Module):
-    """Computes the rotary cosines and sines of frames' slots, for heads of `channels` channels."""
+    """Computes the cosines and sines that rotate the slots of frames, in heads of `channels`."""
 
     row: Tensor
     col: Tensor
@@ -36,7 +36,7 @@ class AxialRotary(nn.Module):
         self.register_buffer("frequency", _SLOWEST ** -torch.cat(steps), persistent=False)
 
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the float32 cosines and sines [N, P] of the slots of frames with numbers [T]."""
+        """Return the float32 cosines and sines [N, P] for all slots, given frame numbers [T]."""
         shape = len(frames), len(self.row)
         places = frames[:, None].expand(shape), self.row.expand(shape), self.col.expand(shape)
         place_TS3 = torch.stack(places, dim=-1).float()

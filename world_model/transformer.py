@@ -35,7 +35,7 @@ from driving_sim.world_model.kernels.operators import (
 from driving_sim.world_model.order import SlotOrder
 from driving_sim.world_model.rotary import AxialRotary
 
-_Side = Annotated[int, Field(ge=1, le=1024)]  # number of tokens
+_Side = Annotated[int, Field(ge=1, le=1024)]  # in tokens
 
 
 @config
@@ -54,7 +54,7 @@ class TokenGrid:
 
     @property
     def codebook_size(self) -> int:
-        """Number of codes."""
+        """Number of codes in the codebook."""
         return math.prod(self.levels)
 
 
@@ -136,7 +136,7 @@ class CodeEmbedding(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm, computed by the compiled kernel on a CPU: see `rms_norm`."""
+    """torch's RMSNorm, computed by `rms_norm`, which uses a compiled kernel on a CPU."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=EPSILON)
@@ -166,7 +166,10 @@ class Attention(nn.Module):
         mask: Tensor | None,
         past: Past | None,
     ) -> Tensor:
-        """Return x [B, n, D] after each slot has attended to earlier ones, in `past` if given."""
+        """Mix x [B, n, D] by attention; each slot sees itself and earlier slots.
+
+        A `mask` bool [n, n] says instead what each slot sees, and a `past` adds earlier passes.
+        """
         projected = self.qkv(x), self.q_norm.weight, self.k_norm.weight, rotary
         if past is None:
             mixed = causal_attention(*projected, heads=self.heads, mask=mask)
@@ -237,7 +240,7 @@ class Transformer(nn.Module):
         self.token = CodeEmbedding(grid.levels, config.width)
         neighbours = self.order.neighbours(config.previous_reach)
         self.register_buffer("neighbours", neighbours, persistent=False)
-        # Each token of a neighbourhood gets few channels; `gather` maps all to the full width.
+        # Each token of a neighbourhood gets few channels; `gather` maps them to the full width.
         narrow = config.width // 4 if config.previous_reach else config.width
         self.previous = CodeEmbedding(grid.levels, narrow)
         self.no_previous = nn.Parameter(torch.zeros(narrow))
@@ -288,7 +291,7 @@ class Transformer(nn.Module):
         `previous` [B, T, P] are the tokens of the frame before each frame, or K if there is none.
         `actions` [B, T, A] lead to each frame; `valid` [B, T, A] says which are known.
         """
-        # Neighbours outside the frame have index P, so append code K, which is a missing token.
+        # Neighbours outside the frame have index P, so append K, which stands for a missing token.
         padded = F.pad(previous, (0, 1), value=self.grid.codebook_size)
         near = F.embedding(padded[..., self.neighbours], tables.previous)
         base: Tensor = rearrange(near, "b t s m d -> b t s (m d)")

@@ -1,4 +1,4 @@
-"""The frozen world model: loaded from a folder of weights, config and tokenizer, it makes futures.
+"""The frozen world model, loaded from a run folder, and the futures that it generates.
 
 Axes: C contexts, T frames of each, N future frames, F = branches * samples futures, r c token rows
 and columns, H W pixels.
@@ -58,7 +58,7 @@ class WorldModelConfig:
     steering_kind: SteeringKind | None
     """Kind of the steering channel; None if no training drive had steering."""
     validation_drives: tuple[str, ...]
-    """Ids of the drives that were held out from training, to choose the best weights."""
+    """Ids of the held-out drives, which served to choose the best weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Rollout:
     """Futures as frames and as tokens."""
 
     frames: Pixels
-    """[F, N, H, W, 3]."""
+    """uint8 [F, N, H, W, 3]."""
     tokens: Tensor
     """int64 [F, N, r, c]."""
     log_probs: Tensor
@@ -142,7 +142,7 @@ class WorldModel:
         facts = {
             name: getattr(self, name) for name in ("fps", "steering_kind", "validation_drives")
         }
-        # Keep "auto": on the machine that loads the pickle it may mean another format.
+        # Keep "auto", because it may mean another format on the machine that loads the pickle.
         make = partial(type(self), **facts, device=self.device, precision=self._precision)
         return make, (self.transformer, self.tokenizer)
 
@@ -181,8 +181,8 @@ class WorldModel:
             )
         if written.get("fingerprint") != world.fingerprint:
             raise DriveSimError(
-                f"{folder}: config and weights do not belong together (their fingerprint is not "
-                "the saved one); copy the folder again"
+                f"{folder}: config and weights do not belong together (their fingerprint "
+                "differs from the saved one); copy the folder again"
             )
         return world
 
@@ -259,7 +259,7 @@ class WorldModel:
         return Prefix(start.cache, tokens_CTP[:, -1])
 
     def no_prefix(self, contexts: int = 1) -> Prefix:
-        """Return contexts without any frame, from which drives are generated from the start."""
+        """Return contexts without frames, for drives that are generated from their first frame."""
         none = self.transformer.grid.codebook_size
         last = torch.full((contexts, self.transformer.order.tokens), none, device=self.device)
         return Prefix(self._passes.new_cache(contexts), last)
@@ -270,14 +270,14 @@ class WorldModel:
         raw = torch.as_tensor(tokens).long()
         if raw.ndim not in (3, 4) or raw.shape[-2:] != (grid.rows, grid.cols):
             raise DriveSimError(
-                f"tokens of shape {list(raw.shape)}: this world model takes "
+                f"tokens have shape {list(raw.shape)}, but this world model takes "
                 f"[T, {grid.rows}, {grid.cols}]; encode frames with its own tokenizer"
             )
         if not raw.numel():
             raise DriveSimError("the context is empty; give at least one frame")
         if raw.min() < 0 or raw.max() >= grid.codebook_size:
             raise DriveSimError(
-                f"tokens from {raw.min()} to {raw.max()}: this world model's tokens are "
+                f"tokens go from {raw.min()} to {raw.max()}, but this world model's are "
                 f"below {grid.codebook_size}; encode frames with its own tokenizer"
             )
         tokens_CTrc = raw[None] if raw.ndim == 3 else raw
@@ -330,7 +330,7 @@ class WorldModel:
         `actions` are [branches, N, 2] or, for one branch, [N, 2] (m/s, rad). The first one leads
         from the last context frame to the first new frame. `valid`, of the same shape, says which
         are known; by default those that are not NaN. Infinite actions raise `DriveSimError`.
-        `branch` says how contexts and draws belong to futures. Memory does not grow with N.
+        For contexts and draws, see `branch`. Memory does not grow with N.
 
         With compiled passes, a future does not depend on the others, to the last bit. With torch's
         passes, rounding depends on the batch size. The draws stay the same, but if one lies at the

@@ -18,19 +18,19 @@ def embedding() -> ActionEmbedding:
     return ActionEmbedding(ActionEmbeddingConfig(octaves=3, hidden=16), 8, STATISTICS)
 
 
-def test_statistics_ignore_what_is_invalid() -> None:
+def test_statistics_ignore_invalid_actions() -> None:
     rng = np.random.default_rng(0)
     actions = rng.normal([8.0, -0.1], [2.0, 0.3], (1000, 2)).astype(np.float32)
     valid = np.ones((1000, 2), np.bool_)
     valid[:300, 0] = False
     valid[600:, 1] = False
     spoilt = np.where(valid, actions, np.float32(1e6))
-    found = ActionStatistics.measure(spoilt, valid)
+    measured = ActionStatistics.measure(spoilt, valid)
     speed, steering = actions[300:, 0].astype(float), actions[:600, 1].astype(float)
-    assert found.mean == pytest.approx((speed.mean(), steering.mean()))
-    assert found.std == pytest.approx((speed.std(), steering.std()))
-    assert found.steering_p95 == pytest.approx(np.quantile(np.abs(steering), 0.95))
-    assert found.steering_p99 == pytest.approx(np.quantile(np.abs(steering), 0.99))
+    assert measured.mean == pytest.approx((speed.mean(), steering.mean()))
+    assert measured.std == pytest.approx((speed.std(), steering.std()))
+    assert measured.steering_p95 == pytest.approx(np.quantile(np.abs(steering), 0.95))
+    assert measured.steering_p99 == pytest.approx(np.quantile(np.abs(steering), 0.99))
 
 
 def test_no_actions_and_constant_ones_have_statistics() -> None:
@@ -42,11 +42,11 @@ def test_no_actions_and_constant_ones_have_statistics() -> None:
     assert constant.std == (0.0, 0.0)
     parked = ActionStatistics.measure(0 * actions, np.ones((5, 2), np.bool_))
     assert (parked.mean, parked.std) == ((0.0, 0.0), (0.0, 0.0))
-    assert parked != none  # a speed of 0 is a fact, and not one that nobody recorded
+    assert parked != none  # a recorded speed of 0 differs from an unknown speed
 
 
-def test_units_are_taken_out_by_the_statistics() -> None:
-    """The same drive in km/h and degrees, with its own statistics, embeds the same."""
+def test_statistics_cancel_the_units() -> None:
+    """A drive has the same embedding in km/h and degrees, if the statistics are in them too."""
     mps = embedding()
     kmh = embedding()
     factor = torch.tensor([3.6, 57.3])
@@ -59,15 +59,15 @@ def test_units_are_taken_out_by_the_statistics() -> None:
 @pytest.mark.parametrize("channel", [0, 1])
 def test_an_unknown_channel_is_null_whatever_its_value(channel: int) -> None:
     module = embedding()
-    one, other = torch.tensor([[12.0, 0.1]]), torch.tensor([[12.0, 0.1]])
-    other[0, channel] = torch.nan
+    action, with_nan = torch.tensor([[12.0, 0.1]]), torch.tensor([[12.0, 0.1]])
+    with_nan[0, channel] = torch.nan
     valid = torch.ones(1, 2, dtype=torch.bool)
-    known = module(one, valid)
-    of_nan = module(other, valid)  # NaN is unknown, whatever is said of it
+    known = module(action, valid)
+    unknown = module(with_nan, valid)  # NaN is unknown even if `valid` says otherwise
     valid[0, channel] = False
-    assert torch.equal(module(one, valid), module(other, valid))
-    assert torch.equal(module(one, valid), of_nan)
-    assert not torch.allclose(module(one, valid), known)
+    assert torch.equal(module(action, valid), module(with_nan, valid))
+    assert torch.equal(module(action, valid), unknown)
+    assert not torch.allclose(module(action, valid), known)
 
 
 def test_left_and_right_embed_differently() -> None:
@@ -81,16 +81,16 @@ def test_dropout_hides_a_channel_from_a_frame_on() -> None:
     torch.manual_seed(0)
     valid = torch.ones(4000, 6, 2, dtype=torch.bool)
     hidden = ~drop_actions(valid, ActionDropoutConfig(both=0.2, channel=0.1))
-    assert (hidden[:, 1:].int() - hidden[:, :-1].int() >= 0).all()  # never known again
-    both, one = hidden[:, -1].all(1), hidden[:, -1].any(1)
+    assert (hidden[:, 1:].int() - hidden[:, :-1].int() >= 0).all()  # a hidden channel stays hidden
+    both, any_channel = hidden[:, -1].all(1), hidden[:, -1].any(1)
     assert both.float().mean().item() == pytest.approx(0.2 + 0.8 * 0.01, abs=0.02)
-    assert (one & ~both).float().mean().item() == pytest.approx(0.8 * 0.18, abs=0.02)
-    whole = hidden[one].any(2).all(1).float().mean().item()
-    assert whole == pytest.approx(0.5 + 0.5 / 6, abs=0.05)
+    assert (any_channel & ~both).float().mean().item() == pytest.approx(0.8 * 0.18, abs=0.02)
+    all_frames = hidden[any_channel].any(2).all(1).float().mean().item()
+    assert all_frames == pytest.approx(0.5 + 0.5 / 6, abs=0.05)
     assert torch.equal(drop_actions(valid, ActionDropoutConfig(both=0.0, channel=0.0)), valid)
 
 
-def test_dropout_never_invents_an_action() -> None:
+def test_dropout_never_makes_an_invalid_action_valid() -> None:
     valid = torch.rand(50, 6, 2) < 0.5
     dropped = drop_actions(valid, ActionDropoutConfig(both=0.3, channel=0.3))
     assert not (dropped & ~valid).any()

@@ -35,14 +35,14 @@ def test_cached_equals_uncached_over_three_windows(lag: int, by_wave: bool) -> N
 
 
 @torch.no_grad()
-def test_a_frame_that_left_is_out_of_sight() -> None:
-    """One layer: frame W + 1 sees frames 2 on, and frame 2 itself was given only frame 1."""
+def test_a_frame_that_left_the_cache_has_no_influence() -> None:
+    """With one layer, frame W + 1 sees only frames 2 and later, and frame 2 gets only frame 1."""
     model = random_model(replace(CONFIG, layers=1))
     inputs = random_inputs(CONFIG.context_frames + 4)
-    other = {**inputs, "tokens": inputs["tokens"].clone()}
-    other["tokens"][:, 0] = (other["tokens"][:, 0] + 1) % GRID.codebook_size
+    altered = {**inputs, "tokens": inputs["tokens"].clone()}
+    altered["tokens"][:, 0] = (altered["tokens"][:, 0] + 1) % GRID.codebook_size
     first = cached_logits(model, new_cache(model, 2), inputs, by_wave=True)
-    second = cached_logits(model, new_cache(model, 2), other, by_wave=True)
+    second = cached_logits(model, new_cache(model, 2), altered, by_wave=True)
     changed = (first - second).abs().amax(dim=(0, 2, 3))
     assert (changed[: CONFIG.context_frames + 1] > 1e-4).all()
     assert (changed[CONFIG.context_frames + 1 :] == 0).all()
@@ -50,29 +50,29 @@ def test_a_frame_that_left_is_out_of_sight() -> None:
 
 @pytest.mark.parametrize("known", [1, 2, 4])
 @torch.no_grad()
-def test_a_branched_prefix_goes_on_as_the_sequence_itself(known: int) -> None:
+def test_a_branched_prefix_continues_like_the_sequence_itself(known: int) -> None:
     model = random_model()
     inputs = random_inputs(known + 4, batch=1)
-    whole = cached_logits(model, new_cache(model, 1), inputs, by_wave=False)
+    unbranched = cached_logits(model, new_cache(model, 1), inputs, by_wave=False)
     prefix = new_cache(model, 1)
     head = {name: inputs[name][:, :known] for name in ("tokens", "actions", "action_valid")}
     cached_logits(model, prefix, {**inputs, **head}, by_wave=False)
     tail = {name: inputs[name][:, known:].repeat_interleave(3, 0) for name in head}
     tail["previous"] = inputs["tokens"][:, known - 1].repeat_interleave(3, 0)
     kept = prefix.keys.clone()
-    for _ in range(2):  # the prefix serves again, unchanged
+    for _ in range(2):  # the second time with the same prefix
         branches = cached_logits(
             model, prefix.branch(torch.zeros(3, dtype=torch.int64)), tail, by_wave=True
         )
         for logits in branches:
-            torch.testing.assert_close(logits, whole[0, known:], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(logits, unbranched[0, known:], atol=1e-4, rtol=1e-4)
     assert torch.equal(prefix.keys, kept)
 
 
 def live_bytes() -> int:
-    """Memory of all tensors that anything still refers to, shared memory once.
+    """Return the memory of all live tensors; memory that tensors share counts once.
 
-    The fake ones that torch.compile leaves behind in another test have none.
+    Tests with torch.compile leave fake tensors behind, which have no memory.
     """
     gc.collect()
     kinds = (Tensor, nn.Parameter)
@@ -82,7 +82,7 @@ def live_bytes() -> int:
 
 @torch.no_grad()
 def test_memory_does_not_grow() -> None:
-    """Hundreds of windows into a future, no tensor is left of those before."""
+    """After hundreds of windows, no tensor of an earlier window is left."""
     model = random_model(replace(CONFIG, layers=1, context_frames=2))
     cache, inputs = new_cache(model, 1), random_inputs(1, batch=1)
     cached_logits(model, cache, inputs, by_wave=False)

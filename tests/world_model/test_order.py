@@ -61,17 +61,15 @@ def test_lag_two_sees_the_four_neighbours_before_a_token() -> None:
 
 @pytest.mark.parametrize(("rows", "cols"), GRIDS)
 @pytest.mark.parametrize("reach", [0, 1, 2])
-def test_neighbours_are_those_of_a_frame_with_a_margin_of_nothing(
-    rows: int, cols: int, reach: int
-) -> None:
-    """Beside a row's last token is nothing, not the next row's first."""
+def test_neighbours_outside_the_frame_are_missing(rows: int, cols: int, reach: int) -> None:
+    """The last token of a row has no right neighbour; it is not the first token of the next row."""
     order = SlotOrder(rows=rows, cols=cols)
     tokens = torch.arange(rows * cols).view(rows, cols)
-    # A slot that predicts nothing stands beyond the last column.
+    # Slots that predict nothing are one column beyond the last.
     margin = (reach, reach + 1, reach, reach)
     padded = torch.nn.functional.pad(tokens, margin, value=order.tokens)
-    found = order.neighbours(reach)
+    neighbours = order.neighbours(reach)
     for slot in range(order.slots):
         row, col = int(order.row[slot]), int(order.col[slot])
         around = padded[row : row + 2 * reach + 1, col : col + 2 * reach + 1]
-        assert torch.equal(found[slot], around.flatten())
+        assert torch.equal(neighbours[slot], around.flatten())

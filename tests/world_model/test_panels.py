@@ -9,7 +9,7 @@ def panel(frame: Pixels, steering: float, title: str = "left", speed: float = 3.
     return draw_panel(frame, title, action, np.ones(2, np.bool_), 0.4)
 
 
-def test_the_frame_stays_whole_below_the_caption() -> None:
+def test_the_caption_does_not_cover_the_frame() -> None:
     frame = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)
     drawn = panel(frame, 0.1)
     scale = drawn.shape[1] // 64
@@ -29,7 +29,7 @@ def test_left_steering_grows_the_bar_to_the_left() -> None:
     assert bar_columns(0.3).max() <= bar_columns(-0.3).min()
 
 
-def test_a_frame_of_256_pixels_is_not_enlarged_and_a_long_title_keeps_off_the_speed() -> None:
+def test_a_frame_of_256_pixels_is_not_enlarged_and_a_long_title_does_not_reach_the_speed() -> None:
     frame = np.zeros((32, 256, 3), np.uint8)
     panels = [panel(frame, 0.0, title, 12.3) for title in ("", "w" * 99)]
     assert panels[0].shape[1] == 256

@@ -44,7 +44,7 @@ def world() -> WorldModel:
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 frames whose brightness is their number, with speed = frame number and steering 0.1."""
+    """A video of 40 frames; frame t has brightness 5 t, speed t and steering 0.1."""
     path = tmp_path_factory.mktemp("context") / "drive.mp4"
     frames = (np.full((H, W, 3), 5 * t, np.uint8) for t in range(40))
     write_video(path, frames, fps=FPS)
@@ -58,31 +58,30 @@ def context(world: WorldModel, video: Path, start_s: float | None = None) -> Con
     return context_from_drive(world, find_drives([video]).drives[0], start_s)
 
 
-def test_context_ends_at_the_start_time_and_the_truth_goes_on(
+def test_context_ends_at_the_start_time_and_the_recording_continues(
     world: WorldModel, video: Path
 ) -> None:
-    found = context(world, video, start_s=20 / FPS)
-    assert found.start_s == pytest.approx(20 / FPS)
-    assert abs(float(found.frames[-1].mean()) - 100) < 3
-    assert abs(float(next(found.future).mean()) - 105) < 3
-    assert len(found.tokens) == world.context_frames + 1
-    assert torch.equal(found.tokens, world.tokenizer.encode(found.frames))
+    past = context(world, video, start_s=20 / FPS)
+    assert past.start_s == pytest.approx(20 / FPS)
+    assert abs(float(past.frames[-1].mean()) - 100) < 3
+    assert abs(float(next(past.future).mean()) - 105) < 3
+    assert len(past.tokens) == world.context_frames + 1
+    assert torch.equal(past.tokens, world.tokenizer.encode(past.frames))
 
 
 def test_the_first_new_action_leads_from_the_last_context_frame(
     world: WorldModel, video: Path
 ) -> None:
-    """The CSV's speed rises by one a frame: the mean over [t, t + 1) is t + 1/2."""
-    found = context(world, video, start_s=20 / FPS)
-    situation = found.situation(world)
+    """The speed in the CSV rises by 1 m/s per frame, so its mean over [t, t + 1) is t + 1/2."""
+    situation = context(world, video, start_s=20 / FPS).situation(world)
     assert situation.last_action[0] == pytest.approx(19.5, abs=1e-3)
     assert situation.recorded is not None
     assert situation.recorded[0][0, 0] == pytest.approx(20.5, abs=1e-3)
-    assert situation.recorded[0][-1, 0] == pytest.approx(38.5, abs=1e-3)  # to the last frame, 39
+    assert situation.recorded[0][-1, 0] == pytest.approx(38.5, abs=1e-3)  # leads to frame 39
 
 
 def test_channels_that_the_model_never_saw_are_unknown(world: WorldModel, video: Path) -> None:
-    """A steering of any kind is no mistake where the model knows none."""
+    """Steering of any kind is accepted and ignored if the model was trained without steering."""
     drive = find_drives([video]).drives[0]
     for mean, known in (((5.0, 0.0), [True, False]), ((0.0, 0.0), [False, False])):
         model = Transformer(world.config.model, world.config.grid, ActionStatistics(mean=mean))
@@ -101,22 +100,22 @@ def test_a_start_outside_the_drive_is_refused(world: WorldModel, video: Path) ->
         context(world, video, start_s=99)
 
 
-def test_tokens_give_the_same_context_as_they_were_made_of(
+def test_a_context_from_tokens_has_the_stored_tokens_and_their_future(
     world: WorldModel, tmp_path: Path
 ) -> None:
     store = write_store(tmp_path / "tokens")
-    found = context_from_tokens(world, store.drives[0], 20 / FPS)
+    past = context_from_tokens(world, store.drives[0], 20 / FPS)
     stored = store.drives[0].tokens.astype(np.int64)
     last = 21
-    np.testing.assert_array_equal(found.tokens, stored[last - len(found.tokens) : last])
+    np.testing.assert_array_equal(past.tokens, stored[last - len(past.tokens) : last])
     true_next = world.tokenizer.decode(stored[last : last + 1]).numpy()[0]
-    np.testing.assert_array_equal(next(found.future), true_next)
+    np.testing.assert_array_equal(next(past.future), true_next)
 
 
 def roll(world: WorldModel, video: Path, out: Path, **options: object) -> dict[str, object]:
-    found = context(world, video, start_s=30 / FPS)
-    plans = make_plans(["left", "right"], found.situation(world), seconds=12 / FPS)
-    return write_rollout(world, found, plans, out, sampling=Sampling(seed=3), **options)  # type: ignore[arg-type]
+    past = context(world, video, start_s=30 / FPS)
+    plans = make_plans(["left", "right"], past.situation(world), seconds=12 / FPS)
+    return write_rollout(world, past, plans, out, sampling=Sampling(seed=3), **options)  # type: ignore[arg-type]
 
 
 def test_everything_is_written_and_playable(world: WorldModel, video: Path, tmp_path: Path) -> None:
@@ -144,10 +143,11 @@ def test_the_tokens_are_those_of_the_library(
     world: WorldModel, video: Path, tmp_path: Path
 ) -> None:
     roll(world, video, tmp_path / "rollout.mp4")
-    found = context(world, video, start_s=30 / FPS)
-    plans = make_plans(["left", "right"], found.situation(world), seconds=12 / FPS)
-    past = found.actions[: len(found.frames) - 1]
-    future = world.rollout(found.frames, past, np.stack([p.actions for p in plans]), seed=3)
+    past = context(world, video, start_s=30 / FPS)
+    plans = make_plans(["left", "right"], past.situation(world), seconds=12 / FPS)
+    past_actions = past.actions[: len(past.frames) - 1]
+    actions = np.stack([plan.actions for plan in plans])
+    future = world.rollout(past.frames, past_actions, actions, seed=3)
     saved = load_file(tmp_path / "rollout.safetensors")["tokens"]
     np.testing.assert_array_equal(saved, future.tokens.numpy())
 
@@ -155,22 +155,22 @@ def test_the_tokens_are_those_of_the_library(
 def test_panels_show_the_recording_and_the_futures_under_their_actions(
     world: WorldModel, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Frame t of the video has brightness 5 t, and the action that led to it has speed t - 1/2."""
+    """Frame t has brightness 5 t, and the action that leads to it has speed t - 1/2."""
     written: list[np.ndarray] = []
 
     @contextmanager
-    def watched_writer(*given: Any, **options: Any) -> Iterator[Callable[[np.ndarray], None]]:
+    def watched_writer(*arguments: Any, **options: Any) -> Iterator[Callable[[np.ndarray], None]]:
         def watched(frame: np.ndarray) -> None:
             written.append(frame)
             write(frame)
 
-        with video_writer(*given, **options) as write:
+        with video_writer(*arguments, **options) as write:
             yield watched
 
     monkeypatch.setattr(rollout, "video_writer", watched_writer)
-    found = context(world, video, start_s=30 / FPS)
-    plans = make_plans(["right", "brake"], found.situation(world), seconds=12 / FPS)
-    write_rollout(world, found, plans, tmp_path / "rollout.mp4", sampling=Sampling())
+    past = context(world, video, start_s=30 / FPS)
+    plans = make_plans(["right", "brake"], past.situation(world), seconds=12 / FPS)
+    write_rollout(world, past, plans, tmp_path / "rollout.mp4", sampling=Sampling())
     commanded = [abs(plan.actions[0, 1]) for plan in plans]
     steering_range = max(2 * world.statistics.steering_p95, *commanded)
     saved = load_file(tmp_path / "rollout.safetensors")["tokens"]
@@ -196,7 +196,7 @@ def test_panels_show_the_recording_and_the_futures_under_their_actions(
             frames = world.tokenizer.decode(saved[:, t - 31].astype(np.int64)).numpy()
             for frame, plan in zip(frames, plans, strict=True):
                 expected.append(panel(frame, plan.label, *plan.actions[t - 31].tolist()))
-        # The codec changes a grey level by one or two; the strip above it is exact.
+        # The codec changes grey levels by one or two.
         assert np.abs(shown[:3] - expected).max() <= 3
     assert len(written) == world.context_frames + 1 + 12
 
@@ -204,10 +204,9 @@ def test_panels_show_the_recording_and_the_futures_under_their_actions(
 def test_memory_does_not_grow_with_the_length(
     world: WorldModel, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the sampler keeps is measured by its own test; here it draws at random.
+    """Replaces the sampler, whose memory another test measures, by random tokens.
 
-    Of the frames, only those of the contact sheet may be kept, and of those there are none between
-    the two places.
+    A rollout may keep only frames of the contact sheet, and has none between the two measurements.
     """
     traced: list[int] = []
 
@@ -222,26 +221,26 @@ def test_memory_does_not_grow_with_the_length(
     monkeypatch.setattr(world, "generate", generate)
     monkeypatch.setattr(rollout, "_SHEET_COLUMNS", 2)
     monkeypatch.setattr(panels, "draw_panel", lambda frame, *caption: frame)
-    found = context(world, video)
-    plans = make_plans(["left"], found.situation(world), seconds=1050 / FPS)
+    past = context(world, video)
+    plans = make_plans(["left"], past.situation(world), seconds=1050 / FPS)
     tracemalloc.start()
     try:
-        write_rollout(world, found, plans, tmp_path / "rollout.mp4", sampling=Sampling())
+        write_rollout(world, past, plans, tmp_path / "rollout.mp4", sampling=Sampling())
     finally:
         tracemalloc.stop()
     assert load_file(tmp_path / "rollout.safetensors")["tokens"].shape == (1, 1050, ROWS, COLS)
     before, after = traced
-    # An array alone takes 112 bytes. Torch's own strings come and go, up to 9 kB of them in 2,000
-    # frames: over a thousand frames they are lost in what one array kept from each would take.
+    # Even an empty array takes 112 bytes, so one that is kept per frame exceeds this bound. torch's
+    # own strings, up to 9 kB in 2,000 frames, stay below it.
     assert (after - before) / 999 < 4000 / 149
 
 
 def test_recorded_and_repeated_plans_have_rows_of_their_own(
     world: WorldModel, video: Path, tmp_path: Path
 ) -> None:
-    found = context(world, video, start_s=30 / FPS)
-    plans = make_plans(["recorded", "left", "left"], found.situation(world), seconds=4 / FPS)
-    report = write_rollout(world, found, plans, tmp_path / "r.mp4", sampling=Sampling())
+    past = context(world, video, start_s=30 / FPS)
+    plans = make_plans(["recorded", "left", "left"], past.situation(world), seconds=4 / FPS)
+    report = write_rollout(world, past, plans, tmp_path / "r.mp4", sampling=Sampling())
     assert report["futures"] == ["recorded", "left", "left"]
     saved = load_file(tmp_path / "r.safetensors")["tokens"]
     np.testing.assert_array_equal(saved[1], saved[2])
@@ -269,7 +268,7 @@ def test_a_full_disk_leaves_nothing_behind(world: WorldModel, video: Path, tmp_p
 def test_a_folder_takes_all_files_of_a_rollout(
     world: WorldModel, video: Path, tmp_path: Path
 ) -> None:
-    """One that is there, whatever its name, and one that is not."""
+    """The folder may exist, even with a name like that of a video, or not."""
     roll(world, video, tmp_path / "rollout.mp4")
     (tmp_path / "there.mp4").mkdir()
     for folder in (tmp_path / "new" / "run-1.5", tmp_path / "there.mp4"):
@@ -286,5 +285,5 @@ def test_a_folder_takes_all_files_of_a_rollout(
 
 @pytest.mark.parametrize("name", ["rollout.gif", "rollout.m4v"])
 def test_an_output_that_is_neither_an_mp4_nor_a_folder_is_refused(name: str) -> None:
-    with pytest.raises(DriveSimError, match=r"an \.mp4 file or into a folder"):
+    with pytest.raises(DriveSimError, match=r"neither an \.mp4 file nor a folder"):
         output_files(Path(name))

@@ -17,7 +17,7 @@ from tests.fixtures.world_models import CONFIG, GRID, random_inputs, random_mode
 
 
 def in_order(model: Transformer, logits: Tensor) -> Tensor:
-    """Logits [T, P, K] of the first sequence, tokens in the order in which they are predicted."""
+    """Return the first sequence's logits [T, P, K], tokens in the order of their slots."""
     by_slot = model.slot_of_token.argsort()
     return logits[0].flatten(1, 2)[:, by_slot]
 
@@ -39,8 +39,8 @@ def test_no_slot_sees_what_comes_later(lag: int, frames: int) -> None:
             with torch.no_grad():
                 after = in_order(model, model(**changed))
             assert torch.equal(after[:frame], before[:frame])
-            # The token itself and what stands before it in the order do not move; the last does,
-            # unless it is drawn with it.
+            # The logits of the token and of earlier ones stay the same. Those of the last token
+            # change, unless it is in the same wave.
             assert torch.equal(after[frame, : place + 1], before[frame, : place + 1])
             if place + 1 < len(targets):
                 moved = not torch.equal(after[frame, -1], before[frame, -1])
@@ -70,7 +70,7 @@ def test_a_token_sees_its_action_and_its_earlier_neighbours(lag: int) -> None:
 
 
 def test_lag_of_cols_plus_one_equals_a_raster_order_transformer() -> None:
-    """A second order with the same sequence: shuffling nothing, logits are the same bit for bit."""
+    """With a larger lag the sequence is the same, and so are the logits, to the last bit."""
     raster = random_model(replace(CONFIG, lag=GRID.cols + 1))
     assert torch.equal(raster.target[raster.slot_of_token], torch.arange(GRID.rows * GRID.cols))
     assert (raster.slot_of_token.diff() > 0).all()
@@ -81,11 +81,11 @@ def test_lag_of_cols_plus_one_equals_a_raster_order_transformer() -> None:
 
 
 def test_the_window_slides_over_a_longer_sequence() -> None:
-    """With one layer nothing is carried on: frame t is the last frame of its own window."""
+    """With one layer, frame t of a sequence equals the last frame of the window that ends there."""
     model = random_model(replace(CONFIG, layers=1))
     inputs = random_inputs(7)
     with torch.no_grad():
-        whole = model(**inputs)
+        sequence = model(**inputs)
         for t in range(CONFIG.context_frames - 1, 7):
             first = t - CONFIG.context_frames + 1
             span = slice(first, t + 1)
@@ -93,7 +93,7 @@ def test_the_window_slides_over_a_longer_sequence() -> None:
             if first:
                 window["previous"] = inputs["tokens"][:, first - 1]
             last = model(**{**inputs, **window})[:, -1]
-            torch.testing.assert_close(whole[:, t], last, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(sequence[:, t], last, atol=1e-5, rtol=1e-4)
 
 
 def test_training_runs_the_flash_kernel() -> None:
@@ -102,15 +102,17 @@ def test_training_runs_the_flash_kernel() -> None:
         model(**random_inputs(3)).sum().backward()
 
 
-def test_a_frame_without_one_before_ignores_the_previous_tokens() -> None:
+def test_a_first_frame_ignores_the_previous_tokens() -> None:
     model = random_model()
     inputs = random_inputs(2)
     inputs["has_previous"][:] = False
-    other = {**inputs, "previous": (inputs["previous"] + 1) % GRID.codebook_size}
+    altered = {**inputs, "previous": (inputs["previous"] + 1) % GRID.codebook_size}
     with torch.no_grad():
-        assert torch.equal(model(**inputs), model(**other))
+        assert torch.equal(model(**inputs), model(**altered))
         inputs["has_previous"][:] = True
-        assert not torch.equal(model(**inputs), model(**{**inputs, "previous": other["previous"]}))
+        assert not torch.equal(
+            model(**inputs), model(**{**inputs, "previous": altered["previous"]})
+        )
 
 
 def test_an_untrained_model_is_uniform() -> None:
@@ -133,7 +135,7 @@ def test_rotary_scores_depend_on_differences_only() -> None:
     assert (moved - still).abs().max() > 0.1
 
 
-def test_codes_are_told_apart_by_digits_alone() -> None:
+def test_digits_alone_distinguish_all_codes() -> None:
     levels = (3, 2, 4)
     assert len({tuple(digits) for digits in code_digits(levels).tolist()}) == 24
     assert (code_digits(levels) @ torch.tensor([1, 3, 6]) == torch.arange(24)).all()

@@ -44,7 +44,7 @@ def stacked(frames: list[FrameSample]) -> tuple[torch.Tensor, torch.Tensor]:
     ("speed", "recorded", "known"),
     [(0.0, True, True), (3.0, True, True), (0.0, False, False)],
 )
-def test_a_recorded_speed_is_known_where_the_car_never_moved_too(
+def test_a_recorded_speed_is_known_even_if_the_car_never_moved(
     world: WorldModel, tmp_path: Path, speed: float, recorded: bool, known: bool
 ) -> None:
     valid = np.tile([recorded, True], (9, 1))
@@ -69,10 +69,10 @@ def test_a_saved_model_generates_the_same(world: WorldModel, run: Path) -> None:
     assert torch.equal(futures[0][1], futures[1][1])
 
 
-def test_a_save_over_another_is_whole_wherever_it_is_killed(
+def test_a_killed_save_leaves_the_earlier_model_intact(
     world: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training saves each new best model over the one before."""
+    """Training saves each new best model over the earlier one."""
     world.save(tmp_path)
     better = new_world()
     better.transformer.row_place.data += 1
@@ -97,7 +97,7 @@ def test_a_save_over_another_is_whole_wherever_it_is_killed(
     better.save(tmp_path)
     loaded = WorldModel.from_run(tmp_path, device="cpu", precision="fp32")
     assert loaded.fingerprint == better.fingerprint != world.fingerprint
-    # readable for whoever may read the rest
+    # All files have the same permissions.
     modes = {path.stat().st_mode for path in tmp_path.rglob("*.*")}
     assert len(modes) == 1
 
@@ -120,10 +120,10 @@ def test_branches_and_samples_are_the_single_futures(world: WorldModel) -> None:
 
 
 @pytest.mark.parametrize("known", [1, 2, W - 1, W, 2 * W])
-def test_a_future_costs_what_the_model_says_of_the_whole_sequence(
+def test_log_probs_of_a_future_equal_those_of_the_uncached_sequence(
     world: WorldModel, known: int
 ) -> None:
-    """Only the last W - 1 context frames count, and what led to them."""
+    """Only the last W - 1 context frames count, and the frame and actions that lead to them."""
     tokens, actions, valid = turning_drive(known + 4, 1)
     valid = valid.copy()
     valid[known // 2, 1] = False
@@ -148,7 +148,7 @@ def test_a_future_costs_what_the_model_says_of_the_whole_sequence(
 
 
 class _Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the casts of parameters."""
+    """Counts how often a parameter of the model is cast."""
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -162,7 +162,7 @@ class _Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-def test_bf16_is_cast_once_and_changes_nothing_else(world: WorldModel) -> None:
+def test_weights_are_cast_to_bf16_only_once(world: WorldModel) -> None:
     tokens, actions, _ = turning_drive(4, 0)
     low = WorldModel(
         world.transformer,
@@ -178,15 +178,15 @@ def test_bf16_is_cast_once_and_changes_nothing_else(world: WorldModel) -> None:
     cache.model = world.transformer
     exact = FrameSampler(cache, prefix.last, samples=torch.arange(1), sampling=Sampling())
     action, known = torch.tensor([[5.0, 0.1]]), torch.ones(1, 2, dtype=torch.bool)
-    with _Casts(world.transformer) as anew:
+    with _Casts(world.transformer) as casts_in_every_pass:
         expected = exact.step(action, known)
-    assert anew.count > 0
+    assert casts_in_every_pass.count > 0
     sampler = low.branch(prefix)
     with _Casts(sampler.model) as casts:
-        found = sampler.step(action, known)
+        sample = sampler.step(action, known)
     assert casts.count == 0
-    assert torch.equal(found.tokens, expected.tokens)
-    assert torch.equal(found.log_probs, expected.log_probs)
+    assert torch.equal(sample.tokens, expected.tokens)
+    assert torch.equal(sample.log_probs, expected.log_probs)
 
 
 def test_a_rollout_is_generated_tokens_decoded(world: WorldModel) -> None:
@@ -206,42 +206,42 @@ def test_a_rollout_is_generated_tokens_decoded(world: WorldModel) -> None:
     assert (rollout.sampling_log_probs >= rollout.log_probs - 1e-5).all()
 
 
-def test_contexts_encoded_together_go_on_as_they_would_alone(world: WorldModel) -> None:
+def test_contexts_that_are_encoded_together_continue_as_if_alone(world: WorldModel) -> None:
     drives = [turning_drive(12, seed) for seed in range(3)]
     tokens, actions = (np.stack([drive[i] for drive in drives]) for i in (0, 1))
     valid = np.stack([[True, False]] * 5)[None].repeat(3, 0)
     sampling = Sampling(seed=1, guidance=2.0)
     pair: dict[str, Any] = {"samples": 2, "sampling": sampling}
     together = world.encode_prefix(tokens[:, :6], actions[:, :5], valid)
-    found, log_probs = stacked(list(world.generate(together, actions[:, 5:9], **pair)))
+    tokens_together, log_probs = stacked(list(world.generate(together, actions[:, 5:9], **pair)))
     for number in range(3):
         alone = world.encode_prefix(tokens[number, :6], actions[number, :5], valid[number])
         future = actions[number, 5:9]
         expected = stacked(list(world.generate(alone, future, **pair, first_draw=2 * number)))
         own = slice(2 * number, 2 * number + 2)
-        assert torch.equal(found[own], expected[0])
+        assert torch.equal(tokens_together[own], expected[0])
         torch.testing.assert_close(log_probs[own], expected[1], atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="2 branches of 3 contexts"):
         next(world.generate(together, actions[:2, 5:9]))
 
 
-def test_contexts_have_draws_of_their_own(world: WorldModel) -> None:
-    """Or all clips of an evaluation would have the same luck; the branches of one must have it."""
+def test_every_context_has_its_own_draws(world: WorldModel) -> None:
+    """The clips of an evaluation must not share draws; branches of one context must."""
     tokens, actions, _ = turning_drive(8, 0)
     plans = np.repeat(actions[None, 3:7], 3, axis=0)
     alike = world.encode_prefix(np.stack([tokens[:4]] * 3), np.stack([actions[:3]] * 3))
     apart, _ = stacked(list(world.generate(alike, plans, samples=2)))
     assert len({future.numpy().tobytes() for future in apart}) == 6
-    one = world.encode_prefix(tokens[:4], actions[:3])
-    shared, _ = stacked(list(world.generate(one, plans, samples=2)))
+    single = world.encode_prefix(tokens[:4], actions[:3])
+    shared, _ = stacked(list(world.generate(single, plans, samples=2)))
     assert torch.equal(shared, shared[:2].repeat(3, 1, 1, 1))
     assert torch.equal(shared[:2], apart[:2])
-    later, _ = stacked(list(world.generate(one, plans[0], samples=2, first_draw=4)))
+    later, _ = stacked(list(world.generate(single, plans[0], samples=2, first_draw=4)))
     assert torch.equal(later, apart[4:])
 
 
 def test_an_action_that_is_nan_is_unknown(world: WorldModel) -> None:
-    """In contexts and futures alike, and where frames are sampled one by one."""
+    """In contexts, in futures, and when frames are sampled one by one."""
     tokens, actions, valid = turning_drive(9, 0)
     valid = valid.copy()
     valid[1, 0] = valid[2] = valid[5, 1] = valid[7] = False
@@ -249,16 +249,16 @@ def test_an_action_that_is_nan_is_unknown(world: WorldModel) -> None:
     expected_prefix = world.encode_prefix(tokens[:4], actions[:3], valid[:3])
     expected = stacked(list(world.generate(expected_prefix, actions[3:8], valid[3:8])))
     prefix = world.encode_prefix(tokens[:4], nan[:3])
-    found = stacked(list(world.generate(prefix, nan[3:8])))
+    generated = stacked(list(world.generate(prefix, nan[3:8])))
     sampler, known = world.branch(prefix), torch.ones(1, 2, dtype=torch.bool)
     stepped = stacked([sampler.step(torch.tensor(nan[None, t]), known) for t in range(3, 8)])
-    for own_tokens, log_probs in (found, stepped):
+    for own_tokens, log_probs in (generated, stepped):
         assert torch.equal(own_tokens, expected[0])
         assert torch.equal(log_probs, expected[1])
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf])
-def test_an_infinite_action_is_refused_where_it_counts(world: WorldModel, value: float) -> None:
+def test_an_infinite_action_is_refused_if_it_is_valid(world: WorldModel, value: float) -> None:
     tokens, actions, valid = turning_drive(6, 0)
     actions, valid = actions.copy(), valid.copy()
     actions[1, 1] = value
@@ -271,7 +271,7 @@ def test_an_infinite_action_is_refused_where_it_counts(world: WorldModel, value:
     next(world.generate(prefix, actions, valid))
 
 
-def test_generating_holds_no_state_of_torch_between_frames(world: WorldModel) -> None:
+def test_generating_leaves_inference_mode_between_frames(world: WorldModel) -> None:
     prefix = world.encode_prefix(np.zeros((2, ROWS, COLS), np.int64), np.zeros((1, 2)))
     for _ in world.generate(prefix, np.zeros((2, 2))):
         assert not torch.is_inference_mode_enabled()
@@ -283,7 +283,7 @@ def test_tokens_that_do_not_fit_are_refused(world: WorldModel) -> None:
         world.encode_prefix(np.zeros((2, ROWS, COLS + 1), np.int64), np.zeros((1, 2)))
     with pytest.raises(DriveSimError, match="below 9"):
         world.encode_prefix(np.full((2, ROWS, COLS), 9), np.zeros((1, 2)))
-    with pytest.raises(DriveSimError, match="empty context"):
+    with pytest.raises(DriveSimError, match="context is empty"):
         world.encode_prefix(np.zeros((0, ROWS, COLS), np.int64), np.zeros((0, 2)))
     with pytest.raises(ValueError, match="past_actions of shape"):
         world.encode_prefix(np.zeros((2, ROWS, COLS), np.int64), np.zeros((2, 2)))

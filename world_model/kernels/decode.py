@@ -3,7 +3,7 @@
 torch launches some 400 operations for a pass, most of which take longer to launch than to run. A
 compiled pass is a single call of `decode.cpp`.
 
-Axes: as in `decode.cpp`; L layers.
+Axes: as in `decode.cpp`, and L layers.
 """
 
 import copy
@@ -38,7 +38,7 @@ def _blocks(model: Transformer) -> list[Block]:
 
 
 def _reordered(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Reorder [k, columns] as [columns / 16][k / I][16][I]; I is 2 in bf16 and 1 in float32."""
+    """Reorder [k, columns] to [columns / 16][k / I][16][I]; I is 2 in bf16 and 1 in float32."""
     return rearrange(
         matrix.to(dtype), "(k i) (c lane) -> c k lane i", i=4 // dtype.itemsize, lane=LANES
     ).contiguous()
@@ -118,7 +118,7 @@ class NativeCache(Cache):
 
     def advance(self) -> None:
         """Begin the next frame, and hide the old frame whose place it takes."""
-        if self._has_branches:  # they keep the old tensors, which must not change
+        if self._has_branches:  # they still use the old tensors, which must not change
             self.keys, self.values = self.keys.clone(), self.values.clone()
             self._has_branches = False
         self.frame += 1
@@ -137,7 +137,10 @@ class NativeCache(Cache):
         )
 
     def _copy_from_trunk(self, trunk: _Trunk) -> _Trunk | None:
-        """Copy the current frame's blocks from the trunk; return the trunk, or None if used up."""
+        """Copy the current frame's blocks from the trunk into the branches' own rings.
+
+        Returns the trunk with the blocks marked as own, or None if all blocks are own now.
+        """
         begin = self.frame % self.frames * self.slots
         span = range(begin // PAIRS, -(-(begin + self.slots) // PAIRS))
         new = [block for block in span if not trunk.own[block]]
@@ -256,7 +259,7 @@ class FrozenPasses:
     def _cast_once(self) -> None:
         """Cast the matrices of torch's passes to their number format, in a copy of the model.
 
-        Autocast would cast them in every pass, because it caches only weights with gradients.
+        Autocast would cast them in every pass, because it caches only weights that get gradients.
         """
         self._model = copy.deepcopy(self._model)
         for module in self._model.modules():

@@ -42,16 +42,19 @@ EPSILON = 1e-6
 
 
 def library() -> ctypes.CDLL | None:
-    """Return the compiled library, or None if it is turned off or, with a notice, not available."""
+    """Return the compiled library, or None if it is turned off or could not be compiled.
+
+    Prints once why it could not be compiled.
+    """
     return None if os.environ.get("DRIVESIM_NATIVE") == "0" else _library()
 
 
 class Structure:
-    """A structure of the library, filled with values by field name, in one number format.
+    """An instance of one of the library's C++ structures, in one number format.
 
-    The value of a number is that number. The value of a pointer is a contiguous tensor of the
-    format that it points to, a list of such tensors, another structure, or None. Raises `TypeError`
-    for anything else.
+    Takes all fields by name. A number is given as it is. A pointer is given as a contiguous tensor
+    of the right format, a list of such tensors, another structure, or None. Raises `TypeError` for
+    anything else.
     """
 
     def __init__(self, name: str, dtype: torch.dtype, **values: Any) -> None:
@@ -59,7 +62,7 @@ class Structure:
         layout, fields = _layout(name)
         if values.keys() != fields.keys():
             raise TypeError(f"{name} has the fields {[*fields]}, but was given {[*values]}")
-        self._kept: list[Any] = [values]  # keeps the memory alive that the structure points to
+        self._kept: list[Any] = [values]  # keep alive what the structure points to
         self.memory = layout(*(self._word(*fields[field], values[field]) for field in fields))
 
     def _word(self, kind: str, pointers: int, value: Any) -> Any:
@@ -76,11 +79,11 @@ class Structure:
                 return value.data_ptr()
         elif isinstance(value, Structure) and (value.name, value.dtype) == (kind, self.dtype):
             return ctypes.addressof(value.memory)
-        raise TypeError(f"{self.name}: a pointer must be to a contiguous {kind}, found {value!r}")
+        raise TypeError(f"{self.name}: a pointer needs a contiguous {kind}, found {value!r}")
 
 
 def call(name: str, dtype: torch.dtype, **values: Any) -> None:
-    """Call a compiled function with its structure's fields; `library()` must not be None."""
+    """Call a compiled function with the fields of its structure; needs a compiled `library()`."""
     structure = Structure(_exported(f"takes_{name}"), dtype, **values)
     getattr(_library(), f"drivesim_{name}_{name_of(dtype)}")(ctypes.byref(structure.memory))
 

@@ -26,13 +26,13 @@ _BLOCK = 64  # slots in a block, as in `attention.cpp`
 _NORM_PARTS = 64  # parts of the rows; fixed, so that results do not depend on threads
 _MOST_CHANNELS = 1024
 LARGEST_SCORE = 70.0
-"""Upper bound of attention scores, at which exp(score) summed over all keys fits float32."""
+"""Upper bound of attention scores, below which the sum of their exponentials fits float32."""
 
 
 def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
     """Return x [..., D] divided by its root mean square and multiplied by `gain` [D].
 
-    Under autocast, the compiled function returns the number format of matrix products.
+    Under autocast, the compiled function returns autocast's format, not float32 as torch does.
     """
     dtype = _format(x)
     if dtype is None or not _are_float32(x, gain) or len(gain) % LANES:
@@ -115,11 +115,11 @@ def is_bounded(q_gain: Tensor, k_gain: Tensor) -> bool:
 
 @cache
 def _say_unbounded() -> None:
-    say("a gain in the attention has become large, so torch replaces the compiled code: slower")
+    say("an attention gain is too large for the compiled code; torch takes over, which is slower")
 
 
 def _format(x: Tensor) -> torch.dtype | None:
-    """Return the number format for compiled functions on x; None if torch has to compute."""
+    """Return the number format of compiled functions for x, or None if they cannot run."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or library() is None:
         return None
     low = torch.is_autocast_enabled("cpu")
@@ -132,7 +132,7 @@ def _are_float32(*tensors: Tensor) -> bool:
 
 
 def _attention(heads: int, *tensors: Tensor) -> dict[str, Any]:
-    """Return the fields of an `Attention` structure; `tensors` are its pointers, in order."""
+    """Return the fields of an `Attention` structure, given the tensors of its pointers in order."""
     qkv, q_gain = tensors[:2]
     batch, slots, features = qkv.shape
     names = ("qkv", "q_gain", "k_gain", "cos", "sin", "mixed", "weights")

@@ -23,7 +23,7 @@ from driving_sim.world_model.sampling.sampling import (
 )
 
 Choose = Callable[[Tensor, Tensor], Tensor]
-"""Chooses a wave's tokens: (logits float32 [B, n, K], raster indices [n]) -> tokens [B, n]."""
+"""Function (logits float32 [B, n, K], raster indices [n]) -> tokens [B, n] for a wave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,10 @@ class FrameSampler:
 
     @torch.inference_mode()
     def step(self, actions: Tensor, valid: Tensor) -> FrameSample:
-        """Sample the frame that `actions` [B, 2] (m/s, rad), if `valid` [B, 2], lead to."""
+        """Sample the next frame of each future.
+
+        `actions` [B, 2] (m/s, rad) lead to it; `valid` [B, 2] says which are known.
+        """
         grid, sampling, passes = self.model.grid, self.sampling, self.passes
         numbers = uniforms(sampling.seed, self.samples, self.frame, grid.rows, grid.cols)
         uniform = rearrange(numbers, "b r c -> b (r c)").to(actions.device)

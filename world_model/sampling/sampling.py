@@ -1,6 +1,7 @@
 """Draw tokens from the model's logits, with temperature, top-k, top-p, guidance and a seed.
 
-Draws are reproducible: each token has a uniform random number, at which the inverse CDF is read.
+Draws are reproducible: the seed fixes a uniform random number for each token, which picks the token
+by the inverse CDF.
 
 Axes: B futures, K codes.
 """
@@ -23,15 +24,15 @@ class Sampling:
     temperature: NonNegative = 1.0
     """Divisor of the logits; 0 takes the most probable token."""
     top_k: Count | None = None
-    """Number of most probable tokens to keep; of equal tokens, those with lower indices stay."""
+    """Number of most probable tokens to keep; of equally probable ones, lower indices win."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Total probability that the kept tokens must reach.
+    """Probability that the kept tokens must reach together.
 
-    The most probable tokens are kept, as few as possible. Of equal tokens, those with lower indices
-    stay.
+    As few tokens as possible are kept, the most probable ones first. Of equally probable
+    ones, lower indices win.
     """
     guidance: NonNegative = 1.0
-    """g in `l_null + g (l - l_null)`: 1 is the plain model, and larger values obey actions more."""
+    """g in `l_null + g (l - l_null)`: 1 is the plain model, more makes actions count more."""
     seed: Int64 = 0
     """Seed of the uniform random numbers."""
 
@@ -42,7 +43,7 @@ class Sampling:
 
     @property
     def is_plain(self) -> bool:
-        """Whether tokens are drawn from the model's own distribution."""
+        """Whether tokens are drawn from the plain model's distribution."""
         return (self.temperature, self.guidance) == (1, 1) and not self.truncates
 
 

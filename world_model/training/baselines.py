@@ -112,7 +112,7 @@ class TimeBigram:
         return windows.judged(bits.mean(1), (best[last] == tokens).mean(1))
 
     def _probability(self, before: Ints, after: Ints, left_out: int) -> Floats:
-        """Return the probabilities of `after` given `before`, with `left_out` less of each pair."""
+        """Return the probabilities of `after` given `before`, with counts reduced by `left_out`."""
         codes = before * len(self.totals) + after
         place = np.minimum(np.searchsorted(self.pairs, codes), len(self.pairs) - 1)
         count = np.where(self.pairs[place] == codes, self.counts[place], 0) - left_out
@@ -140,7 +140,7 @@ class TimeBigram:
 def _transitions(
     drives: Sequence[DriveTokens],
 ) -> Iterator[tuple[NDArray[np.uint16], NDArray[np.uint16]]]:
-    """Yield the tokens of frames and of their next frames, for one run without gaps at a time."""
+    """Yield the tokens of frames and of their successors, for one run without gaps at a time."""
     for drive in drives:
         for begin, stop in drive.entry.segments:
             tokens = drive.tokens[begin:stop]

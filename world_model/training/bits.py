@@ -27,7 +27,7 @@ from driving_sim.world_model.transformer import Transformer
 
 @dataclass(frozen=True, slots=True)
 class TokenBits:
-    """How well the model predicted each token of B frames; tensors on the model's device."""
+    """How well the model predicted the tokens of B frames; tensors are on the model's device."""
 
     bits: Tensor
     """[B, P]: surprise of each token, which is minus log2 of its probability."""
@@ -51,7 +51,7 @@ class TokenBits:
 
 @dataclass(frozen=True, slots=True)
 class FrameBits:
-    """How well the model predicted n frames, in order, so that neighbours are adjacent."""
+    """How well the model predicted n frames, which are in the order of drives and time."""
 
     drive: Ints
     """[n]: index of each frame's drive in the list of drives."""
@@ -69,7 +69,7 @@ class FrameBits:
 
 
 class FullWindows(WindowIndex):
-    """Every window of `frames` frames, of which the last is measured and the others are context."""
+    """Windows of `frames` frames; the last frame is measured, the others are its context."""
 
     def __init__(self, drives: Sequence[DriveTokens], *, frames: int, stride: int = 1) -> None:
         super().__init__(drives, frames=frames, stride=stride)
@@ -101,8 +101,8 @@ def bits_per_token(
 ) -> FrameBits:
     """Measure the last frame of every window; compute each window as a whole, as in training.
 
-    After every batch, calls `advance` with its number of windows, and `watch` with the measurements
-    of their last frames' tokens, in order.
+    After every batch, calls `advance` with the number of its windows, and `watch` with the
+    measurements of the tokens in their last frames.
     """
     device, tables = model.source.device, model.tables()
     means = []

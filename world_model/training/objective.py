@@ -44,7 +44,7 @@ class WorldModelObjective(Trainable):
     def players(self) -> list[Player]:
         """Return the transformer as the only player.
 
-        Weight decay also shrinks the codes' own embeddings, so that they rely on shared digits.
+        Weight decay includes the embeddings, so that codes rely on the vectors of their digits.
         """
         return [Player("model", self.transformer)]
 

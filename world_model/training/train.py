@@ -53,7 +53,7 @@ class WorldModelRunConfig:
     """All options of a world model's training run."""
 
     training: TrainingConfig
-    """Training loop and optimiser."""
+    """Settings of the training loop and the optimiser."""
     model: TransformerConfig = field(default_factory=TransformerConfig)
     """Size and shape of the transformer."""
     objective: InputNoiseConfig = field(default_factory=InputNoiseConfig)
@@ -90,8 +90,8 @@ def train_world_model(
         if frozen.fingerprint != tokens.info.tokenizer_fingerprint:
             raise DriveSimError(
                 f"{store} was not made by the tokenizer {tokenizer} (fingerprints "
-                f"{tokens.info.tokenizer_fingerprint[:12]} and {frozen.fingerprint[:12]}); give "
-                "the one that made it as `tokenizer`, or tokenize again"
+                f"{tokens.info.tokenizer_fingerprint[:12]} and {frozen.fingerprint[:12]}); set "
+                "`tokenizer` to the one that made it, or tokenize again"
             )
         training_ids, validation_ids = split_drives(
             tokens.drive_ids,
@@ -105,7 +105,7 @@ def train_world_model(
         transformer = _new_transformer(config.model, training, frozen, init_from)
 
         if own_device.type == "cpu":
-            library()  # compile before the time that `minutes` limits begins
+            library()  # compile now, so that it does not count towards `minutes`
 
         def as_world(model: nn.Module) -> WorldModel:
             assert isinstance(model, Transformer)

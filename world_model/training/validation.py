@@ -23,7 +23,7 @@ from driving_sim.world_model.world_model import WorldModel
 
 
 class WindowValidation:
-    """Measures an objective's transformer on adjacent windows of the validation drives.
+    """Evaluates an objective's transformer on adjacent windows of the validation drives.
 
     `frames` is the length of a window. `as_world` makes a frozen model that rolls out a preview;
     without it, there is no preview. Raises `DriveSimError` if no drive is as long as a window.

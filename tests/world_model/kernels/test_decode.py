@@ -51,16 +51,16 @@ def native_cache(model: Transformer, batch: int, dtype: torch.dtype) -> NativeCa
 def test_compiled_passes_equal_torchs_beyond_a_window(
     config: TransformerConfig, frames: int, by_wave: bool, dtype: torch.dtype
 ) -> None:
-    # 40 codes: what is computed together, and less than that.
+    # 40 codes are one full group of columns, and a part of another.
     grid = replace(GRID, levels=(8, 5))
     model = random_model(config, grid)
     inputs = random_inputs(frames, grid=grid)
     exact = cached_logits(model, RingCache(model, model.tables(), 2), inputs, by_wave=False)
-    found = cached_logits(model, native_cache(model, 2, dtype), inputs, by_wave=by_wave)
-    # Matrices round their inputs to 8 bits in bf16; in float32 sums have another order.
+    compiled = cached_logits(model, native_cache(model, 2, dtype), inputs, by_wave=by_wave)
+    # In bf16, products round their inputs to 8 bits. In float32, only the order of sums differs.
     mean, largest = (0.02, 0.15) if dtype is torch.bfloat16 else (2e-6, 2e-5)
-    assert (found - exact).abs().mean() < mean * exact.std()
-    assert (found - exact).abs().max() < largest * exact.std()
+    assert (compiled - exact).abs().mean() < mean * exact.std()
+    assert (compiled - exact).abs().max() < largest * exact.std()
 
 
 @needs_compiler
@@ -68,19 +68,19 @@ def test_compiled_passes_equal_torchs_beyond_a_window(
     ("precision", "dtype"),
     [("fp32", torch.float32), ("bf16", torch.bfloat16), ("auto", torch.bfloat16)],
 )
-def test_a_world_model_on_a_cpu_uses_them(
+def test_a_world_model_on_a_cpu_uses_compiled_passes(
     precision: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In bf16 even where torch would emulate it, for the passes have half as much to read."""
+    """auto is bf16 even if torch would emulate it: compiled passes then read half as many bytes."""
     monkeypatch.setattr("driving_sim.engine.precision._bf16_is_faster_on_cpu", lambda: False)
     model = random_model(WIDE, TokenGrid(rows=ROWS, cols=COLS, levels=LEVELS))
-    given: dict[str, Any] = {"fps": FPS, "steering_kind": "road_wheel", "precision": precision}
-    world = WorldModel(model, tiny_tokenizer(), **given)
+    options: dict[str, Any] = {"fps": FPS, "steering_kind": "road_wheel", "precision": precision}
+    world = WorldModel(model, tiny_tokenizer(), **options)
     cache = world.no_prefix().cache
     assert isinstance(cache, NativeCache)
     assert world.dtype is cache.native.dtype is cache.keys.dtype is dtype
     assert cache.dtype is torch.float32
-    as_double = WorldModel(copy.deepcopy(model).double(), tiny_tokenizer(), **given)
+    as_double = WorldModel(copy.deepcopy(model).double(), tiny_tokenizer(), **options)
     assert not isinstance(as_double.no_prefix().cache, NativeCache)
 
 
@@ -94,9 +94,9 @@ def test_a_world_model_on_a_cpu_uses_them(
 def test_a_copy_generates_the_same(
     copied: Callable[[WorldModel], WorldModel], precision: str
 ) -> None:
-    model = random_model(WIDE, TokenGrid(rows=ROWS, cols=COLS, levels=LEVELS))
+    transformer = random_model(WIDE, TokenGrid(rows=ROWS, cols=COLS, levels=LEVELS))
     world = WorldModel(
-        model, tiny_tokenizer(), fps=FPS, steering_kind="road_wheel", precision=precision
+        transformer, tiny_tokenizer(), fps=FPS, steering_kind="road_wheel", precision=precision
     )
     again = copied(world)
     assert again.fingerprint == world.fingerprint
@@ -104,17 +104,19 @@ def test_a_copy_generates_the_same(
     assert again.dtype is world.dtype
     tokens, actions, _ = turning_drive(8, 0)
     rolls = []
-    for each in (world, again):
-        prefix = each.encode_prefix(tokens[:4], actions[:3])
+    for model in (world, again):
+        prefix = model.encode_prefix(tokens[:4], actions[:3])
         assert isinstance(prefix.cache, NativeCache)
-        assert prefix.cache.model is each.transformer
-        rolls.append(list(each.generate(prefix, actions[3:], samples=2)))
-    for found, expected in zip(*rolls, strict=True):
-        assert torch.equal(found.tokens, expected.tokens)
-        assert torch.equal(found.log_probs, expected.log_probs)
+        assert prefix.cache.model is model.transformer
+        rolls.append(list(model.generate(prefix, actions[3:], samples=2)))
+    for original, copied_frame in zip(*rolls, strict=True):
+        assert torch.equal(copied_frame.tokens, original.tokens)
+        assert torch.equal(copied_frame.log_probs, original.log_probs)
 
 
-def test_torch_alone_does_not_emulate_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_does_not_emulate_bf16_in_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("driving_sim.engine.precision._bf16_is_faster_on_cpu", lambda: False)
     monkeypatch.setenv("DRIVESIM_NATIVE", "0")
     model = random_model(WIDE, TokenGrid(rows=ROWS, cols=COLS, levels=LEVELS))
@@ -123,7 +125,7 @@ def test_torch_alone_does_not_emulate_bf16(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @needs_compiler
-def test_what_goes_into_the_passes_is_the_same_in_each_format() -> None:
+def test_inputs_of_the_passes_are_the_same_in_every_format() -> None:
     model = random_model(WIDE)
     tokens, known = torch.zeros(1, model.order.tokens, dtype=torch.int64), torch.ones(1, 2)
     bases = [
@@ -147,9 +149,9 @@ def test_sampled_tokens_are_those_of_torch_in_float32() -> None:
         )
         action = torch.ones(4, 2), torch.ones(4, 2, dtype=torch.bool)
         rolls.append([sampler.step(*action) for _ in range(3 * WIDE.context_frames)])
-    for expected, found in zip(*rolls, strict=True):
-        assert torch.equal(found.tokens, expected.tokens)
-        torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=1e-4, atol=1e-4)
+    for expected, compiled in zip(*rolls, strict=True):
+        assert torch.equal(compiled.tokens, expected.tokens)
+        torch.testing.assert_close(compiled.log_probs, expected.log_probs, rtol=1e-4, atol=1e-4)
 
 
 @needs_compiler
@@ -161,7 +163,7 @@ def test_sampled_tokens_are_those_of_torch_in_float32() -> None:
 def test_compiled_draws_equal_torchs(
     dtype: torch.dtype, temperature: float, guidance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With 40 codes, which are no whole number of vectors: five futures of two contexts."""
+    """For five futures of two contexts; the 40 codes do not fill their last vector."""
     calls = []
 
     def watched(name: str, dtype: torch.dtype, **values: Any) -> None:
@@ -173,7 +175,7 @@ def test_compiled_draws_equal_torchs(
     model = random_model(WIDE, grid)
     last, contexts = random_inputs(1, grid=grid)["tokens"][:, 0].flatten(1), [0, 0, 1, 1, 0]
     rolls = []
-    for top_k in (None, grid.codebook_size):  # all of them: nothing is cut, but torch draws
+    for top_k in (None, grid.codebook_size):  # top-k with all codes cuts none, but torch draws
         sampler = FrameSampler(
             native_cache(model, 2, dtype),
             last,
@@ -185,11 +187,12 @@ def test_compiled_draws_equal_torchs(
         calls.clear()
         rolls.append([sampler.step(*action) for _ in range(2 * WIDE.context_frames)])
         assert set(calls) == ({"frame"} if top_k is None else {"pass"})
-    for found, expected in zip(*rolls, strict=True):
-        assert torch.equal(found.tokens, expected.tokens)
-        torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=0, atol=1e-5)
-        both = found.sampling_log_probs, expected.sampling_log_probs
-        torch.testing.assert_close(*both, rtol=0, atol=1e-5)
+    for compiled, expected in zip(*rolls, strict=True):
+        assert torch.equal(compiled.tokens, expected.tokens)
+        torch.testing.assert_close(compiled.log_probs, expected.log_probs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            compiled.sampling_log_probs, expected.sampling_log_probs, rtol=0, atol=1e-5
+        )
 
 
 @needs_compiler
@@ -197,18 +200,18 @@ def test_compiled_draws_equal_torchs(
 @in_each_format
 @pytest.mark.usefixtures("processor")
 @torch.no_grad()
-def test_a_future_is_the_same_alone_and_among_others(
+def test_a_future_does_not_depend_on_the_rest_of_the_batch(
     dtype: torch.dtype, sampling: Sampling
 ) -> None:
-    """To the last bit, from its context's encoding on."""
+    """It is the same to the last bit, including the encoding of its context."""
     model, inputs = random_model(WIDE), random_inputs(2)
     last, contexts = inputs["tokens"][:, -1].flatten(1), torch.tensor([0, 1, 1, 0, 1])
     actions = torch.linspace(-2, 2, 10).view(5, 2)
 
     def roll(futures: list[int], sequences: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         cache = native_cache(model, len(sequences), dtype)
-        given = ("previous", "tokens", "actions", "action_valid")
-        own = {name: inputs[name][sequences] for name in given}
+        names = ("previous", "tokens", "actions", "action_valid")
+        own = {name: inputs[name][sequences] for name in names}
         now = own["actions"][:, 0], own["action_valid"][:, 0]
         encode_frame(cache, own["tokens"][:, 0].flatten(1), own["previous"].flatten(1), *now)
         sampler = FrameSampler(
@@ -216,7 +219,7 @@ def test_a_future_is_the_same_alone_and_among_others(
             last[sequences],
             samples=torch.tensor(futures),
             sampling=sampling,
-            contexts=torch.tensor([sequences.index(int(contexts[each])) for each in futures]),
+            contexts=torch.tensor([sequences.index(int(contexts[future])) for future in futures]),
         )
         known = torch.ones(len(futures), 2, dtype=torch.bool)
         frames = [sampler.step(actions[futures], known) for _ in range(2 * WIDE.context_frames)]
@@ -233,7 +236,7 @@ def test_a_future_is_the_same_alone_and_among_others(
 
 
 @needs_compiler
-def test_a_draw_of_what_is_not_a_number_is_a_code() -> None:
+def test_a_draw_from_nan_logits_is_a_valid_code() -> None:
     model = random_model(WIDE)
     model.output_norm.weight.data.fill_(torch.nan)
     last = torch.zeros(1, model.order.tokens, dtype=torch.int64)
@@ -248,7 +251,7 @@ def test_a_draw_of_what_is_not_a_number_is_a_code() -> None:
 @needs_compiler
 @in_each_format
 @torch.no_grad()
-def test_branches_go_on_from_their_own_sequence(dtype: torch.dtype) -> None:
+def test_branches_continue_their_own_sequence(dtype: torch.dtype) -> None:
     model, inputs = random_model(WIDE), random_inputs(5)
     cache = native_cache(model, 2, dtype)
     before = cached_logits(model, cache, inputs, by_wave=True)
@@ -257,18 +260,18 @@ def test_branches_go_on_from_their_own_sequence(dtype: torch.dtype) -> None:
     now = inputs["actions"][:, 0], inputs["action_valid"][:, 0]
     rows = torch.tensor([1, 0, 1])
     branch = cache.branch(rows)
-    both = encode_frame(cache, tokens, previous, *now)
-    three = wave_by_wave(branch, tokens[rows], previous[rows], *(each[rows] for each in now))
+    originals = encode_frame(cache, tokens, previous, *now)
+    branches = wave_by_wave(branch, tokens[rows], previous[rows], *(x[rows] for x in now))
     near = 0.05 if dtype is torch.bfloat16 else 1e-5
-    assert (three - both[rows]).abs().max() < near * both.std()
+    assert (branches - originals[rows]).abs().max() < near * originals.std()
 
 
 @needs_compiler
 @pytest.mark.parametrize("past", [1, 7, 20, 33])
 @in_each_format
 @torch.no_grad()
-def test_branches_equal_caches_that_share_nothing(past: int, dtype: torch.dtype) -> None:
-    """Over two windows of a ring of 10 blocks, from a full one and ones that are not."""
+def test_branches_equal_caches_of_their_own(past: int, dtype: torch.dtype) -> None:
+    """Over two windows of a ring of 10 blocks, starting from full and partly filled rings."""
     config = replace(WIDE, context_frames=20)
     model = random_model(config)
     inputs = random_inputs(past + 2 * config.context_frames)
@@ -286,8 +289,8 @@ def test_branches_equal_caches_that_share_nothing(past: int, dtype: torch.dtype)
         )
         now = inputs["actions"][rows, frame], inputs["action_valid"][rows, frame]
         expected = wave_by_wave(alone, tokens, previous, *now)
-        found = wave_by_wave(branch, tokens, previous, *now)
-        assert (found - expected).abs().max() < near * expected.std()
+        branched = wave_by_wave(branch, tokens, previous, *now)
+        assert (branched - expected).abs().max() < near * expected.std()
         if again is not None:
             two = wave_by_wave(again, tokens[:2], previous[:2], now[0][:2], now[1][:2])
             assert (two - expected[:2]).abs().max() < near * expected.std()
@@ -301,19 +304,20 @@ def test_branches_equal_caches_that_share_nothing(past: int, dtype: torch.dtype)
 @needs_compiler
 @torch.no_grad()
 def test_keys_and_values_are_rounded_to_the_nearest_bf16() -> None:
-    """Cut off instead, each would be too small by a quarter of a percent on average."""
+    """If they were truncated, they would be too small by a quarter of a percent on average."""
     model, inputs = random_model(WIDE), random_inputs(WIDE.context_frames)
-    found, exact = (native_cache(model, 2, each) for each in (torch.bfloat16, torch.float32))
-    for ring in (found, exact):
+    rounded, exact = (native_cache(model, 2, dtype) for dtype in (torch.bfloat16, torch.float32))
+    for ring in (rounded, exact):
         cached_logits(model, ring, inputs, by_wave=False)
-    pairs = (found.keys[0], exact.keys[0]), (found.values[0], exact.values[0])
-    for kept, true in pairs:  # in the first layer no other rounding but the products' has gone in
+    # In the first layer, only the products have rounded before.
+    pairs = (rounded.keys[0], exact.keys[0]), (rounded.values[0], exact.values[0])
+    for kept, true in pairs:
         assert kept.float().abs().sum() / true.abs().sum() == pytest.approx(1, abs=5e-4)
 
 
 @needs_compiler
 @torch.no_grad()
-def test_what_branches_share_outlives_what_they_branched_off() -> None:
+def test_branches_keep_the_shared_ring_when_the_original_cache_continues() -> None:
     model, inputs = random_model(WIDE), random_inputs(5)
     cache = native_cache(model, 2, torch.bfloat16)
     cached_logits(model, cache, inputs, by_wave=True)
@@ -361,7 +365,7 @@ def test_scores_that_could_overflow_are_left_to_torch() -> None:
     ("compiler", "said"),
     [("no-such-compiler", "no C++ compiler"), ("false", "could not be compiled")],
 )
-def test_without_a_compiler_that_works_torch_does_the_passes(
+def test_without_a_working_compiler_torch_computes_the_passes(
     compiler: str,
     said: str,
     monkeypatch: pytest.MonkeyPatch,

@@ -30,7 +30,7 @@ from tests.fixtures.world_models import (
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the compiled functions, as they are called."""
+    """The names of the compiled functions, in the order in which they are called."""
     names: list[str] = []
 
     def watched(name: str, dtype: torch.dtype, **values: Any) -> None:
@@ -46,17 +46,17 @@ def compute(dtype: torch.dtype) -> AbstractContextManager[object]:
 
 
 def step_of(dtype: torch.dtype) -> float:
-    """Half the distance of its numbers, above what rounding in float32 adds."""
+    """An upper bound of the relative rounding error of a number format."""
     return 0.004 if dtype is torch.bfloat16 else 1e-6
 
 
-def distance(found: Tensor, exact: Tensor) -> float:
-    return float((found.float() - exact).norm() / exact.norm())
+def distance(tensor: Tensor, exact: Tensor) -> float:
+    return float((tensor.float() - exact).norm() / exact.norm())
 
 
-def results(act: Callable[..., Tensor], given: list[Tensor], grad: Tensor) -> list[Tensor]:
-    """What `act` returns, and its gradients."""
-    leaves = [each.clone().requires_grad_() for each in given]
+def results(act: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
+    """Return what `act` returns for `inputs`, and the gradients of these."""
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
     out = act(*leaves)
     out.backward(grad.to(out.dtype))  # type: ignore[no-untyped-call]
     return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
@@ -93,18 +93,18 @@ def test_compiled_attention_and_its_gradients_equal_torchs(
             return causal_attention(qkv, q_gain, k_gain, rotary, heads=heads)
 
     expected = results(exact, [qkv.float(), *gains], grad)
-    for found, truth in zip(results(compiled, [qkv, *gains], grad), expected, strict=True):
-        assert distance(found, truth) < (0.01 if dtype is torch.bfloat16 else 2e-6)
+    for result, truth in zip(results(compiled, [qkv, *gains], grad), expected, strict=True):
+        assert distance(result, truth) < (0.01 if dtype is torch.bfloat16 else 2e-6)
     assert calls == ["attention", "attention_grad"]
 
 
 @needs_compiler
 @in_each_format
 @pytest.mark.usefixtures("processor")
-def test_a_key_that_queries_look_away_from_gets_no_gradient(
+def test_a_key_with_negligible_weights_gets_no_gradient(
     dtype: torch.dtype, calls: list[str]
 ) -> None:
-    """Its weight is e^-134, less than any float32: it must not become another number."""
+    """Its weight, e^-134, is too small for float32 and must not turn into a wrong number."""
     slots, channels = 70, 32
     q, k, v = torch.ones(slots, channels), torch.ones(slots, channels), torch.ones(slots, channels)
     k[0] = -1
@@ -112,7 +112,7 @@ def test_a_key_that_queries_look_away_from_gets_no_gradient(
     gain = torch.full((channels,), 3.45)
     rotary = torch.ones(slots, channels // 2), torch.zeros(slots, channels // 2)
     grad = torch.randn(1, slots, channels, generator=torch.Generator().manual_seed(0))
-    grad[:, 0] = 0  # the first query sees nothing else
+    grad[:, 0] = 0  # the first query sees only this key
     with compute(dtype):
         mixed = causal_attention(qkv, gain, gain, rotary, heads=1)
     assert calls == ["attention"]
@@ -128,19 +128,19 @@ def test_a_key_that_queries_look_away_from_gets_no_gradient(
 @pytest.mark.usefixtures("processor")
 def test_compiled_norm_and_its_gradients_equal_torchs(dtype: torch.dtype, calls: list[str]) -> None:
     torch.manual_seed(0)
-    given = [torch.randn(3, 50, 48), torch.randn(48)]
+    inputs = [torch.randn(3, 50, 48), torch.randn(48)]
     grad = torch.randn(3, 50, 48).bfloat16().float()
 
     def compiled(x: Tensor, gain: Tensor) -> Tensor:
         with compute(dtype):
             return rms_norm(x, gain)
 
-    expected = results(lambda x, gain: F.rms_norm(x, (48,), gain, 1e-6), given, grad)
-    found = results(compiled, given, grad)
-    assert found[0].dtype is dtype
-    assert distance(found[0], expected[0]) < step_of(dtype)
-    assert distance(found[1], expected[1]) < 1e-5
-    assert distance(found[2], expected[2]) < 1e-5
+    expected = results(lambda x, gain: F.rms_norm(x, (48,), gain, 1e-6), inputs, grad)
+    actual = results(compiled, inputs, grad)
+    assert actual[0].dtype is dtype
+    assert distance(actual[0], expected[0]) < step_of(dtype)
+    assert distance(actual[1], expected[1]) < 1e-5
+    assert distance(actual[2], expected[2]) < 1e-5
     assert calls == ["norm", "norm_grad"]
 
 
@@ -151,21 +151,21 @@ def test_compiled_activation_and_its_gradient_equal_torchs(
     dtype: torch.dtype, calls: list[str]
 ) -> None:
     torch.manual_seed(0)
-    given = [torch.randn(2, 40, 16).to(dtype)]
+    inputs = [torch.randn(2, 40, 16).to(dtype)]
     grad = torch.randn(2, 40, 16).to(dtype)
 
     def compiled(x: Tensor) -> Tensor:
         with compute(dtype):
             return squared_relu(x)
 
-    expected = results(lambda x: F.relu(x).square(), [given[0].float()], grad)
-    for found, truth in zip(results(compiled, given, grad), expected, strict=True):
-        assert distance(found, truth) < step_of(dtype)
+    expected = results(lambda x: F.relu(x).square(), [inputs[0].float()], grad)
+    for result, truth in zip(results(compiled, inputs, grad), expected, strict=True):
+        assert distance(result, truth) < step_of(dtype)
     assert calls == ["activation", "activation_grad"]
 
 
 def gradients(dtype: torch.dtype, threads: int = 2) -> dict[str, Tensor]:
-    """Of a small world model's loss."""
+    """Return the gradients of a small world model's loss, by parameter name."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -182,7 +182,7 @@ def gradients(dtype: torch.dtype, threads: int = 2) -> dict[str, Tensor]:
         with compute(dtype):
             loss, _ = model(batch)
         loss.backward()
-        return {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+        return {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
     finally:
         torch.set_num_threads(before)
 
@@ -192,22 +192,22 @@ def gradients(dtype: torch.dtype, threads: int = 2) -> dict[str, Tensor]:
 def test_a_models_gradients_equal_those_of_torch(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = gradients(dtype)
+    compiled = gradients(dtype)
     monkeypatch.setenv("DRIVESIM_NATIVE", "0")
     expected = gradients(dtype)
-    near = 0.1 if dtype is torch.bfloat16 else 1e-5  # both round on the way
-    assert found.keys() == expected.keys()
+    near = 0.1 if dtype is torch.bfloat16 else 1e-5  # both backends round intermediate results
+    assert compiled.keys() == expected.keys()
     for name, truth in expected.items():
-        assert (found[name] - truth).norm() <= near * truth.norm(), name
-    assert any(not torch.equal(found[name], truth) for name, truth in expected.items())
+        assert (compiled[name] - truth).norm() <= near * truth.norm(), name
+    assert any(not torch.equal(compiled[name], truth) for name, truth in expected.items())
 
 
 @needs_compiler
-def test_recomputed_gradients_equal_kept_ones() -> None:
+def test_gradients_are_the_same_under_activation_checkpointing() -> None:
     model = random_model(WIDE)
     inputs = random_inputs(WIDE.context_frames)
 
-    def found(recompute: bool) -> list[Tensor]:
+    def gradients_of(recompute: bool) -> list[Tensor]:
         model.zero_grad()
         with compute(torch.bfloat16):
             if recompute:
@@ -215,9 +215,9 @@ def test_recomputed_gradients_equal_kept_ones() -> None:
             else:
                 logits = model(*inputs.values())
         logits.float().square().sum().backward()
-        return [each.grad.clone() for each in model.parameters() if each.grad is not None]
+        return [x.grad.clone() for x in model.parameters() if x.grad is not None]
 
-    for kept, again in zip(found(False), found(True), strict=True):
+    for kept, again in zip(gradients_of(False), gradients_of(True), strict=True):
         assert torch.equal(kept, again)
 
 
@@ -227,36 +227,36 @@ def test_two_ranks_train_as_one_does(tmp_path: Path, shard: bool) -> None:
     model, one, two = "compiled_world_model", tmp_path / "one", tmp_path / "two"
     assert launch(2, model, two, precision="bf16", shard=shard) == [0, 0]
     rank_train(model, one, precision="bf16", accumulate=2)
-    # A difference in float32 becomes one in bf16, which grows from step to step.
+    # A tiny difference in float32 can become one step of bf16, and then grows from step to step.
     assert_same_losses(one, two, rel=1e-3, loose={"accuracy": 0.5, "grad_norm/model": 0.1})
 
 
 @needs_compiler
 def test_a_resumed_training_is_the_same(tmp_path: Path, calls: list[str]) -> None:
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    for folder in (whole, run):
+    uninterrupted, run = tmp_path / "uninterrupted", tmp_path / "run"
+    for folder in (uninterrupted, run):
         rank_train("compiled_world_model", folder, precision="bf16")
     assert {"attention", "attention_grad"} <= {*calls}
     shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
     (run / "finished.json").unlink()
     rank_train("compiled_world_model", run, precision="bf16", resume=True)
-    for name, tensor in exported(whole).items():
+    for name, tensor in exported(uninterrupted).items():
         assert torch.equal(exported(run)[name], tensor), name
 
 
 @needs_compiler
 @in_each_format
-def test_what_is_not_a_number_stays_it(dtype: torch.dtype, calls: list[str]) -> None:
-    """So that the step is skipped."""
+def test_nan_stays_nan(dtype: torch.dtype, calls: list[str]) -> None:
+    """Training skips a step with NaN, so it must reach the loss."""
     bad = torch.full((1, 4, 128), torch.nan)
     gain, rotary = torch.ones(32), (torch.ones(4, 16), torch.zeros(4, 16))
     with compute(dtype):
-        for found in (
+        for result in (
             causal_attention(bad.to(dtype), gain, gain, rotary, heads=2),
             rms_norm(bad, torch.ones(128)),
             squared_relu(bad.to(dtype)),
         ):
-            assert found.isnan().all()
+            assert result.isnan().all()
     assert calls == ["attention", "norm", "activation"]
 
 
@@ -268,8 +268,8 @@ def test_gradients_do_not_depend_on_threads() -> None:
 
 
 @needs_compiler
-@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # torch's own, of a norm of bf16
-def test_what_does_not_apply_is_left_to_torch(calls: list[str]) -> None:
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # torch warns about a norm of bf16
+def test_unsupported_inputs_are_left_to_torch(calls: list[str]) -> None:
     x, gain = torch.randn(2, 5, 128).bfloat16(), torch.ones(32)
     rotary = torch.ones(5, 16), torch.zeros(5, 16)
     causal_attention(x, gain, gain, rotary, heads=2)  # not in autocast
@@ -277,7 +277,7 @@ def test_what_does_not_apply_is_left_to_torch(calls: list[str]) -> None:
     squared_relu(torch.ones(3))
     rms_norm(torch.ones(2, 128).double(), torch.ones(128).double())
     with compute(torch.bfloat16):
-        steep = 4 * gain  # sqrt(32) 16 is too large a score
+        steep = 4 * gain  # scores can reach sqrt(32) * 16, which is too large
         causal_attention(x, steep, steep, rotary, heads=2)
         causal_attention(x.float(), gain, gain, rotary, heads=2)
         causal_attention(x, gain, gain, rotary, heads=2, mask=torch.ones(5, 5, dtype=torch.bool))
@@ -301,10 +301,10 @@ def test_what_does_not_apply_is_left_to_torch(calls: list[str]) -> None:
     ],
     ids=str,
 )
-def test_what_a_compiled_function_does_not_take_is_an_error(wrong: dict[str, Any]) -> None:
-    given = {"count": 16, "x": torch.ones(16), "activated": torch.ones(16)}
-    call("activation", torch.float32, **given)
+def test_wrong_arguments_of_a_compiled_function_are_an_error(wrong: dict[str, Any]) -> None:
+    fields = {"count": 16, "x": torch.ones(16), "activated": torch.ones(16)}
+    call("activation", torch.float32, **fields)
     with pytest.raises(TypeError):
-        call("activation", torch.float32, **given | wrong)
+        call("activation", torch.float32, **fields | wrong)
     with pytest.raises(TypeError, match="fields"):
         call("activation", torch.float32, x=torch.ones(16))

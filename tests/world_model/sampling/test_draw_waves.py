@@ -17,7 +17,7 @@ from tests.fixtures.world_models import CONFIG, GRID, random_inputs, random_mode
 
 
 def prefix_of(model: Transformer, inputs: dict[str, Tensor], frames: int) -> RingCache:
-    """A cache of the first frames of the first sequence."""
+    """Return a cache with the first frames of the first sequence."""
     cache = RingCache(model, model.tables(), 1)
     previous = inputs["previous"][:1].flatten(1)
     with torch.inference_mode():
@@ -60,7 +60,7 @@ def stacked(frames: list[FrameSample]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def teacher_forced(model: Transformer, tokens: Tensor, known: int, *, null: bool) -> Tensor:
-    """Uncached logits [B, N, r, c, K] of rolled-out tokens after the `known` true frames."""
+    """Return the uncached logits [B, N, r, c, K] of sampled tokens after `known` true frames."""
     inputs = random_inputs(known + tokens.shape[1])
     batch = len(tokens)
     past = inputs["tokens"][:1, :known].expand(batch, -1, -1, -1)
@@ -136,7 +136,7 @@ def test_draws_do_not_depend_on_the_batch(sampling: Sampling) -> None:
 
 
 def test_draws_do_not_depend_on_the_lag() -> None:
-    """A model whose logits ignore everything: only the uniform numbers are left."""
+    """The model's logits are constant, so tokens depend only on the uniform numbers."""
     drawn = []
     for lag in (1, 2, GRID.cols + 1):
         model = random_model(replace(CONFIG, lag=lag))
@@ -147,7 +147,7 @@ def test_draws_do_not_depend_on_the_lag() -> None:
 
 
 def test_branches_share_their_draws() -> None:
-    """Same sample number, same actions: the same future whatever the other branches do."""
+    """The same sample number and actions give the same future, whatever the other branches do."""
     model = random_model()
     actions = torch.zeros(4, 5, 2)
     actions[2:] = torch.tensor([5.0, 0.2])

@@ -42,7 +42,7 @@ def test_truncation_keeps_the_most_probable() -> None:
         ([1, 1, 1, 1], {"temperature": 0.0}, [0]),
     ],
 )
-def test_of_equal_tokens_the_lowest_stay_and_no_more_than_are_asked_for(
+def test_of_equally_probable_tokens_those_with_the_lowest_index_stay(
     probs: list[float], settings: dict[str, Any], kept: list[int]
 ) -> None:
     chosen = truncated_log_probs(torch.tensor(probs).log(), Sampling(**settings))
@@ -51,7 +51,7 @@ def test_of_equal_tokens_the_lowest_stay_and_no_more_than_are_asked_for(
 
 
 def test_truncation_keeps_exactly_k_and_the_smallest_set_that_reaches_p() -> None:
-    """Of logits with many ties, as bf16 makes them."""
+    """The logits have many ties, as in bf16."""
     torch.manual_seed(0)
     logits = torch.randn(200, 64).bfloat16().float().round(decimals=1)
     probs = logits.double().softmax(-1)
@@ -95,8 +95,8 @@ def test_uniforms_are_fixed_uniform_and_independent() -> None:
         numbers.roll(1, 1),
         numbers.roll(1, 2),
     ]
-    for other in neighbours:
-        pair = torch.stack([flat, other.double().flatten()])
+    for neighbour in neighbours:
+        pair = torch.stack([flat, neighbour.double().flatten()])
         assert torch.corrcoef(pair)[0, 1].abs() < 4 / math.sqrt(n)
     assert torch.equal(uniforms(0, torch.tensor([5]), 0, 8, 16)[0], numbers[5])
     assert torch.equal(uniforms(0, torch.tensor([5]), 0, 2, 3)[0], numbers[5, :2, :3])

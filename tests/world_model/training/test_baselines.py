@@ -24,15 +24,15 @@ def test_unigram_is_the_frequency_of_each_code(store: TokenStore) -> None:
     assert np.allclose(unigram.probabilities, counts / counts.sum(), atol=1e-3)
     assert unigram.probabilities.sum() == pytest.approx(1)
     windows = FullWindows(store.drives, frames=3)
-    found = unigram.bits_per_token(windows)
-    assert len(found.bits) == len(windows)
+    measured = unigram.bits_per_token(windows)
+    assert len(measured.bits) == len(windows)
     first = store.drives[0].tokens[windows.frame[0]]
-    assert found.bits[0] == pytest.approx(-np.log2(unigram.probabilities[first]).mean())
+    assert measured.bits[0] == pytest.approx(-np.log2(unigram.probabilities[first]).mean())
 
 
 def test_copy_last_takes_the_most_likely_share_of_changes(store: TokenStore) -> None:
     fitted = CopyLast.fit(store.drives)
-    windows = FullWindows(store.drives, frames=2)  # every pair of frames without a gap
+    windows = FullWindows(store.drives, frames=2)  # all pairs of adjacent frames
     best = fitted.bits_per_token(windows).mean
     for change in np.linspace(0.01, 0.99, 25):
         assert CopyLast(fitted.unigram, change).bits_per_token(windows).mean >= best - 1e-9
@@ -42,19 +42,19 @@ def test_copy_last_takes_the_most_likely_share_of_changes(store: TokenStore) -> 
 def test_copy_last_mixes_the_frame_before_with_the_unigram(store: TokenStore) -> None:
     unigram = Unigram.fit(store.drives)
     windows = FullWindows(store.drives, frames=4)
-    found = CopyLast(unigram, 0.3).bits_per_token(windows)
+    measured = CopyLast(unigram, 0.3).bits_per_token(windows)
     n = 7
     drive, frame = store.drives[windows.drive[n]], windows.frame[n]
     now, last = drive.tokens[frame], drive.tokens[frame - 1]
     expected = -np.log2(0.3 * unigram.probabilities[now] + 0.7 * (now == last)).mean()
-    assert found.bits[n] == pytest.approx(expected)
-    assert found.accuracy[n] == pytest.approx((now == last).mean())
+    assert measured.bits[n] == pytest.approx(expected)
+    assert measured.accuracy[n] == pytest.approx((now == last).mean())
     everything_new = CopyLast(unigram, 1.0).bits_per_token(windows).bits
     assert np.allclose(everything_new, unigram.bits_per_token(windows).bits)
 
 
 def pair_counts(store: TokenStore) -> NDArray[np.float64]:
-    """How often each code was followed by each, [9, 9]."""
+    """Return how often each code was followed by each code, [9, 9]."""
     counts = np.zeros((9, 9))
     for drive in store.drives:
         for begin, stop in drive.entry.segments:
@@ -70,16 +70,16 @@ def test_bigram_counts_what_followed_each_code(store: TokenStore) -> None:
     table = (counts + prior) / (counts.sum(1, keepdims=True) + fitted.strength)
     assert np.allclose(table.sum(1), 1)
     windows = FullWindows(store.drives, frames=3)
-    found = fitted.bits_per_token(windows)
+    measured = fitted.bits_per_token(windows)
     now, last = windows.last_frames()
-    assert np.allclose(found.bits, -np.log2(table[last, now]).mean(1))
-    assert np.allclose(found.accuracy, (table.argmax(1)[last] == now).mean(1))
+    assert np.allclose(measured.bits, -np.log2(table[last, now]).mean(1))
+    assert np.allclose(measured.accuracy, (table.argmax(1)[last] == now).mean(1))
 
 
-def test_bigram_has_the_strength_that_best_foretells_each_pair_from_the_others(
+def test_bigram_has_the_strength_that_best_predicts_each_pair_from_the_others(
     store: TokenStore,
 ) -> None:
-    """Counted pair by pair. With their own count, pairs would be foretold best by counts alone."""
+    """Each pair is left out of the counts; otherwise the smallest strength would always be best."""
     fitted = TimeBigram.fit(store.drives)
     counts = pair_counts(store)
     likelihood = {}
@@ -89,15 +89,15 @@ def test_bigram_has_the_strength_that_best_foretells_each_pair_from_the_others(
             others = counts.copy()
             others[before, after] -= 1
             prior = strength * fitted.unigram.probabilities[after]
-            foretold = (others[before, after] + prior) / (others[before].sum() + strength)
-            likelihood[strength] += counts[before, after] * np.log(foretold)
-        found = replace(fitted, strength=strength)._left_out_likelihood()
-        assert found == pytest.approx(likelihood[strength])
+            predicted = (others[before, after] + prior) / (others[before].sum() + strength)
+            likelihood[strength] += counts[before, after] * np.log(predicted)
+        left_out = replace(fitted, strength=strength)._left_out_likelihood()
+        assert left_out == pytest.approx(likelihood[strength])
     assert fitted.strength == max(likelihood, key=likelihood.__getitem__) > min(_STRENGTHS)
 
 
-def test_bigram_knows_a_rule_that_copying_does_not(tmp_path: Path) -> None:
-    """Each code is followed by the next one: never the same, always the same way."""
+def test_bigram_learns_a_rule_that_copying_cannot(tmp_path: Path) -> None:
+    """Every code c is followed by code c + 1."""
     store = write_store(tmp_path / "tokens", (30,))
     drive = store.drives[0]
     counting = (drive.tokens[:1] + np.arange(30)[:, None, None]) % 9
@@ -115,7 +115,7 @@ def test_bigram_knows_a_rule_that_copying_does_not(tmp_path: Path) -> None:
     assert (fitted._most_probable() == (after + 1) % size).all()
 
 
-def test_a_world_that_stands_still_is_copied_for_nothing(tmp_path: Path) -> None:
+def test_copying_a_still_world_costs_almost_no_bits(tmp_path: Path) -> None:
     store = write_store(tmp_path / "tokens", (30,))
     still = store.drives[0]
     frozen = np.repeat(still.tokens[:1], 30, axis=0)

@@ -27,32 +27,32 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     return write_store(tmp_path_factory.mktemp("bits") / "tokens", (11, 8), gap_at=6)
 
 
-def by_place(found: object) -> dict[tuple[int, int], float]:
+def by_place(measured: object) -> dict[tuple[int, int], float]:
     return {
         (int(d), int(f)): float(b)
-        for d, f, b in zip(found.drive, found.frame, found.bits, strict=True)  # type: ignore[attr-defined]
+        for d, f, b in zip(measured.drive, measured.frame, measured.bits, strict=True)  # type: ignore[attr-defined]
     }
 
 
 def test_every_frame_with_a_full_window_is_judged_once(store: TokenStore) -> None:
     windows = FullWindows(store.drives, frames=W)
-    found = bits_per_token(random_model(), windows)
+    measured = bits_per_token(random_model(), windows)
     expected = {(0, f) for f in [2, 3, 4, 5, 8, 9, 10]} | {(1, f) for f in [2, 3, 4, 5]}
-    assert set(by_place(found)) == expected
-    assert len(found.bits) == len(windows) == len(expected)
+    assert set(by_place(measured)) == expected
+    assert len(measured.bits) == len(windows) == len(expected)
 
 
 def test_bits_are_those_of_the_window_alone(store: TokenStore) -> None:
     model = random_model()
     windows = FullWindows(store.drives, frames=W)
-    found = bits_per_token(model, windows, batch_size=3)
+    measured = bits_per_token(model, windows, batch_size=3)
     for n in range(len(windows)):
         batch = windows.load(np.array([n]))
         with torch.no_grad():
             log_probs = model(**batch)[0, -1].log_softmax(-1)
         bits = -log_probs.gather(-1, batch["tokens"][0, -1].unsqueeze(-1)).mean() / math.log(2)
-        assert found.bits[n] == pytest.approx(bits.item(), abs=1e-5)
-    assert found.mean == pytest.approx(found.bits.mean())
+        assert measured.bits[n] == pytest.approx(bits.item(), abs=1e-5)
+    assert measured.mean == pytest.approx(measured.bits.mean())
 
 
 def test_streamed_bits_equal_recomputed_ones_until_a_frame_has_left(store: TokenStore) -> None:
@@ -65,17 +65,17 @@ def test_streamed_bits_equal_recomputed_ones_until_a_frame_has_left(store: Token
     assert streamed[(0, W)] != pytest.approx(windows[(0, W)], abs=1e-5)
 
 
-def test_streaming_part_of_each_run_judges_it_alike(store: TokenStore) -> None:
+def test_streaming_part_of_each_run_gives_the_same_bits(store: TokenStore) -> None:
     model = random_model()
-    whole = by_place(streamed_bits_per_token(model, store.drives))
+    all_bits = by_place(streamed_bits_per_token(model, store.drives))
     part = by_place(streamed_bits_per_token(model, store.drives, first=4, stop=5))
-    assert part == {place: whole[place] for place in [(0, 4), (0, 10), (1, 4)]}
-    # A run that is shorter than that ends at its gap, and at the drive's end.
-    assert by_place(streamed_bits_per_token(model, store.drives, stop=7)) == whole
+    assert part == {place: all_bits[place] for place in [(0, 4), (0, 10), (1, 4)]}
+    # `stop` has no effect on runs that are shorter.
+    assert by_place(streamed_bits_per_token(model, store.drives, stop=7)) == all_bits
     assert not len(streamed_bits_per_token(model, store.drives, first=6).bits)
 
 
-def test_streamed_variants_of_the_actions_are_judged_apart(store: TokenStore) -> None:
+def test_streamed_variants_of_the_actions_have_their_own_bits(store: TokenStore) -> None:
     model = random_model()
     drive = store.drives[1]
     own = drive.actions[:6]
@@ -88,19 +88,19 @@ def test_streamed_variants_of_the_actions_are_judged_apart(store: TokenStore) ->
     frames = streamed_bits_per_token(model, [drive])
     assert bits[0] == pytest.approx(frames.bits[:6], abs=1e-5)
     assert (bits[1, 1:] != bits[0, 1:]).any()
-    for other in (2, 3):
-        assert bits[other, :4] == pytest.approx(bits[0, :4], abs=1e-5)
-        assert bits[other, 4] != pytest.approx(bits[0, 4], abs=1e-5)
+    for variant in (2, 3):
+        assert bits[variant, :4] == pytest.approx(bits[0, :4], abs=1e-5)
+        assert bits[variant, 4] != pytest.approx(bits[0, 4], abs=1e-5)
 
 
-def test_tokens_are_judged_where_they_stand(store: TokenStore) -> None:
-    """Streamed, and in windows of their own, as the model's probabilities say."""
+def test_token_bits_follow_from_the_models_probabilities(store: TokenStore) -> None:
+    """Both when streamed and in windows."""
     model, drive = random_model(), store.drives[1]
     actions, valid = drive.actions[None, :W], drive.action_valid[None, :W]
     *_, streamed = streamed_token_bits(model, drive.tokens[:W], actions, valid)
     watched: list[TokenBits] = []
     windows = FullWindows([drive], frames=W)
-    found = bits_per_token(model, windows, batch_size=3, watch=watched.append)
+    frame_bits = bits_per_token(model, windows, batch_size=3, watch=watched.append)
     batch = windows.load(np.array([0]))
     with torch.no_grad():
         chances = rearrange(model(**batch)[0, -1].softmax(-1), "r c k -> (r c) k").numpy()
@@ -111,10 +111,10 @@ def test_tokens_are_judged_where_they_stand(store: TokenStore) -> None:
         assert judged.right[0].tolist() == (chances.argmax(-1) == tokens).tolist()
         assert judged.confidence[0].numpy() == pytest.approx(chances.max(-1), abs=1e-5)
     means = np.concatenate([judged.means() for judged in watched], axis=1)
-    assert np.array_equal(means, [found.bits, found.accuracy])
+    assert np.array_equal(means, [frame_bits.bits, frame_bits.accuracy])
 
 
-def test_tokens_are_taken_one_frame_at_a_time(store: TokenStore) -> None:
+def test_streaming_reads_tokens_one_frame_at_a_time(store: TokenStore) -> None:
     model, drive = random_model(), store.drives[1]
     taken = []
 

@@ -24,7 +24,7 @@ def test_loss_is_the_cross_entropy_of_the_true_tokens() -> None:
     assert metrics["accuracy"] == (logits.argmax(-1) == batch["tokens"]).float().mean()
 
 
-def test_an_untrained_model_costs_the_codebooks_bits() -> None:
+def test_an_untrained_model_needs_log2_of_the_codebook_size_in_bits() -> None:
     objective = WorldModelObjective(
         InputNoiseConfig(), Transformer(CONFIG, GRID, ActionStatistics())
     )
@@ -33,7 +33,7 @@ def test_an_untrained_model_costs_the_codebooks_bits() -> None:
 
 
 def test_noise_is_in_the_input_and_not_in_the_target() -> None:
-    """A model that knows the truth by heart loses nothing to noise that it cannot see."""
+    """Noise does not change the loss of a model that ignores its input."""
     quiet = ActionDropoutConfig(both=0.0, channel=0.0)
     model = random_model().train()
     batch = random_inputs(3)
@@ -45,7 +45,7 @@ def test_noise_is_in_the_input_and_not_in_the_target() -> None:
 
     assert loss(0.0) == loss(0.0, seed=1)
     assert loss(0.9) != loss(0.9, seed=1)
-    model.output_norm.weight.data.zero_()  # blind: the input no longer matters, the target does
+    model.output_norm.weight.data.zero_()  # from here on the model ignores its input
     assert loss(0.0) == loss(0.9) == loss(0.9, seed=1)
 
 
@@ -54,7 +54,7 @@ def test_replaced_tokens_are_a_share_of_each_window_and_come_from_the_batch() ->
     tokens = torch.randint(100, 110, (500, 4, 3, 4))
     noisy = replace_tokens(tokens, 0.4)
     assert set(noisy.unique().tolist()) <= set(range(100, 110))  # type: ignore[no-untyped-call]
-    share = (noisy != tokens).float().mean((1, 2, 3)) / 0.9  # a tenth are replaced by their like
+    share = (noisy != tokens).float().mean((1, 2, 3)) / 0.9  # a tenth of the replacements are equal
     assert share.mean().item() == pytest.approx(0.2, abs=0.02)
     assert share.std().item() == pytest.approx(0.4 / math.sqrt(12), abs=0.05)
     assert replace_tokens(tokens, 0.0) is tokens

@@ -19,7 +19,7 @@ from driving_sim.world_model.training.presets import PRESETS
 from driving_sim.world_model.training.train import (
     WorldModelDataConfig,
     WorldModelRunConfig,
-    _in_the_scale_of,
+    _in_scale_of,
     action_statistics,
     train_world_model,
 )
@@ -47,7 +47,7 @@ CONFIG = WorldModelRunConfig(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer, its token store, and a run trained on it."""
+    """A folder with a tokenizer, its token store, and a run that was trained on them."""
     path = tmp_path_factory.mktemp("training")
     tokenizer = tiny_tokenizer()
     tokenizer.save(path / "tokenizer")
@@ -72,8 +72,8 @@ def test_training_learns_what_steering_does(folder: Path) -> None:
         assert (imagined.numpy() == expected).mean() > 0.8
 
 
-def test_guidance_widens_what_steering_does(folder: Path) -> None:
-    """More tokens move as steered, and fewer the other way, than under the plain model."""
+def test_guidance_amplifies_the_effect_of_steering(folder: Path) -> None:
+    """With guidance, more tokens move as steered, and fewer the other way."""
     world = WorldModel.from_run(folder / "run", device="cpu")
     tokens, actions, _ = turning_drive(8, 99)
     prefix = world.encode_prefix(tokens[:4], actions[:3])
@@ -144,16 +144,14 @@ def test_fine_tuning_starts_from_the_other_run(folder: Path, tmp_path: Path) -> 
     after = WorldModel.from_run(tmp_path / "run", device="cpu").transformer
     for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
         torch.testing.assert_close(new, old, atol=1e-5, rtol=0, msg=name)
-    other = replace(short, model=replace(CONFIG.model, layers=1))
+    smaller = replace(short, model=replace(CONFIG.model, layers=1))
     with pytest.raises(DriveSimError, match="its configuration differs"):
-        begin(other, tmp_path / "run2")
+        begin(smaller, tmp_path / "run2")
     assert not (tmp_path / "run2").exists()
 
 
-def test_fine_tuning_reads_actions_in_the_scale_of_the_other_run(
-    folder: Path, tmp_path: Path
-) -> None:
-    """The weights know no other; how far drivers turn is the new drives' own."""
+def test_fine_tuning_keeps_the_action_scale_of_the_other_run(folder: Path, tmp_path: Path) -> None:
+    """Means and spreads come from the other run, the percentiles from the new drives."""
     before = WorldModel.from_run(folder / "run", device="cpu")
     store = write_store(tmp_path / "tokens", (30, 30), fingerprint=before.tokenizer.fingerprint)
     data = replace(CONFIG.data, validation=("1",), preview=False)
@@ -178,11 +176,11 @@ def test_fine_tuning_reads_actions_in_the_scale_of_the_other_run(
     ("learned", "expected"),
     [
         ((5.0, 2.0), (5.0, 2.0)),
-        ((0.0, 1.0), (9.0, 3.0)),  # no speed was ever there
+        ((0.0, 1.0), (9.0, 3.0)),  # trained without speed
         ((0.0, 0.0), (9.0, 3.0)),  # the car was parked
     ],
 )
-def test_what_the_other_run_never_learned_has_the_scale_of_the_new_drives(
+def test_channels_that_the_other_run_did_not_learn_have_the_scale_of_the_new_drives(
     learned: tuple[float, float], expected: tuple[float, float]
 ) -> None:
     mean, std = learned
@@ -192,7 +190,7 @@ def test_what_the_other_run_never_learned_has_the_scale_of_the_new_drives(
     )
     source = WorldModel(transformer, tiny_tokenizer(), fps=5.0, steering_kind="road_wheel")
     measured = ActionStatistics(mean=(9.0, 0.3), std=(3.0, 0.4), steering_p95=0.5)
-    kept = _in_the_scale_of(source, measured)
+    kept = _in_scale_of(source, measured)
     assert (kept.mean, kept.std) == ((expected[0], 0.1), (expected[1], 0.2))
     assert kept.steering_p95 == 0.5
 
@@ -204,7 +202,7 @@ def test_a_tokenizer_that_did_not_make_the_tokens_is_refused(folder: Path, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_is_there_is_not_overwritten(folder: Path) -> None:
+def test_an_existing_run_is_not_overwritten(folder: Path) -> None:
     with pytest.raises(DriveSimError, match="`resume`"):
         train_world_model(folder / "tokens", CONFIG, folder / "run", tokenizer=folder / "tokenizer")
 
