@@ -242,11 +242,11 @@ def write_rollout(
                 for index, (tokens, frames) in enumerate(bar.counted(moments)):
                     truth = next(context.future, None)
                     beside = ended if truth is None else recorded
-                    shown = [blank if truth is None else truth, *frames]
+                    pictures = [blank if truth is None else truth, *frames]
                     write_tokens(index, tokens)
-                    write(draw_moment([beside, *futures], shown, index, steering_range))
+                    write(draw_moment([beside, *futures], pictures, index, steering_range))
                     if index + 1 in on_sheet:
-                        columns.append(shown)
+                        columns.append(pictures)
         report = _report(world, context, futures, sampling, seconds)
         titles = ["recorded", *report["futures"]]
         rows = list(zip(titles, zip(*columns, strict=True), strict=True))

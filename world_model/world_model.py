@@ -220,12 +220,12 @@ class WorldModel:
 
         This is not an error, because it changes only about one token in a hundred.
         """
-        made, own = store.info.precision, name_of(self.tokenizer.dtype)
-        if made == own:
+        made_in, own = store.info.precision, name_of(self.tokenizer.dtype)
+        if made_in == own:
             return None
         return (
-            f"{store.path}: its tokens were made in {made}, but this model encodes in {own}, so "
-            f"about 1 token in 100 differs; set `precision={made}` to compute everything in {made}"
+            f"{store.path}: its tokens were made in {made_in}, but this model encodes in {own}, so "
+            f"about 1 token in 100 differs; set `precision={made_in}` to compute everything in {made_in}"
         )
 
     def encode_prefix(

@@ -60,7 +60,7 @@ def test_a_branched_prefix_continues_like_the_sequence_itself(known: int) -> Non
     tail = {name: inputs[name][:, known:].repeat_interleave(3, 0) for name in head}
     tail["previous"] = inputs["tokens"][:, known - 1].repeat_interleave(3, 0)
     kept = prefix.keys.clone()
-    for _ in range(2):  # the second time with the same prefix
+    for _ in range(2):  # the second round uses the same prefix again
         branches = cached_logits(
             model, prefix.branch(torch.zeros(3, dtype=torch.int64)), tail, by_wave=True
         )

@@ -85,14 +85,14 @@ def test_channels_that_the_model_never_saw_are_unknown(world: WorldModel, video:
     drive = find_drives([video]).drives[0]
     for mean, known in (((5.0, 0.0), [True, False]), ((0.0, 0.0), [False, False])):
         model = Transformer(world.config.model, world.config.grid, ActionStatistics(mean=mean))
-        other = WorldModel(model, world.tokenizer, fps=FPS, steering_kind=None)
-        situation = context_from_drive(other, drive, None).situation(other)
+        unsteered = WorldModel(model, world.tokenizer, fps=FPS, steering_kind=None)
+        situation = context_from_drive(unsteered, drive, None).situation(unsteered)
         assert situation.last_valid.tolist() == known
         assert (situation.recorded is not None) == any(known)
     model = Transformer(world.config.model, world.config.grid, world.statistics)
-    other = WorldModel(model, world.tokenizer, fps=FPS, steering_kind="curvature")
+    curved = WorldModel(model, world.tokenizer, fps=FPS, steering_kind="curvature")
     with pytest.raises(DriveSimError, match="trained on curvature"):
-        context_from_drive(other, drive, None)
+        context_from_drive(curved, drive, None)
 
 
 def test_a_start_outside_the_drive_is_refused(world: WorldModel, video: Path) -> None:
@@ -184,7 +184,9 @@ def test_panels_show_the_recording_and_the_futures_under_their_actions(
     for t, picture in enumerate(written, start=first):
         true = panel(np.full((H, W, 3), 5 * t, np.uint8), "recorded", t - 0.5, 0.1)
         height, width, _ = true.shape
-        shown = rearrange(picture.astype(int), "(r h) (c w) k -> (r c) h w k", h=height, w=width)
+        drawn_panels = rearrange(
+            picture.astype(int), "(r h) (c w) k -> (r c) h w k", h=height, w=width
+        )
         expected = [true]
         if t <= 30:
             known = (None, None) if t == first else (t - 0.5, 0.1)
@@ -197,7 +199,7 @@ def test_panels_show_the_recording_and_the_futures_under_their_actions(
             for frame, plan in zip(frames, plans, strict=True):
                 expected.append(panel(frame, plan.label, *plan.actions[t - 31].tolist()))
         # The codec changes grey levels by one or two.
-        assert np.abs(shown[:3] - expected).max() <= 3
+        assert np.abs(drawn_panels[:3] - expected).max() <= 3
     assert len(written) == world.context_frames + 1 + 12
 
 

@@ -142,7 +142,7 @@ def test_digits_alone_distinguish_all_codes() -> None:
     embedding = CodeEmbedding(levels, 8)
     embedding.codes.data.zero_()
     table = embedding.table()
-    torch.testing.assert_close(table[0] + table[4], table[1] + table[3])  # digits 00+11 = 10+01
+    torch.testing.assert_close(table[0] + table[4], table[1] + table[3])  # 00 + 11 and 10 + 01
     assert len({tuple(row) for row in table.tolist()}) == 24
 
 

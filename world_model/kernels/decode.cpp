@@ -71,7 +71,7 @@ constexpr int kParts = 4;  // parts of the keys; fixed, so that results do not d
 // Scores are computed for kQueries queries and kBlock keys at once, and values are weighted for up
 // to kChunk keys at once. These sizes fit into the L1 cache.
 constexpr int kQueries = 32, kBlock = 64, kChunk = 128;
-constexpr int kStep = 32;  // whether places are seen and owned is decided in steps of this many
+constexpr int kStep = 32;  // size of the groups of places that Block and Trunk::own are made of
 
 // Prefetch memory that is read next. Tiles would wait for each line. Products prefetch only their
 // own next columns, which in the layout of values may belong to another head.
@@ -244,7 +244,7 @@ class Run {
     return ((size_t(layer) * batch + sequence) * m.kv_heads + key_head) * ring * channels;
   }
 
-  // A slot sees the places up to itself and, in a full ring, the old frames behind the current one.
+  // A slot sees the places up to itself and, in a full ring, the old frames after the current one.
   bool sees_all(int64_t from, int64_t to) const {
     return to <= begin + 1 || (full && from >= frame_end && to <= places);
   }

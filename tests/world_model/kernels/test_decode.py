@@ -309,7 +309,7 @@ def test_keys_and_values_are_rounded_to_the_nearest_bf16() -> None:
     rounded, exact = (native_cache(model, 2, dtype) for dtype in (torch.bfloat16, torch.float32))
     for ring in (rounded, exact):
         cached_logits(model, ring, inputs, by_wave=False)
-    # In the first layer, only the products have rounded before.
+    # In the first layer, only the products have rounded anything before.
     pairs = (rounded.keys[0], exact.keys[0]), (rounded.values[0], exact.values[0])
     for kept, true in pairs:
         assert kept.float().abs().sum() / true.abs().sum() == pytest.approx(1, abs=5e-4)

@@ -224,11 +224,13 @@ def test_gradients_are_the_same_under_activation_checkpointing() -> None:
 @needs_compiler
 @pytest.mark.parametrize("shard", [False, True])
 def test_two_ranks_train_as_one_does(tmp_path: Path, shard: bool) -> None:
-    model, one, two = "compiled_world_model", tmp_path / "one", tmp_path / "two"
-    assert launch(2, model, two, precision="bf16", shard=shard) == [0, 0]
-    rank_train(model, one, precision="bf16", accumulate=2)
+    model, one_rank, two_ranks = "compiled_world_model", tmp_path / "one", tmp_path / "two"
+    assert launch(2, model, two_ranks, precision="bf16", shard=shard) == [0, 0]
+    rank_train(model, one_rank, precision="bf16", accumulate=2)
     # A tiny difference in float32 can become one step of bf16, and then grows from step to step.
-    assert_same_losses(one, two, rel=1e-3, loose={"accuracy": 0.5, "grad_norm/model": 0.1})
+    assert_same_losses(
+        one_rank, two_ranks, rel=1e-3, loose={"accuracy": 0.5, "grad_norm/model": 0.1}
+    )
 
 
 @needs_compiler
@@ -247,7 +249,7 @@ def test_a_resumed_training_is_the_same(tmp_path: Path, calls: list[str]) -> Non
 @needs_compiler
 @in_each_format
 def test_nan_stays_nan(dtype: torch.dtype, calls: list[str]) -> None:
-    """Training skips a step with NaN, so it must reach the loss."""
+    """Training skips steps with a NaN loss, so a NaN must not get lost on the way."""
     bad = torch.full((1, 4, 128), torch.nan)
     gain, rotary = torch.ones(32), (torch.ones(4, 16), torch.zeros(4, 16))
     with compute(dtype):
@@ -262,9 +264,9 @@ def test_nan_stays_nan(dtype: torch.dtype, calls: list[str]) -> None:
 
 @needs_compiler
 def test_gradients_do_not_depend_on_threads() -> None:
-    one, two = gradients(torch.bfloat16, threads=1), gradients(torch.bfloat16, threads=2)
+    single, double = (gradients(torch.bfloat16, threads=threads) for threads in (1, 2))
     for name in ("transformer.blocks.0.attention.qkv.weight", "transformer.blocks.1.up.weight"):
-        assert torch.equal(one[name], two[name])
+        assert torch.equal(single[name], double[name])
 
 
 @needs_compiler
