@@ -59,7 +59,7 @@ class SlotOrder:
 
     @cached_property
     def waves(self) -> tuple[Wave, ...]:
-        """The passes of a frame: `cols + 1 + lag * (rows - 1)`, or fewer if there are empty waves."""
+        """The passes of a frame: `cols + 1 + lag * (rows - 1)`, less the waves that are empty."""
         waves, start = [], 0
         for size in torch.unique_consecutive(self.wave, return_counts=True)[1].tolist():
             silent = int((self.target[start : start + size] == self.tokens).sum())

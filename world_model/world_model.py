@@ -225,7 +225,8 @@ class WorldModel:
             return None
         return (
             f"{store.path}: its tokens were made in {made_in}, but this model encodes in {own}, so "
-            f"about 1 token in 100 differs; set `precision={made_in}` to compute everything in {made_in}"
+            f"about 1 token in 100 differs; set `precision={made_in}` to compute everything in "
+            f"{made_in}"
         )
 
     def encode_prefix(

@@ -184,9 +184,7 @@ def test_panels_show_the_recording_and_the_futures_under_their_actions(
     for t, picture in enumerate(written, start=first):
         true = panel(np.full((H, W, 3), 5 * t, np.uint8), "recorded", t - 0.5, 0.1)
         height, width, _ = true.shape
-        drawn_panels = rearrange(
-            picture.astype(int), "(r h) (c w) k -> (r c) h w k", h=height, w=width
-        )
+        drawn = rearrange(picture.astype(int), "(r h) (c w) k -> (r c) h w k", h=height, w=width)
         expected = [true]
         if t <= 30:
             known = (None, None) if t == first else (t - 0.5, 0.1)
@@ -199,7 +197,7 @@ def test_panels_show_the_recording_and_the_futures_under_their_actions(
             for frame, plan in zip(frames, plans, strict=True):
                 expected.append(panel(frame, plan.label, *plan.actions[t - 31].tolist()))
         # The codec changes grey levels by one or two.
-        assert np.abs(drawn_panels[:3] - expected).max() <= 3
+        assert np.abs(drawn[:3] - expected).max() <= 3
     assert len(written) == world.context_frames + 1 + 12
 
 
