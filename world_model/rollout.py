@@ -171,7 +171,7 @@ def context_from_tokens(world: WorldModel, drive: DriveTokens, start_s: float | 
 
 def output_files(out: Path) -> dict[str, Path]:
     """Return the files that a rollout writes, by kind; `out` names an .mp4 file or a folder."""
-    has_file_suffix = out.suffix[1:2].isalpha()  # "run-1.5" is a folder
+    has_file_suffix = out.suffix[1:2].isalpha()  # "run-1.5" names a folder
     if out.is_dir() or not has_file_suffix:
         out = out / "rollout.mp4"
     elif out.suffix.lower() != ".mp4":

@@ -108,7 +108,10 @@ class Past(Protocol):
 
 
 def code_digits(levels: Sequence[int]) -> Tensor:
-    """Return the FSQ digits of all codes, int64 [K, len(levels)]; the first changes fastest."""
+    """Return the FSQ digits of all codes, int64 [K, len(levels)].
+
+    The first digit changes fastest from code to code.
+    """
     base = torch.tensor([math.prod(levels[:place]) for place in range(len(levels))])
     return torch.arange(math.prod(levels))[:, None] // base % torch.tensor(levels)
 

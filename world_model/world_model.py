@@ -119,7 +119,7 @@ class WorldModel:
         self.validation_drives = self.config.validation_drives
         self.statistics = transformer.statistics
         """Mean, spread and percentiles of the training data's actions."""
-        # A channel without any valid action in the training data has the default statistics.
+        # Without any valid speed in the training data, the statistics keep their defaults.
         has_speed = (self.statistics.mean[0], self.statistics.std[0]) != (0.0, 1.0)
         self.known_channels = (has_speed, steering_kind is not None)
         """Whether the model was trained with speed, and with steering."""

@@ -38,7 +38,10 @@ def _blocks(model: Transformer) -> list[Block]:
 
 
 def _reordered(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Reorder [k, columns] to [columns / 16][k / I][16][I]; I is 2 in bf16 and 1 in float32."""
+    """Copy a matrix [k, columns] to the layout of `product` in `products.h`.
+
+    The layout is [columns / 16][k / I][16][I], where I is 2 in bf16 and 1 in float32.
+    """
     return rearrange(
         matrix.to(dtype), "(k i) (c lane) -> c k lane i", i=4 // dtype.itemsize, lane=LANES
     ).contiguous()
