@@ -100,7 +100,7 @@ class TransformerConfig:
 
 
 class Past(Protocol):
-    """The keys and values of earlier passes, which attention can see; `RingCache` is one."""
+    """The keys and values of earlier passes, which slots can attend to; see `RingCache`."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store a pass's keys and values; return its slots' attention over all, [B, n, D]."""

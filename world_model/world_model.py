@@ -295,11 +295,11 @@ class WorldModel:
     ) -> FrameSampler:
         """Start branches * samples futures, which `step` continues by one frame per action.
 
-        Sample s of branch b is future number b * samples + s. The prefix has one context for all
-        branches, or one for each. If it has one, sample s has the same draws in every branch, so
-        that branches differ only by their actions. If it has several, every future has its own
-        draws. Draws are numbered from `first_draw`; callers that split contexts into batches use it
-        to number the draws across batches.
+        Sample s of branch b is future number b * samples + s. The prefix has a single context for
+        all branches, or one context per branch. With a single context, sample s has the same draws
+        in every branch, so that branches differ only by their actions. With one per branch, every
+        future has its own draws. Draws are numbered from `first_draw`; callers that split contexts
+        into batches use it to number the draws across batches.
         """
         contexts = len(prefix.last)
         if contexts not in (1, branches):

@@ -66,7 +66,7 @@ class Structure:
         self.memory = layout(*(self._word(*fields[field], values[field]) for field in fields))
 
     def _word(self, kind: str, pointers: int, value: Any) -> Any:
-        """Return a field's value: a number, or an address if the field has one or two pointers."""
+        """Return a field's value: a number, or an address if the field is a pointer."""
         if pointers == 0 or value is None:
             return value
         if pointers == 2:

@@ -112,7 +112,7 @@ class TimeBigram:
         return windows.judged(bits.mean(1), (best[last] == tokens).mean(1))
 
     def _probability(self, before: Ints, after: Ints, left_out: int) -> Floats:
-        """Return the probabilities of `after` given `before`; first take `left_out` off each count."""
+        """Return the probabilities of `after` given `before`, with `left_out` off each count."""
         codes = before * len(self.totals) + after
         place = np.minimum(np.searchsorted(self.pairs, codes), len(self.pairs) - 1)
         count = np.where(self.pairs[place] == codes, self.counts[place], 0) - left_out
