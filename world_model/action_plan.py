@@ -8,7 +8,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +78,7 @@ _Planned = tuple[float | None, Callable[[int], ActionPlan]]
 
 
 def make_plans(
-    specs: list[str], situation: Situation, *, seconds: float | None = None
+    specs: Sequence[str], situation: Situation, *, seconds: float | None = None
 ) -> list[ActionPlan]:
     """Turn each file, script or name of `specs` into a plan; all plans have the same length.
 
