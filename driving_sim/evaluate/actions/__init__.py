@@ -1,1 +1,1 @@
-"""Whether a rollout does what it is told: commands against what the pictures show."""
+"""How well rollouts obey their commands, judged by what their pictures show."""

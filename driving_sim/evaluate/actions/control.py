@@ -1,4 +1,4 @@
-"""Whether a world model turns the way it is steered, as its pictures' motion shows."""
+"""Measure whether a world model turns the way it is steered, by the motion in its pictures."""
 
 import math
 from collections.abc import Sequence
@@ -23,11 +23,14 @@ from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
 MOVING_MPS = 2.0
-"""Counterfactual futures start at this speed or more: a car that stands does not show steering."""
+"""Lowest speed at which a counterfactual future starts: a standing car does not turn."""
 
 
 def obeyed(left_motion: float, right_motion: float) -> bool:
-    """Whether left turned left and right turned right: image motion is positive to the left."""
+    """Return whether steering left turned left and steering right turned right.
+
+    Both arguments are image motions, positive if the car turns left.
+    """
     return left_motion > 0 > right_motion
 
 
@@ -40,27 +43,33 @@ def measure_control(
     sampling: Sampling,
     sheet: Path | None = None,
 ) -> dict[str, Any]:
-    """Steer left and right at the training data's 99th percentile from starts spread over drives.
+    """Steer left and right from starts spread over the drives, and count how often the car obeys.
 
-    Each pair of futures has one context and the same draws, and holds the context's speed: starts
-    are where the drive is known to be faster than 2 m/s, if it ever is. The motion is what
-    `drivesim inspect` measures, over the whole future. `sheet` is a picture
-    file to draw the futures in, a row for each start.
+    The steering is the training data's 99th percentile of |steering|. Both futures of a start have
+    the same context and the same random draws, and keep the last speed of the context. A start is a
+    time at which the car is known to drive at 2 m/s or more, if there is one. The motion is the
+    mean of `yaw_motion` over the whole future. `sheet` is a picture file (.png or .jpg) for the
+    futures, with a row for each start.
+
+    Returns the counts, the settings and all trials as JSON.
     """
     if sheet is not None and sheet.suffix.lower() not in (".png", ".jpg"):
-        raise DriveSimError(f"`sheet` {sheet}: a picture is a .png or .jpg file; name it so")
+        raise DriveSimError(
+            f"`sheet` {sheet}: not the name of a picture; choose a name that ends in .png or .jpg"
+        )
     frames = round(seconds * world.fps) if math.isfinite(seconds) else 0
     if frames < 1:
         raise DriveSimError(
-            f"`seconds` {seconds:g}: less than a frame at the model's {world.fps:.3g} frames/s"
+            f"`seconds` {seconds:g}: not a time of one frame or more at the model's "
+            f"{world.fps:.3g} frames/s; choose {1 / world.fps:.2g} or more"
         )
     if world.statistics.steering_p99 == 0:
         raise DriveSimError(
-            "the model's training drives have no steering, so there is nothing to steer with: "
-            "train on drives that do"
+            "the model learned no steering, because its training drives have none; train on drives "
+            "with steering"
         )
-    shown = (frames - 1) // 2, frames - 1  # of each future, in the picture: half-way and the end
-    half, end = (f"after {(n + 1) / world.fps:.1f} s" for n in shown)
+    pictured = (frames - 1) // 2, frames - 1  # the frames of a future that the sheet shows
+    half, end = (f"after {(n + 1) / world.fps:.1f} s" for n in pictured)
     headings = [f"left {end}", f"left {half}", "start", f"right {half}", f"right {end}"]
     trials: dict[str, list[dict[str, float]]] = {drive.id: [] for drive in drives}
     rows: list[tuple[str, list[Pixels]]] = []
@@ -71,19 +80,22 @@ def measure_control(
             times = _times_to_start(world, drive)
             start_s = float(times[int(share * len(times))])
             start, *futures = _steer_both_ways(world, drive, start_s, frames, sampling)
-            # Mean image motion in picture widths a frame, positive where the car turns left.
+            # In picture widths per frame, positive if the car turns left.
             left, right = (
                 float(yaw_motion(np.stack([start, *future])).mean()) for future in futures
             )
             trial = {"start_s": start_s, "left_motion": left, "right_motion": right}
             trials[drive.id].append(trial)
-            to_left, to_right = ([future[n] for n in shown] for future in futures)
+            to_left, to_right = ([future[n] for n in pictured] for future in futures)
             rows.append((f"{drive.id} at {start_s:.1f} s", [*to_left[::-1], start, *to_right]))
     if sheet is not None:
         with atomic_file(sheet) as temporary:
             Image.fromarray(contact_sheet(rows, headings)).save(temporary)
-    every = (trial for each in trials.values() for trial in each)
-    motions = [(trial["left_motion"], trial["right_motion"]) for trial in every]
+    motions = [
+        (trial["left_motion"], trial["right_motion"])
+        for of_drive in trials.values()
+        for trial in of_drive
+    ]
     return {
         "starts": starts,
         "seconds": seconds,
@@ -98,11 +110,15 @@ def measure_control(
 
 
 def _times_to_start(world: WorldModel, drive: Drive) -> Floats:
-    """The times after the first context at which the car moves: one that stands cannot turn."""
+    """Return the times, after the first context, at which the car drives at `MOVING_MPS` or more.
+
+    If there are none, all times after the first context are returned.
+    """
     sampled = sample(drive, fps=world.fps)
     first = min(world.context_frames, len(sampled.timestamps) - 1)
     times = sampled.timestamps[first:]
-    speeds = np.append(0.0, sampled.actions[:-1, SPEED])[first:]  # that led to each time
+    # The speed at a time is that of the action that led to it.
+    speeds = np.append(0.0, sampled.actions[:-1, SPEED])[first:]
     moves = speeds >= MOVING_MPS
     return times[moves] if moves.any() else times
 
@@ -110,7 +126,7 @@ def _times_to_start(world: WorldModel, drive: Drive) -> Floats:
 def _steer_both_ways(
     world: WorldModel, drive: Drive, start_s: float, frames: int, sampling: Sampling
 ) -> tuple[Pixels, Pixels, Pixels]:
-    """Return the last frame before the futures, and those to the left and to the right."""
+    """Return the last context frame, and the frames of the futures to the left and to the right."""
     context = context_from_drive(world, drive, start_s)
     situation = context.situation(world)
     actions = np.tile(situation.last_action, (2, frames, 1))

@@ -1,7 +1,8 @@
-"""Whether rollouts do what they are told: commanded against realised speed and steering.
+"""Measure whether rollouts do what they are told: commanded against realised speed and steering.
 
-What a rollout realised is read off its pictures by an inverse-dynamics probe that learned from the
-training drives (as ACT-Bench, arXiv 2412.05337, does). Its own error on held-out ones is the floor.
+An inverse-dynamics probe, trained on the training drives, reads the realised actions from the
+pictures of a rollout. ACT-Bench (arXiv 2412.05337) works the same way. The probe's own error on the
+held-out drives is the floor: no rollout can be judged more precisely than that.
 
 Axes: C clips, N frames of the future, H W pixels, A = 2 channels (speed, steering).
 """
@@ -30,9 +31,9 @@ from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
 _OF_CHANGE = ("correlation", "gain", "delay_frames", "sign_accuracy")
-"""What is not told where the commands vary less than the probe errs."""
+"""Metrics that are left out if the commands vary less than the probe's error."""
 CURVE = 0.5
-"""A curve: |steering| beyond this share of the training data's 95th percentile."""
+"""Least |steering| in a curve, as a share of the training data's 95th percentile of |steering|."""
 
 
 def evaluate_fidelity(
@@ -42,21 +43,21 @@ def evaluate_fidelity(
     rollouts: Sequence[Imagined],
     sampling: Sampling,
 ) -> Section:
-    """Read off what rollouts did, and what those of the mirror images and without actions do.
+    """Compare the actions that the probe reads in `rollouts` with the commands.
 
-    Every clip comes with its mirror image: a car that drives a circuit turns mostly one way, and a
-    model that always says right must not be right. `floor` is the probe's own error on held-out
-    footage, for the report.
+    The clips' mirror images are rolled out as well: a car on a circuit turns mostly one way, and a
+    model that always turns that way must not score well. All clips are also rolled out without
+    actions, as a baseline. `floor` is the probe's own error on the held-out drives.
     """
     mirrored = [replace(imagined.clip, mirrored=True) for imagined in rollouts]
     clips = [*(imagined.clip for imagined in rollouts), *mirrored]
     with progress(3 * len(rollouts), "action fidelity", "rollouts") as bar:
-        told = chain(rollouts, bar.counted(imagine(world, mirrored, sampling)))
+        commanded = chain(rollouts, bar.counted(imagine(world, mirrored, sampling)))
         free = bar.counted(imagine(world, clips, sampling, hide_actions=True))
         realised = {
             "recorded": [read(probe, clip.context, clip.truth) for clip in clips],
-            "model": [read(probe, each.clip.context, each.frames) for each in told],
-            "action_free": [read(probe, each.clip.context, each.frames) for each in free],
+            "model": [read(probe, future.clip.context, future.frames) for future in commanded],
+            "action_free": [read(probe, future.clip.context, future.frames) for future in free],
         }
     return compare_actions(world, clips, realised, floor)
 
@@ -67,9 +68,10 @@ def compare_actions(
     realised: Mapping[str, Sequence[Floats]],
     floor: dict[str, Any],
 ) -> Section:
-    """How well each source's actions, of each clip [N, A], follow what the clips were told.
+    """Compare each source's realised actions with the clips' recorded ones, the commands.
 
-    A clip and its mirror image are one unit of the intervals.
+    `realised` holds one array [N, A] for each clip, by source. A clip and its mirror image form one
+    unit of the intervals. `floor` is the probe's own error.
     """
     commanded = np.stack([_commanded(clip) for clip in clips])
     units = [
@@ -81,20 +83,20 @@ def compare_actions(
         "recorded": all(clip.footage.recorded is not None for clip in clips),
         "probe": floor,
     }
-    sources = {source: np.stack(found) for source, found in realised.items()}
+    sources = {source: np.stack(actions) for source, actions in realised.items()}
     sources["constant"] = np.broadcast_to(world.statistics.mean, commanded.shape)
     for name, channel in CHANNELS.items():
-        told = commanded[..., channel]
+        commands = commanded[..., channel]
         threshold = CURVE * world.statistics.steering_p95 if channel == STEERING else None
         metrics[name] = {
-            source: follow(told, found[..., channel], units=units, sign_threshold=threshold)
-            for source, found in sources.items()
+            source: follow(commands, actions[..., channel], units=units, sign_threshold=threshold)
+            for source, actions in sources.items()
         }
-        # Whether the commands vary by more than the probe errs.
-        error, spread = floor.get(name, {}).get("rmse"), told[np.isfinite(told)]
-        if error is not None and not (len(spread) and float(spread.std()) > error):
-            for found in metrics[name].values():
-                found |= dict.fromkeys(_OF_CHANGE)
+        # Commands that vary less than the probe's error cannot show whether rollouts follow them.
+        error, known = floor.get(name, {}).get("rmse"), commands[np.isfinite(commands)]
+        if error is not None and not (len(known) and float(known.std()) > error):
+            for of_source in metrics[name].values():
+                of_source |= dict.fromkeys(_OF_CHANGE)
     text = _TEXT.format(
         truth=_RECORDED if metrics["recorded"] else _RECONSTRUCTED, standing=STANDING_MPS
     )
@@ -103,7 +105,7 @@ def compare_actions(
 
 
 def _commanded(clip: Clip) -> Floats:
-    """The future's actions [N, A]; NaN where not known, or where they cannot show."""
+    """Return the future's actions [N, A]; unknown ones and a standing car's steering are NaN."""
     actions, valid = clip.actions
     future = slice(clip.context_frames - 1, None)
     commanded = np.where(valid, actions, np.nan)[future].astype(np.float64)
@@ -117,19 +119,35 @@ def read(probe: InverseDynamics, context: Pixels, future: Pixels) -> Floats:
     return np.asarray(probe.estimate(frames)[-len(future) :], np.float64)
 
 
-_TEXT = """An inverse-dynamics probe, which learned from the training drives, reads speed and
-steering off pictures. It is run on {truth} of the same clips (its error there is the floor), on the
-model's rollouts, and on rollouts in which the model knew the actions of the context but none of the
-future's (action-free); the constant is the training drives' mean.
+_TEXT = """Question: does the model drive at the commanded speed and steer as commanded? An
+inverse-dynamics probe, a small network trained on the training drives, reads speed and steering
+from the pictures. The commands are the actions recorded in the held-out drives. Each clip is also
+rolled out as its mirror image, with the steering negated.
 
-Correlation, gain (1: what was commanded is what happens) and delay compare the commanded with the
-realised course. Sign accuracy is over frames in curves, left and right averaged, over the clips
-and their mirror images: always the same way scores 0.5. Where the commands vary less than the probe
-errs, nothing is said of how the rollouts follow them. The steering of a car that is told to go
-slower than {standing:g} m/s does not show, and is not judged. Intervals are over clips; one and its
-mirror image count as one."""
+The sources are compared in the second table. "recorded" is the probe on {truth}: a perfect model
+would reach about these values. "model" is the rollouts under the commands. "action-free" is
+rollouts in which the model does not see the future actions; a model that uses its actions is
+clearly better than that. "constant" always answers the mean action of the training drives.
+
+How to read the columns. Correlation: 1 is best, and 0 means that the rollouts ignore the commands.
+Gain: 1 is best; 0.5 means that the rollouts react half as strongly as commanded. Mean absolute
+error: lower is better. Delay: how many frames the pictures react after the command; 0 is best. Sign
+accuracy: the share of frames in curves that turn to the commanded side, averaged over left and
+right. 1 is best, and always turning the same way scores 0.5.
+
+Limits. The probe makes errors too, and the first table shows them. If the commands vary less than
+the probe's error, only the mean absolute error is given. The steering of a car that is commanded to
+drive slower than {standing:g} m/s is not judged, because a standing car does not turn. Intervals
+are over clips; a clip and its mirror image count as one."""
 _RECORDED = "the recorded frames"
 _RECONSTRUCTED = "the tokenizer's reconstructions of the recorded frames"
+
+_UNITS = """Speed in m/s, steering in the unit of the training data; "–" means not measured."""
+_FLOOR_CAPTION = f"""The probe's own error on the held-out drives, which limits what the other
+table can show. The errors should be well below those of "constant", which always guesses the mean
+of the probe's training clips. Correlation, R squared and sign accuracy are best at 1. {_UNITS}"""
+_FOLLOWING_CAPTION = f"""Commanded against realised actions, for each channel and source. The model
+should be close to "recorded" and far from "action-free". {_UNITS}"""
 
 
 def _floor_table(floor: dict[str, Any]) -> Table:
@@ -137,30 +155,35 @@ def _floor_table(floor: dict[str, Any]) -> Table:
     rows = [
         (name.replace("_", " "), *(errors[name] for errors in floor.values())) for name in names
     ]
-    return Table("The floor: the probe's own error on the held-out drives", ("", *floor), rows)
+    return Table(_FLOOR_CAPTION, ("", *floor), rows)
 
 
 def _table(metrics: dict[str, Any]) -> Table:
     names = ("correlation", "gain", "mean_absolute_error", "delay_frames", "sign_accuracy")
     rows = [
-        (f"{channel}, {source.replace('_', '-')}", *(found[name] for name in names))
+        (f"{channel}, {source.replace('_', '-')}", *(measured[name] for name in names))
         for channel in CHANNELS
-        for source, found in metrics[channel].items()
+        for source, measured in metrics[channel].items()
     ]
     columns = ("", *(name.replace("_", " ") for name in names))
-    return Table("Commanded against realised", columns, rows)
+    return Table(_FOLLOWING_CAPTION, columns, rows)
 
 
 def _plot(commanded: Floats, sources: Mapping[str, Floats]) -> Media:
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, (name, channel) in zip(figure.subplots(1, 2), CHANNELS.items(), strict=True):
-        told = commanded[..., channel].ravel()
+        commands = commanded[..., channel].ravel()
         for source, colour in (("recorded", "#b9bec8"), ("model", "#2a5db0")):
-            shown = sources[source][..., channel].ravel()
-            axes.plot(told, shown, ".", color=colour, markersize=3, label=source)
-        if np.isfinite(told).any():
-            ends = np.nanmin(told), np.nanmax(told)
+            actions = sources[source][..., channel].ravel()
+            axes.plot(commands, actions, ".", color=colour, markersize=3, label=source)
+        if np.isfinite(commands).any():
+            ends = np.nanmin(commands), np.nanmax(commands)
             axes.plot(ends, ends, color="#999999", linewidth=1)
         axes.set(title=name, xlabel="commanded", ylabel="realised")
     axes.legend(frameon=False)
-    return plot(figure, "Every frame: what was commanded and what the probe reads")
+    return plot(
+        figure,
+        "One dot for each frame: the commanded value, and the value that the probe reads from the "
+        "picture. On the grey line both are equal. The scatter of the recorded frames is the "
+        "probe's own error",
+    )

@@ -1,6 +1,7 @@
-"""How well what a rollout's pictures show follows what was commanded, for one channel of actions.
+"""Measure how well the actions that a rollout shows follow the commands, for one channel.
 
-NaN is what is not known: a command that was not given, or a motion that could not be measured.
+The realised action is what the probe reads from the pictures. NaN marks an unknown value: a command
+that was not given, or an action that could not be measured.
 
 Legend: C clips, N transitions of a clip, L levels of a sweep.
 """
@@ -15,8 +16,9 @@ from driving_sim.data.arrays import Reals
 from driving_sim.evaluate.report.intervals import bootstrap, ratio, unit_sums
 
 _LONGEST_DELAY = 5
+"""Largest delay that is tried, in frames."""
 _FLAT = 1e-12
-"""A variance that is this small a share of the mean square is rounding."""
+"""Variances below this share of the mean square are rounding errors and count as 0."""
 
 
 def follow(
@@ -26,21 +28,24 @@ def follow(
     units: ArrayLike | None = None,
     sign_threshold: float | None = None,
 ) -> dict[str, Any]:
-    """Compare commanded with realised [C, N] of one channel; None is what clips cannot tell.
+    """Compare the commanded and realised values [C, N] of one channel.
 
-    - `transitions`: where both are known.
-    - `correlation`: Pearson's, over all clips together.
-    - `gain`: least-squares slope of realised on commanded: 1 is obedience, 0.5 half of what was
-      asked.
+    Returns these metrics; None means that the clips do not determine the metric.
+
+    - `transitions`: number of transitions at which both values are known.
+    - `correlation`: Pearson correlation over all clips together.
+    - `gain`: least-squares slope of realised on commanded. 1 is full obedience; 0.5 means that the
+      rollouts do half of what was asked.
     - `mean_absolute_error`: in the channel's unit.
-    - `delay_frames`: how much later than commanded the picture follows, the lag, at most 5 frames
-      either way, of the highest normalised cross-correlation of the clips, each about its own mean;
-      None where it follows at no lag.
-    - `sign_accuracy`: of left and right commands beyond `sign_threshold`, averaged.
+    - `delay_frames`: how many frames the picture lags behind the command. This is the lag, at most
+      5 frames either way, with the highest normalised cross-correlation; each clip's own mean is
+      subtracted first. None if no lag has a positive correlation.
+    - `sign_accuracy`: share of right signs among the left commands beyond `sign_threshold`, and
+      among the right ones; the mean of both shares.
 
-    Correlation and sign accuracy have intervals, over `units`, a label [C] for each clip: clips of
-    one label, a clip and its mirror image, are no independent evidence. By default each clip is a
-    unit.
+    Correlation and sign accuracy come with intervals. `units` [C] are labels: clips with the same
+    label, such as a clip and its mirror image, are resampled together, because they are not
+    independent. By default every clip is a unit of its own.
     """
     x, y = _paired(commanded, realised)
     known = ~np.isnan(x)
@@ -59,20 +64,21 @@ def follow(
 
 
 def balanced_sign_accuracy(commanded: Reals, realised: Reals, threshold: float) -> float | None:
-    """Share of the right sign among commands beyond ±`threshold`: of left, of right, averaged.
+    """Return the share of commands beyond ±`threshold` that are realised with the right sign.
 
-    Takes two arrays of one shape. A model that always goes one way scores 0.5, whatever the drive;
-    realised 0 is neither side. None where one side is never commanded.
+    This is the mean of the share for left commands and the share for right ones, so a model that
+    always turns the same way scores 0.5 on any drive. A realised value of 0 counts as wrong. Both
+    arrays have the same shape. Returns None if one side is never commanded.
     """
     x, y = _paired(commanded, realised)
     return _or_none(_balanced(_sides(x.reshape(1, -1), y.reshape(1, -1), threshold)[0]))
 
 
 def monotonicity(commanded: Reals, realised: Reals) -> dict[str, float | None]:
-    """Tell whether more commanded is more realised, of the levels [L] of a sweep.
+    """Measure whether higher commands give higher realised values, for the levels [L] of a sweep.
 
-    `rank_correlation` is Spearman's; 1 where every step up is one up. `in_order` is the share of
-    neighbouring levels of which the higher command realised more.
+    `rank_correlation` is Spearman's: 1 if every higher command realises more. `in_order` is the
+    share of pairs of neighbouring levels in which the higher command realises more.
     """
     x, y = (values[~np.isnan(values)] for values in _paired(commanded, realised))
     ranks = np.stack([_ranks(x), _ranks(y)])
@@ -85,7 +91,7 @@ def monotonicity(commanded: Reals, realised: Reals) -> dict[str, float | None]:
 
 
 def _paired(commanded: Reals, realised: Reals) -> tuple[Reals, Reals]:
-    """Both as float64, unknown in both where unknown in either."""
+    """Return both arrays as float64, with NaN in both wherever either is NaN."""
     x, y = np.array(commanded, np.float64), np.array(realised, np.float64)
     unknown = np.isnan(x) | np.isnan(y)
     x[unknown] = y[unknown] = np.nan
@@ -93,7 +99,10 @@ def _paired(commanded: Reals, realised: Reals) -> tuple[Reals, Reals]:
 
 
 def _moments(x: Reals, y: Reals) -> Reals:
-    """Sums [C, 6] of 1, x, y, xy, xx and yy of each clip, about the means of all clips."""
+    """Return each clip's sums [C, 6] of 1, x, y, xy, xx and yy, ignoring NaN.
+
+    The means of x and y over all clips are subtracted first.
+    """
     known = ~np.isnan(x)
     x, y = (np.where(known, v - (v[known].mean() if known.any() else 0.0), 0.0) for v in (x, y))
     terms = (known.astype(np.float64), x, y, x * y, x * x, y * y)
@@ -101,7 +110,10 @@ def _moments(x: Reals, y: Reals) -> Reals:
 
 
 def _spread(moments: Reals) -> tuple[Reals, Reals, Reals]:
-    """Covariance and the variances of x and y from sums [..., 6]; 0 where nothing varies."""
+    """Return the covariance and the variances of x and y from sums [..., 6] of `_moments`.
+
+    Variances that are only rounding errors become 0.
+    """
     count, x, y, xy, xx, yy = np.moveaxis(moments, -1, 0)
     count = np.maximum(count, 1.0)
     variances = [
@@ -112,54 +124,60 @@ def _spread(moments: Reals) -> tuple[Reals, Reals, Reals]:
 
 
 def _correlation(moments: Reals) -> Reals:
-    """Pearson's correlation from sums [..., 6]; NaN where either does not vary."""
+    """Return the Pearson correlation from sums [..., 6]; NaN if x or y does not vary."""
     covariance, variance_x, variance_y = _spread(moments)
     return np.clip(ratio(covariance, np.sqrt(variance_x * variance_y)), -1.0, 1.0)
 
 
 def _sides(x: Reals, y: Reals, threshold: float) -> Reals:
-    """Counts [C, 4] of each clip: left commands and those realised as left, then right ones."""
+    """Count each clip's left commands, those realised as left, and the same for right: [C, 4]."""
     left, right = x > threshold, x < -threshold
     counts = [left, left & (y > 0), right, right & (y < 0)]
     return np.stack([count.sum(axis=1) for count in counts], axis=1).astype(np.float64)
 
 
 def _balanced(sides: Reals) -> Reals:
-    """Mean of the two sides' accuracies from counts [..., 4]; NaN where a side is missing."""
-    left, left_right, right, right_right = np.moveaxis(sides, -1, 0)
-    return np.asarray((ratio(left_right, left) + ratio(right_right, right)) / 2)
+    """Return the mean of both sides' accuracies from counts [..., 4]; NaN if a side is missing."""
+    left, left_obeyed, right, right_obeyed = np.moveaxis(sides, -1, 0)
+    return np.asarray((ratio(left_obeyed, left) + ratio(right_obeyed, right)) / 2)
 
 
 def _estimate(sums: Reals, statistic: Callable[[Reals], Reals]) -> dict[str, float | None] | None:
-    found = bootstrap(sums, statistic)
-    return None if found["mean"] is None else found
+    estimate = bootstrap(sums, statistic)
+    return None if estimate["mean"] is None else estimate
 
 
 def _delay(x: Reals, y: Reals) -> int | None:
-    """The lag at which y [C, N] is most like x before it; of equals the shortest."""
+    """Return the lag in frames at which y [C, N] follows x best, or None if it follows at none.
+
+    Among equally good lags the shortest is returned.
+    """
     frames = x.shape[1]
     longest = max(0, min(_LONGEST_DELAY, frames - 2))
     lags = sorted(range(-longest, longest + 1), key=abs)
-    likeness = [
-        _likeness(
+    correlations = [
+        _within_clip_correlation(
             x[:, max(-lag, 0) : frames - max(lag, 0)], y[:, max(lag, 0) : frames + min(lag, 0)]
         )
         for lag in lags
     ]
-    best = int(np.argmax(likeness))
-    return lags[best] if likeness[best] > 0 else None
+    best = int(np.argmax(correlations))
+    return lags[best] if correlations[best] > 0 else None
 
 
-def _likeness(x: Reals, y: Reals) -> float:
-    """Correlation of clips about their own means, so that a level is no likeness; 0 where flat."""
+def _within_clip_correlation(x: Reals, y: Reals) -> float:
+    """Correlate x and y after subtracting each clip's own means; return 0 if either is flat.
+
+    Without the subtraction, clips at different levels would correlate at every lag.
+    """
     moments = _moments(*_paired(x, y))
     parts = [(moments[:, 0] * part).sum() for part in _spread(moments)]
-    found = float(ratio(parts[0], np.sqrt(parts[1] * parts[2])))
-    return 0.0 if np.isnan(found) else found
+    correlation = float(ratio(parts[0], np.sqrt(parts[1] * parts[2])))
+    return 0.0 if np.isnan(correlation) else correlation
 
 
 def _ranks(values: Reals) -> Reals:
-    """Ranks from 1; equal values share their mean rank."""
+    """Return ranks, starting at 1; equal values get their mean rank."""
     below = (values[:, None] > values[None]).sum(axis=1)
     same = (values[:, None] == values[None]).sum(axis=1)
     return np.asarray(below + (same + 1) / 2)

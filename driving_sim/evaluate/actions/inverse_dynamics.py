@@ -1,15 +1,18 @@
-"""An inverse-dynamics probe: the speed and steering that pictures show.
+"""An inverse-dynamics probe: a small network that estimates speed and steering from pictures.
 
-It learns from real footage and then reads rollouts, so that what they did can be compared with what
-they were told. It must measure the motion, not guess from the road ahead what a driver would do: a
-rollout that follows the road and ignores its commands would else pass for obedient. So a small
-network sees only `motion_cues`: how far the picture turned from frame to frame, and how its parts
-moved beside that. Steering is the turns around a transition under weights that the network chooses:
-without a turn there is none, and a mirrored one is negated.
+The probe learns from real footage. Then it reads rollouts, so that the realised actions can be
+compared with the commands. It must measure the motion. If it guessed from the road ahead what a
+driver would do, a rollout that follows the road and ignores its commands would look obedient.
+Therefore the network sees only `motion_cues`: how far the picture turned from frame to frame, and
+how its parts moved apart from the turn. The steering estimate is a weighted sum of the turns around
+a transition, and the network computes the weights. So pictures that do not turn show no steering,
+and mirrored pictures show the negated steering.
 
-Legend: T frames of a clip, P pairs of neighbours, M transitions, B of a batch, K pairs around each,
-V versions of a picture, D displacements, A = 2 channels of an action; H, W pixels and R, C cells of
-a picture.
+A transition is a step from one frame to the next, and a pair is two neighbouring frames.
+
+Legend: T frames of a clip, P pairs, M transitions, B transitions of a batch, K pairs around a
+transition, V versions of a picture, D displacements, A = 2 channels of an action; H, W pixels and
+R, C cells of a picture.
 """
 
 import copy
@@ -43,12 +46,13 @@ from driving_sim.evaluate.actions.cues import (
 from driving_sim.evaluate.actions.following import balanced_sign_accuracy
 
 STANDING_MPS = 1.0
-"""The steering of a slower car does not show: it is neither learned nor judged."""
+"""Lowest speed at which steering is learned and judged: a standing car does not turn."""
 
 CHANNELS = {"speed": SPEED, "steering": STEERING}
+"""Index of each channel in an action, by name."""
 
 _AROUND = (-1, 0, 1)
-"""The pairs that the estimate of a transition looks at, counted from its own."""
+"""Pairs that an estimate looks at, as offsets from the transition's own pair."""
 
 _CELL_WIDTH, _WIDTH = 16, 64
 _DROPOUT = 0.3
@@ -59,52 +63,55 @@ _WEIGHT_DECAY = 0.05
 _CLIP_NORM = 1.0
 _VALIDATIONS = 20
 _END_SHARE = 0.1
-"""Of the transitions in training that are seen as if the clip ended there."""
+"""Share of the training transitions that are shown as if the clip ended there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ProbeClip:
-    """Frames and the actions that lead from each to the next; of any size and aspect."""
+    """A clip of any frame size, with the action that leads from each frame to the next."""
 
     frames: Pixels
     """uint8 RGB [T, H, W, 3]."""
     actions: Floats32
-    """[T, 2] speed in m/s and steering, the mean from each frame to the next."""
+    """Speed in m/s and steering, [T, 2]: the mean from each frame to the next."""
     action_valid: Mask
-    """[T, 2] where the actions are known."""
+    """Whether each action is known, [T, 2]."""
     segments: Sequence[tuple[int, int]]
-    """Ranges [begin, stop) of frames that follow each other without a gap."""
+    """Ranges [begin, stop) of frames without a time gap."""
 
 
 @config
 class ProbeSource:
-    """What a probe learned from: it can judge drives of this rate and kind, but not these ones."""
+    """The data that a probe was trained on.
+
+    The probe can judge drives of the same frame rate and steering kind, but not these same drives.
+    """
 
     fps: Positive
-    """Frames per second."""
+    """Frame rate in frames per second."""
     steering_kind: SteeringKind | None
-    """What its steering measures; None where no drive has any."""
+    """Kind of the steering values; None if no drive has steering."""
     drives: tuple[str, ...]
-    """A digest of each drive that it learned from or that chose its weights."""
+    """Digests of the drives that the probe was trained or validated on."""
 
 
 class InverseDynamics:
-    """Estimates speed and steering from frames at the rate of those that it learned from.
+    """A probe that estimates speed and steering from frames at the frame rate of its training data.
 
-    Mirrored frames give the same speed and the negated steering: it leans to neither side.
+    Mirrored frames give the same speed and the negated steering, so the probe prefers neither side.
     """
 
     look_back = 1 - min(_AROUND)
-    """Frames before a future that its first estimate looks at."""
+    """Number of frames before a rollout that its first estimate looks at."""
 
     def __init__(self, network: "_Network", source: ProbeSource) -> None:
         self._network = network.eval().requires_grad_(False)
         self.source = source
-        """What it learned from."""
+        """The data that the probe was trained on."""
         digest = hashlib.sha256(RECIPE.encode())
         digest.update(save(self._weights()))
         self.fingerprint = digest.hexdigest()
-        """SHA-256, in hexadecimal, of all that the estimates depend on."""
+        """SHA-256, in hexadecimal, of everything that the estimates depend on."""
 
     @classmethod
     def fit(
@@ -117,29 +124,30 @@ class InverseDynamics:
         seed: int = 0,
         advance: Callable[[int], object] = lambda steps: None,
     ) -> "InverseDynamics":
-        """Learn from clips of one frame rate and kind of steering; keep what is best on others.
+        """Train a probe on `training`, and keep the weights that do best on `validation`.
 
-        Reconstructions of the same drives are more clips. The estimates are a function of the
-        clips, `steps` and `seed`; `source` is kept in the probe's file. `advance` is called with
-        the number of steps done since the last call. Channels that no clip has are not learned.
-        Raises DriveSimError where none has any.
+        All clips have the same frame rate and steering kind; reconstructed frames may be used as
+        well as recorded ones. The result depends only on the clips, `steps` and `seed`. `source`
+        is stored in the probe's file. `advance` is called with the number of steps done since the
+        last call. A channel that no clip has is not learned. Raises TooLittleDataError if the
+        training or the validation clips have no known action at all.
         """
-        learned, held = _Samples.of(training, soften=True), _Samples.of(validation)
-        if not (learned.known.any() and held.known.any()):
+        learned, held_out = _Samples.of(training, soften=True), _Samples.of(validation)
+        if not (learned.known.any() and held_out.known.any()):
             which = "validation" if learned.known.any() else "training"
             raise TooLittleDataError(
-                f"no two neighbouring frames of the probe's {which} drives have a known action: "
+                f"no two neighbouring frames of the probe's {which} drives have a known action; "
                 "use drives with speed or steering"
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = _Network()
             network.standardise(learned)
-            return cls(_train(network, learned, held, steps, advance), source)
+            return cls(_train(network, learned, held_out, steps, advance), source)
 
     @classmethod
     def load(cls, path: Path) -> "InverseDynamics":
-        """Read a file of `to_bytes`; raises DriveSimError where it is not one."""
+        """Read a file with the bytes of `to_bytes`; raise DriveSimError for any other file."""
         network = _Network()
         try:
             metadata = load_weights(network, path, of="a probe")
@@ -149,23 +157,23 @@ class InverseDynamics:
         except (ValueError, DriveSimError) as error:
             raise DriveSimError(
                 f"{path}: not an inverse-dynamics probe of this version ({one_line(error)}); "
-                "train it anew"
+                "train a new probe"
             ) from error
         return cls(network, source)
 
     def to_bytes(self) -> bytes:
-        """Return the probe as a safetensors file, with its source as JSON in the metadata."""
+        """Return a safetensors file with the probe's weights, and with `source` in its metadata."""
         return save(self._weights(), {"source": json.dumps(to_dict(self.source))})
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: value.contiguous() for name, value in self._network.state_dict().items()}
 
     def estimate(self, frames: Pixels) -> Floats32:
-        """Estimate the action [T - 1, 2] from each frame to the next, of uint8 [T, H, W, 3].
+        """Estimate the actions [T - 1, 2] between neighbouring frames, uint8 [T, H, W, 3].
 
-        The estimate from t to t + 1 looks at frames t - 1 to t + 2: at the motion from t to t + 1,
-        the one before and the one after. Where the frames begin or end, their first or last motion
-        stands in for what is missing. NaN in channels that were not learned.
+        The estimate for the step from t to t + 1 looks at frames t - 1 to t + 2. At the first and
+        the last step, the motion of that step replaces the missing motion before or after it.
+        Channels that were not learned are NaN.
         """
         _, stacks = _stacks([(0, len(frames))])
         return self._network.predict(*motion_cues(frames), torch.from_numpy(stacks))
@@ -173,21 +181,23 @@ class InverseDynamics:
     def errors(
         self, clips: Sequence[ProbeClip], *, curve: float | None = None
     ) -> dict[str, dict[str, float | None]]:
-        """Measure the estimates of clips, by channel, beside a constant: the training clips' mean.
+        """Return the errors of the estimates for these clips, by channel and metric.
 
-        `curve` is the |steering| above which its sign is judged, by default half of the training
-        clips' root mean square. None is what cannot be told from these clips.
+        Keys with `constant_` hold the error of always guessing the training clips' mean. `curve`
+        is the |steering| above which the sign is judged; by default it is half of the training
+        clips' root mean square. Metrics that these clips do not determine are None.
         """
         samples = _Samples.of(clips)
         estimates = self._network.predict(samples.turns, samples.motion, samples.stacks)
         curve = 0.5 * float(self._network.scale[STEERING]) if curve is None else curve
-        found: dict[str, dict[str, float | None]] = {}
+        by_channel: dict[str, dict[str, float | None]] = {}
         for name, channel in CHANNELS.items():
             known = samples.known[:, channel].numpy() & ~np.isnan(estimates[:, channel])
             estimated = estimates[known, channel]
             truth = samples.actions[known, channel].numpy().astype(np.float64)
             count = len(truth)
-            if not count:  # computed of a single unknown, so that the names stand here alone
+            if not count:
+                # Compute the metrics of a single NaN, only to get their names.
                 estimated, truth = np.full((2, 1), np.nan)
             squares, off = np.square(estimated - truth), truth - float(self._network.mean[channel])
             spread = float(np.square(truth - truth.mean()).sum())
@@ -205,24 +215,27 @@ class InverseDynamics:
                     balanced_sign_accuracy(truth, estimated, curve) if has_sign else None
                 ),
             }
-            found[name] = errors if count else dict.fromkeys(errors)
-        return found
+            by_channel[name] = errors if count else dict.fromkeys(errors)
+        return by_channel
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Samples:
-    """The transitions of clips that have an action, and the `motion_cues` around them."""
+    """The transitions of clips that have a known action, and the `motion_cues` of all pairs."""
 
     turns: Tensor
-    """float32 [V, P]."""
+    """Turns of all pairs, float32 [V, P]."""
     motion: Tensor
-    """float16 [V, P, D, R, C]: half the memory."""
+    """Motion of all pairs, [V, P, D, R, C], in float16 to halve the memory."""
     stacks: Tensor
-    """int64 [M, K] pairs around each transition."""
+    """Indices of the pairs around each transition, int64 [M, K]."""
     actions: Tensor
-    """float32 [M, 2]."""
+    """Action of each transition, float32 [M, 2]."""
     known: Tensor
-    """bool [M, 2] where the action is known and shows: not the steering of a car that stands."""
+    """Whether each action is known and visible, bool [M, 2].
+
+    The steering of a standing car is not visible.
+    """
 
     @classmethod
     def of(cls, clips: Sequence[ProbeClip], *, soften: bool = False) -> "_Samples":
@@ -232,20 +245,20 @@ class _Samples:
             turned, moved = motion_cues(clip.frames, soften=soften)
             turns.append(turned)
             motion.append(moved.half())
-            places, around = _stacks(clip.segments)
+            frames, around = _stacks(clip.segments)
             stands = clip.action_valid[:, SPEED] & (clip.actions[:, SPEED] < STANDING_MPS)
-            shows = (clip.action_valid & ~np.stack([np.zeros_like(stands), stands], 1))[places]
-            kept = shows.any(axis=1)
+            visible = (clip.action_valid & ~np.stack([np.zeros_like(stands), stands], 1))[frames]
+            kept = visible.any(axis=1)
             stacks.append(begin + around[kept])
-            actions.append(clip.actions[places[kept]])
-            known.append(shows[kept])
+            actions.append(clip.actions[frames[kept]])
+            known.append(visible[kept])
             begin += turned.shape[1]
         of_transitions = (torch.from_numpy(np.concatenate(a)) for a in (stacks, actions, known))
         return cls(torch.cat(turns, dim=1), torch.cat(motion, dim=1), *of_transitions)
 
 
 class _Network(nn.Module):
-    """Cues of the pairs around transitions to speed and steering [B, A], in units of the spread."""
+    """The network from the cues around a transition to its standardised speed and steering."""
 
     mean: Tensor
     scale: Tensor
@@ -269,7 +282,11 @@ class _Network(nn.Module):
         )
 
     def standardise(self, samples: _Samples) -> None:
-        """Learn the units: the data's spread, that of what has a sign about 0."""
+        """Set the scales of turns and actions, and the mean action, from the training samples.
+
+        Turns and steering have a sign, so their scale is measured around 0. The scale of the speed
+        is measured around its mean.
+        """
         self.turn_scale.copy_(_root_mean_square(samples.turns))
         for channel in CHANNELS.values():
             values = samples.actions[samples.known[:, channel], channel]
@@ -280,41 +297,48 @@ class _Network(nn.Module):
 
     @property
     def offset(self) -> Tensor:
-        """What an output of 0 means; NaN in channels that were not learned."""
+        """The action [A] that an output of 0 stands for; NaN in channels that were not learned."""
         return self.mean * torch.tensor([1.0, 0.0])
 
     def forward(self, turns: Tensor, motion: Tensor) -> Tensor:
-        """Read turns [B, K] and motion [B, K, D, R, C]."""
+        """Return standardised actions [B, A] for turns [B, K] and motion [B, K, D, R, C]."""
         turns = turns / self.turn_scale
-        # Alike for a picture and its mirror image: only the turns have a sign.
-        one, other = (self._read(turns.abs(), m) for m in (motion, mirrored_motion(motion)))
-        read = (one + other) / 2
-        steering = (read[:, 1:] * turns).sum(dim=1)
-        return torch.stack([read[:, 0], steering], dim=1)
+        # The average is equal for a picture and its mirror image, so only the turns give a sign.
+        plain, mirrored = (self._read(turns.abs(), m) for m in (motion, mirrored_motion(motion)))
+        features = (plain + mirrored) / 2
+        steering = (features[:, 1:] * turns).sum(dim=1)
+        return torch.stack([features[:, 0], steering], dim=1)
 
-    def _read(self, turned: Tensor, motion: Tensor) -> Tensor:
+    def _read(self, turn_sizes: Tensor, motion: Tensor) -> Tensor:
+        """Return the standardised speed and the weight of each turn, [B, 1 + K]."""
         cells = self.cells(rearrange(motion, "b k d r c -> (b k) d r c"))
         picture = self.picture(rearrange(cells, "(b k) w r c -> b (k w r c)", b=len(motion)))
-        read: Tensor = self.head(torch.cat([picture, turned], dim=1))
-        return read
+        features: Tensor = self.head(torch.cat([picture, turn_sizes], dim=1))
+        return features
 
     def loss(self, output: Tensor, samples: _Samples, chosen: Tensor | slice) -> Tensor:
-        """Huber loss in units of the spread, each channel's mean over what is known of it."""
+        """Return the Huber loss of standardised actions: the sum of both channels' means.
+
+        Unknown actions do not count. `chosen` selects the transitions that `output` [B, A] is for.
+        """
         known = samples.known[chosen]
-        # The offset of a channel that was not learned is NaN: none of it may reach a gradient.
-        wanted = torch.where(known, (samples.actions[chosen] - self.offset) / self.scale, 0.0)
-        losses = known * functional.smooth_l1_loss(output, wanted, reduction="none")
+        # The offset of a channel that was not learned is NaN, and NaN must not reach a gradient.
+        target = torch.where(known, (samples.actions[chosen] - self.offset) / self.scale, 0.0)
+        losses = known * functional.smooth_l1_loss(output, target, reduction="none")
         return (losses.sum(dim=0) / known.sum(dim=0).clamp(min=1)).sum()
 
     def outputs(self, turns: Tensor, motion: Tensor, stacks: Tensor) -> Tensor:
-        """Read the sharp pictures' cues [V, P, ...] around transitions [M, K]."""
-        parts = [stacks[at : at + _BATCH] for at in range(0, len(stacks), _BATCH)]
-        read = [self(turns[0, part], motion[0, part].float()) for part in parts]
-        return torch.cat([torch.zeros(0, 2), *read])
+        """Return standardised actions [M, A] for transitions with the pairs `stacks` [M, K].
+
+        Of the cues [V, P, ...] only the sharp version is used.
+        """
+        batches = [stacks[at : at + _BATCH] for at in range(0, len(stacks), _BATCH)]
+        outputs = [self(turns[0, batch], motion[0, batch].float()) for batch in batches]
+        return torch.cat([torch.zeros(0, 2), *outputs])
 
     @torch.inference_mode()
     def predict(self, turns: Tensor, motion: Tensor, stacks: Tensor) -> Floats32:
-        """Return actions [M, 2] in the data's units, as `outputs` reads them."""
+        """Return actions [M, 2] in the data's units; see `outputs` for the arguments."""
         actions = self.outputs(turns, motion, stacks) * self.scale + self.offset
         return np.asarray(actions.numpy(), np.float32)
 
@@ -326,15 +350,15 @@ def _root_mean_square(values: Tensor) -> Tensor:
 def _train(
     network: _Network,
     learned: _Samples,
-    held: _Samples,
+    held_out: _Samples,
     steps: int,
     advance: Callable[[int], object],
 ) -> _Network:
-    """Train, and return the network as it was when it did best on the held-out transitions."""
+    """Train the network, and return a copy from the step with the lowest held-out loss."""
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY
     )
-    every = max(1, steps // _VALIDATIONS)
+    validation_interval = max(1, steps // _VALIDATIONS)
     best, lowest = copy.deepcopy(network), float("inf")
     for step in range(steps):
         position = position_by_steps(step, steps)
@@ -344,7 +368,7 @@ def _train(
         chosen = torch.randint(len(learned.stacks), (_BATCH,))
         version = torch.randint(len(learned.turns), (_BATCH,))[:, None]
         stacks = learned.stacks[chosen]
-        # Now and then a transition's own pair stands in for the next, as at a clip's end.
+        # In some samples the transition's own pair replaces the next one, as at a clip's end.
         ends = torch.rand(_BATCH, 1) < _END_SHARE
         own = stacks[:, _AROUND.index(0), None]
         stacks = torch.where(ends, stacks.minimum(own), stacks)
@@ -355,22 +379,25 @@ def _train(
         nn.utils.clip_grad_norm_(network.parameters(), _CLIP_NORM)
         optimizer.step()
         advance(1)
-        if (step + 1) % every == 0 or step + 1 == steps:
+        if (step + 1) % validation_interval == 0 or step + 1 == steps:
             network.eval()
             with torch.inference_mode():
-                output = network.outputs(held.turns, held.motion, held.stacks)
-                now = float(network.loss(output, held, slice(None)))
+                output = network.outputs(held_out.turns, held_out.motion, held_out.stacks)
+                held_out_loss = float(network.loss(output, held_out, slice(None)))
             network.train()
-            if now < lowest:
-                best, lowest = copy.deepcopy(network), now
+            if held_out_loss < lowest:
+                best, lowest = copy.deepcopy(network), held_out_loss
     return best
 
 
 def _stacks(segments: Sequence[tuple[int, int]]) -> tuple[Ints, Ints]:
-    """Return the frames t [M] with a next one, and the pairs [M, K] to look at for each."""
-    places = [np.arange(begin, stop - 1) for begin, stop in segments]
+    """Return the first frame of each transition, [M], and the pairs around it, [M, K].
+
+    A pair is numbered by its first frame. No pair or transition crosses the edge of a segment.
+    """
+    first_frames = [np.arange(begin, stop - 1) for begin, stop in segments]
     around = [
         (frames[:, None] + np.array(_AROUND)).clip(begin, stop - 2)
-        for frames, (begin, stop) in zip(places, segments, strict=True)
+        for frames, (begin, stop) in zip(first_frames, segments, strict=True)
     ]
-    return np.concatenate(places), np.concatenate(around)
+    return np.concatenate(first_frames), np.concatenate(around)

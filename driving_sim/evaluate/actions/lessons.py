@@ -1,4 +1,4 @@
-"""What an inverse-dynamics probe learns from, and what it is judged on."""
+"""Choose the drives that an inverse-dynamics probe learns from and is tested on."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,40 +20,48 @@ from driving_sim.world_model.world_model import WorldModel
 T = TypeVar("T")
 
 PROBE_FILE = "probe.safetensors"
-"""Its name in a report."""
+"""Name of the probe's file in a report."""
 _SECONDS = 1200.0
-"""Footage that a probe learns from, and that its error is measured on, at most."""
+"""Maximum length in s of the footage that a probe is trained on, and of that it is tested on."""
 _DRIVES = 100
-"""Drives that it is taken from, at most, spread over all."""
+"""Maximum number of drives that this footage is taken from."""
 _RATE_TOLERANCE = 0.02
-"""How far a probe's frame rate may be off the model's: it reads motion from frame to frame."""
+"""Largest relative difference between a probe's frame rate and the model's.
+
+The probe measures motion from frame to frame, so its estimates depend on the frame rate.
+"""
 
 
 Source = SampledDrive | Footage
-"""A drive's frames and actions."""
+"""A drive with its frames and actions."""
 Lesson = tuple[str, Source]
-"""A training drive that a probe can learn from, behind the digest of its recording."""
+"""The digest of a training drive's recording, and the drive itself."""
 
 
 def load_probe(world: WorldModel, path: Path, recordings: Mapping[str, str]) -> InverseDynamics:
-    """Load a probe; raise DriveSimError where it cannot judge this model on these recordings."""
+    """Load a trained probe from a report's folder or from the probe's own file.
+
+    `recordings` are the digests of the held-out drives' recordings by drive id. Raises
+    DriveSimError if the probe's frame rate or steering kind differs from the model's, or if the
+    probe was trained on one of these drives.
+    """
     probe = InverseDynamics.load(path / PROBE_FILE if path.is_dir() else path)
     source = probe.source
     if abs(source.fps / world.fps - 1) > _RATE_TOLERANCE:
         raise DriveSimError(
-            f"`probe` {path}: it learned from {source.fps:.3g} frames/s, the model from "
-            f"{world.fps:.3g}: name a probe of that rate, or none"
+            f"`probe` {path}: it learned from {source.fps:.3g} frames/s, but the model from "
+            f"{world.fps:.3g}; name a probe of the model's rate, or leave out `probe`"
         )
     if world.steering_kind is not None and source.steering_kind != world.steering_kind:
         raise DriveSimError(
-            f"`probe` {path}: its steering is {source.steering_kind}, the model's is "
-            f"{world.steering_kind}: name a probe of that kind, or none"
+            f"`probe` {path}: its steering kind is {source.steering_kind}, but the model's is "
+            f"{world.steering_kind}; name a probe of the model's kind, or leave out `probe`"
         )
-    for name, own in recordings.items():
-        if own in source.drives:
+    for name, recording in recordings.items():
+        if recording in source.drives:
             raise DriveSimError(
-                f"`probe` {path}: it learned from the held-out drive {name!r}: name another probe, "
-                "or none"
+                f"`probe` {path}: it learned from the held-out drive {name!r}; name another "
+                "probe, or leave out `probe`"
             )
     return probe
 
@@ -64,7 +72,10 @@ def recorded_lessons(
     videos: Sequence[SampledDrive],
     recordings: Mapping[str, str],
 ) -> list[Lesson]:
-    """Real footage of the drives that are in the model's training tokens, and not held out."""
+    """Return the videos of drives that are in the model's training tokens and not held out.
+
+    `recordings` are the digests of the held-out drives' recordings by drive id.
+    """
     trained = {original_id(name) for name in training.drive_ids}
     digests = recording_digests(videos, world.known_channels)
     lessons: list[Lesson] = [
@@ -76,13 +87,13 @@ def recorded_lessons(
     if not lessons:
         raise DriveSimError(
             f"none of `training_videos` is a drive of {training.path} that has actions and is not "
-            "held out: name the videos as they were named to `drivesim tokenize`"
+            "held out; name the same videos as in `drivesim tokenize`"
         )
     return lessons
 
 
 def reconstructed_lessons(world: WorldModel, training: TokenStore) -> list[Lesson]:
-    """The tokenizer's reconstructions of the same drives, where no videos are at hand."""
+    """Return the tokenizer's reconstructions of the training drives, for use without videos."""
     originals = [drive for drive in training.drives if drive.id == original_id(drive.id)]
     digests = recording_digests(originals)
     return [
@@ -93,9 +104,9 @@ def reconstructed_lessons(world: WorldModel, training: TokenStore) -> list[Lesso
 
 
 def _clips(world: WorldModel, sources: Sequence[Source]) -> list[ProbeClip]:
-    """The beginnings of drives, as a probe learns from them or is measured on them."""
+    """Return the first frames of every drive, `_SECONDS` in all, with their actions."""
     drives = [source.drive if isinstance(source, Footage) else source for source in sources]
-    counts = _shared([len(drive.actions) for drive in drives], _SECONDS * world.fps)
+    counts = _shares([len(drive.actions) for drive in drives], _SECONDS * world.fps)
     clips = []
     for source, drive, count in zip(sources, drives, counts, strict=True):
         valid = np.asarray(drive.action_valid[:count])
@@ -122,28 +133,37 @@ def fit_probe(
     lessons: Sequence[Lesson],
     steps: int,
 ) -> tuple[InverseDynamics | None, dict[str, Any], str]:
-    """The probe and its error on the held-out drives; or none, and why."""
-    if not any(each.drive.action_valid.any() for each in footage):
-        return None, {}, "no action that the model learned is known of the held-out drives"
+    """Return a probe and its errors on the held-out drives, by channel.
+
+    Without `trained`, a probe is trained on `lessons` for `steps` steps. If no probe is possible,
+    the result is None, an empty dict and the reason; otherwise the reason is empty.
+    """
+    if not any(drive_footage.drive.action_valid.any() for drive_footage in footage):
+        return None, {}, "no action that the model learned is known for the held-out drives"
     try:
-        probe = trained or _learn(world, lessons, steps)
+        probe = trained or _train_probe(world, lessons, steps)
     except TooLittleDataError as error:
         return None, {}, str(error)
-    held = _clips(world, _spread(footage))
-    return probe, probe.errors(held, curve=CURVE * world.statistics.steering_p95), ""
+    held_out = _clips(world, _evenly_chosen(footage))
+    return probe, probe.errors(held_out, curve=CURVE * world.statistics.steering_p95), ""
 
 
-def _learn(world: WorldModel, lessons: Sequence[Lesson], steps: int) -> InverseDynamics:
-    """Train a probe; the model's validation drives choose its weights."""
+def _train_probe(world: WorldModel, lessons: Sequence[Lesson], steps: int) -> InverseDynamics:
+    """Train a probe, and keep the weights that do best on the model's validation drives.
+
+    If none of these is among the lessons, the last drive validates the probe.
+    """
     names = list(dict.fromkeys(source.drive.id for _, source in lessons))
-    chosen = set(world.validation_drives) & set(names) or set(names[-1:])
-    if chosen == set(names):
+    validation_names = set(world.validation_drives) & set(names) or set(names[-1:])
+    if validation_names == set(names):
         raise TooLittleDataError(
-            "the inverse-dynamics probe takes two or more training drives with actions, one of "
-            "which the model was not validated on"
+            "the inverse-dynamics probe needs two or more training drives with actions, and at "
+            "least one of them must not be a validation drive of the model"
         )
     learned, validation = (
-        _spread([each for each in lessons if (each[1].drive.id in chosen) is validates])
+        _evenly_chosen(
+            [lesson for lesson in lessons if (lesson[1].drive.id in validation_names) is validates]
+        )
         for validates in (False, True)
     )
     digests, sources = zip(*learned, *validation, strict=True)
@@ -158,16 +178,19 @@ def _learn(world: WorldModel, lessons: Sequence[Lesson], steps: int) -> InverseD
         )
 
 
-def _spread(drives: Sequence[T]) -> Sequence[T]:
-    """As many drives as a probe is taken from, evenly spread over these."""
+def _evenly_chosen(drives: Sequence[T]) -> Sequence[T]:
+    """Return at most `_DRIVES` of the drives, evenly spaced."""
     return drives[:: max(1, -(-len(drives) // _DRIVES))]
 
 
-def _shared(lengths: Sequence[int], frames: float) -> list[int]:
-    """Share out so many frames over drives: short ones whole, of the others equally much."""
+def _shares(lengths: Sequence[int], frames: float) -> list[int]:
+    """Return how many frames to take from each drive, at most `frames` in all.
+
+    Short drives are taken whole, and the long ones share the rest equally.
+    """
     left, shares = int(frames), [0] * len(lengths)
-    order = sorted(range(len(lengths)), key=lambda place: lengths[place])
-    for number, place in enumerate(order):
-        shares[place] = min(lengths[place], left // (len(order) - number))
-        left -= shares[place]
+    shortest_first = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    for number, index in enumerate(shortest_first):
+        shares[index] = min(lengths[index], left // (len(shortest_first) - number))
+        left -= shares[index]
     return shares

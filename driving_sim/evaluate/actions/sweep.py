@@ -1,4 +1,6 @@
-"""One start, many commands: a grid of steering and speeds, all branched from one cached prefix.
+"""Roll out many different commands from the same start: a grid of steering levels and speeds.
+
+All rollouts of a start branch from one cached prefix.
 
 Axes: L steering levels, V speeds, N frames of the future, H W pixels.
 """
@@ -27,49 +29,64 @@ from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
 _LEVELS = 7
-_SPEEDS = (0.6, 1.0, 1.4)  # of the speed at the start
+_SPEEDS = (0.6, 1.0, 1.4)  # as multiples of the speed at the start
 
 
 def evaluate_sweep(
     world: WorldModel, probe: InverseDynamics, starts: Sequence[Clip], sampling: Sampling
 ) -> Section:
-    """Steer from full left to full right at three speeds from each start, and read what happens.
+    """Steer from full left to full right at three speeds, from each start, and measure the result.
 
-    Steering goes to the training data's 99th percentile both ways. Where the world behind a
-    start is synthetic, the true future of every command is rendered and compared.
+    Full steering is the training data's 99th percentile of |steering|. For a start in a synthetic
+    drive, the true future of every command is rendered and compared with the rollout.
     """
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     pictures: list[Media] = []
     with progress(len(starts), "sweep of commands", "starts") as bar:
         for clip in bar.counted(starts):
             commands = _commands(world, clip)
             futures = _roll_out(world, clip, commands, sampling)
-            measured: dict[str, Any] = {"model": _monotonicity(probe, clip, commands, futures)}
+            result: dict[str, Any] = {"model": _monotonicity(probe, clip, commands, futures)}
             truths = _truths(clip, commands)
             if truths is not None:
-                measured["truth"] = _monotonicity(probe, clip, commands, truths)
-                measured["nearest"] = _nearest(futures, truths, clip)
-                measured["nearest_by_chance"] = 1 / (commands.shape[0] * commands.shape[1])
-            found.append(measured)
+                result["truth"] = _monotonicity(probe, clip, commands, truths)
+                result["nearest"] = _nearest(futures, truths, clip)
+                result["nearest_by_chance"] = 1 / (commands.shape[0] * commands.shape[1])
+            results.append(result)
             if not pictures:
                 pictures.append(_picture(clip, commands, futures, "the model's"))
                 if truths is not None:
                     pictures.append(_picture(clip, commands, truths, "the true"))
-    truths_known = sum("truth" in each for each in found)
-    metrics = {"starts": len(found), "starts_with_truth": truths_known, **_mean(found)}
-    return Section("sweep", "Counterfactual sweep", _TEXT, metrics, (_table(metrics), *pictures))
+    truths_known = sum("truth" in result for result in results)
+    metrics = {"starts": len(results), "starts_with_truth": truths_known, **_mean(results)}
+    parts = *_tables(metrics), *pictures
+    return Section("sweep", "Counterfactual sweep", _TEXT, metrics, parts)
 
 
-_TEXT = """From each start the model is steered from full left to full right, at speeds below, at
-and above the one it starts with. More commanded must be more realised: the rank correlation is
-Spearman's, "in order" the share of neighbouring commands of which the higher realised more.
+_TEXT = """Question: from the same start, do different commands lead to different futures, and in
+the right order? From each start the model is steered from full left to full right, at speeds below,
+at and above the speed at the start. The inverse-dynamics probe reads the mean speed and steering
+from each rollout.
 
-On the synthetic world the true future of every command is rendered: a rollout is right where, over
-its last second, it is nearer (PSNR) to the truth of its own command than to that of any other."""
+How to read it: a higher command must give a higher realised value. The rank correlation is
+Spearman's: 1 is best, 0 means no relation, and below 0 the reaction is reversed. "In order" is the
+share of pairs of neighbouring commands in which the higher command gives the higher value: 1 is
+best, and 0.5 is chance.
+
+In the synthetic world the true future of every command can be rendered. The rows "truth" show what
+the probe reads from these true futures, so a perfect model would reach these values. A rollout
+is nearest to its own truth if its last second is closer (by PSNR) to the true future of its own
+command than to that of any other command.
+
+Limits: this section tests the order of the reactions, not their strength. It uses only a few
+starts, so it gives no intervals."""
 
 
 def _commands(world: WorldModel, clip: Clip) -> Floats32:
-    """Actions [V, L, N, 2], constant over each future; the speed at the start is known."""
+    """Return the commands [V, L, N, 2], constant over each future.
+
+    The clip must have a known speed at its start.
+    """
     actions, _ = clip.actions
     speed = float(actions[clip.context_frames - 2, SPEED])
     steering = np.linspace(world.statistics.steering_p99, -world.statistics.steering_p99, _LEVELS)
@@ -80,7 +97,7 @@ def _commands(world: WorldModel, clip: Clip) -> Floats32:
 
 
 def _roll_out(world: WorldModel, clip: Clip, commands: Floats32, sampling: Sampling) -> Pixels:
-    """Return the futures' frames [V, L, N, H, W, 3]."""
+    """Roll out `commands` [V, L, N, 2], and return the frames [V, L, N, H, W, 3]."""
     prefix = encode_contexts(world, [clip])
     branches = rearrange(commands, "v l n a -> (v l) n a")
     known = np.broadcast_to(world.known_channels, branches.shape)
@@ -91,14 +108,18 @@ def _roll_out(world: WorldModel, clip: Clip, commands: Floats32, sampling: Sampl
 
 
 def _truths(clip: Clip, commands: Floats32) -> Pixels | None:
-    """The true futures [V, L, N, H, W, 3] where the world can be asked."""
+    """Render the true futures [V, L, N, H, W, 3] of the commands.
+
+    Returns None unless the clip is from a synthetic drive with its video, is not mirrored, and its
+    frames are a constant number of the world's steps apart.
+    """
     footage = clip.footage
     synthetic = footage.synthetic
     if synthetic is None or footage.recorded is None or clip.mirrored:
         return None
     strides = np.unique(np.diff(footage.recorded.indices))
     if len(strides) != 1:
-        return None  # no whole number of the world's steps from one frame to the next
+        return None  # the number of the world's steps between frames varies
     stride = int(strides[0])
     last = footage.drive.entry.start + clip.start - 1
     state = synthetic.states[footage.recorded.indices[last]]
@@ -114,58 +135,69 @@ def _truths(clip: Clip, commands: Floats32) -> Pixels | None:
 def _monotonicity(
     probe: InverseDynamics, clip: Clip, commands: Floats32, futures: Pixels
 ) -> dict[str, Any]:
-    """How much more of what is commanded is realised, by channel."""
+    """Return the mean `monotonicity` of the futures' realised actions, by channel."""
     context = clip.context
     realised = np.array(
         [[read(probe, context, future).mean(axis=0) for future in row] for row in futures]
     )
-    told = commands[:, :, 0]
-    # Steering is judged at each speed, speed at each steering.
+    commanded = commands[:, :, 0]
+    # Steering is judged separately at each speed, and speed at each steering level.
     levels = {
-        "steering": zip(told[..., STEERING], realised[..., STEERING], strict=True),
-        "speed": zip(told[..., SPEED].T, realised[..., SPEED].T, strict=True),
+        "steering": zip(commanded[..., STEERING], realised[..., STEERING], strict=True),
+        "speed": zip(commanded[..., SPEED].T, realised[..., SPEED].T, strict=True),
     }
     return {name: _mean([monotonicity(*pair) for pair in pairs]) for name, pairs in levels.items()}
 
 
 def _nearest(futures: Pixels, truths: Pixels, clip: Clip) -> float:
-    """Share of the rollouts that are nearest, over the last second, to their own truth."""
+    """Return the share of rollouts whose last second is nearest to their own command's truth."""
     last = min(clip.frames, max(1, round(clip.footage.drive.info.fps)))
-    ours, true = (
-        torch.from_numpy(rearrange(each[:, :, -last:], "v l n h w c -> (v l) n h w c"))
-        for each in (futures, truths)
+    rollouts, true_videos = (
+        torch.from_numpy(rearrange(videos[:, :, -last:], "v l n h w c -> (v l) n h w c"))
+        for videos in (futures, truths)
     )
-    apart = torch.tensor([[float(psnr(one, other).mean()) for other in true] for one in ours])
-    return float((apart.argmax(1) == torch.arange(len(ours))).float().mean())
+    psnr_db = torch.tensor(
+        [[float(psnr(rollout, truth).mean()) for truth in true_videos] for rollout in rollouts]
+    )
+    return float((psnr_db.argmax(1) == torch.arange(len(rollouts))).float().mean())
 
 
 def _mean(values: Sequence[Any]) -> Any:
-    """The mean of numbers that are known, or of each that mappings hold; None where none is."""
+    """Return the mean of numbers or, key by key, of dicts. None values are ignored.
+
+    Returns None if all values are None.
+    """
     known = [value for value in values if value is not None]
     if known and isinstance(known[0], dict):
-        names = dict.fromkeys(name for each in known for name in each)
-        return {name: _mean([each.get(name) for each in known]) for name in names}
+        names = dict.fromkeys(name for mapping in known for name in mapping)
+        return {name: _mean([mapping.get(name) for mapping in known]) for name in names}
     return float(np.mean(known)) if known else None
 
 
-def _table(metrics: dict[str, Any]) -> Table:
+def _tables(metrics: dict[str, Any]) -> list[Table]:
     rows = [
-        (f"{channel}, {source}", found["rank_correlation"], found["in_order"])
+        (f"{channel}, {source}", order["rank_correlation"], order["in_order"])
         for source in ("model", "truth")
-        for channel, found in metrics.get(source, {}).items()
+        for channel, order in metrics.get(source, {}).items()
     ]
+    caption = "Do higher commands give higher realised values? Means over the starts; 1 is best"
+    tables = [Table(caption, ("", "rank correlation", "in order"), rows)]
     if "nearest" in metrics:
-        by_chance = f"(by chance: {metrics['nearest_by_chance']:.3f})"
-        rows.append((f"rollouts nearest to their own truth {by_chance}", metrics["nearest"], None))
-    return Table("Mean over the starts", ("", "rank correlation", "in order"), rows)
+        caption = "Share of the rollouts that are nearest to their own truth; 1 is best"
+        shares = [("model", metrics["nearest"]), ("by chance", metrics["nearest_by_chance"])]
+        tables.append(Table(caption, ("", "share"), shares))
+    return tables
 
 
 def _picture(clip: Clip, commands: Floats32, futures: Pixels, whose: str) -> Media:
     rows = [
-        (f"{told[0, 0, SPEED]:.1f} m/s", [future[-1] for future in row])
-        for told, row in zip(commands, futures, strict=True)
+        (f"{actions[0, 0, SPEED]:.1f} m/s", [future[-1] for future in row])
+        for actions, row in zip(commands, futures, strict=True)
     ]
-    headings = [f"steering {told[0, STEERING]:+.2f}" for told in commands[0]]
+    headings = [f"steering {actions[0, STEERING]:+.2f}" for actions in commands[0]]
     seconds = clip.frames / clip.footage.drive.info.fps
-    caption = f"From {clip.name}: {whose} picture after {seconds:.1f} s of each command"
+    caption = (
+        f"Start: {clip.name}. Each cell is {whose} picture after {seconds:.1f} s of one command: "
+        "steering from left (positive) to right, speed from row to row"
+    )
     return photo(contact_sheet(rows, headings), caption)

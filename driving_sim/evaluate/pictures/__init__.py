@@ -1,1 +1,1 @@
-"""How good pictures are: beside the truth, over time, and as a set."""
+"""How good pictures are: compared with the truth, over time, and as a set."""

@@ -1,4 +1,4 @@
-"""Features of video clips, whose Fréchet distance says how alike two sets of clips are.
+"""Features of video clips; their Fréchet distance measures how different two sets of clips are.
 
 Axes: n clips, T frames, H rows, W columns, d features.
 """
@@ -20,12 +20,13 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import one_line
 
 I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
-"""Checksum of the one I3D file that is loaded. TorchScript is a program: of its pickles no Python
-object is made, but its operators can write files (`aten::save`, `aten::from_file`), and what it
-calls `__setstate__` runs on loading.
+"""SHA-256 of the only I3D file that is loaded.
+
+TorchScript is a program. Loading it unpickles no Python objects, but its `__setstate__` runs on
+loading, and its operators can write files (`aten::save`, `aten::from_file`).
 """
 
-_MOST_I3D_BYTES = 2**26  # the file has 51,235,320
+_MOST_I3D_BYTES = 2**26  # the right file has 51,235,320 bytes
 _I3D_FLAGS = {"rescale": True, "resize": True, "return_features": True}
 _SEEDED_SIZE = (128, 256)
 _SEEDED_WIDTHS = (16, 24, 32, 48)
@@ -33,32 +34,32 @@ _KERNEL = 3
 
 
 class VideoFeatures(Protocol):
-    """What turns clips into features, the same ones for the same clips wherever it runs."""
+    """An extractor of features from clips; the same clips give the same features on any machine."""
 
     name: str
-    """Key of the Fréchet distance of these features: no two kinds of features share one."""
+    """Metrics key for the Fréchet distance of these features, unique to this kind of features."""
     fingerprint: str
-    """SHA-256, in hexadecimal, of all that the features depend on."""
+    """SHA-256, in hexadecimal, of everything that the features depend on."""
     least_frames: int
-    """Length of the shortest clip that has features."""
+    """Minimum number of frames in a clip."""
 
     def __call__(self, videos: Pixels) -> Floats32:
-        """Return features [n, d] of clips uint8 RGB [n, T, H, W, 3], T at least `least_frames`."""
+        """Return features [n, d] of clips, uint8 RGB [n, T, H, W, 3], with T >= `least_frames`."""
 
 
 class I3DFeatures:
-    """The features of FVD (Unterthiner et al. 2018, arXiv 1812.01717), from the user's file.
+    """The I3D features of FVD (Unterthiner et al. 2018, arXiv 1812.01717), from a file.
 
-    It is the I3D of Kinetics-400 as TorchScript, d = 400, that StyleGAN-V (Skorokhodov et al. 2022,
-    arXiv 2112.14683) and most later work measure FVD with. It scales 0..255 to -1..1, resizes to
-    224 x 224 and returns what stands before the softmax.
+    The file, which the user provides, holds an I3D trained on Kinetics-400, as TorchScript.
+    StyleGAN-V (Skorokhodov et al. 2022, arXiv 2112.14683) and most later work measure FVD with it.
+    It scales 0..255 to -1..1, resizes frames to 224 x 224 and returns the 400 logits.
     """
 
     name = "fvd_i3d"
     least_frames = 10
 
     def __init__(self, path: Path) -> None:
-        """Load the network; DriveSimError where the file is not the I3D of FVD."""
+        """Load the network; raise DriveSimError if the file is not the I3D of FVD."""
         try:
             if not path.is_file():
                 raise _not_i3d(path, "there is no such file")
@@ -66,11 +67,11 @@ class I3DFeatures:
                 content = file.read(_MOST_I3D_BYTES)
             self.fingerprint = hashlib.sha256(content).hexdigest()
             if self.fingerprint != I3D_SHA256:
-                raise _not_i3d(path, "its checksum is another one's")
+                raise _not_i3d(path, "its checksum differs")
             with warnings.catch_warnings():
-                # torch would have torch.export instead, but this file exists as TorchScript only.
+                # torch recommends torch.export, but this file exists only as TorchScript.
                 warnings.filterwarnings("ignore", "`torch.jit.load`", DeprecationWarning)
-                # From memory: what runs is what the checksum was taken of.
+                # Load from memory, so that exactly the bytes with the right checksum are run.
                 model: Any = torch.jit.load(io.BytesIO(content), map_location="cpu")  # type: ignore[no-untyped-call]
             self._model = model.eval()
         except OSError as error:
@@ -80,18 +81,19 @@ class I3DFeatures:
 
     @torch.inference_mode()
     def __call__(self, videos: Pixels) -> Floats32:
-        """See `VideoFeatures`."""
+        """Return the logits [n, 400] of clips; see `VideoFeatures`."""
         return np.asarray(self._model(_clips(videos), **_I3D_FLAGS).float())
 
 
 class SeededFeatures:
     """The built-in features: a spatio-temporal convolutional network with fixed random weights.
 
-    Random convolutions tell textures and motions apart without a file (Saxe et al. 2011, "On random
-    weights and unsupervised feature learning"). Their distance grows with blur, noise, and frames
-    that stand still, halt or come in the wrong order; a drive played backwards they hardly notice.
-    It is not FVD and compares only with itself. Each layer's channels give their mean and deviation
-    over a clip, d = 240; half of the first layer sees only what changes in time.
+    Random convolutions distinguish textures and motions without any training (Saxe et al. 2011, "On
+    random weights and unsupervised feature learning"). The Fréchet distance of these features grows
+    with blur, with noise, and with frames that freeze, stutter or come in the wrong order; it
+    hardly notices a drive played backwards. It is not FVD and cannot be compared with FVD. The
+    features are the mean and the standard deviation of each layer's channels over a clip, d = 240.
+    Half of the first layer's channels see only changes in time.
     """
 
     least_frames = 1 + (_KERNEL - 1) * len(_SEEDED_WIDTHS)
@@ -107,15 +109,15 @@ class SeededFeatures:
 
     @torch.inference_mode()
     def __call__(self, videos: Pixels) -> Floats32:
-        """See `VideoFeatures`."""
+        """Return features [n, 240] of clips; see `VideoFeatures`."""
         clips = _clips(videos)
-        # To the network's size, whatever their aspect ratio.
+        # Resize to the network's size, ignoring the aspect ratio.
         frames = rearrange(clips, "n c t h w -> (n t) c h w")
         frames = F.interpolate(frames, _SEEDED_SIZE, mode="bilinear", antialias=True)
         x = rearrange(frames, "(n t) c h w -> n c t h w", n=len(clips)) / 127.5 - 1
         pooled: list[Tensor] = []
         for weight in self._weights:
-            # Nothing is padded: a border of zeros would look like an edge, and in time like motion.
+            # No padding: a border of zeros would look like an edge in space or motion in time.
             x = F.conv3d(x, weight, stride=(1, 2, 2)).relu()
             deviation, mean = torch.std_mean(x, dim=(2, 3, 4))
             pooled += [mean, deviation]
@@ -123,11 +125,13 @@ class SeededFeatures:
 
 
 def _seeded_weights(seed: int) -> list[Tensor]:
-    """Return kernels [out, in, 3, 3, 3] that a layer's variance outlives (He et al. 2015).
+    """Return kernels [out, in, 3, 3, 3] that keep the variance between layers (He et al. 2015).
 
-    Whole numbers until the last division: the weights are the same bits on every machine.
+    The computation uses integers up to the last division, so that the weights are bit-identical on
+    every machine.
     """
-    source = np.random.PCG64(seed)  # its raw stream is fixed, which those of numpy's draws are not
+    # NumPy guarantees the raw stream of PCG64, but not the draws of its distributions.
+    source = np.random.PCG64(seed)
     weights: list[Tensor] = []
     for width, inputs in zip(_SEEDED_WIDTHS, (3, *_SEEDED_WIDTHS), strict=False):
         shape = (width, inputs, _KERNEL, _KERNEL, _KERNEL)
@@ -141,7 +145,11 @@ def _seeded_weights(seed: int) -> list[Tensor]:
 
 
 def _blind_to_constants(kernels: Ints) -> Ints:
-    """Make kernels sum to nothing: the first half over time at each place, the others over all."""
+    """Make the kernels sum to 0, and scale them by a whole number.
+
+    The first half of the kernels sum to 0 over time at every place. The second half sum to 0 only
+    over time and space together.
+    """
     moving, still = np.split(kernels, 2)
     moving = _KERNEL * moving - moving.sum(axis=2, keepdims=True)
     still = _KERNEL**3 * still - still.sum(axis=(2, 3, 4), keepdims=True)
@@ -149,13 +157,13 @@ def _blind_to_constants(kernels: Ints) -> Ints:
 
 
 def _clips(videos: Pixels) -> Tensor:
-    """Return float clips [n, 3, T, H, W] in 0..255."""
+    """Convert videos [n, T, H, W, 3] to float clips [n, 3, T, H, W] in 0..255."""
     return rearrange(torch.from_numpy(videos.astype(np.float32)), "n t h w c -> n c t h w")
 
 
 def _not_i3d(path: Path, reason: str) -> DriveSimError:
     return DriveSimError(
-        f"{path}: not the I3D that FVD is measured with ({reason}): name the TorchScript file "
+        f"{path}: not the I3D that FVD is measured with ({reason}); name the TorchScript file "
         "i3d_torchscript.pt that https://github.com/universome/stylegan-v links to, or "
-        "leave out `i3d`: the built-in seeded features need no file"
+        "leave out `i3d` to use the built-in features, which need no file"
     )

@@ -1,6 +1,6 @@
-"""How often a tokenizer's tokens change where the picture does not.
+"""Count how often a token changes although its part of the picture does not.
 
-Legend: T frames, P = T - 1 pairs of frames, r c token rows and columns, h w pixels of a cell.
+Legend: T frames, r c token rows and columns, h w pixels of a cell, H W pixels of a frame.
 """
 
 from collections import Counter
@@ -18,15 +18,16 @@ def flicker(
 ) -> Counter[str]:
     """Count still cells and changed tokens between consecutive frames of one drive.
 
-    Of all `cells` of all pairs of frames, the tokens of `changed` ones changed, the pixels of
-    `still` ones did not, or hardly, and of `still_changed` ones only the tokens did.
-
     Takes tokens [T, r, c] and the frames they were encoded from, uint8 [T, r·stride, c·stride, 3].
-    A cell is still where its pixels change by less than `threshold` grey levels on average: 2 lets
-    the noise of compressed video pass. Pieces of a drive add up to the whole where each begins with
-    the last frame of the one before.
+    A cell is still if its pixels change by less than `threshold` grey levels on average. A
+    threshold of 2 ignores the noise of compressed video.
+
+    Returns four counts over all pairs of frames: `cells`, all cells; `changed`, cells whose token
+    changes; `still`, still cells; `still_changed`, still cells whose token changes. The counts of
+    the pieces of a drive add up to those of the drive if each piece begins with the last frame of
+    the piece before.
     """
-    # Pair by pair: whole drives as signed integers would be several times their frames.
+    # Work on one pair at a time: a whole drive as floats would take four times its memory.
     changes = [_cell_change(*pair, stride) for pair in pairwise(frames)]
     still = np.array(changes).reshape(-1, *tokens.shape[1:]) < threshold
     changed = tokens[1:] != tokens[:-1]
@@ -39,7 +40,7 @@ def flicker(
 
 
 def flicker_shares(counts: Counter[str]) -> dict[str, Any]:
-    """Return the shares that are reported of counts; None where there is nothing to have one of."""
+    """Turn the counts of `flicker` into the shares that are reported; 0 of 0 cells becomes None."""
     cells, still = counts["cells"], counts["still"]
     return {
         "flicker": counts["still_changed"] / still if still else None,
@@ -50,6 +51,6 @@ def flicker_shares(counts: Counter[str]) -> dict[str, Any]:
 
 
 def _cell_change(before: Pixels, after: Pixels, stride: int) -> Floats32:
-    """Mean absolute change [r, c] in grey levels between two frames [H, W, 3]."""
+    """Return each cell's mean absolute change [r, c], in grey levels, between frames [H, W, 3]."""
     difference = np.abs(after.astype(np.float32) - before)
     return np.asarray(reduce(difference, "(r h) (c w) rgb -> r c", "mean", h=stride, w=stride))

@@ -1,6 +1,6 @@
-"""Whether the model still drives after a minute: long rollouts, judged beside real footage.
+"""Measure how long a rollout still looks like a drive, compared with real footage.
 
-Axes: F futures, N frames of each, r c token rows and columns, H W pixels.
+Axes: F futures, N frames of a future, r c token rows and columns.
 """
 
 from collections.abc import Sequence
@@ -29,8 +29,8 @@ from driving_sim.world_model.panels import contact_sheet
 from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
-_CHUNK = 16
-_COLUMNS = 7
+_CHUNK = 16  # frames decoded at once
+_COLUMNS = 7  # moments of each rollout on the contact sheet
 
 
 def evaluate_stability(
@@ -42,20 +42,19 @@ def evaluate_stability(
     sampling: Sampling,
     config: StabilityConfig,
 ) -> Section:
-    """Roll out from every start for `seconds`, under its recorded actions, over and over.
+    """Roll out from every start for `seconds`, and judge each rollout against real footage.
 
-    `real` are drives that bound what is usual. Raises DriveSimError where these or the rollouts
-    are too short to tell.
+    The commands are the start's recorded actions, repeated as often as needed. The bounds come from
+    `real` drives. Raises TooLittleDataError if these drives or the rollouts are too short.
     """
-    seen = []
+    appearances = []
     with progress(len(real), "real footage", "drives") as bar:
         for drive in bar.counted(real):
-            # What leads to a frame is the action before it.
-            led = np.arange(-1, len(drive) - 1).clip(min=0)
-            seen.append(
-                _appearance(world, drive.tokens, drive.actions[led], drive.action_valid[led])
-            )
-    footage = RealFootage(seen, world.fps, config)
+            # The action that leads to a frame is stored with the frame before.
+            before = np.arange(-1, len(drive) - 1).clip(min=0)
+            actions, valid = drive.actions[before], drive.action_valid[before]
+            appearances.append(_appearance(world, drive.tokens, actions, valid))
+    footage = RealFootage(appearances, world.fps, config)
     onward = (_onward(clip, round(seconds * world.fps)) for clip in starts)
     actions, valid = map(np.stack, zip(*onward, strict=True))
     steps = world.generate(encode_contexts(world, starts), actions, valid, sampling=sampling)
@@ -66,83 +65,115 @@ def evaluate_stability(
     metrics: dict[str, Any] = {
         "per_tokenizer": True,
         **mean_stability(judged),
-        "starts": {clip.name: each for clip, each in zip(starts, judged, strict=True)},
+        "starts": {clip.name: result for clip, result in zip(starts, judged, strict=True)},
     }
-    table = Table("All rollouts", ("", "value"), [(row, metrics[at]) for row, at in _ROWS.items()])
+    rows = [(label, metrics[key]) for label, key in _ROWS.items()]
+    table = Table("Means and counts over all rollouts", ("", "value"), rows)
     return Section(
         "stability",
         "Stability of long rollouts",
-        _TEXT.format(seconds=f"{seconds:g}"),
+        _TEXT.format(seconds=f"{seconds:g}", block_s=config.block_s, hold_s=config.hold_s),
         metrics,
         (table, _plot(judged), _sheet(world, starts, futures)),
     )
 
 
-_TEXT = """Rollouts of {seconds} s under the recorded actions, repeated where they end, judged by
-what real footage shows of itself once it went through the tokenizer.
+_TEXT = """Question: does a rollout still look like a drive after {seconds} s? The commands are the
+actions recorded in the held-out drive, repeated from the beginning when they end. A rollout is
+compared with real footage that was encoded and decoded by the same tokenizer. There are five
+faults, and the bounds for all of them come from the real footage.
 
-Drift: the Jensen-Shannon divergence of the tokens in each block of 5 s from those of real footage;
-real blocks have one too, the floor. Sharpness: the spread of the Laplacian, beside the real
-median. Frozen: the picture hardly changes although the car is told to move. Loop: the same tokens
-come back, as they never do in real footage. Restless: the picture changes more than real ones
-do. A rollout has collapsed where one of these sets in and stays for 2 s."""
+Drift: the tokens of a block of {block_s:g} s are distributed differently from those of real
+footage. The distance is the Jensen-Shannon divergence, from 0 to 1 bit. Real blocks differ from
+each other too; their median divergence is the floor. Sharpness: the picture is much softer or much
+harder than real ones (1 is the real median). Frozen: the picture hardly changes although the car is
+commanded to move. Loop: the rollout shows the same stretch again. Restless: the tokens change from
+frame to frame much more than in real footage, as noise does.
+
+How to read it: a rollout has collapsed when at least one fault is present for {hold_s:g} s without
+a break. Until then it lasts; a rollout that never collapses counts with its whole length. Longer is
+better. Drift should be close to its floor and sharpness close to 1, and there should be no
+collapses, frozen frames or loops.
+
+Limits. A rollout without faults is not necessarily right: this section does not check whether it
+follows its commands. The faults are detected by simple rules, so look at the pictures too. With
+few rollouts the numbers are rough."""
 
 
 def _appearance(
     world: WorldModel, tokens: NDArray[Any], actions: Floats32, valid: Mask
 ) -> Appearance:
-    """See what tokens [N, r, c] look like, and where the actions [N, 2] to each tell it to move."""
+    """Decode tokens [N, r, c] and measure their pictures.
+
+    `actions` [N, 2] lead to the frames; they say whether the car is commanded to move.
+    """
     tokens = tokens.astype(np.int64)
-    places = range(0, len(tokens), _CHUNK)
-    chunks = (world.tokenizer.decode(tokens[at : at + _CHUNK]).numpy() for at in places)
-    # Where nothing is known of its speed, the car moves.
+    chunk_starts = range(0, len(tokens), _CHUNK)
+    chunks = (world.tokenizer.decode(tokens[at : at + _CHUNK]).numpy() for at in chunk_starts)
+    # If the speed is unknown, assume that the car moves.
     moving = ~valid[:, SPEED] | (actions[:, SPEED] >= STANDING_MPS)
     return Appearance.measure(tokens, chunks, moving)
 
 
 def _onward(clip: Clip, frames: int) -> tuple[Floats32, Mask]:
-    """The actions from a clip's start to the end of its run, then from the run's beginning on."""
+    """Return `frames` recorded actions from the clip's start on, and their validity, [N, 2] each.
+
+    They continue to the end of the drive's segment, then again from the segment's beginning.
+    """
     drive = clip.footage.drive
-    begin, stop = next(run for run in drive.entry.segments if run[0] <= clip.start < run[1])
-    # The last frame of a run leads nowhere.
-    last = clip.start - 1 - begin
-    places = begin + np.arange(last, last + frames) % (stop - 1 - begin)
-    return np.asarray(drive.actions[places]), np.asarray(drive.action_valid[places])
+    begin, stop = next(
+        segment for segment in drive.entry.segments if segment[0] <= clip.start < segment[1]
+    )
+    # The last action of a segment leads to no frame, so it is left out.
+    last_context_frame = clip.start - 1 - begin
+    offsets = np.arange(last_context_frame, last_context_frame + frames) % (stop - 1 - begin)
+    chosen = begin + offsets
+    return np.asarray(drive.actions[chosen]), np.asarray(drive.action_valid[chosen])
 
 
 _ROWS = {
     "rollouts": "rollouts",
-    "collapsed": "collapsed",
-    "lasted, s (mean)": "mean_lasted_s",
+    "rollouts that collapsed": "collapsed",
+    "mean time until the collapse or the end, s": "mean_lasted_s",
     "drift, bits": "drift_bits",
-    "its floor, bits": "drift_floor_bits",
-    "sharpness, of real": "sharpness_ratio",
-    "frozen, share of frames": "frozen_share",
+    "drift of real footage (floor), bits": "drift_floor_bits",
+    "sharpness, relative to the real median": "sharpness_ratio",
+    "frozen frames, share of the frames that should move": "frozen_share",
     "rollouts with a loop": "looped",
 }
+"""Label of each row of the table, with its key in the metrics."""
 
 
 def _plot(judged: Sequence[dict[str, Any]]) -> Media:
     figure = Figure(figsize=(12, 3.2), layout="constrained")
     drift, sharp, change = figure.subplots(1, 3)
-    for each in judged:
-        drift.plot(each["drift"]["time_s"], each["drift"]["bits"])
+    for rollout in judged:
+        drift.plot(rollout["drift"]["time_s"], rollout["drift"]["bits"])
         for axes, values in (
-            (sharp, each["sharpness"]["ratio"]),
-            (change, each["freeze"]["change"]),
+            (sharp, rollout["sharpness"]["ratio"]),
+            (change, rollout["freeze"]["change"]),
         ):
-            axes.plot(np.arange(len(values)) / each["fps"], values, linewidth=0.8)
+            axes.plot(np.arange(len(values)) / rollout["fps"], values, linewidth=0.8)
     first = judged[0]
     drift.axhline(first["drift"]["floor_bits"], color="#999999")
     for axes, label, bounds in (
-        (drift, "divergence of the tokens, bits", [first["drift"]["threshold_bits"]]),
-        (sharp, "sharpness, of the real median", first["sharpness"]["thresholds"].values()),
+        (drift, "drift, bits", [first["drift"]["threshold_bits"]]),
+        (
+            sharp,
+            "sharpness, relative to the real median",
+            first["sharpness"]["thresholds"].values(),
+        ),
         (change, "change of the picture, share of white", [first["freeze"]["threshold"]]),
     ):
         axes.set(xlabel="seconds ahead", ylabel=label)
         for bound in bounds:
             axes.axhline(bound, color="#999999", linestyle=":")
-    return plot(figure, "Each rollout over time; dotted: the bounds, grey line: the floor")
+    return plot(
+        figure,
+        "One line for each rollout. Dotted lines are bounds: drift above its bound, sharpness "
+        "outside its two bounds, and change below its bound are faults. The grey line is the drift "
+        "of real footage. Loops and restlessness are not shown",
+    )
 
 
 def _sheet(world: WorldModel, starts: Sequence[Clip], tokens: Ints) -> Media:
@@ -152,4 +183,5 @@ def _sheet(world: WorldModel, starts: Sequence[Clip], tokens: Ints) -> Media:
         for clip, future in zip(starts, tokens, strict=True)
     ]
     headings = [f"{(t + 1) / world.fps:+.0f} s" for t in chosen]
-    return photo(contact_sheet(rows, headings), "The rollouts over time")
+    caption = "One row for each rollout; the headings say how far ahead the frames lie"
+    return photo(contact_sheet(rows, headings), caption)

@@ -1,8 +1,8 @@
-"""How good rolled-out frames are, the further they lie ahead: beside their floor and a baseline.
+"""Measure how close rolled-out frames are to the true ones, and how this changes over the horizon.
 
-The floor is the tokenizer's own reconstruction of the true frames: no model can do better. Where
-the true frames are reconstructions themselves, there is none. The baseline repeats the last context
-frame.
+The rollouts are compared with a floor and a baseline. The floor is the tokenizer's reconstruction
+of the true frames: no model can do better. There is no floor if the true frames are reconstructions
+themselves. The baseline, copy last, repeats the last context frame.
 
 Axes: N frames of the future, H W pixels, n clips.
 """
@@ -26,16 +26,17 @@ from driving_sim.tokenizer.perceptual import PerceptualLoss
 from driving_sim.world_model.panels import contact_sheet, side_by_side
 
 Measure = Callable[[Tensor, Tensor], Tensor]
+"""A function of uint8 frames [N, H, W, 3] and the true frames, with a value for each frame, [N]."""
 
 KINDS = ("model", "floor", "copy_last")
 _COLOURS = {"model": "#2a5db0", "floor": "#8a8f99", "copy_last": "#d9822b"}
 _SHOWN = 4  # clips in the report's pictures
-_COLUMNS = 6
+_COLUMNS = 6  # moments of each clip on the contact sheet
 _ACCURACY = "token_accuracy"
 
 
 def frame_measures(perceptual: PerceptualLoss | None) -> dict[str, Measure]:
-    """What frames are compared by: functions of uint8 frames [N, H, W, 3] and true ones to [N]."""
+    """Return the functions that compare frames with true frames; LPIPS needs `perceptual`."""
     measures: dict[str, Measure] = {"psnr_db": psnr, "ssim": ssim}
     return measures if perceptual is None else measures | {"lpips": perceptual.frame_distances}
 
@@ -46,14 +47,15 @@ def evaluate_quality(
     extractor: VideoFeatures,
     perceptual: PerceptualLoss | None = None,
 ) -> Section:
-    """Compare rolled-out clips with what was recorded.
+    """Compare rollouts of clips with the true frames.
 
-    Curves over the horizon, means with intervals over clips, and pictures.
+    Returns curves over the horizon, means with intervals over clips, a Fréchet distance, and
+    pictures.
     """
     curves: dict[str, dict[str, list[Floats]]] = {}
     features: dict[str, list[Floats]] = {}
 
-    def note(name: str, kind: str, values: Tensor) -> None:
+    def add_curve(name: str, kind: str, values: Tensor) -> None:
         curves.setdefault(name, {}).setdefault(kind, []).append(values.double().numpy())
 
     for imagined in rollouts:
@@ -65,24 +67,25 @@ def evaluate_quality(
             futures["floor"] = clip.footage.tokenizer.decode(true_tokens).numpy()
         for kind, frames in futures.items():
             for name, measure in frame_measures(perceptual).items():
-                note(name, kind, measure(torch.from_numpy(frames), torch.from_numpy(truth)))
+                values = measure(torch.from_numpy(frames), torch.from_numpy(truth))
+                add_curve(name, kind, values)
         for kind, tokens in (("model", imagined.tokens), ("copy_last", clip.context_tokens[-1])):
-            note(_ACCURACY, kind, (tokens == true_tokens).flatten(1).double().mean(1))
+            add_curve(_ACCURACY, kind, (tokens == true_tokens).flatten(1).double().mean(1))
         if len(truth) >= extractor.least_frames:
             for kind, frames in {**futures, "true": truth}.items():
-                found = extractor(frames[None]).astype(np.float64)
-                features.setdefault(kind, []).append(found)
-    # Else the true frames are reconstructions.
-    recorded = all(each.clip.footage.recorded is not None for each in rollouts)
+                clip_features = extractor(frames[None]).astype(np.float64)
+                features.setdefault(kind, []).append(clip_features)
+    # If some videos are missing, the true frames are reconstructions.
+    recorded = all(rollout.clip.footage.recorded is not None for rollout in rollouts)
     metrics: dict[str, Any] = {"clips": len(rollouts), "recorded": recorded}
     for name, kinds in curves.items():
-        # Tokens of another tokenizer are right or wrong about something else.
-        always = {"per_tokenizer": True} if name == _ACCURACY else {"floor": None}
+        # Token accuracies of different tokenizers cannot be compared, and tokens have no floor.
+        extra_keys = {"per_tokenizer": True} if name == _ACCURACY else {"floor": None}
         stacked = {kind: np.stack(kinds[kind]) for kind in KINDS if kind in kinds}
-        metrics[name] = always | {
+        metrics[name] = extra_keys | {
             kind: interval(rows.mean(axis=1)) for kind, rows in stacked.items()
         }
-        metrics[f"{name}_by_frame"] = always | {
+        metrics[f"{name}_by_frame"] = extra_keys | {
             kind: rows.mean(axis=0).tolist() for kind, rows in stacked.items()
         }
     metrics[extractor.name] = _distances(features, rollouts[0].clip.frames)
@@ -102,13 +105,16 @@ def evaluate_quality(
 def _distances(
     features: Mapping[str, Sequence[Floats]], frames: int
 ) -> dict[str, float | None] | None:
-    """The Fréchet distances of clips of so many frames; None where there are less than two."""
+    """Return each kind's Fréchet distance from the true clips, or None for fewer than two clips.
+
+    `frames` is the length of the clips.
+    """
     clips = len(features.get("true", ()))
     if clips < 2:
         return None
-    joined = {kind: np.concatenate(found) for kind, found in features.items()}
+    joined = {kind: np.concatenate(of_clips) for kind, of_clips in features.items()}
     true = joined.pop("true")
-    distances = {kind: frechet_distance(found, true) for kind, found in joined.items()}
+    distances = {kind: frechet_distance(of_kind, true) for kind, of_kind in joined.items()}
     return {"clips": clips, "frames": frames, **dict.fromkeys(KINDS), **distances}
 
 
@@ -120,55 +126,76 @@ def _plot(metrics: Mapping[str, Any], names: Sequence[str], fps: float) -> Media
         for kind in (kind for kind in KINDS if curves.get(kind)):
             times = (np.arange(len(curves[kind])) + 1) / fps
             axes.plot(times, curves[kind], color=_COLOURS[kind], label=kind.replace("_", " "))
-        axes.set(title=name.replace("_", " "), xlabel="seconds ahead")
-    # The first panel has every kind that there is; tokens have no floor.
+        axes.set(title=_LABELS[name], xlabel="seconds ahead")
+    # The first panel shows all kinds; token accuracy, for example, has no floor.
     panels[0].legend(frameon=False)
-    return plot(figure, "Mean over clips against the horizon")
+    return plot(
+        figure,
+        "Mean over the clips, by how far the frame lies ahead. A good model stays close to the "
+        "floor, if there is one, and better than copy last. Single clips can be far from the mean",
+    )
 
 
 def _pictures(rollouts: Sequence[Imagined], fps: float, whose: str) -> list[Media]:
     chosen = np.linspace(0, len(rollouts) - 1, _SHOWN).round().astype(int)
-    shown = [rollouts[number] for number in np.unique(chosen)]
-    truths, futures = [each.clip.truth for each in shown], [each.frames for each in shown]
+    pictured = [rollouts[number] for number in np.unique(chosen)]
+    truths, futures = [r.clip.truth for r in pictured], [r.frames for r in pictured]
     count = len(truths[0])
     columns = np.unique(np.linspace(0, count - 1, _COLUMNS).round().astype(int))
     rows = [
-        (f"{each.clip.name}: {kind}", [frames[t] for t in columns])
-        for each, truth in zip(shown, truths, strict=True)
-        for kind, frames in ((whose, truth), ("model", each.frames))
+        (f"{rollout.clip.name}: {kind}", [frames[t] for t in columns])
+        for rollout, truth in zip(pictured, truths, strict=True)
+        for kind, frames in ((whose, truth), ("model", rollout.frames))
     ]
     sheet = contact_sheet(rows, [f"{(t + 1) / fps:+.1f} s" for t in columns])
     moments = [
-        side_by_side([frames[t] for frames in (*truths, *futures)], columns=len(shown))
+        side_by_side([frames[t] for frames in (*truths, *futures)], columns=len(pictured))
         for t in range(count)
     ]
     return [
-        photo(sheet, f"Clips from all over the drives: {whose}, and the model's below"),
-        film(moments, fps, f"Above: {whose}. Below: the model's"),
+        photo(
+            sheet,
+            f"Clips spread over the drives, in pairs of rows: first the {whose} frames, then the "
+            "model's. The headings say how far ahead the frames lie",
+        ),
+        film(moments, fps, f"The same clips as a video. Top row: {whose}. Bottom row: model"),
     ]
 
 
-_TEXT = """Each clip is rolled out under the actions that were recorded, and compared with
-{truth} Copy last: the last context frame, repeated. Intervals are over clips, whose futures share
-no frame.
+_TEXT = """Question: how close are the rollouts to the true frames, and for how long? Each clip is
+rolled out under the recorded actions and compared with {truth} "Copy last" is a baseline that
+repeats the last context frame; a useful model is better than that.
 
-A sampled future is one of many that could have followed: it may be right and still differ from the
-recording, so PSNR and SSIM fall with the horizon for a perfect model too. {name} is the Fréchet
-distance between the features of rolled-out and true clips; its floor is not zero. Few clips put it
-too high, the fewer the more: it compares only with that of as many clips of as many frames, and
-with no published one."""
-_RECORDED = """the frames that were recorded. Floor: the tokenizer's reconstruction of those frames,
-which no model can beat."""
-_RECONSTRUCTED = """the tokenizer's reconstructions of the frames that were recorded: the held-out
-drives are tokens without their videos. What the tokenizer loses is not in these numbers, and they
-have no floor."""
+How to read it: PSNR, SSIM (at most 1) and token accuracy (the share of tokens that are exactly
+right) are better if higher. LPIPS, if its weights are installed, and {name} are better if lower.
+{name} is the Fréchet distance between the features of all rolled-out clips and of all true clips:
+it judges whether the rollouts look and move like real clips, not whether they match frame by frame.
+
+Limits. A rollout is one of many possible futures. It may be realistic and still differ from the
+recording, so PSNR, SSIM and token accuracy fall with the horizon even for a perfect model. The
+Fréchet distance is biased upwards for few clips. Compare it only between reports with the same
+number of clips and frames, and not with published values. Token accuracy compares only models with
+the same tokenizer. Intervals are over clips; their futures do not overlap."""
+_RECORDED = """the recorded frames. "Floor" is the tokenizer's reconstruction of these frames; no
+model can beat it."""
+_RECONSTRUCTED = """the tokenizer's reconstructions of the recorded frames, because the held-out
+drives are tokens without videos. So these numbers leave out what the tokenizer loses, and there is
+no floor."""
+_LABELS = {
+    "psnr_db": "PSNR, dB (higher is better)",
+    "ssim": "SSIM (higher is better)",
+    "lpips": "LPIPS (lower is better)",
+    _ACCURACY: "token accuracy (higher is better)",
+}
 
 
 def _table(metrics: Mapping[str, Any], names: Sequence[str], extractor: str) -> Table:
-    named = {name.replace("_", " "): metrics[name] for name in names}
+    by_label = {_LABELS[name]: metrics[name] for name in names}
     if distances := metrics[extractor]:
         counts = f"{distances['clips']} clips of {distances['frames']} frames"
-        named[f"{extractor}, {counts}"] = distances
-    rows = [(label, *map(kinds.get, KINDS)) for label, kinds in named.items()]
+        by_label[f"{extractor}, {counts} (lower is better)"] = distances
+    rows = [(label, *map(kinds.get, KINDS)) for label, kinds in by_label.items()]
     columns = ("", *(kind.replace("_", " ") for kind in KINDS))
-    return Table("Means over all frames of all clips, with 95 % intervals", columns, rows)
+    caption = "Means over all frames of all clips, with 95 % intervals over clips. The Fréchet "
+    caption += 'distance has no interval; "–" means not measured'
+    return Table(caption, columns, rows)

@@ -1,6 +1,6 @@
-"""How near a tokenizer's reconstructions are, and what its tokens cost and tell.
+"""Measure a tokenizer: its reconstructions, its use of the codebook, flicker, and speed.
 
-Axes: B frames of a batch, H W pixels, r c token rows and columns, K codes, U blocks of frames.
+Axes: N frames of a drive, B frames of a batch, H W pixels.
 """
 
 import math
@@ -27,13 +27,13 @@ from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.panels import side_by_side
 
 _BATCH = 16
-_WORST = 6
+_WORST = 6  # worst frames that the report shows
 _BITS_PER_PIXEL = 24
 _MEASURES = ("psnr_db", "ssim", "lpips")
 
 
-class _Measured:
-    """What is measured of one drive, batch by batch."""
+class _DriveMeasures:
+    """The measurements of one drive, collected batch by batch."""
 
     def __init__(
         self, sampled: SampledDrive, tokenizer: Tokenizer, perceptual: PerceptualLoss | None
@@ -48,11 +48,11 @@ class _Measured:
 
     @property
     def values(self) -> dict[str, Floats]:
-        """Each measure of every frame [N]."""
+        """The value of each measure for every frame so far, [N], by name."""
         return {name: np.concatenate(parts) for name, parts in self.batches.items()}
 
     def add(self, tokenizer: Tokenizer, batch: Pixels) -> None:
-        """Measure the drive's next frames, uint8 [B, H, W, 3]."""
+        """Encode, decode and measure the drive's next frames, uint8 [B, H, W, 3]."""
         began = time.perf_counter()
         tokens = tokenizer.encode(batch)
         encoded = time.perf_counter()
@@ -63,9 +63,9 @@ class _Measured:
         for name, measure in self.measures.items():
             values = measure(rebuilt, torch.from_numpy(batch)).double().numpy()
             self.batches[name].append(values)
-        # Pairs reach over the edges of batches.
-        seen = zip(*self._last, (batch, tokens.numpy()), strict=True)
-        frames, codes = (np.concatenate(parts) for parts in seen)
+        # Prepend the last frame of the batch before, so that flicker counts that pair as well.
+        with_last = zip(*self._last, (batch, tokens.numpy()), strict=True)
+        frames, codes = (np.concatenate(parts) for parts in with_last)
         self.flicker += flicker(codes, frames)
         self._last = [(batch[-1:], tokens[-1:].numpy())]
 
@@ -76,16 +76,16 @@ def evaluate_tokenizer(
     *,
     perceptual: PerceptualLoss | None = None,
 ) -> Section:
-    """Measure reconstructions on uint8 pixels, the codebook's use, flicker and speed.
+    """Measure a tokenizer's reconstructions as uint8 pixels, codebook use, flicker and speed.
 
-    LPIPS (arXiv 1801.03924) needs `perceptual`. Means are over frames, their intervals over blocks
-    of 3 s (Künsch 1989, 10.1214/aos/1176347265).
+    LPIPS (arXiv 1801.03924) needs `perceptual`. Means are over frames, and their intervals are over
+    blocks of 3 s (Künsch 1989, 10.1214/aos/1176347265).
     """
-    measured = [_Measured(each, tokenizer, perceptual) for each in drives]
-    with progress(sum(each.frames for each in measured), "evaluate", "frames") as bar:
-        for each in measured:
-            for batch in each.sampled.batches(tokenizer.frame_size, _BATCH):
-                each.add(tokenizer, batch)
+    measured = [_DriveMeasures(sampled, tokenizer, perceptual) for sampled in drives]
+    with progress(sum(drive.frames for drive in measured), "evaluate", "frames") as bar:
+        for drive in measured:
+            for batch in drive.sampled.batches(tokenizer.frame_size, _BATCH):
+                drive.add(tokenizer, batch)
                 bar.advance(len(batch))
     metrics = _metrics(tokenizer, measured)
     parts: list[Table | Media] = [_overall(metrics), _by_drive(metrics)]
@@ -93,13 +93,16 @@ def evaluate_tokenizer(
     return Section("reconstruction", "Reconstruction", _TEXT, metrics, parts)
 
 
-def _worst(tokenizer: Tokenizer, measured: Sequence[_Measured]) -> Iterator[Media]:
-    """The frames of the lowest PSNR, of one moment only the worst, and their reconstructions."""
+def _worst(tokenizer: Tokenizer, measured: Sequence[_DriveMeasures]) -> Iterator[Media]:
+    """Yield pictures of the frames with the lowest PSNR, beside their reconstructions.
+
+    Of frames close in time only the worst is shown.
+    """
     ranked = []
-    for number, each in enumerate(measured):
-        values = each.values["psnr_db"]
+    for number, drive in enumerate(measured):
+        values = drive.values["psnr_db"]
         order = np.argsort(values, kind="stable").tolist()
-        worst = frames_apart(order, each.sampled.timestamps, _WORST)
+        worst = frames_apart(order, drive.sampled.timestamps, _WORST)
         ranked += [(values[index], number, index) for index in worst]
     for value, number, index in sorted(ranked)[:_WORST]:
         sampled = measured[number].sampled
@@ -108,75 +111,92 @@ def _worst(tokenizer: Tokenizer, measured: Sequence[_Measured]) -> Iterator[Medi
         place = f"{sampled.drive.id} at {sampled.timestamps[index]:.1f} s"
         yield photo(
             side_by_side([frames[0], rebuilt[0]], columns=2),
-            f"{place}: {value:.1f} dB. Left: the frame. Right: reconstructed",
+            f"{place}: {value:.1f} dB. Left: original frame. Right: reconstruction",
         )
 
 
-_TEXT = """Every frame is encoded, decoded and compared on 8-bit pixels. PSNR is averaged over
-frames in dB; SSIM is that of Wang et al. 2004 (Gaussian windows, valid region). Intervals are over
-blocks of 3 s.
+_TEXT = """Question: how much of a frame survives the tokenizer? This limits the pictures of every
+world model that uses it. Every frame is encoded to tokens, decoded again, and compared with the
+original as 8-bit pixels.
 
-Flicker: of the token cells whose pixels do not change from a frame to the next, the share whose
-token changes all the same. Bits per frame: tokens times the bits of a code; the compression factor
-is that of 24-bit pixels. The frames shown are those of the lowest PSNR that lie 2 s apart."""
+How to read it: PSNR and SSIM (Wang et al. 2004; at most 1) are better if higher, LPIPS is better if
+lower. Perplexity and entropy say how evenly the codes are used. A low share of used codes means
+that a part of the codebook is wasted. Flicker is the share of the token cells with still pixels
+whose token changes from one frame to the next: 0 is best, because a world model has to predict
+these changes, and nothing in the picture explains them. Bits per frame is the number of tokens
+times the bits of a code. The compression factor compares it with 24-bit pixels.
+
+Limits. PSNR and SSIM hardly notice small objects such as a distant car, so look at the pictures
+too: they show the frames with the lowest PSNR, at least 2 s apart. The results hold only for drives
+like these. The speed depends on the machine. Intervals are over blocks of 3 s, because neighbouring
+frames are similar."""
 
 
-def _metrics(tokenizer: Tokenizer, measured: Sequence[_Measured]) -> dict[str, Any]:
-    frames = sum(each.frames for each in measured)
+def _metrics(tokenizer: Tokenizer, measured: Sequence[_DriveMeasures]) -> dict[str, Any]:
+    frames = sum(drive.frames for drive in measured)
     bits = tokenizer.rows * tokenizer.cols * math.log2(tokenizer.codebook_size)
-    # Neighbouring frames are alike and no units of their own: blocks of them are.
+    # Neighbouring frames are similar and thus not independent, so blocks of frames are resampled.
     blocks = np.concatenate(
         [
-            frames * number + np.arange(each.frames) // block_frames(each.sampled.fps)
-            for number, each in enumerate(measured)
+            frames * number + np.arange(drive.frames) // block_frames(drive.sampled.fps)
+            for number, drive in enumerate(measured)
         ]
     )
     return {
         "frames": frames,
         **{
-            name: interval(np.concatenate([each.values[name] for each in measured]), blocks)
+            name: interval(np.concatenate([drive.values[name] for drive in measured]), blocks)
             for name in measured[0].measures
         },
-        "codebook": codebook_use(torch.stack([each.counts for each in measured]).sum(0)),
-        "flicker": flicker_shares(sum((each.flicker for each in measured), Counter())),
+        "codebook": codebook_use(torch.stack([drive.counts for drive in measured]).sum(0)),
+        "flicker": flicker_shares(sum((drive.flicker for drive in measured), Counter())),
         "bits_per_frame": bits,
         "compression_factor": tokenizer.height * tokenizer.width * _BITS_PER_PIXEL / bits,
         "frames_per_second": {
-            name: frames / sum(each.seconds[name] for each in measured)
+            name: frames / sum(drive.seconds[name] for drive in measured)
             for name in ("encode", "decode")
         },
         "drives": {
-            each.sampled.drive.id: {
-                "frames": each.frames,
-                **{name: float(values.mean()) for name, values in each.values.items()},
-                "codebook": codebook_use(each.counts),
-                "flicker": flicker_shares(each.flicker)["flicker"],
+            drive.sampled.drive.id: {
+                "frames": drive.frames,
+                **{name: float(values.mean()) for name, values in drive.values.items()},
+                "codebook": codebook_use(drive.counts),
+                "flicker": flicker_shares(drive.flicker)["flicker"],
             }
-            for each in measured
+            for drive in measured
         },
     }
+
+
+_LABELS = {"psnr_db": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS"}
 
 
 def _overall(metrics: dict[str, Any]) -> Table:
     codebook, speed = metrics["codebook"], metrics["frames_per_second"]
     rows: list[tuple[Cell, ...]] = [
-        *((name, metrics[name]) for name in _MEASURES if name in metrics),
+        *((_LABELS[name], metrics[name]) for name in _MEASURES if name in metrics),
         ("share of the codes used", codebook["used"]),
         ("perplexity of the codes", codebook["perplexity"]),
         ("entropy of the codes, bits", codebook["entropy_bits"]),
-        ("flicker", metrics["flicker"]["flicker"]),
+        ("flicker, share of still cells", metrics["flicker"]["flicker"]),
         ("bits per frame", metrics["bits_per_frame"]),
         ("compression factor", metrics["compression_factor"]),
         ("frames encoded per second", speed["encode"]),
         ("frames decoded per second", speed["decode"]),
     ]
-    return Table("All drives; means with 95 % intervals", ("", "value"), rows)
+    caption = "All drives together; the means over frames come with 95 % intervals"
+    return Table(caption, ("", "value"), rows)
 
 
 def _by_drive(metrics: dict[str, Any]) -> Table:
-    names = ["frames", *(name for name in _MEASURES if name in metrics)]
+    measures = [name for name in _MEASURES if name in metrics]
     rows: list[tuple[Cell, ...]] = []
-    for drive, found in metrics["drives"].items():
-        measured = (found[name] for name in names)
-        rows.append((drive, *measured, found["codebook"]["perplexity"], found["flicker"]))
-    return Table("By drive", ("drive", *names, "perplexity", "flicker"), rows)
+    for drive, facts in metrics["drives"].items():
+        means = (facts[name] for name in measures)
+        perplexity, flicker_share = facts["codebook"]["perplexity"], facts["flicker"]
+        rows.append((drive, facts["frames"], *means, perplexity, flicker_share))
+    labels = (_LABELS[name] for name in measures)
+    columns = ("drive", "frames", *labels, "perplexity", "flicker")
+    caption = "Each drive by itself. A drive that is much worse than the others deserves a look: "
+    caption += "its scenes, light or camera may be missing from the training data"
+    return Table(caption, columns, rows)

@@ -1,7 +1,7 @@
-"""How long a rollout remains a drive: drift, blur, freezes, loops, noise, and when it collapses.
+"""Detect when a rollout stops looking like a drive: drift, blur, freezes, loops and noise.
 
-There is no ideal to compare with. Every bound follows from what real footage of the same kind,
-brought through the same tokenizer, shows of itself.
+There is no ideal rollout to compare with. So every bound is derived from real footage of the same
+kind, encoded and decoded by the same tokenizer.
 
 Legend: N frames, r c token rows and columns, K codes, B blocks of frames.
 """
@@ -20,38 +20,45 @@ from driving_sim.engine.config import InnerShare, Positive, config, require
 from driving_sim.engine.errors import TooLittleDataError
 
 _LOW, _HIGH = 0.01, 0.99
-# The least of its highest agreement at which a later lag can already be the period: a loop of
-# 3 s agrees as well after 6 s and 9 s, but for the sampling's noise.
+# The period of a loop is the shortest lag whose agreement is at least this share of the highest
+# one. A loop of 3 s agrees as well after 6 s and 9 s, and noise decides which lag is highest.
 _NEARLY_HIGHEST = 0.9
 
 
 @config
 class StabilityConfig:
-    """Where a rollout counts as no longer a drive."""
+    """The bounds beyond which a rollout no longer counts as a drive."""
 
     block_s: Positive = 5.0
-    """Length of the blocks whose token histograms are compared with real ones, in s."""
+    """Length of a block, in s; the token histogram of each block is compared with real footage."""
     hop_s: Positive = 1.0
-    """Time from the end of a block to the end of the next, in s; at most `block_s`."""
+    """Time from the end of one block to the end of the next, in s; at most `block_s`."""
     drift_margin: InnerShare = 0.2
-    """Drifted: this share of the way from real blocks' highest divergence to 1 bit."""
+    """Bound for drift, as a share of the way from real blocks' highest divergence to 1 bit."""
     sharpness_factor: Positive = 1.5
-    """Too soft or too hard: this many times beyond real frames' 1st and 99th percentile."""
+    """Factor by which sharpness may lie outside the 1st and 99th percentile of real frames."""
     freeze_factor: InnerShare = 0.5
-    """Frozen: at most this share of the change of real moving frames' 1st percentile."""
+    """Bound for freezes, as a share of the 1st percentile of the change of real moving frames."""
     restless_factor: Positive = 0.3
-    """Restless: tokens stay from frame to frame, as a mean over `hold_s`, by less than this share
-    of the least in real footage. Noise of the right histogram is neither drift nor blur."""
+    """Bound for restlessness, as a share of the lowest continuity of real footage.
+
+    Continuity is the share of tokens that stay the same from frame to frame, averaged over
+    `hold_s`. This bound catches noise with a realistic token histogram, which is neither drift nor
+    blur.
+    """
     min_lag_s: Positive = 2.0
-    """Shortest time after which a picture that is there again is a loop, in s."""
+    """Shortest time after which a repeated picture counts as a loop, in s."""
     max_lag_s: Positive = 30.0
-    """Longest one that is looked at, in s: a real car on a circuit comes round after that."""
+    """Longest time after which a repeated picture counts as a loop, in s.
+
+    A real car on a circuit may see the same place again after a longer time.
+    """
     loop_s: Positive = 1.0
-    """Time over which every frame must agree with its earlier one, in s."""
+    """Time during which every frame must agree with the earlier one that it repeats, in s."""
     loop_margin: InnerShare = 0.25
-    """Looping: this share of the way from the highest such agreement in real footage to 1."""
+    """Bound for loops, as a share of the way from real footage's highest repetition to 1."""
     hold_s: Positive = 2.0
-    """Time for which faults must last to be a collapse, in s."""
+    """Time that faults must last to count as a collapse, in s."""
 
     def __post_init__(self) -> None:
         for name, longer in (("hop_s", "block_s"), ("min_lag_s", "max_lag_s")):
@@ -61,20 +68,26 @@ class StabilityConfig:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Appearance:
-    """What is judged of a video: its tokens, and two numbers a frame instead of its pixels."""
+    """The properties of a video that are judged: its tokens, and a few numbers for each frame."""
 
     tokens: Ints
-    """[N, r, c]."""
+    """Tokens of the frames, [N, r, c]."""
     sharpness: Floats
-    """[N] grey levels, see `sharpness`."""
+    """Sharpness of each frame in grey levels, [N]; see `sharpness`."""
     change: Floats
-    """[N] `picture_change` from the frame before; the first frame's is the second's."""
+    """`picture_change` of each frame from the frame before, [N].
+
+    The first frame has the value of the second.
+    """
     moving: Mask
-    """[N] where the car drives, or is told to, on the way to the frame."""
+    """Whether the car drives, or is commanded to drive, on the way to each frame, [N]."""
 
     @classmethod
     def measure(cls, tokens: Ints, chunks: Iterable[Pixels], moving: Mask | None = None) -> Self:
-        """Measure decoded frames that come in chunks [n, H, W, 3], N in all; moving by default."""
+        """Measure the decoded frames of `tokens`, which arrive in chunks [n, H, W, 3].
+
+        Without `moving`, the car is assumed to move all the time.
+        """
         sharpnesses, changes = [], []
         last: list[Pixels] = []
         for chunk in chunks:
@@ -90,8 +103,8 @@ class Appearance:
 def sharpness(frames: Pixels) -> Floats:
     """Return the standard deviation of the Laplacian [N], in grey levels, of frames [N, H, W, 3].
 
-    Its square is the focus measure of Pech-Pacheco et al. 2000
-    (https://doi.org/10.1109/ICPR.2000.903548): blur lowers it, hard edges and noise raise it.
+    Blur lowers it; hard edges and noise raise it. Its square is the focus measure of Pech-Pacheco
+    et al. 2000 (https://doi.org/10.1109/ICPR.2000.903548).
     """
     spreads = []
     for frame in frames:
@@ -102,7 +115,7 @@ def sharpness(frames: Pixels) -> Floats:
 
 
 def jensen_shannon(counts: NDArray[Any], others: NDArray[Any]) -> float:
-    """Return the Jensen-Shannon divergence in bits, 0 to 1, of two histograms [K].
+    """Return the Jensen-Shannon divergence of two histograms [K], in bits, from 0 to 1.
 
     Lin 1991 (https://doi.org/10.1109/18.61115).
     """
@@ -115,22 +128,25 @@ def _entropy_bits(p: Floats) -> float:
 
 
 def token_drift(tokens: Ints, real_counts: NDArray[Any], block: int, hop: int) -> Floats:
-    """Return the divergence in bits [B] of blocks of tokens [N, r, c] from a real histogram [K].
+    """Return the divergence, in bits [B], of blocks of tokens [N, r, c] from a real histogram [K].
 
-    Block b holds frames [b·hop, b·hop + block). A few thousand tokens of one stretch of road
-    are never distributed as all the others are: read it beside `drift_floor`.
+    Block b holds frames [b·hop, b·hop + block). Even a real block differs from the histogram of all
+    the footage, because it shows only one stretch of road. Compare the result with `drift_floor`.
     """
     codes = max(len(real_counts), int(tokens.max()) + 1)
     real = np.pad(real_counts, (0, codes - len(real_counts)))
-    return np.array([jensen_shannon(each, real) for each in _histograms(tokens, block, hop, codes)])
+    histograms = _histograms(tokens, block, hop, codes)
+    return np.array([jensen_shannon(histogram, real) for histogram in histograms])
 
 
 def drift_floor(drives: Sequence[Ints], block: int, hop: int) -> Floats:
-    """Return the divergence in bits [B] of each block of real drives from all the other frames."""
+    """Return the divergence, in bits [B], of each block of real drives from all other frames."""
     codes = max(int(tokens.max()) for tokens in drives) + 1
     total = np.sum([np.bincount(tokens.ravel(), minlength=codes) for tokens in drives], axis=0)
-    blocks = [each for tokens in drives for each in _histograms(tokens, block, hop, codes)]
-    return np.array([jensen_shannon(each, total - each) for each in blocks])
+    histograms = [
+        histogram for tokens in drives for histogram in _histograms(tokens, block, hop, codes)
+    ]
+    return np.array([jensen_shannon(histogram, total - histogram) for histogram in histograms])
 
 
 def _histograms(tokens: Ints, block: int, hop: int, codes: int) -> list[Ints]:
@@ -139,57 +155,60 @@ def _histograms(tokens: Ints, block: int, hop: int, codes: int) -> list[Ints]:
 
 
 def agreement(tokens: Ints, lag: int) -> Floats:
-    """Return the share of tokens [N - lag] that each frame of [N, r, c] has from `lag` before."""
+    """Return the share of equal tokens, [N - lag], of each frame and the frame `lag` before it."""
     return np.asarray((tokens[lag:] == tokens[:-lag]).mean(axis=(1, 2)))
 
 
 def repetition(footage: Appearance, frozen: Mask, lags: range, window: int) -> Floats:
-    """Return how well each frame [N], with its neighbours, repeats some earlier ones.
+    """Return how well each frame [N] and its neighbours repeat an earlier stretch, from 0 to 1.
 
-    That is the highest agreement, at one of the `lags`, that a whole window of frames around it
-    keeps up: a stretch of a diagonal of the self-similarity matrix. Windows in which the car stands
-    by command, or that are mostly frozen, count nothing.
+    A window of frames repeats an earlier one as well as its worst frame does. A frame gets the
+    value of the best of the windows around it, at the best of the `lags`. Windows in which the car
+    is commanded to stand, or which are mostly frozen, count as 0.
     """
     window = min(window, len(footage.tokens))
     drives: Mask = np.asarray(sliding_window_view(footage.moving, window).all(axis=1))
-    lives = sliding_window_view(~frozen, window).mean(axis=1) > 0.5
+    mostly_live = sliding_window_view(~frozen, window).mean(axis=1) > 0.5
     best = np.zeros(len(drives))
     for lag in range(lags.start, min(lags.stop, len(best))):
         least = sliding_window_view(agreement(footage.tokens, lag), window).min(axis=1)
         np.maximum(best[lag:], least, out=best[lag:])
-    return _around(best * (drives & lives), window)
+    return _highest_around(best * (drives & mostly_live), window)
 
 
 def continuity(tokens: Ints) -> Floats:
-    """Return the share of tokens [N] kept from the frame before; the first frame's is the second's.
+    """Return the share of tokens that each frame keeps from the frame before, [N].
 
-    Takes two frames or more.
+    The first frame gets the value of the second, so two frames or more are needed.
     """
     kept = agreement(tokens, 1)
     return np.concatenate([kept[:1], kept])
 
 
 def _means(curve: Floats, window: int) -> Floats:
-    """The mean [N - window + 1] in each window of a curve [N], or in all of a shorter one."""
+    """Return the mean of each window of a curve [N], [N - window + 1].
+
+    A curve shorter than the window has one mean.
+    """
     return np.asarray(sliding_window_view(curve, min(window, len(curve))).mean(axis=1))
 
 
-def _around(values: NDArray[Any], window: int) -> NDArray[Any]:
-    """The highest [N] of the windows [N - window + 1] that each frame lies in."""
+def _highest_around(values: NDArray[Any], window: int) -> NDArray[Any]:
+    """Return, for each frame [N], the highest value of the windows [N - window + 1] it lies in."""
     return np.asarray(sliding_window_view(np.pad(values, window - 1), window).max(axis=1))
 
 
 Judged = tuple[dict[str, Any], Mask]
-"""What is measured of a rollout, as JSON, and the frames [N] that have the fault."""
+"""One kind of measurement of a rollout, as JSON, and the mask [N] of the frames with the fault."""
 
 
 class RealFootage:
-    """Real drives that went through the tokenizer, and the bounds for rollouts that follow."""
+    """Real drives, encoded and decoded by the tokenizer, and the bounds that they give rollouts."""
 
     def __init__(self, drives: Sequence[Appearance], fps: float, config: StabilityConfig) -> None:
-        """Take drives, a few minutes in all; those shorter than a block play no part.
+        """Take real drives, ideally a few minutes in all, and ignore those shorter than a block.
 
-        Raises DriveSimError where less than two blocks are left or nothing in them moves.
+        Raises TooLittleDataError if the rest is shorter than two blocks, or if the car never moves.
         """
         self.fps, self.config = fps, config
         names = ("block_s", "hop_s", "hold_s", "loop_s", "min_lag_s", "max_lag_s")
@@ -197,24 +216,26 @@ class RealFootage:
         block, self.hop, self.hold, self.loop, shortest, longest = frames
         self.block = max(2, block)
         self.lags = range(shortest, longest + 1)
-        """At these a picture must not be there again."""
+        """Lags, in frames, at which a repeated picture counts as a loop."""
         self.drives = [drive for drive in drives if len(drive.tokens) >= self.block]
         count = sum(len(drive.tokens) for drive in self.drives)
         if count < 2 * self.block:
             raise TooLittleDataError(
-                f"{count / fps:.1f} s of real drives of {self.block / fps:.1f} s or longer are too "
-                f"little to compare a rollout with: name {2 * self.block / fps:.1f} s of them or "
-                "more"
+                f"{count / fps:.1f} s of real drives is too little to compare a rollout with; name "
+                f"{2 * self.block / fps:.1f} s or more, in drives of {self.block / fps:.1f} s or "
+                "longer"
             )
         if not any(drive.moving.any() for drive in self.drives):
-            raise TooLittleDataError("the real car never moves: name drives in which it does")
+            raise TooLittleDataError(
+                "the car never moves in the real drives; name drives in which it moves"
+            )
 
     def judge(self, footage: Appearance) -> dict[str, Any]:
-        """Measure a rollout beside real footage: JSON, with curves over time as lists.
+        """Compare a rollout with the real footage; return JSON, with curves over time as lists.
 
-        `collapse_s` is when the faults `collapsed_by` set in to stay, None where they never do;
-        `fault_shares` says for how much of the rollout each fault holds. Raises DriveSimError where
-        it is shorter than a block.
+        `collapse_s` is the time at which the rollout collapses, or None. `collapsed_by` names the
+        faults responsible. `fault_shares` is the share of frames with each fault. Raises
+        TooLittleDataError if the rollout is shorter than a block.
         """
         faults: dict[str, Mask] = {}
         drift, faults["drift"] = self._drift(footage)
@@ -237,20 +258,21 @@ class RealFootage:
         }
 
     def _drift(self, footage: Appearance) -> Judged:
-        """A block drifted whose divergence is above real blocks' highest and a margin."""
+        """Measure drift: the divergence of each block, and the frames above the bound."""
         count, tokens = len(footage.tokens), [drive.tokens for drive in self.drives]
         if count < self.block:
             raise TooLittleDataError(
-                f"a rollout of {count / self.fps:.1f} s is too short to be judged: roll out "
+                f"a rollout of {count / self.fps:.1f} s is too short to be judged; roll out "
                 f"{self.config.block_s:g} s or more"
             )
         floor = drift_floor(tokens, self.block, self.hop)
         highest = float(floor.max())
         threshold = highest + self.config.drift_margin * (1 - highest)
-        counts = np.bincount(np.concatenate([each.ravel() for each in tokens]))
+        counts = np.bincount(np.concatenate([of_drive.ravel() for of_drive in tokens]))
         bits = token_drift(footage.tokens, counts, self.block, self.hop)
         ends = np.arange(len(bits)) * self.hop + self.block
-        # A frame goes by the block that ends with it, so that drift is noticed late, never early.
+        # A frame is judged by the first block that ends with it or later. Except at the start, most
+        # of that block lies before the frame, so drift is noticed late rather than early.
         of_frame = np.searchsorted(ends, np.arange(1, count + 1)).clip(max=len(ends) - 1)
         judged = {
             "bits": _listed(bits),
@@ -263,7 +285,7 @@ class RealFootage:
         return judged, (bits > threshold)[of_frame]
 
     def _sharpness(self, footage: Appearance) -> Judged:
-        """A frame is too soft or too hard as a multiple of the real median."""
+        """Measure sharpness relative to the real median, and find frames outside the bounds."""
         levels = np.concatenate([drive.sharpness for drive in self.drives])
         soft, median, hard = np.quantile(levels, [_LOW, 0.5, _HIGH]).tolist()
         factor = self.config.sharpness_factor
@@ -278,7 +300,7 @@ class RealFootage:
         return judged, (ratio < low) | (ratio > high)
 
     def _freeze(self, footage: Appearance) -> Judged:
-        """A frame is frozen whose picture changes too little although the car moves."""
+        """Find frozen frames: the picture hardly changes although the car should move."""
         changes = np.concatenate([drive.change[drive.moving] for drive in self.drives])
         threshold = float(np.quantile(changes, _LOW)) * self.config.freeze_factor
         frozen = footage.moving & (footage.change <= threshold)
@@ -292,23 +314,24 @@ class RealFootage:
         return judged, frozen
 
     def _continuity(self, footage: Appearance) -> Judged:
-        """Frames are restless whose mean continuity is too low."""
+        """Find restless frames: the mean continuity around them is below the bound."""
         curves = [_means(continuity(drive.tokens), self.hold) for drive in self.drives]
         lowest = min(float(curve.min()) for curve in curves)
         threshold = lowest * self.config.restless_factor
         kept = continuity(footage.tokens)
-        low = _around(_means(kept, self.hold) < threshold, min(self.hold, len(kept)))
+        below = _means(kept, self.hold) < threshold
+        low = _highest_around(below, min(self.hold, len(kept)))
         judged = {
             "kept": _listed(kept),
             "mean": float(kept.mean()),
             "real_lowest": lowest,
             "threshold": threshold,
         }
-        # Windows reach over the edge into frames that are as they should be.
+        # The windows at the edge of a fault also contain good frames, so exclude these again.
         return judged, low & (kept < lowest)
 
     def _loops(self, footage: Appearance, frozen: Mask) -> Judged:
-        """A frame is part of a loop whose repetition is above the highest real one and a margin."""
+        """Find loops: frames whose repetition is above the bound."""
         highest = max(
             float(repetition(drive, np.zeros_like(drive.moving), self.lags, self.loop).max())
             for drive in self.drives
@@ -329,17 +352,17 @@ class RealFootage:
 
 
 def loop_period(tokens: Ints, looping: Mask, threshold: float, longest: int) -> int | None:
-    """Return the lag in frames, at most `longest`, after which looping frames are there again.
+    """Return the period of a loop in frames, at most `longest`: the lag after which it repeats.
 
-    None where the picture never went away but hovers about one place, or comes back after times
-    that are all different.
+    Returns None if the picture never changes much, or if it comes back after varying times.
     """
     profile = np.zeros(min(longest, len(tokens) - 1))
     for lag in range(1, len(profile) + 1):
         if looping[lag:].any():
             profile[lag - 1] = agreement(tokens, lag)[looping[lag:]].mean()
-    gone = profile <= threshold
-    profile[: gone.argmax() if gone.any() else len(profile)] = 0
+    # Ignore the short lags at which the picture has not yet changed.
+    changed = profile <= threshold
+    profile[: changed.argmax() if changed.any() else len(profile)] = 0
     if profile.max(initial=0) <= threshold:
         return None
     return int((profile >= _NEARLY_HIGHEST * profile.max()).argmax()) + 1
@@ -348,9 +371,11 @@ def loop_period(tokens: Ints, looping: Mask, threshold: float, longest: int) -> 
 def time_to_collapse(
     faults: Mapping[str, Mask], fps: float, hold: int
 ) -> tuple[float | None, list[str]]:
-    """Return when, in s, faults [N] set in for `hold` frames or more, and which; None where never.
+    """Return the time in s of the first collapse, and the names of the faults that cause it.
 
-    A fault takes part that holds for at least half of the first `hold`.
+    A collapse is a run of `hold` frames or more in which every frame has a fault. Its causes are
+    the faults present in at least half of its first `hold` frames. Without a collapse, the result
+    is None and an empty list. Each fault is a mask [N].
     """
     for start, stop in _runs(np.logical_or.reduce(list(faults.values()))):
         if stop - start >= hold:
@@ -360,7 +385,7 @@ def time_to_collapse(
 
 
 def _runs(mask: Mask) -> list[tuple[int, int]]:
-    """The ranges [start, stop) in which a mask [N] holds."""
+    """Return the ranges [start, stop) in which a mask [N] is true."""
     edges = np.flatnonzero(np.diff(np.pad(mask, 1).astype(np.int8)))
     return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 
@@ -371,7 +396,10 @@ def _listed(curve: Floats) -> list[float]:
 
 
 def mean_stability(rollouts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Sum up what `judge` found in one or more rollouts; those that never collapse last whole."""
+    """Summarise the results of `judge` for one or more rollouts.
+
+    A rollout that never collapses counts as lasting its whole length.
+    """
 
     def mean(*path: str) -> float:
         values: Any = rollouts
@@ -379,7 +407,7 @@ def mean_stability(rollouts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             values = [value[key] for value in values]
         return float(np.mean(values))
 
-    collapses = [(each["collapse_s"], each["seconds"]) for each in rollouts]
+    collapses = [(rollout["collapse_s"], rollout["seconds"]) for rollout in rollouts]
     lasted = [seconds if at is None else at for at, seconds in collapses]
     return {
         "rollouts": len(rollouts),
@@ -390,7 +418,7 @@ def mean_stability(rollouts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "drift_floor_bits": rollouts[0]["drift"]["floor_bits"],
         "sharpness_ratio": mean("sharpness", "mean_ratio"),
         "frozen_share": mean("freeze", "share"),
-        "longest_freeze_s": max(each["freeze"]["longest_s"] for each in rollouts),
-        "looped": sum(each["loops"]["found"] for each in rollouts),
+        "longest_freeze_s": max(rollout["freeze"]["longest_s"] for rollout in rollouts),
+        "looped": sum(rollout["loops"]["found"] for rollout in rollouts),
         "fault_shares": {name: mean("fault_shares", name) for name in rollouts[0]["fault_shares"]},
     }

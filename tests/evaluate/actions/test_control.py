@@ -30,12 +30,13 @@ def test_control_judges_both_ways_from_every_start(
     world: WorldModel, videos: Path, tmp_path: Path
 ) -> None:
     drives, sheet = find_drives([videos]).drives, tmp_path / "control.png"
-    found = measure_control(world, drives, starts=3, seconds=0.5, sampling=Sampling(), sheet=sheet)
+    result = measure_control(world, drives, starts=3, seconds=0.5, sampling=Sampling(), sheet=sheet)
     with Image.open(sheet) as picture:
-        assert picture.height > 3 * picture.width / 5 / 2  # five columns of 2:1, three rows
-    trials = [trial for each in found["trials"].values() for trial in each]
+        # The sheet has five columns and three rows of frames with an aspect ratio of 2:1.
+        assert picture.height > 3 * picture.width / 5 / 2
+    trials = [trial for of_drive in result["trials"].values() for trial in of_drive]
     assert len(trials) == 3
-    assert [len(each) for each in found["trials"].values()] == [2, 1]
+    assert [len(of_drive) for of_drive in result["trials"].values()] == [2, 1]
     first, second = (trial["start_s"] for trial in trials[:2])
     assert second > first
 
@@ -45,14 +46,14 @@ def test_control_judges_both_ways_from_every_start(
     [
         (0.02, -0.01, True),
         (-0.02, 0.01, False),
-        (0.02, 0.01, False),  # both to the left, the left one further
+        (0.02, 0.01, False),  # both turn left
         (-0.01, -0.02, False),
         (0.02, 0.0, False),
         (0.0, -0.02, False),
         (0.0, 0.0, False),
     ],
 )
-def test_a_trial_is_obeyed_where_left_turns_left_and_right_turns_right(
+def test_a_trial_is_obeyed_if_left_turns_left_and_right_turns_right(
     left: float, right: float, expected: bool
 ) -> None:
     assert obeyed(left, right) is expected
@@ -62,7 +63,7 @@ def test_a_trial_is_obeyed_where_left_turns_left_and_right_turns_right(
 def test_control_tells_obedience_from_its_opposite(
     world: WorldModel, videos: Path, monkeypatch: pytest.MonkeyPatch, turns: int, count: int
 ) -> None:
-    """Where the car turns left (steering is left positive), the scene moves right."""
+    """Fake a model that moves the scene right when the car turns left (positive steering)."""
     scene = smooth_noise(np.random.default_rng(0), 48, 64)[..., None].repeat(3, axis=-1)
 
     def generate(
@@ -76,21 +77,21 @@ def test_control_tells_obedience_from_its_opposite(
             yield FrameSample(tokens, tokens.float(), tokens.float())
 
     def decode(tokens: torch.Tensor) -> torch.Tensor:
-        places = np.cumsum(tokens.numpy().flatten() - 1) * 2 * turns
-        frames = [np.roll(scene, int(place), axis=1) for place in places]
+        shifts = np.cumsum(tokens.numpy().flatten() - 1) * 2 * turns
+        frames = [np.roll(scene, int(shift), axis=1) for shift in shifts]
         return torch.from_numpy(np.stack(frames).astype(np.uint8))
 
     monkeypatch.setattr(world, "generate", generate)
     monkeypatch.setattr(world.tokenizer, "decode", decode)
     drives = find_drives([videos]).drives
-    found = measure_control(world, drives, starts=2, seconds=2, sampling=Sampling())
-    assert found["obeyed"] == count
-    assert np.sign(found["mean_left_minus_right"]) == turns
+    result = measure_control(world, drives, starts=2, seconds=2, sampling=Sampling())
+    assert result["obeyed"] == count
+    assert np.sign(result["mean_left_minus_right"]) == turns
 
 
 def test_control_that_cannot_be_measured_is_refused(world: WorldModel, videos: Path) -> None:
     drives = find_drives([videos]).drives
-    with pytest.raises(DriveSimError, match=r"`sheet` a\.txt: a picture is"):
+    with pytest.raises(DriveSimError, match=r"`sheet` a\.txt: not the name of a picture"):
         measure_control(world, drives, sampling=Sampling(), sheet=Path("a.txt"))
     for seconds in (0.0, float("nan"), float("inf")):
         with pytest.raises(DriveSimError, match=f"`seconds` {seconds:g}"):

@@ -22,7 +22,7 @@ FRAMES = 12
 
 
 class PixelProbe:
-    """Reads speed and steering off the first two pixels of a frame, to a hundredth."""
+    """A probe that reads speed and steering from the first two pixels of a frame."""
 
     look_back = 2
 
@@ -32,7 +32,7 @@ class PixelProbe:
 
 
 def painted(actions: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Frames [N, 48, 64, 3] in which `PixelProbe` reads these actions."""
+    """Return frames [N, 48, 64, 3] in which `PixelProbe` reads these actions."""
     frames = np.zeros((len(actions), 48, 64, 3), np.uint8)
     frames[:, 0, 0] = (20 * actions[:, SPEED, None]).round()
     frames[:, 0, 1] = (100 * actions[:, STEERING, None] + 128).round()
@@ -57,11 +57,12 @@ def clips(world: WorldModel, tmp_path_factory: pytest.TempPathFactory) -> list[C
 
 
 def measured(world: WorldModel, clips: list[Clip], change: Any) -> dict[str, Any]:
-    """The section's metrics where what a rollout did is `change` of what was commanded."""
+    """Return the metrics for rollouts whose realised actions are `change` of the commanded ones."""
     return dict(section_of(world, clips, change).metrics)
 
 
 def section_of(world: WorldModel, clips: list[Clip], change: Any, error: float = 0.0) -> Section:
+    """Return the report's section for such rollouts; `error` is the probe's RMSE for steering."""
     floor = {"steering": {"rmse": error}}
     probe: Any = PixelProbe()
     realised: dict[str, list[Floats]] = {"recorded": [], "model": []}
@@ -74,53 +75,55 @@ def section_of(world: WorldModel, clips: list[Clip], change: Any, error: float =
 
 
 def test_obedience_is_perfect(world: WorldModel, clips: list[Clip]) -> None:
-    found = measured(world, clips, lambda actions, future: actions[future:])
+    metrics = measured(world, clips, lambda actions, future: actions[future:])
     for channel in ("speed", "steering"):
-        assert found[channel]["model"]["correlation"]["mean"] == pytest.approx(1, abs=1e-3)
-        assert found[channel]["model"]["gain"] == pytest.approx(1, abs=0.02)
-        assert found[channel]["model"]["delay_frames"] == 0
-    assert found["steering"]["model"]["sign_accuracy"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
-    # A constant leans to one side: right there, wrong on the other.
-    assert found["steering"]["constant"]["sign_accuracy"]["mean"] == 0.5
-    assert found["speed"]["constant"]["correlation"] is None
+        assert metrics[channel]["model"]["correlation"]["mean"] == pytest.approx(1, abs=1e-3)
+        assert metrics[channel]["model"]["gain"] == pytest.approx(1, abs=0.02)
+        assert metrics[channel]["model"]["delay_frames"] == 0
+    assert metrics["steering"]["model"]["sign_accuracy"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    # A constant always turns to the same side, so it is right for exactly one of the sides.
+    assert metrics["steering"]["constant"]["sign_accuracy"]["mean"] == 0.5
+    assert metrics["speed"]["constant"]["correlation"] is None
 
 
-def test_commands_that_vary_less_than_the_probe_errs_tell_nothing(
+def test_commands_that_vary_less_than_the_probes_error_are_not_judged(
     world: WorldModel, clips: list[Clip]
 ) -> None:
-    for error, told in ((1e-6, True), (10.0, False)):
+    for error, is_judged in ((1e-6, True), (10.0, False)):
         section = section_of(world, clips, lambda actions, future: actions[future:], error)
         steering = section.metrics["steering"]["model"]
-        assert (steering["correlation"] is not None) == told
-        assert (steering["gain"] is not None) == told
+        assert (steering["correlation"] is not None) == is_judged
+        assert (steering["gain"] is not None) == is_judged
         assert section.metrics["speed"]["model"]["gain"] == pytest.approx(1, abs=0.01)
 
 
 def test_a_planted_sign_flip_is_found(world: WorldModel, clips: list[Clip]) -> None:
-    found = measured(world, clips, lambda actions, future: actions[future:] * [1, -1])
-    assert found["steering"]["model"]["correlation"]["mean"] == pytest.approx(-1, abs=1e-3)
-    assert found["steering"]["model"]["sign_accuracy"]["mean"] == 0.0
-    assert found["speed"]["model"]["correlation"]["mean"] == pytest.approx(1, abs=1e-3)
+    metrics = measured(world, clips, lambda actions, future: actions[future:] * [1, -1])
+    assert metrics["steering"]["model"]["correlation"]["mean"] == pytest.approx(-1, abs=1e-3)
+    assert metrics["steering"]["model"]["sign_accuracy"]["mean"] == 0.0
+    assert metrics["speed"]["model"]["correlation"]["mean"] == pytest.approx(1, abs=1e-3)
 
 
 def test_a_planted_lag_is_found(world: WorldModel, clips: list[Clip]) -> None:
-    """The picture follows the action of one frame before: an off-by-one."""
-    found = measured(world, clips, lambda actions, future: actions[future - 1 : -1])
-    assert found["steering"]["model"]["delay_frames"] == 1
-    assert found["speed"]["model"]["delay_frames"] == 1
+    """Let the picture follow the action of the frame before: an off-by-one error."""
+    metrics = measured(world, clips, lambda actions, future: actions[future - 1 : -1])
+    assert metrics["steering"]["model"]["delay_frames"] == 1
+    assert metrics["speed"]["model"]["delay_frames"] == 1
 
 
-def test_what_was_recorded_is_read_beside_it(
+def test_the_recorded_frames_are_read_as_well(
     world: WorldModel, clips: list[Clip], tmp_path: Path
 ) -> None:
-    found = measured(world, clips, lambda actions, future: actions[future:])
+    metrics = measured(world, clips, lambda actions, future: actions[future:])
     truth = np.stack(
         [PixelProbe().estimate(np.concatenate([c.context[-1:], c.truth])) for c in clips]
     )
     commanded = np.stack([clip.actions[0][3:] for clip in clips])
     expected = np.abs(truth - commanded).mean(axis=(0, 1))
-    assert found["speed"]["recorded"]["mean_absolute_error"] == pytest.approx(expected[SPEED])
-    assert found["steering"]["recorded"]["mean_absolute_error"] == pytest.approx(expected[STEERING])
+    assert metrics["speed"]["recorded"]["mean_absolute_error"] == pytest.approx(expected[SPEED])
+    assert metrics["steering"]["recorded"]["mean_absolute_error"] == pytest.approx(
+        expected[STEERING]
+    )
 
 
 def test_a_clip_and_its_mirror_image_are_one_unit(world: WorldModel, clips: list[Clip]) -> None:
@@ -128,8 +131,8 @@ def test_a_clip_and_its_mirror_image_are_one_unit(world: WorldModel, clips: list
         rng = np.random.default_rng(round(1000 * float(actions[0, SPEED])))
         return actions[future:].astype(np.float64) + rng.normal(0, [0.5, 0.2], (FRAMES, 2))
 
-    # The mirror images are not given as such here, so that both are the very same evidence.
-    alone, twice = (measured(world, each, noisy) for each in (clips, [*clips, *clips]))
+    # The copies are not marked as mirrored here, so that they are exactly the same evidence.
+    alone, twice = (measured(world, chosen, noisy) for chosen in (clips, [*clips, *clips]))
     assert (alone["clips"], alone["independent_clips"]) == (len(clips), len(clips))
     assert (twice["clips"], twice["independent_clips"]) == (2 * len(clips), len(clips))
     for channel, name in (("speed", "correlation"), ("steering", "sign_accuracy")):
@@ -144,9 +147,9 @@ def test_a_clip_and_its_mirror_image_are_one_unit(world: WorldModel, clips: list
 def test_the_steering_of_a_standing_car_is_not_judged(
     world: WorldModel, clips: list[Clip], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It does not show: the probe neither learns nor judges it, and here it reads nothing but 0."""
+    """Let the probe read a steering of 0 from every slow frame; these frames must not count."""
     speeds = np.concatenate([clip.actions[0][3:, SPEED] for clip in clips])
-    monkeypatch.setattr(fidelity, "STANDING_MPS", 5.0)  # of the drive's 3 to 9 m/s
+    monkeypatch.setattr(fidelity, "STANDING_MPS", 5.0)  # the drive's speeds are 3 to 9 m/s
     slow = (speeds < 5.0).sum()
     assert 0 < slow < len(speeds)
 
@@ -155,18 +158,18 @@ def test_the_steering_of_a_standing_car_is_not_judged(
         done[done[:, SPEED] < 5.0, STEERING] = 0
         return done
 
-    found = measured(world, clips, stands)
-    assert found["steering"]["model"]["transitions"] == len(speeds) - slow
-    assert found["steering"]["model"]["sign_accuracy"]["mean"] == 1
-    assert found["speed"]["model"]["transitions"] == len(speeds)
+    metrics = measured(world, clips, stands)
+    assert metrics["steering"]["model"]["transitions"] == len(speeds) - slow
+    assert metrics["steering"]["model"]["sign_accuracy"]["mean"] == 1
+    assert metrics["speed"]["model"]["transitions"] == len(speeds)
 
 
-def test_the_report_says_what_was_read_and_how_sure_it_is(
+def test_the_report_names_its_source_and_shows_intervals(
     world: WorldModel, clips: list[Clip]
 ) -> None:
     section = section_of(world, clips, lambda actions, future: actions[future:])
     assert section.metrics["recorded"] is False
-    assert "run on the tokenizer's reconstructions" in section.text
+    assert "the probe on the tokenizer's reconstructions" in section.text.replace("\n", " ")
     _, table = (part for part in section.parts if isinstance(part, Table))
     rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
     model = rows["steering, model"]

@@ -13,75 +13,75 @@ Estimate = dict[str, float | None]
 CURVE = 0.3
 
 
-def mean(found: Estimate | None) -> float | None:
-    return None if found is None else found["mean"]
+def mean(estimate: Estimate | None) -> float | None:
+    return None if estimate is None else estimate["mean"]
 
 
-def width(found: Estimate | None) -> float:
-    assert found is not None
-    assert found["low"] is not None
-    assert found["high"] is not None
-    return found["high"] - found["low"]
+def width(estimate: Estimate | None) -> float:
+    assert estimate is not None
+    assert estimate["low"] is not None
+    assert estimate["high"] is not None
+    return estimate["high"] - estimate["low"]
 
 
 def commands(clips: int = 6, frames: int = 30, seed: int = 0) -> Values:
-    """Smooth commands [C, N] to both sides, about 1 at the most."""
+    """Return smooth commands [C, N] to both sides, of about 1 at most."""
     noise = np.random.default_rng(seed).normal(size=(clips, frames + 4))
     summed: Values = np.sum([noise[:, shift : frames + shift] for shift in range(5)], axis=0)
     return summed / 3
 
 
 def late(commanded: Values, frames: int) -> Values:
-    """What was commanded `frames` earlier (or later, where negative), then unlike anything."""
-    filler = np.random.default_rng(9).normal(size=commanded.shape)
+    """Delay the commands by `frames` (negative: advance them), and fill the gap with noise."""
+    delayed = np.random.default_rng(9).normal(size=commanded.shape)
     moved = np.roll(commanded, frames, axis=1)
     kept = slice(frames, None) if frames >= 0 else slice(None, frames)
-    filler[:, kept] = moved[:, kept]
-    return filler
+    delayed[:, kept] = moved[:, kept]
+    return delayed
 
 
 def test_obedience_is_perfect() -> None:
-    found = follow(commands(), commands(), sign_threshold=CURVE)
-    assert found["transitions"] == 180
-    assert found["correlation"] == pytest.approx({"mean": 1, "low": 1, "high": 1})
-    assert found["gain"] == pytest.approx(1)
-    assert found["mean_absolute_error"] == 0
-    assert found["delay_frames"] == 0
-    assert found["sign_accuracy"] == {"mean": 1, "low": 1, "high": 1}
+    metrics = follow(commands(), commands(), sign_threshold=CURVE)
+    assert metrics["transitions"] == 180
+    assert metrics["correlation"] == pytest.approx({"mean": 1, "low": 1, "high": 1})
+    assert metrics["gain"] == pytest.approx(1)
+    assert metrics["mean_absolute_error"] == 0
+    assert metrics["delay_frames"] == 0
+    assert metrics["sign_accuracy"] == {"mean": 1, "low": 1, "high": 1}
 
 
 def test_a_planted_sign_flip_is_found() -> None:
-    found = follow(commands(), -commands(), sign_threshold=CURVE)
-    assert mean(found["correlation"]) == pytest.approx(-1)
-    assert found["gain"] == pytest.approx(-1)
-    assert mean(found["sign_accuracy"]) == 0
+    metrics = follow(commands(), -commands(), sign_threshold=CURVE)
+    assert mean(metrics["correlation"]) == pytest.approx(-1)
+    assert metrics["gain"] == pytest.approx(-1)
+    assert mean(metrics["sign_accuracy"]) == 0
 
 
 @pytest.mark.parametrize("lag", [-5, -3, -1, 0, 1, 2, 5])
 def test_a_planted_lag_is_found_exactly(lag: int) -> None:
     noisy = late(commands(), lag) + np.random.default_rng(1).normal(scale=0.1, size=(6, 30))
     assert follow(commands(), noisy)["delay_frames"] == lag
-    # Levels of the clips say nothing about when.
+    # A constant offset of a clip does not change its delay.
     offset = 20 * np.arange(6.0)[:, None]
     assert follow(commands() + offset, 0.5 * noisy - offset)["delay_frames"] == lag
 
 
 def test_half_obedience_is_a_gain_of_a_half_whatever_the_offset() -> None:
-    found = follow(commands(), 0.5 * commands() + 7)
-    assert found["gain"] == pytest.approx(0.5)
-    assert mean(found["correlation"]) == pytest.approx(1)
-    assert found["mean_absolute_error"] == pytest.approx(np.abs(7 - 0.5 * commands()).mean())
+    metrics = follow(commands(), 0.5 * commands() + 7)
+    assert metrics["gain"] == pytest.approx(0.5)
+    assert mean(metrics["correlation"]) == pytest.approx(1)
+    assert metrics["mean_absolute_error"] == pytest.approx(np.abs(7 - 0.5 * commands()).mean())
 
 
 def test_numbers_agree_with_numpy() -> None:
     x, y = commands(), commands() + np.random.default_rng(1).normal(size=(6, 30))
-    found = follow(x, y)
-    assert mean(found["correlation"]) == pytest.approx(np.corrcoef(x.ravel(), y.ravel())[0, 1])
-    assert found["gain"] == pytest.approx(np.polyfit(x.ravel(), y.ravel(), 1)[0])
-    assert found["mean_absolute_error"] == pytest.approx(np.abs(x - y).mean())
+    metrics = follow(x, y)
+    assert mean(metrics["correlation"]) == pytest.approx(np.corrcoef(x.ravel(), y.ravel())[0, 1])
+    assert metrics["gain"] == pytest.approx(np.polyfit(x.ravel(), y.ravel(), 1)[0])
+    assert metrics["mean_absolute_error"] == pytest.approx(np.abs(x - y).mean())
 
 
-def test_always_right_scores_a_half_on_a_drive_that_turns_right() -> None:
+def test_always_turning_right_scores_a_half_on_a_drive_that_turns_right() -> None:
     commanded = commands() - 0.5
     rights = (commanded < -CURVE).sum()
     assert rights > 2 * (commanded > CURVE).sum() > 0
@@ -91,7 +91,7 @@ def test_always_right_scores_a_half_on_a_drive_that_turns_right() -> None:
     assert mean(always_right["sign_accuracy"]) == 0.5
 
 
-def test_sides_count_equally_and_straights_not_at_all() -> None:
+def test_both_sides_count_equally_and_straights_do_not_count() -> None:
     commanded = np.array([1.0, 1.0, 1.0, 1.0, -1.0, 0.1, -0.1])
     realised = np.array([1.0, -1.0, -1.0, -1.0, -1.0, -1.0, 1.0])
     assert balanced_sign_accuracy(commanded, realised, CURVE) == (1 / 4 + 1) / 2
@@ -115,16 +115,16 @@ def test_what_does_not_vary_has_no_correlation(level: float) -> None:
     assert mean(follow(levels, levels)["correlation"]) == pytest.approx(1)
 
 
-def test_the_unknown_is_left_out() -> None:
+def test_unknown_values_are_ignored() -> None:
     x, y = commands(), 0.5 * late(commands(), 2)
     x[0, :4], y[1, 5:9], x[2] = np.nan, np.nan, np.nan
-    found = follow(x, y, sign_threshold=CURVE)
-    both = ~np.isnan(x + y)
-    assert found["transitions"] == both.sum() == 180 - 4 - 4 - 30
-    assert mean(found["correlation"]) == pytest.approx(np.corrcoef(x[both], y[both])[0, 1])
-    assert found["mean_absolute_error"] == pytest.approx(np.abs(x - y)[both].mean())
-    assert found["delay_frames"] == 2
-    assert mean(found["sign_accuracy"]) == balanced_sign_accuracy(x[both], y[both], CURVE)
+    metrics = follow(x, y, sign_threshold=CURVE)
+    known = ~np.isnan(x + y)
+    assert metrics["transitions"] == known.sum() == 180 - 4 - 4 - 30
+    assert mean(metrics["correlation"]) == pytest.approx(np.corrcoef(x[known], y[known])[0, 1])
+    assert metrics["mean_absolute_error"] == pytest.approx(np.abs(x - y)[known].mean())
+    assert metrics["delay_frames"] == 2
+    assert mean(metrics["sign_accuracy"]) == balanced_sign_accuracy(x[known], y[known], CURVE)
     nothing = follow(np.full((3, 9), np.nan), np.ones((3, 9)), sign_threshold=CURVE)
     assert nothing["transitions"] == 0
     assert nothing["correlation"] is None
@@ -138,14 +138,14 @@ def test_intervals_cover_the_truth_and_narrow_with_clips() -> None:
     for clips in (8, 128):
         x = np.random.default_rng(0).normal(size=(clips, 20))
         y = x + np.random.default_rng(1).normal(scale=noise, size=x.shape)
-        found = follow(x, y, sign_threshold=CURVE)
-        for estimate in (found["correlation"], found["sign_accuracy"]):
+        metrics = follow(x, y, sign_threshold=CURVE)
+        for estimate in (metrics["correlation"], metrics["sign_accuracy"]):
             assert estimate is not None
             assert estimate["low"] < estimate["mean"] < estimate["high"]
-        assert found["correlation"] is not None
-        low, high = found["correlation"]["low"], found["correlation"]["high"]
+        assert metrics["correlation"] is not None
+        low, high = metrics["correlation"]["low"], metrics["correlation"]["high"]
         assert low < 1 / np.hypot(1, noise) < high
-        widths.append(width(found["correlation"]))
+        widths.append(width(metrics["correlation"]))
     assert widths[1] < widths[0] / 2
     single = follow(x[:1], y[:1])["correlation"]
     assert single is not None
@@ -155,7 +155,7 @@ def test_intervals_cover_the_truth_and_narrow_with_clips() -> None:
 
 
 def test_clips_are_resampled_whole() -> None:
-    """Twenty copies of each transition within a clip are no more evidence than one."""
+    """Repeating every transition 20 times within its clip must not narrow the interval."""
     x = np.random.default_rng(0).normal(size=(8, 10))
     y = x + np.random.default_rng(1).normal(size=x.shape)
     once, often = (follow(np.repeat(x, n, axis=1), np.repeat(y, n, axis=1)) for n in (1, 20))
@@ -166,13 +166,13 @@ def test_a_clip_and_its_mirror_image_are_one_piece_of_evidence() -> None:
     rng = np.random.default_rng(0)
     x, noise = rng.normal(size=(2, 12, 20))
     y = x + rng.normal(size=(12, 1)) * noise
-    both = np.concatenate([x, -x]), np.concatenate([y, -y])
-    as_one = follow(*both, units=np.tile(np.arange(12), 2), sign_threshold=CURVE)
-    as_two = follow(*both, sign_threshold=CURVE)
+    pair = np.concatenate([x, -x]), np.concatenate([y, -y])
+    as_one = follow(*pair, units=np.tile(np.arange(12), 2), sign_threshold=CURVE)
+    as_two = follow(*pair, sign_threshold=CURVE)
     assert mean(as_one["correlation"]) == pytest.approx(mean(as_two["correlation"]))
     assert width(as_two["correlation"]) < 0.85 * width(as_one["correlation"])
     assert width(as_two["sign_accuracy"]) < 0.95 * width(as_one["sign_accuracy"])
-    lone = follow(*both, units=np.zeros(24), sign_threshold=CURVE)
+    lone = follow(*pair, units=np.zeros(24), sign_threshold=CURVE)
     assert lone["correlation"] is not None
     assert lone["correlation"]["low"] is None
 
@@ -201,6 +201,6 @@ def test_monotonicity() -> None:
     assert single["rank_correlation"] is single["in_order"] is None
 
 
-def test_futures_shorter_than_the_longest_delay_are_compared_as_far_as_they_go() -> None:
+def test_short_futures_are_tested_only_for_delays_that_fit() -> None:
     assert follow(commands(frames=4), late(commands(frames=4), 1))["delay_frames"] == 1
     assert follow(commands(frames=1), commands(frames=1))["delay_frames"] is None

@@ -30,12 +30,12 @@ SOURCE = ProbeSource(fps=WORLD.fps, steering_kind="road_wheel", drives=("c0ffee"
 
 
 def driven(seed: int, seconds: float = 24.0) -> ProbeClip:
-    found = drive(SyntheticWorld(3, WORLD), seconds, seed)
+    synthetic = drive(SyntheticWorld(3, WORLD), seconds, seed)
     return ProbeClip(
-        frames=found.frames,
-        actions=found.actions,
-        action_valid=np.ones_like(found.actions, np.bool_),
-        segments=[(0, len(found.states))],
+        frames=synthetic.frames,
+        actions=synthetic.actions,
+        action_valid=np.ones_like(synthetic.actions, np.bool_),
+        segments=[(0, len(synthetic.states))],
     )
 
 
@@ -54,122 +54,126 @@ def training() -> list[ProbeClip]:
 
 
 @pytest.fixture(scope="module")
-def held() -> ProbeClip:
+def held_out() -> ProbeClip:
     return driven(100)
 
 
 @pytest.fixture(scope="module")
-def probe(training: list[ProbeClip], held: ProbeClip) -> InverseDynamics:
-    return InverseDynamics.fit(training, [held], source=SOURCE, steps=120)
+def probe(training: list[ProbeClip], held_out: ProbeClip) -> InverseDynamics:
+    return InverseDynamics.fit(training, [held_out], source=SOURCE, steps=120)
 
 
-def test_it_learns_far_more_than_the_mean(probe: InverseDynamics) -> None:
+def test_a_probe_is_much_better_than_the_mean(probe: InverseDynamics) -> None:
     errors = probe.errors([driven(101)])
     for name, least in (("speed", 0.8), ("steering", 0.9)):
-        found = errors[name]
-        error, constant = found["mean_absolute_error"], found["constant_mean_absolute_error"]
+        of_channel = errors[name]
+        error = of_channel["mean_absolute_error"]
+        constant = of_channel["constant_mean_absolute_error"]
         assert error is not None
         assert constant is not None
         assert error < 0.6 * constant
-        assert (found["correlation"] or 0) > least
+        assert (of_channel["correlation"] or 0) > least
     assert (errors["steering"]["sign_accuracy"] or 0) > 0.95
     assert errors["speed"]["sign_accuracy"] is None
 
 
 def test_errors_are_those_of_the_estimates(
-    probe: InverseDynamics, training: list[ProbeClip], held: ProbeClip
+    probe: InverseDynamics, training: list[ProbeClip], held_out: ProbeClip
 ) -> None:
-    found = probe.errors([held])["speed"]
-    speeds = held.actions[:-1, SPEED].astype(np.float64)
-    error = probe.estimate(held.frames)[:, SPEED] - speeds
-    assert found["transitions"] == len(speeds)
-    assert found["mean_absolute_error"] == pytest.approx(np.abs(error).mean(), rel=1e-2)
-    assert found["rmse"] == pytest.approx(np.sqrt((error**2).mean()), rel=1e-2)
+    errors = probe.errors([held_out])["speed"]
+    speeds = held_out.actions[:-1, SPEED].astype(np.float64)
+    error = probe.estimate(held_out.frames)[:, SPEED] - speeds
+    assert errors["transitions"] == len(speeds)
+    assert errors["mean_absolute_error"] == pytest.approx(np.abs(error).mean(), rel=1e-2)
+    assert errors["rmse"] == pytest.approx(np.sqrt((error**2).mean()), rel=1e-2)
     mean = np.concatenate([clip.actions[:-1, SPEED] for clip in training]).mean()
-    assert found["constant_mean_absolute_error"] == pytest.approx(
+    assert errors["constant_mean_absolute_error"] == pytest.approx(
         np.abs(speeds - mean).mean(), rel=1e-4
     )
-    moves = held.actions[:-1, SPEED] >= STANDING_MPS
+    moves = held_out.actions[:-1, SPEED] >= STANDING_MPS
     assert 0 < moves.sum() < len(moves)
-    assert probe.errors([held])["steering"]["transitions"] == moves.sum()
+    assert probe.errors([held_out])["steering"]["transitions"] == moves.sum()
 
 
 def test_a_planted_sign_flip_and_a_planted_delay_show(
-    probe: InverseDynamics, held: ProbeClip
+    probe: InverseDynamics, held_out: ProbeClip
 ) -> None:
     def correlation(actions: np.ndarray) -> float:
-        return probe.errors([replace(held, actions=actions)])["steering"]["correlation"] or 0.0
+        return probe.errors([replace(held_out, actions=actions)])["steering"]["correlation"] or 0.0
 
-    right = correlation(held.actions)
-    assert correlation(held.actions * np.array([1, -1], np.float32)) == pytest.approx(-right)
+    right = correlation(held_out.actions)
+    assert correlation(held_out.actions * np.array([1, -1], np.float32)) == pytest.approx(-right)
     for shift in (-3, 3):
-        late = held.actions.copy()
+        late = held_out.actions.copy()
         late[:, STEERING] = np.roll(late[:, STEERING], shift)
         assert correlation(late) < right - 0.1
 
 
 def test_a_mirror_image_has_the_same_speed_and_the_opposite_steering(
-    probe: InverseDynamics, held: ProbeClip
+    probe: InverseDynamics, held_out: ProbeClip
 ) -> None:
-    there, back = (probe.estimate(f) for f in (held.frames, held.frames[:, :, ::-1]))
-    np.testing.assert_allclose(back[:, SPEED], there[:, SPEED], atol=1e-3)
-    np.testing.assert_allclose(back[:, STEERING], -there[:, STEERING], atol=1e-4)
-    assert np.abs(there[:, STEERING]).max() > 0.05
+    plain = probe.estimate(held_out.frames)
+    mirrored = probe.estimate(held_out.frames[:, :, ::-1])
+    np.testing.assert_allclose(mirrored[:, SPEED], plain[:, SPEED], atol=1e-3)
+    np.testing.assert_allclose(mirrored[:, STEERING], -plain[:, STEERING], atol=1e-4)
+    assert np.abs(plain[:, STEERING]).max() > 0.05
 
 
 def test_a_still_picture_shows_no_steering_however_the_road_bends(
-    probe: InverseDynamics, held: ProbeClip
+    probe: InverseDynamics, held_out: ProbeClip
 ) -> None:
-    for frame in held.frames[::30]:
-        found = probe.estimate(np.stack([frame] * 4))
-        np.testing.assert_allclose(found[:, STEERING], 0, atol=1e-4)
-        assert (found[:, SPEED] < held.actions[:, SPEED].mean()).all()
+    for frame in held_out.frames[::30]:
+        actions = probe.estimate(np.stack([frame] * 4))
+        np.testing.assert_allclose(actions[:, STEERING], 0, atol=1e-4)
+        assert (actions[:, SPEED] < held_out.actions[:, SPEED].mean()).all()
 
 
 def test_every_transition_has_an_estimate_from_its_neighbours_alone(
-    probe: InverseDynamics, held: ProbeClip
+    probe: InverseDynamics, held_out: ProbeClip
 ) -> None:
-    frames = held.frames[:12]
-    whole = probe.estimate(frames)
-    assert whole.shape == (11, 2)
-    assert np.isfinite(whole).all()
-    # One frame of look-ahead and `look_back` frames before the future: nothing else is seen.
-    np.testing.assert_allclose(probe.estimate(frames[:9])[:-1], whole[:7], atol=1e-3)
+    frames = held_out.frames[:12]
+    estimates = probe.estimate(frames)
+    assert estimates.shape == (11, 2)
+    assert np.isfinite(estimates).all()
+    # An estimate sees `look_back` frames before the frame it leads to, and one frame after it.
+    of_first_frames = probe.estimate(frames[:9])
+    np.testing.assert_allclose(of_first_frames[:-1], estimates[:7], atol=1e-3)
     back = probe.look_back
-    np.testing.assert_allclose(probe.estimate(frames[6 - back :])[back - 1 :], whole[5:], atol=1e-3)
+    of_last_frames = probe.estimate(frames[6 - back :])
+    np.testing.assert_allclose(of_last_frames[back - 1 :], estimates[5:], atol=1e-3)
     assert probe.estimate(frames[:1]).shape == (0, 2)
 
 
-def test_segments_are_clips_of_their_own(probe: InverseDynamics, held: ProbeClip) -> None:
-    clip = beginning(held, 12)
+def test_segments_are_clips_of_their_own(probe: InverseDynamics, held_out: ProbeClip) -> None:
+    clip = beginning(held_out, 12)
     parts = [
         ProbeClip(
-            frames=held.frames[begin:stop],
-            actions=held.actions[begin:stop],
-            action_valid=held.action_valid[begin:stop],
+            frames=held_out.frames[begin:stop],
+            actions=held_out.actions[begin:stop],
+            action_valid=held_out.action_valid[begin:stop],
             segments=[(0, stop - begin)],
         )
         for begin, stop in ((0, 5), (5, 6), (6, 12))
     ]
-    apart, whole = (
+    of_clips, of_segments = (
         probe.errors(clips)["speed"]
         for clips in (parts, [replace(clip, segments=[(0, 5), (5, 6), (6, 12)])])
     )
-    assert whole["transitions"] == 4 + 5
+    assert of_segments["transitions"] == 4 + 5
     for name in ("rmse", "correlation"):
-        assert whole[name] == pytest.approx(apart[name], rel=1e-3)
+        assert of_segments[name] == pytest.approx(of_clips[name], rel=1e-3)
     assert probe.errors([clip])["speed"]["transitions"] == 11
 
 
 def test_training_is_a_function_of_clips_steps_and_seed(
-    training: list[ProbeClip], held: ProbeClip
+    training: list[ProbeClip], held_out: ProbeClip
 ) -> None:
     state = torch.get_rng_state()
     counted: list[int] = []
-    clips, held = [beginning(training[0], 20)], beginning(held, 20)
+    clips, held_out = [beginning(training[0], 20)], beginning(held_out, 20)
     fits = [
         InverseDynamics.fit(
-            clips, [held], source=SOURCE, steps=4, seed=seed, advance=counted.append
+            clips, [held_out], source=SOURCE, steps=4, seed=seed, advance=counted.append
         )
         for seed in (1, 1, 2)
     ]
@@ -179,21 +183,21 @@ def test_training_is_a_function_of_clips_steps_and_seed(
 
 
 def test_the_best_on_the_validation_clips_is_kept(training: list[ProbeClip]) -> None:
-    """Validated on steering negated, what has learned least is best."""
+    """Validate on negated steering, so that the weights that learned least are the best."""
     clip = beginning(training[0], 60)
     flipped = replace(clip, actions=clip.actions * np.array([1, -1], np.float32))
     right, wrong = (
-        InverseDynamics.fit([clip], [other], source=SOURCE, steps=40).errors([clip])["steering"][
-            "rmse"
-        ]
+        InverseDynamics.fit([clip], [validation], source=SOURCE, steps=40).errors([clip])[
+            "steering"
+        ]["rmse"]
         or 0.0
-        for other in (clip, flipped)
+        for validation in (clip, flipped)
     )
     assert right < 0.8 * wrong
 
 
-def test_a_saved_probe_is_the_same_and_another_file_is_none(
-    probe: InverseDynamics, held: ProbeClip, tmp_path: Path
+def test_a_probe_survives_saving_and_other_files_are_refused(
+    probe: InverseDynamics, held_out: ProbeClip, tmp_path: Path
 ) -> None:
     path = tmp_path / "probe.safetensors"
     path.write_bytes(probe.to_bytes())
@@ -201,7 +205,7 @@ def test_a_saved_probe_is_the_same_and_another_file_is_none(
     assert loaded.fingerprint == probe.fingerprint
     assert loaded.source == SOURCE
     assert loaded.to_bytes() == path.read_bytes()
-    np.testing.assert_array_equal(loaded.estimate(held.frames), probe.estimate(held.frames))
+    np.testing.assert_array_equal(loaded.estimate(held_out.frames), probe.estimate(held_out.frames))
     path.write_bytes(b"no")
     for wrong in (path, tmp_path / "missing", tmp_path):
         with pytest.raises(DriveSimError, match="not an inverse-dynamics probe"):
@@ -224,7 +228,7 @@ def test_a_saved_probe_is_the_same_and_another_file_is_none(
 def test_a_probe_of_unknown_origin_is_refused(
     probe: InverseDynamics, tmp_path: Path, metadata: dict[str, str] | None, reason: str
 ) -> None:
-    """Of another frame rate or steering, or of the drive it judges, its word would be worthless."""
+    """A probe must say its frame rate, steering kind and drives: the checks need them."""
     path = tmp_path / "probe.safetensors"
     path.write_bytes(probe.to_bytes())
     save_file(load_file(path), path, metadata)
@@ -235,25 +239,28 @@ def test_a_probe_of_unknown_origin_is_refused(
 
 @pytest.mark.parametrize("channel", [SPEED, STEERING])
 def test_a_channel_that_no_clip_has_is_left_out(
-    training: list[ProbeClip], held: ProbeClip, channel: int
+    training: list[ProbeClip], held_out: ProbeClip, channel: int
 ) -> None:
     valid = np.tile(np.arange(2) == 1 - channel, (20, 1))
-    clip, other = (replace(beginning(each, 20), action_valid=valid) for each in (training[0], held))
-    half = InverseDynamics.fit([clip], [other], source=SOURCE, steps=4)
-    found = half.estimate(held.frames)
-    assert np.isnan(found[:, channel]).all()
-    assert np.isfinite(found[:, 1 - channel]).all()
+    learned, validation = (
+        replace(beginning(clip, 20), action_valid=valid) for clip in (training[0], held_out)
+    )
+    probe = InverseDynamics.fit([learned], [validation], source=SOURCE, steps=4)
+    actions = probe.estimate(held_out.frames)
+    assert np.isnan(actions[:, channel]).all()
+    assert np.isfinite(actions[:, 1 - channel]).all()
     names = ("speed", "steering")
-    assert all(value is None for value in half.errors([held])[names[channel]].values())
-    assert half.errors([held])[names[1 - channel]]["rmse"] is not None
+    errors = probe.errors([held_out])
+    assert all(value is None for value in errors[names[channel]].values())
+    assert errors[names[1 - channel]]["rmse"] is not None
 
 
-def test_nothing_to_learn_from_is_refused(training: list[ProbeClip], held: ProbeClip) -> None:
-    held, known = (beginning(clip, 12) for clip in (held, training[0]))
-    unknown = replace(held, action_valid=np.zeros_like(held.action_valid))
-    apart = replace(held, segments=[(n, n + 1) for n in range(12)])
+def test_nothing_to_learn_from_is_refused(training: list[ProbeClip], held_out: ProbeClip) -> None:
+    held_out, known = (beginning(clip, 12) for clip in (held_out, training[0]))
+    unknown = replace(held_out, action_valid=np.zeros_like(held_out.action_valid))
+    apart = replace(held_out, segments=[(n, n + 1) for n in range(12)])
     for clips in ([unknown], [apart]):
         with pytest.raises(DriveSimError, match="the probe's training drives"):
-            InverseDynamics.fit(clips, [held], source=SOURCE)
+            InverseDynamics.fit(clips, [held_out], source=SOURCE)
         with pytest.raises(DriveSimError, match="the probe's validation drives"):
             InverseDynamics.fit([known], clips, source=SOURCE)

@@ -1,4 +1,4 @@
-"""A world that shows what really would have happened is right in every respect, another is not."""
+"""A model that shows the true futures gets the best marks, and a model with a fault does not."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -37,7 +37,7 @@ LEFT_FOR_RIGHT = np.array([1, -1], np.float32)
 
 
 class MotionProbe:
-    """Reads steering off the turn of the picture and speed off how much the road changes."""
+    """A probe that takes the picture's turn for steering and the road's change for speed."""
 
     look_back = 2
 
@@ -57,11 +57,11 @@ def world() -> WorldModel:
 def footage(
     world: WorldModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[float], Footage]:
-    """Synthetic drives at several rates, seen at the model's."""
-    found: dict[float, Footage] = {}
+    """Return a function that makes a synthetic drive at any rate, sampled at the model's rate."""
+    by_fps: dict[float, Footage] = {}
 
     def at(fps: float) -> Footage:
-        if fps not in found:
+        if fps not in by_fps:
             folder = tmp_path_factory.mktemp("sweep")
             config = SyntheticConfig(height=48, width=64, fps=fps, traffic=0.0, palettes=("noon",))
             write_synthetic_drives(folder / "videos", drives=1, seconds=3, config=config)
@@ -69,8 +69,8 @@ def footage(
             tokenize(drives, world.tokenizer, folder / "tokens", fps=FPS)
             tokens = TokenStore(folder / "tokens").drives
             sampled = [sample(drive, fps=FPS) for drive in drives.drives]
-            found[fps] = footage_of(tokens, sampled, world.tokenizer)[0]
-        return found[fps]
+            by_fps[fps] = footage_of(tokens, sampled, world.tokenizer)[0]
+        return by_fps[fps]
 
     return at
 
@@ -79,8 +79,10 @@ def clip_of(footage: Footage) -> Clip:
     return Clip(footage=footage, start=START, context_frames=CONTEXT, frames=FUTURE)
 
 
-def obeying(world: WorldModel, monkeypatch: pytest.MonkeyPatch, drawn: Callable[..., Any]) -> None:
-    """Let futures be the frames [N, H, W, 3] that `drawn` makes of their actions [N, 2]."""
+def fake_rollouts(
+    world: WorldModel, monkeypatch: pytest.MonkeyPatch, drawn: Callable[..., Any]
+) -> None:
+    """Let the model's rollouts show the frames [N, H, W, 3] that `drawn` returns for actions."""
     futures: list[Frames] = []
 
     def generate(
@@ -105,49 +107,52 @@ def swept(
     change: Callable[[Actions], Actions] = lambda actions: actions,
     late: int = 0,
 ) -> dict[str, Any]:
-    """Metrics where the model shows the true future of `change` of its commands."""
+    """Return the metrics of a model that shows the true future of `change` of its commands.
+
+    The future begins `late` frames too late.
+    """
     synthetic = clip.footage.synthetic
     assert synthetic is not None
-    fast = round(synthetic.world.config.fps / FPS)
-    state = synthetic.states[fast * (START - 1 + late)]
+    stride = round(synthetic.world.config.fps / FPS)
+    state = synthetic.states[stride * (START - 1 + late)]
 
     def drawn(actions: Actions) -> Frames:
-        frames = replay(synthetic.world, state, change(actions).repeat(fast, axis=0))
-        return frames[fast - 1 :: fast]
+        frames = replay(synthetic.world, state, change(actions).repeat(stride, axis=0))
+        return frames[stride - 1 :: stride]
 
-    obeying(world, monkeypatch, drawn)
+    fake_rollouts(world, monkeypatch, drawn)
     section = evaluate_sweep(world, MotionProbe(), [clip], Sampling())  # type: ignore[arg-type]
     return dict(section.metrics)
 
 
 @pytest.mark.parametrize("fps", [FPS, 2 * FPS])
-def test_the_truth_is_right_at_any_multiple_of_the_models_rate(
+def test_the_truth_gets_the_best_marks_at_any_multiple_of_the_models_rate(
     world: WorldModel,
     footage: Callable[[float], Footage],
     monkeypatch: pytest.MonkeyPatch,
     fps: float,
 ) -> None:
-    found = swept(world, clip_of(footage(fps)), monkeypatch)
+    metrics = swept(world, clip_of(footage(fps)), monkeypatch)
     for channel in ("steering", "speed"):
-        assert found["model"][channel] == {"rank_correlation": 1.0, "in_order": 1.0}
-    assert found["truth"] == found["model"]
-    assert found["nearest"] == 1.0
-    assert found["nearest_by_chance"] == pytest.approx(1 / 21)
-    assert found["starts"] == found["starts_with_truth"] == 1
+        assert metrics["model"][channel] == {"rank_correlation": 1.0, "in_order": 1.0}
+    assert metrics["truth"] == metrics["model"]
+    assert metrics["nearest"] == 1.0
+    assert metrics["nearest_by_chance"] == pytest.approx(1 / 21)
+    assert metrics["starts"] == metrics["starts_with_truth"] == 1
 
 
-def test_left_for_right_is_wrong(
+def test_swapping_left_and_right_is_noticed(
     world: WorldModel, footage: Callable[[float], Footage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clip = clip_of(footage(FPS))
-    found = swept(world, clip, monkeypatch, change=lambda actions: actions * LEFT_FOR_RIGHT)
-    assert found["model"]["steering"] == {"rank_correlation": -1.0, "in_order": 0.0}
-    assert found["model"]["speed"] == {"rank_correlation": 1.0, "in_order": 1.0}
-    assert found["truth"]["steering"]["rank_correlation"] == 1.0
-    assert found["nearest"] == pytest.approx(3 / 21)  # where nothing is steered
+    metrics = swept(world, clip, monkeypatch, change=lambda actions: actions * LEFT_FOR_RIGHT)
+    assert metrics["model"]["steering"] == {"rank_correlation": -1.0, "in_order": 0.0}
+    assert metrics["model"]["speed"] == {"rank_correlation": 1.0, "in_order": 1.0}
+    assert metrics["truth"]["steering"]["rank_correlation"] == 1.0
+    assert metrics["nearest"] == pytest.approx(3 / 21)  # only the three straight rollouts
 
 
-def test_slow_for_fast_is_wrong(
+def test_swapping_slow_and_fast_is_noticed(
     world: WorldModel, footage: Callable[[float], Footage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clip = clip_of(footage(FPS))
@@ -157,47 +162,47 @@ def test_slow_for_fast_is_wrong(
     def swapped(actions: Actions) -> Actions:
         return np.stack([slowest + fastest - actions[:, SPEED], actions[:, STEERING]], axis=1)
 
-    found = swept(world, clip, monkeypatch, change=swapped)
-    assert found["model"]["speed"] == {"rank_correlation": -1.0, "in_order": 0.0}
-    assert found["model"]["steering"]["rank_correlation"] == 1.0
-    assert found["nearest"] == pytest.approx(7 / 21)
+    metrics = swept(world, clip, monkeypatch, change=swapped)
+    assert metrics["model"]["speed"] == {"rank_correlation": -1.0, "in_order": 0.0}
+    assert metrics["model"]["steering"]["rank_correlation"] == 1.0
+    assert metrics["nearest"] == pytest.approx(7 / 21)
 
 
 @pytest.mark.parametrize("late", [-1, 1])
-def test_a_frame_too_late_or_early_is_not_the_truth(
+def test_a_future_one_frame_late_or_early_is_not_the_truth(
     world: WorldModel,
     footage: Callable[[float], Footage],
     monkeypatch: pytest.MonkeyPatch,
     late: int,
 ) -> None:
-    found = swept(world, clip_of(footage(FPS)), monkeypatch, late=late)
-    assert found["nearest"] < 1
+    metrics = swept(world, clip_of(footage(FPS)), monkeypatch, late=late)
+    assert metrics["nearest"] < 1
 
 
-def test_the_truth_of_what_was_driven_is_what_was_seen(
+def test_the_true_future_of_the_recorded_actions_is_the_recording(
     footage: Callable[[float], Footage],
 ) -> None:
     clip = clip_of(footage(FPS))
     synthetic = clip.footage.synthetic
     assert synthetic is not None
     driven = synthetic.actions[START - 1 : START - 1 + FUTURE]
-    found = _truths(clip, driven[None, None])
-    assert found is not None
+    truths = _truths(clip, driven[None, None])
+    assert truths is not None
     expected = [synthetic.world.render(state) for state in synthetic.states[START:][:FUTURE]]
-    assert np.array_equal(found[0, 0], np.stack(expected))
+    assert np.array_equal(truths[0, 0], np.stack(expected))
 
 
-def test_no_truth_where_the_model_sees_no_whole_number_of_steps(
+def test_clips_with_uneven_strides_and_mirrored_clips_have_no_truth(
     world: WorldModel, footage: Callable[[float], Footage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for clip in (clip_of(footage(1.5 * FPS)), replace(clip_of(footage(FPS)), mirrored=True)):
         assert _truths(clip, _commands(world, clip)) is None
 
 
-def test_without_a_synthetic_world_the_model_is_measured_alone(
+def test_without_a_synthetic_world_only_the_model_is_measured(
     world: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each rollout shows its own command, in plain grey levels, to a probe that reads them."""
+    """Let every rollout show its command as grey levels, which the probe reads."""
     store = write_store(tmp_path / "tokens", [40], fingerprint=world.tokenizer.fingerprint)
 
     class PixelProbe:
@@ -215,7 +220,7 @@ def test_without_a_synthetic_world_the_model_is_measured_alone(
     clip = clip_of(Footage(drive=store.drives[0], tokenizer=world.tokenizer))
     unread = np.zeros((CONTEXT, 48, 64, 3), np.uint8)
     monkeypatch.setattr(Clip, "context", property(lambda self: unread))
-    obeying(world, monkeypatch, drawn)
+    fake_rollouts(world, monkeypatch, drawn)
     section = evaluate_sweep(world, PixelProbe(), [clip, clip], Sampling())  # type: ignore[arg-type]
     assert set(section.metrics) == {"starts", "starts_with_truth", "model"}
     assert section.metrics["starts"] == 2
@@ -227,18 +232,20 @@ def test_without_a_synthetic_world_the_model_is_measured_alone(
 def test_commands_go_from_left_to_right_around_the_speed_at_the_start(
     world: WorldModel, tmp_path: Path
 ) -> None:
-    store = write_store(tmp_path / "tokens", [40])  # another speed in every frame
+    store = write_store(tmp_path / "tokens", [40])  # the speed differs in every frame
     clip = clip_of(Footage(drive=store.drives[0], tokenizer=world.tokenizer))
     commands = _commands(world, clip)
     assert commands.shape == (3, 7, FUTURE, 2)
     assert (np.diff(commands, axis=2) == 0).all()
     np.testing.assert_allclose(commands[0, :, 0, STEERING], np.linspace(0.15, -0.15, 7), atol=1e-6)
-    led_here = clip.footage.drive.actions[START - 2, SPEED]
-    expected = led_here * np.array([0.6, 1, 1.4])
+    speed_at_start = clip.footage.drive.actions[START - 2, SPEED]
+    expected = speed_at_start * np.array([0.6, 1, 1.4])
     np.testing.assert_allclose(commands[:, 0, 0, SPEED], expected, rtol=1e-6)
 
 
-def test_a_rollout_is_told_by_its_last_second(footage: Callable[[float], Footage]) -> None:
+def test_only_the_last_second_decides_which_truth_is_nearest(
+    footage: Callable[[float], Footage],
+) -> None:
     clip = replace(clip_of(footage(FPS)), frames=12)
     shape = (2, 2, 12, 16, 16, 3)
     truths = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)

@@ -21,12 +21,12 @@ from driving_sim.evaluate.pictures.frechet import frechet_distance
 Clips = NDArray[np.uint8]
 COUNT, FRAMES, HEIGHT, WIDTH = 24, 10, 64, 128
 
-# torch deprecates TorchScript; the I3D of FVD comes as nothing else.
+# torch deprecates TorchScript, but the I3D of FVD exists only as TorchScript.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.s:DeprecationWarning")
 
 
 class TinyI3D(nn.Module):
-    """Called as the I3D file is; every flag changes what it returns."""
+    """A small network with the flags of the I3D file; every flag changes the output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def i3d() -> TinyI3D:
 
 @pytest.fixture
 def i3d_file(i3d: TinyI3D, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that stands for the one I3D that is trusted."""
+    """Write a file that passes for the trusted I3D."""
     path = tmp_path / "i3d_torchscript.pt"
     script: Any = torch.jit.script(i3d)
     script.save(str(path))
@@ -74,7 +74,7 @@ def noise(count: int, frames: int = FRAMES, height: int = 20, width: int = 24) -
 
 
 def blurred(clips: Clips, sigma: float) -> Clips:
-    """A Gaussian blur of this many pixels, where the picture goes on beyond its edges."""
+    """Blur clips with a Gaussian of `sigma` pixels that wraps around the picture's edges."""
     rows, columns = (np.fft.fftfreq(size) for size in clips.shape[2:4])
     window = np.exp(-2 * (np.pi * sigma * np.hypot(rows[:, None], columns)) ** 2)[..., None]
     smooth = np.fft.ifft2(np.fft.fft2(clips, axes=(2, 3)) * window, axes=(2, 3)).real
@@ -82,7 +82,7 @@ def blurred(clips: Clips, sigma: float) -> Clips:
 
 
 def moving(seed: int) -> Clips:
-    """Clips of textures that move to the right by one to four pixels a frame."""
+    """Return clips of textures that move to the right by one to four pixels per frame."""
     rng = np.random.default_rng(seed)
     clips = []
     for number in range(COUNT):
@@ -101,7 +101,7 @@ def seeded() -> SeededFeatures:
 
 @pytest.fixture(scope="module")
 def away(seeded: SeededFeatures) -> Callable[[Clips], float]:
-    """Distance of clips from a set of moving textures."""
+    """Return a function that measures the distance of clips from a set of moving textures."""
     features = seeded(moving(0))
     return lambda clips: frechet_distance(features, seeded(clips))
 
@@ -113,7 +113,7 @@ def others() -> Clips:
 
 @pytest.fixture(scope="module")
 def alike(away: Callable[[Clips], float], others: Clips) -> float:
-    """The distance between two sets of the same kind."""
+    """Return the distance between two sets of moving textures."""
     return away(others)
 
 
@@ -128,7 +128,7 @@ def test_distance_grows_with_blur(
 @pytest.mark.parametrize(
     ("change", "times"), [("frozen", 10), ("shuffled", 2.5), ("slower", 2.5), ("reversed", 1.5)]
 )
-def test_distance_grows_where_only_time_is_wrong(
+def test_distance_grows_if_only_the_order_of_frames_is_wrong(
     away: Callable[[Clips], float], others: Clips, alike: float, change: str, times: float
 ) -> None:
     order = {
@@ -140,8 +140,8 @@ def test_distance_grows_where_only_time_is_wrong(
     assert away(others[:, order[change]]) > times * alike
 
 
-def test_still_clips_are_still_whatever_they_show(seeded: SeededFeatures) -> None:
-    """The half of the first layer that sees change in time finds none, to rounding."""
+def test_temporal_channels_are_0_for_still_clips(seeded: SeededFeatures) -> None:
+    """Half of the first layer's channels see only changes in time; rounding errors remain."""
     means = seeded(noise(3)[:, :1].repeat(FRAMES, axis=1))[:, :16]
     assert np.abs(means[:, :8]).max() < 1e-5
     assert means[:, 8:].min() > 1e-2
@@ -154,7 +154,7 @@ def test_seeded_features_are_a_function_of_seed_and_clip(seeded: SeededFeatures)
     assert features.dtype == np.float32
     again = SeededFeatures(seed=0)
     assert again.fingerprint == seeded.fingerprint
-    # Neither the batch nor the order in memory matters.
+    # The features depend neither on the batch nor on the memory layout.
     np.testing.assert_allclose(again(clips[::-1])[::-1], features, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(again(clips[3:4])[0], features[3], rtol=1e-4, atol=1e-5)
     other = SeededFeatures(seed=1)
@@ -164,11 +164,11 @@ def test_seeded_features_are_a_function_of_seed_and_clip(seeded: SeededFeatures)
 
 
 def test_seeded_features_are_the_same_everywhere(seeded: SeededFeatures) -> None:
-    """Another fingerprint is another metric: numbers from before no longer compare."""
+    """If the fingerprint changes, new results can no longer be compared with old reports."""
     assert seeded.fingerprint == "34b60ce00e1282519df031a7b351c47edcb5f7b6a4a54c90d325b0e1f9145d97"
 
 
-def test_i3d_is_called_as_the_field_calls_it(i3d: TinyI3D, i3d_file: Path) -> None:
+def test_i3d_is_called_with_the_usual_flags(i3d: TinyI3D, i3d_file: Path) -> None:
     extractor: VideoFeatures = I3DFeatures(i3d_file)
     clips = noise(6)
     assert extractor.name == "fvd_i3d"
@@ -178,7 +178,7 @@ def test_i3d_is_called_as_the_field_calls_it(i3d: TinyI3D, i3d_file: Path) -> No
     np.testing.assert_allclose(extractor(clips), expected.numpy(), rtol=1e-4, atol=1e-5)
 
 
-def test_i3d_is_known_by_its_file(i3d_file: Path) -> None:
+def test_the_fingerprint_of_i3d_is_its_files_digest(i3d_file: Path) -> None:
     digest = hashlib.sha256(i3d_file.read_bytes()).hexdigest()
     assert I3DFeatures(i3d_file).fingerprint == digest
 
@@ -197,7 +197,7 @@ def test_other_files_are_refused_in_one_line(i3d_file: Path, tmp_path: Path, nam
 
 
 class WritesOnLoading(nn.Module):
-    """TorchScript that writes a file when it is loaded."""
+    """A TorchScript module that writes a file when it is loaded."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -216,24 +216,24 @@ class WritesOnLoading(nn.Module):
         return x
 
 
-def test_torchscript_of_another_source_does_not_run(
+def test_torchscript_from_another_source_is_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No pickle is needed to do harm: a script's own operators write files, before it is called."""
+    """Loading a script can do harm without any pickle, because its operators can write files."""
     script: Any = torch.jit.script(WritesOnLoading(str(tmp_path / "made")))
     script.save(str(tmp_path / "bad.pt"))
     with pytest.raises(DriveSimError, match="not the I3D") as caught:
         I3DFeatures(tmp_path / "bad.pt")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "made").exists()
-    # Trusted, it would have run: the checksum is what stopped it.
+    # Once the file is trusted it does run, so the checksum is what stopped it before.
     trust(tmp_path / "bad.pt", monkeypatch)
     I3DFeatures(tmp_path / "bad.pt")
     assert (tmp_path / "made").read_bytes() == b"AAAA"
 
 
 class Intruder:
-    """Where Python unpickles it, it makes a folder."""
+    """An object that makes a folder when Python unpickles it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -258,7 +258,7 @@ def test_no_python_object_is_unpickled(
     assert (tmp_path / "made").is_dir()
 
 
-def test_the_shortest_clips_have_features(seeded: SeededFeatures, i3d_file: Path) -> None:
+def test_clips_of_the_minimum_length_have_features(seeded: SeededFeatures, i3d_file: Path) -> None:
     i3d = I3DFeatures(i3d_file)
     assert seeded(noise(1, frames=seeded.least_frames)).shape == (1, 240)
     assert len(i3d(noise(1, frames=i3d.least_frames))) == 1

@@ -19,7 +19,7 @@ def world() -> WorldModel:
     return new_world()
 
 
-def test_actions_go_on_to_the_end_of_the_run_and_begin_again(
+def test_actions_continue_to_the_end_of_the_segment_and_start_again(
     world: WorldModel, tmp_path: Path
 ) -> None:
     store = write_store(tmp_path / "tokens", [40], gap_at=15)
@@ -27,17 +27,17 @@ def test_actions_go_on_to_the_end_of_the_run_and_begin_again(
     clip = Clip(footage=footage, start=20, context_frames=4, frames=1)
     actions, valid = _onward(clip, 50)
     recorded = store.drives[0].actions
-    # Frames 15 to 39 are one run; its last action leads nowhere.
+    # Frames 15 to 39 are one segment. Its last action leads to no frame.
     assert np.array_equal(actions[:20], recorded[19:39])
     assert np.array_equal(actions[20:44], recorded[15:39])
     assert np.array_equal(actions[44:], recorded[15:21])
     assert valid.all()
 
 
-def test_rollouts_are_judged_from_every_start(world: WorldModel, tmp_path: Path) -> None:
+def test_one_rollout_from_every_start_is_judged(world: WorldModel, tmp_path: Path) -> None:
     store = write_store(tmp_path / "tokens", (60, 60), fingerprint=world.tokenizer.fingerprint)
     footage = [Footage(drive=drive, tokenizer=world.tokenizer) for drive in store.drives]
-    starts = [Clip(footage=each, start=10, context_frames=4, frames=1) for each in footage]
+    starts = [Clip(footage=drive, start=10, context_frames=4, frames=1) for drive in footage]
     section = evaluate_stability(
         world, starts, store.drives, seconds=6.0, sampling=Sampling(), config=QUICK
     )
@@ -48,9 +48,8 @@ def test_rollouts_are_judged_from_every_start(world: WorldModel, tmp_path: Path)
     greedy = evaluate_stability(
         world, starts, store.drives, seconds=6.0, sampling=Sampling(temperature=0), config=QUICK
     ).metrics
-    # Random weights are sure of little: taken at their likeliest, they say the same over and over.
+    # With random weights, the most likely tokens repeat over and over, so the histogram drifts.
     assert greedy["drift_bits"] > metrics["drift_bits"]
     assert len(section.parts) == 3
-    assert (
-        pytest.approx(len(next(iter(metrics["starts"].values()))["sharpness"]["ratio"])) == FPS * 6
-    )
+    first = next(iter(metrics["starts"].values()))
+    assert pytest.approx(len(first["sharpness"]["ratio"])) == FPS * 6

@@ -29,7 +29,7 @@ from tests.fixtures.world_models import new_world
 
 
 class MeanColour:
-    """Features that a test can follow."""
+    """Features that a test can compute by itself: the mean colour of a clip."""
 
     name, fingerprint, least_frames = "mean_colour", "", 2
 
@@ -38,8 +38,8 @@ class MeanColour:
         return means
 
 
-class Long(MeanColour):
-    """The same, of videos of so many frames at least."""
+class MeanColourOfLongClips(MeanColour):
+    """The same features, with a settable minimum length of a clip."""
 
     def __init__(self, least_frames: int) -> None:
         self.least_frames = least_frames
@@ -56,14 +56,14 @@ def world() -> WorldModel:
 
 @pytest.fixture(scope="module")
 def filmed(world: WorldModel, tmp_path_factory: pytest.TempPathFactory) -> list[Clip]:
-    """Clips of a drive whose video is at hand."""
+    """Return clips of a drive with its video."""
     folder = tmp_path_factory.mktemp("filmed")
     config = SyntheticConfig(height=48, width=64, fps=FPS)
     write_synthetic_drives(folder / "videos", drives=1, seconds=5, config=config)
-    found = find_drives([folder / "videos"])
-    tokenize(found, world.tokenizer, folder / "tokens")
+    videos = find_drives([folder / "videos"])
+    tokenize(videos, world.tokenizer, folder / "tokens")
     drives = TokenStore(folder / "tokens").drives
-    (footage,) = footage_of(drives, [sample(found.drives[0])], world.tokenizer)
+    (footage,) = footage_of(drives, [sample(videos.drives[0])], world.tokenizer)
     return [Clip(footage=footage, start=start, context_frames=4, frames=10) for start in (5, 20)]
 
 
@@ -79,15 +79,15 @@ def clips(world: WorldModel, tmp_path_factory: pytest.TempPathFactory) -> list[C
 
 @contextmanager
 def recorded_figures() -> Iterator[list[Figure]]:
-    """The figures that become plots within."""
+    """Record the figures that are plotted inside the context."""
     figures: list[Figure] = []
 
-    def kept(figure: Figure, caption: str) -> Media:
+    def record(figure: Figure, caption: str) -> Media:
         figures.append(figure)
         return plot(figure, caption)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quality, "plot", kept)
+        patch.setattr(quality, "plot", record)
         yield figures
 
 
@@ -96,16 +96,16 @@ def imagined(clip: Clip, tokens: torch.Tensor) -> Imagined:
     return Imagined(clip=clip, tokens=tokens, frames=frames)
 
 
-def knowing(clips: list[Clip]) -> list[Imagined]:
+def true_rollouts(clips: list[Clip]) -> list[Imagined]:
     return [imagined(clip, clip.true_tokens) for clip in clips]
 
 
-def copying(clips: list[Clip]) -> list[Imagined]:
+def copy_last_rollouts(clips: list[Clip]) -> list[Imagined]:
     return [imagined(clip, clip.context_tokens[-1:].repeat(10, 1, 1)) for clip in clips]
 
 
 def test_a_model_that_knows_the_future_reaches_the_floor(filmed: list[Clip]) -> None:
-    section = evaluate_quality(knowing(filmed), FPS, MeanColour())
+    section = evaluate_quality(true_rollouts(filmed), FPS, MeanColour())
     metrics = section.metrics
     for name in ("psnr_db", "ssim"):
         assert metrics[name]["model"] == metrics[name]["floor"]
@@ -116,13 +116,13 @@ def test_a_model_that_knows_the_future_reaches_the_floor(filmed: list[Clip]) -> 
     assert metrics["token_accuracy"]["model"]["mean"] == 1.0
     assert len(metrics["psnr_db_by_frame"]["model"]) == 10
     assert metrics["recorded"] is True
-    assert "the frames that were recorded. Floor" in section.text
+    assert "compared with the recorded frames." in section.text
+    assert '"Floor" is' in section.text
 
 
 def test_tokens_without_their_videos_have_no_floor(clips: list[Clip]) -> None:
-    """What the model is compared with is then the tokenizer's picture of it, and so is the floor:
-    it would be perfect, whatever the tokenizer."""
-    section = evaluate_quality(knowing(clips), FPS, MeanColour())
+    """Without videos the true frames are reconstructions, so the floor would always be perfect."""
+    section = evaluate_quality(true_rollouts(clips), FPS, MeanColour())
     metrics = section.metrics
     for name in ("psnr_db", "ssim", "psnr_db_by_frame", "mean_colour"):
         assert metrics[name]["floor"] is None
@@ -131,11 +131,11 @@ def test_tokens_without_their_videos_have_no_floor(clips: list[Clip]) -> None:
     assert metrics["mean_colour"]["model"] == pytest.approx(0, abs=1e-6)
     assert metrics["mean_colour"]["copy_last"] > 0.01
     assert metrics["recorded"] is False
-    assert "the tokenizer's reconstructions of the frames" in section.text
+    assert "the tokenizer's reconstructions of the recorded frames" in section.text
 
 
-def test_every_kind_has_one_colour_and_the_legend_names_them_all(filmed: list[Clip]) -> None:
-    copied = copying(filmed)
+def test_every_kind_has_its_own_colour_and_is_in_the_legend(filmed: list[Clip]) -> None:
+    copied = copy_last_rollouts(filmed)
     with recorded_figures() as figures:
         evaluate_quality(copied, FPS, MeanColour())
     (figure,) = figures
@@ -153,38 +153,39 @@ def test_every_kind_has_one_colour_and_the_legend_names_them_all(filmed: list[Cl
 
 def test_intervals_and_counts_are_shown(clips: list[Clip]) -> None:
     section = evaluate_quality(
-        copying(clips),
+        copy_last_rollouts(clips),
         FPS,
         MeanColour(),
     )
     (table,) = (part for part in section.parts if isinstance(part, Table))
     rows = {row[0]: row for row in table.rows}
-    assert rows["psnr db"][1] == section.metrics["psnr_db"]["model"]
+    assert rows["PSNR, dB (higher is better)"][1] == section.metrics["psnr_db"]["model"]
     assert section.metrics["psnr_db"]["model"]["low"] is not None
-    # A distance between so few clips is another one between more of them.
-    assert rows["mean_colour, 3 clips of 10 frames"][1] == section.metrics["mean_colour"]["model"]
+    # The distance depends on the number of clips, so the label must say it.
+    label = "mean_colour, 3 clips of 10 frames (lower is better)"
+    assert rows[label][1] == section.metrics["mean_colour"]["model"]
 
 
-def test_the_pictures_are_of_clips_from_first_to_last(clips: list[Clip]) -> None:
+def test_the_pictured_clips_are_spread_from_first_to_last(clips: list[Clip]) -> None:
     many = [replace(clips[0], start=start) for start in range(5, 50, 4)]
-    known = knowing(many)
+    known = true_rollouts(many)
     with pytest.MonkeyPatch.context() as patch:
-        seen: list[str] = []
+        titles: list[str] = []
 
-        def noted(rows: list[tuple[str, list[Pixels]]], headings: list[str]) -> Pixels:
-            seen.extend(title for title, _ in rows)
+        def record(rows: list[tuple[str, list[Pixels]]], headings: list[str]) -> Pixels:
+            titles.extend(title for title, _ in rows)
             return contact_sheet(rows, headings)
 
-        patch.setattr(quality, "contact_sheet", noted)
+        patch.setattr(quality, "contact_sheet", record)
         evaluate_quality(known, FPS, MeanColour())
-    assert [name.removesuffix(": model") for name in seen[1::2]] == [
+    assert [title.removesuffix(": model") for title in titles[1::2]] == [
         many[number].name for number in (0, 4, 7, 11)
     ]
 
 
-def test_a_model_that_copies_is_the_baseline(clips: list[Clip]) -> None:
+def test_a_model_that_repeats_the_last_frame_equals_the_baseline(clips: list[Clip]) -> None:
     metrics = evaluate_quality(
-        copying(clips),
+        copy_last_rollouts(clips),
         FPS,
         MeanColour(),
     ).metrics
@@ -201,8 +202,8 @@ def test_a_model_that_copies_is_the_baseline(clips: list[Clip]) -> None:
     assert metrics["token_accuracy_by_frame"]["model"] == pytest.approx(expected)
 
 
-def test_quality_is_lost_where_it_goes_wrong(clips: list[Clip]) -> None:
-    """The first five frames are right, the others are not."""
+def test_token_accuracy_falls_at_the_first_wrong_frame(clips: list[Clip]) -> None:
+    """Roll out five right frames, and then only wrong ones."""
     rollouts = []
     for clip in clips:
         tokens = clip.true_tokens.clone()
@@ -214,10 +215,10 @@ def test_quality_is_lost_where_it_goes_wrong(clips: list[Clip]) -> None:
 
 
 def test_futures_too_short_for_the_features_have_no_distance(clips: list[Clip]) -> None:
-    """I3D, say, takes no fewer than ten frames; all else is measured."""
+    """The other metrics are measured nevertheless. I3D, for example, needs ten frames."""
     for least, measured in ((10, True), (11, False)):
-        known = knowing(clips)
-        metrics = evaluate_quality(known, FPS, Long(least)).metrics
+        known = true_rollouts(clips)
+        metrics = evaluate_quality(known, FPS, MeanColourOfLongClips(least)).metrics
         assert (metrics["mean_colour"] is not None) == measured
         assert metrics["token_accuracy"]["model"]["mean"] == 1.0
 
@@ -227,5 +228,5 @@ def test_lpips_is_measured_where_its_weights_are(clips: list[Clip]) -> None:
     metrics = evaluate_quality(known, FPS, MeanColour(), PerceptualLoss(random_vgg16())).metrics
     assert metrics["lpips"]["model"]["mean"] == pytest.approx(0, abs=1e-6)
     assert metrics["lpips"]["copy_last"]["mean"] > 0
-    # One clip has no distribution.
+    # The Fréchet distance needs two clips or more.
     assert metrics["mean_colour"] is None

@@ -28,25 +28,25 @@ from driving_sim.evaluate.pictures.stability import (
 FPS = 5.0
 SECONDS = 40
 COUNT = round(FPS * SECONDS)
-BEGIN = 75  # where faults are planted: 15 s
+BEGIN = 75  # first frame of the planted faults, after 15 s
 CONFIG = StabilityConfig()
 Frames = NDArray[np.uint8]
 Tokens = NDArray[np.int64]
 
 
 def tokens_of(frames: Frames) -> Tokens:
-    """The mean colour of each 8 x 8 cell, coarsely: a tokenizer of 512 codes."""
+    """Tokenize frames with 512 codes: the coarse mean colour of every 8 x 8 cell."""
     mean = reduce(frames.astype(float), "n (r h) (c w) rgb -> n r c rgb", "mean", h=8, w=8)
     codes: Tokens = (mean / 32).astype(np.int64) @ np.array([64, 8, 1])
     return codes
 
 
 def driven(driver_seed: int) -> Frames:
-    """40 s of a car in motion; where it stops, its time below 3 m/s is cut out."""
+    """Return 40 s of driving; frames below 3 m/s are cut out."""
     world = SyntheticWorld(0, SyntheticConfig(height=48, width=96, fps=FPS))
-    whole = drive(world, 2 * SECONDS, driver_seed)
-    fast = np.flatnonzero(whole.actions[:-1, 0] >= 3.0)[:COUNT]
-    return np.stack([world.render(whole.states[led + 1]) for led in fast])
+    synthetic = drive(world, 2 * SECONDS, driver_seed)
+    fast = np.flatnonzero(synthetic.actions[:-1, 0] >= 3.0)[:COUNT]
+    return np.stack([world.render(synthetic.states[step + 1]) for step in fast])
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def judged(frames: Frames, bounds: RealFootage, moving: Any = None) -> dict[str,
 
 
 def scattered(rollout: Frames) -> Frames:
-    """From 15 s on every cell comes from anywhere: noise with the very same tokens."""
+    """Shuffle all cells from 15 s on: this is noise, but with the same token histogram."""
     cells = rearrange(rollout[BEGIN:], "n (r h) (c w) rgb -> (n r c) h w rgb", h=8, w=8)
     np.random.default_rng(0).shuffle(cells)
     noise = rearrange(cells, "(n r c) h w rgb -> n (r h) (c w) rgb", r=6, c=12)
@@ -77,54 +77,56 @@ def scattered(rollout: Frames) -> Frames:
 
 
 class TestDrive:
-    def test_a_drive_has_no_fault(self, rollout: Frames, bounds: RealFootage) -> None:
-        found = judged(rollout, bounds)
-        assert found["collapse_s"] is None
-        assert found["collapsed_by"] == []
-        assert set(found["fault_shares"].values()) == {0.0}
-        assert found["loops"]["found"] is False
-        assert found["loops"]["first_s"] is None
+    def test_a_real_drive_has_no_fault(self, rollout: Frames, bounds: RealFootage) -> None:
+        result = judged(rollout, bounds)
+        assert result["collapse_s"] is None
+        assert result["collapsed_by"] == []
+        assert set(result["fault_shares"].values()) == {0.0}
+        assert result["loops"]["found"] is False
+        assert result["loops"]["first_s"] is None
 
     def test_the_report_is_json(self, rollout: Frames, bounds: RealFootage) -> None:
-        found = judged(rollout, bounds)
-        assert json.loads(json.dumps(found, allow_nan=False)) == found
-        assert len(found["sharpness"]["ratio"]) == len(found["freeze"]["change"]) == COUNT
-        assert found["drift"]["time_s"] == list(np.arange(5.0, SECONDS + 1))
+        result = judged(rollout, bounds)
+        assert json.loads(json.dumps(result, allow_nan=False)) == result
+        assert len(result["sharpness"]["ratio"]) == len(result["freeze"]["change"]) == COUNT
+        assert result["drift"]["time_s"] == list(np.arange(5.0, SECONDS + 1))
 
-    def test_chunks_are_the_whole(self, rollout: Frames) -> None:
+    def test_appearance_does_not_depend_on_the_chunks(self, rollout: Frames) -> None:
         tokens = tokens_of(rollout)
-        chunks = Appearance.measure(tokens, np.array_split(rollout, [1, 2, 80, 199]))
-        whole = Appearance.measure(tokens, [rollout])
-        assert np.array_equal(chunks.sharpness, whole.sharpness)
-        np.testing.assert_allclose(chunks.change, whole.change, rtol=1e-5)
+        of_chunks = Appearance.measure(tokens, np.array_split(rollout, [1, 2, 80, 199]))
+        of_one_piece = Appearance.measure(tokens, [rollout])
+        assert np.array_equal(of_chunks.sharpness, of_one_piece.sharpness)
+        np.testing.assert_allclose(of_chunks.change, of_one_piece.change, rtol=1e-5)
 
 
 class TestFreeze:
     def test_a_freeze_is_found_and_timed(self, rollout: Frames, bounds: RealFootage) -> None:
         frames = rollout.copy()
         frames[BEGIN : BEGIN + 20] = frames[BEGIN - 1]
-        found = judged(frames, bounds)
-        assert found["freeze"]["longest_s"] == 4.0
-        assert found["freeze"]["share"] == 20 / COUNT
-        assert found["collapse_s"] == BEGIN / FPS
-        assert found["collapsed_by"] == ["frozen"]
-        assert found["loops"]["found"] is False
+        result = judged(frames, bounds)
+        assert result["freeze"]["longest_s"] == 4.0
+        assert result["freeze"]["share"] == 20 / COUNT
+        assert result["collapse_s"] == BEGIN / FPS
+        assert result["collapsed_by"] == ["frozen"]
+        assert result["loops"]["found"] is False
 
-    def test_a_short_one_is_no_collapse(self, rollout: Frames, bounds: RealFootage) -> None:
+    def test_a_short_freeze_is_no_collapse(self, rollout: Frames, bounds: RealFootage) -> None:
         frames = rollout.copy()
         frames[BEGIN : BEGIN + 9] = frames[BEGIN - 1]
-        found = judged(frames, bounds)
-        assert found["freeze"]["longest_s"] == 1.8
-        assert found["collapse_s"] is None
+        result = judged(frames, bounds)
+        assert result["freeze"]["longest_s"] == 1.8
+        assert result["collapse_s"] is None
 
-    def test_a_car_that_is_told_to_stand_may(self, rollout: Frames, bounds: RealFootage) -> None:
+    def test_a_car_that_is_commanded_to_stand_is_not_frozen(
+        self, rollout: Frames, bounds: RealFootage
+    ) -> None:
         frames, moving = rollout.copy(), np.ones(COUNT, np.bool_)
         frames[BEGIN : BEGIN + 30] = frames[BEGIN - 1]
         moving[BEGIN : BEGIN + 30] = False
-        found = judged(frames, bounds, moving)
-        assert found["freeze"]["share"] == 0
-        assert found["loops"]["found"] is False
-        assert found["collapse_s"] is None
+        result = judged(frames, bounds, moving)
+        assert result["freeze"]["share"] == 0
+        assert result["loops"]["found"] is False
+        assert result["collapse_s"] is None
 
 
 class TestLoop:
@@ -134,45 +136,43 @@ class TestLoop:
     ) -> None:
         order = np.arange(COUNT)
         order[BEGIN:] = BEGIN - period + np.arange(COUNT - BEGIN) % period
-        found = judged(rollout[order], bounds)
-        assert found["loops"]["found"] is True
-        assert found["loops"]["period_s"] == period / FPS
-        # What comes round in less than 2 s is seen once it has gone on for that long.
+        result = judged(rollout[order], bounds)
+        assert result["loops"]["found"] is True
+        assert result["loops"]["period_s"] == period / FPS
+        # A loop shorter than 2 s, the shortest lag, is noticed only after 2 s.
         first = BEGIN if period >= 10 else BEGIN - period + 14
-        assert found["loops"]["first_s"] == first / FPS
-        assert found["collapse_s"] == first / FPS
-        assert "loop" in found["collapsed_by"]
-        assert found["freeze"]["share"] == 0
+        assert result["loops"]["first_s"] == first / FPS
+        assert result["collapse_s"] == first / FPS
+        assert "loop" in result["collapsed_by"]
+        assert result["freeze"]["share"] == 0
 
-    def test_noise_does_not_hide_it(self, rollout: Frames, bounds: RealFootage) -> None:
+    def test_noise_does_not_hide_a_loop(self, rollout: Frames, bounds: RealFootage) -> None:
         order = np.arange(COUNT)
         order[BEGIN:] = BEGIN - 15 + np.arange(COUNT - BEGIN) % 15
-        whole = Appearance.measure(tokens_of(rollout[order]), [rollout[order]])
-        tokens, rng = whole.tokens.copy(), np.random.default_rng(0)
+        footage = Appearance.measure(tokens_of(rollout[order]), [rollout[order]])
+        tokens, rng = footage.tokens.copy(), np.random.default_rng(0)
         wrong = rng.random(tokens.shape) < 0.05
         tokens[wrong] = rng.permutation(tokens[wrong])
-        found = bounds.judge(replace(whole, tokens=tokens))["loops"]
-        assert found["period_s"] == 3.0
-        assert found["first_s"] == BEGIN / FPS
+        loops = bounds.judge(replace(footage, tokens=tokens))["loops"]
+        assert loops["period_s"] == 3.0
+        assert loops["first_s"] == BEGIN / FPS
 
-    def test_to_hover_is_a_loop_without_a_period(
+    def test_constant_tokens_are_a_loop_without_a_period(
         self, rollout: Frames, bounds: RealFootage
     ) -> None:
         footage = Appearance.measure(tokens_of(rollout), [rollout])
         tokens = footage.tokens.copy()
         tokens[BEGIN:] = tokens[BEGIN]
-        found = bounds.judge(replace(footage, tokens=tokens))["loops"]
-        assert found["found"] is True
-        assert found["period_s"] is None
+        loops = bounds.judge(replace(footage, tokens=tokens))["loops"]
+        assert loops["found"] is True
+        assert loops["period_s"] is None
 
-    def test_what_comes_back_for_a_moment_is_none(
-        self, rollout: Frames, bounds: RealFootage
-    ) -> None:
+    def test_a_short_repetition_is_no_loop(self, rollout: Frames, bounds: RealFootage) -> None:
         frames = rollout.copy()
         frames[BEGIN : BEGIN + 4] = frames[BEGIN - 20 : BEGIN - 16]
         assert judged(frames, bounds)["loops"]["found"] is False
 
-    def test_the_period_is_the_first_lag_that_brings_it_back(self) -> None:
+    def test_the_period_is_the_first_lag_at_which_frames_repeat(self) -> None:
         tokens = np.tile(np.arange(6), 4)[:, None, None]
         looping = np.arange(24) >= 6
         assert loop_period(tokens, looping, 0.5, longest=20) == 6
@@ -185,40 +185,40 @@ class TestLoop:
         tokens[4:7] = tokens[:3]
         tokens[4:7, 0, 0] = tokens[5, 1, 1] = 99
         footage = Appearance(tokens, np.zeros(10), np.ones(10), np.ones(10, np.bool_))
-        found = repetition(footage, np.zeros(10, np.bool_), range(3, 9), window=3)
-        assert found.tolist() == [0, 0, 0, 0, 0.5, 0.5, 0.5, 0, 0, 0]
-        found = repetition(footage, np.zeros(10, np.bool_), range(3, 9), window=1)
-        assert found.tolist() == [0, 0, 0, 0, 0.75, 0.5, 0.75, 0, 0, 0]
+        curve = repetition(footage, np.zeros(10, np.bool_), range(3, 9), window=3)
+        assert curve.tolist() == [0, 0, 0, 0, 0.5, 0.5, 0.5, 0, 0, 0]
+        curve = repetition(footage, np.zeros(10, np.bool_), range(3, 9), window=1)
+        assert curve.tolist() == [0, 0, 0, 0, 0.75, 0.5, 0.75, 0, 0, 0]
         assert not repetition(footage, np.ones(10, np.bool_), range(3, 9), window=3).any()
         assert not repetition(footage, np.zeros(10, np.bool_), range(5, 9), window=3).any()
 
 
 class TestDrift:
-    def test_the_divergence_is_lins(self) -> None:
+    def test_the_divergence_is_jensen_shannons(self) -> None:
         counts = np.array([3, 1, 0, 4])
         assert jensen_shannon(counts, 5 * counts) == pytest.approx(0, abs=1e-12)
         assert jensen_shannon(np.array([2, 1, 0, 0]), np.array([0, 0, 7, 7])) == pytest.approx(1)
-        # (1, 0) against (1/2, 1/2): the entropy of (3/4, 1/4), less half a bit.
+        # For (1, 0) and (1/2, 1/2) it is the entropy of (3/4, 1/4) minus half a bit.
         expected = -0.75 * np.log2(0.75) - 0.25 * np.log2(0.25) - 0.5
         assert jensen_shannon(np.array([1, 0]), np.array([1, 1])) == pytest.approx(expected)
 
-    def test_the_same_data_do_not_drift(self) -> None:
+    def test_the_same_tokens_have_no_drift(self) -> None:
         tokens = np.random.default_rng(0).integers(0, 50, (20, 4, 4))
         counts = np.bincount(tokens.ravel())
         assert token_drift(tokens, counts, block=20, hop=5) == pytest.approx([0], abs=1e-12)
         unseen = np.full_like(tokens, 1000)
         assert token_drift(unseen, counts, block=10, hop=5) == pytest.approx([1, 1, 1])
 
-    def test_the_floor_is_what_few_tokens_make_of_no_drift(self) -> None:
+    def test_the_floor_is_the_divergence_of_small_samples_without_drift(self) -> None:
         rng = np.random.default_rng(0)
         real, same = rng.integers(0, 1000, (2, 200, 8, 16))
         floor = drift_floor([real[:90], real[90:]], block=20, hop=20)
-        found = token_drift(same, np.bincount(real.ravel()), block=20, hop=20)
+        drift = token_drift(same, np.bincount(real.ravel()), block=20, hop=20)
         assert len(floor) == 4 + 5
         assert floor.min() > 0.05
-        np.testing.assert_allclose(found, floor.mean(), rtol=0.1)
+        np.testing.assert_allclose(drift, floor.mean(), rtol=0.1)
 
-    def test_the_floor_is_a_block_against_the_rest(self) -> None:
+    def test_the_floor_compares_a_block_with_all_others(self) -> None:
         tokens = np.repeat([0, 1, 1], 4)[:, None, None]
         floor = drift_floor([tokens], block=4, hop=4)
         assert floor[0] == pytest.approx(1)
@@ -233,12 +233,12 @@ class TestDrift:
         tokens = footage.tokens.copy()
         few = np.random.default_rng(0).integers(0, 3, tokens[BEGIN:].shape)
         tokens[BEGIN:] = few
-        found = bounds.judge(replace(footage, tokens=tokens))
-        drift = np.array(found["drift"]["bits"])
-        assert drift[-1] > found["drift"]["threshold_bits"] > found["drift"]["highest_floor_bits"]
-        assert found["collapsed_by"] == ["drift"]
-        # Noticed late, when enough of a block has drifted, never early.
-        assert BEGIN / FPS <= found["collapse_s"] < BEGIN / FPS + CONFIG.block_s
+        result = bounds.judge(replace(footage, tokens=tokens))
+        drift = np.array(result["drift"]["bits"])
+        assert drift[-1] > result["drift"]["threshold_bits"] > result["drift"]["highest_floor_bits"]
+        assert result["collapsed_by"] == ["drift"]
+        # Drift is noticed late, when enough of a block has drifted.
+        assert BEGIN / FPS <= result["collapse_s"] < BEGIN / FPS + CONFIG.block_s
 
 
 class TestSharpness:
@@ -255,45 +255,47 @@ class TestSharpness:
         hard[BEGIN:] += np.random.default_rng(0).integers(0, 90, hard[BEGIN:].shape, np.uint8)
         for frames in (soft, hard):
             footage = Appearance.measure(tokens_of(rollout), [frames])
-            found = bounds.judge(footage)
-            assert found["collapse_s"] == BEGIN / FPS
-            assert "sharpness" in found["collapsed_by"]
-            ratio = np.array(found["sharpness"]["ratio"])
+            result = bounds.judge(footage)
+            assert result["collapse_s"] == BEGIN / FPS
+            assert "sharpness" in result["collapsed_by"]
+            ratio = np.array(result["sharpness"]["ratio"])
             assert (ratio[BEGIN:] < 1).all() == (frames is soft)
-        thresholds = found["sharpness"]["thresholds"]
+        thresholds = result["sharpness"]["thresholds"]
         assert thresholds["low"] < 1 < thresholds["high"]
 
 
 def test_noise_of_the_right_histogram_is_restless(rollout: Frames, bounds: RealFootage) -> None:
-    found = judged(scattered(rollout), bounds)
-    assert "restless" in found["collapsed_by"]
-    assert found["collapse_s"] == BEGIN / FPS
-    assert found["fault_shares"]["drift"] == 0
-    assert found["fault_shares"]["restless"] == (COUNT - BEGIN) / COUNT
+    result = judged(scattered(rollout), bounds)
+    assert "restless" in result["collapsed_by"]
+    assert result["collapse_s"] == BEGIN / FPS
+    assert result["fault_shares"]["drift"] == 0
+    assert result["fault_shares"]["restless"] == (COUNT - BEGIN) / COUNT
 
 
-def test_noise_sets_in_where_it_does(rollout: Frames, bounds: RealFootage) -> None:
+def test_noise_is_restless_from_its_first_frame_to_its_last(
+    rollout: Frames, bounds: RealFootage
+) -> None:
     footage = Appearance.measure(tokens_of(rollout), [rollout])
     tokens = footage.tokens.copy()
     tokens[BEGIN:150] = np.random.default_rng(0).integers(0, 10**6, tokens[BEGIN:150].shape)
-    found = bounds.judge(replace(footage, tokens=tokens))
-    # The frame after the noise shares nothing with it either.
-    assert found["fault_shares"]["restless"] == (150 - BEGIN + 1) / COUNT
-    assert found["collapse_s"] == BEGIN / FPS
+    result = bounds.judge(replace(footage, tokens=tokens))
+    # The first frame after the noise has nothing in common with the noise, so it counts as well.
+    assert result["fault_shares"]["restless"] == (150 - BEGIN + 1) / COUNT
+    assert result["collapse_s"] == BEGIN / FPS
 
 
 class TestCollapse:
-    def test_it_is_the_first_fault_that_lasts(self) -> None:
-        none = np.zeros(40, np.bool_)
-        assert time_to_collapse({"a": none, "b": none}, FPS, 10) == (None, [])
-        short, long = none.copy(), none.copy()
+    def test_a_collapse_is_the_first_fault_that_lasts(self) -> None:
+        no_fault = np.zeros(40, np.bool_)
+        assert time_to_collapse({"a": no_fault, "b": no_fault}, FPS, 10) == (None, [])
+        short, long = no_fault.copy(), no_fault.copy()
         short[3:12] = True
-        assert time_to_collapse({"a": short, "b": none}, FPS, 10) == (None, [])
-        assert time_to_collapse({"a": short, "b": none}, FPS, 9) == (0.6, ["a"])
+        assert time_to_collapse({"a": short, "b": no_fault}, FPS, 10) == (None, [])
+        assert time_to_collapse({"a": short, "b": no_fault}, FPS, 9) == (0.6, ["a"])
         long[25:] = True
         assert time_to_collapse({"a": short, "b": long}, FPS, 10) == (5.0, ["b"])
 
-    def test_faults_take_turns(self) -> None:
+    def test_two_short_faults_in_turn_are_a_collapse(self) -> None:
         first, second = np.zeros((2, 40), np.bool_)
         first[10:16], second[16:20] = True, True
         assert time_to_collapse({"a": first, "b": second}, FPS, 10) == (2.0, ["a"])
@@ -313,24 +315,24 @@ class TestCollapse:
 
 
 class TestMistakes:
-    def test_too_little_to_judge_by(self, real: Frames, bounds: RealFootage) -> None:
+    def test_too_short_footage_is_refused(self, real: Frames, bounds: RealFootage) -> None:
         footage = Appearance.measure(tokens_of(real[:49]), [real[:49]])
-        with pytest.raises(DriveSimError, match=r"^9\.8 s of real drives.*name 10\.0 s"):
+        with pytest.raises(DriveSimError, match=r"^9\.8 s of real drives.*name 10\.0 s or more"):
             RealFootage([footage], FPS, CONFIG)
         with pytest.raises(DriveSimError, match=r"rollout of 4\.8 s is too short"):
             judged(real[:24], bounds)
 
-    def test_drives_shorter_than_a_block_play_no_part(
+    def test_drives_shorter_than_a_block_are_ignored(
         self, real: Frames, rollout: Frames, bounds: RealFootage
     ) -> None:
         long, single, short = (
             Appearance.measure(tokens_of(frames), [frames])
             for frames in (real, rollout[:1], rollout[:24])
         )
-        among = RealFootage([single, long, short], FPS, CONFIG)
-        assert judged(rollout, among) == judged(rollout, bounds)
+        with_short_drives = RealFootage([single, long, short], FPS, CONFIG)
+        assert judged(rollout, with_short_drives) == judged(rollout, bounds)
 
-    def test_real_footage_at_a_standstill(self, real: Frames) -> None:
+    def test_real_footage_at_a_standstill_is_refused(self, real: Frames) -> None:
         standing = Appearance.measure(tokens_of(real), [real], np.zeros(COUNT, np.bool_))
         with pytest.raises(DriveSimError, match="never moves"):
             RealFootage([standing], FPS, CONFIG)
@@ -345,6 +347,6 @@ class TestMistakes:
             {"hold_s": float("nan")},
         ],
     )
-    def test_settings_that_mean_nothing(self, wrong: dict[str, float]) -> None:
+    def test_impossible_settings_are_refused(self, wrong: dict[str, float]) -> None:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             StabilityConfig(**wrong)
