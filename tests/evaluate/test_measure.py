@@ -362,8 +362,10 @@ def test_a_probe_that_does_not_fit_the_model_is_refused(
     )
     (digest,) = recording_digests(TokenStore(tmp_path / "heldout").drives).values()
     cases: dict[str, dict[str, Any]] = {
-        "it learned from 16 frames/s, the model from 8": {"fps": 2 * FPS},
-        "its steering is curvature, the model's is road_wheel": {"steering_kind": "curvature"},
+        "its frame rate is 16 frames/s, but the model's is 8": {"fps": 2 * FPS},
+        "its steering kind is curvature, but the model's is road_wheel": {
+            "steering_kind": "curvature"
+        },
         "it learned from the held-out drive 'drive_002'": {"drives": ("f00d", digest)},
     }
     probe = tmp_path / "probe.safetensors"

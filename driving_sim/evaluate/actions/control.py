@@ -27,7 +27,7 @@ MOVING_MPS = 2.0
 
 
 def obeyed(left_motion: float, right_motion: float) -> bool:
-    """Return whether steering left turned left and steering right turned right.
+    """Return whether the car turned left when steered left, and right when steered right.
 
     Both arguments are image motions, positive if the car turns left.
     """
@@ -117,7 +117,7 @@ def _times_to_start(world: WorldModel, drive: Drive) -> Floats:
     sampled = sample(drive, fps=world.fps)
     first = min(world.context_frames, len(sampled.timestamps) - 1)
     times = sampled.timestamps[first:]
-    # The speed at a time is that of the action that led to it.
+    # The speed at a frame's time comes from the action that led to the frame.
     speeds = np.append(0.0, sampled.actions[:-1, SPEED])[first:]
     moves = speeds >= MOVING_MPS
     return times[moves] if moves.any() else times

@@ -22,7 +22,7 @@ from driving_sim.data.inspect.motion import blurred, local_detail, yaw_motion
 
 # All frames are resized to this. A decoder's blur and block artefacts matter little at this size.
 _ROWS, _COLUMNS = 64, 128
-# The largest displacements and the cell's size are in pixels of a picture of half that size.
+# The largest displacements, and below them the size of a cell, in pixels of a half-size picture.
 _ACROSS, _UP, _DOWN = 6, 1, 4
 _CELL = (4, 8)
 DISPLACEMENTS = (2 * _ACROSS + 1) * (_UP + 1 + _DOWN)
@@ -35,7 +35,7 @@ _PAIRS_AT_ONCE = 64
 _SOFT_SIGMA = 1.5
 """Blur of the soft version, in pixels: reconstructions and rollouts are softer than real video."""
 RECIPE = f"{_ROWS} {_COLUMNS} {_DETAIL_SIGMA} {_FAINTEST_CELL}"
-"""The settings that change the cues without changing their shapes, for fingerprints."""
+"""The settings that change the cues but not their shapes; part of a probe's fingerprint."""
 
 
 def motion_cues(frames: Pixels, *, soften: bool = False) -> tuple[Tensor, Tensor]:
@@ -116,7 +116,7 @@ def _turned_back(images: Tensor, turns: Tensor) -> Tensor:
     positions = torch.arange(columns) + turns[:, None] * columns
     first = positions.floor()
     fraction = (positions - first)[:, None]
-    # All positions outside the image read from one column of zeros at each side.
+    # Add a column of zeros at each side; all positions outside the image read from these columns.
     padded = functional.pad(images, (1, 1))
     sides = [
         repeat((first + step).clamp(-1, columns) + 1, "p w -> p h w", h=images.shape[1])

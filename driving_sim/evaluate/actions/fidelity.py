@@ -33,7 +33,7 @@ from driving_sim.world_model.world_model import WorldModel
 _OF_CHANGE = ("correlation", "gain", "delay_frames", "sign_accuracy")
 """Metrics that are left out if the commands vary less than the probe's error."""
 CURVE = 0.5
-"""Least |steering| in a curve, as a share of the training data's 95th percentile of |steering|."""
+"""Smallest |steering| that counts as a curve, as a share of its 95th percentile in training."""
 
 
 def evaluate_fidelity(
@@ -68,7 +68,7 @@ def compare_actions(
     realised: Mapping[str, Sequence[Floats]],
     floor: dict[str, Any],
 ) -> Section:
-    """Compare each source's realised actions with the clips' recorded ones, the commands.
+    """Compare the realised actions of every source with the commands, the clips' recorded actions.
 
     `realised` holds one array [N, A] for each clip, by source. A clip and its mirror image form one
     unit of the intervals. `floor` is the probe's own error.
@@ -121,8 +121,8 @@ def read(probe: InverseDynamics, context: Pixels, future: Pixels) -> Floats:
 
 _TEXT = """Question: does the model drive at the commanded speed and steer as commanded? An
 inverse-dynamics probe, a small network trained on the training drives, reads speed and steering
-from the pictures. The commands are the actions recorded in the held-out drives. Each clip is also
-rolled out as its mirror image, with the steering negated.
+from the pictures. A clip is a short piece of a held-out drive, and its recorded actions are the
+commands. The mirror image of every clip is rolled out too, with the steering negated.
 
 The sources are compared in the second table. "recorded" is the probe on {truth}: a perfect model
 would reach about these values. "model" is the rollouts under the commands. "action-free" is

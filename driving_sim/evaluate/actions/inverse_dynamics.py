@@ -63,7 +63,7 @@ _WEIGHT_DECAY = 0.05
 _CLIP_NORM = 1.0
 _VALIDATIONS = 20
 _END_SHARE = 0.1
-"""Share of the training transitions that are shown as if the clip ended there."""
+"""Share of the training samples in which the clip seems to end after the transition."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -71,9 +71,9 @@ class ProbeClip:
     """A clip of any frame size, with the action that leads from each frame to the next."""
 
     frames: Pixels
-    """uint8 RGB [T, H, W, 3]."""
+    """Frames, uint8 RGB [T, H, W, 3]."""
     actions: Floats32
-    """Speed in m/s and steering, [T, 2]: the mean from each frame to the next."""
+    """Mean speed in m/s and mean steering between each frame and the next, [T, 2]."""
     action_valid: Mask
     """Whether each action is known, [T, 2]."""
     segments: Sequence[tuple[int, int]]
@@ -84,7 +84,7 @@ class ProbeClip:
 class ProbeSource:
     """The data that a probe was trained on.
 
-    The probe can judge drives of the same frame rate and steering kind, but not these same drives.
+    The probe can judge drives of the same frame rate and steering kind, except those in `drives`.
     """
 
     fps: Positive
@@ -258,7 +258,7 @@ class _Samples:
 
 
 class _Network(nn.Module):
-    """The network from the cues around a transition to its standardised speed and steering."""
+    """A network that maps the cues around a transition to its standardised speed and steering."""
 
     mean: Tensor
     scale: Tensor
@@ -317,7 +317,7 @@ class _Network(nn.Module):
         return features
 
     def loss(self, output: Tensor, samples: _Samples, chosen: Tensor | slice) -> Tensor:
-        """Return the Huber loss of standardised actions: the sum of both channels' means.
+        """Return the mean Huber loss of the standardised actions, summed over both channels.
 
         Unknown actions do not count. `chosen` selects the transitions that `output` [B, A] is for.
         """

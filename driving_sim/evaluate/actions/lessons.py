@@ -22,9 +22,9 @@ T = TypeVar("T")
 PROBE_FILE = "probe.safetensors"
 """Name of the probe's file in a report."""
 _SECONDS = 1200.0
-"""Maximum length in s of the footage that a probe is trained on, and of that it is tested on."""
+"""Maximum length of the footage for a probe's training and validation, and for its test, in s."""
 _DRIVES = 100
-"""Maximum number of drives that this footage is taken from."""
+"""Maximum number of drives for a probe's training, for its validation, and for its test."""
 _RATE_TOLERANCE = 0.02
 """Largest relative difference between a probe's frame rate and the model's.
 
@@ -49,7 +49,7 @@ def load_probe(world: WorldModel, path: Path, recordings: Mapping[str, str]) -> 
     source = probe.source
     if abs(source.fps / world.fps - 1) > _RATE_TOLERANCE:
         raise DriveSimError(
-            f"`probe` {path}: it learned from {source.fps:.3g} frames/s, but the model from "
+            f"`probe` {path}: its frame rate is {source.fps:.3g} frames/s, but the model's is "
             f"{world.fps:.3g}; name a probe of the model's rate, or leave out `probe`"
         )
     if world.steering_kind is not None and source.steering_kind != world.steering_kind:

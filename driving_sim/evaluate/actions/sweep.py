@@ -150,7 +150,10 @@ def _monotonicity(
 
 
 def _nearest(futures: Pixels, truths: Pixels, clip: Clip) -> float:
-    """Return the share of rollouts whose last second is nearest to their own command's truth."""
+    """Return the share of rollouts that are nearest to the true future of their own command.
+
+    Nearest means the highest PSNR over the last second.
+    """
     last = min(clip.frames, max(1, round(clip.footage.drive.info.fps)))
     rollouts, true_videos = (
         torch.from_numpy(rearrange(videos[:, :, -last:], "v l n h w c -> (v l) n h w c"))

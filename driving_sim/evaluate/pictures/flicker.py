@@ -27,7 +27,7 @@ def flicker(
     the pieces of a drive add up to those of the drive if each piece begins with the last frame of
     the piece before.
     """
-    # Work on one pair at a time: a whole drive as floats would take four times its memory.
+    # Work on one pair at a time: as floats, a whole drive would take four times as much memory.
     changes = [_cell_change(*pair, stride) for pair in pairwise(frames)]
     still = np.array(changes).reshape(-1, *tokens.shape[1:]) < threshold
     changed = tokens[1:] != tokens[:-1]

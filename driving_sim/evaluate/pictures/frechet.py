@@ -26,7 +26,7 @@ def frechet_distance(features: Reals, others: Reals) -> float:
 
 
 def _gaussian(features: Reals) -> tuple[Floats, Floats]:
-    """Return the mean [d] of features [n, d], and an R [d, d] whose R^T R is their covariance."""
+    """Return the mean [d] of features [n, d], and R [d, d] such that R^T R is their covariance."""
     exact = features.astype(np.float64)
     mean = exact.mean(axis=0)
     rows = np.linalg.qr((exact - mean) / np.sqrt(len(exact) - 1), mode="r")

@@ -50,7 +50,7 @@ def evaluate_stability(
     appearances = []
     with progress(len(real), "real footage", "drives") as bar:
         for drive in bar.counted(real):
-            # The action that leads to a frame is stored with the frame before.
+            # The action that leads to a frame is stored with the frame before it.
             before = np.arange(-1, len(drive) - 1).clip(min=0)
             actions, valid = drive.actions[before], drive.action_valid[before]
             appearances.append(_appearance(world, drive.tokens, actions, valid))
@@ -118,7 +118,7 @@ def _appearance(
 def _onward(clip: Clip, frames: int) -> tuple[Floats32, Mask]:
     """Return `frames` recorded actions from the clip's start on, and their validity, [N, 2] each.
 
-    They continue to the end of the drive's segment, then again from the segment's beginning.
+    The actions run to the end of the drive's segment, then start again at its beginning.
     """
     drive = clip.footage.drive
     begin, stop = next(

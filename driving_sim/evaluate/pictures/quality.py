@@ -75,7 +75,7 @@ def evaluate_quality(
             for kind, frames in {**futures, "true": truth}.items():
                 clip_features = extractor(frames[None]).astype(np.float64)
                 features.setdefault(kind, []).append(clip_features)
-    # If some videos are missing, the true frames are reconstructions.
+    # If a clip has no video, its true frames are reconstructions.
     recorded = all(rollout.clip.footage.recorded is not None for rollout in rollouts)
     metrics: dict[str, Any] = {"clips": len(rollouts), "recorded": recorded}
     for name, kinds in curves.items():
@@ -127,12 +127,13 @@ def _plot(metrics: Mapping[str, Any], names: Sequence[str], fps: float) -> Media
             times = (np.arange(len(curves[kind])) + 1) / fps
             axes.plot(times, curves[kind], color=_COLOURS[kind], label=kind.replace("_", " "))
         axes.set(title=_LABELS[name], xlabel="seconds ahead")
-    # The first panel shows all kinds; token accuracy, for example, has no floor.
+    # Only the first panel is sure to show all kinds: token accuracy has no floor.
     panels[0].legend(frameon=False)
     return plot(
         figure,
-        "Mean over the clips, by how far the frame lies ahead. A good model stays close to the "
-        "floor, if there is one, and better than copy last. Single clips can be far from the mean",
+        "Mean over the clips, by how far the frame lies ahead. The curve of a good model is close "
+        "to the floor, if there is one, and better than that of copy last. Single clips can be far "
+        "from the mean",
     )
 
 
@@ -162,9 +163,10 @@ def _pictures(rollouts: Sequence[Imagined], fps: float, whose: str) -> list[Medi
     ]
 
 
-_TEXT = """Question: how close are the rollouts to the true frames, and for how long? Each clip is
-rolled out under the recorded actions and compared with {truth} "Copy last" is a baseline that
-repeats the last context frame; a useful model is better than that.
+_TEXT = """Question: how close are the rollouts to the true frames, and for how long? A clip is a
+short piece of a held-out drive. It is rolled out under the recorded actions and compared with
+{truth} "Copy last" is a baseline that repeats the last context frame; a useful model is better than
+that.
 
 How to read it: PSNR, SSIM (at most 1) and token accuracy (the share of tokens that are exactly
 right) are better if higher. LPIPS, if its weights are installed, and {name} are better if lower.

@@ -135,7 +135,7 @@ frames are similar."""
 def _metrics(tokenizer: Tokenizer, measured: Sequence[_DriveMeasures]) -> dict[str, Any]:
     frames = sum(drive.frames for drive in measured)
     bits = tokenizer.rows * tokenizer.cols * math.log2(tokenizer.codebook_size)
-    # Neighbouring frames are similar and thus not independent, so blocks of frames are resampled.
+    # Neighbouring frames are not independent, so the intervals resample blocks of frames.
     blocks = np.concatenate(
         [
             frames * number + np.arange(drive.frames) // block_frames(drive.sampled.fps)

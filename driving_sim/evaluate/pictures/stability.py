@@ -38,7 +38,7 @@ class StabilityConfig:
     sharpness_factor: Positive = 1.5
     """Factor by which sharpness may lie outside the 1st and 99th percentile of real frames."""
     freeze_factor: InnerShare = 0.5
-    """Bound for freezes, as a share of the 1st percentile of the change of real moving frames."""
+    """Bound for freezes, as a share of the 1st percentile of `change` in real moving frames."""
     restless_factor: Positive = 0.3
     """Bound for restlessness, as a share of the lowest continuity of real footage.
 
@@ -54,7 +54,7 @@ class StabilityConfig:
     A real car on a circuit may see the same place again after a longer time.
     """
     loop_s: Positive = 1.0
-    """Time during which every frame must agree with the earlier one that it repeats, in s."""
+    """Length of a repetition, in s; every frame in it must agree with the same earlier stretch."""
     loop_margin: InnerShare = 0.25
     """Bound for loops, as a share of the way from real footage's highest repetition to 1."""
     hold_s: Positive = 2.0
@@ -162,9 +162,9 @@ def agreement(tokens: Ints, lag: int) -> Floats:
 def repetition(footage: Appearance, frozen: Mask, lags: range, window: int) -> Floats:
     """Return how well each frame [N] and its neighbours repeat an earlier stretch, from 0 to 1.
 
-    A window of frames repeats an earlier one as well as its worst frame does. A frame gets the
-    value of the best of the windows around it, at the best of the `lags`. Windows in which the car
-    is commanded to stand, or which are mostly frozen, count as 0.
+    The score of a window at one lag is the lowest `agreement` of its frames. A frame gets the
+    highest score over the windows that contain it and over the `lags`. Windows in which the car is
+    commanded to stand, and mostly frozen windows, score 0.
     """
     window = min(window, len(footage.tokens))
     drives: Mask = np.asarray(sliding_window_view(footage.moving, window).all(axis=1))
@@ -199,11 +199,11 @@ def _highest_around(values: NDArray[Any], window: int) -> NDArray[Any]:
 
 
 Judged = tuple[dict[str, Any], Mask]
-"""One kind of measurement of a rollout, as JSON, and the mask [N] of the frames with the fault."""
+"""The measurements for one kind of fault, as JSON, and a mask [N] of the frames with the fault."""
 
 
 class RealFootage:
-    """Real drives, encoded and decoded by the tokenizer, and the bounds that they give rollouts."""
+    """Real drives, encoded and decoded by the tokenizer, and the bounds that follow from them."""
 
     def __init__(self, drives: Sequence[Appearance], fps: float, config: StabilityConfig) -> None:
         """Take real drives, ideally a few minutes in all, and ignore those shorter than a block.

@@ -63,7 +63,7 @@ def test_a_trial_is_obeyed_if_left_turns_left_and_right_turns_right(
 def test_control_tells_obedience_from_its_opposite(
     world: WorldModel, videos: Path, monkeypatch: pytest.MonkeyPatch, turns: int, count: int
 ) -> None:
-    """Fake a model that moves the scene right when the car turns left (positive steering)."""
+    """Fake a model; with `turns=1` it moves the scene right when steered left, as it should."""
     scene = smooth_noise(np.random.default_rng(0), 48, 64)[..., None].repeat(3, axis=-1)
 
     def generate(

@@ -62,7 +62,7 @@ def measured(world: WorldModel, clips: list[Clip], change: Any) -> dict[str, Any
 
 
 def section_of(world: WorldModel, clips: list[Clip], change: Any, error: float = 0.0) -> Section:
-    """Return the report's section for such rollouts; `error` is the probe's RMSE for steering."""
+    """Return the section whose metrics `measured` returns; `error` is the probe's steering RMSE."""
     floor = {"steering": {"rmse": error}}
     probe: Any = PixelProbe()
     realised: dict[str, list[Floats]] = {"recorded": [], "model": []}

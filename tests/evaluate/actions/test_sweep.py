@@ -1,4 +1,4 @@
-"""A model that shows the true futures gets the best marks, and a model with a fault does not."""
+"""A model that shows the true futures gets the best scores; a model with a fault does not."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -126,7 +126,7 @@ def swept(
 
 
 @pytest.mark.parametrize("fps", [FPS, 2 * FPS])
-def test_the_truth_gets_the_best_marks_at_any_multiple_of_the_models_rate(
+def test_the_truth_gets_the_best_scores_at_any_multiple_of_the_models_rate(
     world: WorldModel,
     footage: Callable[[float], Footage],
     monkeypatch: pytest.MonkeyPatch,
@@ -232,7 +232,7 @@ def test_without_a_synthetic_world_only_the_model_is_measured(
 def test_commands_go_from_left_to_right_around_the_speed_at_the_start(
     world: WorldModel, tmp_path: Path
 ) -> None:
-    store = write_store(tmp_path / "tokens", [40])  # the speed differs in every frame
+    store = write_store(tmp_path / "tokens", [40])  # every frame has a different speed
     clip = clip_of(Footage(drive=store.drives[0], tokenizer=world.tokenizer))
     commands = _commands(world, clip)
     assert commands.shape == (3, 7, FUTURE, 2)

@@ -100,7 +100,7 @@ def seeded() -> SeededFeatures:
 
 
 @pytest.fixture(scope="module")
-def away(seeded: SeededFeatures) -> Callable[[Clips], float]:
+def distance_of(seeded: SeededFeatures) -> Callable[[Clips], float]:
     """Return a function that measures the distance of clips from a set of moving textures."""
     features = seeded(moving(0))
     return lambda clips: frechet_distance(features, seeded(clips))
@@ -112,16 +112,16 @@ def others() -> Clips:
 
 
 @pytest.fixture(scope="module")
-def alike(away: Callable[[Clips], float], others: Clips) -> float:
+def baseline(distance_of: Callable[[Clips], float], others: Clips) -> float:
     """Return the distance between two sets of moving textures."""
-    return away(others)
+    return distance_of(others)
 
 
 def test_distance_grows_with_blur(
-    away: Callable[[Clips], float], others: Clips, alike: float
+    distance_of: Callable[[Clips], float], others: Clips, baseline: float
 ) -> None:
-    mild, strong = (away(blurred(others, sigma)) for sigma in (0.7, 1.5))
-    assert 3 * alike < mild
+    mild, strong = (distance_of(blurred(others, sigma)) for sigma in (0.7, 1.5))
+    assert 3 * baseline < mild
     assert 3 * mild < strong
 
 
@@ -129,7 +129,7 @@ def test_distance_grows_with_blur(
     ("change", "times"), [("frozen", 10), ("shuffled", 2.5), ("slower", 2.5), ("reversed", 1.5)]
 )
 def test_distance_grows_if_only_the_order_of_frames_is_wrong(
-    away: Callable[[Clips], float], others: Clips, alike: float, change: str, times: float
+    distance_of: Callable[[Clips], float], others: Clips, baseline: float, change: str, times: float
 ) -> None:
     order = {
         "frozen": np.zeros(FRAMES, int),
@@ -137,7 +137,7 @@ def test_distance_grows_if_only_the_order_of_frames_is_wrong(
         "slower": np.arange(FRAMES) // 2,
         "reversed": np.arange(FRAMES)[::-1],
     }
-    assert away(others[:, order[change]]) > times * alike
+    assert distance_of(others[:, order[change]]) > times * baseline
 
 
 def test_temporal_channels_are_0_for_still_clips(seeded: SeededFeatures) -> None:
