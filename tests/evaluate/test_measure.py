@@ -430,14 +430,14 @@ def test_the_footage_of_a_probe_is_capped_and_spread_over_the_drives(
 
 
 def test_footage_is_divided_evenly() -> None:
-    shared = probe_lessons._shared
+    shared = probe_lessons._shares
     assert shared([10, 1000, 40, 700], 300) == [10, 125, 40, 125]
     assert shared([10, 20], 300) == [10, 20]
     assert shared([5, 5, 5], 7.9) == [2, 2, 3]
     assert shared([], 7) == []
-    spread = probe_lessons._spread(range(250))
+    spread = probe_lessons._evenly_chosen(range(250))
     assert list(spread) == list(range(0, 250, 3))
-    assert len(probe_lessons._spread(range(100))) == 100
+    assert len(probe_lessons._evenly_chosen(range(100))) == 100
 
 
 def test_the_time_offset_applies_to_held_out_and_training_videos(

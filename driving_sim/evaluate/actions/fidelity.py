@@ -124,10 +124,11 @@ inverse-dynamics probe, a small network trained on the training drives, reads sp
 from the pictures. A clip is a short piece of a held-out drive, and its recorded actions are the
 commands. The mirror image of every clip is rolled out too, with the steering negated.
 
-The sources are compared in the second table. "recorded" is the probe on {truth}: a perfect model
-would reach about these values. "model" is the rollouts under the commands. "action-free" is
-rollouts in which the model does not see the future actions; a model that uses its actions is
-clearly better than that. "constant" always answers the mean action of the training drives.
+The second table compares four sources. "recorded": the probe reads {truth}; a perfect model would
+reach about these values. "model": the probe reads the rollouts under the commands. "action-free":
+the probe reads rollouts in which the model does not see the future actions; a model that uses its
+actions is clearly better than that. "constant": every answer is the mean action of the training
+drives.
 
 How to read the columns. Correlation: 1 is best, and 0 means that the rollouts ignore the commands.
 Gain: 1 is best; 0.5 means that the rollouts react half as strongly as commanded. Mean absolute

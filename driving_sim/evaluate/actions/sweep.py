@@ -59,7 +59,7 @@ def evaluate_sweep(
                     pictures.append(_picture(clip, commands, truths, "the true"))
     truths_known = sum("truth" in result for result in results)
     metrics = {"starts": len(results), "starts_with_truth": truths_known, **_mean(results)}
-    parts = *_tables(metrics), *pictures
+    parts: list[Table | Media] = [*_tables(metrics), *pictures]
     return Section("sweep", "Counterfactual sweep", _TEXT, metrics, parts)
 
 

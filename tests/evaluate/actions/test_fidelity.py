@@ -169,7 +169,7 @@ def test_the_report_names_its_source_and_shows_intervals(
 ) -> None:
     section = section_of(world, clips, lambda actions, future: actions[future:])
     assert section.metrics["recorded"] is False
-    assert "the probe on the tokenizer's reconstructions" in section.text.replace("\n", " ")
+    assert "the probe reads the tokenizer's reconstructions" in section.text.replace("\n", " ")
     _, table = (part for part in section.parts if isinstance(part, Table))
     rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
     model = rows["steering, model"]
