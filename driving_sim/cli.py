@@ -37,7 +37,7 @@ _WORDS_WITHOUT_FLAG = {
     "demo": _RESUME | {"run": "--out"},
     **dict.fromkeys(("rollout", "surprise", "world-model", "control"), _STEERING),
 }
-"""Per command, the words for settings for which the command has no option of its own."""
+"""Words for the settings that a command has no option for, by command."""
 
 
 def with_flags(text: str, command: Any) -> str:
@@ -130,7 +130,7 @@ class _Group(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return the command, and remember it as the running one.
 
-        Its summary becomes the whole first line of its help, which click would cut short.
+        Its summary is set to the first line of its help, because click would truncate that line.
         """
         command = super().get_command(ctx, cmd_name)
         if command is not None and command.help:
@@ -168,9 +168,9 @@ app.add_typer(evaluate_app, name="evaluate")
 
 
 def _unless_overridden(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
-    """Return the value of `steps` or `minutes`, or None if the other one overrides it.
+    """Return `value`, the value of `steps` or `minutes`, unless the other option overrides it.
 
-    That is so if this value is from the environment and the other is from the command line.
+    If `value` is from the environment and the other option is on the command line, return None.
     """
     rival = "minutes" if option.name == "steps" else "steps"
     source = context.get_parameter_source(str(option.name))
@@ -284,7 +284,7 @@ TopP = Annotated[
 Seed = Annotated[int, Option(help="Random seed for sampling the tokens.")]
 
 
-def _given(parameters: dict[str, Any]) -> dict[str, Any]:
+def _given_options(parameters: dict[str, Any]) -> dict[str, Any]:
     """Return a command's `locals()` without the options that were not given.
 
     Call it first in a command, before there are other local variables. The function that does the
@@ -293,17 +293,17 @@ def _given(parameters: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in parameters.items() if value is not None}
 
 
-def _pop_fields(given: dict[str, Any], cls: type) -> dict[str, Any]:
-    """Remove the options that are fields of the dataclass `cls` from `given`, and return them."""
-    return {field.name: given.pop(field.name) for field in fields(cls) if field.name in given}
+def _pop_fields(options: dict[str, Any], cls: type) -> dict[str, Any]:
+    """Remove the options that are fields of the dataclass `cls` from `options`, and return them."""
+    return {field.name: options.pop(field.name) for field in fields(cls) if field.name in options}
 
 
-def _pop_sampling(given: dict[str, Any]) -> Any:
-    """Remove the sampling options from `given`, and return them as a `Sampling`."""
+def _pop_sampling(options: dict[str, Any]) -> Any:
+    """Remove the sampling options from `options`, and return them as a `Sampling`."""
     from driving_sim.engine.config import from_dict
     from driving_sim.world_model.sampling.sampling import Sampling
 
-    return from_dict(Sampling, _pop_fields(given, Sampling), where="sampling")
+    return from_dict(Sampling, _pop_fields(options, Sampling), where="sampling")
 
 
 @app.callback()
@@ -345,7 +345,7 @@ def synth(
     A JSON file beside each video describes the world, so that the drive can be replayed with other
     actions.
     """
-    given = _given(locals())
+    options = _given_options(locals())
     from driving_sim.data.synthetic.drives import frame_count
     from driving_sim.data.synthetic.world import SyntheticConfig
     from driving_sim.data.synthetic.writer import write_synthetic_drives
@@ -353,10 +353,12 @@ def synth(
     from driving_sim.engine.progress import progress
     from driving_sim.engine.threads import usable_cores
 
-    settings = _pop_fields(given, SyntheticConfig)
+    settings = _pop_fields(options, SyntheticConfig)
     config = from_dict(SyntheticConfig, settings, where="drivesim synth")
     with progress(drives * frame_count(seconds, config), f"drive -> {out}", "frames") as bar:
-        write_synthetic_drives(**given, config=config, workers=usable_cores(), progress=bar.advance)
+        write_synthetic_drives(
+            **options, config=config, workers=usable_cores(), progress=bar.advance
+        )
     typer.echo(f"{drives} drives of {seconds:g} s -> {out}; next: drivesim tokenize {out}")
 
 
@@ -407,11 +409,11 @@ def train_tokenizer(
     device: Device = "auto",
 ) -> None:
     """Train a tokenizer, the model that turns frames into tokens and back."""
-    given = _given(locals())
+    options = _given_options(locals())
     from driving_sim.pipeline import TrainingRequest, train_tokenizer_on
 
-    request = TrainingRequest(**_pop_fields(given, TrainingRequest))
-    train_tokenizer_on(request=request, **given)
+    request = TrainingRequest(**_pop_fields(options, TrainingRequest))
+    train_tokenizer_on(request=request, **options)
     _say_done(f"tokenizer -> {run}; next: drivesim tokenize VIDEOS --tokenizer {run}")
 
 
@@ -473,14 +475,14 @@ def tokenize(
 
     Without --tokenizer, the command first trains a tokenizer on the videos if there is none.
     """
-    given = _given(locals())
+    options = _given_options(locals())
     from driving_sim.pipeline import TrainingRequest, tokenize_videos
 
-    training = TrainingRequest(**_pop_fields(given, TrainingRequest))
+    training = TrainingRequest(**_pop_fields(options, TrainingRequest))
     # Only the default tokenizer is trained if it is missing. A named one must exist.
-    given["training"] = training if tokenizer is None else None
-    given["tokenizer"] = tokenizer or RUNS / "tokenizer"
-    index = tokenize_videos(**given, device=device, precision=precision or "auto")
+    options["training"] = training if tokenizer is None else None
+    options["tokenizer"] = tokenizer or RUNS / "tokenizer"
+    index = tokenize_videos(**options, device=device, precision=precision or "auto")
     option = "" if tokenizer is None else f" --tokenizer {tokenizer}"
     _say_done(f"{index} -> {out}; next: drivesim train-world-model {out}{option}")
 
@@ -510,11 +512,11 @@ def train_world_model(
     device: Device = "auto",
 ) -> None:
     """Train a world model to predict the tokens of the next frame from the past and the actions."""
-    given = _given(locals())
+    options = _given_options(locals())
     from driving_sim.pipeline import TrainingRequest, train_world_model_on
 
-    request = TrainingRequest(**_pop_fields(given, TrainingRequest))
-    train_world_model_on(request=request, **given)
+    request = TrainingRequest(**_pop_fields(options, TrainingRequest))
+    train_world_model_on(request=request, **options)
     option = "" if tokens == RUNS / "tokens" else f" --tokens {tokens}"
     _say_done(f"world model -> {run}; next: drivesim rollout --actions left --model {run}{option}")
 
@@ -535,7 +537,7 @@ def rollout(
         Option(help="Video to start from [default: the first validation drive in --tokens]."),
     ] = None,
     tokens: Annotated[
-        Path, Option(help="Token store to take the start from, if there is no --context.")
+        Path, Option(help="Token store to start from, if there is no --context.")
     ] = RUNS / "tokens",
     start_s: Annotated[
         float | None,
@@ -581,13 +583,13 @@ def rollout(
     A script sets speed in m/s, accel in m/s² and steer. The unit of steer is that of the training
     data, for example rad for wheel angles. A channel that is not set keeps its value.
 
-    The names left and right steer at the 95th percentile of the training data's steering angles.
-    The name brake slows down by 4 m/s², and recorded repeats the actions of the video itself.
+    The names left and right steer as far as the 95th percentile of the steering in the training
+    data, brake slows down by 4 m/s², and recorded takes the recorded actions after the start.
     """
-    given = _given(locals())
+    options = _given_options(locals())
     from driving_sim.pipeline import roll_out
 
-    report = roll_out(sampling=_pop_sampling(given), **given)
+    report = roll_out(sampling=_pop_sampling(options), **options)
     typer.echo(
         f"{len(report['futures'])} x {report['frames']} frames "
         f"({report['frames_per_second']:.1f} frames/s) -> {out}"
@@ -607,10 +609,10 @@ def demo(
     precision: Precision = None,
 ) -> None:
     """Run the whole pipeline on a synthetic world, in minutes on a CPU."""
-    given = _given(locals())
+    options = _given_options(locals())
     from driving_sim.demo import DemoConfig, run_demo
 
-    typer.echo(run_demo(config=DemoConfig(**_pop_fields(given, DemoConfig)), **given))
+    typer.echo(run_demo(config=DemoConfig(**_pop_fields(options, DemoConfig)), **options))
 
 
 @app.command()
@@ -685,10 +687,10 @@ def evaluate_tokenizer(
     device: Device = "auto",
 ) -> None:
     """Measure a tokenizer's reconstructions: PSNR, SSIM, codebook use, flicker and speed."""
-    given = _given(locals())
+    options = _given_options(locals())
     from driving_sim.evaluate.measure import measure_tokenizer
 
-    _print_figures(measure_tokenizer(**given), out)
+    _print_figures(measure_tokenizer(**options), out)
 
 
 @evaluate_app.command("world-model")
@@ -746,14 +748,14 @@ def evaluate_world_model(
     device: Device = "auto",
 ) -> None:
     """Measure how well a world model predicts, follows actions and keeps long rollouts stable."""
-    given = _given(locals())
+    options = _given_options(locals())
     from dataclasses import replace
 
     from driving_sim.evaluate.measure import measure_world_model
     from driving_sim.evaluate.world_model import FULL, QUICK
 
-    config = replace(QUICK if given.pop("quick") else FULL, sampling=_pop_sampling(given))
-    _print_figures(measure_world_model(config=config, **given), out)
+    config = replace(QUICK if options.pop("quick") else FULL, sampling=_pop_sampling(options))
+    _print_figures(measure_world_model(config=config, **options), out)
 
 
 @evaluate_app.command("compare")
@@ -789,7 +791,7 @@ def evaluate_control(
         Option(help="File for a picture of the futures, .png or .jpg [default: no picture]."),
     ] = None,
     out: Annotated[
-        Path | None, Option(help="File to write the printed JSON to as well [default: no file].")
+        Path | None, Option(help="File to save the printed JSON in [default: not saved].")
     ] = None,
     precision: Precision = None,
     device: Device = "auto",
@@ -798,7 +800,7 @@ def evaluate_control(
 
     The results are printed as JSON. In them, steering and motion are positive to the left.
     """
-    sampling = _pop_sampling(_given(locals()))
+    sampling = _pop_sampling(_given_options(locals()))
     from driving_sim.engine.config import save_json
     from driving_sim.evaluate.actions.control import measure_control
     from driving_sim.pipeline import model_and_drives

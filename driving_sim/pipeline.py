@@ -44,7 +44,7 @@ C = TypeVar("C")
 
 
 class Start(TypedDict):
-    """The start and the device of a training run, as keyword arguments of a training function."""
+    """Keyword arguments of a training function that say how to start, and on which device."""
 
     init_from: Path | None
     resume: bool
@@ -56,8 +56,8 @@ class TrainingRequest:
     """A user's options for a training run: a preset, and settings that override it."""
 
     preset: str = "auto"
-    """Name of the preset. `auto` chooses the preset that fits the token grid, for a world model.
-    Otherwise it chooses base on CUDA and tiny elsewhere."""
+    """Name of the preset, or `auto`. For a world model, `auto` chooses the preset with the token
+    grid of the data. For a tokenizer, it chooses base on CUDA and tiny elsewhere."""
     steps: int | None = None
     """Number of training steps. If `steps` and `minutes` are None, the preset sets the length."""
     minutes: float | None = None
@@ -71,15 +71,16 @@ class TrainingRequest:
     init_from: Path | None = None
     """Finished run that the initial weights are taken from."""
     precision: str | None = None
-    """Number format, which overrides all other settings of it. None changes nothing."""
+    """Number format: auto, fp32 or bf16. If None, the other settings decide."""
     shard: bool = False
-    """Whether to shard the model over the ranks of `torchrun`. False changes nothing."""
+    """Whether to shard the model over the ranks of `torchrun`. If False, the other settings
+    decide."""
     device: str = "auto"
     """Device to train on: auto, cuda, mps or cpu."""
 
     @property
     def start(self) -> Start:
-        """The start and the device, as keyword arguments of a training function."""
+        """Keyword arguments for the training function."""
         return {"init_from": self.init_from, "resume": self.resume, "device": self.device}
 
     def resolve(self, presets: dict[str, C], grid: tuple[int, int] | None = None) -> C:
@@ -225,7 +226,8 @@ def tokenize_videos(
     rate = frame_rate(fps, every)
     if training is None:
         Tokenizer.from_run(tokenizer, "cpu", "fp32")
-    # A store with both files was killed at its very end. The writer cleans up, then raises this.
+    # If both files exist, an earlier command was killed during its last cleanup. The writer then
+    # finishes the cleanup and raises the same error.
     if (out / INDEX).exists() and not (out / UNFINISHED).exists():
         raise DriveSimError(f"{out} already holds a token store: choose another `out` or delete it")
     drive_set = _find(
@@ -237,7 +239,7 @@ def tokenize_videos(
 
         def state() -> tuple[bool, bool]:
             begun, has_weights = ((tokenizer / name).exists() for name in (CONFIG, WEIGHTS))
-            # Weights without a run config are a copy of a finished tokenizer.
+            # A folder with weights but no run config is a copy of a finished tokenizer.
             return is_finished(tokenizer) or (has_weights and not begun), begun
 
         usable, begun = ranks.from_main(state)
@@ -330,7 +332,7 @@ def _stored_context(world: WorldModel, tokens: Path, start_s: float | None) -> C
         raise DriveSimError(f"{error}, or name a video with `context`") from error
     if notice := world.format_notice(store):
         say(notice)
-    # The model was not trained on its validation drives.
+    # Prefer a validation drive, because the model was not trained on it.
     unseen = [drive_id for drive_id in store.drive_ids if drive_id in world.validation_drives]
     drive, *_ = store.select((unseen or store.drive_ids)[:1])
     return context_from_tokens(world, drive, start_s)

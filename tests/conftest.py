@@ -15,7 +15,7 @@ def steady_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def plain_wording(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Undo the replacement of setting names by flags that a command in an earlier test set up."""
+    """Reset the wording of progress lines, which a command in an earlier test may have changed."""
     monkeypatch.setattr(progress, "wording", str)
 
 
@@ -30,7 +30,7 @@ def plain_wording(monkeypatch: pytest.MonkeyPatch) -> None:
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile the kernels for one set of instructions.
 
-    A test that uses this fixture runs once for each set, as far as the processor has them.
+    A test that uses this fixture runs once for each set of instructions.
     """
     if request.param and platform.machine() != "x86_64":
         pytest.skip("this instruction set exists on x86-64 processors only")

@@ -245,7 +245,7 @@ def test_the_suggested_next_command_works_with_other_folders(used: Path) -> None
         "demo --out runs/full-demo",
     ],
 )
-def test_a_full_disk_is_one_line(command: str, used: Path) -> None:
+def test_a_full_disk_gives_a_one_line_error(command: str, used: Path) -> None:
     before = (used / "rollout.mp4").read_bytes()
     with small_files():
         line = refused(*command.split())
@@ -284,7 +284,7 @@ def test_a_full_disk_is_one_line(command: str, used: Path) -> None:
         (["evaluate", "tokenizer", "missing", "empty"], "holds no tokenizer"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_mistakes_give_a_one_line_error(
     arguments: list[str], message: str, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("DRIVESIM_STEPS")
@@ -427,7 +427,7 @@ def no_room_on_the_device() -> None:
         no_room_on_the_device,
     ],
 )
-def test_too_little_memory_is_one_line(
+def test_too_little_memory_gives_a_one_line_error(
     allocate: Callable[[], object], workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = "driving_sim.data.synthetic.writer.write_synthetic_drives"

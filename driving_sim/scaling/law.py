@@ -126,9 +126,9 @@ class FittedLaw:
 
     @cached_property
     def _resampled(self) -> tuple[Floats, Floats, Floats]:
-        """Parameters [R, 3] fitted to the resamples, and what the noise of a new run takes.
+        """Fitted parameters [R, 3], sizes of the deviations [R, 1] and normal noise [R, 1].
 
-        That is the size of the deviations [R, 1] and a standard normal number [R, 1].
+        There is one row for each resample. The noise is that of a new run.
         """
         rng = np.random.default_rng(0)
         shrinkage = np.sqrt(self.freedom / rng.chisquare(self.freedom, (_RESAMPLES, 1)))

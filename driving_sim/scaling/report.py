@@ -169,10 +169,10 @@ def fit_runs(runs: Sequence[ScalingRun], compute: float | None = None) -> Scalin
 def target_compute(
     compute: float | None, parameters: float | None, tokens: float | None
 ) -> float | None:
-    """Return `compute`, or the compute of training `parameters` on `tokens`, in operations.
+    """Return the training compute in operations: `compute`, or 6 * `parameters` * `tokens`.
 
-    Returns None if all three are None. Raises DriveSimError for a value that is not above 0, and
-    unless either `compute` or the other two are given.
+    Returns None if all three are None. Raises DriveSimError if a value is not above 0, if only one
+    of `parameters` and `tokens` is given, or if they are given together with `compute`.
     """
     options = {"compute": compute, "parameters": parameters, "tokens": tokens}
     for name, value in options.items():

@@ -38,7 +38,7 @@ _MAX_NUMBER = 1e18  # A larger number in a file means that the file is damaged o
 
 
 def _in(*keys: str) -> FieldInfo:
-    """Return the location of a field: the name of the file, then the keys in it."""
+    """Say where a field is read from. `keys` are the name of the file and the keys in it."""
     field: FieldInfo = Field(validation_alias=AliasPath(*keys))
     return field
 
@@ -168,7 +168,7 @@ def _read_record(path: Path) -> _Record:
 def _batches(metrics: Path, record: _Record) -> float:
     """Return the number of batches that all ranks together took up to the best step.
 
-    If the run did not record it, assume that there was only one rank.
+    If the run did not record this number, assume that there was only one rank.
     """
     best = record.best_step
     for line in metrics.read_bytes().splitlines() if metrics.is_file() else []:
@@ -211,11 +211,10 @@ def _token_matrices(weights: Mapping[str, tuple[int, ...]], file: Path) -> int:
 
 
 def _attention(weights: Mapping[str, tuple[int, ...]], slots: int) -> int:
-    """Return the multiplications of queries with keys and of weights with values, per token.
+    """Return the multiplications per token that attention does with keys and values.
 
-    Like N, it counts one multiplication as 1, so the two can be compared. With a causal mask, a
-    slot attends to half of the window's slots on average. Its products with their keys and values
-    take width * slots multiplications per layer.
+    N does not count them, because they use no weights. With a causal mask, a slot attends to half
+    of the window's slots on average, which takes width * slots multiplications per layer.
     """
     layers = [shape for name, shape in weights.items() if name.endswith(".attention.out.weight")]
     return sum(shape[0] for shape in layers if shape) * slots
