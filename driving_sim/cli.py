@@ -1,7 +1,8 @@
-"""The `drivesim` command: parses, calls, prints. Whatever is heavy is imported in the commands.
+"""The `drivesim` command line: it parses options, calls a function for the work, prints the result.
 
-A command's parameters have the names of those of the function that does its work, so that they go
-on as they are. Errors name them in that way too; here they are said as the command's flags.
+Each command imports heavy modules in its body, so that `--help` is fast. A command's parameters
+have the same names as those of the function that it calls, so most are passed on unchanged. Errors
+also name settings by these names in backticks, and this module replaces the names by flags.
 """
 
 import errno
@@ -28,44 +29,48 @@ RUNS = Path("runs")
 REPORTS = RUNS / "reports"
 
 _SETTING = re.compile(r"`(\w[\w.]*)(=[^`]*)?`")
-_RUNNING = "drivesim.command"  # where a context keeps the command that runs
-_REPEATED = {"resume": "the same command again"}
-_OF_THE_MODEL = {"steering_kind": "the model's kind of steering"}
-_OWN_WORDS = {
-    "tokenize": _REPEATED | {"run": "trained --tokenizer"},
-    "demo": _REPEATED | {"run": "--out"},
-    **dict.fromkeys(("rollout", "surprise", "world-model", "control"), _OF_THE_MODEL),
+_RUNNING = "drivesim.command"  # key of the running command in a context's `meta`
+_RESUME = {"resume": "the same command again"}
+_STEERING = {"steering_kind": "the model's kind of steering"}
+_WORDS_WITHOUT_FLAG = {
+    "tokenize": _RESUME | {"run": "trained --tokenizer"},
+    "demo": _RESUME | {"run": "--out"},
+    **dict.fromkeys(("rollout", "surprise", "world-model", "control"), _STEERING),
 }
-"""What commands call settings for which they have no option."""
+"""Words for the settings that a command has no option for, by command."""
 
 
 def with_flags(text: str, command: Any) -> str:
-    """The text with flags for the settings that it names in backticks, as Python calls them.
+    """Return `text` with the settings that it names in backticks replaced by flags.
 
-    `out` becomes the option of `command`, or of another one where it has none; `fps=10` the option
-    and its value; `training.seed=1` an assignment. What else is in backticks stays as it is.
+    `out` becomes the option of `command`, or that of another command if `command` has none.
+    `fps=10` becomes the option with its value, and `training.seed=1` becomes
+    `--set training.seed=1`. Any other text in backticks stays as it is.
     """
-    if not _SETTING.search(text):  # most lines that are said: the commands are not looked through
+    if not _SETTING.search(text):  # Most lines name no setting.
         return text
     root: Any = typer.main.get_command(app)
     commands = *root.commands.values(), *root.commands["evaluate"].commands.values(), command
-    named = [(each.name, each.opts[0]) for one in commands for each in one.params]
-    words = {name: flag for name, flag in named if flag.startswith("-")}
-    words |= {each.name: each.opts[0].upper() for each in command.params if each.opts[0][0] != "-"}
-    words |= _OWN_WORDS.get(command.name, {})
+    parameters = [parameter for known in commands for parameter in known.params]
+    words = {p.name: p.opts[0] for p in parameters if p.opts[0].startswith("-")}
+    words |= {p.name: p.opts[0].upper() for p in command.params if p.opts[0][0] != "-"}
+    words |= _WORDS_WITHOUT_FLAG.get(command.name, {})
 
-    def said(found: re.Match[str]) -> str:
-        name, value = found[1], found[2] or ""
+    def to_flag(match: re.Match[str]) -> str:
+        name, value = match[1], match[2] or ""
         if "." in name and value:
             return f"{words['assignments']} {name}{value}"
-        return words[name] + value.replace("=", " ", 1) if name in words else found[0]
+        return words[name] + value.replace("=", " ", 1) if name in words else match[0]
 
-    return _SETTING.sub(said, text)
+    return _SETTING.sub(to_flag, text)
 
 
-def _explain(error: BaseException, command: Any) -> str | None:
-    """The one line for an error that a user or the machine caused; None for a bug of ours."""
-    if isinstance(error, BadDriveError) and any(o.name == "skip_bad" for o in command.params):
+def _error_line(error: BaseException, command: Any) -> str | None:
+    """Return the one-line message for an error caused by the user or the machine.
+
+    Returns None for a bug in drivesim.
+    """
+    if isinstance(error, BadDriveError) and any(p.name == "skip_bad" for p in command.params):
         return with_flags(f"{error}, or pass `skip_bad`", command)
     if isinstance(error, DriveSimError):
         return with_flags(str(error), command)
@@ -77,7 +82,7 @@ def _explain(error: BaseException, command: Any) -> str | None:
             "out, ask for fewer or shorter futures"
         )
     if type(error).__name__ == "NoArgsIsHelpError":
-        return None  # its message is the help
+        return None  # The error's message is the help text.
     if isinstance(error, typer.BadParameter.__bases__) and hasattr(error, "format_message"):
         return f"{error.format_message()} (see --help)"
     return None
@@ -86,23 +91,26 @@ def _explain(error: BaseException, command: Any) -> str | None:
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    # Of torch's allocators only CUDA's has an error of its own.
-    plain = isinstance(error, RuntimeError) and (
+    # Only torch's CUDA allocator has its own error class. The others raise a RuntimeError.
+    torch_is_out = isinstance(error, RuntimeError) and (
         "DefaultCPUAllocator" in str(error) or "out of memory" in str(error)
     )
-    return plain or isinstance(error, MemoryError)
+    return torch_is_out or isinstance(error, MemoryError)
 
 
 @contextmanager
-def _one_line(context: Any = None) -> Iterator[None]:
-    """Turn errors that users cause into one line and exit code 1; `--debug` shows the traceback."""
+def _errors_as_one_line(context: Any = None) -> Iterator[None]:
+    """Print an error caused by the user or the machine as one line and exit with code 1.
+
+    A bug in drivesim is raised as it is. With `--debug`, so are all other errors.
+    """
     try:
         yield
     except Interrupted as interrupted:
         typer.echo(with_flags(str(interrupted), context.meta[_RUNNING]), err=True)
         raise typer.Exit(interrupted.exit_code) from None
     except Exception as error:
-        line = _explain(error, context and context.meta.get(_RUNNING))
+        line = _error_line(error, context and context.meta.get(_RUNNING))
         if line is None or (context and context.params["debug"]):
             raise
         typer.echo(f"error: {line}", err=True)
@@ -113,14 +121,17 @@ def _one_line(context: Any = None) -> Iterator[None]:
 
 
 def _say_done(line: str) -> None:
-    """Print a command's last line, once for all ranks of `torchrun`."""
+    """Print the last line of a command, on the main rank only."""
     if is_main_process():
         typer.echo(line)
 
 
 class _Group(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command, with a summary that the list of commands wraps and does not cut."""
+        """Return the command, and remember it as the running one.
+
+        Its summary is set to the first line of its help, because click would truncate that line.
+        """
         command = super().get_command(ctx, cmd_name)
         if command is not None and command.help:
             command.short_help = command.help.splitlines()[0]
@@ -131,11 +142,11 @@ class _Group(TyperGroup):
 
 class _OneLineErrors(_Group):
     def make_context(self, *args: Any, **options: Any) -> Any:
-        with _one_line():
+        with _errors_as_one_line():
             return super().make_context(*args, **options)
 
     def invoke(self, ctx: Any) -> Any:
-        with _one_line(ctx):
+        with _errors_as_one_line(ctx):
             return super().invoke(ctx)
 
 
@@ -143,7 +154,7 @@ app = typer.Typer(
     cls=_OneLineErrors,
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode=None,  # importing rich is half of the time that --help takes
+    rich_markup_mode=None,  # Importing rich would double the time that --help takes.
     pretty_exceptions_enable=False,
     help="Learn a driving simulator from driving video, then drive in it.",
 )
@@ -156,93 +167,148 @@ evaluate_app = typer.Typer(
 app.add_typer(evaluate_app, name="evaluate")
 
 
-def _gives_way(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
-    """Steps or minutes: what the environment says gives way to the other on the command line."""
-    other = "minutes" if option.name == "steps" else "steps"
-    own, others = (context.get_parameter_source(str(name)) for name in (option.name, other))
-    gives_way = own and own.name == "ENVIRONMENT" and others and others.name == "COMMANDLINE"
-    return None if gives_way else value
+def _unless_overridden(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
+    """Return `value`, the value of `steps` or `minutes`, unless the other option overrides it.
+
+    If `value` is from the environment and the other option is on the command line, return None.
+    """
+    rival = "minutes" if option.name == "steps" else "steps"
+    source = context.get_parameter_source(str(option.name))
+    rival_source = context.get_parameter_source(rival)
+    from_environment = source is not None and source.name == "ENVIRONMENT"
+    is_overridden = rival_source is not None and rival_source.name == "COMMANDLINE"
+    return None if from_environment and is_overridden else value
 
 
-def _preset(choice: str) -> Any:
-    return Option(envvar="DRIVESIM_PRESET", help=f"auto, demo, tiny, base or large{choice}")
+def _preset(help_text: str) -> Any:
+    return Option(envvar="DRIVESIM_PRESET", help=help_text)
 
 
-def _length(variable: str, text: str) -> Any:
-    return Option(envvar=variable, callback=_gives_way, help=text)
+def _training_length(variable: str, help_text: str) -> Any:
+    return Option(envvar=variable, callback=_unless_overridden, help=help_text)
 
 
 Videos = Annotated[
     list[Path],
     Argument(
-        help="Video files or folders of them; also Udacity recordings and comma2k19 segments."
+        help="Video files, or folders that contain videos, Udacity recordings or comma2k19 "
+        "segments."
     ),
 ]
-Model = Annotated[Path, Argument(help="World-model run.")]
-Preset = Annotated[str, _preset(" (see the README); auto: base on CUDA, else tiny.")]
-Steps = Annotated[int | None, _length("DRIVESIM_STEPS", "Train for this many steps.")]
-Minutes = Annotated[float | None, _length("DRIVESIM_MINUTES", "Train for this long instead.")]
-Precision = Annotated[
-    str | None, Option(help="auto, fp32 or bf16 [default: auto, bf16 where it is faster].")
+Model = Annotated[Path, Argument(help="Folder of a world-model run.")]
+Preset = Annotated[
+    str,
+    _preset(
+        "Model size and training settings: demo, tiny, base, large, or auto, which chooses base on "
+        "a CUDA GPU and tiny elsewhere."
+    ),
 ]
-Device = Annotated[str, Option(envvar="DRIVESIM_DEVICE", help="auto, cuda, mps or cpu.")]
+Steps = Annotated[
+    int | None,
+    _training_length(
+        "DRIVESIM_STEPS", "Number of training steps [default: the length that the preset sets]."
+    ),
+]
+Minutes = Annotated[
+    float | None,
+    _training_length("DRIVESIM_MINUTES", "Training time in minutes, instead of --steps."),
+]
+Precision = Annotated[
+    str | None,
+    Option(
+        help="Number format of the computation: fp32, bf16, or auto, which chooses bf16 if it is "
+        "faster on the device [default: auto]."
+    ),
+]
+Device = Annotated[
+    str,
+    Option(
+        envvar="DRIVESIM_DEVICE",
+        help="Device to compute on: cuda, mps, cpu, or auto, which chooses the first one present.",
+    ),
+]
 Kind = Annotated[
     str | None,
     Option(
-        help="What a bare `steering` column is: steering_wheel, road_wheel, curvature, normalised."
+        help="What the steering in the action files measures: steering_wheel, road_wheel, "
+        "curvature or normalised, all positive to the left. Needed if the column's name is only "
+        "`steering`."
     ),
 ]
 TimeOffset = Annotated[
-    float, Option(help="Seconds added to the action file's clock to reach the video's.")
+    float,
+    Option(help="Seconds to add to the times in the action files, so that they match the video."),
 ]
-Every = Annotated[int | None, Option(help="Take every n-th frame instead of a rate.", min=1)]
-Fps = Annotated[float | None, Option(help="Frames per second to take [default: 10].")]
-Config = Annotated[Path | None, Option(help="YAML file laid over the preset.")]
+Every = Annotated[int | None, Option(help="Take every n-th frame, instead of --fps.", min=1)]
+Fps = Annotated[
+    float | None, Option(help="Frames per second to take from the videos [default: 10].")
+]
+Config = Annotated[
+    Path | None, Option(help="YAML file with settings that override those of the preset.")
+]
 Set = Annotated[
-    list[str] | None, Option("--set", help="Override one setting: a.b=value. May be repeated.")
+    list[str] | None,
+    Option("--set", help="Override one setting, such as training.seed=1. May be repeated."),
 ]
-RunOut = Annotated[Path, Option("--out", help="Run folder.")]
-Resume = Annotated[bool, Option("--resume", help="Continue the run in --out.")]
+RunOut = Annotated[Path, Option("--out", help="Folder to write the run to.")]
+Resume = Annotated[bool, Option("--resume", help="Continue the run in --out where it stopped.")]
 InitFrom = Annotated[
-    Path | None, Option(help="Start from the weights of this finished run (fine-tuning).")
+    Path | None, Option(help="Finished run to take the initial weights from, for fine-tuning.")
 ]
 Shard = Annotated[
-    bool, Option("--shard", help="Spread the model over the ranks of torchrun (FSDP2).")
+    bool, Option("--shard", help="Shard the model over the ranks of torchrun (FSDP2).")
 ]
 SkipBad = Annotated[
-    bool, Option("--skip-bad", help="Go on without drives that cannot be read, and name them.")
+    bool, Option("--skip-bad", help="Skip drives that cannot be read, and list them.")
 ]
-Guidance = Annotated[float, Option(help="Strength of the actions; 1 is the plain model.")]
-Temperature = Annotated[float, Option(help="0 takes the likeliest token.")]
-TopK = Annotated[int | None, Option(help="Keep only the k likeliest tokens.")]
-TopP = Annotated[float | None, Option(help="Keep the likeliest up to this mass.")]
-Seed = Annotated[int, Option(help="Seed of the draws.")]
+Guidance = Annotated[
+    float,
+    Option(
+        help="Guidance scale for the actions; 1 is the plain model, and larger values follow the "
+        "actions more strongly."
+    ),
+]
+Temperature = Annotated[
+    float, Option(help="Sampling temperature; 0 always takes the most likely token.")
+]
+TopK = Annotated[
+    int | None, Option(help="Sample only from the k most likely tokens [default: all].")
+]
+TopP = Annotated[
+    float | None,
+    Option(
+        help="Sample only from the most likely tokens that together reach this probability "
+        "[default: all]."
+    ),
+]
+Seed = Annotated[int, Option(help="Random seed for sampling the tokens.")]
 
 
-def _given(parameters: dict[str, Any]) -> dict[str, Any]:
-    """A command's `locals()`, taken first of all, without the options that are not given.
+def _given_options(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return a command's `locals()` without the options that were not given.
 
-    What they are by default, the function knows to which the others go.
+    Call it first in a command, before there are other local variables. The function that does the
+    work knows the defaults of the options left out.
     """
     return {name: value for name, value in parameters.items() if value is not None}
 
 
-def _taken(given: dict[str, Any], cls: type) -> dict[str, Any]:
-    """Take those out of `given` that are fields of a dataclass."""
-    return {each.name: given.pop(each.name) for each in fields(cls) if each.name in given}
+def _pop_fields(options: dict[str, Any], cls: type) -> dict[str, Any]:
+    """Remove the options that are fields of the dataclass `cls` from `options`, and return them."""
+    return {field.name: options.pop(field.name) for field in fields(cls) if field.name in options}
 
 
-def _sampling(given: dict[str, Any]) -> Any:
-    """The `Sampling` that is asked for, taken out of `given`."""
+def _pop_sampling(options: dict[str, Any]) -> Any:
+    """Remove the sampling options from `options`, and return them as a `Sampling`."""
     from driving_sim.engine.config import from_dict
     from driving_sim.world_model.sampling.sampling import Sampling
 
-    return from_dict(Sampling, _taken(given, Sampling), where="sampling")
+    return from_dict(Sampling, _pop_fields(options, Sampling), where="sampling")
 
 
 @app.callback()
 def main(
-    debug: Annotated[bool, Option("--debug", help="Show tracebacks of errors.")] = False,
+    debug: Annotated[bool, Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Learn a driving simulator from driving video, then drive in it."""
     collect_rarely()
@@ -252,22 +318,34 @@ def main(
 
 @app.command()
 def synth(
-    out: Annotated[Path, Argument(help="Folder for the videos, CSVs and worlds.")],
-    drives: Annotated[int, Option(min=1, help="How many drives.")] = 8,
-    seconds: Annotated[float, Option(min=1, help="Length of each drive.")] = 30.0,
-    seed: Annotated[int, Option(min=0, help="Seed of the worlds and the drivers.")] = 0,
+    out: Annotated[
+        Path, Argument(help="Folder to write the videos, action CSVs and world descriptions to.")
+    ],
+    drives: Annotated[int, Option(min=1, help="Number of drives to make.")] = 8,
+    seconds: Annotated[float, Option(min=1, help="Length of each drive in seconds.")] = 30.0,
+    seed: Annotated[int, Option(min=0, help="Random seed for the worlds and the drivers.")] = 0,
     worlds: Annotated[
-        int | None, Option(min=1, help="How many worlds [default: one for each drive].")
+        int | None,
+        Option(min=1, help="Number of worlds that the drives share [default: one for each drive]."),
     ] = None,
     first: Annotated[
-        int, Option(min=0, help="Number of the first drive: later ones, to hold out.")
+        int,
+        Option(
+            min=0,
+            help="Number of the first drive. For held-out drives, use the same --seed and --worlds "
+            "and a number after the last training drive.",
+        ),
     ] = 0,
-    height: Annotated[int, Option(min=16, help="Picture height in pixels.")] = 128,
-    width: Annotated[int, Option(min=16, help="Picture width in pixels.")] = 256,
-    fps: Annotated[float, Option(min=4, help="Frames per second.")] = 10.0,
+    height: Annotated[int, Option(min=16, help="Height of the videos in pixels.")] = 128,
+    width: Annotated[int, Option(min=16, help="Width of the videos in pixels.")] = 256,
+    fps: Annotated[float, Option(min=4, help="Frames per second of the videos.")] = 10.0,
 ) -> None:
-    """Make synthetic drives: video, exact actions, and the world to replay them in."""
-    given = _given(locals())
+    """Make synthetic drives: videos with exact speed and steering (left is positive).
+
+    A JSON file beside each video describes the world, so that the drive can be replayed with other
+    actions.
+    """
+    options = _given_options(locals())
     from driving_sim.data.synthetic.drives import frame_count
     from driving_sim.data.synthetic.world import SyntheticConfig
     from driving_sim.data.synthetic.writer import write_synthetic_drives
@@ -275,9 +353,12 @@ def synth(
     from driving_sim.engine.progress import progress
     from driving_sim.engine.threads import usable_cores
 
-    config = from_dict(SyntheticConfig, _taken(given, SyntheticConfig), where="drivesim synth")
+    settings = _pop_fields(options, SyntheticConfig)
+    config = from_dict(SyntheticConfig, settings, where="drivesim synth")
     with progress(drives * frame_count(seconds, config), f"drive -> {out}", "frames") as bar:
-        write_synthetic_drives(**given, config=config, workers=usable_cores(), progress=bar.advance)
+        write_synthetic_drives(
+            **options, config=config, workers=usable_cores(), progress=bar.advance
+        )
     typer.echo(f"{drives} drives of {seconds:g} s -> {out}; next: drivesim tokenize {out}")
 
 
@@ -286,19 +367,27 @@ def inspect(
     context: typer.Context,
     videos: Videos,
     out: Annotated[
-        Path, Option(help="Folder for the pictures, in place of an earlier inspection.")
+        Path,
+        Option(
+            help="Folder for the pictures and inspection.json. An earlier inspection in it is "
+            "replaced."
+        ),
     ] = RUNS / "inspect",
-    as_json: Annotated[bool, Option("--json", help="Print JSON, not a table.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON instead of a table.")] = False,
     steering_kind: Kind = None,
     time_offset: TimeOffset = 0.0,
 ) -> None:
-    """Show what is there and what is wrong: rates, gaps, action lag, steering sign."""
+    """Check drives for problems, such as gaps, a lag of the actions, or a flipped steering sign.
+
+    In drivesim, steering is positive to the left. The command prints a table and draws the
+    alignment of the actions with the video.
+    """
     from driving_sim.data.inspect.inspection import inspect_drives
 
     report = inspect_drives(videos, out, steering_kind=steering_kind, time_offset=time_offset)
     table = f"{report.table()}\n\npictures and inspection.json: {out}"
-    shown = json.dumps(asdict(report), indent=2) if as_json else table
-    typer.echo(with_flags(shown, context.command))
+    text = json.dumps(asdict(report), indent=2) if as_json else table
+    typer.echo(with_flags(text, context.command))
 
 
 @app.command()
@@ -319,12 +408,12 @@ def train_tokenizer(
     shard: Shard = False,
     device: Device = "auto",
 ) -> None:
-    """Learn to turn frames into tokens and back."""
-    given = _given(locals())
+    """Train a tokenizer, the model that turns frames into tokens and back."""
+    options = _given_options(locals())
     from driving_sim.pipeline import TrainingRequest, train_tokenizer_on
 
-    request = TrainingRequest(**_taken(given, TrainingRequest))
-    train_tokenizer_on(request=request, **given)
+    request = TrainingRequest(**_pop_fields(options, TrainingRequest))
+    train_tokenizer_on(request=request, **options)
     _say_done(f"tokenizer -> {run}; next: drivesim tokenize VIDEOS --tokenizer {run}")
 
 
@@ -333,60 +422,84 @@ def tokenize(
     videos: Videos,
     tokenizer: Annotated[
         Path | None,
-        Option(help="Tokenizer run [default: runs/tokenizer, trained first if missing]."),
+        Option(
+            help="Folder of a finished tokenizer run [default: runs/tokenizer, which is trained "
+            "first if it is missing]."
+        ),
     ] = None,
-    out: Annotated[Path, Option(help="Token store to write.")] = RUNS / "tokens",
+    out: Annotated[Path, Option(help="Folder to write the token store to.")] = RUNS / "tokens",
     preset: Annotated[
         str,
-        _preset(": of the tokenizer that is trained if missing; auto: base on CUDA, else tiny."),
+        _preset(
+            "Model size and training settings of a missing tokenizer: demo, tiny, base, large, or "
+            "auto, which chooses base on a CUDA GPU and tiny elsewhere."
+        ),
     ] = "auto",
     steps: Annotated[
-        int | None, _length("DRIVESIM_STEPS", "Train a missing tokenizer for this many steps.")
+        int | None,
+        _training_length(
+            "DRIVESIM_STEPS",
+            "Number of training steps for a missing tokenizer [default: the length that the preset "
+            "sets].",
+        ),
     ] = None,
     minutes: Annotated[
         float | None,
-        _length("DRIVESIM_MINUTES", "Train a missing tokenizer for this long instead."),
+        _training_length(
+            "DRIVESIM_MINUTES",
+            "Training time for a missing tokenizer in minutes, instead of --steps.",
+        ),
     ] = None,
     assignments: Annotated[
         list[str] | None,
         Option(
             "--set",
-            help="Override one setting of a missing tokenizer: a.b=value. May be repeated.",
+            help="Override one setting for training a missing tokenizer, such as training.seed=1. "
+            "May be repeated.",
         ),
     ] = None,
     fps: Fps = None,
     every: Every = None,
     mirror: Annotated[
-        bool, Option("--mirror", help="Add each drive flipped, with steering negated.")
+        bool,
+        Option("--mirror", help="Also add a mirrored copy of each drive, with negated steering."),
     ] = False,
     steering_kind: Kind = None,
     time_offset: TimeOffset = 0.0,
     skip_bad: SkipBad = False,
-    batch_size: Annotated[int, Option(min=1, help="Frames encoded at once.")] = 8,
+    batch_size: Annotated[int, Option(min=1, help="Number of frames to encode at once.")] = 8,
     precision: Precision = None,
     device: Device = "auto",
 ) -> None:
-    """Turn videos and their actions into a token store."""
-    given = _given(locals())
+    """Turn videos and their actions into a token store.
+
+    Without --tokenizer, the command first trains a tokenizer on the videos if there is none.
+    """
+    options = _given_options(locals())
     from driving_sim.pipeline import TrainingRequest, tokenize_videos
 
-    training = TrainingRequest(**_taken(given, TrainingRequest))
-    # A tokenizer that is named must be there; the default one is made where it is not.
-    given["training"] = training if tokenizer is None else None
-    given["tokenizer"] = tokenizer or RUNS / "tokenizer"
-    index = tokenize_videos(**given, device=device, precision=precision or "auto")
-    named = "" if tokenizer is None else f" --tokenizer {tokenizer}"
-    _say_done(f"{index} -> {out}; next: drivesim train-world-model {out}{named}")
+    training = TrainingRequest(**_pop_fields(options, TrainingRequest))
+    # Only the default tokenizer is trained if it is missing. A named one must exist.
+    options["training"] = training if tokenizer is None else None
+    options["tokenizer"] = tokenizer or RUNS / "tokenizer"
+    index = tokenize_videos(**options, device=device, precision=precision or "auto")
+    option = "" if tokenizer is None else f" --tokenizer {tokenizer}"
+    _say_done(f"{index} -> {out}; next: drivesim train-world-model {out}{option}")
 
 
 @app.command()
 def train_world_model(
-    tokens: Annotated[Path, Argument(help="Token store.")] = RUNS / "tokens",
+    tokens: Annotated[Path, Argument(help="Token store to train on.")] = RUNS / "tokens",
     run: RunOut = RUNS / "world-model",
-    tokenizer: Annotated[Path, Option(help="The tokenizer run that made the tokens.")] = RUNS
-    / "tokenizer",
+    tokenizer: Annotated[
+        Path, Option(help="Folder of the tokenizer run that made the tokens.")
+    ] = RUNS / "tokenizer",
     preset: Annotated[
-        str, _preset(" (see the README); auto: the one that fits the tokens.")
+        str,
+        _preset(
+            "Model size and training settings: demo, tiny, base, large, or auto, which chooses the "
+            "preset that fits the number of tokens in a frame."
+        ),
     ] = "auto",
     steps: Steps = None,
     minutes: Minutes = None,
@@ -398,14 +511,14 @@ def train_world_model(
     shard: Shard = False,
     device: Device = "auto",
 ) -> None:
-    """Learn to predict the next frame's tokens from the past and the actions."""
-    given = _given(locals())
+    """Train a world model to predict the tokens of the next frame from the past and the actions."""
+    options = _given_options(locals())
     from driving_sim.pipeline import TrainingRequest, train_world_model_on
 
-    request = TrainingRequest(**_taken(given, TrainingRequest))
-    train_world_model_on(request=request, **given)
-    named = "" if tokens == RUNS / "tokens" else f" --tokens {tokens}"
-    _say_done(f"world model -> {run}; next: drivesim rollout --actions left --model {run}{named}")
+    request = TrainingRequest(**_pop_fields(options, TrainingRequest))
+    train_world_model_on(request=request, **options)
+    option = "" if tokens == RUNS / "tokens" else f" --tokens {tokens}"
+    _say_done(f"world model -> {run}; next: drivesim rollout --actions left --model {run}{option}")
 
 
 @app.command()
@@ -413,45 +526,70 @@ def rollout(
     actions: Annotated[
         list[str],
         Option(
-            help="A CSV, a script such as 'speed=8 steer=0.1 for 2s; steer=0 for 1s', or straight, "
-            "left, right, brake, recorded. Repeat it for several futures side by side."
+            help="How to drive: a CSV file, a script such as 'speed=8 steer=0.1 for 2s; steer=0 "
+            "for 1s', or a name: straight, left, right, brake or recorded. Steering is positive to "
+            "the left. Repeat the option to show several futures side by side."
         ),
     ],
-    model: Annotated[Path, Option(help="World-model run.")] = RUNS / "world-model",
+    model: Annotated[Path, Option(help="Folder of a world-model run.")] = RUNS / "world-model",
     context: Annotated[
         Path | None,
-        Option(help="Video to start from [default: the first validation drive of --tokens]."),
+        Option(help="Video to start from [default: the first validation drive in --tokens]."),
     ] = None,
     tokens: Annotated[
-        Path, Option(help="Token store to start from where there is no --context.")
+        Path, Option(help="Token store to start from, if there is no --context.")
     ] = RUNS / "tokens",
     start_s: Annotated[
-        float | None, Option("--start", help="Time of the last context frame in the video, s.")
+        float | None,
+        Option(
+            "--start",
+            help="Time in the video, in seconds, at which the prediction starts [default: the "
+            "earliest time with a full context before it].",
+        ),
     ] = None,
     seconds: Annotated[
-        float | None, Option(help="Length [default: the actions' own, else 4].", min=0)
+        float | None,
+        Option(
+            help="Length of the futures in seconds [default: the length of the actions if they "
+            "have one, else 4].",
+            min=0,
+        ),
     ] = None,
     out: Annotated[
-        Path, Option(help="Video to write (.mp4), or a folder; a JSON, PNG and tokens beside it.")
+        Path,
+        Option(
+            help="Video to write (.mp4), or a folder for rollout.mp4. A JSON file, a PNG and the "
+            "tokens are written beside the video."
+        ),
     ] = Path("rollout.mp4"),
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing --out.")] = False,
-    samples: Annotated[int, Option(min=1, help="Futures for each --actions.")] = 1,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace existing files.")] = False,
+    samples: Annotated[
+        int, Option(min=1, help="Number of futures to sample for each --actions.")
+    ] = 1,
     guidance: Guidance = 1.0,
     temperature: Temperature = 1.0,
     top_k: TopK = None,
     top_p: TopP = None,
     seed: Seed = 0,
     time_offset: Annotated[
-        float, Option(help="Seconds added to the clock of --context's CSV to reach the video's.")
+        float,
+        Option(help="Seconds to add to the times in the CSV of --context, to match its video."),
     ] = 0.0,
     precision: Precision = None,
     device: Device = "auto",
 ) -> None:
-    """Drive in the model: one video of every future, with speed and steering drawn on it."""
-    given = _given(locals())
+    """Drive in the world model and write a video of the futures, with speed and steering shown.
+
+    A script sets speed in m/s, accel in m/s² and steer. The unit of steer is that of the training
+    data, for example rad for wheel angles. A channel that is not set keeps its value.
+
+    The names left and right steer as far as the 95th percentile of the steering in the training
+    data, brake slows down by 4 m/s², and recorded takes the recorded actions after the start.
+    """
+    options = _given_options(locals())
     from driving_sim.pipeline import roll_out
 
-    report = roll_out(sampling=_sampling(given), **given)
+    report = roll_out(sampling=_pop_sampling(options), **options)
     typer.echo(
         f"{len(report['futures'])} x {report['frames']} frames "
         f"({report['frames_per_second']:.1f} frames/s) -> {out}"
@@ -460,37 +598,41 @@ def rollout(
 
 @app.command()
 def demo(
-    out: Annotated[Path, Option(help="Folder for everything it makes.")] = RUNS / "demo",
-    seed: Annotated[int, Option(min=0, help="Seed of worlds, training and sampling.")] = 0,
+    out: Annotated[Path, Option(help="Folder to write all results to.")] = RUNS / "demo",
+    seed: Annotated[
+        int, Option(min=0, help="Random seed for the worlds, the training and the sampling.")
+    ] = 0,
     drives: Annotated[
-        int | None, Option(min=2, help="Drives to train on, 24 s each. [default: 160]")
+        int | None,
+        Option(min=2, help="Number of drives to train on, each of 24 s [default: 160]."),
     ] = None,
     precision: Precision = None,
 ) -> None:
-    """Run all of it on the synthetic world, in minutes, on a CPU."""
-    given = _given(locals())
+    """Run the whole pipeline on a synthetic world, in minutes on a CPU."""
+    options = _given_options(locals())
     from driving_sim.demo import DemoConfig, run_demo
 
-    typer.echo(run_demo(config=DemoConfig(**_taken(given, DemoConfig)), **given))
+    typer.echo(run_demo(config=DemoConfig(**_pop_fields(options, DemoConfig)), **options))
 
 
 @app.command()
 def surprise(
     run: Model,
     videos: Videos,
-    out: Annotated[Path, Option(help="Folder for videos, pictures and JSON.")] = RUNS / "surprise",
+    out: Annotated[Path, Option(help="Folder to write the videos, pictures and JSON to.")] = RUNS
+    / "surprise",
     time_offset: TimeOffset = 0.0,
     precision: Precision = None,
     device: Device = "auto",
 ) -> None:
-    """Show what a world model did not expect: heat maps over the videos, drives ranked by it."""
+    """Show where the videos surprise a world model: heat maps, and a ranking of the drives."""
     from driving_sim.evaluate.likelihood.surprise import find_surprises
     from driving_sim.pipeline import model_and_drives
 
     world, drives = model_and_drives(run, videos, time_offset, device, precision or "auto")
-    found = find_surprises(world, drives, out)
-    for drive in found["ranking"]:
-        typer.echo(f"{found['drives'][drive]['bits_per_token']:8.3f} bits per token  {drive}")
+    summary = find_surprises(world, drives, out)
+    for drive in summary["ranking"]:
+        typer.echo(f"{summary['drives'][drive]['bits_per_token']:8.3f} bits per token  {drive}")
     typer.echo(f"videos, curves and the most surprising moments -> {out}")
 
 
@@ -498,19 +640,36 @@ def surprise(
 def scaling(
     runs: Annotated[
         list[Path],
-        Argument(help="Finished world-model runs of at least three sizes, on one token store."),
+        Argument(
+            help="Folders of finished world-model runs of at least three sizes, all trained on the "
+            "same token store."
+        ),
     ],
-    out: Annotated[Path, Option(help="Folder for the law and its plot.")] = RUNS / "scaling",
+    out: Annotated[Path, Option(help="Folder to write the scaling law and its plot to.")] = RUNS
+    / "scaling",
     compute: Annotated[
         float | None,
-        Option(help="Predict a run of this many operations [default: 10 times the largest run's]."),
+        Option(
+            help="Training compute to predict the loss for, in floating-point operations "
+            "[default: 10 times that of the largest run]."
+        ),
     ] = None,
     parameters: Annotated[
-        float | None, Option(help="Or of this many parameters without embeddings, with --tokens.")
+        float | None,
+        Option(
+            help="Number of parameters to predict the loss for, without embeddings. Give it with "
+            "--tokens, instead of --compute."
+        ),
     ] = None,
-    tokens: Annotated[float | None, Option(help="Tokens that it is trained on.")] = None,
+    tokens: Annotated[
+        float | None,
+        Option(
+            help="Number of training tokens to predict the loss for. Give it with --parameters, "
+            "instead of --compute."
+        ),
+    ] = None,
 ) -> None:
-    """Fit a scaling law to small runs and predict what a larger one will come to."""
+    """Fit a scaling law to small training runs and predict the loss of a larger one."""
     from driving_sim.scaling.report import scale, target_compute
 
     typer.echo(str(scale(runs, out, compute=target_compute(compute, parameters, tokens))))
@@ -519,42 +678,49 @@ def scaling(
 
 @evaluate_app.command("tokenizer")
 def evaluate_tokenizer(
-    run: Annotated[Path, Argument(help="Tokenizer run.")],
+    run: Annotated[Path, Argument(help="Folder of a tokenizer run.")],
     videos: Videos,
-    out: Annotated[Path, Option(help="Folder for the report.")] = REPORTS / "tokenizer",
+    out: Annotated[Path, Option(help="Folder to write the report to.")] = REPORTS / "tokenizer",
     fps: Fps = None,
     every: Every = None,
     precision: Precision = None,
     device: Device = "auto",
 ) -> None:
-    """PSNR, SSIM, codebook use, flicker and speed of reconstructions: a report."""
-    given = _given(locals())
+    """Measure a tokenizer's reconstructions: PSNR, SSIM, codebook use, flicker and speed."""
+    options = _given_options(locals())
     from driving_sim.evaluate.measure import measure_tokenizer
 
-    _show(measure_tokenizer(**given), out)
+    _print_figures(measure_tokenizer(**options), out)
 
 
 @evaluate_app.command("world-model")
 def evaluate_world_model(
     run: Model,
     data: Annotated[
-        list[Path], Argument(help="Held-out drives: videos, or one token store of them.")
+        list[Path],
+        Argument(help="Held-out drives: video files or folders, or one token store."),
     ],
-    out: Annotated[Path, Option(help="Folder for the report.")] = REPORTS / "world-model",
+    out: Annotated[Path, Option(help="Folder to write the report to.")] = REPORTS / "world-model",
     training_tokens: Annotated[
-        Path, Option(help="Token store that the model was trained on, for the baselines.")
+        Path,
+        Option(help="Token store that the model was trained on; the baselines are fitted to it."),
     ] = RUNS / "tokens",
     training_videos: Annotated[
         list[Path] | None,
         Option(
-            help="Its videos, which the inverse-dynamics probe learns from, 20 minutes of them at "
-            "most; drives that are held out, or not in --training-tokens, are left out. May be "
-            "repeated. [default: reconstructions of the tokens]"
+            help="Videos of the drives in --training-tokens, to train the inverse-dynamics probe "
+            "on. Other drives and held-out drives are ignored, and at most 20 minutes are used. "
+            "May be repeated. [default: videos reconstructed from the tokens]"
         ),
     ] = None,
-    quick: Annotated[bool, Option("--quick", help="Less of everything.")] = False,
+    quick: Annotated[
+        bool, Option("--quick", help="Measure on fewer and shorter clips, for a first look.")
+    ] = False,
     fps: Annotated[
-        float | None, Option(help="Frames per second [default: as in --training-tokens].")
+        float | None,
+        Option(
+            help="Frames per second to take from the videos [default: that of --training-tokens]."
+        ),
     ] = None,
     every: Every = None,
     guidance: Guidance = 1.0,
@@ -563,37 +729,44 @@ def evaluate_world_model(
     top_p: TopP = None,
     seed: Seed = 0,
     i3d: Annotated[
-        Path | None, Option(help="I3D TorchScript file: the Fréchet distance is then FVD.")
+        Path | None,
+        Option(
+            help="TorchScript file of the I3D network. With it, the reported Fréchet distance is "
+            "FVD [default: built-in features, whose distance is not FVD]."
+        ),
     ] = None,
     probe: Annotated[
         Path | None,
         Option(
-            help="Report whose inverse-dynamics probe is used again, to compare with it: of the "
-            "model's frame rate and kind of steering, and of none of the held-out drives."
+            help="Earlier report whose inverse-dynamics probe to use again, so that the reports "
+            "can be compared. The probe must have the model's frame rate and kind of steering, and "
+            "must not have seen the held-out drives."
         ),
     ] = None,
     time_offset: TimeOffset = 0.0,
     precision: Precision = None,
     device: Device = "auto",
 ) -> None:
-    """Likelihood, action information, rollout quality, action fidelity, stability: a report."""
-    given = _given(locals())
+    """Measure how well a world model predicts, follows actions and keeps long rollouts stable."""
+    options = _given_options(locals())
     from dataclasses import replace
 
     from driving_sim.evaluate.measure import measure_world_model
     from driving_sim.evaluate.world_model import FULL, QUICK
 
-    config = replace(QUICK if given.pop("quick") else FULL, sampling=_sampling(given))
-    _show(measure_world_model(config=config, **given), out)
+    config = replace(QUICK if options.pop("quick") else FULL, sampling=_pop_sampling(options))
+    _print_figures(measure_world_model(config=config, **options), out)
 
 
 @evaluate_app.command("compare")
 def evaluate_compare(
-    a: Annotated[Path, Argument(help="A report.")],
-    b: Annotated[Path, Argument(help="Another one, measured in the same way.")],
-    out: Annotated[Path, Option(help="Page to write.")] = REPORTS / "comparison.html",
+    a: Annotated[Path, Argument(help="Folder of the first report.")],
+    b: Annotated[
+        Path, Argument(help="Folder of the second report, measured under the same protocol.")
+    ],
+    out: Annotated[Path, Option(help="Web page to write (.html).")] = REPORTS / "comparison.html",
 ) -> None:
-    """Set two reports side by side, if they were measured under one protocol."""
+    """Compare two reports that were measured under the same protocol, on one web page."""
     from driving_sim.evaluate.report.compare import compare_reports
 
     typer.echo(compare_reports(a, b, out))
@@ -603,21 +776,31 @@ def evaluate_compare(
 def evaluate_control(
     run: Model,
     videos: Videos,
-    starts: Annotated[int, Option(min=1, help="Starts, spread over the videos.")] = 10,
-    seconds: Annotated[float, Option(help="Length of each future.")] = 2.0,
+    starts: Annotated[
+        int, Option(min=1, help="Number of starting points, spread over the videos.")
+    ] = 10,
+    seconds: Annotated[float, Option(help="Length of each future in seconds.")] = 2.0,
     guidance: Guidance = 1.0,
     temperature: Temperature = 1.0,
     top_k: TopK = None,
     top_p: TopP = None,
     seed: Seed = 0,
     time_offset: TimeOffset = 0.0,
-    sheet: Annotated[Path | None, Option(help="Picture of the futures (.png or .jpg).")] = None,
-    out: Annotated[Path | None, Option(help="Also write the JSON here.")] = None,
+    sheet: Annotated[
+        Path | None,
+        Option(help="File for a picture of the futures, .png or .jpg [default: no picture]."),
+    ] = None,
+    out: Annotated[
+        Path | None, Option(help="File to save the printed JSON in [default: not saved].")
+    ] = None,
     precision: Precision = None,
     device: Device = "auto",
 ) -> None:
-    """Steer left and right from many starts: does the picture move the right way?"""
-    sampling = _sampling(_given(locals()))
+    """Steer left and right from many starting points and test whether the picture follows.
+
+    The results are printed as JSON. In them, steering and motion are positive to the left.
+    """
+    sampling = _pop_sampling(_given_options(locals()))
     from driving_sim.engine.config import save_json
     from driving_sim.evaluate.actions.control import measure_control
     from driving_sim.pipeline import model_and_drives
@@ -631,8 +814,8 @@ def evaluate_control(
         save_json(out, measured)
 
 
-def _show(figures: dict[str, str], out: Path) -> None:
-    """Print a report's key figures and where the rest is."""
+def _print_figures(figures: dict[str, str], out: Path) -> None:
+    """Print a report's key figures, and the path of the report."""
     for label, text in figures.items():
         typer.echo(f"{label}: {text}")
     typer.echo(f"report -> {out / 'report.html'}")

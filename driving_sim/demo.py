@@ -1,4 +1,4 @@
-"""The whole pipeline on the synthetic world, in minutes on a CPU, measured against the truth."""
+"""Run the whole pipeline on a synthetic world and compare its predictions with the true futures."""
 
 from dataclasses import replace
 from itertools import product
@@ -43,14 +43,14 @@ _PLAN = "demo.json"
 
 @config
 class DemoConfig:
-    """How much of everything; the defaults take some 10 minutes on 2 CPU cores."""
+    """Size of the demo. With the defaults it takes about 10 minutes on 2 CPU cores."""
 
     drives: int = 160
-    """Drives to train on, all through one world."""
+    """Number of training drives, all in the same world."""
     heldout_drives: int = 8
-    """Drives through the same world that are not trained on, for `drivesim evaluate`."""
+    """Number of held-out drives in the same world, for `drivesim evaluate`."""
     drive_seconds: float = 24.0
-    """Length of each."""
+    """Length of a drive in seconds."""
     world: SyntheticConfig = SyntheticConfig(
         height=64,
         width=128,
@@ -60,33 +60,35 @@ class DemoConfig:
         traffic=0.0,
         palettes=("noon",),
     )
-    """How they are filmed."""
+    """Frame size, frame rate, road and traffic of the world."""
     preset: str = "demo"
-    """Of both trainings."""
+    """Name of the preset for training the tokenizer and the world model."""
     steps: int | None = None
-    """Training steps of each model, instead of the preset's minutes."""
+    """Training steps of each model. If None, the preset sets the length."""
     precision: str = "auto"
-    """The number format of all passes: auto, fp32 or bf16."""
+    """Number format of training and inference: auto, fp32 or bf16."""
     seconds: float = 4.0
-    """Length of the futures."""
+    """Length of the predicted futures in seconds."""
     judged_seconds: float = 2.0
-    """The second that ends here decides which true future a prediction is nearest to."""
+    """End, in seconds, of the one-second span in which predicted and true futures are compared."""
     sampling: Sampling = Sampling(temperature=0.85)
-    """How they are drawn."""
+    """Sampling settings for the predicted futures, without the seed."""
 
 
 def run_demo(out: Path, *, seed: int = 0, config: DemoConfig | None = None) -> str:
-    """Make drives, train both models, roll four actions out of one start; return the summary.
+    """Make drives, train both models, roll out four actions from one start; return the summary.
 
-    `out` gets the drives (and others, `heldout`), runs and tokens, `demo.mp4`, `demo.webp` and
-    `demo.png` (truth above prediction) and `summary.json`; `demo.json` says what was asked for. A
-    demo of the same seed and config that was stopped goes on; anything else in `out` raises
-    DriveSimError.
+    `out` holds the training drives (`videos`), the held-out drives (`heldout`), both runs and the
+    tokens. `demo.mp4`, `demo.webp` and `demo.png` show the true futures above the predicted ones,
+    `summary.json` holds the measurements, and `demo.json` the seed and the config. An interrupted
+    demo with the same seed and config is continued. If `out` holds anything else, DriveSimError is
+    raised.
     """
     config = config or DemoConfig()
     if (out / "summary.json").exists():
         raise DriveSimError(f"{out} holds a finished demo: choose another `out` or delete it")
-    resolve_precision(config.precision, resolve_device("auto"))  # a wrong one is refused here
+    # Raise an error for a wrong precision now, before anything is written.
+    resolve_precision(config.precision, resolve_device("auto"))
     claim_folder(out, _PLAN, {"seed": seed, **to_dict(config)}, "a demo")
     _train(out, seed, config)
     world = WorldModel.from_run(out / "world-model", precision=config.precision)
@@ -112,7 +114,7 @@ def run_demo(out: Path, *, seed: int = 0, config: DemoConfig | None = None) -> s
 
 
 def _train(out: Path, seed: int, config: DemoConfig) -> None:
-    """Do what a run that was stopped had not done yet."""
+    """Make the drives and train both models, except for what an interrupted demo already did."""
     videos, tokens, world_model = out / "videos", out / "tokens", out / "world-model"
     if not tokens.exists():
         _make_drives(videos, seed, config, range(config.drives))
@@ -158,7 +160,10 @@ def _make_drives(videos: Path, seed: int, config: DemoConfig, numbers: range) ->
 
 
 def _find_start(config: DemoConfig, seed: int, context_frames: int) -> tuple[SyntheticDrive, int]:
-    """The first calm moment in the lane at a moderate speed, in drives that nobody trained on."""
+    """Find the first calm moment in the lane at a moderate speed, in a drive not trained on.
+
+    Returns the drive and the index of its frame.
+    """
     world = SyntheticWorld(seeds(seed, 0)[0], config.world)
     for driver_seed in np.random.default_rng([seed, 2]).integers(2**31, size=100):
         driven = drive(world, 30.0, int(driver_seed))
@@ -172,13 +177,16 @@ def _find_start(config: DemoConfig, seed: int, context_frames: int) -> tuple[Syn
                 and abs(offset[0] - LANE_OFFSET) < 1.5
             ):
                 return driven, index
-    raise AssertionError("a hundred drives without a calm moment")
+    raise AssertionError("no calm moment in a hundred drives")
 
 
 def _roll_out(
     world: WorldModel, driven: SyntheticDrive, start: int, config: DemoConfig, seed: int
 ) -> tuple[list[ActionPlan], list[Pixels]]:
-    """Plans from a moment of a drive, and their predicted futures, each [N, H, W, 3]."""
+    """Return the action plans from frame `start` of a drive, and their predicted futures.
+
+    Each future is [N, H, W, 3].
+    """
     first = start - world.context_frames
     frames = np.stack([driven.world.render(state) for state in driven.states[first : start + 1]])
     past = driven.actions[first:start]
@@ -197,13 +205,17 @@ def _roll_out(
     with progress(actions.shape[1], "roll out", "frames") as bar:
         steps = bar.counted(world.generate(context.prefix(world), actions, sampling=sampling))
         moments = [step.tokens.cpu() for step in steps]
-    return plans, [world.tokenizer.decode(one).numpy() for one in torch.stack(moments, dim=1)]
+    tokens_of_plans = torch.stack(moments, dim=1)
+    return plans, [world.tokenizer.decode(tokens).numpy() for tokens in tokens_of_plans]
 
 
 def _psnr_matrix(futures: list[Pixels], truths: list[Pixels], judged: slice) -> Floats:
-    """Return the mean PSNR in dB over `judged` frames: predictions in rows, truths in columns."""
+    """Return the mean PSNR in dB over the `judged` frames of each future and each truth.
+
+    Rows are futures, columns are truths.
+    """
     predicted, true = (
-        [torch.from_numpy(frames[judged]) for frames in videos] for videos in (futures, truths)
+        [torch.from_numpy(frames[judged]) for frames in clips] for clips in (futures, truths)
     )
     values = [float(psnr(*pair).mean()) for pair in product(predicted, true)]
     return np.array(values).reshape(len(futures), len(truths))
@@ -236,9 +248,9 @@ def _write_pictures(
 
 
 def _summary(out: Path, matrix: Floats, right: int, judged_seconds: float) -> str:
-    """The measurement as a table."""
+    """Return the PSNR matrix as a table, and the paths of the video and the picture."""
     lines = [
-        f"PSNR (dB) of each predicted future (row) to each true one (column), "
+        "PSNR (dB) of each predicted future (row) against each true future (column), "
         f"from {judged_seconds - 1:g} to {judged_seconds:g} s:",
         " " * 10 + "".join(f"{name:>10}" for name in ACTIONS),
     ]
@@ -247,7 +259,8 @@ def _summary(out: Path, matrix: Floats, right: int, judged_seconds: float) -> st
         cells = (f"{value:.1f}{'*' if i == best else ' '}" for i, value in enumerate(row))
         lines.append(f"{name:>10}" + "".join(f"{cell:>10}" for cell in cells))
     lines.append(
-        f"{right} of {len(ACTIONS)} are nearest (*) to the true future of their own action"
+        f"{right} of {len(ACTIONS)} predicted futures are closest (*) to the true future of their "
+        "own action"
     )
-    lines.append(f"watch {out / 'demo.mp4'}, look at {out / 'demo.png'}")
+    lines.append(f"video: {out / 'demo.mp4'}, picture: {out / 'demo.png'}")
     return "\n".join(lines)

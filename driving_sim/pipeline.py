@@ -1,4 +1,4 @@
-"""What the commands do, as functions: videos to a tokenizer, tokens, a world model, a rollout."""
+"""The work of the main commands as functions: train, tokenize and roll out."""
 
 import json
 import math
@@ -38,13 +38,13 @@ from driving_sim.world_model.training.train import train_world_model
 from driving_sim.world_model.world_model import WorldModel
 
 DEFAULT_FPS = 10.0
-"""Frames per second taken from videos where neither a rate nor a stride is asked for."""
+"""Frames per second taken from videos if the user gives neither a rate nor a stride."""
 
 C = TypeVar("C")
 
 
 class Start(TypedDict):
-    """Where a training of either model begins, and on what device."""
+    """Keyword arguments of a training function that say how to start, and on which device."""
 
     init_from: Path | None
     resume: bool
@@ -53,94 +53,115 @@ class Start(TypedDict):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingRequest:
-    """What a user asks of a training, on top of a preset."""
+    """A user's options for a training run: a preset, and settings that override it."""
 
     preset: str = "auto"
-    """auto: that of the token grid, for a world model; else base on CUDA and tiny elsewhere."""
+    """Name of the preset, or `auto`. For a world model, `auto` chooses the preset with the token
+    grid of the data. For a tokenizer, it chooses base on CUDA and tiny elsewhere."""
     steps: int | None = None
+    """Number of training steps. If `steps` and `minutes` are None, the preset sets the length."""
     minutes: float | None = None
+    """Training time in minutes, instead of `steps`."""
     config: Path | None = None
-    """YAML file laid over the preset."""
+    """YAML file with settings that override the preset."""
     assignments: Sequence[str] = ()
-    """`a.b=c`, laid over that."""
+    """Settings of the form `a.b=c` that override the preset and the YAML file."""
     resume: bool = False
+    """Whether to continue an existing run."""
     init_from: Path | None = None
+    """Finished run that the initial weights are taken from."""
     precision: str | None = None
-    """Replaces the preset's; None: what that and the assignments say."""
+    """Number format: auto, fp32 or bf16. If None, the other settings decide."""
     shard: bool = False
-    """Spread the model over the ranks of `torchrun`."""
+    """Whether to shard the model over the ranks of `torchrun`. If False, the other settings
+    decide."""
     device: str = "auto"
+    """Device to train on: auto, cuda, mps or cpu."""
 
     @property
     def start(self) -> Start:
-        """Where to begin."""
+        """Keyword arguments for the training function."""
         return {"init_from": self.init_from, "resume": self.resume, "device": self.device}
 
     def resolve(self, presets: dict[str, C], grid: tuple[int, int] | None = None) -> C:
-        """The preset with the file, the assignments and the options laid over it.
+        """Return the preset, overridden by the YAML file, the assignments and the other options.
 
-        `grid` are the rows and columns of the tokens to train on, where there are any yet.
+        `grid` holds the rows and columns of the tokens to train on. It is None for a tokenizer.
+        Raises DriveSimError for an unknown preset or a wrong setting.
         """
         preset = self.preset if self.preset != "auto" else _auto_preset(self.device, grid)
         if preset not in presets:
-            raise DriveSimError(f"`preset` {preset}: presets are auto, {', '.join(presets)}")
+            names = ", ".join(presets)
+            raise DriveSimError(f"`preset` {preset}: no such preset; choose auto, {names}")
         if self.steps is not None and self.minutes is not None:
-            raise DriveSimError("`steps` and `minutes` are both given; give one")
+            raise DriveSimError("`steps` and `minutes` are both given; give only one")
         options: dict[str, object] = {"precision": self.precision, "shard": self.shard or None}
         options = {name: value for name, value in options.items() if value is not None}
         if self.steps is not None or self.minutes is not None:
             options |= {"steps": self.steps, "minutes": self.minutes, "min_steps": None}
         kind = resolve_device(self.device).type
         if preset in ("base", "large") and kind != "cuda":
-            say(f"preset {preset} is made for GPUs, not for {kind}: tiny is for CPUs")
+            say(f"preset {preset} is made for CUDA GPUs and is slow on {kind}; tiny is for CPUs")
         return resolve(
             presets[preset],  # type: ignore[type-var]
             file=self.config,
             assignments=[
                 *self.assignments,
-                *(f"training.{k}={json.dumps(v)}" for k, v in options.items()),
+                *(f"training.{name}={json.dumps(value)}" for name, value in options.items()),
             ],
         )
 
 
 def _auto_preset(device: str, grid: tuple[int, int] | None) -> str:
-    """Choose a preset and say why: the first one of the token grid, else by the device."""
-    sizes = {name: (c.model.rows, c.model.cols) for name, c in TOKENIZER_PRESETS.items()}
-    fitting = [name for name, size in sizes.items() if size == grid]
+    """Choose the first preset with this token grid, or one for the device if none has it.
+
+    Prints the choice and the reason.
+    """
+    grids = {
+        name: (config.model.rows, config.model.cols) for name, config in TOKENIZER_PRESETS.items()
+    }
+    fitting = [name for name, preset_grid in grids.items() if preset_grid == grid]
     if grid is not None and fitting:
-        name, why = fitting[0], f"frames are {grid[0]}x{grid[1]} tokens"
+        name, reason = fitting[0], f"frames are {grid[0]}x{grid[1]} tokens"
     else:
         kind = resolve_device(device).type
-        # MPS counts as a CPU until somebody has measured it.
-        name, why = ("base" if kind == "cuda" else "tiny"), f"the device is {kind}"
-    say(f"preset {name}, as {why} (`preset` chooses another)")
+        # Nobody has measured MPS yet, so it gets the preset for CPUs.
+        name, reason = ("base" if kind == "cuda" else "tiny"), f"the device is {kind}"
+    say(f"using preset {name} because {reason} (`preset` chooses another)")
     return name
 
 
 def _find(videos: Sequence[Path], *, skip_bad: bool = False, **options: Any) -> DriveSet:
-    """Find drives and say what was assumed and skipped; `options` are those of `find_drives`."""
-    found = find_drives(videos, **options)
+    """Find drives, and print what was assumed and what was skipped.
+
+    `options` are passed to `find_drives`. Without `skip_bad`, a drive that cannot be read raises
+    BadDriveError.
+    """
+    drive_set = find_drives(videos, **options)
     if not skip_bad:
-        found.require_all()
-    for line in dict.fromkeys(found.notices):
+        drive_set.require_all()
+    for line in dict.fromkeys(drive_set.notices):
         say(line)
-    for skipped in found.skipped:
+    for skipped in drive_set.skipped:
         say(f"skipped {skipped.id}: {skipped.reason}")
-    if not found.drives:
-        raise DriveSimError("every drive was skipped: nothing is left to work on")
-    return found
+    if not drive_set.drives:
+        raise DriveSimError("every drive was skipped; name at least one that can be read")
+    return drive_set
 
 
 def find_frames(videos: Sequence[Path], *, skip_bad: bool = False) -> DriveSet:
-    """Find drives whose actions will not be used: nothing that is wrong with them matters."""
+    """Find drives without reading their actions, so that errors in the actions do not matter."""
     return _find(videos, skip_bad=skip_bad, actions=False)
 
 
 def find_for(world: WorldModel, videos: Sequence[Path], time_offset: float) -> DriveSet:
-    """Find drives to start from; their steering must be of the model's kind."""
+    """Find drives for a world model, with `time_offset` seconds added to their action times.
+
+    Raises DriveSimError if their kind of steering is not the model's.
+    """
     return _find(
         videos,
-        # What a model never learned to follow can hold no mistake that matters.
+        # A model that learned no actions ignores them, so errors in them must not stop it.
         actions=any(world.known_channels),
         steering_kind=world.steering_kind,
         time_offset=time_offset,
@@ -150,17 +171,17 @@ def find_for(world: WorldModel, videos: Sequence[Path], time_offset: float) -> D
 def model_and_drives(
     run: Path, videos: Sequence[Path], time_offset: float, device: str, precision: str = "auto"
 ) -> tuple[WorldModel, list[Drive]]:
-    """Load a world model, and find drives to start it from or to show it."""
+    """Load the world model of `run`, and find the drives in `videos` for it."""
     world = WorldModel.from_run(run, device, precision)
     return world, find_for(world, videos, time_offset).drives
 
 
 def frame_rate(fps: float | None, every: int | None) -> dict[str, Any]:
-    """The options `sample` takes of what a user asked for: a rate, a stride, or the default."""
+    """Return the arguments for `sample`: the rate `fps`, the stride `every` or the default rate."""
     if fps is not None and every is not None:
-        raise DriveSimError("`fps` and `every` are both given; give one")
+        raise DriveSimError("`fps` and `every` are both given; give only one")
     if fps is not None and not 0 < fps < math.inf:
-        raise DriveSimError(f"`fps` {fps:g}: the rate must be above 0 frames/s")
+        raise DriveSimError(f"`fps` {fps:g}: give a finite rate above 0 frames/s")
     return {"fps": DEFAULT_FPS if fps is None and every is None else fps, "every": every}
 
 
@@ -173,7 +194,7 @@ def train_tokenizer_on(
     every: int | None = None,
     skip_bad: bool = False,
 ) -> TrainingResult:
-    """Train a tokenizer on the frames of videos; their actions, if any, play no part."""
+    """Train a tokenizer on the frames of videos. The videos need no actions."""
     rate = frame_rate(fps, every)
     config = request.resolve(TOKENIZER_PRESETS)
     sampled = [sample(drive, **rate) for drive in find_frames(videos, skip_bad=skip_bad).drives]
@@ -198,42 +219,45 @@ def tokenize_videos(
 ) -> StoreIndex:
     """Turn videos and their actions into the token store `out`.
 
-    With `training`, a tokenizer that is missing or unfinished is trained on these videos first:
-    after everything has been checked that would stop the tokenizing later. Under `torchrun` the
-    ranks share the drives.
+    If `training` is given and the tokenizer is missing or unfinished, it is trained on these videos
+    first. Before that, everything is checked that could make the tokenizing fail later. Under
+    `torchrun`, the ranks share the drives.
     """
     rate = frame_rate(fps, every)
     if training is None:
         Tokenizer.from_run(tokenizer, "cpu", "fp32")
-    # With unfinished work in it, its run was killed at the end: the writer tidies up, then says.
+    # If both files exist, an earlier command was killed during its last cleanup. The writer then
+    # finishes the cleanup and raises the same error.
     if (out / INDEX).exists() and not (out / UNFINISHED).exists():
         raise DriveSimError(f"{out} already holds a token store: choose another `out` or delete it")
-    found = _find(videos, skip_bad=skip_bad, steering_kind=steering_kind, time_offset=time_offset)
-    _ = found.steering_kind  # raises where kinds are mixed
-    # One rank may have days more to do than another.
+    drive_set = _find(
+        videos, skip_bad=skip_bad, steering_kind=steering_kind, time_offset=time_offset
+    )
+    _ = drive_set.steering_kind  # This raises an error if the drives mix kinds of steering.
+    # The timeout is long because one rank may work for days longer than another.
     with process_group(resolve_device(device), timedelta(days=30)) as (ranks, own_device):
 
         def state() -> tuple[bool, bool]:
             begun, has_weights = ((tokenizer / name).exists() for name in (CONFIG, WEIGHTS))
-            # Trained to its end, or a copy of one without the rest of its run.
+            # A folder with weights but no run config is a copy of a finished tokenizer.
             return is_finished(tokenizer) or (has_weights and not begun), begun
 
         usable, begun = ranks.from_main(state)
         if training is not None and not usable:
-            what = "is unfinished: going on with it" if begun else "is not there: training it"
-            say(f"the tokenizer {tokenizer} {what} on these videos")
+            state_text = "is unfinished: resuming its" if begun else "does not exist: starting its"
+            say(f"the tokenizer {tokenizer} {state_text} training on these videos")
             request = replace(training, resume=begun)
             config = request.resolve(TOKENIZER_PRESETS)
-            sampled = [sample(drive, **rate) for drive in found.drives]
+            sampled = [sample(drive, **rate) for drive in drive_set.drives]
             train_tokenizer(sampled, config, tokenizer, skip_bad=skip_bad, **request.start)
         dtype = ranks.from_main(lambda: resolve_precision(precision, own_device))
         frozen = Tokenizer.from_run(tokenizer, own_device, name_of(dtype))
         say(
-            f"the tokenizer is {tokenizer}: {frozen.height}x{frozen.width} pixels to "
+            f"using the tokenizer {tokenizer}: {frozen.height}x{frozen.width} pixels to "
             f"{frozen.rows}x{frozen.cols} tokens, in {name_of(frozen.dtype)}"
         )
         return tokenize(
-            found,
+            drive_set,
             frozen,
             out,
             **rate,
@@ -272,14 +296,14 @@ def roll_out(
     device: str = "auto",
     precision: str = "auto",
 ) -> dict[str, Any]:
-    """Roll out every one of `actions` from a video, or from a validation drive of `tokens`.
+    """Roll out all `actions` from the video `context`, or from a validation drive of `tokens`.
 
-    Returns what the JSON beside the video holds.
+    Writes the video and the files beside it to `out`. Returns the content of the JSON file.
     """
     out = Path(out)
-    present = [path for path in output_files(out).values() if path.exists()]
-    if present and not overwrite:
-        raise DriveSimError(f"{present[0]} exists: choose another `out`, or pass `overwrite`")
+    existing = [path for path in output_files(out).values() if path.exists()]
+    if existing and not overwrite:
+        raise DriveSimError(f"{existing[0]} exists: choose another `out`, or pass `overwrite`")
     world = WorldModel.from_run(model, device, precision)
     if context is None:
         beginning = _stored_context(world, Path(tokens), start_s)
@@ -287,7 +311,7 @@ def roll_out(
         drive, *others = find_for(world, [Path(context)], time_offset).drives
         if others:
             raise DriveSimError(
-                f"`context` {context} holds {1 + len(others)} drives; name one of their videos"
+                f"`context` {context} holds {1 + len(others)} drives; name the video of one drive"
             )
         beginning = context_from_drive(world, drive, start_s)
     plans = make_plans(actions, beginning.situation(world), seconds=seconds)
@@ -297,6 +321,10 @@ def roll_out(
 
 
 def _stored_context(world: WorldModel, tokens: Path, start_s: float | None) -> Context:
+    """Take a context from the first drive in `tokens` that the model was validated on.
+
+    If there is none, take it from the first drive.
+    """
     try:
         store = TokenStore(tokens)
         world.check_store(store)
@@ -304,7 +332,7 @@ def _stored_context(world: WorldModel, tokens: Path, start_s: float | None) -> C
         raise DriveSimError(f"{error}, or name a video with `context`") from error
     if notice := world.format_notice(store):
         say(notice)
-    # A drive that the model was not trained on, unless these are other drives altogether.
-    unseen = [name for name in store.drive_ids if name in world.validation_drives]
+    # Prefer a validation drive, because the model was not trained on it.
+    unseen = [drive_id for drive_id in store.drive_ids if drive_id in world.validation_drives]
     drive, *_ = store.select((unseen or store.drive_ids)[:1])
     return context_from_tokens(world, drive, start_s)

@@ -1,4 +1,4 @@
-"""The tests mirror the package's folders; what several use is in `tests/fixtures`."""
+"""Tests, in folders that mirror those of the package. `tests/fixtures` holds shared code."""
 
 from pathlib import Path
 

@@ -9,13 +9,13 @@ from driving_sim.world_model.kernels import library as native_library
 
 @pytest.fixture(autouse=True)
 def steady_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands that tests call here change no threads: results are compared bit by bit."""
+    """Keep commands from changing the number of threads, because tests compare exact results."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
 def plain_wording(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No command that an earlier test called words what this one says."""
+    """Reset the wording of progress lines, which a command in an earlier test may have changed."""
     monkeypatch.setattr(progress, "wording", str)
 
 
@@ -28,8 +28,11 @@ def plain_wording(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 )
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each way that the products can be computed, as far as this processor has them."""
+    """Compile the kernels for one set of instructions.
+
+    A test that uses this fixture runs once for each set of instructions.
+    """
     if request.param and platform.machine() != "x86_64":
-        pytest.skip("these are ways of x86 processors")
+        pytest.skip("this instruction set exists on x86-64 processors only")
     monkeypatch.setattr(native_library, "_FLAGS", f"{native_library._FLAGS} {request.param}")
     monkeypatch.setattr(native_library, "_library", cache(native_library._library.__wrapped__))

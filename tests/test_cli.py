@@ -1,4 +1,4 @@
-"""The command line as a user meets it."""
+"""Tests of the command line, run as a user runs it."""
 
 import ast
 import errno
@@ -52,12 +52,12 @@ def succeed(*arguments: str | Path) -> Result:
 
 
 def follow(result: Result, *more: str) -> Result:
-    """Run the command that a result says comes next."""
+    """Run the next command that the output of an earlier command suggests."""
     return succeed(*result.stdout.split("next: drivesim ")[1].split(), *more)
 
 
 def refused(*arguments: str | Path) -> str:
-    """The one line of a command that fails."""
+    """Run a command that must fail, and return its error line."""
     result = run(*arguments)
     assert result.exit_code == 1, result.output
     lines = result.stderr.strip().splitlines()
@@ -75,7 +75,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settle_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make `folder` the current one, with settings for a training of two steps."""
+    """Change into `folder`, and set the environment for training runs of two steps on the CPU."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("DRIVESIM_PRESET", "demo")
     monkeypatch.setenv("DRIVESIM_STEPS", "2")
@@ -85,13 +85,13 @@ def settle_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder."""
+    """An empty folder, as the current folder."""
     return settle_in(tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def finished(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the owner's three commands ran, as written."""
+    """A folder in which `tokenize`, `train-world-model` and `rollout` have run."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         folder = settle_in(tmp_path_factory.mktemp("finished"), monkeypatch)
         (folder / "videos").symlink_to(videos)
@@ -102,7 +102,7 @@ def finished(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def used(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of `finished` as the current one."""
+    """The folder of `finished`, as the current folder."""
     return settle_in(finished, monkeypatch)
 
 
@@ -122,14 +122,14 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
 def test_help_shows_whole_summaries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     groups: list[Any] = [typer.main.get_command(app)]
-    groups += [each for each in groups[0].commands.values() if hasattr(each, "commands")]
+    groups += [command for command in groups[0].commands.values() if hasattr(command, "commands")]
     for group, words in zip(groups, ([], ["evaluate"]), strict=True):
-        shown = " ".join(succeed(*words, "--help").stdout.split())
+        help_text = " ".join(succeed(*words, "--help").stdout.split())
         for name, command in group.commands.items():
-            assert f" {name} {command.help.splitlines()[0]}" in shown
+            assert f" {name} {command.help.splitlines()[0]}" in help_text
 
 
-def test_the_owners_three_commands_run_as_written(finished: Path) -> None:
+def test_tokenize_train_and_rollout_run_with_their_defaults(finished: Path) -> None:
     assert (finished / "rollout.mp4").stat().st_size > 1000
     settings = json.loads((finished / "rollout.json").read_text())
     assert settings["futures"] == ["left"]
@@ -137,7 +137,7 @@ def test_the_owners_three_commands_run_as_written(finished: Path) -> None:
 
 
 @pytest.mark.usefixtures("used")
-def test_what_is_there_already_or_does_not_fit_is_refused() -> None:
+def test_existing_outputs_and_wrong_options_are_refused() -> None:
     again = refused("rollout", "--actions", "left")
     assert "rollout.mp4 exists" in again
     assert "--overwrite" in again
@@ -148,45 +148,45 @@ def test_what_is_there_already_or_does_not_fit_is_refused() -> None:
     assert "temperature" in refused(
         "rollout", "--actions", "left", "--temperature", "-1", "--overwrite"
     )
-    away = refused("rollout", "--actions", "left", "--overwrite", "--tokens", "runs/gone")
-    assert "name a video with --context" in away
+    missing = refused("rollout", "--actions", "left", "--overwrite", "--tokens", "runs/gone")
+    assert "name a video with --context" in missing
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_commands_work_in_the_precision_asked_for(used: Path, precision: str) -> None:
     tokenizer, out = "runs/tokenizer", f"runs/{precision}-tokens"
-    asked = "--precision", precision
-    succeed("tokenize", "videos", "--tokenizer", tokenizer, "--out", out, *asked)
+    option = "--precision", precision
+    succeed("tokenize", "videos", "--tokenizer", tokenizer, "--out", out, *option)
     index = json.loads((used / out / "index.json").read_text())
     assert index["info"]["precision"] == precision
     report = f"runs/{precision}-report"
-    succeed("evaluate", "tokenizer", tokenizer, "videos", "--out", report, *asked)
+    succeed("evaluate", "tokenizer", tokenizer, "videos", "--out", report, *option)
     metrics = json.loads((used / report / "metrics.json").read_text())
     assert metrics["model"]["precision"] == precision
-    rolled = "rollout", "--actions", "left", "--seconds", "0.2", "--out", f"runs/{precision}.mp4"
-    succeed(*rolled, *asked)
+    rollout = "rollout", "--actions", "left", "--seconds", "0.2", "--out", f"runs/{precision}.mp4"
+    succeed(*rollout, *option)
     settings = json.loads((used / f"runs/{precision}.json").read_text())
     assert settings["precision"] == {"tokenizer": precision, "world_model": precision}
     heldout = "runs/world-model", "videos"
-    succeed("surprise", *heldout, "--out", f"runs/{precision}-surprise", *asked)
-    found = json.loads((used / f"runs/{precision}-surprise" / "surprise.json").read_text())
-    assert found["settings"]["precision"] == settings["precision"]
-    control = succeed("evaluate", "control", *heldout, "--starts", "1", "--seconds", "0.2", *asked)
+    succeed("surprise", *heldout, "--out", f"runs/{precision}-surprise", *option)
+    surprise = json.loads((used / f"runs/{precision}-surprise" / "surprise.json").read_text())
+    assert surprise["settings"]["precision"] == settings["precision"]
+    control = succeed("evaluate", "control", *heldout, "--starts", "1", "--seconds", "0.2", *option)
     assert json.loads(control.stdout)["precision"] == settings["precision"]
     wrong = "tokenize", "videos", "--tokenizer", tokenizer, "--out", "runs/x", "--precision", "fp8"
     assert "auto, fp32, bf16" in refused(*wrong)
 
 
-def test_the_number_format_is_a_choice_wherever_a_model_runs_and_auto_if_there_is_none() -> None:
+def test_every_command_that_runs_a_model_has_a_precision_which_is_auto_by_default() -> None:
     group: Any = typer.main.get_command(app)
     commands = group.commands | group.commands["evaluate"].commands
     runs_no_model = {"synth", "inspect", "scaling", "compare", "evaluate"}
-    choosing = {
+    have_precision = {
         name
         for name, command in commands.items()
-        if any("--precision" in each.opts and each.default is None for each in command.params)
+        if any("--precision" in option.opts and option.default is None for option in command.params)
     }
-    assert choosing == commands.keys() - runs_no_model
+    assert have_precision == commands.keys() - runs_no_model
     functions: tuple[Any, ...] = (
         Tokenizer.from_run,
         WorldModel.from_run,
@@ -196,7 +196,7 @@ def test_the_number_format_is_a_choice_wherever_a_model_runs_and_auto_if_there_i
         measure_world_model,
         model_and_drives,
     )
-    defaults = {signature(each).parameters["precision"].default for each in functions}
+    defaults = {signature(function).parameters["precision"].default for function in functions}
     assert defaults == {"auto"}
 
 
@@ -204,21 +204,20 @@ def test_presets_are_chosen_by_the_device_and_then_by_the_tokens(
     used: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = succeed("train-world-model", "--preset", "auto", "--out", "runs/auto", "--steps", "1")
-    assert "preset demo, as frames are 4x8 tokens" in trained.stderr
+    assert "using preset demo because frames are 4x8 tokens" in trained.stderr
     config = yaml.safe_load((used / "runs" / "auto" / "config.yaml").read_text())
     assert config["model"] == to_dict(PRESETS["demo"].model)
     monkeypatch.delenv("DRIVESIM_PRESET")
     (used / "nothing").mkdir()
     result = run("train-tokenizer", "nothing")
-    assert "preset tiny, as the device is cpu" in result.stderr
+    assert "using preset tiny because the device is cpu" in result.stderr
     group: Any = typer.main.get_command(app)
     for name in ("train-tokenizer", "tokenize", "train-world-model"):
-        assert {each.default for each in group.commands[name].params if each.name == "preset"} == {
-            "auto"
-        }
+        presets = [option for option in group.commands[name].params if option.name == "preset"]
+        assert [preset.default for preset in presets] == ["auto"]
 
 
-def test_the_next_command_that_is_named_works_in_other_folders(used: Path) -> None:
+def test_the_suggested_next_command_works_with_other_folders(used: Path) -> None:
     train = "train-tokenizer videos --out runs/other --set training.seed=1 --precision fp32"
     succeed(*train.split())
     config = yaml.safe_load((used / "runs" / "other" / "config.yaml").read_text())
@@ -238,7 +237,7 @@ def test_the_next_command_that_is_named_works_in_other_folders(used: Path) -> No
     "command",
     [
         "synth runs/full-synth --drives 1 --seconds 2",
-        # Data workers pass batches on as files in shared memory, which the limit holds too.
+        # Data workers pass batches as files in shared memory, to which the limit also applies.
         "train-tokenizer videos --out runs/full-tokenizer --set training.workers=0",
         "tokenize videos --out runs/full-tokens",
         "train-world-model --out runs/full-world --set training.workers=0",
@@ -246,7 +245,7 @@ def test_the_next_command_that_is_named_works_in_other_folders(used: Path) -> No
         "demo --out runs/full-demo",
     ],
 )
-def test_a_full_disk_is_one_line(command: str, used: Path) -> None:
+def test_a_full_disk_gives_a_one_line_error(command: str, used: Path) -> None:
     before = (used / "rollout.mp4").read_bytes()
     with small_files():
         line = refused(*command.split())
@@ -272,7 +271,7 @@ def test_a_full_disk_is_one_line(command: str, used: Path) -> None:
         (["train-world-model"], "no such token store"),
         (["rollout", "--actions", "left"], "holds no world model"),
         (["rollout", "--actions", "left", "--out", "x.gif"], ".mp4"),
-        (["train-tokenizer", "empty", "--preset", "tinny"], "presets are"),
+        (["train-tokenizer", "empty", "--preset", "tinny"], "no such preset"),
         (["train-tokenizer", "empty", "--set", "training.stepz=3"], "steps"),
         (
             ["train-tokenizer", "empty", "--set", "training.seed=-1", "--steps", "1"],
@@ -280,12 +279,12 @@ def test_a_full_disk_is_one_line(command: str, used: Path) -> None:
         ),
         (["train-tokenizer", "empty", "--precision", "fp8"], "'auto', 'fp32' or 'bf16'"),
         (["train-world-model", "--precision", "fp8"], "'auto', 'fp32' or 'bf16'"),
-        (["train-tokenizer", "empty", "--steps", "1", "--minutes", "1"], "give one"),
+        (["train-tokenizer", "empty", "--steps", "1", "--minutes", "1"], "give only one"),
         (["inspect", "empty", "--steering-kind", "hovering"], "kinds are"),
         (["evaluate", "tokenizer", "missing", "empty"], "holds no tokenizer"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_mistakes_give_a_one_line_error(
     arguments: list[str], message: str, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("DRIVESIM_STEPS")
@@ -295,8 +294,8 @@ def test_mistakes_are_one_line(
     assert sorted(workplace.rglob("*")) == before
 
 
-def test_options_go_before_the_environment(workplace: Path) -> None:
-    """`DRIVESIM_STEPS` is set: with --minutes it is not a second answer to the same question."""
+def test_options_override_the_environment(workplace: Path) -> None:
+    """`--minutes` overrides `DRIVESIM_STEPS`, so the two do not conflict."""
     (workplace / "empty").mkdir()
     assert "holds no videos" in refused("train-tokenizer", "empty", "--minutes", "1")
 
@@ -322,48 +321,50 @@ def test_missing_lpips_weights_name_an_option_that_tokenize_has(
 
 def commands() -> dict[str, Any]:
     group: Any = typer.main.get_command(app)
-    both = group.commands | {
-        f"evaluate {n}": c for n, c in group.commands["evaluate"].commands.items()
+    all_commands = group.commands | {
+        f"evaluate {name}": command for name, command in group.commands["evaluate"].commands.items()
     }
-    return {name: command for name, command in both.items() if name != "evaluate"}
+    return {name: command for name, command in all_commands.items() if name != "evaluate"}
 
 
-def modules_below() -> Iterator[ast.Module]:
-    """The source of everything but the command line."""
+def modules_except_cli() -> Iterator[ast.Module]:
+    """Yield the parsed source of every module except `cli.py`."""
     for room in ("driving_sim", "data", "tokenizer", "world_model"):
-        for folder, _, names in os.walk(ROOT / room):  # which follows no links
+        # os.walk does not follow symbolic links, so it visits no file twice.
+        for folder, _, names in os.walk(ROOT / room):
             for name in names:
                 if name.endswith(".py") and name != "cli.py":
                     yield ast.parse((Path(folder) / name).read_text("utf-8"))
 
 
-def test_flags_are_named_in_the_command_line_alone() -> None:
-    flags = {flag for each in commands().values() for option in each.params for flag in option.opts}
+def test_only_the_command_line_names_flags() -> None:
+    options = [option for command in commands().values() for option in command.params]
+    flags = {flag for option in options for flag in option.opts}
     assert "--init-from" in flags
     texts = [
         node.value
-        for module in modules_below()
+        for module in modules_except_cli()
         for node in ast.walk(module)
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     ]
-    assert {found for text in texts for found in re.findall(r"--[\w-]+", text)}.isdisjoint(flags)
+    assert {word for text in texts for word in re.findall(r"--[\w-]+", text)}.isdisjoint(flags)
 
 
 def test_every_command_has_words_for_every_setting_that_an_error_names() -> None:
     names = set()
-    for module in modules_below():
+    for module in modules_except_cli():
         raised = [node for node in ast.walk(module) if isinstance(node, ast.Raise)]
         for text in (ast.unparse(node) for node in raised):
             names |= set(re.findall(r"`([a-z]\w*)[`=]", text))
     assert names >= {"out", "run", "resume", "fps", "steering_kind", "time_offset", "start_s"}
     for name, command in commands().items():
-        for setting in names - {"compress"}:  # which is a function
-            said = with_flags(f"`{setting}`", command)
-            assert "`" not in said, f"{name}: {setting}"
+        for setting in names - {"compress"}:  # `compress` is a function, not a setting.
+            words = with_flags(f"`{setting}`", command)
+            assert "`" not in words, f"{name}: {setting}"
 
 
 @pytest.mark.parametrize(
-    ("command", "text", "said"),
+    ("command", "text", "expected"),
     [
         ("train-tokenizer", "go on with `resume`, or in `run`", "go on with --resume, or in --out"),
         ("tokenize", "go on with `resume`", "go on with the same command again"),
@@ -378,11 +379,11 @@ def test_every_command_has_words_for_every_setting_that_an_error_names() -> None
         ("rollout", "`drivesim tokenize` made `x`", "`drivesim tokenize` made `x`"),
     ],
 )
-def test_a_setting_is_named_by_its_flag(command: str, text: str, said: str) -> None:
-    assert with_flags(text, commands()[command]) == said
+def test_a_setting_is_named_by_its_flag(command: str, text: str, expected: str) -> None:
+    assert with_flags(text, commands()[command]) == expected
 
 
-def test_an_interrupted_command_says_how_it_goes_on(
+def test_an_interrupted_command_says_how_to_continue_it(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object, **__: object) -> None:
@@ -396,9 +397,7 @@ def test_an_interrupted_command_says_how_it_goes_on(
         assert result.stderr == f"stopped; to go on, give {way}\n"
 
 
-def test_lines_that_are_said_name_flags_too(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_notices_also_name_flags(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "driving_sim.pipeline.train_tokenizer_on", lambda *_, **__: say("`preset` chooses another")
     )
@@ -420,7 +419,7 @@ def no_room_on_the_device() -> None:
 
 
 @pytest.mark.parametrize(
-    "ask",
+    "allocate",
     [
         lambda: torch.empty(2**60),
         lambda: np.empty(2**50),
@@ -428,11 +427,11 @@ def no_room_on_the_device() -> None:
         no_room_on_the_device,
     ],
 )
-def test_too_little_memory_is_one_line(
-    ask: Callable[[], object], workplace: Path, monkeypatch: pytest.MonkeyPatch
+def test_too_little_memory_gives_a_one_line_error(
+    allocate: Callable[[], object], workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writes = "driving_sim.data.synthetic.writer.write_synthetic_drives"
-    monkeypatch.setattr(writes, lambda *_, **__: ask())
+    writer = "driving_sim.data.synthetic.writer.write_synthetic_drives"
+    monkeypatch.setattr(writer, lambda *_, **__: allocate())
     assert "out of memory: to train, lower data.batch_size" in refused("synth", "out")
 
 
@@ -457,9 +456,11 @@ def test_a_bad_file_among_good_ones(videos: Path, workplace: Path) -> None:
 def test_the_demo_makes_as_many_drives_as_asked(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[DemoConfig] = []
-    monkeypatch.setattr("driving_sim.demo.run_demo", lambda out, seed, config: asked.append(config))
+    configs: list[DemoConfig] = []
+    monkeypatch.setattr(
+        "driving_sim.demo.run_demo", lambda out, seed, config: configs.append(config)
+    )
     run("demo", "--drives", "160", "--precision", "fp32")
     run("demo")
-    assert [config.drives for config in asked] == [160, DemoConfig().drives]
-    assert [config.precision for config in asked] == ["fp32", "auto"]
+    assert [config.drives for config in configs] == [160, DemoConfig().drives]
+    assert [config.precision for config in configs] == ["fp32", "auto"]

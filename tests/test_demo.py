@@ -49,7 +49,8 @@ def test_the_whole_demo_runs_and_reports(tmp_path: Path) -> None:
     assert [path.stem for path in (out / "heldout").glob("*.mp4")] == ["drive_003"]
     with pytest.raises(DriveSimError, match="finished demo"):
         run_demo(out, seed=1, config=SMALL)
-    # What a run killed in its last stage left: the next one goes on and finds the same.
+    # Restore the state of a demo killed in its last stage. The next one continues it and gets the
+    # same results.
     for name in ("summary.json", "demo.mp4"):
         (out / name).unlink()
     for seed, config in ((2, SMALL), (1, replace(SMALL, seconds=0.5))):
@@ -80,13 +81,20 @@ def test_a_full_disk_leaves_no_half_picture(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_truth_is_each_actions_own_and_nearest_to_itself() -> None:
+def test_each_true_future_is_closest_to_itself() -> None:
     config = DemoConfig(world=SyntheticConfig(height=32, width=64, fps=8))
     driven, start = _find_start(config, 0, 6)
-    speeds = {"straight": (6.0, 0.0), "left": (6.0, 0.15), "right": (6.0, -0.15), "brake": (1.0, 0)}
+    actions = {
+        "straight": (6.0, 0.0),
+        "left": (6.0, 0.15),
+        "right": (6.0, -0.15),
+        "brake": (1.0, 0),
+    }
     truths = [
         replay(
-            driven.world, driven.states[start], np.tile(np.array(speeds[name], np.float32), (16, 1))
+            driven.world,
+            driven.states[start],
+            np.tile(np.array(actions[name], np.float32), (16, 1)),
         )
         for name in ACTIONS
     ]

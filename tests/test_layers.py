@@ -1,4 +1,4 @@
-"""Nothing imports upward or in a circle: layers and rooms, checked on every module's source."""
+"""Checks that no module imports from a higher layer or room, and that no imports form a cycle."""
 
 import ast
 import subprocess
@@ -33,16 +33,16 @@ ROOMS = (
     ),
     ("evaluate.report", "evaluate.likelihood", "evaluate.actions", "evaluate.pictures"),
 )
-"""Rooms of a layer, lowest first; a module is of the innermost room that it is in."""
+"""Groups of rooms, the lowest room first. A module belongs to the innermost room that holds it."""
 APPLICATION = len(LAYERS)
 TOP = APPLICATION + 1
-ENTRY = ("cli", "__main__")  # they use the rest; nothing uses them
+ENTRY = ("cli", "__main__")  # These modules import the rest, and no module imports them.
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by its dotted name."""
+    """Return the file of every module in the package, by dotted name."""
     folders = [PACKAGE, *(PACKAGE / layer for layer in LAYERS)]
-    # Not through the folders' links: some Python versions do not follow them in rglob.
+    # Resolve the linked folders first, because rglob does not follow links in all Python versions.
     files = {file for folder in folders for file in folder.resolve().rglob("*.py")}
     return {dotted_name(file): file for file in sorted(files)}
 
@@ -55,7 +55,7 @@ def dotted_name(file: Path) -> str:
 
 
 def layer_of(module: str) -> int:
-    """How high a module of the package stands."""
+    """Return the height of a module's layer: 0 for the lowest one."""
     name = (*module.split("."), "")[1]
     if name in LAYERS:
         return LAYERS.index(name)
@@ -63,14 +63,17 @@ def layer_of(module: str) -> int:
 
 
 def height_in(rooms: Sequence[str], module: str) -> int | None:
-    """How high a module stands among `rooms`; None where it is in none of them."""
+    """Return the index in `rooms` of the module's room, or None if none of them holds it."""
     name = module.removeprefix("driving_sim.")
-    own = [room for room in rooms if f"{name}.".startswith(f"{room}.")]
-    return rooms.index(max(own, key=len)) if own else None
+    holding = [room for room in rooms if f"{name}.".startswith(f"{room}.")]
+    return rooms.index(max(holding, key=len)) if holding else None
 
 
-def circle(sources: Mapping[str, str]) -> list[str]:
-    """Modules each of which imports the one before it, the first and last the same; else none."""
+def import_cycle(sources: Mapping[str, str]) -> list[str]:
+    """Return the modules of an import cycle, or an empty list if there is none.
+
+    Each module imports the one before it, and the last is the first again.
+    """
     known = frozenset(sources)
     graph = {name: {*imports(source, known)} & known - {name} for name, source in sources.items()}
     try:
@@ -81,20 +84,23 @@ def circle(sources: Mapping[str, str]) -> list[str]:
 
 
 def imports(source: str, known: frozenset[str]) -> Iterator[str]:
-    """Every module that a source imports, wherever in it; relative ones start with dots."""
+    """Yield every module that `source` imports, also inside functions.
+
+    The names of relative imports start with dots.
+    """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = "." * node.level + (node.module or "")
             for alias in node.names:
-                # `from driving_sim import cli` imports a module, `from x.y import Z` a name.
+                # `from driving_sim import cli` imports a module, but `from x.y import Z` a name.
                 submodule = f"{base}.{alias.name}"
                 yield submodule if submodule in known else base
 
 
 def wrong_imports(module: str, source: str, known: frozenset[str]) -> list[str]:
-    """The imports by which a module reaches upward, or not by the absolute name."""
+    """Return the imports of a module that go upward or do not use the absolute name."""
     return [name for name in imports(source, known) if is_wrong(module, name)]
 
 
@@ -120,34 +126,34 @@ def test_nothing_imports_upward(module: str) -> None:
     assert wrong_imports(module, MODULES[module].read_text("utf-8"), KNOWN) == []
 
 
-def test_every_layer_is_looked_at() -> None:
-    found = {layer_of(module) for module in MODULES}
-    assert found >= set(range(APPLICATION))
+def test_modules_of_every_layer_are_checked() -> None:
+    layers = {layer_of(module) for module in MODULES}
+    assert layers >= set(range(APPLICATION))
     assert "driving_sim.data.tokens.store" in MODULES
     assert "driving_sim.engine.errors" in MODULES
 
 
-def test_every_room_is_there() -> None:
+def test_every_room_exists() -> None:
     for rooms in ROOMS:
         assert {height_in(rooms, module) for module in KNOWN} >= set(range(len(rooms)))
 
 
-def test_no_modules_import_each_other_in_a_circle() -> None:
-    """Not even inside functions, or for types only: neither could be read before the other."""
-    assert circle({name: file.read_text("utf-8") for name, file in MODULES.items()}) == []
+def test_no_imports_form_a_cycle() -> None:
+    """Imports inside functions and imports for types only also count."""
+    assert import_cycle({name: file.read_text("utf-8") for name, file in MODULES.items()}) == []
 
 
-def test_circles_are_found() -> None:
+def test_import_cycles_are_detected() -> None:
     later = "def f():\n    from driving_sim.a import g"
     for_types = "if TYPE_CHECKING:\n    from driving_sim.b import h"
     sources = {"driving_sim.a": for_types, "driving_sim.b": "import driving_sim.c"}
-    assert circle(sources | {"driving_sim.c": "import os"}) == []
-    found = circle(sources | {"driving_sim.c": later})
-    assert {*found} == {"driving_sim.a", "driving_sim.b", "driving_sim.c"}
+    assert import_cycle(sources | {"driving_sim.c": "import os"}) == []
+    cycle = import_cycle(sources | {"driving_sim.c": later})
+    assert {*cycle} == {"driving_sim.a", "driving_sim.b", "driving_sim.c"}
 
 
 def test_every_module_that_is_imported_exists() -> None:
-    # Most imports of the commands happen inside functions: nothing else would notice.
+    # Commands import inside functions, so importing all modules would miss a wrong name there.
     for module, file in MODULES.items():
         for name in imports(file.read_text("utf-8"), KNOWN):
             if name.split(".")[0] == "driving_sim":
@@ -182,7 +188,7 @@ def test_the_outer_packages_import_nothing(module: str) -> None:
         ("driving_sim.tokenizer.fsq", "from ..data import video"),
     ],
 )
-def test_upward_and_bare_imports_are_found(module: str, source: str) -> None:
+def test_upward_and_bare_imports_are_detected(module: str, source: str) -> None:
     known = KNOWN | {"driving_sim.cli", "driving_sim.demo", "driving_sim.tokenizer"}
     assert len(wrong_imports(module, source, known)) == 1
 
@@ -199,12 +205,12 @@ def test_upward_and_bare_imports_are_found(module: str, source: str) -> None:
         ("driving_sim.data.video.reader", "import numpy as np\nfrom collections import abc"),
     ],
 )
-def test_imports_downward_and_sideways_are_fine(module: str, source: str) -> None:
+def test_downward_and_sideways_imports_are_allowed(module: str, source: str) -> None:
     assert wrong_imports(module, source, KNOWN) == []
 
 
-def test_no_module_needs_what_windows_lacks() -> None:
-    """All are imported without the modules and functions that only other systems have."""
+def test_every_module_can_be_imported_on_windows() -> None:
+    """The modules and functions that Windows lacks are removed before the import."""
     program = """
 import importlib, os, select, signal, sys
 for name in ("fcntl", "resource", "termios", "pwd", "grp"):
@@ -219,7 +225,7 @@ for module, names in (
 for name in sys.argv[1:]:
     importlib.import_module(name)
 """
-    own = [name for name in MODULES if not name.endswith("__main__")]
-    run = [sys.executable, "-c", program, *own]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    names = [name for name in MODULES if not name.endswith("__main__")]
+    command = [sys.executable, "-c", program, *names]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

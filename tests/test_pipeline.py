@@ -1,4 +1,4 @@
-"""The functions behind the commands, where they decide for the user."""
+"""Tests of the decisions that the functions behind the commands make for the user."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A world model that was validated on drive 1."""
+    """The folder of a world model that was validated on drive 1."""
     world = new_world()
     path = tmp_path_factory.mktemp("world")
     validated = WorldModel(
@@ -53,22 +53,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_length_that_is_asked_for_has_no_min_steps() -> None:
-    def asked(**options: Any) -> TrainingConfig:
-        return (
-            TrainingRequest(preset="demo", device="cpu", **options)
-            .resolve(WORLD_MODEL_PRESETS)
-            .training
-        )
+def test_a_requested_length_has_no_min_steps() -> None:
+    def training_config(**options: Any) -> TrainingConfig:
+        request = TrainingRequest(preset="demo", device="cpu", **options)
+        return request.resolve(WORLD_MODEL_PRESETS).training
 
-    assert asked().minutes
-    assert asked().min_steps
-    assert asked(minutes=0.1).min_steps is None
-    assert asked(steps=3).min_steps is None
-    assert asked(assignments=("training.min_steps=7",)).min_steps == 7
+    assert training_config().minutes
+    assert training_config().min_steps
+    assert training_config(minutes=0.1).min_steps is None
+    assert training_config(steps=3).min_steps is None
+    assert training_config(assignments=("training.min_steps=7",)).min_steps == 7
 
 
-def test_a_missing_tokenizer_is_trained_and_an_unfinished_one_goes_on(
+def test_a_missing_tokenizer_is_trained_and_an_unfinished_one_is_resumed(
     videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def tokenized(steps: int, preset: str = "demo") -> TokenStore:
@@ -79,7 +76,7 @@ def test_a_missing_tokenizer_is_trained_and_an_unfinished_one_goes_on(
 
     tokenizer = tmp_path / "tokenizer"
     tokenized(1)
-    assert "is not there: training it" in capsys.readouterr().err
+    assert "does not exist: starting its training" in capsys.readouterr().err
     (tokenizer / FINISHED).unlink()
     with pytest.raises(
         DriveSimError,
@@ -88,17 +85,17 @@ def test_a_missing_tokenizer_is_trained_and_an_unfinished_one_goes_on(
         tokenized(2, "tiny")
     capsys.readouterr()
     store = tokenized(2)
-    assert "is unfinished: going on with it" in capsys.readouterr().err
+    assert "is unfinished: resuming its training" in capsys.readouterr().err
     assert load_json(tokenizer / FINISHED)["steps"] == 2
     assert (tokenizer / "checkpoints" / "step-00000001").exists()
 
-    # A finished one is used, whatever is asked for; so is a copy without the rest of the run.
+    # A finished tokenizer is used as it is, whatever the request. So is a copy without its run.
     assert tokenized(3, "tiny").info.tokenizer_fingerprint == store.info.tokenizer_fingerprint
     copy = tmp_path / "copy"
     Tokenizer.from_run(tokenizer, "cpu").save(copy)
     tokenizer = copy
     assert tokenized(4).info.tokenizer_fingerprint == store.info.tokenizer_fingerprint
-    assert f"the tokenizer is {copy}: 64x128 pixels" in capsys.readouterr().err
+    assert f"using the tokenizer {copy}: 64x128 pixels" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -124,17 +121,18 @@ def test_auto_chooses_a_preset_by_the_tokens_or_the_device(
 ) -> None:
     monkeypatch.setattr(pipeline, "resolve_device", lambda name: torch.device(device))
     assert TrainingRequest().resolve(WORLD_MODEL_PRESETS, grid) == WORLD_MODEL_PRESETS[preset]
-    first, *others = capsys.readouterr().err.splitlines()
-    assert first == f"preset {preset}, as {reason} (`preset` chooses another)"
-    slow = preset == "base" and device == "cpu"
-    assert others == slow * ["preset base is made for GPUs, not for cpu: tiny is for CPUs"]
-    # One that is named stands, and needs no reason.
+    notice, *warnings = capsys.readouterr().err.splitlines()
+    assert notice == f"using preset {preset} because {reason} (`preset` chooses another)"
+    is_slow = preset == "base" and device == "cpu"
+    warning = "preset base is made for CUDA GPUs and is slow on cpu; tiny is for CPUs"
+    assert warnings == is_slow * [warning]
+    # A named preset is used without a notice.
     named = TrainingRequest(preset="demo").resolve(WORLD_MODEL_PRESETS, grid)
     assert named == WORLD_MODEL_PRESETS["demo"]
     assert capsys.readouterr().err == ""
 
 
-def test_something_else_in_the_tokenizers_place_is_refused(videos: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_run_is_refused_as_the_tokenizer(videos: Path, tmp_path: Path) -> None:
     (tmp_path / "holiday.txt").touch()
     with pytest.raises(DriveSimError, match=r"is not a run: choose another `run`$"):
         tokenize_videos([videos], tmp_path, tmp_path / "tokens", training=REQUEST)
@@ -155,7 +153,9 @@ def test_a_rollout_starts_from_a_drive_that_was_not_trained_on(run: Path, tmp_pa
         assert context["drive"] == chosen
 
 
-def test_tokens_that_do_not_fit_the_model_name_the_way_on(run: Path, tmp_path: Path) -> None:
+def test_an_error_for_tokens_that_do_not_fit_the_model_suggests_a_context(
+    run: Path, tmp_path: Path
+) -> None:
     world = WorldModel.from_run(run, "cpu")
     with pytest.raises(DriveSimError, match=r"no such token store.*name a video with `context`$"):
         roll(run, tmp_path)
@@ -166,16 +166,16 @@ def test_tokens_that_do_not_fit_the_model_name_the_way_on(run: Path, tmp_path: P
     write_store(store, [20], fingerprint=world.tokenizer.fingerprint)
     for change in ({"fps": 2 * FPS}, {"steering_kind": "curvature"}):
         options = {"fps": FPS, "steering_kind": "road_wheel"} | change
-        other = WorldModel(world.transformer, world.tokenizer, **options)  # type: ignore[arg-type]
-        other.save(tmp_path / "other")
+        changed = WorldModel(world.transformer, world.tokenizer, **options)  # type: ignore[arg-type]
+        changed.save(tmp_path / "other")
         with pytest.raises(DriveSimError, match=r"the model.*name a video with `context`$"):
             roll(tmp_path / "other", tmp_path, tokens=store)
 
 
-def test_a_context_is_one_drive_whose_steering_is_of_the_models_kind(
+def test_a_context_is_a_single_drive_with_the_models_kind_of_steering(
     run: Path, videos: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(DriveSimError, match="holds 2 drives; name one"):
+    with pytest.raises(DriveSimError, match="holds 2 drives; name the video"):
         roll(run, tmp_path, context=videos)
     video = tmp_path / "drive.mp4"
     video.symlink_to(videos / "drive_000.mp4")
@@ -190,7 +190,7 @@ def test_a_context_is_one_drive_whose_steering_is_of_the_models_kind(
             roll(run, tmp_path, context=video)
     roll(run, tmp_path, context=video, time_offset=-100.0)
 
-    # A model that knows no actions has no use for the CSV, whatever is in it.
+    # A model that learned no actions does not read the CSV, so errors in the CSV do not matter.
     world = WorldModel.from_run(run, "cpu")
     video.with_suffix(".csv").write_text("not,a,number\n")
     with pytest.raises(DriveSimError):
@@ -208,8 +208,8 @@ def test_a_context_is_one_drive_whose_steering_is_of_the_models_kind(
     )
 
 
-def test_skip_bad_covers_what_only_decoding_finds(videos: Path, tmp_path: Path) -> None:
-    """The facts of the file are in order; the training of the tokenizer meets its damage first."""
+def test_skip_bad_covers_damage_that_only_decoding_detects(videos: Path, tmp_path: Path) -> None:
+    """The file's header is intact, so the damage first appears in the tokenizer's training."""
     folder = tmp_path / "videos"
     folder.mkdir()
     for path in videos.glob("drive_*.*"):

@@ -1,4 +1,4 @@
-"""The house stays one that a newcomer finds the way in: few files a folder, tests beside theirs."""
+"""Checks that the folders stay easy to navigate: few files in each, and tests that mirror them."""
 
 import ast
 from collections import Counter
@@ -6,33 +6,35 @@ from pathlib import Path
 
 from tests import ROOT
 
-HOUSE = ("driving_sim", "data", "tokenizer", "world_model", "tests", "benchmarks")
-MOST_FILES = 12
-SOURCES = (".py", ".cpp", ".h")
-APART = {"tests", "tests/benchmarks", "tests/fixtures", "tests/stress"}
-"""Folders of tests that have no folder of the package beside them."""
+FOLDERS = ("driving_sim", "data", "tokenizer", "world_model", "tests", "benchmarks")
+MAX_FILES = 12
+SUFFIXES = (".py", ".cpp", ".h")
+ONLY_TESTS = {"tests", "tests/benchmarks", "tests/fixtures", "tests/stress"}
+"""Folders of tests that mirror no folder of the package."""
 
 
 def sources() -> list[Path]:
-    """Code of the house, by its path from the root; the package's links are not followed."""
-    found = [path for top in HOUSE for path in (ROOT / top).rglob("*") if path.suffix in SOURCES]
-    return sorted(path.relative_to(ROOT) for path in found if path.resolve() == path)
+    """Return the paths of all code files, relative to the root. Linked folders are skipped."""
+    paths = [path for top in FOLDERS for path in (ROOT / top).rglob("*")]
+    files = [path for path in paths if path.suffix in SUFFIXES]
+    return sorted(path.relative_to(ROOT) for path in files if path.resolve() == path)
 
 
 def test_a_folder_holds_at_most_a_dozen_files_of_code() -> None:
     counts = Counter(str(path.parent) for path in sources())
-    assert {folder: count for folder, count in counts.items() if count > MOST_FILES} == {}
+    assert {folder: count for folder, count in counts.items() if count > MAX_FILES} == {}
     assert counts["data/video"] > 2
 
 
-def test_tests_stand_where_what_they_test_stands() -> None:
+def test_the_folders_of_tests_mirror_those_of_the_package() -> None:
     folders = {str(path.parent).removeprefix("driving_sim/") for path in sources()}
     rooms = {str(path.parent) for path in sources() if path.parts[0] == "tests"}
-    assert {room for room in rooms - APART if room.removeprefix("tests/") not in folders} == set()
+    assert {
+        room for room in rooms - ONLY_TESTS if room.removeprefix("tests/") not in folders
+    } == set()
 
 
 def test_no_test_is_imported_from_another() -> None:
-    """Not in strings either, but for programs that a test file runs with what it holds itself."""
     for path in sources():
         tree = ast.parse((ROOT / path).read_text("utf-8") if path.suffix == ".py" else "")
         for node in ast.walk(tree):

@@ -1,1 +1,1 @@
-"""A scaling law from small runs: the runs, the law, its report and its picture."""
+"""Fit a scaling law to small training runs, report it and plot it."""

@@ -1,9 +1,10 @@
-"""A law of training compute, loss = c + (x / a)^b, fitted to a few runs.
+"""A scaling law, loss = c + (x / a)^b for training compute x, fitted to a few runs.
 
-GAIA-1 (arXiv 2309.17080, section 6) predicted the loss of its 6.5 B model with this form from
-models trained with less than a twentieth of its compute; c is what no amount of compute removes.
+GAIA-1 (arXiv 2309.17080, section 6) used this form to predict the loss of its 6.5 B model from
+models trained with less than a twentieth of its compute. c is the loss that no amount of compute
+removes.
 
-Axes: n runs, R resamples, G exponents that are tried.
+Axes: n runs, R resamples, G candidate exponents.
 """
 
 import math
@@ -17,42 +18,44 @@ from driving_sim.data.arrays import Floats
 from driving_sim.engine.errors import DriveSimError, TooLittleDataError
 
 PARAMETERS = 3
-"""Of the law: as many runs of different compute determine it, one more says how well."""
+"""Number of parameters of the law, and so the minimum number of runs of different compute."""
 
 _RESAMPLES = 1000
 _EXPONENTS = (0.02, 2.0)
-"""Between which the power of compute is looked for, without its sign."""
-_MOST_LOG = 700.0  # exp() of more is no number
-_TRIED = 33
+"""Smallest and largest value of -b that the fit considers."""
+_MAX_LOG = 700.0  # exp() overflows above about 709.
+_CANDIDATES = 33
 _ROUNDS = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScalingLaw:
-    """loss(x) = c + (x / a)^b."""
+    """The law loss(x) = c + (x / a)^b, for training compute x."""
 
     c: float
-    """The loss that remains however much is trained; 0 or more."""
+    """Irreducible loss, 0 or more: the limit for infinite compute."""
     a: float
-    """The compute at which the loss is 1 above `c`."""
+    """Compute at which the loss is `c` + 1."""
     b: float
-    """The exponent, below 0."""
+    """Exponent of the compute, below 0."""
 
     def __call__(self, compute: ArrayLike) -> Floats:
-        """The loss at each compute."""
+        """Return the loss at each compute."""
         return np.asarray(self.c + np.exp(self.b * (np.log(compute) - np.log(self.a))), np.float64)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """A loss at a compute that was not trained with."""
+    """The predicted loss of a run with a given compute."""
 
     compute: float
+    """Training compute of the run, in floating-point operations."""
     loss: float
+    """Predicted loss, in bits per token."""
     low: float | None
-    """Lower end of the 95 % interval of what a run would measure; None where runs are too few."""
+    """Lower end of the 95 % prediction interval, or None if there are too few runs for one."""
     high: float | None
-    """Its upper end."""
+    """Upper end of the 95 % prediction interval, or None if there are too few runs for one."""
 
     def __str__(self) -> str:
         bounds = "" if self.low is None else f" [{self.low:.4f}, {self.high:.4f}]"
@@ -60,10 +63,10 @@ class Prediction:
 
 
 class FittedLaw:
-    """The law nearest to `loss` [n] at `compute` [n], in relative error; and how sure it is.
+    """The law with the least relative error for `loss` [n] at `compute` [n], and its uncertainty.
 
-    Raises `TooLittleDataError` where there are fewer than three different computes or the loss does
-    not fall with compute.
+    Raises TooLittleDataError if there are fewer than three different values of compute, or if the
+    loss does not fall with compute.
     """
 
     def __init__(self, compute: ArrayLike, loss: ArrayLike) -> None:
@@ -71,127 +74,144 @@ class FittedLaw:
         different = len(np.unique(self.compute))
         if different < PARAMETERS:
             raise TooLittleDataError(
-                f"{different} different computes: c + (x / a)^b takes at least {PARAMETERS}; "
-                "add runs of other widths, depths or lengths"
+                f"the runs have {different} different amounts of compute, but fitting "
+                f"c + (x / a)^b takes at least {PARAMETERS}; add runs of other widths, depths or "
+                "lengths"
             )
-        # Around the runs' middle the scale says little about the exponent: a stable fit.
+        # Centring log compute decouples the scale from the exponent, which makes the fit stable.
         self._middle = float(np.log(self.compute).mean())
-        floor, scale, exponent = _fit(self._place(self.compute), self.loss[None])[0].tolist()
+        floor, scale, exponent = _fit(self._centred(self.compute), self.loss[None])[0].tolist()
         falls = math.isfinite(floor + scale + exponent) and scale > 0
         log_a = self._middle + np.log(scale) / exponent if falls else math.inf
-        if abs(log_a) > _MOST_LOG:
+        if abs(log_a) > _MAX_LOG:
             raise TooLittleDataError(
-                "the loss does not fall with compute in these runs, so there is no law to fit; "
-                "train larger models for longer, on more data"
+                "the loss of these runs does not fall with compute, so no law can be fitted; train "
+                "larger models for longer, on more data"
             )
         self.law = ScalingLaw(c=floor, a=float(np.exp(log_a)), b=-exponent)
         """The fitted law."""
         low, high = _EXPONENTS
         self.at_edge = not 1.01 * low < exponent < 0.99 * high
-        """Whether the exponent is an end of the range that is tried: the best may lie beyond."""
+        """Whether the exponent is at an end of the searched range, so a better one may exist."""
         self.freedom = len(self.loss) - PARAMETERS
-        """Runs beyond those that the law's parameters take up; 0: it meets them whatever they are.
+        """Degrees of freedom: the number of runs minus the number of parameters.
 
-        Of several runs with one compute, each counts.
+        With 0, the law fits the runs exactly, so nothing is known about its error.
         """
         squares = np.square(np.log(self.loss / self.law(self.compute))).sum()
         self.spread = float(np.sqrt(squares / self.freedom)) if self.freedom else 0.0
-        """The runs' relative deviation from the law, as a standard deviation."""
+        """Standard deviation of the runs' relative errors, or 0 without degrees of freedom."""
 
     def predict(self, compute: float) -> Prediction:
-        """The loss at `compute`, and between which bounds a run there would lie 19 times of 20."""
+        """Predict the loss of a run with this compute, with a 95 % prediction interval."""
         bounds = self.interval([compute])
         low, high = [None, None] if bounds is None else [float(bound[0]) for bound in bounds]
         return Prediction(compute=compute, loss=float(self.law(compute)), low=low, high=high)
 
     def interval(self, compute: ArrayLike) -> tuple[Floats, Floats] | None:
-        """The bounds of `predict` at each compute; None where no run is left to judge the fit by.
+        """Return the lower and upper ends of the 95 % prediction interval at each compute.
 
-        From refitted resamples: the law's own losses, each with a deviation as large as the runs'.
-        How large that is, is itself known from a few runs only, so it is drawn for each resample.
+        Returns None if there are no more runs than parameters. The interval is a parametric
+        bootstrap: the law is refitted to its own losses with random deviations. Their size is drawn
+        anew for each resample, because a few runs determine it only roughly.
         """
         if not self.freedom:
             return None
         laws, deviations, noise = self._resampled
         floor, scale, exponent = laws.T[..., None]
-        curves = floor + scale * np.exp(-exponent * self._place(compute))
+        curves = floor + scale * np.exp(-exponent * self._centred(compute))
         measured = curves * _factor(deviations * noise)
         low, high = np.quantile(measured, [0.025, 0.975], axis=0)
         return low, high
 
     @cached_property
     def _resampled(self) -> tuple[Floats, Floats, Floats]:
-        """Laws [R, 3] fitted to resamples, their deviations [R, 1] and a draw for a new run."""
+        """Fitted parameters [R, 3], sizes of the deviations [R, 1] and normal noise [R, 1].
+
+        There is one row for each resample. The noise is that of a new run.
+        """
         rng = np.random.default_rng(0)
         shrinkage = np.sqrt(self.freedom / rng.chisquare(self.freedom, (_RESAMPLES, 1)))
         deviations = self.spread * shrinkage
         noise = rng.standard_normal((_RESAMPLES, len(self.loss)))
         losses = self.law(self.compute) * _factor(deviations * noise)
-        fitted = _fit(self._place(self.compute), losses)
+        fitted = _fit(self._centred(self.compute), losses)
         return fitted, deviations, rng.standard_normal((_RESAMPLES, 1))
 
-    def _place(self, compute: ArrayLike) -> Floats:
+    def _centred(self, compute: ArrayLike) -> Floats:
+        """Return log compute, minus the mean of the runs."""
         return np.log(compute) - self._middle
 
 
 def _factor(deviations: Floats) -> Floats:
-    # With one run to spare a draw can be thousands of times too large: no loss is that far off.
+    """Return the factors by which losses differ from the law."""
+    # With one degree of freedom, a deviation can come out thousands of times too large.
     return np.exp(np.clip(deviations, -2.0, 2.0))
 
 
-def _fit(place: Floats, losses: Floats) -> Floats:
-    """The floor, scale and exponent [R, 3] of floor + scale exp(-exponent place) for losses [R, n].
+def _fit(log_compute: Floats, losses: Floats) -> Floats:
+    """Fit floor + scale * exp(-exponent * log_compute) to each row of `losses` [R, n].
 
-    For one exponent the best floor and scale, neither below 0, are a linear problem; so only the
-    exponent is searched, over its whole range and then ever closer: no start to choose.
+    Returns floor, scale and exponent [R, 3]. For a fixed exponent, the best floor and scale, both 0
+    or more, are the solution of a linear problem. So only the exponent is searched: on a grid over
+    its whole range, then on ever finer grids. The search needs no initial guess.
     """
     rows = np.arange(len(losses))
     low, high = (np.full(len(losses), np.log(bound)) for bound in _EXPONENTS)
     for _ in range(_ROUNDS):
-        tried = np.linspace(low, high, _TRIED, axis=1)
-        floor, scale, error = _floor_and_scale(np.exp(tried), place, losses)
+        log_exponents = np.linspace(low, high, _CANDIDATES, axis=1)
+        floor, scale, error = _floor_and_scale(np.exp(log_exponents), log_compute, losses)
         best = error.argmin(1)
-        low = tried[rows, np.maximum(best - 1, 0)]
-        high = tried[rows, np.minimum(best + 1, _TRIED - 1)]
-    return np.stack([floor[rows, best], scale[rows, best], np.exp(tried[rows, best])], 1)
+        low = log_exponents[rows, np.maximum(best - 1, 0)]
+        high = log_exponents[rows, np.minimum(best + 1, _CANDIDATES - 1)]
+    return np.stack([floor[rows, best], scale[rows, best], np.exp(log_exponents[rows, best])], 1)
 
 
-@np.errstate(all="ignore")  # computes that are nearly one: their exponents fit worst of all
+# Nearly equal values of compute make the determinant 0. The error of such a fit counts as infinite.
+@np.errstate(all="ignore")
 def _floor_and_scale(
-    exponents: Floats, place: Floats, losses: Floats
+    exponents: Floats, log_compute: Floats, losses: Floats
 ) -> tuple[Floats, Floats, Floats]:
-    """The best floor and scale for exponents [R, G], and the sum of squared relative errors."""
-    one = 1 / losses[:, None]  # relative errors: the target is 1 everywhere
-    power = np.exp(-exponents[..., None] * place) * one
-    power2, both, one2 = (power**2).sum(-1), (power * one).sum(-1), (one**2).sum(-1)
-    power1, one1 = power.sum(-1), one.sum(-1)
-    determinant = power2 * one2 - both**2
-    floor = (one1 * power2 - power1 * both) / determinant
-    scale = (power1 * one2 - one1 * both) / determinant
+    """Return the best floors and scales for `exponents` [R, G], and their squared relative errors.
+
+    All three results are [R, G]. The errors are summed over the runs.
+    """
+    # Dividing the equations by the losses makes the errors relative, and every target 1.
+    unit = 1 / losses[:, None]
+    power = np.exp(-exponents[..., None] * log_compute) * unit
+    power2, mixed, unit2 = (power**2).sum(-1), (power * unit).sum(-1), (unit**2).sum(-1)
+    power1, unit1 = power.sum(-1), unit.sum(-1)
+    determinant = power2 * unit2 - mixed**2
+    floor = (unit1 * power2 - power1 * mixed) / determinant
+    scale = (power1 * unit2 - unit1 * mixed) / determinant
     scale = np.where(floor < 0, power1 / power2, scale)
     floor = np.where(floor < 0, 0.0, floor)
-    floor = np.where(scale < 0, one1 / one2, floor)
+    floor = np.where(scale < 0, unit1 / unit2, floor)
     scale = np.maximum(scale, 0.0)
-    residual = floor[..., None] * one + scale[..., None] * power - 1
+    residual = floor[..., None] * unit + scale[..., None] * power - 1
     return floor, scale, np.nan_to_num((residual**2).sum(-1), nan=np.inf)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOut:
-    """The largest run as the smaller ones predict it: what the law is worth, in hindsight."""
+    """A test of the law: the loss of the largest run, as predicted from the smaller runs."""
 
     predicted: Prediction
+    """Prediction from the smaller runs."""
     measured: float
-    """Its loss; the mean, where several runs share the largest compute."""
+    """Measured loss. If several runs have the largest compute, it is their mean."""
 
     @property
     def error(self) -> float:
-        """Predicted over measured, less 1."""
+        """Relative error of the prediction: positive if the predicted loss is too high."""
         return self.predicted.loss / self.measured - 1
 
 
 def hold_out_largest(compute: ArrayLike, loss: ArrayLike) -> HeldOut | None:
-    """Predict the run with the largest compute from the others; None where they are too few."""
+    """Predict the loss of the run with the largest compute from the other runs.
+
+    Returns None if no law can be fitted to the other runs.
+    """
     compute, loss = np.asarray(compute, np.float64), np.asarray(loss, np.float64)
     smaller = compute < compute.max()
     try:

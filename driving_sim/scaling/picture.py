@@ -1,4 +1,4 @@
-"""The picture of a scaling law: runs, the fitted curve with its interval, the predictions."""
+"""A plot of a scaling law: the runs, the fitted curve with its interval, and the predictions."""
 
 from pathlib import Path
 
@@ -17,18 +17,18 @@ _INK, _CURVE, _HELD_OUT = "#30343b", "#2a5db0", "#b4541a"
 def draw_scaling(
     path: Path, fitted: FittedLaw, held_out: HeldOut | None, prediction: Prediction
 ) -> None:
-    """Write a PNG: bits per token against compute, both axes logarithmic."""
+    """Plot bits per token against compute on logarithmic axes, and write the plot as a PNG."""
     figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
     axes = figure.subplots()
     _draw_curve(axes, fitted, 2 * max(fitted.compute.max(), prediction.compute))
     axes.plot(fitted.compute, fitted.loss, "o", color=_INK, label="runs", zorder=3)
     _draw_prediction(axes, prediction, "*", _CURVE, "prediction")
     if held_out:
-        label = "largest run, from the smaller ones"
+        label = "largest run, predicted from the smaller runs"
         _draw_prediction(axes, held_out.predicted, "D", _HELD_OUT, label)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    # Decades alone would label a range of one bit with nothing.
+    # Matplotlib labels only powers of ten, and a range of one bit usually contains none.
     low, high = axes.get_ylim()
     ticks = np.unique(np.round(np.geomspace(max(low, 0.5 * fitted.law.c), high, 8), 2))
     axes.set_yticks(ticks)

@@ -1,4 +1,4 @@
-"""A scaling law from the folders of small runs: fitted, tried on the largest, reported."""
+"""Fit a scaling law to the folders of small runs, test it on the largest run, write a report."""
 
 import math
 from collections.abc import Sequence
@@ -18,24 +18,26 @@ from driving_sim.scaling.run import ScalingRun, read_run, training_flops
 REPORT, PICTURE = "scaling.json", "scaling.png"
 _FORM = "bits per token = c + (C / a)^b, C = 6 N D"
 _FAR = 100
+"""Largest ratio of predicted to trained compute that is reported without a note."""
 _NOTEWORTHY = 0.2
+"""Largest attention share that is reported without a note."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScalingReport:
-    """A law and what it was fitted to; its text is a table and a few lines."""
+    """A scaling law with its runs and predictions. `str` formats it as a table and a few lines."""
 
     runs: tuple[ScalingRun, ...]
-    """The runs, by compute."""
+    """Runs that the law was fitted to, sorted by compute."""
     fitted: FittedLaw
-    """The law."""
+    """Law that was fitted to all runs."""
     held_out: HeldOut | None
-    """The largest run as predicted by the others; None where they are too few."""
+    """Prediction of the largest run from the smaller ones, or None if these are too few."""
     prediction: Prediction
-    """What was asked for; by default the bits at ten times the largest run's compute."""
+    """Predicted bits per token at the requested compute."""
 
     def to_dict(self) -> dict[str, Any]:
-        """What `scaling.json` holds."""
+        """Return the content of `scaling.json`."""
         held_out = self.held_out
         return {
             "form": _FORM,
@@ -60,39 +62,39 @@ class ScalingReport:
         }
 
     def notes(self) -> list[str]:
-        """What a reader must know before trusting the law."""
+        """Return the reasons to doubt the law or the prediction, one line for each."""
         early = [run.path.name for run in self.runs if run.best_step < 0.9 * run.steps]
         shares = [run.attention_share for run in self.runs]
         beyond = self.prediction.compute / self.runs[-1].compute
         notes = [
             (
                 bool(early),
-                f"best long before the end: {', '.join(early)}; with data that runs out, more "
-                "compute stops helping and no such law holds",
+                f"these runs were best long before their end: {', '.join(early)}; they probably "
+                "ran out of data, and then more compute no longer helps as the law says",
             ),
             (
                 max(shares) > _NOTEWORTHY,
-                "6 N D leaves out attention's own products: in these runs "
-                f"{min(shares):.0%} to {max(shares):.0%} on top",
+                "6 N D does not count the products of queries, keys and values, which add "
+                f"{min(shares):.0%} to {max(shares):.0%} to the compute of these runs",
             ),
             (
                 not self.fitted.freedom,
-                "three runs determine the law exactly: a fourth would say how well",
+                "three runs determine the law exactly, so its error is unknown; add a fourth run",
             ),
             (
                 self.fitted.at_edge,
-                f"the exponent {self.fitted.law.b:.2g} is the edge of what is tried: the runs do "
-                "not fall as such a law does, or too few of them say how",
+                f"the exponent {self.fitted.law.b:.2g} is at the edge of the searched range: the "
+                "runs do not follow such a law, or there are too few of them",
             ),
             (
                 self.fitted.law.c == 0,
-                "no loss that remains was found (c = 0): the runs do not bend towards one yet, so "
-                "predictions far beyond them are too low",
+                "the fit finds no irreducible loss (c = 0) because the runs do not level off yet, "
+                "so predictions far beyond them are too low",
             ),
             (
                 beyond > _FAR,
-                f"the prediction lies {beyond:,.0f} times beyond the largest run, and the "
-                "interval knows only of noise, not of a law that bends",
+                f"the prediction is for {beyond:,.0f} times the compute of the largest run, and "
+                "its interval covers only noise, not a change of the law",
             ),
         ]
         return [note for applies, note in notes if applies]
@@ -110,9 +112,9 @@ class ScalingReport:
         ]
         if self.held_out:
             lines.append(
-                f"{self.runs[-1].path.name} as the smaller runs predict it: "
-                f"{self.held_out.predicted}; measured {self.held_out.measured:.4f}, "
-                f"an error of {self.held_out.error:+.2%}"
+                f"{self.runs[-1].path.name}, predicted from the smaller runs: "
+                f"{self.held_out.predicted}; measured: {self.held_out.measured:.4f}; "
+                f"error: {self.held_out.error:+.2%}"
             )
         lines.append(f"at {self.prediction.compute:.3g} operations: {self.prediction}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes())])
@@ -121,9 +123,9 @@ class ScalingReport:
 def scale(paths: Sequence[Path], out: Path, *, compute: float | None = None) -> ScalingReport:
     """Fit a law to finished world-model runs and predict the bits per token at `compute`.
 
-    Writes `scaling.json` and `scaling.png` into the folder `out`, in place of an earlier law there.
-    Raises `DriveSimError` for runs that are unfinished, not comparable or too few, and where `out`
-    holds anything else.
+    By default, `compute` is 10 times that of the largest run. Writes `scaling.json` and
+    `scaling.png` to the folder `out`, and replaces an earlier scaling law in it. Raises
+    DriveSimError if runs are unfinished, not comparable or too few, or if `out` holds other files.
     """
     check_replaceable(
         out,
@@ -139,15 +141,20 @@ def scale(paths: Sequence[Path], out: Path, *, compute: float | None = None) -> 
 
 
 def fit_runs(runs: Sequence[ScalingRun], compute: float | None = None) -> ScalingReport:
-    """Fit a law to runs, each counted once; errors as for `scale`."""
+    """Fit a law to runs and predict the bits per token at `compute`.
+
+    A run that is given twice counts once. Raises DriveSimError if the runs are too few or not
+    comparable.
+    """
     different = {run.path.resolve(): run for run in runs}.values()
     ordered = tuple(sorted(different, key=lambda run: run.compute))
     for run in ordered[1:]:
-        for what, value in ordered[0].conditions.items():
-            if run.conditions[what] != value:
-                both = one_line(f"{run.conditions[what]:.80} and {value:.80}")
+        for name, value in ordered[0].conditions.items():
+            if run.conditions[name] != value:
+                values = one_line(f"{run.conditions[name]:.80} and {value:.80}")
                 raise DriveSimError(
-                    f"{run.path} cannot be compared with {ordered[0].path}: {what} differs ({both})"
+                    f"{run.path}: {name} differs from that of {ordered[0].path} ({values}), so the "
+                    "runs cannot be compared; leave one of them out"
                 )
     computes, bits = [run.compute for run in ordered], [run.bits for run in ordered]
     fitted = FittedLaw(computes, bits)
@@ -162,13 +169,17 @@ def fit_runs(runs: Sequence[ScalingRun], compute: float | None = None) -> Scalin
 def target_compute(
     compute: float | None, parameters: float | None, tokens: float | None
 ) -> float | None:
-    """The compute that options ask for, in operations; `DriveSimError` where they do not fit."""
-    given = {"compute": compute, "parameters": parameters, "tokens": tokens}
-    for name, value in given.items():
+    """Return the training compute in operations: `compute`, or 6 * `parameters` * `tokens`.
+
+    Returns None if all three are None. Raises DriveSimError if a value is not above 0, if only one
+    of `parameters` and `tokens` is given, or if they are given together with `compute`.
+    """
+    options = {"compute": compute, "parameters": parameters, "tokens": tokens}
+    for name, value in options.items():
         if value is not None and not 0 < value < math.inf:
-            raise DriveSimError(f"`{name}` {value:g}: must be a number above 0")
+            raise DriveSimError(f"`{name}` {value:g}: give a finite number above 0")
     if parameters is None and tokens is None:
         return compute
     if parameters is None or tokens is None or compute is not None:
-        raise DriveSimError("give `compute`, or both `parameters` and `tokens`")
+        raise DriveSimError("give either `compute` or both `parameters` and `tokens`")
     return training_flops(parameters, tokens)

@@ -1,12 +1,15 @@
-"""What a scaling law needs of a world-model run: its size, what it was trained on, its bits.
+"""Read the size, the training tokens and the bits per token of a world-model run.
 
-Compute is C = 6 N D: each weight and token costs 2 floating-point operations forward and 4 backward
-(Kaplan et al., arXiv 2001.08361; GAIA-1 counts the same). N are the weights of the matrices that
-every token passes through: those of the blocks, of the previous frame's neighbourhood and of the
-projection to logits. Embeddings are looked up, not multiplied with, and do not count, as in both
-papers; what runs once a frame (the actions) is too little to count. The logits do count, unlike
-there: they are much of the work of models as small as these, and leaving them out bends the law
-(Porian et al., arXiv 2406.19146). D are the tokens trained on, new or seen before.
+Compute is C = 6 N D: for each weight and each token, the forward pass takes 2 floating-point
+operations and the backward pass 4 (Kaplan et al., arXiv 2001.08361; GAIA-1 counts in the same way).
+
+N is the number of weights in the matrices that every token passes through: those of the blocks, of
+the previous frame's neighbourhood and of the projection to logits. As in both papers, embeddings do
+not count, because they are lookup tables. The action layers run only once a frame and are too small
+to count. Unlike in the papers, the logits count: they are a large part of the work of small models,
+and the runs do not follow a power law without them (Porian et al., arXiv 2406.19146).
+
+D is the number of training tokens; a token that is seen twice counts twice.
 """
 
 import math
@@ -25,58 +28,58 @@ from driving_sim.engine.parsing import one_line, parse_json
 from driving_sim.engine.run_folder import CONFIG, FINISHED, is_finished
 
 FLOPS_PER_WEIGHT_AND_TOKEN = 6
-"""Forward and backward."""
+"""Floating-point operations for one weight and one token, in the forward and backward passes."""
 
 _WEIGHTS = "model.safetensors"
 _MODEL = "config.json"
 _METRICS = "metrics.jsonl"
 _LOGITS = "output.codes"
-_MOST = 1e18  # of anything: what is beyond is damage, or made to do harm
+_MAX_NUMBER = 1e18  # A larger number in a file means that the file is damaged or malicious.
 
 
 def _in(*keys: str) -> FieldInfo:
-    """Where a field stands: the file and the keys in it."""
-    found: FieldInfo = Field(validation_alias=AliasPath(*keys))
-    return found
+    """Say where a field is read from. `keys` are the name of the file and the keys in it."""
+    field: FieldInfo = Field(validation_alias=AliasPath(*keys))
+    return field
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScalingRun:
-    """A finished world-model run as a point of a scaling law."""
+    """A finished world-model run, as one data point for a scaling law."""
 
     path: Path
-    """Its folder."""
+    """Folder of the run."""
     parameters: int
-    """N: weights of the matrices that every token passes through."""
+    """N, the number of weights in the matrices that every token passes through."""
     all_parameters: int
-    """Everything that is trained."""
+    """Number of all trained weights."""
     tokens: int
-    """D: tokens trained on up to the best validation, whose weights are kept."""
+    """D, the number of training tokens up to the best step, whose weights the run keeps."""
     bits: float
-    """Bits per token of the validation drives, the best of the run."""
+    """Bits per token on the validation drives at the best step."""
     attention_share: float
-    """What attention's own products add to 6 N D, as a share of it."""
+    """Operations for the products of queries, keys and values, divided by 6 N D."""
     best_step: int
-    """The step with these bits."""
+    """Step with the lowest bits per token."""
     steps: int
-    """Steps of the whole run."""
+    """Number of steps of the whole run."""
     conditions: Mapping[str, str]
-    """What must be the same for two runs' bits to be comparable, by what it is."""
+    """Settings that must be equal for the bits of two runs to be comparable, by name."""
 
     @property
     def compute(self) -> float:
-        """C = 6 N D, in floating-point operations."""
+        """Training compute C = 6 N D, in floating-point operations."""
         return training_flops(self.parameters, self.tokens)
 
 
 def training_flops(parameters: float, tokens: float) -> float:
-    """The 6 N D of a training."""
+    """Return the training compute 6 N D, in floating-point operations."""
     return float(FLOPS_PER_WEIGHT_AND_TOKEN * parameters * tokens)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Record:
-    """What counts of a run's files; the rest of them is not the same in all versions."""
+    """The fields read from a run's files. Other fields, which vary by version, are ignored."""
 
     __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
     content: Annotated[str, _in(CONFIG, "store", "content")]
@@ -88,22 +91,26 @@ class _Record:
     rows: Annotated[Count, _in(_MODEL, "config", "grid", "rows")]
     cols: Annotated[Count, _in(_MODEL, "config", "grid", "cols")]
     drives: Annotated[tuple[str, ...], _in(_MODEL, "config", "validation_drives")]
-    bits: Annotated[float, Field(gt=0, lt=_MOST), _in(FINISHED, "best_score")]
+    bits: Annotated[float, Field(gt=0, lt=_MAX_NUMBER), _in(FINISHED, "best_score")]
     best_step: Annotated[Count, _in(FINISHED, "best_step")]
     steps: Annotated[Count, _in(FINISHED, "steps")]
     batches: Annotated[Count | None, _in(FINISHED, "batches")] = None
 
 
 def read_run(path: Path) -> ScalingRun:
-    """Read a finished run's folder; `DriveSimError` where it is none, or says nothing of scaling.
+    """Read the folder of a finished world-model run.
 
-    A run started from other weights, or validated on what it trained on, is refused.
+    Raises DriveSimError if it is not such a folder or its files are damaged. Also raises it if the
+    run started from other weights, or was validated on its training data.
     """
     record = _read_record(path)
     tokens = _batches(path / _METRICS, record) * record.batch_size
     tokens *= record.context * record.rows * record.cols
-    if tokens >= _MOST:
-        raise DriveSimError(f"{path}: trained on {tokens:.0e} tokens, it says: copy it again")
+    if tokens >= _MAX_NUMBER:
+        raise DriveSimError(
+            f"{path}: its files say that it trained on {tokens:.0e} tokens, which is impossible; "
+            "copy the run folder again"
+        )
     weights = _shapes(path / _WEIGHTS)
     parameters = _token_matrices(weights, path / _WEIGHTS)
     slots = record.context * record.rows * (record.cols + 1)
@@ -120,53 +127,58 @@ def read_run(path: Path) -> ScalingRun:
             "store.content": record.content,
             "store.tokenizer": record.tokenizer,
             "data.validation_windows": str(record.windows),
-            # The longer the past that a token is predicted from, the fewer bits it takes.
+            # A longer context lowers the bits per token.
             "model.context_frames": str(record.context),
-            "validation drives": ", ".join(record.drives),
+            "list of validation drives": ", ".join(record.drives),
         },
     )
 
 
 def _read_record(path: Path) -> _Record:
-    """Read a run's files, if its loss is the work of its own training alone."""
+    """Read a run's files, and check that its bits are the result of its own training alone."""
     if not (path / CONFIG).is_file():
-        raise DriveSimError(f"{path}: no training run ({CONFIG} is missing)")
+        raise DriveSimError(
+            f"{path}: not a training run ({CONFIG} is missing); name the folder of a run"
+        )
     settings = load_yaml(path / CONFIG)
     if "store" not in settings:
-        raise DriveSimError(f"{path}: not a world model's run; name runs of train-world-model")
+        raise DriveSimError(f"{path}: not the run of a world model; name runs of train-world-model")
     if not is_finished(path):
-        raise DriveSimError(f"{path} is unfinished: finish it with `resume`, or leave it out")
+        raise DriveSimError(f"{path}: unfinished; finish it with `resume`, or leave it out")
     if settings.get("init_from"):
         raise DriveSimError(
-            f"{path} was started from other weights (`init_from`), whose compute is not in it: "
-            "leave it out"
+            f"{path}: started from the weights of another run (`init_from`), whose compute is "
+            "unknown; leave it out"
         )
-    written = {CONFIG: settings} | {name: load_json(path / name) for name in (_MODEL, FINISHED)}
+    content = {CONFIG: settings} | {name: load_json(path / name) for name in (_MODEL, FINISHED)}
     try:
-        record = from_dict(_Record, written, where="")
+        record = from_dict(_Record, content, where="")
     except DriveSimError as error:
         raise DriveSimError(f"{path}: {str(error).lstrip('.')}; train the model again") from error
     if record.best_step > record.steps or (record.batches or record.steps) < record.steps:
         raise DriveSimError(
-            f"{path / FINISHED}: step {record.best_step} as the best of {record.steps} steps, with "
-            f"{record.batches} batches, cannot be; copy the run again"
+            f"{path / FINISHED}: best step {record.best_step}, {record.steps} steps and "
+            f"{record.batches} batches contradict each other; copy the run folder again"
         )
     if not record.drives:
-        raise DriveSimError(f"{path} was validated on frames that it trained on: leave it out")
+        raise DriveSimError(f"{path}: validated on drives that it trained on; leave it out")
     return record
 
 
 def _batches(metrics: Path, record: _Record) -> float:
-    """Batches that all ranks took up to the best step; without a count of them, of one process."""
+    """Return the number of batches that all ranks together took up to the best step.
+
+    If the run did not record this number, assume that there was only one rank.
+    """
     best = record.best_step
     for line in metrics.read_bytes().splitlines() if metrics.is_file() else []:
         try:
             row = parse_json(line)
         except ValueError:
-            continue  # cut off when a run was killed
+            continue  # A killed run can leave an incomplete line.
         if isinstance(row, dict) and (row.get("phase"), row.get("step")) == ("train", best):
             batches = row.get("batches")
-            if isinstance(batches, int | float) and 1 <= batches < _MOST:
+            if isinstance(batches, int | float) and 1 <= batches < _MAX_NUMBER:
                 return float(batches)
     if record.batches is None:
         return best * record.accumulate
@@ -174,20 +186,20 @@ def _batches(metrics: Path, record: _Record) -> float:
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """The weights' shapes, from the file's header alone."""
+    """Return the shapes of the weights by name. Only the header of the file is read."""
     try:
         with safe_open(file, "np") as tensors:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise DriveSimError(
-            f"{file}: no weights in safetensors ({one_line(error)}); copy it again"
+            f"{file}: not a readable safetensors file ({one_line(error)}); copy it again"
         ) from error
 
 
 def _token_matrices(weights: Mapping[str, tuple[int, ...]], file: Path) -> int:
-    """N: the weights that every token is multiplied with."""
+    """Return N, the number of weights in the matrices that every token passes through."""
     if _LOGITS not in weights or not any(name.startswith("blocks.") for name in weights):
-        raise DriveSimError(f"{file}: not a world model's weights; copy the run folder again")
+        raise DriveSimError(f"{file}: not the weights of a world model; copy the run folder again")
     count = sum(
         math.prod(shape)
         for name, shape in weights.items()
@@ -199,10 +211,10 @@ def _token_matrices(weights: Mapping[str, tuple[int, ...]], file: Path) -> int:
 
 
 def _attention(weights: Mapping[str, tuple[int, ...]], slots: int) -> int:
-    """Multiplications of attention's own products for a token, as `parameters` counts weights.
+    """Return the multiplications per token that attention does with keys and values.
 
-    A slot's query meets half of the window's keys on average, and as many values: width * slots
-    multiplications a layer.
+    N does not count them, because they use no weights. With a causal mask, a slot attends to half
+    of the window's slots on average, which takes width * slots multiplications per layer.
     """
     layers = [shape for name, shape in weights.items() if name.endswith(".attention.out.weight")]
     return sum(shape[0] for shape in layers if shape) * slots

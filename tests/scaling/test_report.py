@@ -1,4 +1,4 @@
-"""From run folders to a law: what is counted, what is compared, what is refused."""
+"""Tests of fitting a law to run folders: counting compute, comparing runs, refusing others."""
 
 import json
 import math
@@ -33,11 +33,11 @@ from tests.fixtures.token_drives import tiny_tokenizer, write_store
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Path]:
     sizes = ((8, 100), (16, 200), (24, 400), (32, 800), (48, 1600))
-    return [write_run(tmp_path / "runs" / f"w{w}", w, steps) for w, steps in sizes]
+    return [write_run(tmp_path / "runs" / f"w{width}", width, steps) for width, steps in sizes]
 
 
-def test_compute_is_what_the_products_of_a_training_step_take(runs: list[Path]) -> None:
-    """Against torch's own count: matrix products forward and backward, attention's apart."""
+def test_compute_matches_torchs_count_of_a_training_step(runs: list[Path]) -> None:
+    """Torch counts the matrix products forward and backward; those in attention are left out."""
     run, model = read_run(runs[2]), transformer(24)
     batch = {
         "tokens": torch.randint(1000, (BATCH, FRAMES, GRID.rows, GRID.cols)),
@@ -50,19 +50,20 @@ def test_compute_is_what_the_products_of_a_training_step_take(runs: list[Path]) 
         loss, _ = WorldModelObjective(InputNoiseConfig(token_noise=0.0), model)(batch)
         loss.backward()
     counts = counter.get_flop_counts()["Global"]
-    products = sum(n for operator, n in counts.items() if "attention" not in str(operator))
-    # Blocks also run in the slots that predict nothing, one a row; actions run once a frame.
+    products = sum(count for operator, count in counts.items() if "attention" not in str(operator))
+    # Torch also counts the slots that predict no token, one per row, and the action layers.
     assert run.compute == pytest.approx(400 * products, rel=0.1)
     assert run.compute < 400 * products
 
 
-def test_the_weights_that_count_are_those_of_the_matrices(runs: list[Path]) -> None:
+def test_only_weights_of_matrices_count(runs: list[Path]) -> None:
     model = transformer(24)
-    matrices = [m for m in model.blocks.modules() if isinstance(m, nn.Linear)]
-    expected = sum(m.weight.numel() for m in [*matrices, model.gather]) + model.output.codes.numel()
+    linears = [module for module in model.blocks.modules() if isinstance(module, nn.Linear)]
+    expected = sum(linear.weight.numel() for linear in [*linears, model.gather])
+    expected += model.output.codes.numel()
     run = read_run(runs[2])
     assert run.parameters == expected
-    assert run.all_parameters == sum(p.numel() for p in model.parameters())
+    assert run.all_parameters == sum(parameter.numel() for parameter in model.parameters())
     assert run.tokens == 400 * BATCH * FRAMES * GRID.rows * GRID.cols
     slots = FRAMES * GRID.rows * (GRID.cols + 1)
     assert run.attention_share == pytest.approx(2 * 24 * slots / expected)
@@ -70,18 +71,18 @@ def test_the_weights_that_count_are_those_of_the_matrices(runs: list[Path]) -> N
 
 def test_batches_of_all_ranks_count_up_to_the_best_step(runs: list[Path]) -> None:
     run = runs[0]
-    alone = read_run(run).tokens
+    tokens_of_one_rank = read_run(run).tokens
     finish(run, 100, 6.0, batches=400)
-    assert read_run(run).tokens == 4 * alone
+    assert read_run(run).tokens == 4 * tokens_of_one_rank
     finish(run, 100, 6.0, batches=400, best_step=50)
-    assert read_run(run).tokens == 2 * alone
+    assert read_run(run).tokens == 2 * tokens_of_one_rank
     rows = [{"step": step, "phase": "train", "batches": 3 * step} for step in (25, 50, 75)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"st')
-    assert read_run(run).tokens == 1.5 * alone
+    assert read_run(run).tokens == 1.5 * tokens_of_one_rank
     (run / "metrics.jsonl").unlink()
     finish(run, 100, 6.0)
     write_run(run, 8, 100, 6.0, training__accumulate=4)
-    assert read_run(run).tokens == 4 * alone
+    assert read_run(run).tokens == 4 * tokens_of_one_rank
 
 
 def test_a_law_is_written_with_its_plot_and_replaced(runs: list[Path], tmp_path: Path) -> None:
@@ -120,7 +121,7 @@ def test_runs_that_cannot_be_compared_are_refused(
         fit_runs([read_run(run) for run in runs])
 
 
-def test_other_validation_drives_are_other_bits(runs: list[Path]) -> None:
+def test_runs_with_other_validation_drives_cannot_be_compared(runs: list[Path]) -> None:
     text = (runs[3] / "config.json").read_text()
     (runs[3] / "config.json").write_text(text.replace('["a"]', '["b"]'))
     with pytest.raises(DriveSimError, match="validation drives differs"):
@@ -131,6 +132,7 @@ def test_other_validation_drives_are_other_bits(runs: list[Path]) -> None:
 
 
 def damage(run: Path, name: str, text: str | None) -> str:
+    """Replace or delete a file of a run, and return the error message of reading the run."""
     if text is None:
         (run / name).unlink()
     else:
@@ -141,19 +143,19 @@ def damage(run: Path, name: str, text: str | None) -> str:
     return str(caught.value)
 
 
-def test_what_is_no_finished_world_model_is_refused_in_one_line(runs: list[Path]) -> None:
+def test_damaged_and_unfinished_runs_are_refused_in_one_line(runs: list[Path]) -> None:
     assert "unfinished" in damage(runs[0], "finished.json", None)
     nan = '{"best_score": NaN, "best_step": 1, "steps": 1}'
     assert "finished.json.best_score: must be a finite" in damage(runs[1], "finished.json", nan)
     assert "finished.json.steps is missing" in damage(
         runs[1], "finished.json", '{"best_score": 5.0, "best_step": 1}'
     )
-    assert "not a world model" in damage(runs[2], "config.yaml", "training: {}")
+    assert "not the run of a world model" in damage(runs[2], "config.yaml", "training: {}")
     assert "safetensors" in damage(runs[3], "model.safetensors", "nonsense")
     text = '{"config": {"grid": {"rows": "8", "cols": 16}, "validation_drives": ["a"]}}'
     message = damage(runs[4], "config.json", text)
     assert "config.grid.rows: must be a valid integer, found '8'" in message
-    assert "no training run" in damage(runs[4], "config.yaml", None)
+    assert "not a training run" in damage(runs[4], "config.yaml", None)
 
 
 @pytest.mark.parametrize(
@@ -174,13 +176,13 @@ def test_what_is_no_finished_world_model_is_refused_in_one_line(runs: list[Path]
         ),
     ],
 )
-def test_numbers_that_no_run_has_are_refused(
+def test_impossible_numbers_are_refused(
     runs: list[Path], name: str, text: str, message: str
 ) -> None:
     assert message in damage(runs[0], name, text)
 
 
-def test_damaged_lines_of_the_log_are_passed_over(runs: list[Path]) -> None:
+def test_damaged_lines_of_the_log_are_ignored(runs: list[Path]) -> None:
     finish(runs[0], 100, 6.0, batches=400)
     before = read_run(runs[0]).tokens
     row = json.dumps({"step": 100, "phase": "train", "batches": 800}).encode()
@@ -203,12 +205,12 @@ def test_weights_of_other_shapes_are_refused_or_counted(runs: list[Path]) -> Non
 @pytest.mark.parametrize(
     ("losses", "message"),
     [
-        ((6.0, 5.0, 4.9, 4.9), "the exponent -2 is the edge"),
-        ((6.0, 5.99, 5.98, 5.97), "the exponent -0.02 is the edge"),
+        ((6.0, 5.0, 4.9, 4.9), "the exponent -2 is at the edge"),
+        ((6.0, 5.99, 5.98, 5.97), "the exponent -0.02 is at the edge"),
         ((6.0, 5.9, 5.8, 5.7), "(c = 0)"),
     ],
 )
-def test_a_law_at_the_edge_of_what_is_tried_says_so(
+def test_a_law_at_the_edge_of_the_search_has_a_note(
     losses: tuple[float, ...], message: str, tmp_path: Path
 ) -> None:
     runs = [
@@ -218,28 +220,29 @@ def test_a_law_at_the_edge_of_what_is_tried_says_so(
     assert any(message in note for note in fit_runs(runs).notes())
 
 
-def test_what_makes_a_law_doubtful_is_said(runs: list[Path]) -> None:
-    plain = fit_runs([read_run(run) for run in runs]).notes()
-    assert not any("edge" in note or "c = 0" in note for note in plain)
+def test_reasons_to_doubt_a_law_have_notes(runs: list[Path]) -> None:
+    notes = fit_runs([read_run(run) for run in runs]).notes()
+    assert not any("edge" in note or "c = 0" in note for note in notes)
     finish(runs[2], 400, 5.6, best_step=100)
     notes = fit_runs([read_run(run) for run in runs], compute=1e18).notes()
-    assert any("w24" in note and "best long before the end" in note for note in notes)
-    assert any("attention" in note for note in notes)
-    assert any("times beyond" in note for note in notes)
-    three = fit_runs([read_run(run) for run in runs[::2]]).notes()
-    assert any("a fourth" in note for note in three)
+    assert any("w24" in note and "best long before their end" in note for note in notes)
+    assert any("products of queries" in note for note in notes)
+    assert any("times the compute" in note for note in notes)
+    notes_of_three = fit_runs([read_run(run) for run in runs[::2]]).notes()
+    assert any("a fourth" in note for note in notes_of_three)
 
 
-def test_a_target_is_a_compute_or_a_size_and_a_length() -> None:
+def test_a_target_is_a_compute_or_both_parameters_and_tokens() -> None:
     assert target_compute(None, None, None) is None
     assert target_compute(1e20, None, None) == 1e20
     assert target_compute(None, 2e9, 3e10) == pytest.approx(6 * 2e9 * 3e10)
-    for wrong in ((None, 1e9, None), (1e20, 1e9, 1e9), (math.nan, None, None), (-1.0, None, None)):
+    wrong = ((None, 1e9, None), (1e20, 1e9, 1e9), (math.nan, None, None), (-1.0, None, None))
+    for target in wrong:
         with pytest.raises(DriveSimError, match=r"`compute`|`parameters`"):
-            target_compute(*wrong)
+            target_compute(*target)
 
 
-def test_the_command_takes_runs_that_were_really_trained(tmp_path: Path) -> None:
+def test_the_command_reads_the_runs_of_real_trainings(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.save(tmp_path / "tokenizer")
     write_store(tmp_path / "tokens", fingerprint=tokenizer.fingerprint)
@@ -258,7 +261,7 @@ def test_the_command_takes_runs_that_were_really_trained(tmp_path: Path) -> None
             tokenizer=tmp_path / "tokenizer",
             device="cpu",
         )
-        # Nothing is learned in so few steps: bits that fall, in what the training wrote.
+        # The models learn nothing in so few steps, so write bits that fall with the width.
         finished = json.loads((tmp_path / f"w{width}" / "finished.json").read_text())
         finished["best_score"] = 3 + 1 / width
         (tmp_path / f"w{width}" / "finished.json").write_text(json.dumps(finished))
@@ -270,7 +273,7 @@ def test_the_command_takes_runs_that_were_really_trained(tmp_path: Path) -> None
     assert "bits per token = " in result.stdout
     too_few = CliRunner().invoke(app, ["scaling", *folders[:2], "--out", str(out)])
     assert too_few.exit_code == 1
-    assert "error: 2 different computes" in too_few.stderr
+    assert "error: the runs have 2 different amounts of compute" in too_few.stderr
     assert np.isfinite(json.loads((out / "scaling.json").read_text())["prediction"]["loss"])
 
 
@@ -279,12 +282,13 @@ def test_the_series_of_small_runs_spans_enough_compute() -> None:
         share * cost.Model(width=width, layers=layers, codes=1000, queries_per_key=2).counted
         for width, layers, share in scaling_runs.SIZES
     ]
-    assert len(computes) >= 5  # four determine the law and how well, one is held out
+    # One run is held out. Three of the others determine the law, and the fourth its error.
+    assert len(computes) >= 5
     assert computes == sorted(computes)
     assert computes[-1] / computes[0] > 10**1.5
 
 
-def test_the_series_goes_on_where_it_was_stopped(
+def test_an_interrupted_series_of_runs_is_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scaling_runs, "SIZES", ((32, 1, 0.5), (64, 1, 1.0)))
