@@ -99,7 +99,7 @@ def worker_module(tree: Path) -> str:
     """Return the module name of the worker in a checkout."""
     for file in tree.glob("benchmarks/**/busy_worker.py"):
         return ".".join(file.relative_to(tree).with_suffix("").parts)
-    raise SystemExit("that commit has no busy_worker.py; choose a later commit")
+    raise SystemExit("the commit has no benchmarks/**/busy_worker.py; choose a later one")
 
 
 def measure(workers: Mapping[str, Worker], rounds: int, seconds: float) -> Times:

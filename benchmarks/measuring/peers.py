@@ -37,7 +37,7 @@ def package(name: str) -> Any:
         importlib.import_module(f"{name}.utils.logging").set_verbosity_error()
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise SystemExit(f"{name} is not installed: pip install 'drivesim[bench]'") from error
+        raise SystemExit(f"{name} is not installed; run pip install 'drivesim[bench]'") from error
 
 
 def fastest(forms: Mapping[str, Work], settings: Settings) -> tuple[str, dict[str, float]]:

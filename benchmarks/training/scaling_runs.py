@@ -35,7 +35,7 @@ def run_config(width: int, layers: int, steps: int) -> WorldModelRunConfig:
             steps=steps,
             minutes=None,
             # All runs have the same share of warm-up. Few validations are enough, because the last
-            # weights are nearly always the best.
+            # weights are usually the best.
             warmup_steps=max(1, steps // 10),
             validate_every=max(1, steps // 4),
             save_every=max(1, steps // 4),

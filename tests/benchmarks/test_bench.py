@@ -227,7 +227,7 @@ def test_a_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ModuleNotFoundError(name)
 
     monkeypatch.setattr("importlib.import_module", missing)
-    with pytest.raises(SystemExit, match=r"webdataset is not installed: pip install 'drivesim\[b"):
+    with pytest.raises(SystemExit, match=r"webdataset is not installed; run pip install 'drives"):
         peers.package("webdataset")
 
 

@@ -289,7 +289,7 @@ def _checkpoint(state: State, step: int) -> dict[str, File]:
 
 
 def damage(folder: Path, kind: str, draw: random.Random) -> None:
-    """Damage a checkpoint folder in one of the ways `DAMAGES`."""
+    """Damage a checkpoint folder in one of the ways that `DAMAGES` lists."""
     paths = sorted(folder.iterdir())
     path = draw.choice(paths)
     if kind == "emptied":
