@@ -250,7 +250,7 @@ class Campaign:
             figures.done_over = max(figures.done_over, cost)
             if cost > self._job.allowed:
                 self._problem(f"{cost} {self._job.unit} must be repeated", state)
-        if "; to go on, " in state.printed and cost:
+        if "; to continue, " in state.printed and cost:
             self._problem(f"reported that it saved, but lost {cost} {self._job.unit}", state)
 
     def _damage(self, state: State) -> State:
