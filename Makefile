@@ -33,7 +33,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# drivesim's speed beside its peers', on this machine; writes docs/BENCHMARKS.md.
+# Measures drivesim and its peers on this machine, and updates the machine's table in docs/speed.md.
 bench: $(VENV)/installed-bench
 	$(BIN)/python -m benchmarks.bench $(ARGS)
 

@@ -1,4 +1,4 @@
-"""Speed and durability, measured: one module per question, `python -m benchmarks.NAME`."""
+"""Benchmarks of drivesim, one module for each: `python -m benchmarks.NAME`."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.against REVISION`: this checkout's speed beside that of an earlier commit.
+"""`python -m benchmarks.against REVISION`: compare this checkout's speed with an earlier commit's.
 
-Both do the same work by the same commands, in turns, on synthetic drives: so whatever else the
-machine does disturbs both. Printed are the medians and ranges of the rounds' ratios.
+Both run the same commands on the same synthetic drives, in turns, so that other load on the machine
+slows both. Prints the median and the range of the ratio over the rounds.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from benchmarks import ROOT
 
 @contextmanager
 def checked_out(revision: str) -> Iterator[Path]:
-    """A working tree of `revision` in a temporary folder."""
+    """Check `revision` out into a temporary working tree, and yield its folder."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         git = ["git", "-C", str(ROOT), "worktree"]
@@ -32,7 +32,7 @@ def checked_out(revision: str) -> Iterator[Path]:
 
 
 def drivesim(tree: Path, folder: Path, *arguments: str) -> float:
-    """Run a command of the code in `tree` within `folder`; return the seconds that it took."""
+    """Run a command of the checkout `tree` in `folder`, and return its seconds."""
     command = [sys.executable, "-P", "-m", "driving_sim.cli", *arguments]
     begun = time.perf_counter()
     done = subprocess.run(
@@ -49,7 +49,7 @@ def drivesim(tree: Path, folder: Path, *arguments: str) -> float:
 
 
 def measure(tree: Path, videos: Path, preset: str, steps: int) -> dict[str, float]:
-    """The seconds of each command, run once."""
+    """Run each command once, and return its seconds by name."""
     training = ("--preset", preset, "--steps", str(steps))
     futures = ("--actions", "left", "--actions", "right", "--seconds", "6")
     with tempfile.TemporaryDirectory() as name:
@@ -63,25 +63,28 @@ def measure(tree: Path, videos: Path, preset: str, steps: int) -> dict[str, floa
 
 
 def main() -> None:
-    """Parse, measure in turns, print."""
+    """Parse the options, measure in turns, print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.against")
     parser.add_argument("revision", help="commit to compare with")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--steps", type=int, default=100, help="of each training")
-    parser.add_argument("--drives", type=int, default=8, help="of 20 s each")
-    given = parser.parse_args()
-    with checked_out(given.revision) as before, tempfile.TemporaryDirectory() as name:
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing; default: 5")
+    parser.add_argument("--preset", default="tiny", help="size of the models; default: tiny")
+    parser.add_argument("--steps", type=int, default=100, help="steps of a training; default: 100")
+    parser.add_argument("--drives", type=int, default=8, help="drives of 20 s each; default: 8")
+    options = parser.parse_args()
+    with checked_out(options.revision) as before, tempfile.TemporaryDirectory() as name:
         videos = Path(name) / "videos"
         drivesim(
-            ROOT, Path(name), "synth", str(videos), "--drives", str(given.drives), "--seconds=20"
+            ROOT, Path(name), "synth", str(videos), "--drives", str(options.drives), "--seconds=20"
         )
         rounds = []
-        for number in range(given.rounds):
+        for number in range(options.rounds):
             trees = [before, ROOT] if number % 2 == 0 else [ROOT, before]
-            found = {tree: measure(tree, videos, given.preset, given.steps) for tree in trees}
-            rounds.append((found[before], found[ROOT]))
-    print(f"speed of this checkout over {given.revision}'s, {given.rounds} rounds: median (range)")
+            times = {tree: measure(tree, videos, options.preset, options.steps) for tree in trees}
+            rounds.append((times[before], times[ROOT]))
+    print(
+        f"speed of this checkout over that of {options.revision}, "
+        f"{options.rounds} rounds: median (range)"
+    )
     for what in rounds[0][0]:
         ratios = [old[what] / new[what] for old, new in rounds]
         now = statistics.median(new[what] for _, new in rounds)

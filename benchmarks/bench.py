@@ -1,10 +1,12 @@
-"""`python -m benchmarks.bench`: every speed benchmark, and the table in docs/BENCHMARKS.md.
+"""`python -m benchmarks.bench`: run every speed benchmark and update docs/speed.md.
 
-Each command runs in a process of its own, one after the other. If one fails, the others still run
-and print what they find, and the table is left as it was.
+Each command runs in a process of its own, one after the other. The results replace the section of
+this machine in the page, or add a section; the rest of the page stays. If a command fails, the
+others still run and print their results, but the page is not changed.
 """
 
 import argparse
+import datetime
 import subprocess
 import sys
 import tempfile
@@ -12,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import ROOT
-from benchmarks.measuring.machine import describe
+from benchmarks.measuring.machine import describe, machine_name
 from benchmarks.measuring.paired import Claim, add_options, read_claims, settings_of
 from driving_sim.engine.files import atomic_file
 
@@ -30,45 +32,69 @@ COMMANDS = (
     ("reading.loading", "share"),
     ("startup", "startup"),
 )
-"""Module and name of each benchmark."""
-_VERDICTS = {True: "reached", False: "**missed**", None: ""}
+"""Module and benchmark name of each command."""
+_HEAD = ("what", "drivesim", "compared with", "times as fast", "share of the machine's limits")
 
 
-def table(claims: Sequence[Claim], machine: str) -> str:
-    """The claims as Markdown: a table, then what each command says beside its ratio."""
-    rows = [
-        "| what | against | bar | measured | | command |",
-        "|---|---|---|---|---|---|",
-        *(
-            f"| {claim.what} | {claim.against} | {claim.bar_text()} | {claim.figure_text()} "
-            f"| {_VERDICTS[claim.reached]} | `{claim.command}` |"
-            for claim in claims
-        ),
-    ]
-    details = [f"- {claim.what}: {line}" for claim in claims for line in claim.details]
-    return "\n".join(
-        [
-            "# Speed",
-            "",
-            f"Measured by `make bench` on: {machine}.",
-            "",
-            "Each command runs both in one process, in turns; a ratio is the median over the "
-            "rounds of each round's own, in brackets the least and the most. The peers are the "
-            "`bench` extra's. Weights are random, but where videos are written: what a picture "
-            "shows decides how long that takes.",
-            "",
-            *rows,
-            "",
-            "Behind the ratios:",
-            "",
-            *details,
-            "",
-        ]
-    )
+def section(machine: str, measured: str, claims: Sequence[Claim]) -> str:
+    """Return the section of a machine as Markdown, between its markers.
+
+    `measured` is the line below the heading: date, commit, limits and versions.
+    """
+    rows = ["| " + " | ".join(cells) + " |" for cells in (_HEAD, *(c.cells() for c in claims))]
+    rows.insert(1, "|---" * len(_HEAD) + "|")
+    lines = [_begin(machine), f"## {machine}", "", measured, "", *rows, "", verdict(claims)]
+    return "\n".join([*lines, _end(machine)])
+
+
+def verdict(claims: Sequence[Claim]) -> str:
+    """Return how many bars are reached, and which are missed."""
+    with_bar = [claim for claim in claims if claim.bar is not None]
+    missed = [claim for claim in with_bar if not claim.reached]
+    text = f"{len(with_bar) - len(missed)} of {len(with_bar)} bars reached."
+    if missed:
+        figures = (
+            f"{claim.what}, {claim.figure_text().partition(' (')[0]} (bar {claim.bar_text()})"
+            for claim in missed
+        )
+        text += f" Missed: {'; '.join(figures)}."
+    return text
+
+
+def with_section(page: str, machine: str, text: str) -> str:
+    """Return the page with a machine's section replaced, or added after the last section."""
+    begin, end = _begin(machine), _end(machine)
+    if begin in page:
+        before, _, rest = page.partition(begin)
+        after = rest.partition(end)[2]
+        return before + text + after
+    last_end = page.rfind(_end(""))
+    if last_end < 0:
+        return f"{page.rstrip()}\n\n{text}\n".lstrip()
+    at = page.index("-->", last_end) + len("-->")
+    return f"{page[:at]}\n\n{text}{page[at:]}"
+
+
+def _begin(machine: str) -> str:
+    return f"<!-- make bench: {machine} -->"
+
+
+def _end(machine: str) -> str:
+    """Return the marker behind a machine's section; for "", the start of all such markers."""
+    return f"<!-- end of make bench: {machine} -->" if machine else "<!-- end of make bench: "
+
+
+def commit() -> str:
+    """Return the short hash of the checked-out commit, with "-dirty" if files have changed."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def measure(commands: Sequence[tuple[str, str]], options: Sequence[str]) -> list[Claim]:
-    """Run the commands; `SystemExit` names those that failed, once all have run."""
+    """Run the commands and return their claims.
+
+    Raises SystemExit with the names of the commands that failed, after all have run.
+    """
     failed = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "claims.jsonl"
@@ -77,30 +103,34 @@ def measure(commands: Sequence[tuple[str, str]], options: Sequence[str]) -> list
             if subprocess.run([sys.executable, *arguments], cwd=ROOT, check=False).returncode:
                 failed.append(f"{module} {name}")
         if failed:
-            raise SystemExit(f"failed: {', '.join(failed)}; the table was not written")
+            raise SystemExit(f"failed: {', '.join(failed)}; the page was not changed")
         return read_claims(file)
 
 
-def write_table(path: Path, text: str) -> None:
-    """Replace the table, whole or not at all."""
+def update_page(path: Path, machine: str, text: str) -> None:
+    """Write a machine's section into the page, completely or not at all."""
+    page = path.read_text("utf-8") if path.exists() else ""
     with atomic_file(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(with_section(page, machine, text), "utf-8")
 
 
 def main() -> None:
-    """Parse, measure, write."""
+    """Parse the options, measure, and update the page."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.bench")
     add_options(parser)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "BENCHMARKS.md")
-    given = parser.parse_args()
-    options = [f"--device={given.device}", f"--rounds={given.rounds}"]
-    options += [f"--threads={given.threads}"] if given.threads else []
-    options += ["--toy"] if given.toy else []
-    claims = measure(COMMANDS, options)
-    write_table(given.out, table(claims, describe(settings_of(given))))
-    barred = [claim for claim in claims if claim.bar is not None]
-    reached = sum(claim.reached is True for claim in barred)
-    print(f"{reached} of {len(barred)} bars reached -> {given.out}")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "speed.md", help="the page")
+    parser.add_argument("--machine", help="heading of the section; default: processor and threads")
+    options = parser.parse_args()
+    arguments = [f"--device={options.device}", f"--rounds={options.rounds}"]
+    arguments += [f"--threads={options.threads}"] if options.threads else []
+    arguments += ["--toy"] if options.toy else []
+    measured = f"{datetime.datetime.now(datetime.UTC).date()}, commit {commit()}."
+    claims = measure(COMMANDS, arguments)
+    settings = settings_of(options)
+    machine = options.machine or machine_name(settings)
+    text = section(machine, f"{measured} {describe(settings)}", claims)
+    update_page(options.out, machine, text)
+    print(f"{verdict(claims)} -> {options.out}")
 
 
 if __name__ == "__main__":

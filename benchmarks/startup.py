@@ -1,6 +1,6 @@
-"""`python -m benchmarks.startup`: how soon `import driving_sim` and `drivesim --help` are done.
+"""`python -m benchmarks.startup`: the seconds of `import driving_sim` and `drivesim --help`.
 
-Each in a new interpreter, in turns with one that does nothing.
+Runs each in a new interpreter, in turns with an interpreter that does nothing.
 """
 
 import subprocess
@@ -17,28 +17,27 @@ def _run(*arguments: str) -> None:
 
 
 def measure(settings: Settings) -> list[Claim]:
-    """Seconds of both, the interpreter's own start included."""
-    found = alternate(
+    """Return the seconds of both, including the start of the interpreter."""
+    times = alternate(
         {
             "nothing": lambda: _run("-c", "pass"),
             "import driving_sim": lambda: _run("-c", "import driving_sim"),
-            # What the console script does, found wherever the package is installed.
+            # The console script does the same, but is only there if the package is installed.
             "drivesim --help": lambda: _run("-m", "driving_sim.cli", "--help"),
         },
         settings,
     )
-    nothing = float(np.median(found.pop("nothing")))
+    nothing = float(np.median(times.pop("nothing")))
     return [
         Claim(
-            what=name,
-            against="the clock",
-            figure=Figure.of(times),
+            what=f"`{name}`",
+            figure=Figure.of(taken),
             bar=0.3,
-            unit=" s",
+            unit="s",
             at_most=True,
-            details=(f"{nothing:.3f} s of it is Python's own start",),
+            details=(f"of which {nothing:.3f} s are the start of Python",),
         )
-        for name, times in found.items()
+        for name, taken in times.items()
     ]
 
 

@@ -36,7 +36,7 @@ from tests import ROOT
 
 DOCS = ROOT / "docs"
 CLUSTER = DOCS / "cluster"
-FILES = [DOCS / "SCALING.md", *sorted(CLUSTER.iterdir())]
+FILES = [DOCS / "scaling.md", *sorted(CLUSTER.iterdir())]
 COMMAND: Any = typer.main.get_command(app)
 PRESETS: dict[str, dict[str, Any]] = {
     "train-tokenizer": TOKENIZER_PRESETS,
@@ -93,7 +93,7 @@ def lines_with_commands() -> list[tuple[str, list[str]]]:
 def test_every_command_and_option_in_the_documents_exists() -> None:
     found = lines_with_commands()
     assert {name for name, _ in found} == {
-        "SCALING.md", "tokenize.sbatch", "train-job.yaml", "train.sbatch"
+        "scaling.md", "tokenize.sbatch", "train-job.yaml", "train.sbatch"
     }  # fmt: skip
     assert [(name, words) for name, words in found if wrong(words)] == []
 
@@ -113,7 +113,7 @@ def test_a_command_that_does_not_exist_is_seen(line: str, fault: str) -> None:
 
 
 def test_settings_that_stand_alone_exist() -> None:
-    spans = [span for span in code(DOCS / "SCALING.md") if span.startswith("--set ")]
+    spans = [span for span in code(DOCS / "scaling.md") if span.startswith("--set ")]
     assert len(spans) >= 3
     for span in spans:
         words = shlex.split(span)
@@ -142,7 +142,7 @@ def test_every_module_that_is_named_is_there() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", (DOCS / "SCALING.md").read_text("utf-8"))
+    links = re.findall(r"\]\(([^)#]+)\)", (DOCS / "scaling.md").read_text("utf-8"))
     assert len(links) >= 3
     assert [link for link in links if not (DOCS / link).exists()] == []
 
@@ -279,7 +279,7 @@ def test_several_machines_share_no_store_between_restarts() -> None:
 
 
 def test_nothing_on_the_page_waits_to_be_measured() -> None:
-    assert re.findall(r"MEASURED\(\w*\)", (DOCS / "SCALING.md").read_text("utf-8")) == []
+    assert re.findall(r"MEASURED\(\w*\)", (DOCS / "scaling.md").read_text("utf-8")) == []
 
 
 def test_the_tables_of_the_page_are_what_the_script_prints() -> None:

@@ -1,1 +1,1 @@
-"""What the benchmarks share: paired timing, the machine, the models' shapes, the peers."""
+"""Timing, peers, model sizes and machine limits that the benchmarks share."""

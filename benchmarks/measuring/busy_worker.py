@@ -1,7 +1,7 @@
-"""The work that `benchmarks.busy` times: started as commands are, told what to do line by line.
+"""The worker process of `benchmarks.busy`, which starts as drivesim's commands do.
 
-Each line it reads is `NAME SECONDS`; it does that work again and again for so long and answers with
-a JSON list of the seconds that each turn took.
+It reads lines `NAME SECONDS` from stdin, repeats the named work for that many seconds, and answers
+with a JSON list of the seconds of each repetition.
 """
 
 import json
@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from driving_sim.cli import main as start_as_commands_do
 
 UNCOUNTED = 0.5
-"""Seconds of a work before its turns count: programs beside it have been noticed by then."""
+"""Seconds of warm-up, in which drivesim notices the other programs on the machine."""
 NAMES = ("world-model step", "tokenizer step", "encode 8 frames", "rollout frame")
 
 
 def works(preset: str) -> dict[str, Callable[[], object]]:
-    """The preset's models with random weights, and what is timed of each."""
+    """Build the preset's models with random weights; return the work to time, by name."""
     import torch
 
     from benchmarks.measuring.paired import Settings
@@ -51,7 +51,7 @@ def works(preset: str) -> dict[str, Callable[[], object]]:
 
 
 def turns(act: Callable[[], object], lasting: float) -> Iterator[float]:
-    """After `UNCOUNTED`, do it for so many seconds, once at the least; yield each turn's."""
+    """Warm up, then repeat `act` for `lasting` seconds, at least once; yield the time of each."""
     begun = time.perf_counter()
     counted, end = begun + UNCOUNTED, begun + UNCOUNTED + lasting
     while begun < counted:
@@ -67,7 +67,7 @@ def turns(act: Callable[[], object], lasting: float) -> Iterator[float]:
 
 
 def main() -> None:
-    """Answer line after line."""
+    """Answer each line of stdin."""
     start_as_commands_do(debug=False)
     known = works(sys.argv[1])
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""The machine's limits, measured: products of matrices, reading memory; and what it is."""
+"""Name the machine, and measure its limits: matrix products and memory bandwidth."""
 
 import os
 import platform
@@ -18,50 +18,50 @@ from benchmarks.measuring.paired import Settings, Work, seconds
 from driving_sim.engine.precision import name_of, resolve_precision
 
 _SECONDS = 1.0
-"""How long each limit is looked for."""
+"""Seconds of measuring for each limit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """The best rates that were seen."""
+    """Highest rates that were measured on the machine."""
 
     dtype: torch.dtype
+    """Number format of the matrix products."""
     flops: float
-    """Floating-point operations a second of a product of large matrices in `dtype`."""
+    """Floating-point operations per second in a product of large matrices in `dtype`."""
     bandwidth: float
-    """Bytes a second, reading much more than any cache holds."""
+    """Bytes per second when reading a matrix that is larger than any cache."""
 
-    def reached(self, seconds: float, *, flops: float = 0.0, read: float = 0.0) -> str:
-        """How much of the limits work of so many operations and bytes makes use of."""
+    def share(self, seconds: float, *, flops: float = 0.0, read: float = 0.0) -> str:
+        """Return the shares of the limits that some work uses.
+
+        The work takes `seconds` for `flops` operations and for `read` bytes from memory. The text
+        reads as in "41 % of products, 98 % of memory".
+        """
         parts = []
         if flops:
-            share = flops / seconds / self.flops
-            parts.append(
-                f"{share:.1%} of the matrix-product rate ({self.flops / 1e9:.0f} GFLOP/s in "
-                f"{name_of(self.dtype)})"
-            )
+            parts.append(f"{100 * flops / seconds / self.flops:.2g} % of products")
         if read:
-            share = read / seconds / self.bandwidth
-            parts.append(f"{share:.1%} of the memory bandwidth ({self.bandwidth / 1e9:.1f} GB/s)")
-        return " and ".join(parts)
+            parts.append(f"{100 * read / seconds / self.bandwidth:.2g} % of memory")
+        return ", ".join(parts)
 
 
 def precision(settings: Settings) -> torch.dtype:
-    """The format that `auto` trains in and the device multiplies.
+    """Return the number format that precision `auto` chooses for training on the device.
 
-    Rollouts on a CPU keep numbers in bf16 even where it multiplies float32.
+    Rollouts on a CPU store weights in bf16 even if the CPU multiplies in fp32.
     """
     return resolve_precision("auto", settings.device)
 
 
 def number_formats(settings: Settings) -> tuple[torch.dtype, ...]:
-    """Those that a device multiplies: torch emulates bf16 elsewhere."""
+    """Return fp32, and bf16 if the device multiplies it: elsewhere torch only emulates bf16."""
     return tuple(dict.fromkeys((torch.float32, precision(settings))))
 
 
 @cache
 def limits(settings: Settings, dtype: torch.dtype) -> Limits:
-    """Measure both on the settings' device."""
+    """Measure both limits on the device of the settings."""
     device, large = settings.device, settings.device.type == "cuda"
     size = 64 if settings.toy else 8192 if large else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -70,13 +70,13 @@ def limits(settings: Settings, dtype: torch.dtype) -> Limits:
         rows, columns = (64, 64) if settings.toy else (8192, 32768 if large else 16384)
         matrix = torch.ones(rows, columns, device=device)
         vector = torch.ones(columns, device=device)
-        # Which of the two reads faster depends on the library.
+        # Take the faster of two ways to read: which one that is depends on the library.
         reading = min(_best(act, settings) for act in (lambda: matrix @ vector, matrix.sum))
     return Limits(dtype=dtype, flops=2 * size**3 / product, bandwidth=matrix.nbytes / reading)
 
 
 def _best(act: Work, settings: Settings) -> float:
-    """The shortest time that it was seen to take."""
+    """Return the fewest seconds that `act` takes in repeated runs."""
     end = time.perf_counter() + (0.01 if settings.toy else _SECONDS)
     best = seconds(act, settings.device)
     while time.perf_counter() < end:
@@ -85,19 +85,23 @@ def _best(act: Work, settings: Settings) -> float:
 
 
 def describe(settings: Settings) -> str:
-    """The processor, what of it is used, its limits and the libraries' versions, in one line."""
-    parts = [f"{_processor()}, {torch.get_num_threads()} threads"]
-    if settings.device.type == "cuda":
-        parts.append(torch.cuda.get_device_name(settings.device))
-    else:
-        parts.append(torch.backends.cpu.get_cpu_capability())
-    parts += [
+    """Return the machine's limits and the versions of torch and Python, as two sentences."""
+    rates = [
         f"{limits(settings, dtype).flops / 1e9:.0f} GFLOP/s in {name_of(dtype)}"
         for dtype in number_formats(settings)
     ]
-    parts.append(f"{limits(settings, torch.float32).bandwidth / 1e9:.1f} GB/s read from memory")
-    parts.append(f"torch {torch.__version__}, Python {platform.python_version()}")
-    return "; ".join(parts)
+    rates.append(f"{limits(settings, torch.float32).bandwidth / 1e9:.1f} GB/s from memory")
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{', '.join(rates)}. {versions}."
+
+
+def machine_name(settings: Settings) -> str:
+    """Return the names of the processor and its vector instructions or of the GPU, and threads."""
+    if settings.device.type == "cuda":
+        kind = torch.cuda.get_device_name(settings.device)
+    else:
+        kind = torch.backends.cpu.get_cpu_capability()
+    return f"{_processor()} ({kind}), {torch.get_num_threads()} threads"
 
 
 def _processor() -> str:
@@ -108,9 +112,10 @@ def _processor() -> str:
 
 
 def flops_of(act: Work) -> float:
-    """Operations of the matrix products, convolutions and attention in `act`, forth and back.
+    """Return the operations of matrix products, convolutions and attention in `act`.
 
-    As torch would do them: what is compiled cannot be counted.
+    Includes the backward pass if `act` runs one. The C++ kernels are turned off, because torch
+    cannot count their operations.
     """
     aten: Any = torch.ops.aten
     counted = {
@@ -124,9 +129,10 @@ def flops_of(act: Work) -> float:
 
 
 def _attention(products: int, *, first: int) -> Callable[..., int]:
-    """Count the products of an attention whose queries are argument `first`, then keys, values.
+    """Return a function that counts the operations of an attention kernel with `products`.
 
-    Torch counts those of its CUDA kernels alone. Of a causal one, half is computed.
+    The kernel takes queries, keys and values from argument `first` on. Torch itself counts only
+    CUDA kernels. A causal kernel computes half of all pairs.
     """
 
     def count(*arguments: Any, **_: Any) -> int:

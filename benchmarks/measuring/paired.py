@@ -1,11 +1,12 @@
-"""What every speed benchmark shares: work timed in turns, ratios, claims and their bars.
+"""Code that all speed benchmarks share: timing in turns, ratios, claims, and the bars on them.
 
-What is compared runs in one process, in turns, so that whatever else the machine does disturbs
-both. A ratio is the median over the rounds of each round's own.
+drivesim and its peer run in one process, in turns, so that other load on the machine slows both.
+Each round gives one ratio; the reported ratio is the median over the rounds.
 """
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,19 +23,27 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """How to measure."""
+    """Settings of a measurement."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    """Where both run."""
+    """Device that drivesim and its peers run on."""
     rounds: int = 5
-    """How often each is timed."""
+    """Number of times that each piece of work is timed."""
     toy: bool = False
-    """Sizes that try out the commands and say nothing of the machine."""
+    """Whether to use tiny sizes that only test the commands."""
+
+
+def rounded(value: float) -> str:
+    """Return a number with three significant digits and commas between thousands."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    decimals = 2 - math.floor(math.log10(abs(float(f"{value:.2e}"))))
+    return f"{round(value, decimals):,.{max(0, decimals)}f}"
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A measured figure: the median over the rounds, and the range."""
+    """Median and range of a measured figure over the rounds."""
 
     median: float
     least: float
@@ -42,29 +51,40 @@ class Figure:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Figure":
-        """Summarise the figure of each round."""
+        """Summarise the figures of the rounds, one for each round."""
         return cls(statistics.median(values), min(values), max(values))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Claim:
-    """One line of the table: what was measured, against what, and the bar for it."""
+    """One row of the table: a ratio to a peer's speed, or a figure of drivesim alone."""
 
     what: str
-    against: str
+    """Short name of the work; docs/speed.md explains it."""
     figure: Figure
-    bar: float | None = None
+    """How many times as fast as the peer; without a peer, drivesim's own figure."""
     unit: str = "×"
-    """What stands after figure and bar; "%" shows shares as percentages."""
+    """Text after the figure and its bar; "%" shows shares as percentages."""
+    bar: float | None = None
+    """Value that the median of the figure should reach."""
     at_most: bool = False
-    """Whether the figure must stay below the bar, not reach it."""
+    """Whether the figure must stay at or below the bar."""
+    against: str = ""
+    """Name of the peer, or "" without one."""
+    own: str = ""
+    """drivesim's rate, as in "94.0 frames/s", if there is a peer."""
+    peer: str = ""
+    """The peer's rate in the same unit."""
+    limits: str = ""
+    """Share of the machine's limits that drivesim uses, as `Limits.share` writes it."""
     details: tuple[str, ...] = ()
-    """Settings, the figures behind the ratio, how near they come to the machine's limits."""
+    """Sizes, settings and further figures, which only the command prints."""
     command: str = ""
+    """Command that measured the claim."""
 
     @property
     def reached(self) -> bool | None:
-        """Whether the median is on the right side of the bar; None where there is no bar."""
+        """Whether the median reaches the bar; None without a bar."""
         if self.bar is None:
             return None
         if self.at_most:
@@ -72,53 +92,66 @@ class Claim:
         return self.figure.median >= self.bar
 
     def bar_text(self) -> str:
-        """As in "≥ 10×"; nothing where there is no bar."""
+        """Return the bar as in "≥ 10×", or "" without a bar."""
         if self.bar is None:
             return ""
-        return f"{'≤' if self.at_most else '≥'} {self._shown(self.bar)}"
+        return f"{'≤' if self.at_most else '≥'} {self._scaled(self.bar):g}{self._unit()}"
 
     def figure_text(self) -> str:
-        """As in "12.3× (11.9 to 12.6)"."""
-        figure = self.figure
-        median, *others = map(self._shown, (figure.median, figure.least, figure.most))
-        return median if figure.least == figure.most else f"{median} ({' to '.join(others)})"
+        """Return the figure as in "12.3× (11.9 to 12.6)"."""
+        median, least, most = map(
+            self._number, (self.figure.median, self.figure.least, self.figure.most)
+        )
+        return f"{median}{self._unit()}" + (f" ({least} to {most})" if least != most else "")
 
-    def _shown(self, value: float) -> str:
-        if self.unit == "%":
-            return f"{100 * value:.3g} %"
-        return f"{value:.3g}{self.unit}"
+    def _number(self, value: float) -> str:
+        return rounded(self._scaled(value))
+
+    def _scaled(self, value: float) -> float:
+        return 100 * value if self.unit == "%" else value
+
+    def _unit(self) -> str:
+        return self.unit if self.unit == "×" else f" {self.unit}"
+
+    def cells(self) -> list[str]:
+        """Return the cells of the claim's row: what, drivesim, peer, times as fast, limits."""
+        if self.against:
+            peer, ratio = f"{self.peer} ({self.against})", self.figure_text()
+            own = self.own
+        else:
+            own, peer, ratio = self.figure_text(), "–", "–"
+        return [self.what, own, peer, ratio, self.limits or "–"]
 
     def __str__(self) -> str:
-        verdict = ""
+        against = f", {self.own} against {self.peer} of {self.against}" if self.against else ""
+        bar = ""
         if self.bar is not None:
-            verdict = f", bar {self.bar_text()}: {'reached' if self.reached else 'missed'}"
-        lines = [
-            f"{self.what}, against {self.against}: {self.figure_text()}{verdict}",
-            *(f"  {detail}" for detail in self.details),
-        ]
-        return "\n".join(lines)
+            bar = f", bar {self.bar_text()}: {'reached' if self.reached else 'missed'}"
+        limits = [f"  {self.limits}"] if self.limits else []
+        lines = [f"{self.what}{against}: {self.figure_text()}{bar}", *limits]
+        return "\n".join([*lines, *(f"  {detail}" for detail in self.details)])
 
 
 Benchmark = Callable[[Settings], list[Claim]]
 
 
 def alternate(work: Mapping[str, Work], settings: Settings) -> dict[str, list[float]]:
-    """Seconds of each piece of work in each round, after one round that does not count.
+    """Return the seconds of each piece of work in each round, after a warm-up round.
 
-    Every other round goes backwards, so that none always follows the same one.
+    Every other round runs in reverse order, so that no piece of work always follows the same one.
     """
     for act in work.values():
         seconds(act, settings.device)
-    found: dict[str, list[float]] = {name: [] for name in work}
+    times: dict[str, list[float]] = {name: [] for name in work}
     for number in range(settings.rounds):
         names = list(work) if number % 2 == 0 else list(work)[::-1]
         for name in names:
-            found[name].append(seconds(work[name], settings.device))
-    return found
+            times[name].append(seconds(work[name], settings.device))
+    return times
 
 
 def seconds(act: Work, device: torch.device) -> float:
-    """Do it once, and wait for the device."""
+    """Return the seconds that `act` takes once, until the device has finished."""
     _wait(device)
     begun = time.perf_counter()
     act()
@@ -132,9 +165,9 @@ def _wait(device: torch.device) -> None:
 
 
 def times_faster(peer: Sequence[float], own: Sequence[float], *, work: float = 1.0) -> Figure:
-    """How many times faster `own` is: a peer that takes twice the seconds gives 2.
+    """Return how many times as fast drivesim is as its peer, from the seconds of both.
 
-    `work` is how much the peer does in its seconds, in units of what we do in ours.
+    `work` is the amount of work that the peer does in its seconds, in units of drivesim's.
     """
     return Figure.of([theirs / work / ours for theirs, ours in zip(peer, own, strict=True)])
 
@@ -142,42 +175,47 @@ def times_faster(peer: Sequence[float], own: Sequence[float], *, work: float = 1
 def run_command(
     doc: str | None, module: str, benchmarks: Mapping[str, Benchmark], arguments: list[str]
 ) -> None:
-    """Measure what `python -m benchmarks.MODULE NAMES...` asks for (everything, by default)."""
+    """Parse `arguments`, run the benchmarks that they name (default: all), print the claims."""
     parser = argparse.ArgumentParser(description=doc, prog=f"python -m benchmarks.{module}")
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(benchmarks)}; all by default")
+    parser.add_argument(
+        "names", nargs="*", help=f"benchmarks to run: {', '.join(benchmarks)}; default: all"
+    )
     add_options(parser)
-    parser.add_argument("--json", type=Path, help="also add the claims to this file, a line each")
-    given = parser.parse_args(arguments)
-    settings = settings_of(given)
-    for name in given.names or benchmarks:
+    parser.add_argument("--json", type=Path, help="append the claims to this file, one a line")
+    options = parser.parse_args(arguments)
+    settings = settings_of(options)
+    for name in options.names or benchmarks:
         if name not in benchmarks:
             parser.error(f"{name}: expected one of {', '.join(benchmarks)}")
         for claim in benchmarks[name](settings):
             print(claim, flush=True)
-            if given.json:
-                device = "" if given.device == "cpu" else f" --device {given.device}"
+            if options.json:
+                device = "" if options.device == "cpu" else f" --device {options.device}"
                 command = f"python -m benchmarks.{module} {name}{device}"
-                with given.json.open("a") as file:
+                with options.json.open("a") as file:
                     file.write(json.dumps(asdict(claim) | {"command": command}) + "\n")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Give a command the options that `settings_of` reads."""
-    parser.add_argument("--device", default="cpu", help="auto, cuda, mps or cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="for torch; as many as cores, by default")
-    parser.add_argument("--toy", action="store_true", help="sizes that only try the commands out")
+    """Add the options that `settings_of` reads to a command's parser."""
+    parser.add_argument("--device", default="cpu", help="auto, cuda, mps or cpu; default: cpu")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing; default: 5")
+    parser.add_argument("--threads", type=int, help="torch's threads; default: one for each core")
+    parser.add_argument("--toy", action="store_true", help="tiny sizes that only test the commands")
 
 
-def settings_of(given: argparse.Namespace) -> Settings:
-    """What was asked for; sets torch's threads, and memory as `drivesim` does, peers' too."""
+def settings_of(options: argparse.Namespace) -> Settings:
+    """Return the settings that the options ask for, and prepare the process for measuring.
+
+    Sets torch's number of threads, and keeps freed memory as `drivesim` does, for peers too.
+    """
     keep_freed_memory()
-    torch.set_num_threads(given.threads or usable_cores())
-    return Settings(device=resolve_device(given.device), rounds=given.rounds, toy=given.toy)
+    torch.set_num_threads(options.threads or usable_cores())
+    return Settings(device=resolve_device(options.device), rounds=options.rounds, toy=options.toy)
 
 
 def read_claims(path: Path) -> list[Claim]:
-    """The claims that commands have added to `path`."""
+    """Return the claims in a file that `--json` wrote; none if there is no file."""
     claims = []
     for line in path.read_text().splitlines() if path.exists() else ():
         saved = json.loads(line)

@@ -1,7 +1,7 @@
-"""The peers, from the package registry: GPT-2 of `transformers`, VQModel of `diffusers`.
+"""The peers that drivesim is compared with: GPT-2 of `transformers`, VQModel of `diffusers`.
 
-Each is used as its own documentation says to for speed, in whichever of its forms measures fastest;
-GPT-2's draws compiled by torch are measured beside those that are not.
+Each peer runs as its documentation recommends for speed, in whichever form measures fastest. GPT-2
+compiled by torch is measured as a peer of its own.
 """
 
 import importlib
@@ -18,45 +18,49 @@ from driving_sim.engine.progress import say
 from driving_sim.tokenizer.perceptual import import_lpips
 
 VQ_WIDTHS = range(16, 136, 8)
-"""Of VQModels with groups of 8 channels, up to the published one's."""
+"""Widths of the VQModels with groups of 8 channels, up to the published width of 128."""
 _GPT2_FORMS = (
     ("dynamic cache", False, False),
     ("static cache", True, False),
     ("static cache, compiled", True, True),
 )
-"""Name, whether the cache is static, whether a token's pass is compiled."""
+"""Name, whether the cache is static, and whether the pass of a token is compiled."""
 
 
 def package(name: str) -> Any:
-    """A peer's package; ends the command with what to do where it is not installed."""
+    """Import a peer's package; end the command with advice if the package is not installed."""
     try:
         if name == "webdataset":
             return importlib.import_module(name)
-        import_lpips()  # they import torchvision, which without its operators needs our help
+        # Both import torchvision, which fails without its operators; this import repairs that.
+        import_lpips()
         importlib.import_module(f"{name}.utils.logging").set_verbosity_error()
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise SystemExit(f"{name} is not installed: pip install 'drivesim[bench]'") from error
+        raise SystemExit(f"{name} is not installed; run pip install 'drivesim[bench]'") from error
 
 
 def fastest(forms: Mapping[str, Work], settings: Settings) -> tuple[str, dict[str, float]]:
-    """The form that takes the least seconds, and what all of them took, each after a warm-up."""
-    found = {}
+    """Return the name of the fastest form and the seconds of all forms, after a warm-up each."""
+    times = {}
     for name, act in forms.items():
         seconds(act, settings.device)
-        found[name] = min(seconds(act, settings.device) for _ in range(2))
-    return min(found, key=lambda name: found[name]), found
+        times[name] = min(seconds(act, settings.device) for _ in range(2))
+    return min(times, key=lambda name: times[name]), times
 
 
-def tried(found: Mapping[str, float]) -> str:
-    """What the forms of a peer took, in words."""
-    return ", ".join(f"{name} {1e3 * taken:.4g} ms" for name, taken in found.items())
+def times_text(times: Mapping[str, float]) -> str:
+    """Return the names and times of a peer's forms as text, from seconds."""
+    return ", ".join(f"{name} {1e3 * taken:.4g} ms" for name, taken in times.items())
 
 
 def gpt2(
     *, layers: int, width: int, heads: int, codes: int, positions: int, dropout: float = 0.0
 ) -> nn.Module:
-    """A GPT-2 with random weights and torch's fused attention, which knows no dropout on a CPU."""
+    """Build a GPT-2 with random weights and torch's fused attention.
+
+    There is no dropout in the attention, because fused attention has none on a CPU.
+    """
     transformers = package("transformers")
     config = transformers.GPT2Config(
         vocab_size=codes,
@@ -76,18 +80,18 @@ def gpt2(
 
 
 def gpt2_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Its own loss on tokens [B, N]."""
+    """Return GPT-2's own loss on tokens [B, N]."""
     loss: Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
     return loss
 
 
 class Gpt2Decoder:
-    """Draws token after token with GPT-2's own cache, which holds a window of `positions`."""
+    """GPT-2 that draws token after token with its own cache for a window of `positions`."""
 
     def __init__(
         self, model: nn.Module, *, positions: int, static: bool, compiled: bool, settings: Settings
     ) -> None:
-        """`static` is its preallocated cache, else it is the one that grows."""
+        """Use a preallocated cache if `static`, else one that grows."""
         self.model: Any = model
         self.compiled = compiled
         backend = "eager" if settings.toy else "inductor"
@@ -102,12 +106,12 @@ class Gpt2Decoder:
 
     @torch.inference_mode()
     def fill(self, tokens: Tensor) -> None:
-        """Take up a context [1, N]."""
+        """Put a context [1, N] into the cache."""
         self._logits(self.model, tokens)
 
     @torch.inference_mode()
     def draw(self, count: int) -> Tensor:
-        """Draw so many tokens, then forget them: the next call starts from the same context."""
+        """Draw `count` tokens, then remove them: the next call starts from the same context."""
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         drawn = []
         for _ in range(count):
@@ -117,18 +121,18 @@ class Gpt2Decoder:
         return torch.cat(drawn, dim=1)
 
     def _logits(self, model: Any, tokens: Tensor) -> Tensor:
-        """Of what follows the tokens [1, n], [1, K]."""
-        found = model(input_ids=tokens, cache=self.cache, use_cache=True, logits_to_keep=1)
-        logits: Tensor = found.logits[:, -1]
+        """Return the logits [1, K] of the token that follows the tokens [1, n]."""
+        output = model(input_ids=tokens, cache=self.cache, use_cache=True, logits_to_keep=1)
+        logits: Tensor = output.logits[:, -1]
         return logits
 
 
 def gpt2_decoders(
     build: Callable[[], nn.Module], *, positions: int, context: int, codes: int, settings: Settings
 ) -> dict[str, Gpt2Decoder]:
-    """Its forms in each number format, each with `context` tokens behind it.
+    """Return GPT-2 in all its forms and number formats, each with `context` tokens in its cache.
 
-    Without those that torch cannot compile here, which it then says.
+    Leaves out the forms that torch cannot compile on this machine, and prints a line about each.
     """
     tokens = torch.randint(codes, (1, context), device=settings.device)
     decoders = {}
@@ -149,7 +153,7 @@ def gpt2_decoders(
 
 
 def vq_model(*, width: int, groups: int = 32, codes: int = 1024, channels: int = 256) -> nn.Module:
-    """The VQGAN of taming-transformers at stride 16 (f16), `width` channels at full resolution."""
+    """Build the VQGAN of taming-transformers at stride 16; `width`: channels at full resolution."""
     widths = tuple(factor * width for factor in (1, 1, 2, 2, 4))
     model: nn.Module = package("diffusers").VQModel(
         down_block_types=("DownEncoderBlock2D",) * 4 + ("AttnDownEncoderBlock2D",),
@@ -165,25 +169,25 @@ def vq_model(*, width: int, groups: int = 32, codes: int = 1024, channels: int =
 
 
 def vq_encode(model: nn.Module, images: Tensor) -> Tensor:
-    """The tokens of pictures [B, 3, H, W] in [-1, 1]."""
+    """Return the tokens of pictures [B, 3, H, W] in [-1, 1]."""
     peer: Any = model
     tokens: Tensor = peer.quantize(peer.encode(images).latents.float())[2][2]
     return tokens
 
 
 def vq_reconstruction(model: nn.Module, images: Tensor) -> Tensor:
-    """Pictures [B, 3, H, W] encoded, quantised and decoded."""
+    """Encode, quantise and decode pictures [B, 3, H, W]."""
     reconstructed: Tensor = model(images).sample
     return reconstructed
 
 
 def parameters(module: nn.Module) -> int:
-    """How many numbers it has learned."""
+    """Return the number of a module's parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def nearest(build: Callable[[int], nn.Module], sizes: Iterable[int], count: int) -> nn.Module:
-    """What `build` makes of that of the sizes whose parameters come nearest to `count`."""
+    """Call `build` with the size whose number of parameters comes nearest to `count`."""
     with torch.device("meta"):
         counts = {size: parameters(build(size)) for size in sizes}
     return build(min(counts, key=lambda size: abs(counts[size] - count)))

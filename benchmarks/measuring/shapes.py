@@ -1,4 +1,4 @@
-"""The sizes that the benchmarks measure, with random weights: models are as fast with any."""
+"""Models of the sizes that the benchmarks measure; random weights do not change their speed."""
 
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -22,7 +22,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """A tokenizer's and a world model's size."""
+    """Size of a tokenizer and its world model."""
 
     name: str
     frames: AutoencoderConfig
@@ -30,13 +30,13 @@ class Shape:
 
     @property
     def grid(self) -> TokenGrid:
-        """What the world model is told of the tokenizer."""
+        """Token grid of the tokenizer, as the world model needs it."""
         frames = self.frames
         return TokenGrid(rows=frames.rows, cols=frames.cols, levels=frames.levels)
 
     @property
     def tokens(self) -> int:
-        """Tokens of a frame."""
+        """Number of tokens in a frame."""
         return self.frames.rows * self.frames.cols
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class Shape:
 
 
 _SHAPES = {
-    # Not the preset: the same for every version, and no smaller than GPT-2's layers are.
+    # Not the preset, so that the size stays the same in all versions of drivesim.
     "tiny": Shape(
         name="tiny",
         frames=TOKENIZERS["tiny"].model,
@@ -70,18 +70,18 @@ _TOY = Shape(
 
 
 def shape_of(name: str, settings: Settings) -> Shape:
-    """The shape by name, or in its place the toy one."""
+    """Return the shape by its name, or the toy shape if the settings ask for it."""
     return _TOY if settings.toy else _SHAPES[name]
 
 
 def tokenizer(shape: Shape, settings: Settings, precision: str = "auto") -> Tokenizer:
-    """A frozen tokenizer that has learned nothing."""
+    """Return a frozen tokenizer with random weights."""
     torch.manual_seed(0)
     return Tokenizer(filled(Autoencoder(shape.frames)), settings.device, precision)
 
 
 def transformer(shape: Shape) -> Transformer:
-    """A world model's network; its actions look measured."""
+    """Return a world model's network with random weights and plausible action statistics."""
     torch.manual_seed(0)
     statistics = ActionStatistics(mean=(8.0, 0.0), std=(2.0, 0.1), steering_p95=0.2)
     return filled(Transformer(shape.model, shape.grid, statistics))
@@ -90,7 +90,10 @@ def transformer(shape: Shape) -> Transformer:
 def world_model(
     shape: Shape, settings: Settings, *, precision: str = "auto", lag: int | None = None
 ) -> WorldModel:
-    """A world model with the same weights whatever its precision and `lag` (the shape's own)."""
+    """Return a world model whose weights do not depend on precision and `lag`.
+
+    `lag` is the shape's own by default.
+    """
     model = shape.model if lag is None else replace(shape.model, lag=lag)
     return WorldModel(
         transformer(replace(shape, model=model)),
@@ -104,7 +107,7 @@ def world_model(
 
 @torch.no_grad()
 def filled(module: Module) -> Module:
-    """The module with noise where it starts from zeros, as after a step of training."""
+    """Fill parameters that are all zero with noise, as after a step of training."""
     for parameter in module.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)

@@ -1,1 +1,1 @@
-"""How fast videos and token stores are read and written."""
+"""Benchmarks of reading videos, and of reading and writing token stores."""

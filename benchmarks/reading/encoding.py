@@ -1,10 +1,10 @@
-"""`python -m benchmarks.reading.encoding [encoder|tokenize]`: frames to tokens.
+"""`python -m benchmarks.reading.encoding [encoder|tokenize]`: the speed of encoding frames.
 
-`encoder`: our `Tokenizer.encode` of 256x512 frames, uint8 in and tokens out, against the VQGAN of
-taming-transformers (diffusers' VQModel, stride 16, width 128), pictures in and codebook indices
-out, in the number format, memory format and batch that suit it best. `tokenize`: the whole of
-`drivesim tokenize` on mp4 files twice as high and wide, once its tokenizer is loaded, against the
-encoder alone on as many frames in memory.
+`encoder` times `Tokenizer.encode` on 256x512 frames, from uint8 to tokens. Its peer is the VQGAN of
+taming-transformers (diffusers' VQModel, stride 16, width 128), from pictures to codebook indices,
+in whichever number format, memory format and batch size is fastest. `tokenize` times all that
+`drivesim tokenize` does after its tokenizer is loaded, on mp4 files twice as high and wide. It is
+compared with the encoder alone on as many frames in memory.
 """
 
 import shutil
@@ -22,14 +22,14 @@ from benchmarks.measuring.machine import flops_of, limits, number_formats
 from benchmarks.measuring.paired import (
     Benchmark,
     Claim,
-    Figure,
     Settings,
     Work,
     alternate,
+    rounded,
     run_command,
     times_faster,
 )
-from benchmarks.measuring.peers import fastest, tried, vq_encode, vq_model
+from benchmarks.measuring.peers import fastest, times_text, vq_encode, vq_model
 from benchmarks.measuring.shapes import FPS, shape_of, tokenizer
 from driving_sim.data.sources import find_drives
 from driving_sim.data.synthetic.world import SyntheticConfig
@@ -43,13 +43,13 @@ _BATCH = 8
 
 
 def _frames(count: int, settings: Settings) -> Tensor:
-    """Noise, uint8 [count, H, W, 3]: what is in a frame does not change its time."""
+    """Return noise as frames, uint8 [count, H, W, 3]; encoding time does not depend on content."""
     size = shape_of("base", settings).frames
     return torch.randint(256, (count, size.height, size.width, 3), dtype=torch.uint8)
 
 
 def _peer_forms(frames: Tensor, settings: Settings) -> dict[str, Work]:
-    """VQModel encoding the first frame of some, in either number and memory format."""
+    """Return VQModel's encoding of the frames, in each number format and memory format."""
     size = shape_of("base", settings).frames.frame_size
     images = images_from_frames(frames.to(settings.device), size)
     forms: dict[str, Work] = {}
@@ -59,15 +59,15 @@ def _peer_forms(frames: Tensor, settings: Settings) -> dict[str, Work]:
             model = vq_model(width=32 if settings.toy else 128).eval()
             model.to(settings.device, dtype, memory_format=layout)  # type: ignore[call-overload]
             model.quantize.float()
-            given = images.to(dtype, memory_format=layout)
+            inputs = images.to(dtype, memory_format=layout)
             name = "channels last" if layout is torch.channels_last else "channels first"
-            act: Callable[[], Tensor] = partial(vq_encode, model, given)
+            act: Callable[[], Tensor] = partial(vq_encode, model, inputs)
             forms[f"{name_of(dtype)} {name}"] = torch.inference_mode()(act)
     return forms
 
 
 def encoder(settings: Settings) -> list[Claim]:
-    """Frames a second of the two encoders."""
+    """Return drivesim's and VQModel's encoding speed."""
     own = tokenizer(shape_of("base", settings), settings)
     frames = _frames(_BATCH, settings)
     large = 16 if settings.device.type == "cuda" else 4
@@ -76,37 +76,39 @@ def encoder(settings: Settings) -> list[Claim]:
         1: _peer_forms(frames[:1], settings)[form],
         large: _peer_forms(frames[:large], settings)[form],
     }
-    each = {count: fastest({"": act}, settings)[1][""] / count for count, act in batches.items()}
-    batch = min(each, key=lambda count: each[count])
-    found = alternate(
+    a_frame = {count: fastest({"": act}, settings)[1][""] / count for count, act in batches.items()}
+    batch = min(a_frame, key=lambda count: a_frame[count])
+    taken = alternate(
         {"own": lambda: own.encode(frames, batch_size=_BATCH), "peer": batches[batch]}, settings
     )
-    seconds = float(np.median(found["own"])) / _BATCH
-    theirs = float(np.median(found["peer"])) / batch
+    seconds = float(np.median(taken["own"])) / _BATCH
+    theirs = float(np.median(taken["peer"])) / batch
     flops = flops_of(lambda: own.encode(frames[:1]))
     peer_flops = flops_of(_peer_forms(frames[:1], settings)[form])
     dtype = torch.bfloat16 if "bf16" in form else torch.float32
     return [
         Claim(
-            what=f"tokenizer encode, {own.height}x{own.width}, base, batches of {_BATCH}",
-            against=f"VQModel f16, width 128, batches of {batch}",
-            figure=times_faster(found["peer"], found["own"], work=batch / _BATCH),
+            what="tokenizer's encoder, base-sized",
+            against="VQModel",
+            figure=times_faster(taken["peer"], taken["own"], work=batch / _BATCH),
             bar=10,
+            own=f"{rounded(1 / seconds)} frames/s",
+            peer=f"{rounded(1 / theirs)} frames/s",
+            limits=limits(settings, own.dtype).share(seconds, flops=flops),
             details=(
-                f"drivesim in {name_of(own.dtype)} {1 / seconds:.3g} frames/s "
-                f"at {flops / 1e9:.1f} GFLOP a frame, "
-                f"VQModel {1 / theirs:.3g} at {peer_flops / 1e9:.0f}",
-                f"VQModel: {tried(times)}; {form}: {each[1]:.3g} s a frame one by one, "
-                f"{each[large]:.3g} s {large} at once",
-                f"drivesim {limits(settings, own.dtype).reached(seconds, flops=flops)}, "
-                f"VQModel {limits(settings, dtype).reached(theirs, flops=peer_flops)}",
+                f"{own.height}x{own.width}; drivesim: {name_of(own.dtype)}, batches of {_BATCH}, "
+                f"{flops / 1e9:.1f} GFLOP a frame",
+                f"VQModel: {form}, batches of {batch}, {peer_flops / 1e9:.0f} GFLOP a frame, "
+                f"{limits(settings, dtype).share(theirs, flops=peer_flops)}",
+                f"VQModel's forms: {times_text(times)}; the fastest in batches of {large}: "
+                f"{1e3 * a_frame[large]:.4g} ms a frame",
             ),
         )
     ]
 
 
 def end_to_end(settings: Settings) -> list[Claim]:
-    """The share of the encoder's speed that is left once files are read and stores written."""
+    """Return the speed of the whole of `tokenize`, relative to that of the encoder alone."""
     own = tokenizer(shape_of("base", settings), settings)
     seconds, count = (1.0, 1) if settings.toy else (8.0, 2)
     size = SyntheticConfig(height=2 * own.height, width=2 * own.width, fps=FPS)
@@ -117,20 +119,23 @@ def end_to_end(settings: Settings) -> list[Claim]:
         )
         frames = _frames(round(seconds * FPS) * count, settings)
 
-        def whole() -> None:
+        def tokenize_files() -> None:
             shutil.rmtree(out, ignore_errors=True)
             tokenize(find_drives([videos]), own, out)
 
-        found = alternate({"alone": lambda: own.encode(frames), "whole": whole}, settings)
-    shares = [a / b for a, b in zip(found["alone"], found["whole"], strict=True)]
-    rate = len(frames) / float(np.median(found["whole"]))
+        taken = alternate(
+            {"encoder": lambda: own.encode(frames), "tokenize": tokenize_files}, settings
+        )
+    rates = {name: len(frames) / float(np.median(times)) for name, times in taken.items()}
     return [
         Claim(
-            what=f"tokenize, base, from {count} mp4 files of {size.height}x{size.width}",
-            against="the encoder alone",
-            figure=Figure.of(shares),
+            what="`tokenize`, base-sized",
+            against="its encoder alone",
+            figure=times_faster(taken["encoder"], taken["tokenize"]),
             bar=0.9,
-            details=(f"{len(frames)} frames, {rate:.3g} frames/s end to end",),
+            own=f"{rounded(rates['tokenize'])} frames/s",
+            peer=f"{rounded(rates['encoder'])} frames/s",
+            details=(f"{len(frames)} frames from {count} mp4 files of {size.height}x{size.width}",),
         )
     ]
 
@@ -139,4 +144,4 @@ BENCHMARKS: dict[str, Benchmark] = {"encoder": encoder, "tokenize": end_to_end}
 
 
 if __name__ == "__main__":
-    run_command(__doc__, "encoding", BENCHMARKS, sys.argv[1:])
+    run_command(__doc__, "reading.encoding", BENCHMARKS, sys.argv[1:])

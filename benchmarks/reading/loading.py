@@ -1,10 +1,11 @@
-"""`python -m benchmarks.reading.loading [windows|share]`: random windows of tokens for training.
+"""`python -m benchmarks.reading.loading [windows|share]`: the speed of loading random windows.
 
-`windows`: batches of windows of a token store, in this process, against WebDataset on the same
-frames in tar shards in the same folder, in two forms: a sample is a drive, from which a window is
-cut at random, as ours may begin anywhere; and a sample is a window, cut once and for all, which is
-quicker to read and takes no other window than those. Both go through its shuffle buffer. `share`:
-what a batch takes, as a share of a training step on it.
+`windows` reads batches of windows from a token store, in this process. The peer is WebDataset on
+the same frames in tar shards, in two forms. In the first, a sample is a whole drive, from which a
+window is cut at random, because drivesim's windows may begin at any frame. In the second, the
+windows are cut beforehand, which is faster to read but gives no other windows. Both go through
+WebDataset's shuffle buffer. `share` measures the time of loading a batch as a share of the training
+step on it.
 """
 
 import itertools
@@ -25,6 +26,7 @@ from benchmarks.measuring.paired import (
     Figure,
     Settings,
     alternate,
+    rounded,
     run_command,
     times_faster,
 )
@@ -44,7 +46,7 @@ Drive = tuple[NDArray[np.uint16], NDArray[np.float32]]
 
 
 def _drives(shape: Shape, count: int, frames: int) -> list[Drive]:
-    """Random tokens [T, rows, cols] and actions [T, 2]."""
+    """Return drives of random tokens [T, rows, cols] and actions [T, 2]."""
     rng, grid = np.random.default_rng(0), shape.grid
     size = (frames, grid.rows, grid.cols)
     return [
@@ -69,15 +71,15 @@ def _write_store(path: Path, shape: Shape, drives: list[Drive]) -> TokenStore:
     )
     planned = tuple(PlannedDrive(id=f"{n:06d}", frames=len(d[0])) for n, d in enumerate(drives))
     with TokenStoreWriter(path, StorePlan(info=info, drives=planned)) as writer:
-        for each, (tokens, actions) in zip(planned, drives, strict=True):
+        for drive, (tokens, actions) in zip(planned, drives, strict=True):
             times, valid = np.arange(len(tokens)) / FPS, np.ones(actions.shape, np.bool_)
-            writer.add(each.id, tokens, actions, valid, times, [(0, len(tokens))])
+            writer.add(drive.id, tokens, actions, valid, times, [(0, len(tokens))])
         writer.finish()
     return TokenStore(path)
 
 
 def _write_tars(path: Path, drives: list[Drive], length: int | None) -> list[str]:
-    """Shards of samples of `length` frames side by side, or of whole drives."""
+    """Write tar shards whose samples are adjacent windows of `length` frames, or whole drives."""
     webdataset = package("webdataset")
     path.mkdir()
     samples = [
@@ -96,9 +98,12 @@ def _write_tars(path: Path, drives: list[Drive], length: int | None) -> list[str
 
 
 def _tar_batches(
-    shards: list[str], shape: Shape, length: int, size: int, *, whole: bool
+    shards: list[str], shape: Shape, length: int, size: int, *, whole_drives: bool
 ) -> Generator[Any, None, None]:
-    """Batches of windows without end; raw bytes, which are quicker to decode than .npy files."""
+    """Yield batches of windows without end.
+
+    The tensors are stored as raw bytes, which WebDataset decodes faster than .npy files.
+    """
     webdataset, rng = package("webdataset"), np.random.default_rng(0)
 
     grid = shape.grid
@@ -106,7 +111,7 @@ def _tar_batches(
     def cut(sample: tuple[bytes, bytes]) -> tuple[Any, Any]:
         tokens = np.frombuffer(sample[0], np.uint16).reshape(-1, grid.rows, grid.cols)
         actions = np.frombuffer(sample[1], np.float32).reshape(-1, 2)
-        begin = rng.integers(len(tokens) - length + 1) if whole else 0
+        begin = rng.integers(len(tokens) - length + 1) if whole_drives else 0
         window = slice(begin, begin + length)
         return tokens[window].astype(np.int64), actions[window]
 
@@ -116,10 +121,10 @@ def _tar_batches(
 
 
 def windows(settings: Settings) -> list[Claim]:
-    """Windows a second of the base shape."""
+    """Return the windows per second at the base shape, against WebDataset."""
     shape = shape_of("base", settings)
     count, frames, size, batches = (4, 40, 2, 2) if settings.toy else (64, 600, 8, 20)
-    length = shape.model.context_frames + 1  # and the frame before the window
+    length = shape.model.context_frames + 1  # one more: the frame before the window
     drives = _drives(shape, count, frames)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -127,18 +132,26 @@ def windows(settings: Settings) -> list[Claim]:
         own = TokenWindows(store.drives, frames=shape.model.context_frames, batch_size=size)
         peers = {
             "whole drives": _tar_batches(
-                _write_tars(folder / "drives", drives, None), shape, length, size, whole=True
+                _write_tars(folder / "drives", drives, None),
+                shape,
+                length,
+                size,
+                whole_drives=True,
             ),
             "windows cut beforehand": _tar_batches(
-                _write_tars(folder / "windows", drives, length), shape, length, size, whole=False
+                _write_tars(folder / "windows", drives, length),
+                shape,
+                length,
+                size,
+                whole_drives=False,
             ),
         }
 
-        # Each batch is let go for the next, as a training does.
+        # Free each batch before the next one, as a training does.
         def several(source: Iterator[Any], number: int) -> Callable[[], object]:
             return lambda: deque(itertools.islice(source, number), maxlen=0)
 
-        found = alternate(
+        times = alternate(
             {
                 "own": several((own[n] for n in itertools.count()), 10 * batches),
                 **{name: several(source, batches) for name, source in peers.items()},
@@ -147,17 +160,19 @@ def windows(settings: Settings) -> list[Claim]:
         )
         for source in peers.values():
             source.close()
-    rate = 10 * batches * size / float(np.median(found["own"]))
+    rates = {name: batches * size / float(np.median(taken)) for name, taken in times.items()}
+    rates["own"] *= 10  # drivesim reads ten times as many windows in its time
     return [
         Claim(
-            what=f"random windows of {length} frames of {shape.frames.rows}x{shape.frames.cols} "
-            f"tokens, batches of {size}",
-            against=f"WebDataset shards of {name}",
-            figure=times_faster(found[name], found["own"], work=1 / 10),
+            what="random windows of tokens, base-sized",
+            against=f"WebDataset, {name}",
+            figure=times_faster(times[name], times["own"], work=1 / 10),
             bar=20,
+            own=f"{rounded(rates['own'])} windows/s",
+            peer=f"{rounded(rates[name])} windows/s",
             details=(
-                f"drivesim {rate:,.0f} windows/s, WebDataset "
-                f"{batches * size / float(np.median(found[name])):,.0f}",
+                f"{length} frames of {shape.frames.rows}x{shape.frames.cols} tokens, "
+                f"batches of {size}",
             ),
         )
         for name in peers
@@ -165,7 +180,7 @@ def windows(settings: Settings) -> list[Claim]:
 
 
 def share(settings: Settings) -> list[Claim]:
-    """Loading beside a world model's training step."""
+    """Return the time of loading a batch as a share of a world model's training step."""
     shape, size = shape_of("tiny", settings), 2
     drives = _drives(shape, *((4, 40) if settings.toy else (64, 600)))
     step = world_model_step(shape, size, settings)
@@ -173,19 +188,19 @@ def share(settings: Settings) -> list[Claim]:
         store = _write_store(Path(name) / "store", shape, drives)
         own = TokenWindows(store.drives, frames=shape.model.context_frames, batch_size=size)
         numbers = itertools.count()
-        found = alternate({"load": lambda: own[next(numbers)], "step": step}, settings)
-    shares = [a / b for a, b in zip(found["load"], found["step"], strict=True)]
+        times = alternate({"load": lambda: own[next(numbers)], "step": step}, settings)
+    shares = [a / b for a, b in zip(times["load"], times["step"], strict=True)]
     return [
         Claim(
-            what=f"loading a batch of {size} windows, {shape}",
-            against=f"a training step on it, in {name_of(precision(settings))}",
+            what="share of loading in a training step, tiny-sized",
             figure=Figure.of(shares),
             bar=0.02,
             unit="%",
             at_most=True,
             details=(
-                f"{1e3 * float(np.median(found['load'])):.3g} ms of "
-                f"{1e3 * float(np.median(found['step'])):.4g} ms",
+                f"{size} windows, {shape}, {name_of(precision(settings))}",
+                f"{1e3 * float(np.median(times['load'])):.3g} ms of "
+                f"{1e3 * float(np.median(times['step'])):.4g} ms",
             ),
         )
     ]
@@ -195,4 +210,4 @@ BENCHMARKS: dict[str, Benchmark] = {"windows": windows, "share": share}
 
 
 if __name__ == "__main__":
-    run_command(__doc__, "loading", BENCHMARKS, sys.argv[1:])
+    run_command(__doc__, "reading.loading", BENCHMARKS, sys.argv[1:])

@@ -1,9 +1,9 @@
-"""`python -m benchmarks.reading.store_index`: what the index of a token store of many drives costs.
+"""`python -m benchmarks.reading.store_index`: the cost of the index of a very large token store.
 
-Makes the index of a store of N drives with shards that are as large as real ones but take no disk
-(sparse files), then does what every process of a training does before its first batch: read the
-index, list the drives, split them, build the table of windows. Prints the processor seconds (of one
-thread) and the memory of each.
+Writes the index of a store of N drives. The shards are as large as real ones, but are sparse files
+that take no disk space. Then does what every process of a training does before its first batch:
+reads the index, lists the drives, splits them, and builds the table of windows. Prints the
+processor seconds (one thread) and the memory of each step.
 """
 
 import argparse
@@ -23,14 +23,14 @@ from driving_sim.data.tokens.store import TokenStore
 from driving_sim.data.tokens.windows import WindowIndex
 
 ROWS, COLS = 16, 32
-_FRAMES = 600  # a minute at 10 frames a second
+_FRAMES = 600  # a minute at 10 frames/s
 _WINDOW = 20
 
 T = TypeVar("T")
 
 
 def write_index(folder: Path, drives: int) -> None:
-    """A finished store of `drives` drives in every respect but the tokens."""
+    """Write a finished token store of `drives` drives, with holes in place of the tokens."""
     a_shard = SHARD_BYTES // (_FRAMES * frame_bytes(ROWS, COLS))
     entry = {"frames": _FRAMES, "segments": [[0, _FRAMES]], "start": 0, "source": "videos"}
     shards = []
@@ -54,13 +54,13 @@ def write_index(folder: Path, drives: int) -> None:
 
 
 def resident_mib() -> float:
-    """Memory of this process, in MiB; Linux tells."""
+    """Return the memory of this process in MiB (Linux only)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096 / 2**20
 
 
 def timed(what: str, act: Callable[[], T]) -> T:
-    """Do it, and print the processor time it took and how much memory it left behind."""
+    """Call `act`; print its processor time and by how much the memory of the process grew."""
     before, start = resident_mib(), time.process_time()
     result = act()
     seconds = time.process_time() - start
@@ -69,10 +69,10 @@ def timed(what: str, act: Callable[[], T]) -> T:
 
 
 def measure(folder: Path, drives: int) -> None:
-    """Print the figures of a store with so many drives."""
+    """Print the costs of a store of `drives` drives."""
     write_index(folder, drives)
     size = (folder / INDEX).stat().st_size / 2**20
-    print(f"{drives:,} drives of {_FRAMES} frames: {INDEX} has {size:.0f} MiB")
+    print(f"{drives:,} drives of {_FRAMES} frames: {INDEX} is {size:.0f} MiB large")
     store = timed("TokenStore (reads the index)", lambda: TokenStore(folder))
     training, _ = timed("split_drives", lambda: split_drives(store.drive_ids))
     chosen = timed("select", lambda: store.select(training))
@@ -85,14 +85,16 @@ def measure(folder: Path, drives: int) -> None:
 
 
 def main() -> None:
-    """Parse and measure."""
+    """Parse the options and measure."""
     parser = argparse.ArgumentParser(
         description=__doc__, prog="python -m benchmarks.reading.store_index"
     )
-    parser.add_argument("--drives", type=int, default=1_000_000)
-    given = parser.parse_args()
+    parser.add_argument(
+        "--drives", type=int, default=1_000_000, help="number of drives; default: 1,000,000"
+    )
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        measure(Path(folder), given.drives)
+        measure(Path(folder), options.drives)
 
 
 if __name__ == "__main__":

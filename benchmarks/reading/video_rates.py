@@ -1,10 +1,10 @@
-"""`python -m benchmarks.reading.video_rates`: what one core demuxes and decodes of H.264 at 1080p.
+"""`python -m benchmarks.reading.video_rates`: how fast one core demuxes and decodes 1080p H.264.
 
-Makes a moving picture with noise, near the 8 Mbit/s of a dashcam, and reads it: its packets alone,
-as `read_facts` does in a decoder process for every file before the first frame is used, once of
-these seconds and once of ten times as many, which tells what a file costs and what each of its
-packets; then every frame, resized to the tokenizer's 256 x 512 by one thread, as all sources of
-frames do.
+Makes a video of a moving picture with noise, at about the 8 Mbit/s of a dashcam. First it reads
+only the packets, as `read_facts` does in a decoder process for every file before the first frame is
+used. It does so for this video and for one ten times as long, which gives the cost of a file and of
+a packet. Then it decodes every frame and resizes it to the tokenizer's 256 x 512 in one thread, as
+all sources of frames do.
 """
 
 import resource
@@ -20,12 +20,12 @@ from driving_sim.data.video.decoder_pool import end_all, read_facts
 HEIGHT, WIDTH, FPS, SECONDS = 1080, 1920, 30, 6
 _BIT_RATE = 8_000_000
 _TIMES = 10
-"""How much longer the long video is."""
+"""How many times as long the long video is."""
 _REPEATS = 10
 
 
 def write_video(path: Path) -> None:
-    """A noisy picture that moves sideways."""
+    """Write a video of a noisy picture that moves sideways."""
     rng = np.random.default_rng(0)
     picture = np.kron(rng.integers(30, 226, (68, 160, 3)), np.ones((16, 16, 1))).astype(np.uint8)
     with av.open(str(path), "w") as container:
@@ -33,23 +33,23 @@ def write_video(path: Path) -> None:
         stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
         stream.bit_rate, stream.gop_size = _BIT_RATE, 2 * FPS
         for number in range(FPS * SECONDS):
-            shown = np.ascontiguousarray(picture[:HEIGHT, 4 * number % 640 :][:, :WIDTH])
+            view = np.ascontiguousarray(picture[:HEIGHT, 4 * number % 640 :][:, :WIDTH])
             noise = rng.integers(0, 12, (HEIGHT, WIDTH, 1), dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(shown + noise)))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(view + noise)))
         container.mux(stream.encode())
 
 
 def write_longer(source: Path, path: Path) -> None:
-    """The same frames, `_TIMES` over."""
+    """Write a video that repeats the frames of `source` `_TIMES` times."""
     with av.open(str(path), "w") as container:
         stream = None
         for number in range(_TIMES):
-            with av.open(str(source)) as given:
-                video = given.streams.video[0]
+            with av.open(str(source)) as short:
+                video = short.streams.video[0]
                 stream = stream or container.add_stream_from_template(video)
                 assert video.time_base is not None
                 shift = round(number * SECONDS / video.time_base)
-                for packet in given.demux(video):
+                for packet in short.demux(video):
                     if packet.dts is not None and packet.pts is not None:
                         packet.dts, packet.pts = packet.dts + shift, packet.pts + shift
                         packet.stream = stream
@@ -57,13 +57,13 @@ def write_longer(source: Path, path: Path) -> None:
 
 
 def facts_seconds(path: Path) -> float:
-    """Processor seconds of a decoder process for a file's facts, once it runs and has read some."""
+    """Return the processor seconds in which a warm decoder process reads the facts of a file."""
 
     def taken(repeats: int) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         for _ in range(repeats):
             read_facts(path)
-        end_all()  # only then does the system tell
+        end_all()  # the system reports the time of child processes only after they end
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
@@ -71,7 +71,7 @@ def facts_seconds(path: Path) -> float:
 
 
 def decode_seconds(path: Path) -> float:
-    """Processor seconds for all frames, decoded and resized by one thread."""
+    """Return the processor seconds to decode and resize all frames in one thread."""
     start = time.process_time()
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -92,9 +92,12 @@ def main() -> None:
         print(f"{WIDTH}x{HEIGHT} H.264, {frames} frames at {FPS}/s, {rate:.1f} Mbit/s")
         short, long = facts_seconds(path), facts_seconds(longer)
         a_packet = (long - short) / ((_TIMES - 1) * frames)
-        print(f"facts: {short:.3f} s; of {_TIMES * frames} frames {long:.3f} s")
-        print(f"facts: {short - frames * a_packet:.3f} s a file + {a_packet * 1e6:.1f} µs a packet")
-        print(f"decode and resize: {frames / decode_seconds(path):.0f} frames/s and core")
+        print(
+            f"facts: {short:.3f} s for {frames} frames, {long:.3f} s for {_TIMES * frames} frames"
+        )
+        a_file = short - frames * a_packet
+        print(f"facts: {a_file:.3f} s per file + {a_packet * 1e6:.1f} µs per packet")
+        print(f"decode and resize: {frames / decode_seconds(path):.0f} frames/s per core")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""How fast rollouts are."""
+"""Benchmarks of rollouts."""

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.rollouts.futures`: eight futures at once against eight rollouts.
+"""`python -m benchmarks.rollouts.futures`: the speed of eight futures at once.
 
-Eight futures of 32 frames after 16: the past is encoded once and the futures' passes are one
-batch. Of the eight separate rollouts one is timed, and counted eight times.
+Rolls out eight futures of 32 frames from the same 16 frames: the past is encoded once, and the
+futures are one batch. For comparison, also times one future alone.
 """
 
 import sys
@@ -13,10 +13,11 @@ from benchmarks.measuring.machine import limits, precision
 from benchmarks.measuring.paired import (
     Benchmark,
     Claim,
+    Figure,
     Settings,
     alternate,
+    rounded,
     run_command,
-    times_faster,
 )
 from benchmarks.measuring.shapes import shape_of, world_model
 from benchmarks.rollouts.speed import pass_flops
@@ -26,7 +27,7 @@ _FUTURES = 8
 
 
 def measure(settings: Settings) -> list[Claim]:
-    """With the time of the prefix, and without."""
+    """Return the frames per second of all futures together, without encoding the past."""
     shape = shape_of("tiny", settings)
     past, length = (4, 2) if settings.toy else (16, 32)
     world = world_model(shape, settings)
@@ -40,7 +41,7 @@ def measure(settings: Settings) -> list[Claim]:
         for _ in world.generate(prefix, actions, samples=samples):
             pass
 
-    found = alternate(
+    times = alternate(
         {
             "prefix": lambda: world.encode_prefix(tokens, driven),
             "together": lambda: imagine(_FUTURES),
@@ -48,33 +49,22 @@ def measure(settings: Settings) -> list[Claim]:
         },
         settings,
     )
-    encoding = found["prefix"]
-    together = [sum(pair) for pair in zip(encoding, found["together"], strict=True)]
-    one = [sum(pair) for pair in zip(encoding, found["one"], strict=True)]
-    seconds = float(np.median(found["together"]))
-    what = f"{_FUTURES} futures of {length} frames after {past}, {shape}, {name_of(world.dtype)}"
-    against = f"{_FUTURES} separate rollouts"
-    reached = limits(settings, precision(settings)).reached(
-        seconds, flops=pass_flops(world) * _FUTURES * length
-    )
-    figures = (
-        f"prefix {np.median(encoding):.3g} s, together {seconds:.3g} s, "
-        f"one alone {np.median(found['one']):.3g} s"
-    )
+    medians = {name: float(np.median(taken)) for name, taken in times.items()}
+    frames = _FUTURES * length
     return [
         Claim(
-            what=f"{what}, with the prefix",
-            against=against,
-            figure=times_faster(one, together, work=1 / _FUTURES),
-            bar=3,
-            details=(figures, reached),
-        ),
-        Claim(
-            what=f"{what}, without the prefix",
-            against=against,
-            figure=times_faster(found["one"], found["together"], work=1 / _FUTURES),
-            bar=2.2,
-        ),
+            what=f"{_FUTURES} futures at once as tokens, tiny-sized",
+            figure=Figure.of([frames / taken for taken in times["together"]]),
+            unit="frames/s",
+            limits=limits(settings, precision(settings)).share(
+                medians["together"], flops=pass_flops(world) * frames
+            ),
+            details=(
+                f"{length} frames after {past}, {shape}, {name_of(world.dtype)}",
+                f"one future alone {rounded(length / medians['one'])} frames/s; encoding the past "
+                f"takes {rounded(medians['prefix'])} s",
+            ),
+        )
     ]
 
 
@@ -82,4 +72,4 @@ BENCHMARKS: dict[str, Benchmark] = {"tiny": measure}
 
 
 if __name__ == "__main__":
-    run_command(__doc__, "futures", BENCHMARKS, sys.argv[1:])
+    run_command(__doc__, "rollouts.futures", BENCHMARKS, sys.argv[1:])

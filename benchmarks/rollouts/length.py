@@ -1,8 +1,8 @@
 """`python -m benchmarks.rollouts.length`: does frame 2,000 of a rollout cost more than frame 100?
 
-One rollout goes on to its end; then a second one goes on to frame 100, and both take steps in
-turns. The memory is the process's (on CUDA, what torch has allocated) at frame 100 and at the end
-of the first rollout.
+Runs one rollout to shortly before frame 2,000 and another to shortly before frame 100, then times
+the last frames of both in turns. Memory is that of the process (on CUDA: torch's allocations) at
+frame 100 and near the end of the first rollout.
 """
 
 import resource
@@ -17,11 +17,11 @@ from benchmarks.rollouts.speed import endless
 from driving_sim.engine.precision import name_of
 
 _STEPS = 8
-"""Frames that are timed together."""
+"""Number of frames that are timed together."""
 
 
 def measure(settings: Settings) -> list[Claim]:
-    """Time per frame and memory, both of the late frames as a share of the early ones'."""
+    """Return the time and the memory of late frames, relative to those of early frames."""
     early, length = (4, 12) if settings.toy else (100, 2000)
     shape = shape_of("tiny", settings)
     world = world_model(shape, settings)
@@ -30,33 +30,31 @@ def measure(settings: Settings) -> list[Claim]:
     for _ in range(early):
         next(late_frames)
     before = _megabytes(settings.device)
-    # The last of the frames are those that are timed, in a round that does not count and the rest.
+    # The last frames are timed: one round of warm-up, then the rounds that count.
     for _ in range(length - early - _STEPS * (settings.rounds + 1)):
         next(late_frames)
     grown = _megabytes(settings.device) / before
     early_frames = endless(world, context=context)
     for _ in range(early - _STEPS * (settings.rounds + 1)):
         next(early_frames)
-    found = alternate(
+    times = alternate(
         {
             "early": lambda: [next(early_frames) for _ in range(_STEPS)],
             "late": lambda: [next(late_frames) for _ in range(_STEPS)],
         },
         settings,
     )
-    ratio = Figure.of([b / a for a, b in zip(found["early"], found["late"], strict=True)])
-    what = f"rollout of {length:,} frames, {shape}, {name_of(world.dtype)}"
+    ratio = Figure.of([b / a for a, b in zip(times["early"], times["late"], strict=True)])
     return [
         Claim(
-            what=f"{what}: time of a frame at its end",
-            against=f"the same at frame {early}",
+            what=f"time of frame {length:,} relative to frame {early}",
             figure=ratio,
             bar=1.05,
             at_most=True,
+            details=(f"rollout as tokens, {shape}, {name_of(world.dtype)}",),
         ),
         Claim(
-            what=f"{what}: memory at its end",
-            against=f"the same at frame {early}",
+            what=f"memory at frame {length:,} relative to frame {early}",
             figure=Figure.of([grown]),
             bar=1.02,
             at_most=True,
@@ -78,4 +76,4 @@ BENCHMARKS: dict[str, Benchmark] = {"tiny": measure}
 
 
 if __name__ == "__main__":
-    run_command(__doc__, "rollout_length", BENCHMARKS, sys.argv[1:])
+    run_command(__doc__, "rollouts.length", BENCHMARKS, sys.argv[1:])

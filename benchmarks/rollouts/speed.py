@@ -1,10 +1,10 @@
-"""`python -m benchmarks.rollouts.speed [tiny|base]`: tokens against GPT-2 and slot by slot.
+"""`python -m benchmarks.rollouts.speed [tiny|base]`: rollouts as tokens, against GPT-2.
 
-A frame at a full window: W - 1 frames behind it. GPT-2 has the same depth, width, codes and window
-and its own cache; it is only asked for tokens that still fit its window, so it never has to encode
-a window anew, as it would from then on. "Slot by slot" is our own model with the same weights and
-kernels in raster order (lag = cols + 1). The bar is against GPT-2 as transformers runs it on a CPU;
-where torch can compile it, which takes half a minute, that is a comparison of its own.
+Measures frames with a full window of W - 1 frames behind them. GPT-2 has the same depth, width,
+codes and window, and uses its own cache. It draws only tokens that fit into its window, so it never
+has to encode a window anew. "Slot by slot" is drivesim with the same weights and kernels in raster
+order (lag = cols + 1). GPT-2 runs as transformers runs it on a CPU, and the bar is on that. If
+torch can compile it, which takes half a minute, the compiled GPT-2 is a second comparison.
 """
 
 import sys
@@ -19,13 +19,15 @@ from benchmarks.measuring.machine import limits, precision
 from benchmarks.measuring.paired import (
     Benchmark,
     Claim,
+    Figure,
     Settings,
     Work,
     alternate,
+    rounded,
     run_command,
     times_faster,
 )
-from benchmarks.measuring.peers import Gpt2Decoder, fastest, gpt2, gpt2_decoders, tried
+from benchmarks.measuring.peers import Gpt2Decoder, fastest, gpt2, gpt2_decoders, times_text
 from benchmarks.measuring.shapes import Shape, shape_of, world_model
 from driving_sim.engine.precision import name_of
 from driving_sim.world_model.sampling.draw_waves import FrameSample
@@ -33,15 +35,15 @@ from driving_sim.world_model.world_model import WorldModel
 
 _MANY = 100_000
 _PEER_TOKENS = {"tiny": 128, "base": 64}
-"""The peer's time is that of at most so many tokens, in the middle of a frame."""
+"""Maximum number of tokens that GPT-2 is timed for, in the middle of a frame."""
 _FRAMES = {"tiny": 4, "base": 1}
-"""Frames of ours that are timed together."""
-_BARS = {"tiny": (10, 3), "base": (15, 5)}
-"""Against GPT-2, and against slot by slot."""
+"""Number of drivesim's frames that are timed together."""
+_BARS = {"tiny": 10, "base": 15}
+"""How many times as fast as GPT-2 drivesim should be."""
 
 
 def endless(world: WorldModel, *, context: int, samples: int = 1) -> Iterator[FrameSample]:
-    """Frame after frame of a rollout that goes on from random frames."""
+    """Yield the frames of a practically endless rollout that continues random frames."""
     grid = world.transformer.grid
     generator = torch.Generator().manual_seed(0)
     shape = (context, grid.rows, grid.cols)
@@ -51,10 +53,10 @@ def endless(world: WorldModel, *, context: int, samples: int = 1) -> Iterator[Fr
 
 
 def pass_flops(world: WorldModel) -> float:
-    """Operations of a frame's passes over a full ring: matrix products and attention."""
+    """Return the operations of a frame's passes over a full cache: products and attention."""
     model, config = world.transformer, world.transformer.config
-    maps = (each for each in model.blocks.modules() if isinstance(each, nn.Linear))
-    linear = sum(each.weight.numel() for each in maps)
+    layers = (module for module in model.blocks.modules() if isinstance(module, nn.Linear))
+    linear = sum(layer.weight.numel() for layer in layers)
     slots, width = model.order.slots, config.width
     seen = (config.context_frames - 0.5) * slots
     attention = 4 * config.layers * width * seen
@@ -64,7 +66,7 @@ def pass_flops(world: WorldModel) -> float:
 
 
 def pass_bytes(world: WorldModel) -> float:
-    """Bytes that a frame's passes read: weights and keys and values, once in each pass."""
+    """Return the bytes that a frame's passes read: weights, keys and values, once per pass."""
     model, config = world.transformer, world.transformer.config
     weights = sum(parameter.numel() for parameter in model.blocks.parameters())
     weights += model.grid.codebook_size * config.width
@@ -74,7 +76,7 @@ def pass_bytes(world: WorldModel) -> float:
 
 
 def _peers(shape: Shape, settings: Settings, count: int) -> tuple[dict[str, Gpt2Decoder], str]:
-    """GPT-2 in its fastest form, and compiled in its fastest; what all take for `count` tokens."""
+    """Return the fastest GPT-2 and the fastest compiled one, and a line with all forms' times."""
     model, positions = shape.model, shape.model.context_frames * shape.tokens
     decoders = gpt2_decoders(
         lambda: gpt2(
@@ -89,19 +91,19 @@ def _peers(shape: Shape, settings: Settings, count: int) -> tuple[dict[str, Gpt2
         codes=shape.grid.codebook_size,
         settings=settings,
     )
-    draws = {name: partial(each.draw, count) for name, each in decoders.items()}
+    draws = {name: partial(decoder.draw, count) for name, decoder in decoders.items()}
     times = fastest(draws, settings)[1]
-    kinds = {name: "compiled" if each.compiled else "peer" for name, each in decoders.items()}
+    kinds = {name: "compiled" if decoder.compiled else "peer" for name, decoder in decoders.items()}
     best: dict[str, str] = {}
     for name in sorted(times, key=lambda name: times[name]):
         best.setdefault(kinds[name], name)
     chosen = " and ".join(best.values())
-    forms = f"GPT-2: {chosen}; for {count} tokens: {tried(times)}"
+    forms = f"GPT-2: {chosen}; times for {count} tokens: {times_text(times)}"
     return {kind: decoders[name] for kind, name in best.items()}, forms
 
 
 def measure(name: str, settings: Settings) -> list[Claim]:
-    """The claims of a shape."""
+    """Return the claims about the shape `name`."""
     shape = shape_of(name, settings)
     count, frames = min(shape.tokens, _PEER_TOKENS[name]), _FRAMES[name]
     peers, forms = _peers(shape, settings, count)
@@ -112,48 +114,48 @@ def measure(name: str, settings: Settings) -> list[Claim]:
     raster_frames = endless(raster, context=context)
     works: dict[str, Work] = {
         "own": lambda: [next(own_frames) for _ in range(frames)],
-        **{kind: partial(each.draw, count) for kind, each in peers.items()},
+        **{kind: partial(decoder.draw, count) for kind, decoder in peers.items()},
         "raster": lambda: next(raster_frames),
     }
     if world.dtype is not torch.float32:
         exact_frames = endless(world_model(shape, settings, precision="fp32"), context=context)
         works["fp32"] = lambda: [next(exact_frames) for _ in range(frames)]
-    found = alternate(works, settings)
+    times = alternate(works, settings)
     share = count / shape.tokens
-    both = found["own"], found.get("fp32", found["own"])
-    own, exact = (float(np.median(times)) / frames for times in both)
-    slow = float(np.median(found["raster"]))
-    theirs = float(np.median(found["peer"])) / share
-    reached = limits(settings, precision(settings)).reached(
+    own, exact = (
+        float(np.median(times.get(kind, times["own"]))) / frames for kind in ("own", "fp32")
+    )
+    used = limits(settings, precision(settings)).share(
         own, flops=pass_flops(world), read=pass_bytes(world)
     )
-    what = f"rollout, tokens only, {shape}, {name_of(world.dtype)}"
+    what = f"rollout as tokens, {name}-sized"
     passes = len(world.transformer.order.waves)
-    rates = (
-        f"drivesim {1 / own:.3g} frames/s ({1e3 * own / passes:.2f} ms a pass, {passes} passes), "
-        f"in fp32 {1 / exact:.3g}, GPT-2 {1 / theirs:.3g}, "
-        f"slot by slot {1 / slow:.3g}"
+    details = (
+        f"{shape}, {name_of(world.dtype)}: {passes} passes a frame, {1e3 * own / passes:.2f} ms a "
+        f"pass; in fp32 {rounded(1 / exact)} frames/s",
+        forms,
     )
-    claims = [
-        Claim(
-            what=what,
-            against="GPT-2 of the same depth, width and window, with its cache",
-            figure=times_faster(found["peer"], found["own"], work=share / frames),
-            bar=_BARS[name][0],
-            details=(rates, forms, reached),
+    against = {"peer": "GPT-2", "compiled": "GPT-2, compiled"}
+    return [
+        *(
+            Claim(
+                what=what,
+                against=against[kind],
+                figure=times_faster(times[kind], times["own"], work=share / frames),
+                bar=_BARS[name] if kind == "peer" else None,
+                own=f"{rounded(1 / own)} frames/s",
+                peer=f"{rounded(share / float(np.median(times[kind])))} frames/s",
+                limits=used if kind == "peer" else "",
+                details=details if kind == "peer" else (),
+            )
+            for kind in sorted(peers, reverse=True)
         ),
         Claim(
-            what=what,
-            against="the same weights slot by slot",
-            figure=times_faster(found["raster"], found["own"], work=1 / frames),
-            bar=_BARS[name][1],
+            what=f"{what}, slot by slot",
+            figure=Figure.of([1 / taken for taken in times["raster"]]),
+            unit="frames/s",
         ),
     ]
-    if "compiled" in found:
-        compiled = times_faster(found["compiled"], found["own"], work=share / frames)
-        against = "that GPT-2 with its preallocated cache, compiled by torch"
-        claims.append(Claim(what=what, against=against, figure=compiled))
-    return claims
 
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -163,4 +165,4 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 if __name__ == "__main__":
-    run_command(__doc__, "rollout", BENCHMARKS, sys.argv[1:])
+    run_command(__doc__, "rollouts.speed", BENCHMARKS, sys.argv[1:])

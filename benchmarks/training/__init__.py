@@ -1,1 +1,1 @@
-"""How fast models train, and what training costs."""
+"""Benchmarks and costs of training."""

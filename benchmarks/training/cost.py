@@ -1,7 +1,7 @@
-"""`python -m benchmarks.training.cost`: the tables of docs/SCALING.md, from given rates.
+"""`python -m benchmarks.training.cost`: compute the tables of docs/scaling.md.
 
-`--write` puts them into the page. Published figures carry their source; measured ones the command
-that measures them.
+`--write` puts them into the page. Each published number below has its source beside it, and each
+measured number has the command that measures it.
 """
 
 import argparse
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from benchmarks import ROOT
 
-PAGE = ROOT / "docs" / "SCALING.md"
+PAGE = ROOT / "docs" / "scaling.md"
 BEGIN, END = (
     "<!-- tables: python -m benchmarks.training.cost --write -->",
     "<!-- end of the tables -->",
@@ -22,44 +22,52 @@ STEPS, WINDOWS, GPUS, DAYS = 100_000, 128, 64, 15
 GAIA_PARAMETERS, GAIA_WIDTH, GAIA_TOKENS, GAIA_SEQUENCE = 6.5e9, 4096, 576, 26 * (576 + 32 + 2)
 TOKENIZER_FRAMES = 200_000 * 160
 
-# Dense bf16 operations a second; NVIDIA's data sheets of the SXM modules, 80 GB each.
+# Dense bf16 operations per second, from NVIDIA's data sheets of the SXM modules with 80 GB.
 A100, H100 = 312e12, 989e12
 NETWORK = 25e9
-"""Bytes a second for a GPU: the 200 Gbit/s adapter that each has in a DGX A100 (its data sheet)."""
+"""Network bytes per second of a GPU: its 200 Gbit/s adapter in a DGX A100 (data sheet)."""
 
 # Measured on one core of an AMD EPYC.
 DECODED = 131.0
-"""1080p H.264 frames a second; python -m benchmarks.reading.video_rates."""
+"""Decoded 1080p H.264 frames per second; python -m benchmarks.reading.video_rates."""
 SCAN_FILE, SCAN_FRAME = 0.16, 10e-6
-"""Seconds of a decoder process for a 1080p file and for each of its packets; the same command."""
+"""Seconds to scan a 1080p file, and more for each of its packets; the same command."""
 SCANS_AT_ONCE = 8
-"""Decoder processes of a rank that finds many files."""
+"""Number of decoder processes with which a rank scans many files."""
 INDEX_SECONDS, INDEX_MEMORY, INDEX_BYTES = 18.4e-6, 0.92e3, 276.0
-"""For a drive of a token store: from its index; python -m benchmarks.reading.store_index."""
-CPU_FLOPS = 52e9
-"""Operations a second of training on two cores that other work shared: 6 N D and attention of the
-largest run over its seconds; python -m benchmarks.training.scaling_runs."""
+"""Start-up seconds, bytes of memory and bytes of index for each drive of a token store.
 
-# Counted (torch.utils.flop_counter) and derived from the code.
+python -m benchmarks.reading.store_index
+"""
+CPU_FLOPS = 52e9
+"""Operations per second of a training on two cores that were shared with other work.
+
+Operations of the largest run (6 N D and attention), divided by its seconds;
+python -m benchmarks.training.scaling_runs
+"""
+
+# Counted with torch.utils.flop_counter, or derived from the code.
 ENCODE, DECODE, DISCRIMINATE, PERCEIVE = 72.9e9, 69.6e9, 1.0e9, 80e9
-"""Operations a frame forward: `large`'s encoder and decoder, discriminator, LPIPS's VGG-16."""
+"""Operations of a forward pass per frame: `large`'s encoder, decoder, discriminator, and VGG-16."""
 ACTIVATIONS = 56
-"""Bytes a slot, layer and channel of width keep for the backward pass under bf16 autocast."""
+"""Bytes kept for the backward pass, per slot, layer and channel, under bf16 autocast."""
 LOGITS = 12
-"""Bytes a token and code take at the most: in bf16, in float32, log-softmax, gradients."""
+"""Peak bytes of the logits, per token and code: bf16, float32, log-softmax, gradients."""
 GPU_SHARE = 0.3
-"""Of peak, assumed for convolutions."""
+"""Share of a GPU's peak rate that convolutions are assumed to reach."""
 FRAME_BYTES = 512 * 2 + 8 + 8 + 2
-"""Of a token store: tokens, timestamp, actions, validity."""
+"""Bytes of a frame in a token store: tokens, timestamp, actions, validity."""
 SHARD = 512 * 2**20
 PLAN_SOURCE, PLAN_CHOSEN = 16, 26
-"""Bytes a frame held while planning: timestamps and pts of the video's, and of the chosen ones
-index, time, actions, validity."""
+"""Bytes in memory while planning, per source frame and per chosen frame.
+
+A source frame has a timestamp and a pts; a chosen frame has index, time, actions and validity.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A world model of this repository: the shape that decides its cost."""
+    """Shape of a world model, which decides its cost."""
 
     layers: int = 36
     width: int = 4096
@@ -70,75 +78,83 @@ class Model:
 
     @property
     def block(self) -> float:
-        """Weights of one block: queries, keys and values, their output, two of the MLP."""
+        """Number of weights in a block: queries, keys, values, output, and the MLP's matrices."""
         return self.width**2 * (1 + 2 / self.queries_per_key + 1 + 8)
 
     @property
     def counted(self) -> float:
-        """N: what every token is multiplied with."""
+        """N: number of weights that every token is multiplied with."""
         return self.layers * self.block + 2.25 * self.width**2 + self.codes * self.width
 
     @property
     def parameters(self) -> float:
-        """All that is trained, but for a few small vectors."""
+        """Number of trained weights, except for a few small vectors."""
         return self.counted + 1.25 * self.codes * self.width + self.width**2
 
     @property
     def tokens(self) -> int:
-        """Of a window."""
+        """Number of tokens in a window."""
         return FRAMES * self.rows * self.cols
 
     @property
     def slots(self) -> int:
-        """Of a window: the tokens, and one more for each row."""
+        """Number of slots in a window: its tokens, and one more for each row."""
         return FRAMES * self.rows * (self.cols + 1)
 
     @property
     def flops_per_window(self) -> float:
-        """Forward and backward, with attention's own products (half of all pairs)."""
+        """Operations of a training step per window, including attention over half of all pairs."""
         return 6 * self.slots * (self.counted + self.layers * self.width * self.slots)
 
     @property
     def muon_flops(self) -> float:
-        """Of making the blocks' momenta orthogonal: 4 m²n + 18 m³ for a matrix of m × n, m ≤ n."""
-        shapes = [1 + 2 / self.queries_per_key, 1, 4, 4]  # n over m, m being the width
+        """Operations of Muon's orthogonalization: 4 m²n + 18 m³ for a matrix of m × n, m ≤ n."""
+        shapes = [
+            1 + 2 / self.queries_per_key,
+            1,
+            4,
+            4,
+        ]  # n / m of each matrix, where m is the width
         return self.layers * self.width**3 * sum(4 * n + 18 for n in shapes)
 
 
 MODEL = Model()
 LARGEST = Model(layers=71, width=8192)
-"""What 64 GPUs of 80 GB still hold in a step, by the memory that is counted here."""
+"""The largest model whose training step fits on 64 GPUs of 80 GB, as counted below."""
 WINDOWS_TRAINED = STEPS * WINDOWS
 
 
 def gaia_flops(attention: bool) -> float:
-    """Of GAIA-1's training: 6 N D, and attention's products of as many layers as N must have."""
+    """Return the operations of GAIA-1's training: 6 N D, and optionally those of attention.
+
+    The number of layers, which is not published, follows from N and the width.
+    """
     layers = GAIA_PARAMETERS / (12 * GAIA_WIDTH**2)
     extra = layers * GAIA_WIDTH * GAIA_SEQUENCE if attention else 0.0
     return 6 * (GAIA_PARAMETERS + extra) * GAIA_SEQUENCE * WINDOWS_TRAINED
 
 
 def gaia_share(attention: bool) -> float:
-    """Of 64 A100s' peak over 15 days."""
+    """Return GAIA-1's operations as a share of the peak of 64 A100s over 15 days."""
     return gaia_flops(attention) / (GPUS * A100 * DAYS * 86_400)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def the_run() -> str:
-    """GAIA-1 as published beside a run of this repository on as many windows."""
+    """Return the table of GAIA-1 as published beside a drivesim run on as many windows."""
     flops, share = MODEL.flops_per_window * WINDOWS_TRAINED, gaia_share(attention=True)
     tokens = MODEL.tokens * WINDOWS_TRAINED
     days = [flops / (GPUS * peak * share) / 86_400 for peak in (A100, H100)]
     cpu = f"{flops / CPU_FLOPS / 3.156e7:,.0f} years"
-    both = f"{STEPS:,} × {WINDOWS}"
+    windows = f"{STEPS:,} × {WINDOWS}"
     rows = [
         ("weights that a token meets, N", "6.5 B", f"{MODEL.counted / 1e9:.2f} B"),
-        ("windows of 26 frames", both, both),
+        ("windows of 26 frames", windows, windows),
         ("positions a window", f"{GAIA_SEQUENCE:,}", f"{MODEL.slots:,} ({MODEL.tokens:,} tokens)"),
         ("tokens D", f"{GAIA_SEQUENCE * WINDOWS_TRAINED:.2e}", f"{tokens:.2e}"),
         ("6 N D", f"{gaia_flops(False):.1e}", f"{6 * MODEL.counted * tokens:.1e}"),
@@ -151,12 +167,12 @@ def the_run() -> str:
 
 
 def scanning(files: float, frames: float) -> float:
-    """Processor seconds, on every rank."""
+    """Return the processor seconds in which every rank scans so many files and frames."""
     return files * SCAN_FILE + frames * SCAN_FRAME
 
 
 def the_stages() -> str:
-    """What each stage of the same 4,700 hours costs."""
+    """Return the table of the cost of each stage, for 4,700 hours of video as in GAIA-1."""
     source, chosen = HOURS * 3600 * SOURCE_FPS, HOURS * 3600 * FPS
     files = HOURS * 60
     a_frame = 3 * (ENCODE + DECODE + 2 * DISCRIMINATE) + 3 * PERCEIVE
@@ -207,28 +223,33 @@ def the_stages() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """What a rank holds of a model for a step of one window, in GB."""
+    """Memory of a rank during a training step on one window, in GB."""
 
     state: float
-    """float32 weights, gradients, Muon's momentum and the average."""
+    """float32 weights, gradients, Muon's momentum and the averaged weights."""
     extra: float
-    """DDP's buckets and the casts that it keeps."""
+    """DDP's buckets and the bf16 casts that DDP keeps."""
     gathered: float
-    """Two blocks in float32 with a cast each and one block's gradients; the rest, once."""
+    """Gathered weights under FSDP.
+
+    Two blocks in float32 with their casts, the gradients of one block, and the weights outside the
+    blocks.
+    """
     activations: float
-    """Of all blocks, for the backward pass."""
+    """Activations of all blocks, kept for the backward pass."""
     checkpointed: float
-    """Of one block, and what goes into each."""
+    """Activations with gradient checkpointing: those of one block, and the input of each block."""
     logits: float
+    """Logits, loss and their gradients."""
 
     @property
     def sum(self) -> float:
-        """With gradient checkpointing."""
+        """Sum of all parts, with gradient checkpointing."""
         return self.state + self.extra + self.gathered + self.checkpointed + self.logits
 
 
 def memory(model: Model, *, shard: bool) -> Memory:
-    """On 64 ranks."""
+    """Return the memory of one of 64 ranks, with DDP or sharded with FSDP."""
     n, block = model.parameters / 1e9, model.block / 1e9
     a_channel = model.slots * model.width / 1e9
     rest = n - model.layers * block
@@ -243,34 +264,36 @@ def memory(model: Model, *, shard: bool) -> Memory:
 
 
 def exchanged(model: Model, *, shard: bool) -> float:
-    """GB that a rank receives in a step of Muon's.
+    """Return the GB that a rank receives in a training step with Muon.
 
-    DDP sums gradients, each way once. Sharded, weights come twice, gradients go once, and Muon
-    gathers them again.
+    DDP moves the gradients once in each direction. If the model is sharded, weights are gathered
+    twice and gradients reduced once, and Muon gathers the gradients again.
     """
     return (16 if shard else 8) * model.parameters / 1e9
 
 
 def the_memory() -> str:
-    """What a rank holds of the model in GB, replicated and sharded over 64 ranks."""
+    """Return the table of a rank's memory, with the model replicated or sharded over 64 ranks."""
     cases = ((MODEL, False), (MODEL, True), (LARGEST, True))
     held = [memory(model, shard=shard) for model, shard in cases]
     sizes = [model.parameters / 1e9 for model, _ in cases]
     moved = [exchanged(model, shard=shard) for model, shard in cases]
     rows = {
-        "float32 weights, gradients, Muon's momentum, average": [each.state for each in held],
-        "DDP's buckets; bf16 casts kept for the pass": [each.extra for each in held],
-        "gathered blocks and embeddings": [each.gathered for each in held],
-        "activations of one window, all kept": [each.activations for each in held],
-        "the same with gradient checkpointing": [each.checkpointed for each in held],
-        "its logits, with loss and metrics": [each.logits for each in held],
-        "sum with checkpointing": [each.sum for each in held],
+        "float32 weights, gradients, Muon's momentum, average": [rank.state for rank in held],
+        "DDP's buckets; bf16 casts kept for the pass": [rank.extra for rank in held],
+        "gathered blocks and embeddings": [rank.gathered for rank in held],
+        "activations of one window, all kept": [rank.activations for rank in held],
+        "the same with gradient checkpointing": [rank.checkpointed for rank in held],
+        "its logits, with loss and metrics": [rank.logits for rank in held],
+        "sum with checkpointing": [rank.sum for rank in held],
         "more on the main rank while it validates: the model, if sharded, and a copy to export": [
             (8 if shard else 4) * n for n, (_, shard) in zip(sizes, cases, strict=True)
         ],
         "a checkpoint on disk, of all ranks": [12 * n for n in sizes],
         "received by a rank in a step": moved,
-        f"that at {NETWORK / 1e9:.0f} GB/s, in seconds": [1e9 * each / NETWORK for each in moved],
+        f"that at {NETWORK / 1e9:.0f} GB/s, in seconds": [
+            1e9 * gigabytes / NETWORK for gigabytes in moved
+        ],
     }
     head = ["GB", "DDP", "`--shard`, 64 ranks", f"the same, {LARGEST.parameters / 1e9:.0f} B"]
     return table(head, [(what, *map(_short, values)) for what, values in rows.items()])
@@ -281,7 +304,10 @@ def _short(value: float) -> str:
 
 
 def the_sizes() -> str:
-    """10,000 videos, a million, a petabyte: a video is a minute of 1080p at 30/s and 8 Mbit/s."""
+    """Return the table of the costs of 10,000 videos, of a million, and of a petabyte.
+
+    A video is a minute of 1080p at 30 frames/s and 8 Mbit/s.
+    """
     megabytes, source, chosen = 60, 60 * 30, 60 * 10
     counts = (10_000, 1_000_000, 10**9 // megabytes)
     rows = {
@@ -307,14 +333,14 @@ def the_sizes() -> str:
         "held of it, by every process": (",.2f", " GB", INDEX_MEMORY / 1e9),
     }
     cells = [
-        (what, *(f"{count * each:{form}}{unit}" for count in counts))
-        for what, (form, unit, each) in rows.items()
+        (what, *(f"{count * a_video:{form}}{unit}" for count in counts))
+        for what, (form, unit, a_video) in rows.items()
     ]
     return table(["", "10,000", "1,000,000", "1 PB"], cells)
 
 
 def tables() -> str:
-    """All of them, as they stand in the page."""
+    """Return all tables with their headings, as in the page."""
     parts = {
         "The run": the_run(),
         "Its stages": the_stages(),
@@ -327,7 +353,7 @@ def tables() -> str:
 def main() -> None:
     """Print the tables, or write them into the page."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.training.cost")
-    parser.add_argument("--write", action="store_true", help="put them into docs/SCALING.md")
+    parser.add_argument("--write", action="store_true", help="write them into docs/scaling.md")
     if not parser.parse_args().write:
         print(tables())
         return

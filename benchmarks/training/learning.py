@@ -1,4 +1,4 @@
-"""`python -m benchmarks.training.learning train|plot`: learning over time, beside peers.
+"""`python -m benchmarks.training.learning train|plot`: how fast drivesim and its peers learn.
 
     python -m benchmarks.training.learning train tokenizer VIDEOS... [--minutes 30] [--threads 1]
     python -m benchmarks.training.learning train tokenizer-peer VIDEOS...
@@ -6,14 +6,14 @@
     python -m benchmarks.training.learning train world-model-peer TOKENS
     python -m benchmarks.training.learning plot
 
-`train` leaves a run in --out/NAME, and goes on with it where it was stopped. Ours are the `tiny`
-presets as they are shipped. The peers see the same drives in batches as large, in the same loop,
-number format, schedule and averaging of weights, with AdamW: diffusers' VQModel (the VQGAN of
-taming-transformers, L1 and the codebook's losses) with as many parameters, on frames that are only
-mirrored; and transformers' GPT-2 of the same depth and width on the same windows in raster order.
-Only training counts as time. `plot` draws what each has found out
-so far, the best of its validations up to each moment, and prints it minute by minute. A pair is
-best trained side by side, on a core each.
+`train` writes a run into --out/NAME; the same command resumes it. drivesim trains its `tiny`
+presets. The peers see the same drives in batches of the same size. They use the same training loop,
+number format, schedule and averaging of weights, and AdamW. The tokenizer's peer is diffusers'
+VQModel (the VQGAN of taming-transformers, with L1 and the codebook's losses) with as many
+parameters; its frames are only mirrored. The world model's peer is transformers' GPT-2 of the same
+depth and width, on the same windows in raster order. Only training counts as time, not validation.
+`plot` draws the best validation so far over time, and prints it for some minutes. It is best to
+train a pair side by side, on one core each.
 """
 
 import argparse
@@ -59,41 +59,41 @@ from driving_sim.world_model.training.train import train_world_model
 
 _TOKENIZER_PEER_RATE = 3e-4
 _WORLD_MODEL_PEER_RATE = 1e-3
-_BETAS = {"tokenizer": (0.5, 0.9), "world-model": (0.9, 0.95)}  # VQGAN's and nanoGPT's
+_BETAS = {"tokenizer": (0.5, 0.9), "world-model": (0.9, 0.95)}  # as VQGAN and nanoGPT use
 
 
 class Peer(Trainable):
-    """A peer as our training loop takes models: `forward(batch)` gives loss and metrics."""
+    """A peer as a `Trainable`: `forward(batch)` returns loss and metrics."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def players(self) -> list[Player]:
-        """All parameters are AdamW's."""
+        """Return one player: AdamW steps all parameters."""
         return [Player("model", self.model, muon=False)]
 
     def ema_module(self) -> nn.Module:
-        """The whole peer."""
+        """Return the module whose weights are averaged: all of the peer."""
         return self.model
 
     def blocks(self) -> Iterable[nn.Module]:
-        """None are sharded or compiled."""
+        """Return no blocks, because nothing is sharded or compiled."""
         return ()
 
 
 class PeerTokenizer(Peer):
-    """VQModel, trained for L1 and its codebook."""
+    """VQModel, trained on L1 and its codebook's loss."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Of frames uint8 [B, H, W, 3]."""
+        """Return loss and metrics of frames, uint8 [B, H, W, 3]."""
         images = self.images(batch["frames"])
         out = self.model(images)
         l1 = (out.sample - images).abs().mean()
         return l1 + out.commit_loss.mean(), {"l1": l1.detach()}
 
     def images(self, frames: Tensor) -> Tensor:
-        """As floats in [-1, 1], the channels last."""
+        """Return frames as images: floats in [-1, 1], in memory format channels last."""
         images = images_from_frames(frames, TOKENIZER.model.frame_size)
         return images.contiguous(memory_format=torch.channels_last)
 
@@ -102,12 +102,12 @@ class PeerWorldModel(Peer):
     """GPT-2 on windows of tokens in raster order."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Of tokens [B, T, R, C]."""
+        """Return loss and metrics of tokens [B, T, R, C]."""
         nats = self.nats(batch["tokens"])
         return nats.mean(), {"bits_per_token": nats.mean().detach() / math.log(2)}
 
     def nats(self, tokens: Tensor) -> Tensor:
-        """What each token costs but the first, which nothing comes before, [B, T R C - 1]."""
+        """Return the nats of every token but the first, [B, T R C - 1]."""
         flat = rearrange(tokens, "b t r c -> b (t r c)")
         logits = self.model(input_ids=flat, use_cache=False).logits
         return F.cross_entropy(
@@ -123,12 +123,12 @@ def _peer_config(config: TrainingConfig, kind: str, rate: float, minutes: float)
 
 
 def _drives(videos: Sequence[Path]) -> list[SampledDrive]:
-    """Every second frame, as in the README's own trainings."""
-    return [sample(each, every=2) for each in find_frames(videos, skip_bad=False).drives]
+    """Sample every second frame of the videos."""
+    return [sample(drive, every=2) for drive in find_frames(videos, skip_bad=False).drives]
 
 
-def train_tokenizer_peer(videos: Sequence[Path], run: Path, given: argparse.Namespace) -> None:
-    """VQModel on the frames that our tokenizer trains on."""
+def train_tokenizer_peer(videos: Sequence[Path], run: Path, options: argparse.Namespace) -> None:
+    """Train VQModel on the frames that drivesim's tokenizer trains on."""
     by_id = {drive.drive.id: drive for drive in _drives(videos)}
     training, validation = split_drives(list(by_id))
     size, data = TOKENIZER.model.frame_size, TOKENIZER.data
@@ -148,11 +148,11 @@ def train_tokenizer_peer(videos: Sequence[Path], run: Path, given: argparse.Name
                 frames_from_images(model.model(model.images(some)).sample)
                 for some in torch.split(frames, 16)
             ]
-        found = float(psnr(torch.cat(rebuilt), frames).mean())
-        return Validation(score=-found, metrics={"psnr": found})
+        decibels = float(psnr(torch.cat(rebuilt), frames).mean())
+        return Validation(score=-decibels, metrics={"psnr": decibels})
 
     config = _peer_config(
-        TOKENIZER.training, "tokenizer", given.rate or _TOKENIZER_PEER_RATE, given.minutes
+        TOKENIZER.training, "tokenizer", options.rate or _TOKENIZER_PEER_RATE, options.minutes
     )
     dataset = FrameBatches(
         [by_id[name] for name in training],
@@ -162,14 +162,14 @@ def train_tokenizer_peer(videos: Sequence[Path], run: Path, given: argparse.Name
         mirror=True,
         cache_bytes=2**32,
     )
-    _train_peer(peer, dataset, config, run, validate, given)
+    _train_peer(peer, dataset, config, run, validate, options)
 
 
-def train_world_model_peer(tokens: Path, run: Path, given: argparse.Namespace) -> None:
-    """GPT-2 on the windows that our world model trains on."""
+def train_world_model_peer(tokens: Path, run: Path, options: argparse.Namespace) -> None:
+    """Train GPT-2 on the windows that drivesim's world model trains on."""
     store, model, data = TokenStore(tokens), WORLD_MODEL.model, WORLD_MODEL.data
     training, validation = split_drives(store.drive_ids)
-    frames, own = model.context_frames, store.info.rows * store.info.cols
+    frames, a_frame = model.context_frames, store.info.rows * store.info.cols
 
     def build(layers: int) -> nn.Module:
         return gpt2(
@@ -177,7 +177,7 @@ def train_world_model_peer(tokens: Path, run: Path, given: argparse.Namespace) -
             width=model.width,
             heads=model.heads,
             codes=store.info.codebook_size,
-            positions=frames * own,
+            positions=frames * a_frame,
             dropout=model.dropout,
         )
 
@@ -191,15 +191,15 @@ def train_world_model_peer(tokens: Path, run: Path, given: argparse.Namespace) -
 
     def validate(model: nn.Module) -> Validation:
         assert isinstance(model, PeerWorldModel)
-        nats = torch.cat([model.nats(each["tokens"]) for each in windows]) / math.log(2)
-        last = float(nats[:, -own:].mean())
-        return Validation(score=float(nats.mean()), metrics={"full_window/bits_per_token": last})
+        bits = torch.cat([model.nats(batch["tokens"]) for batch in windows]) / math.log(2)
+        last = float(bits[:, -a_frame:].mean())
+        return Validation(score=float(bits.mean()), metrics={"full_window/bits_per_token": last})
 
     config = _peer_config(
-        WORLD_MODEL.training, "world-model", given.rate or _WORLD_MODEL_PEER_RATE, given.minutes
+        WORLD_MODEL.training, "world-model", options.rate or _WORLD_MODEL_PEER_RATE, options.minutes
     )
     dataset = TokenWindows(store.select(training), frames=frames, batch_size=data.batch_size)
-    _train_peer(peer, dataset, config, run, validate, given)
+    _train_peer(peer, dataset, config, run, validate, options)
 
 
 def _train_peer(
@@ -208,9 +208,9 @@ def _train_peer(
     config: TrainingConfig,
     run: Path,
     validate: Any,
-    given: argparse.Namespace,
+    options: argparse.Namespace,
 ) -> None:
-    config = replace(config, threads=given.threads, validate_every=given.validate_every)
+    config = replace(config, threads=options.threads, validate_every=options.validate_every)
     settings = {"training": to_dict(config), "parameters": parameters(peer)}
     resume = (run / CONFIG).exists()
     check_run(run, settings, resume)
@@ -227,38 +227,43 @@ def _train_peer(
     )
 
 
-def train_one(given: argparse.Namespace) -> None:
-    """Train what was asked for, or go on with it."""
-    run = given.out / given.what
+def train_one(options: argparse.Namespace) -> None:
+    """Start or resume the training that the options name."""
+    run = options.out / options.what
     ours = {
-        "minutes": given.minutes, "steps": None, "patience": None, "threads": given.threads,
-        "validate_every": given.validate_every,
+        "minutes": options.minutes, "steps": None, "patience": None, "threads": options.threads,
+        "validate_every": options.validate_every,
     }  # fmt: skip
     resume = (run / CONFIG).exists()
-    if given.what == "tokenizer":
+    if options.what == "tokenizer":
         config = replace(TOKENIZER, training=replace(TOKENIZER.training, **ours))
-        train_tokenizer(_drives(given.data), config, run, resume=resume, device="cpu")
-    elif given.what == "tokenizer-peer":
-        train_tokenizer_peer(given.data, run, given)
-    elif given.what == "world-model":
+        train_tokenizer(_drives(options.data), config, run, resume=resume, device="cpu")
+    elif options.what == "tokenizer-peer":
+        train_tokenizer_peer(options.data, run, options)
+    elif options.what == "world-model":
         data = replace(WORLD_MODEL.data, preview=False)
         world = replace(WORLD_MODEL, training=replace(WORLD_MODEL.training, **ours), data=data)
         train_world_model(
-            given.data[0], world, run, tokenizer=given.tokenizer, resume=resume, device="cpu"
+            options.data[0], world, run, tokenizer=options.tokenizer, resume=resume, device="cpu"
         )
     else:
-        train_world_model_peer(given.data[0], run, given)
+        train_world_model_peer(options.data[0], run, options)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Panel:
-    """One plot: which figure of which runs."""
+    """One plot: a metric of a run and of its peer's run."""
 
     ours: str
+    """Name of drivesim's run."""
     peer: str
+    """Name of the peer in the legend."""
     metric: str
+    """Key of the metric in the validation rows of metrics.jsonl."""
     unit: str
+    """Label of the vertical axis."""
     more_is_better: bool
+    """Whether the best validation is the highest."""
 
 
 PANELS = (
@@ -274,7 +279,7 @@ PANELS = (
 
 
 def curve(run: Path, panel: Panel) -> NDArray[np.float64]:
-    """Minutes of training and the best figure found until then, [n, 2]."""
+    """Return minutes of training and the best validation until then, [n, 2]."""
     seconds, points = {}, []
     for line in (run / METRICS).read_text("utf-8").splitlines():
         row = json.loads(line)
@@ -288,23 +293,23 @@ def curve(run: Path, panel: Panel) -> NDArray[np.float64]:
     return np.stack([minutes, best.accumulate([value for _, value in points])], axis=1)
 
 
-def plot(given: argparse.Namespace) -> None:
-    """Draw and print the pairs that are there."""
+def plot(options: argparse.Namespace) -> None:
+    """Draw and print all pairs whose runs exist."""
     panels = [
-        each
-        for each in PANELS
-        if all((given.out / f"{each.ours}{of}" / METRICS).exists() for of in ("", "-peer"))
+        panel
+        for panel in PANELS
+        if all((options.out / f"{panel.ours}{end}" / METRICS).exists() for end in ("", "-peer"))
     ]
     if not panels:
         raise DriveSimError(
-            f"{given.out} holds no pair of trainings: `train tokenizer` and `train "
-            "tokenizer-peer` come first, or the same with world-model"
+            f"{options.out} holds no pair of trainings; run `train tokenizer` and "
+            "`train tokenizer-peer` first, or both with `world-model`"
         )
     figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
     for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
         curves = {
-            "drivesim": curve(given.out / panel.ours, panel),
-            panel.peer: curve(given.out / f"{panel.ours}-peer", panel),
+            "drivesim": curve(options.out / panel.ours, panel),
+            panel.peer: curve(options.out / f"{panel.ours}-peer", panel),
         }
         for (name, points), colour in zip(curves.items(), ("#2a5db0", "#b4541a"), strict=True):
             axes.plot(*points.T, label=name, color=colour)
@@ -317,35 +322,43 @@ def plot(given: argparse.Namespace) -> None:
                 f"  after {minute} min: "
                 + ", ".join(f"{name} {p[-1, 1]:.2f}" for name, p in known.items() if len(p))
             )
-    with atomic_file(given.picture) as temporary:
+    with atomic_file(options.picture) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
 
 
 def main() -> None:
-    """Parse; train or plot."""
+    """Parse the options, then train or plot."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         prog="python -m benchmarks.training.learning",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/learning"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/learning"), help="folder of the runs"
+    )
     commands = parser.add_subparsers(required=True)
     training = commands.add_parser("train")
     names = [name for panel in PANELS for name in (panel.ours, f"{panel.ours}-peer")]
-    training.add_argument("what", choices=names)
+    training.add_argument("what", choices=names, help="model to train")
     training.add_argument("data", type=Path, nargs="+", help="videos, or a token store")
-    training.add_argument("--tokenizer", type=Path, help="the run that made the token store")
-    training.add_argument("--minutes", type=float, default=30.0)
-    training.add_argument("--threads", type=int, default=1)
-    training.add_argument("--validate-every", type=int, default=100, help="steps")
-    training.add_argument("--rate", type=float, help="the peer's peak learning rate")
+    training.add_argument(
+        "--tokenizer", type=Path, help="run of the tokenizer that made the token store"
+    )
+    training.add_argument("--minutes", type=float, default=30.0, help="default: 30")
+    training.add_argument("--threads", type=int, default=1, help="torch's threads; default: 1")
+    training.add_argument(
+        "--validate-every", type=int, default=100, help="steps between validations; default: 100"
+    )
+    training.add_argument("--rate", type=float, help="peak learning rate of the peer")
     training.set_defaults(act=train_one)
     drawing = commands.add_parser("plot")
-    drawing.add_argument("--picture", type=Path, default=Path("docs/learning.png"))
+    drawing.add_argument(
+        "--picture", type=Path, default=Path("docs/learning.png"), help="default: docs/learning.png"
+    )
     drawing.set_defaults(act=plot)
-    given = parser.parse_args()
+    options = parser.parse_args()
     with as_command(parser):
-        given.act(given)
+        options.act(options)
 
 
 if __name__ == "__main__":

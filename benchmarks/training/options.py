@@ -1,7 +1,8 @@
-"""`python -m benchmarks.training.options`: what the options of a training cost, and what they save.
+"""`python -m benchmarks.training.options`: the time and memory of training options.
 
-World-model steps of a preset on random tokens, each variant in a process of its own (or two, with
-`torchrun`), in turns. Printed are medians over the rounds, as ratios to the plain training.
+Times steps of a preset's world model on random tokens. Each variant runs in a process of its own
+(or in two, with `torchrun`), in turns. Prints medians over the rounds, relative to the plain
+training.
 """
 
 import argparse
@@ -30,7 +31,10 @@ _WARM_UP, _TIMED = 3, 10
 
 
 def measure(preset: str, options: dict[str, Any]) -> dict[str, float] | None:
-    """Seconds of a step and megabytes that steps take beyond the model; on the main rank."""
+    """Return the seconds of a step and the megabytes that steps need beyond the model.
+
+    Returns None on all ranks but the main one.
+    """
     import torch
 
     from driving_sim.engine.ranks.distributed import process_group
@@ -80,7 +84,7 @@ def measure(preset: str, options: dict[str, Any]) -> dict[str, float] | None:
 
 
 def run(preset: str, options: dict[str, Any]) -> dict[str, float]:
-    """`measure` in processes of its own."""
+    """Run `measure` in new processes, one for each rank, and return its result."""
     ranks = options.get("ranks", 1)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [
@@ -98,34 +102,39 @@ def run(preset: str, options: dict[str, Any]) -> dict[str, float]:
     )
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return measured
 
 
 def main() -> None:
-    """Parse, measure in turns, print."""
+    """Parse the options, measure in turns, print the ratios."""
     parser = argparse.ArgumentParser(
         description=__doc__, prog="python -m benchmarks.training.options"
     )
-    parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--preset", default="tiny", help="size of the model; default: tiny")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing; default: 5")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.measure:
-        found = measure(given.preset, json.loads(given.measure))
-        if found:
-            print(json.dumps(found))
+    arguments = parser.parse_args()
+    if arguments.measure:
+        measured = measure(arguments.preset, json.loads(arguments.measure))
+        if measured:
+            print(json.dumps(measured))
         return
     rounds = [
-        {name: run(given.preset, dict(options)) for name, options in VARIANTS.items()}
-        for _ in range(given.rounds)
+        {name: run(arguments.preset, dict(options)) for name, options in VARIANTS.items()}
+        for _ in range(arguments.rounds)
     ]
-    print(f"steps of {given.preset}, medians of {given.rounds} rounds, relative to plain:")
+    print(
+        f"training steps of {arguments.preset}, relative to plain, "
+        f"medians of {arguments.rounds} rounds:"
+    )
     for name in VARIANTS:
-        times = [each[name]["seconds"] / each["plain"]["seconds"] for each in rounds]
-        memory = statistics.median(each[name]["megabytes"] for each in rounds)
-        print(f"  {name}: {statistics.median(times):.2f} of the time, {memory:,.0f} MB a process")
-    plain = statistics.median(each["plain"]["seconds"] for each in rounds)
+        ratios = [times[name]["seconds"] / times["plain"]["seconds"] for times in rounds]
+        memory = statistics.median(times[name]["megabytes"] for times in rounds)
+        print(
+            f"  {name}: {statistics.median(ratios):.2f} of the time, {memory:,.0f} MB per process"
+        )
+    plain = statistics.median(times["plain"]["seconds"] for times in rounds)
     print(f"a plain step takes {plain:.3g} s")
 
 

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.training.scaling_runs TOKENS TOKENIZER`: small models and their law.
+"""`python -m benchmarks.training.scaling_runs TOKENS TOKENIZER`: fit a scaling law to small models.
 
-Five models from width 64 to 192, deeper and trained for longer as they are wider, so that their
-compute spans 1.7 decades. Stopped, it goes on where it was: finished runs are kept, the last one is
-resumed.
+Trains five models of width 64 to 192. Wider models are also deeper and train for more steps, so
+that the compute spans 1.7 decades. If it is interrupted, the same command keeps the finished runs
+and resumes the last one.
 """
 
 import argparse
@@ -18,13 +18,13 @@ from driving_sim.scaling.report import scale
 from driving_sim.world_model.training.presets import TINY
 from driving_sim.world_model.training.train import WorldModelRunConfig, train_world_model
 
-# Width, layers, share of the longest run's steps.
+# Width, layers, and steps as a share of the longest run's.
 SIZES = ((64, 2, 0.3), (96, 3, 0.45), (128, 4, 0.6), (160, 5, 0.8), (192, 6, 1.0))
 _HEAD = 16
 
 
 def run_config(width: int, layers: int, steps: int) -> WorldModelRunConfig:
-    """The `tiny` preset at another size: the same data, recipe and window."""
+    """Return the preset `tiny` at another size, with the same data, recipe and window."""
     heads = width // _HEAD
     return replace(
         TINY,
@@ -34,7 +34,8 @@ def run_config(width: int, layers: int, steps: int) -> WorldModelRunConfig:
             TINY.training,
             steps=steps,
             minutes=None,
-            # All the same share of warm-up; the best weights are mostly the last.
+            # All runs have the same share of warm-up. Few validations are enough, because the last
+            # weights are usually the best.
             warmup_steps=max(1, steps // 10),
             validate_every=max(1, steps // 4),
             save_every=max(1, steps // 4),
@@ -44,7 +45,7 @@ def run_config(width: int, layers: int, steps: int) -> WorldModelRunConfig:
 
 
 def train_all(tokens: Path, tokenizer: Path, out: Path, *, steps: int, device: str) -> list[Path]:
-    """Train what is not there yet; return the runs' folders."""
+    """Train the models that are not finished yet; return the folders of all runs."""
     runs = []
     for width, layers, share in SIZES:
         run = out / f"width-{width:03d}"
@@ -64,7 +65,7 @@ def train_all(tokens: Path, tokenizer: Path, out: Path, *, steps: int, device: s
 
 @contextmanager
 def as_command(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Do what is inside as `drivesim` does: keep freed memory, end in a line if it has to end."""
+    """Run the body as `drivesim` runs a command: keep freed memory, print errors as one line."""
     keep_freed_memory()
     try:
         yield
@@ -76,21 +77,27 @@ def as_command(parser: argparse.ArgumentParser) -> Iterator[None]:
 
 
 def main() -> None:
-    """Parse, train, fit, print."""
+    """Parse the options, train the models, fit the law and print it."""
     parser = argparse.ArgumentParser(
         description=__doc__, prog="python -m benchmarks.training.scaling_runs"
     )
     parser.add_argument("tokens", type=Path, help="token store")
-    parser.add_argument("tokenizer", type=Path, help="the tokenizer run that made it")
-    parser.add_argument("--out", type=Path, default=Path("runs/scaling-runs"))
-    parser.add_argument("--steps", type=int, default=1000, help="of the largest model")
-    parser.add_argument("--device", default="auto")
-    given = parser.parse_args()
+    parser.add_argument("tokenizer", type=Path, help="run of the tokenizer that made the store")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/scaling-runs"), help="folder of the runs"
+    )
+    parser.add_argument("--steps", type=int, default=1000, help="steps of the largest model")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu; default: auto")
+    options = parser.parse_args()
     with as_command(parser):
         runs = train_all(
-            given.tokens, given.tokenizer, given.out, steps=given.steps, device=given.device
+            options.tokens,
+            options.tokenizer,
+            options.out,
+            steps=options.steps,
+            device=options.device,
         )
-        print(scale(runs, given.out / "law"))
+        print(scale(runs, options.out / "law"))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""`python -m benchmarks.training.speed [tiny|base|tokenizer]`: optimiser steps against a peer's.
+"""`python -m benchmarks.training.speed [tiny|base|tokenizer]`: the speed of training steps.
 
-Ours are whole steps of the training loop: losses, metrics, clipping, Muon, averaged weights. The
-peers' are forward, backward, clipping and a fused AdamW. `tiny`, `base`: a world model against a
-GPT-2 with as many parameters on as many tokens. `tokenizer`: the base preset's autoencoder at
-256x512 against diffusers' VQModel with as many parameters, both trained for L1 only.
+drivesim's steps are those of its training loop, with losses, metrics, clipping, Muon and averaged
+weights. The peers' steps are forward, backward, clipping and a fused AdamW. `tiny` and `base`
+compare a world model with a GPT-2 of as many parameters on as many tokens. `tokenizer` compares the
+base preset's autoencoder at 256x512 with diffusers' VQModel of as many parameters; both train on L1
+only.
 """
 
 import sys
@@ -21,6 +22,7 @@ from benchmarks.measuring.paired import (
     Settings,
     Work,
     alternate,
+    rounded,
     run_command,
     times_faster,
 )
@@ -31,7 +33,7 @@ from benchmarks.measuring.peers import (
     gpt2_loss,
     nearest,
     parameters,
-    tried,
+    times_text,
     vq_model,
     vq_reconstruction,
 )
@@ -49,7 +51,7 @@ _LARGER_ON_CUDA = 8
 
 
 def own_step(model: Trainable, batch: Batch, settings: Settings) -> Work:
-    """A step of our training loop on one batch, again and again."""
+    """Return a function that does one step of drivesim's training loop, always on `batch`."""
     stepper = Stepper(model, TrainingConfig(steps=1_000_000), Ranks(), settings.device)
     stepper.dtype = precision(settings)
 
@@ -66,18 +68,18 @@ def own_step(model: Trainable, batch: Batch, settings: Settings) -> Work:
 def peer_step(
     model: nn.Module,
     loss_of: Callable[[nn.Module, Tensor], Tensor],
-    given: Tensor,
+    inputs: Tensor,
     settings: Settings,
 ) -> Work:
-    """A usual step on one batch, as quick as torch alone makes it."""
+    """Return a function that does one plain torch step on `inputs`, with a fused AdamW."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     dtype = precision(settings)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with autocast(given.device, dtype):
-            loss = loss_of(model, given)
+        with autocast(inputs.device, dtype):
+            loss = loss_of(model, inputs)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -86,7 +88,7 @@ def peer_step(
 
 
 def world_model_batch(shape: Shape, size: int) -> Batch:
-    """Random windows, as `TokenWindows` makes them."""
+    """Return a batch of random windows in the form that `TokenWindows` makes."""
     grid, lead = shape.grid, (size, shape.model.context_frames)
     return {
         "tokens": torch.randint(grid.codebook_size, (*lead, grid.rows, grid.cols)),
@@ -98,13 +100,13 @@ def world_model_batch(shape: Shape, size: int) -> Batch:
 
 
 def world_model_step(shape: Shape, size: int, settings: Settings) -> Work:
-    """A step of the world model's training, as its default objective asks for."""
+    """Return a function that does one step of the world model's training."""
     model = WorldModelObjective(InputNoiseConfig(), transformer(shape))
     return own_step(model, world_model_batch(shape, size), settings)
 
 
 def _nearest_gpt2(shape: Shape, count: int) -> nn.Module:
-    """The GPT-2 of the shape's width whose depth makes its parameters come nearest to `count`."""
+    """Build a GPT-2 of the shape's width, as deep as comes nearest to `count` parameters."""
     model = shape.model
 
     def build(layers: int) -> nn.Module:
@@ -120,7 +122,7 @@ def _nearest_gpt2(shape: Shape, count: int) -> nn.Module:
 
 
 def world_model(name: str, settings: Settings) -> list[Claim]:
-    """Tokens a second of a step of the world model."""
+    """Return the training speed of the world model, against GPT-2."""
     shape = shape_of(name, settings)
     size = _BATCHES[name] * (_LARGER_ON_CUDA if settings.device.type == "cuda" else 1)
     own, count = world_model_step(shape, size, settings), parameters(transformer(shape))
@@ -128,35 +130,28 @@ def world_model(name: str, settings: Settings) -> list[Claim]:
     window = (size, shape.model.context_frames * shape.tokens)
     tokens = torch.randint(shape.grid.codebook_size, window, device=settings.device)
     theirs = peer_step(peer, gpt2_loss, tokens, settings)
-    found = alternate({"own": own, "peer": theirs}, settings)
-    what = f"{_step(settings)}, world model {shape}, {count / 1e6:.2f} M parameters"
-    against = f"GPT-2, {peer.config.n_layer} layers, {parameters(peer) / 1e6:.2f} M"  # type: ignore[union-attr]
-    details = _rates(found, own, theirs, tokens.numel(), tokens.numel(), "tokens", settings)
-    figure = times_faster(found["peer"], found["own"])
-    return [Claim(what=what, against=against, figure=figure, bar=1.2, details=details)]
-
-
-def _step(settings: Settings) -> str:
-    return f"training step in {name_of(precision(settings))}"
-
-
-def _rates(
-    found: dict[str, list[float]],
-    own: Work,
-    peer: Work,
-    own_work: int,
-    peer_work: int,
-    unit: str,
-    settings: Settings,
-) -> tuple[str, ...]:
-    """The rates of both, and how near they come to the machine's limit."""
-    lines = []
-    both = ("drivesim", "own", own, own_work), ("peer", "peer", peer, peer_work)
-    for name, key, act, work in both:
-        taken = float(np.median(found[key]))
-        reached = limits(settings, precision(settings)).reached(taken, flops=flops_of(act))
-        lines.append(f"{name}: {work / taken:.4g} {unit}/s, a step {taken:.3g} s, {reached}")
-    return tuple(lines)
+    times = alternate({"own": own, "peer": theirs}, settings)
+    seconds = {name: float(np.median(taken)) for name, taken in times.items()}
+    used = {
+        name: limits(settings, precision(settings)).share(seconds[name], flops=flops_of(act))
+        for name, act in {"own": own, "peer": theirs}.items()
+    }
+    return [
+        Claim(
+            what=f"training step, world model, {name}-sized",
+            against="GPT-2",
+            figure=times_faster(times["peer"], times["own"]),
+            bar=1.2,
+            own=f"{rounded(tokens.numel() / seconds['own'])} tokens/s",
+            peer=f"{rounded(tokens.numel() / seconds['peer'])} tokens/s",
+            limits=used["own"],
+            details=(
+                f"{shape}, {count / 1e6:.2f} M parameters, {name_of(precision(settings))}",
+                f"GPT-2: {peer.config.n_layer} layers, {parameters(peer) / 1e6:.2f} M parameters, "  # type: ignore[union-attr]
+                f"{used['peer']}",
+            ),
+        )
+    ]
 
 
 def _l1(model: nn.Module, images: Tensor) -> Tensor:
@@ -164,7 +159,7 @@ def _l1(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def tokenizer(settings: Settings) -> list[Claim]:
-    """Frames a second of a step of the tokenizer, without LPIPS and discriminator on both sides."""
+    """Return the training speed of the tokenizer, against VQModel; neither has LPIPS or a GAN."""
     size = shape_of("base", settings).frames
     large = _LARGER_ON_CUDA if settings.device.type == "cuda" else 1
     batch, peer_batch = _BATCHES["tokenizer"] * large, large
@@ -182,22 +177,33 @@ def tokenizer(settings: Settings) -> list[Claim]:
         peer.to(memory_format=layout)  # type: ignore[call-overload]
         return peer_step(peer, _l1, images.contiguous(memory_format=layout), settings)
 
-    # One after the other: there is one model, and its optimiser is large.
-    times = {
+    # Prepare one layout after the other: there is one model, and its optimiser state is large.
+    tried = {
         name: fastest({name: prepared(form)}, settings)[1][name] for name, form in layouts.items()
     }
-    best = min(times, key=lambda name: times[name])
+    best = min(tried, key=lambda name: tried[name])
     theirs = prepared(layouts[best])
-    found = alternate({"own": own, "peer": theirs}, settings)
-    details = _rates(found, own, theirs, batch, peer_batch, "frames", settings)
+    times = alternate({"own": own, "peer": theirs}, settings)
+    seconds = {name: float(np.median(taken)) for name, taken in times.items()}
+    used = {
+        name: limits(settings, precision(settings)).share(seconds[name], flops=flops_of(act))
+        for name, act in {"own": own, "peer": theirs}.items()
+    }
     return [
         Claim(
-            what=f"{_step(settings)}, tokenizer base {size.height}x{size.width}, L1 only, "
-            f"{count / 1e6:.1f} M parameters, batch {batch}",
-            against=f"VQModel f16, {peers / 1e6:.1f} M parameters, batch {peer_batch}",
-            figure=times_faster(found["peer"], found["own"], work=peer_batch / batch),
+            what="training step, tokenizer, base-sized",
+            against="VQModel",
+            figure=times_faster(times["peer"], times["own"], work=peer_batch / batch),
             bar=3,
-            details=(*details, f"VQModel: {tried(times)}"),
+            own=f"{rounded(batch / seconds['own'])} frames/s",
+            peer=f"{rounded(peer_batch / seconds['peer'])} frames/s",
+            limits=used["own"],
+            details=(
+                f"{size.height}x{size.width}, L1 only, {count / 1e6:.1f} M parameters, "
+                f"batches of {batch}, {name_of(precision(settings))}",
+                f"VQModel: {peers / 1e6:.1f} M parameters, batches of {peer_batch}, "
+                f"{used['peer']}; forms: {times_text(tried)}",
+            ),
         )
     ]
 
@@ -210,4 +216,4 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 if __name__ == "__main__":
-    run_command(__doc__, "training", BENCHMARKS, sys.argv[1:])
+    run_command(__doc__, "training.speed", BENCHMARKS, sys.argv[1:])

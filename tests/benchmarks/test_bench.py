@@ -1,7 +1,8 @@
-"""The speed benchmarks: what their arithmetic says, and that every command runs, in toy sizes."""
+"""The speed benchmarks: their arithmetic, the page, and that every command runs in toy sizes."""
 
 import json
 import math
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from benchmarks import bench
+from benchmarks import ROOT, bench
 from benchmarks.measuring import peers
 from benchmarks.measuring.machine import Limits, flops_of
 from benchmarks.measuring.paired import (
@@ -19,6 +20,7 @@ from benchmarks.measuring.paired import (
     Work,
     alternate,
     read_claims,
+    rounded,
     run_command,
     times_faster,
 )
@@ -28,8 +30,8 @@ from tests.benchmarks import stand_in_peers
 
 
 def claim(figure: float, **options: object) -> Claim:
-    given = {"what": "w", "against": "a", "bar": 10.0, "command": "c", **options}
-    return Claim(figure=Figure.of([figure]), **given)  # type: ignore[arg-type]
+    values = {"what": "w", "bar": 10.0, "command": "c", **options}
+    return Claim(figure=Figure.of([figure]), **values)  # type: ignore[arg-type]
 
 
 def test_a_peer_that_is_twice_as_slow_gives_2(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,23 +41,23 @@ def test_a_peer_that_is_twice_as_slow_gives_2(monkeypatch: pytest.MonkeyPatch) -
     def lasting(seconds: float) -> Work:
         return lambda: clock.__setitem__(0, clock[0] + seconds)
 
-    found = alternate({"own": lasting(1.0), "peer": lasting(2.0)}, Settings(rounds=3))
-    assert times_faster(found["peer"], found["own"]).median == 2
-    assert times_faster([2.0], [1.0], work=0.5).median == 4  # for half of the work
+    times = alternate({"own": lasting(1.0), "peer": lasting(2.0)}, Settings(rounds=3))
+    assert times_faster(times["peer"], times["own"]).median == 2
+    assert times_faster([2.0], [1.0], work=0.5).median == 4  # the peer does half of the work
 
 
-def test_a_ratio_is_the_median_of_the_rounds_own() -> None:
-    # The machine was ten times slower in the second round, for both.
+def test_a_ratio_is_the_median_over_the_rounds() -> None:
+    # In the second round, the machine is ten times slower for both.
     assert times_faster([3.0, 30.0, 3.0], [1.0, 10.0, 1.0]) == Figure(3, 3, 3)
     assert times_faster([1.0, 5.0, 2.0], [1.0, 1.0, 1.0]) == Figure(2, 1, 5)
 
 
-def test_all_take_turns_after_a_round_that_does_not_count() -> None:
+def test_work_is_timed_in_turns_after_a_warm_up_round() -> None:
     order: list[str] = []
     work = {name: lambda name=name: order.append(name) for name in "ab"}
-    found = alternate(work, Settings(rounds=3))
+    times = alternate(work, Settings(rounds=3))
     assert "".join(order) == "ab" + "ab" + "ba" + "ab"
-    assert [len(times) for times in found.values()] == [3, 3]
+    assert [len(taken) for taken in times.values()] == [3, 3]
 
 
 def test_a_bar_is_reached_from_the_right_side() -> None:
@@ -64,19 +66,31 @@ def test_a_bar_is_reached_from_the_right_side() -> None:
     assert claim(0.3, bar=0.3, at_most=True).reached
     assert not claim(0.31, bar=0.3, at_most=True).reached
     assert claim(12.34).figure_text() == "12.3×"
+    assert claim(0.25, unit="%").figure_text() == "25.0 %"
     assert claim(0.25, unit="%", bar=0.5, at_most=True).bar_text() == "≤ 50 %"
     assert claim(1.0, bar=None).reached is None
-    assert str(claim(1.0, bar=None)) == "w, against a: 1×"
+    assert str(claim(1.0, bar=None)) == "w: 1.00×"
 
 
-def test_limits_are_shares_of_the_rates() -> None:
+def test_numbers_have_three_significant_digits() -> None:
+    numbers = (224_665, 999.9, 94.04, 1.0, 0.0787, 0.0, math.inf)
+    assert [rounded(n) for n in numbers] == [
+        "225,000", "1,000", "94.0", "1.00", "0.0787", "0", "inf"
+    ]  # fmt: skip
+
+
+def test_a_row_holds_the_rates_of_both_or_the_figure_alone() -> None:
+    ratio = claim(2.0, against="GPT-2", own="4.00 frames/s", peer="2.00 frames/s", limits="9 %")
+    assert ratio.cells() == ["w", "4.00 frames/s", "2.00 frames/s (GPT-2)", "2.00×", "9 %"]
+    assert claim(2.0, unit="frames/s").cells() == ["w", "2.00 frames/s", "–", "–", "–"]
+
+
+def test_limits_are_reported_as_shares() -> None:
     limits = Limits(dtype=torch.float32, flops=1e9, bandwidth=1e8)
-    text = limits.reached(2.0, flops=1e9, read=1e8)
-    assert text.startswith("50.0% of the matrix-product rate")
-    assert "50.0% of the memory bandwidth" in text
+    assert limits.share(2.0, flops=1e9, read=1e7) == "50 % of products, 5 % of memory"
 
 
-def test_operations_are_those_of_the_formulas() -> None:
+def test_operations_are_counted_as_the_formulas_say() -> None:
     a, b = torch.randn(3, 5), torch.randn(5, 7)
     assert flops_of(lambda: a @ b) == 2 * 3 * 5 * 7
     q = torch.randn(2, 4, 6, 8)
@@ -96,39 +110,39 @@ def with_peers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("with_peers")
-# The peers' own: webdataset leaves shards open.
+# WebDataset itself leaves shards open.
 @pytest.mark.filterwarnings(r"ignore:unclosed file.*\.tar'>:ResourceWarning")
 @pytest.mark.parametrize(("module", "name"), bench.COMMANDS)
 def test_every_command_runs(
     module: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     benchmarks = import_module(f"benchmarks.{module}").BENCHMARKS
-    kept = tmp_path / "claims.jsonl"
-    options = ["--toy", "--rounds=1", "--threads=1", f"--json={kept}"]
+    saved = tmp_path / "claims.jsonl"
+    options = ["--toy", "--rounds=1", "--threads=1", f"--json={saved}"]
     run_command("", module, benchmarks, [name, *options])
-    claims = read_claims(kept)
+    claims = read_claims(saved)
     printed = capsys.readouterr().out
     assert claims
-    for each in claims:
-        assert str(each) in printed
-        assert each.command == f"python -m benchmarks.{module} {name}"
-        assert math.isfinite(each.figure.median)
-        assert each.figure.least <= each.figure.median <= each.figure.most
+    for measured in claims:
+        assert str(measured) in printed
+        assert measured.command == f"python -m benchmarks.{module} {name}"
+        assert math.isfinite(measured.figure.median)
+        assert measured.figure.least <= measured.figure.median <= measured.figure.most
 
 
 @pytest.mark.usefixtures("with_peers")
-def test_gpt2_is_compared_compiled_where_torch_can(
+def test_the_compiled_gpt2_is_a_peer_if_torch_can_compile_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = Settings(rounds=1, toy=True)
     measure = import_module("benchmarks.rollouts.speed").measure
-    assert [each.bar for each in measure("tiny", settings)] == [10, 3, None]
+    assert [made.against for made in measure("tiny", settings)] == ["GPT-2", "GPT-2, compiled", ""]
 
     def refused(*_: object, **__: object) -> None:
         raise TorchDynamoException("no compiler\nand more")
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: refused)
-    assert [each.bar for each in measure("tiny", settings)] == [10, 3]
+    assert [made.against for made in measure("tiny", settings)] == ["GPT-2", ""]
     assert "torch cannot compile GPT-2 here: no compiler\n" in capsys.readouterr().err
 
 
@@ -146,29 +160,64 @@ def test_gpt2_draws_the_same_in_all_its_forms() -> None:
         torch.manual_seed(1)
         drawn.append(decoder.draw(8))
     assert len(drawn) >= 3
-    assert all((each == drawn[0]).all() for each in drawn)
+    assert all((tokens == drawn[0]).all() for tokens in drawn)
 
 
-def test_the_table_holds_every_claim(tmp_path: Path) -> None:
-    claims = [claim(12.0, details=("so it was",)), claim(3.0), claim(7.0, bar=None)]
-    path = tmp_path / "BENCHMARKS.md"
-    bench.write_table(path, bench.table(claims, "a machine"))
-    text = path.read_text()
+def test_a_section_has_a_row_for_each_claim_and_names_missed_bars() -> None:
+    claims = [claim(12.0), claim(3.0, what="slow"), claim(7.0, bar=None)]
+    text = bench.section("a machine", "2026-01-01, commit abc.", claims)
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + len(claims)
-    assert {row.count("|") for row in rows} == {7}
-    assert "| 12× | reached |" in rows[2]
-    assert "| 3× | **missed** |" in rows[3]
-    assert "|  | 7× |  |" in rows[4]
-    assert "a machine" in text
-    assert "- w: so it was" in text
+    assert len({row.count("|") for row in rows}) == 1
+    assert "\n## a machine\n\n2026-01-01, commit abc.\n" in text
+    assert "\n1 of 2 bars reached. Missed: slow, 3.00× (bar ≥ 10×).\n" in text
 
 
-def test_one_that_fails_is_named_and_the_others_still_run(
+def test_a_section_is_replaced_or_added_and_the_rest_of_the_page_stays(tmp_path: Path) -> None:
+    path = tmp_path / "speed.md"
+    path.write_text("# Speed\n", "utf-8")
+    for machine, text in (("a", "old"), ("b", "b's"), ("a", "new"), ("c", "c's")):
+        bench.update_page(path, machine, bench.section(machine, text, []))
+        if machine == "b":
+            path.write_text(path.read_text("utf-8") + "\n## What limits it\n", "utf-8")
+    page = path.read_text("utf-8")
+    assert re.findall("^#+ (.*)", page, re.MULTILINE) == ["Speed", "a", "b", "c", "What limits it"]
+    assert "new" in page
+    assert "old" not in page
+    bench.update_page(path, "a", bench.section("a", "new", []))
+    assert path.read_text("utf-8") == page
+
+
+def test_a_page_that_cannot_be_written_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "speed.md"
+    path.write_text("page", "utf-8")
+
+    def fail(*_: object) -> str:
+        raise OSError
+
+    monkeypatch.setattr(bench, "with_section", fail)
+    with pytest.raises(OSError):
+        bench.update_page(path, "a", "text")
+    assert path.read_text("utf-8") == "page"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_page_has_sections_that_can_be_replaced() -> None:
+    page = (ROOT / "docs" / "speed.md").read_text("utf-8")
+    machines = re.findall("<!-- make bench: (.*) -->", page)
+    assert len(machines) >= 3
+    for machine in machines:
+        assert f"<!-- end of make bench: {machine} -->" in page
+        assert f"\n## {machine}\n" in page
+
+
+def test_a_failed_command_is_named_and_the_others_still_run(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     commands = [("startup", "nothing like it"), ("startup", "startup")]
-    with pytest.raises(SystemExit, match="failed: startup nothing like it; the table was not"):
+    with pytest.raises(SystemExit, match="failed: startup nothing like it; the page was not"):
         bench.measure(commands, ["--rounds=1", "--toy"])
     assert "drivesim --help" in capfd.readouterr().out
 
@@ -178,11 +227,11 @@ def test_a_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ModuleNotFoundError(name)
 
     monkeypatch.setattr("importlib.import_module", missing)
-    with pytest.raises(SystemExit, match=r"webdataset is not installed: pip install 'drivesim\[b"):
+    with pytest.raises(SystemExit, match=r"webdataset is not installed; run pip install 'drives"):
         peers.package("webdataset")
 
 
-def test_claims_are_kept_as_they_were(tmp_path: Path) -> None:
+def test_claims_survive_the_round_trip_through_a_file(tmp_path: Path) -> None:
     file = tmp_path / "claims.jsonl"
     saved = claim(2.5, details=("one", "two"))
 
@@ -190,8 +239,7 @@ def test_claims_are_kept_as_they_were(tmp_path: Path) -> None:
         return [saved]
 
     run_command("", "x", {"it": measured}, [f"--json={file}", "--device=cpu"])
-    kept = {**json.loads(file.read_text()), "command": "c"}
-    file.write_text(json.dumps(kept) + "\n")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "command": "c"}) + "\n")
     assert read_claims(file) == [saved]
     with pytest.raises(DriveSimError, match="`device` none"):
         run_command("", "x", {"it": measured}, ["--device=none"])

@@ -13,7 +13,7 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.training.run_log import METRICS
 
 
-def test_a_curve_is_the_best_so_far_against_minutes_of_training(tmp_path: Path) -> None:
+def test_a_curve_shows_the_best_validation_so_far_over_minutes_of_training(tmp_path: Path) -> None:
     tokenizer, world_model = PANELS
     rows = [
         {"step": 10, "phase": "train", "training_seconds": 60.0},
@@ -31,15 +31,15 @@ def test_a_curve_is_the_best_so_far_against_minutes_of_training(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("command", [learning, lag])
-def test_a_plot_of_nothing_is_a_line_that_says_so(command: ModuleType, tmp_path: Path) -> None:
+def test_plotting_without_runs_is_refused(command: ModuleType, tmp_path: Path) -> None:
     picture = tmp_path / "plot.png"
-    given = argparse.Namespace(out=tmp_path, picture=picture, seeds=[0], rounds=1)
-    with pytest.raises(DriveSimError, match=r"holds no .*: `train"):
-        command.plot(given)
+    options = argparse.Namespace(out=tmp_path, picture=picture, seeds=[0], rounds=1)
+    with pytest.raises(DriveSimError, match=r"holds no .*; run `train"):
+        command.plot(options)
     assert not picture.exists()
 
 
-def test_half_a_pair_is_not_drawn(tmp_path: Path) -> None:
+def test_a_run_without_its_peer_is_not_plotted(tmp_path: Path) -> None:
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / METRICS).touch()
     with pytest.raises(DriveSimError, match="no pair"):

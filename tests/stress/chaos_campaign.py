@@ -1,4 +1,4 @@
-"""One run that is killed again and again, looked at after every kill, and compared in the end."""
+"""Kill one run again and again, check it after every kill, and compare its final results."""
 
 import copy
 import itertools
@@ -23,67 +23,67 @@ from tests.stress.chaos_jobs import (
 from tests.stress.chaos_worker import Ended, Request, Server
 
 KINDS = {"moment": 9, "operation": 9, "SIGTERM": 1, "SIGTERM at operation": 1}
-"""How a run is stopped, SIGKILL where nothing else is said, and how often."""
+"""Ways to stop a run (SIGKILL unless named otherwise), with their relative frequency."""
 DAMAGES = ("truncated", "flipped", "emptied", "removed")
 
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """One of `KINDS`, after `at` seconds or at file operation number `at`."""
+    """A signal to a run: one of `KINDS`, after `at` seconds or at file operation number `at`."""
 
     kind: str
     at: float
     within: str = ""
-    """The folder in the run's whose operations count."""
+    """Subfolder of the run whose file operations count; "" for the whole run."""
 
     @property
     def signal(self) -> int:
-        """What is sent."""
+        """Number of the signal to send."""
         return signal.SIGTERM if "SIGTERM" in self.kind else signal.SIGKILL
 
     @property
     def is_at_operation(self) -> bool:
-        """Whether at a file operation."""
+        """Whether the signal comes at a file operation, and not at a moment."""
         return "operation" in self.kind
 
 
 @dataclass(kw_only=True, slots=True)
 class Figures:
-    """What came of killing a job."""
+    """Results of killing a job."""
 
     kills: Counter[str] = field(default_factory=Counter)
-    """Kills survived, by kind."""
+    """Number of kills survived, by kind."""
     damages: Counter[str] = field(default_factory=Counter)
-    """Damaged checkpoints survived, by kind."""
+    """Number of damaged checkpoints survived, by kind of damage."""
     runs: int = 0
-    """Runs that came to their end."""
+    """Number of runs that finished."""
     operations: int = 0
-    """File operations of a run that is not killed."""
+    """Number of file operations in an uninterrupted run."""
     operations_killed: int = 0
-    """Those that a run was killed at, first of all."""
+    """Number of file operations at which a run was first killed."""
     unit: str
-    """What work is counted in."""
+    """Unit of work, as in "steps"."""
     done_over: int = 0
-    """Most work that a kill cost where no checkpoint was damaged."""
+    """Most work lost in a kill without a damaged checkpoint."""
     done_over_allowed: int
-    """Most that it may cost."""
+    """Most work that a kill may lose."""
     done_over_in_all: int = 0
-    """All that kills cost."""
+    """Work lost in all kills together."""
     bytes_lost: int = 0
-    """Bytes that were committed, and after a kill gone or changed with nothing in their place."""
+    """Committed bytes that are gone or changed after a kill without a successor."""
     bytes_different: int = 0
-    """Bytes by which results differ from those of the run that was not killed."""
+    """Number of bytes in which results differ from those of the uninterrupted run."""
     problems: list[str] = field(default_factory=list)
-    """Everything else that should not be."""
+    """Descriptions of all other failures."""
 
     @property
     def failed(self) -> bool:
-        """Whether anything is as it should not be."""
+        """Whether anything went wrong."""
         return bool(self.bytes_lost or self.bytes_different or self.problems)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {each.name: getattr(self, each.name) for each in fields(self)}
+        """Return the figures as values for JSON."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
 
 
 class Target:
@@ -91,22 +91,23 @@ class Target:
 
     def __init__(self, servers: Sequence[Server], job: Job, out: Path) -> None:
         self.job, self._log = job, out.with_name(f"{out.name}.log")
-        # Forks of one process hash alike, as separate runs do not: so they take turns.
+        # Forks of one process share the seed of `hash`, which separate runs do not. So alternate
+        # between several servers.
         self._servers = itertools.cycle(servers)
         self.whole, self.ended = self.run(out)
         if self.ended.status != 0:
-            raise RuntimeError(f"{job.name} fails by itself: {self.whole.printed}")
+            raise RuntimeError(f"{job.name} fails without a kill: {self.whole.printed}")
 
     def on(self, server: Server) -> Self:
-        """The same with processes of another server."""
-        other = copy.copy(self)
-        other._servers = itertools.cycle([server])
-        return other
+        """Return a copy of the target that runs its processes on `server`."""
+        target = copy.copy(self)
+        target._servers = itertools.cycle([server])
+        return target
 
     def run(
         self, out: Path, kill: Kill | None = None, *, file_limit: int | None = None
     ) -> tuple[State, Ended]:
-        """Begin or continue the job in `out`, and kill it; return what it left."""
+        """Begin or continue the job in `out`, and kill it if asked; return what it left behind."""
         kill = kill or Kill("operation", 0)
         request = Request(
             command=self.job.command(out),
@@ -121,7 +122,7 @@ class Target:
         return state_of(out, self._log.read_text("utf-8", "replace")), ended
 
     def figures(self) -> Figures:
-        """Of no kills yet."""
+        """Return the figures of this target before any kill."""
         return Figures(
             operations=self.ended.operations,
             unit=self.job.unit,
@@ -129,7 +130,7 @@ class Target:
         )
 
     def kills(self, draw: random.Random, count: int) -> Iterator[Kill]:
-        """`count` kills that are likely to reach into a run, each some way on."""
+        """Draw `count` kills for one run, spread so that all of them probably happen."""
         reach = 2 / (count + 1)
         for _ in range(count):
             kind, *_ = draw.choices(list(KINDS), list(KINDS.values()))
@@ -141,9 +142,9 @@ class Target:
 
 
 class Campaign:
-    """One run in a folder of its own, killed until no kill is left, then left to end.
+    """One run in a folder of its own that is killed several times and then left to finish.
 
-    After a `share` of the kills its newest checkpoint is damaged, if there is one before it.
+    After a `share` of the kills, the newest checkpoint is damaged if there is an older one.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class Campaign:
         self._story: list[str] = []
 
     def run(self, kills: Iterable[Kill]) -> bool:
-        """Whether it all went well; what did not is in the figures."""
+        """Return whether all went well; add each problem to the figures."""
         before = len(self._figures.problems)
         state = State(files={}, rows=(), printed="")
         try:
@@ -193,7 +194,7 @@ class Campaign:
         self._figures.problems.append(f"{self._job.name}: {what} [{story}] printed: {last}")
 
     def _bad_steps(self, state: State) -> set[int]:
-        """Checkpoints that damage left, as it left them or with even less in them."""
+        """Return the steps of damaged checkpoints that have not been replaced since."""
         return {
             step
             for step, then in self._damaged.items()
@@ -204,7 +205,7 @@ class Campaign:
     def _check(
         self, kept: int, before: State, after: State, kill: Kill | None, ended: Ended
     ) -> None:
-        """Everything that must hold whenever a process ended."""
+        """Check everything that must hold whenever a process has ended."""
         bad = self._bad_steps(before)
         expected = {0} | ({-kill.signal} if kill else set())
         if kill and kill.signal == signal.SIGTERM:
@@ -212,13 +213,13 @@ class Campaign:
         if ended.status not in expected and not self._job.is_over(ended.status, after):
             self._problem(f"ended with {ended.status}", after)
         if "Traceback" in after.printed:
-            self._problem("a traceback", after)
+            self._problem("printed a traceback", after)
         self._check_saying(bad, kept, after, kill is None or ended.status >= 0)
         for name in torn(after):
             if not any(_is_in(name, step) for step in self._bad_steps(after)):
-                self._problem(f"{name} is not whole", after)
+                self._problem(f"{name} is incomplete", after)
         for trace in self._job.done_over(kept, before, after):
-            self._problem(f"done again though it was kept: {trace}", after)
+            self._problem(f"repeated work that was saved: {trace}", after)
         healthy = State(
             files={n: f for n, f in before.files.items() if not any(_is_in(n, s) for s in bad)},
             rows=before.rows,
@@ -230,13 +231,13 @@ class Campaign:
             self._problem(f"{lost} bytes lost", after)
 
     def _check_saying(self, bad: set[int], kept: int, after: State, to_its_end: bool) -> None:
-        """A damaged newest checkpoint is named in one line, and nothing else is called damaged."""
+        """Check that one line names a damaged newest checkpoint, and no other file as damaged."""
         said = [line for line in after.printed.splitlines() if "is damaged" in line]
         newest = max(bad, default=0)
         if to_its_end and newest > kept and sum(f"step-{newest:08d}" in x for x in said) != 1:
-            self._problem(f"damage of step {newest} is not said in one line", after)
+            self._problem(f"the damage of step {newest} is not reported in one line", after)
         if said and not bad:
-            self._problem(f"says {said[0]!r}", after)
+            self._problem(f"reports damage where there is none: {said[0]!r}", after)
 
     def _count(self, kill: Kill, state: State) -> None:
         bad = self._bad_steps(state)
@@ -248,12 +249,12 @@ class Campaign:
         if not bad:
             figures.done_over = max(figures.done_over, cost)
             if cost > self._job.allowed:
-                self._problem(f"{cost} {self._job.unit} must be done over", state)
-        if "; to go on, " in state.printed and cost:
-            self._problem(f"said that it saved, but {cost} {self._job.unit} are gone", state)
+                self._problem(f"{cost} {self._job.unit} must be repeated", state)
+        if "; to continue, " in state.printed and cost:
+            self._problem(f"reported that it saved, but lost {cost} {self._job.unit}", state)
 
     def _damage(self, state: State) -> State:
-        """Damage the newest checkpoint where there is one before it."""
+        """Damage the newest checkpoint if there is an older one; return the new state."""
         whole = checkpoint_steps(state)
         if not isinstance(self._job, Training) or self._bad_steps(state) or len(whole) < 2:
             return state
@@ -267,13 +268,13 @@ class Campaign:
         return state
 
     def _compare(self, state: State) -> None:
-        """What is there in the end with what should be."""
-        found, expected = (self._job.result(each) for each in (state, self._target.whole))
+        """Compare the final results with those of the uninterrupted run."""
+        actual, expected = self._job.result(state), self._job.result(self._target.whole)
         self._figures.runs += 1
-        for name in sorted(found.keys() | expected.keys()):
-            count = differing(found.get(name, b""), expected.get(name, b""))
+        for name in sorted(actual.keys() | expected.keys()):
+            count = differing(actual.get(name, b""), expected.get(name, b""))
             self._figures.bytes_different += count
-            if count or name not in found or name not in expected:
+            if count or name not in actual or name not in expected:
                 self._problem(f"{name} differs in {count} bytes in the end", state)
         for path in self._out.parent.rglob(".*"):
             self._problem(f"left over: {path.relative_to(self._out.parent)}", state)
@@ -288,12 +289,12 @@ def _checkpoint(state: State, step: int) -> dict[str, File]:
 
 
 def damage(folder: Path, kind: str, draw: random.Random) -> None:
-    """Harm a checkpoint as disks and people do."""
+    """Damage a checkpoint folder in one of the ways that `DAMAGES` lists."""
     paths = sorted(folder.iterdir())
     path = draw.choice(paths)
     if kind == "emptied":
-        for each in paths:
-            each.unlink()
+        for file in paths:
+            file.unlink()
     elif kind == "removed":
         path.unlink()
     elif kind == "truncated":
@@ -304,6 +305,6 @@ def damage(folder: Path, kind: str, draw: random.Random) -> None:
         path.write_bytes(content)
 
 
-def differing(one: bytes, other: bytes) -> int:
-    """Bytes by which two contents differ, what one has more included."""
-    return sum(a != b for a, b in zip(one, other, strict=False)) + abs(len(one) - len(other))
+def differing(left: bytes, right: bytes) -> int:
+    """Return in how many bytes two contents differ, including the difference in length."""
+    return sum(a != b for a, b in zip(left, right, strict=False)) + abs(len(left) - len(right))

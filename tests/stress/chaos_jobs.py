@@ -1,7 +1,7 @@
-"""What the chaos harness kills, at toy size, and what each of the commands promises.
+"""The jobs that the chaos harness kills, at toy size, and the guarantees of their commands.
 
-Work is counted in the unit that is done over after a kill: steps of a training, drives of
-`tokenize`. A mark says how far a killed run had come and from where it will go on.
+Work is counted in the unit that must be repeated after a kill: steps of a training, drives of
+`tokenize`.
 """
 
 import json
@@ -52,39 +52,41 @@ _WORLD_MODEL: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file as it was."""
+    """Content of a file at some moment."""
 
     content: bytes
     written: tuple[int, int]
-    """Its inode and time: other ones where it was written anew, with whatever content."""
+    """Inode and modification time, which change whenever the file is rewritten."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class State:
-    """What a process left behind in its folder."""
+    """Files and output that a process left behind."""
 
     files: Mapping[str, File]
-    """What it had committed, by name: not what was being written, nor the logs that grow."""
+    """Committed files by name, without temporary files and growing logs."""
     rows: tuple[str, ...]
-    """The whole lines of its metrics."""
+    """Complete lines of the metrics file."""
     checkpoints: frozenset[int] = frozenset()
-    """Steps of all folders that are named like checkpoints."""
+    """Steps of all folders with the name of a checkpoint."""
     printed: str
-    """What it printed."""
+    """Text that the process printed."""
     aside: frozenset[bytes] = frozenset()
-    """Contents that a writer had moved out of the way, and whose successor was not there yet."""
+    """Contents of files that a writer had moved aside before it put their successor in place."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mark:
-    """How far a killed run had come, and from where the next one goes on."""
+    """Progress of a killed run."""
 
     done: int
+    """Amount of work that was done."""
     kept: int
+    """Amount of work that was saved, from which the next run continues."""
 
 
 def state_of(out: Path, printed: str) -> State:
-    """Read everything in `out`."""
+    """Return the state of the folder `out`."""
     files, aside = {}, set()
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
@@ -108,7 +110,7 @@ def state_of(out: Path, printed: str) -> State:
 
 
 def torn(state: State) -> list[str]:
-    """Names of committed files that are not whole."""
+    """Return the names of committed files that are incomplete."""
     return [name for name, file in state.files.items() if not _is_whole(name, file.content)]
 
 
@@ -132,41 +134,43 @@ def _is_whole(name: str, content: bytes) -> bool:
 
 
 class Job(ABC):
-    """A command that makes the folder `out`, however often it is killed."""
+    """A command that makes the folder `out`, no matter how often it is killed."""
 
     name: str
+    """Name of the command."""
     makes: str
-    """The folder of its uninterrupted run, which other jobs start from."""
+    """Name of the folder of its uninterrupted run, from which other jobs start."""
     unit: str
+    """Unit of work, as in "steps"."""
     allowed: int
-    """Most work that is to be done over after a kill."""
+    """Most work that may have to be repeated after a kill."""
 
     @abstractmethod
     def command(self, out: Path) -> tuple[str, ...]:
-        """What a user types to begin, or to go on with what is there."""
+        """Return the arguments with which a user begins the job in `out` or continues it."""
 
     @abstractmethod
     def mark(self, state: State, damaged: Collection[int] = ()) -> Mark:
-        """Where it stands; `damaged` are steps of checkpoints that it cannot go on from."""
+        """Return the progress; `damaged` are steps of checkpoints that cannot be resumed."""
 
     @abstractmethod
     def is_replaced(self, name: str, before: State, after: State) -> bool:
-        """Whether a committed file that is gone, or other than before, has a successor."""
+        """Return whether a committed file that is gone or changed has a successor."""
 
     @abstractmethod
     def done_over(self, kept: int, before: State, after: State) -> list[str]:
-        """Traces of work that the next run did again though it was kept."""
+        """Return signs that the next run repeated work that was saved."""
 
     @abstractmethod
     def result(self, state: State) -> dict[str, bytes]:
-        """All that must be the same in the end, by name."""
+        """Return all contents that must be the same in the end, by name."""
 
     def is_over(self, status: int, state: State) -> bool:
-        """Whether a run came to its end."""
+        """Return whether a run has finished."""
         return status == 0
 
     def lost(self, before: State, after: State) -> int:
-        """Bytes that were committed and that nothing replaced."""
+        """Return the number of committed bytes that are gone without a successor."""
         return sum(
             len(file.content)
             for name, file in before.files.items()
@@ -197,17 +201,21 @@ class Training(Job):
             self._command += ("--set", f"{key}={json.dumps(value)}")
 
     def command(self, out: Path) -> tuple[str, ...]:
-        """A run that was killed before it wrote its configuration has nothing to resume."""
+        """Resume unless the run was killed before it wrote its configuration."""
         resume = ("--resume",) if (out / "config.yaml").is_file() else ()
         return (*self._command, "--out", str(out), *resume)
 
     def mark(self, state: State, damaged: Collection[int] = ()) -> Mark:
-        """The last step that was logged, and the newest whole checkpoint."""
+        """Return the last logged step and the newest complete checkpoint."""
         kept = max(set(checkpoint_steps(state)) - set(damaged), default=0)
         return Mark(done=max([kept, *map(_row_step, state.rows)]), kept=kept)
 
     def is_replaced(self, name: str, before: State, after: State) -> bool:
-        """Checkpoints give way to enough newer ones or as a whole, other files one by one."""
+        """Return whether a changed file may be missing.
+
+        Enough newer checkpoints replace a checkpoint, and so does a rewritten one of the same step.
+        Any other file is replaced by a file of the same name.
+        """
         if not name.startswith(CHECKPOINTS):
             return name in after.files
         steps = checkpoint_steps(after)
@@ -215,12 +223,12 @@ class Training(Job):
         return newer >= KEEP_LAST or (_step(name) in steps and _is_anew(name, before, after))
 
     def done_over(self, kept: int, before: State, after: State) -> list[str]:
-        """Rows of steps that were kept, and logged anew: they hold times, so they would differ."""
+        """Return rows of saved steps that were logged again: rows hold times, so they differ."""
         rows = [row for row in before.rows if _row_step(row) <= kept]
         return [row for row in rows if row not in after.rows]
 
     def result(self, state: State) -> dict[str, bytes]:
-        """Exported files, the last checkpoint's tensors, and what was logged but for times."""
+        """Return exported files, tensors of the last checkpoint, and the log without times."""
         last = f"{CHECKPOINTS}{STEPS:08d}/"
         kept = {
             name: file.content
@@ -233,7 +241,7 @@ class Training(Job):
 
 
 class Tokenize(Job):
-    """`tokenize`, each drive also mirrored."""
+    """`tokenize` with `--mirror`."""
 
     name, makes, unit, allowed = "tokenize", "tokens", "drives", 1
 
@@ -242,11 +250,11 @@ class Tokenize(Job):
         self._command = (self.name, *inputs, "--mirror", "--batch-size", "4", "--device", "cpu")
 
     def command(self, out: Path) -> tuple[str, ...]:
-        """The same at each start."""
+        """Return the same arguments for every start."""
         return (*self._command, "--out", str(out))
 
     def mark(self, state: State, damaged: Collection[int] = ()) -> Mark:
-        """Drives that are written, in both forms, and the one in work if there is one."""
+        """Return the drives that are written with their mirror images, and the drive in work."""
         written = set(range(_merged(state)))
         written |= {number for name in state.files if (number := _part(name)) is not None}
         kept = sum({2 * drive, 2 * drive + 1} <= written for drive in range(DRIVES))
@@ -254,14 +262,14 @@ class Tokenize(Job):
         return Mark(done=kept + in_work, kept=kept)
 
     def is_replaced(self, name: str, before: State, after: State) -> bool:
-        """Parts give way to their shard, everything that is unfinished to the index."""
+        """Return whether a shard replaced a part, or the index replaced unfinished files."""
         if not name.startswith(_UNFINISHED):
             return False
         number = _part(name)
         return INDEX in after.files or (number is not None and number < _merged(after))
 
     def done_over(self, kept: int, before: State, after: State) -> list[str]:
-        """Parts that were written anew."""
+        """Return the parts that were written again."""
         return [
             name
             for name, file in before.files.items()
@@ -271,17 +279,20 @@ class Tokenize(Job):
         ]
 
     def result(self, state: State) -> dict[str, bytes]:
-        """Every file of the store."""
+        """Return every file of the store."""
         return {name: file.content for name, file in state.files.items()}
 
     def is_over(self, status: int, state: State) -> bool:
-        """A run that was killed after it wrote the index is refused: its store is finished."""
+        """Return whether the store is finished.
+
+        If a run was killed after it wrote the index, the next run is refused.
+        """
         refused = status == 1 and "token store" in state.printed.splitlines()[-1]
         return status == 0 or (refused and INDEX in state.files)
 
 
 def make_jobs(folder: Path) -> tuple[Job, ...]:
-    """The commands in the order in which each makes the input of the next; `folder` is theirs."""
+    """Return the jobs in `folder`, in the order in which each makes the input of the next."""
     videos, tokenizer, tokens = (folder / name for name in ("videos", "tokenizer", "tokens"))
     return (
         Training("tokenizer", (str(videos),), _TOKENIZER),
@@ -291,7 +302,7 @@ def make_jobs(folder: Path) -> tuple[Job, ...]:
 
 
 def make_videos(folder: Path) -> None:
-    """Synthetic drives for the jobs."""
+    """Write synthetic drives for the jobs."""
     from driving_sim.data.synthetic.world import SyntheticConfig
     from driving_sim.data.synthetic.writer import write_synthetic_drives
 
@@ -300,13 +311,13 @@ def make_videos(folder: Path) -> None:
 
 
 def checkpoint_steps(state: State) -> list[int]:
-    """The steps of the checkpoints that miss no file, rising."""
+    """Return the steps of complete checkpoints, in ascending order."""
     names: dict[int, set[str]] = {}
     for name in state.files:
         if name.startswith(CHECKPOINTS):
             names.setdefault(_step(name), set()).add(Path(name).name)
-    whole = set().union(*names.values())
-    return sorted(step for step, found in names.items() if found == whole)
+    complete = set().union(*names.values())
+    return sorted(step for step, files in names.items() if files == complete)
 
 
 def _step(name: str) -> int:
@@ -314,7 +325,7 @@ def _step(name: str) -> int:
 
 
 def _is_anew(name: str, before: State, after: State) -> bool:
-    """Whether every file in a file's folder was written since."""
+    """Return whether every file in the folder of `name` has been rewritten."""
     folder = name.rpartition("/")[0] + "/"
     return not any(
         name.startswith(folder) and after.files.get(name, file).written == file.written
@@ -331,12 +342,15 @@ def _without_times(row: str | bytes) -> bytes:
 
 
 def _part(name: str) -> int | None:
-    found = re.fullmatch(rf"{re.escape(_UNFINISHED)}/part-(\d+)\.safetensors", name)
-    return int(found[1]) if found else None
+    match = re.fullmatch(rf"{re.escape(_UNFINISHED)}/part-(\d+)\.safetensors", name)
+    return int(match[1]) if match else None
 
 
 def _merged(state: State) -> int:
-    """Drives, counting both forms of each, that are in shards; those are made in order."""
+    """Return the number of drives in shards, where a mirrored drive counts as another drive.
+
+    Shards are made in order.
+    """
     if INDEX in state.files:
         return 2 * DRIVES
     notes = [f.content for n, f in state.files.items() if n.startswith(f"{_UNFINISHED}/shard-")]

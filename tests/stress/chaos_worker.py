@@ -1,8 +1,8 @@
-"""Runs `drivesim` commands in processes of their own that can be killed.
+"""Run `drivesim` commands in processes that can be killed and that start within milliseconds.
 
 `python -m tests.stress.chaos_worker` imports everything once and then forks a process for each
-request: real processes, real kills, milliseconds to start. A request is a line of JSON on stdin
-(see `Request`); two lines answer it: the process's id once it is there, and its end.
+request. A request is a line of JSON on stdin (see `Request`). Two lines on stdout answer it: the
+id of the process once it has started, and how it ended.
 """
 
 import gc
@@ -29,45 +29,45 @@ from typing import Any, NoReturn, Self
 from tests import ROOT
 
 PATIENCE = 120.0
-"""Seconds after which a process that does not end hangs."""
+"""Seconds after which a process that has not ended counts as hanging."""
 SHARD_BYTES = 1500
-"""A shard holds a few of the toy drives, so that parts become shards along the way."""
+"""Size of a shard: a few toy drives, so that parts are merged into shards during the run."""
 
-# What shutil does comes down to these; `os.replace` is a rename.
+# The audit events of file operations. shutil uses these too, and `os.replace` is a rename.
 _CHANGES = frozenset(
     ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
 )
 _HIDDEN = ("torch._dynamo", "typer._adapters")
-"""What an optimiser imports when it is made (2 s), and typer at its first call."""
+"""Modules that the first optimiser (2 s) and the first typer call import."""
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """A command to run, and how it is to be hindered."""
+    """A command to run, and when and how to disturb it."""
 
     command: tuple[str, ...]
     """Arguments of `drivesim`."""
     log: Path
-    """What the process prints goes here."""
+    """File for the output of the process."""
     watched: Path
-    """The folder whose file operations are counted."""
+    """Folder whose file operations are counted."""
     signal_at: int = 0
-    """It gets the signal at its n-th operation that changes the watched folder; 0: never."""
+    """Number of the operation on the watched folder at which the signal is sent; 0: never."""
     after: float | None = None
-    """It gets the signal after so many seconds, if it is still there."""
+    """Seconds after which the signal is sent if the process still runs."""
     signal: int = signal.SIGKILL
-    """The signal."""
+    """Signal to send."""
     file_limit: int | None = None
-    """Most bytes in a file that it writes: a full disk where none can be made."""
+    """Maximum number of bytes in a file, to imitate a full disk."""
 
     def to_json(self) -> bytes:
-        """One line."""
+        """Return the request as one line of JSON."""
         return json.dumps(asdict(self), default=str).encode() + b"\n"
 
     @classmethod
     def from_json(cls, line: str) -> Self:
-        """What `to_json` gave."""
+        """Return the request that `to_json` wrote."""
         values: dict[str, Any] = json.loads(line)
         values |= {name: Path(values[name]) for name in ("log", "watched")}
         return cls(**values)
@@ -78,15 +78,15 @@ class Ended:
     """How a process ended."""
 
     status: int
-    """Its exit code, or minus the signal that ended it."""
+    """Exit code, or minus the number of the signal that ended the process."""
     operations: int
-    """How often it changed the watched folder, counting the one it was killed at."""
+    """Number of operations on the watched folder, including the one it was killed at."""
     seconds: float
-    """From its start to its end."""
+    """Seconds from start to end."""
 
 
 class Server:
-    """The forking process as its user sees it; a context manager. `prefix` goes before it."""
+    """Client of a forking process; a context manager. `prefix` goes before its command line."""
 
     def __init__(self, *prefix: str) -> None:
         self._process = subprocess.Popen(
@@ -94,9 +94,9 @@ class Server:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=ROOT,
-            # OpenMP does not survive a fork once it has threads.
+            # OpenMP does not survive a fork if it has started threads.
             env=os.environ | {"OMP_NUM_THREADS": "1"},
-            bufsize=0,  # an answer that was read ahead could not be waited for
+            bufsize=0,  # `select` would not see an answer that is already in a buffer
         )
         assert self._process.stdin
         assert self._process.stdout
@@ -117,11 +117,11 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """The forking process's id."""
+        """Process id of the forking process."""
         return self._process.pid
 
     def run(self, request: Request) -> Ended:
-        """Run to the end. Raises TimeoutError where there is none."""
+        """Run the request until its process ends; raise TimeoutError if it hangs."""
         self._input.write(request.to_json())
         pid = self._answer()["pid"]
         start = time.monotonic()
@@ -140,21 +140,21 @@ class Server:
     def _answer(self) -> dict[str, int]:
         line = self._output.readline()
         if not line:
-            raise RuntimeError("the forking process ended: see its message above")
+            raise RuntimeError("the forking process ended; see its output above")
         answer: dict[str, int] = json.loads(line)
         return answer
 
 
 def _send(pid: int, number: int) -> None:
-    with suppress(ProcessLookupError):  # it ended by itself just now
+    with suppress(ProcessLookupError):  # the process has just ended by itself
         os.kill(pid, number)
 
 
 def _serve() -> None:
-    """Fork for each request until there are no more; a fork returns with what it is to run."""
+    """Fork a process for each request on stdin, and report its id and its end."""
     app = _import_all()
     operations = memoryview(mmap.mmap(-1, 8)).cast("q")  # shared with the forks
-    # What was imported is not touched again: pages that forks do not write they need not copy.
+    # Freeze the imported objects, so that the forks do not write to their pages and copy them.
     gc.collect()
     gc.freeze()
     for line in sys.stdin:
@@ -172,7 +172,7 @@ def _say(answer: dict[str, int]) -> None:
 
 
 def _import_all() -> Callable[[list[str]], None]:
-    """All that the commands import on their way; nothing is computed, so there are no threads."""
+    """Import all that the commands import, without starting a thread; return the app."""
     from driving_sim import pipeline
     from driving_sim.cli import app
     from driving_sim.tokenizer.tokenize import tokenize
@@ -182,12 +182,14 @@ def _import_all() -> Callable[[list[str]], None]:
             import_module(hidden)
     vars(pipeline)["tokenize"] = partial(tokenize, shard_bytes=SHARD_BYTES)
     threads = Path("/proc/self/task")
-    assert not threads.exists() or len(list(threads.iterdir())) == 1, "a thread would not be forked"
+    assert not threads.exists() or len(list(threads.iterdir())) == 1, (
+        "importing started a thread, which a fork does not copy"
+    )
     return app
 
 
 def _become(app: Callable[[list[str]], None], request: Request, operations: Any) -> NoReturn:
-    """In the fork: run the command and end as it does."""
+    """Run the command of the request in the forked process, and exit with its exit code."""
     import torch
 
     log = os.open(request.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -206,26 +208,26 @@ def _become(app: Callable[[list[str]], None], request: Request, operations: Any)
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
-    # As multiprocessing's forks end: an interpreter with torch takes longer to end than the run.
+    # Exit as multiprocessing's forks do: a normal exit with torch takes longer than the run.
     os._exit(status)
 
 
 class Watch:
-    """An audit hook that counts operations which change a folder, and sends a signal at one.
+    """An audit hook that counts the operations that change a folder, and sends a signal at one.
 
-    Python raises the event before the operation, so that a killed process does not come to it. A
-    file that it was about to begin anew is left as empty as if it had.
+    Python raises the event before the operation, so a killed process never performs it. If the
+    operation opens a file for writing, the hook truncates the file first, as the operation would.
     """
 
     def __init__(self, request: Request, operations: Any) -> None:
-        # Both: what lies beside a descriptor has its real name.
+        # Both names, because paths relative to a descriptor are resolved to their real name.
         self._folders = {str(request.watched.absolute()), str(request.watched.resolve())}
         self._at, self._signal, self._operations = request.signal_at, request.signal, operations
         self._numbers, self._pid = itertools.count(1), os.getpid()
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
-        """Look at an event of `sys.audit`."""
-        # A process that this one forked is another one, though it has the hook too.
+        """Handle an event of `sys.audit`."""
+        # A process that this one forks inherits the hook, but its operations do not count.
         if not self._changes(event, arguments) or os.getpid() != self._pid:
             return
         number = next(self._numbers)
@@ -237,7 +239,7 @@ class Watch:
 
     def _changes(self, event: str, arguments: tuple[Any, ...]) -> bool:
         if event in _CHANGES:
-            return any(self._holds(each, arguments) for each in arguments[:2])
+            return any(self._holds(path, arguments) for path in arguments[:2])
         if event != "open":
             return False
         path, mode, flags = arguments
@@ -248,7 +250,7 @@ class Watch:
         if not isinstance(path, str | bytes | os.PathLike):
             return False
         name = os.fsdecode(path)
-        if not os.path.isabs(name):  # noqa: PTH117 - as shutil.rmtree does: beside a descriptor
+        if not os.path.isabs(name):  # noqa: PTH117 - relative to a descriptor, as in shutil.rmtree
             folders = [n for n in arguments[1:] if isinstance(n, int) and n >= 0]
             name = os.path.join(_folder_of(folders), name)  # noqa: PTH118
         return any(f"{name}/".startswith(f"{folder}/") for folder in self._folders)

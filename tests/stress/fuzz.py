@@ -1,11 +1,11 @@
-"""Damaged and hostile input by the thousand: only drivesim's own errors may come out of it.
+"""Feed thousands of damaged and hostile inputs to drivesim, which may only raise its own errors.
 
     python -m tests.stress.fuzz [--inputs N] [--target NAME] [--seed S]
 
-Each target makes something whole, then damages a copy of it again and again and hands it to the
-functions that users reach. An input is accepted, or refused with a `DriveSimError` of one line;
-anything else is a failure: another exception, more than `HANG_S` seconds, a file left half-written.
-Input n is a function of (target, seed, n) only, so that `--first n --inputs 1` repeats it.
+Each target makes a valid input, then damages copies of it and passes them to the functions that
+users reach. An input must be accepted, or refused with a `DriveSimError` of one line. All else is a
+failure: another exception, more than `HANG_S` seconds, or a partly written file. Input n depends
+only on (target, seed, n), so `--first n --inputs 1` repeats it.
 """
 
 import argparse
@@ -30,8 +30,11 @@ from driving_sim.engine.errors import DriveSimError
 from tests.stress.fuzz_targets import TARGETS, Attempt
 
 HANG_S = 30
+"""Seconds after which an input counts as a hang."""
 _LONGEST_MESSAGE = 4000
-_UNSHOWABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # controls, half characters
+_UNSHOWABLE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]"
+)  # control characters and lone surrogates
 _SHOWN = 5
 
 
@@ -40,12 +43,12 @@ class Hang(BaseException):
 
 
 class BadOutcome(Exception):  # noqa: N818 - a verdict on the code under test
-    """What came out is not what a user may get: a message of many lines, a half-written file."""
+    """A result that no user should see, such as a message of several lines or a partial file."""
 
 
 @dataclass(kw_only=True)
 class Tally:
-    """What became of a target's inputs."""
+    """Results of the inputs of a target."""
 
     target: str
     tried: int = 0
@@ -69,7 +72,7 @@ def run(
     first: int = 0,
     seconds: float = float("inf"),
 ) -> Tally:
-    """Try `inputs` inputs of a target, from number `first` on, or as many as fit in `seconds`."""
+    """Try inputs of a target from number `first` on, until `inputs` or `seconds` are used up."""
     tally = Tally(target=target)
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="drivesim-fuzz-") as folder, warnings.catch_warnings():
@@ -103,7 +106,7 @@ def _try(tally: Tally, attempt: Attempt, rng: random.Random, work: Path, number:
 
 
 def _outcome(attempt: Attempt, rng: random.Random, work: Path) -> bool:
-    """Whether an input was refused; raises where what came of it is wrong."""
+    """Return whether an input was refused; raise `BadOutcome` if the result is wrong."""
     try:
         attempt(rng, work)
         refused = False
@@ -112,21 +115,23 @@ def _outcome(attempt: Attempt, rng: random.Random, work: Path) -> bool:
         refused = True
     leftovers = [path.name for path in work.rglob("*") if ".partial" in path.name]
     if leftovers:
-        raise BadOutcome(f"half a file is left: {leftovers[0]}")
+        raise BadOutcome(f"left a partial file behind: {leftovers[0]}")
     return refused
 
 
 def check_message(message: str) -> None:
-    """Raise `BadOutcome` unless a message is one line, which a terminal can show."""
+    """Raise `BadOutcome` unless a message is one line that a terminal can show."""
     if not message.strip() or len(message.splitlines()) > 1 or len(message) > _LONGEST_MESSAGE:
-        raise BadOutcome(f"a message that is not one line: {message[:200]!r}")
+        raise BadOutcome(f"the message is not one short line: {message[:200]!r}")
     if _UNSHOWABLE.search(message):
-        raise BadOutcome(f"a message that no terminal can show: {message[:200]!r}")
+        raise BadOutcome(
+            f"the message has characters that a terminal cannot show: {message[:200]!r}"
+        )
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Keep what trainings say of their progress off the terminal."""
+    """Hide the progress messages of trainings."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         yield
 
@@ -134,7 +139,7 @@ def _silent() -> Iterator[None]:
 @contextmanager
 def _limited(seconds: float) -> Iterator[None]:
     def stop(signum: int, frame: FrameType | None) -> None:
-        raise Hang(f"over {seconds:g} s")
+        raise Hang(f"took more than {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -146,13 +151,22 @@ def _limited(seconds: float) -> Iterator[None]:
 
 
 def main() -> int:
-    """Run the targets that the command line names; 1 where any input failed."""
+    """Run the targets that the command line names; return 1 if any input failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--inputs", type=int, default=1000, help="inputs per target")
-    parser.add_argument("--target", action="append", choices=sorted(TARGETS), help="default: all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="number of the first input")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="most per target")
+    parser.add_argument("--inputs", type=int, default=1000, help="inputs per target; default: 1000")
+    parser.add_argument(
+        "--target",
+        action="append",
+        choices=sorted(TARGETS),
+        help="target to run; may be repeated; default: all",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument(
+        "--first", type=int, default=0, help="number of the first input; default: 0"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="maximum seconds per target"
+    )
     options = parser.parse_args()
     tallies = []
     for name in options.target or TARGETS:
@@ -166,7 +180,7 @@ def main() -> int:
     tried = sum(tally.tried for tally in tallies)
     failed = sum(len(tally.failures) for tally in tallies)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{tried} inputs, {failed} failures, {memory:.0f} MB at most")
+    print(f"{tried} inputs, {failed} failures, peak memory {memory:.0f} MB")
     return int(failed > 0)
 
 

@@ -1,4 +1,4 @@
-"""What the fuzzer damages, and the functions that it then calls, as users reach them."""
+"""The targets of the fuzzer: valid inputs to damage, and the functions that then read them."""
 
 import json
 import random
@@ -46,7 +46,7 @@ from tests.fixtures.token_drives import (
 from tests.stress import mutations
 
 Attempt = Callable[[random.Random, Path], None]
-"""Damages one copy, in the folder, as the random numbers say, and uses it."""
+"""A function that damages a copy in the folder with the random numbers, and uses it."""
 
 QUIET = {"x265-params": "log-level=error"}
 SIZE = FrameSize(height=16, width=32)
@@ -74,7 +74,7 @@ SITUATION = Situation(
 
 
 def _damage(rng: random.Random, source: Path, work: Path) -> Path:
-    """Copy a folder and damage one of its files, chosen at random, by what it is."""
+    """Copy a folder, and damage a random file of the copy in a way that suits its type."""
     copied = Path(shutil.copytree(source, work / source.name))
     files = sorted(path for path in copied.rglob("*") if path.is_file())
     path = rng.choice(files)
@@ -94,17 +94,17 @@ def _damage(rng: random.Random, source: Path, work: Path) -> Path:
 
 
 def use_csv(path: Path, work: Path) -> None:
-    """Read an action file, align it with frames, write it again and read that."""
+    """Read an action file, align it with frames, and write the actions to another file."""
     frame_times = np.arange(20) / 10
     log = read_action_file(path, LogOptions(steering_kind="road_wheel"), frame_times=frame_times)
     actions, valid = align(log, frame_times)
     if not (np.isfinite(actions[valid]).all() and actions.shape == valid.shape == (20, 2)):
-        raise AssertionError("actions that are valid and not finite")
+        raise AssertionError("valid actions are not finite, or have the wrong shape")
     write_action_file(work / "again.csv", log.times, log.values, "road_wheel")
 
 
 def csv_target(folder: Path) -> Attempt:
-    """Action files."""
+    """Fuzz action files."""
 
     def attempt(rng: random.Random, work: Path) -> None:
         path = work / "a.csv"
@@ -119,14 +119,14 @@ def csv_target(folder: Path) -> Attempt:
 
 
 def use_script(script: str) -> None:
-    """Plan a future by what `--actions` was given."""
+    """Plan a future from an argument of `--actions`."""
     (plan,) = make_plans([script], SITUATION)
     if not np.isfinite(plan.actions).all():
-        raise AssertionError("actions that are not finite")
+        raise AssertionError("actions are not finite")
 
 
 def script_target(folder: Path) -> Attempt:
-    """Scripts, names and files for `--actions`."""
+    """Fuzz the arguments of `--actions`: scripts, names and file names."""
 
     def attempt(rng: random.Random, work: Path) -> None:
         script = rng.choice(SCRIPTS)
@@ -140,7 +140,7 @@ def script_target(folder: Path) -> Attempt:
 
 
 def config_target(folder: Path) -> Attempt:
-    """Config files and assignments, over a preset of each model."""
+    """Fuzz config files and assignments on top of the presets of both models."""
     configs: list[Any] = [tokenizer_presets.PRESETS["tiny"], world_presets.PRESETS["tiny"]]
 
     def attempt(rng: random.Random, work: Path) -> None:
@@ -169,11 +169,11 @@ def config_target(folder: Path) -> Attempt:
 
 
 def _use_drives(paths: list[Path]) -> None:
-    found = find_drives(paths, steering_kind=None)
-    for drive in found.drives:
+    source = find_drives(paths, steering_kind=None)
+    for drive in source.drives:
         _use_drive(drive)
-    if found.skipped:
-        raise DriveSimError(found.skipped[0].reason)
+    if source.skipped:
+        raise DriveSimError(source.skipped[0].reason)
 
 
 def _use_drive(drive: Drive) -> None:
@@ -182,13 +182,13 @@ def _use_drive(drive: Drive) -> None:
     drive.frames([0, count - 1, count // 2], SIZE)
     for frame, _ in zip(drive.stream(SIZE), range(30), strict=False):
         if frame.shape != (SIZE.height, SIZE.width, 3):
-            raise AssertionError(f"a frame of shape {frame.shape}")
+            raise AssertionError(f"a frame has shape {frame.shape}")
     if not np.isfinite(sampled.actions).all():
-        raise AssertionError("actions that are not finite")
+        raise AssertionError("actions are not finite")
 
 
 def udacity_target(folder: Path) -> Attempt:
-    """Recordings of the Udacity simulator."""
+    """Fuzz recordings of the Udacity simulator."""
     recording = folder / "recording"
     (recording / "IMG").mkdir(parents=True)
     names = [f"center_2020_01_01_10_00_0{n // 10}_{n % 10}00.jpg" for n in range(12)]
@@ -211,7 +211,7 @@ def udacity_target(folder: Path) -> Attempt:
 
 
 def video_target(folder: Path) -> Attempt:
-    """Videos in several containers, read by the decoder processes."""
+    """Fuzz videos in several containers, which the decoder processes read."""
     videos = _small_videos(folder)
 
     def attempt(rng: random.Random, work: Path) -> None:
@@ -236,7 +236,7 @@ def _small_videos(folder: Path) -> list[Path]:
 
 
 def comma2k19_target(folder: Path) -> Attempt:
-    """Segments of comma2k19: NumPy arrays beside a raw video."""
+    """Fuzz segments of comma2k19: NumPy arrays beside a raw video."""
     from tests.fixtures.video_files import write_numbered
 
     segment = folder / "segment"
@@ -282,7 +282,7 @@ def _changed_array(rng: random.Random, data: bytes) -> bytes:
 
 
 def store_target(folder: Path) -> Attempt:
-    """Token stores, opened and read as trainings do."""
+    """Fuzz token stores, which are opened and read as in a training."""
     write_store(folder / "tokens", (12, 9, 20), gap_at=6)
 
     def attempt(rng: random.Random, work: Path) -> None:
@@ -299,7 +299,10 @@ def store_target(folder: Path) -> Attempt:
 
 
 def _settle_sizes(store: Path) -> None:
-    """Let the index say the sizes that the shards have, or damage is always found by them."""
+    """Write the actual sizes of the shards into the index.
+
+    Otherwise the check of sizes would always find the damage first.
+    """
     try:
         index = json.loads((store / "index.json").read_bytes())
         for number, shard in enumerate(index["shards"]):
@@ -310,7 +313,7 @@ def _settle_sizes(store: Path) -> None:
 
 
 def tokenizer_target(folder: Path) -> Attempt:
-    """Folders of tokenizers."""
+    """Fuzz folders of tokenizers."""
     tiny_tokenizer().save(folder / "tokenizer")
 
     def attempt(rng: random.Random, work: Path) -> None:
@@ -321,7 +324,7 @@ def tokenizer_target(folder: Path) -> Attempt:
 
 
 def world_model_target(folder: Path) -> Attempt:
-    """Run folders of world models, each with its tokenizer."""
+    """Fuzz run folders of world models with their tokenizers."""
     config = TransformerConfig(layers=1, width=32, heads=2, kv_heads=1, context_frames=3)
     grid = TokenGrid(rows=ROWS, cols=COLS, levels=LEVELS)
     transformer = Transformer(config, grid, ActionStatistics())
@@ -338,7 +341,7 @@ def world_model_target(folder: Path) -> Attempt:
 
 
 def probe_target(folder: Path) -> Attempt:
-    """Files of inverse-dynamics probes."""
+    """Fuzz files of inverse-dynamics probes."""
     source = ProbeSource(fps=FPS, steering_kind="road_wheel", drives=("a",))
     (folder / "probe").mkdir()
     content = InverseDynamics(_Network(), source).to_bytes()
@@ -352,7 +355,7 @@ def probe_target(folder: Path) -> Attempt:
 
 
 def synthetic_target(folder: Path) -> Attempt:
-    """The worlds that `drivesim synth` writes beside its videos."""
+    """Fuzz the world files that `drivesim synth` writes beside its videos."""
     config = SyntheticConfig(height=48, width=96)
     write_synthetic_drives(folder / "made", drives=1, seconds=1.0, config=config)
     (folder / "drive").mkdir()
@@ -366,7 +369,7 @@ def synthetic_target(folder: Path) -> Attempt:
 
 
 def checkpoint_target(folder: Path) -> Attempt:
-    """Runs whose newest checkpoint is damaged: the one before it is gone on from."""
+    """Fuzz the newest checkpoint of a run; the run must resume from the one before it."""
     tiny_train(folder / "run", steps=22)
     finished = (folder / "run" / EXPORTED).read_bytes()
 
@@ -378,13 +381,15 @@ def checkpoint_target(folder: Path) -> Attempt:
         damaged.rename(newest)
         tiny_train(run, steps=22, resume=True)
         if (run / EXPORTED).read_bytes() != finished:
-            raise AssertionError("the continued run's weights are not the uninterrupted run's")
+            raise AssertionError(
+                "the resumed run ends with other weights than the uninterrupted run"
+            )
 
     return attempt
 
 
 def scaling_target(folder: Path) -> Attempt:
-    """Finished runs that a scaling law is fitted to."""
+    """Fuzz finished runs to which a scaling law is fitted."""
     from tests.fixtures.scaling_runs import write_run
 
     runs = [
@@ -397,7 +402,7 @@ def scaling_target(folder: Path) -> Attempt:
     def attempt(rng: random.Random, work: Path) -> None:
         number = rng.randrange(len(runs))
         damaged = [*runs[:number], _damage(rng, runs[number], work), *runs[number + 1 :]]
-        if rng.random() < 0.1:  # drawing takes most of the time
+        if rng.random() < 0.1:  # rarely, because drawing takes most of the time
             str(scale(damaged, work / "law"))
         else:
             report = fit_runs([read_run(run) for run in damaged])
@@ -421,4 +426,4 @@ TARGETS: dict[str, Callable[[Path], Attempt]] = {
     "scaling": scaling_target,
     "video": video_target,
 }
-"""What can be fuzzed, by name."""
+"""All targets by name. Each makes its valid input in a folder and returns an `Attempt`."""

@@ -1,4 +1,4 @@
-"""How the fuzzer damages what was whole: bytes, cells of text, JSON values, safetensors headers."""
+"""Random damage for the fuzzer: to bytes, text, JSON values and safetensors headers."""
 
 import copy
 import json
@@ -76,7 +76,7 @@ HOSTILE_VALUES: tuple[Any, ...] = (
 
 
 def changed_bytes(rng: random.Random, data: bytes) -> bytes:
-    """Flip, cut, insert, repeat or overwrite a few places."""
+    """Flip, cut, insert, repeat or overwrite bytes in a few places."""
     changed = bytearray(data)
     for _ in range(rng.choice(CHANGES)):
         at = rng.randint(0, len(changed))
@@ -99,7 +99,7 @@ def changed_bytes(rng: random.Random, data: bytes) -> bytes:
 
 
 def changed_text(rng: random.Random, text: str, separators: str = ",\n") -> str:
-    """Replace, drop, repeat or swap a few of the words between `separators`."""
+    """Replace, empty or insert a few of the words between `separators`."""
     words: list[str] = [""]
     for character in text:
         if character in separators:
@@ -119,7 +119,7 @@ def changed_text(rng: random.Random, text: str, separators: str = ",\n") -> str:
 
 
 def changed_json(rng: random.Random, value: Any) -> Any:
-    """A copy with a few values replaced by hostile ones, dropped, or added."""
+    """Return a copy with one or two values replaced by hostile ones, removed, or added."""
     root = [copy.deepcopy(value)]
     for _ in range(rng.randint(1, 2)):
         places = list(_places(root))
@@ -137,7 +137,7 @@ def changed_json(rng: random.Random, value: Any) -> Any:
 
 
 def _places(value: Any) -> Any:
-    """Yield (container, key) of everything in a value."""
+    """Yield (container, key) for everything inside a JSON value."""
     entries = value.items() if isinstance(value, dict) else enumerate(value)
     for key, item in list(entries):
         yield value, key
@@ -146,7 +146,7 @@ def _places(value: Any) -> Any:
 
 
 def changed_json_text(rng: random.Random, data: bytes) -> bytes:
-    """A JSON file's bytes with values changed, or else damaged as bytes."""
+    """Return the bytes of a JSON file with changed values, or sometimes with changed bytes."""
     if rng.random() < 0.2:
         return changed_bytes(rng, data)
     if rng.random() < 0.05:
@@ -155,7 +155,10 @@ def changed_json_text(rng: random.Random, data: bytes) -> bytes:
 
 
 def changed_safetensors(rng: random.Random, data: bytes) -> bytes:
-    """A safetensors file's bytes with its header changed (length put right or not), or its data."""
+    """Return the bytes of a safetensors file with a changed header, or with changed bytes.
+
+    The length of the header is usually corrected, but sometimes wrong.
+    """
     if rng.random() < 0.3:
         return changed_bytes(rng, data)
     length = int.from_bytes(data[:8], "little")

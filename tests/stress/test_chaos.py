@@ -1,4 +1,4 @@
-"""Runs that are killed for real, in small; `python -m tests.stress.chaos` does it in large."""
+"""A short run of the chaos harness; `python -m tests.stress.chaos` is the long one."""
 
 import os
 import subprocess
@@ -27,23 +27,26 @@ from tests.stress.chaos_worker import Request, Server, Watch
 
 TRAININGS = ["train-tokenizer", "train-world-model"]
 DISK = ("unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=$1 none "$2" && shift 2 && "$@"', "-")
-"""Runs what follows a size and a folder with a disk of that size as the folder."""
+"""Prefix of a command: mounts a disk of a given size ($1) at a folder ($2), then runs the rest."""
 DISK_BYTES = 16 << 20
 LEAST_LIMIT = 4096
-"""Of a file's bytes, where there is no such disk: what the process prints must fit as well."""
+"""Smallest limit on the bytes of a file without such a disk: the process's output must fit."""
 
 
 class Disk:
-    """A folder that can be full; `room` bytes are left in it."""
+    """A folder whose disk can be made full."""
 
     def __init__(self, server: Server, folder: Path, real: bool) -> None:
-        # What the process has mounted is seen through it.
+        # Only this path shows the disk that the process has mounted for itself.
         self.folder = Path(f"/proc/{server.pid}/root{folder}") if real else folder
         self.server, self._real = server, real
 
     @contextmanager
     def full(self, room: int) -> Iterator[int | None]:
-        """Inside, no more than `room` can be written; yields the limit where that is of a file."""
+        """Leave only `room` bytes on the disk until the context ends.
+
+        Yields the limit on the bytes of a file if the disk is not real, else None.
+        """
         if not self._real:
             yield max(room, LEAST_LIMIT)
             return
@@ -59,7 +62,7 @@ class Disk:
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disk]:
-    """A real one where this system lets us mount it; else processes that may write no more."""
+    """Return a real small disk if the system allows mounting one, else a limit on file sizes."""
     folder = tmp_path_factory.mktemp("disk")
     prefix = (*DISK, str(DISK_BYTES), str(folder))
     try:
@@ -83,18 +86,18 @@ def assert_survived(figures: Figures, kills: int) -> None:
     assert figures.done_over <= figures.done_over_allowed
 
 
-def test_tokenize_killed_ten_times_makes_the_same_store(chaos: Chaos) -> None:
+def test_tokenize_killed_ten_times_writes_the_same_store(chaos: Chaos) -> None:
     assert_survived(chaos.kill("tokenize", 10, per_run=10), 10)
 
 
 @pytest.mark.parametrize("name", TRAININGS)
-def test_a_killed_training_ends_as_if_nothing_had_happened(chaos: Chaos, name: str) -> None:
+def test_a_killed_training_ends_with_the_same_results(chaos: Chaos, name: str) -> None:
     assert_survived(chaos.kill(name, 5, per_run=5), 5)
 
 
 @pytest.mark.parametrize("name", TRAININGS)
-def test_a_training_killed_while_it_writes_goes_on(chaos: Chaos, tmp_path: Path, name: str) -> None:
-    """Before its configuration is there, and twice within a checkpoint."""
+def test_a_training_killed_while_writing_continues(chaos: Chaos, tmp_path: Path, name: str) -> None:
+    """Kills it before it has written its configuration, and twice within a checkpoint."""
     target = chaos.targets[name]
     figures, kills = target.figures(), [Kill("operation", 3)]
     kills += [Kill("operation", at, within="checkpoints") for at in (5, 17)]
@@ -103,7 +106,7 @@ def test_a_training_killed_while_it_writes_goes_on(chaos: Chaos, tmp_path: Path,
 
 
 @pytest.mark.parametrize("name", ["tokenize", *TRAININGS])
-def test_a_kill_at_the_very_end_leaves_nothing_over(
+def test_a_kill_at_the_last_operation_leaves_no_files_behind(
     chaos: Chaos, tmp_path: Path, name: str
 ) -> None:
     target = chaos.targets[name]
@@ -122,7 +125,7 @@ def test_sigterm_loses_no_step(chaos: Chaos, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
     chaos: Chaos, tmp_path: Path, kind: str
 ) -> None:
     target = chaos.targets["train-world-model"]
@@ -134,7 +137,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_a_full_disk_stops_a_training_cleanly(chaos: Chaos, disk: Disk, name: str) -> None:
-    """However much room is left, it ends with one line, and what was saved stays whole."""
+    """With any amount of room, it ends with a one-line error and keeps what was saved."""
     target = chaos.targets[name].on(disk.server)
     out = disk.folder / name
     state, ended = target.run(out, Kill("operation", 0.7 * target.ended.operations))
@@ -157,7 +160,7 @@ def test_a_full_disk_stops_a_training_cleanly(chaos: Chaos, disk: Disk, name: st
     assert target.job.result(state) == target.job.result(target.whole)
 
 
-def test_an_operation_counts_where_it_changes_the_watched_folder(tmp_path: Path) -> None:
+def test_an_operation_counts_if_it_changes_the_watched_folder(tmp_path: Path) -> None:
     watched, other = tmp_path / "run", tmp_path / "runs"
     counts = memoryview(bytearray(8)).cast("q")
     watch = Watch(Request(command=(), log=other, watched=watched), counts)
@@ -190,15 +193,15 @@ def state(files: dict[str, bytes]) -> State:
     return State(files=written, rows=(), printed="")
 
 
-def test_bytes_that_nothing_replaced_are_lost() -> None:
+def test_bytes_without_a_successor_count_as_lost() -> None:
     training, tokenize, _ = make_jobs(Path("folder"))
     model, third = "model.safetensors", "checkpoints/step-00000003/model.safetensors"
-    one = state({model: b"12345", third: b"123"})
-    assert training.lost(one, one) == 0
-    assert training.lost(one, state({})) == 8
-    assert training.lost(one, state({model: b"another", third: b"1"})) == 3
+    before = state({model: b"12345", third: b"123"})
+    assert training.lost(before, before) == 0
+    assert training.lost(before, state({})) == 8
+    assert training.lost(before, state({model: b"another", third: b"1"})) == 3
     newer = {f"checkpoints/step-{step:08d}/{model}": b"new" for step in (6, 9)}
-    assert training.lost(one, state({model: b"another", **newer})) == 0
+    assert training.lost(before, state({model: b"another", **newer})) == 0
     parts = {f".unfinished/part-0000000{number}.safetensors": b"123" for number in range(3)}
     note = {".unfinished/shard-00000.json": b'{"drives": ["a", "a~mirror"]}'}
     assert tokenize.lost(state(parts), state({})) == 9
@@ -206,7 +209,7 @@ def test_bytes_that_nothing_replaced_are_lost() -> None:
     assert tokenize.lost(state(parts), state({"index.json": b"{}"})) == 0
 
 
-def test_what_is_not_whole_is_named(tmp_path: Path) -> None:
+def test_incomplete_files_are_named(tmp_path: Path) -> None:
     weights = save({"a": np.zeros(3, np.float32)})
     contents = {"a.safetensors": weights, "b.safetensors": weights[:-1], "c.json": b"{}"}
     contents |= {"d.json": b'{"a', "e.yaml": b"", ".f.1.partial.json": b"", "log.txt": b""}
@@ -220,7 +223,7 @@ def test_differing_bytes_are_counted() -> None:
     assert differing(b"abcd", b"xbc") == 2
 
 
-def test_a_process_that_hangs_is_ended_and_named(
+def test_a_process_that_hangs_is_killed_and_named(
     chaos: Chaos, disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chaos_worker, "PATIENCE", 0.01)

@@ -1,4 +1,4 @@
-"""The fuzzer in small: `python -m tests.stress.fuzz` runs the same in large."""
+"""A short run of the fuzzer; `python -m tests.stress.fuzz` is the long one."""
 
 import random
 import tempfile
@@ -32,7 +32,7 @@ words = st.sampled_from(
 
 
 @pytest.mark.parametrize("target", fuzz_targets.TARGETS)
-def test_only_our_own_errors_come_out(target: str) -> None:
+def test_damaged_input_raises_only_drivesim_errors(target: str) -> None:
     tally = fuzz.run(target, INPUTS.get(target, 25))
     assert tally.failures == []
     assert tally.tried == tally.accepted + tally.refused > 0
@@ -56,7 +56,7 @@ def test_any_table_is_read_or_refused(rows: list[list[object]], rising: bool) ->
 
 @quick
 @given(st.one_of(st.text(max_size=60), st.lists(words, max_size=16).map("".join)))
-def test_any_script_is_followed_or_refused(script: str) -> None:
+def test_any_script_is_accepted_or_refused(script: str) -> None:
     try:
         fuzz_targets.use_script(script)
     except DriveSimError as error:
@@ -81,7 +81,7 @@ def bad(kind: str) -> fuzz_targets.Attempt:
 
 
 @pytest.mark.parametrize("kind", ["traceback", "hang", "half a file", "lines", *UNSHOWABLE])
-def test_the_fuzzer_sees_what_it_is_to_see(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fuzzer_reports_bad_outcomes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz, "HANG_S", 0.2)
     monkeypatch.setitem(fuzz_targets.TARGETS, "bad", lambda folder: bad(kind))
     tally = fuzz.run("bad", 2)
@@ -89,7 +89,7 @@ def test_the_fuzzer_sees_what_it_is_to_see(kind: str, monkeypatch: pytest.Monkey
     assert (tally.accepted, tally.refused) == (0, 0)
 
 
-def test_an_input_is_a_function_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_input_depends_only_on_its_seed_and_number(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[float] = []
     monkeypatch.setitem(
         fuzz_targets.TARGETS, "draw", lambda folder: lambda rng, work: drawn.append(rng.random())

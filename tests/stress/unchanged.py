@@ -1,12 +1,12 @@
-"""`python -m tests.stress.unchanged REVISION`: whether the commands still do what they did then.
+"""`python -m tests.stress.unchanged REVISION`: compare all commands with an earlier commit's.
 
-Every command runs in this checkout and in that of an earlier commit, one thread each, on synthetic
-drives and, where there are recordings beside the checkout, on these. What they write and print is
-compared: weights, stores, tokens and pictures byte by byte, JSON and YAML value by value, texts
-word by word, videos as they look (an H.264 encoder does not write the same bytes twice, so both
-work on the same videos); what the clock says is left out. Then this checkout goes on from what the
-earlier one left: its checkpoints, runs, stores and reports. Prints what differs; the exit code is 1
-where anything does. It takes about half an hour.
+Runs every command in this checkout and in a checkout of the earlier commit, with one thread. The
+input is synthetic drives, and recordings if there are any beside the checkout. Compares what the
+commands write and print: weights, stores, tokens and pictures byte by byte, JSON and YAML value by
+value, texts word by word, and videos as pictures. An H.264 encoder does not write the same bytes
+twice, so both checkouts work on the same videos. Times and rates are ignored. Then this checkout
+resumes the earlier one's trainings. Prints all differences; the exit code is 1 if there are any.
+Takes about half an hour.
 """
 
 import argparse
@@ -35,10 +35,10 @@ from tests import ROOT, SHARED
 _CLOCK = re.compile(r"second|minute|rate|time|date|eta|memory|speed_of|elapsed|version|commit|took")
 _FAILED = "exit code"
 _OF_CLOCKS = ("checksums.json",)
-"""Files that depend on what the clock said, by other files that hold it."""
+"""Files that depend on times, because they describe other files that contain times."""
 _LAST_OF_VIDEOS = "synth heldout"
 MOST_GREY_LEVELS = 1.0
-"""Mean difference between the same video, encoded twice."""
+"""Largest mean difference in grey levels between two encodings of the same video."""
 _PROGRESS = re.compile(r"(?m)^.*\d/\d+ .* left.*\n?")
 _CLOCK_TEXT = re.compile(
     r"(?<![\w.])\d[\d,.]*\s*(?:/s|s|ms|min|h|it/s|frames/s|steps/s|MB|GB|MiB|GiB)\b"
@@ -48,13 +48,13 @@ _CLOCK_TEXT = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A command, and what it needs of its surroundings."""
+    """A command with its environment variables and its expected exit code."""
 
     name: str
     arguments: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
     code: int = 0
-    """The exit code that both must have."""
+    """Exit code that both checkouts must return; -1 for any."""
 
 
 _SMALL = ("--steps", "40", "--set", "training.save_every=20", "--set", "training.validate_every=20")
@@ -62,7 +62,7 @@ _STARTS = ("--actions", "left", "--actions", "speed=6 steer=0.1 for 1s; accel=-2
 
 
 def synthetic_steps() -> Iterator[Step]:
-    """Everything from drives to reports, in a few minutes."""
+    """Yield steps that use every command on synthetic drives, in a few minutes."""
 
     def step(name: str, command: str, *more: str, code: int = 0, **environment: str) -> Step:
         arguments = (*command.split(), *more)
@@ -143,7 +143,7 @@ def synthetic_steps() -> Iterator[Step]:
 
 
 def recorded_steps() -> Iterator[Step]:
-    """Every recording beside the checkout, seen and, one of them, tokenized."""
+    """Yield steps that inspect the recordings beside the checkout, and tokenize some."""
     for folder in sorted(path for path in SHARED.iterdir() if path.is_dir()):
         if folder.name not in ("torcs", "track", "lake_test"):
             yield Step(name=f"inspect {folder.name}", arguments=("inspect", str(folder), "--json"),
@@ -159,7 +159,10 @@ def recorded_steps() -> Iterator[Step]:
 
 
 def wrong_steps() -> Iterator[Step]:
-    """What a user may get wrong: each is one line, which may well become a better one."""
+    """Yield steps with mistakes of users, which must end with a one-line error.
+
+    The wording of the line may have improved since.
+    """
     for command in (
         "inspect nowhere",
         "tokenize videos --out runs/tokens",
@@ -202,7 +205,10 @@ def wrong_steps() -> Iterator[Step]:
 
 
 def run(tree: Path, folder: Path, step: Step) -> str:
-    """Run a step of the code in `tree` within `folder`; return what it printed, and its code."""
+    """Run a step of the checkout `tree` in `folder`; return its output.
+
+    The output begins with the exit code if it is not the expected one.
+    """
     plain = {name: text for name, text in os.environ.items() if not name.startswith("DRIVESIM_")}
     own = {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     done = subprocess.run(
@@ -219,14 +225,14 @@ def run(tree: Path, folder: Path, step: Step) -> str:
 
 
 def without_clock(value: Any) -> Any:
-    """JSON without what a clock or a machine says."""
+    """Return a JSON value without entries that depend on time or machine."""
     if isinstance(value, dict):
         return {k: without_clock(v) for k, v in value.items() if not _CLOCK.search(str(k))}
     return [without_clock(item) for item in value] if isinstance(value, list) else value
 
 
 def content(path: Path) -> Any:
-    """What counts of a file."""
+    """Return the content of a file in a form that can be compared."""
     if path.suffix == ".json":
         return without_clock(json.loads(path.read_text()))
     if path.suffix == ".jsonl":
@@ -235,19 +241,19 @@ def content(path: Path) -> Any:
         return yaml.safe_load(path.read_text())
     if path.suffix == ".txt":
         return words(path.read_text())
-    if path.suffix == ".html":  # its numbers are those of metrics.json, and times
+    if path.suffix == ".html":  # without numbers, which are in metrics.json or are times
         page = re.sub(r">\s*|\s*<", lambda edge: edge[0].strip(), path.read_text())
         return re.sub(r"base64,[\w+/=]+|\d[\d.]*|\bmin\b", "", html.unescape(page)).split()
     return path.read_bytes()
 
 
 def words(text: str) -> list[str]:
-    """A text's words, without times and rates."""
+    """Return the words of a text without times and rates."""
     return _CLOCK_TEXT.sub("#", _PROGRESS.sub("", text)).split()
 
 
 def differing_files(before: Path, now: Path) -> list[str]:
-    """Files that differ, or that only one of two folders has."""
+    """Return the names of files that differ or that only one of the folders has."""
     names = {
         str(path.relative_to(folder))
         for folder in (before, now)
@@ -258,17 +264,17 @@ def differing_files(before: Path, now: Path) -> list[str]:
 
 
 def same(before: Path, now: Path) -> bool:
-    """Whether two files say the same."""
+    """Return whether two files have the same content."""
     if not (before.is_file() and now.is_file()):
         return False
     if before.suffix == ".mp4":
-        one, other = frames(before), frames(now)
-        return one.shape == other.shape and bool(np.abs(one - other).mean() < MOST_GREY_LEVELS)
+        old, new = frames(before), frames(now)
+        return old.shape == new.shape and bool(np.abs(old - new).mean() < MOST_GREY_LEVELS)
     return bool(content(before) == content(now))
 
 
 def frames(path: Path) -> NDArray[np.float32]:
-    """A video's pictures in grey."""
+    """Return the frames of a video in grey."""
     with av.open(path) as container:
         grey = [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
     return np.stack(grey).astype(np.float32)
@@ -277,9 +283,10 @@ def frames(path: Path) -> NDArray[np.float32]:
 def run_all(
     tree: Path, folder: Path, steps: Sequence[Step], videos: Path | None = None
 ) -> dict[str, str]:
-    """What each step printed; what an earlier call left in the folder is taken as it is.
+    """Run all steps and return their outputs by name.
 
-    The drives that it makes give way to those in `videos`.
+    If an earlier call has left its results for the folder, they are returned instead. After the
+    drives are made, those in `videos` replace them.
     """
     record = folder.with_suffix(".json")
     if record.exists():
@@ -299,16 +306,16 @@ def run_all(
 
 
 def differing_texts(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
-    """What is said otherwise, and what failed in both."""
+    """Yield the steps whose output differs, and those that failed in both checkouts."""
     for name, text in before.items():
         if words(text) != words(now[name]):
-            yield f"{name}: says\n  before: {text.strip()}\n  now:    {now[name].strip()}"
+            yield f"{name}: output\n  before: {text.strip()}\n  now:    {now[name].strip()}"
         elif text.startswith(_FAILED):
-            yield f"{name}: failed before and now: {text.strip()}"
+            yield f"{name}: failed in both checkouts: {text.strip()}"
 
 
 def continued(before: Path, now: Path) -> Iterator[str]:
-    """Let this checkout go on from the earlier one's checkpoints; what ends otherwise."""
+    """Resume the earlier commit's trainings in this checkout; yield the files that differ."""
     tokenizer = "train-tokenizer videos --preset demo --set objective.gan_start=0.4"
     for name, command in (
         ("tokenizer", f"{tokenizer} --set objective.gan_weight=0.1"),
@@ -322,18 +329,22 @@ def continued(before: Path, now: Path) -> Iterator[str]:
         text = run(ROOT, now, Step(name=name, arguments=[*command.split(), *_SMALL, "--resume"]))
         for file in ("model.safetensors", "metrics.jsonl", "config.json"):
             if not same(whole / file, folder / file):
-                yield f"{name} continued from the earlier checkpoint: {file} differs; {text}"
+                yield f"{name} resumed from the earlier checkpoint: {file} differs; {text}"
 
 
 def main() -> None:
-    """Parse, run both, compare, print."""
+    """Parse the options, run both checkouts, compare, print the differences."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m tests.stress.unchanged")
-    parser.add_argument("revision", help="commit to compare with, or a folder with its checkout")
-    parser.add_argument("--keep", type=Path, help="folder for both outputs; what is there is used")
-    given = parser.parse_args()
-    tree = Path(given.revision)
-    keep = nullcontext(given.keep) if given.keep else tempfile.TemporaryDirectory()
-    checkout = nullcontext(tree.resolve()) if tree.is_dir() else checked_out(given.revision)
+    parser.add_argument("revision", help="commit to compare with, or the folder of a checkout")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        help="folder for the results of both; results that are already there are used",
+    )
+    options = parser.parse_args()
+    tree = Path(options.revision)
+    keep = nullcontext(options.keep) if options.keep else tempfile.TemporaryDirectory()
+    checkout = nullcontext(tree.resolve()) if tree.is_dir() else checked_out(options.revision)
     recorded = recorded_steps() if SHARED.is_dir() else ()
     steps = [*synthetic_steps(), *recorded, *wrong_steps()]
     with checkout as old, keep as name:
@@ -342,9 +353,11 @@ def main() -> None:
         now = run_all(ROOT, folders[1], steps, videos=folders[0])
         for name in ("videos", "heldout"):
             shutil.copytree(folders[0] / name, folders[0] / f"{name}-made", dirs_exist_ok=True)
-        found = [*differing_texts(before, now), *differing_files(*folders), *continued(*folders)]
-    print(*found, f"{len(found)} differences", sep="\n")
-    raise SystemExit(bool(found))
+        differences = [
+            *differing_texts(before, now), *differing_files(*folders), *continued(*folders)
+        ]  # fmt: skip
+    print(*differences, f"{len(differences)} differences", sep="\n")
+    raise SystemExit(bool(differences))
 
 
 if __name__ == "__main__":
