@@ -1,1 +1,1 @@
-"""Learn a driving simulator from driving video, then drive in it."""
+"""Train a driving simulator on driving video, then drive in it."""

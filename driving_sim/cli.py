@@ -156,7 +156,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # Importing rich would double the time that --help takes.
     pretty_exceptions_enable=False,
-    help="Learn a driving simulator from driving video, then drive in it.",
+    help="Train a driving simulator on driving video, then drive in it.",
 )
 evaluate_app = typer.Typer(
     cls=_Group,
@@ -310,7 +310,7 @@ def _pop_sampling(options: dict[str, Any]) -> Any:
 def main(
     debug: Annotated[bool, Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Learn a driving simulator from driving video, then drive in it."""
+    """Train a driving simulator on driving video, then drive in it."""
     collect_rarely()
     keep_freed_memory()
     leave_busy_cores()
