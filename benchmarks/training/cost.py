@@ -153,15 +153,19 @@ def the_run() -> str:
     cpu = f"{flops / CPU_FLOPS / 3.156e7:,.0f} years"
     windows = f"{STEPS:,} × {WINDOWS}"
     rows = [
-        ("weights that a token meets, N", "6.5 B", f"{MODEL.counted / 1e9:.2f} B"),
+        ("weights multiplied with each token, N", "6.5 B", f"{MODEL.counted / 1e9:.2f} B"),
         ("windows of 26 frames", windows, windows),
         ("positions a window", f"{GAIA_SEQUENCE:,}", f"{MODEL.slots:,} ({MODEL.tokens:,} tokens)"),
-        ("tokens D", f"{GAIA_SEQUENCE * WINDOWS_TRAINED:.2e}", f"{tokens:.2e}"),
+        (
+            "positions; tokens: D",
+            f"{GAIA_SEQUENCE * WINDOWS_TRAINED:.2e}",
+            f"{tokens:.2e}",
+        ),
         ("6 N D", f"{gaia_flops(False):.1e}", f"{6 * MODEL.counted * tokens:.1e}"),
         ("with attention's products", f"{gaia_flops(True):.1e}", f"{flops:.1e}"),
         ("64 A100", f"{DAYS} days: {share:.0%} of peak", f"{days[0]:.1f} days at that share"),
         ("64 H100", "", f"{days[1]:.1f} days at that share"),
-        ("two cores of this machine", "", cpu),
+        ("2 shared cores of an AMD EPYC", "", cpu),
     ]
     return table(["", "GAIA-1, published", "drivesim"], rows)
 
@@ -213,7 +217,7 @@ def the_stages() -> str:
             f"{world:,.0f} A100-hours",
         ),
         (
-            "Muon's step, made whole by each of 64 ranks",
+            "Muon's step, computed by each of 64 ranks",
             f"{STEPS:,} steps × {MODEL.muon_flops / 1e12:,.0f} T operations",
             f"{MODEL.muon_flops * GPUS / (window * WINDOWS):.0%} of the line above",
         ),
@@ -284,14 +288,14 @@ def the_memory() -> str:
         "gathered blocks and embeddings": [rank.gathered for rank in held],
         "activations of one window, all kept": [rank.activations for rank in held],
         "the same with gradient checkpointing": [rank.checkpointed for rank in held],
-        "its logits, with loss and metrics": [rank.logits for rank in held],
+        "logits, with loss and metrics": [rank.logits for rank in held],
         "sum with checkpointing": [rank.sum for rank in held],
-        "more on the main rank while it validates: the model, if sharded, and a copy to export": [
+        "extra on the main rank during validation": [
             (8 if shard else 4) * n for n, (_, shard) in zip(sizes, cases, strict=True)
         ],
         "a checkpoint on disk, of all ranks": [12 * n for n in sizes],
         "received by a rank in a step": moved,
-        f"that at {NETWORK / 1e9:.0f} GB/s, in seconds": [
+        f"seconds for it at {NETWORK / 1e9:.0f} GB/s": [
             1e9 * gigabytes / NETWORK for gigabytes in moved
         ],
     }
@@ -312,14 +316,14 @@ def the_sizes() -> str:
     counts = (10_000, 1_000_000, 10**9 // megabytes)
     rows = {
         "hours of video": (",.0f", "", 1 / 60),
-        "bytes; read while scanning, by every rank": (",.1f", " TB", megabytes / 1e6),
+        "bytes, read by every rank while scanning": (",.1f", " TB", megabytes / 1e6),
         "scanning, core-hours on every rank": (",.1f", "", scanning(1, source) / 3600),
-        f"hours of it, {SCANS_AT_ONCE} files at once": (
+        f"hours of scanning, {SCANS_AT_ONCE} files at once": (
             ",.1f",
             "",
             scanning(1, source) / SCANS_AT_ONCE / 3600,
         ),
-        "held while planning, by every rank": (
+        "memory for planning, every rank": (
             ",.1f",
             " GB",
             (source * PLAN_SOURCE + chosen * PLAN_CHOSEN) / 1e9,
@@ -329,8 +333,8 @@ def the_sizes() -> str:
         "token store": (",.0f", " GB", chosen * FRAME_BYTES / 1e9),
         "its shards": (",.0f", "", chosen * FRAME_BYTES / SHARD),
         "its index.json": (",.0f", " MB", INDEX_BYTES / 1e6),
-        "starting from it, on every rank": (",.1f", " s", INDEX_SECONDS),
-        "held of it, by every process": (",.2f", " GB", INDEX_MEMORY / 1e9),
+        "start-up, every rank": (",.1f", " s", INDEX_SECONDS),
+        "memory for the index, every process": (",.2f", " GB", INDEX_MEMORY / 1e9),
     }
     cells = [
         (what, *(f"{count * a_video:{form}}{unit}" for count in counts))
