@@ -1,6 +1,8 @@
 """The processes that `torchrun` started, and the little that they tell each other."""
 
 import os
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,9 +123,30 @@ def process_group(
             if alike:
                 # One that leaves while another talks to it can be brought down by its threads.
                 dist.barrier()
+                _release_tensors()
             # Else the others may be in a collective: NCCL would wait for them before it lets go.
             if alike or device.type != "cuda":
                 dist.destroy_process_group()
+
+
+def _release_tensors() -> None:
+    """Wait, for a second at most, until gloo's threads have let go of the tensors that they sent.
+
+    `destroy_process_group` does not end these threads while the model holds the group. They free
+    the tensors of a collective after it is over, and need the GIL for that. If the interpreter is
+    on its way out by then, Python ends the thread inside a C++ destructor, and that aborts the
+    process (https://github.com/pytorch/pytorch/issues/190489).
+    """
+    last = torch.zeros(1, device="cpu")
+    dist.all_reduce(last)
+    # Python's object lives as long as gloo holds the tensor. Each sleep leaves the GIL to the
+    # threads: to the one that had this tensor, and to others with tensors from before.
+    alive = weakref.ref(last)
+    del last
+    for _ in range(1000):
+        time.sleep(0.001)
+        if alive() is None:
+            break
 
 
 def _own_device(device: torch.device) -> torch.device:
