@@ -1,6 +1,8 @@
 """Join the processes (ranks) that `torchrun` started, and exchange values between them."""
 
 import os
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,10 +126,31 @@ def process_group(
             if all_leave:
                 # A rank that leaves while another still communicates with it can crash.
                 dist.barrier()
+                _release_tensors()
             # After an error on this rank, the others may be in a collective operation. NCCL would
             # wait for them before it destroys the group.
             if all_leave or device.type != "cuda":
                 dist.destroy_process_group()
+
+
+def _release_tensors() -> None:
+    """Wait until gloo's threads have freed the tensors of past collectives, at most one second.
+
+    `destroy_process_group` does not end these threads, because the model still refers to the group.
+    They need the GIL to free a tensor. If the interpreter is shutting down by then, Python ends the
+    thread inside a C++ destructor, and that aborts the process
+    (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    last = torch.zeros(1, device="cpu")
+    dist.all_reduce(last)
+    # gloo holds the tensor, and so its Python object, for a little longer. Sleeping gives the GIL
+    # to gloo's threads.
+    alive = weakref.ref(last)
+    del last
+    for _ in range(1000):
+        time.sleep(0.001)
+        if alive() is None:
+            break
 
 
 def _own_device(device: torch.device) -> torch.device:
