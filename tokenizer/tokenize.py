@@ -135,7 +135,7 @@ def _survey(
             count = f"{len(chosen.indices)} frame at this rate"
             bad[drive.id] = f"{drive.id}: {count}, but at least 2 are needed"
         elif chosen.fps == 0:
-            bad[drive.id] = f"{drive.id}: at this rate, any two frames have a gap between them"
+            bad[drive.id] = f"{drive.id}: at this rate, there is a gap in time after every frame"
         else:
             sampled.append(chosen)
     usual = _usual_rate(sampled)

@@ -84,8 +84,8 @@ class Scenery:
     def _row(self, centre_x: float, kind: Kind) -> Things:
         """Return the things of a kind on both sides of the road, or the gantries over the road."""
         spacing, shift, (aside, more_aside), (height, more_height), share = _BESIDE_THE_ROAD[kind]
-        # Search up to 20 m beyond `_REACH_M`. Where the road has a slope of 0.74, an offset of 25 m
-        # moves a thing by 15 m along x.
+        # Search 20 m beyond `_REACH_M`, because a thing beside the road can be up to 15 m away from
+        # its station along x (at a slope of 0.74 and an offset of 25 m).
         reach = _REACH_M + 20
         first, last = (math.floor((centre_x + side * reach) / spacing) for side in (-1, 1))
         index = np.repeat(np.arange(first, last + 1), 2)

@@ -49,7 +49,7 @@ def write_synthetic_drives(
     if drives < 1 or frames < 2:
         raise DriveSimError(
             f"{drives} drives of {seconds:g} s at {config.fps:g} frames/s: "
-            "choose at least 1 drive, and at least 2 frames per drive"
+            "make at least one drive, and at least 2 frames per drive"
         )
     worlds = first + drives if worlds is None else worlds
     if worlds < 1:

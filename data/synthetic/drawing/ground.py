@@ -147,7 +147,7 @@ class Ground:
         blend(ground, palette["haze"], self._haze)
 
     def _ripeness_and_tone(self, x_c: Reals, y_c: Reals) -> tuple[Reals, Reals]:
-        """Return how ripe (0..1) and how bright the meadow is at each pixel."""
+        """Return the ripeness of the grass (0..1) and its relative brightness at each pixel."""
         # Fade each pattern to its mean where a pixel covers too much ground to show the pattern.
         ripe_c = 0.35 + 0.6 * self._ripeness(x_c, y_c) * np.exp(-self._pixel_along / 12.0)
         tone_c = 1 + 0.08 * self._tufts(x_c, y_c) * np.exp(-self._pixel_along / 3.0)

@@ -21,7 +21,7 @@ _MOST_LATERAL_MPS2 = 4.5
 
 @dataclass(frozen=True, slots=True)
 class _Manoeuvre:
-    """One thing that the driver does for a few seconds."""
+    """A manoeuvre of a few seconds, such as a swerve or a stop."""
 
     seconds: float
     speed_mps: float
