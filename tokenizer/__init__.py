@@ -9,7 +9,8 @@ __all__ = ["Tokenizer"]
 
 
 def __getattr__(name: str) -> Any:
-    # Import the tokenizer here: importing torch takes seconds, and `drivesim --help` must not wait.
+    # Import the tokenizer here, because it imports torch. That takes seconds, and
+    # `drivesim --help` must not wait for it.
     if name == "Tokenizer":
         from driving_sim.tokenizer.tokenizer import Tokenizer
 

@@ -1,8 +1,8 @@
 """The convolutional autoencoder around FSQ: stride 16, one code per 16x16 pixels.
 
-A VQGAN (arXiv 2012.09841) spends most of its time in convolutions at full resolution. Here a fixed,
-invertible 4x4 patching without weights replaces them. After it come residual blocks at strides 4, 8
-and 16, and attention at stride 16 only. The decoder mirrors the encoder.
+A VQGAN (arXiv 2012.09841) spends most of its time in convolutions at full resolution. This encoder
+replaces them with 4x4 patching, which is invertible and has no weights. Residual blocks follow at
+strides 4, 8 and 16, and attention at stride 16 only. The decoder mirrors the encoder.
 
 Axes: B batch, C channels, H W pixels, r c token rows and columns, D channels of a code,
 N = r * c positions, h heads, d channels of a head.
@@ -26,7 +26,8 @@ _PATCH = 4
 _MOST_PIXELS = 16384
 GROUP_CHANNELS = 16
 """Number of channels that are normalised together as one group."""
-# Attention scores that are computed at once: 4 MiB in bf16, and as much for the softmax.
+# Maximum number of attention scores computed at once. In bf16, the scores take 4 MiB, and their
+# softmax takes another 4 MiB.
 _MOST_SCORES = 2**21
 
 
@@ -46,7 +47,7 @@ class AutoencoderConfig:
     levels: Levels = (8, 5, 5, 5)
     """Number of FSQ levels of each code channel; their product is the codebook size."""
     patching: Literal["haar", "unshuffle"] = "haar"
-    """Fixed 4x4 patching: two-level Haar wavelets, or the unchanged pixels."""
+    """Transform of 4x4 patches: two-level Haar wavelets, or none (`unshuffle` keeps the pixels)."""
     widths: tuple[_Width, _Width, _Width] = (64, 128, 256)
     """Numbers of channels at strides 4, 8 and 16, all multiples of 16."""
     blocks: tuple[_Blocks, _Blocks, _Blocks] = (1, 2, 2)
@@ -79,7 +80,7 @@ class AutoencoderConfig:
 
 
 class Patching(nn.Module):
-    """Folds blocks of 4x4 pixels into channels, with an orthonormal transform."""
+    """Moves each block of 4x4 pixels into channels, and applies an orthonormal transform."""
 
     basis: Tensor
 
@@ -101,13 +102,13 @@ class Patching(nn.Module):
 
     @staticmethod
     def _multiply(x: Tensor, basis: Tensor) -> Tensor:
-        # Compute in float32 even under autocast: bfloat16 cannot represent 256 grey levels.
+        # Compute in float32 even under autocast, because bfloat16 cannot represent 256 grey levels.
         with torch.autocast(x.device.type, enabled=False):
             return x.float() @ basis
 
 
 def _haar_basis() -> Tensor:
-    """Return the orthonormal two-level Haar wavelets of a 4x4 block, one per row [16, 16]."""
+    """Return the matrix [16, 16] of the two-level Haar transform. Its rows are orthonormal."""
     root = math.sqrt(0.5)
     line = torch.tensor(
         [[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, -0.5, -0.5], [root, -root, 0, 0], [0, 0, root, -root]]
@@ -116,7 +117,7 @@ def _haar_basis() -> Tensor:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Return a group normalisation with 16 channels per group."""
+    """Return a group normalisation layer with 16 channels per group."""
     return nn.GroupNorm(channels // GROUP_CHANNELS, channels)
 
 
@@ -176,16 +177,16 @@ class AttentionBlock(nn.Module):
         pattern = "b (n h d) r c -> n b h (r c) d"
         q, k, v = rearrange(self.qkv(x), pattern, n=3, h=self.heads)
         y_BrcC = rearrange(_attention(q, k, v), "b h (r c) d -> b r c (h d)", c=x.shape[3])
-        # The result is in channels-last memory format, like the output of a convolution.
+        # This view is in channels-last memory format, like the output of a convolution.
         return rearrange(y_BrcC, "b r c e -> b e r c")
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return softmax(q k / sqrt(d)) v for queries, keys and values [B, h, N, d].
 
-    In bf16 on a CPU, two matrix products and a softmax are faster than torch's own kernel if the
-    scores fit into the cache. They therefore run on groups of heads with at most `_MOST_SCORES`
-    scores. The scores are rounded to bf16.
+    In bf16 on a CPU, two matrix products and a softmax are faster than torch's attention kernel if
+    the scores fit into the cache. In that case, this function processes a few heads at a time, with
+    at most `_MOST_SCORES` scores together, and rounds the scores to bf16.
     """
     scores_per_head = q.shape[2] ** 2
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or scores_per_head > _MOST_SCORES:
@@ -211,7 +212,7 @@ class Bottleneck(nn.Sequential):
 
 
 class _Positions(nn.Module):
-    """Adds a learned vector at each position: sky and road have fixed places in a frame."""
+    """Adds a learned vector at each position, because sky and road have fixed places in a frame."""
 
     def __init__(self, channels: int, rows: int, cols: int) -> None:
         super().__init__()
@@ -282,7 +283,7 @@ class Autoencoder(nn.Module):
 
     @property
     def last_layer(self) -> Tensor:
-        """Weight of the decoder's last convolution, where the objective compares gradients."""
+        """Weight of the decoder's last convolution, at which the objective compares gradients."""
         layer = self.decoder[-1]
         assert isinstance(layer, nn.Conv2d)
         return layer.weight

@@ -24,9 +24,9 @@ class DiscriminatorConfig:
     """Size of the patch discriminator."""
 
     width: Annotated[Count, Field(multiple_of=GROUP_CHANNELS)] = 64
-    """Number of channels at stride 4, a multiple of 16; each halving doubles it."""
+    """Number of channels at stride 4, a multiple of 16. It doubles with each of the `halvings`."""
     halvings: Annotated[int, Field(ge=0, le=2)] = 1
-    """Number of halvings of the resolution after stride 4; with 1, patches have about 50 pixels."""
+    """Halvings of the resolution after stride 4: 0, 1 or 2, for patches of 20, 40 or 80 pixels."""
 
 
 class Discriminator(nn.Module):

@@ -17,16 +17,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 RULE = "levels of equal width"
-"""Name of the rounding rule. The weights do not show it, so it is part of the fingerprint."""
+"""Name of the rounding rule. It is part of the fingerprint, because weights do not show it."""
 Levels = Annotated[
     tuple[Annotated[int, Field(ge=2, le=2**16)], ...], Field(min_length=1, max_length=16)
 ]
 """Type of a config field that holds the number of levels of each channel."""
-_EDGE = 1e-3  # keeps a saturated tanh from rounding to a level that does not exist
+_EDGE = 1e-3  # margin that keeps a saturated tanh from rounding to a level that does not exist
 
 
 class FSQ(nn.Module):
-    """Quantises the last axis, channel d to `levels[d]` values, with straight-through gradients."""
+    """Quantises channel d of the last axis to `levels[d]` values (straight-through gradients)."""
 
     half_range: Tensor
     offset: Tensor
@@ -56,8 +56,8 @@ class FSQ(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Return the codes of z [..., D], float32 in [-1, 1].
 
-        The gradient is that of the squashing, without the rounding. Runs in float32 even under
-        autocast, because bfloat16 would merge neighbouring levels.
+        The backward pass ignores the rounding, but not the tanh before it. Computes in float32 even
+        under autocast, because bfloat16 would merge neighbouring levels.
         """
         with torch.autocast(z.device.type, enabled=False):
             bounded = torch.tanh(z.float() + self.shift) * self.half_range - self.offset

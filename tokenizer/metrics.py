@@ -8,26 +8,27 @@ from einops import rearrange
 from torch import Tensor
 
 _SIGMA = 1.5
-_RADIUS = 5  # 3.5 sigma, rounded, as in scikit-image
+_RADIUS = 5  # half the window size: 3.5 sigma, rounded, as in scikit-image
 
 
 def psnr(frames: Tensor, others: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio in dB [B] between uint8 frames [B, H, W, 3]."""
+    """Return the peak signal-to-noise ratio in dB [B] of each pair of uint8 frames [B, H, W, 3]."""
     difference = frames.float() - others.float()
     mse = difference.square().flatten(1).mean(1)
-    # Give equal frames the PSNR of the smallest possible difference: one grey level in one value.
+    # The PSNR of equal frames would be infinite. Instead, return the PSNR of frames that
+    # differ by 1 in a single value.
     return 10 * torch.log10(255**2 / mse.clamp(min=1 / difference[0].numel()))
 
 
 def ssim(frames: Tensor, others: Tensor) -> Tensor:
-    """Return the structural similarity [B] between uint8 frames [B, H, W, 3].
+    """Return the structural similarity [B] of each pair of uint8 frames [B, H, W, 3].
 
     Frames must have at least 11 x 11 pixels. As in Wang et al. 2004
-    (https://doi.org/10.1109/TIP.2003.819861), windows are Gaussian with sigma 1.5, and covariances
-    are those of the population. The result is the mean over the channels and over all positions
-    where the window lies inside the frame.
+    (https://doi.org/10.1109/TIP.2003.819861), windows are Gaussian with sigma 1.5, and variances
+    have no n / (n - 1) correction. The result is the mean over the channels and over all positions
+    of the window inside the frame.
     """
-    # Subtract mid-grey: otherwise float32 loses precision in the differences of squares below.
+    # Subtract mid-grey. Otherwise float32 loses precision in the differences of squares below.
     x, y = (rearrange(f, "b h w c -> (b c) h w").float() - 127.5 for f in (frames, others))
     mean_x, mean_y = _blur(x), _blur(y)
     var_x = _blur(x * x) - mean_x**2
@@ -42,14 +43,17 @@ def ssim(frames: Tensor, others: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor) -> Tensor:
-    """Filter pictures [N, H, W] with the Gaussian window, at positions where it lies inside."""
+    """Filter pictures [N, H, W] with the Gaussian window, without padding."""
     # On a CPU, products with banded matrices are four times as fast as one-channel convolutions.
     down, across = (_windows(length, x) for length in x.shape[-2:])
     return down @ x @ across.T
 
 
 def _windows(length: int, like: Tensor) -> Tensor:
-    """Return the Gaussian windows that fit into `length` pixels, one per row."""
+    """Return the banded matrix that filters `length` pixels with a Gaussian window.
+
+    Each row is the window at one position. `like` gives the number format and the device.
+    """
     offsets = torch.arange(length, dtype=like.dtype, device=like.device)
     centres = offsets[_RADIUS : length - _RADIUS, None]
     window = torch.exp(-0.5 * ((offsets - centres) / _SIGMA) ** 2)
@@ -58,7 +62,7 @@ def _windows(length: int, like: Tensor) -> Tensor:
 
 
 def codebook_use(counts: Tensor) -> dict[str, float]:
-    """Measure the use of the codebook from the number of times that each code occurred [K].
+    """Return measures of codebook use. `counts` [K] says how often each code occurred.
 
     At least one code must have occurred. `used` is the share of codes that occurred.
     `entropy_bits` is the entropy of the code frequencies in bits per token. `perplexity` is the

@@ -1,9 +1,9 @@
 """The training objective of the tokenizer: L1, squared error, LPIPS and a hinge PatchGAN.
 
 The losses are those of VQGAN (Esser et al. 2020, arXiv 2012.09841) without its codebook losses,
-which FSQ does not need. The gradient of each loss with respect to the reconstructed pixels is
-computed once. A single backward pass then takes the weighted sum of these gradients through the
-autoencoder, and trains the discriminator as well.
+which FSQ does not need. The objective first computes the gradients of the losses with respect to
+the reconstructed pixels. The training loop's single backward pass then propagates their weighted
+sum through the autoencoder, and the gradient of the hinge loss through the discriminator.
 
 Axes: B batch, H W pixels.
 """
@@ -43,12 +43,12 @@ class TokenizerObjectiveConfig:
     lpips_weight: NonNegative = 1.0
     """Weight of LPIPS; with 0, training needs no VGG-16 weights."""
     gan_weight: NonNegative = 0.1
-    """Norm of the discriminator's gradient at the last layer, relative to the other losses.
+    """Strength of the discriminator: norm of its gradient divided by that of the other losses.
 
-    With 0, training uses no discriminator.
+    The gradients are compared at the decoder's last layer. With 0, training uses no discriminator.
     """
     gan_start: Share = 0.5
-    """Share of the run after which the discriminator starts."""
+    """Share of the run after which training uses the discriminator."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     """Size of the discriminator."""
     discriminator_lr_scale: Positive = 1.0
@@ -63,7 +63,7 @@ class TokenizerObjectiveConfig:
 
 
 class TokenizerObjective(Trainable):
-    """The autoencoder with its losses and its discriminator, as the training loop expects it."""
+    """The autoencoder, its losses and its discriminator, as one `Trainable`."""
 
     gan_share: Tensor
 
@@ -83,11 +83,12 @@ class TokenizerObjective(Trainable):
                 raise ValueError(f"lpips_weight={config.lpips_weight}: needs the VGG-16 weights")
             self.perceptual = PerceptualLoss(vgg16)
         self.discriminator = Discriminator(config.discriminator) if config.gan_weight > 0 else None
-        # Weight of the discriminator at the last step: 0 before it starts, 1 after the ramp.
+        # Share of the discriminator's full weight that the last step used: 0 before `gan_start`,
+        # then rising to 1.
         self.register_buffer("gan_share", torch.zeros(()))
 
     def ema_module(self) -> nn.Module:
-        """Return the autoencoder, the part that is averaged and kept."""
+        """Return the autoencoder, whose weights are averaged (EMA) and saved as the tokenizer."""
         return self.autoencoder
 
     def blocks(self) -> Iterable[nn.Module]:
@@ -96,19 +97,20 @@ class TokenizerObjective(Trainable):
         return (module for module in self.autoencoder.modules() if isinstance(module, kinds))
 
     def players(self) -> list[Player]:
-        """Return autoencoder and discriminator, whose gradients are clipped separately."""
+        """Return the autoencoder and the discriminator, whose gradients are clipped separately."""
         players = [Player("autoencoder", self.autoencoder)]
         if self.discriminator is not None:
             scale = self.config.discriminator_lr_scale
-            # No Muon: the autoencoder learns nothing from a discriminator that learns too fast.
+            # Train the discriminator without Muon. Otherwise it learns so fast that the autoencoder
+            # learns nothing from it.
             players.append(Player("discriminator", self.discriminator, scale, muon=False))
         return players
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss and the metrics of a batch.
+        """Return a batch's loss, a scalar, and its metrics by name.
 
-        The batch holds `frames`, uint8 [B, H, W, 3], and `progress`, the share of the run that is
-        over (0..1).
+        The batch consists of `frames`, uint8 [B, H, W, 3], and `progress`, the finished share of
+        the run (0..1).
         """
         images = images_from_frames(batch["frames"], self.autoencoder.config.frame_size)
         reconstruction = self.autoencoder(images).images
@@ -133,12 +135,12 @@ class TokenizerObjective(Trainable):
                 "gan/discriminator_loss": opposing.detach(),
                 "gan/weight": weight,
             }
-        # Add a term that is 0 but whose gradient with respect to the reconstruction is `pull`.
+        # Add a term of value 0 whose gradient with respect to the reconstruction is `pull`.
         product = (reconstruction * pull).sum()
         return loss + (product - product.detach()), metrics
 
     def fidelity(self, images: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of pictures [B, 3, H, W] without the discriminator, and its parts."""
+        """Return the reconstruction loss of pictures [B, 3, H, W], and its terms by name."""
         config = self.config
         difference = images - target
         l1 = difference.abs().mean()
@@ -152,10 +154,10 @@ class TokenizerObjective(Trainable):
         return loss, metrics
 
     def _adaptive_weight(self, reconstruction: Tensor, pull: Tensor, push: Tensor) -> Tensor:
-        """Return the weight for `push` that makes its norm `gan_weight` times that of `pull`.
+        """Return the weight of `push` with which its norm is `gan_weight` times the norm of `pull`.
 
-        `pull` and `push` are gradients with respect to the reconstruction. Their norms are compared
-        after propagation to the last layer.
+        `pull` and `push` are gradients with respect to the reconstruction. They are propagated to
+        the decoder's last layer before the norms are taken.
         """
         layer = self.autoencoder.last_layer
         norms = []
@@ -163,7 +165,8 @@ class TokenizerObjective(Trainable):
             (at_layer,) = torch.autograd.grad(
                 reconstruction, layer, grad_outputs=gradient, retain_graph=True
             )
-            # Average over all ranks before taking the norm, as for one large batch on one rank.
+            # Average over all ranks before taking the norm. The result is then the same as for one
+            # large batch on one rank.
             norms.append(mean_over_ranks(at_layer).norm())
         ratio: Tensor = norms[0] / norms[1].clamp(min=1e-8)
         return self.config.gan_weight * ratio

@@ -24,41 +24,43 @@ from driving_sim.tokenizer.tokenizer import images_from_frames
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 VGG16_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
 WITHOUT = "`objective.lpips_weight=0`"
-"""Setting that trains without LPIPS, as error messages name it."""
+"""Setting for training without LPIPS, as written in error messages."""
 
 _MISSING_OPERATOR = "operator torchvision::nms does not exist"
-# Torch drops the declarations of a library when the library object is deleted, so keep it.
+# Keep the library object, because torch drops its declarations when the object is deleted.
 _declarations: list[torch.library.Library] = []
 
 
 class PerceptualLoss(nn.Module):
-    """LPIPS on VGG-16 features with frozen weights. `vgg16_weights` gets those of the backbone."""
+    """LPIPS with frozen weights. `backbone` is the result of `vgg16_weights`."""
 
     def __init__(self, backbone: Mapping[str, Tensor]) -> None:
         super().__init__()
         lpips: Any = import_lpips()
         with warnings.catch_warnings():
-            # lpips calls torchvision with the deprecated argument `pretrained`.
+            # Hide the warnings about the deprecated argument `pretrained`, which lpips passes to
+            # torchvision.
             warnings.filterwarnings("ignore", message="(The parameter|Arguments other)")
             self.network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-        # Torchvision names the weights `features.N.*`. The slices in lpips keep the numbers N.
+        # The weight `features.N.weight` of torchvision is called `sliceM.N.weight` in lpips, with
+        # the same number N.
         net = self.network.net
         numbered = {name: name.partition(".")[2] for name in net.state_dict()}
         net.load_state_dict({name: backbone[f"features.{n}"] for name, n in numbered.items()})
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "PerceptualLoss":
-        """Stay in eval mode, because the dropout layers are only for training LPIPS itself."""
+        """Stay in eval mode, because LPIPS needs dropout only while LPIPS itself is trained."""
         return super().train(False)
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
-        """Return the distances [B] between pictures [B, 3, H, W] in [-1, 1]."""
+        """Return the LPIPS distance [B] of each pair of pictures [B, 3, H, W] in [-1, 1]."""
         distance: Tensor = self.network(images, others)
         return distance.float().flatten(1).mean(1)
 
     @torch.inference_mode()
     def frame_distances(self, frames: Tensor, others: Tensor) -> Tensor:
-        """Return the distances [B] between uint8 frames [B, H, W, 3] of the same size."""
+        """Return the LPIPS distance [B] of each pair of uint8 frames [B, H, W, 3]."""
         size = FrameSize(height=frames.shape[1], width=frames.shape[2])
         distances: Tensor = self(*(images_from_frames(batch, size) for batch in (frames, others)))
         return distances
@@ -70,17 +72,16 @@ def has_vgg16_weights() -> bool:
 
 
 def vgg16_weights() -> dict[str, Tensor]:
-    """Return the ImageNet VGG-16 weights from torch's hub cache, or download them first.
+    """Return the ImageNet VGG-16 weights. Download them if torch's hub cache does not have them.
 
     The file is a pickle. Its checksum is always compared before the file is opened, and torch loads
-    only tensors from it. Raises DriveSimError if the weights cannot be loaded; the error names the
-    file and the setting that trains without LPIPS.
+    only tensors from it. Raises DriveSimError if the weights cannot be loaded.
     """
     path = _cached()
     try:
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            # `load_state_dict_from_url` would compare only 8 digits of the checksum.
+            # Do not use `load_state_dict_from_url`, which compares only 8 digits of the checksum.
             torch.hub.download_url_to_file(VGG16_URL, str(path), hash_prefix=VGG16_SHA256)
         if sha256_of(path) != VGG16_SHA256:
             raise DriveSimError(
@@ -103,8 +104,8 @@ def _cached() -> Path:
 def import_lpips() -> ModuleType:
     """Import `lpips`, even if torchvision was built without its CPU operators.
 
-    LPIPS never calls these operators, but torchvision refers to two of them on import. If they are
-    missing, this function declares them and imports `lpips` again.
+    LPIPS never calls these operators, but torchvision refers to two of them when it is imported.
+    If they are missing, declare them and import `lpips` again.
     """
     try:
         import lpips

@@ -1,4 +1,4 @@
-"""Ready-made settings to train a tokenizer: demo, tiny, base, large."""
+"""Ready-made settings for training a tokenizer: demo, tiny, base, large."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ DEMO = TokenizerRunConfig(
         save_every=1000,
     ),
 )
-"""Learns the synthetic world in minutes on a CPU, without discriminator and LPIPS."""
+"""For the synthetic world: trains in minutes on a CPU, without a discriminator or LPIPS."""
 
 TINY = TokenizerRunConfig(
     model=AutoencoderConfig(
@@ -53,7 +53,7 @@ TINY = TokenizerRunConfig(
         workers=1,
     ),
 )
-"""128x256 pixels to 8x16 tokens, in half an hour on two CPU cores with bf16; no LPIPS."""
+"""For frames of 128x256 pixels (8x16 tokens): trains in half an hour on two CPU cores with bf16."""
 
 BASE = TokenizerRunConfig(
     model=AutoencoderConfig(
@@ -72,7 +72,7 @@ BASE = TokenizerRunConfig(
         workers=8,
     ),
 )
-"""256x512 pixels to 16x32 tokens, for a GPU. The default on CUDA."""
+"""For frames of 256x512 pixels (16x32 tokens) and one GPU. The default on CUDA."""
 
 LARGE = replace(
     BASE,
@@ -95,7 +95,7 @@ LARGE = replace(
         workers=16,
     ),
 )
-"""256x512 pixels to 16x32 tokens with a codebook of 15,360 codes, for several GPUs."""
+"""For frames of 256x512 pixels (16x32 tokens) and several GPUs, with a codebook of 15,360 codes."""
 
 PRESETS = {"demo": DEMO, "tiny": TINY, "base": BASE, "large": LARGE}
 """All presets by name."""

@@ -1,4 +1,4 @@
-"""Encodes drives into a token store, which holds the tokens of frames and their actions.
+"""Encodes drives into a token store: the tokens of their frames, and their actions.
 
 Axes: T frames of a drive, B frames of a batch, H W pixels, r c token rows and columns.
 """
@@ -45,14 +45,17 @@ def tokenize(
 ) -> StoreIndex:
     """Encode the frames of drives into the token store `out`, and return the store's index.
 
-    Uses the frames at the rate `fps`, or every `every`-th frame, or all frames. With `mirror`, each
-    drive is stored again as `ID~mirror`, with flipped frames and negated steering. After an
-    interruption, the same call continues after the last complete drive. With several ranks
+    If `fps` is given, only frames at this rate are encoded. If `every` is n, only every n-th frame
+    is encoded. With `mirror`, each drive is stored again as `ID~mirror`, with flipped frames and
+    negated steering.
+
+    After an interruption, the same call continues after the last complete drive. With several ranks
     (`process_group`), all ranks make the same call, and each rank encodes a share of the drives.
 
     Raises:
-        DriveSimError: a drive is bad and `skip_bad` is false (the drives before it are kept);
-            steering kinds are mixed; `out` holds something else; the disk is full.
+        DriveSimError: a drive is bad and `skip_bad` is false (the drives before it stay encoded);
+            the drives have different kinds of steering; `out` holds other files or another token
+            store; the disk is full.
     """
     if not skip_bad:
         drives.require_all()
@@ -88,7 +91,8 @@ def tokenize(
             for name, reason in bad.items():
                 writer.skip(name, reason)
         ranks.barrier()
-        # Only the main rank checks what is done: other ranks may already be adding drives.
+        # Only the main rank checks which drives are done, because other ranks may already be adding
+        # drives. All ranks need the same list.
         done = ranks.from_main(
             lambda: [
                 all(writer.done(_name(sampled.drive, flip)) for flip in flips) for sampled in usable
@@ -100,11 +104,11 @@ def tokenize(
 
 
 _Part = tuple[SampledDrive, Pixels | DriveSimError]
-"""A drive with a batch of its frames, or with the error that ended its decoding."""
+"""A drive, and a batch of its frames or the error that ended its decoding."""
 
 
 def _share(drives: Sequence[SampledDrive], ranks: Ranks) -> list[SampledDrive]:
-    """Return this rank's drives, dealt out by length so that all ranks take about equally long."""
+    """Return the drives that this rank encodes. All ranks get about equally many frames."""
     longest_first = sorted(range(len(drives)), key=lambda number: -len(drives[number].indices))
     return [drives[number] for number in sorted(longest_first[ranks.rank :: ranks.size])]
 
@@ -116,9 +120,9 @@ def _name(drive: Drive, flip: bool) -> str:
 def _survey(
     drives: Sequence[Drive], *, fps: float | None, every: int | None
 ) -> tuple[list[SampledDrive], dict[str, str]]:
-    """Sample the drives.
+    """Choose the frames of each drive.
 
-    Returns the usable ones, and for all others the reason by drive id.
+    Returns the usable drives, and by id the reason why each other drive is unusable.
     """
     sampled, bad = [], {}
     for drive in drives:
@@ -131,7 +135,7 @@ def _survey(
             count = f"{len(chosen.indices)} frame at this rate"
             bad[drive.id] = f"{drive.id}: {count}, but at least 2 are needed"
         elif chosen.fps == 0:
-            bad[drive.id] = f"{drive.id}: at this rate, any two frames have a gap between them"
+            bad[drive.id] = f"{drive.id}: at this rate, there is a gap in time after every frame"
         else:
             sampled.append(chosen)
     usual = _usual_rate(sampled)
@@ -145,7 +149,8 @@ def _survey(
 
 
 def _usual_rate(sampled: Sequence[SampledDrive]) -> float:
-    # The low median is the rate of a real drive. With two different rates, one stays usable.
+    # Use the low median, because it is the rate of one of the drives. An average of two different
+    # rates would make both drives unusable.
     return median_low([drive.fps for drive in sampled]) if sampled else 0.0
 
 
@@ -169,7 +174,7 @@ def _encode(
     batch_size: int,
     ranks: Ranks,
 ) -> None:
-    """Encode drives, and add the tokens [T, r, c] of a drive to the store after its last batch."""
+    """Encode drives. After a drive's last batch, add its tokens [T, r, c] to the store."""
     frames = sum(len(drive.indices) for drive in drives)
     label = "tokenize" if ranks.size == 1 else f"tokenize, rank {ranks.rank} of {ranks.size}"
     parts = _ahead(_decoded(drives, tokenizer.frame_size, batch_size, skip_bad))
@@ -215,7 +220,10 @@ def _encode(
 def _decoded(
     drives: Sequence[SampledDrive], size: FrameSize, batch_size: int, skip_bad: bool
 ) -> Generator[_Part, None, None]:
-    """Yield the batches of all drives in order. Without `skip_bad`, stop after a bad drive."""
+    """Yield the batches of all drives in order.
+
+    If a drive is bad, yield its error. Then stop, or with `skip_bad` go on with the next drive.
+    """
     for sampled in drives:
         total, decoded = len(sampled.indices), 0
         try:
@@ -233,7 +241,7 @@ def _decoded(
 
 
 def _ahead(parts: Generator[_Part, None, None]) -> Generator[_Part, None, None]:
-    """Yield the same parts. A thread makes the next part while the caller uses the current one."""
+    """Yield the items of `parts`. While the caller uses an item, a thread makes the next one."""
     with closing(parts), ThreadPoolExecutor(1, "decode") as thread:
         coming = thread.submit(next, parts, None)
         while (part := coming.result()) is not None:

@@ -1,6 +1,6 @@
 """The frozen tokenizer: loads weights and config from a folder, converts frames to tokens and back.
 
-Axes: T frames, H W pixels of given frames, h w pixels of the tokenizer's frames, r c token rows and
+Axes: T frames, H W pixels of input frames, h w pixels of decoded frames, r c token rows and
 columns.
 """
 
@@ -29,7 +29,7 @@ from driving_sim.tokenizer.fsq import RULE
 Frames = Tensor | Pixels
 
 WEIGHTS = "model.safetensors"
-"""Name of the weights file in a tokenizer's folder, the last file to be written."""
+"""Name of the weights file in a tokenizer's folder. `save` writes this file last."""
 _CONFIG = "config.json"
 _MOST_CONFIG_BYTES = 2**16
 
@@ -37,8 +37,9 @@ _MOST_CONFIG_BYTES = 2**16
 class Tokenizer:
     """Converts frames to tokens and back, with fixed weights: eval mode, no gradients.
 
-    `precision` is fp32, bf16, or auto, which takes bf16 if it is faster. With bf16, about one token
-    in a hundred changes to a neighbouring code, and pixels change by a grey level or two.
+    `precision` is fp32, bf16, or auto: bf16 if bf16 is faster on the device, otherwise fp32. With
+    bf16, about 1 % of the tokens change to a neighbouring code, and pixels change by 1 or 2 grey
+    levels.
     """
 
     def __init__(
@@ -89,8 +90,8 @@ class Tokenizer:
         tokenizer = cls(autoencoder, resolve_device(device), precision)
         if tokenizer.fingerprint != metadata.get("fingerprint"):
             raise DriveSimError(
-                f"{folder}: config and weights do not belong together (their fingerprint is not "
-                f"the one in {WEIGHTS}); copy the folder again"
+                f"{folder}: config and weights do not belong together (their fingerprint differs "
+                f"from the one in {WEIGHTS}); copy the folder again"
             )
         return tokenizer
 
@@ -99,15 +100,15 @@ class Tokenizer:
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         save_json(folder / _CONFIG, _identity(self.config))
-        # Store the fingerprint in the weights file, so that both are replaced in one atomic step.
+        # Store the fingerprint in the weights file, so that weights and fingerprint always match.
         save_weights(self.autoencoder, folder / WEIGHTS, {"fingerprint": self.fingerprint})
 
     @torch.inference_mode()
     def encode(self, frames: Frames, *, batch_size: int = 8) -> Tensor:
         """Return the tokens, int64 [T, r, c] on the CPU, of uint8 RGB frames [T, H, W, 3].
 
-        Frames of any other size are scaled to cover `frame_size` and cropped at the centre. Raises
-        ValueError for arrays of another shape or number format.
+        Frames that do not have the size `frame_size` are scaled to cover it and cropped at the
+        centre. Raises ValueError for arrays of another shape or number format.
         """
         if not isinstance(frames, Tensor):
             frames = torch.from_numpy(np.ascontiguousarray(frames))
@@ -155,9 +156,10 @@ class Tokenizer:
 
 
 def images_from_frames(frames: Tensor, size: FrameSize) -> Tensor:
-    """Return uint8 frames [T, H, W, 3] as pictures [T, 3, h, w] in [-1, 1] of the given size.
+    """Convert uint8 frames [T, H, W, 3] to pictures [T, 3, h, w] in [-1, 1] of the given size.
 
-    The frames are scaled and cropped as the video readers do it (`data.video.frame_size.fit`).
+    Frames are scaled and cropped by the same rule as in the video readers
+    (`data.video.frame_size.fit`).
     """
     images = rearrange(frames, "t h w c -> t c h w").to(torch.float32, copy=True)
     if images.shape[2:] != (size.height, size.width):
@@ -169,7 +171,7 @@ def images_from_frames(frames: Tensor, size: FrameSize) -> Tensor:
 
 
 def frames_from_images(images: Tensor) -> Tensor:
-    """Return pictures [T, 3, h, w] in [-1, 1] as uint8 frames [T, h, w, 3]."""
+    """Convert pictures [T, 3, h, w] in [-1, 1] to uint8 frames [T, h, w, 3]."""
     # Work in place, because allocating memory takes longer than the arithmetic.
     levels = (images.float() + 1).mul_(127.5).round_().clamp_(0, 255)
     return rearrange(levels.to(torch.uint8), "t c h w -> t h w c")

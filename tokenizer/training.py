@@ -1,4 +1,4 @@
-"""Trains a tokenizer on drives: the settings of a run, its validation and its result.
+"""Trains a tokenizer on drives: the settings of a run, the training and the validation.
 
 Axes: N validation frames, B frames of a batch, H W pixels, K codes in the codebook.
 """
@@ -58,19 +58,19 @@ class TokenizerDataConfig:
     mirror: bool = True
     """Whether to flip half of the training frames left to right."""
     shift: Annotated[int, Field(ge=0, lt=STRIDE * 2)] = 0
-    """Largest random shift of a training frame in pixels; edges are filled by reflection."""
+    """Maximum random shift of training frames in pixels; reflection fills the uncovered edges."""
     gain: ShareBelowOne = 0.0
-    """Largest random change of each colour channel's brightness in training frames, as a share."""
+    """Maximum random change of each colour channel's brightness in training frames, as a share."""
     cutmix: Share = 0.0
     """Share of training frames whose right part is taken from another frame of the batch."""
     validation: tuple[str, ...] | None = None
-    """Ids of the validation drives. If None, `validation_fraction` of the drives are chosen."""
+    """Ids of the validation drives. If None, `validation_fraction` of the drives are drawn."""
     validation_fraction: InnerShare = 0.1
     """Share of the drives used for validation if `validation` is None."""
     validation_frames: Count = 128
     """Maximum number of validation frames, spread evenly over the validation drives."""
     cache_gigabytes: NonNegative = 4.0
-    """If all training frames fit into this memory (in gigabytes), they are decoded only once."""
+    """Memory for decoded training frames, in gigabytes. If all fit, each is decoded only once."""
 
 
 @config
@@ -97,16 +97,16 @@ def train_tokenizer(
     skip_bad: bool = False,
     device: torch.device | str = "auto",
 ) -> TrainingResult:
-    """Train a tokenizer on the frames of `drives`, and save the best one in the folder `run`.
+    """Train a tokenizer on the frames of `drives`. Save the best one in the folder `run`.
 
-    Validation uses whole drives, which are not trained on. Training starts from the tokenizer in
-    the folder `init_from`, if given, which must have the same configuration. With `skip_bad`, an
-    additional pass over all frames finds the drives that cannot be decoded completely; they are
-    reported and left out.
+    Validation uses drives that are not trained on, unless there is only one drive. `init_from` is
+    the folder of a tokenizer with the same configuration, whose weights the training starts from.
+    With `skip_bad`, an additional pass over all frames finds the drives that cannot be decoded
+    completely; they are reported and left out.
 
     Raises:
         DriveSimError: there are no drives; a drive is bad and `skip_bad` is false; `run` or
-            `init_from` cannot be used; the weights of LPIPS's backbone are needed and missing.
+            `init_from` cannot be used; LPIPS is used and its VGG-16 weights cannot be loaded.
     """
     if not drives:
         raise DriveSimError("no drives to train a tokenizer on; choose other videos")
@@ -164,17 +164,17 @@ def train_tokenizer(
 
 
 class Validator:
-    """Measures the autoencoder of an objective on fixed frames, uint8 [N, H, W, 3]."""
+    """Measures the quality of an autoencoder on fixed validation frames, uint8 [N, H, W, 3]."""
 
     def __init__(self, frames: Tensor) -> None:
         self.frames = frames
 
     def __call__(self, model: nn.Module) -> Validation:
-        """Return losses, PSNR, SSIM, codebook use and a grid of reconstructions.
+        """Return losses, PSNR, SSIM, codebook use and a picture of reconstructions.
 
-        The score is the loss without the discriminator. The discriminator makes this loss a little
-        worse in exchange for texture. Scores are therefore provisional until the discriminator has
-        its full weight.
+        The score, which selects the best checkpoint, is the loss without the discriminator. The
+        discriminator improves texture but makes this loss a little worse. Scores are therefore
+        provisional until the discriminator has its full weight.
         """
         assert isinstance(model, TokenizerObjective)
         # Validate in float32, even if training runs in bf16.
@@ -196,7 +196,7 @@ class Validator:
 
 
 def _measure(model: TokenizerObjective, frames: Tensor) -> dict[str, Tensor]:
-    """Return measurements of each frame [B] by name, with the rebuilt frames and all tokens."""
+    """Return measurements [B] of the frames by name, the `rebuilt` frames, and their `tokens`."""
     frames = frames.to(model.gan_share.device)
     images = images_from_frames(frames, model.autoencoder.config.frame_size)
     reconstruction = model.autoencoder(images)
@@ -212,7 +212,7 @@ def _measure(model: TokenizerObjective, frames: Tensor) -> dict[str, Tensor]:
 
 
 def reconstruction_grid(originals: Tensor, rebuilt: Tensor) -> Pixels:
-    """Return one picture that shows each frame [H, W, 3] beside its reconstruction."""
+    """Return one picture that shows frames [N, H, W, 3] beside their reconstructions."""
     pairs = torch.stack([originals, rebuilt], dim=1)
     pairs_per_row = 1 if len(pairs) % 2 else 2
     return rearrange(pairs, "(n k) two h w c -> (n h) (k two w) c", k=pairs_per_row).numpy()
@@ -231,7 +231,7 @@ def validation_frames(drives: Sequence[SampledDrive], size: FrameSize, most: int
 
 
 def _described(drives: Sequence[SampledDrive]) -> dict[str, int | str]:
-    """Return counts and a digest of the frames, to check that a run resumes on the same frames."""
+    """Return a summary of the frames, to check that a resumed run uses the same frames."""
     digest = hashlib.sha256()
     for drive in sorted(drives, key=lambda sampled: sampled.drive.id):
         video = drive.drive.video
@@ -248,10 +248,11 @@ def _described(drives: Sequence[SampledDrive]) -> dict[str, int | str]:
 def _decodable(
     drives: Sequence[SampledDrive], size: FrameSize, device: torch.device | str
 ) -> list[SampledDrive]:
-    """Return the drives whose frames can all be decoded, and report the others.
+    """Return the drives whose frames can all be decoded. Print the errors of the other drives.
 
-    This must run before any random choice, so that the split and the batches depend only on the
-    drives that are kept. With several ranks, the main rank decides for all.
+    Call this before the drives are split, because the split must depend only on the drives that
+    are kept. With several ranks, the main rank decodes the frames and tells the other ranks which
+    drives to keep.
     """
     total = sum(len(drive.indices) for drive in drives)
 
@@ -276,5 +277,5 @@ def _decodable(
 
 def _export(module: nn.Module, run: Path) -> None:
     assert isinstance(module, Autoencoder)
-    # Copy the module, because `Tokenizer` freezes it.
+    # Save a copy, because `Tokenizer` freezes its autoencoder.
     Tokenizer(copy.deepcopy(module)).save(run)

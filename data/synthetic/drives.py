@@ -25,11 +25,11 @@ class SyntheticDrive:
     states: tuple[VehicleState, ...]
     """Car state at each frame, from which the frame is rendered."""
     actions: Floats32
-    """Speed (m/s) and road-wheel angle (rad) [T, 2]; actions[t] leads from frame t to t + 1."""
+    """Speed (m/s), road-wheel angle (rad) [T, 2]; actions[t] is applied from frame t to t + 1."""
 
     @property
     def timestamps(self) -> Floats:
-        """Seconds from the first frame [T]."""
+        """Time of each frame [T], in seconds from the first frame."""
         return np.arange(len(self.states)) / self.world.config.fps
 
     def stream(self) -> Iterator[Pixels]:
@@ -63,7 +63,7 @@ def frame_count(seconds: float, config: SyntheticConfig) -> int:
 
 
 def drive(world: SyntheticWorld, seconds: float, driver_seed: int) -> SyntheticDrive:
-    """Simulate a drive. `driver_seed` decides where it starts and how the driver behaves."""
+    """Simulate a drive. `driver_seed` decides where the drive starts and how the driver behaves."""
     rng = np.random.default_rng([driver_seed, 1])
     state = world.reset(station_m=rng.uniform(0.0, world.config.stretch_m))
     driver = Driver(world.road, driver_seed, world.config.cruise_mps)

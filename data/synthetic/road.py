@@ -1,4 +1,4 @@
-"""The road: an endless curve y = f(x), with conversion between points and places on it."""
+"""The road: an endless curve y = f(x). Converts between (x, y) and places along the road."""
 
 import math
 
@@ -9,10 +9,10 @@ from driving_sim.data.arrays import Reals
 HALF_WIDTH = 3.7
 """Distance from the centre line to the edge of the asphalt, in metres."""
 LANE_OFFSET = -1.8
-"""Middle of the driver's lane, in metres left of the centre line (negative: to the right)."""
+"""Offset of the middle of the driver's lane from the centre line, in metres, left positive."""
 
-# From long bends to short ones. The slopes add up to 0.74, so the road never turns more than
-# 37 degrees from the x axis, never crosses itself, and has one point for each x.
+# The road is a sum of three sine waves with these wavelengths and maximum slopes. The slopes add up
+# to 0.74, so the road never turns more than 37 degrees from the x axis and never crosses itself.
 _WAVELENGTHS_M = (430.0, 210.0, 118.0)
 _SLOPES = (0.30, 0.29, 0.15)
 
@@ -44,20 +44,21 @@ class Road:
         return centre, slope
 
     def place(self, station: Reals, offset: Reals) -> tuple[Reals, Reals, Reals]:
-        """Return x, y (metres) and the road's heading (radians) at stations and offsets."""
+        """Return x and y (metres) of places on the road, and the road's heading (radians) there."""
         centre, slope = self.centre_and_slope(station)
         heading = np.arctan(slope)
         return station - offset * np.sin(heading), centre + offset * np.cos(heading), heading
 
     def project(self, x: Reals, y: Reals) -> tuple[Reals, Reals, Reals]:
-        """Return station, offset (metres, left positive) and slope of the road's nearest point.
+        """Return the station and the offset of points, and the road's slope at that station.
 
-        The result is exact near the road. Far from the road, the offset may be too large but never
-        too small, so that no road appears where there is none.
+        Stations and offsets are in metres, and offsets are positive to the left. The result is
+        exact near the road. Far from the road, the offset may be too large but never too small, so
+        that no road appears where there is none.
         """
         station = x
         centre, slope = self.centre_and_slope(station)
-        for _ in range(2):  # Gauss-Newton steps to the foot of the perpendicular
+        for _ in range(2):  # Gauss-Newton steps to the nearest point
             station = station + ((x - station) + (y - centre) * slope) / (1 + slope * slope)
             centre, slope = self.centre_and_slope(station)
         across = (y - centre) - slope * (x - station)

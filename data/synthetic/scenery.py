@@ -40,7 +40,7 @@ class Things(NamedTuple):
     height: Reals
     """Height in metres."""
     tint: Reals
-    """Number in 0..1 that selects the colours and proportions of a thing within its kind."""
+    """Number in 0..1 that determines the colours and proportions of a thing of its kind."""
 
     @classmethod
     def joined(cls, parts: "list[Things]") -> "Things":
@@ -48,13 +48,13 @@ class Things(NamedTuple):
         return cls(*map(np.concatenate, zip(*parts, strict=True)))
 
     def chosen(self, which: NDArray[Any]) -> "Things":
-        """Return the things that a mask or indices select, in that order."""
+        """Return the things selected by a mask, or by indices in the order of the indices."""
         return Things(*(column[which] for column in self))
 
 
-# Things along both sides of the road. For each kind: spacing, largest random shift along the road,
-# (distance from the centre line, largest random addition), (height, largest random addition), all
-# in metres, and the share of places that hold a thing.
+# Things along both sides of the road. For each kind: the spacing, the maximum random shift along
+# the road, (minimum distance from the centre line, maximum random addition), (minimum height,
+# maximum random addition), all in metres, and the share of places that get a thing.
 _BESIDE_THE_ROAD = {
     Kind.POST: (24.0, 0.0, (4.6, 0.0), (1.2, 0.0), 1.0),
     Kind.TREE: (15.0, 6.0, (8.0, 6.0), (6.0, 5.0), 0.85),
@@ -64,7 +64,7 @@ _BESIDE_THE_ROAD = {
 
 
 class Scenery:
-    """Finds the things near a place. They depend only on the road, the seed and the place."""
+    """Finds the things near a point. All things depend only on the road and the seed."""
 
     def __init__(self, road: Road, seed: int) -> None:
         self._road = road
@@ -82,9 +82,10 @@ class Scenery:
         return things.chosen(np.maximum(abs(things.x - x), abs(things.y - y)) < _REACH_M)
 
     def _row(self, centre_x: float, kind: Kind) -> Things:
-        """Return the things of a kind along both sides of the road, or gantries across it."""
+        """Return the things of a kind on both sides of the road, or the gantries over the road."""
         spacing, shift, (aside, more_aside), (height, more_height), share = _BESIDE_THE_ROAD[kind]
-        # Offsets of up to 25 m on a slope of 0.74 move a thing up to 15 m along x.
+        # Search 20 m beyond `_REACH_M`, because a thing beside the road can be up to 15 m away from
+        # its station along x (at a slope of 0.74 and an offset of 25 m).
         reach = _REACH_M + 20
         first, last = (math.floor((centre_x + side * reach) / spacing) for side in (-1, 1))
         index = np.repeat(np.arange(first, last + 1), 2)
@@ -101,7 +102,7 @@ class Scenery:
         if kind is Kind.GANTRY:
             present &= left == 1
         if kind is Kind.TREE:
-            # Each side of the road has wooded and open stretches of its own.
+            # On each side of the road, wooded stretches alternate with open ones, at random.
             wooded = uniform(self._seed, 100, index // 5, left) < 0.6
             present &= wooded | (chance < 0.2)
             kinds[tint > 0.75] = int(Kind.CONIFER)

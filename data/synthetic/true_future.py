@@ -16,9 +16,9 @@ from driving_sim.engine.parsing import one_line, shown
 def replay(
     world: SyntheticWorld, state: VehicleState, actions: Floats32, *, steps: int = 1
 ) -> Pixels:
-    """Apply the actions [N, 2] in order, `steps` times each; return the frames [N, H, W, 3].
+    """Return the frames [N, H, W, 3] after each of the actions [N, 2], starting from `state`.
 
-    Frame n shows the state after action n: what a perfect model would predict.
+    Each action is applied for `steps` time steps. A perfect model would predict these frames.
     """
     frames = np.empty((len(actions), world.config.height, world.config.width, 3), np.uint8)
     for frame, action in zip(frames, actions, strict=True):

@@ -29,7 +29,7 @@ class SyntheticConfig:
     width: Annotated[int, Field(ge=16, le=4096)] = 256
     """Width of the picture in pixels."""
     fps: Annotated[float, Field(ge=4, le=120)] = 10.0
-    """Frames per second. Below 4, actions are over 0.25 s apart, which counts as a gap."""
+    """Frames per second. At least 4, because actions more than 0.25 s apart count as a gap."""
     field_of_view_deg: Annotated[float, Field(ge=20, le=140)] = 84.0
     """Horizontal field of view of the camera, in degrees."""
     camera_height_m: Annotated[float, Field(ge=0.5, le=10)] = 1.9
@@ -43,7 +43,7 @@ class SyntheticConfig:
     traffic: Share = 0.75
     """Density of oncoming traffic; 1 means one car every 130 m."""
     palettes: tuple[str, ...] = PALETTES
-    """Kinds of day, of which the seed chooses one."""
+    """Kinds of day. The seed of a world chooses one of them."""
 
     def __post_init__(self) -> None:
         slow, fast = self.cruise_mps
@@ -82,8 +82,8 @@ class SyntheticWorld:
     def step(self, state: VehicleState, action: Any) -> VehicleState:
         """Return the state at the next frame, after driving with an action.
 
-        The action is speed in m/s and road-wheel angle in rad, left positive. Raises ValueError if
-        they are not finite.
+        The action is (speed in m/s, road-wheel angle in rad, left positive). Raises ValueError if
+        the speed or the angle is not finite.
         """
         speed_mps, steering_rad = float(action[0]), float(action[1])
         if not (math.isfinite(speed_mps) and math.isfinite(steering_rad)):

@@ -33,19 +33,23 @@ def write_synthetic_drives(
 ) -> list[Path]:
     """Write drives as `drive_000.mp4`, `.csv` and `.json`, and so on; return the videos' paths.
 
-    Each drive has a world of its own, which depends only on the seed and the drive's number. With
-    `worlds`, the drives take turns in that many worlds. The first drive has the number `first`: to
-    write held-out drives in the same worlds, choose higher numbers. `progress` is called with the
-    number of new frames, in total `drives * frame_count(seconds, config)`. With `workers` > 1, that
-    many processes write drives in parallel. An unfinished set of the same plan is completed. Raises
-    DriveSimError if the folder holds a finished set, a set of another plan, or other files.
+    Each drive has a world of its own, which depends only on the seed and the drive's number. If
+    `worlds` is given, there are only that many worlds, and drive n uses world n modulo `worlds`.
+    `first` is the number of the first drive. To write held-out drives in the same worlds, choose a
+    `first` above the numbers of the training drives. `progress` is called with the number of new
+    frames, in total `drives * frame_count(seconds, config)`. `workers` is the number of processes
+    that write drives in parallel.
+
+    If an earlier call with the same settings was interrupted, only the missing drives are written.
+    Raises DriveSimError if `out` already contains all drives, drives with other settings, or other
+    files.
     """
     config = config or SyntheticConfig()
     frames = frame_count(seconds, config)
     if drives < 1 or frames < 2:
         raise DriveSimError(
             f"{drives} drives of {seconds:g} s at {config.fps:g} frames/s: "
-            "make at least one drive, of at least 2 frames"
+            "make at least one drive, and at least 2 frames per drive"
         )
     worlds = first + drives if worlds is None else worlds
     if worlds < 1:
@@ -114,5 +118,5 @@ def _make(
         "road_wheel",
         hold_until=len(driven.states) / fps,
     )
-    # Write the JSON last, because it marks a drive as complete.
+    # Write the JSON file last, because its existence marks a drive as complete.
     driven.save(stem.with_suffix(".json"))

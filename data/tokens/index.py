@@ -25,7 +25,7 @@ from driving_sim.engine.errors import DriveSimError
 
 SCHEMA = 1
 INDEX = "index.json"
-# The writer keeps its files in this folder until the store is complete.
+# Name of the folder in which the writer keeps its files until the store is complete.
 UNFINISHED = ".unfinished"
 
 
@@ -53,7 +53,7 @@ class StoreInfo:
     codebook_size: Annotated[Count, Field(le=2**16)]
     """Number of codes in the codebook. Tokens are numbers from 0 to codebook_size - 1."""
     fps: Positive
-    """Rate of the stored frames in frames per second, measured where there are no gaps."""
+    """Frame rate of the stored frames in frames per second, measured where there are no gaps."""
     steering_kind: str | None = None
     """Kind of steering of all drives (`road_wheel`, ...), or None if no drive has actions."""
     levels: tuple[Int64, ...] = ()
@@ -63,9 +63,9 @@ class StoreInfo:
     width: Int64 | None = None
     """Width of the frames that were encoded, in pixels."""
     requested_fps: int | float | None = None
-    """Frame rate that the user asked for, in frames per second, or None."""
+    """Frame rate that the user asked for, in frames per second, or None if the user gave none."""
     every: Int64 | None = None
-    """Number n if the user asked for every n-th frame of the videos, or None."""
+    """The number n if the user asked to store only every n-th frame, otherwise None."""
     transform: dict[str, Any] = field(default_factory=dict)
     """Description of how frames were resized, cropped and converted."""
     precision: str = "fp32"
@@ -81,7 +81,7 @@ class DriveEntry:
     frames: Count
     """Number of frames of the drive in this shard."""
     segments: tuple[tuple[Natural, Natural], ...]
-    """Ranges [start, stop) of frames without a gap in time. The entry's first frame is 0."""
+    """Ranges [start, stop) of this entry's frames, counted from 0, without a gap in time."""
     start: Natural = 0
     """Index of this part's first frame in the drive; above 0 only if the drive is split."""
     source: str = ""
@@ -140,7 +140,7 @@ class StoreIndex:
 
 
 def shard_metadata(info: StoreInfo, drives: Sequence[DriveEntry]) -> dict[str, str]:
-    """Return the metadata for a shard's header. It makes the shard usable without the index."""
+    """Return the metadata for a shard's header. With them, a shard is usable without the index."""
     return {
         "schema": str(SCHEMA),
         "tokenizer_fingerprint": info.tokenizer_fingerprint,

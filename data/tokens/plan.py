@@ -18,7 +18,7 @@ class PlannedDrive:
     id: str
     """Id of the drive, unique in the store."""
     frames: Natural
-    """Number of frames that will be written; 0 for a drive that will be skipped."""
+    """Number of frames that will be stored; 0 for a drive that will be skipped."""
     source: str = ""
     """Kind of data source that the drive comes from."""
     mirrored: bool = False
@@ -31,7 +31,7 @@ class PlannedDrive:
 
 
 class Piece(NamedTuple):
-    """Frames [start, stop) of drive number `drive`, all in one shard."""
+    """Part of a drive that lies in one shard: the frames [start, stop) of drive number `drive`."""
 
     drive: int
     start: int
@@ -40,7 +40,7 @@ class Piece(NamedTuple):
 
 @config
 class StorePlan:
-    """Everything that determines the bytes of a store, except the tokens and actions."""
+    """Everything that determines the files of a store, except the tokens and actions."""
 
     info: StoreInfo
     """Facts that are the same for all drives."""
@@ -62,7 +62,7 @@ class StorePlan:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def shards(self) -> list[list[Piece]]:
-        """Return for each shard the pieces of drives that it holds.
+        """Return a list with one entry per shard: the list of the shard's pieces.
 
         Drives stay in order. Only a drive that is too long for one shard is split.
         """
@@ -80,7 +80,7 @@ class StorePlan:
         return shards
 
     def summary(self) -> dict[str, Any]:
-        """Return the plan's hash and main settings, to report how another plan differs."""
+        """Return the plan's hash and main settings, to compare them with those of a later plan."""
         return {
             "hash": self.hash,
             **to_dict(self.info),

@@ -3,8 +3,10 @@
 A store is a folder with `index.json`, `shard-00000.safetensors`, `shard-00001.safetensors` and so
 on. The index lists the stored drives with counts and checksums, and the skipped drives with the
 reasons. A drive too long for one shard is split into parts; a part's `start` is the index of its
-first frame in the drive. A shard with N frames of D drives has the columns below. Drive d has the
-frames offsets[d] : offsets[d + 1].
+first frame in the drive.
+
+A shard with N frames of D drives has these columns. In each column, the rows of drive d are
+offsets[d] : offsets[d + 1].
 
     offsets       I64   [D + 1]
     timestamps    F64   [N]               seconds from the drive's first frame
@@ -41,14 +43,15 @@ __all__ = ["DriveTokens", "StoreInfo", "TokenStore"]
 
 Columns = dict[str, NDArray[Any]]
 
-# Maximum number of open shards, counted over all stores. The system limits memory mappings.
+# Maximum number of open shards of all stores together, because the operating system limits the
+# number of memory mappings.
 _OPEN_SHARDS = 128
 
 
 def column_forms(info: StoreInfo, lengths: Sequence[int]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return the number format and shape of each column of a shard.
 
-    `lengths` holds the number of frames of each drive in the shard.
+    `lengths` lists the number of frames of each drive in the shard.
     """
     frames = sum(lengths)
     return {
@@ -61,9 +64,9 @@ def column_forms(info: StoreInfo, lengths: Sequence[int]) -> dict[str, tuple[str
 
 
 def blank_columns(info: StoreInfo, lengths: Sequence[int]) -> Columns:
-    """Return columns to fill for a shard: `offsets` are set, all else is 0.
+    """Return the columns of a shard, with `offsets` set and zeros in all other columns.
 
-    `lengths` holds the number of frames of each drive in the shard.
+    `lengths` lists the number of frames of each drive in the shard.
     """
     forms = column_forms(info, lengths)
     columns = {name: np.zeros(shape, kind) for name, (kind, shape) in forms.items()}
@@ -76,14 +79,14 @@ def open_shard(
 ) -> tuple[Columns, dict[str, str]]:
     """Map a shard into memory; return its read-only columns and its metadata.
 
-    `lengths` holds the number of frames of each drive that the shard must contain.
+    `lengths` lists the expected number of frames of each drive in the shard.
 
     Raises:
-        DriveSimError: the file is missing, damaged, or holds something else.
+        DriveSimError: the file is missing or damaged, or its columns are not as expected.
     """
     forms = column_forms(info, lengths)
     try:
-        # Open the file first: safetensors does not say why it cannot open a file.
+        # Try to open the file first, because safetensors does not say why it cannot open a file.
         path.open("rb").close()
     except OSError as error:
         reason = error.strerror
@@ -92,7 +95,7 @@ def open_shard(
             "or tokenize the videos again"
         ) from error
     try:
-        # safetensors checks that the columns fill the file without a gap.
+        # `safe_open` raises an error if the columns do not fill the file exactly.
         with safe_open(path, "pt") as file:
             columns = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
             metadata = dict(file.metadata() or {})
@@ -103,8 +106,8 @@ def open_shard(
                     f"column {shown(name)} is {shown(actual.get(name))}, expected {forms.get(name)}"
                 )
         if not np.array_equal(columns["offsets"], np.cumsum([0, *lengths])):
-            raise ValueError("its offsets do not fit the lengths of its drives")
-    # torch raises TypeError for number formats that NumPy does not have.
+            raise ValueError("its offsets do not match the lengths of its drives")
+    # TypeError: `Tensor.numpy` raises it for number formats that NumPy does not have.
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise DriveSimError(
             f"{path}: damaged token shard: {one_line(error)}; tokenize the videos again"
@@ -129,7 +132,7 @@ class DriveTokens:
     entry: DriveEntry
     """Index entry of the drive."""
     channels: tuple[bool, bool] = (True, True)
-    """Which action channels (speed, steering) to use; the other ones count as invalid."""
+    """Whether to use the speed and the steering. `action_valid` is false for an unused channel."""
 
     def __len__(self) -> int:
         return self.entry.frames
@@ -154,7 +157,7 @@ class DriveTokens:
 
     @property
     def actions(self) -> Floats32:
-        """Speed (m/s) and steering (rad), float32 [T, 2]; actions[t] leads from frame t to t+1."""
+        """Speed (m/s), steering (rad), float32 [T, 2]; actions[t] applies from frame t to t+1."""
         return self._column("actions")
 
     @property
@@ -165,15 +168,15 @@ class DriveTokens:
 
     @property
     def timestamps(self) -> Floats:
-        """Seconds from the drive's first frame, float64 [T]."""
+        """Time of each frame in seconds from the drive's first frame, float64 [T]."""
         return self._column("timestamps")
 
 
 class TokenStore:
     """A finished token store. Each process maps a shard into memory when it first uses the shard.
 
-    Attributes: `index`, `info` and `drives`, which holds a `DriveTokens` for each drive, or for
-    each part of a split drive, in order.
+    Attributes: `index`, `info` and `drives`. `drives` is a tuple with a `DriveTokens` for each
+    drive, or for each part of a split drive, in order.
 
     Raises:
         DriveSimError: `path` holds no finished store, or one of its files is damaged.
@@ -226,7 +229,7 @@ class TokenStore:
 
     @lru_cache(_OPEN_SHARDS)  # noqa: B019 (a store lives as long as its process)
     def shard(self, number: int) -> Columns:
-        """Return the columns of a shard, opening and checking the shard on the first call."""
+        """Return the columns of a shard. The first call opens and checks the shard."""
         path, entry = self.path / shard_name(number), self.index.shards[number]
         columns, metadata = open_shard(path, self.info, [drive.frames for drive in entry.drives])
         for key, value in shard_metadata(self.info, entry.drives).items():

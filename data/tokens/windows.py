@@ -21,9 +21,8 @@ from driving_sim.engine.errors import DriveSimError, TooLittleDataError
 class WindowIndex:
     """All windows of `frames` consecutive frames within a drive and without a gap in time.
 
-    Windows start `stride` frames apart. Building the index reads no shards, and finding a window
-    takes O(log n) time for n drives. The first window is number 0. A number outside the index
-    raises IndexError.
+    Windows start `stride` frames apart and are numbered from 0. Other numbers raise IndexError.
+    Building the index reads no shards. Finding a window takes O(log n) time for n drives.
 
     Raises:
         TooLittleDataError: no drive is as long as a window.
@@ -50,16 +49,19 @@ class WindowIndex:
         table = np.asarray(runs, np.int64)
         self._drive, self._begin, first, counts = table.T
         self._ends: Ints = np.cumsum(counts)
-        # In a run without gaps, window n (numbered over all runs) starts at `offset + n * stride`.
+        # A run is a range of frames without a gap. Windows are numbered over all runs. Window n
+        # starts at frame `offset + n * stride` of its drive, with the `offset` of its run.
         self._offsets = first - (self._ends - counts) * stride
         self._drives, self._stride = tuple(drives), stride
         self._codes = drives[0].info.codebook_size
-        # Frames of a window, and the frame before it, relative to its first frame.
+        # Positions of the frames to load, relative to the window's first frame: -1 is the frame
+        # before the window.
         self._frames = np.arange(-1, frames)
         self._in_shard = np.array([drive.begin for drive in drives], np.int64)
         self._channels = np.array([drive.channels for drive in drives], np.bool_)
         self._all_known = bool(self._channels.all())
-        # For each drive: one drive of the same shard, through which `load` opens the shard.
+        # Map each drive to one representative drive of the same shard. `load` opens the shard
+        # through that drive.
         opener = {(drive.store, drive.shard): number for number, drive in enumerate(drives)}
         self._opener = np.array([opener[drive.store, drive.shard] for drive in drives])
 
@@ -67,11 +69,12 @@ class WindowIndex:
         return int(self._ends[-1])
 
     def places(self, numbers: Ints) -> tuple[Ints, Ints, Mask]:
-        """Return for each window its drive (as list position) and its first frame in that drive.
+        """Return the drive of each window, its first frame in the drive, and a mask.
 
-        The mask says whether a frame comes right before the window, without a gap in between.
+        A drive is given by its position in the list of drives. The mask is true if there is a frame
+        right before the window, without a gap in between.
         """
-        # NumPy itself raises IndexError below for a number that is too large.
+        # If a number is too large, NumPy raises IndexError below.
         if numbers.min(initial=0) < 0:
             raise IndexError(f"window {numbers.min()}: windows are numbered 0..{len(self) - 1}")
         run = np.searchsorted(self._ends, numbers, side="right")
@@ -87,7 +90,8 @@ class WindowIndex:
         drive, start, has_previous = self.places(numbers)
         no_previous = np.flatnonzero(~has_previous)
         rows = (start + self._in_shard[drive])[:, None] + self._frames
-        # Without a frame before the window, read any frame; its values are set to 0 below.
+        # If there is no frame before a window, read the window's first frame in its place. Its
+        # values are set to 0 below.
         rows[no_previous, 0] += 1
         openers = self._opener[drive].tolist()
         shards = {n: self._drives[n].store.shard(self._drives[n].shard) for n in set(openers)}
@@ -117,7 +121,8 @@ def _gathered(
 ) -> NDArray[Any]:
     """Return the values [B, n, ...] of a column for B windows.
 
-    `rows` [B, n] are frame numbers in the shards. Window i lies in `shards[openers[i]]`.
+    `rows` [B, n] are the row numbers to read for each window. Window i lies in the shard
+    `shards[openers[i]]`.
     """
     if len(shards) == 1:
         return shards[openers[0]][name].take(rows, axis=0)
@@ -128,8 +133,8 @@ def _gathered(
 
 
 def _first_frame(drive: DriveTokens, begin: int) -> int:
-    # The frame before a later part of a split drive lies in another shard. Leave out the part's
-    # first frame, so that every window finds its previous frame in its own shard.
+    # In a split drive, the frame before a later part lies in another shard. No window begins at the
+    # part's first frame, so that the frame before a window always lies in the window's shard.
     return begin + 1 if drive.entry.start > 0 and begin == 0 else begin
 
 
@@ -141,8 +146,8 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
     - `tokens` int64 [B, T, R, C];
     - `previous` int64 [B, R, C], the tokens of the frame before the window, or zeros;
     - `has_previous` bool [B], whether there is a frame before the window;
-    - `actions` float32 [B, T, 2], where actions[:, t] leads to frame t;
-    - `action_valid` bool [B, T, 2], which is false at t = 0 without a frame before the window.
+    - `actions` float32 [B, T, 2], where actions[:, t] is applied from frame t - 1 to frame t;
+    - `action_valid` bool [B, T, 2], false at t = 0 if there is no frame before the window.
 
     Raises:
         DriveSimError: no drive is as long as a window, or there are fewer windows than
@@ -161,7 +166,7 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
         self._batch_size, self._seed = batch_size, seed
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:
-        # A hash is random enough, and ten times as fast as seeding a generator.
+        # Draw windows with a hash: it is random enough, and ten times as fast as a new generator.
         drawn = hashlib.shake_128(f"{self._seed}:{n}".encode()).digest(8 * self._batch_size)
         chosen = np.frombuffer(drawn, "<u8") % len(self.index)
         return self.index.load(chosen.astype(np.int64))
@@ -172,11 +177,13 @@ def sequential_windows(
 ) -> Iterator[dict[str, Tensor]]:
     """Return batches of adjacent windows in order, in the format of `TokenWindows`.
 
-    Frames left over at the end of a drive are dropped. The last batch may be smaller. With `limit`,
-    there are at most that many windows, spread evenly over all of them.
+    Frames left over at the end of a range without gaps are dropped. The last batch may be smaller.
+    `limit` is the maximum number of windows. If there are more, the returned windows are spread
+    evenly over all drives.
 
     Raises:
-        DriveSimError: no drive is as long as a window. The call itself raises it, not the iterator.
+        DriveSimError: no drive is as long as a window. The call raises this error, not the
+            iterator.
     """
     index = WindowIndex(drives, frames=frames, stride=frames)
     count = len(index) if limit is None else min(limit, len(index))

@@ -1,8 +1,9 @@
 """Writes a token store drive by drive, and continues where an interrupted writer stopped.
 
-A plan fixes beforehand which frames of which drives go into which shard. The writer first writes
-each drive to a part file. When all parts exist, it merges them into shards, one by one. A store
-whose writer was killed and restarted therefore has the same bytes as an uninterrupted one.
+A plan decides beforehand which frames of which drives go into which shard. The writer first writes
+each drive to a temporary file, its part file. When all part files exist, the writer merges them
+into shards, one by one. A writer that was killed and restarted therefore writes the same bytes as
+an uninterrupted writer.
 """
 
 import json
@@ -41,17 +42,17 @@ from driving_sim.engine.weights import write_safetensors
 
 _PLAN = "plan.json"
 _FORMATS = {"int64": "I64", "float64": "F64", "float32": "F32", "uint16": "U16", "bool": "BOOL"}
-_PATIENCE_S = 90  # longest wait for the files of other ranks
+_PATIENCE_S = 90  # maximum time to wait for the files of other ranks
 _ROOT = r"(?<![\w.~/\\-])(?:[A-Za-z]:)?[/\\]"  # matches the start of an absolute path
 
 
 class TokenStoreWriter:
-    """Writes the store `out` by a plan, or continues an unfinished store of the same plan.
+    """Writes the token store `out` as planned, or continues an unfinished store of the same plan.
 
-    Call `add` or `skip` for each drive that is not `done`, in any order, then `finish`. The writer
-    is a context manager, which unlocks the folder at the end. With several ranks, each rank makes a
-    writer for the same folder on a shared disk, one rank adds each drive, and all ranks call
-    `finish`.
+    Call `add` or `skip` for each drive, in any order, except the drives for which `done` is true.
+    Then call `finish`. The writer is a context manager, which unlocks the folder at the end. With
+    several ranks, all ranks make a writer for the same folder on a shared disk and call `finish`,
+    but only one rank adds a given drive.
 
     Raises:
         DriveSimError: `out` holds a finished store, a store of another plan or other files, or
@@ -89,7 +90,7 @@ class TokenStoreWriter:
 
     def _start(self) -> None:
         if (self.out / INDEX).exists():
-            # A writer that was killed during its last step leaves this folder behind.
+            # The work folder still exists if a writer was killed right after it wrote the index.
             shutil.rmtree(self._work, ignore_errors=True)
             raise DriveSimError(
                 f"{self.out}: holds a finished token store; choose another `out`, or delete it"
@@ -184,12 +185,12 @@ class TokenStoreWriter:
         _write(self._part(number), columns, metadata)
 
     def skip(self, drive_id: str, reason: str) -> None:
-        """Leave a drive out. The index records the reason, with folders removed from its paths."""
+        """Leave a drive out, and record the reason with paths shortened to file names."""
         note = {"id": drive_id, "reason": _without_folders(reason, drive_id)}
         save_json(self._skip_note(self._numbers[drive_id]), note)
 
     def finish(self) -> StoreIndex:
-        """Merge the parts into shards, delete temporary files, write and return the index.
+        """Merge the part files into shards, delete temporary files, and write and return the index.
 
         Raises:
             ValueError: a planned drive was neither added nor skipped.
@@ -205,7 +206,8 @@ class TokenStoreWriter:
             if not self._shard_note(shard).exists():
                 self._merge(shard)
             for piece in self._shards[shard]:
-                # Keep the part of a split drive, because another shard may still need it.
+                # Do not delete the part file of a drive that is split across shards, because
+                # another shard may still need the file.
                 if piece.stop - piece.start == self.plan.drives[piece.drive].frames:
                     self._part(piece.drive).unlink(missing_ok=True)
         self._ranks.barrier()
@@ -218,7 +220,7 @@ class TokenStoreWriter:
             if not index.frames:
                 for shard in range(len(self._shards)):
                     (self.out / shard_name(shard)).unlink(missing_ok=True)
-                with suppress(OSError):  # the folder may hold other files
+                with suppress(OSError):  # the folder may contain other files
                     self.out.rmdir()
         self._ranks.barrier()
         if not index.frames:
@@ -229,7 +231,7 @@ class TokenStoreWriter:
         return index
 
     def _missing(self) -> list[str]:
-        # On a network file system, a rank may see the files of other ranks only after a while.
+        # Wait, because a rank may see the files of other ranks late on a network file system.
         for _ in range(_PATIENCE_S if self._ranks.size > 1 else 0):
             if all(map(self.done, self._numbers)):
                 break
@@ -237,7 +239,7 @@ class TokenStoreWriter:
         return [name for name in self._numbers if not self.done(name)]
 
     def _merge(self, shard: int) -> None:
-        """Merge the parts of a shard's drives into the shard."""
+        """Write a shard from the part files of its drives."""
         pieces = [p for p in self._shards[shard] if not self._skip_note(p.drive).exists()]
         info, path = self.plan.info, self.out / shard_name(shard)
         columns = blank_columns(info, [piece.stop - piece.start for piece in pieces])
@@ -281,23 +283,24 @@ class TokenStoreWriter:
 
 
 def _write(path: Path, columns: Columns, metadata: dict[str, str]) -> None:
-    """Write columns as a shard file, atomically. Equal columns give equal bytes."""
+    """Write a shard or part file atomically. Its bytes depend only on the columns and metadata."""
     forms = {name: (_FORMATS[column.dtype.name], column.shape) for name, column in columns.items()}
     with atomic_file(path) as temporary:
         write_safetensors(temporary, forms, columns.values(), metadata)
 
 
 def _without_folders(text: str, drive_id: str) -> str:
-    """Return the text on one line, without the folders of the absolute paths in it."""
+    """Return the text on one line, with absolute paths in it shortened to file names."""
     text = " ".join(text.split())
-    # Folder names may contain spaces, so first remove everything before the drive's own name.
+    # First shorten paths that lead to the drive's name, even if their folders contain spaces. Then
+    # shorten all other paths.
     name = re.escape(drive_id.rpartition("/")[2])
     text = re.sub(rf"{_ROOT}(?:.*?[/\\])?(?={name}\b)", "", text)
     return re.sub(rf"{_ROOT}(?:[^\s/\\:'\"]+[/\\])*", "", text)
 
 
 def _lock(folder: Path) -> int | None:
-    """Make a folder and lock it. The system releases the lock when this process ends."""
+    """Make and lock a folder. Return the lock's file descriptor, or None on Windows."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

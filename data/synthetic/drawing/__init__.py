@@ -1,1 +1,1 @@
-"""Draws the synthetic world as a camera sees it: ground, sky and the things in between."""
+"""Draws the synthetic world as a camera sees it: ground, sky and the things on the ground."""

@@ -1,4 +1,4 @@
-"""Draws simple solids in perspective, of which the things beside the road are made."""
+"""Draws boxes, balls, cones and other simple shapes in perspective."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from driving_sim.data.synthetic.drawing.palette import Palette
 from driving_sim.data.synthetic.drawing.shapes import Canvas, Point, Rgb, rgb
 
 Corner = tuple[float, float, float]
-"""Depth in front of the camera, distance to its left, height above the ground; in metres."""
+"""A point in metres: depth ahead of the camera, distance to its left, height above the ground."""
 
 NEAREST_M = 0.4
 HAZE_M = 260.0
@@ -33,9 +33,9 @@ def _clipped(corners: Sequence[Corner]) -> Sequence[Corner]:
 
 @dataclass(slots=True)
 class Brush:
-    """Draws one thing, with its opacity and the haze of its distance.
+    """Draws the shapes of one thing. The farther away the thing is, the more haze covers it.
 
-    `upright`, `cone`, `ball` and `shadow` need a depth of at least `NEAREST_M`.
+    `upright`, `cone`, `ball` and `shadow` need a `depth` of at least `NEAREST_M`.
     """
 
     canvas: Canvas
@@ -44,7 +44,7 @@ class Brush:
     depth: float
     left: float
     heading: float
-    """Heading of the thing in radians, anticlockwise from the direction of the camera."""
+    """Heading of the thing in radians, anticlockwise from the camera's heading."""
     opacity: float
 
     def _hazy(self, colour: Rgb) -> Rgb:
@@ -55,20 +55,20 @@ class Brush:
         return self.camera.column_of(depth, left), self.camera.row_of(depth, above)
 
     def face(self, corners: Sequence[Corner], colour: Rgb) -> None:
-        """Draw a flat convex polygon in space."""
+        """Draw a flat convex polygon, given by its corners in 3D."""
         visible = _clipped(corners)
         if len(visible) >= 3:
             points = [self._point(*corner) for corner in visible]
             self.canvas.polygon(points, self._hazy(colour), self.opacity)
 
     def upright(self, half_width: float, low: float, high: float, colour: Rgb) -> None:
-        """Draw an upright rectangle that faces the camera, between two heights."""
+        """Draw an upright rectangle that faces the camera, from height `low` to height `high`."""
         corner = self._point(self.depth, self.left + half_width, high)
         opposite = self._point(self.depth, self.left - half_width, low)
         self.canvas.rectangle(corner, opposite, self._hazy(colour), self.opacity)
 
     def cone(self, half_width: float, low: float, high: float, colour: Rgb) -> None:
-        """Draw an upright cone between two heights."""
+        """Draw an upright cone with its base at height `low` and its apex at height `high`."""
         apex = self._point(self.depth, self.left, high)
         base_row = self.camera.row_of(self.depth, low)
         half = self.camera.focal / self.depth * half_width
@@ -93,19 +93,19 @@ class Brush:
         self.canvas.ellipse(centre, radii, _BLACK, 0.4 * self.opacity)
 
     def place(self, along: float, across: float, above: float) -> Corner:
-        """Convert a point in the thing's axes (ahead, left and up from its foot) to a corner."""
+        """Return the `Corner` at the given distances ahead of, left of and above the foot."""
         cos, sin = math.cos(self.heading), math.sin(self.heading)
         depth = self.depth + along * cos - across * sin
         return depth, self.left + along * sin + across * cos, above
 
     def camera_place(self) -> Corner:
-        """Return the camera's position in the thing's axes: ahead, left and up from its foot."""
+        """Return how far ahead of, left of and above the thing's foot the camera is, in metres."""
         cos, sin = math.cos(self.heading), math.sin(self.heading)
         along = -self.depth * cos - self.left * sin
         return along, self.depth * sin - self.left * cos, self.camera.above_ground_m
 
     def panel(self, right: float, left: float, low: float, high: float, colour: Rgb) -> None:
-        """Draw an upright rectangle at right angles to the thing's heading."""
+        """Draw an upright rectangle perpendicular to the thing's heading."""
         ends = ((right, low), (left, low), (left, high), (right, high))
         self.face([self.place(0.0, *end) for end in ends], colour)
 
@@ -118,8 +118,8 @@ class Brush:
     ) -> None:
         """Draw the sides of a box that face the camera, and its top if the camera sees it.
 
-        `length` gives the positions of back and front, `heights` those of bottom and top. `colours`
-        are for the sides and the top.
+        All positions are relative to the thing's foot, in metres. `length` is (back, front),
+        `heights` is (bottom, top), and `colours` is (colour of the sides, colour of the top).
         """
         (back, front), (low, high), (side, top) = length, heights, colours
         along, across, above = self.camera_place()

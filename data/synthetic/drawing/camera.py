@@ -13,27 +13,27 @@ FORWARD_OF_REAR_AXLE_M = 1.4
 
 
 class Camera:
-    """A level camera: the horizon is a row, and a row below it sees the ground at one depth."""
+    """A camera that looks horizontally, so a row of the picture shows ground of a single depth."""
 
     def __init__(
         self, height: int, width: int, degrees: float, horizon: float, above_ground_m: float
     ) -> None:
         """Make a camera.
 
-        `degrees` is the horizontal field of view, `horizon` the share of the height above the
-        horizon.
+        `degrees` is the horizontal field of view. `horizon` is the share of the picture's height
+        that lies above the horizon.
         """
         self.height, self.width = height, width
         self.focal = 0.5 * width / math.tan(math.radians(degrees) / 2)
         """Focal length in pixels."""
         self.horizon_row = horizon * height
-        """Position of the horizon in rows; row i of the picture covers i to i + 1."""
+        """Position of the horizon, in rows from the top of the picture; not rounded."""
         self.above_ground_m = above_ground_m
         self.first_ground_row = math.floor(self.horizon_row + 0.5)
         """Index of the first row whose centre lies below the horizon."""
 
     def column_slopes(self, columns: NDArray[Any]) -> Floats32:
-        """Return metres to the left per metre of depth, at the centres of columns."""
+        """Return the slope (left / depth) of the view rays through the centre of each column."""
         return ((0.5 * self.width - columns - 0.5) / self.focal).astype(np.float32)
 
     def column_of(self, depth: Any, left: Any) -> Any:

@@ -2,8 +2,10 @@
 
 All patterns are fixed to the world and averaged over the patch of ground that a pixel covers (its
 footprint), so that they neither slide nor flicker. Smooth quantities are computed in every fourth
-column and interpolated. Arrays are [rows, columns] of the picture below the horizon; names that end
-in `_c` are for arrays of every fourth column. Pictures and colours have their three channels first.
+column and interpolated.
+
+Arrays [rows, columns] cover the part of the picture below the horizon. If a name ends in `_c`, the
+array has only every fourth column. Pictures and colours have their three channels first.
 """
 
 import math
@@ -31,14 +33,21 @@ _MOWN_M = 7.0
 
 
 def _stripe(place: Reals, low: float, high: float, footprint: Reals) -> Reals:
-    """Return the share of each pixel's footprint that lies between `low` and `high`."""
+    """Return the share of each pixel's footprint that lies in the stripe from `low` to `high`.
+
+    `place` is the centre of the footprint and `footprint` its extent, in metres like the stripe.
+    """
     half = 0.5 * footprint
     overlap = np.minimum(place + half, high) - np.maximum(place - half, low)
     return np.asarray(np.maximum(overlap, 0) / footprint)
 
 
 def _pulses(place: Reals, footprint: Reals, period: float, length: float) -> Reals:
-    """Return the share of each pixel's footprint in the first `length` metres of a period."""
+    """Return the share of each pixel's footprint that lies in a periodic stripe, such as a dash.
+
+    The stripe covers the first `length` metres of every `period` metres. `place` is the centre of
+    the footprint and `footprint` its extent, also in metres.
+    """
 
     def covered_up_to(end: Reals) -> Reals:
         periods = np.floor(end / period)
@@ -60,7 +69,7 @@ class _Swell:
         self._scale = math.sqrt(2 / waves)
 
     def __call__(self, x: Reals, y: Reals) -> Reals:
-        """Return the noise at points: mean 0, standard deviation 1."""
+        """Return the noise at the points (x, y). Its mean is 0 and its standard deviation 1."""
         total = np.zeros_like(x)
         for kx, ky, phase in zip(self._x, self._y, self._phases, strict=True):
             total += np.sin(kx * x + ky * y + phase)
@@ -95,7 +104,7 @@ class Ground:
         self._part = np.arange(_COARSE, dtype=np.float32) / _COARSE
 
     def _fine(self, values_c: Reals) -> Reals:
-        """Interpolate values of every fourth column to all columns."""
+        """Interpolate from every fourth column to all columns."""
         low, high = values_c[:, :-1, None], values_c[:, 1:, None]
         fine = rearrange(low + (high - low) * self._part, "rows coarse part -> rows (coarse part)")
         return np.asarray(fine[:, : self._width])
@@ -138,14 +147,17 @@ class Ground:
         blend(ground, palette["haze"], self._haze)
 
     def _ripeness_and_tone(self, x_c: Reals, y_c: Reals) -> tuple[Reals, Reals]:
-        """Return the ripeness (0..1) and the brightness of the meadow at each pixel."""
-        # Fade a pattern to its mean where pixels are too coarse to show it.
+        """Return the ripeness of the grass (0..1) and its relative brightness at each pixel."""
+        # Fade each pattern to its mean where a pixel covers too much ground to show the pattern.
         ripe_c = 0.35 + 0.6 * self._ripeness(x_c, y_c) * np.exp(-self._pixel_along / 12.0)
         tone_c = 1 + 0.08 * self._tufts(x_c, y_c) * np.exp(-self._pixel_along / 3.0)
         return self._fine(np.clip(ripe_c, 0, 1)), self._fine(tone_c)
 
     def _patch(self, station: Reals, along: Reals) -> Reals:
-        """Return the tone, in -1..1, of the patch of asphalt at each pixel."""
+        """Return the tone of the asphalt at each pixel, in -1..1.
+
+        The asphalt consists of patches of random tone, each `_PATCH_M` metres long.
+        """
         near_end = station + 0.5 * along
         number = np.floor(near_end / _PATCH_M)
         index = number.astype(np.int32) & 255

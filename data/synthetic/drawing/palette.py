@@ -26,7 +26,7 @@ _COLOURS = {
 }
 
 Palette = dict[str, Rgb]
-"""The colours above by name, and `haze`, the colour to which everything fades with distance."""
+"""Colours by name: those of `_COLOURS`, and `haze`, the colour that distant things fade to."""
 
 
 def varied(day: str, rng: np.random.Generator) -> Palette:

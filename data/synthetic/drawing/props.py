@@ -1,4 +1,4 @@
-"""Draws the things in the world: plants from balls and cones, the rest from boxes and panels."""
+"""Draws the things in the world: plants, posts, houses, gantries and cars."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -68,7 +68,7 @@ def _house(brush: Brush, height: float, tint: float) -> None:
         if along * end > half_length**2:
             brush.face([brush.place(end, *corner) for corner in gable], wall)
     for side in (-half_width, half_width):
-        # Draw this side of the roof only if the camera is above the plane of its slope.
+        # Draw this side of the roof only if the camera is above the plane of this side.
         if across * side > half_width**2 * (height - above) / (height - eaves):
             ends = (-half_length, half_length)
             slope = [brush.place(end, side, eaves) for end in ends]
@@ -119,14 +119,14 @@ def paint_props(
 
 
 def _opacities(things: Things, depth: Any, left: Any, camera: Camera) -> Any:
-    """Return the opacity of each thing. It changes gradually, so that nothing appears suddenly."""
+    """Return each thing's opacity, which changes gradually so that nothing appears suddenly."""
     distance = np.hypot(depth, left)
     opacity = np.clip((VISIBLE_M - distance) / _FADE_M, 0, 1)
     ahead = np.maximum(depth, NEAREST_M)
     opacity *= np.clip(camera.focal * things.height / ahead - _LEAST_PX, 0, 1)
-    # Plants and posts fade out when the camera comes close; otherwise they would fill the picture
-    # when the car drives through them. Houses need no fading: their inner sides are not drawn. Cars
-    # fade by distance, because they usually pass at the side.
+    # Plants and posts fade out when the camera comes close. Otherwise they would fill the picture
+    # when the car drives through them. Houses need no fading, because their inner sides are not
+    # drawn. Cars fade by distance, not by depth, because they usually pass beside the camera.
     kinds = [things.kind < Kind.POST, things.kind == Kind.POST, things.kind == Kind.CAR]
     solidity = [(depth - 1.0) / 4.0, (depth - 1.0) / 0.5, (distance - 2.6) / 1.3]
     return opacity * np.clip(np.select(kinds, solidity, 1.0), 0, 1)

@@ -12,11 +12,11 @@ from driving_sim.data.arrays import Floats, Floats32
 Rgb = Floats32
 """Colour [3, 1, 1] in 0..255; it broadcasts over a picture."""
 Point = tuple[float, float]
-"""Column and row, not rounded: pixel (i, j) covers i to i + 1 and j to j + 1."""
+"""Column and row, not rounded. The centre of the first pixel is (0.5, 0.5)."""
 
 
 def rgb(colour: tuple[float, float, float] | Floats) -> Rgb:
-    """Return a colour as an array to draw with."""
+    """Convert a colour to an `Rgb` array."""
     return np.array(colour, np.float32)[:, None, None]
 
 
@@ -39,13 +39,13 @@ class Canvas:
     def _window(
         self, left: float, top: float, right: float, bottom: float
     ) -> tuple[Floats32, Floats32, Floats32]:
-        """Return the part of the picture in a box, and the centres of its columns and rows."""
+        """Return the picture's pixels inside a box, and the centres of their columns and rows."""
         wide = slice(max(math.floor(left), 0), max(math.ceil(right), 0))
         high = slice(max(math.floor(top), 0), max(math.ceil(bottom), 0))
         return self._frame[:, high, wide], self._columns[:, wide], self._rows[high]
 
     def rectangle(self, corner: Point, opposite: Point, colour: Rgb, opacity: float) -> None:
-        """Draw an upright rectangle from its upper left to its lower right corner."""
+        """Draw a rectangle with upper left corner `corner` and lower right corner `opposite`."""
         (left, top), (right, bottom) = corner, opposite
         part, columns, rows = self._window(left, top, right, bottom)
         wide = np.minimum(columns + 0.5, right) - np.maximum(columns - 0.5, left)
@@ -60,11 +60,12 @@ class Canvas:
         part, columns, rows = self._window(x - a - 0.5, y - b - 0.5, x + a + 0.5, y + b + 0.5)
         across, down = (columns - x) / a, (rows - y) / b
         cover = np.sqrt(across * across + down * down)
-        # A shape thinner than a pixel fades instead of vanishing.
+        # Soften the edge over one pixel. An ellipse thinner than a pixel gets a lower opacity, so
+        # that it fades instead of vanishing.
         edge = max(min(a, b), 0.5)
         cover *= -edge
         cover += edge + 0.5
-        np.minimum(np.maximum(cover, 0, out=cover), 1, out=cover)  # faster than np.clip
+        np.minimum(np.maximum(cover, 0, out=cover), 1, out=cover)  # this is faster than np.clip
         cover *= opacity * min(1.0, 2 * a) * min(1.0, 2 * b)
         if light:
             colour = ((1 - 0.75 * light * down) - 0.45 * light * across) * colour
@@ -81,7 +82,7 @@ class Canvas:
         high = np.minimum(rows + 0.5, base_row) - np.maximum(rows - 0.5, top)
         half = (rows - top) * (half_width / (base_row - top))
         cover = np.minimum(np.maximum(half + 0.5 - np.abs(columns - x), 0), 1)
-        # Near the apex, the triangle is narrower than a pixel and covers only a part of it.
+        # Near the apex, the triangle is narrower than a pixel, so lower the pixel's opacity there.
         cover *= np.minimum(2 * np.maximum(half, 0), 1) * (high * opacity)
         blend(part, colour, cover)
 
@@ -105,6 +106,7 @@ class Canvas:
         a_e, b_e, c_e = np.array(lines, np.float32).T[:, :, None, None]
         outside = a_e * columns + (b_e * rows + c_e)
         np.maximum(np.minimum(outside, 0, out=outside), -1, out=outside)
-        # Subtract what each edge cuts off. This is right even for slivers thinner than a pixel.
+        # Begin with full pixels, and subtract the part of each pixel that lies outside each edge.
+        # The result is right even for polygons thinner than a pixel.
         cover = outside.sum(axis=0) + 1
         blend(part, colour, np.maximum(cover, 0) * opacity)

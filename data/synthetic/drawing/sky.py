@@ -1,4 +1,4 @@
-"""Sky, sun, clouds and hills: a panorama that is painted once. Each frame shows a part of it."""
+"""The sky: a panorama of sun, clouds and hills, painted once. Each frame shows a part of it."""
 
 import math
 
@@ -10,7 +10,8 @@ from driving_sim.data.synthetic.drawing.camera import Camera, View
 from driving_sim.data.synthetic.drawing.palette import Palette
 from driving_sim.data.synthetic.drawing.shapes import blend
 
-# Texels of the panorama per pixel of a frame: more than 1, because lookups do not interpolate.
+# Number of texels of the panorama per pixel of a frame, in each direction. It is more than 1,
+# because lookups do not interpolate.
 _OVERSAMPLING = 2
 
 
@@ -24,14 +25,15 @@ def _waves(rng: np.random.Generator, azimuth: Reals, harmonics: range, decay: fl
 
 
 class Sky:
-    """Everything too far away to come closer. It moves in the picture only when the car turns."""
+    """Paints the sky and the distant hills, which move in the picture only when the car turns."""
 
     def __init__(self, camera: Camera, palette: Palette, rng: np.random.Generator) -> None:
         self._rows = camera.first_ground_row
         self._pixel = 1 / camera.focal
         columns = np.arange(camera.width, dtype=np.float32)
         self._column_azimuths = np.arctan(camera.column_slopes(columns))
-        # Tangent of the elevation of each pixel. Pixels at the sides look up less steeply.
+        # Compute the tangent of each pixel's elevation angle. In the same row, pixels at the sides
+        # of the picture have a smaller elevation than those in the middle.
         rise = (camera.horizon_row - 0.5 - np.arange(self._rows))[:, None] * self._pixel
         tangents = np.maximum(rise * np.cos(self._column_azimuths)[None, :], 0)
         self._azimuths = round(2 * math.pi * camera.focal * _OVERSAMPLING)

@@ -1,8 +1,8 @@
 """The driver: follows the road, but with actions that cannot be predicted from the picture.
 
-A model learns what steering does only from steering that the road does not explain. The driver
-therefore swerves off the road to both sides, drives off-centre, holds the wheel straight through a
-bend, brakes to a stop for no reason, and returns to the road.
+A model can learn the effect of steering only if it cannot infer the steering from the road. The
+driver therefore swerves off the road to both sides, drives off-centre, goes straight on in a bend,
+brakes to a stop for no reason, and returns to the road.
 """
 
 import math
@@ -21,20 +21,20 @@ _MOST_LATERAL_MPS2 = 4.5
 
 @dataclass(frozen=True, slots=True)
 class _Manoeuvre:
-    """One thing that the driver does for a few seconds."""
+    """A manoeuvre of a few seconds, such as a swerve or a stop."""
 
     seconds: float
     speed_mps: float
     """Target speed in m/s."""
     braking_mps2: float = 2.5
     offset_m: float = LANE_OFFSET
-    """Target offset from the centre line in metres, left positive; unused with `steering_rad`."""
+    """Target offset from the centre line in metres, left positive, if `steering_rad` is None."""
     steering_rad: float | None = None
     """Fixed road-wheel angle in radians, or None to follow the road."""
 
 
 class Driver:
-    """Chooses the action of each frame from the car's state and a random generator of its own."""
+    """Chooses the action of each frame from the car's state, partly at random."""
 
     def __init__(self, road: Road, seed: int, cruise_mps: tuple[float, float]) -> None:
         self._road = road
@@ -48,7 +48,7 @@ class Driver:
         self._remaining = self._now.seconds
 
     def act(self, state: VehicleState, dt: float) -> tuple[float, float]:
-        """Return speed in m/s and road-wheel angle in rad for the next `dt` seconds."""
+        """Return the speed (m/s) and the road-wheel angle (rad) for the next `dt` seconds."""
         if self._remaining <= 0:
             self._now = self._next(state)
             self._remaining = self._now.seconds
@@ -59,7 +59,7 @@ class Driver:
         target = now.steering_rad
         if target is None:
             target = self._towards(state, now.offset_m)
-        # Limit the steering to what the tyres hold at this speed.
+        # Limit the steering so that the tyres do not slip at this speed.
         grip = _MOST_LATERAL_MPS2 * WHEELBASE_M / max(self._speed, 1.0) ** 2
         most = min(math.atan(grip), _MOST_STEERING_RAD)
         turn = min(max(target, -most), most) - self._steering
@@ -68,7 +68,10 @@ class Driver:
         return self._speed, self._steering
 
     def _towards(self, state: VehicleState, offset_m: float) -> float:
-        """Return the steering angle to a point ahead on the road (pure pursuit, Coulter 1992)."""
+        """Return the steering angle that leads to an offset on the road ahead.
+
+        The method is pure pursuit (Coulter 1992).
+        """
         station, _, slope = self._road.project(np.array([state.x_m]), np.array([state.y_m]))
         ahead = (6.0 + 0.8 * self._speed) / math.hypot(1.0, slope[0])
         x, y, _ = self._road.place(station + ahead, np.array([offset_m]))
@@ -88,7 +91,7 @@ class Driver:
         return _Manoeuvre(seconds, speed, offset_m=offset)
 
     def _side(self) -> float:
-        """Return 1 (left) or -1 (right), both equally often."""
+        """Return 1 (left) or -1 (right), at random but equally often."""
         if not self._sides:
             self._sides = self._rng.permutation([-1.0, 1.0, -1.0, 1.0]).tolist()
         return self._sides.pop()

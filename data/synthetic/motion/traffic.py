@@ -1,4 +1,4 @@
-"""Oncoming cars. Their places depend on the seed and the time, and they avoid the driver."""
+"""Oncoming cars, which avoid the driver. Their places depend on the seed and the time."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from driving_sim.data.synthetic.scenery import VISIBLE_M, Kind, Things
 _SPEED_MPS = 9.0
 _GAP_M = 130.0
 _ROOM_M = 2.6
-"""Distance that an oncoming car keeps from a driver in its way, in metres between centres."""
+"""Sideways distance in metres, centre to centre, at which oncoming cars pass the driver."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Traffic:
     road: Road
     seed: int
     density: float
-    """Share of the places in the column that hold a car."""
+    """Share of the places in the column that are taken by a car."""
 
     def near(self, state: VehicleState) -> Things:
         """Return the oncoming cars near the driver's car."""
@@ -34,7 +34,7 @@ class Traffic:
         station = (car + 0.6 * along) * _GAP_M - travelled
         here, aside, _ = self.road.project(np.array([state.x_m]), np.array([state.y_m]))
         closeness = np.clip(2.0 - np.abs(station - here) / 20.0, 0, 1)
-        # Cars ignore a driver who is far out in the meadow.
+        # Oncoming cars stay in their lane if the driver is in the meadow to the left of the road.
         closeness = closeness * np.clip((6.5 - aside) / 2.0, 0, 1)
         offset = -LANE_OFFSET + closeness * np.maximum(aside + _ROOM_M + LANE_OFFSET, 0)
         x, y, heading = self.road.place(station, offset)

@@ -9,19 +9,19 @@ MAX_STEERING_RAD = 0.6
 
 @dataclass(frozen=True, slots=True)
 class VehicleState:
-    """Place, heading and time of the car: all that the world needs to continue from here."""
+    """Position, heading and time of the car. The future depends only on these and the actions."""
 
     x_m: float
     y_m: float
     heading_rad: float
-    """Heading in radians, anticlockwise from the x axis; not wrapped to one turn."""
+    """Heading in radians, anticlockwise from the x axis; may exceed a full turn."""
     time_s: float
 
 
 def step_vehicle(
     state: VehicleState, speed_mps: float, steering_rad: float, dt: float
 ) -> VehicleState:
-    """Drive for `dt` seconds at a constant speed and road-wheel angle (left positive).
+    """Return the state after `dt` seconds at a constant speed and road-wheel angle (left positive).
 
     The rear axle moves along a circular arc, so two half steps equal one whole step. Steering
     is limited to `MAX_STEERING_RAD`.
