@@ -46,7 +46,7 @@ def _integral(times: Floats, values: Floats, at: Floats) -> Floats:
 
 
 def _covered(times: Floats, starts: Floats, ends: Floats) -> Mask:
-    """Return for each interval [T] whether it lies within `times` and overlaps none of their gaps."""
+    """Return for each interval [T] whether it lies within `times` and overlaps no gap in them."""
     gaps_before = np.append(0, np.cumsum(np.diff(times) > GAP_S + _SLACK_S))
     last = len(times) - 2
     first = np.clip(np.searchsorted(times, starts, side="right") - 1, 0, last)
