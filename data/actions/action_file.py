@@ -1,4 +1,4 @@
-"""Action files: a CSV beside each video, with the car's speed and steering over time.
+"""Read and write action files: CSV files with the car's speed and steering over time.
 
 Legend: M samples; channel 0 is speed in m/s, channel 1 is steering, left positive.
 """
@@ -23,18 +23,18 @@ SPEED, STEERING = 0, 1
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ActionLog:
-    """Samples of speed and steering on the video's clock."""
+    """The speed and steering of a drive over time, on the clock of its video."""
 
     times: Floats
     """[M] Time of each sample in seconds from the video's first frame, strictly increasing."""
     values: Floats32
     """[M, 2] Speed in m/s; steering in rad, 1/m (curvature) or -1 to 1 (normalised)."""
     has: Mask
-    """[2] Whether the log has speed and whether it has steering. Missing values are 0."""
+    """[2] Whether the log has speed, and whether it has steering. Missing channels are 0."""
     steering_kind: SteeringKind | None
-    """What the steering measures; None if the log has no steering."""
+    """Kind of steering in `values`, or None if the log has no steering."""
     pauses: tuple[tuple[int, float, float], ...] = ()
-    """(channel, start in s, stop in s): times when a channel is unknown; the other may be known."""
+    """Times during which one channel is unknown, as (channel, start in s, stop in s)."""
     notices: tuple[str, ...] = ()
     """Assumptions made while reading the file, one line each."""
     origin: str = "the actions"
@@ -43,10 +43,14 @@ class ActionLog:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogOptions:
-    """What the user says about action logs. Raises DriveSimError for an unknown steering kind."""
+    """The user's settings for reading action logs.
+
+    Raises DriveSimError if `steering_kind` is unknown.
+    """
 
     steering_kind: SteeringKind | None = None
-    """What a bare `steering` column measures, and what all other steering must measure."""
+    """Kind of steering in a column named just `steering`. Columns with other names must be of this
+    kind too. If None, a column named just `steering` is an error."""
     time_offset: float = 0.0
     """Seconds that are added to the times of every log."""
 
@@ -58,9 +62,9 @@ class LogOptions:
             )
 
     def check_kind(self, steering: str, kind: SteeringKind) -> None:
-        """Raise DriveSimError if this kind of steering is not the one that the user expects.
+        """Raise DriveSimError if `steering_kind` is set and differs from the `kind` of a log.
 
-        `steering` names the steering in the message.
+        `steering` says in the message which file or column is meant.
         """
         if self.steering_kind not in (None, kind):
             raise DriveSimError(
@@ -70,7 +74,7 @@ class LogOptions:
 
 
 class _Column(NamedTuple):
-    """The meaning of a column name. A value in the file times `scale` is in SI units."""
+    """What the name of a column says: the factor to SI units and the kind of steering, if any."""
 
     scale: float
     kind: SteeringKind | None = None
@@ -107,12 +111,13 @@ UNITS: dict[SteeringKind, str] = {
     "curvature": "1/m",
     "normalised": "of full lock",
 }
-"""Unit of each kind of steering in memory."""
+"""Unit in which an `ActionLog` contains each kind of steering."""
 
 _AS_NAMED = LogOptions()
 _LONGEST_HEADER = 2**16  # characters
 _LATEST_S = 1e12
-# A value beyond these limits has a wrong unit: 360 km/h, three turns of the steering wheel, ...
+# No car reaches values outside these limits (360 km/h, three turns of the steering wheel, ...), so
+# the unit of such a value must be wrong.
 SPEED_RANGE_MPS = (-30.0, 100.0)
 STEERING_LIMIT: dict[SteeringKind, float] = {
     "steering_wheel": 20.0,
@@ -128,10 +133,12 @@ def _find(
     family: tuple[str, ...],
     kind: SteeringKind | None = None,
 ) -> str | None:
-    """Return the name of the only column that is in `known`, or None if there is none.
+    """Return the name of the table's column that is in `known`, or None if there is no such column.
 
-    `kind` chooses between several columns of steering. Raises DriveSimError if the choice is not
-    unique, or if the name of a column begins as in `family` but its unit is unknown.
+    If there are several such columns, choose the one whose steering is of this `kind`.
+
+    Raises DriveSimError if the choice is not unique. Also raises it if there is no such column but
+    the name of another one begins with a word of `family`: its unit is then unknown.
     """
     matches = [name for name in table.names if name in known]
     of_kind = [name for name in matches if known[name].kind == kind]
@@ -153,14 +160,14 @@ def _check_increasing(table: CsvTable, name: str, values: Floats) -> None:
     for row in np.flatnonzero(np.diff(values) <= 0)[:1] + 1:
         what = "the same as" if values[row] == values[row - 1] else "before"
         raise table.fail(
-            f"{name} {table.cell(row, name)} is {what} the one above it; times must increase: "
-            "sort the rows and remove duplicates",
+            f"{name} {table.cell(row, name)} is {what} the one in the row above; times must "
+            "increase: sort the rows and remove duplicates",
             row,
         )
 
 
 def _scaled(table: CsvTable, name: str, scale: float, low: float, high: float, hint: str) -> Floats:
-    """Return a column in SI units. Raises DriveSimError for the first value out of range."""
+    """Return a column times `scale`. Raises DriveSimError for values outside `low` to `high`."""
     values = table.numbers(name) * scale
     for row in np.flatnonzero((values < low) | (values > high))[:1]:
         raise table.fail(
@@ -200,9 +207,11 @@ def _speed(table: CsvTable, notices: list[str]) -> Floats | None:
     if name is None:
         return None
     if name == "speed":
-        notices.append("speed is taken to be in m/s (if it is not, name it speed_kmh or speed_mph)")
+        notices.append(
+            "speed is taken to be in m/s (otherwise rename the column to speed_kmh or speed_mph)"
+        )
     low, high = SPEED_RANGE_MPS
-    hint = f"{low:g} to {high:g} m/s; name it speed_kmh or speed_mph if it is in km/h or mph"
+    hint = f"{low:g} to {high:g} m/s; rename it to speed_kmh or speed_mph if it is in km/h or mph"
     return _scaled(table, name, _SPEEDS[name].scale, low, high, hint)
 
 
@@ -233,16 +242,16 @@ def read_action_file(
 ) -> ActionLog:
     """Read a CSV of speed and steering over time.
 
-    The time column is `timestamp_s|ms|us|ns`, or `timestamp`, `time` or `t` in seconds, or `frame`
-    from 0. A `frame` column needs `frame_times` [N], the times of the video's frames in seconds.
-    The speed column is `speed_mps|kmh|mph`, or `speed` in m/s. The steering column, left positive,
-    is `steering_deg|rad` (steering wheel), `road_wheel_deg|rad`, `curvature` (1/m), `steering_norm`
-    (-1 to 1), or `steering`, whose unit follows from the kind in `options`. Other columns are
-    ignored.
+    The time column is `timestamp_s|ms|us|ns`; `timestamp`, `time` or `t` in seconds; or `frame`, a
+    frame number from 0. A `frame` column needs `frame_times` [N], the times of the video's frames
+    in seconds. The speed column is `speed_mps|kmh|mph`, or `speed` in m/s. The steering column is
+    `steering_deg|rad` (steering wheel), `road_wheel_deg|rad`, `curvature` (1/m), `steering_norm`
+    (-1 to 1), or `steering`, whose kind must be set in `options`. Positive steering is to the left.
+    Other columns are ignored.
 
-    Raises DriveSimError, with file, line and remedy, for cells that are not finite numbers, times
-    that do not increase, unknown units, absurd values, fewer than 2 rows, or if there is neither
-    speed nor steering.
+    Raises DriveSimError, with file, line and remedy, if a cell is not a finite number, if times do
+    not increase, if a unit is unknown, if a value is impossible for a car, if there are fewer than
+    2 rows, or if there is neither speed nor steering.
     """
     table = read_csv(path)
     notices: list[str] = []
@@ -269,10 +278,10 @@ def read_action_file(
 
 
 def is_action_file(path: Path) -> bool:
-    """Return whether the header of a CSV names a time, and a speed or a steering."""
+    """Return whether a CSV has a time column, and a speed column or a steering column."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            # Read a limited length, because a file of any kind may be a single line.
+            # Limit the length: a file that is not a CSV may be a single, very long line.
             first = file.readline(_LONGEST_HEADER)
             names = {name.strip().lower() for name in next(csv.reader([first]), [])}
     except (OSError, UnicodeDecodeError, csv.Error):
@@ -288,11 +297,12 @@ def write_action_file(
     *,
     hold_until: float | None = None,
 ) -> None:
-    """Write actions [M, 2] at times [M] s as a CSV that `read_action_file` reads back.
+    """Write actions [M, 2] at times [M] in seconds as a CSV that `read_action_file` can read.
 
-    Readers interpolate linearly between rows. If each action holds until the next one instead, as
-    in a simulator, pass `hold_until`, the time in seconds at which the last action ends. Each
-    action then gets a row at its start and another one a microsecond before its end.
+    Readers interpolate linearly between rows. In a simulator, each action instead stays constant
+    until the next one. In that case pass `hold_until`, the time in seconds at which the last action
+    ends. Then two rows are written for each action: one at its start and one a microsecond before
+    its end.
     """
     if hold_until is not None:
         ends = np.append(times[1:], hold_until) - 1e-6

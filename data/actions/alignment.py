@@ -10,11 +10,12 @@ from driving_sim.data.arrays import Floats, Floats32, Mask
 from driving_sim.engine.errors import DriveSimError
 
 EXTRAPOLATION_S = 0.1
-"""Seconds before the first and after the last sample in which that sample is still used."""
+"""Seconds before the first and after the last sample of a log that count as covered by the log.
+The nearest sample gives their values."""
 GAP_S = 0.25
-"""Longest time in seconds between two samples that is bridged by interpolation."""
+"""Longest time in seconds between two samples of a log across which actions are interpolated."""
 MIN_COVERAGE = 0.5
-"""Smallest share of frames with valid actions; if a log covers less, it does not fit the video."""
+"""Share of frames with valid actions below which a log does not fit its video."""
 
 # Tolerance for the rounding of timestamps: samples at 4 Hz may be up to 0.251 s apart.
 _SLACK_S = 1e-3
@@ -45,7 +46,7 @@ def _integral(times: Floats, values: Floats, at: Floats) -> Floats:
 
 
 def _covered(times: Floats, starts: Floats, ends: Floats) -> Mask:
-    """Return which intervals lie within the padded log `times` and touch none of its gaps."""
+    """Return for each interval [T] whether it lies within `times` and overlaps no gap in them."""
     gaps_before = np.append(0, np.cumsum(np.diff(times) > GAP_S + _SLACK_S))
     last = len(times) - 2
     first = np.clip(np.searchsorted(times, starts, side="right") - 1, 0, last)
@@ -56,13 +57,15 @@ def _covered(times: Floats, starts: Floats, ends: Floats) -> Mask:
 
 
 def align(log: ActionLog | None, timestamps: Floats) -> tuple[Floats32, Mask]:
-    """Average a log over the intervals between frames at `timestamps` [T] s, strictly increasing.
+    """Return the mean actions of a log between one frame and the next.
 
-    Returns actions float32 [T, 2] and whether each is valid, bool [T, 2]. actions[t] is the exact
-    mean of the log's linear interpolant over [timestamps[t], timestamps[t + 1]), so it leads from
-    frame t to frame t + 1. The last interval is one median period long. An action is invalid, and
-    0, if its interval reaches more than 0.1 s beyond the log, into a gap of more than 0.25 s, or
-    into a pause of its channel.
+    `timestamps` [T] are the strictly increasing times of the frames in seconds. Returns the actions
+    as float32 [T, 2], and whether each value is valid as bool [T, 2]. actions[t] describes how the
+    car gets from frame t to frame t + 1: it is the exact mean of the log's linear interpolant over
+    [timestamps[t], timestamps[t + 1]). The last interval is one median period long.
+
+    A value is invalid, and set to 0, if its interval extends more than 0.1 s beyond the log, or
+    overlaps a gap of more than 0.25 s or a pause of its channel.
     """
     count = len(timestamps)
     if log is None:
@@ -81,10 +84,10 @@ def align(log: ActionLog | None, timestamps: Floats) -> tuple[Floats32, Mask]:
 
 
 def check_coverage(log: ActionLog, timestamps: Floats) -> None:
-    """Check that a log fits the frames at `timestamps` [T] s.
+    """Check that a log fits a video whose frames have the times `timestamps` [T] in seconds.
 
     Raises DriveSimError if the times of the log and the video do not overlap, if the samples are
-    too far apart, or if the log covers less than half of the frames.
+    more than 0.25 s apart, or if the log covers less than half of the frames.
     """
     ends = interval_ends(timestamps)
     span = f"{log.times[0]:.2f} to {log.times[-1]:.2f} s"
@@ -93,7 +96,7 @@ def check_coverage(log: ActionLog, timestamps: Floats) -> None:
         offset = timestamps[0] - log.times[0]
         raise DriveSimError(
             f"{log.origin}: its times ({span}) do not overlap the video's: {video}; shift them "
-            f"with `time_offset` (such as {offset:.2f} if both start together)"
+            f"with `time_offset` (such as {offset:.2f} if both started together)"
         )
     apart = float(np.median(np.diff(log.times)))
     if apart > GAP_S + _SLACK_S:

@@ -1,4 +1,4 @@
-"""Read CSV files as text tables that keep the line number of each row, for error messages."""
+"""Read CSV files as tables of text. Rows keep their line numbers for error messages."""
 
 import csv
 import math
@@ -26,22 +26,22 @@ class CsvTable:
     """Line number of each row in the file."""
 
     def fail(self, message: str, row: int | None = None) -> DriveSimError:
-        """Return an error whose message begins with the file and, if given, the line of a row."""
+        """Return an error whose message begins with the file and, if `row` is given, its line."""
         where = f"{self.path}" if row is None else f"{self.path}, line {self.lines[row]}"
         return DriveSimError(f"{where}: {message}")
 
     @property
     def columns(self) -> str:
-        """The names of the columns for a message, shortened if there are many."""
+        """The column names as text for a message. Only the first 12 are listed."""
         more = ", ..." if len(self.names) > _MOST_NAMED else ""
         return ", ".join(map(_plain, self.names[:_MOST_NAMED])) + more
 
     def cell(self, row: int, name: str) -> str:
-        """Return the text of one cell for a message; very long or unprintable text is shortened."""
+        """Return the text of one cell for a message; long or unprintable text is abbreviated."""
         return _plain(self.rows[row][self.names.index(name)].strip())
 
     def numbers(self, name: str) -> Floats:
-        """Return a column of finite numbers; raise DriveSimError for the first other cell."""
+        """Return a column as numbers. Raises DriveSimError if a cell is not a finite number."""
         column = [cells[self.names.index(name)].strip() for cells in self.rows]
         values = np.array([*map(_number, column)])
         for row in np.flatnonzero(~np.isfinite(values))[:1]:
@@ -65,7 +65,7 @@ def _number(cell: str) -> float:
 
 
 def read_rows(path: Path) -> list[tuple[int, list[str]]]:
-    """Read the rows of a CSV, each with the line number of its end, and skip empty lines.
+    """Return the rows of a CSV, each with the number of its last line. Empty lines are skipped.
 
     Raises DriveSimError if the file is missing or is not UTF-8 text.
     """
@@ -83,9 +83,10 @@ def read_rows(path: Path) -> list[tuple[int, list[str]]]:
 
 
 def read_csv(path: Path) -> CsvTable:
-    """Read a CSV with a header and at least two rows, and skip empty lines.
+    """Read a CSV with a header and at least two more rows. Empty lines are skipped.
 
-    Raises DriveSimError if the file is missing, is not UTF-8 text, is ragged or is too short.
+    Raises DriveSimError if the file is missing, is not UTF-8 text or is too short, or if a row has
+    more or fewer cells than the header.
     """
     numbered = read_rows(path)
     if not numbered:

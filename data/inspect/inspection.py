@@ -1,4 +1,4 @@
-"""Inspect folders of drives: show what they contain and what is wrong (`drivesim inspect`)."""
+"""Inspect drives: report what they contain and what is wrong with them (`drivesim inspect`)."""
 
 import json
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from driving_sim.engine.files import atomic_folder
 from driving_sim.engine.progress import Progress, progress
 from driving_sim.engine.run_folder import check_replaceable
 
-# Frames are decoded at the size at which motion is measured. More would only cost time.
+# `motion` scales frames down to this size anyway, and decoding larger frames takes longer.
 _SIZE = FrameSize(height=64, width=128)
 _MEASURED_S = 300.0
 _FRAMES_AT_ONCE = 256
@@ -42,7 +42,7 @@ sign             "left +": positive steering turns left, as it must; FLIPPED: it
 r                correlation of steering and motion at this lag; if it is weaker than 0.5, lag and
                  sign are unknown (-)
 """
-"""What the columns of the table mean."""
+"""Explanation of the columns, printed below the table."""
 _VIDEO = "{0.codec} in {0.container}, {0.width}x{0.height}, read by {0.reader}"
 
 
@@ -55,9 +55,9 @@ class DriveReport:
     frames: int
     duration_s: float
     fps: float
-    """Mean frame rate, without the gaps."""
+    """Mean frame rate between the gaps."""
     gaps: int
-    """Number of gaps: neighbouring frames that are more than 1.5 median periods apart."""
+    """Number of gaps. A gap is a pair of neighbouring frames more than 1.5 median periods apart."""
     longest_gap_s: float
     video: str | None
     """Codec, container, size and reader; None if the frames do not come from a video."""
@@ -68,14 +68,15 @@ class DriveReport:
     """1st and 99th percentile of the steering, in the unit of its kind, left positive; None if
     unknown."""
     valid_share: float
-    """Share of the frames with a known speed or steering."""
+    """Share of the frames whose speed or steering is known."""
     measured_s: float
-    """Seconds from the start of the drive in which the picture was compared with the actions."""
+    """Number of seconds, from the start of the drive, for which the image motion was compared with
+    the actions."""
     synchrony: Synchrony
     picture: str | None
-    """File name of the PNG, below the output folder."""
+    """Path of the PNG, relative to the output folder."""
     problems: tuple[str, ...]
-    """What is wrong and what to do about it, one line each."""
+    """Problems of the drive and what to do about them, one line each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +88,8 @@ class Report:
     notices: list[str]
 
     def table(self) -> str:
-        """Return the report as text: a table, its legend, problems, skipped drives, assumptions."""
+        """Return the report as text: a table of drives, its legend, and lists of the problems, of
+        the skipped drives and of the assumptions."""
         named = [_row(drive) for drive in self.drives]
         rows = [tuple(named[0]), *(tuple(row.values()) for row in named)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -108,7 +110,7 @@ class Report:
 
 
 def _row(drive: DriveReport) -> dict[str, str]:
-    """Return the row of a drive in the table: its cells by the title of their column."""
+    """Return the table row of a drive, as a dictionary from column title to cell."""
     synchrony = drive.synchrony
     lag, correlation = synchrony.lag_frames, synchrony.correlation
     return {
@@ -134,7 +136,7 @@ def _range(values: tuple[float, float] | None, form: str) -> str:
 
 
 def _measure(sampled: SampledDrive, bar: Progress) -> tuple[Floats32, Floats32]:
-    """Return the image motion and the picture change [T - 1] between the frames."""
+    """Return `yaw_motion` and `picture_change` between the frames of a drive, [T - 1] each."""
     measured = [np.zeros((2, 0), np.float32)]
     frames = sampled.drive.stream(_SIZE, sampled.indices)
     block = list(islice(frames, _FRAMES_AT_ONCE))
@@ -142,7 +144,8 @@ def _measure(sampled: SampledDrive, bar: Progress) -> tuple[Floats32, Floats32]:
         pictures = np.stack(block)
         measured.append(np.stack([yaw_motion(pictures), picture_change(pictures)]))
         bar.advance(len(block) - 1)
-        # Each block begins with the last frame of the previous one, so that no pair is lost.
+        # Begin each block with the last frame of the previous block, because motion is measured
+        # between pairs of frames.
         block = [block[-1], *islice(frames, _FRAMES_AT_ONCE - 1)]
     bar.advance(1)
     motion, change = np.concatenate(measured, axis=1)
@@ -150,13 +153,13 @@ def _measure(sampled: SampledDrive, bar: Progress) -> tuple[Floats32, Floats32]:
 
 
 def _speed_problems(sampled: SampledDrive, change: Floats32) -> list[str]:
-    """Return problems with the speed: too fast for a car, or 0 although the picture moves."""
+    """Return messages if the speed is too high for a car, or is 0 although the picture moves."""
     speed, known = sampled.actions[:, SPEED], sampled.action_valid[:, SPEED]
     problems = []
     if known.any() and speed[known].max() > _FASTEST_MPS:
         problems.append(
             f"the speed reaches {speed[known].max():.0f} m/s ({speed[known].max() * 3.6:.0f} km/h):"
-            " if the column is in km/h or mph, name it speed_kmh or speed_mph"
+            " if the column is in km/h or mph, rename it to speed_kmh or speed_mph"
         )
     usable = known[:-1] & within_segments(sampled.segments)
     standing = change[usable & (np.abs(speed[:-1]) < _STANDING_MPS)]
@@ -170,7 +173,7 @@ def _speed_problems(sampled: SampledDrive, change: Floats32) -> list[str]:
 
 
 def _value_range(sampled: SampledDrive, channel: int) -> tuple[float, float] | None:
-    """Return the 1st and the 99th percentile of the known actions, so that outliers count less."""
+    """Return the 1st and 99th percentile of a channel's known values, or None if there are none."""
     values = sampled.actions[sampled.action_valid[:, channel], channel]
     if not len(values):
         return None
@@ -224,10 +227,10 @@ def inspect_drives(
 
     Compares the image motion with the actions in the first 5 minutes of each drive. Writes a PNG
     for each drive and `inspection.json` into the folder `out`, and replaces an earlier inspection
-    there. Drives that cannot be read are in `.skipped` of the report.
+    there. The report lists drives that cannot be read in `skipped`.
 
-    Raises DriveSimError if there are no drives, or if `out` contains other files or cannot be
-    written. If no drive can be read, it prints the reason for each drive and raises DriveSimError.
+    Raises DriveSimError if there are no drives, if `out` contains other files, or if `out` cannot
+    be written. If no drive can be read, prints the reason for each drive and raises DriveSimError.
     """
     check_replaceable(
         out,

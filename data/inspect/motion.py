@@ -1,10 +1,10 @@
-"""Measure the motion of the car in its pictures: how far it turned, and whether it moved.
+"""Measure from the frames of a camera how far the car turned, and whether it moved.
 
 When the car turns, the whole picture shifts sideways. When it drives straight ahead, the picture
 spreads to both sides of the vanishing point, which does not change the mean shift of the far field.
-So the sideways shift of the band around the horizon measures the turn; normalised cross-correlation
-finds it. The road below the band and the bonnet are left out: the road moves even when the car does
-not turn, and the bonnet never moves.
+So the sideways shift of a band around the horizon measures the turn. Normalised cross-correlation
+finds this shift. The band contains neither the road nearby, which moves even when the car does not
+turn, nor the bonnet, which never moves.
 
 Legend: T frames, P = T - 1 pairs of frames, R rows of the band, C columns, S shifts.
 """
@@ -20,8 +20,9 @@ from torch.nn import functional
 
 from driving_sim.data.arrays import Floats32, Pixels
 
-# All frames are scaled to this size. A pixel is then 0.8 % of the width, the peak is found to a
-# fraction of a pixel, and the blur and block artefacts of a decoder matter little.
+# Frames are scaled to this size before motion is measured. Such a low resolution hides most blur
+# and block artefacts of the video codec. It suffices, because shifts are found to a fraction of a
+# pixel, and a pixel is 0.8 % of the width.
 _ROWS, _COLUMNS = 64, 128
 _HORIZON = slice(10, 35)
 _ROAD = slice(32, 54)
@@ -55,21 +56,22 @@ def blurred(images: Tensor, sigma: float) -> Tensor:
 
 
 def local_detail(grey: Tensor, sigma: float) -> Tensor:
-    """Subtract from grey levels [..., H, W] their surroundings, and equalise the local contrast.
+    """Subtract the local mean from grey levels [..., H, W], and equalise the local contrast.
 
-    A bright kerb then counts no more than a faint hill, and a change of light does not count.
+    In the result, a bright kerb has no more weight than a faint hill, and changes of the light
+    disappear.
     """
     detail = grey - blurred(grey, sigma)
     return detail / (blurred(detail.square(), sigma).sqrt() + _FAINTEST_DETAIL)
 
 
 def _correlation(before: Tensor, after: Tensor) -> Tensor:
-    """Return the normalised cross-correlation [P, S] of two bands [P, R, C] at shifts -32 to 32.
+    """Return the normalised cross-correlation [P, S] of image bands [P, R, C] at shifts -32 to 32.
 
-    A positive shift moves the picture to the right.
+    A positive shift means that `after` shows the scene farther to the right than `before`.
     """
     columns = before.shape[-1]
-    # Pad with zeros to twice the width, so that shifts do not wrap around.
+    # Pad with zeros to twice the width, so shifted columns do not wrap around.
     spectra = (torch.fft.rfft(image, 2 * columns) for image in (before, after))
     first, second = spectra
     products = torch.fft.irfft((first.conj() * second).sum(dim=1), 2 * columns)
@@ -83,13 +85,16 @@ def _correlation(before: Tensor, after: Tensor) -> Tensor:
     met_before = energy_before[:, high] - energy_before[:, low]
     met_after = energy_after[:, high + shifts] - energy_after[:, low + shifts]
     correlation = products[:, shifts] / (met_before * met_after + 1.0).sqrt()
-    # Penalise a small overlap, because it matches by chance more easily.
+    # Penalise large shifts, because a small overlap more easily matches by chance.
     overlap: Tensor = correlation * (1 - shifts.abs() / columns).sqrt()
     return overlap
 
 
 def _peak(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the peak of scores [P, S]: its shift in pixels (with fraction) and its height."""
+    """Find the highest of the scores [P, S] of each pair.
+
+    Returns its shift [P] in pixels, with a fraction, and its height [P].
+    """
     height, index = scores.max(dim=1)
     inner = index.clamp(1, scores.shape[1] - 2)
     left, centre, right = (scores.gather(1, inner[:, None] + step)[:, 0] for step in (-1, 0, 1))
@@ -99,7 +104,7 @@ def _peak(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _chunks(frames: Pixels) -> Iterator[Pixels]:
-    """Split frames into chunks that overlap by one frame, so that no pair of neighbours is lost."""
+    """Split frames into chunks that overlap by one frame, because motion is measured in pairs."""
     for start in range(0, len(frames) - 1, _PAIRS_AT_ONCE):
         yield frames[start : start + _PAIRS_AT_ONCE + 1]
 
@@ -109,7 +114,7 @@ def yaw_motion(frames: Pixels) -> Floats32:
 
     Takes uint8 [T, H, W, 3] of any size and returns float32 [T - 1] in picture widths, at most a
     quarter to either side. Positive means that the scene moves right, because the car turns left.
-    The result is 0 for two frames that do not match, as at a cut.
+    If two frames do not match, for example at a cut, the result is 0.
     """
     shifts = [np.zeros(0, np.float32)]
     for chunk in _chunks(frames):
@@ -128,10 +133,10 @@ def yaw_motion(frames: Pixels) -> Floats32:
 
 
 def picture_change(frames: Pixels) -> Floats32:
-    """Measure how much the road ahead changes between consecutive frames: almost 0 at a standstill.
+    """Measure how much the road ahead changes between consecutive frames.
 
-    Takes uint8 [T, H, W, 3] and returns the mean absolute difference of grey levels between 0
-    (black) and 1 (white), float32 [T - 1].
+    Takes uint8 [T, H, W, 3] and returns float32 [T - 1]: the mean absolute difference of the grey
+    levels, where black is 0 and white is 1. It is almost 0 while the car stands still.
     """
     changes = [np.zeros(0, np.float32)]
     for chunk in _chunks(frames):

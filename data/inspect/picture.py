@@ -1,4 +1,4 @@
-"""Draw the speed, the steering and the image motion of an inspected drive over time."""
+"""Plot the speed, the steering and the image motion of an inspected drive over time."""
 
 import textwrap
 from pathlib import Path
@@ -17,9 +17,9 @@ _INK = "#30343b"
 
 
 def draw_drive(path: Path, sampled: SampledDrive, motion: Floats32, caption: str) -> None:
-    """Write a PNG of a drive's actions and the image motion [T - 1] between its frames.
+    """Write a PNG that plots a drive's actions and the image motion [T - 1] between its frames.
 
-    In both steering and motion, up means left, so the two curves look alike if they agree.
+    Left is up for both steering and motion, so the two curves look alike if they agree.
     """
     figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
     speed_axes, steering_axes, motion_axes = figure.subplots(3, 1, sharex=True)
@@ -44,7 +44,7 @@ def draw_drive(path: Path, sampled: SampledDrive, motion: Floats32, caption: str
             axes.axvspan(times[start - 1], times[start], color=_INK, alpha=0.15, linewidth=0)
     motion_axes.set_xlabel("time in s")
     lines = textwrap.fill(caption, _CAPTION_COLUMNS)
-    # `parse_math=False`: a dollar sign in a file name does not begin a formula.
+    # With `parse_math=True`, dollar signs in a file name would mark a formula.
     figure.suptitle(lines, color=_INK, x=0.01, horizontalalignment="left", parse_math=False)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=100)

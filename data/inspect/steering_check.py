@@ -1,9 +1,9 @@
-"""Check whether actions and picture agree: find the lag, the sign and wrong units of the steering.
+"""Compare the steering with the motion in the picture, to find its lag, its sign and wrong units.
 
-A car that steers turns, and its picture then shifts sideways. So speed times curvature predicts the
-image motion up to one factor, the focal length of the camera. The offset at which the two series
-match best is the lag. The sign of their correlation tells which way steering is positive. A focal
-length that no camera has reveals a wrong unit.
+When a car turns, its picture shifts sideways. So speed times curvature predicts the image motion up
+to one factor, the focal length of the camera. The lag is the offset at which prediction and motion
+match best. The sign of their correlation tells whether positive steering means left. If the factor
+is no plausible focal length, a unit is wrong.
 
 Legend: T frames, P = T - 1 pairs of frames.
 """
@@ -20,10 +20,10 @@ from driving_sim.data.arrays import Floats, Floats32, Mask
 from driving_sim.data.drive import SampledDrive
 from driving_sim.data.video.segments import median_period, within_segments
 
-# Wheelbase of a passenger car, within a factor of 1.5. The bounds on the focal length allow for
-# this error.
+# Wheelbase of a typical passenger car. Real wheelbases differ from it by up to a factor of 1.5. The
+# bounds on the focal length allow for this error.
 _WHEELBASE_M = 2.7
-# A steering value divided by this ratio is the angle of the front wheels in rad.
+# Divide a steering value by this ratio to get the angle of the front wheels in rad.
 _STEERING_RATIOS = {"road_wheel": 1.0, "steering_wheel": 15.0, "normalised": 2.0}
 # Shortest and longest plausible focal length, in picture widths.
 _FOCAL_WIDTHS = (0.2, 3.0)
@@ -32,11 +32,13 @@ _MAX_LAG_S = 1.5
 _CAR_DELAY_S = 0.25
 _MIN_PAIRS = 30
 _MIN_CORRELATION = 0.5
-# A lag is a problem if the best normal lag leaves this many times as much variance unexplained.
+# A lag outside the normal range is reported only if it fits clearly better than all normal lags:
+# they must leave at least this many times as much variance unexplained.
 _CLEARLY_WORSE = 1.15
-# Picture and steering may briefly differ in sign. Opposite turns for this long are a problem.
+# It is a problem if picture and steering turn in opposite directions for at least this long.
+# Briefly differing signs are normal.
 _CONTRARY_S = 1.0
-# An image motion of this many picture widths is clearly visible.
+# Image motion between two frames, in picture widths, above which it is clearly visible.
 _VISIBLE_MOTION = 0.002
 
 
@@ -45,7 +47,7 @@ class Synchrony:
     """How well image motion and steering agree."""
 
     lag_frames: int | None = None
-    """Frames by which the actions are late (negative: early); None if unknown."""
+    """Number of frames by which the actions are late (or early, if negative); None if unknown."""
     lag_s: float | None = None
     """The lag in seconds."""
     sign: int | None = None
@@ -53,22 +55,23 @@ class Synchrony:
     correlation: float | None = None
     """Correlation of image motion and steering at the best lag; None if it cannot be computed."""
     focal_widths: float | None = None
-    """Focal length, in picture widths, of a camera that would show this motion; None if unknown."""
+    """Focal length in picture widths with which the steering would explain the image motion; None
+    if unknown."""
     problems: tuple[str, ...] = ()
-    """What is wrong and what to do about it, one line each."""
+    """Problems with the steering and what to do about them, one line each."""
 
 
 def curvature(steering: Floats, kind: SteeringKind) -> Floats:
-    """Convert steering of this kind to the curvature, in 1/m, of a passenger car's path."""
+    """Convert steering to the curvature of a passenger car's path in 1/m."""
     if kind == "curvature":
         return steering
     return np.tan(steering / _STEERING_RATIOS[kind]) / _WHEELBASE_M
 
 
 def _turns(sampled: SampledDrive, kind: SteeringKind) -> tuple[Floats, Mask]:
-    """Return the change of heading [P] that the actions predict, and whether it is known.
+    """Return the change of heading [P] that the actions predict, and where it is known [P].
 
-    It is in rad, or in rad per m/s if the speed is unknown.
+    The change is in rad. If the speed is unknown, the change is in rad per m/s of speed.
     """
     actions, valid = sampled.actions[:-1].astype(np.float64), sampled.action_valid[:-1]
     turns = curvature(actions[:, STEERING], kind) * np.diff(sampled.timestamps)
@@ -79,7 +82,10 @@ def _turns(sampled: SampledDrive, kind: SteeringKind) -> tuple[Floats, Mask]:
 
 
 def _correlations(motion: Floats, turns: Floats, usable: Mask, max_lag: int) -> Floats:
-    """Correlate motion[t] with turns[t + k] for k from -max_lag to max_lag; NaN if unknown."""
+    """Return the correlation of motion[t] with turns[t + k] for each k from -max_lag to max_lag.
+
+    It is NaN if there are too few usable pairs, or if motion or turns do not vary.
+    """
     correlations = np.full(2 * max_lag + 1, np.nan)
     for lag in range(-max_lag, max_lag + 1):
         known = usable & _later(usable, lag)
@@ -90,14 +96,14 @@ def _correlations(motion: Floats, turns: Floats, usable: Mask, max_lag: int) -> 
 
 
 def _later(values: npt.NDArray[Any], lag: int) -> npt.NDArray[Any]:
-    """Return values[t + lag] for all t, with 0 or False beyond either end."""
+    """Return values[t + lag] for all t; values beyond either end are 0 or False."""
     return np.pad(values, abs(lag))[abs(lag) + lag :][: len(values)]
 
 
 def _lag_problem(lag: int, correlations: Floats, period: float) -> str | None:
-    """Return a message if the lag is abnormal, or None.
+    """Return a message if the lag is abnormal, otherwise None.
 
-    Motion may follow the actions by a short time, but it never precedes them.
+    The motion may normally follow the actions by up to 0.25 s, but it must not precede them.
     """
     middle = len(correlations) // 2
     delay = max(1, round(_CAR_DELAY_S / period))
@@ -119,13 +125,14 @@ def _unit_problem(focal: float) -> str | None:
     view = math.degrees(2 * math.atan(0.5 / focal))
     more = "less" if focal < low else "more"
     return (
-        f"the picture turns far {more} than speed and steering predict (only a camera with a view "
-        f"of {view:.0f} degrees could explain it): check their units and the kind of steering"
+        f"the picture turns far {more} than speed and steering predict (only a camera with a "
+        f"field of view of {view:.0f} degrees would show this): check their units and the kind of "
+        "steering"
     )
 
 
 def _contrary_problem(motion: Floats, turns: Floats, usable: Mask, times: Floats) -> str | None:
-    """Return a message if picture and steering turn opposite ways for at least 1 s, or None."""
+    """Return a message if picture and steering turn in opposite directions for 1 s, or None."""
     scale = motion[usable].std() / turns[usable].std()
     against = usable & (np.minimum(np.abs(motion), np.abs(turns * scale)) > _VISIBLE_MOTION)
     against &= np.sign(motion) != np.sign(turns)
@@ -143,8 +150,8 @@ def measure_synchrony(motion: Floats32, sampled: SampledDrive) -> Synchrony:
     """Compare the image motion [T - 1] between a drive's frames with its actions.
 
     Tries lags of up to 1.5 s in both directions. All fields are None if the drive has no steering,
-    is too short, or never turns. If the correlation is below 0.5 at all lags, it is the only field
-    that is set, besides a problem.
+    is too short, or never turns. If the correlation is weaker than 0.5 at all lags, only
+    `correlation` is set, and `problems` if the turns should be visible.
     """
     kind = sampled.drive.log.steering_kind if sampled.drive.log else None
     if kind is None or len(motion) < 2 * _MIN_PAIRS:
@@ -161,10 +168,10 @@ def measure_synchrony(motion: Floats32, sampled: SampledDrive) -> Synchrony:
     lag, correlation = best - max_lag, float(correlations[best])
     has_speed = bool(sampled.action_valid[:, SPEED].any())
     if abs(correlation) < _MIN_CORRELATION:
-        # The turns must be visible even with the shortest focal length.
+        # Report a problem only if the turns should be visible with any plausible focal length.
         visible = has_speed and turns[usable].std() * _FOCAL_WIDTHS[0] > _VISIBLE_MOTION
         unclear = (
-            f"the picture does not follow the steering (highest correlation {correlation:.2f}): "
+            f"the picture does not follow the steering (strongest correlation {correlation:.2f}): "
             "check that the actions belong to this video, and check their units"
         )
         return Synchrony(correlation=correlation, problems=(unclear,) if visible else ())

@@ -1,4 +1,4 @@
-"""Find drives in files and folders; each module handles one layout.
+"""Find drives in files and folders. Each module reads one layout of files.
 
 A folder may mix layouts: videos with or without a CSV beside them, recordings of the Udacity
 simulator (`driving_log.csv` and `IMG/`) and comma2k19 segments (`video.hevc` and `processed_log/`).
@@ -19,8 +19,8 @@ from driving_sim.data.sources import comma2k19, udacity, video_folder
 from driving_sim.data.split import MIRROR_SUFFIX
 from driving_sim.engine.errors import DriveSimError
 
-# Several files are read at once, because reading mostly waits for the disk or the network. Starting
-# another decoder process takes as long as reading the facts of about 16 files.
+# Read several files at once, because reading mostly waits for the disk or the network. Use one more
+# decoder process for every 16 files, because starting a process takes as long as reading 16 files.
 _FILES_AT_ONCE = 8
 _FILES_FOR_A_DECODER = 16
 
@@ -42,7 +42,7 @@ class _Candidate:
 
 
 def _in_folder(root: Path, folder: Path, visited: set[Path]) -> Iterator[_Candidate]:
-    if folder.resolve() in visited:  # A link may lead back to a folder above.
+    if folder.resolve() in visited:  # A link may point to a parent folder.
         return
     visited.add(folder.resolve())
     if udacity.is_recording(folder):
@@ -72,7 +72,7 @@ def _candidates(path: Path) -> Iterator[_Candidate]:
 
 
 def _unique_ids(candidates: list[_Candidate]) -> list[str]:
-    """Return the shortest ids that tell the candidates apart."""
+    """Return an id for each candidate: the shortest kind of id that is unique among them."""
     for with_root, with_suffix in product((False, True), repeat=2):
         ids = [
             candidate.id(with_suffix=with_suffix, with_root=with_root) for candidate in candidates
@@ -106,13 +106,15 @@ def find_drives(
 ) -> DriveSet:
     """Find the drives of all known layouts in files and folders.
 
-    `steering_kind` is what a bare `steering` column measures, and what all other steering must
-    measure. `time_offset` seconds are added to the times of every action log. With `actions=False`
-    no log is read. Candidates that cannot be used are in `.skipped`, with the reason. The id of a
-    drive is its path below the folder in `paths`, without suffix; drives are sorted by id.
+    `steering_kind` is the kind of steering in columns named just `steering`, and all other steering
+    must be of this kind too. `time_offset` seconds are added to the times of every action log. With
+    `actions=False` no log is read. Drives that cannot be used are in `.skipped`, with the reason.
+    The id of a drive is its path below the folder in `paths`, without suffix; if such ids are not
+    unique, the suffix or the name of the folder is added. Drives are sorted by id.
 
-    Raises DriveSimError if a path does not exist, if its name cannot be the id of a drive, if
-    nothing looks like a drive, or if `steering_kind` is unknown.
+    Raises DriveSimError if a path does not exist, if nothing looks like a drive, if two drives
+    cannot get different ids, if the name of a drive cannot be an id, or if `steering_kind` is
+    unknown.
     """
     options = LogOptions(
         steering_kind=cast(SteeringKind | None, steering_kind), time_offset=time_offset

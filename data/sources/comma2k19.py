@@ -1,8 +1,8 @@
 """Read segments of comma2k19: one minute of raw HEVC, and the car's logs as NumPy arrays.
 
-`video.hevc` has no timestamps. `global_pose/frame_times` [N] holds the times of its frames, on the
-same clock as the logs in `processed_log/CAN/{speed,steering_angle}/{t,value}`. The logs are in m/s
-and in degrees of the steering wheel, left positive. None of these files has a suffix.
+`video.hevc` has no timestamps. `global_pose/frame_times` [N] contains the times of its frames, on
+the same clock as the logs in `processed_log/CAN/{speed,steering_angle}/{t,value}`. The logs are in
+m/s and in degrees of the steering wheel, left positive. The array files have no suffix.
 https://github.com/commaai/comma2k19
 """
 
@@ -37,14 +37,17 @@ def is_segment(folder: Path) -> bool:
 
 def _array(path: Path) -> Floats:
     if not path.is_file():
-        raise DriveSimError(f"{path}: is missing from the comma2k19 segment; download it again")
+        raise DriveSimError(
+            f"{path}: is missing from the comma2k19 segment; download the segment again"
+        )
     try:
-        # Map the file, so that a header with a huge shape raises an error and takes no memory.
+        # Map the file into memory: a header that claims a huge shape then raises an error, and no
+        # huge array is allocated.
         values = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
             raise ValueError("it does not contain plain numbers")
         flat = np.asarray(values, np.float64).ravel()
-    # NumPy parses the header as a Python literal, which can fail with any kind of error.
+    # Catch everything: NumPy parses the header as a Python literal, which can raise any error.
     except Exception as error:
         reason = one_line(error)
         raise DriveSimError(
@@ -52,13 +55,13 @@ def _array(path: Path) -> Floats:
         ) from None
     if len(flat) < 2 or not np.isfinite(flat).all():
         raise DriveSimError(
-            f"{path}: has fewer than 2 values or some that are not finite; leave this segment out"
+            f"{path}: has fewer than 2 values, or one that is not finite; leave this segment out"
         )
     return flat
 
 
 def _channel(folder: Path, low: float, high: float) -> tuple[Floats, Floats]:
-    """Read the times and values of one CAN signal, and drop values at repeated times."""
+    """Return the times and values of one CAN signal, with only the first value at each time."""
     times, values = _array(folder / "t"), _array(folder / "value")
     if len(times) != len(values):
         raise DriveSimError(
@@ -68,8 +71,8 @@ def _channel(folder: Path, low: float, high: float) -> tuple[Floats, Floats]:
         raise DriveSimError(f"{folder / 't'}: its times go backward; leave this segment out")
     if values.min() < low or values.max() > high:
         raise DriveSimError(
-            f"{folder / 'value'}: goes from {values.min():g} to {values.max():g}, out of range "
-            f"({low:g} to {high:g}); leave this segment out"
+            f"{folder / 'value'}: has values from {values.min():g} to {values.max():g}, but only "
+            f"{low:g} to {high:g} is possible; leave this segment out"
         )
     times, first = np.unique(times, return_index=True)
     if len(times) < 2:
@@ -78,7 +81,10 @@ def _channel(folder: Path, low: float, high: float) -> tuple[Floats, Floats]:
 
 
 def _pauses(times: Floats) -> list[tuple[float, float]]:
-    """Return when a signal with these times is unknown: in its gaps, before and after it."""
+    """Return the (start, stop) times during which a signal is unknown.
+
+    These are its gaps, and the times more than 0.1 s before its first or after its last value.
+    """
     before = np.flatnonzero(np.diff(times) > GAP_S)
     inner = [(float(times[k]), float(times[k + 1])) for k in before]
     first, last = float(times[0]) - EXTRAPOLATION_S, float(times[-1]) + EXTRAPOLATION_S
@@ -86,7 +92,10 @@ def _pauses(times: Floats) -> list[tuple[float, float]]:
 
 
 def _read_log(segment: Path, start: float, options: LogOptions) -> ActionLog:
-    """Read both signals and interpolate each at the times of both, which loses nothing."""
+    """Read speed and steering, and interpolate both at the union of their times.
+
+    The union keeps every value, although the two signals have different times.
+    """
     options.check_kind(f"{segment}: comma2k19's steering", "steering_wheel")
     channels = [_channel(segment / _CAN / name, *limits) for name, limits in _LIMITS.items()]
     times = np.union1d(channels[0][0], channels[1][0])
@@ -108,17 +117,17 @@ def _read_log(segment: Path, start: float, options: LogOptions) -> ActionLog:
 
 
 def load(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
-    """Read the facts of a segment's video, and its logs unless `options` is None.
+    """Read the facts of a segment's video and, unless `options` is None, the segment's logs.
 
-    Raises DriveSimError if a file cannot be used, or if the files do not belong together.
+    Raises DriveSimError if a file cannot be used, or if the video and its frame times do not match.
     """
     facts = read_facts(path / "video.hevc")
     frame_times = _array(path / "global_pose" / "frame_times")
     if len(frame_times) != len(facts.timestamps) or (np.diff(frame_times) <= 0).any():
         raise DriveSimError(
-            f"{path}: video.hevc has {len(facts.timestamps)} frames, but global_pose/frame_times "
-            f"does not list as many increasing times (it lists {len(frame_times)}); download it "
-            "again"
+            f"{path}: global_pose/frame_times must list increasing times, one for each of the "
+            f"{len(facts.timestamps)} frames of video.hevc (it lists {len(frame_times)} times); "
+            "download the segment again"
         )
     facts = replace(facts, timestamps=frame_times - frame_times[0])
     return Drive(

@@ -1,8 +1,9 @@
 """Read recordings of the Udacity self-driving-car simulator: `driving_log.csv` and `IMG/`.
 
-Each row of the log has seven columns: the paths of the images of three cameras on the recording
-computer, steering (-1 to 1 for 25 degrees to either side, right positive), throttle, brake and
-speed (mph). The images of the centre camera are the frames. Their file names contain the times.
+The log has seven columns: three for the image paths of the centre, left and right camera (as they
+were on the computer that recorded them), then steering (1 is 25 degrees to the right, -1 is 25
+degrees to the left), throttle, brake and speed (mph). The images of the centre camera are the
+frames of the drive, and their file names contain their times.
 https://github.com/udacity/self-driving-car-sim
 """
 
@@ -37,20 +38,20 @@ _STAMP = re.compile(r"_(\d{4}(?:_\d{2}){5})_(\d{3})\.\w+$")
 
 
 def is_recording(folder: Path) -> bool:
-    """Return whether a folder contains a log of the simulator."""
+    """Return whether a folder contains a recording of the simulator."""
     return (folder / LOG_NAME).is_file()
 
 
 def _picture(path: Path, size: FrameSize | None) -> Pixels:
-    """Read an image; scale and crop it with `fit`, as the video readers do."""
+    """Read an image, then scale and crop it as the video readers do."""
     try:
         with Image.open(path, formats=_FORMATS) as file:
             check_picture(path, file.height, file.width)
             image = file.convert("RGB")
     except DriveSimError:
         raise
-    # A damaged image may raise any kind of error. If warnings are errors, a large image raises one
-    # too; it is too large here anyway.
+    # Catch everything, because a damaged image can raise any kind of error. If warnings are errors,
+    # Pillow's warning about large images also arrives here, but these images are too large anyway.
     except Exception as error:
         reason = one_line(error)
         raise BadDriveError(f"{path}: cannot be read as an image ({reason})") from None
@@ -71,12 +72,12 @@ class ImageFrames:
         return np.stack([_picture(self.paths[index], size) for index in indices])
 
     def stream(self, indices: Ints | None, size: FrameSize | None) -> Iterator[Pixels]:
-        """Yield frames [H, W, 3] in ascending order of their indices; None means all of them."""
+        """Yield frames [H, W, 3] at ascending `indices`, or all frames if it is None."""
         numbers = range(len(self.paths)) if indices is None else indices
         return (_picture(self.paths[index], size) for index in numbers)
 
     def files(self, indices: Ints) -> list[Path]:
-        """Return the image file of each frame."""
+        """Return the image files of the frames at `indices`."""
         return [self.paths[index] for index in indices]
 
 
@@ -90,7 +91,9 @@ class _Row(NamedTuple):
 def _moment(name: str) -> datetime:
     match = _STAMP.search(name)
     if match is None:
-        raise ValueError(f"{name!r} contains no time (as in center_2018_07_16_17_12_55_715.jpg)")
+        raise ValueError(
+            f"the name {name!r} contains no time, unlike center_2018_07_16_17_12_55_715.jpg"
+        )
     second = datetime.strptime(match[1], "%Y_%m_%d_%H_%M_%S")
     return second + timedelta(milliseconds=int(match[2]))
 
@@ -103,7 +106,7 @@ def _row(cells: list[str], recording: Path) -> _Row:
     steering, speed = float(cells[3]), float(cells[6])
     if not (abs(steering) <= 1 and -100 < speed < 300):
         raise ValueError(
-            f"steering {steering:g} is not in -1 to 1, or speed {speed:g} mph is not in -100 to 300"
+            f"steering {steering:g} must be from -1 to 1, and speed {speed:g} mph from -100 to 300"
         )
     image = inside(recording, f"{_IMAGES}/{name}")
     if not image.is_file():
@@ -119,8 +122,8 @@ def _read_log(log: Path) -> list[_Row]:
         try:
             rows.append(_row(cells, log.parent))
             if len(rows) > 1 and rows[-1].moment <= rows[-2].moment:
-                raise ValueError("the image's time is not after that of the line above")
-        except (ValueError, OSError) as error:  # OSError: the name is too long.
+                raise ValueError("the time of the image is not later than in the line above")
+        except (ValueError, OSError) as error:  # `is_file` raises OSError for very long names.
             raise DriveSimError(
                 f"{log}, line {line}: {one_line(error)}; correct it or remove the row"
             ) from None
@@ -130,9 +133,9 @@ def _read_log(log: Path) -> list[_Row]:
 
 
 def load(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
-    """Read the log of a recording: its images, and its actions unless `options` is None.
+    """Load a recording: its image files and, unless `options` is None, its actions.
 
-    Raises DriveSimError, with the line number, if a row cannot be used.
+    Raises DriveSimError, with the line number, if a row of the log cannot be used.
     """
     rows = _read_log(path / LOG_NAME)
     times = np.array([(row.moment - rows[0].moment).total_seconds() for row in rows])

@@ -1,4 +1,4 @@
-"""Find the videos in a folder. The action file of a video is the CSV beside it with its stem."""
+"""Find the videos in a folder. `a.csv` is the action file of a video `a.mp4` beside it."""
 
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -10,7 +10,8 @@ from driving_sim.data.video.decoder_pool import read_facts
 from driving_sim.engine.errors import DriveSimError
 
 Load = Callable[[Path, str, LogOptions | None], Drive]
-"""Function that loads a drive, given its path, its id and how to read actions (None: do not)."""
+"""Function that loads a drive, given its path, its id and the options for reading its actions. If
+the options are None, the actions are not read."""
 
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".mkv", ".webm", ".mov", ".m4v", ".avi", ".ts", ".mpg", ".mpeg", ".h264", ".hevc"}
@@ -18,16 +19,16 @@ VIDEO_SUFFIXES = frozenset(
 
 
 def _action_file(video: Path) -> Path | None:
-    """Return the CSV beside a video, or None. Prefer .csv to .CSV and other spellings."""
-    # Try all spellings: to list a large folder for each of its videos would take quadratic time.
+    """Return the CSV beside a video, or None. Its suffix may be upper-case or lower-case."""
+    # Try all spellings of the suffix. Listing the folder for each video would take quadratic time.
     beside = (video.with_suffix("." + "".join(letters)) for letters in product("cC", "sS", "vV"))
     return next((path for path in beside if path.is_file()), None)
 
 
 def load(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
-    """Read the facts of a video, and its action file if there is one and `options` is not None.
+    """Read the facts of a video, and its action file if it has one and `options` is not None.
 
-    Raises DriveSimError if either cannot be used.
+    Raises DriveSimError if the video or its action file cannot be used.
     """
     facts = read_facts(path)
     log = None
@@ -53,7 +54,7 @@ def load_orphan(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
 
 
 def found_in(folder: Path) -> Iterator[tuple[Path, Load]]:
-    """Yield the videos in a folder, and its action files without a video, each with its loader."""
+    """Yield the path and the loader of each video, and of each action file without a video."""
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     videos = {path.stem for path in files if path.suffix.lower() in VIDEO_SUFFIXES}
     for path in files:

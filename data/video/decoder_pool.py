@@ -1,20 +1,21 @@
-"""Read videos in decoder processes: a hostile file may hang or crash its decoder, but nothing else.
+"""Read videos in decoder processes, so a hostile file can hang or crash only its decoder.
 
-A decoder process (`decoder_worker`) starts when it is needed, in about 0.25 s, and is kept for the
-next video. If several videos are read at the same time, each has a decoder. A forked process, such
-as a loader's worker, starts decoders of its own.
+A decoder process (`decoder_worker`) is started when it is needed, which takes about 0.25 s, and is
+kept for the next video. If several videos are read at the same time, each has its own decoder. A
+forked process, such as a worker of a data loader, starts its own decoders.
 
-Whatever a file does to its decoder becomes a VideoError. A decoder that gives no sign of life for
-DRIVESIM_DECODE_SECONDS (60 by default) is killed. A stalled network drive can also cause silence,
-and full memory a SIGKILL. So the request is repeated from the first missing frame, and only a
-second failure at the same frame is the file's fault. The total time has no limit: a file within the
-limits of `file` may take days if its decoder keeps giving signs of life.
+If a file crashes or hangs its decoder, that becomes a VideoError. A decoder that gives no sign of
+life for DRIVESIM_DECODE_SECONDS (60 by default) is killed. But a decoder can also be silent because
+a network drive stalls, or be killed with SIGKILL because memory is full. So the request is repeated
+from the first missing frame, and the file is blamed only if it fails twice at the same frame. There
+is no limit on the total time: a file within the limits of the module `file` may take days, as long
+as its decoder keeps giving signs of life.
 
-The size of the pipe limits how far a decoder decodes ahead.
+A decoder works ahead of its reader only until the pipe between them is full.
 
-`multiprocessing` and its pools are not used for three reasons. They fork a process without its
-threads or run the user's main module again. They cannot start processes in a loader's worker. And
-they unpickle what their workers send.
+`multiprocessing` and its pools are not used for three reasons. They either fork, which is unsafe in
+a process with threads, or import the user's main module again. They cannot start processes in the
+worker of a data loader. And they unpickle the data that their workers send.
 """
 
 import atexit
@@ -44,17 +45,17 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.training.interrupt import SIGNALS
 
 LIMIT = "DRIVESIM_DECODE_SECONDS"
-"""Environment variable with the number of seconds that a decoder may be silent."""
+"""Environment variable: the seconds without a sign of life after which a decoder is killed."""
 _LIMIT_S = 60.0
 _START_S = 120.0
 _KILL_S = 5.0
 _PIPE_BYTES = 512 << 10
-"""Size of the pipe from a decoder. Linux allows a user 64 MiB of large pipes in total; the pipes
-opened after that hold only one page."""
+"""Size in bytes of the pipe from a decoder. It is not larger, because by default Linux allows each
+user 64 MiB of pipes. Beyond that limit, new pipes have room for only one page."""
 _CLIP_BYTES = 2 << 30
-"""Largest clip in bytes. The rest of a decoder's memory is needed for decoding."""
+"""Largest clip in bytes. A decoder needs the rest of its memory for decoding."""
 _MOST_BYTES = 1 << 30
-"""Largest size in bytes of an answer that is not a frame."""
+"""Largest answer in bytes, unless the answer is a frame."""
 _MOST_IDLE = 8
 _WINDOWS = sys.platform == "win32"
 
@@ -91,7 +92,7 @@ def read_frames(facts: VideoFacts, indices: Indices, size: FrameSize | None = No
     """Read a clip as `reader.read_frames` does, but in a decoder process.
 
     Returns one array [n, height, width, 3]. Also raises VideoError if the file hangs or crashes the
-    decoder, and DriveSimError if the clip takes more than 2 GiB.
+    decoder, and DriveSimError if the clip needs more than 2 GiB.
     """
     numbers = frames_to_read(facts, indices)
     height, width = _size(facts, size).values()
@@ -124,7 +125,7 @@ def _answers(
     """Send a request about a file to a decoder and yield its answers, one for each of `numbers`.
 
     `slot(n)` returns the array to read answer n into, or None if the answer is not a frame.
-    `where(n)` says, for an error message, which part of the file answer n comes from.
+    `where(n)` says in an error message at which point of the file answer n failed.
     """
     done, failed = 0, -1
     while done < len(numbers):
@@ -157,11 +158,11 @@ class _Decoder:
 
     def __init__(self) -> None:
         self.busy = False
-        """Whether it still works on a request. It then cannot take another one."""
+        """Whether the decoder is working on a request. If so, it cannot take another request."""
         self._path, self._limit_s = Path(), 0.0
         self._has_started = False
         if not _WINDOWS:
-            # The decoder ignores Ctrl-C and SIGTERM: its parent decides when it ends.
+            # The decoder inherits this mask and so ignores Ctrl-C and SIGTERM: its parent ends it.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             self.process = subprocess.Popen(
@@ -180,7 +181,8 @@ class _Decoder:
             if sys.platform == "linux":
                 import fcntl
 
-                # A large pipe saves waiting. Linux refuses it to a user who has too many of them.
+                # With a larger pipe, both processes wait less. Linux refuses to enlarge the pipe if
+                # the pipes of this user are too large in total.
                 with suppress(OSError):
                     fcntl.fcntl(self._output, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         finally:
@@ -190,7 +192,7 @@ class _Decoder:
     def ask(self, path: Path, **request: Any) -> None:
         """Send a request about a file to the process."""
         self.busy, self._path, self._limit_s = True, path, _limit_s()
-        # A relative path starts at this process's current folder, not at the decoder's.
+        # Relative paths are relative to the current folder of this process, not of the decoder.
         folder = None if path.is_absolute() else str(Path.cwd())
         content = worker.pack(path=str(path), folder=folder, **request)
         left = memoryview(worker.HEAD.pack(worker.REQUEST, len(content)) + content)
@@ -221,7 +223,7 @@ class _Decoder:
         raise VideoError(os.fsdecode(bytes(content)))
 
     def fault(self, error: Exception) -> tuple[str, str, bool]:
-        """Explain an error during a request: what happened, what to do, whether a retry may help.
+        """Explain an error: return what happened, what to do, and whether a retry may help.
 
         Raises OSError if the decoder never started.
         """
@@ -254,18 +256,19 @@ class _Decoder:
         return buffer
 
     def _wait(self, pipe: Any) -> None:
-        if _WINDOWS:  # Windows cannot poll a pipe: reading then waits without a limit.
+        if _WINDOWS:  # Windows cannot poll pipes, so reads there have no time limit.
             return
         ready = select.poll()
         ready.register(pipe)
-        # Poll in slices of a second: a pause of this process (Ctrl-Z) uses up only one of them.
+        # Poll in slices of about a second. If this process is suspended (Ctrl-Z), that uses up
+        # at most one slice.
         limit_s = self._limit_s if self._has_started else _START_S
         slices = math.ceil(limit_s)
         if not any(ready.poll(1000 * limit_s / slices) for _ in range(slices)):
             raise TimeoutError
 
     def end(self) -> None:
-        """Kill the process. If it does not die because it waits for a lost disk, leave it alone."""
+        """Kill the process. Wait at most 5 s: a process that waits for a lost drive cannot die."""
         self.process.kill()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=_KILL_S)
@@ -275,7 +278,8 @@ class _Decoder:
         _started.discard(self)
 
 
-# Only atomic operations change these two: other threads and the garbage collector use them too.
+# Change these collections only by atomic operations: other threads and the garbage collector may
+# change them at the same time.
 _started: set[_Decoder] = set()
 _idle: deque[_Decoder] = deque()
 
@@ -299,23 +303,24 @@ def _limit_s() -> float:
 
 
 def _environment() -> dict[str, str]:
-    """Return the environment for a decoder, in which imports find the same modules as here."""
+    """Return the environment variables for a decoder, so it imports the same modules as here."""
     module_path = os.pathsep.join(folder or str(Path.cwd()) for folder in sys.path)
-    # By default malloc reserves at least 64 MiB of address space for each thread.
+    # Use few malloc arenas: the address space is limited, and each arena reserves 64 MiB of it.
     threads = {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
     return os.environ | threads | {"PYTHONPATH": module_path}
 
 
 def end_all() -> None:
-    """End all decoders of this process. The next request starts a new one."""
+    """End all decoders of this process. The next request starts a new decoder."""
     for decoder in list(_started):
         decoder.end()
 
 
 def _disown_all() -> None:
-    """Forget the parent's decoders in a forked process: they still belong to the parent."""
+    """Forget all decoders. A forked process calls this, because they belong to its parent."""
     for decoder in list(_started):
-        # With a return code `end` kills nothing: it only closes the pipes in this process.
+        # Set a return code, which tells `end` that the decoder has already ended. `end` then closes
+        # the pipes in this process, but does not kill the decoder.
         decoder.process.returncode = 0
         decoder.end()
     _idle.clear()

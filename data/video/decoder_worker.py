@@ -1,12 +1,14 @@
-"""The program of a decoder process: it opens the videos, so that a hostile file harms only itself.
+"""The program of a decoder process, in which a hostile file cannot harm the main process.
 
-`decoder_pool` starts it as `python -m driving_sim.data.video.decoder_worker`. It reads requests
-from its standard input and writes answers to its standard output. It limits its own memory, and it
-ends when its input closes, because its parent has then ended. It protects against faults of files
-and of the libraries that read them. It is no sandbox against an attacker's code that runs in it.
+`decoder_pool` starts the program as `python -m driving_sim.data.video.decoder_worker`. The program
+reads requests from its standard input and writes answers to its standard output. It limits its own
+memory. It ends when its input closes, because then its parent has ended. It protects the parent
+from broken files and from bugs in the libraries that read them, but it is no sandbox: it does not
+stop an attacker whose code runs in it.
 
-A message is a header with the number of bytes that follow, then JSON with the bytes of arrays, or a
-frame. Nothing is pickled: the parent must not execute what a decoder of hostile files sends.
+Each message begins with a header, which contains the number of bytes that follow. These bytes are a
+frame, an error message, or JSON followed by arrays. Nothing is pickled, because unpickling would
+let a hijacked decoder run code in its parent.
 """
 
 import json
@@ -32,20 +34,20 @@ from driving_sim.data.video.heartbeat import listen
 from driving_sim.data.video.reader import read_frames, stream_frames
 
 MEMORY_BYTES = 4 << 30
-"""Largest address space of a decoder. Decoding 10-bit HEVC in 8K took 1.5 GiB in a measurement, and
-3.1 GiB with 16 threads; `reader` starts fewer threads for large pictures."""
+"""Largest address space of a decoder in bytes. Decoding 8K HEVC with 10 bits was measured to take
+1.5 GiB. With 16 threads it took 3.1 GiB, so `reader` uses fewer threads for large pictures."""
 BEAT_S = 0.2
-"""Seconds between signs of life while the decoder sends nothing else."""
+"""Seconds without an answer after which the decoder sends a sign of life."""
 HEAD = struct.Struct("<cQ")
 """Header of a request or an answer: its kind and the number of bytes that follow."""
 REQUEST = b"Q"
 ANSWERS = ALIVE, CONTENT, ERROR, BROKEN = b"A", b"C", b"E", b"B"
 """Kinds of answers. ALIVE: a sign of life, also sent at the start. CONTENT: a frame or the facts.
-ERROR: a one-line error message. BROKEN: the same, but the decoder cannot take another request."""
+ERROR: a one-line error message. BROKEN: also an error message, but the decoder must be replaced."""
 
 
 def pack(facts: VideoFacts | None = None, **values: Any) -> bytes:
-    """Encode named values as bytes: JSON values, arrays of numbers and, optionally, video facts."""
+    """Encode named values as bytes. They may be JSON values, arrays of numbers and video facts."""
     if facts is not None:
         values |= {name: getattr(facts, name) for name in VideoFacts.__slots__}
         values["path"] = str(facts.path)
@@ -56,7 +58,7 @@ def pack(facts: VideoFacts | None = None, **values: Any) -> bytes:
 
 
 def unpack(content: bytearray) -> dict[str, Any]:
-    """Decode what `pack` encoded; paths stay strings.
+    """Decode bytes from `pack` into named values. Paths stay strings.
 
     Raises ValueError or TypeError for bytes that `pack` did not write.
     """
@@ -72,7 +74,7 @@ def unpack(content: bytearray) -> dict[str, Any]:
 
 
 class _Answers:
-    """Writes answers to the parent, and ends this process if the parent is gone."""
+    """Writes answers to the parent process, and ends this process if the parent has ended."""
 
     def __init__(self, output: BufferedWriter) -> None:
         self._output = output
@@ -95,7 +97,7 @@ class _Answers:
 def _contents(
     work: str, path: str, indices: Ints, size: Any = None, **facts_fields: Any
 ) -> Iterable[bytes | memoryview]:
-    """Do the work of a request; yield the content of its answers one by one."""
+    """Do the work of a request and return an iterable of the contents of its answers."""
     if work == "facts":
         return [pack(read_facts(Path(path)))]
     facts = VideoFacts(path=Path(path), **facts_fields)
@@ -124,7 +126,7 @@ def _answer(answers: _Answers, request: dict[str, Any]) -> None:
 
 
 def _listen(requests: "SimpleQueue[Any]", source: BinaryIO) -> None:
-    """Queue requests from the input. End this process when the input closes: the parent is gone."""
+    """Queue the requests from the input. End this process when the parent has closed the input."""
     try:
         while True:
             _, count = HEAD.unpack(source.read(HEAD.size))
@@ -139,7 +141,7 @@ def _limit_resources() -> None:
     import resource
 
     for which, most in ((resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_CORE, 0)):
-        with suppress(ValueError, OSError):  # macOS does not limit address space.
+        with suppress(ValueError, OSError):  # macOS cannot limit address space.
             _, hard = resource.getrlimit(which)
             most = most if hard == resource.RLIM_INFINITY else min(most, hard)
             resource.setrlimit(which, (most, hard))
@@ -149,7 +151,7 @@ def main() -> None:
     """Answer requests until the parent ends."""
     _limit_resources()
     source, output = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    # Send what libraries print to stderr, because it must not get between the answers.
+    # Redirect stdout to stderr, so text that libraries print does not get between the answers.
     os.dup2(2, 1)
     requests: SimpleQueue[Any] = SimpleQueue()
     threading.Thread(target=_listen, args=(requests, source), daemon=True).start()

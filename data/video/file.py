@@ -1,7 +1,7 @@
-"""Open video files that may be hostile, and refuse bad ones before anything is decoded.
+"""Open video files that may be hostile, and refuse bad files before decoding begins.
 
 FFmpeg also reads playlists, scripts and pictures, some of which refer to other files or to network
-addresses. So only formats that contain their own video are allowed, and only local files.
+addresses. So only local files are allowed, and only formats that contain the video itself.
 """
 
 from pathlib import Path
@@ -15,9 +15,10 @@ from driving_sim.data.arrays import Floats
 from driving_sim.engine.errors import BadDriveError
 
 MAX_PIXELS = 8192 * 8192
-"""Largest picture in pixels, as it is stored, displayed or scaled: twice an 8K camera's picture."""
+"""Largest number of pixels in a picture, whether as stored, displayed or scaled. An 8K picture has
+half as many."""
 MAX_FRAMES = 10_000_000
-"""Largest number of frames in a file: four days at 30 frames per second."""
+"""Largest number of frames in a file, about four days at 30 frames per second."""
 MAX_DURATION_S = 7 * 24 * 3600.0
 """Longest time in seconds between the first and the last frame of a file."""
 _FORMATS = (
@@ -27,7 +28,7 @@ _FORMATS = (
 
 
 class VideoError(BadDriveError):
-    """A video file cannot be read; the message says what is wrong, and where in the file."""
+    """Error for a video file that cannot be read. It says what is wrong and where in the file."""
 
 
 def check_file(path: Path) -> None:
@@ -41,21 +42,25 @@ def check_file(path: Path) -> None:
 
 
 def open_video(path: Path) -> InputContainer:
-    """Open a file that contains its own video; raises av.error.FFmpegError for all others."""
+    """Open a video file. Files that only refer to other files, such as playlists, are refused.
+
+    Raises av.error.FFmpegError if the file is refused or cannot be opened.
+    """
     options = {
         "format_whitelist": _FORMATS,
         "protocol_whitelist": "file",
         "max_pixels": str(MAX_PIXELS),
     }
-    # With the prefix "file:", a name such as "concat:a" stays a file name. Titles may be in any
-    # encoding.
+    # Without the prefix "file:", FFmpeg would take a file name such as "concat:a" for a protocol.
+    # Replace undecodable characters in metadata, because titles are not always UTF-8.
     return av.open(f"file:{path}", options=options, metadata_errors="replace")
 
 
 def video_stream(container: InputContainer, path: Path) -> VideoStream:
     """Return the first video stream of a file, ignoring the cover pictures of audio files.
 
-    Raises VideoError if there is none, its codec is unknown or its picture too large.
+    Raises VideoError if there is no such stream, if its codec is unknown, or if its pictures are
+    too large.
     """
     for stream in container.streams.video:
         if stream.disposition & av.stream.Disposition.attached_pic:
@@ -76,15 +81,15 @@ def check_picture(path: Path, height: int, width: int) -> None:
     """Raise VideoError if a picture of this size has too many pixels."""
     if height * width > MAX_PIXELS:
         raise VideoError(
-            f"{path}: its pictures have {width:,}×{height:,} pixels, at most {MAX_PIXELS:,} are "
-            "allowed; scale it down or leave it out"
+            f"{path}: its pictures have {width:,}×{height:,} pixels, but at most {MAX_PIXELS:,} "
+            "are allowed; scale them down or leave the file out"
         )
 
 
 def check_count(path: Path, frames: int) -> int:
-    """Return the most frames that a file of this size can hold, at one byte each.
+    """Return the largest possible number of frames in a file, if each frame takes at least 1 byte.
 
-    Raises VideoError if `frames` is more than that.
+    Raises VideoError if `frames` is larger than that.
     """
     size = path.stat().st_size
     if frames > min(size, MAX_FRAMES):
@@ -96,7 +101,7 @@ def check_count(path: Path, frames: int) -> int:
 
 
 def check_times(path: Path, timestamps: Floats) -> None:
-    """Raise VideoError if frame times [frames] do not increase or span more than seven days."""
+    """Raise VideoError if the times of frames do not increase or span more than seven days."""
     if not (np.diff(timestamps) > 0).all() or not timestamps[-1] <= MAX_DURATION_S:
         raise VideoError(
             f"{path}: the times of its frames do not increase, or span more than "

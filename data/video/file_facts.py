@@ -1,8 +1,8 @@
-"""Find out what a video file contains, from its packets, and which reader decodes it correctly.
+"""Find out from a video file's packets what it contains and which reader decodes it correctly.
 
 decord reads clips faster than PyAV. But it returns wrong frames, without an error, for most codecs
-and for files with edit lists or with missing or negative timestamps. So decord only reads the files
-to which `_why_not_decord` has no objection; PyAV reads all others.
+and for files with edit lists or with missing or negative timestamps. So decord only reads files for
+which `_why_not_decord` finds no obstacle. PyAV reads all other files.
 """
 
 import re
@@ -35,9 +35,11 @@ from driving_sim.data.video.segments import median_period
 
 _DECORD_CODECS = ("h264", "vp9", "mpeg4")
 _CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2": "mp4", "matroska,webm": "mkv"}
-# decord demuxes the whole file whenever it opens one, in about 5 µs a frame. PyAV seeks instead.
+# Limit the number of frames: decord demuxes the whole file whenever it opens it, which takes about
+# 5 µs per frame. PyAV only seeks.
 _DECORD_FRAMES = 5_000
-# decord gives no sign of life between a keyframe and a requested frame. 300 frames of 4K take 10 s.
+# Limit the number of frames between keyframes: decord gives no sign of life while it decodes from a
+# keyframe to a requested frame. 300 frames of 4K take 10 s.
 _DECORD_DISTANCE = 300
 _FALLBACK_RATE = 25.0
 _MATROSKA_DURATION = re.compile(r"(\d+):(\d+):(\d+\.?\d*)")
@@ -51,17 +53,18 @@ class VideoFacts:
     codec: str
     container: str
     width: int
-    """Pixels as displayed: rotation and pixel aspect ratio applied."""
+    """Width in pixels of the displayed picture, after rotation and with square pixels."""
     height: int
-    """Pixels as displayed: rotation and pixel aspect ratio applied."""
+    """Height in pixels of the displayed picture, after rotation and with square pixels."""
     rotation: int
-    """Degrees (0, 90, 180, 270) by which a decoded picture is rotated anticlockwise for display."""
+    """Angle by which a decoded picture is rotated anticlockwise for display: 0, 90, 180 or 270."""
     timestamps: Floats
-    """Seconds from the first frame, [frames], strictly increasing."""
+    """[frames] Time of each frame in seconds from the first frame, strictly increasing."""
     pts: Ints | None
-    """Timestamps in the stream's time base, [frames]; None if the file has none (raw streams)."""
+    """[frames] Presentation timestamps in the stream's time base. None if the file has no usable
+    timestamps, as in raw streams."""
     keyframes: Ints
-    """Increasing numbers of the frames at which decoding can begin; the first is 0."""
+    """Frame numbers at which decoding can begin, increasing from 0."""
     reader: Literal["decord", "pyav"]
     reason: str
     """Why this reader was chosen."""
@@ -73,25 +76,26 @@ _PACKET = np.dtype(
         "formats": ["i8", "f8", "?", "?", "?", "?"],
     }
 )
-"""Facts about one packet: the times at which its frame appears and disappears, in the stream's time
-base; whether the packet has such times; whether it is a keyframe, is incomplete (the last packet of
-a truncated file), or is never displayed."""
+"""Facts about one packet. `pts` and `end` are the times at which its frame appears and disappears,
+in the stream's time base. `timed` is whether the packet has these times, `corrupt` is whether it is
+incomplete (the last packet of a truncated file), and `discarded` is whether its frame is never
+displayed."""
 Packets = NDArray[Any]
 
 
 def decord_installed() -> bool:
-    """Return whether decord is installed; it has no wheel for arm64."""
+    """Return whether decord is installed. It is optional, because it has no wheel for arm64."""
     return find_spec("decord") is not None
 
 
 def read_facts(path: Path) -> VideoFacts:
     """Read the packets of a video file, decode its first frame, and choose the reader.
 
-    Takes milliseconds, because only the first frame is decoded. The frames of a stream without
-    timestamps (raw .hevc, .h264) get theirs from its nominal frame rate.
+    Takes milliseconds, because only the first frame is decoded. If a stream has no timestamps (raw
+    .hevc, .h264), they are computed from its nominal frame rate.
 
     Raises VideoError if the file is missing, empty, truncated or not a video, if it has no frames,
-    or if it exceeds the limits of `file`.
+    or if it exceeds the limits in the module `file`.
     """
     check_file(path)
     try:
@@ -100,7 +104,7 @@ def read_facts(path: Path) -> VideoFacts:
             packets = np.fromiter(_demux(path, container, stream), _PACKET)
             return _describe(path, stream, packets)
     except av.error.MemoryError:
-        raise  # The file is not at fault.
+        raise  # Full memory is not the fault of the file.
     except av.error.FFmpegError as error:
         raise VideoError(
             f"{path}: not a readable video ({error.strerror}): it is damaged, cut off, another "
@@ -170,7 +174,7 @@ def _intact(packets: Packets) -> Packets:
 
 
 def _first_frame(path: Path) -> VideoFrame:
-    # Open the file again, because not every format can seek back to its start.
+    # Open the file again, because not every format allows seeking back to the start.
     with open_video(path) as container:
         stream = video_stream(container, path)
         stream.thread_count = 1  # By default some decoders start a thread per core.
@@ -180,11 +184,13 @@ def _first_frame(path: Path) -> VideoFrame:
 
 
 def _frame_pts(stream: VideoStream, displayed: Packets, first: VideoFrame) -> Ints | None:
-    # AVI stores no display times. The demuxer makes them up, wrongly if frames are reordered.
+    # AVI stores no display times. The demuxer invents them, and they are wrong if the file stores
+    # frames in another order than they are displayed (B-frames).
     has_invented_times = stream.container.format.name == "avi" and stream.codec_context.has_b_frames
     if not displayed["timed"].all() or first.pts is None or has_invented_times:
         return None
-    # The frames before the first decodable one are never displayed: they refer to missing frames.
+    # Leave out the frames before the first decodable frame: they depend on missing frames, so they
+    # are never displayed.
     pts = np.unique(displayed["pts"])
     return pts[pts >= first.pts]
 
@@ -210,7 +216,7 @@ def _check_complete(
     if expected is None or not displayed["timed"].all() or not stream.time_base:
         return
     end = float(_intact(displayed)["end"].max(initial=0)) * float(stream.time_base)
-    # Tolerate a small difference: some writers leave out the duration of the last frame.
+    # Tolerate a small difference, because some files do not contain the last frame's duration.
     if expected - end > max(0.5, 3 * median_period(timestamps)):
         fault = f"its frames end at {end:.1f} s of {expected:.1f} s"
     elif displayed["corrupt"].any():
@@ -224,7 +230,10 @@ def _check_complete(
 
 
 def _declared_end(stream: VideoStream) -> float | None:
-    """Return when the stream should end, in seconds on its own clock, or None if unknown."""
+    """Return the end of the stream according to the header, in seconds on the stream's clock.
+
+    Returns None if the header does not say it.
+    """
     is_mov = stream.container.format.name.startswith("mov")
     if is_mov and stream.duration and stream.time_base:
         return float(((stream.start_time or 0) + stream.duration) * stream.time_base)
@@ -236,7 +245,7 @@ def _declared_end(stream: VideoStream) -> float | None:
 
 
 def _why_not_decord(facts: VideoFacts, stream: VideoStream, packets: Packets) -> str:
-    """Return the first reason against decord, or an empty string if there is none."""
+    """Return why decord must not read this file, or an empty string if it may."""
     displayed, pts = packets[~packets["discarded"]], facts.pts
     distance = int(np.diff(np.append(facts.keyframes, len(displayed))).max())
     obstacles = {
@@ -258,7 +267,7 @@ def _why_not_decord(facts: VideoFacts, stream: VideoStream, packets: Packets) ->
 
 
 def _has_open_groups(intact: Packets) -> bool:
-    """Return whether any frame is displayed before the keyframe that precedes it in the file."""
+    """Return whether a frame is stored after a keyframe but displayed before that keyframe."""
     pts, number = intact["pts"], np.cumsum(intact["keyframe"])
     keyframe_pts = np.append(np.iinfo(np.int64).min, pts[intact["keyframe"]])
     return bool((pts < keyframe_pts[number]).any())

@@ -11,16 +11,17 @@ from driving_sim.data.video.segments import gaps
 RATE_TOLERANCE = 0.25
 """Largest relative difference between the frame rates of two drives, or of a drive and a model.
 
-A model learns one rate. The tolerance exceeds the 15 % by which `choose_frames` may miss a rate."""
+A model learns one frame rate. The tolerance is larger than 15 %, because the rate that
+`choose_frames` achieves may differ from the requested rate by that much."""
 
 _STRIDE_TOLERANCE = 0.15
 
 
 def mean_rate(timestamps: Floats, segments: Sequence[tuple[int, int]]) -> float:
-    """Return the mean frame rate within segments (start, stop), or 0 if none has two frames.
+    """Return the mean frame rate within segments (start, stop), or 0 if no segment has two frames.
 
-    The median time between frames would not do: frames chosen on a regular grid are sometimes one
-    and sometimes two periods of the video apart, and the mean lies between the two.
+    The median time between frames would be wrong: frames chosen on a regular grid are sometimes
+    one and sometimes two periods of the video apart, and the true value lies between these two.
     """
     seconds = sum(float(timestamps[stop - 1] - timestamps[start]) for start, stop in segments)
     intervals = sum(stop - start - 1 for start, stop in segments)
@@ -33,11 +34,11 @@ def choose_frames(
     """Return the increasing numbers of the frames to keep for a lower frame rate.
 
     `every=n` keeps every n-th frame. `fps` keeps every k-th frame if the video's rate is within
-    15 % of k times `fps`, because a constant stride has no jitter; otherwise it keeps the frame
-    nearest to each tick of a regular grid. All frames are kept if `fps` is above the video's rate,
-    or if neither `fps` nor `every` is given.
+    15 % of k times `fps`, because evenly spaced frames do not jitter. Otherwise `fps` keeps the
+    frame nearest to each tick of a regular grid. All frames are kept if `fps` is above the video's
+    rate, or if neither `fps` nor `every` is given.
 
-    Raises ValueError if both are given or one is not positive.
+    Raises ValueError if both `fps` and `every` are given, or if one of them is not positive.
     """
     if fps is not None and every is not None:
         raise ValueError(f"fps={fps} and every={every}: give only one of them")

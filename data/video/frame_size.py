@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 TRANSFORM_VERSION = 1
-"""Version of scaling and cropping. Increase it when the same video would give other pixels."""
+"""Version of scaling and cropping. Increase it when a change alters the pixels of frames."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +22,7 @@ class FrameSize:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fit:
-    """A resize of the displayed picture to `height` × `width` pixels, followed by a crop."""
+    """How to resize a displayed picture (to `height` × `width` pixels) and then crop it."""
 
     height: int
     width: int
@@ -33,10 +33,10 @@ class Fit:
 
 
 def fit(height: int, width: int, size: FrameSize | None) -> Fit:
-    """Return how to resize and crop a `height` × `width` picture so that it fills `size`.
+    """Return how to resize and crop a `height` × `width` picture to exactly `size`.
 
-    The picture keeps its aspect ratio, and the crop keeps its centre. Without a `size` the picture
-    stays as it is.
+    The picture keeps its aspect ratio, and the crop keeps its centre. If `size` is None, the
+    picture does not change.
     """
     size = size or FrameSize(height=height, width=width)
     scale = max(size.height / height, size.width / width)
@@ -52,7 +52,7 @@ def fit(height: int, width: int, size: FrameSize | None) -> Fit:
 
 
 def transform_description(size: FrameSize) -> dict[str, Any]:
-    """Describe how pictures become frames of this size; the fingerprints of models include it."""
+    """Return how pictures become frames of this size, as part of the fingerprint of a model."""
     return {
         "version": TRANSFORM_VERSION,
         "height": size.height,

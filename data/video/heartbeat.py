@@ -1,8 +1,8 @@
-"""Signs of life: they tell a process that waits for slow work that the work has not hung.
+"""Signs of life: slow work reports that it has not hung.
 
-Decoding calls `beat` for every packet and every picture, even those that nobody requested, because
-many of them may come before a requested frame. Only a decoder process listens, and it passes the
-signs on to its parent.
+Decoding code calls `beat` for every packet and every picture. It does so even for pictures that
+were not requested, because many of them may come before a requested one. Only decoder processes
+listen; they forward the signs of life to their parent.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ _listeners: list[Callable[[], None]] = []
 
 
 def beat() -> None:
-    """Report that the work goes on. This costs almost nothing if there is no listener."""
+    """Report that the work has not hung. This costs almost nothing if there is no listener."""
     for listener in _listeners:
         listener()
 

@@ -1,7 +1,7 @@
 """Read frames from video files: whole videos as a stream, clips by frame number.
 
-PyAV streams whole videos. decord reads clips if `read_facts` allows it. A decord reader is opened
-for each clip and closed after it, because an open one decodes ahead without limit.
+PyAV streams whole videos. decord reads clips if `read_facts` has chosen it for the file. A decord
+reader is opened for each clip and then closed, because an open reader decodes ahead without limit.
 
 These functions decode in the calling process. The package calls them in decoder processes only.
 """
@@ -23,13 +23,13 @@ from driving_sim.data.video.heartbeat import beat
 
 Indices = Ints | Sequence[int]
 _DECORD_BATCH = 8
-"""Largest number of frames in a batch of decord. Batches of one frame take a sixth longer."""
+"""Largest number of frames that decord reads at once. Reading them singly takes a sixth longer."""
 _DECORD_DISTANCE = 64
-"""Number of frames, requested or not, that decord decodes for one batch at most."""
+"""Number of decoded frames, requested or not, after which a new batch begins."""
 _MOST_THREADS = 16
 _PIXELS_AT_ONCE = 4 * 4320 * 7680
-"""Largest number of pixels that all threads decode at once: four 8K pictures. The memory of the
-process must also hold reference pictures."""
+"""Largest number of pixels that all threads together decode at once: four 8K pictures. More threads
+would leave too little memory for the reference pictures."""
 _SEEK_COST_FRAMES = 30
 """Number of frames whose decoding costs about as much as one seek."""
 
@@ -39,19 +39,21 @@ def stream_frames(
 ) -> Iterator[Pixels]:
     """Yield frames as uint8 RGB [height, width, 3], in order and in constant memory.
 
-    `indices` are increasing frame numbers; without them every frame is yielded. Without a `size`,
-    frames keep the size of the video.
+    `indices` are increasing frame numbers; if None, all frames are yielded. If `size` is None,
+    frames have the size of the video.
 
-    Raises VideoError, naming the time reached, if a requested frame cannot be decoded.
+    Raises VideoError, with the time of the frame, if a requested frame cannot be decoded.
     """
     numbers = frames_to_stream(facts, indices)
     return _displayed(facts, _geometry(facts, size), _decode(facts, numbers, threads=0))
 
 
 def read_frames(facts: VideoFacts, indices: Indices, size: FrameSize | None = None) -> list[Pixels]:
-    """Read the frames at `indices`, in any order, as uint8 RGB [height, width, 3] each.
+    """Return the frames at `indices`, in any order. Each is uint8 RGB [height, width, 3].
 
-    The clip should fit in memory several times. Raises VideoError if a frame cannot be decoded.
+    The memory must have room for several copies of all these frames.
+
+    Raises VideoError if a frame cannot be decoded.
     """
     numbers, positions = np.unique(frames_to_read(facts, indices), return_inverse=True)
     geometry = _geometry(facts, size)
@@ -64,7 +66,7 @@ def read_frames(facts: VideoFacts, indices: Indices, size: FrameSize | None = No
 def frames_to_stream(facts: VideoFacts, indices: Indices | None) -> Ints:
     """Return the frame numbers to stream: `indices`, or all frames if it is None.
 
-    Raises IndexError if a frame does not exist, ValueError if the numbers do not increase.
+    Raises IndexError if a frame does not exist, and ValueError if `indices` do not increase.
     """
     numbers = frames_to_read(facts, range(len(facts.timestamps)) if indices is None else indices)
     if np.any(np.diff(numbers) <= 0):
@@ -73,7 +75,7 @@ def frames_to_stream(facts: VideoFacts, indices: Indices | None) -> Ints:
 
 
 def frames_to_read(facts: VideoFacts, indices: Indices) -> Ints:
-    """Return `indices` as an array of frame numbers; raise IndexError if one does not exist."""
+    """Return `indices` as an array. Raises IndexError if a frame does not exist."""
     numbers = np.asarray(indices, dtype=np.int64)
     count = len(facts.timestamps)
     if len(numbers) and (numbers.min() < 0 or numbers.max() >= count):
@@ -86,17 +88,18 @@ def frames_to_read(facts: VideoFacts, indices: Indices) -> Ints:
 
 def _geometry(facts: VideoFacts, size: FrameSize | None) -> Fit:
     geometry = fit(facts.height, facts.width, size)
-    # Scaling a picture of a single row up to the frame size could take any amount of memory.
+    # Check the size after scaling too: a picture that is one row high, scaled up to the height of
+    # `size`, would become extremely wide.
     check_picture(facts.path, geometry.height, geometry.width)
     return geometry
 
 
 def _read_decord(facts: VideoFacts, numbers: Ints, geometry: Fit) -> Pixels | None:
-    """Read a clip with decord; return None if decord fails or does not agree with the facts."""
+    """Read a clip with decord. Return None if decord fails or finds another number of frames."""
     try:
         import decord
 
-        # Keep messages about damaged files off stderr: the exception is enough.
+        # Do not print messages about damaged files: the exception is enough.
         decord.logging.set_level(decord.logging.QUIET)
         reader = decord.VideoReader(
             str(facts.path), width=geometry.width, height=geometry.height, num_threads=1
@@ -108,17 +111,17 @@ def _read_decord(facts: VideoFacts, numbers: Ints, geometry: Fit) -> Pixels | No
             pictures = reader.get_batch(numbers[part]).asnumpy()
             frames[part] = pictures[:, geometry.rows, geometry.columns]
             beat()
-    # decord raises plain Exceptions, and may fail to load. PyAV then reads the clip, or raises an
-    # error that says what is wrong.
+    # decord raises plain Exceptions, and importing it may fail. After any error, PyAV reads the
+    # clip, or raises an error that says what is wrong.
     except Exception:
         return None
     return frames
 
 
 def _decord_batches(facts: VideoFacts, numbers: Ints) -> Iterator[Ints]:
-    """Split a clip into batches that are quick to read: within one, decord gives no sign of life.
+    """Split a clip into short batches, because decord gives no sign of life while it reads a batch.
 
-    Yields the positions in `numbers` of each batch.
+    Yields for each batch the positions of its frames in `numbers`.
     """
     came_from = np.maximum(_keyframes_before(facts, numbers), np.append(-1, numbers[:-1]))
     stage = np.cumsum(numbers - came_from) // _DECORD_DISTANCE
@@ -137,18 +140,20 @@ def _read_pyav(facts: VideoFacts, numbers: Ints, geometry: Fit) -> Pixels:
 
 
 def _empty(count: int, geometry: Fit) -> Pixels:
-    # Allocate all frames before decoding. If memory runs out, Python reports it; a codec may crash.
+    # Allocate all frames before decoding. If memory runs out here, Python raises an error. If it
+    # runs out later, the codec may crash.
     rows, columns = geometry.rows, geometry.columns
     return np.empty((count, rows.stop - rows.start, columns.stop - columns.start, 3), np.uint8)
 
 
 def _decode(facts: VideoFacts, numbers: Ints, threads: int) -> Iterator[VideoFrame]:
-    """Decode the frames with these increasing numbers; raise VideoError if one is missing."""
+    """Decode the frames with these increasing numbers. Raises VideoError if a frame is missing."""
     keyframes = _keyframes_before(facts, numbers)
     starts = np.flatnonzero(keyframes[1:] - numbers[:-1] > _SEEK_COST_FRAMES) + 1
     for run in np.split(numbers, starts) if len(numbers) else ():
         due = deque(run.tolist())
-        # If the seek went past the first frame, decode from the start, which is slow but certain.
+        # If a seek lands after the first requested frame, no frame is yielded. In that case, decode
+        # from the start of the file, which is slow but always works.
         for keyframe in (int(_keyframes_before(facts, run)[0]), 0):
             if len(due) == len(run):
                 yield from _decode_run(facts, due, threads, keyframe)
@@ -163,7 +168,8 @@ def _keyframes_before(facts: VideoFacts, numbers: Ints) -> Ints:
 def _decode_run(
     facts: VideoFacts, due: deque[int], threads: int, keyframe: int
 ) -> Iterator[VideoFrame]:
-    """Decode from a keyframe on; yield the frames whose numbers are in `due` and remove those."""
+    """Decode from a keyframe on. Yield the frames whose numbers are in `due`, and remove these
+    numbers from `due`."""
     try:
         for index, frame in _numbered(facts, keyframe, threads):
             if index == due[0]:
@@ -172,13 +178,13 @@ def _decode_run(
             if not due or index > due[0]:
                 return
     except av.error.MemoryError:
-        raise  # The file is not at fault.
+        raise  # Full memory is not the fault of the file.
     except av.error.FFmpegError as error:
         raise _undecodable(facts, due[0], error.strerror) from error
 
 
 def _numbered(facts: VideoFacts, keyframe: int, threads: int) -> Iterator[tuple[int, VideoFrame]]:
-    """Decode from a keyframe on; yield each frame with its number."""
+    """Decode from a keyframe on. Yield the number of each frame, and the frame."""
     with open_video(facts.path) as container:
         stream = video_stream(container, facts.path)
         stream.thread_type = "AUTO"
@@ -197,7 +203,7 @@ def _numbered(facts: VideoFacts, keyframe: int, threads: int) -> Iterator[tuple[
 
 
 def _threads(pixels: int) -> int:
-    """Return how many threads may decode pictures of this size, or 0 to let FFmpeg choose."""
+    """Return how many threads decode pictures of this size, or 0 to let FFmpeg choose."""
     most = max(1, min(_MOST_THREADS, _PIXELS_AT_ONCE // max(1, pixels)))
     return 0 if (os.cpu_count() or 1) < most else most
 
@@ -213,11 +219,11 @@ def _undecodable(facts: VideoFacts, index: int, why: str | None) -> VideoError:
 def _displayed(
     facts: VideoFacts, geometry: Fit, pictures: Iterator[VideoFrame]
 ) -> Iterator[Pixels]:
-    """Yield decoded pictures as RGB frames: resized, rotated upright and cropped."""
+    """Convert decoded pictures to RGB frames that are resized, rotated upright and cropped."""
     turns, height, width = facts.rotation // 90, geometry.height, geometry.width
     if turns % 2:
         height, width = width, height
-    # Share one scaler among all frames: creating it costs half as much as using it.
+    # Use one scaler for all frames: creating a scaler takes half as long as scaling a frame.
     reformatter = VideoReformatter()
     for picture in pictures:
         scaled = reformatter.reformat(
@@ -226,7 +232,7 @@ def _displayed(
             height=height,
             format="rgb24",
             interpolation="BILINEAR",
-            # The default, a thread per core even for a small picture, is up to four times slower.
+            # The default is one thread per core even for small pictures, up to four times slower.
             threads=1,
         )
         upright = np.rot90(scaled.to_ndarray(), turns)

@@ -1,6 +1,6 @@
-"""Cut drives into segments at the gaps between the times of their frames.
+"""Cut drives into segments at gaps, where frames are missing.
 
-Legend: P pairs of neighbouring frames, one less than frames.
+Legend: P pairs of neighbouring frames.
 """
 
 from collections.abc import Sequence
@@ -21,18 +21,20 @@ def median_period(timestamps: Floats) -> float:
 def gaps(timestamps: Floats) -> list[tuple[int, int]]:
     """Cut a drive where two neighbouring frames are more than 1.5 median periods apart.
 
-    Returns the segments as (start, stop) frame numbers; together they cover every frame.
+    Returns the segments as (start, stop) frame numbers. Every frame is in exactly one segment.
     """
     limit = _GAP_PERIODS * median_period(timestamps)
     return _cut(len(timestamps), np.diff(timestamps) > limit)
 
 
 def chosen_segments(timestamps: Floats, indices: Ints) -> list[tuple[int, int]]:
-    """Cut the frames chosen from a drive, at increasing `indices`, at the gaps of the drive.
+    """Cut the frames that are chosen from a drive into segments at the gaps of the drive.
 
-    Returns the segments as (start, stop) positions in `indices`. Gaps are found among all frames
-    of the drive, because chosen frames do not show them: they may be unevenly spaced although no
-    frame is missing, and evenly spaced although one is.
+    `timestamps` are the times of all frames of the drive, and `indices` the increasing numbers of
+    the chosen frames. Returns the segments as (start, stop) positions in `indices`.
+
+    The times of the chosen frames alone do not show the gaps: they may be unevenly spaced although
+    no frame of the drive is missing, or evenly spaced although a frame is missing.
     """
     starts = [start for start, _ in gaps(timestamps)]
     return _cut(len(indices), np.diff(np.searchsorted(starts, indices, side="right")) > 0)
@@ -44,7 +46,7 @@ def _cut(count: int, gap_after: Mask) -> list[tuple[int, int]]:
 
 
 def clipped(segments: Sequence[tuple[int, int]], begin: int, end: int) -> list[tuple[int, int]]:
-    """Return the parts of segments within [begin, end), counted from `begin`."""
+    """Return the parts of segments that lie within [begin, end), relative to `begin`."""
     return [
         (max(start, begin) - begin, min(stop, end) - begin)
         for start, stop in segments
@@ -53,7 +55,7 @@ def clipped(segments: Sequence[tuple[int, int]], begin: int, end: int) -> list[t
 
 
 def within_segments(segments: Sequence[tuple[int, int]]) -> Mask:
-    """Return which pairs of neighbouring frames [P] lie within one segment, without a gap."""
+    """Return for each pair of neighbouring frames [P] whether both are in the same segment."""
     inside = np.ones(segments[-1][1] - 1, np.bool_)
     inside[[start - 1 for start, _ in segments[1:]]] = False
     return inside

@@ -1,4 +1,4 @@
-"""Write frames into a video file that every player can play."""
+"""Write frames as video files that every player can play, or as animated images."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,9 +15,10 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
 
 SMALL: Mapping[str, str] = {"preset": "veryfast"}
-"""x264 options for files that are kept and read often."""
+"""x264 options that make small files, for videos that are kept and read often."""
 FAST: Mapping[str, str] = {"preset": "ultrafast", "x264-params": "cabac=1"}
-"""x264 options for rollouts, while a user waits: no deblocking, but CABAC, which saves bytes."""
+"""x264 options for fast encoding, used for rollouts because a user waits for them. CABAC, which the
+preset `ultrafast` turns off, is kept because it makes files smaller."""
 
 
 @contextmanager
@@ -28,7 +29,8 @@ def video_writer(
 
     Yields a function that appends one frame, uint8 RGB [height, width, 3]. The codec needs even
     sizes, so odd heights and widths are padded by repeating the last row or column. `x264` is SMALL
-    or FAST. The file appears when it is complete; an exception in the `with` block leaves none.
+    or FAST. The file appears when it is complete. If the `with` block raises an exception, no file
+    is written.
 
     Raises DriveSimError if the disk is full or `path` cannot be written.
     """
@@ -69,7 +71,7 @@ def video_writer(
 
 
 def write_video(path: Path, frames: Iterable[Pixels], fps: float) -> None:
-    """Write frames, uint8 RGB [height, width, 3] each (or an array of them), as H.264."""
+    """Write frames as an H.264 video. Each frame is uint8 RGB [height, width, 3]."""
     remaining = iter(frames)
     first = next(remaining, None)
     if first is None:
@@ -80,7 +82,7 @@ def write_video(path: Path, frames: Iterable[Pixels], fps: float) -> None:
 
 
 def write_animation(path: Path, frames: Iterable[Pixels], fps: float) -> None:
-    """Write frames, uint8 RGB [height, width, 3] each, as an animated WebP that loops."""
+    """Write frames as an animated WebP that loops. Each frame is uint8 RGB [height, width, 3]."""
     first, *others = map(Image.fromarray, frames)
     with atomic_file(path) as temporary:
         first.save(

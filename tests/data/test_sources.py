@@ -218,12 +218,15 @@ def test_a_udacity_recording_in_si_units(tmp_path: Path, header: bool, folder: s
     ("rows", "message"),
     [
         ([row(0, 0.5, 10)], "has 1 rows"),
-        ([row(100, 0.5, 10), row(0, 0.5, 10)], "line 2: the image's time is not after that of"),
+        (
+            [row(100, 0.5, 10), row(0, 0.5, 10)],
+            "line 2: the time of the image is not later than in",
+        ),
         ([row(0, 0.5, 10), row(100, 3.5, 10)], "line 2: steering 3.5"),
         ([row(0, 0.5, 10), row(100, "left", 10)], "line 2: could not convert"),
         (
             [row(0, 0.5, 10), "center-1.jpg,l.jpg,r.jpg,0,1,0,10"],
-            "line 2: 'center-1.jpg' contains",
+            "line 2: the name 'center-1.jpg' contains",
         ),
         ([row(0, 0.5, 10), "a.jpg,b.jpg"], "line 2: has 2 cells"),
     ],
@@ -409,7 +412,7 @@ def test_a_segment_with_too_few_frames_or_logs_is_skipped(segment: Path, tmp_pat
     drive_set = find_drives([tmp_path])
     reasons = {skipped.id: skipped.reason for skipped in drive_set.skipped}
     assert drive_set.drives == []
-    assert "video.hevc has 5 frames" in reasons["short"]
+    assert "each of the 5 frames of video.hevc" in reasons["short"]
     assert "is missing from the comma2k19 segment" in reasons["bare"]
     assert "cannot be read as a NumPy array" in reasons["pickled"]
 
@@ -425,4 +428,4 @@ def test_absurd_can_signals_are_refused(
     with path.open("wb") as file:
         np.save(file, values)
     (skipped,) = find_drives([tmp_path]).skipped
-    assert f"{name}/value: goes from" in skipped.reason
+    assert f"{name}/value: has values from" in skipped.reason

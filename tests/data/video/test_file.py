@@ -32,7 +32,9 @@ def test_a_picture_too_large_in_a_format_without_a_header_is_refused(
 ) -> None:
     path = write_numbered(tmp_path / "x.ts", container="mpegts")
     monkeypatch.setattr(video_file, "MAX_PIXELS", 48 * 128 - 1)
-    with pytest.raises(VideoError, match=r"x\.ts: its pictures have 128×48 pixels, at most 6,143"):
+    with pytest.raises(
+        VideoError, match=r"x\.ts: its pictures have 128×48 pixels, but at most 6,143"
+    ):
         read_facts(path)
 
 
