@@ -380,8 +380,8 @@ def inspect(
 ) -> None:
     """Check drives for problems, such as gaps, a lag of the actions, or a flipped steering sign.
 
-    In drivesim, steering is positive to the left. The command prints a table and draws
-    plots that compare the actions with the video.
+    In drivesim, steering is positive to the left. The command prints a table and draws plots
+    that compare the actions with the video.
     """
     from driving_sim.data.inspect.inspection import inspect_drives
 

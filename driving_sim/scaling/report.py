@@ -18,9 +18,9 @@ from driving_sim.scaling.run import ScalingRun, read_run, training_flops
 REPORT, PICTURE = "scaling.json", "scaling.png"
 _FORM = "bits per token = c + (C / a)^b, C = 6 N D"
 _FAR = 100
-"""Ratio of the prediction's compute to the largest run's, above which a note warns."""
+"""If a prediction is for more than this many times the largest run's compute, add a note."""
 _NOTEWORTHY = 0.2
-"""Attention share of a run above which a note warns."""
+"""If the attention share of a run is above this, add a note."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
