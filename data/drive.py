@@ -1,6 +1,6 @@
 """Drives: frames with their times and, if they were recorded, actions.
 
-Legend: N frames of a drive, T frames of a sample of it.
+Legend: N frames of a drive, T frames sampled from it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,58 +24,61 @@ from driving_sim.engine.errors import BadDriveError, DriveSimError
 
 
 class FrameReader(Protocol):
-    """Reads the frames of a drive. It can be pickled: it opens files only while it reads."""
+    """Reads the frames of a drive. It can be pickled because it opens files only while reading."""
 
     def read(self, indices: Ints, size: FrameSize | None) -> Pixels:
-        """Read a few frames [n, H, W, 3] in any order."""
+        """Read the frames at `indices`, which may be in any order, as [n, H, W, 3]."""
         ...
 
     def stream(self, indices: Ints | None, size: FrameSize | None) -> Iterator[Pixels]:
-        """Yield frames [H, W, 3] in ascending order of their indices; None means all of them."""
+        """Yield the frames [H, W, 3] at ascending `indices`, or all frames if `indices` is None."""
         ...
 
     def files(self, indices: Ints) -> list[Path]:
-        """Return the files that contain these frames; fingerprints hash them."""
+        """Return the files that contain the frames at `indices`."""
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VideoFrames:
-    """The frames of a video file, decoded in a separate process because the file may crash it."""
+    """Reads a video file's frames in another process, because a bad file can crash the decoder."""
 
     facts: VideoFacts
 
     def read(self, indices: Ints, size: FrameSize | None) -> Pixels:
-        """Read a few frames [n, H, W, 3] in any order."""
+        """Read the frames at `indices`, which may be in any order, as [n, H, W, 3]."""
         return read_frames(self.facts, indices, size)
 
     def stream(self, indices: Ints | None, size: FrameSize | None) -> Iterator[Pixels]:
-        """Yield frames [H, W, 3] in ascending order of their indices; None means all of them."""
+        """Yield the frames [H, W, 3] at ascending `indices`, or all frames if `indices` is None."""
         return stream_frames(self.facts, size=size, indices=indices)
 
     def files(self, indices: Ints) -> list[Path]:
-        """Return the video file, for any frames."""
+        """Return the video file, which contains all the frames."""
         return [self.facts.path]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Drive:
-    """One recording. It can be pickled: it opens its files only while frames are read."""
+    """One recording. It can be pickled because it opens its files only while reading frames."""
 
     id: str
-    """Path below the folder that was searched, without suffix; unique among the drives."""
+    """Path relative to the searched folder, without suffix. No two drives have the same id."""
     source: str
-    """Layout of its files: video, udacity or comma2k19."""
+    """Layout of the recording's files: video, udacity or comma2k19."""
     timestamps: Floats
-    """[N] Time of each frame in seconds from the first one, strictly increasing."""
+    """[N] Time of each frame in seconds since the first frame, strictly increasing."""
     reader: FrameReader
     log: ActionLog | None = None
-    """Actions on the same clock, or None if there are none."""
+    """Actions, timed on the same clock as the frames, or None if none were recorded."""
     video: VideoFacts | None = None
-    """Facts of the video file, or None if the frames do not come from a video."""
+    """Facts about the video file, or None if the frames do not come from a video."""
 
     def frames(self, indices: Ints | Sequence[int], size: FrameSize | None = None) -> Pixels:
-        """Read a few frames, uint8 [n, H, W, 3], in any order. For whole drives use `stream`."""
+        """Read the frames at `indices`, which may be in any order, as uint8 [n, H, W, 3].
+
+        To read a whole drive, use `stream`, which yields one frame at a time.
+        """
         return self.reader.read(np.asarray(indices, np.int64), size)
 
     def stream(
@@ -88,36 +91,37 @@ class Drive:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SampledDrive:
-    """The frames of a drive that a model sees, each with the action that leads to the next one."""
+    """Frames chosen from a drive, with the mean action between each frame and the next."""
 
     drive: Drive
     indices: Ints
-    """[T] Ascending numbers of the frames in the drive."""
+    """[T] Indices of the chosen frames in the drive, ascending."""
     timestamps: Floats
-    """[T] Time of each frame in seconds from the drive's first frame."""
+    """[T] Time of each chosen frame in seconds since the drive's first frame."""
     actions: Floats32
-    """[T, 2] Speed in m/s and steering, averaged from each frame to the next; 0 where invalid."""
+    """[T, 2] Mean speed in m/s and mean steering from each frame to the next; 0 if unknown."""
     action_valid: Mask
-    """[T, 2] Whether each speed and each steering is known."""
+    """[T, 2] Whether the speed and the steering in `actions` are known."""
     segments: list[tuple[int, int]]
-    """Ranges [start, stop) of T within which the drive has no gap."""
+    """Ranges [start, stop) of the T frames, cut at the gaps of the drive."""
 
     @property
     def fps(self) -> float:
-        """Mean frame rate within the segments; 0 if none has two frames."""
+        """Mean frame rate within the segments, or 0 if no segment has two frames."""
         return mean_rate(self.timestamps, self.segments)
 
     def batches(self, size: FrameSize, count: int) -> Iterator[Pixels]:
-        """Yield the frames in order, `count` at a time (or what is left), as uint8 [n, H, W, 3]."""
+        """Yield batches of `count` frames in order, uint8 [n, H, W, 3]; the last may be smaller."""
         stream = self.drive.stream(size, self.indices)
         while batch := list(islice(stream, count)):
             yield np.stack(batch)
 
 
 def sample(drive: Drive, *, fps: float | None = None, every: int | None = None) -> SampledDrive:
-    """Choose frames of a drive at a rate or a stride, then average the actions between them.
+    """Choose frames of a drive at rate `fps` or stride `every`; average the actions between them.
 
-    Without `fps` and `every`, all frames are chosen. Raises ValueError as `choose_frames` does.
+    Without `fps` and `every`, all frames are chosen. Raises ValueError if both are given, or if one
+    is not positive.
     """
     indices = choose_frames(drive.timestamps, fps=fps, every=every)
     timestamps = drive.timestamps[indices]
@@ -144,14 +148,14 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class DriveSet:
-    """The drives that were found, in the order of their ids, and what was skipped and why."""
+    """The drives that were found, sorted by id, and those that were skipped."""
 
     drives: list[Drive]
     skipped: list[Skipped] = field(default_factory=list)
 
     @property
     def notices(self) -> list[str]:
-        """Assumptions made while reading action files: one line each, with the drives concerned."""
+        """One line for each assumption made while reading action files, with the drives' ids."""
         drives_by_line: dict[str, list[str]] = {}
         for drive in self.drives:
             for line in drive.log.notices if drive.log else ():
@@ -163,9 +167,9 @@ class DriveSet:
 
     @property
     def steering_kind(self) -> SteeringKind | None:
-        """Kind of steering in all drives; None if no drive has steering.
+        """Kind of steering of the drives, or None if no drive has steering.
 
-        Raises DriveSimError if drives have different kinds, because a model can learn only one.
+        Raises DriveSimError if the drives have different kinds: a model can learn only one kind.
         """
         first: dict[SteeringKind, str] = {}
         for drive in self.drives:
@@ -181,7 +185,7 @@ class DriveSet:
     def require_all(self) -> "DriveSet":
         """Return this set, or raise BadDriveError if anything was skipped."""
         if self.skipped:
-            first, others = self.skipped[0], len(self.skipped) - 1
-            more = f" (and {others} more)" if others else ""
+            first, count = self.skipped[0], len(self.skipped)
+            more = f" (the first of {count} bad drives)" if count > 1 else ""
             raise BadDriveError(f"{first.reason}{more}; repair or remove it")
         return self

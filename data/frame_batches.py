@@ -1,6 +1,6 @@
-"""Batches of single frames for the tokenizer, drawn from all drives with equal probability.
+"""Random batches of frames for training the tokenizer. All frames are equally likely.
 
-Legend: B frames of a batch, N frames of all drives together, H height, W width.
+Legend: B frames in a batch, N frames in all drives together, H height, W width.
 """
 
 import multiprocessing
@@ -20,28 +20,28 @@ from driving_sim.engine.parsing import one_line
 from driving_sim.engine.progress import progress
 
 _NEIGHBOURS = 4
-"""Number of frames drawn near each random place in a drive when frames are decoded on demand."""
+"""Number of frames to draw from a stretch of a drive, if frames are decoded on demand."""
 _NEIGHBOURHOOD = 16
-"""Number of consecutive frames among which the neighbours at one place are drawn."""
+"""Number of consecutive frames in a stretch."""
 
 
 @dataclass(eq=False)
 class FrameBatches(Dataset[dict[str, Tensor]]):
     """Random batches of frames: `dataset[n]` is {"frames": uint8 [B, H, W, 3]}.
 
-    Batch n depends only on (seed, n).
+    Batch n depends only on `seed` and n.
 
-    If all frames fit in `cache_bytes`, they are decoded once, by the constructor. Forked loader
-    workers inherit this cache. Set `shared` to place it in shared memory for workers that are not
-    forked. If the frames do not fit, every batch decodes its own, a few neighbours at each place,
-    because reaching a place costs most of the time.
+    If all frames fit in `cache_bytes`, the constructor decodes them once and caches them. Forked
+    loader workers inherit the cache. If workers are not forked, set `shared`, which puts the cache
+    in shared memory. If the frames do not fit, each batch decodes its own frames. They come from a
+    few short stretches of the videos, because seeking takes most of the time.
 
-    `mirror` flips a frame left to right with probability 0.5. `shift` moves it by up to that many
-    pixels. `gain` changes the brightness of each colour by up to that share. For a share `cutmix`
-    of the frames, the part right of a random column comes from the batch's next frame (CutMix,
-    arXiv 1905.04899), so that the model cannot memorise pictures.
+    `mirror` flips each frame left to right with probability 0.5. `shift` is the largest random
+    shift in pixels. `gain` is the largest relative change of a colour's brightness. `cutmix` is the
+    share of frames whose part to the right of a random column is replaced with that of the next
+    frame in the batch, so that the model cannot memorise pictures (CutMix, arXiv 1905.04899).
 
-    Raises DriveSimError if the drives have no frames or fewer than a batch, or if a frame cannot be
+    Raises DriveSimError if the drives have too few frames for a batch, or if a frame cannot be
     decoded.
     """
 
@@ -71,7 +71,7 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
         self._cache = self._decode_all() if fits else None
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:
-        """Return batch n. There is no last batch."""
+        """Return batch n, for any n >= 0. The number of batches is unlimited."""
         generator = np.random.default_rng([self.seed, n])
         if self._cache is not None:
             chosen = generator.integers(self.frame_count, size=self.batch_size)
@@ -94,7 +94,7 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
         shape = (self.frame_count, self.size.height, self.size.width, 3)
         cache = torch.empty(shape, dtype=torch.uint8)
         if self.shared and _start_method() != "fork":
-            # Share the cache while it is empty, so that memory never holds its frames twice.
+            # Share the cache before filling it, because sharing copies the content.
             _share(cache)
         filled = cache.numpy()
         with progress(self.frame_count, "decode", "frames") as bar:
@@ -106,9 +106,10 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
         return cache
 
     def _neighbours(self, generator: np.random.Generator) -> Ints:
-        """Draw B of the N frames: a few near each of several random places, never across drives."""
+        """Draw B of the N frames: a few frames from each of several random stretches."""
+        # A stretch lies within one drive. Because stretches do not overlap, and a long one is drawn
+        # more often than a short one, all frames are equally likely.
         places = generator.integers(self.frame_count, size=-(-self.batch_size // _NEIGHBOURS))
-        # Neighbours come from fixed stretches of a drive, so that all frames are equally likely.
         drives = np.searchsorted(self._offsets, places, side="right") - 1
         starts = places - (places - self._offsets[drives]) % _NEIGHBOURHOOD
         stops = np.minimum(starts + _NEIGHBOURHOOD, self._offsets[drives + 1])
@@ -127,7 +128,7 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
 
 
 def _start_method() -> str:
-    """Return how this process starts others by default, without fixing that choice."""
+    """Return the method by which this process starts workers. Do not set it if it is unset."""
     chosen = multiprocessing.get_start_method(allow_none=True)
     return chosen or multiprocessing.get_all_start_methods()[0]
 
@@ -147,7 +148,7 @@ def _mirror(frames: Pixels, chosen: Ints) -> None:
     """Flip the chosen frames left to right, in place."""
     for sample in chosen:
         original = frames[sample].copy()
-        # Flipping channel by channel is five times faster than flipping pixels of three bytes.
+        # Flipping one channel at a time is five times faster than flipping all three at once.
         for channel in range(3):
             frames[sample, :, :, channel] = original[:, ::-1, channel]
 
@@ -155,7 +156,8 @@ def _mirror(frames: Pixels, chosen: Ints) -> None:
 def _shift(frames: Pixels, corners: Ints, most: int) -> None:
     """Move each frame in place: pad it by `most` reflected pixels and crop it at its corner [B, 2].
 
-    Corners go from 0 to 2 * `most`. A corner at `most` leaves the frame where it is.
+    The coordinates (y, x) of a corner go from 0 to 2 * `most`. At (`most`, `most`), the frame does
+    not move.
     """
     _, height, width, _ = frames.shape
     for frame, (y, x) in zip(frames, corners, strict=True):
@@ -170,7 +172,7 @@ def _amplify(frames: Pixels, gains: Floats) -> None:
 
 
 def _mix(frames: Pixels, chosen: Ints, columns: Ints) -> None:
-    """Replace chosen frames, each from its column on, by the next frame's pixels, in place."""
+    """Overwrite each chosen frame in place, from its column to the right, with the next frame."""
     following = np.roll(frames, -1, axis=0)
     for sample, column in zip(chosen, columns, strict=True):
         frames[sample, :, column:] = following[sample, :, column:]

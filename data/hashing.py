@@ -26,7 +26,7 @@ def uniform(seed: int, *keys: ArrayLike) -> Floats:
     """
     bits = mixed(np.array([seed], dtype=np.int64).view(np.uint64) + _GOLDEN)
     for key in keys:
-        # Convert to int64 first, so that negative keys wrap around and raise no OverflowError.
+        # Convert to int64 first, because converting a negative key to uint64 raises OverflowError.
         value = np.atleast_1d(np.asarray(key, dtype=np.int64)).view(np.uint64)
         bits = mixed((bits ^ value) * _GOLDEN + _GOLDEN)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53

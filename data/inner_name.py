@@ -1,9 +1,9 @@
-"""Check file names that an input file contains: they must not lead out of its folder."""
+"""Check file names that are read from input files: they must not lead outside a folder."""
 
 import re
 from pathlib import Path
 
-# Absolute paths, `..`, and characters that cannot be printed: control characters and surrogates.
+# Matches absolute paths, `..`, and unprintable characters: control characters and surrogates.
 _OUTSIDE = re.compile(
     r"^(?:[A-Za-z]:)?[/\\]|(?:^|[/\\])\.\.(?:[/\\]|$)|[\x00-\x1f\x7f-\x9f\ud800-\udfff]"
 )
@@ -15,20 +15,23 @@ def is_inner_name(name: str) -> bool:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return the path of `name` below `folder`; raise ValueError if it or a link leads outside."""
+    """Return the path of `name` below `folder`.
+
+    Raises ValueError if the name, or a symbolic link on the path, leads outside the folder.
+    """
     if not is_inner_name(name):
         raise ValueError(f"{name!r} is not the name of a file inside {folder}")
     path = folder / name
     try:
         target = path.resolve()
-    except (OSError, RuntimeError):  # RuntimeError: the links form a circle.
+    except (OSError, RuntimeError):  # RuntimeError: the links form a cycle.
         raise ValueError(f"{name!r} cannot be resolved in {folder}") from None
     home = folder.resolve()
     if not target.is_relative_to(home):
         below = [part for part in (*reversed(path.parents), path) if part.is_relative_to(folder)]
         link = next(part for part in below if not part.resolve().is_relative_to(home))
         raise ValueError(
-            f"{link.relative_to(folder).as_posix()!r} is a link out of {folder}; replace it "
-            "by the file or folder that it leads to"
+            f"{link.relative_to(folder).as_posix()!r} is a link that leads outside {folder}; "
+            "replace it with a copy of its target"
         )
     return path

@@ -1,4 +1,4 @@
-"""Split drives into training and validation drives; no drive is divided between the two."""
+"""Split a set of drives into training drives and validation drives."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,9 +8,11 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.progress import say
 
 MIRROR_SUFFIX = "~mirror"
-"""Suffix of the id of a mirrored drive. The drive stays in the part of its original."""
+"""Suffix that is added to a drive's id for its mirrored copy.
+
+A copy is on the same side of the split as its original."""
 _NAMED = 10
-"""Largest number of drives that a message names."""
+"""Maximum number of drives that a message names."""
 
 
 def original_id(drive_id: str) -> str:
@@ -28,7 +30,8 @@ def _chosen(originals: list[str], validation: Sequence[str]) -> set[str]:
         )
     if chosen == set(originals):
         raise DriveSimError(
-            "every drive is named for validation, and none is left to train on; name fewer drives"
+            "every drive is a validation drive, so none is left to train on; "
+            "name fewer validation drives"
         )
     return chosen
 
@@ -40,14 +43,15 @@ def split_drives(
     fraction: float = 0.1,
     seed: int = 0,
 ) -> tuple[list[str], list[str]]:
-    """Split drive ids into (train, validation), each in the order given.
+    """Split drive ids into (training, validation), each in the order of `ids`.
 
-    `validation` names the validation drives. Without it, a `fraction` of the drives is drawn by a
-    hash of `seed` and id, independently of their order: at least one drive, but never all. If there
-    is only one drive, it is used for training. `X~mirror` stays in the same part as `X`.
+    `validation` is the list of validation drives. Without it, a `fraction` of the drives is drawn
+    by a hash of `seed` and the drive's id: at least one drive, but never all. The order of the ids
+    does not matter. If there is only one drive, it is used for training. A mirrored drive
+    `X~mirror` is on the same side of the split as `X`.
 
-    Prints which drives validate. Raises DriveSimError if `validation` names an unknown drive or all
-    drives.
+    Prints the ids of the validation drives. Raises DriveSimError if `validation` names an unknown
+    drive, or if it names all drives.
     """
     originals = sorted({original_id(drive_id) for drive_id in ids})
     if validation is not None:
@@ -63,5 +67,5 @@ def split_drives(
         named = ", ".join(held_out[:_NAMED])
         say(f"training on {len(train)} drives, validating on {named}{more}")
     elif train:
-        say(f"there is only one drive, {train[0]}: validating on its training frames")
+        say(f"there is only one drive, {train[0]}: using it for training and for validation")
     return train, held_out

@@ -1,8 +1,9 @@
-"""The `drivesim` command line: it parses options, calls a function for the work, prints the result.
+"""The `drivesim` command line.
 
-Each command imports heavy modules in its body, so that `--help` is fast. A command's parameters
-have the same names as those of the function that it calls, so most are passed on unchanged. Errors
-also name settings by these names in backticks, and this module replaces the names by flags.
+Each command parses its options, calls a function that does the work, and prints the result. It
+imports heavy modules in its body, so that `--help` is fast. A command's parameters have the same
+names as those of the function that it calls, so most are passed on unchanged. Error messages name
+settings by these parameter names, in backticks, and this module replaces the names with flags.
 """
 
 import errno
@@ -29,7 +30,7 @@ RUNS = Path("runs")
 REPORTS = RUNS / "reports"
 
 _SETTING = re.compile(r"`(\w[\w.]*)(=[^`]*)?`")
-_RUNNING = "drivesim.command"  # key of the running command in a context's `meta`
+_RUNNING = "drivesim.command"  # The key of the running command in click's `Context.meta`.
 _RESUME = {"resume": "the same command again"}
 _STEERING = {"steering_kind": "the model's kind of steering"}
 _WORDS_WITHOUT_FLAG = {
@@ -37,17 +38,17 @@ _WORDS_WITHOUT_FLAG = {
     "demo": _RESUME | {"run": "--out"},
     **dict.fromkeys(("rollout", "surprise", "world-model", "control"), _STEERING),
 }
-"""Words for the settings that a command has no option for, by command."""
+"""For some commands, the words that replace settings for which the command has no flag."""
 
 
 def with_flags(text: str, command: Any) -> str:
-    """Return `text` with the settings that it names in backticks replaced by flags.
+    """Return `text`, in which settings in backticks are replaced with flags of `command`.
 
-    `out` becomes the option of `command`, or that of another command if `command` has none.
-    `fps=10` becomes the option with its value, and `training.seed=1` becomes
-    `--set training.seed=1`. Any other text in backticks stays as it is.
+    `out` becomes --out, `fps=10` becomes --fps 10, and `training.seed=1` becomes
+    --set training.seed=1. Positional arguments become upper case, such as VIDEOS. If `command` has
+    no such flag but another command has, its flag is used. Other text in backticks does not change.
     """
-    if not _SETTING.search(text):  # Most lines name no setting.
+    if not _SETTING.search(text):  # Return early, because most texts name no setting.
         return text
     root: Any = typer.main.get_command(app)
     commands = *root.commands.values(), *root.commands["evaluate"].commands.values(), command
@@ -82,7 +83,7 @@ def _error_line(error: BaseException, command: Any) -> str | None:
             "out, ask for fewer or shorter futures"
         )
     if type(error).__name__ == "NoArgsIsHelpError":
-        return None  # The error's message is the help text.
+        return None  # typer prints the help text, which is this error's message.
     if isinstance(error, typer.BadParameter.__bases__) and hasattr(error, "format_message"):
         return f"{error.format_message()} (see --help)"
     return None
@@ -91,7 +92,7 @@ def _error_line(error: BaseException, command: Any) -> str | None:
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    # Only torch's CUDA allocator has its own error class. The others raise a RuntimeError.
+    # Outside CUDA, torch has no class for this error, so look at the text of its RuntimeError.
     torch_is_out = isinstance(error, RuntimeError) and (
         "DefaultCPUAllocator" in str(error) or "out of memory" in str(error)
     )
@@ -100,9 +101,9 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def _errors_as_one_line(context: Any = None) -> Iterator[None]:
-    """Print an error caused by the user or the machine as one line and exit with code 1.
+    """Print an error caused by the user or the machine as one line, and exit with code 1.
 
-    A bug in drivesim is raised as it is. With `--debug`, so are all other errors.
+    The error is raised unchanged if it is a bug in drivesim, or if the user passed `--debug`.
     """
     try:
         yield
@@ -128,9 +129,9 @@ def _say_done(line: str) -> None:
 
 class _Group(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Return the command, and remember it as the running one.
+        """Return the command, and store it as the running command.
 
-        Its summary is set to the first line of its help, because click would truncate that line.
+        Set its summary to the first line of its help, because click would truncate that line.
         """
         command = super().get_command(ctx, cmd_name)
         if command is not None and command.help:
@@ -168,9 +169,9 @@ app.add_typer(evaluate_app, name="evaluate")
 
 
 def _unless_overridden(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
-    """Return `value`, the value of `steps` or `minutes`, unless the other option overrides it.
+    """Return the `value` of `steps` or `minutes`, or None if the other option overrides it.
 
-    If `value` is from the environment and the other option is on the command line, return None.
+    An option on the command line overrides the other option's environment variable.
     """
     rival = "minutes" if option.name == "steps" else "steps"
     source = context.get_parameter_source(str(option.name))
@@ -205,9 +206,7 @@ Preset = Annotated[
 ]
 Steps = Annotated[
     int | None,
-    _training_length(
-        "DRIVESIM_STEPS", "Number of training steps [default: the length that the preset sets]."
-    ),
+    _training_length("DRIVESIM_STEPS", "Number of training steps [default: set by the preset]."),
 ]
 Minutes = Annotated[
     float | None,
@@ -224,7 +223,8 @@ Device = Annotated[
     str,
     Option(
         envvar="DRIVESIM_DEVICE",
-        help="Device to compute on: cuda, mps, cpu, or auto, which chooses the first one present.",
+        help="Device to compute on: cuda, mps, cpu, or auto, which chooses the first of these that "
+        "is available.",
     ),
 ]
 Kind = Annotated[
@@ -264,8 +264,8 @@ SkipBad = Annotated[
 Guidance = Annotated[
     float,
     Option(
-        help="Guidance scale for the actions; 1 is the plain model, and larger values follow the "
-        "actions more strongly."
+        help="Guidance scale for the actions. 1 means no guidance. Larger values make the model "
+        "follow the actions more strongly."
     ),
 ]
 Temperature = Annotated[
@@ -285,10 +285,10 @@ Seed = Annotated[int, Option(help="Random seed for sampling the tokens.")]
 
 
 def _given_options(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Return a command's `locals()` without the options that were not given.
+    """Return a command's options, taken from its `locals()`, without those that are None.
 
     Call it first in a command, before there are other local variables. The function that does the
-    work knows the defaults of the options left out.
+    work has defaults for the options that are missing.
     """
     return {name: value for name, value in parameters.items() if value is not None}
 
@@ -332,8 +332,9 @@ def synth(
         int,
         Option(
             min=0,
-            help="Number of the first drive. For held-out drives, use the same --seed and --worlds "
-            "and a number after the last training drive.",
+            help="Number of the first drive, as in its file name. To make held-out drives in the "
+            "same worlds, use the same --seed and --worlds, and start after the last training "
+            "drive.",
         ),
     ] = 0,
     height: Annotated[int, Option(min=16, help="Height of the videos in pixels.")] = 128,
@@ -342,8 +343,8 @@ def synth(
 ) -> None:
     """Make synthetic drives: videos with exact speed and steering (left is positive).
 
-    A JSON file beside each video describes the world, so that the drive can be replayed with other
-    actions.
+    A JSON file beside each video describes the world, so that the drive can be replayed with
+    different actions.
     """
     options = _given_options(locals())
     from driving_sim.data.synthetic.drives import frame_count
@@ -379,8 +380,8 @@ def inspect(
 ) -> None:
     """Check drives for problems, such as gaps, a lag of the actions, or a flipped steering sign.
 
-    In drivesim, steering is positive to the left. The command prints a table and draws the
-    alignment of the actions with the video.
+    In drivesim, steering is positive to the left. The command prints a table and draws plots
+    that compare the actions with the video.
     """
     from driving_sim.data.inspect.inspection import inspect_drives
 
@@ -439,8 +440,7 @@ def tokenize(
         int | None,
         _training_length(
             "DRIVESIM_STEPS",
-            "Number of training steps for a missing tokenizer [default: the length that the preset "
-            "sets].",
+            "Number of training steps for a missing tokenizer [default: set by the preset].",
         ),
     ] = None,
     minutes: Annotated[
@@ -498,7 +498,7 @@ def train_world_model(
         str,
         _preset(
             "Model size and training settings: demo, tiny, base, large, or auto, which chooses the "
-            "preset that fits the number of tokens in a frame."
+            "preset by the number of tokens in a frame."
         ),
     ] = "auto",
     steps: Steps = None,
@@ -543,15 +543,15 @@ def rollout(
         float | None,
         Option(
             "--start",
-            help="Time in the video, in seconds, at which the prediction starts [default: the "
-            "earliest time with a full context before it].",
+            help="Time in the drive, in seconds, at which the prediction starts [default: the "
+            "earliest time that has a full context before it].",
         ),
     ] = None,
     seconds: Annotated[
         float | None,
         Option(
-            help="Length of the futures in seconds [default: the length of the actions if they "
-            "have one, else 4].",
+            help="Length of the futures in seconds [default: the length of the actions, or 4 if "
+            "they have no end].",
             min=0,
         ),
     ] = None,
@@ -573,7 +573,10 @@ def rollout(
     seed: Seed = 0,
     time_offset: Annotated[
         float,
-        Option(help="Seconds to add to the times in the CSV of --context, to match its video."),
+        Option(
+            help="Seconds to add to the times in the CSV of --context, so that they match the "
+            "video."
+        ),
     ] = 0.0,
     precision: Precision = None,
     device: Device = "auto",
@@ -583,16 +586,16 @@ def rollout(
     A script sets speed in m/s, accel in m/s² and steer. The unit of steer is that of the training
     data, for example rad for wheel angles. A channel that is not set keeps its value.
 
-    The names left and right steer as far as the 95th percentile of the steering in the training
-    data, brake slows down by 4 m/s², and recorded takes the recorded actions after the start.
+    `left` and `right` steer by the 95th percentile of |steering| in the training data. `brake`
+    slows down by 4 m/s². `recorded` repeats the actions that were recorded after the start.
     """
     options = _given_options(locals())
     from driving_sim.pipeline import roll_out
 
     report = roll_out(sampling=_pop_sampling(options), **options)
     typer.echo(
-        f"{len(report['futures'])} x {report['frames']} frames "
-        f"({report['frames_per_second']:.1f} frames/s) -> {out}"
+        f"{len(report['futures'])} x {report['frames']} frames, "
+        f"generated at {report['frames_per_second']:.1f} frames/s -> {out}"
     )
 
 
@@ -625,7 +628,7 @@ def surprise(
     precision: Precision = None,
     device: Device = "auto",
 ) -> None:
-    """Show where the videos surprise a world model: heat maps, and a ranking of the drives."""
+    """Show where videos surprise a world model, as heat maps and as a ranking of the drives."""
     from driving_sim.evaluate.likelihood.surprise import find_surprises
     from driving_sim.pipeline import model_and_drives
 
@@ -651,20 +654,20 @@ def scaling(
         float | None,
         Option(
             help="Training compute to predict the loss for, in floating-point operations "
-            "[default: 10 times that of the largest run]."
+            "[default: 10 times the compute of the largest run]."
         ),
     ] = None,
     parameters: Annotated[
         float | None,
         Option(
-            help="Number of parameters to predict the loss for, without embeddings. Give it with "
+            help="Number of parameters to predict the loss for, without embeddings. Use it with "
             "--tokens, instead of --compute."
         ),
     ] = None,
     tokens: Annotated[
         float | None,
         Option(
-            help="Number of training tokens to predict the loss for. Give it with --parameters, "
+            help="Number of training tokens to predict the loss for. Use it with --parameters, "
             "instead of --compute."
         ),
     ] = None,
@@ -703,13 +706,13 @@ def evaluate_world_model(
     out: Annotated[Path, Option(help="Folder to write the report to.")] = REPORTS / "world-model",
     training_tokens: Annotated[
         Path,
-        Option(help="Token store that the model was trained on; the baselines are fitted to it."),
+        Option(help="Token store that the model was trained on. The baselines are fitted to it."),
     ] = RUNS / "tokens",
     training_videos: Annotated[
         list[Path] | None,
         Option(
-            help="Videos of the drives in --training-tokens, to train the inverse-dynamics probe "
-            "on. Other drives and held-out drives are ignored, and at most 20 minutes are used. "
+            help="Videos to train the inverse-dynamics probe on. Drives that are not in "
+            "--training-tokens, and held-out drives, are ignored. At most 20 minutes are used. "
             "May be repeated. [default: videos reconstructed from the tokens]"
         ),
     ] = None,
@@ -719,7 +722,7 @@ def evaluate_world_model(
     fps: Annotated[
         float | None,
         Option(
-            help="Frames per second to take from the videos [default: that of --training-tokens]."
+            help="Frames per second to take from the videos [default: as in --training-tokens]."
         ),
     ] = None,
     every: Every = None,
@@ -731,23 +734,23 @@ def evaluate_world_model(
     i3d: Annotated[
         Path | None,
         Option(
-            help="TorchScript file of the I3D network. With it, the reported Fréchet distance is "
-            "FVD [default: built-in features, whose distance is not FVD]."
+            help="TorchScript file of the I3D network, for computing FVD. Without it, the report "
+            "contains a Fréchet distance between built-in features, which is not FVD."
         ),
     ] = None,
     probe: Annotated[
         Path | None,
         Option(
-            help="Earlier report whose inverse-dynamics probe to use again, so that the reports "
-            "can be compared. The probe must have the model's frame rate and kind of steering, and "
-            "must not have seen the held-out drives."
+            help="Folder of an earlier report. Its inverse-dynamics probe is used again, so that "
+            "the reports can be compared. The probe must have the model's frame rate and kind of "
+            "steering, and must not be trained on the held-out drives."
         ),
     ] = None,
     time_offset: TimeOffset = 0.0,
     precision: Precision = None,
     device: Device = "auto",
 ) -> None:
-    """Measure how well a world model predicts, follows actions and keeps long rollouts stable."""
+    """Measure how well a world model predicts, obeys actions and stays stable in long rollouts."""
     options = _given_options(locals())
     from dataclasses import replace
 
@@ -791,14 +794,14 @@ def evaluate_control(
         Option(help="File for a picture of the futures, .png or .jpg [default: no picture]."),
     ] = None,
     out: Annotated[
-        Path | None, Option(help="File to save the printed JSON in [default: not saved].")
+        Path | None, Option(help="File to save the printed JSON to [default: not saved].")
     ] = None,
     precision: Precision = None,
     device: Device = "auto",
 ) -> None:
-    """Steer left and right from many starting points and test whether the picture follows.
+    """Steer left and right from many starting points; count how often the picture turns that way.
 
-    The results are printed as JSON. In them, steering and motion are positive to the left.
+    The command prints the results as JSON. Steering and motion are positive to the left.
     """
     sampling = _pop_sampling(_given_options(locals()))
     from driving_sim.engine.config import save_json

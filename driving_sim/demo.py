@@ -70,24 +70,32 @@ class DemoConfig:
     seconds: float = 4.0
     """Length of the predicted futures in seconds."""
     judged_seconds: float = 2.0
-    """End, in seconds, of the one-second span in which predicted and true futures are compared."""
+    """End of the interval, in seconds, in which predicted futures are compared with the true ones.
+
+    The interval is one second long.
+    """
     sampling: Sampling = Sampling(temperature=0.85)
     """Sampling settings for the predicted futures, without the seed."""
 
 
 def run_demo(out: Path, *, seed: int = 0, config: DemoConfig | None = None) -> str:
-    """Make drives, train both models, roll out four actions from one start; return the summary.
+    """Make drives, train both models, and predict four futures; return a summary as text.
 
-    `out` holds the training drives (`videos`), the held-out drives (`heldout`), both runs and the
-    tokens. `demo.mp4`, `demo.webp` and `demo.png` show the true futures above the predicted ones,
-    `summary.json` holds the measurements, and `demo.json` the seed and the config. An interrupted
-    demo with the same seed and config is continued. If `out` holds anything else, DriveSimError is
-    raised.
+    The futures start at the same frame and follow different actions. They are compared with the
+    true futures of the synthetic world.
+
+    In `out`, the training drives are in `videos`, the held-out drives in `heldout`, the token store
+    in `tokens`, and the two training runs in `tokenizer` and `world-model`. `demo.mp4`, `demo.webp`
+    and `demo.png` show the true futures above the predicted ones. `summary.json` contains the
+    measurements. `demo.json` contains the seed and the config.
+
+    An interrupted demo is continued if the seed and the config are the same. Raises DriveSimError
+    if `out` contains anything else.
     """
     config = config or DemoConfig()
     if (out / "summary.json").exists():
-        raise DriveSimError(f"{out} holds a finished demo: choose another `out` or delete it")
-    # Raise an error for a wrong precision now, before anything is written.
+        raise DriveSimError(f"{out} contains a finished demo; choose another `out`, or delete it")
+    # Check the precision first, because nothing is written yet.
     resolve_precision(config.precision, resolve_device("auto"))
     claim_folder(out, _PLAN, {"seed": seed, **to_dict(config)}, "a demo")
     _train(out, seed, config)
@@ -97,7 +105,7 @@ def run_demo(out: Path, *, seed: int = 0, config: DemoConfig | None = None) -> s
     truths = [replay(driven.world, driven.states[start], plan.actions) for plan in plans]
     end, second = (round(time * config.world.fps) for time in (config.judged_seconds, 1.0))
     matrix = _psnr_matrix(futures, truths, slice(max(0, end - second), end))
-    right = int((matrix.argmax(axis=1) == np.arange(len(ACTIONS))).sum())
+    correct = int((matrix.argmax(axis=1) == np.arange(len(ACTIONS))).sum())
     steering_range = 2 * world.statistics.steering_p95
     _write_pictures(out, plans, truths, futures, config.world.fps, steering_range)
     save_json(
@@ -107,14 +115,14 @@ def run_demo(out: Path, *, seed: int = 0, config: DemoConfig | None = None) -> s
             "actions": ACTIONS,
             "judged_seconds": config.judged_seconds,
             "psnr_db": matrix.round(2).tolist(),
-            "nearest_to_own_action": right,
+            "nearest_to_own_action": correct,
         },
     )
-    return _summary(out, matrix, right, config.judged_seconds)
+    return _summary(out, matrix, correct, config.judged_seconds)
 
 
 def _train(out: Path, seed: int, config: DemoConfig) -> None:
-    """Make the drives and train both models, except for what an interrupted demo already did."""
+    """Make the drives and train both models; skip the steps that an interrupted demo finished."""
     videos, tokens, world_model = out / "videos", out / "tokens", out / "world-model"
     if not tokens.exists():
         _make_drives(videos, seed, config, range(config.drives))
@@ -160,9 +168,10 @@ def _make_drives(videos: Path, seed: int, config: DemoConfig, numbers: range) ->
 
 
 def _find_start(config: DemoConfig, seed: int, context_frames: int) -> tuple[SyntheticDrive, int]:
-    """Find the first calm moment in the lane at a moderate speed, in a drive not trained on.
+    """Find a frame from which to predict, in a drive that the models were not trained on.
 
-    Returns the drive and the index of its frame.
+    Before this frame, the car keeps to its lane, drives at a moderate speed and hardly steers.
+    Returns the drive and the index of the frame.
     """
     world = SyntheticWorld(seeds(seed, 0)[0], config.world)
     for driver_seed in np.random.default_rng([seed, 2]).integers(2**31, size=100):
@@ -177,15 +186,15 @@ def _find_start(config: DemoConfig, seed: int, context_frames: int) -> tuple[Syn
                 and abs(offset[0] - LANE_OFFSET) < 1.5
             ):
                 return driven, index
-    raise AssertionError("no calm moment in a hundred drives")
+    raise AssertionError("none of 100 drives has a frame with calm driving before it")
 
 
 def _roll_out(
     world: WorldModel, driven: SyntheticDrive, start: int, config: DemoConfig, seed: int
 ) -> tuple[list[ActionPlan], list[Pixels]]:
-    """Return the action plans from frame `start` of a drive, and their predicted futures.
+    """Return the action plans from frame `start` of a drive, and the future predicted for each.
 
-    Each future is [N, H, W, 3].
+    The frames of a future are uint8 [N, H, W, 3].
     """
     first = start - world.context_frames
     frames = np.stack([driven.world.render(state) for state in driven.states[first : start + 1]])
@@ -210,9 +219,9 @@ def _roll_out(
 
 
 def _psnr_matrix(futures: list[Pixels], truths: list[Pixels], judged: slice) -> Floats:
-    """Return the mean PSNR in dB over the `judged` frames of each future and each truth.
+    """Return the PSNR in dB between each predicted and each true future.
 
-    Rows are futures, columns are truths.
+    Rows are predicted futures, columns are true ones. PSNR is averaged over the `judged` frames.
     """
     predicted, true = (
         [torch.from_numpy(frames[judged]) for frames in clips] for clips in (futures, truths)
@@ -229,26 +238,26 @@ def _write_pictures(
     fps: float,
     steering_range: float,
 ) -> None:
-    """Write a video, an animation and a contact sheet with the truths above the predictions."""
+    """Write a video, an animation and a contact sheet: each true future above its prediction."""
     kinds = ("true", "predicted")
     titled = [replace(plan, label=f"{plan.label}: {kind}") for kind in kinds for plan in plans]
-    shown, times = [*truths, *futures], len(futures[0])
+    clips, times = [*truths, *futures], len(futures[0])
     moments = [
-        draw_moment(titled, [future[t] for future in shown], t, steering_range, columns=len(plans))
+        draw_moment(titled, [clip[t] for clip in clips], t, steering_range, columns=len(plans))
         for t in range(times)
     ]
     write_video(out / "demo.mp4", moments, fps=fps)
     write_animation(out / "demo.webp", moments, fps=fps)
     chosen = np.linspace(0, times - 1, _SHEET_TIMES).round().astype(int)
-    by_plan = np.arange(len(shown)).reshape(len(kinds), -1).T.flat
-    rows = [(titled[n].label, [shown[n][t] for t in chosen]) for n in by_plan]
+    by_plan = np.arange(len(clips)).reshape(len(kinds), -1).T.flat
+    rows = [(titled[n].label, [clips[n][t] for t in chosen]) for n in by_plan]
     sheet = contact_sheet(rows, [f"{(t + 1) / fps:+.2f} s" for t in chosen])
     with atomic_file(out / "demo.png") as temporary:
         Image.fromarray(sheet).save(temporary)
 
 
-def _summary(out: Path, matrix: Floats, right: int, judged_seconds: float) -> str:
-    """Return the PSNR matrix as a table, and the paths of the video and the picture."""
+def _summary(out: Path, matrix: Floats, correct: int, judged_seconds: float) -> str:
+    """Return a text with the PSNR matrix as a table and the paths of the video and the picture."""
     lines = [
         "PSNR (dB) of each predicted future (row) against each true future (column), "
         f"from {judged_seconds - 1:g} to {judged_seconds:g} s:",
@@ -259,8 +268,8 @@ def _summary(out: Path, matrix: Floats, right: int, judged_seconds: float) -> st
         cells = (f"{value:.1f}{'*' if i == best else ' '}" for i, value in enumerate(row))
         lines.append(f"{name:>10}" + "".join(f"{cell:>10}" for cell in cells))
     lines.append(
-        f"{right} of {len(ACTIONS)} predicted futures are closest (*) to the true future of their "
-        "own action"
+        f"{correct} of {len(ACTIONS)} predicted futures are closest (*) to the true future of "
+        "their own action"
     )
     lines.append(f"video: {out / 'demo.mp4'}, picture: {out / 'demo.png'}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The work of the main commands as functions: train, tokenize and roll out."""
+"""Functions that do the work of the main commands: train, tokenize and roll out."""
 
 import json
 import math
@@ -44,7 +44,7 @@ C = TypeVar("C")
 
 
 class Start(TypedDict):
-    """Keyword arguments of a training function that say how to start, and on which device."""
+    """Keyword arguments of a training function: initial weights, resuming, and the device."""
 
     init_from: Path | None
     resume: bool
@@ -56,8 +56,9 @@ class TrainingRequest:
     """A user's options for a training run: a preset, and settings that override it."""
 
     preset: str = "auto"
-    """Name of the preset, or `auto`. For a world model, `auto` chooses the preset with the token
-    grid of the data. For a tokenizer, it chooses base on CUDA and tiny elsewhere."""
+    """Name of the preset, or `auto`. For a tokenizer, `auto` chooses base on CUDA and tiny
+    elsewhere. For a world model, it chooses the preset with as many rows and columns of tokens as
+    the data. If there is none, it chooses as for a tokenizer."""
     steps: int | None = None
     """Number of training steps. If `steps` and `minutes` are None, the preset sets the length."""
     minutes: float | None = None
@@ -69,30 +70,30 @@ class TrainingRequest:
     resume: bool = False
     """Whether to continue an existing run."""
     init_from: Path | None = None
-    """Finished run that the initial weights are taken from."""
+    """Folder of a finished run whose weights become the initial weights."""
     precision: str | None = None
-    """Number format: auto, fp32 or bf16. If None, the other settings decide."""
+    """Number format: auto, fp32 or bf16. If None, the preset, `config` or `assignments` set it."""
     shard: bool = False
-    """Whether to shard the model over the ranks of `torchrun`. If False, the other settings
-    decide."""
+    """Whether to shard the model over the ranks of `torchrun`. If False, the preset, `config` or
+    `assignments` can still turn sharding on."""
     device: str = "auto"
     """Device to train on: auto, cuda, mps or cpu."""
 
     @property
     def start(self) -> Start:
-        """Keyword arguments for the training function."""
+        """The keyword arguments that the training functions share."""
         return {"init_from": self.init_from, "resume": self.resume, "device": self.device}
 
     def resolve(self, presets: dict[str, C], grid: tuple[int, int] | None = None) -> C:
         """Return the preset, overridden by the YAML file, the assignments and the other options.
 
-        `grid` holds the rows and columns of the tokens to train on. It is None for a tokenizer.
+        `grid` is the number of rows and columns of tokens in a frame, or None for a tokenizer.
         Raises DriveSimError for an unknown preset or a wrong setting.
         """
         preset = self.preset if self.preset != "auto" else _auto_preset(self.device, grid)
         if preset not in presets:
             names = ", ".join(presets)
-            raise DriveSimError(f"`preset` {preset}: no such preset; choose auto, {names}")
+            raise DriveSimError(f"`preset` {preset}: no such preset; choose one of auto, {names}")
         if self.steps is not None and self.minutes is not None:
             raise DriveSimError("`steps` and `minutes` are both given; give only one")
         options: dict[str, object] = {"precision": self.precision, "shard": self.shard or None}
@@ -113,7 +114,7 @@ class TrainingRequest:
 
 
 def _auto_preset(device: str, grid: tuple[int, int] | None) -> str:
-    """Choose the first preset with this token grid, or one for the device if none has it.
+    """Choose the first preset with this token grid. If there is none, choose by the device.
 
     Prints the choice and the reason.
     """
@@ -125,17 +126,17 @@ def _auto_preset(device: str, grid: tuple[int, int] | None) -> str:
         name, reason = fitting[0], f"frames are {grid[0]}x{grid[1]} tokens"
     else:
         kind = resolve_device(device).type
-        # Nobody has measured MPS yet, so it gets the preset for CPUs.
+        # MPS gets the preset for CPUs, because larger presets have not been measured on MPS.
         name, reason = ("base" if kind == "cuda" else "tiny"), f"the device is {kind}"
-    say(f"using preset {name} because {reason} (`preset` chooses another)")
+    say(f"using preset {name} because {reason} (use `preset` to choose another)")
     return name
 
 
 def _find(videos: Sequence[Path], *, skip_bad: bool = False, **options: Any) -> DriveSet:
-    """Find drives, and print what was assumed and what was skipped.
+    """Find drives. Print the assumptions made and the drives skipped.
 
-    `options` are passed to `find_drives`. Without `skip_bad`, a drive that cannot be read raises
-    BadDriveError.
+    `options` are passed to `find_drives`. Raises BadDriveError if a drive cannot be read, unless
+    `skip_bad` is set.
     """
     drive_set = find_drives(videos, **options)
     if not skip_bad:
@@ -150,18 +151,18 @@ def _find(videos: Sequence[Path], *, skip_bad: bool = False, **options: Any) -> 
 
 
 def find_frames(videos: Sequence[Path], *, skip_bad: bool = False) -> DriveSet:
-    """Find drives without reading their actions, so that errors in the actions do not matter."""
+    """Find drives, but do not read their action files, so errors in these files do not matter."""
     return _find(videos, skip_bad=skip_bad, actions=False)
 
 
 def find_for(world: WorldModel, videos: Sequence[Path], time_offset: float) -> DriveSet:
     """Find drives for a world model, with `time_offset` seconds added to their action times.
 
-    Raises DriveSimError if their kind of steering is not the model's.
+    Raises DriveSimError if their kind of steering differs from the model's.
     """
     return _find(
         videos,
-        # A model that learned no actions ignores them, so errors in them must not stop it.
+        # A model that learned no actions ignores action files, so do not fail on errors in them.
         actions=any(world.known_channels),
         steering_kind=world.steering_kind,
         time_offset=time_offset,
@@ -177,7 +178,10 @@ def model_and_drives(
 
 
 def frame_rate(fps: float | None, every: int | None) -> dict[str, Any]:
-    """Return the arguments for `sample`: the rate `fps`, the stride `every` or the default rate."""
+    """Return keyword arguments for `sample`, with the default rate if both parameters are None.
+
+    Raises DriveSimError if both are given, or if `fps` is not a finite number above 0.
+    """
     if fps is not None and every is not None:
         raise DriveSimError("`fps` and `every` are both given; give only one")
     if fps is not None and not 0 < fps < math.inf:
@@ -220,21 +224,25 @@ def tokenize_videos(
     """Turn videos and their actions into the token store `out`.
 
     If `training` is given and the tokenizer is missing or unfinished, it is trained on these videos
-    first. Before that, everything is checked that could make the tokenizing fail later. Under
-    `torchrun`, the ranks share the drives.
+    first. The other options and the videos are checked before the training, so that tokenizing does
+    not fail after it. Under `torchrun`, each rank tokenizes a share of the drives.
     """
     rate = frame_rate(fps, every)
     if training is None:
         Tokenizer.from_run(tokenizer, "cpu", "fp32")
-    # If both files exist, an earlier command was killed during its last cleanup. The writer then
-    # finishes the cleanup and raises the same error.
+    # If UNFINISHED exists as well, an earlier command was killed while it deleted its temporary
+    # files. In that case go on: the writer deletes the rest, then raises a similar error.
     if (out / INDEX).exists() and not (out / UNFINISHED).exists():
-        raise DriveSimError(f"{out} already holds a token store: choose another `out` or delete it")
+        raise DriveSimError(
+            f"{out} already contains a token store; choose another `out`, or delete it"
+        )
     drive_set = _find(
         videos, skip_bad=skip_bad, steering_kind=steering_kind, time_offset=time_offset
     )
-    _ = drive_set.steering_kind  # This raises an error if the drives mix kinds of steering.
-    # The timeout is long because one rank may work for days longer than another.
+    # Reading this property raises an error if the drives have different kinds of steering.
+    _ = drive_set.steering_kind
+
+    # The timeout is long because a rank may have to wait for days for the slowest rank.
     with process_group(resolve_device(device), timedelta(days=30)) as (ranks, own_device):
 
         def state() -> tuple[bool, bool]:
@@ -253,7 +261,7 @@ def tokenize_videos(
         dtype = ranks.from_main(lambda: resolve_precision(precision, own_device))
         frozen = Tokenizer.from_run(tokenizer, own_device, name_of(dtype))
         say(
-            f"using the tokenizer {tokenizer}: {frozen.height}x{frozen.width} pixels to "
+            f"using the tokenizer {tokenizer}: it turns {frozen.height}x{frozen.width} pixels into "
             f"{frozen.rows}x{frozen.cols} tokens, in {name_of(frozen.dtype)}"
         )
         return tokenize(
@@ -271,7 +279,7 @@ def tokenize_videos(
 def train_world_model_on(
     tokens: Path, tokenizer: Path, run: Path, request: TrainingRequest
 ) -> TrainingResult:
-    """Train a world model on a token store; `tokenizer` is the run that made the tokens."""
+    """Train a world model on a token store. `tokenizer` is the run that made the tokens."""
     grid = None
     if request.preset == "auto":
         info = read_index(tokens).info
@@ -296,9 +304,11 @@ def roll_out(
     device: str = "auto",
     precision: str = "auto",
 ) -> dict[str, Any]:
-    """Roll out all `actions` from the video `context`, or from a validation drive of `tokens`.
+    """Predict a future for each of `actions`, and write the futures as a video to `out`.
 
-    Writes the video and the files beside it to `out`. Returns the content of the JSON file.
+    The futures start in the video `context`, or in a validation drive of the token store `tokens`
+    if `context` is None. A JSON file, a PNG and the tokens are written beside the video. Returns
+    the content of the JSON file.
     """
     out = Path(out)
     existing = [path for path in output_files(out).values() if path.exists()]
@@ -311,7 +321,8 @@ def roll_out(
         drive, *others = find_for(world, [Path(context)], time_offset).drives
         if others:
             raise DriveSimError(
-                f"`context` {context} holds {1 + len(others)} drives; name the video of one drive"
+                f"`context` {context} contains {1 + len(others)} drives; "
+                "name the video of one drive"
             )
         beginning = context_from_drive(world, drive, start_s)
     plans = make_plans(actions, beginning.situation(world), seconds=seconds)
@@ -321,9 +332,9 @@ def roll_out(
 
 
 def _stored_context(world: WorldModel, tokens: Path, start_s: float | None) -> Context:
-    """Take a context from the first drive in `tokens` that the model was validated on.
+    """Return a context from the first drive in `tokens` that is a validation drive of the model.
 
-    If there is none, take it from the first drive.
+    If there is none, the context is from the first drive.
     """
     try:
         store = TokenStore(tokens)

@@ -228,7 +228,7 @@ def test_the_suggested_next_command_works_with_other_folders(used: Path) -> None
 
     tokenize = "tokenize videos --tokenizer runs/other --out runs/other-tokens"
     tokenized = succeed(*tokenize.split())
-    assert "runs/other: 64x128 pixels to 4x8 tokens" in tokenized.stderr
+    assert "runs/other: it turns 64x128 pixels into 4x8 tokens" in tokenized.stderr
     trained = follow(tokenized, "--out", "runs/other-world")
     follow(trained, "--seconds", "0.2", "--out", "other.mp4")
 
@@ -399,9 +399,9 @@ def test_an_interrupted_command_says_how_to_continue_it(
 
 def test_notices_also_name_flags(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "driving_sim.pipeline.train_tokenizer_on", lambda *_, **__: say("`preset` chooses another")
+        "driving_sim.pipeline.train_tokenizer_on", lambda *_, **__: say("use `preset`")
     )
-    assert "--preset chooses another" in run("train-tokenizer", "videos").stderr
+    assert "use --preset" in run("train-tokenizer", "videos").stderr
 
 
 def test_debug_shows_the_traceback(workplace: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_missing_tokenizer_is_trained_and_an_unfinished_one_is_resumed(
     Tokenizer.from_run(tokenizer, "cpu").save(copy)
     tokenizer = copy
     assert tokenized(4).info.tokenizer_fingerprint == store.info.tokenizer_fingerprint
-    assert f"using the tokenizer {copy}: 64x128 pixels" in capsys.readouterr().err
+    assert f"using the tokenizer {copy}: it turns 64x128 pixels" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_auto_chooses_a_preset_by_the_tokens_or_the_device(
     monkeypatch.setattr(pipeline, "resolve_device", lambda name: torch.device(device))
     assert TrainingRequest().resolve(WORLD_MODEL_PRESETS, grid) == WORLD_MODEL_PRESETS[preset]
     notice, *warnings = capsys.readouterr().err.splitlines()
-    assert notice == f"using preset {preset} because {reason} (`preset` chooses another)"
+    assert notice == f"using preset {preset} because {reason} (use `preset` to choose another)"
     is_slow = preset == "base" and device == "cpu"
     warning = "preset base is made for CUDA GPUs and is slow on cpu; tiny is for CPUs"
     assert warnings == is_slow * [warning]
@@ -175,7 +175,7 @@ def test_an_error_for_tokens_that_do_not_fit_the_model_suggests_a_context(
 def test_a_context_is_a_single_drive_with_the_models_kind_of_steering(
     run: Path, videos: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(DriveSimError, match="holds 2 drives; name the video"):
+    with pytest.raises(DriveSimError, match="contains 2 drives; name the video"):
         roll(run, tmp_path, context=videos)
     video = tmp_path / "drive.mp4"
     video.symlink_to(videos / "drive_000.mp4")

@@ -1,8 +1,8 @@
 """A scaling law, loss = c + (x / a)^b for training compute x, fitted to a few runs.
 
-GAIA-1 (arXiv 2309.17080, section 6) used this form to predict the loss of its 6.5 B model from
-models trained with less than a twentieth of its compute. c is the loss that no amount of compute
-removes.
+GAIA-1 (arXiv 2309.17080, section 6) used this form to predict the loss of a model with 6.5
+billion parameters from models that were trained with less than a twentieth of its compute. c is
+the loss that remains with infinite compute.
 
 Axes: n runs, R resamples, G candidate exponents.
 """
@@ -18,11 +18,11 @@ from driving_sim.data.arrays import Floats
 from driving_sim.engine.errors import DriveSimError, TooLittleDataError
 
 PARAMETERS = 3
-"""Number of parameters of the law, and so the minimum number of runs of different compute."""
+"""Number of parameters of the law. A fit needs at least as many runs of different compute."""
 
 _RESAMPLES = 1000
 _EXPONENTS = (0.02, 2.0)
-"""Smallest and largest value of -b that the fit considers."""
+"""Smallest and largest value of -b that the fit tries."""
 _MAX_LOG = 700.0  # exp() overflows above about 709.
 _CANDIDATES = 33
 _ROUNDS = 6
@@ -40,7 +40,7 @@ class ScalingLaw:
     """Exponent of the compute, below 0."""
 
     def __call__(self, compute: ArrayLike) -> Floats:
-        """Return the loss at each compute."""
+        """Return the loss at each value of `compute`."""
         return np.asarray(self.c + np.exp(self.b * (np.log(compute) - np.log(self.a))), np.float64)
 
 
@@ -63,7 +63,9 @@ class Prediction:
 
 
 class FittedLaw:
-    """The law with the least relative error for `loss` [n] at `compute` [n], and its uncertainty.
+    """The law that fits the `loss` [n] of n runs at their `compute` [n], and its uncertainty.
+
+    The fit minimises the sum of the squared relative errors.
 
     Raises TooLittleDataError if there are fewer than three different values of compute, or if the
     loss does not fall with compute.
@@ -75,10 +77,10 @@ class FittedLaw:
         if different < PARAMETERS:
             raise TooLittleDataError(
                 f"the runs have {different} different amounts of compute, but fitting "
-                f"c + (x / a)^b takes at least {PARAMETERS}; add runs of other widths, depths or "
+                f"c + (x / a)^b needs at least {PARAMETERS}; add runs of other widths, depths or "
                 "lengths"
             )
-        # Centring log compute decouples the scale from the exponent, which makes the fit stable.
+        # Without centring log compute, the fitted scale would depend strongly on the exponent.
         self._middle = float(np.log(self.compute).mean())
         floor, scale, exponent = _fit(self._centred(self.compute), self.loss[None])[0].tolist()
         falls = math.isfinite(floor + scale + exponent) and scale > 0
@@ -92,18 +94,21 @@ class FittedLaw:
         """The fitted law."""
         low, high = _EXPONENTS
         self.at_edge = not 1.01 * low < exponent < 0.99 * high
-        """Whether the exponent is at an end of the searched range, so a better one may exist."""
+        """Whether the exponent is at an end of the range that the fit tries.
+
+        If so, an exponent outside the range may fit better.
+        """
         self.freedom = len(self.loss) - PARAMETERS
         """Degrees of freedom: the number of runs minus the number of parameters.
 
-        With 0, the law fits the runs exactly, so nothing is known about its error.
+        If it is 0, the law fits the runs exactly, so its error is unknown.
         """
         squares = np.square(np.log(self.loss / self.law(self.compute))).sum()
         self.spread = float(np.sqrt(squares / self.freedom)) if self.freedom else 0.0
-        """Standard deviation of the runs' relative errors, or 0 without degrees of freedom."""
+        """Standard deviation of the runs' relative errors, or 0 if `freedom` is 0."""
 
     def predict(self, compute: float) -> Prediction:
-        """Predict the loss of a run with this compute, with a 95 % prediction interval."""
+        """Predict the loss of a run with this compute, and a 95 % interval for it."""
         bounds = self.interval([compute])
         low, high = [None, None] if bounds is None else [float(bound[0]) for bound in bounds]
         return Prediction(compute=compute, loss=float(self.law(compute)), low=low, high=high)
@@ -111,9 +116,10 @@ class FittedLaw:
     def interval(self, compute: ArrayLike) -> tuple[Floats, Floats] | None:
         """Return the lower and upper ends of the 95 % prediction interval at each compute.
 
-        Returns None if there are no more runs than parameters. The interval is a parametric
-        bootstrap: the law is refitted to its own losses with random deviations. Their size is drawn
-        anew for each resample, because a few runs determine it only roughly.
+        Returns None if there are no more runs than parameters. The interval comes from a parametric
+        bootstrap. Each resample adds random errors to the law's losses and fits a new law to them.
+        It also draws the standard deviation of the errors at random, because a few runs determine
+        it only roughly.
         """
         if not self.freedom:
             return None
@@ -126,9 +132,10 @@ class FittedLaw:
 
     @cached_property
     def _resampled(self) -> tuple[Floats, Floats, Floats]:
-        """Fitted parameters [R, 3], sizes of the deviations [R, 1] and normal noise [R, 1].
+        """The R bootstrap resamples: law parameters, standard deviations and noise.
 
-        There is one row for each resample. The noise is that of a new run.
+        The law parameters are [R, 3]. The standard deviations [R, 1] are those of the relative
+        errors. The noise [R, 1] is standard normal; scaled, it is the error of the predicted run.
         """
         rng = np.random.default_rng(0)
         shrinkage = np.sqrt(self.freedom / rng.chisquare(self.freedom, (_RESAMPLES, 1)))
@@ -139,22 +146,23 @@ class FittedLaw:
         return fitted, deviations, rng.standard_normal((_RESAMPLES, 1))
 
     def _centred(self, compute: ArrayLike) -> Floats:
-        """Return log compute, minus the mean of the runs."""
+        """Return log compute, minus the mean log compute of the runs."""
         return np.log(compute) - self._middle
 
 
 def _factor(deviations: Floats) -> Floats:
-    """Return the factors by which losses differ from the law."""
-    # With one degree of freedom, a deviation can come out thousands of times too large.
+    """Turn random deviations of log loss into factors on the loss."""
+    # Clip the deviations: with one degree of freedom, some are thousands of times too large.
     return np.exp(np.clip(deviations, -2.0, 2.0))
 
 
 def _fit(log_compute: Floats, losses: Floats) -> Floats:
     """Fit floor + scale * exp(-exponent * log_compute) to each row of `losses` [R, n].
 
-    Returns floor, scale and exponent [R, 3]. For a fixed exponent, the best floor and scale, both 0
-    or more, are the solution of a linear problem. So only the exponent is searched: on a grid over
-    its whole range, then on ever finer grids. The search needs no initial guess.
+    Returns an array [R, 3] of floor, scale and exponent. For a fixed exponent, finding the best
+    floor and scale, both 0 or more, is a linear problem. So only the exponent is searched: first on
+    a grid over its whole range, then on ever finer grids around the best value. The search needs no
+    initial guess.
     """
     rows = np.arange(len(losses))
     low, high = (np.full(len(losses), np.log(bound)) for bound in _EXPONENTS)
@@ -167,7 +175,8 @@ def _fit(log_compute: Floats, losses: Floats) -> Floats:
     return np.stack([floor[rows, best], scale[rows, best], np.exp(log_exponents[rows, best])], 1)
 
 
-# Nearly equal values of compute make the determinant 0. The error of such a fit counts as infinite.
+# If all values of compute are nearly equal, the determinant is 0. Ignore the warnings: the error of
+# such a fit is set to infinity.
 @np.errstate(all="ignore")
 def _floor_and_scale(
     exponents: Floats, log_compute: Floats, losses: Floats
@@ -176,7 +185,7 @@ def _floor_and_scale(
 
     All three results are [R, G]. The errors are summed over the runs.
     """
-    # Dividing the equations by the losses makes the errors relative, and every target 1.
+    # Divide both sides of the equations by the losses, to get relative errors. Then targets are 1.
     unit = 1 / losses[:, None]
     power = np.exp(-exponents[..., None] * log_compute) * unit
     power2, mixed, unit2 = (power**2).sum(-1), (power * unit).sum(-1), (unit**2).sum(-1)
@@ -194,12 +203,12 @@ def _floor_and_scale(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOut:
-    """A test of the law: the loss of the largest run, as predicted from the smaller runs."""
+    """The loss of the largest run, as measured and as predicted from the smaller runs."""
 
     predicted: Prediction
-    """Prediction from the smaller runs."""
+    """Prediction by a law that was fitted to the smaller runs only."""
     measured: float
-    """Measured loss. If several runs have the largest compute, it is their mean."""
+    """Measured loss, or the mean of the losses if several runs have the largest compute."""
 
     @property
     def error(self) -> float:

@@ -28,7 +28,8 @@ def draw_scaling(
         _draw_prediction(axes, held_out.predicted, "D", _HELD_OUT, label)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    # Matplotlib labels only powers of ten, and a range of one bit usually contains none.
+    # Set the ticks: on a logarithmic axis, matplotlib labels only powers of ten, and an axis that
+    # spans about one bit usually contains none of them.
     low, high = axes.get_ylim()
     ticks = np.unique(np.round(np.geomspace(max(low, 0.5 * fitted.law.c), high, 8), 2))
     axes.set_yticks(ticks)

@@ -1,4 +1,4 @@
-"""Fit a scaling law to the folders of small runs, test it on the largest run, write a report."""
+"""Fit a scaling law to training runs, test it on the largest run, and write a report."""
 
 import math
 from collections.abc import Sequence
@@ -18,21 +18,21 @@ from driving_sim.scaling.run import ScalingRun, read_run, training_flops
 REPORT, PICTURE = "scaling.json", "scaling.png"
 _FORM = "bits per token = c + (C / a)^b, C = 6 N D"
 _FAR = 100
-"""Largest ratio of predicted to trained compute that is reported without a note."""
+"""If a prediction is for more than this many times the largest run's compute, add a note."""
 _NOTEWORTHY = 0.2
-"""Largest attention share that is reported without a note."""
+"""If the attention share of a run is above this, add a note."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScalingReport:
-    """A scaling law with its runs and predictions. `str` formats it as a table and a few lines."""
+    """A scaling law with its runs and predictions. `str(report)` is a table and a few lines."""
 
     runs: tuple[ScalingRun, ...]
     """Runs that the law was fitted to, sorted by compute."""
     fitted: FittedLaw
     """Law that was fitted to all runs."""
     held_out: HeldOut | None
-    """Prediction of the largest run from the smaller ones, or None if these are too few."""
+    """Test of the law on the largest run, or None if no law fits the smaller runs alone."""
     prediction: Prediction
     """Predicted bits per token at the requested compute."""
 
@@ -70,7 +70,7 @@ class ScalingReport:
             (
                 bool(early),
                 f"these runs were best long before their end: {', '.join(early)}; they probably "
-                "ran out of data, and then more compute no longer helps as the law says",
+                "ran out of data, so more compute helps less than the law predicts",
             ),
             (
                 max(shares) > _NOTEWORTHY,
@@ -79,12 +79,12 @@ class ScalingReport:
             ),
             (
                 not self.fitted.freedom,
-                "three runs determine the law exactly, so its error is unknown; add a fourth run",
+                "the law fits three runs exactly, so its error is unknown; add a fourth run",
             ),
             (
                 self.fitted.at_edge,
                 f"the exponent {self.fitted.law.b:.2g} is at the edge of the searched range: the "
-                "runs do not follow such a law, or there are too few of them",
+                "runs do not follow a law of this form, or there are too few of them",
             ),
             (
                 self.fitted.law.c == 0,
@@ -94,7 +94,7 @@ class ScalingReport:
             (
                 beyond > _FAR,
                 f"the prediction is for {beyond:,.0f} times the compute of the largest run, and "
-                "its interval covers only noise, not a change of the law",
+                "its interval does not allow for a change of the law at such a scale",
             ),
         ]
         return [note for applies, note in notes if applies]
@@ -123,9 +123,10 @@ class ScalingReport:
 def scale(paths: Sequence[Path], out: Path, *, compute: float | None = None) -> ScalingReport:
     """Fit a law to finished world-model runs and predict the bits per token at `compute`.
 
-    By default, `compute` is 10 times that of the largest run. Writes `scaling.json` and
+    By default, `compute` is 10 times the compute of the largest run. Writes `scaling.json` and
     `scaling.png` to the folder `out`, and replaces an earlier scaling law in it. Raises
-    DriveSimError if runs are unfinished, not comparable or too few, or if `out` holds other files.
+    DriveSimError if the runs are unfinished, not comparable or too few, or if `out` contains other
+    files.
     """
     check_replaceable(
         out,

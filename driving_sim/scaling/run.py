@@ -3,13 +3,14 @@
 Compute is C = 6 N D: for each weight and each token, the forward pass takes 2 floating-point
 operations and the backward pass 4 (Kaplan et al., arXiv 2001.08361; GAIA-1 counts in the same way).
 
-N is the number of weights in the matrices that every token passes through: those of the blocks, of
-the previous frame's neighbourhood and of the projection to logits. As in both papers, embeddings do
-not count, because they are lookup tables. The action layers run only once a frame and are too small
-to count. Unlike in the papers, the logits count: they are a large part of the work of small models,
-and the runs do not follow a power law without them (Porian et al., arXiv 2406.19146).
+N is the number of weights in the matrices that every token is multiplied with. These are the
+matrices of the blocks, of the layer that reads the previous frame's neighbouring tokens, and of the
+projection to logits. As in both papers, N does not count embeddings, which are lookup tables. Nor
+does it count the action layers, which are small and run only once a frame. Unlike in the papers, N
+counts the projection to logits. It is a large part of the work of small models, and without it the
+losses of the runs do not follow a power law (Porian et al., arXiv 2406.19146).
 
-D is the number of training tokens; a token that is seen twice counts twice.
+D is the number of training tokens. A token that is trained on twice counts twice.
 """
 
 import math
@@ -38,7 +39,7 @@ _MAX_NUMBER = 1e18  # A larger number in a file means that the file is damaged o
 
 
 def _in(*keys: str) -> FieldInfo:
-    """Say where a field is read from. `keys` are the name of the file and the keys in it."""
+    """Return a field that is read from `keys`: the name of a file, then nested keys in it."""
     field: FieldInfo = Field(validation_alias=AliasPath(*keys))
     return field
 
@@ -50,21 +51,21 @@ class ScalingRun:
     path: Path
     """Folder of the run."""
     parameters: int
-    """N, the number of weights in the matrices that every token passes through."""
+    """N, the number of weights in the matrices that every token is multiplied with."""
     all_parameters: int
     """Number of all trained weights."""
     tokens: int
-    """D, the number of training tokens up to the best step, whose weights the run keeps."""
+    """D, the number of training tokens up to the best step. The run keeps that step's weights."""
     bits: float
     """Bits per token on the validation drives at the best step."""
     attention_share: float
-    """Operations for the products of queries, keys and values, divided by 6 N D."""
+    """Compute of the products of queries, keys and values, as a fraction of 6 N D."""
     best_step: int
     """Step with the lowest bits per token."""
     steps: int
     """Number of steps of the whole run."""
     conditions: Mapping[str, str]
-    """Settings that must be equal for the bits of two runs to be comparable, by name."""
+    """Settings by name. The bits of two runs are comparable only if these are equal."""
 
     @property
     def compute(self) -> float:
@@ -79,7 +80,7 @@ def training_flops(parameters: float, tokens: float) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Record:
-    """The fields read from a run's files. Other fields, which vary by version, are ignored."""
+    """The values that are read from a run's files. All other values in them are ignored."""
 
     __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
     content: Annotated[str, _in(CONFIG, "store", "content")]
@@ -100,15 +101,15 @@ class _Record:
 def read_run(path: Path) -> ScalingRun:
     """Read the folder of a finished world-model run.
 
-    Raises DriveSimError if it is not such a folder or its files are damaged. Also raises it if the
-    run started from other weights, or was validated on its training data.
+    Raises DriveSimError if `path` is not such a folder or its files are damaged, if the run started
+    from the weights of another run, or if it was validated on its training data.
     """
     record = _read_record(path)
     tokens = _batches(path / _METRICS, record) * record.batch_size
     tokens *= record.context * record.rows * record.cols
     if tokens >= _MAX_NUMBER:
         raise DriveSimError(
-            f"{path}: its files say that it trained on {tokens:.0e} tokens, which is impossible; "
+            f"{path}: its files claim that it trained on {tokens:.0e} tokens, which is impossible; "
             "copy the run folder again"
         )
     weights = _shapes(path / _WEIGHTS)
@@ -127,7 +128,7 @@ def read_run(path: Path) -> ScalingRun:
             "store.content": record.content,
             "store.tokenizer": record.tokenizer,
             "data.validation_windows": str(record.windows),
-            # A longer context lowers the bits per token.
+            # Compare only runs of equal context, because a longer context lowers the bits.
             "model.context_frames": str(record.context),
             "list of validation drives": ", ".join(record.drives),
         },
@@ -135,7 +136,7 @@ def read_run(path: Path) -> ScalingRun:
 
 
 def _read_record(path: Path) -> _Record:
-    """Read a run's files, and check that its bits are the result of its own training alone."""
+    """Read a run's files, and check that the run is finished and can be used for a law."""
     if not (path / CONFIG).is_file():
         raise DriveSimError(
             f"{path}: not a training run ({CONFIG} is missing); name the folder of a run"
@@ -144,10 +145,10 @@ def _read_record(path: Path) -> _Record:
     if "store" not in settings:
         raise DriveSimError(f"{path}: not the run of a world model; name runs of train-world-model")
     if not is_finished(path):
-        raise DriveSimError(f"{path}: unfinished; finish it with `resume`, or leave it out")
+        raise DriveSimError(f"{path}: unfinished run; finish it with `resume`, or leave it out")
     if settings.get("init_from"):
         raise DriveSimError(
-            f"{path}: started from the weights of another run (`init_from`), whose compute is "
+            f"{path}: the run started from the weights of another (`init_from`), whose compute is "
             "unknown; leave it out"
         )
     content = {CONFIG: settings} | {name: load_json(path / name) for name in (_MODEL, FINISHED)}
@@ -161,14 +162,17 @@ def _read_record(path: Path) -> _Record:
             f"{record.batches} batches contradict each other; copy the run folder again"
         )
     if not record.drives:
-        raise DriveSimError(f"{path}: validated on drives that it trained on; leave it out")
+        raise DriveSimError(
+            f"{path}: the run was validated on drives that it was trained on; leave it out"
+        )
     return record
 
 
 def _batches(metrics: Path, record: _Record) -> float:
-    """Return the number of batches that all ranks together took up to the best step.
+    """Return the number of batches that all ranks together trained on up to the best step.
 
-    If the run did not record this number, assume that there was only one rank.
+    If the metrics do not contain this number, estimate it from the number in the whole run. If that
+    is missing as well, assume that there was only one rank.
     """
     best = record.best_step
     for line in metrics.read_bytes().splitlines() if metrics.is_file() else []:
@@ -186,7 +190,7 @@ def _batches(metrics: Path, record: _Record) -> float:
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the weights by name. Only the header of the file is read."""
+    """Return the shape of each weight by name. Reads only the header of the file."""
     try:
         with safe_open(file, "np") as tensors:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
@@ -197,7 +201,7 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _token_matrices(weights: Mapping[str, tuple[int, ...]], file: Path) -> int:
-    """Return N, the number of weights in the matrices that every token passes through."""
+    """Return N, the number of weights in the matrices that every token is multiplied with."""
     if _LOGITS not in weights or not any(name.startswith("blocks.") for name in weights):
         raise DriveSimError(f"{file}: not the weights of a world model; copy the run folder again")
     count = sum(
@@ -211,10 +215,10 @@ def _token_matrices(weights: Mapping[str, tuple[int, ...]], file: Path) -> int:
 
 
 def _attention(weights: Mapping[str, tuple[int, ...]], slots: int) -> int:
-    """Return the multiplications per token that attention does with keys and values.
+    """Return the number of multiplications per token in the products of queries, keys and values.
 
     N does not count them, because they use no weights. With a causal mask, a slot attends to half
-    of the window's slots on average, which takes width * slots multiplications per layer.
+    of the window's slots on average, so the products take width * slots multiplications per layer.
     """
     layers = [shape for name, shape in weights.items() if name.endswith(".attention.out.weight")]
     return sum(shape[0] for shape in layers if shape) * slots

@@ -33,7 +33,7 @@ def test_links_may_not_lead_out(tmp_path: Path) -> None:
     # The message names the link, not the file behind it.
     links = {"out": "out", "up/secret": "up", "up": "up", "a/up/b/c": "a/up", "./up/secret": "up"}
     for name, link in links.items():
-        with pytest.raises(ValueError, match=f"^'{link}' is a link out of"):
+        with pytest.raises(ValueError, match=f"^'{link}' is a link that leads outside"):
             inside(folder, name)
     with pytest.raises(ValueError, match="cannot be resolved"):
         inside(folder, "circle")
