@@ -1,7 +1,8 @@
-"""Turn a file, a script or a name into the actions of a rollout, one action for each frame.
+"""Turn an action file, a script or a name such as `left` into a rollout's actions, one per frame.
 
-Time 0 is the last context frame. Action i leads from frame i to frame i + 1 and is the mean over
-[i / fps, (i + 1) / fps). Speed is in m/s. Steering is of the model's steering kind, left positive.
+The last context frame is frame 0, at time 0. Action i leads from frame i to frame i + 1 and is the
+mean over the time interval [i / fps, (i + 1) / fps). Speed is in m/s. Steering is in the unit of
+the model's steering kind, and positive to the left.
 """
 
 import difflib
@@ -32,39 +33,46 @@ NAMES = ("straight", "left", "right", "brake", "recorded")
 BRAKE_MPS2 = -4.0
 _KEYS = ("speed", "accel", "steer")
 _GRAMMAR = 'a script looks like "speed=8 steer=0.1 for 2s; steer=0" (keys: speed, accel, steer)'
-# A frame's action is the mean over the midpoints of this many equal parts of the frame. The mean is
-# exact for constants and ramps that begin and end at the borders of parts.
+# To get the action of a frame from a script, split the frame's time interval into this many equal
+# parts, and average the values at their midpoints. The average is exact for constants, and for
+# ramps that begin and end at the border between two parts.
 _PARTS = 64
-# Tolerance, because action files may end an action one microsecond early and round their times.
+# Tolerance for times, because action files may round them and may end one microsecond early.
 _ROUNDING_S = 1e-5
 _LAST_PART_S = 1.0
-_LARGEST = 1000.0  # upper bound in m/s, m/s2 and rad: no car reaches it
+_LARGEST = 1000.0  # largest number in a script, in m/s, m/s2 or rad; no car reaches it
 _AT_ONCE = 2**16
-"""Number of frames whose parts are in memory at the same time."""
+"""Maximum number of frames whose actions are computed at once, to limit the memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Situation:
-    """The state of the car when a plan begins, and what the model can follow."""
+    """The state of the car when a plan begins, and the actions that the model can follow."""
 
     fps: float
     steering_kind: SteeringKind | None
     """Kind of steering that the model was trained on; None if it was trained without steering."""
     steering_limit: float
-    """Steering of `left` and, negated, of `right`: 95th percentile of |steering| in training."""
+    """95th percentile of |steering| in training. The plan `left` steers this much to the left."""
     known_channels: tuple[bool, bool]
-    """Whether the model was trained with speed, and with steering; it can follow only these."""
+    """Whether the model was trained with speed, and whether it was trained with steering.
+
+    The model can follow only channels that it was trained with.
+    """
     last_action: Floats32
     """[2]: speed in m/s and steering that led to the last context frame."""
     last_valid: Mask
     """[2]: whether the speed and the steering of `last_action` are known."""
     recorded: tuple[Floats32, Mask] | None
-    """Recorded actions [N, 2] from the last context frame on, and their validity [N, 2], if any."""
+    """Recorded actions [N, 2] after the last context frame, and whether they are valid [N, 2].
+
+    None if the recording has no actions there.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ActionPlan:
-    """The actions that one future follows: `actions` float32 [N, 2] and `valid` bool [N, 2]."""
+    """The `actions` that a future follows, float32 [N, 2], and whether they are `valid` [N, 2]."""
 
     label: str
     actions: Floats32
@@ -72,19 +80,20 @@ class ActionPlan:
 
 
 _Segment = dict[str, float]
-"""The values that one part of a script sets, out of `speed`, `accel`, `steer` and `seconds`."""
+"""One part of a script: the values that it sets for `speed`, `accel`, `steer` and `seconds`."""
 _Planned = tuple[float | None, Callable[[int], ActionPlan]]
-"""The plan's own length in s, or None, and a function that makes a plan of so many frames."""
+"""A plan's own length in s, or None if it has none, and a function (number of frames) -> plan."""
 
 
 def make_plans(
     specs: Sequence[str], situation: Situation, *, seconds: float | None = None
 ) -> list[ActionPlan]:
-    """Turn each file, script or name of `specs` into a plan; all plans have the same length.
+    """Turn each file, script or name in `specs` into a plan; all plans have the same length.
 
-    The length is `seconds` if given. Otherwise it is that of the longest file, recording or script
-    with times, or 4 s if there is none. In a script with times, a last part without a time lasts
-    1 s. Shorter plans hold their last action.
+    The length is `seconds` if given. Otherwise it is the length of the longest file, recording or
+    script with times such as "for 2s", or 4 s if there is none of these. If the last part of a
+    script has no time, but other parts have one, it lasts 1 s. A file, recording or script that is
+    shorter than the plan is extended with its last action.
     """
     planned = [_plan(spec, situation) for spec in specs]
     lengths = [own_s for own_s, _ in planned if own_s is not None]
@@ -107,8 +116,8 @@ def _plan(spec: str, situation: Situation) -> _Planned:
     if spec in NAMES:
         return _from_name(spec, situation)
     path = Path(spec)
-    # A folder does not count as a file, because it may have the name of a script (`steer=0.1`).
-    # Path.exists would raise OSError for very long names.
+    # Ignore folders, because a folder may have the same name as a script (`steer=0.1`).
+    # Use os.path, because Path.exists raises OSError for very long names.
     is_file = os.path.exists(path) and not os.path.isdir(path)  # noqa: PTH110, PTH112
     if spec.isprintable() and (path.suffix.lower() == ".csv" or is_file):
         return _from_file(path, situation)
@@ -138,7 +147,7 @@ def _from_name(name: str, situation: Situation) -> _Planned:
             'give an angle, as in "steer=0.1 for 2s"'
         )
     segments: dict[str, _Segment] = {
-        # A model that was trained without steering cannot follow a command to steer straight.
+        # A model that was trained without steering cannot follow "steer", so leave it out.
         "straight": {"steer": 0.0} if steers else {},
         "left": {"steer": limit},
         "right": {"steer": -limit},
@@ -148,7 +157,7 @@ def _from_name(name: str, situation: Situation) -> _Planned:
 
 
 def _then_hold(label: str, actions: Floats32, valid: Mask, fps: float) -> _Planned:
-    """Plan these actions, and then hold the last one for as long as the plan lasts."""
+    """Plan these actions. If the plan has more frames, it repeats the last action."""
 
     def render(frames: int) -> ActionPlan:
         index = np.minimum(np.arange(frames), len(actions) - 1)
@@ -171,7 +180,8 @@ def _from_file(path: Path, situation: Situation) -> _Planned:
             f"{path}: the model was trained without the actions in this file, so it cannot follow "
             "them; train on drives that have them"
         )
-    # Ask for one frame more, because `align` gives the last interval the median length.
+    # Align one frame more than needed and drop its action, because `align` only estimates the
+    # length of the last interval.
     actions, valid = align(log, np.arange(frames + 1) / situation.fps)
     actions, valid = actions[:frames], valid[:frames]
     for channel, name in enumerate(("speed", "steering")):
@@ -189,7 +199,7 @@ def _from_file(path: Path, situation: Situation) -> _Planned:
 def parse_script(script: str) -> list[_Segment]:
     """Split a script such as "speed=8 steer=0.1 for 2s; accel=-4 for 1s" into its parts.
 
-    Only the last part may leave out its time. An error names the wrong part and word.
+    Only the last part may have no time. The DriveSimError for a wrong script names the wrong part.
     """
     parts = [part.strip() for part in script.split(";") if part.strip()]
     segments = [_parse_part(part) for part in parts]
@@ -272,7 +282,7 @@ def _from_script(label: str, segments: list[_Segment], situation: Situation) -> 
 
 
 def _first_set_s(segments: list[_Segment]) -> Floats:
-    """Return when a script first sets speed and steering, in s [2]; inf if it never does."""
+    """Return the times (s) at which a script first sets speed and steering, [2]; inf if never."""
     starts = np.cumsum([0.0, *(segment.get("seconds", 0.0) for segment in segments)])[:-1]
     named = np.array([("speed" in s or "accel" in s, "steer" in s) for s in segments])
     first: Floats = np.where(named, starts[:, None], math.inf).min(axis=0)
@@ -280,7 +290,7 @@ def _first_set_s(segments: list[_Segment]) -> Floats:
 
 
 def _check_script(label: str, segments: list[_Segment], situation: Situation) -> None:
-    """Raise DriveSimError if the model cannot follow a script or a value is impossible."""
+    """Raise DriveSimError if the model cannot follow a script, or if a value is impossible."""
     limit = STEERING_LIMIT[situation.steering_kind or "steering_wheel"]
     speed_known = bool(situation.last_valid[SPEED])
     is_set = np.isfinite(_first_set_s(segments))

@@ -1,4 +1,4 @@
-"""Embed speed and steering, with a learned null for values that are unknown or dropped.
+"""Embed speed and steering, with learned null features for values that are unknown or dropped.
 
 Axes: B batch, T frames, A = 2 channels (speed in m/s, steering in rad, left positive), F Fourier
 features, D width.
@@ -34,11 +34,12 @@ class ActionStatistics:
 
     @classmethod
     def measure(cls, actions: Floats32, valid: Mask) -> "ActionStatistics":
-        """Measure the actions [N, 2] that are `valid`; a channel without any keeps its default."""
+        """Measure the `valid` actions [N, 2]; a channel without valid values keeps its defaults."""
         channels = [actions[valid[:, c], c].astype(np.float64) for c in range(2)]
         mean = [float(x.mean()) if len(x) else 0.0 for x in channels]
         std = [float(x.std()) if len(x) else 1.0 for x in channels]
-        std = [spread if spread > 1e-6 else 0.0 for spread in std]  # remove rounding errors
+        # The deviation of a constant can differ from 0 by a rounding error.
+        std = [spread if spread > 1e-6 else 0.0 for spread in std]
         steering = np.abs(channels[1])
         p95, p99 = np.quantile(steering, [0.95, 0.99]) if len(steering) else (0.0, 0.0)
         return cls(
@@ -54,7 +55,7 @@ class ActionEmbeddingConfig:
     """Size of the network that embeds actions."""
 
     octaves: Annotated[int, Field(ge=1, le=64)] = 4
-    """Number of frequencies per channel, whose periods are 16, 8, 4, ... standard deviations."""
+    """Number of frequencies per channel. Their periods are 16, 8, 4, ... standard deviations."""
     hidden: Count = 128
     """Width of the MLP's hidden layer."""
 
@@ -62,7 +63,7 @@ class ActionEmbeddingConfig:
 class ActionEmbedding(nn.Module):
     """Embedding of actions: Fourier features of the normalised values, then an MLP.
 
-    Each channel has learned null features, which replace those of unknown values.
+    If a value is unknown, the learned null features of its channel take the place of its features.
     """
 
     mean: Tensor
@@ -76,7 +77,7 @@ class ActionEmbedding(nn.Module):
         features = 1 + 2 * config.octaves
         frequency = 2 * math.pi / 16 * 2.0 ** torch.arange(config.octaves)
         self.register_buffer("mean", torch.tensor(statistics.mean), persistent=False)
-        # A channel that never changed carries no information, so any scale will do.
+        # The standard deviation of a channel that never changed is 0, so divide it by 1 instead.
         std = torch.tensor([spread or 1.0 for spread in statistics.std])
         self.register_buffer("std", std, persistent=False)
         self.register_buffer("frequency", frequency, persistent=False)
@@ -87,11 +88,11 @@ class ActionEmbedding(nn.Module):
     def forward(self, actions: Tensor, valid: Tensor) -> Tensor:
         """Return the embeddings [..., D] of actions [..., 2] (m/s, rad).
 
-        A value is unknown if it is NaN or not `valid` [..., 2].
+        A value is unknown if it is NaN or if `valid` [..., 2] is false.
         """
         valid = valid & ~actions.isnan()
         x = (actions - self.mean) / self.std
-        # Clamp, so that extreme actions stay within the range of features seen in training.
+        # Clamp, because the model has not seen the features of more extreme actions in training.
         x = torch.where(valid, x, 0.0).clamp(-8, 8).unsqueeze(-1)
         angle = x * self.frequency
         features = torch.cat([x, angle.sin(), angle.cos()], dim=-1)
@@ -108,15 +109,19 @@ class ActionDropoutConfig:
     both: Share = 0.1
     """Share of windows in which both channels are hidden."""
     channel: Share = 0.1
-    """Share of the other windows in which speed is hidden, and the same share for steering."""
+    """Share of the remaining windows in which speed is hidden.
+
+    Steering is hidden in the same share of them, which is drawn independently.
+    """
 
 
 def drop_actions(valid: Tensor, config: ActionDropoutConfig) -> Tensor:
     """Hide channels in a random share of the windows; return the new `valid` [B, T, A].
 
-    In about half of these windows all frames are hidden. In the others, the frames before a random
-    one stay known, as in guidance, where the context's actions are known and the future's are not.
-    No frame is hidden alone, because its neighbours would reveal its action.
+    In about half of these windows, channels are hidden in all frames. In the other half, they are
+    hidden from a random frame to the end. This resembles guidance, where the actions of the context
+    are known and the actions of the future are not. A single frame in the middle is never hidden,
+    because the actions before and after it would reveal its action.
     """
     batch, frames, channels = valid.shape
     device = valid.device

@@ -1,4 +1,4 @@
-"""A cache of the keys and values of the last frames: a preallocated, batched ring of frames.
+"""A cache of the last frames' keys and values, in a ring buffer of fixed size.
 
 Axes: L layers, B batch, H query heads, G key heads, S slots per frame, W frames of context,
 E channels of a head, n slots of a pass.
@@ -20,31 +20,32 @@ class Cache(ABC):
     """The keys and values of frames t-W+1..t of B sequences.
 
     Frame t overwrites frame t-W, so memory is constant, and nothing is recomputed. Keys are stored
-    rotated by their absolute frame number. For every frame, call `begin_frame` and then `logits`
-    for each pass, which covers consecutive slots. torch computes on the device and in the number
-    format of `tables.output`.
+    rotated by their absolute frame number. For every frame, call `begin_frame` once. Then call
+    `logits` for each pass, which is a wave or the whole frame. torch's operations run on the device
+    of `tables.output` and in its number format.
     """
 
     exact = False
-    """Whether a sequence's results are the same to the last bit, whatever else is in the batch."""
+    """Whether results are independent, to the last bit, of the other sequences in the batch."""
 
     def __init__(self, model: Transformer, tables: Tables) -> None:
         self.model, self.tables = model, tables
         self.device, self.dtype = tables.output.device, tables.output.dtype
         self.slots, self.frames = model.order.slots, model.config.context_frames
         self.frame = -1
-        """Number of the frame that is being written, counted from 0; -1 before the first."""
+        """Number of the frame that is being written, counted from 0; -1 before the first frame."""
 
     @abstractmethod
     def advance(self) -> None:
-        """Begin the next frame, and hide the old frame whose place it takes."""
+        """Begin the next frame, and hide the old frame that it overwrites."""
 
     @abstractmethod
     def logits(self, x: Tensor, rotary: tuple[Tensor, Tensor], wave: Wave) -> Tensor:
-        """Add the slots of a wave to the cache; return the logits of those that predict a token.
+        """Add a wave's slots to the cache; return the logits of the slots that predict a token.
 
-        Takes their summed inputs `x` [B, n, D] and their rotary cosines and sines [n, E / 2].
-        Returns float32 [B, n', K] for the n' slots of the wave from `wave.first` on.
+        Takes the summed inputs `x` [B, n, D] of the wave's n slots, and the cosines and sines
+        [n, E / 2] of their rotary angles. Returns float32 logits [B, n', K] of the n' slots from
+        `wave.first` on.
         """
 
     @abstractmethod
@@ -54,11 +55,12 @@ class Cache(ABC):
     def begin_frame(
         self, previous: Tensor, actions: Tensor, valid: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Begin a frame; return its slots' inputs without its own tokens, and their rotary angles.
+        """Begin a frame; return the inputs and the rotary cosines and sines of its slots.
 
-        The inputs are [B, S, D], as `Transformer.frame_base` returns them; the angles are cosines
-        and sines [S, E / 2]. If passes are `exact`, torch computes the inputs one sequence at a
-        time, because the rounding of a batch depends on its size.
+        The inputs [B, S, D] do not yet include the frame's own tokens; `Transformer.frame_base`
+        computes them. Cosines and sines are [S, E / 2]. If the cache is `exact`, the inputs are
+        computed for one sequence at a time, because in torch the rounding depends on the batch
+        size.
         """
         self.advance()
         inputs = [tensor[:, None] for tensor in (previous, actions, valid)]
@@ -73,7 +75,7 @@ class Cache(ABC):
 
 
 class RingCache(Cache):
-    """The cache of passes that torch computes."""
+    """The cache that computes its passes with torch."""
 
     def __init__(self, model: Transformer, tables: Tables, batch: int) -> None:
         super().__init__(model, tables)
@@ -85,7 +87,7 @@ class RingCache(Cache):
         self._mask = zeros(self.slots, self.frames * self.slots)
 
     def advance(self) -> None:
-        """Begin the next frame, and hide the old frame whose place it takes."""
+        """Begin the next frame, and hide the old frame that it overwrites."""
         self._mask[:, self._place()] = 0
         self.frame += 1
         self._mask[:, self._place()] = self._causal
@@ -95,10 +97,10 @@ class RingCache(Cache):
         return slice(begin, begin + self.slots)
 
     def logits(self, x: Tensor, rotary: tuple[Tensor, Tensor], wave: Wave) -> Tensor:
-        """Add the slots of a wave to the cache; return the logits of those that predict a token."""
+        """Add a wave's slots to the cache; return the logits of the slots that predict a token."""
         begin = self._place().start
         self._write = slice(begin + wave.start, begin + wave.stop)
-        # Until the ring is full, the places after this pass have never been written.
+        # Until the ring is full, read only up to this pass: the rest has never been written.
         full = self.frame >= self.frames
         self._read = slice(0, self.frames * self.slots if full else begin + wave.stop)
         group = self.model.config.heads // self.model.config.kv_heads
@@ -107,14 +109,15 @@ class RingCache(Cache):
         return F.linear(hidden, self.tables.output).float()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store the keys and values of a pass; return its slots' attention over the ring [B, n, D].
+        """Store a pass's keys and values; return the attention of its slots to the ring, [B, n, D].
 
-        `q` is [B, H, n, E]; `k` and `v` are [B, G, n, E].
+        The queries `q` are [B, H, n, E]. The keys `k` and values `v` are [B, G, n, E].
         """
         keys, values = self.keys[layer], self.values[layer]
         keys[:, :, self._write] = k
         values[:, :, self._write] = v
-        # Fold each group's query heads into the rows, so that no kernel has to support groups.
+        # Query heads that share a key head become additional rows of one head, because not every
+        # attention kernel supports grouped queries.
         groups = keys.shape[1]
         attended = F.scaled_dot_product_attention(
             rearrange(q, "b (g m) n e -> b g (m n) e", g=groups).to(keys.dtype),
@@ -145,11 +148,12 @@ def encode_frame(
     *,
     judge: bool = True,
 ) -> Tensor:
-    """Add a whole frame of known tokens to the cache, in one pass; return its tokens' logits.
+    """Add a whole frame of known tokens to the cache in one pass; return the tokens' logits.
 
-    Takes the frame's `tokens` [B, P], the `previous` frame's tokens [B, P] (K if there is none),
-    and the `actions` and `valid` [B, 2] that lead to the frame. Returns logits [B, P, K], or an
-    empty tensor if not `judge`.
+    Takes the frame's `tokens` [B, P], the tokens of the `previous` frame [B, P] (K if there is no
+    previous frame), the `actions` [B, 2] that lead to the frame, and whether they are `valid`
+    [B, 2]. Returns logits [B, P, K]. If `judge` is false, it computes no logits and returns an
+    empty tensor.
     """
     model, slots = cache.model, cache.slots
     base, rotary = cache.begin_frame(previous, actions, valid)

@@ -1,9 +1,9 @@
-"""The order of a frame's slots, in which whole diagonals ("waves") of tokens are sampled at once.
+"""The order of a frame's slots: tokens are sampled in "waves", one whole diagonal at a time.
 
-A frame of `rows x cols` tokens is a sequence of `rows * (cols + 1)` slots. Slot (r, 0) is the
-start of row r and takes no token. Slot (r, c) with c > 0 takes token (r, c-1) as its input. Slot
-(r, c) with c < cols predicts token (r, c). The last slot of a row predicts nothing; it only brings
-the row's last token into the cache.
+The transformer sees a frame of `rows x cols` tokens as a sequence of `rows * (cols + 1)` slots.
+Slot (r, c) takes token (r, c-1) as its input and predicts token (r, c). There are two exceptions.
+Slot (r, 0), the start of row r, takes no token. Slot (r, cols), the last of row r, predicts no
+token, and only adds the row's last token to the cache.
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Wave:
-    """One pass of the sampler over slots `start` to `stop`; those from `first` on predict a token.
+    """The slots of one pass: `start` to `stop`, of which those from `first` on predict a token.
 
-    Within a wave, columns decrease as rows increase, so slots of the last column come first. They
-    are the ones that predict nothing.
+    Slots of the last column predict no token. They come first in a wave, because the columns in a
+    wave never increase from one row to the next.
     """
 
     start: int
@@ -27,12 +27,12 @@ class Wave:
 
 
 class SlotOrder:
-    """The slots of one frame sorted by (wave, row), where slot (r, c) has wave `c + lag * r`.
+    """The slots of one frame sorted by (wave, row), where slot (r, c) is in wave `c + lag * r`.
 
-    A slot's input token is drawn one wave earlier, so one pass computes all slots of a wave. With
-    `lag = cols + 1` the order is raster order, one slot per wave. With `lag = 2` a token sees its
-    left, above-left, above and above-right neighbours. With `lag = 0` a wave is a whole column. All
-    index tensors are int64 on the CPU.
+    The input token of a slot is drawn one wave earlier, so one pass can compute all slots of a
+    wave. With `lag = cols + 1`, the order is raster order, and a wave is a single slot. With
+    `lag = 2`, a token sees its left, above-left, above and above-right neighbours. With `lag = 0`,
+    a wave is a whole column. All index tensors are int64 on the CPU.
     """
 
     def __init__(self, *, rows: int, cols: int, lag: int = 2) -> None:
@@ -51,7 +51,7 @@ class SlotOrder:
         """Wave number of each slot, [slots]."""
         token = self.row * cols + self.col
         self.source = torch.where(self.col > 0, token - 1, self.tokens)
-        """Raster index of the token that each slot takes; `tokens` at a row's start, [slots]."""
+        """Raster index of the token that each slot takes, or `tokens` if none, [slots]."""
         self.target = torch.where(self.col < cols, token, self.tokens)
         """Raster index of the token that each slot predicts, or `tokens` if none, [slots]."""
         self.slot_of_token = torch.argsort(self.target)[: self.tokens]
@@ -59,7 +59,7 @@ class SlotOrder:
 
     @cached_property
     def waves(self) -> tuple[Wave, ...]:
-        """The passes of a frame: `cols + 1 + lag * (rows - 1)`, less the waves that are empty."""
+        """All waves of a frame, in order, except waves without slots."""
         waves, start = [], 0
         for size in torch.unique_consecutive(self.wave, return_counts=True)[1].tolist():
             silent = int((self.target[start : start + size] == self.tokens).sum())
@@ -70,8 +70,8 @@ class SlotOrder:
     def neighbours(self, reach: int) -> Tensor:
         """Return the raster indices of the tokens within `reach` rows and columns of each slot.
 
-        The shape is [slots, (2 reach + 1)^2], row by row. Positions outside the frame have index
-        `tokens`. With a reach of 0 this is `target`.
+        The shape is [slots, (2 reach + 1)^2]; the tokens of a slot are in raster order. Positions
+        outside the frame have index `tokens`. If `reach` is 0, the result equals `target`.
         """
         step = torch.arange(-reach, reach + 1)
         row = self.row[:, None, None] + step[:, None]

@@ -31,8 +31,9 @@ def draw_panel(
 ) -> Pixels:
     """Draw a frame under a caption strip; a small frame is enlarged by an integer factor.
 
-    The caption shows the title and the `action` [2]: speed in m/s and steering, or "-" for those
-    that are not `valid` [2]. `steering_range` is the |steering| that fills half of the bar.
+    The caption shows the title and the `action` [2], which is speed in m/s and steering. Values
+    that are not `valid` [2] are shown as "-". Steering is also drawn as a bar. A |steering| of
+    `steering_range` fills one half of the bar.
     """
     speed, steering = (
         float(value) if known else None for value, known in zip(action, valid, strict=True)
@@ -44,7 +45,7 @@ def draw_panel(
 
 
 def _enlarged(frame: Pixels, scale: int) -> Pixels:
-    # np.repeat takes half the time of einops.repeat.
+    # Use np.repeat, because it takes half the time of einops.repeat.
     return frame.repeat(scale, axis=1).repeat(scale, axis=0)
 
 
@@ -71,7 +72,11 @@ def _draw_strip(
 
 
 def _draw_bar(draw: ImageDraw.ImageDraw, ends: tuple[int, int], share: float) -> None:
-    """Draw a bar that fills `share` of its left half if positive (left), else of its right half."""
+    """Draw a steering bar between the x coordinates `ends`.
+
+    A positive `share` fills that share of the left half. A negative `share` fills -`share` of the
+    right half.
+    """
     left, right = ends
     middle = (left + right) // 2
     draw.rectangle((left, 19, right, 27), outline=_DIM)
@@ -90,7 +95,7 @@ def draw_moment(
     *,
     columns: int | None = None,
 ) -> Pixels:
-    """Draw a grid with one frame of every future, captioned with its plan's action `index`."""
+    """Draw one frame of every future in a grid, each captioned with action `index` of its plan."""
     panels = [
         draw_panel(frame, plan.label, plan.actions[index], plan.valid[index], steering_range)
         for plan, frame in zip(plans, frames, strict=True)
@@ -99,7 +104,10 @@ def draw_moment(
 
 
 def side_by_side(panels: Sequence[Pixels], *, columns: int | None = None) -> Pixels:
-    """Arrange panels of one size in a grid; without `columns`, its shape is close to 16:9."""
+    """Arrange panels of one size in a grid.
+
+    If `columns` is None, the number of columns is chosen so that the grid is closest to 16:9.
+    """
     height, width = panels[0].shape[:2]
 
     def distance(columns: int) -> float:

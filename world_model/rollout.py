@@ -1,4 +1,4 @@
-"""Write rollouts: a side-by-side video, tokens, settings and a contact sheet.
+"""Write the files of a rollout: a side-by-side video, tokens, settings and a contact sheet.
 
 Axes: F futures, N frames, T context frames, r c token rows and columns.
 """
@@ -46,21 +46,21 @@ class Context:
     frames: Pixels
     """uint8 [T, height, width, 3]."""
     actions: Floats32
-    """[N, 2]: the T - 1 actions within the context, then those of the recording after it."""
+    """[N, 2]: the T - 1 actions within the context, then the recorded actions after the context."""
     action_valid: Mask
     """[N, 2]: whether the speed and the steering of each action are known."""
     future: Iterator[Pixels]
     """The recorded frames after the context, until the recording ends."""
     start_s: float
-    """Time of the last context frame in its drive."""
+    """Time of the last context frame in its drive, in s."""
 
     def prefix(self, world: WorldModel) -> Prefix:
-        """Encode the context and the actions within it."""
+        """Encode the context's frames and the actions between them."""
         past = len(self.tokens) - 1
         return world.encode_prefix(self.tokens, self.actions[:past], self.action_valid[:past])
 
     def situation(self, world: WorldModel) -> Situation:
-        """Return the situation in which action plans begin after this context."""
+        """Return the situation after this context, which action plans begin from."""
         past = len(self.tokens) - 1
         has_recording = bool(self.action_valid[past:].any())
         return Situation(
@@ -81,11 +81,12 @@ def _context_range(
     most: int,
     label: str,
 ) -> tuple[int, int, int]:
-    """Return the context's first frame, the frame after its last, and the end of its segment.
+    """Choose the frames of a context; return its first frame, its end and its segment's end.
 
-    A segment is a run of frames without gaps, and a context has at most `most` frames. The context
-    ends at `start_s`. Without `start_s`, it is the beginning of the first segment that has `most`
-    frames, or of the longest segment.
+    Both ends are exclusive. A segment is a run of frames without gaps, and a context has at most
+    `most` frames. If `start_s` is given, the context ends with the last frame at or before this
+    time. If not, the context is the beginning of the first segment with at least `most` frames. If
+    all segments are shorter, the context is the longest segment.
     """
     if start_s is None:
         begin, end = max(segments, key=lambda segment: min(segment[1] - segment[0], most))
@@ -103,8 +104,8 @@ def _context_range(
 def sample_for(world: WorldModel, drive: Drive) -> SampledDrive:
     """Sample a drive at the model's frame rate.
 
-    A channel that the model was not trained with counts as unknown. Raises DriveSimError if the
-    steering kind or the frame rate is not the model's.
+    Channels that the model was not trained with become unknown. Raises DriveSimError if the drive
+    has another steering kind than the model, or if it cannot be sampled at the model's frame rate.
     """
     if drive.log is not None:
         log = replace(drive.log, has=drive.log.has & world.known_channels)
@@ -117,8 +118,8 @@ def sample_for(world: WorldModel, drive: Drive) -> SampledDrive:
     sampled = sample(drive, fps=world.fps)
     if sampled.fps == 0:
         raise DriveSimError(
-            f"{drive.id}: no two frames in a row at the model's {world.fps:.3g} frames/s; "
-            "use a longer video"
+            f"{drive.id}: the video has no two consecutive frames at the model's "
+            f"{world.fps:.3g} frames/s; use a longer video"
         )
     if abs(sampled.fps / world.fps - 1) > RATE_TOLERANCE:
         raise DriveSimError(
@@ -129,7 +130,7 @@ def sample_for(world: WorldModel, drive: Drive) -> SampledDrive:
 
 
 def context_from_drive(world: WorldModel, drive: Drive, start_s: float | None) -> Context:
-    """Take the context from a drive, sampled by `sample_for`, at the model's frame size.
+    """Take the context from a drive; sample and resize its video as the model expects.
 
     Raises DriveSimError if `sample_for` does, or if `start_s` is outside the drive.
     """
@@ -152,7 +153,7 @@ def context_from_drive(world: WorldModel, drive: Drive, start_s: float | None) -
 
 
 def context_from_tokens(world: WorldModel, drive: DriveTokens, start_s: float | None) -> Context:
-    """Take the context from a token store; its frames are decoded from the tokens."""
+    """Take the context from a drive in a token store; decode its frames from the tokens."""
     begin, stop, end = _context_range(
         drive.timestamps, drive.entry.segments, start_s, world.context_frames + 1, drive.id
     )
@@ -170,8 +171,8 @@ def context_from_tokens(world: WorldModel, drive: DriveTokens, start_s: float | 
 
 
 def output_files(out: Path) -> dict[str, Path]:
-    """Return the files that a rollout writes, by kind; `out` names an .mp4 file or a folder."""
-    has_file_suffix = out.suffix[1:2].isalpha()  # "run-1.5" names a folder
+    """Return the paths that a rollout writes to, by kind; `out` is an .mp4 file or a folder."""
+    has_file_suffix = out.suffix[1:2].isalpha()  # the ".5" of a folder "run-1.5" is no suffix
     if out.is_dir() or not has_file_suffix:
         out = out / "rollout.mp4"
     elif out.suffix.lower() != ".mp4":
@@ -198,8 +199,8 @@ def write_rollout(
     """Roll out every plan `samples` times from one context and write the files of `output_files`.
 
     Frames are generated, decoded and written a few at a time, so memory does not grow with the
-    length. The files appear together at the end, or not at all. Returns the content of the JSON
-    file.
+    length. The files appear at the end, all together. If the rollout fails, none appears. Returns
+    the content of the JSON file.
     """
     files = output_files(out)
     futures = [
@@ -210,7 +211,8 @@ def write_rollout(
     length = len(plans[0].actions)
     largest = max(float(np.abs(plan.actions[:, STEERING]).max()) for plan in plans)
     steering_range = max(2 * world.statistics.steering_p95, largest) or 1.0
-    # Pad with unknown actions, one before the context's first frame and some after the recording.
+    # Pad with unknown actions, because no action leads to the first context frame, and because the
+    # recording may end before the rollout.
     around = ((1, length), (0, 0))
     led, valid = np.pad(context.actions, around), np.pad(context.action_valid, around)
     past = ActionPlan(label="context", actions=led, valid=valid)
@@ -262,9 +264,10 @@ def _token_file(
 ) -> Iterator[Callable[[int, torch.Tensor], None]]:
     """Create the safetensors file `path`; yield a function that writes the futures' tokens to it.
 
-    The function takes a frame number and the tokens of that frame in every future, int64 [F, r, c].
-    The file holds `tokens` U16 [F, N, r, c], `actions` F32 and `action_valid` BOOL [F, N, 2], and
-    `context_tokens` U16 [T, r, c]. Memory does not grow with N.
+    The function takes a frame number, and that frame's tokens in all futures, int64 [F, r, c]. The
+    file contains `tokens` U16 [F, N, r, c], `actions` F32 [F, N, 2], `action_valid` BOOL [F, N, 2]
+    and `context_tokens` U16 [T, r, c]. Tokens go straight to the file, so that memory does not grow
+    with N.
     """
     futures, frames, _ = actions.shape
     arrays = {
@@ -294,10 +297,10 @@ def _generated(
     samples: int,
     seconds: dict[str, float],
 ) -> Iterator[tuple[torch.Tensor, list[Pixels]]]:
-    """Generate the futures; yield the tokens [F, rows, cols] and decoded frames of each moment.
+    """Generate the futures; for each moment, yield the F futures' tokens [F, r, c] and frames.
 
-    Decodes several moments together, because a few frames take hardly longer than one. Adds the
-    time that generating and decoding take to `seconds`.
+    Decodes several moments together, because decoding a few frames takes hardly longer than
+    decoding one. Adds the time spent on generating and on decoding to `seconds`.
     """
     began = time.perf_counter()
     moments = world.generate(

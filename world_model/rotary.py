@@ -1,4 +1,4 @@
-"""Rotary positions over (time, row, column): each axis rotates its own share of a head's channels.
+"""Rotary positions over (time, row, column); each axis rotates its own share of a head's channels.
 
 RoPE (Su et al. 2021, arXiv 2104.09864), axial as in arXiv 2403.13298. Angles are computed in
 float32 from the absolute frame number, so rollouts of any length need no lookup table.
@@ -10,16 +10,19 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-_SLOWEST = 100.0  # the frequencies of an axis fall from 1 to slightly above 1 / _SLOWEST
+_SLOWEST = 100.0  # frequencies of an axis: from 1 down to slightly above 1 / _SLOWEST
 
 
 class AxialRotary(nn.Module):
-    """Computes the cosines and sines that rotate the slots of frames, in heads of `channels`."""
+    """Computes the cosines and sines that rotate the queries and keys of slots.
+
+    `row` and `col` [S] are the positions of a frame's slots. A head has `channels` channels.
+    """
 
     row: Tensor
     col: Tensor
     axis: Tensor
-    """The axis that rotates each pair, [P]: 0 is time, 1 is row, 2 is column."""
+    """The axis whose position rotates each pair of channels, [P]: 0 time, 1 row, 2 column."""
     frequency: Tensor
 
     def __init__(self, row: Tensor, col: Tensor, channels: int) -> None:
@@ -36,7 +39,7 @@ class AxialRotary(nn.Module):
         self.register_buffer("frequency", _SLOWEST ** -torch.cat(steps), persistent=False)
 
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the float32 cosines and sines [N, P] for all slots, given frame numbers [T]."""
+        """Return float32 cosines and sines [N, P] for all slots of the frames with numbers [T]."""
         shape = len(frames), len(self.row)
         places = frames[:, None].expand(shape), self.row.expand(shape), self.col.expand(shape)
         place_TS3 = torch.stack(places, dim=-1).float()

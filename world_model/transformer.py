@@ -35,19 +35,19 @@ from driving_sim.world_model.kernels.operators import (
 from driving_sim.world_model.order import SlotOrder
 from driving_sim.world_model.rotary import AxialRotary
 
-_Side = Annotated[int, Field(ge=1, le=1024)]  # in tokens
+_Side = Annotated[int, Field(ge=1, le=1024)]  # height or width of the grid, in tokens
 
 
 @config
 class TokenGrid:
-    """The grid of a frame's tokens, and their codebook."""
+    """The size of a frame's grid of tokens, and their codebook."""
 
     rows: _Side
     """Token rows per frame."""
     cols: _Side
     """Token columns per frame."""
     levels: Levels
-    """Number of FSQ levels of each code channel."""
+    """Number of levels of each FSQ channel; their product is the number of codes."""
 
     def __post_init__(self) -> None:
         require(self, "levels", self.codebook_size <= 65536, "at most 65536 codes in total")
@@ -69,28 +69,30 @@ class TransformerConfig:
     heads: Count = 8
     """Number of query heads."""
     kv_heads: Count = 2
-    """Number of key and value heads; each serves heads / kv_heads query heads."""
+    """Number of key and value heads; heads / kv_heads query heads share each of them."""
     mlp_ratio: Count = 4
     """Hidden width of the MLP, in multiples of `width`."""
     context_frames: Annotated[int, Field(ge=2, le=4096)] = 12
-    """Number of frames that attention reaches, including the one being predicted."""
+    """Number of frames that a token can attend to, including its own frame."""
     lag: Natural = 2
     """Number of waves by which each row lags behind the row above it.
 
-    cols + 1 is raster order; 0 draws whole columns at once.
+    With cols + 1, tokens are drawn one by one in raster order. With 0, whole columns are drawn at
+    once.
     """
     dropout: ShareBelowOne = 0.0
     """Share of activations that dropout zeroes after the embedding and in each residual branch."""
     actions: ActionEmbeddingConfig = field(default_factory=ActionEmbeddingConfig)
     """How speed and steering are embedded."""
     previous_reach: Annotated[int, Field(ge=0, le=2)] = 1
-    """Reach, in rows and columns, of the previous frame's tokens that a slot gets as input.
+    """How far a slot sees in the previous frame, in rows and columns.
 
-    They surround the position that the slot predicts; 0 is that position alone. A larger reach
-    helps to predict things that move.
+    A slot gets as input the previous frame's tokens up to this far from the position that it
+    predicts. With 0, it gets only the token at that position. A larger reach helps to predict
+    moving things.
     """
     action_everywhere: bool = True
-    """Whether a frame's action is also added to all of its slots, not only to the rows' starts."""
+    """Whether a frame's action is added to all of its slots, or only to the first slot of a row."""
 
     def __post_init__(self) -> None:
         fits = self.width % (2 * self.heads) == 0
@@ -100,27 +102,24 @@ class TransformerConfig:
 
 
 class Past(Protocol):
-    """The keys and values of earlier passes, which slots can attend to; see `RingCache`."""
+    """The keys and values of earlier passes, for slots to attend to. `RingCache` implements it."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store a pass's keys and values; return its slots' attention over all, [B, n, D]."""
+        """Store a pass's keys and values; return its attention to all that is stored, [B, n, D]."""
         ...
 
 
 def code_digits(levels: Sequence[int]) -> Tensor:
-    """Return the FSQ digits of all codes, int64 [K, len(levels)].
-
-    The first digit changes fastest from code to code.
-    """
+    """Return the FSQ digits of all codes, int64 [K, len(levels)], least significant digit first."""
     base = torch.tensor([math.prod(levels[:place]) for place in range(len(levels))])
     return torch.arange(math.prod(levels))[:, None] // base % torch.tensor(levels)
 
 
 class CodeEmbedding(nn.Module):
-    """A vector for each code: its own row of a table plus one row for each of its FSQ digits.
+    """A vector for each code: the sum of its own row and of one row for each of its FSQ digits.
 
-    A code that is rare in the training data thus shares what codes with the same digits have
-    learned. Both the inputs and the output projection use this embedding.
+    Codes share the rows of their common digits, so even codes that are rare in the training data
+    get good vectors. The input embeddings and the output projection both use such vectors.
     """
 
     rows: Tensor
@@ -139,7 +138,7 @@ class CodeEmbedding(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm, computed by `rms_norm`, which uses a compiled kernel on a CPU."""
+    """torch's RMSNorm, but computed by `rms_norm`, which uses a compiled kernel on a CPU."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=EPSILON)
@@ -169,9 +168,10 @@ class Attention(nn.Module):
         mask: Tensor | None,
         past: Past | None,
     ) -> Tensor:
-        """Mix x [B, n, D] by attention; each slot sees itself and earlier slots.
+        """Return the attention of the slots x [B, n, D] to themselves and to earlier slots.
 
-        A `mask` bool [n, n] says instead what each slot sees, and a `past` adds earlier passes.
+        A `mask` bool [n, n], if given, replaces the causal mask: row i says which slots slot i
+        sees. With a `past`, slots also see the slots of earlier passes.
         """
         projected = self.qkv(x), self.q_norm.weight, self.k_norm.weight, rotary
         if past is None:
@@ -183,7 +183,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each on a normalised residual branch."""
+    """Two residual branches, attention and an MLP, each with an RMSNorm of its input."""
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ class Block(nn.Module):
         mask: Tensor | None,
         past: Past | None,
     ) -> Tensor:
-        """Return x [B, n, D] after both branches."""
+        """Return x [B, n, D] plus the outputs of both branches."""
         x = x + self.dropout(self.attention(self.attention_norm(x), rotary, mask, past))
         # Squared ReLU (arXiv 2109.08668) is as good as a gated unit and needs one matrix fewer.
         out: Tensor = x + self.dropout(self.down(squared_relu(self.up(self.mlp_norm(x)))))
@@ -210,12 +210,15 @@ class Block(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """The composed embedding tables, computed once per training step, or once for inference."""
+    """The embedding tables. They are computed once per training step, or once for inference."""
 
     token: Tensor
-    """[K + 1, D]; the last row is zero, for slots that take no token."""
+    """Embedding of a slot's input token, [K + 1, D]. Row K, for slots without a token, is zero."""
     previous: Tensor
-    """[K + 1, D], or [K + 1, D / 4] with neighbours; the last row stands for a missing token."""
+    """Embedding of a token of the previous frame; row K is the learned vector for no token.
+
+    [K + 1, D], or [K + 1, D / 4] if `previous_reach` is above 0.
+    """
     place: Tensor
     """The sum of the row and column embeddings of each slot, [S, D]."""
     output: Tensor
@@ -223,7 +226,7 @@ class Tables:
 
 
 class Transformer(nn.Module):
-    """The model: it takes the tokens and actions of frames and returns their tokens' logits."""
+    """The world model's network, from the tokens and actions of frames to the tokens' logits."""
 
     row: Tensor
     col: Tensor
@@ -243,7 +246,7 @@ class Transformer(nn.Module):
         self.token = CodeEmbedding(grid.levels, config.width)
         neighbours = self.order.neighbours(config.previous_reach)
         self.register_buffer("neighbours", neighbours, persistent=False)
-        # Each token of a neighbourhood gets few channels; `gather` maps them to the full width.
+        # Embed each of a slot's neighbours with few channels; `gather` maps all of them to `width`.
         narrow = config.width // 4 if config.previous_reach else config.width
         self.previous = CodeEmbedding(grid.levels, narrow)
         self.no_previous = nn.Parameter(torch.zeros(narrow))
@@ -277,7 +280,7 @@ class Transformer(nn.Module):
         nn.init.zeros_(self.output.digits)
 
     def tables(self) -> Tables:
-        """Compute the embedding tables from their parameters."""
+        """Compute the embedding tables from the parameters."""
         token, none = self.token.table(), self.no_previous[None]
         return Tables(
             token=torch.cat([token, torch.zeros_like(token[:1])]),
@@ -289,12 +292,13 @@ class Transformer(nn.Module):
     def frame_base(
         self, tables: Tables, previous: Tensor, actions: Tensor, valid: Tensor
     ) -> Tensor:
-        """Return the slots' inputs [B, T, S, D] without the frames' own tokens.
+        """Return the slots' inputs [B, T, S, D], except the embeddings of the frames' own tokens.
 
-        `previous` [B, T, P] are the tokens of the frame before each frame, or K if there is none.
-        `actions` [B, T, A] lead to each frame; `valid` [B, T, A] says which are known.
+        `previous` [B, T, P] are the tokens of the frame before each frame, or K if there is no such
+        frame. `actions` [B, T, A] lead to each frame; `valid` [B, T, A] says which are known.
         """
-        # Neighbours outside the frame have index P, so append K, which stands for a missing token.
+        # Neighbours outside the frame have index P, one past the last token. Append the code K,
+        # which stands for no token, at that index.
         padded = F.pad(previous, (0, 1), value=self.grid.codebook_size)
         near = F.embedding(padded[..., self.neighbours], tables.previous)
         base: Tensor = rearrange(near, "b t s m d -> b t s (m d)")
@@ -315,10 +319,11 @@ class Transformer(nn.Module):
         mask: Tensor | None = None,
         past: Past | None = None,
     ) -> Tensor:
-        """Run the summed inputs x [B, n, D] through the blocks and the output norm.
+        """Run the slots' summed inputs x [B, n, D] through the blocks and the output norm.
 
-        Each slot sees itself and the slots before it, unless a `mask` bool [n, n] says what it
-        sees. A `past` stores the keys and values of x, and slots see what it has stored.
+        Each slot sees itself and the slots before it. A `mask` bool [n, n], if given, replaces this
+        rule: row i says which slots slot i sees. A `past` stores the keys and values of these
+        slots, and the slots see everything that it has stored.
         """
         x = self.dropout(self.input_norm(x))
         for block in self.blocks:
@@ -335,9 +340,9 @@ class Transformer(nn.Module):
         actions: Tensor,
         action_valid: Tensor,
     ) -> Tensor:
-        """Return the last hidden states [B, T, P, D], from which the logits of tokens follow.
+        """Return hidden states [B, T, P, D]; `tables.output` projects them to the tokens' logits.
 
-        The arguments after `tables` are those of `forward`.
+        For the arguments after `tables`, see `forward`.
         """
         frames, none = tokens.shape[1], self.grid.codebook_size
         first = torch.where(has_previous[:, None, None], previous, none)
@@ -353,7 +358,10 @@ class Transformer(nn.Module):
         return hidden[:, :, self.slot_of_token]
 
     def _window_mask(self, frames: int) -> Tensor | None:
-        """Return a mask [n, n] in which frame t sees t-W+1..t, or None if all frames fit."""
+        """Return a causal mask [N, N] in which the slots of frame t see only frames t-W+1..t.
+
+        W is `context_frames`. Returns None if there are at most W `frames`.
+        """
         if frames <= self.config.context_frames:
             return None
         frame = torch.arange(frames, device=self.source.device).repeat_interleave(self.order.slots)
@@ -370,9 +378,9 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Return the logits [B, T, rows, cols, K] of every token, given all tokens before it.
 
-        `tokens` are int64 [B, T, rows, cols]. `previous` int64 [B, rows, cols] is the frame before
-        the window, and is ignored unless `has_previous` [B]. `actions` [B, T, 2] (m/s, rad) lead to
-        each frame, and `action_valid` [B, T, 2] says which are known.
+        `tokens` are int64 [B, T, rows, cols]. `previous` int64 [B, rows, cols] are the tokens of
+        the frame before the window. They are ignored if `has_previous` [B] is false. `actions`
+        [B, T, 2] (m/s, rad) lead to each frame, and `action_valid` [B, T, 2] says which are known.
         """
         tables = self.tables()
         hidden = self.window_hidden(tables, tokens, previous, has_previous, actions, action_valid)

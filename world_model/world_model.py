@@ -1,7 +1,7 @@
 """The frozen world model, loaded from a run folder, and the futures that it generates.
 
-Axes: C contexts, T frames of each, N future frames, F = branches * samples futures, r c token rows
-and columns, H W pixels.
+Axes: C contexts, T frames in a context, W frames in the model's window, N future frames,
+F = branches * samples futures, r c token rows and columns, H W pixels.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,7 +39,7 @@ from driving_sim.world_model.transformer import TokenGrid, Transformer, Transfor
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
 _TOKENIZER = "tokenizer"
-_MOST_CONFIG_BYTES = 2**26  # the config lists the validation drives, which may be many
+_MOST_CONFIG_BYTES = 2**26  # large, because the config lists all validation drives
 _MOST_FPS = 1000
 
 
@@ -50,7 +50,7 @@ class WorldModelConfig:
     model: TransformerConfig
     """Size and shape of the transformer."""
     grid: TokenGrid
-    """Grid and codebook of the tokenizer's tokens."""
+    """Size and codebook of the tokenizer's token grid."""
     actions: ActionStatistics
     """Statistics of the training data's actions."""
     fps: Annotated[float, Field(gt=0, le=_MOST_FPS)]
@@ -58,7 +58,7 @@ class WorldModelConfig:
     steering_kind: SteeringKind | None
     """Kind of the steering channel; None if no training drive had steering."""
     validation_drives: tuple[str, ...]
-    """Ids of the held-out drives, which served to choose the best weights."""
+    """Ids of the held-out drives. The best weights were chosen by validation on them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +87,9 @@ class Rollout:
 class WorldModel:
     """Generates future tokens from a context and actions, with frozen weights and no dropout.
 
-    `precision` is the number format of the passes: fp32, bf16 or auto. auto chooses bf16 if it is
-    faster. On a CPU it is faster whenever the passes are compiled, because they read half as many
-    bytes. Passes can be compiled only for float32 weights.
+    `precision` is the number format of the passes: fp32, bf16 or auto. auto chooses bf16 if bf16 is
+    faster. On a CPU, bf16 is faster whenever the passes are compiled, because they then read half
+    as many bytes as in fp32. Passes can be compiled only for float32 weights.
     """
 
     def __init__(
@@ -118,13 +118,13 @@ class WorldModel:
         self.fps, self.steering_kind = fps, steering_kind
         self.validation_drives = self.config.validation_drives
         self.statistics = transformer.statistics
-        """Mean, spread and percentiles of the training data's actions."""
-        # Without any valid speed in the training data, the statistics keep their defaults.
+        """Statistics of the training data's actions."""
+        # If the training data had no valid speed, its mean and std have their defaults, 0 and 1.
         has_speed = (self.statistics.mean[0], self.statistics.std[0]) != (0.0, 1.0)
         self.known_channels = (has_speed, steering_kind is not None)
-        """Whether the model was trained with speed, and with steering."""
+        """Whether the model was trained with speed, and whether it was trained with steering."""
         self.context_frames = transformer.config.context_frames
-        """Number of frames in the model's window, including the one being predicted."""
+        """Number of frames in the model's window, including the frame being predicted."""
         self._precision = precision
         self._passes = FrozenPasses(self.transformer, precision)
         self.dtype = self._passes.dtype
@@ -138,11 +138,14 @@ class WorldModel:
         """SHA-256 of weights, config and tokenizer."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle by rebuilding from the weights: compiled passes hold memory addresses."""
+        """Make copies and pickles rebuild the model from its weights.
+
+        Compiled passes cannot be copied, because they contain memory addresses.
+        """
         facts = {
             name: getattr(self, name) for name in ("fps", "steering_kind", "validation_drives")
         }
-        # Keep "auto", because it may mean another format on the machine that loads the pickle.
+        # Pass on "auto" itself: another machine that loads the pickle may choose another format.
         make = partial(type(self), **facts, device=self.device, precision=self._precision)
         return make, (self.transformer, self.tokenizer)
 
@@ -200,8 +203,8 @@ class WorldModel:
         """Raise `DriveSimError` if a store's tokenizer, steering or frame rate does not match."""
         if store.info.tokenizer_fingerprint != self.tokenizer.fingerprint:
             raise DriveSimError(
-                f"{store.path} was made by another tokenizer than the model's; tokenize the "
-                "videos with the tokenizer in the model's run folder"
+                f"{store.path} was not made by the model's tokenizer; tokenize the videos with the "
+                "tokenizer in the model's run folder"
             )
         kind, fps = store.info.steering_kind, store.info.fps
         if kind and self.steering_kind and kind != self.steering_kind:
@@ -216,9 +219,10 @@ class WorldModel:
             )
 
     def format_notice(self, store: TokenStore) -> str | None:
-        """Return a notice if a store's tokens were made in another number format, else None.
+        """Return a notice if a store was tokenized in another number format than this model's.
 
-        This is not an error, because it changes only about one token in a hundred.
+        Otherwise return None. A different number format is not an error, because it changes only
+        about 1 token in 100.
         """
         made_in, own = store.info.precision, name_of(self.tokenizer.dtype)
         if made_in == own:
@@ -232,13 +236,15 @@ class WorldModel:
     def encode_prefix(
         self, tokens: ArrayLike | Tensor, past_actions: ArrayLike, valid: ArrayLike | None = None
     ) -> Prefix:
-        """Encode a context: tokens int64 [T, r, c] and the actions [T - 1, 2] (m/s, rad) in it.
+        """Encode a context: tokens int64 [T, r, c] and the actions [T - 1, 2] between its frames.
 
-        Tokens [C, T, r, c] and actions [C, T - 1, 2] are C contexts, encoded together. `valid`,
-        shaped like the actions, says which are known; by default those that are not NaN. Only the
-        last W - 1 frames are used, with the frame and the actions that lead to them, because they
-        and the next frame fill the model's window. Raises `DriveSimError` for tokens that do not
-        fit the model and for infinite actions.
+        Actions are in m/s and rad. Tokens [C, T, r, c] and actions [C, T - 1, 2] are C contexts,
+        which are encoded together. `valid`, of the same shape as the actions, says which actions
+        are known. By default, all actions that are not NaN are known.
+
+        Only the last W - 1 frames are encoded, because together with the next frame they fill the
+        model's window. The frame before them and the action that leads from it are used as input.
+        Raises `DriveSimError` for tokens that do not fit the model and for infinite actions.
         """
         tokens_CTP = self._checked_tokens(tokens).to(self.device)
         contexts, count, _ = tokens_CTP.shape
@@ -250,7 +256,7 @@ class WorldModel:
             )
         start = self.no_prefix(contexts)
         before = torch.cat([start.last[:, None], tokens_CTP[:, :-1]], dim=1)
-        # No action leads to the first frame, so pad with an unknown one.
+        # No action leads to the first frame, so put an unknown action before the others.
         pads = (0, 0, 1, 0)
         led = [F.pad(x.view(contexts, -1, 2), pads).to(self.device) for x in (actions, known)]
         with torch.inference_mode(), autocast(start.cache.device, start.cache.dtype):
@@ -260,13 +266,13 @@ class WorldModel:
         return Prefix(start.cache, tokens_CTP[:, -1])
 
     def no_prefix(self, contexts: int = 1) -> Prefix:
-        """Return contexts without frames, for drives that are generated from their first frame."""
+        """Return empty contexts, whose futures begin with the first frame of a drive."""
         none = self.transformer.grid.codebook_size
         last = torch.full((contexts, self.transformer.order.tokens), none, device=self.device)
         return Prefix(self._passes.new_cache(contexts), last)
 
     def _checked_tokens(self, tokens: ArrayLike | Tensor) -> Tensor:
-        """Return tokens as int64 [C, T, r * c]; raise DriveSimError if they do not fit."""
+        """Return int64 tokens [C, T, r * c]; raise DriveSimError if they do not fit the model."""
         grid = self.transformer.grid
         raw = torch.as_tensor(tokens).long()
         if raw.ndim not in (3, 4) or raw.shape[-2:] != (grid.rows, grid.cols):
@@ -293,13 +299,16 @@ class WorldModel:
         sampling: Sampling | None = None,
         first_draw: int = 0,
     ) -> FrameSampler:
-        """Start branches * samples futures, which `step` continues by one frame per action.
+        """Start branches * samples futures; call `step` on the result to add a frame to each.
 
         Sample s of branch b is future number b * samples + s. The prefix has a single context for
-        all branches, or one context per branch. With a single context, sample s has the same draws
-        in every branch, so that branches differ only by their actions. With one per branch, every
-        future has its own draws. Draws are numbered from `first_draw`; callers that split contexts
-        into batches use it to number the draws across batches.
+        all branches, or one context per branch. With a single context, sample s gets the same
+        random numbers in every branch, so that branches differ only by their actions. With one
+        context per branch, every future gets its own random numbers.
+
+        The seed and the number of a draw determine its random numbers. The first draw has number
+        `first_draw`. If contexts are split into batches, set it to the number of draws in all
+        earlier batches.
         """
         contexts = len(prefix.last)
         if contexts not in (1, branches):
@@ -326,16 +335,18 @@ class WorldModel:
         sampling: Sampling | None = None,
         first_draw: int = 0,
     ) -> Iterator[FrameSample]:
-        """Generate F = branches * samples futures; yield their tokens [F, r, c] frame by frame.
+        """Generate F = branches * samples futures; for each frame, yield a sample of all futures.
 
-        `actions` are [branches, N, 2] or, for one branch, [N, 2] (m/s, rad). The first one leads
+        `actions` are [branches, N, 2] or, for one branch, [N, 2] (m/s, rad). The first action leads
         from the last context frame to the first new frame. `valid`, of the same shape, says which
-        are known; by default those that are not NaN. Infinite actions raise `DriveSimError`.
-        For contexts and draws, see `branch`. Memory does not grow with N.
+        actions are known. By default, all actions that are not NaN are known. Infinite actions
+        raise `DriveSimError`. For contexts, samples and draws, see `branch`. Memory does not grow
+        with N.
 
-        With compiled passes, a future does not depend on the others, to the last bit. With torch's
-        passes, rounding depends on the batch size. The draws stay the same, but if one lies at the
-        boundary between two tokens, that token can change, and with it the rest of the future.
+        With compiled passes, a future is independent of the other futures, to the last bit. With
+        torch's passes, rounding depends on the number of futures. The random numbers stay the same,
+        but if one is very close to the boundary between two tokens, that token can change, and with
+        it the rest of the future.
         """
         actions_BNA, valid_BNA = _with_validity("actions", actions, valid)
         if actions_BNA.ndim == 2:
@@ -394,10 +405,10 @@ class WorldModel:
 
 
 def _with_validity(name: str, actions: ArrayLike, valid: ArrayLike | None) -> tuple[Tensor, Tensor]:
-    """Return the actions as float32 and their validity as bool, of the same shape.
+    """Return the actions as float32, and whether they are valid as bool of the same shape.
 
-    Actions that are not `valid` become 0. NaN stays NaN, and the action embedding treats it as
-    unknown. Raises DriveSimError, with `name`, for infinite actions.
+    Actions that are not `valid` become 0. NaN stays NaN, which the action embedding treats as
+    unknown. Raises DriveSimError for infinite actions; `name` is their name in the message.
     """
     values = torch.from_numpy(np.array(actions, np.float32))
     known = np.ones(values.shape) if valid is None else np.broadcast_to(valid, values.shape)

@@ -1,10 +1,11 @@
-// The parts of a training step that take torch longest on a CPU: causal attention (after its
-// projections), RMSNorm and the MLP's activation, with their gradients, in bf16 or float32.
+// The operations of a training step that take the most time in torch on a CPU: causal attention
+// (after the projections), RMSNorm and the MLP's activation. Each has one function for its result
+// and one for its gradients, in bf16 and in float32.
 //
-// Attention works on blocks of 64 queries and 64 keys. It does not keep the scores: the gradient
-// recomputes them (FlashAttention-2, arXiv 2307.08691). It need not subtract the maximum score,
-// because RMSNorm bounds the scores (see is_bounded in operators.py). Sums are in a fixed order, so
-// results do not depend on the number of threads.
+// Attention works on blocks of 64 queries and 64 keys. It does not store the scores; the gradient
+// function recomputes them (FlashAttention-2, arXiv 2307.08691). The maximum score need not be
+// subtracted, because RMSNorm bounds the scores (see is_bounded in operators.py). Sums are in a
+// fixed order, so results do not depend on the number of threads.
 //
 // Axes: B sequences, N slots, H query heads, G key heads, R = H / G, E channels of a head,
 // F = (H + 2 G) E, D width.
@@ -24,7 +25,7 @@ STRUCTURE(AttentionGrad,
   const Attention<Number>* forward;
   const Number* mixed_grad;          // [B, N, H E]
   Number* qkv_grad;                  // [B, N, F]
-  float *q_gain_grad, *k_gain_grad;  // [B H, E], [B G, E]
+  float *q_gain_grad, *k_gain_grad;  // [B H, E], [B G, E]: Python sums the rows
 )
 
 STRUCTURE(Norm,
@@ -38,7 +39,7 @@ STRUCTURE(NormGrad,
   const float *x, *gain;  // [rows, D], [D]
   const Number* grad;     // [rows, D]
   float* x_grad;          // [rows, D]
-  float* gain_grads;      // [parts, D]: one gradient per part of the rows; Python adds them
+  float* gain_grads;      // [parts, D]: one gradient per part of the rows; Python sums the parts
 )
 
 STRUCTURE(Activation,
@@ -58,7 +59,8 @@ namespace {
 constexpr int kBlock = 64;
 constexpr int kMostChannels = 1024;  // upper bound of a head's channels
 
-// Backward of RMSNorm for a row x: write the gradient of x, and add the gain's to `gain_grad`.
+// Backpropagate through the RMSNorm of a row x. `given` is the gradient of the normalised row.
+// Write the gradient of x to `x_grad`, and add the gradient of the gain to `gain_grad`.
 template <typename Given, typename Grad>
 void norm_row_grad(const float* x, int width, const float* gain, const Given* given, Grad* x_grad,
                    float* gain_grad) {
@@ -74,8 +76,9 @@ void norm_row_grad(const float* x, int width, const float* gain, const Given* gi
     store(x_grad + i, (load(given + i) * load(gain + i) - load(x + i) * scale * mean) * scale);
 }
 
-// The queries, keys or values in the projections: their number of heads, their first head, the gain
-// of their norm (null for values, which have no norm) and a factor.
+// Describes the queries, keys or values in the projections: their number of heads, the index of
+// their first head, the gain of their RMSNorm (null for values, which have none), and a factor that
+// multiplies them.
 struct Part {
   int64_t heads, first;
   const float* gain;
@@ -144,7 +147,8 @@ class AttentionRun {
   }
 
  private:
-  // The buffers of a thread, for the gradients of one query head and for one pair of blocks.
+  // The buffers of one thread, for the gradients of one query head. The last three buffers are for
+  // one block of keys and one block of queries.
   struct Own {
     const size_t size;
     const int room;
@@ -154,7 +158,7 @@ class AttentionRun {
     const Buffer<float> means{size_t(room)};  // [N]: weighted means of the weights' gradients
     const Buffer<Number> weights{kBlock * kBlock};      // [64 keys, 64 queries]
     const Buffer<Number> score_grads{kBlock * kBlock};  // [64 keys, 64 queries]
-    const Buffer<Number> score_pairs{kBlock * kBlock};  // the same as [64 / 16][64 / I][16][I]
+    const Buffer<Number> score_pairs{kBlock * kBlock};  // score_grads as [64 / 16][64 / I][16][I]
   };
 
   size_t mixed_at(int each, int slot) const {
@@ -171,8 +175,8 @@ class AttentionRun {
   const float* cos_of(int slot) const { return a.cos + size_t(slot) * channels / 2; }
   const float* sin_of(int slot) const { return a.sin + size_t(slot) * channels / 2; }
 
-  // Lay out a head's slots as a left-hand side [N, E], normalised and rotated. N is padded with
-  // zeros to a multiple of 64.
+  // Write a head's queries, keys or values as a left-hand side [N, E], where N is padded with zeros
+  // to a multiple of 64. Queries and keys are normalised and rotated.
   void take(const Part& part, int each, Number* rows) const {
     alignas(64) float row[kMostChannels];
     for (int slot = 0; slot < slots; ++slot) {
@@ -193,7 +197,8 @@ class AttentionRun {
                 size_t(room - slots) * channels * sizeof(Number));
   }
 
-  // Lay out rows as [N / 16][E / I][16][I], a right-hand side with a column for each slot.
+  // Copy rows [N, E] to the layout [N / 16][E / I][16][I], a right-hand side with one column per
+  // slot.
   void columns(Number* to, const Number* rows) const {
     for (int slot = 0; slot < room; ++slot) {
       Number* column = to + size_t(slot) / kLanes * kLanes * channels + slot % kLanes * kI;
@@ -202,7 +207,7 @@ class AttentionRun {
     }
   }
 
-  // Lay out rows as [E / 16][N / I][16][I], a right-hand side with a row for each slot.
+  // Copy rows [N, E] to the layout [E / 16][N / I][16][I], a right-hand side with one row per slot.
   void pairs(Number* to, const Number* rows) const {
     for (int slot = 0; slot < room; slot += kI)
       for (int i = 0; i < channels; i += kLanes) {
@@ -213,14 +218,15 @@ class AttentionRun {
       }
   }
 
-  // Lay out rows as [E, N], a left-hand side with a column for each slot.
+  // Copy rows [N, E] to the layout [E, N], a left-hand side with one column per slot.
   void transposed(Number* to, const Number* rows) const {
     for (int slot = 0; slot < room; ++slot)
       for (int i = 0; i < channels; ++i)
         to[size_t(i) * room + slot] = rows[size_t(slot) * channels + i];
   }
 
-  // Lay out a head's queries and its output's gradients for block_grads.
+  // Fill the buffers that block_grads reads: a head's queries, the gradients of its output, and the
+  // means.
   void lay_out(int each, const Own& own) const {
     take(queries, each, own.rows);
     columns(own.q_columns, own.rows);
@@ -272,7 +278,7 @@ class AttentionRun {
     }
   }
 
-  // Keep the weights of lanes with `offset` + lane <= 0 (>= 0 if `above`); set the others to 0.
+  // Set weights to 0, except in lanes with `offset` + lane <= 0 (or >= 0 if `above`).
   static Floats kept(Floats weight, int offset, bool above) {
     Ints lanes;
     for (int lane = 0; lane < kFloats; ++lane) lanes[lane] = lane;
@@ -280,8 +286,8 @@ class AttentionRun {
     return (Floats)((Ints)weight & mask);
   }
 
-  // Compute the gradients [64, E] of 64 keys and values of a query head, and add their part of the
-  // queries' gradients.
+  // Compute the gradients [64, E] that a query head causes in 64 keys and values. Add the part of
+  // the queries' gradients that these keys cause to own.q_grad.
   void block_grads(int each, int key, const Own& own, const Number* k, const Number* k_transposed,
                    const Number* v, float* k_grads, float* v_grads) const {
     float *const k_grad = k_grads + size_t(key) * channels;
@@ -303,7 +309,8 @@ class AttentionRun {
     }
   }
 
-  // Compute the weights of 64 keys for kTogether queries, and the gradients of their scores.
+  // Compute the attention weights and the gradients of the scores, for 64 keys and kTogether
+  // queries.
   void score_grads(int each, int key, int query, const Own& own, const Number* k,
                    const Number* v) const {
     alignas(64) float scores[kBlock * kTogether], grads[kBlock * kTogether];
@@ -336,8 +343,9 @@ class AttentionRun {
     }
   }
 
-  // Backward of the rotation and of the norm: from a head's gradients at a slot to those of the
-  // projections and of the gain.
+  // Backpropagate through the rotation and the norm of one slot in a head. `grad` is the gradient
+  // of the rotated query or key. Write the gradient of the projection, and add the gradient of the
+  // gain to `gain_grads`.
   void unnormed(const Part& part, int each, int slot, float* grad, float* gain_grads) const {
     rotate(grad, channels, cos_of(slot), sin_of(slot), -1);
     alignas(64) float row[kMostChannels];
@@ -369,7 +377,7 @@ class AttentionRun {
           k_sum += load(k_grads + from);
           v_sum += load(v_grads + from);
         }
-        store(row + i, k_sum * 0.69314718f);  // queries contain a factor 1 / ln 2
+        store(row + i, k_sum * 0.69314718f);  // undo the factor 1 / ln 2 in the queries
         store(g->qkv_grad + at(values, each, slot) + i, v_sum);
       }
       unnormed(keys, each, slot, row, g->k_gain_grad);
@@ -381,7 +389,7 @@ class AttentionRun {
   const AttentionGrad<Number>* const g = nullptr;
   const int slots = a.slots, channels = a.channels, group = a.heads / a.kv_heads;
   const int room = padded(slots, kBlock);
-  const size_t size = size_t(room) * channels;  // elements of a head
+  const size_t size = size_t(room) * channels;  // number of elements of a head
   const Part queries{a.heads, 0, a.q_gain, kLog2E / std::sqrt(float(channels))};
   const Part keys{a.kv_heads, a.heads, a.k_gain, 1};
   const Part values{a.kv_heads, a.heads + a.kv_heads, nullptr, 1};

@@ -1,14 +1,14 @@
-// Passes of the world model's transformer over a few slots of B sequences, and the drawing of whole
-// frames, on a CPU, in bf16 or float32.
+// Two functions for a CPU, in bf16 or float32: `pass` runs the world model's transformer on a few
+// slots in each of B sequences, and `frame` draws all tokens of a frame.
 //
 // In torch, a pass consists of some 400 small operations, which take longer to launch than to run.
 // Here it is one parallel region. It computes the same as Transformer.hidden and RingCache.attend.
-// Matrices, keys and values are in `Number`, their left-hand sides in `Factor`; sums and the
-// residual stream are in float32.
+// Matrices, keys and values have the number format `Number`, and the left-hand sides of products
+// have `Factor`. Sums and the residual stream are in float32.
 //
-// Axes: B sequences, n slots of each in the pass, M = B * n rows, D width, H query heads, G key
-// heads, R = H / G, E channels of a head, N places of the ring (padded to 32), S slots of a frame,
-// C codes.
+// Axes: L layers, B sequences, n slots per sequence in the pass, M = B * n rows, D width, H query
+// heads, G key heads, R = H / G, E channels of a head, S slots of a frame, C codes, N places of the
+// ring (padded to a multiple of 32). A place holds the key and the value of one slot.
 
 #include "products.h"
 
@@ -24,18 +24,18 @@ STRUCTURE(Model,
   const Number* output;           // [D, C padded to 16]
 )
 
-// The rings of the U sequences that B sequences branched off.
+// The rings of U sequences that B branches continue and share.
 STRUCTURE(Trunk,
   int64_t sequences;            // U
-  const Number *keys, *values;  // [L, U, G] and then as in Ring
+  const Number *keys, *values;  // as in Ring, but for U sequences
   const int64_t* rows;          // [B]: which of the U sequences each branch continues
-  const bool* own;              // [N / 32]: whether branches have these places in their own rings
+  const bool* own;              // [N / 32]: whether branches read these places from their own rings
 )
 
 // The keys and values of B sequences, while a frame is being written.
 STRUCTURE(Ring,
   const Model<Number>* model;
-  const Trunk<Number>* trunk;  // null if nothing is shared
+  const Trunk<Number>* trunk;  // null if the sequences share no ring
   int64_t sequences, frame;    // B, and the number of the frame being written
   Number* keys;                // [L, B, G][N / 16][E / I][16][I]
   Number* values;              // [L, B, G][E / 16][N / I][16][I]
@@ -49,32 +49,36 @@ STRUCTURE(Pass,
   float* logits;               // [B, stop - first, C]
 )
 
-// A frame that is drawn wave by wave: P tokens in each of F futures. With guidance there are two
-// streams of F sequences, the second with unknown actions; otherwise one. B = streams * F.
+// A frame that is drawn wave by wave: P tokens in each of F futures. With guidance, there are two
+// streams of F sequences, and the actions of the second stream are unknown. Otherwise there is one
+// stream. B = streams * F.
 STRUCTURE(Frame,
   const Ring<Number>* ring;
   int64_t waves, tokens, streams;
   const int64_t* spans;            // [waves][3]: start, stop and first, as in Pass
-  const int64_t *source, *target;  // [S]: the tokens that slots take and predict; P is none
+  const int64_t *source, *target;  // [S]: indices of the tokens that slots take, predict; P: none
   const float* base;               // [B, S, D]: slots' inputs without the frame's own tokens
   const float *cos, *sin;          // [S, E / 2]
-  const float* embedding;          // [C + 1, D]: the embedding of each token; C is none
+  const float* embedding;          // [C + 1, D]: the embedding of each code; row C: no token
   const float* uniform;            // [F, P], in [0, 1)
   double temperature, guidance;    // as in sampling.py
-  int64_t* drawn;                  // [B, P + 1]: the drawn tokens, initialised with C
+  int64_t* drawn;                  // [B, P + 1]: the drawn tokens; contains only C before the call
   float* log_probs;                // [2, F, P]: under the plain and the sampling distribution
 )
 
 namespace {
 
-constexpr int kParts = 4;  // parts of the keys; fixed, so that results do not depend on threads
-// Scores are computed for kQueries queries and kBlock keys at once, and values are weighted for up
-// to kChunk keys at once. These sizes fit into the L1 cache.
+// Attention sums over this many parts of the keys separately, so that threads can share the work.
+// The number is fixed so that results do not depend on the number of threads.
+constexpr int kParts = 4;
+// Scores are computed for kQueries queries and kBlock keys at once, and the sums of weighted values
+// for up to kChunk keys at once. The buffers for this fit into the L1 cache.
 constexpr int kQueries = 32, kBlock = 64, kChunk = 128;
-constexpr int kStep = 32;  // size of the groups of places that Block and Trunk::own are made of
+constexpr int kStep = 32;  // places in a group; a block is 1 or 2 groups, Trunk::own is per group
 
-// Prefetch memory that is read next. Tiles would wait for each line. Products prefetch only their
-// own next columns, which in the layout of values may belong to another head.
+// Prefetch the keys or values of the next block, because `product` does not. With tiles, it
+// prefetches nothing. With vectors, it prefetches the columns that follow in memory, which in the
+// layout of values may belong to another head.
 template <typename Number>
 void fetch(const Number* from, const Number* to) {
   for (; from < to; from += 64 / sizeof(Number)) __builtin_prefetch(from);
@@ -82,12 +86,12 @@ void fetch(const Number* from, const Number* to) {
 
 template <typename Number>
 class Run {
-  typedef Left<Number> Factor;  // format of the left-hand sides
+  typedef Left<Number> Factor;  // number format of left-hand sides
 
  public:
   explicit Run(const Pass<Number>& pass) : p(pass) {
-    // Extend the last block if it ends here and is not full; otherwise begin a new one. No block
-    // crosses the border of a part.
+    // Collect the blocks of places that the queries see, for each part of the keys. Extend the
+    // part's last block if it ends here and is not full. Otherwise begin a new block.
     for (int64_t place = 0; place < ring; place += kStep) {
       if (!sees_some(place, place + kStep)) continue;
       const bool owned = !r.trunk || r.trunk->own[place / kStep];
@@ -116,7 +120,7 @@ class Run {
   }
 
  private:
-  // The buffers of a thread: a head's projections or some columns, and scores and weights.
+  // The buffers of one thread. `columns` is used for a head's projections and for matrix columns.
   struct Own {
     const size_t size;
     const Buffer<float> columns{size}, scores{kQueries * kBlock};
@@ -134,14 +138,16 @@ class Run {
     norm_rows(gains[0]);
 #pragma omp for schedule(dynamic)
     for (int head = 0; head < m.heads + 2 * m.kv_heads; ++head) project(layer, head, own);
-    // Loop over branches innermost, so that a trunk's keys are read once for all of them.
+    // The loop over branches is the innermost, so that a trunk's keys are read from memory once for
+    // all branches.
 #pragma omp for collapse(2) schedule(dynamic) nowait
     for (int each = 0; each < trunks * m.kv_heads; ++each)
       for (int part = kParts; part < parts; ++part)
         for (int sequence = 0; sequence < batch; ++sequence)
           if (r.trunk->rows[sequence] == each / m.kv_heads)
             attend(layer, sequence * m.kv_heads + each % m.kv_heads, part, own);
-    // The parts of a head are adjacent, so one thread reads them all if the heads fill all threads.
+    // The parts of a head are adjacent in memory. If the heads of all sequences can be divided
+    // evenly among the threads, let one thread read all parts of a head.
     const int rings = batch * m.kv_heads;
     const int parts_at_once = rings % omp_get_num_threads() ? 1 : kParts;
 #pragma omp for collapse(2) schedule(dynamic, parts_at_once)
@@ -204,8 +210,8 @@ class Run {
       norm_row(x + size_t(row) * width, width, gain, normed + size_t(row) * width);
   }
 
-  // Compute a head's projections. Queries and keys are normalised and rotated. Keys and values are
-  // written into the ring.
+  // Compute the projections of a head. Normalise and rotate queries and keys. Write keys and values
+  // into the ring.
   void project(int layer, int head, const Own& own) {
     float* const projected = own.columns;
     const Number* matrix = m.matrices[4 * layer] + size_t(head) * channels * width;
@@ -244,7 +250,8 @@ class Run {
     return ((size_t(layer) * batch + sequence) * m.kv_heads + key_head) * ring * channels;
   }
 
-  // A slot sees the places up to itself and, in a full ring, the old frames after the current one.
+  // A slot sees all places up to its own. If the ring is full, it also sees the places after the
+  // current frame, which contain older frames.
   bool sees_all(int64_t from, int64_t to) const {
     return to <= begin + 1 || (full && from >= frame_end && to <= places);
   }
@@ -258,9 +265,10 @@ class Run {
     return full ? before | ((lanes >= frame_end) & (lanes < places)) : before;
   }
 
-  // Compute each query's sums of weighted values and of weights over one part of the keys. Parts
-  // from kParts on are of the trunks, the others of the branches' own rings. The maximum score is
-  // not subtracted, because RMSNorm bounds the scores (see is_bounded in operators.py).
+  // Compute each query's sum of weighted values and its sum of weights, over one part of the keys.
+  // Parts below kParts are in the sequences' own rings, and parts from kParts on are in the trunk.
+  // The maximum score need not be subtracted, because RMSNorm bounds the scores (see is_bounded in
+  // operators.py).
   void attend(int layer, int each, int part, const Own& own) {
     const std::vector<Block>& seen = blocks[part];
     const bool shared = part >= kParts;
@@ -288,7 +296,7 @@ class Run {
         product<false>(left, channels, keys + now.from * channels, size_t(kLanes) * channels,
                        now.to - now.from, channels, scores, kBlock, count);
         for (int row = 0; row < count; ++row) {
-          if (first == 0 && !shared) {  // a trunk is mostly cached already
+          if (first == 0 && !shared) {  // most of a trunk is already in the processor's cache
             const int64_t ahead = next.from + row * fetched;
             const int64_t end = std::min(next.to, ahead + fetched);
             fetch(keys + ahead * channels, keys + end * channels);
@@ -309,7 +317,7 @@ class Run {
 
   // Compute a query's weights for a block of keys, and add them to `sum`.
   void weigh(const float* scores, Block block, int query, Factor* weights, Floats& sum) const {
-    const bool all = sees_all(block.from, block.to);  // as for most blocks: skips the mask
+    const bool all = sees_all(block.from, block.to);  // true for most blocks; they need no mask
 #pragma GCC unroll 4
     for (int i = 0; i < block.to - block.from; i += kFloats) {
       Floats weight = power_of_two<Factor>(load(scores + i));
@@ -319,7 +327,7 @@ class Run {
     }
   }
 
-  // Combine all parts into the attention's output for the queries of a key head.
+  // Add up the sums of all parts, and write the attention's output for the queries of a key head.
   void combine(int each) {
     const size_t size = size_t(queries) * (channels + 1);
     const float* own = sums + size_t(each) * parts * size;
@@ -352,7 +360,7 @@ class Run {
   const int trunks = r.trunk ? r.trunk->sequences : 0;
   const int rows = batch * n, room = padded(rows, 16), queries = padded(group * n, 16);
   const int part_places = padded((ring + kParts - 1) / kParts, kStep);
-  const int parts = trunks ? 2 * kParts : kParts;  // of the branches, then of the trunks
+  const int parts = trunks ? 2 * kParts : kParts;  // first the parts of own rings, then the trunk's
   std::vector<Block> blocks[2 * kParts];
   const Buffer<float> x{size_t(room) * width};
   const Buffer<Factor> normed{size_t(room) * width}, hidden{size_t(room) * m.hidden};
@@ -361,15 +369,15 @@ class Run {
   const Buffer<float> sums{size_t(batch) * m.kv_heads * parts * queries * (channels + 1)};
 };
 
-// Draws tokens from logits, as truncated_log_probs and draw in sampling/ do without top-k and
-// top-p.
+// Draws tokens from logits. Computes the same as truncated_log_probs and draw in sampling.py, but
+// without top-k and top-p.
 template <typename Number>
 class Draws {
  public:
   Draws(const Frame<Number>& frame, int codes) : f(frame), codes(codes) {}
 
-  // Return the token that the inverse CDF has at `uniform`, and set its log-probabilities. `null`
-  // is the logits of the second stream, or a null pointer.
+  // Evaluate the inverse CDF at `uniform`; return the token and set its two log-probabilities.
+  // `null` points to the logits of the second stream, or is a null pointer if there is one stream.
   int draw(const float* plain, const float* null, float uniform, float* log_prob,
            float* drawn_log_prob) const {
     std::copy(plain, plain + codes, +values);
@@ -456,7 +464,8 @@ void draw_frame(const Frame<Number>& frame) {
 
 }  // namespace
 
-// Return whether the system lets this process use the AMX tiles that the library may need.
+// Ask the system for permission to use AMX tiles, if the library uses them; return whether the
+// library can run.
 extern "C" int drivesim_ready() {
 #if defined(HAS_TILES)
   return syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

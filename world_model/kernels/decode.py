@@ -1,9 +1,9 @@
-"""Cached passes with frozen weights: compiled for this CPU if possible, otherwise torch's.
+"""Cached passes with frozen weights, compiled for this CPU if possible, and otherwise in torch.
 
-torch launches some 400 operations for a pass, most of which take longer to launch than to run. A
-compiled pass is a single call of `decode.cpp`.
+In torch, a pass launches some 400 operations, most of which take longer to launch than to run. A
+compiled pass is a single call to a function in `decode.cpp`.
 
-Axes: as in `decode.cpp`, and L layers.
+Axes: as in `decode.cpp`, and F futures, P tokens of a frame.
 """
 
 import copy
@@ -24,7 +24,7 @@ from driving_sim.world_model.transformer import Block, Tables, Transformer
 
 
 def is_supported(model: Transformer) -> bool:
-    """Return whether compiled passes can compute a model on this machine."""
+    """Return whether this machine can run a model with compiled passes."""
     attentions = [block.attention for block in _blocks(model)]
     return (
         model.config.width // model.config.heads % PAIRS == 0
@@ -38,7 +38,7 @@ def _blocks(model: Transformer) -> list[Block]:
 
 
 def _reordered(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Copy a matrix [k, columns] to the layout of `product` in `products.h`.
+    """Return a copy of a matrix [k, columns] in the layout that `product` in `products.h` reads.
 
     The layout is [columns / 16][k / I][16][I], where I is 2 in bf16 and 1 in float32.
     """
@@ -48,7 +48,7 @@ def _reordered(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class NativeModel:
-    """A transformer's weights in the layout of compiled passes and the number format `dtype`."""
+    """A transformer's weights in the layout that compiled passes read, in number format `dtype`."""
 
     @torch.no_grad()
     def __init__(self, model: Transformer, tables: Tables, dtype: torch.dtype) -> None:
@@ -62,7 +62,7 @@ class NativeModel:
             maps = (attention.qkv, attention.out, block.up, block.down)
             matrices += [_reordered(linear.weight.T, dtype) for linear in maps]
         self.keys = -(-config.context_frames * model.order.slots // PAIRS) * PAIRS
-        """Number of places in a ring, padded to a multiple of 32."""
+        """Number of keys that the ring of a sequence can hold, padded to a multiple of 32."""
         waves = model.order.waves
         self.spans = torch.tensor([(wave.start, wave.stop, wave.first) for wave in waves])
         self.structure = Structure(
@@ -86,22 +86,29 @@ class NativeModel:
 
 @dataclass(frozen=True)
 class _Trunk:
-    """A ring that branches share, until their own rings have replaced all of its blocks."""
+    """The rings of the cache that branches continue; the branches share them to save memory.
+
+    When a branch writes a frame, it copies the blocks that contain the frame into its own ring. The
+    trunk is dropped when all blocks have been copied.
+    """
 
     keys: Tensor
     values: Tensor
     rows: Tensor
     """The trunk's sequence that each branch continues, int64 [B]."""
     own: Tensor
-    """Whether the branches' own rings hold each block of 32 places, bool [N / 32]."""
+    """For each block of 32 places: whether branches read it from their own rings, bool [N / 32].
+
+    Otherwise they read it from the trunk.
+    """
 
 
 class NativeCache(Cache):
-    """The cache of compiled passes, as `RingCache` is that of torch's passes.
+    """The cache that computes its passes with compiled code.
 
-    Branches share the ring of the cache that they branched off, until their own frames have
-    replaced it. A pass reads the shared ring once for all branches. Passes compute in the number
-    format of `native`; torch computes their inputs in the format of `tables`.
+    Branches share the ring of the cache that they continue, until their own frames have replaced
+    all of it. A pass reads the shared ring once for all branches. Passes compute in the number
+    format of `native`. torch computes the inputs of the passes, in the number format of `tables`.
     """
 
     exact = True
@@ -120,8 +127,8 @@ class NativeCache(Cache):
         return torch.zeros(size, dtype=self.native.dtype)
 
     def advance(self) -> None:
-        """Begin the next frame, and hide the old frame whose place it takes."""
-        if self._has_branches:  # they still use the old tensors, which must not change
+        """Begin the next frame, and hide the old frame that it overwrites."""
+        if self._has_branches:  # branches still read these tensors, so write to copies of them
             self.keys, self.values = self.keys.clone(), self.values.clone()
             self._has_branches = False
         self.frame += 1
@@ -140,14 +147,15 @@ class NativeCache(Cache):
         )
 
     def _copy_from_trunk(self, trunk: _Trunk) -> _Trunk | None:
-        """Copy the current frame's blocks from the trunk into the branches' own rings.
+        """Copy the blocks that contain the current frame from the trunk to the branches' own rings.
 
-        Returns the trunk with the blocks marked as own, or None if all blocks are own now.
+        Returns the trunk with these blocks marked in `own`, or None if all blocks are marked now.
         """
         begin = self.frame % self.frames * self.slots
         span = range(begin // PAIRS, -(-(begin + self.slots) // PAIRS))
         new = [block for block in span if not trunk.own[block]]
-        # A block of keys is contiguous; a block of values has a piece for every 16 channels.
+        # A block of keys is contiguous. A block of values has one contiguous piece for every 16
+        # channels.
         pieces = self.model.config.width // self.model.config.heads // LANES
         for own, shared, parts in (
             (self.keys, trunk.keys, 1),
@@ -162,7 +170,7 @@ class NativeCache(Cache):
         return None if own.all() else replace(trunk, own=own)
 
     def logits(self, x: Tensor, rotary: tuple[Tensor, Tensor], wave: Wave) -> Tensor:
-        """Add the slots of a wave to the cache; return the logits of those that predict a token."""
+        """Add a wave's slots to the cache; return the logits of the slots that predict a token."""
         x, cos, sin = (tensor.float().contiguous() for tensor in (x, *rotary))
         logits = torch.empty(len(x), wave.stop - wave.first, len(self.tables.output))
         call(
@@ -189,12 +197,13 @@ class NativeCache(Cache):
         temperature: float,
         guidance: float,
     ) -> tuple[Tensor, Tensor]:
-        """Draw the current frame; return its tokens [B, P] and log-probabilities [2, F, P] (nats).
+        """Draw the current frame; return its tokens [B, P] and their log-probabilities [2, F, P].
 
-        `base` [B, S, D] are the slots' inputs without the frame's own tokens. `rotary` are the
-        slots' cosines and sines, and `uniform` [F, P] random numbers in [0, 1). B is `streams` * F:
-        guidance adds a second stream, in which the F futures have unknown actions. The first
-        log-probabilities are the plain model's, the second the sampling distribution's.
+        `base` [B, S, D] and `rotary` are the inputs and the cosines and sines that `begin_frame`
+        returns. `uniform` [F, P] are random numbers in [0, 1). With guidance, there are 2
+        `streams`, and each of the F futures is in the batch twice: first with its actions, then
+        with unknown actions. So B is `streams` * F. The log-probabilities, in nats, are under the
+        plain model (index 0) and under the distribution that tokens are drawn from (index 1).
         """
         order = self.model.order
         base, cos, sin = (tensor.float().contiguous() for tensor in (base, *rotary))
@@ -241,7 +250,7 @@ class NativeCache(Cache):
 class FrozenPasses:
     """Makes caches whose passes use a transformer's current weights in the number format `dtype`.
 
-    `precision` is fp32, bf16 or auto, which chooses bf16 if it is faster. On a CPU it is faster
+    `precision` is fp32, bf16 or auto. auto chooses bf16 if bf16 is faster. On a CPU, bf16 is faster
     whenever the passes are compiled. Passes can be compiled only for float32 weights.
     """
 
@@ -260,9 +269,10 @@ class FrozenPasses:
             self._cast_once()
 
     def _cast_once(self) -> None:
-        """Cast the matrices of torch's passes to their number format, in a copy of the model.
+        """Copy the model, and cast the matrices in the copy to the number format of the passes.
 
-        Autocast would cast them in every pass, because it caches only weights that get gradients.
+        Otherwise autocast would cast them in every pass, because it caches only the casts of
+        weights that require gradients.
         """
         self._model = copy.deepcopy(self._model)
         for module in self._model.modules():

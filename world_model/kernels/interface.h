@@ -1,8 +1,9 @@
-// The interface of Python and C++: structures of numbers and of pointers to contiguous tensors.
+// The interface between Python and C++: structures of numbers and of pointers to contiguous
+// tensors.
 //
-// Every function of the library takes one structure, in one of the number formats. The library
-// exports the names of the fields, and library.py fills them by name, so the two sides need
-// not agree on the order of fields.
+// Every function of the library takes one structure, in bf16 or in float32. The library exports the
+// names of the fields, and library.py sets the fields by name. Python therefore does not need to
+// know their order.
 
 #pragma once
 
@@ -20,7 +21,8 @@ typedef uint16_t bf16;
   extern "C" const char* drivesim_fields_##name() { return #__VA_ARGS__; } \
   extern "C" size_t drivesim_size_##name() { return sizeof(name<float>); }
 
-// Export a function, in each number format, that takes a structure `given` and runs `act`.
+// Export a function in each number format. It takes a structure `given` and runs the statement
+// `act`.
 #define OPERATOR(name, Structure, act)                                             \
   extern "C" const char* drivesim_takes_##name() { return #Structure; }            \
   extern "C" void drivesim_##name##_bf16(const Structure<bf16>* given) { act; }    \

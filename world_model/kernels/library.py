@@ -1,8 +1,8 @@
 """Compile `decode.cpp` and `attention.cpp` on this machine, and call their functions.
 
-The first use compiles them with the machine's C++ compiler, which takes a few seconds. The library
-is kept in the user's cache folder. Without a compiler, or with DRIVESIM_NATIVE=0, torch computes
-the same.
+The first call to `library` compiles them with the machine's C++ compiler, which takes a few
+seconds. The compiled library stays in the user's cache folder. Without a compiler, or with
+DRIVESIM_NATIVE=0, there is no library, and the callers compute in torch instead.
 """
 
 import ctypes
@@ -34,7 +34,7 @@ _WITHOUT_AMX = "-mno-amx-tile -mno-amx-bf16 -mno-amx-int8"
 _NUMBERS = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
 _FORMATS = {"int64_t": torch.int64, "float": torch.float32, "bool": torch.bool}
 LANES = 16
-"""Number of adjacent columns in the layout of a matrix."""
+"""Number of columns that are interleaved in memory; see the layout in `products.h`."""
 PAIRS = 32
 """The number of channels of a head must be a multiple of this."""
 EPSILON = 1e-6
@@ -44,7 +44,7 @@ EPSILON = 1e-6
 def library() -> ctypes.CDLL | None:
     """Return the compiled library, or None if it is turned off or could not be compiled.
 
-    Prints once why it could not be compiled.
+    If it could not be compiled, prints the reason once.
     """
     return None if os.environ.get("DRIVESIM_NATIVE") == "0" else _library()
 
@@ -52,9 +52,9 @@ def library() -> ctypes.CDLL | None:
 class Structure:
     """An instance of one of the library's C++ structures, in one number format.
 
-    Takes all fields by name. A number is given as it is. A pointer is given as a contiguous tensor
-    of the right format, a list of such tensors, another structure, or None. Raises `TypeError` for
-    anything else.
+    Takes the values of all fields by name. For a number, pass the number. For a pointer, pass a
+    contiguous tensor of the right number format, a list of such tensors, another structure, or
+    None. Raises `TypeError` for anything else.
     """
 
     def __init__(self, name: str, dtype: torch.dtype, **values: Any) -> None:
@@ -62,11 +62,11 @@ class Structure:
         layout, fields = _layout(name)
         if values.keys() != fields.keys():
             raise TypeError(f"{name} has the fields {[*fields]}, but was given {[*values]}")
-        self._kept: list[Any] = [values]  # keep alive what the structure points to
+        self._kept: list[Any] = [values]  # keep the tensors alive that the structure points to
         self.memory = layout(*(self._word(*fields[field], values[field]) for field in fields))
 
     def _word(self, kind: str, pointers: int, value: Any) -> Any:
-        """Return a field's value: a number, or an address if the field is a pointer."""
+        """Return the content of a field: a number, or an address if the field is a pointer."""
         if pointers == 0 or value is None:
             return value
         if pointers == 2:
@@ -83,16 +83,17 @@ class Structure:
 
 
 def call(name: str, dtype: torch.dtype, **values: Any) -> None:
-    """Call a compiled function with the fields of its structure; needs a compiled `library()`."""
+    """Call a compiled function with the fields of its structure; `library()` must not be None."""
     structure = Structure(_exported(f"takes_{name}"), dtype, **values)
     getattr(_library(), f"drivesim_{name}_{name_of(dtype)}")(ctypes.byref(structure.memory))
 
 
 @cache
 def _layout(name: str) -> tuple[type[ctypes.Structure], dict[str, tuple[str, int]]]:
-    """Return a structure's ctypes class, and the type and the number of pointers of each field.
+    """Return the ctypes class of a structure, and its fields by name, each as (type, stars).
 
-    `STRUCTURE` in `interface.h` makes the library export the fields as text.
+    `float**` is ("float", 2). The fields come from the text that the macro `STRUCTURE` in
+    `interface.h` makes the library export.
     """
     fields: dict[str, tuple[str, int]] = {}
     for declared in _exported(f"fields_{name}").replace("<Number>", "").split(";")[:-1]:
@@ -111,7 +112,7 @@ def _layout(name: str) -> tuple[type[ctypes.Structure], dict[str, tuple[str, int
 
 @cache
 def _exported(name: str) -> str:
-    """Return a text that the library exports about its structures and functions."""
+    """Return one of the texts with which the library describes its structures and functions."""
     tell = getattr(_library(), f"drivesim_{name}")
     tell.restype = ctypes.c_char_p
     text: bytes = tell()
@@ -139,7 +140,10 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _compiled(compiler: list[str], flags: list[str]) -> Path:
-    """Compile the library unless the cache has it for this compiler and CPU; return its path."""
+    """Return the path of the library; compile it first if none is cached for this compiler and CPU.
+
+    If the C++ files or the flags have changed, it is compiled again.
+    """
     command = [*compiler, *flags]
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True)
     texts = [path.read_text("utf-8") for path in (*_SOURCES, *_HEADERS)]

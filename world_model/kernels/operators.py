@@ -1,9 +1,10 @@
 """The transformer's basic operations on any device; each function chooses its own backend.
 
-On a CPU, the backend is `attention.cpp` if it supports the inputs, and otherwise torch. In torch,
-causal attention takes some 60 % of a small model's training step. In bf16, small float32 operations
-take most of the rest. The compiled functions support autograd and compute in the number format of
-autocast. They support neither second derivatives nor torch.func; for these, set DRIVESIM_NATIVE=0.
+On a CPU, the backend is `attention.cpp` if it supports the inputs. Otherwise it is torch. Compiled
+functions help because torch spends some 60 % of a small model's training step on causal attention
+and, in bf16, most of the rest on small float32 operations. The compiled functions support autograd
+and compute in the number format of autocast. They support neither second derivatives nor
+torch.func; for these, set DRIVESIM_NATIVE=0.
 
 Axes: B batch, N slots, H query heads, G key heads, E channels of a head, F = (H + 2 G) E, D width.
 """
@@ -23,16 +24,18 @@ from driving_sim.world_model.kernels.library import EPSILON, LANES, PAIRS, Struc
 from driving_sim.world_model.rotary import rotate
 
 _BLOCK = 64  # slots in a block, as in `attention.cpp`
-_NORM_PARTS = 64  # parts of the rows; fixed, so that results do not depend on threads
+# The gradient of an RMSNorm's gain is summed over this many parts of the rows, and then over the
+# parts. The number is fixed so that results do not depend on the number of threads.
+_NORM_PARTS = 64
 _MOST_CHANNELS = 1024
 LARGEST_SCORE = 70.0
-"""Upper bound of attention scores, below which the sum of their exponentials fits float32."""
+"""Upper bound of attention scores. With larger scores, sums of exponentials may overflow."""
 
 
 def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
     """Return x [..., D] divided by its root mean square and multiplied by `gain` [D].
 
-    Under autocast, the compiled function returns autocast's format, not float32 as torch does.
+    Under autocast, the compiled function returns autocast's number format. torch returns float32.
     """
     dtype = _format(x)
     if dtype is None or not _are_float32(x, gain) or len(gain) % LANES:
@@ -60,8 +63,8 @@ def causal_attention(
 ) -> Tensor:
     """Attend from each slot to itself and the slots before it; return [B, N, H E].
 
-    `split_heads` describes the projections `qkv` [B, N, F] and the other arguments. If a `mask`
-    bool [N, N] is given, it says which slots each slot attends to.
+    For `qkv` [B, N, F] and the other arguments, see `split_heads`. A `mask` bool [N, N], if given,
+    replaces the causal mask: row i says which slots slot i attends to.
     """
     if (
         mask is None
@@ -85,14 +88,14 @@ def split_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split projections `qkv` [B, N, F] into queries [B, H, N, E], keys and values [B, G, N, E].
 
-    F holds the queries of H heads, then the keys of G heads, then their values. Queries and keys
-    are normalised with `q_gain` and `k_gain` [E], and then rotated by `rotary`, the cosines and
-    sines float32 [N, E / 2].
+    Along F, the queries of H heads come first, then the keys of G heads, then the values of G
+    heads. Queries and keys are normalised with the gains `q_gain` and `k_gain` [E], and then
+    rotated by the angles whose cosines and sines, float32 [N, E / 2], are `rotary`.
     """
     parts = rearrange(qkv, "b n (h e) -> b h n e", e=len(q_gain))
     kv_heads = (parts.shape[1] - heads) // 2
     q, k, v = torch.split(parts, [heads, kv_heads, kv_heads], dim=1)
-    # Use float32: torch has no fused kernel for bfloat16 with a float32 gain, and warns.
+    # Normalise in float32: for bfloat16 with a float32 gain, torch has no fused kernel and warns.
     q, k = (
         rotate(F.rms_norm(x.float(), gain.shape, gain, EPSILON), *rotary)
         for x, gain in ((q, q_gain), (k, k_gain))
@@ -102,9 +105,10 @@ def split_heads(
 
 @torch.no_grad()
 def is_bounded(q_gain: Tensor, k_gain: Tensor) -> bool:
-    """Return whether no attention score can overflow with these gains [E]; print a notice if not.
+    """Return whether attention scores stay below LARGEST_SCORE with these gains [E].
 
-    Queries are normalised, so |q| <= sqrt(E) max |q_gain|; the same holds for keys.
+    Prints a notice if not. The bound follows from the norms: |q| <= sqrt(E) max |q_gain|, and
+    |k| <= sqrt(E) max |k_gain|.
     """
     largest = q_gain.abs().max() * k_gain.abs().max()
     if float(largest) * math.sqrt(len(q_gain)) < LARGEST_SCORE:
@@ -119,7 +123,7 @@ def _say_unbounded() -> None:
 
 
 def _format(x: Tensor) -> torch.dtype | None:
-    """Return the number format of compiled functions for x, or None if they cannot run."""
+    """Return the number format in which compiled functions compute x, or None to use torch."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or library() is None:
         return None
     low = torch.is_autocast_enabled("cpu")
@@ -132,7 +136,10 @@ def _are_float32(*tensors: Tensor) -> bool:
 
 
 def _attention(heads: int, *tensors: Tensor) -> dict[str, Any]:
-    """Return the fields of an `Attention` structure, given the tensors of its pointers in order."""
+    """Return the fields of an `Attention` structure by name.
+
+    `tensors` are the values of its pointer fields, in the order in which these are declared.
+    """
     qkv, q_gain = tensors[:2]
     batch, slots, features = qkv.shape
     names = ("qkv", "q_gain", "k_gain", "cos", "sin", "mixed", "weights")

@@ -1,10 +1,10 @@
 // Shared code of the compiled kernels: vectors of floats, and matrix products in bf16 or float32.
-// On processors that cannot multiply bf16, right-hand sides can still be bf16, but left-hand sides
-// are float32.
+// On processors that cannot multiply bf16, the right-hand side of a product can still be bf16, but
+// the left-hand side is float32.
 //
-// `product` below computes all matrix products. Its right-hand sides have a layout of their own: k
-// rows and 16 columns are [k][16] in float32 and [k / 2][16][2] in bf16, which AMX and AVX512-BF16
-// can read. Comments write [k / I][16][I] for both.
+// `product` below computes all matrix products. Its right-hand side has a special layout: k rows
+// and 16 columns are stored as [k][16] in float32, and as [k / 2][16][2] in bf16, because AMX and
+// AVX512-BF16 read bf16 this way. Comments write [k / I][16][I] for both formats.
 
 #pragma once
 
@@ -40,15 +40,15 @@ typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
 
 namespace {
 
-constexpr int kLanes = 16;  // adjacent columns in the layout of a right-hand side
-// Columns to compute in one call of `product`: as many as the widest kernel takes. The channels of
-// a head, and so all widths, are multiples of this.
+constexpr int kLanes = 16;  // columns that are interleaved in the layout of a right-hand side
+// Number of columns to compute in one call of `product`, as many as the widest kernel computes at
+// once. The number of channels of a head is a multiple of this, and so are all widths.
 constexpr int kTogether = 2 * kLanes;
 constexpr int kFloats = VECTOR_BYTES / sizeof(float);
 constexpr float kLog2E = 1.44269504f;
 
 template <typename T>
-class Buffer {  // uninitialised memory, aligned to a cache line; +buffer is its address
+class Buffer {  // uninitialised memory, aligned to a cache line; +buffer is a pointer to it
  public:
   explicit Buffer(size_t count) : bytes_(new char[count * sizeof(T) + 64]) {
     const auto address = reinterpret_cast<uintptr_t>(bytes_.get());
@@ -61,7 +61,7 @@ class Buffer {  // uninitialised memory, aligned to a cache line; +buffer is its
   T* first_;
 };
 
-// I, the number of interleaved rows in a right-hand side.
+// I, the number of rows that are interleaved in the layout of a right-hand side.
 template <typename Number>
 constexpr int kInterleaved = sizeof(float) / sizeof(Number);
 
@@ -81,8 +81,8 @@ Floats load(const bf16* from) {
 
 void store(float* to, Floats value) { std::memcpy(to, &value, sizeof(value)); }
 
-// Round a float's bits to bf16: to nearest, ties to even. A NaN that a processor made stays NaN;
-// other payloads may not.
+// Round the bits of a float to bf16, to nearest with ties to even. NaNs that result from arithmetic
+// stay NaN. NaNs with other payloads may become another value.
 template <typename Bits>
 Bits rounded(Bits bits) {
   return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -115,7 +115,8 @@ float total(Floats value) {
   return sum;
 }
 
-// Store some columns of two rows of a right-hand side, [2][16] in float32 or [16][2] in bf16.
+// Store kFloats columns of two consecutive rows in the layout of a right-hand side: [2][16] in
+// float32, and [16][2] in bf16.
 void store_pair(float* to, Floats even, Floats odd) {
   store(to, even);
   store(to + kLanes, odd);
@@ -127,8 +128,8 @@ void store_pair(bf16* to, Floats even, Floats odd) {
   std::memcpy(to, &pairs, sizeof(pairs));
 }
 
-// Return 2^x for x >= -126, with a relative error of 3e-7. For bf16 it is 8e-5, which is a fiftieth
-// of the rounding error of bf16.
+// Return 2^x for x >= -126. The relative error is 3e-7 in float32. In bf16 it is 8e-5, which is a
+// fiftieth of the error of rounding to bf16.
 template <typename Number = float>
 Floats power_of_two(Floats x) {
   const Floats magic = Floats{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to whole numbers
@@ -168,7 +169,8 @@ Floats squared_relu(Floats value) {
   return value * value;
 }
 
-// Rotate the pairs (i, i + channels / 2) of a row by angles, given their cosines and sines.
+// Rotate the pairs (i, i + channels / 2) of a row by angles with these cosines and sines. With a
+// `direction` of -1, rotate backwards.
 void rotate(float* row, int channels, const float* cos, const float* sin, float direction) {
   const int half = channels / 2;
   for (int i = 0; i < half; i += kFloats) {
@@ -179,14 +181,16 @@ void rotate(float* row, int channels, const float* cos, const float* sin, float 
   }
 }
 
-// `product` computes c [rows, columns] = a [rows, k] b [k, columns], or adds to c if kAdd. k is a
-// multiple of 32. Each group of 16 columns of b begins `step` numbers after the one before. a and c
-// need memory for a multiple of 16 rows; the additional rows may contain anything.
+// `product` computes c [rows, columns] = a [rows, k] b [k, columns]. If kAdd, it adds the product
+// to c. k is a multiple of 32. b is stored in groups of 16 columns, each of which begins `step`
+// numbers after the previous group. a and c need memory for a multiple of 16 rows; the padding rows
+// may contain anything.
 
-// Products with vectors: a kernel has at most `rows` rows and `columns` * 16 columns, as many as
-// fit into registers. It goes through the right-hand side by rows in float32 and by pairs of rows
-// in bf16, in `steps` steps. Every step multiplies them by the number (or pair) of each left-hand
-// row and adds the results to the sums. `Left` is the number format of the left-hand side.
+// Products with vectors: a kernel computes at most `rows` rows and `columns` * 16 columns, whose
+// sums fit into registers. It loops over the rows of the right-hand side, which are single rows in
+// float32 and pairs of rows in bf16. For each of them it takes `steps` steps. A step multiplies the
+// row (or pair) by the matching number (or pair) of every left-hand row and adds the results to the
+// sums. `Left` is the number format of the left-hand side.
 template <typename Number>
 struct Kernel;
 
@@ -208,7 +212,7 @@ Ints load_pairs(const bf16* from) {
 #if defined(__AVX512BF16__)
 template <>
 struct Kernel<bf16> {
-  static constexpr int rows = 8, columns = 2, steps = 1;  // 10 loads for 16 products
+  static constexpr int rows = 8, columns = 2, steps = 1;  // 10 loads for 16 multiplications
   typedef bf16 Left;
   static Ints right(const bf16* from, int) { return load_pairs(from); }
   static int32_t left(const bf16* from, int) {
@@ -222,8 +226,9 @@ struct Kernel<bf16> {
   }
 };
 #else
-// Other processors multiply in float32. They convert a right-hand side from bf16 in registers, so
-// only half as many bytes are read. On AVX2 this kernel is as fast as the float32 kernel.
+// On other processors, multiply in float32. The right-hand side is read as bf16, which is half as
+// many bytes, and converted in registers: step 0 takes the even row of a pair, step 1 the odd row.
+// On AVX2, this kernel is as fast as the float32 kernel.
 template <>
 struct Kernel<bf16> : Kernel<float> {
   static constexpr int steps = 2;
@@ -237,8 +242,8 @@ struct Kernel<bf16> : Kernel<float> {
 template <typename Number>
 using Left = typename Kernel<Number>::Left;
 
-// Compute a product of kRows rows and kColumns * 16 columns. Prefetch memory from `ahead` on,
-// moving by `ahead_step` each time.
+// Compute a product of kRows rows and kColumns * 16 columns. In every iteration, prefetch memory at
+// `ahead` and advance `ahead` by `ahead_step`.
 template <bool kAdd, int kColumns, int kRows, typename Number>
 void product_of(const Left<Number>* a, int lda, const Number* b, size_t step, int k, float* c,
                 int ldc, const Number* ahead, int ahead_step) {
@@ -261,7 +266,8 @@ void product_of(const Left<Number>* a, int lda, const Number* b, size_t step, in
         const Number* from = b + i / kSplit * step + begin * kLanes;
         right[i] = Kernel<Number>::right(from + i % kSplit * kFloats * kInterleaved<Number>, part);
 #if defined(__AVX2__)
-        // Force a register: for fewer than 5 rows, g++ would read the value again for each row.
+        // Keep the value in a register: otherwise g++ reads it from memory again for each row if
+        // there are fewer than 5 rows.
         asm("" : "+v"(right[i]));
 #endif
       }
@@ -280,8 +286,8 @@ void product_of(const Left<Number>* a, int lda, const Number* b, size_t step, in
     for (int i = 0; i < kVectors; ++i) store(c + row * ldc + i * kFloats, sums[row][i]);
 }
 
-// An array of product_of for 1, 2, ... rows. With a number of rows that is known to the compiler,
-// sums stay in registers.
+// Return an array of product_of functions for 1, 2, ... rows. The number of rows is a template
+// parameter, because only then does the compiler keep the sums in registers.
 template <typename Number, bool kAdd, int kColumns, int... kLess>
 constexpr auto by_rows(std::integer_sequence<int, kLess...>) {
   return std::array{product_of<kAdd, kColumns, kLess + 1, Number>...};
@@ -302,12 +308,13 @@ void product_by_vectors(const Left<Number>* a, int lda, const Number* b, size_t 
     const Number* const next = b + width / kLanes * step;
     for (int group = 0, row = 0, count; group < groups; ++group, row += count) {
       const int left = rows - row;
-      // Fewer than 4 rows have too few sums to keep the processor busy, so the last two groups
-      // share their rows evenly.
+      // With fewer than 4 rows, there are too few sums to keep the processor busy. If the last
+      // group would be that small, split the rows of the last two groups evenly.
       count = left > kRows && left < kRows + 4 ? (left + 1) / 2 : std::min(left, kRows);
-      // The processor's own prefetching stops at the end of a page. A single group of rows
-      // prefetches one page ahead. Of several groups, all but the first find b in the cache, so
-      // each group prefetches a part of the next columns to keep the memory busy.
+      // The processor's own prefetching stops at the end of a page, so prefetch here. If there is a
+      // single group of rows, prefetch b one page ahead. If there are several groups, the first one
+      // brings b into the cache for all groups. To keep the memory busy, each group then prefetches
+      // its share of the next columns.
       const size_t part = size_t(group) * k * kLanes / groups / kLine * kLine;
       kernels[count - 1](
           a + size_t(row) * lda, lda, b, step, k, c + size_t(row) * ldc + column, ldc,
@@ -332,10 +339,11 @@ struct Tiles {
   ~Tiles() { _tile_release(); }
 };
 
-// Products with tiles: up to 4 tiles of c, each of 16 rows and columns, below one another (kBelow)
-// or side by side. Tiles 0 to 3 hold c. Tile 4 holds the operand that they share, which is b if
-// kBelow and otherwise a. Tiles 5 and 6 alternate as the other operand. Tile numbers have to be
-// literals.
+// Products with tiles: compute up to 4 tiles of c, each with 16 rows and 16 columns. They are below
+// one another if kBelow, and otherwise side by side. Tile registers 0 to 3 contain the tiles of c.
+// Register 4 contains the operand that all of them share: a tile of b if kBelow, and otherwise of
+// a. Registers 5 and 6 take turns with tiles of the other operand. The macros exist because the
+// numbers of tile registers have to be literals.
 template <bool kAdd, bool kBelow, int kTiles>
 void tiles_of(const bf16* a, int lda, const bf16* b, size_t step, int k, float* c, int ldc) {
   const size_t a_bytes = size_t(lda) * 2, c_bytes = size_t(ldc) * 4;
@@ -408,7 +416,7 @@ void product(const Given* a, int lda, const Number* b, size_t step, int columns,
 #endif
   if constexpr (std::is_same_v<Given, Left<Number>>) {
     product_by_vectors<kAdd>(a, lda, b, step, columns, k, c, ldc, rows);
-  } else {  // training in bf16 has bf16 left-hand sides, so convert them to float32
+  } else {  // in bf16 training, left-hand sides are bf16, so convert them to float32
     static thread_local std::vector<float> wide;
     wide.resize(size_t(rows) * k);
     for (int row = 0; row < rows; ++row)

@@ -41,12 +41,12 @@ class FrameSample:
 class WavePasses:
     """Continues B sequences frame by frame, with one cached pass per wave.
 
-    The caller chooses the tokens: it may draw them, know them or decode them from a file. The
-    logits are the same to the last bit in every case.
+    The caller chooses the tokens from the logits: it may draw them, take known ones, or decode them
+    from a compressed file. The same tokens give the same logits, to the last bit, in every case.
     """
 
     def __init__(self, cache: Cache, tokens: Tensor) -> None:
-        """Start after the last frame of each sequence in `cache`, which has the `tokens` [B, P]."""
+        """Continue the sequences in `cache`, whose last frames have the tokens `tokens` [B, P]."""
         self.cache, self.tokens = cache, tokens
         model = self.model = cache.model
         self._sources = [model.source[wave.start : wave.stop] for wave in model.order.waves]
@@ -54,9 +54,10 @@ class WavePasses:
 
     @torch.inference_mode()
     def step(self, actions: Tensor, valid: Tensor, choose: Choose) -> Tensor:
-        """Return the tokens [B, P] of the frame that `actions` and `valid` [B, 2] lead to.
+        """Add one frame to each sequence; return the frame's tokens [B, P].
 
-        Calls `choose` once for each wave, in order.
+        `actions` [B, 2] lead to the frame, and `valid` [B, 2] says which of them are known. Calls
+        `choose` in order for each wave that predicts tokens.
         """
         none, waves = self.model.grid.codebook_size, self.model.order.waves
         tokens = F.pad(torch.full_like(self.tokens, none), (0, 1), value=none)
@@ -73,7 +74,7 @@ class WavePasses:
 
 
 class FrameSampler:
-    """Continues B futures frame by frame, and draws the tokens of one wave after the other."""
+    """Continues B futures frame by frame, and draws each frame's tokens wave by wave."""
 
     def __init__(
         self,
@@ -84,11 +85,11 @@ class FrameSampler:
         sampling: Sampling,
         contexts: Tensor | None = None,
     ) -> None:
-        """Start after the last frames of the sequences in `cache`, whose tokens are `last` [C, P].
+        """Start B futures from the C sequences in `cache`, whose last frames have tokens `last`.
 
-        `samples` int64 [B] are the numbers of the futures' draws; futures with the same number
-        share their draws. `contexts` int64 [B] says which sequence each future continues; by
-        default the first.
+        `last` is [C, P]. `samples` int64 [B] is the sample number of each future. Futures with the
+        same sample number get the same random numbers. `contexts` int64 [B] says which sequence
+        each future continues. By default, all futures continue the first sequence.
         """
         self.model, self.sampling, self.samples = cache.model, sampling, samples
         self.streams = 1 if sampling.guidance == 1 else 2
@@ -101,13 +102,13 @@ class FrameSampler:
     def step(self, actions: Tensor, valid: Tensor) -> FrameSample:
         """Sample the next frame of each future.
 
-        `actions` [B, 2] (m/s, rad) lead to it; `valid` [B, 2] says which are known.
+        `actions` [B, 2] (m/s, rad) lead to this frame, and `valid` [B, 2] says which are known.
         """
         grid, sampling, passes = self.model.grid, self.sampling, self.passes
         numbers = uniforms(sampling.seed, self.samples, self.frame, grid.rows, grid.cols)
         uniform = rearrange(numbers, "b r c -> b (r c)").to(actions.device)
         if self.streams == 2:
-            # The second stream is for guidance: its actions are unknown.
+            # Guidance needs a second stream, in which all actions are unknown.
             actions = actions.repeat(2, 1)
             valid = torch.cat([valid, torch.zeros_like(valid)])
         if isinstance(passes.cache, NativeCache) and not sampling.truncates:
@@ -135,7 +136,11 @@ class FrameSampler:
         )
 
     def _choose(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw tokens [B, n] from logits [streams * B, n, K]; also return log-probs [2, B, n]."""
+        """Draw tokens from logits [streams * B, n, K]; return tokens [B, n] and log-probabilities.
+
+        The log-probabilities [2, B, n] are under the plain model (index 0) and under the
+        distribution that tokens are drawn from (index 1).
+        """
         plain = logits[: len(self.samples)]
         mixed = plain
         if self.streams == 2:

@@ -1,7 +1,7 @@
 """Draw tokens from the model's logits, with temperature, top-k, top-p, guidance and a seed.
 
-Draws are reproducible: the seed fixes a uniform random number for each token, which picks the token
-by the inverse CDF.
+Draws are reproducible: the seed fixes a uniform random number for each token, and the inverse CDF
+maps this number to the token.
 
 Axes: B futures, K codes.
 """
@@ -22,23 +22,27 @@ class Sampling:
     """Settings for drawing tokens from the model's distribution."""
 
     temperature: NonNegative = 1.0
-    """Divisor of the logits; 0 takes the most probable token."""
+    """Divisor of the logits; 0 always chooses the most probable token."""
     top_k: Count | None = None
-    """Number of most probable tokens to keep; of equally probable ones, lower indices win."""
+    """Number of most probable tokens to keep; ties are broken in favour of lower indices."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Probability that the kept tokens must reach together.
+    """Minimum total probability of the tokens to keep.
 
-    As few tokens as possible are kept, the most probable ones first. Of equally probable
-    ones, lower indices win.
+    Keeps the smallest number of most probable tokens that reach it. Ties are broken in favour of
+    lower indices.
     """
     guidance: NonNegative = 1.0
-    """g in `l_null + g (l - l_null)`: 1 is the plain model, more makes actions count more."""
+    """Guidance strength g; logits become `l_null + g (l - l_null)`.
+
+    `l` are the logits with known actions, and `l_null` those with unknown actions. g = 1 gives the
+    plain model. A larger g strengthens the effect of the actions.
+    """
     seed: Int64 = 0
     """Seed of the uniform random numbers."""
 
     @property
     def truncates(self) -> bool:
-        """Whether top-k or top-p is set, so that some tokens may be excluded."""
+        """Whether top-k or top-p is set, which may exclude some tokens."""
         return self.top_k is not None or self.top_p is not None
 
     @property
@@ -48,7 +52,7 @@ class Sampling:
 
 
 def truncated_log_probs(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Return the log-probabilities [..., K] to draw from; excluded tokens have -inf."""
+    """Return the log-probabilities [..., K] to draw from, which are -inf for excluded tokens."""
     if sampling.temperature == 0:
         best = logits.argmax(-1, keepdim=True)
         return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
@@ -67,10 +71,10 @@ def truncated_log_probs(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _cut(log_probs: Tensor, least: Tensor, count: Tensor | int) -> Tensor:
-    """Set all but the `count` most probable of log_probs [..., K] to -inf.
+    """Keep the `count` largest of log_probs [..., K]; set the rest to -inf.
 
-    `least` [..., 1] is the log-probability of the least probable token that stays. Of several
-    tokens with this value, those with lower indices stay.
+    `least` [..., 1] is the smallest value that is kept. If there are more tokens with this value
+    than can be kept, those with lower indices are kept.
     """
     tied = log_probs == least
     left = count - (log_probs > least).sum(-1, keepdim=True)
@@ -81,8 +85,8 @@ def _cut(log_probs: Tensor, least: Tensor, count: Tensor | int) -> Tensor:
 def uniforms(seed: int, samples: Tensor, frame: int, rows: int, cols: int) -> Tensor:
     """Return uniform random numbers in [0, 1), float32 [B, rows, cols], for `samples` int64 [B].
 
-    Each number depends only on (seed, sample, frame, row, column). A chain of SplitMix64 steps, one
-    per coordinate, hashes them; the upper 24 bits of the hash are the number. The numbers are
+    Each number depends only on (seed, sample, frame, row, column). A chain of SplitMix64 steps
+    hashes these five integers, and the upper 24 bits of the hash give the number. All numbers are
     computed on the CPU.
     """
     hashed = mixed(np.array([seed % 2**64], np.uint64))
@@ -98,14 +102,15 @@ def uniforms(seed: int, samples: Tensor, frame: int, rows: int, cols: int) -> Te
 
 
 def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
-    """Return the tokens [...] that the inverse CDF of log_probs [..., K] has at `uniform` [...].
+    """Draw tokens [...] from log_probs [..., K], given random numbers `uniform` [...] in [0, 1).
 
-    The CDF sums tokens in the order of their indices. A rounding error in the logits therefore
-    changes a draw only if the draw lies that close to the boundary between two tokens. Tokens of
-    probability 0 are never drawn.
+    Evaluates the inverse CDF at `uniform`; the CDF sums probabilities in the order of the tokens'
+    indices. A small error in the logits therefore changes the token only if `uniform` is very close
+    to the boundary between two tokens. Tokens with probability 0 are never drawn.
     """
     total = log_probs.exp().cumsum(-1)
-    # `uniform` has 24 bits, so the product stays below the last sum even in float32.
+    # `uniform` has 24 bits, so the product is less than the last sum, even rounded to float32.
     at = (uniform * total[..., -1]).unsqueeze(-1)
     tokens = torch.searchsorted(total, at, right=True).squeeze(-1)
-    return tokens.clamp_(max=log_probs.shape[-1] - 1)  # NaN yields an arbitrary valid token
+    # If a log-probability is NaN, the token is arbitrary; clamp it to a valid index.
+    return tokens.clamp_(max=log_probs.shape[-1] - 1)

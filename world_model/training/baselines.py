@@ -1,4 +1,4 @@
-"""Baselines that only count tokens, measured in bits per token like the model.
+"""Baselines that only count tokens. They are measured in bits per token, as the model is.
 
 Axes: n frames, P tokens of a frame, K codes.
 """
@@ -15,13 +15,15 @@ from driving_sim.data.arrays import Floats, Ints
 from driving_sim.data.tokens.store import DriveTokens
 from driving_sim.world_model.training.bits import FrameBits, FullWindows
 
-_PSEUDO_COUNT = 0.5  # Krichevsky-Trofimov estimator: unseen codes keep a probability above 0
+# Added to the count of each code, so that unseen codes have a probability above 0 (the
+# Krichevsky-Trofimov estimator).
+_PSEUDO_COUNT = 0.5
 _STRENGTHS = tuple(2.0**power for power in range(-2, 13))
 
 
 @dataclass(frozen=True, slots=True)
 class Unigram:
-    """Predicts every token from the frequencies of codes in the training drives."""
+    """Predicts every token with the same probabilities, the code frequencies in training drives."""
 
     probabilities: Floats
     """[K]: probability of each code."""
@@ -45,15 +47,15 @@ class Unigram:
 
 @dataclass(frozen=True, slots=True)
 class CopyLast:
-    """Predicts the previous frame's token or, with probability `change`, a unigram draw."""
+    """Predicts the previous frame's token or, with probability `change`, a draw from `unigram`."""
 
     unigram: Unigram
     change: float
-    """Probability e in `(1 - e) [last] + e unigram`."""
+    """Probability e; token b after token a has probability `(1 - e) [a = b] + e u(b)`."""
 
     @classmethod
     def fit(cls, drives: Sequence[DriveTokens]) -> Self:
-        """Find the `change` that maximises the likelihood of the training drives, by bisection."""
+        """Choose the `change` that maximises the likelihood of the training drives."""
         unigram = Unigram.fit(drives)
         stayed, changed = [], 0
         for before, after in _transitions(drives):
@@ -73,9 +75,9 @@ class CopyLast:
 
 @dataclass(frozen=True, slots=True)
 class TimeBigram:
-    """Predicts token b, given token a at the same place in the frame before.
+    """Predicts token b from token a, which is at the same position in the previous frame.
 
-    The probability is `(n(a, b) + s u(b)) / (n(a) + s)`, where n counts pairs in the training
+    The probability is `(n(a, b) + s u(b)) / (n(a) + s)`, where n counts token pairs in the training
     drives, u is the unigram and s is `strength`. This is a Dirichlet prior, as in MacKay and Peto
     1995 (https://doi.org/10.1017/S1351324900000218).
     """
@@ -83,15 +85,18 @@ class TimeBigram:
     unigram: Unigram
     strength: float
     pairs: Ints
-    """The pairs that occurred, as numbers `before * K + after` in ascending order."""
+    """The token pairs (a, b) that occurred, as numbers `a * K + b` in ascending order."""
     counts: Ints
-    """Number of times that each pair occurred."""
+    """Number of times that each token pair occurred."""
     totals: Ints
-    """[K]: number of pairs that begin with each code."""
+    """[K]: number of token pairs that begin with each code."""
 
     @classmethod
     def fit(cls, drives: Sequence[DriveTokens]) -> Self:
-        """Count the pairs; choose the strength that best predicts each pair from all others."""
+        """Count the token pairs, and choose the strength with the highest leave-one-out likelihood.
+
+        Leave-one-out means that each pair is predicted from the counts without this pair.
+        """
         unigram = Unigram.fit(drives)
         size = len(unigram.probabilities)
         codes = [
@@ -112,7 +117,10 @@ class TimeBigram:
         return windows.judged(bits.mean(1), (best[last] == tokens).mean(1))
 
     def _probability(self, before: Ints, after: Ints, left_out: int) -> Floats:
-        """Return the probabilities of `after` given `before`, with `left_out` off each count."""
+        """Return for each i the probability that token `after[i]` follows token `before[i]`.
+
+        `left_out` is subtracted from the count of the pair and from the total of `before[i]`.
+        """
         codes = before * len(self.totals) + after
         place = np.minimum(np.searchsorted(self.pairs, codes), len(self.pairs) - 1)
         count = np.where(self.pairs[place] == codes, self.counts[place], 0) - left_out
@@ -126,12 +134,13 @@ class TimeBigram:
         return float((self.counts * np.log(probability)).sum())
 
     def _most_probable(self) -> Ints:
-        """Return the most probable code after each code, [K]."""
+        """Return the most probable next code after each code, [K]."""
         size, prior = len(self.totals), self.strength * self.unigram.probabilities
         best = np.full(size, prior.argmax())
         weight = self.counts + prior[self.pairs % size]
         order = np.argsort(weight, kind="stable")
-        # Pairs are sorted by weight, so the heaviest pair of each code is assigned last.
+        # Pairs are in ascending order of weight. Each assignment to `best` overwrites the earlier
+        # ones for the same code, so the heaviest pair of each code remains.
         likely = self.pairs[order[weight[order] >= prior.max()]]
         best[likely // size] = likely % size
         return best
@@ -140,7 +149,10 @@ class TimeBigram:
 def _transitions(
     drives: Sequence[DriveTokens],
 ) -> Iterator[tuple[NDArray[np.uint16], NDArray[np.uint16]]]:
-    """Yield the tokens of frames and of their successors, for one run without gaps at a time."""
+    """Yield the tokens of consecutive frames, as (before, after), for each run without gaps.
+
+    `before` has all frames of the run except the last, and `after` all frames except the first.
+    """
     for drive in drives:
         for begin, stop in drive.entry.segments:
             tokens = drive.tokens[begin:stop]
@@ -148,15 +160,15 @@ def _transitions(
 
 
 def _most_likely_change(stayed: Floats, changed: int) -> float:
-    """Return the e that maximises the log-likelihood, which is concave in e.
+    """Return the probability e of `CopyLast.change` that maximises the log-likelihood.
 
-    `stayed` holds the unigram probabilities of the tokens that did not change. `changed` is the
-    number of tokens that did.
+    `stayed` are the unigram probabilities of the tokens that equal the token before them. `changed`
+    is the number of all other tokens. Uses bisection, because the log-likelihood is concave in e.
     """
     low, high = 0.0, 1.0
     while high - low > 1e-9:
         change = (low + high) / 2
         slope = changed / change + ((stayed - 1) / (1 - change + change * stayed)).sum()
         low, high = (change, high) if slope > 0 else (low, change)
-    # Return more than 0, because with 0 a single change would cost infinitely many bits.
+    # Do not return 0: a single changed token would then cost infinitely many bits.
     return max(low, math.ulp(1.0))

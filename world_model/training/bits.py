@@ -27,7 +27,7 @@ from driving_sim.world_model.transformer import Transformer
 
 @dataclass(frozen=True, slots=True)
 class TokenBits:
-    """How well the model predicted the tokens of B frames; tensors are on the model's device."""
+    """How well the model predicted each token of B frames. Tensors are on the model's device."""
 
     bits: Tensor
     """[B, P]: surprise of each token, which is minus log2 of its probability."""
@@ -51,7 +51,7 @@ class TokenBits:
 
 @dataclass(frozen=True, slots=True)
 class FrameBits:
-    """How well the model predicted n frames, which are in the order of drives and time."""
+    """How well the model predicted n frames. Frames are sorted by drive and time."""
 
     drive: Ints
     """[n]: index of each frame's drive in the list of drives."""
@@ -60,7 +60,7 @@ class FrameBits:
     bits: Floats
     """[n]: mean bits per token of each frame."""
     accuracy: Floats
-    """[n]: share of each frame's tokens that the model found most probable."""
+    """[n]: share of each frame's tokens that were the model's most probable ones."""
 
     @property
     def mean(self) -> float:
@@ -69,7 +69,7 @@ class FrameBits:
 
 
 class FullWindows(WindowIndex):
-    """Windows of `frames` frames; the last frame is measured, the others are its context."""
+    """Windows of `frames` frames. Only the last frame is measured; the rest are its context."""
 
     def __init__(self, drives: Sequence[DriveTokens], *, frames: int, stride: int = 1) -> None:
         super().__init__(drives, frames=frames, stride=stride)
@@ -77,7 +77,7 @@ class FullWindows(WindowIndex):
         self.frame = start + frames - 1
 
     def last_frames(self) -> tuple[Ints, Ints]:
-        """Return the tokens [n, P] of the windows' last frames and of the frames before them."""
+        """Return the tokens [n, P] of the windows' last frames and of the frames before these."""
         pairs = [
             self._drives[drive].tokens[frame - 1 : frame + 1].astype(np.int64)
             for drive, frame in zip(self.drive, self.frame, strict=True)
@@ -86,7 +86,7 @@ class FullWindows(WindowIndex):
         return tokens[1], tokens[0]
 
     def judged(self, bits: Floats, accuracy: Floats) -> FrameBits:
-        """Return the `FrameBits` of the windows' last frames, given their values [n]."""
+        """Return the windows' last frames as `FrameBits`, given their `bits` and `accuracy` [n]."""
         return FrameBits(self.drive, self.frame, bits, accuracy)
 
 
@@ -101,8 +101,8 @@ def bits_per_token(
 ) -> FrameBits:
     """Measure the last frame of every window; compute each window as a whole, as in training.
 
-    After every batch, calls `advance` with the number of its windows, and `watch` with the
-    measurements of the tokens in their last frames.
+    After every batch, calls `advance` with the number of windows in the batch, and `watch` with the
+    `TokenBits` of their last frames.
     """
     device, tables = model.source.device, model.tables()
     means = []
@@ -126,10 +126,11 @@ def streamed_bits_per_token(
     stop: int | None = None,
     advance: Callable[[int], object] = lambda drives: None,
 ) -> FrameBits:
-    """Measure frames `first` to `stop` of every run without gaps, with a cache, as in a rollout.
+    """Measure every run without gaps frame by frame, with a cache, as in a rollout.
 
-    Each run starts with an empty cache at its frame 0. Runs of at most `first` frames are left out.
-    Calls `advance(1)` after every drive.
+    Each run starts at its first frame with an empty cache. The result contains only frames `first`
+    to `stop` of each run, counted from 0. Runs of at most `first` frames are skipped. Calls
+    `advance(1)` after every drive.
     """
     rows: list[tuple[float, ...]] = []
     for number, drive in enumerate(drives):
@@ -155,16 +156,18 @@ def streamed_token_bits(
 ) -> Iterator[TokenBits]:
     """Measure the tokens of a run without gaps, frame by frame, with a cache, as in a rollout.
 
-    Each frame enters the ring cache once, and nothing is recomputed. From frame W on, the cached
-    frames therefore still carry information from frames that have left the cache. `tokens` are N
-    frames [r, c], read one at a time, so memory does not grow with N. `actions` [V, N, 2] are V
-    variants of the run's actions; `actions[:, t]` lead from frame t to frame t + 1. `valid`
-    [V, N, 2] says which are known. The batch size B of the results is V.
+    `tokens` are N frames [r, c], read one at a time, so memory does not grow with N. `actions`
+    [V, N, 2] are V variants of the run's actions; `actions[:, t]` lead from frame t to frame t + 1.
+    `valid` [V, N, 2] says which actions are known. Yields one `TokenBits` for each frame, with a
+    batch size of V.
+
+    The keys and values of a frame are computed once and never updated. From frame W on, they
+    therefore still contain information from frames that have left the cache.
     """
     device, variants = model.source.device, len(actions)
     cache = RingCache(model, model.tables(), variants)
     before = torch.full((variants, model.order.tokens), model.grid.codebook_size, device=device)
-    # The action that leads to the first frame is unknown.
+    # Shift the actions by one frame; the action that leads to the first frame is unknown.
     led = [
         torch.from_numpy(np.pad(rearrange(x, "v n a -> n v a")[:-1], ((1, 0), (0, 0), (0, 0))))
         for x in (actions, valid)

@@ -1,4 +1,4 @@
-"""The training objective: predict the next token from a past that contains errors.
+"""The training objective: predict each token from earlier tokens, some of which are wrong.
 
 Axes: B batch, T frames, R rows, C cols, K codes, A = 2 action channels.
 """
@@ -21,13 +21,13 @@ from driving_sim.world_model.transformer import Transformer
 
 @config
 class InputNoiseConfig:
-    """What training changes in the model's input: wrong tokens and hidden actions."""
+    """Noise that training adds to the model's input: wrong tokens and hidden actions."""
 
     token_noise: Share = 0.1
     """Largest share of a window's tokens that is replaced in the input.
 
-    Each window's share is drawn between 0 and this. The noise teaches the model to continue from
-    its own mistakes.
+    Each window's share is drawn uniformly between 0 and this number. The noise teaches the model to
+    continue from its own mistakes.
     """
     action_dropout: ActionDropoutConfig = field(default_factory=ActionDropoutConfig)
     """How often actions are hidden."""
@@ -44,7 +44,8 @@ class WorldModelObjective(Trainable):
     def players(self) -> list[Player]:
         """Return the transformer as the only player.
 
-        Weight decay includes the embeddings, so that codes rely on the vectors of their digits.
+        Weight decay also applies to the embeddings: it shrinks a code's own vector, so the code
+        relies more on the vectors of its digits, which it shares with other codes.
         """
         return [Player("model", self.transformer)]
 
@@ -60,8 +61,7 @@ class WorldModelObjective(Trainable):
         """Return the loss (nats per token) and the metrics of a batch from `TokenWindows`.
 
         The batch has `tokens` [B, T, R, C], `previous` [B, R, C], `has_previous` [B], `actions`
-        [B, T, 2] and `action_valid` [B, T, 2]. In eval mode no token is replaced and no action is
-        hidden.
+        [B, T, 2] and `action_valid` [B, T, 2]. In eval mode, the input has no noise.
         """
         tokens, valid = batch["tokens"], batch["action_valid"]
         inputs = torch.cat([batch["previous"][:, None], tokens], dim=1)
@@ -83,8 +83,8 @@ class WorldModelObjective(Trainable):
 def replace_tokens(tokens: Tensor, largest_share: float) -> Tensor:
     """Replace a random share, up to `largest_share`, of each window's tokens [B, T, R, C].
 
-    The replacements are random tokens of the batch, so that common tokens are common among them.
-    They resemble sampling errors more than uniform noise does.
+    Replacements are drawn from the tokens of the batch, so they have the same frequencies as real
+    tokens. They resemble sampling errors more than uniformly random codes would.
     """
     if largest_share == 0:
         return tokens

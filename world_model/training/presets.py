@@ -20,7 +20,7 @@ DEMO = WorldModelRunConfig(
         workers=0,
     ),
 )
-"""Trains on the synthetic world in minutes on a CPU."""
+"""For the synthetic world; trains in a few minutes on a CPU."""
 
 TINY = WorldModelRunConfig(
     model=TransformerConfig(
@@ -28,7 +28,7 @@ TINY = WorldModelRunConfig(
     ),
     data=WorldModelDataConfig(batch_size=2),
     training=TrainingConfig(
-        steps=1000,  # more steps only overfit a few minutes of video
+        steps=1000,  # on a few minutes of video, more steps only overfit
         learning_rate=3e-3,
         warmup_steps=100,
         weight_decay=0.1,
@@ -39,7 +39,7 @@ TINY = WorldModelRunConfig(
         workers=0,
     ),
 )
-"""8x16 tokens, 3 M parameters; trains in at most half an hour on two CPU cores."""
+"""3 M parameters, for frames of 8x16 tokens; trains in at most half an hour on two CPU cores."""
 
 BASE = WorldModelRunConfig(
     model=TransformerConfig(
@@ -56,7 +56,7 @@ BASE = WorldModelRunConfig(
         workers=4,
     ),
 )
-"""16x32 tokens, as large as GPT-2 small; trains on a GPU."""
+"""As large as GPT-2 small, for frames of 16x32 tokens; trains on one GPU."""
 
 LARGE = WorldModelRunConfig(
     model=TransformerConfig(layers=24, width=1536, heads=16, kv_heads=4, context_frames=20),
@@ -72,7 +72,7 @@ LARGE = WorldModelRunConfig(
         workers=4,
     ),
 )
-"""16x32 tokens, 0.6 B parameters; trains on several GPUs."""
+"""0.6 B parameters, for frames of 16x32 tokens; trains on several GPUs."""
 
 PRESETS = {"demo": DEMO, "tiny": TINY, "base": BASE, "large": LARGE}
 """All presets by name."""

@@ -29,23 +29,24 @@ from driving_sim.world_model.training.validation import WindowValidation
 from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
 from driving_sim.world_model.world_model import WorldModel
 
-_STATISTICS_FRAMES = 2_000_000  # enough to measure percentiles; a store can hold billions
+# Approximate number of frames to measure action statistics on; a store can have billions.
+_STATISTICS_FRAMES = 2_000_000
 
 
 @config
 class WorldModelDataConfig:
-    """Choice of the windows for training and for validation."""
+    """Settings of the windows for training and for validation."""
 
     batch_size: Count = 8
     """Number of windows in a batch on each device; a window has `context_frames` frames."""
     validation: tuple[str, ...] | None = None
-    """Ids of the validation drives. If None, a share of the drives is drawn by their ids."""
+    """Ids of the validation drives. If None, a hash of the ids chooses a share of the drives."""
     validation_fraction: InnerShare = 0.1
     """Share of the drives that is held out for validation if `validation` is None."""
     validation_windows: Count = 64
     """Maximum number of windows in a validation."""
     preview: bool = True
-    """Whether a validation also rolls out half a window and shows it beside the recording."""
+    """Whether a validation also makes a video of half a window, as predicted and as recorded."""
 
 
 @config
@@ -57,9 +58,9 @@ class WorldModelRunConfig:
     model: TransformerConfig = field(default_factory=TransformerConfig)
     """Size and shape of the transformer."""
     objective: InputNoiseConfig = field(default_factory=InputNoiseConfig)
-    """What training changes in the model's input."""
+    """Noise that training adds to the model's input."""
     data: WorldModelDataConfig = field(default_factory=WorldModelDataConfig)
-    """Windows for training and for validation."""
+    """Settings of the windows for training and for validation."""
 
 
 def train_world_model(
@@ -74,9 +75,10 @@ def train_world_model(
 ) -> TrainingResult:
     """Train on the token store `store`, made by `tokenizer`; save the best model in `run`.
 
-    Validates on whole drives that are held out from training. Training starts from the weights in
-    the run `init_from`, if given, whose model must have the same shape. Raises `DriveSimError` if
-    the parts do not fit together or `run` cannot be used.
+    Validates on whole drives that are held out from training. If `init_from` is given, training
+    starts from the weights of that run, which must have the same model configuration, tokenizer and
+    kind of steering. Raises `DriveSimError` if `store`, `tokenizer` and `init_from` do not match,
+    or if `run` cannot be used.
     """
     tokens = TokenStore(store)
     run_config = {
@@ -99,17 +101,17 @@ def train_world_model(
             fraction=config.data.validation_fraction,
         )
         training = tokens.select(training_ids)
-        # If there is only one drive, it serves both training and validation.
+        # If there is only one drive, use it for both training and validation.
         validation = tokens.select(validation_ids or training_ids)
         torch.manual_seed(config.training.seed)
         transformer = _new_transformer(config.model, training, frozen, init_from)
 
         if own_device.type == "cpu":
-            library()  # compile now, so that it does not count towards `minutes`
+            library()  # compile now, so that the time does not count towards `minutes`
 
         def as_world(model: nn.Module) -> WorldModel:
             assert isinstance(model, Transformer)
-            # Copy the module, because a WorldModel freezes the one that it gets.
+            # Copy the module, because WorldModel freezes the module that it is given.
             module = copy.deepcopy(model)
             return WorldModel(
                 module,
@@ -145,7 +147,7 @@ def train_world_model(
 
 
 def action_statistics(drives: Sequence[DriveTokens]) -> ActionStatistics:
-    """Measure the actions of the drives or, in a large store, of every n-th drive."""
+    """Measure the actions of all drives or, if the store is large, of every n-th drive."""
     total = sum(len(drive) for drive in drives)
     chosen = drives[:: max(1, total // _STATISTICS_FRAMES)]
     return ActionStatistics.measure(
@@ -182,9 +184,10 @@ def _new_transformer(
 
 
 def _in_scale_of(source: WorldModel, measured: ActionStatistics) -> ActionStatistics:
-    """Return `measured` with the means and spreads that the source's weights were trained with.
+    """Return `measured` with the mean and std of `source`, which its weights were trained with.
 
-    A channel keeps its measured ones if it was missing or constant in the source's training data.
+    A channel keeps its measured mean and std if it was missing or constant in the training data of
+    `source`.
     """
     kept = source.statistics
     learned = np.array(source.known_channels) & (np.array(kept.std) > 0)

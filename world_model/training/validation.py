@@ -25,8 +25,9 @@ from driving_sim.world_model.world_model import WorldModel
 class WindowValidation:
     """Evaluates an objective's transformer on adjacent windows of the validation drives.
 
-    `frames` is the length of a window. `as_world` makes a frozen model that rolls out a preview;
-    without it, there is no preview. Raises `DriveSimError` if no drive is as long as a window.
+    `frames` is the length of a window, and `windows` the maximum number of windows. `as_world`
+    turns the transformer into a frozen `WorldModel`, which generates the preview. If `as_world` is
+    None, there is no preview. Raises `DriveSimError` if all drives are shorter than a window.
     """
 
     def __init__(
@@ -44,14 +45,15 @@ class WindowValidation:
         *_, self.preview_window = batches(batch_size=1, limit=2)
 
     def __call__(self, model: nn.Module) -> Validation:
-        """Return bits per token as the score, and metrics.
+        """Return bits per token as the score, further metrics, and the preview.
 
-        `full_window/bits_per_token` counts only the last frame of each window. `action_gain` is how
-        many more bits a token costs if its window gets the actions of another one.
+        `full_window/bits_per_token` is measured only on the last frame of each window.
+        `action_gain` is the increase of bits per token if each window gets the actions of another
+        window.
         """
         assert isinstance(model, WorldModelObjective)
         rows = [_measure(model.transformer, batch) for batch in self.batches]
-        # A batch of a single window has no `action_gain`, because it has no second window.
+        # A batch of one window has no `action_gain`, because there is no other window to swap with.
         columns = {
             name: torch.cat([row[name] for row in rows if name in row])
             for name in dict.fromkeys(name for row in rows for name in row)
@@ -63,7 +65,10 @@ class WindowValidation:
         return Validation(score=metrics.pop("bits_per_token"), metrics=metrics, videos=videos)
 
     def _preview(self, world: WorldModel) -> Pixels:
-        """Return the second half of a window beside a future of its first half, [T, H, 2 W, 3]."""
+        """Return a video [T, H, 2 W, 3]: the second half of a window beside its prediction.
+
+        The model predicts it from the first half, with the recorded actions.
+        """
         tokens, half = self.preview_window["tokens"][0], self.frames // 2
         unknown = ~self.preview_window["action_valid"][0]
         actions = self.preview_window["actions"][0].masked_fill(unknown, torch.nan).numpy()
@@ -74,7 +79,7 @@ class WindowValidation:
 
 
 def _measure(transformer: Transformer, batch: Batch) -> dict[str, Tensor]:
-    """Return measurements [B] of a batch from `TokenWindows`, by name."""
+    """Return the metrics of a batch from `TokenWindows`, by name, for each window [B]."""
     batch = {name: value.to(transformer.source.device) for name, value in batch.items()}
     bits, accuracy = _token_bits(transformer, batch)
     measured = {
@@ -90,7 +95,7 @@ def _measure(transformer: Transformer, batch: Batch) -> dict[str, Tensor]:
 
 
 def _token_bits(transformer: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the bits per token [B, T] of each frame and the accuracy [B] of each window."""
+    """Return the bits per token of each frame [B, T] and the accuracy of each window [B]."""
     logits = transformer(**batch).float()
     nats = F.cross_entropy(
         rearrange(logits, "b t r c k -> b k t (r c)"),

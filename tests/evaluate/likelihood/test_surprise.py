@@ -221,7 +221,7 @@ def test_a_drive_shorter_than_a_window_is_judged_by_all_but_its_first_frame(
     assert frames["counted"] == [False, True]
     assert report["bits_per_token"] == frames["bits_per_token"][1]
     write_changes(tmp_path / "short" / "videos" / "a.mp4", 1, {})
-    with pytest.raises(DriveSimError, match="a: no two frames in a row"):
+    with pytest.raises(DriveSimError, match="a: the video has no two consecutive frames"):
         run(world, tmp_path / "short" / "videos")
 
 
