@@ -62,7 +62,10 @@ def verdict(claims: Sequence[Claim]) -> str:
 
 
 def with_section(page: str, machine: str, text: str) -> str:
-    """Return the page with `text` in place of the machine's section, or after the last section."""
+    """Return the page with `text` as the section of the machine.
+
+    It replaces the machine's old section, or comes after the last section if there is none.
+    """
     begin, end = _begin(machine), _end(machine)
     if begin in page:
         before, _, rest = page.partition(begin)

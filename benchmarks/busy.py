@@ -120,7 +120,7 @@ def worker_module(tree: Path) -> str:
 
 
 def measure(workers: Mapping[str, Worker], rounds: int, seconds: float) -> Times:
-    """Let the workers do all their work in turns, beside each number of busy loops in `LOADS`."""
+    """Time each kind of work in each worker, in turns, beside each number of loops in `LOADS`."""
     measured: Times = {}
     for name in NAMES:  # warm-up: the first repetition sets up the kernels
         for worker in workers.values():

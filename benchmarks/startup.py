@@ -17,7 +17,7 @@ def _run(*arguments: str) -> None:
 
 
 def measure(settings: Settings) -> list[Claim]:
-    """Return the seconds of both, including the start of Python."""
+    """Return the seconds of the import and of the help, including the start of Python."""
     times = alternate(
         {
             "nothing": lambda: _run("-c", "pass"),

@@ -116,7 +116,7 @@ def test_a_command_that_does_not_exist_is_seen(line: str, fault: str) -> None:
 
 
 def test_settings_that_stand_alone_exist() -> None:
-    """If no command stands before a setting, it may belong to either model."""
+    """A setting without a command may belong to either model."""
     spans = [span for file in FILES for span in code(file) if span.startswith("--set ")]
     assert len(spans) >= 10
     models = [COMMAND.commands[name] for name in ("train-world-model", "train-tokenizer")]
@@ -214,7 +214,7 @@ STAND_INS = {
 
 @contextmanager
 def slurm_job(name: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run an example with stand-ins for Slurm's commands. Yield its process after the step starts."""
+    """Run an example with stand-ins for Slurm's commands. Yield its process when its step runs."""
     (folder / "bin").mkdir()
     for command, script in STAND_INS.items():
         (folder / "bin" / command).write_text(f"#!/bin/bash\n{script}\n")

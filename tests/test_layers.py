@@ -99,7 +99,7 @@ def imports(source: str, known: frozenset[str]) -> Iterator[str]:
             base = "." * node.level + (node.module or "")
             for alias in node.names:
                 # `from driving_sim import cli` imports a module, but `from x.y import Z` imports a
-                # name in x.y.
+                # name.
                 submodule = f"{base}.{alias.name}"
                 yield submodule if submodule in known else base
 
@@ -144,7 +144,7 @@ def test_every_room_exists() -> None:
 
 
 def test_no_imports_form_a_cycle() -> None:
-    """Imports inside functions and imports for type checking only count too."""
+    """Imports inside functions and under `TYPE_CHECKING` count too."""
     assert import_cycle({name: file.read_text("utf-8") for name, file in MODULES.items()}) == []
 
 

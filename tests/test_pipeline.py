@@ -89,8 +89,8 @@ def test_a_missing_tokenizer_is_trained_and_an_unfinished_one_is_resumed(
     assert load_json(tokenizer / FINISHED)["steps"] == 2
     assert (tokenizer / "checkpoints" / "step-00000001").exists()
 
-    # A finished tokenizer is used as it is, whatever training is requested. So is a copy of it
-    # without the run.
+    # A finished tokenizer is used as it is, whatever training is requested. This also holds for a
+    # copy without the run's other files.
     assert tokenized(3, "tiny").info.tokenizer_fingerprint == store.info.tokenizer_fingerprint
     copy = tmp_path / "copy"
     Tokenizer.from_run(tokenizer, "cpu").save(copy)

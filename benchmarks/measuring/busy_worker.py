@@ -51,7 +51,10 @@ def works(preset: str) -> dict[str, Callable[[], object]]:
 
 
 def turns(act: Callable[[], object], lasting: float) -> Iterator[float]:
-    """Warm up, then call `act` for `lasting` seconds or once. Yield the time of each call."""
+    """Warm up, then call `act` for `lasting` seconds. Yield the time of each call.
+
+    There is at least one call.
+    """
     begun = time.perf_counter()
     counted, end = begun + UNCOUNTED, begun + UNCOUNTED + lasting
     while begun < counted:

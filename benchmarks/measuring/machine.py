@@ -36,7 +36,8 @@ class Limits:
         """Return shares of the limits, as in "41 % of products, 98 % of memory".
 
         They are the shares that some work reaches if it takes `seconds`, computes `flops`
-        operations and reads `read` bytes from memory. A limit is left out if its amount is 0.
+        operations and reads `read` bytes from memory. If `flops` or `read` is 0, its share is left
+        out.
         """
         parts = []
         if flops:

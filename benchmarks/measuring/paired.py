@@ -58,7 +58,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Claim:
-    """One result of a benchmark: drivesim's speed relative to a peer's, or a value of its own."""
+    """One result of a benchmark: a comparison with a peer, or a value of drivesim alone."""
 
     what: str
     """Short name of the work that was measured, as in docs/speed.md."""
@@ -168,7 +168,7 @@ def _wait(device: torch.device) -> None:
 def times_faster(peer: Sequence[float], own: Sequence[float], *, work: float = 1.0) -> Figure:
     """Return the speed-up of drivesim over its peer, from the seconds of both in each round.
 
-    If they do different amounts of work in these seconds, `work` is the peer's amount divided by
+    If drivesim and the peer do different amounts of work, `work` is the peer's amount divided by
     drivesim's.
     """
     return Figure.of([theirs / work / ours for theirs, ours in zip(peer, own, strict=True)])
@@ -209,8 +209,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def settings_of(options: argparse.Namespace) -> Settings:
     """Prepare the process for measuring, and return the settings that the options ask for.
 
-    Sets torch's number of threads. Keeps freed memory for reuse, as drivesim's commands do. This
-    makes the peers faster too.
+    Sets torch's number of threads. Keeps freed memory for reuse, as drivesim's commands do, which
+    applies to the peers too.
     """
     keep_freed_memory()
     torch.set_num_threads(options.threads or usable_cores())

@@ -116,9 +116,9 @@ class Gpt2Decoder:
 
     @torch.inference_mode()
     def draw(self, count: int) -> Tensor:
-        """Draw `count` tokens, then remove them from the cache.
+        """Draw `count` tokens, and remove them from the cache again.
 
-        So every call continues the same context.
+        This way, every call continues the same context.
         """
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         drawn = []

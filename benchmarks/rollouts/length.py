@@ -2,7 +2,8 @@
 
 Runs one rollout to shortly before frame 2,000 and another to shortly before frame 100. Then times
 the next frames of both rollouts, in turns. Also compares the memory near frame 2,000 with the
-memory at frame 100. It is the memory of the process, or on CUDA what torch has allocated.
+memory at frame 100. On CUDA, this is the memory that torch has allocated, otherwise the memory of
+the process.
 """
 
 import resource

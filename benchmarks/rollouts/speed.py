@@ -44,7 +44,7 @@ _BARS = {"tiny": 10, "base": 15}
 
 
 def endless(world: WorldModel, *, context: int, samples: int = 1) -> Iterator[FrameSample]:
-    """Yield the frames of a rollout after random frames. It is too long to reach its end."""
+    """Yield the frames of a rollout that continues random frames and practically never ends."""
     grid = world.transformer.grid
     generator = torch.Generator().manual_seed(0)
     shape = (context, grid.rows, grid.cols)
@@ -54,7 +54,7 @@ def endless(world: WorldModel, *, context: int, samples: int = 1) -> Iterator[Fr
 
 
 def pass_flops(world: WorldModel) -> float:
-    """Return the operations of all passes of a frame with a full cache: products and attention."""
+    """Return the operations of a frame's passes with a full cache, in products and attention."""
     model, config = world.transformer, world.transformer.config
     layers = (module for module in model.blocks.modules() if isinstance(module, nn.Linear))
     linear = sum(layer.weight.numel() for layer in layers)
@@ -77,7 +77,7 @@ def pass_bytes(world: WorldModel) -> float:
 
 
 def _peers(shape: Shape, settings: Settings, count: int) -> tuple[dict[str, Gpt2Decoder], str]:
-    """Return the fastest plain and compiled GPT-2 by kind, and a line with all forms' times."""
+    """Return the fastest GPT-2, plain and compiled, and a line with the times of all forms."""
     model, positions = shape.model, shape.model.context_frames * shape.tokens
     decoders = gpt2_decoders(
         lambda: gpt2(

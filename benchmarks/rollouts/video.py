@@ -43,7 +43,7 @@ from driving_sim.world_model.world_model import WorldModel
 
 
 def context_of(world: WorldModel, recorded: SyntheticDrive) -> Context:
-    """Return a recorded drive as the context of a rollout: the first W + 1 frames are known."""
+    """Return a recorded drive as the context of a rollout, which gets its first W + 1 frames."""
     past = world.context_frames + 1
     frames = recorded.frames
     actions = recorded.actions[: len(frames) - 1]
@@ -104,8 +104,8 @@ def measure(settings: Settings) -> list[Claim]:
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rollout.mp4"
-        # A rollout uses up the iterator over recorded frames in its context, so each one gets its
-        # own.
+        # Make a context for each rollout, because a rollout uses up the recorded frames in its
+        # context.
         contexts = iter([context_of(world, recorded) for _ in range(settings.rounds + 1)])
         reused = context_of(world, recorded)
         times = alternate(

@@ -1,7 +1,7 @@
 """`python -m benchmarks.training.cost`: compute the tables of docs/scaling.md.
 
-`--write` writes them into the page. In this file, the source of each published number and the
-command behind each measured number stand next to the number.
+`--write` writes them into the page. Next to each number in this file is its source, or the command
+that measured it.
 """
 
 import argparse
@@ -31,7 +31,7 @@ NETWORK = 25e9
 DECODED = 131.0
 """Decoded 1080p H.264 frames per second, from python -m benchmarks.reading.video_rates."""
 SCAN_FILE, SCAN_FRAME = 0.16, 10e-6
-"""Seconds to scan a 1080p file, plus seconds for each of its packets, from the same command."""
+"""Seconds to scan a 1080p file, plus seconds for each of its packets, from video_rates."""
 SCANS_AT_ONCE = 8
 """Number of decoder processes that a rank uses to scan many files."""
 INDEX_SECONDS, INDEX_MEMORY, INDEX_BYTES = 18.4e-6, 0.92e3, 276.0

@@ -14,9 +14,9 @@ parameters. It trains on L1 and the codebook's losses, and mirroring is its only
 world model's peer is transformers' GPT-2 of the same depth and width. It trains on the same
 windows, in raster order.
 
-`plot` draws the best validation result so far against the time spent on training. It also prints
-this result after a few numbers of minutes. Time spent on validation does not count. It is best to
-train drivesim and its peer at the same time, on one core each.
+`plot` draws how the best validation result improves with the time spent on training, and prints it
+for some of these times. Time spent on validation does not count. It is best to train drivesim and
+its peer at the same time, on one core each.
 """
 
 import argparse
@@ -266,7 +266,7 @@ class Panel:
     unit: str
     """Label of the vertical axis."""
     more_is_better: bool
-    """Whether the best validation is the highest."""
+    """Whether higher values of the metric are better."""
 
 
 PANELS = (

@@ -28,7 +28,7 @@ MOST_PROBLEMS = 10
 
 
 class Chaos:
-    """Kills jobs in `folder`. Only the exact moments of kills do not follow from `seed`."""
+    """Kills jobs in `folder`. `seed` determines everything except the exact moments of kills."""
 
     def __init__(self, servers: Sequence[Server], folder: Path, seed: int = 0) -> None:
         make_videos(folder)
@@ -49,7 +49,8 @@ class Chaos:
         """Run a job again and again, and kill it `kills` times or until the monotonic time `until`.
 
         Each run is killed `per_run` times, or one to four times if `per_run` is 0. With `sweep`,
-        every run is first killed at a different file operation, until each operation was tried.
+        the first kill of every run is at a different file operation, until each operation was
+        tried.
         """
         target, draw = self.targets[name], random.Random(f"{name} {self._seed}")
         in_turn = list(range(1, target.ended.operations + 1)) if sweep else []

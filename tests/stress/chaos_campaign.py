@@ -23,7 +23,7 @@ from tests.stress.chaos_jobs import (
 from tests.stress.chaos_worker import Ended, Request, Server
 
 KINDS = {"moment": 9, "operation": 9, "SIGTERM": 1, "SIGTERM at operation": 1}
-"""Kinds of kills, with their relative frequency. The signal is SIGKILL if the name has no other."""
+"""Kinds of kills, with their relative frequency. Kinds without a signal use SIGKILL."""
 DAMAGES = ("truncated", "flipped", "emptied", "removed")
 
 
@@ -64,7 +64,7 @@ class Figures:
     operations: int = 0
     """Number of file operations in an uninterrupted run."""
     operations_killed: int = 0
-    """Number of file operations at which some run was killed first."""
+    """Number of file operations that were tried as the first kill of a run."""
     unit: str
     """Unit of work, as in "steps"."""
     done_over: int = 0

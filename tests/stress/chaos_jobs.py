@@ -152,7 +152,7 @@ class Job(ABC):
     def mark(self, state: State, damaged: Collection[int] = ()) -> Mark:
         """Return the progress of the run.
 
-        `damaged` are the steps of checkpoints from which it cannot resume.
+        Checkpoints of the steps `damaged` do not count, because the run cannot resume from them.
         """
 
     @abstractmethod
@@ -273,7 +273,10 @@ class Tokenize(Job):
         return Mark(done=kept + in_work, kept=kept)
 
     def is_replaced(self, name: str, before: State, after: State) -> bool:
-        """Return whether a shard replaces a drive's partial file, or the index any unfinished file."""
+        """Return whether a shard has replaced the partial file of a drive.
+
+        The finished index replaces all unfinished files.
+        """
         if not name.startswith(_UNFINISHED):
             return False
         number = _part(name)

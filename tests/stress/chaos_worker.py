@@ -40,7 +40,7 @@ _CHANGES = frozenset(
     ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
 )
 _HIDDEN = ("torch._dynamo", "typer._adapters")
-"""Modules that would otherwise be imported by the first optimiser (2 s) and typer call."""
+"""Modules that the first optimiser (2 s) and the first typer call would otherwise import."""
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
@@ -88,7 +88,7 @@ class Ended:
 
 
 class Server:
-    """Runs requests in a new `chaos_worker` process, until the context ends.
+    """Client that starts a `chaos_worker` process and sends it requests, until the context ends.
 
     `prefix` is put in front of the command line of that process.
     """
@@ -159,8 +159,8 @@ def _serve() -> None:
     """Fork a process for each request on stdin, and print its id and how it ended."""
     app = _import_all()
     operations = memoryview(mmap.mmap(-1, 8)).cast("q")  # memory shared with the forks
-    # Freeze the imported objects. Otherwise the garbage collector of each fork writes to their memory
-    # pages, which copies them.
+    # Freeze the imported objects. Otherwise the garbage collector of each fork would write to their
+    # memory pages, which copies the pages.
     gc.collect()
     gc.freeze()
     for line in sys.stdin:

@@ -72,9 +72,9 @@ def run(
     first: int = 0,
     seconds: float = float("inf"),
 ) -> Tally:
-    """Try the inputs of a target from number `first` on, until `inputs` are tried or time is up.
+    """Try the inputs of a target from number `first` on.
 
-    The time limit is `seconds`.
+    Stops after `inputs` inputs, or once `seconds` have passed.
     """
     tally = Tally(target=target)
     begin = time.perf_counter()

@@ -46,7 +46,7 @@ from tests.fixtures.token_drives import (
 from tests.stress import mutations
 
 Attempt = Callable[[random.Random, Path], None]
-"""Function of a random generator and a folder: writes a damaged input there and reads it."""
+"""Function of a random generator and a folder. It writes a damaged input there and reads it."""
 
 QUIET = {"x265-params": "log-level=error"}
 SIZE = FrameSize(height=16, width=32)

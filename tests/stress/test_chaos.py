@@ -37,7 +37,8 @@ class Disk:
     """A folder whose disk can be filled, or a limit on file sizes instead."""
 
     def __init__(self, server: Server, folder: Path, real: bool) -> None:
-        # The server mounts the disk for itself alone. This path shows its view to other processes.
+        # Only the server sees the disk that it has mounted. Other processes see it through this
+        # path.
         self.folder = Path(f"/proc/{server.pid}/root{folder}") if real else folder
         self.server, self._real = server, real
 
@@ -137,8 +138,7 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_a_full_disk_stops_a_training_cleanly(chaos: Chaos, disk: Disk, name: str) -> None:
-    """The training ends with a one-line error and keeps its checkpoints, however little room is
-    left."""
+    """However little room is left, the training ends with a one-line error and loses no file."""
     target = chaos.targets[name].on(disk.server)
     out = disk.folder / name
     state, ended = target.run(out, Kill("operation", 0.7 * target.ended.operations))

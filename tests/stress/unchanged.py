@@ -264,7 +264,7 @@ def differing_files(before: Path, now: Path) -> list[str]:
 
 
 def same(before: Path, now: Path) -> bool:
-    """Return whether two files have the same content."""
+    """Return whether two files have the same content. Videos need only look nearly the same."""
     if not (before.is_file() and now.is_file()):
         return False
     if before.suffix == ".mp4":
@@ -315,7 +315,7 @@ def differing_texts(before: Mapping[str, str], now: Mapping[str, str]) -> Iterat
 
 
 def continued(before: Path, now: Path) -> Iterator[str]:
-    """Resume the earlier commit's trainings in this checkout; yield a text per file that differs."""
+    """Resume the earlier commit's trainings in this checkout. Yield a text for each difference."""
     tokenizer = "train-tokenizer videos --preset demo --set objective.gan_start=0.4"
     for name, command in (
         ("tokenizer", f"{tokenizer} --set objective.gan_weight=0.1"),
