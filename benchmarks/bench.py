@@ -121,7 +121,9 @@ def main() -> None:
     """Parse the options, measure, and update the page."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.bench")
     add_options(parser)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "speed.md", help="the page")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "docs" / "speed.md", help="page to update"
+    )
     parser.add_argument("--machine", help="heading of the section; default: processor and threads")
     options = parser.parse_args()
     arguments = [f"--device={options.device}", f"--rounds={options.rounds}"]

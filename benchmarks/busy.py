@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=0.8, help="seconds of each turn that count; default: 0.8"
     )
-    parser.add_argument("--against", metavar="REVISION", help="also time this commit")
+    parser.add_argument("--against", metavar="REVISION", help="commit to time as well")
     options = parser.parse_args()
     with ExitStack() as stack:
 

@@ -59,7 +59,9 @@ def test_the_readme_takes_three_minutes() -> None:
     assert len(text.split()) <= 1300
     for row in re.findall(r"^\|.*\|$", text, re.M):
         for cell in row.strip("|").split("|"):
-            assert len(re.sub(r"\(\S+\)", "", cell).split()) <= 10, f"a cell holds a text: {cell}"
+            assert len(re.sub(r"\(\S+\)", "", cell).split()) <= 10, (
+                f"a cell has more than ten words: {cell}"
+            )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

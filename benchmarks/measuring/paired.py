@@ -203,7 +203,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="auto, cuda, mps or cpu; default: cpu")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of timing; default: 5")
     parser.add_argument("--threads", type=int, help="torch's threads; default: one for each core")
-    parser.add_argument("--toy", action="store_true", help="tiny sizes that only test the commands")
+    parser.add_argument(
+        "--toy", action="store_true", help="use tiny sizes, only to test the command"
+    )
 
 
 def settings_of(options: argparse.Namespace) -> Settings:

@@ -72,7 +72,7 @@ def measure(folder: Path, drives: int) -> None:
     """Print the time and memory that a store of `drives` drives takes to open."""
     write_index(folder, drives)
     size = (folder / INDEX).stat().st_size / 2**20
-    print(f"{drives:,} drives of {_FRAMES} frames: {INDEX} is {size:.0f} MiB large")
+    print(f"{drives:,} drives of {_FRAMES} frames: {INDEX} takes {size:.0f} MiB")
     store = timed("TokenStore (reads the index)", lambda: TokenStore(folder))
     training, _ = timed("split_drives", lambda: split_drives(store.drive_ids))
     chosen = timed("select", lambda: store.select(training))

@@ -184,7 +184,7 @@ def main() -> None:
         "--steps", type=int, default=700, help="default: 700, about 5 minutes on one core"
     )
     training.add_argument(
-        "--starts", type=int, default=10, help="starts to steer from; default: 10"
+        "--starts", type=int, default=10, help="number of starts to steer from; default: 10"
     )
     training.add_argument("--threads", type=int, default=1, help="torch's threads; default: 1")
     training.set_defaults(act=train)

@@ -359,7 +359,9 @@ def tables() -> str:
 def main() -> None:
     """Print the tables, or write them into docs/scaling.md."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.training.cost")
-    parser.add_argument("--write", action="store_true", help="write them into docs/scaling.md")
+    parser.add_argument(
+        "--write", action="store_true", help="write the tables into docs/scaling.md"
+    )
     if not parser.parse_args().write:
         print(tables())
         return

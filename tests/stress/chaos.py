@@ -94,9 +94,11 @@ def table(figures: dict[str, Figures]) -> str:
 def main() -> int:
     """Parse the options, kill the jobs, print the table; return 1 if anything failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.stress.chaos", description=__doc__)
-    parser.add_argument("--kills", type=int, default=500, help="kills of each job; default: 500")
     parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="stop after so many seconds"
+        "--kills", type=int, default=500, help="number of kills of each job; default: 500"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="stop after this many seconds"
     )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--job", action="append", help="kill only this job; may be repeated")
