@@ -1,4 +1,4 @@
-"""Benchmarks of drivesim, one module for each: `python -m benchmarks.NAME`."""
+"""Benchmarks of drivesim. `python -m benchmarks.NAME` runs the module NAME."""
 
 from pathlib import Path
 

@@ -1,7 +1,8 @@
 """`python -m benchmarks.against REVISION`: compare this checkout's speed with an earlier commit's.
 
-Both run the same commands on the same synthetic drives, in turns, so that other load on the machine
-slows both. Prints the median and the range of the ratio over the rounds.
+In each round, both checkouts run the same commands on the same synthetic drives, one checkout after
+the other, so other load on the machine slows both. For each command, prints the earlier commit's
+time divided by this checkout's time: its median and its range over the rounds.
 """
 
 import argparse
@@ -32,7 +33,7 @@ def checked_out(revision: str) -> Iterator[Path]:
 
 
 def drivesim(tree: Path, folder: Path, *arguments: str) -> float:
-    """Run a command of the checkout `tree` in `folder`, and return its seconds."""
+    """Run a drivesim command from the checkout `tree` in `folder`. Return the seconds it took."""
     command = [sys.executable, "-P", "-m", "driving_sim.cli", *arguments]
     begun = time.perf_counter()
     done = subprocess.run(
@@ -49,7 +50,7 @@ def drivesim(tree: Path, folder: Path, *arguments: str) -> float:
 
 
 def measure(tree: Path, videos: Path, preset: str, steps: int) -> dict[str, float]:
-    """Run each command once, and return its seconds by name."""
+    """Run each command of the checkout `tree` once. Return the seconds by command."""
     training = ("--preset", preset, "--steps", str(steps))
     futures = ("--actions", "left", "--actions", "right", "--seconds", "6")
     with tempfile.TemporaryDirectory() as name:
@@ -63,7 +64,7 @@ def measure(tree: Path, videos: Path, preset: str, steps: int) -> dict[str, floa
 
 
 def main() -> None:
-    """Parse the options, measure in turns, print the ratios."""
+    """Parse the options, time both checkouts in turns, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.against")
     parser.add_argument("revision", help="commit to compare with")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of timing; default: 5")

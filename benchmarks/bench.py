@@ -1,8 +1,8 @@
 """`python -m benchmarks.bench`: run every speed benchmark and update docs/speed.md.
 
-Each command runs in a process of its own, one after the other. The results replace the section of
-this machine in the page, or add a section; the rest of the page stays. If a command fails, the
-others still run and print their results, but the page is not changed.
+Each benchmark runs in its own process, one after the other. The page docs/speed.md has a section
+for each machine. The new results replace this machine's section, or become a new section. If a
+benchmark fails, the remaining ones still run and print their results, but the page is not changed.
 """
 
 import argparse
@@ -32,14 +32,14 @@ COMMANDS = (
     ("reading.loading", "share"),
     ("startup", "startup"),
 )
-"""Module and benchmark name of each command."""
+"""Module and benchmark name of each command to run."""
 _HEAD = ("what", "drivesim", "compared with", "times as fast", "share of the machine's limits")
 
 
 def section(machine: str, measured: str, claims: Sequence[Claim]) -> str:
-    """Return the section of a machine as Markdown, between its markers.
+    """Return a machine's section of the page as Markdown, with comments that mark start and end.
 
-    `measured` is the line below the heading: date, commit, limits and versions.
+    `measured` is the line below the heading: date, commit, the machine's limits, and versions.
     """
     rows = ["| " + " | ".join(cells) + " |" for cells in (_HEAD, *(c.cells() for c in claims))]
     rows.insert(1, "|---" * len(_HEAD) + "|")
@@ -48,7 +48,7 @@ def section(machine: str, measured: str, claims: Sequence[Claim]) -> str:
 
 
 def verdict(claims: Sequence[Claim]) -> str:
-    """Return how many bars are reached, and which are missed."""
+    """Return a text that counts the bars (goals) that were reached and lists the missed ones."""
     with_bar = [claim for claim in claims if claim.bar is not None]
     missed = [claim for claim in with_bar if not claim.reached]
     text = f"{len(with_bar) - len(missed)} of {len(with_bar)} bars reached."
@@ -62,7 +62,10 @@ def verdict(claims: Sequence[Claim]) -> str:
 
 
 def with_section(page: str, machine: str, text: str) -> str:
-    """Return the page with a machine's section replaced, or added after the last section."""
+    """Return the page with `text` as the section of the machine.
+
+    It replaces the machine's old section, or comes after the last section if there is none.
+    """
     begin, end = _begin(machine), _end(machine)
     if begin in page:
         before, _, rest = page.partition(begin)
@@ -80,7 +83,7 @@ def _begin(machine: str) -> str:
 
 
 def _end(machine: str) -> str:
-    """Return the marker behind a machine's section; for "", the start of all such markers."""
+    """Return the comment that ends a machine's section; for "", the start of every such comment."""
     return f"<!-- end of make bench: {machine} -->" if machine else "<!-- end of make bench: "
 
 
@@ -91,9 +94,9 @@ def commit() -> str:
 
 
 def measure(commands: Sequence[tuple[str, str]], options: Sequence[str]) -> list[Claim]:
-    """Run the commands and return their claims.
+    """Run the benchmarks and return their claims.
 
-    Raises SystemExit with the names of the commands that failed, after all have run.
+    If benchmarks fail, raises SystemExit with their names after all benchmarks have run.
     """
     failed = []
     with tempfile.TemporaryDirectory() as folder:
@@ -108,7 +111,7 @@ def measure(commands: Sequence[tuple[str, str]], options: Sequence[str]) -> list
 
 
 def update_page(path: Path, machine: str, text: str) -> None:
-    """Write a machine's section into the page, completely or not at all."""
+    """Write a machine's section into the page. If that fails, the page stays as it was."""
     page = path.read_text("utf-8") if path.exists() else ""
     with atomic_file(path) as temporary:
         temporary.write_text(with_section(page, machine, text), "utf-8")
@@ -118,7 +121,9 @@ def main() -> None:
     """Parse the options, measure, and update the page."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.bench")
     add_options(parser)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "speed.md", help="the page")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "docs" / "speed.md", help="page to update"
+    )
     parser.add_argument("--machine", help="heading of the section; default: processor and threads")
     options = parser.parse_args()
     arguments = [f"--device={options.device}", f"--rounds={options.rounds}"]

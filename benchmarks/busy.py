@@ -1,10 +1,10 @@
-"""`python -m benchmarks.busy`: drivesim's speed beside programs that keep cores busy.
+"""`python -m benchmarks.busy`: drivesim's speed while other programs keep cores busy.
 
-Times training steps of both models, encoding, and frames of a rollout with their decoding, beside
-0, 1 and 2 busy loops. Compares the number of threads that commands choose with one thread and with
-one thread per core (`OMP_NUM_THREADS`), in turns; with `--against REVISION`, also with that commit.
-The first half second of each turn does not count, because drivesim needs that long to notice the
-loops.
+Times training steps of both models, the encoding of frames, and the sampling and decoding of
+rollout frames, while 0, 1 or 2 busy loops run. Compares three numbers of threads, in turns: the
+number that drivesim's commands choose, one thread, and one thread per core (`OMP_NUM_THREADS`).
+With `--against REVISION`, that commit takes turns with them. The first half second of each turn
+does not count, because drivesim needs that long to notice the loops.
 """
 
 import argparse
@@ -29,24 +29,41 @@ from driving_sim.engine.threads import usable_cores
 
 LOADS = (0, 1, 2)
 LEAST_SHARE = {1: 0.50, 2: 0.35}
-"""Share of the idle speed to reach, by number of busy loops.
+"""Goal for the speed beside 1 or 2 busy loops, as a share of the speed without loops.
 
-On two cores, fair shares of two threads are 67 % and 50 %.
+On two cores, a fair scheduler gives two threads 67 % of the cores beside one loop, and 50 % beside
+two.
 """
 LEAST_OF_BETTER = 0.9
-"""Share to reach of the better speed of one thread and one thread per core, beside the loops."""
+"""Goal for the speed beside busy loops, as a share of the better fixed number of threads.
+
+The fixed numbers are one thread and one thread per core.
+"""
 LEAST_IDLE = 0.97
-"""Share of the earlier commit's idle speed to reach; or the range of the rounds contains 1."""
+"""Goal for the speed without loops, as a share of the earlier commit's.
+
+The goal is also reached if the range over the rounds contains 1.
+"""
 MOST_STRETCH = 3.0
-"""Bar for the 95th percentile of a frame's time beside one loop, over its idle median."""
+"""Upper bound for the 95th percentile of a rollout frame's time beside one busy loop.
+
+It is a multiple of the median time without loops.
+"""
 NOW, ONE, ALL, BEFORE = "chosen by commands", "one", "one per core", "earlier commit"
 
 Times = dict[tuple[str, int, str], list[list[float]]]
-"""Seconds of each repetition in each round, by work, number of loops and subject."""
+"""Seconds of each repetition, in one list for each round.
+
+The keys are the name of the work, the number of busy loops, and what was timed: a number of
+threads, or the earlier commit.
+"""
 
 
 class Worker:
-    """A process that does the work as commands do, with `busy_worker` of a checkout."""
+    """A process that runs the module `busy_worker` of a checkout.
+
+    If `threads` is None, drivesim chooses the number of threads as in its commands.
+    """
 
     def __init__(self, preset: str, tree: Path, threads: int | None) -> None:
         ours = ("OMP_", "GOMP_")
@@ -63,7 +80,7 @@ class Worker:
         )
 
     def times(self, name: str, seconds: float) -> list[float]:
-        """Repeat a work for `seconds`, and return the seconds of each repetition."""
+        """Repeat the work `name` for `seconds`. Return the seconds of each repetition."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(f"{name} {seconds}\n")
@@ -78,7 +95,7 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._process:  # on leaving, closes the pipes
+        with self._process:  # its __exit__ closes the pipes
             self._process.kill()
 
 
@@ -96,16 +113,16 @@ def busy_loops(count: int) -> Iterator[None]:
 
 
 def worker_module(tree: Path) -> str:
-    """Return the module name of the worker in a checkout."""
+    """Return the dotted name of the module `busy_worker` in a checkout."""
     for file in tree.glob("benchmarks/**/busy_worker.py"):
         return ".".join(file.relative_to(tree).with_suffix("").parts)
-    raise SystemExit("the commit has no benchmarks/**/busy_worker.py; choose a later one")
+    raise SystemExit("the commit has no benchmarks/**/busy_worker.py; choose a later commit")
 
 
 def measure(workers: Mapping[str, Worker], rounds: int, seconds: float) -> Times:
-    """Time all work of all workers beside every number of loops, in turns."""
+    """Time each kind of work in each worker, in turns, beside each number of loops in `LOADS`."""
     measured: Times = {}
-    for name in NAMES:  # a warm-up, in which kernels are set up
+    for name in NAMES:  # warm-up: the first repetition sets up the kernels
         for worker in workers.values():
             worker.times(name, 0.0)
     for number in range(rounds):
@@ -120,18 +137,21 @@ def measure(workers: Mapping[str, Worker], rounds: int, seconds: float) -> Times
 
 
 def rates(times: Times, name: str, load: int, subject: str) -> np.ndarray:
-    """Return the repetitions per second in each round."""
+    """Return how often the work was repeated per second in each round."""
     return np.array([len(turns) / sum(turns) for turns in times[name, load, subject]])
 
 
 def stretch(times: Times, name: str, subject: str) -> float:
-    """Return the 95th percentile of the time beside one loop, over the idle median."""
+    """Divide the 95th percentile of the time beside one loop by the median time without loops."""
     beside, idle = (np.concatenate([*map(np.array, times[name, n, subject])]) for n in (1, 0))
     return float(np.percentile(beside, 95) / np.median(idle))
 
 
 def rows(times: Times) -> list[str]:
-    """Return the table of docs/speed.md: what commands choose, and one thread per core."""
+    """Return the lines of the table in docs/speed.md.
+
+    It compares the number of threads that commands choose with one thread per core.
+    """
     lines = [
         "| work | threads | idle, per second | beside one loop | beside two loops |",
         "|---|---|---|---|---|",
@@ -147,7 +167,7 @@ def rows(times: Times) -> list[str]:
 
 
 def verdicts(times: Times, subjects: list[str]) -> list[str]:
-    """Return a line for each bar: the figure, and whether it reaches the bar."""
+    """Return a line for each bar (goal): the measured value, and whether it reaches the bar."""
     lines = []
 
     def judge(what: str, figure: Figure, bar: float, reached: bool) -> None:
@@ -159,12 +179,22 @@ def verdicts(times: Times, subjects: list[str]) -> list[str]:
         for load, least in LEAST_SHARE.items():
             beside = rates(times, name, load, NOW)
             share = Figure.of([*(beside / idle)])
-            judge(f"{name} beside {load}: share of idle", share, least, share.median >= least)
+            judge(
+                f"{name} beside {load}: share of the idle speed",
+                share,
+                least,
+                share.median >= least,
+            )
             fixed = [rates(times, name, load, subject) for subject in (ONE, ALL)]
             better = max(fixed, key=lambda rate: float(np.median(rate)))
             of_better = Figure.of([*(beside / better)])
             reached = of_better.median >= LEAST_OF_BETTER
-            judge(f"{name} beside {load}: share of the better", of_better, LEAST_OF_BETTER, reached)
+            judge(
+                f"{name} beside {load}: share of the better fixed number",
+                of_better,
+                LEAST_OF_BETTER,
+                reached,
+            )
         if BEFORE in subjects:
             of_before = Figure.of([*(idle / rates(times, name, 0, BEFORE))])
             reached = of_before.median >= LEAST_IDLE or of_before.least <= 1 <= of_before.most
@@ -177,14 +207,14 @@ def verdicts(times: Times, subjects: list[str]) -> list[str]:
 
 
 def main() -> None:
-    """Parse the options, measure, print the table and the bars."""
+    """Parse the options, measure, and print the table and the bars."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.busy")
     parser.add_argument("--preset", default="demo", help="demo, tiny or base; default: demo")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of timing; default: 7")
     parser.add_argument(
-        "--seconds", type=float, default=0.8, help="seconds that each turn counts; default: 0.8"
+        "--seconds", type=float, default=0.8, help="seconds of each turn that count; default: 0.8"
     )
-    parser.add_argument("--against", metavar="REVISION", help="also time this commit")
+    parser.add_argument("--against", metavar="REVISION", help="commit to time as well")
     options = parser.parse_args()
     with ExitStack() as stack:
 

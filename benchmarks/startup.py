@@ -1,6 +1,6 @@
-"""`python -m benchmarks.startup`: the seconds of `import driving_sim` and `drivesim --help`.
+"""`python -m benchmarks.startup`: how long `import driving_sim` and `drivesim --help` take.
 
-Runs each in a new interpreter, in turns with an interpreter that does nothing.
+Runs each of them in a new Python process, in turns with a Python process that does nothing.
 """
 
 import subprocess
@@ -17,12 +17,12 @@ def _run(*arguments: str) -> None:
 
 
 def measure(settings: Settings) -> list[Claim]:
-    """Return the seconds of both, including the start of the interpreter."""
+    """Return the seconds of the import and of the help, including the start of Python."""
     times = alternate(
         {
             "nothing": lambda: _run("-c", "pass"),
             "import driving_sim": lambda: _run("-c", "import driving_sim"),
-            # The console script does the same, but is only there if the package is installed.
+            # The script `drivesim` does the same, but it exists only if the package is installed.
             "drivesim --help": lambda: _run("-m", "driving_sim.cli", "--help"),
         },
         settings,

@@ -1,4 +1,4 @@
-"""Tests, in folders that mirror those of the package. `tests/fixtures` holds shared code."""
+"""Tests, in folders that mirror those of the package. `tests/fixtures` contains shared code."""
 
 from pathlib import Path
 

@@ -52,7 +52,7 @@ def succeed(*arguments: str | Path) -> Result:
 
 
 def follow(result: Result, *more: str) -> Result:
-    """Run the next command that the output of an earlier command suggests."""
+    """Run the next command that an earlier command's output suggests, with `more` arguments."""
     return succeed(*result.stdout.split("next: drivesim ")[1].split(), *more)
 
 
@@ -85,13 +85,13 @@ def settle_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder, as the current folder."""
+    """Return an empty folder, after making it the current folder."""
     return settle_in(tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def finished(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which `tokenize`, `train-world-model` and `rollout` have run."""
+    """Return a folder in which `tokenize`, `train-world-model` and `rollout` have run."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         folder = settle_in(tmp_path_factory.mktemp("finished"), monkeypatch)
         (folder / "videos").symlink_to(videos)
@@ -102,7 +102,7 @@ def finished(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def used(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of `finished`, as the current folder."""
+    """Return the folder of `finished`, after making it the current folder."""
     return settle_in(finished, monkeypatch)
 
 
@@ -237,7 +237,8 @@ def test_the_suggested_next_command_works_with_other_folders(used: Path) -> None
     "command",
     [
         "synth runs/full-synth --drives 1 --seconds 2",
-        # Data workers pass batches as files in shared memory, to which the limit also applies.
+        # Use no data workers: they pass batches as files in shared memory, to which the limit
+        # applies too.
         "train-tokenizer videos --out runs/full-tokenizer --set training.workers=0",
         "tokenize videos --out runs/full-tokens",
         "train-world-model --out runs/full-world --set training.workers=0",

@@ -49,8 +49,8 @@ def test_the_whole_demo_runs_and_reports(tmp_path: Path) -> None:
     assert [path.stem for path in (out / "heldout").glob("*.mp4")] == ["drive_003"]
     with pytest.raises(DriveSimError, match="finished demo"):
         run_demo(out, seed=1, config=SMALL)
-    # Restore the state of a demo killed in its last stage. The next one continues it and gets the
-    # same results.
+    # Restore the state of a demo that was killed in its last stage. Running the demo again must
+    # give the same results.
     for name in ("summary.json", "demo.mp4"):
         (out / name).unlink()
     for seed, config in ((2, SMALL), (1, replace(SMALL, seconds=0.5))):

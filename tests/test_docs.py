@@ -1,4 +1,4 @@
-"""What the documents and the cluster examples say exists, and what they count is so."""
+"""Check that the commands, settings and numbers in the documents and cluster examples are right."""
 
 import importlib.util
 import os
@@ -46,7 +46,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def code(file: Path) -> Iterator[str]:
-    """Every line of code in a file, continued lines joined; of Markdown, blocks and spans alone."""
+    """Yield every line of code in a file, with continued lines joined.
+
+    In Markdown, the code is in fenced blocks and in spans.
+    """
     text = re.sub(r"\s*\\\n\s*", " ", file.read_text("utf-8"))
     if file.suffix != ".md":
         yield from (line for line in text.splitlines() if not line.lstrip().startswith("#"))
@@ -56,14 +59,14 @@ def code(file: Path) -> Iterator[str]:
 
 
 def commands(line: str) -> Iterator[list[str]]:
-    """Yield the words after every mention of the program in a line."""
+    """Yield the words after `drivesim` for every command in a line."""
     line = re.sub(r"  +#.*| # .*", "", line)
     for words in re.findall(r"(?:-m driving_sim\.cli|(?<![-/.])\bdrivesim) ([a-z].+)", line):
         yield shlex.split(words.rstrip(" &"))
 
 
 def wrong(words: list[str]) -> list[str]:
-    """What a command line names that the program does not have."""
+    """Return the names in a command line that the program does not have."""
     command: Any = COMMAND
     words = list(words)
     while words and hasattr(command, "commands"):
@@ -77,7 +80,7 @@ def wrong(words: list[str]) -> list[str]:
 
 
 def wrong_settings(command: Any, words: list[str]) -> list[str]:
-    """What follows --set, together, if the command's preset does not take it."""
+    """Return the error of the `--set` assignments in a command line, or an empty list."""
     given = [value for name, value in pairwise(words) if name == "--set"]
     try:
         if given:
@@ -113,7 +116,7 @@ def test_a_command_that_does_not_exist_is_seen(line: str, fault: str) -> None:
 
 
 def test_settings_that_stand_alone_exist() -> None:
-    """A setting may belong to either model."""
+    """A setting without a command may belong to either model."""
     spans = [span for file in FILES for span in code(file) if span.startswith("--set ")]
     assert len(spans) >= 10
     models = [COMMAND.commands[name] for name in ("train-world-model", "train-tokenizer")]
@@ -174,7 +177,7 @@ def test_the_pods_of_the_job_find_each_other() -> None:
     assert f"--rdzv-endpoint={name}-0.{service['metadata']['name']}:{port}" in script
     assert f"--nnodes={job['spec']['parallelism']} " in script
     assert f"--nproc-per-node={container['resources']['limits']['nvidia.com/gpu']} " in script
-    assert "--max-restarts=0 " in script  # a container starts again as a whole, and looks anew
+    assert "--max-restarts=0 " in script  # a restarted container runs a new torchrun
     assert '--rdzv-conf="is_host=$([ "$JOB_COMPLETION_INDEX" = 0 ]' in script
     assert int(container["resources"]["requests"]["cpu"]) > 8
     mounted = {mount["name"] for mount in container["volumeMounts"]}
@@ -182,7 +185,7 @@ def test_the_pods_of_the_job_find_each_other() -> None:
 
 
 def test_there_is_time_for_a_checkpoint_between_the_signals() -> None:
-    """Torchrun's own patience is longer than its 30 s and ends before the machine's does."""
+    """torchrun waits longer than its default of 30 s, but gives up before the machine kills it."""
     pod = documents()["Job"]["spec"]["template"]["spec"]
     environment = {entry["name"]: entry["value"] for entry in pod["containers"][0]["env"]}
     patience = int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
@@ -196,7 +199,7 @@ def test_there_is_time_for_a_checkpoint_between_the_signals() -> None:
 
 
 STAND_INS = {
-    # As Slurm's: SIGTERM is not passed on, it kills.
+    # Like Slurm's srun, this stand-in kills its step at SIGTERM and does not pass the signal on.
     "srun": """while [[ $1 == --* ]]; do shift; done
         "$@" & echo $! > step
         trap 'echo killed >> log; kill -KILL $(cat step)' TERM
@@ -211,7 +214,7 @@ STAND_INS = {
 
 @contextmanager
 def slurm_job(name: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """An example that runs with stand-ins for Slurm's commands, once its step has started."""
+    """Run an example with stand-ins for Slurm's commands. Yield its process when its step runs."""
     (folder / "bin").mkdir()
     for command, script in STAND_INS.items():
         (folder / "bin" / command).write_text(f"#!/bin/bash\n{script}\n")
@@ -298,9 +301,10 @@ def test_the_cost_of_a_model_is_counted_as_it_is_built() -> None:
 
 
 def test_activations_take_the_bytes_that_the_page_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What one more block keeps for the backward pass, but for the casts of its weights.
+    """Compare with the bytes that one more block keeps for the backward pass.
 
-    By torch, as on a GPU: the compiled parts keep less.
+    The bf16 casts of its weights do not count. The C++ kernels are turned off, because they keep
+    less and do not run on a GPU.
     """
     monkeypatch.setenv("DRIVESIM_NATIVE", "0")
     batch, slots, width = 4, 2 * 4 * 9, 256
@@ -332,7 +336,7 @@ def test_activations_take_the_bytes_that_the_page_says(monkeypatch: pytest.Monke
 
 
 class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all tensors that operations have made and that still live."""
+    """Records the peak size in bytes of all tensors that operations made and that still exist."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -33,14 +33,17 @@ ROOMS = (
     ),
     ("evaluate.report", "evaluate.likelihood", "evaluate.actions", "evaluate.pictures"),
 )
-"""Groups of rooms, the lowest room first. A module belongs to the innermost room that holds it."""
+"""Groups of rooms, each with the lowest room first.
+
+A module belongs to the innermost room that contains it.
+"""
 APPLICATION = len(LAYERS)
 TOP = APPLICATION + 1
-ENTRY = ("cli", "__main__")  # These modules import the rest, and no module imports them.
+ENTRY = ("cli", "__main__")  # These modules import the others, and no module imports them.
 
 
 def modules() -> dict[str, Path]:
-    """Return the file of every module in the package, by dotted name."""
+    """Return the file of every module in the package, by the module's dotted name."""
     folders = [PACKAGE, *(PACKAGE / layer for layer in LAYERS)]
     # Resolve the linked folders first, because rglob does not follow links in all Python versions.
     files = {file for folder in folders for file in folder.resolve().rglob("*.py")}
@@ -63,7 +66,7 @@ def layer_of(module: str) -> int:
 
 
 def height_in(rooms: Sequence[str], module: str) -> int | None:
-    """Return the index in `rooms` of the module's room, or None if none of them holds it."""
+    """Return the index in `rooms` of the module's room, or None if it is in none of them."""
     name = module.removeprefix("driving_sim.")
     holding = [room for room in rooms if f"{name}.".startswith(f"{room}.")]
     return rooms.index(max(holding, key=len)) if holding else None
@@ -72,7 +75,8 @@ def height_in(rooms: Sequence[str], module: str) -> int | None:
 def import_cycle(sources: Mapping[str, str]) -> list[str]:
     """Return the modules of an import cycle, or an empty list if there is none.
 
-    Each module imports the one before it, and the last is the first again.
+    Each module in the list imports the module before it. The first and the last module are the
+    same.
     """
     known = frozenset(sources)
     graph = {name: {*imports(source, known)} & known - {name} for name, source in sources.items()}
@@ -84,7 +88,7 @@ def import_cycle(sources: Mapping[str, str]) -> list[str]:
 
 
 def imports(source: str, known: frozenset[str]) -> Iterator[str]:
-    """Yield every module that `source` imports, also inside functions.
+    """Yield every module that `source` imports, including imports inside functions.
 
     The names of relative imports start with dots.
     """
@@ -94,13 +98,14 @@ def imports(source: str, known: frozenset[str]) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = "." * node.level + (node.module or "")
             for alias in node.names:
-                # `from driving_sim import cli` imports a module, but `from x.y import Z` a name.
+                # `from driving_sim import cli` imports a module, but `from x.y import Z` imports a
+                # name.
                 submodule = f"{base}.{alias.name}"
                 yield submodule if submodule in known else base
 
 
 def wrong_imports(module: str, source: str, known: frozenset[str]) -> list[str]:
-    """Return the imports of a module that go upward or do not use the absolute name."""
+    """Return a module's imports from a higher layer or room, and those without an absolute name."""
     return [name for name in imports(source, known) if is_wrong(module, name)]
 
 
@@ -139,7 +144,7 @@ def test_every_room_exists() -> None:
 
 
 def test_no_imports_form_a_cycle() -> None:
-    """Imports inside functions and imports for types only also count."""
+    """Imports inside functions and under `TYPE_CHECKING` count too."""
     assert import_cycle({name: file.read_text("utf-8") for name, file in MODULES.items()}) == []
 
 
@@ -153,7 +158,7 @@ def test_import_cycles_are_detected() -> None:
 
 
 def test_every_module_that_is_imported_exists() -> None:
-    # Commands import inside functions, so importing all modules would miss a wrong name there.
+    # Commands import inside functions, so importing all modules would not find a wrong name there.
     for module, file in MODULES.items():
         for name in imports(file.read_text("utf-8"), KNOWN):
             if name.split(".")[0] == "driving_sim":
@@ -210,7 +215,7 @@ def test_downward_and_sideways_imports_are_allowed(module: str, source: str) -> 
 
 
 def test_every_module_can_be_imported_on_windows() -> None:
-    """The modules and functions that Windows lacks are removed before the import."""
+    """The test first removes the modules and functions that Windows lacks."""
     program = """
 import importlib, os, select, signal, sys
 for name in ("fcntl", "resource", "termios", "pwd", "grp"):

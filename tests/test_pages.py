@@ -1,4 +1,4 @@
-"""The README and the pages of the site: short, without dead links, and their commands run."""
+"""Check the README and the pages of the site: length, links, and that their commands run."""
 
 import ast
 import os
@@ -18,7 +18,7 @@ TEST = "<!-- test -->\n"
 
 
 def blocks(page: Path, before: str = "") -> list[tuple[str, str]]:
-    """Return the language and text of each fenced block that follows `before`."""
+    """Return the language and text of each fenced code block that comes right after `before`."""
     return re.findall(re.escape(before) + r"```(\w+)\n(.*?)```", page.read_text("utf-8"), re.S)
 
 
@@ -42,7 +42,7 @@ def dead_links(page: Path) -> list[str]:
 
 
 def run(language: str, text: str, folder: Path) -> str:
-    """Run a block as a reader would, with trainings of two steps; return what it prints."""
+    """Run a code block as a reader would, with trainings of two steps. Return what it prints."""
     scripts = Path(sys.executable).parent
     environment = os.environ | {
         "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
@@ -59,7 +59,9 @@ def test_the_readme_takes_three_minutes() -> None:
     assert len(text.split()) <= 1300
     for row in re.findall(r"^\|.*\|$", text, re.M):
         for cell in row.strip("|").split("|"):
-            assert len(re.sub(r"\(\S+\)", "", cell).split()) <= 10, f"a cell holds a text: {cell}"
+            assert len(re.sub(r"\(\S+\)", "", cell).split()) <= 10, (
+                f"a cell has more than ten words: {cell}"
+            )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -80,7 +82,7 @@ def test_file_names_do_not_differ_by_case_alone() -> None:
 
 
 def texts_of_the_package() -> set[str]:
-    """Return every string of the source; the values in f-strings become {}."""
+    """Return every string in the source of the package, with {} for each value in an f-string."""
     texts = set()
     for folder in ("driving_sim", "data", "tokenizer", "world_model"):
         for file in (ROOT / folder).rglob("*.py"):

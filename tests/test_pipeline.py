@@ -1,4 +1,4 @@
-"""Tests of the decisions that the functions behind the commands make for the user."""
+"""Tests of the functions behind the commands, which make decisions for the user."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a world model that was validated on drive 1."""
+    """Return the folder of a world model that was validated on drive 1."""
     world = new_world()
     path = tmp_path_factory.mktemp("world")
     validated = WorldModel(
@@ -89,7 +89,8 @@ def test_a_missing_tokenizer_is_trained_and_an_unfinished_one_is_resumed(
     assert load_json(tokenizer / FINISHED)["steps"] == 2
     assert (tokenizer / "checkpoints" / "step-00000001").exists()
 
-    # A finished tokenizer is used as it is, whatever the request. So is a copy without its run.
+    # A finished tokenizer is used as it is, whatever training is requested. This also holds for a
+    # copy without the run's other files.
     assert tokenized(3, "tiny").info.tokenizer_fingerprint == store.info.tokenizer_fingerprint
     copy = tmp_path / "copy"
     Tokenizer.from_run(tokenizer, "cpu").save(copy)
@@ -190,7 +191,7 @@ def test_a_context_is_a_single_drive_with_the_models_kind_of_steering(
             roll(run, tmp_path, context=video)
     roll(run, tmp_path, context=video, time_offset=-100.0)
 
-    # A model that learned no actions does not read the CSV, so errors in the CSV do not matter.
+    # A model that learned no actions does not read the CSV, so an invalid CSV does not matter.
     world = WorldModel.from_run(run, "cpu")
     video.with_suffix(".csv").write_text("not,a,number\n")
     with pytest.raises(DriveSimError):
@@ -209,7 +210,7 @@ def test_a_context_is_a_single_drive_with_the_models_kind_of_steering(
 
 
 def test_skip_bad_covers_damage_that_only_decoding_detects(videos: Path, tmp_path: Path) -> None:
-    """The file's header is intact, so the damage first appears in the tokenizer's training."""
+    """The file's header is intact, so only the tokenizer's training finds the damage."""
     folder = tmp_path / "videos"
     folder.mkdir()
     for path in videos.glob("drive_*.*"):

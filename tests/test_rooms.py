@@ -10,11 +10,11 @@ FOLDERS = ("driving_sim", "data", "tokenizer", "world_model", "tests", "benchmar
 MAX_FILES = 12
 SUFFIXES = (".py", ".cpp", ".h")
 ONLY_TESTS = {"tests", "tests/benchmarks", "tests/fixtures", "tests/stress"}
-"""Folders of tests that mirror no folder of the package."""
+"""Test folders that have no counterpart in the package."""
 
 
 def sources() -> list[Path]:
-    """Return the paths of all code files, relative to the root. Linked folders are skipped."""
+    """Return the paths of all code files, relative to the root. Linked folders are left out."""
     paths = [path for top in FOLDERS for path in (ROOT / top).rglob("*")]
     files = [path for path in paths if path.suffix in SUFFIXES]
     return sorted(path.relative_to(ROOT) for path in files if path.resolve() == path)

@@ -1,7 +1,7 @@
-"""The worker process of `benchmarks.busy`, which starts as drivesim's commands do.
+"""Worker process of `benchmarks.busy`. It sets itself up as drivesim's commands do.
 
-It reads lines `NAME SECONDS` from stdin, repeats the named work for that many seconds, and answers
-with a JSON list of the seconds of each repetition.
+It reads lines `NAME SECONDS` from stdin, repeats the work called NAME for that many seconds, and
+answers with a JSON list of the seconds of each repetition.
 """
 
 import json
@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from driving_sim.cli import main as start_as_commands_do
 
 UNCOUNTED = 0.5
-"""Seconds of warm-up, in which drivesim notices the other programs on the machine."""
+"""Seconds of each turn that do not count, because drivesim first has to notice busy programs."""
 NAMES = ("world-model step", "tokenizer step", "encode 8 frames", "rollout frame")
 
 
 def works(preset: str) -> dict[str, Callable[[], object]]:
-    """Build the preset's models with random weights; return the work to time, by name."""
+    """Build the preset's models with random weights. Return functions to time, by name."""
     import torch
 
     from benchmarks.measuring.paired import Settings
@@ -51,7 +51,10 @@ def works(preset: str) -> dict[str, Callable[[], object]]:
 
 
 def turns(act: Callable[[], object], lasting: float) -> Iterator[float]:
-    """Warm up, then repeat `act` for `lasting` seconds, at least once; yield the time of each."""
+    """Warm up, then call `act` for `lasting` seconds. Yield the time of each call.
+
+    There is at least one call.
+    """
     begun = time.perf_counter()
     counted, end = begun + UNCOUNTED, begun + UNCOUNTED + lasting
     while begun < counted:
@@ -67,7 +70,7 @@ def turns(act: Callable[[], object], lasting: float) -> Iterator[float]:
 
 
 def main() -> None:
-    """Answer each line of stdin."""
+    """Read requests from stdin and print the answers."""
     start_as_commands_do(debug=False)
     known = works(sys.argv[1])
     for line in sys.stdin:

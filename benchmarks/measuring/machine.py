@@ -1,4 +1,4 @@
-"""Name the machine, and measure its limits: matrix products and memory bandwidth."""
+"""The machine's name and its measured limits: speed of matrix products, and memory bandwidth."""
 
 import os
 import platform
@@ -18,7 +18,7 @@ from benchmarks.measuring.paired import Settings, Work, seconds
 from driving_sim.engine.precision import name_of, resolve_precision
 
 _SECONDS = 1.0
-"""Seconds of measuring for each limit."""
+"""Seconds for which each limit is measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,10 +33,11 @@ class Limits:
     """Bytes per second when reading a matrix that is larger than any cache."""
 
     def share(self, seconds: float, *, flops: float = 0.0, read: float = 0.0) -> str:
-        """Return the shares of the limits that some work uses.
+        """Return shares of the limits, as in "41 % of products, 98 % of memory".
 
-        The work takes `seconds` for `flops` operations and for `read` bytes from memory. The text
-        reads as in "41 % of products, 98 % of memory".
+        They are the shares that some work reaches if it takes `seconds`, computes `flops`
+        operations and reads `read` bytes from memory. If `flops` or `read` is 0, its share is left
+        out.
         """
         parts = []
         if flops:
@@ -49,19 +50,19 @@ class Limits:
 def precision(settings: Settings) -> torch.dtype:
     """Return the number format that precision `auto` chooses for training on the device.
 
-    Rollouts on a CPU store weights in bf16 even if the CPU multiplies in fp32.
+    Rollouts are different: on a CPU, they store weights in bf16 even if the CPU multiplies in fp32.
     """
     return resolve_precision("auto", settings.device)
 
 
 def number_formats(settings: Settings) -> tuple[torch.dtype, ...]:
-    """Return fp32, and bf16 if the device multiplies it: elsewhere torch only emulates bf16."""
+    """Return the formats to measure: fp32, and bf16 unless torch only emulates it on the device."""
     return tuple(dict.fromkeys((torch.float32, precision(settings))))
 
 
 @cache
 def limits(settings: Settings, dtype: torch.dtype) -> Limits:
-    """Measure both limits on the device of the settings."""
+    """Measure the device's speed of matrix products in `dtype`, and its memory bandwidth."""
     device, large = settings.device, settings.device.type == "cuda"
     size = 64 if settings.toy else 8192 if large else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -70,13 +71,13 @@ def limits(settings: Settings, dtype: torch.dtype) -> Limits:
         rows, columns = (64, 64) if settings.toy else (8192, 32768 if large else 16384)
         matrix = torch.ones(rows, columns, device=device)
         vector = torch.ones(columns, device=device)
-        # Take the faster of two ways to read: which one that is depends on the library.
+        # Read the matrix in two ways, because the faster way depends on torch's math library.
         reading = min(_best(act, settings) for act in (lambda: matrix @ vector, matrix.sum))
     return Limits(dtype=dtype, flops=2 * size**3 / product, bandwidth=matrix.nbytes / reading)
 
 
 def _best(act: Work, settings: Settings) -> float:
-    """Return the fewest seconds that `act` takes in repeated runs."""
+    """Call `act` repeatedly, and return the seconds of the fastest call."""
     end = time.perf_counter() + (0.01 if settings.toy else _SECONDS)
     best = seconds(act, settings.device)
     while time.perf_counter() < end:
@@ -96,7 +97,10 @@ def describe(settings: Settings) -> str:
 
 
 def machine_name(settings: Settings) -> str:
-    """Return the names of the processor and its vector instructions or of the GPU, and threads."""
+    """Return the machine's name, as in "AMD EPYC 7B13 (AVX2), 2 threads".
+
+    On CUDA, the GPU's name takes the place of the vector instructions.
+    """
     if settings.device.type == "cuda":
         kind = torch.cuda.get_device_name(settings.device)
     else:
@@ -112,10 +116,10 @@ def _processor() -> str:
 
 
 def flops_of(act: Work) -> float:
-    """Return the operations of matrix products, convolutions and attention in `act`.
+    """Return the number of operations in the matrix products, convolutions and attention of `act`.
 
-    Includes the backward pass if `act` runs one. The C++ kernels are turned off, because torch
-    cannot count their operations.
+    Includes the backward pass if `act` runs one. The C++ kernels are turned off for this, because
+    torch cannot count their operations.
     """
     aten: Any = torch.ops.aten
     counted = {
@@ -129,10 +133,11 @@ def flops_of(act: Work) -> float:
 
 
 def _attention(products: int, *, first: int) -> Callable[..., int]:
-    """Return a function that counts the operations of an attention kernel with `products`.
+    """Return a function that counts the operations of an attention kernel on a CPU.
 
-    The kernel takes queries, keys and values from argument `first` on. Torch itself counts only
-    CUDA kernels. A causal kernel computes half of all pairs.
+    Torch has such functions for CUDA kernels only. The kernel computes `products` matrix products.
+    Its arguments from index `first` on are queries, keys and values. A causal kernel computes only
+    half of all pairs of queries and keys.
     """
 
     def count(*arguments: Any, **_: Any) -> int:

@@ -1,7 +1,8 @@
-"""Code that all speed benchmarks share: timing in turns, ratios, claims, and the bars on them.
+"""Timing and results of all speed benchmarks.
 
-drivesim and its peer run in one process, in turns, so that other load on the machine slows both.
-Each round gives one ratio; the reported ratio is the median over the rounds.
+A benchmark compares drivesim with a peer, another library that does the same work. Both run in one
+process, in turns, so other load on the machine slows both. Each round gives one ratio of their
+times. The reported ratio is the median over the rounds.
 """
 
 import argparse
@@ -30,11 +31,11 @@ class Settings:
     rounds: int = 5
     """Number of times that each piece of work is timed."""
     toy: bool = False
-    """Whether to use tiny sizes that only test the commands."""
+    """Whether to use tiny sizes, which only test that the benchmarks run."""
 
 
 def rounded(value: float) -> str:
-    """Return a number with three significant digits and commas between thousands."""
+    """Return a number as text, with three significant digits and commas between thousands."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     decimals = 2 - math.floor(math.log10(abs(float(f"{value:.2e}"))))
@@ -43,7 +44,7 @@ def rounded(value: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """Median and range of a measured figure over the rounds."""
+    """Median, minimum and maximum of a measured value over the rounds."""
 
     median: float
     least: float
@@ -51,40 +52,40 @@ class Figure:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Figure":
-        """Summarise the figures of the rounds, one for each round."""
+        """Summarise a value that was measured once in each round."""
         return cls(statistics.median(values), min(values), max(values))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Claim:
-    """One row of the table: a ratio to a peer's speed, or a figure of drivesim alone."""
+    """One result of a benchmark: a comparison with a peer, or a value of drivesim alone."""
 
     what: str
-    """Short name of the work; docs/speed.md explains it."""
+    """Short name of the work that was measured, as in docs/speed.md."""
     figure: Figure
-    """How many times as fast as the peer; without a peer, drivesim's own figure."""
+    """drivesim's speed divided by the peer's. Without a peer, a value of drivesim alone."""
     unit: str = "×"
-    """Text after the figure and its bar; "%" shows shares as percentages."""
+    """Unit of the figure and the bar. With "%", both are shares and are shown as percentages."""
     bar: float | None = None
-    """Value that the median of the figure should reach."""
+    """Goal that the median of the figure should reach, or None."""
     at_most: bool = False
-    """Whether the figure must stay at or below the bar."""
+    """Whether the bar is an upper bound. Otherwise it is a lower bound."""
     against: str = ""
-    """Name of the peer, or "" without one."""
+    """Name of the peer, or "" if there is none."""
     own: str = ""
-    """drivesim's rate, as in "94.0 frames/s", if there is a peer."""
+    """drivesim's rate, as in "94.0 frames/s", or "" if there is no peer."""
     peer: str = ""
-    """The peer's rate in the same unit."""
+    """The peer's rate in the same unit, or "" if there is no peer."""
     limits: str = ""
-    """Share of the machine's limits that drivesim uses, as `Limits.share` writes it."""
+    """Text from `Limits.share`: which shares of the machine's limits drivesim reaches."""
     details: tuple[str, ...] = ()
-    """Sizes, settings and further figures, which only the command prints."""
+    """Additional lines, which the command prints but docs/speed.md leaves out."""
     command: str = ""
     """Command that measured the claim."""
 
     @property
     def reached(self) -> bool | None:
-        """Whether the median reaches the bar; None without a bar."""
+        """Whether the median reaches the bar, or None if there is no bar."""
         if self.bar is None:
             return None
         if self.at_most:
@@ -92,7 +93,7 @@ class Claim:
         return self.figure.median >= self.bar
 
     def bar_text(self) -> str:
-        """Return the bar as in "≥ 10×", or "" without a bar."""
+        """Return the bar as in "≥ 10×", or "" if there is no bar."""
         if self.bar is None:
             return ""
         return f"{'≤' if self.at_most else '≥'} {self._scaled(self.bar):g}{self._unit()}"
@@ -114,7 +115,7 @@ class Claim:
         return self.unit if self.unit == "×" else f" {self.unit}"
 
     def cells(self) -> list[str]:
-        """Return the cells of the claim's row: what, drivesim, peer, times as fast, limits."""
+        """Return the cells of the claim's row in docs/speed.md, from left to right."""
         if self.against:
             peer, ratio = f"{self.peer} ({self.against})", self.figure_text()
             own = self.own
@@ -136,9 +137,9 @@ Benchmark = Callable[[Settings], list[Claim]]
 
 
 def alternate(work: Mapping[str, Work], settings: Settings) -> dict[str, list[float]]:
-    """Return the seconds of each piece of work in each round, after a warm-up round.
+    """Time each piece of work once per round, after a warm-up round. Return its seconds per round.
 
-    Every other round runs in reverse order, so that no piece of work always follows the same one.
+    Every second round runs in reverse order, so that no piece of work always follows the same one.
     """
     for act in work.values():
         seconds(act, settings.device)
@@ -151,7 +152,7 @@ def alternate(work: Mapping[str, Work], settings: Settings) -> dict[str, list[fl
 
 
 def seconds(act: Work, device: torch.device) -> float:
-    """Return the seconds that `act` takes once, until the device has finished."""
+    """Call `act` once and wait until the device has finished. Return the seconds that this took."""
     _wait(device)
     begun = time.perf_counter()
     act()
@@ -165,9 +166,10 @@ def _wait(device: torch.device) -> None:
 
 
 def times_faster(peer: Sequence[float], own: Sequence[float], *, work: float = 1.0) -> Figure:
-    """Return how many times as fast drivesim is as its peer, from the seconds of both.
+    """Return the speed-up of drivesim over its peer, from the seconds of both in each round.
 
-    `work` is the amount of work that the peer does in its seconds, in units of drivesim's.
+    If drivesim and the peer do different amounts of work, `work` is the peer's amount divided by
+    drivesim's.
     """
     return Figure.of([theirs / work / ours for theirs, ours in zip(peer, own, strict=True)])
 
@@ -175,13 +177,13 @@ def times_faster(peer: Sequence[float], own: Sequence[float], *, work: float = 1
 def run_command(
     doc: str | None, module: str, benchmarks: Mapping[str, Benchmark], arguments: list[str]
 ) -> None:
-    """Parse `arguments`, run the benchmarks that they name (default: all), print the claims."""
+    """Run the benchmarks that `arguments` name (default: all), and print their claims."""
     parser = argparse.ArgumentParser(description=doc, prog=f"python -m benchmarks.{module}")
     parser.add_argument(
         "names", nargs="*", help=f"benchmarks to run: {', '.join(benchmarks)}; default: all"
     )
     add_options(parser)
-    parser.add_argument("--json", type=Path, help="append the claims to this file, one a line")
+    parser.add_argument("--json", type=Path, help="append the claims to this file, one per line")
     options = parser.parse_args(arguments)
     settings = settings_of(options)
     for name in options.names or benchmarks:
@@ -197,17 +199,20 @@ def run_command(
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `settings_of` reads to a command's parser."""
+    """Add to a command's parser the options that `settings_of` reads."""
     parser.add_argument("--device", default="cpu", help="auto, cuda, mps or cpu; default: cpu")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of timing; default: 5")
     parser.add_argument("--threads", type=int, help="torch's threads; default: one for each core")
-    parser.add_argument("--toy", action="store_true", help="tiny sizes that only test the commands")
+    parser.add_argument(
+        "--toy", action="store_true", help="use tiny sizes, only to test the command"
+    )
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
-    """Return the settings that the options ask for, and prepare the process for measuring.
+    """Prepare the process for measuring, and return the settings that the options ask for.
 
-    Sets torch's number of threads, and keeps freed memory as `drivesim` does, for peers too.
+    Sets torch's number of threads. Keeps freed memory for reuse, as drivesim's commands do, which
+    applies to the peers too.
     """
     keep_freed_memory()
     torch.set_num_threads(options.threads or usable_cores())
@@ -215,7 +220,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 
 def read_claims(path: Path) -> list[Claim]:
-    """Return the claims in a file that `--json` wrote; none if there is no file."""
+    """Return the claims in a file that `--json` wrote, or no claims if there is no such file."""
     claims = []
     for line in path.read_text().splitlines() if path.exists() else ():
         saved = json.loads(line)

@@ -1,7 +1,8 @@
-"""The peers that drivesim is compared with: GPT-2 of `transformers`, VQModel of `diffusers`.
+"""The peers that drivesim is compared with: GPT-2 from `transformers`, VQModel from `diffusers`.
 
-Each peer runs as its documentation recommends for speed, in whichever form measures fastest. GPT-2
-compiled by torch is measured as a peer of its own.
+A peer can run in several forms, such as number formats or kinds of cache. The forms that its
+documentation recommends for speed are timed, and the fastest one is the peer. GPT-2 compiled by
+torch is a peer of its own.
 """
 
 import importlib
@@ -18,21 +19,22 @@ from driving_sim.engine.progress import say
 from driving_sim.tokenizer.perceptual import import_lpips
 
 VQ_WIDTHS = range(16, 136, 8)
-"""Widths of the VQModels with groups of 8 channels, up to the published width of 128."""
+"""Possible widths of a VQModel whose norms have 8 groups, up to the published width of 128."""
 _GPT2_FORMS = (
     ("dynamic cache", False, False),
     ("static cache", True, False),
     ("static cache, compiled", True, True),
 )
-"""Name, whether the cache is static, and whether the pass of a token is compiled."""
+"""Forms of GPT-2: name, whether the cache is static, whether the step for one token is compiled."""
 
 
 def package(name: str) -> Any:
-    """Import a peer's package; end the command with advice if the package is not installed."""
+    """Import a peer's package. If it is not installed, exit with the command that installs it."""
     try:
         if name == "webdataset":
             return importlib.import_module(name)
-        # Both import torchvision, which fails without its operators; this import repairs that.
+        # transformers and diffusers import torchvision, which may lack operators that its import
+        # needs. import_lpips declares them.
         import_lpips()
         importlib.import_module(f"{name}.utils.logging").set_verbosity_error()
         return importlib.import_module(name)
@@ -41,7 +43,10 @@ def package(name: str) -> Any:
 
 
 def fastest(forms: Mapping[str, Work], settings: Settings) -> tuple[str, dict[str, float]]:
-    """Return the name of the fastest form and the seconds of all forms, after a warm-up each."""
+    """Return the name of the fastest form of a peer, and the seconds of all forms.
+
+    Each form runs once before it is timed.
+    """
     times = {}
     for name, act in forms.items():
         seconds(act, settings.device)
@@ -50,7 +55,7 @@ def fastest(forms: Mapping[str, Work], settings: Settings) -> tuple[str, dict[st
 
 
 def times_text(times: Mapping[str, float]) -> str:
-    """Return the names and times of a peer's forms as text, from seconds."""
+    """Return the names and times of a peer's forms as text in ms; `times` are in seconds."""
     return ", ".join(f"{name} {1e3 * taken:.4g} ms" for name, taken in times.items())
 
 
@@ -59,7 +64,7 @@ def gpt2(
 ) -> nn.Module:
     """Build a GPT-2 with random weights and torch's fused attention.
 
-    There is no dropout in the attention, because fused attention has none on a CPU.
+    The attention has no dropout, because torch's fused attention does not support it on a CPU.
     """
     transformers = package("transformers")
     config = transformers.GPT2Config(
@@ -80,18 +85,18 @@ def gpt2(
 
 
 def gpt2_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Return GPT-2's own loss on tokens [B, N]."""
+    """Return the loss that GPT-2 itself computes from tokens [B, N]."""
     loss: Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
     return loss
 
 
 class Gpt2Decoder:
-    """GPT-2 that draws token after token with its own cache for a window of `positions`."""
+    """Sample tokens from GPT-2 one by one, with a key-value cache from `transformers`."""
 
     def __init__(
         self, model: nn.Module, *, positions: int, static: bool, compiled: bool, settings: Settings
     ) -> None:
-        """Use a preallocated cache if `static`, else one that grows."""
+        """Use a preallocated cache of `positions` tokens if `static`, otherwise a growing cache."""
         self.model: Any = model
         self.compiled = compiled
         backend = "eager" if settings.toy else "inductor"
@@ -111,7 +116,10 @@ class Gpt2Decoder:
 
     @torch.inference_mode()
     def draw(self, count: int) -> Tensor:
-        """Draw `count` tokens, then remove them: the next call starts from the same context."""
+        """Draw `count` tokens, and remove them from the cache again.
+
+        This way, every call continues the same context.
+        """
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         drawn = []
         for _ in range(count):
@@ -121,7 +129,7 @@ class Gpt2Decoder:
         return torch.cat(drawn, dim=1)
 
     def _logits(self, model: Any, tokens: Tensor) -> Tensor:
-        """Return the logits [1, K] of the token that follows the tokens [1, n]."""
+        """Return the logits [1, K] of the token that follows the cache and `tokens` [1, n]."""
         output = model(input_ids=tokens, cache=self.cache, use_cache=True, logits_to_keep=1)
         logits: Tensor = output.logits[:, -1]
         return logits
@@ -130,9 +138,10 @@ class Gpt2Decoder:
 def gpt2_decoders(
     build: Callable[[], nn.Module], *, positions: int, context: int, codes: int, settings: Settings
 ) -> dict[str, Gpt2Decoder]:
-    """Return GPT-2 in all its forms and number formats, each with `context` tokens in its cache.
+    """Return GPT-2 in all forms and number formats, each with `context` tokens in its cache.
 
-    Leaves out the forms that torch cannot compile on this machine, and prints a line about each.
+    Leaves out the forms that torch cannot compile on this machine, and prints a line for each of
+    them.
     """
     tokens = torch.randint(codes, (1, context), device=settings.device)
     decoders = {}
@@ -153,7 +162,10 @@ def gpt2_decoders(
 
 
 def vq_model(*, width: int, groups: int = 32, codes: int = 1024, channels: int = 256) -> nn.Module:
-    """Build the VQGAN of taming-transformers at stride 16; `width`: channels at full resolution."""
+    """Build the VQGAN of taming-transformers with stride 16.
+
+    `width` is the number of channels at full resolution.
+    """
     widths = tuple(factor * width for factor in (1, 1, 2, 2, 4))
     model: nn.Module = package("diffusers").VQModel(
         down_block_types=("DownEncoderBlock2D",) * 4 + ("AttnDownEncoderBlock2D",),
@@ -187,7 +199,7 @@ def parameters(module: nn.Module) -> int:
 
 
 def nearest(build: Callable[[int], nn.Module], sizes: Iterable[int], count: int) -> nn.Module:
-    """Call `build` with the size whose number of parameters comes nearest to `count`."""
+    """Build the model of a size in `sizes` whose number of parameters is nearest to `count`."""
     with torch.device("meta"):
         counts = {size: parameters(build(size)) for size in sizes}
     return build(min(counts, key=lambda size: abs(counts[size] - count)))

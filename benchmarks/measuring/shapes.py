@@ -30,7 +30,7 @@ class Shape:
 
     @property
     def grid(self) -> TokenGrid:
-        """Token grid of the tokenizer, as the world model needs it."""
+        """Token grid of a frame, in the form that the world model needs."""
         frames = self.frames
         return TokenGrid(rows=frames.rows, cols=frames.cols, levels=frames.levels)
 
@@ -48,7 +48,7 @@ class Shape:
 
 
 _SHAPES = {
-    # Not the preset, so that the size stays the same in all versions of drivesim.
+    # Do not take this size from a preset: it must stay the same in all versions of drivesim.
     "tiny": Shape(
         name="tiny",
         frames=TOKENIZERS["tiny"].model,
@@ -70,7 +70,7 @@ _TOY = Shape(
 
 
 def shape_of(name: str, settings: Settings) -> Shape:
-    """Return the shape by its name, or the toy shape if the settings ask for it."""
+    """Return the shape called `name`, or the toy shape if the settings ask for it."""
     return _TOY if settings.toy else _SHAPES[name]
 
 
@@ -90,9 +90,9 @@ def transformer(shape: Shape) -> Transformer:
 def world_model(
     shape: Shape, settings: Settings, *, precision: str = "auto", lag: int | None = None
 ) -> WorldModel:
-    """Return a world model whose weights do not depend on precision and `lag`.
+    """Return a world model with random weights, which are the same for every precision and `lag`.
 
-    `lag` is the shape's own by default.
+    If `lag` is None, the shape's own lag is used.
     """
     model = shape.model if lag is None else replace(shape.model, lag=lag)
     return WorldModel(
@@ -107,7 +107,7 @@ def world_model(
 
 @torch.no_grad()
 def filled(module: Module) -> Module:
-    """Fill parameters that are all zero with noise, as after a step of training."""
+    """Fill all-zero parameters with noise, because a step of training would change them too."""
     for parameter in module.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)

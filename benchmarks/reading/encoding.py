@@ -1,10 +1,11 @@
 """`python -m benchmarks.reading.encoding [encoder|tokenize]`: the speed of encoding frames.
 
-`encoder` times `Tokenizer.encode` on 256x512 frames, from uint8 to tokens. Its peer is the VQGAN of
-taming-transformers (diffusers' VQModel, stride 16, width 128), from pictures to codebook indices,
-in whichever number format, memory format and batch size is fastest. `tokenize` times all that
-`drivesim tokenize` does after its tokenizer is loaded, on mp4 files twice as high and wide. It is
-compared with the encoder alone on as many frames in memory.
+`encoder` times `Tokenizer.encode` on 256x512 frames, from uint8 pixels to tokens. Its peer is the
+VQGAN of taming-transformers (diffusers' VQModel, stride 16, width 128). It encodes pictures to
+codebook indices in the number format, memory format and batch size in which it is fastest.
+`tokenize` times everything that `drivesim tokenize` does after it has loaded its tokenizer. The
+input is mp4 files whose frames are twice as high and wide. The comparison is the encoder alone, on
+the same number of frames in memory.
 """
 
 import shutil
@@ -43,13 +44,16 @@ _BATCH = 8
 
 
 def _frames(count: int, settings: Settings) -> Tensor:
-    """Return noise as frames, uint8 [count, H, W, 3]; encoding time does not depend on content."""
+    """Return `count` frames of noise, uint8 [count, H, W, 3].
+
+    Encoding time does not depend on the content of frames.
+    """
     size = shape_of("base", settings).frames
     return torch.randint(256, (count, size.height, size.width, 3), dtype=torch.uint8)
 
 
 def _peer_forms(frames: Tensor, settings: Settings) -> dict[str, Work]:
-    """Return VQModel's encoding of the frames, in each number format and memory format."""
+    """Return functions that encode the frames with VQModel, by number format and memory format."""
     size = shape_of("base", settings).frames.frame_size
     images = images_from_frames(frames.to(settings.device), size)
     forms: dict[str, Work] = {}
@@ -67,7 +71,7 @@ def _peer_forms(frames: Tensor, settings: Settings) -> dict[str, Work]:
 
 
 def encoder(settings: Settings) -> list[Claim]:
-    """Return drivesim's and VQModel's encoding speed."""
+    """Compare the speed of drivesim's encoder with VQModel's."""
     own = tokenizer(shape_of("base", settings), settings)
     frames = _frames(_BATCH, settings)
     large = 16 if settings.device.type == "cuda" else 4
@@ -108,7 +112,7 @@ def encoder(settings: Settings) -> list[Claim]:
 
 
 def end_to_end(settings: Settings) -> list[Claim]:
-    """Return the speed of the whole of `tokenize`, relative to that of the encoder alone."""
+    """Compare the speed of the whole `tokenize` command with that of the encoder alone."""
     own = tokenizer(shape_of("base", settings), settings)
     seconds, count = (1.0, 1) if settings.toy else (8.0, 2)
     size = SyntheticConfig(height=2 * own.height, width=2 * own.width, fps=FPS)

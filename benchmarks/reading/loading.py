@@ -1,11 +1,11 @@
 """`python -m benchmarks.reading.loading [windows|share]`: the speed of loading random windows.
 
-`windows` reads batches of windows from a token store, in this process. The peer is WebDataset on
-the same frames in tar shards, in two forms. In the first, a sample is a whole drive, from which a
-window is cut at random, because drivesim's windows may begin at any frame. In the second, the
-windows are cut beforehand, which is faster to read but gives no other windows. Both go through
-WebDataset's shuffle buffer. `share` measures the time of loading a batch as a share of the training
-step on it.
+`windows` reads batches of windows from a token store, in this process. The peer is WebDataset,
+which reads the same frames from tar shards in two forms. In the first, a sample is a whole drive. A
+window is cut from it at random, because drivesim's windows may begin at any frame too. In the
+second, a sample is a window that was cut beforehand. That is faster to read, but there are no
+windows in between. Both forms use WebDataset's shuffle buffer. `share` divides the time to load a
+batch by the time of the training step on it.
 """
 
 import itertools
@@ -79,7 +79,11 @@ def _write_store(path: Path, shape: Shape, drives: list[Drive]) -> TokenStore:
 
 
 def _write_tars(path: Path, drives: list[Drive], length: int | None) -> list[str]:
-    """Write tar shards whose samples are adjacent windows of `length` frames, or whole drives."""
+    """Write tar shards and return their paths.
+
+    A sample is a window of `length` frames, or a whole drive if `length` is None. The windows of a
+    drive follow each other without overlap.
+    """
     webdataset = package("webdataset")
     path.mkdir()
     samples = [
@@ -102,7 +106,7 @@ def _tar_batches(
 ) -> Generator[Any, None, None]:
     """Yield batches of windows without end.
 
-    The tensors are stored as raw bytes, which WebDataset decodes faster than .npy files.
+    The shards contain tensors as raw bytes, which WebDataset decodes faster than .npy files.
     """
     webdataset, rng = package("webdataset"), np.random.default_rng(0)
 
@@ -121,10 +125,10 @@ def _tar_batches(
 
 
 def windows(settings: Settings) -> list[Claim]:
-    """Return the windows per second at the base shape, against WebDataset."""
+    """Compare the windows per second that drivesim and WebDataset read for the shape `base`."""
     shape = shape_of("base", settings)
     count, frames, size, batches = (4, 40, 2, 2) if settings.toy else (64, 600, 8, 20)
-    length = shape.model.context_frames + 1  # one more: the frame before the window
+    length = shape.model.context_frames + 1  # plus the frame before the window
     drives = _drives(shape, count, frames)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -147,7 +151,7 @@ def windows(settings: Settings) -> list[Claim]:
             ),
         }
 
-        # Free each batch before the next one, as a training does.
+        # Free each batch before reading the next one, as in training.
         def several(source: Iterator[Any], number: int) -> Callable[[], object]:
             return lambda: deque(itertools.islice(source, number), maxlen=0)
 
@@ -161,7 +165,7 @@ def windows(settings: Settings) -> list[Claim]:
         for source in peers.values():
             source.close()
     rates = {name: batches * size / float(np.median(taken)) for name, taken in times.items()}
-    rates["own"] *= 10  # drivesim reads ten times as many windows in its time
+    rates["own"] *= 10  # because drivesim reads ten times as many windows
     return [
         Claim(
             what="random windows of tokens, base-sized",
@@ -180,7 +184,7 @@ def windows(settings: Settings) -> list[Claim]:
 
 
 def share(settings: Settings) -> list[Claim]:
-    """Return the time of loading a batch as a share of a world model's training step."""
+    """Return the time to load a batch divided by the time of a world model's training step."""
     shape, size = shape_of("tiny", settings), 2
     drives = _drives(shape, *((4, 40) if settings.toy else (64, 600)))
     step = world_model_step(shape, size, settings)

@@ -1,9 +1,9 @@
 """`python -m benchmarks.reading.store_index`: the cost of the index of a very large token store.
 
-Writes the index of a store of N drives. The shards are as large as real ones, but are sparse files
-that take no disk space. Then does what every process of a training does before its first batch:
-reads the index, lists the drives, splits them, and builds the table of windows. Prints the
-processor seconds (one thread) and the memory of each step.
+Writes the index of a store of N drives. Its shards are sparse files, which have the size of real
+shards but take no disk space. Then does what every process of a training does before its first
+batch: reads the index, lists the drives, splits them, and builds the table of windows. Prints the
+processor seconds (one thread) and the memory that each of these steps takes.
 """
 
 import argparse
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 def write_index(folder: Path, drives: int) -> None:
-    """Write a finished token store of `drives` drives, with holes in place of the tokens."""
+    """Write a finished token store of `drives` drives, with sparse files instead of shards."""
     a_shard = SHARD_BYTES // (_FRAMES * frame_bytes(ROWS, COLS))
     entry = {"frames": _FRAMES, "segments": [[0, _FRAMES]], "start": 0, "source": "videos"}
     shards = []
@@ -60,7 +60,7 @@ def resident_mib() -> float:
 
 
 def timed(what: str, act: Callable[[], T]) -> T:
-    """Call `act`; print its processor time and by how much the memory of the process grew."""
+    """Call `act` and return its result. Print its processor time and how much memory it added."""
     before, start = resident_mib(), time.process_time()
     result = act()
     seconds = time.process_time() - start
@@ -69,10 +69,10 @@ def timed(what: str, act: Callable[[], T]) -> T:
 
 
 def measure(folder: Path, drives: int) -> None:
-    """Print the costs of a store of `drives` drives."""
+    """Print the time and memory that a store of `drives` drives takes to open."""
     write_index(folder, drives)
     size = (folder / INDEX).stat().st_size / 2**20
-    print(f"{drives:,} drives of {_FRAMES} frames: {INDEX} is {size:.0f} MiB large")
+    print(f"{drives:,} drives of {_FRAMES} frames: {INDEX} takes {size:.0f} MiB")
     store = timed("TokenStore (reads the index)", lambda: TokenStore(folder))
     training, _ = timed("split_drives", lambda: split_drives(store.drive_ids))
     chosen = timed("select", lambda: store.select(training))

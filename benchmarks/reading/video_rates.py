@@ -1,10 +1,10 @@
 """`python -m benchmarks.reading.video_rates`: how fast one core demuxes and decodes 1080p H.264.
 
-Makes a video of a moving picture with noise, at about the 8 Mbit/s of a dashcam. First it reads
-only the packets, as `read_facts` does in a decoder process for every file before the first frame is
-used. It does so for this video and for one ten times as long, which gives the cost of a file and of
-a packet. Then it decodes every frame and resizes it to the tokenizer's 256 x 512 in one thread, as
-all sources of frames do.
+Makes a video of a moving picture with noise, at about the 8 Mbit/s of a dashcam. First, a decoder
+process reads only the video's packets, as `read_facts` does with every file before drivesim uses
+the first frame. It also reads the packets of a video ten times as long. The two times give the cost
+per file and the cost per packet. Then one thread decodes every frame of the video and resizes it to
+256 x 512, the size that the tokenizer takes. drivesim reads the frames of all videos this way.
 """
 
 import resource
@@ -20,7 +20,7 @@ from driving_sim.data.video.decoder_pool import end_all, read_facts
 HEIGHT, WIDTH, FPS, SECONDS = 1080, 1920, 30, 6
 _BIT_RATE = 8_000_000
 _TIMES = 10
-"""How many times as long the long video is."""
+"""Length of the long video, as a multiple of the short video's."""
 _REPEATS = 10
 
 
@@ -40,7 +40,7 @@ def write_video(path: Path) -> None:
 
 
 def write_longer(source: Path, path: Path) -> None:
-    """Write a video that repeats the frames of `source` `_TIMES` times."""
+    """Write a video that repeats all frames of `source` `_TIMES` times."""
     with av.open(str(path), "w") as container:
         stream = None
         for number in range(_TIMES):
@@ -57,7 +57,7 @@ def write_longer(source: Path, path: Path) -> None:
 
 
 def facts_seconds(path: Path) -> float:
-    """Return the processor seconds in which a warm decoder process reads the facts of a file."""
+    """Return the processor seconds in which a running decoder process reads the facts of a file."""
 
     def taken(repeats: int) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -71,7 +71,7 @@ def facts_seconds(path: Path) -> float:
 
 
 def decode_seconds(path: Path) -> float:
-    """Return the processor seconds to decode and resize all frames in one thread."""
+    """Return the processor seconds in which one thread decodes and resizes all frames."""
     start = time.process_time()
     with av.open(str(path)) as container:
         stream = container.streams.video[0]

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.rollouts.futures`: the speed of eight futures at once.
+"""`python -m benchmarks.rollouts.futures`: the speed of sampling eight futures at once.
 
-Rolls out eight futures of 32 frames from the same 16 frames: the past is encoded once, and the
-futures are one batch. For comparison, also times one future alone.
+Samples eight futures of 32 frames after the same 16 frames. The 16 frames are encoded only once,
+and the futures are sampled as one batch. For comparison, one future alone is also timed.
 """
 
 import sys
@@ -27,7 +27,7 @@ _FUTURES = 8
 
 
 def measure(settings: Settings) -> list[Claim]:
-    """Return the frames per second of all futures together, without encoding the past."""
+    """Return the frames per second of all futures together. Encoding the past does not count."""
     shape = shape_of("tiny", settings)
     past, length = (4, 2) if settings.toy else (16, 32)
     world = world_model(shape, settings)

@@ -1,14 +1,15 @@
-"""`python -m benchmarks.rollouts.lag train|plot`: the effect of the order of tokens.
+"""`python -m benchmarks.rollouts.lag train|plot`: how the order of tokens affects the results.
 
     python -m benchmarks.rollouts.lag train TOKENS --tokenizer RUN --video VIDEO [--lags ...]
         [--seeds ...]
     python -m benchmarks.rollouts.lag plot
 
-`train` trains the preset `tiny` for each seed and each lag (number of waves between one row of
-tokens and the next), always for the same number of steps. It then steers each model left and right
-from ten starts in VIDEO, which is one of the validation drives. If it is interrupted, the same
-command continues. Two processes may share the work by lags or by seeds. `plot` measures the speed
-of all lags in one process, in turns, then draws and prints all results.
+The lag is the number of waves by which each row of tokens lags behind the row above it. `train`
+trains the preset `tiny` for each seed and each lag, always for the same number of steps. It then
+steers each model left and right from ten starts in VIDEO, which must be a validation drive. After
+an interruption, the same command continues. Two processes may share the work: give them different
+lags or seeds. `plot` measures the speed of all lags in one process, in turns, then draws and prints
+all results.
 """
 
 import argparse
@@ -45,12 +46,12 @@ _FRAMES = 4
 
 
 def run_of(out: Path, lag: str, seed: int) -> Path:
-    """Return the run folder of a model."""
+    """Return the folder of the run with this lag and seed."""
     return out / f"lag-{lag}-seed-{seed}"
 
 
 def train_one(options: argparse.Namespace, lag: str, seed: int, cols: int) -> None:
-    """Train and steer one model, unless that is done already."""
+    """Train one model and measure how well it can be steered, unless that is done already."""
     run = run_of(options.out, lag, seed)
     waves = cols + 1 if lag == "raster" else int(lag)
     config = replace(
@@ -77,7 +78,7 @@ def train_one(options: argparse.Namespace, lag: str, seed: int, cols: int) -> No
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train and steer the models of all lags, seed after seed."""
+    """Train the models of all lags, seed after seed, and measure how well they can be steered."""
     cols = TokenStore(options.tokens).info.cols
     for seed in options.seeds:
         for lag in options.lags:
@@ -85,7 +86,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def figures(run: Path) -> dict[str, float]:
-    """Return the results of one model: bits, action gain, and how it steers."""
+    """Return the results of one run: bits per token, action gain, and the effect of steering."""
     rows = [json.loads(line) for line in (run / METRICS).read_text("utf-8").splitlines()]
     best = min((row for row in rows if row["phase"] == "validation"), key=lambda row: row["score"])
     steered = json.loads((run / _CONTROL).read_text("utf-8"))
@@ -98,7 +99,7 @@ def figures(run: Path) -> dict[str, float]:
 
 
 def frame_rates(runs: dict[str, Path], rounds: int) -> dict[str, float]:
-    """Return the frames/s of a rollout as tokens for each lag, timed in turns."""
+    """Return the frames/s at which the model of each lag samples tokens, timed in turns."""
 
     def several(frames: Any) -> None:
         for _ in range(_FRAMES):
@@ -113,9 +114,9 @@ def frame_rates(runs: dict[str, Path], rounds: int) -> dict[str, float]:
 
 
 _AXES: Sequence[tuple[str, str]] = (
-    ("bits", "bits per token, a full window behind"),
-    ("gain", "bits a token more under another drive's actions"),
-    ("turned", "left minus right, picture widths a frame"),
+    ("bits", "bits per token, after a full window"),
+    ("gain", "extra bits per token under another drive's actions"),
+    ("turned", "left minus right, picture widths per frame"),
 )
 
 
@@ -127,7 +128,7 @@ def plot(options: argparse.Namespace) -> None:
         if finished := [run for run in runs if (run / _CONTROL).exists()]:
             done[lag] = finished
     if not done:
-        raise DriveSimError(f"{options.out} holds no finished run; run `train` first")
+        raise DriveSimError(f"{options.out} contains no finished run; run `train` first")
     rates = frame_rates({lag: runs[0] for lag, runs in done.items()}, options.rounds)
     values = {lag: [figures(run) for run in runs] for lag, runs in done.items()}
     picture = Figure(figsize=(5 * len(_AXES), 4), layout="constrained")
@@ -183,7 +184,7 @@ def main() -> None:
         "--steps", type=int, default=700, help="default: 700, about 5 minutes on one core"
     )
     training.add_argument(
-        "--starts", type=int, default=10, help="starts to steer from; default: 10"
+        "--starts", type=int, default=10, help="number of starts to steer from; default: 10"
     )
     training.add_argument("--threads", type=int, default=1, help="torch's threads; default: 1")
     training.set_defaults(act=train)

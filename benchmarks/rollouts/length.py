@@ -1,8 +1,9 @@
 """`python -m benchmarks.rollouts.length`: does frame 2,000 of a rollout cost more than frame 100?
 
-Runs one rollout to shortly before frame 2,000 and another to shortly before frame 100, then times
-the last frames of both in turns. Memory is that of the process (on CUDA: torch's allocations) at
-frame 100 and near the end of the first rollout.
+Runs one rollout to shortly before frame 2,000 and another to shortly before frame 100. Then times
+the next frames of both rollouts, in turns. Also compares the memory near frame 2,000 with the
+memory at frame 100. On CUDA, this is the memory that torch has allocated, otherwise the memory of
+the process.
 """
 
 import resource
@@ -21,7 +22,7 @@ _STEPS = 8
 
 
 def measure(settings: Settings) -> list[Claim]:
-    """Return the time and the memory of late frames, relative to those of early frames."""
+    """Return the time and the memory of late frames, divided by those of early frames."""
     early, length = (4, 12) if settings.toy else (100, 2000)
     shape = shape_of("tiny", settings)
     world = world_model(shape, settings)
@@ -30,7 +31,7 @@ def measure(settings: Settings) -> list[Claim]:
     for _ in range(early):
         next(late_frames)
     before = _megabytes(settings.device)
-    # The last frames are timed: one round of warm-up, then the rounds that count.
+    # Stop before the frames that are timed: a warm-up round, then the rounds that count.
     for _ in range(length - early - _STEPS * (settings.rounds + 1)):
         next(late_frames)
     grown = _megabytes(settings.device) / before

@@ -1,10 +1,11 @@
-"""`python -m benchmarks.rollouts.speed [tiny|base]`: rollouts as tokens, against GPT-2.
+"""`python -m benchmarks.rollouts.speed [tiny|base]`: the speed of sampling tokens, against GPT-2.
 
-Measures frames with a full window of W - 1 frames behind them. GPT-2 has the same depth, width,
-codes and window, and uses its own cache. It draws only tokens that fit into its window, so it never
-has to encode a window anew. "Slot by slot" is drivesim with the same weights and kernels in raster
-order (lag = cols + 1). GPT-2 runs as transformers runs it on a CPU, and the bar is on that. If
-torch can compile it, which takes half a minute, the compiled GPT-2 is a second comparison.
+Times frames that see a full window of W - 1 earlier frames. GPT-2 has the same depth, width, number
+of codes and window, and uses its own cache. It draws only as many tokens as fit into its window, so
+it never has to encode a window again. GPT-2 runs as transformers runs it on a CPU, and only this
+comparison has a bar. If torch can compile GPT-2, which takes half a minute, the compiled GPT-2 is a
+second comparison. "Slot by slot" is drivesim itself, with the same weights and kernels, but in
+raster order (lag = cols + 1).
 """
 
 import sys
@@ -35,15 +36,15 @@ from driving_sim.world_model.world_model import WorldModel
 
 _MANY = 100_000
 _PEER_TOKENS = {"tiny": 128, "base": 64}
-"""Maximum number of tokens that GPT-2 is timed for, in the middle of a frame."""
+"""Maximum number of tokens that GPT-2 draws per timing. They lie in the middle of a frame."""
 _FRAMES = {"tiny": 4, "base": 1}
-"""Number of drivesim's frames that are timed together."""
+"""Number of frames that drivesim samples per timing."""
 _BARS = {"tiny": 10, "base": 15}
 """How many times as fast as GPT-2 drivesim should be."""
 
 
 def endless(world: WorldModel, *, context: int, samples: int = 1) -> Iterator[FrameSample]:
-    """Yield the frames of a practically endless rollout that continues random frames."""
+    """Yield the frames of a rollout that continues random frames and practically never ends."""
     grid = world.transformer.grid
     generator = torch.Generator().manual_seed(0)
     shape = (context, grid.rows, grid.cols)
@@ -53,7 +54,7 @@ def endless(world: WorldModel, *, context: int, samples: int = 1) -> Iterator[Fr
 
 
 def pass_flops(world: WorldModel) -> float:
-    """Return the operations of a frame's passes over a full cache: products and attention."""
+    """Return the operations of a frame's passes with a full cache, in products and attention."""
     model, config = world.transformer, world.transformer.config
     layers = (module for module in model.blocks.modules() if isinstance(module, nn.Linear))
     linear = sum(layer.weight.numel() for layer in layers)
@@ -66,7 +67,7 @@ def pass_flops(world: WorldModel) -> float:
 
 
 def pass_bytes(world: WorldModel) -> float:
-    """Return the bytes that a frame's passes read: weights, keys and values, once per pass."""
+    """Return the bytes that a frame's passes read: all weights, keys and values in each pass."""
     model, config = world.transformer, world.transformer.config
     weights = sum(parameter.numel() for parameter in model.blocks.parameters())
     weights += model.grid.codebook_size * config.width
@@ -76,7 +77,7 @@ def pass_bytes(world: WorldModel) -> float:
 
 
 def _peers(shape: Shape, settings: Settings, count: int) -> tuple[dict[str, Gpt2Decoder], str]:
-    """Return the fastest GPT-2 and the fastest compiled one, and a line with all forms' times."""
+    """Return the fastest GPT-2, plain and compiled, and a line with the times of all forms."""
     model, positions = shape.model, shape.model.context_frames * shape.tokens
     decoders = gpt2_decoders(
         lambda: gpt2(
@@ -103,7 +104,7 @@ def _peers(shape: Shape, settings: Settings, count: int) -> tuple[dict[str, Gpt2
 
 
 def measure(name: str, settings: Settings) -> list[Claim]:
-    """Return the claims about the shape `name`."""
+    """Time rollouts of the shape `name` and GPT-2, and return the claims."""
     shape = shape_of(name, settings)
     count, frames = min(shape.tokens, _PEER_TOKENS[name]), _FRAMES[name]
     peers, forms = _peers(shape, settings, count)

@@ -1,11 +1,12 @@
 """`python -m benchmarks.rollouts.video`: the speed of rollouts that are written as a video.
 
-Does what `drivesim rollout` does once its models are loaded: samples and decodes frames, draws them
-beside the recording, and writes H.264, tokens, settings and a contact sheet. In turns with that, it
-samples the same frames as tokens only. The difference is the time of decoding, drawing and writing.
-Because that difference is small, there are three times as many rounds as in other benchmarks. The
-time to write a picture depends on its content, and random weights decode to noise. So both models
-are trained first, for about three minutes, until they show blurred roads.
+Does what `drivesim rollout` does after it has loaded its models: samples and decodes frames, draws
+them beside the recording, and writes an H.264 video, tokens, settings and a contact sheet. In turns
+with that, it only samples the tokens of the same frames. The difference of the two times is the
+time of decoding, drawing and writing. Because that difference is small, there are three times as
+many rounds as in other benchmarks. The time to write a picture depends on its content, and random
+weights decode to noise. So both models are first trained for about three minutes, until they show
+blurred roads.
 """
 
 import sys
@@ -42,7 +43,7 @@ from driving_sim.world_model.world_model import WorldModel
 
 
 def context_of(world: WorldModel, recorded: SyntheticDrive) -> Context:
-    """Return the first W + 1 frames of a drive as context, as the command takes them."""
+    """Return a recorded drive as the context of a rollout, which gets its first W + 1 frames."""
     past = world.context_frames + 1
     frames = recorded.frames
     actions = recorded.actions[: len(frames) - 1]
@@ -79,7 +80,7 @@ def _trained(shape: Shape, size: SyntheticConfig, folder: Path, settings: Settin
 
 
 def measure(settings: Settings) -> list[Claim]:
-    """Return the frames per second, and the share of time that goes into decoding and writing."""
+    """Return the frames per second, and the share of time for decoding, drawing and writing."""
     settings = replace(settings, rounds=3 * settings.rounds)
     shape = shape_of("tiny", settings)
     size = SyntheticConfig(height=shape.frames.height, width=shape.frames.width, fps=FPS)
@@ -103,7 +104,8 @@ def measure(settings: Settings) -> list[Claim]:
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rollout.mp4"
-        # A rollout consumes its context's iterator over the recording.
+        # Make a context for each rollout, because a rollout uses up the recorded frames in its
+        # context.
         contexts = iter([context_of(world, recorded) for _ in range(settings.rounds + 1)])
         reused = context_of(world, recorded)
         times = alternate(
@@ -122,7 +124,7 @@ def measure(settings: Settings) -> list[Claim]:
             figure=Figure.of([length / taken for taken in times["video"]]),
             bar=7,
             unit="frames/s",
-            # Counts only the products of sampling, not those of decoding.
+            # Count only the operations of sampling, not those of decoding.
             limits=limits(settings, precision(settings)).share(
                 float(np.median(times["video"])), flops=pass_flops(world) * length
             ),

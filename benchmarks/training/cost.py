@@ -1,7 +1,7 @@
 """`python -m benchmarks.training.cost`: compute the tables of docs/scaling.md.
 
-`--write` puts them into the page. Each published number below has its source beside it, and each
-measured number has the command that measures it.
+`--write` writes them into the page. Next to each number in this file is its source, or the command
+that measured it.
 """
 
 import argparse
@@ -25,49 +25,50 @@ TOKENIZER_FRAMES = 200_000 * 160
 # Dense bf16 operations per second, from NVIDIA's data sheets of the SXM modules with 80 GB.
 A100, H100 = 312e12, 989e12
 NETWORK = 25e9
-"""Network bytes per second of a GPU: its 200 Gbit/s adapter in a DGX A100 (data sheet)."""
+"""Network bandwidth of a GPU in bytes per second: 200 Gbit/s in a DGX A100 (data sheet)."""
 
-# Measured on one core of an AMD EPYC.
+# DECODED and the constants that begin with SCAN or INDEX were measured on one core of an AMD EPYC.
 DECODED = 131.0
-"""Decoded 1080p H.264 frames per second; python -m benchmarks.reading.video_rates."""
+"""Decoded 1080p H.264 frames per second, from python -m benchmarks.reading.video_rates."""
 SCAN_FILE, SCAN_FRAME = 0.16, 10e-6
-"""Seconds to scan a 1080p file, and more for each of its packets; the same command."""
+"""Seconds to scan a 1080p file, plus seconds for each of its packets, from video_rates."""
 SCANS_AT_ONCE = 8
-"""Number of decoder processes with which a rank scans many files."""
+"""Number of decoder processes that a rank uses to scan many files."""
 INDEX_SECONDS, INDEX_MEMORY, INDEX_BYTES = 18.4e-6, 0.92e3, 276.0
-"""Start-up seconds, bytes of memory and bytes of index for each drive of a token store.
+"""For each drive of a token store: start-up seconds, bytes of memory, and bytes in the index.
 
-python -m benchmarks.reading.store_index
+Measured with python -m benchmarks.reading.store_index.
 """
 CPU_FLOPS = 52e9
-"""Operations per second of a training on two cores that were shared with other work.
+"""Operations per second of a training on two cores that other programs used as well.
 
-Operations of the largest run (6 N D and attention), divided by its seconds;
-python -m benchmarks.training.scaling_runs
+It is the number of operations in the largest run of python -m benchmarks.training.scaling_runs (6 N
+D and attention), divided by its seconds.
 """
 
-# Counted with torch.utils.flop_counter, or derived from the code.
+# The following numbers were counted with torch.utils.flop_counter or derived from the code.
 ENCODE, DECODE, DISCRIMINATE, PERCEIVE = 72.9e9, 69.6e9, 1.0e9, 80e9
-"""Operations of a forward pass per frame: `large`'s encoder, decoder, discriminator, and VGG-16."""
+"""Operations per frame in a forward pass: `large`'s encoder, decoder, discriminator, and VGG-16."""
 ACTIVATIONS = 56
-"""Bytes kept for the backward pass, per slot, layer and channel, under bf16 autocast."""
+"""Bytes that are kept for the backward pass, per slot, layer and channel, with bf16 autocast."""
 LOGITS = 12
-"""Peak bytes of the logits, per token and code: bf16, float32, log-softmax, gradients."""
+"""Peak bytes of the logits, per token and code: bf16, float32, log-softmax and gradients."""
 GPU_SHARE = 0.3
 """Share of a GPU's peak rate that convolutions are assumed to reach."""
 FRAME_BYTES = 512 * 2 + 8 + 8 + 2
 """Bytes of a frame in a token store: tokens, timestamp, actions, validity."""
 SHARD = 512 * 2**20
 PLAN_SOURCE, PLAN_CHOSEN = 16, 26
-"""Bytes in memory while planning, per source frame and per chosen frame.
+"""Bytes of memory that planning takes, per source frame and per chosen frame.
 
-A source frame has a timestamp and a pts; a chosen frame has index, time, actions and validity.
+A source frame has a timestamp and a pts. A chosen frame has an index, a time, actions and validity
+flags.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """Shape of a world model, which decides its cost."""
+    """Size of a world model, from which its cost follows."""
 
     layers: int = 36
     width: int = 4096
@@ -83,7 +84,7 @@ class Model:
 
     @property
     def counted(self) -> float:
-        """N: number of weights that every token is multiplied with."""
+        """N, the number of weights by which every token is multiplied."""
         return self.layers * self.block + 2.25 * self.width**2 + self.codes * self.width
 
     @property
@@ -98,36 +99,36 @@ class Model:
 
     @property
     def slots(self) -> int:
-        """Number of slots in a window: its tokens, and one more for each row."""
+        """Number of slots in a window: its tokens, and one more slot for each row."""
         return FRAMES * self.rows * (self.cols + 1)
 
     @property
     def flops_per_window(self) -> float:
-        """Operations of a training step per window, including attention over half of all pairs."""
+        """Operations of a training step per window. Attention covers half of all pairs of slots."""
         return 6 * self.slots * (self.counted + self.layers * self.width * self.slots)
 
     @property
     def muon_flops(self) -> float:
-        """Operations of Muon's orthogonalization: 4 m²n + 18 m³ for a matrix of m × n, m ≤ n."""
+        """Operations of Muon's orthogonalization: 4 m²n + 18 m³ for an m × n matrix with m ≤ n."""
         shapes = [
             1 + 2 / self.queries_per_key,
             1,
             4,
             4,
-        ]  # n / m of each matrix, where m is the width
+        ]  # n / m of each matrix in a block, where m is the width
         return self.layers * self.width**3 * sum(4 * n + 18 for n in shapes)
 
 
 MODEL = Model()
 LARGEST = Model(layers=71, width=8192)
-"""The largest model whose training step fits on 64 GPUs of 80 GB, as counted below."""
+"""The largest model for which a training step fits on 64 GPUs of 80 GB, according to `memory`."""
 WINDOWS_TRAINED = STEPS * WINDOWS
 
 
 def gaia_flops(attention: bool) -> float:
-    """Return the operations of GAIA-1's training: 6 N D, and optionally those of attention.
+    """Return the operations of GAIA-1's training: 6 N D, plus those of attention if `attention`.
 
-    The number of layers, which is not published, follows from N and the width.
+    The number of layers is not published, so it is computed from N and the width.
     """
     layers = GAIA_PARAMETERS / (12 * GAIA_WIDTH**2)
     extra = layers * GAIA_WIDTH * GAIA_SEQUENCE if attention else 0.0
@@ -135,7 +136,7 @@ def gaia_flops(attention: bool) -> float:
 
 
 def gaia_share(attention: bool) -> float:
-    """Return GAIA-1's operations as a share of the peak of 64 A100s over 15 days."""
+    """Return GAIA-1's operations as a share of what 64 A100s can compute in 15 days."""
     return gaia_flops(attention) / (GPUS * A100 * DAYS * 86_400)
 
 
@@ -146,7 +147,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def the_run() -> str:
-    """Return the table of GAIA-1 as published beside a drivesim run on as many windows."""
+    """Return the table that compares the published GAIA-1 with drivesim on as many windows."""
     flops, share = MODEL.flops_per_window * WINDOWS_TRAINED, gaia_share(attention=True)
     tokens = MODEL.tokens * WINDOWS_TRAINED
     days = [flops / (GPUS * peak * share) / 86_400 for peak in (A100, H100)]
@@ -171,12 +172,12 @@ def the_run() -> str:
 
 
 def scanning(files: float, frames: float) -> float:
-    """Return the processor seconds in which every rank scans so many files and frames."""
+    """Return the processor seconds that each rank takes to scan this many files and frames."""
     return files * SCAN_FILE + frames * SCAN_FRAME
 
 
 def the_stages() -> str:
-    """Return the table of the cost of each stage, for 4,700 hours of video as in GAIA-1."""
+    """Return the table with the cost of each stage, for 4,700 hours of video as in GAIA-1."""
     source, chosen = HOURS * 3600 * SOURCE_FPS, HOURS * 3600 * FPS
     files = HOURS * 60
     a_frame = 3 * (ENCODE + DECODE + 2 * DISCRIMINATE) + 3 * PERCEIVE
@@ -230,17 +231,17 @@ class Memory:
     """Memory of a rank during a training step on one window, in GB."""
 
     state: float
-    """float32 weights, gradients, Muon's momentum and the averaged weights."""
+    """Weights, gradients, Muon's momentum and the averaged weights, all in float32."""
     extra: float
-    """DDP's buckets and the bf16 casts that DDP keeps."""
+    """DDP's gradient buckets, and the bf16 casts of the weights that are kept during a pass."""
     gathered: float
-    """Gathered weights under FSDP.
+    """Weights and gradients that FSDP gathers.
 
-    Two blocks in float32 with their casts, the gradients of one block, and the weights outside the
-    blocks.
+    These are two blocks in float32 and bf16, the gradients of one block, and the weights outside
+    the blocks.
     """
     activations: float
-    """Activations of all blocks, kept for the backward pass."""
+    """Activations that all blocks keep for the backward pass, without gradient checkpointing."""
     checkpointed: float
     """Activations with gradient checkpointing: those of one block, and the input of each block."""
     logits: float
@@ -248,12 +249,12 @@ class Memory:
 
     @property
     def sum(self) -> float:
-        """Sum of all parts, with gradient checkpointing."""
+        """Sum of all parts, if gradient checkpointing is on."""
         return self.state + self.extra + self.gathered + self.checkpointed + self.logits
 
 
 def memory(model: Model, *, shard: bool) -> Memory:
-    """Return the memory of one of 64 ranks, with DDP or sharded with FSDP."""
+    """Return the memory of one of 64 ranks, with FSDP if `shard`, otherwise with DDP."""
     n, block = model.parameters / 1e9, model.block / 1e9
     a_channel = model.slots * model.width / 1e9
     rest = n - model.layers * block
@@ -270,14 +271,15 @@ def memory(model: Model, *, shard: bool) -> Memory:
 def exchanged(model: Model, *, shard: bool) -> float:
     """Return the GB that a rank receives in a training step with Muon.
 
-    DDP moves the gradients once in each direction. If the model is sharded, weights are gathered
-    twice and gradients reduced once, and Muon gathers the gradients again.
+    DDP receives the gradients once to sum them and once to distribute the sums. If the model is
+    sharded, weights are gathered twice, gradients are reduced once, and Muon gathers the gradients
+    once more.
     """
     return (16 if shard else 8) * model.parameters / 1e9
 
 
 def the_memory() -> str:
-    """Return the table of a rank's memory, with the model replicated or sharded over 64 ranks."""
+    """Return the table of a rank's memory if the model is replicated or sharded over 64 ranks."""
     cases = ((MODEL, False), (MODEL, True), (LARGEST, True))
     held = [memory(model, shard=shard) for model, shard in cases]
     sizes = [model.parameters / 1e9 for model, _ in cases]
@@ -308,9 +310,9 @@ def _short(value: float) -> str:
 
 
 def the_sizes() -> str:
-    """Return the table of the costs of 10,000 videos, of a million, and of a petabyte.
+    """Return the table of costs for 10,000 videos, for a million videos, and for a petabyte.
 
-    A video is a minute of 1080p at 30 frames/s and 8 Mbit/s.
+    Each video is a minute of 1080p at 30 frames/s and 8 Mbit/s.
     """
     megabytes, source, chosen = 60, 60 * 30, 60 * 10
     counts = (10_000, 1_000_000, 10**9 // megabytes)
@@ -344,7 +346,7 @@ def the_sizes() -> str:
 
 
 def tables() -> str:
-    """Return all tables with their headings, as in the page."""
+    """Return all tables with their headings, as in docs/scaling.md."""
     parts = {
         "The run": the_run(),
         "Its stages": the_stages(),
@@ -355,9 +357,11 @@ def tables() -> str:
 
 
 def main() -> None:
-    """Print the tables, or write them into the page."""
+    """Print the tables, or write them into docs/scaling.md."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.training.cost")
-    parser.add_argument("--write", action="store_true", help="write them into docs/scaling.md")
+    parser.add_argument(
+        "--write", action="store_true", help="write the tables into docs/scaling.md"
+    )
     if not parser.parse_args().write:
         print(tables())
         return

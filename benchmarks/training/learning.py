@@ -6,14 +6,17 @@
     python -m benchmarks.training.learning train world-model-peer TOKENS
     python -m benchmarks.training.learning plot
 
-`train` writes a run into --out/NAME; the same command resumes it. drivesim trains its `tiny`
-presets. The peers see the same drives in batches of the same size. They use the same training loop,
-number format, schedule and averaging of weights, and AdamW. The tokenizer's peer is diffusers'
-VQModel (the VQGAN of taming-transformers, with L1 and the codebook's losses) with as many
-parameters; its frames are only mirrored. The world model's peer is transformers' GPT-2 of the same
-depth and width, on the same windows in raster order. Only training counts as time, not validation.
-`plot` draws the best validation so far over time, and prints it for some minutes. It is best to
-train a pair side by side, on one core each.
+`train` writes a run into the folder --out/NAME. After an interruption, the same command resumes the
+run. drivesim trains its `tiny` presets. The peers train on the same drives, with the same batch
+size, training loop, number format, learning-rate schedule and averaging of weights, but with AdamW.
+The tokenizer's peer is diffusers' VQModel (the VQGAN of taming-transformers) with about as many
+parameters. It trains on L1 and the codebook's losses, and mirroring is its only augmentation. The
+world model's peer is transformers' GPT-2 of the same depth and width. It trains on the same
+windows, in raster order.
+
+`plot` draws how the best validation result improves with the time spent on training, and prints it
+for some of these times. Time spent on validation does not count. It is best to train drivesim and
+its peer at the same time, on one core each.
 """
 
 import argparse
@@ -59,22 +62,22 @@ from driving_sim.world_model.training.train import train_world_model
 
 _TOKENIZER_PEER_RATE = 3e-4
 _WORLD_MODEL_PEER_RATE = 1e-3
-_BETAS = {"tokenizer": (0.5, 0.9), "world-model": (0.9, 0.95)}  # as VQGAN and nanoGPT use
+_BETAS = {"tokenizer": (0.5, 0.9), "world-model": (0.9, 0.95)}  # the values of VQGAN and nanoGPT
 
 
 class Peer(Trainable):
-    """A peer as a `Trainable`: `forward(batch)` returns loss and metrics."""
+    """Base class that makes a peer's model a `Trainable`. `forward` returns loss and metrics."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def players(self) -> list[Player]:
-        """Return one player: AdamW steps all parameters."""
+        """Return a single player, because AdamW updates all parameters."""
         return [Player("model", self.model, muon=False)]
 
     def ema_module(self) -> nn.Module:
-        """Return the module whose weights are averaged: all of the peer."""
+        """Return the module whose weights are averaged, which is the whole peer."""
         return self.model
 
     def blocks(self) -> Iterable[nn.Module]:
@@ -83,17 +86,17 @@ class Peer(Trainable):
 
 
 class PeerTokenizer(Peer):
-    """VQModel, trained on L1 and its codebook's loss."""
+    """VQModel, trained on L1 and the loss of its codebook."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return loss and metrics of frames, uint8 [B, H, W, 3]."""
+        """Return the loss and the metrics of a batch of frames, uint8 [B, H, W, 3]."""
         images = self.images(batch["frames"])
         out = self.model(images)
         l1 = (out.sample - images).abs().mean()
         return l1 + out.commit_loss.mean(), {"l1": l1.detach()}
 
     def images(self, frames: Tensor) -> Tensor:
-        """Return frames as images: floats in [-1, 1], in memory format channels last."""
+        """Return frames as images: floats in [-1, 1], in the channels-last memory format."""
         images = images_from_frames(frames, TOKENIZER.model.frame_size)
         return images.contiguous(memory_format=torch.channels_last)
 
@@ -102,12 +105,12 @@ class PeerWorldModel(Peer):
     """GPT-2 on windows of tokens in raster order."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return loss and metrics of tokens [B, T, R, C]."""
+        """Return the loss and the metrics of a batch of tokens [B, T, R, C]."""
         nats = self.nats(batch["tokens"])
         return nats.mean(), {"bits_per_token": nats.mean().detach() / math.log(2)}
 
     def nats(self, tokens: Tensor) -> Tensor:
-        """Return the nats of every token but the first, [B, T R C - 1]."""
+        """Return the cross-entropy in nats of every token except the first, [B, T R C - 1]."""
         flat = rearrange(tokens, "b t r c -> b (t r c)")
         logits = self.model(input_ids=flat, use_cache=False).logits
         return F.cross_entropy(
@@ -123,7 +126,7 @@ def _peer_config(config: TrainingConfig, kind: str, rate: float, minutes: float)
 
 
 def _drives(videos: Sequence[Path]) -> list[SampledDrive]:
-    """Sample every second frame of the videos."""
+    """Return the drives in the videos, with every second frame."""
     return [sample(drive, every=2) for drive in find_frames(videos, skip_bad=False).drives]
 
 
@@ -252,7 +255,7 @@ def train_one(options: argparse.Namespace) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Panel:
-    """One plot: a metric of a run and of its peer's run."""
+    """One plot: a metric of drivesim's run and of the peer's run."""
 
     ours: str
     """Name of drivesim's run."""
@@ -263,7 +266,7 @@ class Panel:
     unit: str
     """Label of the vertical axis."""
     more_is_better: bool
-    """Whether the best validation is the highest."""
+    """Whether higher values of the metric are better."""
 
 
 PANELS = (
@@ -272,14 +275,14 @@ PANELS = (
         ours="world-model",
         peer="GPT-2",
         metric="full_window/bits_per_token",
-        unit="bits per token, a full window behind",
+        unit="bits per token, after a full window",
         more_is_better=False,
     ),
 )
 
 
 def curve(run: Path, panel: Panel) -> NDArray[np.float64]:
-    """Return minutes of training and the best validation until then, [n, 2]."""
+    """Return an array [n, 2]: minutes of training, and the best validation result until then."""
     seconds, points = {}, []
     for line in (run / METRICS).read_text("utf-8").splitlines():
         row = json.loads(line)
@@ -294,7 +297,7 @@ def curve(run: Path, panel: Panel) -> NDArray[np.float64]:
 
 
 def plot(options: argparse.Namespace) -> None:
-    """Draw and print all pairs whose runs exist."""
+    """Draw and print the runs of drivesim and a peer, for each pair of which both runs exist."""
     panels = [
         panel
         for panel in PANELS
@@ -302,8 +305,8 @@ def plot(options: argparse.Namespace) -> None:
     ]
     if not panels:
         raise DriveSimError(
-            f"{options.out} holds no pair of trainings; run `train tokenizer` and "
-            "`train tokenizer-peer` first, or both with `world-model`"
+            f"{options.out} contains no pair of runs; run `train tokenizer` and `train "
+            "tokenizer-peer` first, or `train world-model` and `train world-model-peer`"
         )
     figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
     for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):

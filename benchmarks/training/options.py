@@ -1,8 +1,8 @@
-"""`python -m benchmarks.training.options`: the time and memory of training options.
+"""`python -m benchmarks.training.options`: how training options change time and memory.
 
-Times steps of a preset's world model on random tokens. Each variant runs in a process of its own
-(or in two, with `torchrun`), in turns. Prints medians over the rounds, relative to the plain
-training.
+Times training steps of a preset's world model on random tokens. The options are tried in turns,
+each in a process of its own (or in two, with `torchrun`). Prints medians over the rounds: the time
+relative to a training without options, and the memory.
 """
 
 import argparse
@@ -31,9 +31,9 @@ _WARM_UP, _TIMED = 3, 10
 
 
 def measure(preset: str, options: dict[str, Any]) -> dict[str, float] | None:
-    """Return the seconds of a step and the megabytes that steps need beyond the model.
+    """Return the seconds of a step, and the megabytes by which steps raise the peak memory.
 
-    Returns None on all ranks but the main one.
+    Returns None on all ranks except the main one.
     """
     import torch
 
@@ -84,7 +84,7 @@ def measure(preset: str, options: dict[str, Any]) -> dict[str, float] | None:
 
 
 def run(preset: str, options: dict[str, Any]) -> dict[str, float]:
-    """Run `measure` in new processes, one for each rank, and return its result."""
+    """Call `measure` in new processes, one for each rank, and return its result."""
     ranks = options.get("ranks", 1)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [

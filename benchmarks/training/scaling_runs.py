@@ -1,8 +1,8 @@
 """`python -m benchmarks.training.scaling_runs TOKENS TOKENIZER`: fit a scaling law to small models.
 
-Trains five models of width 64 to 192. Wider models are also deeper and train for more steps, so
-that the compute spans 1.7 decades. If it is interrupted, the same command keeps the finished runs
-and resumes the last one.
+Trains five models of width 64 to 192. Wider models are also deeper and train for more steps, so the
+compute spans 1.7 decades. After an interruption, the same command keeps the finished runs and
+resumes the unfinished one.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from driving_sim.scaling.report import scale
 from driving_sim.world_model.training.presets import TINY
 from driving_sim.world_model.training.train import WorldModelRunConfig, train_world_model
 
-# Width, layers, and steps as a share of the longest run's.
+# Width, number of layers, and number of steps as a share of the longest run's.
 SIZES = ((64, 2, 0.3), (96, 3, 0.45), (128, 4, 0.6), (160, 5, 0.8), (192, 6, 1.0))
 _HEAD = 16
 
@@ -34,8 +34,8 @@ def run_config(width: int, layers: int, steps: int) -> WorldModelRunConfig:
             TINY.training,
             steps=steps,
             minutes=None,
-            # All runs have the same share of warm-up. Few validations are enough, because the last
-            # weights are usually the best.
+            # Every run has the same share of warm-up steps. A few validations are enough, because
+            # the last weights are usually the best.
             warmup_steps=max(1, steps // 10),
             validate_every=max(1, steps // 4),
             save_every=max(1, steps // 4),
@@ -65,7 +65,10 @@ def train_all(tokens: Path, tokenizer: Path, out: Path, *, steps: int, device: s
 
 @contextmanager
 def as_command(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Run the body as `drivesim` runs a command: keep freed memory, print errors as one line."""
+    """Run the body of a `with` statement as `drivesim` runs a command.
+
+    Freed memory is kept for reuse, and errors are printed as one line.
+    """
     keep_freed_memory()
     try:
         yield

@@ -1,10 +1,10 @@
 """`python -m benchmarks.training.speed [tiny|base|tokenizer]`: the speed of training steps.
 
-drivesim's steps are those of its training loop, with losses, metrics, clipping, Muon and averaged
-weights. The peers' steps are forward, backward, clipping and a fused AdamW. `tiny` and `base`
-compare a world model with a GPT-2 of as many parameters on as many tokens. `tokenizer` compares the
-base preset's autoencoder at 256x512 with diffusers' VQModel of as many parameters; both train on L1
-only.
+drivesim's steps are those of its training loop, with losses, metrics, gradient clipping, Muon and
+averaging of weights. A peer's step is a forward pass, a backward pass, gradient clipping and a
+fused AdamW update. `tiny` and `base` compare a world model with a GPT-2 that has about as many
+parameters, on as many tokens. `tokenizer` compares the base preset's autoencoder at 256x512 with a
+VQModel from diffusers that has about as many parameters. Both train on L1 only.
 """
 
 import sys
@@ -88,7 +88,7 @@ def peer_step(
 
 
 def world_model_batch(shape: Shape, size: int) -> Batch:
-    """Return a batch of random windows in the form that `TokenWindows` makes."""
+    """Return a batch of random windows in the format of `TokenWindows`."""
     grid, lead = shape.grid, (size, shape.model.context_frames)
     return {
         "tokens": torch.randint(grid.codebook_size, (*lead, grid.rows, grid.cols)),
@@ -106,7 +106,7 @@ def world_model_step(shape: Shape, size: int, settings: Settings) -> Work:
 
 
 def _nearest_gpt2(shape: Shape, count: int) -> nn.Module:
-    """Build a GPT-2 of the shape's width, as deep as comes nearest to `count` parameters."""
+    """Build a GPT-2 of the shape's width, whose depth makes it nearest to `count` parameters."""
     model = shape.model
 
     def build(layers: int) -> nn.Module:
@@ -122,7 +122,7 @@ def _nearest_gpt2(shape: Shape, count: int) -> nn.Module:
 
 
 def world_model(name: str, settings: Settings) -> list[Claim]:
-    """Return the training speed of the world model, against GPT-2."""
+    """Compare the training speed of the world model with GPT-2's."""
     shape = shape_of(name, settings)
     size = _BATCHES[name] * (_LARGER_ON_CUDA if settings.device.type == "cuda" else 1)
     own, count = world_model_step(shape, size, settings), parameters(transformer(shape))
@@ -159,7 +159,7 @@ def _l1(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def tokenizer(settings: Settings) -> list[Claim]:
-    """Return the training speed of the tokenizer, against VQModel; neither has LPIPS or a GAN."""
+    """Compare the training speed of the tokenizer with VQModel's, both without LPIPS and GAN."""
     size = shape_of("base", settings).frames
     large = _LARGER_ON_CUDA if settings.device.type == "cuda" else 1
     batch, peer_batch = _BATCHES["tokenizer"] * large, large
@@ -177,7 +177,8 @@ def tokenizer(settings: Settings) -> list[Claim]:
         peer.to(memory_format=layout)  # type: ignore[call-overload]
         return peer_step(peer, _l1, images.contiguous(memory_format=layout), settings)
 
-    # Prepare one layout after the other: there is one model, and its optimiser state is large.
+    # Time one layout after the other, because both use the same model and the optimiser state is
+    # large.
     tried = {
         name: fastest({name: prepared(form)}, settings)[1][name] for name, form in layouts.items()
     }

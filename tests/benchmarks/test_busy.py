@@ -35,14 +35,16 @@ def missed(times: Times) -> list[str]:
 
 def test_bars_apply_to_shares_of_the_idle_speed_and_of_the_better_number_of_threads() -> None:
     assert missed(made_times(beside_one=0.6, of_one_thread=1.0)) == []
-    assert missed(made_times(beside_one=0.4, of_one_thread=1.0)) == ["share of idle"]
-    assert missed(made_times(beside_one=0.6, of_one_thread=0.8)) == ["share of the better"]
+    assert missed(made_times(beside_one=0.4, of_one_thread=1.0)) == ["share of the idle speed"]
+    assert missed(made_times(beside_one=0.6, of_one_thread=0.8)) == [
+        "share of the better fixed number"
+    ]
     assert missed(made_times(beside_one=0.6, of_one_thread=1.0, before=0.9)) == [
         "share of the earlier commit"
     ]
     assert missed(made_times(beside_one=0.3, of_one_thread=1.0)) == [
         "95th percentile over idle median",
-        "share of idle",
+        "share of the idle speed",
     ]
 
 

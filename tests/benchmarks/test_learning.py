@@ -34,7 +34,7 @@ def test_a_curve_shows_the_best_validation_so_far_over_minutes_of_training(tmp_p
 def test_plotting_without_runs_is_refused(command: ModuleType, tmp_path: Path) -> None:
     picture = tmp_path / "plot.png"
     options = argparse.Namespace(out=tmp_path, picture=picture, seeds=[0], rounds=1)
-    with pytest.raises(DriveSimError, match=r"holds no .*; run `train"):
+    with pytest.raises(DriveSimError, match=r"contains no .*; run `train"):
         command.plot(options)
     assert not picture.exists()
 

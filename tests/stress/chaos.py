@@ -1,11 +1,12 @@
-"""Kill runs again and again, and compare the results with those of uninterrupted runs.
+"""Kill runs again and again, and compare their results with those of uninterrupted runs.
 
-`python -m tests.stress.chaos` kills both trainings and `tokenize` with SIGKILL, at toy sizes and in
-separate processes. It kills them at random moments and before every file operation, so that it
-tries each crash point of their writers. After a kill the same command continues, and may be killed
-again. Sometimes the newest checkpoint is damaged in between. In the end, the weights, the
-checkpoint, the metrics and the token store must equal those of an uninterrupted run, byte for byte.
-The exit code is 1 if anything is lost, left over or different.
+`python -m tests.stress.chaos` kills both trainings and `tokenize`, mostly with SIGKILL and
+sometimes with SIGTERM. They run at toy sizes and in separate processes. They are killed at random
+moments and before every file operation, so a crash is tried at every point between two changes to
+files. After a kill, the same command continues the run, and may be killed again. Sometimes the
+newest checkpoint is damaged in between. In the end, the weights, the checkpoint, the metrics and
+the token store must equal those of an uninterrupted run, byte for byte. The exit code is 1 if
+anything is lost, left over or different.
 """
 
 import argparse
@@ -23,11 +24,11 @@ from tests.stress.chaos_jobs import make_jobs, make_videos
 from tests.stress.chaos_worker import Server
 
 MOST_PROBLEMS = 10
-"""Number of problems after which a job is no longer killed."""
+"""Number of problems after which a job is not started again."""
 
 
 class Chaos:
-    """Kills jobs in `folder`; the seed determines everything except the exact moments of kills."""
+    """Kills jobs in `folder`. `seed` determines everything except the exact moments of kills."""
 
     def __init__(self, servers: Sequence[Server], folder: Path, seed: int = 0) -> None:
         make_videos(folder)
@@ -45,10 +46,11 @@ class Chaos:
         sweep: bool = False,
         until: float = float("inf"),
     ) -> Figures:
-        """Kill a job `kills` times, or until the monotonic time `until`.
+        """Run a job again and again, and kill it `kills` times or until the monotonic time `until`.
 
-        Each run is killed `per_run` times, by default one to four times. With `sweep`, the first
-        kill of each run comes at a file operation that no earlier run was first killed at.
+        Each run is killed `per_run` times, or one to four times if `per_run` is 0. With `sweep`,
+        the first kill of every run is at a different file operation, until each operation was
+        tried.
         """
         target, draw = self.targets[name], random.Random(f"{name} {self._seed}")
         in_turn = list(range(1, target.ended.operations + 1)) if sweep else []
@@ -92,9 +94,11 @@ def table(figures: dict[str, Figures]) -> str:
 def main() -> int:
     """Parse the options, kill the jobs, print the table; return 1 if anything failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.stress.chaos", description=__doc__)
-    parser.add_argument("--kills", type=int, default=500, help="kills of each job; default: 500")
     parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="stop after so many seconds"
+        "--kills", type=int, default=500, help="number of kills of each job; default: 500"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="stop after this many seconds"
     )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--job", action="append", help="kill only this job; may be repeated")

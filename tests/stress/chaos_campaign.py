@@ -1,4 +1,4 @@
-"""Kill one run again and again, check it after every kill, and compare its final results."""
+"""Kill one run again and again, check it after every kill, and compare its results in the end."""
 
 import copy
 import itertools
@@ -23,18 +23,22 @@ from tests.stress.chaos_jobs import (
 from tests.stress.chaos_worker import Ended, Request, Server
 
 KINDS = {"moment": 9, "operation": 9, "SIGTERM": 1, "SIGTERM at operation": 1}
-"""Ways to stop a run (SIGKILL unless named otherwise), with their relative frequency."""
+"""Kinds of kills, with their relative frequency. Kinds without a signal use SIGKILL."""
 DAMAGES = ("truncated", "flipped", "emptied", "removed")
 
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """A signal to a run: one of `KINDS`, after `at` seconds or at file operation number `at`."""
+    """A signal that stops a run.
+
+    `kind` is a key of `KINDS`. `at` is a time in seconds, or the number of a file operation if the
+    name of the kind contains "operation".
+    """
 
     kind: str
     at: float
     within: str = ""
-    """Subfolder of the run whose file operations count; "" for the whole run."""
+    """Subfolder of the run in which file operations are counted; "" for the whole run."""
 
     @property
     def signal(self) -> int:
@@ -43,7 +47,7 @@ class Kill:
 
     @property
     def is_at_operation(self) -> bool:
-        """Whether the signal comes at a file operation, and not at a moment."""
+        """Whether the signal is sent at a file operation. Otherwise it is sent after a time."""
         return "operation" in self.kind
 
 
@@ -52,29 +56,29 @@ class Figures:
     """Results of killing a job."""
 
     kills: Counter[str] = field(default_factory=Counter)
-    """Number of kills survived, by kind."""
+    """Number of kills that the job survived, by kind."""
     damages: Counter[str] = field(default_factory=Counter)
-    """Number of damaged checkpoints survived, by kind of damage."""
+    """Number of damaged checkpoints that the job survived, by kind of damage."""
     runs: int = 0
     """Number of runs that finished."""
     operations: int = 0
     """Number of file operations in an uninterrupted run."""
     operations_killed: int = 0
-    """Number of file operations at which a run was first killed."""
+    """Number of file operations that were tried as the first kill of a run."""
     unit: str
     """Unit of work, as in "steps"."""
     done_over: int = 0
-    """Most work lost in a kill without a damaged checkpoint."""
+    """Most work that had to be repeated after a kill, not counting damaged checkpoints."""
     done_over_allowed: int
-    """Most work that a kill may lose."""
+    """Most work that a kill may cause to be repeated."""
     done_over_in_all: int = 0
-    """Work lost in all kills together."""
+    """Sum of the work that had to be repeated after all kills."""
     bytes_lost: int = 0
-    """Committed bytes that are gone or changed after a kill without a successor."""
+    """Number of committed bytes that a kill deleted or changed and that no other file replaces."""
     bytes_different: int = 0
     """Number of bytes in which results differ from those of the uninterrupted run."""
     problems: list[str] = field(default_factory=list)
-    """Descriptions of all other failures."""
+    """Descriptions of all problems."""
 
     @property
     def failed(self) -> bool:
@@ -82,17 +86,17 @@ class Figures:
         return bool(self.bytes_lost or self.bytes_different or self.problems)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures as values for JSON."""
+        """Return the figures as a dictionary for JSON."""
         return {entry.name: getattr(self, entry.name) for entry in fields(self)}
 
 
 class Target:
-    """A job and its uninterrupted run."""
+    """A job, and what its uninterrupted run left behind."""
 
     def __init__(self, servers: Sequence[Server], job: Job, out: Path) -> None:
         self.job, self._log = job, out.with_name(f"{out.name}.log")
-        # Forks of one process share the seed of `hash`, which separate runs do not. So alternate
-        # between several servers.
+        # Processes forked from the same server have the same seed of `hash`, but the runs of a user
+        # do not. So alternate between several servers.
         self._servers = itertools.cycle(servers)
         self.whole, self.ended = self.run(out)
         if self.ended.status != 0:
@@ -107,7 +111,10 @@ class Target:
     def run(
         self, out: Path, kill: Kill | None = None, *, file_limit: int | None = None
     ) -> tuple[State, Ended]:
-        """Begin or continue the job in `out`, and kill it if asked; return what it left behind."""
+        """Start or continue the job in `out`, and kill it if `kill` is given.
+
+        Returns the files and output that the process left behind, and how it ended.
+        """
         kill = kill or Kill("operation", 0)
         request = Request(
             command=self.job.command(out),
@@ -122,7 +129,7 @@ class Target:
         return state_of(out, self._log.read_text("utf-8", "replace")), ended
 
     def figures(self) -> Figures:
-        """Return the figures of this target before any kill."""
+        """Return figures of this target in which nothing has been counted yet."""
         return Figures(
             operations=self.ended.operations,
             unit=self.job.unit,
@@ -130,7 +137,7 @@ class Target:
         )
 
     def kills(self, draw: random.Random, count: int) -> Iterator[Kill]:
-        """Draw `count` kills for one run, spread so that all of them probably happen."""
+        """Draw `count` kills for one run. They come so early that all of them probably happen."""
         reach = 2 / (count + 1)
         for _ in range(count):
             kind, *_ = draw.choices(list(KINDS), list(KINDS.values()))
@@ -142,9 +149,10 @@ class Target:
 
 
 class Campaign:
-    """One run in a folder of its own that is killed several times and then left to finish.
+    """One run in a folder of its own, which is killed several times and then left to finish.
 
-    After a `share` of the kills, the newest checkpoint is damaged if there is an older one.
+    After each kill, the newest checkpoint is damaged with probability `share` if there is an older
+    one.
     """
 
     def __init__(
@@ -163,7 +171,10 @@ class Campaign:
         self._story: list[str] = []
 
     def run(self, kills: Iterable[Kill]) -> bool:
-        """Return whether all went well; add each problem to the figures."""
+        """Kill and continue the run until it is finished. Return whether there were no problems.
+
+        Problems are added to the figures.
+        """
         before = len(self._figures.problems)
         state = State(files={}, rows=(), printed="")
         try:
@@ -194,7 +205,7 @@ class Campaign:
         self._figures.problems.append(f"{self._job.name}: {what} [{story}] printed: {last}")
 
     def _bad_steps(self, state: State) -> set[int]:
-        """Return the steps of damaged checkpoints that have not been replaced since."""
+        """Return the steps of damaged checkpoints that the run has not replaced yet."""
         return {
             step
             for step, then in self._damaged.items()
@@ -231,7 +242,11 @@ class Campaign:
             self._problem(f"{lost} bytes lost", after)
 
     def _check_saying(self, bad: set[int], kept: int, after: State, to_its_end: bool) -> None:
-        """Check that one line names a damaged newest checkpoint, and no other file as damaged."""
+        """Check what the process printed about damaged checkpoints.
+
+        If the newest checkpoint was damaged, one line must say so. If none was damaged, no line may
+        report damage.
+        """
         said = [line for line in after.printed.splitlines() if "is damaged" in line]
         newest = max(bad, default=0)
         if to_its_end and newest > kept and sum(f"step-{newest:08d}" in x for x in said) != 1:
@@ -254,7 +269,7 @@ class Campaign:
             self._problem(f"reported that it saved, but lost {cost} {self._job.unit}", state)
 
     def _damage(self, state: State) -> State:
-        """Damage the newest checkpoint if there is an older one; return the new state."""
+        """Damage the newest checkpoint if there is an older one. Return the state after that."""
         whole = checkpoint_steps(state)
         if not isinstance(self._job, Training) or self._bad_steps(state) or len(whole) < 2:
             return state
@@ -306,5 +321,5 @@ def damage(folder: Path, kind: str, draw: random.Random) -> None:
 
 
 def differing(left: bytes, right: bytes) -> int:
-    """Return in how many bytes two contents differ, including the difference in length."""
+    """Return the number of bytes in which two contents differ, plus their difference in length."""
     return sum(a != b for a, b in zip(left, right, strict=False)) + abs(len(left) - len(right))

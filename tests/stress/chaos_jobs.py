@@ -1,7 +1,6 @@
-"""The jobs that the chaos harness kills, at toy size, and the guarantees of their commands.
+"""The jobs that the chaos harness kills, at toy size, and what their commands guarantee.
 
-Work is counted in the unit that must be repeated after a kill: steps of a training, drives of
-`tokenize`.
+Work is counted in steps for trainings and in drives for `tokenize`.
 """
 
 import json
@@ -52,7 +51,7 @@ _WORLD_MODEL: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """Content of a file at some moment."""
+    """Content of a file at one moment."""
 
     content: bytes
     written: tuple[int, int]
@@ -64,15 +63,15 @@ class State:
     """Files and output that a process left behind."""
 
     files: Mapping[str, File]
-    """Committed files by name, without temporary files and growing logs."""
+    """Committed files by name. Temporary files and logs are left out."""
     rows: tuple[str, ...]
     """Complete lines of the metrics file."""
     checkpoints: frozenset[int] = frozenset()
-    """Steps of all folders with the name of a checkpoint."""
+    """Steps of all checkpoint folders, including incomplete ones."""
     printed: str
     """Text that the process printed."""
     aside: frozenset[bytes] = frozenset()
-    """Contents of files that a writer had moved aside before it put their successor in place."""
+    """Contents of files that a writer had moved aside before it put new files in their place."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,13 +79,13 @@ class Mark:
     """Progress of a killed run."""
 
     done: int
-    """Amount of work that was done."""
+    """Amount of work that was done before the kill."""
     kept: int
     """Amount of work that was saved, from which the next run continues."""
 
 
 def state_of(out: Path, printed: str) -> State:
-    """Return the state of the folder `out`."""
+    """Return the state of the folder `out`, with `printed` as the output of its process."""
     files, aside = {}, set()
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
@@ -134,12 +133,12 @@ def _is_whole(name: str, content: bytes) -> bool:
 
 
 class Job(ABC):
-    """A command that makes the folder `out`, no matter how often it is killed."""
+    """A command that has to complete the folder `out`, no matter how often it is killed."""
 
     name: str
     """Name of the command."""
     makes: str
-    """Name of the folder of its uninterrupted run, from which other jobs start."""
+    """Name of the folder that the uninterrupted run makes. Other jobs use it as input."""
     unit: str
     """Unit of work, as in "steps"."""
     allowed: int
@@ -147,30 +146,36 @@ class Job(ABC):
 
     @abstractmethod
     def command(self, out: Path) -> tuple[str, ...]:
-        """Return the arguments with which a user begins the job in `out` or continues it."""
+        """Return the arguments with which a user starts or continues the job in `out`."""
 
     @abstractmethod
     def mark(self, state: State, damaged: Collection[int] = ()) -> Mark:
-        """Return the progress; `damaged` are steps of checkpoints that cannot be resumed."""
+        """Return the progress of the run.
+
+        Checkpoints of the steps `damaged` do not count, because the run cannot resume from them.
+        """
 
     @abstractmethod
     def is_replaced(self, name: str, before: State, after: State) -> bool:
-        """Return whether a committed file that is gone or changed has a successor."""
+        """Return whether something replaces a committed file that is gone or has changed."""
 
     @abstractmethod
     def done_over(self, kept: int, before: State, after: State) -> list[str]:
-        """Return signs that the next run repeated work that was saved."""
+        """Return traces of work that was repeated although it had been saved.
+
+        `before` and `after` are the states before and after a process ran.
+        """
 
     @abstractmethod
     def result(self, state: State) -> dict[str, bytes]:
-        """Return all contents that must be the same in the end, by name."""
+        """Return all contents that must equal those of an uninterrupted run, by name."""
 
     def is_over(self, status: int, state: State) -> bool:
-        """Return whether a run has finished."""
+        """Return whether the job is finished after a process ended with exit code `status`."""
         return status == 0
 
     def lost(self, before: State, after: State) -> int:
-        """Return the number of committed bytes that are gone without a successor."""
+        """Return the number of committed bytes that are gone and that nothing replaces."""
         return sum(
             len(file.content)
             for name, file in before.files.items()
@@ -201,20 +206,20 @@ class Training(Job):
             self._command += ("--set", f"{key}={json.dumps(value)}")
 
     def command(self, out: Path) -> tuple[str, ...]:
-        """Resume unless the run was killed before it wrote its configuration."""
+        """Return the command with `--resume`, if the run has written its configuration already."""
         resume = ("--resume",) if (out / "config.yaml").is_file() else ()
         return (*self._command, "--out", str(out), *resume)
 
     def mark(self, state: State, damaged: Collection[int] = ()) -> Mark:
-        """Return the last logged step and the newest complete checkpoint."""
+        """Return the last logged step as `done`, and the newest complete checkpoint as `kept`."""
         kept = max(set(checkpoint_steps(state)) - set(damaged), default=0)
         return Mark(done=max([kept, *map(_row_step, state.rows)]), kept=kept)
 
     def is_replaced(self, name: str, before: State, after: State) -> bool:
-        """Return whether a changed file may be missing.
+        """Return whether a committed file may be gone or may have changed.
 
-        Enough newer checkpoints replace a checkpoint, and so does a rewritten one of the same step.
-        Any other file is replaced by a file of the same name.
+        A checkpoint may be gone if there are enough newer ones. It may change if it is written
+        again as a whole. Any other file may change, but must exist.
         """
         if not name.startswith(CHECKPOINTS):
             return name in after.files
@@ -223,12 +228,15 @@ class Training(Job):
         return newer >= KEEP_LAST or (_step(name) in steps and _is_anew(name, before, after))
 
     def done_over(self, kept: int, before: State, after: State) -> list[str]:
-        """Return rows of saved steps that were logged again: rows hold times, so they differ."""
+        """Return the rows of saved steps that were logged again.
+
+        Rows contain times, so a row that was logged again differs from the first one.
+        """
         rows = [row for row in before.rows if _row_step(row) <= kept]
         return [row for row in rows if row not in after.rows]
 
     def result(self, state: State) -> dict[str, bytes]:
-        """Return exported files, tensors of the last checkpoint, and the log without times."""
+        """Return exported files, tensors of the last checkpoint, and metrics without times."""
         last = f"{CHECKPOINTS}{STEPS:08d}/"
         kept = {
             name: file.content
@@ -254,7 +262,10 @@ class Tokenize(Job):
         return (*self._command, "--out", str(out))
 
     def mark(self, state: State, damaged: Collection[int] = ()) -> Mark:
-        """Return the drives that are written with their mirror images, and the drive in work."""
+        """Count the drives that are written with their mirror images.
+
+        `done` also counts the drive that the process was working on.
+        """
         written = set(range(_merged(state)))
         written |= {number for name in state.files if (number := _part(name)) is not None}
         kept = sum({2 * drive, 2 * drive + 1} <= written for drive in range(DRIVES))
@@ -262,14 +273,17 @@ class Tokenize(Job):
         return Mark(done=kept + in_work, kept=kept)
 
     def is_replaced(self, name: str, before: State, after: State) -> bool:
-        """Return whether a shard replaced a part, or the index replaced unfinished files."""
+        """Return whether a shard has replaced the partial file of a drive.
+
+        The finished index replaces all unfinished files.
+        """
         if not name.startswith(_UNFINISHED):
             return False
         number = _part(name)
         return INDEX in after.files or (number is not None and number < _merged(after))
 
     def done_over(self, kept: int, before: State, after: State) -> list[str]:
-        """Return the parts that were written again."""
+        """Return the drives' partial files that were written again."""
         return [
             name
             for name, file in before.files.items()
@@ -285,14 +299,15 @@ class Tokenize(Job):
     def is_over(self, status: int, state: State) -> bool:
         """Return whether the store is finished.
 
-        If a run was killed after it wrote the index, the next run is refused.
+        A run may be killed after it has written the index. The next run then refuses to start,
+        because the store is finished.
         """
         refused = status == 1 and "token store" in state.printed.splitlines()[-1]
         return status == 0 or (refused and INDEX in state.files)
 
 
 def make_jobs(folder: Path) -> tuple[Job, ...]:
-    """Return the jobs in `folder`, in the order in which each makes the input of the next."""
+    """Return the jobs in `folder`, in their order: each job makes the input of the next one."""
     videos, tokenizer, tokens = (folder / name for name in ("videos", "tokenizer", "tokens"))
     return (
         Training("tokenizer", (str(videos),), _TOKENIZER),
@@ -325,7 +340,7 @@ def _step(name: str) -> int:
 
 
 def _is_anew(name: str, before: State, after: State) -> bool:
-    """Return whether every file in the folder of `name` has been rewritten."""
+    """Return whether all files in the folder of the file `name` have been rewritten."""
     folder = name.rpartition("/")[0] + "/"
     return not any(
         name.startswith(folder) and after.files.get(name, file).written == file.written
@@ -347,9 +362,9 @@ def _part(name: str) -> int | None:
 
 
 def _merged(state: State) -> int:
-    """Return the number of drives in shards, where a mirrored drive counts as another drive.
+    """Return the number of drives in shards. The mirror image of a drive counts as another drive.
 
-    Shards are made in order.
+    Shards are written in the order of the drives, so the drives in shards are the first ones.
     """
     if INDEX in state.files:
         return 2 * DRIVES

@@ -1,8 +1,9 @@
-"""Run `drivesim` commands in processes that can be killed and that start within milliseconds.
+"""Run `drivesim` commands in processes that start within milliseconds and can be killed.
 
 `python -m tests.stress.chaos_worker` imports everything once and then forks a process for each
-request. A request is a line of JSON on stdin (see `Request`). Two lines on stdout answer it: the
-id of the process once it has started, and how it ended.
+request. A request is a line of JSON on stdin (see `Request`). The answer is two lines on stdout.
+The first has the process id and is printed when the process has started. The second says how the
+process ended.
 """
 
 import gc
@@ -31,20 +32,21 @@ from tests import ROOT
 PATIENCE = 120.0
 """Seconds after which a process that has not ended counts as hanging."""
 SHARD_BYTES = 1500
-"""Size of a shard: a few toy drives, so that parts are merged into shards during the run."""
+"""Size of a shard in bytes. It is so small that a run writes several shards of toy drives."""
 
-# The audit events of file operations. shutil uses these too, and `os.replace` is a rename.
+# The audit events of file operations. shutil raises these events too, and `os.replace` raises
+# `os.rename`.
 _CHANGES = frozenset(
     ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
 )
 _HIDDEN = ("torch._dynamo", "typer._adapters")
-"""Modules that the first optimiser (2 s) and the first typer call import."""
+"""Modules that the first optimiser (2 s) and the first typer call would otherwise import."""
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """A command to run, and when and how to disturb it."""
+    """A command to run, and how to disturb it."""
 
     command: tuple[str, ...]
     """Arguments of `drivesim`."""
@@ -53,13 +55,13 @@ class Request:
     watched: Path
     """Folder whose file operations are counted."""
     signal_at: int = 0
-    """Number of the operation on the watched folder at which the signal is sent; 0: never."""
+    """Number of the operation on the watched folder at which the signal is sent; 0 means never."""
     after: float | None = None
-    """Seconds after which the signal is sent if the process still runs."""
+    """Seconds after which the signal is sent if the process still runs; None means never."""
     signal: int = signal.SIGKILL
     """Signal to send."""
     file_limit: int | None = None
-    """Maximum number of bytes in a file, to imitate a full disk."""
+    """Maximum size of a file in bytes, to imitate a full disk."""
 
     def to_json(self) -> bytes:
         """Return the request as one line of JSON."""
@@ -67,7 +69,7 @@ class Request:
 
     @classmethod
     def from_json(cls, line: str) -> Self:
-        """Return the request that `to_json` wrote."""
+        """Return the request in a line that `to_json` wrote."""
         values: dict[str, Any] = json.loads(line)
         values |= {name: Path(values[name]) for name in ("log", "watched")}
         return cls(**values)
@@ -80,13 +82,16 @@ class Ended:
     status: int
     """Exit code, or minus the number of the signal that ended the process."""
     operations: int
-    """Number of operations on the watched folder, including the one it was killed at."""
+    """Number of operations on the watched folder, including the one at which a signal was sent."""
     seconds: float
     """Seconds from start to end."""
 
 
 class Server:
-    """Client of a forking process; a context manager. `prefix` goes before its command line."""
+    """Client that starts a `chaos_worker` process and sends it requests, until the context ends.
+
+    `prefix` is put in front of the command line of that process.
+    """
 
     def __init__(self, *prefix: str) -> None:
         self._process = subprocess.Popen(
@@ -94,9 +99,9 @@ class Server:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=ROOT,
-            # OpenMP does not survive a fork if it has started threads.
+            # OpenMP may hang in a fork if the parent process has started threads.
             env=os.environ | {"OMP_NUM_THREADS": "1"},
-            bufsize=0,  # `select` would not see an answer that is already in a buffer
+            bufsize=0,  # `select` would miss an answer that is already in a buffer
         )
         assert self._process.stdin
         assert self._process.stdout
@@ -121,7 +126,7 @@ class Server:
         return self._process.pid
 
     def run(self, request: Request) -> Ended:
-        """Run the request until its process ends; raise TimeoutError if it hangs."""
+        """Run the request and return how its process ended. Raises TimeoutError if it hangs."""
         self._input.write(request.to_json())
         pid = self._answer()["pid"]
         start = time.monotonic()
@@ -146,15 +151,16 @@ class Server:
 
 
 def _send(pid: int, number: int) -> None:
-    with suppress(ProcessLookupError):  # the process has just ended by itself
+    with suppress(ProcessLookupError):  # the process may have just ended by itself
         os.kill(pid, number)
 
 
 def _serve() -> None:
-    """Fork a process for each request on stdin, and report its id and its end."""
+    """Fork a process for each request on stdin, and print its id and how it ended."""
     app = _import_all()
-    operations = memoryview(mmap.mmap(-1, 8)).cast("q")  # shared with the forks
-    # Freeze the imported objects, so that the forks do not write to their pages and copy them.
+    operations = memoryview(mmap.mmap(-1, 8)).cast("q")  # memory shared with the forks
+    # Freeze the imported objects. Otherwise the garbage collector of each fork would write to their
+    # memory pages, which copies the pages.
     gc.collect()
     gc.freeze()
     for line in sys.stdin:
@@ -172,7 +178,7 @@ def _say(answer: dict[str, int]) -> None:
 
 
 def _import_all() -> Callable[[list[str]], None]:
-    """Import all that the commands import, without starting a thread; return the app."""
+    """Import everything that the commands import, without starting a thread. Return the app."""
     from driving_sim import pipeline
     from driving_sim.cli import app
     from driving_sim.tokenizer.tokenize import tokenize
@@ -208,26 +214,28 @@ def _become(app: Callable[[list[str]], None], request: Request, operations: Any)
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
-    # Exit as multiprocessing's forks do: a normal exit with torch takes longer than the run.
+    # Skip Python's clean-up at exit, which with torch takes longer than the run.
     os._exit(status)
 
 
 class Watch:
-    """An audit hook that counts the operations that change a folder, and sends a signal at one.
+    """Audit hook that counts operations that change a folder, and sends a signal at one of them.
 
-    Python raises the event before the operation, so a killed process never performs it. If the
-    operation opens a file for writing, the hook truncates the file first, as the operation would.
+    Python calls the hook before the operation, so a killed process never performs it. But if the
+    operation opens a file for writing, the hook truncates the file before it sends SIGKILL, as if
+    the kill came just after the opening.
     """
 
     def __init__(self, request: Request, operations: Any) -> None:
-        # Both names, because paths relative to a descriptor are resolved to their real name.
+        # Compare with both names of the folder: paths relative to a descriptor contain its real
+        # name.
         self._folders = {str(request.watched.absolute()), str(request.watched.resolve())}
         self._at, self._signal, self._operations = request.signal_at, request.signal, operations
         self._numbers, self._pid = itertools.count(1), os.getpid()
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Handle an event of `sys.audit`."""
-        # A process that this one forks inherits the hook, but its operations do not count.
+        # Processes that this process forks inherit the hook, but their operations do not count.
         if not self._changes(event, arguments) or os.getpid() != self._pid:
             return
         number = next(self._numbers)

@@ -2,10 +2,10 @@
 
     python -m tests.stress.fuzz [--inputs N] [--target NAME] [--seed S]
 
-Each target makes a valid input, then damages copies of it and passes them to the functions that
-users reach. An input must be accepted, or refused with a `DriveSimError` of one line. All else is a
-failure: another exception, more than `HANG_S` seconds, or a partly written file. Input n depends
-only on (target, seed, n), so `--first n --inputs 1` repeats it.
+Each target makes a valid input. It then damages copies of it and passes them to the functions that
+read such files from users. drivesim must accept an input, or refuse it with a `DriveSimError` of
+one line. Anything else is a failure: another exception, more than `HANG_S` seconds, or a partly
+written file. Input n depends only on (target, seed, n), so `--first n --inputs 1` repeats it.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from driving_sim.engine.errors import DriveSimError
 from tests.stress.fuzz_targets import TARGETS, Attempt
 
 HANG_S = 30
-"""Seconds after which an input counts as a hang."""
+"""Seconds after which a test of an input counts as hanging."""
 _LONGEST_MESSAGE = 4000
 _UNSHOWABLE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]"
@@ -39,16 +39,16 @@ _SHOWN = 5
 
 
 class Hang(BaseException):
-    """An input took too long."""
+    """Raised if an input takes too long."""
 
 
 class BadOutcome(Exception):  # noqa: N818 - a verdict on the code under test
-    """A result that no user should see, such as a message of several lines or a partial file."""
+    """Raised for results that no user should see: messages of several lines, or partial files."""
 
 
 @dataclass(kw_only=True)
 class Tally:
-    """Results of the inputs of a target."""
+    """Counts of the inputs of a target by result, and descriptions of the failures."""
 
     target: str
     tried: int = 0
@@ -72,7 +72,10 @@ def run(
     first: int = 0,
     seconds: float = float("inf"),
 ) -> Tally:
-    """Try inputs of a target from number `first` on, until `inputs` or `seconds` are used up."""
+    """Try the inputs of a target from number `first` on.
+
+    Stops after `inputs` inputs, or once `seconds` have passed.
+    """
     tally = Tally(target=target)
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="drivesim-fuzz-") as folder, warnings.catch_warnings():
@@ -106,7 +109,10 @@ def _try(tally: Tally, attempt: Attempt, rng: random.Random, work: Path, number:
 
 
 def _outcome(attempt: Attempt, rng: random.Random, work: Path) -> bool:
-    """Return whether an input was refused; raise `BadOutcome` if the result is wrong."""
+    """Return whether drivesim refused the input.
+
+    Raises `BadOutcome` if it left a partial file or if its message is bad.
+    """
     try:
         attempt(rng, work)
         refused = False
@@ -131,7 +137,7 @@ def check_message(message: str) -> None:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Hide the progress messages of trainings."""
+    """Hide everything that is printed."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         yield
 

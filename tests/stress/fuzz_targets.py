@@ -1,4 +1,4 @@
-"""The targets of the fuzzer: valid inputs to damage, and the functions that then read them."""
+"""The targets of the fuzzer: each one damages valid inputs and passes them to their readers."""
 
 import json
 import random
@@ -46,7 +46,7 @@ from tests.fixtures.token_drives import (
 from tests.stress import mutations
 
 Attempt = Callable[[random.Random, Path], None]
-"""A function that damages a copy in the folder with the random numbers, and uses it."""
+"""Function of a random generator and a folder. It writes a damaged input there and reads it."""
 
 QUIET = {"x265-params": "log-level=error"}
 SIZE = FrameSize(height=16, width=32)
@@ -119,7 +119,7 @@ def csv_target(folder: Path) -> Attempt:
 
 
 def use_script(script: str) -> None:
-    """Plan a future from an argument of `--actions`."""
+    """Make an action plan from an argument of `--actions`."""
     (plan,) = make_plans([script], SITUATION)
     if not np.isfinite(plan.actions).all():
         raise AssertionError("actions are not finite")
@@ -140,7 +140,7 @@ def script_target(folder: Path) -> Attempt:
 
 
 def config_target(folder: Path) -> Attempt:
-    """Fuzz config files and assignments on top of the presets of both models."""
+    """Fuzz config files and `--set` assignments, which change the presets of both models."""
     configs: list[Any] = [tokenizer_presets.PRESETS["tiny"], world_presets.PRESETS["tiny"]]
 
     def attempt(rng: random.Random, work: Path) -> None:
@@ -282,7 +282,7 @@ def _changed_array(rng: random.Random, data: bytes) -> bytes:
 
 
 def store_target(folder: Path) -> Attempt:
-    """Fuzz token stores, which are opened and read as in a training."""
+    """Fuzz token stores, which are opened and read as a training does."""
     write_store(folder / "tokens", (12, 9, 20), gap_at=6)
 
     def attempt(rng: random.Random, work: Path) -> None:
@@ -301,7 +301,7 @@ def store_target(folder: Path) -> Attempt:
 def _settle_sizes(store: Path) -> None:
     """Write the actual sizes of the shards into the index.
 
-    Otherwise the check of sizes would always find the damage first.
+    Otherwise drivesim would refuse most damaged stores because of the sizes, before other checks.
     """
     try:
         index = json.loads((store / "index.json").read_bytes())
@@ -313,7 +313,7 @@ def _settle_sizes(store: Path) -> None:
 
 
 def tokenizer_target(folder: Path) -> Attempt:
-    """Fuzz folders of tokenizers."""
+    """Fuzz tokenizer folders."""
     tiny_tokenizer().save(folder / "tokenizer")
 
     def attempt(rng: random.Random, work: Path) -> None:
@@ -402,7 +402,7 @@ def scaling_target(folder: Path) -> Attempt:
     def attempt(rng: random.Random, work: Path) -> None:
         number = rng.randrange(len(runs))
         damaged = [*runs[:number], _damage(rng, runs[number], work), *runs[number + 1 :]]
-        if rng.random() < 0.1:  # rarely, because drawing takes most of the time
+        if rng.random() < 0.1:  # rarely, because `scale` also draws, which takes most of the time
             str(scale(damaged, work / "law"))
         else:
             report = fit_runs([read_run(run) for run in damaged])
@@ -426,4 +426,4 @@ TARGETS: dict[str, Callable[[Path], Attempt]] = {
     "scaling": scaling_target,
     "video": video_target,
 }
-"""All targets by name. Each makes its valid input in a folder and returns an `Attempt`."""
+"""All targets by name. A target writes a valid input into a folder and returns an `Attempt`."""

@@ -1,4 +1,4 @@
-"""Random damage for the fuzzer: to bytes, text, JSON values and safetensors headers."""
+"""Random damage to bytes, text, JSON values and safetensors headers, for the fuzzer."""
 
 import copy
 import json
@@ -119,7 +119,7 @@ def changed_text(rng: random.Random, text: str, separators: str = ",\n") -> str:
 
 
 def changed_json(rng: random.Random, value: Any) -> Any:
-    """Return a copy with one or two values replaced by hostile ones, removed, or added."""
+    """Return a copy in which one or two values are removed, added or replaced with hostile ones."""
     root = [copy.deepcopy(value)]
     for _ in range(rng.randint(1, 2)):
         places = list(_places(root))
@@ -137,7 +137,7 @@ def changed_json(rng: random.Random, value: Any) -> Any:
 
 
 def _places(value: Any) -> Any:
-    """Yield (container, key) for everything inside a JSON value."""
+    """Yield (container, key) of every value inside a JSON value, at any depth."""
     entries = value.items() if isinstance(value, dict) else enumerate(value)
     for key, item in list(entries):
         yield value, key
@@ -146,7 +146,7 @@ def _places(value: Any) -> Any:
 
 
 def changed_json_text(rng: random.Random, data: bytes) -> bytes:
-    """Return the bytes of a JSON file with changed values, or sometimes with changed bytes."""
+    """Return the bytes of a JSON file after changing values, or sometimes after changing bytes."""
     if rng.random() < 0.2:
         return changed_bytes(rng, data)
     if rng.random() < 0.05:
@@ -157,7 +157,7 @@ def changed_json_text(rng: random.Random, data: bytes) -> bytes:
 def changed_safetensors(rng: random.Random, data: bytes) -> bytes:
     """Return the bytes of a safetensors file with a changed header, or with changed bytes.
 
-    The length of the header is usually corrected, but sometimes wrong.
+    The length in front of a changed header is usually right, but sometimes wrong.
     """
     if rng.random() < 0.3:
         return changed_bytes(rng, data)

@@ -27,17 +27,18 @@ from tests.stress.chaos_worker import Request, Server, Watch
 
 TRAININGS = ["train-tokenizer", "train-world-model"]
 DISK = ("unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=$1 none "$2" && shift 2 && "$@"', "-")
-"""Prefix of a command: mounts a disk of a given size ($1) at a folder ($2), then runs the rest."""
+"""Start of a command line: mounts a disk of size $1 at folder $2, then runs the rest."""
 DISK_BYTES = 16 << 20
 LEAST_LIMIT = 4096
-"""Smallest limit on the bytes of a file without such a disk: the process's output must fit."""
+"""Smallest limit on file sizes if no disk can be mounted. What the process prints must fit."""
 
 
 class Disk:
-    """A folder whose disk can be made full."""
+    """A folder whose disk can be filled, or a limit on file sizes instead."""
 
     def __init__(self, server: Server, folder: Path, real: bool) -> None:
-        # Only this path shows the disk that the process has mounted for itself.
+        # Only the server sees the disk that it has mounted. Other processes see it through this
+        # path.
         self.folder = Path(f"/proc/{server.pid}/root{folder}") if real else folder
         self.server, self._real = server, real
 
@@ -45,7 +46,7 @@ class Disk:
     def full(self, room: int) -> Iterator[int | None]:
         """Leave only `room` bytes on the disk until the context ends.
 
-        Yields the limit on the bytes of a file if the disk is not real, else None.
+        If there is no real disk, yields the limit on file sizes to use instead, otherwise None.
         """
         if not self._real:
             yield max(room, LEAST_LIMIT)
@@ -62,7 +63,7 @@ class Disk:
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disk]:
-    """Return a real small disk if the system allows mounting one, else a limit on file sizes."""
+    """Mount a small disk if the system allows it, otherwise fall back to a limit on file sizes."""
     folder = tmp_path_factory.mktemp("disk")
     prefix = (*DISK, str(DISK_BYTES), str(folder))
     try:
@@ -97,7 +98,7 @@ def test_a_killed_training_ends_with_the_same_results(chaos: Chaos, name: str) -
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_a_training_killed_while_writing_continues(chaos: Chaos, tmp_path: Path, name: str) -> None:
-    """Kills it before it has written its configuration, and twice within a checkpoint."""
+    """Kill it before it has written its configuration, and twice while it writes a checkpoint."""
     target = chaos.targets[name]
     figures, kills = target.figures(), [Kill("operation", 3)]
     kills += [Kill("operation", at, within="checkpoints") for at in (5, 17)]
@@ -137,7 +138,7 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_a_full_disk_stops_a_training_cleanly(chaos: Chaos, disk: Disk, name: str) -> None:
-    """With any amount of room, it ends with a one-line error and keeps what was saved."""
+    """However little room is left, the training ends with a one-line error and loses no file."""
     target = chaos.targets[name].on(disk.server)
     out = disk.folder / name
     state, ended = target.run(out, Kill("operation", 0.7 * target.ended.operations))

@@ -1,12 +1,12 @@
 """`python -m tests.stress.unchanged REVISION`: compare all commands with an earlier commit's.
 
 Runs every command in this checkout and in a checkout of the earlier commit, with one thread. The
-input is synthetic drives, and recordings if there are any beside the checkout. Compares what the
-commands write and print: weights, stores, tokens and pictures byte by byte, JSON and YAML value by
-value, texts word by word, and videos as pictures. An H.264 encoder does not write the same bytes
-twice, so both checkouts work on the same videos. Times and rates are ignored. Then this checkout
-resumes the earlier one's trainings. Prints all differences; the exit code is 1 if there are any.
-Takes about half an hour.
+inputs are synthetic drives, and recordings if there are any beside the checkout. Both checkouts
+read the videos that the earlier commit wrote, because an H.264 encoder does not write the same
+bytes twice. Compares what the commands write and print: weights, stores, tokens and pictures byte
+by byte, JSON and YAML value by value, texts word by word, and videos by their frames. Times and
+rates are ignored. Then this checkout resumes the earlier commit's trainings. Prints all
+differences; the exit code is 1 if there are any. Takes about half an hour.
 """
 
 import argparse
@@ -35,10 +35,10 @@ from tests import ROOT, SHARED
 _CLOCK = re.compile(r"second|minute|rate|time|date|eta|memory|speed_of|elapsed|version|commit|took")
 _FAILED = "exit code"
 _OF_CLOCKS = ("checksums.json",)
-"""Files that depend on times, because they describe other files that contain times."""
+"""Files that are not compared: they contain checksums of files that contain times."""
 _LAST_OF_VIDEOS = "synth heldout"
 MOST_GREY_LEVELS = 1.0
-"""Largest mean difference in grey levels between two encodings of the same video."""
+"""Largest mean difference in grey levels at which two videos count as equal."""
 _PROGRESS = re.compile(r"(?m)^.*\d/\d+ .* left.*\n?")
 _CLOCK_TEXT = re.compile(
     r"(?<![\w.])\d[\d,.]*\s*(?:/s|s|ms|min|h|it/s|frames/s|steps/s|MB|GB|MiB|GiB)\b"
@@ -54,7 +54,7 @@ class Step:
     arguments: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
     code: int = 0
-    """Exit code that both checkouts must return; -1 for any."""
+    """Exit code that both checkouts must return; -1 allows any."""
 
 
 _SMALL = ("--steps", "40", "--set", "training.save_every=20", "--set", "training.validate_every=20")
@@ -143,7 +143,7 @@ def synthetic_steps() -> Iterator[Step]:
 
 
 def recorded_steps() -> Iterator[Step]:
-    """Yield steps that inspect the recordings beside the checkout, and tokenize some."""
+    """Yield steps that inspect the recordings beside the checkout, and tokenize some of them."""
     for folder in sorted(path for path in SHARED.iterdir() if path.is_dir()):
         if folder.name not in ("torcs", "track", "lake_test"):
             yield Step(name=f"inspect {folder.name}", arguments=("inspect", str(folder), "--json"),
@@ -159,9 +159,9 @@ def recorded_steps() -> Iterator[Step]:
 
 
 def wrong_steps() -> Iterator[Step]:
-    """Yield steps with mistakes of users, which must end with a one-line error.
+    """Yield steps with a user's mistakes, which must end with a one-line error.
 
-    The wording of the line may have improved since.
+    A difference in the wording of the error need not be a fault.
     """
     for command in (
         "inspect nowhere",
@@ -205,9 +205,9 @@ def wrong_steps() -> Iterator[Step]:
 
 
 def run(tree: Path, folder: Path, step: Step) -> str:
-    """Run a step of the checkout `tree` in `folder`; return its output.
+    """Run a step in `folder` with the code of the checkout `tree`. Return its output.
 
-    The output begins with the exit code if it is not the expected one.
+    If the exit code is not the expected one, the output begins with it.
     """
     plain = {name: text for name, text in os.environ.items() if not name.startswith("DRIVESIM_")}
     own = {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -225,7 +225,7 @@ def run(tree: Path, folder: Path, step: Step) -> str:
 
 
 def without_clock(value: Any) -> Any:
-    """Return a JSON value without entries that depend on time or machine."""
+    """Return a JSON value without entries that depend on the time or the machine."""
     if isinstance(value, dict):
         return {k: without_clock(v) for k, v in value.items() if not _CLOCK.search(str(k))}
     return [without_clock(item) for item in value] if isinstance(value, list) else value
@@ -241,14 +241,14 @@ def content(path: Path) -> Any:
         return yaml.safe_load(path.read_text())
     if path.suffix == ".txt":
         return words(path.read_text())
-    if path.suffix == ".html":  # without numbers, which are in metrics.json or are times
+    if path.suffix == ".html":  # ignore numbers, which are times or are compared in metrics.json
         page = re.sub(r">\s*|\s*<", lambda edge: edge[0].strip(), path.read_text())
         return re.sub(r"base64,[\w+/=]+|\d[\d.]*|\bmin\b", "", html.unescape(page)).split()
     return path.read_bytes()
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text without times and rates."""
+    """Return the words of a text, with `#` in place of times and rates."""
     return _CLOCK_TEXT.sub("#", _PROGRESS.sub("", text)).split()
 
 
@@ -264,7 +264,7 @@ def differing_files(before: Path, now: Path) -> list[str]:
 
 
 def same(before: Path, now: Path) -> bool:
-    """Return whether two files have the same content."""
+    """Return whether two files have the same content. Videos need only look nearly the same."""
     if not (before.is_file() and now.is_file()):
         return False
     if before.suffix == ".mp4":
@@ -274,7 +274,7 @@ def same(before: Path, now: Path) -> bool:
 
 
 def frames(path: Path) -> NDArray[np.float32]:
-    """Return the frames of a video in grey."""
+    """Return the frames of a video as grey levels [T, H, W]."""
     with av.open(path) as container:
         grey = [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
     return np.stack(grey).astype(np.float32)
@@ -285,8 +285,8 @@ def run_all(
 ) -> dict[str, str]:
     """Run all steps and return their outputs by name.
 
-    If an earlier call has left its results for the folder, they are returned instead. After the
-    drives are made, those in `videos` replace them.
+    If an earlier call has left its results for the folder, returns those instead. If `videos` is
+    given, its drives replace the drives that the first steps make.
     """
     record = folder.with_suffix(".json")
     if record.exists():
@@ -306,7 +306,7 @@ def run_all(
 
 
 def differing_texts(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
-    """Yield the steps whose output differs, and those that failed in both checkouts."""
+    """Yield a text for each step whose output differs, or that failed in both checkouts."""
     for name, text in before.items():
         if words(text) != words(now[name]):
             yield f"{name}: output\n  before: {text.strip()}\n  now:    {now[name].strip()}"
@@ -315,7 +315,7 @@ def differing_texts(before: Mapping[str, str], now: Mapping[str, str]) -> Iterat
 
 
 def continued(before: Path, now: Path) -> Iterator[str]:
-    """Resume the earlier commit's trainings in this checkout; yield the files that differ."""
+    """Resume the earlier commit's trainings in this checkout. Yield a text for each difference."""
     tokenizer = "train-tokenizer videos --preset demo --set objective.gan_start=0.4"
     for name, command in (
         ("tokenizer", f"{tokenizer} --set objective.gan_weight=0.1"),
@@ -339,7 +339,7 @@ def main() -> None:
     parser.add_argument(
         "--keep",
         type=Path,
-        help="folder for the results of both; results that are already there are used",
+        help="folder for the results of both checkouts; results that are already there are used",
     )
     options = parser.parse_args()
     tree = Path(options.revision)
