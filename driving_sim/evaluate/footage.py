@@ -27,11 +27,11 @@ from driving_sim.engine.files import sha256_of
 from driving_sim.tokenizer.tokenizer import Tokenizer
 
 APART_S = 2.0
-"""Minimum time between two frames in a list of worst frames, in s: neighbours look alike."""
+"""Minimum time in s between frames that are shown together; closer frames look alike."""
 _SAME_TOKENS = 0.9
-"""Share of equal tokens above which two drives with the same timestamps count as one recording.
+"""Share of equal tokens above which two drives with the same timestamps are the same recording.
 
-The tokens of one video differ a little if it is tokenized on two devices.
+The share may be below 1, because two devices tokenize the same video a little differently.
 """
 
 
@@ -43,9 +43,10 @@ def first_frames(drive: DriveTokens, frames: int) -> DriveTokens:
 
 
 def frames_apart(ranked: Iterable[int], times_s: Floats, most: int) -> list[int]:
-    """Return up to `most` of the ranked frames, skipping any within `APART_S` of a better one.
+    """Choose up to `most` frames, best first, that are at least `APART_S` apart.
 
-    `ranked` holds frame indices, best first; `times_s` is the time of every frame of the drive.
+    `ranked` lists the indices of frames, best first. `times_s` is the time of every frame of the
+    drive.
     """
     chosen: list[int] = []
     for frame in ranked:
@@ -57,10 +58,10 @@ def frames_apart(ranked: Iterable[int], times_s: Floats, most: int) -> list[int]
 
 
 class HeldOutStore(TokenStore):
-    """A token store of held-out drives, reduced to what a model can be measured on.
+    """A token store of held-out drives, prepared for measuring a model.
 
-    Action channels that the model never learned are marked as unknown, because to the model they
-    are noise. Mirror images are left out, because they show the same footage again.
+    Action channels that the model never learned are marked as unknown, because the model cannot
+    use them. Mirror images are left out, because they show the same footage again.
     """
 
     def __init__(self, path: Path, known_channels: tuple[bool, bool]) -> None:
@@ -72,15 +73,16 @@ class HeldOutStore(TokenStore):
         )
         if not self.drives:
             raise DriveSimError(
-                f"{path}: holds only mirror images; name a store that holds the original drives"
+                f"{path}: contains only mirror images; name a store that contains the original "
+                "drives"
             )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Footage:
-    """A drive's tokens and actions, with the frames that count as the truth.
+    """A drive's tokens and actions, with the true frames that rollouts are compared with.
 
-    The true frames are those of the recorded video. Without a video they are the tokenizer's
+    The true frames come from the recorded video. Without a video they are the tokenizer's
     reconstructions, which are the best frames that a world model could produce.
     """
 
@@ -92,8 +94,8 @@ class Footage:
     def frames(self, begin: int, stop: int, *, in_order: bool = False) -> Pixels:
         """Return the frames from `begin` up to `stop`, uint8 [n, H, W, 3], at the tokenizer's size.
 
-        By default the reader seeks to the frames, which is fast for a few. With `in_order` it
-        decodes the video front to back from the first of them, which is fast for many.
+        By default the video reader seeks to each frame, which is fast for a few frames. With
+        `in_order` it decodes the video from frame `begin` onwards, which is fast for many frames.
         """
         if self.recorded is None:
             return self.tokenizer.decode(self.drive.tokens[begin:stop]).numpy()
@@ -104,9 +106,9 @@ class Footage:
 
     @property
     def synthetic(self) -> SyntheticDrive | None:
-        """The synthetic world behind the video, or None for a video not made by `drivesim synth`.
+        """The simulated drive that the video shows, or None if `drivesim synth` did not make it.
 
-        It is loaded from the JSON file beside the video, and can replay the drive.
+        It is loaded from the JSON file beside the video. It can be replayed with other actions.
         """
         video = self.recorded.drive.video if self.recorded is not None else None
         beside = Path(video.path).with_suffix(".json") if video else None
@@ -117,19 +119,22 @@ class Footage:
 
     @property
     def place(self) -> list[str | int]:
-        """The drive's id and the first frame of this part; a very long drive has several parts."""
+        """The drive's id, and the index in the drive of this footage's first frame.
+
+        A very long drive is split into several parts, which have the same id.
+        """
         return [self.drive.id, self.drive.entry.start]
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the drive's video (or tokens, without a video), actions and times."""
+        """SHA-256 (hex) of the drive's actions and times, and of its video or else its tokens."""
         if self.recorded is not None:
             return sampled_fingerprint(self.recorded)
         return digest(self.drive.tokens, *clock_and_actions(self.drive))
 
 
 def sampled_fingerprint(sampled: SampledDrive) -> str:
-    """Return the SHA-256 (hex) of a drive's files, chosen frames, actions and times."""
+    """Return the SHA-256 (hex) of a drive's video files, frame indices, actions and times."""
     files = map(sha256_of, sampled.drive.reader.files(sampled.indices))
     content = np.frombuffer(hashlib.sha256(bytes.fromhex("".join(files))).digest(), np.uint8)
     clock = sampled.timestamps, sampled.actions, sampled.action_valid, np.array(sampled.segments)
@@ -145,7 +150,7 @@ def recording_digest(timestamps: Floats, actions: Floats32, valid: Mask) -> str 
     """Return the SHA-256 (hex) of a drive's times and actions, to recognise a renamed recording.
 
     A video, its tokens and its mirror image all have the same digest. Returns None if no known
-    action ever changes: such drives, of parked cars for example, could share times and actions.
+    action ever changes, as with a parked car: two such drives could have equal times and actions.
     """
     known = np.where(valid, actions, np.float32(0))
     known[:, STEERING] = np.abs(known[:, STEERING])
@@ -160,10 +165,10 @@ def recording_digest(timestamps: Floats, actions: Floats32, valid: Mask) -> str 
 def recording_digests(
     drives: Sequence[DriveTokens | SampledDrive], channels: tuple[bool, bool] = (True, True)
 ) -> dict[str, str]:
-    """Return the `recording_digest` of every drive by its id, over all parts of a split drive.
+    """Return the `recording_digest` of every drive, by drive id.
 
-    Only the action channels marked True in `channels` count: (speed, steering). Drives without a
-    digest are left out.
+    The parts of a split drive have one digest together. `channels` says whether to use speed and
+    steering; a channel that is not used counts as unknown. Drives without a digest are left out.
     """
     parts: dict[str, list[DriveTokens | SampledDrive]] = {}
     for drive in drives:
@@ -180,10 +185,10 @@ def recording_digests(
 def check_apart(heldout: Mapping[str, str], training: TokenStore) -> None:
     """Raise DriveSimError if a held-out drive is also in the training tokens.
 
-    `heldout` maps drive ids to digests, as `recording_digests` returns them.
+    `heldout` is the result of `recording_digests` for the held-out drives.
     """
-    # A drive comes before its mirror image and has the same digest. In reversed order the drive
-    # overwrites the mirror image, so the error names the drive.
+    # A drive comes before its mirror image and has the same digest. Insert the drives in reverse
+    # order, so the drive overwrites its mirror image and the error names the drive.
     digests = recording_digests(training.drives)
     trained = {content: name for name, content in reversed(digests.items())}
     for name, content in heldout.items():
@@ -192,9 +197,10 @@ def check_apart(heldout: Mapping[str, str], training: TokenStore) -> None:
 
 
 def check_tokens_apart(heldout: TokenStore, training: TokenStore) -> None:
-    """Raise DriveSimError if a held-out drive has the tokens of a training drive.
+    """Raise DriveSimError if a held-out drive has almost the same tokens as a training drive.
 
-    This catches what `check_apart` misses: drives without actions or with another time offset.
+    This finds drives that `check_apart` misses, because they have no actions or because their
+    actions were read with another time offset.
     """
     for drive in heldout.drives:
         for trained in training.drives:
@@ -238,7 +244,7 @@ class Clip:
 
     @property
     def name(self) -> str:
-        """The drive's id, the time of the last context frame, and "mirrored" if it is."""
+        """The drive's id, the time of the last context frame, and "mirrored" if the clip is."""
         time = self.footage.drive.timestamps[self.start - 1]
         return f"{self.footage.drive.id} at {time:.1f} s{' mirrored' if self.mirrored else ''}"
 
@@ -266,7 +272,7 @@ class Clip:
     def actions(self) -> tuple[Floats32, Mask]:
         """Actions and their validity, [T - 1 + N, 2] each.
 
-        The first T - 1 lie within the context; the next N lead to the N frames of the future.
+        The first T - 1 actions lie within the context. The next N lead to the frames of the future.
         """
         first = self.start - self.context_frames
         chosen = slice(first, self.start + self.frames - 1)
@@ -290,14 +296,14 @@ def choose_clips(
 ) -> list[Clip]:
     """Choose up to `count` clips, spread evenly over all possible clips of the drives.
 
-    No two futures share a frame, so that the clips are independent evidence. No clip crosses a gap.
+    No two futures share a frame, so the clips are independent. No clip crosses a time gap.
     Raises TooLittleDataError if no drive is long enough for a clip.
     """
     places = [
         Clip(footage=source, start=start, context_frames=context_frames, frames=frames)
         for source in footage
         for begin, stop in source.drive.entry.segments
-        # The step is the length of a future, so the futures lie end to end.
+        # The step is the length of a future, so each future begins where the last one ended.
         for start in range(begin + context_frames, stop - frames + 1, frames)
     ]
     if not places:

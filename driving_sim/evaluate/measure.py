@@ -130,16 +130,16 @@ def measure_world_model(
 ) -> dict[str, Any]:
     """Measure a world model on held-out drives, and write a report to the folder `out`.
 
-    `data` names videos or one token store. The inverse-dynamics probe comes from one of three
-    places: `probe` names a report, or the probe file in it, to use again; otherwise the probe
-    learns from `training_videos`; without these it learns from the frames that the tokenizer
-    decodes from `training_tokens`. Returns the key figures as text, by their labels, and a line
-    that names what could not be measured.
+    `data` names videos or one token store. `probe` names an earlier report, or the file of the
+    inverse-dynamics probe in it. Without `probe`, a new probe is trained on `training_videos`. If
+    these are missing too, it is trained on the frames that the tokenizer decodes from
+    `training_tokens`. Returns the key figures as text, by their labels, and a line that names what
+    could not be measured.
 
-    Raises DriveSimError if the model or the probe was trained on a held-out drive, if
-    `training_tokens` are not those of the model, or if the probe has another frame rate or kind of
-    steering than the model. All checks come before any tokenizing or training, except one: a
-    held-out drive without actions is compared with the training drives by its tokens.
+    Raises DriveSimError if the model or the probe was trained on a held-out drive, if the model was
+    not trained on `training_tokens`, or if the probe's frame rate or kind of steering is not the
+    model's. Almost all checks run before any tokenizing or training. Only a held-out drive without
+    actions is checked later, because its tokens are compared with the training tokens.
     """
     began = time.perf_counter()
     world = WorldModel.from_run(run, device, precision)
@@ -218,9 +218,9 @@ def measure_world_model(
 
 
 def _perceptual() -> PerceptualLoss | None:
-    """Return LPIPS if the weights of its backbone are on this machine, or None.
+    """Return LPIPS if the weights of its backbone are on this machine, otherwise None.
 
-    A report downloads nothing.
+    An evaluation never downloads them.
     """
     return PerceptualLoss(vgg16_weights()) if has_vgg16_weights() else None
 
@@ -228,23 +228,23 @@ def _perceptual() -> PerceptualLoss | None:
 def _training_store(run: Path, world: WorldModel, path: Path) -> TokenStore:
     """Open the token store that the model was trained on.
 
-    Raises DriveSimError, which names the option, if `path` is not that store. If the run
-    folder has no config file, any store that fits the model passes.
+    Raises DriveSimError if `path` is not that store. If the run folder has no config file, accept
+    any store with the model's tokenizer, steering kind and frame rate.
     """
     try:
         training = TokenStore(path)
         _check_store(world, training)
     except DriveSimError as error:
         raise DriveSimError(
-            f"{error}, or name the token store that the model was trained on with `training_tokens`"
+            f"{error}, or use `training_tokens` to name the store that the model was trained on"
         ) from error
     learned_drives(world, training)
     config = load_yaml(run / CONFIG) if (run / CONFIG).is_file() else {}
     content = training.index.content
     if config.get("store", {}).get("content", content) != content:
         raise DriveSimError(
-            f"{path}: not the token store that {run} was trained on; name that store with "
-            "`training_tokens`"
+            f"{path}: not the token store that {run} was trained on; use `training_tokens` to name "
+            "that store"
         )
     return training
 
@@ -252,7 +252,7 @@ def _training_store(run: Path, world: WorldModel, path: Path) -> TokenStore:
 def _check_store(world: WorldModel, store: TokenStore) -> None:
     """Raise DriveSimError if the model cannot be measured on a store's tokens.
 
-    Prints a line if the tokens were made in another number format than the model's.
+    Print a line if the number format of the tokens, such as bf16, is not the model's.
     """
     world.check_store(store)
     if line := world.format_notice(store):
@@ -262,11 +262,11 @@ def _check_store(world: WorldModel, store: TokenStore) -> None:
 def _rate(
     world: WorldModel, training: TokenStore, fps: float | None, every: int | None
 ) -> dict[str, Any]:
-    """Return the frame rate or stride that the user asked for, else that of the training tokens."""
+    """Return the frame rate or stride that the user requested, or the training tokens' rate."""
     if fps is not None or every is not None:
         return frame_rate(fps, every)
-    # Prefer the rate that the user once requested for the training tokens. The model's own rate is
-    # what resampling made of it, which may be slightly off.
+    # Prefer the rate that the user requested for the training tokens. The model's own rate is the
+    # rate after resampling, which may differ slightly from the requested one.
     asked = training.info.requested_fps
     return {
         "fps": asked if asked and abs(asked / world.fps - 1) <= 0.01 else world.fps,
@@ -281,8 +281,8 @@ def _held_out_store(world: WorldModel, data: Sequence[Path]) -> HeldOutStore | N
         return None
     if len(data) > 1:
         raise DriveSimError(
-            f"{stores[0]}: a token store cannot be evaluated together with other drives; name the "
-            "store alone, or videos only"
+            f"{stores[0]}: a token store cannot be evaluated together with other drives; name only "
+            "this store, or only videos"
         )
     store = HeldOutStore(stores[0], world.known_channels)
     _check_store(world, store)
@@ -300,7 +300,7 @@ def _sampled(world: WorldModel, videos: DriveSet, rate: dict[str, Any]) -> list[
         if abs(video.fps / world.fps - 1) > RATE_TOLERANCE:
             raise DriveSimError(
                 f"{video.drive.id}: sampled at {video.fps:.3g} frames/s, but the model was trained "
-                f"at {world.fps:.3g}; leave out `fps` and `every`, or use a video of that rate or "
-                "more"
+                f"at {world.fps:.3g}; leave out `fps` and `every`, and use a video with at least "
+                "the model's rate"
             )
     return sampled

@@ -1,4 +1,4 @@
-"""Let the world model generate the futures of clips.
+"""Generate the futures of clips with a world model.
 
 Axes: B clips of a batch, N frames of the future, H W pixels, r c token rows and columns.
 """
@@ -17,7 +17,7 @@ from driving_sim.world_model.world_model import Prefix, WorldModel
 BATCH = 8
 """Number of clips rolled out together.
 
-Another batch size rounds differently, so it may sample a different token here and there.
+Rounding depends on the batch size, so another batch size may change a few sampled tokens.
 """
 
 
@@ -33,9 +33,9 @@ class Imagined:
 
 
 def encode_contexts(world: WorldModel, clips: Sequence[Clip]) -> Prefix:
-    """Run the model over the contexts of clips, all of the same length, and return its state.
+    """Run the model over the contexts of clips, and return its cached state.
 
-    The actions within the contexts are part of the input.
+    The contexts must have the same length. The actions within them are part of the input.
     """
     past = clips[0].context_frames - 1
     actions, valid = map(np.stack, zip(*(clip.actions for clip in clips), strict=True))
@@ -46,10 +46,11 @@ def encode_contexts(world: WorldModel, clips: Sequence[Clip]) -> Prefix:
 def imagine(
     world: WorldModel, clips: Sequence[Clip], sampling: Sampling, *, hide_actions: bool = False
 ) -> Iterator[Imagined]:
-    """Yield a generated future for every clip, under the actions that were recorded.
+    """Generate a future for every clip, under the clip's recorded actions.
 
-    Clip n uses the n-th random draws of `sampling`, whatever its batch. With `hide_actions` the
-    model gets no action of the future, which shows where it drives by itself.
+    Clip n gets the n-th random draws of `sampling`, so the batch size does not change its draws.
+    With `hide_actions` the model gets no actions for the future. The result shows where the model
+    drives by itself.
     """
     for first in range(0, len(clips), BATCH):
         batch = clips[first : first + BATCH]

@@ -1,4 +1,4 @@
-"""Run every part of a world model's evaluation, and describe what was measured as a protocol."""
+"""Run all parts of a world model's evaluation, and record what was measured in a protocol."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,41 +41,41 @@ from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
 NOT_MEASURED = "not_measured"
-"""Name of the section that lists what could not be measured, and why."""
+"""Name of the section that lists the missing sections, and why each could not be measured."""
 
 
 @config
 class EvaluationConfig:
-    """How much is measured, and with which settings. All of it is part of the protocol."""
+    """Settings of a world model's evaluation. All of them are part of the protocol."""
 
     stride: Count = 1
-    """Step between the frames whose likelihood is measured; 1 measures every frame."""
+    """Step from one frame whose likelihood is measured to the next. 1 measures every frame."""
     shuffles: Count = 20
-    """Number of random shuffles of the actions, for the action information."""
+    """Number of random shuffles of the actions in the section on action information."""
     coded_seconds: float = 60.0
-    """Length of the piece of the first drive that is compressed and decoded, in s."""
+    """Length in s of the beginning of the first drive that is compressed and decoded."""
     clips: Count = 32
-    """Maximum number of clips rolled out for quality and fidelity."""
+    """Maximum number of clips that are rolled out to measure quality and fidelity."""
     seconds: float = 3.0
     """Length of the future of each clip, in s."""
     sweeps: Count = 3
-    """Number of clips from which the sweep of commands starts."""
+    """Maximum number of clips whose start is used for the sweep of commands."""
     long_rollouts: Count = 4
-    """Number of long rollouts that are judged for stability."""
+    """Maximum number of long rollouts that are judged for stability."""
     long_seconds: float = 60.0
     """Length of each long rollout, in s."""
     real_seconds: float = 150.0
-    """Maximum length of the real footage that sets the stability bounds, in s."""
+    """Maximum length in s of the real footage that sets the bounds for stability."""
     probe_steps: Count = 600
     """Number of training steps of the inverse-dynamics probe."""
     sampling: Sampling = Sampling()
     """Sampling settings of all rollouts."""
     stability: StabilityConfig = StabilityConfig()
-    """Bounds beyond which a rollout counts as collapsed."""
+    """Settings that decide when a long rollout has collapsed."""
 
 
 FULL = EvaluationConfig()
-"""Settings of a full evaluation, for numbers to report."""
+"""Settings of a full evaluation, whose numbers can be published."""
 QUICK = EvaluationConfig(
     stride=6,
     shuffles=1,
@@ -93,17 +93,17 @@ QUICK = EvaluationConfig(
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Evidence:
-    """Everything an evaluation of a world model needs besides the model: data and instruments."""
+    """The data and the networks with which a world model is evaluated."""
 
     heldout: HeldOutStore
     footage: Sequence[Footage]
     """Footage of the held-out drives, in the order of the store."""
     training: TokenStore
-    """Tokens that the model was trained on: the baselines are fitted on them."""
+    """Tokens that the model was trained on. The baselines are fitted to them."""
     probe: InverseDynamics | None
-    """Network that estimates actions from frames; None if it could not be trained."""
+    """Network that estimates actions from frames, or None if there is none; see `no_probe`."""
     no_probe: str = ""
-    """Reason why there is no probe; empty if there is one."""
+    """Reason why there is no probe. Empty if there is a probe."""
     probe_floor: dict[str, Any]
     """Errors of the probe on the true frames of the held-out drives."""
     extractor: VideoFeatures
@@ -115,8 +115,8 @@ def evaluate_world_model(
 ) -> tuple[list[Section], Protocol]:
     """Measure likelihood, action information, rollout quality, action fidelity and stability.
 
-    If the drives or the model do not allow a measurement, its section is left out. A last section
-    then lists what is missing and why.
+    A section is left out if the drives or the model do not allow its measurement. The last section
+    then lists the missing sections and the reasons.
     """
     heldout, probe, sampling = evidence.heldout, evidence.probe, config.sampling
     choose = partial(choose_clips, evidence.footage, context_frames=world.context_frames)
@@ -125,7 +125,7 @@ def evaluate_world_model(
 
     @contextmanager
     def attempt(*names: str) -> Iterator[None]:
-        """Run the block. On TooLittleDataError, note that the sections `names` are missing."""
+        """Run the `with` block. On TooLittleDataError, record that the sections are missing."""
         try:
             yield
         except TooLittleDataError as error:
@@ -209,9 +209,9 @@ HEADLINE = (
 
 
 def _real(world: WorldModel, evidence: Evidence, config: EvaluationConfig) -> list[DriveTokens]:
-    """Return `real_seconds` of real footage: from held-out drives first, then training drives.
+    """Return at most `real_seconds` of real footage, without mirror images.
 
-    Mirror images are left out.
+    Training drives are used only if the held-out drives are too short.
     """
     drives = [*evidence.heldout.drives, *evidence.training.drives]
     chosen: list[DriveTokens] = []
@@ -224,7 +224,7 @@ def _real(world: WorldModel, evidence: Evidence, config: EvaluationConfig) -> li
 
 
 def _sweeps(world: WorldModel, clips: Sequence[Clip], count: int) -> list[Clip]:
-    """Choose `count` clips, spread evenly, in which the car moves at the start."""
+    """Choose up to `count` evenly spread clips, from those in which the car moves at the start."""
     if not world.known_channels[STEERING] or not world.statistics.steering_p99 > 0:
         raise TooLittleDataError("the model learned no steering, so there is nothing to sweep")
     moving = [clip for clip in clips if _starts_moving(clip)]
@@ -240,7 +240,7 @@ def _starts_moving(clip: Clip) -> bool:
     """Return whether the speed at the last context frame is known and at least `MOVING_MPS`."""
     if clip.context_frames < 2:
         return False
-    # This action leads to the last context frame.
+    # The action that led to the last context frame has the speed at that frame.
     speed, valid = (array[clip.context_frames - 2, SPEED] for array in clip.actions)
     return bool(valid and speed >= MOVING_MPS)
 
@@ -252,7 +252,7 @@ def _protocol(
     starts: Sequence[Clip],
     config: EvaluationConfig,
 ) -> Protocol:
-    """Collect everything that decides the numbers, except the model itself."""
+    """Return the protocol: everything that decides the measured numbers, except the model."""
     size, statistics = world.tokenizer.frame_size, world.statistics
     learned = learned_drives(world, evidence.training)
     return Protocol.of(
@@ -266,7 +266,7 @@ def _protocol(
             ],
             "learned": list(dict.fromkeys(drive.id for drive in learned)),
             "known_channels": world.known_channels,
-            # The mean action is a baseline; the percentiles define a curve and the sweep's range.
+            # The mean action is a baseline. The percentiles define curves and the sweep's range.
             "mean_action": statistics.mean,
             "steering_p95": statistics.steering_p95,
             "steering_p99": statistics.steering_p99,

@@ -1,1 +1,1 @@
-"""How well rollouts obey their commands, judged by what their pictures show."""
+"""Measure from the pictures of rollouts how well the rollouts obey their commands."""

@@ -1,4 +1,4 @@
-"""Measure whether a world model turns the way it is steered, by the motion in its pictures."""
+"""Steer a world model left and right, and measure which way its pictures turn."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +23,10 @@ from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
 MOVING_MPS = 2.0
-"""Lowest speed at which a counterfactual future starts: a standing car does not turn."""
+"""Minimum speed at the start of a future that is steered left or right.
+
+A standing car does not turn, whatever its steering.
+"""
 
 
 def obeyed(left_motion: float, right_motion: float) -> bool:
@@ -43,15 +46,16 @@ def measure_control(
     sampling: Sampling,
     sheet: Path | None = None,
 ) -> dict[str, Any]:
-    """Steer left and right from starts spread over the drives, and count how often the car obeys.
+    """Steer left and right from several starts, and count how often the car obeys.
 
-    The steering is the training data's 99th percentile of |steering|. Both futures of a start have
-    the same context and the same random draws, and keep the last speed of the context. A start is a
-    time at which the car is known to drive at 2 m/s or more, if there is one. The motion is the
-    mean of `yaw_motion` over the whole future. `sheet` is a picture file (.png or .jpg) for the
-    futures, with a row for each start.
+    The starts are spread over the drives, at times when the car is known to drive at 2 m/s or
+    more. A drive without such a time is used anyway. From each start the model generates two
+    futures, one to the left and one to the right. Both have the same context and the same random
+    draws, and keep the last speed of the context. They are steered as hard as the 99th percentile
+    of |steering| in the training data. Their motion is the mean of `yaw_motion` over all frames.
 
-    Returns the counts, the settings and all trials as JSON.
+    `sheet` is a picture file (.png or .jpg) to write, with a row of frames for each start. Returns
+    the counts, the settings and all trials as JSON.
     """
     if sheet is not None and sheet.suffix.lower() not in (".png", ".jpg"):
         raise DriveSimError(
@@ -60,7 +64,7 @@ def measure_control(
     frames = round(seconds * world.fps) if math.isfinite(seconds) else 0
     if frames < 1:
         raise DriveSimError(
-            f"`seconds` {seconds:g}: not a time of one frame or more at the model's "
+            f"`seconds` {seconds:g}: not long enough for one frame at the model's "
             f"{world.fps:.3g} frames/s; choose {1 / world.fps:.2g} or more"
         )
     if world.statistics.steering_p99 == 0:
@@ -68,7 +72,7 @@ def measure_control(
             "the model learned no steering, because its training drives have none; train on drives "
             "with steering"
         )
-    pictured = (frames - 1) // 2, frames - 1  # the frames of a future that the sheet shows
+    pictured = (frames - 1) // 2, frames - 1  # the two frames of each future that the sheet shows
     half, end = (f"after {(n + 1) / world.fps:.1f} s" for n in pictured)
     headings = [f"left {end}", f"left {half}", "start", f"right {half}", f"right {end}"]
     trials: dict[str, list[dict[str, float]]] = {drive.id: [] for drive in drives}
@@ -80,7 +84,7 @@ def measure_control(
             times = _times_to_start(world, drive)
             start_s = float(times[int(share * len(times))])
             start, *futures = _steer_both_ways(world, drive, start_s, frames, sampling)
-            # In picture widths per frame, positive if the car turns left.
+            # The motions are in picture widths per frame, and positive if the car turns left.
             left, right = (
                 float(yaw_motion(np.stack([start, *future])).mean()) for future in futures
             )
@@ -112,12 +116,12 @@ def measure_control(
 def _times_to_start(world: WorldModel, drive: Drive) -> Floats:
     """Return the times, after the first context, at which the car drives at `MOVING_MPS` or more.
 
-    If there are none, all times after the first context are returned.
+    If the car is never that fast, return all times after the first context.
     """
     sampled = sample(drive, fps=world.fps)
     first = min(world.context_frames, len(sampled.timestamps) - 1)
     times = sampled.timestamps[first:]
-    # The speed at a frame's time comes from the action that led to the frame.
+    # The speed at the time of a frame is in the action that led to the frame.
     speeds = np.append(0.0, sampled.actions[:-1, SPEED])[first:]
     moves = speeds >= MOVING_MPS
     return times[moves] if moves.any() else times
@@ -126,7 +130,7 @@ def _times_to_start(world: WorldModel, drive: Drive) -> Floats:
 def _steer_both_ways(
     world: WorldModel, drive: Drive, start_s: float, frames: int, sampling: Sampling
 ) -> tuple[Pixels, Pixels, Pixels]:
-    """Return the last context frame, and the frames of the futures to the left and to the right."""
+    """Return the last context frame, the frames of the left future and of the right future."""
     context = context_from_drive(world, drive, start_s)
     situation = context.situation(world)
     actions = np.tile(situation.last_action, (2, frames, 1))

@@ -1,9 +1,9 @@
 """Measure the motion between neighbouring frames, as input for the inverse-dynamics probe.
 
-There are two cues for a pair of frames. The turn is the sideways shift of the scene
-(`data.inspect.motion.yaw_motion`). The motion is what remains once the turn is undone: the
-correlation of each cell of the picture with displaced places in the next frame. This is a cost
-volume, as in PWC-Net (https://arxiv.org/abs/1709.02371).
+Two cues are measured for each pair of frames. The turn is the sideways shift of the scene
+(`data.inspect.motion.yaw_motion`). For the motion, the second frame is shifted back by the turn.
+Then each cell of the first frame is correlated with the second frame at several displacements. The
+result is a cost volume, as in PWC-Net (https://arxiv.org/abs/1709.02371).
 
 Legend: T frames of a clip, P = T - 1 pairs of neighbouring frames, V versions of a picture (sharp,
 soft), D displacements; H, W pixels and R, C cells of a picture.
@@ -20,31 +20,39 @@ from torch.nn import functional
 from driving_sim.data.arrays import Pixels
 from driving_sim.data.inspect.motion import blurred, local_detail, yaw_motion
 
-# All frames are resized to this. A decoder's blur and block artefacts matter little at this size.
+# Frames are resized to this size, at which a decoder's blur and block artefacts matter little.
 _ROWS, _COLUMNS = 64, 128
-# The largest displacements, and below them the size of a cell, in pixels of a half-size picture.
+# Cells are compared in pictures of half this size. Their largest displacements to either side, up
+# and down are given in pixels of these half-size pictures.
 _ACROSS, _UP, _DOWN = 6, 1, 4
+# Height and width of a cell, in pixels of the half-size picture.
 _CELL = (4, 8)
 DISPLACEMENTS = (2 * _ACROSS + 1) * (_UP + 1 + _DOWN)
-"""Number of places in the next frame that a cell is compared with."""
+"""Number of displacements at which a cell is compared with the next frame."""
 CELLS = (_ROWS // 2 // _CELL[0]) * (_COLUMNS // 2 // _CELL[1])
 """Number of cells in a picture."""
 _DETAIL_SIGMA = 3.0
 _FAINTEST_CELL = 0.02
 _PAIRS_AT_ONCE = 64
 _SOFT_SIGMA = 1.5
-"""Blur of the soft version, in pixels: reconstructions and rollouts are softer than real video."""
+"""Standard deviation of the blur in the soft version of a picture, in pixels.
+
+A probe also trains on soft pictures, because reconstructions and rollouts are softer than video.
+"""
 RECIPE = f"{_ROWS} {_COLUMNS} {_DETAIL_SIGMA} {_FAINTEST_CELL}"
-"""The settings that change the cues but not their shapes; part of a probe's fingerprint."""
+"""The settings that change the cues but not their shapes.
+
+A probe's fingerprint includes them, because the probe's weights do not reveal them.
+"""
 
 
 def motion_cues(frames: Pixels, *, soften: bool = False) -> tuple[Tensor, Tensor]:
     """Measure turn and motion between neighbouring frames, uint8 [T, H, W, 3] of any size.
 
     Returns the turns, float32 [V, P], and the motion, float32 [V, P, D, R, C]. A turn is how far
-    the scene moves right, in picture widths. The motion is the correlation of each cell with each
-    displaced place in the next frame, after the turn is undone. V is 1, or 2 with `soften`: the
-    frames as they are, and blurred.
+    the scene moves right, in picture widths. The motion is the correlation of each cell with the
+    next frame at each displacement, after the next frame is shifted back by the turn. Normally V is
+    1. With `soften`, V is 2: the second version is measured on blurred frames.
     """
     grey = _grey(frames)
     versions = [grey, blurred(grey, _SOFT_SIGMA)] if soften else [grey]
@@ -53,23 +61,23 @@ def motion_cues(frames: Pixels, *, soften: bool = False) -> tuple[Tensor, Tensor
 
 
 def mirrored_motion(motion: Tensor) -> Tensor:
-    """Return the motion [..., D, R, C] that the mirrored frames would have."""
+    """Return the motion [..., D, R, C] that the frames would have if they were mirrored."""
     by_row = rearrange(motion, "... (y x) r c -> ... y x r c", x=2 * _ACROSS + 1)
     return rearrange(by_row.flip(-3, -1), "... y x r c -> ... (y x) r c")
 
 
 def _grey(frames: Pixels) -> Tensor:
-    """Resize frames [T, H, W, 3] to grey levels, float32 [T, 64, 128]."""
+    """Convert frames [T, H, W, 3] to small grey pictures, float32 [T, 64, 128]."""
     parts = []
     for part in torch.split(torch.from_numpy(np.ascontiguousarray(frames)), _PAIRS_AT_ONCE):
-        # Summing bytes is exact in any order, so a mirrored picture gives exactly mirrored levels.
+        # Sums of whole numbers are exact, so a mirrored frame gives exactly the mirrored picture.
         light = reduce(part.float(), "t h w c -> t 1 h w", "sum")
         parts.append(functional.interpolate(light, (_ROWS, _COLUMNS), mode="area")[:, 0] / 3)
     return torch.cat(parts)
 
 
 def _turns(grey: Tensor) -> Tensor:
-    """Return how far the scene moves right [P], in picture widths.
+    """Return how far the scene moves right between frames [P], in picture widths.
 
     Mirrored frames give exactly the negated values.
     """
@@ -79,9 +87,9 @@ def _turns(grey: Tensor) -> Tensor:
 
 
 def _motion(grey: Tensor, turns: Tensor) -> Tensor:
-    """Correlate the cells of grey frames [T, H, W] with the next frame, [P, D, R, C].
+    """Correlate each cell of grey frames [T, H, W] with the next frame, [P, D, R, C].
 
-    `turns` [P] are undone first.
+    Each next frame is first shifted back by its turn in `turns` [P].
     """
     parts = [torch.zeros(0, DISPLACEMENTS, _ROWS // 2 // _CELL[0], _COLUMNS // 2 // _CELL[1])]
     for first in range(0, len(turns), _PAIRS_AT_ONCE):
@@ -93,9 +101,10 @@ def _motion(grey: Tensor, turns: Tensor) -> Tensor:
 
 
 def _cell_correlation(before: Tensor, after: Tensor) -> Tensor:
-    """Return the normalised correlation [P, D, R, C] of each cell at each displacement.
+    """Return the normalised correlation [P, D, R, C] of each cell with the next image.
 
-    `before` and `after` are images [P, H, W].
+    `before` and `after` are images [P, H, W]. A cell of `before` is compared with `after` at each
+    of the D displacements.
     """
     rows, columns = before.shape[-2:]
     padded = functional.pad(after, (_ACROSS, _ACROSS, _UP, _DOWN))
@@ -111,12 +120,12 @@ def _cell_correlation(before: Tensor, after: Tensor) -> Tensor:
 
 
 def _turned_back(images: Tensor, turns: Tensor) -> Tensor:
-    """Move images [P, H, W] left by `turns` [P] of their width; zeros come in at the edges."""
+    """Move images [P, H, W] left by `turns` [P], in picture widths, and fill with zeros."""
     columns = images.shape[-1]
     positions = torch.arange(columns) + turns[:, None] * columns
     first = positions.floor()
     fraction = (positions - first)[:, None]
-    # Add a column of zeros at each side; all positions outside the image read from these columns.
+    # Add a column of zeros at each side. Positions outside the image read from these columns.
     padded = functional.pad(images, (1, 1))
     sides = [
         repeat((first + step).clamp(-1, columns) + 1, "p w -> p h w", h=images.shape[1])

@@ -1,8 +1,8 @@
-"""Measure whether rollouts do what they are told: commanded against realised speed and steering.
+"""Compare the speed and steering that rollouts show with the commands that they were given.
 
-An inverse-dynamics probe, trained on the training drives, reads the realised actions from the
-pictures of a rollout. ACT-Bench (arXiv 2412.05337) works the same way. The probe's own error on the
-held-out drives is the floor: no rollout can be judged more precisely than that.
+An inverse-dynamics probe estimates the realised actions from the pictures of a rollout. It was
+trained on the training drives. ACT-Bench (arXiv 2412.05337) works the same way. The probe's own
+error on the held-out drives is the floor, because no rollout can be judged more precisely.
 
 Axes: C clips, N frames of the future, H W pixels, A = 2 channels (speed, steering).
 """
@@ -33,7 +33,7 @@ from driving_sim.world_model.world_model import WorldModel
 _OF_CHANGE = ("correlation", "gain", "delay_frames", "sign_accuracy")
 """Metrics that are left out if the commands vary less than the probe's error."""
 CURVE = 0.5
-"""Smallest |steering| that counts as a curve, as a share of its 95th percentile in training."""
+"""Smallest |steering| that counts as a curve, as a share of the training data's 95th percentile."""
 
 
 def evaluate_fidelity(
@@ -43,11 +43,11 @@ def evaluate_fidelity(
     rollouts: Sequence[Imagined],
     sampling: Sampling,
 ) -> Section:
-    """Compare the actions that the probe reads in `rollouts` with the commands.
+    """Compare the actions that the probe estimates from `rollouts` with the commands.
 
-    The clips' mirror images are rolled out as well: a car on a circuit turns mostly one way, and a
-    model that always turns that way must not score well. All clips are also rolled out without
-    actions, as a baseline. `floor` is the probe's own error on the held-out drives.
+    The mirror image of every clip is rolled out as well. On a circuit, a car turns mostly one way,
+    and a model that always turns that way must not score well. As a baseline, all clips are also
+    rolled out without actions. `floor` is the probe's own error on the held-out drives.
     """
     mirrored = [replace(imagined.clip, mirrored=True) for imagined in rollouts]
     clips = [*(imagined.clip for imagined in rollouts), *mirrored]
@@ -68,10 +68,10 @@ def compare_actions(
     realised: Mapping[str, Sequence[Floats]],
     floor: dict[str, Any],
 ) -> Section:
-    """Compare the realised actions of every source with the commands, the clips' recorded actions.
+    """Compare the realised actions with the commands, which are the clips' recorded actions.
 
-    `realised` holds one array [N, A] for each clip, by source. A clip and its mirror image form one
-    unit of the intervals. `floor` is the probe's own error.
+    `realised` maps each source of actions, such as the model, to one array [N, A] for each clip.
+    The intervals resample a clip and its mirror image together. `floor` is the probe's own error.
     """
     commanded = np.stack([_commanded(clip) for clip in clips])
     units = [
@@ -105,7 +105,10 @@ def compare_actions(
 
 
 def _commanded(clip: Clip) -> Floats:
-    """Return the future's actions [N, A]; unknown ones and a standing car's steering are NaN."""
+    """Return the actions of a clip's future [N, A], with NaN for unknown values.
+
+    The steering of a standing car is NaN as well.
+    """
     actions, valid = clip.actions
     future = slice(clip.context_frames - 1, None)
     commanded = np.where(valid, actions, np.nan)[future].astype(np.float64)
@@ -124,31 +127,32 @@ inverse-dynamics probe, a small network trained on the training drives, reads sp
 from the pictures. A clip is a short piece of a held-out drive, and its recorded actions are the
 commands. The mirror image of every clip is rolled out too, with the steering negated.
 
-The second table compares four sources. "recorded": the probe reads {truth}; a perfect model would
-reach about these values. "model": the probe reads the rollouts under the commands. "action-free":
-the probe reads rollouts in which the model does not see the future actions; a model that uses its
-actions is clearly better than that. "constant": every answer is the mean action of the training
-drives.
+The second table compares the commands with four sources of actions. "recorded": the probe reads
+{truth}. A perfect model would reach about these values. "model": the probe reads the rollouts that
+were given the commands. "action-free": the probe reads rollouts in which the model does not see the
+future actions. A model that uses its actions is clearly better than action-free. "constant": every
+answer is the mean action of the training drives.
 
 How to read the columns. Correlation: 1 is best, and 0 means that the rollouts ignore the commands.
-Gain: 1 is best; 0.5 means that the rollouts react half as strongly as commanded. Mean absolute
-error: lower is better. Delay: how many frames the pictures react after the command; 0 is best. Sign
+Gain: 1 is best, and 0.5 means that the rollouts react half as strongly as commanded. Mean absolute
+error: lower is better. Delay: how many frames after the command the pictures react; 0 is best. Sign
 accuracy: the share of frames in curves that turn to the commanded side, averaged over left and
 right. 1 is best, and always turning the same way scores 0.5.
 
 Limits. The probe makes errors too, and the first table shows them. If the commands vary less than
-the probe's error, only the mean absolute error is given. The steering of a car that is commanded to
-drive slower than {standing:g} m/s is not judged, because a standing car does not turn. Intervals
-are over clips; a clip and its mirror image count as one."""
+the probe's error, only the mean absolute error is given. Steering is not judged while the commanded
+speed is below {standing:g} m/s, because a standing car does not turn. Intervals are over clips; a
+clip and its mirror image count as one."""
 _RECORDED = "the recorded frames"
 _RECONSTRUCTED = "the tokenizer's reconstructions of the recorded frames"
 
 _UNITS = """Speed in m/s, steering in the unit of the training data; "–" means not measured."""
 _FLOOR_CAPTION = f"""The probe's own error on the held-out drives, which limits what the other
-table can show. The errors should be well below those of "constant", which always guesses the mean
-of the probe's training clips. Correlation, R squared and sign accuracy are best at 1. {_UNITS}"""
-_FOLLOWING_CAPTION = f"""Commanded against realised actions, for each channel and source. The model
-should be close to "recorded" and far from "action-free". {_UNITS}"""
+table can show. The errors should be well below the errors of "constant", which always guesses the
+mean of the probe's training clips. For correlation, R squared and sign accuracy, 1 is best.
+{_UNITS}"""
+_FOLLOWING_CAPTION = f"""How well realised actions follow the commands, for each channel and source.
+The model should be close to "recorded" and far from "action-free". {_UNITS}"""
 
 
 def _floor_table(floor: dict[str, Any]) -> Table:
@@ -184,7 +188,7 @@ def _plot(commanded: Floats, sources: Mapping[str, Floats]) -> Media:
     axes.legend(frameon=False)
     return plot(
         figure,
-        "One dot for each frame: the commanded value, and the value that the probe reads from the "
-        "picture. On the grey line both are equal. The scatter of the recorded frames is the "
+        "Each dot is a frame: the commanded value, and the value that the probe reads from the "
+        "picture. The two are equal on the grey line. The scatter of the recorded frames is the "
         "probe's own error",
     )

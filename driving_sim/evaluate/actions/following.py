@@ -1,7 +1,7 @@
-"""Measure how well the actions that a rollout shows follow the commands, for one channel.
+"""Measure how well the realised actions of rollouts follow the commands, for one channel.
 
-The realised action is what the probe reads from the pictures. NaN marks an unknown value: a command
-that was not given, or an action that could not be measured.
+The probe estimates the realised actions from the pictures. NaN marks an unknown value: a command
+that was not given, or a realised action that could not be estimated.
 
 Legend: C clips, N transitions of a clip, L levels of a sweep.
 """
@@ -18,7 +18,7 @@ from driving_sim.evaluate.report.intervals import bootstrap, ratio, unit_sums
 _LONGEST_DELAY = 5
 """Largest delay that is tried, in frames."""
 _FLAT = 1e-12
-"""Variances below this share of the mean square are rounding errors and count as 0."""
+"""Share of the mean square below which a variance is a rounding error and is set to 0."""
 
 
 def follow(
@@ -30,22 +30,21 @@ def follow(
 ) -> dict[str, Any]:
     """Compare the commanded and realised values [C, N] of one channel.
 
-    Returns these metrics; None means that the clips do not determine the metric.
+    Returns the metrics below. A metric is None if it cannot be computed from these clips.
 
     - `transitions`: number of transitions at which both values are known.
     - `correlation`: Pearson correlation over all clips together.
-    - `gain`: least-squares slope of realised on commanded. 1 is full obedience; 0.5 means that the
-      rollouts do half of what was asked.
+    - `gain`: slope of the least-squares line from commanded to realised values. 1 is full
+      obedience; 0.5 means that the rollouts do half of what was asked.
     - `mean_absolute_error`: in the channel's unit.
-    - `delay_frames`: how many frames the picture lags behind the command. This is the lag, at most
-      5 frames either way, with the highest normalised cross-correlation; each clip's own mean is
-      subtracted first. None if no lag has a positive correlation.
-    - `sign_accuracy`: share of right signs among the left commands beyond `sign_threshold`, and
-      among the right ones; the mean of both shares.
+    - `delay_frames`: number of frames by which the picture lags behind the command. It is the lag
+      from -5 to 5 with the highest normalised cross-correlation, after each clip's own mean is
+      subtracted. None if no lag has a positive correlation.
+    - `sign_accuracy`: see `balanced_sign_accuracy`. None without a `sign_threshold`.
 
-    Correlation and sign accuracy come with intervals. `units` [C] are labels: clips with the same
-    label, such as a clip and its mirror image, are resampled together, because they are not
-    independent. By default every clip is a unit of its own.
+    Correlation and sign accuracy come with intervals. `units` [C] are labels of the clips. Clips
+    with the same label are resampled together, because they are not independent: a clip and its
+    mirror image, for example. By default every clip is resampled alone.
     """
     x, y = _paired(commanded, realised)
     known = ~np.isnan(x)
@@ -66,9 +65,9 @@ def follow(
 def balanced_sign_accuracy(commanded: Reals, realised: Reals, threshold: float) -> float | None:
     """Return the share of commands beyond ±`threshold` that are realised with the right sign.
 
-    This is the mean of the share for left commands and the share for right ones, so a model that
-    always turns the same way scores 0.5 on any drive. A realised value of 0 counts as wrong. Both
-    arrays have the same shape. Returns None if one side is never commanded.
+    The shares of left and of right commands are computed separately and then averaged. So a model
+    that always turns the same way scores 0.5 on any drive. A realised value of 0 counts as wrong.
+    Both arrays have the same shape. Returns None if only one side or no side is commanded.
     """
     x, y = _paired(commanded, realised)
     return _or_none(_balanced(_sides(x.reshape(1, -1), y.reshape(1, -1), threshold)[0]))
@@ -77,8 +76,8 @@ def balanced_sign_accuracy(commanded: Reals, realised: Reals, threshold: float) 
 def monotonicity(commanded: Reals, realised: Reals) -> dict[str, float | None]:
     """Measure whether higher commands give higher realised values, for the levels [L] of a sweep.
 
-    `rank_correlation` is Spearman's: 1 if every higher command realises more. `in_order` is the
-    share of pairs of neighbouring levels in which the higher command realises more.
+    `rank_correlation` is Spearman's. It is 1 if every higher command gives a higher realised
+    value. `in_order` is the share of pairs of neighbouring levels for which this is true.
     """
     x, y = (values[~np.isnan(values)] for values in _paired(commanded, realised))
     ranks = np.stack([_ranks(x), _ranks(y)])
@@ -91,7 +90,7 @@ def monotonicity(commanded: Reals, realised: Reals) -> dict[str, float | None]:
 
 
 def _paired(commanded: Reals, realised: Reals) -> tuple[Reals, Reals]:
-    """Return both arrays as float64, with NaN in both wherever either is NaN."""
+    """Return both arrays as float64. Where one of them is NaN, set the other to NaN as well."""
     x, y = np.array(commanded, np.float64), np.array(realised, np.float64)
     unknown = np.isnan(x) | np.isnan(y)
     x[unknown] = y[unknown] = np.nan
@@ -112,7 +111,7 @@ def _moments(x: Reals, y: Reals) -> Reals:
 def _spread(moments: Reals) -> tuple[Reals, Reals, Reals]:
     """Return the covariance and the variances of x and y from sums [..., 6] of `_moments`.
 
-    Variances that are only rounding errors become 0.
+    A variance that is only a rounding error becomes 0.
     """
     count, x, y, xy, xx, yy = np.moveaxis(moments, -1, 0)
     count = np.maximum(count, 1.0)
@@ -130,14 +129,20 @@ def _correlation(moments: Reals) -> Reals:
 
 
 def _sides(x: Reals, y: Reals, threshold: float) -> Reals:
-    """Count each clip's left commands, those realised as left, and the same for right: [C, 4]."""
+    """Count the left and right commands of each clip, and how many were obeyed, [C, 4].
+
+    The columns are: left, left obeyed, right, right obeyed.
+    """
     left, right = x > threshold, x < -threshold
     counts = [left, left & (y > 0), right, right & (y < 0)]
     return np.stack([count.sum(axis=1) for count in counts], axis=1).astype(np.float64)
 
 
 def _balanced(sides: Reals) -> Reals:
-    """Return the mean of both sides' accuracies from counts [..., 4]; NaN if a side is missing."""
+    """Return the mean of the left and the right accuracy, from counts [..., 4] of `_sides`.
+
+    Returns NaN if a side was never commanded.
+    """
     left, left_obeyed, right, right_obeyed = np.moveaxis(sides, -1, 0)
     return np.asarray((ratio(left_obeyed, left) + ratio(right_obeyed, right)) / 2)
 
@@ -148,9 +153,9 @@ def _estimate(sums: Reals, statistic: Callable[[Reals], Reals]) -> dict[str, flo
 
 
 def _delay(x: Reals, y: Reals) -> int | None:
-    """Return the lag in frames at which y [C, N] follows x best, or None if it follows at none.
+    """Return the lag in frames at which y [C, N] correlates best with x.
 
-    Among equally good lags the shortest is returned.
+    Returns the shortest of equally good lags, or None if no lag has a positive correlation.
     """
     frames = x.shape[1]
     longest = max(0, min(_LONGEST_DELAY, frames - 2))
@@ -166,9 +171,10 @@ def _delay(x: Reals, y: Reals) -> int | None:
 
 
 def _within_clip_correlation(x: Reals, y: Reals) -> float:
-    """Correlate x and y after subtracting each clip's own means; return 0 if either is flat.
+    """Correlate x and y after subtracting each clip's own means.
 
-    Without the subtraction, clips at different levels would correlate at every lag.
+    Otherwise the different means of the clips would give a correlation at every lag. Returns 0 if
+    x or y is constant.
     """
     moments = _moments(*_paired(x, y))
     parts = [(moments[:, 0] * part).sum() for part in _spread(moments)]
@@ -177,7 +183,7 @@ def _within_clip_correlation(x: Reals, y: Reals) -> float:
 
 
 def _ranks(values: Reals) -> Reals:
-    """Return ranks, starting at 1; equal values get their mean rank."""
+    """Return the ranks of values, starting at 1. Equal values all get the mean of their ranks."""
     below = (values[:, None] > values[None]).sum(axis=1)
     same = (values[:, None] == values[None]).sum(axis=1)
     return np.asarray(below + (same + 1) / 2)

@@ -1,14 +1,14 @@
 """An inverse-dynamics probe: a small network that estimates speed and steering from pictures.
 
-The probe learns from real footage. Then it reads rollouts, so that the realised actions can be
-compared with the commands. It must measure the motion. If it guessed from the road ahead what a
-driver would do, a rollout that follows the road and ignores its commands would look obedient.
-Therefore the network sees only `motion_cues`: how far the picture turned from frame to frame, and
-how its parts moved apart from the turn. The steering estimate is a weighted sum of the turns around
-a transition, and the network computes the weights. So pictures that do not turn show no steering,
-and mirrored pictures show the negated steering.
+The probe learns from real footage. Then it estimates the actions that a rollout shows, which are
+compared with the commands. The probe must not look at the road. If it could guess from the road
+ahead what a driver would do, a rollout that follows the road and ignores its commands would look
+obedient. So the network gets only `motion_cues`: how far the picture turned from frame to frame,
+and how its cells moved in addition. It computes weights, and the steering estimate is the weighted
+sum of the turns around a transition. So pictures that do not turn give no steering, and mirrored
+pictures give the negated steering.
 
-A transition is a step from one frame to the next, and a pair is two neighbouring frames.
+A transition is a step from one frame to the next. A pair is two neighbouring frames.
 
 Legend: T frames of a clip, P pairs, M transitions, B transitions of a batch, K pairs around a
 transition, V versions of a picture, D displacements, A = 2 channels of an action; H, W pixels and
@@ -46,13 +46,16 @@ from driving_sim.evaluate.actions.cues import (
 from driving_sim.evaluate.actions.following import balanced_sign_accuracy
 
 STANDING_MPS = 1.0
-"""Lowest speed at which steering is learned and judged: a standing car does not turn."""
+"""Speed below which a car counts as standing.
+
+Steering is neither learned nor judged below this speed, because a standing car does not turn.
+"""
 
 CHANNELS = {"speed": SPEED, "steering": STEERING}
 """Index of each channel in an action, by name."""
 
 _AROUND = (-1, 0, 1)
-"""Pairs that an estimate looks at, as offsets from the transition's own pair."""
+"""The pairs of frames used to estimate a transition, as offsets from the transition's own pair."""
 
 _CELL_WIDTH, _WIDTH = 16, 64
 _DROPOUT = 0.3
@@ -63,7 +66,7 @@ _WEIGHT_DECAY = 0.05
 _CLIP_NORM = 1.0
 _VALIDATIONS = 20
 _END_SHARE = 0.1
-"""Share of the training samples in which the clip seems to end after the transition."""
+"""Share of the training samples that are treated as if the clip ended after the transition."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -84,13 +87,13 @@ class ProbeClip:
 class ProbeSource:
     """The data that a probe was trained on.
 
-    The probe can judge drives of the same frame rate and steering kind, except those in `drives`.
+    The probe can judge other drives of the same frame rate and steering kind.
     """
 
     fps: Positive
     """Frame rate in frames per second."""
     steering_kind: SteeringKind | None
-    """Kind of the steering values; None if no drive has steering."""
+    """Kind of the steering values, or None if no drive has steering."""
     drives: tuple[str, ...]
     """Digests of the drives that the probe was trained or validated on."""
 
@@ -102,7 +105,7 @@ class InverseDynamics:
     """
 
     look_back = 1 - min(_AROUND)
-    """Number of frames before a rollout that its first estimate looks at."""
+    """Number of frames before a rollout that are needed to estimate its first action."""
 
     def __init__(self, network: "_Network", source: ProbeSource) -> None:
         self._network = network.eval().requires_grad_(False)
@@ -126,11 +129,11 @@ class InverseDynamics:
     ) -> "InverseDynamics":
         """Train a probe on `training`, and keep the weights that do best on `validation`.
 
-        All clips have the same frame rate and steering kind; reconstructed frames may be used as
-        well as recorded ones. The result depends only on the clips, `steps` and `seed`. `source`
-        is stored in the probe's file. `advance` is called with the number of steps done since the
-        last call. A channel that no clip has is not learned. Raises TooLittleDataError if the
-        training or the validation clips have no known action at all.
+        All clips must have the same frame rate and steering kind. Their frames may be recorded or
+        reconstructed. The weights depend only on the clips, `steps` and `seed`. `source` is stored
+        in the probe's file. `advance` is called with the number of steps done since the last call.
+        A channel that is unknown in all training clips is not learned. Raises TooLittleDataError
+        if the training or the validation clips have no known action at all.
         """
         learned, held_out = _Samples.of(training, soften=True), _Samples.of(validation)
         if not (learned.known.any() and held_out.known.any()):
@@ -147,12 +150,15 @@ class InverseDynamics:
 
     @classmethod
     def load(cls, path: Path) -> "InverseDynamics":
-        """Read a file with the bytes of `to_bytes`; raise DriveSimError for any other file."""
+        """Load a probe from a file that contains the bytes of `to_bytes`.
+
+        Raises DriveSimError for any other file.
+        """
         network = _Network()
         try:
             metadata = load_weights(network, path, of="a probe")
             if "source" not in metadata:
-                raise DriveSimError("it does not say what it learned from")
+                raise DriveSimError("it does not name the data that it was trained on")
             source = from_dict(ProbeSource, parse_json(metadata["source"]), where="source")
         except (ValueError, DriveSimError) as error:
             raise DriveSimError(
@@ -171,9 +177,9 @@ class InverseDynamics:
     def estimate(self, frames: Pixels) -> Floats32:
         """Estimate the actions [T - 1, 2] between neighbouring frames, uint8 [T, H, W, 3].
 
-        The estimate for the step from t to t + 1 looks at frames t - 1 to t + 2. At the first and
-        the last step, the motion of that step replaces the missing motion before or after it.
-        Channels that were not learned are NaN.
+        The estimate for the step from t to t + 1 uses frames t - 1 to t + 2. Before the first step
+        and after the last step there is no other step, so the step's own motion is used in its
+        place. Channels that were not learned are NaN.
         """
         _, stacks = _stacks([(0, len(frames))])
         return self._network.predict(*motion_cues(frames), torch.from_numpy(stacks))
@@ -183,9 +189,10 @@ class InverseDynamics:
     ) -> dict[str, dict[str, float | None]]:
         """Return the errors of the estimates for these clips, by channel and metric.
 
-        Keys with `constant_` hold the error of always guessing the training clips' mean. `curve`
-        is the |steering| above which the sign is judged; by default it is half of the training
-        clips' root mean square. Metrics that these clips do not determine are None.
+        Metrics whose names begin with `constant_` are errors of a baseline, which always guesses
+        the mean of the training clips. The sign of the steering is judged only where |steering| is
+        above `curve`, by default half the root mean square of the training clips' steering. A
+        metric is None if it cannot be computed from these clips.
         """
         samples = _Samples.of(clips)
         estimates = self._network.predict(samples.turns, samples.motion, samples.stacks)
@@ -197,7 +204,7 @@ class InverseDynamics:
             truth = samples.actions[known, channel].numpy().astype(np.float64)
             count = len(truth)
             if not count:
-                # Compute the metrics of a single NaN, only to get their names.
+                # No value is known. Compute the metrics of a NaN, only to get their names.
                 estimated, truth = np.full((2, 1), np.nan)
             squares, off = np.square(estimated - truth), truth - float(self._network.mean[channel])
             spread = float(np.square(truth - truth.mean()).sum())
@@ -221,20 +228,20 @@ class InverseDynamics:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Samples:
-    """The transitions of clips that have a known action, and the `motion_cues` of all pairs."""
+    """The `motion_cues` of all pairs of frames, and the transitions that have a known action."""
 
     turns: Tensor
     """Turns of all pairs, float32 [V, P]."""
     motion: Tensor
-    """Motion of all pairs, [V, P, D, R, C], in float16 to halve the memory."""
+    """Motion of all pairs, float16 [V, P, D, R, C]; float32 would take twice the memory."""
     stacks: Tensor
     """Indices of the pairs around each transition, int64 [M, K]."""
     actions: Tensor
     """Action of each transition, float32 [M, 2]."""
     known: Tensor
-    """Whether each action is known and visible, bool [M, 2].
+    """Whether each action is known and can be seen in the pictures, bool [M, 2].
 
-    The steering of a standing car is not visible.
+    The steering of a standing car cannot be seen.
     """
 
     @classmethod
@@ -258,7 +265,7 @@ class _Samples:
 
 
 class _Network(nn.Module):
-    """A network that maps the cues around a transition to its standardised speed and steering."""
+    """A network that estimates a transition's standardised speed and steering from its cues."""
 
     mean: Tensor
     scale: Tensor
@@ -282,10 +289,10 @@ class _Network(nn.Module):
         )
 
     def standardise(self, samples: _Samples) -> None:
-        """Set the scales of turns and actions, and the mean action, from the training samples.
+        """Set the mean action, and the scales of turns and actions, from the training samples.
 
-        Turns and steering have a sign, so their scale is measured around 0. The scale of the speed
-        is measured around its mean.
+        Turns and steering have a sign, so their scale is the root mean square. The scale of the
+        speed is its standard deviation.
         """
         self.turn_scale.copy_(_root_mean_square(samples.turns))
         for channel in CHANNELS.values():
@@ -297,13 +304,13 @@ class _Network(nn.Module):
 
     @property
     def offset(self) -> Tensor:
-        """The action [A] that an output of 0 stands for; NaN in channels that were not learned."""
+        """The action [A] for an output of 0, with NaN in channels that were not learned."""
         return self.mean * torch.tensor([1.0, 0.0])
 
     def forward(self, turns: Tensor, motion: Tensor) -> Tensor:
         """Return standardised actions [B, A] for turns [B, K] and motion [B, K, D, R, C]."""
         turns = turns / self.turn_scale
-        # The average is equal for a picture and its mirror image, so only the turns give a sign.
+        # Averaged features are the same for mirrored pictures, so only the turns give a sign.
         plain, mirrored = (self._read(turns.abs(), m) for m in (motion, mirrored_motion(motion)))
         features = (plain + mirrored) / 2
         steering = (features[:, 1:] * turns).sum(dim=1)
@@ -319,10 +326,11 @@ class _Network(nn.Module):
     def loss(self, output: Tensor, samples: _Samples, chosen: Tensor | slice) -> Tensor:
         """Return the mean Huber loss of the standardised actions, summed over both channels.
 
-        Unknown actions do not count. `chosen` selects the transitions that `output` [B, A] is for.
+        Unknown actions do not count. `chosen` selects the transitions of `samples` to which
+        `output` [B, A] belongs.
         """
         known = samples.known[chosen]
-        # The offset of a channel that was not learned is NaN, and NaN must not reach a gradient.
+        # The offset is NaN in a channel that was not learned. Keep NaN out of the gradients.
         target = torch.where(known, (samples.actions[chosen] - self.offset) / self.scale, 0.0)
         losses = known * functional.smooth_l1_loss(output, target, reduction="none")
         return (losses.sum(dim=0) / known.sum(dim=0).clamp(min=1)).sum()
@@ -330,7 +338,7 @@ class _Network(nn.Module):
     def outputs(self, turns: Tensor, motion: Tensor, stacks: Tensor) -> Tensor:
         """Return standardised actions [M, A] for transitions with the pairs `stacks` [M, K].
 
-        Of the cues [V, P, ...] only the sharp version is used.
+        The cues are [V, P, ...]. Only their first version, without blur, is used.
         """
         batches = [stacks[at : at + _BATCH] for at in range(0, len(stacks), _BATCH)]
         outputs = [self(turns[0, batch], motion[0, batch].float()) for batch in batches]
@@ -338,7 +346,7 @@ class _Network(nn.Module):
 
     @torch.inference_mode()
     def predict(self, turns: Tensor, motion: Tensor, stacks: Tensor) -> Floats32:
-        """Return actions [M, 2] in the data's units; see `outputs` for the arguments."""
+        """Return actions [M, 2] in the data's units. The arguments are those of `outputs`."""
         actions = self.outputs(turns, motion, stacks) * self.scale + self.offset
         return np.asarray(actions.numpy(), np.float32)
 
@@ -354,7 +362,7 @@ def _train(
     steps: int,
     advance: Callable[[int], object],
 ) -> _Network:
-    """Train the network, and return a copy from the step with the lowest held-out loss."""
+    """Train the network, and return a copy with the weights of the lowest held-out loss."""
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY
     )
@@ -368,7 +376,8 @@ def _train(
         chosen = torch.randint(len(learned.stacks), (_BATCH,))
         version = torch.randint(len(learned.turns), (_BATCH,))[:, None]
         stacks = learned.stacks[chosen]
-        # In some samples the transition's own pair replaces the next one, as at a clip's end.
+        # At the end of a clip there is no next pair, and the transition's own pair is used instead.
+        # Imitate this in some samples.
         ends = torch.rand(_BATCH, 1) < _END_SHARE
         own = stacks[:, _AROUND.index(0), None]
         stacks = torch.where(ends, stacks.minimum(own), stacks)
@@ -393,7 +402,7 @@ def _train(
 def _stacks(segments: Sequence[tuple[int, int]]) -> tuple[Ints, Ints]:
     """Return the first frame of each transition, [M], and the pairs around it, [M, K].
 
-    A pair is numbered by its first frame. No pair or transition crosses the edge of a segment.
+    A pair has the index of its first frame. No pair and no transition crosses a time gap.
     """
     first_frames = [np.arange(begin, stop - 1) for begin, stop in segments]
     around = [

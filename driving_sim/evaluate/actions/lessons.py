@@ -1,4 +1,4 @@
-"""Choose the drives that an inverse-dynamics probe learns from and is tested on."""
+"""Choose the drives for training, validating and testing an inverse-dynamics probe."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,11 +22,14 @@ T = TypeVar("T")
 PROBE_FILE = "probe.safetensors"
 """Name of the probe's file in a report."""
 _SECONDS = 1200.0
-"""Maximum length of the footage for a probe's training and validation, and for its test, in s."""
+"""Maximum length in s of the footage for a probe's training and validation together.
+
+The footage for its test has the same limit.
+"""
 _DRIVES = 100
-"""Maximum number of drives for a probe's training, for its validation, and for its test."""
+"""Maximum number of drives in each of a probe's training, validation and test sets."""
 _RATE_TOLERANCE = 0.02
-"""Largest relative difference between a probe's frame rate and the model's.
+"""Maximum relative difference between the frame rates of a probe and a world model.
 
 The probe measures motion from frame to frame, so its estimates depend on the frame rate.
 """
@@ -35,15 +38,15 @@ The probe measures motion from frame to frame, so its estimates depend on the fr
 Source = SampledDrive | Footage
 """A drive with its frames and actions."""
 Lesson = tuple[str, Source]
-"""The digest of a training drive's recording, and the drive itself."""
+"""The `recording_digest` of a training drive, and the drive itself."""
 
 
 def load_probe(world: WorldModel, path: Path, recordings: Mapping[str, str]) -> InverseDynamics:
     """Load a trained probe from a report's folder or from the probe's own file.
 
-    `recordings` are the digests of the held-out drives' recordings by drive id. Raises
+    `recordings` maps the ids of the held-out drives to their `recording_digest`. Raises
     DriveSimError if the probe's frame rate or steering kind differs from the model's, or if the
-    probe was trained on one of these drives.
+    probe was trained on a held-out drive.
     """
     probe = InverseDynamics.load(path / PROBE_FILE if path.is_dir() else path)
     source = probe.source
@@ -72,9 +75,9 @@ def recorded_lessons(
     videos: Sequence[SampledDrive],
     recordings: Mapping[str, str],
 ) -> list[Lesson]:
-    """Return the videos of drives that are in the model's training tokens and not held out.
+    """Return those of `videos` that are in the training tokens, have actions, and are not held out.
 
-    `recordings` are the digests of the held-out drives' recordings by drive id.
+    `recordings` maps the ids of the held-out drives to their `recording_digest`.
     """
     trained = {original_id(name) for name in training.drive_ids}
     digests = recording_digests(videos, world.known_channels)
@@ -87,13 +90,16 @@ def recorded_lessons(
     if not lessons:
         raise DriveSimError(
             f"none of `training_videos` is a drive of {training.path} that has actions and is not "
-            "held out; name the same videos as in `drivesim tokenize`"
+            "held out; name the videos that these tokens were made from"
         )
     return lessons
 
 
 def reconstructed_lessons(world: WorldModel, training: TokenStore) -> list[Lesson]:
-    """Return the tokenizer's reconstructions of the training drives, for use without videos."""
+    """Return the training drives as the tokenizer reconstructs them from their tokens.
+
+    Use them if the videos of these drives are not available.
+    """
     originals = [drive for drive in training.drives if drive.id == original_id(drive.id)]
     digests = recording_digests(originals)
     return [
@@ -104,7 +110,7 @@ def reconstructed_lessons(world: WorldModel, training: TokenStore) -> list[Lesso
 
 
 def _clips(world: WorldModel, sources: Sequence[Source]) -> list[ProbeClip]:
-    """Return the first frames of every drive, `_SECONDS` in all, with their actions."""
+    """Return the beginning of every drive with its actions, at most `_SECONDS` in total."""
     drives = [source.drive if isinstance(source, Footage) else source for source in sources]
     counts = _shares([len(drive.actions) for drive in drives], _SECONDS * world.fps)
     clips = []
@@ -133,10 +139,10 @@ def fit_probe(
     lessons: Sequence[Lesson],
     steps: int,
 ) -> tuple[InverseDynamics | None, dict[str, Any], str]:
-    """Return a probe and its errors on the held-out drives, by channel.
+    """Return a probe, its errors on the held-out drives by channel, and an empty string.
 
-    Without `trained`, a probe is trained on `lessons` for `steps` steps. If no probe is possible,
-    the result is None, an empty dict and the reason; otherwise the reason is empty.
+    The probe is `trained`, or if that is None, a new one trained on `lessons` for `steps` steps. If
+    there can be no probe, return None, an empty dict and the reason.
     """
     if not any(drive_footage.drive.action_valid.any() for drive_footage in footage):
         return None, {}, "no action that the model learned is known for the held-out drives"
@@ -151,14 +157,14 @@ def fit_probe(
 def _train_probe(world: WorldModel, lessons: Sequence[Lesson], steps: int) -> InverseDynamics:
     """Train a probe, and keep the weights that do best on the model's validation drives.
 
-    If none of these is among the lessons, the last drive validates the probe.
+    If the lessons contain no validation drive of the model, their last drive is used instead.
     """
     names = list(dict.fromkeys(source.drive.id for _, source in lessons))
     validation_names = set(world.validation_drives) & set(names) or set(names[-1:])
     if validation_names == set(names):
         raise TooLittleDataError(
-            "the inverse-dynamics probe needs two or more training drives with actions, and at "
-            "least one of them must not be a validation drive of the model"
+            "the inverse-dynamics probe needs two or more training drives with actions, and not "
+            "all of them may be validation drives of the model"
         )
     learned, validation = (
         _evenly_chosen(
@@ -179,14 +185,14 @@ def _train_probe(world: WorldModel, lessons: Sequence[Lesson], steps: int) -> In
 
 
 def _evenly_chosen(drives: Sequence[T]) -> Sequence[T]:
-    """Return at most `_DRIVES` of the drives, evenly spaced."""
+    """Return every n-th drive, with the smallest n that gives at most `_DRIVES` drives."""
     return drives[:: max(1, -(-len(drives) // _DRIVES))]
 
 
 def _shares(lengths: Sequence[int], frames: float) -> list[int]:
-    """Return how many frames to take from each drive, at most `frames` in all.
+    """Return how many frames to take from each drive, at most `frames` in total.
 
-    Short drives are taken whole, and the long ones share the rest equally.
+    Short drives give all their frames. The long drives share the rest equally.
     """
     left, shares = int(frames), [0] * len(lengths)
     shortest_first = sorted(range(len(lengths)), key=lambda index: lengths[index])

@@ -1,6 +1,6 @@
-"""Roll out many different commands from the same start: a grid of steering levels and speeds.
+"""Roll out a grid of commands from the same start: every steering level at every speed.
 
-All rollouts of a start branch from one cached prefix.
+The context of a start is run through the model once, and all rollouts share its cache.
 
 Axes: L steering levels, V speeds, N frames of the future, H W pixels.
 """
@@ -29,16 +29,17 @@ from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
 _LEVELS = 7
-_SPEEDS = (0.6, 1.0, 1.4)  # as multiples of the speed at the start
+_SPEEDS = (0.6, 1.0, 1.4)  # multiples of the speed at the start
 
 
 def evaluate_sweep(
     world: WorldModel, probe: InverseDynamics, starts: Sequence[Clip], sampling: Sampling
 ) -> Section:
-    """Steer from full left to full right at three speeds, from each start, and measure the result.
+    """Roll out commands from full left to full right at three speeds, and test their effect.
 
-    Full steering is the training data's 99th percentile of |steering|. For a start in a synthetic
-    drive, the true future of every command is rendered and compared with the rollout.
+    Higher commands should give higher realised values. Full steering is the training data's 99th
+    percentile of |steering|. For a start in a synthetic drive, the true future of every command is
+    rendered as well and compared with the rollout.
     """
     results: list[dict[str, Any]] = []
     pictures: list[Media] = []
@@ -64,28 +65,28 @@ def evaluate_sweep(
 
 
 _TEXT = """Question: from the same start, do different commands lead to different futures, and in
-the right order? From each start the model is steered from full left to full right, at speeds below,
-at and above the speed at the start. The inverse-dynamics probe reads the mean speed and steering
-from each rollout.
+the right order? From each start the model is steered from full left to full right, at three speeds:
+slower than at the start, equally fast, and faster. The inverse-dynamics probe reads the mean speed
+and steering from each rollout.
 
-How to read it: a higher command must give a higher realised value. The rank correlation is
-Spearman's: 1 is best, 0 means no relation, and below 0 the reaction is reversed. "In order" is the
-share of pairs of neighbouring commands in which the higher command gives the higher value: 1 is
+How to read it. A higher command should give a higher realised value. The rank correlation is
+Spearman's. 1 is best, 0 means no relation, and below 0 the reaction is reversed. "In order" is the
+share of pairs of neighbouring commands for which the higher command gives the higher value. 1 is
 best, and 0.5 is chance.
 
 In the synthetic world the true future of every command can be rendered. The rows "truth" show what
-the probe reads from these true futures, so a perfect model would reach these values. A rollout
-is nearest to its own truth if its last second is closer (by PSNR) to the true future of its own
-command than to that of any other command.
+the probe reads from these true futures, so a perfect model would reach these values. A rollout is
+nearest to its own truth if its last second has a higher PSNR with the true future of its own
+command than with the true future of any other command.
 
-Limits: this section tests the order of the reactions, not their strength. It uses only a few
+Limits. This section tests the order of the reactions, not their strength. It uses only a few
 starts, so it gives no intervals."""
 
 
 def _commands(world: WorldModel, clip: Clip) -> Floats32:
-    """Return the commands [V, L, N, 2], constant over each future.
+    """Return the grid of commands [V, L, N, 2]. A command is constant over its future.
 
-    The clip must have a known speed at its start.
+    The speed at the start of the clip must be known.
     """
     actions, _ = clip.actions
     speed = float(actions[clip.context_frames - 2, SPEED])
@@ -110,8 +111,8 @@ def _roll_out(world: WorldModel, clip: Clip, commands: Floats32, sampling: Sampl
 def _truths(clip: Clip, commands: Floats32) -> Pixels | None:
     """Render the true futures [V, L, N, H, W, 3] of the commands.
 
-    Returns None unless the clip is from a synthetic drive with its video, is not mirrored, and its
-    frames are a constant number of the world's steps apart.
+    Returns None if the clip is mirrored, if it is not from the video of a synthetic drive, or if
+    the number of simulation steps between its frames varies.
     """
     footage = clip.footage
     synthetic = footage.synthetic
@@ -119,7 +120,7 @@ def _truths(clip: Clip, commands: Floats32) -> Pixels | None:
         return None
     strides = np.unique(np.diff(footage.recorded.indices))
     if len(strides) != 1:
-        return None  # the number of the world's steps between frames varies
+        return None  # the number of simulation steps between frames varies
     stride = int(strides[0])
     last = footage.drive.entry.start + clip.start - 1
     state = synthetic.states[footage.recorded.indices[last]]
@@ -135,7 +136,10 @@ def _truths(clip: Clip, commands: Floats32) -> Pixels | None:
 def _monotonicity(
     probe: InverseDynamics, clip: Clip, commands: Floats32, futures: Pixels
 ) -> dict[str, Any]:
-    """Return the mean `monotonicity` of the futures' realised actions, by channel."""
+    """Measure whether higher commands give higher realised values in `futures`.
+
+    Returns the mean `monotonicity` of each channel.
+    """
     context = clip.context
     realised = np.array(
         [[read(probe, context, future).mean(axis=0) for future in row] for row in futures]
@@ -152,7 +156,7 @@ def _monotonicity(
 def _nearest(futures: Pixels, truths: Pixels, clip: Clip) -> float:
     """Return the share of rollouts that are nearest to the true future of their own command.
 
-    Nearest means the highest PSNR over the last second.
+    The nearest future is the one with the highest PSNR over the last second.
     """
     last = min(clip.frames, max(1, round(clip.footage.drive.info.fps)))
     rollouts, true_videos = (
@@ -166,9 +170,9 @@ def _nearest(futures: Pixels, truths: Pixels, clip: Clip) -> float:
 
 
 def _mean(values: Sequence[Any]) -> Any:
-    """Return the mean of numbers or, key by key, of dicts. None values are ignored.
+    """Return the mean of numbers, ignoring None. Return None if all values are None.
 
-    Returns None if all values are None.
+    For dicts, return a dict with the mean of each key.
     """
     known = [value for value in values if value is not None]
     if known and isinstance(known[0], dict):
@@ -200,7 +204,7 @@ def _picture(clip: Clip, commands: Floats32, futures: Pixels, whose: str) -> Med
     headings = [f"steering {actions[0, STEERING]:+.2f}" for actions in commands[0]]
     seconds = clip.frames / clip.footage.drive.info.fps
     caption = (
-        f"Start: {clip.name}. Each cell is {whose} picture after {seconds:.1f} s of one command: "
-        "steering from left (positive) to right, speed from row to row"
+        f"Start: {clip.name}. Each cell is {whose} picture after {seconds:.1f} s of one command. "
+        "Columns: steering from left (positive) to right. Rows: speed"
     )
     return photo(contact_sheet(rows, headings), caption)

@@ -1,6 +1,8 @@
-"""Measure how much the true actions help a world model to predict a drive, in bits.
+"""Measure in bits how much the true actions help a world model to predict a drive.
 
-Axes: N frames of a run without a gap, V variants of its actions.
+A run is a stretch of a drive without a time gap.
+
+Axes: N frames of a run, V variants of its actions.
 """
 
 from collections import defaultdict
@@ -22,20 +24,23 @@ from driving_sim.world_model.world_model import WorldModel
 
 _CHANNELS = {"speed": [SPEED], "steering": [STEERING], "both": [SPEED, STEERING]}
 _AT_ONCE = 24
-"""Maximum number of variants in one pass over a run, because each variant needs its own cache."""
+"""Maximum number of variants in one pass over a run. Each variant needs a cache in memory."""
 
 
 def evaluate_action_information(
     world: WorldModel, heldout: TokenStore, *, shuffles: int = 20, seed: int = 0
 ) -> Section:
-    """Measure how many bits per frame the true actions save over shuffled and over null actions.
+    """Measure how many bits per frame the true actions save, compared with wrong actions.
 
-    A shuffle moves every block of a run's actions to the place of another block. A block lasts 3 s,
-    or as long as the model's window if that is longer. Speed, steering and both are shuffled
-    separately. Null actions are marked as unknown. Only frames with a full window behind them
-    count. The 95 % interval comes from a bootstrap over the same blocks (Künsch 1989,
-    https://doi.org/10.1214/aos/1176347265). Runs shorter than two blocks are left out. Raises
-    TooLittleDataError if no run is long enough, or if no action is known.
+    There are two kinds of wrong actions. Null actions are marked as unknown. To shuffle the
+    actions, they are cut into blocks, and every block moves to the place of another block. A block
+    lasts 3 s, or as long as the model's window if that is longer. Speed alone, steering alone and
+    both together are shuffled in turn.
+
+    Only frames with a full window of past frames count. The 95 % interval comes from a bootstrap
+    over the same blocks (Künsch 1989, https://doi.org/10.1214/aos/1176347265). Runs shorter than
+    two blocks are left out. Raises TooLittleDataError if no run is long enough, or if no action is
+    known.
     """
     world.check_store(heldout)
     block = block_frames(world.fps, world.context_frames)
@@ -55,7 +60,7 @@ def evaluate_action_information(
                 bits.append(np.stack([frame.means()[0] for frame in run], axis=1))
                 bar.advance(len(bits[-1]))
             true, *by_channel = np.split(np.concatenate(bits), range(1, variants, shuffles + 1))
-            # Frames after the last whole block keep their actions, so they do not count.
+            # The actions after the last whole block are not shuffled, so these frames do not count.
             frames = np.arange(world.context_frames, (stop - begin) // block * block)
             for name, changed in zip(known, by_channel, strict=True):
                 for over, worse in (("shuffled", changed[:-1]), ("null", changed[-1:])):
@@ -82,9 +87,9 @@ def evaluate_action_information(
 
 
 def _runs(heldout: TokenStore, block: int) -> list[tuple[DriveTokens, int, int]]:
-    """Return the runs of two blocks or more, as (drive, first frame, end).
+    """Return the runs of at least two blocks, as (drive, first frame, end).
 
-    A shorter run has no second block to swap with.
+    In a shorter run there are no two blocks to swap.
     """
     runs = [
         (drive, begin, stop)
@@ -101,7 +106,7 @@ def _runs(heldout: TokenStore, block: int) -> list[tuple[DriveTokens, int, int]]
 
 
 def _known_channels(drives: Sequence[DriveTokens]) -> dict[str, list[int]]:
-    """Return the channels to measure: those that are known in at least one frame of the drives."""
+    """Return the entries of `_CHANNELS` whose channels are all known somewhere in the drives."""
     somewhere = np.any([drive.action_valid.any(axis=0) for drive in drives], axis=0)
     known = {name: channels for name, channels in _CHANNELS.items() if somewhere[channels].all()}
     if not known:
@@ -113,14 +118,14 @@ def _known_channels(drives: Sequence[DriveTokens]) -> dict[str, list[int]]:
 
 _TEXT = """Does the model use the actions to predict the next frame? The model predicts the
 held-out drives again with wrong actions. "Shuffled" means actions from another moment of the same
-drive; "null" means that the model is told that the actions are unknown. The gain is the number of
-bits that a frame costs more than with the true actions.
+drive. "Null" means that the model is told that the actions are unknown. The gain is how many more
+bits a frame costs with the wrong actions than with the true ones.
 
-A larger gain means that the model draws more information from that channel. A gain below zero means
+A larger gain means that the model gets more information from that channel. A gain below zero means
 that the true actions mislead the model on these drives. If the interval contains zero, no benefit
-was detected: the model ignores the channel, or the past frames already tell as much, or there are
-too few drives. The gain does not show whether a rollout obeys a command; see action fidelity and
-the sweep for that."""
+was detected. The model may ignore the channel, the past frames may already tell as much, or there
+may be too few drives. The gain does not show whether a rollout obeys a command; the sections on
+action fidelity and the sweep do."""
 
 
 def _variants(
@@ -134,8 +139,8 @@ def _variants(
 ) -> tuple[Floats32, Mask]:
     """Return variants of a run's actions and validity, [V, N, 2] each.
 
-    The first variant holds the true actions. Then follow, for each of the `channels`, `shuffles`
-    variants with that channel shuffled and one with that channel unknown.
+    The first variant has the true actions. Then each entry of `channels` adds `shuffles` variants
+    in which its channels are shuffled, and one in which they are unknown.
     """
     count = 1 + len(channels) * (shuffles + 1)
     actions = np.repeat(drive.actions[None, begin:stop], count, axis=0)
@@ -144,7 +149,7 @@ def _variants(
     for columns in channels.values():
         for _ in range(shuffles):
             number += 1
-            # Move the validity with the action, so that an unknown action stays unknown.
+            # Move the validity together with the action, so an unknown action stays unknown.
             order = _displaced_blocks(stop - begin, block, rng)
             actions[number][:, columns] = actions[0, order][:, columns]
             valid[number][:, columns] = valid[0, order][:, columns]
@@ -156,8 +161,8 @@ def _variants(
 def _displaced_blocks(length: int, block: int, rng: np.random.Generator) -> Ints:
     """Return indices that move every whole block to the place of another block.
 
-    Frames after the last whole block stay. A plain random permutation would leave one block in
-    place on average, which would make the gain too small.
+    Frames after the last whole block keep their places. A plain random permutation would leave one
+    block in place on average, and the measured gain would be too small.
     """
     blocks = length // block
     ring, order = rng.permutation(blocks), np.arange(blocks)

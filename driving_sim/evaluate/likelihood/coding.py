@@ -1,9 +1,9 @@
-"""Compress a drive's tokens with a world model, to check the bits per token that it claims.
+"""Compress a drive's tokens with a world model, to check the model's claimed bits per token.
 
-A range coder (constriction, arXiv 2201.01741) codes the tokens under the plain model's
-probabilities, rounded to integer frequencies. Encoder and decoder run the same cached passes, wave
-by wave, and get the same logits to the last bit. Another machine, number format or compiler may
-give slightly different logits; decoding then returns wrong tokens.
+A range coder (constriction, arXiv 2201.01741) encodes the tokens with the model's probabilities,
+rounded to integer frequencies. Encoder and decoder run the same cached passes, wave by wave, and
+get bit-identical logits. On another machine, or with another number format or compiler, the logits
+may differ slightly. Decoding then returns wrong tokens.
 
 Axes: T frames, P = r * c tokens of a frame, n tokens of a wave, K codes.
 """
@@ -28,29 +28,30 @@ from driving_sim.world_model.training.bits import streamed_bits_per_token
 from driving_sim.world_model.world_model import WorldModel
 
 Words = NDArray[np.uint32]
-"""The compressed data: words of 32 bits from the range coder."""
+"""The compressed data: 32-bit words from the range coder."""
 
 _HEADER_BYTES = 24
-"""Size of the header that a file of these words would need, without the lengths of the runs.
+"""Size in bytes of the header that a compressed file would need, without the lengths of the runs.
 
-It would hold 4 bytes to mark the format, a checksum (4), the model's fingerprint (8), a checksum of
-the tokens (4) and the number of runs (4).
+No file is written, but its size is part of the check. The header would consist of a format marker
+(4 bytes), a checksum (4), the model's fingerprint (8), a checksum of the tokens (4) and the number
+of runs (4).
 """
 _RUN_BYTES = 4
-"""Bytes in the header for the length of each run."""
+"""Size of the length of one run in the header, in bytes."""
 _TOTAL = 2**24
-"""Sum of the frequencies of all codes, as constriction requires."""
+"""Sum of the integer frequencies of all codes; constriction requires this value."""
 _FAMILY = stream.model.Categorical(perfect=False)
 
 _CLAIM = 0.01
-"""Largest allowed difference between coded and claimed size, as a share of the claimed size."""
+"""Maximum difference between the coded and the claimed size, as a share of the claimed size."""
 
 
 def evaluate_coding(world: WorldModel, drive: DriveTokens, *, seconds: float) -> Section:
     """Compress the first `seconds` of a drive with the model, decode them, and check the size.
 
-    Among the metrics, `exact` says whether decoding returned the same tokens, and `proved` says
-    whether, in addition, the size without the header is within 1 % of the claimed bits.
+    The metric `exact` is true if decoding returned the same tokens. The metric `proved` is true if,
+    in addition, the size without the header is within 1 % of the size that the model claims.
     """
     beginning = first_frames(drive, max(1, round(seconds * world.fps)))
     with progress(2 * len(beginning), "arithmetic coding", "frames") as bar:
@@ -61,7 +62,7 @@ def evaluate_coding(world: WorldModel, drive: DriveTokens, *, seconds: float) ->
     coded_bits, count = header_bits + 8 * words.nbytes, beginning.tokens.size
     claimed = streamed_bits_per_token(world.transformer, [beginning]).mean
     ratio = coded_bits / count / claimed
-    # The header says nothing about the model, and in a short file it takes more than 1 %.
+    # The check ignores the header, which does not depend on the model and is large in short files.
     header = header_bits / count / claimed
     metrics = {
         "per_tokenizer": True,
@@ -90,9 +91,10 @@ def evaluate_coding(world: WorldModel, drive: DriveTokens, *, seconds: float) ->
 
 _TEXT = """Are the bits per token real? The beginning of a held-out drive is compressed with the
 model's probabilities and decoded again. A model that claims a low cost must also produce a small
-file. The check passes if the decoded tokens are the originals and the file, without its header, has
-the size that the model claims, to within 1 %. The claimed size is computed separately, in float32,
-from the start of the drive. "Claimed while coding" is the cost in the passes that coded the file.
+file. The check passes if the decoded tokens equal the originals, and if the size of the file
+without its header is within 1 % of the size that the model claims. The claimed size is computed
+separately, in float32, for the same beginning of the drive. "Claimed while coding" is the cost
+computed in the passes that coded the file.
 
 The check confirms that the likelihood was computed correctly. It does not say whether the model is
 good: a bad model passes too, with a larger file."""
@@ -106,10 +108,10 @@ _ROWS = {
     "header_bits": "header, bits",
     "ratio_to_claimed": "file / claimed",
     "ratio": "file / claimed while coding",
-    "exact": "decoded tokens are the originals",
+    "exact": "decoded tokens equal the originals",
     "proved": "check passed",
 }
-"""Labels of the table's rows, by the name of the metric."""
+"""Label of each row of the table, by the name of its metric."""
 
 
 def _verdict(exact: bool, ratio: float, header: float) -> str:
@@ -126,16 +128,19 @@ def _verdict(exact: bool, ratio: float, header: float) -> str:
         faults.append(f"the file is {size}")
     if faults:
         return f"The check failed: {', and '.join(faults)}."
-    return f"The check passed: the decoded tokens are the originals, and the file is {size}."
+    return f"The check passed: the decoded tokens equal the originals, and the file is {size}."
 
 
 def compress(
     world: WorldModel, drive: DriveTokens, *, advance: Callable[[int], object]
 ) -> tuple[Words, float]:
-    """Compress a drive's tokens, given its actions. After a gap the model starts without context.
+    """Compress a drive's tokens.
 
-    Returns the compressed words, and the model's cost: the sum of -log2 p over the tokens, from the
-    same passes. `advance` is called with the number of frames coded since its last call.
+    The model also sees the drive's actions. After a time gap it starts without context.
+
+    Returns the compressed words and the model's cost in bits, which is the sum of -log2 p over the
+    tokens in the same passes. `advance` is called with the number of frames coded since its last
+    call.
     """
     tokens = rearrange(drive.tokens.astype(np.int32), "t r c -> t (r c)")
     encoder, model_bits = stream.queue.RangeEncoder(), 0.0
@@ -158,9 +163,10 @@ def decompress(
 ) -> Ints:
     """Decode the words of `compress` and return the tokens [T, r, c].
 
-    Of `drive`, only the actions and the lengths of its runs are read. If the words, the model, the
-    actions or the arithmetic differ from those of `compress`, the result holds wrong tokens, or no
-    frames at all. `advance` is called with the number of frames decoded since its last call.
+    The tokens of `drive` are not read, only its actions and the lengths of its runs. If the words,
+    the model, the actions or the arithmetic are not the same as in `compress`, the tokens are wrong
+    or there are no frames at all. `advance` is called with the number of frames decoded since its
+    last call.
     """
     decoder = stream.queue.RangeDecoder(words)
 
@@ -170,7 +176,7 @@ def decompress(
 
     try:
         decoded = _pass_through(world, drive, get, advance)
-    except AssertionError:  # Raised by constriction for words that no tokens lead to.
+    except AssertionError:  # constriction raises this for words that no encoder writes.
         return np.zeros((0, *drive.tokens.shape[1:]), np.int64)
     return rearrange(decoded, "t (r c) -> t r c", r=world.transformer.grid.rows)
 
@@ -179,8 +185,8 @@ def coder_weights(logits: Tensor) -> Floats32:
     """Return the softmax of `logits` [n, K], scaled to whole numbers that sum to 2^24 - K per row.
 
     constriction gives every code a frequency of 1, and splits the remaining 2^24 - K in proportion
-    to these weights. They are whole numbers with exactly that sum, below 2^24, so float32 adds and
-    scales them without rounding.
+    to these weights. Because the weights are whole numbers with exactly that sum, which is below
+    2^24, float32 adds and scales them without rounding.
     """
     rest = _TOTAL - logits.shape[-1]
     probs = logits.cpu().double().softmax(-1).numpy()
@@ -198,13 +204,13 @@ def _pass_through(
 ) -> Ints:
     """Pass a drive's frames through the model and return the tokens [T, P] that `choose` returns.
 
-    Every run starts without context. `choose` has the arguments of the sampler's `Choose`, preceded
-    by the frame's index.
+    Every run starts without context. `choose` is called with the index of the frame, followed by
+    the arguments of the sampler's `Choose`.
     """
     frames, device = [], world.device
     for begin, stop in drive.entry.segments:
         passes = world.branch(world.no_prefix()).passes
-        # No action leads to the first frame.
+        # No action leads to the first frame of a run.
         led = torch.zeros(1, 2, device=device)
         known = torch.zeros(1, 2, dtype=torch.bool, device=device)
         for t in range(begin, stop):

@@ -1,4 +1,6 @@
-"""Measure a world model's bits per token and calibration on held-out drives, against baselines.
+"""Measure a world model's bits per token and calibration on held-out drives.
+
+Baselines are measured on the same frames.
 
 Axes: n judged frames, W frames of context, P tokens of a frame, w windows.
 """
@@ -33,15 +35,16 @@ _BATCH = 4
 
 
 def learned_drives(world: WorldModel, training: TokenStore) -> tuple[DriveTokens, ...]:
-    """Return the drives of `training` without the validation drives, which only chose the weights.
+    """Return the drives of `training` except the model's validation drives.
 
+    The model did not learn from its validation drives. They only selected its best checkpoint.
     Raises DriveSimError if no drive is left.
     """
     learned = [name for name in training.drive_ids if name not in world.validation_drives]
     if not learned:
         raise DriveSimError(
-            f"{training.path}: holds only drives that the model was validated on; name the token "
-            "store that it was trained on with `training_tokens`"
+            f"{training.path}: contains only validation drives of the model; use `training_tokens` "
+            "to name the token store that the model was trained on"
         )
     return training.select(learned)
 
@@ -49,13 +52,15 @@ def learned_drives(world: WorldModel, training: TokenStore) -> tuple[DriveTokens
 def evaluate_likelihood(
     world: WorldModel, heldout: TokenStore, training: TokenStore, *, stride: int = 1
 ) -> Section:
-    """Measure bits per token of the model and of baselines, on frames with a full window behind.
+    """Measure bits per token of the model and of baselines.
 
-    Every `stride`-th of these frames is judged. The baselines are fitted on `learned_drives`.
+    Only frames with a full window of past frames are judged, and only every `stride`-th of them.
+    The baselines are fitted to `learned_drives`.
 
-    The metric `streamed_over_recomputed` compares frames 2W to 4W of the drives: their bits with a
-    rollout's cache, where nothing is recomputed, divided by their bits with a recomputed window. It
-    is near 1 if long rollouts predict as well as short ones, and None if no drive is long enough.
+    The metric `streamed_over_recomputed` tests whether long rollouts predict as well as short ones.
+    The bits of frames 2W to 4W are measured in two ways: with the growing cache of a rollout, and
+    with the window recomputed for each frame. The metric is the first divided by the second, so 1
+    is ideal. It is None if no drive is long enough.
 
     Intervals resample blocks of 3 s, or of W frames if these last longer (Künsch 1989,
     10.1214/aos/1176347265).
@@ -99,30 +104,30 @@ def evaluate_likelihood(
 
 _TEXT = """How well does the model predict drives that it has not seen? A token costs -log2 p
 bits if the model gave it the probability p, so fewer bits are better. Only frames with a full
-window of past frames behind them count. A good model needs fewer bits than all three baselines,
-which know only counts from the training drives. "Unigram": how frequent each token is. "Copy
-last": the token of the last frame at the same place is repeated, or with a small probability
-replaced by a random one. "Time bigram": how often one token follows another at the same place.
+window of past frames count. A good model needs fewer bits than all three baselines, which only
+count tokens in the training drives. "Unigram" counts how frequent each token is. "Copy last"
+expects the token that the frame before had at the same place, and gives a small probability to all
+others. "Time bigram" counts how often one token follows another at the same place.
 
 The intervals resample blocks of 3 s, or of the model's window if that lasts longer, because
-neighbouring frames are alike. Bits per token depend on the tokenizer: do not compare models with
-different tokenizers by them. They also do not tell how good a long rollout looks.
+neighbouring frames are alike. Bits per token depend on the tokenizer, so they cannot compare models
+with different tokenizers. They also do not show how good a long rollout looks.
 
 The left plot shows the bits by a frame's place in its window. The curve should fall, because later
-frames have more past frames to learn from. The right plot shows calibration: how often the model's
+frames have more past frames as context. The right plot shows calibration: how often the model's
 likeliest token was right, for each probability that the model gave it. A calibrated model lies on
-the diagonal; below it, the model is too sure of itself. The expected calibration error is the mean
-distance from the diagonal, so less is better (Guo et al. 2017, arXiv 1706.04599)."""
+the diagonal. Below the diagonal, the model is too sure of itself. The expected calibration error is
+the mean distance from the diagonal, so less is better (Guo et al. 2017, arXiv 1706.04599)."""
 
 
 class Calibration:
-    """Collects how often the model's likeliest token was right, by the probability it had."""
+    """Counts how often the model's likeliest token was right, by the probability of that token."""
 
     def __init__(self) -> None:
         self.sums = np.zeros((3, _BINS))
 
     def add(self, judged: TokenBits) -> None:
-        """Add tokens to the bins; all bins have the same width."""
+        """Add tokens to the bins of their probabilities. All bins have the same width."""
         confidence = judged.confidence.double().cpu().numpy().ravel()
         right = judged.right.cpu().numpy().ravel()
         places = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
@@ -132,7 +137,7 @@ class Calibration:
     def metrics(self) -> dict[str, Any]:
         """Return the mean confidence and accuracy of each bin, and the expected calibration error.
 
-        Empty bins hold None.
+        Both means are None in an empty bin.
         """
         counts, right, confidence = self.sums
 
@@ -149,7 +154,7 @@ class Calibration:
 
 
 def _interval(judged: FrameBits, block: int, tokens: int = 1) -> dict[str, float | None]:
-    """Return the mean bits of `tokens` tokens, with an interval over blocks of frames."""
+    """Return the mean cost of `tokens` tokens in bits, with an interval over blocks of frames."""
     blocks = judged.drive * (1 + judged.frame.max() // block) + judged.frame // block
     return interval(judged.bits * tokens, blocks)
 
@@ -159,17 +164,17 @@ def _by_position(
 ) -> list[dict[str, float | None]]:
     """Return the mean bits per token of the frames at each place in a window, with intervals.
 
-    The windows lie end to end.
+    The windows follow one another without overlap.
     """
     bits = _bits_of_windows(world, drives)
-    # If windows are shorter than a block, as many windows as fill a block form a unit.
+    # Resample units that are at least as long as a block: one window, or several short ones.
     units = np.arange(len(bits)) // -(-block // world.context_frames)
     return [interval(place, units) for place in bits.T]
 
 
 @torch.inference_mode()
 def _bits_of_windows(world: WorldModel, drives: Sequence[DriveTokens]) -> Floats:
-    """Return the mean bits per token of each frame in windows that lie end to end, [w, W]."""
+    """Return the mean bits per token of each frame, [w, W], in windows that do not overlap."""
     means = []
     for batch in sequential_windows(drives, frames=world.context_frames, batch_size=_BATCH):
         inputs = {name: value.to(world.device) for name, value in batch.items()}
@@ -215,16 +220,16 @@ def _plot(metrics: dict[str, Any]) -> Media:
 def _streamed_share(
     world: WorldModel, drives: Sequence[DriveTokens], recomputed: FrameBits
 ) -> float | None:
-    """Return streamed bits divided by recomputed bits, on frames 2W to 4W of every run.
+    """Return the bits with a rollout's cache, divided by the bits with a recomputed window.
 
-    Returns None if no run is that long.
+    Both are measured on frames 2W to 4W of every run. Returns None if no run is that long.
     """
     frames = world.context_frames
     with progress(len(drives), "streamed bits", "drives") as bar:
         streamed = streamed_bits_per_token(
             world.transformer, drives, first=2 * frames, stop=4 * frames, advance=bar.advance
         )
-    # Give every frame of every drive its own id, to find the frames that were judged both ways.
+    # Give every frame of every drive its own id, to find the frames that were judged in both ways.
     streamed_ids = streamed.drive << 32 | streamed.frame
     recomputed_ids = recomputed.drive << 32 | recomputed.frame
     _, in_streamed, in_recomputed = np.intersect1d(

@@ -1,4 +1,4 @@
-"""Show where a drive surprised a world model: the bits of every token, drawn over its frames.
+"""Show where a drive surprised a world model, with a heat map of the bits of its tokens.
 
 Axes: N frames of a drive, r c token rows and columns, H W pixels.
 """
@@ -36,7 +36,7 @@ Bits = Floats32
 
 _BATCH = 16
 _MOMENTS = 6
-_CURVES = 12  # If there are more drives, only the most surprising ones are plotted.
+_CURVES = 12  # maximum number of drives in the plot
 _OPACITY = 0.65
 _COLOURS: Pixels = colormaps["inferno"](np.arange(256), bytes=True)[:, :3]
 _SHORT = " (short context)"
@@ -45,15 +45,15 @@ _LINE, _PALE, _MARK = "#2a5db0", "#b9bec8", "#b4541a"
 
 
 class _JudgedDrive:
-    """A drive, with the mean bits per token of the frames that were judged so far."""
+    """A drive, and the mean bits per token of each frame that was judged so far."""
 
     def __init__(self, sampled: SampledDrive, window: int, video: str) -> None:
-        """Prepare a drive. `window` is in frames; `video` is the file name of its output video."""
+        """Prepare a drive. `window` is in frames. `video` is the name of its output video."""
         self.id, self.sampled, self.video = sampled.drive.id, sampled, video
         behind = np.concatenate([np.arange(stop - start) for start, stop in sampled.segments])
-        # `full` marks the frames with a full window [N]. Only these count, if there are any. In a
-        # shorter drive all but the first frame of each run count, but their bits are higher for
-        # lack of context, so they do not compare with those of other drives.
+        # `full` [N] marks the frames with a full window of context. If a drive has such frames,
+        # only they count. If it has none, all frames count except the first of each run. Their bits
+        # are higher because of the short context, so the drive is marked as `short`.
         self.full = behind >= window - 1
         self.short = not self.full.any()
         self.counts = behind > 0 if self.short else self.full
@@ -70,7 +70,7 @@ class _JudgedDrive:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Moment:
-    """A frame that surprised the model more than all frames within 2 s of it."""
+    """A frame that surprised the model more than any other frame within 2 s."""
 
     drive: _JudgedDrive
     frame: int
@@ -96,14 +96,14 @@ def find_surprises(world: WorldModel, drives: Sequence[Drive], out: Path) -> dic
     - `surprise.json`: all numbers
 
     The model sees the drive as in a rollout, frame by frame with a cache. Means, ranking and
-    moments use only frames with a full window behind them. For a drive shorter than a window they
-    use all frames except the first of each run. Such a drive is marked, ranked last, and left out
-    of the overall mean. The colours range from 0 bits to the bits of a uniform guess, so that
-    pictures of different drives can be compared. Frames are not kept in memory.
+    moments use only frames with a full window of context. If a drive is too short to have such
+    frames, they use all frames except the first of each run. Such a drive is marked, ranked last,
+    and left out of the overall mean. The colours range from 0 bits to the bits of a uniform guess,
+    so pictures of different drives can be compared. Frames are not kept in memory.
 
     Raises:
-        DriveSimError: `out` exists; a drive has no two frames in a row, or another frame rate or
-            steering kind than the model; a video is damaged; the disk is full.
+        DriveSimError: If `out` exists, if a drive has no two frames in a row, if its frame rate or
+            steering kind is not the model's, if a video is damaged, or if the disk is full.
     """
     if out.exists():
         raise DriveSimError(f"{out}: exists already; choose another `out`, or delete it")
@@ -123,7 +123,7 @@ def find_surprises(world: WorldModel, drives: Sequence[Drive], out: Path) -> dic
                 ranked = sorted(candidates, key=drive.bits.__getitem__, reverse=True)
                 frames = frames_apart(ranked, drive.sampled.timestamps, _MOMENTS)
                 moments += [_Moment(drive=drive, frame=t, bits=tokens[t]) for t in frames]
-        # The sort is stable, so of two equal moments the earlier one comes first.
+        # Put drives with short context last. The sort is stable, so earlier moments win ties.
         moments.sort(key=lambda moment: (moment.drive.short, -moment.mean))
         moments = moments[:_MOMENTS]
         _draw_curves(folder / "surprise.png", judged, moments)
@@ -146,7 +146,7 @@ def _file_names(ids: Sequence[str]) -> list[str]:
 
 
 def _judged_frames(world: WorldModel, sampled: SampledDrive) -> Iterator[tuple[Pixels, Bits]]:
-    """Yield every frame with the bits of its tokens. After a gap the model has no context."""
+    """Yield every frame with the bits of its tokens. After a time gap the model has no context."""
     encoded = (
         (frame, tokens)
         for batch in sampled.batches(world.tokenizer.frame_size, _BATCH)
@@ -168,7 +168,7 @@ def _judged_frames(world: WorldModel, sampled: SampledDrive) -> Iterator[tuple[P
 def _pictures(
     world: WorldModel, judged: _JudgedDrive, tokens: list[Bits], bar: Progress
 ) -> Iterator[Pixels]:
-    """Yield the pictures of a drive's video, and record the bits of its frames.
+    """Yield the pictures of a drive's output video, and collect the bits of its frames.
 
     For every frame, append the bits of its tokens to `tokens`, and their mean to `judged.bits`.
     """
@@ -182,7 +182,7 @@ def _pictures(
         panel = draw_panel(
             frame,
             f"{sampled.timestamps[t]:.1f} s  {judged.bits[t]:.2f} bits{short}",
-            # The action that led to this frame.
+            # Show the action that led to this frame.
             sampled.actions[t - 1],
             sampled.action_valid[t - 1] & (t not in starts),
             2 * world.statistics.steering_p95 or 1.0,
@@ -242,7 +242,7 @@ def _moments_sheet(world: WorldModel, moments: Sequence[_Moment]) -> Pixels:
 
 
 def _draw_curves(path: Path, judged: Sequence[_JudgedDrive], moments: Sequence[_Moment]) -> None:
-    """Write a PNG with a curve for each of the most surprising drives, all on one scale."""
+    """Write a PNG with the curves of the most surprising drives, all on the same scale."""
     plotted = _ranked(judged)[:_CURVES]
     figure = Figure(figsize=(12, 1.2 + 1.8 * len(plotted)), layout="constrained")
     rows = figure.subplots(len(plotted), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
@@ -254,7 +254,7 @@ def _draw_curves(path: Path, judged: Sequence[_JudgedDrive], moments: Sequence[_
             times, broken = (np.insert(x, gaps, np.nan) for x in (drive.sampled.timestamps, values))
             axes.plot(times, broken, color=colour, linewidth=1)
         axes.axhline(drive.mean, color=_LINE, linewidth=0.8, linestyle=":")
-        # parse_math=False: a dollar sign in a file name must not start a formula.
+        # Without parse_math=False, a dollar sign in a file name would start a formula.
         title = f"{drive.id}: {drive.mean:.2f} bits{_SHORT if drive.short else ''}"
         axes.set_title(title, loc="left", fontsize=10, parse_math=False)
         axes.grid(alpha=0.25)
@@ -273,7 +273,7 @@ def _draw_curves(path: Path, judged: Sequence[_JudgedDrive], moments: Sequence[_
 
 
 def _ranked(judged: Sequence[_JudgedDrive]) -> list[_JudgedDrive]:
-    """Sort drives by their mean bits, most surprising first, and drives with short context last."""
+    """Sort drives by their mean bits, highest first, but put drives with short context last."""
     return sorted(judged, key=lambda drive: (drive.short, -drive.mean))
 
 

@@ -1,1 +1,1 @@
-"""How good pictures are: compared with the truth, over time, and as a set."""
+"""Measure the quality of pictures: against the true frames, over time, and as a set."""

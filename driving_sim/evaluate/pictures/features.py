@@ -1,4 +1,6 @@
-"""Features of video clips; their Fréchet distance measures how different two sets of clips are.
+"""Compute features of video clips.
+
+The Fréchet distance between their features shows how different two sets of clips are.
 
 Axes: n clips, T frames, H rows, W columns, d features.
 """
@@ -20,10 +22,10 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import one_line
 
 I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
-"""SHA-256 of the only I3D file that is loaded.
+"""SHA-256 of the I3D file. Any other file is refused.
 
-TorchScript is a program. Loading it unpickles no Python objects, but its `__setstate__` runs on
-loading, and its operators can write files (`aten::save`, `aten::from_file`).
+A TorchScript file is a program. Loading it unpickles no Python objects, but it runs the file's
+`__setstate__`, and its operators can write files (`aten::save`, `aten::from_file`).
 """
 
 _MOST_I3D_BYTES = 2**26  # the right file has 51,235,320 bytes
@@ -34,12 +36,12 @@ _KERNEL = 3
 
 
 class VideoFeatures(Protocol):
-    """An extractor of features from clips; the same clips give the same features on any machine."""
+    """A function that extracts features from clips, with the same result on any machine."""
 
     name: str
-    """Metrics key for the Fréchet distance of these features, unique to this kind of features."""
+    """Key of the Fréchet distance in the metrics. Other kinds of features have other keys."""
     fingerprint: str
-    """SHA-256, in hexadecimal, of everything that the features depend on."""
+    """SHA-256 (hex) of everything that the features depend on."""
     least_frames: int
     """Minimum number of frames in a clip."""
 
@@ -50,16 +52,16 @@ class VideoFeatures(Protocol):
 class I3DFeatures:
     """The I3D features of FVD (Unterthiner et al. 2018, arXiv 1812.01717), from a file.
 
-    The file, which the user provides, holds an I3D trained on Kinetics-400, as TorchScript.
-    StyleGAN-V (Skorokhodov et al. 2022, arXiv 2112.14683) and most later work measure FVD with it.
-    It scales 0..255 to -1..1, resizes frames to 224 x 224 and returns the 400 logits.
+    The user provides the file: an I3D network trained on Kinetics-400, as TorchScript. StyleGAN-V
+    (Skorokhodov et al. 2022, arXiv 2112.14683) and most later work measure FVD with this file. The
+    network scales 0..255 to -1..1, resizes frames to 224 x 224 and returns the 400 logits.
     """
 
     name = "fvd_i3d"
     least_frames = 10
 
     def __init__(self, path: Path) -> None:
-        """Load the network; raise DriveSimError if the file is not the I3D of FVD."""
+        """Load the network. Raises DriveSimError if the file is not the I3D of FVD."""
         try:
             if not path.is_file():
                 raise _not_i3d(path, "there is no such file")
@@ -71,7 +73,7 @@ class I3DFeatures:
             with warnings.catch_warnings():
                 # torch recommends torch.export, but this file exists only as TorchScript.
                 warnings.filterwarnings("ignore", "`torch.jit.load`", DeprecationWarning)
-                # Load from memory, so that exactly the bytes with the right checksum are run.
+                # Load the checked bytes, because the file could have changed since it was read.
                 model: Any = torch.jit.load(io.BytesIO(content), map_location="cpu")  # type: ignore[no-untyped-call]
             self._model = model.eval()
         except OSError as error:
@@ -81,7 +83,7 @@ class I3DFeatures:
 
     @torch.inference_mode()
     def __call__(self, videos: Pixels) -> Floats32:
-        """Return the logits [n, 400] of clips; see `VideoFeatures`."""
+        """Return the logits [n, 400] of clips, uint8 RGB [n, T, H, W, 3]."""
         return np.asarray(self._model(_clips(videos), **_I3D_FLAGS).float())
 
 
@@ -90,10 +92,10 @@ class SeededFeatures:
 
     Random convolutions distinguish textures and motions without any training (Saxe et al. 2011, "On
     random weights and unsupervised feature learning"). The Fréchet distance of these features grows
-    with blur, with noise, and with frames that freeze, stutter or come in the wrong order; it
-    hardly notices a drive played backwards. It is not FVD and cannot be compared with FVD. The
-    features are the mean and the standard deviation of each layer's channels over a clip, d = 240.
-    Half of the first layer's channels see only changes in time.
+    with blur, with noise, and with frames that freeze, stutter or come in the wrong order. It
+    hardly changes if a drive is played backwards. It is not FVD and cannot be compared with FVD.
+    The features are the mean and the standard deviation of each layer's channels over a clip,
+    d = 240. Half of the first layer's channels respond only to changes in time.
     """
 
     least_frames = 1 + (_KERNEL - 1) * len(_SEEDED_WIDTHS)
@@ -109,7 +111,7 @@ class SeededFeatures:
 
     @torch.inference_mode()
     def __call__(self, videos: Pixels) -> Floats32:
-        """Return features [n, 240] of clips; see `VideoFeatures`."""
+        """Return features [n, 240] of clips, uint8 RGB [n, T, H, W, 3]."""
         clips = _clips(videos)
         # Resize to the network's size, ignoring the aspect ratio.
         frames = rearrange(clips, "n c t h w -> (n t) c h w")
@@ -117,7 +119,7 @@ class SeededFeatures:
         x = rearrange(frames, "(n t) c h w -> n c t h w", n=len(clips)) / 127.5 - 1
         pooled: list[Tensor] = []
         for weight in self._weights:
-            # No padding: a border of zeros would look like an edge in space or motion in time.
+            # Do not pad: a border of zeros would look like an edge in space or like motion in time.
             x = F.conv3d(x, weight, stride=(1, 2, 2)).relu()
             deviation, mean = torch.std_mean(x, dim=(2, 3, 4))
             pooled += [mean, deviation]
@@ -125,12 +127,12 @@ class SeededFeatures:
 
 
 def _seeded_weights(seed: int) -> list[Tensor]:
-    """Return kernels [out, in, 3, 3, 3] that keep the variance between layers (He et al. 2015).
+    """Return random kernels [out, in, 3, 3, 3] of each layer, scaled as in He et al. 2015.
 
-    The computation uses integers up to the last division, so that the weights are bit-identical on
-    every machine.
+    The scaling keeps the variance the same from layer to layer. All steps but the last division use
+    integers, so the weights are bit-identical on every machine.
     """
-    # NumPy guarantees the raw stream of PCG64, but not the draws of its distributions.
+    # NumPy guarantees that the raw numbers of PCG64 never change. Its distributions may change.
     source = np.random.PCG64(seed)
     weights: list[Tensor] = []
     for width, inputs in zip(_SEEDED_WIDTHS, (3, *_SEEDED_WIDTHS), strict=False):
@@ -145,10 +147,11 @@ def _seeded_weights(seed: int) -> list[Tensor]:
 
 
 def _blind_to_constants(kernels: Ints) -> Ints:
-    """Make the kernels sum to 0, and scale them by a whole number.
+    """Make the kernels sum to 0, so that they give 0 for constant input.
 
-    The first half of the kernels sum to 0 over time at every place. The second half sum to 0 only
-    over time and space together.
+    Each kernel in the first half sums to 0 over time at every place. Each kernel in the second half
+    sums to 0 only over time and space together. All are also scaled by a whole number, which keeps
+    them integers.
     """
     moving, still = np.split(kernels, 2)
     moving = _KERNEL * moving - moving.sum(axis=2, keepdims=True)

@@ -1,4 +1,4 @@
-"""Count how often a token changes although its part of the picture does not.
+"""Count how often a token changes although its cell of the picture does not change.
 
 Legend: T frames, r c token rows and columns, h w pixels of a cell, H W pixels of a frame.
 """
@@ -19,15 +19,22 @@ def flicker(
     """Count still cells and changed tokens between consecutive frames of one drive.
 
     Takes tokens [T, r, c] and the frames they were encoded from, uint8 [T, r·stride, c·stride, 3].
-    A cell is still if its pixels change by less than `threshold` grey levels on average. A
-    threshold of 2 ignores the noise of compressed video.
+    A cell is the part of a frame that one token stands for. A cell is still if its pixels change by
+    less than `threshold` grey levels on average. A threshold of 2 ignores the noise of compressed
+    video.
 
-    Returns four counts over all pairs of frames: `cells`, all cells; `changed`, cells whose token
-    changes; `still`, still cells; `still_changed`, still cells whose token changes. The counts of
-    the pieces of a drive add up to those of the drive if each piece begins with the last frame of
-    the piece before.
+    Returns four counts over all pairs of consecutive frames:
+
+    - `cells`: all cells
+    - `changed`: cells whose token changes
+    - `still`: still cells
+    - `still_changed`: still cells whose token changes
+
+    A drive can be counted in pieces. If each piece begins with the last frame of the piece before,
+    the counts of the pieces add up to the counts of the drive.
     """
-    # Work on one pair at a time: as floats, a whole drive would take four times as much memory.
+    # Convert one pair of frames to float at a time, because a float32 drive takes four times the
+    # memory of a uint8 drive.
     changes = [_cell_change(*pair, stride) for pair in pairwise(frames)]
     still = np.array(changes).reshape(-1, *tokens.shape[1:]) < threshold
     changed = tokens[1:] != tokens[:-1]
@@ -40,7 +47,7 @@ def flicker(
 
 
 def flicker_shares(counts: Counter[str]) -> dict[str, Any]:
-    """Turn the counts of `flicker` into the shares that are reported; 0 of 0 cells becomes None."""
+    """Turn the counts of `flicker` into the shares to report. A share of 0 cells is None."""
     cells, still = counts["cells"], counts["still"]
     return {
         "flicker": counts["still_changed"] / still if still else None,

@@ -16,9 +16,9 @@ def frechet_distance(features: Reals, others: Reals) -> float:
     """
     mean, root = _gaussian(features)
     other_mean, other_root = _gaussian(others)
-    # With S = R^T R, the trace is the minimum of |R - U R'|^2 over rotations U. The best U is the
-    # polar factor of R R'^T (orthogonal Procrustes). This avoids the square root of S S', which is
-    # singular if n <= d, and the result is never negative.
+    # Write S = R^T R. Then the trace is the minimum of |R - U R'|^2 over orthogonal matrices U, and
+    # the best U is the polar factor of R R'^T (orthogonal Procrustes). This avoids the square root
+    # of S S', which is singular if n <= d. Also, the result cannot be negative.
     left, _, right = np.linalg.svd(root @ other_root.T)
     of_means = np.square(mean - other_mean).sum()
     of_covariances = np.square(root - left @ right @ other_root).sum()

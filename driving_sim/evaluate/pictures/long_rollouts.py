@@ -29,8 +29,8 @@ from driving_sim.world_model.panels import contact_sheet
 from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
-_CHUNK = 16  # frames decoded at once
-_COLUMNS = 7  # moments of each rollout on the contact sheet
+_CHUNK = 16  # frames decoded together
+_COLUMNS = 7  # frames of each rollout on the contact sheet
 
 
 def evaluate_stability(
@@ -44,8 +44,9 @@ def evaluate_stability(
 ) -> Section:
     """Roll out from every start for `seconds`, and judge each rollout against real footage.
 
-    The commands are the start's recorded actions, repeated as often as needed. The bounds come from
-    `real` drives. Raises TooLittleDataError if these drives or the rollouts are too short.
+    The commands are the actions recorded after the start, repeated if they end too early. The
+    bounds for faults come from the `real` drives. Raises TooLittleDataError if these drives or the
+    rollouts are too short.
     """
     appearances = []
     with progress(len(real), "real footage", "drives") as bar:
@@ -79,33 +80,34 @@ def evaluate_stability(
 
 
 _TEXT = """Question: does a rollout still look like a drive after {seconds} s? The commands are the
-actions recorded in the held-out drive, repeated from the beginning when they end. A rollout is
-compared with real footage that was encoded and decoded by the same tokenizer. There are five
-faults, and the bounds for all of them come from the real footage.
+actions recorded in the held-out drive. When they end, they start again from the beginning. A
+rollout is compared with real footage that was encoded and decoded by the same tokenizer. It can
+have five faults, and the bounds for all of them come from the real footage.
 
 Drift: the tokens of a block of {block_s:g} s are distributed differently from those of real
-footage. The distance is the Jensen-Shannon divergence, from 0 to 1 bit. Real blocks differ from
-each other too; their median divergence is the floor. Sharpness: the picture is much softer or much
-harder than real ones (1 is the real median). Frozen: the picture hardly changes although the car is
-commanded to move. Loop: the rollout shows the same stretch again. Restless: the tokens change from
-frame to frame much more than in real footage, as noise does.
+footage. The distance is the Jensen-Shannon divergence, from 0 to 1 bit. Real blocks also differ
+from the rest of the real footage; the median of their divergences is the floor. Sharpness: the
+picture is much softer or much harder than real pictures, whose median is 1. Frozen: the picture
+hardly changes although the car is commanded to move. Loop: the rollout repeats an earlier stretch.
+Restless: the tokens change from frame to frame much more than in real footage, as in noise.
 
-How to read it: a rollout has collapsed when at least one fault is present for {hold_s:g} s without
-a break. Until then it lasts; a rollout that never collapses counts with its whole length. Longer is
-better. Drift should be close to its floor and sharpness close to 1, and there should be no
-collapses, frozen frames or loops.
+How to read it. A rollout has collapsed when at least one fault is present for {hold_s:g} s without
+a break. A rollout lasts until it collapses, or if it never does, until its end. Longer is better.
+Drift should be close to its floor and sharpness close to 1. There should be no collapses, frozen
+frames or loops.
 
-Limits. A rollout without faults is not necessarily right: this section does not check whether it
-follows its commands. The faults are detected by simple rules, so look at the pictures too. With
-few rollouts the numbers are rough."""
+Limits. A rollout without faults is not necessarily right, because this section does not check
+whether it follows its commands. The faults are detected by simple rules, so look at the pictures
+too. With few rollouts the numbers are rough."""
 
 
 def _appearance(
     world: WorldModel, tokens: NDArray[Any], actions: Floats32, valid: Mask
 ) -> Appearance:
-    """Decode tokens [N, r, c] and measure their pictures.
+    """Decode tokens [N, r, c] and measure the pictures.
 
-    `actions` [N, 2] lead to the frames; they say whether the car is commanded to move.
+    `actions` [N, 2] are the commands that lead to the frames. They show whether the car should
+    move.
     """
     tokens = tokens.astype(np.int64)
     chunk_starts = range(0, len(tokens), _CHUNK)
@@ -118,7 +120,7 @@ def _appearance(
 def _onward(clip: Clip, frames: int) -> tuple[Floats32, Mask]:
     """Return `frames` recorded actions from the clip's start on, and their validity, [N, 2] each.
 
-    The actions run to the end of the drive's segment, then start again at its beginning.
+    After the end of the drive's segment, the actions continue at the segment's beginning.
     """
     drive = clip.footage.drive
     begin, stop = next(
@@ -141,7 +143,7 @@ _ROWS = {
     "frozen frames, share of the frames that should move": "frozen_share",
     "rollouts with a loop": "looped",
 }
-"""Label of each row of the table, with its key in the metrics."""
+"""Labels of the table's rows, with the key of each metric."""
 
 
 def _plot(judged: Sequence[dict[str, Any]]) -> Media:
@@ -170,7 +172,7 @@ def _plot(judged: Sequence[dict[str, Any]]) -> Media:
             axes.axhline(bound, color="#999999", linestyle=":")
     return plot(
         figure,
-        "One line for each rollout. Dotted lines are bounds: drift above its bound, sharpness "
+        "One line for each rollout. Dotted lines are bounds. Drift above its bound, sharpness "
         "outside its two bounds, and change below its bound are faults. The grey line is the drift "
         "of real footage. Loops and restlessness are not shown",
     )
@@ -183,5 +185,5 @@ def _sheet(world: WorldModel, starts: Sequence[Clip], tokens: Ints) -> Media:
         for clip, future in zip(starts, tokens, strict=True)
     ]
     headings = [f"{(t + 1) / world.fps:+.0f} s" for t in chosen]
-    caption = "One row for each rollout; the headings say how far ahead the frames lie"
+    caption = "One row for each rollout. The headings are times after the start"
     return photo(contact_sheet(rows, headings), caption)

@@ -1,8 +1,8 @@
-"""Measure how close rolled-out frames are to the true ones, and how this changes over the horizon.
+"""Measure how close rolled-out frames are to the true frames, at each distance into the future.
 
 The rollouts are compared with a floor and a baseline. The floor is the tokenizer's reconstruction
-of the true frames: no model can do better. There is no floor if the true frames are reconstructions
-themselves. The baseline, copy last, repeats the last context frame.
+of the true frames, because no model can do better. There is no floor if the true frames are
+themselves reconstructions. The baseline, copy last, repeats the last context frame.
 
 Axes: N frames of the future, H W pixels, n clips.
 """
@@ -26,17 +26,17 @@ from driving_sim.tokenizer.perceptual import PerceptualLoss
 from driving_sim.world_model.panels import contact_sheet, side_by_side
 
 Measure = Callable[[Tensor, Tensor], Tensor]
-"""A function of uint8 frames [N, H, W, 3] and the true frames, with a value for each frame, [N]."""
+"""Function (frames uint8 [N, H, W, 3], true frames) -> one value for each frame [N]."""
 
 KINDS = ("model", "floor", "copy_last")
 _COLOURS = {"model": "#2a5db0", "floor": "#8a8f99", "copy_last": "#d9822b"}
 _SHOWN = 4  # clips in the report's pictures
-_COLUMNS = 6  # moments of each clip on the contact sheet
+_COLUMNS = 6  # frames of each clip on the contact sheet
 _ACCURACY = "token_accuracy"
 
 
 def frame_measures(perceptual: PerceptualLoss | None) -> dict[str, Measure]:
-    """Return the functions that compare frames with true frames; LPIPS needs `perceptual`."""
+    """Return the functions that compare frames with true frames. LPIPS requires `perceptual`."""
     measures: dict[str, Measure] = {"psnr_db": psnr, "ssim": ssim}
     return measures if perceptual is None else measures | {"lpips": perceptual.frame_distances}
 
@@ -49,8 +49,8 @@ def evaluate_quality(
 ) -> Section:
     """Compare rollouts of clips with the true frames.
 
-    Returns curves over the horizon, means with intervals over clips, a Fréchet distance, and
-    pictures.
+    The section contains curves over the horizon, means with intervals over clips, a Fréchet
+    distance, and pictures.
     """
     curves: dict[str, dict[str, list[Floats]]] = {}
     features: dict[str, list[Floats]] = {}
@@ -79,7 +79,7 @@ def evaluate_quality(
     recorded = all(rollout.clip.footage.recorded is not None for rollout in rollouts)
     metrics: dict[str, Any] = {"clips": len(rollouts), "recorded": recorded}
     for name, kinds in curves.items():
-        # Token accuracies of different tokenizers cannot be compared, and tokens have no floor.
+        # Token accuracy can be compared only for the same tokenizer, and it has no floor.
         extra_keys = {"per_tokenizer": True} if name == _ACCURACY else {"floor": None}
         stacked = {kind: np.stack(kinds[kind]) for kind in KINDS if kind in kinds}
         metrics[name] = extra_keys | {
@@ -105,9 +105,10 @@ def evaluate_quality(
 def _distances(
     features: Mapping[str, Sequence[Floats]], frames: int
 ) -> dict[str, float | None] | None:
-    """Return each kind's Fréchet distance from the true clips, or None for fewer than two clips.
+    """Return the Fréchet distance between the true clips and each kind of futures in `KINDS`.
 
-    `frames` is the length of the clips.
+    Returns None if there are fewer than two clips. `frames` is the length of the clips, which is
+    reported with the distances.
     """
     clips = len(features.get("true", ()))
     if clips < 2:
@@ -127,13 +128,13 @@ def _plot(metrics: Mapping[str, Any], names: Sequence[str], fps: float) -> Media
             times = (np.arange(len(curves[kind])) + 1) / fps
             axes.plot(times, curves[kind], color=_COLOURS[kind], label=kind.replace("_", " "))
         axes.set(title=_LABELS[name], xlabel="seconds ahead")
-    # Only the first panel is sure to show all kinds: token accuracy has no floor.
+    # The first panel shows all kinds. The last one does not, because token accuracy has no floor.
     panels[0].legend(frameon=False)
     return plot(
         figure,
-        "Mean over the clips, by how far the frame lies ahead. The curve of a good model is close "
-        "to the floor, if there is one, and better than that of copy last. Single clips can be far "
-        "from the mean",
+        "Mean over the clips, for each time after the start. The curve of a good model is close to "
+        "the floor, if there is one, and better than the curve of copy last. Single clips can be "
+        "far from the mean",
     )
 
 
@@ -156,8 +157,8 @@ def _pictures(rollouts: Sequence[Imagined], fps: float, whose: str) -> list[Medi
     return [
         photo(
             sheet,
-            f"Clips spread over the drives, in pairs of rows: first the {whose} frames, then the "
-            "model's. The headings say how far ahead the frames lie",
+            f"Clips spread over the drives. Each clip has two rows: the {whose} frames, and below "
+            "them the model's. The headings are times after the start",
         ),
         film(moments, fps, f"The same clips as a video. Top row: {whose}. Bottom row: model"),
     ]
@@ -165,24 +166,25 @@ def _pictures(rollouts: Sequence[Imagined], fps: float, whose: str) -> list[Medi
 
 _TEXT = """Question: how close are the rollouts to the true frames, and for how long? A clip is a
 short piece of a held-out drive. It is rolled out under the recorded actions and compared with
-{truth} "Copy last" is a baseline that repeats the last context frame; a useful model is better than
-that.
+{truth} "Copy last" is a baseline that repeats the last context frame. A useful model is better than
+this baseline.
 
-How to read it: PSNR, SSIM (at most 1) and token accuracy (the share of tokens that are exactly
-right) are better if higher. LPIPS, if its weights are installed, and {name} are better if lower.
-{name} is the Fréchet distance between the features of all rolled-out clips and of all true clips:
-it judges whether the rollouts look and move like real clips, not whether they match frame by frame.
+How to read it. PSNR, SSIM (at most 1) and token accuracy are better if higher. Token accuracy is
+the share of tokens that are exactly right. LPIPS, if its weights are installed, and {name} are
+better if lower. {name} is the Fréchet distance between the features of all rolled-out clips and the
+features of all true clips. It tells whether the rollouts look and move like real clips, not whether
+they match frame by frame.
 
 Limits. A rollout is one of many possible futures. It may be realistic and still differ from the
 recording, so PSNR, SSIM and token accuracy fall with the horizon even for a perfect model. The
 Fréchet distance is biased upwards for few clips. Compare it only between reports with the same
-number of clips and frames, and not with published values. Token accuracy compares only models with
-the same tokenizer. Intervals are over clips; their futures do not overlap."""
-_RECORDED = """the recorded frames. "Floor" is the tokenizer's reconstruction of these frames; no
-model can beat it."""
+number of clips and frames, and not with published values. Compare token accuracy only between
+models with the same tokenizer. Intervals are over clips, whose futures do not overlap."""
+_RECORDED = """the recorded frames. "Floor" is the tokenizer's reconstruction of these frames, and
+no model can be better."""
 _RECONSTRUCTED = """the tokenizer's reconstructions of the recorded frames, because the held-out
-drives are tokens without videos. So these numbers leave out what the tokenizer loses, and there is
-no floor."""
+drives are tokens without videos. So these numbers do not include the tokenizer's own errors, and
+there is no floor."""
 _LABELS = {
     "psnr_db": "PSNR, dB (higher is better)",
     "ssim": "SSIM (higher is better)",

@@ -1,4 +1,4 @@
-"""Measure a tokenizer: its reconstructions, its use of the codebook, flicker, and speed.
+"""Measure a tokenizer's reconstructions, use of the codebook, flicker and speed.
 
 Axes: N frames of a drive, B frames of a batch, H W pixels.
 """
@@ -27,7 +27,7 @@ from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.panels import side_by_side
 
 _BATCH = 16
-_WORST = 6  # worst frames that the report shows
+_WORST = 6  # number of the worst frames to show in the report
 _BITS_PER_PIXEL = 24
 _MEASURES = ("psnr_db", "ssim", "lpips")
 
@@ -48,7 +48,7 @@ class _DriveMeasures:
 
     @property
     def values(self) -> dict[str, Floats]:
-        """The value of each measure for every frame so far, [N], by name."""
+        """Values of each measure for the frames measured so far, [N], by the measure's name."""
         return {name: np.concatenate(parts) for name, parts in self.batches.items()}
 
     def add(self, tokenizer: Tokenizer, batch: Pixels) -> None:
@@ -63,7 +63,7 @@ class _DriveMeasures:
         for name, measure in self.measures.items():
             values = measure(rebuilt, torch.from_numpy(batch)).double().numpy()
             self.batches[name].append(values)
-        # Prepend the last frame of the batch before, so that flicker counts that pair as well.
+        # Prepend the last frame of the batch before, because `flicker` compares pairs of frames.
         with_last = zip(*self._last, (batch, tokens.numpy()), strict=True)
         frames, codes = (np.concatenate(parts) for parts in with_last)
         self.flicker += flicker(codes, frames)
@@ -76,10 +76,11 @@ def evaluate_tokenizer(
     *,
     perceptual: PerceptualLoss | None = None,
 ) -> Section:
-    """Measure a tokenizer's reconstructions as uint8 pixels, codebook use, flicker and speed.
+    """Measure a tokenizer's reconstructions, use of the codebook, flicker and speed.
 
-    LPIPS (arXiv 1801.03924) needs `perceptual`. Means are over frames, and their intervals are over
-    blocks of 3 s (Künsch 1989, 10.1214/aos/1176347265).
+    Reconstructions are compared with the frames as uint8 pixels. LPIPS (arXiv 1801.03924) is left
+    out without `perceptual`. Means are over frames. Their intervals resample blocks of 3 s (Künsch
+    1989, 10.1214/aos/1176347265).
     """
     measured = [_DriveMeasures(sampled, tokenizer, perceptual) for sampled in drives]
     with progress(sum(drive.frames for drive in measured), "evaluate", "frames") as bar:
@@ -96,7 +97,7 @@ def evaluate_tokenizer(
 def _worst(tokenizer: Tokenizer, measured: Sequence[_DriveMeasures]) -> Iterator[Media]:
     """Yield pictures of the frames with the lowest PSNR, beside their reconstructions.
 
-    Of frames close in time only the worst is shown.
+    If several of these frames are close in time, only the worst of them is shown.
     """
     ranked = []
     for number, drive in enumerate(measured):
@@ -119,17 +120,18 @@ _TEXT = """Question: how much of a frame survives the tokenizer? This limits the
 world model that uses it. Every frame is encoded to tokens, decoded again, and compared with the
 original as 8-bit pixels.
 
-How to read it: PSNR and SSIM (Wang et al. 2004; at most 1) are better if higher, LPIPS is better if
-lower. Perplexity and entropy say how evenly the codes are used. A low share of used codes means
-that a part of the codebook is wasted. Flicker is the share of the token cells with still pixels
-whose token changes from one frame to the next: 0 is best, because a world model has to predict
-these changes, and nothing in the picture explains them. Bits per frame is the number of tokens
-times the bits of a code. The compression factor compares it with 24-bit pixels.
+How to read it. PSNR and SSIM (Wang et al. 2004; at most 1) are better if higher, LPIPS is better if
+lower. Perplexity and entropy show how evenly the codes are used. A low share of used codes means
+that a part of the codebook is wasted. Flicker looks at the cells of a picture that do not change
+from one frame to the next. It is the share of these cells whose token changes anyway. 0 is best,
+because a world model has to predict these changes, and nothing in the picture explains them. Bits
+per frame is the number of tokens times the bits of a code. The compression factor compares it with
+24-bit pixels.
 
 Limits. PSNR and SSIM hardly notice small objects such as a distant car, so look at the pictures
-too: they show the frames with the lowest PSNR, at least 2 s apart. The results hold only for drives
-like these. The speed depends on the machine. Intervals are over blocks of 3 s, because neighbouring
-frames are similar."""
+too. They show the frames with the lowest PSNR, at least 2 s apart. The results are valid only for
+similar drives. The speed depends on the machine. Intervals resample blocks of 3 s, because
+neighbouring frames are similar."""
 
 
 def _metrics(tokenizer: Tokenizer, measured: Sequence[_DriveMeasures]) -> dict[str, Any]:
@@ -184,7 +186,7 @@ def _overall(metrics: dict[str, Any]) -> Table:
         ("frames encoded per second", speed["encode"]),
         ("frames decoded per second", speed["decode"]),
     ]
-    caption = "All drives together; the means over frames come with 95 % intervals"
+    caption = "All drives together. Means over frames have 95 % intervals"
     return Table(caption, ("", "value"), rows)
 
 
@@ -197,6 +199,6 @@ def _by_drive(metrics: dict[str, Any]) -> Table:
         rows.append((drive, facts["frames"], *means, perplexity, flicker_share))
     labels = (_LABELS[name] for name in measures)
     columns = ("drive", "frames", *labels, "perplexity", "flicker")
-    caption = "Each drive by itself. A drive that is much worse than the others deserves a look: "
-    caption += "its scenes, light or camera may be missing from the training data"
+    caption = "Each drive by itself. Look at drives that are much worse than the others: their "
+    caption += "scenes, light or camera may be missing from the training data"
     return Table(caption, columns, rows)

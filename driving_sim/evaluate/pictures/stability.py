@@ -1,7 +1,7 @@
 """Detect when a rollout stops looking like a drive: drift, blur, freezes, loops and noise.
 
-There is no ideal rollout to compare with. So every bound is derived from real footage of the same
-kind, encoded and decoded by the same tokenizer.
+No ideal rollout exists to compare with. So every bound is derived from similar real footage that
+was encoded and decoded by the same tokenizer.
 
 Legend: N frames, r c token rows and columns, K codes, B blocks of frames.
 """
@@ -21,44 +21,58 @@ from driving_sim.engine.errors import TooLittleDataError
 
 _LOW, _HIGH = 0.01, 0.99
 # The period of a loop is the shortest lag whose agreement is at least this share of the highest
-# one. A loop of 3 s agrees as well after 6 s and 9 s, and noise decides which lag is highest.
+# agreement of any lag. Do not take the lag with the highest agreement: a loop of 3 s agrees with
+# itself after 6 s and 9 s too, and noise decides which agreement is highest.
 _NEARLY_HIGHEST = 0.9
 
 
 @config
 class StabilityConfig:
-    """The bounds beyond which a rollout no longer counts as a drive."""
+    """Settings that decide when a rollout no longer counts as a drive."""
 
     block_s: Positive = 5.0
-    """Length of a block, in s; the token histogram of each block is compared with real footage."""
+    """Length in s of the blocks whose token histograms are compared with real footage."""
     hop_s: Positive = 1.0
-    """Time from the end of one block to the end of the next, in s; at most `block_s`."""
+    """Time in s from the start of one block to the start of the next, at most `block_s`."""
     drift_margin: InnerShare = 0.2
-    """Bound for drift, as a share of the way from real blocks' highest divergence to 1 bit."""
+    """Position of the bound for drift, from 0 to 1.
+
+    0 is the highest divergence of a block of real footage, and 1 is a divergence of 1 bit.
+    """
     sharpness_factor: Positive = 1.5
-    """Factor by which sharpness may lie outside the 1st and 99th percentile of real frames."""
+    """Tolerance for sharpness, as a factor.
+
+    Sharpness may be at most this factor below the 1st or above the 99th percentile of real frames.
+    """
     freeze_factor: InnerShare = 0.5
-    """Bound for freezes, as a share of the 1st percentile of `change` in real moving frames."""
+    """Bound for frozen frames, as a share of a percentile of real frames.
+
+    A frame is frozen if its `change` is at most this share of the 1st percentile of `change` in
+    real frames of a moving car.
+    """
     restless_factor: Positive = 0.3
-    """Bound for restlessness, as a share of the lowest continuity of real footage.
+    """Continuity below which frames are restless, as a share of real footage's lowest continuity.
 
     Continuity is the share of tokens that stay the same from frame to frame, averaged over
-    `hold_s`. This bound catches noise with a realistic token histogram, which is neither drift nor
-    blur.
+    `hold_s`. This bound detects noise with a realistic token histogram. The bounds for drift and
+    sharpness may miss such noise.
     """
     min_lag_s: Positive = 2.0
-    """Shortest time after which a repeated picture counts as a loop, in s."""
+    """Shortest time in s after which a repeated picture counts as a loop."""
     max_lag_s: Positive = 30.0
-    """Longest time after which a repeated picture counts as a loop, in s.
+    """Longest time in s after which a repeated picture counts as a loop.
 
-    A real car on a circuit may see the same place again after a longer time.
+    After a longer time, a real car on a circuit may pass the same place again.
     """
     loop_s: Positive = 1.0
-    """Length of a repetition, in s; every frame in it must agree with the same earlier stretch."""
+    """Minimum length in s of a repetition. All its frames must repeat the same earlier stretch."""
     loop_margin: InnerShare = 0.25
-    """Bound for loops, as a share of the way from real footage's highest repetition to 1."""
+    """Position of the bound for loops, from 0 to 1.
+
+    0 is the highest repetition in real footage, and 1 is perfect repetition.
+    """
     hold_s: Positive = 2.0
-    """Time that faults must last to count as a collapse, in s."""
+    """Time in s for which faults must last without a break to count as a collapse."""
 
     def __post_init__(self) -> None:
         for name, longer in (("hop_s", "block_s"), ("min_lag_s", "max_lag_s")):
@@ -68,25 +82,26 @@ class StabilityConfig:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Appearance:
-    """The properties of a video that are judged: its tokens, and a few numbers for each frame."""
+    """The tokens of a video, and the measurements of each frame."""
 
     tokens: Ints
     """Tokens of the frames, [N, r, c]."""
     sharpness: Floats
     """Sharpness of each frame in grey levels, [N]; see `sharpness`."""
     change: Floats
-    """`picture_change` of each frame from the frame before, [N].
+    """`picture_change` between each frame and the frame before, [N].
 
     The first frame has the value of the second.
     """
     moving: Mask
-    """Whether the car drives, or is commanded to drive, on the way to each frame, [N]."""
+    """Whether the action that leads to each frame says that the car moves, [N]."""
 
     @classmethod
     def measure(cls, tokens: Ints, chunks: Iterable[Pixels], moving: Mask | None = None) -> Self:
-        """Measure the decoded frames of `tokens`, which arrive in chunks [n, H, W, 3].
+        """Measure a video from its tokens and its decoded frames.
 
-        Without `moving`, the car is assumed to move all the time.
+        The frames arrive in `chunks` [n, H, W, 3]. If `moving` is None, the car is assumed to move
+        all the time.
         """
         sharpnesses, changes = [], []
         last: list[Pixels] = []
@@ -103,8 +118,8 @@ class Appearance:
 def sharpness(frames: Pixels) -> Floats:
     """Return the standard deviation of the Laplacian [N], in grey levels, of frames [N, H, W, 3].
 
-    Blur lowers it; hard edges and noise raise it. Its square is the focus measure of Pech-Pacheco
-    et al. 2000 (https://doi.org/10.1109/ICPR.2000.903548).
+    Blur lowers this value. Hard edges and noise raise it. Its square is the focus measure of
+    Pech-Pacheco et al. 2000 (https://doi.org/10.1109/ICPR.2000.903548).
     """
     spreads = []
     for frame in frames:
@@ -130,8 +145,9 @@ def _entropy_bits(p: Floats) -> float:
 def token_drift(tokens: Ints, real_counts: NDArray[Any], block: int, hop: int) -> Floats:
     """Return the divergence, in bits [B], of blocks of tokens [N, r, c] from a real histogram [K].
 
-    Block b holds frames [b·hop, b·hop + block). Even a real block differs from the histogram of all
-    the footage, because it shows only one stretch of road. Compare the result with `drift_floor`.
+    Block b consists of frames [b·hop, b·hop + block). Compare the result with `drift_floor`: real
+    blocks also differ from the histogram of all the footage, because a block shows only one stretch
+    of road.
     """
     codes = max(len(real_counts), int(tokens.max()) + 1)
     real = np.pad(real_counts, (0, codes - len(real_counts)))
@@ -140,7 +156,7 @@ def token_drift(tokens: Ints, real_counts: NDArray[Any], block: int, hop: int) -
 
 
 def drift_floor(drives: Sequence[Ints], block: int, hop: int) -> Floats:
-    """Return the divergence, in bits [B], of each block of real drives from all other frames."""
+    """Return the divergence, in bits [B], of each real block from all other real frames."""
     codes = max(int(tokens.max()) for tokens in drives) + 1
     total = np.sum([np.bincount(tokens.ravel(), minlength=codes) for tokens in drives], axis=0)
     histograms = [
@@ -155,16 +171,17 @@ def _histograms(tokens: Ints, block: int, hop: int, codes: int) -> list[Ints]:
 
 
 def agreement(tokens: Ints, lag: int) -> Floats:
-    """Return the share of equal tokens, [N - lag], of each frame and the frame `lag` before it."""
+    """Return the share of tokens, [N - lag], in which a frame equals the frame `lag` before it."""
     return np.asarray((tokens[lag:] == tokens[:-lag]).mean(axis=(1, 2)))
 
 
 def repetition(footage: Appearance, frozen: Mask, lags: range, window: int) -> Floats:
-    """Return how well each frame [N] and its neighbours repeat an earlier stretch, from 0 to 1.
+    """Return how well the frames around each frame [N] repeat an earlier stretch, from 0 to 1.
 
-    The score of a window at one lag is the lowest `agreement` of its frames. A frame gets the
-    highest score over the windows that contain it and over the `lags`. Windows in which the car is
-    commanded to stand, and mostly frozen windows, score 0.
+    `window` is the number of these frames. At each of the `lags`, a window scores the lowest
+    `agreement` of its frames. Each frame gets the highest score of all lags and of all windows that
+    contain it. Windows in which the car should stand at some time score 0, and so do windows in
+    which at least half of the frames are frozen.
     """
     window = min(window, len(footage.tokens))
     drives: Mask = np.asarray(sliding_window_view(footage.moving, window).all(axis=1))
@@ -177,38 +194,42 @@ def repetition(footage: Appearance, frozen: Mask, lags: range, window: int) -> F
 
 
 def continuity(tokens: Ints) -> Floats:
-    """Return the share of tokens that each frame keeps from the frame before, [N].
+    """Return the share of each frame's tokens that are the same as in the frame before, [N].
 
-    The first frame gets the value of the second, so two frames or more are needed.
+    The first frame gets the value of the second, so at least two frames are needed.
     """
     kept = agreement(tokens, 1)
     return np.concatenate([kept[:1], kept])
 
 
 def _means(curve: Floats, window: int) -> Floats:
-    """Return the mean of each window of a curve [N], [N - window + 1].
+    """Return the moving average of a curve [N], [N - window + 1].
 
-    A curve shorter than the window has one mean.
+    If the curve is shorter than the window, the result is its mean, [1].
     """
     return np.asarray(sliding_window_view(curve, min(window, len(curve))).mean(axis=1))
 
 
 def _highest_around(values: NDArray[Any], window: int) -> NDArray[Any]:
-    """Return, for each frame [N], the highest value of the windows [N - window + 1] it lies in."""
+    """Return, for each frame [N], the highest value of the windows that contain the frame.
+
+    `values` [N - window + 1] has one value for each window.
+    """
     return np.asarray(sliding_window_view(np.pad(values, window - 1), window).max(axis=1))
 
 
 Judged = tuple[dict[str, Any], Mask]
-"""The measurements for one kind of fault, as JSON, and a mask [N] of the frames with the fault."""
+"""Measurements for one kind of fault, as JSON, and a mask [N] of the frames with that fault."""
 
 
 class RealFootage:
-    """Real drives, encoded and decoded by the tokenizer, and the bounds that follow from them."""
+    """Real drives, encoded and decoded by the tokenizer, which set the bounds for faults."""
 
     def __init__(self, drives: Sequence[Appearance], fps: float, config: StabilityConfig) -> None:
-        """Take real drives, ideally a few minutes in all, and ignore those shorter than a block.
+        """Keep the real drives that are at least as long as a block.
 
-        Raises TooLittleDataError if the rest is shorter than two blocks, or if the car never moves.
+        Ideally, these last a few minutes in all. Raises TooLittleDataError if they are together
+        shorter than two blocks, or if the car never moves in them.
         """
         self.fps, self.config = fps, config
         names = ("block_s", "hop_s", "hold_s", "loop_s", "min_lag_s", "max_lag_s")
@@ -222,8 +243,8 @@ class RealFootage:
         if count < 2 * self.block:
             raise TooLittleDataError(
                 f"{count / fps:.1f} s of real drives is too little to compare a rollout with; name "
-                f"{2 * self.block / fps:.1f} s or more, in drives of {self.block / fps:.1f} s or "
-                "longer"
+                f"drives of at least {self.block / fps:.1f} s each, and at least "
+                f"{2 * self.block / fps:.1f} s together"
             )
         if not any(drive.moving.any() for drive in self.drives):
             raise TooLittleDataError(
@@ -233,9 +254,9 @@ class RealFootage:
     def judge(self, footage: Appearance) -> dict[str, Any]:
         """Compare a rollout with the real footage; return JSON, with curves over time as lists.
 
-        `collapse_s` is the time at which the rollout collapses, or None. `collapsed_by` names the
-        faults responsible. `fault_shares` is the share of frames with each fault. Raises
-        TooLittleDataError if the rollout is shorter than a block.
+        `collapse_s` is the time at which the rollout collapses, or None if it does not.
+        `collapsed_by` lists the faults that cause the collapse. `fault_shares` is the share of
+        frames with each fault. Raises TooLittleDataError if the rollout is shorter than a block.
         """
         faults: dict[str, Mask] = {}
         drift, faults["drift"] = self._drift(footage)
@@ -258,7 +279,7 @@ class RealFootage:
         }
 
     def _drift(self, footage: Appearance) -> Judged:
-        """Measure drift: the divergence of each block, and the frames above the bound."""
+        """Measure the divergence of each block, and mark the frames of blocks above the bound."""
         count, tokens = len(footage.tokens), [drive.tokens for drive in self.drives]
         if count < self.block:
             raise TooLittleDataError(
@@ -271,8 +292,9 @@ class RealFootage:
         counts = np.bincount(np.concatenate([of_drive.ravel() for of_drive in tokens]))
         bits = token_drift(footage.tokens, counts, self.block, self.hop)
         ends = np.arange(len(bits)) * self.hop + self.block
-        # A frame is judged by the first block that ends with it or later. Except at the start, most
-        # of that block lies before the frame, so drift is noticed late rather than early.
+        # Judge a frame by the first block that ends at this frame or after it. Except at the start
+        # of a rollout, most of that block lies before the frame, so drift is detected late rather
+        # than early.
         of_frame = np.searchsorted(ends, np.arange(1, count + 1)).clip(max=len(ends) - 1)
         judged = {
             "bits": _listed(bits),
@@ -285,7 +307,7 @@ class RealFootage:
         return judged, (bits > threshold)[of_frame]
 
     def _sharpness(self, footage: Appearance) -> Judged:
-        """Measure sharpness relative to the real median, and find frames outside the bounds."""
+        """Measure sharpness relative to the real median, and mark the frames outside its bounds."""
         levels = np.concatenate([drive.sharpness for drive in self.drives])
         soft, median, hard = np.quantile(levels, [_LOW, 0.5, _HIGH]).tolist()
         factor = self.config.sharpness_factor
@@ -300,7 +322,7 @@ class RealFootage:
         return judged, (ratio < low) | (ratio > high)
 
     def _freeze(self, footage: Appearance) -> Judged:
-        """Find frozen frames: the picture hardly changes although the car should move."""
+        """Mark frozen frames, in which the picture hardly changes although the car should move."""
         changes = np.concatenate([drive.change[drive.moving] for drive in self.drives])
         threshold = float(np.quantile(changes, _LOW)) * self.config.freeze_factor
         frozen = footage.moving & (footage.change <= threshold)
@@ -314,7 +336,7 @@ class RealFootage:
         return judged, frozen
 
     def _continuity(self, footage: Appearance) -> Judged:
-        """Find restless frames: the mean continuity around them is below the bound."""
+        """Mark restless frames: the mean continuity around them is below the bound."""
         curves = [_means(continuity(drive.tokens), self.hold) for drive in self.drives]
         lowest = min(float(curve.min()) for curve in curves)
         threshold = lowest * self.config.restless_factor
@@ -327,11 +349,11 @@ class RealFootage:
             "real_lowest": lowest,
             "threshold": threshold,
         }
-        # The windows at the edge of a fault also contain good frames, so exclude these again.
+        # A window below the bound may also contain good frames. Do not mark these.
         return judged, low & (kept < lowest)
 
     def _loops(self, footage: Appearance, frozen: Mask) -> Judged:
-        """Find loops: frames whose repetition is above the bound."""
+        """Mark looping frames, whose repetition is above the bound."""
         highest = max(
             float(repetition(drive, np.zeros_like(drive.moving), self.lags, self.loop).max())
             for drive in self.drives
@@ -352,15 +374,15 @@ class RealFootage:
 
 
 def loop_period(tokens: Ints, looping: Mask, threshold: float, longest: int) -> int | None:
-    """Return the period of a loop in frames, at most `longest`: the lag after which it repeats.
+    """Return the period of a loop: the number of frames, at most `longest`, until it repeats.
 
-    Returns None if the picture never changes much, or if it comes back after varying times.
+    Returns None if the picture never changes enough, or if it repeats at irregular intervals.
     """
     profile = np.zeros(min(longest, len(tokens) - 1))
     for lag in range(1, len(profile) + 1):
         if looping[lag:].any():
             profile[lag - 1] = agreement(tokens, lag)[looping[lag:]].mean()
-    # Ignore the short lags at which the picture has not yet changed.
+    # Ignore the shortest lags, after which the picture has not changed yet.
     changed = profile <= threshold
     profile[: changed.argmax() if changed.any() else len(profile)] = 0
     if profile.max(initial=0) <= threshold:
@@ -373,9 +395,9 @@ def time_to_collapse(
 ) -> tuple[float | None, list[str]]:
     """Return the time in s of the first collapse, and the names of the faults that cause it.
 
-    A collapse is a run of `hold` frames or more in which every frame has a fault. Its causes are
-    the faults present in at least half of its first `hold` frames. Without a collapse, the result
-    is None and an empty list. Each fault is a mask [N].
+    Each fault is a mask [N] of frames. A collapse is a run of `hold` frames or more in which every
+    frame has a fault. Its causes are the faults present in at least half of its first `hold`
+    frames. If there is no collapse, return None and an empty list.
     """
     for start, stop in _runs(np.logical_or.reduce(list(faults.values()))):
         if stop - start >= hold:
@@ -398,7 +420,7 @@ def _listed(curve: Floats) -> list[float]:
 def mean_stability(rollouts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Summarise the results of `judge` for one or more rollouts.
 
-    A rollout that never collapses counts as lasting its whole length.
+    A rollout lasts until it collapses, or if it never does, until its end.
     """
 
     def mean(*path: str) -> float:

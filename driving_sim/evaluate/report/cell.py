@@ -1,4 +1,4 @@
-"""Format the cells of a report's tables: text, numbers, and means with their intervals."""
+"""Format the texts, numbers and means with intervals in the cells of a report's tables."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,15 +6,18 @@ from collections.abc import Mapping, Sequence
 Cell = str | float | int | None | Mapping[str, float | None]
 """The content of a table cell.
 
-Text, a number, None for a value that could not be measured, or an estimate: the mapping
-`{"mean": ..., "low": ..., "high": ...}`. Without an interval, `low` and `high` are None; see
-`intervals.bootstrap`.
+It is a text, a number, None for a value that could not be measured, or an estimate. An estimate is
+a mean with its interval: the mapping `{"mean": ..., "low": ..., "high": ...}`. If it has no
+interval, `low` and `high` are None. See `intervals.bootstrap`.
 """
 
 NOT_MEASURED = "–"
 _DIGITS = 4
 _SIMILAR = 30
-"""Ratio of the largest to the smallest number below which all get the same decimals."""
+"""Largest spread of numbers that are written with the same number of decimals.
+
+It is the ratio of the largest to the smallest number, which must be below this value.
+"""
 _MOST_DECIMALS = 6
 
 
@@ -24,9 +27,9 @@ def is_estimate(value: object) -> bool:
 
 
 def cell_texts(cells: Sequence[Cell]) -> list[str]:
-    """Return the texts of cells that are read together, such as a column.
+    """Return the texts of cells that are read together, such as the cells of a column.
 
-    Numbers get four significant digits, and the same decimals if they are of similar size.
+    Numbers get four significant digits. Numbers of similar size get the same number of decimals.
     """
     decimals = _common_decimals([cell for cell in cells if isinstance(cell, float) and cell])
     return [_cell_text(cell, decimals) for cell in cells]
@@ -47,24 +50,24 @@ def _cell_text(cell: Cell, decimals: int | None) -> str:
 
 
 def _common_decimals(values: Sequence[float]) -> int | None:
-    """Return the decimals that give the largest value four digits.
+    """Return the number of decimals with which the largest value has four digits.
 
-    Returns None if the values differ too much in size, or need too many decimals.
+    Returns None if the values differ too much in size, or if they need too many decimals.
     """
     sizes = [abs(value) for value in values if math.isfinite(value)]
     if not sizes or max(sizes) >= _SIMILAR * min(sizes):
         return None
     decimals = max(0, _DIGITS - 1 - math.floor(math.log10(max(sizes))))
-    # Drop zeros at the end: a setting of 0.5 should not read 0.5000.
+    # Drop zeros at the end, to write 0.5 rather than 0.5000.
     while decimals and all(round(x, decimals - 1) == round(x, decimals) for x in sizes):
         decimals -= 1
     return decimals if decimals <= _MOST_DECIMALS else None
 
 
 def _estimate_text(estimate: Mapping[str, float | None]) -> str:
-    """Return `mean [low, high]`, rounded to two digits of the interval's width.
+    """Return `mean [low, high]`, rounded to two significant digits of the interval's width.
 
-    Without an interval, return the mean alone.
+    If the estimate has no interval, return the mean alone.
     """
     mean, low, high = (estimate[name] for name in ("mean", "low", "high"))
     if mean is None or low is None or high is None:

@@ -16,26 +16,29 @@ from driving_sim.evaluate.report.section import Media, Section, Table, plot
 _DIFFERENCES_SHOWN = 3
 _COLUMNS = ("", "A", "B", "B − A")
 _HOW_TO_READ = """Each row shows a metric of both reports, and B minus A. The reports explain each
-metric and say whether more or less of it is better. The difference has no interval of its own: if
-it is small against the intervals of A and B, it may be chance. The plots show metrics that are
-lists, such as a value for each frame ahead: A is the solid line, B the dashed one."""
+metric and say whether a higher or a lower value is better. The difference has no interval of its
+own. If it is small compared with the intervals of A and B, it may be chance. The plots show metrics
+that are lists, such as one value for each frame of a rollout. A is the solid line, B the dashed
+line."""
 
 Pairs = dict[str, tuple[Metric, Metric]]
-"""Pairs of values from reports A and B, by the metric's path, such as `quality.psnr_db.model`.
+"""Value of each metric in reports A and B, by the metric's path (`quality.psnr_db.model`).
 
-None stands for a metric that a report does not have.
+The value is None if a report does not have the metric.
 """
 
 
 def compare_reports(a: Path, b: Path, out: Path) -> str:
     """Write an HTML page, `out`, that shows the metrics of reports A and B side by side.
 
-    Returns the key figures as text for a terminal. If the reports' tokenizers differ, metrics that
-    count tokens are left out, and the page and the text say so. Raises `DriveSimError` if the
-    reports were not measured under the same protocol, or if `out` exists.
+    Returns the key figures as text for a terminal. If the two models have different tokenizers,
+    metrics that depend on the tokens are left out, and the page and the text list them. Raises
+    `DriveSimError` if the reports were not measured under the same protocol, or if `out` exists.
     """
     if out.suffix != ".html":
-        raise DriveSimError(f"`out` {out}: a comparison is written as .html; choose such a name")
+        raise DriveSimError(
+            f"`out` {out}: a comparison is an HTML file; choose a name that ends in .html"
+        )
     if out.exists():
         raise DriveSimError(f"{out}: exists already; choose another `out`, or delete it")
     reports = Report.load(a), Report.load(b)
@@ -44,12 +47,12 @@ def compare_reports(a: Path, b: Path, out: Path) -> str:
     notes = ["A and B were measured under the same protocol."]
     if left_out:
         notes.append(
-            "Their tokenizers differ, so metrics that count tokens are not compared: "
+            "Their tokenizers differ, so metrics that depend on the tokens are not compared: "
             f"{', '.join(left_out)}."
         )
     headline = reports[0].metrics.get("headline", {})
     figures = {label: pairs[place] for label, place in headline.items() if place in pairs}
-    caption = "Brackets hold the 95 % interval of each report, not of the difference"
+    caption = "The brackets show the 95 % interval of each value. The difference has no interval"
     parts = (Table(caption, _COLUMNS, _rows(figures)),) if figures else ()
     text = "\n\n".join([*notes, _HOW_TO_READ])
     sections = [Section("key-figures", "Key figures", text, {}, parts)]
@@ -98,7 +101,7 @@ def _described(report: Report) -> str:
 def _pairs(a: Report, b: Report) -> tuple[Pairs, list[str]]:
     """Return the metrics to compare, and the paths of the metrics that are left out.
 
-    Metrics that count tokens are left out if the tokenizers differ.
+    Metrics that depend on the tokens are left out if the tokenizers differ.
     """
     tokenizer_a, tokenizer_b = (
         report.metrics["model"].get("tokenizer_fingerprint") for report in (a, b)
@@ -118,7 +121,7 @@ def _section(name: str, pairs: Pairs) -> Section:
 
 
 def _text(pairs: Pairs) -> str:
-    """Lay the rows out in aligned columns, for a terminal."""
+    """Return a table of metrics as text with aligned columns, for a terminal."""
     rows = [_COLUMNS, *_rows(pairs)]
     label_width, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     return "\n".join(
@@ -128,7 +131,7 @@ def _text(pairs: Pairs) -> str:
 
 
 def _rows(pairs: Pairs) -> list[tuple[str, ...]]:
-    """Return a row of texts for each metric: its label, A, B and their difference."""
+    """Return a row of texts for each metric: its path or label, A, B and their difference."""
     rows = []
     for label, pair in pairs.items():
         cells = [None if isinstance(value, list) else value for value in pair]
@@ -141,7 +144,7 @@ def _rows(pairs: Pairs) -> list[tuple[str, ...]]:
 
 
 def _middle(value: Cell) -> float | None:
-    """Return the number of a cell, or the mean of an estimate; None for text and booleans."""
+    """Return a number, or the mean of an estimate. Return None for texts and booleans."""
     if isinstance(value, Mapping):
         return value["mean"]
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
@@ -150,7 +153,7 @@ def _middle(value: Cell) -> float | None:
 def _draw(place: str, pair: tuple[Metric, Metric]) -> Media:
     """Plot the curves of A and B for one metric.
 
-    B is dashed, so that both are visible where they agree.
+    B is dashed, so that A shows through where the two are equal.
     """
     figure = Figure(figsize=(4.6, 2.9), layout="constrained")
     axes = figure.subplots()

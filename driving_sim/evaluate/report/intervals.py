@@ -1,8 +1,8 @@
-"""Bootstrap intervals: how much a figure would vary with other drives or clips.
+"""Compute bootstrap intervals, which show how much a value would vary with other drives or clips.
 
-The bootstrap resamples independent units. A unit is a clip whose future shares no frame with
-another's (a clip and its mirror image are one unit), or a block of frames, because neighbouring
-frames are alike.
+The bootstrap resamples independent units. If clips are measured, a unit is a clip with its mirror
+image, because the futures of clips share no frames. If frames are measured, a unit is a block of
+frames, because neighbouring frames are alike.
 
 Axes: U units, S sums of each unit, n values.
 """
@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from driving_sim.data.arrays import Floats, Reals
 
 RESAMPLES = 2000
-"""Number of bootstrap resamples."""
+"""Number of times that the bootstrap resamples the units."""
 BLOCK_S = 3.0
 """Minimum length of a block of frames that counts as a unit, in s."""
 
@@ -23,7 +23,7 @@ BLOCK_S = 3.0
 def interval(values: ArrayLike, units: ArrayLike | None = None) -> dict[str, float | None]:
     """Return the mean of `values` [n] and its 95 % interval.
 
-    `units` [n] label the values that belong together; by default every value is a unit.
+    `units` [n] labels the unit of each value. By default every value is a unit.
     """
     return bootstrap(mean_sums(values, units), mean_of_sums)
 
@@ -31,11 +31,14 @@ def interval(values: ArrayLike, units: ArrayLike | None = None) -> dict[str, flo
 def bootstrap(sums: ArrayLike, statistic: Callable[[Reals], Reals]) -> dict[str, float | None]:
     """Return a statistic over all units and its 95 % percentile interval over resampled units.
 
-    Efron 1979, https://doi.org/10.1214/aos/1176344552. `sums` [U, S] holds the sums, and counts,
-    of each unit; a unit whose sums are all 0 holds no data and is dropped. `statistic` maps sums
-    over units [..., S] to values [...], or to NaN if they hold no data. The result holds `mean`,
-    the statistic over all units, and `low` and `high`. With fewer than two units `low` and `high`
-    are None; if the statistic is NaN, all three are None.
+    The bootstrap is from Efron 1979, https://doi.org/10.1214/aos/1176344552. `sums` [U, S] are sums
+    and counts of each unit. A unit with only zeros has no data and is dropped. The sums are added
+    up over units, and `statistic` maps these totals [..., S] to values [...], or to NaN if there
+    are no data.
+
+    Returns a dict. `mean` is the statistic over all units, and `low` and `high` are the ends of its
+    interval. With fewer than two units, `low` and `high` are None. If the statistic is NaN, all
+    three are None.
     """
     unit_rows = np.asarray(sums, np.float64)
     unit_rows = unit_rows[unit_rows.any(axis=1)]
@@ -44,7 +47,7 @@ def bootstrap(sums: ArrayLike, statistic: Callable[[Reals], Reals]) -> dict[str,
     if np.isnan(mean):
         return {"mean": None, "low": None, "high": None}
     if units > 1:
-        # Draw one resample at a time: all at once would take `RESAMPLES` times the memory.
+        # Draw one resample at a time. All of them together would take `RESAMPLES` times the memory.
         resampled = (
             unit_rows[rng.integers(units, size=units)].sum(axis=0) for _ in range(RESAMPLES)
         )
@@ -53,7 +56,7 @@ def bootstrap(sums: ArrayLike, statistic: Callable[[Reals], Reals]) -> dict[str,
 
 
 def mean_of_sums(sums: Reals) -> Reals:
-    """Return means [...] from pairs [..., 2] of a sum and its count; NaN if the count is 0.
+    """Return means [...] from pairs (sum, count) [..., 2], with NaN where the count is 0.
 
     This is a statistic for `bootstrap`.
     """
@@ -68,9 +71,9 @@ def ratio(part: Reals, whole: Reals) -> Reals:
 def mean_sums(values: ArrayLike, units: ArrayLike | None = None) -> Floats:
     """Return the sum and the number of `values` [n] in each unit, [U, 2], for `bootstrap`.
 
-    `units` [n] label the values that belong together; by default every value is a unit. The counts
-    give every value the same weight although units differ in size, as the last block of a drive
-    does.
+    `units` [n] labels the unit of each value. By default every value is a unit. With the counts,
+    every value has the same weight, although units differ in size: the last block of a drive may be
+    shorter, for example.
     """
     array = np.asarray(values, np.float64)
     terms = np.stack([array, np.ones_like(array)], axis=1)
@@ -78,7 +81,10 @@ def mean_sums(values: ArrayLike, units: ArrayLike | None = None) -> Floats:
 
 
 def unit_sums(units: ArrayLike, values: ArrayLike) -> Floats:
-    """Return the sums [U, S] of `values` [n, S] that share a label in `units` [n], in any order."""
+    """Return the sum of the `values` [n, S] of each unit, [U, S].
+
+    `units` [n] labels the unit of each value. The units may be in any order.
+    """
     terms = np.asarray(values, np.float64)
     labels, unit = np.unique(np.asarray(units), return_inverse=True)
     sums = np.zeros((len(labels), *terms.shape[1:]))
@@ -87,5 +93,5 @@ def unit_sums(units: ArrayLike, values: ArrayLike) -> Floats:
 
 
 def block_frames(fps: float, window: int = 1) -> int:
-    """Return the number of frames in a block: `BLOCK_S`, or `window` frames if that is longer."""
+    """Return the length of a block in frames: `BLOCK_S`, but at least `window` frames."""
     return max(round(BLOCK_S * fps), window)

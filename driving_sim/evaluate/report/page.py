@@ -1,4 +1,4 @@
-"""Write the page of a report: one HTML file that contains its plots, pictures and videos."""
+"""Write the page of a report, one HTML file that also contains its plots, pictures and videos."""
 
 import base64
 import importlib.resources
@@ -18,7 +18,7 @@ from driving_sim.evaluate.report.section import Media, Section, Table
 _NUMERIC = re.compile(rf"[-+]?[\d,]+(\.\d+)?(e[-+]\d+)?( \[.*\])?|{NOT_MEASURED}|yes|no")
 
 Tile = tuple[str, Cell, Mapping[str, Cell]]
-"""A key figure: its label, its value, and the labelled values to compare it with."""
+"""A key figure: its label, its value, and reference values by their labels."""
 
 
 def write_page(
@@ -33,8 +33,8 @@ def write_page(
 ) -> None:
     """Write the page to `path`.
 
-    All texts are escaped, so no text can act as HTML. Bytes of a file name that are not UTF-8 are
-    shown as backslash escapes.
+    HTML in texts is escaped. Bytes of a file name that are not UTF-8 are written as backslash
+    escapes.
     """
     environment = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined)
     filters: dict[str, Callable[..., Any]] = {
@@ -80,7 +80,7 @@ def _cells(table: Table) -> list[list[tuple[str, bool]]]:
 
 
 def _typeset(number: str) -> str:
-    """Replace hyphens by minus signs, which are as wide as a digit."""
+    """Replace hyphens with minus signs, which are as wide as a digit."""
     return number.replace("-", "−")
 
 

@@ -1,6 +1,6 @@
-"""Record what an evaluation measures and how, with a hash.
+"""Record what an evaluation measures and how, and hash this record.
 
-Two results can be compared if their hashes are equal.
+Two reports can be compared only if their hashes are equal.
 """
 
 import hashlib
@@ -24,31 +24,31 @@ _SHOWN_CHARACTERS = 24
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Protocol:
-    """Everything that decides the numbers of an evaluation, except the model that is measured.
+    """Everything that decides the numbers of an evaluation, except the measured model.
 
-    Raises ValueError or TypeError for content that is not JSON. NaN and infinity are not JSON.
+    Raises ValueError or TypeError if the content is not valid JSON. NaN and infinity are not valid.
     """
 
     content: Mapping[str, Any]
     """JSON content: version, kind, fingerprints of the data, clips, sizes, settings, seeds, ..."""
     hash: str = field(init=False)
-    """SHA-256 (hex) of the canonical JSON: keys sorted, no spaces, floats as Python's repr."""
+    """SHA-256 (hex) of the JSON with sorted keys, no spaces, and floats in Python's repr."""
 
     def __post_init__(self) -> None:
-        # A round trip through JSON gives the content that `load` would read from a file. It turns
-        # tuples into lists, for example.
+        # Convert the content to JSON and back, so that it equals the content that `load` reads from
+        # a file. Tuples become lists, for example.
         content = json.loads(_canonical(self.content, sort=False))
         object.__setattr__(self, "content", content)
         object.__setattr__(self, "hash", hashlib.sha256(_canonical(content).encode()).hexdigest())
 
     @classmethod
     def of(cls, kind: Kind, settings: Mapping[str, Any]) -> Self:
-        """Return the protocol of these settings, with the kind of model and the current version."""
+        """Return a protocol with these settings, the kind of model and the current version."""
         return cls(content={"version": VERSION, "kind": kind, **settings})
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a file that `save` wrote. Raises `DriveSimError` if it was changed since."""
+        """Read a file that `save` wrote. Raises `DriveSimError` if it was changed after that."""
         written = load_json(path)
         content = written.get("protocol")
         if not isinstance(content, dict) or content.get("kind") not in _NAMED:
@@ -65,18 +65,18 @@ class Protocol:
         return protocol
 
     def save(self, path: Path) -> None:
-        """Write `{"hash": ..., "protocol": ...}`."""
+        """Write a JSON file, `{"hash": ..., "protocol": ...}`."""
         save_json(path, {"hash": self.hash, "protocol": self.content})
 
     @property
     def kind_named(self) -> str:
-        """The kind of report that the protocol belongs to, in words: "a tokenizer's report"."""
+        """The kind of report that the protocol belongs to, such as "a tokenizer's report"."""
         return _NAMED[self.content["kind"]]
 
     def differences(self, other: "Protocol") -> list[str]:
         """Return a line for each field that differs, such as `sampling.temperature: 1.0 / 0.8`.
 
-        The list is empty if the hashes are equal.
+        If the hashes are equal, the list is empty.
         """
         return list(_differences(self.content, other.content, ""))
 
@@ -94,13 +94,13 @@ def _differences(a: Any, b: Any, path: str) -> Iterator[str]:
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         for number, (item_a, item_b) in enumerate(zip(a, b, strict=True)):
             yield from _differences(item_a, item_b, f"{path}[{number}]")
-    # Compare as JSON: 1 and 1.0 are equal in Python but give different hashes.
+    # Compare the JSON texts, because 1 and 1.0 are equal in Python but give different hashes.
     elif _ABSENT in (a, b) or _canonical(a) != _canonical(b):
         yield f"{path}: {_brief(a)} / {_brief(b)}"
 
 
 def _brief(value: Any) -> str:
-    """Return a value as short JSON text, or the number of entries of a list or mapping."""
+    """Return a value as short JSON text. For a list or mapping, return its number of entries."""
     if value is _ABSENT:
         return "absent"
     if isinstance(value, dict | list):

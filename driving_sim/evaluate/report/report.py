@@ -1,7 +1,7 @@
 """Write and read the folder of a report.
 
-REPORT/report.html      page for people; it contains its plots, pictures and videos
-REPORT/metrics.json     metrics of every section; null stands for a value that was not measured
+REPORT/report.html      page for people, with all plots, pictures and videos in it
+REPORT/metrics.json     metrics of every section; a value that was not measured is null
 REPORT/protocol.json    what was measured and how, with its hash
 """
 
@@ -23,9 +23,9 @@ from driving_sim.evaluate.report.section import Section
 
 _PAGE, _METRICS, _PROTOCOL = "report.html", "metrics.json", "protocol.json"
 _NOT_SECTIONS = frozenset(("protocol", "model", "seconds", "headline"))
-"""Keys of `metrics.json` that are not sections."""
+"""Keys of `metrics.json` that are not names of sections."""
 _PER_TOKENIZER = "per_tokenizer"
-"""Key that marks metrics which count tokens, so that they compare only for the same tokenizer."""
+"""Key that marks metrics which depend on the tokens. Compare them only for the same tokenizer."""
 _ESTIMATE = ("mean", "low", "high")
 
 Metric = Cell | list[float | None]
@@ -34,14 +34,14 @@ Metric = Cell | list[float | None]
 
 @dataclass(frozen=True, slots=True)
 class KeyFigure:
-    """A metric for the top of a report, with the values to compare it with, such as baselines."""
+    """A metric that is shown at the top of a report, with reference values such as baselines."""
 
     label: str
-    """Label with the unit."""
+    """Label of the metric, with its unit."""
     metric: str
-    """Path of a number or an estimate, such as `likelihood.bits_per_token.model`."""
+    """Path of the metric in the report, such as `likelihood.bits_per_token.model`."""
     beside: Mapping[str, str] = field(default_factory=dict)
-    """Paths of the metrics to compare it with, by their labels."""
+    """Paths of the metrics that serve as reference values, by their labels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +54,7 @@ class Report:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a report's folder. Raises `DriveSimError` if its files do not belong together."""
+        """Read a report's folder. Raises `DriveSimError` if its files are from two evaluations."""
         protocol, metrics = Protocol.load(path / _PROTOCOL), load_json(path / _METRICS)
         if metrics.get("protocol") != protocol.hash or not isinstance(metrics.get("model"), dict):
             raise DriveSimError(
@@ -69,7 +69,7 @@ class Report:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise `DriveSimError` if `out` already holds a report or something else.
+    """Raise `DriveSimError` if `out` already exists, unless it is an empty folder.
 
     Call this before measuring, so that no work is lost.
     """
@@ -99,14 +99,14 @@ def write_report(
         out: New folder.
         title: Title of the page.
         description: Facts about the model and the data, shown under the title.
-        sections: Sections in the order of the page. Metrics that count tokens stand in a mapping
-            with `"per_tokenizer": True`: they cannot be compared between tokenizers.
+        sections: Sections in the order of the page. Metrics that depend on the tokens are in a
+            mapping with `"per_tokenizer": True`. Compare them only for the same tokenizer.
         protocol: What was measured and how.
         model: Path and fingerprints of the measured model, for `metrics.json`. A world model's
             `tokenizer_fingerprint` tells which reports have the same tokenizer.
         seconds: Duration of the evaluation.
-        headline: Key figures. One whose metric does not exist is left out.
-        attachments: Contents of further files, by their names.
+        headline: Key figures. A key figure is left out if its metric does not exist.
+        attachments: Contents of additional files for the folder, by file name.
     """
     refuse_existing(out)
     measured = {section.name: _json(section.metrics) for section in sections}
@@ -145,8 +145,8 @@ def leaves(
 ) -> Iterator[tuple[str, Metric]]:
     """Yield the numbers, estimates and curves in nested mappings, with their paths.
 
-    A path is like `likelihood.accuracy.model`. If `left_out` is given, metrics that count tokens
-    are skipped, and their paths are added to it.
+    A path looks like `likelihood.accuracy.model`. If `left_out` is given, metrics that depend on
+    the tokens are skipped, and their paths are added to `left_out`.
     """
     if is_curve(value) or value is None or isinstance(value, int | float):
         yield place, value
@@ -162,14 +162,14 @@ def leaves(
 
 
 def is_curve(value: object) -> TypeGuard[list[float | None]]:
-    """Return whether a metric is a curve: a list of two or more numbers or None."""
+    """Return whether a metric is a curve: a list of two or more items, each a number or None."""
     if not isinstance(value, list) or len(value) < 2:
         return False
     return all(item is None or isinstance(item, int | float) for item in value)
 
 
 def _json(value: Any) -> Any:
-    """Convert a value for JSON: NumPy arrays become lists, NaN and infinity become None."""
+    """Convert a value to JSON types. NumPy arrays become lists. NaN and infinity become None."""
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
     if isinstance(value, Mapping):

@@ -38,12 +38,12 @@ class Section:
     """One section of a report."""
 
     name: str
-    """Key of its metrics in `metrics.json`."""
+    """Key of the section's metrics in `metrics.json`."""
     title: str
     text: str
-    """What was measured and how to read it. Blank lines separate paragraphs."""
+    """Explanation of what was measured and how to read it. Blank lines separate paragraphs."""
     metrics: Mapping[str, Any]
-    """Metrics for JSON: numbers, lists of numbers (curves), and mappings of these by name."""
+    """Metrics by name, for JSON: numbers, curves (lists of numbers), and mappings of these."""
     parts: Sequence[Table | Media] = ()
 
 

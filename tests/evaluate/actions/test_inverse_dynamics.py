@@ -215,8 +215,8 @@ def test_a_probe_survives_saving_and_other_files_are_refused(
 @pytest.mark.parametrize(
     ("metadata", "reason"),
     [
-        (None, "does not say what it learned from"),
-        ({"other": "{}"}, "does not say what it learned from"),
+        (None, "does not name the data"),
+        ({"other": "{}"}, "does not name the data"),
         ({"source": "no"}, "Expecting value"),
         ({"source": '{"fps": 5.0, "drives": []}'}, "source.steering_kind is missing"),
         (
