@@ -299,10 +299,10 @@ def test_tokens_that_the_model_was_not_trained_on_are_refused(place: Path, tmp_p
 def test_training_tokens_that_are_missing_or_misfit_name_their_option(
     place: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(DriveSimError, match=r"no such token store;.* with `training_tokens`$"):
+    with pytest.raises(DriveSimError, match=r"no such token store;.* use `training_tokens`"):
         measure(place, tmp_path / "out", training_tokens=tmp_path / "none")
     write_store(tmp_path / "other", [20])
-    with pytest.raises(DriveSimError, match=r"by another tokenizer .* with `training_tokens`$"):
+    with pytest.raises(DriveSimError, match=r"by another tokenizer .* use `training_tokens`"):
         measure(place, tmp_path / "out", training_tokens=tmp_path / "other")
 
 

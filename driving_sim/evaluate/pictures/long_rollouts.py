@@ -29,8 +29,8 @@ from driving_sim.world_model.panels import contact_sheet
 from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
-_CHUNK = 16  # frames decoded together
-_COLUMNS = 7  # frames of each rollout on the contact sheet
+_CHUNK = 16  # number of frames that are decoded together
+_COLUMNS = 7  # number of frames of each rollout on the contact sheet
 
 
 def evaluate_stability(

@@ -30,8 +30,8 @@ Measure = Callable[[Tensor, Tensor], Tensor]
 
 KINDS = ("model", "floor", "copy_last")
 _COLOURS = {"model": "#2a5db0", "floor": "#8a8f99", "copy_last": "#d9822b"}
-_SHOWN = 4  # clips in the report's pictures
-_COLUMNS = 6  # frames of each clip on the contact sheet
+_SHOWN = 4  # number of clips in the report's pictures
+_COLUMNS = 6  # number of frames of each clip on the contact sheet
 _ACCURACY = "token_accuracy"
 
 

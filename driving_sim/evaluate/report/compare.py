@@ -37,7 +37,7 @@ def compare_reports(a: Path, b: Path, out: Path) -> str:
     """
     if out.suffix != ".html":
         raise DriveSimError(
-            f"`out` {out}: a comparison is an HTML file; choose a name that ends in .html"
+            f"`out` {out}: not the name of an HTML file; choose a name that ends in .html"
         )
     if out.exists():
         raise DriveSimError(f"{out}: exists already; choose another `out`, or delete it")

@@ -35,7 +35,7 @@ class Media:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One section of a report."""
+    """A section of a report, with the metrics that it explains."""
 
     name: str
     """Key of the section's metrics in `metrics.json`."""

@@ -157,7 +157,7 @@ def test_validation_drives_are_not_learned_drives(world: WorldModel, tmp_path: P
         **options,  # type: ignore[arg-type]
         validation_drives=("0", "1", "2"),
     )
-    with pytest.raises(DriveSimError, match="only drives that the model was validated on"):
+    with pytest.raises(DriveSimError, match="only validation drives of the model"):
         learned_drives(validated_on_all, training)
 
 

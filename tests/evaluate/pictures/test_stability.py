@@ -317,7 +317,7 @@ class TestCollapse:
 class TestMistakes:
     def test_too_short_footage_is_refused(self, real: Frames, bounds: RealFootage) -> None:
         footage = Appearance.measure(tokens_of(real[:49]), [real[:49]])
-        with pytest.raises(DriveSimError, match=r"^9\.8 s of real drives.*name 10\.0 s or more"):
+        with pytest.raises(DriveSimError, match=r"^9\.8 s of real .*at least 10\.0 s together"):
             RealFootage([footage], FPS, CONFIG)
         with pytest.raises(DriveSimError, match=r"rollout of 4\.8 s is too short"):
             judged(real[:24], bounds)

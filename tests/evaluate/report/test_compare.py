@@ -204,5 +204,5 @@ def test_a_folder_that_is_not_a_report_is_named_in_the_error(tmp_path: Path) -> 
     a = report(tmp_path / "a")
     with pytest.raises(DriveSimError, match=r"nothing/protocol\.json"):
         compare_reports(a, tmp_path / "nothing", tmp_path / "out.html")
-    with pytest.raises(DriveSimError, match=r"is written as \.html"):
+    with pytest.raises(DriveSimError, match=r"not the name of an HTML file"):
         compare_reports(a, a, tmp_path / "out")
