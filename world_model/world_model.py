@@ -238,7 +238,8 @@ class WorldModel:
     ) -> Prefix:
         """Encode a context: tokens int64 [T, r, c] and the actions [T - 1, 2] between its frames.
 
-        Actions are in m/s and rad. Tokens [C, T, r, c] and actions [C, T - 1, 2] are C contexts,
+        Speed is in m/s, steering in the unit of the model's steering kind (rad, or 1/m for
+        curvature), left positive. Tokens [C, T, r, c] and actions [C, T - 1, 2] are C contexts,
         which are encoded together. `valid`, of the same shape as the actions, says which actions
         are known. By default, all actions that are not NaN are known.
 
@@ -385,8 +386,9 @@ class WorldModel:
     ) -> Rollout:
         """Generate the frames that follow `frames` uint8 [T, height, width, 3] under `actions`.
 
-        `past_actions` [T - 1, 2] and `actions` [N, 2] or [branches, N, 2] are in m/s and rad; NaN
-        means unknown. All frames stay in memory. For long futures, call `generate` and decode its
+        `past_actions` [T - 1, 2] and `actions` [N, 2] or [branches, N, 2] are speed in m/s and
+        steering in the unit of the model's steering kind (rad, or 1/m for curvature), left
+        positive. NaN means unknown. All frames stay in memory. For long futures, call `generate` and decode its
         tokens frame by frame.
         """
         sampling = Sampling(
