@@ -388,8 +388,8 @@ class WorldModel:
 
         `past_actions` [T - 1, 2] and `actions` [N, 2] or [branches, N, 2] are speed in m/s and
         steering in the unit of the model's steering kind (rad, or 1/m for curvature), left
-        positive. NaN means unknown. All frames stay in memory. For long futures, call `generate` and decode its
-        tokens frame by frame.
+        positive. NaN means unknown. All frames stay in memory. For long futures, call `generate`
+        and decode its tokens frame by frame.
         """
         sampling = Sampling(
             seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance
