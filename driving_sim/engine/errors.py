@@ -14,11 +14,11 @@ class BadDriveError(DriveSimError):
 
 
 class TooLittleDataError(DriveSimError):
-    """The data is too short for a measurement, or contains nothing that it could measure."""
+    """The data is too short for a measurement, or does not contain what it needs."""
 
 
 class Interrupted(Exception):  # noqa: N818 - not named an error, because the work is saved
-    """SIGTERM or Ctrl-C stopped the program, which saved its work before it raised this.
+    """SIGTERM or Ctrl-C stopped the program after its work was saved.
 
     The message is one line that says what happened and how to continue. `exit_code` is 128 plus
     the signal number.

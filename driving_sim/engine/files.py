@@ -45,9 +45,9 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Convert OSErrors in this context to `DriveSimError` if they prevent writing to `path`.
+    """Within this context, convert errors from writing `path` to `DriveSimError`.
 
-    These are errors because the disk is full, or because `path` may not be written.
+    This concerns only errors because the disk is full, or because `path` may not be written.
     """
     try:
         yield

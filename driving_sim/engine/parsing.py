@@ -36,8 +36,8 @@ class _Loader(yaml.SafeLoader):
             raise yaml.YAMLError("it is nested too deeply")
         node = super().compose_node(parent, index)
         self._depth -= 1
-        # The size of an alias inside its own value is infinite. It is not in `_sizes`, so it counts
-        # as the maximum.
+        # An alias inside its own value would be infinitely large. Its size is not in `_sizes` yet,
+        # so count the maximum.
         self._nodes += self._sizes.get(id(node), _MOST_NODES) if is_alias else 1
         self._sizes[id(node)] = self._nodes - before
         if self._nodes > _MOST_NODES:

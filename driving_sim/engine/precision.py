@@ -60,7 +60,9 @@ def _bf16_is_faster_on_cpu() -> bool:
 
 
 def _cpu_seconds(dtype: torch.dtype) -> float:
-    """Return the fastest time of a forward and backward pass of a convolution and a linear layer.
+    """Measure a forward and backward pass of a convolution and a linear layer.
+
+    The passes are repeated. The shortest time is returned, in seconds.
 
     The layers are as large as those of the models. In much smaller layers, the casts to bf16 would
     take as much time as bf16 saves in the matrix products.

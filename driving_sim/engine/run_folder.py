@@ -70,7 +70,7 @@ def claim_folder(out: Path, name: str, plan: Mapping[str, Any], what: str) -> No
     """Write `plan` to the file `name` in a new folder `out`.
 
     If `out` already contains the same plan, do nothing. Raises `DriveSimError` if `out` contains
-    another plan or other files. `what` is the product of the plan, for messages.
+    another plan or other files. `what` names the product of the plan in messages.
     """
     if not out.exists() or is_free(out):
         save_json(out / name, plan)
@@ -92,7 +92,7 @@ def check_replaceable(
 
     Every result contains a JSON file with the name `report`. `files_of` receives its content and
     returns the names of all files of the result. If the JSON file is not such a report, `files_of`
-    returns no names, or raises KeyError or TypeError. `what` is the kind of result, for messages.
+    returns no names, or raises KeyError or TypeError. `what` names the result in messages.
     """
     result_files: Collection[str] = ()
     if (out / report).is_file():
@@ -126,7 +126,7 @@ def mark_unfinished(run: Path) -> None:
 
 
 def _check_same(run: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    # Convert `now` to JSON and back, which turns tuples into lists. YAML files also contain lists.
+    # Convert `now` to JSON and back to turn its tuples into lists, because YAML has no tuples.
     old, new = dict(_leaves(before)), dict(_leaves(json.loads(json.dumps(now))))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and key.rpartition(".")[2] not in CHANGEABLE:

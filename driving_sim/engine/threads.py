@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 COUNT_SECONDS = 0.3
 """Minimum time in seconds between two measurements of the cores that other programs use."""
 MARGIN = 0.6
-"""Largest difference between the number of free cores and the number of threads at which the
-number of threads does not change. This prevents changes at every small fluctuation."""
+"""Tolerated difference between the number of free cores and the number of threads. Only a larger
+difference changes the number of threads, so small fluctuations of the load do not."""
 LEAST_OWN = 0.3
 """Minimum load of this process, in cores. Measurements with a lower load are ignored."""
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # constants from glibc's malloc.h
@@ -115,7 +115,7 @@ def usable_cores() -> int:
 
 
 def cgroup_quota(membership: Path, mounted: Path) -> float:
-    """Return the number of cores that a cgroup may use, as limited by `docker run --cpus`.
+    """Return the number of cores that a cgroup may use. `docker run --cpus` sets such a limit.
 
     `membership` is a file that names the cgroup of a process, as /proc/self/cgroup does. `mounted`
     is the folder where the cgroup v2 file system is mounted. The limits of parent cgroups count

@@ -1,8 +1,8 @@
 """Write a model's weights to a safetensors file atomically, read them with checks, and hash them.
 
 The file and its config may be damaged or malicious. For example, the file may claim that its header
-has gigabytes, or the config may ask for a billion layers. So memory is allocated only for as many
-weights as fit into the file.
+is gigabytes long, or the config may ask for a billion layers. So memory is allocated only for as
+many weights as fit into the file.
 """
 
 import hashlib

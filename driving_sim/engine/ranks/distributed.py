@@ -69,11 +69,11 @@ class Ranks:
     def require_same(self, text: str, what: str) -> None:
         """Raise `DriveSimError` on all ranks unless all ranks pass the same `text`.
 
-        `what` says in the message what the text contains, for example "the settings".
+        `what` describes the text in the message, for example "the settings".
         """
         if len(set(self.gather(text))) > 1:
             raise DriveSimError(
-                f"rank {self.rank}: {what} differ between the ranks: start all of them with the "
+                f"rank {self.rank}: {what} differ between the ranks: start all ranks with the "
                 "same command and access to the same files"
             )
 

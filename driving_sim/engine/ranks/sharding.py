@@ -122,7 +122,7 @@ def load_shards(folder: Path, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def _own_errors() -> Iterator[None]:
-    """Replace a CheckpointException with the error of a rank that caused it.
+    """Raise the original error of one rank instead of a CheckpointException.
 
     CheckpointException is not an `Exception`, so callers would not catch it.
     """

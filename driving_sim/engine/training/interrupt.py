@@ -16,7 +16,7 @@ class StopNow(BaseException):
 
 
 class StopRequest:
-    """A request to stop. `signal` is the number of the signal that arrived, or 0 without one."""
+    """A request to stop. `signal` is the number of the signal that arrived, or 0 before that."""
 
     def __init__(self) -> None:
         self.signal = 0

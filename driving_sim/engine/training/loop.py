@@ -74,7 +74,7 @@ class TrainingResult:
     best_step: int
     steps: int
     batches: int
-    """Number of batches that all ranks together used in these steps."""
+    """Number of batches that all ranks together used in the run."""
     seconds: float
     """Training time in seconds, without validation."""
 
@@ -107,8 +107,9 @@ def train(
     best score. `is_finished(run)` says whether the training has ended. Resuming a finished run
     changes nothing, unless the new settings make the run longer.
 
-    Raises `DriveSimError` if `run` cannot be used, if too many successive steps are not finite, or
-    if no score is finite. After SIGTERM or Ctrl-C, saves a checkpoint and raises `Interrupted`.
+    Raises `DriveSimError` if `run` cannot be used, if the loss or the gradients are not finite in
+    too many successive steps, or if no score is finite. After SIGTERM or Ctrl-C, saves a checkpoint
+    and raises `Interrupted`.
     """
     device = resolve_device(device)
     with (
@@ -182,7 +183,7 @@ class _Loop:
 
     def resume(self) -> None:
         """Load the newest undamaged checkpoint, if there is one."""
-        # Only the main rank looks for damage, because this reads all files of a checkpoint.
+        # Only the main rank looks for damage, because this means reading whole files.
         path, self.notices = self.ranks.from_main(lambda: newest_whole(self.folder / CHECKPOINTS))
         if path is None:
             return
@@ -205,8 +206,8 @@ class _Loop:
     def _return_to(self, path: Path) -> None:
         """Undo what the run did after the checkpoint `path`, because later checkpoints are damaged.
 
-        The exported weights may come from a later step. So export again the weights of the best
-        step that the checkpoint `path` knows.
+        The exported weights may come from a later step, so the weights of the best step up to the
+        checkpoint are exported again.
         """
         best = checkpoint_path(path.parent, self.state.best_step)
         if self.ranks.from_main(lambda: damage(best) is None):
@@ -276,7 +277,7 @@ class _Loop:
                 continue  # the interrupted work has changed nothing
 
     def _batches(self, dataset: Dataset[Batch]) -> Iterator[tuple[int, Batch]]:
-        """Mark the run as unfinished, start the data workers and return the batches."""
+        """Mark the run as unfinished, start the data workers, and return the batch iterator."""
         if self.ranks.is_main:
             mark_unfinished(self.folder)
         state = self.state
@@ -315,10 +316,11 @@ class _Loop:
             self.log.advance(position)
 
     def _say_how_long(self, log: "RunLog", seconds: float) -> None:
-        """Print how long the rest of the run will take, if it is time for this line.
+        """Print how long the rest of the run will take, if this step is the right time.
 
-        With `steps`, this is after the first `FIRST_STEPS` steps. With `minutes`, it is when they
-        are over and `min_steps` requires more steps. `seconds` is the duration of the last step.
+        Runs with `steps` print it after `FIRST_STEPS` steps. Runs with `minutes` print it when the
+        minutes are over but `min_steps` requires more steps. `seconds` is the duration of the last
+        step.
         """
         state, config = self.state, self.config
         if config.steps is not None and len(self.recent_seconds) == FIRST_STEPS:

@@ -217,7 +217,7 @@ class Optimizers:
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restore the state that `tensors` returned.
 
-        Raises KeyError if the model has no parameter of a name in `tensors`.
+        Raises KeyError if a name in `tensors` is not that of a parameter of the model.
         """
         for key, tensor in tensors.items():
             name, _, quantity = key.rpartition("/")

@@ -16,8 +16,8 @@ from driving_sim.engine.training.config import TrainingConfig
 from driving_sim.engine.training.trainable import Trainable
 
 LARGE = 20_000_000
-"""Number of parameters from which on a backward pass on a CPU may take seconds. Models of this size
-get hooks that let Python handle signals during the backward pass."""
+"""Minimum number of parameters of a large model. Its backward pass on a CPU may take seconds, so
+the model gets hooks that let Python handle signals during the pass."""
 
 
 def parallel(

@@ -59,7 +59,7 @@ class Stepper:
     def __init__(
         self, model: Trainable, config: TrainingConfig, ranks: Ranks, device: torch.device
     ) -> None:
-        # No device has a complete sharded model, so the main rank validates and exports this copy.
+        # A sharded model is complete on no device, so the main rank validates and exports a copy.
         self._whole = copy.deepcopy(model) if config.shard and ranks.is_main else None
         self.model = model if config.shard else model.to(device)
         self.config, self.ranks, self.device = config, ranks, device

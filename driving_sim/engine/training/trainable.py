@@ -41,7 +41,8 @@ class Validation:
     score: float
     """Score that decides which weights are kept. Lower is better."""
     provisional: bool = False
-    """Whether the score is provisional. A score that is not provisional always counts as better."""
+    """Whether the score is provisional. Any score that is not provisional counts as better than a
+    provisional score."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Further numbers by name."""
     images: Mapping[str, Pixels] = field(default_factory=dict)
