@@ -54,7 +54,7 @@ def test_the_whole_demo_runs_and_reports(tmp_path: Path) -> None:
     for name in ("summary.json", "demo.mp4"):
         (out / name).unlink()
     for seed, config in ((2, SMALL), (1, replace(SMALL, seconds=0.5))):
-        with pytest.raises(DriveSimError, match="a demo of another plan"):
+        with pytest.raises(DriveSimError, match="a demo made with other settings"):
             run_demo(out, seed=seed, config=config)
     run_demo(out, seed=1, config=SMALL)
     assert json.loads((out / "summary.json").read_text()) == saved

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 C = TypeVar("C")
 T = TypeVar("T", bound="DataclassInstance")
 
-_MOST = 2**63 - 1  # the largest int64, because arrays and file headers hold no larger numbers
+_MOST = 2**63 - 1  # largest int64: arrays and file headers cannot store larger integers
 
 Int64 = Annotated[int, Field(ge=-_MOST - 1, le=_MOST)]
 """A signed 64-bit integer."""
@@ -57,8 +57,8 @@ ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 InnerShare = Annotated[float, Field(gt=0, lt=1)]
 """A number between 0 and 1, both excluded."""
 
-# Values are not converted, with two exceptions that JSON requires: lists become tuples, and
-# integers become floats.
+# Values are not converted, except as JSON requires: lists become tuples, and integers become
+# floats.
 _RULES = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 _PLAIN_NAME = re.compile(r"[\w./~ -]{1,80}")
@@ -92,20 +92,25 @@ def config(cls: type[C]) -> type[C]:
 
 
 def require(config: object, name: str, holds: bool, allowed: str) -> None:
-    """Raise ValueError if `holds` is false, naming the field, its value and what is `allowed`."""
+    """Raise ValueError unless `holds` is true.
+
+    The message contains the `name` of the field, its value, and which values are `allowed`.
+    """
     if not holds:
         raise ValueError(f"{name}: must be {allowed}, found {shown(getattr(config, name))}")
 
 
 def from_dict(cls: type[T], values: object, where: str = "config") -> T:
-    """Build a dataclass, which may contain other dataclasses, from plain values.
+    """Build a dataclass, and the dataclasses nested in it, from dicts, lists and scalars.
 
     Fields may be bool, int, float, str, Literal, unions, tuples, lists, dicts and dataclasses.
-    Raises `DriveSimError`, naming `where` and the key, if a key is missing or unknown (the message
-    suggests the nearest known key), or if a value has the wrong type or is not allowed.
+    Raises `DriveSimError` if a key is missing or unknown, or if a value has the wrong type or is
+    not allowed. The message contains `where` and the key. For an unknown key, it suggests the
+    nearest known key.
     """
     try:
-        # When pydantic reads JSON, it accepts lists for tuples and is otherwise still strict.
+        # Validate JSON, not Python values: only in JSON does strict pydantic accept a list for a
+        # tuple.
         text = json.dumps(values, ensure_ascii=False, default=_refuse_value).encode("utf-8")
         instance: T = _type_adapter(cls).validate_json(text)
     except ValidationError as error:
@@ -122,10 +127,10 @@ def to_dict(config: "DataclassInstance") -> dict[str, Any]:
 
 
 def resolve(config: T, *, file: Path | None = None, assignments: Sequence[str] = ()) -> T:
-    """Return `config` overridden first by a YAML file, and then by `a.b=c` assignments.
+    """Return a copy of `config` with the values of a YAML file, and of `a.b=c` assignments.
 
-    The value of an assignment is parsed as YAML. Raises `DriveSimError`, naming the file or the
-    assignment.
+    Assignments override the file. Their values are parsed as YAML. Raises `DriveSimError` if a
+    value is invalid.
     """
     if file is not None:
         merged = _merge(to_dict(config), load_yaml(file))
@@ -145,10 +150,10 @@ def save_json(path: Path, mapping: Mapping[str, Any]) -> None:
 
 
 def load_json(path: Path, *, most_bytes: int | None = None) -> dict[str, Any]:
-    """Read a JSON object. Raises `DriveSimError` if the file is missing or holds anything else.
+    """Read a JSON object. Raises `DriveSimError` if the file is missing or is not a JSON object.
 
-    Files larger than `most_bytes` are refused. By default there is no limit, because an index may
-    have millions of entries.
+    Files larger than `most_bytes` are refused. By default there is no limit, because the index of
+    a token store may have millions of entries.
     """
     text = _read_text(path, most_bytes)
     try:
@@ -177,14 +182,15 @@ def load_yaml(path: Path) -> dict[str, Any]:
 def _read_text(path: Path, most_bytes: int | None) -> str:
     try:
         with path.open("rb") as file:
-            # Reading a device such as /dev/zero may never end, so reading one needs a limit.
+            # Devices such as /dev/zero have no end, so only regular files are read without a limit.
             if most_bytes is None and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise DriveSimError(f"cannot read {path}: not a file")
             content = file.read(-1 if most_bytes is None else most_bytes + 1)
         if most_bytes is not None and len(content) > most_bytes:
             raise DriveSimError(f"{path}: larger than the limit of {most_bytes} bytes")
         return content.decode("utf-8")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a null byte in the path
+    except (OSError, ValueError) as error:
+        # A ValueError means that the text is not UTF-8, or that the path contains a null byte.
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise DriveSimError(f"cannot read {path}: {reason}") from error
 
@@ -222,7 +228,7 @@ def _parse_assignment(assignment: str) -> dict[str, Any]:
 
 @functools.cache
 def _type_adapter(cls: type[T]) -> TypeAdapter[T]:
-    if "__pydantic_config__" not in vars(cls):  # apply the same rules to a plain dataclass
+    if "__pydantic_config__" not in vars(cls):  # a plain dataclass: apply the same rules
         cls.__pydantic_config__ = _RULES  # type: ignore[attr-defined]
     return TypeAdapter(cls)
 
@@ -286,19 +292,19 @@ def _nearest_key(cls: type, key: str) -> str:
     def likeness(known: str) -> tuple[bool, bool, float, int]:
         last = known.rpartition(".")[2]
         short = _is_shortened(key.replace("_", ""), last.split("_"))
-        # Abbreviations such as `ctx` for `context_frames` keep the first letter and the order of
-        # the letters.
+        # An abbreviation such as `ctx` for `context_frames` begins with the same letter and has its
+        # letters in the same order.
         letters = iter(last)
         sparse = key[:1] == last[:1] and all(letter in letters for letter in key)
         ratio = difflib.SequenceMatcher(None, key, last).ratio()
-        # Among equally near keys, the least nested one is most likely the one that was meant.
+        # Of several equally similar keys, the user most likely meant the least nested key.
         return short, sparse, ratio, -known.count(".")
 
     return max(_known_keys(cls), key=likeness)
 
 
 def _is_shortened(key: str, words: Sequence[str]) -> bool:
-    """Return whether `key` joins prefixes of some words, as `lr` does for `learning_rate`."""
+    """Return whether `key` joins prefixes of `words`: "lr" joins those of ["learning", "rate"]."""
     if not words:
         return not key
     return any(

@@ -1,4 +1,4 @@
-"""Choose the device that torch computes on, and read the features of the processor."""
+"""Choose the device that torch computes on, and list the features of the CPU."""
 
 from pathlib import Path
 
@@ -8,7 +8,10 @@ from driving_sim.engine.errors import DriveSimError
 
 
 def resolve_device(name: torch.device | str) -> torch.device:
-    """Return the device for auto, cuda, mps or cpu. Raises `DriveSimError` if it is missing."""
+    """Return the torch device with the name cuda, mps or cpu. auto is the first available of these.
+
+    Raises `DriveSimError` if the name is unknown, or if torch cannot use the device.
+    """
     if isinstance(name, torch.device):
         return name
     available = {
@@ -26,7 +29,7 @@ def resolve_device(name: torch.device | str) -> torch.device:
 
 
 def processor_features() -> tuple[str, ...]:
-    """Return the names of the processor's features as Linux lists them, or () on other systems."""
+    """Return the CPU's features in /proc/cpuinfo, such as "avx2". On other systems, return ()."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text("utf-8").splitlines() if information.exists() else []
     line = next((line for line in lines if line.startswith(("flags", "Features"))), ":")

@@ -1,24 +1,24 @@
 """Exceptions for errors that a user can cause.
 
 Their messages name settings as Python does, in backticks: `out`, or `fps=10` with a value. The
-command line replaces these names by its flags.
+command line replaces these names with its flags.
 """
 
 
 class DriveSimError(Exception):
-    """A mistake in the input or the request. The message says what is wrong, and what to do."""
+    """An error in the user's input or request. The message says what is wrong and what to do."""
 
 
 class BadDriveError(DriveSimError):
-    """A drive cannot be read, or only in part. The caller may skip the drive and continue."""
+    """A drive cannot be read completely. The caller may skip the drive and continue."""
 
 
 class TooLittleDataError(DriveSimError):
-    """The data is too short for the requested measurement, or lacks something that it needs."""
+    """The data is too short for a measurement, or does not contain what it needs."""
 
 
 class Interrupted(Exception):  # noqa: N818 - not named an error, because the work is saved
-    """SIGTERM or Ctrl-C stopped the work, and the work was saved first.
+    """SIGTERM or Ctrl-C stopped the program after its work was saved.
 
     The message is one line that says what happened and how to continue. `exit_code` is 128 plus
     the signal number.

@@ -1,4 +1,4 @@
-"""Write files and folders atomically, clean up after killed writers, and compute checksums."""
+"""Write files and folders atomically, delete leftovers of killed writers, compute checksums."""
 
 import errno
 import hashlib
@@ -19,15 +19,16 @@ _REPLACED = re.compile(r"\.(.+)\.\d+\.replaced")
 
 
 def temporary_beside(path: Path, process: int | None = None) -> Path:
-    """Return the temporary path that a process later renames to `path`, and create its folder.
+    """Return the path of the temporary file or folder that a process will rename to `path`.
 
-    `process` is the id of the process. The default is this process.
+    The parent folder of `path` is created. `process` is the id of the process, by default that of
+    this process.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DriveSimError(f"cannot create the folder {path.parent}: {error.strerror}") from error
-    # The suffix has to stay last, because PyAV and Pillow choose the format by it.
+    # Keep the suffix at the end, because PyAV and Pillow choose the file format by the suffix.
     return path.with_name(f".{path.stem}.{process or os.getpid()}.partial{path.suffix}")
 
 
@@ -44,11 +45,14 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """In this context, raise `DriveSimError` if the disk is full or `path` may not be written."""
+    """Within this context, convert errors from writing `path` to `DriveSimError`.
+
+    This concerns only errors because the disk is full, or because `path` may not be written.
+    """
     try:
         yield
     except OSError as error:
-        # A permission error can also come from an input file, so check which file it names.
+        # A permission error can also come from an input file, so check which file the error names.
         is_output = isinstance(error.filename, str) and Path(error.filename).is_relative_to(
             path.parent
         )
@@ -62,7 +66,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; on success, rename its file to `path`, otherwise delete it.
+    """Yield a temporary path. On success, rename the file there to `path`. Otherwise delete it.
 
     The file is synced to disk before it is renamed. Raises `DriveSimError` if the disk is full or
     `path` may not be written.
@@ -80,7 +84,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a new temporary folder; on success, rename it to `path`, otherwise delete it.
+    """Yield a new temporary folder. On success, rename it to `path`. Otherwise delete it.
 
     An existing folder at `path` is replaced. All files are synced to disk before the folder is
     renamed. Raises the same errors as `atomic_file`.
@@ -96,7 +100,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             for entry in (*temporary.rglob("*"), temporary):
                 _sync(entry)
             if path.exists():
-                # The old folder is renamed, not deleted, so that a kill here loses nothing.
+                # Do not delete the old folder before the new one is in place: if the process is
+                # killed between the two steps, `tidy` restores the old folder.
                 path.rename(replaced)
             temporary.rename(path)
             _sync(path.parent)
@@ -114,15 +119,18 @@ def sha256_of(path: Path) -> str:
 
 
 def is_free(folder: Path) -> bool:
-    """Return whether `folder` is a folder that is empty, apart from leftovers of killed writers."""
+    """Return whether `folder` exists and is empty, except for hidden files and folders.
+
+    The temporary files that killed writers leave behind are hidden.
+    """
     return folder.is_dir() and all(entry.name.startswith(".") for entry in folder.iterdir())
 
 
 def tidy(folder: Path) -> None:
     """Delete the leftovers of killed writers in `folder` and its subfolders.
 
-    Call it only while no other process writes there. If a writer was killed while it replaced a
-    folder, the old content of that folder is restored.
+    Call this only while no other process writes to `folder`. If a writer was killed while it
+    replaced a folder, the old content of that folder is restored.
     """
     for path in [*folder.rglob(".*.replaced")]:
         name = _REPLACED.fullmatch(path.name)

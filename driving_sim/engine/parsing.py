@@ -18,9 +18,9 @@ _SHORT.maxstring = _SHORT.maxother = 80
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader with limits on the nesting depth and on the number of values.
+    """A `yaml.SafeLoader` with limits on the nesting depth and on the number of values.
 
-    Every use of an alias counts all the values that the alias stands for, because a few lines of
+    Each use of an alias counts as many values as the alias stands for, because a few lines of
     nested aliases can stand for billions of values.
     """
 
@@ -36,16 +36,17 @@ class _Loader(yaml.SafeLoader):
             raise yaml.YAMLError("it is nested too deeply")
         node = super().compose_node(parent, index)
         self._depth -= 1
-        # An alias inside its own value is infinite. It has no size yet, so it gets the maximum.
+        # An alias inside its own value would be infinitely large. Its size is not in `_sizes` yet,
+        # so count the maximum.
         self._nodes += self._sizes.get(id(node), _MOST_NODES) if is_alias else 1
         self._sizes[id(node)] = self._nodes - before
         if self._nodes > _MOST_NODES:
-            raise yaml.YAMLError(f"it holds more than {_MOST_NODES} values, including aliases")
+            raise yaml.YAMLError(f"it contains more than {_MOST_NODES} values, including aliases")
         return node
 
 
 class YamlDumper(yaml.SafeDumper):
-    """A safe dumper that quotes strings which `parse_yaml` would otherwise read as numbers."""
+    """A `yaml.SafeDumper` that quotes strings which `parse_yaml` would read as numbers."""
 
 
 # Strings that look like dates stay strings, because no setting is a date.
@@ -53,7 +54,7 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, form) for tag, form in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-# In YAML 1.1, numbers such as 1e-4 (no decimal point) and 1.0e4 (no sign) are strings.
+# YAML 1.1 treats 1e-4 (no decimal point) and 1.0e4 (no sign) as strings. Treat them as numbers.
 for _class in (_Loader, YamlDumper):
     _class.add_implicit_resolver(
         "tag:yaml.org,2002:float",
@@ -83,7 +84,7 @@ def parse_yaml(text: str) -> Any:
             return loader.get_single_data()
         finally:
             loader.dispose()
-    # A value that does not fit its tag can raise any error of int(), datetime and so on.
+    # PyYAML converts values to the type of their tag. Wrong values can raise any kind of error.
     except Exception as error:
         raise ValueError(one_line(error)) from None
 
@@ -92,7 +93,7 @@ def shown(value: object) -> str:
     """Return a value as messages show it: on one line, and shortened if it is long."""
     try:
         return _SHORT.repr(value)
-    except ValueError:  # Python cannot print integers with more than 4300 digits
+    except ValueError:  # Python refuses to print integers with more than 4300 digits
         return f"a huge {type(value).__name__}"
 
 

@@ -51,7 +51,8 @@ def autocast(
 
 @cache
 def _bf16_is_faster_on_cpu() -> bool:
-    # A CPU without bf16 hardware emulates bf16, which is up to 100 times slower.
+    # An x86 CPU without bf16 instructions emulates bf16, which is up to 100 times slower. So do not
+    # measure its speed, but look at its features.
     if platform.machine() == "x86_64" and (features := processor_features()):
         return not {"avx512_bf16", "amx_bf16"}.isdisjoint(features)
     # The factor 0.8 is a margin for noise in the measurements.
@@ -59,10 +60,12 @@ def _bf16_is_faster_on_cpu() -> bool:
 
 
 def _cpu_seconds(dtype: torch.dtype) -> float:
-    """Return the fastest time of a forward and backward pass of a convolution and a linear layer.
+    """Measure a forward and backward pass of a convolution and a linear layer.
 
-    The layers are as large as those of the models. In much smaller layers, the casts would cost as
-    much time as the faster products save.
+    The passes are repeated. The shortest time is returned, in seconds.
+
+    The layers are as large as those of the models. In much smaller layers, the casts to bf16 would
+    take as much time as bf16 saves in the matrix products.
     """
     conv, linear = nn.Conv2d(128, 128, 3, padding=1), nn.Linear(512, 512)
     conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -19,8 +19,8 @@ BAR_SECONDS = 0.1
 """Seconds between two updates of the bar."""
 
 wording: Callable[[str], str] = str
-"""Function applied to all lines before printing. The command line uses it to replace settings by
-flags."""
+"""Function applied to all lines before printing. The command line sets it to a function that
+replaces the names of settings with flags."""
 
 
 def say(line: str, *, by_any_rank: bool = False) -> None:
@@ -64,7 +64,7 @@ class Progress:
                 self.say(f"{self._label}: {status}")
 
     def counted(self, items: Iterable[T]) -> Iterator[T]:
-        """Yield the items. Each is one unit of work, done when the next one is requested."""
+        """Yield the items. Count an item as one unit done when the caller requests the next."""
         for item in items:
             yield item
             self.advance()
@@ -103,8 +103,8 @@ class Progress:
 def progress(total: float | None, label: str, unit: str, *, start: float = 0) -> Iterator[Progress]:
     """Show progress through `total` units of work, e.g. `progress(900, "tokenize", "frames")`.
 
-    `total` is None if unknown. `start` is the number of units that were done earlier, which do not
-    count for the rate.
+    `total` is None if unknown. `start` is the number of units that were done before. They are not
+    included in the rate.
     """
     # Import rich here: the command line imports this module, and `--help` must not wait for rich.
     from rich.console import Console

@@ -1,4 +1,4 @@
-"""Check whether a command may write into an existing folder, such as that of a training run."""
+"""Check whether a command may write into its output folder, and mark finished training runs."""
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -21,12 +21,12 @@ CHANGEABLE = (
     *("log_every", "validate_every", "save_every", "keep_last"),
     *("workers", "threads", "gradient_checkpointing", "compile", "shard"),
 )
-"""Settings that may change when a run is resumed: its length, batches per step and learning rate,
-what it logs and saves, and how it uses the machine."""
+"""Settings that may change when a run is resumed. They control the length of the run, batches per
+step, learning rate, logging, saving, and the use of the machine."""
 
 
 def goes_on(run: Path, resume: bool) -> bool:
-    """Return whether to continue `run`: if `resume` is true, or if `torchrun` restarted it."""
+    """Return True if `resume` is true, or if `torchrun` has restarted the processes of `run`."""
     begun_by = run / _LAUNCHER
     if resume or launcher() is None or not (run / CONFIG).is_file() or not begun_by.is_file():
         return resume
@@ -37,8 +37,8 @@ def check_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:
     """Raise `DriveSimError` unless a run can be started or resumed in the folder `run`.
 
     A new run needs a new or empty folder. A resumed run needs the same configuration as before.
-    The check is fast, so call it before loading data. `train` checks again, so do not write into
-    `run` in between. Only the main rank checks.
+    The check is fast, so call it before loading data. `train` repeats the check, so write nothing
+    into `run` before you call `train`. On ranks other than the main rank, this does nothing.
     """
     if not is_main_process():
         return
@@ -67,10 +67,10 @@ def prepare_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:
 
 
 def claim_folder(out: Path, name: str, plan: Mapping[str, Any], what: str) -> None:
-    """Write `plan` to the file `name` in a new folder `out`, or accept a folder with the same plan.
+    """Write `plan` to the file `name` in a new folder `out`.
 
-    `what` says in messages what the plan produces. Raises `DriveSimError` if `out` holds another
-    plan or other files.
+    If `out` already contains the same plan, do nothing. Raises `DriveSimError` if `out` contains
+    another plan or other files. `what` names the product of the plan in messages.
     """
     if not out.exists() or is_free(out):
         save_json(out / name, plan)
@@ -80,7 +80,7 @@ def claim_folder(out: Path, name: str, plan: Mapping[str, Any], what: str) -> No
         )
     elif load_json(out / name) != plan:
         raise DriveSimError(
-            f"{out}: holds {what} of another plan (see {name}); "
+            f"{out}: contains {what} made with other settings (see {name}); "
             "choose a new folder or delete this one"
         )
 
@@ -88,11 +88,11 @@ def claim_folder(out: Path, name: str, plan: Mapping[str, Any], what: str) -> No
 def check_replaceable(
     out: Path, report: str, what: str, files_of: Callable[[Mapping[str, Any]], Collection[str]]
 ) -> None:
-    """Raise `DriveSimError` unless `out` is absent, empty, or holds only an earlier result.
+    """Raise `DriveSimError` unless `out` is missing, is empty, or contains only an earlier result.
 
-    `files_of` receives the content of the result's file `report` and returns the names of the
-    result's files. If another program wrote `report`, `files_of` returns no names or raises
-    KeyError or TypeError. `what` names the result in the message.
+    Every result contains a JSON file with the name `report`. `files_of` receives its content and
+    returns the names of all files of the result. If the JSON file is not such a report, `files_of`
+    returns no names, or raises KeyError or TypeError. `what` names the result in messages.
     """
     result_files: Collection[str] = ()
     if (out / report).is_file():
@@ -104,27 +104,29 @@ def check_replaceable(
         return not is_folder and path.relative_to(out).as_posix() not in result_files
 
     if out.exists() and (not out.is_dir() or any(map(is_foreign, out.rglob("*")))):
-        raise DriveSimError(f"{out} holds more than {what}: choose another `out`")
+        raise DriveSimError(
+            f"{out} contains files that do not belong to {what}: choose another `out`"
+        )
 
 
 def is_finished(run: Path) -> bool:
-    """Return whether `run` trained to its end. Before that, its weights are the best so far."""
+    """Return whether the training of `run` has ended. An unfinished run can have weights too."""
     return (run / FINISHED).is_file()
 
 
 def mark_finished(run: Path, result: Mapping[str, Any]) -> None:
-    """Write the result of the run, which marks the run as finished for `is_finished`."""
+    """Write the result of the run to a file. The file marks the run as finished."""
     save_json(run / FINISHED, result)
     (run / _LAUNCHER).unlink(missing_ok=True)
 
 
 def mark_unfinished(run: Path) -> None:
-    """Remove the mark of `mark_finished`, because the run continues."""
+    """Delete the file that marks the run as finished, because the run continues."""
     (run / FINISHED).unlink(missing_ok=True)
 
 
 def _check_same(run: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    # Converting to JSON turns tuples into lists, as the values in the YAML file are.
+    # Convert `now` to JSON and back to turn its tuples into lists, because YAML has no tuples.
     old, new = dict(_leaves(before)), dict(_leaves(json.loads(json.dumps(now))))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and key.rpartition(".")[2] not in CHANGEABLE:

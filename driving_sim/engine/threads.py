@@ -1,13 +1,13 @@
-"""Set the number of threads, leaving busy cores to other programs, and tune memory use.
+"""Use only the cores that other programs leave free, and tune memory use.
 
 OpenMP threads wait for each other by spinning. If another program occupies the core of one thread,
 all other threads spin until that thread runs again, which happens thousands of times a second. Two
 threads can then be slower than one. So commands measure a few times a second how many cores other
 programs use, and compute on the remaining cores.
 
-The compiled kernels give the same tokens with any number of threads. The results of torch differ
-in their last bits. This affects the weights of a training run, and in float32 also tokens and
-pixels on a rounding boundary.
+The compiled kernels compute the same tokens with any number of threads. The last bits of torch's
+results depend on the number of threads. This affects the weights of a training run, and in float32
+also tokens and pixels on a rounding boundary.
 """
 
 import ctypes
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 COUNT_SECONDS = 0.3
 """Minimum time in seconds between two measurements of the cores that other programs use."""
 MARGIN = 0.6
-"""Hysteresis, in cores. The number of threads changes only if it differs from the number of free
-cores by more than this."""
+"""Tolerated difference between the number of free cores and the number of threads. Only a larger
+difference changes the number of threads, so small fluctuations of the load do not."""
 LEAST_OWN = 0.3
 """Minimum load of this process, in cores. Measurements with a lower load are ignored."""
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # constants from glibc's malloc.h
@@ -50,8 +50,8 @@ def leave_busy_cores() -> None:
 def adjust_threads(device: "torch.device") -> None:
     """Set the number of torch threads to the cores that other programs leave free.
 
-    Call it before work on a CPU. It does nothing on other devices, without a call of
-    `leave_busy_cores`, or if the last measurement is recent.
+    Call this before work on a CPU. It does nothing on other devices, without an earlier call of
+    `leave_busy_cores`, or if the last measurement was less than `COUNT_SECONDS` ago.
     """
     global _counter
     if not _leaves_cores or device.type != "cpu":
@@ -101,9 +101,9 @@ def keep_freed_memory() -> None:
 def collect_rarely() -> None:
     """Make Python run its cyclic garbage collector less often than by default.
 
-    By default it runs hundreds of times during a command's imports, and takes a tenth of their
-    time. The disadvantage is that reference cycles are freed later. This affects the whole process,
-    so only commands call it, not the library.
+    By default, the collector runs hundreds of times while a command imports its modules, and takes
+    a tenth of that time. With this setting, reference cycles are freed later. This affects the
+    whole process, so only commands call it, not the library.
     """
     gc.set_threshold(_NEW_OBJECTS)
 
@@ -115,7 +115,7 @@ def usable_cores() -> int:
 
 
 def cgroup_quota(membership: Path, mounted: Path) -> float:
-    """Return the number of cores that a cgroup may use, as limited by `docker run --cpus`.
+    """Return the number of cores that a cgroup may use. `docker run --cpus` sets such a limit.
 
     `membership` is a file that names the cgroup of a process, as /proc/self/cgroup does. `mounted`
     is the folder where the cgroup v2 file system is mounted. The limits of parent cgroups count
@@ -133,9 +133,10 @@ def cgroup_quota(membership: Path, mounted: Path) -> float:
 
 
 def threads_beside(others: float, *, cores: int, threads: int, most: int) -> int:
-    """Return the number of threads to compute with, between 1 and `most`.
+    """Return the number of threads to use, between 1 and `most`.
 
-    `threads` is the present number. `others` says how many of the `cores` other programs use.
+    `threads` is the current number of threads. `others` is how many of the `cores` other programs
+    use.
     """
     free = cores - others
     return threads if abs(free - threads) <= MARGIN else min(most, max(1, round(free)))
@@ -161,14 +162,15 @@ class _Count(NamedTuple):
         import psutil
 
         all_cores = psutil.cpu_times(percpu=True)
-        # A container may see only its own cores, renumbered from 0.
+        # In a container, `all_cores` may contain only the container's own cores, numbered from 0.
+        # Then count all of them.
         chosen = [all_cores[core] for core in cores] if cores[-1] < len(all_cores) else all_cores
         busy = sum(core.user + core.system + getattr(core, "nice", 0.0) for core in chosen)
         return cls(time.monotonic(), busy, time.process_time())
 
 
 class _Counter:
-    """Sets the number of threads from the processor time used since the last measurement."""
+    """Measures the load of other programs, and sets the number of threads accordingly."""
 
     def __init__(self) -> None:
         import torch
@@ -189,11 +191,12 @@ class _Counter:
         last, self.last = self.last, _Count.now(self.cores)
         lasted, busy, own = (now - before for now, before in zip(self.last, last, strict=True))
         others = busy - own - self._of_children([*self.children])
-        if own < LEAST_OWN * lasted:  # this process mostly waited for something else
+        if own < LEAST_OWN * lasted:  # this process mostly waited: ignore the measurement
             return
         before = torch.get_num_threads()
         threads = self._threads(others / lasted, before)
-        if threads < before:  # do not count new child processes as other programs
+        if threads < before:
+            # Part of the load may come from new child processes, which are not other programs.
             others -= self._of_children(psutil.Process().children(recursive=True))
             threads = self._threads(others / lasted, before)
         if threads == before:
@@ -207,7 +210,7 @@ class _Counter:
         return threads_beside(others, cores=len(self.cores), threads=now, most=self.most)
 
     def _of_children(self, children: "list[psutil.Process]") -> float:
-        """Return the sum of the processor seconds that children used since their last call."""
+        """Return the processor seconds that `children` used since this method last saw them."""
         import psutil
 
         seconds = 0.0

@@ -5,7 +5,7 @@ import socket
 
 
 def rank_count() -> int:
-    """Return the number of processes that work together."""
+    """Return the number of processes that `torchrun` started, or 1 without `torchrun`."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
@@ -15,7 +15,7 @@ def is_main_process() -> bool:
 
 
 def local_rank() -> int:
-    """Return the number of this process on its machine, which is also its GPU's number."""
+    """Return the index of this process on its machine. Its GPU has the same index."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -27,7 +27,7 @@ def restarts() -> int:
 def launcher() -> str | None:
     """Return a name for the `torchrun` that started this process, or None without `torchrun`.
 
-    The name stays the same when that `torchrun` restarts the process.
+    The name does not change when `torchrun` restarts the process.
     """
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     return None if name is None else f"{name} {socket.gethostname()} {os.getppid()}"

@@ -1,7 +1,8 @@
 """Write a model's weights to a safetensors file atomically, read them with checks, and hash them.
 
-The file and its config may be damaged or malicious. For example, the header may have gigabytes, or
-the model a billion layers. So memory is allocated only for as many weights as the file can hold.
+The file and its config may be damaged or malicious. For example, the file may claim that its header
+is gigabytes long, or the config may ask for a billion layers. So memory is allocated only for as
+many weights as fit into the file.
 """
 
 import hashlib
@@ -28,10 +29,11 @@ Form = tuple[str, tuple[int, ...]]
 """Number format (its name in safetensors) and shape of a tensor."""
 
 _LENGTH_BYTES = 8
-_ALIGNMENT = 8  # bytes; the first tensor starts at a multiple of it
+_ALIGNMENT = 8  # in bytes; the first tensor starts at a multiple of this
 _VALUE_BYTES = 4  # weights are saved as float32
-_MOST_HEADER_BYTES = 2**20  # about ten thousand tensors
-# Tensors are written in this order, which keeps them aligned. The safetensors library uses it too.
+_MOST_HEADER_BYTES = 2**20  # enough for about ten thousand tensors
+# Tensors are written in this order. The widest formats come first, which keeps all tensors aligned.
+# The safetensors library uses the same order.
 _FORMATS = {
     torch.int64: "I64",
     torch.float64: "F64",
@@ -47,7 +49,7 @@ _NUMBER_BYTES = {code: dtype.itemsize for dtype, code in _FORMATS.items()}
 
 
 def save_weights(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write the state of a module and `metadata` to `path` atomically."""
+    """Write the state dict of a module, and `metadata`, to `path` atomically."""
     with atomic_file(path) as temporary:
         write_tensors(temporary, module.state_dict(), metadata)
 
@@ -58,9 +60,9 @@ def write_tensors(
     """Write a safetensors file whose bytes depend only on the tensors and the metadata.
 
     Tensors are copied one at a time, and only if they are not contiguous on the CPU. The functions
-    of the safetensors library have disadvantages: `save` holds the whole file in memory,
-    `save_file` creates files that only their owner can read, and the order in which both write the
-    metadata differs between processes.
+    of the safetensors library have disadvantages. `save` keeps the whole file in memory.
+    `save_file` creates files that only their owner can read. Both write the metadata in an order
+    that differs between processes.
     """
     order = [*_FORMATS]
     names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
@@ -81,8 +83,8 @@ def write_safetensors(
 ) -> None:
     """Write a safetensors file of tensors with the given formats and shapes, in the given order.
 
-    `data` yields the numbers of all tensors, in pieces of any size. To keep the tensors aligned,
-    begin with the formats that take the most bytes for a number.
+    `data` yields the numbers of all tensors, in pieces of any size. `forms` should start with the
+    widest formats, such as float64, to keep the tensors aligned.
     """
     header: dict[str, Any] = {}
     if metadata is not None:
@@ -100,7 +102,7 @@ def write_safetensors(
 
 
 def fingerprint(identity: Mapping[str, Any], module: nn.Module) -> str:
-    """Return the SHA-256, in hexadecimal, of `identity` (as JSON) and the state of a module."""
+    """Return the SHA-256, in hexadecimal, of `identity` (as JSON) and a module's state dict."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -111,10 +113,10 @@ def fingerprint(identity: Mapping[str, Any], module: nn.Module) -> str:
 def build_with_weights(build: Callable[[], M], path: Path, *, of: str) -> tuple[M, dict[str, str]]:
     """Build a module and load the weights in `path`. Return the module and the file's metadata.
 
-    The build stops if the module needs more numbers than the file can hold. (A build on torch's
-    meta device would also show this, but its imports take a second or two.) Raises `DriveSimError`
-    if the file is damaged, or if its tensors do not match the module. `of` says in the message
-    whose weights they should be.
+    The build stops if the module has more weights than fit into the file. (A build on torch's meta
+    device would also show this, but its imports take a second or two.) Raises `DriveSimError` if
+    the file is damaged, or if its tensors do not match the module. `of` names the owner of the
+    weights in messages, for example "this tokenizer".
     """
     with _opened(path, of) as file:
         with _Allowance(path.stat().st_size // _VALUE_BYTES):
@@ -132,7 +134,7 @@ def load_weights(module: nn.Module, path: Path, *, of: str) -> dict[str, str]:
 
 
 class _Allowance(TorchFunctionMode):
-    """Limits how many numbers the tensors created in this context may have in total."""
+    """Context in which new tensors may have at most `numbers` elements in total."""
 
     def __init__(self, numbers: int) -> None:
         super().__init__()
@@ -145,14 +147,14 @@ class _Allowance(TorchFunctionMode):
             self._left -= math.prod(args[0] if isinstance(args[0], Sequence) else args)
             if self._left < 0:
                 raise ValueError(
-                    f"it holds at most {self._numbers} numbers, but its config asks for more"
+                    f"it has at most {self._numbers} numbers, but its config asks for more"
                 )
         return function(*args, **(kwargs or {}))
 
 
 @contextmanager
 def _opened(path: Path, of: str) -> Iterator[Any]:
-    """Open a file of weights, and convert errors here and in the context to `DriveSimError`."""
+    """Open a file of weights. Convert errors here and in the context to `DriveSimError`."""
     try:
         if not path.is_file():
             raise ValueError("there is no such file")
@@ -160,7 +162,8 @@ def _opened(path: Path, of: str) -> Iterator[Any]:
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         if length > _MOST_HEADER_BYTES:
             raise ValueError(f"its header claims to be {length} bytes long")
-        # safe_open checks that the header is valid JSON and that the tensors fill the file.
+        # Check nothing more here: safe_open checks that the header is valid JSON, and that the
+        # tensors fill the file.
         with safe_open(path, "pt") as opened:
             yield opened
     except (ValueError, OSError, SafetensorError) as error:

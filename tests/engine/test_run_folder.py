@@ -75,7 +75,7 @@ def test_a_new_folder_can_be_claimed_again_with_the_same_plan_only(tmp_path: Pat
     for _ in range(2):
         claim_folder(out, "plan.json", {"seed": 1}, "drives")
     assert [path.name for path in out.iterdir()] == ["plan.json"]
-    with pytest.raises(DriveSimError, match=r"drives of another plan \(see plan\.json\)"):
+    with pytest.raises(DriveSimError, match=r"drives made with other settings \(see plan\.json\)"):
         claim_folder(out, "plan.json", {"seed": 2}, "drives")
 
 
@@ -115,5 +115,8 @@ def test_files_of_other_programs_are_not_replaced(kind: str, tmp_path: Path) -> 
         (out / "thesis.tex").touch()
     if kind == "link":
         (out / "videos").symlink_to(tmp_path, target_is_directory=True)
-    with pytest.raises(DriveSimError, match=r"out holds more than a report: choose another `out`"):
+    with pytest.raises(
+        DriveSimError,
+        match=r"out contains files that do not belong to a report: choose another `out`",
+    ):
         check_replaceable(out, "report.json", "a report", lambda report: report["files"])

@@ -204,7 +204,7 @@ def test_a_refused_file_changes_nothing(file: Path) -> None:
 def test_a_config_of_an_impossible_size_is_refused(file: Path, sizes: dict[str, int]) -> None:
     """The config is refused before memory is allocated. A billion layers would fill the memory."""
     limit = file.stat().st_size // 4
-    assert f"holds at most {limit} numbers, but its config asks for more" in refused(file, **sizes)
+    assert f"has at most {limit} numbers, but its config asks for more" in refused(file, **sizes)
 
 
 @pytest.mark.parametrize("preset", ["demo", "tiny"])

@@ -98,7 +98,7 @@ def test_a_law_is_written_with_its_plot_and_replaced(runs: list[Path], tmp_path:
     assert written["b"] == pytest.approx(LAW.b, rel=1e-3)
     assert (out / "scaling.png").read_bytes().startswith(b"\x89PNG")
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(DriveSimError, match="holds more than a scaling law"):
+    with pytest.raises(DriveSimError, match="do not belong to a scaling law"):
         scale(runs, out)
     assert (out / "notes.txt").read_text() == "mine"
 

@@ -27,24 +27,27 @@ PATIENCE = timedelta(hours=2)
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The `rank` of this process, and the number of ranks. A single rank communicates nothing."""
+    """The `rank` of this process, and `size`, the number of ranks.
+
+    If there is only one rank, the methods return at once, without communication.
+    """
 
     rank: int = 0
     size: int = 1
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes, prints and validates."""
+        """Whether this is the main rank. Only the main rank writes, prints and validates."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum of `values` over all ranks, computed in place."""
+        """Sum `values` over all ranks in place, and return them."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def largest(self, values: list[float]) -> list[float]:
-        """Return, for each position in the list, the maximum over all ranks."""
+        """Return the maximum over all ranks of each element of the list."""
         if self.size == 1:
             return values
         shared = torch.tensor(values, dtype=torch.float64)
@@ -66,13 +69,13 @@ class Ranks:
         return values
 
     def require_same(self, text: str, what: str) -> None:
-        """Raise `DriveSimError` on all ranks unless all pass the same `text`.
+        """Raise `DriveSimError` on all ranks unless all ranks pass the same `text`.
 
-        `what` names the text in the message.
+        `what` describes the text in the message, for example "the settings".
         """
         if len(set(self.gather(text))) > 1:
             raise DriveSimError(
-                f"rank {self.rank}: {what} differ between the ranks: start all of them with the "
+                f"rank {self.rank}: {what} differ between the ranks: start all ranks with the "
                 "same command and access to the same files"
             )
 
@@ -83,7 +86,7 @@ class Ranks:
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """Return the mean of a tensor over all ranks, computed in place."""
+    """Average a tensor over all ranks in place, and return it."""
     if dist.is_initialized():
         dist.all_reduce(values)
         values /= dist.get_world_size()
@@ -106,13 +109,13 @@ def process_group(
     if dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size()), device
         return
-    # With GPUs, gloo is needed too, because ranks also exchange a few numbers on the CPU.
+    # With GPUs, gloo is also needed, because the ranks exchange a few numbers on the CPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     with _lost_ranks():
         store, rank, size = next(rendezvous("env://", timeout=patience))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # When `torchrun` restarts the ranks, this store still holds the addresses of the dead
-            # ranks. The prefix keeps the new ranks from connecting to them.
+            # When `torchrun` restarts the ranks, this store still contains the addresses of the
+            # dead ranks. The prefix keeps the new ranks from connecting to them.
             store = PrefixStore(f"attempt-{restarts()}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
         all_leave = False
@@ -124,11 +127,12 @@ def process_group(
             raise
         finally:
             if all_leave:
-                # A rank that leaves while another still communicates with it can crash.
+                # Leave together: if this rank left while another still communicates with it, the
+                # other rank could crash.
                 dist.barrier()
                 _release_tensors()
-            # After an error on this rank, the others may be in a collective operation. NCCL would
-            # wait for them before it destroys the group.
+            # After an error on this rank, do not destroy an NCCL group: the other ranks may be in a
+            # collective operation, and NCCL would wait for them.
             if all_leave or device.type != "cuda":
                 dist.destroy_process_group()
 

@@ -1,8 +1,7 @@
 """Split models over the ranks (FSDP2, https://arxiv.org/abs/2304.11277).
 
-Each rank keeps a share of every parameter, of its gradient and of its optimiser state. While a
-block runs, its parameters are gathered on every rank. Sharded parameters are `DTensor`s. `whole`
-and `placed_like` also accept plain tensors, which they return unchanged.
+Each rank stores a share of every parameter, of its gradient and of its optimiser state. While a
+block runs, its complete parameters are gathered on every rank. Sharded parameters are `DTensor`s.
 """
 
 import warnings
@@ -21,8 +20,9 @@ SHARDS = "shard-*.safetensors"
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
-    """Split the parameters of a model over all ranks: each block separately, the rest together.
+    """Split the trainable parameters of a model over all ranks.
 
+    Each block is split separately, and the parameters outside the blocks are split together.
     Raises `DriveSimError` if torch is too old.
     """
     _require_torch()
@@ -32,7 +32,8 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     frozen = set()
     for parameter in model.parameters():
-        if parameter.requires_grad:  # `fully_shard` moves it, but rejects channels_last tensors
+        if parameter.requires_grad:
+            # `fully_shard` moves the parameter to the device, but rejects channels_last tensors.
             parameter.data = parameter.data.contiguous()
         else:
             parameter.data = parameter.data.to(device)
@@ -48,7 +49,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the complete tensor. Every rank has to call this function."""
+    """Return the complete tensor. If `tensor` is sharded, every rank has to call this function."""
     if not is_sharded(tensor):
         return tensor
     gathered: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
@@ -56,18 +57,19 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor, which every rank holds completely, sharded in the same way as `like`.
+    """Shard a tensor, of which every rank has a complete copy, in the same way as `like`.
 
-    Raises ValueError if the shapes differ.
+    If `like` is not sharded, or `tensor` is already sharded, return `tensor` unchanged. Raises
+    ValueError if the shapes differ.
     """
     if tensor.shape != like.shape:
-        raise ValueError(f"a tensor is {list(tensor.shape)}, expected {list(like.shape)}")
+        raise ValueError(f"a tensor has shape {list(tensor.shape)}, expected {list(like.shape)}")
     if not is_sharded(like) or is_sharded(tensor):
         return tensor
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(like, DTensor)
-    # Without a source rank, each rank takes its share from its own copy.
+    # `src_data_rank=None` means that each rank cuts its share from its own copy.
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
@@ -76,7 +78,8 @@ def save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    # Other storages pickle their metadata. This one cannot read scalars, so they get the shape [1].
+    # This format is used because the other formats pickle their metadata. It cannot read scalars,
+    # so scalars are saved with the shape [1].
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with _own_errors():
         with_shape = {name: t if t.ndim else t.reshape(1) for name, t in tensors.items()}
@@ -84,11 +87,12 @@ def save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_shards(folder: Path, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read the files of `save_shards`, on any number of ranks, also without `torchrun`.
+    """Return the tensors that `save_shards` wrote into `folder`, by name.
 
-    A tensor is sharded in the same way as the tensor in `likes` with the same name and shape. An
-    optimiser state, named `PARAMETER/QUANTITY`, is sharded like its parameter. Tensors that are
-    scalars in `likes` are returned as scalars.
+    The number of ranks may differ from that of `save_shards`, and may be 1. A tensor is sharded in
+    the same way as the tensor in `likes` with the same name and shape. An optimiser state, named
+    `PARAMETER/QUANTITY`, is sharded like its parameter. All other tensors are complete. Tensors
+    that are scalars in `likes` are returned as scalars.
     """
     _require_torch()
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -101,14 +105,15 @@ def load_shards(folder: Path, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         assert isinstance(entry, TensorStorageMetadata)
         dtype = entry.properties.dtype
         like = likes.get(name, likes.get(name.rpartition("/")[0]))
-        # The step count of a parameter with one element has the same shape, but is not sharded.
+        # A step count has the shape [1] and is never sharded, even if its parameter has the same
+        # shape and is sharded.
         same_shape = like is not None and like.shape == entry.size and like.numel() > 1
         if like is not None and same_shape and is_sharded(like):
             tensors[name] = torch.empty_like(like, dtype=dtype)
         else:
             tensors[name] = torch.empty(entry.size, dtype=dtype)
     with _own_errors(), warnings.catch_warnings():
-        # torch warns that it loads on a single process, which is intended here.
+        # On a single process, torch warns that it loads without other ranks. This is intended.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
     scalars = [name for name in tensors.keys() & likes.keys() if not likes[name].ndim]
@@ -117,7 +122,10 @@ def load_shards(folder: Path, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def _own_errors() -> Iterator[None]:
-    """Raise the original error of a rank, because CheckpointException is not an `Exception`."""
+    """Raise the original error of one rank instead of a CheckpointException.
+
+    CheckpointException is not an `Exception`, so callers would not catch it.
+    """
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:

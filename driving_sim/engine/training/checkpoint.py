@@ -1,6 +1,6 @@
 """Checkpoints: folders of safetensors and JSON files, written atomically and never unpickled.
 
-A run in which every rank holds the whole model writes `model.safetensors`, `optimizer.safetensors`
+If every rank has the complete model, a run writes `model.safetensors`, `optimizer.safetensors`
 and `ema.safetensors`. A sharded run writes one safetensors file per rank. Both kinds of run can
 resume from both kinds of checkpoint, with any number of ranks. `checksums.json` shows whether the
 files are still as they were written.
@@ -51,10 +51,11 @@ def save_checkpoint(
     state: Mapping[str, Any],
     ranks: Ranks | None = None,
 ) -> Path:
-    """Write `folder/step-XXXXXXXX` with everything that a run needs to resume. Return its path.
+    """Write the checkpoint `folder/step-XXXXXXXX`, from which a run can resume. Return its path.
 
-    Every rank has to call it. If the model is not sharded, only the main rank writes. Frozen
-    parameters are not saved, because the model has the same values again when it is built.
+    Every rank has to call this function. If the model is not sharded, only the main rank writes.
+    Frozen parameters are not saved, because they already have the same values when the model is
+    built again.
     """
     ranks = ranks or Ranks()
     path = checkpoint_path(folder, step)
@@ -81,7 +82,7 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, *, model: nn.Module, optimizers: Optimizers, ema: Ema
 ) -> dict[str, Any]:
-    """Load a checkpoint into the model, the optimisers and the EMA. Return its `state`.
+    """Load a checkpoint into the model, the optimisers and the EMA. Return the saved `state`.
 
     Raises `DriveSimError` if files are missing or belong to another model.
     """
@@ -104,7 +105,8 @@ def load_checkpoint(
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     """Return the newest undamaged checkpoint, and one line for each newer, damaged checkpoint.
 
-    The checkpoint is None if the folder has none. Raises `DriveSimError` if all are damaged.
+    If the folder contains no checkpoints, return None instead of a checkpoint. Raises
+    `DriveSimError` if all checkpoints are damaged.
     """
     notices: list[str] = []
     for path in reversed(checkpoints(folder)):
@@ -122,7 +124,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def damage(path: Path) -> str | None:
-    """Return how the files of a checkpoint differ from its checksums, or None if they do not."""
+    """Return a text that says how a checkpoint is damaged, or None if its checksums are right."""
     try:
         written = load_json(path / CHECKSUMS)
         files = {file.name: file for file in _files(path)}
@@ -151,14 +153,17 @@ def step_of(path: Path) -> int:
 
 
 def remove_after(path: Path) -> None:
-    """Delete the checkpoints of later steps than the checkpoint `path`."""
+    """Delete all checkpoints that are newer than the checkpoint `path`."""
     for checkpoint in checkpoints(path.parent):
         if step_of(checkpoint) > step_of(path):
             shutil.rmtree(checkpoint)
 
 
 def prune(folder: Path, *, keep_last: int, best_step: int | None) -> None:
-    """Delete unfinished checkpoints, and all others except the newest `keep_last` and the best."""
+    """Keep the newest `keep_last` checkpoints and that of `best_step`. Delete all others.
+
+    Checkpoints that were not written completely are deleted too.
+    """
     for path in checkpoints(folder)[:-keep_last]:
         if step_of(path) != best_step:
             shutil.rmtree(path)
@@ -174,7 +179,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def _files(path: Path) -> list[Path]:
-    """Return everything in the folder of a checkpoint, except its checksums."""
+    """Return the paths of all files in a checkpoint except the file of checksums."""
     return sorted(file for file in path.iterdir() if file.name != CHECKSUMS)
 
 
@@ -185,14 +190,17 @@ def _save_checksums(path: Path, ranks: Ranks) -> None:
     shares = ranks.gather({file.name: sha256_of(file) for file in own_files})
     if ranks.is_main:
         digests = {name: digest for share in shares for name, digest in share.items()}
-        # On a network file system, a rank may not have seen all files yet.
+        # List the files again: on a network file system, a rank may not have seen all of them.
         files = _files(path)
         save_json(path / CHECKSUMS, {f.name: digests.get(f.name) or sha256_of(f) for f in files})
 
 
 @contextmanager
 def _shared_folder(path: Path, ranks: Ranks) -> Iterator[Path]:
-    """Yield the same temporary folder on all ranks. On the main rank it is an `atomic_folder`."""
+    """Yield the same temporary folder on all ranks.
+
+    The main rank creates the folder, and renames it to `path` on success.
+    """
     same_folder = temporary_beside(path, ranks.from_main(os.getpid))
     with atomic_folder(path) if ranks.is_main else nullcontext(same_folder) as temporary:
         ranks.barrier()
@@ -206,13 +214,16 @@ def changing_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def state_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return the persistent buffers of the model by name. They are not copied."""
+    """Return the persistent buffers of the model by name, without copying them."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return {name: v for name, v in model.state_dict().items() if name not in parameters}
 
 
 def _load_parts(path: Path, model: nn.Module, ema: Ema) -> dict[str, dict[str, Tensor]]:
-    """Return the saved tensors by part and name, sharded in the same way as `model` if needed."""
+    """Return the tensors of a checkpoint, by part (model, optimizer or ema) and by name.
+
+    If the run that saved the checkpoint was sharded, the tensors are sharded as in `model`.
+    """
     if not any(path.glob(SHARDS)):
         return {part: load_file(path / f"{part}.safetensors") for part in _PARTS}
     likes: dict[str, Tensor] = {f"ema/{name}": average for name, average in ema.averages.items()}

@@ -22,7 +22,7 @@ class TrainingConfig:
     minutes: Positive | None = None
     """Training time in minutes, without validation, saving and start-up."""
     min_steps: Count | None = None
-    """Minimum number of steps of a run with `minutes`, even if they take longer."""
+    """Minimum number of steps of a run with `minutes`, even if the run then takes longer."""
     accumulate: Count = 1
     """Number of batches on each device whose gradients are averaged into one step. A tokenizer
     computes the weight of its GAN loss for each batch separately."""
@@ -34,7 +34,7 @@ class TrainingConfig:
     min_learning_rate_ratio: Share = 0.05
     """Final learning rate of the cosine schedule, as a share of the peak."""
     warmup_steps: Natural = 200
-    """Steps of linear warm-up, but at most a tenth of the run."""
+    """Number of steps of linear warm-up. Warm-up takes at most a tenth of the run."""
     weight_decay: NonNegative = 0.05
     """Decoupled weight decay of matrices and convolution kernels."""
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
@@ -62,9 +62,9 @@ class TrainingConfig:
     workers: Natural = 2
     """Number of processes that prepare batches. With 0, the training process prepares them."""
     threads: Count | None = None
-    """Number of CPU threads of each training process. If None, torch chooses it, and commands
-    adapt it to the cores that other programs leave free, which can change the last bits of the
-    weights."""
+    """Number of CPU threads of each training process. If None, torch chooses the number, and
+    commands adapt it to the cores that other programs leave free. This can change the last bits of
+    the weights."""
     gradient_checkpointing: bool = False
     """Store only the inputs of blocks, and recompute the rest in the backward pass. This takes less
     memory and more time."""

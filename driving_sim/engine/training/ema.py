@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Averages the trainable parameters of `module`, but not its buffers and frozen weights.
+    """Moving averages of the trainable parameters of `module`.
 
-    After n updates the decay is min(decay, (1 + n) / (10 + n)), as in TensorFlow's
-    ExponentialMovingAverage. Without this, the average of a short run would stay close to the
-    initial weights. `averages` maps parameter names to averages. `updates`, a float64 scalar, is n.
+    After n updates, the decay is min(decay, (1 + n) / (10 + n)), as in TensorFlow's
+    ExponentialMovingAverage. With a constant decay, the average of a short run would stay close to
+    the initial weights. `averages` maps parameter names to averages. `updates`, a float64 scalar,
+    is the number of updates.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -29,7 +30,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, skipped: Tensor | None = None) -> None:
-        """Move the averages towards the present parameters, unless the scalar `skipped` is 1."""
+        """Move the averages towards the current parameters, unless the scalar `skipped` is 1."""
         applied = 1.0 if skipped is None else 1.0 - skipped.double()
         self.updates = self.updates + applied
         decay = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
@@ -39,7 +40,7 @@ class Ema:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Give the module the averaged parameters in this context, and restore its own after it."""
+        """Within this context, replace the module's parameters with their averages."""
         self._exchange()
         try:
             yield
@@ -47,7 +48,7 @@ class Ema:
             self._exchange()
 
     def _exchange(self) -> None:
-        # Swapping the storages copies nothing, and the parameter objects stay the same.
+        # Swap the storages instead of copying values. Optimisers keep the same parameter objects.
         for name, parameter in self._parameters.items():
             average = self.averages[name]
             parameter.data, average.data = average.data, parameter.data

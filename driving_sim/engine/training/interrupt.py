@@ -1,4 +1,4 @@
-"""Turn SIGTERM and Ctrl-C into a request to stop, for a loop that first saves its state."""
+"""Turn SIGTERM and Ctrl-C into a request to stop, so a loop can save its state before it stops."""
 
 import os
 import signal
@@ -12,11 +12,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopNow(BaseException):
-    """Raised to stop the work inside `StopRequest.interruptible`. It does not mean an error."""
+    """Raised by a signal to stop the work inside `StopRequest.interruptible`. It is no error."""
 
 
 class StopRequest:
-    """A request to stop: `signal` is the number of the signal that arrived, or 0 if none has."""
+    """A request to stop. `signal` is the number of the signal that arrived, or 0 before that."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -25,10 +25,10 @@ class StopRequest:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Let a signal stop the work in this context, which may be left incomplete.
+        """Let a signal stop the work in this context at any point.
 
-        The signal raises `StopNow` once, between two lines of Python. If the signal arrived before,
-        `StopNow` is raised at once.
+        The signal raises `StopNow` once, between two lines of Python. If a signal arrived before
+        this context was entered, `StopNow` is raised at once.
         """
         self._interruptible = True
         try:
@@ -38,7 +38,7 @@ class StopRequest:
             self._interruptible = False
 
     def receive(self, number: int) -> None:
-        """Record the signal that arrived, and raise `StopNow` if the work is interruptible."""
+        """Record signal `number`. Raise `StopNow` if the program is inside `interruptible`."""
         self.signal = number
         self._stop_if_requested()
 
@@ -48,11 +48,11 @@ class StopRequest:
             raise StopNow
 
     def shield(self, _worker: int = 0) -> None:
-        """Make a data worker ignore signals; call it in the worker.
+        """Make a data worker ignore signals. Call this in the worker process.
 
-        Signals reach the whole process group, but the training process needs its workers to finish
-        a step. After the end of `stop_on_signals`, SIGTERM ends the worker again, because
-        multiprocessing sends SIGTERM at exit and waits for the worker.
+        Signals reach the whole process group, but the training process still needs its workers to
+        finish a step. After the end of `stop_on_signals`, SIGTERM ends the workers again. This is
+        necessary because at exit, multiprocessing sends SIGTERM to the workers and waits for them.
         """
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._leave_when_over)
@@ -68,9 +68,10 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Yield a request that records the first SIGTERM or Ctrl-C; a second signal acts as usual.
+    """Yield a `StopRequest`, which is set by the first SIGTERM or Ctrl-C.
 
-    Outside the main thread Python allows no signal handlers, so every signal acts as usual.
+    A second signal has its usual effect. Outside the main thread, Python allows no signal handlers,
+    so all signals have their usual effect.
     """
     request = StopRequest()
     is_main = threading.current_thread() is threading.main_thread()
@@ -84,7 +85,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
         restore()
         name = signal.Signals(number).name
         text = f"{name}: saving, then stopping (send it again to stop at once)\n"
-        os.write(2, text.encode())  # print is not reentrant, and may be what the signal interrupted
+        # Do not use print: it is not reentrant, and the signal may have interrupted a print.
+        os.write(2, text.encode())
         request.receive(number)
 
     for number in before:

@@ -52,16 +52,18 @@ if TYPE_CHECKING:
     from driving_sim.engine.training.run_log import RunLog
 
 MAX_SKIPPED_IN_A_ROW = 20
-"""Number of successive steps without a finite loss after which the run stops with an error."""
+"""Number of successive skipped steps after which the run stops with an error. A step is skipped if
+its loss or a gradient is not finite."""
 COUNT_SKIPPED_EVERY = 20
 """Maximum number of steps between two reads of the number of skipped steps from a GPU."""
 FIRST_STEPS = 5
 """Number of steps after which a run prints how long it will take."""
 WARM_UP_STEPS = 2
-"""Number of first steps that the time estimate ignores, because they also set up kernels and
-memory."""
+"""Number of steps at the start that the time estimate ignores. They are slower because they also
+set up kernels and memory."""
 _ADDED_TO_PROVISIONAL = 100.0
-"""Number that earlier versions added to provisional scores, instead of marking them."""
+"""Number that earlier versions of this program added to provisional scores in checkpoints. This
+version marks such scores with `best_provisional` instead."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +74,7 @@ class TrainingResult:
     best_step: int
     steps: int
     batches: int
-    """Number of batches that all ranks together used in these steps."""
+    """Number of batches that all ranks together used in the run."""
     seconds: float
     """Training time in seconds, without validation."""
 
@@ -97,15 +99,17 @@ def train(
 
     Under `torchrun`, all ranks train together. `dataset[n]` is batch n, which must depend only on n
     and the seed of the dataset. The loop adds `step` (int64) and `progress` (float32, 0 to 1) to
-    each batch and seeds torch for it, so that a resumed run equals an uninterrupted one.
+    each batch. It also seeds torch before each batch, so a resumed run gives the same results as an
+    uninterrupted run.
 
-    `validate` gets the model in eval mode, with averaged weights, without gradients and under the
-    autocast of the training. `export` writes the averaged module into `run` at each new best score.
-    `is_finished(run)` says whether the training has ended. Resuming a finished run changes nothing,
-    unless the new settings let it train longer.
+    `validate` receives the model in eval mode with averaged weights. It runs without gradients, and
+    with the same autocast as training. `export` writes the averaged module into `run` at each new
+    best score. `is_finished(run)` says whether the training has ended. Resuming a finished run
+    changes nothing, unless the new settings make the run longer.
 
-    Raises `DriveSimError` if `run` cannot be used, if the loss stays non-finite or if no score is
-    finite. After a signal, saves a checkpoint and raises `Interrupted`.
+    Raises `DriveSimError` if `run` cannot be used, if the loss or the gradients are not finite in
+    too many successive steps, or if no score is finite. After SIGTERM or Ctrl-C, saves a checkpoint
+    and raises `Interrupted`.
     """
     device = resolve_device(device)
     with (
@@ -120,7 +124,8 @@ def train(
             prepare_run(run, run_config, resume)
 
         def run_loop() -> TrainingResult:
-            # The loop is local to this function, so that it is gone when the process group ends.
+            # Only this function refers to the loop, so Python frees the loop before the process
+            # group ends.
             loop = _Loop(Stepper(model, config, ranks, own_device), run, validate, export, request)
             if resume:
                 loop.resume()
@@ -167,7 +172,8 @@ class _Loop:
         self.stepper, self.config, self.ranks = stepper, stepper.config, stepper.ranks
         self.folder, self.validate_model, self.export = run, validate, export
         self.request = request
-        # Several ranks are not interrupted within a step, where they may wait for each other.
+        # With several ranks, a signal does not interrupt a step, because the other ranks may be
+        # waiting for this rank.
         self.interruptible = request.interruptible if self.ranks.size == 1 else nullcontext
         self.state = _State()
         self.unsaved = False
@@ -176,8 +182,8 @@ class _Loop:
         self.log: RunLog | None = None
 
     def resume(self) -> None:
-        """Continue from the newest undamaged checkpoint, if there is a checkpoint."""
-        # Only the main rank checks the checkpoints, because a check reads all their files.
+        """Load the newest undamaged checkpoint, if there is one."""
+        # Only the main rank looks for damage, because this means reading whole files.
         path, self.notices = self.ranks.from_main(lambda: newest_whole(self.folder / CHECKPOINTS))
         if path is None:
             return
@@ -198,10 +204,10 @@ class _Loop:
         )
 
     def _return_to(self, path: Path) -> None:
-        """Undo what the run did after the checkpoint `path`, because later ones are damaged.
+        """Undo what the run did after the checkpoint `path`, because later checkpoints are damaged.
 
-        The exported weights may come from a later step, so this exports the weights of the best
-        step up to `path` again.
+        The exported weights may come from a later step, so the weights of the best step up to the
+        checkpoint are exported again.
         """
         best = checkpoint_path(path.parent, self.state.best_step)
         if self.ranks.from_main(lambda: damage(best) is None):
@@ -222,11 +228,11 @@ class _Loop:
         state.precision, state.device = name_of(self.stepper.dtype), device.type
 
     def run(self, dataset: Dataset[Batch]) -> TrainingResult:
-        """Step, log, validate and save until the run is over."""
+        """Take steps, log, validate and save until the run is over. Return the result."""
         if not self.ranks.is_main:
             return self._run(dataset)
-        # Import run_log here: it imports TensorBoard, which takes 0.1 s, and most commands do not
-        # train.
+        # Import run_log here: it imports TensorBoard, which takes 0.1 s. Commands that do not train
+        # must not wait for this.
         from driving_sim.engine.training.run_log import run_log
 
         state = self.state
@@ -244,8 +250,8 @@ class _Loop:
         self.stepper.model.train()
         batches: Iterator[tuple[int, Batch]] | None = None
         while True:
-            # All ranks get the number of a signal that any rank received (0 if none), and the
-            # position of the main rank.
+            # All ranks must decide in the same way. So share the signal that any rank received (0
+            # if none), and the position of the main rank.
             position = self._position() if self.ranks.is_main else 0.0
             number, position = self.ranks.largest([float(self.request.signal), position])
             if number:
@@ -268,16 +274,17 @@ class _Loop:
                     batches = self._batches(dataset)
                 self._step(batches, position)
             except StopNow:
-                continue  # the interrupted work has not changed the state
+                continue  # the interrupted work has changed nothing
 
     def _batches(self, dataset: Dataset[Batch]) -> Iterator[tuple[int, Batch]]:
-        """Mark the run as unfinished, start the data workers and return the batches."""
+        """Mark the run as unfinished, start the data workers, and return the batch iterator."""
         if self.ranks.is_main:
             mark_unfinished(self.folder)
         state = self.state
         batches = self.stepper.batches(dataset, state.step, state.batches, self.request.shield)
         with self.interruptible():
-            # Wait for the first batch here, so that starting the workers is not training time.
+            # Wait for the first batch here, so the time to start the workers is not measured as
+            # training time.
             return chain([next(batches)], batches)
 
     def _position(self) -> float:
@@ -309,9 +316,11 @@ class _Loop:
             self.log.advance(position)
 
     def _say_how_long(self, log: "RunLog", seconds: float) -> None:
-        """Print how long the run will take, after the first steps or once `minutes` are over.
+        """Print how long the rest of the run will take, if this step is the right time.
 
-        `seconds` is the duration of the last step.
+        Runs with `steps` print it after `FIRST_STEPS` steps. Runs with `minutes` print it when the
+        minutes are over but `min_steps` requires more steps. `seconds` is the duration of the last
+        step.
         """
         state, config = self.state, self.config
         if config.steps is not None and len(self.recent_seconds) == FIRST_STEPS:
@@ -329,7 +338,7 @@ class _Loop:
             )
 
     def _count_skipped(self) -> None:
-        """Read from the device how many steps were skipped.
+        """Read the numbers of skipped steps from the device into the state.
 
         Raises `DriveSimError` if too many successive steps were skipped.
         """
@@ -338,9 +347,9 @@ class _Loop:
         if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             path = next(reversed(checkpoints(self.folder / CHECKPOINTS)), "none")
             raise DriveSimError(
-                f"the loss was not finite in {state.skipped_in_a_row} steps up to {state.step}; "
-                f"the last checkpoint is {path}: continue from it with `resume` and a lower "
-                "training.learning_rate"
+                "the loss or a gradient was not finite in the last "
+                f"{state.skipped_in_a_row} steps, up to step {state.step}; the last checkpoint is "
+                f"{path}: continue from it with `resume` and a lower training.learning_rate"
             )
 
     def _validate(self) -> None:
@@ -358,7 +367,7 @@ class _Loop:
         self.unsaved = True
 
     def _validate_and_export(self, model: Trainable) -> tuple[float, bool]:
-        # Every validation draws the same random numbers, so that scores differ only by the weights.
+        # Use the same random numbers in every validation, so only the weights change the score.
         seed_torch(batch_seed(self.config.seed, -1), self.stepper.device)
         with torch.no_grad(), self.stepper.autocast():
             with self.interruptible():
@@ -434,9 +443,9 @@ class _Loop:
 
 
 def time_to_go(steps: int, first_seconds: Sequence[float]) -> str:
-    """Return a line that says how long `steps` more steps take, or "" if less than 2 minutes.
+    """Return a line that says how long the remaining `steps` take, or "" if under 2 minutes.
 
-    `first_seconds` are the durations of the first steps of this process.
+    `first_seconds` are the durations of the first steps in this process.
     """
     step = statistics.median(first_seconds[WARM_UP_STEPS:])
     seconds = steps * step

@@ -1,4 +1,4 @@
-"""Muon for wide kernels and AdamW for the rest of a model's parameters."""
+"""Muon for large matrices and convolution kernels, and AdamW for all other parameters."""
 
 import math
 from collections.abc import Iterable
@@ -13,8 +13,8 @@ from driving_sim.engine.training.config import TrainingConfig
 
 _SMALLEST_MATRIX = 32
 _MOMENTUM = 0.95
-# Coefficients of the first iterations of Polar Express (arXiv 2505.16932). All but the last row are
-# damped by a factor of 1.01 for numerical stability.
+# Coefficients of the first iterations of Polar Express (arXiv 2505.16932), one row for each. All
+# rows except the last are damped by a factor of 1.01 for numerical stability.
 _POLAR_EXPRESS = [
     (8.28721201814563 / 1.01, -23.595886519098837 / 1.01**3, 17.300387312530933 / 1.01**5),
     (4.107059111542203 / 1.01, -2.9478499167379106 / 1.01**3, 0.5448431082926601 / 1.01**5),
@@ -35,9 +35,10 @@ class Player:
     and 32 output channels."""
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """Return the trainable parameters in three groups: matrices for Muon, weights and gains.
+        """Return three lists of trainable parameters: "matrices", "weights" and "gains".
 
-        Gains are parameters with fewer than two axes, such as biases.
+        Muon may update the matrices. Gains are parameters with fewer than two axes, such as biases.
+        Weights are all other parameters.
         """
         matrices = {
             layer.weight
@@ -56,14 +57,14 @@ class Player:
 class Muon(torch.optim.Optimizer):
     """The optimiser Muon (https://kellerjordan.github.io/posts/muon).
 
-    A step follows the momentum after its singular values were made nearly equal. It is scaled to
-    the size of an AdamW step (arXiv 2502.16982), so that both optimisers can use the same learning
-    rate. `torch.optim.Muon` does not support convolutions and always multiplies in bfloat16, which
-    many CPUs have to emulate. This class uses bfloat16 only under autocast.
+    A step is the momentum matrix with nearly equal singular values. It is scaled to the size of an
+    AdamW step (arXiv 2502.16982), so both optimisers can use the same learning rate.
+    `torch.optim.Muon` does not support convolutions, and always multiplies matrices in bfloat16,
+    which many CPUs have to emulate. This class uses bfloat16 only under autocast.
     """
 
     found_inf: Tensor | None = None
-    """Scalar that makes a step change nothing if it is 1, as in the fused optimisers of torch."""
+    """Scalar tensor. If it is 1, a step changes nothing, as in the fused optimisers of torch."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -80,10 +81,10 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
         momentum, decay = state["momentum"], 1 - rate * weight_decay
         if self.found_inf is not None:
-            # If the gradient equals the momentum, the momentum does not change.
+            # To skip the step, use the momentum as the gradient. The momentum then stays the same.
             gradient = torch.where(self.found_inf == 1, momentum, gradient)
         momentum.lerp_(gradient, 1 - _MOMENTUM)
-        # For a sharded parameter, every rank computes the complete step and applies its share.
+        # If the parameter is sharded, every rank computes the complete step, and applies its share.
         matrix = whole(gradient.lerp(momentum, _MOMENTUM)).flatten(1)
         step = orthogonalise(matrix).reshape(parameter.shape)
         if self.found_inf is not None:
@@ -114,7 +115,7 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
 
 def _factor(gram: Tensor, linear: float, cubic: float, quintic: float) -> Tensor:
-    """Return the factor of one iteration: linear + cubic G + quintic G^2, with G = `gram`."""
+    """Return the matrix factor of one iteration: linear I + cubic G + quintic G^2, G = `gram`."""
     factor = torch.addmm(gram, gram, gram, beta=cubic, alpha=quintic)
     factor.diagonal().add_(linear)
     return factor
@@ -158,7 +159,7 @@ class Optimizers:
             for parameter in group["params"]
         }
         if len(self._owners) < sum(len(group["params"]) for group in self.groups):
-            raise ValueError("two players hold the same parameter")
+            raise ValueError("two players have the same parameter")
         if missing := [
             name
             for name, parameter in self._parameters.items()
@@ -172,14 +173,14 @@ class Optimizers:
         return [group for optimizer in self._all for group in optimizer.param_groups]
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Set the learning rate of each parameter group to `learning_rate` times its scale."""
+        """Set the learning rate of each parameter group to `learning_rate` times `lr_scale`."""
         for group in self.groups:
             group["lr"] = learning_rate * group["lr_scale"]
 
     def clip_gradients(self, limit: float) -> dict[str, Tensor]:
         """Clip the gradients of each player to the L2 norm `limit`.
 
-        Return the norms before clipping, by player.
+        Return the norm of each player's gradients before clipping, by the player's name.
         """
         players: dict[str, list[Tensor]] = {}
         for group in self.groups:
@@ -193,7 +194,7 @@ class Optimizers:
         """Take one step with the gradients stored in the parameters.
 
         If `skipped`, a float32 scalar, is 1, then weights, moments and step counts do not change.
-        If the scalar is on the GPU, the GPU evaluates it, and the CPU does not wait.
+        If `skipped` is on a GPU, the CPU does not wait for its value.
         """
         if skipped is not None and skipped.device.type == "cpu":
             if skipped:
@@ -214,14 +215,17 @@ class Optimizers:
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore the state from `tensors()`. Raises KeyError if the model lacks a parameter."""
+        """Restore the state that `tensors` returned.
+
+        Raises KeyError if a name in `tensors` is not that of a parameter of the model.
+        """
         for key, tensor in tensors.items():
             name, _, quantity = key.rpartition("/")
             parameter = self._parameters[name]
             if quantity == "step":  # only fused kernels need the step count on the device
                 count = tensor.reshape(())
                 value = count.to(parameter.device) if self._fused else count
-            else:  # fused kernels require the same memory format as that of the parameter
+            else:  # fused kernels require the memory format of the parameter
                 value = torch.empty_like(parameter, dtype=tensor.dtype)
                 value.copy_(placed_like(tensor, parameter))
             self._owners[parameter].state[parameter][quantity] = value

@@ -1,4 +1,4 @@
-"""Prepare a model for training on several ranks, with recomputation or with compilation."""
+"""Prepare a model for several ranks, gradient checkpointing and compilation."""
 
 import os
 import shutil
@@ -16,26 +16,28 @@ from driving_sim.engine.training.config import TrainingConfig
 from driving_sim.engine.training.trainable import Trainable
 
 LARGE = 20_000_000
-"""Number of parameters from which a backward pass on a CPU may take seconds. Such passes get hooks
-that let Python handle signals."""
+"""Minimum number of parameters of a large model. Its backward pass on a CPU may take seconds, so
+the model gets hooks that let Python handle signals during the pass."""
 
 
 def parallel(
     model: Trainable, config: TrainingConfig, ranks: Ranks, device: torch.device
 ) -> nn.Module:
-    """Apply the settings to the blocks of `model`, and return the module to call in its place.
+    """Apply the settings for ranks, gradient checkpointing and compilation to `model`.
 
+    Return the module to call for a forward pass, which is `model` or a wrapper around it.
     Raises `DriveSimError` if this machine does not support a setting.
     """
     blocks = list(model.blocks())
     if config.gradient_checkpointing:
         for block in blocks:
-            # This is a partial, because a deep copy of a partial runs the weights of the copy.
+            # Use a partial, not a lambda. A deep copy of the model also copies the partial, so the
+            # copied model runs its own weights.
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if config.compile:
         _require_compiler(device)
-        # All kinds of blocks share one counter of recompilations. By default, torch would stop
-        # compiling at a count of 8.
+        # All kinds of blocks share one counter of recompilations. By default, torch stops compiling
+        # when the counter reaches 8.
         torch._dynamo.config.recompile_limit = 64
         for block in blocks:
             block.compile()
@@ -52,17 +54,17 @@ def parallel(
             )
         shard(model, blocks, device)
     elif ranks.size > 1:
-        # The players of a GAN start at different steps, so some parameters may have no gradient.
+        # The players of a GAN start at different steps, so some parameters may get no gradient.
         return DistributedDataParallel(
             model,
             find_unused_parameters=len(model.players()) > 1,
-            broadcast_buffers=False,  # all ranks compute the same buffers
+            broadcast_buffers=False,  # the buffers are already equal on all ranks
         )
     return model
 
 
 def _let_signals_in(_module: nn.Module, _inputs: object, output: object) -> None:
-    """Add a Python hook to the backward pass, which otherwise runs in C++ and blocks signals."""
+    """Add a Python hook to the backward pass. Without hooks it runs in C++ and blocks signals."""
     if isinstance(output, Tensor) and output.grad_fn is not None:
         output.register_hook(_pass)  # type: ignore[no-untyped-call]
 

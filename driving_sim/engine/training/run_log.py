@@ -1,4 +1,4 @@
-"""Log a training run: metrics as JSON lines, TensorBoard, printed lines, and progress."""
+"""Log a training run as JSON lines, in TensorBoard and as text, and show its progress."""
 
 import io
 import json
@@ -25,7 +25,7 @@ METRICS = "metrics.jsonl"
 LINES = "log.txt"
 TENSORBOARD = "tensorboard"
 _SHOWN = ("bits_per_token", "loss")
-"""Metrics to show beside the progress. If a row has both, the first one is shown."""
+"""Names of the metrics to show beside the progress. If both are logged, only the first is shown."""
 
 
 class RunLog:
@@ -98,10 +98,10 @@ def run_log(
 ) -> Iterator[RunLog]:
     """Yield the log of the training run in the folder `run`.
 
-    `start_step` is the step from which the run continues. Rows that an interrupted run logged after
-    this step are deleted, because they will be logged again. Rows of validations are deleted if
-    they are later than `validated_step`, which defaults to `start_step`. `total` is the number of
-    steps, or None if it is unknown.
+    `start_step` is the step from which the run continues. Training metrics of later steps are
+    deleted from the log, because they will be logged again. Validations are deleted if their step
+    is later than `validated_step`, which defaults to `start_step`. `total` is the number of steps,
+    or None if it is unknown.
     """
     _drop_rows_after(
         run / METRICS, start_step, start_step if validated_step is None else validated_step
@@ -121,7 +121,10 @@ def run_log(
 
 @contextmanager
 def _quiet_tensorboard() -> Iterator[None]:
-    """Keep TensorBoard's thread from printing errors, which its next write raises anyway."""
+    """Keep TensorBoard's writer thread from printing its errors.
+
+    The next write to TensorBoard raises the same error.
+    """
     before = threading.excepthook
 
     def hook(arguments: threading.ExceptHookArgs) -> None:
@@ -140,7 +143,8 @@ def _drop_rows_after(path: Path, step: int, validated_step: int) -> None:
         return
     with path.open(encoding="utf-8") as rows:
         kept_rows = [row for row in rows if _is_before(row, step, validated_step)]
-    with atomic_file(path) as temporary:  # `path` is closed here: Windows replaces no open file
+    # Close `path` before this, because Windows cannot replace an open file.
+    with atomic_file(path) as temporary:
         temporary.write_text("".join(kept_rows), "utf-8")
 
 

@@ -1,4 +1,4 @@
-"""One training step: gradients of the batches, clipping, optimiser step, averaged weights."""
+"""One training step: compute and clip gradients, update the weights and their averages."""
 
 import copy
 import hashlib
@@ -30,12 +30,12 @@ class Meter:
     """Averages metrics between two reads. Adding a value does not wait for the device."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}  # by name: the sum of the values, and their number
+        self._sums: dict[str, Tensor] = {}  # sum and count of the values, by name
 
     def add(self, values: Mapping[str, Tensor], skipped: Tensor) -> None:
         """Add scalar tensors by name, unless the scalar `skipped` is 1.
 
-        Not every call needs to have all names.
+        Different calls may pass different names.
         """
         for name, value in values.items():
             value = value.detach().float().to(skipped.device)
@@ -54,12 +54,12 @@ class Meter:
 
 
 class Stepper:
-    """Owns everything that a step changes: the model, the optimiser and the averaged weights."""
+    """Takes training steps, and owns what they change: model, optimisers and averaged weights."""
 
     def __init__(
         self, model: Trainable, config: TrainingConfig, ranks: Ranks, device: torch.device
     ) -> None:
-        # A sharded model is complete on no device, so this copy is validated and exported instead.
+        # A sharded model is complete on no device, so the main rank validates and exports a copy.
         self._whole = copy.deepcopy(model) if config.shard and ranks.is_main else None
         self.model = model if config.shard else model.to(device)
         self.config, self.ranks, self.device = config, ranks, device
@@ -71,8 +71,8 @@ class Stepper:
         """Learning rate of the last step, before the scaling of each parameter group."""
         self.meter = Meter()
         self.skips = torch.zeros(2, dtype=torch.int64)
-        """Numbers of skipped steps: in total, and in a row up to now. Reading them waits for the
-        device."""
+        """Two numbers of skipped steps: in total, and in a row up to the last step. Reading them
+        waits for the device."""
         self._buffers = [*state_buffers(model).values()]
         self._step_before: torch.cuda.Event | None = None
         if device.type == "cuda":
@@ -92,9 +92,9 @@ class Stepper:
     ) -> Iterator[tuple[int, Batch]]:
         """Yield this rank's batches with their numbers, from `step` to the end of the run.
 
-        `first` is the number of the first batch in `step`. The ranks take turns, so that more ranks
-        see the same data as one rank that accumulates more batches. `worker_init` runs in each data
-        worker.
+        `first` is the number of the first batch in `step`. The ranks take batches in turn, so N
+        ranks use the same batches in a step as one rank that accumulates N times as many.
+        `worker_init` runs in each data worker.
         """
         left = None if self.config.steps is None else self.config.steps - step
         stop = sys.maxsize if left is None else first + left * self.batches_per_step
@@ -124,8 +124,8 @@ class Stepper:
 
         If the loss or a gradient is not finite, the device skips the step: weights, averages and
         optimiser states do not change, and `skips` counts the step. The forward and backward
-        passes run inside `interruptible`, which may raise `StopNow`. In that case nothing has
-        changed.
+        passes run inside `interruptible`, which may raise `StopNow`. Then the step has changed
+        nothing.
         """
         adjust_threads(self.device)
         config = self.config
@@ -142,7 +142,7 @@ class Stepper:
             floor=config.min_learning_rate_ratio,
         )
         self.optimizers.set_learning_rate(self.learning_rate)
-        with self.autocast():  # for the matrix products of Muon; the rest of the step is float32
+        with self.autocast():  # only affects Muon's matrix products; the rest is float32
             self.optimizers.step(skipped)
         self.ema.update(skipped)
         for loss, named in outcomes:
@@ -151,14 +151,14 @@ class Stepper:
         count = skipped.long()
         self.skips = torch.stack([self.skips[0] + count, (self.skips[1] + 1) * count])
         if self._step_before is not None:
-            # The CPU waits here if it is more than one step ahead of the GPU, so that the measured
-            # step times are right.
+            # Let the CPU wait if it is more than one step ahead of the GPU. Otherwise the measured
+            # step times would be wrong.
             self._step_before.synchronize()
             self._step_before.record()
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Return a context with the number format of the passes. Weights stay float32."""
-        # With a sharded model, kept casts would keep the gathered weights of all blocks in memory.
+        """Return an autocast context with the chosen number format. Weights stay float32."""
+        # Do not keep casts of a sharded model: they would keep all gathered weights in memory.
         return autocast(self.device, self.dtype, keep_casts=not self.config.shard)
 
     @contextmanager
@@ -195,14 +195,14 @@ class Stepper:
     def _backward(
         self, batches: Iterator[tuple[int, Batch]], step: int, position: float
     ) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """Compute the mean gradients. Return the loss and the metrics of each batch."""
+        """Compute gradients, averaged over the batches. Return each batch's loss and metrics."""
         outcomes = []
         for left in reversed(range(self.config.accumulate)):
             number, batch = next(batches)
             batch = {
                 name: value.to(self.device, non_blocking=True) for name, value in batch.items()
             }
-            # These scalars stay on the CPU, so that the model can read them without waiting.
+            # Leave these scalars on the CPU, so the model can read them without waiting for a GPU.
             batch |= {"step": torch.tensor(step), "progress": torch.tensor(min(position, 1.0))}
             seed_torch(batch_seed(self.config.seed, number), self.device)
             with self._synchronised(left == 0):
@@ -214,7 +214,7 @@ class Stepper:
 
     @contextmanager
     def _keeping_buffers(self) -> Iterator[None]:
-        """Restore the buffers of the model, which forward passes may change, after `StopNow`."""
+        """After `StopNow`, restore the model's buffers, which a forward pass may have changed."""
         before = [buffer.clone() for buffer in self._buffers]
         try:
             yield
@@ -235,7 +235,8 @@ class Stepper:
         """Return a float32 scalar: 1 if any of `scalars` is not finite on any rank, otherwise 0."""
         finite = torch.stack([scalar.float() for scalar in scalars]).isfinite().all()
         skipped = (self.ranks.sum((~finite).int()) > 0).float()
-        # On MPS, without fused optimisers, the step needs the value on the CPU anyway.
+        # On MPS, the optimisers are not fused and cannot skip a step on the device. The CPU has to
+        # read the value.
         return skipped.cpu() if self.device.type == "mps" else skipped
 
 
@@ -264,7 +265,7 @@ class _CarryingErrors(Dataset[Batch | DriveSimError]):
 
 
 def batch_seed(seed: int, number: int) -> int:
-    """Return the random seed of batch `number`: a hash, so that the seeds are unrelated."""
+    """Return the random seed of batch `number`. It is a hash, so different seeds are unrelated."""
     digest = hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -272,7 +273,7 @@ def batch_seed(seed: int, number: int) -> int:
 def seed_torch(seed: int, device: torch.device) -> None:
     """Seed the random generators of the CPU and of the device.
 
-    `torch.manual_seed` would seed those of all backends. For an unused backend it stores a stack
+    `torch.manual_seed` would seed all backends. For a backend that is not in use, it stores a stack
     trace, which takes a millisecond.
     """
     torch.default_generator.manual_seed(seed)

@@ -23,7 +23,7 @@ class Trainable(nn.Module, ABC):
 
     @abstractmethod
     def players(self) -> list[Player]:
-        """Return the parts that hold the trainable parameters: one part, or two for a GAN."""
+        """Return the parts that contain the trainable parameters: one part, or two for a GAN."""
 
     @abstractmethod
     def ema_module(self) -> nn.Module:
@@ -41,7 +41,8 @@ class Validation:
     score: float
     """Score that decides which weights are kept. Lower is better."""
     provisional: bool = False
-    """Whether every later score that is not provisional counts as better than this one."""
+    """Whether the score is provisional. Any score that is not provisional counts as better than a
+    provisional score."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Further numbers by name."""
     images: Mapping[str, Pixels] = field(default_factory=dict)

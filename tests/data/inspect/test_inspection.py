@@ -96,7 +96,7 @@ def test_only_an_earlier_inspection_is_replaced(folder: Path, tmp_path: Path) ->
     assert {path.name for path in out.rglob("*.*")} == {"inspection.json", "a.png"}
     (out / "notes.txt").touch()
     for occupied in (out, folder):
-        with pytest.raises(DriveSimError, match="holds more than an inspection"):
+        with pytest.raises(DriveSimError, match="do not belong to an inspection"):
             inspect_drives([folder], occupied)
     assert (out / "notes.txt").exists()
 

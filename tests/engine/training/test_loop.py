@@ -381,21 +381,21 @@ def test_nonfinite_gradients_of_a_finite_loss_are_skipped(tmp_path: Path) -> Non
 
 def test_lasting_nonfinite_loss_ends_the_run(tmp_path: Path) -> None:
     dataset = TinyBatches(nan_at=tuple(range(12, 60)))
-    with pytest.raises(DriveSimError, match=r"in 20 steps up to 32.*step-00000030"):
+    with pytest.raises(DriveSimError, match=r"in the last 20 steps, up to step 32.*step-00000030"):
         tiny_train(tmp_path / "run", steps=60, dataset=dataset)
 
 
 def test_a_run_that_logs_rarely_still_counts_skipped_steps(tmp_path: Path) -> None:
     dataset = TinyBatches(nan_at=tuple(range(12, 99)))
     options: dict[str, Any] = {"log_every": 99, "validate_every": 99, "save_every": 99}
-    with pytest.raises(DriveSimError, match=r"in 20 steps up to 32.*none"):
+    with pytest.raises(DriveSimError, match=r"in the last 20 steps, up to step 32.*none"):
         tiny_train(tmp_path / "run", steps=99, dataset=dataset, **options)
 
 
 def test_a_resumed_run_continues_to_count_skipped_steps(tmp_path: Path) -> None:
     run, dataset = tmp_path / "run", TinyBatches(nan_at=(3, *range(9, 99)))
     tiny_train(run, steps=12, dataset=dataset)
-    with pytest.raises(DriveSimError, match=r"in 20 steps up to 29"):
+    with pytest.raises(DriveSimError, match=r"in the last 20 steps, up to step 29"):
         tiny_train(run, steps=99, resume=True, dataset=dataset)
     rows = [row for row in metric_rows(run) if row["phase"] == "train"]
     assert [row["skipped_steps"] for row in rows] == [1, 2]
