@@ -48,7 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 def code(file: Path) -> Iterator[str]:
     """Yield every line of code in a file, with continued lines joined.
 
-    In Markdown, the code is in fenced blocks and in spans.
+    In Markdown, only fenced blocks and code spans count as code.
     """
     text = re.sub(r"\s*\\\n\s*", " ", file.read_text("utf-8"))
     if file.suffix != ".md":

@@ -271,9 +271,9 @@ def memory(model: Model, *, shard: bool) -> Memory:
 def exchanged(model: Model, *, shard: bool) -> float:
     """Return the GB that a rank receives in a training step with Muon.
 
-    DDP receives the gradients once to sum them and once to distribute the sums. If the model is
-    sharded, weights are gathered twice, gradients are reduced once, and Muon gathers the gradients
-    once more.
+    With DDP, gradients are received once to sum them and once as sums. If the model is sharded,
+    weights are gathered twice, gradients are reduced once, and Muon gathers the gradients once
+    more.
     """
     return (16 if shard else 8) * model.parameters / 1e9
 

@@ -258,7 +258,7 @@ class Tokenize(Job):
         self._command = (self.name, *inputs, "--mirror", "--batch-size", "4", "--device", "cpu")
 
     def command(self, out: Path) -> tuple[str, ...]:
-        """Return the same arguments for every start."""
+        """Return the same arguments to start and to continue."""
         return (*self._command, "--out", str(out))
 
     def mark(self, state: State, damaged: Collection[int] = ()) -> Mark:
