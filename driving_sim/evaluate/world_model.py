@@ -49,11 +49,11 @@ class EvaluationConfig:
     """Settings of a world model's evaluation. All of them are part of the protocol."""
 
     stride: Count = 1
-    """Step from one frame whose likelihood is measured to the next. 1 measures every frame."""
+    """The likelihood is measured on every `stride`-th frame."""
     shuffles: Count = 20
     """Number of random shuffles of the actions in the section on action information."""
     coded_seconds: float = 60.0
-    """Length in s of the beginning of the first drive that is compressed and decoded."""
+    """Length in s of the footage to compress, from the start of the first drive."""
     clips: Count = 32
     """Maximum number of clips that are rolled out to measure quality and fidelity."""
     seconds: float = 3.0
@@ -266,7 +266,8 @@ def _protocol(
             ],
             "learned": list(dict.fromkeys(drive.id for drive in learned)),
             "known_channels": world.known_channels,
-            # The mean action is a baseline. The percentiles define curves and the sweep's range.
+            # The fidelity section compares with the mean action as a baseline. The 95th percentile
+            # defines what counts as a curve of the road, the 99th the sweep's hardest steering.
             "mean_action": statistics.mean,
             "steering_p95": statistics.steering_p95,
             "steering_p99": statistics.steering_p99,

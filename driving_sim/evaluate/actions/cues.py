@@ -1,9 +1,12 @@
 """Measure the motion between neighbouring frames, as input for the inverse-dynamics probe.
 
-Two cues are measured for each pair of frames. The turn is the sideways shift of the scene
-(`data.inspect.motion.yaw_motion`). For the motion, the second frame is shifted back by the turn.
-Then each cell of the first frame is correlated with the second frame at several displacements. The
-result is a cost volume, as in PWC-Net (https://arxiv.org/abs/1709.02371).
+Two cues are measured for each pair of frames:
+
+- The turn is the sideways shift of the whole scene (`data.inspect.motion.yaw_motion`).
+- The motion shows how each cell of the picture moves in addition to the turn. To measure it, the
+  second frame is shifted back by the turn. Then each cell of the first frame is correlated with the
+  second frame at several displacements. The result is a cost volume, as in PWC-Net
+  (https://arxiv.org/abs/1709.02371).
 
 Legend: T frames of a clip, P = T - 1 pairs of neighbouring frames, V versions of a picture (sharp,
 soft), D displacements; H, W pixels and R, C cells of a picture.

@@ -18,7 +18,10 @@ from driving_sim.evaluate.report.intervals import bootstrap, ratio, unit_sums
 _LONGEST_DELAY = 5
 """Largest delay that is tried, in frames."""
 _FLAT = 1e-12
-"""Share of the mean square below which a variance is a rounding error and is set to 0."""
+"""Bound below which a variance counts as a rounding error, as a share of the mean square.
+
+Such a variance is set to 0, so that constant values have no correlation.
+"""
 
 
 def follow(

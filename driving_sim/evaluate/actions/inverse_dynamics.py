@@ -204,7 +204,8 @@ class InverseDynamics:
             truth = samples.actions[known, channel].numpy().astype(np.float64)
             count = len(truth)
             if not count:
-                # No value is known. Compute the metrics of a NaN, only to get their names.
+                # Nothing can be compared, and all metrics become None below. Their names are still
+                # needed, so compute the metrics of one NaN and keep only the names.
                 estimated, truth = np.full((2, 1), np.nan)
             squares, off = np.square(estimated - truth), truth - float(self._network.mean[channel])
             spread = float(np.square(truth - truth.mean()).sum())
@@ -310,7 +311,8 @@ class _Network(nn.Module):
     def forward(self, turns: Tensor, motion: Tensor) -> Tensor:
         """Return standardised actions [B, A] for turns [B, K] and motion [B, K, D, R, C]."""
         turns = turns / self.turn_scale
-        # Averaged features are the same for mirrored pictures, so only the turns give a sign.
+        # Average the features of the motion and of its mirror image. The averages are the same for
+        # mirrored pictures. So mirroring only negates the turns, and with them the steering.
         plain, mirrored = (self._read(turns.abs(), m) for m in (motion, mirrored_motion(motion)))
         features = (plain + mirrored) / 2
         steering = (features[:, 1:] * turns).sum(dim=1)

@@ -32,10 +32,10 @@ def evaluate_action_information(
 ) -> Section:
     """Measure how many bits per frame the true actions save, compared with wrong actions.
 
-    There are two kinds of wrong actions. Null actions are marked as unknown. To shuffle the
-    actions, they are cut into blocks, and every block moves to the place of another block. A block
-    lasts 3 s, or as long as the model's window if that is longer. Speed alone, steering alone and
-    both together are shuffled in turn.
+    There are two kinds of wrong actions: null and shuffled. Null actions are marked as unknown.
+    Shuffled actions are cut into blocks, and every block moves to the place of another block. A
+    block lasts 3 s, or as long as the model's window if that is longer. Both kinds are made for
+    speed alone, for steering alone, and for both together.
 
     Only frames with a full window of past frames count. The 95 % interval comes from a bootstrap
     over the same blocks (Künsch 1989, https://doi.org/10.1214/aos/1176347265). Runs shorter than
@@ -60,7 +60,8 @@ def evaluate_action_information(
                 bits.append(np.stack([frame.means()[0] for frame in run], axis=1))
                 bar.advance(len(bits[-1]))
             true, *by_channel = np.split(np.concatenate(bits), range(1, variants, shuffles + 1))
-            # The actions after the last whole block are not shuffled, so these frames do not count.
+            # Count only frames in whole blocks. The actions after the last whole block were not
+            # shuffled.
             frames = np.arange(world.context_frames, (stop - begin) // block * block)
             for name, changed in zip(known, by_channel, strict=True):
                 for over, worse in (("shuffled", changed[:-1]), ("null", changed[-1:])):

@@ -1,9 +1,13 @@
 """Compress a drive's tokens with a world model, to check the model's claimed bits per token.
 
 A range coder (constriction, arXiv 2201.01741) encodes the tokens with the model's probabilities,
-rounded to integer frequencies. Encoder and decoder run the same cached passes, wave by wave, and
-get bit-identical logits. On another machine, or with another number format or compiler, the logits
-may differ slightly. Decoding then returns wrong tokens.
+rounded to integer frequencies. Decoding needs the same logits, bit for bit, as encoding. So both
+pass the tokens through the model in the same order and with the same cache. On another machine, or
+with another number format or compiler, the logits may differ slightly. Decoding then returns wrong
+tokens.
+
+A wave is a group of tokens that the model predicts together. A run is a stretch of a drive without
+a time gap.
 
 Axes: T frames, P = r * c tokens of a frame, n tokens of a wave, K codes.
 """
@@ -33,18 +37,21 @@ Words = NDArray[np.uint32]
 _HEADER_BYTES = 24
 """Size in bytes of the header that a compressed file would need, without the lengths of the runs.
 
-No file is written, but its size is part of the check. The header would consist of a format marker
+No file is written, but the reported size includes this header. It would consist of a format marker
 (4 bytes), a checksum (4), the model's fingerprint (8), a checksum of the tokens (4) and the number
 of runs (4).
 """
 _RUN_BYTES = 4
-"""Size of the length of one run in the header, in bytes."""
+"""Number of bytes that the header needs to store the length of one run."""
 _TOTAL = 2**24
 """Sum of the integer frequencies of all codes; constriction requires this value."""
 _FAMILY = stream.model.Categorical(perfect=False)
 
 _CLAIM = 0.01
-"""Maximum difference between the coded and the claimed size, as a share of the claimed size."""
+"""Maximum difference between coded and claimed size, as a share of the claimed size.
+
+The coded size is without the header here.
+"""
 
 
 def evaluate_coding(world: WorldModel, drive: DriveTokens, *, seconds: float) -> Section:
@@ -163,10 +170,10 @@ def decompress(
 ) -> Ints:
     """Decode the words of `compress` and return the tokens [T, r, c].
 
-    The tokens of `drive` are not read, only its actions and the lengths of its runs. If the words,
-    the model, the actions or the arithmetic are not the same as in `compress`, the tokens are wrong
-    or there are no frames at all. `advance` is called with the number of frames decoded since its
-    last call.
+    The tokens of `drive` are not read, only its actions and the lengths of its runs. The words, the
+    model, the actions and the arithmetic must be the same as in `compress`. Otherwise the returned
+    tokens are wrong, or the result has no frames (T = 0). `advance` is called with the number of
+    frames decoded since its last call.
     """
     decoder = stream.queue.RangeDecoder(words)
 
@@ -184,9 +191,10 @@ def decompress(
 def coder_weights(logits: Tensor) -> Floats32:
     """Return the softmax of `logits` [n, K], scaled to whole numbers that sum to 2^24 - K per row.
 
-    constriction gives every code a frequency of 1, and splits the remaining 2^24 - K in proportion
-    to these weights. Because the weights are whole numbers with exactly that sum, which is below
-    2^24, float32 adds and scales them without rounding.
+    constriction turns these weights into integer frequencies that sum to 2^24. It gives every code
+    a frequency of 1, and splits the remaining 2^24 - K in proportion to the weights. The weights
+    already sum to 2^24 - K, so constriction multiplies them by exactly 1. They are whole numbers
+    with a sum below 2^24, so float32 adds them without rounding.
     """
     rest = _TOTAL - logits.shape[-1]
     probs = logits.cpu().double().softmax(-1).numpy()

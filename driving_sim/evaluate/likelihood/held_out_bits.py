@@ -1,6 +1,6 @@
 """Measure a world model's bits per token and calibration on held-out drives.
 
-Baselines are measured on the same frames.
+Baselines are measured on the same frames. A run is a stretch of a drive without a time gap.
 
 Axes: n judged frames, W frames of context, P tokens of a frame, w windows.
 """
@@ -58,9 +58,10 @@ def evaluate_likelihood(
     The baselines are fitted to `learned_drives`.
 
     The metric `streamed_over_recomputed` tests whether long rollouts predict as well as short ones.
-    The bits of frames 2W to 4W are measured in two ways: with the growing cache of a rollout, and
-    with the window recomputed for each frame. The metric is the first divided by the second, so 1
-    is ideal. It is None if no drive is long enough.
+    The bits of frames 2W to 4W of each run are measured in two ways: with the growing cache of a
+    rollout, and with the window recomputed for each frame. The metric is the bits with the cache
+    divided by the bits with the recomputed window, so 1 is ideal. It is None if no run is long
+    enough.
 
     Intervals resample blocks of 3 s, or of W frames if these last longer (Künsch 1989,
     10.1214/aos/1176347265).
@@ -154,7 +155,10 @@ class Calibration:
 
 
 def _interval(judged: FrameBits, block: int, tokens: int = 1) -> dict[str, float | None]:
-    """Return the mean cost of `tokens` tokens in bits, with an interval over blocks of frames."""
+    """Return the mean bits per token times `tokens`, with an interval over blocks of frames.
+
+    With the number of tokens in a frame, the result is the mean bits per frame.
+    """
     blocks = judged.drive * (1 + judged.frame.max() // block) + judged.frame // block
     return interval(judged.bits * tokens, blocks)
 
@@ -167,7 +171,8 @@ def _by_position(
     The windows follow one another without overlap.
     """
     bits = _bits_of_windows(world, drives)
-    # Resample units that are at least as long as a block: one window, or several short ones.
+    # The intervals resample units of whole windows. A unit has as many windows as are needed to
+    # last at least one block.
     units = np.arange(len(bits)) // -(-block // world.context_frames)
     return [interval(place, units) for place in bits.T]
 

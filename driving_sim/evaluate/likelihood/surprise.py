@@ -1,5 +1,7 @@
 """Show where a drive surprised a world model, with a heat map of the bits of its tokens.
 
+A run is a stretch of a drive without a time gap.
+
 Axes: N frames of a drive, r c token rows and columns, H W pixels.
 """
 
@@ -52,8 +54,8 @@ class _JudgedDrive:
         self.id, self.sampled, self.video = sampled.drive.id, sampled, video
         behind = np.concatenate([np.arange(stop - start) for start, stop in sampled.segments])
         # `full` [N] marks the frames with a full window of context. If a drive has such frames,
-        # only they count. If it has none, all frames count except the first of each run. Their bits
-        # are higher because of the short context, so the drive is marked as `short`.
+        # only they count. Otherwise the drive is `short`, and all its frames count except the first
+        # of each run. Short drives are marked, because frames with less context cost more bits.
         self.full = behind >= window - 1
         self.short = not self.full.any()
         self.counts = behind > 0 if self.short else self.full

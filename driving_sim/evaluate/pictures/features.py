@@ -22,10 +22,10 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import one_line
 
 I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
-"""SHA-256 of the I3D file. Any other file is refused.
+"""SHA-256 of the I3D file. Any other file is refused, because it could do harm when it is loaded.
 
-A TorchScript file is a program. Loading it unpickles no Python objects, but it runs the file's
-`__setstate__`, and its operators can write files (`aten::save`, `aten::from_file`).
+A TorchScript file is a program. Loading unpickles no Python objects, but it runs the program's
+`__setstate__`. The program's operators can write files (`aten::save`, `aten::from_file`).
 """
 
 _MOST_I3D_BYTES = 2**26  # the right file has 51,235,320 bytes
@@ -149,9 +149,9 @@ def _seeded_weights(seed: int) -> list[Tensor]:
 def _blind_to_constants(kernels: Ints) -> Ints:
     """Make the kernels sum to 0, so that they give 0 for constant input.
 
-    Each kernel in the first half sums to 0 over time at every place. Each kernel in the second half
-    sums to 0 only over time and space together. All are also scaled by a whole number, which keeps
-    them integers.
+    Each kernel in the first half sums to 0 over time at every place, so it also gives 0 for a still
+    picture. Each kernel in the second half sums to 0 only over time and space together. To stay
+    integers, the kernels are scaled by a whole number before their mean is subtracted.
     """
     moving, still = np.split(kernels, 2)
     moving = _KERNEL * moving - moving.sum(axis=2, keepdims=True)

@@ -128,7 +128,8 @@ def _plot(metrics: Mapping[str, Any], names: Sequence[str], fps: float) -> Media
             times = (np.arange(len(curves[kind])) + 1) / fps
             axes.plot(times, curves[kind], color=_COLOURS[kind], label=kind.replace("_", " "))
         axes.set(title=_LABELS[name], xlabel="seconds ahead")
-    # The first panel shows all kinds. The last one does not, because token accuracy has no floor.
+    # Put the legend in the first panel, which shows all kinds of curves. The last panel lacks the
+    # floor, because token accuracy has none.
     panels[0].legend(frameon=False)
     return plot(
         figure,

@@ -178,10 +178,10 @@ def agreement(tokens: Ints, lag: int) -> Floats:
 def repetition(footage: Appearance, frozen: Mask, lags: range, window: int) -> Floats:
     """Return how well the frames around each frame [N] repeat an earlier stretch, from 0 to 1.
 
-    `window` is the number of these frames. At each of the `lags`, a window scores the lowest
-    `agreement` of its frames. Each frame gets the highest score of all lags and of all windows that
-    contain it. Windows in which the car should stand at some time score 0, and so do windows in
-    which at least half of the frames are frozen.
+    A window is `window` frames in a row. It is compared with the frames that lie one lag earlier,
+    for each lag in `lags`. Its score at a lag is the lowest `agreement` of its frames. A frame gets
+    the highest score of all windows that contain it, at any lag. A window scores 0 if the car
+    should stand at some time in it, or if at least half of its frames are frozen.
     """
     window = min(window, len(footage.tokens))
     drives: Mask = np.asarray(sliding_window_view(footage.moving, window).all(axis=1))
@@ -382,7 +382,8 @@ def loop_period(tokens: Ints, looping: Mask, threshold: float, longest: int) -> 
     for lag in range(1, len(profile) + 1):
         if looping[lag:].any():
             profile[lag - 1] = agreement(tokens, lag)[looping[lag:]].mean()
-    # Ignore the shortest lags, after which the picture has not changed yet.
+    # After the shortest lags, the picture still looks the same because it has hardly changed. That
+    # is no repetition, so ignore all lags before the first at which it has changed.
     changed = profile <= threshold
     profile[: changed.argmax() if changed.any() else len(profile)] = 0
     if profile.max(initial=0) <= threshold:

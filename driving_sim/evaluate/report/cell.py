@@ -14,9 +14,9 @@ interval, `low` and `high` are None. See `intervals.bootstrap`.
 NOT_MEASURED = "–"
 _DIGITS = 4
 _SIMILAR = 30
-"""Largest spread of numbers that are written with the same number of decimals.
+"""Bound for the ratio of the largest to the smallest number in cells that are read together.
 
-It is the ratio of the largest to the smallest number, which must be below this value.
+If the ratio is below this bound, all the numbers get the same number of decimals.
 """
 _MOST_DECIMALS = 6
 

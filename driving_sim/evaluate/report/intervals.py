@@ -31,10 +31,10 @@ def interval(values: ArrayLike, units: ArrayLike | None = None) -> dict[str, flo
 def bootstrap(sums: ArrayLike, statistic: Callable[[Reals], Reals]) -> dict[str, float | None]:
     """Return a statistic over all units and its 95 % percentile interval over resampled units.
 
-    The bootstrap is from Efron 1979, https://doi.org/10.1214/aos/1176344552. `sums` [U, S] are sums
-    and counts of each unit. A unit with only zeros has no data and is dropped. The sums are added
-    up over units, and `statistic` maps these totals [..., S] to values [...], or to NaN if there
-    are no data.
+    The bootstrap is from Efron 1979, https://doi.org/10.1214/aos/1176344552. `sums` [U, S] has a
+    row for each unit, with all sums and counts that the statistic needs. A row of only zeros has no
+    data and is dropped. The rows of all units, or of the resampled units, are added up. `statistic`
+    maps these totals [..., S] to values [...], or to NaN if there are no data.
 
     Returns a dict. `mean` is the statistic over all units, and `low` and `high` are the ends of its
     interval. With fewer than two units, `low` and `high` are None. If the statistic is NaN, all
@@ -71,9 +71,9 @@ def ratio(part: Reals, whole: Reals) -> Reals:
 def mean_sums(values: ArrayLike, units: ArrayLike | None = None) -> Floats:
     """Return the sum and the number of `values` [n] in each unit, [U, 2], for `bootstrap`.
 
-    `units` [n] labels the unit of each value. By default every value is a unit. With the counts,
-    every value has the same weight, although units differ in size: the last block of a drive may be
-    shorter, for example.
+    `units` [n] labels the unit of each value. By default every value is a unit. Units may differ in
+    size: the last block of a drive may be shorter, for example. The numbers of values are returned
+    so that a mean can give every value, not every unit, the same weight.
     """
     array = np.asarray(values, np.float64)
     terms = np.stack([array, np.ones_like(array)], axis=1)
