@@ -83,7 +83,11 @@ def _begin(machine: str) -> str:
 
 
 def _end(machine: str) -> str:
-    """Return the comment that ends a machine's section; for "", the start of every such comment."""
+    """Return the comment that marks the end of a machine's section of the page.
+
+    If `machine` is "", returns only the beginning that these comments have in common. It finds the
+    end of any machine's section.
+    """
     return f"<!-- end of make bench: {machine} -->" if machine else "<!-- end of make bench: "
 
 

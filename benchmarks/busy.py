@@ -3,8 +3,8 @@
 Times training steps of both models, the encoding of frames, and the sampling and decoding of
 rollout frames, while 0, 1 or 2 busy loops run. Compares three numbers of threads, in turns: the
 number that drivesim's commands choose, one thread, and one thread per core (`OMP_NUM_THREADS`).
-With `--against REVISION`, that commit takes turns with them. The first half second of each turn
-does not count, because drivesim needs that long to notice the loops.
+With `--against REVISION`, also times the commit REVISION in the same turns. The first half second
+of each turn does not count, because drivesim needs that long to notice the loops.
 """
 
 import argparse

@@ -128,7 +128,11 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
 
 
 def _start_method() -> str:
-    """Return the method by which this process starts workers. Do not set it if it is unset."""
+    """Return the method by which this process starts workers, such as "fork".
+
+    If no method is set yet, returns the default. The usual function would also set it, and the
+    user could then no longer choose another one.
+    """
     chosen = multiprocessing.get_start_method(allow_none=True)
     return chosen or multiprocessing.get_all_start_methods()[0]
 

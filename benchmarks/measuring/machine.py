@@ -33,11 +33,12 @@ class Limits:
     """Bytes per second when reading a matrix that is larger than any cache."""
 
     def share(self, seconds: float, *, flops: float = 0.0, read: float = 0.0) -> str:
-        """Return shares of the limits, as in "41 % of products, 98 % of memory".
+        """Return how close some work comes to the machine's limits, as text.
 
-        They are the shares that some work reaches if it takes `seconds`, computes `flops`
-        operations and reads `read` bytes from memory. If `flops` or `read` is 0, its share is left
-        out.
+        The work takes `seconds`, computes `flops` operations and reads `read` bytes from memory.
+        "41 % of products, 98 % of memory" means 41 % of the operations per second of matrix
+        products, and 98 % of the memory bandwidth. If `flops` or `read` is 0, its percentage is
+        left out.
         """
         parts = []
         if flops:

@@ -77,7 +77,7 @@ class Claim:
     peer: str = ""
     """The peer's rate in the same unit, or "" if there is no peer."""
     limits: str = ""
-    """Text from `Limits.share`: which shares of the machine's limits drivesim reaches."""
+    """How close drivesim comes to the machine's limits, as text from `Limits.share`."""
     details: tuple[str, ...] = ()
     """Additional lines, which the command prints but docs/speed.md leaves out."""
     command: str = ""

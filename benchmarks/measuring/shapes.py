@@ -107,7 +107,10 @@ def world_model(
 
 @torch.no_grad()
 def filled(module: Module) -> Module:
-    """Fill all-zero parameters with noise, because a step of training would change them too."""
+    """Replace the values of parameters that are all zero with noise.
+
+    A trained model has no such parameters, because training changes them from the first step on.
+    """
     for parameter in module.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)

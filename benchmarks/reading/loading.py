@@ -1,11 +1,11 @@
 """`python -m benchmarks.reading.loading [windows|share]`: the speed of loading random windows.
 
 `windows` reads batches of windows from a token store, in this process. The peer is WebDataset,
-which reads the same frames from tar shards in two forms. In the first, a sample is a whole drive. A
-window is cut from it at random, because drivesim's windows may begin at any frame too. In the
-second, a sample is a window that was cut beforehand. That is faster to read, but there are no
-windows in between. Both forms use WebDataset's shuffle buffer. `share` divides the time to load a
-batch by the time of the training step on it.
+which reads the same frames from tar shards in two forms. In the first, each sample is a whole
+drive, from which a random window is cut after reading. These windows may begin at any frame, as
+drivesim's do. In the second, each sample is a window that was cut before the shards were written.
+This is faster, but windows cannot begin at any other frames. Both forms use WebDataset's shuffle
+buffer. `share` divides the time to load a batch by the time of the training step on it.
 """
 
 import itertools
@@ -165,7 +165,7 @@ def windows(settings: Settings) -> list[Claim]:
         for source in peers.values():
             source.close()
     rates = {name: batches * size / float(np.median(taken)) for name, taken in times.items()}
-    rates["own"] *= 10  # because drivesim reads ten times as many windows
+    rates["own"] *= 10  # In each timing, drivesim reads ten times as many windows as its peers.
     return [
         Claim(
             what="random windows of tokens, base-sized",

@@ -2,10 +2,12 @@
 
 Times frames that see a full window of W - 1 earlier frames. GPT-2 has the same depth, width, number
 of codes and window, and uses its own cache. It draws only as many tokens as fit into its window, so
-it never has to encode a window again. GPT-2 runs as transformers runs it on a CPU, and only this
-comparison has a bar. If torch can compile GPT-2, which takes half a minute, the compiled GPT-2 is a
-second comparison. "Slot by slot" is drivesim itself, with the same weights and kernels, but in
-raster order (lag = cols + 1).
+it never has to encode a window again.
+
+Three others are timed for comparison. The first is GPT-2 as transformers runs it on a CPU; only
+this comparison has a bar (a goal). The second is GPT-2 compiled by torch, which takes half a
+minute. It is left out if torch cannot compile GPT-2. The third, "slot by slot", is drivesim itself
+with the same weights and kernels, but in raster order (lag = cols + 1).
 """
 
 import sys
@@ -54,7 +56,10 @@ def endless(world: WorldModel, *, context: int, samples: int = 1) -> Iterator[Fr
 
 
 def pass_flops(world: WorldModel) -> float:
-    """Return the operations of a frame's passes with a full cache, in products and attention."""
+    """Return the number of operations that sampling one frame takes if the cache is full.
+
+    Counts only matrix products and attention.
+    """
     model, config = world.transformer, world.transformer.config
     layers = (module for module in model.blocks.modules() if isinstance(module, nn.Linear))
     linear = sum(layer.weight.numel() for layer in layers)
@@ -67,7 +72,11 @@ def pass_flops(world: WorldModel) -> float:
 
 
 def pass_bytes(world: WorldModel) -> float:
-    """Return the bytes that a frame's passes read: all weights, keys and values in each pass."""
+    """Return the number of bytes that sampling one frame reads from memory.
+
+    The network runs once for each wave of the frame, and each time reads all weights, keys and
+    values.
+    """
     model, config = world.transformer, world.transformer.config
     weights = sum(parameter.numel() for parameter in model.blocks.parameters())
     weights += model.grid.codebook_size * config.width
@@ -77,7 +86,10 @@ def pass_bytes(world: WorldModel) -> float:
 
 
 def _peers(shape: Shape, settings: Settings, count: int) -> tuple[dict[str, Gpt2Decoder], str]:
-    """Return the fastest GPT-2, plain and compiled, and a line with the times of all forms."""
+    """Return the fastest plain GPT-2 and, if torch can compile it, the fastest compiled GPT-2.
+
+    The keys are "peer" and "compiled". Also returns a line with the times of all forms.
+    """
     model, positions = shape.model, shape.model.context_frames * shape.tokens
     decoders = gpt2_decoders(
         lambda: gpt2(

@@ -1,12 +1,14 @@
 """`python -m benchmarks.rollouts.video`: the speed of rollouts that are written as a video.
 
-Does what `drivesim rollout` does after it has loaded its models: samples and decodes frames, draws
-them beside the recording, and writes an H.264 video, tokens, settings and a contact sheet. In turns
-with that, it only samples the tokens of the same frames. The difference of the two times is the
-time of decoding, drawing and writing. Because that difference is small, there are three times as
-many rounds as in other benchmarks. The time to write a picture depends on its content, and random
-weights decode to noise. So both models are first trained for about three minutes, until they show
-blurred roads.
+Times two kinds of work in turns. The first is everything that `drivesim rollout` does after it has
+loaded its models: it samples and decodes frames, draws them beside the recording, and writes an
+H.264 video, tokens, settings and a contact sheet. The second only samples the tokens of as many
+frames. The difference of the two times is the time of decoding, drawing and writing. It is small,
+so there are three times as many rounds as in other benchmarks.
+
+The time to write a picture depends on its content, and random weights decode to noise. So the
+tokenizer and the world model are first trained for about three minutes, until they show blurred
+roads.
 """
 
 import sys
@@ -43,7 +45,10 @@ from driving_sim.world_model.world_model import WorldModel
 
 
 def context_of(world: WorldModel, recorded: SyntheticDrive) -> Context:
-    """Return a recorded drive as the context of a rollout, which gets its first W + 1 frames."""
+    """Return the context of a rollout that continues the first W + 1 frames of a recorded drive.
+
+    The context also contains the drive's later frames, which are drawn beside the rollout.
+    """
     past = world.context_frames + 1
     frames = recorded.frames
     actions = recorded.actions[: len(frames) - 1]

@@ -42,8 +42,8 @@ Measured with python -m benchmarks.reading.store_index.
 CPU_FLOPS = 52e9
 """Operations per second of a training on two cores that other programs used as well.
 
-It is the number of operations in the largest run of python -m benchmarks.training.scaling_runs (6 N
-D and attention), divided by its seconds.
+The training is the largest run of python -m benchmarks.training.scaling_runs. Its operations are
+6 N D (N weights, D training tokens) plus those of attention.
 """
 
 # The following numbers were counted with torch.utils.flop_counter or derived from the code.
@@ -126,9 +126,11 @@ WINDOWS_TRAINED = STEPS * WINDOWS
 
 
 def gaia_flops(attention: bool) -> float:
-    """Return the operations of GAIA-1's training: 6 N D, plus those of attention if `attention`.
+    """Return the operations of GAIA-1's training; those of attention count if `attention` is set.
 
-    The number of layers is not published, so it is computed from N and the width.
+    Without attention, they are 6 N D for N parameters and D training tokens. With attention, they
+    also depend on the number of layers, which is not published. So it is computed from N and the
+    width.
     """
     layers = GAIA_PARAMETERS / (12 * GAIA_WIDTH**2)
     extra = layers * GAIA_WIDTH * GAIA_SEQUENCE if attention else 0.0
@@ -271,9 +273,9 @@ def memory(model: Model, *, shard: bool) -> Memory:
 def exchanged(model: Model, *, shard: bool) -> float:
     """Return the GB that a rank receives in a training step with Muon.
 
-    With DDP, gradients are received once to sum them and once as sums. If the model is sharded,
-    weights are gathered twice, gradients are reduced once, and Muon gathers the gradients once
-    more.
+    With DDP, a rank receives the size of all gradients twice: first it receives other ranks'
+    gradients to add them up, then the finished sums. If the model is sharded, weights are gathered
+    twice, gradients are reduced once, and Muon gathers the gradients once more.
     """
     return (16 if shard else 8) * model.parameters / 1e9
 

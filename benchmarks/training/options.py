@@ -1,8 +1,8 @@
 """`python -m benchmarks.training.options`: how training options change time and memory.
 
-Times training steps of a preset's world model on random tokens. The options are tried in turns,
-each in a process of its own (or in two, with `torchrun`). Prints medians over the rounds: the time
-relative to a training without options, and the memory.
+Times training steps of a preset's world model on random tokens. Each round tries all options, one
+after the other, each in a new process. Options for two ranks start two processes with `torchrun`.
+Prints medians over the rounds: the time relative to a training without options, and the memory.
 """
 
 import argparse

@@ -177,8 +177,8 @@ def tokenizer(settings: Settings) -> list[Claim]:
         peer.to(memory_format=layout)  # type: ignore[call-overload]
         return peer_step(peer, _l1, images.contiguous(memory_format=layout), settings)
 
-    # Time one layout after the other, because both use the same model and the optimiser state is
-    # large.
+    # Time the layouts one after the other, not in turns: they share one model, whose layout is
+    # changed in between. A second model with its optimiser state would take much memory.
     tried = {
         name: fastest({name: prepared(form)}, settings)[1][name] for name, form in layouts.items()
     }

@@ -137,8 +137,8 @@ def _find(
 
     If there are several such columns, choose the one whose steering is of this `kind`.
 
-    Raises DriveSimError if the choice is not unique. Also raises it if there is no such column but
-    the name of another one begins with a word of `family`: its unit is then unknown.
+    Raises DriveSimError if the choice is not unique. Also raises it if no column is in `known`, but
+    a column's name begins with a word of `family`, as in `speed_knots`: its unit is unknown.
     """
     matches = [name for name in table.names if name in known]
     of_kind = [name for name in matches if known[name].kind == kind]

@@ -32,8 +32,8 @@ _MAX_LAG_S = 1.5
 _CAR_DELAY_S = 0.25
 _MIN_PAIRS = 30
 _MIN_CORRELATION = 0.5
-# A lag outside the normal range is reported only if it fits clearly better than all normal lags:
-# they must leave at least this many times as much variance unexplained.
+# A lag outside the normal range is reported only if it fits clearly better than all normal lags.
+# The best normal lag must leave at least this many times as much variance unexplained.
 _CLEARLY_WORSE = 1.15
 # It is a problem if picture and steering turn in opposite directions for at least this long.
 # Briefly differing signs are normal.
@@ -71,7 +71,7 @@ def curvature(steering: Floats, kind: SteeringKind) -> Floats:
 def _turns(sampled: SampledDrive, kind: SteeringKind) -> tuple[Floats, Mask]:
     """Return the change of heading [P] that the actions predict, and where it is known [P].
 
-    The change is in rad. If the speed is unknown, the change is in rad per m/s of speed.
+    The change is in rad. If the drive has no known speed, it is the change at 1 m/s instead.
     """
     actions, valid = sampled.actions[:-1].astype(np.float64), sampled.action_valid[:-1]
     turns = curvature(actions[:, STEERING], kind) * np.diff(sampled.timestamps)

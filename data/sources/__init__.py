@@ -72,7 +72,11 @@ def _candidates(path: Path) -> Iterator[_Candidate]:
 
 
 def _unique_ids(candidates: list[_Candidate]) -> list[str]:
-    """Return an id for each candidate: the shortest kind of id that is unique among them."""
+    """Return a different id for each candidate.
+
+    An id is the path below the searched folder. The suffix, the folder's name or both are added to
+    all ids if some would be equal otherwise.
+    """
     for with_root, with_suffix in product((False, True), repeat=2):
         ids = [
             candidate.id(with_suffix=with_suffix, with_root=with_root) for candidate in candidates

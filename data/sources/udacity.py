@@ -50,8 +50,9 @@ def _picture(path: Path, size: FrameSize | None) -> Pixels:
             image = file.convert("RGB")
     except DriveSimError:
         raise
-    # Catch everything, because a damaged image can raise any kind of error. If warnings are errors,
-    # Pillow's warning about large images also arrives here, but these images are too large anyway.
+    # Catch everything, because a damaged image can raise any kind of error. Pillow only warns about
+    # very large images. If the user turns warnings into errors, this warning is caught here too,
+    # which is right: `check_picture` would refuse such an image anyway.
     except Exception as error:
         reason = one_line(error)
         raise BadDriveError(f"{path}: cannot be read as an image ({reason})") from None

@@ -260,15 +260,18 @@ class _Decoder:
             return
         ready = select.poll()
         ready.register(pipe)
-        # Poll in slices of about a second. If this process is suspended (Ctrl-Z), that uses up
-        # at most one slice.
+        # Wait in slices of about a second. The time for which the user suspends this process
+        # (Ctrl-Z) then counts as one slice at most.
         limit_s = self._limit_s if self._has_started else _START_S
         slices = math.ceil(limit_s)
         if not any(ready.poll(1000 * limit_s / slices) for _ in range(slices)):
             raise TimeoutError
 
     def end(self) -> None:
-        """Kill the process. Wait at most 5 s: a process that waits for a lost drive cannot die."""
+        """Kill the process, and wait at most 5 s until it has ended.
+
+        A process cannot end while it waits for a network drive that does not answer.
+        """
         self.process.kill()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=_KILL_S)
@@ -319,8 +322,8 @@ def end_all() -> None:
 def _disown_all() -> None:
     """Forget all decoders. A forked process calls this, because they belong to its parent."""
     for decoder in list(_started):
-        # Set a return code, which tells `end` that the decoder has already ended. `end` then closes
-        # the pipes in this process, but does not kill the decoder.
+        # `end` must close this process's copies of the pipes, but must not kill the decoder, which
+        # the parent still uses. So set a return code, as if the decoder had already ended.
         decoder.process.returncode = 0
         decoder.end()
     _idle.clear()

@@ -232,7 +232,8 @@ def _displayed(
             height=height,
             format="rgb24",
             interpolation="BILINEAR",
-            # The default is one thread per core even for small pictures, up to four times slower.
+            # By default, even small pictures use one thread per core, which takes up to four times
+            # as long.
             threads=1,
         )
         upright = np.rot90(scaled.to_ndarray(), turns)

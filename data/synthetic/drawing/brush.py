@@ -93,7 +93,7 @@ class Brush:
         self.canvas.ellipse(centre, radii, _BLACK, 0.4 * self.opacity)
 
     def place(self, along: float, across: float, above: float) -> Corner:
-        """Return the `Corner` at the given distances ahead of, left of and above the foot."""
+        """Return the `Corner` that is this far ahead of, left of and above the thing's foot."""
         cos, sin = math.cos(self.heading), math.sin(self.heading)
         depth = self.depth + along * cos - across * sin
         return depth, self.left + along * sin + across * cos, above

@@ -29,7 +29,8 @@ def step_vehicle(
     steering = min(max(steering_rad, -MAX_STEERING_RAD), MAX_STEERING_RAD)
     distance = speed_mps * dt
     half_turn = 0.5 * distance * math.tan(steering) / WHEELBASE_M
-    # The chord of the arc points along the mean heading and has sin(a)/a of the arc's length.
+    # The chord of the arc points along the mean heading. Its length is that of the arc times
+    # sin(a) / a, where a is `half_turn`.
     chord = distance * (math.sin(half_turn) / half_turn if abs(half_turn) > 1e-9 else 1.0)
     direction = state.heading_rad + half_turn
     return VehicleState(
