@@ -38,7 +38,8 @@ _WORDS_WITHOUT_FLAG = {
     "demo": _RESUME | {"run": "--out"},
     **dict.fromkeys(("rollout", "surprise", "world-model", "control"), _STEERING),
 }
-"""For some commands, the words that replace settings for which the command has no flag."""
+"""An error message may name a setting for which the command has no flag. For each command, these
+are the words to print instead of the setting's name."""
 
 
 def with_flags(text: str, command: Any) -> str:
@@ -92,7 +93,7 @@ def _error_line(error: BaseException, command: Any) -> str | None:
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    # Outside CUDA, torch has no class for this error, so look at the text of its RuntimeError.
+    # Outside CUDA, torch raises a plain RuntimeError if memory runs out, so look at its text.
     torch_is_out = isinstance(error, RuntimeError) and (
         "DefaultCPUAllocator" in str(error) or "out of memory" in str(error)
     )
@@ -171,7 +172,8 @@ app.add_typer(evaluate_app, name="evaluate")
 def _unless_overridden(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
     """Return the `value` of `steps` or `minutes`, or None if the other option overrides it.
 
-    An option on the command line overrides the other option's environment variable.
+    A run can have only one of them. If one is given on the command line, the environment variable
+    of the other is ignored.
     """
     rival = "minutes" if option.name == "steps" else "steps"
     source = context.get_parameter_source(str(option.name))

@@ -70,9 +70,9 @@ class DemoConfig:
     seconds: float = 4.0
     """Length of the predicted futures in seconds."""
     judged_seconds: float = 2.0
-    """End of the interval, in seconds, in which predicted futures are compared with the true ones.
+    """Predicted and true futures are compared during one second. This is the end of that second.
 
-    The interval is one second long.
+    It is counted in seconds from the start of the futures.
     """
     sampling: Sampling = Sampling(temperature=0.85)
     """Sampling settings for the predicted futures, without the seed."""
@@ -95,7 +95,7 @@ def run_demo(out: Path, *, seed: int = 0, config: DemoConfig | None = None) -> s
     config = config or DemoConfig()
     if (out / "summary.json").exists():
         raise DriveSimError(f"{out} contains a finished demo; choose another `out`, or delete it")
-    # Check the precision first, because nothing is written yet.
+    # Check the precision before anything is written, so that a wrong one leaves no files behind.
     resolve_precision(config.precision, resolve_device("auto"))
     claim_folder(out, _PLAN, {"seed": seed, **to_dict(config)}, "a demo")
     _train(out, seed, config)

@@ -230,8 +230,9 @@ def tokenize_videos(
     rate = frame_rate(fps, every)
     if training is None:
         Tokenizer.from_run(tokenizer, "cpu", "fp32")
-    # If UNFINISHED exists as well, an earlier command was killed while it deleted its temporary
-    # files. In that case go on: the writer deletes the rest, then raises a similar error.
+    # If the store is finished but the folder UNFINISHED still exists, an earlier command was killed
+    # before it had deleted that folder. Then do not raise the error here: the writer of the store
+    # will delete the folder, and raise a similar error.
     if (out / INDEX).exists() and not (out / UNFINISHED).exists():
         raise DriveSimError(
             f"{out} already contains a token store; choose another `out`, or delete it"

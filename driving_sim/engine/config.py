@@ -109,8 +109,8 @@ def from_dict(cls: type[T], values: object, where: str = "config") -> T:
     nearest known key.
     """
     try:
-        # Validate JSON, not Python values: only in JSON does strict pydantic accept a list for a
-        # tuple.
+        # Convert to JSON first, because strict pydantic accepts a list as a tuple if it reads
+        # JSON, but not if it is given a Python list.
         text = json.dumps(values, ensure_ascii=False, default=_refuse_value).encode("utf-8")
         instance: T = _type_adapter(cls).validate_json(text)
     except ValidationError as error:

@@ -45,9 +45,9 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Within this context, convert errors from writing `path` to `DriveSimError`.
+    """Within this context, raise `DriveSimError` if `path` cannot be written.
 
-    This concerns only errors because the disk is full, or because `path` may not be written.
+    The reason can be a full disk or a missing permission. Other errors are raised unchanged.
     """
     try:
         yield
@@ -119,9 +119,9 @@ def sha256_of(path: Path) -> str:
 
 
 def is_free(folder: Path) -> bool:
-    """Return whether `folder` exists and is empty, except for hidden files and folders.
+    """Return whether `folder` exists and contains nothing but hidden files and folders.
 
-    The temporary files that killed writers leave behind are hidden.
+    Hidden files do not count, because killed writers leave hidden temporary files behind.
     """
     return folder.is_dir() and all(entry.name.startswith(".") for entry in folder.iterdir())
 

@@ -67,10 +67,11 @@ def prepare_run(run: Path, run_config: Mapping[str, Any], resume: bool) -> None:
 
 
 def claim_folder(out: Path, name: str, plan: Mapping[str, Any], what: str) -> None:
-    """Write `plan` to the file `name` in a new folder `out`.
+    """Reserve the folder `out` for a result: write the settings `plan` to the file `name` in it.
 
-    If `out` already contains the same plan, do nothing. Raises `DriveSimError` if `out` contains
-    another plan or other files. `what` names the product of the plan in messages.
+    If `out` already contains the same plan, do nothing, so that an interrupted command can be
+    continued. Raises `DriveSimError` if `out` contains another plan or other files. `what` names
+    the result in messages, for example "a demo".
     """
     if not out.exists() or is_free(out):
         save_json(out / name, plan)
@@ -90,9 +91,10 @@ def check_replaceable(
 ) -> None:
     """Raise `DriveSimError` unless `out` is missing, is empty, or contains only an earlier result.
 
-    Every result contains a JSON file with the name `report`. `files_of` receives its content and
-    returns the names of all files of the result. If the JSON file is not such a report, `files_of`
-    returns no names, or raises KeyError or TypeError. `what` names the result in messages.
+    Every result contains a JSON file with the name `report`, from whose content `files_of` finds
+    the names of all files of the result. If the content is not that of a report, `files_of` returns
+    no names, or raises KeyError or TypeError. `what` names the result in messages, for example
+    "a scaling law".
     """
     result_files: Collection[str] = ()
     if (out / report).is_file():

@@ -5,9 +5,10 @@ all other threads spin until that thread runs again, which happens thousands of 
 threads can then be slower than one. So commands measure a few times a second how many cores other
 programs use, and compute on the remaining cores.
 
-The compiled kernels compute the same tokens with any number of threads. The last bits of torch's
-results depend on the number of threads. This affects the weights of a training run, and in float32
-also tokens and pixels on a rounding boundary.
+The number of threads changes the last bits of what torch computes. This affects the weights of a
+training run. In float32, it can also change tokens and pixels whose values are on a rounding
+boundary. It does not affect the C++ kernels of `driving_sim.world_model.kernels`, which compute the
+same tokens with any number of threads.
 """
 
 import ctypes

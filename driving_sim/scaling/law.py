@@ -132,10 +132,12 @@ class FittedLaw:
 
     @cached_property
     def _resampled(self) -> tuple[Floats, Floats, Floats]:
-        """The R bootstrap resamples: law parameters, standard deviations and noise.
+        """Law parameters, standard deviations and noise of the R bootstrap resamples.
 
-        The law parameters are [R, 3]. The standard deviations [R, 1] are those of the relative
-        errors. The noise [R, 1] is standard normal; scaled, it is the error of the predicted run.
+        The law parameters [R, 3] are those of the law that was fitted to each resample. The
+        standard deviations [R, 1] are those of the relative errors in each resample. The noise
+        [R, 1] is standard normal. Multiplied by the standard deviation, it is the relative error of
+        the predicted run.
         """
         rng = np.random.default_rng(0)
         shrinkage = np.sqrt(self.freedom / rng.chisquare(self.freedom, (_RESAMPLES, 1)))
@@ -185,7 +187,8 @@ def _floor_and_scale(
 
     All three results are [R, G]. The errors are summed over the runs.
     """
-    # Divide both sides of the equations by the losses, to get relative errors. Then targets are 1.
+    # Divide floor + scale * power = loss by the loss, so that the errors of the fit are relative.
+    # The right side is then 1.
     unit = 1 / losses[:, None]
     power = np.exp(-exponents[..., None] * log_compute) * unit
     power2, mixed, unit2 = (power**2).sum(-1), (power * unit).sum(-1), (unit**2).sum(-1)

@@ -20,7 +20,7 @@ _FORM = "bits per token = c + (C / a)^b, C = 6 N D"
 _FAR = 100
 """If a prediction is for more than this many times the largest run's compute, add a note."""
 _NOTEWORTHY = 0.2
-"""If the attention share of a run is above this, add a note."""
+"""If `ScalingRun.attention_share` of a run is above this, add a note."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -140,15 +140,14 @@ def process_group(
 def _release_tensors() -> None:
     """Wait until gloo's threads have freed the tensors of past collectives, at most one second.
 
-    `destroy_process_group` does not end these threads, because the model still refers to the group.
-    They need the GIL to free a tensor. If the interpreter is shutting down by then, Python ends the
-    thread inside a C++ destructor, and that aborts the process
-    (https://github.com/pytorch/pytorch/pull/179291).
+    Otherwise the process could abort at exit. A gloo thread needs the GIL to free a tensor. If the
+    interpreter is already shutting down, Python ends the thread inside a C++ destructor, which
+    aborts the process (https://github.com/pytorch/pytorch/pull/179291). `destroy_process_group`
+    does not prevent this: the model still refers to the group, so the threads go on.
     """
     last = torch.zeros(1, device="cpu")
     dist.all_reduce(last)
-    # gloo holds the tensor, and so its Python object, for a little longer. Sleeping gives the GIL
-    # to gloo's threads.
+    # The tensor stays alive until gloo's thread frees it. Sleeping gives the GIL to that thread.
     alive = weakref.ref(last)
     del last
     for _ in range(1000):

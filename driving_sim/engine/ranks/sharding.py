@@ -89,10 +89,12 @@ def save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 def load_shards(folder: Path, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors that `save_shards` wrote into `folder`, by name.
 
-    The number of ranks may differ from that of `save_shards`, and may be 1. A tensor is sharded in
-    the same way as the tensor in `likes` with the same name and shape. An optimiser state, named
-    `PARAMETER/QUANTITY`, is sharded like its parameter. All other tensors are complete. Tensors
-    that are scalars in `likes` are returned as scalars.
+    The number of ranks may differ from that of `save_shards`, and may be 1.
+
+    `likes` determines which of the returned tensors are sharded, and how. A tensor is sharded like
+    the tensor in `likes` with the same name and shape. Optimiser states have names of the form
+    `PARAMETER/QUANTITY`, and are sharded like the tensor `PARAMETER` in `likes`. All other tensors
+    are complete. Tensors that are scalars in `likes` are returned as scalars.
     """
     _require_torch()
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -105,8 +107,8 @@ def load_shards(folder: Path, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         assert isinstance(entry, TensorStorageMetadata)
         dtype = entry.properties.dtype
         like = likes.get(name, likes.get(name.rpartition("/")[0]))
-        # A step count has the shape [1] and is never sharded, even if its parameter has the same
-        # shape and is sharded.
+        # The step counts of an optimiser are never sharded. They have the shape [1], so the test
+        # of `numel` excludes them, even if their parameter is sharded and has the same shape.
         same_shape = like is not None and like.shape == entry.size and like.numel() > 1
         if like is not None and same_shape and is_sharded(like):
             tensors[name] = torch.empty_like(like, dtype=dtype)

@@ -55,15 +55,16 @@ MAX_SKIPPED_IN_A_ROW = 20
 """Number of successive skipped steps after which the run stops with an error. A step is skipped if
 its loss or a gradient is not finite."""
 COUNT_SKIPPED_EVERY = 20
-"""Maximum number of steps between two reads of the number of skipped steps from a GPU."""
+"""On a GPU, the loop reads the number of skipped steps at least once in this many steps. Reading it
+after every step would make the CPU wait for the GPU."""
 FIRST_STEPS = 5
 """Number of steps after which a run prints how long it will take."""
 WARM_UP_STEPS = 2
 """Number of steps at the start that the time estimate ignores. They are slower because they also
 set up kernels and memory."""
 _ADDED_TO_PROVISIONAL = 100.0
-"""Number that earlier versions of this program added to provisional scores in checkpoints. This
-version marks such scores with `best_provisional` instead."""
+"""Checkpoints store whether their best score is provisional (see `Validation`). This version of the
+program stores it as `best_provisional`. Earlier versions added this number to the score instead."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -316,11 +317,11 @@ class _Loop:
             self.log.advance(position)
 
     def _say_how_long(self, log: "RunLog", seconds: float) -> None:
-        """Print how long the rest of the run will take, if this step is the right time.
+        """Print once how long the rest of the run will take. Call this after every step.
 
-        Runs with `steps` print it after `FIRST_STEPS` steps. Runs with `minutes` print it when the
-        minutes are over but `min_steps` requires more steps. `seconds` is the duration of the last
-        step.
+        In a run with `steps`, the line is printed after `FIRST_STEPS` steps. In a run with
+        `minutes`, it is printed when the minutes are over but `min_steps` requires more steps.
+        `seconds` is the duration of the last step.
         """
         state, config = self.state, self.config
         if config.steps is not None and len(self.recent_seconds) == FIRST_STEPS:
@@ -443,9 +444,10 @@ class _Loop:
 
 
 def time_to_go(steps: int, first_seconds: Sequence[float]) -> str:
-    """Return a line that says how long the remaining `steps` take, or "" if under 2 minutes.
+    """Return a line that says how long the remaining `steps` take.
 
-    `first_seconds` are the durations of the first steps in this process.
+    If they take less than 2 minutes, the line is empty. `first_seconds` are the durations of the
+    first steps in this process.
     """
     step = statistics.median(first_seconds[WARM_UP_STEPS:])
     seconds = steps * step

@@ -57,10 +57,13 @@ class Player:
 class Muon(torch.optim.Optimizer):
     """The optimiser Muon (https://kellerjordan.github.io/posts/muon).
 
-    A step is the momentum matrix with nearly equal singular values. It is scaled to the size of an
-    AdamW step (arXiv 2502.16982), so both optimisers can use the same learning rate.
-    `torch.optim.Muon` does not support convolutions, and always multiplies matrices in bfloat16,
-    which many CPUs have to emulate. This class uses bfloat16 only under autocast.
+    In each step, the momentum of a parameter is turned into a matrix with nearly equal singular
+    values. This matrix is scaled to the size of an AdamW step (arXiv 2502.16982), so both
+    optimisers can use the same learning rate. Then it is subtracted from the parameter.
+
+    `torch.optim.Muon` is not used, because it does not support convolutions, and always multiplies
+    matrices in bfloat16, which many CPUs have to emulate. This class uses bfloat16 only under
+    autocast.
     """
 
     found_inf: Tensor | None = None
@@ -97,9 +100,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """Return `matrix` [M, N] with its larger singular values moved into the range 0.2 to 1.9.
+    """Make the singular values of `matrix` [M, N] nearly equal, and return the new matrix.
 
-    The three iterations use the smaller of the two Gram matrices.
+    Three iterations move the larger singular values into the range 0.2 to 1.9. To save time, they
+    work on the smaller of the two Gram matrices of `matrix`, not on `matrix` itself.
     """
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     wide = wide / (1.01 * wide.norm() + 1e-7)

@@ -123,7 +123,7 @@ def run_log(
 def _quiet_tensorboard() -> Iterator[None]:
     """Keep TensorBoard's writer thread from printing its errors.
 
-    The next write to TensorBoard raises the same error.
+    The errors are not lost, because the next write to TensorBoard raises them again.
     """
     before = threading.excepthook
 

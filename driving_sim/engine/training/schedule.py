@@ -12,11 +12,11 @@ def position_by_steps(step: int, steps: int) -> float:
 
 
 def position_by_time(seconds: float, limit: float, step_seconds: float) -> float:
-    """Return the position in the run: 0 at the start, 1 at the last step, above 1 after it.
+    """Return the position in the run after `seconds`: 0 at the start, above 1 when it is over.
 
-    The last step is the last step that ends within `limit` seconds, if each step takes
-    `step_seconds` (0 if unknown). So the run does not exceed its time limit even if steps are slow,
-    and the learning rate still reaches the end of its schedule.
+    The run must end within `limit` seconds, even if steps are slow. So the position is 1 when the
+    time left is just enough for one last step, which takes `step_seconds` (0 if unknown). The
+    learning rate then reaches the end of its schedule in the last step.
     """
     last_start = limit - step_seconds
     if last_start <= 0:

@@ -252,7 +252,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class _CarryingErrors(Dataset[Batch | DriveSimError]):
-    """Returns user errors as items, because torch adds a traceback to errors raised in workers."""
+    """A dataset that returns a user's error as an item, to be raised in the training process.
+
+    If a data worker raised the error, torch would add a traceback to its message.
+    """
 
     def __init__(self, dataset: Dataset[Batch]) -> None:
         self._dataset = dataset

@@ -41,8 +41,9 @@ class Validation:
     score: float
     """Score that decides which weights are kept. Lower is better."""
     provisional: bool = False
-    """Whether the score is provisional. Any score that is not provisional counts as better than a
-    provisional score."""
+    """Whether the score is provisional, as it is until a tokenizer's GAN loss has its full weight.
+    Any score that is not provisional counts as better than a provisional one, even if it is
+    higher."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Further numbers by name."""
     images: Mapping[str, Pixels] = field(default_factory=dict)
