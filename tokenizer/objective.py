@@ -1,9 +1,10 @@
 """The training objective of the tokenizer: L1, squared error, LPIPS and a hinge PatchGAN.
 
 The losses are those of VQGAN (Esser et al. 2020, arXiv 2012.09841) without its codebook losses,
-which FSQ does not need. The objective first computes the gradients of the losses with respect to
-the reconstructed pixels. The training loop's single backward pass then propagates their weighted
-sum through the autoencoder, and the gradient of the hinge loss through the discriminator.
+which FSQ does not need. `forward` itself computes the gradients of the losses with respect to the
+reconstructed pixels, and adds them up with their weights. The training loop then makes a single
+backward pass. It propagates this sum through the autoencoder, and the gradient of the hinge loss
+through the discriminator.
 
 Axes: B batch, H W pixels.
 """
@@ -43,9 +44,10 @@ class TokenizerObjectiveConfig:
     lpips_weight: NonNegative = 1.0
     """Weight of LPIPS; with 0, training needs no VGG-16 weights."""
     gan_weight: NonNegative = 0.1
-    """Strength of the discriminator: norm of its gradient divided by that of the other losses.
+    """How strongly the discriminator acts on the autoencoder, compared with the other losses.
 
-    The gradients are compared at the decoder's last layer. With 0, training uses no discriminator.
+    The norm of the discriminator's gradient is this many times the norm of the other losses'
+    gradient, both taken at the decoder's last layer. With 0, training uses no discriminator.
     """
     gan_start: Share = 0.5
     """Share of the run after which training uses the discriminator."""
@@ -154,10 +156,11 @@ class TokenizerObjective(Trainable):
         return loss, metrics
 
     def _adaptive_weight(self, reconstruction: Tensor, pull: Tensor, push: Tensor) -> Tensor:
-        """Return the weight of `push` with which its norm is `gan_weight` times the norm of `pull`.
+        """Return the weight w for which |w push| is `gan_weight` times |pull|.
 
-        `pull` and `push` are gradients with respect to the reconstruction. They are propagated to
-        the decoder's last layer before the norms are taken.
+        `pull` is the gradient of the reconstruction loss, and `push` the gradient of the
+        adversarial loss, both with respect to the reconstruction. They are propagated to the
+        decoder's last layer before the norms are taken.
         """
         layer = self.autoencoder.last_layer
         norms = []

@@ -122,7 +122,8 @@ def _survey(
 ) -> tuple[list[SampledDrive], dict[str, str]]:
     """Choose the frames of each drive.
 
-    Returns the usable drives, and by id the reason why each other drive is unusable.
+    Returns the usable drives, and a dictionary of the other drives: from a drive's id to the reason
+    why it is unusable.
     """
     sampled, bad = [], {}
     for drive in drives:

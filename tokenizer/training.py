@@ -250,9 +250,9 @@ def _decodable(
 ) -> list[SampledDrive]:
     """Return the drives whose frames can all be decoded. Print the errors of the other drives.
 
-    Call this before the drives are split, because the split must depend only on the drives that
-    are kept. With several ranks, the main rank decodes the frames and tells the other ranks which
-    drives to keep.
+    Call this before the drives are split into training and validation, because the split must
+    depend only on the drives that are kept. With several ranks, the main rank decodes the frames
+    and tells the other ranks which drives to keep.
     """
     total = sum(len(drive.indices) for drive in drives)
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Wave:
-    """The slots of one pass: `start` to `stop`, of which those from `first` on predict a token.
+    """The slots of one pass, from `start` to `stop` (exclusive).
 
-    Slots of the last column predict no token. They come first in a wave, because the columns in a
-    wave never increase from one row to the next.
+    Only the slots from `first` on predict a token. The slots before `first` are in the last column.
+    They come first in a wave, because the columns in a wave never increase from one row to the
+    next.
     """
 
     start: int

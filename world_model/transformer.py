@@ -69,7 +69,7 @@ class TransformerConfig:
     heads: Count = 8
     """Number of query heads."""
     kv_heads: Count = 2
-    """Number of key and value heads; heads / kv_heads query heads share each of them."""
+    """Number of key heads, and of value heads; the query heads are divided evenly among them."""
     mlp_ratio: Count = 4
     """Hidden width of the MLP, in multiples of `width`."""
     context_frames: Annotated[int, Field(ge=2, le=4096)] = 12
@@ -246,7 +246,8 @@ class Transformer(nn.Module):
         self.token = CodeEmbedding(grid.levels, config.width)
         neighbours = self.order.neighbours(config.previous_reach)
         self.register_buffer("neighbours", neighbours, persistent=False)
-        # Embed each of a slot's neighbours with few channels; `gather` maps all of them to `width`.
+        # If a slot gets several tokens of the previous frame, embed each with few channels.
+        # `gather` then maps all of them together to `width` channels.
         narrow = config.width // 4 if config.previous_reach else config.width
         self.previous = CodeEmbedding(grid.levels, narrow)
         self.no_previous = nn.Parameter(torch.zeros(narrow))

@@ -138,7 +138,7 @@ class WorldModel:
         """SHA-256 of weights, config and tokenizer."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Make copies and pickles rebuild the model from its weights.
+        """Tell `copy` and `pickle` to rebuild the model from its weights.
 
         Compiled passes cannot be copied, because they contain memory addresses.
         """
@@ -307,9 +307,9 @@ class WorldModel:
         random numbers in every branch, so that branches differ only by their actions. With one
         context per branch, every future gets its own random numbers.
 
-        The seed and the number of a draw determine its random numbers. The first draw has number
-        `first_draw`. If contexts are split into batches, set it to the number of draws in all
-        earlier batches.
+        A draw is one set of random numbers, which the seed and the draw's number determine. Draws
+        are numbered from `first_draw` on. If contexts are split into batches, set `first_draw` to
+        the number of draws in all earlier batches.
         """
         contexts = len(prefix.last)
         if contexts not in (1, branches):

@@ -155,7 +155,8 @@ class AttentionRun {
     const Buffer<Number> rows{size}, q_columns{size}, q_pairs{size};
     const Buffer<Number> out_columns{size}, out_pairs{size};  // the output's gradient
     const Buffer<float> q_grad{size};                         // [E, N]
-    const Buffer<float> means{size_t(room)};  // [N]: weighted means of the weights' gradients
+    // [N]: for each query, the mean of its weights' gradients, weighted by the weights themselves
+    const Buffer<float> means{size_t(room)};
     const Buffer<Number> weights{kBlock * kBlock};      // [64 keys, 64 queries]
     const Buffer<Number> score_grads{kBlock * kBlock};  // [64 keys, 64 queries]
     const Buffer<Number> score_pairs{kBlock * kBlock};  // score_grads as [64 / 16][64 / I][16][I]
@@ -278,7 +279,9 @@ class AttentionRun {
     }
   }
 
-  // Set weights to 0, except in lanes with `offset` + lane <= 0 (or >= 0 if `above`).
+  // Apply the causal mask: set weights to 0 where the key is after the query. If `above`, each lane
+  // is a query, and `offset` is the first query minus the key. Otherwise each lane is a key, and
+  // `offset` is the first key minus the query.
   static Floats kept(Floats weight, int offset, bool above) {
     Ints lanes;
     for (int lane = 0; lane < kFloats; ++lane) lanes[lane] = lane;
@@ -286,8 +289,8 @@ class AttentionRun {
     return (Floats)((Ints)weight & mask);
   }
 
-  // Compute the gradients [64, E] that a query head causes in 64 keys and values. Add the part of
-  // the queries' gradients that these keys cause to own.q_grad.
+  // Compute one query head's contribution to the gradients [64, E] of 64 keys and of their values.
+  // These keys also contribute to the gradients of the queries: add that to own.q_grad.
   void block_grads(int each, int key, const Own& own, const Number* k, const Number* k_transposed,
                    const Number* v, float* k_grads, float* v_grads) const {
     float *const k_grad = k_grads + size_t(key) * channels;

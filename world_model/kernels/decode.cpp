@@ -56,7 +56,8 @@ STRUCTURE(Frame,
   const Ring<Number>* ring;
   int64_t waves, tokens, streams;
   const int64_t* spans;            // [waves][3]: start, stop and first, as in Pass
-  const int64_t *source, *target;  // [S]: indices of the tokens that slots take, predict; P: none
+  // Indices of the token that each slot takes and of the token that it predicts. P means no token.
+  const int64_t *source, *target;  // [S]
   const float* base;               // [B, S, D]: slots' inputs without the frame's own tokens
   const float *cos, *sin;          // [S, E / 2]
   const float* embedding;          // [C + 1, D]: the embedding of each code; row C: no token
@@ -74,11 +75,13 @@ constexpr int kParts = 4;
 // Scores are computed for kQueries queries and kBlock keys at once, and the sums of weighted values
 // for up to kChunk keys at once. The buffers for this fit into the L1 cache.
 constexpr int kQueries = 32, kBlock = 64, kChunk = 128;
-constexpr int kStep = 32;  // places in a group; a block is 1 or 2 groups, Trunk::own is per group
+// The places of a ring form groups of kStep. A block consists of 1 or 2 groups. Trunk::own has one
+// entry for each group.
+constexpr int kStep = 32;
 
-// Prefetch the keys or values of the next block, because `product` does not. With tiles, it
-// prefetches nothing. With vectors, it prefetches the columns that follow in memory, which in the
-// layout of values may belong to another head.
+// Prefetch the keys or values of the next block, because `product` does not. When `product` uses
+// tiles, it prefetches nothing. When it uses vectors, it prefetches what follows in memory, but the
+// values that follow may belong to another head.
 template <typename Number>
 void fetch(const Number* from, const Number* to) {
   for (; from < to; from += 64 / sizeof(Number)) __builtin_prefetch(from);
@@ -290,7 +293,8 @@ class Run {
       float* totals = to_sums + size_t(queries) * channels + first;
       Floats sum[kQueries] = {};
       std::memset(weighted, 0, size_t(count) * channels * 4);
-      int64_t pending = seen.empty() ? 0 : seen[0].from;  // first key not yet multiplied by values
+      // the first place whose weighted value has not been added yet
+      int64_t pending = seen.empty() ? 0 : seen[0].from;
       for (size_t i = 0; i < seen.size(); ++i) {
         const Block now = seen[i], next = i + 1 < seen.size() ? seen[i + 1] : Block{};
         product<false>(left, channels, keys + now.from * channels, size_t(kLanes) * channels,

@@ -86,10 +86,11 @@ class NativeModel:
 
 @dataclass(frozen=True)
 class _Trunk:
-    """The rings of the cache that branches continue; the branches share them to save memory.
+    """The rings of a cache that was branched. Its branches share them to save memory.
 
-    When a branch writes a frame, it copies the blocks that contain the frame into its own ring. The
-    trunk is dropped when all blocks have been copied.
+    A ring consists of blocks of 32 places (groups in `decode.cpp`). A place holds the key and the
+    value of one slot. Before the branches write a frame, they copy the blocks in which its places
+    lie to their own rings. When all blocks have been copied, the trunk is dropped.
     """
 
     keys: Tensor
@@ -97,10 +98,7 @@ class _Trunk:
     rows: Tensor
     """The trunk's sequence that each branch continues, int64 [B]."""
     own: Tensor
-    """For each block of 32 places: whether branches read it from their own rings, bool [N / 32].
-
-    Otherwise they read it from the trunk.
-    """
+    """Bool [N / 32]: true for blocks that branches read from their own rings, not the trunk."""
 
 
 class NativeCache(Cache):

@@ -92,8 +92,8 @@ def call(name: str, dtype: torch.dtype, **values: Any) -> None:
 def _layout(name: str) -> tuple[type[ctypes.Structure], dict[str, tuple[str, int]]]:
     """Return the ctypes class of a structure, and its fields by name, each as (type, stars).
 
-    `float**` is ("float", 2). The fields come from the text that the macro `STRUCTURE` in
-    `interface.h` makes the library export.
+    The library exports the declarations of the fields as text (see the macro `STRUCTURE` in
+    `interface.h`). This function parses them. The type `float**` becomes ("float", 2).
     """
     fields: dict[str, tuple[str, int]] = {}
     for declared in _exported(f"fields_{name}").replace("<Number>", "").split(";")[:-1]:

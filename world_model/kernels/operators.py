@@ -24,8 +24,9 @@ from driving_sim.world_model.kernels.library import EPSILON, LANES, PAIRS, Struc
 from driving_sim.world_model.rotary import rotate
 
 _BLOCK = 64  # slots in a block, as in `attention.cpp`
-# The gradient of an RMSNorm's gain is summed over this many parts of the rows, and then over the
-# parts. The number is fixed so that results do not depend on the number of threads.
+# The gradient of an RMSNorm's gain is a sum over all rows. Threads share the work: the rows are
+# divided into this many parts, each part is summed separately, and the results are added up. The
+# number is fixed so that results do not depend on the number of threads.
 _NORM_PARTS = 64
 _MOST_CHANNELS = 1024
 LARGEST_SCORE = 70.0

@@ -109,7 +109,8 @@ def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
     to the boundary between two tokens. Tokens with probability 0 are never drawn.
     """
     total = log_probs.exp().cumsum(-1)
-    # `uniform` has 24 bits, so the product is less than the last sum, even rounded to float32.
+    # If `at` reached the last sum, the search would go past the last code. It stays below, even
+    # when rounded to float32, because `uniform` has only 24 bits.
     at = (uniform * total[..., -1]).unsqueeze(-1)
     tokens = torch.searchsorted(total, at, right=True).squeeze(-1)
     # If a log-probability is NaN, the token is arbitrary; clamp it to a valid index.

@@ -184,10 +184,10 @@ def _new_transformer(
 
 
 def _in_scale_of(source: WorldModel, measured: ActionStatistics) -> ActionStatistics:
-    """Return `measured` with the mean and std of `source`, which its weights were trained with.
+    """Return `measured`, but with the mean and std of `source`.
 
-    A channel keeps its measured mean and std if it was missing or constant in the training data of
-    `source`.
+    The weights of `source` expect actions that are normalised with its mean and std. If a channel
+    was missing or constant in the training data of `source`, it keeps its measured mean and std.
     """
     kept = source.statistics
     learned = np.array(source.known_channels) & (np.array(kept.std) > 0)
