@@ -27,7 +27,7 @@ def world() -> WorldModel:
 
 def test_tokens_of_another_tokenizer_are_refused(world: WorldModel, tmp_path: Path) -> None:
     heldout = write_store(tmp_path / "heldout", [40])
-    with pytest.raises(DriveSimError, match="another tokenizer"):
+    with pytest.raises(DriveSimError, match="not made by the model's tokenizer"):
         evaluate_action_information(world, heldout)
 
 
