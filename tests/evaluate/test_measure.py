@@ -302,7 +302,7 @@ def test_training_tokens_that_are_missing_or_misfit_name_their_option(
     with pytest.raises(DriveSimError, match=r"no such token store;.* use `training_tokens`"):
         measure(place, tmp_path / "out", training_tokens=tmp_path / "none")
     write_store(tmp_path / "other", [20])
-    with pytest.raises(DriveSimError, match=r"not made by the model.s tokenizer.* use `training_tokens`"):
+    with pytest.raises(DriveSimError, match=r"not made by the model.* use `training_tokens`"):
         measure(place, tmp_path / "out", training_tokens=tmp_path / "other")
 
 
