@@ -20,9 +20,10 @@ from driving_sim.engine.parsing import one_line
 from driving_sim.engine.progress import progress
 
 _NEIGHBOURS = 4
-"""Number of frames to draw from a stretch of a drive, if frames are decoded on demand."""
+"""If the frames are not cached, a batch takes this many frames from each of several short stretches
+of the drives."""
 _NEIGHBOURHOOD = 16
-"""Number of consecutive frames in a stretch."""
+"""Number of consecutive frames in such a stretch. The last stretch of a drive may be shorter."""
 
 
 @dataclass(eq=False)
@@ -107,8 +108,8 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
 
     def _neighbours(self, generator: np.random.Generator) -> Ints:
         """Draw B of the N frames: a few frames from each of several random stretches."""
-        # A stretch lies within one drive. Because stretches do not overlap, and a long one is drawn
-        # more often than a short one, all frames are equally likely.
+        # Each drive is divided into stretches that do not overlap. The probability of drawing a
+        # stretch is proportional to its number of frames, so all frames are equally likely.
         places = generator.integers(self.frame_count, size=-(-self.batch_size // _NEIGHBOURS))
         drives = np.searchsorted(self._offsets, places, side="right") - 1
         starts = places - (places - self._offsets[drives]) % _NEIGHBOURHOOD
@@ -130,8 +131,8 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
 def _start_method() -> str:
     """Return the method by which this process starts workers, such as "fork".
 
-    If no method is set yet, returns the default. The usual function would also set it, and the
-    user could then no longer choose another one.
+    If no method is set yet, returns the default, but does not set it. A plain `get_start_method()`
+    would set it, and the user could then no longer choose another method.
     """
     chosen = multiprocessing.get_start_method(allow_none=True)
     return chosen or multiprocessing.get_all_start_methods()[0]

@@ -28,7 +28,7 @@ class ActionLog:
     times: Floats
     """[M] Time of each sample in seconds from the video's first frame, strictly increasing."""
     values: Floats32
-    """[M, 2] Speed in m/s; steering in rad, 1/m (curvature) or -1 to 1 (normalised)."""
+    """[M, 2] Speed in m/s, and steering in the unit that `UNITS` lists for its kind."""
     has: Mask
     """[2] Whether the log has speed, and whether it has steering. Missing channels are 0."""
     steering_kind: SteeringKind | None
@@ -138,7 +138,8 @@ def _find(
     If there are several such columns, choose the one whose steering is of this `kind`.
 
     Raises DriveSimError if the choice is not unique. Also raises it if no column is in `known`, but
-    a column's name begins with a word of `family`, as in `speed_knots`: its unit is unknown.
+    a column seems to have an unknown unit, such as `speed_knots`. The name of such a column begins
+    with one of the words in `family`.
     """
     matches = [name for name in table.names if name in known]
     of_kind = [name for name in matches if known[name].kind == kind]

@@ -10,12 +10,13 @@ from driving_sim.data.arrays import Floats, Floats32, Mask
 from driving_sim.engine.errors import DriveSimError
 
 EXTRAPOLATION_S = 0.1
-"""Seconds before the first and after the last sample of a log that count as covered by the log.
-The nearest sample gives their values."""
+"""A log also covers this many seconds before its first sample, and as many after its last sample.
+The nearest sample gives the actions there."""
 GAP_S = 0.25
-"""Longest time in seconds between two samples of a log across which actions are interpolated."""
+"""Actions are interpolated between two samples of a log only if these are at most this many seconds
+apart."""
 MIN_COVERAGE = 0.5
-"""Share of frames with valid actions below which a log does not fit its video."""
+"""A log fits its video only if at least this share of the video's frames has valid actions."""
 
 # Tolerance for the rounding of timestamps: samples at 4 Hz may be up to 0.251 s apart.
 _SLACK_S = 1e-3

@@ -33,7 +33,7 @@ _CAR_DELAY_S = 0.25
 _MIN_PAIRS = 30
 _MIN_CORRELATION = 0.5
 # A lag outside the normal range is reported only if it fits clearly better than all normal lags.
-# The best normal lag must leave at least this many times as much variance unexplained.
+# Even the best of these must leave at least this many times as much variance unexplained.
 _CLEARLY_WORSE = 1.15
 # It is a problem if picture and steering turn in opposite directions for at least this long.
 # Briefly differing signs are normal.
@@ -149,9 +149,10 @@ def _contrary_problem(motion: Floats, turns: Floats, usable: Mask, times: Floats
 def measure_synchrony(motion: Floats32, sampled: SampledDrive) -> Synchrony:
     """Compare the image motion [T - 1] between a drive's frames with its actions.
 
-    Tries lags of up to 1.5 s in both directions. All fields are None if the drive has no steering,
-    is too short, or never turns. If the correlation is weaker than 0.5 at all lags, only
-    `correlation` is set, and `problems` if the turns should be visible.
+    Tries lags of up to 1.5 s in both directions. Sets no field if the drive has no steering, is too
+    short, or never turns. If the correlation is weaker than 0.5 at all lags, sets only
+    `correlation`. In that case, if the turns should be visible in the picture, `problems` says that
+    the picture does not follow the steering.
     """
     kind = sampled.drive.log.steering_kind if sampled.drive.log else None
     if kind is None or len(motion) < 2 * _MIN_PAIRS:

@@ -52,9 +52,12 @@ class Things(NamedTuple):
         return Things(*(column[which] for column in self))
 
 
-# Things along both sides of the road. For each kind: the spacing, the maximum random shift along
-# the road, (minimum distance from the centre line, maximum random addition), (minimum height,
-# maximum random addition), all in metres, and the share of places that get a thing.
+# Things along both sides of the road. All lengths are in metres. The values for each kind are:
+# - the spacing along the road,
+# - the maximum random shift along the road,
+# - the minimum distance from the centre line, and the maximum random addition to it,
+# - the minimum height, and the maximum random addition to it,
+# - the share of places that get a thing.
 _BESIDE_THE_ROAD = {
     Kind.POST: (24.0, 0.0, (4.6, 0.0), (1.2, 0.0), 1.0),
     Kind.TREE: (15.0, 6.0, (8.0, 6.0), (6.0, 5.0), 0.85),
@@ -84,8 +87,9 @@ class Scenery:
     def _row(self, centre_x: float, kind: Kind) -> Things:
         """Return the things of a kind on both sides of the road, or the gantries over the road."""
         spacing, shift, (aside, more_aside), (height, more_height), share = _BESIDE_THE_ROAD[kind]
-        # Search 20 m beyond `_REACH_M`, because a thing beside the road can be up to 15 m away from
-        # its station along x (at a slope of 0.74 and an offset of 25 m).
+        # Search 20 m beyond `_REACH_M`. The search looks only at the x of the road, and a thing
+        # beside the road can have an x that differs by up to 15 m (at a slope of 0.74 and an offset
+        # of 25 m).
         reach = _REACH_M + 20
         first, last = (math.floor((centre_x + side * reach) / spacing) for side in (-1, 1))
         index = np.repeat(np.arange(first, last + 1), 2)

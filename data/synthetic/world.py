@@ -75,7 +75,10 @@ class SyntheticWorld:
         self._traffic = Traffic(self.road, seed, config.traffic)
 
     def reset(self, station_m: float = 0.0) -> VehicleState:
-        """Return the state of a car in the middle of its lane at a station of the road."""
+        """Return the state of a car in the middle of its lane.
+
+        `station_m` is the x of the centre line beside the car, in metres.
+        """
         x, y, heading = self.road.place(np.array([float(station_m)]), np.array([LANE_OFFSET]))
         return VehicleState(float(x[0]), float(y[0]), float(heading[0]), 0.0)
 

@@ -36,9 +36,10 @@ def write_synthetic_drives(
     Each drive has a world of its own, which depends only on the seed and the drive's number. If
     `worlds` is given, there are only that many worlds, and drive n uses world n modulo `worlds`.
     `first` is the number of the first drive. To write held-out drives in the same worlds, choose a
-    `first` above the numbers of the training drives. `progress` is called with the number of new
-    frames, in total `drives * frame_count(seconds, config)`. `workers` is the number of processes
-    that write drives in parallel.
+    `first` above the numbers of the training drives. `workers` is the number of processes that
+    write drives in parallel. `progress` is called again and again, each time with the number of
+    frames done since the last call. In total these are `drives * frame_count(seconds, config)`
+    frames.
 
     If an earlier call with the same settings was interrupted, only the missing drives are written.
     Raises DriveSimError if `out` already contains all drives, drives with other settings, or other

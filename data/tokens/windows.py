@@ -43,14 +43,15 @@ class WindowIndex:
             ids = list(dict.fromkeys(drive.id for drive in drives))
             names = ", ".join([*ids[:3], *(["..."] if len(ids) > 3 else [])])
             raise TooLittleDataError(
-                f"no window of {frames} frames in {names or 'no drives'}: the longest run "
-                f"without a gap is {longest} frames; use longer drives or shorter windows"
+                f"no window of {frames} frames in {names or 'no drives'}: at most {longest} frames "
+                "follow one another without a gap in time; use longer drives or shorter windows"
             )
         table = np.asarray(runs, np.int64)
         self._drive, self._begin, first, counts = table.T
         self._ends: Ints = np.cumsum(counts)
-        # A run is a range of frames without a gap. Windows are numbered over all runs. Window n
-        # starts at frame `offset + n * stride` of its drive, with the `offset` of its run.
+        # A run is a range of frames without a gap. Window numbers do not start again from 0 in each
+        # run. So each run has an offset: window n starts at frame `offset + n * stride` of its
+        # drive.
         self._offsets = first - (self._ends - counts) * stride
         self._drives, self._stride = tuple(drives), stride
         self._codes = drives[0].info.codebook_size
@@ -133,8 +134,9 @@ def _gathered(
 
 
 def _first_frame(drive: DriveTokens, begin: int) -> int:
-    # In a split drive, the frame before a later part lies in another shard. No window begins at the
-    # part's first frame, so that the frame before a window always lies in the window's shard.
+    # The frame before a window must lie in the same shard as the window. If a drive is split, the
+    # frame before a later part lies in another shard. So no window begins at that part's first
+    # frame.
     return begin + 1 if drive.entry.start > 0 and begin == 0 else begin
 
 

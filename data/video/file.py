@@ -87,15 +87,15 @@ def check_picture(path: Path, height: int, width: int) -> None:
 
 
 def check_count(path: Path, frames: int) -> int:
-    """Return the largest possible number of frames in a file, if each frame takes at least 1 byte.
+    """Raise VideoError if a file cannot contain this many frames; return how many it can contain.
 
-    Raises VideoError if `frames` is larger than that.
+    Each frame takes at least 1 byte, and no file may contain more than `MAX_FRAMES` frames.
     """
     size = path.stat().st_size
     if frames > min(size, MAX_FRAMES):
         raise VideoError(
-            f"{path}: claims {frames:,} frames in {size:,} bytes (at most one per byte and "
-            f"{MAX_FRAMES:,} in total are allowed); copy it again or leave it out"
+            f"{path}: claims {frames:,} frames in {size:,} bytes (allowed are at most one frame "
+            f"per byte, and {MAX_FRAMES:,} frames in total); copy it again or leave it out"
         )
     return min(size, MAX_FRAMES)
 

@@ -35,11 +35,11 @@ from driving_sim.data.video.segments import median_period
 
 _DECORD_CODECS = ("h264", "vp9", "mpeg4")
 _CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2": "mp4", "matroska,webm": "mkv"}
-# Limit the number of frames: decord demuxes the whole file whenever it opens it, which takes about
-# 5 µs per frame. PyAV only seeks.
+# decord is used only for files with at most this many frames. It demuxes the whole file whenever it
+# opens it, which takes about 5 µs per frame, whereas PyAV only seeks.
 _DECORD_FRAMES = 5_000
-# Limit the number of frames between keyframes: decord gives no sign of life while it decodes from a
-# keyframe to a requested frame. 300 frames of 4K take 10 s.
+# decord is used only for files with at most this many frames between keyframes. It gives no sign of
+# life while it decodes from a keyframe to a requested frame. 300 frames of 4K take 10 s.
 _DECORD_DISTANCE = 300
 _FALLBACK_RATE = 25.0
 _MATROSKA_DURATION = re.compile(r"(\d+):(\d+):(\d+\.?\d*)")

@@ -25,7 +25,8 @@ Indices = Ints | Sequence[int]
 _DECORD_BATCH = 8
 """Largest number of frames that decord reads at once. Reading them singly takes a sixth longer."""
 _DECORD_DISTANCE = 64
-"""Number of decoded frames, requested or not, after which a new batch begins."""
+"""While decord reads a clip, a new batch begins whenever it has decoded this many more frames,
+whether they were requested or not."""
 _MOST_THREADS = 16
 _PIXELS_AT_ONCE = 4 * 4320 * 7680
 """Largest number of pixels that all threads together decode at once: four 8K pictures. More threads

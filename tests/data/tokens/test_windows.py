@@ -172,7 +172,7 @@ def test_only_the_selected_drives_are_used(store: TokenStore) -> None:
 
 
 def test_a_window_longer_than_every_drive_is_an_error(store: TokenStore) -> None:
-    with pytest.raises(DriveSimError, match="the longest run without a gap is 20"):
+    with pytest.raises(DriveSimError, match="at most 20 frames follow one another"):
         TokenWindows(store.drives, frames=21, batch_size=1)
     with pytest.raises(DriveSimError, match="no window of 21 frames in "):
         sequential_windows(
