@@ -26,7 +26,10 @@ class DiscriminatorConfig:
     width: Annotated[Count, Field(multiple_of=GROUP_CHANNELS)] = 64
     """Number of channels at stride 4, a multiple of 16. It doubles with each of the `halvings`."""
     halvings: Annotated[int, Field(ge=0, le=2)] = 1
-    """Halvings of the resolution after stride 4: 0, 1 or 2, for patches of 20, 40 or 80 pixels."""
+    """How often the resolution is halved after stride 4: 0, 1 or 2 times.
+
+    The judged patches are then 20, 40 or 80 pixels wide and high.
+    """
 
 
 class Discriminator(nn.Module):

@@ -17,7 +17,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 RULE = "levels of equal width"
-"""Name of the rounding rule. It is part of the fingerprint, because weights do not show it."""
+"""Name of the rounding rule.
+
+The name is part of a tokenizer's fingerprint, because the weights do not show which rule they need.
+"""
 Levels = Annotated[
     tuple[Annotated[int, Field(ge=2, le=2**16)], ...], Field(min_length=1, max_length=16)
 ]

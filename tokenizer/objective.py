@@ -30,7 +30,7 @@ from driving_sim.tokenizer.perceptual import PerceptualLoss
 from driving_sim.tokenizer.tokenizer import images_from_frames
 
 _GAN_RAMP = 0.1
-"""Share of the run over which the discriminator's weight rises from 0 to its full value."""
+"""Share of the training run in which the discriminator's weight rises from 0 to its full value."""
 
 
 @config
@@ -50,7 +50,7 @@ class TokenizerObjectiveConfig:
     gradient, both taken at the decoder's last layer. With 0, training uses no discriminator.
     """
     gan_start: Share = 0.5
-    """Share of the run after which training uses the discriminator."""
+    """Share of the training run that passes before the discriminator is used."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     """Size of the discriminator."""
     discriminator_lr_scale: Positive = 1.0

@@ -19,6 +19,7 @@ from driving_sim.data.actions.action_file import (
     SPEED,
     STEERING,
     STEERING_LIMIT,
+    UNITS,
     LogOptions,
     SteeringKind,
     read_action_file,
@@ -82,7 +83,11 @@ class ActionPlan:
 _Segment = dict[str, float]
 """One part of a script: the values that it sets for `speed`, `accel`, `steer` and `seconds`."""
 _Planned = tuple[float | None, Callable[[int], ActionPlan]]
-"""A plan's own length in s, or None if it has none, and a function (number of frames) -> plan."""
+"""A plan whose number of frames is not chosen yet: its own length, and a function that makes it.
+
+The length is in s, or None if the plan has none of its own. The function takes the number of frames
+and returns the plan.
+"""
 
 
 def make_plans(
@@ -172,7 +177,7 @@ def _from_file(path: Path, situation: Situation) -> _Planned:
     if log.times[0] > EXTRAPOLATION_S or frames < 1:
         raise DriveSimError(
             f"{path}: its times go from {log.times[0]:g} to {log.times[-1]:g} s; they must begin "
-            "at 0 (the last context frame) and cover at least one frame"
+            "at 0 s, the time of the last context frame, and cover at least one frame"
         )
     obeyed = log.has & situation.known_channels
     if not obeyed.any():
@@ -291,7 +296,8 @@ def _first_set_s(segments: list[_Segment]) -> Floats:
 
 def _check_script(label: str, segments: list[_Segment], situation: Situation) -> None:
     """Raise DriveSimError if the model cannot follow a script, or if a value is impossible."""
-    limit = STEERING_LIMIT[situation.steering_kind or "steering_wheel"]
+    kind = situation.steering_kind or "steering_wheel"
+    limit = STEERING_LIMIT[kind]
     speed_known = bool(situation.last_valid[SPEED])
     is_set = np.isfinite(_first_set_s(segments))
     for channel, name in ((SPEED, "speed"), (STEERING, "steering")):
@@ -303,8 +309,8 @@ def _check_script(label: str, segments: list[_Segment], situation: Situation) ->
     for segment in segments:
         if abs(segment.get("steer", 0.0)) > limit:
             raise DriveSimError(
-                f"`actions`: steer={segment['steer']:g} is too large; steering of the model's kind "
-                f"({situation.steering_kind}) is at most {limit:g} (rad, or 1/m for curvature)"
+                f"`actions`: steer={segment['steer']:g} is too large; the model's steering "
+                f"({kind}) is at most {limit:g} {UNITS[kind]}"
             )
         if "accel" in segment and not speed_known:
             raise DriveSimError(

@@ -19,10 +19,12 @@ from driving_sim.world_model.transformer import Tables, Transformer
 class Cache(ABC):
     """The keys and values of frames t-W+1..t of B sequences.
 
-    Frame t overwrites frame t-W, so memory is constant, and nothing is recomputed. Keys are stored
-    rotated by their absolute frame number. For every frame, call `begin_frame` once. Then call
-    `logits` for each pass, which is a wave or the whole frame. torch's operations run on the device
-    of `tables.output` and in its number format.
+    Frame t is the current frame. It overwrites frame t-W, so memory is constant, and nothing is
+    recomputed. Keys are stored rotated by their absolute frame number. torch's operations run on
+    the device of `tables.output` and in its number format.
+
+    For every frame, call `begin_frame` once. Then call `logits` for each pass. A pass computes
+    either the slots of one wave, which are sampled together (see `order`), or the whole frame.
     """
 
     exact = False

@@ -17,9 +17,9 @@ from torch import Tensor
 class Wave:
     """The slots of one pass, from `start` to `stop` (exclusive).
 
-    Only the slots from `first` on predict a token. The slots before `first` are in the last column.
-    They come first in a wave, because the columns in a wave never increase from one row to the
-    next.
+    The slots from `first` on predict a token. The slots before `first` are in the last column and
+    predict none. They come first, because the slots of a wave are sorted by row, and the slot of a
+    lower row is never further to the right.
     """
 
     start: int

@@ -74,8 +74,8 @@ def _draw_strip(
 def _draw_bar(draw: ImageDraw.ImageDraw, ends: tuple[int, int], share: float) -> None:
     """Draw a steering bar between the x coordinates `ends`.
 
-    A positive `share` fills that share of the left half. A negative `share` fills -`share` of the
-    right half.
+    |share|, from 0 to 1, is the part of one half that is filled. A positive `share` fills the left
+    half from the middle, and a negative `share` the right half.
     """
     left, right = ends
     middle = (left + right) // 2

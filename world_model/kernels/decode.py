@@ -62,7 +62,7 @@ class NativeModel:
             maps = (attention.qkv, attention.out, block.up, block.down)
             matrices += [_reordered(linear.weight.T, dtype) for linear in maps]
         self.keys = -(-config.context_frames * model.order.slots // PAIRS) * PAIRS
-        """Number of keys that the ring of a sequence can hold, padded to a multiple of 32."""
+        """Number of keys in a sequence's ring: one per slot, rounded up to a multiple of 32."""
         waves = model.order.waves
         self.spans = torch.tensor([(wave.start, wave.stop, wave.first) for wave in waves])
         self.structure = Structure(
@@ -89,8 +89,9 @@ class _Trunk:
     """The rings of a cache that was branched. Its branches share them to save memory.
 
     A ring consists of blocks of 32 places (groups in `decode.cpp`). A place holds the key and the
-    value of one slot. Before the branches write a frame, they copy the blocks in which its places
-    lie to their own rings. When all blocks have been copied, the trunk is dropped.
+    value of one slot. A frame may fill only a part of its first and last block. Before the branches
+    write a frame, they therefore copy the frame's blocks from the trunk to their own rings. When
+    all blocks have been copied, the trunk is dropped.
     """
 
     keys: Tensor

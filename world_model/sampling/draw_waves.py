@@ -23,7 +23,11 @@ from driving_sim.world_model.sampling.sampling import (
 )
 
 Choose = Callable[[Tensor, Tensor], Tensor]
-"""Function (logits float32 [B, n, K], raster indices [n]) -> tokens [B, n] for a wave."""
+"""Type of a function that chooses the n tokens of a wave.
+
+The function takes their logits, float32 [B, n, K], and their raster indices [n]. It returns the
+tokens [B, n].
+"""
 
 
 @dataclass(frozen=True, slots=True)

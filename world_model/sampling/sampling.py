@@ -109,8 +109,8 @@ def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
     to the boundary between two tokens. Tokens with probability 0 are never drawn.
     """
     total = log_probs.exp().cumsum(-1)
-    # If `at` reached the last sum, the search would go past the last code. It stays below, even
-    # when rounded to float32, because `uniform` has only 24 bits.
+    # `at` must stay below the last sum, because otherwise the search would go past the last code.
+    # It does so even when rounded to float32, because `uniform` is below 1 and has only 24 bits.
     at = (uniform * total[..., -1]).unsqueeze(-1)
     tokens = torch.searchsorted(total, at, right=True).squeeze(-1)
     # If a log-probability is NaN, the token is arbitrary; clamp it to a valid index.

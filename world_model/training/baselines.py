@@ -149,9 +149,10 @@ class TimeBigram:
 def _transitions(
     drives: Sequence[DriveTokens],
 ) -> Iterator[tuple[NDArray[np.uint16], NDArray[np.uint16]]]:
-    """Yield the tokens of consecutive frames, as (before, after), for each run without gaps.
+    """Yield the tokens of consecutive frames as (before, after).
 
-    `before` has all frames of the run except the last, and `after` all frames except the first.
+    There is one pair for each segment, which is a part of a drive without missing frames. `before`
+    has all frames of the segment except the last, and `after` all frames except the first.
     """
     for drive in drives:
         for begin, stop in drive.entry.segments:

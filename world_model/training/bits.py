@@ -1,8 +1,9 @@
 """Bits per token, frame by frame: how well a model predicts drives that it has not seen.
 
-The functions expect a frozen transformer, such as that of a `WorldModel`.
+The functions expect a frozen transformer, such as that of a `WorldModel`. A segment is a part of a
+drive without missing frames.
 
-Axes: n windows or frames, B batch, V variants of the actions, N frames of a run without gaps,
+Axes: n windows or frames, B batch, V variants of the actions, N frames of a segment,
 W frames of context, P = rows * cols tokens of a frame, r c rows and columns.
 """
 
@@ -99,8 +100,9 @@ def bits_per_token(
     advance: Callable[[int], object] = lambda frames: None,
     watch: Callable[[TokenBits], object] = lambda judged: None,
 ) -> FrameBits:
-    """Measure the last frame of every window; compute each window as a whole, as in training.
+    """Measure how well a model predicts the last frame of every window.
 
+    As in training, one pass computes a whole window, without a cache.
     After every batch, calls `advance` with the number of windows in the batch, and `watch` with the
     `TokenBits` of their last frames.
     """
@@ -126,11 +128,12 @@ def streamed_bits_per_token(
     stop: int | None = None,
     advance: Callable[[int], object] = lambda drives: None,
 ) -> FrameBits:
-    """Measure every run without gaps frame by frame, with a cache, as in a rollout.
+    """Measure how well a model predicts the frames of every segment.
 
-    Each run starts at its first frame with an empty cache. The result contains only frames `first`
-    to `stop` of each run, counted from 0. Runs of at most `first` frames are skipped. Calls
-    `advance(1)` after every drive.
+    As in a rollout, frames are computed one by one with a cache, which is empty at the beginning of
+    each segment. The result contains only frames `first` to `stop` (exclusive) of each segment,
+    counted from 0. Segments of at most `first` frames are skipped. Calls `advance(1)` after every
+    drive.
     """
     rows: list[tuple[float, ...]] = []
     for number, drive in enumerate(drives):
@@ -154,10 +157,11 @@ def streamed_token_bits(
     actions: Floats32,
     valid: Mask,
 ) -> Iterator[TokenBits]:
-    """Measure the tokens of a run without gaps, frame by frame, with a cache, as in a rollout.
+    """Measure how well a model predicts each token of a segment.
 
-    `tokens` are N frames [r, c], read one at a time, so memory does not grow with N. `actions`
-    [V, N, 2] are V variants of the run's actions; `actions[:, t]` lead from frame t to frame t + 1.
+    As in a rollout, frames are computed one by one with a cache. `tokens` are N frames [r, c], read
+    one at a time, so memory does not grow with N. `actions` [V, N, 2] are V variants of the
+    segment's actions; `actions[:, t]` lead from frame t to frame t + 1.
     `valid` [V, N, 2] says which actions are known. Yields one `TokenBits` for each frame, with a
     batch size of V.
 

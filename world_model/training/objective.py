@@ -42,7 +42,7 @@ class WorldModelObjective(Trainable):
         self.transformer = transformer
 
     def players(self) -> list[Player]:
-        """Return the transformer as the only player.
+        """Return the transformer, whose gradients are all clipped together, as the only `Player`.
 
         Weight decay also applies to the embeddings: it shrinks a code's own vector, so the code
         relies more on the vectors of its digits, which it shares with other codes.
