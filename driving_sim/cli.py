@@ -475,7 +475,8 @@ def tokenize(
 ) -> None:
     """Turn videos and their actions into a token store.
 
-    Without --tokenizer, the command first trains a tokenizer on the videos if there is none.
+    Without --tokenizer, the command uses the tokenizer in runs/tokenizer. If that is missing or
+    unfinished, the command first trains it on the videos.
     """
     options = _given_options(locals())
     from driving_sim.pipeline import TrainingRequest, tokenize_videos
@@ -546,7 +547,7 @@ def rollout(
         Option(
             "--start",
             help="Time in the drive, in seconds, at which the prediction starts [default: the "
-            "earliest time that has a full context before it].",
+            "earliest time with as many frames before it as the model can use].",
         ),
     ] = None,
     seconds: Annotated[
@@ -713,9 +714,10 @@ def evaluate_world_model(
     training_videos: Annotated[
         list[Path] | None,
         Option(
-            help="Videos to train the inverse-dynamics probe on. Drives that are not in "
-            "--training-tokens, and held-out drives, are ignored. At most 20 minutes are used. "
-            "May be repeated. [default: videos reconstructed from the tokens]"
+            help="Videos to train the inverse-dynamics probe on, which estimates actions from "
+            "frames. Only drives that are in --training-tokens and are not held out are used, for "
+            "at most 20 minutes in total. May be repeated. "
+            "[default: videos reconstructed from the tokens]"
         ),
     ] = None,
     quick: Annotated[
@@ -745,7 +747,7 @@ def evaluate_world_model(
         Option(
             help="Folder of an earlier report. Its inverse-dynamics probe is used again, so that "
             "the reports can be compared. The probe must have the model's frame rate and kind of "
-            "steering, and must not be trained on the held-out drives."
+            "steering. It must not have been trained on the held-out drives."
         ),
     ] = None,
     time_offset: TimeOffset = 0.0,

@@ -70,9 +70,9 @@ class DemoConfig:
     seconds: float = 4.0
     """Length of the predicted futures in seconds."""
     judged_seconds: float = 2.0
-    """Predicted and true futures are compared during one second. This is the end of that second.
+    """Predicted and true futures are compared during one second.
 
-    It is counted in seconds from the start of the futures.
+    That second ends this many seconds after the start of the futures.
     """
     sampling: Sampling = Sampling(temperature=0.85)
     """Sampling settings for the predicted futures, without the seed."""

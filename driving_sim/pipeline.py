@@ -230,9 +230,9 @@ def tokenize_videos(
     rate = frame_rate(fps, every)
     if training is None:
         Tokenizer.from_run(tokenizer, "cpu", "fp32")
-    # If the store is finished but the folder UNFINISHED still exists, an earlier command was killed
-    # before it had deleted that folder. Then do not raise the error here: the writer of the store
-    # will delete the folder, and raise a similar error.
+    # A finished store still contains the folder UNFINISHED if an earlier command was killed before
+    # it deleted the folder. Then raise no error here: the writer of the store will delete the
+    # folder and raise a similar error.
     if (out / INDEX).exists() and not (out / UNFINISHED).exists():
         raise DriveSimError(
             f"{out} already contains a token store; choose another `out`, or delete it"

@@ -304,7 +304,7 @@ def _nearest_key(cls: type, key: str) -> str:
 
 
 def _is_shortened(key: str, words: Sequence[str]) -> bool:
-    """Return whether `key` joins prefixes of `words`: "lr" joins those of ["learning", "rate"]."""
+    """Return whether `key` consists of prefixes of `words`, as "lr" does of learning and rate."""
     if not words:
         return not key
     return any(

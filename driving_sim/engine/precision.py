@@ -18,8 +18,9 @@ MEASURE_SECONDS = 0.1
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """Return the autocast format for auto, fp32 or bf16: `torch.float32` or `torch.bfloat16`.
 
-    auto means bf16 if the GPU (CUDA) or the x86 processor supports it in hardware, fp32 on MPS,
-    and on other CPUs the format that measures faster.
+    auto depends on the device. On CUDA GPUs and x86 CPUs it means bf16 if the hardware supports it,
+    otherwise fp32. On other CPUs, both formats are timed and the faster one is chosen. On MPS it
+    means fp32.
     """
     if name not in ("auto", "fp32", "bf16"):
         raise DriveSimError(f"`precision` {name}: expected one of auto, fp32, bf16")

@@ -91,10 +91,10 @@ def check_replaceable(
 ) -> None:
     """Raise `DriveSimError` unless `out` is missing, is empty, or contains only an earlier result.
 
-    Every result contains a JSON file with the name `report`, from whose content `files_of` finds
-    the names of all files of the result. If the content is not that of a report, `files_of` returns
-    no names, or raises KeyError or TypeError. `what` names the result in messages, for example
-    "a scaling law".
+    Every result contains a JSON file with the name `report`. `files_of` receives the content of
+    this file, and returns the names of all files of the result. If the content is not that of a
+    report, it returns no names, or raises KeyError or TypeError. `what` names the result in
+    messages, for example "a scaling law".
     """
     result_files: Collection[str] = ()
     if (out / report).is_file():

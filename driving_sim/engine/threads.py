@@ -136,8 +136,8 @@ def cgroup_quota(membership: Path, mounted: Path) -> float:
 def threads_beside(others: float, *, cores: int, threads: int, most: int) -> int:
     """Return the number of threads to use, between 1 and `most`.
 
-    `threads` is the current number of threads. `others` is how many of the `cores` other programs
-    use.
+    `cores` is the number of cores that this process may use. Other programs currently occupy
+    `others` of them. `threads` is the current number of threads.
     """
     free = cores - others
     return threads if abs(free - threads) <= MARGIN else min(most, max(1, round(free)))

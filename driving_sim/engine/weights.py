@@ -147,7 +147,8 @@ class _Allowance(TorchFunctionMode):
             self._left -= math.prod(args[0] if isinstance(args[0], Sequence) else args)
             if self._left < 0:
                 raise ValueError(
-                    f"it has at most {self._numbers} numbers, but its config asks for more"
+                    f"the file has at most {self._numbers} numbers, but the model's config "
+                    "asks for more"
                 )
         return function(*args, **(kwargs or {}))
 

@@ -18,9 +18,9 @@ from driving_sim.scaling.run import ScalingRun, read_run, training_flops
 REPORT, PICTURE = "scaling.json", "scaling.png"
 _FORM = "bits per token = c + (C / a)^b, C = 6 N D"
 _FAR = 100
-"""If a prediction is for more than this many times the largest run's compute, add a note."""
+"""Add a note if a prediction's compute is more than this many times that of the largest run."""
 _NOTEWORTHY = 0.2
-"""If `ScalingRun.attention_share` of a run is above this, add a note."""
+"""Add a note if the `ScalingRun.attention_share` of a run is above this."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

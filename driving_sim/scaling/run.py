@@ -39,7 +39,7 @@ _MAX_NUMBER = 1e18  # A larger number in a file means that the file is damaged o
 
 
 def _in(*keys: str) -> FieldInfo:
-    """Return a field that is read from `keys`: the name of a file, then nested keys in it."""
+    """Return a field that is read from a file. `keys` are the file's name and the keys in it."""
     field: FieldInfo = Field(validation_alias=AliasPath(*keys))
     return field
 
@@ -59,7 +59,7 @@ class ScalingRun:
     bits: float
     """Bits per token on the validation drives at the best step."""
     attention_share: float
-    """Compute of the products of queries, keys and values, as a fraction of 6 N D."""
+    """Compute of attention (multiplying queries, keys and values), as a fraction of 6 N D."""
     best_step: int
     """Step with the lowest bits per token."""
     steps: int
@@ -171,8 +171,8 @@ def _read_record(path: Path) -> _Record:
 def _batches(metrics: Path, record: _Record) -> float:
     """Return the number of batches that all ranks together trained on up to the best step.
 
-    If the metrics do not contain this number, estimate it from the number in the whole run. If that
-    is missing as well, assume that there was only one rank.
+    If the metrics do not contain this number, estimate it from the number of batches of the whole
+    run. If the record does not contain that number either, assume that there was only one rank.
     """
     best = record.best_step
     for line in metrics.read_bytes().splitlines() if metrics.is_file() else []:

@@ -204,7 +204,9 @@ def test_a_refused_file_changes_nothing(file: Path) -> None:
 def test_a_config_of_an_impossible_size_is_refused(file: Path, sizes: dict[str, int]) -> None:
     """The config is refused before memory is allocated. A billion layers would fill the memory."""
     limit = file.stat().st_size // 4
-    assert f"has at most {limit} numbers, but its config asks for more" in refused(file, **sizes)
+    assert f"the file has at most {limit} numbers, but the model's config asks for more" in refused(
+        file, **sizes
+    )
 
 
 @pytest.mark.parametrize("preset", ["demo", "tiny"])
@@ -227,5 +229,5 @@ def test_a_file_is_large_enough_for_its_own_config_but_not_for_a_larger_one(
         save_weights(module, file, {})
         loaded, _ = build_with_weights(build, file, of="a test")
         assert fingerprint({}, loaded) == fingerprint({}, module)
-        with pytest.raises(DriveSimError, match="its config asks for more"):
+        with pytest.raises(DriveSimError, match="the model's config asks for more"):
             build_with_weights(larger, file, of="a test")

@@ -107,8 +107,8 @@ def load_shards(folder: Path, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         assert isinstance(entry, TensorStorageMetadata)
         dtype = entry.properties.dtype
         like = likes.get(name, likes.get(name.rpartition("/")[0]))
-        # The step counts of an optimiser are never sharded. They have the shape [1], so the test
-        # of `numel` excludes them, even if their parameter is sharded and has the same shape.
+        # An optimiser's step count has the shape [1] and is never sharded. Its parameter can have
+        # the same shape and be sharded, so the test of `numel` excludes tensors with one element.
         same_shape = like is not None and like.shape == entry.size and like.numel() > 1
         if like is not None and same_shape and is_sharded(like):
             tensors[name] = torch.empty_like(like, dtype=dtype)

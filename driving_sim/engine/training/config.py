@@ -24,8 +24,8 @@ class TrainingConfig:
     min_steps: Count | None = None
     """Minimum number of steps of a run with `minutes`, even if the run then takes longer."""
     accumulate: Count = 1
-    """Number of batches on each device whose gradients are averaged into one step. A tokenizer
-    computes the weight of its GAN loss for each batch separately."""
+    """Number of batches that each device uses in one step. Their gradients are averaged. The
+    tokenizer computes the weight of its GAN loss for each batch separately."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """Optimiser of linear and convolution weights with at least 32 input and 32 output channels,
     except those of a discriminator. AdamW updates all other parameters."""
@@ -40,8 +40,8 @@ class TrainingConfig:
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
     """Decay rates of the first and second moments in AdamW."""
     grad_clip: Positive | None = 1.0
-    """Maximum L2 norm of the gradients of each player (a GAN has two players). If None, gradients
-    are not clipped."""
+    """Maximum L2 norm of the gradients of a model. In a GAN, the gradients of the generator and of
+    the discriminator are clipped separately. If None, gradients are not clipped."""
     ema_decay: ShareBelowOne = 0.999
     """Decay of the averaged weights, which are validated and exported. 0 turns averaging off."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -63,8 +63,8 @@ WARM_UP_STEPS = 2
 """Number of steps at the start that the time estimate ignores. They are slower because they also
 set up kernels and memory."""
 _ADDED_TO_PROVISIONAL = 100.0
-"""Checkpoints store whether their best score is provisional (see `Validation`). This version of the
-program stores it as `best_provisional`. Earlier versions added this number to the score instead."""
+"""A checkpoint stores whether its best score is provisional (see `Validation`). Earlier versions of
+the program added this number to a provisional score. This version stores `best_provisional`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,8 +251,8 @@ class _Loop:
         self.stepper.model.train()
         batches: Iterator[tuple[int, Batch]] | None = None
         while True:
-            # All ranks must decide in the same way. So share the signal that any rank received (0
-            # if none), and the position of the main rank.
+            # All ranks must stop or go on together. So they share the signal that any rank received
+            # (0 if none), and the main rank's position in the run.
             position = self._position() if self.ranks.is_main else 0.0
             number, position = self.ranks.largest([float(self.request.signal), position])
             if number:

@@ -54,7 +54,8 @@ def parallel(
             )
         shard(model, blocks, device)
     elif ranks.size > 1:
-        # The players of a GAN start at different steps, so some parameters may get no gradient.
+        # The generator and the discriminator of a GAN start to train at different steps, so some
+        # parameters may get no gradient.
         return DistributedDataParallel(
             model,
             find_unused_parameters=len(model.players()) > 1,

@@ -71,8 +71,8 @@ class Stepper:
         """Learning rate of the last step, before the scaling of each parameter group."""
         self.meter = Meter()
         self.skips = torch.zeros(2, dtype=torch.int64)
-        """Two numbers of skipped steps: in total, and in a row up to the last step. Reading them
-        waits for the device."""
+        """Number of all skipped steps, and number of steps skipped since the last successful step.
+        Reading them waits for the device."""
         self._buffers = [*state_buffers(model).values()]
         self._step_before: torch.cuda.Event | None = None
         if device.type == "cuda":
