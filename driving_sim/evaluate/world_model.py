@@ -59,7 +59,7 @@ class EvaluationConfig:
     seconds: float = 3.0
     """Length of the future of each clip, in s."""
     sweeps: Count = 3
-    """Maximum number of clips whose start is used for the sweep of commands."""
+    """Maximum number of clips for the sweep, which rolls out a grid of commands from each."""
     long_rollouts: Count = 4
     """Maximum number of long rollouts that are judged for stability."""
     long_seconds: float = 60.0

@@ -130,7 +130,7 @@ def _times_to_start(world: WorldModel, drive: Drive) -> Floats:
 def _steer_both_ways(
     world: WorldModel, drive: Drive, start_s: float, frames: int, sampling: Sampling
 ) -> tuple[Pixels, Pixels, Pixels]:
-    """Return the last context frame, the frames of the left future and of the right future."""
+    """Return the last context frame, and the frames of the two futures: left, right."""
     context = context_from_drive(world, drive, start_s)
     situation = context.situation(world)
     actions = np.tile(situation.last_action, (2, frames, 1))

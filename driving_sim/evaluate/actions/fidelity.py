@@ -70,8 +70,9 @@ def compare_actions(
 ) -> Section:
     """Compare the realised actions with the commands, which are the clips' recorded actions.
 
-    `realised` maps each source of actions, such as the model, to one array [N, A] for each clip.
-    The intervals resample a clip and its mirror image together. `floor` is the probe's own error.
+    `realised` maps each kind of footage ("recorded", "model", "action_free") to the actions that
+    the probe read from it: one array [N, A] for each clip. `floor` is the probe's own error. For
+    the intervals of the metrics, a clip and its mirror image are resampled together.
     """
     commanded = np.stack([_commanded(clip) for clip in clips])
     units = [

@@ -18,7 +18,7 @@ from driving_sim.evaluate.report.intervals import bootstrap, ratio, unit_sums
 _LONGEST_DELAY = 5
 """Largest delay that is tried, in frames."""
 _FLAT = 1e-12
-"""Bound below which a variance counts as a rounding error, as a share of the mean square.
+"""A variance up to this share of the mean square of the same values counts as a rounding error.
 
 Such a variance is set to 0, so that constant values have no correlation.
 """

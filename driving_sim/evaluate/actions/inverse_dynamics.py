@@ -177,9 +177,9 @@ class InverseDynamics:
     def estimate(self, frames: Pixels) -> Floats32:
         """Estimate the actions [T - 1, 2] between neighbouring frames, uint8 [T, H, W, 3].
 
-        The estimate for the step from t to t + 1 uses frames t - 1 to t + 2. Before the first step
-        and after the last step there is no other step, so the step's own motion is used in its
-        place. Channels that were not learned are NaN.
+        The estimate for the step from t to t + 1 uses the motion of this step, of the step before
+        and of the step after (frames t - 1 to t + 2). Where one of these is missing, at the start
+        and the end, the step's own motion is used twice. Channels that were not learned are NaN.
         """
         _, stacks = _stacks([(0, len(frames))])
         return self._network.predict(*motion_cues(frames), torch.from_numpy(stacks))

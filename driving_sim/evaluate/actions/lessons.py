@@ -163,8 +163,8 @@ def _train_probe(world: WorldModel, lessons: Sequence[Lesson], steps: int) -> In
     validation_names = set(world.validation_drives) & set(names) or set(names[-1:])
     if validation_names == set(names):
         raise TooLittleDataError(
-            "the inverse-dynamics probe needs two or more training drives with actions, and not "
-            "all of them may be validation drives of the model"
+            "the inverse-dynamics probe needs two or more training drives with actions; at least "
+            "one of them must not be a validation drive of the model"
         )
     learned, validation = (
         _evenly_chosen(

@@ -24,7 +24,10 @@ from driving_sim.world_model.world_model import WorldModel
 
 _CHANNELS = {"speed": [SPEED], "steering": [STEERING], "both": [SPEED, STEERING]}
 _AT_ONCE = 24
-"""Maximum number of variants in one pass over a run. Each variant needs a cache in memory."""
+"""Maximum number of variants of a run's actions that are measured in one batch.
+
+Each variant needs its own cache in memory.
+"""
 
 
 def evaluate_action_information(
@@ -38,9 +41,9 @@ def evaluate_action_information(
     speed alone, for steering alone, and for both together.
 
     Only frames with a full window of past frames count. The 95 % interval comes from a bootstrap
-    over the same blocks (Künsch 1989, https://doi.org/10.1214/aos/1176347265). Runs shorter than
-    two blocks are left out. Raises TooLittleDataError if no run is long enough, or if no action is
-    known.
+    over the same blocks (Künsch 1989, https://doi.org/10.1214/aos/1176347265). Blocks never cross a
+    time gap, and a stretch without gaps is left out if it is shorter than two blocks. Raises
+    TooLittleDataError if no stretch is long enough, or if no action is known.
     """
     world.check_store(heldout)
     block = block_frames(world.fps, world.context_frames)

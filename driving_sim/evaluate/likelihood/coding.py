@@ -35,11 +35,11 @@ Words = NDArray[np.uint32]
 """The compressed data: 32-bit words from the range coder."""
 
 _HEADER_BYTES = 24
-"""Size in bytes of the header that a compressed file would need, without the lengths of the runs.
+"""Size in bytes of the fixed part of the header that a compressed file would need.
 
-No file is written, but the reported size includes this header. It would consist of a format marker
-(4 bytes), a checksum (4), the model's fingerprint (8), a checksum of the tokens (4) and the number
-of runs (4).
+No file is written, but the reported size includes a header. The fixed part would consist of a
+format marker (4 bytes), a checksum (4), the model's fingerprint (8), a checksum of the tokens (4)
+and the number of runs (4). The lengths of the runs follow it.
 """
 _RUN_BYTES = 4
 """Number of bytes that the header needs to store the length of one run."""

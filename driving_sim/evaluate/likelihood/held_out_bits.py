@@ -155,9 +155,10 @@ class Calibration:
 
 
 def _interval(judged: FrameBits, block: int, tokens: int = 1) -> dict[str, float | None]:
-    """Return the mean bits per token times `tokens`, with an interval over blocks of frames.
+    """Return the mean bits of `tokens` tokens, with an interval.
 
-    With the number of tokens in a frame, the result is the mean bits per frame.
+    By default these are the bits per token. If `tokens` is the number of tokens in a frame, they
+    are the bits per frame. The interval resamples blocks of frames.
     """
     blocks = judged.drive * (1 + judged.frame.max() // block) + judged.frame // block
     return interval(judged.bits * tokens, blocks)
@@ -166,20 +167,24 @@ def _interval(judged: FrameBits, block: int, tokens: int = 1) -> dict[str, float
 def _by_position(
     world: WorldModel, drives: Sequence[DriveTokens], block: int
 ) -> list[dict[str, float | None]]:
-    """Return the mean bits per token of the frames at each place in a window, with intervals.
+    """Return the mean bits per token for each place in the model's window, with intervals.
 
-    The windows follow one another without overlap.
+    The drives are cut into windows that do not overlap. The n-th result is the mean over the n-th
+    frames of all windows.
     """
     bits = _bits_of_windows(world, drives)
-    # The intervals resample units of whole windows. A unit has as many windows as are needed to
-    # last at least one block.
+    # The intervals resample groups of neighbouring windows. A group has the fewest windows that
+    # together last at least one block.
     units = np.arange(len(bits)) // -(-block // world.context_frames)
     return [interval(place, units) for place in bits.T]
 
 
 @torch.inference_mode()
 def _bits_of_windows(world: WorldModel, drives: Sequence[DriveTokens]) -> Floats:
-    """Return the mean bits per token of each frame, [w, W], in windows that do not overlap."""
+    """Cut the drives into windows without overlap. Return the bits per token of each frame [w, W].
+
+    The value of a frame is the mean over its tokens.
+    """
     means = []
     for batch in sequential_windows(drives, frames=world.context_frames, batch_size=_BATCH):
         inputs = {name: value.to(world.device) for name, value in batch.items()}

@@ -97,11 +97,12 @@ def find_surprises(world: WorldModel, drives: Sequence[Drive], out: Path) -> dic
     - `moments.png`: the most surprising frames
     - `surprise.json`: all numbers
 
-    The model sees the drive as in a rollout, frame by frame with a cache. Means, ranking and
-    moments use only frames with a full window of context. If a drive is too short to have such
-    frames, they use all frames except the first of each run. Such a drive is marked, ranked last,
-    and left out of the overall mean. The colours range from 0 bits to the bits of a uniform guess,
-    so pictures of different drives can be compared. Frames are not kept in memory.
+    The model sees the drive as in a rollout, frame by frame with a cache. Only frames with a full
+    window of context count for the means, the ranking of the drives and the most surprising frames.
+    If a drive is too short to have such frames, all its frames count, except the first frame of the
+    drive and the first after each time gap. Such a drive is marked, ranked last, and left out of
+    the overall mean. The colours range from 0 bits to the bits of a uniform guess, so pictures of
+    different drives can be compared. Frames are not kept in memory.
 
     Raises:
         DriveSimError: If `out` exists, if a drive has no two frames in a row, if its frame rate or

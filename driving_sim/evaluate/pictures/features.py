@@ -39,7 +39,7 @@ class VideoFeatures(Protocol):
     """A function that extracts features from clips, with the same result on any machine."""
 
     name: str
-    """Key of the Fréchet distance in the metrics. Other kinds of features have other keys."""
+    """Name of the features. It is also the key of their Fréchet distance in the metrics."""
     fingerprint: str
     """SHA-256 (hex) of everything that the features depend on."""
     least_frames: int

@@ -6,13 +6,14 @@ from driving_sim.data.arrays import Floats, Reals
 
 
 def frechet_distance(features: Reals, others: Reals) -> float:
-    """Return the squared 2-Wasserstein distance between Gaussians fitted to [n, d] and [m, d].
+    """Return the squared 2-Wasserstein distance between Gaussians fitted to two sets of features.
 
-    The distance is |mean - mean'|^2 + tr(S + S' - 2 (S S')^1/2), with unbiased covariances S
-    (Dowson & Landau 1982, doi 10.1016/0047-259X(82)90077-X). FID (Heusel et al. 2017, arXiv
-    1706.08500) and FVD (Unterthiner et al. 2018, arXiv 1812.01717) use the same distance. Both sets
-    need two or more features. Small sets are biased upwards, so compare distances only if the sets
-    have the same sizes.
+    The sets are `features` [n, d] and `others` [m, d]. The distance is
+    |mean - mean'|^2 + tr(S + S' - 2 (S S')^1/2), with unbiased covariances S (Dowson & Landau 1982,
+    doi 10.1016/0047-259X(82)90077-X). FID (Heusel et al. 2017, arXiv 1706.08500) and FVD
+    (Unterthiner et al. 2018, arXiv 1812.01717) use the same distance. Both sets need two or more
+    features. Small sets are biased upwards, so compare distances only if the sets have the same
+    sizes.
     """
     mean, root = _gaussian(features)
     other_mean, other_root = _gaussian(others)

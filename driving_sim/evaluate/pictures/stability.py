@@ -20,9 +20,10 @@ from driving_sim.engine.config import InnerShare, Positive, config, require
 from driving_sim.engine.errors import TooLittleDataError
 
 _LOW, _HIGH = 0.01, 0.99
-# The period of a loop is the shortest lag whose agreement is at least this share of the highest
-# agreement of any lag. Do not take the lag with the highest agreement: a loop of 3 s agrees with
-# itself after 6 s and 9 s too, and noise decides which agreement is highest.
+# To find the period of a loop, measure how many tokens a frame shares with the frame a lag earlier
+# (`agreement`). The period is not the lag with the highest agreement: a loop of 3 s also agrees
+# with itself after 6 s and 9 s, and noise decides which agreement is highest. So take the shortest
+# lag that reaches this share of the highest agreement.
 _NEARLY_HIGHEST = 0.9
 
 
@@ -35,27 +36,29 @@ class StabilityConfig:
     hop_s: Positive = 1.0
     """Time in s from the start of one block to the start of the next, at most `block_s`."""
     drift_margin: InnerShare = 0.2
-    """Position of the bound for drift, from 0 to 1.
+    """Tolerance for drift, from 0 to 1.
 
-    0 is the highest divergence of a block of real footage, and 1 is a divergence of 1 bit.
+    A block has drifted if the divergence of its token histogram is above a bound. At 0 the bound is
+    the highest divergence of a block of real footage. At 1 it is 1 bit, the highest possible.
     """
     sharpness_factor: Positive = 1.5
     """Tolerance for sharpness, as a factor.
 
-    Sharpness may be at most this factor below the 1st or above the 99th percentile of real frames.
+    The lower bound is the 1st percentile of real frames divided by this factor. The upper bound is
+    the 99th percentile multiplied by it.
     """
     freeze_factor: InnerShare = 0.5
-    """Bound for frozen frames, as a share of a percentile of real frames.
+    """Bound for frozen frames, as a share of the smallest changes in real footage.
 
-    A frame is frozen if its `change` is at most this share of the 1st percentile of `change` in
-    real frames of a moving car.
+    A frame is frozen if the car should move but the picture hardly changes. The bound for the
+    change is this share of the 1st percentile of the changes in real footage of a moving car.
     """
     restless_factor: Positive = 0.3
-    """Continuity below which frames are restless, as a share of real footage's lowest continuity.
+    """Bound for restless frames, in which too few tokens stay the same from frame to frame.
 
-    Continuity is the share of tokens that stay the same from frame to frame, averaged over
-    `hold_s`. This bound detects noise with a realistic token histogram. The bounds for drift and
-    sharpness may miss such noise.
+    Continuity is the share of tokens that stay the same, averaged over `hold_s`. The bound is this
+    share of the lowest continuity in real footage. It detects noise with a realistic token
+    histogram, which the bounds for drift and sharpness may miss.
     """
     min_lag_s: Positive = 2.0
     """Shortest time in s after which a repeated picture counts as a loop."""
@@ -65,11 +68,12 @@ class StabilityConfig:
     After a longer time, a real car on a circuit may pass the same place again.
     """
     loop_s: Positive = 1.0
-    """Minimum length in s of a repetition. All its frames must repeat the same earlier stretch."""
+    """A repetition counts as a loop only if it lasts at least this long, in s."""
     loop_margin: InnerShare = 0.25
-    """Position of the bound for loops, from 0 to 1.
+    """Tolerance for repetition, from 0 to 1.
 
-    0 is the highest repetition in real footage, and 1 is perfect repetition.
+    A frame is part of a loop if its `repetition` is above a bound. At 0 the bound is the highest
+    repetition in real footage. At 1 it is 1, which means perfect repetition.
     """
     hold_s: Positive = 2.0
     """Time in s for which faults must last without a break to count as a collapse."""
@@ -176,12 +180,14 @@ def agreement(tokens: Ints, lag: int) -> Floats:
 
 
 def repetition(footage: Appearance, frozen: Mask, lags: range, window: int) -> Floats:
-    """Return how well the frames around each frame [N] repeat an earlier stretch, from 0 to 1.
+    """Return a score [N], from 0 to 1: how well each frame repeats an earlier part of the video.
 
-    A window is `window` frames in a row. It is compared with the frames that lie one lag earlier,
-    for each lag in `lags`. Its score at a lag is the lowest `agreement` of its frames. A frame gets
-    the highest score of all windows that contain it, at any lag. A window scores 0 if the car
-    should stand at some time in it, or if at least half of its frames are frozen.
+    1. For each lag in `lags`, compute the `agreement` of each frame with the frame one lag earlier.
+    2. Take each window of `window` frames in a row. Its score at a lag is the lowest agreement of
+       its frames, because all of them must repeat. Keep its best score over all lags.
+    3. Set the score to 0 if the car should stand at some time in the window, or if at least half of
+       its frames are frozen.
+    4. Several windows contain the same frame. The frame gets the best of their scores.
     """
     window = min(window, len(footage.tokens))
     drives: Mask = np.asarray(sliding_window_view(footage.moving, window).all(axis=1))
@@ -203,9 +209,9 @@ def continuity(tokens: Ints) -> Floats:
 
 
 def _means(curve: Floats, window: int) -> Floats:
-    """Return the moving average of a curve [N], [N - window + 1].
+    """Return the moving average, [N - window + 1], of a curve [N].
 
-    If the curve is shorter than the window, the result is its mean, [1].
+    If the curve is shorter than the window, return the mean of the curve, [1].
     """
     return np.asarray(sliding_window_view(curve, min(window, len(curve))).mean(axis=1))
 

@@ -14,9 +14,9 @@ interval, `low` and `high` are None. See `intervals.bootstrap`.
 NOT_MEASURED = "–"
 _DIGITS = 4
 _SIMILAR = 30
-"""Bound for the ratio of the largest to the smallest number in cells that are read together.
+"""Numbers are similar in size if the largest is less than this many times the smallest.
 
-If the ratio is below this bound, all the numbers get the same number of decimals.
+In cells that are read together, similar numbers get the same number of decimals.
 """
 _MOST_DECIMALS = 6
 
@@ -65,9 +65,9 @@ def _common_decimals(values: Sequence[float]) -> int | None:
 
 
 def _estimate_text(estimate: Mapping[str, float | None]) -> str:
-    """Return `mean [low, high]`, rounded to two significant digits of the interval's width.
+    """Return an estimate as text, `mean [low, high]`, or the mean alone if it has no interval.
 
-    If the estimate has no interval, return the mean alone.
+    The decimals are chosen so that the width of the interval has two significant digits.
     """
     mean, low, high = (estimate[name] for name in ("mean", "low", "high"))
     if mean is None or low is None or high is None:
