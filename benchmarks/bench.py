@@ -85,8 +85,8 @@ def _begin(machine: str) -> str:
 def _end(machine: str) -> str:
     """Return the comment that marks the end of a machine's section of the page.
 
-    If `machine` is "", returns only the beginning that these comments have in common. It finds the
-    end of any machine's section.
+    To search for the end of any section, pass "" as `machine`. This returns the words with which
+    every such comment begins.
     """
     return f"<!-- end of make bench: {machine} -->" if machine else "<!-- end of make bench: "
 
@@ -110,7 +110,7 @@ def measure(commands: Sequence[tuple[str, str]], options: Sequence[str]) -> list
             if subprocess.run([sys.executable, *arguments], cwd=ROOT, check=False).returncode:
                 failed.append(f"{module} {name}")
         if failed:
-            raise SystemExit(f"failed: {', '.join(failed)}; the page was not changed")
+            raise SystemExit(f"failed: {', '.join(failed)}; the page (--out) was not changed")
         return read_claims(file)
 
 

@@ -42,20 +42,21 @@ The fixed numbers are one thread and one thread per core.
 LEAST_IDLE = 0.97
 """Goal for the speed without loops, as a share of the earlier commit's.
 
-The goal is also reached if the range over the rounds contains 1.
+A lower share also reaches the goal if some rounds were slower than the earlier commit and others
+were faster.
 """
 MOST_STRETCH = 3.0
-"""Upper bound for the 95th percentile of a rollout frame's time beside one busy loop.
+"""Goal for slow rollout frames beside one busy loop.
 
-It is a multiple of the median time without loops.
+The 95th percentile of a frame's time should be at most this many times the median without loops.
 """
 NOW, ONE, ALL, BEFORE = "chosen by commands", "one", "one per core", "earlier commit"
 
 Times = dict[tuple[str, int, str], list[list[float]]]
 """Seconds of each repetition, in one list for each round.
 
-The keys are the name of the work, the number of busy loops, and what was timed: a number of
-threads, or the earlier commit.
+A key has three parts: the name of the work, the number of busy loops, and the worker that was timed
+(`NOW`, `ONE`, `ALL` or `BEFORE`).
 """
 
 
@@ -116,7 +117,9 @@ def worker_module(tree: Path) -> str:
     """Return the dotted name of the module `busy_worker` in a checkout."""
     for file in tree.glob("benchmarks/**/busy_worker.py"):
         return ".".join(file.relative_to(tree).with_suffix("").parts)
-    raise SystemExit("the commit has no benchmarks/**/busy_worker.py; choose a later commit")
+    raise SystemExit(
+        "--against: the commit has no benchmarks/**/busy_worker.py; choose a later one"
+    )
 
 
 def measure(workers: Mapping[str, Worker], rounds: int, seconds: float) -> Times:

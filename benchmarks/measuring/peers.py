@@ -19,7 +19,10 @@ from driving_sim.engine.progress import say
 from driving_sim.tokenizer.perceptual import import_lpips
 
 VQ_WIDTHS = range(16, 136, 8)
-"""Possible widths of a VQModel whose norms have 8 groups, up to the published width of 128."""
+"""Widths from which a VQModel's is chosen, up to the published 128.
+
+They are multiples of 8, because its norms divide the channels into 8 groups.
+"""
 _GPT2_FORMS = (
     ("dynamic cache", False, False),
     ("static cache", True, False),
@@ -33,8 +36,8 @@ def package(name: str) -> Any:
     try:
         if name == "webdataset":
             return importlib.import_module(name)
-        # transformers and diffusers import torchvision, which may lack operators that its import
-        # needs. import_lpips declares them.
+        # transformers and diffusers import torchvision. Some builds of torchvision lack operators
+        # and fail at import. import_lpips declares the missing operators.
         import_lpips()
         importlib.import_module(f"{name}.utils.logging").set_verbosity_error()
         return importlib.import_module(name)
@@ -199,7 +202,10 @@ def parameters(module: nn.Module) -> int:
 
 
 def nearest(build: Callable[[int], nn.Module], sizes: Iterable[int], count: int) -> nn.Module:
-    """Build the model of a size in `sizes` whose number of parameters is nearest to `count`."""
+    """Build a model with about `count` parameters.
+
+    Of all `sizes`, takes the one that comes nearest to this number.
+    """
     with torch.device("meta"):
         counts = {size: parameters(build(size)) for size in sizes}
     return build(min(counts, key=lambda size: abs(counts[size] - count)))

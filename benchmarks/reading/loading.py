@@ -128,7 +128,7 @@ def windows(settings: Settings) -> list[Claim]:
     """Compare the windows per second that drivesim and WebDataset read for the shape `base`."""
     shape = shape_of("base", settings)
     count, frames, size, batches = (4, 40, 2, 2) if settings.toy else (64, 600, 8, 20)
-    length = shape.model.context_frames + 1  # plus the frame before the window
+    length = shape.model.context_frames + 1  # the window, and the frame before it
     drives = _drives(shape, count, frames)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -4,12 +4,15 @@
         [--seeds ...]
     python -m benchmarks.rollouts.lag plot
 
-The lag is the number of waves by which each row of tokens lags behind the row above it. `train`
-trains the preset `tiny` for each seed and each lag, always for the same number of steps. It then
-steers each model left and right from ten starts in VIDEO, which must be a validation drive. After
-an interruption, the same command continues. Two processes may share the work: give them different
-lags or seeds. `plot` measures the speed of all lags in one process, in turns, then draws and prints
-all results.
+A world model samples a frame in waves. A wave is a group of tokens that are sampled together, at
+most one in each row. The lag is the number of waves by which each row is behind the row above it.
+
+`train` trains the preset `tiny` for each seed and each lag, always for the same number of steps. It
+then steers each model left and right from ten starts in VIDEO, which must be a validation drive.
+After an interruption, the same command continues. Two processes may share the work: give them
+different lags or seeds.
+
+`plot` measures the speed of all lags in one process, in turns, then draws and prints all results.
 """
 
 import argparse
@@ -86,7 +89,10 @@ def train(options: argparse.Namespace) -> None:
 
 
 def figures(run: Path) -> dict[str, float]:
-    """Return the results of one run: bits per token, action gain, and the effect of steering."""
+    """Return the results of one run: bits per token, action gain, and the effect of steering.
+
+    The action gain is the number of extra bits per token if a window gets another window's actions.
+    """
     rows = [json.loads(line) for line in (run / METRICS).read_text("utf-8").splitlines()]
     best = min((row for row in rows if row["phase"] == "validation"), key=lambda row: row["score"])
     steered = json.loads((run / _CONTROL).read_text("utf-8"))

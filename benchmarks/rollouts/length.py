@@ -31,7 +31,7 @@ def measure(settings: Settings) -> list[Claim]:
     for _ in range(early):
         next(late_frames)
     before = _megabytes(settings.device)
-    # Stop before the frames that are timed: a warm-up round, then the rounds that count.
+    # Leave the last frames for timing: one warm-up round, and the rounds that count.
     for _ in range(length - early - _STEPS * (settings.rounds + 1)):
         next(late_frames)
     grown = _megabytes(settings.device) / before

@@ -1,8 +1,8 @@
 """`python -m benchmarks.rollouts.speed [tiny|base]`: the speed of sampling tokens, against GPT-2.
 
-Times frames that see a full window of W - 1 earlier frames. GPT-2 has the same depth, width, number
-of codes and window, and uses its own cache. It draws only as many tokens as fit into its window, so
-it never has to encode a window again.
+Times frames that are sampled when the model's window is full. GPT-2 has the same depth, width,
+number of codes and window, and uses its own cache. It draws only as many tokens as fit into its
+window, so it never has to encode a window again.
 
 Three others are timed for comparison. The first is GPT-2 as transformers runs it on a CPU; only
 this comparison has a bar (a goal). The second is GPT-2 compiled by torch, which takes half a
@@ -74,8 +74,8 @@ def pass_flops(world: WorldModel) -> float:
 def pass_bytes(world: WorldModel) -> float:
     """Return the number of bytes that sampling one frame reads from memory.
 
-    The network runs once for each wave of the frame, and each time reads all weights, keys and
-    values.
+    A frame is sampled in waves, which are groups of tokens. The network runs once for each wave,
+    and each time reads all weights, keys and values.
     """
     model, config = world.transformer, world.transformer.config
     weights = sum(parameter.numel() for parameter in model.blocks.parameters())

@@ -45,9 +45,10 @@ from driving_sim.world_model.world_model import WorldModel
 
 
 def context_of(world: WorldModel, recorded: SyntheticDrive) -> Context:
-    """Return the context of a rollout that continues the first W + 1 frames of a recorded drive.
+    """Return the context of a rollout that continues the beginning of a recorded drive.
 
-    The context also contains the drive's later frames, which are drawn beside the rollout.
+    The beginning is one frame longer than the model's window. The context also contains the drive's
+    later frames, which are drawn beside the rollout.
     """
     past = world.context_frames + 1
     frames = recorded.frames

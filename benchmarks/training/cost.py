@@ -50,7 +50,10 @@ The training is the largest run of python -m benchmarks.training.scaling_runs. I
 ENCODE, DECODE, DISCRIMINATE, PERCEIVE = 72.9e9, 69.6e9, 1.0e9, 80e9
 """Operations per frame in a forward pass: `large`'s encoder, decoder, discriminator, and VGG-16."""
 ACTIVATIONS = 56
-"""Bytes that are kept for the backward pass, per slot, layer and channel, with bf16 autocast."""
+"""Bytes that are kept for the backward pass, per slot, layer and channel, with bf16 autocast.
+
+A slot is a position in the network's input: a token, or the start of a row of tokens.
+"""
 LOGITS = 12
 """Peak bytes of the logits, per token and code: bf16, float32, log-softmax and gradients."""
 GPU_SHARE = 0.3
@@ -126,11 +129,11 @@ WINDOWS_TRAINED = STEPS * WINDOWS
 
 
 def gaia_flops(attention: bool) -> float:
-    """Return the operations of GAIA-1's training; those of attention count if `attention` is set.
+    """Return the number of operations of GAIA-1's training, with or without those of attention.
 
-    Without attention, they are 6 N D for N parameters and D training tokens. With attention, they
-    also depend on the number of layers, which is not published. So it is computed from N and the
-    width.
+    Without attention, it is 6 N D for N parameters and D training tokens. The operations of
+    attention depend on the number of layers. This number is not published, so it is computed from N
+    and the width.
     """
     layers = GAIA_PARAMETERS / (12 * GAIA_WIDTH**2)
     extra = layers * GAIA_WIDTH * GAIA_SEQUENCE if attention else 0.0
@@ -149,7 +152,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def the_run() -> str:
-    """Return the table that compares the published GAIA-1 with drivesim on as many windows."""
+    """Return the table that compares GAIA-1's published training with drivesim's.
+
+    Both train on the same number of windows.
+    """
     flops, share = MODEL.flops_per_window * WINDOWS_TRAINED, gaia_share(attention=True)
     tokens = MODEL.tokens * WINDOWS_TRAINED
     days = [flops / (GPUS * peak * share) / 86_400 for peak in (A100, H100)]

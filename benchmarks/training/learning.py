@@ -73,7 +73,10 @@ class Peer(Trainable):
         self.model = model
 
     def players(self) -> list[Player]:
-        """Return a single player, because AdamW updates all parameters."""
+        """Return the whole peer as one player.
+
+        A player is a part of a model whose gradients are clipped together.
+        """
         return [Player("model", self.model, muon=False)]
 
     def ema_module(self) -> nn.Module:
@@ -297,7 +300,10 @@ def curve(run: Path, panel: Panel) -> NDArray[np.float64]:
 
 
 def plot(options: argparse.Namespace) -> None:
-    """Draw and print the runs of drivesim and a peer, for each pair of which both runs exist."""
+    """Draw and print drivesim's runs beside their peers' runs.
+
+    Leaves out a comparison if one of its two runs does not exist.
+    """
     panels = [
         panel
         for panel in PANELS
@@ -305,8 +311,9 @@ def plot(options: argparse.Namespace) -> None:
     ]
     if not panels:
         raise DriveSimError(
-            f"{options.out} contains no pair of runs; run `train tokenizer` and `train "
-            "tokenizer-peer` first, or `train world-model` and `train world-model-peer`"
+            f"{options.out} contains no pair of runs (drivesim's and its peer's); run `train "
+            "tokenizer` and `train tokenizer-peer` first, or `train world-model` and `train "
+            "world-model-peer`"
         )
     figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
     for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):

@@ -106,7 +106,7 @@ def world_model_step(shape: Shape, size: int, settings: Settings) -> Work:
 
 
 def _nearest_gpt2(shape: Shape, count: int) -> nn.Module:
-    """Build a GPT-2 of the shape's width, whose depth makes it nearest to `count` parameters."""
+    """Build a GPT-2 of the shape's width. Choose the depth that gives about `count` parameters."""
     model = shape.model
 
     def build(layers: int) -> nn.Module:
