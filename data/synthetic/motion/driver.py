@@ -98,7 +98,8 @@ class Driver:
 
     def _next(self, state: VehicleState) -> _Manoeuvre:
         _, offset, _ = self._road.project(np.array([state.x_m]), np.array([state.y_m]))
-        # After leaving the road or stopping, follow the road until the car is back on it.
+        # Follow the road for a while after a manoeuvre that steers freely, after a stop, or if the
+        # car is far off the road.
         if self._now.steering_rad is not None or self._now.speed_mps == 0.0 or abs(offset) > 6.0:
             return self._follow()
         if not self._deck:

@@ -212,13 +212,14 @@ def _pass_through(
 ) -> Ints:
     """Pass a drive's frames through the model and return the tokens [T, P] that `choose` returns.
 
-    Every run starts without context. `choose` is called with the index of the frame, followed by
-    the arguments of the sampler's `Choose`.
+    If there is a gap in the drive, the model starts again without context. `choose` is called with
+    the index of the frame, followed by the arguments of the sampler's `Choose`. `advance` is called
+    with the number of frames that are done.
     """
     frames, device = [], world.device
     for begin, stop in drive.entry.segments:
         passes = world.branch(world.no_prefix()).passes
-        # No action leads to the first frame of a run.
+        # No action leads to the first frame of a segment.
         led = torch.zeros(1, 2, device=device)
         known = torch.zeros(1, 2, dtype=torch.bool, device=device)
         for t in range(begin, stop):
