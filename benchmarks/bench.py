@@ -69,7 +69,9 @@ def with_section(page: str, machine: str, text: str) -> str:
     begin, end = _begin(machine), _end(machine)
     if begin in page:
         before, _, rest = page.partition(begin)
-        after = rest.partition(end)[2]
+        _, end_comment, after = rest.partition(end)
+        if not end_comment:
+            raise SystemExit(f"the page has {begin} but not {end}; add it below the table")
         return before + text + after
     last_end = page.rfind(_end(""))
     if last_end < 0:

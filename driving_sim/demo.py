@@ -77,6 +77,13 @@ class DemoConfig:
     sampling: Sampling = Sampling(temperature=0.85)
     """Sampling settings for the predicted futures, without the seed."""
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.judged_seconds <= self.seconds:
+            raise ValueError(
+                f"judged_seconds: must be from 1 to seconds={self.seconds:g}, "
+                f"found {self.judged_seconds:g}"
+            )
+
 
 def run_demo(out: Path, *, seed: int = 0, config: DemoConfig | None = None) -> str:
     """Make drives, train both models, and predict four futures; return a summary as text.
@@ -103,8 +110,7 @@ def run_demo(out: Path, *, seed: int = 0, config: DemoConfig | None = None) -> s
     driven, start = _find_start(config, seed, world.context_frames + 1)
     plans, futures = _roll_out(world, driven, start, config, seed)
     truths = [replay(driven.world, driven.states[start], plan.actions) for plan in plans]
-    end, second = (round(time * config.world.fps) for time in (config.judged_seconds, 1.0))
-    matrix = _psnr_matrix(futures, truths, slice(max(0, end - second), end))
+    matrix = _psnr_matrix(futures, truths, _judged_frames(config))
     correct = int((matrix.argmax(axis=1) == np.arange(len(ACTIONS))).sum())
     steering_range = 2 * world.statistics.steering_p95
     _write_pictures(out, plans, truths, futures, config.world.fps, steering_range)
@@ -216,6 +222,12 @@ def _roll_out(
         moments = [step.tokens.cpu() for step in steps]
     tokens_of_plans = torch.stack(moments, dim=1)
     return plans, [world.tokenizer.decode(tokens).numpy() for tokens in tokens_of_plans]
+
+
+def _judged_frames(config: DemoConfig) -> slice:
+    """Return which frames of the futures lie in the judged second."""
+    begin, end = config.judged_seconds - 1, config.judged_seconds
+    return slice(round(begin * config.world.fps), round(end * config.world.fps))
 
 
 def _psnr_matrix(futures: list[Pixels], truths: list[Pixels], judged: slice) -> Floats:

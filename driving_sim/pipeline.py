@@ -291,7 +291,7 @@ def train_world_model_on(
 
 def roll_out(
     model: Path | str,
-    actions: Sequence[str],
+    actions: Sequence[str] | str,
     out: Path | str = "rollout.mp4",
     *,
     tokens: Path | str = "runs/tokens",
@@ -326,6 +326,7 @@ def roll_out(
                 "name the video of one drive"
             )
         beginning = context_from_drive(world, drive, start_s)
+    actions = [actions] if isinstance(actions, str) else actions
     plans = make_plans(actions, beginning.situation(world), seconds=seconds)
     return write_rollout(
         world, beginning, plans, out, sampling=sampling or Sampling(), samples=samples

@@ -11,7 +11,14 @@ from driving_sim import demo
 from driving_sim.data.synthetic.true_future import replay
 from driving_sim.data.synthetic.world import SyntheticConfig
 from driving_sim.data.tokens.store import TokenStore
-from driving_sim.demo import ACTIONS, DemoConfig, _find_start, _psnr_matrix, run_demo
+from driving_sim.demo import (
+    ACTIONS,
+    DemoConfig,
+    _find_start,
+    _judged_frames,
+    _psnr_matrix,
+    run_demo,
+)
 from driving_sim.engine.config import load_yaml
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.world_model.action_plan import ActionPlan
@@ -53,11 +60,17 @@ def test_the_whole_demo_runs_and_reports(tmp_path: Path) -> None:
     # give the same results.
     for name in ("summary.json", "demo.mp4"):
         (out / name).unlink()
-    for seed, config in ((2, SMALL), (1, replace(SMALL, seconds=0.5))):
+    for seed, config in ((2, SMALL), (1, replace(SMALL, seconds=1.5))):
         with pytest.raises(DriveSimError, match="a demo made with other settings"):
             run_demo(out, seed=seed, config=config)
     run_demo(out, seed=1, config=SMALL)
     assert json.loads((out / "summary.json").read_text()) == saved
+
+
+@pytest.mark.parametrize("judged_seconds", [0.5, 3.0])
+def test_the_judged_second_lies_within_the_futures(judged_seconds: float) -> None:
+    with pytest.raises(ValueError, match="judged_seconds: must be from 1 to seconds=2"):
+        DemoConfig(seconds=2.0, judged_seconds=judged_seconds)
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
@@ -94,11 +107,14 @@ def test_each_true_future_is_closest_to_itself() -> None:
         replay(
             driven.world,
             driven.states[start],
-            np.tile(np.array(actions[name], np.float32), (16, 1)),
+            np.tile(np.array(actions[name], np.float32), (24, 1)),
         )
         for name in ACTIONS
     ]
-    matrix = _psnr_matrix(truths, truths, slice(8, 16))
+    # Noise outside the judged second changes nothing.
+    noise = np.random.default_rng(0).integers(256, size=truths[0].shape, dtype=np.uint8)
+    predicted = [np.concatenate([noise[:8], truth[8:16], noise[16:]]) for truth in truths]
+    matrix = _psnr_matrix(predicted, truths, _judged_frames(config))
     assert (matrix.argmax(axis=1) == np.arange(4)).all()
     assert (np.diag(matrix) > 40).all()
     assert matrix[~np.eye(4, dtype=bool)].max() < 25

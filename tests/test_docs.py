@@ -36,7 +36,12 @@ from tests import ROOT
 
 DOCS = ROOT / "docs"
 CLUSTER = DOCS / "cluster"
-FILES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(CLUSTER.iterdir())]
+FILES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(DOCS.glob("*.md")),
+    *sorted(CLUSTER.iterdir()),
+]
 COMMAND: Any = typer.main.get_command(app)
 PRESETS: dict[str, dict[str, Any]] = {
     "train-tokenizer": TOKENIZER_PRESETS,

@@ -123,7 +123,7 @@ def test_the_readmes_python_runs_on_a_demo(tmp_path: Path) -> None:
     run_demo(tmp_path / "runs" / "demo", config=config)
     (code,) = [text for language, text in blocks(README) if language == "python"]
     run("python", code, tmp_path)
-    assert (tmp_path / "rollout.mp4").stat().st_size > 1000
+    assert (tmp_path / "turns.mp4").stat().st_size > 1000
 
 
 def test_the_commands_of_getting_started_run_one_after_the_other(tmp_path: Path) -> None:
@@ -132,8 +132,10 @@ def test_the_commands_of_getting_started_run_one_after_the_other(tmp_path: Path)
     assert len(marked) == page.read_text("utf-8").count(TEST) >= 6
     printed = [run(language, text, tmp_path) for language, text in marked]
     (inspection,) = [text for language, text in blocks(page) if language == "text"]
-    for line in inspection.splitlines():
-        if line.startswith("  drive_"):
-            assert line in printed[1], "the page shows problems that inspect does not find"
+    # Columns that no processor rounds differently; the legend and the problems word for word.
+    columns = re.compile(r"^(drive_\d+) .* ([+-]\d+) +(left \+|FLIPPED) .* (\d|none)$", re.M)
+    assert columns.findall(inspection) == columns.findall(printed[1]) != []
+    texts = [line for line in inspection.splitlines() if not line.startswith("drive_")]
+    assert [line for line in texts[1:] if line not in printed[1]] == []
     for name in ("rollout.mp4", "rollout.png", "slalom.mp4"):
         assert (tmp_path / name).stat().st_size > 1000

@@ -42,10 +42,14 @@ class Limits:
         """
         parts = []
         if flops:
-            parts.append(f"{100 * flops / seconds / self.flops:.2g} % of products")
+            parts.append(f"{_percent(flops / seconds / self.flops)} of products")
         if read:
-            parts.append(f"{100 * read / seconds / self.bandwidth:.2g} % of memory")
+            parts.append(f"{_percent(read / seconds / self.bandwidth)} of memory")
         return ", ".join(parts)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.2g} %"
 
 
 def precision(settings: Settings) -> torch.dtype:

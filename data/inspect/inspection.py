@@ -1,6 +1,7 @@
 """Inspect drives: report what they contain and what is wrong with them (`drivesim inspect`)."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -189,7 +190,9 @@ def _report(
     problems = (*synchrony.problems, *_speed_problems(measured, change))
     gap_lengths = np.diff(all_frames.timestamps)[~within_segments(all_frames.segments)]
     picture = f"{drive.id}.png"
-    caption = f"{drive.id}: " + ("; ".join(problems) if problems else "no problems found")
+    # Only the facts: the remedies name settings, and stand in the text.
+    facts = (re.split("[:;] ", problem)[0] for problem in problems)
+    caption = f"{drive.id}: " + ("; ".join(facts) if problems else "no problems found")
     draw_drive(
         out / picture,
         measured,

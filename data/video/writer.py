@@ -83,13 +83,15 @@ def write_video(path: Path, frames: Iterable[Pixels], fps: float) -> None:
 
 def write_animation(path: Path, frames: Iterable[Pixels], fps: float) -> None:
     """Write frames as an animated WebP that loops. Each frame is uint8 RGB [height, width, 3]."""
-    first, *others = map(Image.fromarray, frames)
+    images = [Image.fromarray(frame) for frame in frames]
+    if not images:
+        raise DriveSimError(f"{path}: no frames to write")
     with atomic_file(path) as temporary:
-        first.save(
+        images[0].save(
             temporary,
             "WEBP",
             save_all=True,
-            append_images=others,
+            append_images=images[1:],
             duration=round(1000 / fps),
             loop=0,
             quality=85,

@@ -187,8 +187,8 @@ def _floor_and_scale(
 
     All three results are [R, G]. The errors are summed over the runs.
     """
-    # The law is `floor + scale * power = loss`. Divide both sides by the loss, so that the errors of
-    # the fit are relative. The right side becomes 1.
+    # The law is `floor + scale * power = loss`. Divide both sides by the loss, so that the errors
+    # of the fit are relative. The right side becomes 1.
     unit = 1 / losses[:, None]
     power = np.exp(-exponents[..., None] * log_compute) * unit
     power2, mixed, unit2 = (power**2).sum(-1), (power * unit).sum(-1), (unit**2).sum(-1)

@@ -243,3 +243,16 @@ def test_claims_survive_the_round_trip_through_a_file(tmp_path: Path) -> None:
     assert read_claims(file) == [saved]
     with pytest.raises(DriveSimError, match="`device` none"):
         run_command("", "x", {"it": measured}, ["--device=none"])
+
+
+def test_a_section_without_its_end_is_refused() -> None:
+    page = bench.with_section("# Speed", "A", bench.section("A", "2026-01-01.", []))
+    damaged = page.replace("<!-- end of make bench: A -->", "")
+    with pytest.raises(SystemExit, match="end of make bench: A"):
+        bench.with_section(f"{damaged}\nThe rest.", "A", "new")
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(1 / 0.997, "100 %"), (20.0, "5 %"), (2.44, "41 %")])
+def test_shares_of_limits_are_plain_numbers(seconds: float, text: str) -> None:
+    limits = Limits(dtype=torch.float32, flops=1.0, bandwidth=1.0)
+    assert limits.share(seconds, flops=1.0) == f"{text} of products"

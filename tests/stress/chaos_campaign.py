@@ -270,16 +270,16 @@ class Campaign:
 
     def _damage(self, state: State) -> State:
         """Damage the newest checkpoint if there is an older one. Return the state after that."""
-        whole = checkpoint_steps(state)
-        if not isinstance(self._job, Training) or self._bad_steps(state) or len(whole) < 2:
+        steps = checkpoint_steps(state)
+        if not isinstance(self._job, Training) or self._bad_steps(state) or len(steps) < 2:
             return state
         kind = self._draw.choice(self._damages)
-        folder = self._out / f"{CHECKPOINTS}{whole[-1]:08d}"
+        folder = self._out / f"{CHECKPOINTS}{steps[-1]:08d}"
         damage(folder, kind, self._draw)
-        self._story.append(f"step {whole[-1]} {kind}")
+        self._story.append(f"step {steps[-1]} {kind}")
         self._figures.damages[kind] += 1
         state = state_of(self._out, state.printed)
-        self._damaged = {whole[-1]: state}
+        self._damaged = {steps[-1]: state}
         return state
 
     def _compare(self, state: State) -> None:

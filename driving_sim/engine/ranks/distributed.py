@@ -138,7 +138,9 @@ def process_group(
 
 
 def _release_tensors() -> None:
-    """Wait until gloo's threads have freed the tensors of past collectives, at most one second.
+    """Wait until gloo has freed the tensor of a last collective, at most one second.
+
+    By then, gloo's threads have usually freed the tensors of the collectives before it, too.
 
     Otherwise the process could abort at exit. A gloo thread needs the GIL to free a tensor. If the
     interpreter is already shutting down, Python ends the thread inside a C++ destructor, which

@@ -181,8 +181,8 @@ recording, so PSNR, SSIM and token accuracy fall with the horizon even for a per
 Fréchet distance is biased upwards for few clips. Compare it only between reports with the same
 number of clips and frames, and not with published values. Compare token accuracy only between
 models with the same tokenizer. Intervals are over clips, whose futures do not overlap."""
-_RECORDED = """the recorded frames. "Floor" is the tokenizer's reconstruction of these frames, and
-no model can be better."""
+_RECORDED = """the recorded frames. "Floor" is the tokenizer's reconstruction of these frames. No
+model can have a better PSNR or SSIM; a Fréchet distance below the floor is possible by chance."""
 _RECONSTRUCTED = """the tokenizer's reconstructions of the recorded frames, because the held-out
 drives are tokens without videos. So these numbers do not include the tokenizer's own errors, and
 there is no floor."""

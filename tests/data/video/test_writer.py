@@ -11,10 +11,17 @@ import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image, ImageSequence
 
 from driving_sim.data.video.file_facts import read_facts
 from driving_sim.data.video.reader import stream_frames
-from driving_sim.data.video.writer import FAST, SMALL, video_writer, write_video
+from driving_sim.data.video.writer import (
+    FAST,
+    SMALL,
+    video_writer,
+    write_animation,
+    write_video,
+)
 from driving_sim.engine.errors import DriveSimError
 
 
@@ -53,6 +60,23 @@ def test_file_is_h264_yuv420p_with_its_index_in_front(tmp_path: Path) -> None:
         assert (codec.name, codec.pix_fmt) == ("h264", "yuv420p")
     content = path.read_bytes()
     assert content.index(b"moov") < content.index(b"mdat")
+
+
+def test_an_animation_loops_at_its_rate(tmp_path: Path) -> None:
+    path, frames = tmp_path / "x.webp", gradient(4, 48, 64)
+    write_animation(path, frames, fps=8)
+    with Image.open(path) as animation:
+        assert animation.info["loop"] == 0
+        pictures = ImageSequence.all_frames(animation, lambda frame: frame.convert("RGB"))
+    assert [picture.info["duration"] for picture in pictures] == [125] * 4
+    difference = np.stack([np.asarray(picture) for picture in pictures]).astype(int) - frames
+    assert np.abs(difference).mean(axis=(1, 2, 3)).max() < 4
+
+
+def test_an_animation_needs_frames(tmp_path: Path) -> None:
+    with pytest.raises(DriveSimError, match=r"x\.webp: no frames to write"):
+        write_animation(tmp_path / "x.webp", [], fps=8)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_fast_options_reach_the_encoder(tmp_path: Path) -> None:
