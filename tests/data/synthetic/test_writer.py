@@ -49,7 +49,7 @@ def test_an_unfinished_set_is_completed_with_the_same_bytes(tmp_path: Path) -> N
     assert len({video.read_bytes() for video in videos}) == 3
     with pytest.raises(DriveSimError, match="already holds these 3 drives"):
         write(tmp_path / "complete")
-    with pytest.raises(DriveSimError, match="another plan"):
+    with pytest.raises(DriveSimError, match="made with other settings"):
         write(tmp_path / "complete", seed=2)
 
 
