@@ -123,7 +123,7 @@ def test_the_readmes_python_runs_on_a_demo(tmp_path: Path) -> None:
     run_demo(tmp_path / "runs" / "demo", config=config)
     (code,) = [text for language, text in blocks(README) if language == "python"]
     run("python", code, tmp_path)
-    assert (tmp_path / "turns.mp4").stat().st_size > 1000
+    assert (tmp_path / "left.mp4").stat().st_size > 1000
 
 
 def test_the_commands_of_getting_started_run_one_after_the_other(tmp_path: Path) -> None:
