@@ -33,6 +33,8 @@ COMMANDS = (
     ("startup", "startup"),
 )
 """Module and benchmark name of each command to run."""
+_END = "<!-- end of make bench: "
+"""Start of the comment that ends a section of the page; the machine's name follows."""
 _HEAD = ("what", "drivesim", "compared with", "times as fast", "share of the machine's limits")
 
 
@@ -73,7 +75,7 @@ def with_section(page: str, machine: str, text: str) -> str:
         if not end_comment:
             raise SystemExit(f"the page has {begin} but not {end}; add it below the table")
         return before + text + after
-    last_end = page.rfind(_end(""))
+    last_end = page.rfind(_END)
     if last_end < 0:
         return f"{page.rstrip()}\n\n{text}\n".lstrip()
     at = page.index("-->", last_end) + len("-->")
@@ -85,12 +87,7 @@ def _begin(machine: str) -> str:
 
 
 def _end(machine: str) -> str:
-    """Return the comment that marks the end of a machine's section of the page.
-
-    To search for the end of any section, pass "" as `machine`. This returns the words with which
-    every such comment begins.
-    """
-    return f"<!-- end of make bench: {machine} -->" if machine else "<!-- end of make bench: "
+    return f"{_END}{machine} -->"
 
 
 def commit() -> str:

@@ -23,21 +23,12 @@ from driving_sim.engine.config import load_yaml
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.world_model.action_plan import ActionPlan
 from tests.fixtures.small_files import small_files
-
-SMALL = DemoConfig(
-    drives=3,
-    heldout_drives=1,
-    drive_seconds=3.0,
-    steps=2,
-    seconds=1.0,
-    judged_seconds=1.0,
-    precision="fp32",
-)
+from tests.fixtures.synthetic_worlds import SMALL_DEMO
 
 
 def test_the_whole_demo_runs_and_reports(tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    summary = run_demo(out, seed=1, config=SMALL)
+    summary = run_demo(out, seed=1, config=SMALL_DEMO)
     saved = json.loads((out / "summary.json").read_text())
     matrix = np.array(saved["psnr_db"])
     assert matrix.shape == (4, 4)
@@ -49,21 +40,21 @@ def test_the_whole_demo_runs_and_reports(tmp_path: Path) -> None:
         assert load_yaml(out / run / "config.yaml")["training"]["precision"] == "fp32"
     with av.open(str(out / "demo.mp4")) as video:
         frames = sum(1 for _ in video.decode(video=0))
-    assert frames == round(SMALL.seconds * SMALL.world.fps)
+    assert frames == round(SMALL_DEMO.seconds * SMALL_DEMO.world.fps)
     assert (out / "demo.png").stat().st_size > 1000
     with Image.open(out / "demo.webp") as animation:
         assert animation.n_frames == frames  # type: ignore[attr-defined]
     assert [path.stem for path in (out / "heldout").glob("*.mp4")] == ["drive_003"]
     with pytest.raises(DriveSimError, match="finished demo"):
-        run_demo(out, seed=1, config=SMALL)
+        run_demo(out, seed=1, config=SMALL_DEMO)
     # Restore the state of a demo that was killed in its last stage. Running the demo again must
     # give the same results.
     for name in ("summary.json", "demo.mp4"):
         (out / name).unlink()
-    for seed, config in ((2, SMALL), (1, replace(SMALL, seconds=1.5))):
+    for seed, config in ((2, SMALL_DEMO), (1, replace(SMALL_DEMO, seconds=1.5))):
         with pytest.raises(DriveSimError, match="a demo made with other settings"):
             run_demo(out, seed=seed, config=config)
-    run_demo(out, seed=1, config=SMALL)
+    run_demo(out, seed=1, config=SMALL_DEMO)
     assert json.loads((out / "summary.json").read_text()) == saved
 
 
@@ -76,7 +67,7 @@ def test_the_judged_second_lies_within_the_futures(judged_seconds: float) -> Non
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     with pytest.raises(DriveSimError, match="other files"):
-        run_demo(tmp_path, config=SMALL)
+        run_demo(tmp_path, config=SMALL_DEMO)
     assert [path.name for path in tmp_path.iterdir()] == ["videos"]
 
 

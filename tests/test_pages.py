@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from driving_sim.demo import DemoConfig, run_demo
+from driving_sim.demo import run_demo
 from tests import ROOT
+from tests.fixtures.synthetic_worlds import SMALL_DEMO
 
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -76,7 +77,9 @@ def test_a_dead_link_is_seen(tmp_path: Path) -> None:
 
 
 def test_file_names_do_not_differ_by_case_alone() -> None:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     names = [name.lower() for name in listed.stdout.splitlines()]
     assert len(set(names)) == len(names)
 
@@ -111,16 +114,7 @@ def test_the_pictures_are_light() -> None:
 
 
 def test_the_readmes_python_runs_on_a_demo(tmp_path: Path) -> None:
-    config = DemoConfig(
-        drives=3,
-        heldout_drives=1,
-        drive_seconds=5.0,
-        steps=2,
-        seconds=1.0,
-        judged_seconds=1.0,
-        precision="fp32",
-    )
-    run_demo(tmp_path / "runs" / "demo", config=config)
+    run_demo(tmp_path / "runs" / "demo", config=SMALL_DEMO)
     (code,) = [text for language, text in blocks(README) if language == "python"]
     run("python", code, tmp_path)
     assert (tmp_path / "left.mp4").stat().st_size > 1000

@@ -121,6 +121,23 @@ def _nearest_gpt2(shape: Shape, count: int) -> nn.Module:
     return nearest(build, range(1, model.layers + 3), count)
 
 
+def _timed(
+    steps: dict[str, Work], settings: Settings
+) -> tuple[dict[str, list[float]], dict[str, float], dict[str, str]]:
+    """Time training steps in turns.
+
+    Returns for each step its seconds in all rounds, their median, and as text which share of the
+    machine's limits the step reaches.
+    """
+    times = alternate(steps, settings)
+    seconds = {name: float(np.median(taken)) for name, taken in times.items()}
+    used = {
+        name: limits(settings, precision(settings)).share(seconds[name], flops=flops_of(act))
+        for name, act in steps.items()
+    }
+    return times, seconds, used
+
+
 def world_model(name: str, settings: Settings) -> list[Claim]:
     """Compare the training speed of the world model with GPT-2's."""
     shape = shape_of(name, settings)
@@ -130,12 +147,7 @@ def world_model(name: str, settings: Settings) -> list[Claim]:
     window = (size, shape.model.context_frames * shape.tokens)
     tokens = torch.randint(shape.grid.codebook_size, window, device=settings.device)
     theirs = peer_step(peer, gpt2_loss, tokens, settings)
-    times = alternate({"own": own, "peer": theirs}, settings)
-    seconds = {name: float(np.median(taken)) for name, taken in times.items()}
-    used = {
-        name: limits(settings, precision(settings)).share(seconds[name], flops=flops_of(act))
-        for name, act in {"own": own, "peer": theirs}.items()
-    }
+    times, seconds, used = _timed({"own": own, "peer": theirs}, settings)
     return [
         Claim(
             what=f"training step, world model, {name}-sized",
@@ -184,12 +196,7 @@ def tokenizer(settings: Settings) -> list[Claim]:
     }
     best = min(tried, key=lambda name: tried[name])
     theirs = prepared(layouts[best])
-    times = alternate({"own": own, "peer": theirs}, settings)
-    seconds = {name: float(np.median(taken)) for name, taken in times.items()}
-    used = {
-        name: limits(settings, precision(settings)).share(seconds[name], flops=flops_of(act))
-        for name, act in {"own": own, "peer": theirs}.items()
-    }
+    times, seconds, used = _timed({"own": own, "peer": theirs}, settings)
     return [
         Claim(
             what="training step, tokenizer, base-sized",

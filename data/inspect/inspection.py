@@ -182,6 +182,11 @@ def _value_range(sampled: SampledDrive, channel: int) -> tuple[float, float] | N
     return low, high
 
 
+def _caption(problems: Sequence[str]) -> str:
+    """Return the problems without their remedies, which come after a colon or a semicolon."""
+    return "; ".join(re.split("[:;] ", line)[0] for line in problems) or "no problems found"
+
+
 def _report(
     drive: Drive, measured: SampledDrive, motion: Floats32, change: Floats32, out: Path
 ) -> DriveReport:
@@ -190,14 +195,11 @@ def _report(
     problems = (*synchrony.problems, *_speed_problems(measured, change))
     gap_lengths = np.diff(all_frames.timestamps)[~within_segments(all_frames.segments)]
     picture = f"{drive.id}.png"
-    # Only the facts: the remedies name settings, and stand in the text.
-    facts = (re.split("[:;] ", problem)[0] for problem in problems)
-    caption = f"{drive.id}: " + ("; ".join(facts) if problems else "no problems found")
     draw_drive(
         out / picture,
         measured,
         np.where(within_segments(measured.segments), motion, np.nan),
-        caption,
+        f"{drive.id}: {_caption(problems)}",
     )
     return DriveReport(
         id=drive.id,

@@ -11,7 +11,7 @@ from PIL import Image
 
 from driving_sim.data.actions.action_file import STEERING
 from driving_sim.data.drive import Drive, sample
-from driving_sim.data.inspect.inspection import inspect_drives
+from driving_sim.data.inspect.inspection import _caption, inspect_drives
 from driving_sim.data.inspect.motion import yaw_motion
 from driving_sim.data.inspect.steering_check import measure_synchrony
 from driving_sim.data.sources import find_drives
@@ -53,6 +53,12 @@ def test_the_report_names_drives_actions_and_what_is_skipped(folder: Path, tmp_p
     text = report.table()
     for word in ("trip/a", "0.0 to 8.0", "skipped (1)", "empty.mp4", "speed is taken to be in m/s"):
         assert word in text
+
+
+def test_the_caption_leaves_the_remedies_out() -> None:
+    lines = ["the actions are 3 frames late: shift them by `time_offset=-0.30`", "a; do b"]
+    assert _caption(lines) == "the actions are 3 frames late; a"
+    assert _caption([]) == "no problems found"
 
 
 def test_ranges_are_percentiles(tmp_path: Path) -> None:
