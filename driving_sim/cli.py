@@ -6,7 +6,6 @@ names as those of the function that it calls, so most are passed on unchanged. E
 settings by these parameter names, in backticks, and this module replaces the names with flags.
 """
 
-import errno
 import json
 import re
 import sys
@@ -22,7 +21,7 @@ from typer import Argument, Option
 from typer.core import TyperGroup
 
 from driving_sim.engine import progress as progress_lines
-from driving_sim.engine.errors import BadDriveError, DriveSimError, Interrupted
+from driving_sim.engine.errors import BadDriveError, DriveSimError, Interrupted, is_out_of_memory
 from driving_sim.engine.threads import collect_rarely, keep_freed_memory, leave_busy_cores
 from driving_sim.engine.torchrun import is_main_process
 
@@ -78,7 +77,7 @@ def _error_line(error: BaseException, command: Any) -> str | None:
         return with_flags(str(error), command)
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return (
             "out of memory: to train, lower data.batch_size or choose a smaller --preset; to roll "
             "out, ask for fewer or shorter futures"
@@ -88,16 +87,6 @@ def _error_line(error: BaseException, command: Any) -> str | None:
     if isinstance(error, typer.BadParameter.__bases__) and hasattr(error, "format_message"):
         return f"{error.format_message()} (see --help)"
     return None
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    # Outside CUDA, torch raises a plain RuntimeError if memory runs out, so look at its text.
-    torch_is_out = isinstance(error, RuntimeError) and (
-        "DefaultCPUAllocator" in str(error) or "out of memory" in str(error)
-    )
-    return torch_is_out or isinstance(error, MemoryError)
 
 
 @contextmanager

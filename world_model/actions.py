@@ -10,11 +10,13 @@ from typing import Annotated
 import numpy as np
 import torch
 from einops import rearrange
+from numpy.typing import ArrayLike
 from pydantic import Field
 from torch import Tensor, nn
 
 from driving_sim.data.arrays import Floats32, Mask
 from driving_sim.engine.config import Count, NonNegative, Share, config
+from driving_sim.engine.errors import DriveSimError
 
 CHANNELS = ("speed", "steering")
 
@@ -31,6 +33,10 @@ class ActionStatistics:
     """95th percentile of |steering| in rad."""
     steering_p99: float = 0.0
     """99th percentile of |steering| in rad."""
+    lowest: tuple[float, float] | None = None
+    """Lowest speed (m/s) and steering (rad). None without actions, and in older models."""
+    highest: tuple[float, float] | None = None
+    """Highest speed (m/s) and steering (rad). None without actions, and in older models."""
 
     @classmethod
     def measure(cls, actions: Floats32, valid: Mask) -> "ActionStatistics":
@@ -42,12 +48,34 @@ class ActionStatistics:
         std = [spread if spread > 1e-6 else 0.0 for spread in std]
         steering = np.abs(channels[1])
         p95, p99 = np.quantile(steering, [0.95, 0.99]) if len(steering) else (0.0, 0.0)
+        low, high = ([float(f(x)) if len(x) else 0.0 for x in channels] for f in (np.min, np.max))
         return cls(
             mean=(mean[0], mean[1]),
             std=(std[0], std[1]),
             steering_p95=float(p95),
             steering_p99=float(p99),
+            lowest=(low[0], low[1]) if valid.any() else None,
+            highest=(high[0], high[1]) if valid.any() else None,
         )
+
+
+def with_validity(name: str, actions: ArrayLike, valid: ArrayLike | None) -> tuple[Tensor, Tensor]:
+    """Return the actions as float32, and whether they are valid as bool of the same shape.
+
+    Actions that are not `valid` become 0. NaN stays NaN, which the action embedding treats as
+    unknown. Raises DriveSimError for infinite actions; `name` is their name in the message.
+    """
+    values = torch.from_numpy(np.array(actions, np.float32))
+    known = np.ones(values.shape) if valid is None else np.broadcast_to(valid, values.shape)
+    mask = torch.from_numpy(known.astype(np.bool_))
+    values = torch.where(mask, values, 0.0)
+    infinite = values.isinf().nonzero().tolist()
+    if infinite:
+        raise DriveSimError(
+            f"{name}{infinite[0]} is {values[tuple(infinite[0])]}; give finite values, in m/s and "
+            "rad, or NaN if unknown"
+        )
+    return values, mask
 
 
 @config

@@ -30,12 +30,14 @@ class Cache(ABC):
     exact = False
     """Whether results are independent, to the last bit, of the other sequences in the batch."""
 
-    def __init__(self, model: Transformer, tables: Tables) -> None:
+    def __init__(self, model: Transformer, tables: Tables, first: int = 0) -> None:
+        """Begin with an empty ring; the first frame gets the number `first`, a multiple of W."""
         self.model, self.tables = model, tables
         self.device, self.dtype = tables.output.device, tables.output.dtype
         self.slots, self.frames = model.order.slots, model.config.context_frames
-        self.frame = -1
-        """Number of the frame that is being written, counted from 0; -1 before the first frame."""
+        self.first = first
+        self.frame = first - 1
+        """Number of the frame that is being written; `first` - 1 before the first frame."""
 
     @abstractmethod
     def advance(self) -> None:
@@ -53,6 +55,13 @@ class Cache(ABC):
     @abstractmethod
     def branch(self, rows: Tensor) -> Self:
         """Return a cache whose sequence i continues this cache's sequence `rows[i]`."""
+
+    @abstractmethod
+    def replace(self, rows: Tensor, other: Self) -> None:
+        """Replace the sequences `rows` with those of `other`, which is at the same frame.
+
+        `other` must be new, not a branch, and contain at least W - 1 frames.
+        """
 
     def begin_frame(
         self, previous: Tensor, actions: Tensor, valid: Tensor
@@ -79,8 +88,8 @@ class Cache(ABC):
 class RingCache(Cache):
     """The cache that computes its passes with torch."""
 
-    def __init__(self, model: Transformer, tables: Tables, batch: int) -> None:
-        super().__init__(model, tables)
+    def __init__(self, model: Transformer, tables: Tables, batch: int, first: int = 0) -> None:
+        super().__init__(model, tables, first)
         config, zeros = model.config, tables.output.new_zeros
         channels = config.width // config.heads
         shape = (config.layers, batch, config.kv_heads, self.frames * self.slots, channels)
@@ -103,7 +112,7 @@ class RingCache(Cache):
         begin = self._place().start
         self._write = slice(begin + wave.start, begin + wave.stop)
         # Until the ring is full, read only up to this pass: the rest has never been written.
-        full = self.frame >= self.frames
+        full = self.frame - self.first >= self.frames
         self._read = slice(0, self.frames * self.slots if full else begin + wave.stop)
         group = self.model.config.heads // self.model.config.kv_heads
         self._pass_mask = self._mask[wave.start : wave.stop, self._read].repeat(group, 1)
@@ -131,14 +140,18 @@ class RingCache(Cache):
 
     def branch(self, rows: Tensor) -> Self:
         """Return a copy whose sequence i continues this cache's sequence `rows[i]`."""
-        copy = type(self)(self.model, self.tables, len(rows))
-        filled = min(self.frame + 1, self.frames) * self.slots
+        copy = type(self)(self.model, self.tables, len(rows), self.first)
+        filled = min(self.frame - self.first + 1, self.frames) * self.slots
         rows = rows.to(self.device)
         copy.keys[:, :, :, :filled] = self.keys[:, rows, :, :filled]
         copy.values[:, :, :, :filled] = self.values[:, rows, :, :filled]
         copy._mask.copy_(self._mask)
         copy.frame = self.frame
         return copy
+
+    def replace(self, rows: Tensor, other: Self) -> None:
+        """Replace the sequences `rows` with those of `other`, which is at the same frame."""
+        self.keys[:, rows], self.values[:, rows] = other.keys, other.values
 
 
 def encode_frame(

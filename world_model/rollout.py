@@ -30,7 +30,8 @@ from driving_sim.engine.weights import write_safetensors
 from driving_sim.world_model.action_plan import ActionPlan, Situation
 from driving_sim.world_model.panels import contact_sheet, draw_moment
 from driving_sim.world_model.sampling.sampling import Sampling
-from driving_sim.world_model.world_model import Prefix, WorldModel
+from driving_sim.world_model.session import Prefix
+from driving_sim.world_model.world_model import WorldModel
 
 _SHEET_COLUMNS = 8
 _DECODED_TOGETHER = 8

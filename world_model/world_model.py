@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -26,14 +26,14 @@ from driving_sim.engine.config import config, from_dict, load_json, save_json, t
 from driving_sim.engine.device import resolve_device
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.precision import autocast, name_of
-from driving_sim.engine.threads import adjust_threads
 from driving_sim.engine.weights import build_with_weights, fingerprint, save_weights
 from driving_sim.tokenizer.tokenizer import Tokenizer
-from driving_sim.world_model.actions import ActionStatistics
-from driving_sim.world_model.cache import Cache, encode_frame
+from driving_sim.world_model.actions import ActionStatistics, with_validity
+from driving_sim.world_model.cache import encode_frame
 from driving_sim.world_model.kernels.decode import FrozenPasses
-from driving_sim.world_model.sampling.draw_waves import FrameSample, FrameSampler
+from driving_sim.world_model.sampling.draw_waves import FrameSampler
 from driving_sim.world_model.sampling.sampling import Sampling
+from driving_sim.world_model.session import HISTORY_S, Frame, Prefix, Session
 from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
 
 _WEIGHTS = "model.safetensors"
@@ -61,13 +61,11 @@ class WorldModelConfig:
     """Ids of the held-out drives. The best weights were chosen by validation on them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prefix:
-    """Encoded contexts, from which any number of futures can start."""
+class Beginning(Protocol):
+    """Anything that a drive can start from, such as a `Context` from a video."""
 
-    cache: Cache
-    last: Tensor
-    """Tokens of each context's last frame, [C, r * c]."""
+    def prefix(self, world: "WorldModel") -> Prefix:
+        """Encode the frames and the actions between them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +131,10 @@ class WorldModel:
             "world_model": name_of(self.dtype),
         }
         """Number formats (fp32 or bf16) of the tokenizer and of the world model's passes."""
-        identity = {"config": to_dict(self.config), "tokenizer": tokenizer.fingerprint}
+        described = to_dict(self.config)
+        # Leave out what older models did not record, so that their fingerprints stay valid.
+        described["actions"] = {k: v for k, v in described["actions"].items() if v is not None}
+        identity = {"config": described, "tokenizer": tokenizer.fingerprint}
         self.fingerprint = fingerprint(identity, transformer)
         """SHA-256 of weights, config and tokenizer."""
 
@@ -234,7 +235,12 @@ class WorldModel:
         )
 
     def encode_prefix(
-        self, tokens: ArrayLike | Tensor, past_actions: ArrayLike, valid: ArrayLike | None = None
+        self,
+        tokens: ArrayLike | Tensor,
+        past_actions: ArrayLike,
+        valid: ArrayLike | None = None,
+        *,
+        last_frame: int | None = None,
     ) -> Prefix:
         """Encode a context: tokens int64 [T, r, c] and the actions [T - 1, 2] between its frames.
 
@@ -245,32 +251,48 @@ class WorldModel:
 
         Only the last W - 1 frames are encoded, because together with the next frame they fill the
         model's window. The frame before them and the action that leads from it are used as input.
-        Raises `DriveSimError` for tokens that do not fit the model and for infinite actions.
+        Frames are numbered from 0, or so that the last one gets the number `last_frame`, for
+        `Session.restart`. This needs 2 (W - 1) frames. Raises `DriveSimError` for tokens that
+        do not fit the model, for infinite actions, and for too few frames.
         """
         tokens_CTP = self._checked_tokens(tokens).to(self.device)
         contexts, count, _ = tokens_CTP.shape
-        actions, known = _with_validity("past_actions", past_actions, valid)
+        actions, known = with_validity("past_actions", past_actions, valid)
         if actions.shape != (*torch.as_tensor(tokens).shape[:-3], count - 1, 2):
             raise ValueError(
                 f"past_actions of shape {tuple(actions.shape)}: {count} context frames need "
                 f"{count - 1} actions between them, [{count - 1}, 2]"
             )
-        start = self.no_prefix(contexts)
+        window = self.context_frames - 1
+        first, encoded = 0, min(count, window)
+        if last_frame is not None:
+            # The ring begins with a frame whose number is a multiple of W.
+            first = (last_frame - window + 1) // self.context_frames * self.context_frames
+            encoded = last_frame - first + 1
+            if count < 2 * window:
+                raise DriveSimError(
+                    f"the context has {count} frames, too few to begin again from; give a context "
+                    f"of at least {2 * window} frames"
+                )
+        start = self.no_prefix(contexts, first)
         before = torch.cat([start.last[:, None], tokens_CTP[:, :-1]], dim=1)
         # No action leads to the first frame, so put an unknown action before the others.
         pads = (0, 0, 1, 0)
         led = [F.pad(x.view(contexts, -1, 2), pads).to(self.device) for x in (actions, known)]
         with torch.inference_mode(), autocast(start.cache.device, start.cache.dtype):
-            for t in range(max(0, count - self.context_frames + 1), count):
+            for t in range(count - encoded, count):
                 frame = [sequence[:, t] for sequence in (tokens_CTP, before, *led)]
                 encode_frame(start.cache, *frame, judge=False)
         return Prefix(start.cache, tokens_CTP[:, -1])
 
-    def no_prefix(self, contexts: int = 1) -> Prefix:
-        """Return empty contexts, whose futures begin with the first frame of a drive."""
+    def no_prefix(self, contexts: int = 1, first: int = 0) -> Prefix:
+        """Return empty contexts, whose futures begin with the first frame of a drive.
+
+        That frame gets the number `first`, a multiple of W.
+        """
         none = self.transformer.grid.codebook_size
         last = torch.full((contexts, self.transformer.order.tokens), none, device=self.device)
-        return Prefix(self._passes.new_cache(contexts), last)
+        return Prefix(self._passes.new_cache(contexts, first), last)
 
     def _checked_tokens(self, tokens: ArrayLike | Tensor) -> Tensor:
         """Return int64 tokens [C, T, r * c]; raise DriveSimError if they do not fit the model."""
@@ -291,19 +313,26 @@ class WorldModel:
         tokens_CTrc = raw[None] if raw.ndim == 3 else raw
         return rearrange(tokens_CTrc, "k t r c -> k t (r c)")
 
-    def branch(
+    def drive(
         self,
-        prefix: Prefix,
+        context: Prefix | Beginning | Pixels | Tensor,
+        past_actions: ArrayLike | None = None,
         *,
         branches: int = 1,
         samples: int = 1,
         sampling: Sampling | None = None,
         first_draw: int = 0,
-    ) -> FrameSampler:
-        """Start branches * samples futures; call `step` on the result to add a frame to each.
+        history_s: float = HISTORY_S,
+    ) -> Session:
+        """Start driving after a context: F = branches * samples futures, stepped together.
 
-        Sample s of branch b is future number b * samples + s. The prefix has a single context for
-        all branches, or one context per branch. With a single context, sample s gets the same
+        The context is a `Context` (see `context_from_drive`), frames uint8 [T, height, width, 3]
+        with their `past_actions` [T - 1, 2] (m/s, rad; NaN is unknown; by default, all are), or a
+        `Prefix` from `encode_prefix`. The session can be rewound by up to `history_s`; for each
+        window of W frames, that takes the memory of one cache.
+
+        Sample s of branch b is future number b * samples + s. The context is a single one for all
+        branches, or a `Prefix` of one per branch. With a single context, sample s gets the same
         random numbers in every branch, so that branches differ only by their actions. With one
         context per branch, every future gets its own random numbers.
 
@@ -311,6 +340,7 @@ class WorldModel:
         are numbered from `first_draw` on. If contexts are split into batches, set `first_draw` to
         the number of draws in all earlier batches.
         """
+        prefix = self._prefix(context, past_actions)
         contexts = len(prefix.last)
         if contexts not in (1, branches):
             raise ValueError(
@@ -318,13 +348,25 @@ class WorldModel:
             )
         own = torch.arange(branches) if contexts > 1 else torch.zeros(branches, dtype=torch.int64)
         draws = own[:, None] * samples + torch.arange(samples)
-        return FrameSampler(
+        sampler = FrameSampler(
             prefix.cache,
             prefix.last,
             samples=first_draw + rearrange(draws, "b s -> (b s)"),
             sampling=sampling or Sampling(),
             contexts=own.repeat_interleave(samples),
         )
+        return Session(self, sampler, history_s=history_s)
+
+    def _prefix(
+        self, context: Prefix | Beginning | Pixels | Tensor, past_actions: ArrayLike | None
+    ) -> Prefix:
+        if isinstance(context, Prefix):
+            return context
+        if not isinstance(context, np.ndarray | Tensor):
+            return context.prefix(self)
+        if past_actions is None:
+            past_actions = np.full((max(0, len(context) - 1), 2), np.nan)
+        return self.encode_prefix(self.tokenizer.encode(context), past_actions)
 
     def generate(
         self,
@@ -335,13 +377,13 @@ class WorldModel:
         samples: int = 1,
         sampling: Sampling | None = None,
         first_draw: int = 0,
-    ) -> Iterator[FrameSample]:
-        """Generate F = branches * samples futures; for each frame, yield a sample of all futures.
+    ) -> Iterator[Frame]:
+        """Generate F = branches * samples futures; yield the frames of all futures, step by step.
 
         `actions` are [branches, N, 2] or, for one branch, [N, 2] (m/s, rad). The first action leads
         from the last context frame to the first new frame. `valid`, of the same shape, says which
         actions are known. By default, all actions that are not NaN are known. Infinite actions
-        raise `DriveSimError`. For contexts, samples and draws, see `branch`. Memory does not grow
+        raise `DriveSimError`. For contexts, samples and draws, see `drive`. Memory does not grow
         with N.
 
         With compiled passes, a future is independent of the other futures, to the last bit. With
@@ -349,27 +391,27 @@ class WorldModel:
         but if one is very close to the boundary between two tokens, that token can change, and with
         it the rest of the future.
         """
-        actions_BNA, valid_BNA = _with_validity("actions", actions, valid)
+        actions_BNA, valid_BNA = with_validity("actions", actions, valid)
         if actions_BNA.ndim == 2:
             actions_BNA, valid_BNA = actions_BNA[None], valid_BNA[None]
         if actions_BNA.ndim != 3 or actions_BNA.shape[2] != 2:
             raise ValueError(
                 f"actions of shape {tuple(actions_BNA.shape)}: must be [branches, N, 2] or [N, 2]"
             )
-        sampler = self.branch(
+        session = self.drive(
             prefix,
             branches=len(actions_BNA),
             samples=samples,
             sampling=sampling,
             first_draw=first_draw,
+            history_s=0,
         )
         pairs = [
-            repeat(values, "b n a -> n (b s) a", s=samples).to(self.device)
+            repeat(values, "b n a -> n (b s) a", s=samples).numpy()
             for values in (actions_BNA, valid_BNA)
         ]
         for action, known in zip(*pairs, strict=True):
-            adjust_threads(self.device)
-            yield sampler.step(action, known)
+            yield session.step(action, known)
 
     def rollout(
         self,
@@ -404,22 +446,3 @@ class WorldModel:
             torch.stack([step.log_probs for step in steps], dim=1).cpu(),
             torch.stack([step.sampling_log_probs for step in steps], dim=1).cpu(),
         )
-
-
-def _with_validity(name: str, actions: ArrayLike, valid: ArrayLike | None) -> tuple[Tensor, Tensor]:
-    """Return the actions as float32, and whether they are valid as bool of the same shape.
-
-    Actions that are not `valid` become 0. NaN stays NaN, which the action embedding treats as
-    unknown. Raises DriveSimError for infinite actions; `name` is their name in the message.
-    """
-    values = torch.from_numpy(np.array(actions, np.float32))
-    known = np.ones(values.shape) if valid is None else np.broadcast_to(valid, values.shape)
-    mask = torch.from_numpy(known.astype(np.bool_))
-    values = torch.where(mask, values, 0.0)
-    infinite = values.isinf().nonzero().tolist()
-    if infinite:
-        raise DriveSimError(
-            f"{name}{infinite[0]} is {values[tuple(infinite[0])]}; give finite values, in m/s and "
-            "rad, or NaN if unknown"
-        )
-    return values, mask

@@ -4,6 +4,8 @@ Their messages name settings as Python does, in backticks: `out`, or `fps=10` wi
 command line replaces these names with its flags.
 """
 
+import errno
+
 
 class DriveSimError(Exception):
     """An error in the user's input or request. The message says what is wrong and what to do."""
@@ -27,3 +29,14 @@ class Interrupted(Exception):  # noqa: N818 - not named an error, because the wo
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether the system, torch's CPU allocator or a GPU has run out of memory."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # Outside CUDA, torch raises a plain RuntimeError if memory runs out, so look at its text.
+    torch_is_out = isinstance(error, RuntimeError) and (
+        "DefaultCPUAllocator" in str(error) or "out of memory" in str(error)
+    )
+    return torch_is_out or isinstance(error, MemoryError)

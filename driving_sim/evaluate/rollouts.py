@@ -12,7 +12,8 @@ import torch
 from driving_sim.data.arrays import Pixels
 from driving_sim.evaluate.footage import Clip
 from driving_sim.world_model.sampling.sampling import Sampling
-from driving_sim.world_model.world_model import Prefix, WorldModel
+from driving_sim.world_model.session import Prefix
+from driving_sim.world_model.world_model import WorldModel
 
 BATCH = 8
 """Number of clips rolled out together.

@@ -216,7 +216,7 @@ def test_memory_does_not_grow_with_the_length(
                 gc.collect()
                 traced.append(tracemalloc.get_traced_memory()[0])
             tokens = torch.randint(9, (1, ROWS, COLS))
-            yield FrameSample(tokens, tokens.float(), tokens.float())
+            yield FrameSample(tokens, *[tokens.float()] * 3)
 
     monkeypatch.setattr(world, "generate", generate)
     monkeypatch.setattr(rollout, "_SHEET_COLUMNS", 2)

@@ -1,6 +1,7 @@
 import copy
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def run(world: WorldModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def stacked(frames: list[FrameSample]) -> tuple[torch.Tensor, torch.Tensor]:
+def stacked(frames: Sequence[FrameSample]) -> tuple[torch.Tensor, torch.Tensor]:
     return (
         torch.stack([frame.tokens for frame in frames], dim=1),
         torch.stack([frame.log_probs for frame in frames], dim=1),
@@ -181,9 +182,9 @@ def test_weights_are_cast_to_bf16_only_once(world: WorldModel) -> None:
     with _Casts(world.transformer) as casts_in_every_pass:
         expected = exact.step(action, known)
     assert casts_in_every_pass.count > 0
-    sampler = low.branch(prefix)
-    with _Casts(sampler.model) as casts:
-        sample = sampler.step(action, known)
+    session = low.drive(prefix)
+    with _Casts(prefix.cache.model) as casts:
+        sample = session.step(action.numpy())
     assert casts.count == 0
     assert torch.equal(sample.tokens, expected.tokens)
     assert torch.equal(sample.log_probs, expected.log_probs)
@@ -250,8 +251,8 @@ def test_an_action_that_is_nan_is_unknown(world: WorldModel) -> None:
     expected = stacked(list(world.generate(expected_prefix, actions[3:8], valid[3:8])))
     prefix = world.encode_prefix(tokens[:4], nan[:3])
     generated = stacked(list(world.generate(prefix, nan[3:8])))
-    sampler, known = world.branch(prefix), torch.ones(1, 2, dtype=torch.bool)
-    stepped = stacked([sampler.step(torch.tensor(nan[None, t]), known) for t in range(3, 8)])
+    session = world.drive(prefix)
+    stepped = stacked([session.step(nan[t]) for t in range(3, 8)])
     for own_tokens, log_probs in (generated, stepped):
         assert torch.equal(own_tokens, expected[0])
         assert torch.equal(log_probs, expected[1])

@@ -64,7 +64,7 @@ STRUCTURE(Frame,
   const float* uniform;            // [F, P], in [0, 1)
   double temperature, guidance;    // as in sampling.py
   int64_t* drawn;                  // [B, P + 1]: the drawn tokens; contains only C before the call
-  float* log_probs;                // [2, F, P]: under the plain and the sampling distribution
+  float* scores;                   // [3, F, P]: see draw_frame in decode.py
 )
 
 namespace {
@@ -380,12 +380,14 @@ class Draws {
  public:
   Draws(const Frame<Number>& frame, int codes) : f(frame), codes(codes) {}
 
-  // Evaluate the inverse CDF at `uniform`; return the token and set its two log-probabilities.
+  // Evaluate the inverse CDF at `uniform`; return the token. Set its log-probabilities under the
+  // plain and the sampling distribution, and the entropy of the plain one.
   // `null` points to the logits of the second stream, or is a null pointer if there is one stream.
   int draw(const float* plain, const float* null, float uniform, float* log_prob,
-           float* drawn_log_prob) const {
+           float* drawn_log_prob, float* entropy) const {
     std::copy(plain, plain + codes, +values);
     double total, log_total = weigh(&total), plain_log_total = log_total;
+    *entropy = log_total - mean(total);
     if (null || f.temperature != 1) {
       for (int i = 0; i < codes; ++i) {
         if (null) values[i] = null[i] + float(f.guidance) * (plain[i] - null[i]);
@@ -419,6 +421,16 @@ class Draws {
     *total = 0;
     for (int i = 0; i < codes; ++i) *total += weights[i];
     return largest + std::log(*total);
+  }
+
+  // Return the mean of the values under the distribution whose weights add up to `all`.
+  double mean(double all) const {
+    Floats sums{};
+    int i = 0;
+    for (; i + kFloats <= codes; i += kFloats) sums += load(weights + i) * load(values + i);
+    double sum = total(sums);
+    for (; i < codes; ++i) sum += weights[i] * values[i];
+    return sum / all;
   }
 
   const Frame<Number>& f;
@@ -457,8 +469,10 @@ void draw_frame(const Frame<Number>& frame) {
         const int64_t at = future * frame.tokens + token;
         const float* plain = pass.logits + row * model.codes;
         const float* null = frame.streams == 1 ? nullptr : plain + futures * wanted * model.codes;
-        const int found = draws.draw(plain, null, frame.uniform[at], frame.log_probs + at,
-                                     frame.log_probs + futures * frame.tokens + at);
+        float* const scores = frame.scores + at;
+        const int64_t step = futures * frame.tokens;
+        const int found = draws.draw(plain, null, frame.uniform[at], scores, scores + step,
+                                     scores + 2 * step);
         for (int64_t sequence = future; sequence < batch; sequence += futures)
           frame.drawn[sequence * (frame.tokens + 1) + token] = found;
       }

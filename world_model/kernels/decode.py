@@ -112,8 +112,10 @@ class NativeCache(Cache):
 
     exact = True
 
-    def __init__(self, model: Transformer, tables: Tables, batch: int, native: NativeModel) -> None:
-        super().__init__(model, tables)
+    def __init__(
+        self, model: Transformer, tables: Tables, batch: int, native: NativeModel, first: int = 0
+    ) -> None:
+        super().__init__(model, tables, first)
         self.native = native
         self.keys, self.values = self._rings(batch), self._rings(batch)
         self._trunk: _Trunk | None = None
@@ -127,9 +129,7 @@ class NativeCache(Cache):
 
     def advance(self) -> None:
         """Begin the next frame, and hide the old frame that it overwrites."""
-        if self._has_branches:  # branches still read these tensors, so write to copies of them
-            self.keys, self.values = self.keys.clone(), self.values.clone()
-            self._has_branches = False
+        self._own_rings()
         self.frame += 1
         if self._trunk is not None:
             self._trunk = self._copy_from_trunk(self._trunk)
@@ -140,10 +140,16 @@ class NativeCache(Cache):
             model=self.native.structure,
             trunk=trunk and Structure("Trunk", dtype, sequences=trunk.keys.shape[1], **vars(trunk)),
             sequences=self.keys.shape[1],
-            frame=self.frame,
+            frame=self.frame - self.first,
             keys=self.keys,
             values=self.values,
         )
+
+    def _own_rings(self) -> None:
+        """Copy the rings if branches still read them, because they will be written."""
+        if self._has_branches:
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+            self._has_branches = False
 
     def _copy_from_trunk(self, trunk: _Trunk) -> _Trunk | None:
         """Copy the blocks that contain the current frame from the trunk to the branches' own rings.
@@ -151,8 +157,10 @@ class NativeCache(Cache):
         Returns the trunk with these blocks marked in `own`, or None if all blocks are marked now.
         """
         begin = self.frame % self.frames * self.slots
-        span = range(begin // PAIRS, -(-(begin + self.slots) // PAIRS))
-        new = [block for block in span if not trunk.own[block]]
+        return self._copy_blocks(trunk, range(begin // PAIRS, -(-(begin + self.slots) // PAIRS)))
+
+    def _copy_blocks(self, trunk: _Trunk, blocks: range) -> _Trunk | None:
+        new = [block for block in blocks if not trunk.own[block]]
         # A block of keys is contiguous. A block of values has one contiguous piece for every 16
         # channels.
         pieces = self.model.config.width // self.model.config.heads // LANES
@@ -167,6 +175,13 @@ class NativeCache(Cache):
             to[..., new, :] = source[..., new, :][:, trunk.rows]
         own = trunk.own.index_fill(0, torch.tensor(new, dtype=torch.int64), True)
         return None if own.all() else replace(trunk, own=own)
+
+    def replace(self, rows: Tensor, other: Self) -> None:
+        """Replace the sequences `rows` with those of `other`, which is at the same frame."""
+        self._own_rings()
+        if self._trunk is not None:
+            self._trunk = self._copy_blocks(self._trunk, range(len(self._trunk.own)))
+        self.keys[:, rows], self.values[:, rows] = other.keys, other.values
 
     def logits(self, x: Tensor, rotary: tuple[Tensor, Tensor], wave: Wave) -> Tensor:
         """Add a wave's slots to the cache; return the logits of the slots that predict a token."""
@@ -196,18 +211,19 @@ class NativeCache(Cache):
         temperature: float,
         guidance: float,
     ) -> tuple[Tensor, Tensor]:
-        """Draw the current frame; return its tokens [B, P] and their log-probabilities [2, F, P].
+        """Draw the current frame; return its tokens [B, P] and their scores [3, F, P].
 
         `base` [B, S, D] and `rotary` are the inputs and the cosines and sines that `begin_frame`
         returns. `uniform` [F, P] are random numbers in [0, 1). With guidance, there are 2
         `streams`, and each of the F futures is in the batch twice: first with its actions, then
-        with unknown actions. So B is `streams` * F. The log-probabilities, in nats, are under the
-        plain model (index 0) and under the distribution that tokens are drawn from (index 1).
+        with unknown actions. So B is `streams` * F. The scores, in nats, are a token's
+        log-probability under the plain model (index 0) and under the distribution that tokens are
+        drawn from (index 1), and the entropy of the plain model's distribution (index 2).
         """
         order = self.model.order
         base, cos, sin = (tensor.float().contiguous() for tensor in (base, *rotary))
         drawn = torch.full((len(base), order.tokens + 1), self.model.grid.codebook_size)
-        log_probs = torch.empty(2, *uniform.shape)
+        scores = torch.empty(3, *uniform.shape)
         call(
             "frame",
             self.native.dtype,
@@ -226,9 +242,9 @@ class NativeCache(Cache):
             temperature=temperature,
             guidance=guidance,
             drawn=drawn,
-            log_probs=log_probs,
+            scores=scores,
         )
-        return drawn[:, :-1], log_probs
+        return drawn[:, :-1], scores
 
     def branch(self, rows: Tensor) -> Self:
         """Return a cache whose sequence i continues this cache's sequence `rows[i]`."""
@@ -279,8 +295,8 @@ class FrozenPasses:
                 module.to(self.dtype)
         self._tables = replace(self._tables, output=self._tables.output.to(self.dtype))
 
-    def new_cache(self, sequences: int) -> Cache:
-        """Return an empty cache for this many sequences."""
+    def new_cache(self, sequences: int, first: int = 0) -> Cache:
+        """Return an empty cache for this many sequences, whose first frame has number `first`."""
         if self._native is not None:
-            return NativeCache(self._model, self._tables, sequences, self._native)
-        return RingCache(self._model, self._tables, sequences)
+            return NativeCache(self._model, self._tables, sequences, self._native, first)
+        return RingCache(self._model, self._tables, sequences, first)

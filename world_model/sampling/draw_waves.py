@@ -1,11 +1,13 @@
 """Draw a frame's tokens wave by wave: one cached pass gives the logits of a whole wave.
 
-Axes: B sequences, F futures, P = rows * cols tokens, S slots, K codes, n tokens of a wave,
-A = 2 channels.
+Axes: B sequences (streams * F), F futures, P = rows * cols tokens, S slots, K codes, n tokens of a
+wave, A = 2 channels.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +42,8 @@ class FrameSample:
     """float32 [B, rows, cols], in nats, under the plain model (temperature 1, no guidance)."""
     sampling_log_probs: Tensor
     """float32 [B, rows, cols], in nats, under the distribution that tokens were drawn from."""
+    entropy: Tensor
+    """float32 [B, rows, cols], in nats: entropy of the plain model's distribution of each token."""
 
 
 class WavePasses:
@@ -78,7 +82,7 @@ class WavePasses:
 
 
 class FrameSampler:
-    """Continues B futures frame by frame, and draws each frame's tokens wave by wave."""
+    """Continues F futures frame by frame, and draws each frame's tokens wave by wave."""
 
     def __init__(
         self,
@@ -89,27 +93,59 @@ class FrameSampler:
         sampling: Sampling,
         contexts: Tensor | None = None,
     ) -> None:
-        """Start B futures from the C sequences in `cache`, whose last frames have tokens `last`.
+        """Start F futures from the C sequences in `cache`, whose last frames have tokens `last`.
 
-        `last` is [C, P]. `samples` int64 [B] is the sample number of each future. Futures with the
-        same sample number get the same random numbers. `contexts` int64 [B] says which sequence
+        `last` is [C, P]. `samples` int64 [F] is the sample number of each future. Futures with the
+        same sample number get the same random numbers. `contexts` int64 [F] says which sequence
         each future continues. By default, all futures continue the first sequence.
         """
-        self.model, self.sampling, self.samples = cache.model, sampling, samples
-        self.streams = 1 if sampling.guidance == 1 else 2
         contexts = torch.zeros_like(samples) if contexts is None else contexts
-        rows = contexts.repeat(self.streams)
+        self.model, self.samples = cache.model, samples
+        self.frames = torch.zeros_like(samples)
+        """Number of frames that each future has so far, int64 [F]."""
+        self._continue(cache, last, sampling, contexts.repeat(_streams(sampling)))
+
+    def _continue(self, cache: Cache, last: Tensor, sampling: Sampling, rows: Tensor) -> None:
+        self.sampling, self.streams = sampling, _streams(sampling)
         self.passes = WavePasses(cache.branch(rows), last[rows.to(last.device)])
-        self.frame = 0
+
+    def fork(self, sampling: Sampling | None = None) -> Self:
+        """Return a copy that goes on independently, with other sampling settings if given.
+
+        If guidance begins, the second stream continues from the futures so far.
+        """
+        fork = copy.copy(self)
+        fork.frames = self.frames.clone()
+        sampling = sampling or self.sampling
+        count, streams = len(self.samples), _streams(sampling)
+        rows = torch.arange(count * min(streams, self.streams)).repeat(streams // self.streams or 1)
+        fork._continue(self.passes.cache, self.passes.tokens, sampling, rows)
+        return fork
+
+    def restart(self, futures: Tensor, cache: Cache, last: Tensor, samples: Tensor) -> None:
+        """Let `futures` int64 [C] continue the C sequences in `cache` instead of their own.
+
+        `cache` is at the same frame as this sampler's, and `last` [C, P] are the tokens of its last
+        frames. `samples` int64 [C] are the futures' new sample numbers.
+        """
+        count = len(self.samples)
+        self.samples, self.frames = self.samples.clone(), self.frames.clone()
+        self.samples[futures], self.frames[futures] = samples, 0
+        tokens = self.passes.tokens.clone()
+        for stream in range(self.streams):
+            rows = futures + stream * count
+            self.passes.cache.replace(rows, cache)
+            tokens[rows] = last
+        self.passes.tokens = tokens
 
     @torch.inference_mode()
     def step(self, actions: Tensor, valid: Tensor) -> FrameSample:
         """Sample the next frame of each future.
 
-        `actions` [B, 2] (m/s, rad) lead to this frame, and `valid` [B, 2] says which are known.
+        `actions` [F, 2] (m/s, rad) lead to this frame, and `valid` [F, 2] says which are known.
         """
         grid, sampling, passes = self.model.grid, self.sampling, self.passes
-        numbers = uniforms(sampling.seed, self.samples, self.frame, grid.rows, grid.cols)
+        numbers = uniforms(sampling.seed, self.samples, self.frames, grid.rows, grid.cols)
         uniform = rearrange(numbers, "b r c -> b (r c)").to(actions.device)
         if self.streams == 2:
             # Guidance needs a second stream, in which all actions are unknown.
@@ -125,25 +161,25 @@ class FrameSampler:
                     guidance=sampling.guidance,
                 )
         else:
-            scores = torch.zeros(2, *uniform.shape, device=uniform.device)
+            scores = torch.zeros(3, *uniform.shape, device=uniform.device)
 
             def choose(logits: Tensor, target: Tensor) -> Tensor:
                 tokens, scores[:, :, target] = self._choose(logits, uniform[:, target])
                 return tokens if self.streams == 1 else tokens.repeat(self.streams, 1)
 
             passes.step(actions, valid, choose)
-        self.frame += 1
+        self.frames += 1
         shape = {"r": grid.rows, "c": grid.cols}
         return FrameSample(
             rearrange(passes.tokens[: len(uniform)], "b (r c) -> b r c", **shape),
-            *rearrange(scores, "two b (r c) -> two b r c", **shape),
+            *rearrange(scores, "three b (r c) -> three b r c", **shape),
         )
 
     def _choose(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw tokens from logits [streams * B, n, K]; return tokens [B, n] and log-probabilities.
+        """Draw tokens from logits [streams * F, n, K]; return tokens [F, n] and scores [3, F, n].
 
-        The log-probabilities [2, B, n] are under the plain model (index 0) and under the
-        distribution that tokens are drawn from (index 1).
+        The scores are the tokens' log-probabilities under the plain model (index 0) and under the
+        distribution that they are drawn from (index 1), and the plain model's entropy (index 2).
         """
         plain = logits[: len(self.samples)]
         mixed = plain
@@ -155,4 +191,9 @@ class FrameSampler:
         exact = drawn_from if self.sampling.is_plain else plain.log_softmax(-1)
         index = tokens.unsqueeze(-1)
         scores = [log_probs.gather(-1, index).squeeze(-1) for log_probs in (exact, drawn_from)]
-        return tokens, torch.stack(scores)
+        return tokens, torch.stack([*scores, -(exact.exp() * exact).sum(-1)])
+
+
+def _streams(sampling: Sampling) -> int:
+    """Return the number of cached streams of a future: guidance needs a second one."""
+    return 1 if sampling.guidance == 1 else 2

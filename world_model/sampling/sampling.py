@@ -82,17 +82,18 @@ def _cut(log_probs: Tensor, least: Tensor, count: Tensor | int) -> Tensor:
     return log_probs.masked_fill(surplus | (log_probs < least), -torch.inf)
 
 
-def uniforms(seed: int, samples: Tensor, frame: int, rows: int, cols: int) -> Tensor:
-    """Return uniform random numbers in [0, 1), float32 [B, rows, cols], for `samples` int64 [B].
+def uniforms(seed: int, samples: Tensor, frames: Tensor, rows: int, cols: int) -> Tensor:
+    """Return uniform random numbers in [0, 1), float32 [F, rows, cols].
 
-    Each number depends only on (seed, sample, frame, row, column). A chain of SplitMix64 steps
-    hashes these five integers, and the upper 24 bits of the hash give the number. All numbers are
-    computed on the CPU.
+    `samples` int64 [F] are the futures' sample numbers, and `frames` int64 [F] the numbers of the
+    frames. Each random number depends only on (seed, sample, frame, row, column). A chain of
+    SplitMix64 steps hashes these five integers, and the upper 24 bits of the hash give the number.
+    All numbers are computed on the CPU.
     """
     hashed = mixed(np.array([seed % 2**64], np.uint64))
     for coordinate in (
         samples.cpu().numpy()[:, None, None],
-        np.array([frame]),
+        frames.cpu().numpy()[:, None, None],
         np.arange(rows)[:, None],
         np.arange(cols),
     ):

@@ -28,6 +28,7 @@ from driving_sim.data.tokens.store import DriveTokens
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.footage import first_frames
 from driving_sim.evaluate.report.section import Section, Table
+from driving_sim.world_model.sampling.draw_waves import WavePasses
 from driving_sim.world_model.training.bits import streamed_bits_per_token
 from driving_sim.world_model.world_model import WorldModel
 
@@ -218,7 +219,8 @@ def _pass_through(
     """
     frames, device = [], world.device
     for begin, stop in drive.entry.segments:
-        passes = world.branch(world.no_prefix()).passes
+        empty = world.no_prefix()
+        passes = WavePasses(empty.cache, empty.last)
         # No action leads to the first frame of a segment.
         led = torch.zeros(1, 2, device=device)
         known = torch.zeros(1, 2, dtype=torch.bool, device=device)

@@ -14,8 +14,9 @@ from driving_sim.evaluate.actions.control import measure_control, obeyed
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.sampling.draw_waves import FrameSample
 from driving_sim.world_model.sampling.sampling import Sampling
+from driving_sim.world_model.session import Prefix
 from driving_sim.world_model.transformer import Transformer
-from driving_sim.world_model.world_model import Prefix, WorldModel
+from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.token_drives import FPS
 from tests.fixtures.video_files import smooth_noise
 from tests.fixtures.world_models import new_world
@@ -74,7 +75,7 @@ def test_control_tells_obedience_from_its_opposite(
         np.testing.assert_allclose(np.abs(actions[..., STEERING]), world.statistics.steering_p99)
         for steering in actions[..., STEERING].T:
             tokens = torch.from_numpy(1 + np.sign(steering)).long()[:, None, None]
-            yield FrameSample(tokens, tokens.float(), tokens.float())
+            yield FrameSample(tokens, *[tokens.float()] * 3)
 
     def decode(tokens: torch.Tensor) -> torch.Tensor:
         shifts = np.cumsum(tokens.numpy().flatten() - 1) * 2 * turns

@@ -110,7 +110,7 @@ def test_the_tokens_are_the_inverse_cdf_of_teacher_forced_probabilities() -> Non
     tokens, _, _ = stacked(roll(model, sampling, samples=[4, 2]))
     log_probs = truncated_log_probs(teacher_forced(model, tokens, 2, null=False), sampling)
     for t in range(tokens.shape[1]):
-        uniform = uniforms(11, torch.tensor([4, 2]), t, GRID.rows, GRID.cols)
+        uniform = uniforms(11, torch.tensor([4, 2]), torch.tensor([t]), GRID.rows, GRID.cols)
         assert torch.equal(draw(log_probs[:, t], uniform), tokens[:, t])
 
 

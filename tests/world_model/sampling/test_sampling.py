@@ -12,6 +12,8 @@ from driving_sim.world_model.sampling.sampling import (
     uniforms,
 )
 
+FIRST = torch.tensor([0])
+
 
 def test_truncation_keeps_the_most_probable() -> None:
     probs = torch.tensor([0.1, 0.4, 0.2, 0.3])
@@ -35,11 +37,11 @@ def test_truncation_keeps_the_most_probable() -> None:
     [
         ([1, 1, 1], {"top_k": 1}, [0]),
         ([1, 3, 1, 3, 1], {"top_k": 3}, [0, 1, 3]),
-        ([1, 1, 1, 1], {"top_p": 0.49}, [0, 1]),
-        ([1, 1, 1, 1], {"top_p": 0.51}, [0, 1, 2]),
-        ([1, 4, 1, 1, 1], {"top_p": 0.6}, [0, 1]),
-        ([1, 1, 1, 1], {"top_k": 3, "top_p": 0.49}, [0, 1]),
-        ([1, 1, 1, 1], {"temperature": 0.0}, [0]),
+        ([1, FIRST + 1, 1, 1], {"top_p": 0.49}, [0, 1]),
+        ([1, FIRST + 1, 1, 1], {"top_p": 0.51}, [0, 1, 2]),
+        ([1, 4, FIRST + 1, 1, 1], {"top_p": 0.6}, [0, 1]),
+        ([1, FIRST + 1, 1, 1], {"top_k": 3, "top_p": 0.49}, [0, 1]),
+        ([1, FIRST + 1, 1, 1], {"temperature": 0.0}, [0]),
     ],
 )
 def test_of_equally_probable_tokens_those_with_the_lowest_index_stay(
@@ -78,7 +80,7 @@ def test_impossible_settings_are_named(field: str, value: float) -> None:
 
 
 def test_uniforms_are_fixed_uniform_and_independent() -> None:
-    numbers = uniforms(0, torch.arange(64), 0, 8, 16)
+    numbers = uniforms(0, torch.arange(64), FIRST, 8, 16)
     assert numbers.dtype == torch.float32
     assert numbers.min() >= 0
     assert numbers.max() < 1
@@ -89,19 +91,19 @@ def test_uniforms_are_fixed_uniform_and_independent() -> None:
     counts = torch.histc(flat, 50, 0, 1)
     assert ((counts - n / 50) ** 2 / (n / 50)).sum() < 90  # chi-square with 49 degrees of freedom
     neighbours = [
-        uniforms(1, torch.arange(64), 0, 8, 16),
-        uniforms(0, torch.arange(1, 65), 0, 8, 16),
-        uniforms(0, torch.arange(64), 1, 8, 16),
+        uniforms(1, torch.arange(64), FIRST, 8, 16),
+        uniforms(0, torch.arange(1, 65), FIRST, 8, 16),
+        uniforms(0, torch.arange(64), FIRST + 1, 8, 16),
         numbers.roll(1, 1),
         numbers.roll(1, 2),
     ]
     for neighbour in neighbours:
         pair = torch.stack([flat, neighbour.double().flatten()])
         assert torch.corrcoef(pair)[0, 1].abs() < 4 / math.sqrt(n)
-    assert torch.equal(uniforms(0, torch.tensor([5]), 0, 8, 16)[0], numbers[5])
-    assert torch.equal(uniforms(0, torch.tensor([5]), 0, 2, 3)[0], numbers[5, :2, :3])
-    assert uniforms(-1, torch.tensor([0]), 0, 1, 1) == uniforms(
-        2**64 - 1, torch.tensor([0]), 0, 1, 1
+    assert torch.equal(uniforms(0, torch.tensor([5]), FIRST, 8, 16)[0], numbers[5])
+    assert torch.equal(uniforms(0, torch.tensor([5]), FIRST, 2, 3)[0], numbers[5, :2, :3])
+    assert uniforms(-1, torch.tensor([0]), FIRST, 1, 1) == uniforms(
+        2**64 - 1, torch.tensor([0]), FIRST, 1, 1
     )
 
 
