@@ -187,7 +187,9 @@ Videos = Annotated[
         "segments."
     ),
 ]
-Model = Annotated[Path, Argument(help="Folder of a world-model run.")]
+Model = Annotated[
+    Path, Argument(help="Folder of a world-model run, or the name of a packaged model.")
+]
 Preset = Annotated[
     str,
     _preset(
@@ -244,7 +246,11 @@ Set = Annotated[
 RunOut = Annotated[Path, Option("--out", help="Folder to write the run to.")]
 Resume = Annotated[bool, Option("--resume", help="Continue the run in --out where it stopped.")]
 InitFrom = Annotated[
-    Path | None, Option(help="Finished run to take the initial weights from, for fine-tuning.")
+    Path | None,
+    Option(
+        help="Finished run, or name of a packaged model, to take the initial weights from, for "
+        "fine-tuning."
+    ),
 ]
 Shard = Annotated[
     bool, Option("--shard", help="Shard the model over the ranks of torchrun (FSDP2).")
@@ -415,8 +421,8 @@ def tokenize(
     tokenizer: Annotated[
         Path | None,
         Option(
-            help="Folder of a finished tokenizer run [default: runs/tokenizer, which is trained "
-            "first if it is missing]."
+            help="Folder of a finished tokenizer run, or name of a packaged model [default: "
+            "runs/tokenizer, which is trained first if it is missing]."
         ),
     ] = None,
     out: Annotated[Path, Option(help="Folder to write the token store to.")] = RUNS / "tokens",
@@ -484,7 +490,10 @@ def train_world_model(
     tokens: Annotated[Path, Argument(help="Token store to train on.")] = RUNS / "tokens",
     run: RunOut = RUNS / "world-model",
     tokenizer: Annotated[
-        Path, Option(help="Folder of the tokenizer run that made the tokens.")
+        Path,
+        Option(
+            help="Folder of the tokenizer run that made the tokens, or name of a packaged model."
+        ),
     ] = RUNS / "tokenizer",
     preset: Annotated[
         str,
@@ -523,20 +532,30 @@ def rollout(
             "the left. Repeat the option to show several futures side by side."
         ),
     ],
-    model: Annotated[Path, Option(help="Folder of a world-model run.")] = RUNS / "world-model",
+    model: Annotated[
+        Path, Option(help="Folder of a world-model run, or the name of a packaged model.")
+    ] = RUNS / "world-model",
     context: Annotated[
         Path | None,
-        Option(help="Video to start from [default: the first validation drive in --tokens]."),
+        Option(
+            help="Video to start from, or the name of one of the model's own contexts [default: "
+            "the first validation drive in --tokens]."
+        ),
     ] = None,
     tokens: Annotated[
-        Path, Option(help="Token store to start from, if there is no --context.")
-    ] = RUNS / "tokens",
+        Path | None,
+        Option(
+            help="Token store to start from, if there is no --context [default: the model's first "
+            "own context or, if it has none, runs/tokens]."
+        ),
+    ] = None,
     start_s: Annotated[
         float | None,
         Option(
             "--start",
-            help="Time in the drive, in seconds, at which the prediction starts [default: the "
-            "earliest time with as many frames before it as the model can use].",
+            help="Time in the drive, in seconds, at which the prediction starts [default: the end "
+            "of one of the model's own contexts; in other drives, the earliest time with as many "
+            "frames before it as the model can use].",
         ),
     ] = None,
     seconds: Annotated[
@@ -673,7 +692,9 @@ def scaling(
 
 @evaluate_app.command("tokenizer")
 def evaluate_tokenizer(
-    run: Annotated[Path, Argument(help="Folder of a tokenizer run.")],
+    run: Annotated[
+        Path, Argument(help="Folder of a tokenizer run, or the name of a packaged model.")
+    ],
     videos: Videos,
     out: Annotated[Path, Option(help="Folder to write the report to.")] = REPORTS / "tokenizer",
     fps: Fps = None,

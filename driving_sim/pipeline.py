@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import Any, TypedDict, TypeVar
 from driving_sim.data.drive import Drive, DriveSet, sample
 from driving_sim.data.sources import find_drives
 from driving_sim.data.tokens.index import INDEX, UNFINISHED, StoreIndex, read_index
-from driving_sim.data.tokens.store import TokenStore
 from driving_sim.engine.config import resolve
 from driving_sim.engine.device import resolve_device
 from driving_sim.engine.errors import DriveSimError
@@ -25,10 +24,10 @@ from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.tokenizer.tokenizer import WEIGHTS, Tokenizer
 from driving_sim.tokenizer.training import train_tokenizer
 from driving_sim.world_model.action_plan import make_plans
+from driving_sim.world_model.contexts import context_from_store, contexts_of, load_context
 from driving_sim.world_model.rollout import (
     Context,
     context_from_drive,
-    context_from_tokens,
     output_files,
     write_rollout,
 )
@@ -37,6 +36,7 @@ from driving_sim.world_model.training.presets import PRESETS as WORLD_MODEL_PRES
 from driving_sim.world_model.training.train import train_world_model
 from driving_sim.world_model.world_model import WorldModel
 
+_TOKENS = "runs/tokens"
 DEFAULT_FPS = 10.0
 """Frames per second taken from videos if the user gives neither a rate nor a stride."""
 
@@ -70,7 +70,8 @@ class TrainingRequest:
     resume: bool = False
     """Whether to continue an existing run."""
     init_from: Path | None = None
-    """Folder of a finished run whose weights become the initial weights."""
+    """Folder of a finished run, or name of a packaged model, whose weights become the initial
+    weights."""
     precision: str | None = None
     """Number format: auto, fp32 or bf16. If None, the preset, `config` or `assignments` set it."""
     shard: bool = False
@@ -294,7 +295,7 @@ def roll_out(
     actions: Sequence[str] | str,
     out: Path | str = "rollout.mp4",
     *,
-    tokens: Path | str = "runs/tokens",
+    tokens: Path | str | None = None,
     context: Path | str | None = None,
     start_s: float | None = None,
     seconds: float | None = None,
@@ -307,25 +308,26 @@ def roll_out(
 ) -> dict[str, Any]:
     """Predict a future for each of `actions`, and write the futures as a video to `out`.
 
-    The futures start in the video `context`, or in a validation drive of the token store `tokens`
-    if `context` is None. A JSON file, a PNG and the tokens are written beside the video. Returns
-    the content of the JSON file.
+    The futures start in `context`, which is a video or the name of one of the run's contexts. If it
+    is None, they start in a validation drive of the token store `tokens`. If both are None, they
+    start in the run's first context or, if the run has none, in the token store `runs/tokens`. In a
+    context of the run, they start at its end unless `start_s` is given.
+
+    A JSON file, a PNG and the tokens are written beside the video. Returns the content of the JSON
+    file.
     """
     out = Path(out)
     existing = [path for path in output_files(out).values() if path.exists()]
     if existing and not overwrite:
         raise DriveSimError(f"{existing[0]} exists: choose another `out`, or pass `overwrite`")
     world = WorldModel.from_run(model, device, precision)
-    if context is None:
-        beginning = _stored_context(world, Path(tokens), start_s)
+    own = contexts_of(model)
+    if context is not None:
+        beginning = _named_context(world, Path(context), own, start_s, time_offset)
+    elif tokens is None and own:
+        beginning = load_context(world, next(iter(own.values())), start_s, time_offset=time_offset)
     else:
-        drive, *others = find_for(world, [Path(context)], time_offset).drives
-        if others:
-            raise DriveSimError(
-                f"`context` {context} contains {1 + len(others)} drives; "
-                "name the video of one drive"
-            )
-        beginning = context_from_drive(world, drive, start_s)
+        beginning = context_from_store(world, Path(tokens or _TOKENS), start_s)
     actions = [actions] if isinstance(actions, str) else actions
     plans = make_plans(actions, beginning.situation(world), seconds=seconds)
     return write_rollout(
@@ -333,19 +335,24 @@ def roll_out(
     )
 
 
-def _stored_context(world: WorldModel, tokens: Path, start_s: float | None) -> Context:
-    """Return a context from the first drive in `tokens` that is a validation drive of the model.
-
-    If there is none, the context is from the first drive.
-    """
-    try:
-        store = TokenStore(tokens)
-        world.check_store(store)
-    except DriveSimError as error:
-        raise DriveSimError(f"{error}, or name a video with `context`") from error
-    if notice := world.format_notice(store):
-        say(notice)
-    # Prefer a validation drive, because the model was not trained on it.
-    unseen = [drive_id for drive_id in store.drive_ids if drive_id in world.validation_drives]
-    drive, *_ = store.select((unseen or store.drive_ids)[:1])
-    return context_from_tokens(world, drive, start_s)
+def _named_context(
+    world: WorldModel,
+    context: Path,
+    own: Mapping[str, Path],
+    start_s: float | None,
+    time_offset: float,
+) -> Context:
+    """Return the context in the video `context`, or the context of this name in `own`."""
+    if own and not context.exists():
+        if str(context) in own:
+            return load_context(world, own[str(context)], start_s, time_offset=time_offset)
+        raise DriveSimError(
+            f"`context` {context}: no such file, and the model has no context of this name; its "
+            f"contexts are {', '.join(own)}"
+        )
+    drive, *others = find_for(world, [context], time_offset).drives
+    if others:
+        raise DriveSimError(
+            f"`context` {context} contains {1 + len(others)} drives; name the video of one drive"
+        )
+    return context_from_drive(world, drive, start_s)

@@ -1,5 +1,6 @@
 """Tests of the functions behind the commands, which make decisions for the user."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import pytest
 import torch
 
 from driving_sim import pipeline
+from driving_sim.data.synthetic.contexts import write_contexts
 from driving_sim.data.synthetic.world import SyntheticConfig
 from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.data.tokens.store import TokenStore
+from driving_sim.engine import run_folder
 from driving_sim.engine.config import load_json
 from driving_sim.engine.errors import BadDriveError, DriveSimError
 from driving_sim.engine.run_folder import FINISHED
@@ -171,6 +174,48 @@ def test_an_error_for_tokens_that_do_not_fit_the_model_suggests_a_context(
         changed.save(tmp_path / "other")
         with pytest.raises(DriveSimError, match=r"the model.*name a video with `context`$"):
             roll(tmp_path / "other", tmp_path, tokens=store)
+
+
+def test_a_run_with_contexts_starts_from_its_first_one(
+    run: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "models" / "own"
+    shutil.copytree(run, own)
+    drive = videos / "drive_000.json"
+    moments = {"morning": (drive, 0.5), "evening": (drive, 0.0)}
+    write_contexts(own / "contexts", moments, seconds=1.5)
+    store = write_store(
+        tmp_path / "tokens", [20], fingerprint=WorldModel.from_run(run, "cpu").tokenizer.fingerprint
+    ).path
+    monkeypatch.setattr(run_folder, "MODELS", tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    Path("evening").touch()  # Only a context that the user names can be a file.
+
+    def start(**options: object) -> object:
+        report = roll(Path("own"), tmp_path, **({"tokens": None} | options))
+        assert isinstance(report["context"], dict)
+        return report["context"]["drive"], report["context"]["start_s"]
+
+    assert start() == ("evening", 1.5)
+    assert start(start_s=1.0) == ("evening", 1.0)
+    assert start(context="morning") == start(context="morning", tokens=store) == ("morning", 1.5)
+    assert start(tokens=store)[0] == "0 (reconstructed)"  # type: ignore[index]
+    assert start(context=videos / "drive_000.mp4")[0] == "drive_000"  # type: ignore[index]
+    message = (
+        r"`context` noon: no such file, and the model has no .* its contexts are evening, morning$"
+    )
+    with pytest.raises(DriveSimError, match=message):
+        start(context="noon")
+
+
+def test_a_run_without_contexts_starts_from_the_default_tokens(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DriveSimError, match=r"^runs.tokens: no such token store"):
+        roll(run, tmp_path, tokens=None)
+    with pytest.raises(DriveSimError, match=r"^noon: no such file or folder$"):
+        roll(run, tmp_path, tokens=None, context="noon")
 
 
 def test_a_context_is_a_single_drive_with_the_models_kind_of_steering(

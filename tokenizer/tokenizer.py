@@ -4,6 +4,7 @@ Axes: T frames, H W pixels of input frames, h w pixels of decoded frames, r c to
 columns.
 """
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -20,9 +21,15 @@ from driving_sim.data.video.frame_size import FrameSize, fit, transform_descript
 from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
 from driving_sim.engine.device import resolve_device
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.precision import autocast, resolve_precision
+from driving_sim.engine.precision import autocast, name_of, resolve_precision
+from driving_sim.engine.run_folder import check_complete, find_run
 from driving_sim.engine.threads import adjust_threads
-from driving_sim.engine.weights import build_with_weights, fingerprint, save_weights
+from driving_sim.engine.weights import (
+    build_with_weights,
+    fingerprint,
+    round_to_bf16,
+    save_weights,
+)
 from driving_sim.tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from driving_sim.tokenizer.fsq import RULE
 
@@ -30,6 +37,8 @@ Frames = Tensor | Pixels
 
 WEIGHTS = "model.safetensors"
 """Name of the weights file in a tokenizer's folder. `save` writes this file last."""
+TOKENIZER = "tokenizer"
+"""Name of the folder, inside the run folder of a world model, that contains its tokenizer."""
 _CONFIG = "config.json"
 _MOST_CONFIG_BYTES = 2**16
 
@@ -67,14 +76,12 @@ class Tokenizer:
     def from_run(
         cls, path: Path | str, device: torch.device | str = "auto", precision: str = "auto"
     ) -> Self:
-        """Load the tokenizer in `path`. Raises `DriveSimError` if it is missing or damaged."""
-        folder = Path(path)
-        for name in (_CONFIG, WEIGHTS):
-            if not (folder / name).is_file():
-                raise DriveSimError(
-                    f"{folder}: holds no tokenizer ({name} is missing); "
-                    "train one with `drivesim train-tokenizer`, or choose another folder"
-                )
+        """Load the tokenizer in the folder `path`, or that of the packaged model named `path`.
+
+        Raises `DriveSimError` if it is missing or damaged.
+        """
+        folder = find_run(path, part=TOKENIZER)
+        check_complete(folder, (_CONFIG, WEIGHTS), "tokenizer")
         saved = load_json(folder / _CONFIG, most_bytes=_MOST_CONFIG_BYTES)
         config = from_dict(AutoencoderConfig, saved.get("model", {}), f"{folder / _CONFIG}: model")
         own = _identity(config)
@@ -95,13 +102,26 @@ class Tokenizer:
             )
         return tokenizer
 
-    def save(self, path: Path | str) -> None:
-        """Save the tokenizer to the folder `path`, as `model.safetensors` and `config.json`."""
+    def rounded(self) -> Self:
+        """Return a copy whose weights are rounded to bf16, so that `save` can write them in bf16.
+
+        The copy has another fingerprint, so token stores of this tokenizer do not fit the copy.
+        """
+        autoencoder = copy.deepcopy(self.autoencoder)
+        round_to_bf16(autoencoder)
+        return type(self)(autoencoder, self.device, name_of(self.dtype))
+
+    def save(self, path: Path | str, dtype: torch.dtype = torch.float32) -> None:
+        """Save the tokenizer to the folder `path`, as `model.safetensors` and `config.json`.
+
+        With `dtype=torch.bfloat16`, the file of weights takes half the space. Raises ValueError if
+        the weights are not `rounded`.
+        """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         save_json(folder / _CONFIG, _identity(self.config))
         # Store the fingerprint in the weights file, so that weights and fingerprint always match.
-        save_weights(self.autoencoder, folder / WEIGHTS, {"fingerprint": self.fingerprint})
+        save_weights(self.autoencoder, folder / WEIGHTS, {"fingerprint": self.fingerprint}, dtype)
 
     @torch.inference_mode()
     def encode(self, frames: Frames, *, batch_size: int = 8) -> Tensor:

@@ -55,6 +55,11 @@ class Context:
     start_s: float
     """Time of the last context frame in its drive, in s."""
 
+    @property
+    def has_future(self) -> bool:
+        """Whether the recording continues after the context."""
+        return len(self.actions) >= len(self.tokens)
+
     def prefix(self, world: WorldModel) -> Prefix:
         """Encode the context's frames and the actions between them."""
         past = len(self.tokens) - 1
@@ -199,6 +204,7 @@ def write_rollout(
 ) -> dict[str, Any]:
     """Roll out every plan `samples` times from one context and write the files of `output_files`.
 
+    The recording is shown beside the futures, unless it ends with the context.
     Frames are generated, decoded and written a few at a time, so memory does not grow with the
     length. The files appear at the end, all together. If the rollout fails, none appears. Returns
     the content of the JSON file.
@@ -223,7 +229,7 @@ def write_rollout(
     blank = np.full_like(context.frames[0], 40)
     seconds = {"generate": 0.0, "decode": 0.0}
     on_sheet = np.unique(np.linspace(0, length, _SHEET_COLUMNS).round().astype(int)).tolist()
-    panels = 1 + len(futures)
+    panels = context.has_future + len(futures)
     columns = [[context.frames[-1]] * panels]
     with disk_errors(files["video"]), ExitStack() as stack:
         temporary = {kind: stack.enter_context(atomic_file(path)) for kind, path in files.items()}
@@ -244,14 +250,15 @@ def write_rollout(
             with progress(length, f"rollout -> {files['video']}", "frames") as bar:
                 for index, (tokens, frames) in enumerate(bar.counted(moments)):
                     truth = next(context.future, None)
-                    beside = ended if truth is None else recorded
-                    pictures = [blank if truth is None else truth, *frames]
+                    beside = [ended if truth is None else recorded] * context.has_future
+                    truths = [blank if truth is None else truth] * context.has_future
+                    pictures = [*truths, *frames]
                     write_tokens(index, tokens)
-                    write(draw_moment([beside, *futures], pictures, index, steering_range))
+                    write(draw_moment([*beside, *futures], pictures, index, steering_range))
                     if index + 1 in on_sheet:
                         columns.append(pictures)
         report = _report(world, context, futures, sampling, seconds)
-        titles = ["recorded", *report["futures"]]
+        titles = ["recorded"] * context.has_future + report["futures"]
         rows = list(zip(titles, zip(*columns, strict=True), strict=True))
         sheet = contact_sheet(rows, [f"{step / world.fps:+.2f} s" for step in on_sheet])
         Image.fromarray(sheet).save(temporary["sheet"], compress_level=2)

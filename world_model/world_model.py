@@ -4,6 +4,7 @@ Axes: C contexts, T frames in a context, W frames in the model's window, N futur
 F = branches * samples futures, r c token rows and columns, H W pixels.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,8 +27,14 @@ from driving_sim.engine.config import config, from_dict, load_json, save_json, t
 from driving_sim.engine.device import resolve_device
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.precision import autocast, name_of
-from driving_sim.engine.weights import build_with_weights, fingerprint, save_weights
-from driving_sim.tokenizer.tokenizer import Tokenizer
+from driving_sim.engine.run_folder import check_complete, find_run
+from driving_sim.engine.weights import (
+    build_with_weights,
+    fingerprint,
+    round_to_bf16,
+    save_weights,
+)
+from driving_sim.tokenizer.tokenizer import TOKENIZER, Tokenizer
 from driving_sim.world_model.actions import ActionStatistics, with_validity
 from driving_sim.world_model.cache import encode_frame
 from driving_sim.world_model.kernels.decode import FrozenPasses
@@ -38,7 +45,6 @@ from driving_sim.world_model.transformer import TokenGrid, Transformer, Transfor
 
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
-_TOKENIZER = "tokenizer"
 _MOST_CONFIG_BYTES = 2**26  # large, because the config lists all validation drives
 _MOST_FPS = 1000
 
@@ -152,17 +158,15 @@ class WorldModel:
 
     @classmethod
     def from_run(cls, path: Path | str, device: str = "auto", precision: str = "auto") -> Self:
-        """Load the run folder `path`; raise `DriveSimError` if it is incomplete or inconsistent."""
-        folder = Path(path)
-        for name in (_CONFIG, _WEIGHTS):
-            if not (folder / name).is_file():
-                raise DriveSimError(
-                    f"{folder} holds no world model ({name} is missing); "
-                    "train one with `drivesim train-world-model`, or choose another folder"
-                )
+        """Load the run folder `path`, or the packaged model named `path`.
+
+        Raises `DriveSimError` if it is missing, incomplete or inconsistent.
+        """
+        folder = find_run(path)
+        check_complete(folder, (_CONFIG, _WEIGHTS), "world model")
         saved = load_json(folder / _CONFIG, most_bytes=_MOST_CONFIG_BYTES)
         config = from_dict(WorldModelConfig, saved.get("config", {}), str(folder / _CONFIG))
-        tokenizer = Tokenizer.from_run(folder / _TOKENIZER, device, precision)
+        tokenizer = Tokenizer.from_run(folder / TOKENIZER, device, precision)
         transformer, written = build_with_weights(
             lambda: Transformer(config.model, config.grid, config.actions),
             folder / _WEIGHTS,
@@ -180,7 +184,7 @@ class WorldModel:
         grid = TokenGrid(rows=tokenizer.rows, cols=tokenizer.cols, levels=tuple(tokenizer.levels))
         if written.get("tokenizer") != tokenizer.fingerprint or config.grid != grid:
             raise DriveSimError(
-                f"{folder / _TOKENIZER} is not the tokenizer that this world model was trained "
+                f"{folder / TOKENIZER} is not the tokenizer that this world model was trained "
                 "with; copy the whole run folder again"
             )
         if written.get("fingerprint") != world.fingerprint:
@@ -190,15 +194,37 @@ class WorldModel:
             )
         return world
 
-    def save(self, path: Path | str) -> None:
-        """Write weights, config and tokenizer into the folder `path`."""
+    def rounded(self) -> Self:
+        """Return a copy whose weights are rounded to bf16, so that `save` can write them in bf16.
+
+        The tokenizer is rounded too. The copies have other fingerprints. So that its token stores
+        fit, round a tokenizer before you tokenize with it: rounding it again changes nothing.
+        """
+        transformer = copy.deepcopy(self.transformer)
+        round_to_bf16(transformer)
+        return type(self)(
+            transformer,
+            self.tokenizer.rounded(),
+            fps=self.fps,
+            steering_kind=self.steering_kind,
+            validation_drives=self.validation_drives,
+            device=self.device,
+            precision=self._precision,
+        )
+
+    def save(self, path: Path | str, dtype: torch.dtype = torch.float32) -> None:
+        """Write weights, config and tokenizer into the folder `path`.
+
+        With `dtype=torch.bfloat16`, the files of weights take half the space. Raises ValueError if
+        the weights are not `rounded`.
+        """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(folder / _TOKENIZER)
+        self.tokenizer.save(folder / TOKENIZER, dtype)
         save_json(folder / _CONFIG, {"kind": "world-model", "config": to_dict(self.config)})
         # The weights and the fingerprints are in one file, so that they are replaced together.
         prints = {"tokenizer": self.tokenizer.fingerprint, "fingerprint": self.fingerprint}
-        save_weights(self.transformer, folder / _WEIGHTS, prints)
+        save_weights(self.transformer, folder / _WEIGHTS, prints, dtype)
 
     def check_store(self, store: TokenStore) -> None:
         """Raise `DriveSimError` if a store's tokenizer, steering or frame rate does not match."""

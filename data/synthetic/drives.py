@@ -41,6 +41,10 @@ class SyntheticDrive:
         """All frames, uint8 RGB [T, height, width, 3]. Every access renders them again."""
         return np.stack(list(self.stream()))
 
+    def between(self, begin: int, end: int) -> "SyntheticDrive":
+        """Return the part of the drive from frame `begin` up to, but not including, frame `end`."""
+        return SyntheticDrive(self.world, self.states[begin:end], self.actions[begin:end])
+
     def save(self, path: Path) -> None:
         """Write the drive as JSON, with everything needed to replay it from any frame."""
         save_json(

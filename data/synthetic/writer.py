@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from driving_sim.data.actions.action_file import write_action_file
-from driving_sim.data.synthetic.drives import DRIVE_FORMAT, drive, frame_count
+from driving_sim.data.synthetic.drives import DRIVE_FORMAT, SyntheticDrive, drive, frame_count
 from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
 from driving_sim.data.video.writer import video_writer
 from driving_sim.engine.config import to_dict
@@ -106,7 +106,17 @@ def _make(
     driver_seed: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:
-    driven = drive(SyntheticWorld(world_seed, config), seconds, driver_seed)
+    write_drive(drive(SyntheticWorld(world_seed, config), seconds, driver_seed), stem, advance)
+
+
+def write_drive(
+    driven: SyntheticDrive, stem: Path, advance: Callable[[int], None] = lambda _: None
+) -> None:
+    """Write a drive as a video, a CSV and a JSON file: the path `stem` with three suffixes.
+
+    `advance` is called with 1 after each frame. Raises DriveSimError if a file cannot be written.
+    """
+    config = driven.world.config
     fps, height, width = config.fps, config.height, config.width
     with video_writer(stem.with_suffix(".mp4"), fps=fps, height=height, width=width) as write:
         for frame in driven.stream():

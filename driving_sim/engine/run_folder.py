@@ -1,8 +1,9 @@
-"""Check whether a command may write into its output folder, and mark finished training runs."""
+"""Find run folders, check whether a command may write into one, and mark finished runs."""
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from driving_sim.engine.torchrun import is_main_process, launcher
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 FINISHED = "finished.json"
+MODELS = Path(__file__).parents[1] / "models"
+"""Folder of the packaged models. Each of its folders is the run folder of a world model."""
 _LAUNCHER = ".launcher"  # file that names the `torchrun` which started an unfinished run
 
 CHANGEABLE = (
@@ -23,6 +26,44 @@ CHANGEABLE = (
 )
 """Settings that may change when a run is resumed. They control the length of the run, batches per
 step, learning rate, logging, saving, and the use of the machine."""
+
+
+def find_run(run: Path | str, part: str = "") -> Path:
+    """Return the folder of a run, which is named by its path or by the name of a packaged model.
+
+    A folder `run` is returned as it is, even if a packaged model has the same name. For a packaged
+    model, the folder `part` inside its run folder is returned. If `run` is neither, its path is
+    returned, and `check_complete` explains what is wrong.
+    """
+    path = Path(run)
+    if not path.is_dir() and str(path) in packaged_models():
+        return MODELS / path / part
+    return path
+
+
+def packaged_models() -> list[str]:
+    """Return the names of the models that are packaged with drivesim, sorted."""
+    return sorted(path.parent.name for path in MODELS.glob("*/config.json"))
+
+
+def check_complete(folder: Path, names: Iterable[str], what: str) -> None:
+    """Raise `DriveSimError` unless `folder` contains the files of a model, which `names` lists.
+
+    `what` is "tokenizer" or "world model". The message names the packaged models.
+    """
+    missing = next((name for name in names if not (folder / name).is_file()), None)
+    if missing is None:
+        return
+    models = packaged_models()
+    similar = get_close_matches(str(folder), models, n=1)
+    packaged = f", or name a packaged model ({', '.join(models)})" if models else ""
+    reason = f"{missing} is missing" if folder.is_dir() else "there is no such folder"
+    raise DriveSimError(
+        f"{folder} holds no {what} ({reason}); "
+        + (f"did you mean {similar[0]}? Otherwise " if similar else "")
+        + f"train one with `drivesim train-{what.replace(' ', '-')}`, or choose another folder"
+        + packaged
+    )
 
 
 def goes_on(run: Path, resume: bool) -> bool:

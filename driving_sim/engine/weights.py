@@ -30,7 +30,6 @@ Form = tuple[str, tuple[int, ...]]
 
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8  # in bytes; the first tensor starts at a multiple of this
-_VALUE_BYTES = 4  # weights are saved as float32
 _MOST_HEADER_BYTES = 2**20  # enough for about ten thousand tensors
 # Tensors are written in this order. The widest formats come first, which keeps all tensors aligned.
 # The safetensors library uses the same order.
@@ -48,10 +47,43 @@ _FORMATS = {
 _NUMBER_BYTES = {code: dtype.itemsize for dtype, code in _FORMATS.items()}
 
 
-def save_weights(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write the state dict of a module, and `metadata`, to `path` atomically."""
+def save_weights(
+    module: nn.Module,
+    path: Path,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write the state dict of a module, and `metadata`, to `path` atomically.
+
+    With `dtype=torch.bfloat16`, float32 weights take half the space. Raises ValueError if this
+    would change a weight, so call `round_to_bf16` first.
+    """
+    tensors = {name: _stored_as(dtype, name, value) for name, value in module.state_dict().items()}
     with atomic_file(path) as temporary:
-        write_tensors(temporary, module.state_dict(), metadata)
+        write_tensors(temporary, tensors, metadata)
+
+
+def _stored_as(dtype: torch.dtype, name: str, value: Tensor) -> Tensor:
+    if value.dtype != torch.float32 or dtype == torch.float32:
+        return value
+    stored = value.to(dtype)
+    if not torch.equal(stored.float(), value):
+        raise ValueError(
+            f"{name} has values that {dtype} cannot represent; round the weights before saving them"
+        )
+    return stored
+
+
+@torch.no_grad()
+def round_to_bf16(module: nn.Module) -> None:
+    """Round the float32 weights of a module to the nearest bfloat16 values, in place.
+
+    They stay float32 tensors. Saving them as bfloat16 and loading them again changes nothing, so
+    the `fingerprint` stays the same.
+    """
+    for value in module.state_dict().values():
+        if value.dtype == torch.float32:
+            value.copy_(value.bfloat16())
 
 
 def write_tensors(
@@ -114,12 +146,14 @@ def build_with_weights(build: Callable[[], M], path: Path, *, of: str) -> tuple[
     """Build a module and load the weights in `path`. Return the module and the file's metadata.
 
     The build stops if the module has more weights than fit into the file. (A build on torch's meta
-    device would also show this, but its imports take a second or two.) Raises `DriveSimError` if
-    the file is damaged, or if its tensors do not match the module. `of` names the owner of the
-    weights in messages, for example "this tokenizer".
+    device would also show this, but its imports take a second or two.) Float32 weights may be saved
+    as bfloat16. Raises `DriveSimError` if the file is damaged, or if its tensors do not match the
+    module. `of` names the owner of the weights in messages, for example "this tokenizer".
     """
     with _opened(path, of) as file:
-        with _Allowance(path.stat().st_size // _VALUE_BYTES):
+        formats = {code for code, _ in _saved_forms(file).values()}
+        value_bytes = _NUMBER_BYTES["BF16" if "BF16" in formats else "F32"]
+        with _Allowance(path.stat().st_size // value_bytes):
             module = build()
         return module, _copy_weights(file, module)
 
@@ -178,15 +212,15 @@ def _copy_weights(file: Any, module: nn.Module) -> dict[str, str]:
     """Check that a file's tensors match the module, and copy them. Return the file's metadata."""
     state = module.state_dict()
     expected = {name: _form(value) for name, value in state.items()}
-    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-    saved = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    saved = _saved_forms(file)
     for name in sorted(expected.keys() | saved.keys()):
         if name not in expected:
             raise ValueError(f"it has {shown(name)}, which the model does not have")
         if name not in saved:
             raise ValueError(f"it has no {name}")
-        if expected[name] != saved[name]:
-            (dtype, shape), (saved_dtype, saved_shape) = expected[name], saved[name]
+        (dtype, shape), (saved_dtype, saved_shape) = expected[name], saved[name]
+        is_rounded = (dtype, saved_dtype) == ("F32", "BF16")
+        if shape != saved_shape or not (dtype == saved_dtype or is_rounded):
             raise ValueError(
                 f"{name} is {saved_dtype} {shown(list(saved_shape))}, "
                 f"expected {dtype} {shown(list(shape))}"
@@ -194,6 +228,11 @@ def _copy_weights(file: Any, module: nn.Module) -> dict[str, str]:
     for name, value in state.items():
         value.copy_(file.get_tensor(name))
     return dict(file.metadata() or {})
+
+
+def _saved_forms(file: Any) -> dict[str, Form]:
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
 
 
 def _form(value: Tensor) -> Form:

@@ -17,7 +17,7 @@ from driving_sim.engine.config import load_yaml
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.precision import name_of
 from driving_sim.engine.progress import say
-from driving_sim.engine.run_folder import CONFIG
+from driving_sim.engine.run_folder import CONFIG, find_run
 from driving_sim.evaluate.actions.lessons import (
     PROBE_FILE,
     fit_probe,
@@ -239,7 +239,8 @@ def _training_store(run: Path, world: WorldModel, path: Path) -> TokenStore:
             f"{error}, or use `training_tokens` to name the store that the model was trained on"
         ) from error
     learned_drives(world, training)
-    config = load_yaml(run / CONFIG) if (run / CONFIG).is_file() else {}
+    run_config = find_run(run) / CONFIG
+    config = load_yaml(run_config) if run_config.is_file() else {}
     content = training.index.content
     if config.get("store", {}).get("content", content) != content:
         raise DriveSimError(

@@ -3,12 +3,16 @@ from typing import Any
 
 import pytest
 
+from driving_sim.engine import run_folder
 from driving_sim.engine.config import load_yaml, save_json
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.run_folder import (
+    check_complete,
     check_replaceable,
     check_run,
     claim_folder,
+    find_run,
+    packaged_models,
     prepare_run,
 )
 
@@ -20,6 +24,57 @@ CONFIG: dict[str, dict[str, Any]] = {
 
 def changed(**training: int) -> dict[str, Any]:
     return {**CONFIG, "training": {**CONFIG["training"], **training}}
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder that stands in for the packaged models, and holds two of them."""
+    folder = tmp_path / "models"
+    for name in ("city", "synthetic"):
+        save_json(folder / name / "config.json", {})
+    (folder / "__pycache__").mkdir()
+    monkeypatch.setattr(run_folder, "MODELS", folder)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return folder
+
+
+def test_a_run_is_found_by_its_path_or_by_the_name_of_a_packaged_model(models: Path) -> None:
+    assert packaged_models() == ["city", "synthetic"]
+    assert find_run("city") == find_run(Path("city")) == models / "city"
+    assert find_run("city", part="tokenizer") == models / "city" / "tokenizer"
+    for other in ("runs/city", "../city", "", ".", "citi", "__pycache__"):
+        assert find_run(other, part="tokenizer") == Path(other)
+
+
+def test_a_folder_wins_over_a_packaged_model_of_the_same_name(models: Path) -> None:
+    Path("city").touch()
+    assert find_run("city") == models / "city"
+    Path("city").unlink()
+    Path("city").mkdir()
+    assert find_run("city", part="tokenizer") == Path("city")
+
+
+def test_a_run_that_is_missing_names_the_packaged_models(models: Path) -> None:
+    check_complete(models / "city", ["config.json"], "tokenizer")
+    with pytest.raises(DriveSimError) as caught:
+        check_complete(Path("sinthetic"), ["config.json"], "world model")
+    assert str(caught.value) == (
+        "sinthetic holds no world model (there is no such folder); did you mean synthetic? "
+        "Otherwise train one with `drivesim train-world-model`, or choose another folder, "
+        "or name a packaged model (city, synthetic)"
+    )
+    with pytest.raises(DriveSimError, match=r"city holds no tokenizer \(x is missing\); train one"):
+        check_complete(models / "city", ["config.json", "x"], "tokenizer")
+
+
+def test_without_packaged_models_none_is_suggested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "MODELS", tmp_path / "none")
+    assert packaged_models() == []
+    with pytest.raises(DriveSimError, match=r"or choose another folder$"):
+        check_complete(tmp_path / "run", ["config.json"], "tokenizer")
 
 
 def test_new_run_keeps_its_config(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from driving_sim.engine.weights import (
     build_with_weights,
     fingerprint,
     load_weights,
+    round_to_bf16,
     save_weights,
     write_tensors,
 )
@@ -80,6 +81,43 @@ def test_a_file_has_the_same_bytes_as_one_of_the_safetensors_library(
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
     write_tensors(tmp_path / "w", tensors, metadata)
     assert (tmp_path / "w").read_bytes() == save(contiguous, metadata)
+
+
+def test_rounded_weights_take_half_the_space_and_stay_the_same(tmp_path: Path) -> None:
+    module = Layers(width=64)
+    module.register_buffer("steps", torch.tensor(3))
+    module.register_buffer("phase", torch.tensor([0.1]), persistent=False)
+    full, half = tmp_path / "full", tmp_path / "half"
+    save_weights(module, full, {"a": "b"})
+    assert full.read_bytes() == save(module.state_dict(), {"a": "b"})
+
+    exact = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(ValueError, match=r"layers\.0\.weight.*round the weights"):
+        save_weights(module, half, {}, torch.bfloat16)
+    assert not half.exists()
+    round_to_bf16(module)
+    rounded = {name: value.clone() for name, value in module.state_dict().items()}
+    assert not torch.equal(rounded["layers.0.weight"], exact["layers.0.weight"])
+    for name, value in exact.items():
+        torch.testing.assert_close(rounded[name], value, rtol=2**-8, atol=0)
+    assert module.phase == torch.tensor([0.1])  # It is not saved, so it need not be rounded.
+
+    save_weights(module, half, {"a": "b"}, torch.bfloat16)
+    assert half.stat().st_size < 0.55 * full.stat().st_size
+    assert load_file(half)["layers.0.weight"].dtype == torch.bfloat16
+
+    def build() -> Layers:
+        layers = Layers(width=64)
+        layers.register_buffer("steps", torch.tensor(0))
+        return layers
+
+    loaded, metadata = build_with_weights(build, half, of="a test")
+    assert metadata == {"a": "b"}
+    assert fingerprint({}, loaded) == fingerprint({}, module)
+    for name, value in loaded.state_dict().items():
+        assert value.dtype == rounded[name].dtype
+        assert torch.equal(value, rounded[name])
+    assert "the model's config asks for more" in refused(half, layers=5, width=64)
 
 
 def test_metadata_is_written_in_sorted_order(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from driving_sim.data.synthetic.world import SyntheticConfig
 from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.data.tokens.index import frame_bytes
 from driving_sim.data.tokens.store import TokenStore
+from driving_sim.engine import run_folder
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.training.config import TrainingConfig
 from driving_sim.evaluate import measure as measure_module
@@ -276,7 +277,9 @@ def test_a_trained_drive_is_recognised_without_actions(place: Path, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("nothing_is_done")
-def test_tokens_that_the_model_was_not_trained_on_are_refused(place: Path, tmp_path: Path) -> None:
+def test_tokens_that_the_model_was_not_trained_on_are_refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The check reads the config of the run, because the other store has the same tokenizer.
 
     A copy of the model without that config cannot tell which store it was trained on.
@@ -291,6 +294,9 @@ def test_tokens_that_the_model_was_not_trained_on_are_refused(place: Path, tmp_p
     tokenize(find_drives([place / "videos" / "drive_000.mp4"]), tiny_tokenizer(), fewer)
     with pytest.raises(DriveSimError, match=rf"{fewer}: not the token store that .* trained on"):
         measure(place, tmp_path / "out", run=run, training_tokens=fewer)
+    monkeypatch.setattr(run_folder, "MODELS", tmp_path)  # so that a name finds the run as well
+    with pytest.raises(DriveSimError, match=r"not the token store that run was trained on"):
+        measure(place, tmp_path / "out", run=Path("run"), training_tokens=fewer)
     for options in ({"run": run}, {"training_tokens": fewer}):
         with pytest.raises(TypeError):  # The checks pass, and the replaced `tokenize` is called.
             measure(place, tmp_path / "out", **options)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from driving_sim.data.video.frame_size import fit
+from driving_sim.engine import run_folder
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.tokenizer import Tokenizer
 from driving_sim.tokenizer.autoencoder import Autoencoder, AutoencoderConfig
@@ -120,6 +121,37 @@ def test_a_saved_tokenizer_round_trips(tmp_path: Path) -> None:
     assert torch.equal(loaded.decode(tokens), tokenizer.decode(tokens))
     assert not any(p.requires_grad for p in loaded.autoencoder.parameters())
     assert not loaded.autoencoder.training
+
+
+def test_a_rounded_tokenizer_is_saved_in_bf16_without_a_change(tmp_path: Path) -> None:
+    tokenizer = make()
+    before = tokenizer.fingerprint
+    with pytest.raises(ValueError, match="round the weights"):
+        tokenizer.save(tmp_path / "exact", torch.bfloat16)
+    rounded = tokenizer.rounded()
+    assert make().fingerprint == tokenizer.fingerprint == before != rounded.fingerprint
+    assert rounded.rounded().fingerprint == rounded.fingerprint
+    for name, dtype in (("half", torch.bfloat16), ("full", torch.float32)):
+        rounded.save(tmp_path / name, dtype)
+        loaded = Tokenizer.from_run(tmp_path / name, "cpu", "fp32")
+        assert loaded.fingerprint == rounded.fingerprint
+        assert torch.equal(loaded.encode(frames()), rounded.encode(frames()))
+    half, full = (
+        (tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "full")
+    )
+    assert half < 0.6 * full
+
+
+def test_the_tokenizer_of_a_packaged_model_is_found_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "MODELS", tmp_path)
+    tokenizer = make()
+    tokenizer.save(tmp_path / "town" / "tokenizer")
+    (tmp_path / "town" / "config.json").touch()
+    assert Tokenizer.from_run("town", "cpu", "fp32").fingerprint == tokenizer.fingerprint
+    with pytest.raises(DriveSimError, match="did you mean town"):
+        Tokenizer.from_run("twon")
 
 
 def test_the_fingerprint_covers_weights_and_config() -> None:

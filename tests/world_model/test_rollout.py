@@ -139,6 +139,26 @@ def test_everything_is_written_and_playable(world: WorldModel, video: Path, tmp_
     ]
 
 
+def test_a_recording_that_ends_with_the_context_has_no_panel(
+    world: WorldModel, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths, titles = [], []
+
+    def watched_sheet(rows: Any, headings: Any) -> Any:
+        titles.append([title for title, _ in rows])
+        return panels.contact_sheet(rows, headings)
+
+    monkeypatch.setattr(rollout, "contact_sheet", watched_sheet)
+    for start in (20, 39):
+        past = context(world, video, start_s=start / FPS)
+        plans = make_plans(["left"], past.situation(world), seconds=2 / FPS)
+        write_rollout(world, past, plans, tmp_path / f"{start}.mp4", sampling=Sampling())
+        with av.open(str(tmp_path / f"{start}.mp4")) as container:
+            widths.append(container.streams.video[0].codec_context.width)
+    assert widths == [2 * widths[1], widths[1]]
+    assert titles == [["recorded", "left"], ["left"]]
+
+
 def test_the_tokens_are_those_of_the_library(
     world: WorldModel, video: Path, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from driving_sim.engine import run_folder
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.world_model import WorldModel
 from driving_sim.world_model.actions import ActionStatistics
@@ -291,6 +292,40 @@ def test_tokens_that_do_not_fit_are_refused(world: WorldModel) -> None:
     prefix = world.encode_prefix(np.zeros((1, ROWS, COLS), np.int64), np.zeros((0, 2)))
     with pytest.raises(ValueError, match="actions of shape"):
         next(world.generate(prefix, np.zeros((4, 3))))
+
+
+def test_a_rounded_model_is_saved_in_bf16_without_a_change(
+    world: WorldModel, run: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="round the weights"):
+        world.save(tmp_path / "exact", torch.bfloat16)
+    rounded = world.rounded()
+    assert world.fingerprint == new_world().fingerprint != rounded.fingerprint
+    assert rounded.tokenizer.fingerprint == world.tokenizer.rounded().fingerprint
+    assert (rounded.config, rounded.dtype) == (world.config, world.dtype)
+    rounded.save(tmp_path, torch.bfloat16)
+    loaded = WorldModel.from_run(tmp_path, "cpu", "fp32")
+    assert loaded.fingerprint == rounded.fingerprint
+    for name, value in loaded.transformer.state_dict().items():
+        assert torch.equal(value, rounded.transformer.state_dict()[name])
+    for name in ("model.safetensors", "tokenizer/model.safetensors"):
+        assert (tmp_path / name).stat().st_size < 0.6 * (run / name).stat().st_size
+    context = np.zeros((2, ROWS, COLS), np.int64), np.zeros((1, 2))
+    futures = [
+        next(model.generate(model.encode_prefix(*context), np.zeros((1, 2))))
+        for model in (loaded, rounded)
+    ]
+    assert torch.equal(futures[0].log_probs, futures[1].log_probs)
+
+
+def test_a_packaged_model_is_found_by_name(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "MODELS", tmp_path)
+    shutil.copytree(run, tmp_path / "town")
+    assert WorldModel.from_run("town").fingerprint == WorldModel.from_run(run).fingerprint
+    with pytest.raises(DriveSimError, match=r"holds no world model .* packaged model \(town\)$"):
+        WorldModel.from_run("no-such-model")
 
 
 def test_a_folder_that_is_not_intact_is_refused(run: Path, tmp_path: Path) -> None:
