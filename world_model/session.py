@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Self
+from typing import Protocol, Self
 
 import torch
 from numpy.typing import ArrayLike
@@ -26,9 +26,6 @@ from driving_sim.world_model.cache import Cache
 from driving_sim.world_model.sampling.draw_waves import FrameSample, FrameSampler
 from driving_sim.world_model.sampling.sampling import Sampling
 
-if TYPE_CHECKING:
-    from driving_sim.world_model.world_model import WorldModel
-
 HISTORY_S = 30.0
 """How far back a session can be rewound by default, in s."""
 _Inputs = tuple[Tensor, Tensor]
@@ -42,6 +39,25 @@ class Prefix:
     cache: Cache
     last: Tensor
     """Tokens of each context's last frame, [C, r * c]."""
+
+
+class Drivable(Protocol):
+    """What a session needs of a `WorldModel`."""
+
+    tokenizer: Tokenizer
+    fps: float
+    device: torch.device
+    known_channels: tuple[bool, bool]
+
+    def encode_prefix(
+        self,
+        tokens: Tensor,
+        past_actions: ArrayLike,
+        valid: ArrayLike | None = None,
+        *,
+        last_frame: int | None = None,
+    ) -> Prefix:
+        """Encode contexts whose last frame gets the number `last_frame`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +107,7 @@ class Session:
     """
 
     def __init__(
-        self, world: "WorldModel", sampler: FrameSampler, *, history_s: float = HISTORY_S
+        self, world: Drivable, sampler: FrameSampler, *, history_s: float = HISTORY_S
     ) -> None:
         """Drive on from the state of `sampler`, which the session takes over."""
         self.world = world
@@ -226,7 +242,7 @@ class Session:
         if not 0 <= frames <= round(self.rewindable_s * self.fps):
             raise DriveSimError(
                 f"`seconds` {seconds:g}: this session can go back {self.rewindable_s:g} s; choose "
-                "a time from 0 to that, or start it with a longer `history_s`"
+                "a time from 0 to that, or start the session with a longer history"
             )
         if frames == 0:
             return
