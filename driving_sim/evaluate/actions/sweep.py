@@ -172,7 +172,7 @@ def _nearest(futures: Pixels, truths: Pixels, clip: Clip) -> float:
     psnr_db = torch.tensor(
         [[float(psnr(rollout, truth).mean()) for truth in true_videos] for rollout in rollouts]
     )
-    return float((psnr_db.argmax(1) == torch.arange(len(rollouts))).float().mean())
+    return float((psnr_db.argmax(1) == torch.arange(len(rollouts))).double().mean())
 
 
 def _mean(values: Sequence[Any]) -> Any:
