@@ -718,26 +718,44 @@ def evaluate_world_model(
     ],
     out: Annotated[Path, Option(help="Folder to write the report to.")] = REPORTS / "world-model",
     training_tokens: Annotated[
-        Path,
-        Option(help="Token store that the model was trained on. The baselines are fitted to it."),
-    ] = RUNS / "tokens",
+        Path | None,
+        Option(
+            help="Token store that the model was trained on. The baselines are fitted to it, and "
+            "the held-out drives must not be in it. Without it, both are left out. "
+            "[default: runs/tokens, if that is this store]"
+        ),
+    ] = None,
     training_videos: Annotated[
         list[Path] | None,
         Option(
             help="Videos to train the inverse-dynamics probe on, which estimates actions from "
-            "frames. Only drives that are in --training-tokens and are not held out are used, for "
-            "at most 20 minutes in total. May be repeated. "
+            "frames. Only drives that are in --training-tokens, if there are any, and are not held "
+            "out are used, for at most 20 minutes in total. May be repeated. "
             "[default: videos reconstructed from the tokens]"
         ),
     ] = None,
     quick: Annotated[
         bool, Option("--quick", help="Measure on fewer and shorter clips, for a first look.")
     ] = False,
+    long_rollouts: Annotated[
+        int | None,
+        Option(min=1, help="Number of long rollouts, which show stability [default: 4; quick 2]."),
+    ] = None,
+    long_seconds: Annotated[
+        float | None,
+        Option(help="Length of each long rollout in seconds [default: 60; quick 10]."),
+    ] = None,
+    sweeps: Annotated[
+        int | None,
+        Option(
+            min=1,
+            help="Number of starts for the sweep, which rolls out 21 commands from each [default: "
+            "3; quick 1].",
+        ),
+    ] = None,
     fps: Annotated[
         float | None,
-        Option(
-            help="Frames per second to take from the videos [default: as in --training-tokens]."
-        ),
+        Option(help="Frames per second to take from the videos [default: the model's]."),
     ] = None,
     every: Every = None,
     guidance: Guidance = 1.0,
@@ -766,13 +784,15 @@ def evaluate_world_model(
 ) -> None:
     """Measure how well a world model predicts, obeys actions and stays stable in long rollouts."""
     options = _given_options(locals())
-    from dataclasses import replace
-
+    from driving_sim.engine.config import from_dict, to_dict
     from driving_sim.evaluate.measure import measure_world_model
-    from driving_sim.evaluate.world_model import FULL, QUICK
+    from driving_sim.evaluate.world_model import FULL, QUICK, EvaluationConfig
 
-    config = replace(QUICK if options.pop("quick") else FULL, sampling=_pop_sampling(options))
-    _print_figures(measure_world_model(config=config, **options), out)
+    chosen = to_dict(QUICK if options.pop("quick") else FULL)
+    chosen |= {"sampling": asdict(_pop_sampling(options)), **_pop_fields(options, EvaluationConfig)}
+    config = from_dict(EvaluationConfig, chosen, where="evaluation")
+    tokens = RUNS / "tokens"
+    _print_figures(measure_world_model(config=config, usual_tokens=tokens, **options), out)
 
 
 @evaluate_app.command("compare")

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,10 @@ from driving_sim.evaluate.measure import (
     measure_tokenizer,
     measure_world_model,
 )
+from driving_sim.evaluate.world_model import FULL, QUICK
 from driving_sim.pipeline import model_and_drives, roll_out, tokenize_videos
 from driving_sim.tokenizer.tokenizer import Tokenizer
+from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.training.presets import PRESETS
 from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.small_files import small_files
@@ -283,6 +286,11 @@ def test_a_full_disk_gives_a_one_line_error(command: str, used: Path) -> None:
         (["train-tokenizer", "empty", "--steps", "1", "--minutes", "1"], "give only one"),
         (["inspect", "empty", "--steering-kind", "hovering"], "kinds are"),
         (["evaluate", "tokenizer", "missing", "empty"], "holds no tokenizer"),
+        (["evaluate", "world-model", "missing", "empty", "--sweeps", "0"], "--sweeps"),
+        (
+            ["evaluate", "world-model", "missing", "empty", "--quick", "--long-seconds", "2"],
+            "long_seconds: must be at least 5, found 2",
+        ),
     ],
 )
 def test_mistakes_give_a_one_line_error(
@@ -293,6 +301,31 @@ def test_mistakes_give_a_one_line_error(
     before = sorted(workplace.rglob("*"))
     assert message in refused(*arguments)
     assert sorted(workplace.rglob("*")) == before
+
+
+def test_an_evaluation_takes_its_counts_from_the_options_and_else_from_quick(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[dict[str, Any]] = []
+
+    def watched(**options: Any) -> dict[str, str]:
+        given.append(options)
+        return {"figure": "1 [0, 2]"}
+
+    monkeypatch.setattr("driving_sim.evaluate.measure.measure_world_model", watched)
+    evaluate = "evaluate", "world-model", "run", "videos"
+    assert "figure: 1 [0, 2]\n" in succeed(*evaluate).stdout
+    succeed(*evaluate, "--quick", "--training-tokens", "mine")
+    options = "--sweeps", "9", "--long-rollouts", "8", "--long-seconds", "7", "--seed", "6"
+    succeed(*evaluate, "--quick", *options)
+    chosen = replace(QUICK, sweeps=9, long_rollouts=8, long_seconds=7.0, sampling=Sampling(seed=6))
+    assert [options["config"] for options in given] == [FULL, QUICK, chosen]
+    assert [options.get("training_tokens") for options in given] == [None, Path("mine"), None]
+    assert {options["usual_tokens"] for options in given} == {Path("runs/tokens")}
+    helps = {option.name: option.help for option in commands()["evaluate world-model"].params}
+    for name in ("sweeps", "long_rollouts", "long_seconds"):
+        full, quick = (getattr(config, name) for config in (FULL, QUICK))
+        assert f"[default: {full:g}; quick {quick:g}]" in helps[name]
 
 
 def test_options_override_the_environment(workplace: Path) -> None:

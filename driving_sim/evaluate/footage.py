@@ -292,9 +292,11 @@ class Clip:
 
 
 def choose_clips(
-    footage: Sequence[Footage], *, context_frames: int, frames: int, count: int
+    footage: Sequence[Footage], *, context_frames: int, frames: int, count: int | None = None
 ) -> list[Clip]:
     """Choose up to `count` clips, spread evenly over all possible clips of the drives.
+
+    The choice depends only on the drives and the numbers given. Without `count`, return all clips.
 
     No two futures share a frame, so the clips are independent. No clip crosses a time gap.
     Raises TooLittleDataError if no drive is long enough for a clip.
@@ -311,5 +313,10 @@ def choose_clips(
             f"no stretch of {context_frames + frames} frames without a gap in {len(footage)} "
             "held-out drives (mirror images do not count); use longer drives or a shorter future"
         )
-    count = min(count, len(places))
-    return [places[(2 * number + 1) * len(places) // (2 * count)] for number in range(count)]
+    return places if count is None else evenly(places, count)
+
+
+def evenly(clips: Sequence[Clip], count: int) -> list[Clip]:
+    """Return up to `count` of the clips, evenly spread."""
+    count = min(count, len(clips))
+    return [clips[(2 * number + 1) * len(clips) // (2 * count)] for number in range(count)]

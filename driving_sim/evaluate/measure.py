@@ -40,6 +40,7 @@ from driving_sim.evaluate.report.protocol_hash import Protocol
 from driving_sim.evaluate.report.report import KeyFigure, refuse_existing, write_report
 from driving_sim.evaluate.world_model import (
     HEADLINE,
+    NO_TRAINING,
     NOT_MEASURED,
     EvaluationConfig,
     Evidence,
@@ -117,7 +118,8 @@ def measure_world_model(
     data: Sequence[Path],
     out: Path,
     *,
-    training_tokens: Path,
+    training_tokens: Path | None = None,
+    usual_tokens: Path | None = None,
     training_videos: Sequence[Path] = (),
     config: EvaluationConfig,
     fps: float | None = None,
@@ -130,11 +132,14 @@ def measure_world_model(
 ) -> dict[str, Any]:
     """Measure a world model on held-out drives, and write a report to the folder `out`.
 
-    `data` names videos or one token store. `probe` names an earlier report, or the file of the
-    inverse-dynamics probe in it. Without `probe`, a new probe is trained on `training_videos`. If
-    these are missing too, it is trained on the frames that the tokenizer decodes from
-    `training_tokens`. Returns the key figures as text, by their labels, and a line that names what
-    could not be measured.
+    `data` names videos or one token store. `training_tokens` is the store that the model was
+    trained on. Without it, `usual_tokens` is used if it is that store. Otherwise the baselines and
+    the check that no held-out drive was trained on are left out.
+
+    `probe` names an earlier report, or the file of the inverse-dynamics probe in it. Without
+    `probe`, a new probe is trained on `training_videos`. If these are missing too, it is trained on
+    the frames that the tokenizer decodes from the training tokens. Returns the key figures as text,
+    by their labels, and a line that names what could not be measured.
 
     Raises DriveSimError if the model or the probe was trained on a held-out drive, if the model was
     not trained on `training_tokens`, or if the probe's frame rate or kind of steering is not the
@@ -145,13 +150,16 @@ def measure_world_model(
     world = WorldModel.from_run(run, device, precision)
     refuse_existing(out)
     extractor: VideoFeatures = SeededFeatures() if i3d is None else I3DFeatures(i3d)
-    training = _training_store(run, world, training_tokens)
+    training = _training_store(run, world, training_tokens, usual_tokens)
+    if training is None:
+        _say_left_out(needs_probe=not (probe or training_videos))
     rate = _rate(world, training, fps, every)
     store = _held_out_store(world, data)
     videos = find_for(world, data, time_offset) if store is None else DriveSet([])
     sampled = _sampled(world, videos, rate)
     recordings = recording_digests(store.drives if store else sampled, world.known_channels)
-    check_apart(recordings, training)
+    if training is not None:
+        check_apart(recordings, training)
     trained, lessons = None, []
     if probe is not None:
         origin = f"taken from {probe}"
@@ -162,7 +170,7 @@ def measure_world_model(
         lessons = recorded_lessons(
             world, training, [sample(drive, **rate) for drive in training_drives], recordings
         )
-    else:
+    elif training is not None:
         origin = "trained on frames decoded from the training tokens"
         lessons = reconstructed_lessons(world, training)
     with tempfile.TemporaryDirectory() as work:
@@ -170,7 +178,8 @@ def measure_world_model(
             tokenize(videos, world.tokenizer, Path(work) / "tokens", **rate)
         heldout = store or HeldOutStore(Path(work) / "tokens", world.known_channels)
         footage = footage_of(heldout.drives, sampled, world.tokenizer)
-        check_tokens_apart(heldout, training)
+        if training is not None:
+            check_tokens_apart(heldout, training)
         reader, floor, no_probe = fit_probe(world, footage, trained, lessons, config.probe_steps)
         evidence = Evidence(
             heldout=heldout,
@@ -195,8 +204,9 @@ def measure_world_model(
             "inverse-dynamics probe": origin if reader is not None else "none",
             "device": f"{world.device}, {name_of(world.dtype)}",
             "number format of the tokens": f"held-out {heldout.info.precision}, "
-            f"training {training.info.precision}",
-            "key figures": "fewer bits per token are better; of the others, more is better",
+            f"training {training.info.precision if training else 'not at hand'}",
+            "key figures": "fewer bits per token and fewer freezes are better; of the others, "
+            "more is better",
         },
         sections=sections,
         protocol=protocol,
@@ -225,12 +235,32 @@ def _perceptual() -> PerceptualLoss | None:
     return PerceptualLoss(vgg16_weights()) if has_vgg16_weights() else None
 
 
-def _training_store(run: Path, world: WorldModel, path: Path) -> TokenStore:
+def _say_left_out(*, needs_probe: bool) -> None:
+    """Print what is left out because the training tokens are not at hand."""
+    probe = ", and without `training_videos` or `probe`, action fidelity and the sweep"
+    say(
+        f"{NO_TRAINING} (`training_tokens`): left out are the baselines and the check that no "
+        f"held-out drive was trained on{probe if needs_probe else ''}"
+    )
+
+
+def _training_store(
+    run: Path, world: WorldModel, path: Path | None, usual: Path | None
+) -> TokenStore | None:
     """Open the token store that the model was trained on.
 
-    Raises DriveSimError if `path` is not that store. If the run folder has no config file, accept
+    Raises DriveSimError if `path` is not that store. If `path` is None, return the `usual` store,
+    or None if it does not exist or is not that store. If the run folder has no config file, accept
     any store with the model's tokenizer, steering kind and frame rate.
     """
+    if path is None:
+        if usual is None or not (usual / INDEX).exists():
+            return None
+        try:
+            return _training_store(run, world, usual, None)
+        except DriveSimError as error:
+            say(f"{usual} is not used: {error}")
+            return None
     try:
         training = TokenStore(path)
         _check_store(world, training)
@@ -261,14 +291,14 @@ def _check_store(world: WorldModel, store: TokenStore) -> None:
 
 
 def _rate(
-    world: WorldModel, training: TokenStore, fps: float | None, every: int | None
+    world: WorldModel, training: TokenStore | None, fps: float | None, every: int | None
 ) -> dict[str, Any]:
     """Return the frame rate or stride that the user requested, or the training tokens' rate."""
     if fps is not None or every is not None:
         return frame_rate(fps, every)
     # Prefer the rate that the user requested for the training tokens. The model's own rate is the
     # rate after resampling, which may differ slightly from the requested one.
-    asked = training.info.requested_fps
+    asked = training.info.requested_fps if training else None
     return {
         "fps": asked if asked and abs(asked / world.fps - 1) <= 0.01 else world.fps,
         "every": None,

@@ -1,6 +1,6 @@
 """Run all parts of a world model's evaluation, and record what was measured in a protocol."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -10,12 +10,12 @@ from driving_sim.data.actions.action_file import SPEED, STEERING
 from driving_sim.data.arrays import digest
 from driving_sim.data.split import original_id
 from driving_sim.data.tokens.store import DriveTokens, TokenStore
-from driving_sim.engine.config import Count, config
+from driving_sim.engine.config import Count, Positive, config, require
 from driving_sim.engine.errors import TooLittleDataError
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.actions.control import MOVING_MPS
 from driving_sim.evaluate.actions.fidelity import evaluate_fidelity
-from driving_sim.evaluate.actions.inverse_dynamics import InverseDynamics
+from driving_sim.evaluate.actions.inverse_dynamics import CHANNELS, InverseDynamics
 from driving_sim.evaluate.actions.sweep import evaluate_sweep
 from driving_sim.evaluate.footage import (
     Clip,
@@ -23,6 +23,7 @@ from driving_sim.evaluate.footage import (
     HeldOutStore,
     choose_clips,
     clock_and_actions,
+    evenly,
     first_frames,
 )
 from driving_sim.evaluate.likelihood.action_information import evaluate_action_information
@@ -32,6 +33,7 @@ from driving_sim.evaluate.pictures.features import VideoFeatures
 from driving_sim.evaluate.pictures.long_rollouts import evaluate_stability
 from driving_sim.evaluate.pictures.quality import evaluate_quality
 from driving_sim.evaluate.pictures.stability import StabilityConfig
+from driving_sim.evaluate.pictures.standing import choose_standing_start, evaluate_standing
 from driving_sim.evaluate.report.protocol_hash import Protocol
 from driving_sim.evaluate.report.report import KeyFigure
 from driving_sim.evaluate.report.section import Section, Table
@@ -42,6 +44,7 @@ from driving_sim.world_model.world_model import WorldModel
 
 NOT_MEASURED = "not_measured"
 """Name of the section that lists the missing sections, and why each could not be measured."""
+NO_TRAINING = "the tokens that the model was trained on are not at hand"
 
 
 @config
@@ -59,11 +62,13 @@ class EvaluationConfig:
     seconds: float = 3.0
     """Length of the future of each clip, in s."""
     sweeps: Count = 3
-    """Maximum number of clips for the sweep, which rolls out a grid of commands from each."""
+    """Maximum number of starts of the sweep, which rolls out a grid of commands from each."""
     long_rollouts: Count = 4
     """Maximum number of long rollouts that are judged for stability."""
-    long_seconds: float = 60.0
-    """Length of each long rollout, in s."""
+    long_seconds: Positive = 60.0
+    """Length of each long rollout, in s, at least `stability.block_s`."""
+    standing_seconds: Positive = 60.0
+    """Time in s for which the car stands still."""
     real_seconds: float = 150.0
     """Maximum length in s of the real footage that sets the bounds for stability."""
     probe_steps: Count = 600
@@ -72,6 +77,10 @@ class EvaluationConfig:
     """Sampling settings of all rollouts."""
     stability: StabilityConfig = StabilityConfig()
     """Settings that decide when a long rollout has collapsed."""
+
+    def __post_init__(self) -> None:
+        least = self.stability.block_s
+        require(self, "long_seconds", self.long_seconds >= least, f"at least {least:g}")
 
 
 FULL = EvaluationConfig()
@@ -85,6 +94,7 @@ QUICK = EvaluationConfig(
     sweeps=1,
     long_rollouts=2,
     long_seconds=10.0,
+    standing_seconds=10.0,
     real_seconds=40.0,
     probe_steps=150,
 )
@@ -98,8 +108,11 @@ class Evidence:
     heldout: HeldOutStore
     footage: Sequence[Footage]
     """Footage of the held-out drives, in the order of the store."""
-    training: TokenStore
-    """Tokens that the model was trained on. The baselines are fitted to them."""
+    training: TokenStore | None
+    """Tokens that the model was trained on, or None if they are not at hand.
+
+    The baselines are fitted to them.
+    """
     probe: InverseDynamics | None
     """Network that estimates actions from frames, or None if there is none; see `no_probe`."""
     no_probe: str = ""
@@ -113,7 +126,7 @@ class Evidence:
 def evaluate_world_model(
     world: WorldModel, evidence: Evidence, config: EvaluationConfig
 ) -> tuple[list[Section], Protocol]:
-    """Measure likelihood, action information, rollout quality, action fidelity and stability.
+    """Measure likelihood, action information, rollouts, action fidelity and stability.
 
     A section is left out if the drives or the model do not allow its measurement. The last section
     then lists the missing sections and the reasons.
@@ -131,6 +144,8 @@ def evaluate_world_model(
         except TooLittleDataError as error:
             left_out.update(dict.fromkeys(names, str(error)))
 
+    if evidence.training is None:
+        left_out |= dict.fromkeys(("baselines", "leak_check"), NO_TRAINING)
     with attempt("likelihood"):
         likelihood = evaluate_likelihood(world, heldout, evidence.training, stride=config.stride)
         sections.append(likelihood)
@@ -150,9 +165,10 @@ def evaluate_world_model(
             sections.append(evaluate_fidelity(world, probe, floor, rollouts, sampling))
     if probe is None:
         left_out |= dict.fromkeys(("fidelity", "sweep"), evidence.no_probe)
-    elif clips:
+    sweep_starts: list[Clip] = []
+    if probe is not None and clips:
         with attempt("sweep"):
-            sweep_starts = _sweeps(world, clips, config.sweeps)
+            sweep_starts = _sweeps(world, choose(frames=clips[0].frames), config.sweeps)
             sections.append(evaluate_sweep(world, probe, sweep_starts, sampling))
     starts: list[Clip] = []
     with attempt("stability"):
@@ -166,12 +182,19 @@ def evaluate_world_model(
             config=config.stability,
         )
         sections.append(stability)
+    standing: list[Clip] = []
+    with attempt("standing"):
+        start = choose_standing_start(evidence.footage, world.context_frames)
+        seconds = config.standing_seconds
+        sections.append(evaluate_standing(world, start, seconds=seconds, sampling=sampling))
+        standing.append(start.clip)
     if left_out:
         rows = [(name.replace("_", " "), why) for name, why in left_out.items()]
         text = "The sections below are missing from this report, for the reasons given."
         parts = (Table("Missing sections", ("section", "reason"), rows),)
         sections.append(Section(NOT_MEASURED, "What could not be measured", text, left_out, parts))
-    return sections, _protocol(world, evidence, clips, starts, config)
+    chosen = {"clips": clips, "sweeps": sweep_starts, "starts": starts, "standing": standing}
+    return sections, _protocol(world, evidence, chosen, config)
 
 
 _SOURCES = {"true frames": "recorded", "model without actions": "action_free"}
@@ -203,7 +226,35 @@ HEADLINE = (
         "quality.psnr_db.model",
         {"floor": "quality.psnr_db.floor", "copy last": "quality.psnr_db.copy_last"},
     ),
-    KeyFigure("long rollouts last, s", "stability.mean_lasted_s"),
+    KeyFigure(
+        "speed, commanded against realised: correlation",
+        "fidelity.speed.model.correlation",
+        {name: f"fidelity.speed.{source}.correlation" for name, source in _SOURCES.items()},
+    ),
+    *(
+        KeyFigure(
+            f"{channel} gain",
+            f"fidelity.{channel}.model.gain",
+            {name: f"fidelity.{channel}.{source}.gain" for name, source in _SOURCES.items()},
+        )
+        for channel in CHANNELS
+    ),
+    KeyFigure(
+        "sweep rollouts nearest to their own truth, share",
+        "sweep.nearest",
+        {"by chance": "sweep.nearest_by_chance"},
+    ),
+    KeyFigure("long rollouts last, s", "stability.mean_lasted_s", {"at most": "stability.seconds"}),
+    KeyFigure(
+        "long rollouts that last to their end", "stability.lasted", total="stability.rollouts"
+    ),
+    KeyFigure("long rollouts that freeze", "stability.froze", total="stability.rollouts"),
+    KeyFigure(
+        "standing still, PSNR with the start, dB",
+        "standing.psnr_db.model",
+        {"same place": "standing.psnr_db.floor", "another place": "standing.psnr_db.elsewhere"},
+    ),
+    KeyFigure("standing still shows the same road", "standing.same_road"),
 )
 """Key figures at the top of a world model's report."""
 
@@ -211,9 +262,10 @@ HEADLINE = (
 def _real(world: WorldModel, evidence: Evidence, config: EvaluationConfig) -> list[DriveTokens]:
     """Return at most `real_seconds` of real footage, without mirror images.
 
-    Training drives are used only if the held-out drives are too short.
+    Training drives are used only if the held-out drives are too short, and if they are at hand.
     """
-    drives = [*evidence.heldout.drives, *evidence.training.drives]
+    training = evidence.training.drives if evidence.training else ()
+    drives = [*evidence.heldout.drives, *training]
     chosen: list[DriveTokens] = []
     frames = round(config.real_seconds * world.fps)
     for drive in drives:
@@ -224,7 +276,10 @@ def _real(world: WorldModel, evidence: Evidence, config: EvaluationConfig) -> li
 
 
 def _sweeps(world: WorldModel, clips: Sequence[Clip], count: int) -> list[Clip]:
-    """Choose up to `count` evenly spread clips, from those in which the car moves at the start."""
+    """Choose up to `count` evenly spread clips, from those in which the car moves at the start.
+
+    The choice depends only on the clips and on `count`.
+    """
     if not world.known_channels[STEERING] or not world.statistics.steering_p99 > 0:
         raise TooLittleDataError("the model learned no steering, so there is nothing to sweep")
     moving = [clip for clip in clips if _starts_moving(clip)]
@@ -233,7 +288,7 @@ def _sweeps(world: WorldModel, clips: Sequence[Clip], count: int) -> list[Clip]:
             f"no clip starts at a known speed of {MOVING_MPS:g} m/s or more, so there is no start "
             "for the sweep"
         )
-    return moving[:: max(1, len(moving) // count)][:count]
+    return evenly(moving, count)
 
 
 def _starts_moving(clip: Clip) -> bool:
@@ -248,22 +303,19 @@ def _starts_moving(clip: Clip) -> bool:
 def _protocol(
     world: WorldModel,
     evidence: Evidence,
-    clips: Sequence[Clip],
-    starts: Sequence[Clip],
+    chosen: Mapping[str, Sequence[Clip]],
     config: EvaluationConfig,
 ) -> Protocol:
     """Return the protocol: everything that decides the measured numbers, except the model."""
     size, statistics = world.tokenizer.frame_size, world.statistics
-    learned = learned_drives(world, evidence.training)
+    training = evidence.training.drives if evidence.training else ()
+    learned = learned_drives(world, evidence.training) if evidence.training else ()
     return Protocol.of(
         "world-model",
         {
             "drives": [_listed(source.drive, source.fingerprint) for source in evidence.footage],
             "recorded": all(source.recorded is not None for source in evidence.footage),
-            "training": [
-                _listed(drive, digest(*clock_and_actions(drive)))
-                for drive in evidence.training.drives
-            ],
+            "training": [_listed(drive, digest(*clock_and_actions(drive))) for drive in training],
             "learned": list(dict.fromkeys(drive.id for drive in learned)),
             "known_channels": world.known_channels,
             # The fidelity section compares with the mean action as a baseline. The 95th percentile
@@ -274,8 +326,10 @@ def _protocol(
             "size": [size.height, size.width],
             "fps": round(world.fps, 4),
             "context_frames": world.context_frames,
-            "clips": [[*clip.footage.place, clip.start, clip.frames] for clip in clips],
-            "starts": [[*clip.footage.place, clip.start] for clip in starts],
+            **{
+                name: [[*clip.footage.place, clip.start, clip.frames] for clip in clips]
+                for name, clips in chosen.items()
+            },
             "batch": BATCH,
             "precision": world.precisions,
             "settings": asdict(config),

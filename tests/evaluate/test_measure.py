@@ -29,6 +29,7 @@ from driving_sim.evaluate.measure import TOKENIZER_HEADLINE, measure_tokenizer, 
 from driving_sim.evaluate.pictures.stability import StabilityConfig
 from driving_sim.evaluate.report.compare import compare_reports
 from driving_sim.evaluate.report.protocol_hash import Protocol
+from driving_sim.evaluate.report.section import Section
 from driving_sim.evaluate.world_model import (
     HEADLINE,
     NOT_MEASURED,
@@ -40,6 +41,7 @@ from driving_sim.pipeline import find_for
 from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.actions import ActionStatistics
+from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.training.train import (
     WorldModelDataConfig,
     WorldModelRunConfig,
@@ -59,6 +61,7 @@ SMALL = EvaluationConfig(
     sweeps=1,
     long_rollouts=1,
     long_seconds=4.0,
+    standing_seconds=2.0,
     probe_steps=2,
     stability=StabilityConfig(block_s=1.0, hop_s=0.5, min_lag_s=0.5, max_lag_s=2.0, loop_s=0.5),
 )
@@ -134,7 +137,7 @@ def test_two_evaluations_of_a_world_model_give_the_same_numbers(
     figures = measure(place, tmp_path / "a", training_videos=[place / "videos"])
     metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
     sections = {"likelihood", "coding", "action_information", "quality", "fidelity", "sweep"}
-    assert sections | {"stability"} <= set(metrics)
+    assert sections | {"stability", "standing"} <= set(metrics)
     assert NOT_MEASURED not in metrics
     formats = metrics["model"]["precision"], metrics["model"]["tokenizer_precision"]
     assert formats == ("fp32", "fp32")
@@ -192,7 +195,7 @@ def protocol_of(world: WorldModel, evidence: Evidence, **options: Any) -> Protoc
     clips = [
         Clip(footage=source, start=6, context_frames=3, frames=5) for source in evidence.footage
     ]
-    return evaluation._protocol(world, evidence, clips, clips, replace(SMALL, **options))
+    return evaluation._protocol(world, evidence, {"clips": clips}, replace(SMALL, **options))
 
 
 def test_everything_that_decides_a_number_is_in_the_protocol(
@@ -429,6 +432,7 @@ def test_the_footage_of_a_probe_is_capped_and_spread_over_the_drives(
         caught = evidence(**options)
         assert [len(clip.frames) for clip in seen["clips"]] == [16, 16]
         assert [clip.segments for clip in seen["clips"]] == [[(0, 16)], [(0, 16)]]
+        assert caught.training is not None
         for clip, drive in zip(seen["clips"], caught.training.drives, strict=True):
             assert np.array_equal(clip.actions, drive.actions[:16])
         assert [len(clip.frames) for clip in seen["held"]] == [32]
@@ -517,14 +521,15 @@ def test_a_section_that_cannot_be_measured_is_listed_with_the_reason(
         )
         sections, protocol = evaluate_world_model(world, short, SMALL)
         *measured, last = sections
-        left_out = {"action_information", "quality", "fidelity", "sweep"} | too_short
+        left_out = {"action_information", "quality", "fidelity", "sweep", "standing"} | too_short
         assert set(last.metrics) == left_out
         names = {section.name for section in measured}
         assert names == {"likelihood", "coding", "stability"} - too_short
         assert last.metrics["fidelity"] == "because"
         assert "no stretch of 15 frames" in last.metrics["quality"]
         assert "no known action of a kind" in last.metrics["action_information"]
-        assert protocol.content["clips"] == []
+        for starts in ("clips", "sweeps", "standing"):
+            assert protocol.content[starts] == []
 
 
 def test_a_sweep_starts_where_the_car_is_known_to_move(place: Path) -> None:
@@ -538,7 +543,7 @@ def test_a_sweep_starts_where_the_car_is_known_to_move(place: Path) -> None:
     # The action at index start - 2 leads to the last context frame.
     sweeps = evaluation._sweeps(world, clips, 100)
     assert [clip.start for clip in sweeps] == [5, 6, 8, 9, 10]
-    assert [clip.start for clip in evaluation._sweeps(world, clips, 2)] == [5, 8]
+    assert [clip.start for clip in evaluation._sweeps(world, clips, 2)] == [6, 9]
     with pytest.raises(DriveSimError, match="no clip starts at a known speed of 2 m/s or more"):
         evaluation._sweeps(world, clips[:2], 2)
     with pytest.raises(DriveSimError, match="learned no steering"):
@@ -550,11 +555,98 @@ def test_real_footage_is_no_longer_than_requested(
 ) -> None:
     """The held-out drive and both training drives have 48 frames."""
     caught = evidence()
+    assert caught.training is not None
     world = WorldModel.from_run(place / "world-model", "cpu", "fp32")
     for seconds, lengths in ((2.0, [16]), (8.0, [48, 16]), (60.0, [48, 48, 48])):
         real = evaluation._real(world, caught, replace(SMALL, real_seconds=seconds))
         assert [len(drive) for drive in real] == lengths
         assert np.array_equal(real[0].tokens, caught.heldout.drives[0].tokens[: lengths[0]])
+
+
+def test_the_starts_depend_only_on_the_drives_and_the_counts(
+    place: Path, evidence: Callable[..., Evidence], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another model, seed or number of clips changes no start of these sections."""
+    caught = evidence()
+    world = WorldModel.from_run(place / "world-model", "cpu", "fp32")
+
+    def chosen(**changes: Any) -> dict[str, list[Any]]:
+        model = changes.pop("model", world)
+        options = replace(SMALL, sweeps=2, long_rollouts=3, **changes)
+        _, protocol = evaluate_world_model(model, caught, options)
+        return {name: protocol.content[name] for name in ("sweeps", "starts", "standing")}
+
+    for section in (
+        "likelihood",
+        "coding",
+        "action_information",
+        "quality",
+        "fidelity",
+        "sweep",
+        "stability",
+    ):
+        empty = Section(section, section, "", {})
+        monkeypatch.setattr(evaluation, f"evaluate_{section}", lambda *_, kept=empty, **__: kept)
+    first = chosen()
+    assert [len(places) for places in first.values()] == [2, 3, 1]
+    assert chosen(clips=1) == first
+    assert chosen(sampling=Sampling(seed=7, temperature=0.5), long_seconds=2.0) == first
+    other = Transformer(world.config.model, world.config.grid, world.statistics)
+    other_world = WorldModel(other, world.tokenizer, fps=FPS, steering_kind="road_wheel")
+    assert chosen(model=other_world) == first
+
+
+def test_without_the_training_tokens_the_rest_is_measured(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = {"training_tokens": None, "usual_tokens": tmp_path / "none"}
+    figures = measure(place, tmp_path / "a", **missing)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "not at hand" in line)
+    assert "baselines and the check" in line
+    assert "`training_videos` or `probe`" in line
+    metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert set(metrics[NOT_MEASURED]) == {"baselines", "leak_check", "fidelity", "sweep"}
+    assert {"coding", "action_information", "quality", "stability", "standing"} <= set(metrics)
+    assert list(metrics["likelihood"]["bits_per_token"]) == ["model"]
+    assert metrics["likelihood"]["share_of_copy_last"] is None
+    assert "leak_check" in figures["not measured (see the report)"]
+
+
+def test_without_the_training_tokens_a_probe_learns_from_all_training_videos(
+    place: Path, tmp_path: Path, evidence: Callable[..., Evidence]
+) -> None:
+    """Only the held-out drive is left out. It must also not be the only one."""
+    caught = evidence(training_tokens=None, training_videos=[place / "videos"])
+    assert caught.training is None
+    assert caught.probe is not None
+    digests = recording_digests(TokenStore(place / "tokens").drives)
+    assert set(caught.probe.source.drives) == set(digests.values())
+    with pytest.raises(DriveSimError, match="is a drive that has actions and is not held out"):
+        evidence(training_tokens=None, training_videos=[place / "videos" / "drive_002.mp4"])
+
+
+def test_the_usual_store_is_used_only_if_the_model_was_trained_on_it(
+    place: Path,
+    tmp_path: Path,
+    evidence: Callable[..., Evidence],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert evidence(training_tokens=None, usual_tokens=place / "tokens").training is not None
+    assert "not used" not in capsys.readouterr().err
+    other = write_store(tmp_path / "other", [20]).path
+    assert evidence(training_tokens=None, usual_tokens=other).training is None
+    assert f"{other} is not used: " in capsys.readouterr().err
+    with pytest.raises(DriveSimError, match="use `training_tokens`"):
+        evidence(training_tokens=other)
+
+
+def test_long_rollouts_last_at_least_as_long_as_a_block() -> None:
+    with pytest.raises(ValueError, match="long_seconds: must be at least 5, found 4"):
+        EvaluationConfig(long_seconds=4.0)
+    for name in ("sweeps", "long_rollouts", "standing_seconds"):
+        wrong: dict[str, Any] = {name: 0}
+        with pytest.raises(ValueError, match=name):
+            EvaluationConfig(**wrong)
 
 
 def test_a_damaged_file_ends_the_evaluation(

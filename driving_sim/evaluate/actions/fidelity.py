@@ -25,12 +25,13 @@ from driving_sim.evaluate.actions.inverse_dynamics import (
     InverseDynamics,
 )
 from driving_sim.evaluate.footage import Clip
+from driving_sim.evaluate.report.intervals import estimate_of
 from driving_sim.evaluate.report.section import Media, Section, Table, plot
 from driving_sim.evaluate.rollouts import Imagined, imagine
 from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
-_OF_CHANGE = ("correlation", "gain", "delay_frames", "sign_accuracy")
+_OF_CHANGE = ("correlation", "gain", "gain_interval", "delay_frames", "sign_accuracy")
 """Metrics that are left out if the commands vary less than the probe's error."""
 CURVE = 0.5
 """Smallest |steering| that counts as a curve, as a share of the training data's 95th percentile."""
@@ -167,7 +168,10 @@ def _floor_table(floor: dict[str, Any]) -> Table:
 def _table(metrics: dict[str, Any]) -> Table:
     names = ("correlation", "gain", "mean_absolute_error", "delay_frames", "sign_accuracy")
     rows = [
-        (f"{channel}, {source.replace('_', '-')}", *(measured[name] for name in names))
+        (
+            f"{channel}, {source.replace('_', '-')}",
+            *(estimate_of(measured, name) if name == "gain" else measured[name] for name in names),
+        )
         for channel in CHANNELS
         for source, measured in metrics[channel].items()
     ]

@@ -13,7 +13,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from driving_sim.data.arrays import Reals
-from driving_sim.evaluate.report.intervals import bootstrap, ratio, unit_sums
+from driving_sim.evaluate.report.intervals import (
+    bootstrap,
+    number_and_interval,
+    ratio,
+    unit_sums,
+)
 
 _LONGEST_DELAY = 5
 """Largest delay that is tried, in frames."""
@@ -38,27 +43,27 @@ def follow(
     - `transitions`: number of transitions at which both values are known.
     - `correlation`: Pearson correlation over all clips together.
     - `gain`: slope of the least-squares line from commanded to realised values. 1 is full
-      obedience; 0.5 means that the rollouts do half of what was asked.
+      obedience; 0.5 means that the rollouts do half of what was asked. `gain_interval` has the
+      ends of its interval.
     - `mean_absolute_error`: in the channel's unit.
     - `delay_frames`: number of frames by which the picture lags behind the command. It is the lag
       from -5 to 5 with the highest normalised cross-correlation, after each clip's own mean is
       subtracted. None if no lag has a positive correlation.
     - `sign_accuracy`: see `balanced_sign_accuracy`. None without a `sign_threshold`.
 
-    Correlation and sign accuracy come with intervals. `units` [C] are labels of the clips. Clips
-    with the same label are resampled together, because they are not independent: a clip and its
-    mirror image, for example. By default every clip is resampled alone.
+    Correlation, gain and sign accuracy come with intervals. `units` [C] are labels of the clips.
+    Clips with the same label are resampled together, because they are not independent: a clip and
+    its mirror image, for example. By default every clip is resampled alone.
     """
     x, y = _paired(commanded, realised)
     known = ~np.isnan(x)
     units = np.arange(len(x)) if units is None else units
     moments = unit_sums(units, _moments(x, y))
-    covariance, commanded_variance, _ = _spread(moments.sum(axis=0))
     sides = None if sign_threshold is None else unit_sums(units, _sides(x, y, sign_threshold))
     return {
         "transitions": int(known.sum()),
         "correlation": _estimate(moments, _correlation),
-        "gain": _or_none(ratio(covariance, commanded_variance)),
+        **number_and_interval("gain", _estimate(moments, _gain)),
         "mean_absolute_error": float(np.abs(x - y)[known].mean()) if known.any() else None,
         "delay_frames": _delay(x, y),
         "sign_accuracy": None if sides is None else _estimate(sides, _balanced),
@@ -129,6 +134,12 @@ def _correlation(moments: Reals) -> Reals:
     """Return the Pearson correlation from sums [..., 6]; NaN if x or y does not vary."""
     covariance, variance_x, variance_y = _spread(moments)
     return np.clip(ratio(covariance, np.sqrt(variance_x * variance_y)), -1.0, 1.0)
+
+
+def _gain(moments: Reals) -> Reals:
+    """Return the slope of y over x from sums [..., 6]; NaN if x does not vary."""
+    covariance, variance_x, _ = _spread(moments)
+    return ratio(covariance, variance_x)
 
 
 def _sides(x: Reals, y: Reals, threshold: float) -> Reals:

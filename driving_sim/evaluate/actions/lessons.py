@@ -71,16 +71,17 @@ def load_probe(world: WorldModel, path: Path, recordings: Mapping[str, str]) -> 
 
 def recorded_lessons(
     world: WorldModel,
-    training: TokenStore,
+    training: TokenStore | None,
     videos: Sequence[SampledDrive],
     recordings: Mapping[str, str],
 ) -> list[Lesson]:
     """Return those of `videos` that are in the training tokens, have actions, and are not held out.
 
+    Without training tokens, it is not checked that the videos are in them.
     `recordings` maps the ids of the held-out drives to their `recording_digest`.
     """
-    trained = {original_id(name) for name in training.drive_ids}
     digests = recording_digests(videos, world.known_channels)
+    trained = set(map(original_id, training.drive_ids)) if training else digests.keys()
     lessons: list[Lesson] = [
         (digests[name], sampled)
         for sampled in videos
@@ -88,9 +89,10 @@ def recorded_lessons(
         if name in trained & digests.keys() and digests[name] not in recordings.values()
     ]
     if not lessons:
+        of_store = f" of {training.path}" if training else ""
         raise DriveSimError(
-            f"none of `training_videos` is a drive of {training.path} that has actions and is not "
-            "held out; name the videos that these tokens were made from"
+            f"none of `training_videos` is a drive{of_store} that has actions and is not held out; "
+            "name the videos that the model was trained on"
         )
     return lessons
 
@@ -159,6 +161,8 @@ def _train_probe(world: WorldModel, lessons: Sequence[Lesson], steps: int) -> In
 
     If the lessons contain no validation drive of the model, their last drive is used instead.
     """
+    if not lessons:
+        raise TooLittleDataError("the inverse-dynamics probe has no training drives to learn from")
     names = list(dict.fromkeys(source.drive.id for _, source in lessons))
     validation_names = set(world.validation_drives) & set(names) or set(names[-1:])
     if validation_names == set(names):

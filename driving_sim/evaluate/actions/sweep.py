@@ -20,6 +20,8 @@ from driving_sim.evaluate.actions.fidelity import read
 from driving_sim.evaluate.actions.following import monotonicity
 from driving_sim.evaluate.actions.inverse_dynamics import InverseDynamics
 from driving_sim.evaluate.footage import Clip
+from driving_sim.evaluate.report.cell import Cell
+from driving_sim.evaluate.report.intervals import estimate_of, interval, number_and_interval
 from driving_sim.evaluate.report.section import Media, Section, Table, photo
 from driving_sim.evaluate.rollouts import encode_contexts
 from driving_sim.tokenizer.metrics import psnr
@@ -60,6 +62,9 @@ def evaluate_sweep(
                     pictures.append(_picture(clip, commands, truths, "the true"))
     truths_known = sum("truth" in result for result in results)
     metrics = {"starts": len(results), "starts_with_truth": truths_known, **_mean(results)}
+    if truths_known:
+        shares = [result["nearest"] for result in results if "nearest" in result]
+        metrics |= number_and_interval("nearest", interval(shares))
     parts: list[Table | Media] = [*_tables(metrics), *pictures]
     return Section("sweep", "Counterfactual sweep", _TEXT, metrics, parts)
 
@@ -79,8 +84,9 @@ the probe reads from these true futures, so a perfect model would reach these va
 nearest to its own truth if its last second has a higher PSNR with the true future of its own
 command than with the true future of any other command.
 
-Limits. This section tests the order of the reactions, not their strength. It uses only a few
-starts, so it gives no intervals."""
+Limits. This section tests the order of the reactions, not their strength. The interval of the
+share of nearest rollouts resamples the starts, so it needs many of them. The rank correlations have
+no intervals."""
 
 
 def _commands(world: WorldModel, clip: Clip) -> Floats32:
@@ -166,7 +172,7 @@ def _nearest(futures: Pixels, truths: Pixels, clip: Clip) -> float:
     psnr_db = torch.tensor(
         [[float(psnr(rollout, truth).mean()) for truth in true_videos] for rollout in rollouts]
     )
-    return float((psnr_db.argmax(1) == torch.arange(len(rollouts))).float().mean())
+    return float((psnr_db.argmax(1) == torch.arange(len(rollouts))).double().mean())
 
 
 def _mean(values: Sequence[Any]) -> Any:
@@ -191,7 +197,10 @@ def _tables(metrics: dict[str, Any]) -> list[Table]:
     tables = [Table(caption, ("", "rank correlation", "in order"), rows)]
     if "nearest" in metrics:
         caption = "Share of the rollouts that are nearest to their own truth; 1 is best"
-        shares = [("model", metrics["nearest"]), ("by chance", metrics["nearest_by_chance"])]
+        shares: list[tuple[str, Cell]] = [
+            ("model", estimate_of(metrics, "nearest")),
+            ("by chance", metrics["nearest_by_chance"]),
+        ]
         tables.append(Table(caption, ("", "share"), shares))
     return tables
 

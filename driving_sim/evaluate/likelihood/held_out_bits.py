@@ -50,12 +50,12 @@ def learned_drives(world: WorldModel, training: TokenStore) -> tuple[DriveTokens
 
 
 def evaluate_likelihood(
-    world: WorldModel, heldout: TokenStore, training: TokenStore, *, stride: int = 1
+    world: WorldModel, heldout: TokenStore, training: TokenStore | None, *, stride: int = 1
 ) -> Section:
     """Measure bits per token of the model and of baselines.
 
     Only frames with a full window of past frames are judged, and only every `stride`-th of them.
-    The baselines are fitted to `learned_drives`.
+    The baselines are fitted to `learned_drives`. Without `training` there are none.
 
     The metric `streamed_over_recomputed` tests whether long rollouts predict as well as short ones.
     The bits of frames 2W to 4W of each run are measured in two ways: with the growing cache of a
@@ -67,8 +67,6 @@ def evaluate_likelihood(
     10.1214/aos/1176347265).
     """
     world.check_store(heldout)
-    world.check_store(training)
-    drives = learned_drives(world, training)
     frames, tokens = world.context_frames, world.tokenizer.rows * world.tokenizer.cols
     block = block_frames(world.fps, frames)
     windows = FullWindows(heldout.drives, frames=frames, stride=stride)
@@ -77,13 +75,10 @@ def evaluate_likelihood(
         model = bits_per_token(
             world.transformer, windows, advance=bar.advance, watch=calibration.add
         )
-    copy_last = CopyLast.fit(drives)
-    judged = {
-        "model": model,
-        "time_bigram": TimeBigram.fit(drives).bits_per_token(windows),
-        "copy_last": copy_last.bits_per_token(windows),
-        "unigram": copy_last.unigram.bits_per_token(windows),
-    }
+    judged = {"model": model}
+    if training is not None:
+        world.check_store(training)
+        judged |= _baselines(learned_drives(world, training), windows)
     places = _by_position(world, heldout.drives, block)
     metrics: dict[str, Any] = {
         "per_tokenizer": True,
@@ -93,7 +88,7 @@ def evaluate_likelihood(
         "bits_per_token": {name: _interval(bits, block) for name, bits in judged.items()},
         "bits_per_frame": {name: _interval(bits, block, tokens) for name, bits in judged.items()},
         "accuracy": {name: float(bits.accuracy.mean()) for name, bits in judged.items()},
-        "share_of_copy_last": model.mean / judged["copy_last"].mean,
+        "share_of_copy_last": model.mean / judged["copy_last"].mean if training else None,
         "streamed_over_recomputed": _streamed_share(world, heldout.drives, model),
         "by_position": [place["mean"] for place in places],
         "by_position_interval": {end: [place[end] for place in places] for end in ("low", "high")},
@@ -103,12 +98,23 @@ def evaluate_likelihood(
     return Section("likelihood", "Likelihood of held-out drives", _TEXT, metrics, parts)
 
 
+def _baselines(drives: Sequence[DriveTokens], windows: FullWindows) -> dict[str, FrameBits]:
+    """Return the bits of baselines that are fitted to `drives`."""
+    copy_last = CopyLast.fit(drives)
+    return {
+        "time_bigram": TimeBigram.fit(drives).bits_per_token(windows),
+        "copy_last": copy_last.bits_per_token(windows),
+        "unigram": copy_last.unigram.bits_per_token(windows),
+    }
+
+
 _TEXT = """How well does the model predict drives that it has not seen? A token costs -log2 p
 bits if the model gave it the probability p, so fewer bits are better. Only frames with a full
-window of past frames count. A good model needs fewer bits than all three baselines, which only
-count tokens in the training drives. "Unigram" counts how frequent each token is. "Copy last"
-expects the token that the frame before had at the same place, and gives a small probability to all
-others. "Time bigram" counts how often one token follows another at the same place.
+window of past frames count. A good model needs fewer bits than all three baselines. These only
+count tokens in the training drives, and they are missing if the training drives are not at hand.
+"Unigram" counts how frequent each token is. "Copy last" expects the token that the frame before had
+at the same place, and gives a small probability to all others. "Time bigram" counts how often one
+token follows another at the same place.
 
 The intervals resample blocks of 3 s, or of the model's window if that lasts longer, because
 neighbouring frames are alike. Bits per token depend on the tokenizer, so they cannot compare models

@@ -3,7 +3,7 @@
 Axes: F futures, N frames of a future, r c token rows and columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,11 @@ from driving_sim.evaluate.pictures.stability import (
     Appearance,
     RealFootage,
     StabilityConfig,
-    mean_stability,
 )
+from driving_sim.evaluate.report.cell import Cell
+from driving_sim.evaluate.report.intervals import estimate_of, interval, number_and_interval
 from driving_sim.evaluate.report.section import Media, Section, Table, photo, plot
-from driving_sim.evaluate.rollouts import encode_contexts
+from driving_sim.evaluate.rollouts import BATCH, encode_contexts
 from driving_sim.world_model.panels import contact_sheet
 from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import WorldModel
@@ -58,9 +59,7 @@ def evaluate_stability(
     footage = RealFootage(appearances, world.fps, config)
     onward = (_onward(clip, round(seconds * world.fps)) for clip in starts)
     actions, valid = map(np.stack, zip(*onward, strict=True))
-    steps = world.generate(encode_contexts(world, starts), actions, valid, sampling=sampling)
-    with progress(actions.shape[1], "long rollouts", "frames") as bar:
-        futures = torch.stack([step.tokens.cpu() for step in bar.counted(steps)], dim=1).numpy()
+    futures = _roll_out(world, starts, actions, valid, sampling)
     rollouts = zip(futures, actions, valid, strict=True)
     judged = [footage.judge(_appearance(world, *rollout)) for rollout in rollouts]
     metrics: dict[str, Any] = {
@@ -68,7 +67,10 @@ def evaluate_stability(
         **mean_stability(judged),
         "starts": {clip.name: result for clip, result in zip(starts, judged, strict=True)},
     }
-    rows = [(label, metrics[key]) for label, key in _ROWS.items()]
+    rows: list[tuple[str, Cell]] = [
+        (label, estimate_of(metrics, key) if key == "mean_lasted_s" else metrics[key])
+        for label, key in _ROWS.items()
+    ]
     table = Table("Means and counts over all rollouts", ("", "value"), rows)
     return Section(
         "stability",
@@ -93,12 +95,37 @@ Restless: the tokens change from frame to frame much more than in real footage, 
 
 How to read it. A rollout has collapsed when at least one fault is present for {hold_s:g} s without
 a break. A rollout lasts until it collapses, or if it never does, until its end. Longer is better.
-Drift should be close to its floor and sharpness close to 1. There should be no collapses, frozen
+The interval of the mean time is over the rollouts. A rollout froze if it was frozen for {hold_s:g}
+s. Drift should be close to its floor and sharpness close to 1. There should be no collapses, frozen
 frames or loops.
 
 Limits. A rollout without faults is not necessarily right, because this section does not check
 whether it follows its commands. The faults are detected by simple rules, so look at the pictures
 too. With few rollouts the numbers are rough."""
+
+
+def _roll_out(
+    world: WorldModel, starts: Sequence[Clip], actions: Floats32, valid: Mask, sampling: Sampling
+) -> Ints:
+    """Roll out actions [F, N, 2] from the starts, and return the tokens [F, N, r, c].
+
+    At most `BATCH` futures are generated together, so memory does not grow with the starts.
+    """
+    futures = []
+    firsts = range(0, len(starts), BATCH)
+    with progress(len(firsts) * actions.shape[1], "long rollouts", "frames") as bar:
+        for first in firsts:
+            batch = slice(first, first + BATCH)
+            steps = world.generate(
+                encode_contexts(world, starts[batch]),
+                actions[batch],
+                valid[batch],
+                sampling=sampling,
+                first_draw=first,
+            )
+            tokens = [step.tokens.cpu() for step in bar.counted(steps)]
+            futures.append(torch.stack(tokens, dim=1).numpy())
+    return np.concatenate(futures)
 
 
 def _appearance(
@@ -115,6 +142,39 @@ def _appearance(
     # If the speed is unknown, assume that the car moves.
     moving = ~valid[:, SPEED] | (actions[:, SPEED] >= STANDING_MPS)
     return Appearance.measure(tokens, chunks, moving)
+
+
+def mean_stability(rollouts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Summarise the results of `judge` for one or more rollouts.
+
+    A rollout lasts until it collapses, or if it never does, until its end. The interval of the mean
+    time resamples the rollouts. `lasted` counts the rollouts that never collapse, and `froze` those
+    that are frozen for `hold_s` without a break.
+    """
+
+    def mean(*path: str) -> float:
+        values: Any = rollouts
+        for key in path:
+            values = [value[key] for value in values]
+        return float(np.mean(values))
+
+    collapses = [(rollout["collapse_s"], rollout["seconds"]) for rollout in rollouts]
+    lasted = [seconds if at is None else at for at, seconds in collapses]
+    return {
+        "rollouts": len(rollouts),
+        "seconds": mean("seconds"),
+        "collapsed": sum(at is not None for at, _ in collapses),
+        "lasted": sum(at is None for at, _ in collapses),
+        **number_and_interval("mean_lasted_s", interval(lasted)),
+        "drift_bits": mean("drift", "mean_bits"),
+        "drift_floor_bits": rollouts[0]["drift"]["floor_bits"],
+        "sharpness_ratio": mean("sharpness", "mean_ratio"),
+        "froze": sum(rollout["freeze"]["froze"] for rollout in rollouts),
+        "frozen_share": mean("freeze", "share"),
+        "longest_freeze_s": max(rollout["freeze"]["longest_s"] for rollout in rollouts),
+        "looped": sum(rollout["loops"]["found"] for rollout in rollouts),
+        "fault_shares": {name: mean("fault_shares", name) for name in rollouts[0]["fault_shares"]},
+    }
 
 
 def _onward(clip: Clip, frames: int) -> tuple[Floats32, Mask]:
@@ -136,10 +196,12 @@ def _onward(clip: Clip, frames: int) -> tuple[Floats32, Mask]:
 _ROWS = {
     "rollouts": "rollouts",
     "rollouts that collapsed": "collapsed",
+    "rollouts that lasted to their end": "lasted",
     "mean time until the collapse or the end, s": "mean_lasted_s",
     "drift, bits": "drift_bits",
     "drift of real footage (floor), bits": "drift_floor_bits",
     "sharpness, relative to the real median": "sharpness_ratio",
+    "rollouts that froze": "froze",
     "frozen frames, share of the frames that should move": "frozen_share",
     "rollouts with a loop": "looped",
 }

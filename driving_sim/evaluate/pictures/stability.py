@@ -337,6 +337,7 @@ class RealFootage:
             "change": _listed(footage.change),
             "share": float(frozen.sum() / max(1, footage.moving.sum())),
             "longest_s": longest / self.fps,
+            "froze": longest >= self.hold,
             "threshold": threshold,
         }
         return judged, frozen
@@ -422,32 +423,3 @@ def _runs(mask: Mask) -> list[tuple[int, int]]:
 def _listed(curve: Floats) -> list[float]:
     rounded: list[float] = curve.round(4).tolist()
     return rounded
-
-
-def mean_stability(rollouts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Summarise the results of `judge` for one or more rollouts.
-
-    A rollout lasts until it collapses, or if it never does, until its end.
-    """
-
-    def mean(*path: str) -> float:
-        values: Any = rollouts
-        for key in path:
-            values = [value[key] for value in values]
-        return float(np.mean(values))
-
-    collapses = [(rollout["collapse_s"], rollout["seconds"]) for rollout in rollouts]
-    lasted = [seconds if at is None else at for at, seconds in collapses]
-    return {
-        "rollouts": len(rollouts),
-        "seconds": mean("seconds"),
-        "collapsed": sum(at is not None for at, _ in collapses),
-        "mean_lasted_s": float(np.mean(lasted)),
-        "drift_bits": mean("drift", "mean_bits"),
-        "drift_floor_bits": rollouts[0]["drift"]["floor_bits"],
-        "sharpness_ratio": mean("sharpness", "mean_ratio"),
-        "frozen_share": mean("freeze", "share"),
-        "longest_freeze_s": max(rollout["freeze"]["longest_s"] for rollout in rollouts),
-        "looped": sum(rollout["loops"]["found"] for rollout in rollouts),
-        "fault_shares": {name: mean("fault_shares", name) for name in rollouts[0]["fault_shares"]},
-    }

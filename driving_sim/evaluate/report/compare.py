@@ -10,7 +10,7 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.files import atomic_file
 from driving_sim.evaluate.report.cell import Cell, cell_texts
 from driving_sim.evaluate.report.page import write_page
-from driving_sim.evaluate.report.report import Metric, Report, is_curve, leaves
+from driving_sim.evaluate.report.report import Metric, Report, cell_of, is_curve, leaves
 from driving_sim.evaluate.report.section import Media, Section, Table, plot
 
 _DIFFERENCES_SHOWN = 3
@@ -51,7 +51,12 @@ def compare_reports(a: Path, b: Path, out: Path) -> str:
             f"{', '.join(left_out)}."
         )
     headline = reports[0].metrics.get("headline", {})
-    figures = {label: pairs[place] for label, place in headline.items() if place in pairs}
+    cells_a, cells_b = ({place: pair[side] for place, pair in pairs.items()} for side in (0, 1))
+    figures = {
+        label: (cell_of(cells_a, place), cell_of(cells_b, place))
+        for label, place in headline.items()
+        if place in pairs
+    }
     caption = "The brackets show the 95 % interval of each value. The difference has no interval"
     parts = (Table(caption, _COLUMNS, _rows(figures)),) if figures else ()
     text = "\n\n".join([*notes, _HOW_TO_READ])

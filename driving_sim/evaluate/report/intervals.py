@@ -7,7 +7,8 @@ frames, because neighbouring frames are alike.
 Axes: U units, S sums of each unit, n values.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -53,6 +54,22 @@ def bootstrap(sums: ArrayLike, statistic: Callable[[Reals], Reals]) -> dict[str,
         )
         low, high = np.nanquantile(statistic(np.stack([*resampled])), [0.025, 0.975]).tolist()
     return {"mean": mean, "low": low, "high": high}
+
+
+def number_and_interval(name: str, estimate: Mapping[str, float | None] | None) -> dict[str, Any]:
+    """Return the metrics `NAME` and `NAME_interval` of an estimate, which may be None.
+
+    The first is a number, so a reader of `metrics.json` need not know that it has an interval. The
+    second has the interval's ends, `low` and `high`.
+    """
+    known = estimate or {"mean": None, "low": None, "high": None}
+    return {name: known["mean"], f"{name}_interval": {end: known[end] for end in ("low", "high")}}
+
+
+def estimate_of(metrics: Mapping[str, Any], name: str) -> dict[str, float | None]:
+    """Return the estimate that `number_and_interval` wrote to `metrics`, for a table's cell."""
+    ends = metrics.get(f"{name}_interval") or {"low": None, "high": None}
+    return {"mean": metrics[name], **ends}
 
 
 def mean_of_sums(sums: Reals) -> Reals:

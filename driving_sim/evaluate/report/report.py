@@ -42,6 +42,8 @@ class KeyFigure:
     """Path of the metric in the report, such as `likelihood.bits_per_token.model`."""
     beside: Mapping[str, str] = field(default_factory=dict)
     """Paths of the metrics that serve as reference values, by their labels."""
+    total: str = ""
+    """Path of the number of which the metric is a part. The figure then reads "3 of 4"."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,8 +116,12 @@ def write_report(
     figures = [figure for figure in headline if figure.metric in cells]
     tiles: list[Tile] = []
     for figure in figures:
-        beside = {name: cells[place] for name, place in figure.beside.items() if place in cells}
-        tiles.append((figure.label, cells[figure.metric], beside))
+        beside = {
+            name: cell_of(cells, place) for name, place in figure.beside.items() if place in cells
+        }
+        value = cell_of(cells, figure.metric)
+        text = f"{value} of {cells[figure.total]}" if figure.total in cells else value
+        tiles.append((figure.label, text, beside))
     metrics = {
         "protocol": protocol.hash,
         "model": _json(model),
@@ -159,6 +165,17 @@ def leaves(
             yield place, {name: inner.pop(name) for name in _ESTIMATE}
         for name, item in inner.items():
             yield from leaves(item, left_out, f"{place}.{name}" if place else name)
+
+
+def cell_of(cells: Mapping[str, Metric], place: str) -> Any:
+    """Return the metric at a path of `leaves`. A number whose interval is known is an estimate.
+
+    The interval of the number `NAME` is the mapping `NAME_interval`, with its ends `low` and
+    `high`.
+    """
+    value = cells[place]
+    ends = {end: cells.get(f"{place}_interval.{end}") for end in ("low", "high")}
+    return value if None in ends.values() or is_curve(value) else {"mean": value, **ends}
 
 
 def is_curve(value: object) -> TypeGuard[list[float | None]]:

@@ -94,6 +94,7 @@ def test_commands_that_vary_less_than_the_probes_error_are_not_judged(
         steering = section.metrics["steering"]["model"]
         assert (steering["correlation"] is not None) == is_judged
         assert (steering["gain"] is not None) == is_judged
+        assert (steering["gain_interval"] is not None) == is_judged
         assert section.metrics["speed"]["model"]["gain"] == pytest.approx(1, abs=0.01)
 
 

@@ -79,6 +79,9 @@ def test_numbers_agree_with_numpy() -> None:
     assert mean(metrics["correlation"]) == pytest.approx(np.corrcoef(x.ravel(), y.ravel())[0, 1])
     assert metrics["gain"] == pytest.approx(np.polyfit(x.ravel(), y.ravel(), 1)[0])
     assert metrics["mean_absolute_error"] == pytest.approx(np.abs(x - y).mean())
+    ends = metrics["gain_interval"]
+    assert ends["low"] < metrics["gain"] < ends["high"] < ends["low"] + 1
+    assert follow(x[:1], y[:1])["gain_interval"] == {"low": None, "high": None}
 
 
 def test_always_turning_right_scores_a_half_on_a_drive_that_turns_right() -> None:

@@ -20,6 +20,7 @@ from driving_sim.data.synthetic.true_future import replay
 from driving_sim.data.synthetic.world import SyntheticConfig
 from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.data.tokens.store import TokenStore
+from driving_sim.evaluate.actions import sweep
 from driving_sim.evaluate.actions.sweep import _commands, _nearest, _truths, evaluate_sweep
 from driving_sim.evaluate.footage import Clip, Footage, footage_of
 from driving_sim.tokenizer.tokenize import tokenize
@@ -197,6 +198,18 @@ def test_clips_with_uneven_strides_and_mirrored_clips_have_no_truth(
 ) -> None:
     for clip in (clip_of(footage(1.5 * FPS)), replace(clip_of(footage(FPS)), mirrored=True)):
         assert _truths(clip, _commands(world, clip)) is None
+
+
+def test_the_share_of_nearest_rollouts_has_an_interval_over_the_starts(
+    world: WorldModel, footage: Callable[[float], Footage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = clip_of(footage(FPS))
+    assert swept(world, clip, monkeypatch)["nearest_interval"] == {"low": None, "high": None}
+    shares = iter([1.0, 0.25])
+    monkeypatch.setattr(sweep, "_nearest", lambda *_: next(shares))
+    section = evaluate_sweep(world, MotionProbe(), [clip, clip], Sampling())  # type: ignore[arg-type]
+    assert section.metrics["nearest"] == 0.625
+    assert section.metrics["nearest_interval"] == {"low": 0.25, "high": 1.0}
 
 
 def test_without_a_synthetic_world_only_the_model_is_measured(

@@ -1,11 +1,18 @@
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from driving_sim.evaluate.footage import Clip, Footage
-from driving_sim.evaluate.pictures.long_rollouts import _onward, evaluate_stability
-from driving_sim.evaluate.pictures.stability import StabilityConfig
+from driving_sim.evaluate.pictures import long_rollouts
+from driving_sim.evaluate.pictures.long_rollouts import (
+    _onward,
+    evaluate_stability,
+    mean_stability,
+)
+from driving_sim.evaluate.pictures.stability import Appearance, RealFootage, StabilityConfig
 from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.token_drives import FPS, write_store
@@ -43,6 +50,7 @@ def test_one_rollout_from_every_start_is_judged(world: WorldModel, tmp_path: Pat
     )
     metrics = section.metrics
     assert metrics["rollouts"] == 2
+    assert metrics["collapsed"] + metrics["lasted"] == 2
     assert metrics["seconds"] == 6.0
     assert list(metrics["starts"]) == [clip.name for clip in starts]
     greedy = evaluate_stability(
@@ -53,3 +61,42 @@ def test_one_rollout_from_every_start_is_judged(world: WorldModel, tmp_path: Pat
     assert len(section.parts) == 3
     first = next(iter(metrics["starts"].values()))
     assert pytest.approx(len(first["sharpness"]["ratio"])) == FPS * 6
+
+
+def test_the_futures_do_not_depend_on_how_many_are_generated_together(
+    world: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = write_store(tmp_path / "tokens", (60, 60, 60), fingerprint=world.tokenizer.fingerprint)
+    footage = [Footage(drive=drive, tokenizer=world.tokenizer) for drive in store.drives]
+    starts = [Clip(footage=drive, start=10, context_frames=4, frames=1) for drive in footage]
+    actions, valid = map(np.stack, zip(*(_onward(clip, 8) for clip in starts), strict=True))
+    together = long_rollouts._roll_out(world, starts, actions, valid, Sampling())
+    monkeypatch.setattr(long_rollouts, "BATCH", 2)
+    apart = long_rollouts._roll_out(world, starts, actions, valid, Sampling())
+    assert together.shape[:2] == (3, 8)
+    assert np.array_equal(together, apart)
+
+
+def test_the_mean_over_rollouts() -> None:
+    """The first rollout is as good as the real footage. The second freezes after 15 s."""
+    rng = np.random.default_rng(0)
+
+    def appearance(seed: int, frozen_from: int) -> Appearance:
+        tokens = np.random.default_rng(seed).integers(9, size=(320, 3, 4))
+        change: NDArray[np.float64] = rng.uniform(0.1, 0.2, 320)
+        change[frozen_from:] = 0.0
+        return Appearance(tokens, np.ones(320), change, np.ones(320, np.bool_))
+
+    bounds = RealFootage([appearance(0, 320)], FPS, QUICK)
+    mean = mean_stability([bounds.judge(appearance(1, 320)), bounds.judge(appearance(2, 120))])
+    assert mean["rollouts"] == 2
+    assert mean["collapsed"] == mean["lasted"] == mean["froze"] == 1
+    assert mean["mean_lasted_s"] == (40 + 15) / 2
+    assert mean["mean_lasted_s_interval"] == {"low": 15, "high": 40}
+    assert mean["frozen_share"] == mean["fault_shares"]["frozen"] == 200 / 320 / 2
+    assert mean["longest_freeze_s"] == 25
+    assert mean["looped"] == 0
+    blink = appearance(3, 320)
+    blink.change[50:60] = 0.0  # Shorter than `hold_s`, so it does not count as a freeze.
+    assert mean_stability([bounds.judge(blink)])["froze"] == 0
+    json.dumps(mean, allow_nan=False)

@@ -18,7 +18,6 @@ from driving_sim.evaluate.pictures.stability import (
     drift_floor,
     jensen_shannon,
     loop_period,
-    mean_stability,
     repetition,
     sharpness,
     time_to_collapse,
@@ -299,19 +298,6 @@ class TestCollapse:
         first, second = np.zeros((2, 40), np.bool_)
         first[10:16], second[16:20] = True, True
         assert time_to_collapse({"a": first, "b": second}, FPS, 10) == (2.0, ["a"])
-
-    def test_the_mean_over_rollouts(self, rollout: Frames, bounds: RealFootage) -> None:
-        frozen = rollout.copy()
-        frozen[BEGIN:] = frozen[BEGIN - 1]
-        mean = mean_stability([judged(rollout, bounds), judged(frozen, bounds)])
-        assert mean["rollouts"] == 2
-        assert mean["collapsed"] == 1
-        assert mean["mean_lasted_s"] == (SECONDS + BEGIN / FPS) / 2
-        assert mean["frozen_share"] == (COUNT - BEGIN) / COUNT / 2
-        assert mean["fault_shares"]["frozen"] == mean["frozen_share"]
-        assert mean["longest_freeze_s"] == (COUNT - BEGIN) / FPS
-        assert mean["looped"] == 0
-        json.dumps(mean, allow_nan=False)
 
 
 class TestMistakes:

@@ -14,6 +14,7 @@ from driving_sim.evaluate.footage import Clip, Footage
 from driving_sim.evaluate.pictures.features import SeededFeatures
 from driving_sim.evaluate.pictures.quality import evaluate_quality
 from driving_sim.evaluate.report.compare import compare_reports
+from driving_sim.evaluate.report.intervals import number_and_interval
 from driving_sim.evaluate.report.protocol_hash import Kind, Protocol
 from driving_sim.evaluate.report.report import KeyFigure, write_report
 from driving_sim.evaluate.report.section import Section
@@ -103,6 +104,28 @@ def test_metrics_stand_side_by_side(tmp_path: Path) -> None:
         assert f"fingerprint {path.name}" in page
     assert Protocol.load(a / "protocol.json").hash in page
     assert "not compared" not in text + page
+
+
+def test_a_key_figure_has_the_interval_that_stands_beside_it(tmp_path: Path) -> None:
+    for name, mean in (("a", 4.0), ("b", 5.0)):
+        metrics = number_and_interval("lasted_s", {"mean": mean, "low": 3.0, "high": 6.0})
+        write_report(
+            tmp_path / name,
+            title="A report",
+            description={},
+            sections=[Section("stability", "Stability", "", metrics)],
+            protocol=Protocol.of("world-model", SETTINGS),
+            model={"fingerprint": name},
+            seconds=1.0,
+            headline=[KeyFigure(label="lasts", metric="stability.lasted_s")],
+        )
+    text = compare_reports(tmp_path / "a", tmp_path / "b", tmp_path / "page.html")
+    assert re.split(" {2,}", text.splitlines()[-1]) == [
+        "lasts",
+        "4.0 [3.0, 6.0]",
+        "5.0 [3.0, 6.0]",
+        "+1",
+    ]
 
 
 def test_curves_are_drawn_over_each_other(tmp_path: Path) -> None:

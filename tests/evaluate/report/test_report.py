@@ -4,8 +4,10 @@ from pathlib import Path
 import pytest
 
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.evaluate.report.intervals import number_and_interval
 from driving_sim.evaluate.report.protocol_hash import Protocol
 from driving_sim.evaluate.report.report import KeyFigure, refuse_existing, write_report
+from driving_sim.evaluate.report.section import Section
 from tests.fixtures.report_sections import (
     ESTIMATE,
     PROTOCOL,
@@ -55,6 +57,27 @@ def test_key_figures_are_at_the_top_of_the_page(tmp_path: Path) -> None:
     assert returned == {"bits": "3.21 [3.10, 3.33]", "no number": "–"}
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["headline"] == {"bits": "reconstruction.bits", "no number": "speed.lpips"}
+
+
+def test_a_key_figure_shows_its_interval_and_its_total(tmp_path: Path) -> None:
+    metrics = {
+        **number_and_interval("lasted_s", {"mean": 41.3, "low": 30.2, "high": 52.4}),
+        **number_and_interval("gain", {"mean": 0.9, "low": None, "high": None}),
+        **number_and_interval("none", None),
+        "lasted": 3,
+        "rollouts": 4,
+    }
+    headline = [
+        KeyFigure(label="s", metric="a.lasted_s", beside={"gain": "a.lasted_s"}),
+        *(KeyFigure(label=name, metric=f"a.{name}") for name in ("gain", "none")),
+        KeyFigure(label="lasted", metric="a.lasted", total="a.rollouts"),
+    ]
+    arguments = report_arguments(headline=headline, sections=[Section("a", "A", "", metrics)])
+    texts = write_report(tmp_path / "out", **arguments)
+    assert texts == {"s": "41 [30, 52]", "gain": "0.9", "none": "–", "lasted": "3 of 4"}
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert '<dd class="beside">gain 41 [30, 52]</dd>' in page
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["a"]["lasted_s"] == 41.3
 
 
 def test_an_existing_folder_is_refused(tmp_path: Path) -> None:
