@@ -24,6 +24,7 @@ COMMANDS = (
     ("rollouts.video", "tiny"),
     ("rollouts.length", "tiny"),
     ("rollouts.futures", "tiny"),
+    ("rollouts.session", "tiny"),
     ("reading.encoding", "encoder"),
     ("reading.encoding", "tokenize"),
     ("training.speed", "tiny"),
