@@ -117,7 +117,7 @@ class NativeCache(Cache):
     ) -> None:
         super().__init__(model, tables, first)
         self.native = native
-        self.keys, self.values = self._rings(batch), self._rings(batch)
+        self.keys, self.values = self._rings(batch).zero_(), self._rings(batch).zero_()
         self._trunk: _Trunk | None = None
         self._has_branches = False
 
@@ -125,7 +125,7 @@ class NativeCache(Cache):
         config = self.model.config
         channels = config.width // config.heads
         size = (config.layers, batch, config.kv_heads, self.native.keys * channels)
-        return torch.zeros(size, dtype=self.native.dtype)
+        return torch.empty(size, dtype=self.native.dtype)
 
     def advance(self) -> None:
         """Begin the next frame, and hide the old frame that it overwrites."""
@@ -258,6 +258,7 @@ class NativeCache(Cache):
         self._has_branches = True
         own = torch.zeros(self.native.keys // PAIRS, dtype=torch.bool)
         branch._trunk = _Trunk(self.keys, self.values, rows, own)
+        # These take no memory until a frame is written: every block is first copied from the trunk.
         branch.keys, branch.values = branch._rings(len(rows)), branch._rings(len(rows))
         return branch
 
