@@ -1,0 +1,52 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import pretrain
+from driving_sim.data.synthetic.world import SyntheticConfig
+from driving_sim.engine.run_folder import find_run
+from driving_sim.evaluate.world_model import QUICK
+from driving_sim.world_model import WorldModel
+from driving_sim.world_model.contexts import contexts_of, load_context
+
+RECIPE = pretrain.Recipe(
+    drives=3,
+    heldout_drives=2,
+    seconds=8.0,
+    world=SyntheticConfig(height=64, width=128, fps=5.0),
+    preset="demo",
+    every=1,
+    tokenizer=("training.steps=2", "training.minutes=null", "training.min_steps=null"),
+    world_model=("training.steps=2", "training.minutes=null", "training.min_steps=null"),
+    contexts=(("early", 3, 0.0), ("late", 4, 4.0)),
+    evaluation=replace(
+        QUICK, clips=1, long_rollouts=1, long_seconds=5.0, standing_seconds=2.0, probe_steps=10
+    ),
+)
+
+
+def test_the_recipe_makes_a_packaged_model_and_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pretrain.pretrain(tmp_path / "work", RECIPE)
+    card = (model / "card.md").read_text("utf-8")
+    weights = (model / "model.safetensors").read_bytes()
+    assert "3 drives of 8 s" in card
+    assert "the world model 2," in card
+    assert "| bits per token |" in card
+    assert "{" not in card
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.mp4")}
+    assert pretrain.pretrain(tmp_path / "work", RECIPE) == model  # only packs it again
+    for part in ("videos", "heldout"):
+        for path in (tmp_path / "work" / part).glob("*.mp4"):
+            assert made[path] == path.stat().st_mtime_ns
+    assert (model / "model.safetensors").read_bytes() == weights
+    packaged = tmp_path / "models" / "synthetic"
+    monkeypatch.setattr(pretrain, "PACKAGED", packaged)
+    pretrain.install(model)
+    pretrain.install(model)
+    world = WorldModel.from_run(find_run(packaged), "cpu")
+    assert world.fingerprint in card
+    context = load_context(world, contexts_of(packaged)["late"])
+    world.drive(context).step([3.0, 0.0])
