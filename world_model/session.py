@@ -48,6 +48,7 @@ class Drivable(Protocol):
     fps: float
     device: torch.device
     known_channels: tuple[bool, bool]
+    said_beyond: set[str]
 
     def encode_prefix(
         self,
@@ -116,7 +117,6 @@ class Session:
         self.frame = 0
         """Number of frames driven so far."""
         self._history = max(0, round(history_s * world.fps))
-        self._said: set[str] = set()
         self._sampler: FrameSampler | None = sampler
         self._segments: deque[_Segment] = deque()
         self._begin_segment()
@@ -185,7 +185,7 @@ class Session:
         `action` is [2] for all futures or [F, 2]: speed in m/s, and steering in the unit of the
         model's steering kind (rad, or 1/m for curvature), left positive. NaN means unknown, and so
         does False in `valid`, of the same shape. An action beyond those of the training data is
-        allowed, and said once. Raises DriveSimError for an infinite action or an ended session.
+        allowed, and said once for each model. Raises DriveSimError for an infinite action or an ended session.
         """
         sampler = self._now
         actions, known = self._checked(sampler, action, valid)
@@ -212,7 +212,7 @@ class Session:
         """
         with _memory_for("a fork"):
             fork = type(self)(self.world, self._now.fork(), history_s=self._history / self.fps)
-        fork.frame, fork._said = self.frame, self._said
+        fork.frame = self.frame
         fork._segments = deque(segment.copy() for segment in self._segments)
         return fork
 
@@ -326,8 +326,8 @@ class Session:
                 continue  # the model takes no notice of it
             given = values[known[:, channel], channel]
             beyond = given[(given < low) | (given > high)]
-            if len(beyond) and name not in self._said:
-                self._said.add(name)
+            if len(beyond) and name not in self.world.said_beyond:
+                self.world.said_beyond.add(name)
                 say(
                     f"{name} {float(beyond[0]):g} is beyond what the model was trained on "
                     f"({low:.3g} to {high:.3g}), so what it shows may be wrong"

@@ -129,6 +129,8 @@ class WorldModel:
         """Whether the model was trained with speed, and whether it was trained with steering."""
         self.context_frames = transformer.config.context_frames
         """Number of frames in the model's window, including the frame being predicted."""
+        self.said_beyond: set[str] = set()
+        """Channels of which a session has said that an action was beyond the training data."""
         self._precision = precision
         self._passes = FrozenPasses(self.transformer, precision)
         self.dtype = self._passes.dtype
