@@ -57,6 +57,10 @@ class Cache(ABC):
         """Return a cache whose sequence i continues this cache's sequence `rows[i]`."""
 
     @abstractmethod
+    def copy(self) -> Self:
+        """Return a copy that goes on independently, and computes the same to the last bit."""
+
+    @abstractmethod
     def replace(self, rows: Tensor, other: Self) -> None:
         """Replace the sequences `rows` with those of `other`, which is at the same frame.
 
@@ -148,6 +152,10 @@ class RingCache(Cache):
         copy._mask.copy_(self._mask)
         copy.frame = self.frame
         return copy
+
+    def copy(self) -> Self:
+        """Return a copy that goes on independently."""
+        return self.branch(torch.arange(self.keys.shape[1]))
 
     def replace(self, rows: Tensor, other: Self) -> None:
         """Replace the sequences `rows` with those of `other`, which is at the same frame."""

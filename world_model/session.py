@@ -3,13 +3,14 @@
 Axes: F futures, r c token rows and columns, H W pixels, A = 2 channels (speed, steering).
 """
 
+import copy
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 from typing import Protocol, Self
 
 import torch
@@ -76,17 +77,10 @@ class Frame(FrameSample):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SavedSession:
-    """A moment of a session, made by `Session.save`."""
-
-    segments: "tuple[_Segment, ...]"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class _Segment:
     """A stretch of the past: a state of the sampler, and what led to the frames after it.
 
-    The state is never stepped, only forked. Drawing the frames again from it gives the same tokens,
+    The state is never stepped, only copied. Drawing the frames again from it gives the same tokens,
     because the random numbers depend only on the seed and the number of the frame.
     """
 
@@ -100,23 +94,33 @@ class _Segment:
         return _Segment(self.start, self.frame, self.inputs[:frames])
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SavedSession:
+    """A moment of a session, made by `Session.save`."""
+
+    now: _Segment
+    past: tuple[_Segment, ...]
+
+
 class Session:
     """F futures that are driven together, one action at a time; made by `WorldModel.drive`.
 
-    The same actions and seed give the same tokens as a rollout. The future of a session is
-    undecided: `fork` tries one without losing the other, `rewind` goes back.
+    The same actions and seed give the same tokens as a rollout. `fork` tries another future and
+    keeps this one; `rewind` goes back.
     """
 
     def __init__(
         self, world: Drivable, sampler: FrameSampler, *, history_s: float = HISTORY_S
     ) -> None:
         """Drive on from the state of `sampler`, which the session takes over."""
+        if not 0 <= history_s < math.inf:
+            raise DriveSimError(f"history_s {history_s:g}: give a finite time of 0 s or more")
         self.world = world
         self.fps = world.fps
         """Frames per second."""
         self.frame = 0
         """Number of frames driven so far."""
-        self._history = max(0, round(history_s * world.fps))
+        self._history = round(history_s * world.fps)
         self._sampler: FrameSampler | None = sampler
         self._segments: deque[_Segment] = deque()
         self._begin_segment()
@@ -136,9 +140,7 @@ class Session:
     @property
     def _now(self) -> FrameSampler:
         if self._sampler is None:
-            raise DriveSimError(
-                "this session has ended (it was closed); start a new one with `world.drive`"
-            )
+            raise DriveSimError("this session has ended; start a new one with `world.drive`")
         return self._sampler
 
     @property
@@ -150,7 +152,7 @@ class Session:
     def tokens(self) -> Tensor:
         """Tokens of the current frame of each future, int64 [F, r, c]."""
         grid = self._now.model.grid
-        return self._now.passes.tokens[: self.futures].view(-1, grid.rows, grid.cols)
+        return self._now.passes.tokens[: self.futures].view(-1, grid.rows, grid.cols).clone()
 
     @property
     def pixels(self) -> Pixels:
@@ -170,14 +172,17 @@ class Session:
     def sampling(self, sampling: Sampling) -> None:
         if sampling != self._now.sampling:
             with _memory_for("another stream"):
-                self._sampler = self._now.fork(sampling)
+                self._sampler = self._now.resampled(sampling)
                 self._begin_segment()
 
     @property
     def rewindable_s(self) -> float:
         """How many seconds `rewind` can go back."""
-        remembered = sum(len(segment.inputs) for segment in self._segments)
-        return min(remembered, self._history) / self.fps
+        return self._rewindable / self.fps
+
+    @property
+    def _rewindable(self) -> int:
+        return min(sum(len(segment.inputs) for segment in self._segments), self._history)
 
     def step(self, action: ArrayLike, valid: ArrayLike | None = None) -> Frame:
         """Drive one frame further: return the frame of each future that the action leads to.
@@ -185,17 +190,23 @@ class Session:
         `action` is [2] for all futures or [F, 2]: speed in m/s, and steering in the unit of the
         model's steering kind (rad, or 1/m for curvature), left positive. NaN means unknown, and so
         does False in `valid`, of the same shape. An action beyond those of the training data is
-        allowed, and said once for each model. Raises DriveSimError for an infinite action or an ended session.
+        allowed, and said once for each model. Raises DriveSimError for an infinite action or an
+        ended session. A step that is interrupted, or that runs out of memory, ends the session.
         """
-        sampler = self._now
+        sampler, device = self._now, self.world.device
         actions, known = self._checked(sampler, action, valid)
-        adjust_threads(self.world.device)
+        adjust_threads(device)
         began = time.perf_counter()
-        with _memory_for("the next frame"):
-            sample = sampler.step(actions, known)
-        self.frame += 1
-        if self._history:
-            self._remember((actions, known))
+        try:
+            with _memory_for("the next frame, so this session has ended"):
+                sample = sampler.step(actions, known)
+                self.frame += 1
+                self._remember((actions, known))
+        except BaseException:
+            self.close()  # the cache is half written
+            raise
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return Frame(
             sample.tokens,
             sample.log_probs,
@@ -208,29 +219,36 @@ class Session:
     def fork(self) -> Self:
         """Return a session that goes on from here independently, with the same past.
 
-        It shares the cache with this one until either drives on.
+        With compiled passes, the two share one cache until they drive on.
         """
+        fork = copy.copy(self)
         with _memory_for("a fork"):
-            fork = type(self)(self.world, self._now.fork(), history_s=self._history / self.fps)
-        fork.frame = self.frame
+            fork._sampler = self._now.copy()
         fork._segments = deque(segment.copy() for segment in self._segments)
         return fork
 
     def save(self) -> SavedSession:
         """Return the current moment and its past, for `restore`."""
         with _memory_for("a saved session"):
-            now = _Segment(self._now.fork(), self.frame, [])
-        return SavedSession((*(segment.copy() for segment in self._segments), now))
+            now = _Segment(self._now.copy(), self.frame, [])
+        return SavedSession(now, tuple(segment.copy() for segment in self._segments))
 
     def restore(self, saved: SavedSession) -> None:
         """Go back to a moment saved by this session or by one of the same model and futures."""
-        start = saved.segments[-1].start
-        if start.model is not self._now.model or len(start.samples) != self.futures:
+        start = saved.now.start
+        if start.model is not self._now.model:
+            raise DriveSimError("the saved session is of another model; restore it in one of its")
+        if len(start.samples) != self.futures:
             raise DriveSimError(
-                f"the saved session has another model or {len(start.samples)} futures instead of "
-                f"{self.futures}; restore it in the session that saved it, or in a fork of that"
+                f"the saved session has {len(start.samples)} futures, this one {self.futures}; "
+                "restore it in the session that saved it, or in a fork of that"
             )
-        self._go_to([segment.copy() for segment in saved.segments])
+        self._go_to(saved.now)
+        if self._history:
+            self._segments = deque(segment.copy() for segment in saved.past)
+            self._forget()
+            if not self._segments:
+                self._begin_segment()
 
     def rewind(self, seconds: float) -> None:
         """Go back in time, exact to the last token; sampling settings go back too.
@@ -238,8 +256,8 @@ class Session:
         Raises DriveSimError if the session remembers less (see `rewindable_s`).
         """
         _ = self._now
-        frames = round(seconds * self.fps)
-        if not 0 <= frames <= round(self.rewindable_s * self.fps):
+        frames = round(seconds * self.fps) if math.isfinite(seconds) else -1
+        if not 0 <= frames <= self._rewindable:
             raise DriveSimError(
                 f"`seconds` {seconds:g}: this session can go back {self.rewindable_s:g} s; choose "
                 "a time from 0 to that, or start the session with a longer history"
@@ -249,9 +267,9 @@ class Session:
         segments = [segment.copy() for segment in self._segments]
         while frames > len(segments[-1].inputs):
             frames -= len(segments.pop().inputs)
-        kept = len(segments[-1].inputs) - frames
-        segments[-1] = segments[-1].copy(kept)
-        self._go_to(segments)
+        segments[-1] = segments[-1].copy(len(segments[-1].inputs) - frames)
+        self._go_to(segments[-1])
+        self._segments = deque(segments)
 
     def restart(
         self,
@@ -266,32 +284,46 @@ class Session:
 
         Takes the contexts as `encode_prefix` does: `tokens` int64 [C, T, r, c] and the actions
         [C, T - 1, 2] between them, one for each of the C `futures`. T must be at least 2 (W - 1)
-        for a window of W frames. `draws` are the numbers of their random numbers, as in `drive`.
-        The session can be rewound across it.
+        for a window of W frames, and the session must have begun from at least W - 1 frames.
+        `draws` are the numbers of their random numbers, as in `drive`.
         """
-        now = self._now
-        last_frame = now.passes.cache.frame
-        prefix = self.world.encode_prefix(tokens, past_actions, valid, last_frame=last_frame)
-        now.restart(torch.tensor(futures), prefix.cache, prefix.last, torch.tensor(draws))
-        self._begin_segment()
+        cache = self._now.passes.cache
+        if cache.frame - cache.first + 2 < cache.frames:
+            raise DriveSimError(
+                f"this session began from a context of less than {cache.frames - 1} frames, so "
+                "none of its futures can begin again; give it a longer context"
+            )
+        if not len(futures) == len(tokens) == len(draws):
+            raise ValueError(
+                f"{len(futures)} futures, {len(tokens)} contexts and {len(draws)} draws: must be "
+                "as many of each"
+            )
+        with _memory_for("another context"):
+            prefix = self.world.encode_prefix(tokens, past_actions, valid, last_frame=cache.frame)
+            rows = torch.tensor(futures)
+            self._now.restart(rows, prefix.cache, prefix.last, torch.tensor(draws))
+            self._begin_segment()
 
-    def _go_to(self, segments: list[_Segment]) -> None:
-        """Continue from the end of these segments, whose last one is drawn again."""
-        last = segments[-1]
+    def _go_to(self, segment: _Segment) -> None:
+        """Continue from the end of a segment, whose frames are drawn again."""
         with _memory_for("an earlier moment"):
-            sampler = last.start.fork()
-            for inputs in last.inputs:
+            sampler = segment.start.copy()
+            for inputs in segment.inputs:
                 sampler.step(*inputs)
-        self._sampler, self._segments = sampler, deque(segments)
-        self.frame = last.frame + len(last.inputs)
-        self._forget()
+        self._sampler = sampler
+        self.frame = segment.frame + len(segment.inputs)
 
     def _begin_segment(self) -> None:
-        if self._history:
-            self._segments.append(_Segment(self._now.fork(), self.frame, []))
+        if not self._history:
+            return
+        if self._segments and not self._segments[-1].inputs:
+            self._segments.pop()
+        self._segments.append(_Segment(self._now.copy(), self.frame, []))
 
     def _remember(self, inputs: _Inputs) -> None:
         """Add a frame to the past. The cache is kept once for every full turn of its ring."""
+        if not self._history:
+            return
         self._segments[-1].inputs.append(inputs)
         if len(self._segments[-1].inputs) == self._now.passes.cache.frames:
             self._begin_segment()
@@ -299,10 +331,9 @@ class Session:
 
     def _forget(self) -> None:
         """Drop the oldest segments while those after them reach back far enough."""
-        while sum(len(segment.inputs) for segment in islice(self._segments, 1, None)) >= max(
-            self._history, 1
-        ):
-            self._segments.popleft()
+        remembered = sum(len(segment.inputs) for segment in self._segments)
+        while self._segments and remembered - len(self._segments[0].inputs) >= self._history:
+            remembered -= len(self._segments.popleft().inputs)
 
     def _checked(
         self, sampler: FrameSampler, action: ArrayLike, valid: ArrayLike | None

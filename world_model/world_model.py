@@ -280,8 +280,8 @@ class WorldModel:
         Only the last W - 1 frames are encoded, because together with the next frame they fill the
         model's window. The frame before them and the action that leads from it are used as input.
         Frames are numbered from 0, or so that the last one gets the number `last_frame`, for
-        `Session.restart`. This needs 2 (W - 1) frames. Raises `DriveSimError` for tokens that
-        do not fit the model, for infinite actions, and for too few frames.
+        `Session.restart`. The context then needs 2 (W - 1) frames. Raises `DriveSimError` for
+        tokens that do not fit the model, for infinite actions, and for too few frames.
         """
         tokens_CTP = self._checked_tokens(tokens).to(self.device)
         contexts, count, _ = tokens_CTP.shape
@@ -357,7 +357,7 @@ class WorldModel:
         The context is a `Context` (see `context_from_drive`), frames uint8 [T, height, width, 3]
         with their `past_actions` [T - 1, 2] (m/s, rad; NaN is unknown; by default, all are), or a
         `Prefix` from `encode_prefix`. The session can be rewound by up to `history_s`; for each
-        window of W frames, that takes the memory of one cache.
+        window of W frames that it goes back, it keeps a copy of the cache.
 
         Sample s of branch b is future number b * samples + s. The context is a single one for all
         branches, or a `Prefix` of one per branch. With a single context, sample s gets the same
@@ -388,10 +388,15 @@ class WorldModel:
     def _prefix(
         self, context: Prefix | Beginning | Pixels | Tensor, past_actions: ArrayLike | None
     ) -> Prefix:
-        if isinstance(context, Prefix):
-            return context
         if not isinstance(context, np.ndarray | Tensor):
-            return context.prefix(self)
+            if not isinstance(context, Prefix) and not hasattr(context, "prefix"):
+                raise TypeError(
+                    f"a drive starts from frames, a context or a prefix, not from {context!r}; "
+                    "`load_context` loads a video"
+                )
+            if past_actions is not None:
+                raise TypeError("past_actions belong to frames; a context has its own")
+            return context if isinstance(context, Prefix) else context.prefix(self)
         if past_actions is None:
             past_actions = np.full((max(0, len(context) - 1), 2), np.nan)
         return self.encode_prefix(self.tokenizer.encode(context), past_actions)

@@ -387,7 +387,7 @@ class Draws {
            float* drawn_log_prob, float* entropy) const {
     std::copy(plain, plain + codes, +values);
     double total, log_total = weigh(&total), plain_log_total = log_total;
-    *entropy = log_total - mean(total);
+    *entropy = std::max(0.0, log_total - mean(total));
     if (null || f.temperature != 1) {
       for (int i = 0; i < codes; ++i) {
         if (null) values[i] = null[i] + float(f.guidance) * (plain[i] - null[i]);

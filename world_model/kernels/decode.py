@@ -119,7 +119,8 @@ class NativeCache(Cache):
         self.native = native
         self.keys, self.values = self._rings(batch).zero_(), self._rings(batch).zero_()
         self._trunk: _Trunk | None = None
-        self._has_branches = False
+        self._is_shared = False
+        """Whether branches or copies read these rings, so that they must not be written."""
 
     def _rings(self, batch: int) -> Tensor:
         config = self.model.config
@@ -146,10 +147,10 @@ class NativeCache(Cache):
         )
 
     def _own_rings(self) -> None:
-        """Copy the rings if branches still read them, because they will be written."""
-        if self._has_branches:
+        """Copy the rings if others read them, because they will be written."""
+        if self._is_shared:
             self.keys, self.values = self.keys.clone(), self.values.clone()
-            self._has_branches = False
+            self._is_shared = False
 
     def _copy_from_trunk(self, trunk: _Trunk) -> _Trunk | None:
         """Copy the blocks that contain the current frame from the trunk to the branches' own rings.
@@ -157,10 +158,8 @@ class NativeCache(Cache):
         Returns the trunk with these blocks marked in `own`, or None if all blocks are marked now.
         """
         begin = self.frame % self.frames * self.slots
-        return self._copy_blocks(trunk, range(begin // PAIRS, -(-(begin + self.slots) // PAIRS)))
-
-    def _copy_blocks(self, trunk: _Trunk, blocks: range) -> _Trunk | None:
-        new = [block for block in blocks if not trunk.own[block]]
+        span = range(begin // PAIRS, -(-(begin + self.slots) // PAIRS))
+        new = [block for block in span if not trunk.own[block]]
         # A block of keys is contiguous. A block of values has one contiguous piece for every 16
         # channels.
         pieces = self.model.config.width // self.model.config.heads // LANES
@@ -177,11 +176,20 @@ class NativeCache(Cache):
         return None if own.all() else replace(trunk, own=own)
 
     def replace(self, rows: Tensor, other: Self) -> None:
-        """Replace the sequences `rows` with those of `other`, which is at the same frame."""
+        """Replace the sequences `rows` with those of `other`, which is at the same frame.
+
+        They join the trunk, if there is one, so that the other sequences round as before.
+        """
         self._own_rings()
-        if self._trunk is not None:
-            self._trunk = self._copy_blocks(self._trunk, range(len(self._trunk.own)))
         self.keys[:, rows], self.values[:, rows] = other.keys, other.values
+        if trunk := self._trunk:
+            added = trunk.keys.shape[1] + torch.arange(len(rows))
+            self._trunk = replace(
+                trunk,
+                keys=torch.cat([trunk.keys, other.keys], dim=1),
+                values=torch.cat([trunk.values, other.values], dim=1),
+                rows=trunk.rows.index_copy(0, rows, added),
+            )
 
     def logits(self, x: Tensor, rotary: tuple[Tensor, Tensor], wave: Wave) -> Tensor:
         """Add a wave's slots to the cache; return the logits of the slots that predict a token."""
@@ -246,16 +254,25 @@ class NativeCache(Cache):
         )
         return drawn[:, :-1], scores
 
+    def copy(self) -> Self:
+        """Return a copy that shares the rings until either writes a frame.
+
+        Unlike a branch, it has the same trunk. Passes add up the parts of the trunk and of the own
+        rings in a certain order, so only a copy rounds as the original does.
+        """
+        self._is_shared = True
+        return copy.copy(self)
+
     def branch(self, rows: Tensor) -> Self:
         """Return a cache whose sequence i continues this cache's sequence `rows[i]`."""
         branch = copy.copy(self)
-        branch._has_branches = False
+        branch._is_shared = False
         rows = rows.cpu().contiguous()
         if self._trunk is not None:
             branch._trunk = replace(self._trunk, rows=self._trunk.rows[rows])
             branch.keys, branch.values = self.keys[:, rows], self.values[:, rows]
             return branch
-        self._has_branches = True
+        self._is_shared = True
         own = torch.zeros(self.native.keys // PAIRS, dtype=torch.bool)
         branch._trunk = _Trunk(self.keys, self.values, rows, own)
         # These take no memory until a frame is written: every block is first copied from the trunk.

@@ -37,13 +37,13 @@ class FrameSample:
     """One sampled frame of each future."""
 
     tokens: Tensor
-    """int64 [B, rows, cols]."""
+    """int64 [F, rows, cols]."""
     log_probs: Tensor
-    """float32 [B, rows, cols], in nats, under the plain model (temperature 1, no guidance)."""
+    """float32 [F, rows, cols], in nats, under the plain model (temperature 1, no guidance)."""
     sampling_log_probs: Tensor
-    """float32 [B, rows, cols], in nats, under the distribution that tokens were drawn from."""
+    """float32 [F, rows, cols], in nats, under the distribution that tokens were drawn from."""
     entropy: Tensor
-    """float32 [B, rows, cols], in nats: entropy of the plain model's distribution of each token."""
+    """float32 [F, rows, cols], in nats: entropy of the plain model's distribution of each token."""
 
 
 class WavePasses:
@@ -103,25 +103,34 @@ class FrameSampler:
         self.model, self.samples = cache.model, samples
         self.frames = torch.zeros_like(samples)
         """Number of frames that each future has so far, int64 [F]."""
-        self._continue(cache, last, sampling, contexts.repeat(_streams(sampling)))
+        rows = contexts.repeat(_streams(sampling))
+        self._set(sampling, WavePasses(cache.branch(rows), last[rows.to(last.device)]))
 
-    def _continue(self, cache: Cache, last: Tensor, sampling: Sampling, rows: Tensor) -> None:
-        self.sampling, self.streams = sampling, _streams(sampling)
-        self.passes = WavePasses(cache.branch(rows), last[rows.to(last.device)])
+    def _set(self, sampling: Sampling, passes: WavePasses) -> None:
+        self.sampling, self.streams, self.passes = sampling, _streams(sampling), passes
 
-    def fork(self, sampling: Sampling | None = None) -> Self:
-        """Return a copy that goes on independently, with other sampling settings if given.
+    def copy(self) -> Self:
+        """Return a copy that goes on independently, and draws the same to the last bit."""
+        return self._continued(self.sampling, self.passes.cache.copy(), self.passes.tokens)
 
-        If guidance begins, the second stream continues from the futures so far.
+    def resampled(self, sampling: Sampling) -> Self:
+        """Return a copy with other sampling settings.
+
+        If guidance begins, its second stream continues from the futures so far.
         """
-        fork = copy.copy(self)
-        fork.frames = self.frames.clone()
-        sampling = sampling or self.sampling
-        count, streams = len(self.samples), _streams(sampling)
-        rows = torch.arange(count * min(streams, self.streams)).repeat(streams // self.streams or 1)
-        fork._continue(self.passes.cache, self.passes.tokens, sampling, rows)
-        return fork
+        if _streams(sampling) == self.streams:
+            return self._continued(sampling, self.passes.cache.copy(), self.passes.tokens)
+        rows = torch.arange(len(self.samples)).repeat(_streams(sampling))
+        tokens = self.passes.tokens[rows.to(self.passes.tokens.device)]
+        return self._continued(sampling, self.passes.cache.branch(rows), tokens)
 
+    def _continued(self, sampling: Sampling, cache: Cache, tokens: Tensor) -> Self:
+        other = copy.copy(self)
+        other.frames = self.frames.clone()
+        other._set(sampling, WavePasses(cache, tokens))
+        return other
+
+    @torch.inference_mode()
     def restart(self, futures: Tensor, cache: Cache, last: Tensor, samples: Tensor) -> None:
         """Let `futures` int64 [C] continue the C sequences in `cache` instead of their own.
 
@@ -129,14 +138,14 @@ class FrameSampler:
         frames. `samples` int64 [C] are the futures' new sample numbers.
         """
         count = len(self.samples)
-        self.samples, self.frames = self.samples.clone(), self.frames.clone()
-        self.samples[futures], self.frames[futures] = samples, 0
         tokens = self.passes.tokens.clone()
         for stream in range(self.streams):
             rows = futures + stream * count
             self.passes.cache.replace(rows, cache)
             tokens[rows] = last
         self.passes.tokens = tokens
+        self.samples, self.frames = self.samples.clone(), self.frames.clone()
+        self.samples[futures], self.frames[futures] = samples, 0
 
     @torch.inference_mode()
     def step(self, actions: Tensor, valid: Tensor) -> FrameSample:
@@ -168,11 +177,11 @@ class FrameSampler:
                 return tokens if self.streams == 1 else tokens.repeat(self.streams, 1)
 
             passes.step(actions, valid, choose)
-        self.frames += 1
+        self.frames = self.frames + 1
         shape = {"r": grid.rows, "c": grid.cols}
         return FrameSample(
-            rearrange(passes.tokens[: len(uniform)], "b (r c) -> b r c", **shape),
-            *rearrange(scores, "three b (r c) -> three b r c", **shape),
+            rearrange(passes.tokens[: len(uniform)], "f (r c) -> f r c", **shape).clone(),
+            *rearrange(scores, "score f (r c) -> score f r c", **shape),
         )
 
     def _choose(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

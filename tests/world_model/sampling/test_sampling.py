@@ -37,11 +37,11 @@ def test_truncation_keeps_the_most_probable() -> None:
     [
         ([1, 1, 1], {"top_k": 1}, [0]),
         ([1, 3, 1, 3, 1], {"top_k": 3}, [0, 1, 3]),
-        ([1, FIRST + 1, 1, 1], {"top_p": 0.49}, [0, 1]),
-        ([1, FIRST + 1, 1, 1], {"top_p": 0.51}, [0, 1, 2]),
-        ([1, 4, FIRST + 1, 1, 1], {"top_p": 0.6}, [0, 1]),
-        ([1, FIRST + 1, 1, 1], {"top_k": 3, "top_p": 0.49}, [0, 1]),
-        ([1, FIRST + 1, 1, 1], {"temperature": 0.0}, [0]),
+        ([1, 1, 1, 1], {"top_p": 0.49}, [0, 1]),
+        ([1, 1, 1, 1], {"top_p": 0.51}, [0, 1, 2]),
+        ([1, 4, 1, 1, 1], {"top_p": 0.6}, [0, 1]),
+        ([1, 1, 1, 1], {"top_k": 3, "top_p": 0.49}, [0, 1]),
+        ([1, 1, 1, 1], {"temperature": 0.0}, [0]),
     ],
 )
 def test_of_equally_probable_tokens_those_with_the_lowest_index_stay(
