@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from driving_sim.data.arrays import Floats, Floats32, Pixels
 from driving_sim.data.synthetic.motion.vehicle import VehicleState
-from driving_sim.data.synthetic.road import LANE_OFFSET
+from driving_sim.data.synthetic.road import HALF_WIDTH, LANE_OFFSET
 from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
 from driving_sim.engine.training.schedule import learning_rate_factor, position_by_steps
 from driving_sim.engine.weights import load_weights, save_weights
@@ -35,6 +35,7 @@ _SCALE = (2.0, 0.15)
 _NEAR_M, _LEFT_M, _RIGHT_M = 0.8, 7.5, -4.5
 _HEADING_RAD, _TURNED_RAD = 0.06, 0.35
 _VIEWS = 16
+_SEEN, _UNSEEN = 1, 2  # part of the seeds of worlds to train and to measure on
 _BATCH = 64
 _LEARNING_RATE = 3e-3
 _WARMUP_STEPS = 50
@@ -72,6 +73,21 @@ class LaneProbe:
         ]
         offset, heading = torch.cat(parts).double().numpy().T * np.array(_SCALE)[:, None]
         return offset, heading
+
+    def errors(
+        self, tokenizer: Tokenizer, config: SyntheticConfig, *, worlds: int = 30, seed: int = 0
+    ) -> tuple[float, float]:
+        """Return the mean absolute errors of offset in m and heading in rad, on the road.
+
+        They are measured in synthetic worlds that no probe is trained on.
+        """
+        off = []
+        for number in range(worlds):
+            frames, places = lane_views(tokenizer, config, [seed, _UNSEEN, number])
+            on_road = np.abs(places[:, 0] + LANE_OFFSET) < HALF_WIDTH
+            off.append(np.abs(np.stack(self.read(frames), axis=1) - places)[on_road])
+        offset, heading = np.concatenate(off).mean(axis=0)
+        return float(offset), float(heading)
 
 
 class _Network(nn.Module):
@@ -115,7 +131,7 @@ def train_lane_probe(
     """
     pictures, answers = [], []
     for number in range(worlds):
-        frames, places = lane_views(tokenizer, config, [seed, 1, number])
+        frames, places = lane_views(tokenizer, config, [seed, _SEEN, number])
         pictures.append((_small(frames) * 127).to(torch.int8))
         answers.append(places)
         advance(1)

@@ -48,6 +48,12 @@ def test_it_reads_the_offset_left_positive(probe: LaneProbe) -> None:
     assert np.abs(mirrored - offset)[near].mean() > 1
 
 
+def test_errors_are_measured_on_the_road(probe: LaneProbe) -> None:
+    offset, heading = probe.errors(TOKENIZER, PLAIN, worlds=6)
+    assert 0.02 < offset < 1.2
+    assert 0.005 < heading < 0.2
+
+
 def test_the_views_are_where_they_say() -> None:
     world = SyntheticWorld(0, PLAIN)
     frames, places = lane_views(TOKENIZER, PLAIN, 3, views=64)
