@@ -25,6 +25,7 @@ COMMANDS = (
     ("rollouts.length", "tiny"),
     ("rollouts.futures", "tiny"),
     ("rollouts.session", "tiny"),
+    ("rollouts.env", "tiny"),
     ("reading.encoding", "encoder"),
     ("reading.encoding", "tokenize"),
     ("training.speed", "tiny"),

@@ -43,7 +43,7 @@ class Context:
 
     label: str
     tokens: torch.Tensor
-    """int64 [T, rows, cols]; T is at most the model's `context_frames` + 1."""
+    """int64 [T, rows, cols]. The model can use its `context_frames` + 1 last ones."""
     frames: Pixels
     """uint8 [T, height, width, 3]."""
     actions: Floats32
@@ -80,7 +80,7 @@ class Context:
         )
 
 
-def _context_range(
+def context_range(
     timestamps: Floats,
     segments: Sequence[tuple[int, int]],
     start_s: float | None,
@@ -135,21 +135,25 @@ def sample_for(world: WorldModel, drive: Drive) -> SampledDrive:
     return sampled
 
 
-def context_from_drive(world: WorldModel, drive: Drive, start_s: float | None) -> Context:
+def context_from_drive(
+    world: WorldModel, drive: Drive, start_s: float | None, frames: int | None = None
+) -> Context:
     """Take the context from a drive; sample and resize its video as the model expects.
+
+    The context has at most `frames` frames, by default as many as the model can use.
 
     Raises DriveSimError if `sample_for` does, or if `start_s` is outside the drive.
     """
     size = world.tokenizer.frame_size
     sampled = sample_for(world, drive)
-    begin, stop, end = _context_range(
-        sampled.timestamps, sampled.segments, start_s, world.context_frames + 1, drive.id
+    begin, stop, end = context_range(
+        sampled.timestamps, sampled.segments, start_s, frames or world.context_frames + 1, drive.id
     )
-    frames = drive.frames(sampled.indices[begin:stop], size)
+    pictures = drive.frames(sampled.indices[begin:stop], size)
     return Context(
         label=drive.id,
-        tokens=world.tokenizer.encode(frames),
-        frames=frames,
+        tokens=world.tokenizer.encode(pictures),
+        frames=pictures,
         # Leave out the action of the segment's last frame, because no frame follows it.
         actions=sampled.actions[begin : end - 1],
         action_valid=sampled.action_valid[begin : end - 1],
@@ -160,7 +164,7 @@ def context_from_drive(world: WorldModel, drive: Drive, start_s: float | None) -
 
 def context_from_tokens(world: WorldModel, drive: DriveTokens, start_s: float | None) -> Context:
     """Take the context from a drive in a token store; decode its frames from the tokens."""
-    begin, stop, end = _context_range(
+    begin, stop, end = context_range(
         drive.timestamps, drive.entry.segments, start_s, world.context_frames + 1, drive.id
     )
     tokens = torch.from_numpy(drive.tokens[begin:stop].astype(np.int64))

@@ -145,6 +145,8 @@ class WorldModel:
         identity = {"config": described, "tokenizer": tokenizer.fingerprint}
         self.fingerprint = fingerprint(identity, transformer)
         """SHA-256 of weights, config and tokenizer."""
+        self.run: Path | None = None
+        """Run folder that the model was loaded from, or None."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Tell `copy` and `pickle` to rebuild the model from its weights.
@@ -156,7 +158,7 @@ class WorldModel:
         }
         # Pass on "auto" itself: another machine that loads the pickle may choose another format.
         make = partial(type(self), **facts, device=self.device, precision=self._precision)
-        return make, (self.transformer, self.tokenizer)
+        return make, (self.transformer, self.tokenizer), {"run": self.run}
 
     @classmethod
     def from_run(cls, path: Path | str, device: str = "auto", precision: str = "auto") -> Self:
@@ -194,6 +196,7 @@ class WorldModel:
                 f"{folder}: config and weights do not belong together (their fingerprint "
                 "differs from the saved one); copy the folder again"
             )
+        world.run = folder
         return world
 
     def rounded(self) -> Self:
@@ -350,6 +353,7 @@ class WorldModel:
         samples: int = 1,
         sampling: Sampling | None = None,
         first_draw: int = 0,
+        draws: Sequence[int] | None = None,
         history_s: float = HISTORY_S,
     ) -> Session:
         """Start driving after a context: F = branches * samples futures, stepped together.
@@ -366,7 +370,7 @@ class WorldModel:
 
         A draw is one set of random numbers, which the seed and the draw's number determine. Draws
         are numbered from `first_draw` on. If contexts are split into batches, set `first_draw` to
-        the number of draws in all earlier batches.
+        the number of draws in all earlier batches. `draws` gives the F futures other numbers.
         """
         prefix = self._prefix(context, past_actions)
         contexts = len(prefix.last)
@@ -375,11 +379,11 @@ class WorldModel:
                 f"{branches} branches of {contexts} contexts: give one context, or one per branch"
             )
         own = torch.arange(branches) if contexts > 1 else torch.zeros(branches, dtype=torch.int64)
-        draws = own[:, None] * samples + torch.arange(samples)
+        numbers = first_draw + own[:, None] * samples + torch.arange(samples)
         sampler = FrameSampler(
             prefix.cache,
             prefix.last,
-            samples=first_draw + rearrange(draws, "b s -> (b s)"),
+            samples=numbers.flatten() if draws is None else torch.tensor(draws),
             sampling=sampling or Sampling(),
             contexts=own.repeat_interleave(samples),
         )

@@ -19,6 +19,10 @@ class TooLittleDataError(DriveSimError):
     """The data is too short for a measurement, or does not contain what it needs."""
 
 
+class MissingExtraError(DriveSimError, ImportError):
+    """A package is missing that only an optional part of drivesim needs."""
+
+
 class Interrupted(Exception):  # noqa: N818 - not named an error, because the work is saved
     """SIGTERM or Ctrl-C stopped the program after its work was saved.
 

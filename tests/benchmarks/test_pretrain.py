@@ -6,6 +6,7 @@ import pytest
 from benchmarks import pretrain
 from driving_sim.data.synthetic.world import SyntheticConfig
 from driving_sim.engine.run_folder import find_run
+from driving_sim.env import DriveEnv, KeepLane, never
 from driving_sim.evaluate.world_model import QUICK
 from driving_sim.world_model import WorldModel
 from driving_sim.world_model.contexts import contexts_of, load_context
@@ -20,6 +21,8 @@ RECIPE = pretrain.Recipe(
     tokenizer=("training.steps=2", "training.minutes=null", "training.min_steps=null"),
     world_model=("training.steps=2", "training.minutes=null", "training.min_steps=null"),
     contexts=(("early", 3, 0.0), ("late", 4, 4.0)),
+    probe_worlds=2,
+    probe_steps=2,
     evaluation=replace(
         QUICK, clips=1, long_rollouts=1, long_seconds=5.0, standing_seconds=2.0, probe_steps=10
     ),
@@ -35,6 +38,7 @@ def test_the_recipe_makes_a_packaged_model_and_is_not_repeated(
     assert "3 drives of 8 s" in card
     assert "the world model 2," in card
     assert "| bits per token |" in card
+    assert "Lane probe" in card
     assert "{" not in card
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.mp4")}
     assert pretrain.pretrain(tmp_path / "work", RECIPE) == model  # only packs it again
@@ -50,3 +54,6 @@ def test_the_recipe_makes_a_packaged_model_and_is_not_repeated(
     assert world.fingerprint in card
     context = load_context(world, contexts_of(packaged)["late"])
     world.drive(context).step([3.0, 0.0])
+    env = DriveEnv(packaged, reward=KeepLane(), end=never)
+    env.reset(seed=0)
+    env.step([0.0, 0.0])

@@ -280,6 +280,14 @@ def test_500_sessions_leave_nothing_behind(world: WorldModel) -> None:
     assert process.memory_info().rss - before < 30e6
 
 
+def test_draws_are_chosen_one_by_one(world: WorldModel) -> None:
+    together = drive(world, samples=3, draws=[5, 0, 2**62])
+    tokens = steps(together, FUTURE[:4])
+    for row, draw in enumerate([5, 0, 2**62]):
+        alone = steps(drive(world, first_draw=draw), FUTURE[:4])
+        assert torch.equal(tokens[row], alone[0])
+
+
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("driven", range(1, 2 * W + 2))
 def test_a_future_begins_again_while_the_others_drive_on(

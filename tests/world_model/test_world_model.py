@@ -62,6 +62,7 @@ def test_a_saved_model_generates_the_same(world: WorldModel, run: Path) -> None:
     assert loaded.config == world.config
     assert loaded.fingerprint == world.fingerprint
     assert loaded.tokenizer.fingerprint == world.tokenizer.fingerprint
+    assert (world.run, loaded.run, copy.deepcopy(loaded).run) == (None, run, run)
     tokens, actions, _ = turning_drive(8, 0)
     futures = []
     for model in (world, loaded):
