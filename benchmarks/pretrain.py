@@ -8,7 +8,7 @@ copies the result into the package.
 
 import argparse
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 
 import torch
@@ -16,15 +16,17 @@ from torch import nn
 
 import driving_sim
 from benchmarks.bench import commit
+from benchmarks.measuring.machine import machine_name
+from benchmarks.measuring.paired import Settings
 from benchmarks.training.scaling_runs import as_command
 from driving_sim.data.synthetic.contexts import write_contexts
 from driving_sim.data.synthetic.drives import frame_count
 from driving_sim.data.synthetic.world import SyntheticConfig
 from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.data.tokens.index import INDEX
-from driving_sim.engine.config import load_json, save_json
+from driving_sim.engine.config import config, load_json, save_json, to_dict
 from driving_sim.engine.progress import progress, say
-from driving_sim.engine.run_folder import CONFIG, FINISHED, is_finished
+from driving_sim.engine.run_folder import CONFIG, FINISHED, claim_folder, is_finished
 from driving_sim.engine.threads import collect_rarely, leave_busy_cores, usable_cores
 from driving_sim.env.lane_probe import PROBE_FILE, LaneProbe, train_lane_probe
 from driving_sim.evaluate.measure import measure_world_model
@@ -40,18 +42,19 @@ from driving_sim.world_model.world_model import WorldModel
 
 PACKAGED = Path(driving_sim.__file__).parent / "models" / "synthetic"
 _FIGURES = "figures.json"
+_COMMIT = "commit.txt"
 
 
-@dataclass(frozen=True, kw_only=True)
+@config
 class Recipe:
-    """Everything that decides the result, but the machine."""
+    """Everything that decides the result, except the machine."""
 
     drives: int = 400
     """Number of training drives, each in a world of its own."""
     heldout_drives: int = 24
     """Number of drives that are only measured on, in other worlds."""
     seconds: float = 30.0
-    """Length of a drive."""
+    """Length of a drive in s."""
     seed: int = 0
     """Seed of the drives."""
     world: SyntheticConfig = field(default_factory=SyntheticConfig)
@@ -64,7 +67,7 @@ class Recipe:
         "training.minutes=30",
         # Narrower than `tiny`, whose decoder would be a third of the time of a frame.
         "model.widths=[48,96,192]",
-        # There is enough video to leave out what works against overfitting.
+        # There is enough video, so nothing is needed against overfitting.
         "data.gain=0",
         "data.cutmix=0",
     )
@@ -99,20 +102,28 @@ class Recipe:
     """What is measured."""
 
 
-@dataclass(frozen=True)
 class Folders:
     """The folders of the work, all in the folder `root`."""
 
-    root: Path
-
-    def __getattr__(self, name: str) -> Path:
-        """Return the path of a part, such as `videos` or `world_model`."""
-        return self.root / name.replace("_", "-")
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.videos, self.heldout = root / "videos", root / "heldout"
+        self.tokenizer, self.world_model = root / "tokenizer", root / "world-model"
+        self.rounded_tokenizer, self.tokens = root / "rounded-tokenizer", root / "tokens"
+        self.synthetic = root / "synthetic"
+        """The model, as it is packaged."""
+        self.report = root / "report"
 
 
 def pretrain(out: Path, recipe: Recipe) -> Path:
-    """Do what is missing in the folder `out`; return the folder of the model."""
+    """Do what is missing in the folder `out`; return the folder of the model.
+
+    Raises DriveSimError if another recipe was begun in `out`.
+    """
+    claim_folder(out, "recipe.json", to_dict(recipe), "a pretraining")
     at = Folders(out)
+    if not (out / _COMMIT).exists():
+        (out / _COMMIT).write_text(commit())
     _draw_drives(at, recipe)
     _train(at, recipe)
     _package(at, recipe)
@@ -181,6 +192,7 @@ def _evaluate(at: Folders, recipe: Recipe) -> None:
     """Measure the rounded model on the held-out drives; keep the report and the key figures."""
     if (at.root / _FIGURES).exists():
         return
+    shutil.rmtree(at.report, ignore_errors=True)
     figures = measure_world_model(
         at.synthetic,
         [at.heldout],
@@ -207,7 +219,10 @@ def _write_card(at: Folders, recipe: Recipe) -> None:
         world_model_steps=_steps(at.world_model),
         tokenizer_parameters=_millions(world.tokenizer.autoencoder),
         world_model_parameters=_millions(world.transformer),
-        commit=commit(),
+        commit=(at.root / _COMMIT).read_text(),
+        machine=machine_name(Settings()),
+        contexts=len(recipe.contexts),
+        sampling=recipe.evaluation.sampling,
         fingerprint=world.fingerprint,
         figures="\n".join(f"| {label} | {text} |" for label, text in figures.items()),
         protocol=protocol["hash"],
@@ -237,12 +252,12 @@ day. It is steered by speed (m/s) and road-wheel angle (rad, left positive).
   its own, drawn by `drivesim synth --drives {recipe.drives} --seed {recipe.seed}`. Another
   {recipe.heldout_drives} (`--first {recipe.drives}`), in other worlds, were not trained on.
 - **Recipe**: `python -m benchmarks.pretrain`, at commit {commit}. The tokenizer took
-  {tokenizer_steps:,} steps, the world model {world_model_steps:,}, on 2 CPU cores with
-  AVX512-BF16. Training for a set time makes another number of steps on another machine.
+  {tokenizer_steps:,} steps, the world model {world_model_steps:,}, on
+  {machine}. Training for a set time makes another number of steps on another machine.
 - **Size**: tokenizer {tokenizer_parameters}, world model {world_model_parameters} parameters, in
   bf16. The weights were rounded before anything was tokenized or measured.
-- **Contexts**: six of 3 s, from held-out drives, with the state of the world at every frame. So
-  their true futures can be drawn.
+- **Contexts**: {contexts} of 3 s, from held-out drives, with the state of the world at every
+  frame. So their true futures can be drawn.
 - **Lane probe**: reads the car's place in its lane off a picture, for `driving_sim.env.KeepLane`.
   Its mean errors on the roads of worlds that it was not trained on are {offset_m:.2f} m and
   {heading_rad:.3f} rad.
@@ -251,7 +266,8 @@ day. It is steered by speed (m/s) and road-wheel angle (rad, left positive).
 
 ## Figures
 
-On the held-out drives, with seed 0 and guidance 1; brackets are 95 % intervals.
+On the held-out drives, with seed {sampling.seed} and guidance {sampling.guidance:g}; brackets are
+95 % intervals.
 
 | figure | value |
 |---|---|

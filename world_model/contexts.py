@@ -54,6 +54,8 @@ def load_context(
         time_offset=time_offset,
     )
     (drive,) = drive_set.require_all().drives
+    for notice in drive_set.notices:
+        say(notice)
     if start_s is None:
         start_s = float(sample_for(world, drive).timestamps[-1])
     return context_from_drive(world, drive, start_s)

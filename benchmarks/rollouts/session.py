@@ -55,7 +55,7 @@ def measure(settings: Settings) -> list[Claim]:
             "steps": step_both,
             "forks": fork_and_step_both,
             "rewind": lambda: session.rewind(back_s),
-            "restore": lambda: [session.step(_ACTION) for _ in range(round(back_s * world.fps))],
+            "drive on": lambda: [session.step(_ACTION) for _ in range(round(back_s * world.fps))],
         },
         settings,
     )

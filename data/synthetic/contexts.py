@@ -23,6 +23,7 @@ def write_contexts(
     Existing files are replaced. Raises DriveSimError if a file is not a drive, or if the drive does
     not last from the given time for `seconds`.
     """
+    contexts = {}
     for name, (path, start_s) in moments.items():
         driven = load_synthetic_drive(path)
         fps = driven.world.config.fps
@@ -30,8 +31,10 @@ def write_contexts(
         end = begin + round(seconds * fps) + 1
         if begin < 0 or end > len(driven.states):
             raise DriveSimError(
-                f"{path}: has no {seconds:g} s from {start_s:g} s on, because it ends at "
-                f"{driven.timestamps[-1]:g} s; choose another time for {name}"
+                f"{path}: has no {seconds:g} s from {start_s:g} s on; it goes from 0 to "
+                f"{driven.timestamps[-1]:g} s, so choose another time for {name}"
             )
-        write_drive(driven.between(begin, end), out / name)
+        contexts[name] = driven.between(begin, end)
+    for name, context in contexts.items():
+        write_drive(context, out / name)
     return [out / f"{name}.mp4" for name in moments]

@@ -55,6 +55,11 @@ def check_complete(folder: Path, names: Iterable[str], what: str) -> None:
     if missing is None:
         return
     models = packaged_models()
+    if folder.is_dir() and str(folder) in models:
+        raise DriveSimError(
+            f"{folder} holds no {what}, but a folder of that name hides the packaged model; rename "
+            "the folder, or work in another one"
+        )
     similar = get_close_matches(str(folder), models, n=1)
     packaged = f", or name a packaged model ({', '.join(models)})" if models else ""
     reason = f"{missing} is missing" if folder.is_dir() else "there is no such folder"

@@ -205,8 +205,8 @@ def measure_world_model(
             "device": f"{world.device}, {name_of(world.dtype)}",
             "number format of the tokens": f"held-out {heldout.info.precision}, "
             f"training {training.info.precision if training else 'not at hand'}",
-            "key figures": "fewer bits per token and fewer freezes are better; of the others, "
-            "more is better",
+            "key figures": "fewer bits per token and fewer freezes are better, and gains are best "
+            "at 1; of the others, more is better",
         },
         sections=sections,
         protocol=protocol,
@@ -249,12 +249,15 @@ def _training_store(
 ) -> TokenStore | None:
     """Open the token store that the model was trained on.
 
-    Raises DriveSimError if `path` is not that store. If `path` is None, return the `usual` store,
-    or None if it does not exist or is not that store. If the run folder has no config file, accept
-    any store with the model's tokenizer, steering kind and frame rate.
+    Raises DriveSimError if `path` is not that store. If the run folder has no config file, as that
+    of a packaged model, accept any `path` with the model's tokenizer, steering kind and frame rate.
+    If `path` is None, return the `usual` store, or None if it does not exist or if the run's config
+    does not name it.
     """
+    run_config = find_run(run) / CONFIG
+    config = load_yaml(run_config) if run_config.is_file() else {}
     if path is None:
-        if usual is None or not (usual / INDEX).exists():
+        if usual is None or not (usual / INDEX).exists() or not config:
             return None
         try:
             return _training_store(run, world, usual, None)
@@ -269,8 +272,6 @@ def _training_store(
             f"{error}, or use `training_tokens` to name the store that the model was trained on"
         ) from error
     learned_drives(world, training)
-    run_config = find_run(run) / CONFIG
-    config = load_yaml(run_config) if run_config.is_file() else {}
     content = training.index.content
     if config.get("store", {}).get("content", content) != content:
         raise DriveSimError(

@@ -190,8 +190,8 @@ def evaluate_world_model(
         standing.append(start.clip)
     if left_out:
         rows = [(name.replace("_", " "), why) for name, why in left_out.items()]
-        text = "The sections below are missing from this report, for the reasons given."
-        parts = (Table("Missing sections", ("section", "reason"), rows),)
+        text = "This report lacks the parts below, for the reasons given."
+        parts = (Table("What is missing", ("part", "reason"), rows),)
         sections.append(Section(NOT_MEASURED, "What could not be measured", text, left_out, parts))
     chosen = {"clips": clips, "sweeps": sweep_starts, "starts": starts, "standing": standing}
     return sections, _protocol(world, evidence, chosen, config)

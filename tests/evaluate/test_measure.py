@@ -631,10 +631,16 @@ def test_the_usual_store_is_used_only_if_the_model_was_trained_on_it(
     evidence: Callable[..., Evidence],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert evidence(training_tokens=None, usual_tokens=place / "tokens").training is not None
+    usual = {"training_tokens": None, "usual_tokens": place / "tokens"}
+    # Without a config, as in a packaged model, nothing says that the model learned these tokens.
+    assert evidence(**usual).training is None
+    run = shutil.copytree(place / "world-model", tmp_path / "world-model")
+    content = TokenStore(place / "tokens").index.content
+    (run / "config.yaml").write_text(f"store: {{content: {content}}}")
+    assert evidence(**usual, run=run).training is not None
     assert "not used" not in capsys.readouterr().err
     other = write_store(tmp_path / "other", [20]).path
-    assert evidence(training_tokens=None, usual_tokens=other).training is None
+    assert evidence(training_tokens=None, usual_tokens=other, run=run).training is None
     assert f"{other} is not used: " in capsys.readouterr().err
     with pytest.raises(DriveSimError, match="use `training_tokens`"):
         evidence(training_tokens=other)

@@ -91,7 +91,10 @@ def _slowest(footage: Footage, begin: int, stop: int, context_frames: int) -> St
         return None
     last = at + past
     distance_m = np.abs(travelled_m - travelled_m[last])
-    same = np.flatnonzero((distance_m < _SAME_M) & (np.arange(stop - begin) != last))
+    # Across a stretch of unknown speed, the car may have driven farther than it seems.
+    unknown = np.concatenate([[0], np.cumsum(~known)])
+    is_same = (distance_m < _SAME_M) & (unknown == unknown[last])
+    same = np.flatnonzero(is_same & (np.arange(stop - begin) != last))
     return StandingStart(
         clip=Clip(footage=footage, start=begin + last + 1, context_frames=context_frames, frames=0),
         speed_mps=float(top_mps[at]),
