@@ -233,7 +233,8 @@ def write_rollout(
     blank = np.full_like(context.frames[0], 40)
     seconds = {"generate": 0.0, "decode": 0.0}
     on_sheet = np.unique(np.linspace(0, length, _SHEET_COLUMNS).round().astype(int)).tolist()
-    panels = context.has_future + len(futures)
+    first_panel = ["recorded"] if context.has_future else []
+    panels = len(first_panel) + len(futures)
     columns = [[context.frames[-1]] * panels]
     with disk_errors(files["video"]), ExitStack() as stack:
         temporary = {kind: stack.enter_context(atomic_file(path)) for kind, path in files.items()}
@@ -254,15 +255,16 @@ def write_rollout(
             with progress(length, f"rollout -> {files['video']}", "frames") as bar:
                 for index, (tokens, frames) in enumerate(bar.counted(moments)):
                     truth = next(context.future, None)
-                    beside = [ended if truth is None else recorded] * context.has_future
-                    truths = [blank if truth is None else truth] * context.has_future
-                    pictures = [*truths, *frames]
+                    shown, pictures = list(futures), list(frames)
+                    if first_panel:
+                        shown.insert(0, ended if truth is None else recorded)
+                        pictures.insert(0, blank if truth is None else truth)
                     write_tokens(index, tokens)
-                    write(draw_moment([*beside, *futures], pictures, index, steering_range))
+                    write(draw_moment(shown, pictures, index, steering_range))
                     if index + 1 in on_sheet:
                         columns.append(pictures)
         report = _report(world, context, futures, sampling, seconds)
-        titles = ["recorded"] * context.has_future + report["futures"]
+        titles = first_panel + report["futures"]
         rows = list(zip(titles, zip(*columns, strict=True), strict=True))
         sheet = contact_sheet(rows, [f"{step / world.fps:+.2f} s" for step in on_sheet])
         Image.fromarray(sheet).save(temporary["sheet"], compress_level=2)

@@ -204,7 +204,7 @@ def measure_world_model(
             "inverse-dynamics probe": origin if reader is not None else "none",
             "device": f"{world.device}, {name_of(world.dtype)}",
             "number format of the tokens": f"held-out {heldout.info.precision}, "
-            f"training {training.info.precision if training else 'not at hand'}",
+            f"training {training.info.precision if training is not None else 'not at hand'}",
             "key figures": "fewer bits per token and fewer freezes are better, and gains are best "
             "at 1; of the others, more is better",
         },
@@ -299,7 +299,7 @@ def _rate(
         return frame_rate(fps, every)
     # Prefer the rate that the user requested for the training tokens. The model's own rate is the
     # rate after resampling, which may differ slightly from the requested one.
-    asked = training.info.requested_fps if training else None
+    asked = training.info.requested_fps if training is not None else None
     return {
         "fps": asked if asked and abs(asked / world.fps - 1) <= 0.01 else world.fps,
         "every": None,

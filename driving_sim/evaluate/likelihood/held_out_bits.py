@@ -88,7 +88,9 @@ def evaluate_likelihood(
         "bits_per_token": {name: _interval(bits, block) for name, bits in judged.items()},
         "bits_per_frame": {name: _interval(bits, block, tokens) for name, bits in judged.items()},
         "accuracy": {name: float(bits.accuracy.mean()) for name, bits in judged.items()},
-        "share_of_copy_last": model.mean / judged["copy_last"].mean if training else None,
+        "share_of_copy_last": model.mean / judged["copy_last"].mean
+        if training is not None
+        else None,
         "streamed_over_recomputed": _streamed_share(world, heldout.drives, model),
         "by_position": [place["mean"] for place in places],
         "by_position_interval": {end: [place[end] for place in places] for end in ("low", "high")},

@@ -51,7 +51,7 @@ def test_a_context_must_lie_inside_its_drive(
     start_s: float, drives: list[Path], tmp_path: Path
 ) -> None:
     with pytest.raises(
-        DriveSimError, match=r"drive_000\.json: has no 3 s .*ends at 5\.9 s.* for a"
+        DriveSimError, match=r"drive_000\.json: has no 3 s .*from 0 to 5\.9 s.* for a"
     ):
         write_contexts(tmp_path / "out", {"a": (drives[0], start_s)})
     assert not (tmp_path / "out").exists()
