@@ -284,14 +284,14 @@ class Session:
 
         Takes the contexts as `encode_prefix` does: `tokens` int64 [C, T, r, c] and the actions
         [C, T - 1, 2] between them, one for each of the C `futures`. T must be at least 2 (W - 1)
-        for a window of W frames, and the session must have begun from at least W - 1 frames.
+        for a window of W frames, and the session itself needs W - 1 frames behind it.
         `draws` are the numbers of their random numbers, as in `drive`.
         """
         cache = self._now.passes.cache
         if cache.frame - cache.first + 2 < cache.frames:
             raise DriveSimError(
-                f"this session began from a context of less than {cache.frames - 1} frames, so "
-                "none of its futures can begin again; give it a longer context"
+                f"this session has less than {cache.frames - 1} frames behind it, so none of its "
+                "futures can begin again; start it from a longer context"
             )
         if not len(futures) == len(tokens) == len(draws):
             raise ValueError(
@@ -300,9 +300,13 @@ class Session:
             )
         with _memory_for("another context"):
             prefix = self.world.encode_prefix(tokens, past_actions, valid, last_frame=cache.frame)
-            rows = torch.tensor(futures)
-            self._now.restart(rows, prefix.cache, prefix.last, torch.tensor(draws))
-            self._begin_segment()
+            rows, samples = torch.tensor(futures), torch.tensor(draws)
+            try:
+                self._now.restart(rows, prefix.cache, prefix.last, samples)
+                self._begin_segment()
+            except BaseException:
+                self.close()  # the cache is half written
+                raise
 
     def _go_to(self, segment: _Segment) -> None:
         """Continue from the end of a segment, whose frames are drawn again."""

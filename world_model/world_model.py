@@ -361,7 +361,8 @@ class WorldModel:
         The context is a `Context` (see `context_from_drive`), frames uint8 [T, height, width, 3]
         with their `past_actions` [T - 1, 2] (m/s, rad; NaN is unknown; by default, all are), or a
         `Prefix` from `encode_prefix`. The session can be rewound by up to `history_s`; for each
-        window of W frames that it goes back, it keeps a copy of the cache.
+        window of W frames that it goes back, and for each change of the sampling, it keeps a copy
+        of the cache.
 
         Sample s of branch b is future number b * samples + s. The context is a single one for all
         branches, or a `Prefix` of one per branch. With a single context, sample s gets the same
@@ -377,6 +378,10 @@ class WorldModel:
         if contexts not in (1, branches):
             raise ValueError(
                 f"{branches} branches of {contexts} contexts: give one context, or one per branch"
+            )
+        if draws is not None and len(draws) != branches * samples:
+            raise ValueError(
+                f"{len(draws)} draws for {branches * samples} futures: give one for each"
             )
         own = torch.arange(branches) if contexts > 1 else torch.zeros(branches, dtype=torch.int64)
         numbers = first_draw + own[:, None] * samples + torch.arange(samples)

@@ -53,9 +53,9 @@ class DriveVectorEnv(VectorEnv[Pixels, NDArray[np.float32], NDArray[Any]]):
     ) -> None:
         """Make N = `num_envs` environments with the settings of `DriveEnv`.
 
-        An episode is truncated after `max_episode_steps`; None means never. `autoreset_mode` says
-        when an ended episode is followed by the next one: in the next step, in the same step, or
-        when `reset` is called with `options={"reset_mask": mask}`.
+        An episode is truncated after `max_episode_steps`; None or -1 mean never. `autoreset_mode`
+        says when an ended episode is followed by the next one: in the next step, in the same step,
+        or when `reset` is called with `options={"reset_mask": mask}`.
         """
         check_render_mode(render_mode)
         self.render_mode = render_mode
@@ -80,7 +80,10 @@ class DriveVectorEnv(VectorEnv[Pixels, NDArray[np.float32], NDArray[Any]]):
             "render_fps": self._simulator.world.fps,
             "autoreset_mode": self._mode,
         }
-        self._most_steps = np.inf if max_episode_steps is None else max_episode_steps
+        most_steps = -1 if max_episode_steps is None else max_episode_steps
+        if most_steps < 1 and most_steps != -1:
+            raise DriveSimError(f"`max_episode_steps` {most_steps}: must be at least 1")
+        self._most_steps = np.inf if most_steps == -1 else most_steps
         self._steps = np.zeros(num_envs, np.int64)
         self._ended: Bools = np.zeros(num_envs, np.bool_)
         self._generators: list[np.random.Generator | None] = [None] * num_envs
@@ -157,13 +160,16 @@ class DriveVectorEnv(VectorEnv[Pixels, NDArray[np.float32], NDArray[Any]]):
                 f"the episodes of environments {np.flatnonzero(begins).tolist()} have ended; call "
                 '`reset` with options={"reset_mask": mask}'
             )
+        if begins.any():
+            actions = np.where(begins[:, None], 0.0, actions)  # these actions are ignored
         rewards, terminated = self._simulator.step(actions)
         self._steps += 1
         truncated = self._steps >= self._most_steps
         for values in (rewards, terminated, truncated):
             values[begins] = 0  # these environments begin an episode instead of a step
         self._ended = terminated | truncated
-        infos = self._with_infos({}, np.flatnonzero(~begins & ~self._restarts_now).tolist())
+        ends_now = self._ended if self._mode == AutoresetMode.SAME_STEP else np.zeros_like(begins)
+        infos = self._with_infos({}, np.flatnonzero(~begins & ~ends_now).tolist())
         observations = self._simulator.observations()
         if self._mode == AutoresetMode.SAME_STEP:
             begins = self._ended.copy()
@@ -176,12 +182,6 @@ class DriveVectorEnv(VectorEnv[Pixels, NDArray[np.float32], NDArray[Any]]):
         if begins.any():
             observations, infos = self._begin(begins, [None] * self.num_envs, infos)
         return observations, rewards, terminated, truncated, infos
-
-    @property
-    def _restarts_now(self) -> Bools:
-        """Whether an ended episode is followed by the next one within the same step, [N]."""
-        is_same_step = self._mode == AutoresetMode.SAME_STEP
-        return self._ended if is_same_step else np.zeros(self.num_envs, np.bool_)
 
     def render(self) -> tuple[Pixels, ...] | None:
         """Return the current pictures, uint8 [H, W, 3] each, or None without a `render_mode`."""

@@ -126,8 +126,8 @@ def train_lane_probe(
 ) -> LaneProbe:
     """Train a probe on pictures of `worlds` synthetic worlds, as the tokenizer shows them.
 
-    The pictures depend only on `config`, `worlds` and `seed`. `advance` is called with 1 after each
-    world and after each of the training `steps`.
+    The pictures depend only on `tokenizer`, `config`, `worlds` and `seed`. `advance` is called with
+    1 after each world and after each of the training `steps`.
     """
     pictures, answers = [], []
     for number in range(worlds):

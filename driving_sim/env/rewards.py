@@ -1,4 +1,4 @@
-"""Two rewards, each with the end that belongs to it, and what a reward of one's own looks like.
+"""Two rewards with the ends that belong to them, and the types of a user's own functions.
 
 Axes: N environments.
 """
@@ -20,7 +20,8 @@ Reward = Callable[[Moment], ArrayLike]
 End = Callable[[Moment], ArrayLike]
 """Type of a function that returns whether the episodes end with a moment, bool [N]."""
 
-_A_WHILE_S = 1.0
+RECENT_S = 1.0
+"""Length in s of the time over which recent surprise is averaged."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +37,8 @@ class ProgressWithoutSurprise:
     tolerance_nats: float = 0.3
     """Surprise above that of footage that costs nothing, in nats per token."""
     limit_nats: float = 1.0
-    """The episode ends if the last second surprised by so much more than footage, in nats."""
+    """The episode ends if the mean surprise of the last second exceeds that of footage by more than
+    this, in nats."""
 
     def __call__(self, moment: Moment) -> Floats:
         """Return the rewards [N], in m."""
@@ -46,7 +48,7 @@ class ProgressWithoutSurprise:
     def end(self, moment: Moment) -> NDArray[np.bool_]:
         """Return whether the surprise has been high for a second, [N]."""
         beyond = moment.recent_surprise_nats - moment.usual_surprise_nats
-        return (moment.time_s >= _A_WHILE_S) & (beyond > self.limit_nats)
+        return (moment.time_s >= RECENT_S) & (beyond > self.limit_nats)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

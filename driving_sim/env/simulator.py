@@ -21,7 +21,14 @@ from driving_sim.engine.run_folder import find_run
 from driving_sim.env.controls import Controls
 from driving_sim.env.gauges import Gauges
 from driving_sim.env.moment import Moment
-from driving_sim.env.rewards import End, ProgressWithoutSurprise, Reward, end_of, values_of
+from driving_sim.env.rewards import (
+    RECENT_S,
+    End,
+    ProgressWithoutSurprise,
+    Reward,
+    end_of,
+    values_of,
+)
 from driving_sim.env.starts import ContextName, Start, find_starts, stacked
 from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.session import Frame, Prefix, Session
@@ -30,13 +37,13 @@ from driving_sim.world_model.world_model import WorldModel
 MODEL = "synthetic"
 """Name of the packaged model that environments drive in by default."""
 
-_MOST_PREFIXES = 16
+_MOST_PREFIXES = 4
 _loaded: "WeakValueDictionary[tuple[Path, int], WorldModel]" = WeakValueDictionary()
 
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """How an episode begins: its context, and the number of its draws."""
+    """How an episode begins: its context, and which random numbers it draws."""
 
     start: Start
     draw: int
@@ -45,8 +52,8 @@ class Episode:
 class Simulator:
     """N drives, each an episode of its own, in one batch.
 
-    The random numbers of an episode depend only on its draw, so the same draw and actions give the
-    same tokens in any batch if all of its episodes begin together, and with compiled passes.
+    The random numbers of an episode depend only on its draw. With compiled passes, the same draw
+    and actions give the same tokens in any batch whose episodes begin together.
     """
 
     def __init__(
@@ -70,10 +77,9 @@ class Simulator:
         self.controls = Controls.of(self.world, acceleration_mps2)
         self._reward: Reward = ProgressWithoutSurprise() if reward is None else reward
         self._end = end_of(self._reward) if end is None else end
-        try:
-            self._sampling = Sampling(guidance=float(guidance))
-        except ValueError as error:
-            raise DriveSimError(f"`{str(error).replace(':', '`:', 1)}") from None
+        if not 0 <= guidance < np.inf:
+            raise DriveSimError(f"`guidance` {guidance:g}: must be a finite number of 0 or more")
+        self._sampling = Sampling(guidance=guidance)
         self._gauges = Gauges(self.world, self.starts)
         self._prefixes: dict[Start, Prefix] = {}
         self._session: Session | None = None
@@ -87,7 +93,7 @@ class Simulator:
         self._speed, self._steering = np.full((2, count), np.nan)
         self._steps = np.zeros(count, np.int64)
         self._contexts = [""] * count
-        recent = max(1, round(self.world.fps))
+        recent = max(1, round(RECENT_S * self.world.fps))
         self._recent = [deque[float](maxlen=recent) for _ in range(count)]
         self._moment: Moment | None = None
 
@@ -118,13 +124,14 @@ class Simulator:
     def begin(self, rows: Sequence[int], episodes: Sequence[Episode]) -> None:
         """Begin an episode in each of the environments `rows`, while the others drive on.
 
-        If the episodes of all environments begin, they are independent of what was driven before.
+        `rows` ascend. If the episodes of all environments begin, they are independent of what was
+        driven before.
         """
         starts = [episode.start for episode in episodes]
         draws = [episode.draw for episode in episodes]
         _ = self.has_begun
         if len(rows) == self.count:
-            self._open([starts[rows.index(row)] for row in range(self.count)], draws)
+            self._open(starts, draws)
         else:
             self._driving().restart(rows, *stacked(starts), draws=draws)
         self._frames = self._frames.copy()
@@ -139,6 +146,7 @@ class Simulator:
     def _open(self, starts: Sequence[Start], draws: Sequence[int]) -> None:
         if self._session is not None:
             self._session.close()
+            self._session = None
         alike = len(set(starts)) == 1
         prefix = self._prefix(starts[0]) if alike else self.world.encode_prefix(*stacked(starts))
         self._session = self.world.drive(
@@ -146,7 +154,7 @@ class Simulator:
         )
 
     def _prefix(self, start: Start) -> Prefix:
-        """Return an encoded context. The last few are kept, because many episodes begin alike."""
+        """Return an encoded context. A few are kept, because many episodes begin alike."""
         if start not in self._prefixes:
             if len(self._prefixes) == _MOST_PREFIXES:
                 self._prefixes.clear()
@@ -164,7 +172,11 @@ class Simulator:
         checked = self.controls.checked(actions, self.count)
         self._speed, self._steering = self.controls.apply(checked, self._speed)
         driven = np.stack([self._speed, self._steering], axis=1)
-        frame = session.step(driven, np.broadcast_to(self.controls.known, driven.shape))
+        try:
+            frame = session.step(driven, np.broadcast_to(self.controls.known, driven.shape))
+        except BaseException:
+            self._session = None  # a step that fails ends the session
+            raise
         self._frames = np.concatenate([self._frames[:, 1:], frame.pixels[:, None]], axis=1)
         self._steps += 1
         self._moment = moment = self._moment_of(frame, checked)
@@ -220,7 +232,7 @@ class Simulator:
 
 def _means(values: Any) -> Floats:
     """Return the mean over the tokens of each future, [N]."""
-    means: Floats = values.double().mean((1, 2)).cpu().numpy()
+    means: Floats = values.cpu().double().mean((1, 2)).numpy()
     return means
 
 

@@ -3,7 +3,7 @@
 Axes: T frames of a context, r c token rows and columns, H W pixels.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from driving_sim.data.arrays import Floats32, Mask, Pixels
 from driving_sim.data.drive import Drive
 from driving_sim.data.sources import find_drives
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.progress import say
 from driving_sim.world_model.contexts import contexts_of
 from driving_sim.world_model.rollout import context_from_drive, context_range, sample_for
 from driving_sim.world_model.world_model import WorldModel
@@ -109,10 +110,11 @@ def find_starts(
     frames = max(2 * (window - 1), window + 1, frame_stack)
     own = contexts_of(world.run) if world.run else {}
     if context is None:
-        names: list[ContextName] = list(own)
+        chosen = [(path, True) for path in own.values()]
     else:
         names = [context] if isinstance(context, str | Path) else list(context)
-    if not names:
+        chosen = [_named(name, own) for name in names]
+    if not chosen:
         owner = world.run or "a model that was not loaded from a run"
         raise DriveSimError(
             f"{owner} has no contexts of its own; name a drive, as `context=PATH` of a video"
@@ -120,21 +122,27 @@ def find_starts(
             else "`context` is an empty list; name a drive in it, or leave it out"
         )
     starts: list[Start] = []
-    for name in names:
-        path, is_own = Path(name), False
-        if not path.exists():
-            if str(name) not in own:
-                known = f"; the model's own contexts are {', '.join(own)}" if own else ""
-                raise DriveSimError(f"`context` {name}: no such file or context{known}")
-            path, is_own = own[str(name)], True
+    for path, is_own in chosen:
         drives = find_drives(
             [path], actions=any(world.known_channels), steering_kind=world.steering_kind
-        )
-        for drive in drives.require_all().drives:
+        ).require_all()
+        for notice in drives.notices:
+            say(notice)
+        for drive in drives.drives:
             end = float(sample_for(world, drive).timestamps[-1]) if is_own else None
             starts.append(Start(world, drive, end, frames, frame_stack))
             starts[-1].check()
     return starts
+
+
+def _named(name: ContextName, own: Mapping[str, Path]) -> tuple[Path, bool]:
+    """Return the path of a drive or context, and whether it is one of the run's own contexts."""
+    if Path(name).exists():
+        return Path(name), False
+    if str(name) in own:
+        return own[str(name)], True
+    known = f"; the model's own contexts are {', '.join(own)}" if own else ""
+    raise DriveSimError(f"`context` {name}: no such file or context{known}")
 
 
 def stacked(starts: Iterable[Start]) -> tuple[Tensor, Floats32, Mask]:

@@ -213,3 +213,13 @@ def test_pictures_are_rendered_and_closing_ends(world: WorldModel) -> None:
     vector.close()
     with pytest.raises(DriveSimError, match="this environment was closed"):
         vector.step(np.zeros((2, 2)))
+
+
+def test_minus_one_means_no_limit_of_steps(settings: dict[str, Any]) -> None:
+    envs = DriveVectorEnv(2, **settings, end=never, max_episode_steps=-1)
+    envs.reset(seed=0)
+    for _ in range(3):
+        *_, truncations, _ = envs.step(np.zeros((2, 2)))
+        assert not truncations.any()
+    with pytest.raises(DriveSimError, match="`max_episode_steps` 0: must be at least 1"):
+        DriveVectorEnv(2, **settings, max_episode_steps=0)
