@@ -401,7 +401,7 @@ class WorldModel:
             if not isinstance(context, Prefix) and not hasattr(context, "prefix"):
                 raise TypeError(
                     f"a drive starts from frames, a context or a prefix, not from {context!r}; "
-                    "`load_context` loads a video"
+                    "load_context loads a video"
                 )
             if past_actions is not None:
                 raise TypeError("past_actions belong to frames; a context has its own")
