@@ -24,7 +24,7 @@ COMMANDS = (
     ("rollouts.video", "tiny"),
     ("rollouts.length", "tiny"),
     ("rollouts.futures", "tiny"),
-    ("rollouts.session", "tiny"),
+    ("rollouts.session", "synthetic"),
     ("rollouts.env", "tiny"),
     ("reading.encoding", "encoder"),
     ("reading.encoding", "tokenize"),

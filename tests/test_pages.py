@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from driving_sim.demo import run_demo
 from tests import ROOT
-from tests.fixtures.synthetic_worlds import SMALL_DEMO
 
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -113,11 +111,9 @@ def test_the_pictures_are_light() -> None:
     assert (ROOT / "docs" / "demo.webp").stat().st_size < 3_000_000
 
 
-def test_the_readmes_python_runs_on_a_demo(tmp_path: Path) -> None:
-    run_demo(tmp_path / "runs" / "demo", config=SMALL_DEMO)
+def test_the_readmes_python_runs(tmp_path: Path) -> None:
     (code,) = [text for language, text in blocks(README) if language == "python"]
-    run("python", code, tmp_path)
-    assert (tmp_path / "left.mp4").stat().st_size > 1000
+    assert run("python", code, tmp_path).endswith("(1, 128, 256, 3)\n")
 
 
 def test_the_commands_of_getting_started_run_one_after_the_other(tmp_path: Path) -> None:

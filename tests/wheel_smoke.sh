@@ -32,4 +32,6 @@ export DRIVESIM_PRESET=demo DRIVESIM_STEPS=3
 "$drivesim" train-world-model
 "$drivesim" rollout --actions left
 test -s rollout.mp4
+"$drivesim" rollout --model synthetic --actions left --seconds 1 --out synthetic.mp4
+test -s synthetic.mp4
 echo "the wheel works"
