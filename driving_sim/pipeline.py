@@ -156,7 +156,7 @@ def find_frames(videos: Sequence[Path], *, skip_bad: bool = False) -> DriveSet:
     return _find(videos, skip_bad=skip_bad, actions=False)
 
 
-def find_for(world: WorldModel, videos: Sequence[Path], time_offset: float) -> DriveSet:
+def find_for(world: WorldModel, videos: Sequence[Path], time_offset: float = 0.0) -> DriveSet:
     """Find drives for a world model, with `time_offset` seconds added to their action times.
 
     Raises DriveSimError if their kind of steering differs from the model's.

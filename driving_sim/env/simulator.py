@@ -107,12 +107,16 @@ class Simulator:
     @property
     def has_begun(self) -> bool:
         """Whether all environments have begun an episode. Raises DriveSimError once closed."""
-        if self._is_closed:
-            raise DriveSimError("this environment was closed; make a new one")
+        self._check_open()
         return self._session is not None
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise DriveSimError("this environment was closed; make a new one")
+
     def _driving(self) -> Session:
-        if not self.has_begun or self._session is None:
+        self._check_open()
+        if self._session is None:
             raise DriveSimError("no episode has begun; call `reset` first")
         return self._session
 
@@ -129,7 +133,7 @@ class Simulator:
         """
         starts = [episode.start for episode in episodes]
         draws = [episode.draw for episode in episodes]
-        _ = self.has_begun
+        self._check_open()
         if len(rows) == self.count:
             self._open(starts, draws)
         else:

@@ -15,9 +15,8 @@ from torch import Tensor
 from driving_sim.data.actions.action_file import SPEED, STEERING
 from driving_sim.data.arrays import Floats32, Mask, Pixels
 from driving_sim.data.drive import Drive
-from driving_sim.data.sources import find_drives
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.progress import say
+from driving_sim.pipeline import find_for
 from driving_sim.world_model.contexts import contexts_of
 from driving_sim.world_model.rollout import context_from_drive, context_range, sample_for
 from driving_sim.world_model.world_model import WorldModel
@@ -123,12 +122,7 @@ def find_starts(
         )
     starts: list[Start] = []
     for path, is_own in chosen:
-        drives = find_drives(
-            [path], actions=any(world.known_channels), steering_kind=world.steering_kind
-        ).require_all()
-        for notice in drives.notices:
-            say(notice)
-        for drive in drives.drives:
+        for drive in find_for(world, [path]).drives:
             end = float(sample_for(world, drive).timestamps[-1]) if is_own else None
             starts.append(Start(world, drive, end, frames, frame_stack))
             starts[-1].check()
