@@ -24,7 +24,12 @@ from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.tokenizer.tokenizer import WEIGHTS, Tokenizer
 from driving_sim.tokenizer.training import train_tokenizer
 from driving_sim.world_model.action_plan import make_plans
-from driving_sim.world_model.contexts import context_from_store, contexts_of, load_context
+from driving_sim.world_model.contexts import (
+    context_from_store,
+    contexts_of,
+    find_for,
+    load_context,
+)
 from driving_sim.world_model.rollout import (
     Context,
     context_from_drive,
@@ -154,20 +159,6 @@ def _find(videos: Sequence[Path], *, skip_bad: bool = False, **options: Any) -> 
 def find_frames(videos: Sequence[Path], *, skip_bad: bool = False) -> DriveSet:
     """Find drives, but do not read their action files, so errors in these files do not matter."""
     return _find(videos, skip_bad=skip_bad, actions=False)
-
-
-def find_for(world: WorldModel, videos: Sequence[Path], time_offset: float = 0.0) -> DriveSet:
-    """Find drives for a world model, with `time_offset` seconds added to their action times.
-
-    Raises DriveSimError if their kind of steering differs from the model's.
-    """
-    return _find(
-        videos,
-        # A model that learned no actions ignores action files, so do not fail on errors in them.
-        actions=any(world.known_channels),
-        steering_kind=world.steering_kind,
-        time_offset=time_offset,
-    )
 
 
 def model_and_drives(

@@ -4,8 +4,10 @@ A run folder may have a folder `contexts` with short drives, as videos with CSVs
 Futures start at the end of such a context.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from driving_sim.data.drive import DriveSet
 from driving_sim.data.sources import find_drives
 from driving_sim.data.sources.video_folder import VIDEO_SUFFIXES
 from driving_sim.data.tokens.store import TokenStore
@@ -38,6 +40,24 @@ def contexts_of(run: Path | str) -> dict[str, Path]:
     }
 
 
+def find_for(world: WorldModel, videos: Sequence[Path], time_offset: float = 0.0) -> DriveSet:
+    """Find drives for a world model, with `time_offset` seconds added to their action times.
+
+    Prints the assumptions made. Raises BadDriveError if a drive cannot be read, and DriveSimError
+    if their kind of steering differs from the model's.
+    """
+    drive_set = find_drives(
+        videos,
+        # A model that learned no actions ignores action files, so do not fail on errors in them.
+        actions=any(world.known_channels),
+        steering_kind=world.steering_kind,
+        time_offset=time_offset,
+    ).require_all()
+    for line in dict.fromkeys(drive_set.notices):
+        say(line)
+    return drive_set
+
+
 def load_context(
     world: WorldModel, video: Path, start_s: float | None = None, *, time_offset: float = 0.0
 ) -> Context:
@@ -47,15 +67,7 @@ def load_context(
     the video. `time_offset` seconds are added to the times in its CSV. Raises DriveSimError if the
     video or its CSV cannot be read, or if it does not fit the world model.
     """
-    drive_set = find_drives(
-        [video],
-        actions=any(world.known_channels),
-        steering_kind=world.steering_kind,
-        time_offset=time_offset,
-    )
-    (drive,) = drive_set.require_all().drives
-    for notice in drive_set.notices:
-        say(notice)
+    (drive,) = find_for(world, [video], time_offset).drives
     if start_s is None:
         start_s = float(sample_for(world, drive).timestamps[-1])
     return context_from_drive(world, drive, start_s)

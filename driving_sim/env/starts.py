@@ -16,8 +16,7 @@ from driving_sim.data.actions.action_file import SPEED, STEERING
 from driving_sim.data.arrays import Floats32, Mask, Pixels
 from driving_sim.data.drive import Drive
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.pipeline import find_for
-from driving_sim.world_model.contexts import contexts_of
+from driving_sim.world_model.contexts import contexts_of, find_for
 from driving_sim.world_model.rollout import context_from_drive, context_range, sample_for
 from driving_sim.world_model.world_model import WorldModel
 

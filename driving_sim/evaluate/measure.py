@@ -46,10 +46,11 @@ from driving_sim.evaluate.world_model import (
     Evidence,
     evaluate_world_model,
 )
-from driving_sim.pipeline import find_for, find_frames, frame_rate
+from driving_sim.pipeline import find_frames, frame_rate
 from driving_sim.tokenizer.perceptual import PerceptualLoss, has_vgg16_weights, vgg16_weights
 from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.tokenizer.tokenizer import Tokenizer
+from driving_sim.world_model.contexts import find_for
 from driving_sim.world_model.world_model import WorldModel
 
 TOKENIZER_HEADLINE = (

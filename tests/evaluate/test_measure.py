@@ -37,10 +37,10 @@ from driving_sim.evaluate.world_model import (
     Evidence,
     evaluate_world_model,
 )
-from driving_sim.pipeline import find_for
 from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.tokenizer.tokenizer import Tokenizer
 from driving_sim.world_model.actions import ActionStatistics
+from driving_sim.world_model.contexts import find_for
 from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.training.train import (
     WorldModelDataConfig,
