@@ -58,13 +58,23 @@ class Recipe:
     seed: int = 0
     """Seed of the drives."""
     world: SyntheticConfig = field(default_factory=SyntheticConfig)
-    """Frame size and frame rate, kinds of day and traffic."""
+    """Frame size and frame rate, kinds of day and traffic, and the drivers of the held-out
+    drives."""
+    training_world: SyntheticConfig = field(
+        # A player steers harder than a driver on a road, and stands for longer. So the training
+        # drives reach full steering at every speed, and a minute of them stands for seconds.
+        default_factory=lambda: SyntheticConfig(
+            cruise_mps=(3.0, 18.0), stops_s=(0.5, 8.0), swerves_rad=(0.04, 0.2), lateral_mps2=25.0
+        )
+    )
+    """The same, with the drivers of the training drives."""
     preset: str = "tiny"
     """Preset of both trainings."""
     every: int = 3
     """The tokenizer learns from every n-th frame, so that all of them fit in memory."""
     tokenizer: tuple[str, ...] = (
-        "training.minutes=30",
+        "training.steps=6000",
+        "training.minutes=null",
         # Narrower than `tiny`, whose decoder would be a third of the time of a frame.
         "model.widths=[48,96,192]",
         # There is enough video, so nothing is needed against overfitting.
@@ -73,8 +83,8 @@ class Recipe:
     )
     """Settings of the tokenizer that differ from the preset's."""
     world_model: tuple[str, ...] = (
-        "training.steps=null",
-        "training.minutes=66",
+        "training.steps=20000",
+        "training.minutes=null",
         "training.patience=null",
         "training.ema_decay=0.999",
         "training.validate_every=1000",
@@ -138,10 +148,13 @@ def pretrain(out: Path, recipe: Recipe) -> Path:
 
 def _draw_drives(at: Folders, recipe: Recipe) -> None:
     count, more = recipe.drives, recipe.heldout_drives
-    for out, first, drives in ((at.videos, 0, count), (at.heldout, count, more)):
+    for out, first, drives, world in (
+        (at.videos, 0, count, recipe.training_world),
+        (at.heldout, count, more, recipe.world),
+    ):
         if len(list(out.glob("drive_*.json"))) == drives:
             continue
-        total = drives * frame_count(recipe.seconds, recipe.world)
+        total = drives * frame_count(recipe.seconds, world)
         with progress(total, f"drive -> {out}", "frames") as bar:
             write_synthetic_drives(
                 out,
@@ -149,7 +162,7 @@ def _draw_drives(at: Folders, recipe: Recipe) -> None:
                 first=first,
                 seconds=recipe.seconds,
                 seed=recipe.seed,
-                config=recipe.world,
+                config=world,
                 workers=usable_cores(),
                 progress=bar.advance,
             )

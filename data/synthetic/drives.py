@@ -70,7 +70,7 @@ def drive(world: SyntheticWorld, seconds: float, driver_seed: int) -> SyntheticD
     """Simulate a drive. `driver_seed` decides where the drive starts and how the driver behaves."""
     rng = np.random.default_rng([driver_seed, 1])
     state = world.reset(station_m=rng.uniform(0.0, world.config.stretch_m))
-    driver = Driver(world.road, driver_seed, world.config.cruise_mps)
+    driver = Driver(world.road, driver_seed, world.config)
     states: list[VehicleState] = []
     actions = np.empty((frame_count(seconds, world.config), 2), np.float32)
     for action in actions:

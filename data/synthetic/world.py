@@ -40,6 +40,12 @@ class SyntheticConfig:
     """Length of the stretch of road on which drives start, in metres."""
     cruise_mps: tuple[float, float] = (6.0, 13.0)
     """Lowest and highest cruising speed of drivers, in m/s."""
+    stops_s: tuple[float, float] = (0.5, 1.5)
+    """Shortest and longest time for which drivers stand after a stop, in s."""
+    swerves_rad: tuple[float, float] = (0.04, 0.15)
+    """Smallest and largest road-wheel angle of swerves, in rad, at most 0.2."""
+    lateral_mps2: Annotated[float, Field(gt=0, le=100)] = 4.5
+    """Lateral acceleration in m/s² that drivers do not exceed."""
     traffic: Share = 0.75
     """Density of oncoming traffic; 1 means one car every 130 m."""
     palettes: tuple[str, ...] = PALETTES
@@ -48,6 +54,10 @@ class SyntheticConfig:
     def __post_init__(self) -> None:
         slow, fast = self.cruise_mps
         require(self, "cruise_mps", 1 <= slow <= fast <= 40, "two ascending speeds within 1..40")
+        short, long = self.stops_s
+        require(self, "stops_s", 0 <= short <= long <= 60, "two ascending times within 0..60")
+        small, large = self.swerves_rad
+        require(self, "swerves_rad", 0 <= small <= large <= 0.2, "two ascending angles within 0..0.2")
         known = bool(self.palettes) and set(self.palettes) <= set(PALETTES)
         require(self, "palettes", known, f"one or more of {', '.join(PALETTES)}")
 

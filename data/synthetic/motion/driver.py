@@ -12,11 +12,11 @@ import numpy as np
 
 from driving_sim.data.synthetic.motion.vehicle import WHEELBASE_M, VehicleState
 from driving_sim.data.synthetic.road import LANE_OFFSET, Road
+from driving_sim.data.synthetic.world import SyntheticConfig
 
 _ACCELERATION_MPS2 = 2.5
 _STEERING_RATE_RADPS = 1.2
 _MOST_STEERING_RAD = 0.2
-_MOST_LATERAL_MPS2 = 4.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,9 @@ class _Manoeuvre:
 class Driver:
     """Chooses the action of each frame from the car's state, partly at random."""
 
-    def __init__(self, road: Road, seed: int, cruise_mps: tuple[float, float]) -> None:
+    def __init__(self, road: Road, seed: int, config: SyntheticConfig) -> None:
         self._road = road
-        self._cruise_mps = cruise_mps
+        self._config = config
         self._rng = np.random.default_rng(seed)
         self._speed = float(self._rng.choice([0.0, self._cruising_speed()]))
         self._steering = 0.0
@@ -60,7 +60,7 @@ class Driver:
         if target is None:
             target = self._towards(state, now.offset_m)
         # Limit the steering so that the tyres do not slip at this speed.
-        grip = _MOST_LATERAL_MPS2 * WHEELBASE_M / max(self._speed, 1.0) ** 2
+        grip = self._config.lateral_mps2 * WHEELBASE_M / max(self._speed, 1.0) ** 2
         most = min(math.atan(grip), _MOST_STEERING_RAD)
         turn = min(max(target, -most), most) - self._steering
         reach = _STEERING_RATE_RADPS * dt
@@ -82,7 +82,7 @@ class Driver:
         return math.atan(2 * WHEELBASE_M * math.sin(bearing) / math.hypot(dx, dy))
 
     def _cruising_speed(self) -> float:
-        return float(self._rng.uniform(*self._cruise_mps))
+        return float(self._rng.uniform(*self._config.cruise_mps))
 
     def _follow(self) -> _Manoeuvre:
         near, anywhere = self._rng.normal(LANE_OFFSET, 0.5), self._rng.uniform(-4.5, 4.5)
@@ -111,13 +111,13 @@ class Driver:
                 seconds = rng.uniform(0.8, 2.6)
                 speed = self._speed if rng.random() < 0.6 else self._cruising_speed()
                 braking, side = rng.uniform(2.0, 5.0), self._side()
-                steering = side * rng.uniform(0.04, 0.15)
+                steering = side * rng.uniform(*self._config.swerves_rad)
                 return _Manoeuvre(seconds, speed, braking, steering_rad=steering)
             case "straight":
                 return _Manoeuvre(rng.uniform(1.5, 3.0), self._speed, steering_rad=0.0)
             case "stop":
                 braking = rng.uniform(2.5, 5.5)
-                seconds = self._speed / braking + rng.uniform(0.5, 1.5)
+                seconds = self._speed / braking + rng.uniform(*self._config.stops_s)
                 straight = rng.random() < 0.4
                 return _Manoeuvre(seconds, 0.0, braking, steering_rad=0.0 if straight else None)
             case _:
