@@ -231,6 +231,7 @@ def _write_card(at: Folders, recipe: Recipe) -> None:
         size=f"{world.tokenizer.height}x{world.tokenizer.width}",
         fps=world.fps,
         recipe=recipe,
+        drivers=recipe.training_world,
         hours=recipe.drives * recipe.seconds / 3600,
         tokenizer_steps=_steps(at.tokenizer),
         world_model_steps=_steps(at.world_model),
@@ -266,8 +267,11 @@ through meadows with markings, posts, trees, houses, gantries and oncoming cars,
 day. It is steered by speed (m/s) and road-wheel angle (rad, left positive).
 
 - **Data**: {recipe.drives} drives of {recipe.seconds:g} s ({hours:.1f} hours), each in a world of
-  its own, drawn by `drivesim synth --drives {recipe.drives} --seed {recipe.seed}`. Another
-  {recipe.heldout_drives} (`--first {recipe.drives}`), in other worlds, were not trained on.
+  its own. Their drivers steer hard at any speed, up to {drivers.swerves_rad[1]:g} rad and
+  {drivers.cruise_mps[1]:g} m/s, and stand for up to {drivers.stops_s[1]:g} s. Another
+  {recipe.heldout_drives}, in other worlds and with calmer drivers, were not trained on:
+  `drivesim synth heldout --drives {recipe.heldout_drives} --first {recipe.drives} --seed
+  {recipe.seed}`.
 - **Recipe**: `python -m benchmarks.pretrain`, at commit {commit}. The tokenizer took
   {tokenizer_steps:,} steps, the world model {world_model_steps:,}, on
   {machine}. Training for a set time makes another number of steps on another machine.

@@ -337,6 +337,14 @@ def synth(
     height: Annotated[int, Option(min=16, help="Height of the videos in pixels.")] = 128,
     width: Annotated[int, Option(min=16, help="Width of the videos in pixels.")] = 256,
     fps: Annotated[float, Option(min=4, help="Frames per second of the videos.")] = 10.0,
+    assignments: Annotated[
+        list[str] | None,
+        Option(
+            "--set",
+            help="Override one setting of the world or its drivers, such as traffic=0. May be "
+            "repeated.",
+        ),
+    ] = None,
 ) -> None:
     """Make synthetic drives: videos with exact speed and steering (left is positive).
 
@@ -347,12 +355,13 @@ def synth(
     from driving_sim.data.synthetic.drives import frame_count
     from driving_sim.data.synthetic.world import SyntheticConfig
     from driving_sim.data.synthetic.writer import write_synthetic_drives
-    from driving_sim.engine.config import from_dict
+    from driving_sim.engine.config import from_dict, resolve
     from driving_sim.engine.progress import progress
     from driving_sim.engine.threads import usable_cores
 
     settings = _pop_fields(options, SyntheticConfig)
     config = from_dict(SyntheticConfig, settings, where="drivesim synth")
+    config = resolve(config, assignments=options.pop("assignments", ()))
     with progress(drives * frame_count(seconds, config), f"drive -> {out}", "frames") as bar:
         write_synthetic_drives(
             **options, config=config, workers=usable_cores(), progress=bar.advance

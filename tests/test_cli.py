@@ -267,6 +267,7 @@ def test_a_full_disk_gives_a_one_line_error(command: str, used: Path) -> None:
         (["--debgu"], "--debgu"),
         (["synth", "x", "--seed", "-1"], "--seed"),
         (["synth", "x", "--seconds", "inf"], "--seconds inf"),
+        (["synth", "x", "--set", "trafic=0"], "--set"),
         (["demo", "--seed", "-1"], "--seed"),
         (["demo", "--drives", "1"], "--drives"),
         (["tokenize", "empty", "--fps", "0"], "--fps 0"),

@@ -57,7 +57,8 @@ class SyntheticConfig:
         short, long = self.stops_s
         require(self, "stops_s", 0 <= short <= long <= 60, "two ascending times within 0..60")
         small, large = self.swerves_rad
-        require(self, "swerves_rad", 0 <= small <= large <= 0.2, "two ascending angles within 0..0.2")
+        in_range = 0 <= small <= large <= 0.2
+        require(self, "swerves_rad", in_range, "two ascending angles within 0..0.2")
         known = bool(self.palettes) and set(self.palettes) <= set(PALETTES)
         require(self, "palettes", known, f"one or more of {', '.join(PALETTES)}")
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -101,3 +103,23 @@ class TestDriver:
             follows.append(np.arctan(WHEELBASE_M * curvature(driven.world.road, station[near])))
         correlation = np.corrcoef(np.concatenate(steering), np.concatenate(follows))[0, 1]
         assert 0 < correlation < 0.6
+
+    def test_settings_decide_how_hard_drivers_steer_and_how_long_they_stand(self) -> None:
+        wild = replace(
+            TINY,
+            cruise_mps=(10.0, 18.0),
+            stops_s=(4.0, 6.0),
+            swerves_rad=(0.18, 0.2),
+            lateral_mps2=25.0,
+        )
+        stood_s: list[float] = []
+        fast_turns = 0
+        for seed in range(6):
+            speed, steering = drive(SyntheticWorld(seed, wild), 60.0, seed).actions.T
+            fast_turns += int(((speed > 14) & (np.abs(steering) > 0.17)).sum())
+            edges = np.flatnonzero(np.diff(np.concatenate([[0], speed == 0, [0]])))
+            stood_s += [(stop - begin) / wild.fps for begin, stop in edges.reshape(-1, 2)[1:-1]]
+        assert fast_turns > 50
+        assert stood_s
+        assert 3.5 < min(stood_s)
+        assert max(stood_s) < 6.5
