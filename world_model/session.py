@@ -29,8 +29,8 @@ from driving_sim.world_model.sampling.sampling import Sampling
 
 HISTORY_S = 30.0
 """How far back a session can be rewound by default, in s."""
-_Inputs = tuple[Tensor, Tensor]
-"""The actions [F, 2] that led to a frame, and whether they are valid [F, 2]."""
+_Inputs = tuple[Tensor, Tensor, Sampling]
+"""The actions [F, 2] that led to a frame, whether they are valid [F, 2], and how it was drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +100,7 @@ class SavedSession:
 
     now: _Segment
     past: tuple[_Segment, ...]
+    sampling: Sampling
 
 
 class Session:
@@ -122,6 +123,7 @@ class Session:
         """Number of frames driven so far."""
         self._history = round(history_s * world.fps)
         self._sampler: FrameSampler | None = sampler
+        self._sampling = sampler.sampling
         self._segments: deque[_Segment] = deque()
         self._begin_segment()
 
@@ -166,14 +168,13 @@ class Session:
         It holds for the next frame on. If guidance begins, its second stream of unknown actions
         branches off the past that was driven.
         """
-        return self._now.sampling
+        _ = self._now
+        return self._sampling
 
     @sampling.setter
     def sampling(self, sampling: Sampling) -> None:
-        if sampling != self._now.sampling:
-            with _memory_for("another stream"):
-                self._sampler = self._now.resampled(sampling)
-                self._begin_segment()
+        _ = self._now
+        self._sampling = sampling
 
     @property
     def rewindable_s(self) -> float:
@@ -193,15 +194,17 @@ class Session:
         allowed, and said once for each model. Raises DriveSimError for an infinite action or an
         ended session. A step that is interrupted, or that runs out of memory, ends the session.
         """
-        sampler, device = self._now, self.world.device
-        actions, known = self._checked(sampler, action, valid)
+        device = self.world.device
+        actions, known = self._checked(self._now, action, valid)
+        with _memory_for("another stream"):
+            sampler = self._sampler = _resampled(self._now, self._sampling)
         adjust_threads(device)
         began = time.perf_counter()
         try:
             with _memory_for("the next frame, so this session has ended"):
                 sample = sampler.step(actions, known)
                 self.frame += 1
-                self._remember((actions, known))
+                self._remember((actions, known, self._sampling))
         except BaseException:
             self.close()  # the cache is half written
             raise
@@ -216,22 +219,29 @@ class Session:
             tokenizer=self.world.tokenizer,
         )
 
-    def fork(self) -> Self:
+    def fork(self, branches: int = 1) -> Self:
         """Return a session that goes on from here independently, with the same past.
 
-        With compiled passes, the two share one cache until they drive on.
+        With compiled passes, the two share one cache until they drive on. With several `branches`,
+        the fork has branches * F futures: future b * F + f goes on from future f, with the same
+        random numbers in every branch, and cannot be rewound to before the fork. Its tokens may
+        differ from those of a single fork where rounding decides.
         """
         fork = copy.copy(self)
         with _memory_for("a fork"):
-            fork._sampler = self._now.copy()
+            fork._sampler = self._now.copy() if branches == 1 else self._now.branched(branches)
         fork._segments = deque(segment.copy() for segment in self._segments)
+        if branches > 1:
+            fork._segments.clear()
+            fork._begin_segment()
         return fork
 
     def save(self) -> SavedSession:
         """Return the current moment and its past, for `restore`."""
         with _memory_for("a saved session"):
             now = _Segment(self._now.copy(), self.frame, [])
-        return SavedSession(now, tuple(segment.copy() for segment in self._segments))
+        past = tuple(segment.copy() for segment in self._segments)
+        return SavedSession(now, past, self._sampling)
 
     def restore(self, saved: SavedSession) -> None:
         """Go back to a moment saved by this session or by one of the same model and futures."""
@@ -244,6 +254,7 @@ class Session:
                 "restore it in the session that saved it, or in a fork of that"
             )
         self._go_to(saved.now)
+        self._sampling = saved.sampling
         if self._history:
             self._segments = deque(segment.copy() for segment in saved.past)
             self._forget()
@@ -312,9 +323,10 @@ class Session:
         """Continue from the end of a segment, whose frames are drawn again."""
         with _memory_for("an earlier moment"):
             sampler = segment.start.copy()
-            for inputs in segment.inputs:
-                sampler.step(*inputs)
-        self._sampler = sampler
+            for actions, known, sampling in segment.inputs:
+                sampler = _resampled(sampler, sampling)
+                sampler.step(actions, known)
+        self._sampler, self._sampling = sampler, sampler.sampling
         self.frame = segment.frame + len(segment.inputs)
 
     def _begin_segment(self) -> None:
@@ -341,7 +353,7 @@ class Session:
 
     def _checked(
         self, sampler: FrameSampler, action: ArrayLike, valid: ArrayLike | None
-    ) -> _Inputs:
+    ) -> tuple[Tensor, Tensor]:
         """Return an action as float32 [F, 2], and whether it is valid [F, 2]."""
         values, known = with_validity("action", action, valid)
         shape = (self.futures, len(CHANNELS))
@@ -367,6 +379,11 @@ class Session:
                     f"{name} {float(beyond[0]):g} is beyond what the model was trained on "
                     f"({low:.3g} to {high:.3g}), so what it shows may be wrong"
                 )
+
+
+def _resampled(sampler: FrameSampler, sampling: Sampling) -> FrameSampler:
+    """Return a sampler that goes on with these settings; it is the same one if it has them."""
+    return sampler if sampling == sampler.sampling else sampler.resampled(sampling)
 
 
 @contextmanager

@@ -361,8 +361,7 @@ class WorldModel:
         The context is a `Context` (see `context_from_drive`), frames uint8 [T, height, width, 3]
         with their `past_actions` [T - 1, 2] (m/s, rad; NaN is unknown; by default, all are), or a
         `Prefix` from `encode_prefix`. The session can be rewound by up to `history_s`; for each
-        window of W frames that it goes back, and for each change of the sampling, it keeps a copy
-        of the cache.
+        window of W frames that it goes back, it keeps a copy of the cache.
 
         Sample s of branch b is future number b * samples + s. The context is a single one for all
         branches, or a `Prefix` of one per branch. With a single context, sample s gets the same

@@ -149,6 +149,44 @@ def test_rewinding_is_exact_wherever_it_goes(world: WorldModel) -> None:
         session.rewind(-1)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_fork_can_have_several_branches(world: WorldModel, guidance: float) -> None:
+    session = drive(world, samples=2, sampling=Sampling(guidance=guidance))
+    steps(session, FUTURE[:6])
+    left, right = FUTURE[6:9], -FUTURE[6:9]
+    expected = torch.cat([steps(session.fork(), actions) for actions in (left, right)])
+    branches = session.fork(2)
+    assert branches.futures == 4
+    both = np.stack([left, right]).repeat(2, axis=0)  # [4, 3, 2]
+    drawn = [branches.step(action).tokens for action in both.swapaxes(0, 1)]
+    assert torch.equal(torch.stack(drawn, dim=1), expected)
+    branches.rewind(3 / FPS)
+    assert branches.rewindable_s == 0
+    assert session.futures == 2
+
+
+def test_only_the_settings_that_are_used_count(world: WorldModel) -> None:
+    session, other = drive(world), drive(world)
+    steps(session, FUTURE[:4])
+    steps(other, FUTURE[:4])
+    for guidance in (3.0, 0.0, 1.0):
+        session.sampling = Sampling(guidance=guidance)
+    assert session.sampling == Sampling()
+    assert torch.equal(steps(session, FUTURE[4:8]), steps(other, FUTURE[4:8]))
+
+
+def test_a_saved_session_has_the_settings_of_its_moment(world: WorldModel) -> None:
+    session = drive(world)
+    steps(session, FUTURE[:3])
+    session.sampling = Sampling(temperature=0.5)
+    saved = session.save()
+    expected = steps(session, FUTURE[3:6])
+    session.sampling = Sampling(temperature=2.0)
+    session.restore(saved)
+    assert session.sampling.temperature == 0.5
+    assert torch.equal(steps(session, FUTURE[3:6]), expected)
+
+
 def test_a_rewind_crosses_changes_of_the_sampling(world: WorldModel) -> None:
     session = drive(world)
     first = steps(session, FUTURE[:5])

@@ -113,6 +113,19 @@ class FrameSampler:
         """Return a copy that goes on independently, and draws the same to the last bit."""
         return self._continued(self.sampling, self.passes.cache.copy(), self.passes.tokens)
 
+    def branched(self, branches: int) -> Self:
+        """Return a copy with `branches` * F futures: future b * F + f goes on from future f.
+
+        The branches of a future get the same random numbers.
+        """
+        count = len(self.samples)
+        rows = torch.arange(self.streams * count).view(self.streams, 1, count)
+        rows = rows.expand(-1, branches, -1).flatten()
+        tokens = self.passes.tokens[rows.to(self.passes.tokens.device)]
+        other = self._continued(self.sampling, self.passes.cache.branch(rows), tokens)
+        other.samples, other.frames = self.samples.repeat(branches), self.frames.repeat(branches)
+        return other
+
     def resampled(self, sampling: Sampling) -> Self:
         """Return a copy with other sampling settings.
 
