@@ -100,21 +100,35 @@ def make_plans(
     script has no time, but other parts have one, it lasts 1 s. A file, recording or script that is
     shorter than the plan is extended with its last action.
     """
-    planned = [_plan(spec, situation) for spec in specs]
+    return _rendered([_plan(spec, situation) for spec in specs], situation.fps, seconds)
+
+
+def _rendered(
+    planned: Sequence[_Planned], fps: float, seconds: float | None, longest_s: float = LONGEST_S
+) -> list[ActionPlan]:
+    """Make plans of the same length, as `make_plans` describes it."""
     lengths = [own_s for own_s, _ in planned if own_s is not None]
     length_s = seconds if seconds is not None else max(lengths, default=4.0)
-    if not length_s <= LONGEST_S:
+    if not length_s <= longest_s:
         raise DriveSimError(
-            f"`seconds` {length_s:g}: a future lasts at most {LONGEST_S:g} s (one day); "
-            "give a shorter time"
+            f"`seconds` {length_s:g}: a future lasts at most {longest_s:g} s; give a shorter time"
         )
-    frames = round(length_s * situation.fps)
+    frames = round(length_s * fps)
     if frames < 1:
         raise DriveSimError(
-            f"the actions last {length_s:g} s, less than one frame at {situation.fps:g} frames/s; "
-            "give a longer file or script, or more `seconds`"
+            f"the actions last {length_s:g} s, less than one frame at {fps:g} frames/s; "
+            "make them longer"
         )
     return [render(frames) for _, render in planned]
+
+
+def make_plan_without_files(spec: str, situation: Situation, longest_s: float) -> ActionPlan:
+    """Turn a script or a name into a plan, as `make_plans` does. No file is looked at."""
+    if spec in NAMES:
+        planned = _from_name(spec, situation)
+    else:
+        planned = _from_script(shown(spec), parse_script(" ".join(spec.split())), situation)
+    return _rendered([planned], situation.fps, None, longest_s)[0]
 
 
 def _plan(spec: str, situation: Situation) -> _Planned:

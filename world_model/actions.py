@@ -38,6 +38,17 @@ class ActionStatistics:
     highest: tuple[float, float] | None = None
     """Highest speed (m/s) and steering (rad). None without actions, and in older models."""
 
+    @property
+    def speed_limits(self) -> tuple[float, float]:
+        """Lowest and highest speed of the training data in m/s, at least 0.
+
+        In older models, which did not record them, they lie 3 standard deviations from the mean.
+        """
+        mean, spread = self.mean[0], 3 * self.std[0]
+        lowest = mean - spread if self.lowest is None else self.lowest[0]
+        highest = mean + spread if self.highest is None else self.highest[0]
+        return max(0.0, lowest), max(0.0, highest)
+
     @classmethod
     def measure(cls, actions: Floats32, valid: Mask) -> "ActionStatistics":
         """Measure the `valid` actions [N, 2]; a channel without valid values keeps its defaults."""

@@ -294,12 +294,13 @@ def write_action_file(
     path: Path,
     times: Floats,
     actions: Floats32,
-    kind: SteeringKind,
+    kind: SteeringKind | None,
     *,
     hold_until: float | None = None,
 ) -> None:
     """Write actions [M, 2] at times [M] in seconds as a CSV that `read_action_file` can read.
 
+    A channel that is NaN throughout is left out; `kind` may then be None.
     Readers interpolate linearly between rows. In a simulator, each action instead stays constant
     until the next one. In that case pass `hold_until`, the time in seconds at which the last action
     ends. Then two rows are written for each action: one at its start and one a microsecond before
@@ -309,6 +310,8 @@ def write_action_file(
         ends = np.append(times[1:], hold_until) - 1e-6
         times, actions = np.stack([times, ends], axis=1).ravel(), actions.repeat(2, axis=0)
     with atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        file.write(f"timestamp_s,speed_mps,{_WRITTEN[kind]}\n")
-        for time, (speed, steering) in zip(times, actions, strict=True):
-            file.write(f"{time:.6f},{speed:.9g},{steering:.9g}\n")
+        names = ["speed_mps", _WRITTEN[kind] if kind else ""]
+        channels = np.flatnonzero(~np.isnan(actions).all(axis=0))
+        file.write(",".join(["timestamp_s", *(names[channel] for channel in channels)]) + "\n")
+        for time, values in zip(times, actions[:, channels], strict=True):
+            file.write(",".join([f"{time:.6f}", *(f"{value:.9g}" for value in values)]) + "\n")

@@ -43,3 +43,15 @@ def load_synthetic_drive(path: Path) -> SyntheticDrive:
             "make the drive again"
         ) from error
     return SyntheticDrive(world, states, actions)
+
+
+def synthetic_beside(video: Path) -> SyntheticDrive | None:
+    """Return the simulated drive that a video shows, from the JSON file beside it.
+
+    Returns None if `drivesim synth` did not make the video. Raises DriveSimError if its JSON file
+    is damaged.
+    """
+    beside = video.with_suffix(".json")
+    if not beside.is_file() or load_json(beside).get("format") != DRIVE_FORMAT:
+        return None
+    return load_synthetic_drive(beside)

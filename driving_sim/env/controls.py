@@ -19,7 +19,6 @@ from driving_sim.world_model.world_model import WorldModel
 ACCELERATION_MPS2 = 3.0
 """Default acceleration for an action of 1, in m/s²."""
 
-_SPREADS = 3.0
 _told: "WeakSet[WorldModel]" = WeakSet()
 
 
@@ -56,15 +55,13 @@ class Controls:
                 f"`acceleration_mps2` {acceleration_mps2:g}: must be a positive number of m/s²"
             )
         statistics = world.statistics
-        mean, spread = statistics.mean[SPEED], _SPREADS * statistics.std[SPEED]
-        lowest = mean - spread if statistics.lowest is None else statistics.lowest[SPEED]
-        highest = mean + spread if statistics.highest is None else statistics.highest[SPEED]
+        slowest_mps, fastest_mps = statistics.speed_limits
         _tell_unknown(world)
         return cls(
             acceleration_mps2=acceleration_mps2,
-            slowest_mps=max(0.0, lowest),
-            fastest_mps=max(0.0, highest),
-            usual_mps=mean,
+            slowest_mps=slowest_mps,
+            fastest_mps=fastest_mps,
+            usual_mps=statistics.mean[SPEED],
             steering_limit=statistics.steering_p99,
             step_s=1 / world.fps,
             known=world.known_channels,

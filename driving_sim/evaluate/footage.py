@@ -17,11 +17,10 @@ from driving_sim.data.actions.action_file import STEERING
 from driving_sim.data.arrays import Floats, Floats32, Mask, Pixels, digest
 from driving_sim.data.drive import SampledDrive
 from driving_sim.data.split import original_id
-from driving_sim.data.synthetic.drives import DRIVE_FORMAT, SyntheticDrive
-from driving_sim.data.synthetic.true_future import load_synthetic_drive
+from driving_sim.data.synthetic.drives import SyntheticDrive
+from driving_sim.data.synthetic.true_future import synthetic_beside
 from driving_sim.data.tokens.store import DriveTokens, TokenStore
 from driving_sim.data.video.segments import clipped
-from driving_sim.engine.config import load_json
 from driving_sim.engine.errors import DriveSimError, TooLittleDataError
 from driving_sim.engine.files import sha256_of
 from driving_sim.tokenizer.tokenizer import Tokenizer
@@ -111,11 +110,7 @@ class Footage:
         It is loaded from the JSON file beside the video. It can be replayed with other actions.
         """
         video = self.recorded.drive.video if self.recorded is not None else None
-        beside = Path(video.path).with_suffix(".json") if video else None
-        if beside is None or not beside.is_file():
-            return None
-        is_ours = load_json(beside).get("format") == DRIVE_FORMAT
-        return load_synthetic_drive(beside) if is_ours else None
+        return synthetic_beside(Path(video.path)) if video else None
 
     @property
     def place(self) -> list[str | int]:

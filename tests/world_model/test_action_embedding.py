@@ -104,3 +104,9 @@ def test_impossible_settings_are_named() -> None:
         ActionEmbeddingConfig(octaves=0)
     with pytest.raises(ValueError, match=r"std\[1\]: must .*, found -0.1"):
         ActionStatistics(std=(1.0, -0.1))
+
+
+def test_the_limits_of_the_speed_are_those_of_the_training_data() -> None:
+    recorded = ActionStatistics(lowest=(-1.0, -0.2), highest=(12.0, 0.2))
+    assert recorded.speed_limits == (0, 12)
+    assert STATISTICS.speed_limits == (0, 22)  # older models: 3 deviations from the mean

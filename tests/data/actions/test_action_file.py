@@ -48,6 +48,17 @@ def test_held_actions_come_back_as_the_mean_of_their_interval(csv_path: Path) ->
     np.testing.assert_allclose(align(read_action_file(csv_path), times)[0], actions, atol=1e-4)
 
 
+@pytest.mark.parametrize("known", [(True, False), (False, True)])
+def test_a_channel_that_is_nan_throughout_is_left_out(
+    csv_path: Path, known: tuple[bool, bool]
+) -> None:
+    actions = np.where(known, np.arange(10, dtype=np.float32).reshape(5, 2) / 50, np.nan)
+    write_action_file(csv_path, np.arange(5) / 4, actions, "road_wheel" if known[1] else None)
+    log = read_action_file(csv_path, LogOptions())
+    assert log.has.tolist() == list(known)
+    np.testing.assert_allclose(log.values[:, log.has], actions[:, log.has], atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("header", "row", "seconds", "speed", "steering", "kind"),
     [

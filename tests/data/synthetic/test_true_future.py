@@ -6,7 +6,11 @@ import pytest
 from numpy.typing import NDArray
 
 from driving_sim.data.synthetic.drives import drive
-from driving_sim.data.synthetic.true_future import load_synthetic_drive, replay
+from driving_sim.data.synthetic.true_future import (
+    load_synthetic_drive,
+    replay,
+    synthetic_beside,
+)
 from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
 from driving_sim.engine.errors import DriveSimError
 from tests.fixtures.synthetic_worlds import SMALL, psnr
@@ -66,3 +70,15 @@ def test_other_json_is_no_drive(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(DriveSimError, match=r"drive\.json"):
         load_synthetic_drive(path)
+
+
+def test_a_drive_is_found_beside_its_video(tmp_path: Path) -> None:
+    video = tmp_path / "drive.mp4"
+    assert synthetic_beside(video) is None
+    video.with_suffix(".json").write_text('{"format": "another"}', "utf-8")
+    assert synthetic_beside(video) is None
+    driven = drive(SyntheticWorld(1, SMALL), 2.0, 3)
+    driven.save(video.with_suffix(".json"))
+    found = synthetic_beside(video)
+    assert found is not None
+    assert found.states == driven.states
