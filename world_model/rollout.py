@@ -30,7 +30,7 @@ from driving_sim.engine.weights import write_safetensors
 from driving_sim.world_model.action_plan import ActionPlan, Situation
 from driving_sim.world_model.panels import contact_sheet, draw_moment
 from driving_sim.world_model.sampling.sampling import Sampling
-from driving_sim.world_model.session import Prefix
+from driving_sim.world_model.session import Frame, Prefix
 from driving_sim.world_model.world_model import WorldModel
 
 _SHEET_COLUMNS = 8
@@ -205,9 +205,11 @@ def write_rollout(
     *,
     sampling: Sampling,
     samples: int = 1,
+    moments: Iterator[Frame] | None = None,
 ) -> dict[str, Any]:
     """Roll out every plan `samples` times from one context and write the files of `output_files`.
 
+    `moments` are the frames of the futures, if they exist already or are drawn in another way.
     The recording is shown beside the futures, unless it ends with the context.
     Frames are generated, decoded and written a few at a time, so memory does not grow with the
     length. The files appear at the end, all together. If the rollout fails, none appears. Returns
@@ -251,9 +253,11 @@ def write_rollout(
         ) as write:
             for index, frame in enumerate(context.frames):
                 write(draw_moment([past] * panels, [frame] * panels, index, steering_range))
-            moments = _generated(world, context, plans, sampling, samples, seconds)
+            if moments is None:
+                moments = _rolled_out(world, context, plans, sampling, samples)
+            decoded = _decoded(world, moments, len(futures), seconds)
             with progress(length, f"rollout -> {files['video']}", "frames") as bar:
-                for index, (tokens, frames) in enumerate(bar.counted(moments)):
+                for index, (tokens, frames) in enumerate(bar.counted(decoded)):
                     truth = next(context.future, None)
                     shown, pictures = list(futures), list(frames)
                     if first_panel:
@@ -303,28 +307,32 @@ def _token_file(
         yield write
 
 
-def _generated(
+def _rolled_out(
     world: WorldModel,
     context: Context,
     plans: Sequence[ActionPlan],
     sampling: Sampling,
     samples: int,
-    seconds: dict[str, float],
-) -> Iterator[tuple[torch.Tensor, list[Pixels]]]:
-    """Generate the futures; for each moment, yield the F futures' tokens [F, r, c] and frames.
-
-    Decodes several moments together, because decoding a few frames takes hardly longer than
-    decoding one. Adds the time spent on generating and on decoding to `seconds`.
-    """
-    began = time.perf_counter()
-    moments = world.generate(
+) -> Iterator[Frame]:
+    return world.generate(
         context.prefix(world),
         np.stack([plan.actions for plan in plans]),
         np.stack([plan.valid for plan in plans]),
         samples=samples,
         sampling=sampling,
     )
-    while chunk := list(islice(moments, -(-_DECODED_TOGETHER // (len(plans) * samples)))):
+
+
+def _decoded(
+    world: WorldModel, moments: Iterator[Frame], futures: int, seconds: dict[str, float]
+) -> Iterator[tuple[torch.Tensor, list[Pixels]]]:
+    """Decode the futures; for each moment, yield the F futures' tokens [F, r, c] and frames.
+
+    Decodes several moments together, because decoding a few frames takes hardly longer than
+    decoding one. Adds the time spent on generating and on decoding to `seconds`.
+    """
+    began = time.perf_counter()
+    while chunk := list(islice(moments, -(-_DECODED_TOGETHER // futures))):
         generated = time.perf_counter()
         decoded = world.tokenizer.decode(torch.cat([moment.tokens for moment in chunk])).numpy()
         seconds["generate"] += generated - began
