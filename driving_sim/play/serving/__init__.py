@@ -1,0 +1,1 @@
+"""Serve the page of `drivesim play`, and drive as its messages say."""
