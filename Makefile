@@ -10,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/$(SCRIPTS)
 ARGS ?=
 
-.PHONY: setup demo test lint bench docs package clean
+.PHONY: setup demo play test lint bench docs package clean
 
 setup: $(VENV)/installed
 
@@ -23,6 +23,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/drivesim demo $(ARGS)
+
+# Drive in the packaged world model, in the browser.
+play: setup
+	$(BIN)/drivesim play $(ARGS)
 
 # A process for each core: most tests use one. Files stay whole, for what their tests share.
 test: lint

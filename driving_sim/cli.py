@@ -36,6 +36,7 @@ _WORDS_WITHOUT_FLAG = {
     "tokenize": _RESUME | {"run": "trained --tokenizer"},
     "demo": _RESUME | {"run": "--out"},
     **dict.fromkeys(("rollout", "surprise", "world-model", "control"), _STEERING),
+    "play": _STEERING | {"actions": "the plan", "seconds": "the plan's time"},
 }
 """An error message may name a setting for which the command has no flag. For each command, these
 are the words to print instead of the setting's name."""
@@ -290,6 +291,12 @@ def _given_options(parameters: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in parameters.items() if value is not None}
 
 
+def _is_typed(context: typer.Context, name: str) -> bool:
+    """Return whether the user gave an option, rather than leaving its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
+
+
 def _pop_fields(options: dict[str, Any], cls: type) -> dict[str, Any]:
     """Remove the options that are fields of the dataclass `cls` from `options`, and return them."""
     return {field.name: options.pop(field.name) for field in fields(cls) if field.name in options}
@@ -533,14 +540,22 @@ def train_world_model(
 
 @app.command()
 def rollout(
+    typed: typer.Context,
     actions: Annotated[
-        list[str],
+        list[str] | None,
         Option(
             help="How to drive: a CSV file, a script such as 'speed=8 steer=0.1 for 2s; steer=0 "
             "for 1s', or a name: straight, left, right, brake or recorded. Steering is positive to "
             "the left. Repeat the option to show several futures side by side."
         ),
-    ],
+    ] = None,
+    replay: Annotated[
+        Path | None,
+        Option(
+            help="JSON file of a drive that `drivesim play` recorded, to drive it again instead of "
+            "--actions. Its model, start and settings are taken from the file."
+        ),
+    ] = None,
     model: Annotated[
         Path, Option(help="Folder of a world-model run, or the name of a packaged model.")
     ] = RUNS / "world-model",
@@ -610,13 +625,80 @@ def rollout(
     slows down by 4 m/s². `recorded` repeats the actions that were recorded after the start.
     """
     options = _given_options(locals())
-    from driving_sim.pipeline import roll_out
+    from driving_sim.pipeline import drive_again, roll_out
 
-    report = roll_out(sampling=_pop_sampling(options), **options)
+    given = {name for name in options if _is_typed(typed, name)}
+    if replay is not None:
+        if unused := sorted(given - {"replay", "model", "out", "overwrite", "precision", "device"}):
+            raise DriveSimError(f"`replay` takes the drive from its file: leave out `{unused[0]}`")
+        if "model" not in given:
+            del options["model"]
+        names = ("replay", "model", "out", "overwrite", "precision", "device")
+        report = drive_again(**{name: options[name] for name in names if name in options})
+    elif actions is None:
+        raise typer.BadParameter("say how to drive", param_hint="--actions or --replay")
+    else:
+        del options["typed"]
+        report = roll_out(sampling=_pop_sampling(options), **options)
     typer.echo(
         f"{len(report['futures'])} x {report['frames']} frames, "
         f"generated at {report['frames_per_second']:.1f} frames/s -> {out}"
     )
+    if replay is not None:
+        first = report["first_difference"]
+        same = "the tokens are those of the recording"
+        typer.echo(same if first is None else f"frame {first} is the first with other tokens")
+
+
+@app.command()
+def play(
+    model: Annotated[
+        Path | None,
+        Argument(
+            metavar="RUN",
+            help="Folder of a world-model run, or the name of a packaged model [default: "
+            "runs/world-model or, if there is none, the packaged model].",
+        ),
+    ] = None,
+    context: Annotated[
+        Path | None,
+        Option(
+            help="Video or folder of videos to start from [default: the model's own contexts or, "
+            "if it has none, runs/tokens]."
+        ),
+    ] = None,
+    port: Annotated[
+        int,
+        Option(min=0, max=65535, help="Port of the page; if it is in use, the next free one."),
+    ] = 8000,
+    host: Annotated[
+        str,
+        Option(
+            help="Address to listen on. On one that other machines can reach, the page's address "
+            "has a token."
+        ),
+    ] = "127.0.0.1",
+    sessions: Annotated[
+        int, Option(min=1, max=64, help="Number of people who can drive at a time.")
+    ] = 2,
+    record: Annotated[
+        Path | None, Option(help="Folder for recordings. Without it, nothing can be recorded.")
+    ] = None,
+    time_offset: TimeOffset = 0.0,
+    no_browser: Annotated[bool, Option("--no-browser", help="Do not open a browser.")] = False,
+    precision: Precision = None,
+    device: Device = "auto",
+) -> None:
+    """Drive in a world model, in the browser.
+
+    Steer with the arrow keys, WASD, a gamepad, or the wheel and pedals on the page. Stop with
+    Ctrl-C.
+    """
+    options = _given_options(locals())
+    from driving_sim.pipeline import play
+
+    options["open_browser"] = not options.pop("no_browser")
+    play(**options)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -14,11 +14,13 @@ from driving_sim.data.tokens.index import INDEX, UNFINISHED, StoreIndex, read_in
 from driving_sim.engine.config import resolve
 from driving_sim.engine.device import resolve_device
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.files import disk_errors
 from driving_sim.engine.precision import name_of, resolve_precision
 from driving_sim.engine.progress import say
 from driving_sim.engine.ranks.distributed import process_group
-from driving_sim.engine.run_folder import CONFIG, is_finished
+from driving_sim.engine.run_folder import CONFIG, is_finished, packaged_models
 from driving_sim.engine.training.loop import TrainingResult
+from driving_sim.play.replay import Replay, checksum
 from driving_sim.tokenizer.presets import PRESETS as TOKENIZER_PRESETS
 from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.tokenizer.tokenizer import WEIGHTS, Tokenizer
@@ -37,11 +39,13 @@ from driving_sim.world_model.rollout import (
     write_rollout,
 )
 from driving_sim.world_model.sampling.sampling import Sampling
+from driving_sim.world_model.session import Frame
 from driving_sim.world_model.training.presets import PRESETS as WORLD_MODEL_PRESETS
 from driving_sim.world_model.training.train import train_world_model
 from driving_sim.world_model.world_model import WorldModel
 
 _TOKENS = "runs/tokens"
+_WORLD_MODEL = "runs/world-model"
 DEFAULT_FPS = 10.0
 """Frames per second taken from videos if the user gives neither a rate nor a stride."""
 
@@ -307,10 +311,7 @@ def roll_out(
     A JSON file, a PNG and the tokens are written beside the video. Returns the content of the JSON
     file.
     """
-    out = Path(out)
-    existing = [path for path in output_files(out).values() if path.exists()]
-    if existing and not overwrite:
-        raise DriveSimError(f"{existing[0]} exists: choose another `out`, or pass `overwrite`")
+    out = _new(out, overwrite)
     world = WorldModel.from_run(model, device, precision)
     own = contexts_of(model)
     if context is not None:
@@ -324,6 +325,98 @@ def roll_out(
     return write_rollout(
         world, beginning, plans, out, sampling=sampling or Sampling(), samples=samples
     )
+
+
+def drive_again(
+    replay: Path | str,
+    out: Path | str = "rollout.mp4",
+    *,
+    model: Path | str | None = None,
+    overwrite: bool = False,
+    device: str = "auto",
+    precision: str = "auto",
+) -> dict[str, Any]:
+    """Drive a recorded drive again, and write it as `roll_out` does.
+
+    `replay` is the JSON file beside the video of a recorded drive. The tokens are the same to the
+    last one on the same machine and in the same number format. `model` is the model of the
+    recording, if it lies elsewhere now. Returns the content of the JSON file, with
+    `first_difference`: the number of the first frame whose tokens differ, or None.
+    """
+    out = _new(out, overwrite)
+    recorded = Replay.load(Path(replay))
+    world = WorldModel.from_run(model or recorded.model, device, precision)
+    made_in, own = (
+        formats.get("world_model") for formats in (recorded.precision, world.precisions)
+    )
+    if made_in != own:
+        say(
+            f"{replay} was recorded in {made_in}, but this model computes in {own}, so its tokens "
+            "may differ; set `precision`"
+        )
+    differing: list[int] = []
+
+    def compared() -> Iterator[Frame]:
+        frames = zip(recorded.drive(world), recorded.checksums, strict=True)
+        for number, (frame, made) in enumerate(frames, start=1):
+            if checksum(frame.tokens[0]) != made:
+                differing.append(number)
+            yield frame
+
+    report = write_rollout(
+        world,
+        recorded.context(world),
+        [recorded.plan],
+        out,
+        sampling=recorded.changes[0].sampling,
+        moments=compared(),
+    )
+    return report | {"first_difference": differing[0] if differing else None}
+
+
+def _new(out: Path | str, overwrite: bool) -> Path:
+    """Return the path `out`. Raises DriveSimError if a rollout exists there, unless `overwrite`."""
+    out = Path(out)
+    existing = [path for path in output_files(out).values() if path.exists()]
+    if existing and not overwrite:
+        raise DriveSimError(f"{existing[0]} exists: choose another `out`, or pass `overwrite`")
+    return out
+
+
+def play(
+    model: Path | str | None = None,
+    *,
+    context: Path | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    sessions: int = 2,
+    record: Path | None = None,
+    time_offset: float = 0.0,
+    open_browser: bool = True,
+    device: str = "auto",
+    precision: str = "auto",
+) -> None:
+    """Serve a page on which people drive in a world model, until the user stops it.
+
+    Without `model`, it is `runs/world-model` or, if there is none, the packaged model. Drives start
+    in the videos of `context`, by default in the model's own contexts or, if it has none, in
+    `runs/tokens`. `sessions` is how many people can drive at a time. Recordings are written to the
+    folder `record`. `time_offset` seconds are added to the times in the CSVs of `context`.
+    """
+    from driving_sim.play.serving.server import Server, listen, serve
+    from driving_sim.play.starts import find_starts
+
+    with disk_errors(record or Path("recordings")):
+        if record is not None:
+            record.mkdir(parents=True, exist_ok=True)
+    with listen(host, port) as listening:
+        if model is None:
+            model = _WORLD_MODEL if Path(_WORLD_MODEL).is_dir() else packaged_models()[0]
+        world = WorldModel.from_run(model, device, precision)
+        starts = find_starts(world, context, Path(_TOKENS), time_offset)
+        server = Server(world, str(model), starts, sessions=sessions, recordings=record)
+        server.warm_up()
+        serve(server, listening, host, open_browser=open_browser)
 
 
 def _named_context(

@@ -500,3 +500,22 @@ def test_the_demo_makes_as_many_drives_as_asked(
     run("demo")
     assert [config.drives for config in configs] == [160, DemoConfig().drives]
     assert [config.precision for config in configs] == ["fp32", "auto"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing"], "missing holds no world model"),
+        (["synthetic", "--context", "missing"], "no such file"),
+        (["synthetic", "--context", "empty"], "holds no videos"),
+        (["synthetic", "--host", "203.0.113.1"], "cannot listen on --host 203.0.113.1"),
+        (["synthetic", "--port", "99999"], "--port"),
+        (["synthetic", "--sessions", "0"], "--sessions"),
+        (["synthetic", "--record", "videos/drive_000.mp4"], "drive_000.mp4"),
+    ],
+)
+def test_play_says_in_one_line_why_it_does_not_start(
+    arguments: list[str], message: str, used: Path
+) -> None:
+    (used / "empty").mkdir(exist_ok=True)
+    assert message in refused("play", *arguments, "--no-browser")
