@@ -215,10 +215,14 @@ def two(settings: Settings) -> list[Claim]:
             thread.start()
         for thread in threads:
             thread.join()
+    rates = [drive.rate for drive in drives]
+    if len(rates) < len(threads):
+        raise SystemExit("a driver was thrown out")
     return [
         Claim(
-            what="two drivers at once, each",
-            figure=Figure.of([drive.rate for drive in drives]),
+            what="two drivers at once, the slower one",
+            figure=Figure.of([min(rates)]),
+            details=(f"the faster one {max(rates):.1f} frames/s",),
             unit="frames/s",
             bar=8.0,
         )

@@ -274,7 +274,7 @@ day. It is steered by speed (m/s) and road-wheel angle (rad, left positive).
   {recipe.seed}`.
 - **Recipe**: `python -m benchmarks.pretrain`, at commit {commit}. The tokenizer took
   {tokenizer_steps:,} steps, the world model {world_model_steps:,}, on
-  {machine}. Training for a set time makes another number of steps on another machine.
+  {machine}.
 - **Size**: tokenizer {tokenizer_parameters}, world model {world_model_parameters} parameters, in
   bf16. The weights were rounded before anything was tokenized or measured.
 - **Contexts**: {contexts} of 3 s, from held-out drives, with the state of the world at every

@@ -627,14 +627,12 @@ def rollout(
     options = _given_options(locals())
     from driving_sim.pipeline import drive_again, roll_out
 
-    given = {name for name in options if _is_typed(typed, name)}
     if replay is not None:
-        if unused := sorted(given - {"replay", "model", "out", "overwrite", "precision", "device"}):
+        given = {name: value for name, value in options.items() if _is_typed(typed, name)}
+        own = {"replay", "model", "out", "overwrite", "precision", "device"}
+        if unused := sorted(given.keys() - own):
             raise DriveSimError(f"`replay` takes the drive from its file: leave out `{unused[0]}`")
-        if "model" not in given:
-            del options["model"]
-        names = ("replay", "model", "out", "overwrite", "precision", "device")
-        report = drive_again(**{name: options[name] for name in names if name in options})
+        report = drive_again(**given)
     elif actions is None:
         raise typer.BadParameter("say how to drive", param_hint="--actions or --replay")
     else:

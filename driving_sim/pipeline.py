@@ -354,10 +354,11 @@ def drive_again(
             f"{replay} was recorded in {made_in}, but this model computes in {own}, so its tokens "
             "may differ; set `precision`"
         )
+    context = recorded.context(world)
     differing: list[int] = []
 
     def compared() -> Iterator[Frame]:
-        frames = zip(recorded.drive(world), recorded.checksums, strict=True)
+        frames = zip(recorded.drive(world, context), recorded.checksums, strict=True)
         for number, (frame, made) in enumerate(frames, start=1):
             if checksum(frame.tokens[0]) != made:
                 differing.append(number)
@@ -365,10 +366,10 @@ def drive_again(
 
     report = write_rollout(
         world,
-        recorded.context(world),
+        context,
         [recorded.plan],
         out,
-        sampling=recorded.changes[0].sampling,
+        sampling=recorded.first_sampling,
         moments=compared(),
     )
     return report | {"first_difference": differing[0] if differing else None}
@@ -406,8 +407,8 @@ def play(
     from driving_sim.play.serving.server import Server, listen, serve
     from driving_sim.play.starts import find_starts
 
-    with disk_errors(record or Path("recordings")):
-        if record is not None:
+    if record is not None:
+        with disk_errors(record):
             record.mkdir(parents=True, exist_ok=True)
     with listen(host, port) as listening:
         if model is None:

@@ -146,6 +146,11 @@ class Session:
         return self._sampler
 
     @property
+    def has_ended(self) -> bool:
+        """Whether the session was closed, or a step failed."""
+        return self._sampler is None
+
+    @property
     def futures(self) -> int:
         """Number of futures, F."""
         return len(self._now.samples)
@@ -193,11 +198,16 @@ class Session:
         does False in `valid`, of the same shape. An action beyond those of the training data is
         allowed, and said once for each model. Raises DriveSimError for an infinite action or an
         ended session. A step that is interrupted, or that runs out of memory, ends the session.
+        If only new sampling settings need too much memory, the old ones stay.
         """
         device = self.world.device
         actions, known = self._checked(self._now, action, valid)
-        with _memory_for("another stream"):
-            sampler = self._sampler = _resampled(self._now, self._sampling)
+        try:
+            with _memory_for("another stream"):
+                sampler = self._sampler = _resampled(self._now, self._sampling)
+        except DriveSimError:
+            self._sampling = self._now.sampling
+            raise
         adjust_threads(device)
         began = time.perf_counter()
         try:
@@ -227,12 +237,15 @@ class Session:
         random numbers in every branch, and cannot be rewound to before the fork. Its tokens may
         differ from those of a single fork where rounding decides.
         """
+        if branches < 1:
+            raise ValueError(f"branches={branches}: must be at least 1")
         fork = copy.copy(self)
         with _memory_for("a fork"):
             fork._sampler = self._now.copy() if branches == 1 else self._now.branched(branches)
-        fork._segments = deque(segment.copy() for segment in self._segments)
-        if branches > 1:
-            fork._segments.clear()
+        fork._segments = deque()
+        if branches == 1:
+            fork._segments.extend(segment.copy() for segment in self._segments)
+        else:
             fork._begin_segment()
         return fork
 

@@ -105,6 +105,11 @@ class Drive:
         self._session.close()
 
     @property
+    def has_ended(self) -> bool:
+        """Whether the drive cannot go on, because it was closed or a frame failed."""
+        return self._session.has_ended
+
+    @property
     def frame(self) -> int:
         """Number of frames since the start."""
         return self._session.frame
@@ -174,7 +179,6 @@ class Drive:
             start_s=context.start_s,
             context_tokens=_nested(context.tokens),
             context_actions=nullable(context.actions[:past], context.action_valid[:past]),
-            seed=self.sampling.seed,
             changes=tuple(self._changes()),
             rewinds=tuple(self._rewinds),
             first_frame=first_frame,
@@ -208,7 +212,7 @@ class Drive:
         situation = self.start.context.situation(self.world)
         recorded = None
         if situation.recorded is not None:
-            following = slice(self.frame, self.frame + round(_LONGEST_PLAN_S * self.world.fps))
+            following = slice(self.frame, self.frame + int(_LONGEST_PLAN_S * self.world.fps))
             actions, valid = situation.recorded
             if valid[following].any():
                 recorded = actions[following], valid[following]

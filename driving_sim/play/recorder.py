@@ -3,7 +3,8 @@
 import secrets
 import time
 from collections import deque
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,6 @@ from driving_sim.data.arrays import Floats32, Pixels
 from driving_sim.data.video.writer import video_writer
 from driving_sim.engine.config import save_json, to_dict
 from driving_sim.engine.errors import DriveSimError
-from driving_sim.engine.files import disk_errors
 from driving_sim.play.drive import Sight
 from driving_sim.play.replay import Replay
 
@@ -38,7 +38,7 @@ class Recorder:
         self._video = ExitStack()
         height, width, _ = first.pixels.shape
         video = video_writer(self.path, fps=fps, height=height, width=width)
-        with disk_errors(self.path):
+        with self._writing():
             self._write = self._video.enter_context(video)
 
     def add(self, sight: Sight) -> None:
@@ -71,14 +71,16 @@ class Recorder:
         table, facts = self.path.with_suffix(".csv"), self.path.with_suffix(".json")
         try:
             self._write_all_but(0)
-            with disk_errors(self.path):
+            with self._writing():
                 self._video.close()
             led = actions[self.first_frame :]
-            held = np.concatenate([led, led[-1:]])
-            times = np.arange(len(held)) / self._fps
-            if not np.isnan(held).all():
-                write_action_file(table, times, held, kind, hold_until=len(held) / self._fps)
-            save_json(facts, to_dict(replay))
+            # No action leads from the last frame on; repeat the one before.
+            actions = np.concatenate([led, led[-1:]])
+            times, end_s = np.arange(len(actions)) / self._fps, len(actions) / self._fps
+            with self._writing():
+                if not np.isnan(actions).all():
+                    write_action_file(table, times, actions, kind, hold_until=end_s)
+                save_json(facts, to_dict(replay))
         except BaseException:
             self.discard()
             for path in (self.path, table, facts):
@@ -93,6 +95,14 @@ class Recorder:
 
     def _write_all_but(self, count: int) -> None:
         """Write the frames that are held back, except the last ones."""
-        with disk_errors(self.path):
+        with self._writing():
             while len(self._pending) > count:
                 self._write(self._pending.popleft())
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn an error of the file system into a DriveSimError."""
+        try:
+            yield
+        except OSError as error:
+            raise DriveSimError(f"cannot write {self.path}: {error.strerror or error}") from error

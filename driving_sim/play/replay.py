@@ -22,7 +22,8 @@ from driving_sim.world_model.session import Frame
 from driving_sim.world_model.world_model import WorldModel
 
 FORMAT = "drivesim recorded drive 1"
-_Action = tuple[float | None, float | None]
+_Number = Annotated[float, Field(ge=-1000, le=1000)]
+_Action = tuple[_Number | None, _Number | None]
 """Speed in m/s and steering; None where unknown."""
 
 
@@ -54,8 +55,6 @@ class Replay:
     """[T, r, c]."""
     context_actions: tuple[_Action, ...]
     """The T - 1 actions between the frames of the context."""
-    seed: int
-    """Seed at the end of the drive."""
     changes: Annotated[tuple[Change, ...], Field(min_length=1)]
     """The settings that the drive began with, at frame 0, and then each change."""
     rewinds: tuple[tuple[Natural, Natural], ...]
@@ -121,12 +120,17 @@ class Replay:
         actions, valid = _arrays(self.actions)
         return ActionPlan(label="replay", actions=actions, valid=valid)
 
-    def drive(self, world: WorldModel) -> Iterator[Frame]:
-        """Drive again; yield the frames 1 to N."""
+    @property
+    def first_sampling(self) -> Sampling:
+        """The settings that frame 1 is drawn with."""
+        return [change.sampling for change in self.changes if change.frame == 0][-1]
+
+    def drive(self, world: WorldModel, context: Context) -> Iterator[Frame]:
+        """Drive again from the recorded `context`; yield the frames 1 to N."""
         began, *later = self.changes
         settings = {change.frame: change.sampling for change in later}
         actions, valid = _arrays(self.actions)
-        with world.drive(self.context(world), sampling=began.sampling, history_s=0) as session:
+        with world.drive(context, sampling=began.sampling, history_s=0) as session:
             for frame, (action, known) in enumerate(zip(actions, valid, strict=True)):
                 session.sampling = settings.get(frame, session.sampling)
                 yield session.step(action, known)

@@ -11,11 +11,13 @@ from driving_sim.evaluate.world_model import QUICK
 from driving_sim.world_model import WorldModel
 from driving_sim.world_model.contexts import contexts_of, load_context
 
+WORLD = SyntheticConfig(height=64, width=128, fps=5.0)
 RECIPE = pretrain.Recipe(
     drives=3,
     heldout_drives=2,
     seconds=8.0,
-    world=SyntheticConfig(height=64, width=128, fps=5.0),
+    world=WORLD,
+    training_world=replace(WORLD, stops_s=(0.5, 2.0)),
     preset="demo",
     every=1,
     tokenizer=("training.steps=2", "training.minutes=null", "training.min_steps=null"),

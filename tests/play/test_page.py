@@ -186,6 +186,9 @@ def test_the_heat_map_and_the_scaling_change_the_picture(page: Page) -> None:
     page.keyboard.press("h")
     page.wait_for_timeout(200)
     assert page.locator("#view").screenshot() == plain
+    page.keyboard.press("p")
+    page.wait_for_timeout(200)
+    assert page.locator("#view").screenshot() != plain
 
 
 def test_what_if_shows_three_futures_and_their_truths(page: Page) -> None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ class Recording:
 
     def __init__(self, drive: Drive, folder: Path, held_back: int = 100) -> None:
         self.drive = drive
+        folder.mkdir(exist_ok=True)
         self.recorder = Recorder(folder, drive.now(), fps=FPS, held_back=held_back)
 
     def go(self, held: Held, frames: int) -> None:
@@ -99,6 +101,21 @@ def test_going_back_behind_the_first_frame_begins_there(drive: Drive, tmp_path: 
     np.testing.assert_allclose(log.values[::2][:-1], drive.actions[3:], atol=1e-6)
 
 
+def test_a_folder_that_is_gone_costs_the_recording_only(drive: Drive, tmp_path: Path) -> None:
+    recording = Recording(drive, tmp_path / "recordings")
+    recording.go(LEFT, 3)
+    shutil.rmtree(tmp_path / "recordings")
+    with pytest.raises(DriveSimError, match="cannot write"):
+        recording.finish()
+
+
+def test_a_drive_whose_frame_failed_can_still_be_kept(drive: Drive, tmp_path: Path) -> None:
+    recording = Recording(drive, tmp_path)
+    recording.go(LEFT, 3)
+    drive.close()  # as an out of memory does
+    assert recording.finish() is not None
+
+
 def test_going_back_again_and_again_keeps_the_video_right(drive: Drive, tmp_path: Path) -> None:
     recording = Recording(drive, tmp_path, held_back=round(HISTORY_S * FPS) + W)
     recording.go(LEFT, 300)
@@ -154,7 +171,7 @@ def test_a_replay_makes_the_same_tokens(drive: Drive, run: Path, tmp_path: Path)
     replay = Replay.load(file)
     assert replay.rewinds == ((7, 4),)
     assert [change.frame for change in replay.changes] == [0, 4]
-    made = [checksum(frame.tokens[0]) for frame in replay.drive(drive.world)]
+    made = [checksum(frame.tokens[0]) for frame in replay.drive(drive.world, drive.start.context)]
     assert made == list(replay.checksums)
     report = drive_again(file, tmp_path / "again.mp4", device="cpu", precision="fp32")
     assert report["first_difference"] is None
@@ -174,9 +191,9 @@ def test_a_replay_follows_every_change_of_the_settings(
         drive.sampling = Sampling(guidance=guidance)
     drive.step(RIGHT)
     replay = drive.as_replay(0)
-    assert [checksum(frame.tokens[0]) for frame in replay.drive(drive.world)] == list(
-        replay.checksums
-    )
+    assert [
+        checksum(frame.tokens[0]) for frame in replay.drive(drive.world, drive.start.context)
+    ] == list(replay.checksums)
 
 
 def test_a_replay_says_where_the_tokens_differ(drive: Drive, run: Path, tmp_path: Path) -> None:

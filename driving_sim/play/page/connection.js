@@ -51,7 +51,8 @@ export class Connection {
     socket.onmessage = (event) => this.#read(event.data);
     socket.onclose = () => this.#closed();
     this.#socket = socket;
-    this.#asked_ms = null;
+    // Some networks swallow the packets of a connection that is being made.
+    this.#asked_ms = performance.now();
   }
 
   /**

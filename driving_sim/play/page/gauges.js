@@ -14,7 +14,7 @@ export class Gauges {
   #fps = 1;
   /** @type {number[]} Times at which the last frames were drawn. */ #drawn_ms = [];
   /** @type {number[]} */ #latencies_ms = [];
-  /** Stamp of the newest control that a frame obeyed. */ #stamp_ms = Infinity;
+  /** Stamp of the newest control that a frame obeyed. */ #stamp_ms = 0;
   /** @type {number | null} */ #slow_since_ms = null;
   #paused = true;
   /** When the drive last went on. */ #driving_since_ms = 0;
@@ -48,7 +48,8 @@ export class Gauges {
     if (this.#paused) return;
     this.#judgePace(header.rate, now_ms);
     // An input from before a pause had to wait for its end, which is no latency.
-    const stamp = header.stamp ?? Infinity;
+    if (header.stamp === null) return; // no control led to this frame
+    const stamp = header.stamp;
     const isNew = stamp !== this.#stamp_ms;
     this.#stamp_ms = stamp;
     const isFresh = stamp >= this.#driving_since_ms && stamp <= now_ms;

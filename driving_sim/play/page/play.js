@@ -37,12 +37,12 @@ const commands = {
     state.paused = !state.paused && !whatIf.isOpen;
     send({ type: "pause", paused: state.paused });
   },
-  step: () => send({ type: "step" }),
+  step: () => stopBy({ type: "step" }),
   reset: () => send({ type: "reset", start: null }),
-  back: () => send({ type: "rewind", seconds: BACK_S }),
+  back: () => stopBy({ type: "rewind", seconds: BACK_S }),
   heat: () => view.showHeat(toggle("heat")),
   scale: () => remember(SCALE, scaleSmoothly(toggle("scale"))),
-  "what-if": () => send({ type: "what_if" }),
+  "what-if": () => stopBy({ type: "what_if" }),
   record: () => {
     if (at("record").hidden) return;
     state.recording = !state.recording;
@@ -55,6 +55,12 @@ const commands = {
     at("help").showModal();
   },
 };
+
+/** Send a command that also pauses. */
+function stopBy(message) {
+  state.paused = true;
+  send(message);
+}
 
 /** Send a message. Every one is a sign of the driver, so an idle warning is over. */
 function send(message) {
@@ -80,6 +86,7 @@ function begin(welcome) {
   pedals.begin(welcome.channels.speed);
   panel.begin(welcome);
   whatIf.begin(welcome);
+  whatIf.close(); // what it was showing is not continued
   at("record").hidden = !welcome.can_record;
   showState(welcome.state);
   driver.begin(welcome.channels);
@@ -198,6 +205,7 @@ function listen() {
     // After a click by pointer, Space means pause again and not this button.
     if (event.detail > 0) document.activeElement?.closest("button, summary")?.blur();
   });
+  at("stay").addEventListener("click", () => driver.stay());
   at("again").addEventListener("click", () => connection.open());
   for (const sign of ["pointerdown", "keydown"]) {
     window.addEventListener(sign, () => at("idle").hidden || driver.stay());

@@ -122,10 +122,10 @@ AnyMessage = (
 _MESSAGES: TypeAdapter[AnyMessage] = TypeAdapter(Annotated[AnyMessage, Field(discriminator="type")])
 
 
-def parse(text: str) -> AnyMessage:
+def parse(received: str) -> AnyMessage:
     """Read a message from the page. Raises DriveSimError if it is malformed."""
     try:
-        return _MESSAGES.validate_json(text)
+        return _MESSAGES.validate_json(received)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "message"

@@ -29,7 +29,9 @@ WARNING_S = 60.0
 LOST_S = 30.0
 """A lost connection can be taken up again within this time."""
 SILENT_S = 7.0
-"""Without any message for so long, the connection is taken to be lost, and the world stands."""
+"""Without any message for so long, the world stands: the connection may be lost."""
+GONE_S = 120.0
+"""Without any message for so long, the session ends. (Browsers let hidden pages run rarely.)"""
 _MOST_COMMANDS = 32
 _MEASURED = 20  # number of frames over which the rate is measured
 _CHECK_S = 0.5  # time between two looks at the clock while the world stands
@@ -60,12 +62,14 @@ class Seat:
         self._times: deque[float] = deque(maxlen=_MEASURED)
         self._active_at = self._heard_at = self._lost_at = time.monotonic()
         self._is_warned = False
+        self._told = self._state()
+        """The state that the page knows."""
 
     def connect(self, welcome: dict[str, Any]) -> Outbox:
         """Take up the session from a page; return what is to be sent to it."""
         self.outbox.close(protocol.said("end", "this drive was taken up in another window"))
         self.outbox, self.is_connected, self._is_unseen = Outbox(), True, True
-        self.outbox.put(protocol.text("welcome", session=self.id, state=self._state(), **welcome))
+        self.outbox.put(protocol.text("welcome", session=self.id, state=self._told, **welcome))
         self._note_activity()
         self._wake.set()
         return self.outbox
@@ -164,6 +168,8 @@ class Seat:
         left = self._active_at + IDLE_S - now
         if not self.is_connected and now > self._lost_at + LOST_S:
             self.end("the connection was lost")
+        elif now > self._heard_at + GONE_S:
+            self.end("the page fell silent")
         elif left <= 0:
             self.end(f"nobody drove for {IDLE_S / 60:g} minutes")
         elif left <= WARNING_S and not self._is_warned:
@@ -182,7 +188,15 @@ class Seat:
             held, stamp = self._control  # read now, because the thread may have been busy
             return drive.step(held), stamp
 
-        sight, stamp = await self._workers.compute(step)
+        try:
+            sight, stamp = await self._workers.compute(step)
+        except DriveSimError as error:
+            if drive.has_ended:
+                raise
+            self._is_paused = True
+            self.outbox.put(protocol.said("notice", str(error)))
+            self._tell_state()
+            return
         self._times.append(time.monotonic())
         compute_ms = round(1000 * (self._times[-1] - began), 1)
         await self._pack(sight, stamp=stamp, rate=self._rate(), compute_ms=compute_ms)
@@ -249,7 +263,8 @@ class Seat:
         }
 
     def _tell_state(self) -> None:
-        self.outbox.put(protocol.text("state", **self._state()))
+        self._told = self._state()
+        self.outbox.put(protocol.text("state", **self._told))
 
     async def _obey(self, message: protocol.Message) -> None:
         """Do what a command says. A mistake in it is told to the driver."""
@@ -268,6 +283,7 @@ class Seat:
                     await self._show_now()
                 case protocol.Rewind(seconds=seconds):
                     self._is_paused = True
+                    self._tell_state()
                     await compute(partial(drive.rewind, seconds))
                     await self._show_now()
                     await self._record_back()
@@ -293,11 +309,17 @@ class Seat:
         possibilities = self._drive.possibilities()
         outbox, pack = self.outbox, self._workers.pack
         try:
-            while self._commands.empty() and self.is_connected and self.ended is None:
+            while self._commands.empty() and self.ended is None:
+                if not self._is_watched or outbox is not self.outbox:
+                    return
                 shown = await self._workers.compute(partial(next, possibilities, None))
                 if shown is None:
                     return
-                await outbox.put_slowly(await pack(partial(packed_possibility, self._world, shown)))
+                message = await pack(partial(packed_possibility, self._world, shown))
+                async with asyncio.timeout(SILENT_S):
+                    await outbox.put_slowly(message)
+        except TimeoutError:
+            outbox.abandon()  # nobody reads it
         finally:
             await self._workers.compute(possibilities.close)
 
@@ -330,7 +352,8 @@ class Seat:
         def finish() -> Path | None:
             return recorder.finish(drive.as_replay(recorder.first_frame), drive.actions, kind)
 
-        path = await self._workers.pack(finish)
+        # Not in the pictures' thread: the other drivers need it.
+        path = await asyncio.to_thread(finish)
         self._recorded = str(path) if path else None
         text = f"recorded: {path}" if path else "nothing was driven, so no recording was kept"
         self.outbox.put(protocol.said("notice", text))

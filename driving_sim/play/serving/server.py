@@ -39,6 +39,7 @@ from driving_sim.world_model.world_model import WorldModel
 PAGE = Path(__file__).parents[1] / "page"
 _HELLO_S = 5.0
 _MOST_PER_S = 100
+_SAVED_UP = 1000  # after a stall of the network, many messages come at once
 _REFUSED = (1007, 1009)  # codes of a socket closed by uvicorn: not UTF-8, too long
 _PORTS = 20  # number of ports that are tried
 
@@ -72,7 +73,7 @@ class Server:
         """Return the application, for requests with one of `hosts` as Host, and with `token`."""
         routes = [
             Route("/starts/{number}.png", self._picture),
-            WebSocketRoute("/drive", self._drive),
+            WebSocketRoute("/drive", self._talk),
             Mount("/", StaticFiles(directory=PAGE, html=True)),
         ]
         return Guard(Starlette(routes=routes, lifespan=self._lifespan), hosts, token)
@@ -91,7 +92,7 @@ class Server:
         frame = start.context.frames[-1]
         return Response(await self._workers.pack(partial(png, frame)), media_type="image/png")
 
-    async def _drive(self, socket: WebSocket) -> None:
+    async def _talk(self, socket: WebSocket) -> None:
         """Connect a page to a session until one of the two ends."""
         await socket.accept()
         try:
@@ -189,12 +190,12 @@ async def _send(socket: WebSocket, outbox: Outbox) -> None:
 
 async def _receive(socket: WebSocket, seat: Seat) -> None:
     """Give the page's messages to the session. A wrong one, or too many, ends the session."""
-    allowance, last = float(_MOST_PER_S), time.monotonic()
+    allowance, last = float(_SAVED_UP), time.monotonic()
     try:
         while seat.ended is None:
             message = protocol.parse(await socket.receive_text())
             now = time.monotonic()
-            allowance = min(allowance + (now - last) * _MOST_PER_S, _MOST_PER_S) - 1
+            allowance = min(allowance + (now - last) * _MOST_PER_S, _SAVED_UP) - 1
             last = now
             if allowance < 0:
                 raise DriveSimError(f"the page sent more than {_MOST_PER_S} messages a second")
