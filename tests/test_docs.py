@@ -24,6 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from benchmarks.training import cost
 from driving_sim.cli import app
+from driving_sim.data.synthetic.world import SyntheticConfig
 from driving_sim.engine.config import resolve
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.scaling.run import _token_matrices
@@ -48,6 +49,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tokenize": TOKENIZER_PRESETS,
     "train-world-model": WORLD_MODEL_PRESETS,
 }
+CONFIGS = {name: presets["large"] for name, presets in PRESETS.items()} | {
+    "synth": SyntheticConfig()
+}
+"""The settings that `--set` changes, by command."""
 
 
 def code(file: Path) -> Iterator[str]:
@@ -89,7 +94,7 @@ def wrong_settings(command: Any, words: list[str]) -> list[str]:
     given = [value for name, value in pairwise(words) if name == "--set"]
     try:
         if given:
-            resolve(PRESETS[command.name]["large"], assignments=given)
+            resolve(CONFIGS[command.name], assignments=given)
     except DriveSimError as error:
         return [str(error)]
     return []
