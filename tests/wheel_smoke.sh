@@ -34,4 +34,12 @@ export DRIVESIM_PRESET=demo DRIVESIM_STEPS=3
 test -s rollout.mp4
 "$drivesim" rollout --model synthetic --actions left --seconds 1 --out synthetic.mp4
 test -s synthetic.mp4
+"$bin/python" -c "
+import subprocess, urllib.request
+command = ['$drivesim', 'play', 'synthetic', '--no-browser', '--port', '18200']
+server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+address = next(line for line in server.stderr if line.startswith('drive at')).split()[2]
+assert b'<canvas' in urllib.request.urlopen(address).read(), 'the wheel lacks the page'
+server.terminate()
+"
 echo "the wheel works"
