@@ -159,6 +159,12 @@ evaluate_app = typer.Typer(
 app.add_typer(evaluate_app, name="evaluate")
 
 
+def _source(context: typer.Context, name: str) -> str:
+    """Return where a value comes from: COMMANDLINE, ENVIRONMENT or DEFAULT; "" if it has none."""
+    source = context.get_parameter_source(name)
+    return "" if source is None else source.name
+
+
 def _unless_overridden(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
     """Return the `value` of `steps` or `minutes`, or None if the other option overrides it.
 
@@ -166,10 +172,8 @@ def _unless_overridden(context: typer.Context, option: typer.CallbackParam, valu
     of the other is ignored.
     """
     rival = "minutes" if option.name == "steps" else "steps"
-    source = context.get_parameter_source(str(option.name))
-    rival_source = context.get_parameter_source(rival)
-    from_environment = source is not None and source.name == "ENVIRONMENT"
-    is_overridden = rival_source is not None and rival_source.name == "COMMANDLINE"
+    from_environment = _source(context, str(option.name)) == "ENVIRONMENT"
+    is_overridden = _source(context, rival) == "COMMANDLINE"
     return None if from_environment and is_overridden else value
 
 
@@ -289,12 +293,6 @@ def _given_options(parameters: dict[str, Any]) -> dict[str, Any]:
     work has defaults for the options that are missing.
     """
     return {name: value for name, value in parameters.items() if value is not None}
-
-
-def _is_typed(context: typer.Context, name: str) -> bool:
-    """Return whether the user gave an option, rather than leaving its default."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
 
 
 def _pop_fields(options: dict[str, Any], cls: type) -> dict[str, Any]:
@@ -628,7 +626,8 @@ def rollout(
     from driving_sim.pipeline import drive_again, roll_out
 
     if replay is not None:
-        given = {name: value for name, value in options.items() if _is_typed(typed, name)}
+        chosen = ("COMMANDLINE", "ENVIRONMENT")
+        given = {name: options[name] for name in options if _source(typed, name) in chosen}
         own = {"replay", "model", "out", "overwrite", "precision", "device"}
         if unused := sorted(given.keys() - own):
             raise DriveSimError(f"`replay` takes the drive from its file: leave out `{unused[0]}`")

@@ -23,7 +23,7 @@ def png(pixels: Pixels) -> bytes:
 
 def most_bits(world: WorldModel) -> float:
     """Return the highest possible entropy of a token in bits."""
-    return math.log2(math.prod(world.config.grid.levels))
+    return math.log2(world.config.grid.codebook_size)
 
 
 def packed_sight(world: WorldModel, sight: Sight, header: dict[str, Any]) -> bytes:

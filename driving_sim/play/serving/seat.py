@@ -237,8 +237,8 @@ class Seat:
             self.outbox.put(protocol.said("notice", f"the recording is lost: {error}"))
             self._tell_state()
 
-    async def _show_now(self) -> None:
-        """Show the current frame, to which no control led."""
+    async def _show_now(self) -> Sight:
+        """Show the current frame, to which no control led, and return it."""
         self._is_unseen = False
         await self._packed()
         sight = await self._workers.compute(self._drive.now)
@@ -246,6 +246,7 @@ class Seat:
         self.outbox.show(
             await self._workers.pack(partial(packed_sight, self._world, sight, header))
         )
+        return sight
 
     def _header(self, **measured: Any) -> dict[str, Any]:
         drive = self._drive
@@ -285,8 +286,9 @@ class Seat:
                     self._is_paused = True
                     self._tell_state()
                     await compute(partial(drive.rewind, seconds))
-                    await self._show_now()
-                    await self._record_back()
+                    sight = await self._show_now()
+                    if self._recorder is not None:
+                        await self._workers.pack(partial(self._recorder.go_back, sight))
                 case protocol.Settings():
                     chosen = message.model_dump(exclude={"type"})
                     drive.sampling = replace(drive.sampling, **chosen)
@@ -334,12 +336,6 @@ class Seat:
             held_back = round(HISTORY_S * fps) + self._world.context_frames
             begin = partial(Recorder, folder, sight, fps=fps, held_back=held_back)
             self._recorder = await self._workers.pack(begin)
-
-    async def _record_back(self) -> None:
-        """Tell the recorder that the driver went back."""
-        if self._recorder is not None:
-            sight = await self._workers.compute(self._drive.now)
-            await self._workers.pack(partial(self._recorder.go_back, sight))
 
     async def _keep_recording(self) -> None:
         """End the recording, if there is one, and keep it."""
