@@ -519,3 +519,15 @@ def test_play_says_in_one_line_why_it_does_not_start(
 ) -> None:
     (used / "empty").mkdir(exist_ok=True)
     assert message in refused("play", *arguments, "--no-browser")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seed", "3"], "leave out --seed"),
+        (["--actions", "left"], "leave out --actions"),
+        ([], "missing.json"),
+    ],
+)
+def test_a_replay_takes_the_drive_from_its_file_alone(options: list[str], message: str) -> None:
+    assert message in refused("rollout", "--replay", "missing.json", *options)
