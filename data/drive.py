@@ -3,7 +3,7 @@
 Legend: N frames of a drive, T frames sampled from it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -11,16 +11,18 @@ from typing import Protocol
 
 import numpy as np
 
-from driving_sim.data.actions.action_file import STEERING, ActionLog, SteeringKind
+from driving_sim.data.actions.action_log import ActionLog, SteeringKind
 from driving_sim.data.actions.alignment import align
 from driving_sim.data.arrays import Floats, Floats32, Ints, Mask, Pixels
 from driving_sim.data.video.decoder_pool import read_frames, stream_frames
 from driving_sim.data.video.file_facts import VideoFacts
-from driving_sim.data.video.frame_rate import choose_frames, mean_rate
+from driving_sim.data.video.frame_rate import Choice, choose_frames, mean_rate
 from driving_sim.data.video.frame_size import FrameSize
-from driving_sim.data.video.segments import chosen_segments
 from driving_sim.engine.config import config
 from driving_sim.engine.errors import BadDriveError, DriveSimError
+
+_RUN_S = 1.0
+_RATE_SLACK = 0.05
 
 
 class FrameReader(Protocol):
@@ -73,6 +75,15 @@ class Drive:
     """Actions, timed on the same clock as the frames, or None if none were recorded."""
     video: VideoFacts | None = None
     """Facts about the video file, or None if the frames do not come from a video."""
+    wheelbase_m: float = 2.7
+    """Distance between the axles in metres; by default that of a typical passenger car."""
+    assumptions: tuple[str, ...] = ()
+    """What was assumed, left out or guessed while finding the drive, one line each."""
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What was assumed, left out or guessed about the drive and its actions, a line each."""
+        return (*self.assumptions, *(self.log.notices if self.log else ()))
 
     def frames(self, indices: Ints | Sequence[int], size: FrameSize | None = None) -> Pixels:
         """Read the frames at `indices`, which may be in any order, as uint8 [n, H, W, 3].
@@ -103,12 +114,24 @@ class SampledDrive:
     action_valid: Mask
     """[T, 2] Whether the speed and the steering in `actions` are known."""
     segments: list[tuple[int, int]]
-    """Ranges [start, stop) of the T frames, cut at the gaps of the drive."""
+    """Ranges [start, stop) of the T frames, cut at the gaps."""
+    notices: tuple[str, ...] = ()
+    """What the frame rate that was asked for means for this drive, one line each."""
 
     @property
     def fps(self) -> float:
         """Mean frame rate within the segments, or 0 if no segment has two frames."""
         return mean_rate(self.timestamps, self.segments)
+
+    @property
+    def usable_share(self) -> float:
+        """Share of the drive's time that lies in runs of at least 1 s without a gap."""
+        runs = [
+            float(self.timestamps[stop - 1] - self.timestamps[start])
+            for start, stop in self.segments
+        ]
+        duration_s = float(self.drive.timestamps[-1] - self.drive.timestamps[0])
+        return sum(run for run in runs if run >= _RUN_S) / duration_s if duration_s else 0.0
 
     def batches(self, size: FrameSize, count: int) -> Iterator[Pixels]:
         """Yield batches of `count` frames in order, uint8 [n, H, W, 3]; the last may be smaller."""
@@ -123,17 +146,36 @@ def sample(drive: Drive, *, fps: float | None = None, every: int | None = None) 
     Without `fps` and `every`, all frames are chosen. Raises ValueError if both are given, or if one
     is not positive.
     """
-    indices = choose_frames(drive.timestamps, fps=fps, every=every)
-    timestamps = drive.timestamps[indices]
+    choice = choose_frames(drive.timestamps, fps=fps, every=every)
+    timestamps = drive.timestamps[choice.indices]
     actions, action_valid = align(drive.log, timestamps)
     return SampledDrive(
         drive=drive,
-        indices=indices,
+        indices=choice.indices,
         timestamps=timestamps,
         actions=actions,
         action_valid=action_valid,
-        segments=chosen_segments(drive.timestamps, indices),
+        segments=choice.segments,
+        notices=tuple(_about_rate(drive.timestamps, choice, fps)),
     )
+
+
+def _about_rate(timestamps: Floats, choice: Choice, fps: float | None) -> Iterator[str]:
+    """Yield a line for each way in which the chosen frames are not what the user may expect."""
+    chosen = timestamps[choice.indices]
+    rate = mean_rate(chosen, choice.segments)
+    if fps is not None and choice.on_ticks:
+        own = mean_rate(timestamps, choose_frames(timestamps).segments)
+        yield f"its {own:.3g} frames/s are resampled to {fps:g}: the frames nearest to each tick"
+    elif fps is not None and 0 < rate < (1 - _RATE_SLACK) * fps:
+        yield (
+            f"has only {rate:.3g} of the {fps:g} frames/s asked for: all its frames are taken, and "
+            f"a step from one to the next is {1 / rate:.3g} s"
+        )
+    if len(choice.segments) > 1:
+        lost = sum(float(chosen[start] - chosen[start - 1]) for start, _ in choice.segments[1:])
+        count = len(choice.segments) - 1
+        yield f"{count} gap{'s' * (count > 1)} without frames at this rate, {lost:.1f} s in all"
 
 
 @config
@@ -146,6 +188,18 @@ class Skipped:
     """Why it cannot be used, in one line."""
 
 
+def grouped(notices: Iterable[tuple[str, Iterable[str]]]) -> list[str]:
+    """Return the lines of several drives, given with their ids, so that equal lines are one."""
+    drives_by_line: dict[str, list[str]] = {}
+    for drive_id, lines in notices:
+        for line in lines:
+            drives_by_line.setdefault(line, []).append(drive_id)
+    return [
+        f"{line} ({drives[0]}{f' and {len(drives) - 1} more' if drives[1:] else ''})"
+        for line, drives in drives_by_line.items()
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class DriveSet:
     """The drives that were found, sorted by id, and those that were skipped."""
@@ -155,15 +209,8 @@ class DriveSet:
 
     @property
     def notices(self) -> list[str]:
-        """One line for each assumption made while reading action files, with the drives' ids."""
-        drives_by_line: dict[str, list[str]] = {}
-        for drive in self.drives:
-            for line in drive.log.notices if drive.log else ():
-                drives_by_line.setdefault(line, []).append(drive.id)
-        return [
-            f"{line} ({drives[0]}{f' and {len(drives) - 1} more' if drives[1:] else ''})"
-            for line, drives in drives_by_line.items()
-        ]
+        """One line for everything that was assumed, left out or guessed, with the drives' ids."""
+        return grouped((drive.id, drive.notices) for drive in self.drives)
 
     @property
     def steering_kind(self) -> SteeringKind | None:
@@ -173,7 +220,7 @@ class DriveSet:
         """
         first: dict[SteeringKind, str] = {}
         for drive in self.drives:
-            if drive.log is not None and drive.log.steering_kind and drive.log.has[STEERING]:
+            if drive.log is not None and drive.log.steering_kind:
                 first.setdefault(drive.log.steering_kind, drive.id)
         if len(first) > 1:
             kinds = ", ".join(f"{kind} ({drive})" for kind, drive in first.items())

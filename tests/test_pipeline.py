@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from driving_sim import pipeline
+from driving_sim.data.reading import Reading
 from driving_sim.data.synthetic.contexts import write_contexts
 from driving_sim.data.synthetic.world import SyntheticConfig
 from driving_sim.data.synthetic.writer import write_synthetic_drives
@@ -234,7 +235,7 @@ def test_a_context_is_a_single_drive_with_the_models_kind_of_steering(
         video.with_suffix(".csv").write_text("\n".join([header, *rows]) + "\n")
         with pytest.raises(DriveSimError, match=message):
             roll(run, tmp_path, context=video)
-    roll(run, tmp_path, context=video, time_offset=-100.0)
+    roll(run, tmp_path, context=video, reading=Reading(time_offset=-100.0))
 
     # A model that learned no actions does not read the CSV, so an invalid CSV does not matter.
     world = WorldModel.from_run(run, "cpu")

@@ -12,9 +12,9 @@ from statistics import median_low
 import numpy as np
 from numpy.typing import NDArray
 
-from driving_sim.data.actions.action_file import STEERING
+from driving_sim.data.actions.action_log import STEERING
 from driving_sim.data.arrays import Pixels, digest
-from driving_sim.data.drive import Drive, DriveSet, SampledDrive, sample
+from driving_sim.data.drive import Drive, DriveSet, SampledDrive, grouped, sample
 from driving_sim.data.split import MIRROR_SUFFIX
 from driving_sim.data.tokens.index import StoreIndex, StoreInfo
 from driving_sim.data.tokens.plan import SHARD_BYTES, PlannedDrive, StorePlan
@@ -23,7 +23,7 @@ from driving_sim.data.video.frame_rate import RATE_TOLERANCE
 from driving_sim.data.video.frame_size import FrameSize, transform_description
 from driving_sim.engine.errors import BadDriveError, DriveSimError
 from driving_sim.engine.precision import name_of
-from driving_sim.engine.progress import progress
+from driving_sim.engine.progress import progress, say
 from driving_sim.engine.ranks.distributed import Ranks
 from driving_sim.tokenizer.tokenizer import Tokenizer
 
@@ -60,6 +60,8 @@ def tokenize(
     if not skip_bad:
         drives.require_all()
     usable, bad = _survey(drives.drives, fps=fps, every=every)
+    for line in grouped((sampled.drive.id, sampled.notices) for sampled in usable):
+        say(line)
     if bad and not skip_bad:
         raise BadDriveError(f"{next(iter(bad.values()))}; {_REMEDY}")
     bad |= {skipped.id: skipped.reason for skipped in drives.skipped}
@@ -163,6 +165,7 @@ def _planned(sampled: SampledDrive, flip: bool) -> PlannedDrive:
         source=sampled.drive.source,
         mirrored=flip,
         content=digest(*known),
+        notices=(*sampled.drive.notices, *sampled.notices),
     )
 
 

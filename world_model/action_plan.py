@@ -15,17 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from driving_sim.data.actions.action_file import (
-    SPEED,
-    STEERING,
-    STEERING_LIMIT,
-    UNITS,
-    LogOptions,
-    SteeringKind,
-    read_action_file,
-)
+from driving_sim.data.actions.action_file import read_action_file
+from driving_sim.data.actions.action_log import SPEED, STEERING, STEERING_LIMIT, UNITS, SteeringKind
 from driving_sim.data.actions.alignment import EXTRAPOLATION_S, align
 from driving_sim.data.arrays import Floats, Floats32, Mask
+from driving_sim.data.reading import Reading
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import shown
 
@@ -186,11 +180,12 @@ def _then_hold(label: str, actions: Floats32, valid: Mask, fps: float) -> _Plann
 
 
 def _from_file(path: Path, situation: Situation) -> _Planned:
-    log = read_action_file(path, LogOptions(steering_kind=situation.steering_kind))
-    frames = int((min(log.times[-1], LONGEST_S) + _ROUNDING_S) * situation.fps)
-    if log.times[0] > EXTRAPOLATION_S or frames < 1:
+    log = read_action_file(path, Reading(steering_kind=situation.steering_kind))
+    first, last = log.span
+    frames = int((min(last, LONGEST_S) + _ROUNDING_S) * situation.fps)
+    if first > EXTRAPOLATION_S or frames < 1:
         raise DriveSimError(
-            f"{path}: its times go from {log.times[0]:g} to {log.times[-1]:g} s; they must begin "
+            f"{path}: its times go from {first:g} to {last:g} s; they must begin "
             "at 0 s, the time of the last context frame, and cover at least one frame"
         )
     obeyed = log.has & situation.known_channels

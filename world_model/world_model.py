@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from pydantic import Field
 from torch import Tensor
 
-from driving_sim.data.actions.action_file import SteeringKind
+from driving_sim.data.actions.action_log import SteeringKind
 from driving_sim.data.arrays import Pixels
 from driving_sim.data.tokens.store import TokenStore
 from driving_sim.data.video.frame_rate import RATE_TOLERANCE

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from driving_sim.data.actions.action_file import SPEED, STEERING, SteeringKind
+from driving_sim.data.actions.action_log import SPEED, STEERING, SteeringKind
 from driving_sim.data.arrays import Floats32
 from driving_sim.data.drive import Drive, SampledDrive, Skipped, sample
 from driving_sim.data.inspect.motion import picture_change, yaw_motion
 from driving_sim.data.inspect.picture import draw_drive
 from driving_sim.data.inspect.steering_check import Synchrony, measure_synchrony
+from driving_sim.data.reading import AS_NAMED, Reading
 from driving_sim.data.sources import find_drives
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.data.video.segments import within_segments
@@ -224,9 +225,7 @@ def _report(
 def inspect_drives(
     paths: Sequence[Path],
     out: Path,
-    *,
-    steering_kind: str | None = None,
-    time_offset: float = 0.0,
+    reading: Reading = AS_NAMED,
 ) -> Report:
     """Find the drives in files and folders, measure them and report what is wrong with them.
 
@@ -243,7 +242,7 @@ def inspect_drives(
         "an inspection",
         lambda earlier: [_REPORT, *(str(drive["picture"]) for drive in earlier["drives"])],
     )
-    drive_set = find_drives(paths, steering_kind=steering_kind, time_offset=time_offset)
+    drive_set = find_drives(paths, reading)
     skipped = list(drive_set.skipped)
     reports = []
     frames = sum(int((drive.timestamps < _MEASURED_S).sum()) for drive in drive_set.drives)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from driving_sim.data.actions.action_file import SPEED, STEERING, SteeringKind
+from driving_sim.data.actions.action_log import SPEED, STEERING, SteeringKind
 from driving_sim.data.arrays import Floats, Floats32, Mask
 from driving_sim.data.drive import SampledDrive
 from driving_sim.data.video.segments import median_period, within_segments

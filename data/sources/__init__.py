@@ -6,15 +6,14 @@ simulator (`driving_log.csv` and `IMG/`) and comma2k19 segments (`video.hevc` an
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import cast
 
-from driving_sim.data.actions.action_file import LogOptions, SteeringKind
 from driving_sim.data.actions.alignment import check_coverage
 from driving_sim.data.drive import Drive, DriveSet, Skipped
 from driving_sim.data.inner_name import is_inner_name
+from driving_sim.data.reading import AS_NAMED, Reading
 from driving_sim.data.sources import comma2k19, udacity, video_folder
 from driving_sim.data.split import MIRROR_SUFFIX
 from driving_sim.engine.errors import DriveSimError
@@ -102,27 +101,17 @@ def _check_name(drive_id: str, path: Path) -> None:
 
 
 def find_drives(
-    paths: Sequence[Path],
-    *,
-    actions: bool = True,
-    steering_kind: str | None = None,
-    time_offset: float = 0.0,
+    paths: Sequence[Path], reading: Reading = AS_NAMED, *, actions: bool = True
 ) -> DriveSet:
     """Find the drives of all known layouts in files and folders.
 
-    `steering_kind` is the kind of steering in columns named just `steering`, and all other steering
-    must be of this kind too. `time_offset` seconds are added to the times of every action log. With
-    `actions=False` no log is read. Drives that cannot be used are in `.skipped`, with the reason.
-    The id of a drive is its path below the folder in `paths`, without suffix; if such ids are not
-    unique, the suffix or the name of the folder is added. Drives are sorted by id.
+    With `actions=False` no log is read. Drives that cannot be used are in `.skipped`, with the
+    reason. The id of a drive is its path below the folder in `paths`, without suffix; if such ids
+    are not unique, the suffix or the name of the folder is added. Drives are sorted by id.
 
     Raises DriveSimError if a path does not exist, if nothing looks like a drive, if two drives
-    cannot get different ids, if the name of a drive cannot be an id, or if `steering_kind` is
-    unknown.
+    cannot get different ids, or if the name of a drive cannot be an id.
     """
-    options = LogOptions(
-        steering_kind=cast(SteeringKind | None, steering_kind), time_offset=time_offset
-    )
     by_path = {
         candidate.path.resolve(): candidate for path in paths for candidate in _candidates(path)
     }
@@ -144,11 +133,13 @@ def find_drives(
     def load(pair: tuple[str, _Candidate]) -> Drive | Skipped:
         drive_id, candidate = pair
         try:
-            drive = candidate.load(candidate.path, drive_id, options if actions else None)
+            drive = candidate.load(candidate.path, drive_id, reading, actions)
             if drive.log is not None:
                 check_coverage(drive.log, drive.timestamps)
         except DriveSimError as error:
             return Skipped(id=drive_id, reason=str(error))
+        if reading.wheelbase is not None:
+            drive = replace(drive, wheelbase_m=reading.wheelbase)
         return drive
 
     at_once = min(_FILES_AT_ONCE, 1 + len(named) // _FILES_FOR_A_DECODER)

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from driving_sim.data.actions.action_file import (
+from driving_sim.data.actions.action_log import (
     SPEED_RANGE_MPS,
     STEERING_LIMIT,
     ActionLog,
-    LogOptions,
+    Channel,
 )
-from driving_sim.data.actions.alignment import EXTRAPOLATION_S, GAP_S
 from driving_sim.data.arrays import Floats
 from driving_sim.data.drive import Drive, VideoFrames
+from driving_sim.data.reading import Reading
 from driving_sim.data.video.decoder_pool import read_facts
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import one_line
@@ -80,44 +80,22 @@ def _channel(folder: Path, low: float, high: float) -> tuple[Floats, Floats]:
     return times, values[first]
 
 
-def _pauses(times: Floats) -> list[tuple[float, float]]:
-    """Return the (start, stop) times during which a signal is unknown.
-
-    These are its gaps, and the times more than 0.1 s before its first or after its last value.
-    """
-    before = np.flatnonzero(np.diff(times) > GAP_S)
-    inner = [(float(times[k]), float(times[k + 1])) for k in before]
-    first, last = float(times[0]) - EXTRAPOLATION_S, float(times[-1]) + EXTRAPOLATION_S
-    return [(-math.inf, first), *inner, (last, math.inf)]
-
-
-def _read_log(segment: Path, start: float, options: LogOptions) -> ActionLog:
-    """Read speed and steering, and interpolate both at the union of their times.
-
-    The union keeps every value, although the two signals have different times.
-    """
-    options.check_kind(f"{segment}: comma2k19's steering", "steering_wheel")
-    channels = [_channel(segment / _CAN / name, *limits) for name, limits in _LIMITS.items()]
-    times = np.union1d(channels[0][0], channels[1][0])
-    clock = start - options.time_offset
-    pauses = [
-        (channel, begin - clock, end - clock)
-        for channel, (own_times, _) in enumerate(channels)
-        for begin, end in _pauses(own_times)
-    ]
-    speed, degrees = (np.interp(times, *channel) for channel in channels)
+def _read_log(segment: Path, start: float, reading: Reading) -> ActionLog:
+    reading.check_kind(f"{segment}: comma2k19's steering", "steering_wheel")
+    (speed_times, speed), (steering_times, degrees) = (
+        _channel(segment / _CAN / name, *limits) for name, limits in _LIMITS.items()
+    )
+    clock = start - reading.time_offset
     return ActionLog(
-        times=times - clock,
-        values=np.stack([speed, np.radians(degrees)], axis=1).astype(np.float32),
-        has=np.array([True, True]),
+        speed=Channel(times=speed_times - clock, values=speed),
+        steering=Channel(times=steering_times - clock, values=np.radians(degrees)),
         steering_kind="steering_wheel",
-        pauses=tuple(pauses),
         origin=str(segment / _CAN),
     )
 
 
-def load(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
-    """Read the facts of a segment's video and, unless `options` is None, the segment's logs.
+def load(path: Path, drive_id: str, reading: Reading, actions: bool) -> Drive:
+    """Read the facts of a segment's video and, if `actions` is set, the segment's logs.
 
     Raises DriveSimError if a file cannot be used, or if the video and its frame times do not match.
     """
@@ -135,6 +113,6 @@ def load(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
         source="comma2k19",
         timestamps=facts.timestamps,
         reader=VideoFrames(facts),
-        log=None if options is None else _read_log(path, float(frame_times[0]), options),
+        log=_read_log(path, float(frame_times[0]), reading) if actions else None,
         video=facts,
     )

@@ -18,11 +18,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from driving_sim.data.actions.action_file import ActionLog, LogOptions
+from driving_sim.data.actions.action_log import ActionLog
 from driving_sim.data.actions.csv_table import read_rows
 from driving_sim.data.arrays import Ints, Pixels
 from driving_sim.data.drive import Drive
 from driving_sim.data.inner_name import inside
+from driving_sim.data.reading import Reading
 from driving_sim.data.video.file import check_picture
 from driving_sim.data.video.frame_size import FrameSize, fit
 from driving_sim.engine.errors import BadDriveError, DriveSimError
@@ -133,22 +134,18 @@ def _read_log(log: Path) -> list[_Row]:
     return rows
 
 
-def load(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
-    """Load a recording: its image files and, unless `options` is None, its actions.
+def load(path: Path, drive_id: str, reading: Reading, actions: bool) -> Drive:
+    """Load a recording: its image files and, if `actions` is set, its actions.
 
     Raises DriveSimError, with the line number, if a row of the log cannot be used.
     """
     rows = _read_log(path / LOG_NAME)
     times = np.array([(row.moment - rows[0].moment).total_seconds() for row in rows])
     log = None
-    if options is not None:
-        options.check_kind(f"{path / LOG_NAME}: a simulator's steering", "road_wheel")
-        log = ActionLog(
-            times=times + options.time_offset,
-            values=np.array([(row.speed_mps, row.road_wheel_rad) for row in rows], np.float32),
-            has=np.array([True, True]),
-            steering_kind="road_wheel",
-            origin=str(path / LOG_NAME),
-        )
+    if actions:
+        reading.check_kind(f"{path / LOG_NAME}: a simulator's steering", "road_wheel")
+        actions = np.array([(row.speed_mps, row.road_wheel_rad) for row in rows])
+        clock = times + reading.time_offset
+        log = ActionLog.on_one_clock(clock, actions, "road_wheel", origin=str(path / LOG_NAME))
     reader = ImageFrames(tuple(row.image for row in rows))
     return Drive(id=drive_id, source="udacity", timestamps=times, reader=reader, log=log)

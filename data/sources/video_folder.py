@@ -4,14 +4,15 @@ from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 
-from driving_sim.data.actions.action_file import LogOptions, is_action_file, read_action_file
+from driving_sim.data.actions.action_file import is_action_file, read_action_file
 from driving_sim.data.drive import Drive, VideoFrames
+from driving_sim.data.reading import Reading
 from driving_sim.data.video.decoder_pool import read_facts
 from driving_sim.engine.errors import DriveSimError
 
-Load = Callable[[Path, str, LogOptions | None], Drive]
-"""Function that loads a drive, given its path, its id and the options for reading its actions. If
-the options are None, the actions are not read."""
+Load = Callable[[Path, str, Reading, bool], Drive]
+"""Function that loads a drive, given its path, its id, how to read it, and whether to read its
+actions."""
 
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".mkv", ".webm", ".mov", ".m4v", ".avi", ".ts", ".mpg", ".mpeg", ".h264", ".hevc"}
@@ -25,16 +26,16 @@ def _action_file(video: Path) -> Path | None:
     return next((path for path in beside if path.is_file()), None)
 
 
-def load(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
-    """Read the facts of a video, and its action file if it has one and `options` is not None.
+def load(path: Path, drive_id: str, reading: Reading, actions: bool) -> Drive:
+    """Read the facts of a video, and its action file if it has one and `actions` is set.
 
     Raises DriveSimError if the video or its action file cannot be used.
     """
     facts = read_facts(path)
     log = None
     action_file = _action_file(path)
-    if options is not None and action_file is not None:
-        log = read_action_file(action_file, options, frame_times=facts.timestamps)
+    if actions and action_file is not None:
+        log = read_action_file(action_file, reading, frame_times=facts.timestamps)
     return Drive(
         id=drive_id,
         source="video",
@@ -45,7 +46,7 @@ def load(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
     )
 
 
-def load_orphan(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
+def load_orphan(path: Path, drive_id: str, reading: Reading, actions: bool) -> Drive:
     """Raise DriveSimError, because an action file without a video is not a drive."""
     raise DriveSimError(
         f"{path}: there is no video beside it; add {path.stem}.mp4 (or another video format) or "

@@ -25,6 +25,8 @@ class PlannedDrive:
     """Whether the frames are flipped left to right and the steering is negated."""
     content: str = ""
     """Digest of the chosen frames and their actions. If they change, the plan's hash changes."""
+    notices: tuple[str, ...] = ()
+    """What was assumed, left out, resampled or guessed about the drive, one line each."""
 
     def __post_init__(self) -> None:
         require(self, "id", is_inner_name(self.id), "a relative path without '..', on one line")

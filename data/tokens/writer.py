@@ -257,6 +257,7 @@ class TokenStoreWriter:
                 start=piece.start,
                 source=drive.source,
                 mirrored=drive.mirrored,
+                notices=drive.notices,
             )
             entries.append(entry)
         _write(path, columns, shard_metadata(info, entries))

@@ -1,12 +1,13 @@
-"""Measure the frame rate of a drive, and choose frames for a lower rate."""
+"""Choose the frames of a drive for a frame rate, and find the gaps at this rate."""
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from driving_sim.data.arrays import Floats, Ints
-from driving_sim.data.video.segments import gaps
+from driving_sim.data.video.segments import cut, median_period
 
 RATE_TOLERANCE = 0.25
 """Largest relative difference between the frame rates of two drives, or of a drive and a model.
@@ -14,7 +15,21 @@ RATE_TOLERANCE = 0.25
 A model learns one frame rate. The tolerance is larger than 15 %, because the rate that
 `choose_frames` achieves may differ from the requested rate by that much."""
 
+_GAP_PERIODS = 1.5
 _STRIDE_TOLERANCE = 0.15
+_EVEN_STEP = 0.25
+_EVEN_SHARE = 0.99
+
+
+class Choice(NamedTuple):
+    """The frames that were chosen from a drive."""
+
+    indices: Ints
+    """[T] Increasing numbers of the chosen frames in the drive."""
+    segments: list[tuple[int, int]]
+    """Ranges [start, stop) of the T frames, cut at the gaps. Every frame is in exactly one."""
+    on_ticks: bool
+    """Whether the frames nearest to the ticks of a clock were chosen, not every n-th frame."""
 
 
 def mean_rate(timestamps: Floats, segments: Sequence[tuple[int, int]]) -> float:
@@ -30,13 +45,17 @@ def mean_rate(timestamps: Floats, segments: Sequence[tuple[int, int]]) -> float:
 
 def choose_frames(
     timestamps: Floats, *, fps: float | None = None, every: int | None = None
-) -> Ints:
-    """Return the increasing numbers of the frames to keep for a lower frame rate.
+) -> Choice:
+    """Choose the frames to keep for a lower frame rate, and cut them at gaps.
 
     `every=n` keeps every n-th frame. `fps` keeps every k-th frame if the video's rate is within
-    15 % of k times `fps`, because evenly spaced frames do not jitter. Otherwise `fps` keeps the
-    frame nearest to each tick of a regular grid. All frames are kept if `fps` is above the video's
-    rate, or if neither `fps` nor `every` is given.
+    15 % of k times `fps` and the chosen frames are evenly spaced. Otherwise `fps` keeps the frame
+    nearest to each tick of a clock. All frames are kept if `fps` is above the video's rate, or if
+    neither `fps` nor `every` is given.
+
+    There is a gap where a tick has no frame within half a period: where two chosen frames are more
+    than 1.5 periods apart. The period is 1 / `fps`, or the median time between the chosen frames if
+    that is longer or if `fps` is None.
 
     Raises ValueError if both `fps` and `every` are given, or if one of them is not positive.
     """
@@ -47,16 +66,38 @@ def choose_frames(
     if fps is not None and not (fps > 0 and math.isfinite(fps)):
         raise ValueError(f"fps={fps}: must be a positive number")
     stride = every or 1
-    if fps is not None:
-        ratio = mean_rate(timestamps, gaps(timestamps)) / fps
+    if fps is not None and len(timestamps) > 1:
+        ratio = _rate(timestamps, 1 / fps) / fps
         stride = max(1, round(ratio))
-        if ratio > 1 and abs(ratio / stride - 1) > _STRIDE_TOLERANCE:
-            return _nearest_to_grid(timestamps, 1.0 / fps)
-    return np.arange(0, len(timestamps), stride, dtype=np.int64)
+        is_off = ratio > 1 and abs(ratio / stride - 1) > _STRIDE_TOLERANCE
+        if is_off or (stride > 1 and not _is_even(timestamps[::stride], 1 / fps)):
+            return _nearest_to_ticks(timestamps, 1 / fps)
+    indices = np.arange(0, len(timestamps), stride, dtype=np.int64)
+    steps = np.diff(timestamps[indices])
+    period = max(1 / fps if fps else 0.0, median_period(timestamps[indices]))
+    return Choice(indices, cut(len(indices), steps > _GAP_PERIODS * period), False)
 
 
-def _nearest_to_grid(timestamps: Floats, period: float) -> Ints:
+def _rate(timestamps: Floats, period: float) -> float:
+    """Return the mean frame rate of a video where it has frames for ticks of this period."""
+    steps = np.diff(timestamps)
+    inner = steps[steps <= _GAP_PERIODS * max(period, median_period(timestamps))]
+    return len(inner) / float(inner.sum()) if len(inner) else 0.0
+
+
+def _is_even(timestamps: Floats, period: float) -> bool:
+    """Return whether nearly all frames follow each other after one period, apart from gaps."""
+    steps = np.diff(timestamps) / period
+    inner = steps[steps <= _GAP_PERIODS]
+    return bool((abs(inner - 1) <= _EVEN_STEP).mean() >= _EVEN_SHARE) if len(inner) else False
+
+
+def _nearest_to_ticks(timestamps: Floats, period: float) -> Choice:
     ticks = np.arange(timestamps[0], timestamps[-1] + period / 2, period)
     after = np.searchsorted(timestamps, ticks).clip(1, len(timestamps) - 1)
     nearer_before = ticks - timestamps[after - 1] <= timestamps[after] - ticks
-    return np.unique(after - nearer_before).astype(np.int64)
+    nearest = after - nearer_before
+    near = np.flatnonzero(abs(timestamps[nearest] - ticks) <= (_GAP_PERIODS - 1) * period)
+    indices, first = np.unique(nearest[near], return_index=True)
+    numbers = near[first]  # of the ticks
+    return Choice(indices.astype(np.int64), cut(len(indices), np.diff(numbers) > 1), True)

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from driving_sim.data.actions.action_file import ActionLog, SteeringKind
+from driving_sim.data.actions.action_log import ActionLog, SteeringKind
 from driving_sim.data.drive import Drive, DriveSet, Skipped, VideoFrames, sample
 from driving_sim.data.video.file_facts import read_facts
 from driving_sim.data.video.frame_size import FrameSize
@@ -16,8 +16,7 @@ SIZE = FrameSize(height=16, width=32)
 
 
 def make_log(times: np.ndarray, kind: SteeringKind = "road_wheel") -> ActionLog:
-    values = np.stack([times, -times], axis=1).astype(np.float32)
-    return ActionLog(times=times, values=values, has=np.array([True, True]), steering_kind=kind)
+    return ActionLog.on_one_clock(times, np.stack([times, -times], axis=1), kind)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from driving_sim.data.actions.action_file import SPEED, STEERING
+from driving_sim.data.actions.action_log import SPEED, STEERING
 from driving_sim.data.arrays import Ints, Pixels
 from driving_sim.data.drive import Drive, DriveSet, SampledDrive, sample
 from driving_sim.data.sources import find_drives

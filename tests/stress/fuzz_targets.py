@@ -11,9 +11,10 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from driving_sim.data.actions.action_file import LogOptions, read_action_file, write_action_file
+from driving_sim.data.actions.action_file import read_action_file, write_action_file
 from driving_sim.data.actions.alignment import align
 from driving_sim.data.drive import Drive, sample
+from driving_sim.data.reading import Reading
 from driving_sim.data.sources import find_drives
 from driving_sim.data.synthetic.true_future import load_synthetic_drive
 from driving_sim.data.synthetic.world import SyntheticConfig
@@ -96,11 +97,11 @@ def _damage(rng: random.Random, source: Path, work: Path) -> Path:
 def use_csv(path: Path, work: Path) -> None:
     """Read an action file, align it with frames, and write the actions to another file."""
     frame_times = np.arange(20) / 10
-    log = read_action_file(path, LogOptions(steering_kind="road_wheel"), frame_times=frame_times)
+    log = read_action_file(path, Reading(steering_kind="road_wheel"), frame_times=frame_times)
     actions, valid = align(log, frame_times)
     if not (np.isfinite(actions[valid]).all() and actions.shape == valid.shape == (20, 2)):
         raise AssertionError("valid actions are not finite, or have the wrong shape")
-    write_action_file(work / "again.csv", log.times, log.values, "road_wheel")
+    write_action_file(work / "again.csv", frame_times, actions, "road_wheel")
 
 
 def csv_target(folder: Path) -> Attempt:
@@ -169,7 +170,7 @@ def config_target(folder: Path) -> Attempt:
 
 
 def _use_drives(paths: list[Path]) -> None:
-    source = find_drives(paths, steering_kind=None)
+    source = find_drives(paths)
     for drive in source.drives:
         _use_drive(drive)
     if source.skipped:

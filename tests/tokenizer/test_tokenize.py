@@ -357,7 +357,9 @@ def test_other_actions_change_the_plan(
         tokenize(with_damage(drives), tokenizer, tmp_path / "tokens")
     first, second, third = drives.drives
     assert third.log is not None
-    changed = replace(third, log=replace(third.log, values=third.log.values * 2))
+    assert third.log.speed is not None
+    faster = replace(third.log.speed, values=third.log.speed.values * 2)
+    changed = replace(third, log=replace(third.log, speed=faster))
     with pytest.raises(DriveSimError, match="their actions differ"):
         tokenize(DriveSet([first, second, changed]), tokenizer, tmp_path / "tokens")
 

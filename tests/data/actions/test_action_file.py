@@ -4,15 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from driving_sim.data.actions.action_file import (
-    STEERING,
-    LogOptions,
-    SteeringKind,
-    is_action_file,
-    read_action_file,
-    write_action_file,
-)
+from driving_sim.data.actions.action_file import is_action_file, read_action_file, write_action_file
+from driving_sim.data.actions.action_log import STEERING, SteeringKind
 from driving_sim.data.actions.alignment import align
+from driving_sim.data.reading import Reading
 from driving_sim.engine.errors import DriveSimError
 
 
@@ -33,8 +28,10 @@ def test_what_is_written_is_read_back(csv_path: Path, kind: SteeringKind) -> Non
     actions = random.uniform(-0.5, 0.5, (50, 2)).astype(np.float32)
     write_action_file(csv_path, times, actions, kind)
     log = read_action_file(csv_path)
-    np.testing.assert_array_equal(log.times, times)
-    np.testing.assert_array_equal(log.values, actions)
+    for channel, column in zip(log.channels, actions.T, strict=True):
+        assert channel is not None
+        np.testing.assert_array_equal(channel.times, times)
+        np.testing.assert_array_equal(channel.values.astype(np.float32), column)
     assert log.steering_kind == kind
     assert log.has.all()
     assert log.notices == ()
@@ -54,9 +51,10 @@ def test_a_channel_that_is_nan_throughout_is_left_out(
 ) -> None:
     actions = np.where(known, np.arange(10, dtype=np.float32).reshape(5, 2) / 50, np.nan)
     write_action_file(csv_path, np.arange(5) / 4, actions, "road_wheel" if known[1] else None)
-    log = read_action_file(csv_path, LogOptions())
+    log = read_action_file(csv_path, Reading())
     assert log.has.tolist() == list(known)
-    np.testing.assert_allclose(log.values[:, log.has], actions[:, log.has], atol=1e-6)
+    for channel, column in zip(log.channels, actions.T, strict=True):
+        assert channel is None or np.allclose(channel.values, column, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -86,9 +84,12 @@ def test_units_become_si(
     kind: SteeringKind,
 ) -> None:
     zero = ",".join("0" for _ in header.split(","))
-    log = read_action_file(write(csv_path, header, zero, row), LogOptions(time_offset=2.0))
-    assert log.times[1] == pytest.approx(2.0 + seconds)
-    np.testing.assert_allclose(log.values[1], [speed, steering], rtol=1e-6)
+    log = read_action_file(write(csv_path, header, zero, row), Reading(time_offset=2.0))
+    assert log.speed is not None
+    assert log.steering is not None
+    assert log.speed.times[1] == pytest.approx(2.0 + seconds)
+    assert log.speed.values[1] == pytest.approx(speed, rel=1e-6)
+    assert log.steering.values[1] == pytest.approx(steering, rel=1e-6)
     assert log.steering_kind == kind
 
 
@@ -96,7 +97,7 @@ def test_bare_names_are_reported_and_a_bare_steering_needs_its_kind(csv_path: Pa
     write(csv_path, "timestamp,speed,steering", "0,1,0.1", "1,2,0.2")
     with pytest.raises(DriveSimError, match="`steering_kind`"):
         read_action_file(csv_path)
-    log = read_action_file(csv_path, LogOptions(steering_kind="road_wheel"))
+    log = read_action_file(csv_path, Reading(steering_kind="road_wheel"))
     assert log.steering_kind == "road_wheel"
     assert len(log.notices) == 2
 
@@ -104,12 +105,12 @@ def test_bare_names_are_reported_and_a_bare_steering_needs_its_kind(csv_path: Pa
 def test_a_kind_that_contradicts_the_column_is_an_error(csv_path: Path) -> None:
     write(csv_path, "t,steering_deg", "0,1", "1,2")
     with pytest.raises(DriveSimError, match=r"steering_wheel.*`steering_kind` is road_wheel"):
-        read_action_file(csv_path, LogOptions(steering_kind="road_wheel"))
+        read_action_file(csv_path, Reading(steering_kind="road_wheel"))
 
 
 def test_the_kind_chooses_between_two_steering_columns(csv_path: Path) -> None:
     write(csv_path, "t,steering_rad,road_wheel_rad", "0,1.5,0.1", "1,3,0.2")
-    log = read_action_file(csv_path, LogOptions(steering_kind="road_wheel"))
+    log = read_action_file(csv_path, Reading(steering_kind="road_wheel"))
     assert log.values[1, STEERING] == np.float32(0.2)
     with pytest.raises(DriveSimError, match="keep one"):
         read_action_file(csv_path)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from driving_sim.data.actions.action_file import ActionLog
+from driving_sim.data.actions.action_log import ActionLog
 from driving_sim.data.actions.alignment import align, check_coverage
 from driving_sim.engine.errors import DriveSimError
 
@@ -14,13 +14,8 @@ from driving_sim.engine.errors import DriveSimError
 def make_log(
     times: npt.NDArray[np.float64], speed: npt.NDArray[np.float64], *, steering: bool = True
 ) -> ActionLog:
-    values = np.stack([speed, -speed if steering else np.zeros_like(speed)], axis=1)
-    return ActionLog(
-        times=times,
-        values=values.astype(np.float32),
-        has=np.array([True, steering]),
-        steering_kind="road_wheel" if steering else None,
-    )
+    values = np.stack([speed, -speed], axis=1)
+    return ActionLog.on_one_clock(times, values, "road_wheel" if steering else None)
 
 
 @settings(deadline=None, max_examples=40)
@@ -29,10 +24,11 @@ def test_an_action_is_the_mean_of_the_interpolated_log(seed: int) -> None:
     random = np.random.default_rng(seed)
     log = make_log(np.cumsum(random.uniform(0.005, 0.2, 80)) - 0.1, random.uniform(-20, 20, 80))
     frames = np.cumsum(random.uniform(0.02, 0.3, 15))
-    frames = frames[frames < log.times[-1] - 0.5]
+    assert log.speed is not None
+    frames = frames[frames < log.speed.times[-1] - 0.5]
     actions, valid = align(log, frames)
     fine = [np.linspace(a, b, 20001) for a, b in pairwise(frames)]
-    expected = [np.interp(at, log.times, log.values[:, 0]).mean() for at in fine]
+    expected = [np.interp(at, log.speed.times, log.speed.values).mean() for at in fine]
     np.testing.assert_allclose(actions[:-1, 0], expected, atol=2e-3)
     np.testing.assert_allclose(actions[:, 1], -actions[:, 0])
     assert valid[:-1].all()

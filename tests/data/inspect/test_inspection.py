@@ -9,11 +9,11 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from driving_sim.data.actions.action_file import STEERING
 from driving_sim.data.drive import Drive, sample
 from driving_sim.data.inspect.inspection import _caption, inspect_drives
 from driving_sim.data.inspect.motion import yaw_motion
 from driving_sim.data.inspect.steering_check import measure_synchrony
+from driving_sim.data.reading import Reading
 from driving_sim.data.sources import find_drives
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.data.video.writer import write_video
@@ -167,7 +167,7 @@ def test_a_late_and_flipped_csv_of_a_real_drive_is_reported(tmp_path: Path) -> N
     if not TRACK.exists():
         pytest.skip(f"{TRACK} is not here")
     video = copy_with_steering("drive_03", tmp_path, shift=5, scale=-1)
-    report = inspect_drives([video], tmp_path / "out", steering_kind="road_wheel")
+    report = inspect_drives([video], tmp_path / "out", Reading(steering_kind="road_wheel"))
     (drive,) = report.drives
     assert drive.synchrony.lag_frames in (4, 5)
     assert drive.synchrony.sign == -1
@@ -183,7 +183,7 @@ def track() -> list[tuple[Drive, npt.NDArray[np.float32]]]:
     """The eight real drives, each with its image motion."""
     if not TRACK.exists():
         pytest.skip(f"{TRACK} is not here")
-    drives = find_drives([TRACK], steering_kind="road_wheel").drives
+    drives = find_drives([TRACK], Reading(steering_kind="road_wheel")).drives
     size = FrameSize(height=64, width=128)
     return [(drive, yaw_motion(np.stack(list(drive.stream(size))))) for drive in drives]
 
@@ -207,9 +207,10 @@ def test_lag_and_sign_of_every_real_drive_are_found(
     assert len(track) == 8
     for drive, motion in track:
         assert drive.log is not None
-        values = drive.log.values.copy()
-        values[:, STEERING] = scale * np.roll(values[:, STEERING], shift)
-        spoilt = replace(drive, log=replace(drive.log, values=values))
+        assert drive.log.steering is not None
+        values = scale * np.roll(drive.log.steering.values, shift)
+        steering = replace(drive.log.steering, values=values)
+        spoilt = replace(drive, log=replace(drive.log, steering=steering))
         synchrony = measure_synchrony(motion, sample(spoilt))
         assert synchrony.lag_frames in lags, drive.id
         assert synchrony.sign == scale, drive.id

@@ -4,6 +4,7 @@ import pytest
 
 from driving_sim.data.drive import Drive, sample
 from driving_sim.data.inspect.motion import picture_change, yaw_motion
+from driving_sim.data.reading import Reading
 from driving_sim.data.sources import find_drives
 from driving_sim.data.video.frame_size import FrameSize
 from tests import SHARED
@@ -119,7 +120,7 @@ def motion_and_expectation(drive: Drive, every: int) -> tuple[npt.NDArray[np.flo
 def test_real_turns_follow_the_steering(name: str, least: float, largest: float) -> None:
     if not TRACK.exists():
         pytest.skip(f"{TRACK} is not here")
-    (drive,) = find_drives([TRACK / f"{name}.mp4"], steering_kind="road_wheel").drives
+    (drive,) = find_drives([TRACK / f"{name}.mp4"], Reading(steering_kind="road_wheel")).drives
     motion, expected = motion_and_expectation(drive, every=1)
     assert np.corrcoef(motion, expected)[0, 1] > least
     assert np.abs(motion).max() == pytest.approx(largest, rel=0.1)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from driving_sim.data.actions.action_file import ActionLog, SteeringKind
+from driving_sim.data.actions.action_log import ActionLog, SteeringKind
 from driving_sim.data.arrays import Ints, Pixels
 from driving_sim.data.drive import Drive, SampledDrive, sample
 from driving_sim.data.inspect.steering_check import Synchrony, curvature, measure_synchrony
@@ -48,12 +48,8 @@ def make_drive(
     steering: Series, speed: Series, kind: SteeringKind = "road_wheel", *, has_speed: bool = True
 ) -> SampledDrive:
     times = np.arange(len(steering)) / FPS
-    log = ActionLog(
-        times=times,
-        values=np.stack([speed, steering], axis=1).astype(np.float32),
-        has=np.array([has_speed, True]),
-        steering_kind=kind,
-    )
+    log = ActionLog.on_one_clock(times, np.stack([speed, steering], axis=1), kind)
+    log = log.only((has_speed, True))
     return sample(Drive(id="a", source="video", timestamps=times, reader=NoFrames(), log=log))
 
 
@@ -126,7 +122,13 @@ def test_following_the_advice_removes_the_problem(steering: Series, speed: Serie
     synchrony = measure_synchrony(motion, late)
     assert synchrony.lag_s is not None
     assert late.drive.log is not None
-    log = replace(late.drive.log, times=late.drive.log.times - synchrony.lag_s)
+    assert late.drive.log.speed is not None
+    assert late.drive.log.steering is not None
+    log = replace(
+        late.drive.log,
+        speed=late.drive.log.speed.shifted(-synchrony.lag_s),
+        steering=late.drive.log.steering.shifted(-synchrony.lag_s),
+    )
     mended = measure_synchrony(motion, sample(replace(late.drive, log=log)))
     assert mended.problems == ()
     assert mended.lag_frames == 0
