@@ -285,7 +285,7 @@ def test_a_full_disk_gives_a_one_line_error(command: str, used: Path) -> None:
         (["train-tokenizer", "empty", "--precision", "fp8"], "'auto', 'fp32' or 'bf16'"),
         (["train-world-model", "--precision", "fp8"], "'auto', 'fp32' or 'bf16'"),
         (["train-tokenizer", "empty", "--steps", "1", "--minutes", "1"], "give only one"),
-        (["inspect", "empty", "--steering-kind", "hovering"], "kinds are"),
+        (["inspect", "empty", "--steering-kind", "hovering"], "unknown; choose steering_wheel"),
         (["evaluate", "tokenizer", "missing", "empty"], "holds no tokenizer"),
         (["evaluate", "world-model", "missing", "empty", "--sweeps", "0"], "--sweeps"),
         (
@@ -408,7 +408,7 @@ def test_every_command_has_words_for_every_setting_that_an_error_names() -> None
         ("synth", "choose another `out`", "choose another OUT"),
         ("inspect", "try `time_offset=-0.20`", "try --time-offset -0.20"),
         ("inspect", "but `steering_kind` is a", "but --steering-kind is a"),
-        ("rollout", "but `steering_kind` is a", "but the model's kind of steering is a"),
+        ("rollout", "but `steering_kind` is a", "but --steering-kind is a"),
         ("rollout", "`start_s` 9: name one", "--start 9: name one"),
         ("rollout", "tokenize with `fps=10`", "tokenize with --fps 10"),
         ("tokenize", "`objective.lpips_weight=0`", "--set objective.lpips_weight=0"),

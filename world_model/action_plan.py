@@ -22,6 +22,7 @@ from driving_sim.data.arrays import Floats, Floats32, Mask
 from driving_sim.data.reading import Reading
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import shown
+from driving_sim.engine.progress import say
 
 LONGEST_S = 86400.0
 NAMES = ("straight", "left", "right", "brake", "recorded")
@@ -181,6 +182,8 @@ def _then_hold(label: str, actions: Floats32, valid: Mask, fps: float) -> _Plann
 
 def _from_file(path: Path, situation: Situation) -> _Planned:
     log = read_action_file(path, Reading(steering_kind=situation.steering_kind))
+    for line in log.notices:
+        say(f"{path}: {line}")
     first, last = log.span
     frames = int((min(last, LONGEST_S) + _ROUNDING_S) * situation.fps)
     if first > EXTRAPOLATION_S or frames < 1:
@@ -205,7 +208,7 @@ def _from_file(path: Path, situation: Situation) -> _Planned:
         elif not valid[:, channel].all():
             first = int(np.flatnonzero(~valid[:, channel])[0]) / situation.fps
             raise DriveSimError(
-                f"{path}: {name} has a gap at {first:.2f} s; give a row at least every 0.25 s"
+                f"{path}: {name} has a gap at {first:.2f} s; give its rows at a steady rate"
             )
     return _then_hold(path.stem, actions, valid, situation.fps)
 

@@ -105,7 +105,8 @@ def _on_video_clock(
         f"the clock of the actions begins at {times[0]:.2f} s; this moment is taken to be the "
         "start of the video (otherwise shift it with `time_offset`)"
     )
-    return shifted - times[0]
+    aligned: Floats = shifted - times[0]
+    return aligned
 
 
 def _channel(name: str, times: Floats, values: Floats, notices: list[str]) -> Channel | None:

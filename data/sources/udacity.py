@@ -144,8 +144,8 @@ def load(path: Path, drive_id: str, reading: Reading, actions: bool) -> Drive:
     log = None
     if actions:
         reading.check_kind(f"{path / LOG_NAME}: a simulator's steering", "road_wheel")
-        actions = np.array([(row.speed_mps, row.road_wheel_rad) for row in rows])
+        values = np.array([(row.speed_mps, row.road_wheel_rad) for row in rows])
         clock = times + reading.time_offset
-        log = ActionLog.on_one_clock(clock, actions, "road_wheel", origin=str(path / LOG_NAME))
+        log = ActionLog.on_one_clock(clock, values, "road_wheel", origin=str(path / LOG_NAME))
     reader = ImageFrames(tuple(row.image for row in rows))
     return Drive(id=drive_id, source="udacity", timestamps=times, reader=reader, log=log)

@@ -91,9 +91,10 @@ def test_requiring_all_drives_names_the_first_that_is_bad(drive: Drive) -> None:
 
 
 def test_a_sample_is_cut_where_the_video_lost_a_frame(drive: Drive) -> None:
-    later = np.where(np.arange(12) < 6, 0.0, 0.1)  # The frame before frame 6 is missing.
+    later = np.where(np.arange(12) < 6, 0.0, 0.2)  # The two frames before frame 6 are missing.
     gappy = Drive(
         id="gappy", source="video", timestamps=drive.timestamps + later, reader=drive.reader
     )
     assert sample(gappy, every=2).segments == [(0, 3), (3, 6)]
-    assert sample(gappy, every=4).segments == [(0, 2), (2, 3)]
+    assert sample(gappy, fps=5).segments == [(0, 3), (3, 6)]
+    assert sample(gappy, fps=2.5).segments == [(0, 4)]  # At this rate no frame is missing.

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from driving_sim.data.actions.action_log import ActionLog
+from driving_sim.data.actions.action_log import ActionLog, Channel
 from driving_sim.data.actions.alignment import align, check_coverage
 from driving_sim.engine.errors import DriveSimError
 
@@ -68,6 +68,28 @@ def test_an_interval_that_touches_a_gap_is_invalid() -> None:
 def test_samples_a_quarter_of_a_second_apart_are_no_gap() -> None:
     times = np.arange(9) / 4
     assert align(make_log(times, np.ones(9)), np.arange(20) / 10)[1].all()
+
+
+def test_a_slow_channel_has_longer_gaps_but_none_over_a_second_and_a_half() -> None:
+    frames = np.arange(100) / 10
+    times = np.delete(np.arange(10.0), [4, 5])
+    _, valid = align(make_log(times, np.ones(8)), frames)
+    assert frames[~valid[:, 0]].min() == pytest.approx(3.0)
+    assert frames[~valid[:, 0] & (frames < 8)].max() == pytest.approx(5.9)
+    assert not align(make_log(2 * np.arange(6.0), np.ones(6)), frames)[1][1:-1].any()
+
+
+def test_each_channel_has_its_own_gaps() -> None:
+    fast, slow = np.arange(50) / 10, np.arange(5.0)
+    log = ActionLog(
+        speed=Channel(times=slow, values=slow),
+        steering=Channel(times=np.delete(fast, [20, 21, 22]), values=np.ones(47)),
+        steering_kind="road_wheel",
+    )
+    actions, valid = align(log, fast[:40])
+    assert valid[:, 0].all()
+    np.testing.assert_allclose(actions[:, 0], fast[:40] + 0.05, atol=1e-6)
+    assert np.flatnonzero(~valid[:, 1]).tolist() == [19, 20, 21, 22]
 
 
 def test_a_channel_that_is_missing_is_invalid_everywhere() -> None:

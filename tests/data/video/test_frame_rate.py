@@ -56,11 +56,11 @@ FRAMES_30 = np.arange(900) / 30
 
 
 def test_dropped_frames_are_no_gap_at_a_lower_rate() -> None:
-    """30 frames/s of which a fourth was dropped at random: every tick of 10/s has a frame."""
+    """30 frames/s of which a fourth was dropped at random: nearly every tick of 10/s has one."""
     times = FRAMES_30[np.random.default_rng(0).uniform(size=900) > 0.25]
     assert len(choose_frames(times).segments) > 100
     chosen, segments, _ = choose_frames(times, fps=10)
-    assert max(stop - start for start, stop in segments) > 0.5 * len(chosen)
+    assert sum(stop - start for start, stop in segments if stop - start >= 10) > 0.9 * len(chosen)
     assert len(segments) < 10
     assert np.diff(times[chosen]).mean() == pytest.approx(0.1, rel=0.02)
 
