@@ -206,11 +206,13 @@ class DriveSet:
 
     drives: list[Drive]
     skipped: list[Skipped] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
+    """What was left out of the searched folders, one line each."""
 
     @property
     def notices(self) -> list[str]:
         """One line for everything that was assumed, left out or guessed, with the drives' ids."""
-        return grouped((drive.id, drive.notices) for drive in self.drives)
+        return [*grouped((drive.id, drive.notices) for drive in self.drives), *self.passed_over]
 
     @property
     def steering_kind(self) -> SteeringKind | None:

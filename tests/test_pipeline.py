@@ -275,3 +275,19 @@ def test_skip_bad_covers_damage_that_only_decoding_detects(videos: Path, tmp_pat
     store = TokenStore(out)
     assert store.drive_ids == ("drive_000", "drive_001")
     assert [skipped.id for skipped in store.index.skipped] == ["damaged"]
+
+
+def test_tokenize_says_what_it_passed_over(
+    videos: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "videos"
+    shutil.copytree(videos, folder)
+    (folder / "notes.txt").touch()
+    (folder / "drive" / "oxts").mkdir(parents=True)
+    (folder / "drive" / "image_02").mkdir()
+    tokenize_videos([folder], run / "tokenizer", tmp_path / "tokens", device="cpu")
+    said = capsys.readouterr().err
+    assert f"{folder}: passed over 1 other file: 1 .txt" in said
+    assert f"{folder / 'drive'}: is a recording of KITTI, which drivesim does not read" in said
+    with pytest.raises(DriveSimError, match=r"is a world model, not a tokenizer; its tokenizer is"):
+        tokenize_videos([folder], run, tmp_path / "again", device="cpu")

@@ -257,6 +257,8 @@ def inspect_drives(
             else:
                 reports.append(_report(drive, measured, motion, change, folder))
         if not reports:
+            for line in drive_set.notices:
+                bar.say(line)
             for skip in skipped:
                 bar.say(f"skipped {skip.id}: {skip.reason}")
             raise DriveSimError("every drive was skipped: nothing is left to inspect")

@@ -21,18 +21,25 @@ from driving_sim.data.actions.action_log import (
 from driving_sim.data.arrays import Floats
 from driving_sim.data.drive import Drive, VideoFrames
 from driving_sim.data.reading import Reading
+from driving_sim.data.sources.source import Contents, Folder, Found
 from driving_sim.data.video.decoder_pool import read_facts
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import one_line
 
 _CAN = Path("processed_log", "CAN")
+_OWN = frozenset(("video.hevc", "global_pose", "processed_log", "raw_log.bz2", "preview.png"))
 _TURN_DEG = math.degrees(STEERING_LIMIT["steering_wheel"])
 _LIMITS = {"speed": SPEED_RANGE_MPS, "steering_angle": (-_TURN_DEG, _TURN_DEG)}
 
 
-def is_segment(folder: Path) -> bool:
+def detect(folder: Folder) -> bool:
     """Return whether a folder is a comma2k19 segment."""
-    return (folder / _CAN).is_dir()
+    return _CAN.parts[0] in folder.folders and (folder.path / _CAN).is_dir()
+
+
+def drives(folder: Folder) -> Contents:
+    """Return the drive of a segment."""
+    return Contents(drives=(Found(path=folder.path, load=load),), own=_OWN)
 
 
 def _array(path: Path) -> Floats:

@@ -1,22 +1,35 @@
 """Find the videos in a folder. `a.csv` is the action file of a video `a.mp4` beside it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from itertools import product
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from driving_sim.data.actions.action_file import is_action_file, read_action_file
 from driving_sim.data.drive import Drive, VideoFrames
 from driving_sim.data.reading import Reading
+from driving_sim.data.sources.source import Contents, Folder, Found
 from driving_sim.data.video.decoder_pool import read_facts
 from driving_sim.engine.errors import DriveSimError
 
-Load = Callable[[Path, str, Reading, bool], Drive]
-"""Function that loads a drive, given its path, its id, how to read it, and whether to read its
-actions."""
-
 VIDEO_SUFFIXES = frozenset(
-    {".mp4", ".mkv", ".webm", ".mov", ".m4v", ".avi", ".ts", ".mpg", ".mpeg", ".h264", ".hevc"}
+    suffix
+    for suffixes in (
+        (".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".f4v", ".flv", ".mkv", ".webm", ".avi"),
+        (".ts", ".mts", ".m2ts", ".m2t", ".tod", ".mpg", ".mpeg", ".mod", ".vob", ".m2v"),
+        (".wmv", ".asf", ".ogv", ".mxf", ".dv", ".dav", ".ivf", ".mjpg", ".mjpeg"),
+        (".264", ".h264", ".265", ".h265", ".hevc"),
+    )
+    for suffix in suffixes
 )
+"""Suffixes, in lower case, that cameras, recorders and common programs give to videos."""
+BESIDE = frozenset({".csv", ".json"})
+"""Suffixes of the files that belong to the video of the same stem. drivesim writes the JSON."""
+_PLAN_OF_SYNTH = "synthetic.json"
+
+
+def is_video(name: str) -> bool:
+    """Return whether a file has the suffix of a video, in any case."""
+    return PurePath(name).suffix.lower() in VIDEO_SUFFIXES
 
 
 def _action_file(video: Path) -> Path | None:
@@ -46,7 +59,7 @@ def load(path: Path, drive_id: str, reading: Reading, actions: bool) -> Drive:
     )
 
 
-def load_orphan(path: Path, drive_id: str, reading: Reading, actions: bool) -> Drive:
+def _load_orphan(path: Path, drive_id: str, reading: Reading, actions: bool) -> Drive:
     """Raise DriveSimError, because an action file without a video is not a drive."""
     raise DriveSimError(
         f"{path}: there is no video beside it; add {path.stem}.mp4 (or another video format) or "
@@ -54,12 +67,27 @@ def load_orphan(path: Path, drive_id: str, reading: Reading, actions: bool) -> D
     )
 
 
-def found_in(folder: Path) -> Iterator[tuple[Path, Load]]:
-    """Yield the path and the loader of each video, and of each action file without a video."""
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    videos = {path.stem for path in files if path.suffix.lower() in VIDEO_SUFFIXES}
-    for path in files:
-        if path.suffix.lower() in VIDEO_SUFFIXES:
-            yield path, load
-        elif path.suffix.lower() == ".csv" and path.stem not in videos and is_action_file(path):
-            yield path, load_orphan
+def detect(folder: Folder) -> bool:
+    """Return True: any folder may contain videos."""
+    return True
+
+
+def drives(folder: Folder) -> Contents:
+    """Return the videos in a folder, and the action files without a video."""
+    return contents_of(folder, folder.files)
+
+
+def contents_of(folder: Folder, files: Sequence[str]) -> Contents:
+    """Return the videos among some files of a folder, and the action files without a video."""
+    videos = {PurePath(name).stem for name in files if is_video(name)}
+    found, own = [], set()
+    for name in files:
+        path, suffix = folder.path / name, PurePath(name).suffix.lower()
+        if is_video(name):
+            found.append(Found(path=path, load=load))
+        elif suffix == ".csv" and path.stem not in videos and is_action_file(path):
+            found.append(Found(path=path, load=_load_orphan, has_frames=False))
+        elif not (suffix in BESIDE and path.stem in videos) and name != _PLAN_OF_SYNTH:
+            continue
+        own.add(name)
+    return Contents(drives=tuple(found), own=frozenset(own), has_more=True)
