@@ -285,7 +285,7 @@ def reads_recordings(command: Command) -> Command:
 
     @wraps(command)
     def with_options(**options: Any) -> Any:
-        from driving_sim.data.reading import Reading
+        from driving_sim.data.actions.reading import Reading
 
         given = {name: options.pop(name) for name in _READING}
         return command(**options, reading=Reading(**_given_options(given)))

@@ -8,8 +8,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
+from driving_sim.data.actions.reading import AS_NAMED, Reading
 from driving_sim.data.drive import Drive, DriveSet, sample
-from driving_sim.data.reading import AS_NAMED, Reading
 from driving_sim.data.sources import find_drives
 from driving_sim.data.tokens.index import INDEX, UNFINISHED, StoreIndex, read_index
 from driving_sim.engine.config import resolve

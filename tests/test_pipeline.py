@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from driving_sim import pipeline
-from driving_sim.data.reading import Reading
+from driving_sim.data.actions.reading import Reading
 from driving_sim.data.synthetic.contexts import write_contexts
 from driving_sim.data.synthetic.world import SyntheticConfig
 from driving_sim.data.synthetic.writer import write_synthetic_drives

@@ -18,8 +18,8 @@ import numpy as np
 from driving_sim.data.actions.action_file import read_action_file
 from driving_sim.data.actions.action_log import SPEED, STEERING, STEERING_LIMIT, UNITS, SteeringKind
 from driving_sim.data.actions.alignment import EXTRAPOLATION_S, align
+from driving_sim.data.actions.reading import Reading
 from driving_sim.data.arrays import Floats, Floats32, Mask
-from driving_sim.data.reading import Reading
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import shown
 from driving_sim.engine.progress import say

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from driving_sim.data.actions.reading import AS_NAMED, Reading
 from driving_sim.data.drive import DriveSet
-from driving_sim.data.reading import AS_NAMED, Reading
 from driving_sim.data.sources import find_drives
 from driving_sim.data.sources.video_folder import VIDEO_SUFFIXES
 from driving_sim.data.tokens.store import TokenStore

@@ -30,8 +30,8 @@ from driving_sim.data.actions.columns import (
     look_alike,
 )
 from driving_sim.data.actions.csv_table import CsvTable, read_csv, read_header
+from driving_sim.data.actions.reading import AS_NAMED, Reading
 from driving_sim.data.arrays import Floats, Floats32
-from driving_sim.data.reading import AS_NAMED, Reading
 from driving_sim.engine.files import atomic_file
 
 _WRITTEN = {column.kind: column.name for column in STEERINGS.values() if column.scale == 1.0}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from driving_sim.data.actions.action_log import STEERING, UNITS, SteeringKind
 from driving_sim.data.actions.csv_table import CsvTable, plain
-from driving_sim.data.reading import SPEED_UNITS, STEERING_UNITS, Reading
+from driving_sim.data.actions.reading import SPEED_UNITS, STEERING_UNITS, Reading
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import shown
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from driving_sim.data.actions.action_log import SPEED, STEERING, SteeringKind
+from driving_sim.data.actions.reading import AS_NAMED, Reading
 from driving_sim.data.arrays import Floats32
 from driving_sim.data.drive import Drive, SampledDrive, Skipped, sample
 from driving_sim.data.inspect.motion import picture_change, yaw_motion
 from driving_sim.data.inspect.picture import draw_drive
 from driving_sim.data.inspect.steering_check import Synchrony, measure_synchrony
-from driving_sim.data.reading import AS_NAMED, Reading
 from driving_sim.data.sources import find_drives
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.data.video.segments import within_segments

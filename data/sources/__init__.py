@@ -12,9 +12,9 @@ from itertools import product
 from pathlib import Path
 
 from driving_sim.data.actions.alignment import check_coverage
+from driving_sim.data.actions.reading import AS_NAMED, Reading
 from driving_sim.data.drive import Drive, DriveSet, Skipped
 from driving_sim.data.inner_name import is_inner_name
-from driving_sim.data.reading import AS_NAMED, Reading
 from driving_sim.data.sources.search import Candidate, Search
 from driving_sim.data.split import MIRROR_SUFFIX
 from driving_sim.engine.errors import DriveSimError

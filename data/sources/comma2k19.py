@@ -18,9 +18,9 @@ from driving_sim.data.actions.action_log import (
     ActionLog,
     Channel,
 )
+from driving_sim.data.actions.reading import Reading
 from driving_sim.data.arrays import Floats
 from driving_sim.data.drive import Drive, VideoFrames
-from driving_sim.data.reading import Reading
 from driving_sim.data.sources.source import Contents, Folder, Found
 from driving_sim.data.video.decoder_pool import read_facts
 from driving_sim.engine.errors import DriveSimError

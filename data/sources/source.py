@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
+from driving_sim.data.actions.reading import Reading
 from driving_sim.data.drive import Drive
-from driving_sim.data.reading import Reading
 
 Load = Callable[[Path, str, Reading, bool], Drive]
 """Function that loads a drive, given its path, its id, how to read it, and whether to read its

@@ -5,8 +5,8 @@ from itertools import product
 from pathlib import Path, PurePath
 
 from driving_sim.data.actions.action_file import is_action_file, read_action_file
+from driving_sim.data.actions.reading import Reading
 from driving_sim.data.drive import Drive, VideoFrames
-from driving_sim.data.reading import Reading
 from driving_sim.data.sources.source import Contents, Folder, Found
 from driving_sim.data.video.decoder_pool import read_facts
 from driving_sim.engine.errors import DriveSimError

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from driving_sim.data.actions.reading import AS_NAMED, Reading
 from driving_sim.data.drive import DriveSet, SampledDrive, sample
-from driving_sim.data.reading import AS_NAMED, Reading
 from driving_sim.data.tokens.index import INDEX
 from driving_sim.data.tokens.store import TokenStore
 from driving_sim.data.video.frame_rate import RATE_TOLERANCE

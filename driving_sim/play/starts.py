@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from driving_sim.data.actions.reading import AS_NAMED, Reading
 from driving_sim.data.arrays import Floats32
-from driving_sim.data.reading import AS_NAMED, Reading
 from driving_sim.data.synthetic.motion.vehicle import VehicleState
 from driving_sim.data.synthetic.true_future import synthetic_beside
 from driving_sim.data.synthetic.world import SyntheticWorld

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from driving_sim.data.actions.action_log import SPEED, STEERING
+from driving_sim.data.actions.reading import Reading
 from driving_sim.data.drive import sample
-from driving_sim.data.reading import Reading
 from driving_sim.data.sources import find_drives
 from driving_sim.data.tokens.plan import PlannedDrive
 from driving_sim.data.video import decoder_pool as decoder_process

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from driving_sim.data.actions.reading import Reading
 from driving_sim.data.drive import DriveSet
-from driving_sim.data.reading import Reading
 from driving_sim.data.sources import find_drives
 from driving_sim.data.synthetic.world import SyntheticConfig
 from driving_sim.data.synthetic.writer import write_synthetic_drives

@@ -7,9 +7,9 @@ import pytest
 
 from driving_sim.data.actions.action_file import read_action_file
 from driving_sim.data.actions.action_log import ActionLog
+from driving_sim.data.actions.reading import Reading
 from driving_sim.data.arrays import Floats
 from driving_sim.data.drive import sample
-from driving_sim.data.reading import Reading
 from driving_sim.data.sources import find_drives
 from driving_sim.engine.config import to_dict
 from driving_sim.engine.errors import DriveSimError

@@ -13,8 +13,8 @@ from PIL import Image
 
 from driving_sim.data.actions.action_file import read_action_file, write_action_file
 from driving_sim.data.actions.alignment import align
+from driving_sim.data.actions.reading import Reading
 from driving_sim.data.drive import Drive, sample
-from driving_sim.data.reading import Reading
 from driving_sim.data.sources import find_drives
 from driving_sim.data.synthetic.true_future import load_synthetic_drive
 from driving_sim.data.synthetic.world import SyntheticConfig

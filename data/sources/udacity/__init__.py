@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from driving_sim.data.actions.action_log import ActionLog
+from driving_sim.data.actions.reading import Reading
 from driving_sim.data.drive import Drive
 from driving_sim.data.image_frames import ImageFrames
 from driving_sim.data.inner_name import inside
-from driving_sim.data.reading import Reading
 from driving_sim.data.sources.source import Contents, Folder, Found
 from driving_sim.data.sources.udacity.log import LOG_NAME, Row, Take, bad_row, read_log
 from driving_sim.data.video.frame_size import FrameSize

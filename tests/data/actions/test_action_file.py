@@ -8,7 +8,7 @@ import pytest
 from driving_sim.data.actions.action_file import is_action_file, read_action_file, write_action_file
 from driving_sim.data.actions.action_log import SteeringKind
 from driving_sim.data.actions.alignment import align
-from driving_sim.data.reading import Reading
+from driving_sim.data.actions.reading import Reading
 from driving_sim.engine.errors import DriveSimError
 
 

@@ -9,11 +9,11 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from driving_sim.data.actions.reading import Reading
 from driving_sim.data.drive import Drive, sample
 from driving_sim.data.inspect.inspection import _caption, inspect_drives
 from driving_sim.data.inspect.motion import yaw_motion
 from driving_sim.data.inspect.steering_check import measure_synchrony
-from driving_sim.data.reading import Reading
 from driving_sim.data.sources import find_drives
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.data.video.writer import write_video

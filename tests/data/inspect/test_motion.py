@@ -2,9 +2,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from driving_sim.data.actions.reading import Reading
 from driving_sim.data.drive import Drive, sample
 from driving_sim.data.inspect.motion import picture_change, yaw_motion
-from driving_sim.data.reading import Reading
 from driving_sim.data.sources import find_drives
 from driving_sim.data.video.frame_size import FrameSize
 from tests import SHARED

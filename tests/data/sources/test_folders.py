@@ -6,8 +6,8 @@ import av
 import numpy as np
 import pytest
 
+from driving_sim.data.actions.reading import Reading
 from driving_sim.data.inspect.inspection import inspect_drives
-from driving_sim.data.reading import Reading
 from driving_sim.data.sources import find_drives
 from driving_sim.data.sources.video_folder import VIDEO_SUFFIXES
 from driving_sim.data.synthetic.writer import write_synthetic_drives
