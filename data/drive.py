@@ -4,7 +4,7 @@ Legend: N frames of a drive, T frames sampled from it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -18,11 +18,13 @@ from driving_sim.data.video.decoder_pool import read_frames, stream_frames
 from driving_sim.data.video.file_facts import VideoFacts
 from driving_sim.data.video.frame_rate import Choice, choose_frames, mean_rate
 from driving_sim.data.video.frame_size import FrameSize
+from driving_sim.data.video.segments import cut, isolated, within_segments
 from driving_sim.engine.config import config
 from driving_sim.engine.errors import BadDriveError, DriveSimError
 
 _RUN_S = 1.0
 _RATE_SLACK = 0.05
+_STRETCHES_NAMED = 4
 
 
 class FrameReader(Protocol):
@@ -32,8 +34,11 @@ class FrameReader(Protocol):
         """Read the frames at `indices`, which may be in any order, as [n, H, W, 3]."""
         ...
 
-    def stream(self, indices: Ints | None, size: FrameSize | None) -> Iterator[Pixels]:
-        """Yield the frames [H, W, 3] at ascending `indices`, or all frames if `indices` is None."""
+    def stream(self, indices: Ints | None, size: FrameSize | None) -> Iterator[Pixels | None]:
+        """Yield the frames [H, W, 3] at ascending `indices`, or all frames if `indices` is None.
+
+        A frame that is lost to damage is None.
+        """
         ...
 
     def files(self, indices: Ints) -> list[Path]:
@@ -51,8 +56,9 @@ class VideoFrames:
         """Read the frames at `indices`, which may be in any order, as [n, H, W, 3]."""
         return read_frames(self.facts, indices, size)
 
-    def stream(self, indices: Ints | None, size: FrameSize | None) -> Iterator[Pixels]:
-        """Yield the frames [H, W, 3] at ascending `indices`, or all frames if `indices` is None."""
+    def stream(self, indices: Ints | None, size: FrameSize | None) -> Iterator[Pixels | None]:
+        """Yield the frames [H, W, 3] at ascending `indices`, or all frames if `indices` is None. A
+        frame that is lost to damage is None."""
         return stream_frames(self.facts, size=size, indices=indices)
 
     def files(self, indices: Ints) -> list[Path]:
@@ -83,7 +89,11 @@ class Drive:
     @property
     def notices(self) -> tuple[str, ...]:
         """What was assumed, left out or guessed about the drive and its actions, a line each."""
-        return (*self.assumptions, *(self.log.notices if self.log else ()))
+        return (
+            *self.assumptions,
+            *(self.video.notices if self.video else ()),
+            *(self.log.notices if self.log else ()),
+        )
 
     def frames(self, indices: Ints | Sequence[int], size: FrameSize | None = None) -> Pixels:
         """Read the frames at `indices`, which may be in any order, as uint8 [n, H, W, 3].
@@ -95,7 +105,22 @@ class Drive:
     def stream(
         self, size: FrameSize | None = None, indices: Ints | Sequence[int] | None = None
     ) -> Iterator[Pixels]:
-        """Yield the frames at ascending `indices`, or all frames, as uint8 [H, W, 3]."""
+        """Yield the frames at ascending `indices`, or all frames, as uint8 [H, W, 3].
+
+        Raises BadDriveError at a frame that is lost to damage.
+        """
+        for number, frame in enumerate(self.stream_with_losses(size, indices)):
+            if frame is None:
+                at_s = self.timestamps[number if indices is None else indices[number]]
+                raise BadDriveError(
+                    f"{self.id}: is damaged at {at_s:.1f} s; leave this part out, or the drive"
+                )
+            yield frame
+
+    def stream_with_losses(
+        self, size: FrameSize | None = None, indices: Ints | Sequence[int] | None = None
+    ) -> Iterator[Pixels | None]:
+        """Yield the frames as `stream` does, but None for each that is lost to damage."""
         numbers = None if indices is None else np.asarray(indices, np.int64)
         return self.reader.stream(numbers, size)
 
@@ -132,6 +157,35 @@ class SampledDrive:
         ]
         duration_s = float(self.drive.timestamps[-1] - self.drive.timestamps[0])
         return sum(run for run in runs if run >= _RUN_S) / duration_s if duration_s else 0.0
+
+    def without(self, lost: Mask) -> "SampledDrive":
+        """Return the drive without the frames [T] that are lost to damage, cut where they were."""
+        if not lost.any():
+            return self
+        kept = np.flatnonzero(~lost)
+        gap_after = ~within_segments(isolated(self.segments, lost))
+        gaps_before = np.append(0, np.cumsum(gap_after))
+        return replace(
+            self,
+            indices=self.indices[kept],
+            timestamps=self.timestamps[kept],
+            actions=self.actions[kept],
+            action_valid=self.action_valid[kept],
+            segments=cut(len(kept), np.diff(gaps_before[kept]) > 0),
+        )
+
+    def about_losses(self, lost: Mask) -> tuple[str, ...]:
+        """Return a notice about the frames [T] that are lost to damage, if there are any."""
+        if not lost.any():
+            return ()
+        bounds = np.flatnonzero(np.diff(np.concatenate([[False], lost, [False]]))).tolist()
+        stretches = [
+            f"{self.timestamps[start]:.1f} to {self.timestamps[stop - 1]:.1f} s"
+            for start, stop in zip(bounds[::2], bounds[1::2], strict=True)
+        ]
+        more = len(stretches) - _STRETCHES_NAMED
+        named = ", ".join(stretches[:_STRETCHES_NAMED]) + (f" and {more} more" if more > 0 else "")
+        return (f"damaged at {named}; the {lost.sum()} frames there are left out",)
 
     def batches(self, size: FrameSize, count: int) -> Iterator[Pixels]:
         """Yield batches of `count` frames in order, uint8 [n, H, W, 3]; the last may be smaller."""

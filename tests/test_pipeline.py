@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -27,7 +26,7 @@ from driving_sim.world_model.training.presets import PRESETS as WORLD_MODEL_PRES
 from driving_sim.world_model.transformer import Transformer
 from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.token_drives import FPS, write_store
-from tests.fixtures.video_files import write_numbered
+from tests.fixtures.video_files import write_undecodable
 from tests.fixtures.world_models import new_world
 
 REQUEST = TrainingRequest(preset="demo", steps=1, device="cpu")
@@ -261,10 +260,7 @@ def test_skip_bad_covers_damage_that_only_decoding_detects(videos: Path, tmp_pat
     folder.mkdir()
     for path in videos.glob("drive_*.*"):
         (folder / path.name).symlink_to(path)
-    content = bytearray(write_numbered(folder / "damaged.mp4", count=240).read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + 2000] = np.random.default_rng(0).bytes(2000)
-    (folder / "damaged.mp4").write_bytes(content)
+    write_undecodable(folder / "damaged.hevc")
     with pytest.raises(BadDriveError, match="truncated or damaged"):
         train_tokenizer_on([folder], tmp_path / "stopped", REQUEST)
     train_tokenizer_on([folder], tmp_path / "run", REQUEST, skip_bad=True)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -11,15 +11,15 @@ import numpy as np
 
 from driving_sim.data.actions.action_log import SPEED, STEERING, SteeringKind
 from driving_sim.data.actions.reading import AS_NAMED, Reading
-from driving_sim.data.arrays import Floats32
-from driving_sim.data.drive import Drive, SampledDrive, Skipped, sample
+from driving_sim.data.arrays import Floats32, Mask, Pixels
+from driving_sim.data.drive import Drive, SampledDrive, Skipped, grouped, sample
 from driving_sim.data.inspect.motion import picture_change, yaw_motion
 from driving_sim.data.inspect.picture import draw_drive
 from driving_sim.data.inspect.steering_check import Synchrony, measure_synchrony
 from driving_sim.data.sources import find_drives
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.data.video.segments import within_segments
-from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.errors import BadDriveError, DriveSimError
 from driving_sim.engine.files import atomic_folder
 from driving_sim.engine.progress import Progress, progress
 from driving_sim.engine.run_folder import check_replaceable
@@ -137,10 +137,12 @@ def _range(values: tuple[float, float] | None, form: str) -> str:
     return "-" if values is None else f"{values[0]:{form}} to {values[1]:{form}}"
 
 
-def _measure(sampled: SampledDrive, bar: Progress) -> tuple[Floats32, Floats32]:
-    """Return `yaw_motion` and `picture_change` between the frames of a drive, [T - 1] each."""
+def _measure(sampled: SampledDrive, bar: Progress) -> tuple[Mask, Floats32, Floats32]:
+    """Return which of a drive's frames [N] are lost to damage, and `yaw_motion` and
+    `picture_change` between the T others, [T - 1] each."""
     measured = [np.zeros((2, 0), np.float32)]
-    frames = sampled.drive.stream(_SIZE, sampled.indices)
+    lost = np.zeros(len(sampled.indices), np.bool_)
+    frames = _intact(sampled, lost)
     block = list(islice(frames, _FRAMES_AT_ONCE))
     while len(block) > 1:
         pictures = np.stack(block)
@@ -151,7 +153,19 @@ def _measure(sampled: SampledDrive, bar: Progress) -> tuple[Floats32, Floats32]:
         block = [block[-1], *islice(frames, _FRAMES_AT_ONCE - 1)]
     bar.advance(1)
     motion, change = np.concatenate(measured, axis=1)
-    return motion, change
+    return lost, motion, change
+
+
+def _intact(sampled: SampledDrive, lost: Mask) -> Iterator[Pixels]:
+    """Yield the frames of a drive that are not damaged, and mark the others in `lost` [N]."""
+    frames = sampled.drive.stream_with_losses(_SIZE, sampled.indices)
+    for number, frame in enumerate(frames):
+        if frame is None:
+            lost[number] = True
+        else:
+            yield frame
+    if lost.all():
+        raise BadDriveError(f"{sampled.drive.id}: all its frames are damaged; leave it out")
 
 
 def _speed_problems(sampled: SampledDrive, change: Floats32) -> list[str]:
@@ -245,23 +259,27 @@ def inspect_drives(
     drive_set = find_drives(paths, reading)
     skipped = list(drive_set.skipped)
     reports = []
+    losses: list[tuple[str, tuple[str, ...]]] = []
     frames = sum(int((drive.timestamps < _MEASURED_S).sum()) for drive in drive_set.drives)
     with atomic_folder(out) as folder, progress(frames, "inspect", "frames") as bar:
         for drive in drive_set.drives:
             count = max(1, int(np.searchsorted(drive.timestamps, _MEASURED_S)))
             measured = sample(replace(drive, timestamps=drive.timestamps[:count]))
             try:
-                motion, change = _measure(measured, bar)
+                lost, motion, change = _measure(measured, bar)
             except DriveSimError as error:
                 skipped.append(Skipped(id=drive.id, reason=str(error)))
             else:
-                reports.append(_report(drive, measured, motion, change, folder))
+                losses.append((drive.id, measured.about_losses(lost)))
+                intact = measured.without(lost)
+                reports.append(_report(drive, intact, motion, change, folder))
         if not reports:
             for line in drive_set.notices:
                 bar.say(line)
             for skip in skipped:
                 bar.say(f"skipped {skip.id}: {skip.reason}")
             raise DriveSimError("every drive was skipped: nothing is left to inspect")
-        report = Report(drives=reports, skipped=skipped, notices=drive_set.notices)
+        notices = drive_set.notices + grouped(losses)
+        report = Report(drives=reports, skipped=skipped, notices=notices)
         (folder / _REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n")
     return report

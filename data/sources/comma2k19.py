@@ -7,7 +7,6 @@ https://github.com/commaai/comma2k19
 """
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +105,8 @@ def load(path: Path, drive_id: str, reading: Reading, actions: bool) -> Drive:
 
     Raises DriveSimError if a file cannot be used, or if the video and its frame times do not match.
     """
-    facts = read_facts(path / "video.hevc")
+    video = path / "video.hevc"
+    facts = read_facts(video, stream=reading.stream, video_fps=reading.video_fps)
     frame_times = _array(path / "global_pose" / "frame_times")
     if len(frame_times) != len(facts.timestamps) or (np.diff(frame_times) <= 0).any():
         raise DriveSimError(
@@ -114,7 +114,7 @@ def load(path: Path, drive_id: str, reading: Reading, actions: bool) -> Drive:
             f"{len(facts.timestamps)} frames of video.hevc (it lists {len(frame_times)} times); "
             "download the segment again"
         )
-    facts = replace(facts, timestamps=frame_times - frame_times[0])
+    facts = facts.timed(frame_times - frame_times[0])
     return Drive(
         id=drive_id,
         source="comma2k19",

@@ -1,14 +1,21 @@
 """Find the videos in a folder. `a.csv` is the action file of a video `a.mp4` beside it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path, PurePath
 
+import numpy as np
+
 from driving_sim.data.actions.action_file import is_action_file, read_action_file
+from driving_sim.data.actions.columns import TIMES, find_time
+from driving_sim.data.actions.csv_table import read_csv, read_header
 from driving_sim.data.actions.reading import Reading
 from driving_sim.data.drive import Drive, VideoFrames
 from driving_sim.data.sources.source import Contents, Folder, Found
 from driving_sim.data.video.decoder_pool import read_facts
+from driving_sim.data.video.file_facts import VideoFacts
+from driving_sim.data.video.timing import RESTART_GAP_S
 from driving_sim.engine.errors import DriveSimError
 
 VIDEO_SUFFIXES = frozenset(
@@ -44,10 +51,12 @@ def load(path: Path, drive_id: str, reading: Reading, actions: bool) -> Drive:
 
     Raises DriveSimError if the video or its action file cannot be used.
     """
-    facts = read_facts(path)
+    facts = read_facts(path, stream=reading.stream, video_fps=reading.video_fps)
     log = None
     action_file = _action_file(path)
     if actions and action_file is not None:
+        _check_clock(facts, action_file)
+        facts, reading = _on_csv_clock(facts, action_file, reading)
         log = read_action_file(action_file, reading, frame_times=facts.timestamps)
     return Drive(
         id=drive_id,
@@ -57,6 +66,41 @@ def load(path: Path, drive_id: str, reading: Reading, actions: bool) -> Drive:
         log=log,
         video=facts,
     )
+
+
+def _on_csv_clock(
+    facts: VideoFacts, action_file: Path, reading: Reading
+) -> tuple[VideoFacts, Reading]:
+    """Take the times of frames from the CSV if the video has none and the CSV has a row for each.
+
+    Returns the facts with these times, and the settings for reading the CSV on the same clock.
+    """
+    if facts.has_own_times or reading.video_fps is not None:
+        return facts, reading
+    table = read_csv(action_file)
+    column = find_time(table)
+    if column is None or len(table.rows) != len(facts.timestamps):
+        return facts, reading
+    times = table.numbers(column.name) * column.scale
+    if not (np.diff(times) > 0).all():
+        return facts, reading  # `read_action_file` names the row.
+    notice = (
+        "the video does not store its frame rate; the times of its frames are those of "
+        f"{action_file.name}, which has a row for each"
+    )
+    facts = facts.timed(times - times[0], notice)
+    return facts, replace(reading, time_offset=reading.time_offset - float(times[0]))
+
+
+def _check_clock(facts: VideoFacts, action_file: Path) -> None:
+    """Raise DriveSimError if the times of a CSV cannot be matched, because the video's clock starts
+    again. Numbers of frames can be matched."""
+    if len(facts.restarts) and not TIMES.keys().isdisjoint(read_header(action_file)):
+        raise DriveSimError(
+            f"{action_file}: its times cannot be matched, because the clock of {facts.path.name} "
+            f"starts again after {facts.restarts[0] - RESTART_GAP_S:.1f} s; number the rows by a "
+            "column frame instead, split the video there, or remove the CSV"
+        )
 
 
 def _load_orphan(path: Path, drive_id: str, reading: Reading, actions: bool) -> Drive:

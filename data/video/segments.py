@@ -1,4 +1,4 @@
-"""Cut drives into segments at gaps, where frames are missing.
+"""Cut drives into segments at gaps, where frames are missing, and at frames lost to damage.
 
 Legend: P pairs of neighbouring frames.
 """
@@ -20,6 +20,12 @@ def cut(count: int, gap_after: Mask) -> list[tuple[int, int]]:
     """Cut `count` frames into segments (start, stop) after each frame [count - 1] with a gap."""
     cuts = (np.flatnonzero(gap_after) + 1).tolist()
     return list(pairwise([0, *cuts, count])) if count else []
+
+
+def isolated(segments: Sequence[tuple[int, int]], lost: Mask) -> list[tuple[int, int]]:
+    """Cut segments around each lost frame, so that it is a segment of its own."""
+    gap_after = ~within_segments(segments) | lost[:-1] | lost[1:]
+    return cut(len(lost), gap_after)
 
 
 def clipped(segments: Sequence[tuple[int, int]], begin: int, end: int) -> list[tuple[int, int]]:

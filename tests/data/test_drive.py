@@ -1,5 +1,8 @@
 import pickle
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,3 +101,34 @@ def test_a_sample_is_cut_where_the_video_lost_a_frame(drive: Drive) -> None:
     assert sample(gappy, every=2).segments == [(0, 3), (3, 6)]
     assert sample(gappy, fps=5).segments == [(0, 3), (3, 6)]
     assert sample(gappy, fps=2.5).segments == [(0, 4)]  # At this rate no frame is missing.
+
+
+def test_a_sample_without_its_lost_frames_is_cut_where_they_were(drive: Drive) -> None:
+    sampled = sample(drive)
+    lost = np.isin(np.arange(12), [0, 4, 5, 9])
+    kept = sampled.without(lost)
+    assert kept.indices.tolist() == [1, 2, 3, 6, 7, 8, 10, 11]
+    assert kept.segments == [(0, 3), (3, 6), (6, 8)]
+    np.testing.assert_array_equal(kept.actions, sampled.actions[~lost])
+    assert sampled.without(np.zeros(12, bool)) is sampled
+    assert sampled.about_losses(np.zeros(12, bool)) == ()
+    assert sampled.about_losses(lost) == (
+        "damaged at 0.0 to 0.0 s, 0.4 to 0.5 s, 0.9 to 0.9 s; the 4 frames there are left out",
+    )
+
+
+def test_a_lost_frame_is_an_error_where_frames_are_needed(drive: Drive) -> None:
+    class Damaged(VideoFrames):
+        def stream(self, indices: Any, size: FrameSize | None) -> Iterator[Any]:
+            return iter([np.zeros(1), None])
+
+    damaged = replace(drive, reader=Damaged(drive.reader.facts))  # type: ignore[attr-defined]
+    with pytest.raises(BadDriveError, match=r"a: is damaged at 0\.7 s; leave this part out"):
+        list(damaged.stream(SIZE, [2, 7]))
+    assert list(damaged.stream_with_losses(SIZE, [2, 7]))[1] is None
+
+
+def test_notices_about_the_video_are_those_of_the_drive(tmp_path: Path, drive: Drive) -> None:
+    facts = read_facts(tmp_path / "a.mp4")
+    noted = replace(drive, assumptions=("one",), video=replace(facts, notices=("two",)))
+    assert noted.notices == ("one", "two")

@@ -91,7 +91,7 @@ class Damaged(FrameReader):
     def files(self, indices: Any) -> list[Path]:
         return self._reader.files(indices)
 
-    def stream(self, indices: Any, size: FrameSize | None) -> Iterator[NDArray[np.uint8]]:
+    def stream(self, indices: Any, size: FrameSize | None) -> Iterator[NDArray[np.uint8] | None]:
         for number, frame in enumerate(self._reader.stream(indices, size)):
             if number == self._good:
                 if self._silent:
@@ -376,7 +376,9 @@ def test_the_next_batch_is_decoded_while_a_batch_is_encoded(
     decoded = threading.Event()
 
     class Watched(Damaged):
-        def stream(self, indices: Any, size: FrameSize | None) -> Iterator[NDArray[np.uint8]]:
+        def stream(
+            self, indices: Any, size: FrameSize | None
+        ) -> Iterator[NDArray[np.uint8] | None]:
             for number, picture in enumerate(super().stream(indices, size)):
                 if number == frame:
                     decoded.set()
@@ -405,7 +407,9 @@ def test_a_drive_is_written_even_if_the_next_one_fails(
     drives: DriveSet, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     class Broken(Damaged):
-        def stream(self, indices: Any, size: FrameSize | None) -> Iterator[NDArray[np.uint8]]:
+        def stream(
+            self, indices: Any, size: FrameSize | None
+        ) -> Iterator[NDArray[np.uint8] | None]:
             raise StoppedError
 
     first, second = drives.drives[:2]
@@ -430,7 +434,9 @@ def test_an_error_while_encoding_waits_for_the_decoder_to_end(
     begun, end, closed = threading.Event(), threading.Event(), threading.Event()
 
     class Slow(Damaged):
-        def stream(self, indices: Any, size: FrameSize | None) -> Iterator[NDArray[np.uint8]]:
+        def stream(
+            self, indices: Any, size: FrameSize | None
+        ) -> Iterator[NDArray[np.uint8] | None]:
             begun.set()
             assert end.wait(timeout=20)
             try:
@@ -458,7 +464,9 @@ def test_without_skip_bad_no_drive_is_decoded_after_a_bad_one(
     opened = []
 
     class Watched(Damaged):
-        def stream(self, indices: Any, size: FrameSize | None) -> Iterator[NDArray[np.uint8]]:
+        def stream(
+            self, indices: Any, size: FrameSize | None
+        ) -> Iterator[NDArray[np.uint8] | None]:
             opened.append(True)
             return super().stream(indices, size)
 

@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.data.video.writer import write_video
 from driving_sim.engine.errors import DriveSimError
 from tests import SHARED
-from tests.fixtures.video_files import write_numbered
+from tests.fixtures.video_files import damage, write_numbered, write_undecodable
 
 TRACK = SHARED / "track"
 
@@ -136,11 +137,7 @@ def test_an_inspection_without_any_readable_drive_fails(
     videos, out = tmp_path / "videos", tmp_path / "out"
     videos.mkdir()
     (videos / "empty.mp4").touch()
-    damaged = write_numbered(videos / "damaged.mp4", count=240)
-    content = bytearray(damaged.read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + 2000] = np.random.default_rng(0).bytes(2000)
-    damaged.write_bytes(content)
+    write_undecodable(videos / "damaged.hevc")
     with pytest.raises(DriveSimError, match="every drive was skipped"):
         inspect_drives([videos], out)
     said = capsys.readouterr().err
@@ -220,3 +217,18 @@ def test_lag_and_sign_of_every_real_drive_are_found(
         other_problems = [problem for problem in synchrony.problems if problem not in reverses]
         assert len(other_problems) == (word is not None), drive.id
         assert word is None or word in other_problems[0]
+
+
+def test_a_damaged_stretch_is_named_and_its_frames_are_not_measured(tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    damage(write_numbered(videos / "a.mp4", count=60), 24, 24)
+    rows = [f"{t / 20},{5},0" for t in range(61)]
+    (videos / "a.csv").write_text("\n".join(["t,speed_mps,road_wheel_rad", *rows]))
+    report = inspect_drives([videos], tmp_path / "out")
+    (drive,) = report.drives
+    (notice,) = report.notices
+    assert re.match(r"damaged at 1\.\d to 1\.\d s; the 1\d frames there are left out \(a\)", notice)
+    assert json.loads((tmp_path / "out" / "inspection.json").read_text())["notices"] == [notice]
+    assert notice in report.table()
+    assert (drive.frames, drive.gaps) == (60, 0)

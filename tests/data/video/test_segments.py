@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from driving_sim.data.video.segments import clipped, cut, within_segments
+from driving_sim.data.video.segments import clipped, cut, isolated, within_segments
 
 
 def test_segments_end_at_gaps_and_cover_everything() -> None:
@@ -14,6 +14,13 @@ def test_segments_end_at_gaps_and_cover_everything() -> None:
 def test_a_pair_across_a_gap_is_in_no_segment() -> None:
     assert within_segments([(0, 2), (2, 3), (3, 6)]).tolist() == [True, False, False, True, True]
     assert within_segments([(0, 1)]).tolist() == []
+
+
+def test_each_lost_frame_is_a_segment_of_its_own() -> None:
+    lost = np.array([0, 0, 1, 0, 0, 1, 1], np.bool_)
+    segments = isolated([(0, 4), (4, 7)], lost)
+    assert segments == [(0, 2), (2, 3), (3, 4), (4, 5), (5, 6), (6, 7)]
+    assert isolated([(0, 4), (4, 7)], np.zeros(7, np.bool_)) == [(0, 4), (4, 7)]
 
 
 def test_clipped_segments_count_from_the_first_frame_kept() -> None:
