@@ -180,12 +180,15 @@ class SampledDrive:
             return ()
         bounds = np.flatnonzero(np.diff(np.concatenate([[False], lost, [False]]))).tolist()
         stretches = [
-            f"{self.timestamps[start]:.1f} to {self.timestamps[stop - 1]:.1f} s"
+            f"{self.timestamps[start]:.2f} to {self.timestamps[stop - 1]:.2f} s"
+            if stop > start + 1
+            else f"{self.timestamps[start]:.2f} s"
             for start, stop in zip(bounds[::2], bounds[1::2], strict=True)
         ]
         more = len(stretches) - _STRETCHES_NAMED
         named = ", ".join(stretches[:_STRETCHES_NAMED]) + (f" and {more} more" if more > 0 else "")
-        return (f"damaged at {named}; the {lost.sum()} frames there are left out",)
+        frames = f"{lost.sum()} frames there are" if lost.sum() > 1 else "frame there is"
+        return (f"damaged at {named}; the {frames} left out",)
 
     def batches(self, size: FrameSize, count: int) -> Iterator[Pixels]:
         """Yield batches of `count` frames in order, uint8 [n, H, W, 3]; the last may be smaller."""

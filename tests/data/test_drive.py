@@ -113,7 +113,7 @@ def test_a_sample_without_its_lost_frames_is_cut_where_they_were(drive: Drive) -
     assert sampled.without(np.zeros(12, bool)) is sampled
     assert sampled.about_losses(np.zeros(12, bool)) == ()
     assert sampled.about_losses(lost) == (
-        "damaged at 0.0 to 0.0 s, 0.4 to 0.5 s, 0.9 to 0.9 s; the 4 frames there are left out",
+        "damaged at 0.00 s, 0.40 to 0.50 s, 0.90 s; the 4 frames there are left out",
     )
 
 

@@ -62,7 +62,7 @@ def test_no_window_contains_a_lost_frame(
                 assert (drive.entry.segments, drive.entry.notices) == (((0, 60),), ())
                 continue
             (notice,) = drive.entry.notices
-            assert notice.startswith(f"damaged at {np.flatnonzero(lost)[0] / 20:.1f} to 1.")
+            assert notice.startswith(f"damaged at {np.flatnonzero(lost)[0] / 20:.2f} to 1.")
             windows = WindowIndex([drive], frames=2)
             _, starts, has_previous = windows.places(np.arange(len(windows)))
             used = {start + n for start in starts for n in (0, 1)}
