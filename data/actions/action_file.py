@@ -115,7 +115,7 @@ def _channel(name: str, times: Floats, values: Floats, notices: list[str]) -> Ch
     if known.sum() < 2:
         notices.append(f"the column {name} has {known.sum()} values, so it is left out")
         return None
-    channel = Channel(times=times[known], values=values[known])
+    channel = Channel(times=times[known], values=values[known].astype(np.float32))
     period = float(np.median(np.diff(channel.times)))
     if not known.all():
         notices.append(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from driving_sim.data.arrays import Floats, Mask
+from driving_sim.data.arrays import Floats, Floats32, Mask
 
 SteeringKind = Literal["steering_wheel", "road_wheel", "curvature", "normalised"]
 SPEED, STEERING = 0, 1
@@ -38,7 +38,7 @@ class Channel:
 
     times: Floats
     """[M] Time of each sample in seconds from the video's first frame, strictly increasing."""
-    values: Floats
+    values: Floats32
     """[M] Speed in m/s, or steering in the unit that `UNITS` lists for its kind."""
 
     def shifted(self, seconds: float) -> "Channel":
@@ -67,7 +67,9 @@ class ActionLog:
     ) -> "ActionLog":
         """Return a log of the actions [M, 2] at times [M] in seconds. Without a `kind`, the log has
         no steering."""
-        speed, steering = (Channel(times=times, values=column) for column in values.T.astype(float))
+        speed, steering = (
+            Channel(times=times, values=column) for column in values.T.astype(np.float32)
+        )
         return cls(speed=speed, steering=steering if kind else None, steering_kind=kind, **fields)
 
     @property

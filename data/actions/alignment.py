@@ -71,7 +71,7 @@ def _means(channel: Channel, starts: Floats, ends: Floats) -> tuple[Floats, Mask
     """Return a channel's mean over each interval [T], and whether it is known there [T]."""
     first, last = channel.times[0] - EXTRAPOLATION_S, channel.times[-1] + EXTRAPOLATION_S
     times = np.concatenate([[first], channel.times, [last]])
-    values = np.concatenate([channel.values[:1], channel.values, channel.values[-1:]])
+    values = np.concatenate([channel.values[:1], channel.values, channel.values[-1:]]).astype(float)
     valid = _covered(times, starts, ends, gap_limit(channel.times))
     total = _integral(times, values, ends) - _integral(times, values, starts)
     return np.where(valid, total / (ends - starts), 0.0), valid

@@ -93,8 +93,10 @@ def _read_log(segment: Path, start: float, reading: Reading) -> ActionLog:
     )
     clock = start - reading.time_offset
     return ActionLog(
-        speed=Channel(times=speed_times - clock, values=speed),
-        steering=Channel(times=steering_times - clock, values=np.radians(degrees)),
+        speed=Channel(times=speed_times - clock, values=speed.astype(np.float32)),
+        steering=Channel(
+            times=steering_times - clock, values=np.radians(degrees).astype(np.float32)
+        ),
         steering_kind="steering_wheel",
         origin=str(segment / _CAN),
     )

@@ -82,8 +82,8 @@ def test_a_slow_channel_has_longer_gaps_but_none_over_a_second_and_a_half() -> N
 def test_each_channel_has_its_own_gaps() -> None:
     fast, slow = np.arange(50) / 10, np.arange(5.0)
     log = ActionLog(
-        speed=Channel(times=slow, values=slow),
-        steering=Channel(times=np.delete(fast, [20, 21, 22]), values=np.ones(47)),
+        speed=Channel(times=slow, values=slow.astype(np.float32)),
+        steering=Channel(times=np.delete(fast, [20, 21, 22]), values=np.ones(47, np.float32)),
         steering_kind="road_wheel",
     )
     actions, valid = align(log, fast[:40])

@@ -228,7 +228,9 @@ def test_a_damaged_stretch_is_named_and_its_frames_are_not_measured(tmp_path: Pa
     report = inspect_drives([videos], tmp_path / "out")
     (drive,) = report.drives
     (notice,) = report.notices
-    assert re.match(r"damaged at 1\.\d\d to 1\.\d\d s; the 1\d frames there are left out \(a\)", notice)
+    assert re.match(
+        r"damaged at 1\.\d\d to 1\.\d\d s; the 1\d frames there are left out \(a\)", notice
+    )
     assert json.loads((tmp_path / "out" / "inspection.json").read_text())["notices"] == [notice]
     assert notice in report.table()
     assert (drive.frames, drive.gaps) == (60, 0)
