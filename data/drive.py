@@ -87,6 +87,11 @@ class Drive:
     """What was assumed, left out or guessed while finding the drive, one line each."""
 
     @property
+    def duration_s(self) -> float:
+        """Time from the first frame to the last in seconds."""
+        return float(self.timestamps[-1] - self.timestamps[0])
+
+    @property
     def notices(self) -> tuple[str, ...]:
         """What was assumed, left out or guessed about the drive and its actions, a line each."""
         return (
@@ -155,8 +160,8 @@ class SampledDrive:
             float(self.timestamps[stop - 1] - self.timestamps[start])
             for start, stop in self.segments
         ]
-        duration_s = float(self.drive.timestamps[-1] - self.drive.timestamps[0])
-        return sum(run for run in runs if run >= _RUN_S) / duration_s if duration_s else 0.0
+        whole = self.drive.duration_s
+        return sum(run for run in runs if run >= _RUN_S) / whole if whole else 0.0
 
     def without(self, lost: Mask) -> "SampledDrive":
         """Return the drive without the frames [T] that are lost to damage, cut where they were."""

@@ -134,8 +134,9 @@ def _unwrapped(column: Column, values: Floats, notices: list[str]) -> Floats:
     jumps = int((abs(np.diff(angles)) > 0.75 * _FULL_TURN).sum())
     if column.kind != "steering_wheel" or not jumps or abs(angles).max() > 0.51 * _FULL_TURN:
         return values
+    often = "once" if jumps == 1 else f"{jumps} times"
     notices.append(
-        f"{column.name} jumps by a full turn {jumps} times, because its logger wraps it at half a "
+        f"{column.name} jumps by a full turn {often}, because its logger wraps it at half a "
         "turn; the turns are added up again"
     )
     unwrapped = values.copy()
