@@ -92,15 +92,17 @@ class SyntheticWorld:
     def seen_from(self, state: VehicleState, seed: int) -> "SyntheticWorld":
         """Return a world that looks the same from a state, but is another one elsewhere.
 
-        The sky and the things that the camera does not see from this state are drawn anew with
-        `seed`. The road, the ground and the traffic stay. A model that has seen this view only can
+        The sky, the meadow and the things that the camera does not see from this state are drawn
+        anew with `seed`. The road and the traffic stay. A model that has seen this view only can
         show the car's future no better than such a world does.
         """
         world, view = copy(self), View(state)
         rng = np.random.default_rng(seed)
         world._sky = self._sky.seen_from(view, Sky(self._camera, self._palette, rng))
-        elsewhere = Scenery(self.road, seed)
-        world._scenery = _SceneryOfTwo(self._scenery, elsewhere, partial(self._sees, view))
+        meadow = Ground(self._camera, self.road, self._palette, rng, seed)
+        world._ground = self._ground.seen_from(view, self._camera, meadow)
+        things = Scenery(self.road, seed)
+        world._scenery = _SceneryOfTwo(self._scenery, things, partial(self._sees, view))
         return world
 
     def _sees(self, view: View, things: Things) -> Mask:

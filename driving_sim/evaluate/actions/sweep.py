@@ -87,8 +87,8 @@ In the synthetic world the true future of every command can be rendered. The row
 the probe reads from these true futures, so a perfect model would reach these values. A rollout is
 nearest to its own truth if its last second has a higher PSNR with the true future of its own
 command than with the true future of any other command. No model can know what its camera has not
-seen. So the row "by sight" is the score of the simulator itself if the sky and the things that are
-not in view at the start are drawn anew, at random.
+seen. So the row "by sight" is the score of the simulator itself if the sky, the meadow and the
+things that are not in view at the start are drawn anew, at random.
 
 Limits. This section tests the order of the reactions, not their strength. The interval of the
 share of nearest rollouts resamples the starts, so it needs many of them. The rank correlations have
