@@ -137,7 +137,8 @@ def test_inputs_of_the_passes_are_the_same_in_every_format() -> None:
 
 @needs_compiler
 @torch.no_grad()
-def test_sampled_tokens_are_those_of_torch_in_float32() -> None:
+@pytest.mark.parametrize("limit", [{"top_p": 0.95}, {"min_p": 0.1}, {}], ids=str)
+def test_sampled_tokens_are_those_of_torch_in_float32(limit: dict[str, float]) -> None:
     model = random_model(WIDE)
     rolls = []
     for ring in (RingCache(model, model.tables(), 1), native_cache(model, 1, torch.float32)):
@@ -145,7 +146,7 @@ def test_sampled_tokens_are_those_of_torch_in_float32() -> None:
             ring,
             torch.zeros(1, model.order.tokens, dtype=torch.int64),
             samples=torch.arange(4),
-            sampling=Sampling(seed=3, temperature=0.9, top_p=0.95, guidance=1.5),
+            sampling=Sampling(seed=3, temperature=0.9, guidance=1.5, **limit),  # type: ignore[arg-type]
         )
         action = torch.ones(4, 2), torch.ones(4, 2, dtype=torch.bool)
         rolls.append([sampler.step(*action) for _ in range(3 * WIDE.context_frames)])
