@@ -1,9 +1,9 @@
 """`python -m benchmarks.play`: how fast and how evenly `drivesim play` serves the packaged model.
 
-Starts the server as a user does and drives by its protocol, without a browser. With `--toy`, only a
-few seconds long. The ten minutes alone, the drive beside a busy loop and the two drivers each have
-a server of their own. A frame counts as late if it comes more than 20 ms later after its
-predecessor than the model's frame time.
+Starts the server as a user does. `browser` drives for ten minutes in a headless Chromium on the
+same machine, and needs one; the others drive by the server's protocol, without a browser. With
+`--toy`, only a few seconds long. Each drive has a server of its own. A frame counts as late if it
+comes more than 20 ms later after its predecessor than the model's frame time.
 """
 
 import os
@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 
 from benchmarks import ROOT
+from benchmarks.measuring.browser import opened
 from benchmarks.measuring.page import Page
 from benchmarks.measuring.paired import Benchmark, Claim, Figure, Settings, run_command
 
@@ -28,6 +29,13 @@ _LATE_S = 0.020
 _STEER_S = 0.5
 _FIRST_S, _COMPILING_S = 5.0, 15.0
 _HISTORY_S = 30.0
+_WATCH = """() => {
+  window.shown_ms = [];
+  const time = document.getElementById("time");
+  const watch = new MutationObserver(() => window.shown_ms.push(performance.now()));
+  watch.observe(time, { childList: true, characterData: true, subtree: true });
+}"""
+"""Notes when the page shows another time, which it does with every frame."""
 
 
 @contextmanager
@@ -185,6 +193,44 @@ def alone(settings: Settings) -> list[Claim]:
     ]
 
 
+def browser(settings: Settings) -> list[Claim]:
+    """Return how evenly frames are shown in Chromium for ten minutes, and the latency there."""
+    seconds, side = 8.0 if settings.toy else 600.0, "Left"
+    with serving() as (port, _), opened(port) as page:
+        page.evaluate(_WATCH)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            side = "Right" if side == "Left" else "Left"
+            page.keyboard.press(f"Arrow{side}", delay=300)
+            page.wait_for_timeout(500 * np.random.default_rng().random())
+        shown_s = np.array(page.evaluate("window.shown_ms")) / 1000
+        latency_ms = float(page.inner_text("#latency-95").split()[-2])
+        median_ms = float(page.inner_text("#latency-median").split()[0])
+        period = 1 / float(page.inner_text("#fps").split()[-1])
+    gaps = np.diff(shown_s)
+    return [
+        Claim(
+            what=f"in Chromium, frames more than 20 ms late, {seconds:g} s",
+            figure=Figure.of([float((gaps > period + _LATE_S).mean())]),
+            unit="%",
+            bar=0.01,
+            at_most=True,
+            details=(f"{1 / gaps.mean():.2f} frames/s, {len(shown_s)} frames",),
+        ),
+        Claim(
+            what="in Chromium, from a control to the shown frame, 95th percentile",
+            figure=Figure.of([latency_ms]),
+            unit="ms",
+            bar=round(1000 * period + 80),
+            at_most=True,
+            details=(
+                f"median {median_ms:.0f} ms, by the page's own gauges; the bar is a frame's time, "
+                "40 ms of computing, and 40 ms",
+            ),
+        ),
+    ]
+
+
 def busy(settings: Settings) -> list[Claim]:
     """Return the rate beside one busy loop."""
     with ExitStack() as stack:
@@ -229,7 +275,13 @@ def two(settings: Settings) -> list[Claim]:
     ]
 
 
-BENCHMARKS: dict[str, Benchmark] = {"start": start, "alone": alone, "busy": busy, "two": two}
+BENCHMARKS: dict[str, Benchmark] = {
+    "start": start,
+    "alone": alone,
+    "browser": browser,
+    "busy": busy,
+    "two": two,
+}
 
 
 if __name__ == "__main__":

@@ -5,21 +5,19 @@ Needs Chromium. Drives in the packaged model: straight on, left, right, and then
 
 import argparse
 import io
-import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from playwright.sync_api import Page as BrowserPage
-from playwright.sync_api import ViewportSize, sync_playwright
+from playwright.sync_api import Page
 
+from benchmarks.measuring.browser import opened
 from benchmarks.play import serving
 from driving_sim.data.arrays import Pixels
 from driving_sim.data.video.writer import write_animation
 
 FPS = 5.0
-_SIZE = ViewportSize(width=1024, height=700)
 _WIDTH = 640  # of the film in pixels
 _KEYS = (
     ("ArrowUp", 1.0),
@@ -35,13 +33,7 @@ _KEYS = (
 def film(start: str) -> list[Pixels]:
     """Drive from a start, and return pictures of the page, uint8 [H, W, 3]."""
     shots: list[Pixels] = []
-    with serving() as (port, _), sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
-        )
-        page = browser.new_page(viewport=_SIZE)
-        page.goto(f"http://127.0.0.1:{port}/")
-        page.wait_for_selector("#status[data-status=driving]", state="attached")
+    with serving() as (port, _), opened(port) as page:
         page.click(f"#starts [data-start={start}]")
         for key, seconds in _KEYS:
             page.keyboard.down(key)
@@ -49,11 +41,10 @@ def film(start: str) -> list[Pixels]:
             page.keyboard.up(key)
         page.keyboard.press("q")
         _shoot(page, 4.0, shots)
-        browser.close()
     return shots
 
 
-def _shoot(page: BrowserPage, seconds: float, shots: list[Pixels]) -> None:
+def _shoot(page: Page, seconds: float, shots: list[Pixels]) -> None:
     """Take pictures for some seconds."""
     began = time.monotonic()
     for number in range(round(seconds * FPS)):

@@ -331,6 +331,13 @@ Guidance = Annotated[
 Temperature = Annotated[
     float, Option(help="Sampling temperature; 0 always takes the most likely token.")
 ]
+MinP = Annotated[
+    float,
+    Option(
+        help="Sample only tokens that are at least this share as likely as the most likely one; 0 "
+        "allows all."
+    ),
+]
 TopK = Annotated[
     int | None, Option(help="Sample only from the k most likely tokens [default: all].")
 ]
@@ -662,6 +669,7 @@ def rollout(
     ] = 1,
     guidance: Guidance = 1.0,
     temperature: Temperature = 1.0,
+    min_p: MinP = 0.0,
     top_k: TopK = None,
     top_p: TopP = None,
     seed: Seed = 0,
@@ -908,6 +916,7 @@ def evaluate_world_model(
     every: Every = None,
     guidance: Guidance = 1.0,
     temperature: Temperature = 1.0,
+    min_p: MinP = 0.0,
     top_k: TopK = None,
     top_p: TopP = None,
     seed: Seed = 0,
@@ -968,6 +977,7 @@ def evaluate_control(
     seconds: Annotated[float, Option(help="Length of each future in seconds.")] = 2.0,
     guidance: Guidance = 1.0,
     temperature: Temperature = 1.0,
+    min_p: MinP = 0.0,
     top_k: TopK = None,
     top_p: TopP = None,
     seed: Seed = 0,

@@ -470,6 +470,7 @@ class WorldModel:
         samples: int = 1,
         seed: int = 0,
         temperature: float = 1.0,
+        min_p: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
         guidance: float = 1.0,
@@ -482,7 +483,12 @@ class WorldModel:
         and decode its tokens frame by frame.
         """
         sampling = Sampling(
-            seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance
+            seed=seed,
+            temperature=temperature,
+            min_p=min_p,
+            top_k=top_k,
+            top_p=top_p,
+            guidance=guidance,
         )
         prefix = self.encode_prefix(self.tokenizer.encode(frames), past_actions)
         steps = list(self.generate(prefix, actions, samples=samples, sampling=sampling))

@@ -3,7 +3,7 @@
 import enum
 import math
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from driving_sim.data.hashing import uniform
 from driving_sim.data.synthetic.road import Road
 
 VISIBLE_M = 125.0
+WIDEST_M = 16.0
 _BLOCK_M = 40.0
 _REACH_M = VISIBLE_M + _BLOCK_M
 _MEADOW_CELL_M = 24.0
@@ -64,6 +65,14 @@ _BESIDE_THE_ROAD = {
     Kind.HOUSE: (64.0, 0.0, (17.0, 5.0), (5.5, 2.0), 0.4),
     Kind.GANTRY: (110.0, 30.0, (0.0, 0.0), (6.2, 0.0), 0.8),
 }
+
+
+class ThingsNearby(Protocol):
+    """Finds the things near a point."""
+
+    def near(self, x: float, y: float) -> Things:
+        """Return all things within `VISIBLE_M` of a point, and some that are farther away."""
+        ...
 
 
 class Scenery:

@@ -1,13 +1,17 @@
 """The synthetic world: moves a car through a landscape and renders what its camera sees."""
 
 import math
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
 from einops import rearrange
 from pydantic import Field
 
-from driving_sim.data.arrays import Pixels
+from driving_sim.data.arrays import Mask, Pixels
 from driving_sim.data.synthetic.drawing.camera import Camera, View
 from driving_sim.data.synthetic.drawing.ground import Ground
 from driving_sim.data.synthetic.drawing.palette import PALETTES, varied
@@ -16,7 +20,7 @@ from driving_sim.data.synthetic.drawing.sky import Sky
 from driving_sim.data.synthetic.motion.traffic import Traffic
 from driving_sim.data.synthetic.motion.vehicle import VehicleState, step_vehicle
 from driving_sim.data.synthetic.road import LANE_OFFSET, Road
-from driving_sim.data.synthetic.scenery import Scenery, Things
+from driving_sim.data.synthetic.scenery import VISIBLE_M, WIDEST_M, Scenery, Things, ThingsNearby
 from driving_sim.engine.config import Share, config, require
 
 
@@ -82,8 +86,29 @@ class SyntheticWorld:
         )
         self._sky = Sky(self._camera, self._palette, rng)
         self._ground = Ground(self._camera, self.road, self._palette, rng, seed)
-        self._scenery = Scenery(self.road, seed)
+        self._scenery: ThingsNearby = Scenery(self.road, seed)
         self._traffic = Traffic(self.road, seed, config.traffic)
+
+    def seen_from(self, state: VehicleState, seed: int) -> "SyntheticWorld":
+        """Return a world that looks the same from a state, but is another one elsewhere.
+
+        The sky, the meadow and the things that the camera does not see from this state are drawn
+        anew with `seed`. The road and the traffic stay. A model that has seen this view only can
+        show the car's future no better than such a world does.
+        """
+        world, view = copy(self), View(state)
+        rng = np.random.default_rng(seed)
+        world._sky = self._sky.seen_from(view, Sky(self._camera, self._palette, rng))
+        meadow = Ground(self._camera, self.road, self._palette, rng, seed)
+        world._ground = self._ground.seen_from(view, self._camera, meadow)
+        things = Scenery(self.road, seed)
+        world._scenery = _SceneryOfTwo(self._scenery, things, partial(self._sees, view))
+        return world
+
+    def _sees(self, view: View, things: Things) -> Mask:
+        depth, left = view.depth_and_left(things.x, things.y)
+        near = np.hypot(depth, left) < VISIBLE_M
+        return np.asarray(near & self._camera.sees(depth, left, WIDEST_M / 2))
 
     def reset(self, station_m: float = 0.0) -> VehicleState:
         """Return the state of a car in the middle of its lane.
@@ -116,3 +141,16 @@ class SyntheticWorld:
             np.clip(frame + 0.5, 0, 255).astype(np.uint8), "rgb rows columns -> rows columns rgb"
         )
         return np.ascontiguousarray(picture)
+
+
+@dataclass(frozen=True, slots=True)
+class _SceneryOfTwo:
+    """The things of one scenery where they are seen, and those of another one elsewhere."""
+
+    own: ThingsNearby
+    elsewhere: ThingsNearby
+    sees: Callable[[Things], Mask]
+
+    def near(self, x: float, y: float) -> Things:
+        own, others = self.own.near(x, y), self.elsewhere.near(x, y)
+        return Things.joined([own.chosen(self.sees(own)), others.chosen(~self.sees(others))])

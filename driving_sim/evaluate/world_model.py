@@ -242,7 +242,7 @@ HEADLINE = (
     KeyFigure(
         "sweep rollouts nearest to their own truth, share",
         "sweep.nearest",
-        {"by chance": "sweep.nearest_by_chance"},
+        {"by sight": "sweep.nearest_by_sight", "by chance": "sweep.nearest_by_chance"},
     ),
     KeyFigure("long rollouts last, s", "stability.mean_lasted_s", {"at most": "stability.seconds"}),
     KeyFigure(

@@ -238,6 +238,16 @@ def test_a_lost_connection_is_taken_up_again(page: Page) -> None:
     assert frame(page) > stopped  # the same drive, not another one
 
 
+def test_a_server_that_stops_says_so(
+    browser: Browser, world: WorldModel, starts: dict[str, Start]
+) -> None:
+    with browser.new_context() as context:
+        with serving(Server(world, "town", starts, sessions=1, recordings=None)) as port:
+            page = opened(context, port)
+        status(page, "ended")
+        assert "The server has stopped" in page.inner_text("#veil-text")
+
+
 def test_keys_do_not_drive_while_text_is_typed(page: Page) -> None:
     page.fill("#plan", "")
     page.focus("#plan")

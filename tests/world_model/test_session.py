@@ -70,7 +70,7 @@ def test_a_session_makes_the_tokens_and_pictures_of_a_rollout(
 
 
 def vars_of(sampling: Sampling) -> dict[str, Any]:
-    names = ("seed", "temperature", "top_k", "top_p", "guidance")
+    names = ("seed", "temperature", "min_p", "top_k", "top_p", "guidance")
     return {name: getattr(sampling, name) for name in names}
 
 

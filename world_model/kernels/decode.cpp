@@ -62,7 +62,7 @@ STRUCTURE(Frame,
   const float *cos, *sin;          // [S, E / 2]
   const float* embedding;          // [C + 1, D]: the embedding of each code; row C: no token
   const float* uniform;            // [F, P], in [0, 1)
-  double temperature, guidance;    // as in sampling.py
+  double temperature, min_p, guidance;  // as in sampling.py
   int64_t* drawn;                  // [B, P + 1]: the drawn tokens; contains only C before the call
   float* scores;                   // [3, F, P]: see draw_frame in decode.py
 )
@@ -394,6 +394,15 @@ class Draws {
         if (f.temperature > 0) values[i] /= float(f.temperature);
       }
       log_total = weigh(&total);
+    }
+    if (f.min_p > 0) {
+      const double largest = log_total - std::log(total);
+      total = 0;
+      for (int i = 0; i < codes; ++i) {
+        if (weights[i] < f.min_p) weights[i] = 0;  // the largest weight is 1
+        total += weights[i];
+      }
+      log_total = largest + std::log(total);
     }
     int found = 0;
     if (f.temperature == 0) {

@@ -217,6 +217,7 @@ class NativeCache(Cache):
         *,
         streams: int,
         temperature: float,
+        min_p: float,
         guidance: float,
     ) -> tuple[Tensor, Tensor]:
         """Draw the current frame; return its tokens [B, P] and their scores [3, F, P].
@@ -248,6 +249,7 @@ class NativeCache(Cache):
             embedding=self.tables.token.float().contiguous(),
             uniform=uniform.contiguous(),
             temperature=temperature,
+            min_p=min_p,
             guidance=guidance,
             drawn=drawn,
             scores=scores,

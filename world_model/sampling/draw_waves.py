@@ -180,6 +180,7 @@ class FrameSampler:
                     uniform,
                     streams=self.streams,
                     temperature=sampling.temperature,
+                    min_p=sampling.min_p,
                     guidance=sampling.guidance,
                 )
         else:

@@ -1,4 +1,4 @@
-"""Draw tokens from the model's logits, with temperature, top-k, top-p, guidance and a seed.
+"""Draw tokens from the model's logits: temperature, min-p, top-k, top-p, guidance and a seed.
 
 Draws are reproducible: the seed fixes a uniform random number for each token, and the inverse CDF
 maps this number to the token.
@@ -6,6 +6,7 @@ maps this number to the token.
 Axes: B futures, K codes.
 """
 
+import math
 from typing import Annotated
 
 import numpy as np
@@ -14,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from driving_sim.data.hashing import mixed
-from driving_sim.engine.config import Count, Int64, NonNegative, config
+from driving_sim.engine.config import Count, Int64, NonNegative, Share, config
 
 
 @config
@@ -23,6 +24,12 @@ class Sampling:
 
     temperature: NonNegative = 1.0
     """Divisor of the logits; 0 always chooses the most probable token."""
+    min_p: Share = 0.0
+    """Least probability of the tokens to keep, as a share of the most probable token's.
+
+    Where the model is sure, this excludes what it hardly believes in; where it is not, it excludes
+    little (Nguyen et al. 2024, arXiv 2407.01082). 0 keeps all tokens.
+    """
     top_k: Count | None = None
     """Number of most probable tokens to keep; ties are broken in favour of lower indices."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -48,7 +55,8 @@ class Sampling:
     @property
     def is_plain(self) -> bool:
         """Whether tokens are drawn from the plain model's distribution."""
-        return (self.temperature, self.guidance) == (1, 1) and not self.truncates
+        plain = self.temperature == 1 and self.guidance == 1 and self.min_p == 0
+        return plain and not self.truncates
 
 
 def truncated_log_probs(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -59,6 +67,9 @@ def truncated_log_probs(logits: Tensor, sampling: Sampling) -> Tensor:
     tempered = logits if sampling.temperature == 1 else logits / sampling.temperature
     log_probs = tempered.log_softmax(-1)
     codes = logits.shape[-1]
+    if sampling.min_p > 0:
+        least = log_probs.amax(-1, keepdim=True) + math.log(sampling.min_p)
+        log_probs = log_probs.masked_fill(log_probs < least, -torch.inf).log_softmax(-1)
     if sampling.top_k is not None and sampling.top_k < codes:
         least = log_probs.topk(sampling.top_k, dim=-1).values[..., -1:]
         log_probs = _cut(log_probs, least, sampling.top_k).log_softmax(-1)

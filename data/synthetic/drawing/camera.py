@@ -36,6 +36,11 @@ class Camera:
         """Return the slope (left / depth) of the view rays through the centre of each column."""
         return ((0.5 * self.width - columns - 0.5) / self.focal).astype(np.float32)
 
+    def sees(self, depth: Any, left: Any, half_width_m: float = 0.0) -> Any:
+        """Return whether things of this half width, at a depth and to the left, reach into view."""
+        nearest_m = abs(left) - half_width_m
+        return (depth > 0) & (nearest_m * self.focal <= 0.5 * self.width * depth)
+
     def column_of(self, depth: Any, left: Any) -> Any:
         """Return the column (not rounded) of points at a depth and a distance to the left."""
         return 0.5 * self.width - self.focal * left / depth

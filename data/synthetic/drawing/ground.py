@@ -9,6 +9,8 @@ array has only every fourth column. Pictures and colours have their three channe
 """
 
 import math
+from collections.abc import Callable
+from copy import copy
 
 import numpy as np
 from einops import rearrange
@@ -57,6 +59,10 @@ def _pulses(place: Reals, footprint: Reals, period: float, length: float) -> Rea
     return np.asarray((covered_up_to(place + half) - covered_up_to(place - half)) / footprint)
 
 
+_Noise = Callable[[Reals, Reals], Reals]
+"""Function of the coordinates x and y of points, in metres."""
+
+
 class _Swell:
     """Smooth noise over an endless plane: the sum of a few plane waves."""
 
@@ -89,8 +95,8 @@ class Ground:
     ) -> None:
         self._road = road
         self._palette = palette
-        self._ripeness = _Swell(rng, 26.0, 5)
-        self._tufts = _Swell(rng, 6.0, 4)
+        self._ripeness: _Noise = _Swell(rng, 26.0, 5)
+        self._tufts: _Noise = _Swell(rng, 6.0, 4)
         self._patches = (2 * uniform(patch_seed, np.arange(256)) - 1).astype(np.float32)
         self._width = camera.width
         self._first_row = camera.first_ground_row
@@ -102,6 +108,21 @@ class Ground:
         self._haze = 1 - np.exp(-self._depth / HAZE_M)
         self._slopes_c = camera.column_slopes(np.arange(0, self._width + _COARSE, _COARSE))
         self._part = np.arange(_COARSE, dtype=np.float32) / _COARSE
+
+    def seen_from(self, view: View, camera: Camera, elsewhere: "Ground") -> "Ground":
+        """Return this ground where a camera sees it, and the meadow of `elsewhere` otherwise."""
+
+        def mixed(own: _Noise, other: _Noise) -> _Noise:
+            def noise(x: Reals, y: Reals) -> Reals:
+                is_seen = camera.sees(*view.depth_and_left(x, y))
+                return np.asarray(np.where(is_seen, own(x, y), other(x, y)))
+
+            return noise
+
+        ground = copy(self)
+        ground._ripeness = mixed(self._ripeness, elsewhere._ripeness)
+        ground._tufts = mixed(self._tufts, elsewhere._tufts)
+        return ground
 
     def _fine(self, values_c: Reals) -> Reals:
         """Interpolate from every fourth column to all columns."""

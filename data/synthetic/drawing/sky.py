@@ -1,6 +1,7 @@
 """The sky: a panorama of sun, clouds and hills, painted once. Each frame shows a part of it."""
 
 import math
+from copy import copy
 
 import numpy as np
 from einops import rearrange
@@ -69,6 +70,15 @@ class Sky:
             ridge = base + swing * _waves(rng, azimuth, harmonics, 1.1)
             blend(picture, colour, np.clip((ridge - tangent) / self._pixel + 0.5, 0, 1))
         return np.clip(picture, 0, 255).astype(np.uint8)
+
+    def seen_from(self, view: View, elsewhere: "Sky") -> "Sky":
+        """Return this sky where a camera sees it, and the sky `elsewhere` in other directions."""
+        sky = copy(self)
+        azimuths = np.arange(self._azimuths) / self._azimuths * 2 * math.pi
+        aside = np.abs((azimuths - view.heading + math.pi) % (2 * math.pi) - math.pi)
+        own, other = (part._texels.reshape(-1, self._azimuths) for part in (self, elsewhere))
+        sky._texels = np.where(aside <= self._column_azimuths.max(), own, other).ravel()
+        return sky
 
     def paint(self, frame: Floats32, view: View) -> None:
         """Fill the rows of a frame [3, H, W] above the horizon."""

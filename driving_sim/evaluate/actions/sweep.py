@@ -31,6 +31,7 @@ from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import WorldModel
 
 _LEVELS = 7
+_OTHER_SEED = 2**31  # no drive has this seed
 _SPEEDS = (0.6, 1.0, 1.4)  # multiples of the speed at the start
 
 
@@ -54,6 +55,9 @@ def evaluate_sweep(
             if truths is not None:
                 result["truth"] = _monotonicity(probe, clip, commands, truths)
                 result["nearest"] = _nearest(futures, truths, clip)
+                guesses = _truths(clip, commands, redrawn=True)
+                assert guesses is not None
+                result["nearest_by_sight"] = _nearest(guesses, truths, clip)
                 result["nearest_by_chance"] = 1 / (commands.shape[0] * commands.shape[1])
             results.append(result)
             if not pictures:
@@ -82,7 +86,9 @@ best, and 0.5 is chance.
 In the synthetic world the true future of every command can be rendered. The rows "truth" show what
 the probe reads from these true futures, so a perfect model would reach these values. A rollout is
 nearest to its own truth if its last second has a higher PSNR with the true future of its own
-command than with the true future of any other command.
+command than with the true future of any other command. No model can know what its camera has not
+seen. So the row "by sight" is the score of the simulator itself if the sky, the meadow and the
+things that are not in view at the start are drawn anew, at random.
 
 Limits. This section tests the order of the reactions, not their strength. The interval of the
 share of nearest rollouts resamples the starts, so it needs many of them. The rank correlations have
@@ -114,9 +120,10 @@ def _roll_out(world: WorldModel, clip: Clip, commands: Floats32, sampling: Sampl
     return rearrange(np.stack(frames), "(v l) n h w c -> v l n h w c", v=len(commands))
 
 
-def _truths(clip: Clip, commands: Floats32) -> Pixels | None:
+def _truths(clip: Clip, commands: Floats32, *, redrawn: bool = False) -> Pixels | None:
     """Render the true futures [V, L, N, H, W, 3] of the commands.
 
+    If `redrawn` is set, all that the camera does not see at the start is drawn anew, at random.
     Returns None if the clip is mirrored, if it is not from the video of a synthetic drive, or if
     the number of simulation steps between its frames varies.
     """
@@ -130,10 +137,11 @@ def _truths(clip: Clip, commands: Floats32) -> Pixels | None:
     stride = int(strides[0])
     last = footage.drive.entry.start + clip.start - 1
     state = synthetic.states[footage.recorded.indices[last]]
+    world = synthetic.world.seen_from(state, _OTHER_SEED) if redrawn else synthetic.world
     size = footage.tokenizer.frame_size
     truths = []
     for actions in rearrange(commands, "v l n a -> (v l) n a"):
-        frames = replay(synthetic.world, state, actions, steps=stride)
+        frames = replay(world, state, actions, steps=stride)
         images = images_from_frames(torch.from_numpy(frames), size)
         truths.append(frames_from_images(images).numpy())
     return rearrange(np.stack(truths), "(v l) n h w c -> v l n h w c", v=len(commands))
@@ -199,6 +207,7 @@ def _tables(metrics: dict[str, Any]) -> list[Table]:
         caption = "Share of the rollouts that are nearest to their own truth; 1 is best"
         shares: list[tuple[str, Cell]] = [
             ("model", estimate_of(metrics, "nearest")),
+            ("by sight", metrics["nearest_by_sight"]),
             ("by chance", metrics["nearest_by_chance"]),
         ]
         tables.append(Table(caption, ("", "share"), shares))

@@ -8,6 +8,8 @@ const VERSION = 1;
 const RETRIES_MS = [500, 1000, 2000, 4000, 8000, 12000];
 /** Where this tab keeps its session, so that a reload takes it up again. */
 const KEPT = "drivesim-session";
+/** Code with which a server closes its sockets when it stops. */
+const STOPPED = 1012;
 const PING_MS = 5000;
 /** A connection that leaves a ping unanswered for so long is dead, though nobody closed it. */
 const SILENCE_MS = 20000;
@@ -49,7 +51,10 @@ export class Connection {
     socket.binaryType = "arraybuffer";
     socket.onopen = () => this.#write({ type: "hello", version: VERSION, session: this.#session });
     socket.onmessage = (event) => this.#read(event.data);
-    socket.onclose = () => this.#closed();
+    socket.onclose = ({ code }) => {
+      if (code === STOPPED) this.#farewell("ended", "The server has stopped. Recordings are kept.");
+      else this.#closed();
+    };
     this.#socket = socket;
     // Some networks swallow the packets of a connection that is being made.
     this.#asked_ms = performance.now();

@@ -95,3 +95,18 @@ def test_actions_must_be_finite() -> None:
 def test_config_mistakes_name_the_field(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SyntheticConfig(**change)  # type: ignore[arg-type]
+
+
+def test_a_world_redrawn_out_of_sight_looks_the_same_ahead_and_different_behind() -> None:
+    for seed in range(3):
+        world = SyntheticWorld(seed, SMALL)
+        state = world.reset(50.0)
+        other = world.seen_from(state, 99)
+        ahead = other.render(state).astype(float) - world.render(state)
+        assert np.abs(ahead).mean() < 0.5
+        behind = VehicleState(state.x_m, state.y_m, state.heading_rad + np.pi, state.time_s)
+        assert psnr(other.render(behind), world.render(behind)) < 22
+        assert other.road is world.road
+        np.testing.assert_array_equal(
+            world.render(behind), SyntheticWorld(seed, SMALL).render(behind)
+        )

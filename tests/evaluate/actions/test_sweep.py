@@ -138,6 +138,7 @@ def test_the_truth_gets_the_best_scores_at_any_multiple_of_the_models_rate(
         assert metrics["model"][channel] == {"rank_correlation": 1.0, "in_order": 1.0}
     assert metrics["truth"] == metrics["model"]
     assert metrics["nearest"] == 1.0
+    assert metrics["nearest_by_chance"] < metrics["nearest_by_sight"] <= 1.0
     assert metrics["nearest_by_chance"] == pytest.approx(1 / 21)
     assert metrics["starts"] == metrics["starts_with_truth"] == 1
 
@@ -205,7 +206,7 @@ def test_the_share_of_nearest_rollouts_has_an_interval_over_the_starts(
 ) -> None:
     clip = clip_of(footage(FPS))
     assert swept(world, clip, monkeypatch)["nearest_interval"] == {"low": None, "high": None}
-    shares = iter([1.0, 0.25])
+    shares = iter([1.0, 0.9, 0.25, 0.7])  # of the model and by sight, in turns
     monkeypatch.setattr(sweep, "_nearest", lambda *_: next(shares))
     section = evaluate_sweep(world, MotionProbe(), [clip, clip], Sampling())  # type: ignore[arg-type]
     assert section.metrics["nearest"] == 0.625

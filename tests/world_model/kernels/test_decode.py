@@ -137,7 +137,8 @@ def test_inputs_of_the_passes_are_the_same_in_every_format() -> None:
 
 @needs_compiler
 @torch.no_grad()
-def test_sampled_tokens_are_those_of_torch_in_float32() -> None:
+@pytest.mark.parametrize("limit", [{"top_p": 0.95}, {"min_p": 0.1}, {}], ids=str)
+def test_sampled_tokens_are_those_of_torch_in_float32(limit: dict[str, float]) -> None:
     model = random_model(WIDE)
     rolls = []
     for ring in (RingCache(model, model.tables(), 1), native_cache(model, 1, torch.float32)):
@@ -145,7 +146,7 @@ def test_sampled_tokens_are_those_of_torch_in_float32() -> None:
             ring,
             torch.zeros(1, model.order.tokens, dtype=torch.int64),
             samples=torch.arange(4),
-            sampling=Sampling(seed=3, temperature=0.9, top_p=0.95, guidance=1.5),
+            sampling=Sampling(seed=3, temperature=0.9, guidance=1.5, **limit),  # type: ignore[arg-type]
         )
         action = torch.ones(4, 2), torch.ones(4, 2, dtype=torch.bool)
         rolls.append([sampler.step(*action) for _ in range(3 * WIDE.context_frames)])
@@ -156,12 +157,16 @@ def test_sampled_tokens_are_those_of_torch_in_float32() -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("guidance", [1.0, 1.7])
-@pytest.mark.parametrize("temperature", [0.0, 0.8, 1.0])
+@pytest.mark.parametrize(("temperature", "min_p"), [(0.0, 0.0), (0.8, 0.1), (1.0, 0.0)])
 @in_each_format
 @pytest.mark.usefixtures("processor")
 @torch.no_grad()
 def test_compiled_draws_equal_torchs(
-    dtype: torch.dtype, temperature: float, guidance: float, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    temperature: float,
+    min_p: float,
+    guidance: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """For five futures of two contexts; the 40 codes do not fill their last vector."""
     calls = []
@@ -180,7 +185,9 @@ def test_compiled_draws_equal_torchs(
             native_cache(model, 2, dtype),
             last,
             samples=torch.arange(5),
-            sampling=Sampling(seed=3, temperature=temperature, top_k=top_k, guidance=guidance),
+            sampling=Sampling(
+                seed=3, temperature=temperature, min_p=min_p, top_k=top_k, guidance=guidance
+            ),
             contexts=torch.tensor(contexts),
         )
         action = torch.linspace(-2, 2, 10).view(5, 2), torch.ones(5, 2, dtype=torch.bool)

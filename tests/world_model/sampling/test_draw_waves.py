@@ -81,6 +81,7 @@ def teacher_forced(model: Transformer, tokens: Tensor, known: int, *, null: bool
 SAMPLINGS = [
     Sampling(seed=3),
     Sampling(temperature=0.7, top_k=4, seed=4),
+    Sampling(temperature=0.9, min_p=0.2, guidance=1.5, seed=6),
     Sampling(top_p=0.6, guidance=2.5, seed=5),
     Sampling(temperature=0.0, guidance=3.0),
 ]

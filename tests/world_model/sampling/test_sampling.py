@@ -28,6 +28,9 @@ def test_truncation_keeps_the_most_probable() -> None:
     assert kept(top_p=0.39) == [0, 1, 0, 0]
     assert kept(top_p=0.41) == [0, 0.5714, 0, 0.4286]
     assert kept(top_p=1.0) == kept(top_k=9) == [0.1, 0.4, 0.2, 0.3]
+    assert kept(min_p=0.49) == [0, 0.4444, 0.2222, 0.3333]
+    assert kept(min_p=1.0) == [0, 1, 0, 0]
+    assert kept(temperature=0.5, min_p=0.2) == [0, 0.5517, 0.1379, 0.3103]
     assert kept(temperature=0.0) == kept(top_k=1) == [0, 1, 0, 0]
     assert kept(temperature=0.5) == [0.0333, 0.5333, 0.1333, 0.3]
 
@@ -72,7 +75,8 @@ def test_truncation_keeps_exactly_k_and_the_smallest_set_that_reaches_p() -> Non
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("temperature", -1.0), ("top_k", 0), ("top_p", 0.0), ("guidance", -0.5)]
+    ("field", "value"),
+    [("temperature", -1.0), ("min_p", 1.1), ("top_k", 0), ("top_p", 0.0), ("guidance", -0.5)],
 )
 def test_impossible_settings_are_named(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
