@@ -140,7 +140,7 @@ class Agreement:
         product, turned, moved = (
             sums[rows, columns] for sums in (self.products, self.turned, self.moved)
         )
-        factor = product.sum() / turned.sum()
+        factor = product.sum() / turned.sum() if turned.any() else 0.0
         rest: Floats = moved - 2 * factor * product + factor * factor * turned
         return rest
 
@@ -155,7 +155,6 @@ class Agreement:
             products=self.products * keep,
             turned=self.turned * keep,
             moved=self.moved * keep,
-            counts=self.counts * keep.astype(np.int64),
         )
 
     def factor(self, lags: Ints) -> float:

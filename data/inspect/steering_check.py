@@ -49,6 +49,7 @@ _CONTRARY_FACTOR = 2.5
 # Image motion between two frames, in picture widths, above which it is clearly visible.
 _VISIBLE_MOTION = 0.002
 _UNKNOWN = "lag and sign are unknown: "
+_FLIPPED = "the steering is flipped: positive must mean left; negate the column"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +104,13 @@ def _lag_problem(lag: int, period: float) -> str | None:
     )
 
 
+def _later(turns: Floats, usable: Mask, lags: Ints) -> tuple[Floats, Mask]:
+    """Return turns[t + lags[t]] for each t [P], and whether they are usable [P]."""
+    at = np.arange(len(turns)) + lags
+    inside = at.clip(0, len(turns) - 1)
+    return turns[inside], usable[inside] & (at == inside)
+
+
 def _contrary_problem(seen: Floats, expected: Floats, usable: Mask, times: Floats) -> str | None:
     """Return a message if the picture turns opposite to the expected motion for 1 s, or None."""
     smaller, larger = np.sort(np.abs([seen, expected]), axis=0)
@@ -125,8 +133,6 @@ def _no_verdict(agreement: Agreement, lags: Ints, view: View, *, visible: bool) 
     It is a problem, not just a notice, if the picture should show turns that are `visible`, but
     shows others.
     """
-    if view.is_from_above:
-        return Synchrony(notices=(f"{_UNKNOWN}{view.hindrance}",))
     correlation = float(agreement.correlation(lags))
     square = min(correlation**2, 1 - 1e-9)
     seen_at = moments(agreement.evidence(lags))
@@ -161,6 +167,8 @@ def measure_synchrony(motion: Floats32, sampled: SampledDrive, view: View = CLEA
     kind = sampled.drive.log.steering_kind if sampled.drive.log else None
     if kind is None:
         return Synchrony()
+    if view.is_from_above:
+        return Synchrony(notices=(f"{_UNKNOWN}{view.hindrance}",))
     turns, known = predicted_turns(sampled, kind)
     usable = known & within_segments(sampled.segments)
     if np.count_nonzero(usable) < _MIN_PAIRS:
@@ -172,7 +180,9 @@ def measure_synchrony(motion: Floats32, sampled: SampledDrive, view: View = CLEA
     steady = agreement.steady(0) + np.arange(-max_lag, max_lag + 1)[:, None]
     correlations = agreement.correlation(steady)
     if np.isnan(correlations).all():
-        return Synchrony(notices=(f"{_UNKNOWN}the car hardly turns",))
+        turns_vary = agreement.turned[max_lag].sum() > agreement.moved[max_lag].sum()
+        reason = "the picture hardly moves sideways" if turns_vary else "the car hardly turns"
+        return Synchrony(notices=(_UNKNOWN + reason,))
     has_speed = bool(sampled.action_valid[:, SPEED].any())
     speeds = np.abs(sampled.actions[:-1, SPEED][usable])
     if has_speed and np.quantile(speeds, 0.95) < _HARDLY_DRIVES_MPS:
@@ -187,30 +197,22 @@ def measure_synchrony(motion: Floats32, sampled: SampledDrive, view: View = CLEA
         return unknown
     correlation, factor = float(agreement.correlation(lags)), agreement.factor(lags)
     sign = 1 if correlation > 0 else -1
-    if drift is not None:
-        lag = round(sum(drift.lags) / 2)
-    at = np.arange(len(turns)) + lags[agreement.block_of]
-    inside = (at >= 0) & (at < len(turns))
-    at = at.clip(0, len(turns) - 1)
-    both = usable & inside & usable[at]
-    problems = [
+    expected, known = _later(turns, usable, lags[agreement.block_of])
+    expected *= sign * factor
+    units = judge_units(factor, correlation, kind, sampled.drive.wheelbase_m, view)
+    problems = (
         drift.problem if drift else _lag_problem(lag, period),
-        _contrary_problem(seen, turns[at] * sign * factor, both, sampled.timestamps),
-    ]
-    if sign < 0:
-        problems.append("the steering is flipped: positive must mean left; negate the column")
-    notices: tuple[str, ...] = ()
-    if has_speed:
-        units = judge_units(factor, correlation, kind, sampled.drive.wheelbase_m, view)
-        problems.append(units.problem)
-        notices = units.notices
+        _contrary_problem(seen, expected, usable & known, sampled.timestamps),
+        _FLIPPED if sign < 0 else None,
+        units.problem if has_speed else None,
+    )
     return Synchrony(
-        lag_frames=lag,
-        lag_s=lag * period,
+        lag_frames=round(sum(drift.lags) / 2) if drift else lag,
+        lag_s=sum(drift.lags_s) / 2 if drift else lag * period,
         drift=drift,
         sign=sign,
         correlation=correlation,
         focal_widths=factor if has_speed else None,
         problems=tuple(line for line in problems if line is not None),
-        notices=notices,
+        notices=units.notices if has_speed else (),
     )
