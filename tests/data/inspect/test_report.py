@@ -60,6 +60,16 @@ def test_a_rate_that_cuts_the_frames_anew_is_a_notice_of_all_drives(
     assert inspect_drives([videos], tmp_path / "out", every=2).drives[1].gaps == 0
 
 
+def test_a_gap_belongs_to_the_frame_rate(tmp_path: Path) -> None:
+    """One frame of 20 per second is missing: 10 per second need it not."""
+    times = [time for time in range(0, 5000, 50) if time != 2050]
+    video = write_numbered(tmp_path / "a.mp4", times_ms=times, count=len(times))
+    (own,) = inspect_drives([video], tmp_path / "out").drives
+    (sampled,) = inspect_drives([video], tmp_path / "out", fps=10).drives
+    assert (own.gaps, sampled.gaps) == (1, 0)
+    assert sampled.usable_share == pytest.approx(1, abs=0.02)
+
+
 def test_without_a_frame_rate_nothing_is_resampled(videos: Path, tmp_path: Path) -> None:
     report = inspect_drives([videos], tmp_path / "out")
     gap, _ = report.drives
