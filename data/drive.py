@@ -3,6 +3,7 @@
 Legend: N frames of a drive, T frames sampled from it.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -200,6 +201,14 @@ class SampledDrive:
         stream = self.drive.stream(size, self.indices)
         while batch := list(islice(stream, count)):
             yield np.stack(batch)
+
+
+def check_rate(fps: float | None, every: int | None) -> None:
+    """Raise DriveSimError if both are given, or if `fps` is not a finite number above 0."""
+    if fps is not None and every is not None:
+        raise DriveSimError("`fps` and `every` are both given; give only one")
+    if fps is not None and not 0 < fps < math.inf:
+        raise DriveSimError(f"`fps` {fps:g}: give a finite rate above 0 frames/s")
 
 
 def sample(drive: Drive, *, fps: float | None = None, every: int | None = None) -> SampledDrive:

@@ -451,6 +451,14 @@ def inspect(
             "replaced."
         ),
     ] = RUNS / "inspect",
+    fps: Annotated[
+        float | None,
+        Option(
+            help="Frame rate to train at: show how much of each drive is usable at it "
+            "[default: nothing is resampled]."
+        ),
+    ] = None,
+    every: Every = None,
     as_json: Annotated[bool, Option("--json", help="Print JSON instead of a table.")] = False,
     reading: Any = None,
 ) -> None:
@@ -461,7 +469,7 @@ def inspect(
     """
     from driving_sim.data.inspect.inspection import inspect_drives
 
-    report = inspect_drives(videos, out, reading)
+    report = inspect_drives(videos, out, reading, fps=fps, every=every)
     table = f"{report.table()}\n\npictures and inspection.json: {out}"
     text = json.dumps(asdict(report), indent=2) if as_json else table
     typer.echo(with_flags(text, context.command))

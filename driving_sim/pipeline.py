@@ -1,7 +1,6 @@
 """Functions that do the work of the main commands: train, tokenize and roll out."""
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 from driving_sim.data.actions.reading import AS_NAMED, Reading
-from driving_sim.data.drive import Drive, DriveSet, sample
+from driving_sim.data.drive import Drive, DriveSet, check_rate, sample
 from driving_sim.data.sources import find_drives
 from driving_sim.data.tokens.index import INDEX, UNFINISHED, StoreIndex, read_index
 from driving_sim.engine.config import resolve
@@ -182,10 +181,7 @@ def frame_rate(fps: float | None, every: int | None) -> dict[str, Any]:
 
     Raises DriveSimError if both are given, or if `fps` is not a finite number above 0.
     """
-    if fps is not None and every is not None:
-        raise DriveSimError("`fps` and `every` are both given; give only one")
-    if fps is not None and not 0 < fps < math.inf:
-        raise DriveSimError(f"`fps` {fps:g}: give a finite rate above 0 frames/s")
+    check_rate(fps, every)
     return {"fps": DEFAULT_FPS if fps is None and every is None else fps, "every": every}
 
 

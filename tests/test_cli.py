@@ -286,6 +286,8 @@ def test_a_full_disk_gives_a_one_line_error(command: str, used: Path) -> None:
         (["train-world-model", "--precision", "fp8"], "'auto', 'fp32' or 'bf16'"),
         (["train-tokenizer", "empty", "--steps", "1", "--minutes", "1"], "give only one"),
         (["inspect", "empty", "--steering-kind", "hovering"], "unknown; choose steering_wheel"),
+        (["inspect", "empty", "--fps", "inf"], "--fps inf"),
+        (["inspect", "empty", "--fps", "5", "--every", "2"], "--fps and --every are both given"),
         (["evaluate", "tokenizer", "missing", "empty"], "holds no tokenizer"),
         (["evaluate", "world-model", "missing", "empty", "--sweeps", "0"], "--sweeps"),
         (
