@@ -238,10 +238,12 @@ def _about_rate(timestamps: Floats, choice: Choice, fps: float | None) -> Iterat
     if fps is not None and choice.on_ticks:
         own = mean_rate(timestamps, choose_frames(timestamps).segments)
         yield f"its {own:.3g} frames/s are resampled to {fps:g}: the frames nearest to each tick"
-    elif fps is not None and 0 < rate < (1 - _RATE_SLACK) * fps:
+    elif fps is not None and rate and abs(rate / fps - 1) > _RATE_SLACK:
+        stride = int(np.diff(choice.indices).min())
+        taken = "all its frames are" if stride == 1 else f"one of {stride} frames is"
         yield (
-            f"has only {rate:.3g} of the {fps:g} frames/s asked for: all its frames are taken, and "
-            f"a step from one to the next is {1 / rate:.3g} s"
+            f"{taken} taken, which makes {rate:.3g} frames/s, not the {fps:g} asked for: a step "
+            f"from one to the next is {1 / rate:.3g} s"
         )
     if len(choice.segments) > 1:
         lost = sum(float(chosen[start] - chosen[start - 1]) for start, _ in choice.segments[1:])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from driving_sim.data.arrays import Floats, Ints, Pixels
+from driving_sim.data.arrays import Floats, Ints, Mask, Pixels
 from driving_sim.data.drive import SampledDrive
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.engine.errors import DriveSimError
@@ -125,31 +125,35 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
         return np.concatenate(chosen)[: self.batch_size]
 
     def _decode_intact(self, generator: np.random.Generator) -> Pixels:
-        """Decode frames that are drawn at random, and draw again if some are lost to damage."""
+        """Decode frames that are drawn at random. Draw others for those that are lost to damage."""
+        frames, lost = self._decode(self._neighbours(generator))
         for _ in range(_DRAWS):
-            frames = self._decode(self._neighbours(generator))
-            if frames is not None:
+            if not lost.any():
                 return frames
+            frames[lost], lost[lost] = self._decode(self._neighbours(generator)[lost])
         raise DriveSimError(
-            f"{_DRAWS} random batches in a row contained damaged frames; leave the damaged drives "
-            "out"
+            f"after {_DRAWS} draws, a random batch still contained damaged frames; leave the "
+            "damaged drives out"
         )
 
-    def _decode(self, chosen: Ints) -> Pixels | None:
-        """Return the chosen frames, or None if some of them are lost to damage."""
-        frames = np.empty((len(chosen), self.size.height, self.size.width, 3), dtype=np.uint8)
+    def _decode(self, chosen: Ints) -> tuple[Pixels, Mask]:
+        """Return the chosen frames [B], and which of them are lost to damage [B]."""
+        frames = np.zeros((len(chosen), self.size.height, self.size.width, 3), dtype=np.uint8)
+        lost = np.zeros(len(chosen), np.bool_)
         numbers = np.searchsorted(self._offsets, chosen, side="right") - 1
         for number in np.unique(numbers):
-            inside, drive = numbers == number, self.drives[number]
+            inside, drive = np.flatnonzero(numbers == number), self.drives[number]
             indices = drive.indices[chosen[inside] - self._offsets[number]]
             distinct, places = np.unique(indices, return_inverse=True)
             # Stream the frames: `Drive.frames` may use decord, which does not notice all damage.
             decoded = list(drive.drive.stream_with_losses(self.size, distinct))
-            intact = [frame for frame in decoded if frame is not None]
-            if len(intact) < len(decoded):
-                return None
-            frames[inside] = np.stack(intact)[places]
-        return frames
+            for slot, place in zip(inside, places, strict=True):
+                frame = decoded[place]
+                if frame is None:
+                    lost[slot] = True
+                else:
+                    frames[slot] = frame
+        return frames, lost
 
 
 def _start_method() -> str:

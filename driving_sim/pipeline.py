@@ -320,7 +320,7 @@ def roll_out(
     else:
         beginning = context_from_store(world, Path(tokens or _TOKENS), start_s)
     actions = [actions] if isinstance(actions, str) else actions
-    plans = make_plans(actions, beginning.situation(world), seconds=seconds)
+    plans = make_plans(actions, beginning.situation(world), seconds=seconds, reading=reading)
     return write_rollout(
         world, beginning, plans, out, sampling=sampling or Sampling(), samples=samples
     )

@@ -227,7 +227,7 @@ def test_a_context_is_a_single_drive_with_the_models_kind_of_steering(
     video.symlink_to(videos / "drive_000.mp4")
     rows = [f"{100 + t / FPS},5,0.1" for t in range(25)]
     for column, message in (
-        ("steering_rad", "is steering_wheel, but `steering_kind` is road_wheel"),
+        ("steering_rad", "is steering_wheel, but road_wheel is needed"),
         ("road_wheel_rad", "`time_offset`"),
     ):
         header = f"timestamp_s,speed_mps,{column}"

@@ -151,6 +151,8 @@ def _survey(
         else:
             sampled.append(chosen)
     usual = _usual_rate(sampled)
+    if fps is not None and sampled:
+        usual = min(fps, max(chosen.fps for chosen in sampled))
     for chosen in sampled:
         if abs(chosen.fps / usual - 1) > RATE_TOLERANCE:
             bad[chosen.drive.id] = (

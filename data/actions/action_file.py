@@ -18,7 +18,7 @@ from driving_sim.data.actions.action_log import (
     Channel,
     SteeringKind,
 )
-from driving_sim.data.actions.alignment import GAP_S, gap_limit
+from driving_sim.data.actions.alignment import GAP_S, LONGEST_GAP_S, gap_limit
 from driving_sim.data.actions.columns import (
     SPEEDS,
     STEERINGS,
@@ -117,7 +117,11 @@ def _channel(name: str, times: Floats, values: Floats, notices: list[str]) -> Ch
         return None
     channel = Channel(times=times[known], values=values[known].astype(np.float32))
     period = float(np.median(np.diff(channel.times)))
-    if not known.all():
+    if period > LONGEST_GAP_S:
+        notices.append(
+            f"{name} has a value every {period:.2g} s, which is too rarely to interpolate"
+        )
+    elif not known.all():
         notices.append(
             f"{name} has values in {known.sum()} of {len(values)} rows; it is interpolated between "
             f"values up to {gap_limit(channel.times):.2g} s apart"
@@ -127,20 +131,35 @@ def _channel(name: str, times: Floats, values: Floats, notices: list[str]) -> Ch
     return channel
 
 
-def _unwrapped(column: Column, values: Floats, notices: list[str]) -> Floats:
-    """Return the angles of a steering wheel without the jumps at half a turn that a logger made."""
+def _unwrapped(column: Column, times: Floats, values: Floats, notices: list[str]) -> Floats:
+    """Return the angles of a steering wheel without the jumps by a full turn that a logger made."""
     known = np.isfinite(values)
-    angles = values[known]
-    jumps = int((abs(np.diff(angles)) > 0.75 * _FULL_TURN).sum())
-    if column.kind != "steering_wheel" or not jumps or abs(angles).max() > 0.51 * _FULL_TURN:
+    angles, steps = values[known], np.diff(values[known])
+    if column.kind != "steering_wheel" or np.ptp(angles) > 1.02 * _FULL_TURN:
         return values
-    often = "once" if jumps == 1 else f"{jumps} times"
-    notices.append(
-        f"{column.name} jumps by a full turn {often}, because its logger wraps it at half a "
-        "turn; the turns are added up again"
-    )
+    close = np.diff(times[known]) <= gap_limit(times[known])
+    jumps = np.where(close & (abs(steps) > 0.75 * _FULL_TURN), -np.sign(steps), 0.0)
+    count = np.count_nonzero(jumps)
+    if not count:
+        return values
+    turns = np.append(0.0, np.cumsum(jumps))
+    # After a hole, nothing says how far the wheel has turned: take the nearest to straight on.
+    runs = np.append(0, np.cumsum(~close))
+    first = np.searchsorted(runs, runs)
+    turns -= turns[first] + np.round(angles[first] / _FULL_TURN)
     unwrapped = values.copy()
-    unwrapped[known] = np.unwrap(angles)
+    unwrapped[known] = angles + _FULL_TURN * turns
+    often = "once" if count == 1 else f"{count} times"
+    if abs(unwrapped[known]).max() > STEERING_LIMIT["steering_wheel"]:
+        notices.append(
+            f"{column.name} jumps by about a full turn {often}, but not as a steering wheel would "
+            "whose logger wraps it; it is read as it is"
+        )
+        return values
+    notices.append(
+        f"{column.name} jumps by a full turn {often}, because its logger wraps it; the turns are "
+        "added up again"
+    )
     return unwrapped
 
 
@@ -166,8 +185,11 @@ def read_action_file(
     speed, steering = None, None
     if column := find_speed(table, reading, notices):
         low, high = SPEED_RANGE_MPS
-        hint = f"{low:g} to {high:g} m/s; rename it to speed_kmh or speed_mph if it is in km/h or "
-        values = _scaled(table, column, low, high, f"{hint}mph")
+        hint = (
+            f"{low:g} to {high:g} m/s; if it is in km/h or mph, rename it to speed_kmh or "
+            "speed_mph, or pass `speed` and `speed_unit`"
+        )
+        values = _scaled(table, column, low, high, hint)
         speed = _channel(column.name, times, values, notices)
     kind = None
     if column := find_steering(table, reading, notices):
@@ -175,7 +197,8 @@ def read_action_file(
         assert kind is not None
         limit = STEERING_LIMIT[kind]
         hint = f"-{limit:g} to {limit:g} {UNITS[kind]}"
-        values = _unwrapped(column, _scaled(table, column, -limit, limit, hint), notices)
+        values = _scaled(table, column, -limit, limit, hint)
+        values = _unwrapped(column, times, values, notices)
         steering = _channel(column.name, times, values, notices)
     alike = [
         look_alike(table, channel)

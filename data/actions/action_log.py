@@ -13,6 +13,7 @@ from driving_sim.data.arrays import Floats, Floats32, Mask
 
 SteeringKind = Literal["steering_wheel", "road_wheel", "curvature", "normalised"]
 SPEED, STEERING = 0, 1
+CHANNELS = ("speed", "steering")
 UNITS: dict[SteeringKind, str] = {
     "steering_wheel": "rad",
     "road_wheel": "rad",
@@ -40,10 +41,6 @@ class Channel:
     """[M] Time of each sample in seconds from the video's first frame, strictly increasing."""
     values: Floats32
     """[M] Speed in m/s, or steering in the unit that `UNITS` lists for its kind."""
-
-    def shifted(self, seconds: float) -> "Channel":
-        """Return the channel with `seconds` added to its times."""
-        return replace(self, times=self.times + seconds)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -5,7 +5,7 @@ Legend: T frames, M samples of a channel.
 
 import numpy as np
 
-from driving_sim.data.actions.action_log import ActionLog, Channel
+from driving_sim.data.actions.action_log import CHANNELS, ActionLog, Channel
 from driving_sim.data.arrays import Floats, Floats32, Mask
 from driving_sim.engine.errors import DriveSimError
 
@@ -97,8 +97,10 @@ def align(log: ActionLog | None, timestamps: Floats) -> tuple[Floats32, Mask]:
     return actions, valid
 
 
-def check_coverage(log: ActionLog, timestamps: Floats) -> None:
+def check_coverage(log: ActionLog, timestamps: Floats) -> list[str]:
     """Check that a log fits a video whose frames have the times `timestamps` [T] in seconds.
+
+    Returns a line for each channel that is known in less than half of the frames.
 
     Raises DriveSimError if the times of the log and the video do not overlap, if the samples of
     every channel are more than 1.5 s apart, or if the log covers less than half of the frames.
@@ -119,9 +121,15 @@ def check_coverage(log: ActionLog, timestamps: Floats) -> None:
             f"{log.origin}: its samples are {apart:.3g} s apart, more than {LONGEST_GAP_S} s; "
             "check the unit of the time column (timestamp_ms, timestamp_us), or log more often"
         )
-    share = float(align(log, timestamps)[1].any(axis=1).mean())
+    valid = align(log, timestamps)[1]
+    share = float(valid.any(axis=1).mean())
     if share < MIN_COVERAGE:
         raise DriveSimError(
             f"{log.origin}: covers {share:.0%} of the video's frames (samples from {span}; "
             f"{video}); check the unit of the time column and `time_offset`, or cut the video"
         )
+    return [
+        f"{name} is known in only {known:.0%} of the frames"
+        for name, channel, known in zip(CHANNELS, log.channels, valid.mean(axis=0), strict=True)
+        if channel is not None and known < MIN_COVERAGE
+    ]

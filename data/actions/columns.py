@@ -6,9 +6,10 @@ looks like it, a notice names that column, and the options that say what it mean
 
 import math
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from driving_sim.data.actions.action_log import STEERING, UNITS, SteeringKind
+from driving_sim.data.actions.action_log import SPEED, STEERING, UNITS, SteeringKind
 from driving_sim.data.actions.csv_table import CsvTable, plain
 from driving_sim.data.actions.reading import SPEED_UNITS, STEERING_UNITS, Reading
 from driving_sim.engine.errors import DriveSimError
@@ -65,8 +66,8 @@ _LOOKS_LIKE = (
 # Columns with these words in their names are about the car, but are neither its speed nor its
 # steering.
 _OTHER = re.compile(
-    r"limit|max|min|target|desired|cruise|set|wind|fan|engine|motor|rpm|torque|force|pressed|"
-    r"override|fault|status|valid|temp|accel|latitude|longitude|heading"
+    r"\b(limit|max|min|target|desired|cruise|set|wind|fan|engine|motor|rpm|torque|force|pressed|"
+    r"override|fault|status|valid|temp|accel|latitude|longitude|heading)\b"
 )
 _OPTIONS = (
     "if it is the speed, pass `speed='{name}'` and `speed_unit` (mps, kmh or mph)",
@@ -86,8 +87,14 @@ def find_time(table: CsvTable) -> Column | None:
 
 
 def find_speed(table: CsvTable, reading: Reading, notices: list[str]) -> Column | None:
-    """Return the column of the speed, or None. Raises DriveSimError if it is not unique."""
-    if own := _named(table, reading.speed, notices):
+    """Return the column of the speed, or None.
+
+    Raises DriveSimError if it is not unique, or if its name has another unit than `reading`.
+    """
+    own = _named(table, reading.speed, notices)
+    if own in SPEEDS:
+        return _in_unit(table, SPEEDS[own], SPEED_UNITS, reading.speed_unit)
+    if own:
         unit = reading.speed_unit or "mps"
         notices.append(f"the column {plain(own)} is taken to be the speed in {unit}")
         return Column(own, SPEED_UNITS[unit])
@@ -103,14 +110,14 @@ def find_steering(table: CsvTable, reading: Reading, notices: list[str]) -> Colu
     """Return the column of the steering, or None.
 
     If there are several, the one of the kind that `reading` asks for is chosen. Raises
-    DriveSimError if the choice is not unique, or if the kind is unknown.
+    DriveSimError if the choice is not unique, if the kind is unknown, or if the kind or the unit in
+    its name is another one than in `reading`.
     """
     own = _named(table, reading.steering, notices)
-    column = Column(own, 1.0) if own else _known(table, STEERINGS, reading.steering_kind)
+    column = STEERINGS.get(own, Column(own, 1.0)) if own else None
+    column = column or _known(table, STEERINGS, reading.steering_kind)
     if column is None:
         return None
-    if own and reading.steering_unit:
-        column = column._replace(scale=STEERING_UNITS[reading.steering_unit])
     kind = column.kind or reading.steering_kind
     if kind is None:
         raise table.fail(
@@ -118,12 +125,30 @@ def find_steering(table: CsvTable, reading: Reading, notices: list[str]) -> Colu
             "road_wheel_rad, for example, or pass `steering_kind` (steering_wheel, road_wheel, "
             "curvature, normalised)"
         )
+    if own and reading.steering_unit and UNITS[kind] != "rad":
+        raise table.fail(
+            f"column {plain(own)!r} is {kind} steering, which is no angle; leave out "
+            "`steering_unit`"
+        )
+    if own and column.kind:
+        column = _in_unit(table, column, STEERING_UNITS, reading.steering_unit)
+    elif own and reading.steering_unit:
+        column = column._replace(scale=STEERING_UNITS[reading.steering_unit])
     if column.kind is None:
         name = f"the column {plain(own)}" if own else column.name
         unit = (reading.steering_unit if own else None) or UNITS[kind]
         notices.append(f"{name} is taken to be {kind} steering ({unit}), left positive")
     reading.check_kind(f"{table.path}: column {column.name!r}", kind)
     return column._replace(kind=kind)
+
+
+def _in_unit(
+    table: CsvTable, column: Column, units: Mapping[str, float], unit: str | None
+) -> Column:
+    """Return a column whose name has a unit. Raises DriveSimError if the user says another one."""
+    if unit is not None and units[unit] != column.scale:
+        raise table.fail(f"the name of column {column.name} has another unit than {unit}")
+    return column
 
 
 def look_alike(table: CsvTable, channel: int) -> str | None:
@@ -133,7 +158,8 @@ def look_alike(table: CsvTable, channel: int) -> str | None:
         name
         for name in table.names
         if _LOOKS_LIKE[channel].search(name)
-        and not _OTHER.search(name)
+        and not (channel == STEERING and _LOOKS_LIKE[SPEED].search(name))
+        and not _OTHER.search(name.replace("_", " "))
         and name not in {*TIMES, *SPEEDS, *STEERINGS}
     ]
     if not alike:
@@ -170,5 +196,6 @@ def _known(
 
 def _ambiguous(table: CsvTable, names: list[str]) -> DriveSimError:
     return table.fail(
-        f"has the columns {' and '.join(names)} for the same quantity; keep one of them"
+        f"has the columns {' and '.join(names)} for the same quantity; keep one of them, or name "
+        "one with `speed` or `steering`"
     )

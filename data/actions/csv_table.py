@@ -16,8 +16,8 @@ from driving_sim.engine.parsing import one_line, shown
 
 _MOST_NAMED, _LONGEST_NAME = 12, 80
 _LONGEST_HEADER = 2**16  # characters
-_DELIMITERS = {";": "semicolons", "\t": "tabs", ",": "commas"}
-_SEP = re.compile(r"\s*sep=(.)\s*", re.IGNORECASE)
+_DELIMITERS = (",", ";", "\t")
+_SEP = re.compile(r"\s*sep=([^\r\n\"])\s*", re.IGNORECASE)
 _DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+(?:[eE][+-]?\d+)?")
 
 
@@ -81,10 +81,9 @@ def _number(cell: str) -> float:
 def _dialect(first: str) -> tuple[str, bool]:
     """Return the delimiter of a file, given its first line, and whether this line only names the
     delimiter (`sep=;`, as spreadsheets write it)."""
-    if match := _SEP.fullmatch(first):
+    if match := _SEP.fullmatch(first.rstrip("\r\n")):
         return match[1], True
-    # Names of columns contain neither semicolons nor tabs.
-    return next((mark for mark in _DELIMITERS if mark in first), ","), False
+    return max(_DELIMITERS, key=first.count), False
 
 
 def read_header(path: Path) -> tuple[str, ...]:
@@ -97,7 +96,7 @@ def read_header(path: Path) -> tuple[str, ...]:
             if is_named:
                 header = file.readline(_LONGEST_HEADER)
             return _names(next(csv.reader([header], delimiter=delimiter), []))
-    except (OSError, UnicodeDecodeError, csv.Error):
+    except (OSError, ValueError, TypeError, csv.Error):
         return ()
 
 

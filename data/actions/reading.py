@@ -39,8 +39,7 @@ class Reading:
     video_fps: float | None = None
     """Frame rate of videos that do not store one, such as raw H.264 and HEVC."""
     wheelbase: float | None = None
-    """Distance between the axles in metres. None takes that of the layout, or of a passenger
-    car."""
+    """Distance between the axles in metres. None takes that of a passenger car."""
 
     def __post_init__(self) -> None:
         _require_known("steering_kind", self.steering_kind, get_args(SteeringKind))
@@ -62,8 +61,8 @@ class Reading:
         """
         if self.steering_kind not in (None, kind):
             raise DriveSimError(
-                f"{steering} is {kind}, but `steering_kind` is {self.steering_kind}; correct "
-                "`steering_kind` or leave it out"
+                f"{steering} is {kind}, but {self.steering_kind} is needed, as `steering_kind` or "
+                "the model says; give drives of that kind, or correct `steering_kind`"
             )
 
 

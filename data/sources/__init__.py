@@ -96,7 +96,8 @@ def find_drives(
         try:
             drive = candidate.found.load(candidate.found.path, drive_id, reading, actions)
             if drive.log is not None:
-                check_coverage(drive.log, drive.timestamps)
+                lines = check_coverage(drive.log, drive.timestamps)
+                drive = replace(drive, assumptions=(*drive.assumptions, *lines))
         except DriveSimError as error:
             return Skipped(id=drive_id, reason=str(error))
         if reading.wheelbase is not None:

@@ -96,7 +96,11 @@ class VideoFacts:
     """What was left out, made up or guessed, one line each."""
 
     def timed(self, timestamps: Floats, notice: str | None = None) -> "VideoFacts":
-        """Return the facts with frame times that another file contains, and a notice about it."""
+        """Return the facts with frame times that another file contains, and a notice about it.
+
+        Raises VideoError if the times do not increase or span more than seven days.
+        """
+        check_times(self.path, timestamps)
         kept = [line for line in self.notices if not is_about_missing_rate(line)]
         return replace(
             self,

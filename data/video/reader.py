@@ -225,7 +225,8 @@ def _decode_run(
             if not due:
                 return None
             damaged = expected if index > expected else index if is_damaged else None
-            if damaged is None and picture is not None and index in due:
+            is_due = len(held) < len(due) and index == due[len(held)]
+            if damaged is None and picture is not None and is_due:
                 held.append(picture)
             is_over = picture is None and damaged is None
             intact = index if damaged is None else damaged - 1

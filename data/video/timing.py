@@ -19,9 +19,9 @@ from driving_sim.data.video.file import open_video, video_stream
 RESTART_GAP_S = 10.0
 """Seconds that are made up between the frames before and after a restart of the clock. It is so
 long that it is a gap at every frame rate that makes sense."""
-_SLACK_S = 0.5
+_SLACK_S = 0.1
 _WRAPPING = ("mpegts", "mpeg")  # Their clocks have 33 bits.
-_HALF_WRAP = 1 << 32
+_WRAP = 1 << 33
 _FALLBACK_RATE = 25.0
 # FFmpeg reads these formats at the rate of its option `framerate`, unless the video stores one.
 _RAW = (
@@ -53,30 +53,35 @@ class Clock:
         self.restarts: list[int] = []
         """Time of the first packet after each restart, in the stream's time base."""
         ticks = 1 / stream.time_base if stream.time_base else math.inf
-        is_wrapping = stream.container.format.name in _WRAPPING
         self._slack, self._gap = _SLACK_S * ticks, RESTART_GAP_S * ticks
         # FFmpeg takes a clock of 33 bits that starts again for one that wrapped around, and adds 26
-        # hours.
-        self._most = _HALF_WRAP if is_wrapping else math.inf
+        # hours. Later, it stops to do so.
+        self._wraps = stream.container.format.name in _WRAPPING
         self._last: int | None = None
         self._end, self._shift = 0, 0
 
     def set(self, packet: "Packet[Any]") -> None:
         """Move the times of a packet that comes after a restart."""
         # Only decoding times always increase: display times go back and forth.
-        dts = packet.dts
+        dts, pts = packet.dts, packet.pts
+        if dts is not None and self._wraps and self._last is not None:
+            dts -= _nearest(dts - self._last)
+            pts = None if pts is None else pts - _nearest(pts - dts)
         if dts is not None:
-            step = 0 if self._last is None else dts - self._last
-            if not -self._slack <= step <= self._most:
+            if self._last is not None and dts - self._last < -self._slack:
                 self.restarts.append(self._end + int(self._gap))
-                self._shift = self.restarts[-1] - (dts if packet.pts is None else packet.pts)
+                self._shift = self.restarts[-1] - (dts if pts is None else pts)
                 self._last = dts
             self._last = dts if self._last is None else max(self._last, dts)
-        if self._shift:
-            packet.dts = None if dts is None else dts + self._shift
-            packet.pts = None if packet.pts is None else packet.pts + self._shift
+        packet.dts = None if dts is None else dts + self._shift
+        packet.pts = None if pts is None else pts + self._shift
         if packet.pts is not None:
             self._end = max(self._end, packet.pts)
+
+
+def _nearest(ticks: int) -> int:
+    """Return the multiple of the range of 33 bits that is nearest to a number of ticks."""
+    return round(ticks / _WRAP) * _WRAP
 
 
 def reordering(pts: Ints) -> int:

@@ -94,7 +94,7 @@ def test_requiring_all_drives_names_the_first_that_is_bad(drive: Drive) -> None:
 
 
 def test_a_sample_is_cut_where_the_video_lost_a_frame(drive: Drive) -> None:
-    later = np.where(np.arange(12) < 6, 0.0, 0.2)  # The two frames before frame 6 are missing.
+    later = np.where(np.arange(12) < 6, 0.0, 0.25)  # Frames are missing before frame 6.
     gappy = Drive(
         id="gappy", source="video", timestamps=drive.timestamps + later, reader=drive.reader
     )
@@ -132,3 +132,27 @@ def test_notices_about_the_video_are_those_of_the_drive(tmp_path: Path, drive: D
     facts = read_facts(tmp_path / "a.mp4")
     noted = replace(drive, assumptions=("one",), video=replace(facts, notices=("two",)))
     assert noted.notices == ("one", "two")
+
+
+@pytest.mark.parametrize(
+    ("rate", "line"),
+    [
+        (8.1, "all its frames are taken, which makes 8.1 frames/s, not the 10 asked for"),
+        (11.4, "all its frames are taken, which makes 11.4 frames/s, not the 10 asked for"),
+        (27, "one of 3 frames is taken, which makes 9 frames/s, not the 10 asked for"),
+        (14, "its 14 frames/s are resampled to 10: the frames nearest to each tick"),
+        (29.97, None),
+        (10, None),
+    ],
+)
+def test_what_a_rate_means_for_a_drive_is_said(drive: Drive, rate: float, line: str | None) -> None:
+    other = replace(drive, timestamps=np.arange(300) / rate, log=None)
+    notices = sample(other, fps=10).notices
+    assert [text.startswith(line or "") for text in notices] == [True] * (line is not None)
+    assert sample(other).notices == ()
+
+
+def test_gaps_are_said(drive: Drive) -> None:
+    times = np.concatenate([np.arange(50) / 10, 12 + np.arange(50) / 10])
+    (line,) = sample(replace(drive, timestamps=times, log=None), fps=10).notices
+    assert line == "1 gap without frames at this rate, 7.1 s in all"

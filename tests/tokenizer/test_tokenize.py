@@ -476,3 +476,17 @@ def test_without_skip_bad_no_drive_is_decoded_after_a_bad_one(
     with pytest.raises(BadDriveError, match=r"repair or remove it$"):
         tokenize(DriveSet([bad, watched]), tokenizer, tmp_path / "tokens")
     assert not opened
+
+
+def test_drives_of_8_to_11_frames_per_second_make_one_store(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    for rate in (8, 10, 11):
+        write_video(tmp_path / f"at_{rate}.mp4", np.zeros((30, 32, 64, 3), np.uint8), rate)
+    drives = find_drives([tmp_path])
+    index = tokenize(drives, tokenizer, tmp_path / "tokens", fps=10)
+    assert index.drives == 3
+    notices = {entry.id: entry.notices for shard in index.shards for entry in shard.drives}
+    assert notices["at_10"] == ()
+    assert "makes 8 frames/s, not the 10 asked for" in notices["at_8"][0]
+    assert "makes 11 frames/s, not the 10 asked for" in notices["at_11"][0]

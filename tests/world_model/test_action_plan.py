@@ -176,7 +176,7 @@ def test_braking_from_an_unknown_speed_is_refused() -> None:
 def test_csv_of_another_steering_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "wheel.csv"
     path.write_text("timestamp_s,speed_mps,steering_rad\n0,1,0\n0.1,1,0\n0.2,1,0\n")
-    with pytest.raises(DriveSimError, match="but `steering_kind` is road_wheel"):
+    with pytest.raises(DriveSimError, match="but road_wheel is needed"):
         plan(str(path))
 
 

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def test_bare_names_are_reported_and_a_bare_steering_needs_its_kind(csv_path: Pa
 
 def test_a_kind_that_contradicts_the_column_is_an_error(csv_path: Path) -> None:
     write(csv_path, "t,steering_deg", "0,1", "1,2")
-    with pytest.raises(DriveSimError, match=r"steering_wheel.*`steering_kind` is road_wheel"):
+    with pytest.raises(DriveSimError, match="steering_wheel, but road_wheel is needed"):
         read_action_file(csv_path, Reading(steering_kind="road_wheel"))
 
 
@@ -350,3 +351,65 @@ def test_a_wheel_that_its_logger_wraps_is_unwrapped(csv_path: Path) -> None:
 def test_a_wheel_that_turns_fast_is_left_as_it_is(csv_path: Path) -> None:
     log = read_action_file(write(csv_path, "t,steering_deg", "0,-100", "0.1,100", "0.2,300"))
     assert log.notices == ()
+
+
+def test_a_known_name_keeps_its_unit(csv_path: Path) -> None:
+    write(csv_path, "t,speed_kmh,speed_mps,steering_deg,curvature", "0,36,1,90,0", "0.1,36,1,90,0")
+    with pytest.raises(DriveSimError, match="keep one of them, or name one with `speed`"):
+        read_action_file(csv_path)
+    log = read_action_file(csv_path, Reading(speed="speed_kmh", steering="steering_deg"))
+    assert log.speed is not None
+    assert log.steering is not None
+    np.testing.assert_allclose(log.speed.values, 10)
+    np.testing.assert_allclose(log.steering.values, math.pi / 2)
+    assert log.notices == ()
+    with pytest.raises(DriveSimError, match="speed_kmh has another unit than mph"):
+        read_action_file(csv_path, Reading(speed="speed_kmh", speed_unit="mph"))
+
+
+def test_degrees_are_refused_for_what_is_no_angle(csv_path: Path) -> None:
+    write(csv_path, "t,k", "0,0.1", "0.1,0.1")
+    reading = Reading(steering="k", steering_unit="deg", steering_kind="curvature")
+    with pytest.raises(DriveSimError, match="is no angle; leave out `steering_unit`"):
+        read_action_file(csv_path, reading)
+
+
+def steering_of(csv_path: Path, rows: Sequence[tuple[float, float]]) -> tuple[list[float], str]:
+    """Return the steering in degrees, and the notices, of a table of times and degrees."""
+    write(csv_path, "t,steering_deg", *(f"{time},{value}" for time, value in rows))
+    log = read_action_file(csv_path)
+    assert log.steering is not None
+    return np.degrees(log.steering.values).round(3).tolist(), "; ".join(log.notices)
+
+
+def test_a_wheel_logged_from_0_to_360_turns_about_0(csv_path: Path) -> None:
+    rows = [(n / 20, value % 360) for n, value in enumerate(range(-30, 31, 5))]
+    angles, notices = steering_of(csv_path, rows)
+    assert angles == list(range(-30, 31, 5))
+    assert "once" in notices
+
+
+def test_a_hole_in_the_log_is_no_turn_of_the_wheel(csv_path: Path) -> None:
+    rows = [(0, 140), (0.1, 175), (0.2, -175), (60, -150), (60.1, -140)]
+    assert steering_of(csv_path, rows)[0] == [140, 175, 185, -150, -140]
+
+
+def test_jumps_that_no_wheel_makes_are_named_and_left(csv_path: Path) -> None:
+    rows = [(n / 10, (170, -170, 60)[n % 3]) for n in range(200)]
+    angles, notices = steering_of(csv_path, rows)
+    assert angles == [value for _, value in rows]
+    assert "not as a steering wheel would" in notices
+
+
+@pytest.mark.parametrize("note", ["note (a;b;c)", "note (a\tb)"])
+def test_a_semicolon_in_a_name_separates_nothing(csv_path: Path, note: str) -> None:
+    write(csv_path, f"timestamp_s,speed_mps,{note}", "0,1,x", "0.1,2,y")
+    assert read_action_file(csv_path).span == (0, 0.1)
+
+
+@pytest.mark.parametrize("first", ["sep=", 'sep="', "sep=;;"])
+def test_a_separator_that_makes_no_sense_is_one_line(csv_path: Path, first: str) -> None:
+    csv_path.write_text(f"{first}\r\nt;speed_mps\r\n0;1\r\n", newline="")
+    assert not is_action_file(csv_path)
+    with pytest.raises(DriveSimError, match=r"drive\.csv"):
+        read_action_file(csv_path)

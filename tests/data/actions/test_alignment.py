@@ -110,4 +110,15 @@ def test_a_log_that_does_not_fit_the_video_is_an_error() -> None:
         check_coverage(make_log(np.linspace(0, 9900, 100), np.ones(100)), frames)
     with pytest.raises(DriveSimError, match="covers 30% of the video's frames"):
         check_coverage(make_log(np.arange(30) / 10, np.ones(30)), frames)
-    check_coverage(make_log(np.arange(60) / 10, np.ones(60)), frames)
+    assert check_coverage(make_log(np.arange(60) / 10, np.ones(60)), frames) == []
+
+
+def test_a_channel_that_is_hardly_known_is_named() -> None:
+    fast, slow = np.arange(100) / 10, np.arange(0, 10, 2.0)
+    log = ActionLog(
+        speed=Channel(times=fast, values=np.ones(100, np.float32)),
+        steering=Channel(times=slow, values=np.ones(5, np.float32)),
+        steering_kind="road_wheel",
+    )
+    (line,) = check_coverage(log, fast)
+    assert line.startswith("steering is known in only ")

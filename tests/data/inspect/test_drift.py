@@ -9,7 +9,7 @@ from driving_sim.data.actions.action_log import Channel
 from driving_sim.data.drive import SampledDrive, sample
 from driving_sim.data.inspect.drift import Drift
 from driving_sim.data.inspect.steering_check import measure_synchrony
-from tests.fixtures.steered_drives import (
+from tests.data.inspect.steered_drives import (
     FPS,
     Series,
     make_drive,

@@ -5,12 +5,12 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from driving_sim.data.actions.action_log import SteeringKind
+from driving_sim.data.actions.action_log import Channel, SteeringKind
 from driving_sim.data.drive import sample
 from driving_sim.data.inspect.steering_check import Synchrony, measure_synchrony
 from driving_sim.data.inspect.turns import curvature
 from driving_sim.data.inspect.view import View
-from tests.fixtures.steered_drives import (
+from tests.data.inspect.steered_drives import (
     FOCAL_WIDTHS,
     FPS,
     Series,
@@ -28,6 +28,10 @@ def steering() -> Series:
 @pytest.fixture
 def speed(steering: Series) -> Series:
     return 10 + 4 * np.sin(np.arange(len(steering)) / 40)
+
+
+def shifted(channel: Channel, seconds: float) -> Channel:
+    return replace(channel, times=channel.times + seconds)
 
 
 def test_actions_that_fit_the_picture_are_no_problem(steering: Series, speed: Series) -> None:
@@ -85,8 +89,8 @@ def test_following_the_advice_removes_the_problem(steering: Series, speed: Serie
     assert late.drive.log.steering is not None
     log = replace(
         late.drive.log,
-        speed=late.drive.log.speed.shifted(-synchrony.lag_s),
-        steering=late.drive.log.steering.shifted(-synchrony.lag_s),
+        speed=shifted(late.drive.log.speed, -synchrony.lag_s),
+        steering=shifted(late.drive.log.steering, -synchrony.lag_s),
     )
     mended = measure_synchrony(motion, sample(replace(late.drive, log=log)))
     assert mended.problems == ()

@@ -6,7 +6,7 @@ import pytest
 from driving_sim.data.inspect.steering_check import measure_synchrony
 from driving_sim.data.inspect.units import Units, judge_units
 from driving_sim.data.inspect.view import CLEAR, View
-from tests.fixtures.steered_drives import (
+from tests.data.inspect.steered_drives import (
     FOCAL_WIDTHS,
     Series,
     make_drive,

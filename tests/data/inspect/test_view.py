@@ -6,7 +6,7 @@ import pytest
 from driving_sim.data.arrays import Pixels
 from driving_sim.data.inspect.motion import measure_motion
 from driving_sim.data.inspect.view import CLEAR, View
-from tests.data.inspect.test_motion import turning
+from tests.data.inspect.turning_pictures import turning
 from tests.fixtures.video_files import smooth_noise
 
 SHIFTS = np.sin(np.arange(60) / 4) / 60

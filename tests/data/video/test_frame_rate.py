@@ -65,11 +65,24 @@ def test_dropped_frames_are_no_gap_at_a_lower_rate() -> None:
     assert np.diff(times[chosen]).mean() == pytest.approx(0.1, rel=0.02)
 
 
-def test_half_the_rate_in_the_dark_is_no_gap_at_a_lower_rate() -> None:
-    times = np.concatenate([np.arange(450) / 30, 15 + np.arange(225) / 15])
+@pytest.mark.parametrize("dark", [0.05, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize("dark_rate", [9.8, 10, 15])
+def test_a_lower_rate_in_the_dark_is_no_gap(dark: float, dark_rate: float) -> None:
+    """Frames come at 30/s in the light, and 10 frames/s are asked for."""
+    light = np.arange(round(300 * (1 - dark)) * 30) / 30
+    night = light[-1] + np.arange(1, round(300 * dark * dark_rate)) / dark_rate
+    times = np.concatenate([light, night])
     chosen, segments, _ = choose_frames(times, fps=10)
     assert segments == [(0, len(chosen))]
-    np.testing.assert_allclose(np.diff(times[chosen]), 0.1, atol=0.035)
+    assert len(chosen) == pytest.approx(3000, rel=0.02)
+
+
+def test_a_pause_of_years_costs_no_memory() -> None:
+    times = np.concatenate([np.arange(100) / 14, 1.7e9 + np.arange(100) / 14])
+    chosen, segments, on_ticks = choose_frames(times, fps=10)
+    assert on_ticks
+    assert len(segments) == 2
+    assert len(chosen) == pytest.approx(2 * 72, abs=2)
 
 
 def test_a_few_lost_frames_leave_a_constant_stride() -> None:

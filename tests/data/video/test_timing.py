@@ -40,7 +40,10 @@ def joined(folder: Path, name: str, starts_ms: list[int], lost_packets: int = 0)
         ("x.ts", [0, 0]),
         ("x.ts", [5000, 0, 0]),
         ("x.ts", [300_000, 0]),  # FFmpeg takes this for a clock of 33 bits that wrapped around.
+        ("x.ts", [61_000, 0]),  # FFmpeg stops to take it for that within the second part.
+        ("x.ts", [0, 1725]),
         ("x.mkv", [0, 0]),
+        ("x.mkv", [0, 1725]),
     ],
 )
 def test_a_clock_that_starts_again_goes_on_after_a_gap(
