@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from driving_sim.data.arrays import Floats, Ints, Pixels
+from driving_sim.data.arrays import Floats, Ints, Mask, Pixels
 from driving_sim.data.drive import SampledDrive
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.engine.errors import DriveSimError
@@ -22,6 +22,7 @@ from driving_sim.engine.progress import progress
 _NEIGHBOURS = 4
 """If the frames are not cached, a batch takes this many frames from each of several short stretches
 of the drives."""
+_DRAWS = 100
 _NEIGHBOURHOOD = 16
 """Number of consecutive frames in such a stretch. The last stretch of a drive may be shorter."""
 
@@ -35,7 +36,8 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
     If all frames fit in `cache_bytes`, the constructor decodes them once and caches them. Forked
     loader workers inherit the cache. If workers are not forked, set `shared`, which puts the cache
     in shared memory. If the frames do not fit, each batch decodes its own frames. They come from a
-    few short stretches of the videos, because seeking takes most of the time.
+    few short stretches of the videos, because seeking takes most of the time. Frames that are lost
+    to damage are left out.
 
     `mirror` flips each frame left to right with probability 0.5. `shift` is the largest random
     shift in pixels. `gain` is the largest relative change of a colour's brightness. `cutmix` is the
@@ -75,10 +77,10 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
         """Return batch n, for any n >= 0. The number of batches is unlimited."""
         generator = np.random.default_rng([self.seed, n])
         if self._cache is not None:
-            chosen = generator.integers(self.frame_count, size=self.batch_size)
+            chosen = generator.integers(len(self._cache), size=self.batch_size)
             frames = self._cache.numpy()[chosen]
         else:
-            frames = self._decode(self._neighbours(generator))
+            frames = self._decode_intact(generator)
         if self.mirror:
             _mirror(frames, np.flatnonzero(generator.random(self.batch_size) < 0.5))
         if self.shift:
@@ -98,13 +100,17 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
             # Share the cache before filling it, because sharing copies the content.
             _share(cache)
         filled = cache.numpy()
+        intact = 0
         with progress(self.frame_count, "decode", "frames") as bar:
-            for drive, start in zip(self.drives, self._offsets[:-1], strict=True):
-                for frame in drive.drive.stream(self.size, drive.indices):
-                    filled[start] = frame
-                    start += 1
+            for drive in self.drives:
+                for frame in drive.drive.stream_with_losses(self.size, drive.indices):
+                    if frame is not None:
+                        filled[intact] = frame
+                        intact += 1
                     bar.advance(1)
-        return cache
+        if intact == 0:
+            raise DriveSimError("no frames to train on: all frames are damaged")
+        return cache[:intact]
 
     def _neighbours(self, generator: np.random.Generator) -> Ints:
         """Draw B of the N frames: a few frames from each of several random stretches."""
@@ -118,14 +124,36 @@ class FrameBatches(Dataset[dict[str, Tensor]]):
         chosen = [generator.integers(start, stop, size=_NEIGHBOURS) for start, stop in bounds]
         return np.concatenate(chosen)[: self.batch_size]
 
-    def _decode(self, chosen: Ints) -> Pixels:
-        frames = np.empty((len(chosen), self.size.height, self.size.width, 3), dtype=np.uint8)
+    def _decode_intact(self, generator: np.random.Generator) -> Pixels:
+        """Decode frames that are drawn at random. Draw others for those that are lost to damage."""
+        frames, lost = self._decode(self._neighbours(generator))
+        for _ in range(_DRAWS):
+            if not lost.any():
+                return frames
+            frames[lost], lost[lost] = self._decode(self._neighbours(generator)[lost])
+        raise DriveSimError(
+            f"after {_DRAWS} draws, a random batch still contained damaged frames; leave the "
+            "damaged drives out"
+        )
+
+    def _decode(self, chosen: Ints) -> tuple[Pixels, Mask]:
+        """Return the chosen frames [B], and which of them are lost to damage [B]."""
+        frames = np.zeros((len(chosen), self.size.height, self.size.width, 3), dtype=np.uint8)
+        lost = np.zeros(len(chosen), np.bool_)
         numbers = np.searchsorted(self._offsets, chosen, side="right") - 1
         for number in np.unique(numbers):
-            inside, drive = numbers == number, self.drives[number]
+            inside, drive = np.flatnonzero(numbers == number), self.drives[number]
             indices = drive.indices[chosen[inside] - self._offsets[number]]
-            frames[inside] = drive.drive.frames(indices, self.size)
-        return frames
+            distinct, places = np.unique(indices, return_inverse=True)
+            # Stream the frames: `Drive.frames` may use decord, which does not notice all damage.
+            decoded = list(drive.drive.stream_with_losses(self.size, distinct))
+            for slot, place in zip(inside, places, strict=True):
+                frame = decoded[place]
+                if frame is None:
+                    lost[slot] = True
+                else:
+                    frames[slot] = frame
+        return frames, lost
 
 
 def _start_method() -> str:

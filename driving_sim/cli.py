@@ -9,12 +9,13 @@ settings by these parameter names, in backticks, and this module replaces the na
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
-from functools import partial
+from functools import partial, wraps
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, cast
 
 import typer
 from typer import Argument, Option
@@ -31,12 +32,10 @@ REPORTS = RUNS / "reports"
 _SETTING = re.compile(r"`(\w[\w.]*)(=[^`]*)?`")
 _RUNNING = "drivesim.command"  # The key of the running command in click's `Context.meta`.
 _RESUME = {"resume": "the same command again"}
-_STEERING = {"steering_kind": "the model's kind of steering"}
 _WORDS_WITHOUT_FLAG = {
     "tokenize": _RESUME | {"run": "trained --tokenizer"},
     "demo": _RESUME | {"run": "--out"},
-    **dict.fromkeys(("rollout", "surprise", "world-model", "control"), _STEERING),
-    "play": _STEERING | {"actions": "the plan", "seconds": "the plan's time"},
+    "play": {"actions": "the plan", "seconds": "the plan's time"},
 }
 """An error message may name a setting for which the command has no flag. For each command, these
 are the words to print instead of the setting's name."""
@@ -225,18 +224,77 @@ Device = Annotated[
         "is available.",
     ),
 ]
-Kind = Annotated[
-    str | None,
-    Option(
-        help="What the steering in the action files measures: steering_wheel, road_wheel, "
-        "curvature or normalised, all positive to the left. Needed if the column's name is only "
-        "`steering`."
-    ),
-]
-TimeOffset = Annotated[
-    float,
-    Option(help="Seconds to add to the times in the action files, so that they match the video."),
-]
+_READING: dict[str, Any] = {
+    "steering_kind": Annotated[
+        str | None,
+        Option(
+            help="What the steering in the action files measures: steering_wheel, road_wheel, "
+            "curvature or normalised, all positive to the left. Needed if the column's name does "
+            "not say it [default: with a model, the model's]."
+        ),
+    ],
+    "time_offset": Annotated[
+        float | None,
+        Option(
+            help="Seconds to add to the times in the action files, so that they match the video."
+        ),
+    ],
+    "speed": Annotated[
+        str | None, Option(help="Column with the speed, if its name is not one of drivesim's.")
+    ],
+    "speed_unit": Annotated[
+        str | None, Option(help="Unit of the column --speed: mps, kmh or mph [default: mps].")
+    ],
+    "steering": Annotated[
+        str | None, Option(help="Column with the steering, if its name is not one of drivesim's.")
+    ],
+    "steering_unit": Annotated[
+        str | None, Option(help="Unit of the column --steering: rad or deg [default: rad].")
+    ],
+    "stream": Annotated[
+        int | None,
+        Option(
+            min=0,
+            help="Number of the video stream to read, as ffprobe counts them [default: the best].",
+        ),
+    ],
+    "video_fps": Annotated[
+        float | None,
+        Option(help="Frame rate of videos that do not store one, such as raw H.264 and HEVC."),
+    ],
+    "wheelbase": Annotated[
+        float | None,
+        Option(
+            help="Distance between the axles in metres, for checking the steering against the "
+            "picture [default: that of a passenger car]."
+        ),
+    ],
+}
+"""The options of `Reading`, for all commands that take videos. All of them default to None."""
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def reads_recordings(command: Command) -> Command:
+    """Give a command the options of `Reading`, in place of its parameter `reading`."""
+    parameters = list(signature(command).parameters.values())
+    place = [parameter.name for parameter in parameters].index("reading")
+    parameters[place : place + 1] = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in _READING.items()
+    ]
+
+    @wraps(command)
+    def with_options(**options: Any) -> Any:
+        from driving_sim.data.actions.reading import Reading
+
+        given = {name: options.pop(name) for name in _READING}
+        return command(**options, reading=Reading(**_given_options(given)))
+
+    names = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters]
+    with_options.__signature__ = signature(command).replace(parameters=names)  # type: ignore[attr-defined]
+    return cast(Command, with_options)
+
+
 Every = Annotated[int | None, Option(help="Take every n-th frame, instead of --fps.", min=1)]
 Fps = Annotated[
     float | None, Option(help="Frames per second to take from the videos [default: 10].")
@@ -382,6 +440,7 @@ def synth(
 
 
 @app.command()
+@reads_recordings
 def inspect(
     context: typer.Context,
     videos: Videos,
@@ -392,9 +451,16 @@ def inspect(
             "replaced."
         ),
     ] = RUNS / "inspect",
+    fps: Annotated[
+        float | None,
+        Option(
+            help="Frame rate to train at: show how much of each drive is usable at it "
+            "[default: nothing is resampled]."
+        ),
+    ] = None,
+    every: Every = None,
     as_json: Annotated[bool, Option("--json", help="Print JSON instead of a table.")] = False,
-    steering_kind: Kind = None,
-    time_offset: TimeOffset = 0.0,
+    reading: Any = None,
 ) -> None:
     """Check drives for problems, such as gaps, a lag of the actions, or a flipped steering sign.
 
@@ -403,13 +469,14 @@ def inspect(
     """
     from driving_sim.data.inspect.inspection import inspect_drives
 
-    report = inspect_drives(videos, out, steering_kind=steering_kind, time_offset=time_offset)
+    report = inspect_drives(videos, out, reading, fps=fps, every=every)
     table = f"{report.table()}\n\npictures and inspection.json: {out}"
     text = json.dumps(asdict(report), indent=2) if as_json else table
     typer.echo(with_flags(text, context.command))
 
 
 @app.command()
+@reads_recordings
 def train_tokenizer(
     videos: Videos,
     run: RunOut = RUNS / "tokenizer",
@@ -422,6 +489,7 @@ def train_tokenizer(
     assignments: Set = None,
     resume: Resume = False,
     init_from: InitFrom = None,
+    reading: Any = None,
     skip_bad: SkipBad = False,
     precision: Precision = None,
     shard: Shard = False,
@@ -437,6 +505,7 @@ def train_tokenizer(
 
 
 @app.command()
+@reads_recordings
 def tokenize(
     videos: Videos,
     tokenizer: Annotated[
@@ -482,8 +551,7 @@ def tokenize(
         bool,
         Option("--mirror", help="Also add a mirrored copy of each drive, with negated steering."),
     ] = False,
-    steering_kind: Kind = None,
-    time_offset: TimeOffset = 0.0,
+    reading: Any = None,
     skip_bad: SkipBad = False,
     batch_size: Annotated[int, Option(min=1, help="Number of frames to encode at once.")] = 8,
     precision: Precision = None,
@@ -544,6 +612,7 @@ def train_world_model(
 
 
 @app.command()
+@reads_recordings
 def rollout(
     typed: typer.Context,
     actions: Annotated[
@@ -612,13 +681,7 @@ def rollout(
     top_k: TopK = None,
     top_p: TopP = None,
     seed: Seed = 0,
-    time_offset: Annotated[
-        float,
-        Option(
-            help="Seconds to add to the times in the CSV of --context, so that they match the "
-            "video."
-        ),
-    ] = 0.0,
+    reading: Any = None,
     precision: Precision = None,
     device: Device = "auto",
 ) -> None:
@@ -635,11 +698,11 @@ def rollout(
 
     if replay is not None:
         chosen = ("COMMANDLINE", "ENVIRONMENT")
-        given = {name: options[name] for name in options if _source(typed, name) in chosen}
+        given = {name for name in typed.params if _source(typed, name) in chosen}
         own = {"replay", "model", "out", "overwrite", "precision", "device"}
-        if unused := sorted(given.keys() - own):
+        if unused := sorted(given - own):
             raise DriveSimError(f"`replay` takes the drive from its file: leave out `{unused[0]}`")
-        report = drive_again(**given)
+        report = drive_again(**{name: options[name] for name in given})
     elif actions is None:
         raise typer.BadParameter("say how to drive", param_hint="--actions or --replay")
     else:
@@ -656,6 +719,7 @@ def rollout(
 
 
 @app.command()
+@reads_recordings
 def play(
     model: Annotated[
         Path | None,
@@ -689,7 +753,7 @@ def play(
     record: Annotated[
         Path | None, Option(help="Folder for recordings. Without it, nothing can be recorded.")
     ] = None,
-    time_offset: TimeOffset = 0.0,
+    reading: Any = None,
     no_browser: Annotated[bool, Option("--no-browser", help="Do not open a browser.")] = False,
     precision: Precision = None,
     device: Device = "auto",
@@ -726,12 +790,13 @@ def demo(
 
 
 @app.command()
+@reads_recordings
 def surprise(
     run: Model,
     videos: Videos,
     out: Annotated[Path, Option(help="Folder to write the videos, pictures and JSON to.")] = RUNS
     / "surprise",
-    time_offset: TimeOffset = 0.0,
+    reading: Any = None,
     precision: Precision = None,
     device: Device = "auto",
 ) -> None:
@@ -739,7 +804,7 @@ def surprise(
     from driving_sim.evaluate.likelihood.surprise import find_surprises
     from driving_sim.pipeline import model_and_drives
 
-    world, drives = model_and_drives(run, videos, time_offset, device, precision or "auto")
+    world, drives = model_and_drives(run, videos, reading, device, precision or "auto")
     summary = find_surprises(world, drives, out)
     for drive in summary["ranking"]:
         typer.echo(f"{summary['drives'][drive]['bits_per_token']:8.3f} bits per token  {drive}")
@@ -787,6 +852,7 @@ def scaling(
 
 
 @evaluate_app.command("tokenizer")
+@reads_recordings
 def evaluate_tokenizer(
     run: Annotated[
         Path, Argument(help="Folder of a tokenizer run, or the name of a packaged model.")
@@ -795,6 +861,7 @@ def evaluate_tokenizer(
     out: Annotated[Path, Option(help="Folder to write the report to.")] = REPORTS / "tokenizer",
     fps: Fps = None,
     every: Every = None,
+    reading: Any = None,
     precision: Precision = None,
     device: Device = "auto",
 ) -> None:
@@ -806,6 +873,7 @@ def evaluate_tokenizer(
 
 
 @evaluate_app.command("world-model")
+@reads_recordings
 def evaluate_world_model(
     run: Model,
     data: Annotated[
@@ -875,7 +943,7 @@ def evaluate_world_model(
             "steering. It must not have been trained on the held-out drives."
         ),
     ] = None,
-    time_offset: TimeOffset = 0.0,
+    reading: Any = None,
     precision: Precision = None,
     device: Device = "auto",
 ) -> None:
@@ -907,6 +975,7 @@ def evaluate_compare(
 
 
 @evaluate_app.command("control")
+@reads_recordings
 def evaluate_control(
     run: Model,
     videos: Videos,
@@ -920,7 +989,7 @@ def evaluate_control(
     top_k: TopK = None,
     top_p: TopP = None,
     seed: Seed = 0,
-    time_offset: TimeOffset = 0.0,
+    reading: Any = None,
     sheet: Annotated[
         Path | None,
         Option(help="File for a picture of the futures, .png or .jpg [default: no picture]."),
@@ -940,7 +1009,7 @@ def evaluate_control(
     from driving_sim.evaluate.actions.control import measure_control
     from driving_sim.pipeline import model_and_drives
 
-    world, drives = model_and_drives(run, videos, time_offset, device, precision or "auto")
+    world, drives = model_and_drives(run, videos, reading, device, precision or "auto")
     measured = measure_control(
         world, drives, starts=starts, seconds=seconds, sampling=sampling, sheet=sheet
     )

@@ -1,14 +1,14 @@
 """Functions that do the work of the main commands: train, tokenize and roll out."""
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
-from driving_sim.data.drive import Drive, DriveSet, sample
+from driving_sim.data.actions.reading import AS_NAMED, Reading
+from driving_sim.data.drive import Drive, DriveSet, check_rate, sample
 from driving_sim.data.sources import find_drives
 from driving_sim.data.tokens.index import INDEX, UNFINISHED, StoreIndex, read_index
 from driving_sim.engine.config import resolve
@@ -142,13 +142,14 @@ def _auto_preset(device: str, grid: tuple[int, int] | None) -> str:
     return name
 
 
-def _find(videos: Sequence[Path], *, skip_bad: bool = False, **options: Any) -> DriveSet:
+def _find(
+    videos: Sequence[Path], reading: Reading, *, skip_bad: bool = False, actions: bool = True
+) -> DriveSet:
     """Find drives. Print the assumptions made and the drives skipped.
 
-    `options` are passed to `find_drives`. Raises BadDriveError if a drive cannot be read, unless
-    `skip_bad` is set.
+    Raises BadDriveError if a drive cannot be read, unless `skip_bad` is set.
     """
-    drive_set = find_drives(videos, **options)
+    drive_set = find_drives(videos, reading, actions=actions)
     if not skip_bad:
         drive_set.require_all()
     for line in dict.fromkeys(drive_set.notices):
@@ -160,17 +161,19 @@ def _find(videos: Sequence[Path], *, skip_bad: bool = False, **options: Any) -> 
     return drive_set
 
 
-def find_frames(videos: Sequence[Path], *, skip_bad: bool = False) -> DriveSet:
+def find_frames(
+    videos: Sequence[Path], reading: Reading = AS_NAMED, *, skip_bad: bool = False
+) -> DriveSet:
     """Find drives, but do not read their action files, so errors in these files do not matter."""
-    return _find(videos, skip_bad=skip_bad, actions=False)
+    return _find(videos, reading, skip_bad=skip_bad, actions=False)
 
 
 def model_and_drives(
-    run: Path, videos: Sequence[Path], time_offset: float, device: str, precision: str = "auto"
+    run: Path, videos: Sequence[Path], reading: Reading, device: str, precision: str = "auto"
 ) -> tuple[WorldModel, list[Drive]]:
     """Load the world model of `run`, and find the drives in `videos` for it."""
     world = WorldModel.from_run(run, device, precision)
-    return world, find_for(world, videos, time_offset).drives
+    return world, find_for(world, videos, reading).drives
 
 
 def frame_rate(fps: float | None, every: int | None) -> dict[str, Any]:
@@ -178,10 +181,7 @@ def frame_rate(fps: float | None, every: int | None) -> dict[str, Any]:
 
     Raises DriveSimError if both are given, or if `fps` is not a finite number above 0.
     """
-    if fps is not None and every is not None:
-        raise DriveSimError("`fps` and `every` are both given; give only one")
-    if fps is not None and not 0 < fps < math.inf:
-        raise DriveSimError(f"`fps` {fps:g}: give a finite rate above 0 frames/s")
+    check_rate(fps, every)
     return {"fps": DEFAULT_FPS if fps is None and every is None else fps, "every": every}
 
 
@@ -192,12 +192,14 @@ def train_tokenizer_on(
     *,
     fps: float | None = None,
     every: int | None = None,
+    reading: Reading = AS_NAMED,
     skip_bad: bool = False,
 ) -> TrainingResult:
     """Train a tokenizer on the frames of videos. The videos need no actions."""
     rate = frame_rate(fps, every)
     config = request.resolve(TOKENIZER_PRESETS)
-    sampled = [sample(drive, **rate) for drive in find_frames(videos, skip_bad=skip_bad).drives]
+    drives = find_frames(videos, reading, skip_bad=skip_bad).drives
+    sampled = [sample(drive, **rate) for drive in drives]
     return train_tokenizer(sampled, config, run, skip_bad=skip_bad, **request.start)
 
 
@@ -209,8 +211,7 @@ def tokenize_videos(
     fps: float | None = None,
     every: int | None = None,
     mirror: bool = False,
-    steering_kind: str | None = None,
-    time_offset: float = 0.0,
+    reading: Reading = AS_NAMED,
     skip_bad: bool = False,
     batch_size: int = 8,
     training: TrainingRequest | None = None,
@@ -233,9 +234,7 @@ def tokenize_videos(
         raise DriveSimError(
             f"{out} already contains a token store; choose another `out`, or delete it"
         )
-    drive_set = _find(
-        videos, skip_bad=skip_bad, steering_kind=steering_kind, time_offset=time_offset
-    )
+    drive_set = _find(videos, reading, skip_bad=skip_bad)
     # Reading this property raises an error if the drives have different kinds of steering.
     _ = drive_set.steering_kind
 
@@ -296,7 +295,7 @@ def roll_out(
     seconds: float | None = None,
     samples: int = 1,
     sampling: Sampling | None = None,
-    time_offset: float = 0.0,
+    reading: Reading = AS_NAMED,
     overwrite: bool = False,
     device: str = "auto",
     precision: str = "auto",
@@ -315,13 +314,13 @@ def roll_out(
     world = WorldModel.from_run(model, device, precision)
     own = contexts_of(model)
     if context is not None:
-        beginning = _named_context(world, Path(context), own, start_s, time_offset)
+        beginning = _named_context(world, Path(context), own, start_s, reading)
     elif tokens is None and own:
-        beginning = load_context(world, next(iter(own.values())), start_s, time_offset=time_offset)
+        beginning = load_context(world, next(iter(own.values())), start_s, reading=reading)
     else:
         beginning = context_from_store(world, Path(tokens or _TOKENS), start_s)
     actions = [actions] if isinstance(actions, str) else actions
-    plans = make_plans(actions, beginning.situation(world), seconds=seconds)
+    plans = make_plans(actions, beginning.situation(world), seconds=seconds, reading=reading)
     return write_rollout(
         world, beginning, plans, out, sampling=sampling or Sampling(), samples=samples
     )
@@ -392,7 +391,7 @@ def play(
     port: int = 8000,
     sessions: int = 2,
     record: Path | None = None,
-    time_offset: float = 0.0,
+    reading: Reading = AS_NAMED,
     open_browser: bool = True,
     device: str = "auto",
     precision: str = "auto",
@@ -402,7 +401,7 @@ def play(
     Without `model`, it is `runs/world-model` or, if there is none, the packaged model. Drives start
     in the videos of `context`, by default in the model's own contexts or, if it has none, in
     `runs/tokens`. `sessions` is how many people can drive at a time. Recordings are written to the
-    folder `record`. `time_offset` seconds are added to the times in the CSVs of `context`.
+    folder `record`. `reading` says how to read `context`.
     """
     from driving_sim.play.serving.server import Server, listen, serve
     from driving_sim.play.starts import find_starts
@@ -414,7 +413,7 @@ def play(
         if model is None:
             model = _WORLD_MODEL if Path(_WORLD_MODEL).is_dir() else packaged_models()[0]
         world = WorldModel.from_run(model, device, precision)
-        starts = find_starts(world, context, Path(_TOKENS), time_offset)
+        starts = find_starts(world, context, Path(_TOKENS), reading)
         server = Server(world, str(model), starts, sessions=sessions, recordings=record)
         server.warm_up()
         serve(server, listening, host, open_browser=open_browser)
@@ -425,17 +424,17 @@ def _named_context(
     context: Path,
     own: Mapping[str, Path],
     start_s: float | None,
-    time_offset: float,
+    reading: Reading,
 ) -> Context:
     """Return the context in the video `context`, or the context of this name in `own`."""
     if own and not context.exists():
         if str(context) in own:
-            return load_context(world, own[str(context)], start_s, time_offset=time_offset)
+            return load_context(world, own[str(context)], start_s, reading=reading)
         raise DriveSimError(
             f"`context` {context}: no such file, and the model has no context of this name; its "
             f"contexts are {', '.join(own)}"
         )
-    drive, *others = find_for(world, [context], time_offset).drives
+    drive, *others = find_for(world, [context], reading).drives
     if others:
         raise DriveSimError(
             f"`context` {context} contains {1 + len(others)} drives; name the video of one drive"

@@ -4,11 +4,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from driving_sim import pipeline
+from driving_sim.data.actions.reading import Reading
 from driving_sim.data.synthetic.contexts import write_contexts
 from driving_sim.data.synthetic.world import SyntheticConfig
 from driving_sim.data.synthetic.writer import write_synthetic_drives
@@ -26,7 +26,7 @@ from driving_sim.world_model.training.presets import PRESETS as WORLD_MODEL_PRES
 from driving_sim.world_model.transformer import Transformer
 from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.token_drives import FPS, write_store
-from tests.fixtures.video_files import write_numbered
+from tests.fixtures.video_files import write_undecodable
 from tests.fixtures.world_models import new_world
 
 REQUEST = TrainingRequest(preset="demo", steps=1, device="cpu")
@@ -227,14 +227,14 @@ def test_a_context_is_a_single_drive_with_the_models_kind_of_steering(
     video.symlink_to(videos / "drive_000.mp4")
     rows = [f"{100 + t / FPS},5,0.1" for t in range(25)]
     for column, message in (
-        ("steering_rad", "is steering_wheel, but `steering_kind` is road_wheel"),
+        ("steering_rad", "is steering_wheel, but road_wheel is needed"),
         ("road_wheel_rad", "`time_offset`"),
     ):
         header = f"timestamp_s,speed_mps,{column}"
         video.with_suffix(".csv").write_text("\n".join([header, *rows]) + "\n")
         with pytest.raises(DriveSimError, match=message):
             roll(run, tmp_path, context=video)
-    roll(run, tmp_path, context=video, time_offset=-100.0)
+    roll(run, tmp_path, context=video, reading=Reading(time_offset=-100.0))
 
     # A model that learned no actions does not read the CSV, so an invalid CSV does not matter.
     world = WorldModel.from_run(run, "cpu")
@@ -260,10 +260,7 @@ def test_skip_bad_covers_damage_that_only_decoding_detects(videos: Path, tmp_pat
     folder.mkdir()
     for path in videos.glob("drive_*.*"):
         (folder / path.name).symlink_to(path)
-    content = bytearray(write_numbered(folder / "damaged.mp4", count=240).read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + 2000] = np.random.default_rng(0).bytes(2000)
-    (folder / "damaged.mp4").write_bytes(content)
+    write_undecodable(folder / "damaged.hevc")
     with pytest.raises(BadDriveError, match="truncated or damaged"):
         train_tokenizer_on([folder], tmp_path / "stopped", REQUEST)
     train_tokenizer_on([folder], tmp_path / "run", REQUEST, skip_bad=True)
@@ -274,3 +271,19 @@ def test_skip_bad_covers_damage_that_only_decoding_detects(videos: Path, tmp_pat
     store = TokenStore(out)
     assert store.drive_ids == ("drive_000", "drive_001")
     assert [skipped.id for skipped in store.index.skipped] == ["damaged"]
+
+
+def test_tokenize_says_what_it_passed_over(
+    videos: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "videos"
+    shutil.copytree(videos, folder)
+    (folder / "notes.txt").touch()
+    (folder / "drive" / "oxts").mkdir(parents=True)
+    (folder / "drive" / "image_02").mkdir()
+    tokenize_videos([folder], run / "tokenizer", tmp_path / "tokens", device="cpu")
+    said = capsys.readouterr().err
+    assert f"{folder}: passed over 1 other file: 1 .txt" in said
+    assert f"{folder / 'drive'}: is a recording of KITTI, which drivesim does not read" in said
+    with pytest.raises(DriveSimError, match=r"is a world model, not a tokenizer; its tokenizer is"):
+        tokenize_videos([folder], run, tmp_path / "again", device="cpu")

@@ -6,24 +6,27 @@ Axes: T frames of a drive, B frames of a batch, H W pixels, r c token rows and c
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from statistics import median_low
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from driving_sim.data.actions.action_file import STEERING
-from driving_sim.data.arrays import Pixels, digest
-from driving_sim.data.drive import Drive, DriveSet, SampledDrive, sample
+from driving_sim.data.actions.action_log import STEERING
+from driving_sim.data.arrays import Mask, Pixels, digest
+from driving_sim.data.drive import Drive, DriveSet, SampledDrive, grouped, sample
 from driving_sim.data.split import MIRROR_SUFFIX
 from driving_sim.data.tokens.index import StoreIndex, StoreInfo
 from driving_sim.data.tokens.plan import SHARD_BYTES, PlannedDrive, StorePlan
 from driving_sim.data.tokens.writer import TokenStoreWriter
 from driving_sim.data.video.frame_rate import RATE_TOLERANCE
 from driving_sim.data.video.frame_size import FrameSize, transform_description
+from driving_sim.data.video.segments import isolated
 from driving_sim.engine.errors import BadDriveError, DriveSimError
 from driving_sim.engine.precision import name_of
-from driving_sim.engine.progress import progress
+from driving_sim.engine.progress import progress, say
 from driving_sim.engine.ranks.distributed import Ranks
 from driving_sim.tokenizer.tokenizer import Tokenizer
 
@@ -60,6 +63,8 @@ def tokenize(
     if not skip_bad:
         drives.require_all()
     usable, bad = _survey(drives.drives, fps=fps, every=every)
+    for line in grouped((sampled.drive.id, sampled.notices) for sampled in usable):
+        say(line)
     if bad and not skip_bad:
         raise BadDriveError(f"{next(iter(bad.values()))}; {_REMEDY}")
     bad |= {skipped.id: skipped.reason for skipped in drives.skipped}
@@ -103,8 +108,14 @@ def tokenize(
         return writer.finish()
 
 
-_Part = tuple[SampledDrive, Pixels | DriveSimError]
-"""A drive, and a batch of its frames or the error that ended its decoding."""
+class _Part(NamedTuple):
+    """A batch of a drive's frames, or the error that ended the drive's decoding."""
+
+    drive: SampledDrive
+    frames: Pixels | DriveSimError
+    """[B, H, W, 3] Frames. Those that are lost to damage are black."""
+    lost: Mask
+    """[B] Which of the frames are lost to damage."""
 
 
 def _share(drives: Sequence[SampledDrive], ranks: Ranks) -> list[SampledDrive]:
@@ -140,6 +151,8 @@ def _survey(
         else:
             sampled.append(chosen)
     usual = _usual_rate(sampled)
+    if fps is not None and sampled:
+        usual = min(fps, max(chosen.fps for chosen in sampled))
     for chosen in sampled:
         if abs(chosen.fps / usual - 1) > RATE_TOLERANCE:
             bad[chosen.drive.id] = (
@@ -163,6 +176,7 @@ def _planned(sampled: SampledDrive, flip: bool) -> PlannedDrive:
         source=sampled.drive.source,
         mirrored=flip,
         content=digest(*known),
+        notices=(*sampled.drive.notices, *sampled.notices),
     )
 
 
@@ -180,10 +194,11 @@ def _encode(
     label = "tokenize" if ranks.size == 1 else f"tokenize, rank {ranks.rank} of {ranks.size}"
     parts = _ahead(_decoded(drives, tokenizer.frame_size, batch_size, skip_bad))
     encoded: dict[bool, list[NDArray[np.uint16]]] = {False: [], True: []}
+    losses: list[Mask] = []
     done = 0
     with progress(frames, label, "frames") as display, closing(parts):
         display.say(f"{label}: {len(drives)} drives, {frames:,} frames -> {writer.out}")
-        for sampled, frames_BHWC in parts:
+        for sampled, frames_BHWC, lost_B in parts:
             if not done:  # this is the drive's first batch
                 names = {flip: _name(sampled.drive, flip) for flip in flips}
                 missing = {flip: name for flip, name in names.items() if not writer.done(name)}
@@ -193,16 +208,21 @@ def _encode(
                 display.say(f"skipped {sampled.drive.id}: {frames_BHWC}", by_any_rank=True)
                 for name in missing.values():
                     writer.skip(name, str(frames_BHWC))
-                encoded, done = {False: [], True: []}, 0
+                encoded, losses, done = {False: [], True: []}, [], 0
                 continue
             for flip in missing:
                 batch = np.ascontiguousarray(frames_BHWC[:, :, ::-1] if flip else frames_BHWC)
                 tokens_Brc = tokenizer.encode(batch, batch_size=len(batch))
                 encoded[flip].append(tokens_Brc.numpy().astype(np.uint16))
             display.advance(len(frames_BHWC))
+            losses.append(lost_B)
             done += len(frames_BHWC)
             if done < len(sampled.indices):
                 continue
+            lost_T = np.concatenate(losses)
+            notices = sampled.about_losses(lost_T)
+            for line in grouped([(sampled.drive.id, notices)]):
+                display.say(line, by_any_rank=True)
             for flip, name in missing.items():
                 actions = sampled.actions.copy()
                 if flip:
@@ -213,9 +233,10 @@ def _encode(
                     actions,
                     sampled.action_valid,
                     sampled.timestamps,
-                    sampled.segments,
+                    isolated(sampled.segments, lost_T) if lost_T.any() else sampled.segments,
+                    notices,
                 )
-            encoded, done = {False: [], True: []}, 0
+            encoded, losses, done = {False: [], True: []}, [], 0
 
 
 def _decoded(
@@ -225,18 +246,26 @@ def _decoded(
 
     If a drive is bad, yield its error. Then stop, or with `skip_bad` go on with the next drive.
     """
+    black_HWC = np.zeros((size.height, size.width, 3), np.uint8)
     for sampled in drives:
-        total, decoded = len(sampled.indices), 0
+        total, decoded, intact = len(sampled.indices), 0, 0
         try:
-            for frames_BHWC in sampled.batches(size, batch_size):
-                decoded += len(frames_BHWC)
-                yield sampled, frames_BHWC
+            frames = sampled.drive.stream_with_losses(size, sampled.indices)
+            while batch := list(islice(frames, batch_size)):
+                lost_B = np.array([frame is None for frame in batch])
+                decoded, intact = decoded + len(batch), intact + int((~lost_B).sum())
+                if decoded == total and intact < 2:
+                    raise DriveSimError(
+                        f"{sampled.drive.id}: all but {intact} of its {total} frames are damaged"
+                    )
+                pictures = [black_HWC if frame is None else frame for frame in batch]
+                yield _Part(sampled, np.stack(pictures), lost_B)
             if decoded != total:
                 raise DriveSimError(
                     f"{sampled.drive.id}: only {decoded} of {total} frames could be decoded"
                 )
         except DriveSimError as error:
-            yield sampled, error
+            yield _Part(sampled, error, np.zeros(0, np.bool_))
             if not skip_bad:
                 return
 

@@ -22,7 +22,7 @@ from driving_sim.engine.config import from_dict, load_json, save_json, to_dict
 from driving_sim.engine.device import resolve_device
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.precision import autocast, name_of, resolve_precision
-from driving_sim.engine.run_folder import check_complete, find_run
+from driving_sim.engine.run_folder import check_complete, find_run, kind_of
 from driving_sim.engine.threads import adjust_threads
 from driving_sim.engine.weights import (
     build_with_weights,
@@ -78,9 +78,13 @@ class Tokenizer:
     ) -> Self:
         """Load the tokenizer in the folder `path`, or that of the packaged model named `path`.
 
-        Raises `DriveSimError` if it is missing or damaged.
+        Raises `DriveSimError` if it is missing or damaged, or if the folder holds a world model.
         """
         folder = find_run(path, part=TOKENIZER)
+        if kind_of(folder) == "world-model":
+            raise DriveSimError(
+                f"{folder} is a world model, not a tokenizer; its tokenizer is {folder / TOKENIZER}"
+            )
         check_complete(folder, (_CONFIG, WEIGHTS), "tokenizer")
         saved = load_json(folder / _CONFIG, most_bytes=_MOST_CONFIG_BYTES)
         config = from_dict(AutoencoderConfig, saved.get("model", {}), f"{folder / _CONFIG}: model")

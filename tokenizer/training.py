@@ -219,14 +219,18 @@ def reconstruction_grid(originals: Tensor, rebuilt: Tensor) -> Pixels:
 
 
 def validation_frames(drives: Sequence[SampledDrive], size: FrameSize, most: int) -> Tensor:
-    """Decode at most `most` frames, uint8 [N, H, W, 3], spread evenly over the drives."""
+    """Decode at most `most` frames, uint8 [N, H, W, 3], spread evenly over the drives. Frames that
+    are lost to damage are left out."""
     ends = np.cumsum([len(drive.indices) for drive in drives])
     places = np.linspace(0, ends[-1] - 1, min(most, ends[-1])).round().astype(np.int64)
     frames: list[Pixels] = []
     for drive, end in zip(drives, ends, strict=True):
         own = np.unique(places - end) + len(drive.indices)
         own = own[(own >= 0) & (own < len(drive.indices))]
-        frames.extend(drive.drive.stream(size, drive.indices[own]))
+        streamed = drive.drive.stream_with_losses(size, drive.indices[own])
+        frames.extend(frame for frame in streamed if frame is not None)
+    if not frames:
+        raise DriveSimError("every validation frame is damaged; choose other validation drives")
     return torch.from_numpy(np.stack(frames))
 
 
@@ -261,7 +265,7 @@ def _decodable(
         with progress(total, "check", "frames") as display:
             for number, sampled in enumerate(drives):
                 try:
-                    for _ in sampled.drive.stream(size, sampled.indices):
+                    for _ in sampled.drive.stream_with_losses(size, sampled.indices):
                         display.advance(1)
                     numbers.append(number)
                 except DriveSimError as error:

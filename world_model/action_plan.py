@@ -10,24 +10,19 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from driving_sim.data.actions.action_file import (
-    SPEED,
-    STEERING,
-    STEERING_LIMIT,
-    UNITS,
-    LogOptions,
-    SteeringKind,
-    read_action_file,
-)
+from driving_sim.data.actions.action_file import read_action_file
+from driving_sim.data.actions.action_log import SPEED, STEERING, STEERING_LIMIT, UNITS, SteeringKind
 from driving_sim.data.actions.alignment import EXTRAPOLATION_S, align
+from driving_sim.data.actions.reading import AS_NAMED, Reading
 from driving_sim.data.arrays import Floats, Floats32, Mask
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import shown
+from driving_sim.engine.progress import say
 
 LONGEST_S = 86400.0
 NAMES = ("straight", "left", "right", "brake", "recorded")
@@ -91,16 +86,22 @@ and returns the plan.
 
 
 def make_plans(
-    specs: Sequence[str], situation: Situation, *, seconds: float | None = None
+    specs: Sequence[str],
+    situation: Situation,
+    *,
+    seconds: float | None = None,
+    reading: Reading = AS_NAMED,
 ) -> list[ActionPlan]:
     """Turn each file, script or name in `specs` into a plan; all plans have the same length.
 
     The length is `seconds` if given. Otherwise it is the length of the longest file, recording or
     script with times such as "for 2s", or 4 s if there is none of these. If the last part of a
     script has no time, but other parts have one, it lasts 1 s. A file, recording or script that is
-    shorter than the plan is extended with its last action.
+    shorter than the plan is extended with its last action. `reading` says how to read files, except
+    for the time offset, because files begin with the future.
     """
-    return _rendered([_plan(spec, situation) for spec in specs], situation.fps, seconds)
+    planned = [_plan(spec, situation, reading) for spec in specs]
+    return _rendered(planned, situation.fps, seconds)
 
 
 def _rendered(
@@ -131,7 +132,7 @@ def make_plan_without_files(spec: str, situation: Situation, longest_s: float) -
     return _rendered([planned], situation.fps, None, longest_s)[0]
 
 
-def _plan(spec: str, situation: Situation) -> _Planned:
+def _plan(spec: str, situation: Situation, reading: Reading) -> _Planned:
     if spec in NAMES:
         return _from_name(spec, situation)
     path = Path(spec)
@@ -139,7 +140,7 @@ def _plan(spec: str, situation: Situation) -> _Planned:
     # Use os.path, because Path.exists raises OSError for very long names.
     is_file = os.path.exists(path) and not os.path.isdir(path)  # noqa: PTH110, PTH112
     if spec.isprintable() and (path.suffix.lower() == ".csv" or is_file):
-        return _from_file(path, situation)
+        return _from_file(path, situation, reading)
     if "=" in spec:
         return _from_script(" ".join(spec.split()), parse_script(spec), situation)
     near = difflib.get_close_matches(spec, NAMES, n=1)
@@ -185,12 +186,16 @@ def _then_hold(label: str, actions: Floats32, valid: Mask, fps: float) -> _Plann
     return len(actions) / fps, render
 
 
-def _from_file(path: Path, situation: Situation) -> _Planned:
-    log = read_action_file(path, LogOptions(steering_kind=situation.steering_kind))
-    frames = int((min(log.times[-1], LONGEST_S) + _ROUNDING_S) * situation.fps)
-    if log.times[0] > EXTRAPOLATION_S or frames < 1:
+def _from_file(path: Path, situation: Situation, reading: Reading) -> _Planned:
+    kind = reading.steering_kind or situation.steering_kind
+    log = read_action_file(path, replace(reading, steering_kind=kind, time_offset=0.0))
+    for line in log.notices:
+        say(f"{path}: {line}")
+    first, last = log.span
+    frames = int((min(last, LONGEST_S) + _ROUNDING_S) * situation.fps)
+    if first > EXTRAPOLATION_S or frames < 1:
         raise DriveSimError(
-            f"{path}: its times go from {log.times[0]:g} to {log.times[-1]:g} s; they must begin "
+            f"{path}: its times go from {first:g} to {last:g} s; they must begin "
             "at 0 s, the time of the last context frame, and cover at least one frame"
         )
     obeyed = log.has & situation.known_channels
@@ -210,7 +215,7 @@ def _from_file(path: Path, situation: Situation) -> _Planned:
         elif not valid[:, channel].all():
             first = int(np.flatnonzero(~valid[:, channel])[0]) / situation.fps
             raise DriveSimError(
-                f"{path}: {name} has a gap at {first:.2f} s; give a row at least every 0.25 s"
+                f"{path}: {name} has a gap at {first:.2f} s; give its rows at a steady rate"
             )
     return _then_hold(path.stem, actions, valid, situation.fps)
 

@@ -5,8 +5,10 @@ Futures start at the end of such a context.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from driving_sim.data.actions.reading import AS_NAMED, Reading
 from driving_sim.data.drive import DriveSet
 from driving_sim.data.sources import find_drives
 from driving_sim.data.sources.video_folder import VIDEO_SUFFIXES
@@ -40,18 +42,17 @@ def contexts_of(run: Path | str) -> dict[str, Path]:
     }
 
 
-def find_for(world: WorldModel, videos: Sequence[Path], time_offset: float = 0.0) -> DriveSet:
-    """Find drives for a world model, with `time_offset` seconds added to their action times.
+def find_for(world: WorldModel, videos: Sequence[Path], reading: Reading = AS_NAMED) -> DriveSet:
+    """Find drives for a world model. Their steering is of the model's kind.
 
     Prints the assumptions made. Raises BadDriveError if a drive cannot be read, and DriveSimError
     if their kind of steering differs from the model's.
     """
     drive_set = find_drives(
         videos,
+        replace(reading, steering_kind=reading.steering_kind or world.steering_kind),
         # A model that learned no actions ignores action files, so do not fail on errors in them.
         actions=any(world.known_channels),
-        steering_kind=world.steering_kind,
-        time_offset=time_offset,
     ).require_all()
     for line in dict.fromkeys(drive_set.notices):
         say(line)
@@ -59,15 +60,15 @@ def find_for(world: WorldModel, videos: Sequence[Path], time_offset: float = 0.0
 
 
 def load_context(
-    world: WorldModel, video: Path, start_s: float | None = None, *, time_offset: float = 0.0
+    world: WorldModel, video: Path, start_s: float | None = None, *, reading: Reading = AS_NAMED
 ) -> Context:
     """Load a context of a run, given the path of its video.
 
     `start_s` is the time of the last context frame, in seconds; by default it is the last frame of
-    the video. `time_offset` seconds are added to the times in its CSV. Raises DriveSimError if the
-    video or its CSV cannot be read, or if it does not fit the world model.
+    the video. Raises DriveSimError if the video or its CSV cannot be read or does not fit the world
+    model.
     """
-    (drive,) = find_for(world, [video], time_offset).drives
+    (drive,) = find_for(world, [video], reading).drives
     if start_s is None:
         start_s = float(sample_for(world, drive).timestamps[-1])
     return context_from_drive(world, drive, start_s)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from driving_sim.data.actions.action_file import STEERING
+from driving_sim.data.actions.action_log import STEERING
 from driving_sim.data.arrays import Floats, Floats32, Mask, Pixels
 from driving_sim.data.drive import Drive, SampledDrive, sample
 from driving_sim.data.tokens.store import DriveTokens
@@ -114,8 +114,8 @@ def sample_for(world: WorldModel, drive: Drive) -> SampledDrive:
     has another steering kind than the model, or if it cannot be sampled at the model's frame rate.
     """
     if drive.log is not None:
-        log = replace(drive.log, has=drive.log.has & world.known_channels)
-        if log.has[STEERING] and log.steering_kind != world.steering_kind:
+        log = drive.log.only(world.known_channels)
+        if log.steering_kind not in (None, world.steering_kind):
             raise DriveSimError(
                 f"{drive.id}: its steering is {log.steering_kind}, but the model was trained on "
                 f"{world.steering_kind}; give the actions in that kind"

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from pydantic import Field
 from torch import Tensor
 
-from driving_sim.data.actions.action_file import SteeringKind
+from driving_sim.data.actions.action_log import SteeringKind
 from driving_sim.data.arrays import Pixels
 from driving_sim.data.tokens.store import TokenStore
 from driving_sim.data.video.frame_rate import RATE_TOLERANCE
@@ -27,7 +27,7 @@ from driving_sim.engine.config import config, from_dict, load_json, save_json, t
 from driving_sim.engine.device import resolve_device
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.precision import autocast, name_of
-from driving_sim.engine.run_folder import check_complete, find_run
+from driving_sim.engine.run_folder import check_complete, find_run, kind_of
 from driving_sim.engine.weights import (
     build_with_weights,
     fingerprint,
@@ -164,9 +164,16 @@ class WorldModel:
     def from_run(cls, path: Path | str, device: str = "auto", precision: str = "auto") -> Self:
         """Load the run folder `path`, or the packaged model named `path`.
 
-        Raises `DriveSimError` if it is missing, incomplete or inconsistent.
+        Raises `DriveSimError` if it is missing, incomplete or inconsistent, or if the folder holds
+        a tokenizer.
         """
         folder = find_run(path)
+        if kind_of(folder) == "tokenizer":
+            its_run = folder.parent if kind_of(folder.parent) == "world-model" else None
+            raise DriveSimError(
+                f"{folder} is a tokenizer, not a world model; "
+                + (f"its world model is {its_run}" if its_run else "name the run of a world model")
+            )
         check_complete(folder, (_CONFIG, _WEIGHTS), "world model")
         saved = load_json(folder / _CONFIG, most_bytes=_MOST_CONFIG_BYTES)
         config = from_dict(WorldModelConfig, saved.get("config", {}), str(folder / _CONFIG))

@@ -3,158 +3,41 @@
 Legend: M samples; channel 0 is speed in m/s, channel 1 is steering, left positive.
 """
 
-import csv
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from driving_sim.data.actions.csv_table import CsvTable, read_csv
-from driving_sim.data.arrays import Floats, Floats32, Mask
-from driving_sim.engine.errors import DriveSimError
+from driving_sim.data.actions.action_log import (
+    SPEED,
+    SPEED_RANGE_MPS,
+    STEERING,
+    STEERING_LIMIT,
+    UNITS,
+    ActionLog,
+    Channel,
+    SteeringKind,
+)
+from driving_sim.data.actions.alignment import GAP_S, LONGEST_GAP_S, gap_limit
+from driving_sim.data.actions.columns import (
+    SPEEDS,
+    STEERINGS,
+    TIMES,
+    Column,
+    find_speed,
+    find_steering,
+    find_time,
+    look_alike,
+)
+from driving_sim.data.actions.csv_table import CsvTable, read_csv, read_header
+from driving_sim.data.actions.reading import AS_NAMED, Reading
+from driving_sim.data.arrays import Floats, Floats32
 from driving_sim.engine.files import atomic_file
-from driving_sim.engine.parsing import shown
 
-SteeringKind = Literal["steering_wheel", "road_wheel", "curvature", "normalised"]
-SPEED, STEERING = 0, 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class ActionLog:
-    """The speed and steering of a drive over time, on the clock of its video."""
-
-    times: Floats
-    """[M] Time of each sample in seconds from the video's first frame, strictly increasing."""
-    values: Floats32
-    """[M, 2] Speed in m/s, and steering in the unit that `UNITS` lists for its kind."""
-    has: Mask
-    """[2] Whether the log has speed, and whether it has steering. Missing channels are 0."""
-    steering_kind: SteeringKind | None
-    """Kind of steering in `values`, or None if the log has no steering."""
-    pauses: tuple[tuple[int, float, float], ...] = ()
-    """Times during which one channel is unknown, as (channel, start in s, stop in s)."""
-    notices: tuple[str, ...] = ()
-    """Assumptions made while reading the file, one line each."""
-    origin: str = "the actions"
-    """File or folder that the samples come from, for messages."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LogOptions:
-    """The user's settings for reading action logs.
-
-    Raises DriveSimError if `steering_kind` is unknown.
-    """
-
-    steering_kind: SteeringKind | None = None
-    """Kind of steering in a column named just `steering`. Columns with other names must be of this
-    kind too. If None, a column named just `steering` is an error."""
-    time_offset: float = 0.0
-    """Seconds that are added to the times of every log."""
-
-    def __post_init__(self) -> None:
-        kinds = get_args(SteeringKind)
-        if self.steering_kind is not None and self.steering_kind not in kinds:
-            raise DriveSimError(
-                f"`steering_kind` {self.steering_kind}: unknown; kinds are {', '.join(kinds)}"
-            )
-
-    def check_kind(self, steering: str, kind: SteeringKind) -> None:
-        """Raise DriveSimError if `steering_kind` is set and differs from the `kind` of a log.
-
-        `steering` says in the message which file or column is meant.
-        """
-        if self.steering_kind not in (None, kind):
-            raise DriveSimError(
-                f"{steering} is {kind}, but `steering_kind` is {self.steering_kind}; correct "
-                "`steering_kind` or leave it out"
-            )
-
-
-class _Column(NamedTuple):
-    """What the name of a column says: the factor to SI units and the kind of steering, if any."""
-
-    scale: float
-    kind: SteeringKind | None = None
-
-
-_TIMES = {
-    "timestamp_s": _Column(1.0),
-    "timestamp_ms": _Column(1e-3),
-    "timestamp_us": _Column(1e-6),
-    "timestamp_ns": _Column(1e-9),
-    "timestamp": _Column(1.0),
-    "time": _Column(1.0),
-    "t": _Column(1.0),
-}
-_SPEEDS = {
-    "speed_mps": _Column(1.0),
-    "speed_kmh": _Column(1 / 3.6),
-    "speed_mph": _Column(0.44704),
-    "speed": _Column(1.0),
-}
-_STEERINGS = {
-    "steering_deg": _Column(math.pi / 180, "steering_wheel"),
-    "steering_rad": _Column(1.0, "steering_wheel"),
-    "road_wheel_deg": _Column(math.pi / 180, "road_wheel"),
-    "road_wheel_rad": _Column(1.0, "road_wheel"),
-    "curvature": _Column(1.0, "curvature"),
-    "steering_norm": _Column(1.0, "normalised"),
-    "steering": _Column(1.0),
-}
-_WRITTEN = {column.kind: name for name, column in _STEERINGS.items() if column.scale == 1.0}
-UNITS: dict[SteeringKind, str] = {
-    "steering_wheel": "rad",
-    "road_wheel": "rad",
-    "curvature": "1/m",
-    "normalised": "of full lock",
-}
-"""Unit in which an `ActionLog` contains each kind of steering."""
-
-_AS_NAMED = LogOptions()
-_LONGEST_HEADER = 2**16  # characters
+_WRITTEN = {column.kind: column.name for column in STEERINGS.values() if column.scale == 1.0}
 _LATEST_S = 1e12
-# No car reaches values outside these limits (360 km/h, three turns of the steering wheel, ...), so
-# the unit of such a value must be wrong.
-SPEED_RANGE_MPS = (-30.0, 100.0)
-STEERING_LIMIT: dict[SteeringKind, float] = {
-    "steering_wheel": 20.0,
-    "road_wheel": 1.3,
-    "curvature": 1.0,
-    "normalised": 1.001,
-}
-
-
-def _find(
-    table: CsvTable,
-    known: dict[str, _Column],
-    family: tuple[str, ...],
-    kind: SteeringKind | None = None,
-) -> str | None:
-    """Return the name of the table's column that is in `known`, or None if there is no such column.
-
-    If there are several such columns, choose the one whose steering is of this `kind`.
-
-    Raises DriveSimError if the choice is not unique. Also raises it if no column is in `known`, but
-    a column seems to have an unknown unit, such as `speed_knots`. The name of such a column begins
-    with one of the words in `family`.
-    """
-    matches = [name for name in table.names if name in known]
-    of_kind = [name for name in matches if known[name].kind == kind]
-    if kind is not None and len(of_kind) == 1:
-        return of_kind[0]
-    if len(matches) > 1:
-        raise table.fail(
-            f"has the columns {' and '.join(matches)} for the same quantity; keep one of them"
-        )
-    if matches:
-        return matches[0]
-    unknown = [name for name in table.names if name.startswith(family)]
-    if unknown:
-        raise table.fail(f"column {shown(unknown[0])} is not known; use one of {', '.join(known)}")
-    return None
+_EPOCH_S = 1e8  # Times beyond three years are not counted from the start of a recording.
+_FULL_TURN = 2 * math.pi
 
 
 def _check_increasing(table: CsvTable, name: str, values: Floats) -> None:
@@ -167,22 +50,30 @@ def _check_increasing(table: CsvTable, name: str, values: Floats) -> None:
         )
 
 
-def _scaled(table: CsvTable, name: str, scale: float, low: float, high: float, hint: str) -> Floats:
-    """Return a column times `scale`. Raises DriveSimError for values outside `low` to `high`."""
-    values = table.numbers(name) * scale
+def _scaled(table: CsvTable, column: Column, low: float, high: float, hint: str) -> Floats:
+    """Return a column in SI units; blank cells are NaN. Raises DriveSimError for values outside
+    `low` to `high`."""
+    values = table.numbers(column.name, may_be_blank=True) * column.scale
     for row in np.flatnonzero((values < low) | (values > high))[:1]:
         raise table.fail(
-            f"{name} {table.cell(row, name)} is out of range ({hint}); check the column's unit", row
+            f"{column.name} {table.cell(row, column.name)} is out of range ({hint}); check the "
+            "column's unit",
+            row,
         )
     return values
 
 
 def _times(table: CsvTable, frame_times: Floats | None) -> Floats:
-    name = _find(table, _TIMES, ("timestamp_", "time_"))
-    if name is not None:
-        scale, hint = _TIMES[name].scale, "at most 30,000 years"
-        times = _scaled(table, name, scale, -_LATEST_S, _LATEST_S, hint)
-        _check_increasing(table, name, times)
+    column = find_time(table)
+    if column is not None:
+        times = table.numbers(column.name) * column.scale
+        for row in np.flatnonzero(abs(times) > _LATEST_S)[:1]:
+            raise table.fail(
+                f"{column.name} {table.cell(row, column.name)} is out of range (at most 30,000 "
+                "years); check the column's unit",
+                row,
+            )
+        _check_increasing(table, column.name, times)
         return times
     if "frame" not in table.names:
         raise table.fail(
@@ -203,43 +94,77 @@ def _times(table: CsvTable, frame_times: Floats | None) -> Floats:
     return frame_times[frames.astype(np.int64)]
 
 
-def _speed(table: CsvTable, notices: list[str]) -> Floats | None:
-    name = _find(table, _SPEEDS, ("speed_",))
-    if name is None:
+def _on_video_clock(
+    times: Floats, frame_times: Floats | None, reading: Reading, notices: list[str]
+) -> Floats:
+    """Add the time offset. A clock that counts from 1970 begins with the video instead."""
+    shifted = times + reading.time_offset
+    if frame_times is None or shifted[0] < _EPOCH_S:
+        return shifted
+    notices.append(
+        f"the clock of the actions begins at {times[0]:.2f} s; this moment is taken to be the "
+        "start of the video (otherwise shift it with `time_offset`)"
+    )
+    aligned: Floats = shifted - times[0]
+    return aligned
+
+
+def _channel(name: str, times: Floats, values: Floats, notices: list[str]) -> Channel | None:
+    """Return the samples of a column, which are the rows where its cell is not blank."""
+    known = np.isfinite(values)
+    if known.sum() < 2:
+        notices.append(f"the column {name} has {known.sum()} values, so it is left out")
         return None
-    if name == "speed":
+    channel = Channel(times=times[known], values=values[known].astype(np.float32))
+    period = float(np.median(np.diff(channel.times)))
+    if period > LONGEST_GAP_S:
         notices.append(
-            "speed is taken to be in m/s (otherwise rename the column to speed_kmh or speed_mph)"
+            f"{name} has a value every {period:.2g} s, which is too rarely to interpolate"
         )
-    low, high = SPEED_RANGE_MPS
-    hint = f"{low:g} to {high:g} m/s; rename it to speed_kmh or speed_mph if it is in km/h or mph"
-    return _scaled(table, name, _SPEEDS[name].scale, low, high, hint)
+    elif not known.all():
+        notices.append(
+            f"{name} has values in {known.sum()} of {len(values)} rows; it is interpolated between "
+            f"values up to {gap_limit(channel.times):.2g} s apart"
+        )
+    elif gap_limit(channel.times) > GAP_S + 0.01:
+        notices.append(f"{name} has a value every {period:.2g} s; it is interpolated between them")
+    return channel
 
 
-def _steering(
-    table: CsvTable, options: LogOptions, notices: list[str]
-) -> tuple[Floats | None, SteeringKind | None]:
-    family = ("steering_", "road_wheel", "curvature_")
-    name = _find(table, _STEERINGS, family, options.steering_kind)
-    if name is None:
-        return None, None
-    own = _STEERINGS[name].kind
-    kind = own or options.steering_kind
-    if kind is None:
-        raise table.fail(
-            "the name of column 'steering' does not say what it measures; name it road_wheel_rad, "
-            f"for example, or pass `steering_kind` ({', '.join(get_args(SteeringKind))})"
+def _unwrapped(column: Column, times: Floats, values: Floats, notices: list[str]) -> Floats:
+    """Return the angles of a steering wheel without the jumps by a full turn that a logger made."""
+    known = np.isfinite(values)
+    angles, steps = values[known], np.diff(values[known])
+    if column.kind != "steering_wheel" or np.ptp(angles) > 1.02 * _FULL_TURN:
+        return values
+    close = np.diff(times[known]) <= gap_limit(times[known])
+    jumps = np.where(close & (abs(steps) > 0.75 * _FULL_TURN), -np.sign(steps), 0.0)
+    count = np.count_nonzero(jumps)
+    if not count:
+        return values
+    turns = np.append(0.0, np.cumsum(jumps))
+    # After a hole, nothing says how far the wheel has turned: take the nearest to straight on.
+    runs = np.append(0, np.cumsum(~close))
+    first = np.searchsorted(runs, runs)
+    turns -= turns[first] + np.round(angles[first] / _FULL_TURN)
+    unwrapped = values.copy()
+    unwrapped[known] = angles + _FULL_TURN * turns
+    often = "once" if count == 1 else f"{count} times"
+    if abs(unwrapped[known]).max() > STEERING_LIMIT["steering_wheel"]:
+        notices.append(
+            f"{column.name} jumps by about a full turn {often}, but not as a steering wheel would "
+            "whose logger wraps it; it is read as it is"
         )
-    if own is None:
-        notices.append(f"steering is taken to be {kind}, in {UNITS[kind]}, left positive")
-    options.check_kind(f"{table.path}: column {name!r}", kind)
-    limit = STEERING_LIMIT[kind]
-    hint = f"-{limit:g} to {limit:g} {UNITS[kind]}"
-    return _scaled(table, name, _STEERINGS[name].scale, -limit, limit, hint), kind
+        return values
+    notices.append(
+        f"{column.name} jumps by a full turn {often}, because its logger wraps it; the turns are "
+        "added up again"
+    )
+    return unwrapped
 
 
 def read_action_file(
-    path: Path, options: LogOptions = _AS_NAMED, *, frame_times: Floats | None = None
+    path: Path, reading: Reading = AS_NAMED, *, frame_times: Floats | None = None
 ) -> ActionLog:
     """Read a CSV of speed and steering over time.
 
@@ -247,32 +172,49 @@ def read_action_file(
     frame number from 0. A `frame` column needs `frame_times` [N], the times of the video's frames
     in seconds. The speed column is `speed_mps|kmh|mph`, or `speed` in m/s. The steering column is
     `steering_deg|rad` (steering wheel), `road_wheel_deg|rad`, `curvature` (1/m), `steering_norm`
-    (-1 to 1), or `steering`, whose kind must be set in `options`. Positive steering is to the left.
-    Other columns are ignored.
+    (-1 to 1), or `steering`, whose kind must be set in `reading`. `reading` may also name the
+    columns. Positive steering is to the left. Other columns are ignored, and so are blank cells.
 
     Raises DriveSimError, with file, line and remedy, if a cell is not a finite number, if times do
-    not increase, if a unit is unknown, if a value is impossible for a car, if there are fewer than
-    2 rows, or if there is neither speed nor steering.
+    not increase, if a value is impossible for a car, if there are fewer than 2 rows, or if there is
+    neither speed nor steering.
     """
     table = read_csv(path)
-    notices: list[str] = []
-    times = _times(table, frame_times)
-    speed = _speed(table, notices)
-    steering, kind = _steering(table, options, notices)
+    notices = [*table.notices]
+    times = _on_video_clock(_times(table, frame_times), frame_times, reading, notices)
+    speed, steering = None, None
+    if column := find_speed(table, reading, notices):
+        low, high = SPEED_RANGE_MPS
+        hint = (
+            f"{low:g} to {high:g} m/s; if it is in km/h or mph, rename it to speed_kmh or "
+            "speed_mph, or pass `speed` and `speed_unit`"
+        )
+        values = _scaled(table, column, low, high, hint)
+        speed = _channel(column.name, times, values, notices)
+    kind = None
+    if column := find_steering(table, reading, notices):
+        kind = column.kind
+        assert kind is not None
+        limit = STEERING_LIMIT[kind]
+        hint = f"-{limit:g} to {limit:g} {UNITS[kind]}"
+        values = _scaled(table, column, -limit, limit, hint)
+        values = _unwrapped(column, times, values, notices)
+        steering = _channel(column.name, times, values, notices)
+    alike = [
+        look_alike(table, channel)
+        for channel, found in ((SPEED, speed), (STEERING, steering))
+        if found is None
+    ]
+    notices += [line for line in alike if line]
     if speed is None and steering is None:
         raise table.fail(
             f"has neither speed nor steering among {table.columns}; known names are "
-            f"{', '.join(_SPEEDS)} and {', '.join(_STEERINGS)}"
+            f"{', '.join(SPEEDS)} and {', '.join(STEERINGS)}" + "".join(f"; {n}" for n in notices)
         )
-    values = np.zeros((len(times), 2), np.float32)
-    for channel, column in enumerate((speed, steering)):
-        if column is not None:
-            values[:, channel] = column
     return ActionLog(
-        times=times + options.time_offset,
-        values=values,
-        has=np.array([speed is not None, steering is not None]),
-        steering_kind=kind,
+        speed=speed,
+        steering=steering,
+        steering_kind=kind if steering is not None else None,
         notices=tuple(notices),
         origin=str(path),
     )
@@ -280,14 +222,8 @@ def read_action_file(
 
 def is_action_file(path: Path) -> bool:
     """Return whether a CSV has a time column, and a speed column or a steering column."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            # Limit the length: a file that is not a CSV may be a single, very long line.
-            first = file.readline(_LONGEST_HEADER)
-            names = {name.strip().lower() for name in next(csv.reader([first]), [])}
-    except (OSError, UnicodeDecodeError, csv.Error):
-        return False
-    return bool(names & {*_TIMES, "frame"}) and bool(names & {*_SPEEDS, *_STEERINGS})
+    names = set(read_header(path))
+    return bool(names & {*TIMES, "frame"}) and bool(names & {*SPEEDS, *STEERINGS})
 
 
 def write_action_file(

@@ -1,24 +1,30 @@
 """Inspect drives: report what they contain and what is wrong with them (`drivesim inspect`)."""
 
+import hashlib
 import json
+import os
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from driving_sim.data.actions.action_file import SPEED, STEERING, SteeringKind
-from driving_sim.data.arrays import Floats32
-from driving_sim.data.drive import Drive, SampledDrive, Skipped, sample
-from driving_sim.data.inspect.motion import picture_change, yaw_motion
+from driving_sim.data.actions.action_log import SPEED, STEERING
+from driving_sim.data.actions.reading import AS_NAMED, Reading
+from driving_sim.data.arrays import Floats32, Mask, Pixels
+from driving_sim.data.drive import Drive, SampledDrive, Skipped, check_rate, grouped, sample
+from driving_sim.data.inspect.motion import Motion, measure_motion, picture_change
 from driving_sim.data.inspect.picture import draw_drive
-from driving_sim.data.inspect.steering_check import Synchrony, measure_synchrony
+from driving_sim.data.inspect.report import DriveReport, Report
+from driving_sim.data.inspect.steering_check import measure_synchrony
+from driving_sim.data.inspect.view import View
 from driving_sim.data.sources import find_drives
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.data.video.segments import within_segments
-from driving_sim.engine.errors import DriveSimError
+from driving_sim.engine.errors import BadDriveError, DriveSimError
 from driving_sim.engine.files import atomic_folder
 from driving_sim.engine.progress import Progress, progress
 from driving_sim.engine.run_folder import check_replaceable
@@ -31,126 +37,40 @@ _FASTEST_MPS = 60.0
 _STANDING_MPS, _DRIVING_MPS = 0.3, 3.0
 _FEW_FRAMES = 10
 _REPORT = "inspection.json"
-_LEGEND = """\
-gaps             places where the video misses frames, and the longest time between two frames
-speed, steering  1st and 99th percentile; steering is left positive, in rad, in 1/m (curvature)
-                 or from -1 to 1 (normalised)
-known            share of the frames with a known speed or steering
-lag              frames by which the actions come later (+) or earlier (-) than the motion in the
-                 picture; 0 to -0.25 s is normal, because a car turns shortly after it steers;
-                 a positive lag needs a negative `time_offset`, a negative lag a positive one
-sign             "left +": positive steering turns left, as it must; FLIPPED: it turns right
-r                correlation of steering and motion at this lag; if it is weaker than 0.5, lag and
-                 sign are unknown (-)
-"""
-"""Explanation of the columns, printed below the table."""
+# Bytes of a picture's name before its suffix. File systems allow 255 for all of it.
+_LONGEST_NAME = 200
 _VIDEO = "{0.codec} in {0.container}, {0.width}x{0.height}, read by {0.reader}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DriveReport:
-    """The results of inspecting one drive."""
-
-    id: str
-    source: str
-    frames: int
-    duration_s: float
-    fps: float
-    """Mean frame rate between the gaps."""
-    gaps: int
-    """Number of gaps. A gap is a pair of neighbouring frames more than 1.5 median periods apart."""
-    longest_gap_s: float
-    video: str | None
-    """Codec, container, size and reader; None if the frames do not come from a video."""
-    steering_kind: SteeringKind | None
-    speed_range_mps: tuple[float, float] | None
-    """1st and 99th percentile of the speed; None if unknown."""
-    steering_range: tuple[float, float] | None
-    """1st and 99th percentile of the steering, in the unit of its kind, left positive; None if
-    unknown."""
-    valid_share: float
-    """Share of the frames whose speed or steering is known."""
-    measured_s: float
-    """Number of seconds, from the start of the drive, for which the image motion was compared with
-    the actions."""
-    synchrony: Synchrony
-    picture: str | None
-    """Path of the PNG, relative to the output folder."""
-    problems: tuple[str, ...]
-    """Problems of the drive and what to do about them, one line each."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Report:
-    """The results of inspecting all drives, and the drives that were skipped."""
-
-    drives: list[DriveReport]
-    skipped: list[Skipped]
-    notices: list[str]
-
-    def table(self) -> str:
-        """Return the report as text: a table of drives, its legend, and lists of the problems, of
-        the skipped drives and of the assumptions."""
-        named = [_row(drive) for drive in self.drives]
-        rows = [tuple(named[0]), *(tuple(row.values()) for row in named)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        lines += ["", *_LEGEND.splitlines()]
-        sections = {
-            "problems": [f"{drive.id}: {line}" for drive in self.drives for line in drive.problems],
-            "skipped": [f"{skipped.id}: {skipped.reason}" for skipped in self.skipped],
-            "assumed": self.notices,
-        }
-        for title, entries in sections.items():
-            if entries:
-                lines += ["", f"{title} ({len(entries)})", *(f"  {entry}" for entry in entries)]
-        return "\n".join(lines)
-
-
-def _row(drive: DriveReport) -> dict[str, str]:
-    """Return the table row of a drive, as a dictionary from column title to cell."""
-    synchrony = drive.synchrony
-    lag, correlation = synchrony.lag_frames, synchrony.correlation
-    return {
-        "drive": drive.id,
-        "source": drive.source,
-        "frames": str(drive.frames),
-        "seconds": f"{drive.duration_s:.1f}",
-        "fps": f"{drive.fps:.2f}",
-        "gaps": f"{drive.gaps} (max {drive.longest_gap_s:.2f} s)" if drive.gaps else "0",
-        "speed m/s": _range(drive.speed_range_mps, ".1f"),
-        "steering": _range(drive.steering_range, ".3f"),
-        "kind": drive.steering_kind or "-",
-        "known": f"{drive.valid_share:.0%}",
-        "lag": "-" if lag is None else f"{lag:+d}",
-        "sign": {1: "left +", -1: "FLIPPED", None: "-"}[synchrony.sign],
-        "r": "-" if correlation is None else f"{correlation:.2f}",
-        "problems": str(len(drive.problems) or "none"),
-    }
-
-
-def _range(values: tuple[float, float] | None, form: str) -> str:
-    return "-" if values is None else f"{values[0]:{form}} to {values[1]:{form}}"
-
-
-def _measure(sampled: SampledDrive, bar: Progress) -> tuple[Floats32, Floats32]:
-    """Return `yaw_motion` and `picture_change` between the frames of a drive, [T - 1] each."""
-    measured = [np.zeros((2, 0), np.float32)]
-    frames = sampled.drive.stream(_SIZE, sampled.indices)
+def _measure(sampled: SampledDrive, bar: Progress) -> tuple[Mask, Motion, Floats32]:
+    """Return which of a drive's frames [N] are lost to damage, and the `Motion` and the
+    `picture_change` between the T others, [T - 1] each."""
+    measured = [np.zeros((4, 0), np.float32)]
+    lost = np.zeros(len(sampled.indices), np.bool_)
+    frames = _intact(sampled, lost)
     block = list(islice(frames, _FRAMES_AT_ONCE))
     while len(block) > 1:
         pictures = np.stack(block)
-        measured.append(np.stack([yaw_motion(pictures), picture_change(pictures)]))
+        measured.append(np.stack([*measure_motion(pictures), picture_change(pictures)]))
         bar.advance(len(block) - 1)
         # Begin each block with the last frame of the previous block, because motion is measured
         # between pairs of frames.
         block = [block[-1], *islice(frames, _FRAMES_AT_ONCE - 1)]
     bar.advance(1)
-    motion, change = np.concatenate(measured, axis=1)
-    return motion, change
+    *motion, change = np.concatenate(measured, axis=1)
+    return lost, Motion(*motion), change
+
+
+def _intact(sampled: SampledDrive, lost: Mask) -> Iterator[Pixels]:
+    """Yield the frames of a drive that are not damaged, and mark the others in `lost` [N]."""
+    frames = sampled.drive.stream_with_losses(_SIZE, sampled.indices)
+    for number, frame in enumerate(frames):
+        if frame is None:
+            lost[number] = True
+        else:
+            yield frame
+    if lost.all():
+        raise BadDriveError(f"{sampled.drive.id}: all its frames are damaged; leave it out")
 
 
 def _speed_problems(sampled: SampledDrive, change: Floats32) -> list[str]:
@@ -187,28 +107,62 @@ def _caption(problems: Sequence[str]) -> str:
     return "; ".join(re.split("[:;] ", line)[0] for line in problems) or "no problems found"
 
 
+def picture_name(drive_id: str) -> str:
+    """Return the path of a drive's PNG in the output folder.
+
+    It is the drive's id with a suffix, shortened if a file system would refuse such a long name.
+    """
+    folder, slash, name = drive_id.rpartition("/")
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        kept = os.fsencode(name)[:_LONGEST_NAME].decode("utf-8", "ignore")
+        name = f"{kept}-{hashlib.sha256(os.fsencode(drive_id)).hexdigest()[:8]}"
+    return f"{folder}{slash}{name}.png"
+
+
+def _draw(
+    out: Path, measured: SampledDrive, motion: Motion, problems: Sequence[str]
+) -> tuple[str | None, tuple[str, ...]]:
+    """Draw a drive into the folder `out`. Return the name of the picture, or why there is none.
+
+    Raises DriveSimError if the disk is full or may not be written.
+    """
+    drive_id = measured.drive.id
+    picture = picture_name(drive_id)
+    seen = np.where(within_segments(measured.segments), motion.sideways, np.nan)
+    try:
+        (out / picture).parent.mkdir(parents=True, exist_ok=True)
+        draw_drive(out / picture, measured, seen, f"{drive_id}: {_caption(problems)}")
+    except OSError as error:
+        return None, (f"its picture cannot be written: {error.strerror or error}",)
+    return picture, ()
+
+
 def _report(
-    drive: Drive, measured: SampledDrive, motion: Floats32, change: Floats32, out: Path
+    drive: Drive,
+    decoded: SampledDrive,
+    lost: Mask,
+    motion: Motion,
+    change: Floats32,
+    out: Path,
+    rate: dict[str, Any],
 ) -> DriveReport:
-    all_frames = sample(drive)
-    synchrony = measure_synchrony(motion, measured)
+    """Report on a drive, of which the frames `decoded` [N] were decoded and `lost` [N] damaged."""
+    measured = decoded.without(lost)
+    all_frames, chosen = sample(drive), sample(drive, **rate)
+    view = View.judge(motion, within_segments(measured.segments))
+    synchrony = measure_synchrony(motion.sideways, measured, view)
     problems = (*synchrony.problems, *_speed_problems(measured, change))
-    gap_lengths = np.diff(all_frames.timestamps)[~within_segments(all_frames.segments)]
-    picture = f"{drive.id}.png"
-    draw_drive(
-        out / picture,
-        measured,
-        np.where(within_segments(measured.segments), motion, np.nan),
-        f"{drive.id}: {_caption(problems)}",
-    )
+    gap_lengths = np.diff(chosen.timestamps)[~within_segments(chosen.segments)]
+    picture, missing = _draw(out, measured, motion, problems)
     return DriveReport(
         id=drive.id,
         source=drive.source,
         frames=len(drive.timestamps),
-        duration_s=float(drive.timestamps[-1] - drive.timestamps[0]),
+        duration_s=drive.duration_s,
         fps=all_frames.fps,
         gaps=len(gap_lengths),
         longest_gap_s=float(gap_lengths.max(initial=0.0)),
+        usable_share=chosen.usable_share if rate else None,
         video=None if drive.video is None else _VIDEO.format(drive.video),
         steering_kind=drive.log.steering_kind if drive.log else None,
         speed_range_mps=_value_range(all_frames, SPEED),
@@ -218,32 +172,43 @@ def _report(
         synchrony=synchrony,
         picture=picture,
         problems=problems,
+        notices=(
+            *drive.notices,
+            *(chosen.notices if rate else ()),
+            *decoded.about_losses(lost),
+            *missing,
+        ),
     )
 
 
 def inspect_drives(
     paths: Sequence[Path],
     out: Path,
+    reading: Reading = AS_NAMED,
     *,
-    steering_kind: str | None = None,
-    time_offset: float = 0.0,
+    fps: float | None = None,
+    every: int | None = None,
 ) -> Report:
     """Find the drives in files and folders, measure them and report what is wrong with them.
 
     Compares the image motion with the actions in the first 5 minutes of each drive. Writes a PNG
     for each drive and `inspection.json` into the folder `out`, and replaces an earlier inspection
-    there. The report lists drives that cannot be read in `skipped`.
+    there. The report lists drives that cannot be read in `skipped`. With a frame rate `fps` or a
+    stride `every`, it also says how much of each drive is usable at this rate, and why not all.
 
-    Raises DriveSimError if there are no drives, if `out` contains other files, or if `out` cannot
-    be written. If no drive can be read, prints the reason for each drive and raises DriveSimError.
+    Raises DriveSimError if there are no drives, if `out` contains other files, if `out` cannot be
+    written, or if the rate is not allowed. If no drive can be read, prints the reason for each
+    drive and raises DriveSimError.
     """
+    check_rate(fps, every)
+    rate = {name: value for name, value in (("fps", fps), ("every", every)) if value is not None}
     check_replaceable(
         out,
         _REPORT,
         "an inspection",
         lambda earlier: [_REPORT, *(str(drive["picture"]) for drive in earlier["drives"])],
     )
-    drive_set = find_drives(paths, steering_kind=steering_kind, time_offset=time_offset)
+    drive_set = find_drives(paths, reading)
     skipped = list(drive_set.skipped)
     reports = []
     frames = sum(int((drive.timestamps < _MEASURED_S).sum()) for drive in drive_set.drives)
@@ -252,15 +217,19 @@ def inspect_drives(
             count = max(1, int(np.searchsorted(drive.timestamps, _MEASURED_S)))
             measured = sample(replace(drive, timestamps=drive.timestamps[:count]))
             try:
-                motion, change = _measure(measured, bar)
+                lost, motion, change = _measure(measured, bar)
             except DriveSimError as error:
                 skipped.append(Skipped(id=drive.id, reason=str(error)))
             else:
-                reports.append(_report(drive, measured, motion, change, folder))
+                reports.append(_report(drive, measured, lost, motion, change, folder, rate))
         if not reports:
+            for line in drive_set.notices:
+                bar.say(line)
             for skip in skipped:
                 bar.say(f"skipped {skip.id}: {skip.reason}")
             raise DriveSimError("every drive was skipped: nothing is left to inspect")
-        report = Report(drives=reports, skipped=skipped, notices=drive_set.notices)
+        own = grouped((report.id, report.notices) for report in reports)
+        notices = [*drive_set.passed_over, *own]
+        report = Report(drives=reports, skipped=skipped, notices=notices)
         (folder / _REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n")
     return report

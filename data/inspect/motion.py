@@ -6,11 +6,13 @@ So the sideways shift of a band around the horizon measures the turn. Normalised
 finds this shift. The band contains neither the road nearby, which moves even when the car does not
 turn, nor the bonnet, which never moves.
 
-Legend: T frames, P = T - 1 pairs of frames, R rows of the band, C columns, S shifts.
+Legend: T frames, P = T - 1 pairs of frames, R rows of the band, C columns, S shifts, V vertical
+offsets.
 """
 
 from collections.abc import Iterator
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +33,23 @@ _MAX_PITCH = 2
 _DETAIL_SIGMA = 6.0
 _FAINTEST_DETAIL = 4.0
 _CUT_SCORE = 0.2
+# Shifts this close to the best one, in pixels, belong to the same match.
+_PEAK_WIDTH = 4
 _PAIRS_AT_ONCE = 64
+
+
+class Motion(NamedTuple):
+    """How the far field moves between consecutive frames."""
+
+    sideways: Floats32
+    """[P] Shift to the right in picture widths, at most a quarter to either side; 0 if the frames
+    do not match, for example at a cut. Positive means that the car turns left."""
+    downward: Floats32
+    """[P] Shift downwards in 64ths of the picture height, at most 2.5. On average it is 0 for a
+    camera that looks ahead."""
+    distinctness: Floats32
+    """[P] How much better the frames match at this shift than at any other one, from 0 to 2. It is
+    almost 0 if the picture has too little texture."""
 
 
 def _grey(frames: Pixels) -> Tensor:
@@ -93,14 +111,22 @@ def _correlation(before: Tensor, after: Tensor) -> Tensor:
 def _peak(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Find the highest of the scores [P, S] of each pair.
 
-    Returns its shift [P] in pixels, with a fraction, and its height [P].
+    Returns its index [P], with a fraction, and its height [P].
     """
     height, index = scores.max(dim=1)
     inner = index.clamp(1, scores.shape[1] - 2)
     left, centre, right = (scores.gather(1, inner[:, None] + step)[:, 0] for step in (-1, 0, 1))
     curvature = (left - 2 * centre + right).clamp(max=-1e-9)
     fraction = ((left - right) / (2 * curvature)).clamp(-0.5, 0.5)
-    return inner + fraction - _MAX_SHIFT, height
+    return inner + fraction, height
+
+
+def _distinctness(scores: Tensor) -> Tensor:
+    """Return by how much the highest of the scores [P, S] exceeds those that are not near it."""
+    places = torch.arange(scores.shape[1])
+    near = (places - scores.argmax(dim=1, keepdim=True)).abs() <= _PEAK_WIDTH
+    distinctness: Tensor = scores.amax(dim=1) - scores.masked_fill(near, -1.0).amax(dim=1)
+    return distinctness
 
 
 def _chunks(frames: Pixels) -> Iterator[Pixels]:
@@ -109,14 +135,9 @@ def _chunks(frames: Pixels) -> Iterator[Pixels]:
         yield frames[start : start + _PAIRS_AT_ONCE + 1]
 
 
-def yaw_motion(frames: Pixels) -> Floats32:
-    """Measure how far the scene moves sideways between consecutive frames.
-
-    Takes uint8 [T, H, W, 3] of any size and returns float32 [T - 1] in picture widths, at most a
-    quarter to either side. Positive means that the scene moves right, because the car turns left.
-    If two frames do not match, for example at a cut, the result is 0.
-    """
-    shifts = [np.zeros(0, np.float32)]
+def measure_motion(frames: Pixels) -> Motion:
+    """Measure how the scene moves between consecutive frames, uint8 [T, H, W, 3] of any size."""
+    measured = [torch.zeros(3, 0)]
     for chunk in _chunks(frames):
         detail = local_detail(_grey(chunk), _DETAIL_SIGMA)
         before = detail[:-1, _HORIZON]
@@ -126,10 +147,23 @@ def yaw_motion(frames: Pixels) -> Floats32:
                 _correlation(before, detail[1:, _HORIZON.start + dy : _HORIZON.stop + dy])
                 for dy in range(-_MAX_PITCH, _MAX_PITCH + 1)
             ]
-        ).amax(dim=0)
-        shift, height = _peak(scores)
-        shifts.append(torch.where(height > _CUT_SCORE, shift / _COLUMNS, 0.0).float().numpy())
-    return np.concatenate(shifts)
+        )
+        best = scores.amax(dim=0)
+        place, height = _peak(best)
+        shift = torch.where(height > _CUT_SCORE, (place - _MAX_SHIFT) / _COLUMNS, 0.0)
+        offset = _peak(reduce(scores, "v p s -> p v", "max"))[0] - _MAX_PITCH
+        measured.append(torch.stack([shift, offset, _distinctness(best)]))
+    return Motion(*torch.cat(measured, dim=1).float().numpy())
+
+
+def yaw_motion(frames: Pixels) -> Floats32:
+    """Measure how far the scene moves sideways between consecutive frames.
+
+    Takes uint8 [T, H, W, 3] of any size and returns float32 [T - 1] in picture widths, at most a
+    quarter to either side. Positive means that the scene moves right, because the car turns left.
+    If two frames do not match, for example at a cut, the result is 0.
+    """
+    return measure_motion(frames).sideways
 
 
 def picture_change(frames: Pixels) -> Floats32:

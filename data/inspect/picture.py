@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from driving_sim.data.actions.action_file import SPEED, STEERING, UNITS
+from driving_sim.data.actions.action_log import SPEED, STEERING, UNITS
 from driving_sim.data.arrays import Floats32
 from driving_sim.data.drive import SampledDrive
 from driving_sim.engine.files import atomic_file

@@ -2,20 +2,20 @@
 
 A folder may mix layouts: videos with or without a CSV beside them, recordings of the Udacity
 simulator (`driving_log.csv` and `IMG/`) and comma2k19 segments (`video.hevc` and `processed_log/`).
+`search.py` lists the layouts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import cast
 
-from driving_sim.data.actions.action_file import LogOptions, SteeringKind
 from driving_sim.data.actions.alignment import check_coverage
+from driving_sim.data.actions.reading import AS_NAMED, Reading
 from driving_sim.data.drive import Drive, DriveSet, Skipped
 from driving_sim.data.inner_name import is_inner_name
-from driving_sim.data.sources import comma2k19, udacity, video_folder
+from driving_sim.data.sources.search import Candidate, Search
 from driving_sim.data.split import MIRROR_SUFFIX
 from driving_sim.engine.errors import DriveSimError
 
@@ -23,55 +23,13 @@ from driving_sim.engine.errors import DriveSimError
 # decoder process for every 16 files, because starting a process takes as long as reading 16 files.
 _FILES_AT_ONCE = 8
 _FILES_FOR_A_DECODER = 16
+_NOTHING = (
+    "holds no videos (such as .mp4, .mov or .mkv), no recordings of the Udacity simulator and no "
+    "comma2k19 segments"
+)
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    """A file or folder that looks like a drive."""
-
-    root: Path
-    path: Path
-    load: video_folder.Load
-
-    def id(self, *, with_suffix: bool, with_root: bool) -> str:
-        path = self.path if with_suffix or self.path.is_dir() else self.path.with_suffix("")
-        if self.path == self.root:
-            return path.resolve().name
-        name = path.relative_to(self.root).as_posix()
-        return f"{self.root.resolve().name}/{name}" if with_root else name
-
-
-def _in_folder(root: Path, folder: Path, visited: set[Path]) -> Iterator[_Candidate]:
-    if folder.resolve() in visited:  # A link may point to a parent folder.
-        return
-    visited.add(folder.resolve())
-    if udacity.is_recording(folder):
-        yield _Candidate(root, folder, udacity.load)
-        return
-    if comma2k19.is_segment(folder):
-        yield _Candidate(root, folder, comma2k19.load)
-        return
-    for path, load in video_folder.found_in(folder):
-        yield _Candidate(root, path, load)
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.name.startswith("."):
-            yield from _in_folder(root, path, visited)
-
-
-def _candidates(path: Path) -> Iterator[_Candidate]:
-    if not path.exists():
-        raise DriveSimError(f"{path}: no such file or folder")
-    if path.name == udacity.LOG_NAME:
-        path = path.parent
-    if path.is_dir():
-        yield from _in_folder(path, path, set())
-    elif path.suffix.lower() == ".csv":
-        raise DriveSimError(f"{path}: is a CSV; pass the video that it belongs to, or their folder")
-    else:
-        yield _Candidate(path, path, video_folder.load)
-
-
-def _unique_ids(candidates: list[_Candidate]) -> list[str]:
+def _unique_ids(candidates: list[Candidate]) -> list[str]:
     """Return a different id for each candidate.
 
     An id is the path below the searched folder. The suffix, the folder's name or both are added to
@@ -102,53 +60,48 @@ def _check_name(drive_id: str, path: Path) -> None:
 
 
 def find_drives(
-    paths: Sequence[Path],
-    *,
-    actions: bool = True,
-    steering_kind: str | None = None,
-    time_offset: float = 0.0,
+    paths: Sequence[Path], reading: Reading = AS_NAMED, *, actions: bool = True
 ) -> DriveSet:
     """Find the drives of all known layouts in files and folders.
 
-    `steering_kind` is the kind of steering in columns named just `steering`, and all other steering
-    must be of this kind too. `time_offset` seconds are added to the times of every action log. With
-    `actions=False` no log is read. Drives that cannot be used are in `.skipped`, with the reason.
-    The id of a drive is its path below the folder in `paths`, without suffix; if such ids are not
-    unique, the suffix or the name of the folder is added. Drives are sorted by id.
+    With `actions=False` no log is read. Drives that cannot be used are in `.skipped`, with the
+    reason. What else was left out is in `.passed_over`. The id of a drive is its path below the
+    folder in `paths`, without suffix; if such ids are not unique, the suffix or the name of the
+    folder is added. Drives are sorted by id.
 
     Raises DriveSimError if a path does not exist, if nothing looks like a drive, if two drives
-    cannot get different ids, if the name of a drive cannot be an id, or if `steering_kind` is
-    unknown.
+    cannot get different ids, or if the name of a drive cannot be an id.
     """
-    options = LogOptions(
-        steering_kind=cast(SteeringKind | None, steering_kind), time_offset=time_offset
-    )
+    search = Search()
+    for path in paths:
+        search.add(path)
     by_path = {
-        candidate.path.resolve(): candidate for path in paths for candidate in _candidates(path)
+        (candidate.found.path.resolve(), candidate.found.part): candidate
+        for candidate in search.candidates
+        if actions or candidate.found.has_frames
     }
-    candidates = [
-        candidate
-        for candidate in by_path.values()
-        if actions or candidate.load is not video_folder.load_orphan
-    ]
+    candidates = [*by_path.values()]
     if not candidates:
         raise DriveSimError(
-            f"{', '.join(map(str, paths))}: holds no videos "
-            f"({', '.join(sorted(video_folder.VIDEO_SUFFIXES))}), no Udacity {udacity.LOG_NAME} "
-            "and no comma2k19 segments"
+            "; ".join(search.lines)
+            if search.notices
+            else "; ".join([f"{', '.join(map(str, paths))}: {_NOTHING}", *search.counts])
         )
     named = sorted(zip(_unique_ids(candidates), candidates, strict=True), key=lambda pair: pair[0])
     for drive_id, candidate in named:
-        _check_name(drive_id, candidate.path)
+        _check_name(drive_id, candidate.found.path)
 
-    def load(pair: tuple[str, _Candidate]) -> Drive | Skipped:
+    def load(pair: tuple[str, Candidate]) -> Drive | Skipped:
         drive_id, candidate = pair
         try:
-            drive = candidate.load(candidate.path, drive_id, options if actions else None)
+            drive = candidate.found.load(candidate.found.path, drive_id, reading, actions)
             if drive.log is not None:
-                check_coverage(drive.log, drive.timestamps)
+                lines = check_coverage(drive.log, drive.timestamps)
+                drive = replace(drive, assumptions=(*drive.assumptions, *lines))
         except DriveSimError as error:
             return Skipped(id=drive_id, reason=str(error))
+        if reading.wheelbase is not None:
+            drive = replace(drive, wheelbase_m=reading.wheelbase)
         return drive
 
     at_once = min(_FILES_AT_ONCE, 1 + len(named) // _FILES_FOR_A_DECODER)
@@ -157,4 +110,5 @@ def find_drives(
     return DriveSet(
         drives=[drive for drive in loaded if isinstance(drive, Drive)],
         skipped=[skipped for skipped in loaded if isinstance(skipped, Skipped)],
+        passed_over=search.lines,
     )

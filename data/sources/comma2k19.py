@@ -7,32 +7,38 @@ https://github.com/commaai/comma2k19
 """
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from driving_sim.data.actions.action_file import (
+from driving_sim.data.actions.action_log import (
     SPEED_RANGE_MPS,
     STEERING_LIMIT,
     ActionLog,
-    LogOptions,
+    Channel,
 )
-from driving_sim.data.actions.alignment import EXTRAPOLATION_S, GAP_S
+from driving_sim.data.actions.reading import Reading
 from driving_sim.data.arrays import Floats
 from driving_sim.data.drive import Drive, VideoFrames
+from driving_sim.data.sources.source import Contents, Folder, Found
 from driving_sim.data.video.decoder_pool import read_facts
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import one_line
 
 _CAN = Path("processed_log", "CAN")
+_OWN = frozenset(("video.hevc", "global_pose", "processed_log", "raw_log.bz2", "preview.png"))
 _TURN_DEG = math.degrees(STEERING_LIMIT["steering_wheel"])
 _LIMITS = {"speed": SPEED_RANGE_MPS, "steering_angle": (-_TURN_DEG, _TURN_DEG)}
 
 
-def is_segment(folder: Path) -> bool:
+def detect(folder: Folder) -> bool:
     """Return whether a folder is a comma2k19 segment."""
-    return (folder / _CAN).is_dir()
+    return _CAN.parts[0] in folder.folders and (folder.path / _CAN).is_dir()
+
+
+def drives(folder: Folder) -> Contents:
+    """Return the drive of a segment."""
+    return Contents(drives=(Found(path=folder.path, load=load),), own=_OWN)
 
 
 def _array(path: Path) -> Floats:
@@ -80,48 +86,29 @@ def _channel(folder: Path, low: float, high: float) -> tuple[Floats, Floats]:
     return times, values[first]
 
 
-def _pauses(times: Floats) -> list[tuple[float, float]]:
-    """Return the (start, stop) times during which a signal is unknown.
-
-    These are its gaps, and the times more than 0.1 s before its first or after its last value.
-    """
-    before = np.flatnonzero(np.diff(times) > GAP_S)
-    inner = [(float(times[k]), float(times[k + 1])) for k in before]
-    first, last = float(times[0]) - EXTRAPOLATION_S, float(times[-1]) + EXTRAPOLATION_S
-    return [(-math.inf, first), *inner, (last, math.inf)]
-
-
-def _read_log(segment: Path, start: float, options: LogOptions) -> ActionLog:
-    """Read speed and steering, and interpolate both at the union of their times.
-
-    The union keeps every value, although the two signals have different times.
-    """
-    options.check_kind(f"{segment}: comma2k19's steering", "steering_wheel")
-    channels = [_channel(segment / _CAN / name, *limits) for name, limits in _LIMITS.items()]
-    times = np.union1d(channels[0][0], channels[1][0])
-    clock = start - options.time_offset
-    pauses = [
-        (channel, begin - clock, end - clock)
-        for channel, (own_times, _) in enumerate(channels)
-        for begin, end in _pauses(own_times)
-    ]
-    speed, degrees = (np.interp(times, *channel) for channel in channels)
+def _read_log(segment: Path, start: float, reading: Reading) -> ActionLog:
+    reading.check_kind(f"{segment}: comma2k19's steering", "steering_wheel")
+    (speed_times, speed), (steering_times, degrees) = (
+        _channel(segment / _CAN / name, *limits) for name, limits in _LIMITS.items()
+    )
+    clock = start - reading.time_offset
     return ActionLog(
-        times=times - clock,
-        values=np.stack([speed, np.radians(degrees)], axis=1).astype(np.float32),
-        has=np.array([True, True]),
+        speed=Channel(times=speed_times - clock, values=speed.astype(np.float32)),
+        steering=Channel(
+            times=steering_times - clock, values=np.radians(degrees).astype(np.float32)
+        ),
         steering_kind="steering_wheel",
-        pauses=tuple(pauses),
         origin=str(segment / _CAN),
     )
 
 
-def load(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
-    """Read the facts of a segment's video and, unless `options` is None, the segment's logs.
+def load(path: Path, drive_id: str, reading: Reading, actions: bool) -> Drive:
+    """Read the facts of a segment's video and, if `actions` is set, the segment's logs.
 
     Raises DriveSimError if a file cannot be used, or if the video and its frame times do not match.
     """
-    facts = read_facts(path / "video.hevc")
+    video = path / "video.hevc"
+    facts = read_facts(video, stream=reading.stream, video_fps=reading.video_fps)
     frame_times = _array(path / "global_pose" / "frame_times")
     if len(frame_times) != len(facts.timestamps) or (np.diff(frame_times) <= 0).any():
         raise DriveSimError(
@@ -129,12 +116,12 @@ def load(path: Path, drive_id: str, options: LogOptions | None) -> Drive:
             f"{len(facts.timestamps)} frames of video.hevc (it lists {len(frame_times)} times); "
             "download the segment again"
         )
-    facts = replace(facts, timestamps=frame_times - frame_times[0])
+    facts = facts.timed(frame_times - frame_times[0])
     return Drive(
         id=drive_id,
         source="comma2k19",
         timestamps=facts.timestamps,
         reader=VideoFrames(facts),
-        log=None if options is None else _read_log(path, float(frame_times[0]), options),
+        log=_read_log(path, float(frame_times[0]), reading) if actions else None,
         video=facts,
     )

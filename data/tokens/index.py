@@ -88,6 +88,8 @@ class DriveEntry:
     """Kind of data source that the drive came from."""
     mirrored: bool = False
     """Whether the frames are flipped left to right and the steering is negated."""
+    notices: tuple[str, ...] = ()
+    """What was assumed, left out, resampled or guessed about the drive, one line each."""
 
     def __post_init__(self) -> None:
         bounds = [0, *(bound for run in self.segments for bound in run), self.frames]

@@ -25,6 +25,8 @@ class PlannedDrive:
     """Whether the frames are flipped left to right and the steering is negated."""
     content: str = ""
     """Digest of the chosen frames and their actions. If they change, the plan's hash changes."""
+    notices: tuple[str, ...] = ()
+    """What was assumed, left out, resampled or guessed about the drive, one line each."""
 
     def __post_init__(self) -> None:
         require(self, "id", is_inner_name(self.id), "a relative path without '..', on one line")
@@ -58,7 +60,10 @@ class StorePlan:
     @property
     def hash(self) -> str:
         """SHA-256 of the plan, in hexadecimal."""
-        text = json.dumps({"schema": SCHEMA, **to_dict(self)}, sort_keys=True)
+        fields = to_dict(self)
+        for drive in fields["drives"]:
+            del drive["notices"]  # other words for the same data are no other plan
+        text = json.dumps({"schema": SCHEMA, **fields}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def shards(self) -> list[list[Piece]]:

@@ -149,11 +149,12 @@ class TokenStoreWriter:
         action_valid: ArrayLike,
         timestamps: ArrayLike,
         segments: Sequence[tuple[int, int]],
+        notices: Sequence[str] = (),
     ) -> None:
         """Write a drive: tokens [T, rows, cols], actions and action_valid [T, 2], timestamps [T].
 
         `segments` are the ranges [start, stop) of frames without a gap in time. Invalid actions are
-        stored as 0.
+        stored as 0. `notices` are lines that were not known when the store was planned.
 
         Raises:
             ValueError: an array's shape differs from the plan, or its values are not allowed.
@@ -181,7 +182,10 @@ class TokenStoreWriter:
         columns["actions"][~columns["action_valid"]] = 0
         if not np.isfinite(columns["actions"]).all():
             raise ValueError(f"{drive_id}: valid actions must be finite")
-        metadata = {"segments": json.dumps([[int(a), int(b)] for a, b in segments])}
+        metadata = {
+            "segments": json.dumps([[int(a), int(b)] for a, b in segments]),
+            "notices": json.dumps([*notices]),
+        }
         _write(self._part(number), columns, metadata)
 
     def skip(self, drive_id: str, reason: str) -> None:
@@ -257,6 +261,7 @@ class TokenStoreWriter:
                 start=piece.start,
                 source=drive.source,
                 mirrored=drive.mirrored,
+                notices=(*drive.notices, *json.loads(metadata.get("notices", "[]"))),
             )
             entries.append(entry)
         _write(path, columns, shard_metadata(info, entries))

@@ -60,20 +60,23 @@ _MOST_IDLE = 8
 _WINDOWS = sys.platform == "win32"
 
 
-def read_facts(path: Path) -> VideoFacts:
+def read_facts(
+    path: Path, *, stream: int | None = None, video_fps: float | None = None
+) -> VideoFacts:
     """Read the facts of a video as `file_facts.read_facts` does, but in a decoder process.
 
     Also raises VideoError if the file hangs or crashes the decoder.
     """
     where = "while its facts were read"
+    request = {"work": "facts", "stream": stream, "video_fps": video_fps}
     facts: VideoFacts
-    (facts,) = _answers(path, np.zeros(1, int), lambda _: None, lambda _: where, work="facts")
+    (facts,) = _answers(path, np.zeros(1, int), lambda _: None, lambda _: where, **request)
     return facts
 
 
 def stream_frames(
     facts: VideoFacts, size: FrameSize | None = None, indices: Indices | None = None
-) -> Iterator[Pixels]:
+) -> Iterator[Pixels | None]:
     """Yield frames as `reader.stream_frames` does, but decode them in a decoder process.
 
     Also raises VideoError if the file hangs or crashes the decoder.
@@ -200,8 +203,9 @@ class _Decoder:
             self._wait(self._input)
             left = left[self._input.write(left) or 0 :]
 
-    def answer(self, slot: Pixels | None) -> Pixels | VideoFacts:
-        """Wait for the next answer: a frame, read into `slot`, or the facts of a video.
+    def answer(self, slot: Pixels | None) -> Pixels | VideoFacts | None:
+        """Wait for the next answer: a frame, read into `slot`, or the facts of a video. A frame
+        that is lost to damage is None.
 
         Raises VideoError if the decoder reports an error.
         """
@@ -211,6 +215,8 @@ class _Decoder:
             if kind not in worker.ANSWERS:
                 raise ValueError(f"unknown kind of answer: {kind!r}")
             self._has_started = True
+        if kind == worker.LOST and slot is not None and count == 0:
+            return None
         in_place = kind == worker.CONTENT and slot is not None
         content: Any = slot if in_place else bytearray(min(count, _MOST_BYTES))
         if memoryview(content).nbytes != count:
@@ -219,6 +225,8 @@ class _Decoder:
         if kind == worker.CONTENT:
             facts = None if in_place else worker.unpack(content)
             return content if facts is None else VideoFacts(**facts | {"path": self._path})
+        if kind == worker.LOST:
+            raise ValueError("nothing that could be lost was asked for")
         self.busy = kind == worker.BROKEN
         raise VideoError(os.fsdecode(bytes(content)))
 

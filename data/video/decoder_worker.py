@@ -41,24 +41,28 @@ BEAT_S = 0.2
 HEAD = struct.Struct("<cQ")
 """Header of a request or an answer: its kind and the number of bytes that follow."""
 REQUEST = b"Q"
-ANSWERS = ALIVE, CONTENT, ERROR, BROKEN = b"A", b"C", b"E", b"B"
+ANSWERS = ALIVE, CONTENT, LOST, ERROR, BROKEN = b"A", b"C", b"L", b"E", b"B"
 """Kinds of answers. ALIVE: a sign of life, also sent at the start. CONTENT: a frame or the facts.
-ERROR: a one-line error message. BROKEN: also an error message, but the decoder must be replaced."""
+LOST: in place of a frame that is lost to damage. ERROR: a one-line error message. BROKEN: also an
+error message, but the decoder must be replaced."""
 
 
 def pack(facts: VideoFacts | None = None, **values: Any) -> bytes:
-    """Encode named values as bytes. They may be JSON values, arrays of numbers and video facts."""
+    """Encode named values as bytes. They may be JSON values, tuples of them, arrays of numbers and
+    video facts."""
     if facts is not None:
         values |= {name: getattr(facts, name) for name in VideoFacts.__slots__}
         values["path"] = str(facts.path)
     arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
-    head = values | {name: [array.dtype.str, len(array)] for name, array in arrays.items()}
+    head = values | {
+        name: {"dtype": array.dtype.str, "count": len(array)} for name, array in arrays.items()
+    }
     body = b"".join(array.tobytes() for array in arrays.values())
     return json.dumps(head).encode() + b"\n" + body
 
 
 def unpack(content: bytearray) -> dict[str, Any]:
-    """Decode bytes from `pack` into named values. Paths stay strings.
+    """Decode bytes from `pack` into named values. Paths stay strings, and lists become tuples.
 
     Raises ValueError or TypeError for bytes that `pack` did not write.
     """
@@ -67,8 +71,9 @@ def unpack(content: bytearray) -> dict[str, Any]:
     start = 0
     for name, value in values.items():
         if isinstance(value, list):
-            dtype, count = value
-            values[name] = np.frombuffer(body, dtype, count, start)
+            values[name] = tuple(value)
+        elif isinstance(value, dict) and "dtype" in value:
+            values[name] = np.frombuffer(body, offset=start, **value)
             start += values[name].nbytes
     return values
 
@@ -96,13 +101,15 @@ class _Answers:
 
 def _contents(
     work: str, path: str, indices: Ints, size: Any = None, **facts_fields: Any
-) -> Iterable[bytes | memoryview]:
-    """Do the work of a request and return an iterable of the contents of its answers."""
+) -> Iterable[bytes | memoryview | None]:
+    """Do the work of a request and return an iterable of the contents of its answers, where None
+    is a lost frame."""
     if work == "facts":
-        return [pack(read_facts(Path(path)))]
+        return [pack(read_facts(Path(path), **facts_fields))]
     facts = VideoFacts(path=Path(path), **facts_fields)
     if work == "stream":
-        return (frame.data for frame in stream_frames(facts, FrameSize(**size), indices))
+        frames = stream_frames(facts, FrameSize(**size), indices)
+        return (None if frame is None else frame.data for frame in frames)
     return (frame.data for frame in read_frames(facts, indices, FrameSize(**size)))
 
 
@@ -112,7 +119,10 @@ def _answer(answers: _Answers, request: dict[str, Any]) -> None:
         if folder := request.pop("folder"):
             os.chdir(folder)
         for content in _contents(**request):
-            answers.send(CONTENT, content)
+            if content is None:
+                answers.send(LOST)
+            else:
+                answers.send(CONTENT, content)
     except VideoError as error:
         answers.send(ERROR, os.fsencode(str(error)))
     except MemoryError:

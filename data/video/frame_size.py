@@ -1,5 +1,7 @@
-"""The size of the frames that models see, and how a picture is scaled and cropped to it."""
+"""The size of the frames that models see, and how a picture is turned, scaled and cropped to it."""
 
+import math
+import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +51,21 @@ def fit(height: int, width: int, size: FrameSize | None) -> Fit:
         rows=slice(top, top + size.height),
         columns=slice(left, left + size.width),
     )
+
+
+def orientation(rotation: float, matrix: bytes | None) -> tuple[int, bool]:
+    """Return by how many degrees a picture is rotated anticlockwise, and whether it is then flipped
+    left to right.
+
+    `rotation` is the angle that FFmpeg computes from the display matrix, which is right if the
+    matrix does not mirror. The matrix moves a pixel (x, y) to (a x + c y, b x + d y).
+    """
+    a, b, _, c, d = (0,) * 5 if matrix is None else struct.unpack_from("<5i", matrix)
+    mirrored = a * d - b * c < 0
+    if mirrored:
+        # The rotation that gives the matrix if the flip x -> -x follows it.
+        rotation = -math.degrees(math.atan2(b, -a))
+    return round(rotation / 90) % 4 * 90, mirrored
 
 
 def transform_description(size: FrameSize) -> dict[str, Any]:

@@ -3,23 +3,29 @@
 PyAV streams whole videos. decord reads clips if `read_facts` has chosen it for the file. A decord
 reader is opened for each clip and then closed, because an open reader decodes ahead without limit.
 
+Damage costs the frames from the damaged one to the next keyframe, because each may depend on the
+one before it. A decoder that met damage is not trusted any more: another one goes on from there.
+
 These functions decode in the calling process. The package calls them in decoder processes only.
 """
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import av
 import numpy as np
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
 
 from driving_sim.data.arrays import Ints, Pixels
 from driving_sim.data.video.file import VideoError, check_picture, open_video, video_stream
 from driving_sim.data.video.file_facts import VideoFacts
 from driving_sim.data.video.frame_size import Fit, FrameSize, fit
 from driving_sim.data.video.heartbeat import beat
+from driving_sim.data.video.timing import Clock
 
 Indices = Ints | Sequence[int]
 _DECORD_BATCH = 8
@@ -33,20 +39,24 @@ _PIXELS_AT_ONCE = 4 * 4320 * 7680
 would leave too little memory for the reference pictures."""
 _SEEK_COST_FRAMES = 30
 """Number of frames whose decoding costs about as much as one seek."""
+_FEW_FRAMES = 16
+"""Up to this many frames are decoded by one thread, because it takes long to start many."""
 
 
 def stream_frames(
     facts: VideoFacts, size: FrameSize | None = None, indices: Indices | None = None
-) -> Iterator[Pixels]:
+) -> Iterator[Pixels | None]:
     """Yield frames as uint8 RGB [height, width, 3], in order and in constant memory.
 
-    `indices` are increasing frame numbers; if None, all frames are yielded. If `size` is None,
-    frames have the size of the video.
+    A frame that is lost to damage is None. `indices` are increasing frame numbers; if None, all
+    frames are yielded. If `size` is None, frames have the size of the video.
 
-    Raises VideoError, with the time of the frame, if a requested frame cannot be decoded.
+    Raises VideoError, with the time of the frame, if the file ends before a requested frame, or if
+    it is damaged and its frames have no times, so that nothing says which frames are lost.
     """
     numbers = frames_to_stream(facts, indices)
-    return _displayed(facts, _geometry(facts, size), _decode(facts, numbers, threads=0))
+    pictures = _decode(facts, numbers, threads=1 if len(numbers) <= _FEW_FRAMES else 0)
+    return _displayed(facts, _geometry(facts, size), pictures)
 
 
 def read_frames(facts: VideoFacts, indices: Indices, size: FrameSize | None = None) -> list[Pixels]:
@@ -54,7 +64,7 @@ def read_frames(facts: VideoFacts, indices: Indices, size: FrameSize | None = No
 
     The memory must have room for several copies of all these frames.
 
-    Raises VideoError if a frame cannot be decoded.
+    Raises VideoError if a frame cannot be decoded. But decord does not notice all damage.
     """
     numbers, positions = np.unique(frames_to_read(facts, indices), return_inverse=True)
     geometry = _geometry(facts, size)
@@ -136,6 +146,8 @@ def _read_pyav(facts: VideoFacts, numbers: Ints, geometry: Fit) -> Pixels:
     # Use one thread, because many loader workers read clips at the same time.
     pictures = _decode(facts, numbers, threads=1)
     for slot, frame in enumerate(_displayed(facts, geometry, pictures)):
+        if frame is None:
+            raise _undecodable(facts, int(numbers[slot]), "it is damaged")
         frames[slot] = frame
     return frames
 
@@ -147,60 +159,171 @@ def _empty(count: int, geometry: Fit) -> Pixels:
     return np.empty((count, rows.stop - rows.start, columns.stop - columns.start, 3), np.uint8)
 
 
-def _decode(facts: VideoFacts, numbers: Ints, threads: int) -> Iterator[VideoFrame]:
-    """Decode the frames with these increasing numbers. Raises VideoError if a frame is missing."""
+def _decode(facts: VideoFacts, numbers: Ints, threads: int) -> Iterator[VideoFrame | None]:
+    """Decode the frames with these increasing numbers. A frame that is lost to damage is None.
+
+    Raises VideoError if a frame is missing for another reason.
+    """
     keyframes = _keyframes_before(facts, numbers)
     starts = np.flatnonzero(keyframes[1:] - numbers[:-1] > _SEEK_COST_FRAMES) + 1
     for run in np.split(numbers, starts) if len(numbers) else ():
         due = deque(run.tolist())
-        # If a seek lands after the first requested frame, no frame is yielded. In that case, decode
-        # from the start of the file, which is slow but always works.
-        for keyframe in (int(_keyframes_before(facts, run)[0]), 0):
-            if len(due) == len(run):
-                yield from _decode_run(facts, due, threads, keyframe)
-        if due:
-            raise _undecodable(facts, due[0], "it is missing")
+        start = _keyframe_before(facts, due[0])
+        may_start_earlier = start > 0
+        while due:
+            # H.264 may refresh its pictures bit by bit from a keyframe on. They are not shown until
+            # they are whole, so begin earlier. Other decoders show broken pictures.
+            starts_late = facts.codec == "h264" and not may_start_earlier
+            damaged = yield from _decode_run(facts, due, threads, start, starts_late)
+            if damaged == start and may_start_earlier:
+                start = _keyframe_before(facts, start - 1)
+            elif damaged is not None:
+                recovered = _keyframe_after(facts, damaged)
+                while due and due[0] < recovered:
+                    due.popleft()
+                    yield None
+                start = _keyframe_before(facts, due[0]) if due else 0
+            may_start_earlier = False
 
 
 def _keyframes_before(facts: VideoFacts, numbers: Ints) -> Ints:
     return facts.keyframes[np.searchsorted(facts.keyframes, numbers, side="right") - 1]
 
 
+def _keyframe_before(facts: VideoFacts, number: int) -> int:
+    return int(_keyframes_before(facts, np.array([number]))[0])
+
+
+def _keyframe_after(facts: VideoFacts, number: int) -> int:
+    """Return the first keyframe after a frame, or the number of all frames if there is none."""
+    place = int(np.searchsorted(facts.keyframes, number, side="right"))
+    return int(np.append(facts.keyframes, len(facts.timestamps))[place])
+
+
 def _decode_run(
-    facts: VideoFacts, due: deque[int], threads: int, keyframe: int
-) -> Iterator[VideoFrame]:
+    facts: VideoFacts, due: deque[int], threads: int, keyframe: int, starts_late: bool
+) -> Generator[VideoFrame | None, None, int | None]:
     """Decode from a keyframe on. Yield the frames whose numbers are in `due`, and remove these
-    numbers from `due`."""
+    numbers from `due`.
+
+    Stop at the first damaged frame and return its number, or None if `due` is empty. If
+    `starts_late`, frames that are missing at the start are lost (None), but are no damage.
+    """
+    # Damage may show later than in a frame that depends on it. So hold frames back for a while.
+    held: deque[VideoFrame] = deque()
+    expected = keyframe
     try:
-        for index, frame in _numbered(facts, keyframe, threads):
-            if index == due[0]:
+        for index, picture, is_damaged in _numbered(facts, keyframe, threads):
+            if index < expected:
+                continue  # It is displayed before the keyframe.
+            if starts_late and picture is not None:
+                while due and due[0] < index:
+                    due.popleft()
+                    yield None
+                expected = index
+            starts_late = False
+            if not due:
+                return None
+            damaged = expected if index > expected else index if is_damaged else None
+            is_due = len(held) < len(due) and index == due[len(held)]
+            if damaged is None and picture is not None and is_due:
+                held.append(picture)
+            is_over = picture is None and damaged is None
+            intact = index if damaged is None else damaged - 1
+            while held and (is_over or due[0] + facts.reordering <= intact):
                 due.popleft()
-                yield frame
-            if not due or index > due[0]:
-                return
+                yield held.popleft()
+                if not due:
+                    return None
+            if damaged is not None:
+                return damaged
+            expected = index + 1
     except av.error.MemoryError:
         raise  # Full memory is not the fault of the file.
     except av.error.FFmpegError as error:
         raise _undecodable(facts, due[0], error.strerror) from error
+    raise _undecodable(facts, due[0], "it is missing")
 
 
-def _numbered(facts: VideoFacts, keyframe: int, threads: int) -> Iterator[tuple[int, VideoFrame]]:
-    """Decode from a keyframe on. Yield the number of each frame, and the frame."""
-    with open_video(facts.path) as container:
-        stream = video_stream(container, facts.path)
-        stream.thread_type = "AUTO"
-        pixels = stream.codec_context.height * stream.codec_context.width
-        stream.thread_count = threads or _threads(pixels)
-        if facts.pts is not None and keyframe > 0:
-            container.seek(int(facts.pts[keyframe]), stream=stream)
-        for count, frame in enumerate(container.decode(stream)):
+def _numbered(
+    facts: VideoFacts, keyframe: int, threads: int
+) -> Iterator[tuple[int, VideoFrame | None, bool]]:
+    """Decode from a keyframe on. Yield each frame with its number and whether it is damaged.
+
+    At the end, yield None with the number of the frame that would come next in the file.
+    """
+    count, last_pts = 0, None
+    # Among the packets of a transport stream, the mark is two packets before the first one that
+    # comes after a hole, because a packet ends where the next one begins.
+    delay, doubt = (2 if facts.container == "mpegts" else 0), -1
+    suspects: set[int | None] = set()
+    for packet in _packets(facts, keyframe, threads):
+        beat()
+        if packet.pts is not None:
+            last_pts = packet.pts if last_pts is None else max(last_pts, packet.pts)
+        if packet.is_corrupt:
+            doubt = delay
+        if doubt == 0 and facts.pts is not None and not (delay and packet.is_keyframe):
+            suspects.add(_index(facts.pts, packet.pts))
+        doubt -= 1
+        for picture in _decoded(facts, packet):
             beat()
-            if facts.pts is None:
-                yield count, frame
-            elif frame.pts is not None:
-                index = int(np.searchsorted(facts.pts, frame.pts))
-                if index < len(facts.pts) and facts.pts[index] == frame.pts:
-                    yield index, frame
+            index: int | None = count
+            if facts.pts is not None:
+                index = _index(facts.pts, picture.pts)
+            elif picture.is_corrupt:
+                raise _undecodable(facts, min(count, len(facts.timestamps) - 1), "it is damaged")
+            count += 1
+            if index is not None:
+                yield index, picture, picture.is_corrupt or index in suspects
+    if facts.pts is not None and last_pts is not None:
+        count = int(np.searchsorted(facts.pts, last_pts, side="right"))
+    yield count, None, False
+
+
+def _index(pts: Ints, of: int | None) -> int | None:
+    index = len(pts) if of is None else int(np.searchsorted(pts, of))
+    return index if index < len(pts) and pts[index] == of else None
+
+
+def _decoded(facts: VideoFacts, packet: "Packet[VideoStream]") -> list[VideoFrame]:
+    """Return the frames that a decoder has finished when it is given a packet."""
+    try:
+        return packet.decode()
+    except av.error.MemoryError:
+        raise
+    except av.error.FFmpegError:
+        if facts.pts is None:
+            raise  # Without times, nothing says which frame is missing.
+        return []
+
+
+def _packets(facts: VideoFacts, keyframe: int, threads: int) -> Iterator["Packet[VideoStream]"]:
+    """Yield the packets of a video from the one of a keyframe on."""
+    earlier = _keyframe_before(facts, max(0, keyframe - 1))
+    # If a seek lands after the keyframe, seek to an earlier one. Reading from the start of the file
+    # is slow but always works.
+    for sought in dict.fromkeys((0,) if len(facts.restarts) else (keyframe, earlier, 0)):
+        with open_video(facts.path) as container:
+            stream = video_stream(container, facts.path, facts.stream)
+            stream.thread_type = "AUTO"
+            pixels = stream.codec_context.height * stream.codec_context.width
+            stream.thread_count = threads or _threads(pixels)
+            clock = Clock(stream)
+            if facts.pts is not None and sought > 0:
+                container.seek(int(facts.pts[sought]), stream=stream)
+            has_begun = facts.pts is None or keyframe == 0
+            for packet in container.demux(stream):
+                if packet.size > 0:
+                    clock.set(packet)
+                if not has_begun and packet.pts is not None and facts.pts is not None:
+                    has_begun = packet.pts == facts.pts[keyframe]
+                    if packet.is_keyframe and packet.pts > facts.pts[keyframe]:
+                        break
+                if has_begun:
+                    yield packet
+            if has_begun:
+                return
 
 
 def _threads(pixels: int) -> int:
@@ -218,15 +341,20 @@ def _undecodable(facts: VideoFacts, index: int, why: str | None) -> VideoError:
 
 
 def _displayed(
-    facts: VideoFacts, geometry: Fit, pictures: Iterator[VideoFrame]
-) -> Iterator[Pixels]:
-    """Convert decoded pictures to RGB frames that are resized, rotated upright and cropped."""
+    facts: VideoFacts, geometry: Fit, pictures: Iterator[VideoFrame | None]
+) -> Iterator[Pixels | None]:
+    """Convert decoded pictures to RGB frames that are resized, turned upright and cropped.
+
+    Lost frames stay None."""
     turns, height, width = facts.rotation // 90, geometry.height, geometry.width
     if turns % 2:
         height, width = width, height
     # Use one scaler for all frames: creating a scaler takes half as long as scaling a frame.
     reformatter = VideoReformatter()
     for picture in pictures:
+        if picture is None:
+            yield None
+            continue
         scaled = reformatter.reformat(
             picture,
             width=width,
@@ -238,4 +366,6 @@ def _displayed(
             threads=1,
         )
         upright = np.rot90(scaled.to_ndarray(), turns)
+        if facts.mirrored:
+            upright = upright[:, ::-1]
         yield np.ascontiguousarray(upright[geometry.rows, geometry.columns])

@@ -1,4 +1,4 @@
-"""Cut drives into segments at gaps, where frames are missing.
+"""Cut drives into segments at gaps, where frames are missing, and at frames lost to damage.
 
 Legend: P pairs of neighbouring frames.
 """
@@ -8,9 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from driving_sim.data.arrays import Floats, Ints, Mask
-
-_GAP_PERIODS = 1.5
+from driving_sim.data.arrays import Floats, Mask
 
 
 def median_period(timestamps: Floats) -> float:
@@ -18,31 +16,16 @@ def median_period(timestamps: Floats) -> float:
     return float(np.median(np.diff(timestamps))) if len(timestamps) > 1 else 0.0
 
 
-def gaps(timestamps: Floats) -> list[tuple[int, int]]:
-    """Cut a drive where two neighbouring frames are more than 1.5 median periods apart.
-
-    Returns the segments as (start, stop) frame numbers. Every frame is in exactly one segment.
-    """
-    limit = _GAP_PERIODS * median_period(timestamps)
-    return _cut(len(timestamps), np.diff(timestamps) > limit)
-
-
-def chosen_segments(timestamps: Floats, indices: Ints) -> list[tuple[int, int]]:
-    """Cut the frames that are chosen from a drive into segments at the gaps of the drive.
-
-    `timestamps` are the times of all frames of the drive, and `indices` the increasing numbers of
-    the chosen frames. Returns the segments as (start, stop) positions in `indices`.
-
-    The times of the chosen frames alone do not show the gaps: they may be unevenly spaced although
-    no frame of the drive is missing, or evenly spaced although a frame is missing.
-    """
-    starts = [start for start, _ in gaps(timestamps)]
-    return _cut(len(indices), np.diff(np.searchsorted(starts, indices, side="right")) > 0)
-
-
-def _cut(count: int, gap_after: Mask) -> list[tuple[int, int]]:
+def cut(count: int, gap_after: Mask) -> list[tuple[int, int]]:
+    """Cut `count` frames into segments (start, stop) after each frame [count - 1] with a gap."""
     cuts = (np.flatnonzero(gap_after) + 1).tolist()
     return list(pairwise([0, *cuts, count])) if count else []
+
+
+def isolated(segments: Sequence[tuple[int, int]], lost: Mask) -> list[tuple[int, int]]:
+    """Cut segments around each lost frame, so that it is a segment of its own."""
+    gap_after = ~within_segments(segments) | lost[:-1] | lost[1:]
+    return cut(len(lost), gap_after)
 
 
 def clipped(segments: Sequence[tuple[int, int]], begin: int, end: int) -> list[tuple[int, int]]:

@@ -13,6 +13,8 @@ from pathlib import Path
 from driving_sim.engine.errors import DriveSimError
 
 _WINDOWS = sys.platform == "win32"
+_LONGEST_NAME = 255  # bytes, which most file systems allow
+_LONGEST_SUFFIX = 20  # characters; a longer one names no file format
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _FORBIDDEN = (errno.EACCES, errno.EPERM)
 _REPLACED = re.compile(r"\.(.+)\.\d+\.replaced")
@@ -29,7 +31,15 @@ def temporary_beside(path: Path, process: int | None = None) -> Path:
     except OSError as error:
         raise DriveSimError(f"cannot create the folder {path.parent}: {error.strerror}") from error
     # Keep the suffix at the end, because PyAV and Pillow choose the file format by the suffix.
-    return path.with_name(f".{path.stem}.{process or os.getpid()}.partial{path.suffix}")
+    stem, suffix = path.stem, path.suffix
+    if len(suffix) > _LONGEST_SUFFIX:
+        stem, suffix = path.name, ""
+    ending = f".{process or os.getpid()}.partial{suffix}"
+    room = _LONGEST_NAME - len(os.fsencode(f".{ending}"))
+    if len(os.fsencode(stem)) > room:
+        mark = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
+        stem = os.fsencode(stem)[: room - len(mark)].decode("utf-8", "ignore") + mark
+    return path.with_name(f".{stem}{ending}")
 
 
 def _sync(path: Path) -> None:

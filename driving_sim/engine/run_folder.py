@@ -18,6 +18,7 @@ FINISHED = "finished.json"
 MODELS = Path(__file__).parents[1] / "models"
 """Folder of the packaged models. Each of its folders is the run folder of a world model."""
 _LAUNCHER = ".launcher"  # file that names the `torchrun` which started an unfinished run
+_MOST_CONFIG_BYTES = 2**26
 
 CHANGEABLE = (
     *("steps", "minutes", "min_steps", "accumulate", "learning_rate", "patience"),
@@ -44,6 +45,13 @@ def find_run(run: Path | str, part: str = "") -> Path:
 def packaged_models() -> list[str]:
     """Return the names of the models that are packaged with drivesim, sorted."""
     return sorted(path.parent.name for path in MODELS.glob("*/config.json"))
+
+
+def kind_of(folder: Path) -> object:
+    """Return "tokenizer" or "world-model" if `folder` holds such a model, or otherwise None."""
+    with suppress(DriveSimError):
+        return load_json(folder / "config.json", most_bytes=_MOST_CONFIG_BYTES).get("kind")
+    return None
 
 
 def check_complete(folder: Path, names: Iterable[str], what: str) -> None:

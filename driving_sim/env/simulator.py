@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import ArrayLike, NDArray
 
-from driving_sim.data.actions.action_file import UNITS
+from driving_sim.data.actions.action_log import UNITS
 from driving_sim.data.arrays import Floats, Pixels
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.run_folder import find_run

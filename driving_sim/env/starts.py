@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from driving_sim.data.actions.action_file import SPEED, STEERING
+from driving_sim.data.actions.action_log import SPEED, STEERING
 from driving_sim.data.arrays import Floats32, Mask, Pixels
 from driving_sim.data.drive import Drive
 from driving_sim.engine.errors import DriveSimError

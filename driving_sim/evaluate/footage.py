@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from driving_sim.data.actions.action_file import STEERING
+from driving_sim.data.actions.action_log import STEERING
 from driving_sim.data.arrays import Floats, Floats32, Mask, Pixels, digest
 from driving_sim.data.drive import SampledDrive
 from driving_sim.data.split import original_id

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from driving_sim.data.actions.reading import AS_NAMED, Reading
 from driving_sim.data.drive import DriveSet, SampledDrive, sample
 from driving_sim.data.tokens.index import INDEX
 from driving_sim.data.tokens.store import TokenStore
@@ -69,6 +70,7 @@ def measure_tokenizer(
     *,
     fps: float | None = None,
     every: int | None = None,
+    reading: Reading = AS_NAMED,
     device: str = "auto",
     precision: str = "auto",
 ) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def measure_tokenizer(
     tokenizer = Tokenizer.from_run(run, device, precision)
     refuse_existing(out)
     rate = frame_rate(fps, every)
-    drives = find_frames(videos).drives
+    drives = find_frames(videos, reading).drives
     sampled = [sample(drive, **rate) for drive in drives]
     perceptual = _perceptual()
     section = evaluate_tokenizer(tokenizer, sampled, perceptual=perceptual)
@@ -125,7 +127,7 @@ def measure_world_model(
     config: EvaluationConfig,
     fps: float | None = None,
     every: int | None = None,
-    time_offset: float = 0.0,
+    reading: Reading = AS_NAMED,
     i3d: Path | None = None,
     probe: Path | None = None,
     device: str = "auto",
@@ -156,7 +158,7 @@ def measure_world_model(
         _say_left_out(needs_probe=not (probe or training_videos))
     rate = _rate(world, training, fps, every)
     store = _held_out_store(world, data)
-    videos = find_for(world, data, time_offset) if store is None else DriveSet([])
+    videos = find_for(world, data, reading) if store is None else DriveSet([])
     sampled = _sampled(world, videos, rate)
     recordings = recording_digests(store.drives if store else sampled, world.known_channels)
     if training is not None:
@@ -167,7 +169,7 @@ def measure_world_model(
         trained = load_probe(world, probe, recordings)
     elif training_videos:
         origin = "trained on the training videos"
-        training_drives = find_for(world, training_videos, time_offset).drives
+        training_drives = find_for(world, training_videos, reading).drives
         lessons = recorded_lessons(
             world, training, [sample(drive, **rate) for drive in training_drives], recordings
         )

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from driving_sim.data.actions.action_file import SPEED, STEERING
+from driving_sim.data.actions.action_log import SPEED, STEERING
 from driving_sim.data.arrays import digest
 from driving_sim.data.split import original_id
 from driving_sim.data.tokens.store import DriveTokens, TokenStore

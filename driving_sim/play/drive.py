@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from driving_sim.data.actions.action_file import SPEED
+from driving_sim.data.actions.action_log import SPEED
 from driving_sim.data.arrays import Floats32, Pixels
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.play.car import Car, Held

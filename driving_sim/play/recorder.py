@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from driving_sim.data.actions.action_file import SteeringKind, write_action_file
+from driving_sim.data.actions.action_file import write_action_file
+from driving_sim.data.actions.action_log import SteeringKind
 from driving_sim.data.arrays import Floats32, Pixels
 from driving_sim.data.video.writer import video_writer
 from driving_sim.engine.config import save_json, to_dict

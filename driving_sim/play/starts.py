@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from driving_sim.data.actions.reading import AS_NAMED, Reading
 from driving_sim.data.arrays import Floats32
 from driving_sim.data.synthetic.motion.vehicle import VehicleState
 from driving_sim.data.synthetic.true_future import synthetic_beside
@@ -54,17 +55,17 @@ class Start:
 
 
 def find_starts(
-    world: WorldModel, videos: Path | None, tokens: Path, time_offset: float = 0.0
+    world: WorldModel, videos: Path | None, tokens: Path, reading: Reading = AS_NAMED
 ) -> dict[str, Start]:
     """Return the starts in `videos`, or else the contexts of the model's run, by name.
 
-    `time_offset` seconds are added to the times in the CSVs of `videos`. A run without contexts
-    starts from a drive in the token store `tokens`. Raises DriveSimError if there is none, or if a
+    `reading` says how to read `videos`. A run without contexts starts from a drive in the token
+    store `tokens`. Raises DriveSimError if there is none, or if a
     start does not fit the model.
     """
     own = contexts_of(world.run) if world.run else {}
     if videos is not None:
-        starts = list(_in_videos(world, videos, time_offset))
+        starts = list(_in_videos(world, videos, reading))
     elif own:
         starts = [
             _start(world, name, load_context(world, path), path) for name, path in own.items()
@@ -75,8 +76,8 @@ def find_starts(
     return {start.name: start for start in starts}
 
 
-def _in_videos(world: WorldModel, videos: Path, time_offset: float) -> Iterator[Start]:
-    drives = find_for(world, [videos], time_offset).drives
+def _in_videos(world: WorldModel, videos: Path, reading: Reading) -> Iterator[Start]:
+    drives = find_for(world, [videos], reading).drives
     if len(drives) > _MOST:
         say(f"{videos}: starts from the first {_MOST} of {len(drives)} drives are offered")
     for drive in drives[:_MOST]:

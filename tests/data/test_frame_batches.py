@@ -14,7 +14,7 @@ from driving_sim.data.frame_batches import FrameBatches
 from driving_sim.data.video.file_facts import read_facts
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.engine.errors import DriveSimError
-from tests.fixtures.video_files import HEIGHT, WIDTH, read_numbers, write_numbered
+from tests.fixtures.video_files import HEIGHT, WIDTH, damage, read_numbers, write_numbered
 
 SIZE = FrameSize(height=HEIGHT, width=WIDTH)
 
@@ -213,3 +213,16 @@ def test_a_batch_is_not_larger_than_the_data(
     monkeypatch.setattr(Drive, "stream", None)  # The error comes before anything is decoded.
     with pytest.raises(DriveSimError, match=r"data\.batch_size=6: there are only 5 frames .*lower"):
         batches([sample(drives[0].drive, every=4)], cached=cached)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_damaged_frames_are_never_drawn(tmp_path: Path, cached: bool) -> None:
+    """The decoder conceals the damage of keyframe 24, so only some readers notice it."""
+    facts = read_facts(damage(write_numbered(tmp_path / "x.mp4", count=60), 24, 24))
+    drive = Drive(id="x", source="video", timestamps=facts.timestamps, reader=VideoFrames(facts))
+    lost = {number for number, frame in enumerate(drive.stream_with_losses()) if frame is None}
+    assert set(range(24, 36)) <= lost
+    dataset = batches([sample(drive)], cached=cached)
+    drawn = {number for n in range(20) for number in read_numbers(dataset[n]["frames"].numpy())}
+    assert drawn <= set(range(60)) - lost
+    assert {*map(bool, (drawn & set(range(20)), drawn & set(range(36, 60))))} == {True}

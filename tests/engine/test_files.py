@@ -26,6 +26,22 @@ def test_file_is_written_whole(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(
+    "name", ["x" * 251 + ".png", "ü" * 120 + "x" * 11 + ".png", "a." + "y" * 250, "z" * 255]
+)
+def test_the_longest_names_can_be_written(name: str, tmp_path: Path) -> None:
+    """The temporary file has a longer name than the file, so it is shortened."""
+    path, other = tmp_path / name, tmp_path / (name[:-5] + "_" + name[-4:])
+    assert len(os.fsencode(name)) >= 250
+    with atomic_file(path) as temporary, atomic_file(other) as beside:
+        assert temporary != beside
+        assert temporary.suffix in (path.suffix, ".partial")
+        temporary.write_text("one")
+        beside.write_text("two")
+    assert (path.read_text(), other.read_text()) == ("one", "two")
+    assert {entry.name for entry in tmp_path.iterdir()} == {path.name, other.name}
+
+
 def test_file_is_kept_if_writing_the_new_one_fails(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from driving_sim.data.actions.action_file import SPEED, STEERING
+from driving_sim.data.actions.action_log import SPEED, STEERING
 from driving_sim.data.arrays import Ints, Pixels
 from driving_sim.data.drive import Drive, DriveSet, SampledDrive, sample
+from driving_sim.data.image_frames import ImageFrames
 from driving_sim.data.sources import find_drives
-from driving_sim.data.sources.udacity import ImageFrames
 from driving_sim.data.synthetic.world import SyntheticConfig
 from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.data.tokens.index import frame_bytes

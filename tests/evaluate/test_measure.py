@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from driving_sim.data.actions.reading import Reading
 from driving_sim.data.drive import DriveSet
 from driving_sim.data.sources import find_drives
 from driving_sim.data.synthetic.world import SyntheticConfig
@@ -453,15 +454,15 @@ def test_footage_is_divided_evenly() -> None:
 def test_the_time_offset_applies_to_held_out_and_training_videos(
     place: Path, evidence: Callable[..., Evidence], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    offsets = []
+    readings = []
 
-    def watched(world: WorldModel, videos: list[Path], offset: float) -> DriveSet:
-        offsets.append(offset)
-        return find_for(world, videos, offset)
+    def watched(world: WorldModel, videos: list[Path], reading: Reading) -> DriveSet:
+        readings.append(reading)
+        return find_for(world, videos, reading)
 
     monkeypatch.setattr(measure_module, "find_for", watched)
-    evidence(training_videos=[place / "videos"], time_offset=0.05)
-    assert offsets == [0.05, 0.05]
+    evidence(training_videos=[place / "videos"], reading=Reading(time_offset=0.05))
+    assert [reading.time_offset for reading in readings] == [0.05, 0.05]
 
 
 def test_held_out_frames_are_sampled_at_the_rate_of_the_training_tokens(place: Path) -> None:

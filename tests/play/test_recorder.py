@@ -5,7 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from driving_sim.data.actions.action_file import LogOptions, read_action_file
+from driving_sim.data.actions.action_file import read_action_file
+from driving_sim.data.actions.action_log import ActionLog
+from driving_sim.data.actions.reading import Reading
+from driving_sim.data.arrays import Floats
 from driving_sim.data.drive import sample
 from driving_sim.data.sources import find_drives
 from driving_sim.engine.config import to_dict
@@ -58,6 +61,13 @@ def recorded(drive: Drive, folder: Path) -> Path:
     return path
 
 
+def rows(log: ActionLog) -> Floats:
+    """Return the speed and steering of a log whose channels have the same times, [M, 2]."""
+    assert log.speed is not None
+    assert log.steering is not None
+    return np.stack([log.speed.values, log.steering.values], axis=1)
+
+
 def test_a_recording_is_a_drive_like_any_other(drive: Drive, tmp_path: Path) -> None:
     video = recorded(drive, tmp_path)
     (found,) = find_drives([tmp_path]).require_all().drives
@@ -97,8 +107,8 @@ def test_going_back_behind_the_first_frame_begins_there(drive: Drive, tmp_path: 
     path = recording.finish()
     assert path is not None
     assert Replay.load(path.with_suffix(".json")).first_frame == 3
-    log = read_action_file(path.with_suffix(".csv"), LogOptions())
-    np.testing.assert_allclose(log.values[::2][:-1], drive.actions[3:], atol=1e-6)
+    log = read_action_file(path.with_suffix(".csv"), Reading())
+    np.testing.assert_allclose(rows(log)[::2][:-1], drive.actions[3:], atol=1e-6)
 
 
 def test_a_folder_that_is_gone_costs_the_recording_only(drive: Drive, tmp_path: Path) -> None:
@@ -126,8 +136,8 @@ def test_going_back_again_and_again_keeps_the_video_right(drive: Drive, tmp_path
     assert path is not None
     (found,) = find_drives([tmp_path]).drives
     assert len(found.timestamps) == drive.frame + 1
-    log = read_action_file(path.with_suffix(".csv"), LogOptions())
-    np.testing.assert_allclose(log.values[::2][:-1], drive.actions, atol=1e-6)
+    log = read_action_file(path.with_suffix(".csv"), Reading())
+    np.testing.assert_allclose(rows(log)[::2][:-1], drive.actions, atol=1e-6)
 
 
 def test_without_actions_there_is_no_table(drive: Drive, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from driving_sim.data.actions.action_file import LogOptions, read_action_file, write_action_file
+from driving_sim.data.actions.action_file import read_action_file, write_action_file
 from driving_sim.data.actions.alignment import align
+from driving_sim.data.actions.reading import Reading
 from driving_sim.data.drive import Drive, sample
 from driving_sim.data.sources import find_drives
 from driving_sim.data.synthetic.true_future import load_synthetic_drive
@@ -52,6 +53,23 @@ QUIET = {"x265-params": "log-level=error"}
 SIZE = FrameSize(height=16, width=32)
 CSV = "timestamp_s,speed_mps,road_wheel_rad,note\n" + "".join(
     f"{n / 10:.1f},{5 + n / 9:.3f},{(n % 7 - 3) / 40:.4f},x\n" for n in range(20)
+)
+_ROWS = [(n, 5 + n / 9, (n % 7 - 3) / 40) for n in range(20)]
+CSVS = (
+    CSV,
+    "sep=;\nt;speed_kmh;steering_deg\n"
+    + "".join(f"{n / 10};{v};{100 * s}\n" for n, v, s in _ROWS).replace(".", ","),
+    "time\tSpeed (km/h)\tangle\n" + "".join(f"{n / 10}\t{v}\t{s}\n" for n, v, s in _ROWS),
+    "timestamp_ms,speed,road_wheel_rad\n"
+    + "".join(f"{1.7e12 + 100 * n:.0f},{v if n % 5 == 0 else ''},{s}\n" for n, v, s in _ROWS),
+    "frame,speed_mps,steering_deg\n"
+    + "".join(f"{n},{v},{(20 * n + 180) % 360 - 180}\n" for n, v, _ in _ROWS),
+)
+READINGS = (
+    Reading(steering_kind="road_wheel"),
+    Reading(),
+    Reading(speed="Speed (km/h)", speed_unit="kmh", steering="angle", steering_kind="curvature"),
+    Reading(steering="ANGLE", steering_unit="deg", steering_kind="steering_wheel", time_offset=0.3),
 )
 SCRIPTS = (
     "speed=8 steer=0.1 for 2s; steer=0 for 1s",
@@ -93,14 +111,16 @@ def _damage(rng: random.Random, source: Path, work: Path) -> Path:
     return copied
 
 
-def use_csv(path: Path, work: Path) -> None:
+def use_csv(path: Path, work: Path, reading: Reading = READINGS[0]) -> None:
     """Read an action file, align it with frames, and write the actions to another file."""
     frame_times = np.arange(20) / 10
-    log = read_action_file(path, LogOptions(steering_kind="road_wheel"), frame_times=frame_times)
+    log = read_action_file(path, reading, frame_times=frame_times)
+    if any("\n" in line or not line.isprintable() for line in log.notices):
+        raise AssertionError(f"a notice is not one printable line: {log.notices}")
     actions, valid = align(log, frame_times)
     if not (np.isfinite(actions[valid]).all() and actions.shape == valid.shape == (20, 2)):
         raise AssertionError("valid actions are not finite, or have the wrong shape")
-    write_action_file(work / "again.csv", log.times, log.values, "road_wheel")
+    write_action_file(work / "again.csv", frame_times, actions, "road_wheel")
 
 
 def csv_target(folder: Path) -> Attempt:
@@ -108,12 +128,13 @@ def csv_target(folder: Path) -> Attempt:
 
     def attempt(rng: random.Random, work: Path) -> None:
         path = work / "a.csv"
+        original = rng.choice(CSVS)
         if rng.random() < 0.5:
-            path.write_bytes(mutations.changed_bytes(rng, CSV.encode()))
+            path.write_bytes(mutations.changed_bytes(rng, original.encode()))
         else:
-            text = mutations.changed_text(rng, CSV)
+            text = mutations.changed_text(rng, original, separators=",;\t\n")
             path.write_bytes(text.encode("utf-8", "surrogatepass"))
-        use_csv(path, work)
+        use_csv(path, work, rng.choice(READINGS))
 
     return attempt
 
@@ -169,7 +190,7 @@ def config_target(folder: Path) -> Attempt:
 
 
 def _use_drives(paths: list[Path]) -> None:
-    source = find_drives(paths, steering_kind=None)
+    source = find_drives(paths)
     for drive in source.drives:
         _use_drive(drive)
     if source.skipped:

@@ -91,7 +91,7 @@ class Damaged(FrameReader):
     def files(self, indices: Any) -> list[Path]:
         return self._reader.files(indices)
 
-    def stream(self, indices: Any, size: FrameSize | None) -> Iterator[NDArray[np.uint8]]:
+    def stream(self, indices: Any, size: FrameSize | None) -> Iterator[NDArray[np.uint8] | None]:
         for number, frame in enumerate(self._reader.stream(indices, size)):
             if number == self._good:
                 if self._silent:
@@ -357,7 +357,9 @@ def test_other_actions_change_the_plan(
         tokenize(with_damage(drives), tokenizer, tmp_path / "tokens")
     first, second, third = drives.drives
     assert third.log is not None
-    changed = replace(third, log=replace(third.log, values=third.log.values * 2))
+    assert third.log.speed is not None
+    faster = replace(third.log.speed, values=third.log.speed.values * 2)
+    changed = replace(third, log=replace(third.log, speed=faster))
     with pytest.raises(DriveSimError, match="their actions differ"):
         tokenize(DriveSet([first, second, changed]), tokenizer, tmp_path / "tokens")
 
@@ -374,7 +376,9 @@ def test_the_next_batch_is_decoded_while_a_batch_is_encoded(
     decoded = threading.Event()
 
     class Watched(Damaged):
-        def stream(self, indices: Any, size: FrameSize | None) -> Iterator[NDArray[np.uint8]]:
+        def stream(
+            self, indices: Any, size: FrameSize | None
+        ) -> Iterator[NDArray[np.uint8] | None]:
             for number, picture in enumerate(super().stream(indices, size)):
                 if number == frame:
                     decoded.set()
@@ -403,7 +407,9 @@ def test_a_drive_is_written_even_if_the_next_one_fails(
     drives: DriveSet, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     class Broken(Damaged):
-        def stream(self, indices: Any, size: FrameSize | None) -> Iterator[NDArray[np.uint8]]:
+        def stream(
+            self, indices: Any, size: FrameSize | None
+        ) -> Iterator[NDArray[np.uint8] | None]:
             raise StoppedError
 
     first, second = drives.drives[:2]
@@ -428,7 +434,9 @@ def test_an_error_while_encoding_waits_for_the_decoder_to_end(
     begun, end, closed = threading.Event(), threading.Event(), threading.Event()
 
     class Slow(Damaged):
-        def stream(self, indices: Any, size: FrameSize | None) -> Iterator[NDArray[np.uint8]]:
+        def stream(
+            self, indices: Any, size: FrameSize | None
+        ) -> Iterator[NDArray[np.uint8] | None]:
             begun.set()
             assert end.wait(timeout=20)
             try:
@@ -456,7 +464,9 @@ def test_without_skip_bad_no_drive_is_decoded_after_a_bad_one(
     opened = []
 
     class Watched(Damaged):
-        def stream(self, indices: Any, size: FrameSize | None) -> Iterator[NDArray[np.uint8]]:
+        def stream(
+            self, indices: Any, size: FrameSize | None
+        ) -> Iterator[NDArray[np.uint8] | None]:
             opened.append(True)
             return super().stream(indices, size)
 
@@ -466,3 +476,17 @@ def test_without_skip_bad_no_drive_is_decoded_after_a_bad_one(
     with pytest.raises(BadDriveError, match=r"repair or remove it$"):
         tokenize(DriveSet([bad, watched]), tokenizer, tmp_path / "tokens")
     assert not opened
+
+
+def test_drives_of_8_to_11_frames_per_second_make_one_store(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    for rate in (8, 10, 11):
+        write_video(tmp_path / f"at_{rate}.mp4", np.zeros((30, 32, 64, 3), np.uint8), rate)
+    drives = find_drives([tmp_path])
+    index = tokenize(drives, tokenizer, tmp_path / "tokens", fps=10)
+    assert index.drives == 3
+    notices = {entry.id: entry.notices for shard in index.shards for entry in shard.drives}
+    assert notices["at_10"] == ()
+    assert "makes 8 frames/s, not the 10 asked for" in notices["at_8"][0]
+    assert "makes 11 frames/s, not the 10 asked for" in notices["at_11"][0]

@@ -154,7 +154,7 @@ def test_a_file_is_a_file_whatever_its_name(
     np.testing.assert_allclose(plan("steer=0.1").actions[:, 1], 0.1, rtol=1e-6)
 
 
-@pytest.mark.parametrize("times", [[0.0, 1.0, 2.0], [5.0, 5.2, 5.4], [0.0, 0.1, 0.2]])
+@pytest.mark.parametrize("times", [[0.0, 2.0, 4.0], [5.0, 5.2, 5.4], [0.0, 0.1, 0.2]])
 def test_csv_that_cannot_be_followed_is_refused(tmp_path: Path, times: list[float]) -> None:
     with pytest.raises(DriveSimError, match=r"gap|begin at 0"):
         plan(write_csv(tmp_path / "plan.csv", times))
@@ -176,7 +176,7 @@ def test_braking_from_an_unknown_speed_is_refused() -> None:
 def test_csv_of_another_steering_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "wheel.csv"
     path.write_text("timestamp_s,speed_mps,steering_rad\n0,1,0\n0.1,1,0\n0.2,1,0\n")
-    with pytest.raises(DriveSimError, match="but `steering_kind` is road_wheel"):
+    with pytest.raises(DriveSimError, match="but road_wheel is needed"):
         plan(str(path))
 
 

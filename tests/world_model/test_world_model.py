@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from driving_sim.engine import run_folder
 from driving_sim.engine.errors import DriveSimError
+from driving_sim.tokenizer import Tokenizer
 from driving_sim.world_model import WorldModel
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.sampling.draw_waves import FrameSample, FrameSampler
@@ -359,3 +360,24 @@ def test_a_folder_that_is_not_intact_is_refused(run: Path, tmp_path: Path) -> No
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(DriveSimError, match="unknown key 'depth'"):
         WorldModel.from_run(tmp_path)
+
+
+def test_a_tokenizer_given_as_a_world_model_is_named_and_the_reverse(
+    run: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DriveSimError) as caught:
+        Tokenizer.from_run(run)
+    assert str(caught.value) == (
+        f"{run} is a world model, not a tokenizer; its tokenizer is {run / 'tokenizer'}"
+    )
+    with pytest.raises(DriveSimError) as caught:
+        WorldModel.from_run(run / "tokenizer")
+    assert str(caught.value) == (
+        f"{run / 'tokenizer'} is a tokenizer, not a world model; its world model is {run}"
+    )
+    tiny_tokenizer().save(tmp_path / "alone")
+    with pytest.raises(DriveSimError, match=r"alone is a tokenizer, not a world model; name the "):
+        WorldModel.from_run(tmp_path / "alone")
+    for load in (Tokenizer.from_run, WorldModel.from_run):
+        with pytest.raises(DriveSimError, match="holds no"):
+            load(run / "config.json")

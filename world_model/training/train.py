@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from driving_sim.data.actions.action_file import SteeringKind
+from driving_sim.data.actions.action_log import SteeringKind
 from driving_sim.data.split import split_drives
 from driving_sim.data.tokens.store import DriveTokens, TokenStore
 from driving_sim.data.tokens.windows import TokenWindows

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from driving_sim.data.actions.action_file import SPEED, STEERING
+from driving_sim.data.actions.action_log import SPEED, STEERING
 from driving_sim.data.arrays import Floats, Pixels
 from driving_sim.data.drive import Drive, sample
 from driving_sim.data.inspect.motion import yaw_motion

@@ -29,7 +29,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from driving_sim.data.actions.action_file import SPEED, STEERING, SteeringKind
+from driving_sim.data.actions.action_log import SPEED, STEERING, SteeringKind
 from driving_sim.data.arrays import Floats32, Ints, Mask, Pixels
 from driving_sim.engine.config import Positive, config, from_dict, to_dict
 from driving_sim.engine.errors import DriveSimError, TooLittleDataError

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from driving_sim.data.actions.action_file import SPEED, STEERING
+from driving_sim.data.actions.action_log import SPEED, STEERING
 from driving_sim.data.arrays import Floats32, Pixels
 from driving_sim.data.synthetic.true_future import replay
 from driving_sim.engine.progress import progress

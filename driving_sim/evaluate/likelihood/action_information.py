@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from driving_sim.data.actions.action_file import SPEED, STEERING
+from driving_sim.data.actions.action_log import SPEED, STEERING
 from driving_sim.data.arrays import Floats32, Ints, Mask, Reals
 from driving_sim.data.tokens.store import DriveTokens, TokenStore
 from driving_sim.engine.errors import TooLittleDataError

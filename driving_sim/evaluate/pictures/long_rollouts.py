@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from driving_sim.data.actions.action_file import SPEED
+from driving_sim.data.actions.action_log import SPEED
 from driving_sim.data.arrays import Floats32, Ints, Mask
 from driving_sim.data.tokens.store import DriveTokens
 from driving_sim.engine.progress import progress

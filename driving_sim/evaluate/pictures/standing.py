@@ -15,7 +15,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
-from driving_sim.data.actions.action_file import SPEED, STEERING
+from driving_sim.data.actions.action_log import SPEED, STEERING
 from driving_sim.data.arrays import Ints, Pixels
 from driving_sim.engine.errors import TooLittleDataError
 from driving_sim.engine.progress import progress

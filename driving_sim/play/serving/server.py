@@ -21,7 +21,7 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from driving_sim.data.actions.action_file import UNITS
+from driving_sim.data.actions.action_log import UNITS
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.progress import say
 from driving_sim.play.car import Held

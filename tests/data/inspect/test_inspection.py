@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from driving_sim.data.actions.action_file import STEERING
+from driving_sim.data.actions.reading import Reading
 from driving_sim.data.drive import Drive, sample
 from driving_sim.data.inspect.inspection import _caption, inspect_drives
 from driving_sim.data.inspect.motion import yaw_motion
@@ -19,7 +20,7 @@ from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.data.video.writer import write_video
 from driving_sim.engine.errors import DriveSimError
 from tests import SHARED
-from tests.fixtures.video_files import write_numbered
+from tests.fixtures.video_files import damage, write_numbered, write_undecodable
 
 TRACK = SHARED / "track"
 
@@ -136,11 +137,7 @@ def test_an_inspection_without_any_readable_drive_fails(
     videos, out = tmp_path / "videos", tmp_path / "out"
     videos.mkdir()
     (videos / "empty.mp4").touch()
-    damaged = write_numbered(videos / "damaged.mp4", count=240)
-    content = bytearray(damaged.read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + 2000] = np.random.default_rng(0).bytes(2000)
-    damaged.write_bytes(content)
+    write_undecodable(videos / "damaged.hevc")
     with pytest.raises(DriveSimError, match="every drive was skipped"):
         inspect_drives([videos], out)
     said = capsys.readouterr().err
@@ -167,7 +164,7 @@ def test_a_late_and_flipped_csv_of_a_real_drive_is_reported(tmp_path: Path) -> N
     if not TRACK.exists():
         pytest.skip(f"{TRACK} is not here")
     video = copy_with_steering("drive_03", tmp_path, shift=5, scale=-1)
-    report = inspect_drives([video], tmp_path / "out", steering_kind="road_wheel")
+    report = inspect_drives([video], tmp_path / "out", Reading(steering_kind="road_wheel"))
     (drive,) = report.drives
     assert drive.synchrony.lag_frames in (4, 5)
     assert drive.synchrony.sign == -1
@@ -183,7 +180,7 @@ def track() -> list[tuple[Drive, npt.NDArray[np.float32]]]:
     """The eight real drives, each with its image motion."""
     if not TRACK.exists():
         pytest.skip(f"{TRACK} is not here")
-    drives = find_drives([TRACK], steering_kind="road_wheel").drives
+    drives = find_drives([TRACK], Reading(steering_kind="road_wheel")).drives
     size = FrameSize(height=64, width=128)
     return [(drive, yaw_motion(np.stack(list(drive.stream(size))))) for drive in drives]
 
@@ -207,9 +204,10 @@ def test_lag_and_sign_of_every_real_drive_are_found(
     assert len(track) == 8
     for drive, motion in track:
         assert drive.log is not None
-        values = drive.log.values.copy()
-        values[:, STEERING] = scale * np.roll(values[:, STEERING], shift)
-        spoilt = replace(drive, log=replace(drive.log, values=values))
+        assert drive.log.steering is not None
+        values = scale * np.roll(drive.log.steering.values, shift)
+        steering = replace(drive.log.steering, values=values)
+        spoilt = replace(drive, log=replace(drive.log, steering=steering))
         synchrony = measure_synchrony(motion, sample(spoilt))
         assert synchrony.lag_frames in lags, drive.id
         assert synchrony.sign == scale, drive.id
@@ -219,3 +217,20 @@ def test_lag_and_sign_of_every_real_drive_are_found(
         other_problems = [problem for problem in synchrony.problems if problem not in reverses]
         assert len(other_problems) == (word is not None), drive.id
         assert word is None or word in other_problems[0]
+
+
+def test_a_damaged_stretch_is_named_and_its_frames_are_not_measured(tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    damage(write_numbered(videos / "a.mp4", count=60), 24, 24)
+    rows = [f"{t / 20},{5},0" for t in range(61)]
+    (videos / "a.csv").write_text("\n".join(["t,speed_mps,road_wheel_rad", *rows]))
+    report = inspect_drives([videos], tmp_path / "out")
+    (drive,) = report.drives
+    (notice,) = report.notices
+    assert re.match(
+        r"damaged at 1\.\d\d to 1\.\d\d s; the 1\d frames there are left out \(a\)", notice
+    )
+    assert json.loads((tmp_path / "out" / "inspection.json").read_text())["notices"] == [notice]
+    assert notice in report.table()
+    assert (drive.frames, drive.gaps) == (60, 0)

@@ -2,35 +2,17 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from driving_sim.data.actions.reading import Reading
 from driving_sim.data.drive import Drive, sample
 from driving_sim.data.inspect.motion import picture_change, yaw_motion
 from driving_sim.data.sources import find_drives
 from driving_sim.data.video.frame_size import FrameSize
 from tests import SHARED
+from tests.data.inspect.turning_pictures import HEIGHT, WIDTH, turning
 from tests.fixtures.video_files import smooth_noise
 
 TRACK = SHARED / "track"
-HEIGHT, WIDTH = 128, 256
 Frames = npt.NDArray[np.uint8]
-
-
-def turning(shifts: npt.NDArray[np.float64], seed: int = 0) -> Frames:
-    """Draw a far scene that moves right by `shifts` picture widths from frame to frame.
-
-    The road below it changes at random, and the bonnet stays.
-    """
-    random = np.random.default_rng(seed)
-    margin = 2 * WIDTH
-    scene = smooth_noise(random, HEIGHT, WIDTH + 2 * margin)
-    places = margin - WIDTH * np.concatenate([[0], np.cumsum(shifts)])
-    frames = np.empty((len(places), HEIGHT, WIDTH, 3))
-    for number, place in enumerate(places):
-        column, part = int(place), place % 1
-        left, right = (scene[:, start : start + WIDTH] for start in (column, column + 1))
-        frames[number] = (left * (1 - part) + right * part)[:, :, None]
-        frames[number, 75:115] = smooth_noise(random, 40, WIDTH)[:, :, None]
-    frames[:, 115:] = smooth_noise(random, HEIGHT - 115, WIDTH)[:, :, None]
-    return frames.astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +101,7 @@ def motion_and_expectation(drive: Drive, every: int) -> tuple[npt.NDArray[np.flo
 def test_real_turns_follow_the_steering(name: str, least: float, largest: float) -> None:
     if not TRACK.exists():
         pytest.skip(f"{TRACK} is not here")
-    (drive,) = find_drives([TRACK / f"{name}.mp4"], steering_kind="road_wheel").drives
+    (drive,) = find_drives([TRACK / f"{name}.mp4"], Reading(steering_kind="road_wheel")).drives
     motion, expected = motion_and_expectation(drive, every=1)
     assert np.corrcoef(motion, expected)[0, 1] > least
     assert np.abs(motion).max() == pytest.approx(largest, rel=0.1)

@@ -14,7 +14,7 @@ from driving_sim.data.tokens.windows import (
     sequential_windows,
 )
 from driving_sim.data.tokens.writer import TokenStoreWriter
-from driving_sim.data.video.segments import gaps
+from driving_sim.data.video.frame_rate import choose_frames
 from driving_sim.engine.errors import DriveSimError
 
 LENGTHS = {"a": 9, "long": 30, "gap": 12, "short": 2}
@@ -45,7 +45,7 @@ def write_store(out: Path, first: int = 0) -> TokenStore:
             actions = np.stack([labels, -labels], 1)
             valid = np.stack([labels >= 0, labels % 3 > 0], 1)
             tokens = np.tile(labels[:, None, None], (1, 1, 2))
-            writer.add(name, tokens, actions, valid, times, gaps(times))
+            writer.add(name, tokens, actions, valid, times, choose_frames(times).segments)
         writer.finish()
     return TokenStore(out)
 

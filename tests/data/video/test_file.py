@@ -63,7 +63,9 @@ def test_a_picture_may_not_exceed_the_limit_when_displayed_or_scaled(
         read_facts(write_numbered(tmp_path / "wide.mp4", aspect=Fraction(2, 1)))
     facts = read_facts(write_numbered(tmp_path / "x.mp4"))
     fits, grows = FrameSize(height=48, width=64), FrameSize(height=96, width=96)
-    assert next(stream_frames(facts, fits)).shape == read_frames(facts, [0], fits)[0].shape
+    streamed = next(stream_frames(facts, fits))
+    assert streamed is not None
+    assert streamed.shape == read_frames(facts, [0], fits)[0].shape
     with pytest.raises(VideoError, match="256×96 pixels"):
         next(stream_frames(facts, grows))
     with pytest.raises(VideoError, match="256×96 pixels"):

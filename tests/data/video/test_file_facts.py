@@ -10,8 +10,7 @@ import pytest
 
 from driving_sim.data.video.file import VideoError
 from driving_sim.data.video.file_facts import decord_installed, read_facts
-from driving_sim.data.video.frame_rate import mean_rate
-from driving_sim.data.video.segments import gaps
+from driving_sim.data.video.frame_rate import choose_frames, mean_rate
 from tests import SHARED
 from tests.fixtures.video_files import cut, needs_shared, write_numbered
 
@@ -252,5 +251,6 @@ def test_real_drives_have_their_own_clock() -> None:
         160,
         506,
     )
-    assert mean_rate(facts.timestamps, gaps(facts.timestamps)) == pytest.approx(14, abs=0.5)
+    segments = choose_frames(facts.timestamps).segments
+    assert mean_rate(facts.timestamps, segments) == pytest.approx(14, abs=0.5)
     assert np.ptp(np.diff(facts.timestamps)) > 0.01

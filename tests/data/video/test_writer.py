@@ -42,7 +42,7 @@ def test_frames_come_back_with_their_times(
         for frame in frames:
             write(frame)
     facts = read_facts(tmp_path / "x.mp4")
-    read = np.stack(list(stream_frames(facts)))
+    read = np.stack([frame for frame in stream_frames(facts) if frame is not None])
     assert (facts.width % 2, facts.height % 2) == (0, 0)
     padding = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
     padded = np.pad(frames, padding, mode="edge").astype(int)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from driving_sim.data.actions.action_file import SPEED, STEERING
+from driving_sim.data.actions.action_log import SPEED, STEERING
 from driving_sim.data.sources import find_drives
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.evaluate.actions.control import measure_control, obeyed

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from driving_sim.data.actions.action_file import SPEED, STEERING
+from driving_sim.data.actions.action_log import SPEED, STEERING
 from driving_sim.data.synthetic.drives import drive
 from driving_sim.data.synthetic.world import SyntheticConfig, SyntheticWorld
 from driving_sim.engine.errors import DriveSimError

@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from numpy.typing import NDArray
 
-from driving_sim.data.actions.action_file import SPEED, STEERING
+from driving_sim.data.actions.action_log import SPEED, STEERING
 from driving_sim.data.drive import sample
 from driving_sim.data.inspect.motion import picture_change, yaw_motion
 from driving_sim.data.sources import find_drives

@@ -1,0 +1,34 @@
+"""Predict from the actions how far a car turns from one frame to the next.
+
+Legend: T frames, P = T - 1 pairs of frames.
+"""
+
+import numpy as np
+
+from driving_sim.data.actions.action_log import SPEED, STEERING, SteeringKind
+from driving_sim.data.arrays import Floats, Mask
+from driving_sim.data.drive import SampledDrive
+
+# Divide a steering value by this ratio to get the angle of the front wheels in rad.
+_STEERING_RATIOS = {"road_wheel": 1.0, "steering_wheel": 15.0, "normalised": 2.0}
+
+
+def curvature(steering: Floats, kind: SteeringKind, wheelbase_m: float) -> Floats:
+    """Convert steering to the curvature in 1/m of the path of a car with this wheelbase."""
+    if kind == "curvature":
+        return steering
+    return np.tan(steering / _STEERING_RATIOS[kind]) / wheelbase_m
+
+
+def predicted_turns(sampled: SampledDrive, kind: SteeringKind) -> tuple[Floats, Mask]:
+    """Return the change of heading [P] that the actions predict, and where it is known [P].
+
+    The change is in rad. If the drive has no known speed, it is the change at 1 m/s instead.
+    """
+    actions, valid = sampled.actions[:-1].astype(np.float64), sampled.action_valid[:-1]
+    path = curvature(actions[:, STEERING], kind, sampled.drive.wheelbase_m)
+    turns = path * np.diff(sampled.timestamps)
+    known = valid[:, STEERING]
+    if sampled.action_valid[:, SPEED].any():
+        return turns * actions[:, SPEED], known & valid[:, SPEED]
+    return turns, known

@@ -1,0 +1,63 @@
+"""Small recordings for the tests of the sources."""
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from driving_sim.data.video.writer import write_video
+from tests import SHARED
+
+START = datetime(2018, 7, 16, 23, 59, 59)
+
+
+def shared(name: str) -> Path:
+    """Return a folder of real recordings, or skip the test if it is missing."""
+    if not (SHARED / name).exists():
+        pytest.skip(f"{SHARED / name} is not here")
+    return SHARED / name
+
+
+def write_grey(*paths: Path) -> None:
+    """Write videos of 10 grey frames, as MP4 whatever their suffix."""
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        video = path.with_name("written.mp4")
+        write_video(video, np.full((10, 16, 32, 3), 90, np.uint8), 10)
+        video.rename(path)
+
+
+def write_actions(path: Path, header: str = "timestamp_s,speed_mps", mark: str = ",") -> None:
+    """Write an action file of 10 rows at 10 Hz, with a value for each name in the header."""
+    values = [[f"{t / 10:.1f}", *["1"] * header.count(",")] for t in range(10)]
+    lines = [header.replace(",", mark), *map(mark.join, values)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def touch(folder: Path, *names: str) -> None:
+    """Write small files."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+
+
+def row(millisecond: int, steering: object = 0.1, speed: object = 10, more: str = "") -> str:
+    """Return a row of the simulator's log."""
+    stamp = (START + timedelta(milliseconds=millisecond)).strftime("%Y_%m_%d_%H_%M_%S_%f")[:-3]
+    return f"C:\\sim\\IMG\\center_{stamp}.jpg,l.jpg,r.jpg,{steering},1,0,{speed}{more}"
+
+
+def write_log(folder: Path, rows: Sequence[str], shades: Iterable[int] | None = None) -> list[Path]:
+    """Write a recording of the simulator, and return the pictures of its rows.
+
+    Picture n is of the grey `shades[n]`, by default 90.
+    """
+    (folder / "IMG").mkdir(parents=True, exist_ok=True)
+    (folder / "driving_log.csv").write_text("\n".join(rows) + "\n")
+    names = [text.split(",")[0].rsplit("\\", 1)[-1] for text in rows]
+    for name, shade in zip(names, shades or [90] * len(names), strict=True):
+        Image.new("L", (64, 32), shade).save(folder / "IMG" / name)
+    return [folder / "IMG" / name for name in names]
