@@ -142,14 +142,16 @@ def context_from_drive(
 
     The context has at most `frames` frames, by default as many as the model can use.
 
-    Raises DriveSimError if `sample_for` does, or if `start_s` is outside the drive.
+    Raises DriveSimError if `sample_for` does, if `start_s` is outside the drive, or if the video is
+    damaged there.
     """
     size = world.tokenizer.frame_size
     sampled = sample_for(world, drive)
     begin, stop, end = context_range(
         sampled.timestamps, sampled.segments, start_s, frames or world.context_frames + 1, drive.id
     )
-    pictures = drive.frames(sampled.indices[begin:stop], size)
+    # Stream the frames, as `tokenize` does: damage is an error then, and the tokens are the same.
+    pictures = np.stack([*drive.stream(size, sampled.indices[begin:stop])])
     return Context(
         label=drive.id,
         tokens=world.tokenizer.encode(pictures),

@@ -3,6 +3,7 @@ import json
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from einops import rearrange
 from safetensors.numpy import load_file
 
+from driving_sim.data.drive import VideoFrames
 from driving_sim.data.sources import find_drives
+from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.data.video.writer import video_writer, write_video
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.world_model import panels, rollout
@@ -93,6 +96,22 @@ def test_channels_that_the_model_never_saw_are_unknown(world: WorldModel, video:
     curved = WorldModel(model, world.tokenizer, fps=FPS, steering_kind="curvature")
     with pytest.raises(DriveSimError, match="trained on curvature"):
         context_from_drive(curved, drive, None)
+
+
+def test_a_damaged_context_is_refused(world: WorldModel, video: Path) -> None:
+    class Damaged(VideoFrames):
+        def stream(self, indices: Any, size: FrameSize | None) -> Iterator[Any]:
+            return (None if index == 8 else frame for index, frame in self.numbered(indices, size))
+
+        def numbered(self, indices: Any, size: FrameSize | None) -> Iterator[Any]:
+            return zip(indices, super().stream(indices, size), strict=True)
+
+    (drive,) = find_drives([video]).drives
+    assert drive.video is not None
+    damaged = replace(drive, reader=Damaged(drive.video))
+    with pytest.raises(DriveSimError, match=r"damaged at 1\.0 s"):
+        context_from_drive(world, damaged, 9 / FPS)
+    assert len(context_from_drive(world, damaged, 30 / FPS).frames) == world.context_frames + 1
 
 
 def test_a_start_outside_the_drive_is_refused(world: WorldModel, video: Path) -> None:
