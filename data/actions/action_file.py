@@ -135,7 +135,7 @@ def _unwrapped(column: Column, times: Floats, values: Floats, notices: list[str]
     """Return the angles of a steering wheel without the jumps by a full turn that a logger made."""
     known = np.isfinite(values)
     angles, steps = values[known], np.diff(values[known])
-    if column.kind != "steering_wheel" or np.ptp(angles) > 1.02 * _FULL_TURN:
+    if column.kind != "steering_wheel" or not len(steps) or np.ptp(angles) > 1.02 * _FULL_TURN:
         return values
     close = np.diff(times[known]) <= gap_limit(times[known])
     jumps = np.where(close & (abs(steps) > 0.75 * _FULL_TURN), -np.sign(steps), 0.0)

@@ -12,7 +12,6 @@ from typing import NamedTuple
 from driving_sim.data.actions.action_log import SPEED, STEERING, UNITS, SteeringKind
 from driving_sim.data.actions.csv_table import CsvTable, plain
 from driving_sim.data.actions.reading import SPEED_UNITS, STEERING_UNITS, Reading
-from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import shown
 
 
@@ -92,7 +91,7 @@ def find_speed(table: CsvTable, reading: Reading, notices: list[str]) -> Column 
     Raises DriveSimError if it is not unique, or if its name has another unit than `reading`.
     """
     own = _named(table, reading.speed, notices)
-    if own in SPEEDS:
+    if own in SPEEDS and own != "speed":  # a bare name says no unit
         return _in_unit(table, SPEEDS[own], SPEED_UNITS, reading.speed_unit)
     if own:
         unit = reading.speed_unit or "mps"
@@ -190,12 +189,9 @@ def _known(
     if kind is not None and len(of_kind) == 1:
         return of_kind[0]
     if len(matches) > 1:
-        raise _ambiguous(table, [column.name for column in matches])
+        names = " and ".join(column.name for column in matches)
+        raise table.fail(
+            f"has the columns {names} for the same quantity; keep one of them, or name one with "
+            "`speed` or `steering`"
+        )
     return matches[0] if matches else None
-
-
-def _ambiguous(table: CsvTable, names: list[str]) -> DriveSimError:
-    return table.fail(
-        f"has the columns {' and '.join(names)} for the same quantity; keep one of them, or name "
-        "one with `speed` or `steering`"
-    )

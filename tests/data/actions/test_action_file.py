@@ -413,3 +413,18 @@ def test_a_separator_that_makes_no_sense_is_one_line(csv_path: Path, first: str)
     assert not is_action_file(csv_path)
     with pytest.raises(DriveSimError, match=r"drive\.csv"):
         read_action_file(csv_path)
+
+
+def test_a_bare_speed_may_be_in_any_unit(csv_path: Path) -> None:
+    write(csv_path, "t,speed", "0,36", "0.1,36")
+    log = read_action_file(csv_path, Reading(speed="speed", speed_unit="kmh"))
+    assert log.speed is not None
+    np.testing.assert_allclose(log.speed.values, 10)
+    assert log.notices == ("the column speed is taken to be the speed in kmh",)
+
+
+@pytest.mark.parametrize("rows", [("0,1,", "0.1,1,"), ("0,1,90", "0.1,1,")])
+def test_a_blank_steering_is_left_out(csv_path: Path, rows: tuple[str, str]) -> None:
+    log = read_action_file(write(csv_path, "t,speed_mps,steering_deg", *rows))
+    assert log.steering is None
+    assert "the column steering_deg has " in log.notices[0]
