@@ -62,6 +62,17 @@ def adjust_threads(device: "torch.device") -> None:
     _counter.adjust()
 
 
+def spare_cores(count: int) -> None:
+    """Compute with `count` threads fewer than there are cores from now on, but with at least one.
+
+    It has no effect without an earlier call of `leave_busy_cores`.
+    """
+    global _spared
+    _spared = count
+    if _counter is not None:
+        _counter.spare()
+
+
 @contextmanager
 def fixed_threads(count: int | None) -> Iterator[None]:
     """Make torch compute with exactly `count` threads in this context. None changes nothing."""
@@ -144,6 +155,7 @@ def threads_beside(others: float, *, cores: int, threads: int, most: int) -> int
 
 
 _leaves_cores = False
+_spared = 0
 _counter: "_Counter | None" = None
 
 
@@ -177,11 +189,18 @@ class _Counter:
         import torch
 
         self.cores = _affinity()
-        self.most = min(torch.get_num_threads(), usable_cores())
-        torch.set_num_threads(self.most)
+        self.limit = min(torch.get_num_threads(), usable_cores())
+        self.spare()
         self.children: dict[psutil.Process, float] = {}  # processor seconds of each child process
         self.last = _Count.now(self.cores)
         self.said = False
+
+    def spare(self) -> None:
+        """Compute with as many threads as `spare_cores` leaves."""
+        import torch
+
+        self.most = max(1, self.limit - _spared)
+        torch.set_num_threads(self.most)
 
     def adjust(self) -> None:
         if time.monotonic() - self.last.at < COUNT_SECONDS:

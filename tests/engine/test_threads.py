@@ -19,6 +19,7 @@ from driving_sim.engine.threads import (
     cgroup_quota,
     fixed_threads,
     leave_busy_cores,
+    spare_cores,
     threads_beside,
     usable_cores,
 )
@@ -68,6 +69,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     monkeypatch.setattr(threads, "_affinity", lambda: [0, 1, 2, 3])
     monkeypatch.setattr(threads, "_counter", None)
     monkeypatch.setattr(threads, "_leaves_cores", False)
+    monkeypatch.setattr(threads, "_spared", 0)
     monkeypatch.setattr(threads, "usable_cores", lambda: 4)
     before = torch.get_num_threads()
     torch.set_num_threads(4)
@@ -90,6 +92,22 @@ def test_threads_follow_the_load_of_other_programs(
     assert capsys.readouterr().err == (
         "other programs are busy: computing with 3 of 4 threads\n"  # printed only once
     )
+
+
+def test_spared_cores_are_left_to_others(machine: Machine) -> None:
+    leave_busy_cores()
+    spare_cores(1)
+    adjust_threads(CPU)
+    counts = [torch.get_num_threads()]
+    for others in (1.0, 2.0, 0.0):
+        machine.run(1.0, own=2.0, others=others)
+        adjust_threads(CPU)
+        counts.append(torch.get_num_threads())
+    assert counts == [3, 3, 2, 3]
+    spare_cores(9)
+    assert torch.get_num_threads() == 1
+    spare_cores(0)
+    assert torch.get_num_threads() == 4
 
 
 def test_child_processes_do_not_count_as_other_programs(

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import uvicorn
@@ -24,6 +25,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from driving_sim.data.actions.action_log import UNITS
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.progress import say
+from driving_sim.engine.threads import spare_cores
 from driving_sim.play.car import Held
 from driving_sim.play.drive import Drive
 from driving_sim.play.serving import protocol
@@ -41,6 +43,8 @@ _HELLO_S = 5.0
 _MOST_PER_S = 100
 _SAVED_UP = 1000  # after a stall of the network, many messages come at once
 _REFUSED = (1007, 1009)  # codes of a socket closed by uvicorn: not UTF-8, too long
+_TRIED_FRAMES = 5  # number of frames timed without one core
+_BUSY = 0.8  # largest share of the time that these may take, for all drivers together
 _PORTS = 20  # number of ports that are tried
 
 
@@ -63,10 +67,24 @@ class Server:
         self.seats = Seats(sessions, self._new_drive, self._workers, recordings)
 
     def warm_up(self) -> None:
-        """Drive a few frames, so that the first driver need not wait for kernels to be compiled."""
+        """Drive a few frames, so that the first driver need not wait for kernels to be compiled.
+
+        If the model keeps its rate for all drivers without one of the cores, that core is left to
+        the browser from then on.
+        """
         drive = self._new_drive()
-        for _ in range(3):
+
+        def seconds() -> float:
+            began = time.perf_counter()
             packed_sight(self._world, drive.step(Held(1.0, 1.0)), {})
+            return time.perf_counter() - began
+
+        for _ in range(3):
+            seconds()
+        spare_cores(1)
+        needed = median(seconds() for _ in range(_TRIED_FRAMES)) * self.seats.most
+        if needed > _BUSY / self._world.fps:
+            spare_cores(0)
         drive.close()
 
     def app(self, hosts: list[str] | None = None, token: str | None = None) -> Guard:

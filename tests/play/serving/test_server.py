@@ -19,6 +19,7 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.play.drive import Drive, Possibility
 from driving_sim.play.replay import Replay
 from driving_sim.play.serving import protocol, seat
+from driving_sim.play.serving import server as server_module
 from driving_sim.play.serving.server import Server, listen
 from driving_sim.play.starts import Start
 from driving_sim.world_model import WorldModel
@@ -42,6 +43,20 @@ def server(world: WorldModel, starts: dict[str, Start], tmp_path: Path) -> Serve
 def port(server: Server) -> Iterator[int]:
     with serving(server) as port:
         yield port
+
+
+@pytest.mark.parametrize(("sessions", "spared"), [(1, [1]), (10**6, [1, 0])])
+def test_a_core_is_left_to_the_browser_if_all_drivers_get_their_frames(
+    world: WorldModel,
+    starts: dict[str, Start],
+    monkeypatch: pytest.MonkeyPatch,
+    sessions: int,
+    spared: list[int],
+) -> None:
+    counts: list[int] = []
+    monkeypatch.setattr(server_module, "spare_cores", counts.append)
+    new_server(world, starts, sessions).warm_up()
+    assert counts == spared
 
 
 def picture(message: dict[str, list[bytes]]) -> np.ndarray:
