@@ -1,8 +1,8 @@
 """`python -m benchmarks.pretrain`: make the packaged world model `synthetic` from nothing.
 
-Draws the drives, trains the tokenizer, rounds it to bf16, tokenizes, trains the world model, rounds
-it, cuts the contexts, trains the lane probe, and evaluates the result on drives that were never
-trained on. After an interruption, the same command goes on where it stopped. `--install` then
+Draws the drives, trains the tokenizer, rounds it to bf16, tokenizes, trains the world model twice,
+rounds it, cuts the contexts, trains the lane probe, and evaluates the result on drives that were
+never trained on. After an interruption, the same command goes on where it stopped. `--install` then
 copies the result into the package.
 """
 
@@ -69,7 +69,7 @@ class Recipe:
     )
     """The same, with the drivers of the training drives."""
     preset: str = "tiny"
-    """Preset of both trainings."""
+    """Preset of all trainings."""
     every: int = 3
     """The tokenizer learns from every n-th frame, so that all of them fit in memory."""
     tokenizer: tuple[str, ...] = (
@@ -82,8 +82,10 @@ class Recipe:
         "data.cutmix=0",
     )
     """Settings of the tokenizer that differ from the preset's."""
+    world_model_steps: tuple[int, ...] = (20_000, 22_000)
+    """Number of steps of each training of the world model. Each begins with the weights of the one
+    before, at the full learning rate."""
     world_model: tuple[str, ...] = (
-        "training.steps=20000",
         "training.minutes=null",
         "training.patience=null",
         "training.ema_decay=0.999",
@@ -122,11 +124,15 @@ class Folders:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.videos, self.heldout = root / "videos", root / "heldout"
-        self.tokenizer, self.world_model = root / "tokenizer", root / "world-model"
+        self.tokenizer = root / "tokenizer"
         self.rounded_tokenizer, self.tokens = root / "rounded-tokenizer", root / "tokens"
         self.synthetic = root / "synthetic"
         """The model, as it is packaged."""
         self.report = root / "report"
+
+    def world_model(self, training: int) -> Path:
+        """Return the run folder of the world model's first, second, ... training, from 0."""
+        return self.root / ("world-model" if training == 0 else f"world-model-{training + 1}")
 
 
 def pretrain(out: Path, recipe: Recipe) -> Path:
@@ -171,9 +177,13 @@ def _draw_drives(at: Folders, recipe: Recipe) -> None:
 def _train(at: Folders, recipe: Recipe) -> None:
     """Train both models; the world model on the tokens of the rounded tokenizer."""
 
-    def request(run: Path, assignments: tuple[str, ...]) -> TrainingRequest:
+    def request(
+        run: Path, assignments: tuple[str, ...], init_from: Path | None = None
+    ) -> TrainingRequest:
         resume = (run / CONFIG).exists()
-        return TrainingRequest(preset=recipe.preset, assignments=assignments, resume=resume)
+        return TrainingRequest(
+            preset=recipe.preset, assignments=assignments, resume=resume, init_from=init_from
+        )
 
     if not is_finished(at.tokenizer):
         settings = request(at.tokenizer, recipe.tokenizer)
@@ -181,14 +191,19 @@ def _train(at: Folders, recipe: Recipe) -> None:
     if not (at.tokens / INDEX).exists():
         Tokenizer.from_run(at.tokenizer, "cpu").rounded().save(at.rounded_tokenizer)
         tokenize_videos([at.videos], at.rounded_tokenizer, at.tokens, fps=recipe.world.fps)
-    if not is_finished(at.world_model):
-        settings = request(at.world_model, recipe.world_model)
-        train_world_model_on(at.tokens, at.rounded_tokenizer, at.world_model, settings)
+    before = None
+    for training, steps in enumerate(recipe.world_model_steps):
+        run = at.world_model(training)
+        if not is_finished(run):
+            settings = request(run, (*recipe.world_model, f"training.steps={steps}"), before)
+            train_world_model_on(at.tokens, at.rounded_tokenizer, run, settings)
+        before = run
 
 
 def _package(at: Folders, recipe: Recipe) -> None:
     """Write the rounded models, the contexts and the lane probe to the folder of the model."""
-    WorldModel.from_run(at.world_model, "cpu").rounded().save(at.synthetic, torch.bfloat16)
+    trained = at.world_model(len(recipe.world_model_steps) - 1)
+    WorldModel.from_run(trained, "cpu").rounded().save(at.synthetic, torch.bfloat16)
     moments = {
         name: (at.heldout / f"drive_{number:03d}.json", start_s)
         for name, number, start_s in recipe.contexts
@@ -234,7 +249,7 @@ def _write_card(at: Folders, recipe: Recipe) -> None:
         drivers=recipe.training_world,
         hours=recipe.drives * recipe.seconds / 3600,
         tokenizer_steps=_steps(at.tokenizer),
-        world_model_steps=_steps(at.world_model),
+        world_model_steps=" and then ".join(f"{n:,}" for n in recipe.world_model_steps),
         tokenizer_parameters=_millions(world.tokenizer.autoencoder),
         world_model_parameters=_millions(world.transformer),
         commit=(at.root / _COMMIT).read_text(),
@@ -273,7 +288,7 @@ day. It is steered by speed (m/s) and road-wheel angle (rad, left positive).
   `drivesim synth heldout --drives {recipe.heldout_drives} --first {recipe.drives} --seed
   {recipe.seed}`.
 - **Recipe**: `python -m benchmarks.pretrain`, at commit {commit}. The tokenizer took
-  {tokenizer_steps:,} steps, the world model {world_model_steps:,}, on
+  {tokenizer_steps:,} steps, the world model {world_model_steps}, on
   {machine}.
 - **Size**: tokenizer {tokenizer_parameters}, world model {world_model_parameters} parameters, in
   bf16. The weights were rounded before anything was tokenized or measured.

@@ -21,7 +21,8 @@ RECIPE = pretrain.Recipe(
     preset="demo",
     every=1,
     tokenizer=("training.steps=2", "training.minutes=null", "training.min_steps=null"),
-    world_model=("training.steps=2", "training.minutes=null", "training.min_steps=null"),
+    world_model_steps=(2, 3),
+    world_model=("training.minutes=null", "training.min_steps=null"),
     contexts=(("early", 3, 0.0), ("late", 4, 4.0)),
     probe_worlds=2,
     probe_steps=2,
@@ -38,7 +39,7 @@ def test_the_recipe_makes_a_packaged_model_and_is_not_repeated(
     card = (model / "card.md").read_text("utf-8")
     weights = (model / "model.safetensors").read_bytes()
     assert "3 drives of 8 s" in card
-    assert "the world model 2," in card
+    assert "the world model 2 and then 3," in card
     assert "| bits per token |" in card
     assert "Lane probe" in card
     assert "{" not in card
