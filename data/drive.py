@@ -82,8 +82,8 @@ class Drive:
     """Actions, timed on the same clock as the frames, or None if none were recorded."""
     video: VideoFacts | None = None
     """Facts about the video file, or None if the frames do not come from a video."""
-    wheelbase_m: float = 2.7
-    """Distance between the axles in metres; by default that of a typical passenger car."""
+    wheelbase_m: float | None = None
+    """Distance between the axles in metres, or None if nobody said it."""
     assumptions: tuple[str, ...] = ()
     """What was assumed, left out or guessed while finding the drive, one line each."""
 

@@ -263,10 +263,12 @@ _READING: dict[str, Any] = {
         Option(help="Frame rate of videos that do not store one, such as raw H.264 and HEVC."),
     ],
     "wheelbase": Annotated[
-        float | None,
+        list[str] | None,
         Option(
-            help="Distance between the axles in metres, for checking the steering against the "
-            "picture [default: that of a passenger car]."
+            metavar="[FOLDER=]METRES",
+            help="Distance between the axles, for checking the steering against the picture; with "
+            "a folder, only for its drives. Can be given several times [default: that of a "
+            "passenger car].",
         ),
     ],
 }
@@ -285,10 +287,12 @@ def reads_recordings(command: Command) -> Command:
 
     @wraps(command)
     def with_options(**options: Any) -> Any:
-        from driving_sim.data.actions.reading import Reading
+        from driving_sim.data.actions.reading import Reading, parse_wheelbases
 
-        given = {name: options.pop(name) for name in _READING}
-        return command(**options, reading=Reading(**_given_options(given)))
+        given = _given_options({name: options.pop(name) for name in _READING})
+        if wheelbases := given.pop("wheelbase", None):
+            given["wheelbase"] = parse_wheelbases(wheelbases)
+        return command(**options, reading=Reading(**given))
 
     names = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters]
     with_options.__signature__ = signature(command).replace(parameters=names)  # type: ignore[attr-defined]

@@ -89,7 +89,12 @@ def tokenize(
     flips = [False, True] if mirror else [False]
     planned = [_planned(sampled, flip) for sampled in usable for flip in flips]
     planned += [PlannedDrive(id=name, frames=0) for name in bad]
-    plan = StorePlan(info=info, drives=tuple(planned), shard_bytes=shard_bytes)
+    plan = StorePlan(
+        info=info,
+        drives=tuple(planned),
+        shard_bytes=shard_bytes,
+        passed_over=tuple(drives.passed_over),
+    )
     ranks = ranks or Ranks()
     with TokenStoreWriter(out, plan, ranks) as writer:
         if ranks.is_main:

@@ -1,7 +1,9 @@
 """How recordings are read: what their columns and clocks mean where their files do not say it."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import get_args
 
 from driving_sim.data.actions.action_log import SteeringKind
@@ -38,8 +40,9 @@ class Reading:
     None chooses the best."""
     video_fps: float | None = None
     """Frame rate of videos that do not store one, such as raw H.264 and HEVC."""
-    wheelbase: float | None = None
-    """Distance between the axles in metres. None takes that of a passenger car."""
+    wheelbase: float | Mapping[str, float] | None = None
+    """Distance between the axles in metres: for all drives, or for the drives in each of several
+    files and folders. The folder "" stands for all others. None takes that of a passenger car."""
 
     def __post_init__(self) -> None:
         _require_known("steering_kind", self.steering_kind, get_args(SteeringKind))
@@ -48,11 +51,25 @@ class Reading:
         for name, column in (("speed", self.speed), ("steering", self.steering)):
             if column is None and getattr(self, f"{name}_unit") is not None:
                 raise DriveSimError(f"`{name}_unit` needs the name of the column, `{name}`")
-        for name, value in (("video_fps", self.video_fps), ("wheelbase", self.wheelbase)):
+        wheelbases = [("wheelbase", value) for value in self.wheelbases.values()]
+        for name, value in (("video_fps", self.video_fps), *wheelbases):
             if value is not None and not 0 < value < math.inf:
                 raise DriveSimError(f"`{name}` {value:g}: must be a finite number above 0")
         if not math.isfinite(self.time_offset):
             raise DriveSimError(f"`time_offset` {self.time_offset:g}: must be finite")
+
+    @property
+    def wheelbases(self) -> Mapping[str, float]:
+        """The wheelbase of each file or folder; "" stands for all others."""
+        if isinstance(self.wheelbase, Mapping):
+            return self.wheelbase
+        return {} if self.wheelbase is None else {"": self.wheelbase}
+
+    def wheelbase_of(self, path: Path) -> float | None:
+        """Return the wheelbase of the drive at `path`. The innermost of its folders decides."""
+        inside = [folder for folder in self.wheelbases if folder and is_inside(path, folder)]
+        innermost = max(inside, key=lambda folder: len(Path(folder).resolve().parts), default="")
+        return self.wheelbases.get(innermost)
 
     def check_kind(self, steering: str, kind: SteeringKind) -> None:
         """Raise DriveSimError if `steering_kind` is set and differs from the `kind` of a log.
@@ -64,6 +81,28 @@ class Reading:
                 f"{steering} is {kind}, but {self.steering_kind} is needed, as `steering_kind` or "
                 "the model says; give drives of that kind, or correct `steering_kind`"
             )
+
+
+def is_inside(path: Path, folder: str) -> bool:
+    """Return whether a path is a file or folder, or lies in it."""
+    return path.resolve().is_relative_to(Path(folder).resolve())
+
+
+def parse_wheelbases(texts: Sequence[str]) -> Mapping[str, float]:
+    """Read wheelbases, each written as `METRES` or as `FOLDER=METRES`."""
+    wheelbases: dict[str, float] = {}
+    for text in texts:
+        folder, _, metres = text.rpartition("=")
+        try:
+            value = float(metres)
+        except ValueError:
+            raise DriveSimError(
+                f"`wheelbase` {text}: write metres, or a folder and metres, such as lake=2.9"
+            ) from None
+        if folder in wheelbases:
+            raise DriveSimError(f"`wheelbase` {text}: {folder or 'all drives'} came before")
+        wheelbases[folder] = value
+    return wheelbases
 
 
 def _require_known(name: str, value: str | None, known: tuple[str, ...]) -> None:

@@ -9,15 +9,31 @@ from driving_sim.data.actions.action_log import SPEED, STEERING, SteeringKind
 from driving_sim.data.arrays import Floats, Mask
 from driving_sim.data.drive import SampledDrive
 
+USUAL_WHEELBASE_M = 2.7
+"""Distance between the axles of a passenger car."""
 # Divide a steering value by this ratio to get the angle of the front wheels in rad.
 _STEERING_RATIOS = {"road_wheel": 1.0, "steering_wheel": 15.0, "normalised": 2.0}
+_ASSUMED_RATIOS = {
+    "road_wheel": "",
+    "steering_wheel": "a steering ratio of 15",
+    "normalised": "0.5 rad at full lock",
+}
 
 
-def curvature(steering: Floats, kind: SteeringKind, wheelbase_m: float) -> Floats:
+def curvature(steering: Floats, kind: SteeringKind, wheelbase_m: float | None) -> Floats:
     """Convert steering to the curvature in 1/m of the path of a car with this wheelbase."""
     if kind == "curvature":
         return steering
-    return np.tan(steering / _STEERING_RATIOS[kind]) / wheelbase_m
+    return np.tan(steering / _STEERING_RATIOS[kind]) / (wheelbase_m or USUAL_WHEELBASE_M)
+
+
+def assumed_car(kind: SteeringKind, wheelbase_m: float | None) -> str | None:
+    """Say which car `curvature` assumes; None if it assumes nothing."""
+    if kind == "curvature":
+        return None
+    axles = "" if wheelbase_m else f"a wheelbase of {USUAL_WHEELBASE_M} m (`wheelbase`)"
+    assumed = " and ".join(filter(None, (axles, _ASSUMED_RATIOS[kind])))
+    return f"units are checked for a car with {assumed}" if assumed else None
 
 
 def predicted_turns(sampled: SampledDrive, kind: SteeringKind) -> tuple[Floats, Mask]:

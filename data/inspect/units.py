@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 from driving_sim.data.actions.action_log import SteeringKind
+from driving_sim.data.inspect.turns import USUAL_WHEELBASE_M
 from driving_sim.data.inspect.view import View
 
 FOCAL_WIDTHS = (0.2, 3.0)
@@ -28,7 +29,7 @@ class Units(NamedTuple):
 
 
 def judge_units(
-    factor: float, correlation: float, kind: SteeringKind, wheelbase_m: float, view: View
+    factor: float, correlation: float, kind: SteeringKind, wheelbase_m: float | None, view: View
 ) -> Units:
     """Judge the `factor` from turns in rad to image motion in picture widths.
 
@@ -36,6 +37,7 @@ def judge_units(
     `correlation` says by how much at most.
     """
     low, high = FOCAL_WIDTHS
+    wheelbase_m = wheelbase_m or USUAL_WHEELBASE_M
     least, most = factor * abs(correlation), factor / abs(correlation)
     if kind == "normalised":
         low *= _LEAST_LOCK

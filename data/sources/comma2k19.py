@@ -66,8 +66,11 @@ def _array(path: Path) -> Floats:
     return flat
 
 
-def _channel(folder: Path, low: float, high: float) -> tuple[Floats, Floats]:
-    """Return the times and values of one CAN signal, with only the first value at each time."""
+def _channel(folder: Path, low: float, high: float) -> tuple[Floats, Floats, int]:
+    """Return the times and values of one CAN signal, and how many values were left out.
+
+    Only the first value at each time is kept.
+    """
     times, values = _array(folder / "t"), _array(folder / "value")
     if len(times) != len(values):
         raise DriveSimError(
@@ -80,16 +83,22 @@ def _channel(folder: Path, low: float, high: float) -> tuple[Floats, Floats]:
             f"{folder / 'value'}: has values from {values.min():g} to {values.max():g}, but only "
             f"{low:g} to {high:g} is possible; leave this segment out"
         )
+    count = len(times)
     times, first = np.unique(times, return_index=True)
     if len(times) < 2:
         raise DriveSimError(f"{folder / 't'}: has only one distinct time; leave this segment out")
-    return times, values[first]
+    return times, values[first], count - len(times)
 
 
 def _read_log(segment: Path, start: float, reading: Reading) -> ActionLog:
     reading.check_kind(f"{segment}: comma2k19's steering", "steering_wheel")
-    (speed_times, speed), (steering_times, degrees) = (
+    (speed_times, speed, *_), (steering_times, degrees, *_) = channels = [
         _channel(segment / _CAN / name, *limits) for name, limits in _LIMITS.items()
+    ]
+    notices = tuple(
+        f"{repeated} values of {name} repeat the time of another and are left out"
+        for name, (_, _, repeated) in zip(_LIMITS, channels, strict=True)
+        if repeated
     )
     clock = start - reading.time_offset
     return ActionLog(
@@ -99,6 +108,7 @@ def _read_log(segment: Path, start: float, reading: Reading) -> ActionLog:
         ),
         steering_kind="steering_wheel",
         origin=str(segment / _CAN),
+        notices=notices,
     )
 
 

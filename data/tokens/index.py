@@ -129,6 +129,8 @@ class StoreIndex:
     """Shards of the store, in order."""
     skipped: tuple[Skipped, ...]
     """Drives that were left out, with the reasons."""
+    passed_over: tuple[str, ...] = ()
+    """What else was left out of the searched folders, one line each."""
 
     @property
     def content(self) -> str:

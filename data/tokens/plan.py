@@ -50,6 +50,8 @@ class StorePlan:
     """Drives in the order in which they are stored."""
     shard_bytes: int = SHARD_BYTES
     """Maximum number of data bytes in one shard; at least the size of one frame."""
+    passed_over: tuple[str, ...] = ()
+    """What was left out of the searched folders, one line each."""
 
     def __post_init__(self) -> None:
         ids = [drive.id for drive in self.drives]
@@ -61,8 +63,9 @@ class StorePlan:
     def hash(self) -> str:
         """SHA-256 of the plan, in hexadecimal."""
         fields = to_dict(self)
+        del fields["passed_over"]  # other words for the same data are no other plan
         for drive in fields["drives"]:
-            del drive["notices"]  # other words for the same data are no other plan
+            del drive["notices"]
         text = json.dumps({"schema": SCHEMA, **fields}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

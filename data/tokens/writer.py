@@ -284,6 +284,7 @@ class TokenStoreWriter:
             frames=sum(entry.frames for entry in entries),
             shards=shards,
             skipped=skipped,
+            passed_over=self.plan.passed_over,
         )
 
 

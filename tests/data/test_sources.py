@@ -397,6 +397,22 @@ def test_a_pause_of_one_can_signal_is_a_gap(segment: Path, tmp_path: Path) -> No
     assert lost.max() == pytest.approx(12, abs=0.2)
 
 
+def test_repeated_times_of_a_can_signal_are_left_out_with_a_line(
+    segment: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(segment, tmp_path / "40", copy_function=shutil.copyfile)
+    path = tmp_path / "40" / "processed_log" / "CAN" / "speed" / "t"
+    times = np.load(path)
+    times[[7, 8]] = times[6]
+    with path.open("wb") as file:
+        np.save(file, times)
+    (drive,) = find_drives([tmp_path]).drives
+    assert drive.notices[-1] == "2 values of speed repeat the time of another and are left out"
+    assert drive.log is not None
+    assert drive.log.speed is not None
+    assert len(drive.log.speed.times) == len(times) - 2
+
+
 def test_a_segment_with_too_few_frames_or_logs_is_skipped(segment: Path, tmp_path: Path) -> None:
     for name in ("short", "bare", "pickled"):
         shutil.copytree(segment, tmp_path / name, copy_function=shutil.copyfile)

@@ -9,7 +9,7 @@ import pytest
 from driving_sim.data.actions.action_file import is_action_file, read_action_file, write_action_file
 from driving_sim.data.actions.action_log import SteeringKind
 from driving_sim.data.actions.alignment import align
-from driving_sim.data.actions.reading import Reading
+from driving_sim.data.actions.reading import Reading, parse_wheelbases
 from driving_sim.engine.errors import DriveSimError
 
 
@@ -257,12 +257,38 @@ def test_a_file_without_the_named_column_is_read_by_its_own_names(csv_path: Path
         ({"speed": "v", "speed_unit": "knots"}, "`speed_unit` knots: unknown; choose mps, kmh"),
         ({"video_fps": 0.0}, "`video_fps` 0"),
         ({"wheelbase": math.inf}, "`wheelbase` inf"),
+        ({"wheelbase": {"a": 2.7, "b": 0.0}}, "`wheelbase` 0"),
         ({"time_offset": math.nan}, "`time_offset`"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(DriveSimError, match=message):
         Reading(**settings)
+
+
+def test_each_folder_may_have_a_wheelbase(tmp_path: Path) -> None:
+    cars, models = tmp_path / "cars", tmp_path / "cars" / "models"
+    models.mkdir(parents=True)
+    reading = Reading(wheelbase=parse_wheelbases([f"{cars}=2.9", f"{models}/=.26", "2.5"]))
+    assert reading.wheelbase_of(cars / "a.mp4") == 2.9
+    assert reading.wheelbase_of(models / "a.mp4") == 0.26
+    assert reading.wheelbase_of(tmp_path / "a.mp4") == 2.5
+    assert Reading(wheelbase={str(cars): 2.9}).wheelbase_of(tmp_path / "a.mp4") is None
+    assert Reading(wheelbase=3.0).wheelbase_of(tmp_path) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["lake"], "`wheelbase` lake: write metres, or a folder and metres"),
+        (["lake="], "`wheelbase` lake=: write metres"),
+        (["2.7", "2.8"], "`wheelbase` 2.8: all drives came before"),
+        (["a=2", "a=3"], "`wheelbase` a=3: a came before"),
+    ],
+)
+def test_a_wheelbase_that_makes_no_sense_is_named(texts: list[str], message: str) -> None:
+    with pytest.raises(DriveSimError, match=message):
+        parse_wheelbases(texts)
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,14 @@ def test_what_lies_beside_a_simulators_log_is_counted(tmp_path: Path) -> None:
     ]
 
 
+def test_a_wheelbase_needs_drives_in_its_folder(tmp_path: Path) -> None:
+    write_grey(tmp_path / "a" / "x.mp4", tmp_path / "b" / "x.mp4")
+    drive_set = find_drives([tmp_path], Reading(wheelbase={str(tmp_path / "b"): 0.26}))
+    assert [drive.wheelbase_m for drive in drive_set.drives] == [None, 0.26]
+    with pytest.raises(DriveSimError, match=r"`wheelbase` c=0\.26: there is no drive in c"):
+        find_drives([tmp_path], Reading(wheelbase={"c": 0.26}))
+
+
 def test_a_folder_without_drives_says_what_is_in_it(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg", "b/c.jpg")
     with pytest.raises(DriveSimError, match=r"holds no videos .*passed over 2 other files: 2 \.jp"):
