@@ -20,6 +20,7 @@ from driving_sim.data.inspect.motion import Motion, measure_motion, picture_chan
 from driving_sim.data.inspect.picture import draw_drive
 from driving_sim.data.inspect.report import DriveReport, Report
 from driving_sim.data.inspect.steering_check import measure_synchrony
+from driving_sim.data.inspect.turns import assumptions
 from driving_sim.data.inspect.view import View
 from driving_sim.data.sources import find_drives
 from driving_sim.data.video.frame_size import FrameSize
@@ -177,6 +178,7 @@ def _report(
             *(chosen.notices if rate else ()),
             *decoded.about_losses(lost),
             *missing,
+            *(assumptions(drive) if synchrony.focal_widths is not None else ()),
         ),
     )
 

@@ -17,7 +17,7 @@ from driving_sim.data.arrays import Floats, Floats32, Ints, Mask
 from driving_sim.data.drive import SampledDrive
 from driving_sim.data.inspect.agreement import Agreement, moments
 from driving_sim.data.inspect.drift import Drift, find_drift
-from driving_sim.data.inspect.turns import assumed_car, predicted_turns
+from driving_sim.data.inspect.turns import predicted_turns
 from driving_sim.data.inspect.units import FOCAL_WIDTHS, judge_units
 from driving_sim.data.inspect.view import CLEAR, View
 from driving_sim.data.video.segments import median_period, within_segments
@@ -199,7 +199,6 @@ def measure_synchrony(motion: Floats32, sampled: SampledDrive, view: View = CLEA
     sign = 1 if correlation > 0 else -1
     expected, known = _later(turns, usable, lags[agreement.block_of])
     expected *= sign * factor
-    assumed = assumed_car(kind, sampled.drive.wheelbase_m)
     units = judge_units(factor, correlation, kind, sampled.drive.wheelbase_m, view)
     problems = (
         drift.problem if drift else _lag_problem(lag, period),
@@ -215,5 +214,5 @@ def measure_synchrony(motion: Floats32, sampled: SampledDrive, view: View = CLEA
         correlation=correlation,
         focal_widths=factor if has_speed else None,
         problems=tuple(line for line in problems if line is not None),
-        notices=(*units.notices, *([assumed] if assumed else ())) if has_speed else (),
+        notices=units.notices if has_speed else (),
     )

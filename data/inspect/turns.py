@@ -3,11 +3,13 @@
 Legend: T frames, P = T - 1 pairs of frames.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from driving_sim.data.actions.action_log import SPEED, STEERING, SteeringKind
 from driving_sim.data.arrays import Floats, Mask
-from driving_sim.data.drive import SampledDrive
+from driving_sim.data.drive import Drive, SampledDrive
 
 USUAL_WHEELBASE_M = 2.7
 """Distance between the axles of a passenger car."""
@@ -27,13 +29,14 @@ def curvature(steering: Floats, kind: SteeringKind, wheelbase_m: float | None) -
     return np.tan(steering / _STEERING_RATIOS[kind]) / (wheelbase_m or USUAL_WHEELBASE_M)
 
 
-def assumed_car(kind: SteeringKind, wheelbase_m: float | None) -> str | None:
-    """Say which car `curvature` assumes; None if it assumes nothing."""
-    if kind == "curvature":
-        return None
-    axles = "" if wheelbase_m else f"a wheelbase of {USUAL_WHEELBASE_M} m (`wheelbase`)"
-    assumed = " and ".join(filter(None, (axles, _ASSUMED_RATIOS[kind])))
-    return f"units are checked for a car with {assumed}" if assumed else None
+def assumptions(drive: Drive) -> Iterator[str]:
+    """Say which car `predicted_turns` assumes."""
+    kind = drive.log.steering_kind if drive.log else None
+    if kind is None or kind == "curvature":
+        return
+    axles = "" if drive.wheelbase_m else f"a wheelbase of {USUAL_WHEELBASE_M} m (`wheelbase`)"
+    if assumed := " and ".join(filter(None, (axles, _ASSUMED_RATIOS[kind]))):
+        yield f"units are checked for a car with {assumed}"
 
 
 def predicted_turns(sampled: SampledDrive, kind: SteeringKind) -> tuple[Floats, Mask]:

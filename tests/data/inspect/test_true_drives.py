@@ -49,10 +49,11 @@ def test_a_model_car_with_a_slow_camera(tmp_path: Path) -> None:
     assert drive.problems == ()
     assert (drive.synchrony.lag_frames, drive.synchrony.sign) == (-4, 1)
     assert "set `wheelbase`" in drive.synchrony.notices[0]
+    assert "a wheelbase of 2.7 m (`wheelbase`) and 0.5 rad at full lock" in drive.notices[-1]
     small = Reading(steering_kind="normalised", wheelbase=0.5)
     drive = inspected("rc/outdoor/drive_17.mp4", tmp_path, small)
-    assert drive.problems == ()
-    assert drive.synchrony.notices == ("units are checked for a car with 0.5 rad at full lock",)
+    assert (drive.problems, drive.synchrony.notices) == ((), ())
+    assert drive.notices[-1] == "units are checked for a car with 0.5 rad at full lock"
 
 
 def test_a_dark_course_says_nothing_of_units(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_normalised_actions_of_a_small_car_are_a_notice(steering: Series, speed:
     motion = motion_of(steering, slow, wheelbase_m=0.26)
     synchrony = measure_synchrony(motion, make_drive(2 * steering, slow, "normalised"))
     assert synchrony.problems == ()
-    notice, _ = synchrony.notices
+    (notice,) = synchrony.notices
     assert "a car with a wheelbase of about 0.3 m; if it is one, set `wheelbase`" in notice
     # No car is that small.
     tiny = make_drive(steering / 10, slow, "normalised")
