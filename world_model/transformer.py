@@ -27,6 +27,7 @@ from driving_sim.world_model.actions import (
 )
 from driving_sim.world_model.kernels.library import EPSILON
 from driving_sim.world_model.kernels.operators import (
+    LARGEST_SCORE,
     causal_attention,
     rms_norm,
     split_heads,
@@ -160,6 +161,16 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width, bias=False)
         self.q_norm = nn.RMSNorm(channels, eps=EPSILON)
         self.k_norm = nn.RMSNorm(channels, eps=EPSILON)
+
+    @torch.no_grad()
+    def limit_gains(self) -> None:
+        """Clip the gains of queries and keys, so that `is_bounded` holds even in bf16.
+
+        Gains grow as training goes on. The softmax is saturated long before this limit.
+        """
+        largest = math.sqrt(0.97 * LARGEST_SCORE / math.sqrt(len(self.q_norm.weight)))
+        for norm in (self.q_norm, self.k_norm):
+            norm.weight.clamp_(-largest, largest)
 
     def forward(
         self,

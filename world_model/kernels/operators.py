@@ -108,11 +108,12 @@ def split_heads(
 def is_bounded(q_gain: Tensor, k_gain: Tensor) -> bool:
     """Return whether attention scores stay below LARGEST_SCORE with these gains [E].
 
-    Prints a notice if not. The bound follows from the norms: |q| <= sqrt(E) max |q_gain|, and
-    |k| <= sqrt(E) max |k_gain|.
+    Prints a notice if not. Before their gains, queries and keys have the norm sqrt(E). A gain
+    stretches each pair of channels that is rotated together by at most the larger of its two, and
+    a score is the sum over the pairs, divided by sqrt(E).
     """
-    largest = q_gain.abs().max() * k_gain.abs().max()
-    if float(largest) * math.sqrt(len(q_gain)) < LARGEST_SCORE:
+    q, k = (torch.stack(gain.abs().chunk(2)).amax(dim=0) for gain in (q_gain, k_gain))
+    if float((q * k).max()) * math.sqrt(len(q_gain)) < LARGEST_SCORE:
         return True
     _say_unbounded()
     return False

@@ -144,6 +144,7 @@ class Stepper:
         self.optimizers.set_learning_rate(self.learning_rate)
         with self.autocast():  # only affects Muon's matrix products; the rest is float32
             self.optimizers.step(skipped)
+        self.model.limit_parameters()
         self.ema.update(skipped)
         for loss, named in outcomes:
             self.meter.add({"loss": loss, **named}, skipped)

@@ -33,6 +33,9 @@ class Trainable(nn.Module, ABC):
     def blocks(self) -> Iterable[nn.Module]:
         """Return the repeated blocks, which are sharded, compiled and recomputed one by one."""
 
+    def limit_parameters(self) -> None:
+        """Bring the parameters back into their range, after each step; by default there is none."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Validation:

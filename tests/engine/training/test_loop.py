@@ -60,6 +60,20 @@ class InterruptingBatches(TinyBatches):
         return super().__getitem__(number)
 
 
+def test_parameters_are_limited_after_each_step(tmp_path: Path) -> None:
+    class Limited(TinyModel):
+        def limit_parameters(self) -> None:
+            with torch.no_grad():
+                for parameter in self.parameters():
+                    parameter.clamp_(-0.01, 0.01)
+
+    model = Limited()
+    model.limit_parameters()
+    tiny_train(tmp_path / "run", model=model, steps=10)
+    weights = load_file(tmp_path / "run" / EXPORTED)
+    assert max(float(value.abs().max()) for value in weights.values()) <= 0.0101
+
+
 def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
     result = tiny_train(uninterrupted)

@@ -14,7 +14,12 @@ from torch.utils.checkpoint import checkpoint
 from driving_sim.engine.precision import autocast
 from driving_sim.world_model.kernels import operators
 from driving_sim.world_model.kernels.library import call
-from driving_sim.world_model.kernels.operators import causal_attention, rms_norm, squared_relu
+from driving_sim.world_model.kernels.operators import (
+    causal_attention,
+    is_bounded,
+    rms_norm,
+    squared_relu,
+)
 from driving_sim.world_model.rotary import rotate
 from driving_sim.world_model.training.objective import InputNoiseConfig, WorldModelObjective
 from tests.fixtures.rank_training import STEPS, rank_train
@@ -96,6 +101,14 @@ def test_compiled_attention_and_its_gradients_equal_torchs(
     for result, truth in zip(results(compiled, [qkv, *gains], grad), expected, strict=True):
         assert distance(result, truth) < (0.01 if dtype is torch.bfloat16 else 2e-6)
     assert calls == ["attention", "attention_grad"]
+
+
+def test_scores_are_bounded_by_channels_that_are_rotated_together() -> None:
+    q, k = torch.ones(2, 32)
+    q[3], k[4] = 12, 12
+    assert is_bounded(q, k)  # 12 * sqrt(32) = 68
+    k[19] = 2
+    assert not is_bounded(q, k)  # channel 19 turns into channel 3
 
 
 @needs_compiler

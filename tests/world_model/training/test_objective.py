@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from driving_sim.world_model.actions import ActionDropoutConfig, ActionStatistics
+from driving_sim.world_model.kernels.operators import is_bounded
 from driving_sim.world_model.training.objective import (
     InputNoiseConfig,
     WorldModelObjective,
     replace_tokens,
 )
-from driving_sim.world_model.transformer import Transformer
+from driving_sim.world_model.transformer import Block, Transformer
 from tests.fixtures.world_models import CONFIG, GRID, random_inputs, random_model
 
 
@@ -71,6 +72,20 @@ def test_hidden_actions_change_the_loss_only_in_training() -> None:
     assert known != objective(hidden)[0].item()
     torch.manual_seed(1)
     assert known not in {objective.train()(batch)[0].item() for _ in range(5)}
+
+
+def test_gains_stay_in_the_range_of_the_compiled_code() -> None:
+    model = random_model()
+    objective = WorldModelObjective(InputNoiseConfig(), model)
+    (first, *_) = [block.attention for block in model.blocks if isinstance(block, Block)]
+    with torch.no_grad():
+        first.q_norm.weight.mul_(-100)
+        first.k_norm.weight.mul_(100)
+    assert not is_bounded(first.q_norm.weight, first.k_norm.weight)
+    objective.limit_parameters()
+    rounded = [norm.weight.bfloat16().float() for norm in (first.q_norm, first.k_norm)]
+    assert is_bounded(*rounded)
+    assert rounded[0].max() < 0 < rounded[1].min()
 
 
 def test_impossible_settings_are_named() -> None:
