@@ -51,6 +51,18 @@ def test_it_goes_back_no_further_than_to_the_start(drive: Drive) -> None:
     assert drive.frame == 0
 
 
+def test_a_frame_that_is_shown_again_has_its_entropy(drive: Drive) -> None:
+    moments = [drive.step(LEFT) for _ in range(5)]
+    drive.rewind(2 / FPS)
+    again, before = drive.now().entropy, moments[2].entropy
+    assert again is not None
+    assert before is not None
+    np.testing.assert_array_equal(again, before)
+    assert again.shape == drive.start.context.tokens.shape[1:]
+    drive.rewind(100.0)
+    assert drive.now().entropy is None
+
+
 def test_settings_go_back_with_the_drive(drive: Drive) -> None:
     tokens(drive, LEFT, 3)
     drive.sampling = Sampling(temperature=0.5)

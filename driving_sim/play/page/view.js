@@ -70,7 +70,7 @@ export class View {
       image.data.set(heatColour(level / 255), token * 4);
     });
     context.putImageData(image, 0, 0);
-    // A frame that is shown again, or that the model did not draw, comes without entropy.
+    // A frame that the model did not draw comes without entropy.
     const mean = (sum / this.#entropy.length / 255) * this.#most_bits;
     document.getElementById("mean-bits").textContent = mean >= 0 ? mean.toFixed(2) : "\u2013";
   }

@@ -29,9 +29,8 @@ def most_bits(world: WorldModel) -> float:
 def packed_sight(world: WorldModel, sight: Sight, header: dict[str, Any]) -> bytes:
     """Return a `frame` message: the entropy of the tokens, and the picture."""
     entropy = b""
-    if sight.generated is not None:
-        nats = sight.generated.entropy[0].cpu().numpy()
-        scaled = nats * (255 / (most_bits(world) * math.log(2)))
+    if sight.entropy is not None:
+        scaled = sight.entropy * (255 / (most_bits(world) * math.log(2)))
         entropy = np.clip(scaled, 0, 255).astype(np.uint8).tobytes()
     ((speed, steering),) = nullable(sight.car.action[None])
     facts = {
