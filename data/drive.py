@@ -83,7 +83,7 @@ class Drive:
     video: VideoFacts | None = None
     """Facts about the video file, or None if the frames do not come from a video."""
     wheelbase_m: float | None = None
-    """Distance between the axles in metres, or None if nobody said it."""
+    """Distance between the axles in metres, or None if it is unknown."""
     assumptions: tuple[str, ...] = ()
     """What was assumed, left out or guessed while finding the drive, one line each."""
 

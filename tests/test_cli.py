@@ -22,6 +22,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from driving_sim.cli import app, with_flags
+from driving_sim.data.actions.reading import Reading
 from driving_sim.data.synthetic.world import SyntheticConfig
 from driving_sim.data.synthetic.writer import write_synthetic_drives
 from driving_sim.demo import DemoConfig
@@ -287,6 +288,7 @@ def test_a_full_disk_gives_a_one_line_error(command: str, used: Path) -> None:
         (["train-tokenizer", "empty", "--steps", "1", "--minutes", "1"], "give only one"),
         (["inspect", "empty", "--steering-kind", "hovering"], "unknown; choose steering_wheel"),
         (["inspect", "empty", "--fps", "inf"], "--fps inf"),
+        (["inspect", "empty", "--wheelbase", "a=b"], "--wheelbase a=b: write metres, or a folder"),
         (["inspect", "empty", "--fps", "5", "--every", "2"], "--fps and --every are both given"),
         (["evaluate", "tokenizer", "missing", "empty"], "holds no tokenizer"),
         (["evaluate", "world-model", "missing", "empty", "--sweeps", "0"], "--sweeps"),
@@ -419,6 +421,21 @@ def test_every_command_has_words_for_every_setting_that_an_error_names() -> None
 )
 def test_a_setting_is_named_by_its_flag(command: str, text: str, expected: str) -> None:
     assert with_flags(text, commands()[command]) == expected
+
+
+def test_a_wheelbase_is_given_for_all_or_for_a_folder(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Reading] = []
+
+    def stop(_: object, __: object, reading: Reading, **___: object) -> None:
+        seen.append(reading)
+        raise Interrupted("stopped", 130)
+
+    monkeypatch.setattr("driving_sim.data.inspect.inspection.inspect_drives", stop)
+    run("inspect", "videos", "--wheelbase", "2.9", "--wheelbase", "videos/rc=0.26")
+    run("inspect", "videos")
+    assert [reading.wheelbases for reading in seen] == [{"": 2.9, "videos/rc": 0.26}, {}]
 
 
 def test_an_interrupted_command_says_how_to_continue_it(

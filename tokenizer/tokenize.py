@@ -7,7 +7,7 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from statistics import median_low
 from typing import NamedTuple
 
@@ -93,7 +93,7 @@ def tokenize(
         info=info,
         drives=tuple(planned),
         shard_bytes=shard_bytes,
-        passed_over=tuple(drives.passed_over),
+        passed_over=tuple(map(_without_parents, drives.passed_over)),
     )
     ranks = ranks or Ranks()
     with TokenStoreWriter(out, plan, ranks) as writer:
@@ -111,6 +111,15 @@ def tokenize(
         missing = [sampled for sampled, is_done in zip(usable, done, strict=True) if not is_done]
         _encode(_share(missing, ranks), flips, tokenizer, writer, skip_bad, batch_size, ranks)
         return writer.finish()
+
+
+def _without_parents(line: str) -> str:
+    """Shorten the path with which a line begins to the name of the folder.
+
+    An index must not depend on where the folder lies.
+    """
+    folder, _, text = line.partition(": ")
+    return f"{PurePath(folder).name}: {text}"
 
 
 class _Part(NamedTuple):

@@ -166,7 +166,7 @@ class Attention(nn.Module):
     def limit_gains(self) -> None:
         """Clip the gains of queries and keys, so that `is_bounded` holds even in bf16.
 
-        Gains grow as training goes on. The softmax is saturated long before this limit.
+        Gains grow as training goes on.
         """
         largest = math.sqrt(0.97 * LARGEST_SCORE / math.sqrt(len(self.q_norm.weight)))
         for norm in (self.q_norm, self.k_norm):
@@ -290,6 +290,12 @@ class Transformer(nn.Module):
         nn.init.normal_(self.action.out.weight, std=0.02 * self.action.out.in_features**-0.5)
         nn.init.zeros_(self.output.codes)
         nn.init.zeros_(self.output.digits)
+
+    def limit_gains(self) -> None:
+        """Clip the gains of all attention layers (see `Attention.limit_gains`)."""
+        for block in self.blocks:
+            if isinstance(block, Block):
+                block.attention.limit_gains()
 
     def tables(self) -> Tables:
         """Compute the embedding tables from the parameters."""

@@ -1,6 +1,7 @@
 """How recordings are read: what their columns and clocks mean where their files do not say it."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,8 +68,9 @@ class Reading:
 
     def wheelbase_of(self, path: Path) -> float | None:
         """Return the wheelbase of the drive at `path`. The innermost of its folders decides."""
-        inside = [folder for folder in self.wheelbases if folder and is_inside(path, folder)]
-        innermost = max(inside, key=lambda folder: len(Path(folder).resolve().parts), default="")
+        path = _absolute(path)
+        inside = [name for name in self.wheelbases if name and path.is_relative_to(_absolute(name))]
+        innermost = max(inside, key=lambda name: len(_absolute(name).parts), default="")
         return self.wheelbases.get(innermost)
 
     def check_kind(self, steering: str, kind: SteeringKind) -> None:
@@ -83,24 +85,29 @@ class Reading:
             )
 
 
-def is_inside(path: Path, folder: str) -> bool:
-    """Return whether a path is a file or folder, or lies in it."""
-    return path.resolve().is_relative_to(Path(folder).resolve())
+def _absolute(path: Path | str) -> Path:
+    """Return an absolute path without "..". Links are not followed, so a link is in its folder."""
+    return Path(os.path.normpath(Path(path).absolute()))
 
 
 def parse_wheelbases(texts: Sequence[str]) -> Mapping[str, float]:
     """Read wheelbases, each written as `METRES` or as `FOLDER=METRES`."""
     wheelbases: dict[str, float] = {}
     for text in texts:
-        folder, _, metres = text.rpartition("=")
+        folder, equals, metres = text.rpartition("=")
+        folder = os.path.normpath(folder) if folder else ""
         try:
             value = float(metres)
+            if equals and not folder:
+                raise ValueError
         except ValueError:
             raise DriveSimError(
                 f"`wheelbase` {text}: write metres, or a folder and metres, such as lake=2.9"
             ) from None
         if folder in wheelbases:
-            raise DriveSimError(f"`wheelbase` {text}: {folder or 'all drives'} came before")
+            raise DriveSimError(
+                f"`wheelbase` {text}: there is another one for {folder or 'all drives'}"
+            )
         wheelbases[folder] = value
     return wheelbases
 

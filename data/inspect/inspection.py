@@ -178,7 +178,7 @@ def _report(
             *(chosen.notices if rate else ()),
             *decoded.about_losses(lost),
             *missing,
-            *(assumptions(drive) if synchrony.focal_widths is not None else ()),
+            *(assumptions(drive) if synchrony.correlation is not None else ()),
         ),
     )
 
@@ -199,8 +199,8 @@ def inspect_drives(
     stride `every`, it also says how much of each drive is usable at this rate, and why not all.
 
     Raises DriveSimError if there are no drives, if `out` contains other files, if `out` cannot be
-    written, or if the rate is not allowed. If no drive can be read, prints the reason for each
-    drive and raises DriveSimError.
+    written, if the rate is not allowed, or if a folder with a wheelbase has no drives. If no drive
+    can be read, prints the reason for each drive and raises DriveSimError.
     """
     check_rate(fps, every)
     rate = {name: value for name, value in (("fps", fps), ("every", every)) if value is not None}
@@ -211,6 +211,9 @@ def inspect_drives(
         lambda earlier: [_REPORT, *(str(drive["picture"]) for drive in earlier["drives"])],
     )
     drive_set = find_drives(paths, reading)
+    for name, metres in reading.wheelbases.items():
+        if name and all(drive.wheelbase_m != metres for drive in drive_set.drives):
+            raise DriveSimError(f"`wheelbase` {name}={metres:g}: no drive in {name} was read")
     skipped = list(drive_set.skipped)
     reports = []
     frames = sum(int((drive.timestamps < _MEASURED_S).sum()) for drive in drive_set.drives)

@@ -15,10 +15,9 @@ USUAL_WHEELBASE_M = 2.7
 """Distance between the axles of a passenger car."""
 # Divide a steering value by this ratio to get the angle of the front wheels in rad.
 _STEERING_RATIOS = {"road_wheel": 1.0, "steering_wheel": 15.0, "normalised": 2.0}
-_ASSUMED_RATIOS = {
-    "road_wheel": "",
-    "steering_wheel": "a steering ratio of 15",
-    "normalised": "0.5 rad at full lock",
+_RATIOS_IN_WORDS = {
+    "steering_wheel": f"a steering ratio of {_STEERING_RATIOS['steering_wheel']:g}",
+    "normalised": f"{1 / _STEERING_RATIOS['normalised']:g} rad at full lock",
 }
 
 
@@ -30,13 +29,13 @@ def curvature(steering: Floats, kind: SteeringKind, wheelbase_m: float | None) -
 
 
 def assumptions(drive: Drive) -> Iterator[str]:
-    """Say which car `predicted_turns` assumes."""
+    """Yield a line that says which car `predicted_turns` assumes, if it assumes one."""
     kind = drive.log.steering_kind if drive.log else None
     if kind is None or kind == "curvature":
         return
     axles = "" if drive.wheelbase_m else f"a wheelbase of {USUAL_WHEELBASE_M} m (`wheelbase`)"
-    if assumed := " and ".join(filter(None, (axles, _ASSUMED_RATIOS[kind]))):
-        yield f"units are checked for a car with {assumed}"
+    if assumed := " and ".join(filter(None, (axles, _RATIOS_IN_WORDS.get(kind)))):
+        yield f"the check of the units assumes a car with {assumed}"
 
 
 def predicted_turns(sampled: SampledDrive, kind: SteeringKind) -> tuple[Floats, Mask]:

@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 
 from driving_sim.data.actions.alignment import check_coverage
-from driving_sim.data.actions.reading import AS_NAMED, Reading, is_inside
+from driving_sim.data.actions.reading import AS_NAMED, Reading
 from driving_sim.data.drive import Drive, DriveSet, Skipped
 from driving_sim.data.inner_name import is_inner_name
 from driving_sim.data.sources.search import Candidate, Search
@@ -87,9 +87,6 @@ def find_drives(
             if search.notices
             else "; ".join([f"{', '.join(map(str, paths))}: {_NOTHING}", *search.counts])
         )
-    for folder, metres in reading.wheelbases.items():
-        if folder and not any(is_inside(one.found.path, folder) for one in candidates):
-            raise DriveSimError(f"`wheelbase` {folder}={metres:g}: there is no drive in {folder}")
     named = sorted(zip(_unique_ids(candidates), candidates, strict=True), key=lambda pair: pair[0])
     for drive_id, candidate in named:
         _check_name(drive_id, candidate.found.path)

@@ -96,7 +96,7 @@ def _read_log(segment: Path, start: float, reading: Reading) -> ActionLog:
         _channel(segment / _CAN / name, *limits) for name, limits in _LIMITS.items()
     ]
     notices = tuple(
-        f"{repeated} values of {name} repeat the time of another and are left out"
+        f"left out of {name}: {repeated} value{'s' * (repeated > 1)} at the time of another one"
         for name, (_, _, repeated) in zip(_LIMITS, channels, strict=True)
         if repeated
     )

@@ -63,7 +63,7 @@ class StorePlan:
     def hash(self) -> str:
         """SHA-256 of the plan, in hexadecimal."""
         fields = to_dict(self)
-        del fields["passed_over"]  # other words for the same data are no other plan
+        del fields["passed_over"]  # other notices do not make another plan
         for drive in fields["drives"]:
             del drive["notices"]
         text = json.dumps({"schema": SCHEMA, **fields}, sort_keys=True)

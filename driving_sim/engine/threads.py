@@ -63,9 +63,10 @@ def adjust_threads(device: "torch.device") -> None:
 
 
 def spare_cores(count: int) -> None:
-    """Compute with `count` threads fewer than there are cores from now on, but with at least one.
+    """Compute with `count` threads fewer than usual from now on, but with at least one.
 
-    It has no effect without an earlier call of `leave_busy_cores`.
+    Call this in the thread that computes, because torch counts its threads for each. Without an
+    earlier call of `leave_busy_cores`, it does nothing.
     """
     global _spared
     _spared = count
@@ -151,7 +152,7 @@ def threads_beside(others: float, *, cores: int, threads: int, most: int) -> int
     `others` of them. `threads` is the current number of threads.
     """
     free = cores - others
-    return threads if abs(free - threads) <= MARGIN else min(most, max(1, round(free)))
+    return min(most, threads if abs(free - threads) <= MARGIN else max(1, round(free)))
 
 
 _leaves_cores = False

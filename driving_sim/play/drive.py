@@ -22,7 +22,7 @@ from driving_sim.tokenizer.metrics import psnr
 from driving_sim.tokenizer.tokenizer import frames_from_images, images_from_frames
 from driving_sim.world_model.action_plan import ActionPlan, Situation, make_plan_without_files
 from driving_sim.world_model.sampling.sampling import Sampling
-from driving_sim.world_model.session import HISTORY_S, Frame
+from driving_sim.world_model.session import HISTORY_S
 from driving_sim.world_model.world_model import WorldModel
 
 BRANCHES = ("left", "straight", "right")
@@ -40,8 +40,6 @@ class Sight:
     """uint8 [H, W, 3]."""
     car: Car
     """The car whose action led to the frame."""
-    generated: Frame | None
-    """The frame as the model generated it; None if it is shown again."""
     entropy: Floats32 | None
     """Entropy of the frame's tokens in nats, [r, c]; None if the model did not generate it."""
 
@@ -99,8 +97,9 @@ class Drive:
         self._first = Car.of(self.world, context.actions[past - 1], context.action_valid[past - 1])
         self._first_sampling = sampling
         self._driven: list[_Driven] = []
-        # Kept for the frames to which `rewind` can go back.
-        self._entropies: deque[Floats32] = deque(maxlen=1 + round(HISTORY_S * self.world.fps))
+        # One for each frame to which `rewind` can go back, even twice in a row.
+        kept = 1 + round(HISTORY_S * self.world.fps) + self.world.context_frames
+        self._entropies: deque[Floats32] = deque(maxlen=kept)
         self._plan: ActionPlan | None = None
         self._plan_name, self._plan_began = "", 0
         self._rewinds: list[tuple[int, int]] = []
@@ -152,7 +151,7 @@ class Drive:
     def now(self) -> Sight:
         """Return the current frame."""
         entropy = self._entropies[-1] if self._entropies else None
-        return Sight(self.frame, self._session.pixels[0], self.car, None, entropy)
+        return Sight(self.frame, self._session.pixels[0], self.car, entropy)
 
     def step(self, held: Held) -> Sight:
         """Drive one frame further. The car obeys the plan, or else the wheel and the pedals."""
@@ -160,7 +159,7 @@ class Drive:
         generated = self._session.step(car.action)
         self._driven.append(_Driven(car, self.sampling, checksum(generated.tokens[0])))
         self._entropies.append(generated.entropy[0].float().cpu().numpy())
-        return Sight(self.frame, generated.pixels[0], car, generated, self._entropies[-1])
+        return Sight(self.frame, generated.pixels[0], car, self._entropies[-1])
 
     def rewind(self, seconds: float) -> int:
         """Go back by some seconds, or as far as possible; return the number of frames."""

@@ -2,6 +2,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
 
 from benchmarks import pretrain
 from driving_sim.data.synthetic.world import SyntheticConfig
@@ -38,6 +41,11 @@ def test_the_recipe_makes_a_packaged_model_and_is_not_repeated(
     model = pretrain.pretrain(tmp_path / "work", RECIPE)
     card = (model / "card.md").read_text("utf-8")
     weights = (model / "model.safetensors").read_bytes()
+    second = yaml.safe_load((tmp_path / "work" / "world-model-2" / "config.yaml").read_text())
+    assert second["init_from"] == str(tmp_path / "work" / "world-model")
+    trained = load_file(tmp_path / "work" / "world-model-2" / "model.safetensors")
+    for name, value in load_file(model / "model.safetensors").items():
+        assert torch.equal(value, trained[name].bfloat16().to(value.dtype))
     assert "3 drives of 8 s" in card
     assert "the world model 2 and then 3," in card
     assert "| bits per token |" in card

@@ -407,7 +407,7 @@ def test_repeated_times_of_a_can_signal_are_left_out_with_a_line(
     with path.open("wb") as file:
         np.save(file, times)
     (drive,) = find_drives([tmp_path]).drives
-    assert drive.notices[-1] == "2 values of speed repeat the time of another and are left out"
+    assert drive.notices[-1] == "left out of speed: 2 values at the time of another one"
     assert drive.log is not None
     assert drive.log.speed is not None
     assert len(drive.log.speed.times) == len(times) - 2

@@ -16,7 +16,7 @@ from driving_sim.engine.config import Share, config
 from driving_sim.engine.training.optimizer import Player
 from driving_sim.engine.training.trainable import Batch, Trainable
 from driving_sim.world_model.actions import ActionDropoutConfig, drop_actions
-from driving_sim.world_model.transformer import Block, Transformer
+from driving_sim.world_model.transformer import Transformer
 
 
 @config
@@ -59,9 +59,7 @@ class WorldModelObjective(Trainable):
 
     def limit_parameters(self) -> None:
         """Keep the attention's gains in the range for which its compiled code is made."""
-        for block in self.transformer.blocks:
-            if isinstance(block, Block):
-                block.attention.limit_gains()
+        self.transformer.limit_gains()
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss (nats per token) and the metrics of a batch from `TokenWindows`.

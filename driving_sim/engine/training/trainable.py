@@ -34,7 +34,7 @@ class Trainable(nn.Module, ABC):
         """Return the repeated blocks, which are sharded, compiled and recomputed one by one."""
 
     def limit_parameters(self) -> None:
-        """Bring the parameters back into their range, after each step; by default there is none."""
+        """Bring the parameters back into their range after a step. By default, does nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

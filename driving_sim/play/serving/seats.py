@@ -16,7 +16,7 @@ class Seats:
     def __init__(
         self, most: int, new_drive: Callable[[], Drive], workers: Workers, recordings: Path | None
     ) -> None:
-        self.most, self._new_drive = most, new_drive
+        self._most, self._new_drive = most, new_drive
         self._workers, self._recordings = workers, recordings
         self._taken: dict[str, tuple[Seat, asyncio.Task[None]]] = {}
         self._coming = 0
@@ -32,9 +32,9 @@ class Seats:
         seat, _ = self._taken.get(session or "", (None, None))
         if seat is not None and seat.ended is None:
             return seat
-        if len(self._taken) + self._coming >= self.most:
+        if len(self._taken) + self._coming >= self._most:
             raise DriveSimError(
-                f"{self.most} of {self.most} sessions are in use; try again later, or start the "
+                f"{self._most} of {self._most} sessions are in use; try again later, or start the "
                 "server with more `sessions`"
             )
         self._coming += 1

@@ -43,8 +43,8 @@ _HELLO_S = 5.0
 _MOST_PER_S = 100
 _SAVED_UP = 1000  # after a stall of the network, many messages come at once
 _REFUSED = (1007, 1009)  # codes of a socket closed by uvicorn: not UTF-8, too long
-_TRIED_FRAMES = 5  # number of frames timed without one core
-_BUSY = 0.8  # largest share of the time that these may take, for all drivers together
+_TRIED_FRAMES = 5  # number of frames that are timed without one of the cores
+_BUSY = 0.8  # largest share of the time that the frames of all drivers may take then
 _PORTS = 20  # number of ports that are tried
 
 
@@ -61,7 +61,7 @@ class Server:
         recordings: Path | None,
     ) -> None:
         self._world, self._name, self._starts = world, name, starts
-        self._recordings = recordings
+        self._recordings, self._sessions = recordings, sessions
         self._workers = Workers()
         self._new_drive = partial(Drive, world, name, starts)
         self.seats = Seats(sessions, self._new_drive, self._workers, recordings)
@@ -73,18 +73,21 @@ class Server:
         the browser from then on.
         """
         drive = self._new_drive()
+        longest = _BUSY / (self._world.fps * self._sessions)
 
         def seconds() -> float:
             began = time.perf_counter()
             packed_sight(self._world, drive.step(Held(1.0, 1.0)), {})
             return time.perf_counter() - began
 
-        for _ in range(3):
-            seconds()
-        spare_cores(1)
-        needed = median(seconds() for _ in range(_TRIED_FRAMES)) * self.seats.most
-        if needed > _BUSY / self._world.fps:
-            spare_cores(0)
+        def try_out() -> None:
+            if [seconds() for _ in range(3)][-1] > longest:
+                return
+            spare_cores(1)
+            if median(seconds() for _ in range(_TRIED_FRAMES)) > longest:
+                spare_cores(0)
+
+        self._workers.wait_for(try_out)  # each thread has its own number of torch threads
         drive.close()
 
     def app(self, hosts: list[str] | None = None, token: str | None = None) -> Guard:

@@ -23,6 +23,10 @@ class Workers:
         """Run `work` in the model's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._model, work)
 
+    def wait_for(self, work: Callable[[], T]) -> T:
+        """Run `work` in the model's thread, before there is an event loop."""
+        return self._model.submit(work).result()
+
     def pack(self, work: Callable[[], T]) -> asyncio.Future[T]:
         """Run `work` in the pictures' thread, after what was given to it before."""
         return asyncio.get_running_loop().run_in_executor(self._pictures, work)

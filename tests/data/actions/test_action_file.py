@@ -282,8 +282,9 @@ def test_each_folder_may_have_a_wheelbase(tmp_path: Path) -> None:
     [
         (["lake"], "`wheelbase` lake: write metres, or a folder and metres"),
         (["lake="], "`wheelbase` lake=: write metres"),
-        (["2.7", "2.8"], "`wheelbase` 2.8: all drives came before"),
-        (["a=2", "a=3"], "`wheelbase` a=3: a came before"),
+        (["=2.7"], "`wheelbase` =2.7: write metres"),
+        (["2.7", "2.8"], "`wheelbase` 2.8: there is another one for all drives"),
+        (["a=2", "a/=3"], "`wheelbase` a/=3: there is another one for a"),
     ],
 )
 def test_a_wheelbase_that_makes_no_sense_is_named(texts: list[str], message: str) -> None:

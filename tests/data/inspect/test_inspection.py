@@ -123,6 +123,12 @@ def test_a_speed_that_no_car_reaches_is_reported(folder: Path, tmp_path: Path) -
     assert "80 m/s (288 km/h)" in problem
 
 
+def test_a_wheelbase_needs_drives_in_its_folder(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DriveSimError, match=r"`wheelbase` c=0\.26: no drive in c was read"):
+        inspect_drives([folder], tmp_path / "out", reading=Reading(wheelbase={"c": 0.26}))
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_to_inspect_is_an_error_that_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     with pytest.raises(DriveSimError, match="holds no videos"):

@@ -53,7 +53,7 @@ def test_a_model_car_with_a_slow_camera(tmp_path: Path) -> None:
     small = Reading(steering_kind="normalised", wheelbase=0.5)
     drive = inspected("rc/outdoor/drive_17.mp4", tmp_path, small)
     assert (drive.problems, drive.synchrony.notices) == ((), ())
-    assert drive.notices[-1] == "units are checked for a car with 0.5 rad at full lock"
+    assert drive.notices[-1] == "the check of the units assumes a car with 0.5 rad at full lock"
 
 
 def test_a_dark_course_says_nothing_of_units(tmp_path: Path) -> None:

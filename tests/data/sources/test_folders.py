@@ -131,12 +131,13 @@ def test_what_lies_beside_a_simulators_log_is_counted(tmp_path: Path) -> None:
     ]
 
 
-def test_a_wheelbase_needs_drives_in_its_folder(tmp_path: Path) -> None:
+def test_drives_have_the_wheelbase_of_their_folder(tmp_path: Path) -> None:
     write_grey(tmp_path / "a" / "x.mp4", tmp_path / "b" / "x.mp4")
-    drive_set = find_drives([tmp_path], Reading(wheelbase={str(tmp_path / "b"): 0.26}))
-    assert [drive.wheelbase_m for drive in drive_set.drives] == [None, 0.26]
-    with pytest.raises(DriveSimError, match=r"`wheelbase` c=0\.26: there is no drive in c"):
-        find_drives([tmp_path], Reading(wheelbase={"c": 0.26}))
+    (tmp_path / "b" / "y.mp4").symlink_to(tmp_path / "a" / "x.mp4")
+    drive_set = find_drives([tmp_path / "b"], Reading(wheelbase={str(tmp_path / "b"): 0.26}))
+    assert [drive.wheelbase_m for drive in drive_set.drives] == [0.26, 0.26]
+    drive_set = find_drives([tmp_path / "a"], Reading(wheelbase={str(tmp_path / "b"): 0.26}))
+    assert [drive.wheelbase_m for drive in drive_set.drives] == [None]
 
 
 def test_a_folder_without_drives_says_what_is_in_it(tmp_path: Path) -> None:

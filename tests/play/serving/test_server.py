@@ -1,6 +1,7 @@
 import io
 import json
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -45,18 +46,26 @@ def port(server: Server) -> Iterator[int]:
         yield port
 
 
-@pytest.mark.parametrize(("sessions", "spared"), [(1, [1]), (10**6, [1, 0])])
+@pytest.mark.parametrize(("frame_s", "spared"), [(0.9, [1]), (1.1, [1, 0])])
 def test_a_core_is_left_to_the_browser_if_all_drivers_get_their_frames(
     world: WorldModel,
     starts: dict[str, Start],
     monkeypatch: pytest.MonkeyPatch,
-    sessions: int,
+    frame_s: float,
     spared: list[int],
 ) -> None:
-    counts: list[int] = []
-    monkeypatch.setattr(server_module, "spare_cores", counts.append)
-    new_server(world, starts, sessions).warm_up()
-    assert counts == spared
+    longest = 0.8 / FPS / 2  # for two drivers
+    threads: list[tuple[int, str]] = []
+
+    def spare(count: int) -> None:
+        threads.append((count, threading.current_thread().name))
+
+    monkeypatch.setattr(server_module, "spare_cores", spare)
+    monkeypatch.setattr(
+        server_module, "median", lambda seconds: len([*seconds]) and frame_s * longest
+    )
+    new_server(world, starts).warm_up()
+    assert threads == [(count, "model_0") for count in spared]
 
 
 def picture(message: dict[str, list[bytes]]) -> np.ndarray:
