@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 from driving_sim.engine.config import load_json, save_json
 from driving_sim.engine.errors import DriveSimError
 
-VERSION = 4
+VERSION = 5
 """Version of the evaluation code. Raise it with every change that alters a measured number."""
 
 Kind = Literal["tokenizer", "world-model", "futures"]
