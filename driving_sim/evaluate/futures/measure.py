@@ -27,7 +27,11 @@ _WINDOWS = {EARLY: "0.5 to 1.5 s", LATE: "last second"}
 
 def _figure(measure: str, window: str, metric: str, label: str, total: str = "") -> KeyFigure:
     place = f"futures.{measure}.{window}"
-    beside = {source: f"{place}.{source}.{metric}" for source in SOURCES[1:]}
+    beside = {
+        whose: f"{place}.{source}.{metric}"
+        for source, whose in SOURCES.items()
+        if source != "model"
+    }
     label = f"{label}, {_MEASURES[measure]}, {_WINDOWS[window]}"
     return KeyFigure(label, f"{place}.model.{metric}", beside, total)
 

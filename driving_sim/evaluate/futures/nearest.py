@@ -20,8 +20,12 @@ Compare = Callable[[Tensor, Tensor], Tensor]
 """Function (frames uint8 [B, H, W, 3], others [C, H, W, 3]) -> a score for each pair [B, C]."""
 
 PSNR, DISTANCE = "psnr_db", "feature_distance"
-SOURCES = ("model", "ceiling", "floor")
-"""What is compared with the true futures: rollouts, reconstructions, rollouts without actions."""
+SOURCES = {
+    "model": "model",
+    "reconstructed": "truth after the tokenizer",
+    "action_free": "model without actions",
+}
+"""What is compared with the true futures, with labels for people."""
 EARLY, LATE = "early", "late"
 
 
@@ -77,10 +81,10 @@ def score(
         }
         for name, window in judged.items():
             mean = torch.stack([of_frame[t] for t in _frames(window)]).double().mean(0).numpy()
-            model, ceiling, floor = np.split(mean, [count, 2 * count])
-            everywhere = np.broadcast_to(floor, model.shape)
+            model, reconstructed, action_free = np.split(mean, [count, 2 * count])
+            of_all = np.broadcast_to(action_free, model.shape)
             scores.setdefault(measure, {})[name] = dict(
-                zip(SOURCES, (model, ceiling, everywhere), strict=True)
+                zip(SOURCES, (model, reconstructed, of_all), strict=True)
             )
     return scores
 

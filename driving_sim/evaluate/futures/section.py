@@ -109,9 +109,9 @@ def _judged(
         judged[source] = judge(of_starts, names, higher_is_nearer=measure == PSNR)
     if measure == PSNR:
         # A reconstruction compared with itself has no PSNR.
-        judged["ceiling"]["own"] = None
+        judged["reconstructed"]["own"] = None
         for name in names:
-            judged["ceiling"]["table"][name][name] = None
+            judged["reconstructed"]["table"][name][name] = None
     return judged
 
 
@@ -120,7 +120,7 @@ _MEASURES = {
     DISTANCE: "feature distance (lower is nearer)",
 }
 _WINDOWS = {EARLY: "from 0.5 to 1.5 s", LATE: "over the last second"}
-_WHOSE = {"model": "rollouts", "ceiling": "reconstructions (ceiling)"}
+_WHOSE = {"model": "rollouts", "reconstructed": "true futures after the tokenizer"}
 
 _TEXT = """Question: does each rollout go to its own future? From each start, {count} futures truly
 follow: {names}. The model is rolled out under the actions of each, with the same random numbers.
@@ -132,14 +132,15 @@ decoded, so the tokenizer's own errors do not count. The feature distance compar
 recorded frames. It is drivesim's own measure, and neither LPIPS nor FID: EfficientNet-Lite0,
 trained on ImageNet, has features at five depths. At each place, the distance is 1 minus the cosine
 between the two pictures' features. It is averaged over the places, the depths and the frames. 0
-means equal. Blur raises it more than it lowers PSNR.{distance}
+means equal. It punishes blur, which PSNR forgives.{distance}
 
-How to read it. The ceiling is the score of the true futures themselves after the tokenizer. No
-model on this tokenizer can be expected to do better. Where the ceiling is below 1, true futures
-look alike. The floor is the same model with unknown actions. It predicts the same for all futures
-of a start, so it is nearest to one of them. A pair counts the rollouts of two futures that are
-nearer to their own than to the other; the floor of a pair is 0.5. "Own" is the mean score with the
-own future, and "other" that with all others. All intervals resample the starts.
+How to read it. "Truth after the tokenizer" is the score of the true futures themselves, encoded and
+decoded. No model on this tokenizer can be expected to do better. Where its share is below 1, true
+futures look alike, or the tokenizer blurs what tells them apart. "Model without actions" is the
+same model with unknown actions. It predicts the same for all futures of a start, so it is nearest
+to one of them. A pair counts the rollouts of two futures that are nearer to their own than to the
+other, which is half of them without actions. "Own" is the mean score with the own future, and
+"other" that with all others. All intervals resample the starts.
 
 Limits. A start has one rollout for each future, and what comes into view is a matter of chance.
 Futures that differ little are hard to tell apart for any model."""
@@ -165,15 +166,16 @@ def _tables(metrics: Mapping[str, Any], names: Sequence[str]) -> Iterator[Table]
         for which in ("own", "other"):
             scores = (judged[source][which] for source in SOURCES)
             distances.append((f"{measure}, {window}: {which}", *scores))
-    yield Table(caption, ("", "rollouts", *SOURCES), nearest)
-    yield Table("Mean scores with the own and with the other futures", ("", *SOURCES), distances)
+    labels = "", *SOURCES.values()
+    yield Table(caption, ("", "rollouts", *labels[1:]), nearest)
+    yield Table("Mean scores with the own and with the other futures", labels, distances)
     for judged, measure, window in places:
         of_pairs = [
             (pair, *(judged[source]["pairs"][pair] for source in SOURCES))
             for pair in judged["model"]["pairs"]
         ]
         caption = f"Pairs: share nearer to their own future than to the other; {measure}, {window}"
-        yield Table(caption, ("", *SOURCES), of_pairs)
+        yield Table(caption, labels, of_pairs)
     for judged, measure, window in places:
         for source, whose in _WHOSE.items():
             table = judged[source]["table"]

@@ -86,10 +86,10 @@ def test_a_model_that_knows_the_truth_is_told_from_one_that_steers_the_wrong_way
         judged = section.metrics["psnr_db"][window]
         assert judged["model"]["nearest_count"] == nearest
         assert judged["model"]["pairs"]["left/right"]["mean"] == told_apart
-        assert judged["ceiling"]["nearest_count"] == 6
-        assert judged["ceiling"]["own"] is None
-        assert judged["floor"]["nearest_count"] == 2
-        assert judged["floor"]["pairs"]["left/right"]["mean"] == 0.5
+        assert judged["reconstructed"]["nearest_count"] == 6
+        assert judged["reconstructed"]["own"] is None
+        assert judged["action_free"]["nearest_count"] == 2
+        assert judged["action_free"]["pairs"]["left/right"]["mean"] == 0.5
     picture = section.parts[-1]
     assert isinstance(picture, Media)
     assert picture.data.startswith(b"\x89PNG")
@@ -138,7 +138,7 @@ def test_the_report_has_both_measures_and_can_be_compared(
     table = metrics["feature_distance"]["late"]["model"]["table"]
     assert [[*row] for row in table.values()] == [["left", "right", "straight"]] * 3
     page = (tmp_path / "a" / "report.html").read_text()
-    assert "Mean score of the reconstructions (ceiling) (rows)" in page
+    assert "Mean score of the true futures after the tokenizer (rows)" in page
     with Image.open(tmp_path / "a" / "futures.png") as sheet:
         assert sheet.width > sheet.height / 2
     assert measured(run, folder, tmp_path / "b") == figures

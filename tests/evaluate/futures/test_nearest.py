@@ -22,13 +22,13 @@ NAMES = ["brake", "left", "right"]
 Frames = NDArray[np.uint8]
 
 
-def futures(model: list[int], truths: Frames, floor: Frames | None = None) -> Futures:
+def futures(model: list[int], truths: Frames, action_free: Frames | None = None) -> Futures:
     """Return futures whose rollout k shows the true future `model[k]`."""
     return Futures(
         recorded=truths,
         reconstructed=truths,
         model=truths[model],
-        action_free=truths[0] if floor is None else floor,
+        action_free=truths[0] if action_free is None else action_free,
     )
 
 
@@ -62,10 +62,10 @@ def test_a_perfect_model_is_always_nearest_and_swapped_actions_are_found(truths:
     assert judged["table"]["left"]["right"] > judged["table"]["left"]["left"]
 
 
-def test_a_model_that_ignores_its_actions_is_at_the_floor(truths: Frames) -> None:
-    """The floor has one rollout for all futures: one of them is the nearest."""
-    ignoring = [futures([n, n, n], truths, floor=truths[n]) for n in (0, 1, 1, 2)]
-    for source in ("model", "floor"):
+def test_a_model_that_ignores_its_actions_is_like_one_without(truths: Frames) -> None:
+    """A single rollout for all futures of a start is nearest to one of them."""
+    ignoring = [futures([n, n, n], truths, action_free=truths[n]) for n in (0, 1, 1, 2)]
+    for source in ("model", "action_free"):
         judged = judge(scores_of(ignoring, source), NAMES, higher_is_nearer=True)
         assert judged["nearest_count"] == 4
         assert {pair["mean"] for pair in judged["pairs"].values()} == {0.5}
@@ -74,7 +74,9 @@ def test_a_model_that_ignores_its_actions_is_at_the_floor(truths: Frames) -> Non
 
 def test_true_futures_that_are_alike_cannot_be_told_apart(truths: Frames) -> None:
     truths[2] = truths[1]
-    judged = judge(scores_of([futures([0, 1, 2], truths)], "ceiling"), NAMES, higher_is_nearer=True)
+    judged = judge(
+        scores_of([futures([0, 1, 2], truths)], "reconstructed"), NAMES, higher_is_nearer=True
+    )
     assert judged["nearest_count"] == 1
     assert judged["pairs"]["left/right"]["mean"] == 0
     assert judged["nearest"] == {"mean": 1 / 3, "low": None, "high": None}
@@ -104,10 +106,10 @@ def test_a_distance_is_nearer_if_lower_and_compares_with_the_recorded_frames(
     own = {
         (measure, source): scores[measure][EARLY][source].diagonal().mean()
         for measure in (PSNR, DISTANCE)
-        for source in ("model", "ceiling")
+        for source in ("model", "reconstructed")
     }
-    assert own[DISTANCE, "model"] < own[DISTANCE, "ceiling"]
-    assert own[PSNR, "ceiling"] > own[PSNR, "model"]
+    assert own[DISTANCE, "model"] < own[DISTANCE, "reconstructed"]
+    assert own[PSNR, "reconstructed"] > own[PSNR, "model"]
     table = scores[DISTANCE][EARLY]["model"][None]
     assert judge(table, NAMES, higher_is_nearer=False)["nearest_count"] == 3
     assert judge(table, NAMES, higher_is_nearer=True)["nearest_count"] == 0
