@@ -19,6 +19,9 @@ from driving_sim.tokenizer.metrics import psnr
 Compare = Callable[[Tensor, Tensor], Tensor]
 """Function (frames uint8 [B, H, W, 3], others [C, H, W, 3]) -> a score for each pair [B, C]."""
 
+Scores = dict[str, dict[str, dict[str, Floats]]]
+"""Scores [K, K] of one start, by measure, window and source."""
+
 PSNR, DISTANCE = "psnr_db", "feature_distance"
 SOURCES = {
     "model": "model",
@@ -59,10 +62,8 @@ def pairwise_psnr(frames: Tensor, others: Tensor) -> Tensor:
     return torch.stack([psnr(frames, other.expand_as(frames)) for other in others], dim=1)
 
 
-def score(
-    futures: Futures, judged: Mapping[str, slice], distance: Compare | None
-) -> dict[str, dict[str, dict[str, Floats]]]:
-    """Score the futures of one start: measure -> window -> source -> [K, K].
+def score(futures: Futures, judged: Mapping[str, slice], distance: Compare | None) -> Scores:
+    """Score the futures of one start in the frames that are `judged`, by the name of the window.
 
     Row k belongs to rollout k, column j to true future j. The score is a mean over the frames of
     the window. PSNR compares with the reconstructed futures, so the tokenizer's errors do not
@@ -73,7 +74,7 @@ def score(
     measures: dict[str, tuple[Compare, Pixels]] = {PSNR: (pairwise_psnr, futures.reconstructed)}
     if distance is not None:
         measures[DISTANCE] = distance, futures.recorded
-    scores: dict[str, dict[str, dict[str, Floats]]] = {}
+    scores: Scores = {}
     for measure, (compare, references) in measures.items():
         of_frame = {
             t: compare(torch.from_numpy(compared[:, t]), torch.from_numpy(references[:, t]))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from driving_sim.data.arrays import Floats, Pixels
+from driving_sim.data.arrays import Pixels
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.futures.nearest import (
     DISTANCE,
@@ -21,6 +21,7 @@ from driving_sim.evaluate.futures.nearest import (
     SOURCES,
     Compare,
     Futures,
+    Scores,
     judge,
     score,
     windows,
@@ -47,7 +48,7 @@ def evaluate_futures(
     judged = windows(world.fps, starts[0].frames)
     shown = {*np.linspace(0, len(starts) - 1, _SHOWN).round().astype(int).tolist()}
     rows: list[tuple[str, list[Pixels]]] = []
-    scores: list[dict[str, dict[str, dict[str, Floats]]]] = []
+    scores: list[Scores] = []
     with progress(len(starts), "futures", "starts") as bar:
         for number, start in enumerate(bar.counted(starts)):
             now, futures = roll_out(world, start, sampling, first_draw=number)
@@ -101,7 +102,7 @@ def roll_out(
 
 
 def _judged(
-    scores: Sequence[Mapping[str, Any]], names: Sequence[str], measure: str, window: str
+    scores: Sequence[Scores], names: Sequence[str], measure: str, window: str
 ) -> dict[str, Any]:
     judged = {}
     for source in SOURCES:
@@ -166,8 +167,8 @@ def _tables(metrics: Mapping[str, Any], names: Sequence[str]) -> Iterator[Table]
         for which in ("own", "other"):
             scores = (judged[source][which] for source in SOURCES)
             distances.append((f"{measure}, {window}: {which}", *scores))
+    yield Table(caption, ("", "rollouts", *SOURCES.values()), nearest)
     labels = "", *SOURCES.values()
-    yield Table(caption, ("", "rollouts", *labels[1:]), nearest)
     yield Table("Mean scores with the own and with the other futures", labels, distances)
     for judged, measure, window in places:
         of_pairs = [

@@ -29,7 +29,7 @@ from driving_sim.world_model.world_model import WorldModel
 CONTEXT = "context"
 LEAST_S = 1.5
 """Minimum length of a future in s."""
-_SAME_DB = 30.0
+_SAME_DB = 25.0
 """PSNR in dB above which the first frame of a future may be the last one of its context.
 
 The two are encoded separately, so they are never quite the same.

@@ -76,6 +76,18 @@ def test_videos_at_a_higher_rate_are_resampled_so_that_the_start_stays(
     assert start.futures["left"].indices.tolist() == list(range(0, 33, 2))
 
 
+def test_videos_at_an_odd_rate_are_resampled_so_that_the_start_stays(
+    world: WorldModel, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, fps=1.5 * FPS)
+    write_futures(tmp_path / "futures", COMMANDS, starts=1, context_frames=12, config=config)
+    (start,) = find_starts(world, tmp_path / "futures")
+    assert start.context.indices[-1] == 11
+    assert start.frames == 16
+    assert start.futures["left"].indices[0] == 0
+    assert start.futures["left"].indices[-1] == 24
+
+
 Damage = Callable[[Path], object]
 
 
