@@ -1022,6 +1022,36 @@ def evaluate_control(
         save_json(out, measured)
 
 
+@evaluate_app.command("futures")
+@reads_recordings
+def evaluate_futures(
+    run: Model,
+    folder: Annotated[
+        Path,
+        Argument(
+            help="Folder with a folder for each start. In it are context.mp4, and a video for each "
+            "of two or more futures, such as left.mp4, with a CSV beside every video. A future "
+            "begins with the last frame of the context."
+        ),
+    ],
+    out: Annotated[Path, Option(help="Folder to write the report to.")] = REPORTS / "futures",
+    guidance: Guidance = 1.0,
+    temperature: Temperature = 1.0,
+    min_p: MinP = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = 0,
+    reading: Any = None,
+    precision: Precision = None,
+    device: Device = "auto",
+) -> None:
+    """Compare rollouts with the true futures of several actions; count which is nearest."""
+    options = _given_options(locals())
+    from driving_sim.evaluate.futures.measure import measure_futures
+
+    _print_figures(measure_futures(sampling=_pop_sampling(options), **options), out)
+
+
 def _print_figures(figures: dict[str, str], out: Path) -> None:
     """Print a report's key figures, and the path of the report."""
     for label, text in figures.items():

@@ -29,6 +29,7 @@ from driving_sim.demo import DemoConfig
 from driving_sim.engine.config import to_dict
 from driving_sim.engine.errors import Interrupted
 from driving_sim.engine.progress import say
+from driving_sim.evaluate.futures.measure import measure_futures
 from driving_sim.evaluate.measure import (
     measure_tokenizer,
     measure_world_model,
@@ -40,6 +41,7 @@ from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.training.presets import PRESETS
 from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.small_files import small_files
+from tests.fixtures.synthetic_worlds import write_futures
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "numpy", "av", "decord", "driving_sim.engine.config", "matplotlib", "PIL")
@@ -198,10 +200,27 @@ def test_every_command_that_runs_a_model_has_a_precision_which_is_auto_by_defaul
         roll_out,
         measure_tokenizer,
         measure_world_model,
+        measure_futures,
         model_and_drives,
     )
     defaults = {signature(function).parameters["precision"].default for function in functions}
     assert defaults == {"auto"}
+
+
+def test_futures_are_evaluated_and_a_wrong_folder_is_one_line(used: Path) -> None:
+    commands, config = (
+        {"left": (9.0, 0.08), "brake": (2.0, 0.0)},
+        SyntheticConfig(height=96, width=192),
+    )
+    write_futures(used / "futures", commands, starts=1, context_frames=30, config=config)
+    evaluate = "evaluate", "futures", "runs/world-model"
+    done = succeed(*evaluate, "futures", "--out", "runs/futures", "--seed", "1")
+    assert "nearest to their own future, PSNR, 0.5 to 1.5 s: " in done.stdout
+    assert "report -> runs/futures/report.html" in done.stdout
+    assert (used / "runs" / "futures" / "futures.png").stat().st_size > 1000
+    assert "no context; each start is a folder with context.mp4" in refused(
+        *evaluate, "videos", "--out", "runs/other"
+    )
 
 
 def test_presets_are_chosen_by_the_device_and_then_by_the_tokens(

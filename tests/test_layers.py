@@ -31,7 +31,13 @@ ROOMS = (
         "world_model.world_model",
         "world_model.training",
     ),
-    ("evaluate.report", "evaluate.likelihood", "evaluate.actions", "evaluate.pictures"),
+    (
+        "evaluate.report",
+        "evaluate.likelihood",
+        "evaluate.actions",
+        "evaluate.pictures",
+        "evaluate.futures",
+    ),
 )
 """Groups of rooms, each with the lowest room first.
 

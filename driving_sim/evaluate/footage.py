@@ -4,7 +4,7 @@ Axes: T context frames, N frames of the future, H W pixels, r c token rows and c
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from driving_sim.data.actions.action_log import STEERING
-from driving_sim.data.arrays import Floats, Floats32, Mask, Pixels, digest
+from driving_sim.data.arrays import Floats, Floats32, Ints, Mask, Pixels, digest
 from driving_sim.data.drive import SampledDrive
 from driving_sim.data.split import original_id
 from driving_sim.data.synthetic.drives import SyntheticDrive
@@ -98,10 +98,23 @@ class Footage:
         """
         if self.recorded is None:
             return self.tokenizer.decode(self.drive.tokens[begin:stop]).numpy()
-        first, drive = self.drive.entry.start, self.recorded.drive
-        indices = self.recorded.indices[first + begin : first + stop]
-        size = self.tokenizer.frame_size
-        return np.stack([*drive.stream(size, indices)]) if in_order else drive.frames(indices, size)
+        if in_order:
+            return np.stack([*self.stream(begin, stop)])
+        indices = self._indices(self.recorded, begin, stop)
+        return self.recorded.drive.frames(indices, self.tokenizer.frame_size)
+
+    def stream(self, begin: int, stop: int) -> Iterator[Pixels]:
+        """Yield the recorded frames from `begin` up to `stop`, uint8 [H, W, 3], if there are any.
+
+        Without a video, yield nothing.
+        """
+        if self.recorded is not None:
+            indices = self._indices(self.recorded, begin, stop)
+            yield from self.recorded.drive.stream(self.tokenizer.frame_size, indices)
+
+    def _indices(self, recorded: SampledDrive, begin: int, stop: int) -> Ints:
+        first = self.drive.entry.start
+        return recorded.indices[first + begin : first + stop]
 
     @property
     def synthetic(self) -> SyntheticDrive | None:

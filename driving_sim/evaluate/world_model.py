@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from driving_sim.evaluate.footage import (
     clock_and_actions,
     evenly,
     first_frames,
+    footage_of,
 )
 from driving_sim.evaluate.likelihood.action_information import evaluate_action_information
 from driving_sim.evaluate.likelihood.coding import evaluate_coding
@@ -259,19 +260,19 @@ HEADLINE = (
 """Key figures at the top of a world model's report."""
 
 
-def _real(world: WorldModel, evidence: Evidence, config: EvaluationConfig) -> list[DriveTokens]:
+def _real(world: WorldModel, evidence: Evidence, config: EvaluationConfig) -> list[Footage]:
     """Return at most `real_seconds` of real footage, without mirror images.
 
     Training drives are used only if the held-out drives are too short, and if they are at hand.
     """
     training = evidence.training.drives if evidence.training else ()
-    drives = [*evidence.heldout.drives, *training]
-    chosen: list[DriveTokens] = []
+    sources = [*evidence.footage, *footage_of(training, (), world.tokenizer)]
+    chosen: list[Footage] = []
     frames = round(config.real_seconds * world.fps)
-    for drive in drives:
-        if frames > 0 and drive.id == original_id(drive.id):
-            chosen.append(first_frames(drive, frames))
-            frames -= len(chosen[-1])
+    for source in sources:
+        if frames > 0 and source.drive.id == original_id(source.drive.id):
+            chosen.append(replace(source, drive=first_frames(source.drive, frames)))
+            frames -= len(chosen[-1].drive)
     return chosen
 
 

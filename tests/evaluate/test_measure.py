@@ -560,8 +560,9 @@ def test_real_footage_is_no_longer_than_requested(
     world = WorldModel.from_run(place / "world-model", "cpu", "fp32")
     for seconds, lengths in ((2.0, [16]), (8.0, [48, 16]), (60.0, [48, 48, 48])):
         real = evaluation._real(world, caught, replace(SMALL, real_seconds=seconds))
-        assert [len(drive) for drive in real] == lengths
-        assert np.array_equal(real[0].tokens, caught.heldout.drives[0].tokens[: lengths[0]])
+        assert [len(source.drive) for source in real] == lengths
+        assert [source.recorded is not None for source in real] == [True, False, False][: len(real)]
+        assert np.array_equal(real[0].drive.tokens, caught.heldout.drives[0].tokens[: lengths[0]])
 
 
 def test_the_starts_depend_only_on_the_drives_and_the_counts(

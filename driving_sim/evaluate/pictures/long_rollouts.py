@@ -4,6 +4,7 @@ Axes: F futures, N frames of a future, r c token rows and columns.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,14 @@ from numpy.typing import NDArray
 
 from driving_sim.data.actions.action_log import SPEED
 from driving_sim.data.arrays import Floats32, Ints, Mask
-from driving_sim.data.tokens.store import DriveTokens
 from driving_sim.engine.progress import progress
 from driving_sim.evaluate.actions.inverse_dynamics import STANDING_MPS
-from driving_sim.evaluate.footage import Clip
+from driving_sim.evaluate.footage import Clip, Footage
 from driving_sim.evaluate.pictures.stability import (
     Appearance,
     RealFootage,
     StabilityConfig,
+    sharpness,
 )
 from driving_sim.evaluate.report.cell import Cell
 from driving_sim.evaluate.report.intervals import estimate_of, interval, number_and_interval
@@ -37,7 +38,7 @@ _COLUMNS = 7  # number of frames of each rollout on the contact sheet
 def evaluate_stability(
     world: WorldModel,
     starts: Sequence[Clip],
-    real: Sequence[DriveTokens],
+    real: Sequence[Footage],
     *,
     seconds: float,
     sampling: Sampling,
@@ -49,13 +50,8 @@ def evaluate_stability(
     bounds for faults come from the `real` drives. Raises TooLittleDataError if these drives or the
     rollouts are too short.
     """
-    appearances = []
     with progress(len(real), "real footage", "drives") as bar:
-        for drive in bar.counted(real):
-            # The action that leads to a frame is stored with the frame before it.
-            before = np.arange(-1, len(drive) - 1).clip(min=0)
-            actions, valid = drive.actions[before], drive.action_valid[before]
-            appearances.append(_appearance(world, drive.tokens, actions, valid))
+        appearances = [_real_appearance(world, source) for source in bar.counted(real)]
     footage = RealFootage(appearances, world.fps, config)
     onward = (_onward(clip, round(seconds * world.fps)) for clip in starts)
     actions, valid = map(np.stack, zip(*onward, strict=True))
@@ -67,17 +63,27 @@ def evaluate_stability(
         **mean_stability(judged),
         "starts": {clip.name: result for clip, result in zip(starts, judged, strict=True)},
     }
+    recorded = judged[0]["sharpness"]["reference"] == "recorded"
+    sharpness_is = _OF_RECORDED if recorded else _OF_RECONSTRUCTED
     rows: list[tuple[str, Cell]] = [
-        (label, estimate_of(metrics, key) if key == "mean_lasted_s" else metrics[key])
+        (
+            label.format(sharpness_is=sharpness_is),
+            estimate_of(metrics, key) if key == "mean_lasted_s" else metrics[key],
+        )
         for label, key in _ROWS.items()
     ]
     table = Table("Means and counts over all rollouts", ("", "value"), rows)
     return Section(
         "stability",
         "Stability of long rollouts",
-        _TEXT.format(seconds=f"{seconds:g}", block_s=config.block_s, hold_s=config.hold_s),
+        _TEXT.format(
+            seconds=f"{seconds:g}",
+            block_s=config.block_s,
+            hold_s=config.hold_s,
+            reference=_RECORDED if recorded else _RECONSTRUCTED,
+        ),
         metrics,
-        (table, _plot(judged), _sheet(world, starts, futures)),
+        (table, _plot(judged, sharpness_is), _sheet(world, starts, futures)),
     )
 
 
@@ -89,19 +95,26 @@ have five faults, and the bounds for all of them come from the real footage.
 Drift: the tokens of a block of {block_s:g} s are distributed differently from those of real
 footage. The distance is the Jensen-Shannon divergence, from 0 to 1 bit. Real blocks also differ
 from the rest of the real footage; the median of their divergences is the floor. Sharpness: the
-picture is much softer or much harder than real pictures, whose median is 1. Frozen: the picture
-hardly changes although the car is commanded to move. Loop: the rollout repeats an earlier stretch.
-Restless: the tokens change from frame to frame much more than in real footage, as in noise.
+picture is much softer or much harder than real footage after the tokenizer. {reference} Frozen: the
+picture hardly changes although the car is commanded to move. Loop: the rollout repeats an earlier
+stretch. Restless: the tokens change from frame to frame much more than in real footage, as in
+noise.
 
 How to read it. A rollout has collapsed when at least one fault is present for {hold_s:g} s without
 a break. A rollout lasts until it collapses, or if it never does, until its end. Longer is better.
 The interval of the mean time is over the rollouts. A rollout froze if it was frozen for {hold_s:g}
-s. Drift should be close to its floor and sharpness close to 1. There should be no collapses, frozen
-frames or loops.
+s. Drift and sharpness should be close to their floors. There should be no collapses, frozen frames
+or loops.
 
 Limits. A rollout without faults is not necessarily right, because this section does not check
 whether it follows its commands. The faults are detected by simple rules, so look at the pictures
 too. With few rollouts the numbers are rough."""
+_RECORDED = """The sharpness of the recorded frames, before the tokenizer, is 1; that of the same
+frames after it is the floor, because no rollout can be expected to be sharper."""
+_RECONSTRUCTED = """The sharpness of real footage after the tokenizer is 1. The recorded frames are
+sharper than that, but these drives have no videos to say by how much."""
+_OF_RECORDED = "relative to recorded frames"
+_OF_RECONSTRUCTED = "relative to real frames after the tokenizer"
 
 
 def _roll_out(
@@ -126,6 +139,17 @@ def _roll_out(
             tokens = [step.tokens.cpu() for step in bar.counted(steps)]
             futures.append(torch.stack(tokens, dim=1).numpy())
     return np.concatenate(futures)
+
+
+def _real_appearance(world: WorldModel, source: Footage) -> Appearance:
+    drive = source.drive
+    # The action that leads to a frame is stored with the frame before it.
+    before = np.arange(-1, len(drive) - 1).clip(min=0)
+    actions, valid = drive.actions[before], drive.action_valid[before]
+    appearance = _appearance(world, drive.tokens, actions, valid)
+    if source.recorded is None:
+        return appearance
+    return replace(appearance, recorded_sharpness=sharpness(source.stream(0, len(drive))))
 
 
 def _appearance(
@@ -169,6 +193,8 @@ def mean_stability(rollouts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "drift_bits": mean("drift", "mean_bits"),
         "drift_floor_bits": rollouts[0]["drift"]["floor_bits"],
         "sharpness_ratio": mean("sharpness", "mean_ratio"),
+        "sharpness_floor_ratio": rollouts[0]["sharpness"]["floor_ratio"],
+        "sharpness_reference": rollouts[0]["sharpness"]["reference"],
         "froze": sum(rollout["freeze"]["froze"] for rollout in rollouts),
         "frozen_share": mean("freeze", "share"),
         "longest_freeze_s": max(rollout["freeze"]["longest_s"] for rollout in rollouts),
@@ -200,7 +226,8 @@ _ROWS = {
     "mean time until the collapse or the end, s": "mean_lasted_s",
     "drift, bits": "drift_bits",
     "drift of real footage (floor), bits": "drift_floor_bits",
-    "sharpness, relative to the real median": "sharpness_ratio",
+    "sharpness, {sharpness_is}": "sharpness_ratio",
+    "sharpness of real footage after the tokenizer (floor)": "sharpness_floor_ratio",
     "rollouts that froze": "froze",
     "frozen frames, share of the frames that should move": "frozen_share",
     "rollouts with a loop": "looped",
@@ -208,7 +235,7 @@ _ROWS = {
 """Labels of the table's rows, with the key of each metric."""
 
 
-def _plot(judged: Sequence[dict[str, Any]]) -> Media:
+def _plot(judged: Sequence[dict[str, Any]], sharpness_is: str) -> Media:
     figure = Figure(figsize=(12, 3.2), layout="constrained")
     drift, sharp, change = figure.subplots(1, 3)
     for rollout in judged:
@@ -220,11 +247,13 @@ def _plot(judged: Sequence[dict[str, Any]]) -> Media:
             axes.plot(np.arange(len(values)) / rollout["fps"], values, linewidth=0.8)
     first = judged[0]
     drift.axhline(first["drift"]["floor_bits"], color="#999999")
+    if (floor := first["sharpness"]["floor_ratio"]) is not None:
+        sharp.axhline(floor, color="#999999")
     for axes, label, bounds in (
         (drift, "drift, bits", [first["drift"]["threshold_bits"]]),
         (
             sharp,
-            "sharpness, relative to the real median",
+            f"sharpness, {sharpness_is}",
             first["sharpness"]["thresholds"].values(),
         ),
         (change, "change of the picture, share of white", [first["freeze"]["threshold"]]),
@@ -235,8 +264,8 @@ def _plot(judged: Sequence[dict[str, Any]]) -> Media:
     return plot(
         figure,
         "One line for each rollout. Dotted lines are bounds. Drift above its bound, sharpness "
-        "outside its two bounds, and change below its bound are faults. The grey line is the drift "
-        "of real footage. Loops and restlessness are not shown",
+        "outside its two bounds, and change below its bound are faults. Grey lines are the "
+        "values of real footage after the tokenizer. Loops and restlessness are not shown",
     )
 
 

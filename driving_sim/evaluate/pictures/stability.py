@@ -99,6 +99,8 @@ class Appearance:
     """
     moving: Mask
     """Whether the action that leads to each frame says that the car moves, [N]."""
+    recorded_sharpness: Floats | None = None
+    """Sharpness of the recorded frames, before the tokenizer, [N]; None without a video."""
 
     @classmethod
     def measure(cls, tokens: Ints, chunks: Iterable[Pixels], moving: Mask | None = None) -> Self:
@@ -119,8 +121,8 @@ class Appearance:
         return cls(tokens, np.concatenate(sharpnesses), change, moving)
 
 
-def sharpness(frames: Pixels) -> Floats:
-    """Return the standard deviation of the Laplacian [N], in grey levels, of frames [N, H, W, 3].
+def sharpness(frames: Iterable[Pixels]) -> Floats:
+    """Return the standard deviation of the Laplacian [N], in grey levels, of frames [H, W, 3].
 
     Blur lowers this value. Hard edges and noise raise it. Its square is the focus measure of
     Pech-Pacheco et al. 2000 (https://doi.org/10.1109/ICPR.2000.903548).
@@ -313,16 +315,32 @@ class RealFootage:
         return judged, (bits > threshold)[of_frame]
 
     def _sharpness(self, footage: Appearance) -> Judged:
-        """Measure sharpness relative to the real median, and mark the frames outside its bounds."""
+        """Measure sharpness relative to real frames, and mark the frames outside its bounds.
+
+        The reference is the median of the recorded frames or, without videos, that of the
+        reconstructions. The bounds always come from the reconstructions, so that the tokenizer's
+        blur is no fault of a rollout.
+        """
         levels = np.concatenate([drive.sharpness for drive in self.drives])
-        soft, median, hard = np.quantile(levels, [_LOW, 0.5, _HIGH]).tolist()
+        reference, floor = float(np.median(levels)), None
+        both = [
+            (drive.recorded_sharpness, drive.sharpness)
+            for drive in self.drives
+            if drive.recorded_sharpness is not None
+        ]
+        if both:
+            recorded, reconstructed = map(np.concatenate, zip(*both, strict=True))
+            reference, floor = float(np.median(recorded)), float(np.median(reconstructed))
+        soft, hard = np.quantile(levels, [_LOW, _HIGH]).tolist()
         factor = self.config.sharpness_factor
-        low, high = soft / median / factor, hard / median * factor
-        ratio = footage.sharpness / median
+        low, high = soft / reference / factor, hard / reference * factor
+        ratio = footage.sharpness / reference
         judged = {
             "ratio": _listed(ratio),
             "mean_ratio": float(ratio.mean()),
-            "real_grey_levels": median,
+            "floor_ratio": None if floor is None else floor / reference,
+            "reference": "reconstructed" if floor is None else "recorded",
+            "reference_grey_levels": reference,
             "thresholds": {"low": low, "high": high},
         }
         return judged, (ratio < low) | (ratio > high)

@@ -13,11 +13,15 @@ from typing import Any, Literal, Self
 from driving_sim.engine.config import load_json, save_json
 from driving_sim.engine.errors import DriveSimError
 
-VERSION = 4
+VERSION = 5
 """Version of the evaluation code. Raise it with every change that alters a measured number."""
 
-Kind = Literal["tokenizer", "world-model"]
-_NAMED = {"tokenizer": "a tokenizer's report", "world-model": "a world model's report"}
+Kind = Literal["tokenizer", "world-model", "futures"]
+_NAMED = {
+    "tokenizer": "a tokenizer's report",
+    "world-model": "a world model's report",
+    "futures": "a report on true futures",
+}
 _ABSENT = object()
 _SHOWN_CHARACTERS = 24
 

@@ -5,14 +5,24 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from driving_sim.evaluate.footage import Clip, Footage
+from driving_sim.data.drive import sample
+from driving_sim.data.sources import find_drives
+from driving_sim.data.tokens.store import TokenStore
+from driving_sim.evaluate.footage import Clip, Footage, footage_of
 from driving_sim.evaluate.pictures import long_rollouts
 from driving_sim.evaluate.pictures.long_rollouts import (
     _onward,
     evaluate_stability,
     mean_stability,
 )
-from driving_sim.evaluate.pictures.stability import Appearance, RealFootage, StabilityConfig
+from driving_sim.evaluate.pictures.stability import (
+    Appearance,
+    RealFootage,
+    StabilityConfig,
+    sharpness,
+)
+from driving_sim.evaluate.report.section import Section, Table
+from driving_sim.tokenizer.tokenize import tokenize
 from driving_sim.world_model.sampling.sampling import Sampling
 from driving_sim.world_model.world_model import WorldModel
 from tests.fixtures.token_drives import FPS, write_store
@@ -46,7 +56,7 @@ def test_one_rollout_from_every_start_is_judged(world: WorldModel, tmp_path: Pat
     footage = [Footage(drive=drive, tokenizer=world.tokenizer) for drive in store.drives]
     starts = [Clip(footage=drive, start=10, context_frames=4, frames=1) for drive in footage]
     section = evaluate_stability(
-        world, starts, store.drives, seconds=6.0, sampling=Sampling(), config=QUICK
+        world, starts, footage, seconds=6.0, sampling=Sampling(), config=QUICK
     )
     metrics = section.metrics
     assert metrics["rollouts"] == 2
@@ -54,13 +64,45 @@ def test_one_rollout_from_every_start_is_judged(world: WorldModel, tmp_path: Pat
     assert metrics["seconds"] == 6.0
     assert list(metrics["starts"]) == [clip.name for clip in starts]
     greedy = evaluate_stability(
-        world, starts, store.drives, seconds=6.0, sampling=Sampling(temperature=0), config=QUICK
+        world, starts, footage, seconds=6.0, sampling=Sampling(temperature=0), config=QUICK
     ).metrics
     # With random weights, the most likely tokens repeat over and over, so the histogram drifts.
     assert greedy["drift_bits"] > metrics["drift_bits"]
     assert len(section.parts) == 3
+    assert metrics["sharpness_reference"] == "reconstructed"
+    assert metrics["sharpness_floor_ratio"] is None
+    assert "sharpness, relative to real frames after the tokenizer" in labels(section)
     first = next(iter(metrics["starts"].values()))
     assert pytest.approx(len(first["sharpness"]["ratio"])) == FPS * 6
+
+
+def test_the_recorded_frames_are_the_reference_of_sharpness(
+    world: WorldModel, videos: Path, tmp_path: Path
+) -> None:
+    drive_set = find_drives([videos])
+    sampled = [sample(drive, fps=FPS) for drive in drive_set.drives]
+    tokenize(drive_set, world.tokenizer, tmp_path / "tokens", fps=FPS, every=None)
+    store = TokenStore(tmp_path / "tokens")
+    footage = footage_of(store.drives, sampled, world.tokenizer)
+    starts = [Clip(footage=footage[0], start=10, context_frames=4, frames=1)]
+    section = evaluate_stability(
+        world, starts, footage, seconds=2.0, sampling=Sampling(), config=QUICK
+    )
+    recorded = sharpness(np.concatenate([drive.frames(0, len(drive.drive)) for drive in footage]))
+    tokens = np.concatenate([drive.tokens for drive in store.drives])
+    decoded = sharpness(world.tokenizer.decode(tokens).numpy())
+    metrics = section.metrics
+    assert metrics["sharpness_reference"] == "recorded"
+    floor = np.median(decoded) / np.median(recorded)
+    assert metrics["sharpness_floor_ratio"] == pytest.approx(floor)
+    judged = metrics["starts"][starts[0].name]["sharpness"]
+    assert judged["reference_grey_levels"] == pytest.approx(np.median(recorded))
+    assert judged["thresholds"]["low"] < floor < judged["thresholds"]["high"]
+    assert "sharpness, relative to recorded frames" in labels(section)
+
+
+def labels(section: Section) -> list[object]:
+    return [row[0] for part in section.parts if isinstance(part, Table) for row in part.rows]
 
 
 def test_the_futures_do_not_depend_on_how_many_are_generated_together(

@@ -262,6 +262,24 @@ class TestSharpness:
         thresholds = result["sharpness"]["thresholds"]
         assert thresholds["low"] < 1 < thresholds["high"]
 
+    def test_recorded_frames_are_the_reference_and_leave_the_faults_as_they_are(
+        self, real: Frames, rollout: Frames, bounds: RealFootage
+    ) -> None:
+        footage = Appearance.measure(tokens_of(real), [real])
+        recorded = replace(footage, recorded_sharpness=2 * footage.sharpness)
+        soft = rollout.copy()
+        soft[BEGIN:] = gaussian_filter(rollout[BEGIN:].astype(float), (0, 2, 2, 0))
+        before, after = (
+            reference.judge(Appearance.measure(tokens_of(rollout), [soft]))
+            for reference in (bounds, RealFootage([recorded], FPS, CONFIG))
+        )
+        assert after["sharpness"]["floor_ratio"] == pytest.approx(0.5)
+        np.testing.assert_allclose(
+            after["sharpness"]["ratio"], np.array(before["sharpness"]["ratio"]) / 2, atol=1e-4
+        )
+        assert after["fault_shares"] == before["fault_shares"]
+        assert before["fault_shares"]["sharpness"] > 0
+
 
 def test_noise_of_the_right_histogram_is_restless(rollout: Frames, bounds: RealFootage) -> None:
     result = judged(scattered(rollout), bounds)
