@@ -34,6 +34,7 @@ from driving_sim.world_model.action_plan import Situation, make_plans
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.training import presets as world_presets
 from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
+from tests.data.sources.recordings import write_picture_drives
 from tests.fixtures.tiny_training import EXPORTED, tiny_train
 from tests.fixtures.token_drives import (
     COLS,
@@ -49,6 +50,7 @@ from tests.stress import mutations
 Attempt = Callable[[random.Random, Path], None]
 """Function of a random generator and a folder. It writes a damaged input there and reads it."""
 
+_SEPARATORS = {".csv": ",\n", ".txt": " \n", ".catalog": " ,\n"}
 QUIET = {"x265-params": "log-level=error"}
 SIZE = FrameSize(height=16, width=32)
 CSV = "timestamp_s,speed_mps,road_wheel_rad,note\n" + "".join(
@@ -103,8 +105,10 @@ def _damage(rng: random.Random, source: Path, work: Path) -> Path:
         path.write_bytes(mutations.changed_json_text(rng, data))
     elif path.suffix == ".safetensors":
         path.write_bytes(mutations.changed_safetensors(rng, data))
-    elif path.suffix == ".csv" and rng.random() < 0.7:
-        text = mutations.changed_text(rng, data.decode())
+    elif path.suffix in _SEPARATORS and rng.random() < 0.7:
+        text = mutations.changed_text(
+            rng, data.decode("utf-8", "replace"), _SEPARATORS[path.suffix]
+        )
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
     else:
         path.write_bytes(mutations.changed_bytes(rng, data))
@@ -198,6 +202,9 @@ def _use_drives(paths: list[Path]) -> None:
 
 
 def _use_drive(drive: Drive) -> None:
+    for line in drive.notices:
+        if not line.isprintable():
+            raise AssertionError(f"a notice is not one printable line: {line!r}")
     sampled = sample(drive)
     count = len(drive.timestamps)
     drive.frames([0, count - 1, count // 2], SIZE)
@@ -229,6 +236,24 @@ def udacity_target(folder: Path) -> Attempt:
         _use_drives([copied])
 
     return attempt
+
+
+def _recording_target(write: Callable[[Path], None]) -> Callable[[Path], Attempt]:
+    """Return a target that damages a few files of a recording, which `write` writes."""
+
+    def target(folder: Path) -> Attempt:
+        write(folder / "recording")
+
+        def attempt(rng: random.Random, work: Path) -> None:
+            copied = folder / "recording"
+            for number in range(rng.choice((1, 1, 1, 3))):
+                (work / str(number)).mkdir()
+                copied = _damage(rng, copied, work / str(number))
+            _use_drives([copied])
+
+        return attempt
+
+    return target
 
 
 def video_target(folder: Path) -> Attempt:
@@ -443,6 +468,7 @@ TARGETS: dict[str, Callable[[Path], Attempt]] = {
     "synthetic": synthetic_target,
     "udacity": udacity_target,
     "comma2k19": comma2k19_target,
+    "pictures": _recording_target(write_picture_drives),
     "checkpoint": checkpoint_target,
     "scaling": scaling_target,
     "video": video_target,

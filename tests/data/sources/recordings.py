@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from driving_sim.data.actions.reading import AS_NAMED, Reading
+from driving_sim.data.drive import Drive
+from driving_sim.data.sources import find_drives
+from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.data.video.writer import write_video
 from tests import SHARED
 
@@ -61,3 +65,49 @@ def write_log(folder: Path, rows: Sequence[str], shades: Iterable[int] | None = 
     for name, shade in zip(names, shades or [90] * len(names), strict=True):
         Image.new("L", (64, 32), shade).save(folder / "IMG" / name)
     return [folder / "IMG" / name for name in names]
+
+
+def only_drive(folder: Path, reading: Reading = AS_NAMED) -> Drive:
+    """Return the only drive in a folder, in which nothing is skipped."""
+    drive_set = find_drives([folder], reading)
+    assert drive_set.skipped == []
+    (drive,) = drive_set.drives
+    return drive
+
+
+def reason(folder: Path, reading: Reading = AS_NAMED) -> str:
+    """Return why the only drive in a folder is skipped."""
+    drive_set = find_drives([folder], reading)
+    assert drive_set.drives == []
+    (skipped,) = drive_set.skipped
+    assert skipped.reason.isprintable()
+    return skipped.reason
+
+
+def write_pictures(folder: Path, names: Sequence[str], size: tuple[int, int] = (64, 32)) -> None:
+    """Write pictures; picture n has the grey level 5 n + 20."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", size, (5 * number + 20) % 256).save(folder / name)
+
+
+def greys(drive: Drive) -> list[int]:
+    """Return the number n of each frame that `write_pictures` wrote."""
+    frames = drive.stream(FrameSize(height=16, width=32))
+    return [round((float(frame.mean()) - 20) / 5) for frame in frames]
+
+
+def write_picture_drives(folder: Path) -> None:
+    """Write drives of pictures: named by a CSV, counted by one, and with times in their names."""
+    for name in ("named", "counted", "timed"):
+        pictures = [
+            f"{1_532_402_927_612 + 100 * n if name == 'timed' else n}.jpg" for n in range(12)
+        ]
+        write_pictures(folder / name, pictures)
+        columns = {"named": "image,t", "counted": "frame", "timed": "timestamp_ms"}[name]
+        stems = [picture.removesuffix(".jpg") for picture in pictures]
+        cells = [f"{n}.jpg,{n / 10}" if name == "named" else stem for n, stem in enumerate(stems)]
+        rows = [f"{cell},{n / 3},{n / 50}" for n, cell in enumerate(cells)]
+        header = f"{columns},speed_mps,road_wheel_rad"
+        (folder / name / "log.csv").write_text("\n".join([header, *rows]) + "\n")
