@@ -7,7 +7,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
-from driving_sim.data.sources import comma2k19, foreign, openpilot, pictures, udacity, video_folder
+from driving_sim.data.sources import (
+    comma2k19,
+    donkeycar,
+    foreign,
+    openpilot,
+    pictures,
+    udacity,
+    video_folder,
+)
 from driving_sim.data.sources.source import Folder, Found, Source
 from driving_sim.data.sources.udacity.log import LOG_NAME
 from driving_sim.engine.errors import DriveSimError
@@ -16,6 +24,7 @@ from driving_sim.engine.parsing import one_line
 SOURCES: tuple[Source, ...] = (
     udacity,
     comma2k19,
+    donkeycar,
     foreign,
     openpilot,
     pictures,

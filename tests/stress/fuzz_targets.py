@@ -34,7 +34,7 @@ from driving_sim.world_model.action_plan import Situation, make_plans
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.training import presets as world_presets
 from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
-from tests.data.sources.recordings import write_picture_drives
+from tests.data.sources.recordings import write_picture_drives, write_tub_v1, write_tub_v2
 from tests.fixtures.tiny_training import EXPORTED, tiny_train
 from tests.fixtures.token_drives import (
     COLS,
@@ -101,7 +101,7 @@ def _damage(rng: random.Random, source: Path, work: Path) -> Path:
     data = path.read_bytes()
     if rng.random() < 0.03:
         path.unlink()
-    elif path.suffix == ".json":
+    elif path.suffix == ".json" and _is_json(data):
         path.write_bytes(mutations.changed_json_text(rng, data))
     elif path.suffix == ".safetensors":
         path.write_bytes(mutations.changed_safetensors(rng, data))
@@ -113,6 +113,15 @@ def _damage(rng: random.Random, source: Path, work: Path) -> Path:
     else:
         path.write_bytes(mutations.changed_bytes(rng, data))
     return copied
+
+
+def _is_json(data: bytes) -> bool:
+    """Return whether bytes are one JSON value: other JSON files have one in each line."""
+    try:
+        json.loads(data)
+    except ValueError:
+        return False
+    return True
 
 
 def use_csv(path: Path, work: Path, reading: Reading = READINGS[0]) -> None:
@@ -469,6 +478,8 @@ TARGETS: dict[str, Callable[[Path], Attempt]] = {
     "udacity": udacity_target,
     "comma2k19": comma2k19_target,
     "pictures": _recording_target(write_picture_drives),
+    "tub-v1": _recording_target(write_tub_v1),
+    "tub-v2": _recording_target(write_tub_v2),
     "checkpoint": checkpoint_target,
     "scaling": scaling_target,
     "video": video_target,

@@ -1,8 +1,10 @@
 """Small recordings for the tests of the sources."""
 
+import json
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,3 +113,48 @@ def write_picture_drives(folder: Path) -> None:
         rows = [f"{cell},{n / 3},{n / 50}" for n, cell in enumerate(cells)]
         header = f"{columns},speed_mps,road_wheel_rad"
         (folder / name / "log.csv").write_text("\n".join([header, *rows]) + "\n")
+
+
+def tub_record(number: int, **changes: Any) -> dict[str, Any]:
+    """Return a record of a tub of version 2. A change to None removes the value."""
+    record = {
+        "_index": number,
+        "_timestamp_ms": 1_610_895_050_000 + 50 * number,
+        "_session_id": "21-01-17_0",
+        "cam/image_array": f"{number}_cam_image_array_.jpg",
+        "user/angle": number / 50,
+        "user/mode": "user",
+        "user/throttle": 0.5,
+    } | {name.replace("__", "/"): value for name, value in changes.items()}
+    return {name: value for name, value in record.items() if value is not None}
+
+
+def write_tub_v2(
+    folder: Path, records: Sequence[dict[str, Any]] = (), deleted: Sequence[object] = ()
+) -> None:
+    """Write a tub of version 2 with two catalogs."""
+    records = records or [tub_record(number) for number in range(20)]
+    write_pictures(folder / "images", [record["cam/image_array"] for record in records])
+    half = len(records) // 2
+    for name, part in (("catalog_0", records[:half]), ("catalog_1", records[half:])):
+        (folder / f"{name}.catalog").write_text("".join(json.dumps(r) + "\n" for r in part))
+        (folder / f"{name}.catalog_manifest").write_text("{}")
+    catalogs = {"paths": ["catalog_0.catalog", "catalog_1.catalog"], "deleted_indexes": deleted}
+    lines = [["cam/image_array", "user/angle"], ["image_array", "float"], {}, {}, catalogs]
+    (folder / "manifest.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_tub_v1(folder: Path, count: int = 12, **changes: Any) -> None:
+    """Write a tub of version 1."""
+    write_pictures(folder, [f"{n}_cam-image_array_.jpg" for n in range(count)])
+    (folder / "meta.json").write_text("{}")
+    for number in range(count):
+        record = {
+            "cam/image_array": f"{number}_cam-image_array_.jpg",
+            "user/angle": number / 50,
+            "user/throttle": 0.5,
+            "user/mode": "user",
+            "timestamp": None,
+        }
+        text = json.dumps(record | changes)
+        (folder / f"record_{number}.json").write_text(text)
