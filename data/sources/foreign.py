@@ -31,16 +31,9 @@ def _is_nuscenes(folder: Folder) -> bool:
     )
 
 
-def _is_kitti(folder: Folder) -> bool:
-    return "oxts" in folder.folders and any(
-        name in folder.folders for name in ("image_00", "image_01", "image_02", "image_03")
-    )
-
-
 _LAYOUTS: tuple[tuple[str, Callable[[Folder], bool]], ...] = (
     ("a LeRobot data set", _is_lerobot),
     ("a nuScenes data set", _is_nuscenes),
-    ("a recording of KITTI", _is_kitti),
 )
 
 

@@ -34,7 +34,12 @@ from driving_sim.world_model.action_plan import Situation, make_plans
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.training import presets as world_presets
 from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
-from tests.data.sources.recordings import write_picture_drives, write_tub_v1, write_tub_v2
+from tests.data.sources.recordings import (
+    write_kitti,
+    write_picture_drives,
+    write_tub_v1,
+    write_tub_v2,
+)
 from tests.fixtures.tiny_training import EXPORTED, tiny_train
 from tests.fixtures.token_drives import (
     COLS,
@@ -480,6 +485,7 @@ TARGETS: dict[str, Callable[[Path], Attempt]] = {
     "pictures": _recording_target(write_picture_drives),
     "tub-v1": _recording_target(write_tub_v1),
     "tub-v2": _recording_target(write_tub_v2),
+    "kitti": _recording_target(write_kitti),
     "checkpoint": checkpoint_target,
     "scaling": scaling_target,
     "video": video_target,

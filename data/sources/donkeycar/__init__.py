@@ -34,6 +34,9 @@ from driving_sim.engine.parsing import one_line
 FULL_THROTTLE_MPS = 5.0
 """Speed that full throttle stands for."""
 _USUAL_RATE = 20.0  # frames/s, donkeycar's default
+# No car is driven backwards for so large a share of its records. In a real tub of a car that drives
+# forwards, the throttle is negative in 96 % of them.
+_REVERSED_SHARE = 0.8
 
 
 def _is_v1(folder: Folder) -> bool:
@@ -155,7 +158,8 @@ def _load(
     log = None
     if actions:
         reading.check_kind(f"{one_line(path)}: a tub's steering", "normalised")
-        log = _log([records[index] for index in chosen], path, times + reading.time_offset)
+        clock = times + reading.time_offset
+        log = _log([records[index] for index in chosen], path, clock, _reversed_share(tub))
     return Drive(
         id=drive_id,
         source="donkeycar",
@@ -184,7 +188,16 @@ def _clock(records: list[Record], reading: Reading, notices: list[str]) -> Float
     return indices / rate
 
 
-def _log(records: list[Record], path: Path, clock: Floats) -> ActionLog | None:
+def _reversed_share(tub: Tub) -> float:
+    """Return the share of the records with a negative throttle among those that have any."""
+    throttles = np.array([record.throttle for record in tub.records if record.throttle])
+    known = throttles[~np.isnan(throttles)]
+    return float((known < 0).mean()) if len(known) else 0.0
+
+
+def _log(
+    records: list[Record], path: Path, clock: Floats, reversed_share: float
+) -> ActionLog | None:
     """Return the steering and the throttle of the records at their times, or None."""
     notices = []
     values = np.array([(record.throttle, -record.angle) for record in records])
@@ -200,11 +213,18 @@ def _log(records: list[Record], path: Path, clock: Floats) -> ActionLog | None:
     if speed is None and steering is None:
         return None
     if speed is not None:
-        speed = replace(speed, values=speed.values * np.float32(FULL_THROTTLE_MPS))
+        is_reversed = reversed_share > _REVERSED_SHARE
+        scale = np.float32(-FULL_THROTTLE_MPS if is_reversed else FULL_THROTTLE_MPS)
+        speed = replace(speed, values=speed.values * scale)
         notices.append(
             "the tub has no speed: the throttle stands in for it, with full throttle as "
             f"{FULL_THROTTLE_MPS:g} m/s"
         )
+        if is_reversed:
+            notices.append(
+                f"the throttle is negative in {reversed_share:.0%} of the tub's records, so "
+                "negative is taken to mean forwards"
+            )
     return ActionLog(
         speed=speed,
         steering=steering,

@@ -158,3 +158,32 @@ def write_tub_v1(folder: Path, count: int = 12, **changes: Any) -> None:
         }
         text = json.dumps(record | changes)
         (folder / f"record_{number}.json").write_text(text)
+
+
+def kitti_stamps(count: int, millisecond: int = 0) -> list[str]:
+    """Return the lines of `timestamps.txt` at 10 Hz, with nanoseconds."""
+    begin = datetime(2011, 9, 26, 13, 2, 59) + timedelta(milliseconds=millisecond)
+    return [f"{begin + timedelta(milliseconds=100 * n, microseconds=1)}789" for n in range(count)]
+
+
+def write_kitti(
+    folder: Path,
+    speeds: Sequence[float] = (10.0,) * 15,
+    yaw_rates: Sequence[float] = (0.2,) * 15,
+    cameras: Sequence[str] = ("image_02",),
+    late_ms: int = 0,
+) -> None:
+    """Write a recording of KITTI at 10 Hz, whose `oxts` begins `late_ms` after the pictures."""
+    count = len(speeds)
+    for camera in cameras:
+        write_pictures(folder / camera / "data", [f"{n:010}.png" for n in range(count)])
+        (folder / camera / "timestamps.txt").write_text("\n".join(kitti_stamps(count)) + "\n")
+    (folder / "oxts" / "data").mkdir(parents=True)
+    stamps = "\n".join(kitti_stamps(count, late_ms)) + "\n"
+    (folder / "oxts" / "timestamps.txt").write_text(stamps)
+    for number, (speed, yaw_rate) in enumerate(zip(speeds, yaw_rates, strict=True)):
+        # vn, ve, vf, vl, vu and the rates around x, y, z, forward, left and up.
+        values = [49.0, 8.4, 112.9, 0.02, 0.01, -1.2, 3.5, -7.7, speed, 0.3, 0.1]
+        values += [0.1] * 6 + [0.01, 0.02, 0.03, 0.04, 0.05, yaw_rate, 0.5, 0.1, 4, 11, 4, 4, 0]
+        text = " ".join(f"{value:.14g}" for value in values)
+        (folder / "oxts" / "data" / f"{number:010}.txt").write_text(text + "\n")

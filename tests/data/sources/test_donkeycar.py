@@ -8,6 +8,7 @@ import pytest
 
 from driving_sim.data.actions.reading import Reading
 from driving_sim.data.drive import sample
+from driving_sim.data.inspect.inspection import inspect_drives
 from driving_sim.data.sources import find_drives
 from tests.data.sources.recordings import (
     greys,
@@ -163,11 +164,32 @@ def test_a_tub_of_version_1_with_times(tmp_path: Path) -> None:
     assert "record_11.json: " in reason(tmp_path)
 
 
+@pytest.mark.parametrize(("backwards", "speed"), [(20, 2.5), (17, 2.5), (14, -2.5)])
+def test_a_throttle_that_is_nearly_always_negative_means_forwards(
+    tmp_path: Path, backwards: int, speed: float
+) -> None:
+    throttles = [-0.5] * backwards + [0.5] * (20 - backwards)
+    write_tub_v2(tmp_path, [tub_record(n, user__throttle=t) for n, t in enumerate(throttles)])
+    drive = only_drive(tmp_path)
+    assert drive.log is not None
+    assert drive.log.speed is not None
+    assert drive.log.speed.values[0] == speed
+    assert any("to mean forwards" in line for line in drive.notices) == (speed > 0)
+
+
 def test_the_kind_of_steering_is_checked(tmp_path: Path) -> None:
     write_tub_v2(tmp_path)
     assert "is normalised, but road_wheel is needed" in reason(
         tmp_path, Reading(steering_kind="road_wheel")
     )
+
+
+def test_a_real_tub_turns_to_where_its_steering_points(tmp_path: Path) -> None:
+    report = inspect_drives([shared("format/donkey_tub_v2")], tmp_path / "out")
+    (drive,) = report.drives
+    assert drive.problems == ()
+    assert drive.synchrony.correlation is not None
+    assert drive.synchrony.correlation > 0.4
 
 
 def test_real_tubs() -> None:

@@ -25,15 +25,10 @@ def write_nuscenes_tables(folder: Path) -> None:
     touch(folder, "sample.json", "sample_data.json", "sensor.json", "scene.json")
 
 
-def write_kitti(folder: Path) -> None:
-    touch(folder, "oxts/data/0000000000.txt", "image_02/data/0000000000.png")
-
-
 LAYOUTS: dict[Callable[[Path], None], str] = {
     write_lerobot: "a LeRobot data set",
     write_nuscenes: "a nuScenes data set",
     write_nuscenes_tables: "a nuScenes data set",
-    write_kitti: "a recording of KITTI",
 }
 
 
@@ -80,7 +75,7 @@ def test_real_sets_are_named() -> None:
 def test_control_characters_in_the_name_of_a_folder_do_not_reach_the_terminal(
     tmp_path: Path,
 ) -> None:
-    write_kitti(tmp_path / "a\x1b[31m\nb")
-    with pytest.raises(DriveSimError, match="KITTI") as caught:
+    write_nuscenes(tmp_path / "a\x1b[31m\nb")
+    with pytest.raises(DriveSimError, match="nuScenes") as caught:
         find_drives([tmp_path])
     assert str(caught.value).isprintable()
