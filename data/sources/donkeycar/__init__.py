@@ -98,7 +98,7 @@ def _sessions(tub: Tub) -> list[list[Record]]:
     usable = [
         session
         for session in found
-        if sum(record.index not in tub.deleted for record in session) > 1
+        if sum(record.number not in tub.deleted for record in session) > 1
     ]
     if not usable:
         where = f"{tub.records[0].where}: the tub" if tub.records else "the tub"
@@ -125,7 +125,7 @@ def _load(
     actions: bool,
 ) -> Drive:
     """Load a session. Raises DriveSimError if fewer than 2 of its pictures are there."""
-    records = [record for record in session if record.index not in tub.deleted]
+    records = [record for record in session if record.number not in tub.deleted]
     notices = [*tub.notices]
     if deleted := len(session) - len(records):
         notices.append(
@@ -184,7 +184,7 @@ def _clock(records: list[Record], reading: Reading, notices: list[str]) -> Float
         else f"{rate:g} records/s, which is usual, are assumed (set it with `video_fps`)"
     )
     notices.append(f"the records have no times; {taken}")
-    indices: Ints = np.array([record.index for record in records])
+    indices: Ints = np.array([record.number for record in records])
     return indices / rate
 
 

@@ -32,7 +32,7 @@ class Record(NamedTuple):
 
     where: str
     """File and line of the record, for messages."""
-    index: int
+    number: int
     image: str
     """Name of the picture below the tub."""
     seconds: float
@@ -173,7 +173,7 @@ def _add(tub: Tub, values: dict[str, Any], where: str, index: int, images: str) 
     tub.records.append(
         Record(
             where=where,
-            index=index,
+            number=index,
             image=images + name,
             seconds=_seconds(values, where),
             session=session if isinstance(session, str) else "",
