@@ -187,8 +187,8 @@ def _training_length(variable: str, help_text: str) -> Any:
 Videos = Annotated[
     list[Path],
     Argument(
-        help="Video files, or folders that contain videos, series of pictures, Udacity recordings "
-        "or comma2k19 segments."
+        help="Video files, or folders that contain videos, series of pictures, Udacity recordings, "
+        "comma2k19 segments, donkeycar tubs, KITTI recordings or nuScenes."
     ),
 ]
 Model = Annotated[

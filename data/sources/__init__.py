@@ -23,8 +23,8 @@ from driving_sim.engine.errors import DriveSimError
 _FILES_AT_ONCE = 8
 _FILES_FOR_A_DECODER = 16
 _NOTHING = (
-    "holds no videos (such as .mp4, .mov or .mkv), no series of pictures, and no recordings in a "
-    "layout that drivesim reads"
+    "holds no videos (such as .mp4, .mov or .mkv), no series of pictures, and no recordings of the "
+    "Udacity simulator, comma2k19, donkeycar, KITTI or nuScenes"
 )
 
 

@@ -4,13 +4,10 @@ Without this, the videos in them would become drives of a strange kind, or the f
 be empty.
 """
 
-import re
 from collections.abc import Callable
 
 from driving_sim.data.sources.source import Contents, Folder
 
-_TABLES = {"sample.json", "sample_data.json", "sensor.json"}
-_VERSION = re.compile(r"v\d+\.\d+.*")  # nuScenes: v1.0-mini, v1.0-trainval
 _MOST_INFO_BYTES = 2**20
 
 
@@ -24,17 +21,7 @@ def _is_lerobot(folder: Folder) -> bool:
         return False
 
 
-def _is_nuscenes(folder: Folder) -> bool:
-    versions = filter(_VERSION.fullmatch, folder.folders)
-    return {*folder.files} >= _TABLES or any(
-        all((folder.path / version / table).is_file() for table in _TABLES) for version in versions
-    )
-
-
-_LAYOUTS: tuple[tuple[str, Callable[[Folder], bool]], ...] = (
-    ("a LeRobot data set", _is_lerobot),
-    ("a nuScenes data set", _is_nuscenes),
-)
+_LAYOUTS: tuple[tuple[str, Callable[[Folder], bool]], ...] = (("a LeRobot data set", _is_lerobot),)
 
 
 def detect(folder: Folder) -> bool:

@@ -36,6 +36,7 @@ from driving_sim.world_model.training import presets as world_presets
 from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
 from tests.data.sources.recordings import (
     write_kitti,
+    write_nuscenes_with_can_bus,
     write_picture_drives,
     write_tub_v1,
     write_tub_v2,
@@ -486,6 +487,7 @@ TARGETS: dict[str, Callable[[Path], Attempt]] = {
     "tub-v1": _recording_target(write_tub_v1),
     "tub-v2": _recording_target(write_tub_v2),
     "kitti": _recording_target(write_kitti),
+    "nuscenes": _recording_target(write_nuscenes_with_can_bus),
     "checkpoint": checkpoint_target,
     "scaling": scaling_target,
     "video": video_target,

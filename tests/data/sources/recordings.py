@@ -1,6 +1,7 @@
 """Small recordings for the tests of the sources."""
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -187,3 +188,96 @@ def write_kitti(
         values += [0.1] * 6 + [0.01, 0.02, 0.03, 0.04, 0.05, yaw_rate, 0.5, 0.1, 4, 11, 4, 4, 0]
         text = " ".join(f"{value:.14g}" for value in values)
         (folder / "oxts" / "data" / f"{number:010}.txt").write_text(text + "\n")
+
+
+NUSCENES_START = 1_532_402_927_612_460
+"""Time of the first picture in µs."""
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as JSON, one element of an array in each line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=0))
+
+
+def write_nuscenes(
+    root: Path, *, scenes: int = 1, version: str = "v1.0-mini", speed: float = 10, turn: float = 0.2
+) -> None:
+    """Write a data set in nuScenes' schema, with 24 pictures at 12 Hz in each scene.
+
+    The car drives at `speed` in m/s and turns to the left with `turn` in rad/s. Every sixth picture
+    is a sample, and the others are sweeps.
+    """
+    tables: dict[str, list[dict[str, Any]]] = {
+        "sensor": [
+            {"token": "side", "channel": "CAM_FRONT_LEFT", "modality": "camera"},
+            {"token": "front", "channel": "CAM_FRONT", "modality": "camera"},
+        ],
+        "calibrated_sensor": [
+            {"token": "c-side", "sensor_token": "side", "rotation": [1, 0, 0, 0]},
+            {"token": "c-front", "sensor_token": "front", "rotation": [1, 0, 0, 0]},
+        ],
+        "scene": [],
+        "sample": [],
+        "sample_data": [],
+        "ego_pose": [],
+    }
+    for number in range(scenes):
+        scene = f"scene-{number + 1:04}"
+        tables["scene"].append({"token": f"t{number}", "name": scene, "nbr_samples": 4})
+        for index in range(24):
+            token, sample_token = f"{number}-{index}", f"{number}-{index - index % 6}"
+            microseconds = NUSCENES_START + number * 30_000_000 + round(index * 1e6 / 12)
+            if index % 6 == 0:
+                tables["sample"].append({"token": sample_token, "scene_token": f"t{number}"})
+            folder = "sweeps" if index % 6 else "samples"
+            for camera in ("front", "side"):
+                name = f"{folder}/{camera.upper()}/{scene}__{microseconds}.jpg"
+                tables["sample_data"].append(
+                    {
+                        "token": f"{camera}-{token}",
+                        "sample_token": sample_token,
+                        "ego_pose_token": f"{camera}-{token}",
+                        "calibrated_sensor_token": f"c-{camera}",
+                        "timestamp": microseconds,
+                        "is_key_frame": index % 6 == 0,
+                        "filename": name,
+                    }
+                )
+                angle = 2.5 + turn * index / 12
+                along = speed / turn
+                place = [along * math.sin(angle) + 600, 1600 - along * math.cos(angle), 0.5]
+                tables["ego_pose"].append(
+                    {
+                        "token": f"{camera}-{token}",
+                        "timestamp": microseconds,
+                        "translation": place,
+                        "rotation": [math.cos(angle / 2), 0.0, 0.0, math.sin(angle / 2)],
+                    }
+                )
+            picture = root / folder / "FRONT" / f"{scene}__{microseconds}.jpg"
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (64, 32), 5 * index + 20).save(picture)
+    for name, rows in tables.items():
+        write_json(root / version / f"{name}.json", rows[::-1])  # in no special order
+
+
+def write_can_bus(root: Path, scene: str = "scene-0001") -> None:
+    """Write the CAN bus of a scene: 8 m/s, 0.4 rad/s and a wheel that turns, both to the left."""
+    pose = [
+        {
+            "utime": NUSCENES_START + 20_000 * n,
+            "vel": [8.0, 0.5, 0.1],
+            "rotation_rate": [0.01, 0.02, 0.4],
+        }
+        for n in range(105)
+    ]
+    wheel = [{"utime": NUSCENES_START + 10_000 * n, "value": -n / 100} for n in range(210)]
+    write_json(root / "can_bus" / f"{scene}_pose.json", pose)
+    write_json(root / "can_bus" / f"{scene}_steeranglefeedback.json", wheel)
+
+
+def write_nuscenes_with_can_bus(root: Path) -> None:
+    """Write two scenes, the first of them with its CAN bus."""
+    write_nuscenes(root, scenes=2)
+    write_can_bus(root)
