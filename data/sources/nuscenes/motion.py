@@ -5,7 +5,7 @@ the velocity and the angular rates of the car (x forward, y left, z up). `steera
 (100 Hz) has the angle of the steering wheel in rad, right positive.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
@@ -154,7 +154,7 @@ def _messages(path: Path) -> list[dict[str, object]]:
 
 
 def _in_order(
-    values: list[tuple[float, ...]], path: Path
+    values: Sequence[tuple[float, ...]], path: Path
 ) -> tuple[tuple[Floats, ...], tuple[str, ...]]:
     """Return columns of values, the first of which are increasing times, and what was left out."""
     if not values:
@@ -164,7 +164,7 @@ def _in_order(
     later = np.append(True, columns[0][1:] > earlier)
     if later.sum() < 2:
         raise DriveSimError(f"{one_line(path)}: has a single time; remove this file")
-    notices = ()
+    notices: tuple[str, ...] = ()
     if early := int((~later).sum()):
         notices = (
             f"{early} messages of {path.stem.rpartition('_')[2]} are not later than those before "
@@ -185,7 +185,7 @@ def scene_log(
     motion = can.motion(scene.name)
     where = "the CAN bus" if motion else "the poses of the car"
     motion = motion or poses.motion(scene)
-    notices = (f"the speed comes from {where}", *motion.notices)
+    notices: tuple[str, ...] = (f"the speed comes from {where}", *motion.notices)
     if kind == "curvature":
         log = path_log(motion.times - start, motion.speed, motion.yaw_rate, origin)
         return replace(log, notices=(*notices, *log.notices))

@@ -99,7 +99,7 @@ def text_of(row: dict[str, Any], key: str, path: Path) -> str:
 def number_of(row: dict[str, Any], key: str, path: Path, most: float) -> float:
     """Return a number in a row. Raises DriveSimError unless it is from -`most` to `most`."""
     value = row.get(key)
-    if type(value) not in (int, float) or not abs(value) <= most:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= most:
         raise bad_value(path, key, value)
     return float(value)
 
