@@ -79,6 +79,11 @@ READINGS = (
     Reading(speed="Speed (km/h)", speed_unit="kmh", steering="angle", steering_kind="curvature"),
     Reading(steering="ANGLE", steering_unit="deg", steering_kind="steering_wheel", time_offset=0.3),
 )
+RECORDING_READINGS = (
+    Reading(),
+    Reading(video_fps=10),
+    Reading(steering_kind="curvature", time_offset=0.3),
+)
 SCRIPTS = (
     "speed=8 steer=0.1 for 2s; steer=0 for 1s",
     "accel=-4 for 1.5s;speed=3",
@@ -208,8 +213,8 @@ def config_target(folder: Path) -> Attempt:
     return attempt
 
 
-def _use_drives(paths: list[Path]) -> None:
-    source = find_drives(paths)
+def _use_drives(paths: list[Path], reading: Reading = RECORDING_READINGS[0]) -> None:
+    source = find_drives(paths, reading)
     for drive in source.drives:
         _use_drive(drive)
     if source.skipped:
@@ -264,7 +269,7 @@ def _recording_target(write: Callable[[Path], None]) -> Callable[[Path], Attempt
             for number in range(rng.choice((1, 1, 1, 3))):
                 (work / str(number)).mkdir()
                 copied = _damage(rng, copied, work / str(number))
-            _use_drives([copied])
+            _use_drives([copied], rng.choice(RECORDING_READINGS))
 
         return attempt
 

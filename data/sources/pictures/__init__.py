@@ -28,13 +28,14 @@ from driving_sim.data.sources.pictures.files import (
     is_picture,
 )
 from driving_sim.data.sources.pictures.names import Series, find_series
-from driving_sim.data.sources.pictures.table import PictureTable, find_table, read_table
+from driving_sim.data.sources.pictures.table import PictureTable, find_tables, read_table
 from driving_sim.data.sources.source import Contents, Folder, Found
 from driving_sim.data.video.timing import FALLBACK_RATE, even_times
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import one_line
 
 _MOST_CSVS = 100
+_INSPECTION = "inspection.json"
 
 
 def _csvs(folder: Folder) -> list[str]:
@@ -45,7 +46,12 @@ def _csvs(folder: Folder) -> list[str]:
 
 
 def _series(folder: Folder) -> list[Series]:
-    """Return the series of pictures in a folder. Pictures of a series have one size."""
+    """Return the series of pictures in a folder. Pictures of a series have one size.
+
+    The pictures that `inspect` draws, one for each drive, are no series.
+    """
+    if _INSPECTION in folder.files:
+        return []
     series = find_series(filter(is_picture, folder.files))
     return [one for one in series if len(_sizes(folder.path, one)) <= 1]
 
@@ -58,17 +64,25 @@ def _sizes(folder: Path, series: Series) -> set[tuple[int, int]]:
 
 def detect(folder: Folder) -> bool:
     """Return whether a folder has a CSV that names pictures, or a series of pictures."""
-    return find_table(folder, _csvs(folder)) is not None or bool(_series(folder))
+    return bool(find_tables(folder, _csvs(folder)) or _series(folder))
 
 
 def drives(folder: Folder) -> Contents:
     """Return the drives of pictures in a folder, and its videos."""
     csvs = _csvs(folder)
-    table = find_table(folder, csvs)
-    if table is not None:
-        found = [Found(path=folder.path, load=partial(_load_table, table))]
-        own = table.own(folder)
-        if own == {table.path.name}:
+    tables = find_tables(folder, csvs)
+    if tables:
+        is_only = len(tables) == 1
+        found = [
+            Found(
+                path=folder.path,
+                load=partial(_load_table, table, is_only),
+                part="" if is_only else table.path.stem,
+            )
+            for table in tables
+        ]
+        own = {name for table in tables for name in table.own(folder)}
+        if own <= {*folder.files}:
             own |= {*filter(is_picture, folder.files)}
     else:
         series = _series(folder)
@@ -120,10 +134,15 @@ def _at_rate(reading: Reading) -> str:
 
 
 def _load_table(
-    found: PictureTable, path: Path, drive_id: str, reading: Reading, actions: bool
+    found: PictureTable,
+    is_only: bool,
+    path: Path,
+    drive_id: str,
+    reading: Reading,
+    actions: bool,
 ) -> Drive:
     """Load the pictures that a CSV names, with the actions in its rows."""
-    named = read_table(found)
+    named = read_table(found, is_only=is_only)
     notices = [*named.notices]
     clock = named.clock()
     if clock is None:

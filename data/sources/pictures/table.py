@@ -67,8 +67,9 @@ class NamedPictures(NamedTuple):
         return times
 
 
-def find_table(folder: Folder, csvs: Iterable[str]) -> PictureTable | None:
-    """Return the first of the CSVs in a folder that names pictures, or None."""
+def find_tables(folder: Folder, csvs: Iterable[str]) -> list[PictureTable]:
+    """Return those of the CSVs in a folder that name pictures."""
+    found = []
     for name in csvs:
         header, first = read_start(folder.path / name)
         columns = [
@@ -93,8 +94,9 @@ def find_table(folder: Folder, csvs: Iterable[str]) -> PictureTable | None:
                 f"the paths in column {plain(chosen)} of {plain(name)} are those of another "
                 "computer; only the names of the pictures count"
             )
-        return PictureTable(folder.path / name, chosen, base, is_foreign, tuple(notices))
-    return None
+        path = folder.path / name
+        found.append(PictureTable(path, chosen, base, is_foreign, tuple(notices)))
+    return found
 
 
 def _clean(cell: str) -> str:
@@ -116,12 +118,13 @@ def _base(folder: Folder, names: tuple[str, ...]) -> Path:
     return folder.path
 
 
-def read_table(found: PictureTable) -> NamedPictures:
+def read_table(found: PictureTable, *, is_only: bool) -> NamedPictures:
     """Read a CSV that names pictures.
 
     If several rows in a row name the same picture, it is taken at the first. Rows without a name or
-    without a picture only count for the actions. Raises DriveSimError if fewer than 2 pictures are
-    there, or if a name leads outside the folder.
+    without a picture only count for the actions. If the CSV is the only one that names pictures in
+    its folder, those that it does not name are counted in a notice. Raises DriveSimError if fewer
+    than 2 pictures are there, or if a name leads outside the folder.
     """
     table = read_csv(found.path)
     number = table.names.index(found.column)
@@ -150,7 +153,7 @@ def read_table(found: PictureTable) -> NamedPictures:
             f"{missing} of {len(rows)} pictures that {found.path.name} names are missing; they are "
             "left out, which leaves gaps"
         )
-    if others := _unnamed(found.base, table):
+    if is_only and (others := _unnamed(found.base, table)):
         notices.append(
             f"{others} pictures in {one_line(found.base)} are not named by {found.path.name} and "
             "are left out"

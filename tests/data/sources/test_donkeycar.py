@@ -33,6 +33,9 @@ def test_a_tub_of_version_2(tmp_path: Path) -> None:
     np.testing.assert_allclose(drive.timestamps, np.arange(20) / 20, atol=1e-6)
     assert drive.log is not None
     assert drive.log.steering_kind == "normalised"
+    later = only_drive(tmp_path, Reading(time_offset=0.3))
+    assert later.log is not None
+    assert later.log.span == pytest.approx((0.3, 1.25), abs=1e-6)
     sampled = sample(drive)
     assert sampled.action_valid.all()
     np.testing.assert_allclose(sampled.actions[:, 0], 2.5)

@@ -46,12 +46,14 @@ def test_the_frames_are_samples_and_sweeps_of_the_front_camera(tmp_path: Path) -
         np.testing.assert_allclose(drive.timestamps, np.arange(24) / 12, atol=1e-5)
 
 
-@pytest.mark.parametrize(("speed", "turn"), [(10, 0.2), (6, -0.5), (-3, 0.1)])
+@pytest.mark.parametrize(("speed", "turn"), [(10, 0.2), (6, 0.5), (6, -0.5), (-3, 0.1)])
 def test_speed_and_curvature_come_from_the_poses(tmp_path: Path, speed: float, turn: float) -> None:
     write_nuscenes(tmp_path, speed=speed, turn=turn)
     drive = only_drive(tmp_path)
     assert drive.log is not None
     assert drive.log.steering_kind == "curvature"
+    assert drive.log.speed is not None
+    np.testing.assert_allclose(drive.log.speed.times, (np.arange(23) + 0.5) / 12, atol=1e-5)
     sampled = sample(drive)
     assert sampled.action_valid[:-1].all()
     np.testing.assert_allclose(sampled.actions[:-1, 0], speed, rtol=1e-3)

@@ -77,6 +77,35 @@ def test_a_csv_without_times_takes_those_in_the_names_or_the_rate(tmp_path: Path
     assert line.endswith("6 frames/s are taken, as `video_fps` says")
 
 
+def test_the_drive_begins_with_the_first_picture_that_is_there(tmp_path: Path) -> None:
+    write_pictures(tmp_path, NUMBERED)
+    (tmp_path / NUMBERED[0]).unlink()
+    rows: list[list[object]] = [[name, n / 10, n] for n, name in enumerate(NUMBERED)]
+    write_csv(tmp_path / "a.csv", "image,t,speed_mps", rows)
+    sampled = sample(only_drive(tmp_path))
+    np.testing.assert_allclose(sampled.timestamps, np.arange(COUNT - 1) / 10, atol=1e-9)
+    np.testing.assert_allclose(sampled.actions[:-1, 0], np.arange(COUNT - 2) + 1.5, rtol=1e-5)
+
+
+def test_each_csv_that_names_pictures_is_a_drive(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "set" / "images", NUMBERED)
+    for name, part in (("train", NUMBERED[:8]), ("test", NUMBERED[8:])):
+        rows: list[list[object]] = [[f"images/{p}", n / 10] for n, p in enumerate(part)]
+        write_csv(tmp_path / "set" / f"{name}.csv", "image,t", rows)
+    drive_set = find_drives([tmp_path])
+    assert [drive.id for drive in drive_set.drives] == ["set/test", "set/train"]
+    assert [greys(drive) for drive in drive_set.drives] == [[*range(8, COUNT)], [*range(8)]]
+    assert drive_set.passed_over == []
+    assert drive_set.drives[0].notices == ("test.csv has neither speed nor steering",)
+
+
+def test_the_pictures_of_an_inspection_are_no_drive(tmp_path: Path) -> None:
+    write_pictures(tmp_path, NUMBERED)
+    touch(tmp_path, "inspection.json")
+    with pytest.raises(DriveSimError, match=r"passed over 13 other files"):
+        find_drives([tmp_path])
+
+
 def test_pictures_that_a_csv_misses_or_repeats_are_said(tmp_path: Path) -> None:
     write_pictures(tmp_path, [*NUMBERED, "other.png"])
     named = [NUMBERED[0], NUMBERED[0], *NUMBERED[1:5], *NUMBERED[6:]]
