@@ -155,7 +155,7 @@ def read_table(found: PictureTable, *, is_only: bool) -> NamedPictures:
         )
     if is_only and (others := _unnamed(found.base, table)):
         notices.append(
-            f"{others} pictures in {one_line(found.base)} are not named by {found.path.name} and "
+            f"{others} pictures in {plain(found.base.name)} are not named by {found.path.name} and "
             "are left out"
         )
     numbers = np.array([rows[index] for index in kept], np.int64)
