@@ -89,7 +89,9 @@ def read_tub_v2(folder: Folder) -> Tub:
             except ValueError as error:
                 is_end = number == len(paths) and line == len(lines)
                 if is_end and not text.endswith(b"\n"):
-                    tub.notices.append(f"the last line of {path.name} was cut off and is left out")
+                    tub.notices.append(
+                        f"the last line of {one_line(path.name)} was cut off and is left out"
+                    )
                     break
                 raise _bad(where, error) from None
             index = values.get("_index", len(tub.records))

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePath
+from typing import NamedTuple
 
 import numpy as np
 
-from driving_sim.data.actions.action_file import read_action_file
+from driving_sim.data.actions.action_file import is_action_file, read_action_file
 from driving_sim.data.actions.action_log import SPEED, STEERING, ActionLog
 from driving_sim.data.actions.columns import SPEEDS, STEERINGS, find_time, look_alike
 from driving_sim.data.actions.csv_table import CsvTable, plain, read_csv, read_header
@@ -35,6 +36,7 @@ from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import one_line
 
 _MOST_CSVS = 100
+_MOST_FOLDERS = 1000
 _INSPECTION = "inspection.json"
 
 
@@ -62,41 +64,82 @@ def _sizes(folder: Path, series: Series) -> set[tuple[int, int]]:
     return {size for size in map(picture_size, chosen) if size}
 
 
+class _Paired(NamedTuple):
+    """A CSV beside a folder with series of pictures, whose actions it holds."""
+
+    csv: str
+    folder: str
+    series: list[Series]
+
+
+def _paired(folder: Folder, csvs: Sequence[str]) -> list[_Paired]:
+    """Return the pairs `NAME.csv` and `NAME/`, or the only CSV and the only folder with series."""
+    actions = [name for name in csvs if is_action_file(folder.path / name)]
+    if not actions:
+        return []
+    below = [Folder.of(folder.path / name) for name in folder.folders[:_MOST_FOLDERS]]
+    series = {one.path.name: _series(one) for one in below if not _csvs(one)}
+    with_series = [name for name, found in series.items() if found]
+    if len(actions) == len(with_series) == 1:
+        return [_Paired(actions[0], with_series[0], series[with_series[0]])]
+    stems = {PurePath(name).stem: name for name in actions}
+    return [_Paired(stems[name], name, series[name]) for name in with_series if name in stems]
+
+
 def detect(folder: Folder) -> bool:
     """Return whether a folder has a CSV that names pictures, or a series of pictures."""
-    return bool(find_tables(folder, _csvs(folder)) or _series(folder))
+    csvs = _csvs(folder)
+    return bool(find_tables(folder, csvs) or _series(folder) or _paired(folder, csvs))
 
 
 def drives(folder: Folder) -> Contents:
     """Return the drives of pictures in a folder, and its videos."""
     csvs = _csvs(folder)
-    tables = find_tables(folder, csvs)
-    if tables:
-        is_only = len(tables) == 1
-        found = [
-            Found(
-                path=folder.path,
-                load=partial(_load_table, table, is_only),
-                part="" if is_only else table.path.stem,
-            )
-            for table in tables
-        ]
-        own = {name for table in tables for name in table.own(folder)}
-        if own <= {*folder.files}:
-            own |= {*filter(is_picture, folder.files)}
-    else:
-        series = _series(folder)
-        parts = [_part(one, number) for number, one in enumerate(series, 1)]
-        if len(series) == 1 or len({*parts}) < len(parts):
-            parts = [""] if len(series) == 1 else [f"series_{n}" for n in range(1, 1 + len(parts))]
-        found = [
-            Found(path=folder.path, load=partial(_load_series, one, tuple(csvs)), part=part)
-            for one, part in zip(series, parts, strict=True)
-        ]
+    if tables := find_tables(folder, csvs):
+        found, own = _of_tables(tables, folder)
+    elif series := _series(folder):
+        files = tuple(folder.path / name for name in csvs)
+        found = _of_series(folder.path, series, files)
         own = {*csvs, *(name for one in series for name in one.names)}
+    else:
+        pairs = _paired(folder, csvs)
+        found = [
+            one
+            for pair in pairs
+            for one in _of_series(folder.path / pair.folder, pair.series, (folder.path / pair.csv,))
+        ]
+        own = {name for pair in pairs for name in (pair.csv, pair.folder)}
     rest = [name for name in folder.files if name not in own]
     videos = video_folder.contents_of(folder, rest)
     return replace(videos, drives=(*found, *videos.drives), own=videos.own | own)
+
+
+def _of_tables(tables: list[PictureTable], folder: Folder) -> tuple[list[Found], set[str]]:
+    """Return a drive for each CSV that names pictures, and the names of what belongs to them."""
+    is_only = len(tables) == 1
+    found = [
+        Found(
+            path=folder.path,
+            load=partial(_load_table, table, is_only),
+            part="" if is_only else table.path.stem,
+        )
+        for table in tables
+    ]
+    own = {name for table in tables for name in table.own(folder)}
+    if own <= {*folder.files}:
+        own |= {*filter(is_picture, folder.files)}
+    return found, own
+
+
+def _of_series(folder: Path, series: list[Series], csvs: tuple[Path, ...]) -> list[Found]:
+    """Return a drive for each series in a folder."""
+    parts = [_part(one, number) for number, one in enumerate(series, 1)]
+    if len(series) == 1 or len({*parts}) < len(parts):
+        parts = [""] if len(series) == 1 else [f"series_{n}" for n in range(1, 1 + len(parts))]
+    return [
+        Found(path=folder, load=partial(_load_series, one, csvs), part=part)
+        for one, part in zip(series, parts, strict=True)
+    ]
 
 
 def _part(series: Series, number: int) -> str:
@@ -178,7 +221,7 @@ def _has_actions(path: Path, reading: Reading) -> bool:
 
 def _load_series(
     series: Series,
-    csvs: tuple[str, ...],
+    csvs: tuple[Path, ...],
     path: Path,
     drive_id: str,
     reading: Reading,
@@ -190,11 +233,15 @@ def _load_series(
         return DriveSimError(f"{one_line(path)}: {one_line(error)}; rename or remove it")
 
     kept, pictures = find_pictures(path, series.names, bad_name)
-    action_file = _action_file(path, csvs, reading)
+    if len(kept) < 2:
+        raise DriveSimError(f"{one_line(path)}: its pictures are no longer there")
+    # The CSV may also give the times of numbered pictures.
+    is_needed = actions or not series.times
+    action_file = _action_file(path, csvs, reading) if is_needed else None
     table = read_csv(action_file) if action_file is not None else None
     notices = [
-        f"{plain(name)} has neither speed nor steering and is left out"
-        for name in csvs
+        f"{plain(csv.name)} has neither speed nor steering and is left out"
+        for csv in csvs
         if action_file is None and actions
     ]
     start = 0.0
@@ -224,8 +271,8 @@ def _load_series(
     return _drive(drive_id, times, pictures, log, notices)
 
 
-def _action_file(folder: Path, csvs: Sequence[str], reading: Reading) -> Path | None:
-    usable = [folder / name for name in csvs if _has_actions(folder / name, reading)]
+def _action_file(folder: Path, csvs: Sequence[Path], reading: Reading) -> Path | None:
+    usable = [path for path in csvs if _has_actions(path, reading)]
     if len(usable) > 1:
         listed = ", ".join(plain(path.name) for path in usable[:3])
         raise DriveSimError(

@@ -130,11 +130,11 @@ def read_table(found: PictureTable, *, is_only: bool) -> NamedPictures:
     number = table.names.index(found.column)
     cells = [row[number] for row in table.rows]
     names = [(_ends(cell)[0] if found.is_foreign else _clean(cell)) for cell in cells]
-    rows = [n for n, name in enumerate(names) if name and (n == 0 or name != names[n - 1])]
-    notices = [*found.notices]
+    rows = [n for n, cell in enumerate(names) if cell and (n == 0 or cell != names[n - 1])]
+    notices, name = [*found.notices], plain(found.path.name)
     if repeated := sum(map(bool, names)) - len(rows):
         notices.append(
-            f"{repeated} rows of {found.path.name} name the same picture as the row above; it is "
+            f"{repeated} rows of {name} name the same picture as the row above; it is "
             "taken at the first"
         )
 
@@ -150,12 +150,12 @@ def read_table(found: PictureTable, *, is_only: bool) -> NamedPictures:
         )
     if missing := len(rows) - len(kept):
         notices.append(
-            f"{missing} of {len(rows)} pictures that {found.path.name} names are missing; they are "
+            f"{missing} of {len(rows)} pictures that {name} names are missing; they are "
             "left out, which leaves gaps"
         )
     if is_only and (others := _unnamed(found.base, table)):
         notices.append(
-            f"{others} pictures in {plain(found.base.name)} are not named by {found.path.name} and "
+            f"{others} pictures in {plain(found.base.name)} are not named by {name} and "
             "are left out"
         )
     numbers = np.array([rows[index] for index in kept], np.int64)

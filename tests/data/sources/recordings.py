@@ -102,18 +102,20 @@ def greys(drive: Drive) -> list[int]:
 
 
 def write_picture_drives(folder: Path) -> None:
-    """Write drives of pictures: named by a CSV, counted by one, and with times in their names."""
-    for name in ("named", "counted", "timed"):
+    """Write drives of pictures: named by a CSV, counted by one that lies in the same folder or
+    beside it, and with times in their names."""
+    for name in ("named", "counted", "timed", "beside"):
         pictures = [
             f"{1_532_402_927_612 + 100 * n if name == 'timed' else n}.jpg" for n in range(12)
         ]
         write_pictures(folder / name, pictures)
-        columns = {"named": "image,t", "counted": "frame", "timed": "timestamp_ms"}[name]
+        columns = {"named": "image,t", "timed": "timestamp_ms"}.get(name, "frame")
         stems = [picture.removesuffix(".jpg") for picture in pictures]
         cells = [f"{n}.jpg,{n / 10}" if name == "named" else stem for n, stem in enumerate(stems)]
         rows = [f"{cell},{n / 3},{n / 50}" for n, cell in enumerate(cells)]
         header = f"{columns},speed_mps,road_wheel_rad"
-        (folder / name / "log.csv").write_text("\n".join([header, *rows]) + "\n")
+        log = folder / "beside.csv" if name == "beside" else folder / name / "log.csv"
+        log.write_text("\n".join([header, *rows]) + "\n")
 
 
 def tub_record(number: int, **changes: Any) -> dict[str, Any]:

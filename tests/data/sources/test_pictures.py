@@ -289,6 +289,35 @@ def test_several_cameras_and_videos_in_one_folder(tmp_path: Path) -> None:
     assert drive_set.passed_over == [f"{tmp_path}: passed over 1 other file: 1 .jpg"]
 
 
+def test_a_csv_beside_the_folder_of_the_pictures_holds_their_actions(tmp_path: Path) -> None:
+    rows: list[list[object]] = [[n, n] for n in range(COUNT)]
+    write_pictures(tmp_path / "drive" / "frames", NUMBERED)
+    write_csv(tmp_path / "drive" / "actions.csv", "frame,speed_mps", rows)
+    for name in ("a", "b"):
+        write_pictures(tmp_path / "set" / name, NUMBERED)
+        doubled: list[list[object]] = [[n, 2 * n if name == "b" else n] for n in range(COUNT)]
+        write_csv(tmp_path / "set" / f"{name}.csv", "frame,speed_mps", doubled)
+    write_pictures(tmp_path / "set" / "c", NUMBERED)
+    drive_set = find_drives([tmp_path], Reading(video_fps=10))
+    assert drive_set.skipped == []
+    assert drive_set.passed_over == []
+    ids = ["drive/frames", "set/a", "set/b", "set/c"]
+    assert [drive.id for drive in drive_set.drives] == ids
+    for drive, factor in zip(drive_set.drives, (1, 1, 2, None), strict=True):
+        assert greys(drive) == [*range(COUNT)]
+        assert (drive.log is None) == (factor is None)
+        if factor is not None:
+            expected = factor * (np.arange(COUNT - 1) + 0.5)
+            np.testing.assert_allclose(sample(drive).actions[:-1, 0], expected, rtol=1e-5)
+
+
+def test_a_bad_csv_does_not_keep_stamped_pictures_from_training_a_tokenizer(tmp_path: Path) -> None:
+    write_pictures(tmp_path, STAMPED)
+    (tmp_path / "a.csv").write_text("t,speed_mps\n0,x\n1,y\n")
+    assert "a.csv, line 2: " in reason(tmp_path)
+    assert len(find_drives([tmp_path], actions=False).drives) == 1
+
+
 def test_several_csvs_for_one_series_are_an_error(tmp_path: Path) -> None:
     write_pictures(tmp_path, NUMBERED)
     for name in ("a.csv", "b.csv"):
