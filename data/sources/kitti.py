@@ -36,7 +36,7 @@ _STAMP = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(\.\d{1,9})?", re.ASCII)
 _FORWARD_SPEED, _YAW_RATE = 8, 22
 _VALUES = 30
 _MOST_BYTES = 2**16  # of a file of `oxts`
-_MOST_LINES = 10_000_000
+_MOST_TIMES_BYTES = 2**28
 _MOST_BACKWARD = 0.1
 
 
@@ -110,14 +110,14 @@ def _pictures(camera: Path, count: int) -> tuple[list[int], ImageFrames]:
 def _timestamps(path: Path) -> Floats:
     """Return the time in each line of a file in seconds. Raises DriveSimError, with the line."""
     try:
+        if path.stat().st_size > _MOST_TIMES_BYTES:
+            raise OSError(f"it has more than {_MOST_TIMES_BYTES:,} bytes")
         with path.open(encoding="utf-8", errors="replace") as file:
             lines = [line.strip() for line in file]
     except OSError as error:
         raise DriveSimError(f"{one_line(path)}: cannot be read ({one_line(error)})") from None
     while lines and not lines[-1]:
         lines.pop()
-    if len(lines) > _MOST_LINES:
-        raise DriveSimError(f"{one_line(path)}: has {len(lines):,} lines, which are too many")
     return np.array([_seconds(line, path, number) for number, line in enumerate(lines, 1)])
 
 

@@ -23,6 +23,7 @@ from driving_sim.engine.parsing import one_line, parse_json, shown
 RECORD_V1 = re.compile(r"record_(\d{1,12})\.json", re.ASCII)
 _MOST_BYTES = 2**20  # of a record
 _MOST_MANIFEST_BYTES = 2**26
+_MOST_CATALOG_BYTES = 2**28  # donkeycar starts a new catalog after 1,000 records.
 _MOST_NORMALISED = 10.0  # Larger values are no steering or throttle from -1 to 1.
 _PAUSE_S = 10.0
 
@@ -131,6 +132,8 @@ def _object(text: bytes) -> dict[str, Any]:
 
 def _lines(path: Path) -> Iterator[bytes]:
     try:
+        if path.stat().st_size > _MOST_CATALOG_BYTES:
+            raise OSError(f"it has more than {_MOST_CATALOG_BYTES:,} bytes")
         with path.open("rb") as file:
             while line := file.readline(_MOST_BYTES + 1):
                 if line.strip():

@@ -10,6 +10,7 @@ from driving_sim.data.actions.reading import Reading
 from driving_sim.data.drive import sample
 from driving_sim.data.inspect.inspection import inspect_drives
 from driving_sim.data.sources import find_drives
+from driving_sim.data.sources.donkeycar import records
 from tests.data.sources.recordings import (
     greys,
     only_drive,
@@ -55,8 +56,8 @@ def test_deleted_records_are_left_out(tmp_path: Path) -> None:
 
 
 def test_each_session_is_a_drive(tmp_path: Path) -> None:
-    records = [tub_record(n, _session_id=f"s{n // 8}") for n in range(17)]
-    write_tub_v2(tmp_path / "tub", records)
+    rows = [tub_record(n, _session_id=f"s{n // 8}") for n in range(17)]
+    write_tub_v2(tmp_path / "tub", rows)
     drive_set = find_drives([tmp_path])
     assert [drive.id for drive in drive_set.drives] == ["tub/session_1", "tub/session_2"]
     assert [greys(drive) for drive in drive_set.drives] == [[*range(8)], [*range(8, 16)]]
@@ -64,21 +65,21 @@ def test_each_session_is_a_drive(tmp_path: Path) -> None:
     assert sessions.startswith("the tub contains 3 sessions")
     assert single.startswith("1 of the sessions have fewer than 2 records")
     jumps = [0, *[20_000] * 5, *[-90_000] * 5]
-    records = [
+    rows = [
         tub_record(n, _timestamp_ms=1_600_000_000_000 + 50 * n + jump, _session_id=None)
         for n, jump in enumerate(jumps)
     ]
-    write_tub_v2(tmp_path / "tub", records)
+    write_tub_v2(tmp_path / "tub", rows)
     assert len(find_drives([tmp_path]).drives) == 2
 
 
 def test_what_an_autopilot_drove_is_its_own_or_unknown(tmp_path: Path) -> None:
-    records = [tub_record(n, user__mode="local", user__angle=0.0) for n in range(20)]
-    for number, record in enumerate(records[:10]):
+    rows = [tub_record(n, user__mode="local", user__angle=0.0) for n in range(20)]
+    for number, record in enumerate(rows[:10]):
         record |= {"pilot/angle": 0.4, "pilot/throttle": 1.2 if number == 3 else 0.8}
-    for record in records[15:]:
+    for record in rows[15:]:
         record |= {"user/mode": "user", "user/angle": -0.2}
-    write_tub_v2(tmp_path, records)
+    write_tub_v2(tmp_path, rows)
     drive = only_drive(tmp_path)
     assert drive.log is not None
     assert drive.log.speed is not None
@@ -88,8 +89,8 @@ def test_what_an_autopilot_drove_is_its_own_or_unknown(tmp_path: Path) -> None:
     unknown, beyond, _ = drive.notices
     assert unknown.startswith("5 of 20 records do not contain the throttle or the steering")
     assert beyond == "1 records have values beyond ±1, which are taken as ±1"
-    records = [tub_record(n, user__mode="local_angle", pilot__angle=0.4) for n in range(20)]
-    write_tub_v2(tmp_path, records)
+    rows = [tub_record(n, user__mode="local_angle", pilot__angle=0.4) for n in range(20)]
+    write_tub_v2(tmp_path, rows)
     np.testing.assert_allclose(sample(only_drive(tmp_path)).actions, [[2.5, -0.4]] * 20)
 
 
@@ -129,6 +130,14 @@ def test_files_that_are_no_tub_are_named(tmp_path: Path) -> None:
     for last in ('{"paths": ["../x.catalog"]}', '{"paths": []}', "[]", '{"deleted_indexes": []}'):
         manifest.write_text(f"{{}}\n{last}\n")
         assert "manifest.json: its last line must list the catalogs" in reason(tmp_path)
+
+
+def test_a_catalog_of_a_false_size_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tub_v2(tmp_path)
+    monkeypatch.setattr(records, "_MOST_CATALOG_BYTES", 99)
+    assert "catalog_0.catalog: cannot be read (it has more than 99 bytes)" in reason(tmp_path)
 
 
 def test_a_picture_that_is_a_link_out_of_the_tub_is_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from driving_sim.data.actions.reading import Reading
 from driving_sim.data.drive import sample
-from driving_sim.data.sources import find_drives
+from driving_sim.data.sources import find_drives, kitti
 from tests.data.sources.recordings import (
     greys,
     kitti_stamps,
@@ -135,6 +135,14 @@ def test_bad_files_are_named(tmp_path: Path, name: str, text: str, message: str)
     write_kitti(tmp_path)
     (tmp_path / name).write_text(text)
     assert message in reason(tmp_path)
+
+
+def test_files_of_a_false_size_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_kitti(tmp_path)
+    monkeypatch.setattr(kitti, "_MOST_TIMES_BYTES", 99)
+    assert "timestamps.txt: cannot be read (it has more than 99 bytes)" in reason(tmp_path)
 
 
 def test_the_kind_of_steering_is_checked(tmp_path: Path) -> None:
