@@ -74,7 +74,7 @@ class Drive:
     id: str
     """Path relative to the searched folder, without suffix. No two drives have the same id."""
     source: str
-    """Layout of the recording's files: video, udacity or comma2k19."""
+    """Layout of the recording's files, such as video, udacity or pictures."""
     timestamps: Floats
     """[N] Time of each frame in seconds since the first frame, strictly increasing."""
     reader: FrameReader

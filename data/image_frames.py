@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from driving_sim.data.arrays import Ints, Pixels
 from driving_sim.data.video.file import check_picture
@@ -14,22 +14,41 @@ from driving_sim.engine.errors import BadDriveError, DriveSimError
 from driving_sim.engine.parsing import one_line
 
 _FORMATS = ("JPEG", "PNG", "BMP")
+_DEEP = ("I", "F")  # Pillow would clip these pixels of 16 or 32 bits to 8 bits.
+
+
+class _DamagedError(BadDriveError):
+    """The content of an image file is damaged, but the file can be read."""
+
+
+def picture_size(path: Path) -> tuple[int, int] | None:
+    """Return the width and the height in pixels of an image, or None if it cannot be read."""
+    try:
+        with Image.open(path, formats=_FORMATS) as file:
+            return file.size
+    except Exception:  # A damaged image can raise any kind of error.
+        return None
 
 
 def _picture(path: Path, size: FrameSize | None) -> Pixels:
-    """Read an image, then scale and crop it as the video readers do."""
+    """Read an image, then turn, scale and crop it as the video readers do."""
     try:
         with Image.open(path, formats=_FORMATS) as file:
             check_picture(path, file.height, file.width)
-            image = file.convert("RGB")
+            if file.mode.startswith(_DEEP):
+                raise BadDriveError(
+                    f"{path}: has pixels of more than 8 bits; convert the pictures to 8 bits"
+                )
+            image = ImageOps.exif_transpose(file).convert("RGB")
     except DriveSimError:
         raise
     # Catch everything, because a damaged image can raise any kind of error. Pillow only warns about
     # very large images. If the user turns warnings into errors, this warning is caught here too,
     # which is right: `check_picture` would refuse such an image anyway.
     except Exception as error:
-        reason = one_line(error)
-        raise BadDriveError(f"{path}: cannot be read as an image ({reason})") from None
+        # Only errors of the system, such as that for a missing file, have a number.
+        kind = BadDriveError if getattr(error, "errno", None) else _DamagedError
+        raise kind(f"{path}: cannot be read as an image ({one_line(error)})") from None
     geometry = fit(image.height, image.width, size)
     check_picture(path, geometry.height, geometry.width)
     scaled = image.resize((geometry.width, geometry.height), Image.Resampling.BILINEAR)
@@ -43,13 +62,35 @@ class ImageFrames:
     paths: tuple[Path, ...]
 
     def read(self, indices: Ints, size: FrameSize | None) -> Pixels:
-        """Read a few frames [n, H, W, 3] in any order."""
-        return np.stack([_picture(self.paths[index], size) for index in indices])
+        """Read a few frames [n, H, W, 3] in any order.
 
-    def stream(self, indices: Ints | None, size: FrameSize | None) -> Iterator[Pixels]:
-        """Yield frames [H, W, 3] at ascending `indices`, or all frames if it is None."""
-        numbers = range(len(self.paths)) if indices is None else indices
-        return (_picture(self.paths[index], size) for index in numbers)
+        Raises DriveSimError for a damaged image, and for images of several sizes without a `size`.
+        """
+        frames = [_picture(self.paths[index], size) for index in indices]
+        for index, frame in zip(indices, frames, strict=True):
+            self._check_shape(index, frame, frames[0])
+        return np.stack(frames)
+
+    def stream(self, indices: Ints | None, size: FrameSize | None) -> Iterator[Pixels | None]:
+        """Yield frames [H, W, 3] at ascending `indices`, or all frames if it is None. A frame whose
+        image is damaged is None."""
+        first: Pixels | None = None
+        for index in range(len(self.paths)) if indices is None else indices:
+            try:
+                frame = _picture(self.paths[index], size)
+            except _DamagedError:
+                yield None
+                continue
+            first = frame if first is None else first
+            self._check_shape(index, frame, first)
+            yield frame
+
+    def _check_shape(self, index: int, frame: Pixels, first: Pixels) -> None:
+        if frame.shape != first.shape:
+            raise BadDriveError(
+                f"{self.paths[index]}: has {frame.shape[1]}×{frame.shape[0]} pixels, but other "
+                f"pictures of the drive have {first.shape[1]}×{first.shape[0]}; scale them equally"
+            )
 
     def files(self, indices: Ints) -> list[Path]:
         """Return the image files of the frames at `indices`."""

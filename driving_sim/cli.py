@@ -187,8 +187,8 @@ def _training_length(variable: str, help_text: str) -> Any:
 Videos = Annotated[
     list[Path],
     Argument(
-        help="Video files, or folders that contain videos, Udacity recordings or comma2k19 "
-        "segments."
+        help="Video files, or folders that contain videos, series of pictures, Udacity recordings, "
+        "comma2k19 segments, donkeycar tubs, KITTI recordings or nuScenes."
     ),
 ]
 Model = Annotated[
@@ -260,7 +260,10 @@ _READING: dict[str, Any] = {
     ],
     "video_fps": Annotated[
         float | None,
-        Option(help="Frame rate of videos that do not store one, such as raw H.264 and HEVC."),
+        Option(
+            help="Frame rate of videos that do not store one, such as raw H.264 and HEVC, and of "
+            "numbered pictures."
+        ),
     ],
     "wheelbase": Annotated[
         list[str] | None,

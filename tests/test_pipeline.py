@@ -279,14 +279,14 @@ def test_tokenize_says_what_it_passed_over(
     folder = tmp_path / "videos"
     shutil.copytree(videos, folder)
     (folder / "notes.txt").touch()
-    (folder / "drive" / "oxts").mkdir(parents=True)
-    (folder / "drive" / "image_02").mkdir()
+    (folder / "drive" / "meta").mkdir(parents=True)
+    (folder / "drive" / "meta" / "info.json").write_text('{"codebase_version": "v3.0"}')
     tokenize_videos([folder], run / "tokenizer", tmp_path / "tokens", device="cpu")
     said = capsys.readouterr().err
     assert f"{folder}: passed over 1 other file: 1 .txt" in said
-    assert f"{folder / 'drive'}: is a recording of KITTI, which drivesim does not read" in said
-    kitti, texts = TokenStore(tmp_path / "tokens").index.passed_over
+    assert f"{folder / 'drive'}: is a LeRobot data set, which drivesim does not" in said
+    lerobot, texts = TokenStore(tmp_path / "tokens").index.passed_over
     assert texts == "videos: passed over 1 other file: 1 .txt"
-    assert kitti.startswith("drive: is a recording of KITTI")
+    assert lerobot.startswith("drive: is a LeRobot data set")
     with pytest.raises(DriveSimError, match=r"is a world model, not a tokenizer; its tokenizer is"):
         tokenize_videos([folder], run, tmp_path / "again", device="cpu")

@@ -63,7 +63,9 @@ def _scaled(table: CsvTable, column: Column, low: float, high: float, hint: str)
     return values
 
 
-def _times(table: CsvTable, frame_times: Floats | None) -> Floats:
+def _times(table: CsvTable, frame_times: Floats | None, row_times: Floats | None) -> Floats:
+    if row_times is not None:
+        return row_times
     column = find_time(table)
     if column is not None:
         times = table.numbers(column.name) * column.scale
@@ -164,7 +166,11 @@ def _unwrapped(column: Column, times: Floats, values: Floats, notices: list[str]
 
 
 def read_action_file(
-    path: Path, reading: Reading = AS_NAMED, *, frame_times: Floats | None = None
+    path: Path,
+    reading: Reading = AS_NAMED,
+    *,
+    frame_times: Floats | None = None,
+    row_times: Floats | None = None,
 ) -> ActionLog:
     """Read a CSV of speed and steering over time.
 
@@ -174,6 +180,8 @@ def read_action_file(
     `steering_deg|rad` (steering wheel), `road_wheel_deg|rad`, `curvature` (1/m), `steering_norm`
     (-1 to 1), or `steering`, whose kind must be set in `reading`. `reading` may also name the
     columns. Positive steering is to the left. Other columns are ignored, and so are blank cells.
+    If the caller knows the times of the rows, it passes `row_times`, strictly increasing seconds on
+    the video's clock, one for each row; no time column is needed then.
 
     Raises DriveSimError, with file, line and remedy, if a cell is not a finite number, if times do
     not increase, if a value is impossible for a car, if there are fewer than 2 rows, or if there is
@@ -181,7 +189,7 @@ def read_action_file(
     """
     table = read_csv(path)
     notices = [*table.notices]
-    times = _on_video_clock(_times(table, frame_times), frame_times, reading, notices)
+    times = _on_video_clock(_times(table, frame_times, row_times), frame_times, reading, notices)
     speed, steering = None, None
     if column := find_speed(table, reading, notices):
         low, high = SPEED_RANGE_MPS

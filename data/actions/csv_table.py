@@ -86,6 +86,22 @@ def _dialect(first: str) -> tuple[str, bool]:
     return max(_DELIMITERS, key=first.count), False
 
 
+def read_start(path: Path) -> tuple[tuple[str, ...], list[str]]:
+    """Return the column names in lower case and the cells of the first row below them.
+
+    They are empty if the file is not a CSV of UTF-8 text.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            # Limit the length: a file that is not a CSV may be a single, very long line.
+            lines = [file.readline(_LONGEST_HEADER) for _ in range(3)]
+        delimiter, is_named = _dialect(lines[0])
+        header, first = csv.reader(lines[1:] if is_named else lines[:2], delimiter=delimiter)
+        return _names(header), first
+    except (OSError, ValueError, TypeError, csv.Error):
+        return (), []
+
+
 def read_header(path: Path) -> tuple[str, ...]:
     """Return the column names in lower case, or no names if the file is not a CSV of UTF-8 text."""
     try:

@@ -40,7 +40,8 @@ class Reading:
     """Number of the video stream to read in files with several streams, as ffprobe counts them.
     None chooses the best."""
     video_fps: float | None = None
-    """Frame rate of videos that do not store one, such as raw H.264 and HEVC."""
+    """Frame rate of videos that do not store one, such as raw H.264 and HEVC, and of pictures that
+    only have numbers."""
     wheelbase: float | Mapping[str, float] | None = None
     """Distance between the axles in metres: for all drives, or for the drives in each of several
     files and folders. The folder "" stands for all others. None takes that of a passenger car."""

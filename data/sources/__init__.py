@@ -1,8 +1,7 @@
 """Find drives in files and folders. Each module reads one layout of files.
 
-A folder may mix layouts: videos with or without a CSV beside them, recordings of the Udacity
-simulator (`driving_log.csv` and `IMG/`) and comma2k19 segments (`video.hevc` and `processed_log/`).
-`search.py` lists the layouts.
+A folder may mix layouts: videos with or without a CSV beside them, series of pictures, and
+recordings of simulators and data sets. `search.py` lists the layouts.
 """
 
 from collections.abc import Sequence
@@ -24,8 +23,8 @@ from driving_sim.engine.errors import DriveSimError
 _FILES_AT_ONCE = 8
 _FILES_FOR_A_DECODER = 16
 _NOTHING = (
-    "holds no videos (such as .mp4, .mov or .mkv), no recordings of the Udacity simulator and no "
-    "comma2k19 segments"
+    "holds no videos (such as .mp4, .mov or .mkv), no series of pictures, and no recordings of the "
+    "Udacity simulator, comma2k19, donkeycar, KITTI or nuScenes"
 )
 
 

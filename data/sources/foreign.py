@@ -4,14 +4,10 @@ Without this, the videos in them would become drives of a strange kind, or the f
 be empty.
 """
 
-import re
 from collections.abc import Callable
 
 from driving_sim.data.sources.source import Contents, Folder
 
-_RECORD = re.compile(r"record_\d+\.json")
-_TABLES = {"sample.json", "sample_data.json", "sensor.json"}
-_VERSION = re.compile(r"v\d+\.\d+.*")  # nuScenes: v1.0-mini, v1.0-trainval
 _MOST_INFO_BYTES = 2**20
 
 
@@ -25,36 +21,7 @@ def _is_lerobot(folder: Folder) -> bool:
         return False
 
 
-def _is_tub(folder: Folder) -> bool:
-    return "meta.json" in folder.files and any(map(_RECORD.fullmatch, folder.files))
-
-
-def _is_tub_v2(folder: Folder) -> bool:
-    return "manifest.json" in folder.files and any(
-        name.startswith("catalog_") and name.endswith(".catalog") for name in folder.files
-    )
-
-
-def _is_nuscenes(folder: Folder) -> bool:
-    versions = filter(_VERSION.fullmatch, folder.folders)
-    return {*folder.files} >= _TABLES or any(
-        all((folder.path / version / table).is_file() for table in _TABLES) for version in versions
-    )
-
-
-def _is_kitti(folder: Folder) -> bool:
-    return "oxts" in folder.folders and any(
-        name in folder.folders for name in ("image_00", "image_01", "image_02", "image_03")
-    )
-
-
-_LAYOUTS: tuple[tuple[str, Callable[[Folder], bool]], ...] = (
-    ("a LeRobot data set", _is_lerobot),
-    ("a donkeycar tub of version 1", _is_tub),
-    ("a donkeycar tub of version 2", _is_tub_v2),
-    ("a nuScenes data set", _is_nuscenes),
-    ("a recording of KITTI", _is_kitti),
-)
+_LAYOUTS: tuple[tuple[str, Callable[[Folder], bool]], ...] = (("a LeRobot data set", _is_lerobot),)
 
 
 def detect(folder: Folder) -> bool:

@@ -7,13 +7,33 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
-from driving_sim.data.sources import comma2k19, foreign, openpilot, udacity, video_folder
+from driving_sim.data.sources import (
+    comma2k19,
+    donkeycar,
+    foreign,
+    kitti,
+    nuscenes,
+    openpilot,
+    pictures,
+    udacity,
+    video_folder,
+)
 from driving_sim.data.sources.source import Folder, Found, Source
 from driving_sim.data.sources.udacity.log import LOG_NAME
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import one_line
 
-SOURCES: tuple[Source, ...] = (udacity, comma2k19, foreign, openpilot, video_folder)
+SOURCES: tuple[Source, ...] = (
+    udacity,
+    comma2k19,
+    donkeycar,
+    kitti,
+    nuscenes,
+    foreign,
+    openpilot,
+    pictures,
+    video_folder,
+)
 """The layouts that are known. The first one that a folder has says what is in the folder."""
 
 _SUFFIX = re.compile(r"\.\w{1,12}", re.ASCII)

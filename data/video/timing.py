@@ -19,10 +19,11 @@ from driving_sim.data.video.file import open_video, video_stream
 RESTART_GAP_S = 10.0
 """Seconds that are made up between the frames before and after a restart of the clock. It is so
 long that it is a gap at every frame rate that makes sense."""
+FALLBACK_RATE = 25.0
+"""Frames per second that are assumed if nothing says the rate."""
 _SLACK_S = 0.1
 _WRAPPING = ("mpegts", "mpeg")  # Their clocks have 33 bits.
 _WRAP = 1 << 33
-_FALLBACK_RATE = 25.0
 # FFmpeg reads these formats at the rate of its option `framerate`, unless the video stores one.
 _RAW = (
     "h264",
@@ -123,14 +124,14 @@ def stores_rate(path: Path, stream: VideoStream) -> bool:
 
 def even_times(count: int, rate: float | None) -> Floats:
     """Return the times of `count` frames in seconds at a constant rate, by default 25 frames/s."""
-    return np.arange(count, dtype=np.float64) / (rate or _FALLBACK_RATE)
+    return np.arange(count, dtype=np.float64) / (rate or FALLBACK_RATE)
 
 
 def about_rate(
     stream: VideoStream, *, is_stored: bool, is_timed: bool, video_fps: float | None
 ) -> str | None:
     """Return a notice about the frame rate of a video, or None if there is nothing to say."""
-    rate = nominal_rate(stream) or _FALLBACK_RATE
+    rate = nominal_rate(stream) or FALLBACK_RATE
     if not is_stored and video_fps is not None:
         return f"{_NO_RATE}; {video_fps:g} frames/s are taken, as `video_fps` says"
     if not is_stored:

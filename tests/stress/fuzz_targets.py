@@ -34,6 +34,13 @@ from driving_sim.world_model.action_plan import Situation, make_plans
 from driving_sim.world_model.actions import ActionStatistics
 from driving_sim.world_model.training import presets as world_presets
 from driving_sim.world_model.transformer import TokenGrid, Transformer, TransformerConfig
+from tests.data.sources.recordings import (
+    write_kitti,
+    write_nuscenes_with_can_bus,
+    write_picture_drives,
+    write_tub_v1,
+    write_tub_v2,
+)
 from tests.fixtures.tiny_training import EXPORTED, tiny_train
 from tests.fixtures.token_drives import (
     COLS,
@@ -49,6 +56,7 @@ from tests.stress import mutations
 Attempt = Callable[[random.Random, Path], None]
 """Function of a random generator and a folder. It writes a damaged input there and reads it."""
 
+_SEPARATORS = {".csv": ",\n", ".txt": " \n", ".catalog": " ,\n"}
 QUIET = {"x265-params": "log-level=error"}
 SIZE = FrameSize(height=16, width=32)
 CSV = "timestamp_s,speed_mps,road_wheel_rad,note\n" + "".join(
@@ -70,6 +78,11 @@ READINGS = (
     Reading(),
     Reading(speed="Speed (km/h)", speed_unit="kmh", steering="angle", steering_kind="curvature"),
     Reading(steering="ANGLE", steering_unit="deg", steering_kind="steering_wheel", time_offset=0.3),
+)
+RECORDING_READINGS = (
+    Reading(),
+    Reading(video_fps=10),
+    Reading(steering_kind="curvature", time_offset=0.3),
 )
 SCRIPTS = (
     "speed=8 steer=0.1 for 2s; steer=0 for 1s",
@@ -99,16 +112,27 @@ def _damage(rng: random.Random, source: Path, work: Path) -> Path:
     data = path.read_bytes()
     if rng.random() < 0.03:
         path.unlink()
-    elif path.suffix == ".json":
+    elif path.suffix == ".json" and _is_json(data):
         path.write_bytes(mutations.changed_json_text(rng, data))
     elif path.suffix == ".safetensors":
         path.write_bytes(mutations.changed_safetensors(rng, data))
-    elif path.suffix == ".csv" and rng.random() < 0.7:
-        text = mutations.changed_text(rng, data.decode())
+    elif path.suffix in _SEPARATORS and rng.random() < 0.7:
+        text = mutations.changed_text(
+            rng, data.decode("utf-8", "replace"), _SEPARATORS[path.suffix]
+        )
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
     else:
         path.write_bytes(mutations.changed_bytes(rng, data))
     return copied
+
+
+def _is_json(data: bytes) -> bool:
+    """Return whether bytes are one JSON value: other JSON files have one in each line."""
+    try:
+        json.loads(data)
+    except ValueError:
+        return False
+    return True
 
 
 def use_csv(path: Path, work: Path, reading: Reading = READINGS[0]) -> None:
@@ -189,8 +213,8 @@ def config_target(folder: Path) -> Attempt:
     return attempt
 
 
-def _use_drives(paths: list[Path]) -> None:
-    source = find_drives(paths)
+def _use_drives(paths: list[Path], reading: Reading = RECORDING_READINGS[0]) -> None:
+    source = find_drives(paths, reading)
     for drive in source.drives:
         _use_drive(drive)
     if source.skipped:
@@ -198,6 +222,9 @@ def _use_drives(paths: list[Path]) -> None:
 
 
 def _use_drive(drive: Drive) -> None:
+    for line in drive.notices:
+        if not line.isprintable():
+            raise AssertionError(f"a notice is not one printable line: {line!r}")
     sampled = sample(drive)
     count = len(drive.timestamps)
     drive.frames([0, count - 1, count // 2], SIZE)
@@ -229,6 +256,24 @@ def udacity_target(folder: Path) -> Attempt:
         _use_drives([copied])
 
     return attempt
+
+
+def _recording_target(write: Callable[[Path], None]) -> Callable[[Path], Attempt]:
+    """Return a target that damages a few files of a recording, which `write` writes."""
+
+    def target(folder: Path) -> Attempt:
+        write(folder / "recording")
+
+        def attempt(rng: random.Random, work: Path) -> None:
+            copied = folder / "recording"
+            for number in range(rng.choice((1, 1, 1, 3))):
+                (work / str(number)).mkdir()
+                copied = _damage(rng, copied, work / str(number))
+            _use_drives([copied], rng.choice(RECORDING_READINGS))
+
+        return attempt
+
+    return target
 
 
 def video_target(folder: Path) -> Attempt:
@@ -443,6 +488,11 @@ TARGETS: dict[str, Callable[[Path], Attempt]] = {
     "synthetic": synthetic_target,
     "udacity": udacity_target,
     "comma2k19": comma2k19_target,
+    "pictures": _recording_target(write_picture_drives),
+    "tub-v1": _recording_target(write_tub_v1),
+    "tub-v2": _recording_target(write_tub_v2),
+    "kitti": _recording_target(write_kitti),
+    "nuscenes": _recording_target(write_nuscenes_with_can_bus),
     "checkpoint": checkpoint_target,
     "scaling": scaling_target,
     "video": video_target,

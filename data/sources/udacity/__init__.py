@@ -16,7 +16,7 @@ from driving_sim.data.actions.action_log import ActionLog
 from driving_sim.data.actions.reading import Reading
 from driving_sim.data.drive import Drive
 from driving_sim.data.image_frames import ImageFrames
-from driving_sim.data.inner_name import inside
+from driving_sim.data.sources.pictures.files import about_sizes, find_pictures
 from driving_sim.data.sources.source import Contents, Folder, Found
 from driving_sim.data.sources.udacity.log import LOG_NAME, Row, Take, bad_row, read_log
 from driving_sim.data.video.frame_size import FrameSize
@@ -69,7 +69,7 @@ def _load(
     Raises DriveSimError if fewer than 2 of its images are there, or if a name leads elsewhere.
     """
     rows, pictures = _with_pictures(path, take.rows)
-    own = []
+    own = [*about_sizes(pictures)]
     if missing := len(take.rows) - len(rows):
         own.append(
             f"{missing} of {len(take.rows)} pictures are missing from {_IMAGES}; their rows are "
@@ -97,22 +97,17 @@ def _load(
 
 def _with_pictures(recording: Path, rows: tuple[Row, ...]) -> tuple[list[Row], ImageFrames]:
     """Return the rows whose picture is there, and these pictures."""
-    kept, paths = [], []
-    for row in rows:
-        try:
-            path = inside(recording, f"{_IMAGES}/{row.image}")
-            if not path.is_file():
-                continue
-        except (ValueError, OSError) as error:  # `is_file` raises OSError for very long names.
-            raise bad_row(recording / LOG_NAME, row.line, error) from None
-        kept.append(row)
-        paths.append(path)
+    kept, pictures = find_pictures(
+        recording,
+        [f"{_IMAGES}/{row.image}" for row in rows],
+        lambda index, error: bad_row(recording / LOG_NAME, rows[index].line, error),
+    )
     if len(kept) < 2:
         raise DriveSimError(
             f"{recording / LOG_NAME}: only {len(kept)} of its {len(rows)} pictures are in "
             f"{recording / _IMAGES} (the first is {rows[0].image!r}); copy the pictures there"
         )
-    return kept, ImageFrames(tuple(paths))
+    return [rows[index] for index in kept], pictures
 
 
 def _ends_with_reset(pictures: ImageFrames) -> bool:

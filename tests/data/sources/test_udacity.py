@@ -3,26 +3,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from driving_sim.data.drive import Drive, sample
+from driving_sim.data.drive import sample
 from driving_sim.data.sources import find_drives
 from driving_sim.data.video.frame_size import FrameSize
-from tests.data.sources.recordings import row, shared, write_log
+from tests.data.sources.recordings import only_drive, reason, row, shared, write_log
 
 SIZE = FrameSize(height=16, width=32)
-
-
-def only_drive(folder: Path) -> Drive:
-    drive_set = find_drives([folder])
-    assert drive_set.skipped == []
-    (drive,) = drive_set.drives
-    return drive
-
-
-def reason(folder: Path) -> str:
-    drive_set = find_drives([folder])
-    assert drive_set.drives == []
-    (skipped,) = drive_set.skipped
-    return skipped.reason
 
 
 def test_a_plain_recording_has_nothing_to_say(tmp_path: Path) -> None:
