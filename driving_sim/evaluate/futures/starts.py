@@ -29,6 +29,7 @@ from driving_sim.world_model.world_model import WorldModel
 CONTEXT = "context"
 LEAST_S = 1.5
 """Minimum length of a future in s."""
+_RATE_TOLERANCE = 0.02
 _SAME_DB = 25.0
 """PSNR in dB above which the first frame of a future may be the last one of its context.
 
@@ -84,6 +85,12 @@ def find_starts(world: WorldModel, folder: Path, reading: Reading = AS_NAMED) ->
         of_start[name] = drive
     starts = [_start(world, folder, name, drives) for name, drives in sorted(by_start.items())]
     _check_alike(starts)
+    for future in _futures(starts):
+        if abs(future.fps / world.fps - 1) > _RATE_TOLERANCE:
+            raise DriveSimError(
+                f"{future.drive.id}: has {future.fps:.3g} frames/s, but the model {world.fps:.3g}; "
+                "record the futures at the model's rate, or at a higher one"
+            )
     for start in starts:
         _check_beginnings(world, start)
     return starts

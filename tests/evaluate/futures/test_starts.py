@@ -88,6 +88,13 @@ def test_videos_at_an_odd_rate_are_resampled_so_that_the_start_stays(
     assert start.futures["left"].indices[-1] == 24
 
 
+def test_videos_at_a_lower_rate_are_refused(world: WorldModel, tmp_path: Path) -> None:
+    config = replace(CONFIG, fps=0.8 * FPS)
+    write_futures(tmp_path / "futures", COMMANDS, starts=1, context_frames=12, config=config)
+    with pytest.raises(DriveSimError, match=r"left: has 6.4 frames/s, but the model 8"):
+        find_starts(world, tmp_path / "futures")
+
+
 Damage = Callable[[Path], object]
 
 
