@@ -47,7 +47,7 @@ def test_the_recipe_makes_a_packaged_model_and_is_not_repeated(
     for name, value in load_file(model / "model.safetensors").items():
         assert torch.equal(value, trained[name].bfloat16().to(value.dtype))
     assert "3 drives of 8 s" in card
-    assert "the world model 2 and then 3," in card
+    assert "the world model 2 and then, from these weights, 3," in card
     assert "| bits per token |" in card
     assert "Lane probe" in card
     assert "{" not in card
