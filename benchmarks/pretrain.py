@@ -249,7 +249,9 @@ def _write_card(at: Folders, recipe: Recipe) -> None:
         drivers=recipe.training_world,
         hours=recipe.drives * recipe.seconds / 3600,
         tokenizer_steps=_steps(at.tokenizer),
-        world_model_steps=" and then, from these weights, ".join(f"{n:,}" for n in recipe.world_model_steps),
+        world_model_steps=" and then, from these weights, ".join(
+            f"{steps:,}" for steps in recipe.world_model_steps
+        ),
         tokenizer_parameters=_millions(world.tokenizer.autoencoder),
         world_model_parameters=_millions(world.transformer),
         commit=(at.root / _COMMIT).read_text(),
