@@ -50,7 +50,8 @@ class PictureTable(NamedTuple):
     problem: str
     """Why the pictures cannot be used, or empty."""
     pictures: frozenset[str]
-    """Names below the CSV's folder of all pictures in the folders that the CSV names."""
+    """Names below the CSV's folder of all pictures in the folders that the CSV names, those of
+    other cameras included."""
     named: frozenset[str]
     """Names, without folders, of all pictures that the CSV names."""
     notices: tuple[str, ...]
@@ -121,22 +122,12 @@ def _find(folder: Folder, name: str, reading: Reading) -> PictureTable | None:
         return None
     ahead = [column for column in columns if any(word in column for word in _AHEAD)]
     chosen = (ahead or columns)[0]
-    rows = [first]
-    try:
-        table = read_csv(path)
-    except DriveSimError:
-        pass  # It is reported when the drive is loaded.
-    else:
-        if table.names != header:
-            return None
-        rows = table.rows
-    cells = [*map(_clean, _column(header, rows, chosen))]
-    named = {_last(cell) for column in columns for cell in _column(header, rows, column)}
-    if not (
-        _says_when(header)
-        or has_actions(path, reading)
-        or (not any(map(video_folder.is_video, folder.files)) and _is_series(cells))
-    ):
+    rows = _rows(path, header, first)
+    cells = [cell for cell in _column(header, rows, chosen) if cell]
+    named = {cell for column in columns for cell in _column(header, rows, column)}
+    has_videos = any(map(video_folder.is_video, folder.files))
+    is_series = not has_videos and bool(find_series({*map(_last, cells)}))
+    if not cells or not (_says_when(header) or has_actions(path, reading) or is_series):
         return None
     notices = []
     if len(columns) > 1:
@@ -151,14 +142,25 @@ def _find(folder: Folder, name: str, reading: Reading) -> PictureTable | None:
             f"the paths in column {plain(chosen)} of {plain(name)} are those of another computer; "
             "only their ends count"
         )
-    base, depth, problem = _place(folder, cells[0], is_foreign=is_foreign)
-    folders = sorted({cell.rpartition("/")[0] for cell in cells if cell})
+    for cell in (cells[0], cells[len(cells) // 2], cells[-1]):  # Some pictures may be missing.
+        base, depth, problem = _place(folder, cell, is_foreign=is_foreign)
+        if problem or _is_file(base, _end(cell, depth)):
+            break
+    folders = sorted({cell.rpartition("/")[0] for cell in cells})
     if len(folders) > 1:
         problem = f"it names pictures in {_listed(folders)}; split the CSV by folder"
-    pictures = _pictures_beside({_end(cell, depth) for cell in cells}, base, folder.path)
-    return PictureTable(
-        path, chosen, base, depth, problem, pictures, frozenset(named), tuple(notices)
-    )
+    pictures = _pictures_beside({_end(cell, depth) for cell in named}, base, folder.path)
+    ends = frozenset(map(_last, named))
+    return PictureTable(path, chosen, base, depth, problem, pictures, ends, tuple(notices))
+
+
+def _rows(path: Path, header: tuple[str, ...], first: list[str]) -> list[list[str]]:
+    """Return the rows of a CSV, or only the first one if others are bad."""
+    try:
+        table = read_csv(path)
+    except DriveSimError:  # It is reported when the drive is loaded.
+        return [first]
+    return table.rows if table.names == header else []
 
 
 def _says_when(header: Sequence[str]) -> bool:
@@ -167,21 +169,14 @@ def _says_when(header: Sequence[str]) -> bool:
     return any(name in TIMES or name == "frame" or name.startswith(starts) for name in header)
 
 
-def _is_series(cells: Iterable[str]) -> bool:
-    return bool(find_series({_last(cell) for cell in cells}))
-
-
-def _column(header: Sequence[str], rows: Iterable[Sequence[str]], name: str) -> Iterable[str]:
+def _column(header: Sequence[str], rows: Iterable[Sequence[str]], name: str) -> list[str]:
+    """Return the names of pictures in a column, with / between their parts."""
     number = header.index(name)
-    return (cells[number] for cells in rows)
+    return [cells[number].strip().replace("\\", "/").removeprefix("./") for cells in rows]
 
 
-def _clean(cell: str) -> str:
-    return cell.strip().replace("\\", "/").removeprefix("./")
-
-
-def _last(cell: str) -> str:
-    return _clean(cell).rpartition("/")[2]
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _end(name: str, depth: int) -> str:
@@ -251,8 +246,7 @@ def read_table(found: PictureTable) -> NamedPictures:
     several folders, if fewer than 2 are there, or if a name leads outside the folder.
     """
     table = read_csv(found.path)
-    cells = _column(table.names, table.rows, found.column)
-    names = [_end(_clean(cell), found.depth) for cell in cells]
+    names = [_end(cell, found.depth) for cell in _column(table.names, table.rows, found.column)]
     rows = [n for n, cell in enumerate(names) if cell and (n == 0 or cell != names[n - 1])]
     notices, name = [*found.notices], plain(found.path.name)
     if repeated := sum(map(bool, names)) - len(rows):

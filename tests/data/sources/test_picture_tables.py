@@ -202,6 +202,28 @@ def test_a_path_of_another_computer_leads_to_the_camera_that_it_names(
     assert left.id.endswith("left")
 
 
+@pytest.mark.parametrize("start", ["D:\\x\\", ""])
+def test_the_pictures_of_other_cameras_are_no_drive_of_their_own(
+    tmp_path: Path, start: str
+) -> None:
+    for camera in ("left", "center"):
+        write_pictures(tmp_path / camera, NUMBERED)
+    left, center = ([f"{start}{camera}\\{n}" for n in NUMBERED] for camera in ("left", "center"))
+    write_named(tmp_path / "a.csv", "left,center,t", left, center, TENTHS)
+    drive = only_drive(tmp_path)
+    assert drive.reader.files(np.array([3])) == [tmp_path / "center" / NUMBERED[3]]
+
+
+@pytest.mark.parametrize("start", ["D:\\pics\\", "", "pics/"])
+def test_the_folder_is_found_even_if_the_first_picture_is_missing(
+    tmp_path: Path, start: str
+) -> None:
+    write_pictures(tmp_path / "pics", NUMBERED)
+    (tmp_path / "pics" / NUMBERED[0]).unlink()
+    write_named(tmp_path / "a.csv", "image,t", [start + name for name in NUMBERED], TENTHS)
+    assert greys(only_drive(tmp_path)) == [*range(1, COUNT)]
+
+
 @pytest.mark.parametrize("start", ["C:\\x\\", ""])
 def test_a_picture_in_several_folders_is_an_error(tmp_path: Path, start: str) -> None:
     for camera in ("left", "right"):
