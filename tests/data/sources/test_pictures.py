@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ from driving_sim.data.actions.reading import Reading
 from driving_sim.data.drive import sample
 from driving_sim.data.image_frames import ImageFrames
 from driving_sim.data.inspect.inspection import inspect_drives
-from driving_sim.data.sources import find_drives
-from driving_sim.data.sources.pictures.names import moment
+from driving_sim.data.sources import find_drives, pictures
+from driving_sim.data.sources.pictures.names import Series, find_series, moment
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.engine.errors import BadDriveError, DriveSimError
 from tests.data.sources.recordings import (
@@ -325,3 +326,16 @@ def test_damaged_exif_data_cost_no_frame_and_are_not_printed(tmp_path: Path) -> 
     command = [sys.executable, "-P", "-c", code, str(tmp_path / "a.jpg")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("(1, 32, 64, 3)\n", "")
+
+
+def test_a_folder_is_searched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pictures(tmp_path, NUMBERED)
+    searched = []
+
+    def counted(names: Iterable[str]) -> list[Series]:
+        searched.append(names)
+        return find_series(names)
+
+    monkeypatch.setattr(pictures, "find_series", counted)
+    only_drive(tmp_path)
+    assert len(searched) == 1
