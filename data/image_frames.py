@@ -1,11 +1,12 @@
 """Read frames that are stored as image files, one image for each frame."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from driving_sim.data.arrays import Ints, Pixels
 from driving_sim.data.video.file import check_picture
@@ -14,7 +15,22 @@ from driving_sim.engine.errors import BadDriveError, DriveSimError
 from driving_sim.engine.parsing import one_line
 
 _FORMATS = ("JPEG", "PNG", "BMP")
+_ORIENTATION = 0x0112  # the EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _DEEP = ("I", "F")  # Pillow would clip these pixels of 16 or 32 bits to 8 bits.
+
+
+# Pillow warns about damaged EXIF data, whose picture may be good. `warnings.catch_warnings` cannot
+# silence it here, because pictures are read in several threads.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class _DamagedError(BadDriveError):
@@ -30,6 +46,15 @@ def picture_size(path: Path) -> tuple[int, int] | None:
         return None
 
 
+def _turned(image: Image.Image, exif: Image.Image) -> Image.Image:
+    """Turn an image as the EXIF data of its file says. If they are damaged, leave it as it is."""
+    try:
+        turn = _TURNS.get(exif.getexif().get(_ORIENTATION, 1))
+    except Exception:  # Damaged data can raise any kind of error.
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
 def _picture(path: Path, size: FrameSize | None) -> Pixels:
     """Read an image, then turn, scale and crop it as the video readers do."""
     try:
@@ -39,7 +64,7 @@ def _picture(path: Path, size: FrameSize | None) -> Pixels:
                 raise BadDriveError(
                     f"{path}: has pixels of more than 8 bits; convert the pictures to 8 bits"
                 )
-            image = ImageOps.exif_transpose(file).convert("RGB")
+            image = _turned(file.convert("RGB"), file)
     except DriveSimError:
         raise
     # Catch everything, because a damaged image can raise any kind of error. Pillow only warns about

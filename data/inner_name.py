@@ -14,10 +14,11 @@ def is_inner_name(name: str) -> bool:
     return bool(name) and not _OUTSIDE.search(name)
 
 
-def inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str, home: Path | None = None) -> Path:
     """Return the path of `name` below `folder`.
 
-    Raises ValueError if the name, or a symbolic link on the path, leads outside the folder.
+    A caller with many names passes `home`, which is `folder.resolve()`. Raises ValueError if the
+    name, or a symbolic link on the path, leads outside the folder.
     """
     if not is_inner_name(name):
         raise ValueError(f"{name!r} is not the name of a file inside {folder}")
@@ -26,7 +27,7 @@ def inside(folder: Path, name: str) -> Path:
         target = path.resolve()
     except (OSError, RuntimeError):  # RuntimeError: the links form a cycle.
         raise ValueError(f"{name!r} cannot be resolved in {folder}") from None
-    home = folder.resolve()
+    home = home or folder.resolve()
     if not target.is_relative_to(home):
         below = [part for part in (*reversed(path.parents), path) if part.is_relative_to(folder)]
         link = next(part for part in below if not part.resolve().is_relative_to(home))

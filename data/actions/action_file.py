@@ -181,13 +181,17 @@ def read_action_file(
     (-1 to 1), or `steering`, whose kind must be set in `reading`. `reading` may also name the
     columns. Positive steering is to the left. Other columns are ignored, and so are blank cells.
     If the caller knows the times of the rows, it passes `row_times`, strictly increasing seconds on
-    the video's clock, one for each row; no time column is needed then.
+    the video's clock, one for each row; no time column is needed then. Rows whose time is NaN are
+    left out.
 
     Raises DriveSimError, with file, line and remedy, if a cell is not a finite number, if times do
     not increase, if a value is impossible for a car, if there are fewer than 2 rows, or if there is
     neither speed nor steering.
     """
     table = read_csv(path)
+    if row_times is not None:
+        table = table.only(np.isfinite(row_times))
+        row_times = row_times[np.isfinite(row_times)]
     notices = [*table.notices]
     times = _on_video_clock(_times(table, frame_times, row_times), frame_times, reading, notices)
     speed, steering = None, None

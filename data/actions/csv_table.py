@@ -3,14 +3,14 @@
 import csv
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from driving_sim.data.arrays import Floats
+from driving_sim.data.arrays import Floats, Mask
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import one_line, shown
 
@@ -38,6 +38,13 @@ class CsvTable:
         """Return an error whose message begins with the file and, if `row` is given, its line."""
         where = f"{self.path}" if row is None else f"{self.path}, line {self.lines[row]}"
         return DriveSimError(f"{where}: {message}")
+
+    def only(self, chosen: Mask) -> "CsvTable":
+        """Return a table of the rows that are `chosen` [rows]."""
+        at = np.flatnonzero(chosen)
+        return replace(
+            self, rows=[self.rows[row] for row in at], lines=[self.lines[row] for row in at]
+        )
 
     @property
     def columns(self) -> str:

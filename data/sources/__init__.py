@@ -49,12 +49,13 @@ def _unique_ids(candidates: list[Candidate]) -> list[str]:
 def _check_name(drive_id: str, path: Path) -> None:
     if drive_id.endswith(MIRROR_SUFFIX):
         raise DriveSimError(
-            f"{path}: names that end in {MIRROR_SUFFIX} are reserved for mirrored drives; rename it"
+            f"{path}: the drive's name would be {drive_id!r}, but names that end in "
+            f"{MIRROR_SUFFIX} are reserved for mirrored drives; rename the file or folder"
         )
     if not is_inner_name(drive_id):
         raise DriveSimError(
-            f"{str(path)!r}: its name contains control characters, begins with a backslash or is "
-            "not Unicode; rename it"
+            f"{str(path)!r}: the drive's name would be {drive_id!r}, which contains control "
+            "characters, begins with a backslash or is not Unicode; rename the file or folder"
         )
 
 
@@ -71,7 +72,7 @@ def find_drives(
     Raises DriveSimError if a path does not exist, if nothing looks like a drive, if two drives
     cannot get different ids, or if the name of a drive cannot be an id.
     """
-    search = Search()
+    search = Search(reading)
     for path in paths:
         search.add(path)
     by_path = {

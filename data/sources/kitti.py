@@ -17,11 +17,13 @@ from driving_sim.data.actions.reading import Reading
 from driving_sim.data.arrays import Floats
 from driving_sim.data.drive import Drive
 from driving_sim.data.image_frames import ImageFrames
+from driving_sim.data.inner_name import inside
 from driving_sim.data.sources.path_curvature import path_log
 from driving_sim.data.sources.pictures.files import (
     about_sizes,
     check_picture_times,
     find_pictures,
+    unused_rate,
 )
 from driving_sim.data.sources.source import Contents, Folder, Found
 from driving_sim.engine.errors import DriveSimError
@@ -36,7 +38,7 @@ _STAMP = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(\.\d{1,9})?", re.ASCII)
 _FORWARD_SPEED, _YAW_RATE = 8, 22
 _VALUES = 30
 _MOST_BYTES = 2**16  # of a file of `oxts`
-_MOST_TIMES_BYTES = 2**28
+_MOST_TIMES_BYTES = 2**26
 _MOST_BACKWARD = 0.1
 
 
@@ -64,18 +66,14 @@ def load(path: Path, drive_id: str, reading: Reading, actions: bool) -> Drive:
     others = [name for name in CAMERAS if (path / name).is_dir() and name != camera]
     if others:
         notices.append(f"of its cameras, {camera} is read, and not {', '.join(others)}")
-    stamps = _timestamps(path / camera / _TIMES)
-    kept, pictures = _pictures(path / camera, len(stamps))
-    if missing := len(stamps) - len(kept):
-        notices.append(
-            f"{missing} of {len(stamps)} pictures of {camera} are missing; they are left out, "
-            "which leaves gaps"
-        )
+    stamps = _timestamps(path, f"{camera}/{_TIMES}")
+    kept, pictures, lines = _pictures(path / camera, len(stamps))
+    notices += [*lines, *unused_rate(reading)]
     stamps = stamps[kept]
     times = check_picture_times(one_line(path / camera), stamps)
     log = None
     if actions and (path / _OXTS).is_dir():
-        log = _read_oxts(path / _OXTS, float(stamps[0]) - reading.time_offset, reading)
+        log = _read_oxts(path, float(stamps[0]) - reading.time_offset, reading)
     elif actions:
         notices.append(f"there is no {_OXTS}, so there are no actions")
     return Drive(
@@ -88,15 +86,13 @@ def load(path: Path, drive_id: str, reading: Reading, actions: bool) -> Drive:
     )
 
 
-def _pictures(camera: Path, count: int) -> tuple[list[int], ImageFrames]:
+def _pictures(camera: Path, count: int) -> tuple[list[int], ImageFrames, list[str]]:
     def bad_name(index: int, error: object) -> DriveSimError:
         return DriveSimError(f"{one_line(camera)}: {one_line(error)}; remove it")
 
-    kept: list[int] = []
-    pictures = ImageFrames(())
     for suffix in (".png", ".jpg"):
         names = [f"data/{number:010}{suffix}" for number in range(count)]
-        kept, pictures = find_pictures(camera, names, bad_name)
+        kept, pictures, lines = find_pictures(camera, names, bad_name)
         if kept:
             break
     if len(kept) < 2:
@@ -104,18 +100,35 @@ def _pictures(camera: Path, count: int) -> tuple[list[int], ImageFrames]:
             f"{one_line(camera)}: has {len(kept)} of the {count} pictures data/0000000000.png and "
             f"so on that {_TIMES} lists; at least 2 are needed"
         )
-    return kept, pictures
+    return kept, pictures, lines
 
 
-def _timestamps(path: Path) -> Floats:
-    """Return the time in each line of a file in seconds. Raises DriveSimError, with the line."""
+def _read(recording: Path, name: str, most: int) -> bytes | None:
+    """Return the content of a file below a recording, or None if it is missing.
+
+    Raises DriveSimError if it has more than `most` bytes, or if the name leads outside.
+    """
     try:
-        if path.stat().st_size > _MOST_TIMES_BYTES:
-            raise OSError(f"it has more than {_MOST_TIMES_BYTES:,} bytes")
-        with path.open(encoding="utf-8", errors="replace") as file:
-            lines = [line.strip() for line in file]
-    except OSError as error:
-        raise DriveSimError(f"{one_line(path)}: cannot be read ({one_line(error)})") from None
+        path = inside(recording, name)
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+        if len(content) > most:
+            raise ValueError(f"it has more than {most:,} bytes")
+        return content
+    except (OSError, ValueError) as error:
+        raise DriveSimError(
+            f"{one_line(recording / name)}: cannot be read ({one_line(error)})"
+        ) from None
+
+
+def _timestamps(recording: Path, name: str) -> Floats:
+    """Return the time in each line of a file in seconds. Raises DriveSimError, with the line."""
+    path, content = recording / name, _read(recording, name, _MOST_TIMES_BYTES)
+    if content is None:
+        raise DriveSimError(f"{one_line(path)}: is no file; download the recording again")
+    lines = [line.strip() for line in content.decode("utf-8", "replace").split("\n")]
     while lines and not lines[-1]:
         lines.pop()
     return np.array([_seconds(line, path, number) for number, line in enumerate(lines, 1)])
@@ -135,13 +148,14 @@ def _seconds(text: str, path: Path, line: int) -> float:
     return (second - datetime(1970, 1, 1)).total_seconds() + float(match[2] or 0)
 
 
-def _read_oxts(oxts: Path, start: float, reading: Reading) -> ActionLog:
+def _read_oxts(recording: Path, start: float, reading: Reading) -> ActionLog:
     """Return the speed and the curvature of the path, timed from `start`."""
+    oxts = recording / _OXTS
     reading.check_kind(f"{one_line(oxts)}: the steering of KITTI", "curvature")
-    times, values, notices = _timestamps(oxts / _TIMES) - start, [], []
+    times, values, notices = _timestamps(recording, f"{_OXTS}/{_TIMES}") - start, [], []
     kept = []
     for number in range(len(times)):
-        found = _sample(oxts / "data" / f"{number:010}.txt")
+        found = _sample(recording, f"{_OXTS}/data/{number:010}.txt")
         if found is not None:
             kept.append(number)
             values.append(found)
@@ -167,21 +181,18 @@ def _read_oxts(oxts: Path, start: float, reading: Reading) -> ActionLog:
     )
 
 
-def _sample(path: Path) -> tuple[float, float] | None:
+def _sample(recording: Path, name: str) -> tuple[float, float] | None:
     """Return the forward speed and the yaw rate in a file, or None if the file is missing."""
-    try:
-        with path.open("rb") as file:
-            cells = file.read(_MOST_BYTES).split()
-    except FileNotFoundError:
+    content = _read(recording, name, _MOST_BYTES)
+    if content is None:
         return None
-    except OSError as error:
-        raise DriveSimError(f"{one_line(path)}: cannot be read ({one_line(error)})") from None
+    cells = content.split()
     try:
         if len(cells) != _VALUES:
             raise ValueError(f"it has {len(cells)}")
         return float(cells[_FORWARD_SPEED]), float(cells[_YAW_RATE])
     except ValueError as error:
         raise DriveSimError(
-            f"{one_line(path)}: must contain {_VALUES} numbers ({one_line(error)}); download the "
-            "recording again"
+            f"{one_line(recording / name)}: must contain {_VALUES} numbers ({one_line(error)}); "
+            "download the recording again"
         ) from None

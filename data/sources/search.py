@@ -2,11 +2,12 @@
 
 import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 
+from driving_sim.data.actions.reading import AS_NAMED, Reading
 from driving_sim.data.sources import (
     comma2k19,
     donkeycar,
@@ -31,10 +32,9 @@ SOURCES: tuple[Source, ...] = (
     nuscenes,
     foreign,
     openpilot,
-    pictures,
-    video_folder,
 )
-"""The layouts that are known. The first one that a folder has says what is in the folder."""
+"""The layouts that are known. The first one that a folder has says what is in the folder. In other
+folders, pictures and videos are searched."""
 
 _SUFFIX = re.compile(r"\.\w{1,12}", re.ASCII)
 _MOST_SUFFIXES = 6
@@ -61,6 +61,7 @@ class Candidate:
 class Search:
     """What was found in some files and folders."""
 
+    reading: Reading = AS_NAMED
     candidates: list[Candidate] = field(default_factory=list)
     notices: dict[str, list[Path]] = field(default_factory=dict)
     """What was left out or guessed, and the folders in which it was."""
@@ -83,7 +84,7 @@ class Search:
             path = path.parent
         if path.is_dir():
             others: Counter[str] = Counter()
-            self._visit(path, path, others, set())
+            self._visit(path, path, others, set(), ())
             if others:
                 self.counts.append(f"{path}: {_passed_over(others)}")
         elif path.suffix.lower() == ".csv":
@@ -93,25 +94,47 @@ class Search:
         else:
             self.candidates.append(Candidate(path, Found(path=path, load=video_folder.load)))
 
-    def _visit(self, root: Path, path: Path, others: Counter[str], visited: set[Path]) -> None:
+    def _visit(
+        self,
+        root: Path,
+        path: Path,
+        others: Counter[str],
+        visited: set[Path],
+        taken: Collection[str],
+    ) -> None:
+        """Search a folder. Drives outside it have `taken` these files in it."""
         if path.resolve() in visited:  # A link may point to a parent folder.
             return
         visited.add(path.resolve())
         folder = Folder.of(path)
-        contents = next(source for source in SOURCES if source.detect(folder)).drives(folder)
+        if taken:
+            folder = replace(folder, files=tuple(sorted({*folder.files}.difference(taken))))
+        source = next((source for source in SOURCES if source.detect(folder)), None)
+        contents = source.drives(folder) if source else pictures.drives(folder, self.reading)
         self.candidates += [Candidate(root, found) for found in contents.drives]
         for line in contents.notices:
             folders = self.notices.setdefault(line, [])
             if path not in folders[-1:]:  # Several of the searched paths may contain it.
                 folders.append(path)
         others.update(_suffixes({*folder.files, *folder.others} - contents.own))
+        below = _by_folder((*contents.own, *taken))
         for name in folder.folders:
             if name in contents.own:
                 continue
             if contents.has_more:
-                self._visit(root, path / name, others, visited)
+                self._visit(root, path / name, others, visited, below.get(name, ()))
             else:
                 others.update(_suffixes(_names_below(path / name)))
+
+
+def _by_folder(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the names of files below each folder, given names such as `folder/name`."""
+    below = defaultdict(list)
+    for name in names:
+        folder, slash, rest = name.partition("/")
+        if slash:
+            below[folder].append(rest)
+    return below
 
 
 def _names_below(folder: Path) -> Iterator[str]:

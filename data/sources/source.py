@@ -12,10 +12,20 @@ from typing import Protocol, Self
 
 from driving_sim.data.actions.reading import Reading
 from driving_sim.data.drive import Drive
+from driving_sim.engine.errors import DriveSimError
 
 Load = Callable[[Path, str, Reading, bool], Drive]
 """Function that loads a drive, given its path, its id, how to read it, and whether to read its
 actions."""
+
+
+def refused(error: DriveSimError) -> Load:
+    """Return the function that loads a drive which cannot be used: it raises this error."""
+
+    def load(path: Path, drive_id: str, reading: Reading, actions: bool) -> Drive:
+        raise error
+
+    return load
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +76,8 @@ class Contents:
 
     drives: tuple[Found, ...] = ()
     own: frozenset[str]
-    """Names of the files and folders that belong to the drives. Other files are counted, and one
-    line tells the user of them."""
+    """Names of the files and folders that belong to the drives, such as `a.csv` or `b/0.jpg`. Other
+    files are counted, and one line tells the user of them."""
     has_more: bool = False
     """Whether the other folders are searched for drives too."""
     notices: tuple[str, ...] = ()

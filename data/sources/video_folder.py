@@ -111,16 +111,6 @@ def _load_orphan(path: Path, drive_id: str, reading: Reading, actions: bool) -> 
     )
 
 
-def detect(folder: Folder) -> bool:
-    """Return True: any folder may contain videos."""
-    return True
-
-
-def drives(folder: Folder) -> Contents:
-    """Return the videos in a folder, and the action files without a video."""
-    return contents_of(folder, folder.files)
-
-
 def contents_of(folder: Folder, files: Sequence[str]) -> Contents:
     """Return the videos among some files of a folder, and the action files without a video."""
     videos = {PurePath(name).stem for name in files if is_video(name)}

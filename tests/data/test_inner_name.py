@@ -38,6 +38,7 @@ def test_links_may_not_lead_out(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be resolved"):
         inside(folder, "circle")
     assert inside(folder, "within").read_text() == "f"
+    assert inside(folder, "within", folder.resolve()) == folder / "within"
     # A folder that is itself reached through a link is allowed.
     (tmp_path / "link").symlink_to(folder)
     assert inside(tmp_path / "link", "file").read_text() == "f"

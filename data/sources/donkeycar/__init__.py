@@ -26,8 +26,9 @@ from driving_sim.data.sources.pictures.files import (
     about_sizes,
     check_picture_times,
     find_pictures,
+    unused_rate,
 )
-from driving_sim.data.sources.source import Contents, Folder, Found
+from driving_sim.data.sources.source import Contents, Folder, Found, refused
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import one_line
 
@@ -67,9 +68,7 @@ def drives(folder: Folder) -> Contents:
         tub = read_tub_v2(folder) if _is_v2(folder) else read_tub_v1(folder)
         kept = _sessions(tub)
     except DriveSimError as error:
-        return Contents(
-            drives=(Found(path=folder.path, load=partial(_refuse, error)),), own=frozenset(own)
-        )
+        return Contents(drives=(Found(path=folder.path, load=refused(error)),), own=frozenset(own))
     own |= {record.image for record in tub.records} & {*folder.files}
     width = len(str(len(kept)))
     found = [
@@ -81,12 +80,6 @@ def drives(folder: Folder) -> Contents:
         for number, session in enumerate(kept, 1)
     ]
     return Contents(drives=tuple(found), own=frozenset(own))
-
-
-def _refuse(
-    error: DriveSimError, path: Path, drive_id: str, reading: Reading, actions: bool
-) -> Drive:
-    raise error
 
 
 def _sessions(tub: Tub) -> list[list[Record]]:
@@ -136,12 +129,8 @@ def _load(
     def bad_name(index: int, error: object) -> DriveSimError:
         return DriveSimError(f"{records[index].where}: {one_line(error)}; correct it")
 
-    kept, pictures = find_pictures(path, [record.image for record in records], bad_name)
-    if missing := len(records) - len(kept):
-        notices.append(
-            f"{missing} of {len(records)} pictures are missing; their records are left out, which "
-            "leaves gaps"
-        )
+    kept, pictures, lines = find_pictures(path, [record.image for record in records], bad_name)
+    notices += lines
     if len(kept) < 2:
         raise DriveSimError(
             f"{one_line(path)}: only {len(kept)} of {len(records)} pictures are there (the first "
@@ -174,8 +163,7 @@ def _clock(records: list[Record], reading: Reading, notices: list[str]) -> Float
     """Return the time of each record in seconds."""
     seconds = np.array([record.seconds for record in records])
     if not np.isnan(seconds).any():
-        if reading.video_fps is not None:
-            notices.append("`video_fps` is not used, because the records have times")
+        notices += unused_rate(reading)
         return seconds
     rate = reading.video_fps or _USUAL_RATE
     taken = (

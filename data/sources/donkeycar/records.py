@@ -23,6 +23,7 @@ from driving_sim.engine.parsing import one_line, parse_json, shown
 RECORD_V1 = re.compile(r"record_(\d{1,12})\.json", re.ASCII)
 _MOST_BYTES = 2**20  # of a record
 _MOST_MANIFEST_BYTES = 2**26
+_MOST_RECORDS = 1_000_000  # 14 hours at 20 records/s
 _MOST_CATALOG_BYTES = 2**28  # donkeycar starts a new catalog after 1,000 records.
 _MOST_NORMALISED = 10.0  # Larger values are no steering or throttle from -1 to 1.
 _PAUSE_S = 10.0
@@ -154,6 +155,8 @@ def _read_manifest(path: Path) -> tuple[list[Path], set[int]]:
         catalogs = [inside(path.parent, name) for name in names]
         if not catalogs or any(type(index) is not int for index in deleted):
             raise ValueError("it lists no catalogs, or its deleted records are not whole numbers")
+        if len({*catalogs}) < len(catalogs):
+            raise ValueError("it lists a catalog twice")
         return catalogs, set(deleted)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, StopIteration) as error:
         raise DriveSimError(
@@ -163,6 +166,10 @@ def _read_manifest(path: Path) -> tuple[list[Path], set[int]]:
 
 
 def _add(tub: Tub, values: dict[str, Any], where: str, index: int, images: str) -> None:
+    if len(tub.records) == _MOST_RECORDS:
+        raise DriveSimError(
+            f"{where}: the tub has more than {_MOST_RECORDS:,} records; split it into several tubs"
+        )
     image = values.get("cam/image_array")
     if not isinstance(image, str):
         raise _bad(where, f"cam/image_array is {shown(image)}, not the name of a picture")

@@ -22,8 +22,9 @@ from driving_sim.data.sources.pictures.files import (
     about_sizes,
     check_picture_times,
     find_pictures,
+    unused_rate,
 )
-from driving_sim.data.sources.source import Contents, Folder, Found
+from driving_sim.data.sources.source import Contents, Folder, Found, refused
 from driving_sim.engine.errors import DriveSimError
 from driving_sim.engine.parsing import one_line
 
@@ -65,7 +66,7 @@ def drives(folder: Folder) -> Contents:
             scenes = read_scenes(tables)
         except DriveSimError as error:
             part = version if len(versions) > 1 else ""
-            found.append(Found(path=folder.path, load=partial(_refuse, error), part=part))
+            found.append(Found(path=folder.path, load=refused(error), part=part))
             continue
         new = [scene for scene in scenes if scene.token not in seen]
         if len(new) < len(scenes):
@@ -131,12 +132,6 @@ def _root(folder: Path, scenes: list[Scene]) -> Path:
     return folder
 
 
-def _refuse(
-    error: DriveSimError, path: Path, drive_id: str, reading: Reading, actions: bool
-) -> Drive:
-    raise error
-
-
 def _load(
     root: Path,
     scene: Scene,
@@ -154,17 +149,12 @@ def _load(
     def bad_name(index: int, error: object) -> DriveSimError:
         return DriveSimError(f"{where}: {one_line(error)}; download the tables again")
 
-    notices = []
-    kept, pictures = find_pictures(root, [picture.name for picture in scene.pictures], bad_name)
+    names = [picture.name for picture in scene.pictures]
+    kept, pictures, lines = find_pictures(root, names, bad_name)
     if len(kept) < 2:
         raise DriveSimError(
-            f"{where}: {len(kept)} of {len(scene.pictures)} pictures of {CAMERA} are there (the "
-            f"first is {one_line(scene.pictures[0].name)}); download them, or leave the scene out"
-        )
-    if missing := len(scene.pictures) - len(kept):
-        notices.append(
-            f"{missing} of {len(scene.pictures)} pictures are missing; they are left out, which "
-            "leaves gaps"
+            f"{where}: {len(kept)} of {len(names)} pictures of {CAMERA} are there (the first is "
+            f"{one_line(names[0])}); download them, or leave the scene out"
         )
     stamps = np.array([scene.pictures[index].seconds for index in kept])
     times = check_picture_times(where, stamps)
@@ -181,5 +171,5 @@ def _load(
         timestamps=times,
         reader=pictures,
         log=log,
-        assumptions=(*notices, *about_sizes(pictures)),
+        assumptions=(*lines, *unused_rate(reading), *about_sizes(pictures)),
     )

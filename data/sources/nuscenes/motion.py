@@ -50,7 +50,7 @@ class Poses:
     def __init__(self, tables: Path, tokens: Collection[str]) -> None:
         self._path, self._tokens = tables / "ego_pose.json", frozenset(tokens)
         self._lock = Lock()
-        self._poses: dict[str, tuple[float, float, float]] | None = None
+        self._poses: dict[str, tuple[float, float, float]] | DriveSimError | None = None
 
     def motion(self, scene: Scene) -> Motion:
         """Return how the car moves from each picture of a scene to the next, halfway in time.
@@ -59,14 +59,20 @@ class Poses:
         """
         with self._lock:
             if self._poses is None:
-                self._poses = self._read()
-        missing = sum(picture.pose not in self._poses for picture in scene.pictures)
+                try:
+                    self._poses = self._read()
+                except DriveSimError as error:  # Do not read a damaged table for every scene.
+                    self._poses = error
+        if isinstance(self._poses, DriveSimError):
+            raise self._poses
+        poses = self._poses
+        missing = sum(picture.pose not in poses for picture in scene.pictures)
         if missing:
             raise DriveSimError(
                 f"{one_line(self._path)}: lacks the poses of {missing} pictures; download it again"
             )
         times = np.array([picture.seconds for picture in scene.pictures])
-        x, y, angle = np.array([self._poses[picture.pose] for picture in scene.pictures]).T
+        x, y, angle = np.array([poses[picture.pose] for picture in scene.pictures]).T
         chosen = np.flatnonzero(np.append(True, np.diff(times) > 0))
         if len(chosen) < 3:
             raise DriveSimError(f"{one_line(self._path)}: a scene has fewer than 3 times")

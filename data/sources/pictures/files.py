@@ -6,10 +6,12 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
+from driving_sim.data.actions.reading import Reading
 from driving_sim.data.arrays import Floats
 from driving_sim.data.image_frames import ImageFrames, picture_size
 from driving_sim.data.inner_name import inside
 from driving_sim.data.video.file import MAX_DURATION_S
+from driving_sim.data.video.timing import FALLBACK_RATE
 from driving_sim.engine.errors import DriveSimError
 
 PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp"))
@@ -24,23 +26,42 @@ def is_picture(name: str) -> bool:
 
 def find_pictures(
     folder: Path, names: Sequence[str], bad_name: Callable[[int, object], DriveSimError]
-) -> tuple[list[int], ImageFrames]:
-    """Return the indices of the `names` whose files are in `folder`, and these pictures.
+) -> tuple[list[int], ImageFrames, list[str]]:
+    """Return the indices of the `names` whose files are in `folder`, these pictures, and a line
+    about the others, if there are any.
 
     Raises the error that `bad_name` returns for the index of a name and a reason, if the name leads
     outside `folder` or cannot be the name of a file.
     """
-    kept, paths = [], []
+    kept, paths, home = [], [], folder.resolve()
     for index, name in enumerate(names):
         try:
-            path = inside(folder, name)
+            path = inside(folder, name, home)
             if not path.is_file():
                 continue
         except (ValueError, OSError) as error:  # `is_file` raises OSError for very long names.
             raise bad_name(index, error) from None
         kept.append(index)
         paths.append(path)
-    return kept, ImageFrames(tuple(paths))
+    missing = len(names) - len(kept)
+    line = f"{missing} of {len(names)} pictures are missing; they are left out, which leaves gaps"
+    return kept, ImageFrames(tuple(paths)), [line] if missing else []
+
+
+def at_rate(reading: Reading) -> str:
+    """Return the line about pictures without times, which have the rate that is set, or a usual
+    one."""
+    nothing = "nothing says when the pictures were taken"
+    if reading.video_fps is None:
+        return f"{nothing}; {FALLBACK_RATE:g} frames/s are assumed (set it with `video_fps`)"
+    return f"{nothing}; {reading.video_fps:g} frames/s are taken, as `video_fps` says"
+
+
+def unused_rate(reading: Reading) -> list[str]:
+    """Return a line about the rate if it is set although the pictures have times."""
+    if reading.video_fps is None:
+        return []
+    return ["`video_fps` is not used, because the pictures have times"]
 
 
 def about_sizes(pictures: ImageFrames) -> list[str]:

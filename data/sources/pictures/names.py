@@ -24,6 +24,7 @@ _PHOTO = re.compile(
     re.IGNORECASE,
 )
 _LARGEST_STEP = 100
+_SHORTEST_STEP_S = 0.002  # No camera in a car takes 500 frames/s.
 _DATE = re.compile(
     r"(?<!\d)(\d{4})[-_]?(\d\d)[-_]?(\d\d)[-_T ]?(\d\d)[-_:]?(\d\d)[-_:]?(\d\d)[-_.](\d{1,6})$",
     re.ASCII,
@@ -52,8 +53,17 @@ class Series(NamedTuple):
         return int(np.median(np.diff(self.numbers)))
 
 
-def moment(name: str) -> float | None:
-    """Return the time in a picture's name in seconds since 1970, or None if there is none.
+class Moment(NamedTuple):
+    """The time in the name of a picture."""
+
+    seconds: float
+    """Seconds since 1970."""
+    start: int
+    """Where the time begins in the name."""
+
+
+def moment(name: str) -> Moment | None:
+    """Return the time in a picture's name, or None if there is none.
 
     The name ends, before the suffix, with a date, a time of day and a fraction of a second, such as
     2018_07_16_17_12_55_715, or with a number of 10, 13, 16 or 19 digits: s, ms, µs or ns.
@@ -65,10 +75,11 @@ def moment(name: str) -> float | None:
             second = datetime(*map(int, date))  # type: ignore[arg-type]
         except ValueError:
             return None
-        return (second - datetime(1970, 1, 1)) / timedelta(seconds=1) + float(f"0.{fraction}")
+        seconds = (second - datetime(1970, 1, 1)) / timedelta(seconds=1)
+        return Moment(seconds + float(f"0.{fraction}"), match.start())
     if match := _SINCE_1970.search(stem):
         text, scale = next((t, s) for t, s in zip(match.groups(), _SCALES, strict=True) if t)
-        return float(text.replace("_", ".")) * scale
+        return Moment(float(text.replace("_", ".")) * scale, match.start())
     return None
 
 
@@ -77,15 +88,16 @@ def find_series(names: Iterable[str]) -> list[Series]:
 
     A series has at least 10 pictures whose names differ only in a number or a time. Its numbers
     rise in equal steps, and at most a fifth of them is missing. Its times are at most 1.5 s apart,
-    as the median. Photos with the names that cameras give them, such as IMG_0001, are none.
+    as the median. Photos with the names that cameras give them, such as IMG_0001, are none, nor
+    are bursts of photos, whose names end in a count that looks like milliseconds.
     """
     groups: defaultdict[tuple[str, ...], list[tuple[float | int, str]]] = defaultdict(list)
     for name in names:
         path = PurePath(name)
         taken = moment(name)
         if taken is not None:
-            before = re.sub(r"[\d.:T _-]*$", "", path.stem)
-            groups["time", before, "", path.suffix].append((taken, name))
+            before = path.stem[: taken.start]
+            groups["time", before, "", path.suffix].append((taken.seconds, name))
         elif (match := _LAST_NUMBER.fullmatch(path.stem)) and len(match[2]) <= _LONGEST_NUMBER:
             groups["number", match[1], match[3], path.suffix].append((int(match[2]), name))
     series = (_series(key[0], key[1] + key[2], sorted(group)) for key, group in groups.items())
@@ -99,13 +111,16 @@ def _series(kind: str, name: str, group: Sequence[tuple[float | int, str]]) -> S
         return None
     steps = np.diff(np.array(values, np.float64))
     usual = float(np.median(steps))
+    first = PurePath(names[0]).stem
+    is_photo = _PHOTO.fullmatch(first) is not None
     if kind == "time":
-        if not 0 < usual <= LONGEST_GAP_S:
+        is_burst = usual < _SHORTEST_STEP_S or (is_photo and _DATE.search(first))
+        if is_burst or usual > LONGEST_GAP_S:
             return None
         return Series(name.strip(" _-."), names, (), tuple(values))
     if not 1 <= usual <= _LARGEST_STEP or (steps <= 0).any() or (steps % usual).any():
         return None
-    if _PHOTO.fullmatch(PurePath(names[0]).stem):
+    if is_photo:
         return None
     if (values[-1] - values[0]) / usual + 1 > len(values) / (1 - _MOST_MISSING):
         return None

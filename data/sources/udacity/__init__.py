@@ -16,8 +16,8 @@ from driving_sim.data.actions.action_log import ActionLog
 from driving_sim.data.actions.reading import Reading
 from driving_sim.data.drive import Drive
 from driving_sim.data.image_frames import ImageFrames
-from driving_sim.data.sources.pictures.files import about_sizes, find_pictures
-from driving_sim.data.sources.source import Contents, Folder, Found
+from driving_sim.data.sources.pictures.files import about_sizes, find_pictures, unused_rate
+from driving_sim.data.sources.source import Contents, Folder, Found, refused
 from driving_sim.data.sources.udacity.log import LOG_NAME, Row, Take, bad_row, read_log
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.engine.errors import DriveSimError
@@ -41,19 +41,13 @@ def drives(folder: Folder) -> Contents:
     try:
         log = read_log(folder.path / LOG_NAME)
     except DriveSimError as error:
-        found = [Found(path=folder.path, load=partial(_refuse, error))]
+        found = [Found(path=folder.path, load=refused(error))]
     else:
         found = [
             Found(path=folder.path, load=partial(_load, take, log.notices), part=take.name)
             for take in log.takes
         ]
     return Contents(drives=tuple(found), own=_OWN)
-
-
-def _refuse(
-    error: DriveSimError, path: Path, drive_id: str, reading: Reading, actions: bool
-) -> Drive:
-    raise error
 
 
 def _load(
@@ -68,13 +62,8 @@ def _load(
 
     Raises DriveSimError if fewer than 2 of its images are there, or if a name leads elsewhere.
     """
-    rows, pictures = _with_pictures(path, take.rows)
-    own = [*about_sizes(pictures)]
-    if missing := len(take.rows) - len(rows):
-        own.append(
-            f"{missing} of {len(take.rows)} pictures are missing from {_IMAGES}; their rows are "
-            "left out, which leaves gaps"
-        )
+    rows, pictures, lines = _with_pictures(path, take.rows)
+    own = [*about_sizes(pictures), *lines, *unused_rate(reading)]
     if _ends_with_reset(pictures):
         own.append("the last picture is the first one again (a reset); it is left out")
         rows, pictures = rows[:-1], ImageFrames(pictures.paths[:-1])
@@ -95,9 +84,11 @@ def _load(
     )
 
 
-def _with_pictures(recording: Path, rows: tuple[Row, ...]) -> tuple[list[Row], ImageFrames]:
-    """Return the rows whose picture is there, and these pictures."""
-    kept, pictures = find_pictures(
+def _with_pictures(
+    recording: Path, rows: tuple[Row, ...]
+) -> tuple[list[Row], ImageFrames, list[str]]:
+    """Return the rows whose picture is there, these pictures, and a line about other rows."""
+    kept, pictures, lines = find_pictures(
         recording,
         [f"{_IMAGES}/{row.image}" for row in rows],
         lambda index, error: bad_row(recording / LOG_NAME, rows[index].line, error),
@@ -107,7 +98,7 @@ def _with_pictures(recording: Path, rows: tuple[Row, ...]) -> tuple[list[Row], I
             f"{recording / LOG_NAME}: only {len(kept)} of its {len(rows)} pictures are in "
             f"{recording / _IMAGES} (the first is {rows[0].image!r}); copy the pictures there"
         )
-    return [rows[index] for index in kept], pictures
+    return [rows[index] for index in kept], pictures, lines
 
 
 def _ends_with_reset(pictures: ImageFrames) -> bool:

@@ -101,6 +101,12 @@ def greys(drive: Drive) -> list[int]:
     return [round((float(frame.mean()) - 20) / 5) for frame in frames]
 
 
+def write_csv(path: Path, header: str, rows: list[list[object]]) -> None:
+    """Write a CSV with a header and rows of values."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([header, *(",".join(map(str, row)) for row in rows)]) + "\n")
+
+
 def write_picture_drives(folder: Path) -> None:
     """Write drives of pictures: named by a CSV, counted by one that lies in the same folder or
     beside it, and with times in their names."""

@@ -127,7 +127,8 @@ def test_files_that_are_no_tub_are_named(tmp_path: Path) -> None:
     (tmp_path / "images" / "13_cam_image_array_.jpg").unlink()
     assert "1 of 20 pictures are missing" in only_drive(tmp_path).notices[0]
     manifest = tmp_path / "manifest.json"
-    for last in ('{"paths": ["../x.catalog"]}', '{"paths": []}', "[]", '{"deleted_indexes": []}'):
+    twice = '{"paths": ["catalog_0.catalog", "catalog_1.catalog", "./catalog_0.catalog"]}'
+    for last in (twice, '{"paths": ["../x"]}', '{"paths": []}', "[]", '{"deleted_indexes": []}'):
         manifest.write_text(f"{{}}\n{last}\n")
         assert "manifest.json: its last line must list the catalogs" in reason(tmp_path)
 
@@ -138,6 +139,14 @@ def test_a_catalog_of_a_false_size_is_not_read(
     write_tub_v2(tmp_path)
     monkeypatch.setattr(records, "_MOST_CATALOG_BYTES", 99)
     assert "catalog_0.catalog: cannot be read (it has more than 99 bytes)" in reason(tmp_path)
+
+
+def test_a_tub_of_too_many_records_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tub_v2(tmp_path)
+    monkeypatch.setattr(records, "_MOST_RECORDS", 15)
+    assert "catalog_1.catalog, line 6: the tub has more than 15 records" in reason(tmp_path)
 
 
 def test_a_picture_that_is_a_link_out_of_the_tub_is_refused(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,7 @@ def test_missing_pictures_and_samples_are_said(tmp_path: Path) -> None:
     drive = only_drive(tmp_path)
     assert greys(drive) == [n for n in range(15) if n != 4]
     np.testing.assert_allclose(drive.timestamps[3:5], [0.3, 0.5], atol=1e-6)
-    assert drive.notices[0].startswith("1 of 15 pictures of image_02 are missing")
+    assert drive.notices[0].startswith("1 of 15 pictures are missing")
     assert drive.notices[1] == "1 of 15 samples of oxts are missing"
     assert drive.log is not None
     assert drive.log.speed is not None
@@ -143,6 +144,30 @@ def test_files_of_a_false_size_are_not_read(
     write_kitti(tmp_path)
     monkeypatch.setattr(kitti, "_MOST_TIMES_BYTES", 99)
     assert "timestamps.txt: cannot be read (it has more than 99 bytes)" in reason(tmp_path)
+
+
+def test_only_files_of_the_recording_are_read(tmp_path: Path) -> None:
+    write_kitti(tmp_path / "in")
+    times = tmp_path / "in" / "image_02" / "timestamps.txt"
+    times.rename(tmp_path / "times")
+    times.symlink_to(tmp_path / "times")
+    assert "is a link that leads outside" in reason(tmp_path / "in")
+    times.unlink()
+    os.mkfifo(times)
+    assert "timestamps.txt: is no file" in reason(tmp_path / "in")
+    times.unlink()
+    (tmp_path / "times").rename(times)
+    sample = tmp_path / "in" / "oxts" / "data" / "0000000003.txt"
+    sample.rename(tmp_path / "sample")
+    sample.symlink_to(tmp_path / "sample")
+    assert "0000000003.txt: cannot be read" in reason(tmp_path / "in")
+
+
+def test_a_rate_that_is_not_used_is_said(tmp_path: Path) -> None:
+    write_kitti(tmp_path)
+    line = "`video_fps` is not used, because the pictures have times"
+    assert line in only_drive(tmp_path, Reading(video_fps=5)).notices
+    assert line not in only_drive(tmp_path).notices
 
 
 def test_the_kind_of_steering_is_checked(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 import json
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 from driving_sim.data.actions.reading import Reading
 from driving_sim.data.drive import sample
 from driving_sim.data.sources import find_drives
+from driving_sim.data.sources.nuscenes import motion
 from driving_sim.data.sources.nuscenes.tables import read_rows
 from driving_sim.engine.errors import DriveSimError
 from tests.data.sources.recordings import (
@@ -193,6 +194,28 @@ def test_damaged_tables_are_named(tmp_path: Path, table: str, text: str) -> None
     write_nuscenes(tmp_path)
     (tmp_path / "v1.0-mini" / f"{table}.json").write_text(text)
     assert f"v1.0-mini/{table}.json: " in reason(tmp_path)
+
+
+def test_a_damaged_table_of_poses_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_nuscenes(tmp_path, scenes=3)
+    (tmp_path / "v1.0-mini" / "ego_pose.json").write_text("[1]")
+    read = []
+
+    def counted(path: Path) -> Iterator[dict[str, Any]]:
+        read.append(path)
+        return read_rows(path)
+
+    monkeypatch.setattr(motion, "read_rows", counted)
+    assert len(find_drives([tmp_path]).skipped) == 3
+    assert len(read) == 1
+
+
+def test_a_rate_that_is_not_used_is_said(tmp_path: Path) -> None:
+    write_nuscenes(tmp_path)
+    line = "`video_fps` is not used, because the pictures have times"
+    assert line in only_drive(tmp_path, Reading(video_fps=5)).notices
 
 
 def test_a_bad_can_bus_is_named(tmp_path: Path) -> None:

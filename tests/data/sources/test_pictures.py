@@ -1,3 +1,6 @@
+import subprocess
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +11,8 @@ from driving_sim.data.actions.reading import Reading
 from driving_sim.data.drive import sample
 from driving_sim.data.image_frames import ImageFrames
 from driving_sim.data.inspect.inspection import inspect_drives
-from driving_sim.data.sources import find_drives
-from driving_sim.data.sources.pictures.names import moment
+from driving_sim.data.sources import find_drives, pictures
+from driving_sim.data.sources.pictures.names import Series, find_series, moment
 from driving_sim.data.video.frame_size import FrameSize
 from driving_sim.engine.errors import BadDriveError, DriveSimError
 from tests.data.sources.recordings import (
@@ -17,6 +20,7 @@ from tests.data.sources.recordings import (
     only_drive,
     reason,
     touch,
+    write_csv,
     write_grey,
     write_pictures,
 )
@@ -27,134 +31,11 @@ EPOCH = 1_532_402_927_612_460
 STAMPED = [f"cam__{EPOCH + 100_000 * n}.png" for n in range(COUNT)]
 
 
-def write_csv(path: Path, header: str, rows: list[list[object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([header, *(",".join(map(str, row)) for row in rows)]) + "\n")
-
-
-def test_a_csv_names_the_pictures_in_each_row(tmp_path: Path) -> None:
-    names = [f"photos/IMG_{n * n}.png" for n in range(COUNT)]  # no series of their own
-    write_pictures(tmp_path, names)
-    rows: list[list[object]] = [[name, 100 * n, 36, 5 * n] for n, name in enumerate(names)]
-    write_csv(tmp_path / "a.csv", "image,timestamp_ms,speed_kmh,road_wheel_deg", rows)
-    drive = only_drive(tmp_path)
-    assert (drive.source, drive.notices) == ("pictures", ())
-    np.testing.assert_allclose(drive.timestamps, np.arange(COUNT) / 10)
-    assert greys(drive) == [*range(COUNT)]
-    sampled = sample(drive)
-    assert sampled.action_valid.all()
-    np.testing.assert_allclose(sampled.actions[:, 0], 10, rtol=1e-5)
-    middle = np.radians(5 * (np.arange(COUNT - 1) + 0.5))
-    np.testing.assert_allclose(sampled.actions[:-1, 1], middle, rtol=1e-5)
-
-
-def test_a_csv_on_a_clock_since_1970_gives_times_and_actions_together(tmp_path: Path) -> None:
-    write_pictures(tmp_path, NUMBERED)
-    rows: list[list[object]] = [
-        [name, f"{1.5e9 + n / 5:.1f}", n] for n, name in enumerate(NUMBERED)
-    ]
-    write_csv(tmp_path / "a.csv", "file,t,speed_mps", rows)
-    drive = only_drive(tmp_path, Reading(time_offset=0.1))
-    np.testing.assert_allclose(drive.timestamps, np.arange(COUNT) / 5, atol=1e-6)
-    assert drive.log is not None
-    assert drive.log.speed is not None
-    np.testing.assert_allclose(drive.log.speed.times, np.arange(COUNT) / 5 + 0.1, atol=1e-6)
-
-
-def test_a_csv_without_times_takes_those_in_the_names_or_the_rate(tmp_path: Path) -> None:
-    for folder, names in (("rate", NUMBERED), ("stamps", STAMPED)):
-        write_pictures(tmp_path / folder, names)
-        rows: list[list[object]] = [[name, n] for n, name in enumerate(names)]
-        write_csv(tmp_path / folder / "a.csv", "image,speed_mps", rows)
-    drive = only_drive(tmp_path / "stamps")
-    assert drive.notices == ()
-    np.testing.assert_allclose(drive.timestamps, np.arange(COUNT) / 10, atol=1e-5)
-    np.testing.assert_allclose(sample(drive).actions[:-1, 0], np.arange(COUNT - 1) + 0.5, atol=1e-3)
-    drive = only_drive(tmp_path / "rate", Reading(video_fps=6))
-    np.testing.assert_allclose(drive.timestamps, np.arange(COUNT) / 6)
-    np.testing.assert_allclose(sample(drive).actions[:-1, 0], np.arange(COUNT - 1) + 0.5)
-    (line,) = drive.notices
-    assert line.endswith("6 frames/s are taken, as `video_fps` says")
-
-
-def test_the_drive_begins_with_the_first_picture_that_is_there(tmp_path: Path) -> None:
-    write_pictures(tmp_path, NUMBERED)
-    (tmp_path / NUMBERED[0]).unlink()
-    rows: list[list[object]] = [[name, n / 10, n] for n, name in enumerate(NUMBERED)]
-    write_csv(tmp_path / "a.csv", "image,t,speed_mps", rows)
-    sampled = sample(only_drive(tmp_path))
-    np.testing.assert_allclose(sampled.timestamps, np.arange(COUNT - 1) / 10, atol=1e-9)
-    np.testing.assert_allclose(sampled.actions[:-1, 0], np.arange(COUNT - 2) + 1.5, rtol=1e-5)
-
-
-def test_each_csv_that_names_pictures_is_a_drive(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "set" / "images", NUMBERED)
-    for name, part in (("train", NUMBERED[:8]), ("test", NUMBERED[8:])):
-        rows: list[list[object]] = [[f"images/{p}", n / 10] for n, p in enumerate(part)]
-        write_csv(tmp_path / "set" / f"{name}.csv", "image,t", rows)
-    drive_set = find_drives([tmp_path])
-    assert [drive.id for drive in drive_set.drives] == ["set/test", "set/train"]
-    assert [greys(drive) for drive in drive_set.drives] == [[*range(8, COUNT)], [*range(8)]]
-    assert drive_set.passed_over == []
-    assert drive_set.drives[0].notices == ("test.csv has neither speed nor steering",)
-
-
 def test_the_pictures_of_an_inspection_are_no_drive(tmp_path: Path) -> None:
     write_pictures(tmp_path, NUMBERED)
     touch(tmp_path, "inspection.json")
     with pytest.raises(DriveSimError, match=r"passed over 13 other files"):
         find_drives([tmp_path])
-
-
-def test_pictures_that_a_csv_misses_or_repeats_are_said(tmp_path: Path) -> None:
-    write_pictures(tmp_path, [*NUMBERED, "other.png"])
-    named = [NUMBERED[0], NUMBERED[0], *NUMBERED[1:5], *NUMBERED[6:]]
-    (tmp_path / NUMBERED[3]).unlink()
-    rows: list[list[object]] = [[name, n / 10, 1] for n, name in enumerate(named)]
-    write_csv(tmp_path / "a.csv", "image,t,speed_mps", rows)
-    drive = only_drive(tmp_path)
-    assert greys(drive) == [0, 1, 2, 4, *range(6, COUNT)]
-    np.testing.assert_allclose(drive.timestamps[:4], [0, 0.2, 0.3, 0.5])
-    repeated, missing, unnamed = drive.notices
-    assert repeated.startswith("1 rows of a.csv name the same picture")
-    assert missing.startswith("1 of 11 pictures that a.csv names are missing")
-    assert unnamed.startswith("2 pictures in")
-
-
-def test_paths_of_another_computer_and_several_cameras(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "pics", NUMBERED)
-    rows: list[list[object]] = [
-        [f"D:\\x\\left_{n}.png", f"D:\\x\\{name}", n / 10] for n, name in enumerate(NUMBERED)
-    ]
-    write_csv(tmp_path / "a.csv", "left,center,t", rows)
-    drive = only_drive(tmp_path)
-    assert greys(drive) == [*range(COUNT)]
-    assert drive.log is None
-    cameras, foreign, actions = drive.notices
-    assert "center is read" in cameras
-    assert "another computer" in foreign
-    assert actions == "a.csv has neither speed nor steering"
-
-
-@pytest.mark.parametrize(
-    "name", ["../secret.png", "/etc/a/../x.png", "..\\secret.png", "a\x1bb.png"]
-)
-def test_a_name_that_leads_outside_is_an_error(tmp_path: Path, name: str) -> None:
-    write_pictures(tmp_path, ["secret.png"])
-    write_pictures(tmp_path / "in", NUMBERED)
-    rows: list[list[object]] = [[name, n / 10] for n, name in enumerate(NUMBERED)]
-    rows[4][0] = name
-    write_csv(tmp_path / "in" / "a.csv", "image,t", rows)
-    assert "a.csv, line 6: " in reason(tmp_path / "in")
-
-
-@pytest.mark.parametrize(("time", "line"), [("0.2", 5), ("nan", 5), ("1e300", None), ("x", 5)])
-def test_bad_times_name_the_line(tmp_path: Path, time: str, line: int | None) -> None:
-    write_pictures(tmp_path, NUMBERED)
-    rows: list[list[object]] = [[name, n / 10, 1] for n, name in enumerate(NUMBERED)]
-    rows[3 if line else -1][1] = time
-    write_csv(tmp_path / "a.csv", "image,t,speed_mps", rows)
-    assert f"a.csv, line {line}: " in reason(tmp_path) if line else "days" in reason(tmp_path)
 
 
 def test_numbered_pictures_take_the_rate_that_is_set(tmp_path: Path) -> None:
@@ -217,7 +98,8 @@ def test_times_in_names_are_read(tmp_path: Path) -> None:
     ],
 )
 def test_the_time_in_a_name(name: str, seconds: float | None) -> None:
-    assert moment(name) == (seconds and pytest.approx(seconds, abs=1e-5))
+    taken = moment(name)
+    assert (taken and taken.seconds) == (seconds and pytest.approx(seconds, abs=1e-5))
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -258,6 +140,8 @@ def test_a_csv_with_a_row_for_each_picture_gives_the_times(tmp_path: Path) -> No
         [f"P10100{n:02}.jpg" for n in range(30)],
         [f"20180716_{n:02}1255.jpg" for n in range(20)],
         [f"20180716_1712{n:02}_000.jpg" for n in range(0, 40, 3)],  # 3 s apart
+        [f"IMG_20180716_171255_{n:03}.jpg" for n in range(1, 13)],  # a burst
+        [f"20180716_171255_{n:03}.jpg" for n in range(1, 13)],
         [f"trip {n * n}.jpg" for n in range(30)],
         [f"{n}.jpg" for n in range(9)],
         ["cat.jpg", "dog.png", "10.jpg", "11.jpg"],
@@ -285,7 +169,13 @@ def test_several_cameras_and_videos_in_one_folder(tmp_path: Path) -> None:
     write_pictures(tmp_path / "x" / "more", NUMBERED)
     touch(tmp_path / "x", "odd.jpg")
     drive_set = find_drives([tmp_path])
-    assert [d.id for d in drive_set.drives] == ["x/a", "x/left", "x/more", "x/right"]
+    # Beside a video, pictures without a CSV are thumbnails.
+    assert [d.id for d in drive_set.drives] == ["x/a", "x/more"]
+    line = f"{tmp_path}: passed over 25 other files: 24 .png, 1 .jpg"
+    assert drive_set.passed_over == [line]
+    (tmp_path / "x" / "a.mp4").unlink()
+    drive_set = find_drives([tmp_path])
+    assert [d.id for d in drive_set.drives] == ["x/left", "x/more", "x/right"]
     assert drive_set.passed_over == [f"{tmp_path}: passed over 1 other file: 1 .jpg"]
 
 
@@ -364,3 +254,88 @@ def test_pictures_are_turned_as_their_tags_say_and_deep_ones_are_refused(tmp_pat
     Image.new("I;16", (64, 32), 300).save(tmp_path / "b.png")
     with pytest.raises(BadDriveError, match="more than 8 bits"):
         ImageFrames((tmp_path / "b.png",)).read(np.array([0]), None)
+
+
+def test_the_text_before_a_time_tells_cameras_apart(tmp_path: Path) -> None:
+    for camera in ("cam0", "cam1", "LEFT"):
+        write_pictures(tmp_path, [f"{camera}_{EPOCH + 100_000 * n}.png" for n in range(COUNT)])
+    drive_set = find_drives([tmp_path])
+    assert [drive.id.split("/")[1] for drive in drive_set.drives] == ["LEFT", "cam0", "cam1"]
+    assert [len(drive.timestamps) for drive in drive_set.drives] == [COUNT] * 3
+
+
+def test_frames_count_past_a_missing_picture(tmp_path: Path) -> None:
+    names = [f"{n:03}.png" for n in range(1, COUNT + 1)]
+    write_pictures(tmp_path, names)
+    (tmp_path / names[4]).unlink()
+    write_csv(tmp_path / "a.csv", "frame,speed_mps", [[n, n] for n in range(1, COUNT + 1)])
+    drive = only_drive(tmp_path, Reading(video_fps=10))
+    assert drive.log is not None
+    assert drive.log.speed is not None
+    np.testing.assert_allclose(drive.log.speed.times, np.arange(COUNT) / 10)
+    np.testing.assert_allclose(drive.timestamps[3:5], [0.3, 0.5])
+    write_csv(tmp_path / "a.csv", "frame,speed_mps", [[n, n] for n in range(COUNT - 1)])
+    assert "does not count as the names of the pictures do" in reason(tmp_path)
+
+
+def test_an_unclear_csv_names_the_folders_that_it_may_belong_to(tmp_path: Path) -> None:
+    for folder in ("left", "right"):
+        write_pictures(tmp_path / folder, NUMBERED)
+    write_csv(tmp_path / "log.csv", "frame,speed_mps", [[n, n] for n in range(COUNT)])
+    drive_set = find_drives([tmp_path])
+    assert [drive.log for drive in drive_set.drives] == [None, None]
+    (skipped,) = drive_set.skipped
+    assert "log.csv: may belong to the pictures in left, right; give it" in skipped.reason
+    assert "such as left.csv" in skipped.reason
+    assert find_drives([tmp_path], actions=False).skipped == []
+
+
+def test_only_what_is_used_is_not_counted(tmp_path: Path) -> None:
+    rows: list[list[object]] = [[n, n] for n in range(COUNT)]
+    write_pictures(tmp_path / "run", [*NUMBERED, "cover.jpg"])
+    write_csv(tmp_path / "run.csv", "frame,speed_mps", rows)
+    write_grey(tmp_path / "run" / "more" / "a.mp4")
+    write_pictures(tmp_path / "b", NUMBERED)
+    write_csv(tmp_path / "b" / "log.csv", "frame,speed_mps", rows)
+    write_csv(tmp_path / "b" / "tags.csv", "x,y", rows)
+    drive_set = find_drives([tmp_path])
+    assert [drive.id for drive in drive_set.drives] == ["b", "run", "run/more/a"]
+    assert [drive.log is not None for drive in drive_set.drives] == [True, True, False]
+    line = f"{tmp_path}: passed over 2 other files: 1 .csv, 1 .jpg"
+    assert drive_set.passed_over == [line]
+
+
+def test_many_csvs_and_folders_are_all_read(tmp_path: Path) -> None:
+    for number in range(101):
+        touch(tmp_path, f"{number:03}/x.txt")
+        write_csv(tmp_path / f"a{number:03}.csv", "x,y", [[1, 2]])
+    write_pictures(tmp_path / "zz", NUMBERED)
+    write_csv(tmp_path / "zz.csv", "frame,speed_mps", [[n, n] for n in range(COUNT)])
+    assert only_drive(tmp_path).log is not None
+
+
+def test_damaged_exif_data_cost_no_frame_and_are_not_printed(tmp_path: Path) -> None:
+    entry = (0x0112).to_bytes(2, "little") + (3).to_bytes(2, "little") + b"\xff" * 8
+    exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + entry
+    Image.new("RGB", (64, 32)).save(tmp_path / "a.jpg", exif=exif)
+    code = (
+        "import sys; from pathlib import Path; import numpy as np\n"
+        "from driving_sim.data.image_frames import ImageFrames\n"
+        "print(ImageFrames((Path(sys.argv[1]),)).read(np.array([0]), None).shape)"
+    )
+    command = [sys.executable, "-P", "-c", code, str(tmp_path / "a.jpg")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("(1, 32, 64, 3)\n", "")
+
+
+def test_a_folder_is_searched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pictures(tmp_path, NUMBERED)
+    searched = []
+
+    def counted(names: Iterable[str]) -> list[Series]:
+        searched.append(names)
+        return find_series(names)
+
+    monkeypatch.setattr(pictures, "find_series", counted)
+    only_drive(tmp_path)
+    assert len(searched) == 1

@@ -37,9 +37,7 @@ def test_rows_without_a_picture_are_left_out_and_cut_the_drive(tmp_path: Path) -
     for number in (4, 5, 11):
         pictures[number].unlink()
     drive = only_drive(tmp_path)
-    assert drive.notices == (
-        "3 of 12 pictures are missing from IMG; their rows are left out, which leaves gaps",
-    )
+    assert drive.notices == ("3 of 12 pictures are missing; they are left out, which leaves gaps",)
     np.testing.assert_allclose(drive.timestamps, [0, 0.1, 0.2, 0.3, 0.6, 0.7, 0.8, 0.9, 1.0])
     assert sample(drive).segments == [(0, 4), (4, 9)]
     assert drive.reader.files(np.array([4])) == [pictures[6]]
